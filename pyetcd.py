@@ -1,0 +1,11576 @@
+"""pyetcd: etcd v2 in one Python file, with the standard library only.
+
+A member, a whole cluster in one process, or a discovery service: same flags, same HTTP API, same
+peer protocol and same files on disk as etcd 2.3.8.  Run it (`python pyetcd.py -h`), or embed it:
+
+    with pyetcd.Server(data_dir="x.etcd") as server:
+        print(server.client_urls)
+
+One thread, the reactor, owns all state; a second one, `wal`, writes and syncs:
+
+    clients --> HTTP server --> keys API --> Raft core --> journal ==> wal thread ==> disk
+       ^                          |           |     ^                     |
+       |                       (reads)     streams  +---- persisted ------+
+       |                          v           v
+       +---- replies, events -- store <--- applier        other members
+
+Sections, bottom up; each uses only names defined above it:
+
+  1. Constants and limits
+  2. Errors
+  3. Foundations
+  4. Wire codec
+  5. Progress and quorum
+  6. Raft log
+  7. Raft core
+  8. Events and watchers
+  9. Store
+  10. WAL and snapshots
+  11. Cluster
+  12. Apply
+  13. Reactor
+  14. HTTP server
+  15. HTTP calls
+  16. Peer frames
+  17. Peer links
+  18. Peer transport
+  19. Statistics
+  20. Journal
+  21. Server
+  22. Keys API
+  23. Members, status, routing
+  24. Discovery
+  25. Bootstrap
+  26. Embedding
+  27. Command line
+
+Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
+2.3 and 3.4.  Differences from etcd are listed in README.md.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import contextlib
+import copy
+import errno
+import fcntl
+import functools
+import hashlib
+import heapq
+import http.client
+import http.server
+import itertools
+import json
+import logging
+import os
+import platform
+import queue
+import random
+import re
+import resource
+import selectors
+import signal
+import socket
+import socketserver
+import struct
+import sys
+import threading
+import time
+import urllib.parse
+from array import array
+from datetime import datetime, timedelta
+from email.utils import formatdate
+from enum import IntEnum
+from struct import unpack_from as _unpack_from
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Container,
+    Deque,
+    Dict,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Union,
+)
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+__version__ = "0.1.0"
+
+
+# ============================================================================
+# 1. Constants and limits
+# ----------------------------------------------------------------------------
+# Knows: nothing.  Every limit says what happens when it is reached.
+# ============================================================================
+
+SERVER_VERSION = "2.3.8"            # what peers and /version see (etcd 2.3 compatibility identity)
+MIN_CLUSTER_VERSION = "2.2.0"       # oldest cluster version this member can live with
+ARTICLE_VERSION = "2.0.1"           # data directory format named by etcd 2.0's start-up line
+
+DEFAULT_NAME = "default"
+DEFAULT_CLIENT_URLS = "http://localhost:2379,http://localhost:4001"
+DEFAULT_PEER_URLS = "http://localhost:2380,http://localhost:7001"
+DEFAULT_CLUSTER_TOKEN = "etcd-cluster"
+DEFAULT_SNAPSHOT_COUNT = 10_000     # applied entries between snapshots
+DEFAULT_HEARTBEAT_MS = 100
+DEFAULT_ELECTION_MS = 1_000
+ELECTION_MS_MAX = 50_000            # above: refused at start (etcd's own limit)
+DEFAULT_SNAPSHOTS_KEPT = 5
+DEFAULT_WALS_KEPT = 5
+
+SEGMENT_BYTES_MAX = 64_000_000      # a WAL file at or above this size is closed and the next begun
+WAL_RECORD_BYTES_MAX = 512 << 20    # a longer length field is damage, not data
+SNAPSHOT_CATCHUP_ENTRIES = 5_000    # entries kept in memory behind a snapshot for slow followers
+
+ENTRIES_BYTES_MAX = 1 << 20         # entries in one MsgApp; always at least one entry
+INFLIGHT_MSGAPP_MAX = 512           # unanswered MsgApp per follower; above: wait for an answer
+UNCOMMITTED_BYTES_MAX = 256 << 20   # log tail not yet committed; above: proposals are refused
+PROPOSALS_PENDING_MAX = 65_536      # requests waiting for apply; above: refused with error 300
+
+REQUEST_HEAD_BYTES_MAX = 1_052_672  # request line and headers (Go's limit); above: 431, close
+REQUEST_BODY_BYTES_MAX = 10 << 20   # form body; one byte more is error 210
+PEER_BODY_BYTES_MAX = 512 << 20     # POST /raft and /raft/snapshot; above: 413, close
+CONNECTIONS_MAX = 50_000            # open sockets per listener; above: accepted and closed at once
+OUTPUT_BYTES_MAX = 64 << 20         # unsent reply bytes of one connection; above: it is closed
+REQUEST_SECONDS_MAX = 300.0         # from a request's first byte to its last; above: closed
+HEAD_CACHE_MAX = 4_096              # parsed request heads remembered; full: forgotten all at once
+
+PIPELINE_QUEUE_MESSAGES_MAX = 64    # messages waiting for a POST; above: dropped, peer unreachable
+PIPELINE_WORKERS = 4                # concurrent POSTs to one peer
+LINK_HEARTBEAT_SECONDS = 5 / 3      # between link heartbeats on a stream
+LINK_TIMEOUT_SECONDS = 5.0          # silence after which a stream is given up
+STREAM_RETRY_SECONDS = 0.1          # between two dials of a stream
+PROBE_SECONDS = 4.0                 # between two health probes of a peer
+
+HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answer 401
+WATCHER_QUEUE_EVENTS_MAX = 100      # events one slow watcher may owe (etcd's limit)
+KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
+SYNC_SECONDS = 0.5                  # the leader looks for expired keys this often
+TURN_WARN_SECONDS = 0.1             # a reactor turn longer than this is logged at debug level
+
+NS = 1_000_000_000                  # nanoseconds in a second
+UINT64_MAX = (1 << 64) - 1
+
+
+# ============================================================================
+# 2. Errors
+# ----------------------------------------------------------------------------
+# Knows: section 1.  One class per error; code, text and status live here only.
+# ============================================================================
+
+
+class EtcdError(Exception):
+    """An answer of the keys API: code, message and HTTP status come from the class.
+
+    cause  what exactly was wrong, or "" (then it is left out of the body)
+    index  store index for the body and X-Etcd-Index; 0 for errors of the request itself
+
+    Source: etcd 2.3 API, errorcode.
+    """
+
+    code = 300
+    message = "Raft Internal Error"
+    status = 400
+
+    def __init__(self, cause: str = "", index: int = 0) -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.index = index
+
+    def __str__(self) -> str:
+        cause = f" ({self.cause})" if self.cause else ""
+        return f"{self.code}: {self.message}{cause} [{self.index}]"
+
+
+class KeyNotFound(EtcdError):
+    """A path component does not exist; the cause is its path."""
+
+    code, message, status = 100, "Key not found", 404
+
+
+class CompareFailed(EtcdError):
+    """prevValue or prevIndex does not hold; the cause shows given and stored."""
+
+    code, message, status = 101, "Compare failed", 412
+
+
+class NotFile(EtcdError):
+    """A directory stands where a file is needed."""
+
+    code, message, status = 102, "Not a file", 403
+
+
+class NotDir(EtcdError):
+    """A file stands in the middle of the path."""
+
+    code, message = 104, "Not a directory"
+
+
+class NodeExists(EtcdError):
+    """create found the key."""
+
+    code, message, status = 105, "Key already exists", 412
+
+
+class RootReadOnly(EtcdError):
+    """The root cannot be changed."""
+
+    code, message = 107, "Root is read only"
+
+
+class DirNotEmpty(EtcdError):
+    """Deleting a directory with children needs recursive=true."""
+
+    code, message, status = 108, "Directory not empty", 403
+
+
+class Unauthorized(EtcdError):
+    """Auth is enabled and the request lacks the right."""
+
+    code, message, status = 110, "The request requires user authentication", 401
+
+
+class PrevValueRequired(EtcdError):
+    """prevValue was given, but empty."""
+
+    code, message = 201, "PrevValue is Required in POST form"
+
+
+class TtlNotANumber(EtcdError):
+    """ttl is not an unsigned integer."""
+
+    code, message = 202, "The given TTL in POST form is not a number"
+
+
+class IndexNotANumber(EtcdError):
+    """prevIndex or waitIndex is not an unsigned integer."""
+
+    code, message = 203, "The given index in POST form is not a number"
+
+
+class InvalidField(EtcdError):
+    """A boolean parameter has another value, or does not fit the method."""
+
+    code, message = 209, "Invalid field"
+
+
+class InvalidForm(EtcdError):
+    """The query or the body cannot be parsed, or is too large."""
+
+    code, message = 210, "Invalid POST form"
+
+
+class RefreshValue(EtcdError):
+    """refresh=true with a value."""
+
+    code, message = 211, "Value provided on refresh"
+
+
+class RefreshTtlRequired(EtcdError):
+    """refresh=true without a ttl."""
+
+    code, message = 212, "A TTL must be provided on refresh"
+
+
+class RaftInternal(EtcdError):
+    """The request did not get through consensus: timeout, overload or stop."""
+
+    code, message, status = 300, "Raft Internal Error", 500
+
+
+class RequestTimeout(RaftInternal):
+    """No answer within the request timeout; the write may still be applied later."""
+
+
+class ServerStopped(RaftInternal):
+    """The member is stopping."""
+
+    def __init__(self, cause: str = "etcdserver: server stopped", index: int = 0) -> None:
+        super().__init__(cause, index)
+
+
+class EventIndexCleared(EtcdError):
+    """waitIndex lies before the event history."""
+
+    code, message = 401, "The event in requested index is outdated and cleared"
+
+
+class MemberError(Exception):
+    """A membership change that the cluster refuses; the text is etcd's."""
+
+    text = "etcdserver: membership error"
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class MemberRemoved(MemberError):
+    """The id was removed once and can never come back."""
+
+    text = "etcdserver: ID removed"
+
+
+class MemberExists(MemberError):
+    """The id is a member already."""
+
+    text = "etcdserver: ID exists"
+
+
+class MemberNotFound(MemberError):
+    """No member has this id."""
+
+    text = "etcdserver: ID not found"
+
+
+class PeerUrlExists(MemberError):
+    """Another member uses one of the peer URLs."""
+
+    text = "etcdserver: peerURL exists"
+
+
+class NotEnoughStarted(MemberError):
+    """Strict reconfiguration check: the change would lose the quorum."""
+
+    text = "etcdserver: re-configuration failed due to not enough started members"
+
+
+class RaftError(Exception):
+    """The Raft core cannot do what was asked, now or ever; nothing is broken."""
+
+
+class ProposalDropped(RaftError):
+    """No leader is known, or this member may not propose."""
+
+
+class Compacted(RaftError):
+    """The wanted entries lie before the first index of the log."""
+
+
+class Unavailable(RaftError):
+    """The wanted entries lie after the last index of the log."""
+
+
+class CodecError(ValueError):
+    """Bytes that are not what they should be: wrong wire type, cut varint, length past the end."""
+
+
+class WalError(Exception):
+    """The write-ahead log cannot be read or opened; the text says which file and what to do."""
+
+
+class CrcMismatch(WalError):
+    """A record's checksum is wrong in the middle of the log: damage, never repaired by guessing."""
+
+
+class TornTail(WalError):
+    """The last record is incomplete: a crash during a write.  Repairable."""
+
+
+class FileLocked(WalError):
+    """Another process holds the lock of the log."""
+
+
+class SnapshotError(Exception):
+    """No usable snapshot, or one that does not fit the log."""
+
+
+class DiscoveryError(Exception):
+    """Joining by discovery failed; the text says why (etcd's words)."""
+
+
+class StartError(Exception):
+    """The member cannot start.  The text is one line that says what to do; exit code 1."""
+
+
+class InvariantError(Exception):
+    """A bug: state that must never exist does.  The member ends rather than continue."""
+
+
+# ============================================================================
+# 3. Foundations
+# ----------------------------------------------------------------------------
+# Knows: sections 1-2.  Only what two or more sections use.
+# ============================================================================
+
+
+def package_logger(package: str) -> logging.Logger:
+    """Return the logger whose lines read `<package>: message` in etcd's format."""
+    return logging.getLogger("pyetcd." + package)
+
+
+class IdGenerator:
+    """Request ids, unique per member and start: member 16 bits | unix ms 40 bits | counter 8 bits.
+
+    Source: etcd 2.3 pkg/idutil.
+    """
+
+    __slots__ = ("_high", "_low")
+
+    def __init__(self, member_id: int, now_ms: int) -> None:
+        self._high = (member_id & 0xFFFF) << 48
+        self._low = (now_ms & ((1 << 40) - 1)) << 8
+
+    def next(self) -> int:
+        """Return the next id, a 64-bit int."""
+        self._low = (self._low + 1) & ((1 << 48) - 1)
+        return self._high | self._low
+
+
+def _crc_table(bits: int) -> array[int]:
+    """The CRC-32C of each 16-bit value followed by bits-16 zero bits.
+
+    The CRC is linear over XOR, so 16 single-bit values give all 65,536 (3 ms instead of 100).
+    """
+    table = [0]
+    for bit in range(16):
+        crc = 1 << bit
+        for _ in range(bits):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+        table += [known ^ crc for known in table]
+    return array("I", table)
+
+
+_CRC_HIGH = _crc_table(16)
+_CRC_LOW = _crc_table(32)
+_CRC_BYTE = _crc_table(8)[:256]
+
+
+def crc32c(data: Union[bytes, bytearray, memoryview], crc: int = 0) -> int:
+    """Continue the CRC-32C (Castagnoli) `crc` over `data`; start with 0.
+
+    zlib has another polynomial.  Four bytes a step through two 16-bit tables: 29 ns per byte
+    here, against 120 with a byte table.
+    """
+    crc ^= 0xFFFFFFFF
+    low, high = _CRC_LOW, _CRC_HIGH
+    words = len(data) >> 2
+    for word in _unpack_from("<%dI" % words, data):
+        crc ^= word
+        crc = low[crc & 0xFFFF] ^ high[crc >> 16]
+    for byte in data[words << 2:]:
+        crc = _CRC_BYTE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    return crc ^ 0xFFFFFFFF
+
+
+def clean_path(path: str) -> str:
+    """Return the shortest equivalent absolute path: no `.`, `..`, `//` and no trailing slash.
+
+    Source: Go path.Clean, for a rooted path.
+    """
+    if "//" not in path and "/." not in path and path.startswith("/"):
+        return path.rstrip("/") or "/"
+    parts: List[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            if parts:
+                parts.pop()
+        elif part and part != ".":
+            parts.append(part)
+    return "/" + "/".join(parts)
+
+
+class Backoff:
+    """Growing waits: next() returns first_s, then twice the last one, up to max_s."""
+
+    def __init__(self, first_s: float, max_s: float) -> None:
+        self._first_s = first_s
+        self._max_s = max_s
+        self._next_s = first_s
+
+    def next(self) -> float:
+        """Return the seconds to wait now."""
+        wait_s = self._next_s
+        self._next_s = min(wait_s * 2, self._max_s)
+        return wait_s
+
+    def reset(self) -> None:
+        """Begin again with first_s."""
+        self._next_s = self._first_s
+
+
+def fsync_dir(path: str) -> None:
+    """Make names created, renamed or removed in directory `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_JSON_UNSAFE = re.compile('[\x00-\x1f"\\\\<>&\u2028\u2029\ud800-\udfff]')
+_JSON_SHORT = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def _json_escape(match: re.Match[str]) -> str:
+    char = match.group()
+    if "\ud800" <= char <= "\udfff":
+        return "\\ufffd"            # one byte that is not UTF-8, kept by surrogateescape
+    return _JSON_SHORT.get(char) or "\\u%04x" % ord(char)
+
+
+def json_string(text: str) -> str:
+    """Encode `text` as etcd does: `<`, `>`, `&`, U+2028/9 and controls escaped, the rest raw."""
+    if _JSON_UNSAFE.search(text) is None:
+        return f'"{text}"'
+    return f'"{_JSON_UNSAFE.sub(_json_escape, text)}"'
+
+
+def json_text(value: object) -> str:
+    """Encode dicts, lists, strings, ints, floats, bools and None as Go's encoding/json does."""
+    if isinstance(value, str):
+        return json_string(value)
+    if isinstance(value, dict):
+        members = (f"{json_string(str(key))}:{json_text(item)}" for key, item in value.items())
+        return "{" + ",".join(members) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(json_text, value)) + "]"
+    return json.dumps(value)
+
+
+def utf8(text: str) -> bytes:
+    """Return the bytes of `text`; bytes that came in as invalid UTF-8 go out unchanged."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def text_of(data: bytes) -> str:
+    """Return `data` as text that utf8() turns back into the same bytes."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def format_time(unix_ns: int) -> str:
+    """Return RFC 3339 in UTC with up to 9 fraction digits, trailing zeros removed."""
+    seconds, nanos = divmod(unix_ns, NS)
+    fraction = f".{nanos:09d}".rstrip("0") if nanos else ""
+    return (_EPOCH + timedelta(seconds=seconds)).isoformat() + fraction + "Z"
+
+
+_EPOCH = datetime(1970, 1, 1)
+
+
+_RFC3339 = re.compile(
+    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9})\d*)?(?:Z|([+-])(\d\d):(\d\d))\Z"
+)
+
+
+def parse_time(text: str) -> int:
+    """Return the unix nanoseconds of an RFC 3339 time.  Raises ValueError."""
+    match = _RFC3339.match(text)
+    if match is None:
+        raise ValueError(f"not an RFC 3339 time: {text!r}")
+    moment = datetime.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")
+    seconds = (moment - datetime(1970, 1, 1)) // timedelta(seconds=1)
+    if match.group(8):
+        offset = int(match.group(9)) * 3600 + int(match.group(10)) * 60
+        seconds += -offset if match.group(8) == "+" else offset
+    return seconds * NS + int((match.group(7) or "0").ljust(9, "0"))
+
+
+def format_duration(seconds: float) -> str:
+    """Return Go's text of a duration: `1h2m3.5s`, `350.2ms`, `12µs`, `0s`."""
+    if seconds == 0:
+        return "0s"
+    if seconds < 1:
+        unit, factor = ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
+        return f"{seconds * factor:.6f}".rstrip("0").rstrip(".") + unit
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    text = f"{rest:.9f}".rstrip("0").rstrip(".") + "s"
+    if hours:
+        return f"{hours}h{minutes}m{text}"
+    return f"{minutes}m{text}" if minutes else text
+
+
+def check_url(url: str) -> str:
+    """Return `url` (scheme://host:port, trimmed) or raise ValueError with etcd's words."""
+    url = url.strip()
+    try:
+        parts = urlsplit(url)
+        host_port = parts.netloc.rpartition("@")[2]
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f'parse "{url}": {error}') from None
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(f"URL scheme must be http or https: {url}")
+    if port is None or ":" not in host_port.rpartition("]")[2]:
+        raise ValueError(f'URL address does not have the form "host:port": {url}')
+    if parts.path or parts.query or parts.fragment:
+        raise ValueError(f"URL must not contain a path: {url}")
+    return url
+
+
+def parse_urls(text: str) -> Tuple[str, ...]:
+    """Return the URLs of a comma-separated list, sorted as text.  Raises ValueError."""
+    return tuple(sorted(check_url(url) for url in text.split(",")))
+
+
+def url_address(url: str) -> Tuple[str, int]:
+    """Return (host, port) of a checked URL; the host of `http://:2379` is ""."""
+    parts = urlsplit(url)
+    port = parts.port
+    if port is None:
+        port = 443 if parts.scheme == "https" else 80
+    return parts.hostname or "", port
+
+
+# ============================================================================
+# 4. Wire codec
+# ----------------------------------------------------------------------------
+# Knows: sections 1-3.  etcd's protobuf messages, byte for byte: fields ascend,
+# a non-nullable field is written even when zero (etcd 2.3 raft/raftpb,
+# wal/walpb, snap/snappb, etcdserver/etcdserverpb).
+# ============================================================================
+
+
+class MsgType(IntEnum):
+    """raftpb.MessageType; HUP to CHECK_QUORUM without network meaning are local."""
+
+    HUP = 0
+    BEAT = 1
+    PROP = 2
+    APP = 3
+    APP_RESP = 4
+    VOTE = 5
+    VOTE_RESP = 6
+    SNAP = 7
+    HEARTBEAT = 8
+    HEARTBEAT_RESP = 9
+    UNREACHABLE = 10
+    SNAP_STATUS = 11
+    CHECK_QUORUM = 12
+    TRANSFER_LEADER = 13
+    TIMEOUT_NOW = 14
+    READ_INDEX = 15
+    READ_INDEX_RESP = 16
+    PRE_VOTE = 17
+    PRE_VOTE_RESP = 18
+
+
+LOCAL_MESSAGES = frozenset(
+    (MsgType.HUP, MsgType.BEAT, MsgType.UNREACHABLE, MsgType.SNAP_STATUS, MsgType.CHECK_QUORUM)
+)
+
+
+class EntryType(IntEnum):
+    """raftpb.EntryType."""
+
+    NORMAL = 0
+    CONF_CHANGE = 1
+    CONF_CHANGE_V2 = 2
+
+
+class ConfChangeType(IntEnum):
+    """raftpb.ConfChangeType."""
+
+    ADD_NODE = 0
+    REMOVE_NODE = 1
+    UPDATE_NODE = 2
+    ADD_LEARNER = 3
+
+
+class EntryID(NamedTuple):
+    """Where an entry stands: its term and its index."""
+
+    term: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+
+
+class HardState(NamedTuple):
+    """What a member must remember across a crash (Raft thesis fig. 3.1)."""
+
+    term: int = 0
+    vote: int = 0
+    commit: int = 0
+
+
+class Request(NamedTuple):
+    """etcdserverpb.Request, one command of the store.
+
+    expiration and time are unix nanoseconds (0: permanent); path begins with its namespace
+    (`/1/foo` is the user's `/foo`); prev_exist and refresh are None when not given.
+    """
+
+    id: int = 0
+    method: str = ""
+    path: str = ""
+    val: str = ""
+    dir: bool = False
+    prev_value: str = ""
+    prev_index: int = 0
+    prev_exist: Optional[bool] = None
+    expiration: int = 0
+    wait: bool = False
+    since: int = 0
+    recursive: bool = False
+    sorted: bool = False
+    quorum: bool = False
+    time: int = 0
+    stream: bool = False
+    refresh: Optional[bool] = None
+
+
+class ConfChange(NamedTuple):
+    """raftpb.ConfChange; context is the JSON of a member, or None."""
+
+    id: int = 0
+    type: int = ConfChangeType.ADD_NODE
+    node_id: int = 0
+    context: Optional[bytes] = None
+
+
+class Entry:
+    """One log entry.  `request` caches the decoded payload where the proposer knows it."""
+
+    __slots__ = ("type", "term", "index", "data", "request")
+
+    def __init__(
+        self, type: int = 0, term: int = 0, index: int = 0, data: bytes = b"",
+        request: Optional[Request] = None,
+    ) -> None:
+        self.type = type
+        self.term = term
+        self.index = index
+        self.data = data
+        self.request = request
+
+    @property
+    def id(self) -> EntryID:
+        """Where this entry stands."""
+        return EntryID(self.term, self.index)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Entry) and (self.type, self.term, self.index, self.data) == (
+            other.type, other.term, other.index, other.data
+        )
+
+    def __repr__(self) -> str:
+        return f"Entry({self.type}, {self.term}, {self.index}, {self.data!r})"
+
+
+class Snapshot(NamedTuple):
+    """raftpb.Snapshot: the store's JSON at (term, index) and the voters then, ascending."""
+
+    data: bytes = b""
+    voters: Tuple[int, ...] = ()
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index
+    term: int = 0
+
+
+class Message:
+    """raftpb.Message.  `sender` is protobuf's `from`; snapshot and context are None when unset."""
+
+    __slots__ = (
+        "type", "to", "sender", "term", "log_term", "index", "entries", "commit", "snapshot",
+        "reject", "reject_hint", "context",
+    )
+
+    def __init__(
+        self, type: int, *, to: int = 0, sender: int = 0, term: int = 0, log_term: int = 0,
+        index: int = 0, entries: Sequence[Entry] = (), commit: int = 0,
+        snapshot: Optional[Snapshot] = None, reject: bool = False, reject_hint: int = 0,
+        context: Optional[bytes] = None,
+    ) -> None:
+        self.type = type
+        self.to = to
+        self.sender = sender
+        self.term = term
+        self.log_term = log_term
+        self.index = index
+        self.entries = entries
+        self.commit = commit
+        self.snapshot = snapshot
+        self.reject = reject
+        self.reject_hint = reject_hint
+        self.context = context
+
+    def __repr__(self) -> str:
+        return (
+            f"Message({MsgType(self.type).name} {self.sender:x}->{self.to:x} term={self.term}"
+            f" log=({self.log_term},{self.index}) entries={len(self.entries)}"
+            f" commit={self.commit} reject={self.reject}:{self.reject_hint})"
+        )
+
+
+_BYTE = [bytes((value,)) for value in range(128)]
+Buffer = Union[bytes, bytearray, memoryview]
+
+
+def encode_varint(value: int) -> bytes:
+    """Return the protobuf varint of 0 <= value < 2**64, or of a negative int64."""
+    if 0 <= value < 128:
+        return _BYTE[value]
+    value &= UINT64_MAX
+    if value < 16384:
+        return bytes((value & 127 | 128, value >> 7))
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def decode_varint(data: Buffer, offset: int) -> Tuple[int, int]:
+    """Return (value, offset behind it).  Raises CodecError if cut or longer than 64 bits."""
+    value = shift = 0
+    try:
+        while True:
+            byte = data[offset]
+            offset += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value & UINT64_MAX, offset
+            shift += 7
+            if shift > 63:
+                raise CodecError("varint longer than 64 bits")
+    except IndexError:
+        raise CodecError("unexpected end inside a varint") from None
+
+
+def decode_fields(data: Buffer) -> Iterator[Tuple[int, int, Any]]:
+    """Yield (field number, wire type, value): int for varint and fixed, a slice for bytes.
+
+    Raises CodecError for anything that is not protobuf; unknown fields are yielded like known
+    ones and skipped by the callers.
+    """
+    offset, end = 0, len(data)
+    while offset < end:
+        tag = data[offset]
+        if tag < 128:
+            offset += 1
+        else:
+            tag, offset = decode_varint(data, offset)
+        wire_type = tag & 7
+        if wire_type == 0:
+            value, offset = decode_varint(data, offset)
+            yield tag >> 3, 0, value
+            continue
+        if wire_type == 2:
+            size, offset = decode_varint(data, offset)
+        elif wire_type in (1, 5):
+            size = 8 if wire_type == 1 else 4
+        else:
+            raise CodecError(f"unknown wire type {wire_type}")
+        if offset + size > end:
+            raise CodecError("unexpected end inside a field")
+        chunk = data[offset:offset + size]
+        offset += size
+        yield tag >> 3, wire_type, chunk if wire_type == 2 else int.from_bytes(chunk, "little")
+
+
+def _want(wire_type: int, expected: int, what: str) -> None:
+    if wire_type != expected:
+        raise CodecError(f"{what}: wire type {wire_type}, expected {expected}")
+
+
+def _decode_known(
+    data: Buffer, schema: Mapping[int, Tuple[str, int, Callable[[Any], Any]]], what: str
+) -> Dict[str, Any]:
+    """Decode the single-valued fields that `schema` names: number -> (name, wire type, convert)."""
+    values: Dict[str, Any] = {}
+    for number, wire_type, value in decode_fields(data):
+        known = schema.get(number)
+        if known is not None:
+            name, expected, convert = known
+            _want(wire_type, expected, what)
+            values[name] = convert(value)
+    return values
+
+
+def _bytes_field(tag: bytes, data: bytes) -> bytes:
+    return tag + encode_varint(len(data)) + data
+
+
+def encode_hard_state(state: HardState) -> bytes:
+    """raftpb.HardState."""
+    return b"\x08%b\x10%b\x18%b" % (
+        encode_varint(state.term), encode_varint(state.vote), encode_varint(state.commit)
+    )
+
+
+_HARD_STATE = {1: ("term", 0, int), 2: ("vote", 0, int), 3: ("commit", 0, int)}
+
+
+def decode_hard_state(data: Buffer) -> HardState:
+    """Inverse of encode_hard_state.  Raises CodecError."""
+    return HardState(**_decode_known(data, _HARD_STATE, "HardState"))
+
+
+def encode_entry(entry: Entry) -> bytes:
+    """raftpb.Entry; Data is left out when empty, as etcd 2.3 does."""
+    head = b"\x08%b\x10%b\x18%b" % (
+        encode_varint(entry.type), encode_varint(entry.term), encode_varint(entry.index)
+    )
+    if not entry.data:
+        return head
+    return b'%b"%b%b' % (head, encode_varint(len(entry.data)), entry.data)
+
+
+_ENTRY = {1: ("type", 0, int), 2: ("term", 0, int), 3: ("index", 0, int), 4: ("data", 2, bytes)}
+
+
+def decode_entry(data: Buffer) -> Entry:
+    """Inverse of encode_entry.  Raises CodecError."""
+    return Entry(**_decode_known(data, _ENTRY, "Entry"))
+
+
+def entry_size(entry: Entry) -> int:
+    """Bytes of encode_entry(entry), close enough for flow control (never less)."""
+    return len(entry.data) + 40
+
+
+def encode_conf_change(change: ConfChange) -> bytes:
+    """raftpb.ConfChange."""
+    head = b"\x08%b\x10%b\x18%b" % (
+        encode_varint(change.id), encode_varint(change.type), encode_varint(change.node_id)
+    )
+    return head if change.context is None else head + _bytes_field(b"\x22", change.context)
+
+
+_CONF_CHANGE = {
+    1: ("id", 0, int), 2: ("type", 0, int), 3: ("node_id", 0, int), 4: ("context", 2, bytes),
+}
+
+
+def decode_conf_change(data: Buffer) -> ConfChange:
+    """Inverse of encode_conf_change.  Raises CodecError."""
+    return ConfChange(**_decode_known(data, _CONF_CHANGE, "ConfChange"))
+
+
+def encode_snapshot(snapshot: Optional[Snapshot]) -> bytes:
+    """raftpb.Snapshot; None is the empty one that every Message carries."""
+    if snapshot is None:
+        return _EMPTY_SNAPSHOT
+    voters = b"".join(b"\x08" + encode_varint(voter) for voter in snapshot.voters)
+    metadata = b"%b\x10%b\x18%b" % (
+        _bytes_field(b"\x0a", voters), encode_varint(snapshot.index), encode_varint(snapshot.term)
+    )
+    data = _bytes_field(b"\x0a", snapshot.data) if snapshot.data else b""
+    return data + _bytes_field(b"\x12", metadata)
+
+
+_EMPTY_SNAPSHOT = b"\x12\x06\x0a\x00\x10\x00\x18\x00"
+
+
+def decode_snapshot(data: Buffer) -> Snapshot:
+    """Inverse of encode_snapshot; the fields that etcd 3.x adds are skipped.  Raises CodecError."""
+    values: Dict[str, Any] = {}
+    for number, wire_type, value in decode_fields(data):
+        if number == 1:
+            _want(wire_type, 2, "Snapshot")
+            values["data"] = bytes(value)
+        elif number == 2:
+            _want(wire_type, 2, "Snapshot")
+            values.update(_decode_known(value, _SNAPSHOT_METADATA, "SnapshotMetadata"))
+    return Snapshot(**values)
+
+
+def _decode_voters(data: Buffer) -> Tuple[int, ...]:
+    """The voters of a ConfState: field 1, unpacked, or packed by other writers."""
+    voters: List[int] = []
+    for number, wire_type, value in decode_fields(data):
+        if number == 1 and wire_type == 0:
+            voters.append(value)
+        elif number == 1:
+            _want(wire_type, 2, "ConfState")
+            offset = 0
+            while offset < len(value):
+                voter, offset = decode_varint(value, offset)
+                voters.append(voter)
+    return tuple(voters)
+
+
+_SNAPSHOT_METADATA: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
+    1: ("voters", 2, _decode_voters), 2: ("index", 0, int), 3: ("term", 0, int),
+}
+
+
+def encode_message(message: Message) -> bytes:
+    """raftpb.Message; the snapshot is written even when empty."""
+    parts = [
+        b"\x08%b\x10%b\x18%b\x20%b\x28%b\x30%b" % (
+            encode_varint(message.type), encode_varint(message.to),
+            encode_varint(message.sender), encode_varint(message.term),
+            encode_varint(message.log_term), encode_varint(message.index),
+        )
+    ]
+    parts += [_bytes_field(b"\x3a", encode_entry(entry)) for entry in message.entries]
+    parts.append(b"\x40" + encode_varint(message.commit))
+    parts.append(_bytes_field(b"\x4a", encode_snapshot(message.snapshot)))
+    parts.append(b"\x50%b\x58%b" % (_BYTE[message.reject], encode_varint(message.reject_hint)))
+    if message.context is not None:
+        parts.append(_bytes_field(b"\x62", message.context))
+    return b"".join(parts)
+
+
+def _snapshot_or_none(data: Buffer) -> Optional[Snapshot]:
+    snapshot = decode_snapshot(data)
+    return snapshot if snapshot.index else None
+
+
+_MESSAGE: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
+    1: ("type", 0, int), 2: ("to", 0, int), 3: ("sender", 0, int), 4: ("term", 0, int),
+    5: ("log_term", 0, int), 6: ("index", 0, int), 8: ("commit", 0, int),
+    9: ("snapshot", 2, _snapshot_or_none), 10: ("reject", 0, bool), 11: ("reject_hint", 0, int),
+    12: ("context", 2, bytes),
+}
+
+
+def decode_message(data: Buffer) -> Message:
+    """Inverse of encode_message.  Raises CodecError, also for a type no etcd knows."""
+    entries: List[Entry] = []
+    values: Dict[str, Any] = {"type": 0}
+    for number, wire_type, value in decode_fields(data):
+        if number == 7:
+            _want(wire_type, 2, "Message")
+            entries.append(decode_entry(value))
+            continue
+        known = _MESSAGE.get(number)
+        if known is not None:
+            name, expected, convert = known
+            _want(wire_type, expected, "Message")
+            values[name] = convert(value)
+    if values["type"] > MsgType.PRE_VOTE_RESP:
+        raise CodecError(f"unknown message type {values['type']}")
+    return Message(entries=entries, **values)
+
+
+def encode_request(request: Request) -> bytes:
+    """etcdserverpb.Request: all fields always, PrevExist and Refresh only when given."""
+    prev_exist, refresh = request.prev_exist, request.refresh
+    return b"".join((
+        b"\x08", encode_varint(request.id),
+        _bytes_field(b"\x12", request.method.encode()),
+        _bytes_field(b"\x1a", utf8(request.path)),
+        _bytes_field(b"\x22", utf8(request.val)),
+        b"\x28", _BYTE[request.dir],
+        _bytes_field(b"\x32", utf8(request.prev_value)),
+        b"\x38", encode_varint(request.prev_index),
+        b"" if prev_exist is None else b"\x40" + _BYTE[prev_exist],
+        b"\x48", encode_varint(request.expiration),
+        b"\x50", _BYTE[request.wait],
+        b"\x58", encode_varint(request.since),
+        b"\x60", _BYTE[request.recursive],
+        b"\x68", _BYTE[request.sorted],
+        b"\x70", _BYTE[request.quorum],
+        b"\x78", encode_varint(request.time),
+        b"\x80\x01", _BYTE[request.stream],
+        b"" if refresh is None else b"\x88\x01" + _BYTE[refresh],
+    ))
+
+
+def wrap_int64(value: int) -> int:
+    """Return `value` as 64-bit signed arithmetic leaves it: wrapped around."""
+    return (value + (1 << 63) & UINT64_MAX) - (1 << 63)
+
+
+def _text(value: Buffer) -> str:
+    return text_of(bytes(value))
+
+
+_REQUEST: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
+    1: ("id", 0, int), 2: ("method", 2, _text), 3: ("path", 2, _text), 4: ("val", 2, _text),
+    5: ("dir", 0, bool), 6: ("prev_value", 2, _text), 7: ("prev_index", 0, int),
+    8: ("prev_exist", 0, bool), 9: ("expiration", 0, wrap_int64), 10: ("wait", 0, bool),
+    11: ("since", 0, int), 12: ("recursive", 0, bool), 13: ("sorted", 0, bool),
+    14: ("quorum", 0, bool), 15: ("time", 0, wrap_int64), 16: ("stream", 0, bool),
+    17: ("refresh", 0, bool),
+}
+
+
+def decode_request(data: Buffer) -> Optional[Request]:
+    """Return the command in a normal entry's data, or None if it is an operation of etcd 3's API.
+
+    A v2 command is a bare Request, or one nested in field 2 of InternalRaftRequest; only a bare
+    Request has an upper-case method name there.  Raises CodecError.
+    """
+    nested = next((value for number, _, value in decode_fields(data) if number == 2), None)
+    if nested is None:
+        return None
+    if isinstance(nested, int):
+        raise CodecError("Request: method is not a string")
+    if bytes(nested[:1]) == b"\x08":
+        data = nested
+    return Request(**_decode_known(data, _REQUEST, "Request"))
+
+
+def encode_metadata(member_id: int, cluster_id: int) -> bytes:
+    """etcdserverpb.Metadata, the identity in every WAL file."""
+    return b"\x08%b\x10%b" % (encode_varint(member_id), encode_varint(cluster_id))
+
+
+def decode_metadata(data: Buffer) -> Tuple[int, int]:
+    """Return (member_id, cluster_id).  Raises CodecError."""
+    schema = {1: ("member_id", 0, int), 2: ("cluster_id", 0, int)}
+    values = _decode_known(data, schema, "Metadata")
+    return values.get("member_id", 0), values.get("cluster_id", 0)
+
+
+# ============================================================================
+# 5. Progress and quorum -- what a member knows of its peers, and has to tell them
+# ----------------------------------------------------------------------------
+# Knows: section 4.  Must not know: the log's content, time, sockets.
+# ============================================================================
+
+
+class ProgressState(IntEnum):
+    """How a leader sends to one follower (Raft thesis §10.2.1, etcd raft/progress.go)."""
+
+    PROBE = 0           # the match is unknown: one MsgApp, then wait for an answer or a heartbeat
+    REPLICATE = 1       # the match is known: send ahead, up to the in-flight window
+    SNAPSHOT = 2        # a snapshot is under way: send nothing
+
+
+class Inflights:
+    """The unanswered MsgApp of one follower: the last entry index of each, ascending."""
+
+    __slots__ = ("_indexes", "_limit")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._indexes: Deque[int] = collections.deque()
+
+    @property
+    def full(self) -> bool:
+        """True if no further message may be sent."""
+        return len(self._indexes) >= self._limit
+
+    def add(self, index: int) -> None:
+        """Note a sent message that ends at `index`.  Raises InvariantError if full."""
+        if self.full:
+            raise InvariantError("cannot add a message to a full in-flight window")
+        self._indexes.append(index)
+
+    def free_to(self, index: int) -> None:
+        """Forget the messages that end at or before `index`."""
+        indexes = self._indexes
+        while indexes and indexes[0] <= index:
+            indexes.popleft()
+
+    def free_first(self) -> None:
+        """Forget the oldest message, if any."""
+        if self._indexes:
+            self._indexes.popleft()
+
+    def reset(self) -> None:
+        """Forget all."""
+        self._indexes.clear()
+
+    def __len__(self) -> int:
+        return len(self._indexes)
+
+
+class Progress:
+    """A leader's view of one member, itself included.
+
+    match_index < next_index holds always: everything up to match_index is durable there, and
+    next_index is the first entry of the next MsgApp.
+    """
+
+    __slots__ = (
+        "due", "inflights", "match_index", "next_index", "paused", "pending_snapshot",
+        "recent_active", "state",
+    )
+
+    def __init__(self, next_index: int, window: int, *, match_index: int = 0) -> None:
+        self.match_index = match_index
+        self.next_index = next_index
+        self.state = ProgressState.PROBE
+        self.paused = False             # PROBE only: a probe is unanswered
+        self.pending_snapshot = 0       # SNAPSHOT only: index of the snapshot under way
+        self.recent_active = False      # answered since the last report_unreachable
+        self.due = False                # gets a MsgApp, maybe an empty one, at the next ready()
+        self.inflights = Inflights(window)
+
+    @property
+    def is_paused(self) -> bool:
+        """True if no MsgApp may be sent now."""
+        if self.state == ProgressState.REPLICATE:
+            return self.inflights.full
+        return self.paused or self.state == ProgressState.SNAPSHOT
+
+    def become_probe(self) -> None:
+        """Ask where the logs match; after a snapshot, assume that it arrived."""
+        self.next_index = max(self.match_index, self.pending_snapshot) + 1
+        self._enter(ProgressState.PROBE)
+
+    def become_replicate(self) -> None:
+        """Send ahead, beginning behind the match."""
+        self._enter(ProgressState.REPLICATE)
+        self.next_index = self.match_index + 1
+
+    def become_snapshot(self, index: int) -> None:
+        """Wait until the snapshot at `index` has arrived or failed."""
+        self._enter(ProgressState.SNAPSHOT)
+        self.pending_snapshot = index
+
+    def _enter(self, state: ProgressState) -> None:
+        self.state = state
+        self.paused = False
+        self.pending_snapshot = 0
+        self.inflights.reset()
+
+    def sent(self, last: int) -> None:
+        """Note a MsgApp whose last entry is `last`."""
+        if self.state == ProgressState.REPLICATE:
+            self.next_index = last + 1
+            self.inflights.add(last)
+        else:
+            self.paused = True
+
+    def maybe_update(self, index: int) -> bool:
+        """Note that the member holds everything up to `index`; False if that is no news."""
+        if self.next_index <= index:
+            self.next_index = index + 1
+        if index <= self.match_index:
+            return False
+        self.match_index = index
+        self.paused = False
+        return True
+
+    def acknowledge(self, index: int) -> bool:
+        """Handle a positive answer: update, and move on to REPLICATE; False if it is no news."""
+        if not self.maybe_update(index):
+            return False
+        if self.state == ProgressState.REPLICATE:
+            self.inflights.free_to(index)
+        elif self.match_index >= self.pending_snapshot:
+            self.become_replicate()
+        return True
+
+    def maybe_decrease(self, rejected: int, hint: int) -> bool:
+        """Step back after a rejection; False if the rejection is stale.
+
+        rejected  index of the entry that did not match (that MsgApp's previous index)
+        hint      last index of the follower's log
+        """
+        if self.state == ProgressState.REPLICATE:
+            if rejected <= self.match_index:
+                return False
+            self.become_probe()
+            return True
+        if self.state == ProgressState.SNAPSHOT or rejected != self.next_index - 1:
+            return False
+        self.next_index = max(self.match_index + 1, min(rejected, hint + 1))
+        self.paused = False
+        return True
+
+    def snapshot_failed(self) -> None:
+        """The snapshot under way did not arrive: probe again behind the match."""
+        self.pending_snapshot = 0
+        self.become_probe()
+
+    def __repr__(self) -> str:
+        return (
+            f"Progress({self.state.name} match={self.match_index} next={self.next_index}"
+            f" paused={self.is_paused} inflight={len(self.inflights)})"
+        )
+
+
+def quorum_size(voters: int) -> int:
+    """Return how many of `voters` members are a majority."""
+    return voters // 2 + 1
+
+
+def quorum_index(match_indexes: Iterable[int]) -> int:
+    """Return the highest index that a majority has reached; 0 without members."""
+    ascending = sorted(match_indexes)
+    return ascending[(len(ascending) - 1) // 2] if ascending else 0
+
+
+_ENTRY_OVERHEAD = 40            # entry_size() of an entry without data
+
+
+class Mailbox:
+    """The messages of one member until ready() takes them.
+
+    Promises (votes, answers to MsgApp) are held: they may leave only when the disk has what
+    they promise.  Everything else may leave at once.
+    """
+
+    def __init__(self, id: int, forward_bytes_max: int) -> None:
+        self.id = id
+        self.term = 0                               # stamped on what is sent; kept by Raft
+        self._forward_bytes_max = forward_bytes_max
+        self._messages: List[Message] = []
+        self._held: List[Message] = []
+        self._ack: Optional[Message] = None         # the one positive answer to a MsgApp
+        self._forward_to = 0                        # addressee of the MsgProp that may grow
+        self._forward: List[Entry] = []
+        self._forward_bytes = 0
+
+    def _message(self, kind: MsgType, to: int, fields: Dict[str, Any]) -> Message:
+        fields.setdefault("term", self.term)
+        return Message(kind, to=to, sender=self.id, **fields)
+
+    def send(self, kind: MsgType, to: int, **fields: Any) -> None:
+        """Send a message that promises nothing."""
+        self._messages.append(self._message(kind, to, fields))
+
+    def hold(self, kind: MsgType, to: int, **fields: Any) -> None:
+        """Send a message when everything that is known now is durable."""
+        self._held.append(self._message(kind, to, fields))
+
+    def hold_ack(self, to: int, index: int) -> None:
+        """Answer that everything up to `index` is here; one such answer stands for all before.
+
+        Of two answers to one leader the higher holds: within its term our log only grows.  An
+        answer to an earlier leader is dropped, as its entries may be gone by now.
+        """
+        ack = self._ack
+        if ack is None or ack.to != to or ack.term != self.term or ack.index < index:
+            self._ack = self._message(MsgType.APP_RESP, to, {"index": index})
+
+    def forward(self, to: int, entries: Sequence[Entry]) -> None:
+        """Pass proposals to the leader; those of one turn share a MsgProp, up to a size."""
+        size = sum([len(entry.data) + _ENTRY_OVERHEAD for entry in entries])
+        if self._forward_to != to or self._forward_bytes + size > self._forward_bytes_max:
+            self._forward, self._forward_bytes, self._forward_to = [], 0, to
+            self.send(MsgType.PROP, to, term=0, entries=self._forward)
+        self._forward.extend(entries)
+        self._forward_bytes += size
+
+    @property
+    def is_empty(self) -> bool:
+        """True if take() would return nothing."""
+        return not (self._messages or self._held or self._ack)
+
+    def take(self) -> Tuple[List[Message], List[Message]]:
+        """Return (messages, held ones) since the last call."""
+        messages, held = self._messages, self._held
+        self._messages, self._held = [], []
+        self._forward_to = 0
+        if self._ack is not None:
+            held.append(self._ack)
+            self._ack = None
+        return messages, held
+
+
+# ============================================================================
+# 6. Raft log -- what is stable, what is not, what is committed
+# ----------------------------------------------------------------------------
+# Knows: sections 1-5.  Must not know: sockets, files, threads, clocks, etcd.
+# ============================================================================
+
+
+class Mark(NamedTuple):
+    """How far the log was handed out by one Ready.  Opaque to the server."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index
+    generation: int
+
+
+_NOWHERE = EntryID(0, 0)
+
+
+class RaftLog:
+    """The entries behind a snapshot point, and four indexes into them.
+
+        offset <= applied <= commit <= last_index        (applied < offset: a snapshot waits)
+        stable <= handed <= last_index
+
+    offset    index of the snapshot point; its entry is gone, its term is known
+    applied   the state machine has it;  commit: a quorum has it
+    handed    given to the disk by Ready;  stable: known to be durable
+    generation  grows whenever entries that were handed out are replaced: marks of an earlier
+                generation say nothing about the entries that stand there now
+
+    Entries are never changed once appended, only replaced.  Source: etcd raft/log.go.
+    """
+
+    def __init__(
+        self, offset: EntryID = _NOWHERE, entries: Sequence[Entry] = (), *,
+        commit: int = 0, applied: int = 0,
+    ) -> None:
+        """All of `entries` is durable.  Raises InvariantError if the indexes do not fit."""
+        self.offset = self.commit = self.stable = self._handed = offset.index
+        self._offset_term = offset.term
+        self._entries: List[Entry] = []
+        self.generation = 0
+        self.pending_snapshot: Optional[Snapshot] = None    # came in, not yet handed out
+        if entries:
+            self.append(entries)
+        self.stable = self._handed = self.last_index
+        # A snapshot is committed by nature, though a crash may have kept its HardState off disk.
+        self.commit = max(commit, self.offset)
+        self.applied = max(applied, self.offset)
+        if not self.applied <= self.commit <= self.last_index:
+            raise InvariantError(
+                f"applied {self.applied}, commit {self.commit} and last index {self.last_index}"
+                " must ascend: the log has lost entries"
+            )
+
+    @property
+    def first_index(self) -> int:
+        """Index of the first entry held, or of the next one if there is none."""
+        return self.offset + 1
+
+    @property
+    def last_index(self) -> int:
+        """Index of the last entry, or of the snapshot point."""
+        return self.offset + len(self._entries)
+
+    @property
+    def last_id(self) -> EntryID:
+        """Where the log ends."""
+        last = self._entries[-1].term if self._entries else self._offset_term
+        return EntryID(last, self.last_index)
+
+    def term(self, index: int) -> int:
+        """Return the term of the entry at `index`, 0 above the last.
+
+        Raises Compacted below the snapshot point.
+        """
+        position = index - self.offset
+        if position > len(self._entries):
+            return 0
+        if position > 0:
+            return self._entries[position - 1].term
+        if position < 0:
+            raise Compacted(f"entry {index} lies before the snapshot point {self.offset}")
+        return self._offset_term
+
+    def match_term(self, entry_id: EntryID) -> bool:
+        """Tell whether our log holds that entry; unknown above the last and when compacted."""
+        position = entry_id.index - self.offset
+        return 0 <= position <= len(self._entries) and self.term(entry_id.index) == entry_id.term
+
+    def is_up_to_date(self, last_id: EntryID) -> bool:
+        """Tell whether a log that ends at `last_id` is at least as complete as ours (§5.4.1)."""
+        return last_id >= self.last_id
+
+    def slice(self, low: int, high: int, max_bytes: Optional[int] = None) -> List[Entry]:
+        """Return the entries low <= index < high, cut to `max_bytes` but at least one.
+
+        Raises Compacted if `low` is before the first entry, Unavailable if `high` passes the end.
+        """
+        if low <= self.offset:
+            raise Compacted(f"entry {low} lies before the first index {self.first_index}")
+        if high > self.last_index + 1:
+            raise Unavailable(f"entry {high - 1} lies after the last index {self.last_index}")
+        start, end = low - self.offset - 1, high - self.offset - 1
+        if max_bytes is None:
+            return self._entries[start:end]
+        entries = self._entries[start:min(end, start + max_bytes // _ENTRY_OVERHEAD + 1)]
+        size = 0
+        for count, entry in enumerate(entries):
+            size += len(entry.data) + _ENTRY_OVERHEAD
+            if size > max_bytes and count:
+                return entries[:count]
+        return entries
+
+    def data_bytes(self, low: int, high: int) -> int:
+        """Return the bytes of data in the entries low <= index < high."""
+        return sum([len(entry.data) for entry in self.slice(low, high)])
+
+    def conf_changes(self, high: int) -> List[int]:
+        """Return the indexes of the conf changes that are not applied and lie below `high`."""
+        low = max(self.applied, self.offset) + 1
+        return [entry.index for entry in self.slice(low, max(low, high)) if entry.type]
+
+    def maybe_append(
+        self, previous: EntryID, commit: int, entries: Sequence[Entry]
+    ) -> Optional[int]:
+        """Append behind `previous` if our log holds it; return the last new index, or None.
+
+        Entries that conflict (same index, other term) and all after them are replaced; entries
+        already present are kept, so a delayed duplicate cannot shorten the log.
+
+        commit   leader's commit index; ours becomes min(commit, last new index)
+        entries  contiguous, ascending from previous.index + 1; may be empty
+
+        Raises InvariantError if a conflict lies at or below our commit index.
+        Source: Raft thesis fig. 3.1 (AppendEntries receiver, rules 2-5).
+        """
+        if not self.match_term(previous):
+            return None
+        known = 0
+        if previous.index < self.last_index:
+            for entry in entries:
+                if self.term(entry.index) != entry.term:
+                    break
+                known += 1
+        if known < len(entries):
+            self.append(entries[known:] if known else entries)
+        last_new = previous.index + len(entries)
+        if commit > self.commit:
+            self.commit_to(max(self.commit, min(commit, last_new)))
+        return last_new
+
+    def append(self, entries: Sequence[Entry]) -> None:
+        """Put `entries` (at least one) at their indexes; what stood there and behind is dropped.
+
+        Raises InvariantError for a gap and for a change at or below the commit index.
+        """
+        first = entries[0].index
+        if first > self.last_index + 1:
+            raise InvariantError(f"entry {first} would leave a gap after {self.last_index}")
+        if first <= self.last_index:
+            self._truncate(first)
+        self._entries.extend(entries)
+
+    def _truncate(self, first: int) -> None:
+        if first <= self.commit:
+            raise InvariantError(f"entry {first} conflicts with committed entry {self.commit}")
+        del self._entries[first - self.offset - 1:]
+        if first <= self._handed:
+            self._handed = first - 1
+            self.stable = min(self.stable, first - 1)
+            self.generation += 1
+
+    def commit_to(self, index: int) -> None:
+        """Move the commit index.  Raises InvariantError for a step back or past the end."""
+        if index < self.commit:
+            raise InvariantError(f"commit cannot go back from {self.commit} to {index}")
+        if index > self.last_index:
+            raise InvariantError(
+                f"commit {index} is out of range [last index {self.last_index}]:"
+                " was the log corrupted, truncated, or lost?"
+            )
+        self.commit = index
+
+    def applied_to(self, index: int) -> None:
+        """Note that the state machine has everything up to `index`."""
+        if not self.applied <= index <= self.commit:
+            raise InvariantError(
+                f"applied {index} is out of range [{self.applied}, commit {self.commit}]"
+            )
+        self.applied = index
+
+    def committed(self, max_entries: int) -> List[Entry]:
+        """Return entries that are committed and durable and not applied, the oldest first."""
+        if self.applied < self.offset:
+            return []               # the state machine must take the snapshot first
+        high = min(self.commit, self.stable, self.applied + max_entries)
+        return self.slice(self.applied + 1, high + 1) if high > self.applied else []
+
+    def compact(self, index: int) -> None:
+        """Move the snapshot point to `index`; nothing happens if it is there or further.
+
+        Raises InvariantError if that entry is not applied and durable.
+        """
+        if index <= self.offset:
+            return
+        if index > min(self.applied, self.stable):
+            raise InvariantError(f"cannot compact to {index}: applied {self.applied}")
+        self._offset_term = self.term(index)
+        del self._entries[:index - self.offset]
+        self.offset = index
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Replace the whole log by a snapshot that came in.  It is handed out, then durable."""
+        if snapshot.index <= self.commit:
+            raise InvariantError(f"snapshot {snapshot.index} is behind commit {self.commit}")
+        self.offset = self.commit = self._handed = snapshot.index
+        self._offset_term = snapshot.term
+        self._entries = []
+        self.stable = 0
+        self.generation += 1
+        self.pending_snapshot = snapshot
+
+    @property
+    def has_unhanded(self) -> bool:
+        """True if hand_out() would return something."""
+        return self._handed < self.last_index or self.pending_snapshot is not None
+
+    def hand_out(self) -> Tuple[Optional[Snapshot], List[Entry], Mark]:
+        """Return what the disk has not been given yet, and the mark that stands for it."""
+        snapshot, self.pending_snapshot = self.pending_snapshot, None
+        entries = self._entries[self._handed - self.offset:]
+        self._handed = self.last_index
+        return snapshot, entries, Mark(self._handed, self.generation)
+
+    def stable_to(self, mark: Mark) -> bool:
+        """Note that everything handed out up to `mark` is durable; False if that is no news."""
+        if mark.generation != self.generation or mark.index <= self.stable:
+            return False
+        self.stable = mark.index
+        return True
+
+
+# ============================================================================
+# 7. Raft core -- elections, replication, commitment
+# ----------------------------------------------------------------------------
+# Knows: sections 4-6.  Must not know: time, random, sockets, files, threads,
+# logging, etcd's requests.  Messages and ticks go in, Ready comes out.
+# Sources: Ongaro's thesis (fig. 3.1, chapters 3, 4, 6.4.1, 9.6, 10.2) and
+# etcd 2.3 raft/raft.go, whose wire behaviour this is; rules of 3.x are named.
+# ============================================================================
+
+CAMPAIGN_TRANSFER = b"CampaignTransfer"     # context of a MsgVote that a leader asked for (3.x)
+
+
+class RaftRole(IntEnum):
+    """What a member is at its term.  PRE_CANDIDATE is reserved."""
+
+    FOLLOWER = 0
+    CANDIDATE = 1
+    LEADER = 2
+    PRE_CANDIDATE = 3
+
+
+class RaftConfig(NamedTuple):
+    """What a Raft needs from outside.
+
+    rng    anything with randrange(n), e.g. a seeded random.Random
+    trace  receives the lines that etcd's raft package logs at info level
+    """
+
+    id: int
+    rng: Any
+    trace: Callable[[str], None]
+    election_ticks: int = 10
+    heartbeat_ticks: int = 1
+    max_entries_bytes: int = ENTRIES_BYTES_MAX
+    max_inflight: int = INFLIGHT_MSGAPP_MAX
+    max_uncommitted_bytes: int = UNCOMMITTED_BYTES_MAX
+
+
+class Status(NamedTuple):
+    """A copy of what a member knows.  progress: id -> (match, next, state name), leader only."""
+
+    id: int
+    term: int
+    vote: int
+    commit: int
+    applied: int
+    role: RaftRole
+    lead: int
+    progress: Dict[int, Tuple[int, int, str]]
+
+
+class Replication:
+    """The sending side of a leader.  On other members only the ids in `progress` mean anything.
+
+    Nothing is sent when it becomes due: send_due() sends one MsgApp per follower and ready(),
+    with everything proposed since, so the work per proposal does not grow with the cluster.
+    """
+
+    def __init__(self, config: RaftConfig, log: RaftLog, mail: Mailbox) -> None:
+        self.progress: Dict[int, Progress] = {}     # the voters, ascending by id
+        self.snapshot_source: Callable[[], Optional[Snapshot]] = _no_snapshot
+        self._id = config.id
+        self._max_bytes = config.max_entries_bytes
+        self._window = config.max_inflight
+        self._log = log
+        self._mail = mail
+        self._append_due = False                    # some progress is due
+        self._broadcast_due = False                 # every progress is due
+
+    def set_voters(self, voters: Iterable[int]) -> None:
+        """Keep what is known of the voters, begin anew with new ones, forget the others."""
+        known, following = self.progress, self._log.last_index + 1
+        self.progress = {
+            voter: known.get(voter) or Progress(following, self._window)
+            for voter in sorted(set(voters))
+        }
+
+    def reset(self) -> None:
+        """Forget everything but the ids: a new term begins."""
+        self._append_due = self._broadcast_due = False
+        following = self._log.last_index + 1
+        self.progress = {voter: Progress(following, self._window) for voter in self.progress}
+
+    @property
+    def quorum_index(self) -> int:
+        """The highest index that is durable on a majority."""
+        return quorum_index([progress.match_index for progress in self.progress.values()])
+
+    @property
+    def is_due(self) -> bool:
+        """True if send_due() may send something."""
+        return self._append_due or self._broadcast_due
+
+    def owe(self, progress: Progress) -> None:
+        """Let one follower have a MsgApp, an empty one if need be."""
+        progress.due = self._append_due = True
+
+    def owe_all(self) -> None:
+        """Let every follower have a MsgApp: there are new entries, or a new commit index."""
+        self._broadcast_due = True
+
+    def send_due(self) -> None:
+        """Send a MsgApp, or a MsgSnap, to every follower that is due and not paused."""
+        everyone = self._broadcast_due
+        self._append_due = self._broadcast_due = False
+        batches: Dict[int, List[Entry]] = {}        # next index -> entries, shared by the peers
+        for peer, progress in self.progress.items():
+            if (everyone or progress.due) and peer != self._id:
+                progress.due = False
+                if not progress.is_paused:
+                    self._send_append(peer, progress, batches)
+
+    def _send_append(
+        self, peer: int, progress: Progress, batches: Dict[int, List[Entry]]
+    ) -> None:
+        log, following = self._log, progress.next_index
+        if following <= log.offset:
+            self._send_snapshot(peer, progress)
+            return
+        entries = batches.get(following)
+        if entries is None:
+            entries = log.slice(following, log.last_index + 1, self._max_bytes)
+            batches[following] = entries
+        self._mail.send(
+            MsgType.APP, peer, index=following - 1, log_term=log.term(following - 1),
+            entries=entries, commit=log.commit,
+        )
+        if entries:
+            progress.sent(entries[-1].index)
+
+    def _send_snapshot(self, peer: int, progress: Progress) -> None:
+        """Its next entries are compacted: send the state, if the peer answers and we have one."""
+        if not progress.recent_active:
+            return
+        snapshot = self.snapshot_source()
+        if snapshot is None or snapshot.index < self._log.offset:
+            return                                  # tried again at its next heartbeat answer
+        self._mail.send(MsgType.SNAP, peer, snapshot=snapshot)
+        progress.become_snapshot(snapshot.index)
+
+    def send_heartbeats(self) -> None:
+        """Keep every follower from campaigning, and let paused probes go on."""
+        for peer, progress in self.progress.items():
+            if peer != self._id:
+                # Not beyond its match: it may not hold those entries, or other ones there.
+                commit = min(progress.match_index, self._log.commit)
+                self._mail.send(MsgType.HEARTBEAT, peer, commit=commit)
+                progress.paused = False
+
+    def handle_reject(self, message: Message) -> None:
+        """The entry before our MsgApp did not match: go back and try again."""
+        progress = self.progress[message.sender]
+        progress.recent_active = True
+        if progress.maybe_decrease(message.index, message.reject_hint):
+            self.owe(progress)
+
+    def handle_ack(self, message: Message) -> bool:
+        """A follower has everything up to message.index; False if that is no news."""
+        progress, last = self.progress[message.sender], self._log.last_index
+        progress.recent_active = True
+        was_paused = progress.is_paused
+        if message.index > last or not progress.acknowledge(message.index):
+            return False                            # nobody can hold more than its leader
+        if was_paused or progress.next_index <= last:
+            self.owe(progress)
+        return True
+
+    def handle_heartbeat_resp(self, message: Message) -> None:
+        """A follower lives: if it may lack something, send."""
+        progress = self.progress[message.sender]
+        progress.recent_active = True
+        if progress.state == ProgressState.REPLICATE and progress.inflights.full:
+            progress.inflights.free_first()         # its answers may be lost: go on carefully
+        if progress.match_index < self._log.last_index:
+            # An empty MsgApp is wanted, too: if entries were lost, it will be rejected.
+            self.owe(progress)
+
+    def unreachable(self, peer: int) -> None:
+        """A message to `peer` was lost: stop sending ahead."""
+        progress = self.progress.get(peer)
+        if progress is None:
+            return
+        progress.recent_active = False
+        if progress.state == ProgressState.REPLICATE:
+            progress.become_probe()
+
+    def snapshot_done(self, peer: int, *, ok: bool) -> None:
+        """The snapshot to `peer` left this member completely, or did not."""
+        progress = self.progress.get(peer)
+        if progress is None or progress.state != ProgressState.SNAPSHOT:
+            return
+        if ok:
+            progress.become_probe()
+        else:
+            progress.snapshot_failed()
+        progress.paused = True                      # let it digest until the next heartbeat
+
+
+def _no_snapshot() -> Optional[Snapshot]:
+    return None
+
+
+class Raft:
+    """One member's protocol state.  Ids are 64-bit ints, 0 is nobody.
+
+    Nothing leaves at once: messages gather in `mail` until RawNode.ready() takes them.
+    """
+
+    def __init__(self, config: RaftConfig, log: RaftLog, term: int, vote: int,
+                 voters: Sequence[int]) -> None:
+        self.config = config
+        self.id = config.id
+        self.log = log
+        self.term = term
+        self.vote = vote
+        self.lead = 0
+        self.role = RaftRole.FOLLOWER
+        self.removed = False                        # own removal was applied: never propose again
+        self.votes: Dict[int, bool] = {}            # answers to the running candidacy
+        self.election_elapsed = 0                   # ticks since the leader was heard; leader: 0
+        self.heartbeat_elapsed = 0
+        self.election_timeout = 0                   # redrawn at every reset
+        self.transferee = 0                         # leader: who shall take over
+        self.transfer_elapsed = 0
+        self.pending_conf_index = 0                 # leader: last conf change in the log
+        self.applied_conf_index = 0                 # last conf change that was applied
+        self.uncommitted_bytes = 0                  # leader: data behind the commit index
+        self.mail = Mailbox(config.id, config.max_entries_bytes)
+        self.replication = Replication(config, log, self.mail)
+        self._handlers = _FOLLOWER
+        self.replication.set_voters(voters)
+        self.become_follower(term, 0)
+
+    # -- membership ----------------------------------------------------------
+
+    @property
+    def progress(self) -> Dict[int, Progress]:
+        """The voters, ascending by id; what it says of them is current on a leader only."""
+        return self.replication.progress
+
+    @property
+    def voters(self) -> Tuple[int, ...]:
+        """Ids of the voting members, ascending."""
+        return tuple(self.progress)
+
+    @property
+    def quorum(self) -> int:
+        """How many votes elect a leader."""
+        return quorum_size(len(self.progress))
+
+    def apply_conf_change(self, change: ConfChange) -> None:
+        """Let a committed change of the members count; node_id 0 only ends its pending time.
+
+        Differs from etcd 3.4: learners are not tracked, so a leader sends them nothing.
+        """
+        pending = self.log.conf_changes(self.log.commit + 1)
+        unapplied = [index for index in pending if index > self.applied_conf_index]
+        if unapplied:
+            self.applied_conf_index = unapplied[0]
+        if change.node_id and change.type == ConfChangeType.ADD_NODE:
+            self._add_voter(change.node_id)
+        elif change.node_id and change.type == ConfChangeType.REMOVE_NODE:
+            self._remove_voter(change.node_id)
+
+    def _add_voter(self, member: int) -> None:
+        if member == self.id:
+            self.removed = False
+        if member not in self.progress:
+            self.replication.set_voters((*self.progress, member))
+            self.replication.owe(self.progress[member])
+
+    def _remove_voter(self, member: int) -> None:
+        if member == self.id:
+            self.removed = True
+        if self.progress.pop(member, None) is None or self.role is not RaftRole.LEADER:
+            return
+        if self.transferee == member:
+            self.transferee = 0
+        self._maybe_commit()            # a smaller quorum may have been reached already
+
+    @property
+    def _is_conf_change_pending(self) -> bool:
+        return self.pending_conf_index > max(self.applied_conf_index, self.log.applied)
+
+    # -- roles ---------------------------------------------------------------
+
+    def _reset(self, term: int) -> None:
+        if term != self.term:
+            self.term = term
+            self.vote = 0
+        self.lead = 0
+        self.votes = {}
+        self.election_elapsed = self.heartbeat_elapsed = 0
+        ticks = self.config.election_ticks
+        self.election_timeout = ticks + self.config.rng.randrange(ticks)
+        self.transferee = 0
+        self.mail.term = term
+        self.replication.reset()
+
+    def become_follower(self, term: int, lead: int) -> None:
+        """Follow `lead` (0: unknown) at `term`."""
+        self._reset(term)
+        self.lead = lead
+        self.role, self._handlers = RaftRole.FOLLOWER, _FOLLOWER
+        self.config.trace(f"{self.id:x} became follower at term {term}")
+
+    def _become_candidate(self) -> None:
+        self._reset(self.term + 1)
+        self.vote = self.id
+        self.role, self._handlers = RaftRole.CANDIDATE, _CANDIDATE
+        self.config.trace(f"{self.id:x} became candidate at term {self.term}")
+
+    def _become_leader(self) -> None:
+        """Take the lead, with an empty entry of the own term: only by counting such entries may
+        older ones be committed (§5.4.2), so it must not wait for a client."""
+        self._reset(self.term)
+        self.lead = self.id
+        self.role, self._handlers = RaftRole.LEADER, _LEADER
+        log = self.log
+        self.progress[self.id].maybe_update(log.stable)
+        self.uncommitted_bytes = log.data_bytes(log.commit + 1, log.last_index + 1)
+        # A second change before the first is applied could form two disjoint majorities (§4.1).
+        self.pending_conf_index = max(log.conf_changes(log.last_index + 1), default=0)
+        self.config.trace(f"{self.id:x} became leader at term {self.term}")
+        self._append_own([Entry()])
+
+    # -- time ----------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Let one tick of the logical clock pass."""
+        _TICK[self.role](self)
+
+    def _tick_election(self) -> None:
+        self.election_elapsed += 1
+        if self.id not in self.progress:
+            self.election_elapsed = 0
+        elif self.election_elapsed >= self.election_timeout:
+            self._campaign(None)
+
+    def _tick_heartbeat(self) -> None:
+        self.heartbeat_elapsed += 1
+        if self.heartbeat_elapsed >= self.config.heartbeat_ticks:
+            self.heartbeat_elapsed = 0
+            self.replication.send_heartbeats()
+        if self.transferee:
+            self.transfer_elapsed += 1
+            if self.transfer_elapsed >= self.config.election_ticks:
+                self.transferee = 0     # it did not take over: serve proposals again
+
+    # -- elections -----------------------------------------------------------
+
+    def _campaign(self, context: Optional[bytes]) -> None:
+        """Start an election, unless this member may not lead.
+
+        A committed conf change that is not applied yet forbids it: counting votes by voters
+        two changes old could elect a second leader.
+        """
+        if self.id not in self.progress or self.log.conf_changes(self.log.commit + 1):
+            return
+        trace = self.config.trace
+        trace(f"{self.id:x} is starting a new election at term {self.term}")
+        self._become_candidate()
+        self._count_vote(self.id, granted=True)
+        if self.quorum == 1:
+            self._become_leader()
+            return
+        last = self.log.last_id
+        for peer in self.progress:
+            if peer != self.id:
+                trace(
+                    f"{self.id:x} [logterm: {last.term}, index: {last.index}] sent vote request"
+                    f" to {peer:x} at term {self.term}"
+                )
+                self.mail.hold(
+                    MsgType.VOTE, peer, index=last.index, log_term=last.term, context=context
+                )
+
+    def _count_vote(self, voter: int, *, granted: bool) -> None:
+        what = "vote" if granted else "vote rejection"
+        self.config.trace(f"{self.id:x} received {what} from {voter:x} at term {self.term}")
+        self.votes.setdefault(voter, granted)       # a duplicate cannot change an answer
+
+    def _hup(self, message: Message) -> None:
+        self._campaign(None)
+
+    def _timeout_now(self, message: Message) -> None:
+        self._campaign(CAMPAIGN_TRANSFER)
+
+    def _candidate_vote_resp(self, message: Message) -> None:
+        self._count_vote(message.sender, granted=not message.reject)
+        answers = [self.votes[voter] for voter in self.progress if voter in self.votes]
+        grants, rejections = answers.count(True), answers.count(False)
+        self.config.trace(
+            f"{self.id:x} [quorum:{self.quorum}] has received {grants} votes"
+            f" and {rejections} vote rejections"
+        )
+        if grants >= self.quorum and self.id in self.progress:
+            self._become_leader()
+        elif rejections >= self.quorum:
+            self.become_follower(self.term, 0)
+
+    def _vote(self, message: Message) -> None:
+        """Vote once per term, and only for a log as complete as ours (§5.2, §5.4.1).
+
+        A candidate and a leader have voted for themselves, so the rule is the same for all.
+        """
+        candidate = EntryID(message.log_term, message.index)
+        free = self.vote == message.sender or (not self.vote and not self.lead)
+        granted = free and self.log.is_up_to_date(candidate)
+        ours, verb = self.log.last_id, "voted for" if granted else "rejected vote from"
+        self.config.trace(
+            f"{self.id:x} [logterm: {ours.term}, index: {ours.index}, vote: {self.vote:x}]"
+            f" {verb} {message.sender:x} [logterm: {candidate.term}, index: {candidate.index}]"
+            f" at term {self.term}"
+        )
+        if granted:
+            self.vote = message.sender
+            self.election_elapsed = 0
+        self.mail.hold(MsgType.VOTE_RESP, message.sender, reject=not granted)
+
+    def _pre_vote(self, message: Message) -> None:
+        """Tell a 3.x member whether an election makes sense; promises and changes nothing.
+
+        No while a leader is heard (thesis §9.6).  A grant carries the term asked for.
+        """
+        hears_leader = self.lead and self.election_elapsed < self.config.election_ticks
+        free = message.term > self.term or self.vote in (0, message.sender)
+        candidate = EntryID(message.log_term, message.index)
+        granted = free and not hears_leader and self.log.is_up_to_date(candidate)
+        self.mail.hold(
+            MsgType.PRE_VOTE_RESP, message.sender, reject=not granted,
+            term=message.term if granted else self.term,
+        )
+
+    # -- messages ------------------------------------------------------------
+
+    def step(self, message: Message) -> None:
+        """Handle one message; term 0 marks local ones and proposals.
+
+        Raises ProposalDropped for a MsgProp that cannot be handled here.
+        """
+        if message.term > self.term and message.type != MsgType.PRE_VOTE:
+            self._meet_higher_term(message)
+        elif 0 < message.term < self.term:
+            self._meet_lower_term(message)
+            return
+        handler = self._handlers.get(message.type)
+        if handler is not None:
+            handler(self, message)
+
+    def _meet_higher_term(self, message: Message) -> None:
+        kind = MsgType(message.type).name.title().replace("_", "")
+        self.config.trace(
+            f"{self.id:x} [term: {self.term}] received a Msg{kind} message with higher term"
+            f" from {message.sender:x} [term: {message.term}]"
+        )
+        lead = message.sender if message.type in _FROM_LEADER else 0
+        self.become_follower(message.term, lead)
+
+    def _meet_lower_term(self, message: Message) -> None:
+        """Tell a 3.x leader of an older term that it is deposed, else ignore the message.
+
+        Without this answer a member whose term ran ahead is shut out for ever by leaders that
+        check their quorum: they ignore its MsgVote.  Source: etcd 3.1 raft.go, Step.
+        """
+        if message.type == MsgType.APP or message.type == MsgType.HEARTBEAT:
+            self.mail.hold(MsgType.APP_RESP, message.sender)
+        elif message.type == MsgType.PRE_VOTE:
+            self.mail.hold(MsgType.PRE_VOTE_RESP, message.sender, reject=True)
+
+    def take_messages(self) -> Tuple[List[Message], List[Message]]:
+        """Return (messages, held ones) since the last call, with a MsgApp for all who are due."""
+        if self.replication.is_due and self.role is RaftRole.LEADER:
+            self.replication.send_due()
+        return self.mail.take()
+
+    @property
+    def has_messages(self) -> bool:
+        """True if take_messages() may return something."""
+        return not self.mail.is_empty or (
+            self.replication.is_due and self.role is RaftRole.LEADER
+        )
+
+    # -- proposals -----------------------------------------------------------
+
+    def _follower_prop(self, message: Message) -> None:
+        """Forward to the leader, but never back to where it came from: two members that take
+        each other for the leader would play ball with it."""
+        if not self.lead or message.sender == self.lead:
+            raise ProposalDropped(f"{self.id:x} no leader at term {self.term}")
+        self.mail.forward(self.lead, message.entries)
+
+    def _candidate_prop(self, message: Message) -> None:
+        raise ProposalDropped(f"{self.id:x} no leader at term {self.term}")
+
+    def _leader_prop(self, message: Message) -> None:
+        if self.transferee:
+            raise ProposalDropped(f"{self.id:x} is handing the lead to {self.transferee:x}")
+        size = sum([len(entry.data) for entry in message.entries])
+        uncommitted = self.uncommitted_bytes
+        if uncommitted and size and uncommitted + size > self.config.max_uncommitted_bytes:
+            raise ProposalDropped(f"{self.id:x} has {uncommitted} bytes that are not committed")
+        self._append_own(message.entries)
+
+    def _append_own(self, entries: Sequence[Entry]) -> None:
+        """Append to the leader's log.  Peers get it at the next ready(), in one MsgApp."""
+        term, index = self.term, self.log.last_index
+        appended: List[Entry] = []
+        size = 0
+        for entry in entries:
+            index += 1
+            if entry.type:
+                if self._is_conf_change_pending:
+                    entry = Entry()     # one at a time: this one becomes a no-op (§4.1)
+                else:
+                    self.pending_conf_index = index
+            entry.term = term
+            entry.index = index
+            size += len(entry.data)
+            appended.append(entry)
+        if appended:
+            self.uncommitted_bytes += size
+            self.log.append(appended)
+            self.replication.owe_all()
+
+    # -- replication: leader -------------------------------------------------
+
+    def _leader_app_resp(self, message: Message) -> None:
+        if message.reject:
+            self.replication.handle_reject(message)
+        elif self.replication.handle_ack(message):
+            self._maybe_commit()
+            if message.sender == self.transferee and message.index == self.log.last_index:
+                self.mail.send(MsgType.TIMEOUT_NOW, message.sender)
+
+    def _leader_heartbeat_resp(self, message: Message) -> None:
+        self.replication.handle_heartbeat_resp(message)
+
+    def _leader_transfer(self, message: Message) -> None:
+        """Hand the lead to message.sender as soon as its log is complete (thesis §3.10)."""
+        progress = self.progress.get(message.sender)
+        if progress is None or message.sender == self.id:
+            return
+        self.transferee, self.transfer_elapsed = message.sender, 0
+        if progress.match_index == self.log.last_index:
+            self.mail.send(MsgType.TIMEOUT_NOW, message.sender)
+        else:
+            self.replication.owe(progress)
+
+    def on_stable(self) -> None:
+        """The disk has more of our log.  A leader counts itself only now (thesis §10.2.1)."""
+        if self.role is RaftRole.LEADER and self.id in self.progress:
+            self.progress[self.id].maybe_update(self.log.stable)
+            self._maybe_commit()
+
+    def _maybe_commit(self) -> None:
+        """Commit what a majority holds, if it is of this term (§5.4.2); then all are told."""
+        log = self.log
+        index = self.replication.quorum_index
+        if index <= log.commit or log.term(index) != self.term:
+            return
+        self.uncommitted_bytes -= log.data_bytes(log.commit + 1, index + 1)
+        log.commit_to(index)
+        self.replication.owe_all()
+
+    # -- replication: follower -----------------------------------------------
+
+    def _hear_leader(self, message: Message) -> None:
+        self.election_elapsed = 0
+        self.lead = message.sender
+
+    def _follower_app(self, message: Message) -> None:
+        self._hear_leader(message)
+        log = self.log
+        if message.index < log.commit:
+            self.mail.hold_ack(message.sender, log.commit)
+            return
+        previous = EntryID(message.log_term, message.index)
+        last_new = log.maybe_append(previous, message.commit, message.entries)
+        if last_new is not None:
+            self.mail.hold_ack(message.sender, last_new)
+        else:
+            self.mail.hold(
+                MsgType.APP_RESP, message.sender, index=message.index, reject=True,
+                reject_hint=log.last_index,
+            )
+
+    def _follower_heartbeat(self, message: Message) -> None:
+        self._hear_leader(message)
+        if message.commit > self.log.commit:
+            self.log.commit_to(message.commit)
+        # It promises nothing, so it need not wait for the disk.  3.x counts the context.
+        self.mail.send(MsgType.HEARTBEAT_RESP, message.sender, context=message.context)
+
+    def _follower_snap(self, message: Message) -> None:
+        self._hear_leader(message)
+        if message.snapshot is not None and self._restore(message.snapshot):
+            self.mail.hold_ack(message.sender, self.log.last_index)
+        else:
+            self.mail.hold_ack(message.sender, self.log.commit)
+
+    def _restore(self, snapshot: Snapshot) -> bool:
+        """Take over a snapshot; False if our log is as far already."""
+        log = self.log
+        if snapshot.index <= log.commit:
+            return False
+        if log.match_term(EntryID(snapshot.term, snapshot.index)):
+            log.commit_to(snapshot.index)
+            return False
+        log.restore(snapshot)
+        self.replication.set_voters(snapshot.voters)
+        self.config.trace(
+            f"{self.id:x} [commit: {log.commit}] restored snapshot"
+            f" [index: {snapshot.index}, term: {snapshot.term}]"
+        )
+        return True
+
+    def _yield_to_leader(self, message: Message) -> None:
+        """A candidate hears the leader of its own term."""
+        self.become_follower(self.term, message.sender)
+        _FOLLOWER[message.type](self, message)
+
+
+_FROM_LEADER = frozenset((MsgType.APP, MsgType.HEARTBEAT, MsgType.SNAP))
+_RESPONSES = frozenset((MsgType.APP_RESP, MsgType.VOTE_RESP, MsgType.HEARTBEAT_RESP))
+
+_FOLLOWER: Dict[int, Callable[[Raft, Message], None]] = {
+    MsgType.HUP: Raft._hup,
+    MsgType.PROP: Raft._follower_prop,
+    MsgType.APP: Raft._follower_app,
+    MsgType.HEARTBEAT: Raft._follower_heartbeat,
+    MsgType.SNAP: Raft._follower_snap,
+    MsgType.VOTE: Raft._vote,
+    MsgType.PRE_VOTE: Raft._pre_vote,
+    MsgType.TIMEOUT_NOW: Raft._timeout_now,
+}
+_CANDIDATE: Dict[int, Callable[[Raft, Message], None]] = {
+    MsgType.HUP: Raft._hup,
+    MsgType.PROP: Raft._candidate_prop,
+    MsgType.APP: Raft._yield_to_leader,
+    MsgType.HEARTBEAT: Raft._yield_to_leader,
+    MsgType.SNAP: Raft._yield_to_leader,
+    MsgType.VOTE: Raft._vote,
+    MsgType.VOTE_RESP: Raft._candidate_vote_resp,
+    MsgType.PRE_VOTE: Raft._pre_vote,
+}
+_LEADER: Dict[int, Callable[[Raft, Message], None]] = {
+    MsgType.PROP: Raft._leader_prop,
+    MsgType.APP_RESP: Raft._leader_app_resp,
+    MsgType.HEARTBEAT_RESP: Raft._leader_heartbeat_resp,
+    MsgType.VOTE: Raft._vote,
+    MsgType.PRE_VOTE: Raft._pre_vote,
+    MsgType.TRANSFER_LEADER: Raft._leader_transfer,
+}
+_TICK: Dict[RaftRole, Callable[[Raft], None]] = {
+    RaftRole.FOLLOWER: Raft._tick_election,
+    RaftRole.CANDIDATE: Raft._tick_election,
+    RaftRole.LEADER: Raft._tick_heartbeat,
+}
+
+
+class Ready(NamedTuple):
+    """What the server must do now, in this order where the order matters.
+
+    snapshot    came in: save it, then give it to the state machine
+    entries     append to the WAL; they may rewrite a suffix that was handed out before
+    hard_state  write it behind the entries; None if unchanged since the last Ready
+    must_sync   the above needs an fsync before `held` may leave
+    messages    may be sent at once, before anything is written
+    held        may be sent only when this Ready and all before it are durable
+    mark        give it back to persisted() when this Ready is durable
+    """
+
+    hard_state: Optional[HardState]
+    entries: List[Entry]
+    snapshot: Optional[Snapshot]
+    must_sync: bool
+    messages: List[Message]
+    held: List[Message]
+    mark: Mark
+
+
+_FRESH = HardState()
+
+
+class RawNode:
+    """The face of a Raft for the server and the simulator.  Thread: reactor.
+
+    The cycle: step, tick, propose -> ready() -> write and sync -> persisted(mark) ->
+    committed_entries() -> apply (apply_conf_change for conf changes) -> applied_to(index).
+    Several Readys may be on their way to the disk; they become durable in order.
+    """
+
+    def __init__(
+        self, config: RaftConfig, *, hard_state: HardState = _FRESH,
+        snapshot: Optional[Snapshot] = None, entries: Sequence[Entry] = (), applied: int = 0,
+    ) -> None:
+        """Restart from what the disk holds; without arguments: a joiner that knows nobody.
+
+        snapshot  only its index, term and voters are used
+        applied   the state machine is there already (0: at the snapshot)
+
+        Raises InvariantError if hard_state.commit lies behind the last entry.
+        """
+        point = snapshot or Snapshot()
+        if entries and entries[0].term < point.term:
+            entries = ()        # a crash kept the tail of the log that the snapshot replaced
+        log = RaftLog(
+            EntryID(point.term, point.index), entries, commit=hard_state.commit, applied=applied
+        )
+        self.raft = Raft(config, log, hard_state.term, hard_state.vote, point.voters)
+        self._hard_state = hard_state       # as of the last Ready
+        last = log.last_id
+        config.trace(
+            f"newRaft {config.id:x} [peers: [{','.join(f'{voter:x}' for voter in point.voters)}],"
+            f" term: {hard_state.term}, commit: {log.commit}, applied: {log.applied},"
+            f" lastindex: {last.index}, lastterm: {last.term}]"
+        )
+
+    @classmethod
+    def bootstrap(cls, config: RaftConfig, entries: Sequence[Entry]) -> RawNode:
+        """Return a member of a new cluster, whose first Ready holds `entries`.
+
+        entries  one ConfChange per initial member at indexes 1..n, term 1, equal everywhere:
+                 they count as committed without any message (etcd 2.3 raft/node.go, StartNode)
+        """
+        node = cls(config)
+        raft = node.raft
+        raft.become_follower(1, 0)
+        raft.log.append(entries)
+        raft.log.commit_to(raft.log.last_index)
+        raft.replication.set_voters(decode_conf_change(entry.data).node_id for entry in entries)
+        return node
+
+    @property
+    def snapshot_source(self) -> Callable[[], Optional[Snapshot]]:
+        """Called for a follower whose entries are compacted; None: not ready, asked again."""
+        return self.raft.replication.snapshot_source
+
+    @snapshot_source.setter
+    def snapshot_source(self, source: Callable[[], Optional[Snapshot]]) -> None:
+        """Set by the server before the first tick."""
+        self.raft.replication.snapshot_source = source
+
+    def tick(self, count: int = 1) -> None:
+        """Let `count` ticks pass: election timer, or heartbeats of a leader."""
+        for _ in range(count):
+            self.raft.tick()
+
+    def advance_ticks(self, count: int) -> None:
+        """Shorten the first wait at start-up: ticks that pass without an election."""
+        self.raft.election_elapsed += count
+
+    def campaign(self) -> None:
+        """Start an election now, if this member may lead and does not."""
+        self.raft.step(Message(MsgType.HUP))
+
+    def transfer_leader(self, to: int) -> None:
+        """Leader: have `to` campaign once its log is complete; gives up after E ticks.
+
+        Proposals are refused meanwhile.
+        """
+        self.raft.step(Message(MsgType.TRANSFER_LEADER, sender=to))
+
+    def step(self, message: Message) -> None:
+        """Handle a message from the network; stale, foreign and nonsensical ones are dropped.
+
+        Raises ProposalDropped for a MsgProp that cannot be handled here.
+        """
+        raft, kind = self.raft, message.type
+        if message.to != raft.id or message.sender == raft.id:
+            return
+        if kind == MsgType.PROP:
+            # Copies: the leader numbers the entries, and a duplicate may share them.
+            entries = [Entry(entry.type, 0, 0, entry.data) for entry in message.entries]
+            self._propose(message.sender, entries)
+        elif (
+            not message.term or kind in LOCAL_MESSAGES or kind == MsgType.PRE_VOTE_RESP
+            or (kind in _RESPONSES and message.sender not in raft.progress)
+            or (kind == MsgType.APP and not _is_contiguous(message))
+        ):
+            return
+        else:
+            raft.step(message)
+
+    def propose(self, entry: Entry) -> None:
+        """Propose one entry.  A leader numbers and appends this very object.
+
+        Raises ProposalDropped without a leader, after the own removal, or while too much is
+        uncommitted.  No exception promises nothing: the entry may still be lost.
+        """
+        self._propose(0, (entry,))
+
+    def propose_many(self, entries: Sequence[Entry]) -> None:
+        """Propose all of `entries`, or raise ProposalDropped for all; cheaper than one by one."""
+        self._propose(0, entries)
+
+    def propose_conf_change(self, change: ConfChange) -> None:
+        """Propose a membership change; while another is pending it silently becomes a no-op."""
+        data = encode_conf_change(change)
+        self._propose(0, (Entry(EntryType.CONF_CHANGE, data=data),))
+
+    def _propose(self, sender: int, entries: Sequence[Entry]) -> None:
+        if self.raft.removed:
+            raise ProposalDropped(f"{self.raft.id:x} is removed from the cluster")
+        self.raft.step(Message(MsgType.PROP, sender=sender, entries=entries))
+
+    def apply_conf_change(self, change: ConfChange) -> Tuple[int, ...]:
+        """Make an applied ConfChange entry count; return the voters.
+
+        To be called once for each such entry before applied_to() passes it, with node_id=0 if
+        the state machine refused it.
+        """
+        self.raft.apply_conf_change(change)
+        return self.raft.voters
+
+    def report_unreachable(self, id: int) -> None:
+        """A message to member `id` could not be delivered."""
+        self.raft.replication.unreachable(id)
+
+    def report_snapshot(self, id: int, ok: bool) -> None:
+        """The MsgSnap to member `id` was sent completely (`ok`), or failed."""
+        self.raft.replication.snapshot_done(id, ok=ok)
+
+    def has_ready(self) -> bool:
+        """Tell whether ready() has something to hand out."""
+        raft = self.raft
+        return (
+            raft.has_messages or raft.log.has_unhanded
+            or self._hard_state != (raft.term, raft.vote, raft.log.commit)
+        )
+
+    def ready(self) -> Ready:
+        """Hand out what is to be written and sent, and move on."""
+        raft = self.raft
+        messages, held = raft.take_messages()
+        snapshot, entries, mark = raft.log.hand_out()
+        before = self._hard_state
+        now = self._hard_state = HardState(raft.term, raft.vote, raft.log.commit)
+        return Ready(
+            hard_state=now if now != before else None,
+            entries=entries,
+            snapshot=snapshot,
+            must_sync=bool(entries) or snapshot is not None or now[:2] != before[:2],
+            messages=messages,
+            held=held,
+            mark=mark,
+        )
+
+    def persisted(self, mark: Mark) -> None:
+        """The Ready with this mark and all before it are durable."""
+        if self.raft.log.stable_to(mark):
+            self.raft.on_stable()
+
+    def committed_entries(self, max_entries: int = 4096) -> List[Entry]:
+        """Return the next entries to apply: committed, durable here, not applied yet."""
+        return self.raft.log.committed(max_entries)
+
+    def applied_to(self, index: int) -> None:
+        """The state machine has everything up to `index`."""
+        self.raft.log.applied_to(index)
+
+    def compact(self, index: int) -> None:
+        """Drop the entries up to `index`, which must be applied, from memory."""
+        self.raft.log.compact(index)
+
+    def status(self) -> Status:
+        """Return a copy of what this member knows, for statistics."""
+        raft = self.raft
+        progress = raft.progress if raft.role is RaftRole.LEADER else {}
+        return Status(
+            raft.id, raft.term, raft.vote, raft.log.commit, raft.log.applied, raft.role, raft.lead,
+            {
+                member: (seen.match_index, seen.next_index, seen.state.name)
+                for member, seen in progress.items()
+            },
+        )
+
+
+def _is_contiguous(message: Message) -> bool:
+    entries = message.entries
+    return not entries or (
+        entries[0].index == message.index + 1
+        and entries[-1].index == message.index + len(entries)
+    )
+
+
+# ============================================================================
+# 8. Events and watchers -- what a change is, and who is told
+# ----------------------------------------------------------------------------
+# Knows: sections 1-3; time is passed in.  Must not know: Raft, threads, files,
+# sockets.  Paths are internal and clean: `/1/foo` is the user's `/foo`.
+# ============================================================================
+
+EXPIRES_NS_MIN = 946_684_800 * NS   # 2000-01-01; an earlier instant is permanent for set and create
+TTL_STALE_MIN = 64                  # stale heap entries always tolerated; above and > live: rebuilt
+SNAPSHOT_SLICE_NODES = 500          # nodes per slice of a snapshot walk: 1 ms, all with ttl 3
+SNAPSHOT_SORT_MAX = 1_000           # children of larger directories stay in insertion order
+
+_READ_ONLY = frozenset(("/", "/0", "/1"))
+_PERMANENT = "0001-01-01T00:00:00Z"     # Go's zero time
+
+
+class Node:
+    """A file, replaced as a whole by every write: who holds one may keep it.
+
+    value           the text; None only in the node of a delete or expire event
+    created_index,
+    modified_index  store indexes
+    expires_ns      unix nanoseconds; 0: permanent
+
+    The store knows a node by its path; the node does not.  64 bytes on CPython 3.11.
+    """
+
+    __slots__ = ("value", "created_index", "modified_index", "expires_ns")
+    children: Optional[Dict[str, None]] = None
+
+    def __init__(
+        self, value: Optional[str], created_index: int, modified_index: int, expires_ns: int
+    ) -> None:
+        self.value = value
+        self.created_index = created_index
+        self.modified_index = modified_index
+        self.expires_ns = expires_ns
+
+    def ttl_s(self, now_ns: int) -> int:
+        """Return the seconds left, rounded up; 0 or less once it is over, 0 if permanent."""
+        return -((now_ns - self.expires_ns) // NS) if self.expires_ns else 0
+
+
+class Directory(Node):
+    """A node with children: their full paths, in order of creation (a dict as ordered set).
+
+    The dict is the one mutable part; every version of the same directory shares it.
+    """
+
+    __slots__ = ("children",)
+    children: Dict[str, None]
+
+    def __init__(
+        self, created_index: int, modified_index: int, expires_ns: int, children: Dict[str, None]
+    ) -> None:
+        super().__init__(None, created_index, modified_index, expires_ns)
+        self.children = children
+
+
+def _node_ends(key: str, node: Node, ttl_s: int) -> Tuple[str, str]:
+    """Return the JSON of a node in an event before and after the place of its `nodes`.
+
+    key  already encoded; `""` is the root, which has neither key nor indexes
+    """
+    members = [] if key == '""' else [f'"key":{key}']
+    if node.value is not None:
+        members.append(f'"value":{json_string(node.value)}')
+    if node.children is not None:
+        members.append('"dir":true')
+    if node.expires_ns:
+        members.append(f'"expiration":"{format_time(node.expires_ns)}"')
+    if ttl_s:
+        members.append(f'"ttl":{ttl_s}')
+    tail = f',"modifiedIndex":{node.modified_index}' if node.modified_index else ""
+    if node.created_index:
+        tail += f',"createdIndex":{node.created_index}'
+    return "{" + ",".join(members), tail + "}"
+
+
+def _node_json(key: str, node: Node, ttl_s: int) -> str:
+    if node.value is None or node.expires_ns:
+        return "".join(_node_ends(key, node, ttl_s))
+    return (                            # what most nodes are: 0.7 us instead of 1.7
+        f'{{"key":{key},"value":{json_string(node.value)},'
+        f'"modifiedIndex":{node.modified_index},"createdIndex":{node.created_index}}}'
+    )
+
+
+class Event:
+    """What one operation did to one key; never changed after it was made.
+
+    action    get, set, create, update, compareAndSwap, delete, compareAndDelete or expire
+    key       full internal path
+    node      as the operation left it (deleted: without value)
+    prev      as it was before, or None
+    index     store index of the change; for a get, the current one
+    ttl_s,
+    prev_ttl_s  seconds left of both when it happened; 0: permanent or just over
+    refresh   True: kept in the history, but announced to nobody
+    Source: etcd 2.3 store/event.go.
+    """
+
+    __slots__ = (
+        "action", "key", "node", "prev", "index", "ttl_s", "prev_ttl_s", "refresh", "_json"
+    )
+
+    def __init__(
+        self, action: str, key: str, node: Node, prev: Optional[Node], index: int, now_ns: int,
+        refresh: bool = False, encoded: Optional[bytes] = None,
+    ) -> None:
+        self.action = action
+        self.key = key
+        self.node = node
+        self.prev = prev
+        self.index = index
+        self.ttl_s = node.ttl_s(now_ns) if node.expires_ns else 0
+        self.prev_ttl_s = prev.ttl_s(now_ns) if prev is not None and prev.expires_ns else 0
+        self.refresh = refresh
+        self._json = encoded
+
+    @property
+    def is_created(self) -> bool:
+        """True if the key is new: HTTP answers 201 instead of 200."""
+        return self.action == "create" or (self.action == "set" and self.prev is None)
+
+    def client_json(self) -> bytes:
+        """Return the line that clients get, ending in a newline: made once, shared by all.
+
+        The namespace (`/1`) is taken off the keys.
+        """
+        if self._json is None:
+            self._json = f"{self._text(self.key[2:])}}}\n".encode()
+        return self._json
+
+    def history_json(self) -> str:
+        """Return the form kept in snapshots: full keys, and the refresh mark."""
+        return self._text(self.key) + (',"refresh":true}' if self.refresh else "}")
+
+    def _text(self, key: str) -> str:
+        key = json_string(key)
+        text = f'{{"action":"{self.action}","node":{_node_json(key, self.node, self.ttl_s)}'
+        if self.prev is None:
+            return text
+        return f'{text},"prevNode":{_node_json(key, self.prev, self.prev_ttl_s)}'
+
+
+class EventHistory:
+    """The last `capacity` events, one per store index, for watches that begin in the past.
+
+    Source: etcd 2.3 store/event_history.go, event_queue.go.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.events: Deque[Event] = collections.deque(maxlen=capacity)
+        self._back = 0                  # slot of the next event in etcd's ring; for snapshots
+
+    @property
+    def first_index(self) -> int:
+        """Index of the oldest event; 0 if there is none."""
+        return self.events[0].index if self.events else 0
+
+    @property
+    def last_index(self) -> int:
+        """Index of the newest event; 0 if there is none."""
+        return self.events[-1].index if self.events else 0
+
+    def append(self, event: Event) -> None:
+        """Add the newest event; a full history forgets its oldest."""
+        self.events.append(event)
+        self._back += 1
+        if self._back == self.capacity:
+            self._back = 0
+
+    def matches(self, path: str, *, recursive: bool, stream: bool, since: int) -> Iterator[Event]:
+        """Yield the events from index `since` on that a watch of `path` would be told.
+
+        Three oddities are etcd's, and kept because clients see them: hidden keys are not
+        filtered; the deletion of a directory counts for every path that begins with its name
+        (`/bar` for `/barbaz`); a recursive watch compares all events but the first with
+        `path/`, so it misses later ones on exactly `path`.
+
+        Differs from etcd: a stream has no third oddity, for it would lose events.
+        Source: etcd 2.3 store/event_history.go, scan.
+        """
+        below = path if path == "/" else path + "/"
+        exact = path
+        for event in itertools.islice(self.events, max(since - self.first_index, 0), None):
+            if event.refresh:
+                continue
+            key = event.key
+            if key == exact or (recursive and key.startswith(below)) or (
+                path.startswith(key) and event.action in ("delete", "expire")
+                and event.prev is not None and event.prev.children is not None
+            ):
+                yield event
+            if recursive and not stream:
+                exact = below
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the EventHistory object of a snapshot; the events are those of the first next().
+
+        Source: the ring of etcd 2.3 store/event_queue.go, unused slots null.
+        """
+        events, first, last, back = list(self.events), self.first_index, self.last_index, self._back
+        front = (back - len(events)) % self.capacity
+        slots: List[Optional[Event]] = [None] * self.capacity
+        for offset, event in enumerate(events):
+            slots[(front + offset) % self.capacity] = event
+        comma = ""
+        yield '{"Queue":{"Events":['
+        for slot in slots:
+            yield f"{comma}null" if slot is None else comma + slot.history_json()
+            comma = ","
+        yield f'],"Size":{len(events)},"Front":{front},"Back":{back},"Capacity":{self.capacity}}}'
+        yield f',"StartIndex":{first},"LastIndex":{last}}}'
+
+    def load(self, events: List[Event], back: int, capacity: int) -> None:
+        """Take over the events of a ring, oldest first, as far as there is room."""
+        self.events = collections.deque(events, maxlen=self.capacity)
+        same = capacity == self.capacity        # then every event keeps its slot
+        self._back = (back if same else len(self.events)) % self.capacity
+
+
+class Watcher:
+    """One watch; deliver(event) is called for each event it is told: for one, or a stream."""
+
+    __slots__ = ("path", "recursive", "stream", "since", "deliver", "_hub")
+
+    def __init__(
+        self, path: str, *, recursive: bool, stream: bool, since: int,
+        deliver: Callable[[Event], None],
+    ) -> None:
+        self.path = path
+        self.recursive = recursive
+        self.stream = stream
+        self.since = since
+        self.deliver = deliver
+        self._hub: Optional[WatcherHub] = None      # None: not registered
+
+    def cancel(self) -> None:
+        """Deliver nothing more.  At any time, also from deliver; twice does no harm."""
+        if self._hub is not None:
+            self._hub.remove(self)
+
+
+class WatcherHub:
+    """Who watches what, and the history of events.
+
+    Source: etcd 2.3 store/watcher_hub.go.
+    """
+
+    def __init__(self, history: EventHistory, stats: StoreStats) -> None:
+        self.history = history
+        self._stats = stats             # its `watchers` is ours
+        # Path -> watchers in order of registration (a dict as ordered set: 10,000 watchers of
+        # one key come and go in O(1) each).  No empty groups.
+        self._groups: Dict[str, Dict[Watcher, None]] = {}
+
+    def remove(self, watcher: Watcher) -> None:
+        """Forget a registered watcher."""
+        group = self._groups[watcher.path]
+        del group[watcher]
+        if not group:
+            del self._groups[watcher.path]
+        self._stats.watchers -= 1
+        watcher._hub = None
+
+    def watch(self, watcher: Watcher) -> None:
+        """Serve `watcher` from the history, then register it if it wants more.
+
+        Differs from etcd: a stream that finds something in the history gets all of it and is
+        then told of new events; etcd sends one event and then nothing, ever.
+        """
+        history = self.history
+        if watcher.since <= history.last_index:
+            found = history.matches(
+                watcher.path, recursive=watcher.recursive, stream=watcher.stream,
+                since=watcher.since,
+            )
+            for event in list(found) if watcher.stream else found:
+                watcher.deliver(event)
+                if not watcher.stream:
+                    return
+            if watcher.stream:
+                watcher.since = history.last_index + 1
+        self._groups.setdefault(watcher.path, {})[watcher] = None
+        self._stats.watchers += 1
+        watcher._hub = self
+
+    def notify(self, event: Event, removed: Sequence[str] = ()) -> None:
+        """Record `event`; unless it is a refresh, tell the watchers of its key and all above.
+
+        removed  paths that the event took away, parents first: theirs are told before, deepest
+                 first, so a stream on exactly the key is told twice; clients of etcd know it so
+        """
+        self.history.append(event)
+        if not self._groups or event.refresh:
+            return
+        for path in reversed(removed):
+            self._deliver(path, event, forced=True)
+        key = event.key
+        self._deliver("/", event, forced=False)
+        end = key.find("/", 1)
+        while end > 0:
+            self._deliver(key[:end], event, forced=False)
+            end = key.find("/", end + 1)
+        self._deliver(key, event, forced=False)
+
+    def _deliver(self, path: str, event: Event, *, forced: bool) -> None:
+        group = self._groups.get(path)
+        if group is None:
+            return
+        exact = path == event.key
+        if not exact and "/_" in "/" + event.key[len(path):]:
+            return                      # hidden from here; a path below the key is never
+        for watcher in tuple(group):
+            if watcher._hub is None or event.index < watcher.since:
+                continue                # cancelled by an earlier deliver, or not yet its turn
+            if exact or forced or watcher.recursive:
+                if not watcher.stream:
+                    self.remove(watcher)
+                watcher.deliver(event)
+
+
+class TtlHeap:
+    """Which path expires next; entries that no longer hold are dropped when they come up.
+
+    Ties go by path, so that every member expires keys in the same order (etcd leaves it open).
+    """
+
+    def __init__(self) -> None:
+        self._expires_ns: Dict[str, int] = {}           # the truth: path -> unix ns
+        self._heap: List[Tuple[int, str]] = []          # every pair of the truth, and stale ones
+
+    def __len__(self) -> int:
+        return len(self._expires_ns)
+
+    def set(self, path: str, expires_ns: int) -> None:
+        """Let `path` expire at `expires_ns`; 0: never."""
+        if not expires_ns:
+            self._expires_ns.pop(path, None)
+        elif self._expires_ns.get(path) != expires_ns:
+            self._expires_ns[path] = expires_ns
+            heapq.heappush(self._heap, (expires_ns, path))
+        # A key refreshed every second would leave one stale entry a second, far down the heap.
+        if len(self._heap) > 2 * len(self._expires_ns) + TTL_STALE_MIN:
+            self._heap = [(when_ns, name) for name, when_ns in self._expires_ns.items()]
+            heapq.heapify(self._heap)
+
+    def first(self) -> Tuple[int, str]:
+        """Return (unix ns, path) of the next to expire; (0, "") if there is none."""
+        heap = self._heap
+        while heap and self._expires_ns.get(heap[0][1]) != heap[0][0]:
+            heapq.heappop(heap)
+        return heap[0] if heap else (0, "")
+
+
+class StoreStats:
+    """Counters of operations on this member; they travel with the snapshot.
+
+    Attributes are the JSON members in snake_case, made in their order.
+    Source: etcd 2.3 store/stats.go.
+    """
+
+    def __init__(self) -> None:
+        self.gets_success = self.gets_fail = 0
+        self.sets_success = self.sets_fail = 0
+        self.delete_success = self.delete_fail = 0
+        self.update_success = self.update_fail = 0
+        self.create_success = self.create_fail = 0
+        self.compare_and_swap_success = self.compare_and_swap_fail = 0
+        self.compare_and_delete_success = self.compare_and_delete_fail = 0
+        self.expire_count = 0
+        self.watchers = 0               # registered now; kept by WatcherHub
+
+    def json(self) -> str:
+        """Return the object of /v2/stats/store."""
+        return json_text({self._member(name): count for name, count in vars(self).items()})
+
+    def load(self, counters: Mapping[str, int]) -> None:
+        """Take over the counters of a snapshot; watchers stay as they are."""
+        for name in vars(self).keys() - {"watchers"}:
+            setattr(self, name, counters.get(self._member(name), 0))
+
+    @staticmethod
+    def _member(name: str) -> str:
+        first, *others = name.split("_")
+        return first + "".join(map(str.capitalize, others))
+
+
+# ============================================================================
+# 9. Store -- the key tree
+# ----------------------------------------------------------------------------
+# Knows: sections 1-3 and 8; time is passed in.  Must not know: Raft, threads,
+# files, sockets.
+# ============================================================================
+
+
+def _sort_bytewise(paths: List[str]) -> None:
+    """Sort as Go does; only surrogates (bytes that are no UTF-8) make code points differ."""
+    paths.sort(key=None if all(map(str.isascii, paths)) else utf8)
+
+
+def parent_path(path: str) -> str:
+    """Return the directory that `path` lies in."""
+    return path[:path.rfind("/")] or "/"
+
+
+def _tree_json(
+    nodes: Mapping[str, Node], path: str, *, recursive: bool, sorted: bool, now_ns: int
+) -> str:
+    """The JSON of a directory with its visible children, with `recursive` all the way down.
+
+    Goes by a stack of its own: keys may be deeper than Python likes to call.
+    """
+    parts: List[str] = []                       # each node's text ends in the comma after it
+    stack = [(iter((path,)), "")]
+    while stack:
+        paths, end = stack[-1]
+        for current in paths:
+            node, key = nodes[current], json_string(current[2:])
+            name_at = len(current) + 1
+            visible = [
+                child for child in node.children or () if not child.startswith("_", name_at)
+            ] if recursive or len(stack) == 1 else []
+            if not visible:
+                parts.append(_node_json(key, node, node.ttl_s(now_ns)) + ",")
+                continue
+            if sorted:
+                _sort_bytewise(visible)
+            head, tail = _node_ends(key, node, node.ttl_s(now_ns))
+            parts.append(head + ',"nodes":[')
+            stack.append((iter(visible), "]" + tail + ","))
+            break
+        else:
+            stack.pop()
+            parts[-1] = parts[-1][:-1]
+            parts.append(end)
+    return "".join(parts)
+
+
+class SnapshotWalk:
+    """A walk over the tree as it was when the walk began, while the tree goes on changing.
+
+    The store calls keep() before the first change of a path; the walk then takes that image
+    instead of the node it finds.  Nothing is copied but what changes.
+    """
+
+    __slots__ = ("_nodes", "_before", "_lost")
+
+    def __init__(self, nodes: Dict[str, Node]) -> None:
+        self._nodes = nodes
+        self._before: Dict[str, Optional[Node]] = {}    # path -> node at the start; None: absent
+        self._lost: Dict[str, List[str]] = {}           # directory -> kept children, maybe removed
+
+    def keep(self, path: str, node: Optional[Node]) -> None:
+        """Remember `node` as the image of `path`, unless an earlier change did."""
+        if path not in self._before:
+            self._before[path] = node
+            if node is not None:
+                self._lost.setdefault(parent_path(path), []).append(path)
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the JSON of the root in pieces, one for each node and one for each end.
+
+        Goes by a stack of its own: keys may be deeper than Python likes to call.
+        """
+        stack = [iter(("/",))]
+        comma = ""
+        while stack:
+            for path in stack[-1]:
+                node = self._before[path] if path in self._before else self._nodes[path]
+                if node is None:
+                    continue
+                text = comma + self._head(path, node)
+                if node.children is None:
+                    yield text + "null}"
+                    comma = ","
+                    continue
+                yield text + "{"
+                stack.append(iter(self._children(path)))
+                comma = ""
+                break
+            else:
+                stack.pop()
+                if stack:
+                    yield "}}"
+                comma = ","
+
+    def _head(self, path: str, node: Node) -> str:
+        name = "" if path == "/" else json_string(path[path.rfind("/") + 1:]) + ":"
+        expires = format_time(node.expires_ns) if node.expires_ns else _PERMANENT
+        return (
+            f'{name}{{"Path":{json_string(path)},"CreatedIndex":{node.created_index},'
+            f'"ModifiedIndex":{node.modified_index},"ExpireTime":"{expires}",'
+            f'"Value":{json_string(node.value or "")},"Children":'
+        )
+
+    def _children(self, path: str) -> List[str]:
+        """The paths that may have been children at the start; later ones have the image None."""
+        node = self._nodes.get(path)
+        paths = list(node.children) if node is not None and node.children is not None else []
+        if path in self._lost:
+            paths = list(dict.fromkeys(paths + self._lost[path]))
+        if len(paths) <= SNAPSHOT_SORT_MAX:
+            _sort_bytewise(paths)
+        return paths
+
+
+def _number(members: Mapping[str, Any], name: str) -> int:
+    """Return members[name], 0 if missing.  Raises ValueError if it is no int >= 0."""
+    value = members.get(name, 0)
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} is not a number: {value!r}")
+    return value
+
+
+_STRING = r'"([^"\\]*(?:\\.[^"\\]*)*)"'
+_SNAPSHOT_NODE = re.compile(
+    rf'[}},]*(?:{_STRING}:)?{{"Path":{_STRING},"CreatedIndex":([0-9]+),"ModifiedIndex":([0-9]+),'
+    rf'"ExpireTime":{_STRING},(?:"(?!Value")\w+":{_STRING},)*"Value":{_STRING},'
+    r'"Children":(?:null\}|(\{))'
+)
+
+
+def _unquote(string: str) -> str:
+    return str(json.loads(f'"{string}"')) if "\\" in string else string
+
+
+def _read_tree(text: str) -> Tuple[Dict[str, Node], int]:
+    """Return the nodes of a snapshot by path, and where in `text` their JSON ends.
+
+    Reads node after node, which Go writes in one order of members, instead of the nested
+    objects: keys may be deeper than json.loads goes, and its 100,000 dicts would take four
+    times the memory of the nodes.  A quote inside a string is escaped, so none looks like a node.
+    """
+    nodes: Dict[str, Node] = {}
+    end = len('{"Root":')
+    match = _SNAPSHOT_NODE.match(text, end)
+    while match is not None:
+        end = match.end()
+        _, path, created, modified, expires, _, value, children = match.groups()
+        path, created_index = _unquote(path), int(created)
+        modified_index = created_index if modified == created else int(modified)    # one int, if so
+        expires_ns = 0 if expires == _PERMANENT else parse_time(expires)
+        if children is None:
+            nodes[path] = Node(_unquote(value), created_index, modified_index, expires_ns)
+        else:
+            nodes[path] = Directory(created_index, modified_index, expires_ns, {})
+        siblings = nodes[parent_path(path)].children
+        if siblings is None:
+            raise ValueError(f"{path} is in a file")
+        if path != "/":
+            siblings[path] = None
+        match = _SNAPSHOT_NODE.match(text, end)
+    return nodes, end
+
+
+def _read_event(members: Mapping[str, Any]) -> Event:
+    """Make an Event of its snapshot form; the seconds left are those it was written with."""
+    shown, before = members["node"], members.get("prevNode")
+    action, key = members["action"], shown["key"]
+    if not (isinstance(action, str) and isinstance(key, str)):
+        raise ValueError(f"not an event: {members!r}")
+    node, prev = _read_event_node(shown), None if before is None else _read_event_node(before)
+    event = Event(action, key, node, prev, node.modified_index, 0, "refresh" in members)
+    event.ttl_s = int(shown.get("ttl", 0))
+    event.prev_ttl_s = 0 if before is None else int(before.get("ttl", 0))
+    return event
+
+
+def _read_event_node(members: Mapping[str, Any]) -> Node:
+    created, modified = _number(members, "createdIndex"), _number(members, "modifiedIndex")
+    expires_ns = parse_time(members["expiration"]) if "expiration" in members else 0
+    if members.get("dir"):
+        return Directory(created, modified, expires_ns, {})
+    value = members.get("value")
+    if not isinstance(value, (str, type(None))):
+        raise ValueError(f"not a value: {value!r}")
+    return Node(value, created, modified, expires_ns)
+
+
+class Store:
+    """The key tree: one flat dict of path -> node, with the children of each directory.
+
+    Flat, because a lookup is one hash (0.05 us; a walk from the root takes 0.3) and costs no
+    second string: the dict and the parent's children hold the same path.  100,000 keys of 10
+    characters with 64-byte values take 370 bytes each.
+
+    now_ns      unix nanoseconds, only to show how much of a ttl is left
+    expires_ns  unix nanoseconds; 0: permanent
+    current_index  number of changes so far; every change makes one event
+
+    Errors are EtcdError subclasses whose cause is without the namespace.
+    Thread: reactor.  Source: etcd 2.3 store/store.go; "etcd 2.3 API: keys".
+    """
+
+    def __init__(self, *, history_capacity: int = HISTORY_EVENTS_MAX) -> None:
+        self.current_index = 0
+        self.stats = StoreStats()
+        self.hub = WatcherHub(EventHistory(history_capacity), self.stats)
+        self._ttl = TtlHeap()
+        self._walk: Optional[SnapshotWalk] = None       # the snapshot under way
+        self._nodes: Dict[str, Node] = {                # no path without its parents
+            "/": Directory(0, 0, 0, {"/0": None, "/1": None}),
+            "/0": Directory(0, 0, 0, {}),
+            "/1": Directory(0, 0, 0, {}),
+        }
+
+    def get(
+        self, path: str, *, recursive: bool = False, sorted: bool = False, now_ns: int
+    ) -> Event:
+        """Return a get event of file or directory.  Raises KeyNotFound, NotDir."""
+        encoded = self.get_json(path, recursive=recursive, sorted=sorted, now_ns=now_ns)
+        node = self._nodes[path]
+        return Event("get", path, node, None, self.current_index, now_ns, encoded=encoded)
+
+    def get_json(
+        self, path: str, *, recursive: bool = False, sorted: bool = False, now_ns: int
+    ) -> bytes:
+        """Return what get(...).client_json() returns, faster.  Raises KeyNotFound, NotDir."""
+        node = self._nodes.get(path)
+        if node is None:
+            raise self._failed("gets", self._missing(path))
+        self.stats.gets_success += 1
+        if node.children is not None:
+            text = _tree_json(
+                self._nodes, path, recursive=recursive, sorted=sorted, now_ns=now_ns
+            )
+        else:
+            text = _node_json(json_string(path[2:]), node, node.ttl_s(now_ns))
+        return f'{{"action":"get","node":{text}}}\n'.encode()
+
+    def value(self, path: str) -> Optional[str]:
+        """Return the value of a file, or None; not counted."""
+        node = self._nodes.get(path)
+        return None if node is None else node.value
+
+    def children(self, path: str) -> List[Tuple[str, bool]]:
+        """Return (name, is directory) of all children, hidden ones too; [] if there are none."""
+        node = self._nodes.get(path)
+        if node is None or not node.children:
+            return []
+        return [
+            (child[child.rfind("/") + 1:], self._nodes[child].children is not None)
+            for child in node.children
+        ]
+
+    def watch(
+        self, path: str, *, recursive: bool = False, stream: bool = False, since: int = 0,
+        deliver: Callable[[Event], None],
+    ) -> Watcher:
+        """Call deliver(event) for the first event on `path` with index >= since; stream: for each.
+
+        since  0: from the next change on
+
+        Events of the history are delivered before this returns.  Raises EventIndexCleared.
+        Source: etcd 2.3 store/watcher_hub.go, watch.
+        """
+        first = self.hub.history.first_index
+        since = since or self.current_index + 1
+        if since < first:
+            cause = f"the requested history has been cleared [{first}/{since}]"
+            raise EventIndexCleared(cause, self.current_index)
+        watcher = Watcher(path, recursive=recursive, stream=stream, since=since, deliver=deliver)
+        self.hub.watch(watcher)
+        return watcher
+
+    def set(
+        self, path: str, *, dir: bool = False, value: str = "", expires_ns: int = 0,
+        refresh: bool = False, now_ns: int,
+    ) -> Event:
+        """Put a new file, or with `dir` an empty directory, at `path`; a file there is replaced.
+
+        refresh  keep the value of the file that must be there, and tell no watcher
+        Raises NotFile, NotDir, RootReadOnly, KeyNotFound (refresh only).
+        """
+        old = self._nodes.get(path)
+        if old is None:
+            if refresh:
+                raise self._failed("sets", self._missing(path))
+        elif path in _READ_ONLY:
+            raise self._failed("sets", RootReadOnly("/", self.current_index))
+        elif old.children is not None:
+            raise self._failed("sets", NotFile(path[2:], self.current_index))
+        elif refresh:
+            value = old.value or ""
+        try:
+            event = self._place(
+                "set", path, old, None if dir else value, expires_ns, now_ns, refresh
+            )
+        except NotDir as error:
+            raise self._failed("sets", error) from None
+        self.stats.sets_success += 1
+        return event
+
+    def create(
+        self, path: str, *, dir: bool = False, value: str = "", unique: bool = False,
+        expires_ns: int = 0, now_ns: int,
+    ) -> Event:
+        """Make a new file or directory at `path`, or below it under a number (unique).
+
+        Raises NodeExists, NotDir, RootReadOnly.
+        """
+        if unique:
+            path = f"{path}/{self.current_index + 1:020d}"
+        if path in _READ_ONLY:
+            raise self._failed("create", RootReadOnly("/", self.current_index))
+        if path in self._nodes:
+            raise self._failed("create", NodeExists(path[2:], self.current_index))
+        try:
+            event = self._place("create", path, None, None if dir else value, expires_ns, now_ns)
+        except NotDir as error:
+            self.stats.sets_fail += 1           # etcd counts this one in both
+            raise self._failed("create", error) from None
+        self.stats.create_success += 1
+        return event
+
+    def update(
+        self, path: str, *, value: str = "", expires_ns: int = 0, refresh: bool = False,
+        now_ns: int,
+    ) -> Event:
+        """Give a file a new value and TTL, keeping its created index; a directory a new TTL.
+
+        The event of a directory shows the new modified index, the stored one keeps the old.
+        Raises KeyNotFound, NotDir, NotFile (value for a directory), RootReadOnly.
+        """
+        old = self._nodes.get(path)
+        if old is None:
+            raise self._failed("update", self._missing(path))
+        self.stats.update_success += 1          # also of the two failures below, as in etcd
+        if path in _READ_ONLY:
+            raise RootReadOnly("/", self.current_index)
+        if old.children is None:
+            return self._rewrite("update", path, old, value, expires_ns, now_ns, refresh)
+        if value:
+            raise NotFile(path[2:], self.current_index)
+        index, children = self.current_index + 1, old.children
+        stored = Directory(old.created_index, old.modified_index, expires_ns, children)
+        shown = Directory(old.created_index, index, expires_ns, children)
+        self._put(path, old, stored)
+        return self._done(Event("update", path, shown, old, index, now_ns, refresh))
+
+    def compare_and_swap(
+        self, path: str, *, prev_value: str = "", prev_index: int = 0, value: str = "",
+        expires_ns: int = 0, refresh: bool = False, now_ns: int,
+    ) -> Event:
+        """Update a file if its value and its modified index are those given; "" and 0: any.
+        Raises CompareFailed, KeyNotFound, NotDir, NotFile, RootReadOnly.
+        """
+        if path in _READ_ONLY:
+            self.stats.compare_and_swap_success += 1        # as etcd counts
+            raise RootReadOnly("/", self.current_index)
+        try:
+            old = self._compared(path, prev_value, prev_index)
+        except EtcdError as error:
+            raise self._failed("compare_and_swap", error) from None
+        self.stats.compare_and_swap_success += 1
+        return self._rewrite("compareAndSwap", path, old, value, expires_ns, now_ns, refresh)
+
+    def delete(
+        self, path: str, *, dir: bool = False, recursive: bool = False, now_ns: int
+    ) -> Event:
+        """Remove a file, with `dir` an empty directory, with `recursive` anything: one event.
+
+        Raises KeyNotFound, NotDir, NotFile (directory without dir), DirNotEmpty, RootReadOnly.
+        """
+        if path in _READ_ONLY:
+            self.stats.delete_success += 1                  # as etcd counts
+            raise RootReadOnly("/", self.current_index)
+        old = self._nodes.get(path)
+        if old is None:
+            raise self._failed("delete", self._missing(path))
+        if old.children is not None and not recursive:
+            if not dir:
+                raise self._failed("delete", NotFile(path[2:], self.current_index))
+            if old.children:
+                raise self._failed("delete", DirNotEmpty(path[2:], self.current_index))
+        self.stats.delete_success += 1
+        return self._remove("delete", path, old, now_ns)
+
+    def compare_and_delete(
+        self, path: str, *, prev_value: str = "", prev_index: int = 0, now_ns: int
+    ) -> Event:
+        """Remove a file if its value and its modified index are those given; "" and 0: any.
+        Raises CompareFailed, KeyNotFound, NotDir, NotFile (also for the root, with no cause).
+        """
+        try:
+            old = self._compared(path, prev_value, prev_index)
+        except (CompareFailed, NotFile):
+            self.stats.compare_and_delete_success += 1      # as etcd counts
+            raise
+        except EtcdError as error:
+            raise self._failed("compare_and_delete", error) from None
+        self.stats.compare_and_delete_success += 1
+        return self._remove("compareAndDelete", path, old, now_ns)
+
+    def delete_expired(self, cutoff_ns: int) -> List[Event]:
+        """Remove what expires at or before `cutoff_ns`, earliest first; one event each."""
+        events: List[Event] = []
+        while True:
+            expires_ns, path = self._ttl.first()
+            if not path or expires_ns > cutoff_ns:
+                return events
+            self.stats.expire_count += 1
+            events.append(self._remove("expire", path, self._nodes[path], cutoff_ns))
+
+    @property
+    def has_ttl(self) -> bool:
+        """True if any node expires."""
+        return len(self._ttl) > 0
+
+    def next_expiry_ns(self) -> int:
+        """Return when the next node expires; 0: never."""
+        return self._ttl.first()[0]
+
+    def snapshot_chunks(self) -> Generator[bytes, None, None]:
+        """Yield the snapshot of this moment, of the first next(), in slices of some ms.
+
+        The store may change between slices; the snapshot does not see it.  Close the generator
+        to give up.  Raises InvariantError if another walk is under way.
+        Source: etcd 2.3 store/store.go, Save.
+        """
+        if self._walk is not None:
+            raise InvariantError("a snapshot walk is under way")
+        walk = self._walk = SnapshotWalk(self._nodes)
+        history = self.hub.history.pieces()
+        stats = copy.copy(self.stats)
+        stats.watchers = 0                      # they are no part of the state
+        end = f',"CurrentIndex":{self.current_index},"Stats":{stats.json()},"CurrentVersion":2}}'
+        pieces = itertools.chain(
+            ('{"Root":',), walk.pieces(), (',"WatcherHub":{"EventHistory":', next(history)),
+            history, ("}", end),
+        )
+        try:
+            while True:
+                texts = list(itertools.islice(pieces, SNAPSHOT_SLICE_NODES))
+                if not texts:
+                    return
+                yield "".join(texts).encode()
+        finally:
+            if self._walk is walk:
+                self._walk = None
+
+    def save(self) -> bytes:
+        """Return a whole snapshot at once."""
+        return b"".join(self.snapshot_chunks())
+
+    def recover(self, data: bytes) -> None:
+        """Become what the snapshot `data` says; watchers stay, and are not told what they missed.
+
+        Nodes already over leave with the next delete_expired.  Raises ValueError if it is no
+        snapshot of a store, and then nothing has changed.
+        Source: etcd 2.3 store/store.go, Recovery.
+        """
+        try:
+            text = text_of(data)
+            nodes, end = _read_tree(text)
+            state = json.loads("{" + text[end:].lstrip("}")[1:])
+            current_index = _number(state, "CurrentIndex")
+            counters = state.get("Stats") or {}
+            stats = {name: _number(counters, name) for name in counters}
+            history = (state.get("WatcherHub") or {}).get("EventHistory") or {}
+            queue = history.get("Queue") or {}
+            slots, front = queue.get("Events") or [], _number(queue, "Front")
+            ring = slots[front:] + slots[:front]        # oldest first, then the unused, null
+            events = [_read_event(members) for members in ring if members is not None]
+            back, capacity = _number(queue, "Back"), _number(queue, "Capacity")
+            if nodes["/0"].children is None or nodes["/1"].children is None:
+                raise ValueError("/0 and /1 must be directories")
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"not a snapshot of a store: {error!r}") from None
+        self._ttl = TtlHeap()
+        for path, node in nodes.items():
+            if node.expires_ns:
+                self._ttl.set(path, node.expires_ns)
+        self._walk = None                       # a walk under way keeps the tree it began with
+        self._nodes = nodes
+        self.current_index = current_index
+        self.stats.load(stats)
+        self.hub.history.load(events, back, capacity)
+
+    def _place(
+        self, action: str, path: str, old: Optional[Node], value: Optional[str],
+        expires_ns: int, now_ns: int, refresh: bool = False,
+    ) -> Event:
+        """Put a file, or a directory if value is None, where `old` or nothing is."""
+        index = self.current_index + 1
+        if old is None:
+            self._make_parents(path, index)
+        if expires_ns < EXPIRES_NS_MIN:
+            expires_ns = 0
+        node = (
+            Directory(index, index, expires_ns, {}) if value is None
+            else Node(value, index, index, expires_ns)
+        )
+        self._put(path, old, node)
+        return self._done(Event(action, path, node, old, index, now_ns, refresh))
+
+    def _rewrite(
+        self, action: str, path: str, old: Node, value: str, expires_ns: int, now_ns: int,
+        refresh: bool,
+    ) -> Event:
+        """Give the file `old` a value and a TTL; it stays the same key."""
+        index = self.current_index + 1
+        node = Node(old.value if refresh else value, old.created_index, index, expires_ns)
+        self._put(path, old, node)
+        return self._done(Event(action, path, node, old, index, now_ns, refresh))
+
+    def _put(self, path: str, old: Optional[Node], node: Node) -> None:
+        if self._walk is not None:
+            self._walk.keep(path, old)
+        self._nodes[path] = node
+        if node.expires_ns or (old is not None and old.expires_ns):
+            self._ttl.set(path, node.expires_ns)
+
+    def _make_parents(self, path: str, index: int) -> None:
+        """Enter `path` in its directory, made if need be.  Raises NotDir before any change."""
+        missing = [path]
+        while True:
+            path = parent_path(path)
+            parent = self._nodes.get(path)
+            if parent is not None:
+                break
+            missing.append(path)
+        children = parent.children
+        if children is None:
+            raise NotDir(path[2:], self.current_index)
+        while len(missing) > 1:
+            path = missing.pop()
+            children[path] = None
+            children = {}
+            self._put(path, None, Directory(index, index, 0, children))
+        children[missing[0]] = None
+
+    def _remove(self, action: str, path: str, old: Node, now_ns: int) -> Event:
+        """Take `old` and all below it out of the tree: one event, at the top."""
+        removed = [path]
+        for below in removed:                   # grows under the loop: parents before children
+            removed += self._nodes[below].children or ()
+        for below in removed:
+            node = self._nodes.pop(below)
+            if self._walk is not None:
+                self._walk.keep(below, node)
+            if node.expires_ns:
+                self._ttl.set(below, 0)
+            if node.children:
+                node.children.clear()           # events of the past must not hold it
+        siblings = self._nodes[parent_path(path)].children
+        if siblings is not None:
+            del siblings[path]
+        index = self.current_index + 1
+        if old.children is None or action == "expire":      # etcd 2.3: expire never says dir
+            shown = Node(None, old.created_index, index, 0)
+        else:
+            shown = Directory(old.created_index, index, 0, {})
+        return self._done(Event(action, path, shown, old, index, now_ns), removed)
+
+    def _done(self, event: Event, removed: Sequence[str] = ()) -> Event:
+        self.current_index = event.index
+        self.hub.notify(event, removed)
+        return event
+
+    def _compared(self, path: str, prev_value: str, prev_index: int) -> Node:
+        """Return the file at `path` if it is as given.  Raises as compare_and_swap."""
+        node = self._nodes.get(path)
+        if node is None:
+            raise self._missing(path)
+        if node.children is not None:
+            raise NotFile(path[2:], self.current_index)
+        wrong = []
+        if prev_value and prev_value != node.value:
+            wrong.append(f"[{prev_value} != {node.value}]")
+        if prev_index and prev_index != node.modified_index:
+            wrong.append(f"[{prev_index} != {node.modified_index}]")
+        if wrong:
+            raise CompareFailed(" ".join(wrong), self.current_index)
+        return node
+
+    def _missing(self, path: str) -> EtcdError:
+        """The error for a path that is not there: names its first missing part, or a file."""
+        end = path.find("/", 1)
+        while end > 0:
+            node = self._nodes.get(path[:end])
+            if node is None:
+                break
+            if node.children is None:
+                return NotDir(path[2:end], self.current_index)
+            end = path.find("/", end + 1)
+        return KeyNotFound((path[2:end] if end > 0 else path[2:]) or "/", self.current_index)
+
+    def _failed(self, verb: str, error: EtcdError) -> EtcdError:
+        """Count a failure of `verb` and hand the error back."""
+        name = verb + "_fail"
+        setattr(self.stats, name, getattr(self.stats, name) + 1)
+        return error
+
+
+# ============================================================================
+# 10. WAL and snapshots -- files of etcd 2.x, read and written
+# ----------------------------------------------------------------------------
+# Knows: sections 1-4, files.  Must not know: the store, the rules of Raft.
+# ============================================================================
+
+_WAL_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.wal")
+_SNAP_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.snap")
+_REPAIR_HINT = (
+    "remove this member from the cluster, delete its data directory and add it again;"
+    " a cluster of one is restored from a backup"
+)
+
+
+class RecordType(IntEnum):
+    """walpb.Record types."""
+
+    METADATA = 1
+    ENTRY = 2
+    STATE = 3
+    CRC = 4
+    SNAPSHOT = 5
+
+
+_locked_paths: Set[str] = set()     # POSIX locks do not exclude others in the same process
+
+
+class OsDisk:
+    """Every file operation of log and snapshots; the simulator has another one.
+
+    A handle is what create and open_append return.  Nothing is durable before fsync or
+    fdatasync of the handle, no name before fsync_dir of its directory.  Raises OSError.
+    """
+
+    def makedirs(self, path: str) -> None:
+        """Make a directory and its parents, mode 0700."""
+        os.makedirs(path, mode=0o700, exist_ok=True)
+
+    def exists(self, path: str) -> bool:
+        """Tell whether a file or directory is there."""
+        return os.path.exists(path)
+
+    def listdir(self, path: str) -> List[str]:
+        """Return the names in a directory, sorted; [] if there is none."""
+        try:
+            return sorted(os.listdir(path))
+        except FileNotFoundError:
+            return []
+
+    def read(self, path: str) -> bytes:
+        """Return a whole file."""
+        with open(path, "rb") as file:
+            return file.read()
+
+    def create(self, path: str, mode: int = 0o600) -> int:
+        """Make an empty file, replacing one that is there; return a handle for appending."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, mode)
+
+    def open_append(self, path: str) -> int:
+        """Return a handle for appending to a file that is there."""
+        return os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def write(self, handle: int, data: bytes) -> None:
+        """Append all of `data`."""
+        written = os.write(handle, data)
+        while written < len(data):
+            data = data[written:]
+            written = os.write(handle, data)
+
+    def fdatasync(self, handle: int) -> None:
+        """Make the contents durable."""
+        _fdatasync(handle)
+
+    def fsync(self, handle: int) -> None:
+        """Make contents and attributes durable."""
+        os.fsync(handle)
+
+    def close(self, handle: int) -> None:
+        """Close a handle."""
+        os.close(handle)
+
+    def truncate(self, path: str, size: int) -> None:
+        """Cut a file to `size` bytes, durably."""
+        with open(path, "r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a file over whatever has the new name."""
+        os.replace(old, new)
+
+    def unlink(self, path: str) -> None:
+        """Remove a file."""
+        os.unlink(path)
+
+    def fsync_dir(self, path: str) -> None:
+        """Make the names in a directory durable."""
+        fsync_dir(path)
+
+    def lock(self, path: str, handle: int) -> bool:
+        """Lock a file against other processes and other members in this one; False if taken.
+
+        A POSIX lock, as etcd 2 takes: it is lost when any descriptor of the file is closed in
+        this process, so a locked file must not be read again.
+        """
+        real = os.path.realpath(path)
+        if real in _locked_paths:
+            return False
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            raise
+        _locked_paths.add(real)
+        return True
+
+    def unlock(self, path: str) -> None:
+        """Forget a lock; closing the handle has released it for other processes."""
+        _locked_paths.discard(os.path.realpath(path))
+
+    def is_locked(self, path: str) -> bool:
+        """Tell whether this process holds the lock of a file."""
+        return os.path.realpath(path) in _locked_paths
+
+
+_LOG_START = EntryID(0, 0)
+_fdatasync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+OS_DISK = OsDisk()
+
+
+class WalContents(NamedTuple):
+    """What a log holds behind its snapshot: entries ascend and have no gap."""
+
+    metadata: bytes
+    hard_state: HardState
+    entries: List[Entry]
+    snapshots: List[EntryID]            # of every snapshot record seen, {0, 0} included
+
+
+class WalEncoder:
+    """Frames in etcd 2.x form, and the running checksum through all of them."""
+
+    __slots__ = ("crc",)
+
+    def __init__(self, crc: int = 0) -> None:
+        self.crc = crc
+
+    def record(self, kind: int, data: bytes) -> bytes:
+        """Return the frame of one record; the chain includes its data."""
+        self.crc = crc = crc32c(data, self.crc)
+        return self._frame(b"\x08%b\x10%b\x1a%b%b" % (
+            _BYTE[kind], encode_varint(crc), encode_varint(len(data)), data
+        ))
+
+    def chain(self) -> bytes:
+        """Return the crc record that begins a file."""
+        return self._frame(b"\x08\x04\x10" + encode_varint(self.crc))
+
+    @staticmethod
+    def _frame(record: bytes) -> bytes:
+        return len(record).to_bytes(8, "little") + record
+
+
+class WalRecord(NamedTuple):
+    """One record of a file: kind (RecordType), stored checksum, data, and where it ends."""
+
+    kind: int
+    crc: int
+    data: bytes
+    end: int
+
+
+class WalDecoder:
+    """The records of one file, checked against the chain of checksums.
+
+    Reads 2.x frames and the padded ones of 3.x, also mixed.  Raises CrcMismatch for damage,
+    TornTail if the file ends inside a record; `end` is the offset behind the last good one.
+    """
+
+    def __init__(self, path: str, data: bytes, crc: int) -> None:
+        self.path = path
+        self.crc = crc
+        self.end = 0
+        self._data = data
+
+    def __iter__(self) -> Iterator[WalRecord]:
+        size = len(self._data)
+        while self.end < size:
+            record = self._record(self.end)
+            if record is None:
+                return
+            self._check(record)
+            self.end = record.end
+            yield record
+
+    def _record(self, offset: int) -> Optional[WalRecord]:
+        """Return the record at `offset`; None for the zeros of a preallocated tail."""
+        data = self._data
+        if offset + 8 > len(data):
+            raise self._torn("inside a length")
+        field = int.from_bytes(data[offset:offset + 8], "little")
+        if not field:
+            return None
+        length, top = field & ((1 << 56) - 1), field >> 56
+        padding = top & 7 if top & 0x80 else 0
+        if top not in (0, 0x80 | -length % 8):
+            raise self._damage("impossible length")
+        end = offset + 8 + length + padding
+        if end > len(data):
+            if _has_records(data, offset + 1):
+                raise self._damage("impossible length")
+            raise self._torn("inside a record")
+        try:
+            return WalRecord(*_decode_record(data[offset + 8:offset + 8 + length]), end)
+        except CodecError as error:
+            raise self._bad(offset, end, str(error)) from None
+
+    def _check(self, record: WalRecord) -> None:
+        if record.kind == RecordType.CRC:
+            if self.crc and record.crc != self.crc:
+                raise self._damage("wal: crc mismatch")
+            self.crc = record.crc
+            return
+        self.crc = crc32c(record.data, self.crc)
+        if self.crc != record.crc:
+            raise self._bad(self.end, record.end, "walpb: crc mismatch")
+
+    def _bad(self, offset: int, end: int, what: str) -> WalError:
+        """A wrong record: torn if a whole sector of it never reached the disk (etcd 3.4)."""
+        first = -(-offset // 512) * 512
+        for sector in range(first, end, 512):
+            if not any(self._data[sector:min(sector + 512, end)]) and end >= len(self._data):
+                return self._torn("in a sector that was never written")
+        return self._damage(what)
+
+    def _damage(self, what: str) -> CrcMismatch:
+        return CrcMismatch(
+            f"read wal error ({what}) and cannot be repaired: {self.path} is damaged at offset"
+            f" {self.end}; {_REPAIR_HINT}"
+        )
+
+    def _torn(self, where: str) -> TornTail:
+        return TornTail(f"unexpected EOF: {self.path} ends {where} at offset {self.end}")
+
+
+def _decode_record(data: bytes) -> Tuple[int, int, bytes]:
+    kind = crc = 0
+    payload = b""
+    for number, wire_type, value in decode_fields(data):
+        if number in (1, 2):
+            _want(wire_type, 0, "Record")
+            kind, crc = (value, crc) if number == 1 else (kind, value)
+        elif number == 3:
+            _want(wire_type, 2, "Record")
+            payload = value
+    if not RecordType.METADATA <= kind <= RecordType.SNAPSHOT:
+        raise CodecError(f"unknown record type {kind}")
+    return kind, crc, payload
+
+
+def _has_records(data: bytes, start: int) -> bool:
+    """Tell whether two good records follow each other somewhere behind `start`.
+
+    Then a length that points past the end is damage in the middle, not the end of the log: to
+    cut there would lose what was acknowledged.
+    """
+    offset = data.find(b"\0\0\0\0\0\0\x08", start)     # the end of a length, the tag of a kind
+    while offset >= 0:
+        record = _loose_record(data, offset - 1)
+        following = record and _loose_record(data, record.end)
+        if record and following and crc32c(following.data, record.crc) == following.crc:
+            return True
+        offset = data.find(b"\0\0\0\0\0\0\x08", offset + 1)
+    return False
+
+
+def _loose_record(data: bytes, offset: int) -> Optional[WalRecord]:
+    length = int.from_bytes(data[offset:offset + 8], "little") & ((1 << 56) - 1)
+    end = offset + 8 + length
+    if length < 4 or end > len(data):
+        return None
+    try:
+        return WalRecord(*_decode_record(data[offset + 8:end]), end)
+    except CodecError:
+        return None
+
+
+class Cut(NamedTuple):
+    """The next segment: its file name and the bytes it begins with."""
+
+    name: str
+    head: bytes
+
+
+class Wal:
+    """The write-ahead log: a directory of segments, each continuing the checksum of the last.
+
+    encode, encode_snapshot, segment_full and encode_cut belong to the reactor's thread and touch
+    no file; write, cut, release_to and close to the wal thread and touch nothing else.
+    Source: etcd 2.3 wal/wal.go; file formats in wal/walpb.
+    """
+
+    def __init__(
+        self, directory: str, metadata: bytes, *, disk: OsDisk, segment_bytes: int
+    ) -> None:
+        self.directory = directory
+        self._metadata = metadata
+        self._disk = disk
+        self._segment_bytes = segment_bytes
+        self._encoder = WalEncoder()
+        self._hard_state = HardState()          # as last encoded
+        self._last_index = 0                    # of the last entry encoded
+        self._sequence = 0                      # of the segment that encode() fills
+        self._size = 0                          # bytes handed out for it
+        self._held: List[Tuple[str, int]] = []  # locked segments, oldest first: name, handle
+
+    # -- opening -----------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls, directory: str, metadata: bytes, *, disk: OsDisk = OS_DISK,
+        segment_bytes: int = SEGMENT_BYTES_MAX,
+    ) -> Wal:
+        """Begin a new log, durably.  Raises FileLocked, OSError."""
+        wal = cls(directory, metadata, disk=disk, segment_bytes=segment_bytes)
+        disk.makedirs(directory)
+        encoder = wal._encoder
+        head = encoder.chain() + encoder.record(RecordType.METADATA, metadata)
+        head += encoder.record(RecordType.SNAPSHOT, _encode_walpb_snapshot(EntryID(0, 0)))
+        wal._size = len(head)
+        wal.cut(Cut(_wal_name(0, 0), head))
+        return wal
+
+    @classmethod
+    def open(
+        cls, directory: str, start: EntryID = _LOG_START, *, disk: OsDisk = OS_DISK,
+        segment_bytes: int = SEGMENT_BYTES_MAX,
+    ) -> Tuple[Wal, WalContents]:
+        """Read the log behind the snapshot `start`, and get ready to append.
+
+        A torn tail is cut off once, as nothing in it was ever acknowledged; a copy stays as
+        `.broken`.  Raises CrcMismatch, FileLocked and WalError; the text says what to do.
+        """
+        names = _segments_from(directory, start.index, disk)
+        reader = _WalReader(directory, start, disk)
+        for name in names[:-1]:
+            reader.read(name, last=False)
+        held = cls._lock(directory, names, disk)
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(cls._unlock, directory, held, disk)
+            size = reader.read(names[-1], last=True)
+            contents = reader.contents()
+            cleanup.pop_all()
+        wal = cls(directory, contents.metadata, disk=disk, segment_bytes=segment_bytes)
+        wal._encoder.crc = reader.crc
+        wal._hard_state = contents.hard_state
+        wal._last_index = contents.entries[-1].index if contents.entries else start.index
+        wal._sequence, wal._size = _wal_position(names[-1])[0], size
+        wal._held = held
+        return wal, contents
+
+    @classmethod
+    def _lock(
+        cls, directory: str, names: List[str], disk: OsDisk
+    ) -> List[Tuple[str, int]]:
+        held: List[Tuple[str, int]] = []
+        for name in names:
+            path = os.path.join(directory, name)
+            handle = disk.open_append(path)
+            if not disk.lock(path, handle):
+                disk.close(handle)
+                cls._unlock(directory, held, disk)
+                raise FileLocked(
+                    f"open wal error: file already locked: {path} belongs to a running member;"
+                    " stop it, or give this one another -data-dir"
+                )
+            held.append((name, handle))
+        return held
+
+    @staticmethod
+    def _unlock(directory: str, held: List[Tuple[str, int]], disk: OsDisk) -> None:
+        for name, handle in held:
+            disk.close(handle)
+            disk.unlock(os.path.join(directory, name))
+
+    @staticmethod
+    def exists(directory: str, *, disk: OsDisk = OS_DISK) -> bool:
+        """Tell whether a log was begun there."""
+        return any(map(_WAL_NAME.fullmatch, disk.listdir(directory)))
+
+    @staticmethod
+    def snapshots(directory: str, *, disk: OsDisk = OS_DISK) -> List[EntryID]:
+        """Return the snapshots that the log knows of; only their files may be used."""
+        found: List[EntryID] = []
+        crc = 0
+        names = [name for name in disk.listdir(directory) if _WAL_NAME.fullmatch(name)]
+        for name in names:
+            path = os.path.join(directory, name)
+            decoder = WalDecoder(path, disk.read(path), crc)
+            with contextlib.suppress(TornTail):     # open() will repair it
+                for record in decoder:
+                    if record.kind == RecordType.SNAPSHOT:
+                        found.append(_decode_walpb_snapshot(record.data))
+            crc = decoder.crc
+        return found
+
+    # -- reactor's side ----------------------------------------------------
+
+    def encode(self, hard_state: Optional[HardState], entries: Sequence[Entry]) -> bytes:
+        """Return the frames of entries, then of the hard state if it changed."""
+        record = self._encoder.record
+        parts = [record(RecordType.ENTRY, encode_entry(entry)) for entry in entries]
+        if entries:
+            self._last_index = entries[-1].index
+        if hard_state is not None and hard_state != self._hard_state:
+            self._hard_state = hard_state
+            parts.append(record(RecordType.STATE, encode_hard_state(hard_state)))
+        data = b"".join(parts)
+        self._size += len(data)
+        return data
+
+    def encode_snapshot(self, snapshot_id: EntryID) -> bytes:
+        """Return the frame that makes a snapshot's file usable; to be synced before it exists."""
+        data = self._encoder.record(RecordType.SNAPSHOT, _encode_walpb_snapshot(snapshot_id))
+        self._size += len(data)
+        self._last_index = max(self._last_index, snapshot_id.index)
+        return data
+
+    def segment_full(self) -> bool:
+        """Tell whether the next batch belongs into a new segment."""
+        return self._size >= self._segment_bytes
+
+    def encode_cut(self) -> Cut:
+        """Begin the next segment: everything encoded from now on belongs into it."""
+        self._sequence += 1
+        encoder = self._encoder
+        head = encoder.chain() + encoder.record(RecordType.METADATA, self._metadata)
+        if self._hard_state != HardState():
+            head += encoder.record(RecordType.STATE, encode_hard_state(self._hard_state))
+        self._size = len(head)
+        return Cut(_wal_name(self._sequence, self._last_index + 1), head)
+
+    # -- wal thread's side -------------------------------------------------
+
+    def write(self, data: bytes, *, sync: bool) -> None:
+        """Append to the newest segment.  Raises OSError; then nothing may be written any more."""
+        handle = self._held[-1][1]
+        self._disk.write(handle, data)
+        if sync:
+            self._disk.fdatasync(handle)
+
+    def cut(self, cut: Cut) -> None:
+        """Sync the present segment and begin the next; it gets its name when it is durable."""
+        disk, directory = self._disk, self.directory
+        if self._held:
+            disk.fsync(self._held[-1][1])
+        path = os.path.join(directory, cut.name)
+        handle = disk.create(path + ".tmp")
+        disk.write(handle, cut.head)
+        disk.fsync(handle)
+        disk.rename(path + ".tmp", path)
+        disk.fsync_dir(directory)
+        if not disk.lock(path, handle):
+            raise FileLocked(f"open wal error: file already locked: {path}")
+        self._held.append((cut.name, handle))
+        package_logger("wal").info("segmented wal file %s is created", path)
+
+    def release_to(self, index: int) -> None:
+        """Unlock the segments that a snapshot at `index` makes needless, so they can be purged."""
+        firsts = [_wal_position(name)[1] for name, _ in self._held]
+        following = next((i for i, first in enumerate(firsts) if first >= index), len(firsts))
+        keep_from = max(following - 1, 0)
+        self._unlock(self.directory, self._held[:keep_from], self._disk)
+        del self._held[:keep_from]
+
+    def close(self) -> None:
+        """Release all files."""
+        self._unlock(self.directory, self._held, self._disk)
+        self._held = []
+
+
+class _WalReader:
+    """Collects what the segments say, in order."""
+
+    def __init__(self, directory: str, start: EntryID, disk: OsDisk) -> None:
+        self.crc = 0
+        self._directory = directory
+        self._start = start
+        self._disk = disk
+        self._metadata = b""
+        self._hard_state = HardState()
+        self._entries: List[Entry] = []
+        self._snapshots: List[EntryID] = []
+        self._start_term = start.term if not start.index else 0     # of our entry at start.index
+
+    def read(self, name: str, *, last: bool) -> int:
+        """Read one segment; return its size after a repair."""
+        path = os.path.join(self._directory, name)
+        decoder = WalDecoder(path, self._disk.read(path), self.crc)
+        try:
+            for record in decoder:
+                self._take(path, record)
+        except TornTail as error:
+            if not last:
+                raise CrcMismatch(
+                    f"read wal error ({error}) and cannot be repaired: later segments exist;"
+                    f" {_REPAIR_HINT}"
+                ) from None
+            self._repair(path, decoder)
+        self.crc = decoder.crc
+        if last and decoder.end < len(decoder._data):
+            self._disk.truncate(path, decoder.end)      # zeros of preallocation, or torn bytes
+        return decoder.end
+
+    def contents(self) -> WalContents:
+        """Return what was read.  Raises WalError if it does not fit the snapshot."""
+        if self._start not in self._snapshots:
+            raise WalError(
+                f"wal: snapshot not found: {self._directory} has no record of the snapshot at"
+                f" index {self._start.index}; {_REPAIR_HINT}"
+            )
+        return WalContents(self._metadata, self._hard_state, self._entries, self._snapshots)
+
+    def _repair(self, path: str, decoder: WalDecoder) -> None:
+        log = package_logger("wal")
+        log.warning("repairing %s", path)
+        broken = self._disk.create(path + ".broken")
+        self._disk.write(broken, decoder._data)
+        self._disk.fsync(broken)
+        self._disk.close(broken)
+        log.warning("repaired WAL error (unexpected EOF): cut %s at offset %d", path, decoder.end)
+
+    def _take(self, path: str, record: WalRecord) -> None:
+        if record.kind == RecordType.ENTRY:
+            self._take_entry(path, decode_entry(record.data))
+        elif record.kind == RecordType.STATE:
+            self._hard_state = decode_hard_state(record.data)
+        elif record.kind == RecordType.METADATA:
+            if self._metadata and self._metadata != record.data:
+                raise WalError(f"wal: conflicting metadata found in {path}; {_REPAIR_HINT}")
+            self._metadata = record.data
+        elif record.kind == RecordType.SNAPSHOT:
+            self._take_snapshot(_decode_walpb_snapshot(record.data))
+
+    def _take_entry(self, path: str, entry: Entry) -> None:
+        start = self._start.index
+        if entry.index <= start:
+            self._start_term = entry.term if entry.index == start else 0
+            self._entries.clear()       # a rewritten suffix begins before the snapshot
+            return
+        position = entry.index - start - 1
+        if position > len(self._entries):
+            raise WalError(
+                f"{path} misses entries {start + len(self._entries) + 1} to {entry.index - 1};"
+                f" {_REPAIR_HINT}"
+            )
+        del self._entries[position:]
+        self._entries.append(entry)
+
+    def _take_snapshot(self, snapshot_id: EntryID) -> None:
+        """A snapshot that came from a leader replaces a log that did not contain its entry."""
+        self._snapshots.append(snapshot_id)
+        if snapshot_id == self._start and self._start_term != snapshot_id.term:
+            self._entries.clear()
+            self._start_term = snapshot_id.term
+
+
+def _wal_name(sequence: int, index: int) -> str:
+    return f"{sequence:016x}-{index:016x}.wal"
+
+
+def _wal_position(name: str) -> Tuple[int, int]:
+    """Return (sequence, first index) of a segment's name."""
+    return int(name[:16], 16), int(name[17:33], 16)
+
+
+def _segments_from(directory: str, index: int, disk: OsDisk) -> List[str]:
+    """Return the names of the segments that hold what follows `index`, in order."""
+    names = []
+    for name in disk.listdir(directory):
+        if _WAL_NAME.fullmatch(name):
+            names.append(name)
+        elif not name.endswith((".tmp", ".broken")):
+            package_logger("wal").warning("ignored file %s in wal", name)
+    first = max((i for i, n in enumerate(names) if _wal_position(n)[1] <= index), default=-1)
+    names = names[max(first, 0):]
+    sequences = [_wal_position(name)[0] for name in names]
+    if first < 0 or sequences != list(range(sequences[0], sequences[0] + len(names))):
+        raise WalError(
+            f"wal: file not found: {directory} lacks a segment behind index {index};"
+            f" {_REPAIR_HINT}"
+        )
+    return names
+
+
+def _encode_walpb_snapshot(snapshot_id: EntryID) -> bytes:
+    return b"\x08%b\x10%b" % (encode_varint(snapshot_id.index), encode_varint(snapshot_id.term))
+
+
+def _decode_walpb_snapshot(data: bytes) -> EntryID:
+    values = _decode_known(data, {1: ("index", 0, int), 2: ("term", 0, int)}, "walpb.Snapshot")
+    return EntryID(values.get("term", 0), values.get("index", 0))
+
+
+class Snapshotter:
+    """The directory of snapshot files, `<term>-<index>.snap`.  Source: etcd 2.3 snap."""
+
+    def __init__(self, directory: str, *, disk: OsDisk = OS_DISK) -> None:
+        self.directory = directory
+        self._disk = disk
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Write a snapshot durably.  Its WAL record must be durable before.  Raises OSError."""
+        data = encode_snapshot(snapshot)
+        content = b"\x08%b\x12%b" % (encode_varint(crc32c(data)), encode_varint(len(data)))
+        path = os.path.join(self.directory, f"{snapshot.term:016x}-{snapshot.index:016x}.snap")
+        handle = self._disk.create(path, 0o666)
+        try:
+            self._disk.write(handle, content)
+            self._disk.write(handle, data)
+            self._disk.fsync(handle)
+        finally:
+            self._disk.close(handle)
+        self._disk.fsync_dir(self.directory)
+
+    def load(self, valid: Optional[Container[EntryID]] = None) -> Optional[Snapshot]:
+        """Return the newest good snapshot, or None.  A bad file is renamed to `.broken`.
+
+        valid  the snapshots that the log knows; files of others are passed over
+        """
+        log = package_logger("snap")
+        for name in reversed(self._disk.listdir(self.directory)):
+            match = _SNAP_NAME.fullmatch(name)
+            if match is None:
+                if not name.endswith((".broken", ".snap.db")):
+                    log.warning("skipped unexpected non snapshot file %s", name)
+                continue
+            term, index = (int(part, 16) for part in match.groups())
+            if valid is not None and EntryID(term, index) not in valid:
+                log.warning("skipped snapshot file %s: the log does not know it", name)
+                continue
+            snapshot = self._read(name)
+            if snapshot is not None:
+                return snapshot
+        return None
+
+    def _read(self, name: str) -> Optional[Snapshot]:
+        path = os.path.join(self.directory, name)
+        try:
+            return decode_snapshot_file(self._disk.read(path))
+        except CodecError as error:
+            package_logger("snap").error(
+                "cannot read snapshot file %s (%s); renamed to %s.broken, using the one before",
+                name, error, name,
+            )
+            self._disk.rename(path, path + ".broken")
+            return None
+
+
+def decode_snapshot_file(content: bytes) -> Snapshot:
+    """Return the snapshot in a file.  Raises CodecError if it is damaged."""
+    values = _decode_known(content, {1: ("crc", 0, int), 2: ("data", 2, bytes)}, "snappb.Snapshot")
+    data = values.get("data", b"")
+    if not data:
+        raise CodecError("unexpected empty snapshot")
+    if crc32c(data) != values.get("crc", 0):
+        raise CodecError("crc mismatch")
+    return decode_snapshot(data)
+
+
+def purge_files(
+    directory: str, suffix: str, keep: int, *, disk: OsDisk = OS_DISK
+) -> List[str]:
+    """Remove the oldest files beyond `keep` (0: none), up to the first that is still locked."""
+    removed: List[str] = []
+    names = [name for name in disk.listdir(directory) if name.endswith(suffix)]
+    for name in names[:-keep] if keep else []:
+        path = os.path.join(directory, name)
+        if disk.is_locked(path):
+            break
+        disk.unlink(path)
+        package_logger("etcdserver").info("purged file %s successfully", path)
+        removed.append(path)
+    return removed
+
+
+class DataDir(NamedTuple):
+    """Paths of a data directory."""
+
+    root: str
+    member: str
+    wal: str
+    snap: str
+    proxy: str
+
+
+def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
+    """Make a data directory usable: layout, modes, a test write; move the layout of 2.0.0.
+
+    Raises StartError if it is not ours, not a directory, or not writable.
+    """
+    member = os.path.join(data_dir, "member")
+    paths = DataDir(
+        data_dir, member, wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap"),
+        os.path.join(data_dir, "proxy"),
+    )
+    try:
+        names = set(os.listdir(data_dir)) if os.path.exists(data_dir) else set()
+    except OSError as error:
+        raise StartError(
+            f"error listing data dir: {data_dir} ({error.strerror}); -data-dir must name a"
+            " directory that this user may read and write"
+        ) from None
+    _classify(data_dir, names)
+    try:
+        for path in (data_dir, member):
+            os.makedirs(path, mode=0o700, exist_ok=True)
+            _touch(path)
+        _migrate(paths, names)
+        os.makedirs(paths.snap, mode=0o700, exist_ok=True)
+        if os.path.isdir(paths.wal):
+            _touch(paths.wal)
+    except OSError as error:
+        raise StartError(
+            f"cannot write to member directory: {error}; give the directory to this user, or"
+            " choose another -data-dir"
+        ) from None
+    return paths
+
+
+def _classify(data_dir: str, names: Set[str]) -> None:
+    if {"member", "proxy"} <= names:
+        raise StartError(
+            f"invalid datadir. Both member and proxy directories exist. Remove the one in"
+            f" {data_dir} that is not wanted"
+        )
+    for name in sorted(names - {"member", "proxy", "wal", "snap"}):
+        package_logger("etcd").warning(
+            "found invalid file/dir %s under data dir %s (Ignore this if you are upgrading etcd)",
+            name, data_dir,
+        )
+
+
+def _touch(path: str) -> None:
+    probe = os.path.join(path, ".touch")
+    with open(probe, "wb"):
+        pass
+    os.unlink(probe)
+
+
+def _migrate(paths: DataDir, names: Set[str]) -> None:
+    """etcd 2.0.0 kept wal and snap at the top."""
+    old = os.path.join(paths.root, "wal")
+    if "wal" not in names or "member" in names or not os.listdir(old):
+        return
+    for name in ("wal", "snap"):
+        if name in names:
+            os.rename(os.path.join(paths.root, name), os.path.join(paths.member, name))
+    fsync_dir(paths.member)
+    fsync_dir(paths.root)
+
+
+# ============================================================================
+# 11. Cluster -- who the members are
+# ----------------------------------------------------------------------------
+# Knows: sections 1-4, the store's /0.  Must not know: Raft, sockets.
+# ============================================================================
+
+
+class Member(NamedTuple):
+    """One member as the cluster knows it; peer_urls are sorted."""
+
+    id: int
+    peer_urls: Tuple[str, ...]
+    name: str = ""                      # "" until it has published itself
+    client_urls: Tuple[str, ...] = ()
+
+    @property
+    def started(self) -> bool:
+        """True once it has told its name."""
+        return bool(self.name)
+
+    def context_json(self) -> str:
+        """Its form in conf changes and in the peers' /members: decimal id, empty parts left out."""
+        fields: Dict[str, Any] = {"id": self.id, "peerURLs": self.peer_urls}
+        if self.name:
+            fields["name"] = self.name
+        if self.client_urls:
+            fields["clientURLs"] = self.client_urls
+        return json_text(fields)
+
+    def client_json(self) -> str:
+        """Its form in /v2/members: hexadecimal id, all parts."""
+        return json_text({
+            "id": format_id(self.id), "name": self.name, "peerURLs": self.peer_urls,
+            "clientURLs": self.client_urls,
+        })
+
+    def attributes_json(self) -> str:
+        """The value of /0/members/<id>/attributes."""
+        return json_text({"name": self.name, "clientURLs": self.client_urls})
+
+    def raft_attributes_json(self) -> str:
+        """The value of /0/members/<id>/raftAttributes."""
+        return json_text({"peerURLs": self.peer_urls})
+
+
+def format_id(id: int) -> str:
+    """Return the hexadecimal text of a member or cluster id; etcd does not pad it."""
+    return f"{id:x}"
+
+
+def _hash_id(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha1(data).digest()[:8], "big")
+
+
+def member_id(peer_urls: Iterable[str], token: str, unix_s: Optional[int] = None) -> int:
+    """Return the id of a member: SHA-1 of its peer URLs and the cluster token.
+
+    With `discovery` the token is the whole discovery URL.  unix_s: the time when a member is
+    added at run time; the token is empty then.  Source: etcd 2.3 etcdserver/member.go.
+    """
+    time_text = "" if unix_s is None else str(unix_s)
+    return _hash_id(utf8("".join(sorted(peer_urls)) + token + time_text))
+
+
+def cluster_id(member_ids: Iterable[int]) -> int:
+    """Return the id of a cluster: SHA-1 of its initial members' ids, ascending."""
+    return _hash_id(b"".join(id.to_bytes(8, "big") for id in sorted(member_ids)))
+
+
+def parse_initial_cluster(text: str) -> Dict[str, Tuple[str, ...]]:
+    """Return name -> sorted peer URLs of `name=url,name=url`; a name may repeat.
+
+    Raises ValueError with etcd's words.
+    """
+    urls: Dict[str, List[str]] = {}
+    for piece in filter(None, (part.strip() for part in text.split(","))):
+        name, _, url = piece.partition("=")
+        if not name or not url:
+            raise ValueError(f'Empty URL given for "{name}" in {piece!r}: write name=url')
+        urls.setdefault(name, []).append(check_url(url))
+    return {name: tuple(sorted(found)) for name, found in urls.items()}
+
+
+def format_initial_cluster(initial: Mapping[str, Iterable[str]]) -> str:
+    """Return the text form: all name=url pairs sorted, joined by commas."""
+    return ",".join(sorted(f"{name}={url}" for name, urls in initial.items() for url in urls))
+
+
+class Cluster:
+    """The members, kept below /0 of the store, where every member has the same ones.
+
+    Changed only by applied entries and by snapshots.  Until the first of them, the members are
+    those of the flags.  Thread: reactor.  Source: etcd 2.3 etcdserver/cluster.go.
+    """
+
+    def __init__(self, token: str = "", store: Optional[Store] = None) -> None:
+        self.token = token
+        self.id = 0
+        self.local_id = 0                           # whose lines say "local member"
+        self.members: Dict[int, Member] = {}
+        self.removed: Set[int] = set()              # ids that can never come back
+        self.version: Optional[str] = None          # "2.3.0"; None: not decided yet
+        self._store = store
+
+    @classmethod
+    def from_initial(cls, token: str, initial: Mapping[str, Sequence[str]]) -> Cluster:
+        """Return a new cluster of the members in `initial`.  Raises ValueError if ids collide."""
+        cluster = cls(token)
+        for name, urls in initial.items():
+            id = member_id(urls, token)
+            if id in cluster.members or not id:
+                raise ValueError(f"member exists with identical ID {format_id(id)}")
+            cluster.members[id] = Member(id, tuple(sorted(urls)), name)
+        cluster.id = cluster_id(cluster.members)
+        return cluster
+
+    def set_store(self, store: Store) -> None:
+        """Tell which store the changes go to."""
+        self._store = store
+
+    @property
+    def store(self) -> Store:
+        """The store."""
+        if self._store is None:
+            raise InvariantError("a cluster without a store cannot change")
+        return self._store
+
+    def recover(self) -> None:
+        """Read everything from the store again: a snapshot has replaced it."""
+        store = self.store
+        self.members = {}
+        for name, _ in store.children("/0/members"):
+            member = self._read_member(name)
+            self.members[member.id] = member
+        self.removed = {int(name, 16) for name, _ in store.children("/0/removed_members")}
+        version = store.value("/0/version")
+        if version:
+            self._check_version(version)
+            self.version = version
+            package_logger("etcdserver").info(
+                "set the cluster version to %s from store", version.rpartition(".")[0]
+            )
+        for member in sorted(self.members.values()):
+            package_logger("etcdserver").info(
+                "added %smember %s [%s] to cluster %s from store", self._local(member.id),
+                format_id(member.id), " ".join(member.peer_urls), format_id(self.id),
+            )
+
+    def _read_member(self, name: str) -> Member:
+        path = f"/0/members/{name}"
+        raft = json.loads(self.store.value(path + "/raftAttributes") or "{}")
+        attributes = json.loads(self.store.value(path + "/attributes") or "{}")
+        return Member(
+            int(name, 16), tuple(raft.get("peerURLs") or ()), attributes.get("name", ""),
+            tuple(attributes.get("clientURLs") or ()),
+        )
+
+    def member_by_name(self, name: str) -> Optional[Member]:
+        """Return the member of that name, or None."""
+        return next((m for m in self.members.values() if m.name == name), None)
+
+    def is_removed(self, id: int) -> bool:
+        """Tell whether this id was a member once and was removed."""
+        return id in self.removed
+
+    def client_urls(self) -> List[str]:
+        """Return the client URLs of all members."""
+        return [url for member in self.members.values() for url in member.client_urls]
+
+    def peer_urls(self) -> List[str]:
+        """Return the peer URLs of all members."""
+        return [url for member in self.members.values() for url in member.peer_urls]
+
+    # -- changes -----------------------------------------------------------
+
+    def validate_change(self, change: ConfChange) -> Optional[Member]:
+        """Return the member that an add or update speaks of.  Raises MemberError.
+
+        Decided by the applied state alone, so every member decides alike.
+        """
+        id = change.node_id
+        if id in self.removed:
+            raise MemberRemoved()
+        # What an initial member holds in memory is not yet applied: the store decides.
+        known = bool(self.store.children(f"/0/members/{format_id(id)}"))
+        adds = change.type in (ConfChangeType.ADD_NODE, ConfChangeType.ADD_LEARNER)
+        if adds and known:
+            raise MemberExists()
+        if not adds and not known:
+            raise MemberNotFound()
+        if change.type == ConfChangeType.REMOVE_NODE:
+            return None
+        member = parse_member(change.context or b"{}", id)
+        for other, _ in self.store.children("/0/members"):
+            if int(other, 16) != id:
+                if set(self._read_member(other).peer_urls) & set(member.peer_urls):
+                    raise PeerUrlExists()
+        return member
+
+    def add(self, member: Member, *, now_ns: int = 0) -> None:
+        """Apply: a member joins.  One store index."""
+        path = f"/0/members/{format_id(member.id)}/raftAttributes"
+        self.store.create(path, value=member.raft_attributes_json(), now_ns=now_ns)
+        if not member.name and member.id in self.members:
+            member = self.members[member.id]._replace(peer_urls=member.peer_urls)
+        self.members[member.id] = member
+        self._log("added", member.id, " ".join(member.peer_urls), "to")
+
+    def remove(self, id: int, *, now_ns: int = 0) -> None:
+        """Apply: a member leaves for ever.  Two store indexes."""
+        path = f"/0/members/{format_id(id)}"
+        self.store.delete(path, dir=True, recursive=True, now_ns=now_ns)
+        self.store.create(f"/0/removed_members/{format_id(id)}", now_ns=now_ns)
+        self.members.pop(id, None)
+        self.removed.add(id)
+        package_logger("etcdserver").info(
+            "removed member %s from cluster %s", format_id(id), format_id(self.id)
+        )
+
+    def update_raft_attributes(
+        self, id: int, peer_urls: Sequence[str], *, now_ns: int = 0
+    ) -> None:
+        """Apply: a member has new peer URLs.  One store index."""
+        member = self.members[id]._replace(peer_urls=tuple(peer_urls))
+        path = f"/0/members/{format_id(id)}/raftAttributes"
+        self.store.update(path, value=member.raft_attributes_json(), now_ns=now_ns)
+        self.members[id] = member
+        self._log("update", id, " ".join(member.peer_urls), "in")
+
+    def update_attributes(self, id: int, name: str, client_urls: Sequence[str]) -> None:
+        """Apply: a member has published itself (the store is written by the Applier)."""
+        known = self.members.get(id) or Member(id, ())
+        self.members[id] = known._replace(name=name, client_urls=tuple(client_urls))
+
+    def set_version(self, version: str) -> None:
+        """Apply: the cluster version (the store is written by the Applier).
+
+        Raises InvariantError if this program is older than the cluster.
+        """
+        self._check_version(version)
+        log, short = package_logger("etcdserver"), version.rpartition(".")[0]
+        if self.version is None:
+            log.info("set the initial cluster version to %s", short)
+        elif self.version != version:
+            log.info(
+                "updated the cluster version from %s to %s", self.version.rpartition(".")[0], short
+            )
+        self.version = version
+
+    @staticmethod
+    def _check_version(version: str) -> None:
+        if version_key(version) > version_key(SERVER_VERSION):
+            raise InvariantError(
+                f"cluster cannot be downgraded (current version: {SERVER_VERSION} is lower than"
+                f" determined cluster version: {version.rpartition('.')[0]}). Run a program that"
+                " is at least as new as the cluster"
+            )
+
+    # -- strict reconfiguration check ----------------------------------------
+
+    def check_strict_add(self) -> None:
+        """Raise NotEnoughStarted if one more member would leave too few started for a quorum."""
+        started = sum(member.started for member in self.members.values())
+        size = len(self.members) + 1
+        if not (started == 1 and size == 2):    # a cluster of one must be able to grow
+            self._check_started("add", started, size)
+
+    def check_strict_remove(self, id: int) -> None:
+        """Raise NotEnoughStarted if the rest would have too few started for a quorum."""
+        rest = [member for member in self.members.values() if member.id != id]
+        self._check_started("remove", sum(member.started for member in rest), len(rest))
+
+    @staticmethod
+    def _check_started(what: str, started: int, size: int) -> None:
+        if started < size // 2 + 1:
+            package_logger("etcdserver").warning(
+                "Reject %s member request: the number of started member (%d) will be less than"
+                " the quorum number of the cluster (%d)", what, started, size // 2 + 1,
+            )
+            raise NotEnoughStarted()
+
+    def _local(self, id: int) -> str:
+        return "local " if id == self.local_id else ""
+
+    def _log(self, verb: str, id: int, urls: str, preposition: str) -> None:
+        package_logger("etcdserver").info(
+            "%s %smember %s [%s] %s cluster %s", verb, self._local(id), format_id(id), urls,
+            preposition, format_id(self.id),
+        )
+
+
+def version_key(version: str) -> Tuple[int, int]:
+    """Return (major, minor) of `a.b.c`.  Raises ValueError."""
+    major, minor, _ = version.split(".", 2)
+    return int(major), int(minor)
+
+
+def parse_member(context: bytes, id: int) -> Member:
+    """Return the member in a conf change's context; parts that are missing are empty.
+
+    Raises CodecError.
+    """
+    try:
+        fields = json.loads(context)
+        urls, clients = fields.get("peerURLs") or (), fields.get("clientURLs") or ()
+        name = fields.get("name") or ""
+    except (ValueError, AttributeError):
+        raise CodecError(f"the context of a change is not a member: {context!r}") from None
+    return Member(id, tuple(sorted(map(str, urls))), str(name), tuple(map(str, clients)))
+
+
+# ============================================================================
+# 12. Apply -- committed entries change store and cluster
+# ----------------------------------------------------------------------------
+# Knows: sections 4, 8, 10.  Deterministic: every member gets the same result
+# from the same entry; only the shown ttl depends on the clock.
+# ============================================================================
+
+_ATTRIBUTES_PATH = re.compile(r"/0/members/([0-9a-fA-F]{1,16})/attributes")
+
+Applied = Union[Event, EtcdError, None]
+
+
+class Applier:
+    """Turns requests into changes of the store, and conf changes into changes of the cluster.
+
+    clock  returns unix nanoseconds; used for what is shown, never for what expires
+    """
+
+    def __init__(
+        self, store: Store, cluster: Cluster, local_id: int,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.clock = clock
+        self._store = store
+        self._cluster = cluster
+        cluster.local_id = local_id
+
+    def apply_entry(self, entry: Entry) -> Applied:
+        """Apply a normal entry, and leave its request in entry.request.
+
+        None for what has no result: a leader's first entry, and operations of etcd 3's API,
+        which count as applied and do nothing here.
+        """
+        request = entry.request
+        if request is None:
+            if not entry.data:
+                return None
+            request = entry.request = decode_request(entry.data)
+            if request is None:
+                return None
+        return self.apply_request(request)
+
+    def apply_request(self, request: Request) -> Applied:
+        """Execute one command; an error of the store is returned, not raised."""
+        handler = _METHODS.get(request.method)
+        if handler is None:
+            return RaftInternal(f"etcdserver: unknown method {request.method}")
+        try:
+            return handler(self, request)
+        except EtcdError as error:
+            return error
+
+    def _put(self, r: Request) -> Applied:
+        store, now_ns = self._store, self.clock()
+        if r.prev_exist is None:
+            if not r.prev_index and not r.prev_value:
+                if r.path.startswith("/0/") and not self._note_cluster(r):
+                    return None
+                return store.set(
+                    r.path, dir=r.dir, value=r.val, expires_ns=r.expiration,
+                    refresh=bool(r.refresh), now_ns=now_ns,
+                )
+        elif not r.prev_exist:
+            return store.create(
+                r.path, dir=r.dir, value=r.val, expires_ns=r.expiration, now_ns=now_ns
+            )
+        elif not r.prev_index and not r.prev_value:
+            return store.update(
+                r.path, value=r.val, expires_ns=r.expiration, refresh=bool(r.refresh),
+                now_ns=now_ns,
+            )
+        return store.compare_and_swap(
+            r.path, prev_value=r.prev_value, prev_index=r.prev_index, value=r.val,
+            expires_ns=r.expiration, refresh=bool(r.refresh), now_ns=now_ns,
+        )
+
+    def _post(self, r: Request) -> Applied:
+        return self._store.create(
+            r.path, dir=r.dir, value=r.val, unique=True, expires_ns=r.expiration,
+            now_ns=self.clock(),
+        )
+
+    def _delete(self, r: Request) -> Applied:
+        if r.prev_index or r.prev_value:
+            return self._store.compare_and_delete(
+                r.path, prev_value=r.prev_value, prev_index=r.prev_index, now_ns=self.clock()
+            )
+        return self._store.delete(
+            r.path, dir=r.dir, recursive=r.recursive, now_ns=self.clock()
+        )
+
+    def _get(self, r: Request) -> Applied:
+        return self._store.get(
+            r.path, recursive=r.recursive, sorted=r.sorted, now_ns=self.clock()
+        )
+
+    def _sync(self, r: Request) -> Applied:
+        self._store.delete_expired(r.time)
+        return None
+
+    def _note_cluster(self, r: Request) -> bool:
+        """A member publishes itself, or the version is set; False if the store stays as it is."""
+        match = _ATTRIBUTES_PATH.fullmatch(r.path)
+        if match is not None:
+            return self._note_attributes(int(match.group(1), 16), r.val)
+        if r.path == "/0/version":
+            self._cluster.set_version(r.val)
+        return True
+
+    def _note_attributes(self, id: int, value: str) -> bool:
+        if id not in self._cluster.members:
+            if not self._cluster.is_removed(id):    # etcd ends here; the store alone is harmless
+                package_logger("etcdserver").warning(
+                    "ignored the attributes of unknown member %s", format_id(id)
+                )
+            return False
+        member = parse_member(utf8(value), id)
+        self._cluster.update_attributes(id, member.name, member.client_urls)
+        return True
+
+    def apply_conf_change(self, change: ConfChange) -> Optional[MemberError]:
+        """Change the cluster, or return why not; then Raft must not change either."""
+        try:
+            member = self._cluster.validate_change(change)
+        except MemberError as error:
+            return error
+        now_ns = self.clock()
+        if member is None:
+            self._cluster.remove(change.node_id, now_ns=now_ns)
+        elif change.type == ConfChangeType.UPDATE_NODE:
+            self._cluster.update_raft_attributes(
+                change.node_id, member.peer_urls, now_ns=now_ns
+            )
+        else:
+            self._cluster.add(member, now_ns=now_ns)
+        return None
+
+
+_METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
+    "PUT": Applier._put,
+    "POST": Applier._post,
+    "DELETE": Applier._delete,
+    "QGET": Applier._get,
+    "SYNC": Applier._sync,
+}
+
+
+# ============================================================================
+# 13. Reactor -- one thread, every socket
+# ----------------------------------------------------------------------------
+# Knows: sections 1-3.  Must not know: HTTP, etcd.
+# ============================================================================
+
+
+class Timer:
+    """One call at a later time; cancel() makes it do nothing."""
+
+    __slots__ = ("callback", "args")
+
+    def __init__(self, callback: Callable[..., None], args: Tuple[Any, ...]) -> None:
+        self.callback: Optional[Callable[..., None]] = callback
+        self.args = args
+
+    def cancel(self) -> None:
+        """Forget the call; harmless when it was made already."""
+        self.callback = None
+        self.args = ()
+
+
+class Flushable:
+    """What Reactor.flush_soon takes."""
+
+    __slots__ = ()
+
+    def flush(self) -> None:
+        """Send what is waiting."""
+        raise NotImplementedError
+
+
+class Reactor:
+    """The loop that owns all state: sockets, timers, and what other threads post.
+
+    One turn: poll, serve ready sockets, run due timers, run what was posted, on_turn(), flush
+    (DESIGN: order inside one turn).  Thread: all methods from the reactor's own, except
+    call_soon_threadsafe and stop.
+    """
+
+    def __init__(self) -> None:
+        self.on_turn: Callable[[], None] = lambda: None
+        self.turns = 0
+        self.slowest_turn_s = 0.0
+        self._selector = selectors.DefaultSelector()
+        self._timers: List[Tuple[float, int, Timer]] = []
+        self._timer_count = 0
+        self._posted: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
+        self._polling = False           # True: a poster must write to the wake socket
+        self._stopping = False
+        self._dirty: List[Flushable] = []
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._blocking: Optional[ThreadPoolExecutor] = None
+        self._date = (0, "")
+        self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
+
+    @staticmethod
+    def now() -> float:
+        """Monotonic seconds, for deadlines."""
+        return time.monotonic()
+
+    @staticmethod
+    def wall_ns() -> int:
+        """Unix nanoseconds, for what clients see and for expiry."""
+        return time.time_ns()
+
+    def call_later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> Timer:
+        """Call once, not before delay_s seconds have passed."""
+        timer = Timer(callback, args)
+        self._timer_count += 1
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, self._timer_count, timer))
+        return timer
+
+    def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
+        """Call in this turn, or in the next one."""
+        self._posted.append((callback, args))
+
+    def call_soon_threadsafe(self, callback: Callable[..., None], *args: Any) -> None:
+        """Call on the reactor's thread.  Thread: any."""
+        self._posted.append((callback, args))
+        if self._polling:
+            self._polling = False
+            with contextlib.suppress(BlockingIOError, OSError):
+                self._wake_out.send(b"\0")  # a full buffer will wake it as well
+
+    def run_blocking(
+        self, work: Callable[..., Any], *args: Any,
+        done: Callable[[Optional[BaseException], Any], None],
+    ) -> None:
+        """Run `work(*args)` on a thread; then call done(error, result) on the reactor's."""
+        if self._blocking is None:
+            from concurrent.futures import ThreadPoolExecutor as Executor
+            self._blocking = Executor(4, thread_name_prefix="blocking")
+
+        def finished(future: Future[Any]) -> None:
+            error = future.exception()
+            result = None if error else future.result()
+            self.call_soon_threadsafe(done, error, result)
+
+        self._blocking.submit(work, *args).add_done_callback(finished)
+
+    def register(
+        self, sock: socket.socket, events: int, callback: Callable[[int], None]
+    ) -> None:
+        """Call callback(mask) whenever `sock` is ready for any of `events`."""
+        self._selector.register(sock, events, callback)
+
+    def modify(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
+        """Change what a registered socket waits for."""
+        self._selector.modify(sock, events, callback)
+
+    def unregister(self, sock: socket.socket) -> None:
+        """Stop watching `sock`."""
+        self._selector.unregister(sock)
+
+    def flush_soon(self, connection: Flushable) -> None:
+        """Call connection.flush() at the end of this turn."""
+        self._dirty.append(connection)
+
+    def http_date(self) -> str:
+        """Return the Date header's value, made once a second."""
+        now = int(time.time())
+        if now != self._date[0]:
+            self._date = (now, formatdate(now, usegmt=True))
+        return self._date[1]
+
+    def run(self) -> None:
+        """Turn until stop()."""
+        while not self._stopping:
+            self._turn(self._poll())
+
+    def close(self) -> None:
+        """Release threads and sockets, when all others are closed."""
+        if self._blocking is not None:
+            self._blocking.shutdown(wait=True)
+        self._selector.close()
+        self._wake_in.close()
+        self._wake_out.close()
+
+    def stop(self) -> None:
+        """End run() after the current turn.  Thread: any."""
+        self._stopping = True
+        self.call_soon_threadsafe(lambda: None)
+
+    def _poll(self) -> List[Tuple[selectors.SelectorKey, int]]:
+        wait_s: Optional[float] = None
+        if self._timers:
+            wait_s = max(self._timers[0][0] - time.monotonic(), 0.0)
+        self._polling = True            # first this, then the look at _posted: no lost wake-up
+        if self._posted or self._dirty:
+            wait_s = 0.0
+        events = self._selector.select(wait_s)
+        self._polling = False
+        return events
+
+    def _turn(self, events: List[Tuple[selectors.SelectorKey, int]]) -> None:
+        started = time.monotonic()
+        for key, mask in events:
+            if key.fileobj.fileno() >= 0:   # type: ignore[union-attr]
+                key.data(mask)              # an earlier callback may have closed this socket
+        self._run_timers()
+        for _ in range(len(self._posted)):
+            callback, args = self._posted.popleft()
+            callback(*args)
+        self.on_turn()
+        while self._dirty:
+            dirty, self._dirty = self._dirty, []
+            for connection in dirty:
+                connection.flush()
+        self.turns += 1
+        elapsed_s = time.monotonic() - started
+        if elapsed_s > self.slowest_turn_s:
+            self.slowest_turn_s = elapsed_s
+
+    def _run_timers(self) -> None:
+        now = time.monotonic()
+        timers = self._timers
+        while timers and timers[0][0] <= now:
+            timer = heapq.heappop(timers)[2]
+            if timer.callback is not None:
+                timer.callback(*timer.args)
+
+    def _drain_wake(self, mask: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._wake_in.recv(4096):
+                pass
+
+
+# ============================================================================
+# 14. HTTP server -- requests in, replies out, in order
+# ----------------------------------------------------------------------------
+# Knows: sections 1-3, 12.  Must not know: etcd.
+# ============================================================================
+
+
+class BadRequest(ValueError):
+    """A request that is not HTTP; the text is the body of the answer, status says which."""
+
+    def __init__(self, text: str = "400 Bad Request", status: int = 400) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class HttpHead:
+    """The parsed request line and headers.  Shared by all requests with the same head bytes:
+    `parsed` is where a handler may keep what it derived from them."""
+
+    __slots__ = (
+        "method", "target", "path", "query", "headers", "minor", "keep_alive", "body_size",
+        "chunked", "expects", "parsed",
+    )
+
+    def __init__(self, method: str, target: str, minor: int, headers: Dict[str, str]) -> None:
+        self.method = method
+        self.target = target
+        self.minor = minor
+        self.headers = headers
+        raw_path, _, self.query = target.partition("?")
+        if "%" in raw_path and _BAD_ESCAPE.search(raw_path):
+            raise BadRequest()
+        self.path = text_of(urllib.parse.unquote_to_bytes(raw_path.encode("latin-1")))
+        self.keep_alive = minor == 1 and "close" not in headers.get("connection", "").lower()
+        self.chunked = _is_chunked(headers, minor)
+        self.body_size = _content_length(headers)
+        self.expects = headers.get("expect", "").lower() == "100-continue"
+        self.parsed: Any = None
+
+
+_BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([^\x00-\x20\x7f]+) HTTP/(\d)\.(\d)")
+_HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00\r\n]*?)[ \t]*")
+
+
+def _is_chunked(headers: Dict[str, str], minor: int) -> bool:
+    coding = headers.get("transfer-encoding", "").lower()
+    if not coding:
+        return False
+    if coding != "chunked" or minor == 0:
+        raise BadRequest("501 Not Implemented: unsupported transfer encoding", 501)
+    if "content-length" in headers:     # two lengths: request smuggling (RFC 9112 §6.1)
+        raise BadRequest()
+    return True
+
+
+def _content_length(headers: Dict[str, str]) -> int:
+    text = headers.get("content-length", "0")
+    lengths = {part.strip() for part in text.split(",")}
+    length = lengths.pop()
+    if lengths or not (length.isascii() and length.isdigit()) or len(length) > 18:
+        raise BadRequest()
+    return int(length)
+
+
+def parse_header_lines(lines: Iterable[bytes]) -> Dict[str, str]:
+    """Return lower-case name -> value; repeated headers are joined by a comma.
+
+    Raises BadRequest for anything else than `token: value` (no folding, RFC 9112 §5).
+    """
+    headers: Dict[str, str] = {}
+    for line in lines:
+        match = _HEADER.fullmatch(line)
+        if match is None:
+            raise BadRequest()
+        name = match.group(1).decode("ascii").lower()
+        value = match.group(2).decode("latin-1")
+        headers[name] = f"{headers[name]},{value}" if name in headers else value
+    return headers
+
+
+def parse_head(raw: bytes) -> HttpHead:
+    """Parse a request's head without its final empty line.  Raises BadRequest."""
+    lines = raw.split(b"\r\n")
+    match = _REQUEST_LINE.fullmatch(lines[0])
+    if match is None:
+        raise BadRequest()
+    method, target, major, minor = match.groups()
+    if major != b"1" or minor not in (b"0", b"1"):
+        raise BadRequest("505 HTTP Version Not Supported: unsupported protocol version", 505)
+    headers = parse_header_lines(lines[1:])
+    if minor == b"1" and "host" not in headers:
+        raise BadRequest("400 Bad Request: missing required Host header")
+    text = target.decode("latin-1")
+    if text.startswith(("http://", "https://")):    # absolute-form, as sent to a proxy
+        text = "/" + text.split("//", 1)[1].partition("/")[2]
+    if not text.startswith("/") and text != "*":
+        raise BadRequest()
+    return HttpHead(method.decode("ascii"), text, int(minor), headers)
+
+
+class ChunkedDecoder:
+    """Chunked transfer coding, fed piecewise (RFC 9112 §7.1)."""
+
+    __slots__ = ("done", "_buffer", "_left")
+
+    def __init__(self) -> None:
+        self.done = False
+        self._buffer = bytearray()
+        self._left = -1                 # bytes left of the chunk and its CRLF; -1: size line next
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the body bytes now known; after the last chunk `done` is set and the rest of
+        the input waits in `rest`.  Raises BadRequest."""
+        self._buffer += data
+        body: List[bytes] = []
+        while not self.done and self._step(body):
+            pass
+        return b"".join(body)
+
+    @property
+    def rest(self) -> bytes:
+        """Input behind the end of the body."""
+        return bytes(self._buffer)
+
+    def _step(self, body: List[bytes]) -> bool:
+        """Consume one line or one piece of a chunk; False when more input is needed."""
+        buffer = self._buffer
+        if self._left < 0:
+            return self._size_line()
+        if self._left > 2:
+            piece = bytes(buffer[:self._left - 2])
+            del buffer[:len(piece)]
+            self._left -= len(piece)
+            body.append(piece)
+            if self._left > 2:
+                return False
+        if len(buffer) < 2:
+            return False
+        if buffer[:2] != b"\r\n":
+            raise BadRequest()
+        del buffer[:2]
+        self._left = -1
+        return True
+
+    def _size_line(self) -> bool:
+        line, found, _ = bytes(self._buffer[:4096]).partition(b"\r\n")
+        if not found:
+            if len(self._buffer) >= 4096:
+                raise BadRequest()
+            return False
+        size = line.partition(b";")[0].strip()
+        if not size or len(size) > 15 or size.strip(b"0123456789abcdefABCDEF"):
+            raise BadRequest()
+        if int(size, 16):
+            del self._buffer[:len(line) + 2]
+            self._left = int(size, 16) + 2
+            return True
+        end = self._buffer.find(b"\r\n\r\n", len(line))     # trailers are skipped
+        if end < 0:
+            if len(self._buffer) > REQUEST_HEAD_BYTES_MAX:
+                raise BadRequest()
+            return False
+        del self._buffer[:end + 4]
+        self.done = True
+        return True
+
+
+_STATUS_LINES = {
+    int(status): f"HTTP/1.1 {int(status)} {phrases[0]}\r\n"
+    for status, phrases in http.server.BaseHTTPRequestHandler.responses.items()
+}
+
+
+class HttpRequest:
+    """One request, complete with its body, waiting for exactly one reply."""
+
+    __slots__ = ("head", "body", "connection", "body_too_large")
+
+    def __init__(self, head: HttpHead, body: bytes, connection: Connection) -> None:
+        self.head = head
+        self.body = body
+        self.connection = connection
+        self.body_too_large = False
+
+    @property
+    def method(self) -> str:
+        """Method, as sent."""
+        return self.head.method
+
+    @property
+    def target(self) -> str:
+        """Request target, as sent, latin-1."""
+        return self.head.target
+
+    @property
+    def path(self) -> str:
+        """Percent-decoded path (text_of)."""
+        return self.head.path
+
+    @property
+    def query(self) -> str:
+        """Raw query without `?`, latin-1."""
+        return self.head.query
+
+    @property
+    def headers(self) -> Dict[str, str]:
+        """Lower-case name -> value."""
+        return self.head.headers
+
+    @property
+    def keep_alive(self) -> bool:
+        """True if HTTP/1.1 and the connection stays open: reply_raw may be used."""
+        return self.head.keep_alive
+
+    @property
+    def remote(self) -> str:
+        """Client address, `ip:port`."""
+        return self.connection.remote
+
+    @property
+    def on_close(self) -> Optional[Callable[[], None]]:
+        """Called when the client goes away before the reply."""
+        return self.connection.on_close
+
+    @on_close.setter
+    def on_close(self, callback: Optional[Callable[[], None]]) -> None:
+        """Ask for that call; None: no more."""
+        self.connection.on_close = callback
+
+    def _head_bytes(
+        self, status: int, content_type: Optional[str], headers: str, framing: str
+    ) -> bytes:
+        head = self.head
+        kind = f"Content-Type: {content_type}\r\n" if content_type else ""
+        closing = ""
+        if not head.keep_alive:
+            closing = "Connection: close\r\n" if head.minor else ""
+        date = self.connection.reactor.http_date()
+        status_line = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} Status\r\n"
+        return (
+            f"{status_line}{kind}{headers}Date: {date}\r\n{framing}{closing}\r\n".encode("latin-1")
+        )
+
+    def reply(
+        self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
+        headers: str = "",
+    ) -> None:
+        """Answer.  headers: more raw lines, each with its CRLF.  HEAD sends no body."""
+        framing = "" if status == 204 else f"Content-Length: {len(body)}\r\n"
+        data = self._head_bytes(status, content_type if body else None, headers, framing)
+        if body and self.head.method != "HEAD":
+            data += body
+        self.connection.finish(data, self.head.keep_alive)
+
+    def reply_raw(self, data: bytes) -> None:
+        """Answer with ready-made head and body; only if keep_alive, and not for HEAD."""
+        self.connection.finish(data, True)
+
+    def start_stream(
+        self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
+    ) -> StreamReply:
+        """Send the head now; the body follows in pieces."""
+        framing = "Transfer-Encoding: chunked\r\n" if self.head.minor else ""
+        self.connection.send(self._head_bytes(status, content_type, headers, framing))
+        return StreamReply(self)
+
+
+class StreamReply:
+    """A reply whose body is written piece by piece (chunked; HTTP/1.0: until close)."""
+
+    __slots__ = ("_connection", "_chunked", "_keep_alive", "closed", "on_close")
+
+    def __init__(self, request: HttpRequest) -> None:
+        self._connection = request.connection
+        self._chunked = bool(request.head.minor)
+        self._keep_alive = request.head.keep_alive
+        self.closed = False
+        self.on_close: Optional[Callable[[], None]] = None
+        request.connection.streaming = True
+        request.connection.on_close = self._client_gone
+
+    @property
+    def pending(self) -> int:
+        """Bytes that the client has not taken yet."""
+        return self._connection.pending
+
+    def write(self, data: bytes) -> bool:
+        """Queue one piece; False if the reply has ended."""
+        if self.closed:
+            return False
+        self._connection.send(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        return True
+
+    def end(self) -> None:
+        """Finish the body; the connection serves the next request."""
+        if not self.closed:
+            self.closed = True
+            self._connection.finish(b"0\r\n\r\n" if self._chunked else b"", self._keep_alive)
+
+    def abort(self) -> None:
+        """Drop the connection without finishing the body; on_close is not called."""
+        self.on_close = None
+        if not self.closed:
+            self.closed = True
+            self._connection.close()
+
+    def _client_gone(self) -> None:
+        self.closed = True
+        if self.on_close is not None:
+            self.on_close()
+
+
+class Connection(Flushable):
+    """One accepted socket: bytes in, requests out, one at a time and in order."""
+
+    __slots__ = (
+        "reactor", "remote", "on_close", "streaming", "pending", "_listener", "_sock", "_in",
+        "_head", "_chunks", "_body", "_busy", "_out", "_dirty", "_events", "_close_after",
+        "_eof", "_draining", "_processing", "closed",
+    )
+
+    def __init__(self, listener: Listener, sock: socket.socket, remote: str) -> None:
+        self.reactor = listener.reactor
+        self.remote = remote
+        self.on_close: Optional[Callable[[], None]] = None
+        self.streaming = False
+        self.pending = 0                # bytes in _out
+        self.closed = False
+        self._listener = listener
+        self._sock = sock
+        self._in = b""                  # received, not yet parsed
+        self._head: Optional[HttpHead] = None       # parsed, its body still incomplete
+        self._chunks: Optional[ChunkedDecoder] = None
+        self._body: List[bytes] = []    # of a chunked body
+        self._busy = False              # a request waits for its reply
+        self._out: List[Union[bytes, memoryview]] = []
+        self._dirty = False
+        self._events = selectors.EVENT_READ
+        self._close_after = False       # close when _out is sent
+        self._eof = False               # the client will send no more
+        self._draining = False          # reply sent, input thrown away until the client closes
+        self._processing = False
+        self.reactor.register(sock, selectors.EVENT_READ, self._on_event)
+
+    def _on_event(self, mask: int) -> None:
+        if mask & selectors.EVENT_WRITE:
+            self.flush()
+        if mask & selectors.EVENT_READ and not self.closed:
+            self._receive()
+
+    def _receive(self) -> None:
+        try:
+            data = self._sock.recv(262_144)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.close()
+            return
+        if self._draining:
+            if not data:
+                self.close()
+        elif not data:
+            self._end_of_input()
+        else:
+            self._in = self._in + data if self._in else data
+            if not self._busy:
+                self._process()
+            elif len(self._in) > REQUEST_HEAD_BYTES_MAX:
+                self._watch(self._events & ~selectors.EVENT_READ)   # resumed by finish()
+
+    def _end_of_input(self) -> None:
+        """The client sends no more: it may still wait for its reply, but not for a stream."""
+        self._eof = True
+        if self._busy and not self.streaming:
+            self._watch(self._events & ~selectors.EVENT_READ)
+        elif not self._busy and self._out:
+            self._close_after = True
+            self._watch(self._events & ~selectors.EVENT_READ)
+        else:
+            self.close()
+
+    def _process(self) -> None:
+        """Serve the complete requests in the buffer until one has to wait."""
+        if self._processing:
+            return                      # called by finish() from inside the handler
+        self._processing = True
+        try:
+            while not self._busy and not self._close_after and (self._in or self._head):
+                request = self._next_request()
+                if request is None:
+                    break
+                self._busy = True
+                self._listener.dispatch(request)
+        except BadRequest as error:
+            self._refuse(error)
+        finally:
+            self._processing = False
+        if not self.closed:
+            self._listener.watch_partial(self, bool(self._in or self._head) and not self._busy)
+
+    def _next_request(self) -> Optional[HttpRequest]:
+        head = self._head or self._take_head()
+        if head is None:
+            return None
+        if not head.body_size and not head.chunked:
+            self._head = None
+            return HttpRequest(head, b"", self)
+        body = self._take_chunked(head) if head.chunked else self._take_sized(head)
+        if body is None and self._head is not None:
+            return None
+        self._head = None
+        request = HttpRequest(head, body or b"", self)
+        if body is None:
+            request.body_too_large = True
+            request.head = _closing_head(head)
+        return request
+
+    def _take_head(self) -> Optional[HttpHead]:
+        data = self._in
+        end = data.find(b"\r\n\r\n")
+        if end < 0 or end > REQUEST_HEAD_BYTES_MAX:
+            self._check_partial_head(data)
+            return None
+        raw = data[:end]
+        self._in = data[end + 4:]
+        heads = self._listener.heads
+        head = heads.get(raw)
+        if head is None:
+            head = parse_head(raw)
+            if end <= 2048:
+                if len(heads) >= HEAD_CACHE_MAX:
+                    heads.clear()
+                heads[raw] = head
+        self._head = head
+        if head.expects and (head.chunked or head.body_size > len(self._in)):
+            if head.body_size <= self._listener.body_max:
+                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return head
+
+    def _check_partial_head(self, data: bytes) -> None:
+        if len(data) > REQUEST_HEAD_BYTES_MAX:
+            raise BadRequest("431 Request Header Fields Too Large", 431)
+        line = data[:64].lstrip(b"\r\n")
+        if line and not _REQUEST_START.match(line) or b"\n\n" in data:
+            raise BadRequest()          # say so at once instead of waiting for an end
+
+    def _take_sized(self, head: HttpHead) -> Optional[bytes]:
+        """Return the body; None with _head cleared if it is too large, with _head if not all."""
+        size = head.body_size
+        if size > self._listener.body_max:
+            self._head = None
+            return None
+        if len(self._in) < size:
+            if size > 1 << 20:
+                return self._gather(size)
+            return None
+        body, self._in = self._in[:size], self._in[size:]
+        return body
+
+    def _gather(self, size: int) -> Optional[bytes]:
+        """Collect a large body in a list: appending to bytes would copy it each time."""
+        self._body.append(self._in)
+        self._in = b""
+        if sum(map(len, self._body)) < size:
+            return None
+        data = b"".join(self._body)
+        self._body = []
+        self._in = data[size:]
+        return data[:size]
+
+    def _take_chunked(self, head: HttpHead) -> Optional[bytes]:
+        if self._chunks is None:
+            self._chunks = ChunkedDecoder()
+        decoder = self._chunks
+        data, self._in = self._in, b""
+        piece = decoder.feed(data)
+        if piece:
+            self._body.append(piece)
+        if sum(map(len, self._body)) > self._listener.body_max:
+            self._head = self._chunks = None
+            self._body = []
+            return None
+        if not decoder.done:
+            return None
+        self._in = decoder.rest
+        body = b"".join(self._body)
+        self._body, self._chunks = [], None
+        return body
+
+    def _refuse(self, error: BadRequest) -> None:
+        """Answer what is not HTTP, and close."""
+        text = str(error).encode("latin-1")
+        status_line = _STATUS_LINES.get(error.status, _STATUS_LINES[400])
+        self.send(
+            f"{status_line}Content-Type: text/plain; charset=utf-8\r\n"
+            f"Content-Length: {len(text)}\r\nConnection: close\r\n\r\n".encode("latin-1") + text
+        )
+        self._in = b""
+        self._close_after = True
+
+    def send(self, data: bytes) -> None:
+        """Queue bytes for the end of this turn."""
+        if self.closed:
+            return
+        if self.pending > OUTPUT_BYTES_MAX:
+            self.close()
+            return
+        self._out.append(data)
+        self.pending += len(data)
+        if not self._dirty:
+            self._dirty = True
+            self.reactor.flush_soon(self)
+
+    def finish(self, data: bytes, keep_alive: bool) -> None:
+        """Queue the end of a reply and go on with the next request, or close."""
+        if self.closed:
+            return
+        self._busy = self.streaming = False
+        self.on_close = None
+        if data:
+            self.send(data)
+        if not keep_alive or self._eof:
+            self._close_after = True
+        if self.closed or self._processing:
+            return
+        if not self._events & selectors.EVENT_READ and not self._eof:
+            self._watch(self._events | selectors.EVENT_READ)
+        if self._in:
+            self._process()
+
+    def flush(self) -> None:
+        """Send what is queued, in one call; what the socket does not take waits for it."""
+        self._dirty = False
+        if self.closed:
+            return
+        if self._out:
+            data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
+            try:
+                sent = self._sock.send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self.close()
+                return
+            self.pending = len(data) - sent
+            self._out = [memoryview(data)[sent:]] if self.pending else []   # no copy of the rest
+        if self._out:
+            self._watch(self._events | selectors.EVENT_WRITE)
+        elif self._close_after:
+            self._drain()
+        elif self._events & selectors.EVENT_WRITE:
+            self._watch(self._events & ~selectors.EVENT_WRITE)
+
+    def _drain(self) -> None:
+        """Say goodbye, then read what the client still sends: a reset would destroy the reply."""
+        if self._draining:
+            return
+        self._draining = True
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.close()
+            return
+        self._in = b""
+        self._watch(selectors.EVENT_READ)
+        self.reactor.call_later(DRAIN_SECONDS, self.close)
+
+    def _watch(self, events: int) -> None:
+        if events == self._events:
+            return
+        if not self._events:
+            self.reactor.register(self._sock, events, self._on_event)
+        elif events:
+            self.reactor.modify(self._sock, events, self._on_event)
+        else:
+            self.reactor.unregister(self._sock)
+        self._events = events
+
+    def close(self) -> None:
+        """Drop the socket; a waiting request's on_close is called."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._events:
+            self.reactor.unregister(self._sock)
+        self._sock.close()
+        self._out = []
+        self._in = b""
+        self._listener.forget(self)
+        on_close, self.on_close = self.on_close, None
+        if on_close is not None:
+            on_close()
+
+
+_REQUEST_START = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}( |\Z)")
+DRAIN_SECONDS = 2.0                 # how long a closing connection waits for the client's end
+
+
+def _closing_head(head: HttpHead) -> HttpHead:
+    """A copy of `head` for a request whose body stays unread: the connection must end."""
+    closing = HttpHead(head.method, head.target, head.minor, head.headers)
+    closing.keep_alive = False
+    closing.parsed = head.parsed
+    return closing
+
+
+class Listener(http.server.HTTPServer):
+    """A listening socket whose connections the reactor serves.
+
+    Bound at construction (OSError if the port is taken), accepting after start().  handler gets
+    every complete request.  body_max in bytes: larger bodies arrive as body_too_large.
+    """
+
+    allow_reuse_address = os.name == "posix"
+    request_queue_size = 1024
+
+    def __init__(
+        self, url: str, reactor: Reactor, handler: Callable[[HttpRequest], None], *,
+        body_max: int = REQUEST_BODY_BYTES_MAX,
+    ) -> None:
+        self.url = url
+        self.reactor = reactor
+        self.handler = handler
+        self.body_max = body_max
+        self.heads: Dict[bytes, HttpHead] = {}
+        self._connections: Set[Connection] = set()
+        self._partial: Dict[Connection, float] = {}     # incomplete requests and their start
+        self._sweep: Optional[Timer] = None
+        self._started = False
+        family, address = _listen_address(url)
+        self.address_family = family
+        super().__init__(address, http.server.BaseHTTPRequestHandler)
+        self.socket.setblocking(False)
+
+    def server_bind(self) -> None:
+        """Bind without HTTPServer's look-up of our own name, which may ask a name server."""
+        if self.address_family == socket.AF_INET6:
+            with contextlib.suppress(OSError, AttributeError):
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)
+
+    @property
+    def bound_url(self) -> str:
+        """The URL with the port that the system chose, if it was 0."""
+        parts = urlsplit(self.url)
+        host = parts.netloc.rpartition(":")[0]
+        return f"{parts.scheme}://{host}:{self.server_address[1]}"
+
+    def start(self) -> None:
+        """Accept from now on.  Thread: reactor, or before it runs."""
+        self._started = True
+        self.reactor.register(self.socket, selectors.EVENT_READ, self._accept)
+        self._sweep = self.reactor.call_later(10.0, self._close_slow)
+
+    def stop(self) -> None:
+        """Close the listening socket and every connection."""
+        if self._started:
+            self.reactor.unregister(self.socket)
+        if self._sweep is not None:
+            self._sweep.cancel()
+        self._started = False
+        self.server_close()
+        for connection in list(self._connections):
+            connection.flush()
+            connection.close()
+
+    def dispatch(self, request: HttpRequest) -> None:
+        """Hand a request to the handler; a bug there costs this request, not the member.
+
+        Requests only read state or propose, so nothing is half done when one fails; what is
+        applied from the log is not protected like this.
+        """
+        try:
+            self.handler(request)
+        except InvariantError:
+            raise
+        except Exception:
+            package_logger("http").exception("bug: %s %s", request.method, request.target[:200])
+            request.head = _closing_head(request.head)
+            request.reply(500, b'{"message":"Internal Server Error"}')
+
+    def watch_partial(self, connection: Connection, partial: bool) -> None:
+        """Remember since when a request is incomplete."""
+        if partial:
+            self._partial.setdefault(connection, time.monotonic())
+        elif self._partial:
+            self._partial.pop(connection, None)
+
+    def forget(self, connection: Connection) -> None:
+        """The connection is closed."""
+        self._connections.discard(connection)
+        self._partial.pop(connection, None)
+
+    def _accept(self, mask: int) -> None:
+        for _ in range(64):
+            try:
+                sock, address = self.socket.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._pause(error)
+                return
+            if len(self._connections) >= CONNECTIONS_MAX:
+                sock.close()
+                continue
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._connections.add(Connection(self, sock, f"{address[0]}:{address[1]}"))
+
+    def _pause(self, error: OSError) -> None:
+        """No descriptor left, most likely: accept again in a second, when some may be free."""
+        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            return                      # the client is gone already
+        package_logger("http").error(
+            "cannot accept connections on %s: %s; raise the open files limit (ulimit -n)",
+            self.url, error.strerror,
+        )
+        self.reactor.unregister(self.socket)
+        self._started = False
+        self.reactor.call_later(1.0, self._resume)
+
+    def _resume(self) -> None:
+        if self.socket.fileno() >= 0 and not self._started:
+            self._started = True
+            self.reactor.register(self.socket, selectors.EVENT_READ, self._accept)
+
+    def _close_slow(self) -> None:
+        oldest = time.monotonic() - REQUEST_SECONDS_MAX
+        for connection, since in list(self._partial.items()):
+            if since < oldest:
+                connection.close()
+        self._sweep = self.reactor.call_later(10.0, self._close_slow)
+
+
+def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
+    """Return the address family and address to bind for `url`; an empty host is every interface."""
+    host, port = url_address(url)
+    if not host:
+        return (socket.AF_INET6, ("::", port)) if socket.has_dualstack_ipv6() else (
+            socket.AF_INET, ("0.0.0.0", port))
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    found.sort(key=lambda info: info[0] != socket.AF_INET)  # localhost: IPv4 first, as Go does
+    family, _, _, _, address = found[0]
+    return family, (str(address[0]), int(address[1]))
+
+
+# ============================================================================
+# 15. HTTP calls -- requests to other servers, without blocking
+# ----------------------------------------------------------------------------
+# Knows: sections 1-3, 12, 13 (parsers).  Must not know: etcd.
+# ============================================================================
+
+
+class HttpCall(Flushable):
+    """One outgoing request on a connection of its own, without blocking.
+
+    on_head(status, headers) once; on_data(bytes) per piece of the body; on_done(error) exactly
+    once at the end, None if the body was complete; nothing after cancel().  connect_timeout_s
+    bounds name look-up and connect, idle_timeout_s each silence after that (None: no limit).
+    """
+
+    __slots__ = (
+        "_reactor", "_request", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock",
+        "_out", "_in", "_left", "_chunks", "_timer", "_heard", "_ended", "_connected",
+    )
+
+    def __init__(
+        self, reactor: Reactor, url: str, method: str, target: str, headers: Dict[str, str],
+        body: bytes = b"", *, connect_timeout_s: float = 5.0,
+        idle_timeout_s: Optional[float] = None,
+        on_head: Callable[[int, Dict[str, str]], None] = lambda status, headers: None,
+        on_data: Callable[[bytes], None] = lambda data: None,
+        on_done: Callable[[Optional[Exception]], None] = lambda error: None,
+    ) -> None:
+        self._reactor = reactor
+        self._on_head = on_head
+        self._on_data = on_data
+        self._on_done = on_done
+        self._idle_timeout_s = idle_timeout_s
+        self._sock: Optional[socket.socket] = None
+        lines = [f"{method} {target} HTTP/1.1", f"Host: {urlsplit(url).netloc}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        if body or method in ("POST", "PUT"):
+            lines.append(f"Content-Length: {len(body)}")
+        self._out = memoryview("\r\n".join(lines + ["", ""]).encode("latin-1") + body)
+        self._in = b""
+        self._left: Optional[int] = None    # bytes of body to come; None: head not yet seen
+        self._chunks: Optional[ChunkedDecoder] = None
+        self._heard = 0.0
+        self._ended = False
+        self._connected = False
+        late = TimeoutError(f"dial tcp {urlsplit(url).netloc}: i/o timeout")
+        self._timer = reactor.call_later(connect_timeout_s, self._fail, late)
+        self._resolve(*url_address(url))
+
+    @property
+    def ended(self) -> bool:
+        """True after on_done, or cancel()."""
+        return self._ended
+
+    def cancel(self) -> None:
+        """Drop the connection; no callback comes any more."""
+        self._ended = True
+        self._timer.cancel()
+        if self._sock is not None:
+            self._reactor.unregister(self._sock)
+            self._sock.close()
+            self._sock = None
+
+    def flush(self) -> None:
+        """Send what is left of the request."""
+        if self._ended or self._sock is None:
+            return
+        try:
+            if self._out:
+                self._out = self._out[self._sock.send(self._out):]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._fail(error)
+            return
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._out else 0)
+        self._reactor.modify(self._sock, events, self._on_event)
+
+    def _resolve(self, host: str, port: int) -> None:
+        """Literal addresses at once; names on a thread, a name server may be slow."""
+        try:
+            self._connect(socket.getaddrinfo(
+                "127.0.0.1" if host == "localhost" else host, port, type=socket.SOCK_STREAM,
+                flags=socket.AI_NUMERICHOST,
+            )[0])
+        except socket.gaierror:
+            self._reactor.run_blocking(
+                socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM, done=self._resolved
+            )
+
+    def _resolved(self, error: Optional[BaseException], found: Any) -> None:
+        if self._ended:
+            return
+        if error is not None:
+            self._fail(error if isinstance(error, Exception) else OSError(str(error)))
+        else:
+            self._connect(found[0])
+
+    def _connect(self, found: Any) -> None:
+        family, kind, protocol, _, address = found
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:            # no descriptor left
+            self._reactor.call_soon(self._fail, error)
+            return
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        self._reactor.register(sock, selectors.EVENT_WRITE, self._on_event)
+        code = sock.connect_ex(address)
+        if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+            self._reactor.call_soon(self._fail, OSError(code, os.strerror(code)))
+
+    def _on_event(self, mask: int) -> None:
+        if not self._connected:
+            assert self._sock is not None
+            code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                self._fail(OSError(code, os.strerror(code)))
+                return
+            self._connected = True
+            self._heard = self._reactor.now()
+            self._timer.cancel()
+            self._watch_idle()
+            self.flush()
+        elif mask & selectors.EVENT_WRITE:
+            self.flush()
+        if mask & selectors.EVENT_READ and not self._ended:
+            self._receive()
+
+    def _watch_idle(self) -> None:
+        if self._idle_timeout_s is None:
+            return
+        left_s = self._heard + self._idle_timeout_s - self._reactor.now()
+        if left_s <= 0:
+            self._fail(TimeoutError("i/o timeout"))
+        else:
+            self._timer = self._reactor.call_later(left_s, self._watch_idle)
+
+    def _receive(self) -> None:
+        assert self._sock is not None
+        try:
+            data = self._sock.recv(262_144)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._fail(error)
+            return
+        self._heard = self._reactor.now()
+        try:
+            if not data:
+                self._end_of_input()
+            elif self._left is None:
+                self._take_head(self._in + data)
+            else:
+                self._take_body(data)
+        except BadRequest as error:
+            self._fail(OSError(f"malformed HTTP response: {error}"))
+
+    def _take_head(self, data: bytes) -> None:
+        end = data.find(b"\r\n\r\n")
+        if end < 0:
+            self._in = data
+            if len(data) > REQUEST_HEAD_BYTES_MAX:
+                raise BadRequest("head too large")
+            return
+        lines = data[:end].split(b"\r\n")
+        parts = lines[0].split(b" ", 2)
+        if len(parts) < 2 or not parts[0].startswith(b"HTTP/1.") or not parts[1].isdigit():
+            raise BadRequest("no status line")
+        headers = parse_header_lines(lines[1:])
+        status = int(parts[1])
+        if status == 100:
+            self._in = b""
+            self._take_head(data[end + 4:])
+            return
+        self._in = b""
+        if headers.get("transfer-encoding", "").lower() == "chunked":
+            self._chunks = ChunkedDecoder()
+        has_length = status == 204 or "content-length" in headers
+        self._left = _content_length(headers) if has_length else sys.maxsize
+        self._on_head(status, headers)
+        if not self._ended:
+            self._take_body(data[end + 4:])
+
+    def _take_body(self, data: bytes) -> None:
+        assert self._left is not None
+        if self._chunks is not None:
+            data = self._chunks.feed(data)
+        else:
+            data = data[:self._left]
+            self._left -= len(data)
+        if data:
+            self._on_data(data)
+        if not self._ended and (self._chunks.done if self._chunks else not self._left):
+            self._end(None)
+
+    def _end_of_input(self) -> None:
+        until_close = self._left is not None and self._left > sys.maxsize // 2
+        self._end(None if until_close and self._chunks is None else EOFError("unexpected EOF"))
+
+    def _fail(self, error: Exception) -> None:
+        if not self._ended:
+            self._end(error)
+
+    def _end(self, error: Optional[Exception]) -> None:
+        self.cancel()
+        self._on_done(error)
+
+
+# ============================================================================
+# 16. Peer frames -- messages as bytes on a stream
+# ----------------------------------------------------------------------------
+# Knows: sections 1-4.  Must not know: sockets.  What a peer sends is never
+# trusted: anything but a frame is a CodecError, and no frame is without limit.
+# ============================================================================
+
+_U64 = struct.Struct(">Q")
+_pack_u64 = _U64.pack
+
+
+class EntryListEncoder:
+    """Encodes lists of entries for msgappv2: each as big-endian uint64 length, then its bytes.
+
+    The last list is remembered: a leader hands one list to all of its followers.
+    """
+
+    __slots__ = ("_entries", "_data")
+
+    def __init__(self) -> None:
+        self._entries: Sequence[Entry] = ()
+        self._data = b""
+
+    def encode(self, entries: Sequence[Entry]) -> bytes:
+        """Return the bytes of `entries`, which must not change until forget()."""
+        if entries is not self._entries:
+            parts: List[bytes] = []
+            for entry in entries:
+                data = encode_entry(entry)
+                parts += (_pack_u64(len(data)), data)
+            self._entries, self._data = entries, b"".join(parts)
+        return self._data
+
+    def forget(self) -> None:
+        """Let go of the last list."""
+        self._entries, self._data = (), b""
+
+
+class AppV2Encoder:
+    """msgappv2 frames of one connection: what follows from the last frame is left out.
+
+    Source: etcd 2.3 rafthttp/msgappv2.go.
+    """
+
+    __slots__ = ("_lists", "_term", "_index")
+
+    heartbeat = b"\0"
+
+    def __init__(self, lists: EntryListEncoder) -> None:
+        self._lists = lists
+        self._term = 0
+        self._index = 0                 # of the last entry sent
+
+    def encode(self, message: Message) -> bytes:
+        """Return the frame of a MsgApp."""
+        entries = message.entries
+        if message.index == self._index and message.log_term == self._term == message.term:
+            self._index += len(entries)
+            return b"\1%b%b%b" % (
+                _pack_u64(len(entries)), self._lists.encode(entries), _pack_u64(message.commit)
+            )
+        self._term = message.term
+        self._index = entries[-1].index if entries else message.index
+        data = encode_message(message)
+        return b"\2%b%b" % (_pack_u64(len(data)), data)
+
+
+class MessageEncoder:
+    """Frames of the message stream: big-endian uint64 length, then the Message."""
+
+    __slots__ = ()
+
+    heartbeat = _pack_u64(28) + encode_message(Message(MsgType.HEARTBEAT))
+
+    @staticmethod
+    def encode(message: Message) -> bytes:
+        """Return the frame of any message."""
+        data = encode_message(message)
+        return _pack_u64(len(data)) + data
+
+
+class FrameDecoder:
+    """Cuts a stream, fed in any pieces, into frames; what is incomplete waits for more."""
+
+    __slots__ = ("_partial", "_need")
+
+    def __init__(self) -> None:
+        self._partial = bytearray()
+        self._need = 0                  # bytes in _partial before another look is worth it
+
+    def feed(self, data: bytes) -> List[Message]:
+        """Return the messages now complete.  Raises CodecError; then the stream is lost."""
+        if self._partial:
+            self._partial += data
+            if len(self._partial) < self._need:
+                return []
+            data = bytes(self._partial)
+        messages: List[Message] = []
+        offset, end = 0, len(data)
+        while offset < end:
+            size = self._frame(data, offset, messages)
+            if offset + size > end:
+                self._need = size
+                break
+            offset += size
+        self._partial = bytearray(data[offset:])
+        return messages
+
+    def _frame(self, data: bytes, offset: int, messages: List[Message]) -> int:
+        """Consume one frame at `offset`; return its size, or a larger one than data holds."""
+        raise NotImplementedError
+
+
+def _frame_size(data: bytes, offset: int) -> int:
+    """The uint64 at `offset`, which announces that many bytes; 0 if it is not all there."""
+    if len(data) < offset + 8:
+        return 0
+    size: int = _U64.unpack_from(data, offset)[0]
+    if size > PEER_BODY_BYTES_MAX:
+        raise CodecError(f"frame of {size} bytes")
+    return size
+
+
+class MessageDecoder(FrameDecoder):
+    """Inverse of MessageEncoder; link heartbeats are dropped."""
+
+    __slots__ = ()
+
+    def _frame(self, data: bytes, offset: int, messages: List[Message]) -> int:
+        start = offset + 8
+        end = start + _frame_size(data, offset)
+        if end <= len(data):
+            message = decode_message(data[start:end])
+            if message.type != MsgType.HEARTBEAT or message.sender or message.to:
+                messages.append(message)
+        return end - offset
+
+
+class AppV2Decoder(FrameDecoder):
+    """Inverse of AppV2Encoder; heartbeats are dropped.
+
+    local_id, remote_id  members at this end and at the sending end of the stream
+    """
+
+    __slots__ = ("_local_id", "_remote_id", "_term", "_index", "_entries", "_left", "_bytes")
+
+    def __init__(self, local_id: int, remote_id: int) -> None:
+        super().__init__()
+        self._local_id = local_id
+        self._remote_id = remote_id
+        self._term = 0
+        self._index = 0
+        self._entries: List[Entry] = []     # of the short frame under way
+        self._left = -1                     # its entries to come; -1: between frames
+        self._bytes = 0                     # its bytes so far
+
+    def _frame(self, data: bytes, offset: int, messages: List[Message]) -> int:
+        if self._left > 0:
+            return self._entry(data, offset)
+        if self._left == 0:
+            return self._commit(data, offset, messages)
+        kind = data[offset]
+        if kind == 0:
+            return 1
+        if kind == 1:
+            return self._begin(data, offset)
+        if kind == 2:
+            return self._full(data, offset, messages)
+        raise CodecError(f"unknown frame {kind} on msgappv2")
+
+    def _begin(self, data: bytes, offset: int) -> int:
+        if len(data) >= offset + 9:
+            (count,) = _U64.unpack_from(data, offset + 1)
+            if count > ENTRIES_BYTES_MAX:       # an entry has more than one byte
+                raise CodecError(f"frame of {count} entries")
+            if not self._term:
+                raise CodecError("a frame that continues none")
+            self._entries, self._left, self._bytes = [], count, 0
+        return 9
+
+    def _entry(self, data: bytes, offset: int) -> int:
+        start = offset + 8
+        end = start + _frame_size(data, offset)
+        self_bytes = self._bytes + end - offset
+        if self_bytes > PEER_BODY_BYTES_MAX:
+            raise CodecError(f"frame of {self_bytes} bytes")
+        if end <= len(data):
+            self._entries.append(decode_entry(data[start:end]))
+            self._left -= 1
+            self._bytes = self_bytes
+        return end - offset
+
+    def _commit(self, data: bytes, offset: int, messages: List[Message]) -> int:
+        if len(data) >= offset + 8:
+            messages.append(Message(
+                MsgType.APP, to=self._local_id, sender=self._remote_id, term=self._term,
+                log_term=self._term, index=self._index, entries=self._entries,
+                commit=_U64.unpack_from(data, offset)[0],
+            ))
+            self._index += len(self._entries)
+            self._entries, self._left = [], -1
+        return 8
+
+    def _full(self, data: bytes, offset: int, messages: List[Message]) -> int:
+        start = offset + 9
+        end = start + _frame_size(data, offset + 1)
+        if end <= len(data):
+            message = decode_message(data[start:end])
+            entries = message.entries
+            self._term = message.term
+            self._index = entries[-1].index if entries else message.index
+            messages.append(message)
+        return end - offset
+
+
+# ============================================================================
+# 17. Peer links -- the streams we answer, the streams we dial, and POSTs
+# ----------------------------------------------------------------------------
+# Knows: sections 1-4 and 12-15.  Must not know: Raft's rules, the store, disks.
+# A link may lose messages, repeat and reorder them: Raft tolerates it.
+# ============================================================================
+
+_STREAM_PENDING_BYTES_MAX = OUTPUT_BYTES_MAX
+ANSWER_BYTES_MAX = 4_096            # kept of the body of an answer; the rest is ignored
+COMPLAINT_SECONDS = 30.0            # the same complaint is not logged again within this time
+CLOCK_DIFFERENCE_MAX_NS = NS        # of a peer's clock; above: a warning
+
+StreamEncoder = Union[AppV2Encoder, MessageEncoder]
+
+
+class StreamKind(NamedTuple):
+    """One of the two streams that each member holds open to each peer."""
+
+    path: str       # last but one element of the URL path
+    title: str      # etcd's name of it in the log
+
+
+APP_STREAM = StreamKind("msgapp", "stream MsgApp v2")
+MESSAGE_STREAM = StreamKind("message", "stream Message")
+STREAM_KINDS = {kind.path: kind for kind in (APP_STREAM, MESSAGE_STREAM)}
+_PIPELINE = "pipeline"
+
+_VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})\.\d{1,9}(?:[-+].*)?")
+
+
+def major_minor(version: str) -> Optional[Tuple[int, int]]:
+    """Return (major, minor) of a semantic version `a.b.c`, or None if it is not one."""
+    match = _VERSION.fullmatch(version)
+    return (int(match.group(1)), int(match.group(2))) if match else None
+
+
+_OWN_VERSION = major_minor(SERVER_VERSION) or (0, 0)
+_OLDEST_PEER_VERSION = major_minor(MIN_CLUSTER_VERSION) or (0, 0)
+_OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
+_UNKNOWN_VERSION = "2.0.0"          # of a peer that announces none
+
+
+def _parse_id(text: str) -> Optional[int]:
+    """A member id in hex; None if it is not one."""
+    if not re.fullmatch("[0-9a-fA-F]{1,32}", text):
+        return None
+    value = int(text, 16)
+    return value if value <= UINT64_MAX else None
+
+
+def _compatibility_error(headers: Mapping[str, str]) -> str:
+    """Why the two versions in a peer's headers do not fit ours, or "".
+
+    Source: etcd 2.3 rafthttp/http.go, checkClusterCompatibilityFromHeader.
+    """
+    name = headers.get("x-server-from", "")
+    version = headers.get("x-server-version", _UNKNOWN_VERSION)
+    key = major_minor(version)
+    least = major_minor(headers.get("x-min-cluster-version", _UNKNOWN_VERSION))
+    if key is None or least is None:
+        return f"not a version: remote[{name}]={version}"
+    if key < _OLDEST_PEER_VERSION:
+        return f"remote version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
+    if least > _OWN_VERSION:
+        return f"local version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
+    return ""
+
+
+class Complaints:
+    """Logs errors that would repeat with every attempt, each at most once in 30 s."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._said: Dict[str, float] = {}
+
+    def say(self, text: str) -> None:
+        """Log `text` as an error, unless it was said a short time ago."""
+        now = self._now()
+        if now - self._said.get(text, -COMPLAINT_SECONDS) < COMPLAINT_SECONDS:
+            return
+        if len(self._said) >= 1_000:
+            self._said.clear()
+        self._said[text] = now
+        package_logger("rafthttp").error("%s", text)
+
+
+def _cause(reason: object) -> str:
+    """An error as etcd words it: `connection refused`, not `[Errno 111] Connection refused`."""
+    if isinstance(reason, OSError) and reason.strerror:
+        return reason.strerror.lower()
+    return str(reason)
+
+
+class PeerStatus:
+    """Whether a peer can be reached, as far as the last attempt tells."""
+
+    def __init__(self, member_id: int, wall_ns: Callable[[], int]) -> None:
+        self.active = False
+        self.active_since = 0.0         # unix seconds; 0: inactive
+        self._id = f"{member_id:x}"
+        self._wall_ns = wall_ns
+
+    def activate(self) -> None:
+        """Something went through."""
+        if not self.active:
+            self.active = True
+            self.active_since = self._wall_ns() / NS
+            package_logger("rafthttp").info("the connection with %s became active", self._id)
+
+    def deactivate(self, action: str, source: str, reason: object) -> None:
+        """`action` (dial, read, write, heartbeat) on `source` failed; an error the first time."""
+        log = package_logger("rafthttp")
+        level = logging.ERROR if self.active else logging.DEBUG
+        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, _cause(reason))
+        if self.active:
+            self.active = False
+            self.active_since = 0.0
+            log.info("the connection with %s became inactive", self._id)
+
+
+class UrlPicker:
+    """A peer's URLs, of which one is used until it fails.
+
+    Those that cannot be dialed are left out: the log of a Go member may hold a port of 99999.
+    """
+
+    def __init__(self, urls: Iterable[str]) -> None:
+        self._urls = _usable_urls(urls)
+        self._picked = 0
+
+    def pick(self) -> str:
+        """Return the URL to use now."""
+        return self._urls[self._picked]
+
+    def failed(self, url: str) -> None:
+        """Go on to the next URL, if `url` is still the picked one."""
+        if url == self._urls[self._picked]:
+            self._picked = (self._picked + 1) % len(self._urls)
+
+    def update(self, urls: Iterable[str]) -> None:
+        """Replace the URLs and begin with the first."""
+        self._urls = _usable_urls(urls)
+        self._picked = 0
+
+
+def _usable_urls(urls: Iterable[str]) -> List[str]:
+    """The valid ones of `urls`, sorted; if there is none, one where every dial fails."""
+    usable: List[str] = []
+    for url in sorted(urls):
+        try:
+            usable.append(check_url(url))
+        except ValueError as error:
+            package_logger("rafthttp").error("ignored a peer URL: %s", error)
+    return usable or ["http://127.0.0.1:0"]
+
+
+class LinkContext(NamedTuple):
+    """What all links of this member share: who we are, and whom to tell."""
+
+    reactor: Reactor
+    member_id: int
+    cluster_id: str                                 # hex, as in the header
+    headers: Dict[str, str]                         # of every request to a peer
+    dial_timeout_s: float
+    complain: Callable[[str], None]
+    deliver: Callable[[Message, int], object]       # a message and its size in bytes
+    unreachable: Callable[[int], None]
+    snapshot_done: Callable[[int, bool], None]
+    removed: Callable[[], None]
+    sent: Callable[[int, Message, int, Optional[float], bool], None]
+
+
+class Answer:
+    """What is worth keeping of the answer to an HttpCall."""
+
+    __slots__ = ("status", "headers", "body")
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: Dict[str, str] = {}
+        self.body = b""
+
+    def take_head(self, status: int, headers: Dict[str, str]) -> None:
+        """For on_head."""
+        self.status, self.headers = status, headers
+
+    def take_data(self, data: bytes) -> None:
+        """For on_data."""
+        self.body += data[:ANSWER_BYTES_MAX - len(self.body)]
+
+    def refusal(self, context: LinkContext, member_id: int) -> str:
+        """Why the peer refused a request of ours; what an operator must change is logged."""
+        text = text_of(self.body).strip()
+        if self.status == 404:
+            return f"remote member {member_id:x} could not recognize local member"
+        if self.status == 412 and text == "incompatible version":
+            context.complain(
+                f"request sent was ignored by peer {member_id:x} (server version incompatible)"
+            )
+            return text
+        if self.status == 412 and text in ("cluster ID mismatch", "clusterID mismatch"):
+            theirs = self.headers.get("x-etcd-cluster-id", "")
+            context.complain(
+                f"request sent was ignored (cluster ID mismatch: remote[{member_id:x}]={theirs},"
+                f" local={context.cluster_id})"
+            )
+            return text
+        return f"unhandled http status {self.status}"
+
+
+class StreamReader:
+    """A stream that we dial: on it the peer sends to us.  Dials again whenever it ends."""
+
+    def __init__(
+        self, context: LinkContext, member_id: int, kind: StreamKind, picker: UrlPicker,
+        status: PeerStatus, heard_version: Callable[[str], None],
+    ) -> None:
+        self._context = context
+        self._member_id = member_id
+        self._kind = kind
+        self._picker = picker
+        self._status = status
+        self._heard_version = heard_version
+        self._target = f"/raft/stream/{kind.path}/{context.member_id:x}"
+        self._headers = {**context.headers, "X-Raft-To": f"{member_id:x}"}
+        self._call: Optional[HttpCall] = None
+        self._url = ""                              # that _call dialed
+        self._answer = Answer()
+        self._decoder: Optional[FrameDecoder] = None    # set while the stream is open
+        self._unread_bytes = 0                      # received, in no message yet
+        self._retry = context.reactor.call_later(0.0, self._dial)
+
+    def stop(self) -> None:
+        """Close the stream and dial no more."""
+        self._retry.cancel()
+        if self._call is not None:
+            self._call.cancel()
+            self._call = None
+
+    def _dial(self) -> None:
+        context = self._context
+        self._decoder = None
+        self._unread_bytes = 0
+        self._answer = Answer()
+        self._url = self._picker.pick()
+        self._call = HttpCall(
+            context.reactor, self._url, "GET", self._target, self._headers,
+            connect_timeout_s=context.dial_timeout_s, idle_timeout_s=LINK_TIMEOUT_SECONDS,
+            on_head=self._on_head, on_data=self._on_data, on_done=self._on_done,
+        )
+
+    def _on_head(self, status: int, headers: Dict[str, str]) -> None:
+        self._answer.take_head(status, headers)
+        version = headers.get("x-server-version", _UNKNOWN_VERSION)
+        if "x-server-version" in headers:
+            self._heard_version(version)
+        if status == 200 and (major_minor(version) or (0, 0)) >= _OLDEST_STREAM_VERSION:
+            self._decoder = self._new_decoder()
+            self._status.activate()
+
+    def _new_decoder(self) -> FrameDecoder:
+        if self._kind is APP_STREAM:
+            return AppV2Decoder(self._context.member_id, self._member_id)
+        return MessageDecoder()
+
+    def _on_data(self, data: bytes) -> None:
+        if self._decoder is None:
+            self._answer.take_data(data)
+            return
+        self._status.activate()
+        call = self._call
+        try:
+            messages = self._decoder.feed(data)
+        except CodecError as error:
+            self._drop(error)
+            return
+        self._unread_bytes += len(data)
+        if not messages:
+            return
+        size, self._unread_bytes = self._unread_bytes // len(messages), 0
+        for message in messages:
+            self._context.deliver(message, size)
+            if self._call is not call:
+                return                              # stopped by what the message caused
+
+    def _drop(self, error: CodecError) -> None:
+        """The peer sends nonsense: a new stream may do better."""
+        if self._call is not None:
+            self._call.cancel()
+        self._on_done(error)
+
+    def _on_done(self, error: Optional[Exception]) -> None:
+        self._call = None
+        self._retry = self._context.reactor.call_later(STREAM_RETRY_SECONDS, self._dial)
+        if self._decoder is not None:
+            self._status.deactivate("read", self._kind.title, error or "EOF")
+            return
+        self._picker.failed(self._url)
+        if self._answer.status == 410:
+            self._context.removed()
+        reason = error or self._reason()
+        self._status.deactivate("dial", self._kind.title, reason)
+
+    def _reason(self) -> str:
+        if self._answer.status == 200:
+            return "unsupported stream type"
+        return self._answer.refusal(self._context, self._member_id)
+
+
+class StreamWriter:
+    """A stream that the peer has dialed, if it has: on it we send to the peer."""
+
+    def __init__(
+        self, context: LinkContext, member_id: int, kind: StreamKind, status: PeerStatus
+    ) -> None:
+        self._context = context
+        self._member_id = member_id
+        self._kind = kind
+        self._status = status
+        self._reply: Optional[StreamReply] = None
+        self._encoder: StreamEncoder = MessageEncoder()
+        self._frames: List[bytes] = []      # of the offer under way
+        self._frames_bytes = 0
+        self._congested = False             # messages are dropped until the peer reads on
+        self._queued_bytes = 0              # given to the connection so far
+        self._taken_bytes = 0               # of these, taken by the socket, as last seen
+        self._taken_at = 0.0                # when that number was last seen growing
+        self._heartbeat: Optional[Timer] = None
+
+    @property
+    def attached(self) -> bool:
+        """True if the peer has dialed this stream."""
+        return self._reply is not None
+
+    def attach(self, reply: StreamReply, encoder: StreamEncoder) -> None:
+        """Use the stream just opened; it replaces the one before."""
+        self.close()
+        self._reply = reply
+        self._encoder = encoder
+        self._queued_bytes, self._taken_bytes = reply.pending, 0    # so far the reply's head
+        self._taken_at = self._context.reactor.now()
+        reply.on_close = self._on_close
+        self._status.activate()
+        self._beat()
+
+    def close(self) -> None:
+        """Drop the stream, if there is one."""
+        reply, self._reply = self._reply, None
+        self._frames, self._frames_bytes = [], 0
+        self._congested = False
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        if reply is not None:
+            reply.abort()
+
+    def offer(self, message: Message) -> bool:
+        """Queue a message until flush(); False if the peer reads too slowly: it is dropped."""
+        reply = self._reply
+        if reply is None or self._is_full(reply):
+            return False
+        frame = self._encoder.encode(message)
+        self._frames.append(frame)
+        self._frames_bytes += len(frame)
+        self._context.sent(self._member_id, message, len(frame), None, True)
+        return True
+
+    def flush(self) -> None:
+        """Write the frames queued since the last flush as one piece."""
+        frames = self._frames
+        if frames:
+            self._frames, self._frames_bytes = [], 0
+            self._write(frames[0] if len(frames) == 1 else b"".join(frames))
+
+    def _is_full(self, reply: StreamReply) -> bool:
+        if reply.pending + self._frames_bytes <= _STREAM_PENDING_BYTES_MAX:
+            self._congested = False
+            return False
+        if not self._congested:
+            self._congested = True
+            package_logger("rafthttp").warning(
+                "dropped messages to %x: it reads too slowly from %s (overloaded network?)",
+                self._member_id, self._kind.title,
+            )
+            self._context.unreachable(self._member_id)
+        return True
+
+    def _write(self, data: bytes) -> None:
+        reply = self._reply
+        if reply is not None:
+            before = reply.pending
+            reply.write(data)
+            self._queued_bytes += reply.pending - before
+
+    def _beat(self) -> None:
+        """Keep the stream alive, or give it up when the peer has taken nothing for 5 s."""
+        reply = self._reply
+        if reply is None:
+            return
+        now = self._context.reactor.now()
+        taken = self._queued_bytes - reply.pending
+        if taken != self._taken_bytes or not reply.pending:
+            self._taken_bytes, self._taken_at = taken, now
+        if now - self._taken_at > LINK_TIMEOUT_SECONDS:
+            self._lost("i/o timeout")
+            return
+        if reply.pending <= _STREAM_PENDING_BYTES_MAX:
+            self._write(self._encoder.heartbeat)
+        self._heartbeat = self._context.reactor.call_later(LINK_HEARTBEAT_SECONDS, self._beat)
+
+    def _on_close(self) -> None:
+        self._lost("closed by the peer")
+
+    def _lost(self, reason: str) -> None:
+        self.close()
+        self._status.deactivate("write", self._kind.title, reason)
+        self._context.unreachable(self._member_id)
+
+
+class Post:
+    """One message on its way by POST /raft."""
+
+    def __init__(self, message: Message, body: bytes) -> None:
+        self.message = message
+        self.body = body
+        self.answer = Answer()
+        self.url = ""
+        self.started = 0.0
+        self.call: Optional[HttpCall] = None
+
+    @property
+    def is_snapshot(self) -> bool:
+        """True if the outcome matters to more than reachability."""
+        return self.message.type == MsgType.SNAP
+
+
+class Pipeline:
+    """Messages that no stream takes: each in a POST of its own, a few at a time."""
+
+    def __init__(
+        self, context: LinkContext, member_id: int, picker: UrlPicker, status: PeerStatus
+    ) -> None:
+        self._context = context
+        self._member_id = member_id
+        self._picker = picker
+        self._status = status
+        self._waiting: Deque[Post] = collections.deque()
+        self._under_way: Set[Post] = set()
+        self._congested = False
+        self._headers = {**context.headers, "Content-Type": "application/protobuf"}
+
+    def offer(self, message: Message) -> None:
+        """Send, queue or drop a message; a drop is reported."""
+        if len(self._waiting) >= PIPELINE_QUEUE_MESSAGES_MAX:
+            self._full(message)
+            return
+        self._congested = False
+        self._waiting.append(Post(message, encode_message(message)))
+        self._begin()
+
+    def stop(self) -> None:
+        """Forget what waits and break off what is under way; a snapshot counts as failed."""
+        posts = [*self._under_way, *self._waiting]
+        self._waiting.clear()
+        self._under_way.clear()
+        for post in posts:
+            if post.call is not None:
+                post.call.cancel()
+            if post.is_snapshot:
+                self._context.snapshot_done(self._member_id, False)
+
+    def _full(self, message: Message) -> None:
+        if not self._congested:
+            self._congested = True
+            package_logger("rafthttp").warning(
+                "dropped messages to %x: too many wait for the pipeline", self._member_id
+            )
+            self._context.unreachable(self._member_id)
+        if message.type == MsgType.SNAP:
+            self._context.snapshot_done(self._member_id, False)
+
+    def _begin(self) -> None:
+        while self._waiting and len(self._under_way) < PIPELINE_WORKERS:
+            post = self._waiting.popleft()
+            self._under_way.add(post)
+            self._send(post)
+
+    def _send(self, post: Post) -> None:
+        context = self._context
+        post.url = self._picker.pick()
+        post.started = context.reactor.now()
+
+        def done(error: Optional[Exception]) -> None:
+            self._done(post, error)
+
+        post.call = HttpCall(
+            context.reactor, post.url, "POST", "/raft", self._headers, post.body,
+            connect_timeout_s=context.dial_timeout_s,
+            # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
+            idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
+            on_head=post.answer.take_head, on_data=post.answer.take_data, on_done=done,
+        )
+
+    def _done(self, post: Post, error: Optional[Exception]) -> None:
+        context = self._context
+        self._under_way.discard(post)
+        ok = error is None and post.answer.status == 204
+        elapsed_s = context.reactor.now() - post.started
+        context.sent(self._member_id, post.message, len(post.body), elapsed_s, ok)
+        if ok:
+            self._status.activate()
+        else:
+            self._failed(post, error)
+        if post.is_snapshot:
+            context.snapshot_done(self._member_id, ok)
+        self._begin()
+
+    def _failed(self, post: Post, error: Optional[Exception]) -> None:
+        if post.answer.status == 403:
+            self._context.removed()
+        reason = error or post.answer.refusal(self._context, self._member_id)
+        self._picker.failed(post.url)
+        self._status.deactivate("write", _PIPELINE, reason)
+        self._context.unreachable(self._member_id)
+
+
+class Prober:
+    """Asks a peer for its time every 4 s, and warns every 30 s if something is wrong.
+
+    Source: etcd 2.3 rafthttp/probing_status.go.
+    """
+
+    def __init__(self, context: LinkContext, member_id: int, picker: UrlPicker) -> None:
+        self._context = context
+        self._member_id = member_id
+        self._picker = picker
+        self._answer = Answer()
+        self._asked = 0.0                           # when the probe was sent
+        self._call: Optional[HttpCall] = None
+        self._warn_at = context.reactor.now() + COMPLAINT_SECONDS
+        self._timer = context.reactor.call_later(PROBE_SECONDS, self._probe)
+
+    def stop(self) -> None:
+        """Ask no more."""
+        self._timer.cancel()
+        if self._call is not None:
+            self._call.cancel()
+
+    def _probe(self) -> None:
+        reactor = self._context.reactor
+        self._answer = Answer()
+        self._asked = reactor.now()
+        self._call = HttpCall(
+            reactor, self._picker.pick(), "GET", "/raft/probing", {},
+            connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS,
+            on_head=self._answer.take_head, on_data=self._answer.take_data, on_done=self._done,
+        )
+
+    def _done(self, error: Optional[Exception]) -> None:
+        reactor = self._context.reactor
+        self._call = None
+        self._timer = reactor.call_later(PROBE_SECONDS, self._probe)
+        theirs_ns = None if error else _probed_time(self._answer)
+        now = reactor.now()
+        if theirs_ns is None:
+            if now >= self._warn_at:
+                self._warn("the connection to peer %x is unhealthy", self._member_id)
+            return
+        one_way_ns = int((now - self._asked) * NS) // 2
+        difference_ns = reactor.wall_ns() - one_way_ns - theirs_ns
+        if abs(difference_ns) > CLOCK_DIFFERENCE_MAX_NS and now >= self._warn_at:
+            sign = "-" if difference_ns < 0 else ""
+            self._warn(
+                "the clock difference against peer %x is too high [%s > 1s]", self._member_id,
+                sign + format_duration(abs(difference_ns) / NS),
+            )
+
+    def _warn(self, text: str, *args: object) -> None:
+        self._warn_at = self._context.reactor.now() + COMPLAINT_SECONDS
+        package_logger("rafthttp").warning(text, *args)
+
+
+_PROBED_NOW = re.compile(rb'"Now"\s*:\s*"([0-9TZ:.+-]{1,64})"')
+
+
+def _probed_time(answer: Answer) -> Optional[int]:
+    """The peer's clock in unix ns, or None if the answer is not that of a healthy peer."""
+    match = _PROBED_NOW.search(answer.body)
+    if answer.status != 200 or match is None:
+        return None
+    try:
+        return parse_time(match.group(1).decode("ascii"))
+    except ValueError:
+        return None
+
+
+class Peer:
+    """Another member: two streams each way, the pipeline, and the prober."""
+
+    def __init__(
+        self, context: LinkContext, member_id: int, urls: Iterable[str], lists: EntryListEncoder
+    ) -> None:
+        self.id = member_id
+        self.status = PeerStatus(member_id, context.reactor.wall_ns)
+        self.version = ""               # as the peer announced it last; "": never
+        self._context = context
+        self._lists = lists
+        self._picker = UrlPicker(urls)
+        self._app_writer = StreamWriter(context, member_id, APP_STREAM, self.status)
+        self._message_writer = StreamWriter(context, member_id, MESSAGE_STREAM, self.status)
+        self._pipeline = Pipeline(context, member_id, self._picker, self.status)
+        self._readers = [
+            StreamReader(context, member_id, kind, self._picker, self.status, self.heard_version)
+            for kind in (APP_STREAM, MESSAGE_STREAM)
+        ]
+        self._prober = Prober(context, member_id, self._picker)
+
+    def offer(self, message: Message) -> None:
+        """Send by the channel that fits, or drop and report; complete with flush()."""
+        if message.type == MsgType.SNAP:
+            self._offer_snapshot(message)
+        elif message.type == MsgType.APP and self._app_writer.attached:
+            self._app_writer.offer(message)
+        elif self._message_writer.attached:
+            self._message_writer.offer(message)
+        else:
+            self._pipeline.offer(message)
+
+    def flush(self) -> None:
+        """Write what was offered."""
+        self._app_writer.flush()
+        self._message_writer.flush()
+
+    def heard_version(self, version: str) -> None:
+        """The peer announced its version."""
+        self.version = version
+
+    def attach(self, kind: StreamKind, reply: StreamReply) -> None:
+        """The peer has dialed one of its streams."""
+        if kind is APP_STREAM:
+            self._app_writer.attach(reply, AppV2Encoder(self._lists))
+        else:
+            self._message_writer.attach(reply, MessageEncoder())
+
+    def update(self, urls: Iterable[str]) -> None:
+        """Use other URLs from the next dial on."""
+        self._picker.update(urls)
+
+    def stop(self) -> None:
+        """Close everything."""
+        for reader in self._readers:
+            reader.stop()
+        self._app_writer.close()
+        self._message_writer.close()
+        self._pipeline.stop()
+        self._prober.stop()
+
+    def _offer_snapshot(self, message: Message) -> None:
+        """Send a snapshot, unless it would kill the receiver.
+
+        etcd 3.x needs a bolt database with it and ends itself when it gets none.
+        """
+        if (major_minor(self.version) or (0, 0)) < (3, 0):
+            self._pipeline.offer(message)
+            return
+        self._context.complain(
+            f"cannot send a snapshot to {self.id:x}: etcd {self.version} needs a database that"
+            " this member does not have; start it with a copy of another 3.x member's data"
+            " directory, or replace it by a 2.3 member"
+        )
+        self._context.unreachable(self.id)
+        self._context.snapshot_done(self.id, False)
+
+
+class Remote:
+    """A member of the cluster that our own view of it does not know yet: only POSTs."""
+
+    def __init__(self, context: LinkContext, member_id: int, urls: Iterable[str]) -> None:
+        status = PeerStatus(member_id, context.reactor.wall_ns)
+        self._picker = UrlPicker(urls)
+        self._pipeline = Pipeline(context, member_id, self._picker, status)
+
+    def offer(self, message: Message) -> None:
+        """Send by POST, or drop and report."""
+        self._pipeline.offer(message)
+
+    def update(self, urls: Iterable[str]) -> None:
+        """Use other URLs from the next POST on."""
+        self._picker.update(urls)
+
+    def stop(self) -> None:
+        """Break off what is under way."""
+        self._pipeline.stop()
+
+
+# ============================================================================
+# 18. Peer transport -- all links, and raft's part of the peer listener
+# ----------------------------------------------------------------------------
+# Knows: sections 1-4 and 12-16.  Hands every message to a callable.
+# ============================================================================
+
+REMOTES_MAX = 256                   # members remembered that are no peers; above: ignored
+
+
+def _ignore_sent(
+    to: int, message: Message, size: int, seconds: Optional[float], ok: bool
+) -> None:
+    """Default of Transport's `sent`."""
+
+
+def _ignore_received(sender: int, message: Message, size: int) -> None:
+    """Default of Transport's `received`."""
+
+
+class Transport:
+    """All links to other members, and the raft part of the peer listener.
+
+    deliver        gets every message of the peers; may call the transport
+    unreachable    gets the id of a member to which messages were lost
+    snapshot_done  gets the id of the receiver and whether it has taken a snapshot
+    removed        called once when a peer says that we were removed from the cluster
+    sent           (to, message, bytes, seconds, ok); seconds until the peer confirmed it, None
+                   on a stream, which confirms nothing
+    received       (sender, message, bytes), before deliver
+    `drop`, if set, loses the messages, sent and received, for which it returns true.
+    The first three are called by the reactor, never from inside offer().  Thread: reactor.
+    """
+
+    def __init__(
+        self, reactor: Reactor, *, member_id: int, cluster_id: int, peer_urls: Sequence[str],
+        is_removed: Callable[[int], bool], deliver: Callable[[Message], None],
+        unreachable: Callable[[int], None], snapshot_done: Callable[[int, bool], None],
+        removed: Callable[[], None], election_s: float,
+        sent: Callable[[int, Message, int, Optional[float], bool], None] = _ignore_sent,
+        received: Callable[[int, Message, int], None] = _ignore_received,
+    ) -> None:
+        self.drop: Optional[Callable[[Message], bool]] = None
+        self._reactor = reactor
+        self._member_id = member_id
+        self._cluster_id = f"{cluster_id:x}"
+        self._is_removed = is_removed
+        self._deliver = deliver
+        self._removed: Optional[Callable[[], None]] = removed
+        self._received = received
+        self._complaints = Complaints(reactor.now)
+        self._lists = EntryListEncoder()
+        self._peers: Dict[int, Peer] = {}
+        self._remotes: Dict[int, Remote] = {}
+        self._stopped = False
+        self._routes: Dict[str, Callable[[HttpRequest], None]] = {
+            "/raft": self._handle_post, "/raft/snapshot": self._handle_snapshot,
+            "/raft/probing": self._handle_probing, "/raft/stream": self._redirect_stream,
+        }
+        self._context = LinkContext(
+            reactor, member_id, self._cluster_id, self._request_headers(peer_urls),
+            1.0 + election_s / 5, self._complaints.say, self._accept,
+            lambda to: self._soon(unreachable, to),
+            lambda to, ok: self._soon(snapshot_done, to, ok), self._we_are_removed, sent,
+        )
+
+    # -- members -----------------------------------------------------------
+
+    def add_peer(self, member_id: int, urls: Iterable[str]) -> None:
+        """Open the links to a member; a known one gets new URLs."""
+        if member_id in self._peers:
+            self.update_peer(member_id, urls)
+        elif not self._stopped:
+            self._peers[member_id] = Peer(self._context, member_id, urls, self._lists)
+
+    def add_remote(self, member_id: int, urls: Iterable[str]) -> None:
+        """Remember where a member is that is no peer yet; a peer of that id wins."""
+        if member_id in (0, self._member_id) or member_id in self._peers or self._stopped:
+            return
+        if member_id in self._remotes:
+            self._remotes[member_id].update(urls)
+        elif len(self._remotes) < REMOTES_MAX:
+            self._remotes[member_id] = Remote(self._context, member_id, urls)
+
+    def update_peer(self, member_id: int, urls: Iterable[str]) -> None:
+        """Use other URLs for a member; unknown ids are ignored."""
+        peer = self._peers.get(member_id)
+        if peer is not None:
+            peer.update(urls)
+
+    def remove_peer(self, member_id: int) -> None:
+        """Close the links to a member; unknown ids are ignored."""
+        peer = self._peers.pop(member_id, None)
+        remote = self._remotes.pop(member_id, None)
+        if peer is not None:
+            peer.stop()
+        if remote is not None:
+            remote.stop()
+
+    def remove_all(self) -> None:
+        """Close the links to all peers; remotes stay."""
+        peers, self._peers = self._peers, {}
+        for peer in peers.values():
+            peer.stop()
+
+    def active_since(self, member_id: int) -> float:
+        """Unix seconds since when a peer can be reached, 0 if it cannot."""
+        peer = self._peers.get(member_id)
+        return peer.status.active_since if peer is not None else 0.0
+
+    def stop(self) -> None:
+        """Close everything and call nobody any more."""
+        self._stopped = True
+        self.remove_all()
+        for remote in self._remotes.values():
+            remote.stop()
+        self._remotes = {}
+
+    # -- sending -----------------------------------------------------------
+
+    def offer(self, messages: Iterable[Message]) -> None:
+        """Send messages, or drop them: to unknown ids silently, to slow peers with a report.
+
+        Never blocks.  The messages are encoded before it returns.
+        """
+        for message in messages:
+            to = message.to
+            link = self._peers.get(to) or self._remotes.get(to)
+            if link is None or self.drop is not None and self.drop(message):
+                continue
+            link.offer(message)
+        for peer in self._peers.values():
+            peer.flush()
+        self._lists.forget()
+
+    def _soon(self, report: Callable[..., None], *args: Any) -> None:
+        """Report outside of the call that found out, which may come from Raft itself."""
+        self._reactor.call_soon(self._report, report, args)
+
+    def _report(self, report: Callable[..., None], args: Tuple[Any, ...]) -> None:
+        if not self._stopped:
+            report(*args)
+
+    def _we_are_removed(self) -> None:
+        removed, self._removed = self._removed, None
+        if removed is not None and not self._stopped:
+            removed()
+
+    def _request_headers(self, peer_urls: Sequence[str]) -> Dict[str, str]:
+        return {
+            "X-Etcd-Cluster-Id": self._cluster_id,
+            "X-Min-Cluster-Version": MIN_CLUSTER_VERSION,
+            "X-Peerurls": ",".join(peer_urls),
+            "X-Server-From": f"{self._member_id:x}",
+            "X-Server-Version": SERVER_VERSION,
+        }
+
+    # -- receiving ---------------------------------------------------------
+
+    def handle(self, request: HttpRequest) -> bool:
+        """Answer a request of the peer listener; False if its path is none of raft's."""
+        path = request.path
+        route = self._routes.get(path)
+        if route is None and path.startswith("/raft/stream/"):
+            route = self._handle_stream
+        if route is None:
+            return False
+        if self._stopped:
+            _reply_error(request, 503, "etcdserver: server stopped")
+        else:
+            route(request)
+        return True
+
+    def _accept(self, message: Message, size: int) -> bool:
+        """Hand a message on; False if it is one that no healthy member sends to us.
+
+        A removed member may not disturb the others any more: it does not know yet.
+        """
+        if message.to != self._member_id or self._is_removed(message.sender):
+            return False
+        if message.type == MsgType.SNAP and message.snapshot is None:
+            return False
+        if not self._stopped and (self.drop is None or not self.drop(message)):
+            self._received(message.sender, message, size)
+            self._deliver(message)
+        return True
+
+    def _handle_stream(self, request: HttpRequest) -> None:
+        """GET /raft/stream/<kind>/<dialer>: answer with our messages to the dialer, for ever."""
+        headers = f"{self._cluster_header()}X-Server-Version: {SERVER_VERSION}\r\n"
+        if not self._is_welcome(request, "GET", headers):
+            return
+        directory, _, name = request.path.rpartition("/")
+        kind = STREAM_KINDS.get(directory[len("/raft/stream/"):])
+        dialer = _parse_id(name)
+        if kind is None:
+            _reply_error(request, 404, "invalid path", headers)
+        elif dialer is None:
+            _reply_error(request, 404, "invalid from", headers)
+        elif self._is_removed(dialer):
+            package_logger("rafthttp").warning(
+                "rejected the stream from peer %x since it was removed", dialer
+            )
+            _reply_error(request, 410, "removed member", headers)
+        elif dialer not in self._peers:
+            self._remember_sender(request, dialer)
+            self._complaints.say(
+                f"failed to find remote peer {dialer:x} in cluster {self._cluster_id}"
+            )
+            _reply_error(request, 404, "error sender not found", headers)
+        elif request.headers.get("x-raft-to", "") != f"{self._member_id:x}":
+            self._complaints.say(
+                f"streaming request ignored (ID mismatch got {request.headers.get('x-raft-to')}"
+                f" want {self._member_id:x})"
+            )
+            _reply_error(request, 412, "to field mismatch", headers)
+        else:
+            self._peers[dialer].attach(kind, request.start_stream(200, None, headers))
+
+    def _handle_post(self, request: HttpRequest) -> None:
+        """POST /raft: one message."""
+        headers = self._cluster_header()
+        if not self._is_welcome(request, "POST", headers):
+            return
+        self._remember_sender(request, _parse_id(request.headers.get("x-server-from", "")))
+        if request.body_too_large:
+            _reply_error(request, 413, "error reading raft message", headers)
+            return
+        try:
+            message = decode_message(memoryview(request.body))
+        except CodecError as error:
+            self._complaints.say(f"failed to unmarshal raft message ({error})")
+            _reply_error(request, 400, "error unmarshaling raft message", headers)
+            return
+        self._take_posted(request, message, headers)
+
+    def _handle_snapshot(self, request: HttpRequest) -> None:
+        """POST /raft/snapshot, the form of 3.x: a length, a MsgSnap, and a database we ignore."""
+        headers = self._cluster_header()
+        if not self._is_welcome(request, "POST", headers):
+            return
+        if request.body_too_large:
+            _reply_error(request, 413, "error reading raft message", headers)
+            return
+        body = request.body
+        try:
+            end = 8 + _frame_size(body, 0)
+            if end == 8 or end > len(body):
+                raise CodecError("unexpected EOF")
+            message = decode_message(memoryview(body)[8:end])
+        except CodecError as error:
+            _reply_error(request, 400, f"failed to decode raft message ({error})", headers)
+            return
+        if message.type != MsgType.SNAP:
+            _reply_error(request, 400, "wrong raft message type", headers)
+            return
+        self._take_posted(request, message, headers)
+
+    def _take_posted(self, request: HttpRequest, message: Message, headers: str) -> None:
+        if self._is_removed(message.sender):
+            text = b'{"message":"cannot process message from removed member"}'
+            request.reply(403, text, headers=headers)
+        elif self._accept(message, len(request.body)):
+            request.reply(204, headers=headers)
+        else:
+            _reply_error(request, 500, "error processing raft message", headers)
+
+    def _handle_probing(self, request: HttpRequest) -> None:
+        now = format_time(self._reactor.wall_ns())
+        request.reply(200, b'{"OK":true,"Now":"%b"}\n' % now.encode(), "text/plain; charset=utf-8")
+
+    @staticmethod
+    def _redirect_stream(request: HttpRequest) -> None:
+        request.reply(
+            301, b'<a href="/raft/stream/">Moved Permanently</a>.\n\n',
+            "text/html; charset=utf-8", "Location: /raft/stream/\r\n",
+        )
+
+    def _cluster_header(self) -> str:
+        return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n"
+
+    def _is_welcome(self, request: HttpRequest, method: str, headers: str) -> bool:
+        """Check method, versions and cluster, in this order; answer what does not fit."""
+        if request.method != method:
+            _reply_error(request, 405, "Method Not Allowed", f"Allow: {method}\r\n")
+            return False
+        error = _compatibility_error(request.headers)
+        if error:
+            self._complaints.say(f"request version incompatibility ({error})")
+            _reply_error(request, 412, "incompatible version", headers)
+            return False
+        theirs = request.headers.get("x-etcd-cluster-id", "")
+        if theirs != self._cluster_id:
+            self._complaints.say(
+                f"request cluster ID mismatch (got {theirs} want {self._cluster_id})"
+            )
+            _reply_error(request, 412, "cluster ID mismatch", headers)
+            return False
+        sender = self._peers.get(_parse_id(request.headers.get("x-server-from", "")) or 0)
+        if sender is not None:
+            sender.heard_version(request.headers.get("x-server-version", ""))
+        return True
+
+    def _remember_sender(self, request: HttpRequest, sender: Optional[int]) -> None:
+        """A member that we do not know yet says where it can be answered."""
+        urls = request.headers.get("x-peerurls", "")
+        if not urls or sender is None or sender in self._remotes or self._is_removed(sender):
+            return
+        with contextlib.suppress(ValueError):
+            self.add_remote(sender, parse_urls(urls))
+
+
+def _reply_error(request: HttpRequest, status: int, text: str, headers: str = "") -> None:
+    """Answer as Go's http.Error does."""
+    request.reply(
+        status, text.encode("latin-1", "replace") + b"\n", "text/plain; charset=utf-8",
+        headers + "X-Content-Type-Options: nosniff\r\n",
+    )
+
+
+# ============================================================================
+# 19. Statistics -- what a member counts about itself
+# ----------------------------------------------------------------------------
+# Knows: sections 1-3, 10.  Must not know: what is counted, or who asks.
+# ============================================================================
+
+RATE_SAMPLES_MAX = 200              # append messages that the rates of /v2/stats/self look at
+RATE_SECONDS_MAX = 1.0              # after this long without a message the rates are 0
+
+
+class RateWindow:
+    """The last messages and their sizes, for a rate per second.
+
+    Source: etcd 2.3 etcdserver/stats/queue.go.
+    Differs from etcd: a single message gives 0; there the rate is infinite, which JSON lacks.
+    """
+
+    def __init__(self) -> None:
+        self._samples: Deque[Tuple[float, int]] = collections.deque(maxlen=RATE_SAMPLES_MAX)
+
+    def add(self, size: int) -> None:
+        """Count one message of `size` bytes."""
+        self._samples.append((time.monotonic(), size))
+
+    def rates(self) -> Tuple[float, float]:
+        """Return messages and bytes per second; (0, 0) when nothing moves."""
+        samples = self._samples
+        if not samples or time.monotonic() - samples[-1][0] > RATE_SECONDS_MAX:
+            samples.clear()
+            return 0.0, 0.0
+        seconds = samples[-1][0] - samples[0][0]
+        if seconds <= 0:
+            return 0.0, 0.0
+        return len(samples) / seconds, sum(size for _, size in samples) / seconds
+
+
+def format_decimal(value: float) -> str:
+    """Return `value` with at most six decimals and no exponent, as Go shows such numbers."""
+    return f"{value:.6f}".rstrip("0").rstrip(".")
+
+
+class ServerStats:
+    """What /v2/stats/self shows; times in unix ns.  Source: etcd 2.3 etcdserver/stats."""
+
+    def __init__(self, name: str, member_id: int) -> None:
+        self.name = name
+        self.member_id = member_id
+        self.started_ns = time.time_ns()
+        self.lead = 0                   # id of the leader last known
+        self.lead_since_ns = 0          # when it became that
+        self.received_appends = 0
+        self.sent_appends = 0
+        self._received = RateWindow()
+        self._sent = RateWindow()
+
+    def became(self, lead: int) -> None:
+        """The member `lead` leads from now on."""
+        if lead != self.lead:
+            self.lead = lead
+            self.lead_since_ns = time.time_ns()
+
+    def recv_append(self, sender: int, size: int) -> None:
+        """A MsgApp of `size` bytes has come from the leader `sender`."""
+        self.became(sender)
+        self.received_appends += 1
+        self._received.add(size)
+
+    def send_append(self, size: int) -> None:
+        """A MsgApp of `size` bytes goes to a follower."""
+        self.sent_appends += 1
+        self._sent.add(size)
+
+    def json(self, state: str) -> str:
+        """Return the object of /v2/stats/self.  state: StateFollower, -Candidate or -Leader.
+
+        Differs from etcd: without a leader so far the uptime is 0s, not 292 years.
+        """
+        uptime_s = (time.time_ns() - self.lead_since_ns) / NS if self.lead else 0.0
+        since = format_time(self.lead_since_ns) if self.lead else "0001-01-01T00:00:00Z"
+        leader = format_id(self.lead) if self.lead else ""
+        return (
+            f'{{"name":{json_string(self.name)},"id":"{format_id(self.member_id)}"'
+            f',"state":"{state}","startTime":"{format_time(self.started_ns)}"'
+            f',"leaderInfo":{{"leader":"{leader}","uptime":"{format_duration(max(uptime_s, 0.0))}"'
+            f',"startTime":"{since}"}}'
+            f',"recvAppendRequestCnt":{self.received_appends}{_rates("recv", self._received)}'
+            f',"sendAppendRequestCnt":{self.sent_appends}{_rates("send", self._sent)}}}'
+        )
+
+
+def _rates(prefix: str, window: RateWindow) -> str:
+    """The two rates as JSON members; left out when 0."""
+    parts = zip(("Pkg", "Bandwidth"), window.rates())
+    return "".join(f',"{prefix}{what}Rate":{format_decimal(rate)}' for what, rate in parts if rate)
+
+
+class FollowerStats:
+    """Latency of the MsgApps sent to one follower, in ms.  Source: etcd 2.3 stats/leader.go."""
+
+    __slots__ = ("successes", "fails", "current", "total", "squares", "minimum", "maximum")
+
+    def __init__(self) -> None:
+        self.successes = self.fails = 0
+        self.current = self.total = self.squares = self.maximum = 0.0
+        self.minimum = float(1 << 63)   # what etcd shows before the first success
+
+    def json(self) -> str:
+        """Return this follower's part of /v2/stats/leader."""
+        count = self.successes or 1
+        average = self.total / count
+        deviation = max(self.squares / count - average * average, 0.0) ** 0.5
+        fields = {
+            "current": self.current, "average": average, "standardDeviation": deviation,
+            "minimum": self.minimum, "maximum": self.maximum,
+        }
+        latency = ",".join(f'"{name}":{format_decimal(ms)}' for name, ms in fields.items())
+        return (
+            f'{{"latency":{{{latency}}}'
+            f',"counts":{{"fail":{self.fails},"success":{self.successes}}}}}'
+        )
+
+
+class LeaderStats:
+    """What /v2/stats/leader shows: how sending to each follower goes."""
+
+    def __init__(self, member_id: int) -> None:
+        self.member_id = member_id
+        self._followers: Dict[int, FollowerStats] = {}
+
+    def success(self, member_id: int, seconds: float) -> None:
+        """A MsgApp reached this follower's connection after `seconds`."""
+        stats = self._followers.setdefault(member_id, FollowerStats())
+        latency = seconds * 1e3
+        stats.successes += 1
+        stats.current = latency
+        stats.total += latency
+        stats.squares += latency * latency
+        stats.minimum = min(stats.minimum, latency)
+        stats.maximum = max(stats.maximum, latency)
+
+    def fail(self, member_id: int) -> None:
+        """A MsgApp to this follower was lost."""
+        self._followers.setdefault(member_id, FollowerStats()).fails += 1
+
+    def remove(self, member_id: int) -> None:
+        """The member is one no more."""
+        self._followers.pop(member_id, None)
+
+    def json(self, followers: Iterable[int]) -> str:
+        """Return the object of /v2/stats/leader with these members, whether sent to or not."""
+        unknown = FollowerStats()
+        parts = [
+            f'"{name}":{self._followers.get(member_id, unknown).json()}'
+            for name, member_id in sorted((format_id(each), each) for each in followers)
+        ]
+        return f'{{"leader":"{format_id(self.member_id)}","followers":{{{",".join(parts)}}}}}'
+
+
+Labels = Tuple[str, ...]
+Sample = Tuple[str, str, float]     # name suffix, labels as text, value
+
+
+def _label_text(names: Labels, values: Labels) -> str:
+    parts = (
+        '{}="{}"'.format(name, value.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n"))
+        for name, value in zip(names, values)
+    )
+    return ",".join(parts)
+
+
+class Counter:
+    """How often something happened, per combination of label values."""
+
+    kind = "counter"
+    __slots__ = ("_labels", "_values")
+
+    def __init__(self, labels: Labels = ()) -> None:
+        self._labels = labels
+        self._values: Dict[Labels, int] = {} if labels else {(): 0}
+
+    def inc(self, *values: str) -> None:
+        """Count one more."""
+        self._values[values] = self._values.get(values, 0) + 1
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield what Prometheus reads."""
+        for values, count in self._values.items():
+            yield "", _label_text(self._labels, values), count
+
+
+class Reading:
+    """A number that someone else keeps, asked for when Prometheus comes."""
+
+    __slots__ = ("kind", "_labels", "_read")
+
+    def __init__(
+        self, kind: str, labels: Labels, read: Callable[[], Mapping[Labels, float]]
+    ) -> None:
+        self.kind = kind                # counter or gauge
+        self._labels = labels
+        self._read = read
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield what Prometheus reads."""
+        for values, value in self._read().items():
+            yield "", _label_text(self._labels, values), value
+
+
+class Histogram:
+    """How values spread over buckets.  bounds: upper, inclusive, ascending.
+
+    Thread: one that observes; any may read.
+    """
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def samples(self, labels: str = "") -> Iterator[Sample]:
+        """Yield what Prometheus reads; nothing before the first value."""
+        count = sum(self._counts)
+        if not count:
+            return
+        comma, below = "," if labels else "", 0
+        for bound, here in zip(self._bounds, self._counts):
+            below += here
+            yield "_bucket", f'{labels}{comma}le="{bound!r}"', below
+        yield "_bucket", f'{labels}{comma}le="+Inf"', count
+        yield "_sum", labels, self._sum
+        yield "_count", labels, count
+
+
+class Histograms:
+    """One histogram per combination of label values.  start, count: bounds start * 2**n."""
+
+    kind = "histogram"
+    __slots__ = ("_labels", "_bounds", "_children")
+
+    def __init__(self, start: float, count: int, labels: Labels = ()) -> None:
+        self._labels = labels
+        self._bounds = [start * (1 << step) for step in range(count)]
+        self._children: Dict[Labels, Histogram] = {}
+
+    def child(self, *values: str) -> Histogram:
+        """Return the histogram of these label values."""
+        if values not in self._children:
+            self._children[values] = Histogram(self._bounds)
+        return self._children[values]
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield what Prometheus reads."""
+        for values, child in self._children.items():
+            yield from child.samples(_label_text(self._labels, values))
+
+
+class Metrics:
+    """Named counters, readings and histograms, and their text for Prometheus (version 0.0.4)."""
+
+    def __init__(self) -> None:
+        self._families: Dict[str, Tuple[str, Union[Counter, Reading, Histograms]]] = {}
+
+    def counter(self, name: str, help: str, labels: Labels = ()) -> Counter:
+        """Add and return a counter; an older one of this name is replaced."""
+        counter = Counter(labels)
+        self._families[name] = help, counter
+        return counter
+
+    def histograms(
+        self, name: str, help: str, start: float, count: int, labels: Labels = ()
+    ) -> Histograms:
+        """Add and return histograms; bounds in seconds, start * 2**n for n < count."""
+        histograms = Histograms(start, count, labels)
+        self._families[name] = help, histograms
+        return histograms
+
+    def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
+        """Add a number that goes up and down."""
+        self._families[name] = help, Reading("gauge", (), lambda: {(): read()})
+
+    def total(
+        self, name: str, help: str, read: Callable[[], Mapping[Labels, float]],
+        labels: Labels = (),
+    ) -> None:
+        """Add counters that are kept elsewhere: label values -> count."""
+        self._families[name] = help, Reading("counter", labels, read)
+
+    def text(self) -> str:
+        """Return everything that has a value, by name."""
+        lines: List[str] = []
+        for name, (help, family) in sorted(self._families.items()):
+            samples = list(family.samples())
+            if not samples:
+                continue
+            lines += [f"# HELP {name} {help}", f"# TYPE {name} {family.kind}"]
+            for suffix, labels, value in samples:
+                shown = f"{{{labels}}}" if labels else ""
+                lines.append(f"{name}{suffix}{shown} {value!r}")
+        return "\n".join(lines) + "\n"
+
+
+# ============================================================================
+# 20. Journal -- getting to the disk, in batches and in order
+# ----------------------------------------------------------------------------
+# Knows: sections 1-9, 12.  Threads: the reactor's, and its own, `wal`.
+# ============================================================================
+
+
+class Batch:
+    """What one visit to the disk makes durable, and what may be said only after it."""
+
+    __slots__ = ("hard_state", "entries", "snapshot", "must_sync", "held", "mark")
+
+    def __init__(self) -> None:
+        self.hard_state: Optional[HardState] = None
+        self.entries: List[Entry] = []
+        self.snapshot: Optional[Snapshot] = None    # received from the leader; before entries
+        self.must_sync = False
+        self.held: List[Message] = []
+        self.mark: Optional[Mark] = None
+
+
+class WalJob(NamedTuple):
+    """One visit to the disk, in this order; empty parts are left out.
+
+    A snapshot's file is complete before anything behind it is written: after a crash between
+    the two, the log still fits the snapshot before.
+    """
+
+    record: bytes                       # of the snapshot
+    snapshot: Optional[Snapshot]        # its file
+    data: bytes                         # frames to append
+    cut: Optional[Cut]
+    release_to: int                     # unlock segments before this index; 0: none
+    done: Callable[[], None]            # called on the reactor when all of it is durable
+
+
+class WalWriter:
+    """The wal thread: one write and one fdatasync per job.
+
+    A failure is final: nobody knows which bytes are on disk, so no later job is touched and
+    nothing is acknowledged any more.
+    """
+
+    def __init__(
+        self, wal: Wal, snapshotter: Snapshotter, reactor: Reactor,
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self._wal = wal
+        self._snapshotter = snapshotter
+        self._reactor = reactor
+        self._failed = failed
+        self._jobs: queue.SimpleQueue[Optional[WalJob]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="wal", daemon=True)
+        self.sync_count = 0
+        self.sync_seconds = 0.0
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, job: WalJob) -> None:
+        """Queue one visit.  Thread: reactor."""
+        self._jobs.put(job)
+
+    def stop(self) -> None:
+        """Finish the queued jobs, close the files, end the thread.  Blocks for the last sync."""
+        self._jobs.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                job = self._jobs.get()
+                if job is None:
+                    self._wal.close()
+                    return
+                self._do(job)
+                self._reactor.call_soon_threadsafe(job.done)
+        except Exception as error:
+            package_logger("wal").critical("the write-ahead log failed: %s", error, exc_info=True)
+            self._reactor.call_soon_threadsafe(self._failed, error)
+
+    def _do(self, job: WalJob) -> None:
+        if job.record:
+            self._wal.write(job.record, sync=True)
+        if job.snapshot is not None:
+            self._snapshotter.save(job.snapshot)
+        started = time.monotonic()
+        if job.data:
+            self._wal.write(job.data, sync=True)
+        self.sync_count += 1
+        self.sync_seconds += time.monotonic() - started
+        if job.cut is not None:
+            self._wal.cut(job.cut)
+        if job.release_to:
+            self._wal.release_to(job.release_to)
+
+
+class Journal:
+    """What must reach the disk, in batches: while one is written the next one gathers.
+
+    A batch becomes durable as a whole; then `durable` is called with it, which may send what
+    was held back, and count entries.  Thread: reactor.
+    """
+
+    def __init__(
+        self, wal: Wal, writer: WalWriter, hard_state: HardState,
+        durable: Callable[[Batch], None],
+    ) -> None:
+        self.writer = writer
+        self.durable_commit = hard_state.commit     # commit index that a crash cannot take back
+        self.busy = False                           # the writer has a job of ours
+        self._wal = wal
+        self._durable = durable
+        self._batch = Batch()
+        self._waiting: Deque[Batch] = collections.deque()   # complete ones, before _batch
+        self._release_to = 0
+
+    def add(self, ready: Ready) -> None:
+        """Note what a Ready wants to be written, and what it holds back."""
+        batch = self._batch
+        if ready.snapshot is not None:
+            if batch.entries or batch.held or batch.snapshot:
+                self._waiting.append(batch)
+                self._batch = batch = Batch()
+            batch.snapshot = ready.snapshot
+        if ready.hard_state is not None:
+            batch.hard_state = ready.hard_state
+        batch.entries += ready.entries
+        batch.must_sync = batch.must_sync or ready.must_sync
+        batch.held += ready.held
+        batch.mark = ready.mark
+
+    def sync_commit(self, state: HardState) -> None:
+        """Have the disk know this commit index soon; durable_commit tells when it does."""
+        self._batch.hard_state = state
+        self._batch.must_sync = True
+        if self._batch.mark is None:
+            self._batch.mark = Mark(0, -1)          # stands for no entries
+        self.submit()
+
+    def submit(self) -> None:
+        """Give the writer the next batch if it has none; a commit index alone waits for company."""
+        while not self.busy:
+            batch = self._waiting.popleft() if self._waiting else self._batch
+            if batch is self._batch:
+                if batch.mark is None or not (batch.must_sync or batch.held):
+                    return
+                self._batch = Batch()
+            if batch.must_sync:
+                self._write(batch)
+                return
+            if self._batch.hard_state is None:      # it travels with the next one that syncs
+                self._batch.hard_state = batch.hard_state
+            batch.hard_state = None
+            self._durable(batch)
+
+    def record_snapshot(self, snapshot_id: EntryID, done: Callable[[], None]) -> None:
+        """Write that a snapshot file of ours will follow; only while not busy."""
+        def written() -> None:
+            self.busy = False
+            done()
+
+        self.busy = True
+        record = self._wal.encode_snapshot(snapshot_id)
+        self.writer.submit(WalJob(record, None, b"", None, 0, written))
+
+    def release(self, index: int) -> None:
+        """Unlock the segments that only hold entries before `index`, with the next batch."""
+        self._release_to = index
+
+    def close(self) -> None:
+        """Write what still waits, and end the writer.  Blocks for the last sync."""
+        for batch in (*self._waiting, self._batch):
+            self.writer.submit(self._job(batch, _nothing))
+        self.writer.stop()
+
+    def _write(self, batch: Batch) -> None:
+        def written() -> None:
+            self.busy = False
+            if batch.hard_state is not None:
+                self.durable_commit = batch.hard_state.commit
+            self._durable(batch)
+
+        self.busy = True
+        self.writer.submit(self._job(batch, written))
+
+    def _job(self, batch: Batch, done: Callable[[], None]) -> WalJob:
+        record = b""
+        if batch.snapshot is not None:
+            record = self._wal.encode_snapshot(EntryID(batch.snapshot.term, batch.snapshot.index))
+        data = self._wal.encode(batch.hard_state, batch.entries)
+        cut = self._wal.encode_cut() if self._wal.segment_full() else None
+        release_to, self._release_to = self._release_to, 0
+        return WalJob(record, batch.snapshot, data, cut, release_to, done)
+
+
+def _nothing() -> None:
+    """Posted to make the reactor turn again without sleeping."""
+
+
+class SnapshotJob:
+    """Writing the store to a snapshot file, in slices between other work (DESIGN §3)."""
+
+    SLICE_S = 0.004
+
+    def __init__(
+        self, store: Store, snapshot_id: EntryID, voters: Tuple[int, ...],
+        now: Callable[[], float],
+    ) -> None:
+        self.id = snapshot_id
+        self.voters = voters
+        self.done: Optional[Snapshot] = None
+        self._now = now
+        self._chunks: List[bytes] = []
+        self._walk = store.snapshot_chunks()
+
+    def work(self) -> None:
+        """Walk for a few milliseconds; at the end of the walk `done` is the snapshot."""
+        deadline = self._now() + self.SLICE_S
+        for chunk in self._walk:
+            self._chunks.append(chunk)
+            if self._now() >= deadline:
+                return
+        self.done = Snapshot(b"".join(self._chunks), self.voters, self.id.index, self.id.term)
+
+    def cancel(self) -> None:
+        """Give the walk up: the store is replaced under it."""
+        self._walk.close()
+
+
+class SnapshotKeeper:
+    """When to write a snapshot, how, and which one a follower gets.  Thread: reactor."""
+
+    def __init__(
+        self, reactor: Reactor, journal: Journal, snapshotter: Snapshotter, index: int,
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self.index = index                          # of the newest snapshot file
+        self.snapshotter = snapshotter
+        self._reactor = reactor
+        self._journal = journal
+        self._failed = failed
+        self._job: Optional[SnapshotJob] = None     # a walk over the store
+        self._saving = False                        # the walk is over, the file not yet there
+        self._cache: Optional[Snapshot] = None      # the newest file, while followers want it
+        self._loading = False
+
+    @property
+    def busy(self) -> bool:
+        """True while a snapshot is in the making."""
+        return self._job is not None or self._saving
+
+    def begin(self, store: Store, applied: EntryID, voters: Tuple[int, ...]) -> None:
+        """Begin to walk the store as it is now; work() goes on."""
+        package_logger("etcdserver").info(
+            "start to snapshot (applied: %d, lastsnap: %d)", applied.index, self.index
+        )
+        self._job = SnapshotJob(store, applied, voters, self._reactor.now)
+
+    def work(self, saved: Callable[[Snapshot], None]) -> None:
+        """Do a slice of the walk; at its end have record and file written, then saved()."""
+        if self._job is None:
+            return
+        self._reactor.call_soon(_nothing)
+        if self._job.done is None:
+            self._job.work()
+        snapshot = self._job.done
+        if snapshot is None or self._journal.busy:
+            return
+        self._job, self._saving = None, True
+        self._journal.record_snapshot(
+            EntryID(snapshot.term, snapshot.index), lambda: self._save(snapshot, saved)
+        )
+
+    def _save(self, snapshot: Snapshot, saved: Callable[[Snapshot], None]) -> None:
+        """The log has the record: write the file on another thread, the log must go on."""
+        def done(error: Optional[BaseException], _: Any) -> None:
+            self._saving = False
+            if error is not None:
+                self._failed(error)
+                return
+            package_logger("etcdserver").info("saved snapshot at index %d", snapshot.index)
+            self._cache = None
+            if snapshot.index > self.index:
+                self.index = snapshot.index
+                self._journal.release(snapshot.index)
+            saved(snapshot)
+
+        self._reactor.run_blocking(self.snapshotter.save, snapshot, done=done)
+
+    def received(self, index: int) -> None:
+        """The leader's snapshot has replaced the store: a walk over the old one is void."""
+        if self._job is not None:
+            self._job.cancel()
+            self._job = None
+        self.index = index
+        self._cache = None
+
+    def newest(self) -> Optional[Snapshot]:
+        """Return the newest snapshot for a follower that is too far behind; None: being read."""
+        if self._cache is None and self.index and not self._loading:
+            self._loading = True
+            self._reactor.run_blocking(self.snapshotter.load, done=self._loaded)
+        return self._cache
+
+    def _loaded(self, error: Optional[BaseException], snapshot: Any) -> None:
+        self._loading = False
+        if error is not None:
+            package_logger("etcdserver").error("cannot read the snapshot file: %s", error)
+            return
+        self._cache = snapshot
+        self._reactor.call_later(30.0, self._forget)
+
+    def _forget(self) -> None:
+        self._cache = None
+
+
+# ============================================================================
+# 21. Server -- one member: consensus, disk and store brought together
+# ----------------------------------------------------------------------------
+# Knows: sections 1-14.  Must not know: HTTP paths, flags.
+# ============================================================================
+
+
+class ServerConfig(NamedTuple):
+    """Everything a member is told; frozen after start.  URLs are checked; times in ms."""
+
+    name: str = DEFAULT_NAME
+    data_dir: str = ""                  # "": <name>.etcd in the working directory
+    wal_dir: str = ""                   # "": <data_dir>/member/wal
+    snapshot_count: int = DEFAULT_SNAPSHOT_COUNT
+    heartbeat_ms: int = DEFAULT_HEARTBEAT_MS
+    election_ms: int = DEFAULT_ELECTION_MS
+    max_snapshots: int = DEFAULT_SNAPSHOTS_KEPT
+    max_wals: int = DEFAULT_WALS_KEPT
+    segment_bytes: int = SEGMENT_BYTES_MAX
+    initial_cluster: str = ""           # "": this member alone
+    initial_cluster_token: str = DEFAULT_CLUSTER_TOKEN
+    initial_cluster_state: str = "new"
+    force_new_cluster: bool = False
+    listen_client_urls: Tuple[str, ...] = tuple(DEFAULT_CLIENT_URLS.split(","))
+    listen_peer_urls: Tuple[str, ...] = tuple(DEFAULT_PEER_URLS.split(","))
+    advertise_client_urls: Tuple[str, ...] = tuple(DEFAULT_CLIENT_URLS.split(","))
+    initial_advertise_peer_urls: Tuple[str, ...] = tuple(DEFAULT_PEER_URLS.split(","))
+    discovery: str = ""
+    discovery_fallback: str = "proxy"
+    discovery_proxy: str = ""
+    discovery_srv: str = ""
+    strict_reconfig_check: bool = False
+    history_events: int = HISTORY_EVENTS_MAX
+    cors: Tuple[str, ...] = ()
+    debug: bool = False
+
+    @property
+    def request_timeout_s(self) -> float:
+        """How long a client waits for a commit: 5 s and two elections (etcd 2.3)."""
+        return 5.0 + 2 * self.election_ms / 1000
+
+
+class Bootstrap(NamedTuple):
+    """What bootstrap found or made on disk: all a member needs to start."""
+
+    data_dir: DataDir
+    member_id: int
+    cluster: Cluster
+    store: Store
+    wal: Wal
+    snapshotter: Snapshotter
+    contents: WalContents               # empty hard state and entries for a new member
+    snapshot: Optional[Snapshot]        # already recovered into store and cluster; data dropped
+    bootstrap_entries: Sequence[Entry] = ()     # of a new cluster, not yet on disk
+    remotes: Sequence[Member] = ()      # members of the existing cluster that we join
+
+
+Done = Callable[[Any], None]
+
+
+class Proposals:
+    """Requests on their way through consensus: who waits for which id, and until when."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._done: Dict[int, Done] = {}
+        self._deadlines: Deque[Tuple[float, int]] = collections.deque()
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def add(self, request_id: int, done: Done, now: float) -> None:
+        """Call done(result) when the entry with this id is applied, or fails."""
+        self._done[request_id] = done
+        self._deadlines.append((now + self.timeout_s, request_id))
+
+    def pop(self, request_id: int) -> Optional[Done]:
+        """Return who waits for this id, who then waits no more; None if nobody here does."""
+        return self._done.pop(request_id, None)
+
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self._done
+
+    def expire(self, now: float, error: Callable[[float], EtcdError]) -> int:
+        """Fail what has waited too long with error(start time); return how many."""
+        deadlines, expired = self._deadlines, 0
+        while deadlines and (deadlines[0][0] <= now or deadlines[0][1] not in self._done):
+            deadline, request_id = deadlines.popleft()
+            done = self._done.pop(request_id, None)
+            if done is not None:
+                expired += 1
+                done(error(deadline - self.timeout_s))
+        return expired
+
+    def fail_all(self, error: EtcdError) -> None:
+        """Fail everything that waits."""
+        self._deadlines.clear()
+        while self._done:
+            self._done.popitem()[1](error)
+
+
+class VersionMonitor:
+    """The leader's watch over the cluster version: the lowest version of any member, never lowered.
+
+    Source: etcd 2.3 etcdserver/cluster_util.go; peer-and-disk notes on the server loop.
+    """
+
+    PERIOD_S = 4.0
+
+    def __init__(
+        self, reactor: Reactor, cluster: Cluster, member_id: int,
+        propose: Callable[[str], None],
+    ) -> None:
+        self._reactor = reactor
+        self._cluster = cluster
+        self._member_id = member_id
+        self._propose = propose
+        self._calls: List[HttpCall] = []
+        self._versions: Dict[int, str] = {}
+        self._timer: Optional[Timer] = None
+
+    def start(self) -> None:
+        """Look now, and every few seconds until the version is as high as ours."""
+        self.stop()
+        self._look()
+
+    def stop(self) -> None:
+        """Look no more: we lead no more."""
+        for call in self._calls:
+            call.cancel()
+        self._calls = []
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        self.stop()
+        if self._cluster.version and version_key(self._cluster.version) >= _OWN_VERSION_KEY:
+            return
+        self._versions = {self._member_id: SERVER_VERSION}
+        for member in list(self._cluster.members.values()):
+            if member.id != self._member_id and member.peer_urls:
+                self._ask(member)
+        self._timer = self._reactor.call_later(self.PERIOD_S, self._look)
+        self._decide()
+
+    def _ask(self, member: Member) -> None:
+        body: List[bytes] = []
+
+        def done(error: Optional[Exception]) -> None:
+            version = _server_version(b"".join(body))
+            if error is None and version:
+                self._versions[member.id] = version
+                self._decide()
+
+        self._calls.append(HttpCall(
+            self._reactor, member.peer_urls[0], "GET", "/version", {}, connect_timeout_s=1.0,
+            idle_timeout_s=2.0, on_data=body.append, on_done=done,
+        ))
+
+    def _decide(self) -> None:
+        """Propose the minimum when every member has answered; a first guess when one cannot."""
+        current = self._cluster.version
+        complete = self._versions.keys() >= self._cluster.members.keys()
+        if complete:
+            lowest = min(self._versions.values(), key=version_key)
+            wanted = ".".join(lowest.split(".")[:2]) + ".0"
+            if not current or version_key(wanted) > version_key(current):
+                self._announce(wanted, current)
+        elif not current and self._calls and all(call.ended for call in self._calls):
+            self._announce(MIN_CLUSTER_VERSION, current)
+
+    def _announce(self, wanted: str, current: Optional[str]) -> None:
+        log = package_logger("etcdserver")
+        short = wanted.rpartition(".")[0]
+        if current:
+            before = current.rpartition(".")[0]
+            log.info("updating the cluster version from %s to %s", before, short)
+        else:
+            log.info("setting up the initial cluster version to %s", short)
+        self.stop()
+        self._propose(wanted)
+        self._timer = self._reactor.call_later(self.PERIOD_S, self._look)
+
+
+_OWN_VERSION_KEY = version_key(SERVER_VERSION)
+
+
+def _server_version(body: bytes) -> str:
+    """The `etcdserver` of a /version answer, or "" if it is not one."""
+    try:
+        version = str(json.loads(body)["etcdserver"])
+        version_key(version)
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return version
+
+
+class EtcdServer:
+    """One member.  Owns the Raft node, the log on disk and what is applied; knows no HTTP.
+
+    do() and change_member() are the ways in; every answer comes through the callback given, on
+    the reactor's thread, after the change is durable on a quorum and applied here.
+    Thread: reactor.  transport_type, wal_writer_type and rng are the seams of the simulator.
+    """
+
+    def __init__(
+        self, config: ServerConfig, boot: Bootstrap, reactor: Reactor, *,
+        failed: Callable[[BaseException], None], removed: Callable[[], None],
+        published: Callable[[], None], transport_type: Any = None, wal_writer_type: Any = None,
+        rng: Optional[random.Random] = None,
+    ) -> None:
+        self.config = config
+        self.reactor = reactor
+        self.member_id = boot.member_id
+        self.store = boot.store
+        self.cluster = boot.cluster
+        self.ids = IdGenerator(boot.member_id, reactor.wall_ns() // 1_000_000)
+        self.raft_index = boot.snapshot.index if boot.snapshot else 0   # last applied
+        self.raft_term = boot.snapshot.term if boot.snapshot else 0     # of that entry
+        self.stats = ServerStats(config.name, boot.member_id)
+        self.leader_stats = LeaderStats(boot.member_id)
+        self.metrics = Metrics()
+        self.proposals = Proposals(config.request_timeout_s)
+        self.stopping = False
+        self.applier = Applier(self.store, self.cluster, self.member_id)
+        snapshotter = boot.snapshotter
+        writer = (wal_writer_type or WalWriter)(boot.wal, snapshotter, reactor, failed)
+        self.journal = Journal(boot.wal, writer, boot.contents.hard_state, self._durable)
+        self.snapshots = SnapshotKeeper(
+            reactor, self.journal, snapshotter, self.raft_index, failed
+        )
+        self.transport: Transport = (transport_type or Transport)(
+            reactor, member_id=boot.member_id, cluster_id=boot.cluster.id,
+            peer_urls=config.initial_advertise_peer_urls, is_removed=boot.cluster.is_removed,
+            deliver=self._deliver, unreachable=self._unreachable,
+            snapshot_done=self._snapshot_done, removed=removed,
+            election_s=config.election_ms / 1000, sent=self._count_sent,
+            received=self._count_received,
+        )
+        self.versions = VersionMonitor(
+            reactor, self.cluster, self.member_id, self._propose_version
+        )
+        self.node = self._make_node(boot, rng or random.Random())
+        self._data_dir = boot.data_dir
+        self._removed = removed
+        self._tell_published = published
+        self._queue: List[Entry] = []           # proposals of this turn, or without a leader
+        self._changes: List[ConfChange] = []    # likewise
+        self._sent_at: Dict[int, float] = {}    # follower -> when entries went to it
+        self._lead = 0                          # as last seen by _watch_lead
+        self._lead_since = 0.0                  # when it was elected (monotonic)
+        for member in boot.remotes:
+            self.transport.add_remote(member.id, member.peer_urls)
+        for member in self.cluster.members.values():
+            if member.id != self.member_id:
+                self.transport.add_peer(member.id, member.peer_urls)
+
+    def _make_node(self, boot: Bootstrap, rng: random.Random) -> RawNode:
+        raft_log = package_logger("raft")
+        config = RaftConfig(
+            id=boot.member_id,
+            election_ticks=max(self.config.election_ms // self.config.heartbeat_ms, 1),
+            rng=rng,
+            trace=raft_log.info,
+        )
+        if boot.bootstrap_entries:
+            node = RawNode.bootstrap(config, boot.bootstrap_entries)
+        else:
+            node = RawNode(
+                config, hard_state=boot.contents.hard_state, snapshot=boot.snapshot,
+                entries=boot.contents.entries, applied=self.raft_index,
+            )
+        node.snapshot_source = self.snapshots.newest
+        return node
+
+    # -- life --------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to take part.  The reactor must call on_turn() from now on."""
+        self.journal.writer.start()
+        if len(self.node.raft.voters) > 1:
+            self.node.advance_ticks(self.node.raft.config.election_ticks - 1)
+        self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
+        self.reactor.call_later(SYNC_SECONDS, self._sync)
+        self._purge()
+        self._publish()
+
+    def stop(self) -> None:
+        """Reject what waits, write the last batch, close the log.  Blocks for one sync."""
+        self.stopping = True
+        self.proposals.fail_all(ServerStopped())
+        self.versions.stop()
+        if self.node.has_ready():
+            self.journal.add(self.node.ready())
+        self.journal.close()
+        self.transport.stop()
+
+    def abandon(self) -> None:
+        """Stop without writing or saying anything more, as a crash would."""
+        self.stopping = True
+        self.versions.stop()
+        self.transport.stop()
+
+    # -- ways in -----------------------------------------------------------
+
+    @property
+    def lead(self) -> int:
+        """Member id of the known leader, 0 if none."""
+        return self.node.raft.lead
+
+    @property
+    def is_leader(self) -> bool:
+        """True if this member leads."""
+        return self.node.raft.role == RaftRole.LEADER
+
+    @property
+    def is_healthy(self) -> bool:
+        """True if a leader is known and, when that is us, a quorum of streams is up."""
+        if not self.is_leader:
+            return self.lead != 0
+        voters = self.node.raft.voters
+        active = sum(v == self.member_id or self.transport.active_since(v) > 0 for v in voters)
+        return active > len(voters) // 2
+
+    def do(self, request: Request, done: Done) -> None:
+        """Send a command through consensus; done(Event, or EtcdError) when it is applied here.
+
+        The command may still be applied after a RequestTimeout.
+        """
+        if self.stopping:
+            done(ServerStopped())
+            return
+        if len(self.proposals) >= PROPOSALS_PENDING_MAX:
+            done(RaftInternal("etcdserver: too many requests"))
+            return
+        if not request.id:
+            request = request._replace(id=self.ids.next())
+        self.proposals.add(request.id, done, self.reactor.now())
+        self._queue.append(Entry(data=encode_request(request), request=request))
+
+    def change_member(
+        self, change_type: ConfChangeType, member: Member,
+        done: Callable[[Optional[Exception]], None],
+    ) -> None:
+        """Add, remove or update a member; done(None), or done(MemberError or EtcdError)."""
+        if self.stopping:
+            done(ServerStopped())
+            return
+        if self.config.strict_reconfig_check:
+            try:
+                self._check_strict(change_type, member)
+            except NotEnoughStarted as error:
+                done(error)
+                return
+        context = None
+        if change_type != ConfChangeType.REMOVE_NODE:
+            context = utf8(member.context_json())
+        change = ConfChange(self.ids.next(), change_type, member.id, context)
+        self.proposals.add(change.id, done, self.reactor.now())
+        self._changes.append(change)
+
+    def _check_strict(self, change_type: ConfChangeType, member: Member) -> None:
+        if change_type == ConfChangeType.ADD_NODE:
+            self.cluster.check_strict_add()
+        elif change_type == ConfChangeType.REMOVE_NODE:
+            self.cluster.check_strict_remove(member.id)
+
+    def _deliver(self, message: Message) -> None:
+        """A message of a peer has arrived."""
+        try:
+            self.node.step(message)
+        except ProposalDropped:
+            package_logger("etcdserver").debug("dropped a proposal of %x", message.sender)
+
+    def _count_sent(
+        self, to: int, message: Message, size: int, seconds: Optional[float], ok: bool
+    ) -> None:
+        if message.type != MsgType.APP:
+            return
+        self.stats.send_append(size)
+        if not ok:
+            self.leader_stats.fail(to)
+        elif message.entries:
+            self._sent_at.setdefault(to, self.reactor.now())
+
+    def _count_received(self, sender: int, message: Message, size: int) -> None:
+        """A follower's latency is from the sending of entries to the answer that follows."""
+        if message.type == MsgType.APP:
+            self.stats.recv_append(sender, size)
+        elif message.type == MsgType.APP_RESP and sender in self._sent_at:
+            self.leader_stats.success(sender, self.reactor.now() - self._sent_at.pop(sender))
+
+    def _unreachable(self, member_id: int) -> None:
+        self.node.report_unreachable(member_id)
+
+    def _snapshot_done(self, member_id: int, ok: bool) -> None:
+        self.node.report_snapshot(member_id, ok)
+
+    # -- clocks ------------------------------------------------------------
+
+    def _tick(self) -> None:
+        """One tick of Raft, however late: ticks missed in a stall are dropped, not replayed."""
+        if self.stopping:
+            return
+        self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
+        self.node.tick()
+        self.proposals.expire(self.reactor.now(), self._timeout_error)
+
+    def _timeout_error(self, started: float) -> EtcdError:
+        """Say why a request got no answer (etcd 2.3: the same three sentences)."""
+        cause = "etcdserver: request timed out"
+        election_s = self.config.election_ms / 1000
+        if self._lead_since and self._lead_since - 2 * election_s < started < self._lead_since:
+            cause += ", possibly due to previous leader failure"
+        elif self.lead and not self._was_connected_since(started):
+            cause += ", possibly due to connection lost"
+        return RequestTimeout(cause)
+
+    def _was_connected_since(self, started: float) -> bool:
+        since = self.reactor.wall_ns() / NS - (self.reactor.now() - started)
+        if not self.is_leader:
+            active = self.transport.active_since(self.lead)
+            return 0 < active <= since
+        voters = self.node.raft.voters
+        connected = 1 + sum(0 < self.transport.active_since(v) <= since for v in voters)
+        return connected > len(voters) // 2
+
+    def _sync(self) -> None:
+        """The leader's clock reaches the log, where every member expires keys alike."""
+        if self.stopping:
+            return
+        self.reactor.call_later(SYNC_SECONDS, self._sync)
+        if self.is_leader and self.store.has_ttl:
+            request = Request(id=self.ids.next(), method="SYNC", time=self.reactor.wall_ns())
+            self._queue.append(Entry(data=encode_request(request), request=request))
+
+    def _publish(self) -> None:
+        """Tell the cluster our name and client URLs; again until it is applied."""
+        if self.stopping:
+            return
+        member = Member(
+            self.member_id, self.config.initial_advertise_peer_urls, self.config.name,
+            self.config.advertise_client_urls,
+        )
+        path = f"/0/members/{format_id(self.member_id)}/attributes"
+        self.do(Request(method="PUT", path=path, val=member.attributes_json()), self._publish_done)
+
+    def _publish_done(self, result: Any) -> None:
+        if self.stopping:
+            return
+        log = package_logger("etcdserver")
+        if isinstance(result, EtcdError):
+            log.error("publish error: %s", result.cause)
+            self._publish()
+            return
+        self._tell_published()
+        log.info(
+            "published {Name:%s ClientURLs:[%s]} to cluster %s", self.config.name,
+            " ".join(self.config.advertise_client_urls), format_id(self.cluster.id),
+        )
+
+    def _propose_version(self, version: str) -> None:
+        self.do(Request(method="PUT", path="/0/version", val=version), lambda result: None)
+
+    # -- one turn (DESIGN: order inside one turn, steps 5 to 7) -------------
+
+    def on_turn(self) -> None:
+        """Propose, hand out, write, apply.  Called once per turn of the reactor."""
+        if self.stopping:
+            return
+        node = self.node
+        if self._queue or self._changes:
+            self._propose()
+        if node.has_ready():
+            self._take(node.ready())
+        self.journal.submit()
+        self._apply()
+        self.snapshots.work(self._snapshot_saved)
+        if node.has_ready():
+            self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
+
+    def _propose(self) -> None:
+        """Hand the waiting proposals to Raft; without a leader they wait for one (etcd 2.3)."""
+        queue, self._queue = self._queue, []
+        try:
+            if queue:
+                self.node.propose_many(queue)
+            while self._changes:
+                self.node.propose_conf_change(self._changes[0])
+                self._changes.pop(0)
+        except ProposalDropped:
+            waiting = self.proposals
+            self._queue += [e for e in queue if e.request and e.request.id in waiting]
+            self._changes = [change for change in self._changes if change.id in waiting]
+
+    def _take(self, ready: Ready) -> None:
+        """Send what may leave at once, and keep the rest for the disk."""
+        self._watch_lead()
+        if ready.messages:
+            self.transport.offer(ready.messages)
+        self.journal.add(ready)
+
+    def _durable(self, batch: Batch) -> None:
+        """Everything of this batch is on disk: now it may be said, and counted."""
+        if self.stopping:
+            return
+        if batch.mark is not None:
+            self.node.persisted(batch.mark)
+        if batch.snapshot is not None:
+            self._recover(batch.snapshot)
+        if batch.held:
+            self.transport.offer(batch.held)
+
+    def _apply(self) -> None:
+        entries = self.node.committed_entries()
+        if not entries:
+            return
+        for entry in entries:
+            if entry.type == EntryType.NORMAL:
+                self._apply_normal(entry)
+            elif not self._apply_conf_change(entry):
+                return
+        if self.node.raft.log.applied < self.node.raft.log.commit:
+            self.reactor.call_soon(_nothing)    # more than one turn's worth: go on at once
+        self._maybe_campaign_alone()
+        self._maybe_snapshot()
+
+    def _apply_normal(self, entry: Entry) -> None:
+        result = self.applier.apply_entry(entry)
+        self._applied(entry)
+        request = entry.request
+        if request is None:
+            if not entry.data and self.is_leader:
+                self.versions.start()           # our term's first entry: we really lead
+            return
+        done = self.proposals.pop(request.id)
+        if done is not None:
+            done(result)
+
+    def _applied(self, entry: Entry) -> None:
+        self.raft_index = entry.index
+        self.raft_term = entry.term
+        self.node.applied_to(entry.index)
+
+    def _apply_conf_change(self, entry: Entry) -> bool:
+        """Apply a membership change; False if its commit must first be on disk.
+
+        A crash could otherwise bring back a member that knows fewer voters than it has already
+        dealt with, and let it commit alone what the others never saw.
+        """
+        if self.journal.durable_commit < entry.index:
+            raft = self.node.raft
+            self.journal.sync_commit(HardState(raft.term, raft.vote, raft.log.commit))
+            return False
+        change = decode_conf_change(entry.data)
+        error = self.applier.apply_conf_change(change)
+        self.node.apply_conf_change(change if error is None else change._replace(node_id=0))
+        self._applied(entry)
+        if error is None:
+            self._adjust_peers(change)
+        done = self.proposals.pop(change.id)
+        if done is not None:
+            done(error)
+        return True
+
+    def _adjust_peers(self, change: ConfChange) -> None:
+        member = self.cluster.members.get(change.node_id)
+        if change.type == ConfChangeType.REMOVE_NODE:
+            if change.node_id == self.member_id:
+                self.reactor.call_later(1.0, self._removed)
+            else:
+                self.transport.remove_peer(change.node_id)
+                self.leader_stats.remove(change.node_id)
+        elif member is None or change.node_id == self.member_id:
+            return
+        elif change.type == ConfChangeType.ADD_NODE:
+            self.transport.add_peer(member.id, member.peer_urls)
+        else:
+            self.transport.update_peer(member.id, member.peer_urls)
+
+    def _maybe_campaign_alone(self) -> None:
+        """A cluster of one need not wait for a timeout: nobody else can lead.
+
+        Only once everything known to be committed is applied: before that the voters are those
+        of an earlier time.
+        """
+        raft = self.node.raft
+        if raft.lead or raft.voters != (self.member_id,) or raft.role != RaftRole.FOLLOWER:
+            return
+        if raft.log.applied >= raft.log.commit:
+            self.node.campaign()
+
+    def _watch_lead(self) -> None:
+        """Log a change of leader, in etcd's words, and act on it."""
+        lead = self.node.raft.lead
+        if lead == self._lead:
+            return
+        term, log = self.node.raft.term, package_logger("raft.node")
+        me, old, new = (format_id(i) for i in (self.member_id, self._lead, lead))
+        if not lead:
+            log.info("%s lost leader %s at term %d", me, old, term)
+        elif not self._lead:
+            log.info("%s elected leader %s at term %d", me, new, term)
+        else:
+            log.info("%s changed leader from %s to %s at term %d", me, old, new, term)
+        self._lead = lead
+        if lead:
+            self._lead_since = self.reactor.now()
+            self.stats.became(lead)
+        if lead != self.member_id:
+            self.versions.stop()
+
+    # -- snapshots ---------------------------------------------------------
+
+    def _maybe_snapshot(self) -> None:
+        behind = self.raft_index - self.snapshots.index
+        if behind > self.config.snapshot_count and not self.snapshots.busy:
+            applied = EntryID(self.raft_term, self.raft_index)
+            self.snapshots.begin(self.store, applied, self.node.raft.voters)
+
+    def _snapshot_saved(self, snapshot: Snapshot) -> None:
+        keep_from = max(1, snapshot.index - SNAPSHOT_CATCHUP_ENTRIES)
+        if keep_from > self.node.raft.log.offset:
+            self.node.compact(keep_from)
+            package_logger("etcdserver").info("compacted raft log at %d", keep_from)
+
+    def _recover(self, snapshot: Snapshot) -> None:
+        """A snapshot of the leader is durable here: the store becomes what it says."""
+        log = package_logger("etcdserver")
+        self.snapshots.received(snapshot.index)
+        self.store.recover(snapshot.data)
+        self.cluster.recover()
+        log.info("recovered from incoming snapshot at index %d", snapshot.index)
+        self.transport.remove_all()
+        for member in self.cluster.members.values():
+            if member.id != self.member_id:
+                self.transport.add_peer(member.id, member.peer_urls)
+        self.raft_index, self.raft_term = snapshot.index, snapshot.term
+        self.node.applied_to(snapshot.index)
+
+    # -- old files ---------------------------------------------------------
+
+    def _purge(self) -> None:
+        """Every 30 s, remove snapshots and segments beyond the number to keep."""
+        if self.stopping:
+            return
+        self.reactor.call_later(30.0, self._purge)
+        self.reactor.run_blocking(self._purge_files, done=self._purge_done)
+
+    def _purge_files(self) -> None:
+        for directory, suffix, keep in (
+            (self._data_dir.snap, ".snap", self.config.max_snapshots),
+            (self._data_dir.wal, ".wal", self.config.max_wals),
+        ):
+            purge_files(directory, suffix, keep)
+
+    def _purge_done(self, error: Optional[BaseException], _: Any) -> None:
+        if error is not None:
+            package_logger("etcdserver").error("cannot remove old files: %s", error)
+
+
+# ============================================================================
+# 22. Keys API -- requests for /v2/keys
+# ----------------------------------------------------------------------------
+# Knows: all above.  Must not know: sockets, Raft messages, files.
+# ============================================================================
+
+FORM_FIELDS_MAX = 10_000            # fields of one body or query; above: error 210
+
+_TEXT = "text/plain; charset=utf-8"
+_NOSNIFF = "X-Content-Type-Options: nosniff\r\n"
+
+Handler = Callable[[HttpRequest], None]
+
+
+def go_quote(text: str) -> str:
+    """Return `text` in double quotes as Go's %q shows it."""
+    return f'"{_UNQUOTABLE.sub(_go_escape, text)}"'
+
+
+_UNQUOTABLE = re.compile(r'["\\\x00-\x1f\x7f-\xa0\xad\u2028\u2029\udc80-\udcff]')
+_GO_SHORT = {
+    '"': '\\"', "\\": "\\\\", "\a": "\\a", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r",
+    "\t": "\\t", "\v": "\\v",
+}
+
+
+def _go_escape(match: re.Match[str]) -> str:
+    char = match.group()
+    code = ord(char)
+    if char in _GO_SHORT:
+        return _GO_SHORT[char]
+    if code < 0x80 or code >= 0xDC80:       # the latter: one byte that is not UTF-8
+        return f"\\x{code & 0xFF:02x}"
+    return f"\\u{code:04x}"
+
+
+def parse_form(data: bytes) -> Dict[str, str]:
+    """Return name -> first value of a query, or of a body in the same form.
+
+    Raises InvalidForm.  Source: Go url.ParseQuery, as etcd 2.3 built with Go 1.17 or newer.
+    Differs from etcd: FORM_FIELDS_MAX, since millions of fields would stall everyone.
+    """
+    fields: Dict[str, str] = {}
+    if not data:
+        return fields
+    if b";" in data:
+        raise InvalidForm("invalid semicolon separator in query")
+    if data.count(b"&") >= FORM_FIELDS_MAX:
+        raise InvalidForm(f"more than {FORM_FIELDS_MAX} fields")
+    for field in data.split(b"&"):
+        if field:
+            name, _, value = field.partition(b"=")
+            fields.setdefault(_unescape(name), _unescape(value))
+    return fields
+
+
+_BAD_FORM_ESCAPE = re.compile(b"%(?![0-9A-Fa-f]{2})")
+
+
+def _unescape(data: bytes) -> str:
+    """Decode one name or value of a form."""
+    plain = data.replace(b"+", b" ")
+    if b"%" not in plain:
+        return text_of(plain)
+    bad = _BAD_FORM_ESCAPE.search(data)
+    if bad is not None:
+        escape = text_of(data[bad.start():bad.start() + 3])
+        raise InvalidForm(f"invalid URL escape {go_quote(escape)}")
+    return text_of(urllib.parse.unquote_to_bytes(plain))
+
+
+_MEDIA_TOKEN = r'[^\x00-\x20\x7f-\uffff()<>@,;:\\"/\[\]?=]+'
+_MEDIA_TYPE = re.compile(f"({_MEDIA_TOKEN})?(/?)({_MEDIA_TOKEN})?(.*)", re.DOTALL)
+_MEDIA_PARAM = re.compile(rf'\s*;\s*({_MEDIA_TOKEN})\s*=\s*({_MEDIA_TOKEN}|"(?:[^"\\\r\n]|\\.)*")')
+
+
+def is_form_type(content_type: str) -> bool:
+    """True if a body of this Content-Type is a form.
+
+    Raises InvalidForm for what is no media type.  Source: Go mime.ParseMediaType.
+    """
+    if not content_type:
+        return False
+    base = content_type.partition(";")[0]
+    media_type = base.strip().lower()
+    match = _MEDIA_TYPE.fullmatch(media_type)
+    main, slash, sub, rest = match.groups() if match else (None, "", None, "")
+    if not main:
+        raise InvalidForm("mime: no media type")
+    if not slash and (sub or rest):
+        raise InvalidForm("mime: expected slash after first token")
+    if slash and not sub:
+        raise InvalidForm("mime: expected token after slash")
+    if rest:
+        raise InvalidForm("mime: unexpected content after media subtype")
+    _check_media_params(content_type[len(base):])
+    return media_type == "application/x-www-form-urlencoded"
+
+
+def _check_media_params(text: str) -> None:
+    params: Dict[str, str] = {}
+    param = _MEDIA_PARAM.match(text)
+    end = 0
+    while param is not None:
+        end = param.end()
+        name, value = param.group(1).lower(), param.group(2)
+        param = _MEDIA_PARAM.match(text, end)
+        if params.setdefault(name, value) != value:
+            raise InvalidForm("mime: duplicate parameter name")
+    if text[end:].strip() not in ("", ";"):
+        raise InvalidForm("mime: invalid media parameter")
+
+
+_BOOLS = {
+    **dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False),
+}
+
+
+def _bool_field(fields: Mapping[str, str], name: str, shown: str = "") -> Optional[bool]:
+    """The boolean `name`, None if absent.  Raises InvalidField."""
+    text = fields.get(name)
+    if text is None:
+        return None
+    value = _BOOLS.get(text)
+    if value is None:
+        raise InvalidField("invalid value for " + (shown or f'"{name}"'))
+    return value
+
+
+def _parse_uint64(text: str) -> Optional[int]:
+    """The decimal number in `text`, None if it is none or has more than 64 bits."""
+    if not (text.isascii() and text.isdigit()):
+        return None
+    digits = text.lstrip("0")
+    value = int(digits or "0") if len(digits) <= 20 else UINT64_MAX + 1
+    return value if value <= UINT64_MAX else None
+
+
+def _index_field(fields: Mapping[str, str], name: str) -> int:
+    """The index `name`, 0 if absent.  Raises IndexNotANumber."""
+    text = fields.get(name)
+    if text is None:
+        return 0
+    value = _parse_uint64(text)
+    if value is None:
+        raise IndexNotANumber(f'invalid value for "{name}"')
+    return value
+
+
+def _expiration_field(fields: Mapping[str, str], now_ns: int) -> Optional[int]:
+    """When the key expires, in unix ns; None without a ttl.  Raises TtlNotANumber."""
+    text = fields.get("ttl")
+    if not text:
+        return None
+    ttl_s = _parse_uint64(text)
+    if ttl_s is None:
+        raise TtlNotANumber('invalid value for "ttl"')
+    return wrap_int64(now_ns + wrap_int64(ttl_s * NS))
+
+
+def parse_key_request(
+    method: str, path: str, fields: Mapping[str, str], now_ns: int
+) -> Request:
+    """Return the command in a request's merged fields; its id is still 0.
+
+    path  internal, clean
+
+    Raises EtcdError for the first bad parameter, in etcd's order, whether the method uses it or
+    not.  Source: etcd 2.3 etcdserver/etcdhttp/client.go, parseKeyRequest.
+    """
+    if not fields:
+        return Request(0, method, path)
+    prev_index = _index_field(fields, "prevIndex")
+    since = _index_field(fields, "waitIndex")
+    recursive = _bool_field(fields, "recursive")
+    sort = _bool_field(fields, "sorted")
+    wait = _bool_field(fields, "wait")
+    dir = _bool_field(fields, "dir")
+    quorum = _bool_field(fields, "quorum")
+    stream = _bool_field(fields, "stream")
+    if wait and method != "GET":
+        raise InvalidField('"wait" can only be used with GET requests')
+    prev_value = fields.get("prevValue")
+    if prev_value == "":
+        raise PrevValueRequired('"prevValue" cannot be empty')
+    expiration = _expiration_field(fields, now_ns)
+    prev_exist = _bool_field(fields, "prevExist", "prevExist")
+    refresh = _bool_field(fields, "refresh", "refresh")
+    value = fields.get("value", "")
+    if refresh and value:
+        raise RefreshValue("A value was provided on a refresh")
+    if refresh and expiration is None:
+        raise RefreshTtlRequired("No TTL value set")
+    return Request(
+        0, method, path, value, bool(dir), prev_value or "", prev_index, prev_exist,
+        expiration or 0, bool(wait), since, bool(recursive), bool(sort), bool(quorum), 0,
+        bool(stream), refresh,
+    )
+
+
+def key_path(url_path: str) -> str:
+    """Return the store path of `/v2/keys...`; the user's key space lies below /1."""
+    key = clean_path(url_path[len("/v2/keys"):])
+    return "/1" if key == "/" else "/1" + key
+
+
+def canonical_path(path: str) -> str:
+    """Return `path` without `//`, `.` and `..`, but with its trailing slash (Go ServeMux)."""
+    clean = clean_path(path)
+    return clean + "/" if path.endswith("/") and clean != "/" else clean
+
+
+class KeyTarget:
+    """What a request's head alone says about the key: kept with the head, which is cached.
+
+    command  of GET, HEAD and DELETE, whose body never counts; else a template
+    error    ends every such request
+    fields   of the query, for PUT and POST
+    is_form  True if the body counts
+    plain    True if nothing but the body's fields is to be looked at
+    bad_type, bad_query  causes of error 210 that come before and after those of the body
+    """
+
+    __slots__ = (
+        "command", "error", "fields", "is_form", "plain", "bad_type", "bad_query",
+    )
+
+    def __init__(self, head: HttpHead) -> None:
+        self.command = Request(0, head.method, key_path(head.path))
+        self.error: Optional[EtcdError] = None
+        self.fields: Dict[str, str] = {}
+        self.is_form = False
+        self.bad_type = self.bad_query = ""
+        try:
+            self.fields = parse_form(head.query.encode("latin-1"))
+        except InvalidForm as error:
+            self.bad_query = error.cause
+        if head.method in ("PUT", "POST"):
+            self._read_type(head)
+        else:
+            self._read_command()
+        self.plain = self.is_form and not (self.fields or self.bad_type or self.bad_query)
+
+    def request(self, request: HttpRequest, now_ns: int) -> Request:
+        """Return the command of a PUT or POST.  Raises EtcdError."""
+        if self.is_form and request.body_too_large:
+            raise InvalidForm("http: POST too large")
+        if self.bad_type:
+            raise InvalidForm(self.bad_type)
+        fields = parse_form(request.body) if self.is_form else {}
+        if self.bad_query:
+            raise InvalidForm(self.bad_query)
+        if self.command.path.count("/") > KEY_DEPTH_MAX:
+            raise InvalidForm(f"the key has more than {KEY_DEPTH_MAX} path elements")
+        if self.fields:
+            fields = {**self.fields, **fields}
+        return parse_key_request(self.command.method, self.command.path, fields, now_ns)
+
+    def _read_type(self, head: HttpHead) -> None:
+        content_type = head.headers.get("content-type", "")
+        try:
+            self.is_form = is_form_type(content_type)
+        except InvalidForm as error:
+            self.bad_type = error.cause
+            form = "application/x-www-form-urlencoded"      # its size is judged all the same
+            self.is_form = content_type.partition(";")[0].strip().lower() == form
+
+    def _read_command(self) -> None:
+        if self.bad_query:
+            self.error = InvalidForm(self.bad_query)
+            return
+        command = self.command
+        try:
+            self.command = parse_key_request(command.method, command.path, self.fields, 0)
+        except EtcdError as error:
+            self.error = error.with_traceback(None)
+
+
+class KeyWatch:
+    """One client waiting for events: each is a chunk of the reply; without `stream` one ends it.
+
+    Differs from etcd: a client that owes more than WATCHER_QUEUE_EVENTS_MAX events is
+    disconnected, so that it notices; etcd leaves it connected and silent for ever.
+    """
+
+    __slots__ = ("_connection", "_stream", "_reply", "_early", "_owed", "_watcher")
+
+    def __init__(self, request: HttpRequest, *, stream: bool) -> None:
+        self._connection = request.connection
+        self._stream = stream
+        self._reply: Optional[StreamReply] = None
+        self._early: List[Event] = []       # events found in the history, before the reply began
+        self._owed: List[int] = []          # sizes of events, a superset of those not yet sent
+        self._watcher: Optional[Watcher] = None
+
+    def start(self, store: Store, command: Request, request: HttpRequest, headers: str) -> None:
+        """Register, and send the head at once.  Raises EventIndexCleared before that."""
+        watcher = store.watch(
+            command.path, recursive=command.recursive, stream=self._stream, since=command.since,
+            deliver=self._deliver,
+        )
+        self._watcher = watcher
+        self._reply = request.start_stream(200, "application/json", headers)
+        self._reply.on_close = watcher.cancel
+        early, self._early = self._early, []
+        for event in early:
+            self._deliver(event)
+
+    def _deliver(self, event: Event) -> None:
+        reply = self._reply
+        if reply is None:
+            self._early.append(event)
+            return
+        data = event.client_json()
+        if self._stream and not reply.pending:
+            self._owed.clear()
+        if reply.write(data):
+            if not self._stream:
+                reply.end()
+                return
+            self._owed.append(len(data))
+            if len(self._owed) > WATCHER_QUEUE_EVENTS_MAX:
+                self._check_pace(reply)
+
+    def _check_pace(self, reply: StreamReply) -> None:
+        """Disconnect a client that leaves too many events in our buffer."""
+        self._connection.flush()
+        left, events = reply.pending, 0
+        for size in reversed(self._owed):
+            if left <= 0:
+                break
+            left -= size
+            events += 1
+        del self._owed[:len(self._owed) - events]
+        if events > WATCHER_QUEUE_EVENTS_MAX and self._watcher is not None:
+            package_logger("etcdhttp").warning(
+                "closed the watch of %s: it left %d events unread", self._connection.remote, events
+            )
+            self._watcher.cancel()
+            reply.abort()
+
+
+def write_error(request: HttpRequest, error: EtcdError, headers: str) -> None:
+    """Answer with an error of the keys API.  Source: etcd 2.3 error/error.go."""
+    cause = f',"cause":{json_string(error.cause)}' if error.cause else ""
+    body = (
+        f'{{"errorCode":{error.code},"message":{json_string(error.message)}{cause}'
+        f',"index":{error.index}}}\n'
+    )
+    request.reply(
+        error.status, body.encode(), "application/json",
+        f"{headers}X-Etcd-Index: {error.index}\r\n",
+    )
+
+
+class KeysApi:
+    """/v2/keys: reads from the local store, writes through consensus, watches.
+
+    Source: etcd 2.3 API, keys.
+    """
+
+    METHODS = ("HEAD", "GET", "PUT", "POST", "DELETE")
+
+    def __init__(self, server: EtcdServer) -> None:
+        self._server = server
+        self._store = server.store
+        self._reactor = server.reactor
+        self._stats = server.store.stats
+        self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
+        self._heads = {
+            status: f"HTTP/1.1 {phrase}\r\nContent-Type: application/json\r\n{self._cluster_line}"
+            for status, phrase in ((200, "200 OK"), (201, "201 Created"))
+        }
+        metrics = server.metrics
+        self._received = metrics.counter(
+            "etcd_http_received_total", "Key requests that could be parsed.", ("method",))
+        self._failed = metrics.counter(
+            "etcd_http_failed_total", "Key requests answered with an error.", ("method", "code"))
+        self._durations = metrics.histograms(
+            "etcd_http_successful_duration_second", "Time to answer a key request.", 0.0005, 13,
+            ("method",))
+        self._proposals = metrics.histograms(
+            "etcd_server_proposal_durations_seconds", "Time to commit and apply.", 0.001, 14
+        ).child()
+        self._proposals_failed = metrics.counter(
+            "etcd_server_proposal_failed_total", "Proposals without an answer in time.")
+        self._watches = metrics.counter(
+            "etcd_store_watch_requests_total", "Watches that were asked for.")
+        self._get_durations = self._durations.child("GET")
+
+    def route(self, head: HttpHead) -> Handler:
+        """Return what answers requests with this head."""
+        if head.method not in self.METHODS:
+            return functools.partial(refuse_method, ",".join(self.METHODS))
+        target = KeyTarget(head)
+        command = target.command
+        if target.error is not None:
+            return functools.partial(self._refuse, target.error)
+        if head.method in ("PUT", "POST"):
+            return functools.partial(self._write, target)
+        if head.method == "DELETE":
+            return functools.partial(self._propose, command)
+        if head.method == "GET" and command.quorum:
+            return functools.partial(self._propose, command._replace(method="QGET"))
+        if command.wait:
+            return functools.partial(self._watch, command)
+        return functools.partial(self._get, command.path, command.recursive, command.sorted)
+
+    def _refuse(self, error: EtcdError, request: HttpRequest) -> None:
+        write_error(request, error, self._cluster_line)
+
+    def _get(self, path: str, recursive: bool, sorted: bool, request: HttpRequest) -> None:
+        """GET and HEAD from the local store.  A hot path."""
+        started = time.perf_counter()
+        # etcd looks at every key request whether auth was enabled, and counts the miss.
+        self._stats.gets_fail += 1
+        method = request.head.method
+        self._received.inc(method)
+        try:
+            body = self._store.get_json(
+                path, recursive=recursive, sorted=sorted, now_ns=time.time_ns()
+            )
+        except EtcdError as error:
+            self._fail(request, method, error)
+            return
+        self._send(request, 200, self._store.current_index, body)
+        durations = self._get_durations if method == "GET" else self._durations.child(method)
+        durations.observe(time.perf_counter() - started)
+
+    def _write(self, target: KeyTarget, request: HttpRequest) -> None:
+        """PUT and POST.  A hot path for bodies of the form `value=<nothing encoded>`."""
+        body = request.body
+        if target.plain and body.startswith(b"value=") and not (
+            b"%" in body or b"+" in body or b"&" in body or b";" in body
+        ) and target.command.path.count("/") <= KEY_DEPTH_MAX:
+            command = target.command
+            command = Request(0, command.method, command.path, text_of(body[6:]))
+        else:
+            try:
+                command = target.request(request, time.time_ns())
+            except EtcdError as error:
+                self._refuse(error, request)
+                return
+        self._propose(command, request)
+
+    def _propose(self, command: Request, request: HttpRequest) -> None:
+        """Everything that goes through consensus."""
+        self._stats.gets_fail += 1              # as in _get
+        self._received.inc(command.method)
+        server = self._server
+        server.do(
+            Request(server.ids.next(), *command[1:]),
+            functools.partial(self._done, request, command.method, time.perf_counter()),
+        )
+
+    def _done(self, request: HttpRequest, method: str, started: float, result: Any) -> None:
+        """The command is applied, or has failed."""
+        if isinstance(result, EtcdError):
+            if isinstance(result, RaftInternal):
+                self._proposals_failed.inc()
+            self._fail(request, method, result)
+            return
+        status = 201 if result.is_created else 200
+        self._send(request, status, result.index, result.client_json())
+        elapsed_s = time.perf_counter() - started
+        self._proposals.observe(elapsed_s)
+        self._durations.child(method).observe(elapsed_s)
+
+    def _watch(self, command: Request, request: HttpRequest) -> None:
+        self._stats.gets_fail += 1              # as in _get
+        self._watches.inc()
+        headers = self._cluster_line + self._index_lines(self._store.current_index)
+        try:
+            KeyWatch(request, stream=command.stream).start(self._store, command, request, headers)
+        except EventIndexCleared as error:
+            self._fail(request, "GET", error)
+
+    def _fail(self, request: HttpRequest, method: str, error: EtcdError) -> None:
+        self._failed.inc(method, str(error.status))
+        write_error(request, error, self._cluster_line)
+
+    def _index_lines(self, index: int) -> str:
+        server = self._server
+        return (
+            f"X-Etcd-Index: {index}\r\nX-Raft-Index: {server.raft_index}\r\n"
+            f"X-Raft-Term: {server.raft_term}\r\n"
+        )
+
+    def _send(self, request: HttpRequest, status: int, index: int, body: bytes) -> None:
+        """Answer with an event, by way of the shortest code where nothing is special."""
+        head = request.head
+        if not head.keep_alive or head.method == "HEAD":
+            headers = self._cluster_line + self._index_lines(index)
+            request.reply(status, body, "application/json", headers)
+            return
+        server = self._server
+        request.reply_raw(
+            f"{self._heads[status]}X-Etcd-Index: {index}\r\nX-Raft-Index: {server.raft_index}\r\n"
+            f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date()}\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n".encode("latin-1") + body
+        )
+
+
+def refuse_method(allow: str, request: HttpRequest) -> None:
+    """Answer 405.  allow: the methods that there are, `A,B`."""
+    request.reply(405, b"Method Not Allowed\n", _TEXT, f"Allow: {allow}\r\n{_NOSNIFF}")
+
+
+def not_found(request: HttpRequest) -> None:
+    """Answer 404."""
+    request.reply(404, b"404 page not found\n", _TEXT, _NOSNIFF)
+
+
+def write_message(request: HttpRequest, status: int, message: str, headers: str = "") -> None:
+    """Answer with an error of any API but the keys API."""
+    body = f'{{"message":{json_string(message)}}}'.encode()
+    request.reply(status, body, "application/json", headers)
+
+
+_PATH_SAFE = "/$&+,:;=@-_.~"        # what Go leaves as it is in a path
+
+
+def redirect(request: HttpRequest) -> None:
+    """Answer 301 with the canonical form of the path.  Source: Go http.ServeMux, Redirect."""
+    location = urllib.parse.quote(utf8(canonical_path(request.path)), safe=_PATH_SAFE)
+    if request.query:
+        location += "?" + request.query
+    body = b""
+    if request.method in ("GET", "HEAD"):
+        shown = location.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        shown = shown.replace('"', "&#34;").replace("'", "&#39;")
+        body = f'<a href="{shown}">Moved Permanently</a>.\n\n'.encode("latin-1")
+    ascii_only = "".join(c if c < "\x80" else f"%{ord(c):x}" for c in location)
+    request.reply(301, body, "text/html; charset=utf-8", f"Location: {ascii_only}\r\n")
+
+
+# ============================================================================
+# 23. Members, status, routing -- the rest of etcd's HTTP interface
+# ----------------------------------------------------------------------------
+# Knows: all above.
+# ============================================================================
+
+
+class GoJson:
+    """JSON in requests, with the error texts of Go's decoder.  Raises ValueError."""
+
+    _CONTEXTS = (
+        ("Expecting property name", "looking for beginning of object key string"),
+        ("Expecting ':'", "after object key"),
+        ("Expecting ','", "after object key:value pair"),
+        ("Extra data", "after top-level value"),
+        ("Invalid control character", "in string literal"),
+        ("Invalid \\", "in string escape code"),
+        ("Illegal trailing comma", "looking for beginning of value"),
+    )
+    _TYPES = ((bool, "bool"), (str, "string"), (float, "number"), (list, "array"), (dict, "object"))
+
+    @classmethod
+    def loads(cls, data: bytes, *, partial: bool = False) -> Any:
+        """Return the value in `data`; partial: whatever follows the first value is ignored.
+
+        Numbers become floats.  Raises ValueError.
+        """
+        text = data.decode("utf-8", "replace").lstrip(" \t\r\n")
+        decoder = json.JSONDecoder(parse_int=float, parse_constant=cls._refuse_constant)
+        try:
+            value, end = decoder.raw_decode(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(cls._reason(text, error)) from None
+        except RecursionError:
+            raise ValueError("exceeded max depth") from None
+        rest = text[end:].lstrip(" \t\r\n")
+        if rest and not partial:
+            raise ValueError(f"invalid character {cls._quoted(rest[0])} after top-level value")
+        return value
+
+    @classmethod
+    def type_name(cls, value: object) -> str:
+        """Return Go's word for the type of a decoded value; "" for null."""
+        return next((name for kind, name in cls._TYPES if isinstance(value, kind)), "")
+
+    @classmethod
+    def string_member(cls, value: object, name: str) -> str:
+        """Return member `name`, in any case, of an object; "" if absent.  Raises ValueError."""
+        member = cls.member(value, name)
+        if member is not None and not isinstance(member, str):
+            raise ValueError(f"cannot unmarshal {cls.type_name(member)} into a string")
+        return member or ""
+
+    @classmethod
+    def member(cls, value: object, name: str) -> Any:
+        """Return member `name`, in any case, of an object or null.  Raises ValueError."""
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise ValueError(f"cannot unmarshal {cls.type_name(value)} into an object")
+        found = [item for key, item in value.items() if key.lower() == name.lower()]
+        return found[-1] if found else None
+
+    @staticmethod
+    def _refuse_constant(name: str) -> float:
+        raise ValueError(f"invalid character {name[0]!r} looking for beginning of value")
+
+    @staticmethod
+    def _quoted(char: str) -> str:
+        return {"'": r"'\''", '"': "'\"'"}.get(char) or f"'{go_quote(char)[1:-1]}'"
+
+    @classmethod
+    def _reason(cls, text: str, error: json.JSONDecodeError) -> str:
+        """Go's words for Python's complaint."""
+        at = error.pos
+        literal = {"n": "null", "t": "true", "f": "false"}.get(text[at:at + 1])
+        if error.msg == "Expecting value" and literal:
+            for step, char in enumerate(literal):
+                found = text[at + step:at + step + 1]
+                if found and found != char:
+                    return (
+                        f"invalid character {cls._quoted(found)} in literal {literal}"
+                        f" (expecting {cls._quoted(char)})"
+                    )
+            at = len(text)
+        if error.msg.startswith("Invalid \\"):
+            at += 1
+        if at >= len(text) or error.msg.startswith("Unterminated"):
+            return "unexpected end of JSON input"
+        context = "looking for beginning of value"
+        for start, words in cls._CONTEXTS:
+            if error.msg.startswith(start):
+                context = words
+        return f"invalid character {cls._quoted(text[at])} {context}"
+
+
+_PEER_URLS_TYPE = r'struct { PeerURLs []string "json:\"peerURLs\"" }'
+
+
+def parse_peer_urls(body: bytes) -> Tuple[str, ...]:
+    """Return the sorted peer URLs in the body of a member request.
+
+    Raises ValueError with etcd's words.  Source: etcd 2.3 etcdhttp/httptypes/member.go.
+    """
+    value = GoJson.loads(body)
+    if value is not None and not isinstance(value, dict):
+        kind = GoJson.type_name(value)
+        raise ValueError(f"json: cannot unmarshal {kind} into Go value of type {_PEER_URLS_TYPE}")
+    urls = GoJson.member(value, "peerURLs")
+    into = "into Go struct field .peerURLs of type"
+    if urls is not None and not isinstance(urls, list):
+        raise ValueError(f"json: cannot unmarshal {GoJson.type_name(urls)} {into} []string")
+    for url in urls or ():
+        if url is not None and not isinstance(url, str):
+            raise ValueError(f"json: cannot unmarshal {GoJson.type_name(url)} {into} string")
+    if not urls:
+        raise ValueError("no valid URLs given")
+    return tuple(sorted(_check_peer_url(url or "") for url in urls))
+
+
+def _check_peer_url(url: str) -> str:
+    bad = _BAD_FORM_ESCAPE.search(utf8(url))
+    if bad is not None:
+        escape = text_of(utf8(url)[bad.start():bad.start() + 3])
+        raise ValueError(f'parse "{url}": invalid URL escape {go_quote(escape)}')
+    return check_url(url)
+
+
+class MembersApi:
+    """/v2/members.  Source: etcd 2.3 API, members; etcdhttp/client.go."""
+
+    METHODS = ("GET", "POST", "DELETE", "PUT")
+
+    def __init__(self, server: EtcdServer) -> None:
+        self._server = server
+        self._cluster = server.cluster
+        self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
+
+    def handle(self, request: HttpRequest) -> None:
+        """Answer any of METHODS."""
+        rest = request.path[len("/v2/members"):]
+        rest = rest[1:] if rest.startswith("/") else rest
+        if request.method == "GET":
+            self._get(request, rest)
+        elif request.method == "POST":
+            self._add(request)
+        elif not rest:
+            request.reply(405, b"Method Not Allowed\n", _TEXT, self._cluster_line + _NOSNIFF)
+        elif not re.fullmatch("[0-9A-Fa-f]+", rest) or len(rest.lstrip("0")) > 16:
+            self._message(request, 404, f"No such member: {rest}")
+        elif request.method == "DELETE":
+            self._change(request, ConfChangeType.REMOVE_NODE, Member(int(rest, 16), ()))
+        else:
+            self._update(request, int(rest, 16))
+
+    def _get(self, request: HttpRequest, rest: str) -> None:
+        if rest == "":
+            members = sorted(self._cluster.members.values())
+            listing = ",".join(member.client_json() for member in members)
+            self._reply(request, 200, f'{{"members":[{listing}]}}\n')
+        elif rest != "leader":
+            self._message(request, 404, "Not found")
+        else:
+            leader = self._cluster.members.get(self._server.lead)
+            if leader is None:
+                self._message(request, 503, "During election")
+            else:
+                self._reply(request, 200, leader.client_json() + "\n")
+
+    def _add(self, request: HttpRequest) -> None:
+        urls = self._peer_urls(request)
+        if urls:
+            new_id = member_id(urls, "", int(time.time()))
+            self._change(request, ConfChangeType.ADD_NODE, Member(new_id, urls))
+
+    def _update(self, request: HttpRequest, id: int) -> None:
+        urls = self._peer_urls(request)
+        if urls:
+            self._change(request, ConfChangeType.UPDATE_NODE, Member(id, urls))
+
+    def _peer_urls(self, request: HttpRequest) -> Tuple[str, ...]:
+        """The URLs in the body; () if the request is answered already, with an error."""
+        content_type = request.headers.get("content-type", "")
+        if content_type != "application/json":
+            self._message(
+                request, 415, f"Bad Content-Type {content_type}, accept application/json"
+            )
+            return ()
+        if request.body_too_large:
+            self._message(request, 413, "Request Entity Too Large")
+            return ()
+        try:
+            return parse_peer_urls(request.body)
+        except ValueError as error:
+            self._message(request, 400, str(error))
+            return ()
+
+    def _change(self, request: HttpRequest, change: ConfChangeType, member: Member) -> None:
+        done = functools.partial(self._done, request, change, member)
+        self._server.change_member(change, member, done)
+
+    def _done(
+        self, request: HttpRequest, change: ConfChangeType, member: Member,
+        error: Optional[Exception],
+    ) -> None:
+        """The change is applied, or refused."""
+        if error is None and change == ConfChangeType.ADD_NODE:
+            self._reply(request, 201, member.client_json() + "\n")
+        elif error is None:
+            request.reply(204, headers=self._cluster_line)
+        elif isinstance(error, (PeerUrlExists, MemberExists)):
+            self._message(request, 409, str(error))
+        elif isinstance(error, MemberNotFound):
+            self._message(request, 404, f"No such member: {format_id(member.id)}")
+        elif isinstance(error, MemberRemoved) and change == ConfChangeType.REMOVE_NODE:
+            text = f"Member permanently removed: {format_id(member.id)}"
+            self._message(request, 410, text)
+        else:
+            cause = error.cause if isinstance(error, EtcdError) else str(error)
+            package_logger("etcdhttp").error("got unexpected response error (%s)", cause)
+            self._message(request, 500, "Internal Server Error")
+
+    def _reply(self, request: HttpRequest, status: int, body: str) -> None:
+        request.reply(status, utf8(body), "application/json", self._cluster_line)
+
+    def _message(self, request: HttpRequest, status: int, message: str) -> None:
+        write_message(request, status, message, self._cluster_line)
+
+
+_STATE_NAMES = {RaftRole.FOLLOWER: "StateFollower", RaftRole.LEADER: "StateLeader"}
+
+
+def raft_state_name(role: RaftRole) -> str:
+    """Return etcd's name of a role."""
+    return _STATE_NAMES.get(role, "StateCandidate")
+
+
+def version_json(server: EtcdServer) -> bytes:
+    """Return the body of /version."""
+    cluster = server.cluster.version or "not_decided"
+    return f'{{"etcdserver":"{SERVER_VERSION}","etcdcluster":"{cluster}"}}'.encode()
+
+
+class StatusApi:
+    """What a member says about itself: version, machines, stats, health, metrics, log level."""
+
+    def __init__(self, server: EtcdServer) -> None:
+        self._server = server
+        _add_readings(server)
+
+    def version(self, request: HttpRequest) -> None:
+        """GET /version."""
+        request.reply(200, version_json(self._server))
+
+    def machines(self, request: HttpRequest) -> None:
+        """GET /v2/machines: client URLs of all members."""
+        urls = ", ".join(sorted(self._server.cluster.client_urls()))
+        self._text(request, 200, urls)
+
+    def health(self, request: HttpRequest) -> None:
+        """GET /health.
+
+        Differs from etcd: answered at once from what is known of the leader and of the links to
+        the others; etcd waits up to 750 ms for the raft index to move.
+        """
+        if self._server.is_healthy:
+            self._text(request, 200, '{"health": "true"}')
+        else:
+            request.reply(503, b'{"health": "false"}\n', _TEXT, _NOSNIFF)
+
+    def stats_self(self, request: HttpRequest) -> None:
+        """GET /v2/stats/self."""
+        state = raft_state_name(self._server.node.raft.role)
+        request.reply(200, utf8(self._server.stats.json(state)))
+
+    def stats_leader(self, request: HttpRequest) -> None:
+        """GET /v2/stats/leader."""
+        server = self._server
+        if not server.is_leader:
+            write_message(request, 403, "not current leader")
+            return
+        followers = server.cluster.members.keys() - {server.member_id}
+        request.reply(200, server.leader_stats.json(followers).encode())
+
+    def stats_store(self, request: HttpRequest) -> None:
+        """GET /v2/stats/store."""
+        request.reply(200, self._server.store.stats.json().encode())
+
+    def metrics(self, request: HttpRequest) -> None:
+        """/metrics for Prometheus, any method."""
+        request.reply(200, utf8(self._server.metrics.text()), "text/plain; version=0.0.4")
+
+    def debug_vars(self, request: HttpRequest) -> None:
+        """GET /debug/vars: etcd's variables, and where our time goes."""
+        server = self._server
+        variables: Dict[str, object] = {
+            "cmdline": [sys.executable, *sys.argv],
+            "file_descriptor_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            "memstats": {"Sys": _resident_bytes()},
+            "raft.status": _raft_status(server.node.status()),
+            "reactor": {
+                "turns": server.reactor.turns, "slowest_turn_s": server.reactor.slowest_turn_s,
+                "proposals_pending": len(server.proposals),
+            },
+        }
+        lines = ",\n".join(
+            f"{json_string(name)}: {json_text(value)}" for name, value in variables.items()
+        )
+        request.reply(200, utf8(f"{{\n{lines}\n}}\n"), "application/json; charset=utf-8")
+
+    def log_level(self, request: HttpRequest) -> None:
+        """PUT /config/local/log: change the level of all our loggers, {"Level": "DEBUG"}."""
+        try:
+            name = GoJson.string_member(GoJson.loads(request.body, partial=True), "Level")
+        except ValueError:
+            write_message(request, 400, "Invalid json body")
+            return
+        level = _LEVELS.get(name.upper())
+        if level is None:
+            write_message(request, 400, f"Invalid log level {name}")
+            return
+        package_logger("etcdhttp").info('globalLogLevel set to "%s"', level[0])
+        logging.getLogger("pyetcd").setLevel(level[1])
+        request.reply(204)
+
+    @staticmethod
+    def _text(request: HttpRequest, status: int, text: str) -> None:
+        request.reply(status, utf8(text), _TEXT)
+
+
+_LEVELS = {
+    word: (name, level) for name, number, level in (
+        ("CRITICAL", "", logging.CRITICAL), ("ERROR", "0", logging.ERROR),
+        ("WARNING", "1", logging.WARNING), ("NOTICE", "2", logging.INFO),
+        ("INFO", "3", logging.INFO), ("DEBUG", "4", logging.DEBUG), ("TRACE", "5", logging.DEBUG),
+    ) for word in (name, name[0], number) if word
+}
+
+
+def _raft_status(status: Status) -> Dict[str, object]:
+    """The variable raft.status."""
+    return {
+        "id": format_id(status.id), "term": status.term, "vote": format_id(status.vote),
+        "commit": status.commit, "lead": format_id(status.lead),
+        "raftState": raft_state_name(status.role),
+        "progress": {
+            format_id(each): {
+                "match": match, "next": next_, "state": "ProgressState" + state.capitalize(),
+            }
+            for each, (match, next_, state) in status.progress.items()
+        },
+    }
+
+
+def _proc_text(name: str) -> str:
+    """A file of this process in /proc; "" where there is none."""
+    try:
+        with open(f"/proc/self/{name}", encoding="ascii", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _resident_bytes() -> int:
+    """Memory in use; where the system does not tell, the most ever used."""
+    pages = _proc_text("statm").split()
+    if len(pages) > 1:
+        return int(pages[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _virtual_bytes() -> int:
+    pages = _proc_text("statm").split()
+    return int(pages[0]) * resource.getpagesize() if pages else 0
+
+
+def _open_descriptors() -> int:
+    for directory in ("/proc/self/fd", "/dev/fd"):
+        with contextlib.suppress(OSError):
+            return len(os.listdir(directory)) - 1       # less the one that lists them
+    return 0
+
+
+def _cpu_seconds() -> float:
+    times = os.times()
+    return times.user + times.system
+
+
+def _add_readings(server: EtcdServer) -> None:
+    """Register the numbers that others keep.  Names are those of etcd 2.3."""
+    metrics, store, log = server.metrics, server.store, server.node.raft.log
+    metrics.gauge("etcd_server_file_descriptors_used_total", "Open file descriptors.",
+                  _open_descriptors)
+    metrics.gauge("etcd_server_pending_proposal_total", "Proposals waiting for an answer.",
+                  lambda: len(server.proposals))
+    metrics.total("etcd_store_expires_total", "Keys that expired.",
+                  lambda: {(): store.stats.expire_count})
+    metrics.gauge("etcd_store_watchers", "Registered watchers.", lambda: store.stats.watchers)
+    for kind, names in (("reads", _READ_ACTIONS), ("writes", _WRITE_ACTIONS)):
+        metrics.total(f"etcd_store_{kind}_total", f"Store {kind} that succeeded.",
+                      functools.partial(_action_counts, store, names, "success"), ("action",))
+        metrics.total(f"etcd_store_{kind}_failed_total", f"Store {kind} that failed.",
+                      functools.partial(_action_counts, store, names, "fail"), ("action",))
+    metrics.gauge("etcd_wal_last_index_saved", "Last raft index on disk.", lambda: log.stable)
+    writer = server.journal.writer
+    metrics.total("etcd_wal_fsync_durations_seconds_count", "Visits to the disk.",
+                  lambda: {(): writer.sync_count})
+    metrics.total("etcd_wal_fsync_durations_seconds_sum", "Seconds they took.",
+                  lambda: {(): writer.sync_seconds})
+    metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
+                  lambda: {(): _cpu_seconds()})
+    metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors)
+    metrics.gauge("process_max_fds", "Limit of open file descriptors.",
+                  lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
+    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
+    metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
+                  lambda: server.stats.started_ns / NS)
+
+
+_READ_ACTIONS = {"get": "gets"}
+_WRITE_ACTIONS = {
+    "set": "sets", "create": "create", "update": "update", "delete": "delete",
+    "compareAndSwap": "compare_and_swap", "compareAndDelete": "compare_and_delete",
+}
+
+
+def _action_counts(
+    store: Store, names: Mapping[str, str], outcome: str
+) -> Dict[Tuple[str, ...], float]:
+    """Counters of the store's statistics by action; what never happened is left out."""
+    counts = ((action, getattr(store.stats, f"{name}_{outcome}")) for action, name in names.items())
+    return {(action,): count for action, count in counts if count}
+
+
+class CorsRequest(HttpRequest):
+    """A request whose reply lets a script of another origin read it."""
+
+    __slots__ = ("_lines",)
+
+    def __init__(self, request: HttpRequest, origin: str) -> None:
+        super().__init__(request.head, request.body, request.connection)
+        self.body_too_large = request.body_too_large
+        self._lines = (
+            "Access-Control-Allow-Headers: accept, content-type, authorization\r\n"
+            "Access-Control-Allow-Methods: POST, GET, OPTIONS, PUT, DELETE\r\n"
+            f"Access-Control-Allow-Origin: {origin}\r\n"
+        )
+
+    def reply(
+        self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
+        headers: str = "",
+    ) -> None:
+        """Answer, with the lines of CORS."""
+        super().reply(status, body, content_type, self._lines + headers)
+
+    def reply_raw(self, data: bytes) -> None:
+        """Answer with ready-made head and body, and the lines of CORS between."""
+        status_line, _, rest = data.partition(b"\r\n")
+        super().reply_raw(b"%b\r\n%b%b" % (status_line, self._lines.encode("latin-1"), rest))
+
+    def start_stream(
+        self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
+    ) -> StreamReply:
+        """Send the head with the lines of CORS."""
+        return super().start_stream(status, content_type, self._lines + headers)
+
+
+class ClientApi:
+    """Everything on the client port: a table from path to handler, after etcd's common rules.
+
+    fallback  asked for paths that etcd does not have; True: answered.  Set by the owner
+
+    What the head alone decides is decided once and kept with it (HttpHead.parsed), as heads are
+    cached.  Thread: reactor.  Source: etcd 2.3 etcdhttp/client.go, pkg/cors, Go http.ServeMux.
+    """
+
+    def __init__(self, server: EtcdServer) -> None:
+        self.fallback: Callable[[HttpRequest], bool] = lambda request: False
+        self._origins = frozenset(server.config.cors)
+        self._log = package_logger("etcdhttp")
+        self._keys = KeysApi(server)
+        self._members = MembersApi(server)
+        status = StatusApi(server)
+        self._routes: Dict[str, Tuple[Tuple[str, ...], Handler]] = {
+            "/v2/members": (MembersApi.METHODS, self._members.handle),
+            "/v2/machines": (("GET", "HEAD"), status.machines),
+            "/v2/stats/self": (("GET",), status.stats_self),
+            "/v2/stats/leader": (("GET",), status.stats_leader),
+            "/v2/stats/store": (("GET",), status.stats_store),
+            "/version": (("GET",), status.version),
+            "/health": (("GET",), status.health),
+            "/metrics": ((), status.metrics),
+            "/debug/vars": (("GET",), status.debug_vars),
+            "/config/local/log": (("PUT",), status.log_level),
+        }
+
+    def handle(self, request: HttpRequest) -> None:
+        """Answer a request of a client."""
+        if self._origins:
+            origin = "*" if "*" in self._origins else request.headers.get("origin", "")
+            if origin in self._origins:
+                request = CorsRequest(request, origin)
+        self.serve(request)
+
+    def serve(self, request: HttpRequest) -> None:
+        """Answer without regard to its origin: also for requests made from others."""
+        if self._log.isEnabledFor(logging.DEBUG):
+            self._log.debug("[%s] %s remote:%s", request.method, request.target, request.remote)
+        head = request.head
+        handler: Optional[Handler] = head.parsed
+        if handler is None:
+            handler = head.parsed = self._route(head)
+        handler(request)
+
+    def _route(self, head: HttpHead) -> Handler:
+        """Return what answers requests with this head.  The order is that of keys-api §1.1."""
+        path = head.path
+        if head.method == "OPTIONS":
+            return _reply_empty
+        if not path.startswith("/"):
+            return _bad_request
+        if canonical_path(path) != path:
+            return redirect
+        if path == "/v2/keys" or path.startswith("/v2/keys/"):
+            return self._keys.route(head)
+        name = "/v2/members" if path.startswith("/v2/members/") else path
+        if name not in self._routes:
+            return self._unknown
+        methods, handler = self._routes[name]
+        if methods and head.method not in methods:
+            return functools.partial(refuse_method, ",".join(methods))
+        return handler
+
+    def _unknown(self, request: HttpRequest) -> None:
+        if not self.fallback(request):
+            not_found(request)
+
+
+def _reply_empty(request: HttpRequest) -> None:
+    request.reply(200)
+
+
+def _bad_request(request: HttpRequest) -> None:
+    request.reply(400)
+
+
+class PeerApi:
+    """Everything on the peer port.  Source: etcd 2.3 etcdhttp/peer.go.  Thread: reactor."""
+
+    def __init__(self, server: EtcdServer) -> None:
+        self._server = server
+
+    def handle(self, request: HttpRequest) -> None:
+        """Answer a request of a member, or of one that wants to be."""
+        path = request.path
+        if not path.startswith("/"):
+            _bad_request(request)
+        elif canonical_path(path) != path:
+            redirect(request)
+        elif path in ("/members", "/version"):
+            self._about_us(request, path)
+        elif not self._server.transport.handle(request):
+            not_found(request)
+
+    def _about_us(self, request: HttpRequest, path: str) -> None:
+        if request.method != "GET":
+            refuse_method("GET", request)
+        elif path == "/version":
+            request.reply(200, version_json(self._server))
+        else:
+            cluster = self._server.cluster
+            members = sorted(cluster.members.values())
+            body = "[" + ",".join(member.context_json() for member in members) + "]\n"
+            headers = f"X-Etcd-Cluster-Id: {format_id(cluster.id)}\r\n"
+            request.reply(200, utf8(body), "application/json", headers)
+
+
+# ============================================================================
+# 24. Discovery -- how members that start find each other
+# ----------------------------------------------------------------------------
+# Knows: sections 1-4, 10, 12.  All but DiscoveryService is plain blocking code
+# that runs before the reactor starts.
+# ============================================================================
+
+DISCOVERY_DIAL_SECONDS = 30.0       # connecting to the registry; above: unreachable, tried again
+DISCOVERY_ANSWER_SECONDS = 5.0      # silence of the registry, watches excepted
+DISCOVERY_RETRY_FIRST_SECONDS = 2.0
+DISCOVERY_RETRY_SECONDS_MAX = 256.0  # longest wait between two tries
+DISCOVERY_REDIRECTS_MAX = 10        # of one request; above: unreachable
+DISCOVERY_DEFAULT_SIZE = 3          # of a cluster made by /new without size
+DNS_ANSWER_SECONDS = 5.0            # per name server and try; then the next one
+DNS_TRIES = 2                       # rounds through the name servers
+DNS_MESSAGE_BYTES_MAX = 65_535
+RESOLV_CONF = "/etc/resolv.conf"
+REGISTRY_KEY = "/_etcd/registry"
+
+
+class DiscoveryUnreachable(DiscoveryError):
+    """The registry did not answer, or with 5xx: worth another try."""
+
+
+class DiscoveryFull(DiscoveryError):
+    """The wanted number of members has registered, and we are not among them."""
+
+
+class DuplicateId(DiscoveryError):
+    """Our member id stands in the registry, yet our data directory is empty."""
+
+
+class DuplicateName(DiscoveryError):
+    """Two registered members have the same name."""
+
+
+class Registration(NamedTuple):
+    """One member in the registry."""
+
+    id: str                             # hex, last part of the key
+    value: str                          # `name=url[,name=url]`
+    created_index: int
+
+
+class RegistryState(NamedTuple):
+    """What one look at the registry showed."""
+
+    members: List[Registration]         # the first `size`, oldest first
+    size: int
+    etcd_index: int                     # X-Etcd-Index of the listing
+
+
+def blocking_get(
+    url: str, timeout_s: float, target: str = "/"
+) -> Tuple[int, http.client.HTTPMessage, bytes]:
+    """GET `target` from scheme://host:port; return (status, headers, body).
+
+    Raises OSError or http.client.HTTPException.
+    """
+    connection = _open_connection(url, timeout_s)
+    try:
+        connection.request("GET", target)
+        response = connection.getresponse()
+        return response.status, response.headers, response.read()
+    finally:
+        connection.close()
+
+
+def _open_connection(url: str, timeout_s: float) -> http.client.HTTPConnection:
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return kind(parts.hostname or "127.0.0.1", parts.port, timeout=timeout_s)
+
+
+def _reason(error: Exception) -> str:
+    """The error's words without Python's decoration."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__
+
+
+class Discovery:
+    """One member's way through the registry of a discovery URL, to the initial cluster.
+
+    url         scheme://host[:port]/<token key>, on any etcd v2 or discovery service
+    member_id   ours; its hex text is our key in the registry
+    pairs       our `name=url[,name=url]`, sorted
+    proxy       URL of an HTTP proxy, or ""
+    sleep       called with the seconds to wait before another try
+
+    Raises DiscoveryError for a URL that is none.
+    Thread: one, and it blocks.  Source: etcd 2.3 discovery; peer-and-disk notes on token discovery.
+    Differs from etcd: while waiting, only a new member's registration counts; etcd counts every
+    event, so that a changed or deleted key made a cluster with a member missing.
+    """
+
+    def __init__(
+        self, url: str, member_id: int, pairs: str, *, proxy: str = "",
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        parts = urlsplit(check_discovery_url(url))
+        self._endpoint = f"{parts.scheme}://{parts.netloc}"
+        self._path = clean_path(parts.path)
+        self._id = format_id(member_id)
+        self._pairs = pairs
+        self._proxy = _proxy_url(proxy)
+        self._sleep = sleep
+        self._backoff = Backoff(DISCOVERY_RETRY_FIRST_SECONDS, DISCOVERY_RETRY_SECONDS_MAX)
+        self._log = package_logger("discovery")
+        if self._proxy:
+            self._log.info('using proxy "%s"', self._proxy)
+
+    def join(self) -> str:
+        """Register, wait for the others, and return the initial cluster `name=url,...`.
+
+        Waits without end for an unreachable registry.  Raises DiscoveryError.
+        """
+        self._check()
+        self._register()
+        members = self._wait(self._check())
+        text = ",".join(member.value for member in members)
+        try:
+            found = parse_initial_cluster(text)
+        except ValueError:
+            raise DiscoveryError("discovery: invalid URL") from None
+        if len(found) != len(members):
+            raise DuplicateName("discovery: found duplicate name")
+        return text
+
+    def _check(self) -> RegistryState:
+        """Look until the registry answers.  Raises DiscoveryFull if there is no place for us."""
+        while True:
+            try:
+                return self._look()
+            except DiscoveryUnreachable as error:
+                self._wait_to_retry("cluster status check", error)
+
+    def _look(self) -> RegistryState:
+        options = "?quorum=false&recursive=false&sorted=false"
+        size = self._size(self._get("/_config/size" + options)[1])
+        index, body = self._get(options)
+        node = self._node(body)
+        members = sorted(map(_registration, node.get("nodes", [])), key=lambda m: m.created_index)
+        members = [member for member in members if not member.id.startswith("_")]
+        first = members[:size]
+        if len(members) >= size and self._id not in (member.id for member in first):
+            raise DiscoveryFull("discovery: cluster is full")
+        seen = max((member.created_index for member in members), default=0)
+        return RegistryState(first, size, index or seen)
+
+    def _size(self, body: Any) -> int:
+        if isinstance(body, dict) and body.get("errorCode") == KeyNotFound.code:
+            raise DiscoveryError("discovery: size key not found")
+        text = str(self._node(body).get("value", ""))
+        if not text.isascii() or not text.isdigit() or int(text) < 1:
+            raise DiscoveryError("discovery: size key is bad")
+        return int(text)
+
+    def _register(self) -> None:
+        """Create our key, and wait until the registry shows it."""
+        form = urllib.parse.urlencode({"value": self._pairs})
+        suffix = f"/{self._id}?prevExist=false"
+        _, body = self._request("PUT", suffix, form, DISCOVERY_ANSWER_SECONDS)
+        if isinstance(body, dict) and body.get("errorCode") == NodeExists.code:
+            raise DuplicateId("discovery: found duplicate id")
+        created = int(self._node(body).get("createdIndex", 0))
+        self._request(
+            "GET", f"/{self._id}?recursive=false&wait=true&waitIndex={created}", "", None
+        )
+
+    def _wait(self, state: RegistryState) -> List[Registration]:
+        """Return the first `size` members, when there are so many."""
+        while True:
+            for member in state.members:
+                self._found(member)
+            try:
+                members = self._wait_others(state)
+            except DiscoveryUnreachable as error:
+                self._wait_to_retry("waiting for other nodes", error)
+                state = self._check()
+                continue
+            self._log.info("found %d needed peer(s)", len(members))
+            return members
+
+    def _wait_others(self, state: RegistryState) -> List[Registration]:
+        members, index = list(state.members), state.etcd_index
+        announced = -1
+        while len(members) < state.size:
+            if announced != len(members):
+                announced = len(members)
+                missing = state.size - announced
+                self._log.info("found %d peer(s), waiting for %d more", announced, missing)
+            body = self._next_event(index + 1)
+            if body is None:
+                continue
+            node = self._node(body)
+            index = int(node.get("modifiedIndex", index))
+            if self._is_news(body.get("action"), str(node.get("key")), members):
+                members.append(_registration(node))
+                self._found(members[-1])
+        return members
+
+    def _is_news(self, action: Any, key: str, members: Sequence[Registration]) -> bool:
+        """True if the event is a registration that is not among `members`."""
+        token, _, name = key.rpartition("/")
+        return (
+            action in ("create", "set") and token.endswith(self._path.rpartition("/")[2])
+            and not name.startswith("_") and name not in (member.id for member in members)
+        )
+
+    def _next_event(self, index: int) -> Optional[Dict[str, Any]]:
+        """Wait for the event at `index` or later; None if the registry ended the wait."""
+        _, body = self._request("GET", f"?recursive=true&wait=true&waitIndex={index}", "", None)
+        if isinstance(body, dict) and body.get("errorCode") == EventIndexCleared.code:
+            raise DiscoveryUnreachable(f"the registry has forgotten the events from {index} on")
+        return body if body else None
+
+    def _found(self, member: Registration) -> None:
+        who = "self" if member.id == self._id else "peer"
+        self._log.info("found %s %s in the cluster", who, member.id)
+
+    def _node(self, body: Any) -> Dict[str, Any]:
+        """The node of a keys API answer.  Raises DiscoveryError for an error or something else."""
+        if isinstance(body, dict) and isinstance(body.get("node"), dict):
+            node: Dict[str, Any] = body["node"]
+            return node
+        if isinstance(body, dict) and "errorCode" in body:
+            cause = f" ({body['cause']})" if body.get("cause") else ""
+            raise DiscoveryError(f"{body['errorCode']}: {body.get('message', '')}{cause}")
+        raise DiscoveryError("discovery: bad discovery endpoint")
+
+    def _wait_to_retry(self, step: str, error: Exception) -> None:
+        self._log.error("error #0: %s", error)
+        wait_s = self._backoff.next()
+        self._log.info(
+            "%s: error connecting to %s, retrying in %s", step, self._endpoint,
+            format_duration(wait_s),
+        )
+        self._sleep(wait_s)
+
+    def _get(self, suffix: str) -> Tuple[int, Any]:
+        return self._request("GET", suffix, "", DISCOVERY_ANSWER_SECONDS)
+
+    def _request(
+        self, method: str, suffix: str, form: str, answer_s: Optional[float]
+    ) -> Tuple[int, Any]:
+        """Return (X-Etcd-Index or 0, decoded JSON; None for an empty body), redirects followed.
+
+        Raises DiscoveryUnreachable, and DiscoveryError for what is not JSON.
+        """
+        url = self._endpoint + self._path + suffix
+        for _ in range(DISCOVERY_REDIRECTS_MAX):
+            status, headers, body = self._exchange(method, url, form, answer_s)
+            if status >= 500:
+                raise DiscoveryUnreachable(f"unexpected status code {status} from {self._endpoint}")
+            location = headers.get("Location", "")
+            if not (300 < status < 400 and location):
+                break
+            url = urllib.parse.urljoin(url, location)
+        else:
+            raise DiscoveryUnreachable(f"more than {DISCOVERY_REDIRECTS_MAX} redirects")
+        try:
+            index = headers.get("X-Etcd-Index", "")
+            return int(index) if index.isdigit() else 0, json.loads(body) if body.strip() else None
+        except ValueError:
+            raise DiscoveryError("discovery: bad discovery endpoint") from None
+
+    def _exchange(
+        self, method: str, url: str, form: str, answer_s: Optional[float]
+    ) -> Tuple[int, http.client.HTTPMessage, bytes]:
+        """One request on a connection of its own.  Raises DiscoveryUnreachable."""
+        parts = urlsplit(url)
+        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        if self._proxy and parts.scheme == "http":
+            target = url
+        connection = self._connect(parts)
+        try:
+            connection.connect()
+            connection.sock.settimeout(answer_s)
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            headers = {"Content-Type": "application/x-www-form-urlencoded"} if form else {}
+            connection.request(method, target, form or None, headers)
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+        except (OSError, http.client.HTTPException) as error:
+            where = self._proxy or f"{parts.scheme}://{parts.netloc}"
+            raise DiscoveryUnreachable(f"{method} {url}: {where}: {_reason(error)}") from None
+        finally:
+            connection.close()
+
+    def _connect(self, parts: urllib.parse.SplitResult) -> http.client.HTTPConnection:
+        if not self._proxy:
+            return _open_connection(f"{parts.scheme}://{parts.netloc}", DISCOVERY_DIAL_SECONDS)
+        proxy = urlsplit(self._proxy)
+        if parts.scheme == "http":
+            return _open_connection(self._proxy, DISCOVERY_DIAL_SECONDS)
+        tunnel = http.client.HTTPSConnection(
+            proxy.hostname or "", proxy.port or 80, timeout=DISCOVERY_DIAL_SECONDS
+        )
+        tunnel.set_tunnel(parts.hostname or "", parts.port or 443)
+        return tunnel
+
+
+def check_discovery_url(url: str) -> str:
+    """Return `url`, or raise DiscoveryError if no registry can be there."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = None
+    if not good or not parts.path.strip("/") or not re.fullmatch("[!-~]+", url):
+        raise DiscoveryError(
+            f'discovery: invalid URL "{url}": it must read http://host:port/path/of/the/token'
+        )
+    return url
+
+
+def _proxy_url(proxy: str) -> str:
+    return proxy if not proxy or proxy.startswith("http") else "http://" + proxy
+
+
+def _registration(node: Dict[str, Any]) -> Registration:
+    key = str(node.get("key", ""))
+    index = int(node.get("createdIndex", 0))    # some registries answer 780131509.0
+    return Registration(key.rpartition("/")[2], str(node.get("value", "")), index)
+
+
+class SrvRecord(NamedTuple):
+    """One answer to a DNS SRV query (RFC 2782)."""
+
+    priority: int
+    weight: int
+    port: int
+    target: str                         # without the trailing dot
+
+
+def name_servers(path: str = RESOLV_CONF) -> List[Tuple[str, int]]:
+    """Return the addresses of the system's name servers; without any, the local one."""
+    found: List[Tuple[str, int]] = []
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for words in map(str.split, file):
+            if len(words) > 1 and words[0] == "nameserver":
+                found.append((words[1], 53))
+    return found or [("127.0.0.1", 53)]
+
+
+def lookup_srv(name: str, servers: Sequence[Tuple[str, int]]) -> List[SrvRecord]:
+    """Ask the name servers, in order, for the SRV records of `name`.
+
+    Sorted by priority, then heavier ones first: the order only numbers the unnamed members, so
+    the random choice of RFC 2782 would be of no use.  Raises OSError.
+    """
+    last: OSError = OSError("no name server to ask")
+    for address in list(servers) * DNS_TRIES:
+        query_id = random.randrange(1 << 16)
+        query = _srv_query(query_id, name)
+        try:
+            answer = _ask_udp(address, query)
+            if answer[2] & 2:           # truncated: the whole answer needs TCP (RFC 1035 §4.2)
+                answer = _ask_tcp(address, query)
+            records = _srv_answer(answer, name)
+        except socket.timeout:
+            last = OSError(f"lookup {name} on {address[0]}: i/o timeout")
+            continue
+        except ConnectionError as error:
+            last = OSError(f"lookup {name} on {address[0]}: {_reason(error)}")
+            continue
+        except (IndexError, struct.error):
+            raise OSError(f"lookup {name} on {address[0]}: malformed answer") from None
+        return sorted(records, key=lambda r: (r.priority, -r.weight, r.target, r.port))
+    raise last
+
+
+def _srv_query(query_id: int, name: str) -> bytes:
+    labels = [label.encode("idna") for label in name.rstrip(".").split(".")]
+    question = b"".join(bytes((len(label),)) + label for label in labels) + b"\0"
+    return struct.pack(">6H", query_id, 0x0100, 1, 0, 0, 0) + question + struct.pack(">2H", 33, 1)
+
+
+def _ask_udp(address: Tuple[str, int], query: bytes) -> bytes:
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(DNS_ANSWER_SECONDS)
+        sock.connect(address)           # the kernel drops what comes from anyone else
+        sock.send(query)
+        while True:
+            answer = sock.recv(DNS_MESSAGE_BYTES_MAX)
+            if len(answer) >= 12 and answer[:2] == query[:2] and answer[2] & 0x80:
+                return answer
+
+
+def _ask_tcp(address: Tuple[str, int], query: bytes) -> bytes:
+    with socket.create_connection(address, DNS_ANSWER_SECONDS) as sock, sock.makefile("rb") as file:
+        sock.sendall(struct.pack(">H", len(query)) + query)
+        (size,) = struct.unpack(">H", file.read(2))
+        return file.read(size)
+
+
+def _srv_answer(message: bytes, name: str) -> List[SrvRecord]:
+    """The SRV records of a DNS message.  Raises OSError, IndexError or struct.error."""
+    code = message[3] & 15
+    questions, answers = struct.unpack_from(">2H", message, 4)
+    if code:
+        words = {2: "server misbehaving", 3: "no such host", 5: "query refused"}
+        raise OSError(f"lookup {name}: {words.get(code, f'DNS error {code}')}")
+    offset = 12
+    for _ in range(questions):
+        offset = _dns_name(message, offset)[1] + 4
+    records: List[SrvRecord] = []
+    for _ in range(answers):
+        offset = _dns_name(message, offset)[1]
+        kind, size = struct.unpack_from(">H6xH", message, offset)
+        offset += 10
+        if kind == 33:
+            priority, weight, port = struct.unpack_from(">3H", message, offset)
+            target = _dns_name(message, offset + 6)[0]
+            records.append(SrvRecord(priority, weight, port, target))
+        offset += size
+    if not records:
+        raise OSError(f"lookup {name}: no such host")
+    return records
+
+
+def _dns_name(message: bytes, offset: int) -> Tuple[str, int]:
+    """Return (name without the final dot, offset behind it); compressed names are followed."""
+    labels: List[str] = []
+    behind = 0
+    for _ in range(128):                # more labels or pointers: a loop, not a name
+        size = message[offset]
+        if size >= 192:
+            behind = behind or offset + 2
+            offset = (size & 63) << 8 | message[offset + 1]
+            continue
+        if not size:
+            return ".".join(labels), behind or offset + 1
+        labels.append(message[offset + 1:offset + 1 + size].decode("latin-1"))
+        offset += 1 + size
+    raise IndexError(offset)
+
+
+def srv_cluster(
+    domain: str, own_name: str, peer_urls: Sequence[str], servers: Sequence[Tuple[str, int]]
+) -> str:
+    """Return the initial cluster `name=url,...` that the SRV records of `domain` describe.
+
+    The record of one of our peer_urls gets own_name, the others `0`, `1`...
+
+    Raises DiscoveryError.  Source: etcd 2.3 discovery/srv.go.
+    """
+    log = package_logger("discovery")
+    own = set()
+    for url in peer_urls:
+        try:
+            own.add(_resolve(url))
+        except OSError:
+            host = url_address(url)[0]
+            raise DiscoveryError(f"couldn't resolve host {host} during SRV discovery") from None
+    pairs: List[str] = []
+    errors = 0
+    for service, scheme in (("etcd-server-ssl", "https"), ("etcd-server", "http")):
+        try:
+            records = lookup_srv(f"_{service}._tcp.{domain}", servers)
+        except (OSError, UnicodeError) as error:
+            log.warning("error querying DNS SRV records for _%s %s", service, error)
+            errors += 1
+            continue
+        for record in records:
+            url = f"{scheme}://{record.target}:{record.port}"
+            try:
+                is_own = _resolve(url) in own
+            except OSError as error:
+                log.warning("couldn't resolve host %s: %s", record.target, _reason(error))
+                continue
+            unnamed = sum(not pair.startswith(own_name + "=") for pair in pairs)
+            pairs.append(f"{own_name if is_own else unnamed}={url}")
+            log.info("got bootstrap from DNS for %s at %s", service, url)
+    if errors == 2:
+        raise DiscoveryError("SRV discovery failed: too many errors querying DNS SRV records")
+    return ",".join(pairs)
+
+
+def _resolve(url: str) -> Tuple[str, int]:
+    """Return (ip address, port) of a URL's host.  Raises OSError."""
+    host, port = url_address(url)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found.sort(key=lambda info: info[0] != socket.AF_INET)
+    return str(found[0][4][0]), port
+
+
+class DiscoveryService:
+    """The registry for other clusters that every member is: `/new` and `/<token>` on its clients'
+    port.
+
+    do    EtcdServer.do
+    keys  the handler of /v2/keys requests
+
+    Thread: reactor.  Source: discovery.etcd.io; operations notes, discovery service.
+    Differs from discovery.etcd.io: sizes below 1 are refused; no cluster can have them.
+    """
+
+    def __init__(
+        self, do: Callable[[Request, Callable[[Any], None]], None],
+        keys: Callable[[HttpRequest], None],
+    ) -> None:
+        self._do = do
+        self._keys = keys
+
+    def handle(self, request: HttpRequest) -> bool:
+        """Answer a request for the registry; False if the path is none of ours."""
+        path = request.path
+        if path == "/new":
+            self._new(request)
+            return True
+        match = _TOKEN_PATH.fullmatch(path)
+        if match is None:
+            return False
+        if request.method in _TOKEN_METHODS[_token_route(match.group(1) or "")]:
+            self._forward(request)
+        else:
+            request.reply(405)
+        return True
+
+    def _new(self, request: HttpRequest) -> None:
+        """Make a token, and answer with the URL under which the client reached us."""
+        host = request.headers.get("host", "")
+        try:
+            size = _wanted_size(request)
+        except ValueError as error:
+            _reply_text(request, 400, f"{error}\n")
+            return
+        if not host:
+            _reply_text(request, 400, "missing Host header\n")
+            return
+        token = os.urandom(16).hex()
+
+        def done(result: Any) -> None:
+            if isinstance(result, EtcdError):
+                _reply_text(request, 400, f"Unable to generate token: {result.cause}\n")
+            else:
+                _reply_text(request, 200, f"http://{host}/{token}")
+
+        self._do(
+            Request(
+                method="PUT", path=f"/1{REGISTRY_KEY}/{token}/_config/size", val=str(size),
+                prev_exist=False,
+            ),
+            done,
+        )
+
+    def _forward(self, request: HttpRequest) -> None:
+        """Serve the request as one for the key below the registry."""
+        old = request.head
+        # A head is shared by all requests with the same bytes, so a new one is made.
+        head = HttpHead(
+            old.method, f"/v2/keys{REGISTRY_KEY}{old.target}", old.minor, old.headers
+        )
+        head.keep_alive = old.keep_alive
+        request.head = head
+        self._keys(request)
+
+
+_TOKEN_PATH = re.compile("/[0-9a-f]{32}(/?|/_config/size|/[^/]+)")
+_TOKEN_METHODS = {
+    "token": ("GET", "PUT"), "size": ("GET",), "machine": ("GET", "PUT", "DELETE"),
+}
+
+
+def _token_route(rest: str) -> str:
+    if rest in ("", "/"):
+        return "token"
+    return "size" if rest == "/_config/size" else "machine"
+
+
+def _wanted_size(request: HttpRequest) -> int:
+    """The size that a /new request asks for.  Raises ValueError."""
+    fields: Dict[str, List[str]] = {}
+    if request.method in ("POST", "PUT", "PATCH"):
+        fields = urllib.parse.parse_qs(request.body.decode("latin-1"))
+    if "size" not in fields:
+        fields = urllib.parse.parse_qs(request.query)
+    text = fields.get("size", [str(DISCOVERY_DEFAULT_SIZE)])[0]
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"strconv.Atoi: parsing {json_string(text)}: invalid syntax")
+    size = int(text[:20])
+    if not 1 <= size < 1 << 63:
+        raise ValueError(f"size={text[:20]}: a cluster has at least one member")
+    return size
+
+
+def _reply_text(request: HttpRequest, status: int, text: str) -> None:
+    request.reply(
+        status, text.encode("utf-8"), "text/plain; charset=utf-8",
+        "X-Content-Type-Options: nosniff\r\n" if status != 200 else "",
+    )
+
+
+# ============================================================================
+# 25. Bootstrap -- a new member, a joining one, or one that was here before
+# ----------------------------------------------------------------------------
+# Knows: sections 1-4, 8-10, 16 (its two records), 17.  Blocks; runs before the
+# reactor starts.
+# ============================================================================
+
+JOIN_ANSWER_SECONDS = 10.0          # for /members and /version of a cluster that we join
+PROBE_ANSWER_SECONDS = 1.0          # for /members of peers that may not be up yet
+
+
+def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """True if both lists name the same addresses, host names resolved.
+
+    `localhost` is compared as text, as etcd does: it means another machine everywhere.
+    """
+    def addresses(urls: Sequence[str]) -> List[Tuple[str, str, int]]:
+        found = []
+        for url in urls:
+            host, port = url_address(url)
+            with contextlib.suppress(OSError):
+                host = host if host == "localhost" else _resolve(url)[0]
+            found.append((urlsplit(url).scheme, host, port))
+        return sorted(found)
+
+    return sorted(ours) == sorted(theirs) or addresses(ours) == addresses(theirs)
+
+
+def fetch_members(url: str, timeout_s: float) -> Tuple[int, List[Member]]:
+    """Return (cluster id, members) as the peer at `url` sees them.
+
+    Raises OSError, http.client.HTTPException or ValueError.
+    """
+    status, headers, body = blocking_get(url, timeout_s, "/members")
+    if status != 200:
+        raise ValueError(f"unexpected status {status}")
+    try:
+        members = [
+            Member(
+                int(member["id"]), tuple(sorted(member["peerURLs"])),
+                str(member.get("name", "")), tuple(member.get("clientURLs") or ()),
+            )
+            for member in json.loads(body)
+        ]
+        return int(headers.get("X-Etcd-Cluster-Id", ""), 16), members
+    except (KeyError, TypeError):
+        raise ValueError("the answer is no list of members") from None
+
+
+def fetch_cluster(
+    urls: Sequence[str], timeout_s: float, *, quiet: bool = False
+) -> Optional[Tuple[int, List[Member]]]:
+    """Return the first answer of fetch_members to any of `urls`; None if there is none."""
+    for url in urls:
+        try:
+            return fetch_members(url, timeout_s)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if not quiet:
+                package_logger("etcdserver").warning(
+                    "could not get cluster response from %s: %s", url, _reason(error)
+                )
+    return None
+
+
+def bootstrap(config: ServerConfig) -> Bootstrap:
+    """Find the past of this member on its disk, or its cluster on the network.
+
+    A write-ahead log on disk decides against every flag; without one, a new cluster is formed
+    or an existing one joined.  The log is open and locked afterwards.
+
+    Raises StartError.  Thread: the caller's; blocks, with discovery until all members are there.
+    Source: etcd 2.3 etcdserver/server.go NewServer; peer-and-disk notes, decision tree.
+    """
+    log = package_logger("etcdserver")
+    data_dir = prepare_data_dir(config.data_dir or config.name + ".etcd", config.wal_dir)
+    log.info("datadir is valid for the %s format", ARTICLE_VERSION)
+    try:
+        if Wal.exists(data_dir.wal):
+            return _restart(config, data_dir)
+        if config.initial_cluster_state == "existing":
+            return _join(config, data_dir)
+        return _form(config, data_dir)
+    except (WalError, SnapshotError, CodecError, InvariantError) as error:
+        raise StartError(str(error)) from error     # nothing runs yet: no state to protect
+    except DiscoveryError as error:
+        raise StartError(_discovery_failure(config, data_dir, error)) from error
+    except OSError as error:
+        raise StartError(f"cannot use data directory {data_dir.root}: {error}") from error
+
+
+def _discovery_failure(config: ServerConfig, data_dir: DataDir, error: DiscoveryError) -> str:
+    """One line for the operator; the words are etcd's, which used up to four lines."""
+    url = config.discovery
+    if isinstance(error, DuplicateId):
+        return (
+            f'member "{config.name}" has previously registered with discovery service token'
+            f" ({url}). But etcd could not find valid cluster configuration in the given data dir"
+            f" ({data_dir.root}). Please check the given data dir path if the previous bootstrap"
+            f" succeeded or use a new discovery token if the previous bootstrap failed."
+        )
+    if isinstance(error, DuplicateName):
+        return (
+            f"member with duplicated name has registered with discovery service token({url})."
+            " please check (cURL) the discovery token for more information."
+            " please do not reuse the discovery token and generate a new one to bootstrap the"
+            " cluster, with another -name for each member."
+        )
+    if isinstance(error, DiscoveryFull) and config.discovery_fallback == "proxy":
+        return (
+            f"discovery cluster is full ({url}), and the proxy that -discovery-fallback=proxy asks"
+            f" for is not available yet; add this member with POST /v2/members on a running member"
+            f" and start it with -initial-cluster-state existing, or generate a new discovery token"
+        )
+    if config.discovery_srv:
+        return f"error setting up initial cluster: {error}"
+    hint = ""
+    if "size key" in str(error):
+        hint = f"set it with `curl {url}/_config/size -XPUT -d value=3`, or "
+    return (
+        f"failed to join discovery cluster ({error}): discovery token {url} was used, but failed"
+        f" to bootstrap the cluster; {hint}please generate a new discovery token and try to"
+        f" bootstrap again."
+    )
+
+
+def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> None:
+    """The start-up lines that say with what the member works."""
+    log = package_logger("etcdserver")
+    log.info("name = %s", config.name)
+    if config.force_new_cluster:
+        log.info("force new cluster")
+    log.info("data dir = %s", data_dir.root)
+    log.info("member dir = %s", data_dir.member)
+    if config.wal_dir:
+        log.info("dedicated WAL dir = %s", data_dir.wal)
+    log.info("heartbeat = %dms", config.heartbeat_ms)
+    log.info("election = %dms", config.election_ms)
+    log.info("snapshot count = %d", config.snapshot_count)
+    if config.discovery:
+        log.info("discovery URL= %s", config.discovery)
+        if config.discovery_proxy:
+            log.info("discovery proxy = %s", config.discovery_proxy)
+    log.info("advertise client URLs = %s", ",".join(config.advertise_client_urls))
+    if initial:
+        urls = ",".join(config.initial_advertise_peer_urls)
+        log.info("initial advertise peer URLs = %s", urls)
+        log.info("initial cluster = %s", initial)
+
+
+def default_initial_cluster(name: str) -> str:
+    """Return -initial-cluster where it is not given: the member alone, on the default peer URLs."""
+    return ",".join(f"{name}={url}" for url in DEFAULT_PEER_URLS.split(","))
+
+
+def _initial_members(config: ServerConfig) -> Dict[str, Tuple[str, ...]]:
+    """Return name -> peer URLs of the cluster to form or join, checked.  Raises StartError."""
+    own = {config.name: tuple(sorted(config.initial_advertise_peer_urls))}
+    text = config.initial_cluster
+    if config.discovery:
+        return own
+    if config.discovery_srv:
+        text = srv_cluster(
+            config.discovery_srv, config.name, config.initial_advertise_peer_urls, name_servers()
+        )
+    elif not text:
+        return own
+    try:
+        initial = parse_initial_cluster(text)
+    except ValueError as error:
+        raise StartError(f"error setting up initial cluster: {error}") from None
+    if config.name not in initial:
+        if config.discovery_srv:
+            raise DiscoveryError(f'cannot find local etcd member "{config.name}" in SRV records')
+        raise StartError(
+            f'couldn\'t find local name "{config.name}" in the initial cluster configuration;'
+            f" -initial-cluster is {text}: add {config.name}=<peer URL>, or use one of its names"
+            f" with -name"
+        )
+    urls = [url for urls in initial.values() for url in urls]
+    if len(set(urls)) != len(urls):
+        raise StartError(
+            f"initial cluster {format_initial_cluster(initial)} has duplicate url;"
+            f" each member needs peer URLs of its own"
+        )
+    return initial
+
+
+def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]) -> None:
+    """Raise StartError unless the map gives us the URLs that we advertise."""
+    advertised = config.initial_advertise_peer_urls
+    if same_urls(initial[config.name], advertised):
+        return
+    wanted = ",".join(f"{config.name}={url}" for url in advertised)
+    hints = ""
+    if config.initial_cluster == default_initial_cluster(config.name):
+        hints += "; forgot to set --initial-cluster flag?"
+        hints += " if you want to use discovery service, please set --discovery flag."
+    if ",".join(advertised) == DEFAULT_PEER_URLS:
+        hints += "; forgot to set --initial-advertise-peer-urls flag?"
+    raise StartError(
+        f"--initial-cluster must include {wanted} given"
+        f" --initial-advertise-peer-urls={','.join(advertised)}{hints}"
+    )
+
+
+def _form(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
+    """A new cluster: every member of it starts with the same entries, committed from the start."""
+    initial = _initial_members(config)
+    _check_advertised(config, initial)
+    token = config.discovery or config.initial_cluster_token
+    cluster = _new_cluster(token, initial)
+    member = _own_member(config, cluster)
+    if _is_bootstrapped(cluster, member):
+        raise StartError(
+            f"member {format_id(member.id)} has already been bootstrapped; its data directory is"
+            f" lost or -data-dir is wrong: restore it, or remove the member with DELETE"
+            f" /v2/members/{format_id(member.id)} on another one, add it anew and start it with"
+            f" -initial-cluster-state existing"
+        )
+    if config.discovery:
+        discovery = Discovery(
+            config.discovery, member.id, format_initial_cluster(initial),
+            proxy=config.discovery_proxy,
+        )
+        initial = parse_initial_cluster(discovery.join())
+        urls = [url for urls in initial.values() for url in urls]
+        if len(set(urls)) != len(urls):
+            text = format_initial_cluster(initial)
+            raise DiscoveryError(f"discovery cluster {text} has duplicate url")
+        cluster = _new_cluster(token, initial)
+        member = _own_member(config, cluster)
+    store = Store(history_capacity=config.history_events)
+    cluster.set_store(store)
+    cluster.local_id = member.id
+    _log_config(config, data_dir, format_initial_cluster(initial))
+    metadata = encode_metadata(member.id, cluster.id)
+    wal = Wal.create(data_dir.wal, metadata)
+    package_logger("etcdserver").info(
+        "start member %s in cluster %s", format_id(member.id), format_id(cluster.id)
+    )
+    return Bootstrap(
+        data_dir, member.id, cluster, store, wal, Snapshotter(data_dir.snap),
+        WalContents(metadata, HardState(), [], []), None,
+        bootstrap_entries=_bootstrap_entries(cluster),
+    )
+
+
+def _new_cluster(token: str, initial: Mapping[str, Tuple[str, ...]]) -> Cluster:
+    try:
+        return Cluster.from_initial(token, dict(initial))
+    except ValueError as error:
+        raise StartError(f"error setting up initial cluster: {error}") from None
+
+
+def _own_member(config: ServerConfig, cluster: Cluster) -> Member:
+    member = cluster.member_by_name(config.name)
+    if member is None:
+        raise StartError(f'member "{config.name}" is not in the cluster that discovery found')
+    return member
+
+
+def _peer_urls_of_others(cluster: Cluster, member: Member) -> List[str]:
+    return sorted(
+        url for other in cluster.members.values() if other.id != member.id
+        for url in other.peer_urls
+    )
+
+
+def _is_bootstrapped(cluster: Cluster, member: Member) -> bool:
+    """True if a running peer knows this member with client URLs: it had a life before this one."""
+    found = fetch_cluster(_peer_urls_of_others(cluster, member), PROBE_ANSWER_SECONDS, quiet=True)
+    return found is not None and any(
+        other.id == member.id and other.client_urls for other in found[1]
+    )
+
+
+def _bootstrap_entries(cluster: Cluster) -> List[Entry]:
+    """One ConfChange per initial member, ascending by id: identical bytes on every member."""
+    entries = []
+    for index, member in enumerate(sorted(cluster.members.values(), key=lambda m: m.id), 1):
+        context = utf8(member.context_json())
+        change = ConfChange(0, ConfChangeType.ADD_NODE, member.id, context)
+        entries.append(Entry(EntryType.CONF_CHANGE, 1, index, encode_conf_change(change)))
+    return entries
+
+
+def _join(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
+    """An existing cluster, which has our peer URLs already: it will send us the log."""
+    if config.discovery:
+        raise StartError(
+            "discovery URL should not be set when joining existing initial cluster;"
+            " remove -discovery (ETCD_DISCOVERY) and list the members in -initial-cluster"
+        )
+    initial = _initial_members(config)
+    local = _new_cluster(config.initial_cluster_token, initial)
+    own = _own_member(config, local)
+    found = fetch_cluster(_peer_urls_of_others(local, own), JOIN_ANSWER_SECONDS)
+    if found is None:
+        raise StartError(
+            "cannot fetch cluster info from peer urls: could not retrieve cluster information from"
+            " the given urls; -initial-cluster must name at least one running member"
+        )
+    cluster_id, existing = found
+    members = _match_members(local, existing)
+    own = next(member for member in members if member.name == config.name)
+    others = [member for member in members if member.id != own.id]
+    if not _is_compatible(others):
+        raise StartError(
+            f"incompatible with current running cluster: its version must lie between"
+            f" {MIN_CLUSTER_VERSION} and {SERVER_VERSION}; look at GET /version of its members"
+        )
+    store = Store(history_capacity=config.history_events)
+    cluster = Cluster(config.initial_cluster_token, store)
+    cluster.id, cluster.local_id = cluster_id, own.id
+    cluster.members = {member.id: member for member in members}
+    _log_config(config, data_dir, format_initial_cluster(initial))
+    metadata = encode_metadata(own.id, cluster_id)
+    wal = Wal.create(data_dir.wal, metadata)
+    package_logger("etcdserver").info(
+        "start member %s in cluster %s", format_id(own.id), format_id(cluster_id)
+    )
+    return Bootstrap(
+        data_dir, own.id, cluster, store, wal, Snapshotter(data_dir.snap),
+        WalContents(metadata, HardState(), [], []), None, remotes=others,
+    )
+
+
+def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
+    """Return the local members with the ids that the existing cluster gave them."""
+    what = "error validating peerURLs of -initial-cluster"
+    urls = " ".join(",".join(member.peer_urls) for member in existing)
+    hint = f"the members have [{urls}]; list exactly these, and add this member there first"
+    ours = list(local.members.values())
+    if len(ours) != len(existing):
+        raise StartError(f"{what}: member count is unequal; {hint}")
+    matched = []
+    for member in ours:
+        same = [other for other in existing if same_urls(member.peer_urls, other.peer_urls)]
+        if len(same) != 1:
+            raise StartError(f"{what}: unmatched member while checking PeerURLs; {hint}")
+        matched.append(member._replace(id=same[0].id))
+    return sorted(matched, key=lambda member: member.id)
+
+
+def _is_compatible(members: Sequence[Member]) -> bool:
+    """True if the running cluster's version is one that we can live with."""
+    low, high = version_key(MIN_CLUSTER_VERSION), version_key(SERVER_VERSION)
+    good = False
+    for member in members:
+        version = _cluster_version(member)
+        if version is None:
+            continue
+        if not low <= version <= high:
+            return False
+        good = True
+    return good
+
+
+def _cluster_version(member: Member) -> Optional[Tuple[int, int]]:
+    """The cluster version as `member` knows it; None if it cannot be asked, or does not know."""
+    for url in member.peer_urls:
+        try:
+            _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version")
+            return version_key(str(json.loads(body)["etcdcluster"]))
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+            package_logger("etcdserver").warning(
+                "cannot get the version of member %s from %s: %s", format_id(member.id), url,
+                _reason(error),
+            )
+    return None
+
+
+def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
+    """A member that was here before: identity, log and snapshot come from the disk."""
+    log = package_logger("etcdserver")
+    if config.discovery:
+        log.warning(
+            "discovery token ignored since a cluster has already been initialized."
+            ' Valid log found at "%s"', data_dir.wal,
+        )
+    _log_config(config, data_dir)
+    store = Store(history_capacity=config.history_events)
+    cluster = Cluster(config.initial_cluster_token, store)
+    snapshotter = Snapshotter(data_dir.snap)
+    snapshot = snapshotter.load(set(Wal.snapshots(data_dir.wal)))
+    start = EntryID(0, 0)
+    if snapshot is not None:
+        start = EntryID(snapshot.term, snapshot.index)
+        _recover(store, snapshot)
+    wal, contents = Wal.open(data_dir.wal, start)
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(wal.close)
+        member_id, cluster.id = decode_metadata(contents.metadata)
+        cluster.local_id = member_id
+        if snapshot is not None:
+            cluster.recover()
+            snapshot = snapshot._replace(data=b"")
+        if config.force_new_cluster:
+            contents = _stand_alone(config, member_id, cluster.id, wal, contents, snapshot)
+        else:
+            log.info(
+                "restart member %s in cluster %s at commit index %d", format_id(member_id),
+                format_id(cluster.id), contents.hard_state.commit,
+            )
+        on_failure.pop_all()
+    boot = Bootstrap(
+        data_dir, member_id, cluster, store, wal, snapshotter, contents, snapshot
+    )
+    return _begin_again(config, boot) if _is_blank(boot) else boot
+
+
+def _recover(store: Store, snapshot: Snapshot) -> None:
+    try:
+        store.recover(snapshot.data)
+    except ValueError as error:
+        raise SnapshotError(
+            f"the snapshot at index {snapshot.index} does not hold a v2 store ({error});"
+            f" move its file away to use the one before"
+        ) from None
+    package_logger("etcdserver").info("recovered store from snapshot at index %d", snapshot.index)
+
+
+def _is_blank(boot: Bootstrap) -> bool:
+    """True if the log was created, but the member ended before its first write."""
+    contents = boot.contents
+    return not contents.entries and boot.snapshot is None and contents.hard_state == HardState()
+
+
+def _begin_again(config: ServerConfig, boot: Bootstrap) -> Bootstrap:
+    """Give the first entries of a new cluster to a member that crashed before writing them.
+
+    Only if the flags lead to the same ids; otherwise, and after discovery or joining, the other
+    members have the log and will send it.  Differs from etcd, whose single member stays without
+    a voter for ever.
+    """
+    if config.discovery or config.discovery_srv or config.initial_cluster_state == "existing":
+        return boot
+    initial = _initial_members(config)
+    cluster = _new_cluster(config.initial_cluster_token, initial)
+    own = cluster.member_by_name(config.name)
+    if own is None or (own.id, cluster.id) != (boot.member_id, boot.cluster.id):
+        return boot
+    cluster.set_store(boot.store)
+    cluster.local_id = own.id
+    return boot._replace(cluster=cluster, bootstrap_entries=_bootstrap_entries(cluster))
+
+
+def _stand_alone(
+    config: ServerConfig, member_id: int, cluster_id: int, wal: Wal, contents: WalContents,
+    snapshot: Optional[Snapshot],
+) -> WalContents:
+    """Make this member the only one, in its log: the others are lost (-force-new-cluster).
+
+    What was not known to be committed is dropped; then every other voter is removed, by entries
+    that count as committed.  Returns the contents as they are on disk now.
+    Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.
+    """
+    log = package_logger("etcdserver")
+    state = contents.hard_state
+    kept = [entry for entry in contents.entries if entry.index <= state.commit]
+    if len(kept) < len(contents.entries):
+        log.info("discarding %d uncommitted WAL entries ", len(contents.entries) - len(kept))
+    voters = _voters(snapshot.voters if snapshot else (), kept)
+    changes = [
+        ConfChange(0, ConfChangeType.REMOVE_NODE, voter) for voter in sorted(voters - {member_id})
+    ]
+    if member_id not in voters:
+        own = Member(member_id, tuple(config.initial_advertise_peer_urls))
+        context = utf8(own.context_json())
+        changes.append(ConfChange(0, ConfChangeType.ADD_NODE, member_id, context))
+    added = [
+        Entry(EntryType.CONF_CHANGE, state.term, index, encode_conf_change(change))
+        for index, change in enumerate(changes, state.commit + 1)
+    ]
+    state = state._replace(commit=state.commit + len(added))
+    wal.write(wal.encode(state, added), sync=True)
+    log.info(
+        "forcing restart of member %s in cluster %s at commit index %d", format_id(member_id),
+        format_id(cluster_id), state.commit,
+    )
+    return contents._replace(hard_state=state, entries=kept + added)
+
+
+def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
+    """The voters after the conf changes among `entries`."""
+    ids = set(voters)
+    for entry in entries:
+        if entry.type == EntryType.CONF_CHANGE:
+            change = decode_conf_change(entry.data)
+            if change.type == ConfChangeType.ADD_NODE:
+                ids.add(change.node_id)
+            elif change.type == ConfChangeType.REMOVE_NODE:
+                ids.discard(change.node_id)
+    return ids
+
+
+# ============================================================================
+# 26. Embedding -- a member inside any program
+# ----------------------------------------------------------------------------
+# Knows: all above.  Threads: the caller's, and the one it starts, `reactor`.
+# ============================================================================
+
+
+class Server:
+    """A whole member in the caller's process, on a thread of its own.
+
+        with pyetcd.Server(data_dir="/var/lib/x", listen_client_urls=["http://127.0.0.1:0"]) as s:
+            print(s.client_urls[0])
+
+    settings are the fields of ServerConfig; URL lists may be any sequence.  Without them the
+    member listens on free loopback ports; what is not advertised explicitly is advertised as
+    bound.  Several members may live in one process.  Raises StartError from bind() and start().
+    Thread: any.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        free = ("http://127.0.0.1:0",)
+        config = ServerConfig(
+            listen_client_urls=free, listen_peer_urls=free, advertise_client_urls=(),
+            initial_advertise_peer_urls=(),
+        )
+        for name, value in settings.items():
+            if isinstance(getattr(config, name, None), tuple):
+                if isinstance(value, str):
+                    raise TypeError(f"{name} is a list of URLs, not one string")
+                settings[name] = tuple(value)
+        self._init(config._replace(**settings))
+
+    @classmethod
+    def from_config(cls, config: ServerConfig) -> Server:
+        """Return a member with exactly this configuration."""
+        server = cls.__new__(cls)
+        server._init(config)
+        return server
+
+    def _init(self, config: ServerConfig) -> None:
+        self.config = config
+        self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
+        self._reactor = Reactor()       # its sockets are closed by stop(), also without start()
+        self._client_listeners: List[Listener] = []
+        self._peer_listeners: List[Listener] = []
+        self._client_api: Optional[ClientApi] = None
+        self._peer_api: Optional[PeerApi] = None
+        self._thread: Optional[threading.Thread] = None
+        self._ready = threading.Event()
+        self._error: Optional[BaseException] = None
+
+    # -- life --------------------------------------------------------------
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def bind(self) -> None:
+        """Open the listening sockets, so that the ports are known; nothing is served yet."""
+        if self._client_listeners:
+            return
+        try:
+            for url in self.config.listen_peer_urls:
+                self._peer_listeners.append(
+                    self._listen(url, self._serve_peer, PEER_BODY_BYTES_MAX)
+                )
+                package_logger("etcd").info("listening for peers on %s", url)
+            for url in self.config.listen_client_urls:
+                self._client_listeners.append(
+                    self._listen(url, self._serve_client, REQUEST_BODY_BYTES_MAX)
+                )
+                package_logger("etcd").info("listening for client requests on %s", url)
+        except StartError:
+            self._close_listeners()
+            raise
+        config = self.config
+        if not config.advertise_client_urls:
+            config = config._replace(advertise_client_urls=self.client_urls)
+        if not config.initial_advertise_peer_urls:
+            config = config._replace(initial_advertise_peer_urls=self.peer_urls)
+        self.config = config
+
+    def start(self, *, initial_cluster: str = "") -> None:
+        """Bind, join or form the cluster, and serve.  With discovery this waits for the others.
+
+        initial_cluster  replaces the configured one, for a caller who binds all members first
+        """
+        self.bind()
+        if initial_cluster:
+            self.config = self.config._replace(initial_cluster=initial_cluster)
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(self._close_listeners)
+            boot = bootstrap(self.config)
+            cleanup.pop_all()
+        self.etcd = EtcdServer(
+            self.config, boot, self._reactor, failed=self._failed, removed=self._removed,
+            published=self._ready.set,
+        )
+        self._client_api = ClientApi(self.etcd)
+        registry = DiscoveryService(self.etcd.do, self._client_api.serve)
+        self._client_api.fallback = registry.handle
+        self._peer_api = PeerApi(self.etcd)
+        for listener in self._peer_listeners + self._client_listeners:
+            listener.start()
+        self._reactor.on_turn = self.etcd.on_turn
+        self._thread = threading.Thread(target=self._run, name="reactor", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop in order: waiting requests are rejected, the last batch is written, files closed."""
+        if self._thread is None:
+            self._close_listeners()
+            self._reactor.close()
+        elif self._thread.is_alive():
+            self._reactor.call_soon_threadsafe(self._stop)
+            self._thread.join()
+
+    def kill(self) -> None:
+        """End at once, as by `kill -9`: nothing more is written or said.  For tests."""
+        if self._thread is not None and self.etcd is not None:
+            self._reactor.call_soon_threadsafe(self._failed, ServerStopped("killed"))
+            self._thread.join()
+            self.etcd.journal.writer.stop()
+
+    def wait(self) -> int:
+        """Block until the member ends; return the exit code: 0, or 1 after a failure."""
+        if self._thread is not None:
+            self._thread.join()
+        return 1 if self._error is not None else 0
+
+    def wait_ready(self, timeout_s: float = 10.0) -> bool:
+        """Block until this member has a leader and is published; False after timeout_s."""
+        return self._ready.wait(timeout_s)
+
+    def call(self, work: Callable[[EtcdServer], Any], timeout_s: float = 10.0) -> Any:
+        """Run work(etcd) on the reactor's thread and return its result."""
+        if self.etcd is None or self._thread is None or not self._thread.is_alive():
+            raise ServerStopped()
+        answers: queue.SimpleQueue[Tuple[Any, Optional[Exception]]] = queue.SimpleQueue()
+        etcd = self.etcd
+
+        def run() -> None:
+            try:
+                answers.put((work(etcd), None))
+            except Exception as error:      # the caller's code: its error belongs to the caller
+                answers.put((None, error))
+
+        self._reactor.call_soon_threadsafe(run)
+        result, error = answers.get(timeout=timeout_s)
+        if error is not None:
+            raise error
+        return result
+
+    # -- facts -------------------------------------------------------------
+
+    @property
+    def client_urls(self) -> Tuple[str, ...]:
+        """Bound client URLs, with the real ports."""
+        return tuple(listener.bound_url for listener in self._client_listeners)
+
+    @property
+    def peer_urls(self) -> Tuple[str, ...]:
+        """Bound peer URLs, with the real ports."""
+        return tuple(listener.bound_url for listener in self._peer_listeners)
+
+    # -- inside ------------------------------------------------------------
+
+    def _listen(
+        self, url: str, handler: Callable[[HttpRequest], None], body_max: int
+    ) -> Listener:
+        try:
+            return Listener(url, self._reactor, handler, body_max=body_max)
+        except OSError as error:
+            host, port = url_address(url)
+            what = f"listen tcp {host}:{port}: bind: {(error.strerror or str(error)).lower()}"
+            raise StartError(f"{what}{_BIND_HINTS.get(error.errno or 0, '')}") from None
+        except OverflowError:
+            raise StartError(f"listen tcp {url}: invalid port; use 1 to 65535") from None
+
+    def _serve_client(self, request: HttpRequest) -> None:
+        assert self._client_api is not None
+        self._client_api.handle(request)
+
+    def _serve_peer(self, request: HttpRequest) -> None:
+        assert self._peer_api is not None
+        self._peer_api.handle(request)
+
+    def _run(self) -> None:
+        assert self.etcd is not None
+        try:
+            self.etcd.start()
+            self._reactor.run()
+        except Exception as error:
+            self._error = error
+            package_logger("etcd").critical("the member ends: %s", error, exc_info=True)
+        finally:
+            self._close_listeners()
+            self._reactor.close()
+
+    def _stop(self) -> None:
+        assert self.etcd is not None
+        if not self.etcd.stopping:
+            self.etcd.stop()
+            self._close_listeners()
+            self._reactor.stop()
+
+    def _failed(self, error: BaseException) -> None:
+        """Durability is lost, or unknown: not one more byte leaves this member."""
+        if not isinstance(error, ServerStopped):
+            self._error = error
+        if self.etcd is not None:
+            self.etcd.abandon()
+        self._reactor.stop()
+
+    def _removed(self) -> None:
+        log = package_logger("etcdserver")
+        log.error("the member has been permanently removed from the cluster")
+        log.error("the data-dir used by this member must be removed.")
+        self._stop()
+
+    def _close_listeners(self) -> None:
+        for listener in self._client_listeners + self._peer_listeners:
+            listener.stop()
+        self._client_listeners, self._peer_listeners = [], []
+
+
+_BIND_HINTS = {
+    errno.EADDRINUSE: ": another program, perhaps another etcd, uses it; stop it or choose"
+                      " another port with -listen-client-urls and -listen-peer-urls",
+    errno.EACCES: ": ports below 1024 need root; choose a higher one",
+    errno.EADDRNOTAVAIL: ": this machine does not have that address; see `ip addr`",
+}
+
+
+# ============================================================================
+# 27. Command line
+# ----------------------------------------------------------------------------
+# Knows: all above.  The only section that reads flags and the environment,
+# prints, and touches signals and process limits.
+# ============================================================================
+
+DESCRIPTORS_MIN = 150               # open files a member needs for itself; at or below: refused
+ENVIRONMENT_FILE = "/etc/environment"   # where CoreOS keeps COREOS_PRIVATE_IPV4
+_SEE_HELP = "See 'pyetcd -help'."
+
+
+class FlagError(ValueError):
+    """A flag or variable that cannot be used.  The text is one line; etcd's words come first."""
+
+
+class Flag(NamedTuple):
+    """One flag.  parse turns its text into the value, or raises ValueError with the reason."""
+
+    name: str
+    parse: Callable[[str], Any]
+    default: Any
+    help: str
+
+    @property
+    def is_bool(self) -> bool:
+        """True if the flag may stand alone: `-debug`."""
+        return self.parse in (parse_bool, _parse_absent_bool)
+
+    @property
+    def variable(self) -> str:
+        """Name of the environment variable."""
+        return "ETCD_" + self.name.upper().replace("-", "_")
+
+
+def parse_bool(text: str) -> bool:
+    """The boolean words of Go."""
+    if text in ("1", "t", "T", "true", "TRUE", "True"):
+        return True
+    if text in ("0", "f", "F", "false", "FALSE", "False"):
+        return False
+    raise ValueError("parse error")
+
+
+def parse_uint(text: str) -> int:
+    """An unsigned integer; 0x, 0o, 0b and 0 prefixes as in Go."""
+    plain = re.fullmatch("0([0-7]+)", text)
+    try:
+        if not re.fullmatch("[0-9a-zA-Z]+", text):
+            raise ValueError
+        value = int(plain.group(1), 8) if plain else int(text, 0)
+    except ValueError:
+        raise ValueError("parse error") from None
+    if value > UINT64_MAX:
+        raise ValueError("value out of range")
+    return value
+
+
+def _parse_choice(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"invalid value, use one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def _parse_origins(text: str) -> Tuple[str, ...]:
+    """Origins for CORS: `*`, or URLs."""
+    origins = tuple(origin.strip() for origin in text.split(",") if origin.strip())
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"https?://[^\s/]+/?", origin):
+            raise ValueError(f"Invalid CORS origin: {origin}")
+    return origins
+
+
+def _parse_levels(text: str) -> Dict[str, int]:
+    """`package=LEVEL,*=LEVEL` -> package -> level of the logging module; `*` is "" ."""
+    levels: Dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        package, _, level = part.partition("=")
+        if level not in _LOG_LEVELS:
+            levels_text = " ".join(_LOG_LEVELS)
+            raise ValueError(f"{part} is not <package>=<level>, with one of {levels_text}")
+        levels["" if package == "*" else package] = _LOG_LEVELS[level]
+    return levels
+
+
+_LOG_LEVELS = {
+    "CRITICAL": logging.CRITICAL, "ERROR": logging.ERROR, "WARNING": logging.WARNING,
+    "NOTICE": logging.INFO, "INFO": logging.INFO, "DEBUG": logging.DEBUG, "TRACE": logging.DEBUG,
+}
+
+
+def _parse_address(text: str) -> str:
+    """`ip:port` of the flags of etcd 0.4, without a scheme."""
+    host, colon, port = text.rpartition(":")
+    if not colon or (":" in host and not re.fullmatch(r"\[.*\]", host)):
+        raise ValueError(f"address {text}: missing port in address")
+    if not _is_ip(host.strip("[]")):
+        raise ValueError("bad IP in address specification")
+    if not port.isdigit():
+        raise ValueError("bad port in address specification")
+    return text
+
+
+def _is_ip(text: str) -> bool:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, UnicodeError):
+            socket.inet_pton(family, text)
+            return True
+    return False
+
+
+def _parse_discovery(text: str) -> str:
+    try:
+        return check_discovery_url(text) if text else ""
+    except DiscoveryError as error:
+        raise ValueError(str(error)) from None
+
+
+def _parse_absent_tls(text: str) -> str:
+    """A setting for TLS: without it the member would talk in the clear, so it is refused."""
+    if text:
+        raise ValueError("TLS is not available yet; use http URLs, on a network that you trust")
+    return text
+
+
+def _parse_absent_bool(text: str) -> bool:
+    if parse_bool(text):
+        _parse_absent_tls(text)
+    return False
+
+
+def _parse_proxy(text: str) -> str:
+    if _parse_choice("off", "readonly", "on")(text) != "off":
+        raise ValueError("the proxy is not available yet; start a member, or let clients use"
+                         " the members directly")
+    return text
+
+
+def _parse_config_file(text: str) -> str:
+    if text:
+        raise ValueError("configuration files are not supported; give its settings as flags, or as"
+                         " ETCD_* variables in an environment file")
+    return text
+
+
+def _refuse_peers(text: str) -> str:
+    raise ValueError("this flag is no longer supported; use -initial-cluster or -discovery")
+
+
+FLAGS: Dict[str, Tuple[Flag, ...]] = {
+    "member": (
+        Flag("name", str, DEFAULT_NAME, "human-readable name for this member."),
+        Flag("data-dir", str, "", "path to the data directory (default: <name>.etcd)."),
+        Flag("wal-dir", str, "", "path to the dedicated wal directory."),
+        Flag("snapshot-count", parse_uint, DEFAULT_SNAPSHOT_COUNT,
+             "number of committed transactions to trigger a snapshot to disk."),
+        Flag("heartbeat-interval", parse_uint, DEFAULT_HEARTBEAT_MS,
+             "time (in milliseconds) of a heartbeat interval."),
+        Flag("election-timeout", parse_uint, DEFAULT_ELECTION_MS,
+             "time (in milliseconds) for an election to timeout."),
+        Flag("listen-peer-urls", parse_urls, parse_urls(DEFAULT_PEER_URLS),
+             "list of URLs to listen on for peer traffic."),
+        Flag("listen-client-urls", parse_urls, parse_urls(DEFAULT_CLIENT_URLS),
+             "list of URLs to listen on for client traffic."),
+        Flag("max-snapshots", parse_uint, DEFAULT_SNAPSHOTS_KEPT,
+             "maximum number of snapshot files to retain (0 is unlimited)."),
+        Flag("max-wals", parse_uint, DEFAULT_WALS_KEPT,
+             "maximum number of wal files to retain (0 is unlimited)."),
+        Flag("cors", _parse_origins, (),
+             "comma-separated whitelist of origins for cross-origin resource sharing."),
+    ),
+    "clustering": (
+        Flag("initial-advertise-peer-urls", parse_urls, parse_urls(DEFAULT_PEER_URLS),
+             "list of this member's peer URLs to advertise to the rest of the cluster."),
+        Flag("advertise-client-urls", parse_urls, parse_urls(DEFAULT_CLIENT_URLS),
+             "list of this member's client URLs to advertise to the rest of the cluster."),
+        Flag("initial-cluster", str, "",
+             "initial cluster, `name=url` pairs (default: this member alone)."),
+        Flag("initial-cluster-state", _parse_choice("new", "existing"), "new",
+             "initial cluster state: `new`, or `existing` to join a running cluster."),
+        Flag("initial-cluster-token", str, DEFAULT_CLUSTER_TOKEN,
+             "token of the cluster: clusters with different tokens do not mix."),
+        Flag("discovery", _parse_discovery, "", "discovery URL used to bootstrap the cluster."),
+        Flag("discovery-fallback", _parse_choice("exit", "proxy"), "proxy",
+             "behavior when the discovery cluster is full: `exit` or `proxy`."),
+        Flag("discovery-proxy", str, "", "HTTP proxy to use for traffic to discovery service."),
+        Flag("discovery-srv", str, "", "dns srv domain used to bootstrap the cluster."),
+        Flag("strict-reconfig-check", parse_bool, False,
+             "reject reconfiguration requests that would cause quorum loss."),
+    ),
+    "proxy": (
+        Flag("proxy", _parse_proxy, "off", "proxy mode: only `off` is available yet."),
+        Flag("proxy-failure-wait", parse_uint, 5000, "milliseconds an endpoint is held failed."),
+        Flag("proxy-refresh-interval", parse_uint, 30000,
+             "milliseconds between two refreshes of the endpoints."),
+        Flag("proxy-dial-timeout", parse_uint, 1000, "milliseconds for a dial, 0 is unlimited."),
+        Flag("proxy-write-timeout", parse_uint, 5000, "milliseconds for a write, 0 is unlimited."),
+        Flag("proxy-read-timeout", parse_uint, 0, "milliseconds for a read, 0 is unlimited."),
+    ),
+    "security (not available yet)": (
+        Flag("ca-file", _parse_absent_tls, "", "[DEPRECATED] use -trusted-ca-file."),
+        Flag("cert-file", _parse_absent_tls, "", "path to the client server TLS cert file."),
+        Flag("key-file", _parse_absent_tls, "", "path to the client server TLS key file."),
+        Flag("client-cert-auth", _parse_absent_bool, False, "enable client authentication."),
+        Flag("trusted-ca-file", _parse_absent_tls, "", "path to the client server TLS CA file."),
+        Flag("peer-ca-file", _parse_absent_tls, "", "[DEPRECATED] use -peer-trusted-ca-file."),
+        Flag("peer-cert-file", _parse_absent_tls, "", "path to the peer server TLS cert file."),
+        Flag("peer-key-file", _parse_absent_tls, "", "path to the peer server TLS key file."),
+        Flag("peer-client-cert-auth", _parse_absent_bool, False, "enable peer authentication."),
+        Flag("peer-trusted-ca-file", _parse_absent_tls, "", "path to the peer server TLS CA file."),
+        Flag("auto-tls", _parse_absent_bool, False, "client TLS using generated certificates."),
+        Flag("peer-auto-tls", _parse_absent_bool, False, "peer TLS using generated certificates."),
+        Flag("client-crl-file", _parse_absent_tls, "", "path to the client revocation list."),
+        Flag("peer-crl-file", _parse_absent_tls, "", "path to the peer revocation list."),
+    ),
+    "logging": (
+        Flag("debug", parse_bool, False, "enable debug-level logging."),
+        Flag("log-package-levels", _parse_levels, {},
+             "levels per package, such as `etcdserver=WARNING,*=INFO`."),
+    ),
+    "unsafe": (
+        Flag("force-new-cluster", parse_bool, False,
+             "make this member the only one of its cluster: after the loss of the others."),
+    ),
+    "other": (
+        Flag("version", parse_bool, False, "show the version and exit."),
+        Flag("config-file", _parse_config_file, "", "not supported: use flags or variables."),
+    ),
+    "of etcd 0.4, still working": (
+        Flag("addr", _parse_address, "", "[DEPRECATED] use -advertise-client-urls."),
+        Flag("bind-addr", _parse_address, "", "[DEPRECATED] use -listen-client-urls."),
+        Flag("peer-addr", _parse_address, "", "[DEPRECATED] use -initial-advertise-peer-urls."),
+        Flag("peer-bind-addr", _parse_address, "", "[DEPRECATED] use -listen-peer-urls."),
+    ),
+    "of etcd 0.4, refused": (
+        Flag("peers", _refuse_peers, "", "no longer supported."),
+        Flag("peers-file", _refuse_peers, "", "no longer supported."),
+    ),
+}
+
+# Of etcd 0.4: booleans that do nothing.
+_IGNORED_BOOLS = (
+    "cluster-active-size", "cluster-remove-delay", "cluster-sync-interval", "config", "force",
+    "max-result-buffer", "max-retry-attempts", "peer-heartbeat-interval", "peer-election-timeout",
+    "retry-interval", "snapshot", "v", "vv",
+)
+# Of etcd 2.3's experiments and of etcd 3: accepted, so that units and scripts need no change.
+_NO_EFFECT_BOOLS = (
+    "enable-pprof", "enable-v2", "enable-grpc-gateway", "experimental-v3demo", "pre-vote",
+    "initial-election-tick-advance", "experimental-initial-corrupt-check",
+    "experimental-enable-lease-checkpoint", "experimental-peer-skip-client-san-verification",
+)
+_NO_EFFECT_TEXTS = (
+    "experimental-gRPC-addr", "experimental-auto-compaction-retention", "cipher-suites",
+    "client-cert-allowed-hostname", "peer-cert-allowed-cn", "peer-cert-allowed-hostname",
+    "host-whitelist", "quota-backend-bytes", "max-txn-ops", "max-request-bytes",
+    "max-concurrent-streams", "grpc-keepalive-min-time", "grpc-keepalive-interval",
+    "grpc-keepalive-timeout", "auto-compaction-mode", "auto-compaction-retention",
+    "discovery-srv-name", "auth-token", "auth-token-ttl", "bcrypt-cost", "metrics",
+    "listen-metrics-urls", "logger", "log-outputs", "log-level", "backend-batch-limit",
+    "backend-batch-interval", "backend-bbolt-freelist-type", "socket-reuse-port",
+    "socket-reuse-address", "unsafe-no-fsync", "v2-deprecation", "experimental-enable-v2v3",
+    "experimental-corrupt-check-time", "experimental-backend-bbolt-freelist-type",
+    "experimental-compaction-batch-limit", "experimental-warning-apply-duration",
+    "experimental-watch-progress-notify-interval", "experimental-memory-mlock",
+    "experimental-txn-mode-write-with-shared-buffer",
+    "experimental-bootstrap-defrag-threshold-megabytes",
+)
+
+
+def _all_flags() -> Dict[str, Flag]:
+    flags = {flag.name: flag for group in FLAGS.values() for flag in group}
+    for name in (*_IGNORED_BOOLS, *_NO_EFFECT_BOOLS):
+        flags[name] = Flag(name, parse_bool, False, "")
+    for name in _NO_EFFECT_TEXTS:
+        flags[name] = Flag(name, str, "", "")
+    return flags
+
+
+class Settings:
+    """What the command line and the environment say; a flag goes before its variable.
+
+    values   flag name -> parsed value, for what was given
+    sources  flag name -> what the operator wrote: `-name` or `ETCD_NAME`
+    lines    (level, package, text) to be logged once logging is set up
+
+    Raises FlagError.  Source: Go's package flag; etcd 2.3 pkg/flags.
+    """
+
+    def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
+        self.values: Dict[str, Any] = {}
+        self.sources: Dict[str, str] = {}
+        self.lines: List[Tuple[int, str, str]] = []
+        self.help = False
+        self._environ = environ
+        self._flags = _all_flags()
+        self._rest = list(argv)
+        while not self.help and self._next_flag():
+            pass
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a flag, or its default."""
+        return self.values.get(name, self._flags[name].default)
+
+    def is_set(self, name: str) -> bool:
+        """True if the flag or its variable was given."""
+        return name in self.values
+
+    def _next_flag(self) -> bool:
+        """Take one flag off the command line; False at the end of the flags."""
+        if not self._rest or not self._rest[0].startswith("-") or self._rest[0] == "-":
+            return False
+        word = self._rest.pop(0)
+        if word == "--":
+            return False
+        name, has_value, text = word[2 if word.startswith("--") else 1:].partition("=")
+        if not name or name.startswith("-"):
+            raise FlagError(f"bad flag syntax: {word}")
+        if name in ("h", "help"):
+            self.help = True
+            return False
+        flag = self._flags.get(name)
+        if flag is None:
+            raise FlagError(f"flag provided but not defined: -{name}")
+        if not has_value:
+            if flag.is_bool:
+                text = "true"
+            elif self._rest:
+                text = self._rest.pop(0)
+            else:
+                raise FlagError(f"flag needs an argument: -{name}")
+        self._set(flag, text, f"-{name}", f"flag -{name}")
+        return True
+
+    def check_leftover(self) -> None:
+        """Raise FlagError for a word behind the flags."""
+        if self._rest:
+            raise FlagError(f"error verifying flags, '{self._rest[0]}' is not a valid flag")
+
+    def read_environment(self) -> None:
+        """Take the ETCD_* variables; an empty one counts as not set."""
+        for name, flag in self._flags.items():
+            text = self._environ.get(flag.variable, "")
+            if not text:
+                continue
+            if name in self.values:
+                self._say(f"recognized environment variable {flag.variable}, but unused: shadowed"
+                          f" by corresponding flag ")
+                continue
+            self._say(f"recognized and used environment variable {flag.variable}={text}")
+            self._set(flag, text, flag.variable, flag.variable)
+        known = {flag.variable for flag in self._flags.values()}
+        for variable in sorted(self._environ):
+            if variable.startswith("ETCD_") and variable not in known:
+                text = self._environ[variable]
+                self._say(f"unrecognized environment variable {variable}={text}", logging.WARNING)
+
+    def _set(self, flag: Flag, text: str, source: str, where: str) -> None:
+        name = flag.name
+        if name in _IGNORED_BOOLS:
+            self._say(f'flag "-{name}" is no longer supported - ignoring.', logging.WARNING)
+        elif not flag.help:
+            self._say(f'flag "-{name}" has no effect in pyetcd - ignoring.', logging.WARNING)
+        if name.endswith("-urls") or name.endswith("addr") or name == "initial-cluster":
+            text = expand_addresses(text, self._environ, source)
+        try:
+            self.values[name] = flag.parse(text)
+        except ValueError as error:
+            what = "boolean value" if flag.is_bool and str(error) == "parse error" else "value"
+            raise FlagError(f'invalid {what} "{text}" for {where}: {error}') from None
+        self.sources[name] = source
+
+    def _say(self, text: str, level: int = logging.INFO) -> None:
+        self.lines.append((level, "flags", text))
+
+
+_ADDRESS_NAME = re.compile(r"\$\{?(private|public)_ipv4\b\}?")
+
+
+def expand_addresses(text: str, environ: Mapping[str, str], source: str) -> str:
+    """Replace $private_ipv4 and $public_ipv4, which only some clouds fill in, by addresses.
+
+    They come from COREOS_PRIVATE_IPV4 and COREOS_PUBLIC_IPV4 in the environment or in
+    /etc/environment; the private one otherwise from the interface with the default route.
+    Raises FlagError, naming `source`, if the address cannot be known.
+    """
+    def address(match: re.Match[str]) -> str:
+        kind = match.group(1)
+        variable = f"COREOS_{kind.upper()}_IPV4"
+        known = environ.get(variable) or read_environment_file(ENVIRONMENT_FILE).get(variable)
+        if not known and kind == "private":
+            known = default_route_address()
+        if not known:
+            raise FlagError(
+                f"{source} has ${kind}_ipv4 in {text}, but the {kind} address of this machine is"
+                f" not known: write the address itself, or set {variable} in {ENVIRONMENT_FILE}"
+            )
+        return known
+
+    return _ADDRESS_NAME.sub(address, text)
+
+
+def read_environment_file(path: str) -> Dict[str, str]:
+    """Return the `KEY=value` lines of a file; empty if it cannot be read."""
+    found: Dict[str, str] = {}
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            match = re.fullmatch(r"\s*(?:export\s+)?(\w+)=(.*?)\s*", line.rstrip("\n"))
+            if match:
+                found[match.group(1)] = match.group(2).strip("\"'")
+    return found
+
+
+def default_route_address() -> str:
+    """Return our IPv4 address on the interface with the default route, or ""."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("192.0.2.1", 9))  # a datagram socket only looks up the route: nothing is sent
+        return str(sock.getsockname()[0])
+    return ""
+
+
+_OLD_ADDRESSES = {
+    "addr": "advertise-client-urls", "bind-addr": "listen-client-urls",
+    "peer-addr": "initial-advertise-peer-urls", "peer-bind-addr": "listen-peer-urls",
+}
+
+
+def _take_old_addresses(settings: Settings) -> None:
+    """Turn the IP:port flags of etcd 0.4 into URLs.  Raises FlagError."""
+    for old, bound in (("addr", "bind-addr"), ("peer-addr", "peer-bind-addr")):
+        if settings.is_set(old) and not settings.is_set(bound):
+            if not settings.is_set(_OLD_ADDRESSES[bound]):
+                port = settings[old].rpartition(":")[2]
+                settings.values[bound] = f"[::]:{port}"
+                settings.sources[bound] = settings.sources[old]
+    for old, new in _OLD_ADDRESSES.items():
+        if not settings.is_set(old):
+            continue
+        if settings.is_set(new):
+            raise FlagError(f"Set only one of flags -{new} and -{old}")
+        settings.values[new] = (f"http://{settings[old]}",)
+        settings.sources[new] = settings.sources[old]
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise FlagError for settings that do not go together (etcd 2.3 config.go)."""
+    ways = [name for name in ("initial-cluster", "discovery", "discovery-srv") if settings[name]]
+    if len(ways) > 1:
+        raise FlagError(
+            "multiple discovery or bootstrap flags are set. Choose one of "
+            '"initial-cluster", "discovery" or "discovery-srv"'
+        )
+    _take_old_addresses(settings)
+    falls_back = settings["discovery"] and settings["discovery-fallback"] == "proxy"
+    if settings.is_set("listen-client-urls") and not settings.is_set("advertise-client-urls"):
+        if not falls_back:
+            raise FlagError(
+                "-advertise-client-urls is required when -listen-client-urls is set explicitly;"
+                " When listening on specific address(es), this etcd process must advertise"
+                " accessible url(s) to each connected client"
+            )
+    heartbeat_ms, election_ms = settings["heartbeat-interval"], settings["election-timeout"]
+    if heartbeat_ms < 1:
+        raise FlagError("-heartbeat-interval[0ms] should be at least 1ms")
+    if 5 * heartbeat_ms > election_ms:
+        raise FlagError(
+            f"-election-timeout[{election_ms}ms] should be at least as 5 times as"
+            f" -heartbeat-interval[{heartbeat_ms}ms]"
+        )
+    if election_ms > ELECTION_MS_MAX:
+        raise FlagError(
+            f"-election-timeout[{election_ms}ms] is too long, and should be set less than"
+            f" {ELECTION_MS_MAX}ms"
+        )
+    _check_urls(settings)
+
+
+def _check_urls(settings: Settings) -> None:
+    for name in ("listen-peer-urls", "listen-client-urls"):
+        for url in settings[name]:
+            _check_scheme(settings, name, url)
+    for name in ("initial-advertise-peer-urls", "advertise-client-urls"):
+        for url in settings[name]:
+            _check_host(settings, name, url)
+    if settings["initial-cluster"]:
+        try:
+            initial = parse_initial_cluster(settings["initial-cluster"])
+        except ValueError as error:
+            where = _source(settings, "initial-cluster")
+            raise FlagError(f"error setting up initial cluster: {error} (in {where})") from None
+        for urls in initial.values():
+            for url in urls:
+                _check_host(settings, "initial-cluster", url)
+    elif settings.is_set("initial-cluster"):
+        raise FlagError(
+            f'couldn\'t find local name "{settings["name"]}" in the initial cluster configuration:'
+            f" {_source(settings, 'initial-cluster')} is empty"
+        )
+
+
+def _check_scheme(settings: Settings, name: str, url: str) -> None:
+    if url.startswith("https:"):
+        where = _source(settings, name)
+        raise FlagError(f"{where} has {url}: TLS is not available yet; use an http URL")
+
+
+def _source(settings: Settings, name: str) -> str:
+    source = settings.sources.get(name, f"-{name}")
+    return source if source.startswith("-") else f"{name} (from {source})"
+
+
+def _check_host(settings: Settings, name: str, url: str) -> None:
+    """Raise FlagError for an advertised URL without a host, or with https.
+
+    Differs from etcd, which takes it, and then no member finds another: the failure that ends
+    many first attempts with cloud-config, when $private_ipv4 is empty.
+    """
+    _check_scheme(settings, name, url)
+    host, port = url_address(url)
+    if not host:
+        raise FlagError(
+            f"{_source(settings, name)} has no host in {url}: nobody could connect to it;"
+            f" perhaps $private_ipv4 was empty: write the address of this machine, e.g."
+            f" http://10.0.0.5:{port}, or set COREOS_PRIVATE_IPV4 in {ENVIRONMENT_FILE}"
+        )
+
+
+def make_config(settings: Settings) -> ServerConfig:
+    """Return the member's configuration.  Raises FlagError."""
+    try:
+        check_settings(settings)
+    except FlagError as error:
+        raise FlagError(f"error verifying flags, {error}") from None
+    initial = settings["initial-cluster"]
+    if not initial and not settings["discovery"] and not settings["discovery-srv"]:
+        initial = default_initial_cluster(settings["name"])
+    return ServerConfig(
+        name=settings["name"],
+        data_dir=settings["data-dir"],
+        wal_dir=settings["wal-dir"],
+        snapshot_count=settings["snapshot-count"] or DEFAULT_SNAPSHOT_COUNT,
+        heartbeat_ms=settings["heartbeat-interval"],
+        election_ms=settings["election-timeout"],
+        max_snapshots=settings["max-snapshots"],
+        max_wals=settings["max-wals"],
+        initial_cluster=initial,
+        initial_cluster_token=settings["initial-cluster-token"],
+        initial_cluster_state=settings["initial-cluster-state"],
+        force_new_cluster=settings["force-new-cluster"],
+        listen_client_urls=settings["listen-client-urls"],
+        listen_peer_urls=settings["listen-peer-urls"],
+        advertise_client_urls=settings["advertise-client-urls"],
+        initial_advertise_peer_urls=settings["initial-advertise-peer-urls"],
+        discovery=settings["discovery"],
+        discovery_fallback=settings["discovery-fallback"],
+        discovery_proxy=settings["discovery-proxy"],
+        discovery_srv=settings["discovery-srv"],
+        strict_reconfig_check=settings["strict-reconfig-check"],
+        cors=settings["cors"],
+        debug=settings["debug"],
+    )
+
+
+def usage() -> str:
+    """Return the text of -help."""
+    lines = [
+        "usage: pyetcd [flags]", "       start a pyetcd member", "",
+        "       pyetcd -version", "       show the version", "",
+        "       pyetcd -h | -help", "       show the help information about pyetcd", "",
+        "Every flag may be written -flag value, -flag=value, --flag value or --flag=value; its",
+        "environment variable is ETCD_ and its name, upper case, with _ for -.",
+    ]
+    for title, flags in FLAGS.items():
+        lines += ["", f"{title} flags:", ""]
+        for flag in flags:
+            default = flag.default
+            if isinstance(default, (tuple, dict)):
+                default = ",".join(default)
+            shown = str(default).lower() if flag.is_bool else f"'{default}'"
+            lines += [f"\t--{flag.name} {shown}", f"\t\t{flag.help}"]
+    for title, names in (
+        ("of etcd 0.4, without effect", _IGNORED_BOOLS),
+        ("of etcd 3 or experimental, without effect", (*_NO_EFFECT_BOOLS, *_NO_EFFECT_TEXTS)),
+    ):
+        lines += ["", f"{title} flags:", ""]
+        lines += [f"\t--{name}" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def version_text() -> str:
+    """Return the four lines of -version."""
+    machine = platform.machine().lower()
+    machine = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386"}.get(machine, machine)
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    return (
+        f"etcd Version: {SERVER_VERSION}\nGit SHA: pyetcd-{__version__}\nGo Version: {python}\n"
+        f"Go OS/Arch: {sys.platform}/{machine}\n"
+    )
+
+
+class LogFormatter(logging.Formatter):
+    """`2015/08/31 22:03:06 package: message`, in local time, as etcd 2.0 writes it."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """One line; the package is what follows `pyetcd.` in the logger's name."""
+        package = record.name.partition(".")[2]
+        prefix = f"{package}: " if package else ""
+        return f"{record.asctime} {prefix}{record.message}"
+
+
+def set_up_logging(settings: Settings) -> None:
+    """Send the log to stderr, with the levels that the settings ask for."""
+    root = logging.getLogger("pyetcd")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter())
+    root.handlers[:] = [handler]
+    root.propagate = False
+    root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
+    for package, level in settings["log-package-levels"].items():
+        (package_logger(package) if package else root).setLevel(level)
+
+
+def check_data_dir(config: ServerConfig) -> None:
+    """Log which data directory it is, and if a member was there.  Raises StartError for a proxy's.
+
+    What cannot be a data directory at all is refused later, by prepare_data_dir.
+    """
+    log = package_logger("etcd")
+    path = config.data_dir or config.name + ".etcd"
+    if not config.data_dir:
+        log.info("no data-dir provided, using default data-dir ./%s", path)
+    if os.path.isdir(config.wal_dir or os.path.join(path, "member", "wal")):
+        log.info("already initialized as member before, starting as etcd member...")
+    elif os.path.isdir(os.path.join(path, "proxy")):
+        raise StartError(
+            f"{path} belongs to a proxy, which is not available yet; choose another -data-dir, or"
+            f" remove it to start a member"
+        )
+
+
+def raise_descriptor_limit() -> None:
+    """Allow as many open files as the system lets us.  Raises StartError if that is too few."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    if soft != resource.RLIM_INFINITY and soft <= DESCRIPTORS_MIN:
+        raise StartError(
+            f"file descriptor limit[{soft}] of etcd process is too low, and should be set higher"
+            f" than {DESCRIPTORS_MIN} to ensure internal usage; raise it with ulimit -n"
+        )
+
+
+def notify_systemd(environ: Mapping[str, str]) -> None:
+    """Tell systemd, if it asked, that the member is up (sd_notify protocol)."""
+    path = environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return
+    address = "\0" + path[1:] if path.startswith("@") else path
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"READY=1", address)
+    except OSError as error:
+        package_logger("etcd").error("failed to notify systemd for readiness: %s", error)
+
+
+class SignalStop:
+    """SIGINT and SIGTERM stop the member in order, and then end the process as signals do.
+
+    Until install() the signals end it at once: nothing is served before the cluster is formed.
+    """
+
+    _SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}
+
+    def __init__(self) -> None:
+        self._received = 0
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def install(self, stop: Callable[[], None]) -> None:
+        """Call stop() on a thread of its own at the first signal; later ones are swallowed."""
+        def received(number: int, frame: object) -> None:
+            if self._received:
+                return
+            self._received = number
+            name = self._SIGNALS[signal.Signals(number)]
+            logging.getLogger("pyetcd").info("received %s signal, shutting down...", name)
+            threading.Thread(target=stop, name="stop", daemon=True).start()
+
+        for number in self._SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, received)
+
+    def end(self) -> None:
+        """After an orderly stop, die of the signal, so that the parent sees it; not as pid 1."""
+        if self._received and os.getpid() != 1:
+            signal.signal(self._received, signal.SIG_DFL)
+            os.kill(os.getpid(), self._received)
+
+
+def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
+    """Run a member until it ends; return the exit code.  Raises StartError."""
+    signals = SignalStop()
+    check_data_dir(config)
+    raise_descriptor_limit()
+    server = Server.from_config(config)
+    server.start()
+    signals.install(server.stop)
+    notify_systemd(environ)
+    code = server.wait()
+    signals.end()
+    return code
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run `pyetcd` with these words after the command; return the exit code."""
+    # Threads of this process only wait for each other's short turns: 5 ms would be an eternity.
+    sys.setswitchinterval(0.0005)
+    try:
+        settings = Settings(sys.argv[1:] if argv is None else argv, os.environ)
+        if settings.help:
+            sys.stdout.write(usage())
+            return 0
+        settings.check_leftover()
+        if settings["version"]:
+            sys.stdout.write(version_text())
+            return 0
+        settings.read_environment()
+        config = make_config(settings)
+    except FlagError as error:
+        sys.stderr.write(f"{error}. {_SEE_HELP}\n")
+        return 1
+    set_up_logging(settings)
+    for level, package, text in settings.lines:
+        package_logger(package).log(level, "%s", text)
+    if settings["snapshot-count"] == 0:
+        package_logger("etcdserver").info(
+            "set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT
+        )
+    try:
+        return run_member(config, os.environ)
+    except StartError as error:
+        package_logger("etcd").critical("%s", error)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1675 @@
+"""A client for the etcd v2 keys API (pyetcd, etcd 2.x, etcd 3.4 with --enable-v2).
+
+    from pyetcd_client import Client, KeyNotFound
+
+    client = Client()                                  # http://127.0.0.1:2379
+    client = Client("http://10.0.0.1:2379", "10.0.0.2:2379")
+    client.set("foo", "bar", ttl=60).modified_index
+    client.get("foo").value
+    client.compare_and_swap("foo", "new", prev_value="bar")
+    for event in client.watch_iter("/config", recursive=True):
+        print(event.action, event.key, event.value)
+
+The client never guesses.  A request goes to another endpoint only if the first connection was
+never made, or if it is a read.  When the fate of a write is unknown (its answer was lost, late or
+unreadable, or the server gave up on it) the error raised says `maybe_applied=True`, and nothing is
+sent again: what to do then is for the caller to decide, who knows whether it may happen twice.
+
+`python -m pyetcd_client` is a command line in the manner of etcdctl 2.3.
+
+Sections
+  1. Errors
+  2. Results
+  3. Endpoints and connections
+  4. Client
+  5. Command line
+
+Sources: etcd 2.3 API (keys, members, errorcode), etcdctl 2.3.8, RFC 9110 section 9.2.
+"""
+
+from __future__ import annotations
+
+import http
+import json
+import os
+import random
+import re
+import ssl
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    FrozenSet,
+    Generic,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+)
+from urllib.parse import quote, urlencode, urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.exceptions import NewConnectionError, ReadTimeoutError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EtcdError", "ApiError", "KeyNotFound", "CompareFailed", "NotFile", "NotDir", "NodeExists",
+    "RootReadOnly", "DirNotEmpty", "Unauthorized", "PrevValueRequired", "TtlNotANumber",
+    "IndexNotANumber", "InvalidField", "InvalidForm", "RefreshValue", "RefreshTtlRequired",
+    "RaftInternal", "EventIndexCleared", "HttpError", "BadReply", "TransportError",
+    "ConnectionFailed", "RequestTimeout", "WatchTimeout", "ClusterIdChanged",
+    "Node", "Result", "Member", "Endpoints", "Watch", "Client", "main",
+]
+
+DEFAULT_ENDPOINT = "http://127.0.0.1:2379"
+CONNECT_TIMEOUT_S = 2.0         # per address of an endpoint; then the next endpoint is tried
+READ_TIMEOUT_S = 10.0           # silence of a server; above the 7 s after which etcd gives up
+TOTAL_TIMEOUT_S = 30.0          # one call over all endpoints; when it is over no other one is tried
+IDLE_CLOSE_S = 3.0              # a connection that was idle for longer is not used again
+WATCH_POLL_S = 60.0             # a silent watch is asked anew, so that a dead peer is noticed
+BACKOFF_MIN_S = 0.1             # first wait of a watch that lost its server; doubled each time
+BACKOFF_MAX_S = 5.0
+REDIRECTS_MAX = 5               # of one read; more raise BadReply
+
+
+# ============================================================================
+# 1. Errors -- one class per error code of etcd, and those of the transport
+# ----------------------------------------------------------------------------
+# Knows: nothing.
+# ============================================================================
+
+class EtcdError(Exception):
+    """Root of everything this module raises about a server or the way to it.
+
+    message        what went wrong, without the endpoint
+    code           etcd's error code; 0 if the answer had none, or there was no answer
+    cause          etcd's cause, usually the key
+    index          etcd index at the time of the error
+    status         HTTP status; 0 if there was no answer
+    endpoint       base URL of the server that was asked
+    maybe_applied  True if this was a write which may have been, or may yet be, applied
+    """
+
+    code = 0
+
+    def __init__(
+        self, message: str = "", *, code: Optional[int] = None, cause: str = "", index: int = 0,
+        status: int = 0, endpoint: str = "", maybe_applied: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = self.code if code is None else code
+        self.cause = cause
+        self.index = index
+        self.status = status
+        self.endpoint = endpoint
+        self.maybe_applied = maybe_applied
+        self.others: Tuple[EtcdError, ...] = ()     # from the endpoints tried after this one
+
+    @property
+    def failures(self) -> Tuple[EtcdError, ...]:
+        """One error per endpoint that was tried, in order; the first is this one."""
+        return (self, *self.others)
+
+    def describe(self) -> str:
+        """Return this error alone, as one line."""
+        return f"{self.endpoint}: {self.message}" if self.endpoint else self.message
+
+    def __str__(self) -> str:
+        text = "; ".join(error.describe() for error in self.failures)
+        return f"{text} (the write may have been applied)" if self.maybe_applied else text
+
+
+class ApiError(EtcdError):
+    """An error answer of the keys API; codes without a class of their own come as this one."""
+
+    def describe(self) -> str:
+        """Return code, message, cause and index in the form etcdctl prints them."""
+        return f"{self.code}: {self.message} ({self.cause}) [{self.index}]"
+
+
+_API_ERRORS: Dict[int, Type[ApiError]] = {}
+
+_ApiErrorType = TypeVar("_ApiErrorType", bound=Type[ApiError])
+
+
+def _registered(code: int) -> Callable[[_ApiErrorType], _ApiErrorType]:
+    """Make the decorated class the one raised for error `code`."""
+    def register(error_class: _ApiErrorType) -> _ApiErrorType:
+        error_class.code = code
+        _API_ERRORS[code] = error_class
+        return error_class
+    return register
+
+
+@_registered(100)
+class KeyNotFound(ApiError):
+    """A path component does not exist; the cause is its path."""
+
+
+@_registered(101)
+class CompareFailed(ApiError):
+    """prev_value or prev_index does not hold; the cause shows given and stored."""
+
+
+@_registered(102)
+class NotFile(ApiError):
+    """A directory stands where a file is needed."""
+
+
+@_registered(104)
+class NotDir(ApiError):
+    """A file stands in the middle of the path."""
+
+
+@_registered(105)
+class NodeExists(ApiError):
+    """create or mkdir found the key."""
+
+
+@_registered(107)
+class RootReadOnly(ApiError):
+    """The root cannot be changed."""
+
+
+@_registered(108)
+class DirNotEmpty(ApiError):
+    """Deleting a directory with children, hidden ones included, needs recursive=True."""
+
+
+@_registered(110)
+class Unauthorized(ApiError):
+    """Auth is enabled and the request lacks the right."""
+
+
+@_registered(201)
+class PrevValueRequired(ApiError):
+    """prev_value was given, but empty."""
+
+
+@_registered(202)
+class TtlNotANumber(ApiError):
+    """ttl is not an unsigned integer."""
+
+
+@_registered(203)
+class IndexNotANumber(ApiError):
+    """prev_index or index is not an unsigned integer."""
+
+
+@_registered(209)
+class InvalidField(ApiError):
+    """A boolean parameter has another value, or does not fit the method."""
+
+
+@_registered(210)
+class InvalidForm(ApiError):
+    """The query or the body cannot be parsed, or is too large (10 MiB)."""
+
+
+@_registered(211)
+class RefreshValue(ApiError):
+    """A refresh came with a value."""
+
+
+@_registered(212)
+class RefreshTtlRequired(ApiError):
+    """A refresh came without a ttl."""
+
+
+@_registered(300)
+class RaftInternal(ApiError):
+    """The request did not get through consensus in time; a write may be applied later."""
+
+
+@_registered(401)
+class EventIndexCleared(ApiError):
+    """The index to watch from lies before the event history (1000 events)."""
+
+
+class HttpError(EtcdError):
+    """An error answer that is not one of the keys API: members, health, a proxy in between."""
+
+
+class TransportError(EtcdError):
+    """There was no usable answer."""
+
+
+class ConnectionFailed(TransportError):
+    """The connection could not be made, or broke.
+
+    For a write, maybe_applied=False means that it was never made: the request was not sent.
+    """
+
+
+class RequestTimeout(TransportError):
+    """The server did not answer in time."""
+
+
+class WatchTimeout(RequestTimeout):
+    """No event came in time; `index` is where the next watch must begin to miss none."""
+
+
+class BadReply(TransportError):
+    """The answer is not what etcd would say: garbage, cut short, or redirected for ever."""
+
+
+class ClusterIdChanged(TransportError):
+    """The answer comes from another cluster than earlier ones.
+
+    A write was applied there.  Set `client.cluster_id = None` to accept the next cluster seen.
+    """
+
+
+# ============================================================================
+# 2. Results -- frozen values made from the JSON of an answer
+# ----------------------------------------------------------------------------
+# Knows: section 1.  Names are the JSON keys in snake_case; `raw` is the JSON itself.
+# ============================================================================
+
+_T = TypeVar("_T")
+
+
+class _Reply(NamedTuple):
+    """One HTTP answer, read to its end."""
+
+    status: int
+    headers: Mapping[str, str]      # names in any case
+    body: bytes
+
+    def header_number(self, name: str) -> int:
+        """Return a numeric header; 0 if it is missing or not a number."""
+        text = self.headers.get(name, "")
+        return int(text) if text.isdigit() and text.isascii() else 0
+
+    def json(self) -> Any:
+        """Return the body decoded; raise ValueError if it is not JSON."""
+        return json.loads(self.body.decode("utf-8", "replace"))
+
+
+@dataclass(frozen=True)
+class Node:
+    """A file or a directory at one moment.
+
+    value       None for a directory, and in the answer to a delete
+    ttl         seconds left, rounded up; None if permanent.  0 or less: expired, not yet removed
+    expiration  RFC 3339 instant in UTC as the server sent it; None if permanent
+    nodes       visible children of a listed directory
+    """
+
+    key: str
+    value: Optional[str] = None
+    dir: bool = False
+    ttl: Optional[int] = None
+    expiration: Optional[str] = None
+    modified_index: int = 0
+    created_index: int = 0
+    nodes: Tuple[Node, ...] = ()
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Node:
+        """Return the node a server described; the root has no key in JSON and is "/" here."""
+        return cls(
+            key=raw.get("key") or "/",
+            value=raw.get("value"),
+            dir=raw.get("dir", False),
+            ttl=raw.get("ttl", 0 if "expiration" in raw else None),
+            expiration=raw.get("expiration"),
+            modified_index=raw.get("modifiedIndex", 0),
+            created_index=raw.get("createdIndex", 0),
+            nodes=tuple(map(cls.from_json, raw.get("nodes") or ())),
+            raw=raw,
+        )
+
+    def walk(self) -> Iterator[Node]:
+        """Yield every node below this one, parents before their children."""
+        for child in self.nodes:
+            yield child
+            yield from child.walk()
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answer to a keys request, or an event of a watch.
+
+    action      get, set, create, update, delete, compareAndSwap, compareAndDelete, expire
+    prev_node   what was there before; None if nothing was, and for get and create
+    etcd_index  store index when the request was answered (for an event: accepted)
+    """
+
+    action: str
+    node: Node
+    prev_node: Optional[Node] = None
+    etcd_index: int = 0
+    raft_index: int = 0
+    raft_term: int = 0
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def key(self) -> str:
+        """Key of the node."""
+        return self.node.key
+
+    @property
+    def value(self) -> Optional[str]:
+        """Value of the node; None for a directory and after a delete."""
+        return self.node.value
+
+    @property
+    def modified_index(self) -> int:
+        """Index of the change that made the node what it is."""
+        return self.node.modified_index
+
+    @property
+    def created_index(self) -> int:
+        """Index of the change that created the node."""
+        return self.node.created_index
+
+    @property
+    def nodes(self) -> Tuple[Node, ...]:
+        """Visible children of a listed directory."""
+        return self.node.nodes
+
+
+@dataclass(frozen=True)
+class Member:
+    """A server of the cluster; `name` and `client_urls` are empty until it has started."""
+
+    id: str
+    name: str
+    peer_urls: Tuple[str, ...]
+    client_urls: Tuple[str, ...]
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Member:
+        """Return the member a server described."""
+        return cls(
+            id=raw["id"], name=raw["name"], peer_urls=tuple(raw.get("peerURLs") or ()),
+            client_urls=tuple(raw.get("clientURLs") or ()), raw=raw,
+        )
+
+
+def _expect_object(payload: Any) -> Dict[str, Any]:
+    if not isinstance(payload, dict):
+        raise ValueError("not a JSON object")
+    return payload
+
+
+def _parse_result(reply: _Reply) -> Result:
+    raw = _expect_object(reply.json())
+    previous = raw.get("prevNode")
+    return Result(
+        action=raw["action"],
+        node=Node.from_json(_expect_object(raw["node"])),
+        prev_node=None if previous is None else Node.from_json(_expect_object(previous)),
+        etcd_index=reply.header_number("X-Etcd-Index"),
+        raft_index=reply.header_number("X-Raft-Index"),
+        raft_term=reply.header_number("X-Raft-Term"),
+        raw=raw,
+    )
+
+
+def _parse_object(reply: _Reply) -> Dict[str, Any]:
+    return _expect_object(reply.json())
+
+
+def _parse_members(reply: _Reply) -> List[Member]:
+    return [Member.from_json(raw) for raw in _parse_object(reply)["members"]]
+
+
+def _parse_leader(reply: _Reply) -> Optional[Member]:
+    raw = _parse_object(reply)
+    return Member.from_json(raw) if reply.status == 200 else None
+
+
+def _parse_health(reply: _Reply) -> bool:
+    # A string in 2.x and 3.4, a boolean in the "nhealth" form etcdctl also accepts.
+    return _parse_object(reply)["health"] in ("true", True)
+
+
+def _parse_version(reply: _Reply) -> Dict[str, str]:
+    text = reply.body.decode("utf-8", "replace").strip()
+    if text.startswith("etcd "):                    # etcd 2.0 answers "etcd 2.0.13"
+        return {"etcdserver": text[5:]}
+    return {str(name): str(value) for name, value in _parse_object(reply).items()}
+
+
+# ============================================================================
+# 3. Endpoints and connections
+# ----------------------------------------------------------------------------
+# Knows: sections 1-2.  Turns what requests and urllib3 raise into section 1.
+# ============================================================================
+
+def _base_url(text: str) -> str:
+    """Return `text` as scheme://host:port; raise ValueError if it does not name a server."""
+    url = text.strip()
+    url = url if "://" in url else f"http://{url}"
+    parts = urlsplit(url)
+    try:
+        valid = parts.port != 0
+    except ValueError:                              # not a number, or above 65535
+        valid = False
+    if parts.scheme not in ("http", "https") or not parts.hostname or not valid:
+        raise ValueError(f"endpoint {text!r} is not http://HOST:PORT or https://HOST:PORT")
+    if parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None:
+        raise ValueError(f"endpoint {text!r} has more than a scheme, a host and a port")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+class Endpoints:
+    """The servers a client may ask: one is used until it fails, then the next in turn.
+
+    Thread: any.
+    """
+
+    def __init__(self, urls: Iterable[str]) -> None:
+        listed = [urls] if isinstance(urls, str) else list(urls)
+        cleaned = [_base_url(part) for url in listed for part in url.split(",")]
+        if not cleaned:
+            raise ValueError("at least one endpoint is needed")
+        self.urls: Tuple[str, ...] = tuple(dict.fromkeys(cleaned))
+        self._position = 0                          # of the endpoint in use
+        self._lock = threading.Lock()               # guards _position; nothing is locked inside
+
+    @property
+    def current(self) -> str:
+        """Base URL of the endpoint in use."""
+        return self.urls[self._position]
+
+    def candidates(self) -> Tuple[str, ...]:
+        """Return every endpoint once, the one in use first."""
+        position = self._position
+        return self.urls[position:] + self.urls[:position]
+
+    def failed(self, url: str) -> None:
+        """Move on to the next endpoint, unless another thread has done so already."""
+        with self._lock:
+            if self.urls[self._position] == url:
+                self._position = (self._position + 1) % len(self.urls)
+
+
+class _Connections:
+    """Keep-alive connections of one thread, or of one watch; not shared, hence without a lock."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()                      # a forked child must not use these sockets
+        self._used_at = time.monotonic()
+        self.session = session = requests.Session()
+        # Proxies, .netrc passwords and CA paths out of the environment would reach etcd without
+        # anybody having asked for it; looking them up also takes 0.16 ms of a GET's 0.69 ms.
+        session.trust_env = False
+        session.max_redirects = REDIRECTS_MAX
+        session.headers["User-Agent"] = f"pyetcd-client/{__version__}"
+        for scheme in ("http://", "https://"):
+            # No retries below us: urllib3 does not know which requests may be sent twice.
+            session.mount(scheme, HTTPAdapter(max_retries=0))
+
+    def ready(self) -> requests.Session:
+        """Return the session; connections that were idle for IDLE_CLOSE_S are closed first.
+
+        A server or a load balancer may close an idle connection while our request is on its way.
+        Such a request was probably not executed, but nobody can know, so for a write that is
+        an error with maybe_applied=True.  urllib3 replaces a connection whose end has arrived
+        already; the race that remains is made rare by not using one that was idle for
+        IDLE_CLOSE_S, which is below the idle limits in common use (5 s and more).  The price is
+        one round trip for a new connection.
+        """
+        now = time.monotonic()
+        if now - self._used_at > IDLE_CLOSE_S:
+            self.session.close()                    # closes its connections; it stays usable
+        self._used_at = now
+        return self.session
+
+    def used(self) -> None:
+        """Note that an exchange just ended: idle time counts from here."""
+        self._used_at = time.monotonic()
+
+    def close(self) -> None:
+        """Close the connections; the next request makes new ones."""
+        self.session.close()
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield `error` and what requests and urllib3 wrapped in it, outermost first."""
+    current: Optional[BaseException] = error
+    for _ in range(10):                             # they wrap four deep; a cycle ends here
+        if current is None:
+            return
+        yield current
+        inner = (getattr(current, "reason", None), *current.args)
+        current = next((item for item in inner if isinstance(item, BaseException)),
+                       current.__cause__ or current.__context__)
+
+
+def _reason(causes: Sequence[BaseException]) -> str:
+    """Return what the innermost error says, in a few words."""
+    for cause in reversed(causes):
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror.lower()
+    return str(causes[-1]) or type(causes[-1]).__name__
+
+
+def _transport_error(
+    error: requests.RequestException, endpoint: str, *, write: bool,
+) -> TransportError:
+    """Return `error` in our terms; it decides whether a write may have reached the server."""
+    causes = list(_causes(error))
+    if isinstance(error, requests.ConnectTimeout):
+        return ConnectionFailed("connect timed out", endpoint=endpoint)
+    # Refused, unreachable, unknown name, untrusted certificate: no request was sent.
+    if any(isinstance(c, (NewConnectionError, ssl.SSLCertVerificationError)) for c in causes):
+        return ConnectionFailed(_reason(causes), endpoint=endpoint)
+    if any(isinstance(c, (requests.Timeout, ReadTimeoutError)) for c in causes):
+        return RequestTimeout("no answer in time", endpoint=endpoint, maybe_applied=write)
+    if isinstance(error, requests.TooManyRedirects):
+        return BadReply("too many redirects", endpoint=endpoint)
+    return ConnectionFailed(_reason(causes), endpoint=endpoint, maybe_applied=write)
+
+
+def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
+    """Return the error an answer stands for.
+
+    A 4xx is a refusal.  After a 5xx to a write the proposal may sit in a log and be applied when
+    the quorum returns (etcd 2.3 does that), or whoever stands between us and etcd lost the answer.
+    """
+    maybe_applied = write and reply.status >= 500
+    try:
+        raw = _expect_object(reply.json())
+    except (ValueError, RecursionError):
+        raw = {}
+    code, message = raw.get("errorCode"), str(raw.get("message", ""))
+    if isinstance(code, int):
+        index = raw.get("index")
+        return _API_ERRORS.get(code, ApiError)(
+            message, code=code, cause=str(raw.get("cause", "")),
+            index=index if isinstance(index, int) else 0,
+            status=reply.status, endpoint=endpoint, maybe_applied=maybe_applied)
+    if 300 <= reply.status < 400:
+        message = f"redirected to {reply.headers.get('Location')}: not followed"
+    return HttpError(
+        message or f"HTTP status {reply.status}", status=reply.status, endpoint=endpoint,
+        maybe_applied=maybe_applied)
+
+
+# ============================================================================
+# 4. Client
+# ----------------------------------------------------------------------------
+# Knows: sections 1-3.  Client._request is the only place that does I/O.
+# ============================================================================
+
+_READS = frozenset(("GET", "HEAD"))
+_SUCCESS: FrozenSet[int] = frozenset((200, 201))
+_HEALTH_STATUSES: FrozenSet[int] = frozenset((200, 503))    # /health, /v2/members/leader
+_FORM_HEADERS = {"Content-Type": "application/x-www-form-urlencoded"}
+
+_Field = Union[None, bool, int, str]                # a parameter; None leaves it out
+
+
+def _clean_key(key: str) -> str:
+    """Return `key` as the server files it: one leading slash, no empty, `.` or `..` parts.
+
+    Left to the server, such a key is answered by a redirect; left to urllib3, `..` would leave
+    /v2/keys.
+    """
+    parts: List[str] = []
+    for part in key.split("/"):
+        if part == "..":
+            del parts[-1:]
+        elif part not in ("", "."):
+            parts.append(part)
+    return "/" + "/".join(parts)
+
+
+def _encode_fields(fields: Mapping[str, _Field]) -> str:
+    """Return the parameters that were given, form-encoded."""
+    given = {
+        name: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in fields.items() if value is not None
+    }
+    return urlencode(given, errors="surrogateescape")
+
+
+def _keys_target(key: str, query: Mapping[str, _Field]) -> str:
+    # Lone surrogates stand for bytes that are not UTF-8, as they come from sys.argv.
+    path = quote("/v2/keys" + _clean_key(key), errors="surrogateescape")
+    text = _encode_fields(query)
+    return f"{path}?{text}" if text else path
+
+
+@dataclass(frozen=True)
+class _Call(Generic[_T]):
+    """A request, independent of the endpoint it goes to."""
+
+    method: str
+    target: str                                     # path and query, percent-encoded
+    parse: Callable[[_Reply], _T]
+    form: Optional[bytes] = None
+    statuses: FrozenSet[int] = _SUCCESS             # those `parse` understands
+    on_head: Optional[Callable[[_Reply], None]] = None  # called before a body that may take long
+
+    @property
+    def write(self) -> bool:
+        """Whether sending it twice could matter."""
+        return self.method not in _READS
+
+
+def _is_endpoint_failure(error: EtcdError) -> bool:
+    """Whether another endpoint might do better: not after a refusal, which is an answer."""
+    if isinstance(error, TransportError):
+        return not isinstance(error, ClusterIdChanged)
+    return error.status >= 500
+
+
+class Client:
+    """A connection to an etcd cluster; safe to share between threads.
+
+    Client()                               http://127.0.0.1:2379
+    Client("http://h:p", "h:p", ...)       several members of one cluster
+    Client(endpoints=[...])                the same
+
+    connect_timeout_s  to make a connection
+    read_timeout_s     for each silence of the server; below 7 it may cut short etcd's own answer
+    total_timeout_s    for a call over all endpoints: when it has passed no other one is tried
+
+    Every keys method returns a Result and raises an EtcdError.  Keys may be written with or
+    without the leading slash.  Nothing is sent before the first call.
+
+    Thread: any.  Each thread has connections of its own, so calls never wait for each other.
+    """
+
+    def __init__(
+        self, *urls: str, endpoints: Optional[Iterable[str]] = None,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S, read_timeout_s: float = READ_TIMEOUT_S,
+        total_timeout_s: float = TOTAL_TIMEOUT_S,
+    ) -> None:
+        if urls and endpoints is not None:
+            raise ValueError("give endpoints either as arguments or as endpoints=, not both")
+        if min(connect_timeout_s, read_timeout_s, total_timeout_s) <= 0:
+            raise ValueError("timeouts are seconds above 0")
+        self.endpoints = Endpoints(
+            (urls or (DEFAULT_ENDPOINT,)) if endpoints is None else endpoints)
+        self.cluster_id: Optional[str] = None       # hex; from the first answer
+        self.connect_timeout_s = connect_timeout_s
+        self.read_timeout_s = read_timeout_s
+        self.total_timeout_s = total_timeout_s
+        self._local = threading.local()             # .connections: those of the calling thread
+
+    # -- keys: reading
+
+    def get(
+        self, key: str, *, recursive: bool = False, sorted: bool = False, quorum: bool = False,
+    ) -> Result:
+        """Return the node at `key`.
+
+        recursive  list a directory to all depths, not only its children
+        sorted     order each level of a listing by key
+        quorum     read through consensus: never stale, slower, fails without a quorum
+        """
+        query = {"recursive": recursive or None, "sorted": sorted or None, "quorum": quorum or None}
+        return self._perform(_Call("GET", _keys_target(key, query), _parse_result))
+
+    def ls(
+        self, key: str = "/", *, recursive: bool = False, quorum: bool = False,
+    ) -> List[Node]:
+        """Return the visible nodes of a directory ordered by key; for a file, the file itself.
+
+        recursive  every node below, parents before their children
+        """
+        node = self.get(key, recursive=recursive, sorted=True, quorum=quorum).node
+        return list(node.walk()) if node.dir else [node]
+
+    # -- keys: writing
+
+    def set(self, key: str, value: str, *, ttl: Optional[int] = None) -> Result:
+        """Write a file, whether or not it exists; parents are created.
+
+        ttl  seconds until it expires; None: never, whatever was set before
+        """
+        return self._put(key, {"value": value, "ttl": ttl})
+
+    def create(self, key: str, value: str, *, ttl: Optional[int] = None) -> Result:
+        """Write a file that must not exist yet.  Raises NodeExists."""
+        return self._put(key, {"value": value, "ttl": ttl, "prevExist": False})
+
+    def update(self, key: str, value: str, *, ttl: Optional[int] = None) -> Result:
+        """Write a file that must exist.  Raises KeyNotFound."""
+        return self._put(key, {"value": value, "ttl": ttl, "prevExist": True})
+
+    def append(self, key: str, value: str, *, ttl: Optional[int] = None) -> Result:
+        """Create a file with the next name in directory `key`; names sort in order of creation.
+
+        After an error with maybe_applied=True only a look at the directory tells whether the
+        value is in: make values unique if that matters.
+        """
+        form = _encode_fields({"value": value, "ttl": ttl}).encode()
+        return self._perform(_Call("POST", _keys_target(key, {}), _parse_result, form))
+
+    def refresh(self, key: str, ttl: int) -> Result:
+        """Give an existing file a new ttl and leave its value; watchers are not told.
+
+        Needs etcd 2.3: earlier ones do not know refresh and would empty the value.
+        """
+        return self._put(key, {"ttl": ttl, "refresh": True, "prevExist": True})
+
+    def compare_and_swap(
+        self, key: str, value: str, *, prev_value: Optional[str] = None,
+        prev_index: Optional[int] = None, ttl: Optional[int] = None,
+    ) -> Result:
+        """Write a file if it has the given value and modified index.  Raises CompareFailed.
+
+        At least one condition is needed.  The API cannot compare with an empty value.
+        """
+        conditions = self._conditions(prev_value, prev_index)
+        return self._put(key, {"value": value, "ttl": ttl, **conditions})
+
+    def delete(self, key: str, *, dir: bool = False, recursive: bool = False) -> Result:
+        """Remove a file; with `dir` also an empty directory, with `recursive` also a full one."""
+        return self._delete(key, {"dir": dir or None, "recursive": recursive or None})
+
+    def compare_and_delete(
+        self, key: str, *, prev_value: Optional[str] = None, prev_index: Optional[int] = None,
+    ) -> Result:
+        """Remove a file if it has the given value and modified index.  Raises CompareFailed."""
+        return self._delete(key, self._conditions(prev_value, prev_index))
+
+    def mkdir(self, key: str, *, ttl: Optional[int] = None) -> Result:
+        """Create a directory that must not exist yet; with `ttl`, it expires with its content."""
+        return self._put(key, {"dir": True, "ttl": ttl, "prevExist": False})
+
+    def rmdir(self, key: str) -> Result:
+        """Remove an empty directory (or a file, as etcd does).  Raises DirNotEmpty."""
+        return self.delete(key, dir=True)
+
+    # -- keys: watching
+
+    def watch(
+        self, key: str, *, recursive: bool = False, index: Optional[int] = None,
+        timeout: Optional[float] = None,
+    ) -> Result:
+        """Return the next change of `key` (with `recursive`, also of what lies below).
+
+        index    the first change to consider: modified_index + 1 of the last one seen; None: now
+        timeout  seconds to wait for a change; None: for ever.  Raises WatchTimeout.
+
+        Raises EventIndexCleared if `index` is more than 1000 changes back.
+        """
+        with Watch(self, key, recursive=recursive, index=index, timeout=timeout) as events:
+            return next(events)
+
+    def watch_iter(
+        self, key: str, *, recursive: bool = False, index: Optional[int] = None,
+        relist: bool = False,
+    ) -> Watch:
+        """Return an endless iterator over the changes of `key`; see Watch."""
+        return Watch(self, key, recursive=recursive, index=index, relist=relist)
+
+    # -- cluster
+
+    def members(self) -> List[Member]:
+        """Return the members of the cluster, ordered by id."""
+        return self._perform(_Call("GET", "/v2/members", _parse_members))
+
+    def leader(self) -> Optional[Member]:
+        """Return the leader as the answering member knows it; None during an election."""
+        call = _Call("GET", "/v2/members/leader", _parse_leader, statuses=_HEALTH_STATUSES)
+        return self._perform(call)
+
+    def stats(self, name: str = "self") -> Dict[str, Any]:
+        """Return statistics of the answering member: `self`, `store` or (leader only) `leader`."""
+        if name not in ("self", "store", "leader"):
+            raise ValueError(f"no such statistics: {name!r}; there are self, store and leader")
+        return self._perform(_Call("GET", f"/v2/stats/{name}", _parse_object))
+
+    def version(self) -> Dict[str, str]:
+        """Return {"etcdserver": ..., "etcdcluster": ...} of the answering member."""
+        return self._perform(_Call("GET", "/version", _parse_version))
+
+    def health(self, endpoint: Optional[str] = None) -> bool:
+        """Return what one server says of itself (the one in use, if none is given).
+
+        Raises TransportError if it does not answer.
+        """
+        base_url = self.endpoints.current if endpoint is None else _base_url(endpoint)
+        call = _Call("GET", "/health", _parse_health, statuses=_HEALTH_STATUSES)
+        timeouts = (self.connect_timeout_s, self.read_timeout_s)
+        return self._request(base_url, call, self._connections(), timeouts)
+
+    def close(self) -> None:
+        """Close the calling thread's connections; other threads' close when they end."""
+        self._connections().close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- below: no public names
+
+    def _put(self, key: str, fields: Mapping[str, _Field]) -> Result:
+        form = _encode_fields(fields).encode()
+        return self._perform(_Call("PUT", _keys_target(key, {}), _parse_result, form))
+
+    def _delete(self, key: str, query: Mapping[str, _Field]) -> Result:
+        return self._perform(_Call("DELETE", _keys_target(key, query), _parse_result))
+
+    @staticmethod
+    def _conditions(prev_value: Optional[str], prev_index: Optional[int]) -> Dict[str, _Field]:
+        # To the server prevIndex=0 is no condition at all: the write would be unconditional.
+        if prev_value is None and prev_index is None:
+            raise ValueError("prev_value or prev_index is needed")
+        if prev_index is not None and prev_index < 1:
+            raise ValueError("prev_index is a modified index, 1 or more")
+        return {"prevValue": prev_value, "prevIndex": prev_index}
+
+    def _connections(self) -> _Connections:
+        connections: Optional[_Connections] = getattr(self._local, "connections", None)
+        if connections is None or connections.pid != os.getpid():
+            connections = self._local.connections = _Connections()
+        return connections
+
+    def _perform(self, call: _Call[_T]) -> _T:
+        """Send `call` to one endpoint after the other, as long as that is safe.
+
+        Raises the error of the endpoint tried first, with those of the others in `failures`.
+        """
+        deadline = time.monotonic() + self.total_timeout_s
+        failures: List[EtcdError] = []
+        for endpoint in self.endpoints.candidates():
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                break
+            timeouts = (min(self.connect_timeout_s, left_s), min(self.read_timeout_s, left_s))
+            try:
+                return self._request(endpoint, call, self._connections(), timeouts)
+            except EtcdError as error:
+                self._note_failure(endpoint, call, error)
+                failures.append(error)
+        failures[0].others = tuple(failures[1:])
+        raise failures[0]
+
+    def _note_failure(self, endpoint: str, call: _Call[Any], error: EtcdError) -> None:
+        """Give up `endpoint` if it failed; raise `error` again unless the next may be tried."""
+        if not _is_endpoint_failure(error):
+            raise error
+        self.endpoints.failed(endpoint)
+        never_sent = isinstance(error, ConnectionFailed) and not error.maybe_applied
+        if call.write and not never_sent:
+            raise error
+
+    def _request(
+        self, endpoint: str, call: _Call[_T], connections: _Connections,
+        timeouts: Tuple[float, float],
+    ) -> _T:
+        """Send `call` to `endpoint` once and return what its answer means."""
+        session = connections.ready()
+        try:
+            # Redirects of reads are followed.  A write that is redirected may already have been
+            # carried out by who redirects it, so that is an error.
+            with session.request(
+                call.method, endpoint + call.target, data=call.form, timeout=timeouts, stream=True,
+                headers=_FORM_HEADERS if call.form is not None else None,
+                allow_redirects=not call.write,
+            ) as response:
+                if call.on_head is not None and response.status_code == 200:
+                    call.on_head(_Reply(response.status_code, response.headers, b""))
+                reply = _Reply(response.status_code, response.headers, response.content)
+        except requests.RequestException as error:
+            raise _transport_error(error, endpoint, write=call.write) from error
+        connections.used()
+        self._check_cluster(endpoint, call, reply)
+        return self._judge(endpoint, call, reply)
+
+    def _check_cluster(self, endpoint: str, call: _Call[Any], reply: _Reply) -> None:
+        cluster_id = reply.headers.get("X-Etcd-Cluster-Id")
+        if cluster_id is None:                      # /version, /health, stats
+            return
+        known = self.cluster_id = self.cluster_id or cluster_id
+        if known != cluster_id:
+            raise ClusterIdChanged(
+                f"cluster id is {cluster_id}, was {known}", status=reply.status,
+                endpoint=endpoint, maybe_applied=call.write and reply.status in _SUCCESS)
+
+    def _judge(self, endpoint: str, call: _Call[_T], reply: _Reply) -> _T:
+        if reply.status not in call.statuses:
+            raise _status_error(reply, endpoint, write=call.write)
+        try:
+            return call.parse(reply)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BadReply(
+                f"the answer cannot be understood ({error or type(error).__name__})",
+                status=reply.status, endpoint=endpoint, maybe_applied=call.write) from error
+
+
+class Watch:
+    """An endless iterator over the changes of a key; made by Client.watch_iter.
+
+    It asks for one change after the other, each from the index after the last, so that none is
+    lost and none repeated while a server restarts, the leader changes or an endpoint fails.
+    Server-side streams are not used: etcd 2.3 and 3.4 let one fall silent after an event from
+    the history or when its consumer is slow, and report some deletions twice.
+
+    index    the first change to consider; None: those after the first answer of a server
+    relist   what to do when more than 1000 changes went by unseen (error 401).  False: raise
+             EventIndexCleared.  True: yield a Result with action "get" that holds the node as it
+             is now (with its whole tree if recursive; if there is none, modified_index is 0),
+             and go on from there: the changes in between are not known.
+    timeout  seconds each `next` may take; then WatchTimeout, after which `next` may be called
+             again and misses nothing
+
+    If no endpoint answers the very first request that error is raised; later the watch waits,
+    0.1 to 5 s, and tries again.
+
+    Thread: one, except for `close`.
+    """
+
+    def __init__(
+        self, client: Client, key: str, *, recursive: bool = False, index: Optional[int] = None,
+        relist: bool = False, timeout: Optional[float] = None,
+    ) -> None:
+        self.index = index or None                  # next to ask for; 0 is "now" too
+        self._client = client
+        self._key = key
+        self._recursive = recursive
+        self._relist = relist
+        self._timeout = timeout
+        self._connections = _Connections()          # a watch blocks its connection: own ones
+        self._connected = False                     # whether a server ever answered this watch
+        self._head_seen = False                     # whether it answered the request under way
+        self._failures = 0                          # since the last answer
+        self._closed = threading.Event()
+
+    def __iter__(self) -> Watch:
+        return self
+
+    def __next__(self) -> Result:
+        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        while not self._closed.is_set():
+            endpoint = self._client.endpoints.current
+            left_s = WATCH_POLL_S if deadline is None else deadline - time.monotonic()
+            if left_s <= 0:
+                raise WatchTimeout("no change in time", index=self.index or 0, endpoint=endpoint)
+            result = self._next_or_none(endpoint, min(left_s, WATCH_POLL_S))
+            if result is not None:
+                self._failures = 0
+                return result
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the iteration; a wait in another thread ends within WATCH_POLL_S seconds."""
+        self._closed.set()
+        self._connections.close()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _next_or_none(self, endpoint: str, wait_s: float) -> Optional[Result]:
+        """Ask once, for at most `wait_s`; None if there is nothing yet and asking goes on."""
+        self._head_seen = False
+        try:
+            return self._poll(endpoint, wait_s)
+        except EventIndexCleared:
+            self._connected = True
+            if not self._relist:
+                raise
+            return self._list_or_none(endpoint, wait_s)
+        except RequestTimeout as error:
+            # After the head, silence only means that nothing changed.  If the server is gone the
+            # next connection fails, and that moves us on.
+            if not self._head_seen and wait_s >= WATCH_POLL_S:
+                self._pause_after(endpoint, error, wait_s)
+        except EtcdError as error:
+            self._pause_after(endpoint, error, wait_s)
+        return None
+
+    def _poll(self, endpoint: str, wait_s: float) -> Result:
+        query: Dict[str, _Field] = {
+            "wait": True, "recursive": self._recursive or None, "waitIndex": self.index}
+        call = _Call("GET", _keys_target(self._key, query), _parse_result, on_head=self._on_head)
+        timeouts = (min(self._client.connect_timeout_s, wait_s), wait_s)
+        result = self._client._request(endpoint, call, self._connections, timeouts)
+        self.index = result.modified_index + 1
+        return result
+
+    def _on_head(self, head: _Reply) -> None:
+        """Note from where a watch without an index runs, in case the connection breaks now."""
+        self._connected = self._head_seen = True
+        if self.index is None:
+            self.index = head.header_number("X-Etcd-Index") + 1
+
+    def _pause_after(self, endpoint: str, error: EtcdError, wait_s: float) -> None:
+        """Wait before the next attempt, at most `wait_s`; raise `error` if there should be none."""
+        if not _is_endpoint_failure(error):
+            raise error
+        endpoints = self._client.endpoints
+        endpoints.failed(endpoint)
+        self._failures += 1
+        if not self._connected and self._failures >= len(endpoints.urls):
+            raise error
+        longest_s = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2 ** min(self._failures - 1, 10))
+        self._closed.wait(min(wait_s, longest_s * random.uniform(0.5, 1.0)))
+
+    def _list_or_none(self, endpoint: str, wait_s: float) -> Optional[Result]:
+        """Return the present state as a Result with action "get", and go on watching after it.
+
+        Read by quorum: a member that lags behind could show a state older than the events
+        already delivered, which would then be repeated.
+        """
+        try:
+            result = self._client.get(self._key, recursive=self._recursive, quorum=True)
+        except KeyNotFound as error:
+            nothing = Node(key=_clean_key(self._key))
+            result = Result("get", nothing, etcd_index=error.index)
+        except EtcdError as error:
+            self._pause_after(endpoint, error, wait_s)
+            return None
+        self.index = result.etcd_index + 1
+        return result
+
+
+# ============================================================================
+# 5. Command line -- commands, output and exit codes of etcdctl 2.3
+# ----------------------------------------------------------------------------
+# Knows: sections 1-4, through the public names of Client.
+# ============================================================================
+
+CLI_ENDPOINTS = "http://127.0.0.1:2379,http://127.0.0.1:4001"
+CLI_VERSION = "2.3.8"                               # the etcdctl whose behaviour is reproduced
+
+EXIT_OK = 0
+EXIT_BAD_ARGS = 1
+EXIT_BAD_CONNECTION = 2
+EXIT_SERVER_ERROR = 4
+EXIT_UNHEALTHY = 5
+EXIT_INTERRUPTED = 130                              # 128 + SIGINT
+EXIT_BROKEN_PIPE = 141                              # 128 + SIGPIPE
+EXIT_MISUSE = EXIT_OK           # unknown command or option: etcdctl 2.3 prints help, exits with 0
+
+_UNAVAILABLE = "client: etcd cluster is unavailable or misconfigured"
+_HTML_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}     # as Go's encoder does
+
+
+class _MisuseError(Exception):
+    """An option that does not exist or cannot be parsed: help is shown."""
+
+
+class _ExitError(Exception):
+    """Ends a command with a line on stderr and an exit code."""
+
+    def __init__(self, line: str, code: int) -> None:
+        super().__init__(line)
+        self.line = line
+        self.code = code
+
+
+class _Flag(NamedTuple):
+    names: Tuple[str, ...]
+    kind: type                                      # bool, int or str
+    help: str
+
+
+class _Options:
+    """Values of the flags that were given; the others are False, 0 or ""."""
+
+    def __init__(self) -> None:
+        self._values: Dict[str, Union[bool, int, str]] = {}
+
+    def put(self, flag: _Flag, text: str) -> None:
+        self._values[flag.names[0]] = _flag_value(flag, text)
+
+    def on(self, name: str) -> bool:
+        return bool(self._values.get(name, False))
+
+    def number(self, name: str) -> int:
+        return int(self._values.get(name, 0))
+
+    def text(self, name: str) -> str:
+        return str(self._values.get(name, ""))
+
+
+def _flag_value(flag: _Flag, text: str) -> Union[bool, int, str]:
+    if flag.kind is bool:
+        if text not in ("true", "false", "1", "0"):
+            raise _MisuseError(flag.names[0])
+        return text in ("true", "1")
+    if flag.kind is int:
+        if not re.fullmatch(r"[+-]?[0-9]+", text, re.ASCII):
+            raise _MisuseError(flag.names[0])
+        return int(text)
+    return text
+
+
+def _parse_flags(argv: Sequence[str], flags: Sequence[_Flag]) -> Tuple[_Options, List[str]]:
+    """Split `argv` into options and arguments by the rules of Go's flag package.
+
+    One or two dashes; a value after `=` or, except for booleans, as the next word; the first
+    word that is no option, or `--`, ends the options.
+    """
+    known = {name: flag for flag in flags for name in flag.names}
+    options, words = _Options(), list(argv)
+    while words and words[0].startswith("-") and words[0] != "-":
+        word = words.pop(0)
+        if word == "--":
+            break
+        name, separator, text = word[2 if word.startswith("--") else 1:].partition("=")
+        flag = known.get(name)
+        if flag is None:
+            raise _MisuseError(name)
+        if not separator and flag.kind is bool:
+            text = "true"
+        elif not separator:
+            if not words:
+                raise _MisuseError(name)
+            text = words.pop(0)
+        options.put(flag, text)
+    return options, words
+
+
+def _parse_duration(text: str) -> float:
+    """Return the seconds of a Go duration such as 500ms or 1m30s."""
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+    part = r"([0-9]+(?:\.[0-9]*)?)(h|ms|us|ns|m|s)"
+    if not re.fullmatch(f"(?:{part})+", text, re.ASCII):
+        raise _MisuseError(text)
+    return sum(float(count) * units[unit] for count, unit in re.findall(part, text))
+
+
+def _emit(text: str) -> None:
+    """Print a line at once, whatever the locale: keys and values are bytes to a terminal."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape") + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _complain(text: str) -> None:
+    line = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    print(line, file=sys.stderr)
+
+
+class _Run(NamedTuple):
+    """One invocation: what a command function gets."""
+
+    client: Client
+    output: str                                     # simple, extended or json
+    options: _Options
+    args: List[str]
+
+    def key(self) -> str:
+        """Return the first argument."""
+        if not self.args:
+            raise _ExitError("Error:  key required", EXIT_BAD_ARGS)
+        return self.args[0]
+
+    def value(self) -> str:
+        """Return the second argument, or else all of standard input."""
+        if len(self.args) > 1:
+            return self.args[1]
+        text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+        if not text:
+            raise _ExitError("Error:  value required", EXIT_BAD_ARGS)
+        return text
+
+    def ttl(self) -> Optional[int]:
+        """Return --ttl; 0 means none, as in etcdctl."""
+        return self.options.number("ttl") or None
+
+    def conditions(self, value_flag: str, index_flag: str) -> Dict[str, Any]:
+        """Return prev_value and prev_index if flags ask for them, else nothing."""
+        given = {"prev_value": self.options.text(value_flag) or None,
+                 "prev_index": self.options.number(index_flag) or None}
+        return given if any(given.values()) else {}
+
+    def print_result(self, result: Result) -> None:
+        """Print a result in the format asked for."""
+        if self.output == "json":
+            _emit(_result_json(result))
+        elif self.output == "extended":
+            _emit(_result_extended(result))
+        elif result.action == "delete":
+            _emit(f"PrevNode.Value: {_value_text(result.prev_node)}")
+        else:
+            _emit(_value_text(result.node))
+
+    def print_unless_silent(self, result: Result) -> None:
+        """Print a result; in simple format, nothing for a directory."""
+        if not result.node.dir or self.output != "simple":
+            self.print_result(result)
+
+
+def _value_text(node: Optional[Node]) -> str:
+    return (node.value or "") if node is not None else ""
+
+
+def _result_extended(result: Result) -> str:
+    node = result.node
+    lines = [f"Key: {'' if node.key == '/' else node.key}",
+             f"Created-Index: {node.created_index}", f"Modified-Index: {node.modified_index}"]
+    if result.prev_node is not None:
+        lines.append(f"PrevNode.Value: {_value_text(result.prev_node)}")
+    lines += [f"TTL: {node.ttl or 0}", f"Index: {result.etcd_index}"]
+    if result.action != "delete":
+        lines += ["", _value_text(node)]
+    return "\n".join(lines)
+
+
+def _node_json(node: Optional[Node]) -> Optional[Dict[str, Any]]:
+    if node is None:
+        return None
+    shown: Dict[str, Any] = {"key": "" if node.key == "/" else node.key}
+    if node.dir:
+        shown["dir"] = True
+    shown["value"] = node.value or ""
+    shown["nodes"] = [_node_json(child) for child in node.nodes] or None
+    shown["createdIndex"] = node.created_index
+    shown["modifiedIndex"] = node.modified_index
+    if node.expiration is not None:
+        shown["expiration"] = node.expiration
+    if node.ttl:
+        shown["ttl"] = node.ttl
+    return shown
+
+
+def _result_json(result: Result) -> str:
+    shown = {"action": result.action, "node": _node_json(result.node),
+             "prevNode": _node_json(result.prev_node)}
+    return json.dumps(shown, ensure_ascii=False, separators=(",", ":")).translate(_HTML_ESCAPES)
+
+
+def _cmd_get(run: _Run) -> int:
+    result = run.client.get(
+        run.key(), sorted=run.options.on("sort"), quorum=run.options.on("quorum"))
+    if result.node.dir:
+        raise _ExitError(f"{result.key}: is a directory", EXIT_BAD_ARGS)
+    run.print_result(result)
+    return EXIT_OK
+
+
+def _cmd_set(run: _Run) -> int:
+    key, value = run.key(), run.value()
+    conditions = run.conditions("swap-with-value", "swap-with-index")
+    if conditions:
+        result = run.client.compare_and_swap(key, value, ttl=run.ttl(), **conditions)
+    else:
+        result = run.client.set(key, value, ttl=run.ttl())
+    run.print_result(result)
+    return EXIT_OK
+
+
+def _cmd_mk(run: _Run) -> int:
+    key, value = run.key(), run.value()
+    write = run.client.append if run.options.on("in-order") else run.client.create
+    run.print_result(write(key, value, ttl=run.ttl()))
+    return EXIT_OK
+
+
+def _cmd_update(run: _Run) -> int:
+    run.print_result(run.client.update(run.key(), run.value(), ttl=run.ttl()))
+    return EXIT_OK
+
+
+def _cmd_mkdir(run: _Run) -> int:
+    run.print_unless_silent(run.client.mkdir(run.key(), ttl=run.ttl()))
+    return EXIT_OK
+
+
+def _cmd_rm(run: _Run) -> int:
+    key, conditions = run.key(), run.conditions("with-value", "with-index")
+    if conditions:
+        result = run.client.compare_and_delete(key, **conditions)
+    else:
+        result = run.client.delete(
+            key, dir=run.options.on("dir"), recursive=run.options.on("recursive"))
+    run.print_unless_silent(result)
+    return EXIT_OK
+
+
+def _cmd_rmdir(run: _Run) -> int:
+    run.print_unless_silent(run.client.rmdir(run.key()))
+    return EXIT_OK
+
+
+def _cmd_ls(run: _Run) -> int:
+    options = run.options
+    result = run.client.get(
+        run.args[0] if run.args else "/", recursive=options.on("recursive"),
+        sorted=options.on("sort"), quorum=options.on("quorum"))
+    if run.output != "simple":
+        run.print_result(result)
+        return EXIT_OK
+    for node in result.node.walk() if result.node.dir else (result.node,):
+        _emit(node.key + ("/" if node.dir and options.on("p") else ""))
+    return EXIT_OK
+
+
+def _cmd_watch(run: _Run) -> int:
+    recursive, after_index = run.options.on("recursive"), run.options.number("after-index")
+    index = after_index + 1 if after_index else None
+    try:
+        with run.client.watch_iter(run.key(), recursive=recursive, index=index) as events:
+            for event in events:
+                if event.node.dir:
+                    continue
+                if recursive:
+                    _emit(f"[{event.action}] {event.key}")
+                run.print_result(event)
+                if not run.options.on("forever"):
+                    break
+    except KeyboardInterrupt:                       # the way to end --forever: not an error
+        pass
+    return EXIT_OK
+
+
+def _member_failure(error: EtcdError) -> _ExitError:
+    line = _UNAVAILABLE if _is_endpoint_failure(error) else error.message
+    return _ExitError(line, EXIT_BAD_ARGS)
+
+
+def _cmd_member_list(run: _Run) -> int:
+    if run.args:
+        raise _ExitError("No arguments accepted", EXIT_BAD_ARGS)
+    try:
+        members, leader = run.client.members(), run.client.leader()
+    except EtcdError as error:
+        raise _member_failure(error) from error
+    for member in members:
+        peer_urls, client_urls = ",".join(member.peer_urls), ",".join(member.client_urls)
+        is_leader = str(leader is not None and leader.id == member.id).lower()
+        if member.name:
+            _emit(f"{member.id}: name={member.name} peerURLs={peer_urls} "
+                  f"clientURLs={client_urls} isLeader={is_leader}")
+        else:
+            _emit(f"{member.id}[unstarted]: peerURLs={peer_urls}")
+    return EXIT_OK
+
+
+def _cmd_cluster_health(run: _Run) -> int:
+    try:
+        members = run.client.members()
+    except EtcdError:
+        _emit("cluster may be unhealthy: failed to list members")
+        raise
+    healthy = [_member_is_healthy(run.client, member) for member in members]
+    _emit("cluster is healthy" if any(healthy) else "cluster is unhealthy")
+    return EXIT_OK if any(healthy) else EXIT_UNHEALTHY
+
+
+def _member_is_healthy(client: Client, member: Member) -> bool:
+    """Ask a member for its health and print the verdict."""
+    if not member.client_urls:
+        _emit(f"member {member.id} is unreachable: no available published client urls")
+        return False
+    for url in member.client_urls:
+        try:
+            healthy = client.health(url)
+        except (EtcdError, ValueError) as error:
+            why = _failure_line(error) if isinstance(error, EtcdError) else str(error)
+            _emit(f"failed to check the health of member {member.id} on {url}: {why}")
+            continue
+        word = "healthy" if healthy else "unhealthy"
+        _emit(f"member {member.id} is {word}: got {word} result from {url}")
+        return healthy
+    _emit(f"member {member.id} is unreachable: [{' '.join(member.client_urls)}] "
+          "are all unreachable")
+    return False
+
+
+class _Command(NamedTuple):
+    usage: str
+    help: str
+    flags: Tuple[_Flag, ...]
+    run: Callable[[_Run], int]
+
+
+_TTL = _Flag(("ttl",), int, "key time-to-live in seconds")
+_SORT = _Flag(("sort",), bool, "returns result in sorted order")
+_QUORUM = _Flag(("quorum", "q"), bool, "require quorum for get request")
+_RECURSIVE = _Flag(("recursive", "r"), bool, "include everything below the directory")
+
+_COMMANDS: Dict[str, _Command] = {
+    "cluster-health": _Command(
+        "cluster-health", "check the health of the etcd cluster", (), _cmd_cluster_health),
+    "mk": _Command(
+        "mk [options] <key> <value>", "make a new key with a given value",
+        (_Flag(("in-order",), bool, "create in-order key under directory <key>"), _TTL), _cmd_mk),
+    "mkdir": _Command("mkdir [options] <key>", "make a new directory", (_TTL,), _cmd_mkdir),
+    "rm": _Command(
+        "rm [options] <key>", "remove a key or a directory",
+        (_Flag(("dir",), bool, "removes the key if it is an empty directory or a key-value pair"),
+         _Flag(("recursive", "r"), bool, "removes the key and all child keys (if a directory)"),
+         _Flag(("with-value",), str, "previous value"),
+         _Flag(("with-index",), int, "previous index")), _cmd_rm),
+    "rmdir": _Command(
+        "rmdir <key>", "removes the key if it is an empty directory or a key-value pair", (),
+        _cmd_rmdir),
+    "get": _Command(
+        "get [options] <key>", "retrieve the value of a key", (_SORT, _QUORUM), _cmd_get),
+    "ls": _Command(
+        "ls [options] [key]", "retrieve a directory",
+        (_SORT, _Flag(("recursive", "r"), bool, "returns all key names recursively"),
+         _Flag(("p",), bool, "append slash (/) to directories"), _QUORUM), _cmd_ls),
+    "set": _Command(
+        "set [options] <key> <value>", "set the value of a key",
+        (_TTL, _Flag(("swap-with-value",), str, "previous value"),
+         _Flag(("swap-with-index",), int, "previous index")), _cmd_set),
+    "update": _Command(
+        "update [options] <key> <value>", "update an existing key with a given value", (_TTL,),
+        _cmd_update),
+    "watch": _Command(
+        "watch [options] <key>", "watch a key for changes",
+        (_Flag(("forever", "f"), bool, "forever watch a key until CTRL+C"),
+         _Flag(("after-index",), int, "watch after the given index"), _RECURSIVE), _cmd_watch),
+    "member list": _Command(
+        "member list", "enumerate existing cluster members", (), _cmd_member_list),
+}
+
+_HELP = _Flag(("help", "h"), bool, "show help")
+
+_GLOBAL_FLAGS = (
+    _Flag(("debug",), bool, "show the endpoints in use on stderr"),
+    _Flag(("no-sync",), bool, "don't synchronize cluster information before sending request"),
+    _Flag(("output", "o"), str, "output response in the given format (simple, extended or json)"),
+    _Flag(("peers", "C"), str, "a comma-delimited list of machine addresses in the cluster"),
+    _Flag(("endpoint",), str, "a comma-delimited list of machine addresses in the cluster"),
+    _Flag(("endpoints",), str, "a comma-delimited list of machine addresses in the cluster"),
+    _Flag(("timeout",), str, "connection timeout per request (default: 1s)"),
+    _Flag(("total-timeout",), str, "timeout for the command, except watch (default: 5s)"),
+    _HELP,
+    _Flag(("version", "v"), bool, "print the version"),
+)
+
+
+def _flag_lines(flags: Sequence[_Flag]) -> List[str]:
+    names = [", ".join(("-" if len(name) == 1 else "--") + name for name in flag.names)
+             + ("" if flag.kind is bool else " value") for flag in flags]
+    width = max(map(len, names), default=0)
+    return [f"   {shown:{width}}  {flag.help}" for shown, flag in zip(names, flags)]
+
+
+def _print_help(prefix: str = "") -> None:
+    """Print what the program can do, or what the commands that begin with `prefix` can."""
+    commands = {name: c for name, c in _COMMANDS.items() if name.startswith(prefix)}
+    name = f"etcdctl {prefix}".strip()
+    lines = ["NAME:", f"   {name} - A simple command line client for etcd.", "", "USAGE:",
+             f"   {name} [options] command [command options] [arguments...]", "", "COMMANDS:"]
+    lines += [f"   {command:14}  {entry.help}" for command, entry in commands.items()]
+    _emit("\n".join([*lines, "", "GLOBAL OPTIONS:", *_flag_lines(_GLOBAL_FLAGS)]))
+
+
+def _print_command_help(name: str) -> None:
+    command = _COMMANDS[name]
+    lines = ["NAME:", f"   etcdctl {name} - {command.help}", "", "USAGE:",
+             f"   etcdctl {command.usage}", "", "OPTIONS:", *_flag_lines((*command.flags, _HELP))]
+    _emit("\n".join(lines))
+
+
+def _split_command(words: Sequence[str]) -> Tuple[str, List[str]]:
+    """Return the command's name, of one or two words, and what follows; "" if there is none."""
+    for size in (2, 1):
+        name = " ".join(words[:size])
+        if len(words) >= size and name in _COMMANDS:
+            return name, list(words[size:])
+    return "", list(words)
+
+
+def _endpoints_asked(options: _Options) -> str:
+    for flag, variable in (("endpoints", "ETCDCTL_ENDPOINTS"), ("endpoint", "ETCDCTL_ENDPOINT"),
+                           ("peers", "ETCDCTL_PEERS")):
+        text = options.text(flag) or os.environ.get(variable, "")
+        if text:
+            return text
+    return CLI_ENDPOINTS
+
+
+def _make_client(options: _Options, endpoints: Iterable[str]) -> Client:
+    request_s = _parse_duration(options.text("timeout") or "1s")
+    total_s = _parse_duration(options.text("total-timeout") or "5s")
+    try:
+        return Client(endpoints=endpoints, connect_timeout_s=request_s, read_timeout_s=request_s,
+                      total_timeout_s=total_s)
+    except ValueError as error:
+        raise _ExitError(str(error), EXIT_BAD_ARGS) from error
+
+
+def _synced_client(options: _Options) -> Client:
+    """Return a client that uses the client URLs the members publish, in random order."""
+    client = _make_client(options, _endpoints_asked(options).split(","))
+    try:
+        urls = [url for member in client.members() for url in member.client_urls]
+    except EtcdError as error:
+        code = EXIT_BAD_CONNECTION if _is_endpoint_failure(error) else EXIT_SERVER_ERROR
+        raise _ExitError(_error_lines(error), code) from error
+    if not urls:
+        given = ",".join(client.endpoints.urls)
+        raise _ExitError(
+            "etcd cluster has no published client endpoints.\nTry '--no-sync' if you want to "
+            f"access non-published client endpoints({given}).\nError:  client: no endpoints "
+            "available", EXIT_SERVER_ERROR)
+    random.shuffle(urls)
+    return _make_client(options, urls)
+
+
+def _failure_line(error: EtcdError) -> str:
+    """Return the failure of one endpoint in etcdctl's words."""
+    if isinstance(error, RequestTimeout):
+        return f"client: endpoint {error.endpoint} exceeded header timeout"
+    if isinstance(error, TransportError):
+        address = urlsplit(error.endpoint).netloc
+        never_sent = isinstance(error, ConnectionFailed) and not error.maybe_applied
+        return f"dial tcp {address}: connect: {error.message}" if never_sent else error.describe()
+    if error.status in (500, 503):
+        return f"client: etcd member {error.endpoint} has no leader"
+    phrase = http.HTTPStatus(error.status).phrase if error.status in _HTTP_STATUSES else ""
+    return f"client: etcd member {error.endpoint} returns server error [{phrase}]"
+
+
+_HTTP_STATUSES = frozenset(int(status) for status in http.HTTPStatus)
+
+
+def _error_lines(error: EtcdError) -> str:
+    """Return what etcdctl prints on stderr about `error`."""
+    if not _is_endpoint_failure(error):
+        return f"Error:  {error}"
+    lines = [f"error #{number}: {_failure_line(failure)}"
+             for number, failure in enumerate(error.failures)]
+    if error.maybe_applied:
+        lines.append("the write may have been applied: it was not sent again")
+    return "\n".join([f"Error:  {_UNAVAILABLE}", *lines, ""])
+
+
+def _run_command(name: str, words: Sequence[str], options: _Options) -> int:
+    command = _COMMANDS[name]
+    output = options.text("output") or "simple"
+    try:
+        command_options, args = _parse_flags(words, (*command.flags, _HELP))
+    except _MisuseError:
+        _emit("Incorrect Usage.\n")
+        _print_command_help(name)
+        return EXIT_MISUSE
+    if command_options.on("help"):
+        _print_command_help(name)
+        return EXIT_OK
+    if output not in ("simple", "extended", "json"):
+        _complain(f"Unsupported output format: {output}")
+        return EXIT_OK
+    if options.on("no-sync") or name == "cluster-health":
+        client = _make_client(options, _endpoints_asked(options).split(","))
+    else:
+        client = _synced_client(options)
+    if options.on("debug"):
+        _complain(f"Cluster-Endpoints: {', '.join(client.endpoints.urls)}")
+    with client:
+        return command.run(_Run(client, output, command_options, args))
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    """Run the command `argv` asks for, or show the help it needs."""
+    options, words = _parse_flags(argv, _GLOBAL_FLAGS)
+    if options.on("version"):
+        _emit(f"etcdctl version {CLI_VERSION}")
+        return EXIT_OK
+    asks_help = options.on("help") or words[:1] in (["help"], ["h"], [])
+    name, rest = _split_command(words[1:] if words[:1] in (["help"], ["h"]) else words)
+    if name and asks_help:
+        _print_command_help(name)
+    elif name:
+        return _run_command(name, rest, options)
+    elif asks_help or words == ["member"]:
+        _print_help("" if asks_help else "member")
+    else:
+        _emit(f"No help topic for '{words[0]}'")
+        return EXIT_MISUSE
+    return EXIT_OK
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line; return its exit code.
+
+    0 success · 1 bad arguments, or a member command failed · 2 no server can be reached ·
+    4 the server refused, or the request failed · 5 the cluster is unhealthy
+
+    Source: etcdctl 2.3.8.
+    """
+    try:
+        return _dispatch(sys.argv[1:] if argv is None else argv)
+    except _MisuseError:
+        _emit("Incorrect Usage.\n")
+        _print_help()
+        return EXIT_MISUSE
+    except _ExitError as error:
+        _complain(error.line)
+        return error.code
+    except EtcdError as error:
+        _complain(_error_lines(error))
+        return EXIT_SERVER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:                         # `ls | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def _exit() -> NoReturn:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    _exit()
