@@ -3546,8 +3546,14 @@ class OsDisk:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, mode)
 
     def open_append(self, path: str) -> int:
-        """Return a handle for appending to a file that is there."""
-        return os.open(path, os.O_WRONLY | os.O_APPEND)
+        """Return a handle for reading and appending to a file that is there."""
+        return os.open(path, os.O_RDWR | os.O_APPEND)
+
+    def read_open(self, handle: int) -> bytes:
+        """Return the whole file of a handle; its lock stays, as nothing is closed."""
+        with open(handle, "rb", closefd=False) as file:
+            file.seek(0)
+            return file.read()
 
     def write(self, handle: int, data: bytes) -> None:
         """Append all of `data`."""
@@ -3568,11 +3574,10 @@ class OsDisk:
         """Close a handle."""
         os.close(handle)
 
-    def truncate(self, path: str, size: int) -> None:
+    def truncate(self, handle: int, size: int) -> None:
         """Cut a file to `size` bytes, durably."""
-        with open(path, "r+b") as file:
-            file.truncate(size)
-            os.fsync(file.fileno())
+        os.ftruncate(handle, size)
+        os.fsync(handle)
 
     def rename(self, old: str, new: str) -> None:
         """Rename a file over whatever has the new name."""
@@ -3833,12 +3838,12 @@ class Wal:
         """
         names = _segments_from(directory, start.index, disk)
         reader = _WalReader(directory, start, disk)
-        for name in names[:-1]:
-            reader.read(name, last=False)
         held = cls._lock(directory, names, disk)
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(cls._unlock, directory, held, disk)
-            size = reader.read(names[-1], last=True)
+            size = 0
+            for name, handle in held:
+                size = reader.read(name, handle, last=name == names[-1])
             contents = reader.contents()
             cleanup.pop_all()
         wal = cls(directory, contents.metadata, disk=disk, segment_bytes=segment_bytes)
@@ -3880,18 +3885,23 @@ class Wal:
 
     @staticmethod
     def snapshots(directory: str, *, disk: OsDisk = OS_DISK) -> List[EntryID]:
-        """Return the snapshots that the log knows of; only their files may be used."""
+        """Return the snapshots that the log knows of; only their files may be used.
+
+        Raises FileLocked if the log is in use, CrcMismatch if it is damaged.
+        """
         found: List[EntryID] = []
         crc = 0
         names = [name for name in disk.listdir(directory) if _WAL_NAME.fullmatch(name)]
-        for name in names:
-            path = os.path.join(directory, name)
-            decoder = WalDecoder(path, disk.read(path), crc)
-            with contextlib.suppress(TornTail):     # open() will repair it
-                for record in decoder:
-                    if record.kind == RecordType.SNAPSHOT:
-                        found.append(_decode_walpb_snapshot(record.data))
-            crc = decoder.crc
+        held = Wal._lock(directory, names, disk)
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(Wal._unlock, directory, held, disk)
+            for name, handle in held:
+                decoder = WalDecoder(os.path.join(directory, name), disk.read_open(handle), crc)
+                with contextlib.suppress(TornTail):     # open() will repair it
+                    for record in decoder:
+                        if record.kind == RecordType.SNAPSHOT:
+                            found.append(_decode_walpb_snapshot(record.data))
+                crc = decoder.crc
         return found
 
     # -- reactor's side ----------------------------------------------------
@@ -3983,10 +3993,10 @@ class _WalReader:
         self._snapshots: List[EntryID] = []
         self._start_term = start.term if not start.index else 0     # of our entry at start.index
 
-    def read(self, name: str, *, last: bool) -> int:
+    def read(self, name: str, handle: int, *, last: bool) -> int:
         """Read one segment; return its size after a repair."""
         path = os.path.join(self._directory, name)
-        decoder = WalDecoder(path, self._disk.read(path), self.crc)
+        decoder = WalDecoder(path, self._disk.read_open(handle), self.crc)
         try:
             for record in decoder:
                 self._take(path, record)
@@ -3999,7 +4009,7 @@ class _WalReader:
             self._repair(path, decoder)
         self.crc = decoder.crc
         if last and decoder.end < len(decoder._data):
-            self._disk.truncate(path, decoder.end)      # zeros of preallocation, or torn bytes
+            self._disk.truncate(handle, decoder.end)    # zeros of preallocation, or torn bytes
         return decoder.end
 
     def contents(self) -> WalContents:
@@ -7657,12 +7667,14 @@ class SnapshotKeeper:
         """Do a slice of the walk; at its end have record and file written, then saved()."""
         if self._job is None:
             return
-        self._reactor.call_soon(_nothing)
         if self._job.done is None:
             self._job.work()
         snapshot = self._job.done
-        if snapshot is None or self._journal.busy:
+        if snapshot is None:
+            self._reactor.call_soon(_nothing)   # the next slice: in the next turn, at once
             return
+        if self._journal.busy:
+            return                              # its end makes a turn, too
         self._job, self._saving = None, True
         self._journal.record_snapshot(
             EntryID(snapshot.term, snapshot.index), lambda: self._save(snapshot, saved)

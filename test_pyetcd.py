@@ -2546,7 +2546,7 @@ class SimDisk:
     def size(self, path):
         return len(self.live[path].data)
 
-    def create(self, path):
+    def create(self, path, mode=0o600):
         self._operation()
         self.live[path] = _SimFile()
         return self._open(path, self.live[path])
@@ -2568,9 +2568,14 @@ class SimDisk:
 
     fsync = fdatasync
 
-    def truncate(self, path, size):
+    def read_open(self, handle):
+        return bytes(self.handles[handle][1].data)
+
+    def truncate(self, handle, size):
         self._operation()
-        del self.live[path].data[size:]
+        file = self.handles[handle][1]
+        del file.data[size:]
+        file.synced = bytes(file.data)
 
     def rename(self, old, new):
         self._operation()
@@ -2587,11 +2592,14 @@ class SimDisk:
             del self.durable[name]
         self.durable.update((n, f) for n, f in self.live.items() if n.startswith(prefix))
 
-    def lock(self, handle):
+    def lock(self, path, handle):
         return True
 
-    def unlock(self, handle):
+    def unlock(self, path):
         pass
+
+    def is_locked(self, path):
+        return False
 
     def close(self, handle):
         self.handles.pop(handle, None)
@@ -2721,7 +2729,9 @@ class SimMember:
         self.skew_s = sim.rng.uniform(-5, 5)
         self.drift = sim.rng.uniform(0.9, 1.1)
         self.id = pyetcd.member_id([peer_url], "sim")
-        self.promised = (0, 0)          # term and vote as last seen on disk or in memory
+        self.said_term = 0              # highest term of a promise that left this member
+        self.said_votes = {}            # term -> who got our vote
+        self.seen_term = (0, 0)         # term and vote in this life
         self.seen_commit = 0
         self.seen_applied = 0
 
@@ -2732,6 +2742,7 @@ class SimMember:
     def start(self):
         self.life += 1
         self.seen_commit = self.seen_applied = 0
+        self.seen_term = (0, 0)
         reactor = _SimReactor(self.sim, self)
         config = pyetcd.ServerConfig(
             name=self.name, data_dir="/disk", snapshot_count=self.sim.snapshot_count,
@@ -2743,8 +2754,6 @@ class SimMember:
             published=lambda: None, transport_type=_SimTransport,
             wal_writer_type=_SimWalWriter, rng=self.sim.rng,
         )
-        self.etcd.snapshotter = pyetcd.Snapshotter("/disk/member/snap", disk=self.disk)
-        self.etcd.wal_writer.snapshotter = self.etcd.snapshotter
         self.etcd.versions = types.SimpleNamespace(start=lambda: None, stop=lambda: None)
         self.etcd.applier.clock = reactor.wall_ns
         self.etcd._purge_files = lambda: None
@@ -2756,25 +2765,44 @@ class SimMember:
         store = pyetcd.Store()
         cluster = pyetcd.Cluster.from_initial("sim", self.sim.initial_map())
         cluster.set_store(store)
+        snapshotter = pyetcd.Snapshotter(directory.snap, disk=self.disk)
+        options = {"disk": self.disk, "segment_bytes": self.sim.segment_bytes}
         if not pyetcd.Wal.exists(directory.wal, disk=self.disk):
             metadata = pyetcd.encode_metadata(self.id, cluster.id)
-            wal = pyetcd.Wal.create(directory.wal, metadata, disk=self.disk,
-                                    segment_bytes=self.sim.segment_bytes)
-            contents = pyetcd.WalContents(metadata, pyetcd.HardState(), [], [])
-            return pyetcd.Bootstrap(
-                directory, self.id, cluster, store, wal, contents, None,
-                bootstrap_entries=pyetcd.bootstrap_entries(cluster),
-            )
-        snapshot, wal, contents = pyetcd.read_log(
-            directory, disk=self.disk, segment_bytes=self.sim.segment_bytes
-        )
-        if snapshot is not None:
-            store.recover(snapshot.data)
-            cluster.recover()
-        return pyetcd.Bootstrap(directory, self.id, cluster, store, wal, contents, snapshot)
+            wal = pyetcd.Wal.create(directory.wal, metadata, **options)
+            contents, snapshot = pyetcd.WalContents(metadata, pyetcd.HardState(), [], []), None
+        else:
+            known = set(pyetcd.Wal.snapshots(directory.wal, disk=self.disk))
+            snapshot = snapshotter.load(known)
+            start = pyetcd.EntryID(0, 0)
+            if snapshot is not None:
+                start = pyetcd.EntryID(snapshot.term, snapshot.index)
+                store.recover(snapshot.data)
+                cluster.recover()
+            wal, contents = pyetcd.Wal.open(directory.wal, start, **options)
+        boot = pyetcd.Bootstrap(
+            directory, self.id, cluster, store, wal, snapshotter, contents, snapshot)
+        if snapshot is None and contents.hard_state == pyetcd.HardState():
+            assert not contents.entries
+            boot = boot._replace(bootstrap_entries=pyetcd._bootstrap_entries(cluster))
+        return boot
 
     def _fail(self, error):
         raise AssertionError(f"{self.name} failed: {error!r}")
+
+    def promise(self, message):
+        """Note what this member has bound itself to; no crash may undo it."""
+        if message.type in (pyetcd.MsgType.VOTE, pyetcd.MsgType.VOTE_RESP,
+                            pyetcd.MsgType.APP_RESP):
+            self.said_term = max(self.said_term, message.term)
+        candidate = None
+        if message.type == pyetcd.MsgType.VOTE:
+            candidate = self.id
+        elif message.type == pyetcd.MsgType.VOTE_RESP and not message.reject:
+            candidate = message.to
+        if candidate is not None:
+            known = self.said_votes.setdefault(message.term, candidate)
+            assert known == candidate, f"{self.name} voted twice in term {message.term}"
 
     def crash(self):
         """Power loss: memory is gone, and what the disk had not synced."""
@@ -2862,6 +2890,7 @@ class Sim:
 
     def send(self, sender, message):
         """Encode, then lose, delay, duplicate or reorder."""
+        sender.promise(message)
         receiver = self.by_id[message.to]
         is_snapshot = message.type == pyetcd.MsgType.SNAP
         lost = (sender.name, receiver.name) in self.cut or self.rng.random() < self.drop
@@ -2950,11 +2979,11 @@ class Sim:
         if raft.role == pyetcd.RaftRole.LEADER:
             known = self.leaders.setdefault(raft.term, member.name)
             assert known == member.name, f"two leaders in term {raft.term}"
-        term, vote = member.promised
-        assert raft.term >= term, f"{member.name}: term went back {term} -> {raft.term}"
+        term, vote = member.seen_term
+        assert raft.term >= max(term, member.said_term), f"{member.name}: term went back"
         if raft.term == term and vote:
             assert raft.vote == vote, f"{member.name}: voted twice in term {term}"
-        member.promised = (raft.term, raft.vote)
+        member.seen_term = (raft.term, raft.vote)
         log = raft.log
         assert log.commit >= member.seen_commit, f"{member.name}: commit went back"
         assert log.applied >= member.seen_applied, f"{member.name}: applied went back"
@@ -3086,7 +3115,7 @@ def test_sim_far_behind_follower_gets_a_snapshot():
             assert leader.etcd.node.raft.log.first_index > behind.etcd.node.raft.log.last_index + 1
             sim.settle()
             assert behind.etcd.raft_index >= 150
-            assert behind.etcd._snapshot_index > 0
+            assert behind.etcd.snapshots.index > 0
         finally:
             pyetcd.SNAPSHOT_CATCHUP_ENTRIES = pyetcd_keep
 
