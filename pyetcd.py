@@ -38,7 +38,7 @@ Sections, bottom up; each uses only names defined above it:
   20. Journal
   21. Server
   22. Keys API
-  23. Members, status, routing
+  23. Client API
   24. Discovery
   25. Bootstrap
   26. Embedding
@@ -3893,15 +3893,13 @@ class Wal:
         crc = 0
         names = [name for name in disk.listdir(directory) if _WAL_NAME.fullmatch(name)]
         held = Wal._lock(directory, names, disk)
-        with contextlib.ExitStack() as cleanup:
-            cleanup.callback(Wal._unlock, directory, held, disk)
+        try:
             for name, handle in held:
                 decoder = WalDecoder(os.path.join(directory, name), disk.read_open(handle), crc)
-                with contextlib.suppress(TornTail):     # open() will repair it
-                    for record in decoder:
-                        if record.kind == RecordType.SNAPSHOT:
-                            found.append(_decode_walpb_snapshot(record.data))
+                found += _snapshot_records(decoder)
                 crc = decoder.crc
+        finally:
+            Wal._unlock(directory, held, disk)
         return found
 
     # -- reactor's side ----------------------------------------------------
@@ -3977,6 +3975,13 @@ class Wal:
         """Release all files."""
         self._unlock(self.directory, self._held, self._disk)
         self._held = []
+
+
+def _snapshot_records(decoder: WalDecoder) -> Iterator[EntryID]:
+    with contextlib.suppress(TornTail):         # Wal.open will repair it
+        for record in decoder:
+            if record.kind == RecordType.SNAPSHOT:
+                yield _decode_walpb_snapshot(record.data)
 
 
 class _WalReader:
@@ -7921,6 +7926,37 @@ def _server_version(body: bytes) -> str:
     return version
 
 
+class Traffic:
+    """Counts the append messages that the transport sends and receives."""
+
+    def __init__(
+        self, stats: ServerStats, leader_stats: LeaderStats, now: Callable[[], float]
+    ) -> None:
+        self._stats = stats
+        self._leader_stats = leader_stats
+        self._now = now
+        self._sent_at: Dict[int, float] = {}    # follower -> when entries went to it
+
+    def sent(
+        self, to: int, message: Message, size: int, seconds: Optional[float], ok: bool
+    ) -> None:
+        """A message has left, or could not."""
+        if message.type != MsgType.APP:
+            return
+        self._stats.send_append(size)
+        if not ok:
+            self._leader_stats.fail(to)
+        elif message.entries:
+            self._sent_at.setdefault(to, self._now())
+
+    def received(self, sender: int, message: Message, size: int) -> None:
+        """A message came; a follower's latency is from entries to the answer that follows."""
+        if message.type == MsgType.APP:
+            self._stats.recv_append(sender, size)
+        elif message.type == MsgType.APP_RESP and sender in self._sent_at:
+            self._leader_stats.success(sender, self._now() - self._sent_at.pop(sender))
+
+
 class EtcdServer:
     """One member.  Owns the Raft node, the log on disk and what is applied; knows no HTTP.
 
@@ -7955,13 +7991,13 @@ class EtcdServer:
         self.snapshots = SnapshotKeeper(
             reactor, self.journal, snapshotter, self.raft_index, failed
         )
+        traffic = Traffic(self.stats, self.leader_stats, reactor.now)
         self.transport: Transport = (transport_type or Transport)(
             reactor, member_id=boot.member_id, cluster_id=boot.cluster.id,
             peer_urls=config.initial_advertise_peer_urls, is_removed=boot.cluster.is_removed,
             deliver=self._deliver, unreachable=self._unreachable,
             snapshot_done=self._snapshot_done, removed=removed,
-            election_s=config.election_ms / 1000, sent=self._count_sent,
-            received=self._count_received,
+            election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version
@@ -7972,7 +8008,6 @@ class EtcdServer:
         self._tell_published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
         self._changes: List[ConfChange] = []    # likewise
-        self._sent_at: Dict[int, float] = {}    # follower -> when entries went to it
         self._lead = 0                          # as last seen by _watch_lead
         self._lead_since = 0.0                  # when it was elected (monotonic)
         for member in boot.remotes:
@@ -8098,24 +8133,6 @@ class EtcdServer:
         except ProposalDropped:
             package_logger("etcdserver").debug("dropped a proposal of %x", message.sender)
 
-    def _count_sent(
-        self, to: int, message: Message, size: int, seconds: Optional[float], ok: bool
-    ) -> None:
-        if message.type != MsgType.APP:
-            return
-        self.stats.send_append(size)
-        if not ok:
-            self.leader_stats.fail(to)
-        elif message.entries:
-            self._sent_at.setdefault(to, self.reactor.now())
-
-    def _count_received(self, sender: int, message: Message, size: int) -> None:
-        """A follower's latency is from the sending of entries to the answer that follows."""
-        if message.type == MsgType.APP:
-            self.stats.recv_append(sender, size)
-        elif message.type == MsgType.APP_RESP and sender in self._sent_at:
-            self.leader_stats.success(sender, self.reactor.now() - self._sent_at.pop(sender))
-
     def _unreachable(self, member_id: int) -> None:
         self.node.report_unreachable(member_id)
 
@@ -8202,7 +8219,7 @@ class EtcdServer:
         self.journal.submit()
         self._apply()
         self.snapshots.work(self._snapshot_saved)
-        if node.has_ready():
+        if node.has_ready() or (self.lead and (self._queue or self._changes)):
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
 
     def _propose(self) -> None:
@@ -8386,9 +8403,9 @@ class EtcdServer:
 
 
 # ============================================================================
-# 22. Keys API -- requests for /v2/keys
+# 22. Keys API -- from an HTTP request to a command, and back
 # ----------------------------------------------------------------------------
-# Knows: all above.  Must not know: sockets, Raft messages, files.
+# Knows: sections 1-4, 8, 12, 14, 15.  Must not know: sockets, Raft, files.
 # ============================================================================
 
 FORM_FIELDS_MAX = 10_000            # fields of one body or query; above: error 210
@@ -8397,6 +8414,22 @@ _TEXT = "text/plain; charset=utf-8"
 _NOSNIFF = "X-Content-Type-Options: nosniff\r\n"
 
 Handler = Callable[[HttpRequest], None]
+
+
+def refuse_method(allow: str, request: HttpRequest) -> None:
+    """Answer 405.  allow: the methods that there are, `A,B`."""
+    request.reply(405, b"Method Not Allowed\n", _TEXT, f"Allow: {allow}\r\n{_NOSNIFF}")
+
+
+def not_found(request: HttpRequest) -> None:
+    """Answer 404."""
+    request.reply(404, b"404 page not found\n", _TEXT, _NOSNIFF)
+
+
+def write_message(request: HttpRequest, status: int, message: str, headers: str = "") -> None:
+    """Answer with an error of any API but the keys API."""
+    body = f'{{"message":{json_string(message)}}}'.encode()
+    request.reply(status, body, "application/json", headers)
 
 
 def go_quote(text: str) -> str:
@@ -8486,14 +8519,14 @@ def is_form_type(content_type: str) -> bool:
 
 def _check_media_params(text: str) -> None:
     params: Dict[str, str] = {}
-    param = _MEDIA_PARAM.match(text)
     end = 0
+    param = _MEDIA_PARAM.match(text)
     while param is not None:
         end = param.end()
         name, value = param.group(1).lower(), param.group(2)
-        param = _MEDIA_PARAM.match(text, end)
         if params.setdefault(name, value) != value:
             raise InvalidForm("mime: duplicate parameter name")
+        param = _MEDIA_PARAM.match(text, end)
     if text[end:].strip() not in ("", ";"):
         raise InvalidForm("mime: invalid media parameter")
 
@@ -8606,11 +8639,12 @@ class KeyTarget:
     fields   of the query, for PUT and POST
     is_form  True if the body counts
     plain    True if nothing but the body's fields is to be looked at
+    too_deep  True if no such key may be written
     bad_type, bad_query  causes of error 210 that come before and after those of the body
     """
 
     __slots__ = (
-        "command", "error", "fields", "is_form", "plain", "bad_type", "bad_query",
+        "command", "error", "fields", "is_form", "plain", "too_deep", "bad_type", "bad_query",
     )
 
     def __init__(self, head: HttpHead) -> None:
@@ -8618,6 +8652,7 @@ class KeyTarget:
         self.error: Optional[EtcdError] = None
         self.fields: Dict[str, str] = {}
         self.is_form = False
+        self.too_deep = self.command.path.count("/") > KEY_DEPTH_MAX + 1    # the namespace
         self.bad_type = self.bad_query = ""
         try:
             self.fields = parse_form(head.query.encode("latin-1"))
@@ -8627,7 +8662,9 @@ class KeyTarget:
             self._read_type(head)
         else:
             self._read_command()
-        self.plain = self.is_form and not (self.fields or self.bad_type or self.bad_query)
+        self.plain = self.is_form and not (
+            self.fields or self.too_deep or self.bad_type or self.bad_query
+        )
 
     def request(self, request: HttpRequest, now_ns: int) -> Request:
         """Return the command of a PUT or POST.  Raises EtcdError."""
@@ -8638,7 +8675,7 @@ class KeyTarget:
         fields = parse_form(request.body) if self.is_form else {}
         if self.bad_query:
             raise InvalidForm(self.bad_query)
-        if self.command.path.count("/") > KEY_DEPTH_MAX:
+        if self.too_deep:
             raise InvalidForm(f"the key has more than {KEY_DEPTH_MAX} path elements")
         if self.fields:
             fields = {**self.fields, **fields}
@@ -8682,7 +8719,7 @@ class KeyWatch:
         self._watcher: Optional[Watcher] = None
 
     def start(self, store: Store, command: Request, request: HttpRequest, headers: str) -> None:
-        """Register, and send the head at once.  Raises EventIndexCleared before that."""
+        """Register, and send the head at once.  Raises EventIndexCleared, with nothing sent."""
         watcher = store.watch(
             command.path, recursive=command.recursive, stream=self._stream, since=command.since,
             deliver=self._deliver,
@@ -8820,7 +8857,7 @@ class KeysApi:
         body = request.body
         if target.plain and body.startswith(b"value=") and not (
             b"%" in body or b"+" in body or b"&" in body or b";" in body
-        ) and target.command.path.count("/") <= KEY_DEPTH_MAX:
+        ):
             command = target.command
             command = Request(0, command.method, command.path, text_of(body[6:]))
         else:
@@ -8889,21 +8926,11 @@ class KeysApi:
         )
 
 
-def refuse_method(allow: str, request: HttpRequest) -> None:
-    """Answer 405.  allow: the methods that there are, `A,B`."""
-    request.reply(405, b"Method Not Allowed\n", _TEXT, f"Allow: {allow}\r\n{_NOSNIFF}")
-
-
-def not_found(request: HttpRequest) -> None:
-    """Answer 404."""
-    request.reply(404, b"404 page not found\n", _TEXT, _NOSNIFF)
-
-
-def write_message(request: HttpRequest, status: int, message: str, headers: str = "") -> None:
-    """Answer with an error of any API but the keys API."""
-    body = f'{{"message":{json_string(message)}}}'.encode()
-    request.reply(status, body, "application/json", headers)
-
+# ============================================================================
+# 23. Client API -- members, statistics, and the table of paths
+# ----------------------------------------------------------------------------
+# Knows: all above.  Must not know: sockets, Raft messages, files.
+# ============================================================================
 
 _PATH_SAFE = "/$&+,:;=@-_.~"        # what Go leaves as it is in a path
 
@@ -8920,13 +8947,6 @@ def redirect(request: HttpRequest) -> None:
         body = f'<a href="{shown}">Moved Permanently</a>.\n\n'.encode("latin-1")
     ascii_only = "".join(c if c < "\x80" else f"%{ord(c):x}" for c in location)
     request.reply(301, body, "text/html; charset=utf-8", f"Location: {ascii_only}\r\n")
-
-
-# ============================================================================
-# 23. Members, status, routing -- the rest of etcd's HTTP interface
-# ----------------------------------------------------------------------------
-# Knows: all above.
-# ============================================================================
 
 
 class GoJson:
