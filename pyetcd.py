@@ -25,24 +25,25 @@ Sections, bottom up; each uses only names defined above it:
   7. Raft core
   8. Events and watchers
   9. Store
-  10. WAL and snapshots
-  11. Cluster
-  12. Apply
-  13. Reactor
-  14. HTTP server
-  15. HTTP calls
-  16. Peer frames
-  17. Peer links
-  18. Peer transport
-  19. Statistics
-  20. Journal
-  21. Server
-  22. Keys API
-  23. Client API
-  24. Discovery
-  25. Bootstrap
-  26. Embedding
-  27. Command line
+  10. WAL
+  11. Snapshot files
+  12. Cluster
+  13. Apply
+  14. Reactor
+  15. HTTP server
+  16. HTTP calls
+  17. Peer frames
+  18. Peer links
+  19. Peer transport
+  20. Statistics
+  21. Journal
+  22. Server
+  23. Keys API
+  24. Client API
+  25. Discovery
+  26. Bootstrap
+  27. Embedding
+  28. Command line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in README.md.
@@ -426,6 +427,9 @@ class InvariantError(Exception):
 # ----------------------------------------------------------------------------
 # Knows: sections 1-2.  Only what two or more sections use.
 # ============================================================================
+
+
+logging.getLogger("pyetcd").addHandler(logging.NullHandler())   # silent unless the program logs
 
 
 def package_logger(package: str) -> logging.Logger:
@@ -3556,13 +3560,14 @@ class Store:
 
 
 # ============================================================================
-# 10. WAL and snapshots -- files of etcd 2.x, read and written
+# 10. WAL -- the log files of etcd 2.x, read and written
 # ----------------------------------------------------------------------------
 # Knows: sections 1-4, files.  Must not know: the store, the rules of Raft.
 # ============================================================================
 
 _WAL_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.wal")
 _SNAP_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.snap")
+_RECORD_START = re.compile(rb"\x08[\x01-\x05]\x10")
 _REPAIR_HINT = (
     "remove this member from the cluster, delete its data directory and add it again;"
     " a cluster of one is restored from a backup"
@@ -3592,10 +3597,6 @@ class OsDisk:
     def makedirs(self, path: str) -> None:
         """Make a directory and its parents, mode 0700."""
         os.makedirs(path, mode=0o700, exist_ok=True)
-
-    def exists(self, path: str) -> bool:
-        """Tell whether a file or directory is there."""
-        return os.path.exists(path)
 
     def listdir(self, path: str) -> List[str]:
         """Return the names in a directory, sorted; [] if there is none."""
@@ -3715,6 +3716,19 @@ class WalEncoder:
             _BYTE[kind], encode_varint(crc), encode_varint(len(data)), data
         ))
 
+    def entries(self, entries: Sequence[Entry]) -> List[bytes]:
+        """Return the frames of entries: record() for each, without its calls (hot path)."""
+        crc, kind = self.crc, b"\x08\x02\x10"
+        frames: List[bytes] = []
+        for entry in entries:
+            data = encode_entry(entry)
+            crc = crc32c(data, crc)
+            body = b"%b%b\x1a%b%b" % (kind, encode_varint(crc), encode_varint(len(data)), data)
+            frames.append(len(body).to_bytes(8, "little"))
+            frames.append(body)
+        self.crc = crc
+        return frames
+
     def chain(self) -> bytes:
         """Return the crc record that begins a file."""
         return self._frame(b"\x08\x04\x10" + encode_varint(self.crc))
@@ -3736,74 +3750,97 @@ class WalRecord(NamedTuple):
 class WalDecoder:
     """The records of one file, checked against the chain of checksums.
 
-    Reads 2.x frames and the padded ones of 3.x, also mixed.  Raises CrcMismatch for damage,
-    TornTail if the file ends inside a record; `end` is the offset behind the last good one.
+    Reads 2.x frames and the padded ones of 3.x, also mixed.  `end` is the offset behind the last
+    record that its reader has taken.  Raises TornTail if the file ends as a crash during a write
+    leaves it, CrcMismatch for everything else that is wrong.
+
+    The checksum covers neither lengths nor types.  A wrong length shows as the record is whole
+    without it; a wrong type shows in the shape of the data (see _WalReader).
     """
 
     def __init__(self, path: str, data: bytes, crc: int) -> None:
         self.path = path
+        self.data = data
         self.crc = crc
         self.end = 0
-        self._data = data
 
     def __iter__(self) -> Iterator[WalRecord]:
-        size = len(self._data)
+        size = len(self.data)
         while self.end < size:
             record = self._record(self.end)
             if record is None:
                 return
             self._check(record)
-            self.end = record.end
             yield record
+            self.end = record.end
 
-    def _record(self, offset: int) -> Optional[WalRecord]:
-        """Return the record at `offset`; None for the zeros of a preallocated tail."""
-        data = self._data
-        if offset + 8 > len(data):
-            raise self._torn("inside a length")
-        field = int.from_bytes(data[offset:offset + 8], "little")
-        if not field:
-            return None
-        length, top = field & ((1 << 56) - 1), field >> 56
-        padding = top & 7 if top & 0x80 else 0
-        if top not in (0, 0x80 | -length % 8):
-            raise self._damage("impossible length")
-        end = offset + 8 + length + padding
-        if end > len(data):
-            if _has_records(data, offset + 1):
-                raise self._damage("impossible length")
-            raise self._torn("inside a record")
-        try:
-            return WalRecord(*_decode_record(data[offset + 8:offset + 8 + length]), end)
-        except CodecError as error:
-            raise self._bad(offset, end, str(error)) from None
-
-    def _check(self, record: WalRecord) -> None:
-        if record.kind == RecordType.CRC:
-            if self.crc and record.crc != self.crc:
-                raise self._damage("wal: crc mismatch")
-            self.crc = record.crc
-            return
-        self.crc = crc32c(record.data, self.crc)
-        if self.crc != record.crc:
-            raise self._bad(self.end, record.end, "walpb: crc mismatch")
-
-    def _bad(self, offset: int, end: int, what: str) -> WalError:
-        """A wrong record: torn if a whole sector of it never reached the disk (etcd 3.4)."""
-        first = -(-offset // 512) * 512
-        for sector in range(first, end, 512):
-            if not any(self._data[sector:min(sector + 512, end)]) and end >= len(self._data):
-                return self._torn("in a sector that was never written")
-        return self._damage(what)
-
-    def _damage(self, what: str) -> CrcMismatch:
+    def damage(self, what: str) -> CrcMismatch:
+        """Return the error for a record at `end` that is not what was written."""
         return CrcMismatch(
             f"read wal error ({what}) and cannot be repaired: {self.path} is damaged at offset"
             f" {self.end}; {_REPAIR_HINT}"
         )
 
+    def _record(self, offset: int) -> Optional[WalRecord]:
+        """Return the record at `offset`; None for the zeros of a preallocated tail."""
+        data = self.data
+        if offset + 8 > len(data):
+            raise self._torn("inside a length")
+        length, padding = _wal_frame(data, offset)
+        if padding < 0:
+            raise self.damage("impossible length")
+        end = offset + 8 + length + padding
+        if not length or end > len(data):
+            self._bad_length(offset, length)
+            return None
+        try:
+            return WalRecord(*_decode_record(data[offset + 8:offset + 8 + length]), end)
+        except CodecError as error:
+            raise self._bad_record(offset, end, str(error)) from None
+
+    def _check(self, record: WalRecord) -> None:
+        if record.kind == RecordType.CRC:
+            if record.data or (self.crc and record.crc != self.crc):
+                raise self.damage("wal: crc mismatch")
+            self.crc = record.crc
+            return
+        crc = crc32c(record.data, self.crc)
+        if crc != record.crc:
+            raise self._bad_record(self.end, record.end, "walpb: crc mismatch")
+        self.crc = crc
+
+    def _bad_length(self, offset: int, length: int) -> None:
+        """A length that is 0 or points past the end: is this the tail, or damage?
+
+        To cut where acknowledged records follow would lose them.
+        """
+        data = self.data
+        if not data[offset:].strip(b"\0"):
+            return
+        whole = _intact_length(data, offset + 8, self.crc)
+        if (whole and whole != length) or _has_records(data, offset + 9, self.crc):
+            raise self.damage("impossible length")
+        raise self._torn("inside a record")
+
+    def _bad_record(self, offset: int, end: int, what: str) -> WalError:
+        """A wrong record: torn if it is the last, and a sector of it was never written (3.4)."""
+        if not self.data[end:].strip(b"\0"):
+            for sector in range(-(-offset // 512) * 512, end, 512):
+                if not self.data[sector:min(sector + 512, end)].strip(b"\0"):
+                    return self._torn("in a sector that was never written")
+        return self.damage(what)
+
     def _torn(self, where: str) -> TornTail:
         return TornTail(f"unexpected EOF: {self.path} ends {where} at offset {self.end}")
+
+
+def _wal_frame(data: bytes, offset: int) -> Tuple[int, int]:
+    """Return (length, padding) of the frame at `offset`; padding -1: impossible."""
+    field = int.from_bytes(data[offset:offset + 8], "little")
+    length, top = field & ((1 << 56) - 1), field >> 56
+    if top == 0:
+        return length, 0
+    return length, top & 7 if top == 0x80 | -length % 8 else -1
 
 
 def _decode_record(data: bytes) -> Tuple[int, int, bytes]:
@@ -3821,29 +3858,40 @@ def _decode_record(data: bytes) -> Tuple[int, int, bytes]:
     return kind, crc, payload
 
 
-def _has_records(data: bytes, start: int) -> bool:
-    """Tell whether two good records follow each other somewhere behind `start`.
+def _intact_length(data: bytes, start: int, crc: int) -> int:
+    """Return the length of the record at `start` by its own fields, 0 if it is not intact."""
+    try:
+        stored, offset = decode_varint(data, start + 3)
+        if data[start:start + 3] == b"\x08\x04\x10":
+            return offset - start if stored == crc else 0
+        size, offset = decode_varint(data, offset + 1)
+    except CodecError:
+        return 0
+    end = offset + size
+    if end > len(data) or crc32c(data[offset:end], crc) != stored:
+        return 0
+    return end - start
 
-    Then a length that points past the end is damage in the middle, not the end of the log: to
-    cut there would lose what was acknowledged.
-    """
-    offset = data.find(b"\0\0\0\0\0\0\x08", start)     # the end of a length, the tag of a kind
-    while offset >= 0:
-        record = _loose_record(data, offset - 1)
+
+def _has_records(data: bytes, start: int, crc: int) -> bool:
+    """Tell whether, behind `start`, a record continues the chain at `crc`, or one another."""
+    for match in _RECORD_START.finditer(data, start):
+        if _intact_length(data, match.start(), crc):
+            return True
+        record = _loose_record(data, match.start() - 8)
         following = record and _loose_record(data, record.end)
         if record and following and crc32c(following.data, record.crc) == following.crc:
             return True
-        offset = data.find(b"\0\0\0\0\0\0\x08", offset + 1)
     return False
 
 
 def _loose_record(data: bytes, offset: int) -> Optional[WalRecord]:
-    length = int.from_bytes(data[offset:offset + 8], "little") & ((1 << 56) - 1)
+    length, padding = _wal_frame(data, offset)
     end = offset + 8 + length
-    if length < 4 or end > len(data):
+    if length < 4 or padding < 0 or end + padding > len(data):
         return None
     try:
-        return WalRecord(*_decode_record(data[offset + 8:end]), end)
+        return WalRecord(*_decode_record(data[offset + 8:end]), end + padding)
     except CodecError:
         return None
 
@@ -3884,7 +3932,9 @@ class Wal:
         cls, directory: str, metadata: bytes, *, disk: OsDisk = OS_DISK,
         segment_bytes: int = SEGMENT_BYTES_MAX,
     ) -> Wal:
-        """Begin a new log, durably.  Raises FileLocked, OSError."""
+        """Begin a new log, durably.  Raises WalError if there is one, FileLocked, OSError."""
+        if cls.exists(directory, disk=disk):
+            raise WalError(f"wal: file already exists: {directory} holds a log")
         wal = cls(directory, metadata, disk=disk, segment_bytes=segment_bytes)
         disk.makedirs(directory)
         encoder = wal._encoder
@@ -3929,9 +3979,11 @@ class Wal:
         held: List[Tuple[str, int]] = []
         for name in names:
             path = os.path.join(directory, name)
-            handle = disk.open_append(path)
-            if not disk.lock(path, handle):
-                disk.close(handle)
+            # To close a descriptor frees the lock of a member in this process: do not open one.
+            handle = None if disk.is_locked(path) else disk.open_append(path)
+            if handle is None or not disk.lock(path, handle):
+                if handle is not None:
+                    disk.close(handle)
                 cls._unlock(directory, held, disk)
                 raise FileLocked(
                     f"open wal error: file already locked: {path} belongs to a running member;"
@@ -3955,32 +4007,28 @@ class Wal:
     def snapshots(directory: str, *, disk: OsDisk = OS_DISK) -> List[EntryID]:
         """Return the snapshots that the log knows of; only their files may be used.
 
-        Raises FileLocked if the log is in use, CrcMismatch if it is damaged.
+        Looks at frames only: open() checks what it then needs, and the record of the chosen
+        snapshot is a part of that.  Raises FileLocked if the log is in use.
         """
-        found: List[EntryID] = []
-        crc = 0
         names = [name for name in disk.listdir(directory) if _WAL_NAME.fullmatch(name)]
         held = Wal._lock(directory, names, disk)
         try:
-            for name, handle in held:
-                decoder = WalDecoder(os.path.join(directory, name), disk.read_open(handle), crc)
-                found += _snapshot_records(decoder)
-                crc = decoder.crc
+            return [
+                found for _, handle in held for found in _scan_snapshots(disk.read_open(handle))
+            ]
         finally:
             Wal._unlock(directory, held, disk)
-        return found
 
     # -- reactor's side ----------------------------------------------------
 
     def encode(self, hard_state: Optional[HardState], entries: Sequence[Entry]) -> bytes:
         """Return the frames of entries, then of the hard state if it changed."""
-        record = self._encoder.record
-        parts = [record(RecordType.ENTRY, encode_entry(entry)) for entry in entries]
+        parts = self._encoder.entries(entries)
         if entries:
             self._last_index = entries[-1].index
         if hard_state is not None and hard_state != self._hard_state:
             self._hard_state = hard_state
-            parts.append(record(RecordType.STATE, encode_hard_state(hard_state)))
+            parts.append(self._encoder.record(RecordType.STATE, encode_hard_state(hard_state)))
         data = b"".join(parts)
         self._size += len(data)
         return data
@@ -4028,8 +4076,9 @@ class Wal:
         disk.fsync_dir(directory)
         if not disk.lock(path, handle):
             raise FileLocked(f"open wal error: file already locked: {path}")
+        if self._held:
+            package_logger("wal").info("segmented wal file %s is created", path)
         self._held.append((cut.name, handle))
-        package_logger("wal").info("segmented wal file %s is created", path)
 
     def release_to(self, index: int) -> None:
         """Unlock the segments that a snapshot at `index` makes needless, so they can be purged."""
@@ -4045,11 +4094,18 @@ class Wal:
         self._held = []
 
 
-def _snapshot_records(decoder: WalDecoder) -> Iterator[EntryID]:
-    with contextlib.suppress(TornTail):         # Wal.open will repair it
-        for record in decoder:
-            if record.kind == RecordType.SNAPSHOT:
-                yield _decode_walpb_snapshot(record.data)
+def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
+    """Yield what the snapshot records of a segment say, up to the first impossible frame."""
+    offset = 0
+    while offset + 8 <= len(data):
+        length, padding = _wal_frame(data, offset)
+        body = offset + 8
+        offset = body + length + padding
+        if not length or padding < 0 or offset > len(data):
+            return
+        if data[body:body + 2] == b"\x08\x05":
+            with contextlib.suppress(CodecError):
+                yield _decode_walpb_snapshot(_decode_record(data[body:body + length])[2])
 
 
 class _WalReader:
@@ -4061,6 +4117,7 @@ class _WalReader:
         self._start = start
         self._disk = disk
         self._metadata = b""
+        self._headed = False                # the present file has its metadata
         self._hard_state = HardState()
         self._entries: List[Entry] = []
         self._snapshots: List[EntryID] = []
@@ -4070,52 +4127,77 @@ class _WalReader:
         """Read one segment; return its size after a repair."""
         path = os.path.join(self._directory, name)
         decoder = WalDecoder(path, self._disk.read_open(handle), self.crc)
+        self._headed, torn = False, ""
         try:
             for record in decoder:
-                self._take(path, record)
+                self._take(decoder, record)
         except TornTail as error:
-            if not last:
-                raise CrcMismatch(
-                    f"read wal error ({error}) and cannot be repaired: later segments exist;"
-                    f" {_REPAIR_HINT}"
-                ) from None
-            self._repair(path, decoder)
+            torn = str(error)
+        if not self._headed:
+            raise decoder.damage("cut inside its head")     # no crash does that: it was renamed
+        if torn and not last:
+            raise CrcMismatch(
+                f"read wal error ({torn}) and cannot be repaired: later segments exist;"
+                f" {_REPAIR_HINT}"
+            )
+        if torn:
+            self._keep_copy(decoder)
         self.crc = decoder.crc
-        if last and decoder.end < len(decoder._data):
+        if last and decoder.end < len(decoder.data):
             self._disk.truncate(handle, decoder.end)    # zeros of preallocation, or torn bytes
         return decoder.end
 
     def contents(self) -> WalContents:
-        """Return what was read.  Raises WalError if it does not fit the snapshot."""
-        if self._start not in self._snapshots:
+        """Return what was read.  Raises WalError if it does not fit the snapshot.
+
+        The state may be older than the snapshot: a crash came between the file of a received
+        snapshot and the frames behind it.  No vote of the snapshot's term was given then.
+        """
+        start = self._start
+        if start not in self._snapshots:
             raise WalError(
                 f"wal: snapshot not found: {self._directory} has no record of the snapshot at"
-                f" index {self._start.index}; {_REPAIR_HINT}"
+                f" index {start.index}; {_REPAIR_HINT}"
             )
-        return WalContents(self._metadata, self._hard_state, self._entries, self._snapshots)
+        term, vote, commit = self._hard_state
+        if start.index:
+            vote = vote if term >= start.term else 0
+            term, commit = max(term, start.term), max(commit, start.index)
+        state = HardState(term, vote, commit)
+        return WalContents(self._metadata, state, self._entries, self._snapshots)
 
-    def _repair(self, path: str, decoder: WalDecoder) -> None:
-        log = package_logger("wal")
+    def _keep_copy(self, decoder: WalDecoder) -> None:
+        path, log = decoder.path, package_logger("wal")
         log.warning("repairing %s", path)
         broken = self._disk.create(path + ".broken")
-        self._disk.write(broken, decoder._data)
+        self._disk.write(broken, decoder.data)
         self._disk.fsync(broken)
         self._disk.close(broken)
         log.warning("repaired WAL error (unexpected EOF): cut %s at offset %d", path, decoder.end)
 
-    def _take(self, path: str, record: WalRecord) -> None:
-        if record.kind == RecordType.ENTRY:
-            self._take_entry(path, decode_entry(record.data))
-        elif record.kind == RecordType.STATE:
-            self._hard_state = decode_hard_state(record.data)
-        elif record.kind == RecordType.METADATA:
-            if self._metadata and self._metadata != record.data:
-                raise WalError(f"wal: conflicting metadata found in {path}; {_REPAIR_HINT}")
-            self._metadata = record.data
-        elif record.kind == RecordType.SNAPSHOT:
-            self._take_snapshot(_decode_walpb_snapshot(record.data))
+    def _take(self, decoder: WalDecoder, record: WalRecord) -> None:
+        data = record.data
+        try:
+            if record.kind == RecordType.ENTRY:
+                self._take_entry(decoder, _wal_entry(data))
+            elif record.kind == RecordType.STATE:
+                self._hard_state = decode_hard_state(data)
+                if not self._hard_state.term or encode_hard_state(self._hard_state) != data:
+                    raise CodecError("not a hard state")
+            elif record.kind == RecordType.METADATA:
+                self._take_metadata(decoder, data)
+            elif record.kind == RecordType.SNAPSHOT:
+                self._take_snapshot(_decode_walpb_snapshot(data))
+        except CodecError as error:
+            raise decoder.damage(str(error)) from None
 
-    def _take_entry(self, path: str, entry: Entry) -> None:
+    def _take_metadata(self, decoder: WalDecoder, data: bytes) -> None:
+        if not data or (self._metadata and self._metadata != data):
+            raise decoder.damage("wal: conflicting metadata found")
+        self._metadata = data
+        self._headed = True
+
+    def _take_entry(self, decoder: WalDecoder, entry: Entry) -> None:
         start = self._start.index
         if entry.index <= start:
             self._start_term = entry.term if entry.index == start else 0
@@ -4123,9 +4205,8 @@ class _WalReader:
             return
         position = entry.index - start - 1
         if position > len(self._entries):
-            raise WalError(
-                f"{path} misses entries {start + len(self._entries) + 1} to {entry.index - 1};"
-                f" {_REPAIR_HINT}"
+            raise decoder.damage(
+                f"entries {start + len(self._entries) + 1} to {entry.index - 1} are missing"
             )
         del self._entries[position:]
         self._entries.append(entry)
@@ -4136,6 +4217,14 @@ class _WalReader:
         if snapshot_id == self._start and self._start_term != snapshot_id.term:
             self._entries.clear()
             self._start_term = snapshot_id.term
+
+
+def _wal_entry(data: bytes) -> Entry:
+    """Decode an entry.  Raises CodecError for the data of any other type of record."""
+    entry = decode_entry(data)
+    if not entry.index or entry.type > EntryType.CONF_CHANGE_V2 or (entry.type and not entry.data):
+        raise CodecError("not an entry")
+    return entry
 
 
 def _wal_name(sequence: int, index: int) -> str:
@@ -4171,8 +4260,20 @@ def _encode_walpb_snapshot(snapshot_id: EntryID) -> bytes:
 
 
 def _decode_walpb_snapshot(data: bytes) -> EntryID:
+    """Inverse of _encode_walpb_snapshot; etcd 3.5 adds the voters as field 3."""
     values = _decode_known(data, {1: ("index", 0, int), 2: ("term", 0, int)}, "walpb.Snapshot")
-    return EntryID(values.get("term", 0), values.get("index", 0))
+    snapshot_id = EntryID(values.get("term", 0), values.get("index", 0))
+    known = _encode_walpb_snapshot(snapshot_id)
+    if data[:len(known)] != known or data[len(known):len(known) + 1] not in (b"", b"\x1a"):
+        raise CodecError("not a snapshot record")
+    return snapshot_id
+
+
+# ============================================================================
+# 11. Snapshot files -- whole states on disk, and the directory around them
+# ----------------------------------------------------------------------------
+# Knows: sections 1-4 and 10.  Must not know: the store, the rules of Raft.
+# ============================================================================
 
 
 class SnapshotFile(NamedTuple):
@@ -4198,10 +4299,14 @@ class Snapshotter:
         self.write(SnapshotFile(snapshot_id, (data,), len(data), crc32c(data)))
 
     def write(self, file: SnapshotFile) -> None:
-        """Write a snapshot whose checksum is known, like save()."""
+        """Write a snapshot whose checksum is known, like save().
+
+        Differs from etcd: under another name until it is complete, so load() on another thread
+        never sees half of it.
+        """
         term, index = file.id
         path = os.path.join(self.directory, f"{term:016x}-{index:016x}.snap")
-        handle = self._disk.create(path, 0o666)
+        handle = self._disk.create(path + ".tmp", 0o666)
         try:
             head = b"\x08%b\x12%b" % (encode_varint(file.crc), encode_varint(file.size))
             for piece in (head, *file.pieces):
@@ -4209,6 +4314,7 @@ class Snapshotter:
             self._disk.fsync(handle)
         finally:
             self._disk.close(handle)
+        self._disk.rename(path + ".tmp", path)
         self._disk.fsync_dir(self.directory)
 
     def load(self, valid: Optional[Container[EntryID]] = None) -> Optional[Snapshot]:
@@ -4220,7 +4326,7 @@ class Snapshotter:
         for name in reversed(self._disk.listdir(self.directory)):
             match = _SNAP_NAME.fullmatch(name)
             if match is None:
-                if not name.endswith((".broken", ".snap.db")):
+                if not name.endswith((".broken", ".tmp", ".snap.db")):
                     log.warning("skipped unexpected non snapshot file %s", name)
                 continue
             term, index = (int(part, 16) for part in match.groups())
@@ -4236,6 +4342,8 @@ class Snapshotter:
         path = os.path.join(self.directory, name)
         try:
             return decode_snapshot_file(self._disk.read(path))
+        except FileNotFoundError:
+            return None                 # purged meanwhile
         except CodecError as error:
             package_logger("snap").error(
                 "cannot read snapshot file %s (%s); renamed to %s.broken, using the one before",
@@ -4259,10 +4367,18 @@ def decode_snapshot_file(content: bytes) -> Snapshot:
 def purge_files(
     directory: str, suffix: str, keep: int, *, disk: OsDisk = OS_DISK
 ) -> List[str]:
-    """Remove the oldest files beyond `keep` (0: none), up to the first that is still locked."""
+    """Remove the oldest files beyond `keep` (0: none), up to the first that is still locked.
+
+    Also what a crash left under a temporary name.  Returns the paths removed.  Raises OSError.
+    """
+    if not keep:
+        return []
+    listing = disk.listdir(directory)
+    names = [name for name in listing if name.endswith(suffix)]
     removed: List[str] = []
-    names = [name for name in disk.listdir(directory) if name.endswith(suffix)]
-    for name in names[:-keep] if keep else []:
+    # A file that is being written now has a later name than the newest complete one.
+    stale = [n for n in listing if n.endswith(suffix + ".tmp") and names and n < names[-1]]
+    for name in stale + names[:-keep]:
         path = os.path.join(directory, name)
         if disk.is_locked(path):
             break
@@ -4300,17 +4416,23 @@ def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
             " directory that this user may read and write"
         ) from None
     _classify(data_dir, names)
+    what = "member"
     try:
-        for path in (data_dir, member):
-            os.makedirs(path, mode=0o700, exist_ok=True)
-            _touch(path)
+        os.makedirs(data_dir, mode=0o700, exist_ok=True)
+        os.makedirs(member, mode=0o700, exist_ok=True)
+        _touch(data_dir)
+        _touch(member)
         _migrate(paths, names)
         os.makedirs(paths.snap, mode=0o700, exist_ok=True)
-        if os.path.isdir(paths.wal):
-            _touch(paths.wal)
+        what = "WAL"
+        os.makedirs(paths.wal, mode=0o700, exist_ok=True)
+        _touch(paths.wal)
+        for path in (os.path.dirname(paths.wal), member, data_dir, os.path.dirname(data_dir)):
+            with contextlib.suppress(PermissionError):  # a parent that we may not list
+                fsync_dir(path or ".")
     except OSError as error:
         raise StartError(
-            f"cannot write to member directory: {error}; give the directory to this user, or"
+            f"cannot write to {what} directory: {error}; give the directory to this user, or"
             " choose another -data-dir"
         ) from None
     return paths
@@ -4337,19 +4459,24 @@ def _touch(path: str) -> None:
 
 
 def _migrate(paths: DataDir, names: Set[str]) -> None:
-    """etcd 2.0.0 kept wal and snap at the top."""
+    """etcd 2.0.0 kept wal and snap at the top.
+
+    The log moves last: as long as it is at the top, a crash leaves work for the next start.
+    """
     old = os.path.join(paths.root, "wal")
-    if "wal" not in names or "member" in names or not os.listdir(old):
+    if "wal" not in names or not os.listdir(old):
         return
-    for name in ("wal", "snap"):
-        if name in names:
-            os.rename(os.path.join(paths.root, name), os.path.join(paths.member, name))
-    fsync_dir(paths.member)
-    fsync_dir(paths.root)
+    for name in ("snap", "wal"):
+        path = os.path.join(paths.root, name)
+        target = os.path.join(paths.member, name)
+        if os.path.isdir(path) and not (os.path.isdir(target) and os.listdir(target)):
+            os.replace(path, target)
+            fsync_dir(paths.member)
+            fsync_dir(paths.root)
 
 
 # ============================================================================
-# 11. Cluster -- who the members are
+# 12. Cluster -- who the members are
 # ----------------------------------------------------------------------------
 # Knows: sections 1-4, the store's /0.  Must not know: Raft, sockets.
 # ============================================================================
@@ -4483,17 +4610,17 @@ class Cluster:
             member = self._read_member(name)
             self.members[member.id] = member
         self.removed = {int(name, 16) for name, _ in store.children("/0/removed_members")}
-        version = store.value("/0/version")
-        if version:
-            self._check_version(version)
-            self.version = version
-            package_logger("etcdserver").info(
-                "set the cluster version to %s from store", version.rpartition(".")[0]
-            )
+        self.version = store.value("/0/version")
+        if self.version:
+            self._check_version(self.version)
         for member in sorted(self.members.values()):
             package_logger("etcdserver").info(
                 "added %smember %s [%s] to cluster %s from store", self._local(member.id),
                 format_id(member.id), " ".join(member.peer_urls), format_id(self.id),
+            )
+        if self.version:
+            package_logger("etcdserver").info(
+                "set the cluster version to %s from store", self.version.rpartition(".")[0]
             )
 
     def _read_member(self, name: str) -> Member:
@@ -4513,6 +4640,13 @@ class Cluster:
         """Tell whether this id was a member once and was removed."""
         return id in self.removed
 
+    def is_known(self, id: int) -> bool:
+        """Tell whether the addition of this member is applied.
+
+        The store decides, the same everywhere; `members` also holds those of the flags.
+        """
+        return bool(self.store.children(f"/0/members/{format_id(id)}"))
+
     def client_urls(self) -> List[str]:
         """Return the client URLs of all members."""
         return [url for member in self.members.values() for url in member.client_urls]
@@ -4531,8 +4665,7 @@ class Cluster:
         id = change.node_id
         if id in self.removed:
             raise MemberRemoved()
-        # What an initial member holds in memory is not yet applied: the store decides.
-        known = bool(self.store.children(f"/0/members/{format_id(id)}"))
+        known = self.is_known(id)
         adds = change.type in (ConfChangeType.ADD_NODE, ConfChangeType.ADD_LEARNER)
         if adds and known:
             raise MemberExists()
@@ -4660,9 +4793,9 @@ def parse_member(context: bytes, id: int) -> Member:
 
 
 # ============================================================================
-# 12. Apply -- committed entries change store and cluster
+# 13. Apply -- committed entries change store and cluster
 # ----------------------------------------------------------------------------
-# Knows: sections 4, 8, 10.  Deterministic: every member gets the same result
+# Knows: sections 4, 9, 12.  Deterministic: every member gets the same result
 # from the same entry; only the shown ttl depends on the clock.
 # ============================================================================
 
@@ -4769,7 +4902,7 @@ class Applier:
         return True
 
     def _note_attributes(self, id: int, value: str) -> bool:
-        if id not in self._cluster.members:
+        if not self._cluster.is_known(id):
             if not self._cluster.is_removed(id):    # etcd ends here; the store alone is harmless
                 package_logger("etcdserver").warning(
                     "ignored the attributes of unknown member %s", format_id(id)
@@ -4807,7 +4940,7 @@ _METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
 
 
 # ============================================================================
-# 13. Reactor -- one thread, every socket
+# 14. Reactor -- one thread, every socket
 # ----------------------------------------------------------------------------
 # Knows: sections 1-3.  Must not know: HTTP, etcd.
 # ============================================================================
@@ -4997,9 +5130,9 @@ class Reactor:
 
 
 # ============================================================================
-# 14. HTTP server -- requests in, replies out, in order
+# 15. HTTP server -- requests in, replies out, in order
 # ----------------------------------------------------------------------------
-# Knows: sections 1-3, 12.  Must not know: etcd.
+# Knows: sections 1-3, 14.  Must not know: etcd.
 # ============================================================================
 
 
@@ -5745,9 +5878,9 @@ def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
 
 
 # ============================================================================
-# 15. HTTP calls -- requests to other servers, without blocking
+# 16. HTTP calls -- requests to other servers, without blocking
 # ----------------------------------------------------------------------------
-# Knows: sections 1-3, 12, 13 (parsers).  Must not know: etcd.
+# Knows: sections 1-3, 14, 15 (parsers).  Must not know: etcd.
 # ============================================================================
 
 
@@ -5955,7 +6088,7 @@ class HttpCall(Flushable):
 
 
 # ============================================================================
-# 16. Peer frames -- messages as bytes on a stream
+# 17. Peer frames -- messages as bytes on a stream
 # ----------------------------------------------------------------------------
 # Knows: sections 1-4.  Must not know: sockets.  What a peer sends is never
 # trusted: anything but a frame is a CodecError, and no frame is without limit.
@@ -6170,9 +6303,9 @@ class AppV2Decoder(FrameDecoder):
 
 
 # ============================================================================
-# 17. Peer links -- the streams we answer, the streams we dial, and POSTs
+# 18. Peer links -- the streams we answer, the streams we dial, and POSTs
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4 and 12-15.  Must not know: Raft's rules, the store, disks.
+# Knows: sections 1-4 and 14-17.  Must not know: Raft's rules, the store, disks.
 # A link may lose messages, repeat and reorder them: Raft tolerates it.
 # ============================================================================
 
@@ -6864,9 +6997,9 @@ class Remote:
 
 
 # ============================================================================
-# 18. Peer transport -- all links, and raft's part of the peer listener
+# 19. Peer transport -- all links, and raft's part of the peer listener
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4 and 12-16.  Hands every message to a callable.
+# Knows: sections 1-4 and 14-18.  Hands every message to a callable.
 # ============================================================================
 
 REMOTES_MAX = 256                   # members remembered that are no peers; above: ignored
@@ -7183,9 +7316,9 @@ def _reply_error(request: HttpRequest, status: int, text: str, headers: str = ""
 
 
 # ============================================================================
-# 19. Statistics -- what a member counts about itself
+# 20. Statistics -- what a member counts about itself
 # ----------------------------------------------------------------------------
-# Knows: sections 1-3, 10.  Must not know: what is counted, or who asks.
+# Knows: sections 1-3, 12.  Must not know: what is counted, or who asks.
 # ============================================================================
 
 RATE_SAMPLES_MAX = 200              # append messages that the rates of /v2/stats/self look at
@@ -7491,9 +7624,9 @@ class Metrics:
 
 
 # ============================================================================
-# 20. Journal -- getting to the disk, in batches and in order
+# 21. Journal -- getting to the disk, in batches and in order
 # ----------------------------------------------------------------------------
-# Knows: sections 1-9, 12.  Threads: the reactor's, and its own, `wal`.
+# Knows: sections 1-11, 14.  Threads: the reactor's, and its own, `wal`.
 # ============================================================================
 
 
@@ -7823,9 +7956,9 @@ class SnapshotKeeper:
 
 
 # ============================================================================
-# 21. Server -- one member: consensus, disk and store brought together
+# 22. Server -- one member: consensus, disk and store brought together
 # ----------------------------------------------------------------------------
-# Knows: sections 1-14.  Must not know: HTTP paths, flags.
+# Knows: sections 1-21.  Must not know: HTTP paths, flags.
 # ============================================================================
 
 
@@ -8497,9 +8630,9 @@ class EtcdServer:
 
 
 # ============================================================================
-# 22. Keys API -- from an HTTP request to a command, and back
+# 23. Keys API -- from an HTTP request to a command, and back
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 8, 12, 14, 15.  Must not know: sockets, Raft, files.
+# Knows: sections 1-4, 9, 15, 20, 22.  Must not know: sockets, Raft, files.
 # ============================================================================
 
 FORM_FIELDS_MAX = 10_000            # fields of one body or query; above: error 210
@@ -9021,7 +9154,7 @@ class KeysApi:
 
 
 # ============================================================================
-# 23. Client API -- members, statistics, and the table of paths
+# 24. Client API -- members, statistics, and the table of paths
 # ----------------------------------------------------------------------------
 # Knows: all above.  Must not know: sockets, Raft messages, files.
 # ============================================================================
@@ -9615,9 +9748,9 @@ class PeerApi:
 
 
 # ============================================================================
-# 24. Discovery -- how members that start find each other
+# 25. Discovery -- how members that start find each other
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 10, 12.  All but DiscoveryService is plain blocking code
+# Knows: sections 1-4, 12, 15.  All but DiscoveryService is plain blocking code
 # that runs before the reactor starts.
 # ============================================================================
 
@@ -10211,9 +10344,9 @@ def _reply_text(request: HttpRequest, status: int, text: str) -> None:
 
 
 # ============================================================================
-# 25. Bootstrap -- a new member, a joining one, or one that was here before
+# 26. Bootstrap -- a new member, a joining one, or one that was here before
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 8-10, 16 (its two records), 17.  Blocks; runs before the
+# Knows: sections 1-4, 9-12, 22 (two records), 25.  Blocks; runs before the
 # reactor starts.
 # ============================================================================
 
@@ -10707,7 +10840,7 @@ def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
 
 
 # ============================================================================
-# 26. Embedding -- a member inside any program
+# 27. Embedding -- a member inside any program
 # ----------------------------------------------------------------------------
 # Knows: all above.  Threads: the caller's, and the one it starts, `reactor`.
 # ============================================================================
@@ -10944,7 +11077,7 @@ _BIND_HINTS = {
 
 
 # ============================================================================
-# 27. Command line
+# 28. Command line
 # ----------------------------------------------------------------------------
 # Knows: all above.  The only section that reads flags and the environment,
 # prints, and touches signals and process limits.
