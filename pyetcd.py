@@ -3716,19 +3716,6 @@ class WalEncoder:
             _BYTE[kind], encode_varint(crc), encode_varint(len(data)), data
         ))
 
-    def entries(self, entries: Sequence[Entry]) -> List[bytes]:
-        """Return the frames of entries: record() for each, without its calls (hot path)."""
-        crc, kind = self.crc, b"\x08\x02\x10"
-        frames: List[bytes] = []
-        for entry in entries:
-            data = encode_entry(entry)
-            crc = crc32c(data, crc)
-            body = b"%b%b\x1a%b%b" % (kind, encode_varint(crc), encode_varint(len(data)), data)
-            frames.append(len(body).to_bytes(8, "little"))
-            frames.append(body)
-        self.crc = crc
-        return frames
-
     def chain(self) -> bytes:
         """Return the crc record that begins a file."""
         return self._frame(b"\x08\x04\x10" + encode_varint(self.crc))
@@ -3754,8 +3741,8 @@ class WalDecoder:
     record that its reader has taken.  Raises TornTail if the file ends as a crash during a write
     leaves it, CrcMismatch for everything else that is wrong.
 
-    The checksum covers neither lengths nor types.  A wrong length shows as the record is whole
-    without it; a wrong type shows in the shape of the data (see _WalReader).
+    The checksum covers neither lengths nor types: a wrong length shows as the record is whole
+    without it, a wrong type in the shape of the data (see _WalReader).
     """
 
     def __init__(self, path: str, data: bytes, crc: int) -> None:
@@ -4007,8 +3994,7 @@ class Wal:
     def snapshots(directory: str, *, disk: OsDisk = OS_DISK) -> List[EntryID]:
         """Return the snapshots that the log knows of; only their files may be used.
 
-        Looks at frames only: open() checks what it then needs, and the record of the chosen
-        snapshot is a part of that.  Raises FileLocked if the log is in use.
+        Looks at frames only: open() checks all it needs.  Raises FileLocked if it is in use.
         """
         names = [name for name in disk.listdir(directory) if _WAL_NAME.fullmatch(name)]
         held = Wal._lock(directory, names, disk)
@@ -4023,12 +4009,13 @@ class Wal:
 
     def encode(self, hard_state: Optional[HardState], entries: Sequence[Entry]) -> bytes:
         """Return the frames of entries, then of the hard state if it changed."""
-        parts = self._encoder.entries(entries)
+        record = self._encoder.record
+        parts = [record(RecordType.ENTRY, encode_entry(entry)) for entry in entries]
         if entries:
             self._last_index = entries[-1].index
         if hard_state is not None and hard_state != self._hard_state:
             self._hard_state = hard_state
-            parts.append(self._encoder.record(RecordType.STATE, encode_hard_state(hard_state)))
+            parts.append(record(RecordType.STATE, encode_hard_state(hard_state)))
         data = b"".join(parts)
         self._size += len(data)
         return data
@@ -4185,17 +4172,13 @@ class _WalReader:
                 if not self._hard_state.term or encode_hard_state(self._hard_state) != data:
                     raise CodecError("not a hard state")
             elif record.kind == RecordType.METADATA:
-                self._take_metadata(decoder, data)
+                if not data or (self._metadata and self._metadata != data):
+                    raise decoder.damage("wal: conflicting metadata found")
+                self._metadata, self._headed = data, True
             elif record.kind == RecordType.SNAPSHOT:
                 self._take_snapshot(_decode_walpb_snapshot(data))
         except CodecError as error:
             raise decoder.damage(str(error)) from None
-
-    def _take_metadata(self, decoder: WalDecoder, data: bytes) -> None:
-        if not data or (self._metadata and self._metadata != data):
-            raise decoder.damage("wal: conflicting metadata found")
-        self._metadata = data
-        self._headed = True
 
     def _take_entry(self, decoder: WalDecoder, entry: Entry) -> None:
         start = self._start.index
@@ -4301,7 +4284,7 @@ class Snapshotter:
     def write(self, file: SnapshotFile) -> None:
         """Write a snapshot whose checksum is known, like save().
 
-        Differs from etcd: under another name until it is complete, so load() on another thread
+        Differs from etcd: it has another name until it is complete, so load() on another thread
         never sees half of it.
         """
         term, index = file.id
@@ -4427,9 +4410,9 @@ def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
         what = "WAL"
         os.makedirs(paths.wal, mode=0o700, exist_ok=True)
         _touch(paths.wal)
-        for path in (os.path.dirname(paths.wal), member, data_dir, os.path.dirname(data_dir)):
+        for path in (paths.wal, paths.snap, member, data_dir):
             with contextlib.suppress(PermissionError):  # a parent that we may not list
-                fsync_dir(path or ".")
+                fsync_dir(os.path.dirname(path) or ".")
     except OSError as error:
         raise StartError(
             f"cannot write to {what} directory: {error}; give the directory to this user, or"
