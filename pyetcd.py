@@ -8486,6 +8486,7 @@ class EtcdServer:
             if not entry.data and self.is_leader:
                 self.versions.start()           # our term's first entry: we really lead
             return
+        entry.request = None                    # the log keeps the bytes; this was for us alone
         done = self.proposals.pop(request.id)
         if done is not None:
             done(result)
