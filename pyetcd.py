@@ -155,7 +155,6 @@ DEFAULT_SNAPSHOTS_KEPT = 5
 DEFAULT_WALS_KEPT = 5
 
 SEGMENT_BYTES_MAX = 64_000_000      # a WAL file at or above this size is closed and the next begun
-WAL_RECORD_BYTES_MAX = 512 << 20    # a longer length field is damage, not data
 SNAPSHOT_CATCHUP_ENTRIES = 5_000    # entries kept in memory behind a snapshot for slow followers
 
 ENTRIES_BYTES_MAX = 1 << 20         # entries in one MsgApp; always at least one entry
@@ -182,7 +181,6 @@ HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answ
 WATCHER_QUEUE_EVENTS_MAX = 100      # events one slow watcher may owe (etcd's limit)
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
 SYNC_SECONDS = 0.5                  # the leader looks for expired keys this often
-TURN_WARN_SECONDS = 0.1             # a reactor turn longer than this is logged at debug level
 
 NS = 1_000_000_000                  # nanoseconds in a second
 UINT64_MAX = (1 << 64) - 1
@@ -8091,7 +8089,7 @@ class VersionMonitor:
             version = _server_version(b"".join(body))
             if error is None and version:
                 self._versions[member.id] = version
-                self._decide()
+            self._decide()
 
         self._calls.append(HttpCall(
             self._reactor, member.peer_urls[0], "GET", "/version", {}, connect_timeout_s=1.0,
@@ -8404,7 +8402,7 @@ class EtcdServer:
         log = package_logger("etcdserver")
         if isinstance(result, EtcdError):
             log.error("publish error: %s", result.cause)
-            self._publish()
+            self.reactor.call_later(SYNC_SECONDS, self._publish)
             return
         self._tell_published()
         log.info(
@@ -8421,18 +8419,18 @@ class EtcdServer:
         """Propose, hand out, write, apply.  Called once per turn of the reactor."""
         if self.stopping:
             return
-        node = self.node
+        node, refused = self.node, False
         if self._queue or self._changes:
-            self._propose()
+            refused = not self._propose()
         if node.has_ready():
             self._take(node.ready())
         self.journal.submit()
         self._apply()
         self.snapshots.work(self._snapshot_saved)
-        if node.has_ready() or (self.lead and (self._queue or self._changes)):
+        if node.has_ready() or (not refused and (self._queue or self._changes)):
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
 
-    def _propose(self) -> None:
+    def _propose(self) -> bool:
         """Hand the waiting proposals to Raft; without a leader they wait for one (etcd 2.3)."""
         queue, self._queue = self._queue, []
         try:
@@ -8445,6 +8443,8 @@ class EtcdServer:
             waiting = self.proposals
             self._queue += [e for e in queue if e.request and e.request.id in waiting]
             self._changes = [change for change in self._changes if change.id in waiting]
+            return False
+        return True
 
     def _take(self, ready: Ready) -> None:
         """Send what may leave at once, and keep the rest for the disk."""

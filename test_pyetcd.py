@@ -26,6 +26,7 @@ import ast
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import gzip
 import hashlib
 import heapq
@@ -7430,6 +7431,34 @@ def test_cluster_first_write_follows_the_start_at_once(tmp_path):
     """A member that is alone leads without waiting for an election timeout."""
     with StaticCluster(tmp_path, 1, "-election-timeout", "50000") as cluster:
         assert cluster.members[0].put("a", "1")[0] == 201
+
+
+def test_cluster_version_is_decided_while_a_member_is_away(tmp_path):
+    """A quorum without its third member still gets a cluster version, the lowest possible."""
+    cluster = StaticCluster(tmp_path, 3)
+    try:
+        for member in cluster.members[:2]:
+            cluster.start(member)
+        for member in cluster.members[:2]:
+            member.process.wait_log("set the initial cluster version to 2.2")
+    finally:
+        for member in cluster.members[:2]:
+            member.process.kill()
+
+
+def test_server_failed_fsync_ends_the_member(tmp_path, monkeypatch):
+    """Nobody knows which bytes are on disk then: no reply, no further write, exit code 1."""
+    with pyetcd.Server(data_dir=str(tmp_path / "d")) as server:
+        assert server.wait_ready()
+        url = server.client_urls[0] + "/v2/keys/a"
+        assert requests.put(url, data={"value": "1"}, timeout=5).status_code == 201
+
+        def fail(disk, handle):
+            raise OSError(errno.EIO, "Input/output error")
+        monkeypatch.setattr(pyetcd.OsDisk, "fdatasync", fail)
+        with pytest.raises(requests.RequestException):
+            requests.put(url, data={"value": "2"}, timeout=5)
+        assert server.wait() == 1
 
 
 # ============================================================================
