@@ -8431,7 +8431,13 @@ class EtcdServer:
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
 
     def _propose(self) -> bool:
-        """Hand the waiting proposals to Raft; without a leader they wait for one (etcd 2.3)."""
+        """Hand the waiting proposals to Raft; False if they have to wait for a leader.
+
+        Differs from etcd: they also wait while no link to the leader is up.  It may be dead, and
+        what is sent to a dead leader is lost: its client would wait for the whole timeout.
+        """
+        if self.lead and not self.is_leader and not self.transport.active_since(self.lead):
+            return False
         queue, self._queue = self._queue, []
         try:
             if queue:
@@ -11708,8 +11714,6 @@ def check_data_dir(config: ServerConfig) -> None:
 
 def raise_descriptor_limit() -> None:
     """Allow as many open files as the system lets us.  Raises StartError if that is too few."""
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
