@@ -4722,6 +4722,13 @@ class Cluster:
 
     # -- strict reconfiguration check ----------------------------------------
 
+    def check_strict(self, change_type: ConfChangeType, id: int) -> None:
+        """Raise NotEnoughStarted if a change could leave too few started members for a quorum."""
+        if change_type == ConfChangeType.ADD_NODE:
+            self.check_strict_add()
+        elif change_type == ConfChangeType.REMOVE_NODE:
+            self.check_strict_remove(id)
+
     def check_strict_add(self) -> None:
         """Raise NotEnoughStarted if one more member would leave too few started for a quorum."""
         started = sum(member.started for member in self.members.values())
@@ -8317,7 +8324,7 @@ class EtcdServer:
             return
         if self.config.strict_reconfig_check:
             try:
-                self._check_strict(change_type, member)
+                self.cluster.check_strict(change_type, member.id)
             except NotEnoughStarted as error:
                 done(error)
                 return
@@ -8327,12 +8334,6 @@ class EtcdServer:
         change = ConfChange(self.ids.next(), change_type, member.id, context)
         self.proposals.add(change.id, done, self.reactor.now())
         self._changes.append(change)
-
-    def _check_strict(self, change_type: ConfChangeType, member: Member) -> None:
-        if change_type == ConfChangeType.ADD_NODE:
-            self.cluster.check_strict_add()
-        elif change_type == ConfChangeType.REMOVE_NODE:
-            self.cluster.check_strict_remove(member.id)
 
     def _deliver(self, message: Message) -> None:
         """A message of a peer has arrived."""
