@@ -3,16 +3,18 @@
   1. Helpers of all sections
   2. House rules
   3. Codec, WAL, snapshots
-  4. t04_raft
-  5. Simulation: real server code under virtual time, network and disk
-  6. t08_store
-  7. Cluster, apply
-  8. HTTP contract
-  9. Clusters over real sockets, in processes of their own
-  10. t12_client
-  11. Peer transport
-  12. Discovery, and Bootstrap
-  13. Command line
+  4. Raft log, progress
+  5. Raft by the paper
+  6. Raft transcripts
+  7. Simulation: real server code under virtual time, network and disk
+  8. Store
+  9. Cluster, apply
+  10. HTTP contract
+  11. Clusters over real sockets, in processes of their own
+  12. Client
+  13. Peer transport
+  14. Discovery, and Bootstrap
+  15. Command line
 
 Run a part by the prefix of its names: -k raft_, -k "store_ or wal_", -k sim_, -k cluster_.
 Chance is seeded and a failure prints its seed.  PYETCD_SIM_SEEDS=10000 runs more simulations,
@@ -3524,7 +3526,7 @@ def test_raft_storm_is_no_calm():
 
 
 # ============================================================================
-# 5. Simulation: real server code under virtual time, network and disk
+# 7. Simulation: real server code under virtual time, network and disk
 # ----------------------------------------------------------------------------
 # Run one seed: PYETCD_SIM_SEED=17 pytest -k sim_seeds    many: PYETCD_SIM_SEEDS=10000
 # ============================================================================
@@ -5437,7 +5439,7 @@ def _store_check_request(replay: _StoreReplay, case: Any, row: Any, number: int)
 
 
 # ============================================================================
-# 7. Cluster, apply -- who the members are, and what entries do
+# 9. Cluster, apply -- who the members are, and what entries do
 # ----------------------------------------------------------------------------
 
 
@@ -5960,7 +5962,7 @@ def test_apply_is_the_same_on_every_member():
 
 
 # ============================================================================
-# 8. HTTP contract
+# 10. HTTP contract
 # ----------------------------------------------------------------------------
 # Status, headers and body of the client and peer ports, as etcd 2.3 has them;
 # what parses requests takes any bytes; slow and malformed clients.
@@ -7074,7 +7076,7 @@ def test_http_clients_that_vanish_leave_nothing_behind(http_server):
 
 
 # ============================================================================
-# 9. Clusters over real sockets, in processes of their own
+# 11. Clusters over real sockets, in processes of their own
 # ----------------------------------------------------------------------------
 # Few and slow.  Every process is started here and ended here.
 # ============================================================================
@@ -8650,7 +8652,7 @@ def test_client_cli_reader_that_went_away(_client_server, _client, _client_dir):
 
 
 # ============================================================================
-# 11. Peer transport -- frames, refusals, and two members on loopback
+# 13. Peer transport -- frames, refusals, and two members on loopback
 # ----------------------------------------------------------------------------
 # Frames are compared with recordings of etcd 2.3.8; links run over real
 # sockets on one reactor that the test turns itself.
@@ -10051,7 +10053,7 @@ def test_link_real_etcd_leads_us(
 
 
 # ============================================================================
-# 12. Discovery, and Bootstrap
+# 14. Discovery, and Bootstrap
 # ----------------------------------------------------------------------------
 # A small registry and a small name server stand in for the network; then the
 # ways into a cluster, on temporary directories.
@@ -11273,7 +11275,7 @@ def test_bootstrap_unwritable_data_dir_is_one_line(tmp_path: Path) -> None:
 
 
 # ============================================================================
-# 13. Command line
+# 15. Command line
 # ----------------------------------------------------------------------------
 # Flags, variables, what does not go together, and what the operator is told.
 # ============================================================================
