@@ -131,7 +131,7 @@ TESTDATA = Path(__file__).parent / "testdata"
 _ports = itertools.count(20_000 + os.getpid() % 500 * 20)
 
 
-def free_port():
+def free_port() -> int:
     """Return a loopback port below the ephemeral range that nobody listens on."""
     while True:
         port = 20_000 + next(_ports) % 12_000
@@ -7483,22 +7483,13 @@ def _client_eventually(condition, timeout_s=_CLIENT_WAIT_S):
     raise AssertionError(f"not true within {timeout_s} s")
 
 
-def _client_free_port():
-    """Return a free port below the range of outgoing connections, so that it stays free."""
-    for port in random.sample(range(20000, 32000), 200):
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no free port")
-
-
 class _ClientMember:
     """One real server process."""
 
     def __init__(self, kind, directory):
         self.kind = kind
-        self.url = f"http://127.0.0.1:{_client_free_port()}"
-        self._peer_url = f"http://127.0.0.1:{_client_free_port()}"
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self._peer_url = f"http://127.0.0.1:{free_port()}"
         self._directory = Path(directory)
         self._process = None
 
@@ -7670,7 +7661,7 @@ def _client_hang_up(connection):
 
 def _client_dead_url():
     """Return a URL at which every connection is refused."""
-    return f"http://127.0.0.1:{_client_free_port()}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 # -- api: the verbs, on real servers
@@ -8728,13 +8719,6 @@ def _link_beat(sender: int, to: int, *, commit: int = 0) -> Message:
     return Message(MsgType.HEARTBEAT, to=to, sender=sender, term=3, commit=commit)
 
 
-def _link_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 class _LinkNet:
     """One reactor, turned by the test until a condition holds."""
 
@@ -8758,7 +8742,7 @@ class _LinkNet:
     def listen(self, handler: Callable[[Any], None], port: int = 0) -> pyetcd.Listener:
         """A listener for the peer protocol on loopback."""
         listener = pyetcd.Listener(
-            f"http://127.0.0.1:{port or _link_free_port()}", self.reactor, handler,
+            f"http://127.0.0.1:{port or free_port()}", self.reactor, handler,
             body_max=pyetcd.PEER_BODY_BYTES_MAX,
         )
         listener.start()
@@ -10003,8 +9987,8 @@ def test_link_real_etcd_leads_us(
     """Next to one etcd 3.4, our yes-man of a member is what makes it leader and commit."""
     monkeypatch.setattr(pyetcd, "SERVER_VERSION", "3.4.23")
     monkeypatch.setattr(pyetcd, "_OWN_VERSION", (3, 4))
-    client = f"http://127.0.0.1:{_link_free_port()}"
-    urls = [f"http://127.0.0.1:{_link_free_port()}" for _ in range(2)]
+    client = f"http://127.0.0.1:{free_port()}"
+    urls = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
     etcd_id, own_id = (_link_sha1_id(url.encode(), b"link-test") for url in urls)
     ids = [member_id.to_bytes(8, "big") for member_id in sorted((etcd_id, own_id))]
 
@@ -10185,16 +10169,6 @@ def disc_registry() -> Iterator[_DiscRegistry]:
     registry.close()
 
 
-def _disc_low_port() -> int:
-    """A free loopback port below the ephemeral ones."""
-    rng = random.Random(os.getpid() + time.monotonic_ns())
-    while True:
-        port = rng.randrange(20000, 32768)
-        with contextlib.suppress(OSError), socket.socket() as sock:
-            sock.bind(("127.0.0.1", port))
-            return port
-
-
 def _disc_sleepless(seconds: float) -> None:
     raise AssertionError(f"would sleep {seconds} s")
 
@@ -10286,7 +10260,7 @@ def test_discovery_retries_while_unreachable_with_growing_waits(
     caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "pyetcd")
-    port = _disc_low_port()
+    port = free_port()
     waits: List[float] = []
     started: List[_DiscRegistry] = []
 
@@ -10482,7 +10456,7 @@ class _DiscNameServer:
         self.truncate = False
         self.garbage = False
         self.queries: List[str] = []
-        self.address = ("127.0.0.1", _disc_low_port())
+        self.address = ("127.0.0.1", free_port())
         self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._udp.bind(self.address)
         self._tcp = socket.create_server(self.address)
@@ -10613,13 +10587,13 @@ def test_discovery_srv_fails_without_records(garbage: bool, disc_dns: _DiscNameS
 
 
 def test_discovery_srv_next_name_server_is_asked(disc_dns: _DiscNameServer) -> None:
-    dead = ("127.0.0.1", _disc_low_port())
+    dead = ("127.0.0.1", free_port())
     records = pyetcd.lookup_srv("_etcd-server-ssl._tcp.example.test", [dead, disc_dns.address])
     assert records == [pyetcd.SrvRecord(0, 0, 7001, "n4.example.test")]
 
 
 def test_discovery_srv_no_name_server_answers() -> None:
-    dead = ("127.0.0.1", _disc_low_port())
+    dead = ("127.0.0.1", free_port())
     with pytest.raises(OSError, match="lookup x.test on 127.0.0.1"):
         pyetcd.lookup_srv("x.test", [dead])
 
@@ -10863,7 +10837,7 @@ def test_bootstrap_new_member_has_the_recorded_ids_and_first_entry(
 
 
 def test_bootstrap_every_initial_member_makes_the_same_entries(tmp_path: Path) -> None:
-    urls = {f"m{n}": f"http://127.0.0.1:{_disc_low_port()}" for n in range(3)}
+    urls = {f"m{n}": f"http://127.0.0.1:{free_port()}" for n in range(3)}
     text = ",".join(f"{name}={url}" for name, url in urls.items())
     found = []
     for name, url in urls.items():
@@ -11187,8 +11161,8 @@ def test_bootstrap_force_new_cluster_removes_the_others_and_drops_the_tail(
 ) -> None:
     caplog.set_level(logging.INFO, "pyetcd")
     config = _boot_config(tmp_path, initial_cluster=(
-        f"fixture=http://127.0.0.1:31002,b=http://127.0.0.1:{_disc_low_port()},"
-        f"c=http://127.0.0.1:{_disc_low_port()}"))
+        f"fixture=http://127.0.0.1:31002,b=http://127.0.0.1:{free_port()},"
+        f"c=http://127.0.0.1:{free_port()}"))
     _boot_written(config, [pyetcd.Entry(0, 1, index, b"lost") for index in (4, 5, 6)])
     with _boot(config) as plain:
         assert [entry.index for entry in plain.contents.entries] == [1, 2, 3, 4, 5, 6]
