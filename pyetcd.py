@@ -4949,16 +4949,6 @@ class Timer:
         self.args = ()
 
 
-class Flushable:
-    """What Reactor.flush_soon takes."""
-
-    __slots__ = ()
-
-    def flush(self) -> None:
-        """Send what is waiting."""
-        raise NotImplementedError
-
-
 class Reactor:
     """The loop that owns all state: sockets, timers, and what other threads post.
 
@@ -4977,7 +4967,7 @@ class Reactor:
         self._posted: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._polling = False           # True: a poster must write to the wake socket
         self._stopping = False
-        self._dirty: List[Flushable] = []
+        self._flushes: List[Callable[[], None]] = []
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -5044,9 +5034,9 @@ class Reactor:
         """Stop watching `sock`."""
         self._selector.unregister(sock)
 
-    def flush_soon(self, connection: Flushable) -> None:
-        """Call connection.flush() at the end of this turn."""
-        self._dirty.append(connection)
+    def flush_soon(self, flush: Callable[[], None]) -> None:
+        """Call flush() at the end of this turn."""
+        self._flushes.append(flush)
 
     def http_date(self) -> str:
         """Return the Date header's value, made once a second."""
@@ -5078,7 +5068,7 @@ class Reactor:
         if self._timers:
             wait_s = max(self._timers[0][0] - time.monotonic(), 0.0)
         self._polling = True            # first this, then the look at _posted: no lost wake-up
-        if self._posted or self._dirty:
+        if self._posted or self._flushes:
             wait_s = 0.0
         events = self._selector.select(wait_s)
         self._polling = False
@@ -5094,10 +5084,10 @@ class Reactor:
             callback, args = self._posted.popleft()
             callback(*args)
         self.on_turn()
-        while self._dirty:
-            dirty, self._dirty = self._dirty, []
-            for connection in dirty:
-                connection.flush()
+        while self._flushes:
+            flushes, self._flushes = self._flushes, []
+            for flush in flushes:
+                flush()
         self.turns += 1
         elapsed_s = time.monotonic() - started
         if elapsed_s > self.slowest_turn_s:
@@ -5430,7 +5420,7 @@ class StreamReply:
             self.on_close()
 
 
-class Connection(Flushable):
+class Connection:
     """One accepted socket: bytes in, requests out, one at a time and in order."""
 
     __slots__ = (
@@ -5629,7 +5619,7 @@ class Connection(Flushable):
         self.pending += len(data)
         if not self._dirty:
             self._dirty = True
-            self.reactor.flush_soon(self)
+            self.reactor.flush_soon(self.flush)
 
     def finish(self, data: bytes, keep_alive: bool) -> None:
         """Queue the end of a reply and go on with the next request, or close."""
@@ -5872,7 +5862,7 @@ def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
 # ============================================================================
 
 
-class HttpCall(Flushable):
+class HttpCall:
     """One outgoing request on a connection of its own, without blocking.
 
     on_head(status, headers) once; on_data(bytes) per piece of the body; on_done(error) exactly
