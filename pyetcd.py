@@ -542,6 +542,21 @@ def clean_path(path: str) -> str:
     return "/" + "/".join(parts)
 
 
+class TlsFiles(NamedTuple):
+    """What one side, client or peer, is told about TLS: paths of PEM files, "" where not given.
+
+    Read by section TLS, again whenever one of the files changes.
+    """
+
+    cert_file: str = ""
+    key_file: str = ""
+    trusted_ca_file: str = ""           # "": the system's authorities
+    ca_file: str = ""                   # of etcd 2.0: trusted as well, and implies client_cert_auth
+    client_cert_auth: bool = False      # refuse clients without a certificate of the trusted CA
+    crl_file: str = ""                  # revoked certificates
+    allowed_name: str = ""              # common or host name that a client certificate must have
+
+
 class Backoff:
     """Growing waits: next() returns first_s, then twice the last one, up to max_s."""
 
@@ -7967,6 +7982,14 @@ class ServerConfig(NamedTuple):
     strict_reconfig_check: bool = False
     history_events: int = HISTORY_EVENTS_MAX
     cors: Tuple[str, ...] = ()
+    client_tls: TlsFiles = TlsFiles()
+    peer_tls: TlsFiles = TlsFiles()
+    proxy: str = "off"                  # `on` or `readonly`: no member, see section Proxy
+    proxy_failure_wait_ms: int = 5000
+    proxy_refresh_interval_ms: int = 30_000
+    proxy_dial_timeout_ms: int = 1000   # this and the next two: 0 is no limit
+    proxy_write_timeout_ms: int = 5000
+    proxy_read_timeout_ms: int = 0
     debug: bool = False
 
     @property
