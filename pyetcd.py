@@ -30,20 +30,21 @@ Sections, bottom up; each uses only names defined above it:
   12. Cluster
   13. Apply
   14. Reactor
-  15. HTTP server
-  16. HTTP calls
-  17. Peer frames
-  18. Peer links
-  19. Peer transport
-  20. Statistics
-  21. Journal
-  22. Server
-  23. Keys API
-  24. Client API
-  25. Discovery
-  26. Bootstrap
-  27. Embedding
-  28. Command line
+  15. TLS
+  16. HTTP server
+  17. HTTP calls
+  18. Peer frames
+  19. Peer links
+  20. Peer transport
+  21. Statistics
+  22. Journal
+  23. Server
+  24. Keys API
+  25. Client API
+  26. Discovery
+  27. Bootstrap
+  28. Embedding
+  29. Command line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in README.md.
@@ -77,6 +78,7 @@ import selectors
 import signal
 import socket
 import socketserver
+import ssl
 import struct
 import sys
 import threading
@@ -689,6 +691,11 @@ def check_url(url: str) -> str:
 def parse_urls(text: str) -> Tuple[str, ...]:
     """Return the URLs of a comma-separated list, sorted as text.  Raises ValueError."""
     return tuple(sorted(check_url(url) for url in text.split(",")))
+
+
+def is_https(url: str) -> bool:
+    """True if the URL asks for TLS."""
+    return url.startswith("https:")
 
 
 def url_address(url: str) -> Tuple[str, int]:
@@ -4949,6 +4956,9 @@ _METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
 # ============================================================================
 
 
+COMPLAINT_SECONDS = 30.0            # the same complaint is not logged again within this time
+
+
 class Timer:
     """One call at a later time; cancel() makes it do nothing."""
 
@@ -4962,6 +4972,28 @@ class Timer:
         """Forget the call; harmless when it was made already."""
         self.callback = None
         self.args = ()
+
+
+class Complaints:
+    """Logs errors that would repeat with every attempt, each at most once in 30 s."""
+
+    def __init__(self, package: str, now: Callable[[], float]) -> None:
+        self._log = package_logger(package)
+        self._now = now
+        self._said: Dict[str, float] = {}
+
+    def say(self, text: str, about: str = "") -> None:
+        """Log `text` as an error, unless as much was said a short time ago.
+
+        about  what makes two texts the same; "": the text itself
+        """
+        now, about = self._now(), about or text
+        if now - self._said.get(about, -COMPLAINT_SECONDS) < COMPLAINT_SECONDS:
+            return
+        if len(self._said) >= 1_000:
+            self._said.clear()
+        self._said[about] = now
+        self._log.error("%s", text)
 
 
 class Reactor:
@@ -5123,7 +5155,250 @@ class Reactor:
 
 
 # ============================================================================
-# 15. HTTP server -- requests in, replies out, in order
+# 15. TLS -- certificates that may change, handshakes that block nobody
+# ----------------------------------------------------------------------------
+# Knows: sections 1-3, 14.  Must not know: HTTP, etcd.
+# ============================================================================
+
+HANDSHAKE_SECONDS_MAX = 10.0        # from connect to the end of the handshake; then closed
+CERTIFICATE_CHECK_SECONDS = 1.0     # between two looks whether a file of TLS has changed
+
+
+class TlsSocket(ssl.SSLSocket):
+    """A TLS connection that waits as a plain non-blocking socket does: by BlockingIOError."""
+
+    def recv(self, size: int = 16_384, flags: int = 0) -> bytes:
+        """Return what has arrived, up to about `size` bytes; b"" at the end.
+
+        All that OpenSSL has decrypted is taken, since no selector would tell of the rest.
+        """
+        data = b""
+        pieces: List[bytes] = []
+        while size > 0 or self.pending():
+            try:
+                data = super().recv(16_384, flags)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError):
+                if not pieces:
+                    raise BlockingIOError(errno.EAGAIN, "no data yet") from None
+                break
+            if not data:
+                break
+            pieces.append(data)
+            size -= len(data)
+        return b"".join(pieces)
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Send as much as goes at once; after BlockingIOError, send at least the same again."""
+        try:
+            return super().send(data, flags)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError(errno.EAGAIN, "cannot send yet") from None
+
+    def shutdown(self, how: int) -> None:
+        """Say goodbye in TLS first: a reply that ends without it might have been cut off."""
+        with contextlib.suppress(OSError, ValueError):
+            self.unwrap()
+        super().shutdown(how)
+
+
+class TlsContext:
+    """How one side of this member speaks TLS; certificates are read again when they change.
+
+    server  True to accept connections, False to make them
+
+    Differs from etcd: TLS 1.2 and newer only (etcd 2.3: 1.0), and etcd reads its files once.
+    Raises StartError if the files cannot be used; later, the last usable ones stay in use.
+    """
+
+    def __init__(self, files: TlsFiles, *, server: bool) -> None:
+        self._files = files
+        self._server = server
+        self._seen = self._signature()
+        self._checked = time.monotonic()
+        self._context = self._load()
+
+    @property
+    def current(self) -> ssl.SSLContext:
+        """The context to use for the next connection."""
+        now = time.monotonic()
+        if now - self._checked >= CERTIFICATE_CHECK_SECONDS:
+            self._checked = now
+            signature = self._signature()
+            if signature != self._seen:
+                self._seen = signature
+                self._reload()
+        return self._context
+
+    def check_peer(self, sock: ssl.SSLSocket) -> None:
+        """Raise ssl.SSLError unless the client's certificate has the name that is allowed."""
+        wanted = self._files.allowed_name
+        if not wanted or not self._server:
+            return
+        certificate: Dict[str, Any] = sock.getpeercert() or {}
+        names = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS"]
+        for group in certificate.get("subject", ()):
+            names += [value for kind, value in group if kind == "commonName"]
+        if wanted not in names:
+            raise ssl.SSLError(0, f"the client certificate is for {names}, not for {wanted}")
+
+    def _signature(self) -> List[Optional[Tuple[int, int, int]]]:
+        """What tells that a file was changed or replaced."""
+        found: List[Optional[Tuple[int, int, int]]] = []
+        for path in self._files:
+            if isinstance(path, str) and path and path != self._files.allowed_name:
+                with contextlib.suppress(OSError):
+                    status = os.stat(path)
+                    found.append((status.st_mtime_ns, status.st_ino, status.st_size))
+                    continue
+            found.append(None)
+        return found
+
+    def _reload(self) -> None:
+        log = package_logger("tls")
+        try:
+            self._context = self._load()
+        except StartError as error:
+            log.error("certificates changed and cannot be used, the old ones stay: %s", error)
+        else:
+            log.info("certificates changed, new connections use them: %s", self._files.cert_file)
+
+    def _load(self) -> ssl.SSLContext:
+        files = self._files
+        kind = ssl.PROTOCOL_TLS_SERVER if self._server else ssl.PROTOCOL_TLS_CLIENT
+        context = ssl.SSLContext(kind)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.sslsocket_class = TlsSocket
+        if self._server and (files.client_cert_auth or files.ca_file):
+            context.verify_mode = ssl.CERT_REQUIRED
+        if files.cert_file or self._server:
+            load_pem(files.cert_file, lambda: context.load_cert_chain(
+                files.cert_file, files.key_file, password=_refuse_passphrase
+            ), f" and its key {files.key_file}")
+            check_readable(files.key_file)
+        authorities = [path for path in (files.trusted_ca_file, files.ca_file) if path]
+        for path in authorities:
+            load_pem(path, functools.partial(context.load_verify_locations, path))
+        if not authorities and context.verify_mode != ssl.CERT_NONE:
+            purpose = ssl.Purpose.CLIENT_AUTH if self._server else ssl.Purpose.SERVER_AUTH
+            context.load_default_certs(purpose)
+        if files.crl_file:
+            context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+            load_pem(files.crl_file, lambda: context.load_verify_locations(files.crl_file))
+        return context
+
+
+def check_readable(path: str) -> None:
+    """Raise StartError, with etcd's words, unless the file can be read."""
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise StartError(f"open {path}: {(error.strerror or str(error)).lower()}") from None
+
+
+def load_pem(path: str, load: Callable[[], object], more: str = "") -> None:
+    """Run load(), which reads the PEM file `path`.  Raises StartError."""
+    check_readable(path)
+    try:
+        load()
+    except FileNotFoundError:
+        raise StartError(f"one of {path}{more} does not exist") from None
+    except (OSError, ValueError) as error:
+        why = (getattr(error, "reason", None) or str(error)).lower().replace("_", " ")
+        raise StartError(
+            f"cannot use {path}{more}: {why}; it must hold PEM text, look at it with `openssl"
+            f" x509 -text -in {path}`"
+        ) from None
+
+
+def _refuse_passphrase() -> str:
+    raise ValueError("the key is encrypted; write it without passphrase: openssl rsa -in OLD")
+
+
+def tls_reason(error: Exception) -> str:
+    """Return one line that says why a TLS connection failed, and what to do where that is known."""
+    reason = str(getattr(error, "reason", None) or "")
+    verify = getattr(error, "verify_message", "")
+    if verify:
+        hint = _VERIFY_HINTS.get(verify, "")
+        return f"the other side's certificate cannot be verified: {verify}{hint}"
+    if reason in _TLS_REASONS:
+        return _TLS_REASONS[reason]
+    return f"tls: {reason.lower().replace('_', ' ')}" if reason else f"tls: {error}"
+
+
+_VERIFY_HINTS = {
+    "certificate has expired": "; issue a new one, or set the clock right",
+    "certificate is not yet valid": "; set the clock right",
+    "unable to get local issuer certificate": "; -trusted-ca-file must name the authority that"
+                                              " signed it",
+    "self-signed certificate": "; -trusted-ca-file must name it",
+    "certificate revoked": " by the revocation list",
+}
+_TLS_REASONS = {
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "client didn't provide a certificate, and client-cert-auth"
+                                         " asks for one",
+    "HTTP_REQUEST": "client sent an HTTP request to an HTTPS server; use an https:// URL",
+    "WRONG_VERSION_NUMBER": "first record does not look like a TLS handshake; perhaps the other"
+                            " side speaks plain HTTP",
+    "UNSUPPORTED_PROTOCOL": "the other side offers no TLS 1.2 or newer",
+    "TLSV1_ALERT_PROTOCOL_VERSION": "remote error: the other side refuses this version of TLS",
+    "TLSV1_ALERT_UNKNOWN_CA": "remote error: unknown certificate authority; the other side's CA"
+                              " file must name the authority that signed our certificate",
+    "SSLV3_ALERT_BAD_CERTIFICATE": "remote error: bad certificate; the other side does not accept"
+                                   " ours",
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "remote error: the other side does not accept our"
+                                       " certificate",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "remote error: our certificate has expired; issue a new one",
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": "remote error: our certificate is revoked",
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": "remote error: handshake failure",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "remote error: certificate required; give ours with"
+                                         " -peer-cert-file and -peer-key-file",
+}
+
+
+class Handshake:
+    """A TLS handshake under way; done(error) when it ended, None: `sock` may be used.
+
+    The socket is not registered with the reactor before and after.  Thread: reactor.
+    """
+
+    def __init__(
+        self, reactor: Reactor, sock: ssl.SSLSocket, done: Callable[[Optional[OSError]], None],
+    ) -> None:
+        self.sock = sock
+        self._reactor = reactor
+        self._done = done
+        self._timer = reactor.call_later(HANDSHAKE_SECONDS_MAX, self._late)
+        reactor.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, self._step)
+
+    def cancel(self) -> None:
+        """Stop without calling done(); the socket stays open.  Once only, before the end."""
+        self._timer.cancel()
+        self._reactor.unregister(self.sock)
+
+    def _step(self, mask: int) -> None:
+        try:
+            self.sock.do_handshake()
+        except ssl.SSLWantReadError:
+            self._reactor.modify(self.sock, selectors.EVENT_READ, self._step)
+        except ssl.SSLWantWriteError:
+            self._reactor.modify(self.sock, selectors.EVENT_WRITE, self._step)
+        except (OSError, ValueError) as error:  # ValueError: a host name that cannot be checked
+            self._end(error if isinstance(error, OSError) else OSError(str(error)))
+        else:
+            self._end(None)
+
+    def _late(self) -> None:
+        self._end(TimeoutError("TLS handshake timeout"))
+
+    def _end(self, error: Optional[OSError]) -> None:
+        self.cancel()
+        self._done(error)
+
+
+# ============================================================================
+# 16. HTTP server -- requests in, replies out, in order
 # ----------------------------------------------------------------------------
 # Knows: sections 1-3, 14.  Must not know: etcd.
 # ============================================================================
@@ -5517,7 +5792,7 @@ class Connection:
                 self._busy = True
                 self._listener.dispatch(request)
         except BadRequest as error:
-            self._refuse(error)
+            self.refuse(error)
         finally:
             self._processing = False
         if not self.closed:
@@ -5612,7 +5887,7 @@ class Connection:
         self._body, self._chunks = [], None
         return body
 
-    def _refuse(self, error: BadRequest) -> None:
+    def refuse(self, error: BadRequest) -> None:
         """Answer what is not HTTP, and close."""
         text = str(error).encode("latin-1")
         status_line = _STATUS_LINES.get(error.status, _STATUS_LINES[400])
@@ -5729,11 +6004,97 @@ def _closing_head(head: HttpHead) -> HttpHead:
     return closing
 
 
+class Arrival:
+    """An accepted connection until its TLS handshake is done; a slow one delays nobody else."""
+
+    def __init__(
+        self, listener: Listener, tls: TlsContext, sock: socket.socket, remote: str
+    ) -> None:
+        self._listener = listener
+        self._tls = tls
+        self._sock = sock
+        self._remote = remote
+        self._handshake: Optional[Handshake] = None
+        self._timer = listener.reactor.call_later(HANDSHAKE_SECONDS_MAX, self._silent)
+        listener.reactor.register(sock, selectors.EVENT_READ, self._first_bytes)
+
+    def close(self) -> None:
+        """Drop the connection."""
+        self._leave()
+        self._sock.close()
+
+    def _leave(self) -> None:
+        """End the part of this object in the connection's life."""
+        self._timer.cancel()
+        if self._handshake is not None:
+            self._handshake.cancel()
+        else:
+            self._listener.reactor.unregister(self._sock)
+        self._listener.arrived(self)
+
+    def _silent(self) -> None:
+        self._log("client sent nothing: TLS handshake timeout")
+        self.close()
+
+    def _first_bytes(self, mask: int) -> None:
+        """Plain HTTP gets an answer that it understands; TLS begins with a byte of 22."""
+        try:
+            first = self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return
+        except OSError:
+            first = b""
+        if not first:
+            self.close()
+        elif first != b"\x16":
+            self._log(_TLS_REASONS["HTTP_REQUEST"])
+            self._leave()
+            connection = self._listener.serve(self._sock, self._remote)
+            connection.refuse(BadRequest("Client sent an HTTP request to an HTTPS server.\n"))
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        reactor = self._listener.reactor
+        self._timer.cancel()
+        reactor.unregister(self._sock)
+        try:
+            sock = self._tls.current.wrap_socket(
+                self._sock, server_side=True, do_handshake_on_connect=False
+            )
+        except OSError:                 # the client is gone: no handshake to wait for
+            self._listener.arrived(self)
+            self._sock.close()
+            return
+        self._sock = sock
+        self._handshake = Handshake(reactor, sock, self._secured)
+
+    def _secured(self, error: Optional[OSError]) -> None:
+        self._listener.arrived(self)
+        assert isinstance(self._sock, ssl.SSLSocket)
+        try:
+            if error is not None:
+                raise error
+            self._tls.check_peer(self._sock)
+        except ssl.SSLError as refusal:
+            self._log(tls_reason(refusal))
+            self._sock.close()
+        except OSError as failure:
+            self._log(str(failure))
+            self._sock.close()
+        else:
+            self._listener.serve(self._sock, self._remote)
+
+    def _log(self, why: str) -> None:
+        self._listener.complain(self._remote, why)
+
+
 class Listener(http.server.HTTPServer):
     """A listening socket whose connections the reactor serves.
 
     Bound at construction (OSError if the port is taken), accepting after start().  handler gets
     every complete request.  body_max in bytes: larger bodies arrive as body_too_large.
+    tls for an https URL; what is no TLS gets a sentence in plain HTTP.
     """
 
     allow_reuse_address = os.name == "posix"
@@ -5741,14 +6102,17 @@ class Listener(http.server.HTTPServer):
 
     def __init__(
         self, url: str, reactor: Reactor, handler: Callable[[HttpRequest], None], *,
-        body_max: int = REQUEST_BODY_BYTES_MAX,
+        body_max: int = REQUEST_BODY_BYTES_MAX, tls: Optional[TlsContext] = None,
     ) -> None:
         self.url = url
+        self.tls = tls
         self.reactor = reactor
         self.handler = handler
         self.body_max = body_max
         self.heads: Dict[bytes, HttpHead] = {}
         self._connections: Set[Connection] = set()
+        self._complaints = Complaints("http", reactor.now)
+        self._arriving: Set[Arrival] = set()            # in the handshake of TLS
         self._partial: Dict[Connection, float] = {}     # incomplete requests and their start
         self._sweep: Optional[Timer] = None
         self._started = False
@@ -5785,6 +6149,8 @@ class Listener(http.server.HTTPServer):
             self._sweep.cancel()
         self._started = False
         self.server_close()
+        for arrival in list(self._arriving):
+            arrival.close()
         for connection in list(self._connections):
             connection.flush()
             connection.close()
@@ -5825,13 +6191,34 @@ class Listener(http.server.HTTPServer):
             except OSError as error:
                 self._pause(error)
                 return
-            if len(self._connections) >= CONNECTIONS_MAX:
+            if len(self._connections) + len(self._arriving) >= CONNECTIONS_MAX:
                 sock.close()
                 continue
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            self._connections.add(Connection(self, sock, f"{address[0]}:{address[1]}"))
+            remote = f"{address[0]}:{address[1]}"
+            if self.tls is None:
+                self.serve(sock, remote)
+            else:
+                self._arriving.add(Arrival(self, self.tls, sock, remote))
+
+    def serve(self, sock: socket.socket, remote: str) -> Connection:
+        """Serve HTTP on an accepted socket, whose handshake is done if there is one."""
+        connection = Connection(self, sock, remote)
+        self._connections.add(connection)
+        return connection
+
+    def arrived(self, arrival: Arrival) -> None:
+        """The handshake has ended, one way or the other."""
+        self._arriving.discard(arrival)
+
+    def complain(self, remote: str, why: str) -> None:
+        """Log why a connection was refused; the same about one host not again and again."""
+        host = remote.rpartition(":")[0]
+        self._complaints.say(
+            f"rejected connection from {remote} to {self.url}: {why}", f"{host} {why}"
+        )
 
     def _pause(self, error: OSError) -> None:
         """No descriptor left, most likely: accept again in a second, when some may be free."""
@@ -5871,9 +6258,9 @@ def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
 
 
 # ============================================================================
-# 16. HTTP calls -- requests to other servers, without blocking
+# 17. HTTP calls -- requests to other servers, without blocking
 # ----------------------------------------------------------------------------
-# Knows: sections 1-3, 14, 15 (parsers).  Must not know: etcd.
+# Knows: sections 1-3, 14, 16 (parsers).  Must not know: etcd.
 # ============================================================================
 
 
@@ -5887,13 +6274,14 @@ class HttpCall:
 
     __slots__ = (
         "_reactor", "_request", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock",
-        "_out", "_in", "_left", "_chunks", "_timer", "_heard", "_ended", "_connected",
+        "_out", "_in", "_left", "_chunks", "_timer", "_heard", "_ended", "_connected", "_tls",
+        "_host", "_handshake",
     )
 
     def __init__(
         self, reactor: Reactor, url: str, method: str, target: str, headers: Dict[str, str],
         body: bytes = b"", *, connect_timeout_s: float = 5.0,
-        idle_timeout_s: Optional[float] = None,
+        idle_timeout_s: Optional[float] = None, tls: Optional[TlsContext] = None,
         on_head: Callable[[int, Dict[str, str]], None] = lambda status, headers: None,
         on_data: Callable[[bytes], None] = lambda data: None,
         on_done: Callable[[Optional[Exception]], None] = lambda error: None,
@@ -5915,6 +6303,9 @@ class HttpCall:
         self._heard = 0.0
         self._ended = False
         self._connected = False
+        self._tls = tls or TlsContext(TlsFiles(), server=False) if is_https(url) else None
+        self._host = urlsplit(url).hostname or ""
+        self._handshake: Optional[Handshake] = None
         late = TimeoutError(f"dial tcp {urlsplit(url).netloc}: i/o timeout")
         self._timer = reactor.call_later(connect_timeout_s, self._fail, late)
         self._resolve(*url_address(url))
@@ -5928,10 +6319,14 @@ class HttpCall:
         """Drop the connection; no callback comes any more."""
         self._ended = True
         self._timer.cancel()
-        if self._sock is not None:
+        if self._sock is None:
+            return
+        if self._handshake is not None:
+            self._handshake.cancel()
+        else:
             self._reactor.unregister(self._sock)
-            self._sock.close()
-            self._sock = None
+        self._sock.close()
+        self._sock = None
 
     def flush(self) -> None:
         """Send what is left of the request."""
@@ -5983,19 +6378,43 @@ class HttpCall:
         if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
             self._reactor.call_soon(self._fail, OSError(code, os.strerror(code)))
 
+    def _on_connect(self) -> None:
+        assert self._sock is not None
+        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._fail(OSError(code, os.strerror(code)))
+        elif self._tls is None:
+            self._begin()
+        else:
+            self._reactor.unregister(self._sock)
+            sock = self._tls.current.wrap_socket(
+                self._sock, server_hostname=self._host, do_handshake_on_connect=False
+            )
+            self._sock = sock
+            self._handshake = Handshake(self._reactor, sock, self._secured)
+
+    def _secured(self, error: Optional[OSError]) -> None:
+        assert self._sock is not None
+        self._handshake = None
+        self._reactor.register(self._sock, selectors.EVENT_READ, self._on_event)
+        if error is None:
+            self._begin()
+        else:
+            self._fail(error)
+
+    def _begin(self) -> None:
+        """The connection stands: send the request."""
+        self._connected = True
+        self._heard = self._reactor.now()
+        self._timer.cancel()
+        self._watch_idle()
+        self.flush()
+
     def _on_event(self, mask: int) -> None:
         if not self._connected:
-            assert self._sock is not None
-            code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                self._fail(OSError(code, os.strerror(code)))
-                return
-            self._connected = True
-            self._heard = self._reactor.now()
-            self._timer.cancel()
-            self._watch_idle()
-            self.flush()
-        elif mask & selectors.EVENT_WRITE:
+            self._on_connect()
+            return
+        if mask & selectors.EVENT_WRITE:
             self.flush()
         if mask & selectors.EVENT_READ and not self._ended:
             self._receive()
@@ -6073,7 +6492,7 @@ class HttpCall:
 
     def _fail(self, error: Exception) -> None:
         if not self._ended:
-            self._end(error)
+            self._end(OSError(tls_reason(error)) if isinstance(error, ssl.SSLError) else error)
 
     def _end(self, error: Optional[Exception]) -> None:
         self.cancel()
@@ -6081,7 +6500,7 @@ class HttpCall:
 
 
 # ============================================================================
-# 17. Peer frames -- messages as bytes on a stream
+# 18. Peer frames -- messages as bytes on a stream
 # ----------------------------------------------------------------------------
 # Knows: sections 1-4.  Must not know: sockets.  What a peer sends is never
 # trusted: anything but a frame is a CodecError, and no frame is without limit.
@@ -6296,15 +6715,14 @@ class AppV2Decoder(FrameDecoder):
 
 
 # ============================================================================
-# 18. Peer links -- the streams we answer, the streams we dial, and POSTs
+# 19. Peer links -- the streams we answer, the streams we dial, and POSTs
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4 and 14-17.  Must not know: Raft's rules, the store, disks.
+# Knows: sections 1-4 and 14-18.  Must not know: Raft's rules, the store, disks.
 # A link may lose messages, repeat and reorder them: Raft tolerates it.
 # ============================================================================
 
 _STREAM_PENDING_BYTES_MAX = OUTPUT_BYTES_MAX
 ANSWER_BYTES_MAX = 4_096            # kept of the body of an answer; the rest is ignored
-COMPLAINT_SECONDS = 30.0            # the same complaint is not logged again within this time
 CLOCK_DIFFERENCE_MAX_NS = NS        # of a peer's clock; above: a warning
 
 StreamEncoder = Union[AppV2Encoder, MessageEncoder]
@@ -6361,24 +6779,6 @@ def _compatibility_error(headers: Mapping[str, str]) -> str:
     if least > _OWN_VERSION:
         return f"local version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
     return ""
-
-
-class Complaints:
-    """Logs errors that would repeat with every attempt, each at most once in 30 s."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
-        self._said: Dict[str, float] = {}
-
-    def say(self, text: str) -> None:
-        """Log `text` as an error, unless it was said a short time ago."""
-        now = self._now()
-        if now - self._said.get(text, -COMPLAINT_SECONDS) < COMPLAINT_SECONDS:
-            return
-        if len(self._said) >= 1_000:
-            self._said.clear()
-        self._said[text] = now
-        package_logger("rafthttp").error("%s", text)
 
 
 def _cause(reason: object) -> str:
@@ -6465,6 +6865,7 @@ class LinkContext(NamedTuple):
     snapshot_done: Callable[[int, bool], None]
     removed: Callable[[], None]
     sent: Callable[[int, Message, int, Optional[float], bool], None]
+    tls: Optional[TlsContext] = None                # None: the defaults, should a peer ask for it
 
 
 class Answer:
@@ -6543,7 +6944,7 @@ class StreamReader:
         self._call = HttpCall(
             context.reactor, self._url, "GET", self._target, self._headers,
             connect_timeout_s=context.dial_timeout_s, idle_timeout_s=LINK_TIMEOUT_SECONDS,
-            on_head=self._on_head, on_data=self._on_data, on_done=self._on_done,
+            tls=context.tls, on_head=self._on_head, on_data=self._on_data, on_done=self._on_done,
         )
 
     def _on_head(self, status: int, headers: Dict[str, str]) -> None:
@@ -6794,7 +7195,8 @@ class Pipeline:
             connect_timeout_s=context.dial_timeout_s,
             # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
             idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
-            on_head=post.answer.take_head, on_data=post.answer.take_data, on_done=done,
+            tls=context.tls, on_head=post.answer.take_head, on_data=post.answer.take_data,
+            on_done=done,
         )
 
     def _done(self, post: Post, error: Optional[Exception]) -> None:
@@ -6848,7 +7250,7 @@ class Prober:
         self._asked = reactor.now()
         self._call = HttpCall(
             reactor, self._picker.pick(), "GET", "/raft/probing", {},
-            connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS,
+            connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS, tls=self._context.tls,
             on_head=self._answer.take_head, on_data=self._answer.take_data, on_done=self._done,
         )
 
@@ -6990,9 +7392,9 @@ class Remote:
 
 
 # ============================================================================
-# 19. Peer transport -- all links, and raft's part of the peer listener
+# 20. Peer transport -- all links, and raft's part of the peer listener
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4 and 14-18.  Hands every message to a callable.
+# Knows: sections 1-4 and 14-19.  Hands every message to a callable.
 # ============================================================================
 
 REMOTES_MAX = 256                   # members remembered that are no peers; above: ignored
@@ -7029,6 +7431,7 @@ class Transport:
         removed: Callable[[], None], election_s: float,
         sent: Callable[[int, Message, int, Optional[float], bool], None] = _ignore_sent,
         received: Callable[[int, Message, int], None] = _ignore_received,
+        tls: Optional[TlsContext] = None,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
         self._reactor = reactor
@@ -7038,7 +7441,7 @@ class Transport:
         self._deliver = deliver
         self._removed: Optional[Callable[[], None]] = removed
         self._received = received
-        self._complaints = Complaints(reactor.now)
+        self._complaints = Complaints("rafthttp", reactor.now)
         self._lists = EntryListEncoder()
         self._peers: Dict[int, Peer] = {}
         self._remotes: Dict[int, Remote] = {}
@@ -7051,7 +7454,7 @@ class Transport:
             reactor, member_id, self._cluster_id, self._request_headers(peer_urls),
             1.0 + election_s / 5, self._complaints.say, self._accept,
             lambda to: self._soon(unreachable, to),
-            lambda to, ok: self._soon(snapshot_done, to, ok), self._we_are_removed, sent,
+            lambda to, ok: self._soon(snapshot_done, to, ok), self._we_are_removed, sent, tls,
         )
 
     # -- members -----------------------------------------------------------
@@ -7309,7 +7712,7 @@ def _reply_error(request: HttpRequest, status: int, text: str, headers: str = ""
 
 
 # ============================================================================
-# 20. Statistics -- what a member counts about itself
+# 21. Statistics -- what a member counts about itself
 # ----------------------------------------------------------------------------
 # Knows: sections 1-3, 12.  Must not know: what is counted, or who asks.
 # ============================================================================
@@ -7617,7 +8020,7 @@ class Metrics:
 
 
 # ============================================================================
-# 21. Journal -- getting to the disk, in batches and in order
+# 22. Journal -- getting to the disk, in batches and in order
 # ----------------------------------------------------------------------------
 # Knows: sections 1-11, 14.  Threads: the reactor's, and its own, `wal`.
 # ============================================================================
@@ -7949,9 +8352,9 @@ class SnapshotKeeper:
 
 
 # ============================================================================
-# 22. Server -- one member: consensus, disk and store brought together
+# 23. Server -- one member: consensus, disk and store brought together
 # ----------------------------------------------------------------------------
-# Knows: sections 1-21.  Must not know: HTTP paths, flags.
+# Knows: sections 1-22.  Must not know: HTTP paths, flags.
 # ============================================================================
 
 
@@ -8011,6 +8414,7 @@ class Bootstrap(NamedTuple):
     snapshot: Optional[Snapshot]        # already recovered into store and cluster; data dropped
     bootstrap_entries: Sequence[Entry] = ()     # of a new cluster, not yet on disk
     remotes: Sequence[Member] = ()      # members of the existing cluster that we join
+    peer_tls: Optional[TlsContext] = None       # as client of other members
 
 
 Done = Callable[[Any], None]
@@ -8067,12 +8471,13 @@ class VersionMonitor:
 
     def __init__(
         self, reactor: Reactor, cluster: Cluster, member_id: int,
-        propose: Callable[[str], None],
+        propose: Callable[[str], None], tls: Optional[TlsContext] = None,
     ) -> None:
         self._reactor = reactor
         self._cluster = cluster
         self._member_id = member_id
         self._propose = propose
+        self._tls = tls
         self._calls: List[HttpCall] = []
         self._versions: Dict[int, str] = {}
         self._timer: Optional[Timer] = None
@@ -8113,7 +8518,7 @@ class VersionMonitor:
 
         self._calls.append(HttpCall(
             self._reactor, member.peer_urls[0], "GET", "/version", {}, connect_timeout_s=1.0,
-            idle_timeout_s=2.0, on_data=body.append, on_done=done,
+            idle_timeout_s=2.0, tls=self._tls, on_data=body.append, on_done=done,
         ))
 
     def _decide(self) -> None:
@@ -8226,9 +8631,10 @@ class EtcdServer:
             deliver=self._deliver, unreachable=self._unreachable,
             snapshot_done=self._snapshot_done, removed=removed,
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
+            tls=boot.peer_tls,
         )
         self.versions = VersionMonitor(
-            reactor, self.cluster, self.member_id, self._propose_version
+            reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
         )
         self.node = self._make_node(boot, rng or random.Random())
         self._data_dir = boot.data_dir
@@ -8634,9 +9040,9 @@ class EtcdServer:
 
 
 # ============================================================================
-# 23. Keys API -- from an HTTP request to a command, and back
+# 24. Keys API -- from an HTTP request to a command, and back
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 9, 15, 20, 22.  Must not know: sockets, Raft, files.
+# Knows: sections 1-4, 9, 16, 21, 23.  Must not know: sockets, Raft, files.
 # ============================================================================
 
 FORM_FIELDS_MAX = 10_000            # fields of one body or query; above: error 210
@@ -9158,7 +9564,7 @@ class KeysApi:
 
 
 # ============================================================================
-# 24. Client API -- members, statistics, and the table of paths
+# 25. Client API -- members, statistics, and the table of paths
 # ----------------------------------------------------------------------------
 # Knows: all above.  Must not know: sockets, Raft messages, files.
 # ============================================================================
@@ -9752,9 +10158,9 @@ class PeerApi:
 
 
 # ============================================================================
-# 25. Discovery -- how members that start find each other
+# 26. Discovery -- how members that start find each other
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 12, 15.  All but DiscoveryService is plain blocking code
+# Knows: sections 1-4, 12, 16.  All but DiscoveryService is plain blocking code
 # that runs before the reactor starts.
 # ============================================================================
 
@@ -9804,13 +10210,13 @@ class RegistryState(NamedTuple):
 
 
 def blocking_get(
-    url: str, timeout_s: float, target: str = "/"
+    url: str, timeout_s: float, target: str = "/", tls: Optional[TlsContext] = None
 ) -> Tuple[int, http.client.HTTPMessage, bytes]:
     """GET `target` from scheme://host:port; return (status, headers, body).
 
     Raises OSError or http.client.HTTPException.
     """
-    connection = _open_connection(url, timeout_s)
+    connection = _open_connection(url, timeout_s, tls)
     try:
         connection.request("GET", target)
         response = connection.getresponse()
@@ -9819,14 +10225,21 @@ def blocking_get(
         connection.close()
 
 
-def _open_connection(url: str, timeout_s: float) -> http.client.HTTPConnection:
+def _open_connection(
+    url: str, timeout_s: float, tls: Optional[TlsContext] = None
+) -> http.client.HTTPConnection:
     parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    return kind(parts.hostname or "127.0.0.1", parts.port, timeout=timeout_s)
+    host = parts.hostname or "127.0.0.1"
+    if parts.scheme != "https":
+        return http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
+    context = tls.current if tls else None
+    return http.client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=context)
 
 
 def _reason(error: Exception) -> str:
     """The error's words without Python's decoration."""
+    if isinstance(error, ssl.SSLError):
+        return tls_reason(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__
@@ -10348,9 +10761,9 @@ def _reply_text(request: HttpRequest, status: int, text: str) -> None:
 
 
 # ============================================================================
-# 26. Bootstrap -- a new member, a joining one, or one that was here before
+# 27. Bootstrap -- a new member, a joining one, or one that was here before
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 9-12, 22 (two records), 25.  Blocks; runs before the
+# Knows: sections 1-4, 9-12, 23 (two records), 26.  Blocks; runs before the
 # reactor starts.
 # ============================================================================
 
@@ -10375,12 +10788,14 @@ def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     return sorted(ours) == sorted(theirs) or addresses(ours) == addresses(theirs)
 
 
-def fetch_members(url: str, timeout_s: float) -> Tuple[int, List[Member]]:
+def fetch_members(
+    url: str, timeout_s: float, tls: Optional[TlsContext]
+) -> Tuple[int, List[Member]]:
     """Return (cluster id, members) as the peer at `url` sees them.
 
     Raises OSError, http.client.HTTPException or ValueError.
     """
-    status, headers, body = blocking_get(url, timeout_s, "/members")
+    status, headers, body = blocking_get(url, timeout_s, "/members", tls)
     if status != 200:
         raise ValueError(f"unexpected status {status}")
     try:
@@ -10397,12 +10812,12 @@ def fetch_members(url: str, timeout_s: float) -> Tuple[int, List[Member]]:
 
 
 def fetch_cluster(
-    urls: Sequence[str], timeout_s: float, *, quiet: bool = False
+    urls: Sequence[str], timeout_s: float, tls: Optional[TlsContext], *, quiet: bool = False
 ) -> Optional[Tuple[int, List[Member]]]:
     """Return the first answer of fetch_members to any of `urls`; None if there is none."""
     for url in urls:
         try:
-            return fetch_members(url, timeout_s)
+            return fetch_members(url, timeout_s, tls)
         except (OSError, http.client.HTTPException, ValueError) as error:
             if not quiet:
                 package_logger("etcdserver").warning(
@@ -10424,17 +10839,32 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
     data_dir = prepare_data_dir(config.data_dir or config.name + ".etcd", config.wal_dir)
     log.info("datadir is valid for the %s format", ARTICLE_VERSION)
     try:
+        tls = make_peer_tls(config)
         if Wal.exists(data_dir.wal):
-            return _restart(config, data_dir)
-        if config.initial_cluster_state == "existing":
-            return _join(config, data_dir)
-        return _form(config, data_dir)
+            boot = _restart(config, data_dir)
+        elif config.initial_cluster_state == "existing":
+            boot = _join(config, data_dir, tls)
+        else:
+            boot = _form(config, data_dir, tls)
+        return boot._replace(peer_tls=tls)
     except (WalError, SnapshotError, CodecError, InvariantError) as error:
         raise StartError(str(error)) from error     # nothing runs yet: no state to protect
     except DiscoveryError as error:
         raise StartError(_discovery_failure(config, data_dir, error)) from error
     except OSError as error:
         raise StartError(f"cannot use data directory {data_dir.root}: {error}") from error
+
+
+def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
+    """Return how to speak TLS to other members; None if it seems that none asks for it.
+
+    An https member that is added later is met with the system's authorities then.
+    Raises StartError.
+    """
+    urls = ",".join((*config.initial_advertise_peer_urls, config.initial_cluster))
+    if any(config.peer_tls) or "https:" in urls:
+        return TlsContext(config.peer_tls, server=False)
+    return None
 
 
 def _discovery_failure(config: ServerConfig, data_dir: DataDir, error: DiscoveryError) -> str:
@@ -10552,14 +10982,14 @@ def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]
     )
 
 
-def _form(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
+def _form(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) -> Bootstrap:
     """A new cluster: every member of it starts with the same entries, committed from the start."""
     initial = _initial_members(config)
     _check_advertised(config, initial)
     token = config.discovery or config.initial_cluster_token
     cluster = _new_cluster(token, initial)
     member = _own_member(config, cluster)
-    if _is_bootstrapped(cluster, member):
+    if _is_bootstrapped(cluster, member, tls):
         raise StartError(
             f"member {format_id(member.id)} has already been bootstrapped; its data directory is"
             f" lost or -data-dir is wrong: restore it, or remove the member with DELETE"
@@ -10615,9 +11045,10 @@ def _peer_urls_of_others(cluster: Cluster, member: Member) -> List[str]:
     )
 
 
-def _is_bootstrapped(cluster: Cluster, member: Member) -> bool:
+def _is_bootstrapped(cluster: Cluster, member: Member, tls: Optional[TlsContext]) -> bool:
     """True if a running peer knows this member with client URLs: it had a life before this one."""
-    found = fetch_cluster(_peer_urls_of_others(cluster, member), PROBE_ANSWER_SECONDS, quiet=True)
+    others = _peer_urls_of_others(cluster, member)
+    found = fetch_cluster(others, PROBE_ANSWER_SECONDS, tls, quiet=True)
     return found is not None and any(
         other.id == member.id and other.client_urls for other in found[1]
     )
@@ -10633,7 +11064,7 @@ def _bootstrap_entries(cluster: Cluster) -> List[Entry]:
     return entries
 
 
-def _join(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
+def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) -> Bootstrap:
     """An existing cluster, which has our peer URLs already: it will send us the log."""
     if config.discovery:
         raise StartError(
@@ -10643,7 +11074,7 @@ def _join(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
     initial = _initial_members(config)
     local = _new_cluster(config.initial_cluster_token, initial)
     own = _own_member(config, local)
-    found = fetch_cluster(_peer_urls_of_others(local, own), JOIN_ANSWER_SECONDS)
+    found = fetch_cluster(_peer_urls_of_others(local, own), JOIN_ANSWER_SECONDS, tls)
     if found is None:
         raise StartError(
             "cannot fetch cluster info from peer urls: could not retrieve cluster information from"
@@ -10653,7 +11084,7 @@ def _join(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
     members = _match_members(local, existing)
     own = next(member for member in members if member.name == config.name)
     others = [member for member in members if member.id != own.id]
-    if not _is_compatible(others):
+    if not _is_compatible(others, tls):
         raise StartError(
             f"incompatible with current running cluster: its version must lie between"
             f" {MIN_CLUSTER_VERSION} and {SERVER_VERSION}; look at GET /version of its members"
@@ -10691,12 +11122,12 @@ def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
     return sorted(matched, key=lambda member: member.id)
 
 
-def _is_compatible(members: Sequence[Member]) -> bool:
+def _is_compatible(members: Sequence[Member], tls: Optional[TlsContext]) -> bool:
     """True if the running cluster's version is one that we can live with."""
     low, high = version_key(MIN_CLUSTER_VERSION), version_key(SERVER_VERSION)
     good = False
     for member in members:
-        version = _cluster_version(member)
+        version = _cluster_version(member, tls)
         if version is None:
             continue
         if not low <= version <= high:
@@ -10705,11 +11136,13 @@ def _is_compatible(members: Sequence[Member]) -> bool:
     return good
 
 
-def _cluster_version(member: Member) -> Optional[Tuple[int, int]]:
+def _cluster_version(
+    member: Member, tls: Optional[TlsContext]
+) -> Optional[Tuple[int, int]]:
     """The cluster version as `member` knows it; None if it cannot be asked, or does not know."""
     for url in member.peer_urls:
         try:
-            _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version")
+            _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
             return version_key(str(json.loads(body)["etcdcluster"]))
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             package_logger("etcdserver").warning(
@@ -10844,7 +11277,7 @@ def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
 
 
 # ============================================================================
-# 27. Embedding -- a member inside any program
+# 28. Embedding -- a member inside any program
 # ----------------------------------------------------------------------------
 # Knows: all above.  Threads: the caller's, and the one it starts, `reactor`.
 # ============================================================================
@@ -10869,7 +11302,7 @@ class Server:
             initial_advertise_peer_urls=(),
         )
         for name, value in settings.items():
-            if isinstance(getattr(config, name, None), tuple):
+            if type(getattr(config, name, None)) is tuple:
                 if isinstance(value, str):
                     raise TypeError(f"{name} is a list of URLs, not one string")
                 settings[name] = tuple(value)
@@ -10910,12 +11343,14 @@ class Server:
         try:
             for url in self.config.listen_peer_urls:
                 self._peer_listeners.append(
-                    self._listen(url, self._serve_peer, PEER_BODY_BYTES_MAX)
+                    self._listen(url, self._serve_peer, PEER_BODY_BYTES_MAX, self.config.peer_tls)
                 )
                 package_logger("etcd").info("listening for peers on %s", url)
             for url in self.config.listen_client_urls:
                 self._client_listeners.append(
-                    self._listen(url, self._serve_client, REQUEST_BODY_BYTES_MAX)
+                    self._listen(
+                        url, self._serve_client, REQUEST_BODY_BYTES_MAX, self.config.client_tls
+                    )
                 )
                 package_logger("etcd").info("listening for client requests on %s", url)
         except StartError:
@@ -11014,10 +11449,18 @@ class Server:
     # -- inside ------------------------------------------------------------
 
     def _listen(
-        self, url: str, handler: Callable[[HttpRequest], None], body_max: int
+        self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles
     ) -> Listener:
+        tls = None
+        if is_https(url):
+            if not files.cert_file or not files.key_file:
+                raise StartError(
+                    f"cannot listen on TLS for {url}: KeyFile and CertFile are not presented;"
+                    f" give both, or use an http URL"
+                )
+            tls = TlsContext(files, server=True)
         try:
-            return Listener(url, self._reactor, handler, body_max=body_max)
+            return Listener(url, self._reactor, handler, body_max=body_max, tls=tls)
         except OSError as error:
             host, port = url_address(url)
             what = f"listen tcp {host}:{port}: bind: {(error.strerror or str(error)).lower()}"
@@ -11081,7 +11524,7 @@ _BIND_HINTS = {
 
 
 # ============================================================================
-# 28. Command line
+# 29. Command line
 # ----------------------------------------------------------------------------
 # Knows: all above.  The only section that reads flags and the environment,
 # prints, and touches signals and process limits.

@@ -10,11 +10,12 @@
   8. Store
   9. Cluster, apply
   10. HTTP contract
-  11. Clusters over real sockets, in processes of their own
-  12. Client
-  13. Peer transport
-  14. Discovery, and Bootstrap
-  15. Command line
+  11. TLS
+  12. Clusters over real sockets, in processes of their own
+  13. Client
+  14. Peer transport
+  15. Discovery, and Bootstrap
+  16. Command line
 
 Run a part by the prefix of its names: -k raft_, -k "store_ or wal_", -k sim_, -k cluster_.
 Chance is seeded and a failure prints its seed.  PYETCD_SIM_SEEDS=10000 runs more simulations,
@@ -28,6 +29,7 @@ import ast
 import collections
 import concurrent.futures
 import contextlib
+import datetime
 import errno
 import gzip
 import hashlib
@@ -47,6 +49,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import struct
 import subprocess
@@ -78,6 +81,9 @@ from typing import (
 
 import pytest
 import requests
+import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -7065,7 +7071,285 @@ def test_http_clients_that_vanish_leave_nothing_behind(http_server):
 
 
 # ============================================================================
-# 11. Clusters over real sockets, in processes of their own
+# 11. TLS -- who may talk to whom, and what the log says of the others
+# ----------------------------------------------------------------------------
+
+
+class _Certificates:
+    """Authorities and certificates made for one run, as PEM files in a directory."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.ca, self.other_ca = trustme.CA(), trustme.CA()
+        self.ca_file = str(directory / "ca.pem")
+        self.other_ca_file = str(directory / "other-ca.pem")
+        self.ca.cert_pem.write_to_path(self.ca_file)
+        self.other_ca.cert_pem.write_to_path(self.other_ca_file)
+
+    def issue(self, name, *hosts, ca=None, **more):
+        """Return (certificate path, key path); hosts: those it is for, loopback if none."""
+        leaf = (ca or self.ca).issue_cert(*(hosts or ("127.0.0.1", "localhost")), **more)
+        paths = str(self.directory / f"{name}.pem"), str(self.directory / f"{name}-key.pem")
+        leaf.private_key_pem.write_to_path(paths[1])
+        with open(paths[0], "wb") as file:
+            file.write(b"".join(blob.bytes() for blob in leaf.cert_chain_pems))
+        return paths
+
+    def files(self, name="server", *hosts, **more):
+        """TlsFiles of a side with a certificate of its own, that trusts our authority."""
+        return pyetcd.TlsFiles(*self.issue(name, *hosts), trusted_ca_file=self.ca_file, **more)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """One authority for all tests: making keys takes time."""
+    return _Certificates(tmp_path_factory.mktemp("tls"))
+
+
+@contextlib.contextmanager
+def _tls_member(tmp_path, files):
+    with _http_member(
+        tmp_path, listen_client_urls=["https://127.0.0.1:0"], client_tls=files,
+    ) as server:
+        yield server, server.client_urls[0]
+
+
+def _tls_session(certificates, cert=None):
+    session = requests.Session()
+    session.trust_env = False
+    session.verify, session.cert = certificates.ca_file, cert
+    return session
+
+
+def test_tls_serves_clients_with_all_sizes_of_requests_and_replies(tmp_path, certificates):
+    """Records of TLS end nowhere special: neither reads nor writes may depend on them."""
+    with _tls_member(tmp_path, certificates.files()) as (server, url), \
+            _tls_session(certificates) as session:
+        keys = url + "/v2/keys"
+        for size in (0, 1, 16_384, 400_000):
+            value = "x" * size
+            assert session.put(f"{keys}/d/{size}", {"value": value}, timeout=10).status_code == 201
+            assert session.get(f"{keys}/d/{size}", timeout=10).json()["node"]["value"] == value
+        for i in range(10):
+            session.put(f"{keys}/d/more{i}", {"value": "y" * 400_000}, timeout=10)
+        nodes = session.get(f"{keys}/d?recursive=true", timeout=10).json()["node"]["nodes"]
+        assert sum(len(node["value"]) for node in nodes) == 4_000_000 + 416_385
+        assert server.call(lambda etcd: etcd.store.current_index) > 10
+
+
+def test_tls_streams_events(tmp_path, certificates):
+    """A stream of chunks over TLS; its end by the client frees the watcher."""
+    with _tls_member(tmp_path, certificates.files()) as (server, url), \
+            _tls_session(certificates) as session:
+        stream = session.get(
+            f"{url}/v2/keys/w?wait=true&stream=true", stream=True, timeout=10
+        )
+        lines = stream.iter_lines(chunk_size=1)
+        for value in ("1", "2"):
+            requests.put(f"{url}/v2/keys/w", {"value": value}, verify=certificates.ca_file,
+                         timeout=10)
+            assert json.loads(next(lines))["node"]["value"] == value
+        stream.close()
+        eventually(lambda: server.call(lambda etcd: etcd.store.stats.watchers) == 0)
+
+
+def test_tls_port_explains_itself_to_plain_http(tmp_path, certificates, caplog):
+    """Go's sentence, and a line in the log."""
+    caplog.set_level(logging.INFO)
+    with _tls_member(tmp_path, certificates.files()) as (_, url):
+        answer = requests.get(url.replace("https:", "http:") + "/version", timeout=10)
+        assert (answer.status_code, answer.text) == (
+            400, "Client sent an HTTP request to an HTTPS server.\n")
+        assert "client sent an HTTP request to an HTTPS server" in caplog.text
+
+
+@pytest.mark.parametrize(("which", "line"), [
+    ("none", "client didn't provide a certificate"),
+    ("foreign", "cannot be verified"),
+    ("expired", "certificate has expired; issue a new one"),
+    ("revoked", "certificate revoked by the revocation list"),
+    ("other name", "not for alice"),
+])
+def test_tls_client_certificates_that_are_refused(tmp_path, certificates, caplog, which, line):
+    """Each gets its line in the log; those who are welcome do not notice."""
+    good = certificates.issue("good", "alice")
+    past = datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc)
+    bad = {
+        "none": None,
+        "foreign": certificates.issue("foreign", "alice", ca=certificates.other_ca),
+        "expired": certificates.issue("expired", "alice", not_after=past),
+        "revoked": certificates.issue("revoked", "alice"),
+        "other name": certificates.issue("other", "bob"),
+    }[which]
+    more = {"allowed_name": "alice"} if which == "other name" else {}
+    if which == "revoked":
+        more["crl_file"] = _revocation_list(certificates, bad[0])
+    files = certificates.files(client_cert_auth=True, **more)
+    with _tls_member(tmp_path, files) as (_, url), _tls_session(certificates, good) as welcome:
+        assert welcome.get(url + "/version", timeout=10).status_code == 200
+        with pytest.raises(requests.ConnectionError), _tls_session(certificates, bad) as refused:
+            refused.get(url + "/version", timeout=10)
+        assert welcome.get(url + "/version", timeout=10).status_code == 200
+        eventually(lambda: line in caplog.text)
+        assert "rejected connection from 127.0.0.1:" in caplog.text
+
+
+def _revocation_list(certificates, path):
+    """A list of the authority that revokes the certificate in `path`."""
+    leaf = x509.load_pem_x509_certificate(Path(path).read_bytes())
+    now = datetime.datetime.now(datetime.timezone.utc)
+    day = datetime.timedelta(days=1)
+    revoked = x509.RevokedCertificateBuilder().serial_number(leaf.serial_number)
+    crl = x509.CertificateRevocationListBuilder().issuer_name(leaf.issuer).last_update(
+        now - day).next_update(now + day).add_revoked_certificate(
+        revoked.revocation_date(now).build()).sign(
+        serialization.load_pem_private_key(certificates.ca.private_key_pem.bytes(), None),
+        hashes.SHA256(),
+    )
+    file = certificates.directory / "revoked.crl"
+    file.write_bytes(crl.public_bytes(serialization.Encoding.PEM))
+    return str(file)
+
+
+def test_tls_refuses_old_versions(tmp_path, certificates):
+    """TLS 1.1 and older are no options today."""
+    with _tls_member(tmp_path, certificates.files()) as (_, url):
+        port = urllib.parse.urlsplit(url).port
+        context = ssl.create_default_context(cafile=certificates.ca_file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            context.minimum_version = ssl.TLSVersion.TLSv1
+            context.maximum_version = ssl.TLSVersion.TLSv1_1
+        with socket.create_connection(("127.0.0.1", port), 10) as sock, \
+                pytest.raises((ssl.SSLError, ConnectionError)):
+            context.wrap_socket(sock, server_hostname="127.0.0.1")
+
+
+def test_tls_stuck_handshakes_block_nobody_and_end(tmp_path, certificates, monkeypatch):
+    """Silent connections and halves of a greeting: others are served, and time closes these."""
+    monkeypatch.setattr(pyetcd, "HANDSHAKE_SECONDS_MAX", 1.0)
+    with _tls_member(tmp_path, certificates.files()) as (server, url), \
+            contextlib.ExitStack() as stack:
+        parts = urllib.parse.urlsplit(url)
+        stuck = []
+        for i in range(40):
+            sock = stack.enter_context(socket.create_connection((parts.hostname, parts.port), 10))
+            if i % 2:
+                sock.sendall(b"\x16\x03\x01\x02\x00\x01\x00")
+            stuck.append(sock)
+        with _tls_session(certificates) as session:
+            assert session.get(url + "/version", timeout=10).status_code == 200
+        assert all(sock.recv(100) == b"" for sock in stuck)
+
+
+def test_tls_certificates_are_read_again_when_they_change(tmp_path, certificates, monkeypatch,
+                                                          caplog):
+    """New connections get the new certificate; a broken one leaves the old in use."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(pyetcd, "CERTIFICATE_CHECK_SECONDS", 0.0)
+    files = certificates.files("changing")
+    with _tls_member(tmp_path, files) as (_, url):
+        parts = urllib.parse.urlsplit(url)
+
+        def shown():
+            return ssl.get_server_certificate((parts.hostname, parts.port), timeout=10)
+
+        first = shown()
+        Path(files.cert_file).write_bytes(b"half a file")
+        assert shown() == first
+        assert "cannot be used, the old ones stay" in caplog.text
+        certificates.issue("changing")
+        assert shown() != first
+        assert "new connections use them" in caplog.text
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    ({}, "KeyFile and CertFile are not presented"),
+    ({"cert_file": "/nowhere/c.pem", "key_file": "/nowhere/k.pem"},
+     "open /nowhere/c.pem: no such file or directory"),
+    ({"cert_file": __file__, "key_file": __file__}, "it must hold PEM text"),
+])
+def test_tls_files_that_cannot_be_used_end_the_start(tmp_path, files, message):
+    """One line that names the file."""
+    server = pyetcd.Server(
+        data_dir=str(tmp_path / "data"), listen_client_urls=["https://127.0.0.1:0"],
+        client_tls=pyetcd.TlsFiles(**files),
+    )
+    with pytest.raises(pyetcd.StartError, match=re.escape(message)):
+        server.start()
+    server.stop()
+
+
+@contextlib.contextmanager
+def _tls_cluster(tmp_path, sides):
+    """One member per TlsFiles of the peer side; nothing is asserted of their links."""
+    members = [
+        pyetcd.Server(
+            name=f"m{i}", data_dir=str(tmp_path / f"m{i}"), peer_tls=files,
+            listen_peer_urls=["https://127.0.0.1:0"], initial_cluster_token="tls",
+            heartbeat_ms=50, election_ms=500,
+        ) for i, files in enumerate(sides)
+    ]
+    with contextlib.ExitStack() as stack:
+        for member in members:
+            stack.callback(member.stop)
+            member.bind()
+        initial = ",".join(f"{m.config.name}={m.peer_urls[0]}" for m in members)
+        for member in members:
+            member.start(initial_cluster=initial)
+        yield members
+
+
+def test_tls_between_members_with_certificates_on_both_sides(tmp_path, certificates):
+    """Streams, votes, posts and a member that joins later, all with client certificates."""
+    files = certificates.files("peer", client_cert_auth=True)
+    with _tls_cluster(tmp_path, [files] * 3) as members:
+        assert all(member.wait_ready(20) for member in members)
+        urls = [member.client_urls[0] for member in members]
+        requests.put(urls[0] + "/v2/keys/a", {"value": "1"}, timeout=10).raise_for_status()
+        eventually(lambda: all(
+            requests.get(url + "/v2/keys/a", timeout=10).status_code == 200 for url in urls))
+        joining = pyetcd.Server(
+            name="late", data_dir=str(tmp_path / "late"), peer_tls=files,
+            listen_peer_urls=["https://127.0.0.1:0"], initial_cluster_state="existing",
+        )
+        joining.bind()
+        requests.post(urls[0] + "/v2/members", json={"peerURLs": list(joining.peer_urls)},
+                      timeout=10).raise_for_status()
+        initial = [f"{m.config.name}={m.peer_urls[0]}" for m in (*members, joining)]
+        joining.start(initial_cluster=",".join(initial))
+        with contextlib.closing(contextlib.ExitStack()) as stack:
+            stack.callback(joining.stop)
+            assert joining.wait_ready(20)
+            late = joining.client_urls[0] + "/v2/keys/a"
+            eventually(lambda: requests.get(late, timeout=10).status_code == 200)
+
+
+def test_tls_member_with_the_wrong_certificate_stays_outside(tmp_path, certificates, caplog):
+    """Names and authorities are checked in both directions, and the others work on."""
+    good = certificates.files("peer", client_cert_auth=True)
+    foreign = pyetcd.TlsFiles(
+        *certificates.issue("foreign-peer", ca=certificates.other_ca),
+        trusted_ca_file=certificates.ca_file, client_cert_auth=True,
+    )
+    with _tls_cluster(tmp_path, [good, good, foreign]) as members:
+        assert all(member.wait_ready(20) for member in members[:2])
+        eventually(lambda: "cannot be verified" in caplog.text)
+        assert not members[2].wait_ready(0)
+        answer = requests.put(members[0].client_urls[0] + "/v2/keys/a", {"value": "1"}, timeout=10)
+        assert answer.status_code == 201
+
+
+def test_tls_members_check_the_name_in_the_url(tmp_path, certificates, caplog):
+    """A certificate of the right authority for another host is no certificate."""
+    good = certificates.files("peer")
+    with _tls_cluster(tmp_path, [good, certificates.files("elsewhere", "10.1.2.3")]) as members:
+        eventually(lambda: "IP address mismatch" in caplog.text)
+        assert not any(member.wait_ready(0) for member in members)
+
+
+# ============================================================================
+# 12. Clusters over real sockets, in processes of their own
 # ----------------------------------------------------------------------------
 # Few and slow.  Every process is started here and ended here.
 # ============================================================================
@@ -7452,7 +7736,7 @@ def test_server_failed_fsync_ends_the_member(tmp_path, monkeypatch):
 
 
 # ============================================================================
-# 12. Client -- against real servers, against misbehaving ones, and beside etcdctl
+# 13. Client -- against real servers, against misbehaving ones, and beside etcdctl
 # ============================================================================
 
 
@@ -8631,7 +8915,7 @@ def test_client_cli_reader_that_went_away(_client_server, _client, _client_dir):
 
 
 # ============================================================================
-# 13. Peer transport -- frames, refusals, and two members on loopback
+# 14. Peer transport -- frames, refusals, and two members on loopback
 # ----------------------------------------------------------------------------
 # Frames are compared with recordings of etcd 2.3.8; links run over real
 # sockets on one reactor that the test turns itself.
@@ -9898,7 +10182,7 @@ def test_link_status_tells_changes_only(caplog: pytest.LogCaptureFixture) -> Non
 def test_link_complaints_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """The same text is logged again only after 30 s."""
     reactor = _LinkFakeReactor()
-    complaints = pyetcd.Complaints(reactor.now)
+    complaints = pyetcd.Complaints("rafthttp", reactor.now)
 
     for _ in range(100):
         complaints.say("it rains")
@@ -10025,7 +10309,7 @@ def test_link_real_etcd_leads_us(
 
 
 # ============================================================================
-# 14. Discovery, and Bootstrap
+# 15. Discovery, and Bootstrap
 # ----------------------------------------------------------------------------
 # A small registry and a small name server stand in for the network; then the
 # ways into a cluster, on temporary directories.
@@ -11237,7 +11521,7 @@ def test_bootstrap_unwritable_data_dir_is_one_line(tmp_path: Path) -> None:
 
 
 # ============================================================================
-# 15. Command line
+# 16. Command line
 # ----------------------------------------------------------------------------
 # Flags, variables, what does not go together, and what the operator is told.
 # ============================================================================
