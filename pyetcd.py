@@ -5618,6 +5618,11 @@ class HttpRequest:
         return self.connection.remote
 
     @property
+    def scheme(self) -> str:
+        """`https` if the request came through TLS, else `http`."""
+        return self.connection.scheme
+
+    @property
     def on_close(self) -> Optional[Callable[[], None]]:
         """Called when the client goes away before the reply."""
         return self.connection.on_close
@@ -5741,6 +5746,11 @@ class Connection:
         self._draining = False          # reply sent, input thrown away until the client closes
         self._processing = False
         self.reactor.register(sock, selectors.EVENT_READ, self._on_event)
+
+    @property
+    def scheme(self) -> str:
+        """`https` under TLS, else `http`."""
+        return "https" if self._listener.tls else "http"
 
     def _on_event(self, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:
@@ -10703,7 +10713,7 @@ class DiscoveryService:
             if isinstance(result, EtcdError):
                 _reply_text(request, 400, f"Unable to generate token: {result.cause}\n")
             else:
-                _reply_text(request, 200, f"http://{host}/{token}")
+                _reply_text(request, 200, f"{request.scheme}://{host}/{token}")
 
         self._do(
             Request(

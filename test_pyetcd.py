@@ -7137,6 +7137,13 @@ def test_tls_serves_clients_with_all_sizes_of_requests_and_replies(tmp_path, cer
         assert server.call(lambda etcd: etcd.store.current_index) > 10
 
 
+def test_tls_discovery_urls_are_https(tmp_path, certificates):
+    """A token made over TLS leads back to the port that it came from."""
+    with _tls_member(tmp_path, certificates.files()) as (_, url), \
+            _tls_session(certificates) as session:
+        assert session.get(url + "/new", timeout=10).text.startswith(url + "/")
+
+
 def test_tls_streams_events(tmp_path, certificates):
     """A stream of chunks over TLS; its end by the client frees the watcher."""
     with _tls_member(tmp_path, certificates.files()) as (server, url), \
