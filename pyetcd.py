@@ -182,6 +182,7 @@ PROBE_SECONDS = 4.0                 # between two health probes of a peer
 HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answer 401
 WATCHER_QUEUE_EVENTS_MAX = 100      # events one slow watcher may owe (etcd's limit)
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
+PURGE_SECONDS = 30.0                # between two removals of old files
 SYNC_SECONDS = 0.5                  # the leader looks for expired keys this often
 
 NS = 1_000_000_000                  # nanoseconds in a second
@@ -8652,6 +8653,7 @@ class EtcdServer:
         self._tell_published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
         self._changes: List[ConfChange] = []    # likewise
+        self._strays: List[Tuple[float, Entry]] = []    # of peers, without a leader; kept until
         self._lead = 0                          # as last seen by _watch_lead
         self._lead_since = 0.0                  # when it was elected (monotonic)
         for member in boot.remotes:
@@ -8687,7 +8689,7 @@ class EtcdServer:
             self.node.advance_ticks(self.node.raft.config.election_ticks - 1)
         self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
         self.reactor.call_later(SYNC_SECONDS, self._sync)
-        self._purge()
+        Purge(self, self._data_dir)
         self._publish()
 
     def stop(self) -> None:
@@ -8765,11 +8767,16 @@ class EtcdServer:
         self._changes.append(change)
 
     def _deliver(self, message: Message) -> None:
-        """A message of a peer has arrived."""
+        """A message of a peer has arrived; its proposals wait for the next leader if need be.
+
+        Differs from etcd, which drops them, so that the peer's client waits for its timeout.
+        """
         try:
             self.node.step(message)
         except ProposalDropped:
-            package_logger("etcdserver").debug("dropped a proposal of %x", message.sender)
+            until = self.reactor.now() + 2 * self.config.election_ms / 1000
+            room = PROPOSALS_PENDING_MAX - len(self._strays)
+            self._strays += [(until, Entry(e.type, data=e.data)) for e in message.entries[:room]]
 
     def _unreachable(self, member_id: int) -> None:
         self.node.report_unreachable(member_id)
@@ -8850,6 +8857,8 @@ class EtcdServer:
         if self.stopping:
             return
         node, refused = self.node, False
+        if self._strays and self.lead and not node.raft.transferee:
+            self._take_strays()
         if self._queue or self._changes:
             refused = not self._propose()
         if node.has_ready():
@@ -8881,6 +8890,13 @@ class EtcdServer:
             self._changes = [change for change in self._changes if change.id in waiting]
             return False
         return True
+
+    def _take_strays(self) -> None:
+        """There is a leader again: propose what peers gave us, unless they have given it up."""
+        now = self.reactor.now()
+        strays, self._strays = self._strays, []
+        with contextlib.suppress(ProposalDropped):      # a second time: as if the network lost it
+            self.node.propose_many([entry for until, entry in strays if until >= now])
 
     def _take(self, ready: Ready) -> None:
         """Send what may leave at once, and keep the rest for the disk."""
@@ -9028,25 +9044,75 @@ class EtcdServer:
         self.raft_index, self.raft_term = snapshot.index, snapshot.term
         self.node.applied_to(snapshot.index)
 
-    # -- old files ---------------------------------------------------------
 
-    def _purge(self) -> None:
-        """Every 30 s, remove snapshots and segments beyond the number to keep."""
-        if self.stopping:
-            return
-        self.reactor.call_later(30.0, self._purge)
-        self.reactor.run_blocking(self._purge_files, done=self._purge_done)
+class Purge:
+    """Removes snapshots and segments beyond the number to keep, every 30 s."""
 
-    def _purge_files(self) -> None:
-        for directory, suffix, keep in (
-            (self._data_dir.snap, ".snap", self.config.max_snapshots),
-            (self._data_dir.wal, ".wal", self.config.max_wals),
-        ):
+    def __init__(self, etcd: EtcdServer, data_dir: DataDir) -> None:
+        self._etcd = etcd
+        config = etcd.config
+        self._kept = (
+            (data_dir.snap, ".snap", config.max_snapshots), (data_dir.wal, ".wal", config.max_wals)
+        )
+        self._begin()
+
+    def _begin(self) -> None:
+        if not self._etcd.stopping:
+            self._etcd.reactor.call_later(PURGE_SECONDS, self._begin)
+            self._etcd.reactor.run_blocking(self._remove, done=self._done)
+
+    def _remove(self) -> None:
+        for directory, suffix, keep in self._kept:
             purge_files(directory, suffix, keep)
 
-    def _purge_done(self, error: Optional[BaseException], _: Any) -> None:
+    def _done(self, error: Optional[BaseException], _: Any) -> None:
         if error is not None:
             package_logger("etcdserver").error("cannot remove old files: %s", error)
+
+
+class Departure:
+    """A planned end: the lead goes to another member, and waiting requests get their answer.
+
+    Takes one election timeout at most, then done() is called.  Thread: reactor.
+    Source: Raft thesis §3.10; etcd 3 server.go, TransferLeadership (2.3 lets the others time out).
+    """
+
+    def __init__(self, etcd: EtcdServer, done: Callable[[], None]) -> None:
+        self._etcd = etcd
+        self._done = done
+        self._deadline = etcd.reactor.now() + etcd.config.election_ms / 1000
+        heir = self._find_heir() if etcd.is_leader else 0
+        if heir:
+            package_logger("etcdserver").info(
+                "leadership transfer %s -> %s", format_id(etcd.member_id), format_id(heir)
+            )
+            etcd.node.transfer_leader(heir)
+        self._heir = heir
+        self._wait()
+
+    def _find_heir(self) -> int:
+        """The member with the most of our log among those that can be reached; 0: none."""
+        etcd = self._etcd
+        reachable = [
+            (progress.match_index, id) for id, progress in etcd.node.raft.progress.items()
+            if id != etcd.member_id and etcd.transport.active_since(id) > 0
+        ]
+        return max(reachable, default=(0, 0))[1]
+
+    def _wait(self) -> None:
+        etcd = self._etcd
+        if etcd.stopping:
+            return                      # ended by something else
+        unled = etcd.lead in (0, etcd.member_id)
+        waiting = unled if self._heir else etcd.lead and len(etcd.proposals)
+        if waiting and etcd.reactor.now() < self._deadline:
+            etcd.reactor.call_later(0.005, self._wait)
+        elif self._heir and not unled:
+            # Others may still send us their proposals: pass them on until they know better.
+            self._heir = 0
+            etcd.reactor.call_later(2 * etcd.config.heartbeat_ms / 1000, self._wait)
+        else:
+            self._done()
 
 
 # ============================================================================
@@ -11336,6 +11402,7 @@ class Server:
         self._thread: Optional[threading.Thread] = None
         self._ready = threading.Event()
         self._error: Optional[BaseException] = None
+        self._leaving = False           # stop() was called
 
     # -- life --------------------------------------------------------------
 
@@ -11500,10 +11567,15 @@ class Server:
 
     def _stop(self) -> None:
         assert self.etcd is not None
-        if not self.etcd.stopping:
-            self.etcd.stop()
-            self._close_listeners()
-            self._reactor.stop()
+        if not self.etcd.stopping and not self._leaving:
+            self._leaving = True
+            Departure(self.etcd, self._end)
+
+    def _end(self) -> None:
+        assert self.etcd is not None
+        self.etcd.stop()
+        self._close_listeners()
+        self._reactor.stop()
 
     def _failed(self, error: BaseException) -> None:
         """Durability is lost, or unknown: not one more byte leaves this member."""
@@ -11517,7 +11589,8 @@ class Server:
         log = package_logger("etcdserver")
         log.error("the member has been permanently removed from the cluster")
         log.error("the data-dir used by this member must be removed.")
-        self._stop()
+        if self.etcd is not None and not self.etcd.stopping:
+            self._end()
 
     def _close_listeners(self) -> None:
         for listener in self._client_listeners + self._peer_listeners:

@@ -7742,6 +7742,33 @@ def test_server_failed_fsync_ends_the_member(tmp_path, monkeypatch):
         assert server.wait() == 1
 
 
+def test_cluster_leader_hands_over_when_it_is_stopped(tmp_path):
+    """SIGTERM: the next leader is elected before the old one ends, and no write fails."""
+    with StaticCluster(tmp_path) as cluster:
+        old = cluster.leader()
+        follower = next(member for member in cluster.members if member is not old)
+        statuses, ended = [], threading.Event()
+
+        def write():
+            while not ended.is_set():
+                answer = follower.put("k", str(len(statuses)))
+                statuses.append(answer and answer[0])
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        eventually(lambda: len(statuses) > 20)
+        assert old.process.kill(signal.SIGTERM) == -signal.SIGTERM
+        so_far = len(statuses)
+        eventually(lambda: len(statuses) > so_far + 20)
+        ended.set()
+        writer.join()
+        assert set(statuses) <= {200, 201}
+        log = old.process.log()
+        assert "leadership transfer" in log
+        assert re.search(r"changed leader from \w+ to \w+ at term", log) or (
+            "lost leader" in log and "elected leader" in log.partition("transfer")[2])
+
+
 # ============================================================================
 # 13. Client -- against real servers, against misbehaving ones, and beside etcdctl
 # ============================================================================
