@@ -22,29 +22,30 @@ Sections, bottom up; each uses only names defined above it:
   4. Wire codec
   5. Progress and quorum
   6. Raft log
-  7. Raft core
-  8. Events and watchers
-  9. Store
-  10. WAL
-  11. Snapshot files
-  12. Cluster
-  13. Apply
-  14. Reactor
-  15. TLS
-  16. HTTP server
-  17. HTTP calls
-  18. Peer frames
-  19. Peer links
-  20. Peer transport
-  21. Statistics
-  22. Journal
-  23. Server
-  24. Keys API
-  25. Client API
-  26. Discovery
-  27. Bootstrap
-  28. Embedding
-  29. Command line
+  7. Raft replication
+  8. Raft core
+  9. Events and watchers
+  10. Store
+  11. WAL
+  12. Snapshot files
+  13. Cluster
+  14. Apply
+  15. Reactor
+  16. TLS
+  17. HTTP server
+  18. HTTP calls
+  19. Peer frames
+  20. Peer links
+  21. Peer transport
+  22. Statistics
+  23. Journal
+  24. Server
+  25. Keys API
+  26. Client API
+  27. Discovery
+  28. Bootstrap
+  29. Embedding
+  30. Command line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in README.md.
@@ -1695,24 +1696,11 @@ class RaftLog:
 
 
 # ============================================================================
-# 7. Raft core -- elections, replication, commitment
+# 7. Raft replication -- what a leader sends, and to whom
 # ----------------------------------------------------------------------------
-# Knows: sections 4-6.  Must not know: time, random, sockets, files, threads,
-# logging, etcd's requests.  Messages and ticks go in, Ready comes out.
-# Sources: Ongaro's thesis (fig. 3.1, chapters 3, 4, 6.4.1, 9.6, 10.2) and
-# etcd 2.3 raft/raft.go, whose wire behaviour this is; rules of 3.x are named.
+# Knows: sections 4-6.  Must not know: roles, elections, and what the core must
+# not know either.
 # ============================================================================
-
-CAMPAIGN_TRANSFER = b"CampaignTransfer"     # context of a MsgVote that a leader asked for (3.x)
-
-
-class RaftRole(IntEnum):
-    """What a member is at its term.  PRE_CANDIDATE is reserved."""
-
-    FOLLOWER = 0
-    CANDIDATE = 1
-    LEADER = 2
-    PRE_CANDIDATE = 3
 
 
 class RaftConfig(NamedTuple):
@@ -1730,19 +1718,6 @@ class RaftConfig(NamedTuple):
     max_entries_bytes: int = ENTRIES_BYTES_MAX
     max_inflight: int = INFLIGHT_MSGAPP_MAX
     max_uncommitted_bytes: int = UNCOMMITTED_BYTES_MAX
-
-
-class Status(NamedTuple):
-    """A copy of what a member knows.  progress: id -> (match, next, state name), leader only."""
-
-    id: int
-    term: int
-    vote: int
-    commit: int
-    applied: int
-    role: RaftRole
-    lead: int
-    progress: Dict[int, Tuple[int, int, str]]
 
 
 class Replication:
@@ -1871,6 +1846,13 @@ class Replication:
             # An empty MsgApp is wanted, too: if entries were lost, it will be rejected.
             self.owe(progress)
 
+    def heard_quorum(self) -> bool:
+        """True if a majority, ourselves included, has answered since the last call."""
+        heard = sum(p.recent_active or id == self._id for id, p in self.progress.items())
+        for progress in self.progress.values():
+            progress.recent_active = False
+        return heard >= quorum_size(len(self.progress))
+
     def unreachable(self, peer: int) -> None:
         """A message to `peer` was lost: stop sending ahead."""
         progress = self.progress.get(peer)
@@ -1896,6 +1878,40 @@ def _no_snapshot() -> Optional[Snapshot]:
     return None
 
 
+# ============================================================================
+# 8. Raft core -- elections, replication, commitment
+# ----------------------------------------------------------------------------
+# Knows: sections 4-6.  Must not know: time, random, sockets, files, threads,
+# logging, etcd's requests.  Messages and ticks go in, Ready comes out.
+# Sources: Ongaro's thesis (fig. 3.1, chapters 3, 4, 6.4.1, 10.6, 11.2) and
+# etcd 2.3 raft/raft.go, whose wire behaviour this is; rules of 3.x are named.
+# ============================================================================
+
+CAMPAIGN_TRANSFER = b"CampaignTransfer"     # context of a MsgVote that a leader asked for (3.x)
+
+
+class RaftRole(IntEnum):
+    """What a member is at its term."""
+
+    FOLLOWER = 0
+    CANDIDATE = 1
+    LEADER = 2
+    PRE_CANDIDATE = 3
+
+
+class Status(NamedTuple):
+    """A copy of what a member knows.  progress: id -> (match, next, state name), leader only."""
+
+    id: int
+    term: int
+    vote: int
+    commit: int
+    applied: int
+    role: RaftRole
+    lead: int
+    progress: Dict[int, Tuple[int, int, str]]
+
+
 class Raft:
     """One member's protocol state.  Ids are 64-bit ints, 0 is nobody.
 
@@ -1913,7 +1929,8 @@ class Raft:
         self.role = RaftRole.FOLLOWER
         self.removed = False                        # own removal was applied: never propose again
         self.votes: Dict[int, bool] = {}            # answers to the running candidacy
-        self.election_elapsed = 0                   # ticks since the leader was heard; leader: 0
+        self.pre_vote = False                       # all voters understand MsgPreVote
+        self.election_elapsed = 0       # ticks since the leader was heard; leader: since it checked
         self.heartbeat_elapsed = 0
         self.election_timeout = 0                   # redrawn at every reset
         self.transferee = 0                         # leader: who shall take over
@@ -2000,6 +2017,12 @@ class Raft:
         self.role, self._handlers = RaftRole.FOLLOWER, _FOLLOWER
         self.config.trace(f"{self.id:x} became follower at term {term}")
 
+    def _become_pre_candidate(self) -> None:
+        """Ask whether an election could be won, before the term goes up (thesis §9.6)."""
+        self.lead, self.votes, self.election_elapsed = 0, {}, 0
+        self.role, self._handlers = RaftRole.PRE_CANDIDATE, _PRE_CANDIDATE
+        self.config.trace(f"{self.id:x} became pre-candidate at term {self.term}")
+
     def _become_candidate(self) -> None:
         self._reset(self.term + 1)
         self.vote = self.id
@@ -2034,6 +2057,14 @@ class Raft:
             self._campaign(None)
 
     def _tick_heartbeat(self) -> None:
+        self.election_elapsed += 1
+        if self.election_elapsed >= self.config.election_ticks:
+            self.election_elapsed = 0
+            if not self.replication.heard_quorum():
+                # Whoever is cut off from the majority must not keep clients waiting (§6.2).
+                self.config.trace(f"{self.id:x} stepped down: no answer of a majority")
+                self.become_follower(self.term, 0)
+                return
         self.heartbeat_elapsed += 1
         if self.heartbeat_elapsed >= self.config.heartbeat_ticks:
             self.heartbeat_elapsed = 0
@@ -2053,22 +2084,29 @@ class Raft:
         """
         if self.id not in self.progress or self.log.conf_changes(self.log.commit + 1):
             return
-        trace = self.config.trace
-        trace(f"{self.id:x} is starting a new election at term {self.term}")
+        self.config.trace(f"{self.id:x} is starting a new election at term {self.term}")
+        if self.pre_vote and context is None and self.quorum > 1:
+            self._become_pre_candidate()
+            self._ask_for_votes(MsgType.PRE_VOTE, self.term + 1, None)
+        else:
+            self._run_for_leader(context)
+
+    def _run_for_leader(self, context: Optional[bytes]) -> None:
         self._become_candidate()
-        self._count_vote(self.id, granted=True)
+        self._ask_for_votes(MsgType.VOTE, self.term, context)
         if self.quorum == 1:
             self._become_leader()
-            return
-        last = self.log.last_id
+
+    def _ask_for_votes(self, kind: MsgType, term: int, context: Optional[bytes]) -> None:
+        """Give ourselves a vote, and ask the others for theirs at `term`."""
+        self._count_vote(self.id, granted=True)
+        last, what = self.log.last_id, "pre-vote" if kind == MsgType.PRE_VOTE else "vote"
+        asked = f"[logterm: {last.term}, index: {last.index}] sent {what} request to"
         for peer in self.progress:
             if peer != self.id:
-                trace(
-                    f"{self.id:x} [logterm: {last.term}, index: {last.index}] sent vote request"
-                    f" to {peer:x} at term {self.term}"
-                )
+                self.config.trace(f"{self.id:x} {asked} {peer:x} at term {self.term}")
                 self.mail.hold(
-                    MsgType.VOTE, peer, index=last.index, log_term=last.term, context=context
+                    kind, peer, index=last.index, log_term=last.term, context=context, term=term
                 )
 
     def _count_vote(self, voter: int, *, granted: bool) -> None:
@@ -2077,10 +2115,12 @@ class Raft:
         self.votes.setdefault(voter, granted)       # a duplicate cannot change an answer
 
     def _hup(self, message: Message) -> None:
-        self._campaign(None)
+        self._campaign(CAMPAIGN_TRANSFER if message.type == MsgType.TIMEOUT_NOW else None)
 
-    def _timeout_now(self, message: Message) -> None:
-        self._campaign(CAMPAIGN_TRANSFER)
+    def _pre_candidate_resp(self, message: Message) -> None:
+        """An answer to MsgPreVote; a grant carries the term that we asked for."""
+        if message.reject or message.term == self.term + 1:
+            self._candidate_vote_resp(message)
 
     def _candidate_vote_resp(self, message: Message) -> None:
         self._count_vote(message.sender, granted=not message.reject)
@@ -2091,7 +2131,10 @@ class Raft:
             f" and {rejections} vote rejections"
         )
         if grants >= self.quorum and self.id in self.progress:
-            self._become_leader()
+            if self.role is RaftRole.PRE_CANDIDATE:
+                self._run_for_leader(None)
+            else:
+                self._become_leader()
         elif rejections >= self.quorum:
             self.become_follower(self.term, 0)
 
@@ -2135,12 +2178,15 @@ class Raft:
 
         Raises ProposalDropped for a MsgProp that cannot be handled here.
         """
-        if message.term > self.term and message.type != MsgType.PRE_VOTE:
+        kind = message.type
+        if message.term > self.term and kind != MsgType.PRE_VOTE and (
+            kind != MsgType.PRE_VOTE_RESP or message.reject
+        ):
             self._meet_higher_term(message)
         elif 0 < message.term < self.term:
             self._meet_lower_term(message)
             return
-        handler = self._handlers.get(message.type)
+        handler = self._handlers.get(kind)
         if handler is not None:
             handler(self, message)
 
@@ -2318,7 +2364,9 @@ class Raft:
 
 
 _FROM_LEADER = frozenset((MsgType.APP, MsgType.HEARTBEAT, MsgType.SNAP))
-_RESPONSES = frozenset((MsgType.APP_RESP, MsgType.VOTE_RESP, MsgType.HEARTBEAT_RESP))
+_RESPONSES = frozenset((
+    MsgType.APP_RESP, MsgType.VOTE_RESP, MsgType.HEARTBEAT_RESP, MsgType.PRE_VOTE_RESP,
+))
 
 _FOLLOWER: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.HUP: Raft._hup,
@@ -2328,7 +2376,7 @@ _FOLLOWER: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.SNAP: Raft._follower_snap,
     MsgType.VOTE: Raft._vote,
     MsgType.PRE_VOTE: Raft._pre_vote,
-    MsgType.TIMEOUT_NOW: Raft._timeout_now,
+    MsgType.TIMEOUT_NOW: Raft._hup,
 }
 _CANDIDATE: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.HUP: Raft._hup,
@@ -2340,6 +2388,10 @@ _CANDIDATE: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.VOTE_RESP: Raft._candidate_vote_resp,
     MsgType.PRE_VOTE: Raft._pre_vote,
 }
+_PRE_CANDIDATE: Dict[int, Callable[[Raft, Message], None]] = {
+    **_CANDIDATE, MsgType.PRE_VOTE_RESP: Raft._pre_candidate_resp,
+}
+del _PRE_CANDIDATE[MsgType.VOTE_RESP]
 _LEADER: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.PROP: Raft._leader_prop,
     MsgType.APP_RESP: Raft._leader_app_resp,
@@ -2351,6 +2403,7 @@ _LEADER: Dict[int, Callable[[Raft, Message], None]] = {
 _TICK: Dict[RaftRole, Callable[[Raft], None]] = {
     RaftRole.FOLLOWER: Raft._tick_election,
     RaftRole.CANDIDATE: Raft._tick_election,
+    RaftRole.PRE_CANDIDATE: Raft._tick_election,
     RaftRole.LEADER: Raft._tick_heartbeat,
 }
 
@@ -2471,7 +2524,7 @@ class RawNode:
             entries = [Entry(entry.type, 0, 0, entry.data) for entry in message.entries]
             self._propose(message.sender, entries)
         elif (
-            not message.term or kind in LOCAL_MESSAGES or kind == MsgType.PRE_VOTE_RESP
+            not message.term or kind in LOCAL_MESSAGES
             or (kind in _RESPONSES and message.sender not in raft.progress)
             or (kind == MsgType.APP and not _is_contiguous(message))
         ):
@@ -2582,7 +2635,7 @@ def _is_contiguous(message: Message) -> bool:
 
 
 # ============================================================================
-# 8. Events and watchers -- what a change is, and who is told
+# 9. Events and watchers -- what a change is, and who is told
 # ----------------------------------------------------------------------------
 # Knows: sections 1-3; time is passed in.  Must not know: Raft, threads, files,
 # sockets.  Paths are internal and clean: `/1/foo` is the user's `/foo`.
@@ -2973,9 +3026,9 @@ class StoreStats:
 
 
 # ============================================================================
-# 9. Store -- the key tree
+# 10. Store -- the key tree
 # ----------------------------------------------------------------------------
-# Knows: sections 1-3 and 8; time is passed in.  Must not know: Raft, threads,
+# Knows: sections 1-3 and 9; time is passed in.  Must not know: Raft, threads,
 # files, sockets.
 # ============================================================================
 
@@ -3581,7 +3634,7 @@ class Store:
 
 
 # ============================================================================
-# 10. WAL -- the log files of etcd 2.x, read and written
+# 11. WAL -- the log files of etcd 2.x, read and written
 # ----------------------------------------------------------------------------
 # Knows: sections 1-4, files.  Must not know: the store, the rules of Raft.
 # ============================================================================
@@ -4274,9 +4327,9 @@ def _decode_walpb_snapshot(data: bytes) -> EntryID:
 
 
 # ============================================================================
-# 11. Snapshot files -- whole states on disk, and the directory around them
+# 12. Snapshot files -- whole states on disk, and the directory around them
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4 and 10.  Must not know: the store, the rules of Raft.
+# Knows: sections 1-4 and 11.  Must not know: the store, the rules of Raft.
 # ============================================================================
 
 
@@ -4480,10 +4533,14 @@ def _migrate(paths: DataDir, names: Set[str]) -> None:
 
 
 # ============================================================================
-# 12. Cluster -- who the members are
+# 13. Cluster -- who the members are
 # ----------------------------------------------------------------------------
 # Knows: sections 1-4, the store's /0.  Must not know: Raft, sockets.
 # ============================================================================
+
+
+FEATURE_PRE_VOTE = "prevote"        # answers MsgPreVote (3.x)
+FEATURES = (FEATURE_PRE_VOTE,)      # what this program publishes as a member
 
 
 class Member(NamedTuple):
@@ -4493,6 +4550,7 @@ class Member(NamedTuple):
     peer_urls: Tuple[str, ...]
     name: str = ""                      # "" until it has published itself
     client_urls: Tuple[str, ...] = ()
+    features: Tuple[str, ...] = ()      # beyond etcd 2.3; published, and ignored by etcd
 
     @property
     def started(self) -> bool:
@@ -4517,7 +4575,10 @@ class Member(NamedTuple):
 
     def attributes_json(self) -> str:
         """The value of /0/members/<id>/attributes."""
-        return json_text({"name": self.name, "clientURLs": self.client_urls})
+        fields = {"name": self.name, "clientURLs": self.client_urls}
+        if self.features:
+            fields["features"] = self.features
+        return json_text(fields)
 
     def raft_attributes_json(self) -> str:
         """The value of /0/members/<id>/raftAttributes."""
@@ -4633,8 +4694,12 @@ class Cluster:
         attributes = json.loads(self.store.value(path + "/attributes") or "{}")
         return Member(
             int(name, 16), tuple(raft.get("peerURLs") or ()), attributes.get("name", ""),
-            tuple(attributes.get("clientURLs") or ()),
+            tuple(attributes.get("clientURLs") or ()), tuple(attributes.get("features") or ()),
         )
+
+    def all_have(self, feature: str) -> bool:
+        """True if every member has published that it has `feature`."""
+        return all(feature in member.features for member in self.members.values())
 
     def member_by_name(self, name: str) -> Optional[Member]:
         """Return the member of that name, or None."""
@@ -4714,10 +4779,10 @@ class Cluster:
         self.members[id] = member
         self._log("update", id, " ".join(member.peer_urls), "in")
 
-    def update_attributes(self, id: int, name: str, client_urls: Sequence[str]) -> None:
+    def update_attributes(self, published: Member) -> None:
         """Apply: a member has published itself (the store is written by the Applier)."""
-        known = self.members.get(id) or Member(id, ())
-        self.members[id] = known._replace(name=name, client_urls=tuple(client_urls))
+        known = self.members.get(published.id) or published
+        self.members[published.id] = published._replace(peer_urls=known.peer_urls)
 
     def set_version(self, version: str) -> None:
         """Apply: the cluster version (the store is written by the Applier).
@@ -4797,16 +4862,19 @@ def parse_member(context: bytes, id: int) -> Member:
     try:
         fields = json.loads(context)
         urls, clients = fields.get("peerURLs") or (), fields.get("clientURLs") or ()
-        name = fields.get("name") or ""
+        name, features = fields.get("name") or "", fields.get("features") or ()
     except (ValueError, AttributeError):
         raise CodecError(f"the context of a change is not a member: {context!r}") from None
-    return Member(id, tuple(sorted(map(str, urls))), str(name), tuple(map(str, clients)))
+    return Member(
+        id, tuple(sorted(map(str, urls))), str(name), tuple(map(str, clients)),
+        tuple(map(str, features)),
+    )
 
 
 # ============================================================================
-# 13. Apply -- committed entries change store and cluster
+# 14. Apply -- committed entries change store and cluster
 # ----------------------------------------------------------------------------
-# Knows: sections 4, 9, 12.  Deterministic: every member gets the same result
+# Knows: sections 4, 10, 13.  Deterministic: every member gets the same result
 # from the same entry; only the shown ttl depends on the clock.
 # ============================================================================
 
@@ -4920,7 +4988,7 @@ class Applier:
                 )
             return False
         member = parse_member(utf8(value), id)
-        self._cluster.update_attributes(id, member.name, member.client_urls)
+        self._cluster.update_attributes(member)
         return True
 
     def apply_conf_change(self, change: ConfChange) -> Optional[MemberError]:
@@ -4951,7 +5019,7 @@ _METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
 
 
 # ============================================================================
-# 14. Reactor -- one thread, every socket
+# 15. Reactor -- one thread, every socket
 # ----------------------------------------------------------------------------
 # Knows: sections 1-3.  Must not know: HTTP, etcd.
 # ============================================================================
@@ -5156,9 +5224,9 @@ class Reactor:
 
 
 # ============================================================================
-# 15. TLS -- certificates that may change, handshakes that block nobody
+# 16. TLS -- certificates that may change, handshakes that block nobody
 # ----------------------------------------------------------------------------
-# Knows: sections 1-3, 14.  Must not know: HTTP, etcd.
+# Knows: sections 1-3, 15.  Must not know: HTTP, etcd.
 # ============================================================================
 
 HANDSHAKE_SECONDS_MAX = 10.0        # from connect to the end of the handshake; then closed
@@ -5399,9 +5467,9 @@ class Handshake:
 
 
 # ============================================================================
-# 16. HTTP server -- requests in, replies out, in order
+# 17. HTTP server -- requests in, replies out, in order
 # ----------------------------------------------------------------------------
-# Knows: sections 1-3, 14.  Must not know: etcd.
+# Knows: sections 1-3, 15.  Must not know: etcd.
 # ============================================================================
 
 
@@ -6269,9 +6337,9 @@ def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
 
 
 # ============================================================================
-# 17. HTTP calls -- requests to other servers, without blocking
+# 18. HTTP calls -- requests to other servers, without blocking
 # ----------------------------------------------------------------------------
-# Knows: sections 1-3, 14, 16 (parsers).  Must not know: etcd.
+# Knows: sections 1-3, 15, 17 (parsers).  Must not know: etcd.
 # ============================================================================
 
 
@@ -6511,7 +6579,7 @@ class HttpCall:
 
 
 # ============================================================================
-# 18. Peer frames -- messages as bytes on a stream
+# 19. Peer frames -- messages as bytes on a stream
 # ----------------------------------------------------------------------------
 # Knows: sections 1-4.  Must not know: sockets.  What a peer sends is never
 # trusted: anything but a frame is a CodecError, and no frame is without limit.
@@ -6726,9 +6794,9 @@ class AppV2Decoder(FrameDecoder):
 
 
 # ============================================================================
-# 19. Peer links -- the streams we answer, the streams we dial, and POSTs
+# 20. Peer links -- the streams we answer, the streams we dial, and POSTs
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4 and 14-18.  Must not know: Raft's rules, the store, disks.
+# Knows: sections 1-4 and 15-19.  Must not know: Raft's rules, the store, disks.
 # A link may lose messages, repeat and reorder them: Raft tolerates it.
 # ============================================================================
 
@@ -7403,9 +7471,9 @@ class Remote:
 
 
 # ============================================================================
-# 20. Peer transport -- all links, and raft's part of the peer listener
+# 21. Peer transport -- all links, and raft's part of the peer listener
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4 and 14-19.  Hands every message to a callable.
+# Knows: sections 1-4 and 15-20.  Hands every message to a callable.
 # ============================================================================
 
 REMOTES_MAX = 256                   # members remembered that are no peers; above: ignored
@@ -7723,9 +7791,9 @@ def _reply_error(request: HttpRequest, status: int, text: str, headers: str = ""
 
 
 # ============================================================================
-# 21. Statistics -- what a member counts about itself
+# 22. Statistics -- what a member counts about itself
 # ----------------------------------------------------------------------------
-# Knows: sections 1-3, 12.  Must not know: what is counted, or who asks.
+# Knows: sections 1-3, 13.  Must not know: what is counted, or who asks.
 # ============================================================================
 
 RATE_SAMPLES_MAX = 200              # append messages that the rates of /v2/stats/self look at
@@ -8031,9 +8099,9 @@ class Metrics:
 
 
 # ============================================================================
-# 22. Journal -- getting to the disk, in batches and in order
+# 23. Journal -- getting to the disk, in batches and in order
 # ----------------------------------------------------------------------------
-# Knows: sections 1-11, 14.  Threads: the reactor's, and its own, `wal`.
+# Knows: sections 1-12, 15.  Threads: the reactor's, and its own, `wal`.
 # ============================================================================
 
 
@@ -8363,9 +8431,9 @@ class SnapshotKeeper:
 
 
 # ============================================================================
-# 23. Server -- one member: consensus, disk and store brought together
+# 24. Server -- one member: consensus, disk and store brought together
 # ----------------------------------------------------------------------------
-# Knows: sections 1-22.  Must not know: HTTP paths, flags.
+# Knows: sections 1-23.  Must not know: HTTP paths, flags.
 # ============================================================================
 
 
@@ -8791,6 +8859,7 @@ class EtcdServer:
         if self.stopping:
             return
         self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
+        self.node.raft.pre_vote = self.cluster.all_have(FEATURE_PRE_VOTE)
         self.node.tick()
         self.proposals.expire(self.reactor.now(), self._timeout_error)
 
@@ -8828,7 +8897,7 @@ class EtcdServer:
             return
         member = Member(
             self.member_id, self.config.initial_advertise_peer_urls, self.config.name,
-            self.config.advertise_client_urls,
+            self.config.advertise_client_urls, FEATURES,
         )
         path = f"/0/members/{format_id(self.member_id)}/attributes"
         self.do(Request(method="PUT", path=path, val=member.attributes_json()), self._publish_done)
@@ -9116,9 +9185,9 @@ class Departure:
 
 
 # ============================================================================
-# 24. Keys API -- from an HTTP request to a command, and back
+# 25. Keys API -- from an HTTP request to a command, and back
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 9, 16, 21, 23.  Must not know: sockets, Raft, files.
+# Knows: sections 1-4, 10, 17, 22, 24.  Must not know: sockets, Raft, files.
 # ============================================================================
 
 FORM_FIELDS_MAX = 10_000            # fields of one body or query; above: error 210
@@ -9640,7 +9709,7 @@ class KeysApi:
 
 
 # ============================================================================
-# 25. Client API -- members, statistics, and the table of paths
+# 26. Client API -- members, statistics, and the table of paths
 # ----------------------------------------------------------------------------
 # Knows: all above.  Must not know: sockets, Raft messages, files.
 # ============================================================================
@@ -10234,9 +10303,9 @@ class PeerApi:
 
 
 # ============================================================================
-# 26. Discovery -- how members that start find each other
+# 27. Discovery -- how members that start find each other
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 12, 16.  All but DiscoveryService is plain blocking code
+# Knows: sections 1-4, 13, 17.  All but DiscoveryService is plain blocking code
 # that runs before the reactor starts.
 # ============================================================================
 
@@ -10837,9 +10906,9 @@ def _reply_text(request: HttpRequest, status: int, text: str) -> None:
 
 
 # ============================================================================
-# 27. Bootstrap -- a new member, a joining one, or one that was here before
+# 28. Bootstrap -- a new member, a joining one, or one that was here before
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 9-12, 23 (two records), 26.  Blocks; runs before the
+# Knows: sections 1-4, 10-13, 24 (two records), 27.  Blocks; runs before the
 # reactor starts.
 # ============================================================================
 
@@ -11353,7 +11422,7 @@ def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
 
 
 # ============================================================================
-# 28. Embedding -- a member inside any program
+# 29. Embedding -- a member inside any program
 # ----------------------------------------------------------------------------
 # Knows: all above.  Threads: the caller's, and the one it starts, `reactor`.
 # ============================================================================
@@ -11607,7 +11676,7 @@ _BIND_HINTS = {
 
 
 # ============================================================================
-# 29. Command line
+# 30. Command line
 # ----------------------------------------------------------------------------
 # Knows: all above.  The only section that reads flags and the environment,
 # prints, and touches signals and process limits.

@@ -2561,7 +2561,7 @@ def test_raft_advanced_ticks_shorten_the_first_wait_only():
         Message(MsgType.APP, to=7, sender=2, term=9),
         Message(MsgType.APP, to=1, sender=1, term=9),
         Message(MsgType.APP_RESP, to=1, sender=9, term=9),
-        Message(MsgType.PRE_VOTE_RESP, to=1, sender=2, term=9, reject=True),
+        Message(MsgType.PRE_VOTE_RESP, to=1, sender=9, term=9, reject=True),
         Message(MsgType.APP, to=1, sender=2, term=1, entries=_raft_entries([1], 5)),
         Message(MsgType.READ_INDEX, to=1, sender=2),
     ],
@@ -2946,6 +2946,86 @@ def test_raft_transfer_waits_for_the_log_and_gives_up_in_time():
     net.recover()
     net.tick(1, 2)
     assert net.nodes[3].raft.role is RaftRole.LEADER and net.applied[3] == [b"a", b"b"]
+
+
+def test_raft_leader_without_a_majority_steps_down():
+    """Thesis §6.2: cut off from the majority it serves nobody; with one answer it stays."""
+    net = _RaftNetwork(5)
+    leader = net.elect(1)
+    net.cut(1, 2), net.cut(1, 3)
+    net.tick(1, 40)
+    assert leader.raft.role is RaftRole.LEADER
+    net.cut(1, 4)
+    net.tick(1, 20)
+    assert leader.raft.role is RaftRole.FOLLOWER and leader.raft.lead == 0
+    with pytest.raises(ProposalDropped):
+        leader.propose(Entry(data=b"x"))
+
+
+def _raft_pre_voting(count: int) -> _RaftNetwork:
+    net = _RaftNetwork(count)
+    net.elect(1)
+    for node in net.nodes.values():
+        node.raft.pre_vote = True
+    return net
+
+
+def test_raft_pre_vote_keeps_the_term_of_a_member_that_was_away():
+    """Thesis §9.6: whoever cannot win asks in vain, and disturbs nobody when it is back."""
+    net = _raft_pre_voting(3)
+    net.isolate(3)
+    for _ in range(30):
+        net.tick(1), net.tick(3, 2)
+    assert net.nodes[3].raft.role is RaftRole.PRE_CANDIDATE
+    assert net.nodes[3].raft.term == net.nodes[1].raft.term
+    net.recover()
+    net.propose(1, b"a")
+    net.tick(3, 25), net.tick(1, 1)
+    assert net.nodes[1].raft.role is RaftRole.LEADER and net.nodes[3].raft.lead == 1
+    assert net.applied[3] == [b"a"]
+
+
+def test_raft_pre_vote_elects_when_the_leader_is_gone():
+    """A majority that hears no leader grants, and the real election follows at once."""
+    net = _raft_pre_voting(3)
+    net.propose(1, b"a")
+    net.isolate(1)
+    for node in net.nodes.values():
+        node.raft.election_elapsed = 10
+    net.nodes[2].campaign()
+    net.settle()
+    assert net.nodes[2].raft.role is RaftRole.LEADER
+    assert net.nodes[3].raft.lead == 2
+    assert any("became pre-candidate" in line for line in net.trace)
+
+
+def test_raft_pre_vote_is_refused_for_an_older_log_and_ends_the_asking():
+    """A majority of refusals: follower again, at the same term, with another timeout."""
+    net = _raft_pre_voting(3)
+    net.isolate(3)
+    net.propose(1, b"a")
+    net.recover()
+    net.isolate(1)
+    net.nodes[2].raft.election_elapsed = net.nodes[2].raft.election_timeout - 1
+    term = net.nodes[3].raft.term
+    net.nodes[3].campaign()
+    net.settle()
+    assert net.nodes[3].raft.term == term and net.nodes[3].raft.role is not RaftRole.LEADER
+
+
+@pytest.mark.parametrize(("term", "reject", "role", "after"), [
+    (6, False, RaftRole.CANDIDATE, 6),      # the grant that was missing: now the real election
+    (5, True, RaftRole.PRE_CANDIDATE, 5),
+    (9, True, RaftRole.FOLLOWER, 9),        # somebody is further: follow, and try again later
+    (7, False, RaftRole.PRE_CANDIDATE, 5),  # granted for another term than we ask for
+])
+def test_raft_pre_vote_answers(term, reject, role, after):
+    """Only grants of the term asked for count; a refusal may carry a higher term."""
+    node = _raft_node(term=5)
+    node.raft.pre_vote = True
+    node.campaign()
+    _raft_say(node, MsgType.PRE_VOTE_RESP, 2, term=term, reject=reject)
+    assert (node.raft.role, node.raft.term) == (role, after)
 
 
 def test_raft_timeout_now_makes_a_candidate_with_context():
