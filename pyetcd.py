@@ -45,7 +45,9 @@ Sections, bottom up; each uses only names defined above it:
   27. Discovery
   28. Bootstrap
   29. Embedding
-  30. Command line
+  30. Flags
+  31. Settings
+  32. Command line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in README.md.
@@ -370,6 +372,17 @@ class NotEnoughStarted(MemberError):
     """Strict reconfiguration check: the change would lose the quorum."""
 
     text = "etcdserver: re-configuration failed due to not enough started members"
+
+    def __init__(self, what: str, started: int, size: int) -> None:
+        super().__init__()
+        self._detail = (
+            f"{what} a member leaves {started} started of {size} members, and {size // 2 + 1} are"
+            f" needed for a quorum; start the members that were added and not started yet, or"
+            f" remove those, and try again"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.text}: {self._detail}"
 
 
 class RaftError(Exception):
@@ -4836,7 +4849,7 @@ class Cluster:
                 "Reject %s member request: the number of started member (%d) will be less than"
                 " the quorum number of the cluster (%d)", what, started, size // 2 + 1,
             )
-            raise NotEnoughStarted()
+            raise NotEnoughStarted({"add": "adding", "remove": "removing"}[what], started, size)
 
     def _local(self, id: int) -> str:
         return "local " if id == self.local_id else ""
@@ -8461,7 +8474,7 @@ class ServerConfig(NamedTuple):
     discovery_fallback: str = "proxy"
     discovery_proxy: str = ""
     discovery_srv: str = ""
-    strict_reconfig_check: bool = False
+    strict_reconfig_check: bool = True
     history_events: int = HISTORY_EVENTS_MAX
     cors: Tuple[str, ...] = ()
     client_tls: TlsFiles = TlsFiles()
@@ -9944,7 +9957,8 @@ class MembersApi:
         else:
             cause = error.cause if isinstance(error, EtcdError) else str(error)
             package_logger("etcdhttp").error("got unexpected response error (%s)", cause)
-            self._message(request, 500, "Internal Server Error")
+            is_ours = isinstance(error, NotEnoughStarted)   # what to do; etcd tells it the log only
+            self._message(request, 500, str(error) if is_ours else "Internal Server Error")
 
     def _reply(self, request: HttpRequest, status: int, body: str) -> None:
         request.reply(status, utf8(body), "application/json", self._cluster_line)
@@ -10916,6 +10930,47 @@ JOIN_ANSWER_SECONDS = 10.0          # for /members and /version of a cluster tha
 PROBE_ANSWER_SECONDS = 1.0          # for /members of peers that may not be up yet
 
 
+WILDCARD_HOSTS = ("0.0.0.0", "::")
+
+
+def is_ip(text: str) -> bool:
+    """True for a literal IPv4 or IPv6 address."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, UnicodeError):
+            socket.inet_pton(family, text)
+            return True
+    return False
+
+
+def is_local(url: str) -> bool:
+    """True if whoever uses `url` gets to his own machine: loopback, or a wildcard."""
+    host = url_address(url)[0]
+    is_loopback = host in ("localhost", "::1") or host.startswith("127.") and is_ip(host)
+    return is_loopback or host in WILDCARD_HOSTS
+
+
+def is_elsewhere(url: str) -> bool:
+    """True if `url` has an address that is certainly none of this machine."""
+    host = url_address(url)[0]
+    if not is_ip(host):
+        return False                # a name: it may be ours
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.bind((host, 0))
+    except OSError as error:
+        return error.errno == errno.EADDRNOTAVAIL
+    return False
+
+
+def default_route_address() -> str:
+    """Return our IPv4 address on the interface with the default route, or ""."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("192.0.2.1", 9))  # a datagram socket only looks up the route: nothing is sent
+        return str(sock.getsockname()[0])
+    return ""
+
+
 def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     """True if both lists name the same addresses, host names resolved.
 
@@ -11020,7 +11075,9 @@ def _discovery_failure(config: ServerConfig, data_dir: DataDir, error: Discovery
             f'member "{config.name}" has previously registered with discovery service token'
             f" ({url}). But etcd could not find valid cluster configuration in the given data dir"
             f" ({data_dir.root}). Please check the given data dir path if the previous bootstrap"
-            f" succeeded or use a new discovery token if the previous bootstrap failed."
+            f" succeeded or use a new discovery token if the previous bootstrap failed. If this"
+            f" member never ran before, another one has registered with the same"
+            f" -initial-advertise-peer-urls ({','.join(config.initial_advertise_peer_urls)})."
         )
     if isinstance(error, DuplicateName):
         return (
@@ -11127,10 +11184,47 @@ def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]
     )
 
 
+def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]]) -> None:
+    """Raise StartError if the other members can never connect to us; warn if perhaps not.
+
+    Differs from etcd, which waits without end for members that talk to themselves.
+    """
+    log = package_logger("etcd")
+    others = [url for name, urls in initial.items() if name != config.name for url in urls]
+    far = [url for url in others if not is_local(url)]
+    near = [url for url in others if is_local(url)]
+    own, advice = initial[config.name], f"e.g. http://{default_route_address() or '10.0.0.5'}"
+    if far and all(map(is_local, own)):
+        port = url_address(own[0])[1]
+        what = (
+            f"the peer URL {','.join(own)} of {config.name} can be reached from this machine only,"
+            f" but {far[0]} is another member's; write an address that all members can reach,"
+            f" {advice}:{port}, in -initial-advertise-peer-urls and wherever the members are listed"
+        )
+        if any(map(is_elsewhere, far)):
+            new = "; then take a new discovery URL" if config.discovery else ""
+            raise StartError(what + new)
+        log.warning("%s", what)
+    elif near and not all(map(is_local, own)):
+        log.warning(
+            "%s is listed for another member, but means this machine here; write an address that"
+            " all members can reach", near[0],
+        )
+    is_spread = others and not all(map(is_local, [*others, *own]))
+    if is_spread and all(map(is_local, config.advertise_client_urls)):
+        log.warning(
+            "clients on other machines are told %s, which is their own machine; set"
+            " -advertise-client-urls to an address of this one, %s:%d",
+            ",".join(config.advertise_client_urls), advice,
+            url_address(config.advertise_client_urls[0])[1],
+        )
+
+
 def _form(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) -> Bootstrap:
     """A new cluster: every member of it starts with the same entries, committed from the start."""
     initial = _initial_members(config)
     _check_advertised(config, initial)
+    _check_reachable(config, initial)
     token = config.discovery or config.initial_cluster_token
     cluster = _new_cluster(token, initial)
     member = _own_member(config, cluster)
@@ -11151,6 +11245,7 @@ def _form(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
         if len(set(urls)) != len(urls):
             text = format_initial_cluster(initial)
             raise DiscoveryError(f"discovery cluster {text} has duplicate url")
+        _check_reachable(config, initial)
         cluster = _new_cluster(token, initial)
         member = _own_member(config, cluster)
     store = Store(history_capacity=config.history_events)
@@ -11228,6 +11323,7 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
     cluster_id, existing = found
     members = _match_members(local, existing)
     own = next(member for member in members if member.name == config.name)
+    _check_reachable(config, initial)
     others = [member for member in members if member.id != own.id]
     if not _is_compatible(others, tls):
         raise StartError(
@@ -11500,7 +11596,7 @@ class Server:
                 )
                 package_logger("etcd").info("listening for client requests on %s", url)
         except StartError:
-            self._close_listeners()
+            self._abandon_listeners()
             raise
         config = self.config
         if not config.advertise_client_urls:
@@ -11518,7 +11614,7 @@ class Server:
         if initial_cluster:
             self.config = self.config._replace(initial_cluster=initial_cluster)
         with contextlib.ExitStack() as cleanup:
-            cleanup.callback(self._close_listeners)
+            cleanup.callback(self._abandon_listeners)
             boot = bootstrap(self.config)
             cleanup.pop_all()
         self.etcd = EtcdServer(
@@ -11661,6 +11757,15 @@ class Server:
         if self.etcd is not None and not self.etcd.stopping:
             self._end()
 
+    def _abandon_listeners(self) -> None:
+        """The start has failed: say which ports are free again."""
+        log = package_logger("etcd")
+        for listener in self._client_listeners:
+            log.info("stopping listening for client requests on %s", listener.url)
+        for listener in self._peer_listeners:
+            log.info("stopping listening for peers on %s", listener.url)
+        self._close_listeners()
+
     def _close_listeners(self) -> None:
         for listener in self._client_listeners + self._peer_listeners:
             listener.stop()
@@ -11676,15 +11781,10 @@ _BIND_HINTS = {
 
 
 # ============================================================================
-# 30. Command line
+# 30. Flags -- what can be set, and how its text is read
 # ----------------------------------------------------------------------------
-# Knows: all above.  The only section that reads flags and the environment,
-# prints, and touches signals and process limits.
+# Knows: all above.  A table; sections Settings and Command line use it.
 # ============================================================================
-
-DESCRIPTORS_MIN = 150               # open files a member needs for itself; at or below: refused
-ENVIRONMENT_FILE = "/etc/environment"   # where CoreOS keeps COREOS_PRIVATE_IPV4
-_SEE_HELP = "See 'pyetcd -help'."
 
 
 class FlagError(ValueError):
@@ -11698,11 +11798,12 @@ class Flag(NamedTuple):
     parse: Callable[[str], Any]
     default: Any
     help: str
+    no_effect: str = ""                 # why it does nothing here; told when it is given
 
     @property
     def is_bool(self) -> bool:
         """True if the flag may stand alone: `-debug`."""
-        return self.parse in (parse_bool, _parse_absent_bool)
+        return isinstance(self.default, bool)
 
     @property
     def variable(self) -> str:
@@ -11774,19 +11875,11 @@ def _parse_address(text: str) -> str:
     host, colon, port = text.rpartition(":")
     if not colon or (":" in host and not re.fullmatch(r"\[.*\]", host)):
         raise ValueError(f"address {text}: missing port in address")
-    if not _is_ip(host.strip("[]")):
+    if not is_ip(host.strip("[]")):
         raise ValueError("bad IP in address specification")
     if not port.isdigit():
         raise ValueError("bad port in address specification")
     return text
-
-
-def _is_ip(text: str) -> bool:
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, UnicodeError):
-            socket.inet_pton(family, text)
-            return True
-    return False
 
 
 def _parse_discovery(text: str) -> str:
@@ -11796,35 +11889,29 @@ def _parse_discovery(text: str) -> str:
         raise ValueError(str(error)) from None
 
 
-def _parse_absent_tls(text: str) -> str:
-    """A setting for TLS: without it the member would talk in the clear, so it is refused."""
-    if text:
-        raise ValueError("TLS is not available yet; use http URLs, on a network that you trust")
-    return text
+def _refusing(reason: str, *harmless: str) -> Callable[[str], str]:
+    """A parser that takes "" and the `harmless` values, and raises ValueError for any other."""
+    def parse(text: str) -> str:
+        if text and text not in harmless:
+            raise ValueError(reason)
+        return text
+
+    return parse
 
 
-def _parse_absent_bool(text: str) -> bool:
-    if parse_bool(text):
-        _parse_absent_tls(text)
-    return False
+def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
+    """The parser of auto-tls or peer-auto-tls, which may only be false."""
+    def parse(text: str) -> bool:
+        if parse_bool(text):
+            raise ValueError(
+                f"pyetcd cannot make certificates; make one with `openssl req -x509 -newkey"
+                f" rsa:2048 -nodes -days 365 -keyout key.pem -out cert.pem -subj /CN=etcd -addext"
+                f" subjectAltName=IP:127.0.0.1,IP:{default_route_address() or '10.0.0.5'}` and give"
+                f" it with -{prefix}cert-file cert.pem -{prefix}key-file key.pem"
+            )
+        return False
 
-
-def _parse_proxy(text: str) -> str:
-    if _parse_choice("off", "readonly", "on")(text) != "off":
-        raise ValueError("the proxy is not available yet; start a member, or let clients use"
-                         " the members directly")
-    return text
-
-
-def _parse_config_file(text: str) -> str:
-    if text:
-        raise ValueError("configuration files are not supported; give its settings as flags, or as"
-                         " ETCD_* variables in an environment file")
-    return text
-
-
-def _refuse_peers(text: str) -> str:
-    raise ValueError("this flag is no longer supported; use -initial-cluster or -discovery")
+    return parse
 
 
 FLAGS: Dict[str, Tuple[Flag, ...]] = {
@@ -11865,33 +11952,59 @@ FLAGS: Dict[str, Tuple[Flag, ...]] = {
              "behavior when the discovery cluster is full: `exit` or `proxy`."),
         Flag("discovery-proxy", str, "", "HTTP proxy to use for traffic to discovery service."),
         Flag("discovery-srv", str, "", "dns srv domain used to bootstrap the cluster."),
-        Flag("strict-reconfig-check", parse_bool, False,
+        Flag("discovery-srv-name", _refusing(
+            "a suffix of the SRV names is not supported; publish the records without it"
+        ), "", "not supported: suffix of the SRV names."),
+        Flag("strict-reconfig-check", parse_bool, True,
              "reject reconfiguration requests that would cause quorum loss."),
     ),
     "proxy": (
-        Flag("proxy", _parse_proxy, "off", "proxy mode: only `off` is available yet."),
-        Flag("proxy-failure-wait", parse_uint, 5000, "milliseconds an endpoint is held failed."),
+        Flag("proxy", _parse_choice("off", "readonly", "on"), "off",
+             "proxy mode: `off`, `readonly` or `on`."),
+        Flag("proxy-failure-wait", parse_uint, 5000,
+             "time (in milliseconds) an endpoint is held in a failed state."),
         Flag("proxy-refresh-interval", parse_uint, 30000,
-             "milliseconds between two refreshes of the endpoints."),
-        Flag("proxy-dial-timeout", parse_uint, 1000, "milliseconds for a dial, 0 is unlimited."),
-        Flag("proxy-write-timeout", parse_uint, 5000, "milliseconds for a write, 0 is unlimited."),
-        Flag("proxy-read-timeout", parse_uint, 0, "milliseconds for a read, 0 is unlimited."),
+             "time (in milliseconds) between two refreshes of the endpoints."),
+        Flag("proxy-dial-timeout", parse_uint, 1000,
+             "time (in milliseconds) for a dial to timeout, 0 is unlimited."),
+        Flag("proxy-write-timeout", parse_uint, 5000,
+             "time (in milliseconds) for a write to timeout, 0 is unlimited."),
+        Flag("proxy-read-timeout", parse_uint, 0,
+             "time (in milliseconds) for a read to timeout, 0 is unlimited."),
     ),
-    "security (not available yet)": (
-        Flag("ca-file", _parse_absent_tls, "", "[DEPRECATED] use -trusted-ca-file."),
-        Flag("cert-file", _parse_absent_tls, "", "path to the client server TLS cert file."),
-        Flag("key-file", _parse_absent_tls, "", "path to the client server TLS key file."),
-        Flag("client-cert-auth", _parse_absent_bool, False, "enable client authentication."),
-        Flag("trusted-ca-file", _parse_absent_tls, "", "path to the client server TLS CA file."),
-        Flag("peer-ca-file", _parse_absent_tls, "", "[DEPRECATED] use -peer-trusted-ca-file."),
-        Flag("peer-cert-file", _parse_absent_tls, "", "path to the peer server TLS cert file."),
-        Flag("peer-key-file", _parse_absent_tls, "", "path to the peer server TLS key file."),
-        Flag("peer-client-cert-auth", _parse_absent_bool, False, "enable peer authentication."),
-        Flag("peer-trusted-ca-file", _parse_absent_tls, "", "path to the peer server TLS CA file."),
-        Flag("auto-tls", _parse_absent_bool, False, "client TLS using generated certificates."),
-        Flag("peer-auto-tls", _parse_absent_bool, False, "peer TLS using generated certificates."),
-        Flag("client-crl-file", _parse_absent_tls, "", "path to the client revocation list."),
-        Flag("peer-crl-file", _parse_absent_tls, "", "path to the peer revocation list."),
+    "security": (
+        Flag("ca-file", str, "", "[DEPRECATED] -trusted-ca-file with -client-cert-auth."),
+        Flag("cert-file", str, "", "path to the client server TLS cert file."),
+        Flag("key-file", str, "", "path to the client server TLS key file."),
+        Flag("client-cert-auth", parse_bool, False, "require client certificates."),
+        Flag("trusted-ca-file", str, "", "path to the client server TLS CA file."),
+        Flag("client-crl-file", str, "", "path to the client certificate revocation list."),
+        Flag("client-cert-allowed-hostname", str, "", "name that client certificates must have."),
+        Flag("auto-tls", _parse_auto_tls(""), False, "not supported: give -cert-file, -key-file."),
+        Flag("peer-ca-file", str, "",
+             "[DEPRECATED] -peer-trusted-ca-file with -peer-client-cert-auth."),
+        Flag("peer-cert-file", str, "", "path to the peer server TLS cert file."),
+        Flag("peer-key-file", str, "", "path to the peer server TLS key file."),
+        Flag("peer-client-cert-auth", parse_bool, False, "require certificates of peers."),
+        Flag("peer-trusted-ca-file", str, "", "path to the peer server TLS CA file."),
+        Flag("peer-crl-file", str, "", "path to the peer certificate revocation list."),
+        Flag("peer-cert-allowed-cn", str, "", "common name that peers' certificates must have."),
+        Flag("peer-cert-allowed-hostname", str, "",
+             "host name that peers' certificates must have."),
+        Flag("peer-auto-tls", _parse_auto_tls("peer-"), False,
+             "not supported: give -peer-cert-file, -peer-key-file."),
+        Flag("peer-client-cert-file", _refusing(
+            "peers are shown the certificate of -peer-cert-file; leave this out"
+        ), "", "not supported: -peer-cert-file serves for both directions."),
+        Flag("peer-client-key-file", _refusing(
+            "peers are shown the certificate of -peer-cert-file; leave this out"
+        ), "", "not supported: -peer-key-file serves for both directions."),
+        Flag("tls-min-version", _refusing("TLS 1.2 and later are accepted; use TLS1.2", "TLS1.2"),
+             "", "only TLS1.2, which is what holds without it too."),
+        Flag("host-whitelist", _refusing(
+            "requests are answered whatever their Host; use * and protect the port by"
+            " -client-cert-auth or a firewall", "*"
+        ), "*", "not supported: only `*`."),
     ),
     "logging": (
         Flag("debug", parse_bool, False, "enable debug-level logging."),
@@ -11904,7 +12017,8 @@ FLAGS: Dict[str, Tuple[Flag, ...]] = {
     ),
     "other": (
         Flag("version", parse_bool, False, "show the version and exit."),
-        Flag("config-file", _parse_config_file, "", "not supported: use flags or variables."),
+        Flag("config-file", str, "",
+             "path to a configuration file, JSON or `flag: value` lines; it counts alone."),
     ),
     "of etcd 0.4, still working": (
         Flag("addr", _parse_address, "", "[DEPRECATED] use -advertise-client-urls."),
@@ -11913,58 +12027,118 @@ FLAGS: Dict[str, Tuple[Flag, ...]] = {
         Flag("peer-bind-addr", _parse_address, "", "[DEPRECATED] use -listen-peer-urls."),
     ),
     "of etcd 0.4, refused": (
-        Flag("peers", _refuse_peers, "", "no longer supported."),
-        Flag("peers-file", _refuse_peers, "", "no longer supported."),
+        Flag("peers", _refusing(
+            'flag "-peers" is no longer supported; use -initial-cluster or -discovery'
+        ), "", "no longer supported."),
+        Flag("peers-file", _refusing(
+            'flag "-peers-file" is no longer supported; use -initial-cluster or -discovery'
+        ), "", "no longer supported."),
     ),
 }
 
 # Of etcd 0.4: booleans that do nothing.
-_IGNORED_BOOLS = (
+IGNORED_BOOLS = (
     "cluster-active-size", "cluster-remove-delay", "cluster-sync-interval", "config", "force",
     "max-result-buffer", "max-retry-attempts", "peer-heartbeat-interval", "peer-election-timeout",
     "retry-interval", "snapshot", "v", "vv",
 )
-# Of etcd 2.3's experiments and of etcd 3: accepted, so that units and scripts need no change.
-_NO_EFFECT_BOOLS = (
-    "enable-pprof", "enable-v2", "enable-grpc-gateway", "experimental-v3demo", "pre-vote",
-    "initial-election-tick-advance", "experimental-initial-corrupt-check",
-    "experimental-enable-lease-checkpoint", "experimental-peer-skip-client-san-verification",
-)
-_NO_EFFECT_TEXTS = (
-    "experimental-gRPC-addr", "experimental-auto-compaction-retention", "cipher-suites",
-    "client-cert-allowed-hostname", "peer-cert-allowed-cn", "peer-cert-allowed-hostname",
-    "host-whitelist", "quota-backend-bytes", "max-txn-ops", "max-request-bytes",
-    "max-concurrent-streams", "grpc-keepalive-min-time", "grpc-keepalive-interval",
-    "grpc-keepalive-timeout", "auto-compaction-mode", "auto-compaction-retention",
-    "discovery-srv-name", "auth-token", "auth-token-ttl", "bcrypt-cost", "metrics",
-    "listen-metrics-urls", "logger", "log-outputs", "log-level", "backend-batch-limit",
-    "backend-batch-interval", "backend-bbolt-freelist-type", "socket-reuse-port",
-    "socket-reuse-address", "unsafe-no-fsync", "v2-deprecation", "experimental-enable-v2v3",
-    "experimental-corrupt-check-time", "experimental-backend-bbolt-freelist-type",
-    "experimental-compaction-batch-limit", "experimental-warning-apply-duration",
-    "experimental-watch-progress-notify-interval", "experimental-memory-mlock",
-    "experimental-txn-mode-write-with-shared-buffer",
-    "experimental-bootstrap-defrag-threshold-megabytes",
-)
+# Of etcd 2.3's experiments and of etcd 3: accepted, so that units and scripts need no change.  Why
+# each does nothing -> etcd's default of each.  Nothing that protects something may stand here.
+NO_EFFECT: Dict[str, Dict[str, Any]] = {
+    "the v2 API is always on": {"enable-v2": True, "v2-deprecation": "not-yet"},
+    "there is no v3 API": {
+        "experimental-v3demo": False, "experimental-gRPC-addr": "127.0.0.1:2378",
+        "experimental-auto-compaction-retention": "0", "auto-compaction-mode": "periodic",
+        "auto-compaction-retention": "0", "max-txn-ops": "128", "max-concurrent-streams": "",
+        "grpc-keepalive-min-time": "5s", "grpc-keepalive-interval": "2h",
+        "grpc-keepalive-timeout": "20s", "enable-grpc-gateway": True, "auth-token": "simple",
+        "auth-token-ttl": "300", "bcrypt-cost": "10", "client-cert-file": "",
+        "client-key-file": "", "experimental-enable-v2v3": "",
+        "experimental-enable-lease-checkpoint": False,
+        "experimental-enable-lease-checkpoint-persist": False,
+        "experimental-compaction-batch-limit": "1000",
+        "experimental-compaction-sleep-interval": "10ms",
+        "experimental-watch-progress-notify-interval": "10m",
+        "experimental-txn-mode-write-with-shared-buffer": True,
+        "experimental-stop-grpc-service-on-defrag": False,
+    },
+    "there is no v3 database file": {
+        "quota-backend-bytes": "0", "backend-batch-limit": "0", "backend-batch-interval": "",
+        "backend-bbolt-freelist-type": "map", "experimental-backend-bbolt-freelist-type": "array",
+        "experimental-bootstrap-defrag-threshold-megabytes": "0",
+        "experimental-initial-corrupt-check": False, "experimental-corrupt-check-time": "0s",
+        "experimental-compact-hash-check-enabled": False,
+        "experimental-compact-hash-check-time": "1m", "experimental-memory-mlock": False,
+    },
+    "a request may have 10 MiB": {"max-request-bytes": "1572864"},
+    "every write is synced": {"unsafe-no-fsync": False},
+    "elections are those of etcd 2.3": {
+        "pre-vote": False, "initial-election-tick-advance": True, "experimental-max-learners": "1",
+        "experimental-downgrade-check-time": "5s",
+    },
+    "Python is not profiled by pprof": {"enable-pprof": False},
+    "/metrics and /health are on the client URLs": {
+        "listen-metrics-urls": "", "metrics": "basic",
+    },
+    "there is no tracing": {
+        "experimental-enable-distributed-tracing": False,
+        "experimental-distributed-tracing-address": "",
+        "experimental-distributed-tracing-service-name": "",
+        "experimental-distributed-tracing-instance-id": "",
+    },
+    "the log goes to stderr; its level is set by -debug and -log-package-levels": {
+        "logger": "capnslog", "log-output": "default", "log-outputs": "default",
+        "log-level": "info", "log-format": "json", "enable-log-rotation": False,
+        "log-rotation-config-json": "",
+    },
+    "the log has no such warnings": {
+        "experimental-warning-apply-duration": "100ms",
+        "experimental-warning-unary-request-duration": "300ms",
+    },
+    "addresses are never compared with certificates of clients": {
+        "experimental-peer-skip-client-san-verification": False,
+    },
+    "Python's defaults with TLS 1.2 and later are used": {
+        "cipher-suites": "", "tls-max-version": "", "self-signed-cert-validity": "1",
+    },
+    "sockets have the usual options": {"socket-reuse-port": False, "socket-reuse-address": False},
+    "it is fixed": {
+        "experimental-snapshot-catchup-entries": "5000",
+        "experimental-wait-cluster-ready-timeout": "5s",
+    },
+}
 
 
 def _all_flags() -> Dict[str, Flag]:
     flags = {flag.name: flag for group in FLAGS.values() for flag in group}
-    for name in (*_IGNORED_BOOLS, *_NO_EFFECT_BOOLS):
+    for name in IGNORED_BOOLS:
         flags[name] = Flag(name, parse_bool, False, "")
-    for name in _NO_EFFECT_TEXTS:
-        flags[name] = Flag(name, str, "", "")
+    for reason, defaults in NO_EFFECT.items():
+        for name, default in defaults.items():
+            parse = parse_bool if isinstance(default, bool) else str
+            flags[name] = Flag(name, parse, default, "", reason)
     return flags
 
 
+# ============================================================================
+# 31. Settings -- command line, environment, configuration file
+# ----------------------------------------------------------------------------
+# Knows: all above.  The only section that reads flags, the environment and the
+# configuration file, and that knows what does not go together.
+# ============================================================================
+
+ENVIRONMENT_FILE = "/etc/environment"   # where CoreOS keeps COREOS_PRIVATE_IPV4
+
+
 class Settings:
-    """What the command line and the environment say; a flag goes before its variable.
+    """What the command line and the environment say, or the configuration file instead of both.
 
     values   flag name -> parsed value, for what was given
-    sources  flag name -> what the operator wrote: `-name` or `ETCD_NAME`
+    sources  flag name -> where: `-name`, `ETCD_NAME` or `<file>:<line>`
     lines    (level, package, text) to be logged once logging is set up
 
-    Raises FlagError.  Source: Go's package flag; etcd 2.3 pkg/flags.
+    A flag goes before its variable.  Raises FlagError.
+    Source: Go's package flag; etcd 2.3 pkg/flags; etcd 3.4 etcdmain/config.go for the file.
     """
 
     def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
@@ -11985,6 +12159,23 @@ class Settings:
     def is_set(self, name: str) -> bool:
         """True if the flag or its variable was given."""
         return name in self.values
+
+    def where(self, name: str) -> str:
+        """What to call a setting in a message: by what the operator wrote."""
+        source = self.sources.get(name, f"-{name}")
+        return source if source.startswith("-") else f"{name} (from {source})"
+
+    def spell(self, name: str, like: str, text: str) -> str:
+        """Setting `name` to `text`, written as the operator wrote `like`."""
+        source = self.sources.get(like, "-")
+        if source.startswith("-"):
+            return f"-{name} {text}"
+        is_file = ":" in source
+        return f"{name}: {text}" if is_file else f"{self._flags[name].variable}={text}"
+
+    def warn(self, text: str) -> None:
+        """Have a warning logged at the start."""
+        self.lines.append((logging.WARNING, "etcd", text))
 
     def _next_flag(self) -> bool:
         """Take one flag off the command line; False at the end of the flags."""
@@ -12009,13 +12200,21 @@ class Settings:
                 text = self._rest.pop(0)
             else:
                 raise FlagError(f"flag needs an argument: -{name}")
-        self._set(flag, text, f"-{name}", f"flag -{name}")
+        self._set(flag, text, f"-{name}")
         return True
 
     def check_leftover(self) -> None:
         """Raise FlagError for a word behind the flags."""
         if self._rest:
             raise FlagError(f"error verifying flags, '{self._rest[0]}' is not a valid flag")
+
+    def complete(self) -> None:
+        """Take the environment too; or, if a file is named, the file alone."""
+        path = self["config-file"] or self._environ.get(self._flags["config-file"].variable)
+        if path:
+            self.read_file(path)
+        else:
+            self.read_environment()
 
     def read_environment(self) -> None:
         """Take the ETCD_* variables; an empty one counts as not set."""
@@ -12028,30 +12227,218 @@ class Settings:
                           f" by corresponding flag ")
                 continue
             self._say(f"recognized and used environment variable {flag.variable}={text}")
-            self._set(flag, text, flag.variable, flag.variable)
+            self._set(flag, text, flag.variable)
         known = {flag.variable for flag in self._flags.values()}
         for variable in sorted(self._environ):
             if variable.startswith("ETCD_") and variable not in known:
                 text = self._environ[variable]
                 self._say(f"unrecognized environment variable {variable}={text}", logging.WARNING)
 
-    def _set(self, flag: Flag, text: str, source: str, where: str) -> None:
+    def read_file(self, path: str) -> None:
+        """Take the settings of a configuration file, and forget all others.
+
+        Differs from etcd, which ignores in silence what it does not know: here it is a warning.
+        """
+        self.values, self.sources = {}, {}
+        self.lines = [(
+            logging.INFO, "etcd", f'Loading server configuration from "{path}". Other'
+            f" configuration command line flags and environment variables will be ignored if"
+            f" provided."
+        )]
+        for line, name, text in read_config_file(path):
+            source = f"{path}:{line}"
+            flag = self._flags.get(name)
+            if flag is None or name in ("config-file", "version"):
+                self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
+                          f" those that are known")
+                continue
+            if flag.is_bool:
+                text = _YAML_BOOLS.get(text.lower(), text)
+            self._set(flag, text, source)
+
+    def _set(self, flag: Flag, text: str, source: str) -> None:
         name = flag.name
-        if name in _IGNORED_BOOLS:
+        if name in IGNORED_BOOLS:
             self._say(f'flag "-{name}" is no longer supported - ignoring.', logging.WARNING)
-        elif not flag.help:
-            self._say(f'flag "-{name}" has no effect in pyetcd - ignoring.', logging.WARNING)
+        elif flag.no_effect:
+            self._say(f"flag -{name} has no effect: {flag.no_effect}", logging.WARNING)
         if name.endswith("-urls") or name.endswith("addr") or name == "initial-cluster":
             text = expand_addresses(text, self._environ, source)
         try:
             self.values[name] = flag.parse(text)
         except ValueError as error:
-            what = "boolean value" if flag.is_bool and str(error) == "parse error" else "value"
-            raise FlagError(f'invalid {what} "{text}" for {where}: {error}') from None
+            raise FlagError(_invalid(flag, text, source, str(error))) from None
         self.sources[name] = source
 
     def _say(self, text: str, level: int = logging.INFO) -> None:
         self.lines.append((level, "flags", text))
+
+
+_YAML_BOOLS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+
+
+def _invalid(flag: Flag, text: str, source: str, reason: str) -> str:
+    """The sentence about a value that cannot be used; Go has one of its own for boolean flags."""
+    if source == flag.variable:
+        return f'invalid value "{text}" for {source}: {reason}'
+    if not source.startswith("-"):
+        return f'{source}: invalid value "{text}" for {flag.name}: {reason}'
+    if flag.is_bool:
+        return f'invalid boolean value "{text}" for {source}: {reason}'
+    return f'invalid value "{text}" for flag {source}: {reason}'
+
+
+# -- the configuration file ----------------------------------------------------
+
+
+class FileSetting(NamedTuple):
+    """One setting of a configuration file."""
+
+    line: int                           # where it stands, from 1
+    name: str                           # of the flag
+    text: str                           # as on the command line; never empty
+
+
+_SECTIONS = {"client-transport-security": "", "peer-transport-security": "peer-"}
+_SECTION_KEYS = (
+    "cert-file", "key-file", "client-cert-auth", "trusted-ca-file", "ca-file", "auto-tls",
+)
+_QUOTED = r'''"(?:[^"\\]|\\.)*"|'(?:[^']|'')*\''''
+_PLAIN = r"(?![-?](?:\s|$))[^\s\[\]{}&*!|>%@`\"'#,](?:[^#]|(?<=\S)#)*?"
+_CONFIG_KEY = re.compile(rf"(\s*)({_QUOTED}|[\w.-]+)\s*:(?=\s|$)\s*(.*)")
+_CONFIG_VALUE = re.compile(rf"({_QUOTED}|{_PLAIN})?\s*(?:(?<=\s)#.*|^#.*)?")
+_CONFIG_ITEM = re.compile(rf"\s*({_QUOTED}|[^\s,\[\]{{}}&*!|>%@`\"'#][^,\[\]{{}}\"']*)\s*(?:,|$)")
+_CONFIG_FORM = "write `setting: value` on each line, lists as `a,b` or `[a, b]`, * in quotes"
+
+
+def read_config_file(path: str) -> List[FileSetting]:
+    """Return what a configuration file sets: a JSON object, or lines of `setting: value`.
+
+    The names are those of the flags.  In client-transport-security and peer-transport-security,
+    as etcd 3 has them, the flags for TLS go without `peer-`.  What is empty is not set.
+    Of YAML this is what a flat file needs: comments, quotes, [a, b]; all else is an error.
+    Raises FlagError with file and line.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except OSError as error:
+        raise FlagError(
+            f"error verifying flags, open {path}: {(error.strerror or str(error)).lower()}"
+        ) from None
+    except UnicodeDecodeError:
+        raise FlagError(f"{path} is not text in UTF-8") from None
+    read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
+    found: Dict[str, FileSetting] = {}
+    for line, section, key, value in read(path, text):
+        if not value:
+            continue
+        if section and key not in _SECTION_KEYS:
+            raise FlagError(f'{path}:{line}: unknown setting "{key}" in {section}; use one of'
+                            f" {', '.join(_SECTION_KEYS)}, or the name of the flag outside of it")
+        name = _SECTIONS.get(section, "") + key
+        if name in found:
+            raise FlagError(f"{path}:{line}: {name} is set a second time, after line"
+                            f" {found[name].line}")
+        found[name] = FileSetting(line, name, value)
+    return list(found.values())
+
+
+_Found = Tuple[int, str, str, str]      # line, section or "", key, text
+
+
+def _json_settings(path: str, text: str) -> Iterator[_Found]:
+    lines = text.split("\n")
+
+    def line_of(key: str, first: int) -> int:
+        quoted = json.dumps(key)
+        return next((n for n in range(first, len(lines) + 1) if quoted in lines[n - 1]), first)
+
+    def flat(key: str, value: Any, line: int) -> str:
+        if isinstance(value, list):
+            return ",".join(flat(key, item, line) for item in value)
+        if isinstance(value, (tuple, float)):
+            raise FlagError(f"{path}:{line}: the value of {key} is not understood; a setting is a"
+                            f" string, an integer, true or false, or a list of these")
+        return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+    try:
+        pairs = json.loads(text, object_pairs_hook=tuple)
+    except ValueError as error:
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+        raise FlagError(f"{path}:{line}: not JSON: {error}") from None
+    for key, value in pairs:
+        line = line_of(key, 1)
+        if key not in _SECTIONS:
+            yield line, "", key, flat(key, value, line)
+        elif isinstance(value, tuple):
+            for name, item in value:
+                at = line_of(name, line)
+                yield at, key, name, flat(name, item, at)
+        elif value is not None:
+            raise FlagError(f"{path}:{line}: {key} is a section: an object with its settings")
+
+
+def _yaml_settings(path: str, text: str) -> Iterator[_Found]:
+    section = ""
+    rows = enumerate(text.splitlines(), 1)
+    for line, row in rows:
+        if not row.strip() or row.lstrip().startswith("#") or row.rstrip() in ("---", "..."):
+            continue
+        match = _CONFIG_KEY.fullmatch(row.rstrip())
+        if match is None:
+            raise FlagError(f"{path}:{line}: {row.strip()!r} is not understood; {_CONFIG_FORM}")
+        indent, key, value = match.groups()
+        key = _unquote_yaml(key)
+        if indent and not section:
+            raise FlagError(f"{path}:{line}: {key} is indented, but stands in none of the sections"
+                            f" {', '.join(_SECTIONS)}")
+        if not indent:
+            section = key if key in _SECTIONS else ""
+        if value.startswith("["):
+            while "]" not in value:
+                _, more = next(rows, (0, None))
+                if more is None:
+                    break
+                value += " " + re.sub(r"(^|\s)#.*", "", more.strip())
+        try:
+            found = _yaml_text(value)
+        except ValueError:
+            raise FlagError(f"{path}:{line}: the value of {key}, {value!r}, is not understood;"
+                            f" {_CONFIG_FORM}") from None
+        if indent or not section:
+            yield line, section if indent else "", key, found
+        elif found:
+            raise FlagError(f"{path}:{line}: {key} is a section: its settings stand indented below")
+
+
+def _yaml_text(value: str) -> str:
+    """Return the text of a scalar, or of a list in brackets.  Raises ValueError."""
+    listed = re.fullmatch(r"\[(.*)\]\s*(?:(?<=\s)#.*)?", value)
+    if listed:
+        items, rest = [], listed.group(1).strip()
+        while rest:
+            item = _CONFIG_ITEM.match(rest)
+            if item is None:
+                raise ValueError
+            items.append(_unquote_yaml(item.group(1).strip()))
+            rest = rest[item.end():]
+        return ",".join(items)
+    match = _CONFIG_VALUE.fullmatch(value)
+    if match is None or re.search(r":(\s|$)", re.sub(_QUOTED, "", match.group(1) or "")):
+        raise ValueError
+    return _unquote_yaml(match.group(1) or "")
+
+
+def _unquote_yaml(text: str) -> str:
+    if text.startswith("'"):
+        return text[1:-1].replace("''", "'")
+    if text.startswith('"'):
+        return str(json.loads(text))
+    return "" if text in ("~", "null", "Null", "NULL") else text
+
+
+# -- addresses -----------------------------------------------------------------
 
 
 _ADDRESS_NAME = re.compile(r"\$\{?(private|public)_ipv4\b\}?")
@@ -12091,14 +12478,6 @@ def read_environment_file(path: str) -> Dict[str, str]:
     return found
 
 
-def default_route_address() -> str:
-    """Return our IPv4 address on the interface with the default route, or ""."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(("192.0.2.1", 9))  # a datagram socket only looks up the route: nothing is sent
-        return str(sock.getsockname()[0])
-    return ""
-
-
 _OLD_ADDRESSES = {
     "addr": "advertise-client-urls", "bind-addr": "listen-client-urls",
     "peer-addr": "initial-advertise-peer-urls", "peer-bind-addr": "listen-peer-urls",
@@ -12118,27 +12497,83 @@ def _take_old_addresses(settings: Settings) -> None:
             continue
         if settings.is_set(new):
             raise FlagError(f"Set only one of flags -{new} and -{old}")
-        settings.values[new] = (f"http://{settings[old]}",)
+        side = "peer-" if old.startswith("peer-") else ""
+        is_tls = settings[side + "cert-file"] or settings[side + "key-file"]
+        settings.values[new] = (f"{'https' if is_tls else 'http'}://{settings[old]}",)
         settings.sources[new] = settings.sources[old]
+
+
+# -- what does not go together ---------------------------------------------------
 
 
 def check_settings(settings: Settings) -> None:
     """Raise FlagError for settings that do not go together (etcd 2.3 config.go)."""
-    ways = [name for name in ("initial-cluster", "discovery", "discovery-srv") if settings[name]]
+    ways = [
+        name for name in ("initial-cluster", "discovery", "discovery-srv") if settings.is_set(name)
+    ]
     if len(ways) > 1:
         raise FlagError(
             "multiple discovery or bootstrap flags are set. Choose one of "
             '"initial-cluster", "discovery" or "discovery-srv"'
         )
     _take_old_addresses(settings)
+    _check_clients_are_told(settings)
+    _check_peers_are_told(settings)
+    _check_times(settings)
+    _check_initial_cluster(settings)
+    for name in ("initial-advertise-peer-urls", "advertise-client-urls"):
+        for url in settings[name]:
+            _check_host(settings, name, url)
+    if settings["peer-cert-allowed-cn"] and settings["peer-cert-allowed-hostname"]:
+        raise FlagError(
+            f'AllowedCN and AllowedHostname are mutually exclusive'
+            f' (cn="{settings["peer-cert-allowed-cn"]}",'
+            f' hostname="{settings["peer-cert-allowed-hostname"]}"); set one of'
+            f" -peer-cert-allowed-cn and -peer-cert-allowed-hostname"
+        )
+
+
+def _check_clients_are_told(settings: Settings) -> None:
+    """Who chooses where to listen must say how clients get there; a proxy advertises nothing."""
+    listen, advertise = "listen-client-urls", "advertise-client-urls"
     falls_back = settings["discovery"] and settings["discovery-fallback"] == "proxy"
-    if settings.is_set("listen-client-urls") and not settings.is_set("advertise-client-urls"):
-        if not falls_back:
-            raise FlagError(
-                "-advertise-client-urls is required when -listen-client-urls is set explicitly;"
-                " When listening on specific address(es), this etcd process must advertise"
-                " accessible url(s) to each connected client"
-            )
+    if not settings.is_set(listen) or settings.is_set(advertise):
+        return
+    if settings["proxy"] == "off" and not falls_back:
+        example = ",".join(_reachable(url) for url in settings[listen])
+        raise FlagError(
+            "-advertise-client-urls is required when -listen-client-urls is set explicitly;"
+            " When listening on specific address(es), this etcd process must advertise"
+            " accessible url(s) to each connected client; for example"
+            f" {settings.spell(advertise, listen, example)}"
+        )
+
+
+def _check_peers_are_told(settings: Settings) -> None:
+    """Warn of a registration with the default peer URLs by a member that listens elsewhere.
+
+    In -initial-cluster they would not match, which is an error later on.
+    """
+    listen, advertise = "listen-peer-urls", "initial-advertise-peer-urls"
+    found = settings["discovery"] or settings["discovery-srv"]
+    if found and settings.is_set(listen) and not settings.is_set(advertise):
+        example = ",".join(_reachable(url) for url in settings[listen] if url_address(url)[0])
+        settings.warn(
+            f"{settings.where(listen)} is set, but the other members are told"
+            f" {','.join(settings[advertise])}; set"
+            f" {settings.spell(advertise, listen, example or 'http://10.0.0.5:2380')}"
+        )
+
+
+def _reachable(url: str) -> str:
+    """Return `url` with an address of this machine in place of a wildcard."""
+    host, port = url_address(url)
+    if host not in WILDCARD_HOSTS:
+        return url
+    return f"{urlsplit(url).scheme}://{default_route_address() or '10.0.0.5'}:{port}"
+
+
+def _check_times(settings: Settings) -> None:
     heartbeat_ms, election_ms = settings["heartbeat-interval"], settings["election-timeout"]
     if heartbeat_ms < 1:
         raise FlagError("-heartbeat-interval[0ms] should be at least 1ms")
@@ -12152,21 +12587,14 @@ def check_settings(settings: Settings) -> None:
             f"-election-timeout[{election_ms}ms] is too long, and should be set less than"
             f" {ELECTION_MS_MAX}ms"
         )
-    _check_urls(settings)
 
 
-def _check_urls(settings: Settings) -> None:
-    for name in ("listen-peer-urls", "listen-client-urls"):
-        for url in settings[name]:
-            _check_scheme(settings, name, url)
-    for name in ("initial-advertise-peer-urls", "advertise-client-urls"):
-        for url in settings[name]:
-            _check_host(settings, name, url)
+def _check_initial_cluster(settings: Settings) -> None:
+    where = settings.where("initial-cluster")
     if settings["initial-cluster"]:
         try:
             initial = parse_initial_cluster(settings["initial-cluster"])
         except ValueError as error:
-            where = _source(settings, "initial-cluster")
             raise FlagError(f"error setting up initial cluster: {error} (in {where})") from None
         for urls in initial.values():
             for url in urls:
@@ -12174,35 +12602,116 @@ def _check_urls(settings: Settings) -> None:
     elif settings.is_set("initial-cluster"):
         raise FlagError(
             f'couldn\'t find local name "{settings["name"]}" in the initial cluster configuration:'
-            f" {_source(settings, 'initial-cluster')} is empty"
+            f" {where} is empty"
         )
 
 
-def _check_scheme(settings: Settings, name: str, url: str) -> None:
-    if url.startswith("https:"):
-        where = _source(settings, name)
-        raise FlagError(f"{where} has {url}: TLS is not available yet; use an http URL")
-
-
-def _source(settings: Settings, name: str) -> str:
-    source = settings.sources.get(name, f"-{name}")
-    return source if source.startswith("-") else f"{name} (from {source})"
-
-
 def _check_host(settings: Settings, name: str, url: str) -> None:
-    """Raise FlagError for an advertised URL without a host, or with https.
+    """Raise FlagError for an advertised URL without a host; warn of one that is a wildcard.
 
     Differs from etcd, which takes it, and then no member finds another: the failure that ends
     many first attempts with cloud-config, when $private_ipv4 is empty.
     """
-    _check_scheme(settings, name, url)
     host, port = url_address(url)
     if not host:
         raise FlagError(
-            f"{_source(settings, name)} has no host in {url}: nobody could connect to it;"
+            f"{settings.where(name)} has no host in {url}: nobody could connect to it;"
             f" perhaps $private_ipv4 was empty: write the address of this machine, e.g."
             f" http://10.0.0.5:{port}, or set COREOS_PRIVATE_IPV4 in {ENVIRONMENT_FILE}"
         )
+    if host in WILDCARD_HOSTS:
+        settings.warn(
+            f"{settings.where(name)} has {url}: that is for listening, from another machine nobody"
+            f" can connect to it; advertise the address of this one, e.g. {_reachable(url)}"
+        )
+
+
+# -- TLS -------------------------------------------------------------------------
+
+
+def _tls_files(settings: Settings, side: str) -> TlsFiles:
+    """What the flags of one side, `client` or `peer`, say about TLS."""
+    prefix = _TLS_PREFIX[side]
+    name = settings["client-cert-allowed-hostname"]
+    if side == "peer":
+        name = settings["peer-cert-allowed-cn"] or settings["peer-cert-allowed-hostname"]
+    return TlsFiles(
+        cert_file=settings[prefix + "cert-file"],
+        key_file=settings[prefix + "key-file"],
+        trusted_ca_file=settings[prefix + "trusted-ca-file"],
+        ca_file=settings[prefix + "ca-file"],
+        client_cert_auth=settings[prefix + "client-cert-auth"],
+        crl_file=settings[side + "-crl-file"],
+        allowed_name=name,
+    )
+
+
+_TLS_PREFIX = {"client": "", "peer": "peer-"}
+
+
+def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int, str]]:
+    """Return (level, text) of the lines to log about TLS on one side, `client` or `peer`.
+
+    urls  where that side listens
+
+    Raises StartError for what could not work, or would protect less than it says.
+    Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go; the checks of names and
+    revocations are stricter than etcd 3, which leaves them out where nobody asks for certificates.
+    """
+    prefix = _TLS_PREFIX[side]
+    pair = f"-{prefix}cert-file and -{prefix}key-file"
+    cert, key = files.cert_file, files.key_file
+    if bool(cert) != bool(key):
+        raise StartError(
+            f"KeyFile and CertFile must both be present[key: {key}, cert: {cert}]; give both {pair}"
+        )
+    _check_readable(side, files)
+    asks = files.client_cert_auth or files.ca_file
+    if (files.crl_file or files.allowed_name) and not asks:
+        raise StartError(
+            f"revocation lists and allowed names of {side} certificates need"
+            f" -{prefix}client-cert-auth: without it no certificate is asked for"
+        )
+    lines = []
+    if cert:
+        lines.append((logging.INFO, (
+            f"{side}TLS: cert = {cert}, key = {key}, ca = {files.ca_file}, trusted-ca ="
+            f" {files.trusted_ca_file}, client-cert-auth = {str(files.client_cert_auth).lower()}"
+        )))
+    for url in urls:
+        if url.startswith("https:") and not cert:
+            what = "given listener" if side == "client" else url
+            raise StartError(
+                f"cannot listen on TLS for {what}: KeyFile and CertFile are not presented; give"
+                f" {pair}, or use http in -listen-{side}-urls"
+            )
+        if url.startswith("http:") and cert:
+            lines.append((logging.WARNING, (
+                f"The scheme of {side} url {url} is http while {side} key/cert files are"
+                f" presented. Ignored {side} key/cert files."
+            )))
+        elif url.startswith("http:") and asks:
+            lines.append((logging.WARNING, (
+                f"{side} certificates are not asked for on {url}: that needs https, with {pair}"
+            )))
+    return lines
+
+
+def _check_readable(side: str, files: TlsFiles) -> None:
+    prefix = _TLS_PREFIX[side]
+    for flag, path in (
+        (prefix + "cert-file", files.cert_file), (prefix + "key-file", files.key_file),
+        (prefix + "ca-file", files.ca_file), (prefix + "trusted-ca-file", files.trusted_ca_file),
+        (side + "-crl-file", files.crl_file),
+    ):
+        try:
+            if path:
+                open(path, "rb").close()
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise StartError(
+                f"open {path}: {reason}; -{flag} must name a file that this user may read"
+            ) from None
 
 
 def make_config(settings: Settings) -> ServerConfig:
@@ -12237,8 +12746,27 @@ def make_config(settings: Settings) -> ServerConfig:
         discovery_srv=settings["discovery-srv"],
         strict_reconfig_check=settings["strict-reconfig-check"],
         cors=settings["cors"],
+        client_tls=_tls_files(settings, "client"),
+        peer_tls=_tls_files(settings, "peer"),
+        proxy=settings["proxy"],
+        proxy_failure_wait_ms=settings["proxy-failure-wait"],
+        proxy_refresh_interval_ms=settings["proxy-refresh-interval"],
+        proxy_dial_timeout_ms=settings["proxy-dial-timeout"],
+        proxy_write_timeout_ms=settings["proxy-write-timeout"],
+        proxy_read_timeout_ms=settings["proxy-read-timeout"],
         debug=settings["debug"],
     )
+
+
+# ============================================================================
+# 32. Command line
+# ----------------------------------------------------------------------------
+# Knows: all above.  The only section that prints, and touches signals and
+# process limits.
+# ============================================================================
+
+DESCRIPTORS_MIN = 150               # open files a member needs for itself; at or below: refused
+_SEE_HELP = "See 'pyetcd -help'."
 
 
 def usage() -> str:
@@ -12258,12 +12786,11 @@ def usage() -> str:
                 default = ",".join(default)
             shown = str(default).lower() if flag.is_bool else f"'{default}'"
             lines += [f"\t--{flag.name} {shown}", f"\t\t{flag.help}"]
-    for title, names in (
-        ("of etcd 0.4, without effect", _IGNORED_BOOLS),
-        ("of etcd 3 or experimental, without effect", (*_NO_EFFECT_BOOLS, *_NO_EFFECT_TEXTS)),
-    ):
-        lines += ["", f"{title} flags:", ""]
-        lines += [f"\t--{name}" for name in names]
+    lines += ["", "of etcd 0.4, without effect flags:", ""]
+    lines += [f"\t--{name}" for name in IGNORED_BOOLS]
+    lines += ["", "of etcd 3 or experimental, without effect flags:"]
+    for reason, names in NO_EFFECT.items():
+        lines += ["", f"\t({reason})", *(f"\t--{name}" for name in names)]
     return "\n".join(lines) + "\n"
 
 
@@ -12339,6 +12866,9 @@ def notify_systemd(environ: Mapping[str, str]) -> None:
     """Tell systemd, if it asked, that the member is up (sd_notify protocol)."""
     path = environ.get("NOTIFY_SOCKET", "")
     if not path:
+        # etcd says so wherever systemd runs, from a terminal too.
+        if os.getppid() == 1 and os.path.isdir("/run/systemd/system"):
+            package_logger("etcd").error("forgot to set Type=notify in systemd service file?")
         return
     address = "\0" + path[1:] if path.startswith("@") else path
     try:
@@ -12382,6 +12912,19 @@ class SignalStop:
             os.kill(os.getpid(), self._received)
 
 
+def log_sides(config: ServerConfig) -> None:
+    """Log how each side is protected, and who may ask from a browser.  Raises StartError."""
+    log = package_logger("etcd")
+    peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
+    for level, text in (
+        *check_tls("peer", config.peer_tls, peer_urls),
+        *check_tls("client", config.client_tls, config.listen_client_urls),
+    ):
+        log.log(level, "%s", text)
+    if config.cors:
+        log.info("cors = %s", ",".join(config.cors))
+
+
 def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
     """Run a member until it ends; return the exit code.  Raises StartError."""
     signals = SignalStop()
@@ -12412,7 +12955,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if settings["version"]:
             sys.stdout.write(version_text())
             return 0
-        settings.read_environment()
+        settings.complete()
         config = make_config(settings)
     except FlagError as error:
         sys.stderr.write(f"{error}. {_SEE_HELP}\n")
@@ -12425,6 +12968,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             "set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT
         )
     try:
+        log_sides(config)
         return run_member(config, os.environ)
     except StartError as error:
         package_logger("etcd").critical("%s", error)

@@ -6988,7 +6988,7 @@ def test_http_member_may_change_its_own_urls(http_server):
 
 def test_http_writes_without_quorum_time_out_with_etcds_words(tmp_path):
     """500, error 300, index 0, and the reason."""
-    with _http_member(tmp_path) as server:
+    with _http_member(tmp_path, strict_reconfig_check=False) as server:
         body = '{"peerURLs":["http://127.0.0.1:1"]}'
         assert _http_ask(server, "POST", "/v2/members", body, _HTTP_JSON)[0] == 201
         server.call(lambda etcd: setattr(etcd.proposals, "timeout_s", 0.2))
@@ -7000,6 +7000,21 @@ def test_http_writes_without_quorum_time_out_with_etcds_words(tmp_path):
         }
         status, _, answer = _http_ask(server, "DELETE", "/v2/members/1", body, _HTTP_JSON)
         assert (status, answer) == (500, b'{"message":"Internal Server Error"}')
+
+
+def test_http_member_add_that_would_lose_the_quorum_says_what_to_do(http_server, caplog):
+    """500 as etcd; the sentence is in the message, and etcd's line in the log."""
+    body = '{"peerURLs":["http://127.0.0.1:1"]}'
+    assert _http_ask(http_server, "POST", "/v2/members", body, _HTTP_JSON)[0] == 201
+    body = '{"peerURLs":["http://127.0.0.1:2"]}'
+    status, _, answer = _http_ask(http_server, "POST", "/v2/members", body, _HTTP_JSON)
+    assert (status, json.loads(answer)["message"]) == (
+        500, "etcdserver: re-configuration failed due to not enough started members: adding a"
+             " member leaves 1 started of 3 members, and 2 are needed for a quorum; start the"
+             " members that were added and not started yet, or remove those, and try again")
+    assert ("Reject add member request: the number of started member (1) will be less than the"
+            " quorum number of the cluster (2)") in caplog.messages
+    assert len(json.loads(_http_ask(http_server, "GET", "/v2/members")[2])["members"]) == 2
 
 
 # -- peer port ------------------------------------------------------------------
@@ -7433,6 +7448,40 @@ def test_tls_members_check_the_name_in_the_url(tmp_path, certificates, caplog):
     with _tls_cluster(tmp_path, [good, certificates.files("elsewhere", "10.1.2.3")]) as members:
         eventually(lambda: "IP address mismatch" in caplog.text)
         assert not any(member.wait_ready(0) for member in members)
+
+
+def test_tls_by_flags_as_operators_give_them(tmp_path, certificates):
+    """A process with both sides on TLS, asked by etcdctl with a client certificate."""
+    client, peer = certificates.issue("by-flags", "localhost", "127.0.0.1"), free_port()
+    url = f"https://127.0.0.1:{free_port()}"
+    member = Process(
+        tmp_path, "-name", "m", "-cert-file", client[0], "-key-file", client[1],
+        "-trusted-ca-file", certificates.ca_file, "-client-cert-auth",
+        "-listen-client-urls", url, "-advertise-client-urls", url,
+        "-peer-cert-file", client[0], "-peer-key-file", client[1],
+        "-peer-trusted-ca-file", certificates.ca_file,
+        "-listen-peer-urls", f"https://127.0.0.1:{peer}",
+        "-initial-advertise-peer-urls", f"https://127.0.0.1:{peer}",
+        "-initial-cluster", f"m=https://127.0.0.1:{peer}",
+    )
+    try:
+        member.wait_log("published")
+        assert f"clientTLS: cert = {client[0]}, key = {client[1]}, ca = , trusted-ca = " in (
+            member.log())
+        with _tls_session(certificates, client) as session:
+            session.put(url + "/v2/keys/a", {"value": "1"}, timeout=10).raise_for_status()
+            peers = session.get(f"https://127.0.0.1:{peer}/members", timeout=10).json()
+            assert peers[0]["clientURLs"] == [url]
+        if not shutil.which("etcdctl"):
+            pytest.skip("etcdctl (Debian: etcd-client) is not installed")
+        answer = subprocess.run(
+            ["etcdctl", "--endpoints", url, "--ca-file", certificates.ca_file,
+             "--cert-file", client[0], "--key-file", client[1], "get", "a"],
+            env={**os.environ, "ETCDCTL_API": "2"}, capture_output=True, text=True, timeout=20,
+        )
+        assert (answer.stdout, answer.returncode) == ("1\n", 0), answer.stderr
+    finally:
+        member.kill()
 
 
 # ============================================================================
@@ -11034,7 +11083,7 @@ class _DiscRequest:
         if headers is None:
             headers = {"host": "127.0.0.1:4001"}
         self.head = pyetcd.HttpHead(method, target, 1, headers)
-        self.body = body
+        self.body, self.scheme = body, "http"
         self.replies: List[Tuple[Any, ...]] = []
 
     method = property(lambda self: self.head.method)
@@ -11315,7 +11364,10 @@ def test_bootstrap_by_discovery_logs_in_the_order_of_the_article(
      "has duplicate url"),
     ({}, lambda r: r.put("%x" % pyetcd.member_id(("http://127.0.0.1:31002",), r.url), "x"),
      'member "fixture" has previously registered with discovery service token ('),
-], ids=["full", "full, exit", "no size", "bad size", "name", "url", "id"])
+    ({}, lambda r: r.put("%x" % pyetcd.member_id(("http://127.0.0.1:31002",), r.url), "b=x"),
+     "another one has registered with the same -initial-advertise-peer-urls"
+     " (http://127.0.0.1:31002)"),
+], ids=["full", "full, exit", "no size", "bad size", "name", "url", "id", "same urls"])
 def test_bootstrap_discovery_failure_is_one_line_that_says_what_to_do(
     settings: Dict[str, Any], prepare: Callable[[_DiscRegistry], Any], words: str, tmp_path: Path,
     disc_registry: _DiscRegistry,
@@ -11341,6 +11393,94 @@ def test_bootstrap_by_srv_records(
         data_dir=str(tmp_path / "other"), initial_advertise_peer_urls=("http://10.0.0.2:2380",))
     assert _boot_fails(other) == (
         'error setting up initial cluster: cannot find local etcd member "me" in SRV records')
+
+
+# -- bootstrap: addresses that nobody can reach ----------------------------------------------
+
+
+_BOOT_OWN = "http://127.0.0.1:31002"
+
+
+@pytest.fixture
+def boot_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other member answers; this machine is 10.0.0.7 and knows which addresses are its own."""
+    monkeypatch.setattr(pyetcd, "fetch_cluster", lambda *args, **options: None)
+    monkeypatch.setattr(pyetcd, "default_route_address", lambda: "10.0.0.7")
+    monkeypatch.setattr(pyetcd, "is_elsewhere", lambda url: "//10.0.0.8:" in url)
+
+
+@pytest.mark.parametrize("own, other, words", [
+    (_BOOT_OWN, "http://10.0.0.8:1",
+     "the peer URL http://127.0.0.1:31002 of fixture can be reached from this machine only, but"
+     " http://10.0.0.8:1 is another member's; write an address that all members can reach, e.g."
+     " http://10.0.0.7:31002, in -initial-advertise-peer-urls and wherever the members are listed"),
+    ("http://localhost:1", "http://10.0.0.8:1", "the peer URL http://localhost:1 of fixture"),
+    ("http://0.0.0.0:1", "http://10.0.0.8:1", "the peer URL http://0.0.0.0:1 of fixture"),
+    ("http://[::1]:1", "http://10.0.0.8:1", "the peer URL http://[::1]:1 of fixture"),
+])
+def test_bootstrap_loopback_among_other_hosts_is_refused(
+    own: str, other: str, words: str, tmp_path: Path, boot_alone: None
+) -> None:
+    """etcd would wait for ever."""
+    config = _boot_config(
+        tmp_path, initial_cluster=f"fixture={own},b={other}", initial_advertise_peer_urls=(own,))
+    assert words in _boot_fails(config)
+
+
+@pytest.mark.parametrize("own, other, clients, warnings", [
+    (_BOOT_OWN, "http://127.0.0.1:1", "http://127.0.0.1:2", []),
+    (_BOOT_OWN, "http://localhost:1", "http://0.0.0.0:2", []),
+    ("http://10.0.0.7:1", "http://10.0.0.8:1", "http://10.0.0.7:2", []),
+    ("http://10.0.0.7:1", "http://b.test:1", "http://a.test:2", []),
+    (_BOOT_OWN, "http://10.0.0.7:1", "http://10.0.0.7:2",
+     ["the peer URL http://127.0.0.1:31002 of fixture can be reached from this machine only"]),
+    (_BOOT_OWN, "http://b.test:1", "http://10.0.0.7:2",
+     ["the peer URL http://127.0.0.1:31002 of fixture can be reached from this machine only"]),
+    ("http://10.0.0.7:1", "http://127.0.0.1:1", "http://10.0.0.7:2",
+     ["http://127.0.0.1:1 is listed for another member, but means this machine here"]),
+    ("http://10.0.0.7:1", "http://10.0.0.8:1", "http://127.0.0.1:2",
+     ["clients on other machines are told http://127.0.0.1:2, which is their own machine; set"
+      " -advertise-client-urls to an address of this one, e.g. http://10.0.0.7:2"]),
+])
+def test_bootstrap_loopback_that_may_work_is_a_warning(
+    own: str, other: str, clients: str, warnings: List[str], tmp_path: Path, boot_alone: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A name, or another address of this machine, may lead here."""
+    config = _boot_config(
+        tmp_path, initial_cluster=f"fixture={own},b={other}", initial_advertise_peer_urls=(own,),
+        advertise_client_urls=(clients,))
+    with _boot(config):
+        pass
+    found = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(found) == len(warnings)
+    assert all(text.startswith(start) for text, start in zip(found, warnings))
+
+
+def test_bootstrap_one_member_on_loopback_is_not_warned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with _boot(_boot_config(tmp_path)):
+        assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_bootstrap_discovery_that_mixes_hosts_is_refused(
+    tmp_path: Path, disc_registry: _DiscRegistry, boot_alone: None
+) -> None:
+    disc_registry.put("bbb", "b=http://10.0.0.8:1")
+    disc_registry.put("ccc", "c=http://10.0.0.8:2")
+    text = _boot_fails(_boot_discovery(tmp_path, disc_registry.url))
+    assert "can be reached from this machine only" in text
+    assert text.endswith("; then take a new discovery URL")
+
+
+def test_bootstrap_only_addresses_of_others_are_elsewhere() -> None:
+    """198.51.100.0/24 is for documentation (RFC 5737): no machine has it."""
+    assert pyetcd.is_elsewhere("http://198.51.100.7:1")
+    assert not pyetcd.is_elsewhere("http://127.0.0.1:1")
+    assert not pyetcd.is_elsewhere("http://some.name:1")
+    address = pyetcd.default_route_address()
+    assert not address or not pyetcd.is_elsewhere(f"http://{address}:1")
 
 
 # -- bootstrap: an existing cluster -------------------------------------------------------
@@ -11445,6 +11585,16 @@ def test_bootstrap_joining_fails_with_the_words_of_etcd(
         assert words in _boot_fails(_boot_joining(tmp_path, peer))
     finally:
         peer.close()
+
+
+def test_bootstrap_joining_from_loopback_is_refused(
+    tmp_path: Path, boot_peer: _BootPeer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pyetcd, "is_elsewhere", lambda url: "//198.51.100.7:" in url)
+    boot_peer.add(8, "http://198.51.100.7:1", name="b")
+    text = f"fixture=http://127.0.0.1:31002,a={boot_peer.url},b=http://198.51.100.7:1"
+    config = _boot_joining(tmp_path, boot_peer, initial_cluster=text)
+    assert "can be reached from this machine only" in _boot_fails(config)
 
 
 def test_bootstrap_member_with_a_past_is_refused(tmp_path: Path, boot_peer: _BootPeer) -> None:
@@ -11648,7 +11798,7 @@ def _flags_config(argv: Sequence[str] = (), environ: Any = None) -> pyetcd.Serve
     """What main() makes of a command line."""
     settings = pyetcd.Settings(list(argv), environ or {})
     settings.check_leftover()
-    settings.read_environment()
+    settings.complete()
     return pyetcd.make_config(settings)
 
 
@@ -11731,21 +11881,25 @@ def test_flags_double_dash_ends_the_flags() -> None:
      'invalid value "abc" for flag -heartbeat-interval: parse error'),
     (["-heartbeat-interval", "-5"], 'invalid value "-5" for flag -heartbeat-interval: parse error'),
     (["-election-timeout", "99999999999999999999"], "value out of range"),
-    (["-debug=maybe"], 'invalid boolean value "maybe" for flag -debug: parse error'),
+    (["-debug=maybe"], 'invalid boolean value "maybe" for -debug: parse error'),
     (["-proxy", "foo"], 'invalid value "foo" for flag -proxy: invalid value'),
-    (["-proxy", "on"], "the proxy is not available yet"),
-    (["-proxy", "readonly"], "the proxy is not available yet"),
     (["-initial-cluster-state", "old"],
      'invalid value "old" for flag -initial-cluster-state: invalid value, use one of new,'),
     (["-discovery-fallback", "x"], 'invalid value "x" for flag -discovery-fallback'),
     (["-discovery", "nowhere"], 'discovery: invalid URL "nowhere"'),
     (["-discovery", "http://host:4001"], "path/of/the/token"),
-    (["-peers", "foo"], 'invalid value "foo" for flag -peers: this flag is no longer supported'),
+    (["-peers", "foo"],
+     'invalid value "foo" for flag -peers: flag "-peers" is no longer supported'),
     (["-peers-file", "foo"], "no longer supported"),
-    (["-cert-file", "x.pem"], "TLS is not available yet"),
-    (["-peer-client-cert-auth"], "TLS is not available yet"),
-    (["-auto-tls=true"], "TLS is not available yet"),
-    (["-config-file", "c.yml"], "configuration files are not supported"),
+    (["-auto-tls"], 'invalid boolean value "true" for -auto-tls: pyetcd cannot make certificates;'
+                    ' make one with `openssl req -x509'),
+    (["-peer-auto-tls=1"], "-peer-cert-file cert.pem -peer-key-file key.pem"),
+    (["-host-whitelist", "example.com"], "requests are answered whatever their Host"),
+    (["-tls-min-version", "TLS1.3"], "TLS 1.2 and later are accepted"),
+    (["-peer-client-cert-file", "x"], "peers are shown the certificate of -peer-cert-file"),
+    (["-discovery-srv-name", "x"], "a suffix of the SRV names is not supported"),
+    (["-config-file", "none.yml"],
+     "error verifying flags, open none.yml: no such file or directory"),
     (["-cors", "ftp://x"], "Invalid CORS origin: ftp://x"),
     (["-log-package-levels", "raft=LOUD"], "raft=LOUD is not <package>=<level>"),
     (["-addr", "foo"], "address foo: missing port in address"),
@@ -11809,8 +11963,14 @@ def test_flags_fill_every_field_of_the_configuration() -> None:
         "-initial-cluster-token=t", "-initial-cluster-state=existing", "-force-new-cluster",
         "-advertise-client-urls=http://h:2", "-initial-advertise-peer-urls=http://h:1",
         "-listen-client-urls=http://h:4", "-listen-peer-urls=http://h:5",
-        "-discovery-fallback=exit", "-discovery-proxy=p:1", "-strict-reconfig-check",
-        "-cors=*", "-debug",
+        "-discovery-fallback=exit", "-discovery-proxy=p:1", "-strict-reconfig-check=false",
+        "-cors=*", "-debug", "-proxy=readonly", "-proxy-failure-wait=1",
+        "-proxy-refresh-interval=2", "-proxy-dial-timeout=3", "-proxy-write-timeout=4",
+        "-proxy-read-timeout=5", "-cert-file=c", "-key-file=k", "-trusted-ca-file=t",
+        "-ca-file=a", "-client-cert-auth", "-client-crl-file=r",
+        "-client-cert-allowed-hostname=n", "-peer-cert-file=pc", "-peer-key-file=pk",
+        "-peer-trusted-ca-file=pt", "-peer-ca-file=pa", "-peer-client-cert-auth",
+        "-peer-crl-file=pr", "-peer-cert-allowed-cn=pn",
     ])
     assert config == pyetcd.ServerConfig(
         name="n", data_dir="d", wal_dir="w", snapshot_count=5, heartbeat_ms=10, election_ms=60,
@@ -11818,9 +11978,17 @@ def test_flags_fill_every_field_of_the_configuration() -> None:
         initial_cluster_state="existing", force_new_cluster=True,
         advertise_client_urls=("http://h:2",), initial_advertise_peer_urls=("http://h:1",),
         listen_client_urls=("http://h:4",), listen_peer_urls=("http://h:5",),
-        discovery_fallback="exit", discovery_proxy="p:1", strict_reconfig_check=True,
-        cors=("*",), debug=True,
+        discovery_fallback="exit", discovery_proxy="p:1", strict_reconfig_check=False,
+        cors=("*",), debug=True, proxy="readonly", proxy_failure_wait_ms=1,
+        proxy_refresh_interval_ms=2, proxy_dial_timeout_ms=3, proxy_write_timeout_ms=4,
+        proxy_read_timeout_ms=5,
+        client_tls=pyetcd.TlsFiles("c", "k", "t", "a", True, "r", "n"),
+        peer_tls=pyetcd.TlsFiles("pc", "pk", "pt", "pa", True, "pr", "pn"),
     )
+    told = {name for name in pyetcd.ServerConfig._fields
+            if getattr(config, name) != getattr(pyetcd.ServerConfig(), name)}
+    assert told == set(pyetcd.ServerConfig._fields) - {
+        "segment_bytes", "history_events", "discovery", "discovery_srv"}
 
 
 def test_flags_of_the_article_are_understood() -> None:
@@ -11835,6 +12003,73 @@ def test_flags_of_the_article_are_understood() -> None:
     assert config.initial_cluster == ""
 
 
+_FLAGS_URLS_2380 = ("http://localhost:2380", "http://localhost:7001")
+_FLAGS_URLS_2379 = ("http://localhost:2379", "http://localhost:4001")
+_FLAGS_TABLE: Dict[str, Any] = {        # etcd 2.3; two defaults differ, see below
+    "name": "default", "data-dir": "", "wal-dir": "", "snapshot-count": 10000,
+    "heartbeat-interval": 100, "election-timeout": 1000, "listen-peer-urls": _FLAGS_URLS_2380,
+    "listen-client-urls": _FLAGS_URLS_2379, "max-snapshots": 5, "max-wals": 5, "cors": (),
+    "initial-advertise-peer-urls": _FLAGS_URLS_2380, "advertise-client-urls": _FLAGS_URLS_2379,
+    "initial-cluster": "",              # made of the name
+    "initial-cluster-state": "new", "initial-cluster-token": "etcd-cluster", "discovery": "",
+    "discovery-fallback": "proxy", "discovery-proxy": "", "discovery-srv": "",
+    "strict-reconfig-check": True,      # as etcd 3
+    "proxy": "off", "proxy-failure-wait": 5000, "proxy-refresh-interval": 30000,
+    "proxy-dial-timeout": 1000, "proxy-write-timeout": 5000, "proxy-read-timeout": 0,
+    "cert-file": "", "key-file": "", "trusted-ca-file": "", "ca-file": "",
+    "client-cert-auth": False, "peer-cert-file": "", "peer-key-file": "",
+    "peer-trusted-ca-file": "", "peer-ca-file": "", "peer-client-cert-auth": False,
+    "debug": False, "log-package-levels": {}, "force-new-cluster": False, "version": False,
+    "enable-pprof": False, "experimental-v3demo": False,
+    "experimental-gRPC-addr": "127.0.0.1:2378", "experimental-auto-compaction-retention": "0",
+    "addr": "", "bind-addr": "", "peer-addr": "", "peer-bind-addr": "",
+    "config-file": "", "auto-tls": False, "peer-auto-tls": False, "host-whitelist": "*",
+    "auth-token": "simple", "max-request-bytes": "1572864", "pre-vote": False,
+    "initial-election-tick-advance": True,
+    **dict.fromkeys(pyetcd.IGNORED_BOOLS, False),
+}
+_FLAGS_VALUES = {       # another value than the default, where its kind does not tell
+    "initial-cluster": "default=http://h:1", "initial-cluster-state": "existing",
+    "discovery": "http://h:1/t", "discovery-fallback": "exit", "proxy": "on", "cors": "*",
+    "log-package-levels": "raft=DEBUG", "host-whitelist": "*", "addr": "10.0.0.1:1",
+    "bind-addr": "10.0.0.1:1", "peer-addr": "10.0.0.1:1", "peer-bind-addr": "10.0.0.1:1",
+    "auto-tls": "false", "peer-auto-tls": "false",
+}
+
+
+@pytest.mark.parametrize("name", _FLAGS_TABLE)
+def test_flags_table_of_etcd(name: str) -> None:
+    """Each flag has etcd's default, takes its kind of value, and has its variable."""
+    default = _FLAGS_TABLE[name]
+    assert pyetcd.Settings([], {})[name] == default
+    text = _FLAGS_VALUES.get(name)
+    if text is None:
+        kinds = {bool: "true", int: "7", str: "x", tuple: "http://h:1"}
+        text = kinds[type(default)]
+    given = pyetcd.Settings([f"-{name}={text}"], {})
+    assert given.is_set(name)
+    variable = "ETCD_" + name.upper().replace("-", "_")
+    if name == "config-file":
+        return
+    from_environment = pyetcd.Settings([], {variable: text})
+    from_environment.read_environment()
+    assert from_environment[name] == given[name]
+    assert from_environment.sources[name] == variable
+
+
+@pytest.mark.skipif(not shutil.which("etcd"), reason="needs etcd 3.4")
+def test_flags_of_etcd_3_are_all_known() -> None:
+    """What `etcd -h` lists is accepted; the same flags are switches."""
+    listing = subprocess.run(["etcd", "-h"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             check=False, text=True).stdout
+    found = re.findall(r"^  --([\w-]+) '?([^'\n]*)'?$", listing, re.M)
+    assert len(found) > 70
+    for name, default in found:
+        settings = pyetcd.Settings([f"-{name}={default}"], {})
+        assert settings.is_set(name)
+        assert isinstance(settings[name], bool) == (default in ("true", "false")), name
+
+
 def test_flags_snapshot_count_zero_is_the_default() -> None:
     assert _flags_config(["-snapshot-count", "0"]).snapshot_count == 10000
 
@@ -11842,10 +12077,15 @@ def test_flags_snapshot_count_zero_is_the_default() -> None:
 @pytest.mark.parametrize("argv, text", [
     (["-v"], 'flag "-v" is no longer supported - ignoring.'),
     (["-snapshot=false"], 'flag "-snapshot" is no longer supported - ignoring.'),
-    (["-enable-v2"], 'flag "-enable-v2" has no effect in pyetcd - ignoring.'),
-    (["--enable-v2=true"], 'flag "-enable-v2" has no effect in pyetcd - ignoring.'),
-    (["-log-level", "debug"], 'flag "-log-level" has no effect in pyetcd - ignoring.'),
-    (["-quota-backend-bytes=1"], 'flag "-quota-backend-bytes" has no effect in pyetcd - ignoring.'),
+    (["-enable-v2"], "flag -enable-v2 has no effect: the v2 API is always on"),
+    (["--enable-v2=true"], "flag -enable-v2 has no effect: the v2 API is always on"),
+    (["-log-level", "debug"], "flag -log-level has no effect: the log goes to stderr; its level is"
+                              " set by -debug and -log-package-levels"),
+    (["-quota-backend-bytes=1"],
+     "flag -quota-backend-bytes has no effect: there is no v3 database file"),
+    (["-cipher-suites", "X,Y"],
+     "flag -cipher-suites has no effect: Python's defaults with TLS 1.2 and later are used"),
+    (["-unsafe-no-fsync"], "flag -unsafe-no-fsync has no effect: every write is synced"),
 ], ids=str)
 def test_flags_without_effect_are_accepted_with_one_warning(argv: List[str], text: str) -> None:
     settings = pyetcd.Settings(argv, {})
@@ -11900,15 +12140,28 @@ def test_flags_empty_variable_counts_as_unset() -> None:
 @pytest.mark.parametrize("environ, words", [
     ({"ETCD_HEARTBEAT_INTERVAL": "abc"},
      'invalid value "abc" for ETCD_HEARTBEAT_INTERVAL: parse error'),
-    ({"ETCD_VERSION": "v2.3.8"}, 'invalid boolean value "v2.3.8" for ETCD_VERSION: parse error'),
+    ({"ETCD_VERSION": "v2.3.8"}, 'invalid value "v2.3.8" for ETCD_VERSION: parse error'),
     ({"ETCD_PEERS": "a"}, "no longer supported"),
-    ({"ETCD_PROXY": "on"}, "the proxy is not available yet"),
+    ({"ETCD_PROXY": "yes"}, 'invalid value "yes" for ETCD_PROXY: invalid value, use one of off,'),
     ({"ETCD_LISTEN_PEER_URLS": "x"}, 'invalid value "x" for ETCD_LISTEN_PEER_URLS'),
-    ({"ETCD_PEER_CERT_FILE": "x"}, "TLS is not available yet"),
+    ({"ETCD_PEER_AUTO_TLS": "true"}, "pyetcd cannot make certificates"),
+    ({"ETCD_CONFIG_FILE": "none.yml"}, "open none.yml: no such file or directory"),
 ], ids=str)
 def test_flags_bad_variable(environ: Dict[str, str], words: str) -> None:
     with _flags_fails(words):
         _flags_config([], environ)
+
+
+def test_flags_variable_of_the_version_is_without_effect() -> None:
+    """But containers that set it to a version do not start, as with etcd (above)."""
+    assert _flags_config([], {"ETCD_VERSION": "true"}) == _flags_config()
+
+
+def test_flags_ignored_flag_is_a_variable_too() -> None:
+    settings = pyetcd.Settings([], {"ETCD_V": "1"})
+    settings.complete()
+    assert settings.lines[-1] == (
+        logging.WARNING, "flags", 'flag "-v" is no longer supported - ignoring.')
 
 
 def test_flags_every_flag_has_its_variable() -> None:
@@ -11937,7 +12190,8 @@ def test_flags_every_flag_has_its_variable() -> None:
     (["-election-timeout", "50001"],
      "-election-timeout[50001ms] is too long, and should be set less than 50000ms"),
     (["-heartbeat-interval", "0"], "should be at least 1ms"),
-    (["-listen-peer-urls", "https://h:1"], "TLS is not available yet"),
+    (["-peer-cert-allowed-cn=a", "-peer-cert-allowed-hostname=b"],
+     'AllowedCN and AllowedHostname are mutually exclusive (cn="a", hostname="b")'),
     (["-initial-cluster="], 'couldn\'t find local name "default" in the initial cluster'),
     (["-initial-cluster=default=ftp://h:1"], "URL scheme must be http or https: ftp://h:1"),
 ], ids=str)
@@ -11949,9 +12203,293 @@ def test_flags_that_do_not_go_together(argv: List[str], words: str) -> None:
 @pytest.mark.parametrize("argv", [
     ["-election-timeout", "50000"], ["-election-timeout", "500"],
     ["-discovery=http://h:1/t", "-listen-client-urls=http://h:1"],
+    ["-proxy=on", "-listen-client-urls=http://h:1"],
+    ["-proxy=readonly", "-listen-client-urls=http://h:1"],
+    ["-listen-peer-urls=https://h:1", "-initial-advertise-peer-urls=https://h:1"],
+    ["-auto-tls=false"], ["-host-whitelist=*"], ["-tls-min-version", "TLS1.2"],
 ], ids=str)
 def test_flags_at_the_limit_are_accepted(argv: List[str]) -> None:
     _flags_config(argv)
+
+
+# -- the configuration file ----------------------------------------------------------
+
+
+_FLAGS_FILE = """\
+# As the sample of etcd 3, shortened.
+name: 'n1'          # a comment
+data-dir: "d\\u0041"
+wal-dir:
+snapshot-count: 77
+initial-cluster: n1=http://10.0.0.1:2380,n2=http://10.0.0.2:2380
+initial-advertise-peer-urls: http://10.0.0.1:2380
+listen-client-urls: [http://10.0.0.1:2379, "http://127.0.0.1:2379"]
+advertise-client-urls: http://10.0.0.1:2379
+discovery:
+initial-cluster-token: it''s#no comment
+strict-reconfig-check: no
+proxy: off
+
+client-transport-security:
+  # Indented.
+  cert-file: c.pem
+  key-file: 'k.pem'
+  client-cert-auth: true
+  auto-tls: false
+
+peer-transport-security:
+  cert-file:
+  trusted-ca-file: ca.pem
+  client-cert-auth: false
+
+log-outputs: [stderr]
+cipher-suites: [
+  TLS_A,    # one
+  TLS_B
+]
+tls-min-version: 'TLS1.2'
+"""
+_FLAGS_FILE_JSON = {
+    "name": "n1", "data-dir": "dA", "wal-dir": None, "snapshot-count": 77,
+    "initial-cluster": "n1=http://10.0.0.1:2380,n2=http://10.0.0.2:2380",
+    "initial-advertise-peer-urls": "http://10.0.0.1:2380",
+    "listen-client-urls": ["http://10.0.0.1:2379", "http://127.0.0.1:2379"],
+    "advertise-client-urls": "http://10.0.0.1:2379", "discovery": "",
+    "initial-cluster-token": "it''s#no comment", "strict-reconfig-check": False, "proxy": "off",
+    "client-transport-security": {
+        "cert-file": "c.pem", "key-file": "k.pem", "client-cert-auth": True, "auto-tls": False},
+    "peer-transport-security": {"cert-file": "", "trusted-ca-file": "ca.pem"},
+    "log-outputs": ["stderr"],
+}
+
+
+@pytest.mark.parametrize("text", [
+    _FLAGS_FILE, json.dumps(_FLAGS_FILE_JSON), json.dumps(_FLAGS_FILE_JSON, indent=1),
+    "\ufeff---\r\n" + _FLAGS_FILE.replace("\n", "\r\n"),
+], ids=["lines", "json", "json, indented", "windows"])
+def test_flags_configuration_file_counts_alone(text: str, tmp_path: Path) -> None:
+    """Flags and variables are ignored, and that is said."""
+    path = tmp_path / "c.yml"
+    path.write_text(text, encoding="utf-8", newline="")
+    settings = pyetcd.Settings(
+        ["-config-file", str(path), "-name", "flag", "-debug"], {"ETCD_WAL_DIR": "w", "ETCD_X": ""})
+    settings.complete()
+    assert settings.lines[0] == (
+        logging.INFO, "etcd", f'Loading server configuration from "{path}". Other configuration'
+        " command line flags and environment variables will be ignored if provided.")
+    assert pyetcd.make_config(settings) == pyetcd.ServerConfig(
+        name="n1", data_dir="dA", snapshot_count=77, strict_reconfig_check=False,
+        initial_cluster="n1=http://10.0.0.1:2380,n2=http://10.0.0.2:2380",
+        initial_advertise_peer_urls=("http://10.0.0.1:2380",),
+        listen_client_urls=("http://10.0.0.1:2379", "http://127.0.0.1:2379"),
+        advertise_client_urls=("http://10.0.0.1:2379",), initial_cluster_token="it''s#no comment",
+        client_tls=pyetcd.TlsFiles("c.pem", "k.pem", client_cert_auth=True),
+        peer_tls=pyetcd.TlsFiles(trusted_ca_file="ca.pem"),
+    )
+
+
+def test_flags_configuration_file_may_be_named_by_its_variable(tmp_path: Path) -> None:
+    (tmp_path / "c").write_text("name: file\n")
+    config = _flags_config([], {"ETCD_CONFIG_FILE": str(tmp_path / "c"), "ETCD_NAME": "env"})
+    assert config.name == "file"
+
+
+def test_flags_unknown_setting_of_a_file_is_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    path.write_text("name: a\nbogus: 1\nversion: true\nenable-v2: true\n")
+    settings = pyetcd.Settings([f"-config-file={path}"], {})
+    settings.complete()
+    known = "`pyetcd -help` lists those that are known"
+    assert [text for level, _, text in settings.lines if level == logging.WARNING] == [
+        f'{path}:2: unknown setting "bogus" is ignored; {known}',
+        f'{path}:3: unknown setting "version" is ignored; {known}',
+        "flag -enable-v2 has no effect: the v2 API is always on",
+    ]
+
+
+@pytest.mark.parametrize("text, line, words", [
+    ("name: a\n\nheartbeat-interval: abc\n", 3,
+     'invalid value "abc" for heartbeat-interval: parse error'),
+    ("name: a\nname: b\n", 2, "name is set a second time, after line 1"),
+    ("name a\n", 1, "'name a' is not understood; write `setting: value`"),
+    ("name:a\n", 1, "is not understood"),
+    ("- name: a\n", 1, "is not understood"),
+    ("listen-peer-urls:\n  - http://h:1\n", 2, "is not understood"),
+    ("name: a\n  data-dir: x\n", 2, "data-dir is indented, but stands in none of the sections"),
+    ("cors: *\n", 1, "the value of cors, '*', is not understood"),
+    ("name: a: b\n", 1, "is not understood"),
+    ("name: 'a' b\n", 1, "is not understood"),
+    ("name: 'a\n", 1, "is not understood"),
+    ("name: |\n", 1, "is not understood"),
+    ("name: {a: b}\n", 1, "is not understood"),
+    ("cors: [a, [b]]\n", 1, "is not understood"),
+    ("cors: [a,\n b\n", 1, "is not understood"),
+    ("peer-transport-security: x\n", 1, "peer-transport-security is a section"),
+    ("\npeer-transport-security:\n  client-cert-aut: true\n", 3,
+     'unknown setting "client-cert-aut" in peer-transport-security; use one of cert-file,'),
+    ("client-transport-security:\n  auto-tls: true\n", 2, "pyetcd cannot make certificates"),
+    ('{"name": "a",\n "debug": truth}', 2, "not JSON"),
+    ('{"name": "a",\n "name": "b"}', 1, "name is set a second time"),
+    ('{"name": "a",\n "debug": {"a": 1}}', 2, "the value of debug is not understood"),
+    ('{"name": "a",\n "snapshot-count": [1.5]}', 2, "is not understood"),
+    ('{"snapshot-count": -1}', 1, 'invalid value "-1" for snapshot-count: parse error'),
+    ('{"name": "a",\n "peer-transport-security": "x"}', 2,
+     "peer-transport-security is a section"),
+], ids=str)
+def test_flags_bad_configuration_file(text: str, line: int, words: str, tmp_path: Path) -> None:
+    """File, line, and what is wrong; nothing that may protect something is skipped in silence."""
+    path = tmp_path / "c.yml"
+    path.write_text(text)
+    with pytest.raises(pyetcd.FlagError) as caught:
+        _flags_config(["-config-file", str(path)])
+    assert str(caught.value).startswith(f"{path}:{line}: ")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_flags_checks_of_a_file_speak_its_language(tmp_path: Path) -> None:
+    path = tmp_path / "c.yml"
+    path.write_text("listen-client-urls: http://10.0.0.1:1\n")
+    with _flags_fails("for example advertise-client-urls: http://10.0.0.1:1"):
+        _flags_config(["-config-file", str(path)])
+    path.write_text("\nadvertise-client-urls: http://:1\n")
+    with _flags_fails(f"advertise-client-urls (from {path}:2) has no host"):
+        _flags_config(["-config-file", str(path)])
+
+
+def test_flags_configuration_file_must_be_text(tmp_path: Path) -> None:
+    (tmp_path / "c").write_bytes(b"name: \xff\n")
+    with _flags_fails("is not text in UTF-8"):
+        _flags_config(["-config-file", str(tmp_path / "c")])
+    with _flags_fails(f"open {tmp_path}: is a directory"):
+        _flags_config(["-config-file", str(tmp_path)])
+
+
+# -- TLS -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flags_pem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """c.pem, k.pem and ca.pem in the working directory: here only their names count."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("c.pem", "k.pem", "ca.pem"):
+        (tmp_path / name).write_text("")
+
+
+_FLAGS_PAIR = {"cert_file": "c.pem", "key_file": "k.pem"}
+
+
+@pytest.mark.parametrize("side, files, urls, words", [
+    ("client", {"cert_file": "c.pem"}, "http://h:1",
+     "KeyFile and CertFile must both be present[key: , cert: c.pem]; give both -cert-file and"
+     " -key-file"),
+    ("peer", {"key_file": "k.pem"}, "http://h:1",
+     "KeyFile and CertFile must both be present[key: k.pem, cert: ]; give both -peer-cert-file"),
+    ("client", {}, "https://h:1",
+     "cannot listen on TLS for given listener: KeyFile and CertFile are not presented"),
+    ("peer", {}, "https://h:1",
+     "cannot listen on TLS for https://h:1: KeyFile and CertFile are not presented"),
+    ("client", {"cert_file": "no.pem", "key_file": "k.pem"}, "https://h:1",
+     "open no.pem: no such file or directory; -cert-file must name"),
+    ("peer", {**_FLAGS_PAIR, "trusted_ca_file": "no.pem"}, "https://h:1",
+     "open no.pem: no such file or directory; -peer-trusted-ca-file must name"),
+    ("peer", {**_FLAGS_PAIR, "crl_file": "no.pem", "client_cert_auth": True}, "https://h:1",
+     "open no.pem: no such file or directory; -peer-crl-file must name"),
+    ("client", {**_FLAGS_PAIR, "allowed_name": "x"}, "https://h:1",
+     "client certificates need -client-cert-auth: without it no certificate is asked for"),
+    ("peer", {**_FLAGS_PAIR, "crl_file": "ca.pem"}, "https://h:1",
+     "peer certificates need -peer-client-cert-auth"),
+], ids=str)
+def test_flags_tls_that_cannot_work(
+    side: str, files: Dict[str, Any], urls: str, words: str, flags_pem: None
+) -> None:
+    with pytest.raises(pyetcd.StartError) as caught:
+        pyetcd.check_tls(side, pyetcd.TlsFiles(**files), urls.split(","))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("side, files, urls, lines", [
+    ("client", {}, "http://h:1", []),
+    ("client", {"trusted_ca_file": "ca.pem"}, "http://h:1", []),
+    ("client", {**_FLAGS_PAIR, "trusted_ca_file": "ca.pem", "allowed_name": "x",
+                "client_cert_auth": True}, "https://h:1",
+     ["clientTLS: cert = c.pem, key = k.pem, ca = , trusted-ca = ca.pem, client-cert-auth = true"]),
+    ("peer", {**_FLAGS_PAIR, "ca_file": "ca.pem", "crl_file": "ca.pem"}, "http://h:1,https://h:2",
+     ["peerTLS: cert = c.pem, key = k.pem, ca = ca.pem, trusted-ca = , client-cert-auth = false",
+      "The scheme of peer url http://h:1 is http while peer key/cert files are presented. Ignored"
+      " peer key/cert files."]),
+    ("client", {"client_cert_auth": True}, "http://h:1",
+     ["client certificates are not asked for on http://h:1: that needs https, with -cert-file and"
+      " -key-file"]),
+], ids=str)
+def test_flags_tls_start_lines(
+    side: str, files: Dict[str, Any], urls: str, lines: List[str], flags_pem: None
+) -> None:
+    found = pyetcd.check_tls(side, pyetcd.TlsFiles(**files), urls.split(","))
+    assert [text for _, text in found] == lines
+
+
+@pytest.mark.parametrize("argv, field, value", [
+    (["-bind-addr=10.0.0.1:1", "-addr=10.0.0.1:1", "-cert-file=c", "-key-file=k"],
+     "listen_client_urls", ("https://10.0.0.1:1",)),
+    (["-bind-addr=10.0.0.1:1", "-addr=10.0.0.1:1", "-peer-cert-file=c", "-peer-key-file=k"],
+     "listen_client_urls", ("http://10.0.0.1:1",)),
+    (["-peer-addr=10.0.0.1:1", "-peer-cert-file=c", "-peer-key-file=k"],
+     "initial_advertise_peer_urls", ("https://10.0.0.1:1",)),
+], ids=str)
+def test_flags_of_etcd_04_with_a_certificate_are_https(
+    argv: List[str], field: str, value: Any
+) -> None:
+    assert getattr(_flags_config(argv), field) == value
+
+
+# -- addresses that nobody can reach ---------------------------------------------------
+
+
+@pytest.mark.parametrize("argv, environ, example", [
+    (["-listen-client-urls", "http://0.0.0.0:2379"], {},
+     "for example -advertise-client-urls http://192.168.7.7:2379"),
+    (["-listen-client-urls", "https://[::]:1,http://127.0.0.1:2"], {},
+     "for example -advertise-client-urls http://127.0.0.1:2,https://192.168.7.7:1"),
+    ([], {"ETCD_LISTEN_CLIENT_URLS": "http://0.0.0.0:2379"},
+     "for example ETCD_ADVERTISE_CLIENT_URLS=http://192.168.7.7:2379"),
+    (["-bind-addr", "0.0.0.0:4001"], {},
+     "for example -advertise-client-urls http://192.168.7.7:4001"),
+], ids=str)
+def test_flags_listening_everywhere_needs_an_address_for_the_clients(
+    argv: List[str], environ: Dict[str, str], example: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pyetcd, "default_route_address", lambda: "192.168.7.7")
+    with _flags_fails(example):
+        _flags_config(argv, environ)
+
+
+@pytest.mark.parametrize("argv, where", [
+    (["-advertise-client-urls", "http://0.0.0.0:1"], "-advertise-client-urls has http://0.0.0.0:1"),
+    (["-initial-advertise-peer-urls", "http://[::]:1"], "-initial-advertise-peer-urls has http:"),
+    (["-initial-cluster", "default=http://0.0.0.0:1"], "-initial-cluster has http://0.0.0.0:1"),
+], ids=str)
+def test_flags_wildcard_that_is_advertised_is_a_warning(
+    argv: List[str], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """etcd takes it in silence; on one host it even works."""
+    monkeypatch.setattr(pyetcd, "default_route_address", lambda: "192.168.7.7")
+    settings = pyetcd.Settings(argv, {})
+    pyetcd.make_config(settings)
+    ((level, package, text),) = settings.lines
+    assert (level, package) == (logging.WARNING, "etcd")
+    assert text.startswith(where)
+    assert text.endswith("advertise the address of this one, e.g. http://192.168.7.7:1")
+
+
+def test_flags_registering_default_peer_urls_is_a_warning() -> None:
+    """The others would look for this member on their own machines."""
+    argv = ["-discovery", "http://h:1/t", "-listen-peer-urls", "http://h:2"]
+    settings = pyetcd.Settings(argv, {})
+    pyetcd.make_config(settings)
+    assert settings.lines == [(
+        logging.WARNING, "etcd", "-listen-peer-urls is set, but the other members are told"
+        " http://localhost:2380,http://localhost:7001; set -initial-advertise-peer-urls"
+        " http://h:2")]
 
 
 # -- empty hosts and $private_ipv4 -------------------------------------------------
@@ -12130,10 +12668,17 @@ def test_flags_systemd_is_notified(abstract: bool, tmp_path: Path) -> None:
 
 
 def test_flags_missing_notify_socket_is_logged_only(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Without a socket only a service of systemd is told; not who starts it by hand."""
+    monkeypatch.setattr(os, "getppid", lambda: 2)
     pyetcd.notify_systemd({})
     assert caplog.messages == []
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os.path, "isdir", lambda path: path == "/run/systemd/system")
+    pyetcd.notify_systemd({})
+    assert caplog.messages == ["forgot to set Type=notify in systemd service file?"]
+    caplog.clear()
     pyetcd.notify_systemd({"NOTIFY_SOCKET": str(tmp_path / "none")})
     assert caplog.messages[0].startswith("failed to notify systemd for readiness: ")
 
@@ -12190,6 +12735,26 @@ def test_flags_signal_stops_in_order_then_ends_the_process(number: int, name: st
     process.send_signal(number)
     assert process.wait(20) == -number
     assert _flags_output(process) == f"received {name} signal, shutting down...\nstopping\n"
+
+
+def test_flags_first_process_of_a_container_ends_with_0_after_a_signal() -> None:
+    """For process 1 the kernel would drop the signal anyway."""
+    process = _flags_python("""
+        import os, threading
+        import pyetcd
+        stopped = threading.Event()
+        signals = pyetcd.SignalStop()
+        signals.install(stopped.set)
+        print("up", flush=True)
+        stopped.wait()
+        os.getpid = lambda: 1
+        signals.end()
+    """)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    _flags_output(process)
 
 
 def test_flags_signal_before_the_start_ends_the_process_silently() -> None:
@@ -12274,12 +12839,69 @@ def test_flags_member_runs_from_the_environment_alone(tmp_path: Path) -> None:
 
 
 def test_flags_start_failure_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    """What was open is closed again, and that is said."""
     ports = _flags_ports(2)
-    with socket.create_server(("127.0.0.1", ports[0])):
+    with socket.create_server(("127.0.0.1", ports[1])):
         process = _flags_member(
             tmp_path, f"-listen-peer-urls=http://127.0.0.1:{ports[0]}",
             f"-listen-client-urls=http://127.0.0.1:{ports[1]}", *_FLAGS_ADVERTISED)
         output = process.communicate(timeout=30)[0]
     assert process.returncode == 1
     assert "Traceback" not in output
-    assert "bind: address already in use" in output.splitlines()[-1]
+    lines = output.splitlines()
+    assert lines[-2].endswith(f"etcd: stopping listening for peers on http://127.0.0.1:{ports[0]}")
+    assert "bind: address already in use" in lines[-1]
+
+
+def test_flags_tls_failure_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    process = _flags_member(tmp_path, "-cert-file=c.pem", "-cors=*")
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 1
+    assert output.count("\n") == 1
+    assert "etcd: KeyFile and CertFile must both be present[key: , cert: c.pem]" in output
+
+
+def test_flags_start_lines_say_how_each_side_is_protected(
+    flags_pem: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pyetcd")
+    pair = pyetcd.TlsFiles("c.pem", "k.pem")
+    pyetcd.log_sides(pyetcd.ServerConfig(
+        listen_client_urls=("https://h:1",), client_tls=pair, listen_peer_urls=("http://h:2",),
+        peer_tls=pair, cors=("http://a", "http://b")))
+    assert [(r.name, r.levelname, r.getMessage()[:20]) for r in caplog.records] == [
+        ("pyetcd.etcd", "INFO", "peerTLS: cert = c.pe"),
+        ("pyetcd.etcd", "WARNING", "The scheme of peer u"),
+        ("pyetcd.etcd", "INFO", "clientTLS: cert = c."),
+        ("pyetcd.etcd", "INFO", "cors = http://a,http"),
+    ]
+
+
+def test_flags_member_runs_from_a_configuration_file(tmp_path: Path) -> None:
+    """The file alone: a flag that would be an error in itself does not count."""
+    client, peer = (f"http://127.0.0.1:{port}" for port in _flags_ports(2))
+    (tmp_path / "c.yml").write_text(
+        f"name: n1\nlisten-client-urls: {client}\nadvertise-client-urls: {client}\n"
+        f"listen-peer-urls: {peer}\ninitial-advertise-peer-urls: {peer}\n"
+        f"initial-cluster: n1={peer}\nbogus: 1\n")
+    process = Process(tmp_path, "-config-file", "c.yml", "-election-timeout", "1")
+    try:
+        process.wait_log("published {Name:n1 ")
+        lines = [line.split(" ", 2)[2] for line in process.log().splitlines()]
+        assert lines[0].startswith('etcd: Loading server configuration from "c.yml". Other')
+        assert lines[1].startswith('etcd: c.yml:7: unknown setting "bogus" is ignored')
+    finally:
+        process.kill()
+
+
+def test_flags_member_that_lost_its_data_directory_says_what_to_do(tmp_path: Path) -> None:
+    """It must not vote again as if it had never voted."""
+    with StaticCluster(tmp_path, 3) as cluster:
+        lost = cluster.members[2]
+        lost.process.kill()
+        shutil.rmtree(tmp_path / "n2.etcd")
+        cluster.start(lost)
+        assert lost.process.popen.wait(20) == 1
+        line = lost.process.log().splitlines()[-1]
+        assert "has already been bootstrapped; its data directory is lost" in line
+        assert "DELETE /v2/members/" in line and "-initial-cluster-state existing" in line
