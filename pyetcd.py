@@ -164,6 +164,7 @@ SNAPSHOT_CATCHUP_ENTRIES = 5_000    # entries kept in memory behind a snapshot f
 
 ENTRIES_BYTES_MAX = 1 << 20         # entries in one MsgApp; always at least one entry
 INFLIGHT_MSGAPP_MAX = 512           # unanswered MsgApp per follower; above: wait for an answer
+READ_ROUNDS_MAX = 1_024             # questions at a leader; above: dropped, and asked again
 UNCOMMITTED_BYTES_MAX = 256 << 20   # log tail not yet committed; above: proposals are refused
 PROPOSALS_PENDING_MAX = 65_536      # requests waiting for apply; above: refused with error 300
 
@@ -1822,13 +1823,16 @@ class Replication:
         self._mail.send(MsgType.SNAP, peer, snapshot=snapshot)
         progress.become_snapshot(snapshot.index)
 
-    def send_heartbeats(self) -> None:
-        """Keep every follower from campaigning, and let paused probes go on."""
+    def send_heartbeats(self, context: Optional[bytes]) -> None:
+        """Keep every follower from campaigning, and let paused probes go on.
+
+        context  comes back with the answers (Reads)
+        """
         for peer, progress in self.progress.items():
             if peer != self._id:
                 # Not beyond its match: it may not hold those entries, or other ones there.
                 commit = min(progress.match_index, self._log.commit)
-                self._mail.send(MsgType.HEARTBEAT, peer, commit=commit)
+                self._mail.send(MsgType.HEARTBEAT, peer, commit=commit, context=context)
                 progress.paused = False
 
     def handle_reject(self, message: Message) -> None:
@@ -1891,6 +1895,66 @@ def _no_snapshot() -> Optional[Snapshot]:
     return None
 
 
+class ReadRound:
+    """One question whether a leader still leads; index: its commit index when it was asked."""
+
+    __slots__ = ("index", "requester", "heard")
+
+    def __init__(self, index: int, requester: int, heard: Set[int]) -> None:
+        self.index = index
+        self.requester = requester
+        self.heard = heard              # voters that have confirmed
+
+
+class Reads:
+    """Reads that see every write acknowledged before them, without an entry in the log.
+
+    A leader notes its commit index, asks with a heartbeat whether it still leads, and when a
+    majority has confirmed, everything up to that index may be read (thesis §6.4).
+    """
+
+    def __init__(self, id: int, mail: Mailbox) -> None:
+        self.confirmed: List[Tuple[bytes, int]] = []    # (context, index) asked for here
+        self._rounds: Dict[bytes, ReadRound] = {}       # leader only, oldest first
+        self._id = id
+        self._mail = mail
+
+    @property
+    def newest(self) -> Optional[bytes]:
+        """The context that a heartbeat has to carry; None: nobody asks."""
+        return next(reversed(self._rounds), None) if self._rounds else None
+
+    def clear(self) -> None:
+        """A new term: whoever asked asks again."""
+        self._rounds.clear()
+
+    def begin(self, context: bytes, index: int, requester: int) -> None:
+        """Leader: member `requester` wants to read what is committed now."""
+        if len(self._rounds) < READ_ROUNDS_MAX:
+            self._rounds[context] = ReadRound(index, requester, set())
+
+    def confirm(self, context: bytes, voter: int, quorum: int) -> None:
+        """Leader: `voter` has heard us after the question `context` was asked."""
+        asked = self._rounds.get(context)
+        if asked is None:
+            return
+        asked.heard.add(voter)
+        if len(asked.heard) >= quorum:
+            for earlier in list(self._rounds):      # what was asked before is answered as well
+                self._release(earlier, self._rounds.pop(earlier))
+                if earlier == context:
+                    return
+
+    def _release(self, context: bytes, asked: ReadRound) -> None:
+        if asked.requester == self._id:
+            self.confirmed.append((context, asked.index))
+        else:
+            self._mail.send(
+                MsgType.READ_INDEX_RESP, asked.requester, index=asked.index,
+                entries=[Entry(data=context)],
+            )
+
+
 # ============================================================================
 # 8. Raft core -- elections, replication, commitment
 # ----------------------------------------------------------------------------
@@ -1946,13 +2010,13 @@ class Raft:
         self.election_elapsed = 0       # ticks since the leader was heard; leader: since it checked
         self.heartbeat_elapsed = 0
         self.election_timeout = 0                   # redrawn at every reset
-        self.transferee = 0                         # leader: who shall take over
-        self.transfer_elapsed = 0
+        self.transferee = 0             # leader: who shall take over before the next check
         self.pending_conf_index = 0                 # leader: last conf change in the log
         self.applied_conf_index = 0                 # last conf change that was applied
         self.uncommitted_bytes = 0                  # leader: data behind the commit index
         self.mail = Mailbox(config.id, config.max_entries_bytes)
         self.replication = Replication(config, log, self.mail)
+        self.reads = Reads(config.id, self.mail)
         self._handlers = _FOLLOWER
         self.replication.set_voters(voters)
         self.become_follower(term, 0)
@@ -2022,6 +2086,7 @@ class Raft:
         self.transferee = 0
         self.mail.term = term
         self.replication.reset()
+        self.reads.clear()
 
     def become_follower(self, term: int, lead: int) -> None:
         """Follow `lead` (0: unknown) at `term`."""
@@ -2078,14 +2143,11 @@ class Raft:
                 self.config.trace(f"{self.id:x} stepped down: no answer of a majority")
                 self.become_follower(self.term, 0)
                 return
+            self.transferee = 0         # it did not take over: serve proposals again
         self.heartbeat_elapsed += 1
         if self.heartbeat_elapsed >= self.config.heartbeat_ticks:
             self.heartbeat_elapsed = 0
-            self.replication.send_heartbeats()
-        if self.transferee:
-            self.transfer_elapsed += 1
-            if self.transfer_elapsed >= self.config.election_ticks:
-                self.transferee = 0     # it did not take over: serve proposals again
+            self.replication.send_heartbeats(self.reads.newest)
 
     # -- elections -----------------------------------------------------------
 
@@ -2139,10 +2201,8 @@ class Raft:
         self._count_vote(message.sender, granted=not message.reject)
         answers = [self.votes[voter] for voter in self.progress if voter in self.votes]
         grants, rejections = answers.count(True), answers.count(False)
-        self.config.trace(
-            f"{self.id:x} [quorum:{self.quorum}] has received {grants} votes"
-            f" and {rejections} vote rejections"
-        )
+        tally = f"{grants} votes and {rejections} vote rejections"
+        self.config.trace(f"{self.id:x} [quorum:{self.quorum}] has received {tally}")
         if grants >= self.quorum and self.id in self.progress:
             if self.role is RaftRole.PRE_CANDIDATE:
                 self._run_for_leader(None)
@@ -2223,19 +2283,6 @@ class Raft:
         elif message.type == MsgType.PRE_VOTE:
             self.mail.hold(MsgType.PRE_VOTE_RESP, message.sender, reject=True)
 
-    def take_messages(self) -> Tuple[List[Message], List[Message]]:
-        """Return (messages, held ones) since the last call, with a MsgApp for all who are due."""
-        if self.replication.is_due and self.role is RaftRole.LEADER:
-            self.replication.send_due()
-        return self.mail.take()
-
-    @property
-    def has_messages(self) -> bool:
-        """True if take_messages() may return something."""
-        return not self.mail.is_empty or (
-            self.replication.is_due and self.role is RaftRole.LEADER
-        )
-
     # -- proposals -----------------------------------------------------------
 
     def _follower_prop(self, message: Message) -> None:
@@ -2290,13 +2337,23 @@ class Raft:
 
     def _leader_heartbeat_resp(self, message: Message) -> None:
         self.replication.handle_heartbeat_resp(message)
+        self.reads.confirm(message.context or b"", message.sender, self.quorum)
+
+    def _leader_read_index(self, message: Message) -> None:
+        """Before the first commit of its term a leader does not know how far others came."""
+        if message.entries and self.log.term(self.log.commit) == self.term:
+            context = message.entries[0].data
+            self.reads.begin(context, self.log.commit, message.sender or self.id)
+            if self.id in self.progress:
+                self.reads.confirm(context, self.id, self.quorum)
+            self.replication.send_heartbeats(context)
 
     def _leader_transfer(self, message: Message) -> None:
         """Hand the lead to message.sender as soon as its log is complete (thesis §3.10)."""
         progress = self.progress.get(message.sender)
         if progress is None or message.sender == self.id:
             return
-        self.transferee, self.transfer_elapsed = message.sender, 0
+        self.transferee, self.election_elapsed = message.sender, 0
         if progress.match_index == self.log.last_index:
             self.mail.send(MsgType.TIMEOUT_NOW, message.sender)
         else:
@@ -2347,6 +2404,14 @@ class Raft:
         # It promises nothing, so it need not wait for the disk.  3.x counts the context.
         self.mail.send(MsgType.HEARTBEAT_RESP, message.sender, context=message.context)
 
+    def _follower_read_index(self, message: Message) -> None:
+        if self.lead and not message.sender:        # our own question; others know the leader
+            self.mail.send(MsgType.READ_INDEX, self.lead, term=0, entries=message.entries)
+
+    def _follower_read_index_resp(self, message: Message) -> None:
+        if message.entries:
+            self.reads.confirmed.append((message.entries[0].data, message.index))
+
     def _follower_snap(self, message: Message) -> None:
         self._hear_leader(message)
         if message.snapshot is not None and self._restore(message.snapshot):
@@ -2390,6 +2455,8 @@ _FOLLOWER: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.VOTE: Raft._vote,
     MsgType.PRE_VOTE: Raft._pre_vote,
     MsgType.TIMEOUT_NOW: Raft._hup,
+    MsgType.READ_INDEX: Raft._follower_read_index,
+    MsgType.READ_INDEX_RESP: Raft._follower_read_index_resp,
 }
 _CANDIDATE: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.HUP: Raft._hup,
@@ -2412,6 +2479,7 @@ _LEADER: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.VOTE: Raft._vote,
     MsgType.PRE_VOTE: Raft._pre_vote,
     MsgType.TRANSFER_LEADER: Raft._leader_transfer,
+    MsgType.READ_INDEX: Raft._leader_read_index,
 }
 _TICK: Dict[RaftRole, Callable[[Raft], None]] = {
     RaftRole.FOLLOWER: Raft._tick_election,
@@ -2537,7 +2605,7 @@ class RawNode:
             entries = [Entry(entry.type, 0, 0, entry.data) for entry in message.entries]
             self._propose(message.sender, entries)
         elif (
-            not message.term or kind in LOCAL_MESSAGES
+            (not message.term and kind != MsgType.READ_INDEX) or kind in LOCAL_MESSAGES
             or (kind in _RESPONSES and message.sender not in raft.progress)
             or (kind == MsgType.APP and not _is_contiguous(message))
         ):
@@ -2576,6 +2644,18 @@ class RawNode:
         self.raft.apply_conf_change(change)
         return self.raft.voters
 
+    def read_index(self, context: bytes) -> None:
+        """Ask how far the store must be for a read to see all that is acknowledged now.
+
+        The answer comes through confirmed_reads(), or never: then ask again with another context.
+        """
+        self.raft.step(Message(MsgType.READ_INDEX, entries=[Entry(data=context)]))
+
+    def confirmed_reads(self) -> List[Tuple[bytes, int]]:
+        """Return (context, index) of the questions that were answered since the last call."""
+        confirmed, self.raft.reads.confirmed = self.raft.reads.confirmed, []
+        return confirmed
+
     def report_unreachable(self, id: int) -> None:
         """A message to member `id` could not be delivered."""
         self.raft.replication.unreachable(id)
@@ -2588,14 +2668,20 @@ class RawNode:
         """Tell whether ready() has something to hand out."""
         raft = self.raft
         return (
-            raft.has_messages or raft.log.has_unhanded
+            not raft.mail.is_empty or self._is_append_due or raft.log.has_unhanded
             or self._hard_state != (raft.term, raft.vote, raft.log.commit)
         )
+
+    @property
+    def _is_append_due(self) -> bool:
+        return self.raft.role is RaftRole.LEADER and self.raft.replication.is_due
 
     def ready(self) -> Ready:
         """Hand out what is to be written and sent, and move on."""
         raft = self.raft
-        messages, held = raft.take_messages()
+        if self._is_append_due:
+            raft.replication.send_due()     # one MsgApp for all who are due, with all since
+        messages, held = raft.mail.take()
         snapshot, entries, mark = raft.log.hand_out()
         before = self._hard_state
         now = self._hard_state = HardState(raft.term, raft.vote, raft.log.commit)
@@ -4553,7 +4639,8 @@ def _migrate(paths: DataDir, names: Set[str]) -> None:
 
 
 FEATURE_PRE_VOTE = "prevote"        # answers MsgPreVote (3.x)
-FEATURES = (FEATURE_PRE_VOTE,)      # what this program publishes as a member
+FEATURE_READ_INDEX = "readindex"    # answers MsgReadIndex, returns the context of heartbeats
+FEATURES = (FEATURE_PRE_VOTE, FEATURE_READ_INDEX)   # what this program publishes as a member
 
 
 class Member(NamedTuple):
@@ -8532,7 +8619,7 @@ class Proposals:
         """Return who waits for this id, who then waits no more; None if nobody here does."""
         return self._done.pop(request_id, None)
 
-    def __contains__(self, request_id: int) -> bool:
+    def __contains__(self, request_id: object) -> bool:
         return request_id in self._done
 
     def expire(self, now: float, error: Callable[[float], EtcdError]) -> int:
@@ -8551,6 +8638,62 @@ class Proposals:
         self._deadlines.clear()
         while self._done:
             self._done.popitem()[1](error)
+
+
+class QuorumReads:
+    """GET with quorum=true by MsgReadIndex: all that wait share one question to the leader.
+
+    One question at a time; what arrives meanwhile shares the next.  A question without an answer
+    is asked again after two ticks: its leader is gone, or not ready.  Thread: reactor.
+    Source: Raft thesis §6.4.  Differs from etcd 2.3, which writes each such read into its log.
+    """
+
+    def __init__(self, member_id: int, first_id: int) -> None:
+        self.enabled = False            # every member can answer; else the log must do
+        self._member_id = member_id
+        self._question = first_id       # number of the last one: no two of one member are equal
+        self._waiting: List[Request] = []
+        self._asked: List[Request] = []     # those of the question under way
+        self._index = 0                 # its answer: served when so much is applied; 0: not known
+        self._ticks = 0                 # since it was asked
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._asked)
+
+    def add(self, request: Request) -> None:
+        """Serve `request` when the store is as far as the cluster is now."""
+        self._waiting.append(request)
+
+    def tick(self, proposals: Container[int]) -> None:
+        """Give up a question that nobody answers, and the requests that nobody waits for."""
+        self._ticks += 1
+        if self._asked and not self._index and self._ticks > 2:
+            again, self._asked = self._asked + self._waiting, []
+            self._waiting = [request for request in again if request.id in proposals]
+
+    def take(self, node: RawNode, applied: int) -> List[Request]:
+        """Ask if there is something to ask; return the requests that can be served now."""
+        served: List[Request] = []
+        while True:
+            if not self._asked and self._waiting:
+                self._ask(node)
+            for context, index in node.confirmed_reads():
+                if context == self._context and self._asked:
+                    self._index = index
+            if not (self._index and applied >= self._index):
+                return served
+            served += self._asked
+            self._asked, self._index = [], 0
+
+    @property
+    def _context(self) -> bytes:
+        return struct.pack(">QQ", self._member_id, self._question)
+
+    def _ask(self, node: RawNode) -> None:
+        self._question = (self._question + 1) & UINT64_MAX
+        self._asked, self._waiting = self._waiting, []
+        self._ticks = self._index = 0
+        node.read_index(self._context)
 
 
 class VersionMonitor:
@@ -8708,6 +8851,7 @@ class EtcdServer:
         self.leader_stats = LeaderStats(boot.member_id)
         self.metrics = Metrics()
         self.proposals = Proposals(config.request_timeout_s)
+        self.reads = QuorumReads(boot.member_id, self.ids.next())
         self.stopping = False
         self.applier = Applier(self.store, self.cluster, self.member_id)
         snapshotter = boot.snapshotter
@@ -8771,7 +8915,7 @@ class EtcdServer:
         self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
         self.reactor.call_later(SYNC_SECONDS, self._sync)
         Purge(self, self._data_dir)
-        self._publish()
+        Publication(self, self._tell_published)
 
     def stop(self) -> None:
         """Reject what waits, write the last batch, close the log.  Blocks for one sync."""
@@ -8824,7 +8968,10 @@ class EtcdServer:
         if not request.id:
             request = request._replace(id=self.ids.next())
         self.proposals.add(request.id, done, self.reactor.now())
-        self._queue.append(Entry(data=encode_request(request), request=request))
+        if request.method == "QGET" and self.reads.enabled:
+            self.reads.add(request)
+        else:
+            self._queue.append(Entry(data=encode_request(request), request=request))
 
     def change_member(
         self, change_type: ConfChangeType, member: Member,
@@ -8873,6 +9020,8 @@ class EtcdServer:
             return
         self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
         self.node.raft.pre_vote = self.cluster.all_have(FEATURE_PRE_VOTE)
+        self.reads.enabled = self.cluster.all_have(FEATURE_READ_INDEX)
+        self.reads.tick(self.proposals)
         self.node.tick()
         self.proposals.expire(self.reactor.now(), self._timeout_error)
 
@@ -8904,31 +9053,6 @@ class EtcdServer:
             request = Request(id=self.ids.next(), method="SYNC", time=self.reactor.wall_ns())
             self._queue.append(Entry(data=encode_request(request), request=request))
 
-    def _publish(self) -> None:
-        """Tell the cluster our name and client URLs; again until it is applied."""
-        if self.stopping:
-            return
-        member = Member(
-            self.member_id, self.config.initial_advertise_peer_urls, self.config.name,
-            self.config.advertise_client_urls, FEATURES,
-        )
-        path = f"/0/members/{format_id(self.member_id)}/attributes"
-        self.do(Request(method="PUT", path=path, val=member.attributes_json()), self._publish_done)
-
-    def _publish_done(self, result: Any) -> None:
-        if self.stopping:
-            return
-        log = package_logger("etcdserver")
-        if isinstance(result, EtcdError):
-            log.error("publish error: %s", result.cause)
-            self.reactor.call_later(SYNC_SECONDS, self._publish)
-            return
-        self._tell_published()
-        log.info(
-            "published {Name:%s ClientURLs:[%s]} to cluster %s", self.config.name,
-            " ".join(self.config.advertise_client_urls), format_id(self.cluster.id),
-        )
-
     def _propose_version(self, version: str) -> None:
         self.do(Request(method="PUT", path="/0/version", val=version), lambda result: None)
 
@@ -8941,12 +9065,16 @@ class EtcdServer:
         node, refused = self.node, False
         if self._strays and self.lead and not node.raft.transferee:
             self._take_strays()
+        if self.reads:
+            self._serve_reads()
         if self._queue or self._changes:
             refused = not self._propose()
         if node.has_ready():
             self._take(node.ready())
         self.journal.submit()
         self._apply()
+        if self.reads:
+            self._serve_reads()
         self.snapshots.work(self._snapshot_saved)
         if node.has_ready() or (not refused and (self._queue or self._changes)):
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
@@ -8972,6 +9100,12 @@ class EtcdServer:
             self._changes = [change for change in self._changes if change.id in waiting]
             return False
         return True
+
+    def _serve_reads(self) -> None:
+        for request in self.reads.take(self.node, self.raft_index):
+            done = self.proposals.pop(request.id)
+            if done is not None:
+                done(self.applier.apply_request(request))
 
     def _take_strays(self) -> None:
         """There is a leader again: propose what peers gave us, unless they have given it up."""
@@ -9125,6 +9259,40 @@ class EtcdServer:
                 self.transport.add_peer(member.id, member.peer_urls)
         self.raft_index, self.raft_term = snapshot.index, snapshot.term
         self.node.applied_to(snapshot.index)
+
+
+class Publication:
+    """Tells the cluster our name and client URLs, until it is applied; then calls done()."""
+
+    def __init__(self, etcd: EtcdServer, done: Callable[[], None]) -> None:
+        self._etcd = etcd
+        self._done = done
+        self._propose()
+
+    def _propose(self) -> None:
+        etcd, config = self._etcd, self._etcd.config
+        if etcd.stopping:
+            return
+        member = Member(
+            etcd.member_id, config.initial_advertise_peer_urls, config.name,
+            config.advertise_client_urls, FEATURES,
+        )
+        path = f"/0/members/{format_id(etcd.member_id)}/attributes"
+        etcd.do(Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
+
+    def _applied(self, result: Any) -> None:
+        etcd, log = self._etcd, package_logger("etcdserver")
+        if etcd.stopping:
+            return
+        if isinstance(result, EtcdError):
+            log.error("publish error: %s", result.cause)
+            etcd.reactor.call_later(SYNC_SECONDS, self._propose)
+            return
+        self._done()
+        log.info(
+            "published {Name:%s ClientURLs:[%s]} to cluster %s", etcd.config.name,
+            " ".join(etcd.config.advertise_client_urls), format_id(etcd.cluster.id),
+        )
 
 
 class Purge:
