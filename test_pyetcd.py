@@ -7451,7 +7451,7 @@ def test_tls_certificates_are_read_again_when_they_change(tmp_path, certificates
         parts = urllib.parse.urlsplit(url)
 
         def shown():
-            return ssl.get_server_certificate((parts.hostname, parts.port), timeout=10)
+            return ssl.get_server_certificate((parts.hostname, parts.port))
 
         first = shown()
         Path(files.cert_file).write_bytes(b"half a file")
@@ -12366,7 +12366,7 @@ _FLAGS_FILE_JSON = {
 def test_flags_configuration_file_counts_alone(text: str, tmp_path: Path) -> None:
     """Flags and variables are ignored, and that is said."""
     path = tmp_path / "c.yml"
-    path.write_text(text, encoding="utf-8", newline="")
+    path.write_bytes(text.encode())
     settings = pyetcd.Settings(
         ["-config-file", str(path), "-name", "flag", "-debug"], {"ETCD_WAL_DIR": "w", "ETCD_X": ""})
     settings.complete()
