@@ -45,9 +45,10 @@ Sections, bottom up; each uses only names defined above it:
   27. Discovery
   28. Bootstrap
   29. Embedding
-  30. Flags
-  31. Settings
-  32. Command line
+  30. Proxy
+  31. Flags
+  32. Settings
+  33. Command line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in README.md.
@@ -109,6 +110,8 @@ from typing import (
     Sequence,
     Set,
     Tuple,
+    Type,
+    TypeVar,
     Union,
 )
 from urllib.parse import urlsplit
@@ -432,6 +435,10 @@ class DiscoveryError(Exception):
 
 class StartError(Exception):
     """The member cannot start.  The text is one line that says what to do; exit code 1."""
+
+
+class ClusterFull(StartError):
+    """The discovery URL has all its members; this node may serve as a proxy of them."""
 
 
 class InvariantError(Exception):
@@ -5456,6 +5463,12 @@ class TlsContext:
         return context
 
 
+@functools.cache
+def default_tls() -> TlsContext:
+    """Return how to reach others without settings: the system's authorities decide."""
+    return TlsContext(TlsFiles(), server=False)
+
+
 def check_readable(path: str) -> None:
     """Raise StartError, with etcd's words, unless the file can be read."""
     try:
@@ -5832,21 +5845,30 @@ class HttpRequest:
 
     def start_stream(
         self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
+        *, length: Optional[int] = None,
     ) -> StreamReply:
-        """Send the head now; the body follows in pieces."""
-        framing = "Transfer-Encoding: chunked\r\n" if self.head.minor else ""
+        """Send the head now; the body follows in pieces, of `length` bytes if that is known.
+
+        For an answer without body (HEAD, 204, 304) end() is all that follows.
+        """
+        bodyless = self.head.method == "HEAD" or status in (204, 304)
+        chunked = bool(self.head.minor) and length is None and not bodyless
+        framing = "Transfer-Encoding: chunked\r\n" if chunked else ""
+        if length is not None and status != 204:
+            framing = f"Content-Length: {length}\r\n"
         self.connection.send(self._head_bytes(status, content_type, headers, framing))
-        return StreamReply(self)
+        return StreamReply(self, chunked=chunked)
 
 
 class StreamReply:
-    """A reply whose body is written piece by piece (chunked; HTTP/1.0: until close)."""
+    """A reply whose body is written piece by piece (chunked, or of a length that the head told;
+    HTTP/1.0: until close)."""
 
     __slots__ = ("_connection", "_chunked", "_keep_alive", "closed", "on_close")
 
-    def __init__(self, request: HttpRequest) -> None:
+    def __init__(self, request: HttpRequest, *, chunked: bool) -> None:
         self._connection = request.connection
-        self._chunked = bool(request.head.minor)
+        self._chunked = chunked
         self._keep_alive = request.head.keep_alive
         self.closed = False
         self.on_close: Optional[Callable[[], None]] = None
@@ -5857,6 +5879,10 @@ class StreamReply:
     def pending(self) -> int:
         """Bytes that the client has not taken yet."""
         return self._connection.pending
+
+    def when_read(self, callback: Callable[[], None]) -> None:
+        """Call once, as soon as the client has taken everything that is pending."""
+        self._connection.on_drain = callback
 
     def write(self, data: bytes) -> bool:
         """Queue one piece; False if the reply has ended."""
@@ -5888,8 +5914,8 @@ class Connection:
     """One accepted socket: bytes in, requests out, one at a time and in order."""
 
     __slots__ = (
-        "reactor", "remote", "on_close", "streaming", "pending", "_listener", "_sock", "_in",
-        "_head", "_chunks", "_body", "_busy", "_out", "_dirty", "_events", "_close_after",
+        "reactor", "remote", "on_close", "on_drain", "streaming", "pending", "_listener", "_sock",
+        "_in", "_head", "_chunks", "_body", "_busy", "_out", "_dirty", "_events", "_close_after",
         "_eof", "_draining", "_processing", "closed",
     )
 
@@ -5897,6 +5923,7 @@ class Connection:
         self.reactor = listener.reactor
         self.remote = remote
         self.on_close: Optional[Callable[[], None]] = None
+        self.on_drain: Optional[Callable[[], None]] = None      # once, when nothing is pending
         self.streaming = False
         self.pending = 0                # bytes in _out
         self.closed = False
@@ -6095,7 +6122,7 @@ class Connection:
         if self.closed:
             return
         self._busy = self.streaming = False
-        self.on_close = None
+        self.on_close = self.on_drain = None
         if data:
             self.send(data)
         if not keep_alive or self._eof:
@@ -6129,6 +6156,9 @@ class Connection:
             self._drain()
         elif self._events & selectors.EVENT_WRITE:
             self._watch(self._events & ~selectors.EVENT_WRITE)
+        if self.on_drain is not None and not self._out:
+            on_drain, self.on_drain = self.on_drain, None
+            on_drain()
 
     def _drain(self) -> None:
         """Say goodbye, then read what the client still sends: a reset would destroy the reply."""
@@ -6165,6 +6195,7 @@ class Connection:
         self._sock.close()
         self._out = []
         self._in = b""
+        self.on_drain = None
         self._listener.forget(self)
         on_close, self.on_close = self.on_close, None
         if on_close is not None:
@@ -6449,12 +6480,13 @@ class HttpCall:
     on_head(status, headers) once; on_data(bytes) per piece of the body; on_done(error) exactly
     once at the end, None if the body was complete; nothing after cancel().  connect_timeout_s
     bounds name look-up and connect, idle_timeout_s each silence after that (None: no limit).
+    A Host among the headers goes before that of the url.
     """
 
     __slots__ = (
-        "_reactor", "_request", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock",
-        "_out", "_in", "_left", "_chunks", "_timer", "_heard", "_ended", "_connected", "_tls",
-        "_host", "_handshake",
+        "_reactor", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock", "_bodyless",
+        "_out", "_in", "_left", "_chunks", "_timer", "_heard", "_ended", "connected", "_paused",
+        "_events", "_tls", "_host", "_handshake",
     )
 
     def __init__(
@@ -6471,7 +6503,9 @@ class HttpCall:
         self._on_done = on_done
         self._idle_timeout_s = idle_timeout_s
         self._sock: Optional[socket.socket] = None
-        lines = [f"{method} {target} HTTP/1.1", f"Host: {urlsplit(url).netloc}"]
+        lines = [f"{method} {target} HTTP/1.1"]
+        if "Host" not in headers:
+            lines.append(f"Host: {urlsplit(url).netloc}")
         lines += [f"{name}: {value}" for name, value in headers.items()]
         if body or method in ("POST", "PUT"):
             lines.append(f"Content-Length: {len(body)}")
@@ -6481,8 +6515,11 @@ class HttpCall:
         self._chunks: Optional[ChunkedDecoder] = None
         self._heard = 0.0
         self._ended = False
-        self._connected = False
-        self._tls = tls or TlsContext(TlsFiles(), server=False) if is_https(url) else None
+        self._bodyless = method == "HEAD"
+        self._paused = False
+        self._events = 0                # that the reactor waits for
+        self.connected = False          # from then on the other side may have seen the request
+        self._tls = (tls or default_tls()) if is_https(url) else None
         self._host = urlsplit(url).hostname or ""
         self._handshake: Optional[Handshake] = None
         late = TimeoutError(f"dial tcp {urlsplit(url).netloc}: i/o timeout")
@@ -6502,7 +6539,7 @@ class HttpCall:
             return
         if self._handshake is not None:
             self._handshake.cancel()
-        else:
+        elif self._events:
             self._reactor.unregister(self._sock)
         self._sock.close()
         self._sock = None
@@ -6519,8 +6556,34 @@ class HttpCall:
         except OSError as error:
             self._fail(error)
             return
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._out else 0)
-        self._reactor.modify(self._sock, events, self._on_event)
+        self._watch()
+
+    def pause(self) -> None:
+        """Read no more until resume(); the idle time does not count meanwhile."""
+        if not self._ended and not self._paused:
+            self._paused = True
+            self._watch()
+
+    def resume(self) -> None:
+        """Read again."""
+        if not self._ended and self._paused:
+            self._paused = False
+            self._heard = self._reactor.now()
+            self._watch()
+
+    def _watch(self) -> None:
+        """Wait for what comes next: room for the request, or the answer."""
+        assert self._sock is not None
+        events = 0 if self._paused else selectors.EVENT_READ
+        if self._out:
+            events |= selectors.EVENT_WRITE
+        if events and self._events:
+            self._reactor.modify(self._sock, events, self._on_event)
+        elif events:
+            self._reactor.register(self._sock, events, self._on_event)
+        elif self._events:
+            self._reactor.unregister(self._sock)
+        self._events = events
 
     def _resolve(self, host: str, port: int) -> None:
         """Literal addresses at once; names on a thread, a name server may be slow."""
@@ -6552,7 +6615,8 @@ class HttpCall:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
-        self._reactor.register(sock, selectors.EVENT_WRITE, self._on_event)
+        self._events = selectors.EVENT_WRITE
+        self._reactor.register(sock, self._events, self._on_event)
         code = sock.connect_ex(address)
         if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
             self._reactor.call_soon(self._fail, OSError(code, os.strerror(code)))
@@ -6565,17 +6629,27 @@ class HttpCall:
         elif self._tls is None:
             self._begin()
         else:
-            self._reactor.unregister(self._sock)
-            sock = self._tls.current.wrap_socket(
+            self._shake_hands(self._tls)
+
+    def _shake_hands(self, tls: TlsContext) -> None:
+        assert self._sock is not None
+        self._reactor.unregister(self._sock)
+        self._events = 0
+        try:
+            sock = tls.current.wrap_socket(
                 self._sock, server_hostname=self._host, do_handshake_on_connect=False
             )
-            self._sock = sock
-            self._handshake = Handshake(self._reactor, sock, self._secured)
+        except (OSError, ValueError) as error:      # gone already, or a name that cannot be
+            self._fail(OSError(f"cannot speak TLS to {self._host!r}: {error}"))
+            return
+        self._sock = sock
+        self._handshake = Handshake(self._reactor, sock, self._secured)
 
     def _secured(self, error: Optional[OSError]) -> None:
         assert self._sock is not None
         self._handshake = None
-        self._reactor.register(self._sock, selectors.EVENT_READ, self._on_event)
+        self._events = selectors.EVENT_READ
+        self._reactor.register(self._sock, self._events, self._on_event)
         if error is None:
             self._begin()
         else:
@@ -6583,14 +6657,14 @@ class HttpCall:
 
     def _begin(self) -> None:
         """The connection stands: send the request."""
-        self._connected = True
+        self.connected = True
         self._heard = self._reactor.now()
         self._timer.cancel()
         self._watch_idle()
         self.flush()
 
     def _on_event(self, mask: int) -> None:
-        if not self._connected:
+        if not self.connected:
             self._on_connect()
             return
         if mask & selectors.EVENT_WRITE:
@@ -6601,6 +6675,8 @@ class HttpCall:
     def _watch_idle(self) -> None:
         if self._idle_timeout_s is None:
             return
+        if self._paused:
+            self._heard = self._reactor.now()
         left_s = self._heard + self._idle_timeout_s - self._reactor.now()
         if left_s <= 0:
             self._fail(TimeoutError("i/o timeout"))
@@ -6645,10 +6721,14 @@ class HttpCall:
             self._take_head(data[end + 4:])
             return
         self._in = b""
-        if headers.get("transfer-encoding", "").lower() == "chunked":
+        length = _content_length(headers)
+        if self._bodyless or status in (204, 304):
+            self._left = 0
+        elif headers.get("transfer-encoding", "").lower() == "chunked":
             self._chunks = ChunkedDecoder()
-        has_length = status == 204 or "content-length" in headers
-        self._left = _content_length(headers) if has_length else sys.maxsize
+            self._left = sys.maxsize
+        else:
+            self._left = length if "content-length" in headers else sys.maxsize
         self._on_head(status, headers)
         if not self._ended:
             self._take_body(data[end + 4:])
@@ -10294,6 +10374,19 @@ def _cpu_seconds() -> float:
     return times.user + times.system
 
 
+def add_process_readings(metrics: Metrics, started_ns: int) -> None:
+    """Register what the system knows of this process.  started_ns: unix nanoseconds."""
+    metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
+                  lambda: {(): _cpu_seconds()})
+    metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors)
+    metrics.gauge("process_max_fds", "Limit of open file descriptors.",
+                  lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
+    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
+    metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
+                  lambda: started_ns / NS)
+
+
 def _add_readings(server: EtcdServer) -> None:
     """Register the numbers that others keep.  Names are those of etcd 2.3."""
     metrics, store, log = server.metrics, server.store, server.node.raft.log
@@ -10315,15 +10408,7 @@ def _add_readings(server: EtcdServer) -> None:
                   lambda: {(): writer.sync_count})
     metrics.total("etcd_wal_fsync_durations_seconds_sum", "Seconds they took.",
                   lambda: {(): writer.sync_seconds})
-    metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
-                  lambda: {(): _cpu_seconds()})
-    metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors)
-    metrics.gauge("process_max_fds", "Limit of open file descriptors.",
-                  lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
-    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
-    metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
-                  lambda: server.stats.started_ns / NS)
+    add_process_readings(metrics, server.stats.started_ns)
 
 
 _READ_ACTIONS = {"get": "gets"}
@@ -10369,9 +10454,16 @@ class CorsRequest(HttpRequest):
 
     def start_stream(
         self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
+        *, length: Optional[int] = None,
     ) -> StreamReply:
         """Send the head with the lines of CORS."""
-        return super().start_stream(status, content_type, self._lines + headers)
+        return super().start_stream(status, content_type, self._lines + headers, length=length)
+
+
+def allow_origin(request: HttpRequest, origins: Container[str]) -> HttpRequest:
+    """Return `request` so that its reply names the origin it comes from, if that is allowed."""
+    origin = "*" if "*" in origins else request.headers.get("origin", "")
+    return CorsRequest(request, origin) if origin in origins else request
 
 
 class ClientApi:
@@ -10406,9 +10498,7 @@ class ClientApi:
     def handle(self, request: HttpRequest) -> None:
         """Answer a request of a client."""
         if self._origins:
-            origin = "*" if "*" in self._origins else request.headers.get("origin", "")
-            if origin in self._origins:
-                request = CorsRequest(request, origin)
+            request = allow_origin(request, self._origins)
         self.serve(request)
 
     def serve(self, request: HttpRequest) -> None:
@@ -10511,6 +10601,10 @@ class DiscoveryUnreachable(DiscoveryError):
 class DiscoveryFull(DiscoveryError):
     """The wanted number of members has registered, and we are not among them."""
 
+    def __init__(self, members: List[Registration]) -> None:
+        super().__init__("discovery: cluster is full")
+        self.members = members
+
 
 class DuplicateId(DiscoveryError):
     """Our member id stands in the registry, yet our data directory is empty."""
@@ -10576,7 +10670,7 @@ class Discovery:
     """One member's way through the registry of a discovery URL, to the initial cluster.
 
     url         scheme://host[:port]/<token key>, on any etcd v2 or discovery service
-    member_id   ours; its hex text is our key in the registry
+    member_id   ours; its hex text is our key in the registry; 0 for who will not be a member
     pairs       our `name=url[,name=url]`, sorted
     proxy       URL of an HTTP proxy, or ""
     sleep       called with the seconds to wait before another try
@@ -10610,7 +10704,20 @@ class Discovery:
         """
         self._check()
         self._register()
-        members = self._wait(self._check())
+        return self._initial_cluster(self._wait(self._check()))
+
+    def find(self) -> str:
+        """Wait for the members without becoming one; return the initial cluster.
+
+        Waits without end for an unreachable registry.  Raises DiscoveryError.
+        """
+        try:
+            return self._initial_cluster(self._wait(self._check()))
+        except DiscoveryFull as full:
+            return self._initial_cluster(full.members)
+
+    @staticmethod
+    def _initial_cluster(members: Sequence[Registration]) -> str:
         text = ",".join(member.value for member in members)
         try:
             found = parse_initial_cluster(text)
@@ -10637,7 +10744,7 @@ class Discovery:
         members = [member for member in members if not member.id.startswith("_")]
         first = members[:size]
         if len(members) >= size and self._id not in (member.id for member in first):
-            raise DiscoveryFull("discovery: cluster is full")
+            raise DiscoveryFull(first)
         seen = max((member.created_index for member in members), default=0)
         return RegistryState(first, size, index or seen)
 
@@ -11217,8 +11324,14 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
         return boot._replace(peer_tls=tls)
     except (WalError, SnapshotError, CodecError, InvariantError) as error:
         raise StartError(str(error)) from error     # nothing runs yet: no state to protect
+    except DiscoveryFull as error:
+        text = _discovery_failure(config, data_dir.root, error)
+        if config.discovery_fallback != "proxy":
+            raise StartError(text) from error
+        _forget_member_dir(data_dir)
+        raise ClusterFull(text) from error
     except DiscoveryError as error:
-        raise StartError(_discovery_failure(config, data_dir, error)) from error
+        raise StartError(_discovery_failure(config, data_dir.root, error)) from error
     except OSError as error:
         raise StartError(f"cannot use data directory {data_dir.root}: {error}") from error
 
@@ -11235,14 +11348,21 @@ def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
     return None
 
 
-def _discovery_failure(config: ServerConfig, data_dir: DataDir, error: DiscoveryError) -> str:
+def _forget_member_dir(data_dir: DataDir) -> None:
+    """Remove the empty directories of a member that is none: they would stop a later proxy."""
+    for path in (os.path.join(data_dir.member, "wal"), data_dir.snap, data_dir.member):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+
+
+def _discovery_failure(config: ServerConfig, data_dir: str, error: DiscoveryError) -> str:
     """One line for the operator; the words are etcd's, which used up to four lines."""
     url = config.discovery
     if isinstance(error, DuplicateId):
         return (
             f'member "{config.name}" has previously registered with discovery service token'
             f" ({url}). But etcd could not find valid cluster configuration in the given data dir"
-            f" ({data_dir.root}). Please check the given data dir path if the previous bootstrap"
+            f" ({data_dir}). Please check the given data dir path if the previous bootstrap"
             f" succeeded or use a new discovery token if the previous bootstrap failed. If this"
             f" member never ran before, another one has registered with the same"
             f" -initial-advertise-peer-urls ({','.join(config.initial_advertise_peer_urls)})."
@@ -11256,9 +11376,9 @@ def _discovery_failure(config: ServerConfig, data_dir: DataDir, error: Discovery
         )
     if isinstance(error, DiscoveryFull) and config.discovery_fallback == "proxy":
         return (
-            f"discovery cluster is full ({url}), and the proxy that -discovery-fallback=proxy asks"
-            f" for is not available yet; add this member with POST /v2/members on a running member"
-            f" and start it with -initial-cluster-state existing, or generate a new discovery token"
+            f"discovery cluster is full ({url}): start a proxy of it, or add this member with POST"
+            f" /v2/members on a running member and start it with -initial-cluster-state existing,"
+            f" or generate a new discovery token"
         )
     if config.discovery_srv:
         return f"error setting up initial cluster: {error}"
@@ -11692,16 +11812,13 @@ def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
 # ============================================================================
 
 
-class Server:
-    """A whole member in the caller's process, on a thread of its own.
+_Hosted = TypeVar("_Hosted", bound="ServerThread")
 
-        with pyetcd.Server(data_dir="/var/lib/x", listen_client_urls=["http://127.0.0.1:0"]) as s:
-            print(s.client_urls[0])
 
-    settings are the fields of ServerConfig; URL lists may be any sequence.  Without them the
-    member listens on free loopback ports; what is not advertised explicitly is advertised as
-    bound.  Several members may live in one process.  Raises StartError from bind() and start().
-    Thread: any.
+class ServerThread:
+    """What a member and a proxy have in common: listeners, and a reactor on a thread of its own.
+
+    settings are the fields of ServerConfig; URL lists may be any sequence.  Thread: any.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -11718,23 +11835,112 @@ class Server:
         self._init(config._replace(**settings))
 
     @classmethod
-    def from_config(cls, config: ServerConfig) -> Server:
-        """Return a member with exactly this configuration."""
+    def from_config(cls: Type[_Hosted], config: ServerConfig) -> _Hosted:
+        """Return a server with exactly this configuration."""
         server = cls.__new__(cls)
         server._init(config)
         return server
 
     def _init(self, config: ServerConfig) -> None:
         self.config = config
-        self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
         self._reactor = Reactor()       # its sockets are closed by stop(), also without start()
         self._client_listeners: List[Listener] = []
         self._peer_listeners: List[Listener] = []
+        self._thread: Optional[threading.Thread] = None
+        self._error: Optional[BaseException] = None
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop in order: waiting requests are rejected, the last batch is written, files closed."""
+        if self._thread is None:
+            self._close_listeners()
+            self._reactor.close()
+        elif self._thread.is_alive():
+            self._reactor.call_soon_threadsafe(self._stop)
+            self._thread.join()
+
+    def wait(self) -> int:
+        """Block until the server ends; return the exit code: 0, or 1 after a failure."""
+        if self._thread is not None:
+            self._thread.join()
+        return 1 if self._error is not None else 0
+
+    @property
+    def client_urls(self) -> Tuple[str, ...]:
+        """Bound client URLs, with the real ports."""
+        return tuple(listener.bound_url for listener in self._client_listeners)
+
+    def _listen(
+        self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles
+    ) -> Listener:
+        tls = None
+        if is_https(url):
+            if not files.cert_file or not files.key_file:
+                raise StartError(
+                    f"cannot listen on TLS for {url}: KeyFile and CertFile are not presented;"
+                    f" give both, or use an http URL"
+                )
+            tls = TlsContext(files, server=True)
+        try:
+            return Listener(url, self._reactor, handler, body_max=body_max, tls=tls)
+        except OSError as error:
+            host, port = url_address(url)
+            what = f"listen tcp {host}:{port}: bind: {(error.strerror or str(error)).lower()}"
+            raise StartError(f"{what}{_BIND_HINTS.get(error.errno or 0, '')}") from None
+        except OverflowError:
+            raise StartError(f"listen tcp {url}: invalid port; use 1 to 65535") from None
+
+    def _start_thread(self) -> None:
+        for listener in self._peer_listeners + self._client_listeners:
+            listener.start()
+        self._thread = threading.Thread(target=self._run, name="reactor", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._begin()
+            self._reactor.run()
+        except Exception as error:
+            self._error = error
+            package_logger("etcd").critical("the member ends: %s", error, exc_info=True)
+        finally:
+            self._close_listeners()
+            self._reactor.close()
+
+    def _begin(self) -> None:
+        """First thing on the reactor's thread."""
+
+    def _stop(self) -> None:
+        """On the reactor's thread: end everything in order."""
+        self._close_listeners()
+        self._reactor.stop()
+
+    def _close_listeners(self) -> None:
+        for listener in self._client_listeners + self._peer_listeners:
+            listener.stop()
+        self._client_listeners, self._peer_listeners = [], []
+
+
+class Server(ServerThread):
+    """A whole member in the caller's process, on a thread of its own.
+
+        with pyetcd.Server(data_dir="/var/lib/x", listen_client_urls=["http://127.0.0.1:0"]) as s:
+            print(s.client_urls[0])
+
+    settings are the fields of ServerConfig; URL lists may be any sequence.  Without them the
+    member listens on free loopback ports; what is not advertised explicitly is advertised as
+    bound.  Several members may live in one process.  Raises StartError from bind() and start().
+    Thread: any.
+    """
+
+    def _init(self, config: ServerConfig) -> None:
+        super()._init(config)
+        self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
         self._client_api: Optional[ClientApi] = None
         self._peer_api: Optional[PeerApi] = None
-        self._thread: Optional[threading.Thread] = None
         self._ready = threading.Event()
-        self._error: Optional[BaseException] = None
         self._leaving = False           # stop() was called
 
     # -- life --------------------------------------------------------------
@@ -11742,9 +11948,6 @@ class Server:
     def __enter__(self) -> Server:
         self.start()
         return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
 
     def bind(self) -> None:
         """Open the listening sockets, so that the ports are known; nothing is served yet."""
@@ -11793,20 +11996,8 @@ class Server:
         registry = DiscoveryService(self.etcd.do, self._client_api.serve)
         self._client_api.fallback = registry.handle
         self._peer_api = PeerApi(self.etcd)
-        for listener in self._peer_listeners + self._client_listeners:
-            listener.start()
         self._reactor.on_turn = self.etcd.on_turn
-        self._thread = threading.Thread(target=self._run, name="reactor", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop in order: waiting requests are rejected, the last batch is written, files closed."""
-        if self._thread is None:
-            self._close_listeners()
-            self._reactor.close()
-        elif self._thread.is_alive():
-            self._reactor.call_soon_threadsafe(self._stop)
-            self._thread.join()
+        self._start_thread()
 
     def kill(self) -> None:
         """End at once, as by `kill -9`: nothing more is written or said.  For tests."""
@@ -11814,12 +12005,6 @@ class Server:
             self._reactor.call_soon_threadsafe(self._failed, ServerStopped("killed"))
             self._thread.join()
             self.etcd.journal.writer.stop()
-
-    def wait(self) -> int:
-        """Block until the member ends; return the exit code: 0, or 1 after a failure."""
-        if self._thread is not None:
-            self._thread.join()
-        return 1 if self._error is not None else 0
 
     def wait_ready(self, timeout_s: float = 10.0) -> bool:
         """Block until this member has a leader and is published; False after timeout_s."""
@@ -11847,36 +12032,11 @@ class Server:
     # -- facts -------------------------------------------------------------
 
     @property
-    def client_urls(self) -> Tuple[str, ...]:
-        """Bound client URLs, with the real ports."""
-        return tuple(listener.bound_url for listener in self._client_listeners)
-
-    @property
     def peer_urls(self) -> Tuple[str, ...]:
         """Bound peer URLs, with the real ports."""
         return tuple(listener.bound_url for listener in self._peer_listeners)
 
     # -- inside ------------------------------------------------------------
-
-    def _listen(
-        self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles
-    ) -> Listener:
-        tls = None
-        if is_https(url):
-            if not files.cert_file or not files.key_file:
-                raise StartError(
-                    f"cannot listen on TLS for {url}: KeyFile and CertFile are not presented;"
-                    f" give both, or use an http URL"
-                )
-            tls = TlsContext(files, server=True)
-        try:
-            return Listener(url, self._reactor, handler, body_max=body_max, tls=tls)
-        except OSError as error:
-            host, port = url_address(url)
-            what = f"listen tcp {host}:{port}: bind: {(error.strerror or str(error)).lower()}"
-            raise StartError(f"{what}{_BIND_HINTS.get(error.errno or 0, '')}") from None
-        except OverflowError:
-            raise StartError(f"listen tcp {url}: invalid port; use 1 to 65535") from None
 
     def _serve_client(self, request: HttpRequest) -> None:
         assert self._client_api is not None
@@ -11886,17 +12046,9 @@ class Server:
         assert self._peer_api is not None
         self._peer_api.handle(request)
 
-    def _run(self) -> None:
+    def _begin(self) -> None:
         assert self.etcd is not None
-        try:
-            self.etcd.start()
-            self._reactor.run()
-        except Exception as error:
-            self._error = error
-            package_logger("etcd").critical("the member ends: %s", error, exc_info=True)
-        finally:
-            self._close_listeners()
-            self._reactor.close()
+        self.etcd.start()
 
     def _stop(self) -> None:
         assert self.etcd is not None
@@ -11907,8 +12059,7 @@ class Server:
     def _end(self) -> None:
         assert self.etcd is not None
         self.etcd.stop()
-        self._close_listeners()
-        self._reactor.stop()
+        super()._stop()
 
     def _failed(self, error: BaseException) -> None:
         """Durability is lost, or unknown: not one more byte leaves this member."""
@@ -11934,11 +12085,6 @@ class Server:
             log.info("stopping listening for peers on %s", listener.url)
         self._close_listeners()
 
-    def _close_listeners(self) -> None:
-        for listener in self._client_listeners + self._peer_listeners:
-            listener.stop()
-        self._client_listeners, self._peer_listeners = [], []
-
 
 _BIND_HINTS = {
     errno.EADDRINUSE: ": another program, perhaps another etcd, uses it; stop it or choose"
@@ -11949,7 +12095,648 @@ _BIND_HINTS = {
 
 
 # ============================================================================
-# 30. Flags -- what can be set, and how its text is read
+# 30. Proxy -- a door to a cluster on a machine that is no member of it
+# ----------------------------------------------------------------------------
+# Knows: all above.  Threads: as for Embedding; what blocks (asking peers for
+# the members, the cluster file) runs before the reactor or on its helpers.
+# ============================================================================
+
+PROXY_PROBE_SECONDS = 2.0           # silence of a member that owes answers; then it is asked
+PROXY_RETRY_SECONDS = 1.0           # between refreshes while there is no endpoint
+PROXY_REFRESH_SECONDS_MIN = 0.1     # between refreshes, whatever the flag says
+PROXY_UNREAD_BYTES_MAX = 256 << 10  # reply bytes that a client leaves; above: the member waits
+PROXY_CONNECT_SECONDS_MAX = 3600.0  # with dial timeout 0; the system gives up long before
+_DEFAULT_REFRESH_MS = ServerConfig().proxy_refresh_interval_ms
+
+# Headers that are for one connection only (RFC 2616 §13.5.1), and one that each side makes.
+_HOP_HEADERS = frozenset((
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailers",
+    "transfer-encoding", "upgrade", "content-length",
+))
+_CORS_HEADERS = frozenset((
+    "access-control-allow-headers", "access-control-allow-methods", "access-control-allow-origin",
+))
+_WAITS = re.compile("(?:^|&)wait=(?:1|t|T|true|TRUE|True)(?:&|$)")
+
+
+def find_peer_urls(config: ServerConfig, cluster_file: str) -> Tuple[str, ...]:
+    """Return the peer URLs to ask for members: of the cluster file, else of the bootstrap flags.
+
+    Raises StartError.  With discovery this waits for the members.  Source: etcd 2.3 startProxy.
+    """
+    log = package_logger("proxy")
+    urls = read_cluster_file(cluster_file)
+    if urls is not None:
+        for what, given in (
+            ("discovery token", config.discovery), ("DNS SRV discovery", config.discovery_srv),
+        ):
+            if given:
+                log.warning(
+                    "%s ignored since the proxy has already been initialized. Valid cluster file"
+                    " found at %s", what, go_quote(cluster_file),
+                )
+        log.info("using peer urls [%s] from cluster file %s", " ".join(urls),
+                 go_quote(cluster_file))
+        return urls
+    try:
+        text = config.initial_cluster or default_initial_cluster(config.name)
+        if config.discovery:
+            text = Discovery(config.discovery, 0, "", proxy=config.discovery_proxy).find()
+        elif config.discovery_srv:
+            advertised = config.initial_advertise_peer_urls
+            text = srv_cluster(config.discovery_srv, config.name, advertised, name_servers())
+        initial = parse_initial_cluster(text)
+    except DiscoveryError as error:
+        raise StartError(_discovery_failure(config, config.data_dir, error)) from error
+    except ValueError as error:
+        raise StartError(f"error setting up initial cluster: {error}") from None
+    urls = tuple(sorted(url for member in initial.values() for url in member))
+    log.info("using peer urls [%s] ", " ".join(urls))
+    return urls
+
+
+def read_cluster_file(path: str) -> Optional[Tuple[str, ...]]:
+    """Return the peer URLs that a proxy has kept; None if there is no file.  Raises StartError."""
+    try:
+        with open(path, "rb") as file:
+            urls = json.load(file)["PeerURLs"]
+        return tuple(check_url(url) for url in urls)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StartError(
+            f"cannot use the cluster file {path}: {_reason(error)}; remove it to begin again with"
+            f" -initial-cluster or -discovery"
+        ) from None
+
+
+def write_cluster_file(path: str, urls: Sequence[str]) -> None:
+    """Replace the file, whole or not at all.  Raises OSError."""
+    descriptor = os.open(path + ".bak", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(utf8(json_text({"PeerURLs": list(urls)})))
+        file.flush()
+        os.fsync(descriptor)
+    os.replace(path + ".bak", path)
+    fsync_dir(os.path.dirname(path))
+
+
+def prepare_proxy_dir(config: ServerConfig) -> str:
+    """Make <data dir>/proxy and return the path of the cluster file in it.  Raises StartError."""
+    root = config.data_dir or config.name + ".etcd"
+    path = os.path.join(root, "proxy")
+    try:
+        names = set(os.listdir(root)) if os.path.exists(root) else set()
+        if "member" in names and "proxy" not in names:
+            raise StartError(f"{root} belongs to a member; choose another -data-dir for a proxy")
+        _classify(root, names)
+        os.makedirs(root, mode=0o700, exist_ok=True)
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        _touch(path)
+        fsync_dir(root)
+    except OSError as error:
+        raise StartError(
+            f"cannot write to proxy directory: {error}; give the directory to this user, or choose"
+            f" another -data-dir"
+        ) from None
+    return os.path.join(path, "cluster")
+
+
+class ProxyDialer:
+    """Makes every call of a proxy to a member, with the limits of the -proxy-* flags."""
+
+    def __init__(self, config: ServerConfig, reactor: Reactor) -> None:
+        self._reactor = reactor
+        self._connect_s = config.proxy_dial_timeout_ms / 1000 or PROXY_CONNECT_SECONDS_MAX
+        self._read_s = config.proxy_read_timeout_ms / 1000 or None
+        self._write_s = config.proxy_write_timeout_ms / 1000 or None
+        self.tls = make_peer_tls(config)
+
+    def call(
+        self, url: str, request: HttpRequest, headers: Dict[str, str],
+        on_head: Callable[[int, Dict[str, str]], None], on_data: Callable[[bytes], None],
+        on_done: Callable[[Optional[Exception]], None],
+    ) -> HttpCall:
+        """Send a client's request."""
+        return HttpCall(
+            self._reactor, url, request.method, request.target, headers, request.body,
+            connect_timeout_s=self._connect_s, idle_timeout_s=self._read_s, tls=self.tls,
+            on_head=on_head, on_data=on_data, on_done=on_done,
+        )
+
+    def probe(self, url: str, on_done: Callable[[Optional[Exception]], None]) -> HttpCall:
+        """Ask for something that a member answers at once, within the write timeout."""
+        return HttpCall(
+            self._reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
+            idle_timeout_s=self._write_s, tls=self.tls, on_done=on_done,
+        )
+
+
+class Endpoint:
+    """A client URL of a member: whether requests go there, and which ones wait for it.
+
+    A member that is stopped, or cut off, still accepts connections or says nothing at all, and
+    no limit but -proxy-read-timeout, which also ends watches, would tell.  So one that owes
+    answers and is silent for PROXY_PROBE_SECONDS is probed; if the probe gets no answer either,
+    the endpoint has failed, for all that wait for it.  Differs from etcd, which waits forever.
+    """
+
+    def __init__(
+        self, url: str, reactor: Reactor, dialer: ProxyDialer, failure_wait_s: float
+    ) -> None:
+        self.url = url
+        self.available = True
+        self.suspect = False            # failed, and has not answered since: others go first
+        self._reactor = reactor
+        self._dialer = dialer
+        self._failure_wait_s = failure_wait_s
+        self._waiting: Dict[Forward, None] = {}
+        self._heard = 0.0               # monotonic seconds
+        self._timer: Optional[Timer] = None
+        self._probe: Optional[HttpCall] = None
+
+    def expect(self, forward: Forward) -> None:
+        """`forward` waits for the end of an answer."""
+        self._waiting[forward] = None
+        if self._timer is None and self._probe is None:
+            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
+
+    def leave(self, forward: Forward) -> None:
+        """It does not wait any more."""
+        self._waiting.pop(forward, None)
+        if not self._waiting and self._probe is not None:
+            self._probe.cancel()
+            self._probe = None
+
+    def answered(self) -> None:
+        """Something came from the member: it lives."""
+        self._heard = self._reactor.now()
+        self.suspect = False
+
+    def failed(self) -> None:
+        """Send nothing there for the failure wait."""
+        self.suspect = True
+        if self.available:
+            self.available = False
+            package_logger("proxy").info("marked endpoint %s unavailable", self.url)
+            self._reactor.call_later(self._failure_wait_s, self._retest)
+
+    def _retest(self) -> None:
+        self.available = True
+        package_logger("proxy").info(
+            "marked endpoint %s available, to retest connectivity", self.url
+        )
+
+    def _look(self) -> None:
+        """Probe if somebody waits and nothing was heard; come back while somebody waits."""
+        self._timer = None
+        if not self._waiting:
+            return
+        asked = self._reactor.now()
+        if asked - self._heard < PROXY_PROBE_SECONDS:
+            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
+            return
+        self._probe = self._dialer.probe(self.url, lambda error: self._probed(asked, error))
+
+    def _probed(self, asked: float, error: Optional[Exception]) -> None:
+        self._probe = None
+        if error is None:
+            self.answered()
+        elif isinstance(error, TimeoutError) and self._heard < asked:
+            self.failed()
+            for forward in list(self._waiting):
+                forward.lost(error)
+        # Any other error: what still waits has a connection that will tell of itself.
+        if self._waiting and self._timer is None:
+            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
+
+
+class Endpoints:
+    """The members that requests can go to, by what the peers tell every refresh interval.
+
+    Source: etcd 2.3 proxy/director.go, etcdmain/etcd.go startProxy.
+    """
+
+    def __init__(
+        self, config: ServerConfig, reactor: Reactor, dialer: ProxyDialer,
+        peer_urls: Sequence[str], cluster_file: str,
+    ) -> None:
+        self._config = config
+        self._reactor = reactor
+        self._dialer = dialer
+        self._peer_urls = tuple(peer_urls)
+        self._cluster_file = cluster_file
+        self._written: Tuple[str, ...] = ()         # peer URLs that the file surely holds
+        self._endpoints: List[Endpoint] = []
+        self._announced = False
+        self._timer: Optional[Timer] = None
+        self._log = package_logger("proxy")
+
+    def available(self) -> List[Endpoint]:
+        """Those to try, in this order."""
+        usable = [endpoint for endpoint in self._endpoints if endpoint.available]
+        return sorted(usable, key=lambda endpoint: endpoint.suspect)
+
+    def refresh(self) -> None:
+        """Ask the peers now, and wait for it.  Thread: any, before the reactor runs."""
+        self._take(self._ask(self._peer_urls))
+
+    def start(self) -> None:
+        """Go on refreshing.  Thread: reactor."""
+        self._wait()
+
+    def stop(self) -> None:
+        """Refresh no more.  Thread: reactor."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _wait(self) -> None:
+        interval_ms = self._config.proxy_refresh_interval_ms
+        wait_s = max(interval_ms / 1000, PROXY_REFRESH_SECONDS_MIN)
+        usable = self.available()
+        if not usable and interval_ms >= _DEFAULT_REFRESH_MS:
+            wait_s = PROXY_RETRY_SECONDS
+        if usable and not self._announced:
+            self._announced = True
+            urls = " ".join(go_quote(endpoint.url) for endpoint in usable)
+            self._log.info("endpoints found [%s]", urls)
+        self._timer = self._reactor.call_later(wait_s, self._begin_refresh)
+
+    def _begin_refresh(self) -> None:
+        self._reactor.run_blocking(self._ask, self._peer_urls, done=self._refreshed)
+
+    def _refreshed(self, error: Optional[BaseException], members: Any) -> None:
+        if error is not None:
+            raise error
+        self._take(members)
+        self._wait()
+
+    def _ask(self, peer_urls: Sequence[str]) -> Optional[List[Member]]:
+        """Return what the first peer that answers says, kept in the file; None: nobody answers.
+
+        Thread: any; blocks.
+        """
+        limit_s = max(self._config.proxy_dial_timeout_ms / 1000, PROBE_ANSWER_SECONDS)
+        found = fetch_cluster(peer_urls, limit_s, self._dialer.tls)
+        if found is None or not found[1]:
+            return None
+        members = found[1]
+        urls = _peer_urls(members)
+        if urls != self._written:
+            try:
+                write_cluster_file(self._cluster_file, urls)
+                self._written = urls
+            except OSError as error:
+                self._log.warning("error on writing urls %s", error)
+        return members
+
+    def _take(self, members: Optional[List[Member]]) -> None:
+        """Replace the endpoints; those that stay keep what is known of them."""
+        if members is None:
+            self._log.warning("could not retrieve cluster information from the given urls")
+            self._endpoints = []
+            return
+        urls = _peer_urls(members)
+        if urls != self._peer_urls:
+            self._log.info(
+                "updated peer urls in cluster file from [%s] to [%s]", " ".join(self._peer_urls),
+                " ".join(urls),
+            )
+            self._peer_urls = urls
+        known = {endpoint.url: endpoint for endpoint in self._endpoints}
+        client_urls = sorted({url for member in members for url in member.client_urls})
+        random.shuffle(client_urls)
+        self._endpoints = [known.get(url) or self._endpoint(url) for url in client_urls]
+
+    def _endpoint(self, url: str) -> Endpoint:
+        wait_s = self._config.proxy_failure_wait_ms / 1000
+        return Endpoint(url, self._reactor, self._dialer, wait_s)
+
+
+def _peer_urls(members: Iterable[Member]) -> Tuple[str, ...]:
+    return tuple(sorted(url for member in members for url in member.peer_urls))
+
+
+class ProxyMetrics:
+    """What a proxy counts.  Source: etcd 2.3 proxy/metrics.go."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+        add_process_readings(self.metrics, Reactor.wall_ns())
+        self._requests = self.metrics.counter(
+            "etcd_proxy_requests_total", "Requests that came in, by method.", ("method",))
+        self._handled = self.metrics.counter(
+            "etcd_proxy_handled_total", "Requests that a member answered.", ("method", "code"))
+        self._dropped = self.metrics.counter(
+            "etcd_proxy_dropped_total", "Requests, or tries of one, that failed in the proxy.",
+            ("method", "proxying_error"))
+        self._seconds = self.metrics.histograms(
+            "etcd_proxy_handling_duration_seconds", "From a request to its answer, by method.",
+            0.0005, 13, ("method",))
+
+    def came(self, method: str) -> None:
+        """A request came in."""
+        self._requests.inc(_known_method(method))
+
+    def handled(self, method: str, status: int, seconds: float) -> None:
+        """A member has begun to answer."""
+        method = _known_method(method)
+        self._handled.inc(method, str(status))
+        self._seconds.child(method).observe(seconds)
+
+    def dropped(self, method: str, error: str) -> None:
+        """A try has failed: zero_endpoints, failed_sending_request, failed_getting_response."""
+        self._dropped.inc(_known_method(method), error)
+
+
+def _known_method(method: str) -> str:
+    """A label for `method`; clients may not fill the memory with words of their own."""
+    return method if method in ("GET", "HEAD", "PUT", "POST", "DELETE", "PATCH") else "other"
+
+
+class Forward:
+    """One request on its way: to one endpoint after the other, then the answer back.
+
+    An endpoint that cannot be reached, or does not answer, is left for the next one.  Differs
+    from etcd: a request that is not GET or HEAD is tried elsewhere only if no connection was
+    made, as it may have been executed otherwise.  Thread: reactor.
+    """
+
+    __slots__ = (
+        "_request", "_left", "_tried", "_dialer", "_metrics", "_ended", "_started", "_endpoint",
+        "_call", "_reply", "_is_empty", "_waits",
+    )
+
+    def __init__(
+        self, request: HttpRequest, endpoints: Sequence[Endpoint], dialer: ProxyDialer,
+        metrics: ProxyMetrics, ended: Callable[[Forward], None],
+    ) -> None:
+        self._request = request
+        self._left = collections.deque(endpoints)
+        self._tried = 0
+        self._dialer = dialer
+        self._metrics = metrics
+        self._ended = ended
+        self._started = Reactor.now()
+        self._endpoint: Optional[Endpoint] = None
+        self._call: Optional[HttpCall] = None
+        self._reply: Optional[StreamReply] = None
+        self._is_empty = True           # no byte of the answer's body has come
+        self._waits = request.method == "GET" and _WAITS.search(request.query) is not None
+
+    def start(self) -> None:
+        """Send the request to the first endpoint."""
+        self._request.on_close = self._client_gone
+        # Who ends his side of the connection does not wait for an event any more.
+        self._request.connection.streaming = self._waits
+        self._try_next()
+
+    def cancel(self) -> None:
+        """Drop it, without an answer."""
+        self._request.on_close = None
+        if self._call is not None:
+            self._call.cancel()
+        self._end()
+
+    def lost(self, error: Exception) -> None:
+        """The endpoint has failed while this waited for it."""
+        if self._call is not None:
+            self._call.cancel()
+        self._done(error)
+
+    def _try_next(self) -> None:
+        while self._left:
+            endpoint = self._left.popleft()
+            if endpoint.available:      # another request may have found out meanwhile
+                self._tried += 1
+                self._endpoint = endpoint
+                endpoint.expect(self)
+                self._call = self._dialer.call(
+                    endpoint.url, self._request, self._headers(), self._head, self._data,
+                    self._done,
+                )
+                return
+        self._give_up()
+
+    def _headers(self) -> Dict[str, str]:
+        """The client's headers, as far as they are for the member."""
+        request = self._request
+        named = request.headers.get("connection", "").lower().split(",")
+        dropped = _HOP_HEADERS.union(map(str.strip, named), ("expect",))    # we have answered that
+        headers = {
+            _header_name(name): value for name, value in request.headers.items()
+            if name not in dropped
+        }
+        came_by = request.headers.get("x-forwarded-for", "")
+        client = request.remote.rpartition(":")[0]
+        headers["X-Forwarded-For"] = f"{came_by}, {client}" if came_by else client
+        return headers
+
+    def _head(self, status: int, headers: Dict[str, str]) -> None:
+        assert self._endpoint is not None
+        request = self._request
+        self._endpoint.answered()
+        self._metrics.handled(request.method, status, Reactor.now() - self._started)
+        dropped = _HOP_HEADERS.union(("date",))
+        if isinstance(request, CorsRequest):
+            dropped = dropped.union(_CORS_HEADERS)      # the reply has ours
+        lines = "".join(
+            f"{_header_name(name)}: {value}\r\n" for name, value in headers.items()
+            if name not in dropped
+        )
+        length = None
+        if "transfer-encoding" not in headers and "content-length" in headers:
+            length = _content_length(headers)
+        request.on_close = None
+        self._reply = request.start_stream(status, None, lines, length=length)
+        self._reply.on_close = self._client_gone
+
+    def _data(self, data: bytes) -> None:
+        assert self._reply is not None and self._call is not None and self._endpoint is not None
+        self._endpoint.answered()
+        self._is_empty = False
+        self._reply.write(data)
+        if self._reply.pending > PROXY_UNREAD_BYTES_MAX:
+            self._call.pause()
+            self._reply.when_read(self._call.resume)
+
+    def _done(self, error: Optional[Exception]) -> None:
+        if self._reply is None:
+            self._failed(error or EOFError("unexpected EOF"))
+            return
+        # A watch without events ends as if the member had ended it: clients begin a new one.
+        if error is None or self._waits and self._is_empty:
+            self._reply.end()
+        else:
+            self._reply.abort()
+        self._end()
+
+    def _failed(self, error: Exception) -> None:
+        """No answer from this endpoint."""
+        assert self._endpoint is not None and self._call is not None
+        endpoint, method = self._endpoint, self._request.method
+        endpoint.leave(self)
+        self._metrics.dropped(method, "failed_sending_request")
+        why = _reason(error)
+        if isinstance(error, OSError) and error.errno and not self._call.connected:
+            why = f"dial tcp {urlsplit(endpoint.url).netloc}: connect: {why}"
+        package_logger("proxy").info("failed to direct request to %s: %s", endpoint.url, why)
+        endpoint.failed()
+        if self._call.connected and method not in ("GET", "HEAD"):
+            self._left.clear()          # it may have been executed
+        self._try_next()
+
+    def _give_up(self) -> None:
+        text = f"unable to get response from {self._tried} endpoint(s)"
+        package_logger("proxy").info(text)
+        self._metrics.dropped(self._request.method, "failed_getting_response")
+        self._end()
+        write_message(self._request, 502, f"proxy: {text}")
+
+    def _client_gone(self) -> None:
+        package_logger("proxy").info("client %s closed request prematurely", self._request.remote)
+        self.cancel()
+
+    def _end(self) -> None:
+        if self._endpoint is not None:
+            self._endpoint.leave(self)
+        self._ended(self)
+
+
+def _header_name(name: str) -> str:
+    """`x-etcd-index` as servers written in Go spell it: `X-Etcd-Index`."""
+    return "-".join(part.capitalize() for part in name.split("-"))
+
+
+class ProxyApi:
+    """Everything on the client port of a proxy: two paths of its own, the rest is for a member.
+
+    Thread: reactor.  Source: etcd 2.3 proxy/proxy.go, reverse.go.
+    """
+
+    def __init__(self, endpoints: Endpoints, dialer: ProxyDialer, config: ServerConfig) -> None:
+        self._endpoints = endpoints
+        self._dialer = dialer
+        self._origins = frozenset(config.cors)
+        self._is_readonly = config.proxy == "readonly"
+        self._metrics = ProxyMetrics()
+        self._forwards: Dict[Forward, None] = {}
+
+    def handle(self, request: HttpRequest) -> None:
+        """Answer a request of a client, now or when a member has."""
+        path = request.path
+        if not path.startswith("/"):
+            request.reply(400)
+        elif canonical_path(path) != path:
+            redirect(request)
+        elif path == "/metrics":
+            body = utf8(self._metrics.metrics.text())
+            request.reply(200, body, "text/plain; version=0.0.4")
+        elif self._is_readonly and request.method != "GET":
+            request.reply(501)
+        else:
+            self._serve(allow_origin(request, self._origins))
+
+    def stop(self) -> None:
+        """Drop all requests that wait for a member."""
+        for forward in list(self._forwards):
+            forward.cancel()
+
+    def _serve(self, request: HttpRequest) -> None:
+        if request.method == "OPTIONS":
+            request.reply(200)
+        elif request.path != "/v2/config/local/proxy":
+            self._forward(request)
+        elif request.method != "GET":
+            refuse_method("GET", request)
+        else:
+            urls = [endpoint.url for endpoint in self._endpoints.available()]
+            body = utf8(json_text({"endpoints": urls}) + "\n")
+            request.reply(200, body, "text/plain; charset=utf-8")
+
+    def _forward(self, request: HttpRequest) -> None:
+        self._metrics.came(request.method)
+        if request.body_too_large:
+            write_message(
+                request, 500, "proxy: failed to read request body: http: request body too large"
+            )
+            return
+        endpoints = self._endpoints.available()
+        if not endpoints:
+            text = "zero endpoints currently available"
+            package_logger("proxy").info(text)
+            self._metrics.dropped(request.method, "zero_endpoints")
+            write_message(request, 503, f"proxy: {text}")
+            return
+        forward = Forward(request, endpoints, self._dialer, self._metrics, self._forwards.pop)
+        self._forwards[forward] = None
+        forward.start()
+
+
+class ProxyServer(ServerThread):
+    """A proxy in the caller's process, on a thread of its own; settings as for Server.
+
+        with pyetcd.ProxyServer(data_dir="p", initial_cluster="a=http://10.0.0.1:2380") as proxy:
+            print(proxy.client_urls[0])
+
+    Raises StartError from bind() and start().  Thread: any.
+    """
+
+    def _init(self, config: ServerConfig) -> None:
+        super()._init(config)
+        self._endpoints: Optional[Endpoints] = None
+        self._api: Optional[ProxyApi] = None
+
+    def __enter__(self) -> ProxyServer:
+        self.start()
+        return self
+
+    def bind(self) -> None:
+        """Open the listening sockets, so that the ports are known; nothing is served yet."""
+        if self._client_listeners:
+            return
+        try:
+            for url in self.config.listen_client_urls:
+                self._client_listeners.append(
+                    self._listen(url, self._serve, REQUEST_BODY_BYTES_MAX, self.config.client_tls)
+                )
+                package_logger("proxy").info("listening for client requests on %s", url)
+        except StartError:
+            self._close_listeners()
+            raise
+
+    def start(self) -> None:
+        """Find the members and serve.  With discovery this waits until all have registered."""
+        config = self.config
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(self._close_listeners)
+            cluster_file = prepare_proxy_dir(config)
+            peer_urls = find_peer_urls(config, cluster_file)
+            dialer = ProxyDialer(config, self._reactor)
+            self._endpoints = Endpoints(config, self._reactor, dialer, peer_urls, cluster_file)
+            self._endpoints.refresh()
+            self._api = ProxyApi(self._endpoints, dialer, config)
+            self.bind()
+            cleanup.pop_all()
+        self._start_thread()
+
+    def _serve(self, request: HttpRequest) -> None:
+        assert self._api is not None
+        self._api.handle(request)
+
+    def _begin(self) -> None:
+        assert self._endpoints is not None
+        self._endpoints.start()
+
+    def _stop(self) -> None:
+        assert self._endpoints is not None and self._api is not None
+        self._endpoints.stop()
+        self._api.stop()
+        super()._stop()
+
+
+# ============================================================================
+# 31. Flags -- what can be set, and how its text is read
 # ----------------------------------------------------------------------------
 # Knows: all above.  A table; sections Settings and Command line use it.
 # ============================================================================
@@ -12289,7 +13076,7 @@ def _all_flags() -> Dict[str, Flag]:
 
 
 # ============================================================================
-# 31. Settings -- command line, environment, configuration file
+# 32. Settings -- command line, environment, configuration file
 # ----------------------------------------------------------------------------
 # Knows: all above.  The only section that reads flags, the environment and the
 # configuration file, and that knows what does not go together.
@@ -12927,7 +13714,7 @@ def make_config(settings: Settings) -> ServerConfig:
 
 
 # ============================================================================
-# 32. Command line
+# 33. Command line
 # ----------------------------------------------------------------------------
 # Knows: all above.  The only section that prints, and touches signals and
 # process limits.
@@ -12998,22 +13785,23 @@ def set_up_logging(settings: Settings) -> None:
         (package_logger(package) if package else root).setLevel(level)
 
 
-def check_data_dir(config: ServerConfig) -> None:
-    """Log which data directory it is, and if a member was there.  Raises StartError for a proxy's.
+def check_data_dir(config: ServerConfig) -> str:
+    """Log which data directory it is, and return what it was used for: member, proxy, or "".
 
-    What cannot be a data directory at all is refused later, by prepare_data_dir.
+    What cannot be a data directory at all is refused later, by who makes it usable.
     """
     log = package_logger("etcd")
     path = config.data_dir or config.name + ".etcd"
     if not config.data_dir:
         log.info("no data-dir provided, using default data-dir ./%s", path)
-    if os.path.isdir(config.wal_dir or os.path.join(path, "member", "wal")):
-        log.info("already initialized as member before, starting as etcd member...")
+    kind = ""
+    if os.path.isdir(os.path.join(path, "member")):
+        kind = "member"
     elif os.path.isdir(os.path.join(path, "proxy")):
-        raise StartError(
-            f"{path} belongs to a proxy, which is not available yet; choose another -data-dir, or"
-            f" remove it to start a member"
-        )
+        kind = "proxy"
+    if kind:
+        log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
+    return kind
 
 
 def raise_descriptor_limit() -> None:
@@ -13093,13 +13881,37 @@ def log_sides(config: ServerConfig) -> None:
         log.info("cors = %s", ",".join(config.cors))
 
 
+def start_server(config: ServerConfig, kind: str) -> ServerThread:
+    """Start a member or a proxy: by what the data directory was used for, then by the flags.
+
+    kind  as from check_data_dir
+
+    Raises StartError.
+    """
+    if kind == "proxy" or (config.proxy != "off" and kind != "member"):
+        return _start_proxy(config)
+    member = Server.from_config(config)
+    try:
+        member.start()
+        return member
+    except ClusterFull:
+        package_logger("etcd").info("discovery cluster full, falling back to proxy")
+    member.stop()
+    return _start_proxy(config)
+
+
+def _start_proxy(config: ServerConfig) -> ProxyServer:
+    proxy = ProxyServer.from_config(config)
+    proxy.start()
+    return proxy
+
+
 def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
-    """Run a member until it ends; return the exit code.  Raises StartError."""
+    """Run a member or a proxy until it ends; return the exit code.  Raises StartError."""
     signals = SignalStop()
-    check_data_dir(config)
+    kind = check_data_dir(config)
     raise_descriptor_limit()
-    server = Server.from_config(config)
-    server.start()
+    server = start_server(config, kind)
     signals.install(server.stop)
     notify_systemd(environ)
     code = server.wait()
