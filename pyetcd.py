@@ -40,15 +40,18 @@ Sections, bottom up; each uses only names defined above it:
   22. Statistics
   23. Journal
   24. Server
-  25. Keys API
-  26. Client API
-  27. Discovery
-  28. Bootstrap
-  29. Embedding
-  30. Proxy
-  31. Flags
-  32. Settings
-  33. Command line
+  25. Auth
+  26. Keys API
+  27. Members API
+  28. Auth API
+  29. Client API
+  30. Discovery
+  31. Bootstrap
+  32. Embedding
+  33. Proxy
+  34. Flags
+  35. Settings
+  36. Command line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in README.md.
@@ -56,6 +59,7 @@ Sources: the Raft paper and Ongaro's thesis; the documents and the observed beha
 
 from __future__ import annotations
 
+import base64
 import bisect
 import collections
 import contextlib
@@ -78,6 +82,7 @@ import queue
 import random
 import re
 import resource
+import secrets
 import selectors
 import signal
 import socket
@@ -5001,6 +5006,7 @@ class Applier:
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self.clock = clock
+        self.auth_changes = 0           # times that something below /2 may have changed
         self._store = store
         self._cluster = cluster
         cluster.local_id = local_id
@@ -5023,6 +5029,8 @@ class Applier:
     def apply_request(self, request: Request) -> Applied:
         """Execute one command; an error of the store is returned, not raised."""
         handler = _METHODS.get(request.method)
+        if request.path.startswith("/2"):
+            self.auth_changes += 1
         if handler is None:
             return RaftInternal(f"etcdserver: unknown method {request.method}")
         try:
@@ -5858,6 +5866,9 @@ class HttpRequest:
             framing = f"Content-Length: {length}\r\n"
         self.connection.send(self._head_bytes(status, content_type, headers, framing))
         return StreamReply(self, chunked=chunked)
+
+
+Handler = Callable[[HttpRequest], None]
 
 
 class StreamReply:
@@ -9332,6 +9343,7 @@ class EtcdServer:
         self.snapshots.received(snapshot.index)
         self.store.recover(snapshot.data)
         self.cluster.recover()
+        self.applier.auth_changes += 1
         log.info("recovered from incoming snapshot at index %d", snapshot.index)
         self.transport.remove_all()
         for member in self.cluster.members.values():
@@ -9446,7 +9458,688 @@ class Departure:
 
 
 # ============================================================================
-# 25. Keys API -- from an HTTP request to a command, and back
+# 25. Auth -- users, roles, and who may do what
+# ----------------------------------------------------------------------------
+# Knows: sections 1-4, 9, 13, 14, 16 (heads), 24.
+# Source: etcd 2.3 etcdserver/auth, etcdhttp/client_security.go.
+# ============================================================================
+
+AUTH_PREFIX = "/2"                  # where users and roles lie in the store
+ROOT, GUEST = "root", "guest"       # the user and role that may do all; who gives no name
+PASSWORD_COST = 10                  # of bcrypt: 2**10 rounds, as etcd
+PASSWORD_BYTES_MAX = 4_096          # above: a bad request; bcrypt reads the first 72
+PASSWORD_CHECKS_MAX = 64            # waiting to be verified; above: 503
+PASSWORDS_KNOWN_MAX = 10_000        # right ones, and as many wrong ones; above: forgotten
+WRONG_PASSWORD_PAUSE = 3.0          # times as long as the check took, before the next check
+
+
+class AuthError(Exception):
+    """A request of the auth API that cannot be done; the text is etcd's, status that of HTTP."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"auth: {text}")
+        self.status = status
+
+
+Names = Optional[Tuple[str, ...]]   # roles or patterns; None: null in JSON
+
+
+class Permissions(NamedTuple):
+    """What a role may read and write: exact keys, or prefixes that end in `*`."""
+
+    read: Names = None
+    write: Names = None
+
+    @property
+    def is_empty(self) -> bool:
+        """True if nothing is allowed."""
+        return not self.read and not self.write
+
+    def json(self) -> Dict[str, Dict[str, Names]]:
+        """Its form in the store and on the wire."""
+        return {"kv": {"read": self.read, "write": self.write}}
+
+    def allow(self, key: str, *, write: bool, recursive: bool) -> bool:
+        """True if a pattern covers `key`; recursive: one that covers what lies below as well."""
+        for pattern in (self.write if write else self.read) or ():
+            if pattern.endswith("*"):
+                if key.startswith(pattern[:-1]):
+                    return True
+            elif pattern == key and not recursive:
+                return True
+        return False
+
+    def grant(self, more: Permissions) -> Permissions:
+        """Return both together, sorted.  Raises AuthError for what is there already."""
+        return Permissions(
+            _granted(self.read, more.read, "Granting duplicate read permission {}"),
+            _granted(self.write, more.write, "Granting duplicate write permission {}"),
+        )
+
+    def revoke(self, less: Permissions) -> Permissions:
+        """Return what is left, sorted; what was never granted is not missed."""
+        return Permissions(*(
+            tuple(sorted(set(ours or ()) - set(theirs or ())))
+            for ours, theirs in zip(self, less)
+        ))
+
+
+def _granted(ours: Names, more: Names, complaint: str) -> Tuple[str, ...]:
+    names = set(ours or ())
+    for name in more or ():
+        if name in names:
+            raise AuthError(409, complaint.format(name))
+        names.add(name)
+    return tuple(sorted(names))
+
+
+EVERYTHING = Permissions(("/*",), ("/*",))
+
+
+class Role(NamedTuple):
+    """A named set of permissions."""
+
+    name: str
+    permissions: Permissions = Permissions()
+
+    def json(self) -> Dict[str, object]:
+        """Its form in the store and on the wire."""
+        return {"role": self.name, "permissions": self.permissions.json()}
+
+    def allow(self, key: str, *, write: bool, recursive: bool) -> bool:
+        """True if the role covers this access; root covers any."""
+        return self.name == ROOT or self.permissions.allow(key, write=write, recursive=recursive)
+
+
+class User(NamedTuple):
+    """A user; password is its hash, or in a request what the client sent ("": keep)."""
+
+    name: str
+    password: str = ""
+    roles: Names = None
+
+    def json(self, *, hide_password: bool = False) -> Dict[str, object]:
+        """Its form in the store, or on the wire."""
+        fields: Dict[str, object] = {"user": self.name}
+        if self.password and not hide_password:
+            fields["password"] = self.password
+        return {**fields, "roles": self.roles}
+
+    def with_root(self) -> User:
+        """The user root has the role root, whatever was stored."""
+        if self.name != ROOT or ROOT in (self.roles or ()):
+            return self
+        return self._replace(roles=(*(self.roles or ()), ROOT))
+
+    def change_roles(self, grant: Names, revoke: Names) -> User:
+        """Return the user with other roles, sorted.  Raises AuthError."""
+        roles = set(_granted(
+            self.roles, grant, f"Granting duplicate role {{}} for user {self.name}"
+        ))
+        for name in revoke or ():
+            if name not in roles:
+                raise AuthError(409, f"Revoking ungranted role {name} for user {self.name}")
+            roles.remove(name)
+        return self._replace(roles=tuple(sorted(roles)))
+
+
+def string_list(value: object) -> Names:
+    """Return a JSON list of strings, or null, as Names.  Raises ValueError."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError("not a list of strings")
+    return tuple(value)
+
+
+def make_permissions(read: object, write: object) -> Permissions:
+    """Return permissions from lists of JSON; empty patterns are dropped.  Raises ValueError.
+
+    Differs from etcd, whose requests crash on an empty pattern.
+    """
+    lists = (string_list(read), string_list(write))
+    return Permissions(*(
+        None if names is None else tuple(filter(None, names)) for names in lists
+    ))
+
+
+class Passwords:
+    """Hashing with bcrypt where the system's libcrypt has it, else with PBKDF2.  Slow on purpose.
+
+    Thread: any; every call takes tens of milliseconds without holding Python's lock.
+    """
+
+    _ALPHABET = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+    _ROUNDS = 200_000                   # of PBKDF2: about the time of bcrypt's 2**10
+
+    def __init__(self) -> None:
+        self._crypt = self._find_crypt()
+
+    @property
+    def has_bcrypt(self) -> bool:
+        """True if hashes made by etcd can be verified."""
+        return self._crypt is not None
+
+    def hash(self, password: str) -> str:
+        """Return a salted hash for the store."""
+        if self._crypt is not None:
+            number = int.from_bytes(os.urandom(16), "big") << 4
+            salt = "".join(self._ALPHABET[number >> shift & 63] for shift in range(126, -1, -6))
+            made = self._bcrypt(password, f"$2a${PASSWORD_COST:02d}${salt}")
+            if made:
+                return made
+        salt = os.urandom(16).hex()
+        return f"$pbkdf2-sha256${self._ROUNDS}${salt}${self._pbkdf2(password, salt, self._ROUNDS)}"
+
+    def verify(self, password: str, stored: str) -> bool:
+        """True if `stored` is a hash of `password`; what cannot be verified never is."""
+        if stored.startswith("$pbkdf2-sha256$"):
+            parts = stored.split("$")
+            if len(parts) != 5 or not parts[2].isdigit():
+                return False
+            made = self._pbkdf2(password, parts[3], min(int(parts[2]), 10_000_000))
+            return secrets.compare_digest(made, parts[4])
+        if not re.fullmatch(r"\$2[aby]\$\d\d\$[./A-Za-z0-9]{53}", stored):
+            return False
+        if self._crypt is None:
+            package_logger("auth").error(
+                "a password hash made by etcd cannot be verified: this system's libcrypt has no"
+                " bcrypt; install libxcrypt (Debian: libcrypt1), or set the password again here"
+            )
+            return False
+        return secrets.compare_digest(self._bcrypt(password, stored).encode(), stored.encode())
+
+    @staticmethod
+    def _pbkdf2(password: str, salt: str, rounds: int) -> str:
+        return hashlib.pbkdf2_hmac("sha256", utf8(password), utf8(salt), max(rounds, 1)).hex()
+
+    def _bcrypt(self, password: str, setting: str) -> str:
+        """The hash, "" if libcrypt refuses.  `$2a$` of today's libcrypt is what Go makes."""
+        import ctypes
+        data = ctypes.create_string_buffer(1 << 18)     # larger than any struct crypt_data
+        made = self._crypt(utf8(password), setting.encode(), data) if self._crypt else None
+        text = (made or b"").decode("latin-1")
+        return text if text.startswith(setting[:4]) else ""
+
+    def _find_crypt(self) -> Any:
+        import ctypes
+        for name in ("libcrypt.so.1", "libcrypt.so.2"):
+            with contextlib.suppress(OSError, AttributeError):
+                self._crypt = ctypes.CDLL(name).crypt_r
+                self._crypt.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p)
+                self._crypt.restype = ctypes.c_char_p
+                if self._bcrypt("", "$2a$04$" + 22 * "."):
+                    return self._crypt
+        return None
+
+
+class PasswordChecks:
+    """Which passwords are right: found out on a thread, one at a time, and then remembered.
+
+    Wrong ones cannot take the processor away from the others: after each the next check waits,
+    so that guessing costs a quarter of one core at most.  What is known already never waits.
+    """
+
+    def __init__(self, reactor: Reactor) -> None:
+        self._reactor = reactor
+        self._passwords: Optional[Passwords] = None
+        self._key = os.urandom(32)
+        self._known: Dict[bool, Dict[bytes, None]] = {True: {}, False: {}}
+        self._waiting: Dict[bytes, Tuple[str, str, List[Callable[[], None]]]] = {}
+        self._busy = False
+
+    @property
+    def passwords(self) -> Passwords:
+        """The hashing; libcrypt is loaded when it is needed first."""
+        if self._passwords is None:
+            self._passwords = Passwords()
+        return self._passwords
+
+    def known(self, stored: str, password: str) -> Optional[bool]:
+        """True: right; False: wrong; None: check() must find out."""
+        digest = self._digest(stored, password)
+        if digest in self._known[True]:
+            return True
+        return False if digest in self._known[False] else None
+
+    def check(self, stored: str, password: str, done: Callable[[], None]) -> bool:
+        """Find out, then call done(); False if too many wait already."""
+        digest = self._digest(stored, password)
+        if digest not in self._waiting:
+            if len(self._waiting) >= PASSWORD_CHECKS_MAX:
+                return False
+            self._waiting[digest] = stored, password, []
+        self._waiting[digest][2].append(done)
+        if not self._busy:
+            self._next()
+        return True
+
+    def _digest(self, stored: str, password: str) -> bytes:
+        text = utf8(f"{len(stored)} {stored} {password}")
+        return hashlib.blake2b(text, key=self._key, digest_size=16).digest()
+
+    def _next(self) -> None:
+        self._busy = bool(self._waiting)
+        if self._busy:
+            digest, (stored, password, _) = next(iter(self._waiting.items()))
+            started = self._reactor.now()
+
+            def checked(error: Optional[BaseException], right: Any) -> None:
+                self._remember(digest, right=error is None and bool(right), started=started)
+
+            self._reactor.run_blocking(self.passwords.verify, password, stored, done=checked)
+
+    def _remember(self, digest: bytes, *, right: bool, started: float) -> None:
+        known = self._known[right]
+        if len(known) >= PASSWORDS_KNOWN_MAX:
+            known.clear()
+        known[digest] = None
+        for done in self._waiting.pop(digest)[2]:
+            done()
+        pause_s = 0.0 if right else WRONG_PASSWORD_PAUSE * (self._reactor.now() - started)
+        self._reactor.call_later(pause_s, self._next)
+
+
+class Credential(NamedTuple):
+    """What a request says of its sender."""
+
+    user: str
+    password: str
+
+
+class Auth:
+    """Users and roles as the store has them, and the question whether somebody may do something.
+
+    `version` changes whenever any of it may have changed; what was decided before is void then.
+    Thread: reactor.
+    """
+
+    def __init__(self, store: Store, applier: Applier, reactor: Reactor) -> None:
+        self.checks = PasswordChecks(reactor)
+        self._store = store
+        self._applier = applier
+        self._seen = -1
+        self._enabled = False
+        self._users: Dict[str, Optional[User]] = {}
+        self._roles: Dict[str, Optional[Role]] = {}
+
+    @property
+    def version(self) -> int:
+        """A number that changes with every change of users, roles, or enabled."""
+        return self._applier.auth_changes
+
+    @property
+    def enabled(self) -> bool:
+        """True if requests are checked."""
+        self._look()
+        return self._enabled
+
+    def user(self, name: str) -> Optional[User]:
+        """Return a user, with the role root if it is root."""
+        self._look()
+        if name not in self._users:
+            stored = self._stored("users", name)
+            self._users[name] = parse_stored_user(name, stored) if stored else None
+        return self._users[name]
+
+    def role(self, name: str) -> Optional[Role]:
+        """Return a role; root exists without being stored."""
+        self._look()
+        if name == ROOT:
+            return Role(ROOT, EVERYTHING)
+        if name not in self._roles:
+            stored = self._stored("roles", name)
+            self._roles[name] = parse_stored_role(name, stored) if stored else None
+        return self._roles[name]
+
+    def names(self, kind: str) -> List[str]:
+        """Return the sorted names of all `users` or `roles`, the built-in role included."""
+        children = self._store.children(f"{AUTH_PREFIX}/{kind}")
+        names = [name for name, is_dir in children if not is_dir]
+        return sorted(names + [ROOT] if kind == "roles" else names)
+
+    def may_access(self, user: Optional[User], key: str, *, write: bool, recursive: bool) -> bool:
+        """True if a verified user (None: a guest) may read or write `key`."""
+        log = package_logger("auth")
+        if user is None:
+            role = self.role(GUEST)
+            return role is not None and role.allow(key, write=write, recursive=False)
+        for name in user.roles or ():
+            role = self.role(name)
+            if role is not None and role.allow(key, write=write, recursive=recursive):
+                return True
+        log.warning("invalid access for user %s on key %s.", user.name, key)
+        return False
+
+    @staticmethod
+    def is_root(user: Optional[User]) -> bool:
+        """True if a verified user has the role root."""
+        if user is not None and ROOT not in (user.roles or ()):
+            package_logger("auth").warning(
+                "user %s does not have the %s role for this resource.", user.name, ROOT
+            )
+            return False
+        return user is not None
+
+    def _stored(self, kind: str, name: str) -> Optional[str]:
+        return self._store.value(f"{AUTH_PREFIX}/{kind}/{name}")
+
+    def _look(self) -> None:
+        if self._seen != self._applier.auth_changes:
+            self._seen = self._applier.auth_changes
+            self._users, self._roles = {}, {}
+            self._enabled = self._store.value(AUTH_PREFIX + "/enabled") == "true"
+
+
+def parse_stored_user(name: str, text: str) -> Optional[User]:
+    """Return the user that lies in the store; None, with a log line, if it is none."""
+    try:
+        value = json.loads(text)
+        return User(name, str(value["password"]), string_list(value.get("roles"))).with_root()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        package_logger("auth").error("ignored user %s: what is stored is no user", name)
+        return None
+
+
+def parse_stored_role(name: str, text: str) -> Optional[Role]:
+    """Return the role that lies in the store; None, with a log line, if it is none."""
+    try:
+        kv = json.loads(text)["permissions"]["kv"]
+        return Role(name, make_permissions(kv.get("read"), kv.get("write")))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        package_logger("auth").error("ignored role %s: what is stored is no role", name)
+        return None
+
+
+Step = Union[Request, Callable[[], Any]]
+Steps = Generator[Step, Any, Any]
+
+
+def run_steps(server: EtcdServer, steps: Steps, done: Callable[[Any], None]) -> None:
+    """Carry out a change that waits several times, then done(its result, or its exception).
+
+    steps  yields a Request, and gets its Event or EtcdError; or a callable, which runs on another
+           thread, and gets its result
+    """
+    def go(value: Any) -> None:
+        try:
+            step = steps.send(value)
+        except StopIteration as stop:
+            done(stop.value)
+        except (AuthError, EtcdError) as error:
+            done(error)
+        else:
+            if isinstance(step, Request):
+                server.do(step, go)
+            else:
+                server.reactor.run_blocking(step, done=worked)
+
+    def worked(error: Optional[BaseException], result: Any) -> None:
+        if error is not None:
+            raise error
+        go(result)
+
+    go(None)
+
+
+class AuthStore:
+    """Changes of users and roles, through consensus; each method returns Steps for run_steps.
+
+    What a change is based on is read through consensus, too, and written only if it is still the
+    same then; otherwise it begins again.  Differs from etcd, where of two changes of one user at
+    the same time one is lost.
+    """
+
+    def __init__(self, auth: Auth) -> None:
+        self._auth = auth
+        self._ensured = False
+
+    def create_user(self, user: User) -> Steps:
+        """Return the new user.  Raises AuthError."""
+        if not user.password:
+            raise AuthError(400, f"Cannot create user {user.name} with an empty password")
+        hashed = yield functools.partial(self._auth.checks.passwords.hash, user.password)
+        user = user._replace(password=hashed).with_root()
+        yield from self._create(f"/users/{user.name}", user.json(),
+                                f"User {user.name} already exists.")
+        package_logger("auth").info("created user %s", user.name)
+        return user
+
+    def update_user(self, name: str, password: str, grant: Names, revoke: Names) -> Steps:
+        """Return the changed user.  Raises AuthError."""
+        missing = AuthError(404, f"User {name} does not exist.")
+        hashed = ""
+        while True:
+            text, index = yield from self._read(f"/users/{name}", missing)
+            old = parse_stored_user(name, text)
+            if old is None:
+                raise missing
+            new = old.change_roles(grant, revoke)
+            if password:
+                hash_it = functools.partial(self._auth.checks.passwords.hash, password)
+                hashed = hashed or (yield hash_it)
+                new = new._replace(password=hashed)
+            if new == old:
+                raise AuthError(400, "User not updated. Use grant/revoke/password to update the"
+                                     " user.")
+            if (yield from self._replace(f"/users/{name}", new.json(), index)):
+                package_logger("auth").info("updated user %s", name)
+                return new
+
+    def delete_user(self, name: str) -> Steps:
+        """Raises AuthError."""
+        if name == ROOT and self._auth.enabled:
+            raise AuthError(403, "Cannot delete root user while auth is enabled.")
+        yield from self._delete(f"/users/{name}", f"User {name} does not exist")
+        package_logger("auth").info("deleted user %s", name)
+
+    def create_role(self, role: Role) -> Steps:
+        """Return the new role.  Raises AuthError."""
+        self._check_role(role.name)
+        yield from self._create(f"/roles/{role.name}", role.json(),
+                                f"Role {role.name} already exists.")
+        package_logger("auth").info("created new role %s", role.name)
+        return role
+
+    def update_role(
+        self, name: str, grant: Optional[Permissions], revoke: Optional[Permissions]
+    ) -> Steps:
+        """Return the changed role.  Raises AuthError."""
+        self._check_role(name)
+        missing = AuthError(404, f"Role {name} does not exist.")
+        while True:
+            text, index = yield from self._read(f"/roles/{name}", missing)
+            old = parse_stored_role(name, text)
+            if old is None:
+                raise missing
+            permissions = old.permissions
+            if grant is not None:
+                permissions = permissions.grant(grant)
+            if revoke is not None:
+                permissions = permissions.revoke(revoke)
+            new = old._replace(permissions=permissions)
+            if new == old:
+                raise AuthError(400, "Role not updated. Use grant/revoke to update the role.")
+            if (yield from self._replace(f"/roles/{name}", new.json(), index)):
+                package_logger("auth").info("updated role %s", name)
+                return new
+
+    def delete_role(self, name: str) -> Steps:
+        """Raises AuthError."""
+        self._check_role(name)
+        yield from self._delete(f"/roles/{name}", f"Role {name} doesn't exist.")
+        package_logger("auth").info("deleted role %s", name)
+
+    def enable(self) -> Steps:
+        """Check requests from now on; there must be a root.  Raises AuthError."""
+        log = package_logger("auth")
+        if self._auth.enabled:
+            raise AuthError(409, "already enabled")
+        no_root = AuthError(409, "No root user available, please create one")
+        yield from self._read(f"/users/{ROOT}", no_root)
+        if self._auth.role(GUEST) is None:
+            log.info("no guest role access found, creating default")
+            yield from self.create_role(Role(GUEST, EVERYTHING))
+        yield from self._set_enabled("true")
+        log.info("auth: enabled auth")
+
+    def disable(self) -> Steps:
+        """Check no more.  Raises AuthError."""
+        if not self._auth.enabled:
+            raise AuthError(409, "already disabled")
+        yield from self._set_enabled("false")
+        package_logger("auth").info("auth: disabled auth")
+
+    @staticmethod
+    def _check_role(name: str) -> None:
+        if name == ROOT:
+            raise AuthError(403, f"Cannot modify role {name}: is root role.")
+
+    @staticmethod
+    def _do(request: Request) -> Steps:
+        """Return the event, or the error of the store; raises those of consensus."""
+        result = yield request._replace(path=AUTH_PREFIX + request.path)
+        if isinstance(result, RaftInternal):
+            raise result
+        return result
+
+    def _ensure_directories(self) -> Steps:
+        """The first change ever makes the places: four indexes of the store, as in etcd."""
+        if not self._ensured:
+            for path in ("", "/users", "/roles"):
+                yield from self._do(Request(method="PUT", path=path, dir=True, prev_exist=False))
+            yield from self._do(
+                Request(method="PUT", path="/enabled", val="false", prev_exist=False)
+            )
+            self._ensured = True
+
+    def _read(self, path: str, missing: AuthError) -> Steps:
+        """Return (value, its index) as of now.  Raises `missing`."""
+        result = yield from self._do(Request(method="QGET", path=path))
+        if isinstance(result, EtcdError) or result.node.value is None:
+            raise missing
+        return result.node.value, result.node.modified_index
+
+    def _create(self, path: str, value: object, exists: str) -> Steps:
+        yield from self._ensure_directories()
+        result = yield from self._do(
+            Request(method="PUT", path=path, val=json_text(value), prev_exist=False)
+        )
+        if isinstance(result, EtcdError):
+            raise AuthError(409, exists) if isinstance(result, NodeExists) else result
+
+    def _replace(self, path: str, value: object, index: int) -> Steps:
+        """Write if nobody was faster; False if somebody was."""
+        yield from self._ensure_directories()
+        result = yield from self._do(Request(
+            method="PUT", path=path, val=json_text(value), prev_exist=True, prev_index=index,
+        ))
+        return not isinstance(result, EtcdError)
+
+    def _delete(self, path: str, missing: str) -> Steps:
+        yield from self._ensure_directories()
+        result = yield from self._do(Request(method="DELETE", path=path))
+        if isinstance(result, EtcdError):
+            raise AuthError(404, missing) if isinstance(result, KeyNotFound) else result
+
+    def _set_enabled(self, value: str) -> Steps:
+        yield from self._ensure_directories()
+        result = yield from self._do(
+            Request(method="PUT", path="/enabled", val=value, prev_exist=True)
+        )
+        if isinstance(result, EtcdError):
+            raise result
+
+
+def parse_credential(header: str) -> Optional[Credential]:
+    """Return what an Authorization header says; None unless it is well-formed Basic (RFC 7617)."""
+    kind, _, encoded = header.partition(" ")
+    if kind.lower() != "basic":
+        return None
+    try:
+        user, colon, password = text_of(base64.b64decode(encoded, validate=True)).partition(":")
+    except ValueError:
+        return None
+    return Credential(user, password) if colon else None
+
+
+class Guard:
+    """Decides from its head whether a request may pass.  A decision is kept with the head until
+    Auth.version changes: verified clients cost no more than without auth.  Thread: reactor."""
+
+    def __init__(self, auth: Auth, reactor: Reactor) -> None:
+        self._auth = auth
+        self._complaints = Complaints("auth", reactor.now)
+
+    def key(
+        self, head: HttpHead, key: str, *, write: bool, recursive: bool, passed: Handler,
+        refused: Handler,
+    ) -> Handler:
+        """Return who answers an access to `key`: a guest's too, if there is no Authorization."""
+        def may(user: Optional[User]) -> bool:
+            return self._auth.may_access(user, key, write=write, recursive=recursive)
+
+        return self._decide(head, may, passed, refused)
+
+    def root(self, head: HttpHead, passed: Handler, refused: Handler) -> Handler:
+        """Return who answers what only the role root may do."""
+        return self._decide(head, self._auth.is_root, passed, refused)
+
+    def _decide(
+        self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
+        refused: Handler,
+    ) -> Handler:
+        if not self._auth.enabled:
+            return passed
+        verdict = self._verdict(head, may)
+        if verdict is None:
+            return functools.partial(self._verify, head, may, passed, refused)
+        return passed if verdict else refused
+
+    def _verdict(
+        self, head: HttpHead, may: Callable[[Optional[User]], bool]
+    ) -> Optional[bool]:
+        """May it pass?  None: the password has not been verified yet."""
+        header = head.headers.get("authorization", "")
+        if not header:
+            return may(None)
+        credential = parse_credential(header)
+        if credential is None:
+            self._complaints.say("malformed basic auth encoding")
+            return False
+        user = self._auth.user(credential.user)
+        if user is None:
+            self._complaints.say(f"no such user: {credential.user[:64]}.")
+            return False
+        right = self._auth.checks.known(user.password, credential.password)
+        if right is False:
+            self._complaints.say(f"incorrect password for user: {user.name}.")
+        return may(user) if right else right
+
+    def _verify(
+        self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
+        refused: Handler, request: HttpRequest,
+    ) -> None:
+        """Handler as soon as it is known whether the password is right."""
+        if request.connection.closed:
+            return
+        verdict = self._verdict(head, may)
+        if verdict is not None:
+            answer = passed if verdict else refused
+            head.parsed = self._auth.version, answer
+            answer(request)
+            return
+        credential = parse_credential(head.headers["authorization"])
+        user = self._auth.user(credential.user) if credential else None
+        again = functools.partial(self._verify, head, may, passed, refused, request)
+        if credential is None or user is None:
+            refused(request)
+        elif not self._auth.checks.check(user.password, credential.password, again):
+            request.reply(503, b'{"message":"too many passwords wait to be checked; try again"}')
+
+
+# ============================================================================
+# 26. Keys API -- from an HTTP request to a command, and back
 # ----------------------------------------------------------------------------
 # Knows: sections 1-4, 10, 17, 22, 24.  Must not know: sockets, Raft, files.
 # ============================================================================
@@ -9455,8 +10148,6 @@ FORM_FIELDS_MAX = 10_000            # fields of one body or query; above: error 
 
 _TEXT = "text/plain; charset=utf-8"
 _NOSNIFF = "X-Content-Type-Options: nosniff\r\n"
-
-Handler = Callable[[HttpRequest], None]
 
 
 def refuse_method(allow: str, request: HttpRequest) -> None:
@@ -9829,8 +10520,9 @@ class KeysApi:
 
     METHODS = ("HEAD", "GET", "PUT", "POST", "DELETE")
 
-    def __init__(self, server: EtcdServer) -> None:
+    def __init__(self, server: EtcdServer, guard: Guard) -> None:
         self._server = server
+        self._guard = guard
         self._store = server.store
         self._reactor = server.reactor
         self._stats = server.store.stats
@@ -9864,6 +10556,14 @@ class KeysApi:
         command = target.command
         if target.error is not None:
             return functools.partial(self._refuse, target.error)
+        return self._guard.key(
+            head, head.path[len("/v2/keys"):], write=head.method not in ("GET", "HEAD"),
+            recursive=command.recursive, passed=self._answer(head, target),
+            refused=functools.partial(self._unauthorized, target),
+        )
+
+    def _answer(self, head: HttpHead, target: KeyTarget) -> Handler:
+        command = target.command
         if head.method in ("PUT", "POST"):
             return functools.partial(self._write, target)
         if head.method == "DELETE":
@@ -9876,6 +10576,16 @@ class KeysApi:
 
     def _refuse(self, error: EtcdError, request: HttpRequest) -> None:
         write_error(request, error, self._cluster_line)
+
+    def _unauthorized(self, target: KeyTarget, request: HttpRequest) -> None:
+        """Answer 401; what is wrong with the request itself is said before."""
+        error: EtcdError = Unauthorized("Insufficient credentials")
+        if request.method in ("PUT", "POST"):
+            try:
+                target.request(request, time.time_ns())
+            except EtcdError as worse:
+                error = worse
+        self._refuse(error, request)
 
     def _get(self, path: str, recursive: bool, sorted: bool, request: HttpRequest) -> None:
         """GET and HEAD from the local store.  A hot path."""
@@ -9970,7 +10680,7 @@ class KeysApi:
 
 
 # ============================================================================
-# 26. Client API -- members, statistics, and the table of paths
+# 27. Members API -- who is in the cluster, over HTTP
 # ----------------------------------------------------------------------------
 # Knows: all above.  Must not know: sockets, Raft messages, files.
 # ============================================================================
@@ -10216,6 +10926,251 @@ class MembersApi:
 
 
 _STATE_NAMES = {RaftRole.FOLLOWER: "StateFollower", RaftRole.LEADER: "StateLeader"}
+
+
+# ============================================================================
+# 28. Auth API -- users and roles over HTTP
+# ----------------------------------------------------------------------------
+# Knows: all above.  Source: etcd 2.3 API, auth; etcdhttp/client_auth.go.
+# ============================================================================
+
+_AUTH_VERSION = (2, 1)              # of the cluster, from which on all members know users
+_ITEM_METHODS = ("GET", "PUT", "DELETE")
+
+
+def refuse_credentials(request: HttpRequest) -> None:
+    """Answer 401 to who lacks the role root."""
+    write_message(request, 401, "Insufficient credentials")
+
+
+class UserBody(NamedTuple):
+    """What a PUT of a user says."""
+
+    name: str
+    password: str
+    roles: Names
+    grant: Names
+    revoke: Names
+
+    @classmethod
+    def parse(cls, body: bytes) -> UserBody:
+        """Raises ValueError."""
+        value = GoJson.loads(body, partial=True)
+        return cls(
+            GoJson.string_member(value, "user"), GoJson.string_member(value, "password"),
+            *(string_list(GoJson.member(value, name)) for name in ("roles", "grant", "revoke")),
+        )
+
+
+class RoleBody(NamedTuple):
+    """What a PUT of a role says."""
+
+    name: str
+    permissions: Permissions
+    grant: Optional[Permissions]
+    revoke: Optional[Permissions]
+
+    @classmethod
+    def parse(cls, body: bytes) -> RoleBody:
+        """Raises ValueError."""
+        value = GoJson.loads(body, partial=True)
+        name = GoJson.string_member(value, "role")
+        found = [cls._permissions(value, part) for part in ("permissions", "grant", "revoke")]
+        return cls(name, found[0] or Permissions(), *found[1:])
+
+    @staticmethod
+    def _permissions(value: object, name: str) -> Optional[Permissions]:
+        kv = GoJson.member(GoJson.member(value, name), "kv")
+        found = make_permissions(GoJson.member(kv, "read"), GoJson.member(kv, "write"))
+        return found if found.read is not None or found.write is not None else None
+
+
+class AuthApi:
+    """/v2/auth/: users, roles, enable.  Thread: reactor."""
+
+    def __init__(self, server: EtcdServer, auth: Auth, guard: Guard) -> None:
+        self._server = server
+        self._auth = auth
+        self._guard = guard
+        self._store = AuthStore(auth)
+        self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
+
+    def route(self, head: HttpHead) -> Handler:
+        """Return what answers a request below /v2/auth/."""
+        version = self._server.cluster.version
+        if version is None or version_key(version) < _AUTH_VERSION:
+            # Not kept: the cluster may learn its version at any time.
+            return lambda request: self.route(head)(request) if self._is_capable else write_message(
+                request, 500, "Not capable of accessing auth feature during rolling upgrades."
+            )
+        kind, _, name = head.path[len("/v2/auth/"):].partition("/")
+        if head.path == "/v2/auth/enable":
+            return self._allow(head, _ITEM_METHODS, self._enable, is_open=head.method == "GET")
+        if kind not in ("users", "roles"):
+            return not_found
+        if not name:
+            listing = self._list_users if kind == "users" else self._list_roles
+            return self._allow(head, ("GET",), listing)
+        if "/" in name:
+            return lambda request: write_message(request, 400, "Invalid path")
+        item = self._user if kind == "users" else self._role
+        return self._allow(head, _ITEM_METHODS, functools.partial(item, name))
+
+    @property
+    def _is_capable(self) -> bool:
+        version = self._server.cluster.version
+        return version is not None and version_key(version) >= _AUTH_VERSION
+
+    def _allow(
+        self, head: HttpHead, methods: Sequence[str], handler: Handler, *, is_open: bool = False
+    ) -> Handler:
+        """Check the method, then the credential."""
+        if head.method not in methods:
+            return functools.partial(refuse_method, ",".join(methods))
+        return handler if is_open else self._guard.root(head, handler, refuse_credentials)
+
+    # -- enable ------------------------------------------------------------
+
+    def _enable(self, request: HttpRequest) -> None:
+        if request.method == "GET":
+            self._reply(request, 200, {"enabled": self._auth.enabled})
+        else:
+            steps = self._store.enable() if request.method == "PUT" else self._store.disable()
+            self._run(request, steps, lambda _: self._reply_empty(request))
+
+    # -- users -------------------------------------------------------------
+
+    def _list_users(self, request: HttpRequest) -> None:
+        users = filter(None, map(self._auth.user, self._auth.names("users")))
+        shown = [self._with_roles(user, skip=True) for user in users]
+        self._reply(request, 200, {"users": shown or None})
+
+    def _with_roles(self, user: User, *, skip: bool) -> Dict[str, object]:
+        """The user with what its roles allow.  skip: pass over missing ones, else AuthError."""
+        roles = []
+        for name in user.roles or ():
+            role = self._auth.role(name)
+            if role is not None:
+                roles.append(role.json())
+            elif not skip:
+                raise AuthError(404, f"Role {name} does not exist.")
+        return {"user": user.name, **({"roles": roles} if roles else {})}
+
+    def _user(self, name: str, request: HttpRequest) -> None:
+        if request.method == "GET":
+            user = self._auth.user(name)
+            try:
+                if user is None:
+                    raise AuthError(404, f"User {name} does not exist.")
+                self._reply(request, 200, self._with_roles(user, skip=False))
+            except AuthError as error:
+                self._fail(request, error)
+        elif request.method == "DELETE":
+            self._run(request, self._store.delete_user(name),
+                      lambda _: self._reply_empty(request))
+        else:
+            self._put_user(name, request)
+
+    def _put_user(self, name: str, request: HttpRequest) -> None:
+        body = self._parse(request, UserBody.parse, name, "User")
+        if body is None:
+            return
+        if body.roles and (body.grant or body.revoke):
+            self._message(request, 400, "User JSON contains both roles and grant/revoke")
+            return
+        if len(utf8(body.password)) > PASSWORD_BYTES_MAX or "\0" in body.password:
+            self._message(request, 400, "the password is too long, or has a NUL in it")
+            return
+        updates = bool(body.grant or body.revoke) or not body.roles and self._auth.user(name)
+        if updates:
+            steps = self._store.update_user(name, body.password, body.grant, body.revoke)
+        else:
+            steps = self._store.create_user(User(name, body.password, body.roles))
+        status = 200 if updates or body.roles else 201
+        self._run(request, steps,
+                  lambda user: self._reply(request, status, user.json(hide_password=True)))
+
+    # -- roles -------------------------------------------------------------
+
+    def _list_roles(self, request: HttpRequest) -> None:
+        roles = filter(None, map(self._auth.role, self._auth.names("roles")))
+        self._reply(request, 200, {"roles": [role.json() for role in roles]})
+
+    def _role(self, name: str, request: HttpRequest) -> None:
+        if request.method == "GET":
+            role = self._auth.role(name)
+            if role is None:
+                self._fail(request, AuthError(404, f"Role {name} does not exist."))
+            else:
+                self._reply(request, 200, role.json())
+        elif request.method == "DELETE":
+            self._run(request, self._store.delete_role(name),
+                      lambda _: self._reply_empty(request))
+        else:
+            self._put_role(name, request)
+
+    def _put_role(self, name: str, request: HttpRequest) -> None:
+        body = self._parse(request, RoleBody.parse, name, "Role")
+        if body is None:
+            return
+        updates = any(part and not part.is_empty for part in (body.grant, body.revoke))
+        if updates and not body.permissions.is_empty:
+            self._message(request, 400, "Role JSON contains both permissions and grant/revoke")
+            return
+        if updates:
+            steps = self._store.update_role(name, body.grant, body.revoke)
+        else:
+            steps = self._store.create_role(Role(name, body.permissions))
+        self._run(request, steps,
+                  lambda role: self._reply(request, 200 if updates else 201, role.json()))
+
+    # -- answers -----------------------------------------------------------
+
+    def _parse(
+        self, request: HttpRequest, parse: Callable[[bytes], Any], name: str, what: str
+    ) -> Any:
+        """The parsed body; None if it is refused already."""
+        try:
+            body = parse(request.body)
+        except ValueError:
+            self._message(request, 400, "Invalid JSON in request body.")
+            return None
+        if body.name != name:
+            self._message(request, 400, f"{what} JSON name does not match the name in the URL")
+            return None
+        return body
+
+    def _run(self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None]) -> None:
+        """Carry out a change, then answer."""
+        def done(result: Any) -> None:
+            if isinstance(result, (AuthError, EtcdError)):
+                self._fail(request, result)
+            else:
+                reply(result)
+
+        run_steps(self._server, steps, done)
+
+    def _fail(self, request: HttpRequest, error: Union[AuthError, EtcdError]) -> None:
+        if isinstance(error, EtcdError):
+            write_error(request, error, self._cluster_line)
+        else:
+            self._message(request, error.status, str(error))
+
+    def _message(self, request: HttpRequest, status: int, message: str) -> None:
+        write_message(request, status, message, self._cluster_line)
+
+    def _reply(self, request: HttpRequest, status: int, value: object) -> None:
+        request.reply(status, utf8(json_text(value) + "\n"), headers=self._cluster_line)
+
+    def _reply_empty(self, request: HttpRequest) -> None:
+        request.reply(200, headers="Content-Type: application/json\r\n" + self._cluster_line)
+
+
+# ============================================================================
+# 29. Client API -- status, and the table of paths
+# ----------------------------------------------------------------------------
+# Knows: all above.  Must not know: sockets, Raft messages, files.
+# ============================================================================
 
 
 def raft_state_name(role: RaftRole) -> str:
@@ -10471,15 +11426,20 @@ class ClientApi:
 
     fallback  asked for paths that etcd does not have; True: answered.  Set by the owner
 
-    What the head alone decides is decided once and kept with it (HttpHead.parsed), as heads are
-    cached.  Thread: reactor.  Source: etcd 2.3 etcdhttp/client.go, pkg/cors, Go http.ServeMux.
+    What the head alone decides is decided once and kept with it (HttpHead.parsed, with the version
+    of users and roles that it was decided for), as heads are cached.  Thread: reactor.
+    Source: etcd 2.3 etcdhttp/client.go, pkg/cors, Go http.ServeMux.
     """
 
     def __init__(self, server: EtcdServer) -> None:
         self.fallback: Callable[[HttpRequest], bool] = lambda request: False
         self._origins = frozenset(server.config.cors)
         self._log = package_logger("etcdhttp")
-        self._keys = KeysApi(server)
+        self._applier = server.applier
+        auth = Auth(server.store, server.applier, server.reactor)
+        self._guard = Guard(auth, server.reactor)
+        self._auth = AuthApi(server, auth, self._guard)
+        self._keys = KeysApi(server, self._guard)
         self._members = MembersApi(server)
         status = StatusApi(server)
         self._routes: Dict[str, Tuple[Tuple[str, ...], Handler]] = {
@@ -10506,10 +11466,11 @@ class ClientApi:
         if self._log.isEnabledFor(logging.DEBUG):
             self._log.debug("[%s] %s remote:%s", request.method, request.target, request.remote)
         head = request.head
-        handler: Optional[Handler] = head.parsed
-        if handler is None:
-            handler = head.parsed = self._route(head)
-        handler(request)
+        decided: Optional[Tuple[int, Handler]] = head.parsed
+        version = self._applier.auth_changes
+        if decided is None or decided[0] != version:
+            decided = head.parsed = version, self._route(head)
+        decided[1](request)
 
     def _route(self, head: HttpHead) -> Handler:
         """Return what answers requests with this head.  The order is that of keys-api §1.1."""
@@ -10522,12 +11483,16 @@ class ClientApi:
             return redirect
         if path == "/v2/keys" or path.startswith("/v2/keys/"):
             return self._keys.route(head)
+        if path.startswith("/v2/auth/"):
+            return self._auth.route(head)
         name = "/v2/members" if path.startswith("/v2/members/") else path
         if name not in self._routes:
             return self._unknown
         methods, handler = self._routes[name]
         if methods and head.method not in methods:
             return functools.partial(refuse_method, ",".join(methods))
+        if name == "/v2/members" and head.method != "GET":
+            return self._guard.root(head, handler, refuse_credentials)
         return handler
 
     def _unknown(self, request: HttpRequest) -> None:
@@ -10575,7 +11540,7 @@ class PeerApi:
 
 
 # ============================================================================
-# 27. Discovery -- how members that start find each other
+# 30. Discovery -- how members that start find each other
 # ----------------------------------------------------------------------------
 # Knows: sections 1-4, 13, 17.  All but DiscoveryService is plain blocking code
 # that runs before the reactor starts.
@@ -11195,9 +12160,9 @@ def _reply_text(request: HttpRequest, status: int, text: str) -> None:
 
 
 # ============================================================================
-# 28. Bootstrap -- a new member, a joining one, or one that was here before
+# 31. Bootstrap -- a new member, a joining one, or one that was here before
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 10-13, 24 (two records), 27.  Blocks; runs before the
+# Knows: sections 1-4, 10-13, 24 (two records), 30.  Blocks; runs before the
 # reactor starts.
 # ============================================================================
 
@@ -11806,7 +12771,7 @@ def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
 
 
 # ============================================================================
-# 29. Embedding -- a member inside any program
+# 32. Embedding -- a member inside any program
 # ----------------------------------------------------------------------------
 # Knows: all above.  Threads: the caller's, and the one it starts, `reactor`.
 # ============================================================================
@@ -12095,7 +13060,7 @@ _BIND_HINTS = {
 
 
 # ============================================================================
-# 30. Proxy -- a door to a cluster on a machine that is no member of it
+# 33. Proxy -- a door to a cluster on a machine that is no member of it
 # ----------------------------------------------------------------------------
 # Knows: all above.  Threads: as for Embedding; what blocks (asking peers for
 # the members, the cluster file) runs before the reactor or on its helpers.
@@ -12736,7 +13701,7 @@ class ProxyServer(ServerThread):
 
 
 # ============================================================================
-# 31. Flags -- what can be set, and how its text is read
+# 34. Flags -- what can be set, and how its text is read
 # ----------------------------------------------------------------------------
 # Knows: all above.  A table; sections Settings and Command line use it.
 # ============================================================================
@@ -13076,7 +14041,7 @@ def _all_flags() -> Dict[str, Flag]:
 
 
 # ============================================================================
-# 32. Settings -- command line, environment, configuration file
+# 35. Settings -- command line, environment, configuration file
 # ----------------------------------------------------------------------------
 # Knows: all above.  The only section that reads flags, the environment and the
 # configuration file, and that knows what does not go together.
@@ -13714,7 +14679,7 @@ def make_config(settings: Settings) -> ServerConfig:
 
 
 # ============================================================================
-# 33. Command line
+# 36. Command line
 # ----------------------------------------------------------------------------
 # Knows: all above.  The only section that prints, and touches signals and
 # process limits.
