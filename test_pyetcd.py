@@ -11,12 +11,13 @@
   9. Cluster, apply
   10. HTTP contract
   11. TLS
-  12. Clusters over real sockets, in processes of their own
-  13. Client
-  14. Peer transport
-  15. Discovery, and Bootstrap
-  16. Proxy
-  17. Command line
+  12. Auth
+  13. Clusters over real sockets, in processes of their own
+  14. Client
+  15. Peer transport
+  16. Discovery, and Bootstrap
+  17. Proxy
+  18. Command line
 
 Run a part by the prefix of its names: -k raft_, -k "store_ or wal_", -k sim_, -k cluster_.
 Chance is seeded and a failure prints its seed.  PYETCD_SIM_SEEDS=10000 runs more simulations,
@@ -27,6 +28,7 @@ PYETCD_SIM_SEED=17 just that one.  Tests beside the real etcd are skipped, with 
 from __future__ import annotations
 
 import ast
+import base64
 import collections
 import concurrent.futures
 import contextlib
@@ -7601,7 +7603,327 @@ def test_tls_by_flags_as_operators_give_them(tmp_path, certificates):
 
 
 # ============================================================================
-# 12. Clusters over real sockets, in processes of their own
+# 12. Auth -- who may do what, and what it costs to find out
+# ----------------------------------------------------------------------------
+
+# Made by etcd 3.4.23 --enable-v2 for the password "wonderland".
+_AUTH_HASH_OF_ETCD = "$2a$10$ik6vJNcLBS9qUmSC56ic6eBU0fUklCUp/tYH/LHNoms.cKRj3hje6"
+_AUTH_ROOT = ("root", "rootpw")
+
+
+def _auth_call(url, method, path, body=None, *, auth=_AUTH_ROOT):
+    """Return (status, JSON or text) of a request to the auth API."""
+    answer = requests.request(
+        method, f"{url}/v2/auth/{path}", auth=auth, timeout=20,
+        data=None if body is None else json.dumps(body))
+    try:
+        return answer.status_code, answer.json()
+    except ValueError:
+        return answer.status_code, answer.text
+
+
+def _auth_key(url, method, key, *, auth=None, **form):
+    query = {name: form.pop(name) for name in ("recursive", "wait") if name in form}
+    return requests.request(method, f"{url}/v2/keys{key}", params=query, data=form or None,
+                            auth=auth, timeout=20).status_code
+
+
+def _auth_enable(url, *, guest=False):
+    """Create root, enable, and leave guests without rights unless told otherwise."""
+    assert _auth_call(url, "PUT", "users/root", {"user": "root", "password": "rootpw"})[0] == 201
+    assert _auth_call(url, "PUT", "enable") == (200, "")
+    if not guest:
+        everything = {"kv": {"read": ["/*"], "write": ["/*"]}}
+        nothing = {"role": "guest", "revoke": everything}
+        assert _auth_call(url, "PUT", "roles/guest", nothing)[0] == 200
+
+
+def _auth_add(url, name, password, **kv):
+    """Create a user with a role of the same name."""
+    role = {"role": name, "permissions": {"kv": kv}}
+    assert _auth_call(url, "PUT", f"roles/{name}", role)[0] == 201
+    user = {"user": name, "password": password, "roles": [name]}
+    assert _auth_call(url, "PUT", f"users/{name}", user)[0] == 200
+    return name, password
+
+
+@pytest.fixture
+def auth_server(tmp_path):
+    """A member with auth enabled and no rights for guests; its client URL is second."""
+    with _http_member(tmp_path) as server:
+        _auth_enable(server.client_urls[0])
+        yield server, server.client_urls[0]
+
+
+@pytest.mark.parametrize(("patterns", "key", "plain", "recursive"), [
+    (["/*"], "/", True, True),
+    (["/*"], "", False, False),             # /v2/keys without a slash
+    (["*"], "", True, True),
+    (["/pub/*"], "/pub", False, False),
+    (["/pub/*"], "/pub/", True, True),
+    (["/pub/*"], "/pub/x/y", True, True),
+    (["/pub*"], "/public", True, True),
+    (["/exact"], "/exact", True, False),
+    (["/exact"], "/exact/", False, False),
+    (["/a", "/b/*"], "/b/c", True, True),
+    ([], "/", False, False),
+    (None, "/", False, False),
+])
+def test_auth_patterns(patterns, key, plain, recursive):
+    """A `*` at the end covers all below, and only that covers recursion."""
+    for write in (False, True):
+        allowed = pyetcd.Permissions(**{"write" if write else "read": patterns})
+        assert allowed.allow(key, write=write, recursive=False) is plain
+        assert allowed.allow(key, write=write, recursive=True) is recursive
+        assert not allowed.allow(key, write=not write, recursive=False)
+
+
+@pytest.mark.parametrize("header", [
+    "", "Basic", "Basic ", "Basic !!!", "Bearer x", "Basic " + base64.b64encode(b"ab").decode(),
+    "Digest cm9vdDp4",
+])
+def test_auth_malformed_credentials_are_none(header):
+    """No guest rights for them either."""
+    assert pyetcd.parse_credential(header) is None
+
+
+def test_auth_credentials_may_hold_any_bytes():
+    """The first colon divides; the rest belongs to the password."""
+    encoded = base64.b64encode(b"al\xff:p:w:").decode()
+    assert pyetcd.parse_credential(f"bAsIc {encoded}") == ("al\udcff", "p:w:")
+
+
+def test_auth_hashes_of_etcd_verify_and_ours_look_the_same():
+    """bcrypt by the system's library; a wrong password and a damaged hash do not verify."""
+    passwords = pyetcd.Passwords()
+    if not passwords.has_bcrypt:
+        pytest.skip("libcrypt of this system has no bcrypt")
+    assert passwords.verify("wonderland", _AUTH_HASH_OF_ETCD)
+    assert not passwords.verify("Wonderland", _AUTH_HASH_OF_ETCD)
+    assert not passwords.verify("wonderland", _AUTH_HASH_OF_ETCD[:-1])
+    assert not passwords.verify("x", "x") and not passwords.verify("", "")
+    made = passwords.hash("p\u00e9")
+    assert re.fullmatch(r"\$2a\$10\$[./A-Za-z0-9]{53}", made) and made != passwords.hash("p\u00e9")
+    assert passwords.verify("p\u00e9", made) and not passwords.verify("pe", made)
+
+
+def test_auth_without_bcrypt_another_hash_serves(tmp_path, monkeypatch, caplog):
+    """PBKDF2, marked as such; hashes made by etcd are refused with a line that says why."""
+    monkeypatch.setattr(pyetcd.Passwords, "_find_crypt", lambda self: None)
+    passwords = pyetcd.Passwords()
+    assert not passwords.verify("wonderland", _AUTH_HASH_OF_ETCD)
+    assert "libcrypt has no bcrypt" in caplog.text
+    with _http_member(tmp_path) as server:
+        url = server.client_urls[0]
+        _auth_enable(url)
+        stored = server.call(lambda etcd: etcd.store.value("/2/users/root"))
+        assert json.loads(stored)["password"].startswith("$pbkdf2-sha256$")
+        assert _auth_key(url, "GET", "/", auth=_AUTH_ROOT) == 200
+        assert _auth_key(url, "GET", "/", auth=("root", "wrong")) == 401
+
+
+def test_auth_readers_writers_and_guests(auth_server):
+    """GET needs read, all else write; watches and recursion too; guests have their own role."""
+    _, url = auth_server
+    reader = _auth_add(url, "reader", "r", read=["/pub/*"], write=None)
+    writer = _auth_add(url, "writer", "w", read=None, write=["/pub/*", ""])
+    assert _auth_key(url, "PUT", "/pub/a", auth=writer, value="1") == 201
+    assert _auth_key(url, "GET", "/pub/a", auth=writer) == 401
+    assert _auth_key(url, "GET", "/pub/a", auth=reader) == 200
+    assert _auth_key(url, "GET", "/pub/", auth=reader, recursive="true") == 200
+    assert _auth_key(url, "GET", "/pub/a", auth=reader, wait="true", recursive="bad") == 400
+    assert _auth_key(url, "GET", "/else", auth=reader, wait="true") == 401
+    assert _auth_key(url, "DELETE", "/pub/a", auth=reader) == 401
+    assert _auth_key(url, "PUT", "/pub/a", auth=reader, ttl="x") == 400, "what is wrong comes first"
+    assert _auth_key(url, "GET", "/pub/a") == 401
+    _auth_call(url, "PUT", "roles/guest", {"role": "guest", "grant": {"kv": {"read": ["/pub/*"]}}})
+    assert _auth_key(url, "GET", "/pub/a") == 200
+    assert _auth_key(url, "GET", "/pub/", recursive="true") == 200, "guests: the plain test"
+    assert _auth_call(url, "DELETE", "roles/guest")[0] == 200
+    assert _auth_key(url, "GET", "/pub/a") == 401
+
+
+def test_auth_members_and_settings_are_for_root(auth_server):
+    """Reading members is open, changing them is not; nor is any of /v2/auth/ but one GET."""
+    _, url = auth_server
+    alice = _auth_add(url, "alice", "a", read=["/*"], write=["/*"])
+    admin = {"user": "admin", "password": "x", "roles": ["root"]}
+    assert _auth_call(url, "PUT", "users/admin", admin)[0] == 200
+    assert requests.get(url + "/v2/members", timeout=10).status_code == 200
+    for auth, status in ((None, 401), (alice, 401), (("admin", "x"), 404)):
+        answer = requests.delete(url + "/v2/members/abc", auth=auth, timeout=10)
+        assert answer.status_code == status
+        assert ("X-Etcd-Cluster-Id" in answer.headers) is (status == 404)
+        assert (_auth_call(url, "GET", "users", auth=auth)[0] == 200) is (status == 404)
+    assert _auth_call(url, "GET", "enable", auth=None) == (200, {"enabled": True})
+    for path in ("/version", "/health", "/v2/stats/self", "/metrics", "/v2/machines"):
+        assert requests.get(url + path, timeout=10).status_code == 200
+
+
+def test_auth_changes_count_at_once_on_every_member(tmp_path):
+    """A changed password and a revoked role: the next request sees them, also after a restart."""
+    with StaticCluster(tmp_path) as cluster:
+        urls = [member.client for member in cluster.members]
+        eventually(lambda: "2.3.0" in requests.get(urls[0] + "/version", timeout=10).text)
+        _auth_enable(urls[0])
+        alice = _auth_add(urls[1], "alice", "a", read=["/*"], write=["/a/*"])
+        for url in urls:
+            eventually(lambda url=url: _auth_key(url, "GET", "/", auth=alice) == 200)
+            assert _auth_key(url, "PUT", "/a/x", auth=alice, value="1") in (200, 201)
+        revoke = {"role": "alice", "revoke": {"kv": {"write": ["/a/*"]}}}
+        assert _auth_call(urls[2], "PUT", "roles/alice", revoke)[0] == 200
+        assert _auth_key(urls[2], "PUT", "/a/x", auth=alice, value="1") == 401
+        for url in urls:
+            eventually(lambda url=url: _auth_key(url, "PUT", "/a/x", auth=alice, value="1") == 401)
+        change = {"user": "alice", "password": "b"}
+        assert _auth_call(urls[0], "PUT", "users/alice", change)[0] == 200
+        assert _auth_key(urls[0], "GET", "/", auth=alice) == 401
+        member = cluster.members[1]
+        member.process.kill(signal.SIGTERM)
+        cluster.start(member)
+        member.process.wait_log("published")
+        assert _auth_key(urls[1], "GET", "/", auth=("alice", "b")) == 200
+        assert _auth_key(urls[1], "GET", "/", auth=alice) == 401
+        assert _auth_key(urls[1], "GET", "/") == 401
+
+
+def test_auth_snapshots_carry_users(tmp_path):
+    """After a restart from a snapshot the old credentials count, and the store is as it was."""
+    with _http_member(tmp_path, snapshot_count=5) as server:
+        _auth_enable(server.client_urls[0])
+        for i in range(30):
+            _auth_key(server.client_urls[0], "PUT", f"/k{i}", auth=_AUTH_ROOT, value="1")
+        eventually(lambda: server.call(lambda etcd: etcd.snapshots.index) > 10)
+    with _http_member(tmp_path) as server:
+        assert _auth_key(server.client_urls[0], "GET", "/k1", auth=_AUTH_ROOT) == 200
+        assert _auth_key(server.client_urls[0], "GET", "/k1") == 401
+
+
+def test_auth_grants_at_the_same_time_are_all_kept(auth_server):
+    """What one wrote, the other does not overwrite."""
+    _, url = auth_server
+    _auth_add(url, "alice", "a", read=["/*"])
+
+    def grant(number):
+        body = {"user": "alice", "grant": [f"r{number}"]}
+        return _auth_call(url, "PUT", "users/alice", body)[0]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(grant, range(24)))
+    assert statuses == [200] * 24
+    user = _auth_call(url, "PUT", "users/alice", {"user": "alice", "revoke": ["r0"]})[1]
+    assert user["roles"] == sorted(["alice", *(f"r{i}" for i in range(1, 24))])
+
+
+def test_auth_wrong_passwords_do_not_lock_others_out(auth_server):
+    """Guesses queue up behind each other; who is known passes, who is right is known soon."""
+    _, url = auth_server
+    alice = _auth_add(url, "alice", "a", read=["/*"])
+    assert _auth_key(url, "GET", "/", auth=_AUTH_ROOT) == 200
+    ended, wrong = threading.Event(), []
+
+    def guess(number):
+        for attempt in itertools.count():
+            if ended.is_set():
+                return
+            wrong.append(_auth_key(url, "GET", "/", auth=("root", f"guess {number} {attempt}")))
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        guesses = [pool.submit(guess, number) for number in range(6)]
+        try:
+            eventually(lambda: len(wrong) > 2)
+            for _ in range(50):
+                assert _auth_key(url, "GET", "/", auth=_AUTH_ROOT) == 200
+            assert _auth_key(url, "GET", "/", auth=alice) == 200, "verified under attack"
+        finally:
+            ended.set()
+        for future in guesses:
+            future.result()
+    assert set(wrong) == {401}
+
+
+def test_auth_password_checks_are_bounded_and_shared(auth_server, monkeypatch):
+    """The same question is asked once; beyond the limit the answer is 503."""
+    _, url = auth_server
+    monkeypatch.setattr(pyetcd, "PASSWORD_CHECKS_MAX", 4)
+    go_on, asked = threading.Event(), []
+
+    def verify(self, password, stored):
+        asked.append(password)
+        go_on.wait(20)
+        return password == "rootpw"
+
+    monkeypatch.setattr(pyetcd.Passwords, "verify", verify)
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        def ask(password):
+            return pool.submit(_auth_key, url, "GET", "/", auth=("root", password))
+
+        same = [ask("no") for _ in range(6)]
+        eventually(lambda: asked)
+        others = [ask(f"no{i}") for i in range(9)]
+        eventually(lambda: sum(future.done() for future in others) == 6)
+        go_on.set()
+        assert [future.result() for future in same] == [401] * 6
+        statuses = sorted(future.result() for future in others)
+    assert statuses == [401] * 3 + [503] * 6
+    assert sorted(asked) == sorted({"no", *asked}) and len(asked) == 4
+    assert _auth_key(url, "GET", "/", auth=("root", "no")) == 401 and len(asked) == 4, "remembered"
+
+
+def test_auth_what_is_stored_by_others_may_be_anything(auth_server, caplog):
+    """A record that is none is no user and no role, and says so in the log."""
+    server, url = auth_server
+    for path, value in (("/2/users/bad", "[]"), ("/2/roles/bad", '{"permissions":7}')):
+        server.call(lambda etcd, path=path, value=value: etcd.do(
+            pyetcd.Request(method="PUT", path=path, val=value), lambda result: None))
+    eventually(lambda: server.call(lambda etcd: etcd.store.value("/2/roles/bad")))
+    assert _auth_call(url, "GET", "users/bad")[0] == 404
+    assert _auth_call(url, "GET", "roles/bad")[0] == 404
+    assert _auth_call(url, "GET", "users")[0] == _auth_call(url, "GET", "roles")[0] == 200
+    assert _auth_key(url, "GET", "/", auth=("bad", "x")) == 401
+    assert "what is stored is no user" in caplog.text and "is no role" in caplog.text
+
+
+@pytest.mark.parametrize(("path", "body", "message"), [
+    ("users/u", {"user": "u", "password": 7}, "Invalid JSON in request body."),
+    ("users/u", {"user": "u", "password": "x", "roles": "r"}, "Invalid JSON in request body."),
+    ("users/u", {"user": "u", "password": "x\0"}, "the password is too long, or has a NUL in it"),
+    ("users/u", {"user": "u", "password": "x" * 5000},
+     "the password is too long, or has a NUL in it"),
+    ("roles/r", {"role": "r", "permissions": []}, "Invalid JSON in request body."),
+    ("roles/r", {"role": "r", "grant": {"kv": {"read": [1]}}}, "Invalid JSON in request body."),
+    ("roles/r", [], "Invalid JSON in request body."),
+    ("users/u", None, "Invalid JSON in request body."),
+])
+def test_auth_bad_bodies_are_refused(http_server, path, body, message):
+    """400 with a message; nothing is stored."""
+    url = http_server.client_urls[0]
+    assert _auth_call(url, "PUT", path, body) == (400, {"message": message})
+    assert http_server.call(lambda etcd: etcd.store.value("/2/" + path)) is None
+
+
+def test_auth_waits_until_all_members_can_have_it(http_server):
+    """Before the cluster version is known there may be members without users."""
+    url = http_server.client_urls[0]
+    http_server.call(lambda etcd: setattr(etcd.cluster, "version", None))
+    assert _auth_call(url, "GET", "enable") == (500, {
+        "message": "Not capable of accessing auth feature during rolling upgrades."})
+    http_server.call(lambda etcd: setattr(etcd.cluster, "version", "2.1.0"))
+    assert _auth_call(url, "GET", "enable") == (200, {"enabled": False})
+
+
+def test_auth_refusals_can_be_read_by_scripts_of_allowed_origins(tmp_path):
+    """CORS headers are on every reply."""
+    with _http_member(tmp_path, cors=["http://a.example"]) as server:
+        _auth_enable(server.client_urls[0])
+        answer = requests.get(server.client_urls[0] + "/v2/keys/a", timeout=10,
+                              headers={"Origin": "http://a.example"})
+        assert answer.status_code == 401
+        assert answer.headers["Access-Control-Allow-Origin"] == "http://a.example"
+
+
+# ============================================================================
+# 13. Clusters over real sockets, in processes of their own
 # ----------------------------------------------------------------------------
 # Few and slow.  Every process is started here and ended here.
 # ============================================================================
@@ -8027,7 +8349,7 @@ def test_cluster_leader_hands_over_when_it_is_stopped(tmp_path):
 
 
 # ============================================================================
-# 13. Client -- against real servers, against misbehaving ones, and beside etcdctl
+# 14. Client -- against real servers, against misbehaving ones, and beside etcdctl
 # ============================================================================
 
 
@@ -9206,7 +9528,7 @@ def test_client_cli_reader_that_went_away(_client_server, _client, _client_dir):
 
 
 # ============================================================================
-# 14. Peer transport -- frames, refusals, and two members on loopback
+# 15. Peer transport -- frames, refusals, and two members on loopback
 # ----------------------------------------------------------------------------
 # Frames are compared with recordings of etcd 2.3.8; links run over real
 # sockets on one reactor that the test turns itself.
@@ -10600,7 +10922,7 @@ def test_link_real_etcd_leads_us(
 
 
 # ============================================================================
-# 15. Discovery, and Bootstrap
+# 16. Discovery, and Bootstrap
 # ----------------------------------------------------------------------------
 # A small registry and a small name server stand in for the network; then the
 # ways into a cluster, on temporary directories.
@@ -11913,7 +12235,7 @@ def test_bootstrap_unwritable_data_dir_is_one_line(tmp_path: Path) -> None:
 
 
 # ============================================================================
-# 16. Proxy -- a door to a cluster, over real sockets
+# 17. Proxy -- a door to a cluster, over real sockets
 # ----------------------------------------------------------------------------
 # Members are real, or an upstream that records what it is asked and answers
 # as it is told.
@@ -12686,7 +13008,7 @@ def test_proxy_answers_the_transcript_of_etcd_238(tmp_path: Path) -> None:
 
 
 # ============================================================================
-# 17. Command line
+# 18. Command line
 # ----------------------------------------------------------------------------
 # Flags, variables, what does not go together, and what the operator is told.
 # ============================================================================
