@@ -5180,6 +5180,10 @@ class Complaints:
         self._log.error("%s", text)
 
 
+def _nothing() -> None:
+    """Posted to make the reactor turn again without sleeping."""
+
+
 class Reactor:
     """The loop that owns all state: sockets, timers, and what other threads post.
 
@@ -8487,10 +8491,6 @@ class Journal:
         return WalJob(record, batch.snapshot, data, cut, release_to, done)
 
 
-def _nothing() -> None:
-    """Posted to make the reactor turn again without sleeping."""
-
-
 class SnapshotJob:
     """Writing the store to a snapshot file, in slices between other work (DESIGN §3)."""
 
@@ -9470,7 +9470,8 @@ PASSWORD_COST = 10                  # of bcrypt: 2**10 rounds, as etcd
 PASSWORD_BYTES_MAX = 4_096          # above: a bad request; bcrypt reads the first 72
 PASSWORD_CHECKS_MAX = 64            # waiting to be verified; above: 503
 PASSWORDS_KNOWN_MAX = 10_000        # right ones, and as many wrong ones; above: forgotten
-WRONG_PASSWORD_PAUSE = 3.0          # times as long as the check took, before the next check
+PASSWORD_SECONDS_MAX = 30.0         # for one check; above: wrong
+WRONG_PASSWORD_PAUSE_SECONDS = 0.1  # before the next check
 
 
 class AuthError(Exception):
@@ -9603,31 +9604,40 @@ def make_permissions(read: object, write: object) -> Permissions:
     ))
 
 
+# A program of its own, behind all others: whatever computes in our process takes Python's lock, or
+# the processor, from the reactor (p99 of GET while guesses go on: 10 times its normal).
+_BCRYPT_PROGRAM = """
+import ctypes, os, sys
+os.nice(10)
+password, setting = sys.stdin.buffer.read().split(b"\\0")
+for name in ("libcrypt.so.1", "libcrypt.so.2"):
+    try:
+        crypt = ctypes.CDLL(name).crypt_r
+    except (OSError, AttributeError):
+        continue
+    crypt.restype = ctypes.c_char_p
+    buffer = ctypes.create_string_buffer(1 << 18)       # larger than any struct crypt_data
+    sys.stdout.buffer.write(crypt(password, setting, buffer) or b"")
+    break
+"""
+
+
 class Passwords:
     """Hashing with bcrypt where the system's libcrypt has it, else with PBKDF2.  Slow on purpose.
 
-    Thread: any; every call takes tens of milliseconds without holding Python's lock.
+    Thread: any; every call takes tens of milliseconds.
     """
 
     _ALPHABET = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
     _ROUNDS = 200_000                   # of PBKDF2: about the time of bcrypt's 2**10
 
-    def __init__(self) -> None:
-        self._crypt = self._find_crypt()
-
-    @property
-    def has_bcrypt(self) -> bool:
-        """True if hashes made by etcd can be verified."""
-        return self._crypt is not None
-
     def hash(self, password: str) -> str:
         """Return a salted hash for the store."""
-        if self._crypt is not None:
-            number = int.from_bytes(os.urandom(16), "big") << 4
-            salt = "".join(self._ALPHABET[number >> shift & 63] for shift in range(126, -1, -6))
-            made = self._bcrypt(password, f"$2a${PASSWORD_COST:02d}${salt}")
-            if made:
-                return made
+        number = int.from_bytes(os.urandom(16), "big") << 4
+        salt = "".join(self._ALPHABET[number >> shift & 63] for shift in range(126, -1, -6))
+        made = self.bcrypt(password, f"$2a${PASSWORD_COST:02d}${salt}")
+        if made:
+            return made
         salt = os.urandom(16).hex()
         return f"$pbkdf2-sha256${self._ROUNDS}${salt}${self._pbkdf2(password, salt, self._ROUNDS)}"
 
@@ -9641,59 +9651,48 @@ class Passwords:
             return secrets.compare_digest(made, parts[4])
         if not re.fullmatch(r"\$2[aby]\$\d\d\$[./A-Za-z0-9]{53}", stored):
             return False
-        if self._crypt is None:
+        made = self.bcrypt(password, stored)
+        if not made:
             package_logger("auth").error(
                 "a password hash made by etcd cannot be verified: this system's libcrypt has no"
                 " bcrypt; install libxcrypt (Debian: libcrypt1), or set the password again here"
             )
-            return False
-        return secrets.compare_digest(self._bcrypt(password, stored).encode(), stored.encode())
+        return secrets.compare_digest(made.encode(), stored.encode())
 
     @staticmethod
     def _pbkdf2(password: str, salt: str, rounds: int) -> str:
         return hashlib.pbkdf2_hmac("sha256", utf8(password), utf8(salt), max(rounds, 1)).hex()
 
-    def _bcrypt(self, password: str, setting: str) -> str:
-        """The hash, "" if libcrypt refuses.  `$2a$` of today's libcrypt is what Go makes."""
-        import ctypes
-        data = ctypes.create_string_buffer(1 << 18)     # larger than any struct crypt_data
-        made = self._crypt(utf8(password), setting.encode(), data) if self._crypt else None
-        text = (made or b"").decode("latin-1")
-        return text if text.startswith(setting[:4]) else ""
-
-    def _find_crypt(self) -> Any:
-        import ctypes
-        for name in ("libcrypt.so.1", "libcrypt.so.2"):
-            with contextlib.suppress(OSError, AttributeError):
-                self._crypt = ctypes.CDLL(name).crypt_r
-                self._crypt.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p)
-                self._crypt.restype = ctypes.c_char_p
-                if self._bcrypt("", "$2a$04$" + 22 * "."):
-                    return self._crypt
-        return None
+    @staticmethod
+    def bcrypt(password: str, setting: str) -> str:
+        """Return the hash by algorithm, cost and salt of `setting`; "" if there is no bcrypt."""
+        import subprocess
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-S", "-c", _BCRYPT_PROGRAM],
+                input=utf8(password).replace(b"\0", b"") + b"\0" + setting.encode(),
+                capture_output=True, timeout=PASSWORD_SECONDS_MAX, check=False,
+            )
+        except (OSError, subprocess.SubprocessError):
+            return ""
+        made = done.stdout.decode("latin-1")
+        return made if len(made) == 60 and made.startswith(setting[:4]) else ""
 
 
 class PasswordChecks:
-    """Which passwords are right: found out on a thread, one at a time, and then remembered.
+    """Which passwords are right: found out one at a time, and then remembered.
 
-    Wrong ones cannot take the processor away from the others: after each the next check waits,
-    so that guessing costs a quarter of one core at most.  What is known already never waits.
+    After a wrong one the next check waits, so that guessing is slow and takes little from the
+    others.  What is known already never waits.
     """
 
     def __init__(self, reactor: Reactor) -> None:
+        self.passwords = Passwords()
         self._reactor = reactor
-        self._passwords: Optional[Passwords] = None
         self._key = os.urandom(32)
         self._known: Dict[bool, Dict[bytes, None]] = {True: {}, False: {}}
         self._waiting: Dict[bytes, Tuple[str, str, List[Callable[[], None]]]] = {}
         self._busy = False
-
-    @property
-    def passwords(self) -> Passwords:
-        """The hashing; libcrypt is loaded when it is needed first."""
-        if self._passwords is None:
-            self._passwords = Passwords()
-        return self._passwords
 
     def known(self, stored: str, password: str) -> Optional[bool]:
         """True: right; False: wrong; None: check() must find out."""
@@ -9722,22 +9721,20 @@ class PasswordChecks:
         self._busy = bool(self._waiting)
         if self._busy:
             digest, (stored, password, _) = next(iter(self._waiting.items()))
-            started = self._reactor.now()
 
             def checked(error: Optional[BaseException], right: Any) -> None:
-                self._remember(digest, right=error is None and bool(right), started=started)
+                self._remember(digest, right=error is None and bool(right))
 
             self._reactor.run_blocking(self.passwords.verify, password, stored, done=checked)
 
-    def _remember(self, digest: bytes, *, right: bool, started: float) -> None:
+    def _remember(self, digest: bytes, *, right: bool) -> None:
         known = self._known[right]
         if len(known) >= PASSWORDS_KNOWN_MAX:
             known.clear()
         known[digest] = None
         for done in self._waiting.pop(digest)[2]:
             done()
-        pause_s = 0.0 if right else WRONG_PASSWORD_PAUSE * (self._reactor.now() - started)
-        self._reactor.call_later(pause_s, self._next)
+        self._reactor.call_later(0.0 if right else WRONG_PASSWORD_PAUSE_SECONDS, self._next)
 
 
 class Credential(NamedTuple):

@@ -19,9 +19,11 @@ etcd's flags). Needs Linux, Python 3.9 and wrk. No Python package is needed.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import datetime
 import http.client
+import itertools
 import json
 import os
 import platform
@@ -34,6 +36,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -218,9 +221,15 @@ class Member:
 
     def put(self, target: str, value: str) -> int:
         """PUT one value on a connection of its own; return the status."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.client_port, timeout=10)
+        return self.send("PUT", target, f"value={value}", FORM)
+
+    def send(
+        self, method: str, target: str, body: str, headers: Optional[Dict[str, str]] = None
+    ) -> int:
+        """Make one request on a connection of its own; return the status."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.client_port, timeout=30)
         with contextlib.closing(connection):
-            connection.request("PUT", target, f"value={value}", FORM)
+            connection.request(method, target, body, headers or {})
             reply = connection.getresponse()
             reply.read()
             return reply.status
@@ -270,7 +279,8 @@ local requests, at = {}, 0
 init = function(args)
   for i = 0, %(keys)d - 1 do
     requests[i] = wrk.format("PUT", string.format("/v2/keys/bench/key-%%06d", i),
-      {["Host"] = wrk.host .. ":" .. wrk.port, ["Content-Type"] = "%(form)s"}, "value=%(value)s")
+      {["Host"] = wrk.host .. ":" .. wrk.port, ["Content-Type"] = "%(form)s",
+       ["Authorization"] = wrk.headers["Authorization"]}, "value=%(value)s")
   end
 end
 request = function()
@@ -278,6 +288,8 @@ request = function()
   return requests[at]
 end
 """ % {"keys": KEY_COUNT, "value": VALUE, "form": FORM["Content-Type"]} + LUA_DONE
+
+LUA_AUTH = 'wrk.headers["Authorization"] = "Basic %s"\n' % base64.b64encode(b"root:pw").decode()
 
 LUA_GET = LUA_DONE      # the request is wrk's own: no Lua runs per request
 
@@ -440,6 +452,50 @@ def run_start(bench: Bench, peer: Peer) -> Dict[str, float]:
     return {"start.fresh": statistics.median(starts_s) * 1000}
 
 
+def run_auth(bench: Bench, peer: Peer) -> Dict[str, float]:
+    """What users cost: the rates without auth over those with it, and p99 while guesses go on."""
+    if peer.name == REFERENCE:
+        return {}                       # hashes every password again: some 10 requests per second
+    with bench.member(peer) as member:
+        free = {name: bench.load(member, name, PLAIN_KEY, script)
+                for name, script in (("get", LUA_GET), ("put", LUA_PUT))}
+        for target, body in (("users/root", '{"user":"root","password":"pw"}'), ("enable", "")):
+            member.send("PUT", f"/v2/auth/{target}", body)
+        known = {name: bench.load(member, name, PLAIN_KEY, LUA_AUTH + script)
+                 for name, script in (("get", LUA_GET), ("put", LUA_PUT))}
+        with guessing(member):
+            attacked = {name: bench.load(member, name, PLAIN_KEY, LUA_AUTH + script)
+                        for name, script in (("get", LUA_GET), ("put", LUA_PUT))}
+    values = {}
+    for name in ("get", "put"):
+        values[f"auth.{name}"] = free[name][f"{name}.rate"] / known[name][f"{name}.rate"]
+        values[f"auth.{name}99"] = attacked[name][f"{name}.p99"] / known[name][f"{name}.p99"]
+    return values
+
+
+@contextlib.contextmanager
+def guessing(member: Member, clients: int = 16) -> Iterator[None]:
+    """Ask with ever new wrong passwords, from so many clients at a time."""
+    ended = threading.Event()
+
+    def guess(number: int) -> None:
+        for attempt in itertools.count():
+            if ended.is_set():
+                return
+            password = base64.b64encode(f"root:{number} {attempt}".encode()).decode()
+            member.send("GET", PLAIN_KEY, "", {"Authorization": f"Basic {password}"})
+
+    threads = [threading.Thread(target=guess, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
 CASES: Tuple[Case, ...] = (
     Case("put", load_metrics("put", "PUT 64 B, 1,000 keys, 1 member", 0.8), run_put),
     Case("get", load_metrics("get", "GET one key, 1 member", 1.2), run_get),
@@ -453,6 +509,14 @@ CASES: Tuple[Case, ...] = (
         Metric("memory.key", "resident memory per key, 100,000 keys of 64 B", "B", "footprint",
                "lower", limit=1000.0),
     ), run_memory, rounds_max=3, needs_wrk=False),
+    Case("auth", (
+        Metric("auth.get", "GET without users / with, verified", "x", "auth", "lower", limit=1.18),
+        Metric("auth.put", "PUT without users / with, verified", "x", "auth", "lower", limit=1.18),
+        Metric("auth.get99", "GET p99 while 16 clients guess / before", "x", "auth", "lower",
+               limit=2.0),
+        Metric("auth.put99", "PUT p99 while 16 clients guess / before", "x", "auth", "lower",
+               limit=2.0),
+    ), run_auth),
 )
 
 
