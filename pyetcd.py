@@ -32,26 +32,27 @@ Sections, bottom up; each uses only names defined above it:
   14. Apply
   15. Reactor
   16. TLS
-  17. HTTP server
-  18. HTTP calls
-  19. Peer frames
-  20. Peer links
-  21. Peer transport
-  22. Statistics
-  23. Journal
-  24. Server
-  25. Auth
-  26. Keys API
-  27. Members API
-  28. Auth API
-  29. Client API
-  30. Discovery
-  31. Bootstrap
-  32. Embedding
-  33. Proxy
-  34. Flags
-  35. Settings
-  36. Command line
+  17. HTTP messages
+  18. HTTP server
+  19. HTTP calls
+  20. Peer frames
+  21. Peer links
+  22. Peer transport
+  23. Statistics
+  24. Journal
+  25. Server
+  26. Auth
+  27. Keys API
+  28. Members API
+  29. Auth API
+  30. Client API
+  31. Discovery
+  32. Bootstrap
+  33. Embedding
+  34. Proxy
+  35. Flags
+  36. Settings
+  37. Command line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in README.md.
@@ -156,6 +157,8 @@ SERVER_VERSION = "2.3.8"            # what peers and /version see (etcd 2.3 comp
 MIN_CLUSTER_VERSION = "2.2.0"       # oldest cluster version this member can live with
 ARTICLE_VERSION = "2.0.1"           # data directory format named by etcd 2.0's start-up line
 
+REGISTRY_KEY = "/_etcd/registry"    # where the discovery service keeps its tokens
+
 DEFAULT_NAME = "default"
 DEFAULT_CLIENT_URLS = "http://localhost:2379,http://localhost:4001"
 DEFAULT_PEER_URLS = "http://localhost:2380,http://localhost:7001"
@@ -174,14 +177,21 @@ ENTRIES_BYTES_MAX = 1 << 20         # entries in one MsgApp; always at least one
 INFLIGHT_MSGAPP_MAX = 512           # unanswered MsgApp per follower; above: wait for an answer
 READ_ROUNDS_MAX = 1_024             # questions at a leader; above: dropped, and asked again
 UNCOMMITTED_BYTES_MAX = 256 << 20   # log tail not yet committed; above: proposals are refused
-PROPOSALS_PENDING_MAX = 65_536      # requests waiting for apply; above: refused with error 300
+PROPOSALS_PENDING_MAX = 65_536      # requests waiting for apply; above: error 300 with 503
 
 REQUEST_HEAD_BYTES_MAX = 1_052_672  # request line and headers (Go's limit); above: 431, close
-REQUEST_BODY_BYTES_MAX = 10 << 20   # form body; one byte more is error 210
+REQUEST_LINE_BYTES_MAX = 512 << 10  # method, path and query; above: 414, close
+HEADER_LINES_MAX = 1_000            # of one request; above: 431, close
+REQUEST_BODY_BYTES_MAX = 10 << 20   # one byte more: error 210 if it is a form, else 413
+CHUNKS_MAX = 65_536                 # of one request body; above: as if the body were too large
 PEER_BODY_BYTES_MAX = 512 << 20     # POST /raft and /raft/snapshot; above: 413, close
-CONNECTIONS_MAX = 50_000            # open sockets per listener; above: accepted and closed at once
+CONNECTIONS_MAX = 50_000            # open sockets per listener; above: 503, close
+REFUSALS_MAX = 256                  # connections being told so at a time; above: only closed
 OUTPUT_BYTES_MAX = 64 << 20         # unsent reply bytes of one connection; above: it is closed
-REQUEST_SECONDS_MAX = 300.0         # from a request's first byte to its last; above: closed
+OUTPUT_PAUSE_BYTES = 1 << 20        # above: its next requests wait until the client has read
+REQUEST_SECONDS_MAX = 300.0         # from a request's first byte to its last; above: 408, close
+UNREAD_SECONDS_MAX = 60.0           # that a client takes nothing of its reply; above: closed
+SLOW_CHECK_SECONDS = 10.0           # between two looks for such clients
 HEAD_CACHE_MAX = 4_096              # parsed request heads remembered; full: forgotten all at once
 
 PIPELINE_QUEUE_MESSAGES_MAX = 64    # messages waiting for a POST; above: dropped, peer unreachable
@@ -192,6 +202,7 @@ STREAM_RETRY_SECONDS = 0.1          # between two dials of a stream
 PROBE_SECONDS = 4.0                 # between two health probes of a peer
 
 HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answer 401
+WATCHERS_MAX = 100_000              # of one member, some 3 KB each; above: 503
 WATCHER_QUEUE_EVENTS_MAX = 100      # events one slow watcher may owe (etcd's limit)
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
 PURGE_SECONDS = 30.0                # between two removals of old files
@@ -325,6 +336,12 @@ class RaftInternal(EtcdError):
     """The request did not get through consensus: timeout, overload or stop."""
 
     code, message, status = 300, "Raft Internal Error", 500
+
+
+class TooManyRequests(RaftInternal):
+    """PROPOSALS_PENDING_MAX requests wait already; this one was not even tried."""
+
+    status = 503
 
 
 class RequestTimeout(RaftInternal):
@@ -5030,6 +5047,8 @@ class Applier:
         """Execute one command; an error of the store is returned, not raised."""
         handler = _METHODS.get(request.method)
         if request.path.startswith("/2"):
+            # Only here etcd proposes paths that its store has to clean: `/2/users/`.
+            request = request._replace(path=clean_path(request.path))
             self.auth_changes += 1
         if handler is None:
             return RaftInternal(f"etcdserver: unknown method {request.method}")
@@ -5592,9 +5611,9 @@ class Handshake:
 
 
 # ============================================================================
-# 17. HTTP server -- requests in, replies out, in order
+# 17. HTTP messages -- heads and bodies, from any bytes
 # ----------------------------------------------------------------------------
-# Knows: sections 1-3, 15.  Must not know: etcd.
+# Knows: sections 1-3.  Must not know: sockets, etcd.
 # ============================================================================
 
 
@@ -5675,6 +5694,10 @@ def parse_header_lines(lines: Iterable[bytes]) -> Dict[str, str]:
 def parse_head(raw: bytes) -> HttpHead:
     """Parse a request's head without its final empty line.  Raises BadRequest."""
     lines = raw.split(b"\r\n")
+    if len(lines[0]) > REQUEST_LINE_BYTES_MAX:
+        raise BadRequest("414 Request-URI Too Long", 414)
+    if len(lines) > HEADER_LINES_MAX:
+        raise BadRequest("431 Request Header Fields Too Large", 431)
     match = _REQUEST_LINE.fullmatch(lines[0])
     if match is None:
         raise BadRequest()
@@ -5695,10 +5718,11 @@ def parse_head(raw: bytes) -> HttpHead:
 class ChunkedDecoder:
     """Chunked transfer coding, fed piecewise (RFC 9112 §7.1)."""
 
-    __slots__ = ("done", "_buffer", "_left")
+    __slots__ = ("done", "chunks", "_buffer", "_left")
 
     def __init__(self) -> None:
         self.done = False
+        self.chunks = 0                 # begun so far
         self._buffer = bytearray()
         self._left = -1                 # bytes left of the chunk and its CRLF; -1: size line next
 
@@ -5737,17 +5761,19 @@ class ChunkedDecoder:
         return True
 
     def _size_line(self) -> bool:
-        line, found, _ = bytes(self._buffer[:4096]).partition(b"\r\n")
-        if not found:
+        end = self._buffer.find(b"\r\n", 0, 4096)
+        if end < 0:
             if len(self._buffer) >= 4096:
                 raise BadRequest()
             return False
+        line = bytes(self._buffer[:end])
         size = line.partition(b";")[0].strip()
         if not size or len(size) > 15 or size.strip(b"0123456789abcdefABCDEF"):
             raise BadRequest()
         if int(size, 16):
             del self._buffer[:len(line) + 2]
             self._left = int(size, 16) + 2
+            self.chunks += 1
             return True
         end = self._buffer.find(b"\r\n\r\n", len(line))     # trailers are skipped
         if end < 0:
@@ -5757,6 +5783,13 @@ class ChunkedDecoder:
         del self._buffer[:end + 4]
         self.done = True
         return True
+
+
+# ============================================================================
+# 18. HTTP server -- requests in, replies out, in order
+# ----------------------------------------------------------------------------
+# Knows: sections 1-3, 15.  Must not know: etcd.
+# ============================================================================
 
 
 _STATUS_LINES = {
@@ -5930,8 +5963,8 @@ class Connection:
 
     __slots__ = (
         "reactor", "remote", "on_close", "on_drain", "streaming", "pending", "_listener", "_sock",
-        "_in", "_head", "_chunks", "_body", "_busy", "_out", "_dirty", "_events", "_close_after",
-        "_eof", "_draining", "_processing", "closed",
+        "_in", "_head", "_chunks", "_body", "_body_bytes", "_busy", "_out", "_dirty", "_events",
+        "_close_after", "_eof", "_draining", "_processing", "closed",
     )
 
     def __init__(self, listener: Listener, sock: socket.socket, remote: str) -> None:
@@ -5947,7 +5980,8 @@ class Connection:
         self._in = b""                  # received, not yet parsed
         self._head: Optional[HttpHead] = None       # parsed, its body still incomplete
         self._chunks: Optional[ChunkedDecoder] = None
-        self._body: List[bytes] = []    # of a chunked body
+        self._body: List[bytes] = []    # pieces of a chunked or large body
+        self._body_bytes = 0            # in them
         self._busy = False              # a request waits for its reply
         self._out: List[Union[bytes, memoryview]] = []
         self._dirty = False
@@ -5984,10 +6018,10 @@ class Connection:
             self._end_of_input()
         else:
             self._in = self._in + data if self._in else data
-            if not self._busy:
+            if not self._busy and self.pending <= OUTPUT_PAUSE_BYTES:
                 self._process()
             elif len(self._in) > REQUEST_HEAD_BYTES_MAX:
-                self._watch(self._events & ~selectors.EVENT_READ)   # resumed by finish()
+                self._watch(self._events & ~selectors.EVENT_READ)   # until finish() or flush()
 
     def _end_of_input(self) -> None:
         """The client sends no more: it may still wait for its reply, but not for a stream."""
@@ -6005,19 +6039,24 @@ class Connection:
         if self._processing:
             return                      # called by finish() from inside the handler
         self._processing = True
+        served = False
         try:
-            while not self._busy and not self._close_after and (self._in or self._head):
+            while (
+                not self._busy and not self._close_after and (self._in or self._head)
+                and self.pending <= OUTPUT_PAUSE_BYTES
+            ):
                 request = self._next_request()
                 if request is None:
                     break
-                self._busy = True
+                self._busy = served = True
                 self._listener.dispatch(request)
         except BadRequest as error:
             self.refuse(error)
         finally:
             self._processing = False
         if not self.closed:
-            self._listener.watch_partial(self, bool(self._in or self._head) and not self._busy)
+            partial = bool(self._in or self._head) and not self._busy
+            self._listener.watch_partial(self, partial, begun=served)
 
     def _next_request(self) -> Optional[HttpRequest]:
         head = self._head or self._take_head()
@@ -6059,6 +6098,9 @@ class Connection:
         return head
 
     def _check_partial_head(self, data: bytes) -> None:
+        if len(data) > REQUEST_LINE_BYTES_MAX:
+            if data.find(b"\r\n", 2, REQUEST_LINE_BYTES_MAX) < 0:
+                raise BadRequest("414 Request-URI Too Long", 414)
         if len(data) > REQUEST_HEAD_BYTES_MAX:
             raise BadRequest("431 Request Header Fields Too Large", 431)
         line = data[:64].lstrip(b"\r\n")
@@ -6071,8 +6113,8 @@ class Connection:
         if size > self._listener.body_max:
             self._head = None
             return None
-        if len(self._in) < size:
-            if size > 1 << 20:
+        if self._body or len(self._in) < size:
+            if size > 1 << 16:
                 return self._gather(size)
             return None
         body, self._in = self._in[:size], self._in[size:]
@@ -6080,14 +6122,22 @@ class Connection:
 
     def _gather(self, size: int) -> Optional[bytes]:
         """Collect a large body in a list: appending to bytes would copy it each time."""
-        self._body.append(self._in)
+        self._keep(self._in)
         self._in = b""
-        if sum(map(len, self._body)) < size:
+        if self._body_bytes < size:
             return None
-        data = b"".join(self._body)
-        self._body = []
+        data = self._join()
         self._in = data[size:]
         return data[:size]
+
+    def _keep(self, piece: bytes) -> None:
+        self._body.append(piece)
+        self._body_bytes += len(piece)
+
+    def _join(self) -> bytes:
+        data = b"".join(self._body)
+        self._body, self._body_bytes = [], 0
+        return data
 
     def _take_chunked(self, head: HttpHead) -> Optional[bytes]:
         if self._chunks is None:
@@ -6096,17 +6146,16 @@ class Connection:
         data, self._in = self._in, b""
         piece = decoder.feed(data)
         if piece:
-            self._body.append(piece)
-        if sum(map(len, self._body)) > self._listener.body_max:
+            self._keep(piece)
+        if self._body_bytes > self._listener.body_max or decoder.chunks > CHUNKS_MAX:
             self._head = self._chunks = None
-            self._body = []
+            self._join()
             return None
         if not decoder.done:
             return None
         self._in = decoder.rest
-        body = b"".join(self._body)
-        self._body, self._chunks = [], None
-        return body
+        self._chunks = None
+        return self._join()
 
     def refuse(self, error: BadRequest) -> None:
         """Answer what is not HTTP, and close."""
@@ -6165,15 +6214,28 @@ class Connection:
                 return
             self.pending = len(data) - sent
             self._out = [memoryview(data)[sent:]] if self.pending else []   # no copy of the rest
+            if self.pending:
+                self._listener.watch_unread(self, took=sent > 0)
         if self._out:
             self._watch(self._events | selectors.EVENT_WRITE)
         elif self._close_after:
             self._drain()
         elif self._events & selectors.EVENT_WRITE:
             self._watch(self._events & ~selectors.EVENT_WRITE)
+            self._listener.unread.pop(self, None)
+        if self._in and not self._busy and self.pending <= OUTPUT_PAUSE_BYTES:
+            self.reactor.call_soon(self._resume)
         if self.on_drain is not None and not self._out:
             on_drain, self.on_drain = self.on_drain, None
             on_drain()
+
+    def _resume(self) -> None:
+        """Go on with requests that waited for room in the output."""
+        if self.closed or self._busy or self._close_after:
+            return
+        if not self._eof:
+            self._watch(self._events | selectors.EVENT_READ)
+        self._process()
 
     def _drain(self) -> None:
         """Say goodbye, then read what the client still sends: a reset would destroy the reply."""
@@ -6339,6 +6401,7 @@ class Listener(http.server.HTTPServer):
         self._complaints = Complaints("http", reactor.now)
         self._arriving: Set[Arrival] = set()            # in the handshake of TLS
         self._partial: Dict[Connection, float] = {}     # incomplete requests and their start
+        self.unread: Dict[Connection, float] = {}       # when they took some of their reply last
         self._sweep: Optional[Timer] = None
         self._started = False
         family, address = _listen_address(url)
@@ -6364,7 +6427,7 @@ class Listener(http.server.HTTPServer):
         """Accept from now on.  Thread: reactor, or before it runs."""
         self._started = True
         self.reactor.register(self.socket, selectors.EVENT_READ, self._accept)
-        self._sweep = self.reactor.call_later(10.0, self._close_slow)
+        self._sweep = self.reactor.call_later(SLOW_CHECK_SECONDS, self._close_slow)
 
     def stop(self) -> None:
         """Close the listening socket and every connection."""
@@ -6395,17 +6458,25 @@ class Listener(http.server.HTTPServer):
             request.head = _closing_head(request.head)
             request.reply(500, b'{"message":"Internal Server Error"}')
 
-    def watch_partial(self, connection: Connection, partial: bool) -> None:
-        """Remember since when a request is incomplete."""
-        if partial:
+    def watch_partial(self, connection: Connection, partial: bool, *, begun: bool) -> None:
+        """Remember since when a request is incomplete.  begun: it is another than before."""
+        if partial and begun:
+            self._partial[connection] = time.monotonic()
+        elif partial:
             self._partial.setdefault(connection, time.monotonic())
         elif self._partial:
             self._partial.pop(connection, None)
+
+    def watch_unread(self, connection: Connection, *, took: bool) -> None:
+        """Remember since when a client takes nothing.  took: it has just taken something."""
+        if took or connection not in self.unread:
+            self.unread[connection] = time.monotonic()
 
     def forget(self, connection: Connection) -> None:
         """The connection is closed."""
         self._connections.discard(connection)
         self._partial.pop(connection, None)
+        self.unread.pop(connection, None)
 
     def _accept(self, mask: int) -> None:
         for _ in range(64):
@@ -6416,17 +6487,30 @@ class Listener(http.server.HTTPServer):
             except OSError as error:
                 self._pause(error)
                 return
-            if len(self._connections) + len(self._arriving) >= CONNECTIONS_MAX:
-                sock.close()
-                continue
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             remote = f"{address[0]}:{address[1]}"
-            if self.tls is None:
+            room = CONNECTIONS_MAX - len(self._connections) - len(self._arriving)
+            if room <= 0:
+                self._turn_away(sock, remote, told=room > -REFUSALS_MAX)
+            elif self.tls is None:
                 self.serve(sock, remote)
             else:
                 self._arriving.add(Arrival(self, self.tls, sock, remote))
+
+    def _turn_away(self, sock: socket.socket, remote: str, *, told: bool) -> None:
+        """There are too many connections.  told: say so, where that needs no handshake."""
+        host = remote.rpartition(":")[0]
+        text = f"too many connections ({CONNECTIONS_MAX}) to {self.url}"
+        self._complaints.say(f"{text}: turned {host} away", text)
+        if told and self.tls is None:
+            self.serve(sock, remote).refuse(BadRequest(
+                "503 Service Unavailable: too many connections; close some, or use another member",
+                503,
+            ))
+        else:
+            sock.close()
 
     def serve(self, sock: socket.socket, remote: str) -> Connection:
         """Serve HTTP on an accepted socket, whose handshake is done if there is one."""
@@ -6463,11 +6547,14 @@ class Listener(http.server.HTTPServer):
             self.reactor.register(self.socket, selectors.EVENT_READ, self._accept)
 
     def _close_slow(self) -> None:
-        oldest = time.monotonic() - REQUEST_SECONDS_MAX
+        now = time.monotonic()
         for connection, since in list(self._partial.items()):
-            if since < oldest:
+            if since < now - REQUEST_SECONDS_MAX:
+                connection.refuse(BadRequest("408 Request Timeout", 408))
+        for connection, since in list(self.unread.items()):
+            if since < now - UNREAD_SECONDS_MAX:
                 connection.close()
-        self._sweep = self.reactor.call_later(10.0, self._close_slow)
+        self._sweep = self.reactor.call_later(SLOW_CHECK_SECONDS, self._close_slow)
 
 
 def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
@@ -6483,7 +6570,7 @@ def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
 
 
 # ============================================================================
-# 18. HTTP calls -- requests to other servers, without blocking
+# 19. HTTP calls -- requests to other servers, without blocking
 # ----------------------------------------------------------------------------
 # Knows: sections 1-3, 15, 17 (parsers).  Must not know: etcd.
 # ============================================================================
@@ -6774,7 +6861,7 @@ class HttpCall:
 
 
 # ============================================================================
-# 19. Peer frames -- messages as bytes on a stream
+# 20. Peer frames -- messages as bytes on a stream
 # ----------------------------------------------------------------------------
 # Knows: sections 1-4.  Must not know: sockets.  What a peer sends is never
 # trusted: anything but a frame is a CodecError, and no frame is without limit.
@@ -6989,9 +7076,9 @@ class AppV2Decoder(FrameDecoder):
 
 
 # ============================================================================
-# 20. Peer links -- the streams we answer, the streams we dial, and POSTs
+# 21. Peer links -- the streams we answer, the streams we dial, and POSTs
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4 and 15-19.  Must not know: Raft's rules, the store, disks.
+# Knows: sections 1-4 and 15-20.  Must not know: Raft's rules, the store, disks.
 # A link may lose messages, repeat and reorder them: Raft tolerates it.
 # ============================================================================
 
@@ -7666,9 +7753,9 @@ class Remote:
 
 
 # ============================================================================
-# 21. Peer transport -- all links, and raft's part of the peer listener
+# 22. Peer transport -- all links, and raft's part of the peer listener
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4 and 15-20.  Hands every message to a callable.
+# Knows: sections 1-4 and 15-21.  Hands every message to a callable.
 # ============================================================================
 
 REMOTES_MAX = 256                   # members remembered that are no peers; above: ignored
@@ -7986,7 +8073,7 @@ def _reply_error(request: HttpRequest, status: int, text: str, headers: str = ""
 
 
 # ============================================================================
-# 22. Statistics -- what a member counts about itself
+# 23. Statistics -- what a member counts about itself
 # ----------------------------------------------------------------------------
 # Knows: sections 1-3, 13.  Must not know: what is counted, or who asks.
 # ============================================================================
@@ -8294,7 +8381,7 @@ class Metrics:
 
 
 # ============================================================================
-# 23. Journal -- getting to the disk, in batches and in order
+# 24. Journal -- getting to the disk, in batches and in order
 # ----------------------------------------------------------------------------
 # Knows: sections 1-12, 15.  Threads: the reactor's, and its own, `wal`.
 # ============================================================================
@@ -8622,9 +8709,9 @@ class SnapshotKeeper:
 
 
 # ============================================================================
-# 24. Server -- one member: consensus, disk and store brought together
+# 25. Server -- one member: consensus, disk and store brought together
 # ----------------------------------------------------------------------------
-# Knows: sections 1-23.  Must not know: HTTP paths, flags.
+# Knows: sections 1-24.  Must not know: HTTP paths, flags.
 # ============================================================================
 
 
@@ -9054,7 +9141,7 @@ class EtcdServer:
             done(ServerStopped())
             return
         if len(self.proposals) >= PROPOSALS_PENDING_MAX:
-            done(RaftInternal("etcdserver: too many requests"))
+            done(TooManyRequests("etcdserver: too many requests"))
             return
         if not request.id:
             request = request._replace(id=self.ids.next())
@@ -9458,9 +9545,9 @@ class Departure:
 
 
 # ============================================================================
-# 25. Auth -- users, roles, and who may do what
+# 26. Auth -- users, roles, and who may do what
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 9, 13, 14, 16 (heads), 24.
+# Knows: sections 1-4, 9, 13, 14, 16 (heads), 25.
 # Source: etcd 2.3 etcdserver/auth, etcdhttp/client_security.go.
 # ============================================================================
 
@@ -9790,9 +9877,12 @@ class Auth:
         return self._roles[name]
 
     def names(self, kind: str) -> List[str]:
-        """Return the sorted names of all `users` or `roles`, the built-in role included."""
+        """Return the sorted names of all `users` or `roles`, the built-in role included.
+
+        Hidden ones, whose names begin with `_`, are left out, as the store of etcd does.
+        """
         children = self._store.children(f"{AUTH_PREFIX}/{kind}")
-        names = [name for name, is_dir in children if not is_dir]
+        names = [name for name, is_dir in children if not is_dir and not name.startswith("_")]
         return sorted(names + [ROOT] if kind == "roles" else names)
 
     def may_access(self, user: Optional[User], key: str, *, write: bool, recursive: bool) -> bool:
@@ -10136,9 +10226,9 @@ class Guard:
 
 
 # ============================================================================
-# 26. Keys API -- from an HTTP request to a command, and back
+# 27. Keys API -- from an HTTP request to a command, and back
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 10, 17, 22, 24.  Must not know: sockets, Raft, files.
+# Knows: sections 1-4, 10, 17, 23, 25.  Must not know: sockets, Raft, files.
 # ============================================================================
 
 FORM_FIELDS_MAX = 10_000            # fields of one body or query; above: error 210
@@ -10643,6 +10733,12 @@ class KeysApi:
 
     def _watch(self, command: Request, request: HttpRequest) -> None:
         self._stats.gets_fail += 1              # as in _get
+        if self._store.stats.watchers >= WATCHERS_MAX:
+            write_message(
+                request, 503, f"{WATCHERS_MAX} watchers wait already; use another member, or one"
+                " recursive watch instead of many", self._cluster_line,
+            )
+            return
         self._watches.inc()
         headers = self._cluster_line + self._index_lines(self._store.current_index)
         try:
@@ -10677,7 +10773,7 @@ class KeysApi:
 
 
 # ============================================================================
-# 27. Members API -- who is in the cluster, over HTTP
+# 28. Members API -- who is in the cluster, over HTTP
 # ----------------------------------------------------------------------------
 # Knows: all above.  Must not know: sockets, Raft messages, files.
 # ============================================================================
@@ -10926,7 +11022,7 @@ _STATE_NAMES = {RaftRole.FOLLOWER: "StateFollower", RaftRole.LEADER: "StateLeade
 
 
 # ============================================================================
-# 28. Auth API -- users and roles over HTTP
+# 29. Auth API -- users and roles over HTTP
 # ----------------------------------------------------------------------------
 # Knows: all above.  Source: etcd 2.3 API, auth; etcdhttp/client_auth.go.
 # ============================================================================
@@ -11127,6 +11223,9 @@ class AuthApi:
         self, request: HttpRequest, parse: Callable[[bytes], Any], name: str, what: str
     ) -> Any:
         """The parsed body; None if it is refused already."""
+        if request.body_too_large:
+            self._message(request, 413, "Request Entity Too Large")
+            return None
         try:
             body = parse(request.body)
         except ValueError:
@@ -11164,7 +11263,7 @@ class AuthApi:
 
 
 # ============================================================================
-# 29. Client API -- status, and the table of paths
+# 30. Client API -- status, and the table of paths
 # ----------------------------------------------------------------------------
 # Knows: all above.  Must not know: sockets, Raft messages, files.
 # ============================================================================
@@ -11250,6 +11349,9 @@ class StatusApi:
 
     def log_level(self, request: HttpRequest) -> None:
         """PUT /config/local/log: change the level of all our loggers, {"Level": "DEBUG"}."""
+        if request.body_too_large:
+            write_message(request, 413, "Request Entity Too Large")
+            return
         try:
             name = GoJson.string_member(GoJson.loads(request.body, partial=True), "Level")
         except ValueError:
@@ -11483,6 +11585,11 @@ class ClientApi:
         if path.startswith("/v2/auth/"):
             return self._auth.route(head)
         name = "/v2/members" if path.startswith("/v2/members/") else path
+        if path == "/new":              # a token of the discovery service: a write
+            return self._guard.key(
+                head, REGISTRY_KEY + "/", write=True, recursive=False, passed=self._unknown,
+                refused=refuse_credentials,
+            )
         if name not in self._routes:
             return self._unknown
         methods, handler = self._routes[name]
@@ -11537,7 +11644,7 @@ class PeerApi:
 
 
 # ============================================================================
-# 30. Discovery -- how members that start find each other
+# 31. Discovery -- how members that start find each other
 # ----------------------------------------------------------------------------
 # Knows: sections 1-4, 13, 17.  All but DiscoveryService is plain blocking code
 # that runs before the reactor starts.
@@ -11553,7 +11660,6 @@ DNS_ANSWER_SECONDS = 5.0            # per name server and try; then the next one
 DNS_TRIES = 2                       # rounds through the name servers
 DNS_MESSAGE_BYTES_MAX = 65_535
 RESOLV_CONF = "/etc/resolv.conf"
-REGISTRY_KEY = "/_etcd/registry"
 
 
 class DiscoveryUnreachable(DiscoveryError):
@@ -12085,6 +12191,9 @@ class DiscoveryService:
     def _new(self, request: HttpRequest) -> None:
         """Make a token, and answer with the URL under which the client reached us."""
         host = request.headers.get("host", "")
+        if request.body_too_large:
+            _reply_text(request, 413, "413 Request Entity Too Large\n")
+            return
         try:
             size = _wanted_size(request)
         except ValueError as error:
@@ -12157,9 +12266,9 @@ def _reply_text(request: HttpRequest, status: int, text: str) -> None:
 
 
 # ============================================================================
-# 31. Bootstrap -- a new member, a joining one, or one that was here before
+# 32. Bootstrap -- a new member, a joining one, or one that was here before
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 10-13, 24 (two records), 30.  Blocks; runs before the
+# Knows: sections 1-4, 10-13, 25 (two records), 31.  Blocks; runs before the
 # reactor starts.
 # ============================================================================
 
@@ -12768,7 +12877,7 @@ def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
 
 
 # ============================================================================
-# 32. Embedding -- a member inside any program
+# 33. Embedding -- a member inside any program
 # ----------------------------------------------------------------------------
 # Knows: all above.  Threads: the caller's, and the one it starts, `reactor`.
 # ============================================================================
@@ -13057,7 +13166,7 @@ _BIND_HINTS = {
 
 
 # ============================================================================
-# 33. Proxy -- a door to a cluster on a machine that is no member of it
+# 34. Proxy -- a door to a cluster on a machine that is no member of it
 # ----------------------------------------------------------------------------
 # Knows: all above.  Threads: as for Embedding; what blocks (asking peers for
 # the members, the cluster file) runs before the reactor or on its helpers.
@@ -13698,7 +13807,7 @@ class ProxyServer(ServerThread):
 
 
 # ============================================================================
-# 34. Flags -- what can be set, and how its text is read
+# 35. Flags -- what can be set, and how its text is read
 # ----------------------------------------------------------------------------
 # Knows: all above.  A table; sections Settings and Command line use it.
 # ============================================================================
@@ -14038,7 +14147,7 @@ def _all_flags() -> Dict[str, Flag]:
 
 
 # ============================================================================
-# 35. Settings -- command line, environment, configuration file
+# 36. Settings -- command line, environment, configuration file
 # ----------------------------------------------------------------------------
 # Knows: all above.  The only section that reads flags, the environment and the
 # configuration file, and that knows what does not go together.
@@ -14676,7 +14785,7 @@ def make_config(settings: Settings) -> ServerConfig:
 
 
 # ============================================================================
-# 36. Command line
+# 37. Command line
 # ----------------------------------------------------------------------------
 # Knows: all above.  The only section that prints, and touches signals and
 # process limits.

@@ -7176,16 +7176,158 @@ def test_http_head_of_any_bytes_is_parsed_or_refused(raw):
                 pyetcd.KeyTarget(head)
 
 
-def test_http_oversized_head_is_refused(http_server):
-    """1 MiB of query works, more is 431 and the end."""
-    path = "/v2/keys/a?x=" + "y" * 1_000_000
+_HTTP_MANY_LINES = [f"X-{i}: 1" for i in range(pyetcd.HEADER_LINES_MAX)]
+
+
+@pytest.mark.parametrize(("request_bytes", "status"), [
+    (_http_get("/v2/keys/a?x=" + "y" * 500_000), b"404"),
+    (_http_get("/v2/keys/a?x=" + "y" * pyetcd.REQUEST_LINE_BYTES_MAX), b"414"),
+    (b"GET /" + b"y" * (pyetcd.REQUEST_LINE_BYTES_MAX + 100), b"414"),
+    (_http_get("/v2/keys/a", "X: " + "y" * 1_000_000), b"404"),
+    (_http_get("/v2/keys/a", "X: " + "y" * pyetcd.REQUEST_HEAD_BYTES_MAX), b"431"),
+    (_http_get("/v2/keys/a", *_HTTP_MANY_LINES[5:]), b"404"),
+    (_http_get("/v2/keys/a", *_HTTP_MANY_LINES), b"431"),
+], ids=["line", "long line", "endless line", "header", "long header", "lines", "many lines"])
+def test_http_heads_are_limited(http_server, request_bytes, status):
+    """A request line of half a MiB and headers of one work; more is refused, and the end."""
     with _HttpSocket(http_server) as client:
-        client.send(_http_get(path))
-        assert client.answer()[0] == 404
         with contextlib.suppress(OSError):
-            client.send(_http_get("/" + "y" * (pyetcd.REQUEST_HEAD_BYTES_MAX + 100_000)))
-        answer = client.rest()
-    assert answer.startswith(b"HTTP/1.1 431 ")
+            client.send(request_bytes)
+        if status == b"404":
+            assert client.answer()[0] == 404
+        else:
+            assert client.rest().startswith(b"HTTP/1.1 %b " % status)
+
+
+@pytest.mark.parametrize(("method", "path"), [
+    ("PUT", "/v2/auth/users/u"), ("PUT", "/v2/auth/roles/r"), ("PUT", "/config/local/log"),
+    ("POST", "/v2/members"), ("POST", "/new"),
+])
+def test_http_bodies_are_limited(http_server, method, path):
+    """Beyond 10 MiB: 413, and the connection ends without reading the rest."""
+    head = (f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {pyetcd.REQUEST_BODY_BYTES_MAX + 1}\r\n\r\n")
+    with _HttpSocket(http_server) as client:
+        client.send(head.encode())
+        assert client.answer()[0] == 413
+        assert client.rest() == b""
+
+
+def test_http_chunks_are_limited(http_server):
+    """A body in a hundred thousand pieces is treated as one that is too large."""
+    head = (b"PUT /v2/auth/users/u HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    with _HttpSocket(http_server) as client:
+        with contextlib.suppress(OSError):
+            client.send(head + b"1\r\nx\r\n" * (pyetcd.CHUNKS_MAX + 10_000))
+        assert client.answer()[0] == 413
+
+
+def test_http_connections_are_limited(http_server, monkeypatch, caplog):
+    """One more is told so, and closed; when another one ends, there is room again."""
+    monkeypatch.setattr(pyetcd, "CONNECTIONS_MAX", 3)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(_HttpSocket(http_server)) for _ in range(3)]
+        for client in clients:
+            client.send(_http_get())
+            assert client.answer()[0] == 200
+        with _HttpSocket(http_server) as late:
+            status, _, body = late.answer()
+            assert status == 503 and b"too many connections" in body
+        assert "too many connections (3)" in caplog.text
+        clients[0].socket.close()
+
+        def has_room():
+            with _HttpSocket(http_server) as client:
+                client.send(_http_get())
+                return client.answer()[0] == 200
+        eventually(has_room)
+
+
+def test_http_watchers_are_limited(http_server, monkeypatch):
+    """The next one gets 503; reads and writes go on."""
+    monkeypatch.setattr(pyetcd, "WATCHERS_MAX", 2)
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            watcher = stack.enter_context(_HttpSocket(http_server))
+            watcher.send(_http_get("/v2/keys/w?wait=true"))
+            watcher.until(b"\r\n\r\n")
+        status, _, body = _http_ask(http_server, "GET", "/v2/keys/w?wait=true")
+        assert status == 503 and "watchers wait already" in json.loads(body)["message"]
+        assert _http_keys(http_server, "PUT", "/w", "value=1")[0] == 201
+
+
+def test_http_pending_requests_are_limited(http_server, monkeypatch):
+    """503 says that the write was not tried."""
+    monkeypatch.setattr(pyetcd, "PROPOSALS_PENDING_MAX", 0)
+    status, body = _http_keys(http_server, "PUT", "/a", "value=1")
+    assert (status, body["errorCode"], body["cause"]) == (503, 300, "etcdserver: too many requests")
+
+
+def test_http_deepest_key_works_everywhere(tmp_path):
+    """1,024 elements: listed with all between, in a snapshot, and after a restart."""
+    path = "/d" * pyetcd.KEY_DEPTH_MAX
+    with _http_member(tmp_path, snapshot_count=3) as server:
+        assert _http_keys(server, "PUT", path, "value=1")[0] == 201
+        assert _http_keys(server, "PUT", path + "/d", "value=1")[1]["errorCode"] == 210
+        _, _, before = _http_ask(server, "GET", "/v2/keys/?recursive=true&sorted=true")
+        assert before.count(b'"dir":true') == pyetcd.KEY_DEPTH_MAX and b'"value":"1"' in before
+        for i in range(10):
+            _http_keys(server, "PUT", "/x", f"value={i}")
+        eventually(lambda: server.call(lambda etcd: etcd.snapshots.index))
+        _, _, before = _http_ask(server, "GET", "/v2/keys/?recursive=true&sorted=true")
+    with _http_member(tmp_path) as server:
+        assert _http_ask(server, "GET", "/v2/keys/?recursive=true&sorted=true")[2] == before
+
+
+@pytest.mark.parametrize("request_bytes", [
+    b"GET /version HT", b"PUT /v2/keys/a HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nval",
+    b"PUT /v2/keys/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nva",
+    _http_get() + b"GET /version HT",
+], ids=["head", "body", "chunk", "second"])
+def test_http_requests_that_never_end_are_closed(tmp_path, monkeypatch, request_bytes):
+    """408 after some time; a connection between two requests may stay."""
+    monkeypatch.setattr(pyetcd, "REQUEST_SECONDS_MAX", 0.2)
+    monkeypatch.setattr(pyetcd, "SLOW_CHECK_SECONDS", 0.05)
+    with _http_member(tmp_path) as server, _HttpSocket(server) as idle, \
+            _HttpSocket(server) as client:
+        idle.send(_http_get())
+        assert idle.answer()[0] == 200
+        client.send(request_bytes)
+        assert b"HTTP/1.1 408 " in client.rest()
+        idle.send(_http_get())
+        assert idle.answer()[0] == 200
+
+
+def test_http_clients_that_do_not_read_are_closed(tmp_path, monkeypatch):
+    """Their replies take bounded memory, and in the end none; an idle watch stays."""
+    monkeypatch.setattr(pyetcd, "UNREAD_SECONDS_MAX", 0.5)
+    monkeypatch.setattr(pyetcd, "SLOW_CHECK_SECONDS", 0.05)
+    with _http_member(tmp_path) as server, _HttpSocket(server) as idle, \
+            _HttpSocket(server, receive_buffer=4096) as client:
+        idle.send(_http_get("/v2/keys/w?wait=true"))
+        idle.until(b"\r\n\r\n")
+        _http_keys(server, "PUT", "/big", "value=" + "x" * 1_000_000)
+        client.socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            while True:
+                client.send(_http_get("/v2/keys/big"))
+        listener = server._client_listeners[0]
+        eventually(lambda: listener.unread)
+        owed = max(connection.pending for connection in list(listener.unread))
+        assert owed < 2 * pyetcd.OUTPUT_PAUSE_BYTES + 2_000_000
+        eventually(lambda: not listener.unread)
+        _http_keys(server, "PUT", "/w", "value=1")
+        assert json.loads(idle.chunk())["node"]["value"] == "1"
+
+
+def test_http_pipelined_replies_wait_for_a_slow_reader(http_server):
+    """More than the output may hold: all come, in order, as the client reads."""
+    _http_keys(http_server, "PUT", "/big", "value=" + "x" * 300_000)
+    with _HttpSocket(http_server, receive_buffer=4096) as client:
+        client.send(b"".join(_http_get(f"/v2/keys/big?n={n}") + _http_get() for n in range(30)))
+        for _ in range(30):
+            assert len(client.answer()[2]) > 300_000
+            assert b"etcdserver" in client.answer()[2]
 
 
 def test_http_half_a_request_holds_up_nobody(http_server):
@@ -7900,6 +8042,37 @@ def test_auth_bad_bodies_are_refused(http_server, path, body, message):
     url = http_server.client_urls[0]
     assert _auth_call(url, "PUT", path, body) == (400, {"message": message})
     assert http_server.call(lambda etcd: etcd.store.value("/2/" + path)) is None
+
+
+def test_auth_paths_of_real_etcd_are_cleaned(auth_server):
+    """Another member may propose `/2/users/`: the same as without the slash, on every member."""
+    server, _ = auth_server
+    results = []
+    server.call(lambda etcd: etcd.do(pyetcd.Request(
+        method="PUT", path="/2/users/", dir=True, prev_exist=False), results.append))
+    eventually(lambda: results)
+    assert isinstance(results[0], pyetcd.NodeExists)
+    assert server.call(lambda etcd: etcd.store.children("/2/users")) == [("root", False)]
+
+
+def test_auth_hidden_names_are_not_listed(auth_server):
+    """They work, but only who knows them finds them."""
+    _, url = auth_server
+    _auth_add(url, "_hidden", "x", read=["/*"])
+    assert _auth_key(url, "GET", "/", auth=("_hidden", "x")) == 200
+    users, roles = (_auth_call(url, "GET", kind)[1][kind] for kind in ("users", "roles"))
+    assert [user["user"] for user in users] == ["root"]
+    assert [role["role"] for role in roles] == ["guest", "root"]
+
+
+def test_auth_tokens_of_the_discovery_service_are_writes(auth_server):
+    """Who may not write below /_etcd/registry gets no token, and cannot register."""
+    _, url = auth_server
+    assert requests.post(url + "/new", timeout=10).status_code == 401
+    answer = requests.post(url + "/new", auth=_AUTH_ROOT, timeout=10)
+    assert answer.status_code == 200
+    registration = {"value": "a=http://h:1"}
+    assert requests.put(answer.text + "/1", registration, timeout=10).status_code == 401
 
 
 def test_auth_waits_until_all_members_can_have_it(http_server):
@@ -11533,7 +11706,7 @@ class _DiscRequest:
         if headers is None:
             headers = {"host": "127.0.0.1:4001"}
         self.head = pyetcd.HttpHead(method, target, 1, headers)
-        self.body, self.scheme = body, "http"
+        self.body, self.scheme, self.body_too_large = body, "http", False
         self.replies: List[Tuple[Any, ...]] = []
 
     method = property(lambda self: self.head.method)
