@@ -4397,9 +4397,12 @@ class _WalReader:
         self._entries.append(entry)
 
     def _take_snapshot(self, snapshot_id: EntryID) -> None:
-        """A snapshot that came from a leader replaces a log that did not contain its entry."""
+        """A snapshot that came from a leader replaces a log that has another entry in its place.
+
+        A log that begins behind it is a backup by etcdctl, which writes the entries first.
+        """
         self._snapshots.append(snapshot_id)
-        if snapshot_id == self._start and self._start_term != snapshot_id.term:
+        if snapshot_id == self._start and self._start_term not in (0, snapshot_id.term):
             self._entries.clear()
             self._start_term = snapshot_id.term
 

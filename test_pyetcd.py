@@ -14,10 +14,11 @@
   12. Auth
   13. Clusters over real sockets, in processes of their own
   14. Client
-  15. Peer transport
-  16. Discovery, and Bootstrap
-  17. Proxy
-  18. Command line
+  15. Other clients
+  16. Peer transport
+  17. Discovery, and Bootstrap
+  18. Proxy
+  19. Command line
 
 Run a part by the prefix of its names: -k raft_, -k "store_ or wal_", -k sim_, -k cluster_.
 Chance is seeded and a failure prints its seed.  PYETCD_SIM_SEEDS=10000 runs more simulations,
@@ -50,6 +51,7 @@ import pickle
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -138,7 +140,7 @@ from pyetcd_client import Client
 # ----------------------------------------------------------------------------
 
 TESTDATA = Path(__file__).parent / "testdata"
-_ports = itertools.count(20_000 + os.getpid() % 500 * 20)
+_ports = itertools.count(os.getpid() * 4_999)    # far from those of a test run beside this one
 
 
 def free_port() -> int:
@@ -1113,6 +1115,16 @@ def test_wal_own_snapshot_keeps_the_entries_behind_it(tmp_path):
     wal.close()
     contents = _wal_open(tmp_path / "wal", EntryID(2, 5))
     assert contents.entries == _wal_entries(6, 9) and contents.hard_state == (2, 1, 5)
+
+
+def test_wal_backup_of_etcdctl_has_the_entries_before_the_snapshot(tmp_path):
+    """Its log begins behind the snapshot, and says so last."""
+    wal = Wal.create(str(tmp_path / "wal"), b"\x08\x01\x10\x02")
+    wal.write(wal.encode(HardState(2, 1, 9), _wal_entries(6, 9)), sync=True)
+    wal.write(wal.encode_snapshot(EntryID(2, 5)), sync=True)
+    wal.close()
+    contents = _wal_open(tmp_path / "wal", EntryID(2, 5))
+    assert contents.entries == _wal_entries(6, 9) and contents.hard_state == (2, 1, 9)
 
 
 # -- damage ------------------------------------------------------------------------
@@ -8104,13 +8116,15 @@ def test_auth_refusals_can_be_read_by_scripts_of_allowed_origins(tmp_path):
 class Process:
     """`python pyetcd.py` with a log that can be read while it runs."""
 
+    program = (sys.executable, pyetcd.__file__)
+
     def __init__(self, directory, *arguments, env=None):
         self.directory = directory
         self.log_path = directory / f"log{next(_ports)}"
         clean = {k: v for k, v in os.environ.items() if not k.startswith("ETCD_")}
         with open(self.log_path, "wb") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, pyetcd.__file__, *arguments], cwd=directory,
+                [*self.program, *arguments], cwd=directory,
                 stdout=log, stderr=log, env={**clean, **(env or {})},
             )
 
@@ -8133,6 +8147,8 @@ class Process:
 class ClusterMember:
     """One member: its URLs, its flags, and its present process."""
 
+    process_type = Process
+
     def __init__(self, directory, name):
         self.directory, self.name = directory, name
         self.client = f"http://127.0.0.1:{free_port()}"
@@ -8147,7 +8163,7 @@ class ClusterMember:
         ]
 
     def start(self, *more):
-        self.process = Process(self.directory, *self.flags(), *more)
+        self.process = self.process_type(self.directory, *self.flags(), *more)
 
     def request(self, method, path, data=None, timeout_s=10.0, **query):
         """Return (status, JSON or text, headers); None if nobody answers."""
@@ -8180,9 +8196,11 @@ class ClusterMember:
 class StaticCluster:
     """n members by -initial-cluster; a context manager that ends them all."""
 
+    member_type = ClusterMember
+
     def __init__(self, directory, size=3, *flags):
         self.directory = directory
-        self.members = [ClusterMember(directory, f"n{i}") for i in range(size)]
+        self.members = [self.member_type(directory, f"n{i}") for i in range(size)]
         self.flags = flags
         self.initial = ",".join(f"{m.name}={m.peer}" for m in self.members)
 
@@ -8190,10 +8208,13 @@ class StaticCluster:
         member.start("-initial-cluster", self.initial, *self.flags, *more)
 
     def __enter__(self):
-        for member in self.members:
-            self.start(member)
-        for member in self.members:
-            member.process.wait_log("published")
+        with contextlib.ExitStack() as on_failure:
+            on_failure.push(self)
+            for member in self.members:
+                self.start(member)
+            for member in self.members:
+                member.process.wait_log("published")
+            on_failure.pop_all()
         return self
 
     def __exit__(self, *exc_info):
@@ -9701,7 +9722,1048 @@ def test_client_cli_reader_that_went_away(_client_server, _client, _client_dir):
 
 
 # ============================================================================
-# 15. Peer transport -- frames, refusals, and two members on loopback
+# 15. Other clients -- etcdctl and libraries, side by side
+# ----------------------------------------------------------------------------
+# Debian's etcdctl walks through every command on pyetcd and on the real etcd
+# 3.4; then libraries that others wrote, and the requests of well known users.
+# ============================================================================
+
+
+class _WalkEtcdProcess(Process):
+    program = ("etcd", "--enable-v2", "--strict-reconfig-check=false")    # off in etcd 2.3
+
+
+class _WalkEtcdMember(ClusterMember):
+    process_type = _WalkEtcdProcess
+
+
+class _WalkEtcdCluster(StaticCluster):
+    member_type = _WalkEtcdMember
+
+
+_WALK_CLUSTERS = {"etcd": _WalkEtcdCluster, "pyetcd": StaticCluster}
+_WALK_INDEX = re.compile(
+    r'(?<=Index":)\d+|(?<=Index: )\d+|(?<=\[)\d+(?=\]| != )|(?<= != )\d+(?=\])|(?<=/)\d{20}')
+
+
+class _WalkSide:
+    """One of the two clusters under comparison, and the words that stand for what is its own.
+
+    URL0, PEER0, ID0 and NAME0 belong to the member that leads when the walk begins, 1 and 2 to the
+    others; PEER3 and PEER4 are free, ID3 was added last; @5 is the fifth index from here.
+    """
+
+    def __init__(self, cluster):
+        leader = cluster.leader()
+        self.members = [leader, *(m for m in cluster.members if m is not leader)]
+        for member in self.members:
+            eventually(lambda m=member: self._is_settled(m), what="names and a cluster version")
+        listing = leader.request("GET", "/v2/members")[1]["members"]
+        ids = {member["name"]: member["id"] for member in listing}
+        self.words = {f"PEER{rank}": f"http://127.0.0.1:{free_port()}" for rank in (3, 4)}
+        for rank, member in enumerate(self.members):
+            self.words.update({f"URL{rank}": member.client, f"PEER{rank}": member.peer,
+                               f"ID{rank}": ids[member.name], f"NAME{rank}": member.name})
+        self.first_index = leader.index()
+        self.data_dir = leader.directory / f"{leader.name}.etcd"
+
+    @staticmethod
+    def _is_settled(member):
+        """Tell whether this member has heard of all that happens by itself after a start."""
+        listing = member.request("GET", "/v2/members")[1]["members"]
+        version = member.request("GET", "/version")[1]["etcdcluster"]
+        return version != "not_decided" and all(known["clientURLs"] for known in listing)
+
+    def run(self, line):
+        """Run `words [< stdin]`; return exit code, output and errors, made comparable."""
+        command, _, stdin = line.partition(" < ")
+        code, out, err = _client_etcdctl(
+            self.members[0].client, *self.arguments(command), stdin=stdin.encode())
+        added = re.search(r"with ID (\w+) to cluster", out)
+        if added:
+            self.words["ID3"] = added[1]
+        return code, self.plain(out), self.plain(err)
+
+    def wait_for(self, line, *writes):
+        """Run a command that waits for events, with writes meanwhile; SIGINT ends it."""
+        process = self.start(line)
+        try:
+            eventually(lambda: self.watchers() == 1, what="a watcher")
+            for write in writes:
+                assert self.run(write)[0] == 0
+                verb, *_, value = write.split()
+                if verb == "set":
+                    eventually(lambda v=value: v in self.log.read_text(), what=f"value {value}")
+            if "forever" in line or "exec" in line:
+                process.send_signal(signal.SIGINT)
+            return process.wait(20), self.plain(self.log.read_text())
+        finally:
+            process.kill()
+            process.wait(20)
+
+    def health_until_interrupted(self):
+        """Return exit code and text of `cluster-health --forever` up to its first pause."""
+        process = self.start("cluster-health --forever")
+        eventually(lambda: "next check" in self.log.read_text(), what="the end of a check")
+        process.send_signal(signal.SIGINT)
+        return process.wait(20), self.plain(self.log.read_text())
+
+    def restart_from_backup(self, process_type):
+        """Stop the only member, let etcdctl copy its directory, start a program from the copy."""
+        member = self.members[0]
+        member.process.kill(signal.SIGTERM)
+        source, self.data_dir = self.data_dir, member.directory / f"backup{next(_ports)}"
+        code, out, _ = self.run(f"backup --data-dir {source} --backup-dir {self.data_dir}")
+        member.process_type = process_type or member.process_type
+        member.start("-data-dir", str(self.data_dir), "-force-new-cluster")
+        member.process.wait_log("published")
+        listing = member.request("GET", "/v2/members")[1]["members"]
+        self.words["ID0"] = listing[0]["id"]
+        return code, out
+
+    def start(self, line):
+        """Start etcdctl; `self.log` gets what it says."""
+        self.log = self.members[0].directory / f"log{next(_ports)}"
+        with open(self.log, "wb") as log:
+            return subprocess.Popen(
+                ["etcdctl", "--endpoints", self.members[0].client, *self.arguments(line)],
+                stdout=log, stderr=log, env={**os.environ, "ETCDCTL_API": "2"})
+
+    def watchers(self):
+        return self.members[0].request("GET", "/v2/stats/store")[1]["watchers"]
+
+    def arguments(self, command):
+        """Return the words of a command, with the URLs, ids and indexes of this side put in."""
+        def own(match):
+            if match[0][0] == "@":
+                return str(self.first_index + int(match[0][1:]))
+            return self.words[match[0]]
+        return [re.sub(r"@\d+|\b(?:URL|PEER|ID|NAME)\d\b", own, word)
+                for word in shlex.split(command)]
+
+    def plain(self, text):
+        """Put the common words in place of what only this side has, and blur times.
+
+        Lists in the order of the members' ids are sorted by those words.
+        """
+        for word, own in self.words.items():
+            own = re.escape(own.replace("http://", ""))
+            text = re.sub(rf"(?<!\w){own}(?!\w)", word, text)
+        text = _WALK_INDEX.sub(lambda match: f"@{int(match[0]) - self.first_index}", text)
+        text = re.sub(r'"ttl":(\d+)', lambda m: f'"ttl":{math.ceil(int(m[1]) / 10) * 10}', text)
+        text = re.sub(r"\b20\d\d-\d\d-\d\d[T ][\d:.]+Z?", "TIME", text)
+        text = text.replace("membership: ", "etcdserver: ")     # 3.4's word for it
+        text = re.sub(r'(?<=CLUSTER=")[^"]+', lambda m: ",".join(sorted(m[0].split(","))), text)
+        return re.sub(r"(?m)(^(failed to check the health of )?(member )?ID\d.*\n)+",
+                      lambda m: "".join(sorted(m[0].splitlines(keepends=True))), text)
+
+
+@contextlib.contextmanager
+def _walk_pair(directory, size=1, *flags):
+    """Two fresh clusters: the real etcd, then pyetcd."""
+    for program in ("etcd", "etcdctl"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    with contextlib.ExitStack() as stack:
+        clusters = []
+        for kind, cluster_type in _WALK_CLUSTERS.items():
+            (directory / kind).mkdir()
+            clusters.append(stack.enter_context(cluster_type(directory / kind, size, *flags)))
+        yield [_WalkSide(cluster) for cluster in clusters]
+
+
+def _walk_both(sides, function, *arguments):
+    """Return what `function(side, *arguments)` gives for each side; the sides run at once."""
+    with concurrent.futures.ThreadPoolExecutor(len(sides)) as pool:
+        return list(pool.map(lambda side: function(side, *arguments), sides))
+
+
+def _walk_compare(sides, script):
+    """Run a script on both sides: same exit codes, the ones in front of the lines, same texts."""
+    lines = [re.fullmatch(r"(?:(\d) )?(.*)", line).groups() for line in script.strip().split("\n")]
+    theirs, ours = _walk_both(
+        sides, lambda side: [side.run(command) for _, command in lines])
+    differing = [f"{command}\n  etcd   {expected}\n  pyetcd {got}"
+                 for (_, command), expected, got in zip(lines, theirs, ours) if expected != got]
+    assert not differing, "\n".join(differing)
+    assert [(command, int(code or 0)) for code, command in lines] == [
+        (command, outcome[0]) for (_, command), outcome in zip(lines, theirs)]
+
+
+@pytest.fixture(scope="module", name="_walk_shared")
+def _walk_shared_fixture(tmp_path_factory):
+    with _walk_pair(tmp_path_factory.mktemp("walk")) as sides:
+        yield sides
+
+
+@pytest.fixture(name="_walk_sides")
+def _walk_sides_fixture(_walk_shared):
+    """Two clusters of one that tests share, with indexes counted from here."""
+    for side in _walk_shared:
+        side.first_index = side.members[0].index()
+    return _walk_shared
+
+
+_WALK_KEYS = """
+set /foo bar
+set /foo b2
+get /foo
+4 get /nope
+4 mk /foo x
+mk /n v
+mk --in-order /q v
+mk --in-order --ttl 50 /q w
+mkdir /d
+4 mkdir /d
+1 get /d
+4 set /d v
+set /d/x 1
+set /d/sub/y 2
+ls --sort
+ls --sort -p /
+ls --sort --recursive -p /d
+ls --sort --recursive /
+ls --quorum --sort /
+ls /foo
+4 ls /nope
+get --quorum --sort /foo
+get -q /foo
+update /foo b3
+4 update /nope v
+4 update /d v
+update --ttl 50 /foo b4
+-o extended get /foo
+-o json get /foo
+1 -o json get /d
+-o json ls --sort /d
+-o json ls --recursive --sort /
+-o extended ls /d
+4 -o extended get /nope
+4 -o json get /nope
+1 -o xml get /d
+setdir /new
+4 setdir /new
+setdir /foo
+setdir --ttl 40 /n
+updatedir --ttl 30 /d
+4 updatedir /nope
+updatedir /n
+mkdir --ttl 90 /dt
+-o json mkdir /dj
+-o extended mkdir /de
+-o json setdir /dj2
+-o json updatedir --ttl 90 /dj
+-o extended updatedir --ttl 90 /dj
+4 rm /d
+4 rm --dir /d
+4 rmdir /d
+rm --recursive /d
+4 rmdir /d
+set /f one
+4 rm --with-value no /f
+4 rm --with-index @1 /f
+rm --with-value one /f
+set /f 2
+-o json rm --with-value 2 /f
+set /f 3
+-o extended rm --with-value 3 /f
+set /f 4
+rm --with-index @29 /f
+set /f 5
+rm /f
+rmdir /new
+4 rm --dir /new
+4 rm /nope
+4 rm --recursive /
+4 rm /
+4 rmdir /
+4 set / x
+4 mkdir /
+4 mk / x
+4 update / x
+set /foo/sub x
+4 mkdir /foo/sub
+4 set /foo/sub/deeper x
+4 get /foo/sub/deeper
+ls /foo/sub
+set /v -5
+set -- /v -7
+get /v
+4 set --swap-with-value no /v 2
+set --swap-with-value=-7 /v 2
+4 set --swap-with-index @1 /v 3
+4 set --swap-with-index @1 /nope 3
+4 set --swap-with-value no /foo 3
+set --swap-with-index @37 /v 3
+set --ttl 0 /v 4
+-o json set --ttl 50 /t x
+-o extended set /t y
+-o extended mk /m z
+4 -o json mk /m z
+-o json mk /m2 z
+-o json rm /m
+-o extended rm /t
+-o json rm --recursive /dj
+-o json set /html <a>&b
+-o json set --swap-with-value <a>&b /html c
+-o extended set --swap-with-value c /html d
+-o extended update /html e
+set /k < from stdin
+get /k
+update /k < again
+mk --in-order /q < ü
+set /ü/ö ä
+ls /ü
+-o json get /ü/ö
+set '/sp ace' 'a b'
+get '/sp ace'
+set /a//b/../c 1
+ls -p --sort /a
+set foo2 x
+get foo2
+4 ls _hidden
+set /_h/x 1
+ls --sort /
+ls /_h
+get /_h/x
+rm --recursive /_h
+"""
+
+_WALK_USAGE = """
+1 set
+1 get
+1 mk
+1 rm
+1 mkdir
+1 rmdir
+1 setdir
+1 updatedir
+1 update
+1 watch
+1 exec-watch
+1 exec-watch /foo
+1 set /k
+1 update /k
+1 mk /k
+3 bogus
+1 get --bogus /foo
+1 --bogus get /foo
+1 --timeout x get /v
+member list
+1 member list x
+1 member add
+1 member add a
+1 member add a bad-url
+1 member remove
+1 member remove x
+1 member remove NAME0
+1 member update
+1 member update x
+1 member update ID0 bad-url
+3 member bogus
+cluster-health
+set /v v
+--no-sync get /v
+--debug get /v
+--debug --no-sync get /v
+--debug -o json set /v 2
+--debug member list
+--timeout 1s --total-timeout 2s get /v
+--endpoints http://127.0.0.1:1,URL0 get /v
+--endpoints http://127.0.0.1:1,URL0 --no-sync get /v
+2 --endpoints http://127.0.0.1:1 get /v
+2 --endpoints http://127.0.0.1:1 set /v 1
+2 --endpoints http://127.0.0.1:1 ls /v
+2 --endpoints http://127.0.0.1:1 member list
+4 --endpoints http://127.0.0.1:1 cluster-health
+auth
+user
+role
+3 import
+"""
+
+
+def test_walk_etcdctl_keys(_walk_sides):
+    """get, set, mk, update, mkdir, setdir, updatedir, rm, rmdir, ls with all their options."""
+    _walk_compare(_walk_sides, _WALK_KEYS)
+
+
+def test_walk_etcdctl_usage_and_global_options(_walk_sides):
+    """Bad arguments, endpoints that nobody listens on, --debug, --no-sync, timeouts."""
+    _walk_compare(_walk_sides, _WALK_USAGE)
+
+
+def test_walk_etcdctl_watch_of_the_past(_walk_sides):
+    """One event from the history, or the expiry that comes next."""
+    _walk_compare(_walk_sides, """
+set /w/a 1
+set /w/d/b 2
+rm /w/a
+mkdir /w/e
+set /w/a 3
+set --ttl 1 /w/ttl soon
+watch --after-index @0 /w/a
+watch --after-index @1 /w/a
+watch --after-index @2 --recursive /w
+watch --after-index @3 --recursive /w
+-o extended watch --after-index @0 --recursive /w
+-o json watch --after-index @1 --recursive /w/d
+-o json watch --after-index @2 /w/a
+watch --recursive --after-index @6 /w
+-o json watch --after-index @6 /w/ttl
+""")
+
+
+@pytest.mark.parametrize("line", [
+    "watch /live/a", "watch --recursive /live", "watch --forever /live/a",
+    "watch --forever --recursive /live", "-o json watch --forever --recursive /live",
+    "-o extended watch --forever --recursive /live",
+    "exec-watch --recursive /live -- sh -c 'echo $ETCD_WATCH_ACTION $ETCD_WATCH_KEY"
+    " $ETCD_WATCH_VALUE Index: $ETCD_WATCH_MODIFIED_INDEX'",
+])
+def test_walk_etcdctl_watch_live(_walk_sides, line):
+    """Events as they happen; --forever and exec-watch end with SIGINT."""
+    writes = ["set /live/a first"]
+    if "forever" in line or "exec" in line:
+        writes += ["set /live/a second", "rm /live/a", "set /live/a third"]
+    if "--recursive" in line and len(writes) > 1:
+        writes += ["mkdir /live/dir", "set /live/dir/b fourth", "rm --recursive /live/dir",
+                   "set /live/b fifth"]
+    theirs, ours = _walk_both(_walk_sides, _WalkSide.wait_for, line, *writes)
+    assert ours == theirs
+    assert theirs[0] == 0 and writes[-1].split()[-1] in theirs[1]
+
+
+def test_walk_etcdctl_cluster_health_forever(_walk_sides):
+    """The second check is ten seconds away; SIGINT ends the waiting."""
+    theirs, ours = _walk_both(_walk_sides, _WalkSide.health_until_interrupted)
+    assert ours == theirs and "cluster is healthy" in theirs[1]
+
+
+def test_walk_etcdctl_backup(tmp_path):
+    """A copy made by etcdctl, of log and snapshot, starts as a new cluster of one with every key.
+
+    Then the real etcd starts from a copy of what pyetcd wrote.
+    """
+    with _walk_pair(tmp_path, 1, "-snapshot-count", "10") as sides:
+        _walk_compare(sides, "\n".join([
+            *(f"set /a/{number % 4} {number}" for number in range(20)),
+            "mkdir /a/c", "set --ttl 500 /a/t 2", "mk --in-order /q x"]))
+        for process_type in (None, _WalkEtcdProcess):
+            theirs, ours = _walk_both(sides, _WalkSide.restart_from_backup, process_type)
+            assert ours == theirs == (0, "")
+            _walk_compare(sides, """
+-o json ls --sort --recursive /
+member update ID0 PEER0
+member list
+set /a/b 2
+mk --in-order /q y
+cluster-health
+""")
+
+
+def test_walk_etcdctl_members(tmp_path):
+    """member add, update, remove, list and cluster-health in a cluster of three."""
+    with _walk_pair(tmp_path, 3) as sides:
+        _walk_compare(sides, """
+member list
+cluster-health
+--no-sync member add fourth PEER3
+1 --no-sync member add again PEER3
+1 --no-sync member add again PEER1
+--no-sync member list
+5 --no-sync cluster-health
+--no-sync member update ID3 PEER4
+1 --no-sync member update ID3 PEER0
+1 --no-sync member update abcdef PEER3
+--no-sync member list
+--no-sync --endpoints URL1 member remove ID3
+1 --no-sync member remove ID3
+1 --no-sync member remove fourth
+1 --no-sync member update ID3 PEER3
+--no-sync member list
+set /a 1
+--no-sync member remove ID2
+--no-sync member list
+""")
+        theirs, ours = _walk_both(sides, lambda side: side.members[2].process.popen.wait(20))
+        assert ours == theirs == 0
+        _walk_both(sides, lambda side: side.members[1].process.kill())
+        _walk_both(sides, lambda side: eventually(
+            lambda: side.run("cluster-health")[0] == 5, what="an unhealthy cluster"))
+        _walk_compare(sides, """
+5 cluster-health
+get /a
+4 --total-timeout 1s set /a 2
+""")
+
+
+_WALK_AUTH = """
+1 auth enable
+user list
+role list
+user add root:pw
+user add root:pw
+user list
+user get root
+1 user get nobody
+user add al:al1
+1 user add
+1 user add x y
+role add r1
+1 role add r1
+1 role add
+role get r1
+1 role get nope
+role grant r1 --path /a --read
+1 role grant --path /a --read r1
+role grant --path '/a/*' --readwrite r1
+role grant --path /b --write r1
+1 role grant r1
+1 role grant --path a --read r1
+1 role grant --path /a r1
+1 role grant --path /a --read --write r1
+1 role grant --path /a --read r1
+role get r1
+role revoke --path /b --write r1
+1 role revoke --path /b --write r1
+role get r1
+role list
+user grant --roles r1 al
+1 user grant --roles r1 al
+1 user grant al
+user grant --roles nope al
+user grant --roles r1,r2 al
+1 user grant --roles r1 nobody
+1 user get al
+user revoke --roles nope al
+user revoke --roles r1 al
+1 user get al
+user grant --roles r1 al
+set /a/x 1
+set /c 1
+auth enable
+1 user list
+1 role list
+1 user get al
+1 auth enable
+1 -u root:pw auth enable
+-u root:pw user list
+-u root:pw role list
+1 -u root:wrong user list
+1 -u al:al1 user list
+-u root:pw role get root
+-u root:pw role get guest
+-u root:pw role remove guest
+4 get /a/x
+4 get /c
+4 set /c 2
+-u al:al1 get /a/x
+-u al:al1 watch --after-index @0 /a/x
+4 watch --after-index @0 /a/x
+-u al:al1 -o json get /a/x
+-u root:pw ls --recursive /
+4 -u al:al1 watch --after-index @0 /c
+1 -u al:al1 get /a
+-u al:al1 set /a/x 2
+4 -u al:al1 get /c
+4 -u al:al1 set /c 2
+4 -u al:al1 ls /
+-u al:al1 ls /a
+4 -u al:al1 rm --recursive /a
+4 -u al:wrong get /a/x
+4 -u nobody:x get /a/x
+-u root:pw get /c
+-u root:pw set /c 3
+member list
+1 member update ID0 PEER3
+1 member add x PEER3
+1 -u al:al1 member add x PEER3
+-u root:pw member list
+cluster-health
+-u root:pw cluster-health
+1 user passwd al < new
+-u root:pw user passwd al < new
+4 -u al:al1 get /a/x
+1 -u root:pw user remove root
+-u root:pw user remove al
+1 -u root:pw user remove al
+-u root:pw role remove r1
+1 -u root:pw role remove r1
+1 -u root:pw role remove root
+1 -u root:pw role add root
+-u root:pw user revoke --roles root root
+1 auth disable
+1 -u al:al1 auth disable
+1 -u root:pw role grant --path '/c' --read guest
+-u root:pw role add guest
+-u root:pw role grant --path '/c' --read guest
+get /c
+4 set /c 4
+4 ls /
+-u root:pw auth disable
+1 -u root:pw auth disable
+1 auth disable
+user remove root
+user list
+get /c
+set /c 5
+1 auth enable x
+1 auth disable x
+1 user list x
+1 role list x
+1 user get
+1 user remove
+1 role remove
+1 user passwd
+"""
+
+
+def test_walk_etcdctl_auth(tmp_path):
+    """user, role, auth and -u: what each says, and what users and guests may do."""
+    with _walk_pair(tmp_path) as sides:
+        _walk_compare(sides, _WALK_AUTH)
+
+
+# Libraries from PyPI.  Every test runs on the real etcd too: that proves the test.
+
+
+def _lib_address(url):
+    return urllib.parse.urlsplit(url).hostname, urllib.parse.urlsplit(url).port
+
+
+@pytest.fixture(name="_lib_etcd")
+def _lib_etcd_fixture():
+    return pytest.importorskip("etcd", reason="python-etcd is not installed")
+
+
+@pytest.fixture(name="_lib_python")
+def _lib_python_fixture(_client_server, _lib_etcd):
+    """A client of python-etcd."""
+    host, port = _lib_address(_client_server.url)
+    return _lib_etcd.Client(host=host, port=port, read_timeout=10)
+
+
+@pytest.fixture(name="_lib_k3etcd")
+def _lib_k3etcd_fixture():
+    return pytest.importorskip("k3etcd", reason="k3etcd is not installed")
+
+
+@pytest.fixture(name="_lib_k3")
+def _lib_k3_fixture(_client_server, _lib_k3etcd):
+    """A client of k3etcd."""
+    host, port = _lib_address(_client_server.url)
+    return _lib_k3etcd.Client(host=host, port=port)
+
+
+def test_lib_python_etcd_keys(_lib_etcd, _lib_python, _client_dir):
+    """Results carry action, indexes and previous node; errors are the classes of their codes."""
+    key, other = _client_dir + "/a", _client_dir + "/b"
+    created = _lib_python.write(key, "1")
+    assert created.newKey and created.action == "set" and created.value == "1"
+    assert created.createdIndex == created.modifiedIndex == created.etcd_index
+    swapped = _lib_python.test_and_set(key, "2", "1")
+    assert swapped.action == "compareAndSwap" and swapped._prev_node.value == "1"
+    assert _lib_python.read(key, quorum=True).value == "2" and key in _lib_python
+    assert other not in _lib_python
+    mine, stale = _lib_python.read(key), _lib_python.read(key)
+    mine.value = "3"
+    assert _lib_python.update(mine).action == "compareAndSwap"
+    refused = [
+        (_lib_etcd.EtcdCompareFailed, _lib_python.update, stale),
+        (_lib_etcd.EtcdCompareFailed, lambda: _lib_python.test_and_set(key, "x", "1")),
+        (_lib_etcd.EtcdCompareFailed, lambda: _lib_python.delete(key, prevValue="1")),
+        (_lib_etcd.EtcdAlreadyExist, lambda: _lib_python.write(key, "x", prevExist=False)),
+        (_lib_etcd.EtcdKeyNotFound, lambda: _lib_python.write(other, "x", prevExist=True)),
+        (_lib_etcd.EtcdKeyNotFound, _lib_python.delete, other),
+        (_lib_etcd.EtcdNotFile, _lib_python.write, _client_dir, "x"),
+        (_lib_etcd.EtcdNotFile, _lib_python.delete, _client_dir),
+        (_lib_etcd.EtcdNotDir, _lib_python.write, key + "/below", "x"),
+        (_lib_etcd.EtcdDirNotEmpty, lambda: _lib_python.delete(_client_dir, dir=True)),
+        (_lib_etcd.EtcdRootReadOnly, lambda: _lib_python.delete("/", recursive=True)),
+    ]
+    for error, function, *arguments in refused:
+        with pytest.raises(error):
+            function(*arguments)
+    last = _lib_python.delete(key, prevIndex=_lib_python.read(key).modifiedIndex)
+    assert last.action == "compareAndDelete" and last._prev_node.value == "3"
+    _lib_python.set(other, "ü & = % +")
+    assert _lib_python.pop(other).value == "ü & = % +"
+
+
+def test_lib_python_etcd_directories_and_order(_lib_python, _client_dir):
+    """In-order keys, recursive sorted listings, hidden keys."""
+    queue = [_lib_python.write(_client_dir + "/q", str(i), append=True).key for i in range(3)]
+    assert queue == sorted(queue) and len(set(queue)) == 3
+    _lib_python.write(_client_dir + "/d/e", "4")
+    _lib_python.write(_client_dir + "/empty", None, dir=True)
+    _lib_python.write(_client_dir + "/_hidden", "5")
+    listing = _lib_python.read(_client_dir, recursive=True, sorted=True)
+    assert [(leaf.key, leaf.value) for leaf in listing.leaves] == [
+        (_client_dir + "/d/e", "4"), (_client_dir + "/empty", None),
+        *zip(queue, ["0", "1", "2"])]
+    assert listing.dir and _lib_python.read(_client_dir + "/_hidden").value == "5"
+    assert _lib_python.delete(_client_dir, recursive=True).action == "delete"
+
+
+def test_lib_python_etcd_ttl(_lib_python, _client_dir):
+    """Keys and directories expire; a refresh keeps the value and wakes nobody."""
+    key = _client_dir + "/a"
+    written = _lib_python.write(key, "1", ttl=60)
+    assert written.ttl == 60 and written.expiration
+    refreshed = _lib_python.refresh(key, 30)
+    assert refreshed.ttl == 30 and refreshed.value == "1"
+    _lib_python.write(key, "2", ttl=None, prevExist=True)
+    event = _lib_python.watch(key, index=written.modifiedIndex + 1)
+    assert (event.value, event._prev_node.value) == ("2", "1")
+    _lib_python.write(_client_dir + "/d", None, dir=True, ttl=1)
+    _lib_python.write(_client_dir + "/d/x", "1")
+    gone = _lib_python.watch(_client_dir + "/d", index=event.modifiedIndex + 3, timeout=10)
+    assert gone.action == "expire" and _client_dir + "/d/x" not in _lib_python
+    assert _lib_python.read(key).ttl is None
+
+
+def test_lib_python_etcd_watch(_lib_etcd, _lib_python, _client_dir):
+    """Past events by index, a timeout, and events without end."""
+    first = _lib_python.write(_client_dir + "/a", "0").modifiedIndex
+    with pytest.raises(_lib_etcd.EtcdWatchTimedOut):
+        _lib_python.watch(_client_dir, timeout=0.2, recursive=True)
+    watch = _lib_python.eternal_watch(_client_dir, index=first, recursive=True)
+    with _client_background(lambda: [next(watch) for _ in range(5)]) as outcome:
+        for value in ("1", "2"):
+            _lib_python.write(_client_dir + "/b", value)
+        _lib_python.test_and_set(_client_dir + "/b", "3", "2")
+        _lib_python.delete(_client_dir + "/b")
+    assert [(event.action, event.value) for event in outcome[0]] == [
+        ("set", "0"), ("set", "1"), ("set", "2"), ("compareAndSwap", "3"), ("delete", None)]
+
+
+def test_lib_python_etcd_index_that_is_no_longer_kept(
+    _lib_etcd, _lib_python, _client_server, _client_dir
+):
+    """After 1000 events a watch from the first one is told to read again."""
+    first = _lib_python.write(_client_dir + "/a", "0").modifiedIndex
+    url = f"{_client_server.url}/v2/keys{_client_dir}/a"
+
+    def write(count):
+        with requests.Session() as session:
+            for _ in range(count):
+                session.put(url, data={"value": "x"}, timeout=10).raise_for_status()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, [126] * 8))
+    with pytest.raises(_lib_etcd.EtcdEventIndexCleared):
+        _lib_python.watch(_client_dir + "/a", index=first)
+
+
+def test_lib_python_etcd_lock(_lib_etcd, _lib_python, _client_dir):
+    """One holder at a time; the next one wakes up when it lets go, or its TTL ends."""
+    _lib_python._lock_prefix = _client_dir
+    mine, yours = (_lib_etcd.Lock(_lib_python, "door") for _ in range(2))
+    assert mine.acquire(lock_ttl=60) and mine.is_acquired
+    assert not yours.acquire(blocking=False, lock_ttl=60) and not yours.is_acquired
+    with _client_background(lambda: yours.acquire(blocking=True, lock_ttl=1)) as outcome:
+        mine.release()
+    assert outcome == [True] and not mine.is_acquired
+    third = _lib_etcd.Lock(_lib_python, "door")
+    assert third.acquire(blocking=True, timeout=10)
+    third.release()
+    with _lib_etcd.Lock(_lib_python, "door") as last:
+        assert last.is_acquired
+
+
+def test_lib_python_etcd_cluster_properties(_lib_python, _client_server):
+    """Machines, members, leader, the three statistics, versions."""
+    assert _lib_python.machines == [_client_server.url]
+    (member,) = _lib_python.members.values()
+    assert _lib_python.leader == member and member["clientURLs"] == [_client_server.url]
+    assert _lib_python.stats["state"] == "StateLeader" and _lib_python.stats["id"] == member["id"]
+    assert _lib_python.leader_stats == {"leader": member["id"], "followers": {}}
+    before = _lib_python.store_stats["setsSuccess"]
+    _lib_python.write("/counted", "1")
+    assert _lib_python.store_stats["setsSuccess"] == before + 1
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", _lib_python.version)
+    assert re.fullmatch(r"\d+\.\d+\.0", _lib_python.cluster_version)
+
+
+def test_lib_python_etcd_goes_on_when_its_server_is_killed(_lib_etcd, tmp_path):
+    """Writes and an endless watch move to another member and lose nothing."""
+    with StaticCluster(tmp_path) as cluster:
+        addresses = tuple(_lib_address(member.client) for member in cluster.members)
+        writer, watcher = (_lib_etcd.Client(host=addresses, allow_reconnect=True, read_timeout=15)
+                           for _ in range(2))
+        assert {watcher.base_uri, *watcher._machines_cache} == {m.client for m in cluster.members}
+        start = writer.write("/w/0", "0").modifiedIndex
+        events = watcher.eternal_watch("/w", index=start, recursive=True)
+        with _client_background(lambda: [next(events).value for _ in range(20)]) as outcome:
+            for number in range(1, 20):
+                if number == 10:
+                    next(m for m in cluster.members if m.client == writer.base_uri).process.kill()
+                writer.write(f"/w/{number}", number)
+        assert outcome == [[str(number) for number in range(20)]]
+        assert len(writer.members) == 3 and writer.read("/w/19").value == "19"
+
+
+@pytest.fixture(params=_CLIENT_KINDS, name="_lib_own_server")
+def _lib_own_server_fixture(request, tmp_path):
+    """A server for one test, which may lock everybody out."""
+    member = _client_member(request.param, tmp_path)
+    try:
+        yield member.start()
+    finally:
+        member.kill()
+
+
+def test_lib_python_etcd_auth(_lib_etcd, _lib_own_server):
+    """Users, roles and the switch; a user reads and writes what the role allows."""
+    auth = pytest.importorskip("etcd.auth")
+    host, port = _lib_address(_lib_own_server.url)
+    open_client = _lib_etcd.Client(host=host, port=port)
+    open_client.write("/secret", "1")
+    for name in ("root", "al"):
+        user = auth.EtcdUser(open_client, name)
+        user.password = "pw-" + name
+        user.write()
+    role = auth.EtcdRole(open_client, "reader")
+    role.grant("/pub/*", "RW")
+    role.grant("/read", "R")
+    role.write()
+    user = auth.EtcdUser(open_client, "al")
+    user.read()
+    user.roles = ["reader"]
+    user.write()
+    auth.Auth(open_client).active = True
+    root, al = (_lib_etcd.Client(host=host, port=port, username=name, password="pw-" + name)
+                for name in ("root", "al"))
+    guest = auth.EtcdRole(root, "guest")
+    guest.read()
+    assert guest.acls == {"/*": "RW"}
+    guest.delete()
+    assert al.write("/pub/x", "1").newKey and al.read("/pub/x").value == "1"
+    for refused in (lambda: al.read("/secret"), lambda: al.write("/read", "x"),
+                    lambda: open_client.read("/pub/x"), lambda: auth.EtcdUser(al, "root").read()):
+        with pytest.raises(_lib_etcd.EtcdInsufficientPermissions):
+            refused()
+    assert [user["user"] for user in auth.EtcdUser(root, "al").names] == ["al", "root"]
+    assert root.read("/secret").value == "1"
+    role.client = root
+    role.revoke("/pub/*", "W")
+    role.write()
+    assert al.read("/pub/x").value == "1"
+    with pytest.raises(_lib_etcd.EtcdInsufficientPermissions):
+        al.write("/pub/x", "2")
+    auth.Auth(root).active = False
+    assert not auth.Auth(open_client).active and open_client.read("/secret").value == "1"
+
+
+def test_lib_k3etcd_keys(_lib_k3etcd, _lib_k3, _client_dir):
+    """Writes, conditions, directories, TTL, and the classes of errors."""
+    key = _client_dir + "/a"
+    assert _lib_k3.set(key, "1").newKey and _lib_k3.get(key).value == "1"
+    assert _lib_k3.test_and_set(key, "2", prevValue="1").action == "compareAndSwap"
+    with pytest.raises(_lib_k3etcd.EcodeTestFailed):
+        _lib_k3.test_and_delete(key, prevValue="1")
+    with pytest.raises(_lib_k3etcd.EcodeNodeExist):
+        _lib_k3.write(key, "x", prevExist=False)
+    with pytest.raises(_lib_k3etcd.EcodeKeyNotFound):
+        _lib_k3.get(_client_dir + "/nope")
+    with pytest.raises(_lib_k3etcd.EcodeNotFile):
+        _lib_k3.set(_client_dir, "x")
+    _lib_k3.mkdir(_client_dir + "/d", ttl=60)
+    assert _lib_k3.lsdir(_client_dir + "/d").ttl == 60
+    assert _lib_k3.refresh(key, 30).ttl == 30 and _lib_k3.get(key).value == "2"
+    _lib_k3.write(_client_dir + "/d", "x", append=True)
+    assert [leaf.value for leaf in _lib_k3.rlsdir(_client_dir, sorted=True).leaves] == ["2", "x"]
+    with pytest.raises(_lib_k3etcd.EcodeDirNotEmpty):
+        _lib_k3.deldir(_client_dir + "/d")
+    assert _lib_k3.test_and_delete(key, prevValue="2").action == "compareAndDelete"
+    assert _lib_k3.rdeldir(_client_dir).action == "delete"
+
+
+def test_lib_k3etcd_watch(_lib_k3etcd, _lib_k3, _client_dir):
+    """A watch that ends with its timeout, and one up to a given index."""
+    first = _lib_k3.set(_client_dir + "/a", "1").modifiedIndex
+    for value in ("2", "3"):
+        _lib_k3.set(_client_dir + "/a", value)
+    with pytest.raises(_lib_k3etcd.EtcdReadTimeoutError):
+        _lib_k3.watch(_client_dir + "/a", timeout=0.2)
+    events = _lib_k3.eternal_watch(_client_dir + "/a", waitindex=first, until=first + 2)
+    assert [event.value for event in events] == ["1", "2", "3"]
+
+
+def test_lib_k3etcd_cluster(_lib_k3etcd, tmp_path):
+    """Members and statistics of three; the client goes on when its server is killed."""
+    with StaticCluster(tmp_path) as cluster:
+        hosts = tuple(_lib_address(member.client) for member in cluster.members)
+        client = _lib_k3etcd.Client(host=hosts, allow_reconnect=True)
+        urls = {member.client for member in cluster.members}
+        assert set(client.clienturls) == set(client.machines) == urls
+        assert sorted(client.names) == ["n0", "n1", "n2"] and len(set(client.ids)) == 3
+        assert client.leader["clientURLs"] == [cluster.leader().client]
+        assert client.st_self["name"] == "n0" and "watchers" in client.st_store
+        assert set(client.version) == {"etcdserver", "etcdcluster"}
+        added = client.add_member(f"http://127.0.0.1:{free_port()}")
+        client.change_peerurls(added["id"], f"http://127.0.0.1:{free_port()}")
+        client.del_member(added["id"])
+        assert added["id"] not in client.ids
+        client.set("/a", "1")
+        next(m for m in cluster.members if m.client == client.base_uri).process.kill()
+        eventually(lambda: client.set("/a", "2").value == "2", what="a write by another member")
+        assert client.base_uri in urls and client.get("/a").value == "2"
+
+
+def test_lib_k3etcd_auth(_lib_k3etcd, _lib_own_server):
+    """root, one user and one role, made, used and removed."""
+    host, port = _lib_address(_lib_own_server.url)
+    client = _lib_k3etcd.Client(host=host, port=port)
+    assert client.create_root("pw") == {"user": "root", "roles": ["root"]}
+    client.create_role("r", "pw", {"read": ["/a/*"], "write": []})
+    assert client.create_user("al", "al1", "pw", ["r"]) == {"user": "al", "roles": ["r"]}
+    client.enable_auth("pw")
+    client.delete_role("guest", "pw")
+    client.set("/a/x", "1")
+    al = _lib_k3etcd.Client(host=host, port=port, basic_auth_account="al:al1")
+    assert al.get("/a/x").value == "1"
+    with pytest.raises(_lib_k3etcd.EcodeInscientPermissions):
+        al.set("/a/x", "2")
+    granted = client.grant_role_permissions("r", "pw", {"read": [], "write": ["/a/*"]})
+    assert granted["permissions"]["kv"] == {"read": ["/a/*"], "write": ["/a/*"]}
+    assert al.set("/a/x", "2").value == "2"
+    assert client.get_user("al", "pw")["roles"] == [granted]
+    assert client.revoke_user_roles("al", "pw", ["r"]) == {"user": "al", "roles": []}
+    client.delete_user("al", "pw")
+    client.delete_role("r", "pw")
+    client.disable_auth("pw")
+    assert _lib_k3etcd.Client(host=host, port=port).get("/a/x").value == "2"
+
+
+def test_lib_patroni_leader_race(_client_server, _client_dir, monkeypatch):
+    """Two members of Patroni: one leads, keeps and hands over its key; both see the whole state."""
+    dcs = pytest.importorskip("patroni.dcs", reason="patroni or psycopg2 is not installed")
+    connections = pytest.importorskip("urllib3.util.connection")
+    monkeypatch.setattr(connections, "create_connection", connections.create_connection)
+    host, port = _lib_address(_client_server.url)
+    one, two = (dcs.get_dcs({
+        "scope": "demo", "namespace": _client_dir, "name": name, "ttl": 30, "loop_wait": 5,
+        "retry_timeout": 10, "etcd": {"host": f"{host}:{port}"}}) for name in ("one", "two"))
+    assert one.get_cluster().is_unlocked() and one.initialize(create_new=True, sysid="7")
+    assert not two.initialize(create_new=True, sysid="8")
+    assert one.set_config_value('{"ttl":30}') and one.attempt_to_acquire_leader()
+    assert not two.attempt_to_acquire_leader()
+    for member in (one, two):
+        assert member.touch_member({"conn_url": "postgres://x", "state": "running"})
+    cluster = two.get_cluster()
+    assert cluster.initialize == "7" and cluster.config.data == {"ttl": 30}
+    assert cluster.leader.name == "one" and {m.name for m in cluster.members} == {"one", "two"}
+    assert one.update_leader(cluster, 100) and two.get_cluster().status.last_lsn == 100
+    assert two.manual_failover("one", "two") and one.get_cluster().failover.candidate == "two"
+    sync = one.write_sync_state("one", ["two"], 0)
+    assert sync and two.get_cluster().sync.leader == "one"
+    with _client_background(two.watch, two.get_cluster().leader.version, 10.0) as seen:
+        assert one.delete_leader(one.get_cluster().leader)
+    assert seen == [True] and two.attempt_to_acquire_leader()
+    assert one.delete_cluster() and one.get_cluster().is_empty()
+
+
+# What well known users of etcd v2 send: method, key, form or query, and the answer's status with
+# its action or error code.  {i} is the index of the last change.
+_USER_REQUESTS = {
+    "fleet": """
+PUT machines/m1/object prevExist=true&ttl=30&value=m 404 100
+PUT machines/m1/object prevExist=false&ttl=30&value=m 201 create
+PUT machines/m1/object prevExist=true&ttl=30&value=m 200 update
+GET machines recursive=true&sorted=true 200 get
+PUT lease/engine-leader prevExist=false&ttl=30&value=m1 201 create
+PUT lease/engine-leader prevExist=false&ttl=30&value=m2 412 105
+PUT lease/engine-leader prevIndex={i}&ttl=30&value=m1 200 compareAndSwap
+PUT lease/engine-leader prevIndex=1&ttl=30&value=m2 412 101
+DELETE lease/engine-leader prevIndex=1 412 101
+DELETE lease/engine-leader prevIndex={i} 200 compareAndDelete
+PUT engine/version prevValue=1&value=2 404 100
+PUT engine/version prevExist=false&value=1 201 create
+PUT engine/version prevValue=1&value=2 200 compareAndSwap
+PUT unit/5af prevExist=false&value=[Unit] 201 create
+PUT unit/5af prevExist=false&value=[Unit] 412 105
+PUT job/a.service/object prevExist=false&value=o 201 create
+PUT job/a.service/target-state value=launched 201 set
+PUT job/a.service/target prevExist=false&value=m1 201 create
+GET job recursive=true&wait=true&waitIndex={i} 200 create
+DELETE job/a.service/target prevValue=m2 412 101
+DELETE job/a.service/target prevValue=m1 200 compareAndDelete
+PUT job/a.service/job-state ttl=30&value=m1 201 set
+PUT states/a.service/m1 ttl=30&value=active 201 set
+GET state/a.service sorted=true 404 100
+DELETE job/a.service recursive=true 200 delete
+GET job recursive=true&sorted=true 200 get
+DELETE job/a.service recursive=true 404 100
+""",
+    "skydns": """
+PUT skydns/local/cluster/db/x1 ttl=60&value={"host":"10.0.0.1","port":5432} 201 set
+PUT skydns/local/cluster/db/x2 value={"host":"10.0.0.2"} 201 set
+GET skydns/local/cluster/db/x1 sorted=true&recursive=true 200 get
+GET skydns/local/cluster sorted=true&recursive=true 200 get
+GET skydns/local/nope sorted=true&recursive=true 404 100
+GET skydns recursive=true&wait=true&waitIndex={i} 200 set
+DELETE skydns/local/cluster/db/x1 dir=false&recursive=false 200 delete
+""",
+    "confd": """
+PUT app/url value=http://x 201 set
+PUT app/upstream/a value=1 201 set
+GET app quorum=true&recursive=true&sorted=true 200 get
+GET nope quorum=true&recursive=true&sorted=true 404 100
+GET app recursive=true&wait=true&waitIndex={i} 200 set
+""",
+    "locksmith": """
+PUT rebootlock/semaphore prevExist=false&value={"semaphore":1} 201 create
+PUT rebootlock/semaphore prevExist=false&value={"semaphore":1} 412 105
+PUT rebootlock/semaphore prevIndex={i}&value={"semaphore":0} 200 compareAndSwap
+PUT rebootlock/semaphore prevIndex=1&value={"semaphore":0} 412 101
+""",
+    "flannel": """
+PUT network/config value={"Network":"10.1.0.0/16"} 201 set
+PUT network/subnets/10.1.15.0-24 prevExist=false&ttl=86400&value={} 201 create
+PUT network/subnets/10.1.15.0-24 prevExist=false&ttl=86400&value={} 412 105
+PUT network/subnets/10.1.15.0-24 prevExist=true&ttl=86400&value={} 200 update
+GET network/subnets recursive=true 200 get
+GET network/subnets recursive=true&wait=true&waitIndex={i} 200 update
+""",
+    "kubernetes": """
+PUT registry/pods/default/a prevExist=false&value={} 201 create
+PUT registry/pods/default/a prevExist=false&value={} 412 105
+GET registry/pods/default/a quorum=true&recursive=false&sorted=false 200 get
+PUT registry/pods/default/a prevIndex={i}&prevValue={}&value={"a":1} 200 compareAndSwap
+PUT registry/pods/default/a prevIndex={i}&prevValue={}&value={"a":2} 412 101
+GET registry/pods quorum=true&recursive=true&sorted=true 200 get
+DELETE registry/pods/default/a prevIndex=1 412 101
+DELETE registry/pods/default/a prevIndex={i} 200 compareAndDelete
+GET registry/pods recursive=true&wait=true&waitIndex={i} 200 compareAndDelete
+PUT registry/events/default/e prevExist=false&ttl=3600&value={} 201 create
+""",
+}
+
+
+@pytest.mark.parametrize("user", _USER_REQUESTS)
+def test_lib_requests_of_well_known_users(_client_server, _client_dir, user):
+    """The sequence of requests of one user, below a hidden directory as fleet has it."""
+    prefix = f"{_client_server.url}/v2/keys{_client_dir}/_{user}/"
+    index, wrong = 0, []
+    for line in _USER_REQUESTS[user].strip().split("\n"):
+        method, key, parameters, status, expected = line.split()
+        pairs = [pair.split("=", 1) for pair in parameters.replace("{i}", str(index)).split("&")]
+        where = "data" if method == "PUT" else "params"
+        answer = requests.request(method, prefix + key, timeout=10, **{where: dict(pairs)})
+        body = answer.json()
+        if (answer.status_code, str(body.get("action", body.get("errorCode")))) != (
+                int(status), expected):
+            wrong.append(f"{line}: {answer.status_code} {answer.text}")
+        if answer.ok and method != "GET":
+            index = body["node"]["modifiedIndex"]
+    assert not wrong, "\n".join(wrong)
+    assert not requests.get(f"{_client_server.url}/v2/keys{_client_dir}", timeout=10).json()[
+        "node"].get("nodes")
+
+
+# ============================================================================
+# 16. Peer transport -- frames, refusals, and two members on loopback
 # ----------------------------------------------------------------------------
 # Frames are compared with recordings of etcd 2.3.8; links run over real
 # sockets on one reactor that the test turns itself.
@@ -11095,7 +12157,7 @@ def test_link_real_etcd_leads_us(
 
 
 # ============================================================================
-# 16. Discovery, and Bootstrap
+# 17. Discovery, and Bootstrap
 # ----------------------------------------------------------------------------
 # A small registry and a small name server stand in for the network; then the
 # ways into a cluster, on temporary directories.
@@ -12408,7 +13470,7 @@ def test_bootstrap_unwritable_data_dir_is_one_line(tmp_path: Path) -> None:
 
 
 # ============================================================================
-# 17. Proxy -- a door to a cluster, over real sockets
+# 18. Proxy -- a door to a cluster, over real sockets
 # ----------------------------------------------------------------------------
 # Members are real, or an upstream that records what it is asked and answers
 # as it is told.
@@ -13181,7 +14243,7 @@ def test_proxy_answers_the_transcript_of_etcd_238(tmp_path: Path) -> None:
 
 
 # ============================================================================
-# 18. Command line
+# 19. Command line
 # ----------------------------------------------------------------------------
 # Flags, variables, what does not go together, and what the operator is told.
 # ============================================================================
