@@ -43,16 +43,17 @@ Sections, bottom up; each uses only names defined above it:
   25. Server
   26. Auth
   27. Keys API
-  28. Members API
-  29. Auth API
-  30. Client API
-  31. Discovery
-  32. Bootstrap
-  33. Embedding
-  34. Proxy
-  35. Flags
-  36. Settings
-  37. Command line
+  28. Status API
+  29. Members API
+  30. Auth API
+  31. Client API
+  32. Discovery
+  33. Bootstrap
+  34. Embedding
+  35. Proxy
+  36. Flags
+  37. Settings
+  38. Command line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in README.md.
@@ -158,6 +159,7 @@ MIN_CLUSTER_VERSION = "2.2.0"       # oldest cluster version this member can liv
 ARTICLE_VERSION = "2.0.1"           # data directory format named by etcd 2.0's start-up line
 
 REGISTRY_KEY = "/_etcd/registry"    # where the discovery service keeps its tokens
+V3_REFUSAL = "pyetcd has the v2 API only: set ETCDCTL_API=2, or use HTTP/1.1 below /v2/keys"
 
 DEFAULT_NAME = "default"
 DEFAULT_CLIENT_URLS = "http://localhost:2379,http://localhost:4001"
@@ -677,6 +679,16 @@ def format_time(unix_ns: int) -> str:
     seconds, nanos = divmod(unix_ns, NS)
     fraction = f".{nanos:09d}".rstrip("0") if nanos else ""
     return (_EPOCH + timedelta(seconds=seconds)).isoformat() + fraction + "Z"
+
+
+def format_local_time(unix_ns: int) -> str:
+    """Return RFC 3339 in the zone of this machine, as Go shows what it read from the clock."""
+    offset_s = time.localtime(unix_ns // NS).tm_gmtoff
+    if not offset_s:
+        return format_time(unix_ns)
+    hours, minutes = divmod(abs(offset_s) // 60, 60)
+    sign = "-" if offset_s < 0 else "+"
+    return f"{format_time(unix_ns + offset_s * NS)[:-1]}{sign}{hours:02d}:{minutes:02d}"
 
 
 _EPOCH = datetime(1970, 1, 1)
@@ -3364,6 +3376,7 @@ class Store:
         self.current_index = 0
         self.stats = StoreStats()
         self.hub = WatcherHub(EventHistory(history_capacity), self.stats)
+        self.recursive_gets = {"success": 0, "fail": 0}     # part of the gets in stats
         self._ttl = TtlHeap()
         self._walk: Optional[SnapshotWalk] = None       # the snapshot under way
         self._nodes: Dict[str, Node] = {                # no path without its parents
@@ -3385,6 +3398,8 @@ class Store:
     ) -> bytes:
         """Return what get(...).client_json() returns, faster.  Raises KeyNotFound, NotDir."""
         node = self._nodes.get(path)
+        if recursive:
+            self.recursive_gets["fail" if node is None else "success"] += 1
         if node is None:
             raise self._failed("gets", self._missing(path))
         self.stats.gets_success += 1
@@ -5628,6 +5643,10 @@ class BadRequest(ValueError):
         self.status = status
 
 
+class Http2Knock(BadRequest):
+    """The client speaks HTTP/2 without having asked whether we do: a gRPC client, most likely."""
+
+
 class HttpHead:
     """The parsed request line and headers.  Shared by all requests with the same head bytes:
     `parsed` is where a handler may keep what it derived from them."""
@@ -5706,6 +5725,8 @@ def parse_head(raw: bytes) -> HttpHead:
         raise BadRequest()
     method, target, major, minor = match.groups()
     if major != b"1" or minor not in (b"0", b"1"):
+        if raw == b"PRI * HTTP/2.0":
+            raise Http2Knock()
         raise BadRequest("505 HTTP Version Not Supported: unsupported protocol version", 505)
     headers = parse_header_lines(lines[1:])
     if minor == b"1" and "host" not in headers:
@@ -5786,6 +5807,81 @@ class ChunkedDecoder:
         del self._buffer[:end + 4]
         self.done = True
         return True
+
+
+class Http2Refusal:
+    """As much HTTP/2 as it takes to answer one request of a gRPC client with a sentence.
+
+    The answer is an error of gRPC, which its user gets to see; only then GOAWAY asks for
+    HTTP/1.1.  Sent alone, that would be one failed connection more to try again, and silence.
+    Source: RFC 9113; RFC 7541 §6; the gRPC documents, "gRPC over HTTP2".
+    """
+
+    _PREFACE_END = b"SM\r\n\r\n"        # what follows the empty line of `PRI * HTTP/2.0`
+    _FRAME_BYTES_MAX = 1 << 14          # nobody may send larger ones unasked; above: the end
+    _HEADERS, _SETTINGS, _PING, _GOAWAY = 1, 4, 6, 7
+    _UNIMPLEMENTED = b"12"              # a status of gRPC
+    _HTTP_1_1_REQUIRED = 0xD
+
+    __slots__ = ("done", "_buffer", "_greeted", "_sentence")
+
+    def __init__(self, sentence: str) -> None:
+        self.done = False               # all is said: close
+        self._buffer = b""
+        self._greeted = False
+        self._sentence = sentence.encode("ascii")
+
+    def feed(self, data: bytes) -> bytes:
+        """Return what to send, after `data` has come."""
+        self._buffer += data
+        answers = []
+        if not self._greeted and len(self._buffer) >= len(self._PREFACE_END):
+            self._greeted = True
+            answers.append(self._frame(self._SETTINGS, 0, 0, b""))
+            if not self._buffer.startswith(self._PREFACE_END):
+                answers.append(self._goodbye(0))
+            self._buffer = self._buffer[len(self._PREFACE_END):]
+        while self._greeted and not self.done and len(self._buffer) >= 9:
+            size = int.from_bytes(self._buffer[:3], "big")
+            if size > self._FRAME_BYTES_MAX:
+                answers.append(self._goodbye(0))
+            elif len(self._buffer) >= 9 + size:
+                frame, self._buffer = self._buffer[:9 + size], self._buffer[9 + size:]
+                answers.append(self._answer(frame))
+            else:
+                break
+        return b"".join(answers)
+
+    def _answer(self, frame: bytes) -> bytes:
+        kind, is_ack = frame[3], frame[4] & 1
+        stream = int.from_bytes(frame[5:9], "big") & 0x7FFF_FFFF
+        if kind == self._HEADERS:
+            return self._refuse(stream) + self._goodbye(stream)
+        if kind == self._GOAWAY:
+            return self._goodbye(0)
+        if kind in (self._SETTINGS, self._PING) and not is_ack:
+            return self._frame(kind, 1, 0, frame[9:] if kind == self._PING else b"")
+        return b""                      # of a request that is answered, or of no interest
+
+    def _refuse(self, stream: int) -> bytes:
+        """Headers that are trailers as well: `:status 200`, as gRPC wants it, and the error."""
+        block = b"\x88" + b"".join(
+            b"\0%c%b%c%b" % (len(name), name, len(value), value) for name, value in (
+                (b"content-type", b"application/grpc"), (b"grpc-status", self._UNIMPLEMENTED),
+                (b"grpc-message", self._sentence),
+            )
+        )
+        return self._frame(self._HEADERS, 0x4 | 0x1, stream, block)    # END_HEADERS, END_STREAM
+
+    def _goodbye(self, last_stream: int) -> bytes:
+        self.done = True
+        payload = struct.pack(">II", last_stream, self._HTTP_1_1_REQUIRED) + self._sentence
+        return self._frame(self._GOAWAY, 0, 0, payload)
+
+    @staticmethod
+    def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return struct.pack(">I", len(payload))[1:] + struct.pack(
+            ">BBI", kind, flags, stream) + payload
 
 
 # ============================================================================
@@ -5967,7 +6063,7 @@ class Connection:
     __slots__ = (
         "reactor", "remote", "on_close", "on_drain", "streaming", "pending", "_listener", "_sock",
         "_in", "_head", "_chunks", "_body", "_body_bytes", "_busy", "_out", "_dirty", "_events",
-        "_close_after", "_eof", "_draining", "_processing", "closed",
+        "_close_after", "_eof", "_draining", "_processing", "_http2", "closed",
     )
 
     def __init__(self, listener: Listener, sock: socket.socket, remote: str) -> None:
@@ -5993,6 +6089,7 @@ class Connection:
         self._eof = False               # the client will send no more
         self._draining = False          # reply sent, input thrown away until the client closes
         self._processing = False
+        self._http2: Optional[Http2Refusal] = None
         self.reactor.register(sock, selectors.EVENT_READ, self._on_event)
 
     @property
@@ -6020,6 +6117,7 @@ class Connection:
         elif not data:
             self._end_of_input()
         else:
+            self._listener.received_bytes += len(data)
             self._in = self._in + data if self._in else data
             if not self._busy and self.pending <= OUTPUT_PAUSE_BYTES:
                 self._process()
@@ -6058,7 +6156,7 @@ class Connection:
         finally:
             self._processing = False
         if not self.closed:
-            partial = bool(self._in or self._head) and not self._busy
+            partial = bool(self._in or self._head or self._http2) and not self._busy
             self._listener.watch_partial(self, partial, begun=served)
 
     def _next_request(self) -> Optional[HttpRequest]:
@@ -6079,6 +6177,9 @@ class Connection:
         return request
 
     def _take_head(self) -> Optional[HttpHead]:
+        if self._http2 is not None:
+            self._refuse_http2(self._http2)
+            return None
         data = self._in
         end = data.find(b"\r\n\r\n")
         if end < 0 or end > REQUEST_HEAD_BYTES_MAX:
@@ -6162,6 +6263,10 @@ class Connection:
 
     def refuse(self, error: BadRequest) -> None:
         """Answer what is not HTTP, and close."""
+        if isinstance(error, Http2Knock):
+            self._http2 = Http2Refusal(V3_REFUSAL)
+            self._refuse_http2(self._http2)
+            return
         text = str(error).encode("latin-1")
         status_line = _STATUS_LINES.get(error.status, _STATUS_LINES[400])
         self.send(
@@ -6170,6 +6275,13 @@ class Connection:
         )
         self._in = b""
         self._close_after = True
+
+    def _refuse_http2(self, refusal: Http2Refusal) -> None:
+        data, self._in = self._in, b""
+        answer = refusal.feed(data)
+        if answer:
+            self.send(answer)
+        self._close_after = refusal.done
 
     def send(self, data: bytes) -> None:
         """Queue bytes for the end of this turn."""
@@ -6215,6 +6327,7 @@ class Connection:
             except OSError:
                 self.close()
                 return
+            self._listener.sent_bytes += sent
             self.pending = len(data) - sent
             self._out = [memoryview(data)[sent:]] if self.pending else []   # no copy of the rest
             if self.pending:
@@ -6400,6 +6513,7 @@ class Listener(http.server.HTTPServer):
         self.handler = handler
         self.body_max = body_max
         self.heads: Dict[bytes, HttpHead] = {}
+        self.received_bytes = self.sent_bytes = 0   # of all connections so far
         self._connections: Set[Connection] = set()
         self._complaints = Complaints("http", reactor.now)
         self._arriving: Set[Arrival] = set()            # in the handshake of TLS
@@ -7097,10 +7211,11 @@ class StreamKind(NamedTuple):
 
     path: str       # last but one element of the URL path
     title: str      # etcd's name of it in the log
+    channel: str    # and in statistics
 
 
-APP_STREAM = StreamKind("msgapp", "stream MsgApp v2")
-MESSAGE_STREAM = StreamKind("message", "stream Message")
+APP_STREAM = StreamKind("msgapp", "stream MsgApp v2", "msgappv2")
+MESSAGE_STREAM = StreamKind("message", "stream Message", "message")
 STREAM_KINDS = {kind.path: kind for kind in (APP_STREAM, MESSAGE_STREAM)}
 _PIPELINE = "pipeline"
 
@@ -7215,6 +7330,17 @@ def _usable_urls(urls: Iterable[str]) -> List[str]:
     return usable or ["http://127.0.0.1:0"]
 
 
+class Sent(NamedTuple):
+    """What became of one message to a peer."""
+
+    to: int
+    channel: str                        # msgappv2, message or pipeline
+    message: Message
+    size: int                           # bytes
+    seconds: float                      # until the system took it; pipeline: until the answer
+    ok: bool                            # False: lost, or dropped
+
+
 class LinkContext(NamedTuple):
     """What all links of this member share: who we are, and whom to tell."""
 
@@ -7228,7 +7354,8 @@ class LinkContext(NamedTuple):
     unreachable: Callable[[int], None]
     snapshot_done: Callable[[int, bool], None]
     removed: Callable[[], None]
-    sent: Callable[[int, Message, int, Optional[float], bool], None]
+    sent: Callable[[Sent], None]
+    round_trip: Callable[[int, float], None]        # a peer has answered a probe, in seconds
     tls: Optional[TlsContext] = None                # None: the defaults, should a peer ask for it
 
 
@@ -7383,6 +7510,7 @@ class StreamWriter:
         self._encoder: StreamEncoder = MessageEncoder()
         self._frames: List[bytes] = []      # of the offer under way
         self._frames_bytes = 0
+        self._unsent: List[Tuple[Message, int, float]] = []     # size; since when: monotonic
         self._congested = False             # messages are dropped until the peer reads on
         self._queued_bytes = 0              # given to the connection so far
         self._taken_bytes = 0               # of these, taken by the socket, as last seen
@@ -7410,6 +7538,7 @@ class StreamWriter:
         reply, self._reply = self._reply, None
         self._frames, self._frames_bytes = [], 0
         self._congested = False
+        self._report(ok=False)
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         if reply is not None:
@@ -7418,12 +7547,15 @@ class StreamWriter:
     def offer(self, message: Message) -> bool:
         """Queue a message until flush(); False if the peer reads too slowly: it is dropped."""
         reply = self._reply
-        if reply is None or self._is_full(reply):
+        if reply is None:
+            return False
+        if self._is_full(reply):
+            self._context.sent(Sent(self._member_id, self._kind.channel, message, 0, 0.0, False))
             return False
         frame = self._encoder.encode(message)
         self._frames.append(frame)
         self._frames_bytes += len(frame)
-        self._context.sent(self._member_id, message, len(frame), None, True)
+        self._unsent.append((message, len(frame), self._context.reactor.now()))
         return True
 
     def flush(self) -> None:
@@ -7432,6 +7564,19 @@ class StreamWriter:
         if frames:
             self._frames, self._frames_bytes = [], 0
             self._write(frames[0] if len(frames) == 1 else b"".join(frames))
+            self._context.reactor.flush_soon(self._flushed)
+
+    def _flushed(self) -> None:
+        """The connection has been flushed: if it took everything, our messages are sent."""
+        if self._reply is not None and not self._reply.pending:
+            self._report(ok=True)
+
+    def _report(self, *, ok: bool) -> None:
+        unsent, self._unsent = self._unsent, []
+        now = self._context.reactor.now()
+        for message, size, since in unsent:
+            self._context.sent(
+                Sent(self._member_id, self._kind.channel, message, size, now - since, ok))
 
     def _is_full(self, reply: StreamReply) -> bool:
         if reply.pending + self._frames_bytes <= _STREAM_PENDING_BYTES_MAX:
@@ -7513,6 +7658,7 @@ class Pipeline:
     def offer(self, message: Message) -> None:
         """Send, queue or drop a message; a drop is reported."""
         if len(self._waiting) >= PIPELINE_QUEUE_MESSAGES_MAX:
+            self._context.sent(Sent(self._member_id, _PIPELINE, message, 0, 0.0, False))
             self._full(message)
             return
         self._congested = False
@@ -7568,7 +7714,8 @@ class Pipeline:
         self._under_way.discard(post)
         ok = error is None and post.answer.status == 204
         elapsed_s = context.reactor.now() - post.started
-        context.sent(self._member_id, post.message, len(post.body), elapsed_s, ok)
+        context.sent(
+            Sent(self._member_id, _PIPELINE, post.message, len(post.body), elapsed_s, ok))
         if ok:
             self._status.activate()
         else:
@@ -7628,6 +7775,7 @@ class Prober:
             if now >= self._warn_at:
                 self._warn("the connection to peer %x is unhealthy", self._member_id)
             return
+        self._context.round_trip(self._member_id, now - self._asked)
         one_way_ns = int((now - self._asked) * NS) // 2
         difference_ns = reactor.wall_ns() - one_way_ns - theirs_ns
         if abs(difference_ns) > CLOCK_DIFFERENCE_MAX_NS and now >= self._warn_at:
@@ -7764,14 +7912,16 @@ class Remote:
 REMOTES_MAX = 256                   # members remembered that are no peers; above: ignored
 
 
-def _ignore_sent(
-    to: int, message: Message, size: int, seconds: Optional[float], ok: bool
-) -> None:
+def _ignore_sent(sent: Sent) -> None:
     """Default of Transport's `sent`."""
 
 
 def _ignore_received(sender: int, message: Message, size: int) -> None:
     """Default of Transport's `received`."""
+
+
+def _ignore_round_trip(member_id: int, seconds: float) -> None:
+    """Default of Transport's `round_trip`."""
 
 
 class Transport:
@@ -7781,9 +7931,9 @@ class Transport:
     unreachable    gets the id of a member to which messages were lost
     snapshot_done  gets the id of the receiver and whether it has taken a snapshot
     removed        called once when a peer says that we were removed from the cluster
-    sent           (to, message, bytes, seconds, ok); seconds until the peer confirmed it, None
-                   on a stream, which confirms nothing
+    sent           gets a Sent for every message to a peer, when its fate is known
     received       (sender, message, bytes), before deliver
+    round_trip     (member id, seconds) of every probe that a peer has answered
     `drop`, if set, loses the messages, sent and received, for which it returns true.
     The first three are called by the reactor, never from inside offer().  Thread: reactor.
     """
@@ -7793,8 +7943,9 @@ class Transport:
         is_removed: Callable[[int], bool], deliver: Callable[[Message], None],
         unreachable: Callable[[int], None], snapshot_done: Callable[[int, bool], None],
         removed: Callable[[], None], election_s: float,
-        sent: Callable[[int, Message, int, Optional[float], bool], None] = _ignore_sent,
+        sent: Callable[[Sent], None] = _ignore_sent,
         received: Callable[[int, Message, int], None] = _ignore_received,
+        round_trip: Callable[[int, float], None] = _ignore_round_trip,
         tls: Optional[TlsContext] = None,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
@@ -7818,7 +7969,8 @@ class Transport:
             reactor, member_id, self._cluster_id, self._request_headers(peer_urls),
             1.0 + election_s / 5, self._complaints.say, self._accept,
             lambda to: self._soon(unreachable, to),
-            lambda to, ok: self._soon(snapshot_done, to, ok), self._we_are_removed, sent, tls,
+            lambda to, ok: self._soon(snapshot_done, to, ok), self._we_are_removed, sent,
+            round_trip, tls,
         )
 
     # -- members -----------------------------------------------------------
@@ -8153,11 +8305,11 @@ class ServerStats:
         Differs from etcd: without a leader so far the uptime is 0s, not 292 years.
         """
         uptime_s = (time.time_ns() - self.lead_since_ns) / NS if self.lead else 0.0
-        since = format_time(self.lead_since_ns) if self.lead else "0001-01-01T00:00:00Z"
+        since = format_local_time(self.lead_since_ns) if self.lead else "0001-01-01T00:00:00Z"
         leader = format_id(self.lead) if self.lead else ""
         return (
             f'{{"name":{json_string(self.name)},"id":"{format_id(self.member_id)}"'
-            f',"state":"{state}","startTime":"{format_time(self.started_ns)}"'
+            f',"state":"{state}","startTime":"{format_local_time(self.started_ns)}"'
             f',"leaderInfo":{{"leader":"{leader}","uptime":"{format_duration(max(uptime_s, 0.0))}"'
             f',"startTime":"{since}"}}'
             f',"recvAppendRequestCnt":{self.received_appends}{_rates("recv", self._received)}'
@@ -8233,6 +8385,31 @@ class LeaderStats:
         return f'{{"leader":"{format_id(self.member_id)}","followers":{{{",".join(parts)}}}}}'
 
 
+class ServerCounts:
+    """What happens to a member that only /metrics tells."""
+
+    SLOW_APPLY_SECONDS = 0.1            # etcd 3's limit
+
+    def __init__(self, heartbeat_s: float) -> None:
+        self.leader_changes = 0         # a leader became known that was not the one before
+        self.slow_applies = 0
+        self.late_heartbeats = 0        # to each follower, sent a period late or more
+        self._heartbeat_s = heartbeat_s
+        self._ticked_at = 0.0
+
+    def tick(self, now: float, followers: int) -> None:
+        """Raft's clock ticks, and with it heartbeats leave to `followers`; monotonic seconds."""
+        if self._ticked_at and now - self._ticked_at > 2 * self._heartbeat_s:
+            self.late_heartbeats += followers
+        self._ticked_at = now
+
+    def time_apply(self, apply: Callable[[], None], now: Callable[[], float]) -> None:
+        """Have one turn's entries applied."""
+        started = now()
+        apply()
+        self.slow_applies += now() - started > self.SLOW_APPLY_SECONDS
+
+
 Labels = Tuple[str, ...]
 Sample = Tuple[str, str, float]     # name suffix, labels as text, value
 
@@ -8283,12 +8460,18 @@ class Reading:
             yield "", _label_text(self._labels, values), value
 
 
+def exponential_bounds(start: float, count: int) -> List[float]:
+    """Return the bounds start * 2**n of a histogram, n < count."""
+    return [start * (1 << step) for step in range(count)]
+
+
 class Histogram:
     """How values spread over buckets.  bounds: upper, inclusive, ascending.
 
     Thread: one that observes; any may read.
     """
 
+    kind = "histogram"
     __slots__ = ("_bounds", "_counts", "_sum")
 
     def __init__(self, bounds: Sequence[float]) -> None:
@@ -8301,11 +8484,14 @@ class Histogram:
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
 
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return sum(self._counts)
+
     def samples(self, labels: str = "") -> Iterator[Sample]:
-        """Yield what Prometheus reads; nothing before the first value."""
-        count = sum(self._counts)
-        if not count:
-            return
+        """Yield what Prometheus reads."""
+        count = self.count
         comma, below = "," if labels else "", 0
         for bound, here in zip(self._bounds, self._counts):
             below += here
@@ -8316,14 +8502,14 @@ class Histogram:
 
 
 class Histograms:
-    """One histogram per combination of label values.  start, count: bounds start * 2**n."""
+    """One histogram per combination of label values."""
 
     kind = "histogram"
     __slots__ = ("_labels", "_bounds", "_children")
 
-    def __init__(self, start: float, count: int, labels: Labels = ()) -> None:
+    def __init__(self, bounds: Sequence[float], labels: Labels) -> None:
         self._labels = labels
-        self._bounds = [start * (1 << step) for step in range(count)]
+        self._bounds = bounds
         self._children: Dict[Labels, Histogram] = {}
 
     def child(self, *values: str) -> Histogram:
@@ -8333,41 +8519,45 @@ class Histograms:
         return self._children[values]
 
     def samples(self) -> Iterator[Sample]:
-        """Yield what Prometheus reads."""
+        """Yield what Prometheus reads; nothing of a child before its first value."""
         for values, child in self._children.items():
-            yield from child.samples(_label_text(self._labels, values))
+            if child.count:
+                yield from child.samples(_label_text(self._labels, values))
+
+
+Family = Union[Counter, Reading, Histogram, Histograms]
 
 
 class Metrics:
     """Named counters, readings and histograms, and their text for Prometheus (version 0.0.4)."""
 
     def __init__(self) -> None:
-        self._families: Dict[str, Tuple[str, Union[Counter, Reading, Histograms]]] = {}
+        self._families: Dict[str, Tuple[str, Family]] = {}
+
+    def add(self, name: str, help: str, family: Family) -> None:
+        """Show what someone else fills; an older one of this name is replaced."""
+        self._families[name] = help, family
 
     def counter(self, name: str, help: str, labels: Labels = ()) -> Counter:
-        """Add and return a counter; an older one of this name is replaced."""
+        """Add and return a counter."""
         counter = Counter(labels)
-        self._families[name] = help, counter
+        self.add(name, help, counter)
         return counter
-
-    def histograms(
-        self, name: str, help: str, start: float, count: int, labels: Labels = ()
-    ) -> Histograms:
-        """Add and return histograms; bounds in seconds, start * 2**n for n < count."""
-        histograms = Histograms(start, count, labels)
-        self._families[name] = help, histograms
-        return histograms
 
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
         """Add a number that goes up and down."""
-        self._families[name] = help, Reading("gauge", (), lambda: {(): read()})
+        self.add(name, help, Reading("gauge", (), lambda: {(): read()}))
+
+    def fact(self, name: str, help: str, label: str, read: Callable[[], str]) -> None:
+        """Add a text: the value of `label` of a sample that is always 1."""
+        self.add(name, help, Reading("gauge", (label,), lambda: {(read(),): 1}))
 
     def total(
         self, name: str, help: str, read: Callable[[], Mapping[Labels, float]],
         labels: Labels = (),
     ) -> None:
         """Add counters that are kept elsewhere: label values -> count."""
-        self._families[name] = help, Reading("counter", labels, read)
+        self.add(name, help, Reading("counter", labels, read))
 
     def text(self) -> str:
         """Return everything that has a value, by name."""
@@ -8386,7 +8576,7 @@ class Metrics:
 # ============================================================================
 # 24. Journal -- getting to the disk, in batches and in order
 # ----------------------------------------------------------------------------
-# Knows: sections 1-12, 15.  Threads: the reactor's, and its own, `wal`.
+# Knows: sections 1-12, 15, 23.  Threads: the reactor's, and its own, `wal`.
 # ============================================================================
 
 
@@ -8436,8 +8626,7 @@ class WalWriter:
         self._failed = failed
         self._jobs: queue.SimpleQueue[Optional[WalJob]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="wal", daemon=True)
-        self.sync_count = 0
-        self.sync_seconds = 0.0
+        self.sync_durations = Histogram(exponential_bounds(0.001, 14))  # write and fdatasync, s
 
     def start(self) -> None:
         """Start the thread."""
@@ -8471,11 +8660,10 @@ class WalWriter:
             self._wal.write(job.record, sync=True)
         if job.snapshot is not None:
             self._snapshotter.save(job.snapshot)
-        started = time.monotonic()
         if job.data:
+            started = time.monotonic()
             self._wal.write(job.data, sync=True)
-        self.sync_count += 1
-        self.sync_seconds += time.monotonic() - started
+            self.sync_durations.observe(time.monotonic() - started)
         if job.cut is not None:
             self._wal.cut(job.cut)
         if job.release_to:
@@ -8592,6 +8780,8 @@ class SnapshotJob:
     ) -> None:
         self.id = snapshot_id
         self.done: Optional[SnapshotFile] = None
+        self.started = now()            # monotonic
+        self.work_seconds = 0.0         # of all slices
         self._voters = voters
         self._now = now
         self._walk = store.snapshot_chunks()
@@ -8599,10 +8789,11 @@ class SnapshotJob:
 
     def work(self) -> None:
         """Go on for a few milliseconds; in the end `done` is the file to write."""
-        deadline = self._now() + self.SLICE_S
+        started = self._now()
         for _ in self._steps:
-            if self._now() >= deadline:
-                return
+            if self._now() >= started + self.SLICE_S:
+                break
+        self.work_seconds += self._now() - started
 
     def _run(self) -> Iterator[None]:
         """Walk, then sum: on a thread, the checksum would take the reactor's turns away."""
@@ -8632,6 +8823,8 @@ class SnapshotKeeper:
     ) -> None:
         self.index = index                          # of the newest snapshot file
         self.snapshotter = snapshotter
+        self.work_durations = Histogram(exponential_bounds(0.001, 14))  # of the reactor, s
+        self.save_durations = Histogram(exponential_bounds(0.001, 14))  # from begin to file, s
         self._reactor = reactor
         self._journal = journal
         self._failed = failed
@@ -8664,16 +8857,19 @@ class SnapshotKeeper:
             return
         if self._journal.busy:
             return                              # its end makes a turn, too
+        started = self._job.started
+        self.work_durations.observe(self._job.work_seconds)
         self._job, self._saving = None, True
-        self._journal.record_snapshot(file.id, lambda: self._write(file, saved))
+        self._journal.record_snapshot(file.id, lambda: self._write(file, started, saved))
 
-    def _write(self, file: SnapshotFile, saved: Callable[[int], None]) -> None:
+    def _write(self, file: SnapshotFile, started: float, saved: Callable[[int], None]) -> None:
         """The log has the record: write the file on another thread, the log must go on."""
         def done(error: Optional[BaseException], _: Any) -> None:
             self._saving = False
             if error is not None:
                 self._failed(error)
                 return
+            self.save_durations.observe(self._reactor.now() - started)
             index = file.id.index
             package_logger("etcdserver").info("saved snapshot at index %d", index)
             self._cache = None
@@ -8785,6 +8981,7 @@ class Proposals:
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
+        self.failed = 0                 # got no answer in time, or were one too many
         self._done: Dict[int, Done] = {}
         self._deadlines: Deque[Tuple[float, int]] = collections.deque()
 
@@ -8811,6 +9008,7 @@ class Proposals:
             done = self._done.pop(request_id, None)
             if done is not None:
                 expired += 1
+                self.failed += 1
                 done(error(deadline - self.timeout_s))
         return expired
 
@@ -8976,34 +9174,62 @@ def _server_version(body: bytes) -> str:
 
 
 class Traffic:
-    """Counts the append messages that the transport sends and receives."""
+    """Counts the messages that the transport sends and receives.
+
+    sent_bytes, sent_failures, received_bytes are by member id.
+    """
 
     def __init__(
         self, stats: ServerStats, leader_stats: LeaderStats, now: Callable[[], float]
     ) -> None:
+        self.sent_bytes: Dict[int, int] = {}
+        self.sent_failures: Dict[int, int] = {}
+        self.received_bytes: Dict[int, int] = {}
+        labels = ("sendingType", "remoteID", "msgType")
+        self.latencies = Histograms(exponential_bounds(0.0005, 13), labels)
+        self.failures = Counter(labels)
+        self.round_trips = Histograms(exponential_bounds(0.0001, 16), ("To",))
         self._stats = stats
         self._leader_stats = leader_stats
         self._now = now
         self._sent_at: Dict[int, float] = {}    # follower -> when entries went to it
+        self._labels: Dict[Tuple[str, int, int], Labels] = {}
 
-    def sent(
-        self, to: int, message: Message, size: int, seconds: Optional[float], ok: bool
-    ) -> None:
+    def sent(self, sent: Sent) -> None:
         """A message has left, or could not."""
-        if message.type != MsgType.APP:
-            return
-        self._stats.send_append(size)
-        if not ok:
-            self._leader_stats.fail(to)
-        elif message.entries:
-            self._sent_at.setdefault(to, self._now())
+        to, message = sent.to, sent.message
+        key = (sent.channel, to, message.type)
+        labels = self._labels.get(key)
+        if labels is None:
+            name = "Msg" + MsgType(message.type).name.title().replace("_", "")
+            labels = self._labels[key] = (sent.channel, format_id(to), name)
+        if sent.ok:
+            self.sent_bytes[to] = self.sent_bytes.get(to, 0) + sent.size
+            self.latencies.child(*labels).observe(sent.seconds)
+        else:
+            self.sent_failures[to] = self.sent_failures.get(to, 0) + 1
+            self.failures.inc(*labels)
+        if message.type == MsgType.APP:
+            self._sent_append(sent)
+
+    def _sent_append(self, sent: Sent) -> None:
+        self._stats.send_append(sent.size)
+        if not sent.ok:
+            self._leader_stats.fail(sent.to)
+        elif sent.message.entries:
+            self._sent_at.setdefault(sent.to, self._now() - sent.seconds)
 
     def received(self, sender: int, message: Message, size: int) -> None:
         """A message came; a follower's latency is from entries to the answer that follows."""
+        self.received_bytes[sender] = self.received_bytes.get(sender, 0) + size
         if message.type == MsgType.APP:
             self._stats.recv_append(sender, size)
         elif message.type == MsgType.APP_RESP and sender in self._sent_at:
             self._leader_stats.success(sender, self._now() - self._sent_at.pop(sender))
+
+    def round_trip(self, member_id: int, seconds: float) -> None:
+        """A peer has answered a probe."""
+        self.round_trips.child(format_id(member_id)).observe(seconds)
 
 
 class EtcdServer:
@@ -9041,19 +9267,21 @@ class EtcdServer:
         self.snapshots = SnapshotKeeper(
             reactor, self.journal, snapshotter, self.raft_index, failed
         )
-        traffic = Traffic(self.stats, self.leader_stats, reactor.now)
+        self.counts = ServerCounts(config.heartbeat_ms / 1000)
+        self.traffic = traffic = Traffic(self.stats, self.leader_stats, reactor.now)
         self.transport: Transport = (transport_type or Transport)(
             reactor, member_id=boot.member_id, cluster_id=boot.cluster.id,
             peer_urls=config.initial_advertise_peer_urls, is_removed=boot.cluster.is_removed,
-            deliver=self._deliver, unreachable=self._unreachable,
-            snapshot_done=self._snapshot_done, removed=removed,
+            deliver=self._deliver, removed=removed, round_trip=traffic.round_trip,
+            unreachable=lambda to: self.node.report_unreachable(to),
+            snapshot_done=lambda to, ok: self.node.report_snapshot(to, ok),
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
             tls=boot.peer_tls,
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
         )
-        self.node = self._make_node(boot, rng or random.Random())
+        self.node: RawNode = self._make_node(boot, rng or random.Random())
         self._data_dir = boot.data_dir
         self._removed = removed
         self._tell_published = published
@@ -9144,6 +9372,7 @@ class EtcdServer:
             done(ServerStopped())
             return
         if len(self.proposals) >= PROPOSALS_PENDING_MAX:
+            self.proposals.failed += 1
             done(TooManyRequests("etcdserver: too many requests"))
             return
         if not request.id:
@@ -9187,12 +9416,6 @@ class EtcdServer:
             room = PROPOSALS_PENDING_MAX - len(self._strays)
             self._strays += [(until, Entry(e.type, data=e.data)) for e in message.entries[:room]]
 
-    def _unreachable(self, member_id: int) -> None:
-        self.node.report_unreachable(member_id)
-
-    def _snapshot_done(self, member_id: int, ok: bool) -> None:
-        self.node.report_snapshot(member_id, ok)
-
     # -- clocks ------------------------------------------------------------
 
     def _tick(self) -> None:
@@ -9203,6 +9426,7 @@ class EtcdServer:
         self.node.raft.pre_vote = self.cluster.all_have(FEATURE_PRE_VOTE)
         self.reads.enabled = self.cluster.all_have(FEATURE_READ_INDEX)
         self.reads.tick(self.proposals)
+        self.counts.tick(self.reactor.now(), self.is_leader * (len(self.node.raft.voters) - 1))
         self.node.tick()
         self.proposals.expire(self.reactor.now(), self._timeout_error)
 
@@ -9253,7 +9477,7 @@ class EtcdServer:
         if node.has_ready():
             self._take(node.ready())
         self.journal.submit()
-        self._apply()
+        self.counts.time_apply(self._apply, self.reactor.now)
         if self.reads:
             self._serve_reads()
         self.snapshots.work(self._snapshot_saved)
@@ -9274,7 +9498,7 @@ class EtcdServer:
                 self.node.propose_many(queue)
             while self._changes:
                 self.node.propose_conf_change(self._changes[0])
-                self._changes.pop(0)
+                self.reactor.call_later(SYNC_SECONDS, self._repeat, self._changes.pop(0))
         except ProposalDropped:
             waiting = self.proposals
             self._queue += [e for e in queue if e.request and e.request.id in waiting]
@@ -9294,6 +9518,11 @@ class EtcdServer:
         strays, self._strays = self._strays, []
         with contextlib.suppress(ProposalDropped):      # a second time: as if the network lost it
             self.node.propose_many([entry for until, entry in strays if until >= now])
+
+    def _repeat(self, change: ConfChange) -> None:
+        """Propose a change again that was lost, or met another one under way at the leader."""
+        if change.id in self.proposals:     # applied twice it does nothing the second time
+            self._changes.append(change)
 
     def _take(self, ready: Ready) -> None:
         """Send what may leave at once, and keep the rest for the disk."""
@@ -9409,6 +9638,7 @@ class EtcdServer:
         self._lead = lead
         if lead:
             self._lead_since = self.reactor.now()
+            self.counts.leader_changes += 1
             self.stats.became(lead)
         if lead != self.member_id:
             self.versions.stop()
@@ -10626,14 +10856,12 @@ class KeysApi:
             "etcd_http_received_total", "Key requests that could be parsed.", ("method",))
         self._failed = metrics.counter(
             "etcd_http_failed_total", "Key requests answered with an error.", ("method", "code"))
-        self._durations = metrics.histograms(
-            "etcd_http_successful_duration_second", "Time to answer a key request.", 0.0005, 13,
-            ("method",))
-        self._proposals = metrics.histograms(
-            "etcd_server_proposal_durations_seconds", "Time to commit and apply.", 0.001, 14
-        ).child()
-        self._proposals_failed = metrics.counter(
-            "etcd_server_proposal_failed_total", "Proposals without an answer in time.")
+        self._durations = Histograms(exponential_bounds(0.0005, 13), ("method",))
+        metrics.add("etcd_http_successful_duration_second", "Time to answer a key request.",
+                    self._durations)
+        self._proposals = Histogram(exponential_bounds(0.001, 14))
+        metrics.add("etcd_server_proposal_durations_seconds", "Time to commit and apply.",
+                    self._proposals)
         self._watches = metrics.counter(
             "etcd_store_watch_requests_total", "Watches that were asked for.")
         self._get_durations = self._durations.child("GET")
@@ -10724,8 +10952,6 @@ class KeysApi:
     def _done(self, request: HttpRequest, method: str, started: float, result: Any) -> None:
         """The command is applied, or has failed."""
         if isinstance(result, EtcdError):
-            if isinstance(result, RaftInternal):
-                self._proposals_failed.inc()
             self._fail(request, method, result)
             return
         status = 201 if result.is_created else 200
@@ -10776,26 +11002,10 @@ class KeysApi:
 
 
 # ============================================================================
-# 28. Members API -- who is in the cluster, over HTTP
+# 28. Status API -- what a member says about itself
 # ----------------------------------------------------------------------------
 # Knows: all above.  Must not know: sockets, Raft messages, files.
 # ============================================================================
-
-_PATH_SAFE = "/$&+,:;=@-_.~"        # what Go leaves as it is in a path
-
-
-def redirect(request: HttpRequest) -> None:
-    """Answer 301 with the canonical form of the path.  Source: Go http.ServeMux, Redirect."""
-    location = urllib.parse.quote(utf8(canonical_path(request.path)), safe=_PATH_SAFE)
-    if request.query:
-        location += "?" + request.query
-    body = b""
-    if request.method in ("GET", "HEAD"):
-        shown = location.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        shown = shown.replace('"', "&#34;").replace("'", "&#39;")
-        body = f'<a href="{shown}">Moved Permanently</a>.\n\n'.encode("latin-1")
-    ascii_only = "".join(c if c < "\x80" else f"%{ord(c):x}" for c in location)
-    request.reply(301, body, "text/html; charset=utf-8", f"Location: {ascii_only}\r\n")
 
 
 class GoJson:
@@ -10885,6 +11095,363 @@ class GoJson:
             if error.msg.startswith(start):
                 context = words
         return f"invalid character {cls._quoted(text[at])} {context}"
+
+
+_STATE_NAMES = {RaftRole.FOLLOWER: "StateFollower", RaftRole.LEADER: "StateLeader"}
+
+
+def raft_state_name(role: RaftRole) -> str:
+    """Return etcd's name of a role."""
+    return _STATE_NAMES.get(role, "StateCandidate")
+
+
+def version_json(server: EtcdServer) -> bytes:
+    """Return the body of /version."""
+    cluster = server.cluster.version or "not_decided"
+    return f'{{"etcdserver":"{SERVER_VERSION}","etcdcluster":"{cluster}"}}'.encode()
+
+
+class StatusApi:
+    """What a member says about itself: version, machines, stats, health, metrics, log level."""
+
+    CHECKS = {
+        "/livez": ("serializable_read",), "/readyz": ("serializable_read", "linearizable_read"),
+    }
+
+    def __init__(self, server: EtcdServer) -> None:
+        self._server = server
+        metrics = server.metrics
+        self._healthy = metrics.counter(
+            "etcd_server_health_success", "Probes answered with good news.")
+        self._unhealthy = metrics.counter(
+            "etcd_server_health_failures", "Probes answered with bad news.")
+        for add in (_add_server, _add_raft, _add_store, _add_disk, _add_peers):
+            add(metrics, server)
+        add_process_readings(metrics, server.stats.started_ns)
+
+    def version(self, request: HttpRequest) -> None:
+        """GET /version."""
+        request.reply(200, version_json(self._server))
+
+    def machines(self, request: HttpRequest) -> None:
+        """GET /v2/machines: client URLs of all members."""
+        urls = ", ".join(sorted(self._server.cluster.client_urls()))
+        self._text(request, 200, urls)
+
+    def health(self, request: HttpRequest) -> None:
+        """GET /health.
+
+        Differs from etcd: answered at once from what is known of the leader and of the links to
+        the others; etcd waits up to 750 ms for the raft index to move.
+        """
+        healthy = self._server.is_healthy
+        (self._healthy if healthy else self._unhealthy).inc()
+        if healthy:
+            self._text(request, 200, '{"health": "true"}')
+        else:
+            request.reply(503, b'{"health": "false"}\n', _TEXT, _NOSNIFF)
+
+    def probe(self, request: HttpRequest) -> None:
+        """GET /livez, /readyz, and single checks below them: `ok`, or 503 with what is wrong.
+
+        ?verbose tells of every check, ?exclude=NAME leaves one out.  A read from this member's
+        store needs nobody else; a linearizable one needs a leader and a quorum, as /health does.
+        Source: etcd 3.5 etcdhttp/health.go; 2.3 has no such paths.
+        """
+        path, _, single = request.path[1:].partition("/")
+        query = urllib.parse.parse_qs(request.query, keep_blank_values=True)
+        checks = (single,) if single else self.CHECKS["/" + path]
+        failed, lines = False, ""
+        for check in checks:
+            if check in query.get("exclude", ()):
+                continue
+            problem = "" if check == "serializable_read" else self._problem()
+            failed = failed or problem != ""
+            lines += f"[-]{check} failed: {problem}\n" if problem else f"[+]{check} ok\n"
+        (self._unhealthy if failed else self._healthy).inc()
+        if failed:
+            request.reply(503, utf8(lines), _TEXT, _NOSNIFF)
+        else:
+            shown = lines if "verbose" in query else ""
+            request.reply(200, utf8(shown + "ok\n"), _TEXT, _NOSNIFF)
+
+    def _problem(self) -> str:
+        """Why a linearizable read would fail; "" if it would not."""
+        if self._server.is_healthy:
+            return ""
+        return "no quorum of members is connected" if self._server.lead else "etcdserver: no leader"
+
+    def stats_self(self, request: HttpRequest) -> None:
+        """GET /v2/stats/self."""
+        state = raft_state_name(self._server.node.raft.role)
+        request.reply(200, utf8(self._server.stats.json(state)))
+
+    def stats_leader(self, request: HttpRequest) -> None:
+        """GET /v2/stats/leader."""
+        server = self._server
+        if not server.is_leader:
+            write_message(request, 403, "not current leader")
+            return
+        followers = server.cluster.members.keys() - {server.member_id}
+        request.reply(200, server.leader_stats.json(followers).encode())
+
+    def stats_store(self, request: HttpRequest) -> None:
+        """GET /v2/stats/store."""
+        request.reply(200, self._server.store.stats.json().encode())
+
+    def metrics(self, request: HttpRequest) -> None:
+        """/metrics for Prometheus, any method."""
+        request.reply(200, utf8(self._server.metrics.text()), "text/plain; version=0.0.4")
+
+    def debug_vars(self, request: HttpRequest) -> None:
+        """GET /debug/vars: etcd's variables, and where our time goes."""
+        server = self._server
+        variables: Dict[str, object] = {
+            "cmdline": [sys.executable, *sys.argv],
+            "file_descriptor_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            "memstats": {
+                "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
+                "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
+            },
+            "raft.status": _raft_status(server.node.status()),
+            "reactor": {
+                "turns": server.reactor.turns, "slowest_turn_s": server.reactor.slowest_turn_s,
+                "proposals_pending": len(server.proposals),
+            },
+        }
+        lines = ",\n".join(
+            f"{json_string(name)}: {json_text(value)}" for name, value in variables.items()
+        )
+        request.reply(200, utf8(f"{{\n{lines}\n}}\n"), "application/json; charset=utf-8")
+
+    def log_level(self, request: HttpRequest) -> None:
+        """PUT /config/local/log: change the level of all our loggers, {"Level": "DEBUG"}."""
+        if request.body_too_large:
+            write_message(request, 413, "Request Entity Too Large")
+            return
+        try:
+            name = GoJson.string_member(GoJson.loads(request.body, partial=True), "Level")
+        except ValueError:
+            write_message(request, 400, "Invalid json body")
+            return
+        level = _LEVELS.get(name.upper())
+        if level is None:
+            write_message(request, 400, f"Invalid log level {name}")
+            return
+        package_logger("etcdhttp").info('globalLogLevel set to "%s"', level[0])
+        logging.getLogger("pyetcd").setLevel(level[1])
+        request.reply(204)
+
+    @staticmethod
+    def _text(request: HttpRequest, status: int, text: str) -> None:
+        request.reply(status, utf8(text), _TEXT)
+
+
+_LEVELS = {
+    word: (name, level) for name, number, level in (
+        ("CRITICAL", "", logging.CRITICAL), ("ERROR", "0", logging.ERROR),
+        ("WARNING", "1", logging.WARNING), ("NOTICE", "2", logging.INFO),
+        ("INFO", "3", logging.INFO), ("DEBUG", "4", logging.DEBUG), ("TRACE", "5", logging.DEBUG),
+    ) for word in (name, name[0], number) if word
+}
+
+
+def _raft_status(status: Status) -> Dict[str, object]:
+    """The variable raft.status."""
+    return {
+        "id": format_id(status.id), "term": status.term, "vote": format_id(status.vote),
+        "commit": status.commit, "lead": format_id(status.lead),
+        "raftState": raft_state_name(status.role),
+        "progress": {
+            format_id(each): {
+                "match": match, "next": next_, "state": "ProgressState" + state.capitalize(),
+            }
+            for each, (match, next_, state) in status.progress.items()
+        },
+    }
+
+
+def _proc_text(name: str) -> str:
+    """A file of this process in /proc; "" where there is none."""
+    try:
+        with open(f"/proc/self/{name}", encoding="ascii", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _resident_bytes() -> int:
+    """Memory in use; where the system does not tell, the most ever used."""
+    pages = _proc_text("statm").split()
+    if len(pages) > 1:
+        return int(pages[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _virtual_bytes() -> int:
+    pages = _proc_text("statm").split()
+    return int(pages[0]) * resource.getpagesize() if pages else 0
+
+
+def _open_descriptors() -> int:
+    for directory in ("/proc/self/fd", "/dev/fd"):
+        with contextlib.suppress(OSError):
+            return len(os.listdir(directory)) - 1       # less the one that lists them
+    return 0
+
+
+def _cpu_seconds() -> float:
+    times = os.times()
+    return times.user + times.system
+
+
+def _add_server(metrics: Metrics, server: EtcdServer) -> None:
+    """Names of etcd 2.3 first, then those that 3.x has for the same."""
+    proposals, counts = server.proposals, server.counts
+    metrics.gauge("etcd_server_file_descriptors_used_total", "Open file descriptors.",
+                  _open_descriptors)
+    metrics.gauge("etcd_server_pending_proposal_total", "Proposals waiting for an answer.",
+                  lambda: len(proposals))
+    metrics.total("etcd_server_proposal_failed_total", "Proposals without an answer in time.",
+                  lambda: {(): proposals.failed})
+    metrics.gauge("etcd_server_proposals_pending", "Proposals waiting for an answer.",
+                  lambda: len(proposals))
+    metrics.total("etcd_server_proposals_failed_total", "Proposals without an answer in time.",
+                  lambda: {(): proposals.failed})
+    metrics.total("etcd_server_slow_apply_total", "Turns that applied for more than 100 ms.",
+                  lambda: {(): counts.slow_applies})
+    metrics.fact("etcd_server_id", "Id of this member, in hex.", "server_id",
+                 lambda: format_id(server.member_id))
+    metrics.fact("etcd_server_version", "The etcd version that this member acts as.",
+                 "server_version", lambda: SERVER_VERSION)
+    metrics.fact("etcd_cluster_version", "The version that all members understand.",
+                 "cluster_version", lambda: server.cluster.version or "not_decided")
+
+
+def _add_raft(metrics: Metrics, server: EtcdServer) -> None:
+    """Names of etcd 3.x: what its dashboards and alerts ask first."""
+    log, counts = server.node.raft.log, server.counts
+    metrics.gauge("etcd_server_has_leader", "1 if a leader is known, else 0.",
+                  lambda: int(server.lead != 0))
+    metrics.gauge("etcd_server_is_leader", "1 if this member leads, else 0.",
+                  lambda: int(server.is_leader))
+    metrics.total("etcd_server_leader_changes_seen_total", "Leaders that became known.",
+                  lambda: {(): counts.leader_changes})
+    metrics.total("etcd_server_heartbeat_send_failures_total",
+                  "Heartbeats to followers that left a period late or more.",
+                  lambda: {(): counts.late_heartbeats})
+    metrics.gauge("etcd_server_proposals_committed_total", "Raft index that is committed.",
+                  lambda: log.commit)
+    metrics.gauge("etcd_server_proposals_applied_total", "Raft index that is applied.",
+                  lambda: server.raft_index)
+
+
+def _add_store(metrics: Metrics, server: EtcdServer) -> None:
+    store = server.store
+    metrics.total("etcd_store_expires_total", "Keys that expired.",
+                  lambda: {(): store.stats.expire_count})
+    metrics.gauge("etcd_store_watchers", "Registered watchers.", lambda: store.stats.watchers)
+    for suffix, outcome in (("", "success"), ("_failed", "fail")):
+        ended = "succeeded" if outcome == "success" else "failed"
+        metrics.total(f"etcd_store_reads{suffix}_total", f"Store reads that {ended}.",
+                      functools.partial(_read_counts, store, outcome), ("action",))
+        metrics.total(f"etcd_store_writes{suffix}_total", f"Store writes that {ended}.",
+                      functools.partial(_write_counts, store, outcome), ("action",))
+
+
+def _add_disk(metrics: Metrics, server: EtcdServer) -> None:
+    log, snapshots = server.node.raft.log, server.snapshots
+    syncs = server.journal.writer.sync_durations
+    help = "Time to write a batch to the log and sync it."
+    metrics.add("etcd_wal_fsync_durations_seconds", help, syncs)
+    metrics.add("etcd_disk_wal_fsync_duration_seconds", help, syncs)    # 3.x
+    metrics.gauge("etcd_wal_last_index_saved", "Last raft index on disk.", lambda: log.stable)
+    metrics.add("etcd_snapshot_save_total_durations_seconds",
+                "Time from the decision to snapshot until the file is there.",
+                snapshots.save_durations)
+    metrics.add("etcd_snapshot_save_marshalling_durations_seconds",
+                "Time of the reactor to encode a snapshot.", snapshots.work_durations)
+
+
+def _add_peers(metrics: Metrics, server: EtcdServer) -> None:
+    """Two names of etcd 2.3, and those of 3.x."""
+    traffic = server.traffic
+
+    def by_peer(counts: Mapping[int, int]) -> Callable[[], Dict[Labels, float]]:
+        return lambda: {(format_id(peer),): count for peer, count in counts.items()}
+
+    metrics.add("etcd_rafthttp_message_sent_latency_seconds",
+                "Time until the system took a message; by pipeline: until it was answered.",
+                traffic.latencies)
+    metrics.add("etcd_rafthttp_message_sent_failed_total", "Messages lost or dropped.",
+                traffic.failures)
+    metrics.total("etcd_network_peer_sent_bytes_total", "Bytes of messages to a peer.",
+                  by_peer(traffic.sent_bytes), ("To",))
+    metrics.total("etcd_network_peer_sent_failures_total", "Messages lost or dropped.",
+                  by_peer(traffic.sent_failures), ("To",))
+    metrics.total("etcd_network_peer_received_bytes_total", "Bytes of messages from a peer.",
+                  by_peer(traffic.received_bytes), ("From",))
+    metrics.add("etcd_network_peer_round_trip_time_seconds",
+                "Time of a probe to a peer and back.", traffic.round_trips)
+
+
+def add_process_readings(metrics: Metrics, started_ns: int) -> None:
+    """Register what the system knows of this process.  started_ns: unix nanoseconds."""
+    metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
+                  lambda: {(): _cpu_seconds()})
+    metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors)
+    metrics.gauge("process_max_fds", "Limit of open file descriptors.",
+                  lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
+    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
+    metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
+                  lambda: started_ns / NS)
+
+
+_WRITE_ACTIONS = {
+    "set": "sets", "create": "create", "update": "update", "delete": "delete",
+    "compareAndSwap": "compare_and_swap", "compareAndDelete": "compare_and_delete",
+}
+
+
+def _write_counts(store: Store, outcome: str) -> Dict[Labels, float]:
+    """Counters of the store's statistics by action; what never happened is left out."""
+    counts = (
+        (action, getattr(store.stats, f"{name}_{outcome}"))
+        for action, name in _WRITE_ACTIONS.items()
+    )
+    return {(action,): count for action, count in counts if count}
+
+
+def _read_counts(store: Store, outcome: str) -> Dict[Labels, float]:
+    """Likewise; the store's statistics do not tell which gets were recursive."""
+    recursive = store.recursive_gets[outcome]
+    single = getattr(store.stats, f"gets_{outcome}") - recursive
+    counts = (("get", single), ("getRecursive", recursive))
+    return {(action,): count for action, count in counts if count}
+
+
+# ============================================================================
+# 29. Members API -- who is in the cluster, over HTTP
+# ----------------------------------------------------------------------------
+# Knows: all above.  Must not know: sockets, Raft messages, files.
+# ============================================================================
+
+_PATH_SAFE = "/$&+,:;=@-_.~"        # what Go leaves as it is in a path
+
+
+def redirect(request: HttpRequest) -> None:
+    """Answer 301 with the canonical form of the path.  Source: Go http.ServeMux, Redirect."""
+    location = urllib.parse.quote(utf8(canonical_path(request.path)), safe=_PATH_SAFE)
+    if request.query:
+        location += "?" + request.query
+    body = b""
+    if request.method in ("GET", "HEAD"):
+        shown = location.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        shown = shown.replace('"', "&#34;").replace("'", "&#39;")
+        body = f'<a href="{shown}">Moved Permanently</a>.\n\n'.encode("latin-1")
+    ascii_only = "".join(c if c < "\x80" else f"%{ord(c):x}" for c in location)
+    request.reply(301, body, "text/html; charset=utf-8", f"Location: {ascii_only}\r\n")
 
 
 _PEER_URLS_TYPE = r'struct { PeerURLs []string "json:\"peerURLs\"" }'
@@ -11021,11 +11588,8 @@ class MembersApi:
         write_message(request, status, message, self._cluster_line)
 
 
-_STATE_NAMES = {RaftRole.FOLLOWER: "StateFollower", RaftRole.LEADER: "StateLeader"}
-
-
 # ============================================================================
-# 29. Auth API -- users and roles over HTTP
+# 30. Auth API -- users and roles over HTTP
 # ----------------------------------------------------------------------------
 # Knows: all above.  Source: etcd 2.3 API, auth; etcdhttp/client_auth.go.
 # ============================================================================
@@ -11266,221 +11830,10 @@ class AuthApi:
 
 
 # ============================================================================
-# 30. Client API -- status, and the table of paths
+# 31. Client API -- the table of paths
 # ----------------------------------------------------------------------------
 # Knows: all above.  Must not know: sockets, Raft messages, files.
 # ============================================================================
-
-
-def raft_state_name(role: RaftRole) -> str:
-    """Return etcd's name of a role."""
-    return _STATE_NAMES.get(role, "StateCandidate")
-
-
-def version_json(server: EtcdServer) -> bytes:
-    """Return the body of /version."""
-    cluster = server.cluster.version or "not_decided"
-    return f'{{"etcdserver":"{SERVER_VERSION}","etcdcluster":"{cluster}"}}'.encode()
-
-
-class StatusApi:
-    """What a member says about itself: version, machines, stats, health, metrics, log level."""
-
-    def __init__(self, server: EtcdServer) -> None:
-        self._server = server
-        _add_readings(server)
-
-    def version(self, request: HttpRequest) -> None:
-        """GET /version."""
-        request.reply(200, version_json(self._server))
-
-    def machines(self, request: HttpRequest) -> None:
-        """GET /v2/machines: client URLs of all members."""
-        urls = ", ".join(sorted(self._server.cluster.client_urls()))
-        self._text(request, 200, urls)
-
-    def health(self, request: HttpRequest) -> None:
-        """GET /health.
-
-        Differs from etcd: answered at once from what is known of the leader and of the links to
-        the others; etcd waits up to 750 ms for the raft index to move.
-        """
-        if self._server.is_healthy:
-            self._text(request, 200, '{"health": "true"}')
-        else:
-            request.reply(503, b'{"health": "false"}\n', _TEXT, _NOSNIFF)
-
-    def stats_self(self, request: HttpRequest) -> None:
-        """GET /v2/stats/self."""
-        state = raft_state_name(self._server.node.raft.role)
-        request.reply(200, utf8(self._server.stats.json(state)))
-
-    def stats_leader(self, request: HttpRequest) -> None:
-        """GET /v2/stats/leader."""
-        server = self._server
-        if not server.is_leader:
-            write_message(request, 403, "not current leader")
-            return
-        followers = server.cluster.members.keys() - {server.member_id}
-        request.reply(200, server.leader_stats.json(followers).encode())
-
-    def stats_store(self, request: HttpRequest) -> None:
-        """GET /v2/stats/store."""
-        request.reply(200, self._server.store.stats.json().encode())
-
-    def metrics(self, request: HttpRequest) -> None:
-        """/metrics for Prometheus, any method."""
-        request.reply(200, utf8(self._server.metrics.text()), "text/plain; version=0.0.4")
-
-    def debug_vars(self, request: HttpRequest) -> None:
-        """GET /debug/vars: etcd's variables, and where our time goes."""
-        server = self._server
-        variables: Dict[str, object] = {
-            "cmdline": [sys.executable, *sys.argv],
-            "file_descriptor_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-            "memstats": {"Sys": _resident_bytes()},
-            "raft.status": _raft_status(server.node.status()),
-            "reactor": {
-                "turns": server.reactor.turns, "slowest_turn_s": server.reactor.slowest_turn_s,
-                "proposals_pending": len(server.proposals),
-            },
-        }
-        lines = ",\n".join(
-            f"{json_string(name)}: {json_text(value)}" for name, value in variables.items()
-        )
-        request.reply(200, utf8(f"{{\n{lines}\n}}\n"), "application/json; charset=utf-8")
-
-    def log_level(self, request: HttpRequest) -> None:
-        """PUT /config/local/log: change the level of all our loggers, {"Level": "DEBUG"}."""
-        if request.body_too_large:
-            write_message(request, 413, "Request Entity Too Large")
-            return
-        try:
-            name = GoJson.string_member(GoJson.loads(request.body, partial=True), "Level")
-        except ValueError:
-            write_message(request, 400, "Invalid json body")
-            return
-        level = _LEVELS.get(name.upper())
-        if level is None:
-            write_message(request, 400, f"Invalid log level {name}")
-            return
-        package_logger("etcdhttp").info('globalLogLevel set to "%s"', level[0])
-        logging.getLogger("pyetcd").setLevel(level[1])
-        request.reply(204)
-
-    @staticmethod
-    def _text(request: HttpRequest, status: int, text: str) -> None:
-        request.reply(status, utf8(text), _TEXT)
-
-
-_LEVELS = {
-    word: (name, level) for name, number, level in (
-        ("CRITICAL", "", logging.CRITICAL), ("ERROR", "0", logging.ERROR),
-        ("WARNING", "1", logging.WARNING), ("NOTICE", "2", logging.INFO),
-        ("INFO", "3", logging.INFO), ("DEBUG", "4", logging.DEBUG), ("TRACE", "5", logging.DEBUG),
-    ) for word in (name, name[0], number) if word
-}
-
-
-def _raft_status(status: Status) -> Dict[str, object]:
-    """The variable raft.status."""
-    return {
-        "id": format_id(status.id), "term": status.term, "vote": format_id(status.vote),
-        "commit": status.commit, "lead": format_id(status.lead),
-        "raftState": raft_state_name(status.role),
-        "progress": {
-            format_id(each): {
-                "match": match, "next": next_, "state": "ProgressState" + state.capitalize(),
-            }
-            for each, (match, next_, state) in status.progress.items()
-        },
-    }
-
-
-def _proc_text(name: str) -> str:
-    """A file of this process in /proc; "" where there is none."""
-    try:
-        with open(f"/proc/self/{name}", encoding="ascii", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
-
-
-def _resident_bytes() -> int:
-    """Memory in use; where the system does not tell, the most ever used."""
-    pages = _proc_text("statm").split()
-    if len(pages) > 1:
-        return int(pages[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _virtual_bytes() -> int:
-    pages = _proc_text("statm").split()
-    return int(pages[0]) * resource.getpagesize() if pages else 0
-
-
-def _open_descriptors() -> int:
-    for directory in ("/proc/self/fd", "/dev/fd"):
-        with contextlib.suppress(OSError):
-            return len(os.listdir(directory)) - 1       # less the one that lists them
-    return 0
-
-
-def _cpu_seconds() -> float:
-    times = os.times()
-    return times.user + times.system
-
-
-def add_process_readings(metrics: Metrics, started_ns: int) -> None:
-    """Register what the system knows of this process.  started_ns: unix nanoseconds."""
-    metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
-                  lambda: {(): _cpu_seconds()})
-    metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors)
-    metrics.gauge("process_max_fds", "Limit of open file descriptors.",
-                  lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
-    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
-    metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
-                  lambda: started_ns / NS)
-
-
-def _add_readings(server: EtcdServer) -> None:
-    """Register the numbers that others keep.  Names are those of etcd 2.3."""
-    metrics, store, log = server.metrics, server.store, server.node.raft.log
-    metrics.gauge("etcd_server_file_descriptors_used_total", "Open file descriptors.",
-                  _open_descriptors)
-    metrics.gauge("etcd_server_pending_proposal_total", "Proposals waiting for an answer.",
-                  lambda: len(server.proposals))
-    metrics.total("etcd_store_expires_total", "Keys that expired.",
-                  lambda: {(): store.stats.expire_count})
-    metrics.gauge("etcd_store_watchers", "Registered watchers.", lambda: store.stats.watchers)
-    for kind, names in (("reads", _READ_ACTIONS), ("writes", _WRITE_ACTIONS)):
-        metrics.total(f"etcd_store_{kind}_total", f"Store {kind} that succeeded.",
-                      functools.partial(_action_counts, store, names, "success"), ("action",))
-        metrics.total(f"etcd_store_{kind}_failed_total", f"Store {kind} that failed.",
-                      functools.partial(_action_counts, store, names, "fail"), ("action",))
-    metrics.gauge("etcd_wal_last_index_saved", "Last raft index on disk.", lambda: log.stable)
-    writer = server.journal.writer
-    metrics.total("etcd_wal_fsync_durations_seconds_count", "Visits to the disk.",
-                  lambda: {(): writer.sync_count})
-    metrics.total("etcd_wal_fsync_durations_seconds_sum", "Seconds they took.",
-                  lambda: {(): writer.sync_seconds})
-    add_process_readings(metrics, server.stats.started_ns)
-
-
-_READ_ACTIONS = {"get": "gets"}
-_WRITE_ACTIONS = {
-    "set": "sets", "create": "create", "update": "update", "delete": "delete",
-    "compareAndSwap": "compare_and_swap", "compareAndDelete": "compare_and_delete",
-}
-
-
-def _action_counts(
-    store: Store, names: Mapping[str, str], outcome: str
-) -> Dict[Tuple[str, ...], float]:
-    """Counters of the store's statistics by action; what never happened is left out."""
-    counts = ((action, getattr(store.stats, f"{name}_{outcome}")) for action, name in names.items())
-    return {(action,): count for action, count in counts if count}
 
 
 class CorsRequest(HttpRequest):
@@ -11555,6 +11908,8 @@ class ClientApi:
             "/metrics": ((), status.metrics),
             "/debug/vars": (("GET",), status.debug_vars),
             "/config/local/log": (("PUT",), status.log_level),
+            **{path: (("GET",), status.probe) for root, checks in StatusApi.CHECKS.items()
+               for path in (root, *(f"{root}/{check}" for check in checks))},
         }
 
     def handle(self, request: HttpRequest) -> None:
@@ -11593,6 +11948,8 @@ class ClientApi:
                 head, REGISTRY_KEY + "/", write=True, recursive=False, passed=self._unknown,
                 refused=refuse_credentials,
             )
+        if name.startswith(("/v3/", "/v3alpha/", "/v3beta/")):
+            return _refuse_v3
         if name not in self._routes:
             return self._unknown
         methods, handler = self._routes[name]
@@ -11605,6 +11962,13 @@ class ClientApi:
     def _unknown(self, request: HttpRequest) -> None:
         if not self.fallback(request):
             not_found(request)
+
+
+def _refuse_v3(request: HttpRequest) -> None:
+    """Answer a client of etcd 3's JSON gateway in its own words: 12 is gRPC's "unimplemented",
+    which the gateway maps to 501.  A mere 404 looks like a missing key."""
+    text = json_string(V3_REFUSAL)
+    request.reply(501, f'{{"error":{text},"message":{text},"code":12}}'.encode())
 
 
 def _reply_empty(request: HttpRequest) -> None:
@@ -11647,7 +12011,7 @@ class PeerApi:
 
 
 # ============================================================================
-# 31. Discovery -- how members that start find each other
+# 32. Discovery -- how members that start find each other
 # ----------------------------------------------------------------------------
 # Knows: sections 1-4, 13, 17.  All but DiscoveryService is plain blocking code
 # that runs before the reactor starts.
@@ -12269,9 +12633,9 @@ def _reply_text(request: HttpRequest, status: int, text: str) -> None:
 
 
 # ============================================================================
-# 32. Bootstrap -- a new member, a joining one, or one that was here before
+# 33. Bootstrap -- a new member, a joining one, or one that was here before
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 10-13, 25 (two records), 31.  Blocks; runs before the
+# Knows: sections 1-4, 10-13, 25 (two records), 32.  Blocks; runs before the
 # reactor starts.
 # ============================================================================
 
@@ -12880,7 +13244,7 @@ def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
 
 
 # ============================================================================
-# 33. Embedding -- a member inside any program
+# 34. Embedding -- a member inside any program
 # ----------------------------------------------------------------------------
 # Knows: all above.  Threads: the caller's, and the one it starts, `reactor`.
 # ============================================================================
@@ -13067,6 +13431,7 @@ class Server(ServerThread):
             published=self._ready.set,
         )
         self._client_api = ClientApi(self.etcd)
+        self._count_client_bytes(self.etcd.metrics)
         registry = DiscoveryService(self.etcd.do, self._client_api.serve)
         self._client_api.fallback = registry.handle
         self._peer_api = PeerApi(self.etcd)
@@ -13111,6 +13476,16 @@ class Server(ServerThread):
         return tuple(listener.bound_url for listener in self._peer_listeners)
 
     # -- inside ------------------------------------------------------------
+
+    def _count_client_bytes(self, metrics: Metrics) -> None:
+        """Under the names of etcd 3.x, whose clients all speak gRPC."""
+        listeners = self._client_listeners
+        metrics.total("etcd_network_client_grpc_received_bytes_total",
+                      "Bytes from clients, HTTP here, heads included.",
+                      lambda: {(): sum(listener.received_bytes for listener in listeners)})
+        metrics.total("etcd_network_client_grpc_sent_bytes_total",
+                      "Bytes to clients, HTTP here, heads included.",
+                      lambda: {(): sum(listener.sent_bytes for listener in listeners)})
 
     def _serve_client(self, request: HttpRequest) -> None:
         assert self._client_api is not None
@@ -13169,7 +13544,7 @@ _BIND_HINTS = {
 
 
 # ============================================================================
-# 34. Proxy -- a door to a cluster on a machine that is no member of it
+# 35. Proxy -- a door to a cluster on a machine that is no member of it
 # ----------------------------------------------------------------------------
 # Knows: all above.  Threads: as for Embedding; what blocks (asking peers for
 # the members, the cluster file) runs before the reactor or on its helpers.
@@ -13504,9 +13879,9 @@ class ProxyMetrics:
         self._dropped = self.metrics.counter(
             "etcd_proxy_dropped_total", "Requests, or tries of one, that failed in the proxy.",
             ("method", "proxying_error"))
-        self._seconds = self.metrics.histograms(
-            "etcd_proxy_handling_duration_seconds", "From a request to its answer, by method.",
-            0.0005, 13, ("method",))
+        self._seconds = Histograms(exponential_bounds(0.0005, 13), ("method",))
+        self.metrics.add("etcd_proxy_handling_duration_seconds",
+                         "From a request to its answer, by method.", self._seconds)
 
     def came(self, method: str) -> None:
         """A request came in."""
@@ -13810,7 +14185,7 @@ class ProxyServer(ServerThread):
 
 
 # ============================================================================
-# 35. Flags -- what can be set, and how its text is read
+# 36. Flags -- what can be set, and how its text is read
 # ----------------------------------------------------------------------------
 # Knows: all above.  A table; sections Settings and Command line use it.
 # ============================================================================
@@ -14150,7 +14525,7 @@ def _all_flags() -> Dict[str, Flag]:
 
 
 # ============================================================================
-# 36. Settings -- command line, environment, configuration file
+# 37. Settings -- command line, environment, configuration file
 # ----------------------------------------------------------------------------
 # Knows: all above.  The only section that reads flags, the environment and the
 # configuration file, and that knows what does not go together.
@@ -14788,7 +15163,7 @@ def make_config(settings: Settings) -> ServerConfig:
 
 
 # ============================================================================
-# 37. Command line
+# 38. Command line
 # ----------------------------------------------------------------------------
 # Knows: all above.  The only section that prints, and touches signals and
 # process limits.
