@@ -5129,6 +5129,10 @@ class Applier:
         if match is not None:
             return self._note_attributes(int(match.group(1), 16), r.val)
         if r.path == "/0/version":
+            if not re.fullmatch(r"\d{1,9}\.\d{1,9}\.\d{1,9}", r.val):
+                log = package_logger("etcdserver")
+                log.error("ignored a cluster version that is none: %s", r.val)
+                return False            # etcd ends here
             self._cluster.set_version(r.val)
         return True
 
@@ -5713,8 +5717,19 @@ def parse_header_lines(lines: Iterable[bytes]) -> Dict[str, str]:
     return headers
 
 
+_REQUEST_START = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}( |\Z)")
+
+
+def check_start(data: bytes) -> None:
+    """Raise BadRequest if no head can begin like this, however it goes on."""
+    line = data[:64].lstrip(b"\r\n")
+    if line and not _REQUEST_START.match(line) or b"\n\n" in data:
+        raise BadRequest()
+
+
 def parse_head(raw: bytes) -> HttpHead:
     """Parse a request's head without its final empty line.  Raises BadRequest."""
+    check_start(raw)
     lines = raw.split(b"\r\n")
     if len(lines[0]) > REQUEST_LINE_BYTES_MAX:
         raise BadRequest("414 Request-URI Too Long", 414)
@@ -6207,9 +6222,7 @@ class Connection:
                 raise BadRequest("414 Request-URI Too Long", 414)
         if len(data) > REQUEST_HEAD_BYTES_MAX:
             raise BadRequest("431 Request Header Fields Too Large", 431)
-        line = data[:64].lstrip(b"\r\n")
-        if line and not _REQUEST_START.match(line) or b"\n\n" in data:
-            raise BadRequest()          # say so at once instead of waiting for an end
+        check_start(data)               # say so at once instead of waiting for an end
 
     def _take_sized(self, head: HttpHead) -> Optional[bytes]:
         """Return the body; None with _head cleared if it is too large, with _head if not all."""
@@ -6395,7 +6408,6 @@ class Connection:
             on_close()
 
 
-_REQUEST_START = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}( |\Z)")
 DRAIN_SECONDS = 2.0                 # how long a closing connection waits for the client's end
 
 

@@ -20,6 +20,7 @@
   18. Discovery, and Bootstrap
   19. Proxy
   20. Command line
+  21. Fuzzing
 
 Run a part by the prefix of its names: -k raft_, -k "store_ or wal_", -k sim_, -k cluster_.
 Chance is seeded and a failure prints its seed.  PYETCD_SIM_SEEDS=10000 runs more simulations,
@@ -63,6 +64,7 @@ import subprocess
 import symtable
 import sys
 import tarfile
+import tempfile
 import textwrap
 import threading
 import time
@@ -15893,3 +15895,342 @@ def test_flags_member_that_lost_its_data_directory_says_what_to_do(tmp_path: Pat
         line = lost.process.log().splitlines()[-1]
         assert "has already been bootstrapped; its data directory is lost" in line
         assert "DELETE /v2/members/" in line and "-initial-cluster-state existing" in line
+
+
+# ============================================================================
+# 21. Fuzzing -- any bytes, in any pieces, at every door
+# ----------------------------------------------------------------------------
+# Each target takes bytes and raises if something escapes that is not promised.
+# Here hypothesis feeds a few; PYETCD_FUZZ_SECONDS=300 gives each target so long.
+# `testdata/fuzz.py TARGET` runs one under atheris, guided by coverage.
+# ============================================================================
+
+
+class _FuzzReactor:
+    """Does nothing by itself: what is posted runs in turn()."""
+
+    def __init__(self):
+        self.posted = collections.deque()
+
+    def register(self, sock, events, callback): pass
+    def modify(self, sock, events, callback): pass
+    def unregister(self, sock): pass
+    def now(self): return 0.0
+    def http_date(self): return "now"
+    def call_later(self, delay_s, callback, *args): return pyetcd.Timer(callback, args)
+
+    def call_soon(self, callback, *args):
+        self.posted.append((callback, args))
+
+    def flush_soon(self, flush):
+        self.posted.append((flush, ()))
+
+    def turn(self):
+        for _ in range(1_000):
+            if not self.posted:
+                return
+            callback, args = self.posted.popleft()
+            callback(*args)
+        raise AssertionError("it never comes to rest")
+
+
+class _FuzzSocket:
+    """Gives out pieces, one per recv(), and takes everything."""
+
+    def __init__(self, pieces=()):
+        self.pieces = list(pieces)
+        self.sent = b""
+
+    def recv(self, size):
+        if not self.pieces:
+            raise BlockingIOError
+        return self.pieces.pop(0)
+
+    def send(self, data):
+        self.sent += bytes(data)
+        return len(data)
+
+    def fileno(self): return 0
+    def shutdown(self, how): pass
+    def close(self): pass
+
+
+class _FuzzListener:
+    """What a Connection uses of its Listener; answers every request, and keeps it."""
+
+    tls = None
+    body_max = 1 << 20              # not reached: how much of a body came first would decide
+    received_bytes = sent_bytes = 0
+
+    def __init__(self):
+        self.reactor = _FuzzReactor()
+        self.heads, self.unread, self.requests = {}, {}, []
+
+    def dispatch(self, request):
+        self.requests.append((request.method, request.target, request.body,
+                              request.body_too_large, dict(request.headers)))
+        request.reply(200, b"ok")
+
+    def watch_partial(self, connection, partial, *, begun): pass
+    def watch_unread(self, connection, *, took): pass
+    def forget(self, connection): pass
+
+
+def _fuzz_pieces(data):
+    """The rest of `data`, cut at places that its first bytes choose."""
+    sizes, data = data[:4], data[4:]
+    pieces = []
+    for size in itertools.cycle(sizes or b"\x01"):
+        if not data:
+            return pieces
+        pieces.append(data[:size % 16 + 1])
+        data = data[size % 16 + 1:]
+
+
+def _fuzz_serve(pieces):
+    """Return the requests in `pieces` and all answers."""
+    listener = _FuzzListener()
+    sock = _FuzzSocket(pieces)
+    connection = pyetcd.Connection(listener, sock, "fuzz:1")
+    while sock.pieces and not connection.closed:
+        connection._on_event(pyetcd.selectors.EVENT_READ)
+        listener.reactor.turn()
+    return listener.requests, sock.sent
+
+
+def fuzz_http_requests(data):
+    """In one piece or in many: the same requests, and the same answers."""
+    pieces = _fuzz_pieces(data)
+    one, many = _fuzz_serve([b"".join(pieces)] if pieces else []), _fuzz_serve(pieces)
+    assert one == many
+
+
+def fuzz_http_answers(data):
+    """HttpCall: on_done once, with an exception or without, and nothing after it."""
+    class Call(pyetcd.HttpCall):
+        __slots__ = ()
+
+        def _resolve(self, host, port):
+            self._sock, self.connected, self._events = sock, True, pyetcd.selectors.EVENT_READ
+
+    log = []
+    sock = _FuzzSocket([*_fuzz_pieces(data), b""])
+    call = Call(
+        _FuzzReactor(), "http://127.0.0.1:1", "GET", "/", {},
+        on_head=lambda status, headers: log.append(("head", status)),
+        on_data=lambda piece: log.append(("data", piece)),
+        on_done=lambda error: log.append(("done", error)),
+    )
+    while not call.ended:
+        call._receive()
+    assert [kind for kind, _ in log].count("done") == 1 and log[-1][0] == "done"
+    assert log[-1][1] is None or isinstance(log[-1][1], (OSError, EOFError))
+
+
+def fuzz_chunks(data):
+    """The decoder of chunked bodies: whole and in pieces the same, or refused in both."""
+    def decode(pieces):
+        decoder, body = pyetcd.ChunkedDecoder(), b""
+        try:
+            for piece in pieces:
+                body += decoder.feed(piece)
+        except pyetcd.BadRequest:
+            return "refused"
+        return body, decoder.done, decoder.rest
+
+    pieces = _fuzz_pieces(data)
+    assert decode(pieces) == decode([b"".join(pieces)])
+
+
+def fuzz_forms(data):
+    """Everything that reads what a client wrote: forms, types, queries, JSON, credentials."""
+    text = data.decode("latin-1")
+    for parse, refusal in (
+        (lambda: pyetcd.parse_form(data), pyetcd.InvalidForm),
+        (lambda: pyetcd.is_form_type(text), pyetcd.InvalidForm),
+        (lambda: pyetcd.parse_peer_urls(data), ValueError),
+        (lambda: pyetcd.UserBody.parse(data), ValueError),
+        (lambda: pyetcd.RoleBody.parse(data), ValueError),
+        (lambda: pyetcd.parse_credential(text), ()),
+        (lambda: pyetcd.parse_stored_user("u", text), ()),
+        (lambda: pyetcd.parse_stored_role("r", text), ()),
+        (lambda: pyetcd.check_url(text), ValueError),
+        (lambda: pyetcd.parse_initial_cluster(text), ValueError),
+    ):
+        with contextlib.suppress(refusal):
+            parse()
+    with contextlib.suppress(pyetcd.BadRequest):
+        head = pyetcd.parse_head(b"PUT /v2/keys/" + data + b" HTTP/1.1\r\nHost: x")
+        target = pyetcd.KeyTarget(head)
+        request = pyetcd.HttpRequest(head, data, None)
+        with contextlib.suppress(pyetcd.EtcdError):
+            target.request(request, 0)
+
+
+def fuzz_peer_streams(data):
+    """Both kinds of frames, in pieces: messages, or CodecError."""
+    for decoder in (pyetcd.MessageDecoder(), pyetcd.AppV2Decoder(1, 2)):
+        with contextlib.suppress(pyetcd.CodecError):
+            for piece in _fuzz_pieces(data):
+                decoder.feed(piece)
+
+
+_FUZZ_DECODERS = (
+    pyetcd.decode_hard_state, pyetcd.decode_entry, pyetcd.decode_conf_change,
+    pyetcd.decode_snapshot, pyetcd.decode_message, pyetcd.decode_request, pyetcd.decode_metadata,
+)
+
+
+def fuzz_codec(data):
+    """Every decoder of the wire: a value, or CodecError."""
+    for decode in _FUZZ_DECODERS:
+        with contextlib.suppress(pyetcd.CodecError):
+            decode(data)
+    with contextlib.suppress(pyetcd.SnapshotError, pyetcd.CodecError):
+        pyetcd.decode_snapshot_file(data)
+
+
+def fuzz_apply(data):
+    """What a peer committed is applied, whatever it is: errors are results."""
+    store = Store()
+    cluster = Cluster("t", store)
+    applier = Applier(store, cluster, 1, clock=lambda: 1)
+    for at in range(0, len(data), 64):
+        with contextlib.suppress(CodecError, InvariantError):   # a version newer than ours
+            applier.apply_entry(Entry(data=data[at:at + 64]))
+        with contextlib.suppress(CodecError):
+            applier.apply_conf_change(pyetcd.decode_conf_change(data[at:at + 64]))
+    b"".join(store.snapshot_chunks())
+
+
+def fuzz_store_snapshot(data):
+    """A snapshot of a peer: recovered, or ValueError."""
+    with contextlib.suppress(ValueError):
+        Store().recover(data)
+
+
+def fuzz_config_file(data):
+    """Settings, or FlagError that names the file."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        with contextlib.suppress(pyetcd.FlagError):
+            pyetcd.read_config_file(file.name)
+
+
+FUZZ_TARGETS = {
+    name[5:]: target for name, target in list(globals().items()) if name.startswith("fuzz_")
+}
+
+
+def fuzz_seeds(name):
+    """Real input for a target: what it starts to change from."""
+    def recorded(pattern):
+        return [path.read_bytes()[:4000] for path in sorted(TESTDATA.glob(pattern))]
+
+    requests = [
+        b"\x01\x02\x03\x04GET /v2/keys/a?wait=true HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x05\x05\x05\x05PUT /v2/keys/a HTTP/1.1\r\nHost: x\r\nContent-Length: 7\r\n\r\nvalue=1"
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"\x07\x01\x01\x01POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"3;x=y\r\nabc\r\n0\r\nA: b\r\n\r\n",
+        b"\x09\x09\x09\x09PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0\0\0\2\1\5\0\0\0\1"
+        b"\x82\x86",
+    ]
+    return {
+        "http_requests": requests,
+        "http_answers": [
+            b"\x03\x03\x03\x03HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+            b"\x02\x02\x02\x02HTTP/1.1 100 C\r\n\r\nHTTP/1.1 200 OK\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        ],
+        "chunks": [b"\x01\x01\x01\x014\r\nWiki\r\n5;a=b\r\npedia\r\n0\r\nX: y\r\n\r\nrest"],
+        "forms": [
+            b"value=a%20b&ttl=5&prevExist=true", b'text/html; charset="a"; q=1',
+            b'{"peerURLs":["http://127.0.0.1:2380"]}', b"Basic cm9vdDpw", b"a=http://h:1,b=http://h:2",
+            b'{"user":"u","password":"p","roles":["r"],"grant":null,"revoke":[]}',
+            b'{"role":"r","permissions":{"kv":{"read":["/*"],"write":null}}}',
+        ],
+        "peer_streams": recorded("stream-*.bin"),
+        "codec": recorded("pipeline-post-*.bin") + recorded("*.snap"),
+        "apply": [pyetcd.encode_request(Request(1, "PUT", path, "v")) for path in (
+            "/1/a", "/0/version", "/0/members/1/attributes", "/2/users/u")],
+        "store_snapshot": [b"".join(Store().snapshot_chunks())],
+        "config_file": [_FLAGS_FILE.encode(), json.dumps(_FLAGS_FILE_JSON).encode()],
+    }[name]
+
+
+# Inputs that once made something escape, with what it was.
+_FUZZ_FOUND: List[Tuple[str, bytes]] = [
+    # An empty line without CR: 400 if it came in a piece of its own, 505 if not.
+    ("http_requests", b"\t\t\t\tPRI * HTTP/2.0\r\n\nM\r\n\r\n\0\0\0\4\0\0\0\0\0\0\0\2\1\5\0\0\0\1"),
+    # A cluster version that is none ended the member.
+    ("apply", pyetcd.encode_request(Request(1, "PUT", "/0/version", "v"))),
+]
+
+
+@pytest.mark.parametrize("name", FUZZ_TARGETS)
+def test_fuzz(name):
+    """Changed copies of real input; the seed is printed when it fails."""
+    seconds = float(os.environ.get("PYETCD_FUZZ_SECONDS", "0"))
+    seed = int(os.environ.get("PYETCD_FUZZ_SEED", "1"))
+    rng, seeds, target = random.Random(seed), fuzz_seeds(name), FUZZ_TARGETS[name]
+    deadline, runs = time.monotonic() + seconds, 0
+    while runs < 300 or time.monotonic() < deadline:
+        data = _fuzz_mutate(rng, seeds)
+        runs += 1
+        try:
+            target(data)
+        except BaseException:
+            print(f"fuzz target {name}, seed {seed}, run {runs}: {data!r}")
+            raise
+    print(f"{name}: {runs} runs")
+
+
+def _fuzz_mutate(rng, seeds):
+    """Return a seed with bytes changed, cut, doubled, mixed with another."""
+    data = bytearray(rng.choice(seeds))
+    for _ in range(rng.randrange(8)):
+        at = rng.randrange(len(data) + 1)
+        change = rng.randrange(6)
+        if change == 0:
+            data[at:at + 1] = bytes([rng.randrange(256)])
+        elif change == 1:
+            del data[at:at + rng.randrange(1, 20)]
+        elif change == 2:
+            data[at:at] = data[at:at + rng.randrange(1, 40)]
+        elif change == 3:
+            other = rng.choice(seeds)
+            data[at:] = other[rng.randrange(len(other) + 1):]
+        elif change == 4:
+            data[at:at] = rng.choice((b"\xff" * 9, b"\0" * 8, b"\r\n", b"\r\n\r\n", b"%", b"\x80"))
+        elif at < len(data):
+            data[at] ^= 1 << rng.randrange(8)
+    return bytes(data[:8_000])
+
+
+@given(st.sampled_from(sorted(FUZZ_TARGETS)), st.binary(max_size=300))
+def test_fuzz_any_bytes(name, data):
+    """Bytes that look like nothing at all."""
+    FUZZ_TARGETS[name](data)
+
+
+@pytest.mark.parametrize(("name", "data"), _FUZZ_FOUND)
+def test_fuzz_what_was_found(name, data):
+    """The corpus: each of these escaped once."""
+    FUZZ_TARGETS[name](data)
+
+
+def test_fuzz_a_live_member_survives(http_server, caplog):
+    """Changed requests and frames at both ports; then it answers, and no bug was logged."""
+    rng = random.Random(3)
+    seeds = [*fuzz_seeds("http_requests"), *fuzz_seeds("peer_streams"), *fuzz_seeds("codec")]
+    for url in (*http_server.client_urls, *http_server.peer_urls):
+        parts = urllib.parse.urlsplit(url)
+        for _ in range(150):
+            with socket.create_connection((parts.hostname, parts.port), 10) as sock, \
+                    contextlib.suppress(OSError):
+                sock.sendall(_fuzz_mutate(rng, seeds)[4:])
+    assert _http_keys(http_server, "PUT", "/after", "value=1")[0] == 201
+    assert _http_ask(http_server, "GET", "/version", peer=True)[0] == 200
+    assert not [record for record in caplog.messages if record.startswith("bug:")]
