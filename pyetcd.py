@@ -145,7 +145,7 @@ if __name__ == "__main__" and "_FRESH_IMAGE" not in globals():
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 # ============================================================================
@@ -370,6 +370,12 @@ class MemberError(Exception):
 
     def __str__(self) -> str:
         return self.text
+
+
+class UnknownChange(MemberError):
+    """A kind of change that this program does not know."""
+
+    text = "etcdserver: unknown kind of membership change"
 
 
 class MemberRemoved(MemberError):
@@ -4685,6 +4691,7 @@ def _migrate(paths: DataDir, names: Set[str]) -> None:
 # ============================================================================
 
 
+_KNOWN_CHANGES = frozenset(map(int, ConfChangeType))
 FEATURE_PRE_VOTE = "prevote"        # answers MsgPreVote (3.x)
 FEATURE_READ_INDEX = "readindex"    # answers MsgReadIndex, returns the context of heartbeats
 FEATURES = (FEATURE_PRE_VOTE, FEATURE_READ_INDEX)   # what this program publishes as a member
@@ -4837,12 +4844,14 @@ class Cluster:
 
     def _read_member(self, name: str) -> Member:
         path = f"/0/members/{name}"
-        raft = json.loads(self.store.value(path + "/raftAttributes") or "{}")
-        attributes = json.loads(self.store.value(path + "/attributes") or "{}")
-        return Member(
-            int(name, 16), tuple(raft.get("peerURLs") or ()), attributes.get("name", ""),
-            tuple(attributes.get("clientURLs") or ()), tuple(attributes.get("features") or ()),
-        )
+        id = int(name, 16)
+        parts = (self.store.value(path + "/raftAttributes"), self.store.value(path + "/attributes"))
+        try:
+            raft, attributes = (parse_member(utf8(part or "{}"), id) for part in parts)
+        except CodecError as error:
+            package_logger("etcdserver").error("member %s is damaged: %s", name, error)
+            return Member(id, ())
+        return attributes._replace(peer_urls=raft.peer_urls)
 
     def all_have(self, feature: str) -> bool:
         """True if every member has published that it has `feature`."""
@@ -4879,6 +4888,8 @@ class Cluster:
         Decided by the applied state alone, so every member decides alike.
         """
         id = change.node_id
+        if change.type not in _KNOWN_CHANGES:
+            raise UnknownChange()       # of a newer etcd; 2.3 ends here
         if id in self.removed:
             raise MemberRemoved()
         known = self.is_known(id)
@@ -5010,12 +5021,12 @@ def parse_member(context: bytes, id: int) -> Member:
         fields = json.loads(context)
         urls, clients = fields.get("peerURLs") or (), fields.get("clientURLs") or ()
         name, features = fields.get("name") or "", fields.get("features") or ()
-    except (ValueError, AttributeError):
+        return Member(
+            id, tuple(sorted(map(str, urls))), str(name), tuple(map(str, clients)),
+            tuple(map(str, features)),
+        )
+    except (ValueError, AttributeError, TypeError, RecursionError):
         raise CodecError(f"the context of a change is not a member: {context!r}") from None
-    return Member(
-        id, tuple(sorted(map(str, urls))), str(name), tuple(map(str, clients)),
-        tuple(map(str, features)),
-    )
 
 
 # ============================================================================
@@ -5143,7 +5154,11 @@ class Applier:
                     "ignored the attributes of unknown member %s", format_id(id)
                 )
             return False
-        member = parse_member(utf8(value), id)
+        try:
+            member = parse_member(utf8(value), id)
+        except CodecError as error:     # etcd ends here
+            package_logger("etcdserver").error("ignored attributes: %s", error)
+            return False
         self._cluster.update_attributes(member)
         return True
 
@@ -10168,7 +10183,7 @@ def parse_stored_user(name: str, text: str) -> Optional[User]:
     try:
         value = json.loads(text)
         return User(name, str(value["password"]), string_list(value.get("roles"))).with_root()
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         package_logger("auth").error("ignored user %s: what is stored is no user", name)
         return None
 
@@ -10178,7 +10193,7 @@ def parse_stored_role(name: str, text: str) -> Optional[Role]:
     try:
         kv = json.loads(text)["permissions"]["kv"]
         return Role(name, make_permissions(kv.get("read"), kv.get("write")))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         package_logger("auth").error("ignored role %s: what is stored is no role", name)
         return None
 
@@ -14780,6 +14795,8 @@ def _json_settings(path: str, text: str) -> Iterator[_Found]:
 
     try:
         pairs = json.loads(text, object_pairs_hook=tuple)
+    except RecursionError:
+        raise FlagError(f"{path}: nested too deeply for a configuration") from None
     except ValueError as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
         raise FlagError(f"{path}:{line}: not JSON: {error}") from None
@@ -14805,7 +14822,10 @@ def _yaml_settings(path: str, text: str) -> Iterator[_Found]:
         if match is None:
             raise FlagError(f"{path}:{line}: {row.strip()!r} is not understood; {_CONFIG_FORM}")
         indent, key, value = match.groups()
-        key = _unquote_yaml(key)
+        try:
+            key = _unquote_yaml(key)
+        except ValueError:
+            raise FlagError(f"{path}:{line}: {key} is not understood; {_CONFIG_FORM}") from None
         if indent and not section:
             raise FlagError(f"{path}:{line}: {key} is indented, but stands in none of the sections"
                             f" {', '.join(_SECTIONS)}")
@@ -14847,6 +14867,7 @@ def _yaml_text(value: str) -> str:
 
 
 def _unquote_yaml(text: str) -> str:
+    """Return what a scalar means.  Raises ValueError for escapes that JSON does not have."""
     if text.startswith("'"):
         return text[1:-1].replace("''", "'")
     if text.startswith('"'):

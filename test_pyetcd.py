@@ -24,8 +24,9 @@
 
 Run a part by the prefix of its names: -k raft_, -k "store_ or wal_", -k sim_, -k cluster_.
 Chance is seeded and a failure prints its seed.  PYETCD_SIM_SEEDS=10000 runs more simulations,
-PYETCD_SIM_SEED=17 just that one.  Tests beside the real etcd are skipped, with the reason, where
-`etcd` and `etcdctl` (Debian: etcd-server, etcd-client) are not installed.
+PYETCD_SIM_SEED=17 just that one; PYETCD_FUZZ_SECONDS=300 with -k fuzz gives each target so long.
+Tests beside the real etcd are skipped, with the reason, where `etcd` and `etcdctl` (Debian:
+etcd-server, etcd-client) are not installed.
 """
 
 from __future__ import annotations
@@ -16147,7 +16148,8 @@ def fuzz_seeds(name):
         "chunks": [b"\x01\x01\x01\x014\r\nWiki\r\n5;a=b\r\npedia\r\n0\r\nX: y\r\n\r\nrest"],
         "forms": [
             b"value=a%20b&ttl=5&prevExist=true", b'text/html; charset="a"; q=1',
-            b'{"peerURLs":["http://127.0.0.1:2380"]}', b"Basic cm9vdDpw", b"a=http://h:1,b=http://h:2",
+            b'{"peerURLs":["http://127.0.0.1:2380"]}', b"Basic cm9vdDpw",
+            b"a=http://h:1,b=http://h:2",
             b'{"user":"u","password":"p","roles":["r"],"grant":null,"revoke":[]}',
             b'{"role":"r","permissions":{"kv":{"read":["/*"],"write":null}}}',
         ],
@@ -16163,9 +16165,18 @@ def fuzz_seeds(name):
 # Inputs that once made something escape, with what it was.
 _FUZZ_FOUND: List[Tuple[str, bytes]] = [
     # An empty line without CR: 400 if it came in a piece of its own, 505 if not.
-    ("http_requests", b"\t\t\t\tPRI * HTTP/2.0\r\n\nM\r\n\r\n\0\0\0\4\0\0\0\0\0\0\0\2\1\5\0\0\0\1"),
+    ("http_requests", b"\t\t\t\tPRI * HTTP/2.0\r\n\nM\r\n\r\n\0\0\0\4\0\0\0\0"),
     # A cluster version that is none ended the member.
     ("apply", pyetcd.encode_request(Request(1, "PUT", "/0/version", "v"))),
+    # A change of members of a type that nobody knows was taken for an addition.
+    ("apply", b"\x08" + b"\0" * 63 + b"\x08\x01\x10\xed\xa0\x80\xac\xde\x01" + b"\0" * 9),
+    # Attributes of a member that are not JSON ended whoever read them later.
+    ("apply", b'\x08\x01\x12\x03PUT\x1a\x17/0/members/1/attributes"\x01v(\0002\x80\0008\0@\0P\0X\0`'
+              b"\0h8\0@\0P\0X(\0002\0008\0H\0P\0X\0`\0h\0p\0x\0\x80\x01\0"),
+    # A quoted name with what JSON does not allow in quotes.
+    ("config_file", b'"key-\0file": k'),
+    ("config_file", b'{"a":' + b"[" * 100_000),
+    ("forms", b"[" * 100_000),
 ]
 
 
