@@ -4825,10 +4825,10 @@ class Cluster:
         """Read everything from the store again: a snapshot has replaced it."""
         store = self.store
         self.members = {}
-        for name, _ in store.children("/0/members"):
+        for name in self._ids("/0/members"):
             member = self._read_member(name)
             self.members[member.id] = member
-        self.removed = {int(name, 16) for name, _ in store.children("/0/removed_members")}
+        self.removed = {int(name, 16) for name in self._ids("/0/removed_members")}
         self.version = store.value("/0/version")
         if self.version:
             self._check_version(self.version)
@@ -4841,6 +4841,11 @@ class Cluster:
             package_logger("etcdserver").info(
                 "set the cluster version to %s from store", self.version.rpartition(".")[0]
             )
+
+    def _ids(self, path: str) -> List[str]:
+        """The names below `path` that are ids; nothing else belongs there."""
+        children = self.store.children(path)
+        return [name for name, _ in children if re.fullmatch("[0-9a-f]{1,16}", name)]
 
     def _read_member(self, name: str) -> Member:
         path = f"/0/members/{name}"
@@ -4901,7 +4906,7 @@ class Cluster:
         if change.type == ConfChangeType.REMOVE_NODE:
             return None
         member = parse_member(change.context or b"{}", id)
-        for other, _ in self.store.children("/0/members"):
+        for other in self._ids("/0/members"):
             if int(other, 16) != id:
                 if set(self._read_member(other).peer_urls) & set(member.peer_urls):
                     raise PeerUrlExists()

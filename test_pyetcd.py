@@ -16173,6 +16173,9 @@ _FUZZ_FOUND: List[Tuple[str, bytes]] = [
     # Attributes of a member that are not JSON ended whoever read them later.
     ("apply", b'\x08\x01\x12\x03PUT\x1a\x17/0/members/1/attributes"\x01v(\0002\x80\0008\0@\0P\0X\0`'
               b"\0h8\0@\0P\0X(\0002\0008\0H\0P\0X\0`\0h\0p\0x\0\x80\x01\0"),
+    # A key beside the members, where nothing but ids belongs.
+    ("apply", b'\x08\x01\x12\x03PUT\x1a\x17/0/members/18attributes"\x01v(\0002\0008\0H\0P\0X\0`\0h'
+              b"\0p\0x\0\x80\x01\x08h\0p\0x\0\x80\x01\0x\0\x80\x01\x08h\0p\0x\0\x80\x01\0"),
     # A quoted name with what JSON does not allow in quotes.
     ("config_file", b'"key-\0file": k'),
     ("config_file", b'{"a":' + b"[" * 100_000),
