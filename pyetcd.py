@@ -9823,7 +9823,7 @@ PASSWORD_BYTES_MAX = 4_096          # above: a bad request; bcrypt reads the fir
 PASSWORD_CHECKS_MAX = 64            # waiting to be verified; above: 503
 PASSWORDS_KNOWN_MAX = 10_000        # right ones, and as many wrong ones; above: forgotten
 PASSWORD_SECONDS_MAX = 30.0         # for one check; above: wrong
-WRONG_PASSWORD_PAUSE_SECONDS = 0.1  # before the next check
+WRONG_PASSWORD_PAUSE_SECONDS = 0.3  # before the next check
 
 
 class AuthError(Exception):
@@ -9960,7 +9960,7 @@ def make_permissions(read: object, write: object) -> Permissions:
 # the processor, from the reactor (p99 of GET while guesses go on: 10 times its normal).
 _BCRYPT_PROGRAM = """
 import ctypes, os, sys
-os.nice(10)
+os.nice(19)
 password, setting = sys.stdin.buffer.read().split(b"\\0")
 for name in ("libcrypt.so.1", "libcrypt.so.2"):
     try:
