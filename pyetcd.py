@@ -129,7 +129,8 @@ if __name__ == "__main__" and "_FRESH_IMAGE" not in globals():
     # instead of 52.  Not under a debugger or a tool that runs this file by other words.
     _words = getattr(sys, "orig_argv", [sys.executable, *sys.argv])
     _script = len(_words) - len(sys.argv)
-    if hasattr(os, "memfd_create") and not sys.gettrace() and _words[_script] == __file__:
+    _is_ours = os.path.abspath(_words[_script]) == os.path.abspath(__file__)
+    if hasattr(os, "memfd_create") and not sys.gettrace() and _is_ours:
         _image = os.memfd_create("pyetcd", 0)       # survives exec
         with open(_image, "wb", closefd=False) as _file:
             marshal.dump(sys._getframe().f_code, _file)
