@@ -5410,7 +5410,7 @@ class Reactor:
 # Knows: sections 1-3, 15.  Must not know: HTTP, etcd.
 # ============================================================================
 
-HANDSHAKE_SECONDS_MAX = 10.0        # from connect to the end of the handshake; then closed
+HANDSHAKE_SECONDS_MAX = 10.0        # until its first byte, and from then to its end; then closed
 CERTIFICATE_CHECK_SECONDS = 1.0     # between two looks whether a file of TLS has changed
 
 
@@ -9459,6 +9459,9 @@ class EtcdServer:
         self.node.raft.pre_vote = self.cluster.all_have(FEATURE_PRE_VOTE)
         self.reads.enabled = self.cluster.all_have(FEATURE_READ_INDEX)
         self.reads.tick(self.proposals)
+        now = self.reactor.now()
+        if self._strays and self._strays[0][0] < now:       # their clients have given up
+            self._strays = [stray for stray in self._strays if stray[0] >= now]
         self.counts.tick(self.reactor.now(), self.is_leader * (len(self.node.raft.voters) - 1))
         self.node.tick()
         self.proposals.expire(self.reactor.now(), self._timeout_error)
@@ -9996,6 +9999,8 @@ class Passwords:
 
     def verify(self, password: str, stored: str) -> bool:
         """True if `stored` is a hash of `password`; what cannot be verified never is."""
+        if "\0" in password:
+            return False                # bcrypt would read what stands before it
         if stored.startswith("$pbkdf2-sha256$"):
             parts = stored.split("$")
             if len(parts) != 5 or not parts[2].isdigit():
@@ -10022,8 +10027,8 @@ class Passwords:
         import subprocess
         try:
             done = subprocess.run(
-                [sys.executable, "-I", "-S", "-c", _BCRYPT_PROGRAM],
-                input=utf8(password).replace(b"\0", b"") + b"\0" + setting.encode(),
+                [sys.executable or "python3", "-I", "-S", "-c", _BCRYPT_PROGRAM],
+                input=utf8(password) + b"\0" + setting.encode(),
                 capture_output=True, timeout=PASSWORD_SECONDS_MAX, check=False,
             )
         except (OSError, subprocess.SubprocessError):

@@ -7860,6 +7860,8 @@ def test_auth_hashes_of_etcd_verify_and_ours_look_the_same():
     assert not passwords.verify("Wonderland", _AUTH_HASH_OF_ETCD)
     assert not passwords.verify("wonderland", _AUTH_HASH_OF_ETCD[:-1])
     assert not passwords.verify("x", "x") and not passwords.verify("", "")
+    assert not passwords.verify("wonderland\0", _AUTH_HASH_OF_ETCD)
+    assert not passwords.verify("wonder\0land", _AUTH_HASH_OF_ETCD)
     made = passwords.hash("p\u00e9")
     assert re.fullmatch(r"\$2a\$10\$[./A-Za-z0-9]{53}", made) and made != passwords.hash("p\u00e9")
     assert passwords.verify("p\u00e9", made) and not passwords.verify("pe", made)
@@ -7878,6 +7880,14 @@ def test_auth_without_bcrypt_another_hash_serves(tmp_path, monkeypatch, caplog):
         assert json.loads(stored)["password"].startswith("$pbkdf2-sha256$")
         assert _auth_key(url, "GET", "/", auth=_AUTH_ROOT) == 200
         assert _auth_key(url, "GET", "/", auth=("root", "wrong")) == 401
+
+
+def test_auth_without_a_python_program_another_hash_serves(monkeypatch):
+    """An embedding program may not know where Python is, or it cannot be started."""
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert pyetcd.Passwords().hash("x").startswith("$pbkdf2-sha256$")
+    monkeypatch.setattr(sys, "executable", None)
+    assert re.match(r"\$(2a|pbkdf2-sha256)\$", pyetcd.Passwords().hash("x"))
 
 
 def test_auth_readers_writers_and_guests(auth_server):
@@ -8517,6 +8527,25 @@ def test_server_failed_fsync_ends_the_member(tmp_path, monkeypatch):
         with pytest.raises(requests.RequestException):
             requests.put(url, data={"value": "2"}, timeout=5)
         assert server.wait() == 1
+
+
+def test_cluster_proposals_of_peers_wait_for_a_leader_only_so_long(tmp_path):
+    """Without one they are dropped when their client has given up."""
+    server = pyetcd.Server(name="a", data_dir=str(tmp_path / "a"), heartbeat_ms=20, election_ms=100)
+    server.bind()
+    server.start(initial_cluster=f"a={server.peer_urls[0]},b=http://127.0.0.1:{free_port()}")
+    try:
+        def receive(etcd):
+            other = next(id for id in etcd.cluster.members if id != etcd.member_id)
+            etcd._deliver(Message(
+                MsgType.PROP, to=etcd.member_id, sender=other, entries=[Entry(data=b"x")]))
+            return len(etcd._strays)
+
+        eventually(lambda: server.call(lambda etcd: len(etcd.node.raft.voters)) == 2)
+        assert server.call(receive) == 1
+        eventually(lambda: server.call(lambda etcd: not etcd._strays))
+    finally:
+        server.stop()
 
 
 def test_cluster_leader_hands_over_when_it_is_stopped(tmp_path):
