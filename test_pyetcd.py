@@ -6,21 +6,22 @@
   4. Raft log, progress
   5. Raft by the paper
   6. Raft transcripts
-  7. Simulation: real server code under virtual time, network and disk
-  8. Store
-  9. Cluster, apply
-  10. HTTP contract
-  11. TLS
-  12. Auth
-  13. Clusters over real sockets, in processes of their own
-  14. Operations
-  15. Client
-  16. Other clients
-  17. Peer transport
-  18. Discovery, and Bootstrap
-  19. Proxy
-  20. Command line
-  21. Fuzzing
+  7. Histories: could one register at one place have answered like this?
+  8. Simulation: real server code under virtual time, network and disk
+  9. Store
+  10. Cluster, apply
+  11. HTTP contract
+  12. TLS
+  13. Auth
+  14. Clusters over real sockets, in processes of their own
+  15. Operations
+  16. Client
+  17. Other clients
+  18. Peer transport
+  19. Discovery, and Bootstrap
+  20. Proxy
+  21. Command line
+  22. Fuzzing
 
 Run a part by the prefix of its names: -k raft_, -k "store_ or wal_", -k sim_, -k cluster_.
 Chance is seeded and a failure prints its seed.  PYETCD_SIM_SEEDS=10000 runs more simulations,
@@ -3683,7 +3684,161 @@ def test_raft_storm_is_no_calm():
 
 
 # ============================================================================
-# 7. Simulation: real server code under virtual time, network and disk
+# 7. Histories: could one register at one place have answered like this?
+# ----------------------------------------------------------------------------
+# The checker of what clients saw, for the simulation and for real processes.
+# ============================================================================
+
+class Operation(NamedTuple):
+    """What one client asked of one key, and was told; times by one clock.
+
+    verb      "read" (`new` is what was seen; None: no key), "write" (`new`; None: delete) or
+              "swap" (`old` to `new`; `ok` tells whether it compared equal)
+    returned  math.inf if there was no answer: it may have happened, or may happen still
+    """
+
+    called: float
+    returned: float
+    verb: str
+    new: Optional[str]
+    old: Optional[str] = None
+    ok: bool = True
+
+    def after(self, state):
+        """Return (state after it), or () if it cannot have been answered so at `state`."""
+        if self.verb == "write":
+            return (self.new,)
+        if self.verb == "read":
+            return (state,) if state == self.new else ()
+        if self.ok:
+            return (self.new,) if state == self.old else ()
+        return (state,) if state != self.old else ()
+
+
+def find_violation(operations):
+    """Return the first operation that no order explains, or None: the history is linearizable.
+
+    Between call and return each operation happens at one moment; those without an answer, later
+    or never.  Values written are unique.  Walks through the calls and returns in time, with every
+    (state, what of the open operations has happened, which unanswered ones) that is possible:
+    the method of Wing and Gong, with Lowe's memory of what was seen.  An unanswered one is only
+    assumed to have happened right before an operation that needs it; sooner would explain no more.
+    """
+    events = sorted(
+        (time_s, is_return, number)
+        for number, op in enumerate(operations)
+        for is_return, time_s in enumerate((op.called, op.returned)) if time_s < math.inf
+    )
+    open_ones, unanswered = set(), set()
+    possible = {(None, frozenset(), frozenset())}
+    for _, is_return, number in events:
+        if not is_return:
+            (unanswered if operations[number].returned == math.inf else open_ones).add(number)
+            continue
+        possible = {
+            (state, done - {number}, used)
+            for state, done, used in _closure(operations, possible, number, open_ones, unanswered)
+        }
+        open_ones.discard(number)
+        if not possible:
+            return operations[number]
+    return None
+
+
+def _closure(operations, possible, number, open_ones, unanswered):
+    """Yield every way to go on from `possible` so that operation `number` has happened."""
+    todo, seen = list(possible), set(possible)
+    while todo:
+        state, done, used = todo.pop()
+        if number in done:
+            yield state, done, used
+            continue
+        for other in open_ones - done:
+            for ahead, more in _ways(operations, state, unanswered - used):
+                for following in operations[other].after(ahead):
+                    reached = (following, done | {other}, used | more)
+                    if reached not in seen:
+                        seen.add(reached)
+                        todo.append(reached)
+                if not more and operations[other].after(ahead):
+                    break               # no need of the unanswered ones
+
+
+def _ways(operations, state, unanswered):
+    """Yield (state, used) with none, one or a chain of unanswered operations before the next."""
+    yield state, frozenset()
+    todo = [(state, frozenset())]
+    while todo:
+        state, used = todo.pop()
+        for number in unanswered - used:
+            if used and operations[number].verb == "write":
+                continue                # would only hide what was used before it
+            for following in operations[number].after(state):
+                yield following, used | {number}
+                todo.append((following, used | {number}))
+
+
+def _is_explained_by_some_order(operations):
+    """The plain meaning of linearizable, by trying every order: for small histories."""
+    answered = [n for n, op in enumerate(operations) if op.returned < math.inf]
+    others = [n for n, op in enumerate(operations) if op.returned == math.inf]
+    return any(
+        _is_explained_by(operations, order)
+        for count in range(len(others) + 1)
+        for chosen in itertools.combinations(others, count)
+        for order in itertools.permutations(answered + list(chosen))
+    )
+
+
+def _is_explained_by(operations, order):
+    state = None
+    for place, number in enumerate(order):
+        if any(operations[later].returned < operations[number].called for later in order[place:]):
+            return False
+        states = operations[number].after(state)
+        if not states:
+            return False
+        state = states[0]
+    return True
+
+
+@given(st.lists(st.tuples(
+    st.integers(0, 6), st.integers(0, 4), st.booleans(), st.sampled_from(["read", "write", "swap"]),
+    st.integers(0, 4), st.integers(0, 4), st.booleans(),
+), max_size=5))
+def test_history_checker_agrees_with_trying_every_order(drawn):
+    """Any small history: the checker says what its definition says."""
+    operations = []
+    for number, (called, lasts, is_lost, verb, seen, old, ok) in enumerate(drawn):
+        is_lost = is_lost and verb != "read"
+        returned = math.inf if is_lost else called + lasts + 0.5
+        new = f"v{number}" if verb != "read" else f"v{seen}" if seen < 4 else None
+        operations.append(Operation(
+            called + number / 100, returned + number / 100, verb, new,
+            f"v{old}" if verb == "swap" else None, ok or is_lost))
+    violation = find_violation(operations)
+    assert (violation is None) == _is_explained_by_some_order(operations)
+
+
+@pytest.mark.parametrize("operations, is_possible", [
+    ([Operation(0, 1, "write", "a"), Operation(2, 3, "read", "a")], True),
+    ([Operation(0, 1, "write", "a"), Operation(2, 3, "read", None)], False),
+    ([Operation(0, 3, "write", "a"), Operation(1, 2, "read", "a"),
+      Operation(2.1, 2.2, "read", None)], False),
+    ([Operation(0, math.inf, "write", "a"), Operation(1, 2, "read", None),
+      Operation(3, 4, "read", "a")], True),
+    ([Operation(0, 1, "write", "a"), Operation(2, 3, "swap", "b", "a"),
+      Operation(2, 3, "swap", "c", "a")], False),
+    ([Operation(0, 1, "write", "a"), Operation(2, math.inf, "swap", "b", "a"),
+      Operation(2, 3, "swap", "c", "a", ok=False), Operation(4, 5, "read", "b")], True),
+], ids=["read-own", "stale", "back-in-time", "late-effect", "two-winners", "lost-winner"])
+def test_history_checker_on_known_histories(operations, is_possible):
+    """What a register can do, and what it never does."""
+    assert (find_violation(operations) is None) == is_possible
+
+
+# ============================================================================
+# 8. Simulation: real server code under virtual time, network and disk
 # ----------------------------------------------------------------------------
 # Run one seed: PYETCD_SIM_SEED=17 pytest -k sim_seeds    many: PYETCD_SIM_SEEDS=10000
 # ============================================================================
@@ -4416,7 +4571,7 @@ def test_sim_minority_acknowledges_nothing():
 
 
 # ============================================================================
-# 8. Store -- one test per sentence of the keys API, on a clock that is passed in
+# 9. Store -- one test per sentence of the keys API, on a clock that is passed in
 # ============================================================================
 
 
@@ -5640,7 +5795,7 @@ def _store_check_request(replay: _StoreReplay, case: Any, row: Any, number: int)
 
 
 # ============================================================================
-# 9. Cluster, apply -- who the members are, and what entries do
+# 10. Cluster, apply -- who the members are, and what entries do
 # ----------------------------------------------------------------------------
 
 
@@ -6163,7 +6318,7 @@ def test_apply_is_the_same_on_every_member():
 
 
 # ============================================================================
-# 10. HTTP contract
+# 11. HTTP contract
 # ----------------------------------------------------------------------------
 # Status, headers and body of the client and peer ports, as etcd 2.3 has them;
 # what parses requests takes any bytes; slow and malformed clients.
@@ -7425,7 +7580,7 @@ def test_http_clients_that_vanish_leave_nothing_behind(http_server):
 
 
 # ============================================================================
-# 11. TLS -- who may talk to whom, and what the log says of the others
+# 12. TLS -- who may talk to whom, and what the log says of the others
 # ----------------------------------------------------------------------------
 
 
@@ -7761,7 +7916,7 @@ def test_tls_by_flags_as_operators_give_them(tmp_path, certificates):
 
 
 # ============================================================================
-# 12. Auth -- who may do what, and what it costs to find out
+# 13. Auth -- who may do what, and what it costs to find out
 # ----------------------------------------------------------------------------
 
 # Made by etcd 3.4.23 --enable-v2 for the password "wonderland".
@@ -8122,7 +8277,7 @@ def test_auth_refusals_can_be_read_by_scripts_of_allowed_origins(tmp_path):
 
 
 # ============================================================================
-# 13. Clusters over real sockets, in processes of their own
+# 14. Clusters over real sockets, in processes of their own
 # ----------------------------------------------------------------------------
 # Few and slow.  Every process is started here and ended here.
 # ============================================================================
@@ -8576,7 +8731,7 @@ def test_cluster_leader_hands_over_when_it_is_stopped(tmp_path):
 
 
 # ============================================================================
-# 14. Operations
+# 15. Operations
 # ----------------------------------------------------------------------------
 # What operators and their tools see: the recorded answers of etcd 2.3.8,
 # metrics, probes, and what a v3 client is told.
@@ -9098,7 +9253,7 @@ def test_ops_livez_needs_no_leader_and_readyz_does(tmp_path):
 
 
 # ============================================================================
-# 15. Client -- against real servers, against misbehaving ones, and beside etcdctl
+# 16. Client -- against real servers, against misbehaving ones, and beside etcdctl
 # ============================================================================
 
 
@@ -10277,7 +10432,7 @@ def test_client_cli_reader_that_went_away(_client_server, _client, _client_dir):
 
 
 # ============================================================================
-# 16. Other clients -- etcdctl and libraries, side by side
+# 17. Other clients -- etcdctl and libraries, side by side
 # ----------------------------------------------------------------------------
 # Debian's etcdctl walks through every command on pyetcd and on the real etcd
 # 3.4; then libraries that others wrote, and the requests of well known users.
@@ -11318,7 +11473,7 @@ def test_lib_requests_of_well_known_users(_client_server, _client_dir, user):
 
 
 # ============================================================================
-# 17. Peer transport -- frames, refusals, and two members on loopback
+# 18. Peer transport -- frames, refusals, and two members on loopback
 # ----------------------------------------------------------------------------
 # Frames are compared with recordings of etcd 2.3.8; links run over real
 # sockets on one reactor that the test turns itself.
@@ -12717,7 +12872,7 @@ def test_link_real_etcd_leads_us(
 
 
 # ============================================================================
-# 18. Discovery, and Bootstrap
+# 19. Discovery, and Bootstrap
 # ----------------------------------------------------------------------------
 # A small registry and a small name server stand in for the network; then the
 # ways into a cluster, on temporary directories.
@@ -14030,7 +14185,7 @@ def test_bootstrap_unwritable_data_dir_is_one_line(tmp_path: Path) -> None:
 
 
 # ============================================================================
-# 19. Proxy -- a door to a cluster, over real sockets
+# 20. Proxy -- a door to a cluster, over real sockets
 # ----------------------------------------------------------------------------
 # Members are real, or an upstream that records what it is asked and answers
 # as it is told.
@@ -14803,7 +14958,7 @@ def test_proxy_answers_the_transcript_of_etcd_238(tmp_path: Path) -> None:
 
 
 # ============================================================================
-# 20. Command line
+# 21. Command line
 # ----------------------------------------------------------------------------
 # Flags, variables, what does not go together, and what the operator is told.
 # ============================================================================
@@ -15949,7 +16104,7 @@ def test_flags_the_program_runs_in_a_fresh_image(tmp_path, relative):
 
 
 # ============================================================================
-# 21. Fuzzing -- any bytes, in any pieces, at every door
+# 22. Fuzzing -- any bytes, in any pieces, at every door
 # ----------------------------------------------------------------------------
 # Each target takes bytes and raises if something escapes that is not promised.
 # Here hypothesis feeds a few; PYETCD_FUZZ_SECONDS=300 gives each target so long.
