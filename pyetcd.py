@@ -2791,6 +2791,7 @@ def _is_contiguous(message: Message) -> bool:
 EXPIRES_NS_MIN = 946_684_800 * NS   # 2000-01-01; an earlier instant is permanent for set and create
 TTL_STALE_MIN = 64                  # stale heap entries always tolerated; above and > live: rebuilt
 SNAPSHOT_SLICE_NODES = 500          # nodes per slice of a snapshot walk: 1 ms, all with ttl 3
+SNAPSHOT_PROGRESS_NODES = 20_000    # read between two words about it
 SNAPSHOT_SORT_MAX = 1_000           # children of larger directories stay in insertion order
 
 _READ_ONLY = frozenset(("/", "/0", "/1"))
@@ -3311,7 +3312,9 @@ def _unquote(string: str) -> str:
     return str(json.loads(f'"{string}"')) if "\\" in string else string
 
 
-def _read_tree(text: str) -> Tuple[Dict[str, Node], int]:
+def _read_tree(
+    text: str, progress: Callable[[float, int], None]
+) -> Tuple[Dict[str, Node], int]:
     """Return the nodes of a snapshot by path, and where in `text` their JSON ends.
 
     Reads node after node, which Go writes in one order of members, instead of the nested
@@ -3336,6 +3339,8 @@ def _read_tree(text: str) -> Tuple[Dict[str, Node], int]:
             raise ValueError(f"{path} is in a file")
         if path != "/":
             siblings[path] = None
+        if not len(nodes) % SNAPSHOT_PROGRESS_NODES:
+            progress(end / len(text), len(nodes))
         match = _SNAPSHOT_NODE.match(text, end)
     return nodes, end
 
@@ -3633,8 +3638,27 @@ class Store:
         """Return a whole snapshot at once."""
         return b"".join(self.snapshot_chunks())
 
-    def recover(self, data: bytes) -> None:
+    def count_files(self, directory: str) -> int:
+        """Return how many files there are below `directory`, at any depth; looks at every node."""
+        below = directory + "/"
+        return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
+
+    def replant(self, directory: str, files: Mapping[str, str]) -> None:
+        """Have only `files`, path -> value, below `directory`: without a new index or an event."""
+        below = directory + "/"
+        for path in [path for path in self._nodes if path.startswith(below)]:
+            del self._nodes[path]
+        (self._nodes[directory].children or {}).clear()
+        for path, value in files.items():
+            self._make_parents(path, self.current_index)
+            self._put(path, None, Node(value, self.current_index, self.current_index, 0))
+
+    def recover(
+        self, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
+    ) -> None:
         """Become what the snapshot `data` says; watchers stay, and are not told what they missed.
+
+        progress  called now and then with the share that is read, 0.0 to 1.0, and the nodes in it
 
         Nodes already over leave with the next delete_expired.  Raises ValueError if it is no
         snapshot of a store, and then nothing has changed.
@@ -3642,7 +3666,7 @@ class Store:
         """
         try:
             text = text_of(data)
-            nodes, end = _read_tree(text)
+            nodes, end = _read_tree(text, progress)
             state = json.loads("{" + text[end:].lstrip("}")[1:])
             current_index = _number(state, "CurrentIndex")
             counters = state.get("Stats") or {}
@@ -3817,6 +3841,8 @@ class OsDisk:
     A handle is what create and open_append return.  Nothing is durable before fsync or
     fdatasync of the handle, no name before fsync_dir of its directory.  Raises OSError.
     """
+
+    read_only = False           # True: a log is read as it is, and not repaired
 
     def makedirs(self, path: str) -> None:
         """Make a directory and its parents, mode 0700."""
@@ -4351,10 +4377,11 @@ class _WalReader:
                 f"read wal error ({torn}) and cannot be repaired: later segments exist;"
                 f" {_REPAIR_HINT}"
             )
-        if torn:
+        repairs = not self._disk.read_only
+        if torn and repairs:
             self._keep_copy(decoder)
         self.crc = decoder.crc
-        if last and decoder.end < len(decoder.data):
+        if last and repairs and decoder.end < len(decoder.data):
             self._disk.truncate(handle, decoder.end)    # zeros of preallocation, or torn bytes
         return decoder.end
 
@@ -4494,6 +4521,16 @@ class SnapshotFile(NamedTuple):
     size: int
     crc: int
 
+    @property
+    def name(self) -> str:
+        """What the file is called."""
+        return f"{self.id.term:016x}-{self.id.index:016x}.snap"
+
+    @property
+    def head(self) -> bytes:
+        """What stands in the file before the pieces."""
+        return b"\x08%b\x12%b" % (encode_varint(self.crc), encode_varint(self.size))
+
 
 class Snapshotter:
     """The directory of snapshot files, `<term>-<index>.snap`.  Source: etcd 2.3 snap."""
@@ -4514,12 +4551,10 @@ class Snapshotter:
         Differs from etcd: it has another name until it is complete, so load() on another thread
         never sees half of it.
         """
-        term, index = file.id
-        path = os.path.join(self.directory, f"{term:016x}-{index:016x}.snap")
+        path = os.path.join(self.directory, file.name)
         handle = self._disk.create(path + ".tmp", 0o666)
         try:
-            head = b"\x08%b\x12%b" % (encode_varint(file.crc), encode_varint(file.size))
-            for piece in (head, *file.pieces):
+            for piece in (file.head, *file.pieces):
                 self._disk.write(handle, piece)
             self._disk.fsync(handle)
         finally:
@@ -8812,6 +8847,7 @@ class SnapshotJob:
         now: Callable[[], float],
     ) -> None:
         self.id = snapshot_id
+        self.etcd_index = store.current_index
         self.done: Optional[SnapshotFile] = None
         self.started = now()            # monotonic
         self.work_seconds = 0.0         # of all slices
@@ -8847,6 +8883,9 @@ class SnapshotJob:
         self._walk.close()
 
 
+Taker = Callable[[SnapshotFile, int], None]     # gets a snapshot and the store's index in it
+
+
 class SnapshotKeeper:
     """When to write a snapshot, how, and which one a follower gets.  Thread: reactor."""
 
@@ -8862,6 +8901,8 @@ class SnapshotKeeper:
         self._journal = journal
         self._failed = failed
         self._job: Optional[SnapshotJob] = None     # a walk over the store
+        self._takers: List[Taker] = []              # who gets it, instead of the disk
+        self._waiting: List[Taker] = []             # who gets the next one
         self._saving = False                        # the walk is over, the file not yet there
         self._cache: Optional[Snapshot] = None      # the newest file, while followers want it
         self._loading = False
@@ -8878,6 +8919,30 @@ class SnapshotKeeper:
         )
         self._job = SnapshotJob(store, applied, voters, self._reactor.now)
 
+    @property
+    def is_wanted(self) -> bool:
+        """True if somebody waits for a snapshot, and no walk is under way."""
+        return bool(self._waiting) and self._job is None
+
+    def want(self, taker: Taker) -> None:
+        """Have taker called with the state of a moment from now on; the disk is not involved."""
+        self._waiting.append(taker)
+
+    def unwant(self, taker: Taker) -> None:
+        """The taker is gone; a walk for nobody ends."""
+        if taker in self._waiting:
+            self._waiting.remove(taker)
+        elif taker in self._takers:
+            self._takers.remove(taker)
+            if self._job is not None and not self._takers:
+                self._job.cancel()
+                self._job = None
+
+    def lend(self, store: Store, applied: EntryID, voters: Tuple[int, ...]) -> None:
+        """Begin to walk the store as it is now, for all that wait."""
+        self._takers, self._waiting = self._waiting, []
+        self._job = SnapshotJob(store, applied, voters, self._reactor.now)
+
     def work(self, saved: Callable[[int], None]) -> None:
         """Do a slice of the walk; at its end have record and file written, then saved()."""
         if self._job is None:
@@ -8887,6 +8952,12 @@ class SnapshotKeeper:
         file = self._job.done
         if file is None:
             self._reactor.call_soon(_nothing)   # the next slice: in the next turn, at once
+            return
+        if self._takers:
+            takers, etcd_index = self._takers, self._job.etcd_index
+            self._takers, self._job = [], None
+            for taker in takers:
+                taker(file, etcd_index)
             return
         if self._journal.busy:
             return                              # its end makes a turn, too
@@ -8918,6 +8989,7 @@ class SnapshotKeeper:
         if self._job is not None:
             self._job.cancel()
             self._job = None
+            self._waiting, self._takers = self._takers + self._waiting, []
         self.index = index
         self._cache = None
 
@@ -9516,6 +9588,8 @@ class EtcdServer:
         self.counts.time_apply(self._apply, self.reactor.now)
         if self.reads:
             self._serve_reads()
+        if self.snapshots.is_wanted:
+            self._lend_snapshot()
         self.snapshots.work(self._snapshot_saved)
         if node.has_ready() or (not refused and (self._queue or self._changes)):
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
@@ -9686,6 +9760,13 @@ class EtcdServer:
         if behind > self.config.snapshot_count and not self.snapshots.busy:
             applied = EntryID(self.raft_term, self.raft_index)
             self.snapshots.begin(self.store, applied, self.node.raft.voters)
+
+    def _lend_snapshot(self) -> None:
+        """For clients; one that the disk needs goes first."""
+        self._maybe_snapshot()
+        if self.snapshots.is_wanted:
+            applied = EntryID(self.raft_term, self.raft_index)
+            self.snapshots.lend(self.store, applied, self.node.raft.voters)
 
     def _snapshot_saved(self, index: int) -> None:
         keep_from = max(1, index - SNAPSHOT_CATCHUP_ENTRIES)
@@ -11868,6 +11949,84 @@ class AuthApi:
 
 
 # ============================================================================
+# 30.5. Snapshot API -- the whole state, over HTTP
+# ----------------------------------------------------------------------------
+# Knows: all above.  Must not know: sockets, Raft messages, files.
+# ============================================================================
+
+DOWNLOADS_MAX = 4                   # at a time; each may hold a state of its own in memory
+
+
+class SnapshotApi:
+    """/v2/snapshot: the state at one index, as the file that a member would write.
+
+    Differs from etcd 2.3, which has no such path.  Thread: reactor.
+    """
+
+    METHODS = ("GET",)
+
+    def __init__(self, server: EtcdServer) -> None:
+        self._server = server
+        self._downloads: Set[Download] = set()
+
+    def handle(self, request: HttpRequest) -> None:
+        """Answer as soon as the store has been walked."""
+        if not self._server.raft_index:
+            write_message(request, 503, "this member has no state yet; ask another one")
+        elif len(self._downloads) >= DOWNLOADS_MAX:
+            write_message(request, 503, "too many snapshots are being taken; try again later")
+        else:
+            self._downloads.add(Download(request, self._server, self._downloads.discard))
+
+
+class Download:
+    """One answer: it waits for the walk, then piece follows piece as fast as the client reads."""
+
+    def __init__(
+        self, request: HttpRequest, server: EtcdServer, ended: Callable[[Download], None]
+    ) -> None:
+        self._request = request
+        self._server = server
+        self._ended = ended
+        self._reply: Optional[StreamReply] = None
+        self._pieces: Iterator[bytes] = iter(())
+        self._taker = self._start       # one object: the keeper compares
+        request.on_close = self._gone
+        server.snapshots.want(self._taker)
+
+    def _start(self, file: SnapshotFile, etcd_index: int) -> None:
+        headers = (
+            f"X-Etcd-Cluster-Id: {format_id(self._server.cluster.id)}\r\n"
+            f"X-Etcd-Index: {etcd_index}\r\nX-Raft-Index: {file.id.index}\r\n"
+            f"X-Raft-Term: {file.id.term}\r\n"
+            f'Content-Disposition: attachment; filename="{file.name}"\r\n'
+        )
+        self._pieces = iter((file.head, *file.pieces))
+        self._reply = self._request.start_stream(
+            200, "application/octet-stream", headers, length=len(file.head) + file.size
+        )
+        self._reply.on_close = self._gone
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Hand out the next piece: one in a turn, as others wait for theirs."""
+        if self._reply is None or self._reply.closed:
+            return
+        piece = next(self._pieces, None)
+        if piece is None:
+            self._reply.end()
+            self._ended(self)
+            return
+        self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._go_on))
+        self._reply.write(piece)
+
+    def _gone(self) -> None:
+        self._pieces = iter(())
+        self._server.snapshots.unwant(self._taker)
+        self._ended(self)
+
+
+# ============================================================================
 # 31. Client API -- the table of paths
 # ----------------------------------------------------------------------------
 # Knows: all above.  Must not know: sockets, Raft messages, files.
@@ -11934,9 +12093,10 @@ class ClientApi:
         self._auth = AuthApi(server, auth, self._guard)
         self._keys = KeysApi(server, self._guard)
         self._members = MembersApi(server)
-        status = StatusApi(server)
+        status, snapshot = StatusApi(server), SnapshotApi(server)
         self._routes: Dict[str, Tuple[Tuple[str, ...], Handler]] = {
             "/v2/members": (MembersApi.METHODS, self._members.handle),
+            "/v2/snapshot": (SnapshotApi.METHODS, snapshot.handle),
             "/v2/machines": (("GET", "HEAD"), status.machines),
             "/v2/stats/self": (("GET",), status.stats_self),
             "/v2/stats/leader": (("GET",), status.stats_leader),
@@ -11993,7 +12153,7 @@ class ClientApi:
         methods, handler = self._routes[name]
         if methods and head.method not in methods:
             return functools.partial(refuse_method, ",".join(methods))
-        if name == "/v2/members" and head.method != "GET":
+        if name == "/v2/snapshot" or (name == "/v2/members" and head.method != "GET"):
             return self._guard.root(head, handler, refuse_credentials)
         return handler
 
