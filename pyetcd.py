@@ -86,6 +86,7 @@ import re
 import resource
 import secrets
 import selectors
+import shutil
 import signal
 import socket
 import socketserver
@@ -14739,17 +14740,20 @@ class Settings:
     sources  flag name -> where: `-name`, `ETCD_NAME` or `<file>:<line>`
     lines    (level, package, text) to be logged once logging is set up
 
+    flags    those that there are, if not the member's
     A flag goes before its variable.  Raises FlagError.
     Source: Go's package flag; etcd 2.3 pkg/flags; etcd 3.4 etcdmain/config.go for the file.
     """
 
-    def __init__(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, argv: Sequence[str], environ: Mapping[str, str], flags: Sequence[Flag] = ()
+    ) -> None:
         self.values: Dict[str, Any] = {}
         self.sources: Dict[str, str] = {}
         self.lines: List[Tuple[int, str, str]] = []
         self.help = False
         self._environ = environ
-        self._flags = _all_flags()
+        self._flags = {flag.name: flag for flag in flags} or _all_flags()
         self._rest = list(argv)
         while not self.help and self._next_flag():
             pass
@@ -14804,6 +14808,10 @@ class Settings:
                 raise FlagError(f"flag needs an argument: -{name}")
         self._set(flag, text, f"-{name}")
         return True
+
+    def take_word(self) -> str:
+        """Take the first word behind the flags; "" if there is none."""
+        return self._rest.pop(0) if self._rest else ""
 
     def check_leftover(self) -> None:
         """Raise FlagError for a word behind the flags."""
@@ -15214,6 +15222,13 @@ def _check_initial_cluster(settings: Settings) -> None:
         )
 
 
+def check_restore_settings(settings: Settings) -> None:
+    """Raise FlagError for peer URLs of a new cluster that cannot be used."""
+    _check_initial_cluster(settings)
+    for url in settings["initial-advertise-peer-urls"]:
+        _check_host(settings, "initial-advertise-peer-urls", url)
+
+
 def _check_host(settings: Settings, name: str, url: str) -> None:
     """Raise FlagError for an advertised URL without a host; warn of one that is a wildcard.
 
@@ -15367,6 +15382,504 @@ def make_config(settings: Settings) -> ServerConfig:
 
 
 # ============================================================================
+# 37.5. Backup and restore -- a member's data as files, and a cluster out of them
+# ----------------------------------------------------------------------------
+# Knows: all above.  Blocks; reads the files of a member that may be running,
+# and never changes them.
+# ============================================================================
+
+_DRY_RUN = Flag("dry-run", parse_bool, False, "say what would be done, and change nothing.")
+TOOL_FLAGS: Dict[str, Tuple[Flag, ...]] = {
+    "backup": (
+        Flag("data-dir", str, "", "path to the data directory to copy; its member may run."),
+        Flag("wal-dir", str, "", "path to its dedicated wal directory, if it has one."),
+        Flag("backup-dir", str, "", "path to the copy; must be empty or absent."),
+        Flag("backup-wal-dir", str, "", "path to a dedicated wal directory of the copy."),
+        _DRY_RUN,
+    ),
+    "restore": (
+        Flag("name", str, DEFAULT_NAME, "name of the member whose data directory is made."),
+        Flag("initial-cluster", str, "",
+             "members of the new cluster, `name=url` pairs (default: this member alone)."),
+        Flag("initial-cluster-token", str, DEFAULT_CLUSTER_TOKEN,
+             "token of the new cluster: clusters with different tokens do not mix."),
+        Flag("initial-advertise-peer-urls", parse_urls, (),
+             "peer URLs of this member (default: those in -initial-cluster)."),
+        Flag("data-dir", str, "", "path to the new data directory (default: <name>.etcd)."),
+        Flag("wal-dir", str, "", "path to the new dedicated wal directory."),
+        _DRY_RUN,
+    ),
+}
+_STAGE = "member.tmp"               # where a member directory grows until it is complete
+_ENTRIES_PER_WRITE = 1_000
+_READ_ATTEMPTS_MAX = 3              # a running member may remove or finish a file meanwhile
+
+OnProgress = Callable[[float, int], None]     # share that is done, keys so far (0: as before)
+
+
+def _part(progress: OnProgress, low: float, high: float) -> OnProgress:
+    """Return who takes the share of a step that reaches from `low` to `high` of the whole."""
+    return lambda share, keys: progress(low + share * (high - low), keys)
+
+
+class BackupError(Exception):
+    """What cannot be backed up or restored: one line, which says what to do."""
+
+
+class DataSource(NamedTuple):
+    """What the files of a member say."""
+
+    path: str
+    member_id: int                      # this and the next: 0 if there is only a snapshot
+    cluster_id: int
+    snapshot: Optional[Snapshot]
+    hard_state: HardState
+    entries: List[Entry]                # behind the snapshot
+    committed: int                      # how many of them are known to be committed
+
+    @property
+    def last(self) -> EntryID:
+        """The last entry that is known to be committed."""
+        if self.committed:
+            return EntryID(self.entries[self.committed - 1].term,
+                           self.entries[self.committed - 1].index)
+        snapshot = self.snapshot or Snapshot()
+        return EntryID(snapshot.term, snapshot.index)
+
+
+class CopyReport(NamedTuple):
+    """What backup() or restore() has made, or would make."""
+
+    source: DataSource
+    etcd_index: int
+    keys: int
+    size_bytes: int                     # of what is written: snapshot file and entries
+    member_id: int                      # the new ids
+    cluster_id: int
+    members: Tuple[Member, ...]         # of the new cluster, those of the source in a backup
+    paths: Tuple[str, ...]              # data directory, dedicated wal directory
+
+    def lines(self) -> List[str]:
+        """The report for people."""
+        source, last = self.source, self.source.last
+        left_out = len(source.entries) - source.committed
+        identity = "a snapshot file, without ids"
+        if source.member_id:
+            identity = f"member {source.member_id:x} of cluster {source.cluster_id:x}"
+        members = ", ".join(
+            f"{member.name or '(unnamed)'}={','.join(member.peer_urls)} ({member.id:x})"
+            for member in self.members
+        )
+        return [
+            f"source:      {source.path}: {identity}",
+            f"raft:        term {last.term}, index {last.index}",
+            f"uncommitted: {left_out} entries in the log that nobody acknowledged",
+            f"etcd index:  {self.etcd_index}",
+            f"keys:        {self.keys:,} in {self.size_bytes:,} bytes",
+            f"members:     {members or 'none'}",
+            f"new ids:     member {self.member_id:x}, cluster {self.cluster_id:x}",
+            f"target:      {', '.join(self.paths)}",
+        ]
+
+    def summary(self) -> str:
+        """The report in one line."""
+        left_out = len(self.source.entries) - self.source.committed
+        return (
+            f"{self.paths[0]}: member {self.member_id:x} of cluster {self.cluster_id:x},"
+            f" {self.keys:,} keys, etcd index {self.etcd_index}, raft index"
+            f" {self.source.last.index}, {left_out} uncommitted entries left out"
+        )
+
+
+class ReadOnlyDisk(OsDisk):
+    """The files of a member that may be running: without a lock, and nothing is changed.
+
+    Of a member in this process nothing is read (FileLocked): to close a file frees its lock.
+    """
+
+    read_only = True
+
+    def open_append(self, path: str) -> int:
+        """Return a handle for reading."""
+        return os.open(path, os.O_RDONLY)
+
+    def lock(self, path: str, handle: int) -> bool:
+        """Allow."""
+        return True
+
+    def unlock(self, path: str) -> None:
+        """There is none."""
+
+
+_READ_ONLY_DISK = ReadOnlyDisk()
+
+
+class _AnyVersionCluster(Cluster):
+    """Members of a cluster that may be newer than this program."""
+
+    @staticmethod
+    def _check_version(version: str) -> None:
+        """Accept."""
+
+
+# -- reading ---------------------------------------------------------------------
+
+
+def read_source(path: str, wal_dir: str = "") -> DataSource:
+    """Read a snapshot file, or the newest snapshot of a data directory and the log behind it.
+
+    Raises BackupError.
+    """
+    if os.path.isfile(path):
+        return DataSource(path, 0, 0, _read_snapshot(path), HardState(), [], 0)
+    if not os.path.isdir(path):
+        raise BackupError(f"{path} does not exist; name a snapshot file or a data directory")
+    member = os.path.join(path, "member")
+    member = member if os.path.isdir(member) else path      # as etcd 2.0.0 has it
+    wal_dir = wal_dir or os.path.join(member, "wal")
+    for attempt in range(_READ_ATTEMPTS_MAX):
+        try:
+            return _read_member(path, wal_dir, os.path.join(member, "snap"))
+        except FileLocked:
+            raise BackupError(
+                f"{path} belongs to a member in this process; use GET /v2/snapshot"
+            ) from None
+        except (WalError, CodecError, FileNotFoundError) as error:
+            if attempt == _READ_ATTEMPTS_MAX - 1:
+                raise BackupError(str(error)) from error
+        except OSError as error:
+            raise BackupError(f"cannot read {path}: {error}") from error
+    raise InvariantError("the last attempt returns or raises")
+
+
+def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
+    if not Wal.exists(wal_dir, disk=_READ_ONLY_DISK):
+        raise BackupError(
+            f"{path} is no data directory of a member: {wal_dir} holds no log; if the log is"
+            f" elsewhere, name its directory in `pyetcd backup -wal-dir`"
+        )
+    known = set(Wal.snapshots(wal_dir, disk=_READ_ONLY_DISK))
+    snapshot = _newest_snapshot(snap_dir, known)
+    start = EntryID(snapshot.term, snapshot.index) if snapshot else EntryID(0, 0)
+    wal, contents = Wal.open(wal_dir, start, disk=_READ_ONLY_DISK)
+    wal.close()
+    member_id, cluster_id = decode_metadata(contents.metadata)
+    entries, state = contents.entries, contents.hard_state
+    committed = sum(entry.index <= state.commit for entry in entries)
+    if start.index + committed < state.commit:
+        raise WalError(
+            f"{wal_dir} lacks the entries behind {start.index + committed}, but {state.commit}"
+            f" are committed; take the data directory of another member"
+        )
+    if _voters(snapshot.voters if snapshot else (), entries[:committed]) == {member_id}:
+        # Alone, a member commits what it has on disk; it need not have written that down.
+        following = itertools.takewhile(
+            lambda entry: entry.type == EntryType.NORMAL, entries[committed:]
+        )
+        committed += sum(1 for _ in following)
+    return DataSource(path, member_id, cluster_id, snapshot, state, entries, committed)
+
+
+def _newest_snapshot(directory: str, known: Container[EntryID]) -> Optional[Snapshot]:
+    """Return the newest snapshot that the log knows.  Raises BackupError if it is damaged."""
+    for name in reversed(_READ_ONLY_DISK.listdir(directory)):
+        match = _SNAP_NAME.fullmatch(name)
+        if match and EntryID(int(match.group(1), 16), int(match.group(2), 16)) in known:
+            return _read_snapshot(os.path.join(directory, name))
+    return None
+
+
+def _read_snapshot(path: str) -> Snapshot:
+    """Read a snapshot file.  Raises BackupError, which names an older one if there is one."""
+    try:
+        return decode_snapshot_file(_READ_ONLY_DISK.read(path))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BackupError(f"cannot read {path}: {error.strerror}") from None
+    except CodecError as error:
+        older = _older_snapshot(path)
+        advice = f"{older} is older and intact: move the damaged one away, or restore from it"
+        raise BackupError(
+            f"{path} is damaged ({error}); {advice if older else 'take one of another member'}"
+        ) from None
+
+
+def _older_snapshot(path: str) -> str:
+    """Return the path of the newest good snapshot before `path` in its directory, or ""."""
+    directory, name = os.path.split(path)
+    for other in reversed(_READ_ONLY_DISK.listdir(directory or ".")):
+        if _SNAP_NAME.fullmatch(other) and other < name:
+            with contextlib.suppress(CodecError, OSError):
+                candidate = os.path.join(directory, other)
+                decode_snapshot_file(_READ_ONLY_DISK.read(candidate))
+                return candidate
+    return ""
+
+
+def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster]:
+    """Return what the member knew at source.last.  Raises BackupError."""
+    store = Store()
+    if not source.last.index:
+        raise BackupError(f"{source.path} holds no data yet; name one of a member that has run")
+    cluster = _AnyVersionCluster("", store)
+    applier = Applier(store, cluster, source.member_id)
+    try:
+        if source.snapshot is not None:
+            store.recover(source.snapshot.data, _part(progress, 0.0, 0.8))
+            cluster.recover()
+        for number, entry in enumerate(source.entries[:source.committed]):
+            if entry.type == EntryType.NORMAL:
+                applier.apply_entry(entry)
+                entry.request = None
+            else:
+                applier.apply_conf_change(decode_conf_change(entry.data))
+            if not number % _ENTRIES_PER_WRITE:
+                progress(0.8 + 0.2 * number / source.committed, 0)
+    except ValueError as error:         # CodecError is one
+        raise BackupError(
+            f"{source.path} does not hold the state of a v2 store ({error}); take a snapshot or"
+            f" data directory of another member"
+        ) from None
+    return store, cluster
+
+
+# -- writing ---------------------------------------------------------------------
+
+
+class MemberFiles(NamedTuple):
+    """All that a member begins with."""
+
+    member_id: int
+    cluster_id: int
+    snapshot: Optional[SnapshotFile]
+    hard_state: HardState
+    entries: Sequence[Entry]
+
+
+def check_target(data_dir: str, wal_dir: str = "") -> None:
+    """Raise BackupError if there is something that would be mixed with new files."""
+    for path in filter(None, (data_dir, wal_dir)):
+        try:
+            found = set(os.listdir(path)) - {_STAGE}
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise BackupError(f"cannot use {path}: {error.strerror}; name another") from None
+        if found:
+            raise BackupError(f"{path} is not empty; name another directory, or move it away")
+
+
+def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnProgress) -> None:
+    """Make a data directory, durably; `member` appears in it when all is complete.
+
+    Raises BackupError; what was begun is removed then.
+    """
+    stage = os.path.join(data_dir, _STAGE)
+    wal_stage = os.path.join(wal_dir or stage, _STAGE if wal_dir else "wal")
+    begun = [path for path in (data_dir, wal_dir) if path and not os.path.exists(path)]
+    with contextlib.ExitStack() as on_failure:
+        for path in (stage, wal_stage, *begun):
+            on_failure.callback(shutil.rmtree, path, ignore_errors=True)
+        try:
+            for path in (stage, wal_stage):
+                shutil.rmtree(path, ignore_errors=True)
+            _fill_stage(stage, wal_stage, files, progress)
+            if wal_dir:
+                # First: a log without its snapshot is refused, the other way round is forgotten.
+                for name in os.listdir(wal_stage):
+                    os.rename(os.path.join(wal_stage, name), os.path.join(wal_dir, name))
+                os.rmdir(wal_stage)
+                fsync_dir(wal_dir)
+            os.rename(stage, os.path.join(data_dir, "member"))
+            for path in (data_dir, *begun):
+                fsync_dir(path if path == data_dir else os.path.dirname(path) or ".")
+        except OSError as error:
+            raise BackupError(
+                f"cannot write {data_dir}: {error}; make room and check who may write there"
+            ) from error
+        on_failure.pop_all()
+
+
+def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProgress) -> None:
+    """Write all files.  In the log the entries come first, as etcdctl has it."""
+    snap = os.path.join(stage, "snap")
+    for path in (os.path.dirname(stage), stage, snap, os.path.dirname(wal_stage)):
+        os.makedirs(path, mode=0o700, exist_ok=True)
+    snapshot = files.snapshot
+    if snapshot is not None:
+        Snapshotter(snap).write(snapshot)
+        _write_bolt(os.path.join(snap, "db"), snapshot.id.index)
+    metadata = encode_metadata(files.member_id, files.cluster_id)
+    wal = Wal.create(wal_stage, metadata, segment_bytes=UINT64_MAX)
+    try:
+        for first in range(0, len(files.entries), _ENTRIES_PER_WRITE):
+            part = files.entries[first:first + _ENTRIES_PER_WRITE]
+            wal.write(wal.encode(None, part), sync=False)
+            progress(first / len(files.entries), 0)
+        wal.write(wal.encode(files.hard_state, ()), sync=False)
+        if snapshot is not None:
+            wal.write(wal.encode_snapshot(snapshot.id), sync=False)
+        wal.write(b"", sync=True)
+    finally:
+        wal.close()
+    for path in (snap, wal_stage, stage):
+        fsync_dir(path)
+
+
+def _write_bolt(path: str, raft_index: int) -> None:
+    """Write the database that etcd 3.4 wants beside a snapshot: without a key, up to raft_index.
+
+    Four pages: two heads, the free list, and the buckets.  Source: bbolt, page.go, bucket.go.
+    """
+    def page(id: int, kind: int, items: Sequence[Tuple[int, bytes, bytes]]) -> bytes:
+        head = struct.pack("<QHHI", id, kind, len(items), 0)
+        at, table, data = 16 * len(items), b"", b""
+        for number, (flags, key, value) in enumerate(items):
+            table += struct.pack("<IIII", flags, at + len(data) - 16 * number, len(key), len(value))
+            data += key + value
+        return head + table + data
+
+    def bucket(*items: Tuple[bytes, int]) -> bytes:
+        rows = [(0, key, value.to_bytes(8, "big")) for key, value in items]
+        return bytes(16) + page(0, 2, rows)
+
+    full = {
+        b"auth": bucket((b"authRevision", 1)), b"meta": bucket((b"consistent_index", raft_index)),
+    }
+    names = b"alarm auth authRoles authUsers cluster key lease members members_removed meta".split()
+    pages = [page(3, 2, [(1, name, full.get(name, bucket())) for name in names]), page(2, 16, ())]
+    for transaction in (1, 0):
+        meta = struct.pack("<IIIIQQQQQ", 0xED0CDAED, 2, 4096, 0, 3, 0, 2, 4, transaction)
+        checksum = 0xCBF29CE484222325
+        for byte in meta:
+            checksum = (checksum ^ byte) * 0x100000001B3 & UINT64_MAX
+        pages.append(page(transaction, 4, ()) + meta + checksum.to_bytes(8, "little"))
+    handle = OS_DISK.create(path)
+    try:
+        OS_DISK.write(handle, b"".join(data.ljust(4096, b"\0") for data in reversed(pages)))
+        OS_DISK.fsync(handle)
+    finally:
+        OS_DISK.close(handle)
+
+
+# -- backup and restore ------------------------------------------------------------
+
+
+def _no_progress(share: float, keys: int) -> None:
+    """Nobody looks."""
+
+
+def backup(
+    data_dir: str, backup_dir: str, *, wal_dir: str = "", backup_wal_dir: str = "",
+    dry_run: bool = False, progress: OnProgress = _no_progress,
+) -> CopyReport:
+    """Copy the data of a member that may be running, under new ids: as `etcdctl backup` does.
+
+    The copy is for a start with -force-new-cluster.  Snapshot and log are as in the source, with
+    the changes of members in it, so every index stays; what was not committed is left out.
+    progress is called with the share that is done, 0.0 to 1.0, and a number of keys.
+    Raises BackupError.  Source: etcd 2.3 etcdctl/command/backup_command.go.
+    """
+    backup_wal_dir = _dedicated(backup_dir, backup_wal_dir)
+    check_target(backup_dir, backup_wal_dir)
+    source = read_source(data_dir, wal_dir)
+    store, cluster = load_state(source, _part(progress, 0.0, 0.7))
+    file: Optional[SnapshotFile] = None
+    if source.snapshot is not None:
+        data, start = encode_snapshot(source.snapshot), source.snapshot
+        file = SnapshotFile(EntryID(start.term, start.index), (data,), len(data), crc32c(data))
+    entries = source.entries[:source.committed]
+    new_ids = secrets.randbits(63) + 1, secrets.randbits(63) + 1
+    state = source.hard_state._replace(commit=source.last.index)
+    report = CopyReport(
+        source, store.current_index, store.count_files("/1"),
+        (file.size if file else 0) + sum(len(entry.data or b"") for entry in entries), *new_ids,
+        tuple(sorted(cluster.members.values())),
+        tuple(filter(None, (backup_dir, backup_wal_dir))),
+    )
+    if not dry_run:
+        files = MemberFiles(*new_ids, file, state, entries)
+        write_member(backup_dir, backup_wal_dir, files, _part(progress, 0.7, 1.0))
+    return report
+
+
+def restore(
+    source: str, name: str = DEFAULT_NAME, *, initial_cluster: str = "",
+    initial_cluster_token: str = DEFAULT_CLUSTER_TOKEN,
+    initial_advertise_peer_urls: Sequence[str] = (), data_dir: str = "", wal_dir: str = "",
+    dry_run: bool = False, progress: OnProgress = _no_progress,
+) -> CopyReport:
+    """Make the data directory of member `name` of a new cluster, which begins with old data.
+
+    source  a snapshot file, or a data directory: its committed entries count
+
+    To be done for each member, with the same source.  Keys keep their indexes and expiry times,
+    users and roles stay; the members are those given, under ids of their own, and no id of the
+    past is known.  progress is called as by backup().  Raises BackupError.
+    """
+    data_dir = data_dir or name + ".etcd"
+    wal_dir = _dedicated(data_dir, wal_dir)
+    check_target(data_dir, wal_dir)
+    cluster, own = _restored_cluster(ServerConfig(
+        name=name, initial_cluster=initial_cluster, initial_cluster_token=initial_cluster_token,
+        initial_advertise_peer_urls=tuple(initial_advertise_peer_urls),
+    ))
+    found = read_source(source)
+    store, _ = load_state(found, _part(progress, 0.0, 0.6))
+    members = tuple(sorted(cluster.members.values()))
+    _replace_members(store, members)
+    job = SnapshotJob(store, found.last, tuple(member.id for member in members), time.monotonic)
+    keys = store.count_files("/1")
+    while job.done is None:
+        job.work()
+        progress(0.6, keys)
+    report = CopyReport(
+        found, store.current_index, keys, job.done.size, own.id, cluster.id, members,
+        tuple(filter(None, (data_dir, wal_dir))),
+    )
+    if not dry_run:
+        state = HardState(found.last.term, 0, found.last.index)
+        files = MemberFiles(own.id, cluster.id, job.done, state, ())
+        write_member(data_dir, wal_dir, files, _part(progress, 0.9, 1.0))
+    return report
+
+
+def _dedicated(data_dir: str, wal_dir: str) -> str:
+    """Return wal_dir, or "" if that is where the log is anyhow."""
+    usual = os.path.join(data_dir, "member", "wal")
+    return "" if os.path.abspath(wal_dir) == os.path.abspath(usual) else wal_dir
+
+
+def _restored_cluster(config: ServerConfig) -> Tuple[Cluster, Member]:
+    """Return the new cluster and the member of it that the flags speak of."""
+    advertised = config.initial_advertise_peer_urls
+    if not advertised and not config.initial_cluster:
+        config = config._replace(initial_advertise_peer_urls=parse_urls(DEFAULT_PEER_URLS))
+    try:
+        initial = _initial_members(config)
+        if advertised:
+            _check_advertised(config, initial)
+        cluster = _new_cluster(config.initial_cluster_token, initial)
+        return cluster, _own_member(config, cluster)
+    except StartError as error:
+        raise BackupError(str(error)) from None
+
+
+def _replace_members(store: Store, members: Sequence[Member]) -> None:
+    """Have the store know just these members; of a version above ours nobody has heard."""
+    files = {
+        f"/0/members/{format_id(member.id)}/raftAttributes": member.raft_attributes_json()
+        for member in members
+    }
+    version = store.value("/0/version") or ""
+    with contextlib.suppress(ValueError):
+        if version_key(version) <= version_key(SERVER_VERSION):
+            files["/0/version"] = version
+    store.replant("/0", files)
+
+
+# ============================================================================
 # 38. Command line
 # ----------------------------------------------------------------------------
 # Knows: all above.  The only section that prints, and touches signals and
@@ -15381,25 +15894,53 @@ def usage() -> str:
     """Return the text of -help."""
     lines = [
         "usage: pyetcd [flags]", "       start a pyetcd member", "",
+        "       pyetcd backup [flags]",
+        "       copy the data of a member: see pyetcd backup -help", "",
+        "       pyetcd restore SOURCE [flags]",
+        "       make a new cluster out of a snapshot or a copy: see pyetcd restore -help", "",
         "       pyetcd -version", "       show the version", "",
         "       pyetcd -h | -help", "       show the help information about pyetcd", "",
         "Every flag may be written -flag value, -flag=value, --flag value or --flag=value; its",
         "environment variable is ETCD_ and its name, upper case, with _ for -.",
     ]
     for title, flags in FLAGS.items():
-        lines += ["", f"{title} flags:", ""]
-        for flag in flags:
-            default = flag.default
-            if isinstance(default, (tuple, dict)):
-                default = ",".join(default)
-            shown = str(default).lower() if flag.is_bool else f"'{default}'"
-            lines += [f"\t--{flag.name} {shown}", f"\t\t{flag.help}"]
+        lines += ["", f"{title} flags:", "", *_flag_lines(flags)]
     lines += ["", "of etcd 0.4, without effect flags:", ""]
     lines += [f"\t--{name}" for name in IGNORED_BOOLS]
     lines += ["", "of etcd 3 or experimental, without effect flags:"]
     for reason, names in NO_EFFECT.items():
         lines += ["", f"\t({reason})", *(f"\t--{name}" for name in names)]
     return "\n".join(lines) + "\n"
+
+
+def _flag_lines(flags: Sequence[Flag]) -> Iterator[str]:
+    for flag in flags:
+        default = flag.default
+        if isinstance(default, (tuple, dict)):
+            default = ",".join(default)
+        shown = str(default).lower() if flag.is_bool else f"'{default}'"
+        yield f"\t--{flag.name} {shown}"
+        yield f"\t\t{flag.help}"
+
+
+def tool_usage(tool: str) -> str:
+    """Return the text of `pyetcd backup -help` or `pyetcd restore -help`."""
+    return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(TOOL_FLAGS[tool]), ""])
+
+
+_TOOL_USAGE = {
+    "backup": (
+        "usage: pyetcd backup -data-dir DIR -backup-dir COPY [flags]", "",
+        "Copy the data of a member, which may be running, as `etcdctl backup` does.  A member that",
+        "is started from the copy with -force-new-cluster is a cluster of one with all keys.",
+    ),
+    "restore": (
+        "usage: pyetcd restore SOURCE -name NAME [flags]", "",
+        "Make the data directory of member NAME of a new cluster with keys, users and roles of",
+        "SOURCE: a file of GET /v2/snapshot or of a member/snap directory, or a data directory.",
+        "On each host, with the same SOURCE and flags but for -name; then start the members.",
+    ),
+}
 
 
 def version_text() -> str:
@@ -15572,6 +16113,86 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
     return code
 
 
+class ProgressLine:
+    """`restore: 45% (123,456 keys)` on a terminal, if the work takes longer than a second."""
+
+    def __init__(self, tool: str) -> None:
+        self._tool = tool
+        self._next = time.monotonic() + 1.0
+        self._keys = 0
+        self._text = ""                 # what stands on the line now
+
+    def show(self, share: float, keys: int) -> None:
+        """A share of the work is done, 0.0 to 1.0, and so many keys."""
+        self._keys = max(self._keys, keys)
+        if sys.stderr.isatty() and time.monotonic() >= self._next:
+            self._next = time.monotonic() + 0.1
+            self._write(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
+
+    def end(self) -> None:
+        """Leave a clean line."""
+        if self._text:
+            self._write("")
+            sys.stderr.write("\r")
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write("\r" + text.ljust(len(self._text)))
+        sys.stderr.flush()
+        self._text = text
+
+
+def run_tool(tool: str, words: Sequence[str]) -> int:
+    """Run `pyetcd backup` or `pyetcd restore` with the words behind it; return the exit code."""
+    logging.getLogger("pyetcd").setLevel(logging.ERROR)     # what matters is in the report
+    line = ProgressLine(tool)
+    try:
+        report = _run_tool(tool, list(words), line)
+    except FlagError as error:
+        sys.stderr.write(f"{error}. See 'pyetcd {tool} -help'.\n")
+        return 1
+    except BackupError as error:
+        line.end()
+        sys.stderr.write(f"{tool}: {error}\n")
+        return 1
+    line.end()
+    sys.stdout.write(report)
+    return 0
+
+
+def _run_tool(tool: str, words: List[str], line: ProgressLine) -> str:
+    """Return what is to be said in the end.  Raises FlagError, BackupError."""
+    is_first = tool == "restore" and words and not words[0].startswith("-")
+    source = words.pop(0) if is_first else ""
+    settings = Settings(words, os.environ, TOOL_FLAGS[tool])
+    if settings.help:
+        return tool_usage(tool)
+    if tool == "restore":
+        source = source or settings.take_word()
+    settings.check_leftover()
+    settings.read_environment()
+    dry_run = settings["dry-run"]
+    if tool == "backup":
+        for name in ("data-dir", "backup-dir"):
+            if not settings[name]:
+                raise FlagError(f"-{name} is missing")
+        report = backup(
+            settings["data-dir"], settings["backup-dir"], wal_dir=settings["wal-dir"],
+            backup_wal_dir=settings["backup-wal-dir"], dry_run=dry_run, progress=line.show,
+        )
+    else:
+        check_restore_settings(settings)
+        if not source:
+            raise FlagError("SOURCE is missing: a snapshot file, or a data directory")
+        report = restore(
+            source, settings["name"], initial_cluster=settings["initial-cluster"],
+            initial_cluster_token=settings["initial-cluster-token"],
+            initial_advertise_peer_urls=settings["initial-advertise-peer-urls"],
+            data_dir=settings["data-dir"], wal_dir=settings["wal-dir"], dry_run=dry_run,
+            progress=line.show,
+        )
+    return "\n".join(report.lines() if dry_run else [report.summary()]) + "\n"
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `pyetcd` with these words after the command; return the exit code."""
     # Threads of this process only wait for each other's short turns: 5 ms would be an eternity.
@@ -15579,8 +16200,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     # No collection of everything: it takes 0.2 s with a million keys, finds nothing (what is old
     # here is in no cycle), and is most of a write's p99 (17 instead of 5 ms).
     gc.set_threshold(5_000, 5, 1_000_000)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in TOOL_FLAGS:
+        return run_tool(words[0], words[1:])
     try:
-        settings = Settings(sys.argv[1:] if argv is None else argv, os.environ)
+        settings = Settings(words, os.environ)
         if settings.help:
             sys.stdout.write(usage())
             return 0
