@@ -15446,6 +15446,12 @@ class DataSource(NamedTuple):
         snapshot = self.snapshot or Snapshot()
         return EntryID(snapshot.term, snapshot.index)
 
+    @property
+    def voters(self) -> Set[int]:
+        """The voters after that entry."""
+        before = self.snapshot.voters if self.snapshot else ()
+        return _voters(before, self.entries[:self.committed])
+
 
 class CopyReport(NamedTuple):
     """What backup() or restore() has made, or would make."""
@@ -15571,13 +15577,14 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
             f"{wal_dir} lacks the entries behind {start.index + committed}, but {state.commit}"
             f" are committed; take the data directory of another member"
         )
-    if _voters(snapshot.voters if snapshot else (), entries[:committed]) == {member_id}:
+    source = DataSource(path, member_id, cluster_id, snapshot, state, entries, committed)
+    if source.voters == {member_id}:
         # Alone, a member commits what it has on disk; it need not have written that down.
         following = itertools.takewhile(
             lambda entry: entry.type == EntryType.NORMAL, entries[committed:]
         )
-        committed += sum(1 for _ in following)
-    return DataSource(path, member_id, cluster_id, snapshot, state, entries, committed)
+        source = source._replace(committed=committed + sum(1 for _ in following))
+    return source
 
 
 def _newest_snapshot(directory: str, known: Container[EntryID]) -> Optional[Snapshot]:
@@ -15826,6 +15833,11 @@ def restore(
         initial_advertise_peer_urls=tuple(initial_advertise_peer_urls),
     ))
     found = read_source(source)
+    if found.voters & cluster.members.keys():
+        raise BackupError(
+            f"the new members would have ids of the old ones, and mix with them; name another"
+            f" -initial-cluster-token than {initial_cluster_token}"
+        )
     store, _ = load_state(found, _part(progress, 0.0, 0.6))
     members = tuple(sorted(cluster.members.values()))
     _replace_members(store, members)
