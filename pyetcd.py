@@ -8913,17 +8913,25 @@ class SnapshotKeeper:
         """True while a snapshot is in the making."""
         return self._job is not None or self._saving
 
-    def begin(self, store: Store, applied: EntryID, voters: Tuple[int, ...]) -> None:
-        """Begin to walk the store as it is now; work() goes on."""
-        package_logger("etcdserver").info(
-            "start to snapshot (applied: %d, lastsnap: %d)", applied.index, self.index
-        )
+    def begin(
+        self, store: Store, applied: EntryID, voters: Tuple[int, ...], *, lent: bool
+    ) -> None:
+        """Begin to walk the store as it is now; work() goes on.
+
+        lent  for all that wait for one, instead of the disk
+        """
+        if lent:
+            self._takers, self._waiting = self._waiting, []
+        else:
+            package_logger("etcdserver").info(
+                "start to snapshot (applied: %d, lastsnap: %d)", applied.index, self.index
+            )
         self._job = SnapshotJob(store, applied, voters, self._reactor.now)
 
     @property
     def is_wanted(self) -> bool:
-        """True if somebody waits for a snapshot, and no walk is under way."""
-        return bool(self._waiting) and self._job is None
+        """True if somebody waits for a snapshot, and none is in the making."""
+        return bool(self._waiting) and not self.busy
 
     def want(self, taker: Taker) -> None:
         """Have taker called with the state of a moment from now on; the disk is not involved."""
@@ -8938,11 +8946,6 @@ class SnapshotKeeper:
             if self._job is not None and not self._takers:
                 self._job.cancel()
                 self._job = None
-
-    def lend(self, store: Store, applied: EntryID, voters: Tuple[int, ...]) -> None:
-        """Begin to walk the store as it is now, for all that wait."""
-        self._takers, self._waiting = self._waiting, []
-        self._job = SnapshotJob(store, applied, voters, self._reactor.now)
 
     def work(self, saved: Callable[[int], None]) -> None:
         """Do a slice of the walk; at its end have record and file written, then saved()."""
@@ -9590,7 +9593,7 @@ class EtcdServer:
         if self.reads:
             self._serve_reads()
         if self.snapshots.is_wanted:
-            self._lend_snapshot()
+            self._maybe_snapshot()
         self.snapshots.work(self._snapshot_saved)
         if node.has_ready() or (not refused and (self._queue or self._changes)):
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
@@ -9757,17 +9760,10 @@ class EtcdServer:
     # -- snapshots ---------------------------------------------------------
 
     def _maybe_snapshot(self) -> None:
-        behind = self.raft_index - self.snapshots.index
-        if behind > self.config.snapshot_count and not self.snapshots.busy:
+        is_due = self.raft_index - self.snapshots.index > self.config.snapshot_count
+        if (is_due or self.snapshots.is_wanted) and not self.snapshots.busy:
             applied = EntryID(self.raft_term, self.raft_index)
-            self.snapshots.begin(self.store, applied, self.node.raft.voters)
-
-    def _lend_snapshot(self) -> None:
-        """For clients; one that the disk needs goes first."""
-        self._maybe_snapshot()
-        if self.snapshots.is_wanted:
-            applied = EntryID(self.raft_term, self.raft_index)
-            self.snapshots.lend(self.store, applied, self.node.raft.voters)
+            self.snapshots.begin(self.store, applied, self.node.raft.voters, lent=not is_due)
 
     def _snapshot_saved(self, index: int) -> None:
         keep_from = max(1, index - SNAPSHOT_CATCHUP_ENTRIES)
