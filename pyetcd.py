@@ -8852,6 +8852,7 @@ class SnapshotJob:
         self.done: Optional[SnapshotFile] = None
         self.started = now()            # monotonic
         self.work_seconds = 0.0         # of all slices
+        self.walked_bytes = 0           # so far, of the store's JSON
         self._voters = voters
         self._now = now
         self._walk = store.snapshot_chunks()
@@ -8870,6 +8871,7 @@ class SnapshotJob:
         pieces: List[bytes] = []
         for chunk in self._walk:
             pieces.append(chunk)
+            self.walked_bytes += len(chunk)
             yield
         before, after = encode_snapshot_around(sum(map(len, pieces)), self._voters, self.id)
         pieces = [before, *pieces, after]
@@ -15408,7 +15410,7 @@ TOOL_FLAGS: Dict[str, Tuple[Flag, ...]] = {
 }
 _STAGE = "member.tmp"               # where a member directory grows until it is complete
 _ENTRIES_PER_WRITE = 1_000
-_READ_ATTEMPTS_MAX = 3              # a running member may remove or finish a file meanwhile
+_READ_RETRIES = 2                   # a running member may remove or finish a file meanwhile
 
 OnProgress = Callable[[float, int], None]     # share that is done, keys so far (0: as before)
 
@@ -15533,25 +15535,31 @@ def read_source(path: str, wal_dir: str = "") -> DataSource:
     Raises BackupError.
     """
     if os.path.isfile(path):
-        return DataSource(path, 0, 0, _read_snapshot(path), HardState(), [], 0)
+        try:
+            return DataSource(path, 0, 0, _read_snapshot(path), HardState(), [], 0)
+        except OSError as error:
+            raise BackupError(f"cannot read {path}: {error}; check who may read it") from None
     if not os.path.isdir(path):
         raise BackupError(f"{path} does not exist; name a snapshot file or a data directory")
     member = os.path.join(path, "member")
     member = member if os.path.isdir(member) else path      # as etcd 2.0.0 has it
     wal_dir = wal_dir or os.path.join(member, "wal")
-    for attempt in range(_READ_ATTEMPTS_MAX):
-        try:
-            return _read_member(path, wal_dir, os.path.join(member, "snap"))
-        except FileLocked:
-            raise BackupError(
-                f"{path} belongs to a member in this process; use GET /v2/snapshot"
-            ) from None
-        except (WalError, CodecError, FileNotFoundError) as error:
-            if attempt == _READ_ATTEMPTS_MAX - 1:
-                raise BackupError(str(error)) from error
-        except OSError as error:
-            raise BackupError(f"cannot read {path}: {error}") from error
-    raise InvariantError("the last attempt returns or raises")
+    snap_dir = os.path.join(member, "snap")
+    try:
+        for _ in range(_READ_RETRIES):
+            with contextlib.suppress(WalError, CodecError, FileNotFoundError):
+                return _read_member(path, wal_dir, snap_dir)
+        return _read_member(path, wal_dir, snap_dir)
+    except FileLocked:
+        raise BackupError(
+            f"{path} belongs to a member in this process; use GET /v2/snapshot"
+        ) from None
+    except (WalError, CodecError) as error:
+        intact = _newest_intact(snap_dir)
+        advice = f"; or restore {intact}, without what came after it" if intact else ""
+        raise BackupError(f"{error}{advice}") from error
+    except OSError as error:
+        raise BackupError(f"cannot read {path}: {error}; run this as the member's user") from error
 
 
 def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
@@ -15596,27 +15604,22 @@ def _read_snapshot(path: str) -> Snapshot:
     """Read a snapshot file.  Raises BackupError, which names an older one if there is one."""
     try:
         return decode_snapshot_file(_READ_ONLY_DISK.read(path))
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise BackupError(f"cannot read {path}: {error.strerror}") from None
     except CodecError as error:
-        older = _older_snapshot(path)
-        advice = f"{older} is older and intact: move the damaged one away, or restore from it"
+        older = _newest_intact(os.path.dirname(path))
+        advice = f"{older} is intact: move the damaged one away, or restore from that"
         raise BackupError(
             f"{path} is damaged ({error}); {advice if older else 'take one of another member'}"
         ) from None
 
 
-def _older_snapshot(path: str) -> str:
-    """Return the path of the newest good snapshot before `path` in its directory, or ""."""
-    directory, name = os.path.split(path)
-    for other in reversed(_READ_ONLY_DISK.listdir(directory or ".")):
-        if _SNAP_NAME.fullmatch(other) and other < name:
+def _newest_intact(directory: str) -> str:
+    """Return the path of the newest good snapshot in a directory, or ""."""
+    for name in reversed(_READ_ONLY_DISK.listdir(directory or ".")):
+        path = os.path.join(directory, name)
+        if _SNAP_NAME.fullmatch(name):
             with contextlib.suppress(CodecError, OSError):
-                candidate = os.path.join(directory, other)
-                decode_snapshot_file(_READ_ONLY_DISK.read(candidate))
-                return candidate
+                decode_snapshot_file(_READ_ONLY_DISK.read(path))
+                return path
     return ""
 
 
@@ -15838,10 +15841,10 @@ def restore(
     members = tuple(sorted(cluster.members.values()))
     _replace_members(store, members)
     job = SnapshotJob(store, found.last, tuple(member.id for member in members), time.monotonic)
-    keys = store.count_files("/1")
+    keys, expected = store.count_files("/1"), len(found.snapshot.data) if found.snapshot else 0
     while job.done is None:
         job.work()
-        progress(0.6, keys)
+        progress(0.6 + 0.3 * min(job.walked_bytes / (expected or job.walked_bytes), 1.0), keys)
     report = CopyReport(
         found, store.current_index, keys, job.done.size, own.id, cluster.id, members,
         tuple(filter(None, (data_dir, wal_dir))),

@@ -14987,23 +14987,26 @@ def _backup_files(directory):
 
 
 def _backup_keys(member):
-    """Key -> (value, modified index, created index, expiry) of every visible key."""
-    found = {}
+    """What _backup_flat finds in a member."""
+    return _backup_flat(member.request("GET", "/v2/keys/", recursive="true")[1]["node"])
 
-    def walk(node):
-        for child in node.get("nodes", ()):
-            found[child["key"]] = tuple(map(child.get, (
-                "value", "modifiedIndex", "createdIndex", "expiration")))
-            walk(child)
-    walk(member.request("GET", "/v2/keys/", recursive="true")[1]["node"])
+
+def _backup_flat(node):
+    """Key -> (value, modified index, created index, expiry) of all below a node."""
+    found = {}
+    for child in node.get("nodes", ()):
+        found[child["key"]] = tuple(map(child.get, (
+            "value", "modifiedIndex", "createdIndex", "expiration")))
+        found.update(_backup_flat(child))
     return found
 
 
 def _backup_recorded(directory):
-    """Unpack a data directory that etcd 2.3.8 wrote; return its path and its keys."""
+    """Unpack a data directory that etcd 2.3.8 wrote; return its path and its lasting keys."""
     member = _wal_unpack("2.3.8", directory)
     expected = json.loads((TESTDATA / "datadir-2.3.8.expected.json").read_text())
-    return member.parent, expected
+    keys = _backup_flat(expected["keys"]["node"])
+    return member.parent, {key: node for key, node in keys.items() if not node[3]}
 
 
 def _backup_ids(member):
@@ -15064,7 +15067,7 @@ def test_backup_of_running_and_stopped_member_starts_with_every_key(copy_type, t
 
 
 def test_backup_and_restore_use_dedicated_wal_directories(tmp_path):
-    """Also of what was never known to be committed, and of members that are gone."""
+    """Of the source, of the copy and of the new member; a backup is a source, too."""
     data_dir, expected = _backup_recorded(tmp_path)
     shutil.move(data_dir / "member" / "wal", tmp_path / "wal")
     assert "holds no log" in _backup_run(tmp_path, "restore", data_dir)[2]
@@ -15081,8 +15084,7 @@ def test_backup_and_restore_use_dedicated_wal_directories(tmp_path):
         keys = _backup_keys(member)
     modes = {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "m.etcd", tmp_path / "m-wal")}
     assert modes == {"0o700"}
-    shown = json.dumps(expected)
-    assert keys and all(json.dumps(key) in shown for key in keys)
+    assert {key: node for key, node in keys.items() if not node[3]} == expected
 
 
 def test_restore_of_snapshot_under_writes_makes_three_new_members(tmp_path):
@@ -15185,30 +15187,36 @@ def test_restore_of_data_directory_applies_what_is_committed_behind_the_snapshot
     assert {member.id for member in backup.members} == {7, 8}
 
 
-def test_restore_keeps_recorded_keys_and_forgets_removed_members(tmp_path):
-    """The data directory of etcd 2.3.8: snapshot, and the log behind it."""
-    data_dir, expected = _backup_recorded(tmp_path)
+def test_restore_keeps_every_index_and_expiry_time(tmp_path):
+    """Of a data directory of etcd 2.3.8: snapshot, and the log behind it; only /0 changes."""
+    data_dir, _ = _backup_recorded(tmp_path)
     report = pyetcd.restore(str(data_dir), "m", data_dir=str(tmp_path / "m"))
     source, _ = pyetcd.load_state(pyetcd.read_source(str(data_dir)), lambda share, keys: None)
     store, _ = pyetcd.load_state(pyetcd.read_source(str(tmp_path / "m")), lambda share, keys: None)
     for path in ("/1", "/"):
         shown = [tree.get_json(path, recursive=True, sorted=True, now_ns=0)
                  for tree in (source, store)]
-        assert (shown[0] == shown[1]) == (path == "/1")
+        assert (shown[0] == shown[1]) == (path == "/1"), path
     assert store.current_index == source.current_index == report.etcd_index
     assert store.next_expiry_ns() == source.next_expiry_ns() != 0
     assert store.value("/0/version") == "2.3.0" and not store.children("/0/removed_members")
 
 
-def test_backup_of_a_newer_cluster_is_restored_without_its_version(tmp_path):
+def test_restore_forgets_members_removed_ones_and_a_newer_version(tmp_path):
     store = Store()
+    store.set("/0/members/5/raftAttributes", value='{"peerURLs":["http://a:1"]}', now_ns=0)
+    store.set("/0/removed_members/6", now_ns=0)
     store.set("/0/version", value="3.4.0", now_ns=0)
     store.set("/1/a", value="b", now_ns=0)
     pyetcd.Snapshotter(str(tmp_path)).save(Snapshot(store.save(), (5,), 9, 3))
-    pyetcd.restore(str(tmp_path / "0000000000000003-0000000000000009.snap"), "m",
-                   data_dir=str(tmp_path / "m"))
-    store, _ = pyetcd.load_state(pyetcd.read_source(str(tmp_path / "m")), lambda share, keys: None)
-    assert store.value("/0/version") is None and store.value("/1/a") == "b"
+    report = pyetcd.restore(str(tmp_path / "0000000000000003-0000000000000009.snap"), "m",
+                            data_dir=str(tmp_path / "m"))
+    store, cluster = pyetcd.load_state(
+        pyetcd.read_source(str(tmp_path / "m")), lambda share, keys: None)
+    assert store.children("/0") == [("members", True)] and store.value("/1/a") == "b"
+    assert tuple(cluster.members.values()) == (
+        Member(report.member_id, tuple(sorted(pyetcd.DEFAULT_PEER_URLS.split(",")))),)
+    assert store.current_index == 4
 
 
 def test_backup_database_beside_the_snapshot_is_the_recorded_one(tmp_path):
@@ -15267,7 +15275,8 @@ def test_backup_refuses_damaged_source(what, tmp_path):
         with pytest.raises(pyetcd.BackupError) as caught:
             work(str(data_dir), str(tmp_path / "new"))
         assert str(path) in str(caught.value) and "damaged" in str(caught.value)
-        assert ("0000000000000033.snap is older" in str(caught.value)) == (what == "snapshot")
+        told = {"snapshot": "0033.snap is intact: move", "log": f"or restore {snap}, without"}
+        assert told[what] in str(caught.value)
     assert _backup_files(tmp_path) == before
 
 
