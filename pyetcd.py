@@ -15698,8 +15698,10 @@ def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnPr
                 os.rmdir(wal_stage)
                 fsync_dir(wal_dir)
             os.rename(stage, os.path.join(data_dir, "member"))
-            for path in (data_dir, *begun):
-                fsync_dir(path if path == data_dir else os.path.dirname(path) or ".")
+            fsync_dir(data_dir)
+            for path in begun:
+                with contextlib.suppress(PermissionError):  # a parent that we may not list
+                    fsync_dir(os.path.dirname(os.path.abspath(path)))
         except OSError as error:
             raise BackupError(
                 f"cannot write {data_dir}: {error}; make room and check who may write there"
