@@ -15477,7 +15477,7 @@ class CopyReport(NamedTuple):
         return [
             f"source:      {source.path}: {identity}",
             f"raft:        term {last.term}, index {last.index}",
-            f"uncommitted: {left_out} entries in the log that nobody acknowledged",
+            f"left out:    {left_out} entries that are not known to be committed",
             f"etcd index:  {self.etcd_index}",
             f"keys:        {self.keys:,} in {self.size_bytes:,} bytes",
             f"members:     {members or 'none'}",

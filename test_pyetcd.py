@@ -3864,6 +3864,8 @@ class SimDisk:
     Stands for pyetcd.OsDisk.  crash() keeps what was synced, and by chance a part of the rest.
     """
 
+    read_only = False
+
     def __init__(self, rng):
         self.rng = rng
         self.live = {}
@@ -15175,7 +15177,7 @@ def test_restore_of_data_directory_applies_what_is_committed_behind_the_snapshot
     report = pyetcd.restore(str(tmp_path / "d"), "n", data_dir=str(tmp_path / "n"), wal_dir="")
     backup = pyetcd.backup(str(tmp_path / "d"), str(tmp_path / "b"))
 
-    assert "index 5\nuncommitted: 1 entries" in out and "default=http://10.0.0.1:2380" in out
+    assert "index 5\nleft out:    1 entries" in out and "default=http://10.0.0.1:2380" in out
     assert (report.etcd_index, report.keys, report.source.last) == (5, 3, EntryID(1, 5))
     store = Store()
     restored = pyetcd.read_source(str(tmp_path / "n"))
