@@ -26,6 +26,8 @@
 Run a part by the prefix of its names: -k raft_, -k "store_ or wal_", -k sim_, -k cluster_.
 Chance is seeded and a failure prints its seed.  PYETCD_SIM_SEEDS=10000 runs more simulations,
 PYETCD_SIM_SEED=17 just that one; PYETCD_FUZZ_SECONDS=300 with -k fuzz gives each target so long.
+PYETCD_TORTURE_SECONDS=600 with -k torture gives each cluster so long; PYETCD_TORTURE_SEED=17
+repeats the choice of faults.
 Tests beside the real etcd are skipped, with the reason, where `etcd` and `etcdctl` (Debian:
 etcd-server, etcd-client) are not installed.
 """
@@ -33,12 +35,14 @@ etcd-server, etcd-client) are not installed.
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
 import collections
 import concurrent.futures
 import contextlib
 import datetime
 import errno
+import functools
 import gzip
 import hashlib
 import heapq
@@ -8730,6 +8734,542 @@ def test_cluster_leader_hands_over_when_it_is_stopped(tmp_path):
         assert "leadership transfer" in log
         assert re.search(r"changed leader from \w+ to \w+ at term", log) or (
             "lost leader" in log and "elected leader" in log.partition("transfer")[2])
+
+
+# ============================================================================
+# 13.5. Torture: real processes under faults, and a check of what clients saw
+# ----------------------------------------------------------------------------
+# Members are killed, paused, cut off and fill their disk, while clients write,
+# swap, read and watch; then everything they were told has to fit together.
+# ============================================================================
+
+TORTURE_SECONDS = float(os.environ.get("PYETCD_TORTURE_SECONDS", 0))      # 0: the short form
+TORTURE_SEED = int(os.environ.get("PYETCD_TORTURE_SEED") or random.SystemRandom().randrange(10**6))
+_TORTURE_FLAGS = ("-snapshot-count", "200")
+_TORTURE_FAST = ("-heartbeat-interval", "50", "-election-timeout", "300")
+
+
+class CuttingProxy:
+    """A port before each member's peer port; bytes from one member to another can be stopped.
+
+    Who dials is told by the first head of each connection.  What is stopped is not lost but comes
+    late, as with TCP over a network that loses all packets for a while; with `resets`, connections
+    end instead.  Thread: one of its own; `cut` and `resets` may be changed by any other.
+    """
+
+    def __init__(self) -> None:
+        self.cut: Set[Tuple[str, str]] = set()      # (from, to), member ids
+        self.resets = False
+        self._servers: List[asyncio.AbstractServer] = []
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="cutting-proxy")
+        self._thread.start()
+
+    def open(self, member_id: str, port: int, peer_port: int) -> None:
+        """Stand at `port` for the member that listens at `peer_port`."""
+        self._do(self._open(member_id, port, peer_port))
+
+    def close(self) -> None:
+        """End all connections and the thread."""
+        self._do(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _do(self, coroutine: Any) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
+
+    async def _open(self, member_id: str, port: int, peer_port: int) -> None:
+        serve = functools.partial(self._serve, member_id, peer_port)
+        self._servers.append(await asyncio.start_server(serve, "127.0.0.1", port))
+
+    async def _stop(self) -> None:
+        for server in self._servers:
+            server.close()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0.05)                   # the transports close in the next turns
+
+    async def _serve(self, member_id, peer_port, reader, writer):
+        writers = [writer]
+        halves = set()
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            dialer = re.search(rb"(?i)\r\nx-server-from: *([0-9a-f]+)", head)
+            name = dialer[1].decode() if dialer else ""     # probes have no name
+            back, there = await asyncio.open_connection("127.0.0.1", peer_port)
+            writers.append(there)
+            halves = {asyncio.ensure_future(self._forward(reader, there, (name, member_id), head)),
+                      asyncio.ensure_future(self._forward(back, writer, (member_id, name)))}
+            await asyncio.wait(halves, return_when=asyncio.FIRST_COMPLETED)
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            for half in halves:
+                half.cancel()
+            for each in writers:
+                each.close()
+
+    async def _forward(self, reader, writer, way, data=b""):
+        """Copy bytes until the end, or until a reset; hold them while the way is cut."""
+        with contextlib.suppress(OSError):
+            while True:
+                data = data or await reader.read(65_536)
+                while way in self.cut:
+                    if self.resets:
+                        return
+                    await asyncio.sleep(0.01)
+                if not data:
+                    return
+                writer.write(data)
+                await writer.drain()
+                data = b""
+
+
+class TortureMember(ClusterMember):
+    """A member whose advertised peer URL is a port of the CuttingProxy."""
+
+    def __init__(self, directory, name):
+        super().__init__(directory, name)
+        self.listen = f"http://127.0.0.1:{free_port()}"
+        self.id = f"{pyetcd.member_id([self.peer], pyetcd.DEFAULT_CLUSTER_TOKEN):x}"
+        self.address = urllib.parse.urlsplit(self.client).netloc
+
+    def flags(self):
+        return [
+            "-name", self.name, "-initial-advertise-peer-urls", self.peer,
+            "-listen-peer-urls", self.listen, "-listen-client-urls", self.client,
+            "-advertise-client-urls", self.client,
+        ]
+
+    def is_up(self):
+        return self.process.popen.poll() is None
+
+
+class TortureCluster(StaticCluster):
+    """A cluster behind a CuttingProxy."""
+
+    member_type = TortureMember
+
+    def __enter__(self):
+        self.proxy = CuttingProxy()
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.proxy.close)
+            for member in self.members:
+                self.proxy.open(member.id, *(urllib.parse.urlsplit(url).port
+                                             for url in (member.peer, member.listen)))
+            super().__enter__()
+            on_failure.pop_all()
+        return self
+
+    def __exit__(self, *exc_info):
+        super().__exit__(*exc_info)
+        self.proxy.close()
+
+    def others(self, member):
+        return [other for other in self.members if other is not member]
+
+    @contextlib.contextmanager
+    def cut_between(self, some, others, ways=2, resets=False):
+        """Nothing goes from `some` to `others`, nor, with two ways, back."""
+        pairs = {(a.id, b.id) for a in some for b in others if a is not b}
+        pairs |= {(b, a) for a, b in pairs} if ways == 2 else set()
+        self.proxy.resets = resets
+        self.proxy.cut = self.proxy.cut | pairs
+        try:
+            yield
+        finally:
+            self.proxy.cut = self.proxy.cut - pairs
+
+    @contextlib.contextmanager
+    def paused(self, member):
+        """The process does nothing, and does not know it."""
+        process = member.process.popen
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def killed(self, members):
+        """kill -9, and a restart."""
+        for member in members:
+            member.process.popen.kill()
+        for member in members:
+            member.process.kill()
+        try:
+            yield
+        finally:
+            for member in members:
+                self.start(member)
+
+
+class Histories:
+    """What all clients of one run saw, and which keys they use now.
+
+    A key is used for some 200 operations and then left: long histories are hard to check.
+    """
+
+    keys_at_once, operations_per_key = 4, 200
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.seen: Dict[str, Optional[str]] = {}    # last known value, a guess for swaps
+        self._asked = itertools.count()
+
+    def next_key(self, rng: random.Random) -> str:
+        generation = next(self._asked) // (self.keys_at_once * self.operations_per_key)
+        return f"{generation:05}-{rng.randrange(self.keys_at_once)}"
+
+
+class TortureDoor:
+    """Connections of one thread to every member."""
+
+    timeout_s = 2.0
+
+    def __init__(self) -> None:
+        self._open: Dict[str, http.client.HTTPConnection] = {}
+
+    def ask(self, member, method, path, **form):
+        """Return (status, JSON); None: no answer.  ConnectionRefusedError: it was never sent."""
+        connection = self._open.pop(member.address, None)
+        connection = connection or http.client.HTTPConnection(
+            member.address, timeout=self.timeout_s)
+        body = urllib.parse.urlencode(form) or None
+        headers = {"Content-Type": "application/x-www-form-urlencoded"} if body else {}
+        try:
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            result = answer.status, json.loads(answer.read())
+        except ConnectionRefusedError:
+            connection.close()
+            raise
+        except (OSError, http.client.HTTPException, ValueError):
+            connection.close()
+            return None
+        self._open[member.address] = connection
+        return result
+
+    def close(self) -> None:
+        for connection in self._open.values():
+            connection.close()
+
+
+class TortureClient(threading.Thread):
+    """Writes, swaps, deletes and reads at members of its choice; nothing is ever repeated."""
+
+    def __init__(self, members, histories, name):
+        super().__init__(name=name)
+        self.members, self.histories = members, histories
+        self.rng = random.Random(f"{TORTURE_SEED}/{name}")
+        self.operations: List[Tuple[str, Operation]] = []           # with their keys
+        self.changes: List[Tuple[int, str, Optional[str], Operation]] = []  # modifiedIndex, ...
+        self.wrong: List[str] = []
+        self._door = TortureDoor()
+        self._numbers = itertools.count()
+
+    def run(self):
+        try:
+            while not self.histories.ended.wait(self.rng.uniform(0, 0.02)):
+                verb = self.rng.choices(("write", "swap", "read", "delete"), (4, 3, 4, 1))[0]
+                self._operate(verb, self.histories.next_key(self.rng))
+        finally:
+            self._door.close()
+
+    def _operate(self, verb, key):
+        new = f"{self.name}.{next(self._numbers)}" if verb in ("write", "swap") else None
+        old = self.histories.seen.get(key) if verb == "swap" else None
+        called = time.monotonic()
+        try:
+            answer = self._ask(verb, f"/v2/keys/t/{key}", new, old)
+        except ConnectionRefusedError:
+            return
+        returned = time.monotonic()
+        operation = self._meaning(verb, new, old, answer)
+        if operation is not None:
+            operation = operation._replace(called=called, returned=operation.returned or returned)
+            self.operations.append((key, operation))
+            if answer and answer[0] in (200, 201):
+                self._note(key, new, operation, answer[1])
+
+    def _ask(self, verb, path, new, old):
+        member = self.rng.choice(self.members)
+        if verb == "read":
+            return self._door.ask(member, "GET", path + "?quorum=true")
+        if verb == "delete":
+            return self._door.ask(member, "DELETE", path)
+        if verb == "write":
+            return self._door.ask(member, "PUT", path, value=new)
+        if old is None:
+            return self._door.ask(member, "PUT", path, value=new, prevExist="false")
+        return self._door.ask(member, "PUT", path, value=new, prevValue=old)
+
+    def _meaning(self, verb, new, old, answer):
+        """Return what the answer says, without times; None: it says nothing.
+
+        An acknowledged write tells the value before, so it is as good as a swap.
+        """
+        status, body = answer or (0, {})
+        code = body.get("errorCode")
+        if status in (200, 201) and verb == "read":
+            return Operation(0, 0, "read", body["node"]["value"])
+        if status in (200, 201):
+            previous = body.get("prevNode", {}).get("value")
+            if verb == "swap" and previous != old:
+                self.wrong.append(f"swap from {old} had prevNode {previous}")
+            return Operation(0, 0, "swap", new, old if verb == "swap" else previous)
+        if code == 100:
+            return Operation(0, 0, "read", None)
+        if code == 101:
+            return Operation(0, 0, "read", body["cause"][1:-1].partition(" != ")[2])
+        if code == 105:
+            return Operation(0, 0, "swap", new, None, ok=False)
+        unknown = "swap" if verb == "swap" else "write"
+        return None if verb == "read" else Operation(0, math.inf, unknown, new, old)
+
+    def _note(self, key, new, operation, body):
+        """Keep what the next swap can start from, and the index of a change."""
+        self.histories.seen[key] = body["node"].get("value")
+        if operation.verb == "swap":
+            self.changes.append((body["node"]["modifiedIndex"], key, new, operation))
+
+
+class TortureWatcher(threading.Thread):
+    """Follows all changes from member to member, one at a time or by a stream."""
+
+    def __init__(self, members, name, streams, wait_index):
+        super().__init__(name=name)
+        self.members, self.streams, self.wait_index = members, streams, wait_index
+        self.rng = random.Random(f"{TORTURE_SEED}/{name}")
+        self.events: Dict[int, Tuple[str, Optional[str]]] = {}
+        self.gaps: List[range] = []                 # indexes that were no more in the history
+        self.wrong: List[str] = []
+        self.end_index = math.inf                   # the last one to wait for
+
+    def run(self):
+        while self.wait_index <= self.end_index and not self.wrong:
+            member = self.rng.choice(self.members)
+            connection = http.client.HTTPConnection(member.address, timeout=1)
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+                self._follow(connection)
+            connection.close()
+
+    def _follow(self, connection):
+        """Take events from one member until it has no more, or for a while."""
+        query = "wait=true&recursive=true" + ("&stream=true" if self.streams else "")
+        for _ in range(self.rng.randrange(1, 300)):
+            connection.request("GET", f"/v2/keys/t?{query}&waitIndex={self.wait_index}")
+            answer = connection.getresponse()
+            if answer.status == 400:
+                index = json.loads(answer.read())["index"]
+                self.gaps.append(range(self.wait_index, index + 1))
+                self.wait_index = index + 1
+                continue
+            for line in iter(answer.readline, b""):
+                self._take(json.loads(line))
+                if self.wait_index > self.end_index:
+                    return
+            if self.streams or answer.status != 200:
+                return
+
+    def _take(self, event):
+        node = event["node"]
+        index = node["modifiedIndex"]
+        if index < self.wait_index:
+            self.wrong.append(f"{self.name} waited for {self.wait_index} and got {index}")
+        self.events[index] = (node["key"].rpartition("/")[2], node.get("value"))
+        self.wait_index = index + 1
+
+
+class Torture:
+    """Clients and watchers at work on a cluster, a nemesis, and the final judgement."""
+
+    def __init__(self, cluster, rng, clients=8, watchers=4):
+        self.cluster, self.rng = cluster, rng
+        self.histories = Histories()
+        members = cluster.members
+        self.clients = [TortureClient(members, self.histories, f"c{i}") for i in range(clients)]
+        index = eventually(lambda: members[0].put("t/begin", "1"), what="a first write")
+        first = index[1]["node"]["modifiedIndex"] + 1
+        self.watchers = [TortureWatcher(members, f"w{i}", i % 2 == 0, first)
+                         for i in range(watchers)]
+        self.faults: List[str] = []
+
+    def run(self, seconds):
+        """Let all work while one fault follows another; then heal, and wait for the last event."""
+        deadline = time.monotonic() + seconds
+        threads = [*self.clients, *self.watchers]
+        for thread in threads:
+            thread.start()
+        try:
+            while time.monotonic() < deadline:
+                self._one_fault()
+        finally:
+            self.histories.ended.set()
+            for client in self.clients:
+                client.join()
+            marker = self._write_marker()
+            for watcher in self.watchers:
+                watcher.end_index = marker
+        for watcher in self.watchers:
+            watcher.join(60)
+            assert not watcher.is_alive(), f"{watcher.name} waits for {watcher.wait_index}"
+
+    def _write_marker(self):
+        def written():
+            answer = self.cluster.members[0].put("t/end", "1")
+            return answer and answer[0] in (200, 201) and answer[1]["node"]["modifiedIndex"]
+        return eventually(written, 60, "a write after the faults")
+
+    def _one_fault(self):
+        """Choose, begin, wait, heal, and let the cluster breathe."""
+        faults = [self._kill, self._kill_all, self._pause, self._cut_off, self._cut_halves,
+                  self._cut_one_way, self._bridge]
+        name, fault = self.rng.choice(faults)()
+        self.faults.append(name)
+        with fault:
+            self._wait(self.rng.uniform(0.5, 2.5))
+        self._wait(self.rng.uniform(0.1, 1.0))
+        dead = [member for member in self.cluster.members if not member.is_up()]
+        assert not dead, f"{dead[0].name} died after {name}:\n{dead[0].process.log()[-2000:]}"
+
+    def _wait(self, seconds):
+        threading.Event().wait(seconds)
+
+    def _anyone(self):
+        """The leader, more often than the others."""
+        if self.rng.random() < 0.6:
+            for member in self.cluster.members:
+                if member.is_leader():
+                    return member
+        return self.rng.choice(self.cluster.members)
+
+    def _some(self, count):
+        members = [self._anyone()]
+        return members + self.rng.sample(self.cluster.others(members[0]), count - 1)
+
+    def _minority(self):
+        return self._some(self.rng.randint(1, (len(self.cluster.members) - 1) // 2))
+
+    def _kill(self):
+        return "kill some", self.cluster.killed(self._minority())
+
+    def _kill_all(self):
+        return "kill all", self.cluster.killed(self.cluster.members)
+
+    def _pause(self):
+        return "pause", self.cluster.paused(self._anyone())
+
+    def _cut(self, some, others, ways=2):
+        return self.cluster.cut_between(some, others, ways, self.rng.random() < 0.3)
+
+    def _cut_off(self):
+        member = self._anyone()
+        return "cut one off", self._cut([member], self.cluster.others(member))
+
+    def _cut_halves(self):
+        some = self._some(len(self.cluster.members) // 2)
+        return "halves", self._cut(some, [m for m in self.cluster.members if m not in some])
+
+    def _cut_one_way(self):
+        member = self._anyone()
+        sides = [[member], self.cluster.others(member)]
+        self.rng.shuffle(sides)
+        return "one way", self._cut(*sides, ways=1)
+
+    def _bridge(self):
+        """Two members, or halves, cannot meet; one member meets all."""
+        bridge, *rest = self._some(len(self.cluster.members))
+        return "bridge", self._cut(rest[::2], rest[1::2])
+
+    # -- judgement ---------------------------------------------------------
+
+    def judge(self):
+        """Check all that was seen; return a line of figures."""
+        self._read_all_at_last()
+        wrong = [text for each in [*self.clients, *self.watchers] for text in each.wrong]
+        assert not wrong, wrong[:5]
+        histories: Dict[str, List[Operation]] = collections.defaultdict(list)
+        for key, operation in itertools.chain(*(client.operations for client in self.clients)):
+            histories[key].append(operation)
+        for key, operations in histories.items():
+            violation = find_violation(operations)
+            assert not violation, f"{key}: {violation} in\n" + "\n".join(map(str, operations))
+        changes = sorted(change for client in self.clients for change in client.changes)
+        self._check_indexes(changes)
+        self._check_events(changes, histories)
+        unknown = sum(op.returned == math.inf for ops in histories.values() for op in ops)
+        return (f"{sum(map(len, histories.values()))} operations on {len(histories)} keys,"
+                f" {unknown} without an answer; {len(changes)} changes,"
+                f" events {[len(watcher.events) for watcher in self.watchers]},"
+                f" gaps {[len(watcher.gaps) for watcher in self.watchers]};"
+                f" faults {dict(collections.Counter(self.faults))}")
+
+    def _read_all_at_last(self):
+        """What is there in the end is the last operation on every key."""
+        called = time.monotonic()
+        answer = self.cluster.members[-1].request(
+            "GET", "/v2/keys/t", recursive="true", quorum="true", timeout_s=60)
+        values = {node["key"].rpartition("/")[2]: node["value"]
+                  for node in answer[1]["node"]["nodes"]}
+        keys = {key for client in self.clients for key, _ in client.operations}
+        self.clients[0].operations += [
+            (key, Operation(called, time.monotonic(), "read", values.get(key))) for key in keys]
+
+    @staticmethod
+    def _check_indexes(changes):
+        """An index has one change, and later changes have higher ones, whatever their key."""
+        by_return = sorted(changes, key=lambda change: change[3].returned)
+        highest, returned = 0, iter(by_return)
+        following = next(returned, None)
+        for change in sorted(changes, key=lambda change: change[3].called):
+            while following and following[3].returned < change[3].called:
+                highest = max(highest, following[0])
+                following = next(returned, None)
+            assert change[0] > highest, f"{change} was told an index below {highest}"
+        indexes = collections.Counter(change[0] for change in changes)
+        assert not [index for index, count in indexes.items() if count > 1]
+
+    def _check_events(self, changes, histories):
+        """Watchers saw every change, the same ones, and nothing that nobody has written."""
+        told = {index: (key, value) for index, key, value, _ in changes}
+        written = {op.new for ops in histories.values() for op in ops if op.verb != "read"}
+        meaning: Dict[int, Tuple[str, Optional[str]]] = {}
+        for watcher in self.watchers:
+            gone = {index for gap in watcher.gaps for index in gap}
+            missed = [(index, change) for index, change in told.items()
+                      if index not in gone and watcher.events.get(index) != change]
+            assert not missed, f"{watcher.name} missed {missed[:5]} of {len(missed)}"
+            for index, event in watcher.events.items():
+                assert meaning.setdefault(index, event) == event
+                assert event[1] in written or event == ("end", "1"), event
+
+    def check_convergence(self):
+        """All members hold the same keys at the same indexes."""
+        def is_same():
+            answers = [member.request("GET", "/v2/keys/", recursive="true", sorted="true")
+                       for member in self.cluster.members]
+            return all(answers) and len({
+                (json.dumps(body), headers["X-Etcd-Index"], headers["X-Raft-Index"])
+                for _, body, headers in answers}) == 1
+        eventually(is_same, 60, "the same keys at the same index everywhere")
+
+
+@pytest.mark.parametrize("size, seconds", [(3, 7), (5, 6)])
+def test_torture_clients_see_one_history(tmp_path, size, seconds):
+    """kill -9, pauses, partitions: every answer and every event fits into one order."""
+    rng = random.Random(f"{TORTURE_SEED}/{size}")
+    is_fast = not TORTURE_SECONDS or rng.random() < 0.7
+    print(f"PYETCD_TORTURE_SEED={TORTURE_SEED}")
+    with TortureCluster(tmp_path, size, *_TORTURE_FLAGS, *(_TORTURE_FAST if is_fast else ())
+                        ) as cluster:
+        torture = Torture(cluster, rng)
+        torture.run(TORTURE_SECONDS or seconds)
+        torture.check_convergence()
+        print(f"{size} members: {torture.judge()}")
 
 
 # ============================================================================
