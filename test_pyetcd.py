@@ -8835,13 +8835,14 @@ class TortureMember(ClusterMember):
         super().__init__(directory, name)
         self.listen = f"http://127.0.0.1:{free_port()}"
         self.id = f"{pyetcd.member_id([self.peer], pyetcd.DEFAULT_CLUSTER_TOKEN):x}"
+        self.disk = directory / f"disk-{name}"
         self.address = urllib.parse.urlsplit(self.client).netloc
 
     def flags(self):
         return [
             "-name", self.name, "-initial-advertise-peer-urls", self.peer,
             "-listen-peer-urls", self.listen, "-listen-client-urls", self.client,
-            "-advertise-client-urls", self.client,
+            "-advertise-client-urls", self.client, "-data-dir", str(self.disk / "data"),
         ]
 
     def is_up(self):
@@ -8904,7 +8905,37 @@ class TortureCluster(StaticCluster):
             yield
         finally:
             for member in members:
-                self.start(member)
+                if not member.is_up():              # else another fault has ended sooner
+                    self.start(member)
+
+    @contextlib.contextmanager
+    def full_disk(self, member):
+        """Not a byte is free where the member has its data."""
+        ballast = member.disk / "ballast"
+        with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(65_536))
+        try:
+            yield
+        finally:
+            ballast.unlink()
+
+
+@contextlib.contextmanager
+def small_disk(path, megabytes):
+    """A file system of its own at `path`; yields "", or why it cannot be had."""
+    path.mkdir()
+    if not shutil.which("mount"):
+        yield "there is no mount"
+        return
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(path)],
+        capture_output=True, text=True, timeout=20)
+    try:
+        yield mount.stderr.strip()
+    finally:
+        if mount.returncode == 0:
+            subprocess.run(["umount", str(path)], check=True, timeout=20)
 
 
 class Histories:
@@ -8928,9 +8959,8 @@ class Histories:
 class TortureDoor:
     """Connections of one thread to every member."""
 
-    timeout_s = 2.0
-
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
         self._open: Dict[str, http.client.HTTPConnection] = {}
 
     def ask(self, member, method, path, **form):
@@ -8968,7 +8998,7 @@ class TortureClient(threading.Thread):
         self.operations: List[Tuple[str, Operation]] = []           # with their keys
         self.changes: List[Tuple[int, str, Optional[str], Operation]] = []  # modifiedIndex, ...
         self.wrong: List[str] = []
-        self._door = TortureDoor()
+        self._door = TortureDoor(self.rng.choice((0.3, 1, 4)))     # hasty and patient ones
         self._numbers = itertools.count()
 
     def run(self):
@@ -9087,8 +9117,9 @@ class TortureWatcher(threading.Thread):
 class Torture:
     """Clients and watchers at work on a cluster, a nemesis, and the final judgement."""
 
-    def __init__(self, cluster, rng, clients=8, watchers=4):
+    def __init__(self, cluster, rng, small=(), clients=8, watchers=4):
         self.cluster, self.rng = cluster, rng
+        self.small = small              # members whose disk can be filled
         self.histories = Histories()
         members = cluster.members
         self.clients = [TortureClient(members, self.histories, f"c{i}") for i in range(clients)]
@@ -9125,16 +9156,24 @@ class Torture:
         return eventually(written, 60, "a write after the faults")
 
     def _one_fault(self):
-        """Choose, begin, wait, heal, and let the cluster breathe."""
-        faults = [self._kill, self._kill_all, self._pause, self._cut_off, self._cut_halves,
-                  self._cut_one_way, self._bridge]
-        name, fault = self.rng.choice(faults)()
-        self.faults.append(name)
-        with fault:
-            self._wait(self.rng.uniform(0.5, 2.5))
-        self._wait(self.rng.uniform(0.1, 1.0))
+        """Choose, begin, wait, heal, and let the cluster breathe; now and then two at a time."""
+        with contextlib.ExitStack() as faults:
+            for _ in range(self.rng.choice((1, 1, 1, 2))):
+                name, fault = self._choose()
+                self.faults.append(name)
+                faults.enter_context(fault)
+                self._wait(self.rng.uniform(0.3, 1.0))
+            if TORTURE_SECONDS:
+                self._wait(self.rng.choice((0, 1, 2, 7)))      # 7: links are given up after 5
+        self._wait(self.rng.uniform(0.1, 0.8))
         dead = [member for member in self.cluster.members if not member.is_up()]
-        assert not dead, f"{dead[0].name} died after {name}:\n{dead[0].process.log()[-2000:]}"
+        assert not dead, f"{dead[0].name} died in {self.faults[-2:]}:\n" + (
+            dead[0].process.log()[-2000:])
+
+    def _choose(self):
+        faults = [self._kill, self._pause, self._cut_off, self._cut_halves, self._cut_one_way,
+                  self._bridge]
+        return self.rng.choice(faults + [self._fill] * bool(self.small))()
 
     def _wait(self, seconds):
         threading.Event().wait(seconds)
@@ -9151,14 +9190,14 @@ class Torture:
         members = [self._anyone()]
         return members + self.rng.sample(self.cluster.others(members[0]), count - 1)
 
-    def _minority(self):
-        return self._some(self.rng.randint(1, (len(self.cluster.members) - 1) // 2))
-
     def _kill(self):
-        return "kill some", self.cluster.killed(self._minority())
+        """One, a minority, a majority or all."""
+        size = len(self.cluster.members)
+        count = self.rng.choice((1, 1, size // 2, size // 2 + 1, size))
+        return f"kill {count}", self.cluster.killed(self._some(count))
 
-    def _kill_all(self):
-        return "kill all", self.cluster.killed(self.cluster.members)
+    def _fill(self):
+        return "full disk", self.cluster.full_disk(self.rng.choice(self.small))
 
     def _pause(self):
         return "pause", self.cluster.paused(self._anyone())
@@ -9258,18 +9297,66 @@ class Torture:
         eventually(is_same, 60, "the same keys at the same index everywhere")
 
 
-@pytest.mark.parametrize("size, seconds", [(3, 7), (5, 6)])
+@pytest.mark.parametrize("size, seconds", [(3, 7), (5, 5)])
 def test_torture_clients_see_one_history(tmp_path, size, seconds):
     """kill -9, pauses, partitions: every answer and every event fits into one order."""
     rng = random.Random(f"{TORTURE_SEED}/{size}")
     is_fast = not TORTURE_SECONDS or rng.random() < 0.7
-    print(f"PYETCD_TORTURE_SEED={TORTURE_SEED}")
+    print(f"PYETCD_TORTURE_SEED={TORTURE_SEED}, {_TORTURE_FAST if is_fast else 'default timing'}")
     with TortureCluster(tmp_path, size, *_TORTURE_FLAGS, *(_TORTURE_FAST if is_fast else ())
                         ) as cluster:
         torture = Torture(cluster, rng)
         torture.run(TORTURE_SECONDS or seconds)
         torture.check_convergence()
         print(f"{size} members: {torture.judge()}")
+
+
+def test_torture_paused_leader_serves_no_stale_quorum_read(tmp_path):
+    """What it finds in its sockets when it wakes up was asked after the others went on."""
+    with TortureCluster(tmp_path, 3, *_TORTURE_FAST) as cluster:
+        for number in range(5):
+            old = cluster.leader()
+            cluster.put_through(old, "a", f"{number}.0")
+            with contextlib.closing(http.client.HTTPConnection(old.address, timeout=10)) as reader:
+                reader.connect()
+                with cluster.paused(old):
+                    new = cluster.others(old)[number % 2]
+                    eventually(lambda m=new, v=f"{number}.1": m.request(
+                        "PUT", "/v2/keys/a", {"value": v}, timeout_s=0.3))
+                    reader.request("GET", "/v2/keys/a?quorum=true")
+                answer = reader.getresponse()
+                body = json.loads(answer.read())
+                assert answer.status != 200 or body["node"]["value"] == f"{number}.1"
+            eventually(lambda m=old, v=f"{number}.1": m.value("a", quorum="true") == v)
+
+
+@pytest.mark.parametrize("resets", [False, True], ids=["held", "reset"])
+def test_torture_rejoining_member_disturbs_nobody(tmp_path, resets):
+    """A member that was cut off for many election timeouts: no new term, no failed write."""
+    with TortureCluster(tmp_path, 3, *_TORTURE_FAST) as cluster:
+        leader = cluster.leader()
+        away = cluster.others(leader)[0]
+        term = leader.put("a", "1")[2]["X-Raft-Term"]
+        statuses, ended = collections.Counter(), threading.Event()
+
+        def write():
+            while not ended.wait(0.005):
+                answer = leader.put("b", "1")
+                statuses[answer and answer[0]] += 1
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        with cluster.cut_between([away], cluster.others(away), resets=resets):
+            threading.Event().wait(2.0)
+            leader.put("a", "2")
+            assert away.value("a") == "1"
+        eventually(lambda: away.value("a") == "2")
+        threading.Event().wait(0.6)                 # two election timeouts
+        ended.set()
+        writer.join()
+        assert set(statuses) <= {200, 201}, statuses
+        assert leader.put("a", "3")[2]["X-Raft-Term"] == term
+        assert leader.is_leader()
 
 
 # ============================================================================
