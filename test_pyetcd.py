@@ -8749,25 +8749,62 @@ _TORTURE_FLAGS = ("-snapshot-count", "200")
 _TORTURE_FAST = ("-heartbeat-interval", "50", "-election-timeout", "300")
 
 
+class TortureMember(ClusterMember):
+    """A member whose advertised peer URL may not be where it listens; its disk is named."""
+
+    def __init__(self, directory, name):
+        super().__init__(directory, name)
+        self.listen = f"http://127.0.0.1:{free_port()}"
+        self.disk = directory / f"disk-{name}"
+
+    @property
+    def id(self):
+        return f"{pyetcd.member_id([self.peer], pyetcd.DEFAULT_CLUSTER_TOKEN):x}"
+
+    @property
+    def address(self):
+        return urllib.parse.urlsplit(self.client).netloc
+
+    def flags(self):
+        return [
+            "-name", self.name, "-initial-advertise-peer-urls", self.peer,
+            "-listen-peer-urls", self.listen, "-listen-client-urls", self.client,
+            "-advertise-client-urls", self.client, "-data-dir", str(self.disk / "data"),
+        ]
+
+    def is_up(self):
+        return self.process.popen.poll() is None
+
+
 class CuttingProxy:
     """A port before each member's peer port; bytes from one member to another can be stopped.
 
     Who dials is told by the first head of each connection.  What is stopped is not lost but comes
     late, as with TCP over a network that loses all packets for a while; with `resets`, connections
-    end instead.  Thread: one of its own; `cut` and `resets` may be changed by any other.
+    end instead.  It has a thread of its own; any other may cut and heal.
     """
 
     def __init__(self) -> None:
-        self.cut: Set[Tuple[str, str]] = set()      # (from, to), member ids
-        self.resets = False
+        self._cut: Set[Tuple[str, str]] = set()     # ids of members: from, to
+        self._resets = False
         self._servers: List[asyncio.AbstractServer] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="cutting-proxy")
         self._thread.start()
 
-    def open(self, member_id: str, port: int, peer_port: int) -> None:
-        """Stand at `port` for the member that listens at `peer_port`."""
-        self._do(self._open(member_id, port, peer_port))
+    def attach(self, member: TortureMember) -> None:
+        """Stand where the member says it is, for where it listens."""
+        ports = [urllib.parse.urlsplit(url).port for url in (member.peer, member.listen)]
+        self._do(self._open(member.id, *ports))
+
+    def cut(self, pairs: Set[Tuple[TortureMember, TortureMember]], resets: bool) -> None:
+        """Let nothing pass from the first of each pair to the second."""
+        self._resets = resets
+        self._cut = self._cut | {(a.id, b.id) for a, b in pairs}
+
+    def heal(self, pairs: Set[Tuple[TortureMember, TortureMember]]) -> None:
+        """Let everything pass again."""
+        self._cut = self._cut - {(a.id, b.id) for a, b in pairs}
 
     def close(self) -> None:
         """End all connections and the thread."""
@@ -8817,8 +8854,8 @@ class CuttingProxy:
         with contextlib.suppress(OSError):
             while True:
                 data = data or await reader.read(65_536)
-                while way in self.cut:
-                    if self.resets:
+                while way in self._cut:
+                    if self._resets:
                         return
                     await asyncio.sleep(0.01)
                 if not data:
@@ -8828,46 +8865,99 @@ class CuttingProxy:
                 data = b""
 
 
-class TortureMember(ClusterMember):
-    """A member whose advertised peer URL is a port of the CuttingProxy."""
+class NamespaceNetwork:
+    """A network namespace for each member, all on one bridge: the kernel loses what is cut.
 
-    def __init__(self, directory, name):
-        super().__init__(directory, name)
-        self.listen = f"http://127.0.0.1:{free_port()}"
-        self.id = f"{pyetcd.member_id([self.peer], pyetcd.DEFAULT_CLUSTER_TOKEN):x}"
-        self.disk = directory / f"disk-{name}"
-        self.address = urllib.parse.urlsplit(self.client).netloc
+    A member that may not reach another one is given a hardware address that nobody has.
+    """
 
-    def flags(self):
-        return [
-            "-name", self.name, "-initial-advertise-peer-urls", self.peer,
-            "-listen-peer-urls", self.listen, "-listen-client-urls", self.client,
-            "-advertise-client-urls", self.client, "-data-dir", str(self.disk / "data"),
-        ]
+    def __init__(self) -> None:
+        self._name = f"torture{os.getpid() % 10_000}"
+        self._subnet = f"10.213.{os.getpid() % 250}"
+        self._spaces: Dict[str, str] = {}           # by the member's name
+        _ip(f"link add {self._name} type bridge")
+        _ip(f"addr add {self._subnet}.1/24 dev {self._name}")
+        _ip(f"link set {self._name} up")
 
-    def is_up(self):
-        return self.process.popen.poll() is None
+    def attach(self, member: TortureMember) -> None:
+        """Give the member an address of its own, in a namespace of its own."""
+        space = f"{self._name}n{len(self._spaces)}"
+        self._spaces[member.name] = space
+        address = self._address(member)
+        _ip(f"netns add {space}")
+        _ip(f"link add {space} type veth peer name e0 netns {space}")
+        _ip(f"link set {space} master {self._name} up")
+        _ip(f"-n {space} addr add {address}/24 dev e0")
+        _ip(f"-n {space} link set e0 up")
+        member.client = f"http://{address}:2379"
+        member.peer = member.listen = f"http://{address}:2380"
+        member.process_type = type("SpaceProcess", (Process,), {
+            "program": ("ip", "netns", "exec", space, *Process.program)})
+
+    def cut(self, pairs: Set[Tuple[TortureMember, TortureMember]], resets: bool) -> None:
+        """Let nothing pass from the first of each pair to the second; there are no resets."""
+        for a, b in pairs:
+            _ip(f"-n {self._spaces[a.name]} neigh replace {self._address(b)}"
+                " lladdr 02:00:00:00:00:01 dev e0 nud permanent")
+
+    def heal(self, pairs: Set[Tuple[TortureMember, TortureMember]]) -> None:
+        """Let everything pass again."""
+        for a, b in pairs:
+            with contextlib.suppress(subprocess.CalledProcessError):    # healed already
+                _ip(f"-n {self._spaces[a.name]} neigh del {self._address(b)} dev e0")
+
+    def close(self) -> None:
+        """Remove all of it."""
+        for space in self._spaces.values():
+            _ip(f"link del {space}")
+            _ip(f"netns del {space}")
+        _ip(f"link del {self._name}")
+
+    def _address(self, member: TortureMember) -> str:
+        return f"{self._subnet}.{list(self._spaces).index(member.name) + 2}"
+
+
+def _ip(words: str) -> None:
+    subprocess.run(["ip", *words.split()], check=True, capture_output=True, timeout=20)
+
+
+@functools.cache
+def _why_no_namespaces() -> str:
+    """Return "" if this machine lets us have network namespaces."""
+    space = f"torture-try{os.getpid()}"
+    try:
+        NamespaceNetwork().close()
+        _ip(f"netns add {space}")
+        _ip(f"netns del {space}")
+    except FileNotFoundError:
+        return "ip (iproute2) is not installed"
+    except subprocess.CalledProcessError as error:
+        return error.stderr.decode().strip()
+    return ""
 
 
 class TortureCluster(StaticCluster):
-    """A cluster behind a CuttingProxy."""
+    """A cluster on a network that can be cut."""
 
     member_type = TortureMember
 
+    def __init__(self, directory, size, *flags, network_type=CuttingProxy):
+        super().__init__(directory, size, *flags)
+        self.network_type = network_type
+
     def __enter__(self):
-        self.proxy = CuttingProxy()
+        self.network = self.network_type()
         with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self.proxy.close)
+            on_failure.callback(self.network.close)
             for member in self.members:
-                self.proxy.open(member.id, *(urllib.parse.urlsplit(url).port
-                                             for url in (member.peer, member.listen)))
-            super().__enter__()
+                self.network.attach(member)
             on_failure.pop_all()
-        return self
+        self.initial = ",".join(f"{m.name}={m.peer}" for m in self.members)
+        return super().__enter__()      # which comes to __exit__ if it fails
 
     def __exit__(self, *exc_info):
         super().__exit__(*exc_info)
-        self.proxy.close()
+        self.network.close()
 
     def others(self, member):
         return [other for other in self.members if other is not member]
@@ -8875,14 +8965,13 @@ class TortureCluster(StaticCluster):
     @contextlib.contextmanager
     def cut_between(self, some, others, ways=2, resets=False):
         """Nothing goes from `some` to `others`, nor, with two ways, back."""
-        pairs = {(a.id, b.id) for a in some for b in others if a is not b}
+        pairs = {(a, b) for a in some for b in others}
         pairs |= {(b, a) for a, b in pairs} if ways == 2 else set()
-        self.proxy.resets = resets
-        self.proxy.cut = self.proxy.cut | pairs
+        self.network.cut(pairs, resets)
         try:
             yield
         finally:
-            self.proxy.cut = self.proxy.cut - pairs
+            self.network.heal(pairs)
 
     @contextlib.contextmanager
     def paused(self, member):
@@ -9297,13 +9386,17 @@ class Torture:
         eventually(is_same, 60, "the same keys at the same index everywhere")
 
 
-@pytest.mark.parametrize("size, seconds", [(3, 7), (5, 5)])
-def test_torture_clients_see_one_history(tmp_path, size, seconds):
+@pytest.mark.parametrize("network_type, size, seconds", [
+    (CuttingProxy, 3, 5), (CuttingProxy, 5, 4), (NamespaceNetwork, 3, 3),
+], ids=["proxy-3", "proxy-5", "namespaces-3"])
+def test_torture_clients_see_one_history(tmp_path, network_type, size, seconds):
     """kill -9, pauses, partitions: every answer and every event fits into one order."""
-    rng = random.Random(f"{TORTURE_SEED}/{size}")
-    is_fast = not TORTURE_SECONDS or rng.random() < 0.7
-    print(f"PYETCD_TORTURE_SEED={TORTURE_SEED}, {_TORTURE_FAST if is_fast else 'default timing'}")
-    with TortureCluster(tmp_path, size, *_TORTURE_FLAGS, *(_TORTURE_FAST if is_fast else ())
+    if network_type is NamespaceNetwork and _why_no_namespaces():
+        pytest.skip(f"no network namespaces: {_why_no_namespaces()}")
+    rng = random.Random(f"{TORTURE_SEED}/{network_type.__name__}/{size}")
+    timing = _TORTURE_FAST if not TORTURE_SECONDS or rng.random() < 0.7 else ()
+    print(f"PYETCD_TORTURE_SEED={TORTURE_SEED}, {' '.join(timing) or 'default timing'}")
+    with TortureCluster(tmp_path, size, *_TORTURE_FLAGS, *timing, network_type=network_type
                         ) as cluster:
         torture = Torture(cluster, rng)
         torture.run(TORTURE_SECONDS or seconds)
