@@ -9179,6 +9179,7 @@ class TortureWatcher(threading.Thread):
         self.members, self.streams, self.wait_index = members, streams, wait_index
         self.rng = random.Random(f"{TORTURE_SEED}/{name}")
         self.events: Dict[int, Change] = {}         # by modifiedIndex
+        self.seen_s: Dict[Change, float] = {}       # when, by time.monotonic()
         self.gaps: List[range] = []                 # indexes that were no more in the history
         self.wrong: List[str] = []
         self.end_index = math.inf                   # the last one to wait for
@@ -9214,7 +9215,8 @@ class TortureWatcher(threading.Thread):
         index = event["node"]["modifiedIndex"]
         if index < self.wait_index:
             self.wrong.append(f"{self.name} waited for {self.wait_index} and got {index}")
-        self.events[index] = Change.of(event)
+        change = self.events[index] = Change.of(event)
+        self.seen_s[change] = time.monotonic()
         self.wait_index = index + 1
 
 
@@ -9400,23 +9402,31 @@ class Torture:
                 assert event.value in written or event.key == "end", event
 
     def _settled(self, told):
-        """Yield (key, operation) of all clients, as far as watchers know without those unanswered.
+        """Yield (key, operation) of all clients; watchers know more of those without an answer.
 
-        They have seen which of them happened, and instead of what.  This makes no wrong answer
-        look right, but the search short, which is exponential in the unanswered ones.
+        They have seen which of them happened, instead of what, and not later than when.  This
+        makes no wrong answer look right, but the search short: it is exponential in the others.
         """
-        ended = time.monotonic()
-        events = {event for watcher in self.watchers for event in watcher.events.values()}
-        previous = {event.value: event.previous for event in events}
-        deleted = {event.key for event in events - told if event.value is None}
-        is_complete = not all(watcher.gaps for watcher in self.watchers)
+        seen_s: Dict[Change, float] = {}
+        for change, at_s in itertools.chain(*(w.seen_s.items() for w in self.watchers)):
+            seen_s[change] = min(at_s, seen_s.get(change, math.inf))
+        by_value = {change.value: change for change in seen_s}
+        knows_all = not all(watcher.gaps for watcher in self.watchers)
+        deletes: Dict[str, List[Operation]] = collections.defaultdict(list)
         for key, op in itertools.chain(*(client.operations for client in self.clients)):
-            if op.returned == math.inf and is_complete and op.new is not None:
-                if op.new in previous:
-                    old = op.old if op.verb == "swap" else previous[op.new]
-                    yield key, op._replace(returned=ended, verb="swap", old=old)
-            elif op.returned < math.inf or key in deleted or not is_complete:
+            if op.returned < math.inf or not knows_all:
                 yield key, op
+            elif op.new is None:
+                deletes[key].append(op)
+            elif op.new in by_value:
+                change = by_value[op.new]
+                old = op.old if op.verb == "swap" else change.previous
+                yield key, Operation(op.called, seen_s[change], "swap", op.new, old)
+        for change in seen_s.keys() - told:
+            if change.value is None and knows_all:
+                called = min(op.called for op in deletes[change.key])   # one of these it was
+                yield change.key, Operation(
+                    called, seen_s[change], "swap", None, change.previous)
 
     def check_convergence(self):
         """All members hold the same keys at the same indexes."""
