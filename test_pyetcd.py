@@ -8909,8 +8909,10 @@ class NamespaceNetwork:
 
     def close(self) -> None:
         """Remove all of it."""
-        for words in [*(f"netns del {space}" for space in self._spaces.values()),
-                      f"link del {self._name}"]:
+        # Links by name: a namespace stays while the kernel still sends for a dead process.
+        spaces = self._spaces.values()
+        for words in [*(f"link del {space}" for space in spaces), f"link del {self._name}",
+                      *(f"netns del {space}" for space in spaces)]:
             with contextlib.suppress(subprocess.CalledProcessError):    # it failed to be made
                 _ip(words)
 
