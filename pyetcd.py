@@ -9019,6 +9019,69 @@ class SnapshotKeeper:
 
 
 # ============================================================================
+# 24.5. Handover -- a leader that goes leaves the lead to another member first
+# ----------------------------------------------------------------------------
+# Knows: sections 1-8.  Must not know: sockets, the store, requests.
+# ============================================================================
+
+
+class Handover:
+    """Gives the lead to the member that can take it over best.  Thread: reactor.
+
+    Source: Raft thesis §3.10; etcd 3 server.go, TransferLeadership.
+    """
+
+    def __init__(self, node: RawNode, active_since: Callable[[int], float]) -> None:
+        self._node = node
+        self._active_since = active_since
+        self._tried_term = 0            # in which we handed over because of a removal
+
+    def begin(self) -> int:
+        """Start to hand over; return the id of the heir, 0 if there is none or we do not lead.
+
+        Proposals are refused until the heir leads, or has not done so for an election timeout.
+        """
+        raft = self._node.raft
+        heir = self._find_heir() if raft.role == RaftRole.LEADER else 0
+        if heir:
+            package_logger("etcdserver").info(
+                "leadership transfer %s -> %s", format_id(raft.id), format_id(heir)
+            )
+            self._node.transfer_leader(heir)
+        return heir
+
+    def before(self, changes: Iterable[ConfChange]) -> None:
+        """Hand over if one of `changes`, about to be proposed, removes us; once in a term.
+
+        Who commits the own removal may be gone before the others hear that it is committed.  Of
+        two members the second one then waits for ever for the vote of the first (thesis §4.2.2).
+        If no other member takes over, the change has to be proposed here all the same.
+        """
+        raft = self._node.raft
+        if raft.term != self._tried_term and any(
+            change.type == ConfChangeType.REMOVE_NODE and change.node_id == raft.id
+            for change in changes
+        ) and self.begin():
+            self._tried_term = raft.term
+
+    def before_entries(self, entries: Iterable[Entry]) -> None:
+        """The same for proposals that come from another member."""
+        for entry in entries:
+            if entry.type == EntryType.CONF_CHANGE:
+                with contextlib.suppress(CodecError):
+                    self.before((decode_conf_change(entry.data),))
+
+    def _find_heir(self) -> int:
+        """The member with the most of our log among those that can be reached; 0: none."""
+        raft = self._node.raft
+        reachable = [
+            (progress.match_index, id) for id, progress in raft.progress.items()
+            if id != raft.id and self._active_since(id) > 0
+        ]
+        return max(reachable, default=(0, 0))[1]
+
+
+# ============================================================================
 # 25. Server -- one member: consensus, disk and store brought together
 # ----------------------------------------------------------------------------
 # Knows: sections 1-24.  Must not know: HTTP paths, flags.
@@ -9393,6 +9456,7 @@ class EtcdServer:
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
         )
         self.node: RawNode = self._make_node(boot, rng or random.Random())
+        self.handover = Handover(self.node, self.transport.active_since)
         self._data_dir = boot.data_dir
         self._removed = removed
         self._tell_published = published
@@ -9520,6 +9584,8 @@ class EtcdServer:
 
         Differs from etcd, which drops them, so that the peer's client waits for its timeout.
         """
+        if message.type == MsgType.PROP:
+            self.handover.before_entries(message.entries)
         try:
             self.node.step(message)
         except ProposalDropped:
@@ -9609,9 +9675,11 @@ class EtcdServer:
         if self.lead and not self.is_leader and not self.transport.active_since(self.lead):
             return False
         queue, self._queue = self._queue, []
+        self.handover.before(self._changes)
         try:
             if queue:
                 self.node.propose_many(queue)
+                queue = []
             while self._changes:
                 self.node.propose_conf_change(self._changes[0])
                 self.reactor.call_later(SYNC_SECONDS, self._repeat, self._changes.pop(0))
@@ -9859,23 +9927,8 @@ class Departure:
         self._etcd = etcd
         self._done = done
         self._deadline = etcd.reactor.now() + etcd.config.election_ms / 1000
-        heir = self._find_heir() if etcd.is_leader else 0
-        if heir:
-            package_logger("etcdserver").info(
-                "leadership transfer %s -> %s", format_id(etcd.member_id), format_id(heir)
-            )
-            etcd.node.transfer_leader(heir)
-        self._heir = heir
+        self._heir = etcd.handover.begin()
         self._wait()
-
-    def _find_heir(self) -> int:
-        """The member with the most of our log among those that can be reached; 0: none."""
-        etcd = self._etcd
-        reachable = [
-            (progress.match_index, id) for id, progress in etcd.node.raft.progress.items()
-            if id != etcd.member_id and etcd.transport.active_since(id) > 0
-        ]
-        return max(reachable, default=(0, 0))[1]
 
     def _wait(self) -> None:
         etcd = self._etcd

@@ -8736,6 +8736,51 @@ def test_cluster_leader_hands_over_when_it_is_stopped(tmp_path):
             "lost leader" in log and "elected leader" in log.partition("transfer")[2])
 
 
+# -- members come and go ------------------------------------------------------------
+
+
+_MEMBERS_QUICK = ("-heartbeat-interval", "50", "-election-timeout", "300")
+
+
+def _members_ids(member):
+    """Name -> id, as `member` sees its cluster; "" is one that was not started."""
+    listing = member.request("GET", "/v2/members")
+    return {m["name"]: m["id"] for m in listing[1]["members"]}
+
+
+def _members_join(cluster, via, name):
+    """Add a member to the cluster through `via`, start it, and wait until it is published."""
+    member = ClusterMember(cluster.directory, name)
+    body = {"peerURLs": [member.peer]}
+    added = eventually(lambda: requests.post(via.client + "/v2/members", json=body, timeout=10).ok)
+    assert added
+    listing = requests.get(via.client + "/v2/members", timeout=10).json()["members"]
+    names = [f"{m['name'] or name}={url}" for m in listing for url in m["peerURLs"]]
+    cluster.members.append(member)
+    member.start("-initial-cluster", ",".join(names), "-initial-cluster-state", "existing",
+                 *cluster.flags)
+    member.process.wait_log("published")
+    return member
+
+
+def test_members_survivor_of_two_goes_on_when_the_leader_is_removed(tmp_path):
+    """The leader dies right after it has answered; the other one must know what was committed."""
+    with StaticCluster(tmp_path, 1, *_MEMBERS_QUICK) as cluster:
+        for number in range(6):
+            _members_join(cluster, cluster.members[0], f"j{number}")
+            leader = cluster.leader()
+            other = next(m for m in cluster.members if m is not leader)
+            asked = (leader, other)[number % 2]
+            gone = _members_ids(asked)[leader.name]
+            answer = requests.delete(f"{asked.client}/v2/members/{gone}", timeout=10)
+            leader.process.kill()
+            assert answer.status_code == 204
+            assert "leadership transfer" in leader.process.log()
+            cluster.members.remove(leader)
+            assert cluster.put_through(other, "alone", str(number)) < 3
+            assert set(_members_ids(other)) == {other.name}
+
+
 # ============================================================================
 # 13.5. Torture: real processes under faults, and a check of what clients saw
 # ----------------------------------------------------------------------------
