@@ -8766,7 +8766,7 @@ def _members_join(cluster, via, name):
 def test_members_survivor_of_two_goes_on_when_the_leader_is_removed(tmp_path):
     """The leader dies right after it has answered; the other one must know what was committed."""
     with StaticCluster(tmp_path, 1, *_MEMBERS_QUICK) as cluster:
-        for number in range(6):
+        for number in range(4):
             _members_join(cluster, cluster.members[0], f"j{number}")
             leader = cluster.leader()
             other = next(m for m in cluster.members if m is not leader)
@@ -8779,6 +8779,77 @@ def test_members_survivor_of_two_goes_on_when_the_leader_is_removed(tmp_path):
             cluster.members.remove(leader)
             assert cluster.put_through(other, "alone", str(number)) < 3
             assert set(_members_ids(other)) == {other.name}
+
+
+@contextlib.contextmanager
+def _members_embedded(tmp_path, size):
+    """Members in this process; yields them, the leader first."""
+    servers = [
+        pyetcd.Server(name=f"e{i}", data_dir=str(tmp_path / f"e{i}"), heartbeat_ms=50,
+                      election_ms=300) for i in range(size)]
+    try:
+        for server in servers:
+            server.bind()
+        initial = ",".join(f"{s.config.name}={s.peer_urls[0]}" for s in servers)
+        for server in servers:
+            server.start(initial_cluster=initial)
+        assert all(server.wait_ready(20) for server in servers)
+        lead = eventually(lambda: servers[0].call(lambda etcd: etcd.lead))
+        yield sorted(servers, key=lambda s: s.call(lambda etcd: etcd.member_id) != lead)
+    finally:
+        for server in servers:
+            server.stop()
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_members_leader_does_not_commit_its_own_removal(tmp_path, asked):
+    """What it says of that commit may be lost, here by force, and itself be gone."""
+    with _members_embedded(tmp_path, 2) as servers:
+        leader, other = servers
+
+        def lose_commits(etcd):
+            known = etcd.node.raft.log.commit
+            etcd.transport.drop = lambda m: m.sender == etcd.member_id and m.commit > known
+            return f"{etcd.member_id:x}"
+
+        gone = leader.call(lose_commits)
+        status, _, _ = _http_ask(servers[asked], "DELETE", "/v2/members/" + gone)
+        assert status == 204
+        leader.kill()
+        assert _http_keys(other, "PUT", "/a", "value=1")[0] == 201
+
+
+def test_members_leader_without_an_heir_commits_its_own_removal(tmp_path, caplog):
+    """The other one cannot take over: after one election timeout it is done directly, once."""
+    caplog.set_level(logging.INFO)
+    with _members_embedded(tmp_path, 2) as (leader, other):
+        def refuse_to_lead(etcd):
+            etcd.transport.drop = lambda m: m.type == MsgType.TIMEOUT_NOW
+
+        other.call(refuse_to_lead)
+        gone = leader.call(lambda etcd: f"{etcd.member_id:x}")
+        acknowledged, ended = [], threading.Event()
+
+        def write():
+            for number in itertools.count():
+                if ended.is_set() or _http_keys(leader, "POST", "/q", f"value={number}")[0] != 201:
+                    return
+                acknowledged.append(str(number))
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        eventually(lambda: len(acknowledged) > 5)
+        started = time.monotonic()
+        assert _http_ask(leader, "DELETE", "/v2/members/" + gone)[0] == 204
+        assert 0.2 < time.monotonic() - started < 3
+        ended.set()
+        writer.join()
+        assert sum("leadership transfer" in line for line in caplog.messages) == 1
+        assert leader.wait() == 0
+        assert _http_keys(other, "PUT", "/a", "value=1")[0] == 201
+        nodes = _http_keys(other, "GET", "/q?sorted=true")[1]["node"]["nodes"]
+        values = [node["value"] for node in nodes]
+        assert values[:len(acknowledged)] == acknowledged and len(set(values)) == len(values)
 
 
 # ============================================================================
