@@ -105,6 +105,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
+    Collection,
     Container,
     Deque,
     Dict,
@@ -404,22 +405,40 @@ class PeerUrlExists(MemberError):
     text = "etcdserver: peerURL exists"
 
 
-class NotEnoughStarted(MemberError):
-    """Strict reconfiguration check: the change would lose the quorum."""
+class ReconfigurationRefused(MemberError):
+    """Strict reconfiguration check: the change could lose the quorum."""
+
+    detail = ""                         # the numbers, and what to do
+
+    def __str__(self) -> str:
+        return f"{self.text}: {self.detail}"
+
+
+class NotEnoughStarted(ReconfigurationRefused):
+    """Too few members would have been started, as etcd 2.3 counts."""
 
     text = "etcdserver: re-configuration failed due to not enough started members"
 
     def __init__(self, what: str, started: int, size: int) -> None:
         super().__init__()
-        self._detail = (
+        self.detail = (
             f"{what} a member leaves {started} started of {size} members, and {size // 2 + 1} are"
             f" needed for a quorum; start the members that were added and not started yet, or"
             f" remove those, and try again"
         )
 
-    def __str__(self) -> str:
-        return f"{self.text}: {self._detail}"
+class NotEnoughActive(ReconfigurationRefused):
+    """Too few members would be up, as etcd 3 counts."""
 
+    text = "etcdserver: unhealthy cluster"
+
+    def __init__(self, what: str, active: int, size: int) -> None:
+        super().__init__()
+        self.detail = (
+            f"{what} a member leaves {active} of {size} members that can be reached, and"
+            f" {size // 2 + 1} are needed for a quorum; start those that are down, or remove them"
+            f" first, and try again"
+        )
 
 class RaftError(Exception):
     """The Raft core cannot do what was asked, now or ever; nothing is broken."""
@@ -9019,10 +9038,34 @@ class SnapshotKeeper:
 
 
 # ============================================================================
-# 24.5. Handover -- a leader that goes leaves the lead to another member first
+# 24.5. Reconfiguration -- members go, and the others keep a leader and a quorum
 # ----------------------------------------------------------------------------
-# Knows: sections 1-8.  Must not know: sockets, the store, requests.
+# Knows: sections 1-8 and 13.  Must not know: sockets, the store, requests.
 # ============================================================================
+
+
+def check_active(
+    change_type: ConfChangeType, id: int, own_id: int, members: Collection[int],
+    active_since: Callable[[int], float],
+) -> None:
+    """Raise NotEnoughActive if a change leaves too few members that can be reached for a quorum.
+
+    A member that is down may always be removed.  Source: etcd 3 server.go, mayRemoveMember.
+    Differs from it: active now is enough, it needs no 5 s, and one more may be added while others
+    are down if all that are up will be a quorum.
+    """
+    active = {member for member in members if member == own_id or active_since(member) > 0}
+    if change_type == ConfChangeType.ADD_NODE:
+        what, left, size = "adding", len(active), len(members) + 1
+        is_risky = size > 2             # a cluster of one must be able to grow
+    else:
+        what, left, size = "removing", len(active) - 1, len(members) - 1
+        is_risky = change_type == ConfChangeType.REMOVE_NODE and id in active
+    if is_risky and left < size // 2 + 1:
+        package_logger("etcdserver").warning(
+            "not healthy for reconfigure: %s a member leaves %d of %d active", what, left, size
+        )
+        raise NotEnoughActive(what, left, size)
 
 
 class Handover:
@@ -9569,7 +9612,9 @@ class EtcdServer:
         if self.config.strict_reconfig_check:
             try:
                 self.cluster.check_strict(change_type, member.id)
-            except NotEnoughStarted as error:
+                check_active(change_type, member.id, self.member_id, self.cluster.members,
+                             self.transport.active_since)
+            except ReconfigurationRefused as error:
                 done(error)
                 return
         context = None
@@ -11749,7 +11794,7 @@ class MembersApi:
         else:
             cause = error.cause if isinstance(error, EtcdError) else str(error)
             package_logger("etcdhttp").error("got unexpected response error (%s)", cause)
-            is_ours = isinstance(error, NotEnoughStarted)   # what to do; etcd tells it the log only
+            is_ours = isinstance(error, ReconfigurationRefused)     # etcd tells it the log only
             self._message(request, 500, str(error) if is_ours else "Internal Server Error")
 
     def _reply(self, request: HttpRequest, status: int, body: str) -> None:

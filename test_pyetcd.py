@@ -8781,6 +8781,51 @@ def test_members_survivor_of_two_goes_on_when_the_leader_is_removed(tmp_path):
             assert set(_members_ids(other)) == {other.name}
 
 
+@pytest.mark.parametrize(("change", "id", "members", "active", "allowed"), [
+    ("REMOVE", 3, 3, {1, 2}, True), ("REMOVE", 2, 3, {1, 2}, False), ("REMOVE", 1, 3, {2}, False),
+    ("REMOVE", 2, 2, {1, 2}, True), ("REMOVE", 2, 5, {1, 2, 3, 4}, True),
+    ("REMOVE", 2, 5, {1, 2, 3}, False), ("REMOVE", 2, 3, {1}, True), ("REMOVE", 9, 3, {1}, True),
+    ("ADD", 9, 3, {1, 2, 3}, True), ("ADD", 9, 3, {1, 2}, False), ("ADD", 9, 5, {1, 2, 3, 4}, True),
+    ("ADD", 9, 1, {1}, True), ("ADD", 9, 2, {1}, False), ("UPDATE", 2, 3, {1}, True),
+])
+def test_members_strict_check_counts_those_that_can_be_reached(
+    change, id, members, active, allowed
+):
+    """Those that are up afterwards are a quorum; who is down may go; member 1 is asked."""
+    def check():
+        pyetcd.check_active(
+            ConfChangeType[change + "_NODE"], id, 1, range(1, members + 1),
+            lambda member: float(member in active))
+    if allowed:
+        check()
+    else:
+        with pytest.raises(pyetcd.NotEnoughActive, match="unhealthy cluster: (add|remov)ing a me"):
+            check()
+
+
+def test_members_change_that_would_lose_the_quorum_is_refused(tmp_path):
+    """One of three is down: a live one may not go, a fourth one may not come, the dead one may."""
+    with StaticCluster(tmp_path, 3, *_MEMBERS_QUICK) as cluster:
+        down, other = [m for m in cluster.members if m is not cluster.leader()]
+        ids = _members_ids(other)
+        down.process.kill()
+        path = f"{other.client}/v2/members"
+        other.process.wait_log(f"the connection with {ids[down.name]} became inactive")
+        refused = requests.delete(f"{path}/{ids[cluster.leader().name]}", timeout=10)
+        assert refused.status_code == 500
+        assert refused.json()["message"] == (
+            "etcdserver: unhealthy cluster: removing a member leaves 1 of 2 members that can be"
+            " reached, and 2 are needed for a quorum; start those that are down, or remove them"
+            " first, and try again")
+        refused = requests.post(path, json={"peerURLs": ["http://127.0.0.1:1"]}, timeout=10)
+        assert refused.status_code == 500 and "adding a member leaves 2 of 4" in refused.text
+        assert other.put("a", "1")[0] == 201
+        assert requests.delete(f"{path}/{ids[down.name]}", timeout=10).status_code == 204
+        cluster.members.remove(down)
+        _members_join(cluster, other, "n3")
+        assert cluster.members[-1].value("a") == "1"
+
+
 @contextlib.contextmanager
 def _members_embedded(tmp_path, size):
     """Members in this process; yields them, the leader first."""
