@@ -13006,16 +13006,20 @@ def fetch_members(
     status, headers, body = blocking_get(url, timeout_s, "/members", tls)
     if status != 200:
         raise ValueError(f"unexpected status {status}")
+    return int(headers.get("X-Etcd-Cluster-Id", ""), 16), parse_members(body)
+
+
+def parse_members(body: bytes) -> List[Member]:
+    """Return the members in an answer to GET /members.  Raises ValueError."""
     try:
-        members = [
+        return [
             Member(
                 int(member["id"]), tuple(sorted(member["peerURLs"])),
                 str(member.get("name", "")), tuple(member.get("clientURLs") or ()),
             )
             for member in json.loads(body)
         ]
-        return int(headers.get("X-Etcd-Cluster-Id", ""), 16), members
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         raise ValueError("the answer is no list of members") from None
 
 
@@ -13249,13 +13253,7 @@ def _form(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
     token = config.discovery or config.initial_cluster_token
     cluster = _new_cluster(token, initial)
     member = _own_member(config, cluster)
-    if _is_bootstrapped(cluster, member, tls):
-        raise StartError(
-            f"member {format_id(member.id)} has already been bootstrapped; its data directory is"
-            f" lost or -data-dir is wrong: restore it, or remove the member with DELETE"
-            f" /v2/members/{format_id(member.id)} on another one, add it anew and start it with"
-            f" -initial-cluster-state existing"
-        )
+    _check_no_past(member.id, _peer_urls_of_others(cluster, member), tls)
     if config.discovery:
         discovery = Discovery(
             config.discovery, member.id, format_initial_cluster(initial),
@@ -13306,13 +13304,31 @@ def _peer_urls_of_others(cluster: Cluster, member: Member) -> List[str]:
     )
 
 
-def _is_bootstrapped(cluster: Cluster, member: Member, tls: Optional[TlsContext]) -> bool:
-    """True if a running peer knows this member with client URLs: it had a life before this one."""
-    others = _peer_urls_of_others(cluster, member)
-    found = fetch_cluster(others, PROBE_ANSWER_SECONDS, tls, quiet=True)
-    return found is not None and any(
-        other.id == member.id and other.client_urls for other in found[1]
+def is_published(id: int, members: Sequence[Member]) -> bool:
+    """True if a peer's list has this member with client URLs: it has been running."""
+    return any(member.id == id and member.client_urls for member in members)
+
+
+def data_lost(id: int) -> StartError:
+    """Return what to say to a member that was here before, but whose log begins anew."""
+    return StartError(
+        f"member {format_id(id)} has already been bootstrapped; its data directory is"
+        f" lost or -data-dir is wrong: restore it, or remove the member with DELETE"
+        f" /v2/members/{format_id(id)} on another one, add it anew and start it with"
+        f" -initial-cluster-state existing"
     )
+
+
+def _check_no_past(id: int, others: Sequence[str], tls: Optional[TlsContext]) -> None:
+    """Raise StartError if a running peer knows that this member had a life before this one.
+
+    It would vote again in terms in which it has voted, and without the log for which its first
+    life has counted.  All peers are asked: one may have missed it.
+    """
+    for url in others:
+        found = fetch_cluster([url], PROBE_ANSWER_SECONDS, tls, quiet=True)
+        if found is not None and is_published(id, found[1]):
+            raise data_lost(id)
 
 
 def _bootstrap_entries(cluster: Cluster) -> List[Entry]:
@@ -13344,6 +13360,7 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
     cluster_id, existing = found
     members = _match_members(local, existing)
     own = next(member for member in members if member.name == config.name)
+    _check_no_past(own.id, [url for m in members if m.id != own.id for url in m.peer_urls], tls)
     _check_reachable(config, initial)
     others = [member for member in members if member.id != own.id]
     if not _is_compatible(others, tls):
@@ -13539,6 +13556,91 @@ def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
 
 
 # ============================================================================
+# 33.5. First life -- a member without a past asks the others whether that is so
+# ----------------------------------------------------------------------------
+# Knows: sections 1-33.  Must not know: client requests, flags.
+# ============================================================================
+
+ASK_AGAIN_SECONDS = 0.1
+
+
+class FirstLife:
+    """Keeps a member whose log is empty from voting where its first life may have voted.
+
+    Bootstrap asks the members too, but perhaps none of them was up.  Nobody's messages count here
+    until he has said that our client URLs were never published; who says that they were ends this
+    member with refuse().  It is over when there is a leader: before, we have published nothing.
+    Thread: reactor.  Differs from etcd, whose member votes as if it were new.
+    """
+
+    def __init__(
+        self, etcd: EtcdServer, refuse: Callable[[StartError], None], tls: Optional[TlsContext]
+    ) -> None:
+        self._etcd = etcd
+        self._refuse = refuse
+        self._tls = tls
+        self._heard: Set[int] = set()           # members that know no past of ours
+        self._asked: Dict[int, HttpCall] = {}
+        self._rounds = 0
+        etcd.transport.drop = self._drops
+        etcd.reactor.call_later(0.0, self._ask)
+
+    @staticmethod
+    def is_due(boot: Bootstrap) -> bool:
+        """True if the log was never written to by a leader."""
+        return boot.snapshot is None and all(entry.term <= 1 for entry in boot.contents.entries)
+
+    def _drops(self, message: Message) -> bool:
+        is_heard = message.sender == self._etcd.member_id or message.sender in self._heard
+        return not (is_heard or self._is_over)
+
+    @property
+    def _is_over(self) -> bool:
+        return self._etcd.counts.leader_changes > 0
+
+    def _ask(self) -> None:
+        etcd = self._etcd
+        if self._is_over or etcd.stopping:
+            self._end()
+            return
+        for member in etcd.cluster.members.values():
+            is_known = member.id in self._heard or member.id == etcd.member_id
+            if member.peer_urls and not is_known and member.id not in self._asked:
+                self._ask_one(member, member.peer_urls[self._rounds % len(member.peer_urls)])
+        self._rounds += 1
+        etcd.reactor.call_later(ASK_AGAIN_SECONDS, self._ask)
+
+    def _ask_one(self, member: Member, url: str) -> None:
+        body: List[bytes] = []
+
+        def done(error: Optional[Exception]) -> None:
+            del self._asked[member.id]
+            if error is None:
+                self._answered(member.id, b"".join(body))
+
+        self._asked[member.id] = HttpCall(
+            self._etcd.reactor, url, "GET", "/members", {},
+            connect_timeout_s=PROBE_ANSWER_SECONDS, idle_timeout_s=JOIN_ANSWER_SECONDS,
+            tls=self._tls, on_data=body.append, on_done=done,
+        )
+
+    def _answered(self, member_id: int, body: bytes) -> None:
+        etcd = self._etcd
+        with contextlib.suppress(ValueError):       # a list without us: it is not up to date
+            members = parse_members(body)
+            if is_published(etcd.member_id, members) and not self._is_over:
+                self._refuse(data_lost(etcd.member_id))
+            elif any(member.id == etcd.member_id for member in members):
+                self._heard.add(member_id)
+
+    def _end(self) -> None:
+        self._etcd.transport.drop = None
+        for call in self._asked.values():
+            call.cancel()
+        self._asked.clear()
+
+
+# ============================================================================
 # 34. Embedding -- a member inside any program
 # ----------------------------------------------------------------------------
 # Knows: all above.  Threads: the caller's, and the one it starts, `reactor`.
@@ -13725,6 +13827,8 @@ class Server(ServerThread):
             self.config, boot, self._reactor, failed=self._failed, removed=self._removed,
             published=self._ready.set,
         )
+        if FirstLife.is_due(boot):
+            FirstLife(self.etcd, self._refuse, boot.peer_tls)
         self._client_api = ClientApi(self.etcd)
         self._count_client_bytes(self.etcd.metrics)
         registry = DiscoveryService(self.etcd.do, self._client_api.serve)
@@ -13812,6 +13916,11 @@ class Server(ServerThread):
         if self.etcd is not None:
             self.etcd.abandon()
         self._reactor.stop()
+
+    def _refuse(self, error: StartError) -> None:
+        """What bootstrap would have refused has come out only now."""
+        package_logger("etcd").critical("%s", error)
+        self._failed(error)
 
     def _removed(self) -> None:
         log = package_logger("etcdserver")

@@ -8781,6 +8781,31 @@ def test_members_survivor_of_two_goes_on_when_the_leader_is_removed(tmp_path):
             assert set(_members_ids(other)) == {other.name}
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+def test_members_one_without_its_data_does_not_vote_when_it_finds_out_late(tmp_path, restarts):
+    """Nobody was up when it was started anew; the next one who is tells it of its past."""
+    with StaticCluster(tmp_path, 3, *_MEMBERS_QUICK) as cluster:
+        leader = cluster.leader()
+        lost, stale = [m for m in cluster.members if m is not leader]
+        stale.process.kill()
+        assert leader.put("a", "1")[0] == 201           # on the disks of two
+        for member in (leader, lost):
+            member.process.kill()
+        shutil.rmtree(tmp_path / f"{lost.name}.etcd")
+        cluster.start(lost)
+        lost.process.wait_log("is starting a new election")
+        if restarts:
+            lost.process.kill()
+            cluster.start(lost)
+        cluster.start(stale)                            # with its vote, `a` would be lost
+        assert lost.process.popen.wait(20) == 1
+        line = lost.process.log().splitlines()[-1]
+        assert "its data directory is lost" in line and "-initial-cluster-state existing" in line
+        assert not re.search(r"elected leader \w+ at term [3-9]", stale.process.log())
+        cluster.start(leader)
+        eventually(lambda: stale.value("a") == "1")
+
+
 @pytest.mark.parametrize(("change", "id", "members", "active", "allowed"), [
     ("REMOVE", 3, 3, {1, 2}, True), ("REMOVE", 2, 3, {1, 2}, False), ("REMOVE", 1, 3, {2}, False),
     ("REMOVE", 2, 2, {1, 2}, True), ("REMOVE", 2, 5, {1, 2, 3, 4}, True),
@@ -17430,17 +17455,21 @@ def test_flags_member_runs_from_a_configuration_file(tmp_path: Path) -> None:
         process.kill()
 
 
-def test_flags_member_that_lost_its_data_directory_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("state", ["new", "existing"])
+def test_flags_member_that_lost_its_data_directory_says_what_to_do(
+    tmp_path: Path, state: str
+) -> None:
     """It must not vote again as if it had never voted."""
     with StaticCluster(tmp_path, 3) as cluster:
         lost = cluster.members[2]
         lost.process.kill()
         shutil.rmtree(tmp_path / "n2.etcd")
-        cluster.start(lost)
+        cluster.start(lost, "-initial-cluster-state", state)
         assert lost.process.popen.wait(20) == 1
         line = lost.process.log().splitlines()[-1]
         assert "has already been bootstrapped; its data directory is lost" in line
         assert "DELETE /v2/members/" in line and "-initial-cluster-state existing" in line
+        assert cluster.members[0].put("a", "1")[0] == 201
 
 
 @pytest.mark.parametrize("relative", [True, False])
