@@ -13634,7 +13634,8 @@ class FirstLife:
                 self._heard.add(member_id)
 
     def _end(self) -> None:
-        self._etcd.transport.drop = None
+        if self._etcd.transport.drop == self._drops:
+            self._etcd.transport.drop = None
         for call in self._asked.values():
             call.cancel()
         self._asked.clear()
