@@ -7447,6 +7447,18 @@ class LinkContext(NamedTuple):
     tls: Optional[TlsContext] = None                # None: the defaults, should a peer ask for it
 
 
+ID_IN_USE = "member ID in use"       # the refusal of a second process with the id of a peer
+FOREIGN_HINT = (
+    "; two clusters use one peer URL: the member that does not belong there was started with the"
+    " data directory of another one: stop it and correct its -data-dir"
+)
+DOUBLE_HINT = (
+    ": one of the two was started with a copy of the other's data directory; stop it, move that"
+    " directory away, and add it as a member of its own (POST /v2/members,"
+    " -initial-cluster-state existing)"
+)
+
+
 class Answer:
     """What is worth keeping of the answer to an HttpCall."""
 
@@ -7479,7 +7491,13 @@ class Answer:
             theirs = self.headers.get("x-etcd-cluster-id", "")
             context.complain(
                 f"request sent was ignored (cluster ID mismatch: remote[{member_id:x}]={theirs},"
-                f" local={context.cluster_id})"
+                f" local={context.cluster_id}){FOREIGN_HINT}"
+            )
+            return text
+        if self.status == 412 and text == ID_IN_USE:
+            context.complain(
+                f"request sent was refused by peer {member_id:x}: another process uses our member"
+                f" id {context.member_id:x}{DOUBLE_HINT}"
             )
             return text
         return f"unhandled http status {self.status}"
@@ -7901,6 +7919,7 @@ class Peer:
         self.id = member_id
         self.status = PeerStatus(member_id, context.reactor.wall_ns)
         self.version = ""               # as the peer announced it last; "": never
+        self._advertised = ""           # peer URLs, by the process that dialed the streams
         self._context = context
         self._lists = lists
         self._picker = UrlPicker(urls)
@@ -7933,8 +7952,19 @@ class Peer:
         """The peer announced its version."""
         self.version = version
 
-    def attach(self, kind: StreamKind, reply: StreamReply) -> None:
+    def other_process(self, advertised: str) -> str:
+        """Return the peer URLs of the process with the peer's streams if they are others, or "".
+
+        `advertised` are those of a process that says it is this peer.  Both may hold what the
+        other does not, and each would count for both.  Differs from etcd, where streams of the
+        one replace those of the other in turn.
+        """
+        is_attached = self._app_writer.attached or self._message_writer.attached
+        return self._advertised if is_attached and advertised != self._advertised else ""
+
+    def attach(self, kind: StreamKind, reply: StreamReply, advertised: str) -> None:
         """The peer has dialed one of its streams."""
+        self._advertised = advertised
         if kind is APP_STREAM:
             self._app_writer.attach(reply, AppV2Encoder(self._lists))
         else:
@@ -8208,11 +8238,14 @@ class Transport:
         elif request.headers.get("x-raft-to", "") != f"{self._member_id:x}":
             self._complaints.say(
                 f"streaming request ignored (ID mismatch got {request.headers.get('x-raft-to')}"
-                f" want {self._member_id:x})"
+                f" want {self._member_id:x}); our peer URL is that of another member: if it was not"
+                " moved, this process was started with a wrong -data-dir"
             )
             _reply_error(request, 412, "to field mismatch", headers)
         else:
-            self._peers[dialer].attach(kind, request.start_stream(200, None, headers))
+            advertised = request.headers.get("x-peerurls", "")
+            stream = request.start_stream(200, None, headers)
+            self._peers[dialer].attach(kind, stream, advertised)
 
     def _handle_post(self, request: HttpRequest) -> None:
         """POST /raft: one message."""
@@ -8277,7 +8310,7 @@ class Transport:
         return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n"
 
     def _is_welcome(self, request: HttpRequest, method: str, headers: str) -> bool:
-        """Check method, versions and cluster, in this order; answer what does not fit."""
+        """Check method, versions, cluster and id, in this order; answer what does not fit."""
         if request.method != method:
             _reply_error(request, 405, "Method Not Allowed", f"Allow: {method}\r\n")
             return False
@@ -8289,14 +8322,32 @@ class Transport:
         theirs = request.headers.get("x-etcd-cluster-id", "")
         if theirs != self._cluster_id:
             self._complaints.say(
-                f"request cluster ID mismatch (got {theirs} want {self._cluster_id})"
+                f"request cluster ID mismatch (got {theirs} want {self._cluster_id}){FOREIGN_HINT}"
             )
             _reply_error(request, 412, "cluster ID mismatch", headers)
             return False
-        sender = self._peers.get(_parse_id(request.headers.get("x-server-from", "")) or 0)
+        id = _parse_id(request.headers.get("x-server-from", "")) or 0
+        if self._is_double(id, request.headers.get("x-peerurls", "")):
+            _reply_error(request, 412, ID_IN_USE, headers)
+            return False
+        sender = self._peers.get(id)
         if sender is not None:
             sender.heard_version(request.headers.get("x-server-version", ""))
         return True
+
+    def _is_double(self, id: int, advertised: str) -> bool:
+        """Tell whether this id belongs to another process, ours perhaps; say so in the log."""
+        sender = self._peers.get(id)
+        if sender is not None:
+            other = sender.other_process(advertised)
+        else:
+            other = self._context.headers["X-Peerurls"] if id == self._member_id else ""
+        if other:
+            self._complaints.say(
+                f"two processes use member id {id:x}, with the peer URLs [{other}] and"
+                f" [{advertised}]{DOUBLE_HINT}"
+            )
+        return bool(other)
 
     def _remember_sender(self, request: HttpRequest, sender: Optional[int]) -> None:
         """A member that we do not know yet says where it can be answered."""

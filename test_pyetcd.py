@@ -8806,6 +8806,52 @@ def test_members_one_without_its_data_does_not_vote_when_it_finds_out_late(tmp_p
         eventually(lambda: stale.value("a") == "1")
 
 
+def test_members_data_directory_of_another_cluster_is_ignored(tmp_path):
+    """At the URL of a member: both sides say so, and the others go on without it."""
+    with StaticCluster(tmp_path, 3, *_MEMBERS_QUICK) as cluster:
+        strange = cluster.members[2]
+        strange.process.kill()
+        shutil.rmtree(tmp_path / "n2.etcd")
+        strange.start("-initial-cluster", f"n2={strange.peer}", "-initial-cluster-token", "other")
+        strange.process.wait_log("two clusters use one peer URL")
+        assert "request cluster ID mismatch (got " in strange.process.log()
+        for member in cluster.members[:2]:
+            member.process.wait_log("request sent was ignored (cluster ID mismatch: remote[")
+            assert "stop it and correct its -data-dir" in member.process.log()
+            assert member.put("a", "1")[0] in (200, 201)
+        assert strange.put("b", "1")[0] == 201 and cluster.members[0].value("b") is None
+
+
+@pytest.mark.parametrize("takes_place", [False, True])
+def test_members_copy_of_a_data_directory_is_refused(tmp_path, takes_place):
+    """At a new URL, or at that of another member: the owner of the id stays undisturbed."""
+    with StaticCluster(tmp_path, 3, *_MEMBERS_QUICK) as cluster:
+        leader = cluster.leader()
+        owner, other = [m for m in cluster.members if m is not leader]
+        for number in range(20):
+            assert leader.put("a", str(number))[0] in (200, 201)
+        copy = ClusterMember(tmp_path, "copy")
+        if takes_place:
+            other.process.kill()
+            copy.peer = other.peer
+        shutil.copytree(tmp_path / f"{owner.name}.etcd", tmp_path / "copy.etcd")
+        id = _members_ids(leader)[owner.name]
+        before = leader.process.log()
+        cluster.members.append(copy)
+        copy.start(*_MEMBERS_QUICK)
+        copy.process.wait_log(f"another process uses our member id {id}: one of the two was")
+        said = f"two processes use member id {id}, with the peer URLs [{owner.peer}] and ["
+        leader.process.wait_log(said)
+        if takes_place:
+            copy.process.wait_log("; our peer URL is that of another member: if it was not moved")
+        for number in range(50):
+            assert owner.put("b", str(number))[0] in (200, 201)
+        after = leader.process.log()[len(before):]
+        assert not re.search(f"with {id} became|became|lead", after.replace(said, "")), after
+        copy.process.kill()
+        assert copy.process.log().count("became leader") == 0
+
+
 @pytest.mark.parametrize(("change", "id", "members", "active", "allowed"), [
     ("REMOVE", 3, 3, {1, 2}, True), ("REMOVE", 2, 3, {1, 2}, False), ("REMOVE", 1, 3, {2}, False),
     ("REMOVE", 2, 2, {1, 2}, True), ("REMOVE", 2, 5, {1, 2, 3, 4}, True),
@@ -13459,7 +13505,7 @@ def test_link_refused_dial_is_logged_and_repeated(
             ["request sent was ignored by peer 2 (server version incompatible)"],
         "cluster ID mismatch":
             ["request sent was ignored (cluster ID mismatch: remote[2]=abc,"
-             " local=c53239d6a4bed4f6)"],
+             " local=c53239d6a4bed4f6)" + pyetcd.FOREIGN_HINT],
     }
     assert loud == expected.get(reason, [])
     assert one.transport.active_since(2) == 0
