@@ -212,6 +212,7 @@ WATCHER_QUEUE_EVENTS_MAX = 100      # events one slow watcher may owe (etcd's li
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
 PURGE_SECONDS = 30.0                # between two removals of old files
 SYNC_SECONDS = 0.5                  # the leader looks for expired keys this often
+REMOVED_SECONDS = 1.0               # a removed member ends so long after it knows
 
 NS = 1_000_000_000                  # nanoseconds in a second
 UINT64_MAX = (1 << 64) - 1
@@ -8048,7 +8049,7 @@ class Transport:
     deliver        gets every message of the peers; may call the transport
     unreachable    gets the id of a member to which messages were lost
     snapshot_done  gets the id of the receiver and whether it has taken a snapshot
-    removed        called once when a peer says that we were removed from the cluster
+    removed        called once, a second after a peer says that we were removed from the cluster
     sent           gets a Sent for every message to a peer, when its fate is known
     received       (sender, message, bytes), before deliver
     round_trip     (member id, seconds) of every probe that a peer has answered
@@ -8169,9 +8170,10 @@ class Transport:
             report(*args)
 
     def _we_are_removed(self) -> None:
+        """Wait a moment: our removal may be on its way to our disk, and its client for that."""
         removed, self._removed = self._removed, None
-        if removed is not None and not self._stopped:
-            removed()
+        if removed is not None:
+            self._reactor.call_later(REMOVED_SECONDS, self._report, removed, ())
 
     def _request_headers(self, peer_urls: Sequence[str]) -> Dict[str, str]:
         return {
@@ -9879,7 +9881,7 @@ class EtcdServer:
         member = self.cluster.members.get(change.node_id)
         if change.type == ConfChangeType.REMOVE_NODE:
             if change.node_id == self.member_id:
-                self.reactor.call_later(1.0, self._removed)
+                self.reactor.call_later(REMOVED_SECONDS, self._removed)
             else:
                 self.transport.remove_peer(change.node_id)
                 self.leader_stats.remove(change.node_id)
@@ -13975,10 +13977,10 @@ class Server(ServerThread):
         self._failed(error)
 
     def _removed(self) -> None:
-        log = package_logger("etcdserver")
-        log.error("the member has been permanently removed from the cluster")
-        log.error("the data-dir used by this member must be removed.")
         if self.etcd is not None and not self.etcd.stopping:
+            log = package_logger("etcdserver")
+            log.error("the member has been permanently removed from the cluster")
+            log.error("the data-dir used by this member must be removed.")
             self._end()
 
     def _abandon_listeners(self) -> None:

@@ -13642,6 +13642,7 @@ def test_link_gone_means_that_we_were_removed(link_net: _LinkNet) -> None:
             410, b"removed member\n", None, "X-Server-Version: 2.3.8\r\n"))
 
     link_net.until(lambda: len(dialed) >= 3)
+    link_net.until(lambda: one.removals)
 
     assert one.removals == 1
 
