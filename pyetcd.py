@@ -40,20 +40,25 @@ Sections, bottom up; each uses only names defined above it:
   22. Peer transport
   23. Statistics
   24. Journal
-  25. Server
-  26. Auth
-  27. Keys API
-  28. Status API
-  29. Members API
-  30. Auth API
-  31. Client API
-  32. Discovery
-  33. Bootstrap
-  34. Embedding
-  35. Proxy
-  36. Flags
-  37. Settings
-  38. Command line
+  25. Reconfiguration
+  26. Waiting
+  27. Server
+  28. Auth
+  29. Keys API
+  30. Status API
+  31. Members API
+  32. Auth API
+  33. Snapshot API
+  34. Client API
+  35. Discovery
+  36. Bootstrap
+  37. First life
+  38. Embedding
+  39. Proxy
+  40. Flags
+  41. Settings
+  42. Backup and restore
+  43. Command line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in README.md.
@@ -148,7 +153,7 @@ if __name__ == "__main__" and "_FRESH_IMAGE" not in globals():
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 # ============================================================================
@@ -176,6 +181,7 @@ DEFAULT_SNAPSHOTS_KEPT = 5
 DEFAULT_WALS_KEPT = 5
 
 SEGMENT_BYTES_MAX = 64_000_000      # a WAL file at or above this size is closed and the next begun
+COMPACT_SLICE_ENTRIES = 1_000       # dropped from memory in one turn: 1 ms
 SNAPSHOT_CATCHUP_ENTRIES = 5_000    # entries kept in memory behind a snapshot for slow followers
 
 ENTRIES_BYTES_MAX = 1 << 20         # entries in one MsgApp; always at least one entry
@@ -354,6 +360,13 @@ class RequestTimeout(RaftInternal):
     """No answer within the request timeout; the write may still be applied later."""
 
 
+class NoSpace(RaftInternal):
+    """The disk of this member is full: nothing was changed, or will be by this request."""
+
+    def __init__(self, cause: str = "", index: int = 0) -> None:
+        super().__init__(f"etcdserver: {cause}; nothing was changed", index)
+
+
 class ServerStopped(RaftInternal):
     """The member is stopping."""
 
@@ -428,6 +441,7 @@ class NotEnoughStarted(ReconfigurationRefused):
             f" remove those, and try again"
         )
 
+
 class NotEnoughActive(ReconfigurationRefused):
     """Too few members would be up, as etcd 3 counts."""
 
@@ -440,6 +454,7 @@ class NotEnoughActive(ReconfigurationRefused):
             f" {size // 2 + 1} are needed for a quorum; start those that are down, or remove them"
             f" first, and try again"
         )
+
 
 class RaftError(Exception):
     """The Raft core cannot do what was asked, now or ever; nothing is broken."""
@@ -475,6 +490,10 @@ class TornTail(WalError):
 
 class FileLocked(WalError):
     """Another process holds the lock of the log."""
+
+
+class DiskFull(WalError):
+    """A file cannot grow; what was written of this visit is taken back, so it may be repeated."""
 
 
 class SnapshotError(Exception):
@@ -790,6 +809,10 @@ def url_address(url: str) -> Tuple[str, int]:
     if port is None:
         port = 443 if parts.scheme == "https" else 80
     return parts.hostname or "", port
+
+
+def _nothing() -> None:
+    """What a callback does where nothing is to be done; posted, it makes the reactor turn."""
 
 
 # ============================================================================
@@ -3028,19 +3051,23 @@ class EventHistory:
 
 
 class Watcher:
-    """One watch; deliver(event) is called for each event it is told: for one, or a stream."""
+    """One watch; deliver(event) is called for each event it is told: for one, or a stream.
 
-    __slots__ = ("path", "recursive", "stream", "since", "deliver", "_hub")
+    lost  called instead when the watch ends because events are gone that it should have had
+    """
+
+    __slots__ = ("path", "recursive", "stream", "since", "deliver", "lost", "_hub")
 
     def __init__(
         self, path: str, *, recursive: bool, stream: bool, since: int,
-        deliver: Callable[[Event], None],
+        deliver: Callable[[Event], None], lost: Callable[[], None] = _nothing,
     ) -> None:
         self.path = path
         self.recursive = recursive
         self.stream = stream
         self.since = since
         self.deliver = deliver
+        self.lost = lost
         self._hub: Optional[WatcherHub] = None      # None: not registered
 
     def cancel(self) -> None:
@@ -3092,6 +3119,22 @@ class WatcherHub:
         self._groups.setdefault(watcher.path, {})[watcher] = None
         self._stats.watchers += 1
         watcher._hub = self
+
+    def catch_up(self, seen: int) -> None:
+        """The events after index `seen` came with a snapshot: tell the watchers of them.
+
+        Whoever would miss some is ended instead.  Differs from etcd, which tells nobody.
+        """
+        history = self.history
+        for watcher in [watcher for group in self._groups.values() for watcher in group]:
+            if watcher._hub is None:
+                continue                # cancelled by an earlier deliver
+            self.remove(watcher)
+            watcher.since = max(watcher.since, seen + 1)
+            if not history.events or watcher.since < history.first_index:
+                watcher.lost()
+            else:
+                self.watch(watcher)
 
     def notify(self, event: Event, removed: Sequence[str] = ()) -> None:
         """Record `event`; unless it is a refresh, tell the watchers of its key and all above.
@@ -3418,6 +3461,10 @@ class Store:
             "/1": Directory(0, 0, 0, {}),
         }
 
+    def __len__(self) -> int:
+        """The number of nodes, directories included."""
+        return len(self._nodes)
+
     def get(
         self, path: str, *, recursive: bool = False, sorted: bool = False, now_ns: int
     ) -> Event:
@@ -3461,11 +3508,12 @@ class Store:
 
     def watch(
         self, path: str, *, recursive: bool = False, stream: bool = False, since: int = 0,
-        deliver: Callable[[Event], None],
+        deliver: Callable[[Event], None], lost: Callable[[], None] = _nothing,
     ) -> Watcher:
         """Call deliver(event) for the first event on `path` with index >= since; stream: for each.
 
         since  0: from the next change on
+        lost   called if a recover() leaves out events that this watch should have had; it is over
 
         Events of the history are delivered before this returns.  Raises EventIndexCleared.
         Source: etcd 2.3 store/watcher_hub.go, watch.
@@ -3475,7 +3523,9 @@ class Store:
         if since < first:
             cause = f"the requested history has been cleared [{first}/{since}]"
             raise EventIndexCleared(cause, self.current_index)
-        watcher = Watcher(path, recursive=recursive, stream=stream, since=since, deliver=deliver)
+        watcher = Watcher(
+            path, recursive=recursive, stream=stream, since=since, deliver=deliver, lost=lost
+        )
         self.hub.watch(watcher)
         return watcher
 
@@ -3677,7 +3727,7 @@ class Store:
     def recover(
         self, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
     ) -> None:
-        """Become what the snapshot `data` says; watchers stay, and are not told what they missed.
+        """Become what the snapshot `data` says; watchers are told what has happened meanwhile.
 
         progress  called now and then with the share that is read, 0.0 to 1.0, and the nodes in it
 
@@ -3708,9 +3758,11 @@ class Store:
                 self._ttl.set(path, node.expires_ns)
         self._walk = None                       # a walk under way keeps the tree it began with
         self._nodes = nodes
-        self.current_index = current_index
+        seen, self.current_index = self.current_index, current_index
         self.stats.load(stats)
         self.hub.history.load(events, back, capacity)
+        if current_index > seen:
+            self.hub.catch_up(seen)
 
     def _place(
         self, action: str, path: str, old: Optional[Node], value: Optional[str],
@@ -3958,6 +4010,24 @@ class OsDisk:
         return os.path.realpath(path) in _locked_paths
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def _needs_space(path: str, undo: Callable[[], None]) -> Iterator[None]:
+    """Run what writes; if the disk is full, undo() it and raise DiskFull.
+
+    Not for syncs: after one has failed nobody knows what is on disk, whatever the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        undo()
+        raise DiskFull(f"{os.strerror(error.errno).lower()}: {path}") from error
+
+
 _LOG_START = EntryID(0, 0)
 _fdatasync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 OS_DISK = OsDisk()
@@ -4182,6 +4252,7 @@ class Wal:
         self._sequence = 0                      # of the segment that encode() fills
         self._size = 0                          # bytes handed out for it
         self._held: List[Tuple[str, int]] = []  # locked segments, oldest first: name, handle
+        self._end = 0                           # bytes written to the newest of them
 
     # -- opening -----------------------------------------------------------
 
@@ -4227,7 +4298,7 @@ class Wal:
         wal._hard_state = contents.hard_state
         wal._last_index = contents.entries[-1].index if contents.entries else start.index
         wal._sequence, wal._size = _wal_position(names[-1])[0], size
-        wal._held = held
+        wal._held, wal._end = held, size
         return wal, contents
 
     @classmethod
@@ -4315,20 +4386,32 @@ class Wal:
     # -- wal thread's side -------------------------------------------------
 
     def write(self, data: bytes, *, sync: bool) -> None:
-        """Append to the newest segment.  Raises OSError; then nothing may be written any more."""
-        handle = self._held[-1][1]
-        self._disk.write(handle, data)
+        """Append to the newest segment.
+
+        Raises DiskFull, after which it may be tried again, and OSError: then nothing may be
+        written any more.
+        """
+        name, handle = self._held[-1]
+        path = os.path.join(self.directory, name)
+        with _needs_space(path, lambda: self._disk.truncate(handle, self._end)):
+            self._disk.write(handle, data)
+        self._end += len(data)
         if sync:
             self._disk.fdatasync(handle)
 
     def cut(self, cut: Cut) -> None:
-        """Sync the present segment and begin the next; it gets its name when it is durable."""
+        """Sync the present segment and begin the next; it gets its name when it is durable.
+
+        Raises as write() does.
+        """
         disk, directory = self._disk, self.directory
         if self._held:
             disk.fsync(self._held[-1][1])
         path = os.path.join(directory, cut.name)
-        handle = disk.create(path + ".tmp")
-        disk.write(handle, cut.head)
+        with _needs_space(path, _nothing):
+            handle = disk.create(path + ".tmp")
+        with _needs_space(path, lambda: disk.close(handle)):
+            disk.write(handle, cut.head)
         disk.fsync(handle)
         disk.rename(path + ".tmp", path)
         disk.fsync_dir(directory)
@@ -4337,6 +4420,7 @@ class Wal:
         if self._held:
             package_logger("wal").info("segmented wal file %s is created", path)
         self._held.append((cut.name, handle))
+        self._end = len(cut.head)
 
     def release_to(self, index: int) -> None:
         """Unlock the segments that a snapshot at `index` makes needless, so they can be purged."""
@@ -4422,6 +4506,13 @@ class _WalReader:
         if start.index:
             vote = vote if term >= start.term else 0
             term, commit = max(term, start.term), max(commit, start.index)
+        last = start.index + len(self._entries)
+        if commit > last:
+            raise WalError(
+                f"wal: entries {last + 1} to {commit} are missing: {self._directory} and the"
+                f" snapshot at index {start.index} do not fit, perhaps as a later snapshot file is"
+                f" lost or damaged; {_REPAIR_HINT}"
+            )
         state = HardState(term, vote, commit)
         return WalContents(self._metadata, state, self._entries, self._snapshots)
 
@@ -4558,10 +4649,13 @@ class Snapshotter:
 
     def __init__(self, directory: str, *, disk: OsDisk = OS_DISK) -> None:
         self.directory = directory
-        self._disk = disk
+        self.disk = disk
 
     def save(self, snapshot: Snapshot) -> None:
-        """Write a snapshot durably.  Its WAL record must be durable before.  Raises OSError."""
+        """Write a snapshot durably.  Its WAL record must be durable before.
+
+        Raises DiskFull, leaving nothing, and OSError.
+        """
         data = encode_snapshot(snapshot)
         snapshot_id = EntryID(snapshot.term, snapshot.index)
         self.write(SnapshotFile(snapshot_id, (data,), len(data), crc32c(data)))
@@ -4573,15 +4667,18 @@ class Snapshotter:
         never sees half of it.
         """
         path = os.path.join(self.directory, file.name)
-        handle = self._disk.create(path + ".tmp", 0o666)
+        disk, temporary = self.disk, path + ".tmp"
+        with _needs_space(path, _nothing):
+            handle = disk.create(temporary, 0o666)
         try:
-            for piece in (file.head, *file.pieces):
-                self._disk.write(handle, piece)
-            self._disk.fsync(handle)
+            with _needs_space(path, lambda: disk.unlink(temporary)):
+                for piece in (file.head, *file.pieces):
+                    disk.write(handle, piece)
+            disk.fsync(handle)
         finally:
-            self._disk.close(handle)
-        self._disk.rename(path + ".tmp", path)
-        self._disk.fsync_dir(self.directory)
+            disk.close(handle)
+        disk.rename(temporary, path)
+        disk.fsync_dir(self.directory)
 
     def load(self, valid: Optional[Container[EntryID]] = None) -> Optional[Snapshot]:
         """Return the newest good snapshot, or None.  A bad file is renamed to `.broken`.
@@ -4589,7 +4686,7 @@ class Snapshotter:
         valid  the snapshots that the log knows; files of others are passed over
         """
         log = package_logger("snap")
-        for name in reversed(self._disk.listdir(self.directory)):
+        for name in reversed(self.disk.listdir(self.directory)):
             match = _SNAP_NAME.fullmatch(name)
             if match is None:
                 if not name.endswith((".broken", ".tmp", ".snap.db")):
@@ -4607,7 +4704,7 @@ class Snapshotter:
     def _read(self, name: str) -> Optional[Snapshot]:
         path = os.path.join(self.directory, name)
         try:
-            return decode_snapshot_file(self._disk.read(path))
+            return decode_snapshot_file(self.disk.read(path))
         except FileNotFoundError:
             return None                 # purged meanwhile
         except CodecError as error:
@@ -4615,7 +4712,7 @@ class Snapshotter:
                 "cannot read snapshot file %s (%s); renamed to %s.broken, using the one before",
                 name, error, name,
             )
-            self._disk.rename(path, path + ".broken")
+            self.disk.rename(path, path + ".broken")
             return None
 
 
@@ -5296,10 +5393,6 @@ class Complaints:
             self._said.clear()
         self._said[about] = now
         self._log.error("%s", text)
-
-
-def _nothing() -> None:
-    """Posted to make the reactor turn again without sleeping."""
 
 
 class Reactor:
@@ -7390,21 +7483,21 @@ class UrlPicker:
     """
 
     def __init__(self, urls: Iterable[str]) -> None:
-        self._urls = _usable_urls(urls)
+        self.urls = _usable_urls(urls)          # sorted
         self._picked = 0
 
     def pick(self) -> str:
         """Return the URL to use now."""
-        return self._urls[self._picked]
+        return self.urls[self._picked]
 
     def failed(self, url: str) -> None:
         """Go on to the next URL, if `url` is still the picked one."""
-        if url == self._urls[self._picked]:
-            self._picked = (self._picked + 1) % len(self._urls)
+        if url == self.urls[self._picked]:
+            self._picked = (self._picked + 1) % len(self.urls)
 
     def update(self, urls: Iterable[str]) -> None:
         """Replace the URLs and begin with the first."""
-        self._urls = _usable_urls(urls)
+        self.urls = _usable_urls(urls)
         self._picked = 0
 
 
@@ -7957,11 +8050,15 @@ class Peer:
         """Return the peer URLs of the process with the peer's streams if they are others, or "".
 
         `advertised` are those of a process that says it is this peer.  Both may hold what the
-        other does not, and each would count for both.  Differs from etcd, where streams of the
-        one replace those of the other in turn.
+        other does not, and each would count for both.  Who has the URLs that the cluster knows is
+        right: the peer has moved, and the streams are left from before.  Differs from etcd, where
+        streams of the one replace those of the other in turn.
         """
         is_attached = self._app_writer.attached or self._message_writer.attached
-        return self._advertised if is_attached and advertised != self._advertised else ""
+        is_right = sorted(advertised.split(",")) == self._picker.urls
+        return "" if is_right or advertised == self._advertised or not is_attached else (
+            self._advertised
+        )
 
     def attach(self, kind: StreamKind, reply: StreamReply, advertised: str) -> None:
         """The peer has dialed one of its streams."""
@@ -8754,18 +8851,24 @@ class WalWriter:
     """The wal thread: one write and one fdatasync per job.
 
     A failure is final: nobody knows which bytes are on disk, so no later job is touched and
-    nothing is acknowledged any more.
+    nothing is acknowledged any more.  A full disk is no failure: the step that met it has left
+    nothing, and is repeated until there is space.
     """
 
+    FULL_SECONDS = 0.25                 # between two tries while the disk is full
+
     def __init__(
-        self, wal: Wal, snapshotter: Snapshotter, reactor: Reactor,
-        failed: Callable[[BaseException], None],
+        self, wal: Wal, snapshotter: Snapshotter, reactor: Reactor, *,
+        failed: Callable[[BaseException], None], full: Callable[[str], None],
     ) -> None:
         self._wal = wal
         self._snapshotter = snapshotter
         self._reactor = reactor
         self._failed = failed
+        self._full = full               # called on the reactor: with why, and with "" when over
+        self._is_full = False
         self._jobs: queue.SimpleQueue[Optional[WalJob]] = queue.SimpleQueue()
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="wal", daemon=True)
         self.sync_durations = Histogram(exponential_bounds(0.001, 14))  # write and fdatasync, s
 
@@ -8778,7 +8881,11 @@ class WalWriter:
         self._jobs.put(job)
 
     def stop(self) -> None:
-        """Finish the queued jobs, close the files, end the thread.  Blocks for the last sync."""
+        """Finish the queued jobs if there is space, close the files, end the thread.
+
+        Blocks for the last sync.
+        """
+        self._stopping.set()
         self._jobs.put(None)
         if self._thread.is_alive():
             self._thread.join()
@@ -8787,28 +8894,55 @@ class WalWriter:
         try:
             while True:
                 job = self._jobs.get()
-                if job is None:
+                if job is None or not self._do(job):
                     self._wal.close()
                     return
-                self._do(job)
                 self._reactor.call_soon_threadsafe(job.done)
         except Exception as error:
             package_logger("wal").critical("the write-ahead log failed: %s", error, exc_info=True)
             self._reactor.call_soon_threadsafe(self._failed, error)
 
-    def _do(self, job: WalJob) -> None:
+    def _do(self, job: WalJob) -> bool:
+        """Do all of a job, however long it takes; False: given up, as the disk stayed full."""
+        for step in self._steps(job):
+            while not self._try(step):
+                if self._stopping.wait(self.FULL_SECONDS):
+                    return False
+        return True
+
+    def _steps(self, job: WalJob) -> List[Callable[[], None]]:
+        """What is to be done, in order; each leaves nothing behind when the disk is full."""
+        steps: List[Callable[[], None]] = []
         if job.record:
-            self._wal.write(job.record, sync=True)
+            steps.append(functools.partial(self._wal.write, job.record, sync=True))
         if job.snapshot is not None:
-            self._snapshotter.save(job.snapshot)
+            steps.append(functools.partial(self._snapshotter.save, job.snapshot))
         if job.data:
-            started = time.monotonic()
-            self._wal.write(job.data, sync=True)
-            self.sync_durations.observe(time.monotonic() - started)
+            steps.append(functools.partial(self._write, job.data))
         if job.cut is not None:
-            self._wal.cut(job.cut)
+            steps.append(functools.partial(self._wal.cut, job.cut))
         if job.release_to:
-            self._wal.release_to(job.release_to)
+            steps.append(functools.partial(self._wal.release_to, job.release_to))
+        return steps
+
+    def _write(self, data: bytes) -> None:
+        started = time.monotonic()
+        self._wal.write(data, sync=True)
+        self.sync_durations.observe(time.monotonic() - started)
+
+    def _try(self, step: Callable[[], None]) -> bool:
+        """Do a step; False if the disk is full.  The reactor is told when that changes."""
+        try:
+            step()
+        except DiskFull as error:
+            if not self._is_full:
+                self._is_full = True
+                self._reactor.call_soon_threadsafe(self._full, str(error))
+            return False
+        if self._is_full:
+            self._is_full = False
+            self._reactor.call_soon_threadsafe(self._full, "")
+        return True
 
 
 class Journal:
@@ -8825,11 +8959,13 @@ class Journal:
         self.writer = writer
         self.durable_commit = hard_state.commit     # commit index that a crash cannot take back
         self.busy = False                           # the writer has a job of ours
+        self.visits = 0                             # jobs that it was given
         self._wal = wal
         self._durable = durable
         self._batch = Batch()
         self._waiting: Deque[Batch] = collections.deque()   # complete ones, before _batch
         self._release_to = 0
+        self._record: Optional[Tuple[EntryID, Callable[[], None]]] = None   # waits for the writer
 
     def add(self, ready: Ready) -> None:
         """Note what a Ready wants to be written, and what it holds back."""
@@ -8856,6 +8992,8 @@ class Journal:
 
     def submit(self) -> None:
         """Give the writer the next batch if it has none; a commit index alone waits for company."""
+        if self._record is not None and not self.busy:
+            self._write_record(*self._record)
         while not self.busy:
             batch = self._waiting.popleft() if self._waiting else self._batch
             if batch is self._batch:
@@ -8871,12 +9009,17 @@ class Journal:
             self._durable(batch)
 
     def record_snapshot(self, snapshot_id: EntryID, done: Callable[[], None]) -> None:
-        """Write that a snapshot file of ours will follow; only while not busy."""
+        """Write that a snapshot file of ours will follow, before the next batch; then done()."""
+        self._record = (snapshot_id, done)
+        self.submit()
+
+    def _write_record(self, snapshot_id: EntryID, done: Callable[[], None]) -> None:
         def written() -> None:
             self.busy = False
             done()
 
-        self.busy = True
+        self._record, self.busy = None, True
+        self.visits += 1
         record = self._wal.encode_snapshot(snapshot_id)
         self.writer.submit(WalJob(record, None, b"", None, 0, written))
 
@@ -8898,6 +9041,7 @@ class Journal:
             self._durable(batch)
 
         self.busy = True
+        self.visits += 1
         self.writer.submit(self._job(batch, written))
 
     def _job(self, batch: Batch, done: Callable[[], None]) -> WalJob:
@@ -8930,6 +9074,10 @@ class SnapshotJob:
         self._walk = store.snapshot_chunks()
         self._steps = self._run()
 
+    def begin(self) -> None:
+        """Take the first step, which fixes the state that is walked."""
+        next(self._steps, None)
+
     def work(self) -> None:
         """Go on for a few milliseconds; in the end `done` is the file to write."""
         started = self._now()
@@ -8961,6 +9109,9 @@ class SnapshotJob:
 Taker = Callable[[SnapshotFile, int], None]     # gets a snapshot and the store's index in it
 
 
+SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms, however often; above, see is_due
+
+
 class SnapshotKeeper:
     """When to write a snapshot, how, and which one a follower gets.  Thread: reactor."""
 
@@ -8979,6 +9130,8 @@ class SnapshotKeeper:
         self._takers: List[Taker] = []              # who gets it, instead of the disk
         self._waiting: List[Taker] = []             # who gets the next one
         self._saving = False                        # the walk is over, the file not yet there
+        self._compact_to = 0                        # entries up to here are needed no more
+        self._not_before = 0.0                      # the disk was full: begin no other (monotonic)
         self._cache: Optional[Snapshot] = None      # the newest file, while followers want it
         self._loading = False
 
@@ -8987,10 +9140,21 @@ class SnapshotKeeper:
         """True while a snapshot is in the making."""
         return self._job is not None or self._saving
 
+    def is_due(self, raft_index: int, nodes: int, count: int) -> bool:
+        """True if the newest file is older than `count` entries, and the disk was not just full.
+
+        A walk takes 4 us per node, so that of a large store has to wait for as many entries: it
+        would cost more than they do.  They take less memory than the nodes.
+        """
+        behind = raft_index - self.index
+        if behind <= count or behind <= nodes - SNAPSHOT_CHEAP_NODES:
+            return False
+        return self._reactor.now() >= self._not_before
+
     def begin(
         self, store: Store, applied: EntryID, voters: Tuple[int, ...], *, lent: bool
     ) -> None:
-        """Begin to walk the store as it is now; work() goes on.
+        """Begin to walk the store, which has applied just `applied`; work() goes on.
 
         lent  for all that wait for one, instead of the disk
         """
@@ -9001,6 +9165,7 @@ class SnapshotKeeper:
                 "start to snapshot (applied: %d, lastsnap: %d)", applied.index, self.index
             )
         self._job = SnapshotJob(store, applied, voters, self._reactor.now)
+        self._job.begin()               # now: the walk is of the state that its first step finds
 
     @property
     def is_wanted(self) -> bool:
@@ -9021,8 +9186,16 @@ class SnapshotKeeper:
                 self._job.cancel()
                 self._job = None
 
-    def work(self, saved: Callable[[int], None]) -> None:
-        """Do a slice of the walk; at its end have record and file written, then saved()."""
+    def work(self, compact: Callable[[int], bool]) -> None:
+        """Do a slice of the walk; at its end have record and file written.
+
+        compact  drops a slice of the log up to an index; True when all of it is dropped
+        """
+        if self._compact_to:
+            if compact(self._compact_to):
+                self._compact_to = 0
+            else:
+                self._reactor.call_soon(_nothing)
         if self._job is None:
             return
         if self._job.done is None:
@@ -9037,17 +9210,19 @@ class SnapshotKeeper:
             for taker in takers:
                 taker(file, etcd_index)
             return
-        if self._journal.busy:
-            return                              # its end makes a turn, too
         started = self._job.started
         self.work_durations.observe(self._job.work_seconds)
         self._job, self._saving = None, True
-        self._journal.record_snapshot(file.id, lambda: self._write(file, started, saved))
+        self._journal.record_snapshot(file.id, lambda: self._write(file, started))
 
-    def _write(self, file: SnapshotFile, started: float, saved: Callable[[int], None]) -> None:
+    def _write(self, file: SnapshotFile, started: float) -> None:
         """The log has the record: write the file on another thread, the log must go on."""
         def done(error: Optional[BaseException], _: Any) -> None:
             self._saving = False
+            if isinstance(error, DiskFull):
+                package_logger("etcdserver").error("no snapshot could be saved: %s", error)
+                self._not_before = self._reactor.now() + PURGE_SECONDS
+                return
             if error is not None:
                 self._failed(error)
                 return
@@ -9058,7 +9233,7 @@ class SnapshotKeeper:
             if index > self.index:
                 self.index = index
                 self._journal.release(index)
-            saved(index)
+            self._compact_to = max(1, index - SNAPSHOT_CATCHUP_ENTRIES)
 
         self._reactor.run_blocking(self.snapshotter.write, file, done=done)
 
@@ -9084,6 +9259,8 @@ class SnapshotKeeper:
             package_logger("etcdserver").error("cannot read the snapshot file: %s", error)
             return
         self._cache = snapshot
+        # A damaged file was put aside: what we have is older, and the next one is due sooner.
+        self.index = min(self.index, snapshot.index if snapshot is not None else 0)
         self._reactor.call_later(30.0, self._forget)
 
     def _forget(self) -> None:
@@ -9091,7 +9268,7 @@ class SnapshotKeeper:
 
 
 # ============================================================================
-# 24.5. Reconfiguration -- members go, and the others keep a leader and a quorum
+# 25. Reconfiguration -- members go, and the others keep a leader and a quorum
 # ----------------------------------------------------------------------------
 # Knows: sections 1-8 and 13.  Must not know: sockets, the store, requests.
 # ============================================================================
@@ -9132,13 +9309,15 @@ class Handover:
         self._active_since = active_since
         self._tried_term = 0            # in which we handed over because of a removal
 
-    def begin(self) -> int:
+    def begin(self, beyond: int = -1) -> int:
         """Start to hand over; return the id of the heir, 0 if there is none or we do not lead.
 
         Proposals are refused until the heir leads, or has not done so for an election timeout.
+
+        beyond  the heir must have more of our log on its disk than this index
         """
         raft = self._node.raft
-        heir = self._find_heir() if raft.role == RaftRole.LEADER else 0
+        heir = self._find_heir(beyond) if raft.role == RaftRole.LEADER else 0
         if heir:
             package_logger("etcdserver").info(
                 "leadership transfer %s -> %s", format_id(raft.id), format_id(heir)
@@ -9167,20 +9346,160 @@ class Handover:
                 with contextlib.suppress(CodecError):
                     self.before((decode_conf_change(entry.data),))
 
-    def _find_heir(self) -> int:
+    def _find_heir(self, beyond: int) -> int:
         """The member with the most of our log among those that can be reached; 0: none."""
         raft = self._node.raft
         reachable = [
             (progress.match_index, id) for id, progress in raft.progress.items()
-            if id != raft.id and self._active_since(id) > 0
+            if id != raft.id and progress.match_index > beyond and self._active_since(id) > 0
         ]
         return max(reachable, default=(0, 0))[1]
 
 
 # ============================================================================
-# 25. Server -- one member: consensus, disk and store brought together
+# 26. Waiting -- requests on their way through consensus
 # ----------------------------------------------------------------------------
-# Knows: sections 1-24.  Must not know: HTTP paths, flags.
+# Knows: sections 1-8.  Must not know: sockets, files.
+# ============================================================================
+
+Done = Callable[[Any], None]
+
+
+class Proposals:
+    """Requests on their way through consensus: who waits for which id, and until when."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.failed = 0                 # got no answer in time, or were one too many
+        self._done: Dict[int, Done] = {}
+        self._deadlines: Deque[Tuple[float, int]] = collections.deque()
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def add(self, request_id: int, done: Done, now: float) -> None:
+        """Call done(result) when the entry with this id is applied, or fails."""
+        self._done[request_id] = done
+        self._deadlines.append((now + self.timeout_s, request_id))
+
+    def pop(self, request_id: int) -> Optional[Done]:
+        """Return who waits for this id, who then waits no more; None if nobody here does."""
+        return self._done.pop(request_id, None)
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._done
+
+    def expire(self, now: float, error: Callable[[float], EtcdError]) -> int:
+        """Fail what has waited too long with error(start time); return how many."""
+        deadlines, expired = self._deadlines, 0
+        while deadlines and (deadlines[0][0] <= now or deadlines[0][1] not in self._done):
+            deadline, request_id = deadlines.popleft()
+            done = self._done.pop(request_id, None)
+            if done is not None:
+                expired += 1
+                self.failed += 1
+                done(error(deadline - self.timeout_s))
+        return expired
+
+    def fail_all(self, error: EtcdError) -> None:
+        """Fail everything that waits."""
+        self._deadlines.clear()
+        while self._done:
+            self._done.popitem()[1](error)
+
+
+class Strays:
+    """Proposals of peers that came while there was no leader: kept for the next one.
+
+    For two election timeouts; then their clients have given up.
+    """
+
+    def __init__(self, keep_s: float) -> None:
+        self._keep_s = keep_s
+        self._entries: Deque[Tuple[float, Entry]] = collections.deque()     # until when
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, entries: Sequence[Entry], now: float) -> None:
+        """Keep copies, as far as there is room."""
+        room = PROPOSALS_PENDING_MAX - len(self._entries)
+        until = now + self._keep_s
+        self._entries.extend((until, Entry(e.type, data=e.data)) for e in entries[:room])
+
+    def expire(self, now: float) -> None:
+        """Drop what has waited too long."""
+        while self._entries and self._entries[0][0] < now:
+            self._entries.popleft()
+
+    def take(self, now: float) -> List[Entry]:
+        """Return what is still wanted; nothing is kept any more."""
+        self.expire(now)
+        entries = [entry for _, entry in self._entries]
+        self._entries.clear()
+        return entries
+
+
+class QuorumReads:
+    """GET with quorum=true by MsgReadIndex: all that wait share one question to the leader.
+
+    One question at a time; what arrives meanwhile shares the next.  A question without an answer
+    is asked again after two ticks: its leader is gone, or not ready.  Thread: reactor.
+    Source: Raft thesis §6.4.  Differs from etcd 2.3, which writes each such read into its log.
+    """
+
+    def __init__(self, member_id: int, first_id: int) -> None:
+        self.enabled = False            # every member can answer; else the log must do
+        self._member_id = member_id
+        self._question = first_id       # number of the last one: no two of one member are equal
+        self._waiting: List[Request] = []
+        self._asked: List[Request] = []     # those of the question under way
+        self._index = 0                 # its answer: served when so much is applied; 0: not known
+        self._ticks = 0                 # since it was asked
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._asked)
+
+    def add(self, request: Request) -> None:
+        """Serve `request` when the store is as far as the cluster is now."""
+        self._waiting.append(request)
+
+    def tick(self, proposals: Container[int]) -> None:
+        """Give up a question that nobody answers, and the requests that nobody waits for."""
+        self._ticks += 1
+        if self._asked and not self._index and self._ticks > 2:
+            again, self._asked = self._asked + self._waiting, []
+            self._waiting = [request for request in again if request.id in proposals]
+
+    def take(self, node: RawNode, applied: int) -> List[Request]:
+        """Ask if there is something to ask; return the requests that can be served now."""
+        served: List[Request] = []
+        while True:
+            if not self._asked and self._waiting:
+                self._ask(node)
+            for context, index in node.confirmed_reads():
+                if context == self._context and self._asked:
+                    self._index = index
+            if not (self._index and applied >= self._index):
+                return served
+            served += self._asked
+            self._asked, self._index = [], 0
+
+    @property
+    def _context(self) -> bytes:
+        return struct.pack(">QQ", self._member_id, self._question)
+
+    def _ask(self, node: RawNode) -> None:
+        self._question = (self._question + 1) & UINT64_MAX
+        self._asked, self._waiting = self._waiting, []
+        self._ticks = self._index = 0
+        node.read_index(self._context)
+
+
+# ============================================================================
+# 27. Server -- one member: consensus, disk and store brought together
+# ----------------------------------------------------------------------------
+# Knows: sections 1-26.  Must not know: HTTP paths, flags.
 # ============================================================================
 
 
@@ -9241,108 +9560,6 @@ class Bootstrap(NamedTuple):
     bootstrap_entries: Sequence[Entry] = ()     # of a new cluster, not yet on disk
     remotes: Sequence[Member] = ()      # members of the existing cluster that we join
     peer_tls: Optional[TlsContext] = None       # as client of other members
-
-
-Done = Callable[[Any], None]
-
-
-class Proposals:
-    """Requests on their way through consensus: who waits for which id, and until when."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
-        self.failed = 0                 # got no answer in time, or were one too many
-        self._done: Dict[int, Done] = {}
-        self._deadlines: Deque[Tuple[float, int]] = collections.deque()
-
-    def __len__(self) -> int:
-        return len(self._done)
-
-    def add(self, request_id: int, done: Done, now: float) -> None:
-        """Call done(result) when the entry with this id is applied, or fails."""
-        self._done[request_id] = done
-        self._deadlines.append((now + self.timeout_s, request_id))
-
-    def pop(self, request_id: int) -> Optional[Done]:
-        """Return who waits for this id, who then waits no more; None if nobody here does."""
-        return self._done.pop(request_id, None)
-
-    def __contains__(self, request_id: object) -> bool:
-        return request_id in self._done
-
-    def expire(self, now: float, error: Callable[[float], EtcdError]) -> int:
-        """Fail what has waited too long with error(start time); return how many."""
-        deadlines, expired = self._deadlines, 0
-        while deadlines and (deadlines[0][0] <= now or deadlines[0][1] not in self._done):
-            deadline, request_id = deadlines.popleft()
-            done = self._done.pop(request_id, None)
-            if done is not None:
-                expired += 1
-                self.failed += 1
-                done(error(deadline - self.timeout_s))
-        return expired
-
-    def fail_all(self, error: EtcdError) -> None:
-        """Fail everything that waits."""
-        self._deadlines.clear()
-        while self._done:
-            self._done.popitem()[1](error)
-
-
-class QuorumReads:
-    """GET with quorum=true by MsgReadIndex: all that wait share one question to the leader.
-
-    One question at a time; what arrives meanwhile shares the next.  A question without an answer
-    is asked again after two ticks: its leader is gone, or not ready.  Thread: reactor.
-    Source: Raft thesis §6.4.  Differs from etcd 2.3, which writes each such read into its log.
-    """
-
-    def __init__(self, member_id: int, first_id: int) -> None:
-        self.enabled = False            # every member can answer; else the log must do
-        self._member_id = member_id
-        self._question = first_id       # number of the last one: no two of one member are equal
-        self._waiting: List[Request] = []
-        self._asked: List[Request] = []     # those of the question under way
-        self._index = 0                 # its answer: served when so much is applied; 0: not known
-        self._ticks = 0                 # since it was asked
-
-    def __len__(self) -> int:
-        return len(self._waiting) + len(self._asked)
-
-    def add(self, request: Request) -> None:
-        """Serve `request` when the store is as far as the cluster is now."""
-        self._waiting.append(request)
-
-    def tick(self, proposals: Container[int]) -> None:
-        """Give up a question that nobody answers, and the requests that nobody waits for."""
-        self._ticks += 1
-        if self._asked and not self._index and self._ticks > 2:
-            again, self._asked = self._asked + self._waiting, []
-            self._waiting = [request for request in again if request.id in proposals]
-
-    def take(self, node: RawNode, applied: int) -> List[Request]:
-        """Ask if there is something to ask; return the requests that can be served now."""
-        served: List[Request] = []
-        while True:
-            if not self._asked and self._waiting:
-                self._ask(node)
-            for context, index in node.confirmed_reads():
-                if context == self._context and self._asked:
-                    self._index = index
-            if not (self._index and applied >= self._index):
-                return served
-            served += self._asked
-            self._asked, self._index = [], 0
-
-    @property
-    def _context(self) -> bytes:
-        return struct.pack(">QQ", self._member_id, self._question)
-
-    def _ask(self, node: RawNode) -> None:
-        self._question = (self._question + 1) & UINT64_MAX
-        self._asked, self._waiting = self._waiting, []
-        self._ticks = self._index = 0
-        node.read_index(self._context)
 
 
 class VersionMonitor:
@@ -9530,9 +9747,12 @@ class EtcdServer:
         self.proposals = Proposals(config.request_timeout_s)
         self.reads = QuorumReads(boot.member_id, self.ids.next())
         self.stopping = False
+        self.no_space = ""              # why the log cannot be written; "": it can
         self.applier = Applier(self.store, self.cluster, self.member_id)
         snapshotter = boot.snapshotter
-        writer = (wal_writer_type or WalWriter)(boot.wal, snapshotter, reactor, failed)
+        writer = (wal_writer_type or WalWriter)(
+            boot.wal, snapshotter, reactor, failed=failed, full=self._disk_full
+        )
         self.journal = Journal(boot.wal, writer, boot.contents.hard_state, self._durable)
         self.snapshots = SnapshotKeeper(
             reactor, self.journal, snapshotter, self.raft_index, failed
@@ -9553,14 +9773,15 @@ class EtcdServer:
         )
         self.node: RawNode = self._make_node(boot, rng or random.Random())
         self.handover = Handover(self.node, self.transport.active_since)
+        self._disk_watch = DiskWatch(self)
         self._data_dir = boot.data_dir
         self._removed = removed
         self._tell_published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
         self._changes: List[ConfChange] = []    # likewise
-        self._strays: List[Tuple[float, Entry]] = []    # of peers, without a leader; kept until
+        self._strays = Strays(2 * config.election_ms / 1000)
         self._lead = 0                          # as last seen by _watch_lead
-        self._lead_since = 0.0                  # when it was elected (monotonic)
+        self.lead_since = 0.0                   # when it was elected (monotonic)
         for member in boot.remotes:
             self.transport.add_remote(member.id, member.peer_urls)
         for member in self.cluster.members.values():
@@ -9607,6 +9828,16 @@ class EtcdServer:
         self.journal.close()
         self.transport.stop()
 
+    def _disk_full(self, why: str) -> None:
+        """The log cannot grow (`why`), or can again (""): reads go on, nothing is lost."""
+        self.no_space, log = why, package_logger("etcdserver")
+        if not why:
+            log.warning("the log can be written again")
+            return
+        log.error("%s; writes are refused until there is space again", why)
+        cause = f"etcdserver: {why}; the change may still be made when there is space again"
+        self.proposals.fail_all(RequestTimeout(cause))
+
     def abandon(self) -> None:
         """Stop without writing or saying anything more, as a crash would."""
         self.stopping = True
@@ -9627,7 +9858,12 @@ class EtcdServer:
 
     @property
     def is_healthy(self) -> bool:
-        """True if a leader is known and, when that is us, a quorum of streams is up."""
+        """True if a leader is known and, when that is us, a quorum of streams is up.
+
+        False while the disk is full.
+        """
+        if self.no_space:
+            return False
         if not self.is_leader:
             return self.lead != 0
         voters = self.node.raft.voters
@@ -9641,6 +9877,9 @@ class EtcdServer:
         """
         if self.stopping:
             done(ServerStopped())
+            return
+        if self.no_space and request.method != "QGET":
+            done(NoSpace(self.no_space))
             return
         if len(self.proposals) >= PROPOSALS_PENDING_MAX:
             self.proposals.failed += 1
@@ -9659,8 +9898,8 @@ class EtcdServer:
         done: Callable[[Optional[Exception]], None],
     ) -> None:
         """Add, remove or update a member; done(None), or done(MemberError or EtcdError)."""
-        if self.stopping:
-            done(ServerStopped())
+        if self.stopping or self.no_space:
+            done(ServerStopped() if self.stopping else NoSpace(self.no_space))
             return
         if self.config.strict_reconfig_check:
             try:
@@ -9681,15 +9920,16 @@ class EtcdServer:
         """A message of a peer has arrived; its proposals wait for the next leader if need be.
 
         Differs from etcd, which drops them, so that the peer's client waits for its timeout.
+        While the disk is full entries are dropped: they would fill the memory instead.
         """
+        if self.no_space and message.type == MsgType.APP and message.entries:
+            return
         if message.type == MsgType.PROP:
             self.handover.before_entries(message.entries)
         try:
             self.node.step(message)
         except ProposalDropped:
-            until = self.reactor.now() + 2 * self.config.election_ms / 1000
-            room = PROPOSALS_PENDING_MAX - len(self._strays)
-            self._strays += [(until, Entry(e.type, data=e.data)) for e in message.entries[:room]]
+            self._strays.add(message.entries, self.reactor.now())
 
     # -- clocks ------------------------------------------------------------
 
@@ -9701,38 +9941,18 @@ class EtcdServer:
         self.node.raft.pre_vote = self.cluster.all_have(FEATURE_PRE_VOTE)
         self.reads.enabled = self.cluster.all_have(FEATURE_READ_INDEX)
         self.reads.tick(self.proposals)
-        now = self.reactor.now()
-        if self._strays and self._strays[0][0] < now:       # their clients have given up
-            self._strays = [stray for stray in self._strays if stray[0] >= now]
+        self._strays.expire(self.reactor.now())
         self.counts.tick(self.reactor.now(), self.is_leader * (len(self.node.raft.voters) - 1))
         self.node.tick()
-        self.proposals.expire(self.reactor.now(), self._timeout_error)
-
-    def _timeout_error(self, started: float) -> EtcdError:
-        """Say why a request got no answer (etcd 2.3: the same three sentences)."""
-        cause = "etcdserver: request timed out"
-        election_s = self.config.election_ms / 1000
-        if self._lead_since and self._lead_since - 2 * election_s < started < self._lead_since:
-            cause += ", possibly due to previous leader failure"
-        elif self.lead and not self._was_connected_since(started):
-            cause += ", possibly due to connection lost"
-        return RequestTimeout(cause)
-
-    def _was_connected_since(self, started: float) -> bool:
-        since = self.reactor.wall_ns() / NS - (self.reactor.now() - started)
-        if not self.is_leader:
-            active = self.transport.active_since(self.lead)
-            return 0 < active <= since
-        voters = self.node.raft.voters
-        connected = 1 + sum(0 < self.transport.active_since(v) <= since for v in voters)
-        return connected > len(voters) // 2
+        self._disk_watch.tick()
+        self.proposals.expire(self.reactor.now(), functools.partial(explain_timeout, self))
 
     def _sync(self) -> None:
         """The leader's clock reaches the log, where every member expires keys alike."""
         if self.stopping:
             return
         self.reactor.call_later(SYNC_SECONDS, self._sync)
-        if self.is_leader and self.store.has_ttl:
+        if self.is_leader and self.store.has_ttl and not self.no_space:
             request = Request(id=self.ids.next(), method="SYNC", time=self.reactor.wall_ns())
             self._queue.append(Entry(data=encode_request(request), request=request))
 
@@ -9747,7 +9967,8 @@ class EtcdServer:
             return
         node, refused = self.node, False
         if self._strays and self.lead and not node.raft.transferee:
-            self._take_strays()
+            with contextlib.suppress(ProposalDropped):  # again: as if the network had lost them
+                node.propose_many(self._strays.take(self.reactor.now()))
         if self.reads:
             self._serve_reads()
         if self._queue or self._changes:
@@ -9760,7 +9981,7 @@ class EtcdServer:
             self._serve_reads()
         if self.snapshots.is_wanted:
             self._maybe_snapshot()
-        self.snapshots.work(self._snapshot_saved)
+        self.snapshots.work(self._compact)
         if node.has_ready() or (not refused and (self._queue or self._changes)):
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
 
@@ -9793,13 +10014,6 @@ class EtcdServer:
             done = self.proposals.pop(request.id)
             if done is not None:
                 done(self.applier.apply_request(request))
-
-    def _take_strays(self) -> None:
-        """There is a leader again: propose what peers gave us, unless they have given it up."""
-        now = self.reactor.now()
-        strays, self._strays = self._strays, []
-        with contextlib.suppress(ProposalDropped):      # a second time: as if the network lost it
-            self.node.propose_many([entry for until, entry in strays if until >= now])
 
     def _repeat(self, change: ConfChange) -> None:
         """Propose a change again that was lost, or met another one under way at the leader."""
@@ -9919,7 +10133,7 @@ class EtcdServer:
             log.info("%s changed leader from %s to %s at term %d", me, old, new, term)
         self._lead = lead
         if lead:
-            self._lead_since = self.reactor.now()
+            self.lead_since = self.reactor.now()
             self.counts.leader_changes += 1
             self.stats.became(lead)
         if lead != self.member_id:
@@ -9928,16 +10142,18 @@ class EtcdServer:
     # -- snapshots ---------------------------------------------------------
 
     def _maybe_snapshot(self) -> None:
-        is_due = self.raft_index - self.snapshots.index > self.config.snapshot_count
+        count = self.config.snapshot_count
+        is_due = self.snapshots.is_due(self.raft_index, len(self.store), count)
         if (is_due or self.snapshots.is_wanted) and not self.snapshots.busy:
             applied = EntryID(self.raft_term, self.raft_index)
             self.snapshots.begin(self.store, applied, self.node.raft.voters, lent=not is_due)
 
-    def _snapshot_saved(self, index: int) -> None:
-        keep_from = max(1, index - SNAPSHOT_CATCHUP_ENTRIES)
-        if keep_from > self.node.raft.log.offset:
-            self.node.compact(keep_from)
-            package_logger("etcdserver").info("compacted raft log at %d", keep_from)
+    def _compact(self, index: int) -> bool:
+        log = self.node.raft.log
+        self.node.compact(min(index, log.offset + COMPACT_SLICE_ENTRIES))
+        if log.offset == index:
+            package_logger("etcdserver").info("compacted raft log at %d", index)
+        return log.offset >= index
 
     def _recover(self, snapshot: Snapshot) -> None:
         """A snapshot of the leader is durable here: the store becomes what it says."""
@@ -9953,6 +10169,26 @@ class EtcdServer:
                 self.transport.add_peer(member.id, member.peer_urls)
         self.raft_index, self.raft_term = snapshot.index, snapshot.term
         self.node.applied_to(snapshot.index)
+
+
+def explain_timeout(etcd: EtcdServer, started: float) -> EtcdError:
+    """Say why a request got no answer (etcd 2.3: the same three sentences)."""
+    cause = "etcdserver: request timed out"
+    election_s = etcd.config.election_ms / 1000
+    if etcd.lead_since and etcd.lead_since - 2 * election_s < started < etcd.lead_since:
+        cause += ", possibly due to previous leader failure"
+    elif etcd.lead and not _was_connected_since(etcd, started):
+        cause += ", possibly due to connection lost"
+    return RequestTimeout(cause)
+
+
+def _was_connected_since(etcd: EtcdServer, started: float) -> bool:
+    since = etcd.reactor.wall_ns() / NS - (etcd.reactor.now() - started)
+    if not etcd.is_leader:
+        return 0 < etcd.transport.active_since(etcd.lead) <= since
+    voters = etcd.node.raft.voters
+    connected = 1 + sum(0 < etcd.transport.active_since(v) <= since for v in voters)
+    return connected > len(voters) // 2
 
 
 class Publication:
@@ -10006,12 +10242,42 @@ class Purge:
             self._etcd.reactor.run_blocking(self._remove, done=self._done)
 
     def _remove(self) -> None:
+        disk = self._etcd.snapshots.snapshotter.disk
         for directory, suffix, keep in self._kept:
-            purge_files(directory, suffix, keep)
+            purge_files(directory, suffix, keep, disk=disk)
 
     def _done(self, error: Optional[BaseException], _: Any) -> None:
         if error is not None:
             package_logger("etcdserver").error("cannot remove old files: %s", error)
+
+
+class DiskWatch:
+    """Has a leader step aside whose disk has not answered for an election timeout.
+
+    Heartbeats do not need the disk, so nobody else would notice.  The heir must have more on its
+    disk than we have on ours: where all members share one slow disk, nothing would be won.
+    Thread: reactor.
+    """
+
+    def __init__(self, etcd: EtcdServer) -> None:
+        self._etcd = etcd
+        self._visit = 0                 # of the journal, when it was last looked at; 0: none
+        self._ticks = 0                 # that it has taken
+
+    def tick(self) -> None:
+        """Look whether the same job is still under way."""
+        etcd = self._etcd
+        journal, raft = etcd.journal, etcd.node.raft
+        visit = journal.visits if journal.busy else 0
+        self._ticks = self._ticks + 1 if visit and visit == self._visit else 0
+        self._visit = visit
+        if self._ticks < raft.config.election_ticks or not etcd.is_leader or raft.transferee:
+            return
+        if etcd.handover.begin(beyond=raft.log.stable):
+            package_logger("etcdserver").warning(
+                "stepped aside: the disk has not answered for %d ms",
+                self._ticks * etcd.config.heartbeat_ms,
+            )
 
 
 class Departure:
@@ -10045,9 +10311,9 @@ class Departure:
 
 
 # ============================================================================
-# 26. Auth -- users, roles, and who may do what
+# 28. Auth -- users, roles, and who may do what
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 9, 13, 14, 16 (heads), 25.
+# Knows: sections 1-4, 9, 13, 14, 16 (heads), 27.
 # Source: etcd 2.3 etcdserver/auth, etcdhttp/client_security.go.
 # ============================================================================
 
@@ -10728,9 +10994,9 @@ class Guard:
 
 
 # ============================================================================
-# 27. Keys API -- from an HTTP request to a command, and back
+# 29. Keys API -- from an HTTP request to a command, and back
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 10, 17, 23, 25.  Must not know: sockets, Raft, files.
+# Knows: sections 1-4, 10, 17, 23, 27.  Must not know: sockets, Raft, files.
 # ============================================================================
 
 FORM_FIELDS_MAX = 10_000            # fields of one body or query; above: error 210
@@ -11045,7 +11311,7 @@ class KeyWatch:
         """Register, and send the head at once.  Raises EventIndexCleared, with nothing sent."""
         watcher = store.watch(
             command.path, recursive=command.recursive, stream=self._stream, since=command.since,
-            deliver=self._deliver,
+            deliver=self._deliver, lost=self._lost,
         )
         self._watcher = watcher
         self._reply = request.start_stream(200, "application/json", headers)
@@ -11069,6 +11335,11 @@ class KeyWatch:
             self._owed.append(len(data))
             if len(self._owed) > WATCHER_QUEUE_EVENTS_MAX:
                 self._check_pace(reply)
+
+    def _lost(self) -> None:
+        """Events are gone: disconnect the client, so that it asks again, and learns of it."""
+        if self._reply is not None:
+            self._reply.abort()
 
     def _check_pace(self, reply: StreamReply) -> None:
         """Disconnect a client that leaves too many events in our buffer."""
@@ -11271,7 +11542,7 @@ class KeysApi:
 
 
 # ============================================================================
-# 28. Status API -- what a member says about itself
+# 30. Status API -- what a member says about itself
 # ----------------------------------------------------------------------------
 # Knows: all above.  Must not know: sockets, Raft messages, files.
 # ============================================================================
@@ -11701,7 +11972,7 @@ def _read_counts(store: Store, outcome: str) -> Dict[Labels, float]:
 
 
 # ============================================================================
-# 29. Members API -- who is in the cluster, over HTTP
+# 31. Members API -- who is in the cluster, over HTTP
 # ----------------------------------------------------------------------------
 # Knows: all above.  Must not know: sockets, Raft messages, files.
 # ============================================================================
@@ -11858,7 +12129,7 @@ class MembersApi:
 
 
 # ============================================================================
-# 30. Auth API -- users and roles over HTTP
+# 32. Auth API -- users and roles over HTTP
 # ----------------------------------------------------------------------------
 # Knows: all above.  Source: etcd 2.3 API, auth; etcdhttp/client_auth.go.
 # ============================================================================
@@ -12099,7 +12370,7 @@ class AuthApi:
 
 
 # ============================================================================
-# 30.5. Snapshot API -- the whole state, over HTTP
+# 33. Snapshot API -- the whole state, over HTTP
 # ----------------------------------------------------------------------------
 # Knows: all above.  Must not know: sockets, Raft messages, files.
 # ============================================================================
@@ -12177,7 +12448,7 @@ class Download:
 
 
 # ============================================================================
-# 31. Client API -- the table of paths
+# 34. Client API -- the table of paths
 # ----------------------------------------------------------------------------
 # Knows: all above.  Must not know: sockets, Raft messages, files.
 # ============================================================================
@@ -12359,7 +12630,7 @@ class PeerApi:
 
 
 # ============================================================================
-# 32. Discovery -- how members that start find each other
+# 35. Discovery -- how members that start find each other
 # ----------------------------------------------------------------------------
 # Knows: sections 1-4, 13, 17.  All but DiscoveryService is plain blocking code
 # that runs before the reactor starts.
@@ -12981,9 +13252,9 @@ def _reply_text(request: HttpRequest, status: int, text: str) -> None:
 
 
 # ============================================================================
-# 33. Bootstrap -- a new member, a joining one, or one that was here before
+# 36. Bootstrap -- a new member, a joining one, or one that was here before
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, 10-13, 25 (two records), 32.  Blocks; runs before the
+# Knows: sections 1-4, 10-13, 27 (two records), 35.  Blocks; runs before the
 # reactor starts.
 # ============================================================================
 
@@ -13565,15 +13836,22 @@ def _stand_alone(
 ) -> WalContents:
     """Make this member the only one, in its log: the others are lost (-force-new-cluster).
 
-    What was not known to be committed is dropped; then every other voter is removed, by entries
-    that count as committed.  Returns the contents as they are on disk now.
-    Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.
+    The entries behind the commit index stay, up to our own removal: the disk may not know yet that
+    they are committed.  Then every other voter is removed, by entries that count as committed.
+    Returns the contents as they are on disk now.
+    Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from it: etcd drops all
+    entries behind the commit index, and with them the last writes that were acknowledged.
     """
     log = package_logger("etcdserver")
     state = contents.hard_state
-    kept = [entry for entry in contents.entries if entry.index <= state.commit]
+    kept = list(itertools.takewhile(
+        lambda entry: entry.index <= state.commit or not _removes(entry, member_id),
+        contents.entries,
+    ))
     if len(kept) < len(contents.entries):
         log.info("discarding %d uncommitted WAL entries ", len(contents.entries) - len(kept))
+    if kept:
+        state = state._replace(commit=max(state.commit, kept[-1].index))
     voters = _voters(snapshot.voters if snapshot else (), kept)
     changes = [
         ConfChange(0, ConfChangeType.REMOVE_NODE, voter) for voter in sorted(voters - {member_id})
@@ -13595,6 +13873,13 @@ def _stand_alone(
     return contents._replace(hard_state=state, entries=kept + added)
 
 
+def _removes(entry: Entry, member_id: int) -> bool:
+    if entry.type != EntryType.CONF_CHANGE:
+        return False
+    change = decode_conf_change(entry.data)
+    return change.type == ConfChangeType.REMOVE_NODE and change.node_id == member_id
+
+
 def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
     """The voters after the conf changes among `entries`."""
     ids = set(voters)
@@ -13609,9 +13894,9 @@ def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
 
 
 # ============================================================================
-# 33.5. First life -- a member without a past asks the others whether that is so
+# 37. First life -- a member without a past asks the others whether that is so
 # ----------------------------------------------------------------------------
-# Knows: sections 1-33.  Must not know: client requests, flags.
+# Knows: sections 1-34.  Must not know: client requests, flags.
 # ============================================================================
 
 ASK_AGAIN_SECONDS = 0.1
@@ -13695,7 +13980,7 @@ class FirstLife:
 
 
 # ============================================================================
-# 34. Embedding -- a member inside any program
+# 38. Embedding -- a member inside any program
 # ----------------------------------------------------------------------------
 # Knows: all above.  Threads: the caller's, and the one it starts, `reactor`.
 # ============================================================================
@@ -14002,7 +14287,7 @@ _BIND_HINTS = {
 
 
 # ============================================================================
-# 35. Proxy -- a door to a cluster on a machine that is no member of it
+# 39. Proxy -- a door to a cluster on a machine that is no member of it
 # ----------------------------------------------------------------------------
 # Knows: all above.  Threads: as for Embedding; what blocks (asking peers for
 # the members, the cluster file) runs before the reactor or on its helpers.
@@ -14643,7 +14928,7 @@ class ProxyServer(ServerThread):
 
 
 # ============================================================================
-# 36. Flags -- what can be set, and how its text is read
+# 40. Flags -- what can be set, and how its text is read
 # ----------------------------------------------------------------------------
 # Knows: all above.  A table; sections Settings and Command line use it.
 # ============================================================================
@@ -14983,7 +15268,7 @@ def _all_flags() -> Dict[str, Flag]:
 
 
 # ============================================================================
-# 37. Settings -- command line, environment, configuration file
+# 41. Settings -- command line, environment, configuration file
 # ----------------------------------------------------------------------------
 # Knows: all above.  The only section that reads flags, the environment and the
 # configuration file, and that knows what does not go together.
@@ -15641,7 +15926,7 @@ def make_config(settings: Settings) -> ServerConfig:
 
 
 # ============================================================================
-# 37.5. Backup and restore -- a member's data as files, and a cluster out of them
+# 42. Backup and restore -- a member's data as files, and a cluster out of them
 # ----------------------------------------------------------------------------
 # Knows: all above.  Blocks; reads the files of a member that may be running,
 # and never changes them.
@@ -15837,11 +16122,6 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
     member_id, cluster_id = decode_metadata(contents.metadata)
     entries, state = contents.entries, contents.hard_state
     committed = sum(entry.index <= state.commit for entry in entries)
-    if start.index + committed < state.commit:
-        raise WalError(
-            f"{wal_dir} lacks the entries behind {start.index + committed}, but {state.commit}"
-            f" are committed; take the data directory of another member"
-        )
     source = DataSource(path, member_id, cluster_id, snapshot, state, entries, committed)
     if source.voters == {member_id}:
         # Alone, a member commits what it has on disk; it need not have written that down.
@@ -15963,7 +16243,7 @@ def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnPr
             for path in begun:
                 with contextlib.suppress(PermissionError):  # a parent that we may not list
                     fsync_dir(os.path.dirname(os.path.abspath(path)))
-        except OSError as error:
+        except (OSError, DiskFull) as error:
             raise BackupError(
                 f"cannot write {data_dir}: {error}; make room and check who may write there"
             ) from error
@@ -16154,7 +16434,7 @@ def _replace_members(store: Store, members: Sequence[Member]) -> None:
 
 
 # ============================================================================
-# 38. Command line
+# 43. Command line
 # ----------------------------------------------------------------------------
 # Knows: all above.  The only section that prints, and touches signals and
 # process limits.
@@ -16473,7 +16753,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     sys.setswitchinterval(0.0005)
     # No collection of everything: it takes 0.2 s with a million keys, finds nothing (what is old
     # here is in no cycle), and is most of a write's p99 (17 instead of 5 ms).
-    gc.set_threshold(5_000, 5, 1_000_000)
+    gc.set_threshold(2_000, 4, 1_000_000)       # the middle one takes 4 ms; with 5,000 and 5: 12
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in TOOL_FLAGS:
         return run_tool(words[0], words[1:])

@@ -64,7 +64,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import NewConnectionError, ReadTimeoutError
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "EtcdError", "ApiError", "KeyNotFound", "CompareFailed", "NotFile", "NotDir", "NodeExists",
