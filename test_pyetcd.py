@@ -13016,7 +13016,7 @@ auth enable
 -u al:al1 watch --after-index @0 /a/x
 4 watch --after-index @0 /a/x
 -u al:al1 -o json get /a/x
--u root:pw ls --recursive /
+-u root:pw ls --sort --recursive /
 4 -u al:al1 watch --after-index @0 /c
 1 -u al:al1 get /a
 -u al:al1 set /a/x 2
