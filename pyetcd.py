@@ -9018,10 +9018,9 @@ class Journal:
             self.busy = False
             done()
 
-        self._record, self.busy = None, True
-        self.visits += 1
+        self._record = None
         record = self._wal.encode_snapshot(snapshot_id)
-        self.writer.submit(WalJob(record, None, b"", None, 0, written))
+        self._visit(WalJob(record, None, b"", None, 0, written))
 
     def release(self, index: int) -> None:
         """Unlock the segments that only hold entries before `index`, with the next batch."""
@@ -9040,9 +9039,12 @@ class Journal:
                 self.durable_commit = batch.hard_state.commit
             self._durable(batch)
 
+        self._visit(self._job(batch, written))
+
+    def _visit(self, job: WalJob) -> None:
         self.busy = True
         self.visits += 1
-        self.writer.submit(self._job(batch, written))
+        self.writer.submit(job)
 
     def _job(self, batch: Batch, done: Callable[[], None]) -> WalJob:
         record = b""

@@ -1816,16 +1816,17 @@ def test_raft_log_only_durable_committed_entries_are_applied():
     assert log.committed(10) == []
 
 
-def test_raft_log_mark_of_replaced_entries_says_nothing():
-    """Entries handed out, then replaced: only the mark of the new ones makes them stable."""
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_raft_log_mark_of_replaced_entries_says_nothing(count):
+    """Entries handed out, then replaced, also by as many or more: only the new mark counts."""
     log = RaftLog()
     log.append(_raft_entries([1, 1, 1]))
     old = log.hand_out()[2]
-    log.maybe_append(EntryID(1, 1), 0, _raft_entries([2], 2))
+    log.maybe_append(EntryID(1, 1), 0, _raft_entries([2] * count, 2))
     new_entries, new = log.hand_out()[1:]
-    assert [entry.id for entry in new_entries] == [EntryID(2, 2)]
+    assert [entry.id for entry in new_entries] == [EntryID(2, 2 + n) for n in range(count)]
     assert not log.stable_to(old) and log.stable == 0
-    assert log.stable_to(new) and log.stable == 2
+    assert log.stable_to(new) and log.stable == 1 + count
 
 
 def test_raft_log_replacing_durable_entries_lowers_stable():
