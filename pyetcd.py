@@ -549,32 +549,31 @@ class IdGenerator:
         return self._high | self._low
 
 
-def _crc_table(bits: int) -> array[int]:
-    """The CRC-32C of each 16-bit value followed by bits-16 zero bits.
+def _crc_table(zeros: int) -> List[int]:
+    """The CRC-32C of each byte followed by so many zero bytes.
 
-    The CRC is linear over XOR, so 16 single-bit values give all 65,536 (3 ms instead of 100).
+    The CRC is linear over XOR, so eight single-bit values give all 256.
     """
     table = [0]
-    for bit in range(16):
+    for bit in range(8):
         crc = 1 << bit
-        for _ in range(bits):
+        for _ in range(8 * zeros + 8):
             crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
         table += [known ^ crc for known in table]
-    return array("I", table)
+    return table
 
 
 CRC_BLOCK_BYTES = 1 << 16           # folded at once: 0.2 ms
 CRC_FOLD_BYTES_MIN = 1_024          # below, the tables are as fast
-_CRC_HIGH = _crc_table(16)
-_CRC_LOW = _crc_table(32)
-_CRC_BYTE = _crc_table(8)[:256]
+_CRC_TABLES = tuple(map(_crc_table, (3, 2, 1, 0)))
 
 
 def crc32c(data: Union[bytes, bytearray, memoryview], crc: int = 0) -> int:
     """Continue the CRC-32C (Castagnoli) `crc` over `data`; start with 0.
 
-    zlib has another polynomial.  Four bytes a step through two 16-bit tables take 30-40 ns per
-    byte here, a byte table 120; long data are folded first, then it is 3.
+    zlib has another polynomial.  Four bytes a step take 50-60 ns per byte here, one a step 110;
+    tables of 64 K entries only win while nothing else uses the cache.  Long data are folded
+    first, then it is 3.
     """
     if len(data) >= CRC_FOLD_BYTES_MIN:
         view = memoryview(data)
@@ -585,13 +584,13 @@ def crc32c(data: Union[bytes, bytearray, memoryview], crc: int = 0) -> int:
             crc = crc32c(_crc_fold(block, crc), 0xFFFFFFFF)     # the fold contains `crc` already
         return crc
     crc ^= 0xFFFFFFFF
-    low, high = _CRC_LOW, _CRC_HIGH
+    first, second, third, fourth = _CRC_TABLES
     words = len(data) >> 2
     for word in _unpack_from("<%dI" % words, data):
         crc ^= word
-        crc = low[crc & 0xFFFF] ^ high[crc >> 16]
+        crc = first[crc & 255] ^ second[crc >> 8 & 255] ^ third[crc >> 16 & 255] ^ fourth[crc >> 24]
     for byte in data[words << 2:]:
-        crc = _CRC_BYTE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+        crc = fourth[(crc ^ byte) & 255] ^ (crc >> 8)
     return crc ^ 0xFFFFFFFF
 
 
@@ -619,6 +618,98 @@ def _crc_fold(data: memoryview, crc: int) -> bytes:
             rest ^= (head << (near - size)) ^ (head << (far - size)) ^ (head << (top - size))
             bits -= size
     return rest.to_bytes(bits // 8, "little")
+
+
+CRC_LANES_MIN = 10                  # pieces; for fewer, one after the other is as fast
+
+
+def crc32c_chain(pieces: Sequence[bytes], crc: int) -> List[int]:
+    """Return the CRC-32C after each of `pieces`, continued from `crc`.
+
+    Many short ones of about one length are summed side by side: 30 of 140 bytes in 2.7 us each
+    instead of 6.1, 130 in 1.8.
+    """
+    longest = max(map(len, pieces), default=0)
+    state, crcs = crc ^ 0xFFFFFFFF, []
+    if (
+        len(pieces) < CRC_LANES_MIN or longest >= CRC_FOLD_BYTES_MIN
+        or longest * len(pieces) > 2 * sum(map(len, pieces))
+    ):
+        for piece in pieces:
+            crc = crc32c(piece, crc)
+            crcs.append(crc)
+        return crcs
+    for piece, own in zip(pieces, _crc_lanes(pieces, longest)):
+        first, second, third, fourth = _crc_powers(len(piece))
+        state = own ^ first[state & 255] ^ second[state >> 8 & 255] ^ third[
+            state >> 16 & 255] ^ fourth[state >> 24]
+        crcs.append(state ^ 0xFFFFFFFF)
+    return crcs
+
+
+def _crc_lanes(pieces: Sequence[bytes], longest: int) -> Sequence[int]:
+    """Return the remainders of `pieces`, each begun with 0, before which zeros do not count.
+
+    All first words lie together, then all second ones, ..., as four planes of bytes: one
+    operation on integers and strings of that length works on all pieces.  The first half of the
+    words, times a power of x, is added to the second half until few are left.
+    """
+    lanes, words = len(pieces), (longest + 3) // 4
+    halvings = max(0, words.bit_length() - 3)
+    words = ((words - 1 >> halvings) + 1) << halvings
+    rows = memoryview(b"".join([piece.rjust(words * 4, b"\0") for piece in pieces])).cast("I")
+    joined = b"".join([rows[word::words].tobytes() for word in range(words)])
+    planes = [joined[plane::4] for plane in range(4)]
+    while not words & 1:
+        words >>= 1
+        half = words * lanes
+        moved = _crc_times([plane[:half] for plane in planes], words * 4)
+        planes = [
+            (new ^ int.from_bytes(plane[half:], "little")).to_bytes(half, "little")
+            for new, plane in zip(moved, planes)
+        ]
+    total = [0] * 4
+    for start in range(0, words * lanes, lanes):
+        total = _crc_times([
+            (before ^ int.from_bytes(plane[start:start + lanes], "little")).to_bytes(lanes, "little")
+            for before, plane in zip(total, planes)
+        ], 4)
+    remainders = bytearray(4 * lanes)
+    for plane, number in enumerate(total):
+        remainders[plane::4] = number.to_bytes(lanes, "little")
+    return _unpack_from("<%dI" % lanes, remainders)
+
+
+def _crc_times(planes: Sequence[bytes], zeros: int) -> List[int]:
+    """Return the four planes of all lanes after so many more zero bytes, as integers."""
+    a, b, c, d = planes
+    return [
+        int.from_bytes(a.translate(first), "little") ^ int.from_bytes(b.translate(second), "little")
+        ^ int.from_bytes(c.translate(third), "little") ^ int.from_bytes(d.translate(last), "little")
+        for first, second, third, last in _crc_plane_powers(zeros)
+    ]
+
+
+@functools.lru_cache(maxsize=CRC_FOLD_BYTES_MIN)
+def _crc_powers(zeros: int) -> List[array[int]]:
+    """For each byte of a CRC's state: what becomes of its values after so many zero bytes."""
+    tables, data = [], bytes(zeros)
+    for shift in range(0, 32, 8):
+        table = [0]
+        for bit in range(shift, shift + 8):
+            after = crc32c(data, 1 << bit ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
+            table += [known ^ after for known in table]
+        tables.append(array("I", table))
+    return tables
+
+
+@functools.lru_cache(maxsize=CRC_FOLD_BYTES_MIN)
+def _crc_plane_powers(zeros: int) -> List[List[bytes]]:
+    """The same for each byte of the result, as tables of bytes.translate."""
+    return [
+        [bytes([value >> shift & 255 for value in table]) for table in _crc_powers(zeros)]
+        for shift in range(0, 32, 8)
+    ]
 
 
 def clean_path(path: str) -> str:
@@ -994,16 +1085,29 @@ class Message:
 
 
 _BYTE = [bytes((value,)) for value in range(128)]
+_SMALL = _BYTE + [bytes((value & 127 | 128, value >> 7)) for value in range(128, 1_024)]
 Buffer = Union[bytes, bytearray, memoryview]
 
 
 def encode_varint(value: int) -> bytes:
     """Return the protobuf varint of 0 <= value < 2**64, or of a negative int64."""
-    if 0 <= value < 128:
-        return _BYTE[value]
+    if 0 <= value < 1_024:
+        return _SMALL[value]
     value &= UINT64_MAX
-    if value < 16384:
+    if value < 1 << 14:
         return bytes((value & 127 | 128, value >> 7))
+    if value < 1 << 21:                 # an index: these lines save 0.2 us each
+        return bytes((value & 127 | 128, value >> 7 & 127 | 128, value >> 14))
+    if 1 << 28 <= value < 1 << 35:      # a checksum
+        return bytes((
+            value & 127 | 128, value >> 7 & 127 | 128, value >> 14 & 127 | 128,
+            value >> 21 & 127 | 128, value >> 28,
+        ))
+    return bytes((value & 127 | 128, value >> 7 & 127 | 128)) + _encode_rest(value >> 14)
+
+
+@functools.lru_cache(maxsize=1_024)     # of ids, most of which differ only below
+def _encode_rest(value: int) -> bytes:
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -1100,12 +1204,30 @@ def decode_hard_state(data: Buffer) -> HardState:
 
 def encode_entry(entry: Entry) -> bytes:
     """raftpb.Entry; Data is left out when empty, as etcd 2.3 does."""
-    head = b"\x08%b\x10%b\x18%b" % (
-        encode_varint(entry.type), encode_varint(entry.term), encode_varint(entry.index)
+    data = entry.data
+    return b"\x08%b\x10%b\x18%b%b%b%b" % (
+        _BYTE[entry.type], encode_varint(entry.term), encode_varint(entry.index),
+        b'"' if data else b"", encode_varint(len(data)) if data else b"", data,
     )
-    if not entry.data:
-        return head
-    return b'%b"%b%b' % (head, encode_varint(len(entry.data)), entry.data)
+
+
+def encode_entries(entries: Sequence[Entry]) -> List[bytes]:
+    """encode_entry of each, 0.4 us faster: neighbours share their type and term."""
+    encoded: List[bytes] = []
+    term, head = -1, b""
+    for entry in entries:
+        data = entry.data
+        if entry.type or not data:
+            encoded.append(encode_entry(entry))
+            continue
+        if entry.term != term:
+            term = entry.term
+            head = b"\x08\0\x10%b\x18" % encode_varint(term)
+        size, index = len(data), entry.index
+        encoded.append(b'%b%b"%b%b' % (
+            head, encode_varint(index), _SMALL[size] if size < 1_024 else encode_varint(size), data
+        ))
+    return encoded
 
 
 _ENTRY = {1: ("type", 0, int), 2: ("term", 0, int), 3: ("index", 0, int), 4: ("data", 2, bytes)}
@@ -1270,6 +1392,24 @@ def encode_request(request: Request) -> bytes:
         b"\x80\x01", _BYTE[request.stream],
         b"" if refresh is None else b"\x88\x01" + _BYTE[refresh],
     ))
+
+
+def encode_target(method: str, path: str) -> bytes:
+    """The part of encode_request that says what is done to which key."""
+    return _bytes_field(b"\x12", method.encode()) + _bytes_field(b"\x1a", utf8(path))
+
+
+_NO_OPTIONS = encode_request(Request())[len(b"\x08\0\x12\0\x1a\0\x22\0"):]
+
+
+def encode_plain(id: int, target: bytes, value: bytes) -> bytes:
+    """encode_request of a Request with nothing but a value: 0.8 us instead of 2.3.
+
+    target  its encode_target
+    """
+    return b'\x08%b%b"%b%b%b' % (
+        encode_varint(id), target, encode_varint(len(value)), value, _NO_OPTIONS
+    )
 
 
 def wrap_int64(value: int) -> int:
@@ -2758,10 +2898,10 @@ class RawNode:
 
     def has_ready(self) -> bool:
         """Tell whether ready() has something to hand out."""
-        raft = self.raft
+        raft, known = self.raft, self._hard_state
         return (
-            not raft.mail.is_empty or self._is_append_due or raft.log.has_unhanded
-            or self._hard_state != (raft.term, raft.vote, raft.log.commit)
+            raft.log.has_unhanded or raft.log.commit != known.commit or not raft.mail.is_empty
+            or self._is_append_due or raft.term != known.term or raft.vote != known.vote
         )
 
     @property
@@ -4042,6 +4182,10 @@ class WalContents(NamedTuple):
     snapshots: List[EntryID]            # of every snapshot record seen, {0, 0} included
 
 
+_RECORD_HEADS = {kind: b"\x08%b\x10" % _BYTE[kind] for kind in RecordType}
+_STATE_HEAD = _RECORD_HEADS[RecordType.STATE]
+
+
 class WalEncoder:
     """Frames in etcd 2.x form, and the running checksum through all of them."""
 
@@ -4053,9 +4197,22 @@ class WalEncoder:
     def record(self, kind: int, data: bytes) -> bytes:
         """Return the frame of one record; the chain includes its data."""
         self.crc = crc = crc32c(data, self.crc)
-        return self._frame(b"\x08%b\x10%b\x1a%b%b" % (
-            _BYTE[kind], encode_varint(crc), encode_varint(len(data)), data
-        ))
+        return b"".join(self._parts(_RECORD_HEADS[kind], crc, data))
+
+    def batch(self, entries: Sequence[bytes], state: bytes) -> bytes:
+        """Return the frames of entries and, unless it is empty, a hard state."""
+        pieces = [*entries, state] if state else entries
+        kind, parts = _RECORD_HEADS[RecordType.ENTRY], []
+        for data, crc in zip(pieces, crc32c_chain(pieces, self.crc)):
+            self.crc = crc
+            parts += self._parts(kind if data is not state else _STATE_HEAD, crc, data)
+        return b"".join(parts)
+
+    @staticmethod
+    def _parts(kind: bytes, crc: int, data: bytes) -> Tuple[bytes, bytes, bytes]:
+        size = len(data)
+        head = b"%b%b\x1a%b" % (kind, encode_varint(crc), encode_varint(size))
+        return (len(head) + size).to_bytes(8, "little"), head, data
 
     def chain(self) -> bytes:
         """Return the crc record that begins a file."""
@@ -4351,14 +4508,13 @@ class Wal:
 
     def encode(self, hard_state: Optional[HardState], entries: Sequence[Entry]) -> bytes:
         """Return the frames of entries, then of the hard state if it changed."""
-        record = self._encoder.record
-        parts = [record(RecordType.ENTRY, encode_entry(entry)) for entry in entries]
+        state = b""
         if entries:
             self._last_index = entries[-1].index
         if hard_state is not None and hard_state != self._hard_state:
             self._hard_state = hard_state
-            parts.append(record(RecordType.STATE, encode_hard_state(hard_state)))
-        data = b"".join(parts)
+            state = encode_hard_state(hard_state)
+        data = self._encoder.batch(encode_entries(entries), state)
         self._size += len(data)
         return data
 
@@ -4393,8 +4549,11 @@ class Wal:
         """
         name, handle = self._held[-1]
         path = os.path.join(self.directory, name)
-        with _needs_space(path, lambda: self._disk.truncate(handle, self._end)):
+        try:
             self._disk.write(handle, data)
+        except OSError:
+            with _needs_space(path, lambda: self._disk.truncate(handle, self._end)):
+                raise
         self._end += len(data)
         if sync:
             self._disk.fdatasync(handle)
@@ -5233,10 +5392,11 @@ class Applier:
 
     def apply_request(self, request: Request) -> Applied:
         """Execute one command; an error of the store is returned, not raised."""
+        path = request.path
         handler = _METHODS.get(request.method)
-        if request.path.startswith("/2"):
+        if path.startswith("/2"):
             # Only here etcd proposes paths that its store has to clean: `/2/users/`.
-            request = request._replace(path=clean_path(request.path))
+            request = request._replace(path=clean_path(path))
             self.auth_changes += 1
         if handler is None:
             return RaftInternal(f"etcdserver: unknown method {request.method}")
@@ -5414,12 +5574,14 @@ class Reactor:
         self._polling = False           # True: a poster must write to the wake socket
         self._stopping = False
         self._flushes: List[Callable[[], None]] = []
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
+        wake_in, wake_out = os.pipe()
+        os.set_blocking(wake_in, False)
+        os.set_blocking(wake_out, False)
+        self._wake_in = open(wake_in, "rb", buffering=0)
+        self._wake_out = open(wake_out, "wb", buffering=0)
         self._blocking: Optional[ThreadPoolExecutor] = None
         self._date = (0, "")
-        self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
+        self._selector.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
 
     @staticmethod
     def now() -> float:
@@ -5447,8 +5609,10 @@ class Reactor:
         self._posted.append((callback, args))
         if self._polling:
             self._polling = False
-            with contextlib.suppress(BlockingIOError, OSError):
-                self._wake_out.send(b"\0")  # a full buffer will wake it as well
+            try:
+                self._wake_out.write(b"\0")         # a full buffer will wake it as well
+            except ValueError:                      # closed: nothing runs any more
+                pass
 
     def run_blocking(
         self, work: Callable[..., Any], *args: Any,
@@ -5548,9 +5712,7 @@ class Reactor:
                 timer.callback(*timer.args)
 
     def _drain_wake(self, mask: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self._wake_in.recv(4096):
-                pass
+        self._wake_in.read(4096)        # what is left makes it ready again
 
 
 # ============================================================================
@@ -5827,7 +5989,7 @@ class HttpHead:
 
     __slots__ = (
         "method", "target", "path", "query", "headers", "minor", "keep_alive", "body_size",
-        "chunked", "expects", "parsed",
+        "chunked", "expects", "is_simple", "parsed",
     )
 
     def __init__(self, method: str, target: str, minor: int, headers: Dict[str, str]) -> None:
@@ -5843,6 +6005,7 @@ class HttpHead:
         self.chunked = _is_chunked(headers, minor)
         self.body_size = _content_length(headers)
         self.expects = headers.get("expect", "").lower() == "100-continue"
+        self.is_simple = not (self.chunked or self.expects) and self.body_size < 1 << 16
         self.parsed: Any = None
 
 
@@ -6342,10 +6505,19 @@ class Connection:
             self._processing = False
         if not self.closed:
             partial = bool(self._in or self._head or self._http2) and not self._busy
-            self._listener.watch_partial(self, partial, begun=served)
+            if partial or self._listener.has_partial:
+                self._listener.watch_partial(self, partial, begun=served)
 
     def _next_request(self) -> Optional[HttpRequest]:
-        head = self._head or self._take_head()
+        head = self._head
+        if head is None:
+            data = self._in             # a hot path: one whole request, its head seen before
+            end = data.find(b"\r\n\r\n") + 4
+            head = self._listener.heads.get(data[:end - 4])
+            if head is not None and head.is_simple and len(data) == end + head.body_size:
+                self._in = b""
+                return HttpRequest(head, data[end:], self)
+            head = self._take_head()
         if head is None:
             return None
         if not head.body_size and not head.chunked:
@@ -6756,6 +6928,11 @@ class Listener(http.server.HTTPServer):
             package_logger("http").exception("bug: %s %s", request.method, request.target[:200])
             request.head = _closing_head(request.head)
             request.reply(500, b'{"message":"Internal Server Error"}')
+
+    @property
+    def has_partial(self) -> bool:
+        """True if any connection is known to watch_partial()."""
+        return bool(self._partial)
 
     def watch_partial(self, connection: Connection, partial: bool, *, begun: bool) -> None:
         """Remember since when a request is incomplete.  begun: it is another than before."""
@@ -9379,10 +9556,14 @@ class Proposals:
     def __len__(self) -> int:
         return len(self._done)
 
-    def add(self, request_id: int, done: Done, now: float) -> None:
-        """Call done(result) when the entry with this id is applied, or fails."""
+    def add(self, request_id: int, done: Done, now: float) -> bool:
+        """Call done(result) when the entry with this id is applied, or fails; False: too many."""
+        if len(self._done) >= PROPOSALS_PENDING_MAX:
+            self.failed += 1
+            return False
         self._done[request_id] = done
         self._deadlines.append((now + self.timeout_s, request_id))
+        return True
 
     def pop(self, request_id: int) -> Optional[Done]:
         """Return who waits for this id, who then waits no more; None if nobody here does."""
@@ -9872,10 +10053,12 @@ class EtcdServer:
         active = sum(v == self.member_id or self.transport.active_since(v) > 0 for v in voters)
         return active > len(voters) // 2
 
-    def do(self, request: Request, done: Done) -> None:
+    def do(self, request: Request, done: Done, encoded: bytes = b"") -> None:
         """Send a command through consensus; done(Event, or EtcdError) when it is applied here.
 
         The command may still be applied after a RequestTimeout.
+
+        encoded  its encode_request, where that is known; then it has an id
         """
         if self.stopping:
             done(ServerStopped())
@@ -9883,17 +10066,15 @@ class EtcdServer:
         if self.no_space and request.method != "QGET":
             done(NoSpace(self.no_space))
             return
-        if len(self.proposals) >= PROPOSALS_PENDING_MAX:
-            self.proposals.failed += 1
-            done(TooManyRequests("etcdserver: too many requests"))
-            return
         if not request.id:
             request = request._replace(id=self.ids.next())
-        self.proposals.add(request.id, done, self.reactor.now())
-        if request.method == "QGET" and self.reads.enabled:
+        if not self.proposals.add(request.id, done, time.monotonic()):
+            done(TooManyRequests("etcdserver: too many requests"))
+        elif request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
-            self._queue.append(Entry(data=encode_request(request), request=request))
+            data = encoded or encode_request(request)
+            self._queue.append(Entry(0, 0, 0, data, request))
 
     def change_member(
         self, change_type: ConfChangeType, member: Member,
@@ -9915,8 +10096,10 @@ class EtcdServer:
         if change_type != ConfChangeType.REMOVE_NODE:
             context = utf8(member.context_json())
         change = ConfChange(self.ids.next(), change_type, member.id, context)
-        self.proposals.add(change.id, done, self.reactor.now())
-        self._changes.append(change)
+        if self.proposals.add(change.id, done, self.reactor.now()):
+            self._changes.append(change)
+        else:
+            done(TooManyRequests("etcdserver: too many requests"))
 
     def _deliver(self, message: Message) -> None:
         """A message of a peer has arrived; its proposals wait for the next leader if need be.
@@ -10045,7 +10228,7 @@ class EtcdServer:
         if not entries:
             return
         for entry in entries:
-            if entry.type == EntryType.NORMAL:
+            if not entry.type:
                 self._apply_normal(entry)
             elif not self._apply_conf_change(entry):
                 return
@@ -10055,6 +10238,7 @@ class EtcdServer:
         self._maybe_snapshot()
 
     def _apply_normal(self, entry: Entry) -> None:
+        """A hot path."""
         result = self.applier.apply_entry(entry)
         self._applied(entry)
         request = entry.request
@@ -10068,9 +10252,9 @@ class EtcdServer:
             done(result)
 
     def _applied(self, entry: Entry) -> None:
-        self.raft_index = entry.index
+        index = self.raft_index = entry.index
         self.raft_term = entry.term
-        self.node.applied_to(entry.index)
+        self.node.raft.log.applied_to(index)
 
     def _apply_conf_change(self, entry: Entry) -> bool:
         """Apply a membership change; False if its commit must first be on disk.
@@ -11226,6 +11410,7 @@ class KeyTarget:
     """What a request's head alone says about the key: kept with the head, which is cached.
 
     command  of GET, HEAD and DELETE, whose body never counts; else a template
+    encoded  method and path of it
     error    ends every such request
     fields   of the query, for PUT and POST
     is_form  True if the body counts
@@ -11235,11 +11420,13 @@ class KeyTarget:
     """
 
     __slots__ = (
-        "command", "error", "fields", "is_form", "plain", "too_deep", "bad_type", "bad_query",
+        "command", "encoded", "error", "fields", "is_form", "plain", "too_deep", "bad_type",
+        "bad_query",
     )
 
     def __init__(self, head: HttpHead) -> None:
         self.command = Request(0, head.method, key_path(head.path))
+        self.encoded = encode_target(head.method, self.command.path)
         self.error: Optional[EtcdError] = None
         self.fields: Dict[str, str] = {}
         self.is_form = False
@@ -11407,6 +11594,7 @@ class KeysApi:
         self._watches = metrics.counter(
             "etcd_store_watch_requests_total", "Watches that were asked for.")
         self._get_durations = self._durations.child("GET")
+        self._put_durations = self._durations.child("PUT")
 
     def route(self, head: HttpHead) -> Handler:
         """Return what answers requests with this head."""
@@ -11471,36 +11659,36 @@ class KeysApi:
         if target.plain and body.startswith(b"value=") and not (
             b"%" in body or b"+" in body or b"&" in body or b";" in body
         ):
-            command = target.command
-            command = Request(0, command.method, command.path, text_of(body[6:]))
-        else:
-            try:
-                command = target.request(request, time.time_ns())
-            except EtcdError as error:
-                self._refuse(error, request)
-                return
+            value, id = body[6:], self._server.ids.next()
+            known = target.command
+            command = Request(id, known.method, known.path, text_of(value))
+            self._propose(command, request, encode_plain(id, target.encoded, value))
+            return
+        try:
+            command = target.request(request, time.time_ns())
+        except EtcdError as error:
+            self._refuse(error, request)
+            return
         self._propose(command, request)
 
-    def _propose(self, command: Request, request: HttpRequest) -> None:
+    def _propose(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
         """Everything that goes through consensus."""
+        method = command.method
         self._stats.gets_fail += 1              # as in _get
-        self._received.inc(command.method)
-        server = self._server
-        server.do(
-            Request(server.ids.next(), *command[1:]),
-            functools.partial(self._done, request, command.method, time.perf_counter()),
-        )
+        self._received.inc(method)
+        done = functools.partial(self._done, request, method, time.monotonic())
+        self._server.do(command, done, encoded)
 
     def _done(self, request: HttpRequest, method: str, started: float, result: Any) -> None:
         """The command is applied, or has failed."""
         if isinstance(result, EtcdError):
             self._fail(request, method, result)
             return
-        status = 201 if result.is_created else 200
-        self._send(request, status, result.index, result.client_json())
-        elapsed_s = time.perf_counter() - started
+        self._send(request, 201 if result.is_created else 200, result.index, result.client_json())
+        elapsed_s = time.monotonic() - started
         self._proposals.observe(elapsed_s)
-        self._durations.child(method).observe(elapsed_s)
+        durations = self._put_durations if method == "PUT" else self._durations.child(method)
+        durations.observe(elapsed_s)
 
     def _watch(self, command: Request, request: HttpRequest) -> None:
         self._stats.gets_fail += 1              # as in _get
