@@ -83,6 +83,7 @@ import itertools
 import json
 import logging
 import marshal
+import math
 import os
 import platform
 import queue
@@ -214,6 +215,7 @@ PROBE_SECONDS = 4.0                 # between two health probes of a peer
 
 HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answer 401
 WATCHERS_MAX = 100_000              # of one member, some 3 KB each; above: 503
+WATCHERS_TOLD_MAX = 400             # in one turn, 4 ms; above: the next turns tell the others
 WATCHER_QUEUE_EVENTS_MAX = 100      # events one slow watcher may owe (etcd's limit)
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
 PURGE_SECONDS = 30.0                # between two removals of old files
@@ -3088,15 +3090,20 @@ class WatcherHub:
         # Path -> watchers in order of registration (a dict as ordered set: 10,000 watchers of
         # one key come and go in O(1) each).  No empty groups.
         self._groups: Dict[str, Dict[Watcher, None]] = {}
+        self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be told
+        self._room: float = math.inf    # how many may be told in this turn
+
+    owed = 0                            # watchers in _due
 
     def remove(self, watcher: Watcher) -> None:
-        """Forget a registered watcher."""
-        group = self._groups[watcher.path]
-        del group[watcher]
-        if not group:
-            del self._groups[watcher.path]
-        self._stats.watchers -= 1
+        """Forget a registered watcher, also one that is about to be told."""
         watcher._hub = None
+        group = self._groups.get(watcher.path)
+        if group is not None and watcher in group:
+            del group[watcher]
+            self._stats.watchers -= 1
+            if not group:
+                del self._groups[watcher.path]
 
     def watch(self, watcher: Watcher) -> None:
         """Serve `watcher` from the history, then register it if it wants more.
@@ -3120,11 +3127,22 @@ class WatcherHub:
         self._stats.watchers += 1
         watcher._hub = self
 
+    def begin_turn(self) -> None:
+        """Tell WATCHERS_TOLD_MAX watchers at most until the next call, in the order of events.
+
+        `owed` others wait for it.  As long as this was never called, nobody has to wait.
+        """
+        self._room = WATCHERS_TOLD_MAX
+        if self._due:
+            self._tell()
+
     def catch_up(self, seen: int) -> None:
         """The events after index `seen` came with a snapshot: tell the watchers of them.
 
         Whoever would miss some is ended instead.  Differs from etcd, which tells nobody.
         """
+        self._room = math.inf           # first what they were told of before
+        self._tell()
         history = self.history
         for watcher in [watcher for group in self._groups.values() for watcher in group]:
             if watcher._hub is None:
@@ -3162,13 +3180,35 @@ class WatcherHub:
         exact = path == event.key
         if not exact and "/_" in "/" + event.key[len(path):]:
             return                      # hidden from here; a path below the key is never
-        for watcher in tuple(group):
-            if watcher._hub is None or event.index < watcher.since:
-                continue                # cancelled by an earlier deliver, or not yet its turn
-            if exact or forced or watcher.recursive:
-                if not watcher.stream:
-                    self.remove(watcher)
-                watcher.deliver(event)
+        index, every = event.index, exact or forced
+        told = [w for w in group if index >= w.since and (every or w.recursive)]
+        once = [watcher for watcher in told if not watcher.stream]
+        if len(once) == len(group):
+            del self._groups[path]
+        else:
+            for watcher in once:
+                del group[watcher]
+        self._stats.watchers -= len(once)
+        self._due.append((event, collections.deque(told)))
+        self.owed += len(told)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell whom there is room for; more if events come faster than that."""
+        while self._due:
+            event, told = self._due[0]
+            while told:
+                if self._room <= 0 and self.owed <= WATCHERS_MAX:
+                    return
+                watcher = told.popleft()
+                self.owed -= 1
+                if watcher._hub is not None:        # else cancelled, perhaps by an earlier deliver
+                    self._room -= 1
+                    if not watcher.stream:
+                        watcher._hub = None
+                    watcher.deliver(event)
+            if self._due and self._due[0][1] is told:
+                self._due.popleft()
 
 
 class TtlHeap:
@@ -9978,13 +10018,15 @@ class EtcdServer:
         if node.has_ready():
             self._take(node.ready())
         self.journal.submit()
+        hub = self.store.hub
+        hub.begin_turn()
         self.counts.time_apply(self._apply, self.reactor.now)
         if self.reads:
             self._serve_reads()
         if self.snapshots.is_wanted:
             self._maybe_snapshot()
         self.snapshots.work(self._compact)
-        if node.has_ready() or (not refused and (self._queue or self._changes)):
+        if hub.owed or node.has_ready() or (not refused and (self._queue or self._changes)):
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
 
     def _propose(self) -> bool:
