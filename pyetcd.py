@@ -66,6 +66,31 @@ Sources: the Raft paper and Ongaro's thesis; the documents and the observed beha
 
 from __future__ import annotations
 
+import marshal
+import os
+import sys
+
+if __name__ == "__main__" and "_FRESH_IMAGE" not in globals():
+    # Python has just compiled all of this file, which leaves 24 MB behind that are never used
+    # again.  Where it can be done, run the byte code in a fresh image of the same process: 28 MB
+    # instead of 52.  Not under a debugger or a tool that runs this file by other words.
+    # Before the other imports, which the image would make again: 25 ms.
+    _words = getattr(sys, "orig_argv", [sys.executable, *sys.argv])
+    _script = len(_words) - len(sys.argv)
+    _is_ours = os.path.abspath(_words[_script]) == os.path.abspath(__file__)
+    if hasattr(os, "memfd_create") and not sys.gettrace() and _is_ours:
+        _image = os.memfd_create("pyetcd", 0)       # survives exec
+        with open(_image, "wb", closefd=False) as _file:
+            marshal.dump(sys._getframe().f_code, _file)
+        os.lseek(_image, 0, os.SEEK_SET)
+        os.execv(sys.executable, [
+            *_words[:_script], "-c",
+            "import marshal, os, sys; _FRESH_IMAGE = True; del sys.argv[0];"
+            " __file__ = sys.argv[0]; sys.path[0] = os.path.dirname(os.path.abspath(__file__));"
+            f" exec(marshal.load(open({_image}, 'rb')))",
+            *_words[_script:],
+        ])
+
 import base64
 import bisect
 import collections
@@ -82,8 +107,7 @@ import http.server
 import itertools
 import json
 import logging
-import marshal
-import os
+import math
 import platform
 import queue
 import random
@@ -97,7 +121,6 @@ import socket
 import socketserver
 import ssl
 import struct
-import sys
 import threading
 import time
 import urllib.parse
@@ -129,26 +152,6 @@ from typing import (
     Union,
 )
 from urllib.parse import urlsplit
-
-if __name__ == "__main__" and "_FRESH_IMAGE" not in globals():
-    # Python has just compiled all of this file, which leaves 24 MB behind that are never used
-    # again.  Where it can be done, run the byte code in a fresh image of the same process: 28 MB
-    # instead of 52.  Not under a debugger or a tool that runs this file by other words.
-    _words = getattr(sys, "orig_argv", [sys.executable, *sys.argv])
-    _script = len(_words) - len(sys.argv)
-    _is_ours = os.path.abspath(_words[_script]) == os.path.abspath(__file__)
-    if hasattr(os, "memfd_create") and not sys.gettrace() and _is_ours:
-        _image = os.memfd_create("pyetcd", 0)       # survives exec
-        with open(_image, "wb", closefd=False) as _file:
-            marshal.dump(sys._getframe().f_code, _file)
-        os.lseek(_image, 0, os.SEEK_SET)
-        os.execv(sys.executable, [
-            *_words[:_script], "-c",
-            "import marshal, os, sys; _FRESH_IMAGE = True; del sys.argv[0];"
-            " __file__ = sys.argv[0]; sys.path[0] = os.path.dirname(os.path.abspath(__file__));"
-            f" exec(marshal.load(open({_image}, 'rb')))",
-            *_words[_script:],
-        ])
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -214,10 +217,12 @@ PROBE_SECONDS = 4.0                 # between two health probes of a peer
 
 HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answer 401
 WATCHERS_MAX = 100_000              # of one member, some 3 KB each; above: 503
+WATCHERS_TOLD_MAX = 400             # in one turn, 4 ms; above: the next turns tell the others
 WATCHER_QUEUE_EVENTS_MAX = 100      # events one slow watcher may owe (etcd's limit)
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
 PURGE_SECONDS = 30.0                # between two removals of old files
 SYNC_SECONDS = 0.5                  # the leader looks for expired keys this often
+EXPIRED_KEYS_MAX = 200              # that one entry of the log expires, 4 ms; above: several
 REMOVED_SECONDS = 1.0               # a removed member ends so long after it knows
 
 NS = 1_000_000_000                  # nanoseconds in a second
@@ -1431,12 +1436,34 @@ _REQUEST: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
 }
 
 
+_PLAIN_REST = b"(\x002\x008\x00H\x00P\x00X\x00`\x00h\x00p\x00x\x00\x80\x01\x00"
+_PUT_HEAD = re.compile(rb"\x08([\x80-\xff]{0,9}[\x00-\x7f])\x12\x03PUT\x1a")
+
+
+def _decode_plain_put(data: bytes) -> Optional[Request]:
+    """Return the command if it is a PUT of a value and nothing else: 2 us instead of 12."""
+    head = _PUT_HEAD.match(data)
+    if head is None or not data.endswith(_PLAIN_REST):
+        return None
+    size, path_at = decode_varint(data, head.end())
+    value_tag = path_at + size
+    size, value_at = decode_varint(data, value_tag + 1)
+    end = value_at + size
+    if data[value_tag] != 0x22 or end + len(_PLAIN_REST) != len(data):
+        return None
+    id, _ = decode_varint(head.group(1), 0)
+    return Request(id, "PUT", text_of(data[path_at:value_tag]), text_of(data[value_at:end]))
+
+
 def decode_request(data: Buffer) -> Optional[Request]:
     """Return the command in a normal entry's data, or None if it is an operation of etcd 3's API.
 
     A v2 command is a bare Request, or one nested in field 2 of InternalRaftRequest; only a bare
     Request has an upper-case method name there.  Raises CodecError.
     """
+    plain = _decode_plain_put(bytes(data))
+    if plain is not None:
+        return plain
     nested = next((value for number, _, value in decode_fields(data) if number == 2), None)
     if nested is None:
         return None
@@ -3228,15 +3255,20 @@ class WatcherHub:
         # Path -> watchers in order of registration (a dict as ordered set: 10,000 watchers of
         # one key come and go in O(1) each).  No empty groups.
         self._groups: Dict[str, Dict[Watcher, None]] = {}
+        self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be told
+        self._room: float = math.inf    # how many may be told in this turn
+
+    owed = 0                            # watchers in _due
 
     def remove(self, watcher: Watcher) -> None:
-        """Forget a registered watcher."""
-        group = self._groups[watcher.path]
-        del group[watcher]
-        if not group:
-            del self._groups[watcher.path]
-        self._stats.watchers -= 1
+        """Forget a registered watcher, also one that is about to be told."""
         watcher._hub = None
+        group = self._groups.get(watcher.path)
+        if group is not None and watcher in group:
+            del group[watcher]
+            self._stats.watchers -= 1
+            if not group:
+                del self._groups[watcher.path]
 
     def watch(self, watcher: Watcher) -> None:
         """Serve `watcher` from the history, then register it if it wants more.
@@ -3260,11 +3292,22 @@ class WatcherHub:
         self._stats.watchers += 1
         watcher._hub = self
 
+    def begin_turn(self) -> None:
+        """Tell WATCHERS_TOLD_MAX watchers at most until the next call, in the order of events.
+
+        `owed` others wait for it.  As long as this was never called, nobody has to wait.
+        """
+        self._room = WATCHERS_TOLD_MAX
+        if self._due:
+            self._tell()
+
     def catch_up(self, seen: int) -> None:
         """The events after index `seen` came with a snapshot: tell the watchers of them.
 
         Whoever would miss some is ended instead.  Differs from etcd, which tells nobody.
         """
+        self._room = math.inf           # first what they were told of before
+        self._tell()
         history = self.history
         for watcher in [watcher for group in self._groups.values() for watcher in group]:
             if watcher._hub is None:
@@ -3302,13 +3345,35 @@ class WatcherHub:
         exact = path == event.key
         if not exact and "/_" in "/" + event.key[len(path):]:
             return                      # hidden from here; a path below the key is never
-        for watcher in tuple(group):
-            if watcher._hub is None or event.index < watcher.since:
-                continue                # cancelled by an earlier deliver, or not yet its turn
-            if exact or forced or watcher.recursive:
-                if not watcher.stream:
-                    self.remove(watcher)
-                watcher.deliver(event)
+        index, every = event.index, exact or forced
+        told = [w for w in group if index >= w.since and (every or w.recursive)]
+        once = [watcher for watcher in told if not watcher.stream]
+        if len(once) == len(group):
+            del self._groups[path]
+        else:
+            for watcher in once:
+                del group[watcher]
+        self._stats.watchers -= len(once)
+        self._due.append((event, collections.deque(told)))
+        self.owed += len(told)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell whom there is room for; more if events come faster than that."""
+        while self._due:
+            event, told = self._due[0]
+            while told:
+                if self._room <= 0 and self.owed <= WATCHERS_MAX:
+                    return
+                watcher = told.popleft()
+                self.owed -= 1
+                if watcher._hub is not None:        # else cancelled, perhaps by an earlier deliver
+                    self._room -= 1
+                    if not watcher.stream:
+                        watcher._hub = None
+                    watcher.deliver(event)
+            if self._due and self._due[0][1] is told:
+                self._due.popleft()
 
 
 class TtlHeap:
@@ -3335,6 +3400,23 @@ class TtlHeap:
         if len(self._heap) > 2 * len(self._expires_ns) + TTL_STALE_MIN:
             self._heap = [(when_ns, name) for name, when_ns in self._expires_ns.items()]
             heapq.heapify(self._heap)
+
+    def nth_ns(self, count: int, until_ns: int) -> int:
+        """Return when entry number `count` is due, stale ones included, or `until_ns` if earlier.
+
+        Looks at about as many entries, in the order of the heap.
+        """
+        heap = self._heap
+        reached = [(entry, place) for place, entry in enumerate(heap[:1])]
+        while reached:
+            (when_ns, _), place = heapq.heappop(reached)
+            count -= 1
+            if when_ns >= until_ns or not count:
+                return min(when_ns, until_ns)
+            below = 2 * place + 1
+            for child in range(below, min(below + 2, len(heap))):
+                heapq.heappush(reached, (heap[child], child))
+        return until_ns
 
     def first(self) -> Tuple[int, str]:
         """Return (unix ns, path) of the next to expire; (0, "") if there is none."""
@@ -3813,6 +3895,13 @@ class Store:
         """True if any node expires."""
         return len(self._ttl) > 0
 
+    def expiry_step_ns(self, until_ns: int) -> int:
+        """Return the latest time, not after `until_ns`, at which delete_expired has little to do.
+
+        At least one key expires by then if one does by `until_ns`.
+        """
+        return self._ttl.nth_ns(EXPIRED_KEYS_MAX, until_ns)
+
     def next_expiry_ns(self) -> int:
         """Return when the next node expires; 0: never."""
         return self._ttl.first()[0]
@@ -4029,6 +4118,11 @@ class Store:
 _WAL_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.wal")
 _SNAP_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.snap")
 _RECORD_START = re.compile(rb"\x08[\x01-\x05]\x10")
+_PLAIN_RECORD = re.compile(             # the head of a normal entry with data, or a hard state
+    rb"(?s:.{7})\0\x08(?:\x02\x10(%b)\x1a(%b)\x08\0\x10(%b)\x18(%b)\"(%b)|"
+    rb"\x03\x10(%b)\x1a(%b)(\x08%b\x10%b\x18%b))".replace(
+        b"%b", rb"[\x80-\xff]{0,9}[\x00-\x7f]")
+)
 _REPAIR_HINT = (
     "remove this member from the cluster, delete its data directory and add it again;"
     " a cluster of one is restored from a backup"
@@ -4232,6 +4326,9 @@ class WalRecord(NamedTuple):
     end: int
 
 
+RunTaker = Callable[["WalDecoder", List[Entry], bytes], None]   # entries; hard state, or b""
+
+
 class WalDecoder:
     """The records of one file, checked against the chain of checksums.
 
@@ -4243,21 +4340,72 @@ class WalDecoder:
     without it, a wrong type in the shape of the data (see _WalReader).
     """
 
-    def __init__(self, path: str, data: bytes, crc: int) -> None:
+    def __init__(
+        self, path: str, data: bytes, crc: int,
+        take_run: Optional[RunTaker] = None,
+    ) -> None:
         self.path = path
         self.data = data
         self.crc = crc
         self.end = 0
+        self._take_run = take_run       # gets the plain records in a row that _run finds
 
     def __iter__(self) -> Iterator[WalRecord]:
         size = len(self.data)
         while self.end < size:
+            if self._take_run is not None and self._run(self._take_run):
+                continue
             record = self._record(self.end)
             if record is None:
                 return
             self._check(record)
             yield record
             self.end = record.end
+
+    def _run(self, take: RunTaker) -> bool:
+        """Hand out normal entries in a row, and the last hard state between them; False: none.
+
+        They share one checksum: that of the last record continues all before.  3 us an entry
+        instead of 15.  What is not exactly as expected is left to the way of single records.
+        """
+        data, offset = self.data, self.end
+        stop = offset + CRC_BLOCK_BYTES
+        entries: List[Entry] = []
+        parts: List[bytes] = []
+        crc = state = term_bytes = b""
+        term = index = 0
+        while offset < stop:
+            match = _PLAIN_RECORD.match(data, offset)
+            end = offset + 8 + int.from_bytes(data[offset:offset + 7], "little")
+            if match is None or end > len(data):
+                break
+            if match.group(8):
+                last_crc, size, new_state = match.group(6, 7, 8)
+                start = match.start(8)
+                if match.end() != end or encode_varint(end - start) != size:
+                    break
+                state = new_state
+            else:
+                last_crc, size, terms, indexes, body_size = match.group(1, 2, 3, 4, 5)
+                start, body = match.end(2), match.end()
+                if encode_varint(end - start) != size or encode_varint(end - body) != body_size:
+                    break
+                if terms != term_bytes:
+                    term_bytes, term = terms, decode_varint(terms, 0)[0]
+                before, index = index, decode_varint(indexes, 0)[0]
+                if index != before + 1 and entries:
+                    break
+                entries.append(Entry(0, term, index, data[body:end]))
+            parts.append(data[start:end])
+            crc, offset = last_crc, end
+        if not parts or crc32c(b"".join(parts), self.crc) != decode_varint(crc, 0)[0]:
+            return False
+        try:
+            take(self, entries, state)
+        except CodecError as error:
+            raise self.damage(str(error)) from None
+        self.crc, self.end = decode_varint(crc, 0)[0], offset
+        return True
 
     def damage(self, what: str) -> CrcMismatch:
         """Return the error for a record at `end` that is not what was written."""
@@ -4627,7 +4775,7 @@ class _WalReader:
     def read(self, name: str, handle: int, *, last: bool) -> int:
         """Read one segment; return its size after a repair."""
         path = os.path.join(self._directory, name)
-        decoder = WalDecoder(path, self._disk.read_open(handle), self.crc)
+        decoder = WalDecoder(path, self._disk.read_open(handle), self.crc, self._take_run)
         self._headed, torn = False, ""
         try:
             for record in decoder:
@@ -4690,9 +4838,7 @@ class _WalReader:
             if record.kind == RecordType.ENTRY:
                 self._take_entry(decoder, _wal_entry(data))
             elif record.kind == RecordType.STATE:
-                self._hard_state = decode_hard_state(data)
-                if not self._hard_state.term or encode_hard_state(self._hard_state) != data:
-                    raise CodecError("not a hard state")
+                self._take_state(data)
             elif record.kind == RecordType.METADATA:
                 if not data or (self._metadata and self._metadata != data):
                     raise decoder.damage("wal: conflicting metadata found")
@@ -4701,6 +4847,22 @@ class _WalReader:
                 self._take_snapshot(_decode_walpb_snapshot(data))
         except CodecError as error:
             raise decoder.damage(str(error)) from None
+
+    def _take_run(self, decoder: WalDecoder, entries: List[Entry], state: bytes) -> None:
+        first = entries[0].index - self._start.index if entries else 0
+        if first > 0:                   # the usual case: behind the snapshot
+            self._take_entry(decoder, entries[0])
+            self._entries += entries[1:]
+        else:
+            for entry in entries:
+                self._take_entry(decoder, entry)
+        if state:
+            self._take_state(state)
+
+    def _take_state(self, data: bytes) -> None:
+        self._hard_state = decode_hard_state(data)
+        if not self._hard_state.term or encode_hard_state(self._hard_state) != data:
+            raise CodecError("not a hard state")
 
     def _take_entry(self, decoder: WalDecoder, entry: Entry) -> None:
         start = self._start.index
@@ -9296,9 +9458,10 @@ class SnapshotKeeper:
 
     def __init__(
         self, reactor: Reactor, journal: Journal, snapshotter: Snapshotter, index: int,
-        failed: Callable[[BaseException], None],
+        nodes: int, failed: Callable[[BaseException], None],
     ) -> None:
         self.index = index                          # of the newest snapshot file
+        self.nodes = nodes                          # in it
         self.snapshotter = snapshotter
         self.work_durations = Histogram(exponential_bounds(0.001, 14))  # of the reactor, s
         self.save_durations = Histogram(exponential_bounds(0.001, 14))  # from begin to file, s
@@ -9323,10 +9486,11 @@ class SnapshotKeeper:
         """True if the newest file is older than `count` entries, and the disk was not just full.
 
         A walk takes 4 us per node, so that of a large store has to wait for as many entries: it
-        would cost more than they do.  They take less memory than the nodes.
+        would cost more than they do.  They take less memory than the nodes.  It is the nodes of
+        the last snapshot that count: a store that only grows has one whenever it has doubled.
         """
         behind = raft_index - self.index
-        if behind <= count or behind <= nodes - SNAPSHOT_CHEAP_NODES:
+        if behind <= count or behind <= min(nodes, self.nodes) - SNAPSHOT_CHEAP_NODES:
             return False
         return self._reactor.now() >= self._not_before
 
@@ -9343,6 +9507,7 @@ class SnapshotKeeper:
             package_logger("etcdserver").info(
                 "start to snapshot (applied: %d, lastsnap: %d)", applied.index, self.index
             )
+            self.nodes = len(store)
         self._job = SnapshotJob(store, applied, voters, self._reactor.now)
         self._job.begin()               # now: the walk is of the state that its first step finds
 
@@ -9422,7 +9587,7 @@ class SnapshotKeeper:
             self._job.cancel()
             self._job = None
             self._waiting, self._takers = self._takers + self._waiting, []
-        self.index = index
+        self.index, self.nodes = index, 0       # not counted: the next file comes a bit sooner
         self._cache = None
 
     def newest(self) -> Optional[Snapshot]:
@@ -9938,7 +10103,7 @@ class EtcdServer:
         )
         self.journal = Journal(boot.wal, writer, boot.contents.hard_state, self._durable)
         self.snapshots = SnapshotKeeper(
-            reactor, self.journal, snapshotter, self.raft_index, failed
+            reactor, self.journal, snapshotter, self.raft_index, len(self.store), failed
         )
         self.counts = ServerCounts(config.heartbeat_ms / 1000)
         self.traffic = traffic = Traffic(self.stats, self.leader_stats, reactor.now)
@@ -9997,7 +10162,7 @@ class EtcdServer:
         if len(self.node.raft.voters) > 1:
             self.node.advance_ticks(self.node.raft.config.election_ticks - 1)
         self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
-        self.reactor.call_later(SYNC_SECONDS, self._sync)
+        Expiry(self)
         Purge(self, self._data_dir)
         Publication(self, self._tell_published)
 
@@ -10132,15 +10297,6 @@ class EtcdServer:
         self._disk_watch.tick()
         self.proposals.expire(self.reactor.now(), functools.partial(explain_timeout, self))
 
-    def _sync(self) -> None:
-        """The leader's clock reaches the log, where every member expires keys alike."""
-        if self.stopping:
-            return
-        self.reactor.call_later(SYNC_SECONDS, self._sync)
-        if self.is_leader and self.store.has_ttl and not self.no_space:
-            request = Request(id=self.ids.next(), method="SYNC", time=self.reactor.wall_ns())
-            self._queue.append(Entry(data=encode_request(request), request=request))
-
     def _propose_version(self, version: str) -> None:
         self.do(Request(method="PUT", path="/0/version", val=version), lambda result: None)
 
@@ -10150,7 +10306,7 @@ class EtcdServer:
         """Propose, hand out, write, apply.  Called once per turn of the reactor."""
         if self.stopping:
             return
-        node, refused = self.node, False
+        node, hub, refused = self.node, self.store.hub, False
         if self._strays and self.lead and not node.raft.transferee:
             with contextlib.suppress(ProposalDropped):  # again: as if the network had lost them
                 node.propose_many(self._strays.take(self.reactor.now()))
@@ -10161,13 +10317,14 @@ class EtcdServer:
         if node.has_ready():
             self._take(node.ready())
         self.journal.submit()
+        hub.begin_turn()
         self.counts.time_apply(self._apply, self.reactor.now)
         if self.reads:
             self._serve_reads()
         if self.snapshots.is_wanted:
             self._maybe_snapshot()
         self.snapshots.work(self._compact)
-        if node.has_ready() or (not refused and (self._queue or self._changes)):
+        if hub.owed or node.has_ready() or (not refused and (self._queue or self._changes)):
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
 
     def _propose(self) -> bool:
@@ -10409,6 +10566,43 @@ class Publication:
             "published {Name:%s ClientURLs:[%s]} to cluster %s", etcd.config.name,
             " ".join(etcd.config.advertise_client_urls), format_id(etcd.cluster.id),
         )
+
+
+class Expiry:
+    """The leader's clock reaches the log, where every member expires keys alike.
+
+    Differs from etcd: if many keys are over, the time in the log catches up with the clock in
+    steps, each when the one before is applied, so that nobody else has to wait for all of them.
+    """
+
+    def __init__(self, etcd: EtcdServer) -> None:
+        self._etcd = etcd
+        self._is_under_way = False
+        self._wait()
+
+    def _wait(self) -> None:
+        if not self._etcd.stopping:
+            self._etcd.reactor.call_later(SYNC_SECONDS, self._sync)
+
+    def _sync(self) -> None:
+        self._wait()
+        if self._etcd.store.has_ttl and not self._is_under_way:
+            self._step()
+
+    def _step(self) -> None:
+        etcd = self._etcd
+        if etcd.stopping or etcd.no_space or not etcd.is_leader:
+            return
+        now_ns = etcd.reactor.wall_ns()
+        time_ns = etcd.store.expiry_step_ns(now_ns)
+        self._is_under_way = True
+        request = Request(method="SYNC", time=time_ns)
+        etcd.do(request, functools.partial(self._done, time_ns == now_ns))
+
+    def _done(self, is_last: bool, result: Any) -> None:
+        self._is_under_way = False
+        if result is None and not is_last:      # else it failed, and may be tried in a while
+            self._step()
 
 
 class Purge:
@@ -11264,7 +11458,7 @@ def _unescape(data: bytes) -> str:
     return text_of(urllib.parse.unquote_to_bytes(plain))
 
 
-_MEDIA_TOKEN = r'[^\x00-\x20\x7f-\uffff()<>@,;:\\"/\[\]?=]+'
+_MEDIA_TOKEN = r"[!#-'*+\-.0-9A-Z^-~]+"       # 7 ms less of start than by what is no token
 _MEDIA_TYPE = re.compile(f"({_MEDIA_TOKEN})?(/?)({_MEDIA_TOKEN})?(.*)", re.DOTALL)
 _MEDIA_PARAM = re.compile(rf'\s*;\s*({_MEDIA_TOKEN})\s*=\s*({_MEDIA_TOKEN}|"(?:[^"\\\r\n]|\\.)*")')
 
