@@ -676,8 +676,8 @@ def _crc_lanes(pieces: Sequence[bytes], longest: int) -> Sequence[int]:
     total = [0] * 4
     for start in range(0, words * lanes, lanes):
         total = _crc_times([
-            (before ^ int.from_bytes(plane[start:start + lanes], "little")).to_bytes(lanes, "little")
-            for before, plane in zip(total, planes)
+            (before ^ int.from_bytes(row, "little")).to_bytes(lanes, "little")
+            for before, row in zip(total, (plane[start:start + lanes] for plane in planes))
         ], 4)
     remainders = bytearray(4 * lanes)
     for plane, number in enumerate(total):
@@ -1017,9 +1017,13 @@ class ConfChange(NamedTuple):
 
 
 class Entry:
-    """One log entry.  `request` caches the decoded payload where the proposer knows it."""
+    """One log entry.
 
-    __slots__ = ("type", "term", "index", "data", "request")
+    request  caches the decoded payload where the proposer knows it
+    encoded  caches encode_entry, for peers and disk, until the disk has it; b"": not known
+    """
+
+    __slots__ = ("type", "term", "index", "data", "request", "encoded")
 
     def __init__(
         self, type: int = 0, term: int = 0, index: int = 0, data: bytes = b"",
@@ -1030,6 +1034,7 @@ class Entry:
         self.index = index
         self.data = data
         self.request = request
+        self.encoded = b""
 
     @property
     def id(self) -> EntryID:
@@ -1216,31 +1221,25 @@ def encode_entry(entry: Entry) -> bytes:
     )
 
 
-def encode_entries(entries: Sequence[Entry]) -> List[bytes]:
-    """encode_entry of each, 0.4 us faster: neighbours share their type and term."""
-    encoded: List[bytes] = []
-    term, head = -1, b""
-    for entry in entries:
-        data = entry.data
-        if entry.type or not data:
-            encoded.append(encode_entry(entry))
-            continue
-        if entry.term != term:
-            term = entry.term
-            head = b"\x08\0\x10%b\x18" % encode_varint(term)
-        size, index = len(data), entry.index
-        encoded.append(b'%b%b"%b%b' % (
-            head, encode_varint(index), _SMALL[size] if size < 1_024 else encode_varint(size), data
-        ))
-    return encoded
-
-
 _ENTRY = {1: ("type", 0, int), 2: ("term", 0, int), 3: ("index", 0, int), 4: ("data", 2, bytes)}
+_PLAIN_ENTRY = re.compile(b'\x08\0\x10(%b)\x18(%b)"(%b)' % ((rb"[\x80-\xff]{0,9}[\x00-\x7f]",) * 3))
 
 
 def decode_entry(data: Buffer) -> Entry:
     """Inverse of encode_entry.  Raises CodecError."""
+    plain = _PLAIN_ENTRY.match(data)    # what most are: 2 us instead of 7
+    if plain is not None:
+        term, index, size = map(_varint_value, plain.groups())
+        if size == len(data) - plain.end():
+            entry = Entry(0, term, index, bytes(data[plain.end():]))
+            entry.encoded = bytes(data)
+            return entry
     return Entry(**_decode_known(data, _ENTRY, "Entry"))
+
+
+@functools.lru_cache(maxsize=1_024)     # of terms and sizes
+def _varint_value(data: bytes) -> int:
+    return decode_varint(data, 0)[0]
 
 
 def entry_size(entry: Entry) -> int:
@@ -2575,8 +2574,7 @@ class Raft:
                     entry = Entry()     # one at a time: this one becomes a no-op (§4.1)
                 else:
                     self.pending_conf_index = index
-            entry.term = term
-            entry.index = index
+            entry.term, entry.index, entry.encoded = term, index, b""
             size += len(entry.data)
             appended.append(entry)
         if appended:
@@ -4276,7 +4274,7 @@ class WalContents(NamedTuple):
     snapshots: List[EntryID]            # of every snapshot record seen, {0, 0} included
 
 
-_RECORD_HEADS = {kind: b"\x08%b\x10" % _BYTE[kind] for kind in RecordType}
+_RECORD_HEADS: Dict[int, bytes] = {kind: b"\x08%b\x10" % _BYTE[kind] for kind in RecordType}
 _STATE_HEAD = _RECORD_HEADS[RecordType.STATE]
 
 
@@ -4296,7 +4294,8 @@ class WalEncoder:
     def batch(self, entries: Sequence[bytes], state: bytes) -> bytes:
         """Return the frames of entries and, unless it is empty, a hard state."""
         pieces = [*entries, state] if state else entries
-        kind, parts = _RECORD_HEADS[RecordType.ENTRY], []
+        kind = _RECORD_HEADS[RecordType.ENTRY]
+        parts: List[bytes] = []
         for data, crc in zip(pieces, crc32c_chain(pieces, self.crc)):
             self.crc = crc
             parts += self._parts(kind if data is not state else _STATE_HEAD, crc, data)
@@ -4662,7 +4661,9 @@ class Wal:
         if hard_state is not None and hard_state != self._hard_state:
             self._hard_state = hard_state
             state = encode_hard_state(hard_state)
-        data = self._encoder.batch(encode_entries(entries), state)
+        data = self._encoder.batch([e.encoded or encode_entry(e) for e in entries], state)
+        for entry in entries:
+            entry.encoded = b""
         self._size += len(data)
         return data
 
@@ -7526,7 +7527,7 @@ class EntryListEncoder:
         if entries is not self._entries:
             parts: List[bytes] = []
             for entry in entries:
-                data = encode_entry(entry)
+                data = entry.encoded = entry.encoded or encode_entry(entry)
                 parts += (_pack_u64(len(data)), data)
             self._entries, self._data = entries, b"".join(parts)
         return self._data

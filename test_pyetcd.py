@@ -18650,6 +18650,8 @@ class _FuzzListener:
                               request.body_too_large, dict(request.headers)))
         request.reply(200, b"ok")
 
+    has_partial = True
+
     def watch_partial(self, connection, partial, *, begun): pass
     def watch_unread(self, connection, *, took): pass
     def forget(self, connection): pass
