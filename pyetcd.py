@@ -184,6 +184,7 @@ DEFAULT_SNAPSHOTS_KEPT = 5
 DEFAULT_WALS_KEPT = 5
 
 SEGMENT_BYTES_MAX = 64_000_000      # a WAL file at or above this size is closed and the next begun
+SEGMENT_PARTS = 64                  # after a snapshot, one at or above this part of it is closed
 COMPACT_SLICE_ENTRIES = 1_000       # dropped from memory in one turn: 1 ms
 SNAPSHOT_CATCHUP_ENTRIES = 5_000    # entries kept in memory behind a snapshot for slow followers
 
@@ -3894,10 +3895,7 @@ class Store:
         return len(self._ttl) > 0
 
     def expiry_step_ns(self, until_ns: int) -> int:
-        """Return the latest time, not after `until_ns`, at which delete_expired has little to do.
-
-        At least one key expires by then if one does by `until_ns`.
-        """
+        """Return a time up to `until_ns` by which few keys are over, but one if any is by then."""
         return self._ttl.nth_ns(EXPIRED_KEYS_MAX, until_ns)
 
     def next_expiry_ns(self) -> int:
@@ -4674,9 +4672,13 @@ class Wal:
         self._last_index = max(self._last_index, snapshot_id.index)
         return data
 
-    def segment_full(self) -> bool:
-        """Tell whether the next batch belongs into a new segment."""
-        return self._size >= self._segment_bytes
+    def segment_full(self, *, after_snapshot: bool = False) -> bool:
+        """Tell whether the next batch belongs into a new segment.
+
+        Also once there is a new snapshot: a start reads from the segment that holds its index,
+        some 3 us an entry.
+        """
+        return self._size >= self._segment_bytes // (SEGMENT_PARTS if after_snapshot else 1)
 
     def encode_cut(self) -> Cut:
         """Begin the next segment: everything encoded from now on belongs into it."""
@@ -9391,8 +9393,9 @@ class Journal:
         if batch.snapshot is not None:
             record = self._wal.encode_snapshot(EntryID(batch.snapshot.term, batch.snapshot.index))
         data = self._wal.encode(batch.hard_state, batch.entries)
-        cut = self._wal.encode_cut() if self._wal.segment_full() else None
         release_to, self._release_to = self._release_to, 0
+        is_full = self._wal.segment_full(after_snapshot=release_to > 0)
+        cut = self._wal.encode_cut() if is_full else None
         return WalJob(record, batch.snapshot, data, cut, release_to, done)
 
 

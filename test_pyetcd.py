@@ -919,6 +919,21 @@ def test_codec_request_forms_in_an_entry():
     assert pyetcd.decode_request(b"\x08\x05\x22\x03\x0a\x01a") is None
 
 
+def test_codec_plain_put_is_read_like_any_other():
+    """The short way for a PUT of a value returns what the general one does, also for near ones."""
+    rng = random.Random(20152)
+    for _ in range(500):
+        request = pyetcd.Request(
+            rng.getrandbits(rng.choice((7, 30, 64))), "PUT",
+            "/1/" + "k" * rng.choice((0, 1, 124, 125, 20_000)),
+            rng.choice(("", "v", "ä\udcff", '"(' * 64, "x" * 70_000)),
+            dir=rng.random() < 0.2, expiration=rng.choice((0, 0, 0, 1 << 60)),
+        )
+        data = pyetcd.encode_request(request)
+        nested = b"\x08\x05\x12" + pyetcd.encode_varint(len(data)) + data
+        assert pyetcd.decode_request(data) == pyetcd.decode_request(nested) == request
+
+
 @pytest.mark.parametrize("decode", [
     pyetcd.decode_entry, pyetcd.decode_message, pyetcd.decode_request, pyetcd.decode_snapshot,
     pyetcd.decode_conf_change, pyetcd.decode_hard_state, pyetcd.decode_metadata,
@@ -1066,6 +1081,39 @@ def test_wal_rewritten_suffix_replaces_the_older_one(tmp_path):
     wal.close()
     entries = _wal_open(tmp_path / "wal").entries
     assert entries == _wal_entries(1, 2) + _wal_entries(3, 4, term=3)
+
+
+def test_wal_runs_hold_what_the_single_records_do(tmp_path):
+    """A log of every kind of record, with suffixes rewritten, is the same read both ways."""
+    rng, last = random.Random(20153), 0
+    wal = Wal.create(str(tmp_path / "wal"), pyetcd.encode_metadata(1, 2))
+    for term in range(2, 202):
+        first = rng.randint(max(last - 3, 1), last + 1)
+        last = first + rng.randrange(8)
+        entries = _wal_entries(first, last, term=term * 40)
+        spoiled = rng.choice(entries)
+        spoiled.type, spoiled.data = rng.choice((
+            (0, b""), (1, b"\x08\x01"), (0, spoiled.data), (0, b"x" * 20_000)))
+        wal.write(wal.encode(HardState(term * 40, term % 3, 1), entries), sync=False)
+    wal.close()
+
+    data, entries = (tmp_path / "wal" / _WAL_FIRST).read_bytes(), []
+    for _, record in _wal_decode("", data):
+        if record.kind == RecordType.ENTRY:
+            entry = pyetcd.decode_entry(record.data)
+            entries[entry.index - 1:] = [entry]
+    contents = _wal_open(tmp_path / "wal")
+    assert contents.entries == entries and len(entries) > 300
+    assert contents.hard_state == (201 * 40, 0, 1)
+
+
+def test_wal_closes_a_segment_early_behind_a_snapshot(tmp_path):
+    """A part of a segment is enough then, and what a start has to read stays small."""
+    wal = Wal.create(str(tmp_path / "wal"), pyetcd.encode_metadata(1, 2), segment_bytes=64_000)
+    assert not wal.segment_full(after_snapshot=True)
+    wal.write(wal.encode(HardState(2, 1, 50), _wal_entries(1, 50)), sync=True)
+    assert wal.segment_full(after_snapshot=True) and not wal.segment_full()
+    wal.close()
 
 
 def test_wal_continues_over_many_segments(tmp_path, wal_log):
@@ -5172,8 +5220,8 @@ _SIM_BUGS = [value for name, value in sorted(globals().items()) if name.startswi
 # Where to begin for those that take long, so that the test is quick: which seed finds a bug changes
 # with every change of the simulation.
 _SIM_BUG_SEEDS = {
-    "older_term_committed_by_counting": 172, "read_before_the_first_commit": 40,
-    "read_without_asking_the_others": 368, "snapshot_checksum_ignored": 134,
+    "older_term_committed_by_counting": 1311, "read_before_the_first_commit": 40,
+    "read_without_asking_the_others": 368, "snapshot_checksum_ignored": 1206,
 }
 
 
@@ -5895,6 +5943,26 @@ def test_store_expire_event_of_a_file(store: Store) -> None:
     }
 
 
+def test_store_expires_many_in_steps_like_at_once(store: Store) -> None:
+    """Steps end between different times only, reach every key, and change no order."""
+    rng, other = random.Random(20154), Store()
+    for number in range(2_000):
+        expires_ns = _store_in(rng.randrange(800))
+        for each in (store, other):
+            _store_call(each, "set", f"/{number % 1_500}", expires_ns=expires_ns)
+    events, sizes = [], []
+    until_ns, step_ns = _store_in(700), 0
+    while step_ns < until_ns:
+        step_ns = store.expiry_step_ns(until_ns)
+        expired = store.delete_expired(step_ns)
+        sizes.append(len(expired))
+        events += expired
+    assert max(sizes) <= pyetcd.EXPIRED_KEYS_MAX + 10 and min(sizes[:-1]) > 0
+    at_once = other.delete_expired(until_ns)
+    assert [e.key for e in events] == [e.key for e in at_once] and len(events) > 1_000
+    assert store.expiry_step_ns(until_ns) == until_ns
+
+
 def test_store_expired_directory_takes_its_children_without_events(store: Store) -> None:
     _store_call(store, "set", "/d", dir=True, expires_ns=_store_in(2))
     _store_call(store, "set", "/d/a", expires_ns=_store_in(2.5))
@@ -6056,6 +6124,57 @@ def test_store_watchers_may_cancel_and_register_while_being_told(store: Store) -
     assert told == ["first"] and store.stats.watchers == 1
     _store_call(store, "set", "/a")
     assert told == ["first", "third"] and store.stats.watchers == 0
+
+
+def test_store_tells_many_watchers_over_several_turns(store: Store) -> None:
+    """So many in a turn, in the order of the events; who goes away before is told nothing."""
+    limit, told = pyetcd.WATCHERS_TOLD_MAX, []
+    store.hub.begin_turn()
+    watchers = [
+        store.watch("/1/a", stream=number % 2 == 1,
+                    deliver=lambda event, number=number: told.append((event.index, number)))
+        for number in range(2 * limit)
+    ]
+    _store_call(store, "set", "/a")
+    _store_call(store, "set", "/a")
+    assert told == [(1, number) for number in range(limit)]
+    assert store.hub.owed == 2 * limit and store.stats.watchers == limit
+    watchers[limit].cancel()
+    watchers[limit + 1].cancel()
+    store.hub.begin_turn()
+    store.hub.begin_turn()
+    assert told == [
+        *((1, n) for n in range(2 * limit) if n not in (limit, limit + 1)),
+        *((2, n) for n in range(1, 2 * limit, 2) if n != limit + 1),
+    ]
+    assert store.hub.owed == 0 and store.stats.watchers == limit - 1
+
+
+def test_store_tells_watchers_at_once_if_events_come_too_fast(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pyetcd, "WATCHERS_TOLD_MAX", 1)
+    monkeypatch.setattr(pyetcd, "WATCHERS_MAX", 5)
+    store.hub.begin_turn()
+    _, seen = _store_watch(store, "/a", stream=True)
+    for _ in range(20):
+        _store_call(store, "set", "/a")
+    assert len(seen) == 15 and store.hub.owed == 5
+
+
+def test_store_tells_the_owed_before_a_snapshot_replaces_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Store()
+    for _ in range(5):
+        _store_call(other, "set", "/a")
+    monkeypatch.setattr(pyetcd, "WATCHERS_TOLD_MAX", 1)
+    store.hub.begin_turn()
+    _, seen = _store_watch(store, "/a", stream=True)
+    for _ in range(3):
+        _store_call(store, "set", "/a")
+    store.recover(other.save())
+    assert [event["node"]["modifiedIndex"] for event in seen] == [1, 2, 3, 4, 5]
 
 
 def test_store_event_is_encoded_once_for_all_watchers(store: Store) -> None:
@@ -7283,6 +7402,18 @@ def _http_get(path="/version", *headers, version="1.1"):
 
 
 # -- parsing: forms, types, parameters -----------------------------------------
+
+
+def test_http_keys_that_expire_together_do_so_in_several_entries(http_server, monkeypatch):
+    """The next entry follows at once, not half a second later."""
+    monkeypatch.setattr(pyetcd, "EXPIRED_KEYS_MAX", 2)
+    for number in range(24):
+        form = b"value=1&ttl=1"
+        assert _http_ask(http_server, "PUT", f"/v2/keys/{number}", form, _HTTP_FORM)[0] == 201
+    before = http_server.call(lambda etcd: etcd.raft_index)
+    eventually(lambda: not http_server.call(lambda etcd: etcd.store.has_ttl), 5.0)
+    assert http_server.call(lambda etcd: etcd.raft_index) >= before + 12
+    assert http_server.call(lambda etcd: etcd.store.stats.expire_count) == 24
 
 
 @pytest.mark.parametrize(("data", "fields"), [
