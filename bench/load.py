@@ -32,7 +32,9 @@ end
 LUA_GET = LUA_DONE      # the request is wrk's own: no Lua runs per request
 
 
-def lua_put(value: str = VALUE, keys: int = KEY_COUNT, authorization: str = "", gets: int = 0) -> str:
+def lua_put(
+    value: str = VALUE, keys: int = KEY_COUNT, authorization: str = "", gets: int = 0
+) -> str:
     """A script that walks through the keys; the requests are made before the clock starts.
 
     gets  so many GETs before each PUT
