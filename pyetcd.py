@@ -564,7 +564,7 @@ def _crc_table(bits: int) -> array[int]:
 
 
 CRC_BLOCK_BYTES = 1 << 16           # folded at once: 0.2 ms
-CRC_FOLD_BYTES_MIN = 1_024          # below, the tables are as fast
+CRC_FOLD_BYTES_MIN = 400            # below, the tables are as fast
 _CRC_HIGH = _crc_table(16)
 _CRC_LOW = _crc_table(32)
 _CRC_BYTE = _crc_table(8)[:256]
@@ -574,7 +574,8 @@ def crc32c(data: Union[bytes, bytearray, memoryview], crc: int = 0) -> int:
     """Continue the CRC-32C (Castagnoli) `crc` over `data`; start with 0.
 
     zlib has another polynomial.  Four bytes a step through two 16-bit tables take 30-40 ns per
-    byte here, a byte table 120; long data are folded first, then it is 3.
+    byte here, a byte table 120; long data are folded first: 1 KB takes 18 us instead of 41,
+    64 KB 160 us.
     """
     if len(data) >= CRC_FOLD_BYTES_MIN:
         view = memoryview(data)
@@ -595,29 +596,31 @@ def crc32c(data: Union[bytes, bytearray, memoryview], crc: int = 0) -> int:
     return crc ^ 0xFFFFFFFF
 
 
-# A multiple of the CRC's polynomial with four terms: x^5685 = x^1362 + x^426 + 1.  Squared k times
-# it keeps its four terms, with exponents 2^k as large.
-_FOLD_EXPONENTS = (5685, 1362, 426)
+# Multiples of the CRC's polynomial with few terms, as exponents but the last, 0: that of x^5685 is
+# x^1362 + x^426 + 1.  Squared k times they keep their terms, with exponents 2^k as large.
+_FOLD_EXPONENTS = ((5685, 1362, 426), (266, 143, 121, 88, 71))
 
 
 def _crc_fold(data: memoryview, crc: int) -> bytes:
-    """Return about 700 bytes with the same remainder as `data` continued from `crc`.
+    """Return about 33 bytes with the same remainder as `data` continued from `crc`.
 
     As an integer whose lowest bit was sent first, the low `size` bits stand for the highest
-    powers; three shifted copies of them replace them, so each step is a few operations on long
+    powers; shifted copies of them replace them, so each step is a few operations on long
     integers, at memory speed.
     """
     bits = len(data) * 8
     rest = int.from_bytes(data, "little") ^ crc ^ 0xFFFFFFFF
-    high, middle, low = _FOLD_EXPONENTS
-    for scale in range(max(0, (bits // high).bit_length() - 1), -1, -1):
-        top, near, far = high << scale, (high - middle) << scale, (high - low) << scale
-        while bits - top >= 8:
-            size = min(bits - top, near) & ~7
-            head = rest & ((1 << size) - 1)
-            rest >>= size
-            rest ^= (head << (near - size)) ^ (head << (far - size)) ^ (head << (top - size))
-            bits -= size
+    for high, middle, *others in _FOLD_EXPONENTS:
+        for scale in range(max(0, (bits // high).bit_length() - 1), -1, -1):
+            top, near = high << scale, (high - middle) << scale
+            farther = [(high - other) << scale for other in (*others, 0)]
+            while bits - top >= 8:
+                size = min(bits - top, near) & ~7
+                head = rest & ((1 << size) - 1)
+                rest = (rest >> size) ^ (head << (near - size))
+                for far in farther:
+                    rest ^= head << (far - size)
+                bits -= size
     return rest.to_bytes(bits // 8, "little")
 
 
@@ -692,9 +695,24 @@ def _json_escape(match: re.Match[str]) -> str:
     return _JSON_SHORT.get(char) or "\\u%04x" % ord(char)
 
 
+_JSON_MARKS = bytes(byte < 0x20 or byte in b'"\\<>&' for byte in range(128)).ljust(256, b"\1")
+_JSON_LONG_CHARS = 200              # from here on the table is faster than the expression
+
+
+def _is_plain_json(text: str) -> bool:
+    """True if nothing in a long `text` has to be escaped.
+
+    A table takes 0.4 ns per character of ASCII, the expression 3 (and 0.2 us for 64).
+    """
+    if not text.isascii():
+        return _JSON_UNSAFE.search(text) is None
+    return b"\1" not in text.encode("ascii").translate(_JSON_MARKS)
+
+
 def json_string(text: str) -> str:
     """Encode `text` as etcd does: `<`, `>`, `&`, U+2028/9 and controls escaped, the rest raw."""
-    if _JSON_UNSAFE.search(text) is None:
+    is_short = len(text) < _JSON_LONG_CHARS
+    if _JSON_UNSAFE.search(text) is None if is_short else _is_plain_json(text):
         return f'"{text}"'
     return f'"{_JSON_UNSAFE.sub(_json_escape, text)}"'
 

@@ -886,14 +886,40 @@ def test_codec_crc32c_known_values(data, crc):
         assert pyetcd.crc32c(data[cut:], pyetcd.crc32c(data[:cut])) == crc
 
 
+def plain_crc32c(data, crc=0):
+    """The checksum bit by bit, as its definition goes."""
+    crc ^= 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
 def test_codec_crc32c_of_long_data_is_that_of_its_pieces():
     """Long data take another way through the arithmetic; every length around its limits."""
     data = random.Random(7).randbytes(140_000)
-    for size in (*range(1020, 1036), 4099, 65535, 65536, 65537, 66559, 66560, 131073, 140_000):
+    piece = pyetcd.CRC_FOLD_BYTES_MIN // 2          # no piece takes that way
+    for size in (*range(390, 410), *range(700, 720), 1024, 4099, 65535, 65536, 65537, 65935, 65936,
+                 131073, 140_000):
         crc = 0
-        for offset in range(0, size, 500):
-            crc = pyetcd.crc32c(data[offset:min(offset + 500, size)], crc)
+        for offset in range(0, size, piece):
+            crc = pyetcd.crc32c(data[offset:min(offset + piece, size)], crc)
         assert pyetcd.crc32c(data[:size]) == crc, size
+
+
+@given(st.binary(max_size=1_500), st.integers(0, 0xFFFFFFFF))
+def test_codec_crc32c_equals_its_definition(data, crc):
+    """Whatever was summed before, and whatever comes now."""
+    assert pyetcd.crc32c(data, crc) == plain_crc32c(data, crc)
+
+
+@given(st.text(max_size=30), st.integers(0, 300))
+def test_codec_json_of_long_text_is_that_of_its_pieces(text, padding):
+    """Long text without anything to escape is recognized in another way than short text."""
+    long = "x" * padding + text
+    wanted = "".join(pyetcd.json_string(char)[1:-1] for char in long)
+    assert pyetcd.json_string(long) == f'"{wanted}"'
 
 
 def test_codec_empty_messages_as_etcd_writes_them():
