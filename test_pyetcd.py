@@ -1020,7 +1020,7 @@ def test_wal_recorded_directory_gives_the_keys_of_etcd(version, tmp_path):
     def without_ttl(node):
         kept = {key: value for key, value in node.items() if key not in ("ttl", "nodes")}
         return {**kept, "nodes": [without_ttl(child) for child in node.get("nodes", [])]}
-    shown = json.loads(store.get("/1", recursive=True, sorted=True, now_ns=now_ns).client_json())
+    shown = json.loads(store.get_json("/1", recursive=True, sorted=True, now_ns=now_ns))
     assert without_ttl(shown["node"]) == without_ttl(expected["keys"]["node"])
     assert str(store.current_index) == expected["headers_at_dump"]["X-Etcd-Index"]
     members = [json.loads(member.client_json()) for member in sorted(cluster.members.values())]
@@ -5464,10 +5464,13 @@ def _store_body(event: Event) -> Any:
 def _store_get(store: Store, path: str, **options: Any) -> Any:
     """The node of a GET, after a check that both ways of asking agree."""
     options.setdefault("now_ns", _STORE_NOW)
+    line = store.get_json("/1" + path, **options)
+    options.pop("sorted", None)
     event = store.get("/1" + path, **options)
-    assert event.client_json() == store.get_json("/1" + path, **options)
     assert event.action == "get" and event.index == store.current_index
-    return _store_body(event)["node"]
+    node = json.loads(line)["node"]
+    assert _store_body(event)["node"] == {name: node[name] for name in node if name != "nodes"}
+    return node
 
 
 def _store_keys(node: Any) -> List[str]:
@@ -5577,9 +5580,12 @@ def test_store_hidden_keys_are_left_out_of_listings_at_any_depth(store: Store) -
 def test_store_get_does_not_change_when_the_store_does(store: Store) -> None:
     """A quorum read is answered after later entries were applied."""
     _store_call(store, "set", "/d/a", value="1")
-    event = store.get("/1/d", recursive=True, now_ns=_STORE_NOW)
+    event = store.get("/1/d/a", now_ns=_STORE_NOW)
+    listing = store.listing("/1/d", recursive=True, now_ns=_STORE_NOW)
     _store_call(store, "delete", "/d", recursive=True)
-    assert _store_body(event)["node"]["nodes"][0]["value"] == "1"
+    assert _store_body(event)["node"]["value"] == "1"
+    listing.work()
+    assert json.loads(b"".join(listing.chunks))["node"]["nodes"][0]["value"] == "1"
 
 
 def test_store_strings_are_escaped_as_by_go(store: Store) -> None:
@@ -6433,6 +6439,96 @@ def _store_mutate(store: Store, rng: random.Random) -> None:
         pass
 
 
+def _store_plain_listing(
+    store: Store, path: str, now_ns: int, *, recursive: bool, top: bool = True
+) -> Dict[str, Any]:
+    """The node of a sorted listing, made in the plain way: node after node, by recursion."""
+    node = store._nodes[path]
+    shown: Dict[str, Any] = {} if path == "/1" else {"key": path[2:]}
+    if node.value is not None:
+        shown["value"] = node.value
+    if node.children is not None:
+        shown["dir"] = True
+    if node.expires_ns:
+        shown["expiration"] = pyetcd.format_time(node.expires_ns)
+    if node.ttl_s(now_ns):
+        shown["ttl"] = node.ttl_s(now_ns)
+    if recursive or top:
+        shown["nodes"] = [
+            _store_plain_listing(store, child, now_ns, recursive=recursive, top=False)
+            for child in sorted(node.children or ()) if not child[len(path) + 1:].startswith("_")
+        ]
+        if not shown["nodes"]:
+            del shown["nodes"]
+    if node.modified_index:
+        shown["modifiedIndex"] = node.modified_index
+    if node.created_index:
+        shown["createdIndex"] = node.created_index
+    return shown
+
+
+@pytest.mark.parametrize("round_", range(40))
+def test_store_sliced_listing_is_exact_while_the_store_changes(
+    store: Store, round_: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It shows the state of the moment when it began, whatever happens between slices."""
+    seed = 9_000 + round_
+    print("seed", seed)
+    rng = random.Random(seed)
+    monkeypatch.setattr(pyetcd, "LISTING_BLOCK_NODES", rng.choice((1, 2, 5)))
+    monkeypatch.setattr(pyetcd, "LISTING_SORT_RUN", rng.choice((1, 2, 4_000)))
+    for _ in range(120):
+        _store_mutate(store, rng)
+    path = rng.choice([path for path, node in store._nodes.items()
+                       if node.children is not None and path.startswith("/1")])
+    recursive = rng.random() < 0.7
+    expected = _store_plain_listing(store, path, _STORE_NOW, recursive=recursive)
+    index = store.current_index
+    listing, unsorted = (
+        store.listing(path, recursive=recursive, sorted=sort, now_ns=_STORE_NOW)
+        for sort in (True, False)
+    )
+    while not (listing.done and unsorted.done):
+        for one in (listing, unsorted):
+            if not one.done:
+                one.work(1)
+        for _ in range(rng.choice((0, 1, 3))):
+            _store_mutate(store, rng)
+    line = b"".join(listing.chunks)
+    assert line == json.dumps(
+        {"action": "get", "node": expected}, ensure_ascii=False, separators=(",", ":")
+    ).encode() + b"\n"
+    assert _store_sorted(json.loads(b"".join(unsorted.chunks))) == _store_sorted(json.loads(line))
+    assert listing.index == unsorted.index == index
+    assert not store._walks
+
+
+def test_store_one_slice_of_a_listing_is_a_bounded_amount_of_work(store: Store) -> None:
+    """Sorting and large values count as well; the store keeps no image once it is over."""
+    for number in range(9_000):
+        store.set(f"/1/d/{number * 7919 % 9_000}", value="v", now_ns=_STORE_NOW)
+    for number in range(20):
+        store.set(f"/1/d/x/{number}", value="v" * 400_000, now_ns=_STORE_NOW)
+    for sort in (True, False):
+        listing = store.listing("/1/d", recursive=True, sorted=sort, now_ns=_STORE_NOW)
+        slices = []
+        while not listing.done:
+            before = listing.work_done
+            listing.work(1_000)
+            slices.append(listing.work_done - before)
+        assert max(slices) <= 1_000 + pyetcd.LISTING_SORT_RUN
+        assert len(slices) > 15
+        assert max(map(len, listing.chunks)) < 1_000_000
+        keys = _store_keys(json.loads(b"".join(listing.chunks))["node"])
+        assert len(keys) == 9_001
+        assert not sort or keys == sorted(keys)
+    given_up = store.listing("/1/d", recursive=True, now_ns=_STORE_NOW)
+    given_up.work(1)
+    assert store._walks
+    given_up.close()
+    assert not store._walks
+
+
 @pytest.mark.parametrize("round_", range(40))
 def test_store_sliced_snapshot_is_exact_while_the_store_changes(
     store: Store, round_: int, monkeypatch: pytest.MonkeyPatch
@@ -6575,7 +6671,9 @@ class _StoreReplay:
         store = self.store
         when: Dict[str, Any] = {"now_ns": self.now_ns}
         if method in ("GET", "HEAD"):
-            return store.get(path, recursive=flag("recursive"), sorted=flag("sorted"), **when)
+            line = store.get_json(path, recursive=flag("recursive"), sorted=flag("sorted"), **when)
+            node, index = store._nodes[path], store.current_index
+            return Event("get", path, node, None, index, self.now_ns, encoded=line)
         prev: Dict[str, Any] = {"prev_value": form.get("prevValue", ""),
                                 "prev_index": int(form.get("prevIndex") or 0)}
         if method == "DELETE":
