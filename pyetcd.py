@@ -3291,7 +3291,7 @@ def _files_json(paths: Sequence[str], nodes: Sequence[Node]) -> str:
     Looks once at the text of all: 0.4 us per node instead of 1.  A hot path.
     """
     values = [node.value for node in nodes]
-    if not all(values) or sum([node.expires_ns for node in nodes]):
+    if not all(values) or sum([node.expires_ns for node in nodes]) > 0:
         return ""
     texts: List[str] = values  # type: ignore[assignment]
     if sum(map(len, texts)) > LISTING_BLOCK_CHARS or not is_plain_json("".join(texts + [*paths])):
@@ -3307,14 +3307,18 @@ class TreeWalk:
 
     The store calls keep() before the first change of a path; the walk then takes that image
     instead of the node it finds.  Nothing is copied but what changes.
+
+    walks  all that are under way; this one is among them until end()
     """
 
-    __slots__ = ("_nodes", "_before", "_lost")
+    __slots__ = ("_nodes", "_walks", "_before", "_lost")
 
-    def __init__(self, nodes: Dict[str, Node]) -> None:
+    def __init__(self, nodes: Dict[str, Node], walks: List[TreeWalk]) -> None:
         self._nodes = nodes
+        self._walks = walks
         self._before: Dict[str, Optional[Node]] = {}    # path -> node at the start; None: absent
         self._lost: Dict[str, List[str]] = {}           # directory -> kept children, maybe removed
+        walks.append(self)
 
     def keep(self, path: str, node: Optional[Node]) -> None:
         """Remember `node` as the image of `path`, unless an earlier change did."""
@@ -3322,6 +3326,12 @@ class TreeWalk:
             self._before[path] = node
             if node is not None:
                 self._lost.setdefault(parent_path(path), []).append(path)
+
+    def end(self) -> None:
+        """Be complete, or give up: the changes of the tree are of no interest any more."""
+        if self in self._walks:
+            self._walks.remove(self)
+        self._before, self._lost = {}, {}
 
     def _image(self, path: str) -> Optional[Node]:
         """The node at the start of the walk."""
@@ -3341,7 +3351,18 @@ class SnapshotWalk(TreeWalk):
 
     __slots__ = ()
 
-    def pieces(self) -> Iterator[str]:
+    def chunks(self, history: Iterator[str], end: str) -> Iterator[bytes]:
+        """Yield the snapshot in slices of some ms.  history: pieces of JSON; end: what follows."""
+        texts = itertools.chain(
+            ('{"Root":',), self._pieces(), (',"WatcherHub":{"EventHistory":', next(history)),
+            history, ("}", end),
+        )
+        slice = list(itertools.islice(texts, SNAPSHOT_SLICE_NODES))
+        while slice:
+            yield "".join(slice).encode()
+            slice = list(itertools.islice(texts, SNAPSHOT_SLICE_NODES))
+
+    def _pieces(self) -> Iterator[str]:
         """Yield the JSON of the root in pieces, one for each node and one for each end.
 
         Goes by a stack of its own: keys may be deeper than Python likes to call.
@@ -3409,14 +3430,14 @@ class Listing(TreeWalk):
 
     __slots__ = (
         "index", "chunks", "done", "lasts", "work_done", "_recursive", "_sorted", "_now_ns",
-        "_texts", "_ended",
+        "_texts",
     )
 
     def __init__(
-        self, nodes: Dict[str, Node], path: str, *, recursive: bool, sorted: bool, index: int,
-        now_ns: int, ended: Callable[[Listing], None],
+        self, nodes: Dict[str, Node], walks: List[TreeWalk], path: str, *, recursive: bool,
+        sorted: bool, index: int, now_ns: int,
     ) -> None:
-        super().__init__(nodes)
+        super().__init__(nodes, walks)
         self.index = index
         self.chunks: List[bytes] = []
         self.done = False
@@ -3426,7 +3447,6 @@ class Listing(TreeWalk):
         self._sorted = sorted
         self._now_ns = now_ns
         self._texts = self._walk(path, nodes[path])
-        self._ended = ended
 
     def work(self, amount: int = LISTING_SLICE_WORK) -> None:
         """Go on for about `amount` nodes."""
@@ -3438,13 +3458,8 @@ class Listing(TreeWalk):
                 break
         else:
             self.done = True
-            self.close()
+            self.end()
         self.chunks.append("".join(texts).encode())
-
-    def close(self) -> None:
-        """Give up, or be complete: the tree's changes are of no interest any more."""
-        self._ended(self)
-        self._before, self._lost = {}, {}
 
     def _walk(self, path: str, node: Node) -> Iterator[str]:
         """Yield the text in pieces, sometimes empty ones to allow a pause.
@@ -3641,20 +3656,14 @@ class Store:
         return len(self._nodes)
 
     def get(self, path: str, *, recursive: bool = False, now_ns: int) -> Event:
-        """Return a get event of file or directory, that of a directory without its children.
-
-        Raises KeyNotFound, NotDir.
-        """
+        """Return a get event, without the children of a directory.  Raises KeyNotFound, NotDir."""
         encoded = self.file_json(path, recursive=recursive, now_ns=now_ns)
         node = self._nodes[path]
         return Event("get", path, node, None, self.current_index, now_ns, encoded=encoded)
 
     def file_json(self, path: str, *, recursive: bool = False, now_ns: int) -> Optional[bytes]:
         """Return the line that answers the GET of a file; None for a directory: see listing().
-
-        recursive  as asked, to be counted
-
-        A hot path.  Raises KeyNotFound, NotDir.
+        A hot path.  recursive: as asked, to be counted.  Raises KeyNotFound, NotDir.
         """
         node = self._nodes.get(path)
         if recursive:
@@ -3679,24 +3688,10 @@ class Store:
             raise self._missing(path)
         if node.children is None:
             raise NotDir(path[2:], self.current_index)
-        listing = Listing(
-            self._nodes, path, recursive=recursive, sorted=sorted, index=self.current_index,
-            now_ns=now_ns, ended=self._ended,
+        return Listing(
+            self._nodes, self._walks, path, recursive=recursive, sorted=sorted,
+            index=self.current_index, now_ns=now_ns,
         )
-        self._walks.append(listing)
-        return listing
-
-    def get_json(
-        self, path: str, *, recursive: bool = False, sorted: bool = False, now_ns: int
-    ) -> bytes:
-        """Return the line that answers a GET, however long.  Raises KeyNotFound, NotDir."""
-        body = self.file_json(path, recursive=recursive, now_ns=now_ns)
-        if body is not None:
-            return body
-        listing = self.listing(path, recursive=recursive, sorted=sorted, now_ns=now_ns)
-        while not listing.done:
-            listing.work()
-        return b"".join(listing.chunks)
 
     def value(self, path: str) -> Optional[str]:
         """Return the value of a file, or None; not counted."""
@@ -3893,24 +3888,14 @@ class Store:
         """
         if any(isinstance(walk, SnapshotWalk) for walk in self._walks):
             raise InvariantError("a snapshot walk is under way")
-        walk = SnapshotWalk(self._nodes)
-        self._walks.append(walk)
-        history = self.hub.history.pieces()
+        walk = SnapshotWalk(self._nodes, self._walks)
         stats = copy.copy(self.stats)
         stats.watchers = 0                      # they are no part of the state
         end = f',"CurrentIndex":{self.current_index},"Stats":{stats.json()},"CurrentVersion":2}}'
-        pieces = itertools.chain(
-            ('{"Root":',), walk.pieces(), (',"WatcherHub":{"EventHistory":', next(history)),
-            history, ("}", end),
-        )
         try:
-            while True:
-                texts = list(itertools.islice(pieces, SNAPSHOT_SLICE_NODES))
-                if not texts:
-                    return
-                yield "".join(texts).encode()
+            yield from walk.chunks(self.hub.history.pieces(), end)
         finally:
-            self._ended(walk)
+            walk.end()
 
     def save(self) -> bytes:
         """Return a whole snapshot at once."""
@@ -4046,11 +4031,6 @@ class Store:
         else:
             shown = Directory(old.created_index, index, 0, {})
         return self._done(Event(action, path, shown, old, index, now_ns), removed)
-
-    def _ended(self, walk: TreeWalk) -> None:
-        """A walk needs no more images; it may have ended before."""
-        if walk in self._walks:
-            self._walks.remove(walk)
 
     def _done(self, event: Event, removed: Sequence[str] = ()) -> Event:
         self.current_index = event.index
@@ -11684,7 +11664,7 @@ class Listings:
             self._current, self._takers = (wanted, listing), [taker]
             self._reactor.call_soon(self._go_on)
         else:
-            listing.close()
+            listing.end()
             self._wait(wanted, taker)
 
     def _join(self, wanted: Wanted, taker: ListingTaker) -> bool:
@@ -11712,7 +11692,7 @@ class Listings:
                 if not takers:
                     del self._waiting[wanted]
         if self._current is not None and not self._takers:
-            self._current[1].close()
+            self._current[1].end()
             self._current = None
 
     def _work_left(self) -> int:

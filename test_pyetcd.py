@@ -1020,7 +1020,7 @@ def test_wal_recorded_directory_gives_the_keys_of_etcd(version, tmp_path):
     def without_ttl(node):
         kept = {key: value for key, value in node.items() if key not in ("ttl", "nodes")}
         return {**kept, "nodes": [without_ttl(child) for child in node.get("nodes", [])]}
-    shown = json.loads(store.get_json("/1", recursive=True, sorted=True, now_ns=now_ns))
+    shown = json.loads(store_json(store, "/1", recursive=True, sorted=True, now_ns=now_ns))
     assert without_ttl(shown["node"]) == without_ttl(expected["keys"]["node"])
     assert str(store.current_index) == expected["headers_at_dump"]["X-Etcd-Index"]
     members = [json.loads(member.client_json()) for member in sorted(cluster.members.values())]
@@ -5455,6 +5455,19 @@ def _store_call(store: Store, verb: str, path: str, **options: Any) -> Event:
     return event
 
 
+def store_json(
+    store: Store, path: str, *, recursive: bool = False, sorted: bool = False, now_ns: int
+) -> bytes:
+    """The line that answers a GET, in one go."""
+    body = store.file_json(path, recursive=recursive, now_ns=now_ns)
+    if body is not None:
+        return body
+    listing = store.listing(path, recursive=recursive, sorted=sorted, now_ns=now_ns)
+    while not listing.done:
+        listing.work()
+    return b"".join(listing.chunks)
+
+
 def _store_body(event: Event) -> Any:
     line = event.client_json()
     assert line.endswith(b"}\n") and line.count(b"\n") == 1
@@ -5464,7 +5477,7 @@ def _store_body(event: Event) -> Any:
 def _store_get(store: Store, path: str, **options: Any) -> Any:
     """The node of a GET, after a check that both ways of asking agree."""
     options.setdefault("now_ns", _STORE_NOW)
-    line = store.get_json("/1" + path, **options)
+    line = store_json(store, "/1" + path, **options)
     options.pop("sorted", None)
     event = store.get("/1" + path, **options)
     assert event.action == "get" and event.index == store.current_index
@@ -5549,7 +5562,7 @@ def test_store_get_sorted_orders_every_level_by_bytes(store: Store) -> None:
     for name in names:
         _store_call(store, "set", "/d/s/" + name)
     stored = sorted(names, key=pyetcd.utf8)
-    node = store.get_json("/1/d", recursive=True, sorted=True, now_ns=_STORE_NOW)
+    node = store_json(store, "/1/d", recursive=True, sorted=True, now_ns=_STORE_NOW)
     shown = _store_keys(json.loads(node)["node"]["nodes"][0])
     assert shown == ["/d/s/" + name.replace("\udcff", "\ufffd") for name in stored]
 
@@ -5562,7 +5575,7 @@ def test_store_get_of_a_directory_without_visible_children_has_no_nodes(store: S
 
 
 def test_store_root_has_neither_key_nor_indexes(store: Store) -> None:
-    assert store.get_json("/1", now_ns=_STORE_NOW) == b'{"action":"get","node":{"dir":true}}\n'
+    assert store_json(store, "/1", now_ns=_STORE_NOW) == b'{"action":"get","node":{"dir":true}}\n'
     _store_call(store, "set", "/a", value="1")
     assert list(_store_get(store, "")) == ["dir", "nodes"]
 
@@ -5590,7 +5603,7 @@ def test_store_get_does_not_change_when_the_store_does(store: Store) -> None:
 
 def test_store_strings_are_escaped_as_by_go(store: Store) -> None:
     _store_call(store, "set", "/<k>", value='&"\\\n\x08\u2028\x7fé' + pyetcd.text_of(b"\xfe"))
-    assert store.get_json("/1/<k>", now_ns=_STORE_NOW).startswith(
+    assert store_json(store, "/1/<k>", now_ns=_STORE_NOW).startswith(
         '{"action":"get","node":{"key":"/\\u003ck\\u003e","value":'
         '"\\u0026\\"\\\\\\n\\u0008\\u2028\x7fé\\ufffd"'.encode()
     )
@@ -5829,7 +5842,7 @@ def test_store_delete_recursive_is_one_event(store: Store) -> None:
     assert body["node"] == {"key": "/d", "dir": True, "modifiedIndex": 4, "createdIndex": 1}
     assert body["prevNode"] == {"key": "/d", "dir": True, "modifiedIndex": 1, "createdIndex": 1}
     assert store.current_index == 4 and not store.has_ttl
-    assert store.get_json("/1", now_ns=_STORE_NOW) == b'{"action":"get","node":{"dir":true}}\n'
+    assert store_json(store, "/1", now_ns=_STORE_NOW) == b'{"action":"get","node":{"dir":true}}\n'
     _store_call(store, "set", "/d", value="a file now")
 
 
@@ -6259,8 +6272,11 @@ def test_store_snapshot_round_trip_keeps_everything(store: Store) -> None:
     other = Store()
     other.recover(data)
     assert other.save() == data
-    assert other.get_json("/1", recursive=True, sorted=True, now_ns=_STORE_NOW) == store.get_json(
-        "/1", recursive=True, sorted=True, now_ns=_STORE_NOW)
+    shown, wanted = (
+        store_json(one, "/1", recursive=True, sorted=True, now_ns=_STORE_NOW)
+        for one in (other, store)
+    )
+    assert shown == wanted
     for since in range(1, store.current_index + 1):
         assert _store_watch(other, "", since=since, recursive=True)[1] == _store_watch(
             store, "", since=since, recursive=True)[1]
@@ -6406,7 +6422,7 @@ def test_store_snapshot_and_listing_of_the_deepest_key(store: Store) -> None:
     other.recover(data)
     assert other.save() == data
     assert other.value("/1" + path) == "bottom"
-    body = other.get_json("/1", recursive=True, now_ns=_STORE_NOW)
+    body = store_json(other, "/1", recursive=True, now_ns=_STORE_NOW)
     assert body.count(b'"nodes":[') == pyetcd.KEY_DEPTH_MAX
 
 
@@ -6525,7 +6541,7 @@ def test_store_one_slice_of_a_listing_is_a_bounded_amount_of_work(store: Store) 
     given_up = store.listing("/1/d", recursive=True, now_ns=_STORE_NOW)
     given_up.work(1)
     assert store._walks
-    given_up.close()
+    given_up.end()
     assert not store._walks
 
 
@@ -6671,7 +6687,9 @@ class _StoreReplay:
         store = self.store
         when: Dict[str, Any] = {"now_ns": self.now_ns}
         if method in ("GET", "HEAD"):
-            line = store.get_json(path, recursive=flag("recursive"), sorted=flag("sorted"), **when)
+            line = store_json(
+                store, path, recursive=flag("recursive"), sorted=flag("sorted"), **when
+            )
             node, index = store._nodes[path], store.current_index
             return Event("get", path, node, None, index, self.now_ns, encoded=line)
         prev: Dict[str, Any] = {"prev_value": form.get("prevValue", ""),
@@ -17372,7 +17390,7 @@ def test_restore_keeps_every_index_and_expiry_time(tmp_path):
     source, _ = pyetcd.load_state(pyetcd.read_source(str(data_dir)), lambda share, keys: None)
     store, _ = pyetcd.load_state(pyetcd.read_source(str(tmp_path / "m")), lambda share, keys: None)
     for path in ("/1", "/"):
-        shown = [tree.get_json(path, recursive=True, sorted=True, now_ns=0)
+        shown = [store_json(tree, path, recursive=True, sorted=True, now_ns=0)
                  for tree in (source, store)]
         assert (shown[0] == shown[1]) == (path == "/1"), path
     assert store.current_index == source.current_index == report.etcd_index
