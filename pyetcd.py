@@ -2860,7 +2860,7 @@ SNAPSHOT_SORT_MAX = 1_000           # children of larger directories stay in ins
 LISTING_BLOCK_NODES = 100           # encoded at once
 LISTING_BLOCK_CHARS = 1 << 16       # ... unless their values are longer together
 LISTING_SORT_RUN = 4_000            # children sorted at once: 2 ms
-LISTING_SLICE_WORK = 6_000          # nodes, or as much text, of a listing in one slice: 2-4 ms
+LISTING_SLICE_WORK = 4_000          # nodes, or as much text, of a listing in one slice: 2 ms
 LISTING_NODE_CHARS = 500            # text that is as much work as a node
 
 _READ_ONLY = frozenset(("/", "/0", "/1"))
