@@ -886,14 +886,40 @@ def test_codec_crc32c_known_values(data, crc):
         assert pyetcd.crc32c(data[cut:], pyetcd.crc32c(data[:cut])) == crc
 
 
+def plain_crc32c(data, crc=0):
+    """The checksum bit by bit, as its definition goes."""
+    crc ^= 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
 def test_codec_crc32c_of_long_data_is_that_of_its_pieces():
     """Long data take another way through the arithmetic; every length around its limits."""
     data = random.Random(7).randbytes(140_000)
-    for size in (*range(1020, 1036), 4099, 65535, 65536, 65537, 66559, 66560, 131073, 140_000):
+    piece = pyetcd.CRC_FOLD_BYTES_MIN // 2          # no piece takes that way
+    for size in (*range(390, 410), *range(700, 720), 1024, 4099, 65535, 65536, 65537, 65935, 65936,
+                 131073, 140_000):
         crc = 0
-        for offset in range(0, size, 500):
-            crc = pyetcd.crc32c(data[offset:min(offset + 500, size)], crc)
+        for offset in range(0, size, piece):
+            crc = pyetcd.crc32c(data[offset:min(offset + piece, size)], crc)
         assert pyetcd.crc32c(data[:size]) == crc, size
+
+
+@given(st.binary(max_size=1_500), st.integers(0, 0xFFFFFFFF))
+def test_codec_crc32c_equals_its_definition(data, crc):
+    """Whatever was summed before, and whatever comes now."""
+    assert pyetcd.crc32c(data, crc) == plain_crc32c(data, crc)
+
+
+@given(st.text(max_size=30), st.integers(0, 300))
+def test_codec_json_of_long_text_is_that_of_its_pieces(text, padding):
+    """Long text without anything to escape is recognized in another way than short text."""
+    long = "x" * padding + text
+    wanted = "".join(pyetcd.json_string(char)[1:-1] for char in long)
+    assert pyetcd.json_string(long) == f'"{wanted}"'
 
 
 def test_codec_empty_messages_as_etcd_writes_them():
@@ -1009,7 +1035,7 @@ def test_wal_recorded_directory_gives_the_keys_of_etcd(version, tmp_path):
     def without_ttl(node):
         kept = {key: value for key, value in node.items() if key not in ("ttl", "nodes")}
         return {**kept, "nodes": [without_ttl(child) for child in node.get("nodes", [])]}
-    shown = json.loads(store.get("/1", recursive=True, sorted=True, now_ns=now_ns).client_json())
+    shown = json.loads(store_json(store, "/1", recursive=True, sorted=True, now_ns=now_ns))
     assert without_ttl(shown["node"]) == without_ttl(expected["keys"]["node"])
     assert str(store.current_index) == expected["headers_at_dump"]["X-Etcd-Index"]
     members = [json.loads(member.client_json()) for member in sorted(cluster.members.values())]
@@ -5477,6 +5503,19 @@ def _store_call(store: Store, verb: str, path: str, **options: Any) -> Event:
     return event
 
 
+def store_json(
+    store: Store, path: str, *, recursive: bool = False, sorted: bool = False, now_ns: int
+) -> bytes:
+    """The line that answers a GET, in one go."""
+    body = store.file_json(path, recursive=recursive, now_ns=now_ns)
+    if body is not None:
+        return body
+    listing = store.listing(path, recursive=recursive, sorted=sorted, now_ns=now_ns)
+    while not listing.done:
+        listing.work()
+    return b"".join(listing.chunks)
+
+
 def _store_body(event: Event) -> Any:
     line = event.client_json()
     assert line.endswith(b"}\n") and line.count(b"\n") == 1
@@ -5486,10 +5525,13 @@ def _store_body(event: Event) -> Any:
 def _store_get(store: Store, path: str, **options: Any) -> Any:
     """The node of a GET, after a check that both ways of asking agree."""
     options.setdefault("now_ns", _STORE_NOW)
+    line = store_json(store, "/1" + path, **options)
+    options.pop("sorted", None)
     event = store.get("/1" + path, **options)
-    assert event.client_json() == store.get_json("/1" + path, **options)
     assert event.action == "get" and event.index == store.current_index
-    return _store_body(event)["node"]
+    node = json.loads(line)["node"]
+    assert _store_body(event)["node"] == {name: node[name] for name in node if name != "nodes"}
+    return node
 
 
 def _store_keys(node: Any) -> List[str]:
@@ -5568,7 +5610,7 @@ def test_store_get_sorted_orders_every_level_by_bytes(store: Store) -> None:
     for name in names:
         _store_call(store, "set", "/d/s/" + name)
     stored = sorted(names, key=pyetcd.utf8)
-    node = store.get_json("/1/d", recursive=True, sorted=True, now_ns=_STORE_NOW)
+    node = store_json(store, "/1/d", recursive=True, sorted=True, now_ns=_STORE_NOW)
     shown = _store_keys(json.loads(node)["node"]["nodes"][0])
     assert shown == ["/d/s/" + name.replace("\udcff", "\ufffd") for name in stored]
 
@@ -5581,7 +5623,7 @@ def test_store_get_of_a_directory_without_visible_children_has_no_nodes(store: S
 
 
 def test_store_root_has_neither_key_nor_indexes(store: Store) -> None:
-    assert store.get_json("/1", now_ns=_STORE_NOW) == b'{"action":"get","node":{"dir":true}}\n'
+    assert store_json(store, "/1", now_ns=_STORE_NOW) == b'{"action":"get","node":{"dir":true}}\n'
     _store_call(store, "set", "/a", value="1")
     assert list(_store_get(store, "")) == ["dir", "nodes"]
 
@@ -5599,14 +5641,17 @@ def test_store_hidden_keys_are_left_out_of_listings_at_any_depth(store: Store) -
 def test_store_get_does_not_change_when_the_store_does(store: Store) -> None:
     """A quorum read is answered after later entries were applied."""
     _store_call(store, "set", "/d/a", value="1")
-    event = store.get("/1/d", recursive=True, now_ns=_STORE_NOW)
+    event = store.get("/1/d/a", now_ns=_STORE_NOW)
+    listing = store.listing("/1/d", recursive=True, now_ns=_STORE_NOW)
     _store_call(store, "delete", "/d", recursive=True)
-    assert _store_body(event)["node"]["nodes"][0]["value"] == "1"
+    assert _store_body(event)["node"]["value"] == "1"
+    listing.work()
+    assert json.loads(b"".join(listing.chunks))["node"]["nodes"][0]["value"] == "1"
 
 
 def test_store_strings_are_escaped_as_by_go(store: Store) -> None:
     _store_call(store, "set", "/<k>", value='&"\\\n\x08\u2028\x7fé' + pyetcd.text_of(b"\xfe"))
-    assert store.get_json("/1/<k>", now_ns=_STORE_NOW).startswith(
+    assert store_json(store, "/1/<k>", now_ns=_STORE_NOW).startswith(
         '{"action":"get","node":{"key":"/\\u003ck\\u003e","value":'
         '"\\u0026\\"\\\\\\n\\u0008\\u2028\x7fé\\ufffd"'.encode()
     )
@@ -5845,7 +5890,7 @@ def test_store_delete_recursive_is_one_event(store: Store) -> None:
     assert body["node"] == {"key": "/d", "dir": True, "modifiedIndex": 4, "createdIndex": 1}
     assert body["prevNode"] == {"key": "/d", "dir": True, "modifiedIndex": 1, "createdIndex": 1}
     assert store.current_index == 4 and not store.has_ttl
-    assert store.get_json("/1", now_ns=_STORE_NOW) == b'{"action":"get","node":{"dir":true}}\n'
+    assert store_json(store, "/1", now_ns=_STORE_NOW) == b'{"action":"get","node":{"dir":true}}\n'
     _store_call(store, "set", "/d", value="a file now")
 
 
@@ -6346,8 +6391,11 @@ def test_store_snapshot_round_trip_keeps_everything(store: Store) -> None:
     other = Store()
     other.recover(data)
     assert other.save() == data
-    assert other.get_json("/1", recursive=True, sorted=True, now_ns=_STORE_NOW) == store.get_json(
-        "/1", recursive=True, sorted=True, now_ns=_STORE_NOW)
+    shown, wanted = (
+        store_json(one, "/1", recursive=True, sorted=True, now_ns=_STORE_NOW)
+        for one in (other, store)
+    )
+    assert shown == wanted
     for since in range(1, store.current_index + 1):
         assert _store_watch(other, "", since=since, recursive=True)[1] == _store_watch(
             store, "", since=since, recursive=True)[1]
@@ -6493,7 +6541,7 @@ def test_store_snapshot_and_listing_of_the_deepest_key(store: Store) -> None:
     other.recover(data)
     assert other.save() == data
     assert other.value("/1" + path) == "bottom"
-    body = other.get_json("/1", recursive=True, now_ns=_STORE_NOW)
+    body = store_json(other, "/1", recursive=True, now_ns=_STORE_NOW)
     assert body.count(b'"nodes":[') == pyetcd.KEY_DEPTH_MAX
 
 
@@ -6524,6 +6572,96 @@ def _store_mutate(store: Store, rng: random.Random) -> None:
         rng.choice(operations)()
     except pyetcd.EtcdError:
         pass
+
+
+def _store_plain_listing(
+    store: Store, path: str, now_ns: int, *, recursive: bool, top: bool = True
+) -> Dict[str, Any]:
+    """The node of a sorted listing, made in the plain way: node after node, by recursion."""
+    node = store._nodes[path]
+    shown: Dict[str, Any] = {} if path == "/1" else {"key": path[2:]}
+    if node.value is not None:
+        shown["value"] = node.value
+    if node.children is not None:
+        shown["dir"] = True
+    if node.expires_ns:
+        shown["expiration"] = pyetcd.format_time(node.expires_ns)
+    if node.ttl_s(now_ns):
+        shown["ttl"] = node.ttl_s(now_ns)
+    if recursive or top:
+        shown["nodes"] = [
+            _store_plain_listing(store, child, now_ns, recursive=recursive, top=False)
+            for child in sorted(node.children or ()) if not child[len(path) + 1:].startswith("_")
+        ]
+        if not shown["nodes"]:
+            del shown["nodes"]
+    if node.modified_index:
+        shown["modifiedIndex"] = node.modified_index
+    if node.created_index:
+        shown["createdIndex"] = node.created_index
+    return shown
+
+
+@pytest.mark.parametrize("round_", range(40))
+def test_store_sliced_listing_is_exact_while_the_store_changes(
+    store: Store, round_: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It shows the state of the moment when it began, whatever happens between slices."""
+    seed = 9_000 + round_
+    print("seed", seed)
+    rng = random.Random(seed)
+    monkeypatch.setattr(pyetcd, "LISTING_BLOCK_NODES", rng.choice((1, 2, 5)))
+    monkeypatch.setattr(pyetcd, "LISTING_SORT_RUN", rng.choice((1, 2, 4_000)))
+    for _ in range(120):
+        _store_mutate(store, rng)
+    path = rng.choice([path for path, node in store._nodes.items()
+                       if node.children is not None and path.startswith("/1")])
+    recursive = rng.random() < 0.7
+    expected = _store_plain_listing(store, path, _STORE_NOW, recursive=recursive)
+    index = store.current_index
+    listing, unsorted = (
+        store.listing(path, recursive=recursive, sorted=sort, now_ns=_STORE_NOW)
+        for sort in (True, False)
+    )
+    while not (listing.done and unsorted.done):
+        for one in (listing, unsorted):
+            if not one.done:
+                one.work(1)
+        for _ in range(rng.choice((0, 1, 3))):
+            _store_mutate(store, rng)
+    line = b"".join(listing.chunks)
+    assert line == json.dumps(
+        {"action": "get", "node": expected}, ensure_ascii=False, separators=(",", ":")
+    ).encode() + b"\n"
+    assert _store_sorted(json.loads(b"".join(unsorted.chunks))) == _store_sorted(json.loads(line))
+    assert listing.index == unsorted.index == index
+    assert not store._walks
+
+
+def test_store_one_slice_of_a_listing_is_a_bounded_amount_of_work(store: Store) -> None:
+    """Sorting and large values count as well; the store keeps no image once it is over."""
+    for number in range(9_000):
+        store.set(f"/1/d/{number * 7919 % 9_000}", value="v", now_ns=_STORE_NOW)
+    for number in range(20):
+        store.set(f"/1/d/x/{number}", value="v" * 400_000, now_ns=_STORE_NOW)
+    for sort in (True, False):
+        listing = store.listing("/1/d", recursive=True, sorted=sort, now_ns=_STORE_NOW)
+        slices = []
+        while not listing.done:
+            before = listing.work_done
+            listing.work(1_000)
+            slices.append(listing.work_done - before)
+        assert max(slices) <= 1_000 + pyetcd.LISTING_SORT_RUN
+        assert len(slices) > 15
+        assert max(map(len, listing.chunks)) < 1_000_000
+        keys = _store_keys(json.loads(b"".join(listing.chunks))["node"])
+        assert len(keys) == 9_001
+        assert not sort or keys == sorted(keys)
+    given_up = store.listing("/1/d", recursive=True, now_ns=_STORE_NOW)
+    given_up.work(1)
+    assert store._walks
+    given_up.end()
+    assert not store._walks
 
 
 @pytest.mark.parametrize("round_", range(40))
@@ -6668,7 +6806,11 @@ class _StoreReplay:
         store = self.store
         when: Dict[str, Any] = {"now_ns": self.now_ns}
         if method in ("GET", "HEAD"):
-            return store.get(path, recursive=flag("recursive"), sorted=flag("sorted"), **when)
+            line = store_json(
+                store, path, recursive=flag("recursive"), sorted=flag("sorted"), **when
+            )
+            node, index = store._nodes[path], store.current_index
+            return Event("get", path, node, None, index, self.now_ns, encoded=line)
         prev: Dict[str, Any] = {"prev_value": form.get("prevValue", ""),
                                 "prev_index": int(form.get("prevIndex") or 0)}
         if method == "DELETE":
@@ -17379,7 +17521,7 @@ def test_restore_keeps_every_index_and_expiry_time(tmp_path):
     source, _ = pyetcd.load_state(pyetcd.read_source(str(data_dir)), lambda share, keys: None)
     store, _ = pyetcd.load_state(pyetcd.read_source(str(tmp_path / "m")), lambda share, keys: None)
     for path in ("/1", "/"):
-        shown = [tree.get_json(path, recursive=True, sorted=True, now_ns=0)
+        shown = [store_json(tree, path, recursive=True, sorted=True, now_ns=0)
                  for tree in (source, store)]
         assert (shown[0] == shown[1]) == (path == "/1"), path
     assert store.current_index == source.current_index == report.etcd_index
