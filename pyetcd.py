@@ -2961,17 +2961,12 @@ class RawNode:
             raft.replication.send_due()     # one MsgApp for all who are due, with all since
         messages, held = raft.mail.take()
         snapshot, entries, mark = raft.log.hand_out()
-        before = self._hard_state
-        now = self._hard_state = HardState(raft.term, raft.vote, raft.log.commit)
-        return Ready(
-            hard_state=now if now != before else None,
-            entries=entries,
-            snapshot=snapshot,
-            must_sync=bool(entries) or snapshot is not None or now[:2] != before[:2],
-            messages=messages,
-            held=held,
-            mark=mark,
-        )
+        before, now = self._hard_state, HardState(raft.term, raft.vote, raft.log.commit)
+        must_sync = bool(entries) or snapshot is not None or now[:2] != before[:2]
+        if now == before:
+            return Ready(None, entries, snapshot, must_sync, messages, held, mark)
+        self._hard_state = now
+        return Ready(now, entries, snapshot, must_sync, messages, held, mark)
 
     def persisted(self, mark: Mark) -> None:
         """The Ready with this mark and all before it are durable."""
@@ -4099,10 +4094,6 @@ class Store:
     def expiry_step_ns(self, until_ns: int) -> int:
         """Return a time up to `until_ns` by which few keys are over, but one if any is by then."""
         return self._ttl.nth_ns(EXPIRED_KEYS_MAX, until_ns)
-
-    def next_expiry_ns(self) -> int:
-        """Return when the next node expires; 0: never."""
-        return self._ttl.first()[0]
 
     def snapshot_chunks(self) -> Generator[bytes, None, None]:
         """Yield the snapshot of this moment, of the first next(), in slices of some ms.

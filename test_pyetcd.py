@@ -5963,11 +5963,11 @@ def test_store_event_keeps_the_ttl_of_its_time(store: Store) -> None:
 def test_store_expiry_is_earliest_first_with_one_index_each(store: Store) -> None:
     for name, seconds in (("c", 3), ("a", 1), ("b", 2), ("d", 99)):
         _store_call(store, "set", "/" + name, expires_ns=_store_in(seconds))
-    assert store.next_expiry_ns() == _store_in(1)
+    assert store._ttl.first()[0] == _store_in(1)
     events = store.delete_expired(_store_in(3))
     assert [(event.key, event.index) for event in events] == [
         ("/1/a", 5), ("/1/b", 6), ("/1/c", 7)]
-    assert store.next_expiry_ns() == _store_in(99) and store.has_ttl
+    assert store._ttl.first()[0] == _store_in(99) and store.has_ttl
     assert store.stats.expire_count == 3
 
 
@@ -6014,7 +6014,7 @@ def test_store_expired_directory_takes_its_children_without_events(store: Store)
     [event] = store.delete_expired(_STORE_LATER)
     assert _store_body(event)["node"] == {"key": "/d", "modifiedIndex": 3, "createdIndex": 1}
     assert _store_body(event)["prevNode"]["dir"] is True
-    assert not store.has_ttl and store.next_expiry_ns() == 0
+    assert not store.has_ttl and store._ttl.first()[0] == 0
     assert store.stats.expire_count == 1
 
 
@@ -6030,7 +6030,7 @@ def test_store_ttl_heap_stays_small_under_refresh(store: Store) -> None:
     for step in range(5_000):
         _store_call(store, "set", "/a", expires_ns=_store_in(1 + step))
     assert len(store._ttl._heap) < 200
-    assert store.next_expiry_ns() == _store_in(5_000)
+    assert store._ttl.first()[0] == _store_in(5_000)
 
 
 # -- refresh
@@ -17525,7 +17525,7 @@ def test_restore_keeps_every_index_and_expiry_time(tmp_path):
                  for tree in (source, store)]
         assert (shown[0] == shown[1]) == (path == "/1"), path
     assert store.current_index == source.current_index == report.etcd_index
-    assert store.next_expiry_ns() == source.next_expiry_ns() != 0
+    assert store._ttl.first()[0] == source.next_expiry_ns() != 0
     assert store.value("/0/version") == "2.3.0" and not store.children("/0/removed_members")
 
 
