@@ -1242,6 +1242,12 @@ def encode_entry(entry: Entry) -> bytes:
     )
 
 
+def encode_entry_head(entry: Entry) -> bytes:
+    """What comes before the data in encode_entry()."""
+    head = encode_entry(Entry(entry.type, entry.term, entry.index))
+    return b'%b"%b' % (head, encode_varint(len(entry.data))) if entry.data else head
+
+
 _ENTRY = {1: ("type", 0, int), 2: ("term", 0, int), 3: ("index", 0, int), 4: ("data", 2, bytes)}
 _PLAIN_ENTRY = re.compile(b'\x08\0\x10(%b)\x18(%b)"(%b)' % ((rb"[\x80-\xff]{0,9}[\x00-\x7f]",) * 3))
 
@@ -1397,12 +1403,12 @@ def decode_message(data: Buffer) -> Message:
 
 def encode_request(request: Request) -> bytes:
     """etcdserverpb.Request: all fields always, PrevExist and Refresh only when given."""
-    prev_exist, refresh = request.prev_exist, request.refresh
+    prev_exist, refresh, val = request.prev_exist, request.refresh, utf8(request.val)
     return b"".join((
         b"\x08", encode_varint(request.id),
         _bytes_field(b"\x12", request.method.encode()),
         _bytes_field(b"\x1a", utf8(request.path)),
-        _bytes_field(b"\x22", utf8(request.val)),
+        b"\x22", encode_varint(len(val)), val,     # may be long: no copy more than needed
         b"\x28", _BYTE[request.dir],
         _bytes_field(b"\x32", utf8(request.prev_value)),
         b"\x38", encode_varint(request.prev_index),
@@ -3015,6 +3021,7 @@ def _is_contiguous(message: Message) -> bool:
 
 EXPIRES_NS_MIN = 946_684_800 * NS   # 2000-01-01; an earlier instant is permanent for set and create
 TTL_STALE_MIN = 64                  # stale heap entries always tolerated; above and > live: rebuilt
+LONG_VALUE_CHARS = 4_096            # of an event's values: from here on they are not copied
 SNAPSHOT_SLICE_NODES = 500          # nodes per slice of a snapshot walk: 1 ms, all with ttl 3
 SNAPSHOT_PROGRESS_NODES = 20_000    # read between two words about it
 SNAPSHOT_SORT_MAX = 1_000           # children of larger directories stay in insertion order
@@ -3091,6 +3098,15 @@ def _node_ends(key: str, node: Node, ttl_s: int) -> Tuple[str, str]:
     return "{" + ",".join(members), tail + "}"
 
 
+def _node_texts(key: str, node: Node, ttl_s: int) -> List[str]:
+    """The JSON of a node in pieces, with no copy of a long value that needs no escapes."""
+    value = node.value
+    if value is None or node.expires_ns or not is_plain_json(value):
+        return list(_node_ends(key, node, ttl_s))
+    tail = f'","modifiedIndex":{node.modified_index},"createdIndex":{node.created_index}}}'
+    return [f'{{"key":{key},"value":"', value, tail]
+
+
 def _node_json(key: str, node: Node, ttl_s: int) -> str:
     if node.value is None or node.expires_ns:
         return "".join(_node_ends(key, node, ttl_s))
@@ -3143,7 +3159,10 @@ class Event:
         The namespace (`/1`) is taken off the keys.
         """
         if self._json is None:
-            self._json = f"{self._text(self.key[2:])}}}\n".encode()
+            if self._is_long:
+                self._json = "".join((*self._texts(self.key[2:]), "}\n")).encode()
+            else:
+                self._json = f"{self._text(self.key[2:])}}}\n".encode()
         return self._json
 
     def history_json(self) -> str:
@@ -3156,6 +3175,21 @@ class Event:
         if self.prev is None:
             return text
         return f'{text},"prevNode":{_node_json(key, self.prev, self.prev_ttl_s)}'
+
+    @property
+    def _is_long(self) -> bool:
+        """True if it pays not to copy the values."""
+        value, prev = self.node.value, self.prev and self.prev.value
+        return len(value or "") + len(prev or "") > LONG_VALUE_CHARS
+
+    def _texts(self, key: str) -> Iterator[str]:
+        """What _text() returns, in pieces: 256 KB take 0.5 ms less."""
+        key = json_string(key)
+        yield f'{{"action":"{self.action}","node":'
+        yield from _node_texts(key, self.node, self.ttl_s)
+        if self.prev is not None:
+            yield ',"prevNode":'
+            yield from _node_texts(key, self.prev, self.prev_ttl_s)
 
 
 class EventHistory:
@@ -4455,6 +4489,7 @@ class WalContents(NamedTuple):
     snapshots: List[EntryID]            # of every snapshot record seen, {0, 0} included
 
 
+LONG_ENTRY_BYTES = 4_096            # from here on it pays not to copy an entry
 _RECORD_HEADS: Dict[int, bytes] = {kind: b"\x08%b\x10" % _BYTE[kind] for kind in RecordType}
 _STATE_HEAD = _RECORD_HEADS[RecordType.STATE]
 
@@ -4487,6 +4522,23 @@ class WalEncoder:
         size = len(data)
         head = b"%b%b\x1a%b" % (kind, encode_varint(crc), encode_varint(size))
         return (len(head) + size).to_bytes(8, "little"), head, data
+
+    def long_batch(self, entries: Sequence[Entry], state: bytes) -> bytes:
+        """The same of entries whose data is only copied when all is joined.
+
+        256 KB take 0.5 ms less than by batch().
+        """
+        parts: List[bytes] = []
+        for entry in entries:
+            head = encode_entry_head(entry)
+            self.crc = crc32c(entry.data, crc32c(head, self.crc))
+            size = len(head) + len(entry.data)
+            start = b"%b%b\x1a%b" % (
+                _RECORD_HEADS[RecordType.ENTRY], encode_varint(self.crc), encode_varint(size))
+            parts += (len(start) + size).to_bytes(8, "little"), start, head, entry.data
+        if state:
+            parts.append(self.record(RecordType.STATE, state))
+        return b"".join(parts)
 
     def chain(self) -> bytes:
         """Return the crc record that begins a file."""
@@ -4842,7 +4894,10 @@ class Wal:
         if hard_state is not None and hard_state != self._hard_state:
             self._hard_state = hard_state
             state = encode_hard_state(hard_state)
-        data = self._encoder.batch([e.encoded or encode_entry(e) for e in entries], state)
+        if max([len(entry.data) for entry in entries], default=0) < LONG_ENTRY_BYTES:
+            data = self._encoder.batch([e.encoded or encode_entry(e) for e in entries], state)
+        else:
+            data = self._encoder.long_batch(entries, state)
         for entry in entries:
             entry.encoded = b""
         self._size += len(data)
@@ -9503,6 +9558,17 @@ class WalWriter:
         return True
 
 
+WORK_BYTES_MAX = 1 << 19            # of entries encoded, and of those applied, in one turn: 3 ms
+
+
+def first_entries(entries: Sequence[Entry], bytes_max: int) -> int:
+    """Return how many of `entries` have `bytes_max` of data together, or more with the last one."""
+    sizes = [len(entry.data) for entry in entries]
+    if sum(sizes) <= bytes_max:
+        return len(entries)
+    return bisect.bisect_left(list(itertools.accumulate(sizes)), bytes_max) + 1
+
+
 class Journal:
     """What must reach the disk, in batches: while one is written the next one gathers.
 
@@ -9522,8 +9588,14 @@ class Journal:
         self._durable = durable
         self._batch = Batch()
         self._waiting: Deque[Batch] = collections.deque()   # complete ones, before _batch
+        self._long: Optional[Batch] = None                  # its first entries are written
         self._release_to = 0
         self._record: Optional[Tuple[EntryID, Callable[[], None]]] = None   # waits for the writer
+
+    @property
+    def is_encoding(self) -> bool:
+        """True if the rest of a long batch waits for submit() in the next turn."""
+        return self._long is not None
 
     def add(self, ready: Ready) -> None:
         """Note what a Ready wants to be written, and what it holds back."""
@@ -9550,6 +9622,8 @@ class Journal:
 
     def submit(self) -> None:
         """Give the writer the next batch if it has none; a commit index alone waits for company."""
+        if self._long is not None:
+            self._write(self._long)
         if self._record is not None and not self.busy:
             self._write_record(*self._record)
         while not self.busy:
@@ -9586,11 +9660,20 @@ class Journal:
 
     def close(self) -> None:
         """Write what still waits, and end the writer.  Blocks for the last sync."""
-        for batch in (*self._waiting, self._batch):
+        long = () if self._long is None else (self._long,)
+        for batch in (*long, *self._waiting, self._batch):
             self.writer.submit(self._job(batch, _nothing))
         self.writer.stop()
 
     def _write(self, batch: Batch) -> None:
+        """Write a batch; of a long one only some entries, while the next turn encodes more."""
+        count, self._long = first_entries(batch.entries, WORK_BYTES_MAX), None
+        if count < len(batch.entries) and batch.snapshot is None:
+            data, self._long = self._wal.encode(None, batch.entries[:count]), batch
+            del batch.entries[:count]
+            self._visit(WalJob(b"", None, data, None, 0, _nothing))
+            return
+
         def written() -> None:
             self.busy = False
             if batch.hard_state is not None:
@@ -10544,7 +10627,8 @@ class EtcdServer:
         if self.snapshots.is_wanted:
             self._maybe_snapshot()
         self.snapshots.work(self._compact)
-        if hub.owed or node.has_ready() or (not refused and (self._queue or self._changes)):
+        waiting = hub.owed or not refused and (self._queue or self._changes)
+        if waiting or self.journal.is_encoding or node.has_ready():
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
 
     def _propose(self) -> bool:
@@ -10604,6 +10688,7 @@ class EtcdServer:
         entries = self.node.committed_entries()
         if not entries:
             return
+        del entries[first_entries(entries, WORK_BYTES_MAX):]
         for entry in entries:
             if not entry.type:
                 self._apply_normal(entry)
