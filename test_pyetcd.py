@@ -822,6 +822,35 @@ def test_codec_wal_34_padded_records():
     assert b"".join(out) == data and len(out) == len(lines)
 
 
+def test_codec_plain_message_is_the_same_by_the_short_way(monkeypatch):
+    """Random numbers of all sizes, whole, cut and damaged: both ways agree, also in refusing."""
+    rng = random.Random(5)
+
+    def decoded(data):
+        try:
+            return pyetcd.encode_message(pyetcd.decode_message(data))
+        except pyetcd.CodecError as error:
+            return str(error)
+
+    short = 0
+    for _ in range(500):
+        numbers = [rng.getrandbits(rng.choice((0, 7, 14, 32, 64))) for _ in range(7)]
+        message = Message(rng.choice(list(MsgType)), **dict(zip(
+            ("to", "sender", "term", "log_term", "index", "commit", "reject_hint"), numbers)))
+        message.reject = rng.random() < 0.2
+        data = bytearray(pyetcd.encode_message(message))
+        if rng.random() < 0.3:
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        if rng.random() < 0.1:
+            del data[rng.randrange(len(data)):]
+        short += pyetcd._decode_plain_message(bytes(data)) is not None
+        quick = decoded(bytes(data))
+        with monkeypatch.context() as patch:
+            patch.setattr(pyetcd, "_decode_plain_message", lambda data: None)
+            assert decoded(bytes(data)) == quick, bytes(data)
+    assert short > 200
+
+
 @pytest.mark.parametrize("sizes", [(0,), (1, 5_000), (4_096, 0, 70_000), (300_000, 300_000)],
                          ids=str)
 @pytest.mark.parametrize("state", [b"", b"\x08\x02\x10\x01\x18\x03"], ids=["", "state"])
