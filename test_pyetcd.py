@@ -2460,6 +2460,34 @@ def test_raft_commit_reaches_followers_with_the_next_message():
     assert [(m.to, m.commit) for m in answers] == [(3, 1)]
 
 
+def test_raft_patient_leader_tells_of_a_commit_with_entries_or_when_told_to():
+    """Whoever has clients of its own that wait for it hears at once."""
+    def told(messages):
+        return [(m.to, m.commit, len(m.entries)) for m in messages]
+
+    node = _raft_lead(_raft_node(patient=True))
+    _raft_sync(node)
+    for follower in (2, 3):
+        _raft_say(node, MsgType.APP_RESP, follower, index=1)
+    node.propose(Entry(data=b"a"))
+    _raft_sync(node)
+    assert told(_raft_say(node, MsgType.APP_RESP, 2, index=2)) == [] and node.commit_untold
+    node.propose(Entry(data=b"b"))
+    assert told(_raft_sync(node).messages) == [(2, 2, 1), (3, 2, 1)] and not node.commit_untold
+    assert told(_raft_say(node, MsgType.APP_RESP, 2, index=3)) == []
+    node.tell_commit()
+    assert told(_raft_sync(node).messages) == [(2, 3, 0), (3, 3, 0)] and not node.commit_untold
+    _raft_say(node, MsgType.PROP, 3, term=0, entries=[Entry(data=b"c")])
+    assert told(_raft_say(node, MsgType.APP_RESP, 2, index=4)) == [(3, 4, 0)]
+    assert node.commit_untold
+
+
+def test_raft_patient_leader_alone_has_nobody_to_tell():
+    node = _raft_lead(_raft_node(voters=(1,), patient=True))
+    _raft_sync(node)
+    assert node.raft.log.commit == 1 and not node.commit_untold
+
+
 @pytest.mark.parametrize("terms", [[], [2], [1, 2], [1]])
 def test_raft_leader_commits_preceding_entries(terms):
     """§5.3: committing an entry commits all before it, earlier leaders' included."""
@@ -5449,6 +5477,7 @@ def test_sim_leader_whose_disk_stalls_steps_aside():
                 sim.write(others[0])
                 sim.write(others[1])
                 sim.run(0.2)
+            sim.run(2.0)                        # a healthy disk may take a second, too
             assert len(sim.acknowledged) == before + 20, f"seed {seed}"
             sim.settle(60.0)
 
