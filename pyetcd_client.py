@@ -21,8 +21,11 @@ Sections
   1. Errors
   2. Results
   3. Endpoints and connections
-  4. Client
-  5. Command line
+  4. Calls and verbs
+  5. Watching
+  6. Users and roles
+  7. Client
+  9. Command line
 
 Sources: etcd 2.3 API (keys, members, errorcode), etcdctl 2.3.8, RFC 9110 section 9.2.
 """
@@ -608,9 +611,9 @@ def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
 
 
 # ============================================================================
-# 4. Client
+# 4. Calls and verbs
 # ----------------------------------------------------------------------------
-# Knows: sections 1-3.  Client._request is the only place that does I/O.
+# Knows: sections 1-3.  _Caller._request is the only place that does I/O.
 # ============================================================================
 
 _READS = frozenset(("GET", "HEAD"))
@@ -676,22 +679,11 @@ def _is_endpoint_failure(error: EtcdError) -> bool:
     return error.status >= 500
 
 
-class Client:
-    """A connection to an etcd cluster; safe to share between threads.
+_CallerType = TypeVar("_CallerType", bound="_Caller")
 
-    Client()                               http://127.0.0.1:2379
-    Client("http://h:p", "h:p", ...)       several members of one cluster
-    Client(endpoints=[...])                the same
 
-    connect_timeout_s  to make a connection
-    read_timeout_s     for each silence of the server; below 7 it may cut short etcd's own answer
-    total_timeout_s    for a call over all endpoints: when it has passed no other one is tried
-
-    Every keys method returns a Result and raises an EtcdError.  Keys may be written with or
-    without the leading slash.  Nothing is sent before the first call.
-
-    Thread: any.  Each thread has connections of its own, so calls never wait for each other.
-    """
+class _Caller:
+    """What all parts of a client share: endpoints, connections, and the way a call goes."""
 
     def __init__(
         self, *urls: str, endpoints: Optional[Iterable[str]] = None,
@@ -709,6 +701,100 @@ class Client:
         self.read_timeout_s = read_timeout_s
         self.total_timeout_s = total_timeout_s
         self._local = threading.local()             # .connections: those of the calling thread
+
+    def close(self) -> None:
+        """Close the calling thread's connections; other threads' close when they end."""
+        self._connections().close()
+
+    def __enter__(self: _CallerType) -> _CallerType:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- below: no public names
+
+    def _connections(self) -> _Connections:
+        connections: Optional[_Connections] = getattr(self._local, "connections", None)
+        if connections is None or connections.pid != os.getpid():
+            connections = self._local.connections = _Connections()
+        return connections
+
+    def _perform(self, call: _Call[_T]) -> _T:
+        """Send `call` to one endpoint after the other, as long as that is safe.
+
+        Raises the error of the endpoint tried first, with those of the others in `failures`.
+        """
+        deadline = time.monotonic() + self.total_timeout_s
+        failures: List[EtcdError] = []
+        for endpoint in self.endpoints.candidates():
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                break
+            timeouts = (min(self.connect_timeout_s, left_s), min(self.read_timeout_s, left_s))
+            try:
+                return self._request(endpoint, call, self._connections(), timeouts)
+            except EtcdError as error:
+                self._note_failure(endpoint, call, error)
+                failures.append(error)
+        failures[0].others = tuple(failures[1:])
+        raise failures[0]
+
+    def _note_failure(self, endpoint: str, call: _Call[Any], error: EtcdError) -> None:
+        """Give up `endpoint` if it failed; raise `error` again unless the next may be tried."""
+        if not _is_endpoint_failure(error):
+            raise error
+        self.endpoints.failed(endpoint)
+        never_sent = isinstance(error, ConnectionFailed) and not error.maybe_applied
+        if call.write and not never_sent:
+            raise error
+
+    def _request(
+        self, endpoint: str, call: _Call[_T], connections: _Connections,
+        timeouts: Tuple[float, float],
+    ) -> _T:
+        """Send `call` to `endpoint` once and return what its answer means."""
+        session = connections.ready()
+        try:
+            # Redirects of reads are followed.  A write that is redirected may already have been
+            # carried out by who redirects it, so that is an error.
+            with session.request(
+                call.method, endpoint + call.target, data=call.form, timeout=timeouts, stream=True,
+                headers=_FORM_HEADERS if call.form is not None else None,
+                allow_redirects=not call.write,
+            ) as response:
+                if call.on_head is not None and response.status_code == 200:
+                    call.on_head(_Reply(response.status_code, response.headers, b""))
+                reply = _Reply(response.status_code, response.headers, response.content)
+        except requests.RequestException as error:
+            raise _transport_error(error, endpoint, write=call.write) from error
+        connections.used()
+        self._check_cluster(endpoint, call, reply)
+        return self._judge(endpoint, call, reply)
+
+    def _check_cluster(self, endpoint: str, call: _Call[Any], reply: _Reply) -> None:
+        cluster_id = reply.headers.get("X-Etcd-Cluster-Id")
+        if cluster_id is None:                      # /version, /health, stats
+            return
+        known = self.cluster_id = self.cluster_id or cluster_id
+        if known != cluster_id:
+            raise ClusterIdChanged(
+                f"cluster id is {cluster_id}, was {known}", status=reply.status,
+                endpoint=endpoint, maybe_applied=call.write and reply.status in _SUCCESS)
+
+    def _judge(self, endpoint: str, call: _Call[_T], reply: _Reply) -> _T:
+        if reply.status not in call.statuses:
+            raise _status_error(reply, endpoint, write=call.write)
+        try:
+            return call.parse(reply)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BadReply(
+                f"the answer cannot be understood ({error or type(error).__name__})",
+                status=reply.status, endpoint=endpoint, maybe_applied=call.write) from error
+
+
+class _Keys(_Caller):
+    """The verbs of the keys API, watching excepted."""
 
     # -- keys: reading
 
@@ -796,30 +882,27 @@ class Client:
         """Remove an empty directory (or a file, as etcd does).  Raises DirNotEmpty."""
         return self.delete(key, dir=True)
 
-    # -- keys: watching
+    # -- below: no public names
 
-    def watch(
-        self, key: str, *, recursive: bool = False, index: Optional[int] = None,
-        timeout: Optional[float] = None,
-    ) -> Result:
-        """Return the next change of `key` (with `recursive`, also of what lies below).
+    def _put(self, key: str, fields: Mapping[str, _Field]) -> Result:
+        form = _encode_fields(fields).encode()
+        return self._perform(_Call("PUT", _keys_target(key, {}), _parse_result, form))
 
-        index    the first change to consider: modified_index + 1 of the last one seen; None: now
-        timeout  seconds to wait for a change; None: for ever.  Raises WatchTimeout.
+    def _delete(self, key: str, query: Mapping[str, _Field]) -> Result:
+        return self._perform(_Call("DELETE", _keys_target(key, query), _parse_result))
 
-        Raises EventIndexCleared if `index` is more than 1000 changes back.
-        """
-        with Watch(self, key, recursive=recursive, index=index, timeout=timeout) as events:
-            return next(events)
+    @staticmethod
+    def _conditions(prev_value: Optional[str], prev_index: Optional[int]) -> Dict[str, _Field]:
+        # To the server prevIndex=0 is no condition at all: the write would be unconditional.
+        if prev_value is None and prev_index is None:
+            raise ValueError("prev_value or prev_index is needed")
+        if prev_index is not None and prev_index < 1:
+            raise ValueError("prev_index is a modified index, 1 or more")
+        return {"prevValue": prev_value, "prevIndex": prev_index}
 
-    def watch_iter(
-        self, key: str, *, recursive: bool = False, index: Optional[int] = None,
-        relist: bool = False,
-    ) -> Watch:
-        """Return an endless iterator over the changes of `key`; see Watch."""
-        return Watch(self, key, recursive=recursive, index=index, relist=relist)
 
-    # -- cluster
+class _Cluster(_Caller):
+    """Members, statistics, version, health."""
 
     def members(self) -> List[Member]:
         """Return the members of the cluster, ordered by id."""
@@ -850,112 +933,12 @@ class Client:
         timeouts = (self.connect_timeout_s, self.read_timeout_s)
         return self._request(base_url, call, self._connections(), timeouts)
 
-    def close(self) -> None:
-        """Close the calling thread's connections; other threads' close when they end."""
-        self._connections().close()
 
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    # -- below: no public names
-
-    def _put(self, key: str, fields: Mapping[str, _Field]) -> Result:
-        form = _encode_fields(fields).encode()
-        return self._perform(_Call("PUT", _keys_target(key, {}), _parse_result, form))
-
-    def _delete(self, key: str, query: Mapping[str, _Field]) -> Result:
-        return self._perform(_Call("DELETE", _keys_target(key, query), _parse_result))
-
-    @staticmethod
-    def _conditions(prev_value: Optional[str], prev_index: Optional[int]) -> Dict[str, _Field]:
-        # To the server prevIndex=0 is no condition at all: the write would be unconditional.
-        if prev_value is None and prev_index is None:
-            raise ValueError("prev_value or prev_index is needed")
-        if prev_index is not None and prev_index < 1:
-            raise ValueError("prev_index is a modified index, 1 or more")
-        return {"prevValue": prev_value, "prevIndex": prev_index}
-
-    def _connections(self) -> _Connections:
-        connections: Optional[_Connections] = getattr(self._local, "connections", None)
-        if connections is None or connections.pid != os.getpid():
-            connections = self._local.connections = _Connections()
-        return connections
-
-    def _perform(self, call: _Call[_T]) -> _T:
-        """Send `call` to one endpoint after the other, as long as that is safe.
-
-        Raises the error of the endpoint tried first, with those of the others in `failures`.
-        """
-        deadline = time.monotonic() + self.total_timeout_s
-        failures: List[EtcdError] = []
-        for endpoint in self.endpoints.candidates():
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                break
-            timeouts = (min(self.connect_timeout_s, left_s), min(self.read_timeout_s, left_s))
-            try:
-                return self._request(endpoint, call, self._connections(), timeouts)
-            except EtcdError as error:
-                self._note_failure(endpoint, call, error)
-                failures.append(error)
-        failures[0].others = tuple(failures[1:])
-        raise failures[0]
-
-    def _note_failure(self, endpoint: str, call: _Call[Any], error: EtcdError) -> None:
-        """Give up `endpoint` if it failed; raise `error` again unless the next may be tried."""
-        if not _is_endpoint_failure(error):
-            raise error
-        self.endpoints.failed(endpoint)
-        never_sent = isinstance(error, ConnectionFailed) and not error.maybe_applied
-        if call.write and not never_sent:
-            raise error
-
-    def _request(
-        self, endpoint: str, call: _Call[_T], connections: _Connections,
-        timeouts: Tuple[float, float],
-    ) -> _T:
-        """Send `call` to `endpoint` once and return what its answer means."""
-        session = connections.ready()
-        try:
-            # Redirects of reads are followed.  A write that is redirected may already have been
-            # carried out by who redirects it, so that is an error.
-            with session.request(
-                call.method, endpoint + call.target, data=call.form, timeout=timeouts, stream=True,
-                headers=_FORM_HEADERS if call.form is not None else None,
-                allow_redirects=not call.write,
-            ) as response:
-                if call.on_head is not None and response.status_code == 200:
-                    call.on_head(_Reply(response.status_code, response.headers, b""))
-                reply = _Reply(response.status_code, response.headers, response.content)
-        except requests.RequestException as error:
-            raise _transport_error(error, endpoint, write=call.write) from error
-        connections.used()
-        self._check_cluster(endpoint, call, reply)
-        return self._judge(endpoint, call, reply)
-
-    def _check_cluster(self, endpoint: str, call: _Call[Any], reply: _Reply) -> None:
-        cluster_id = reply.headers.get("X-Etcd-Cluster-Id")
-        if cluster_id is None:                      # /version, /health, stats
-            return
-        known = self.cluster_id = self.cluster_id or cluster_id
-        if known != cluster_id:
-            raise ClusterIdChanged(
-                f"cluster id is {cluster_id}, was {known}", status=reply.status,
-                endpoint=endpoint, maybe_applied=call.write and reply.status in _SUCCESS)
-
-    def _judge(self, endpoint: str, call: _Call[_T], reply: _Reply) -> _T:
-        if reply.status not in call.statuses:
-            raise _status_error(reply, endpoint, write=call.write)
-        try:
-            return call.parse(reply)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BadReply(
-                f"the answer cannot be understood ({error or type(error).__name__})",
-                status=reply.status, endpoint=endpoint, maybe_applied=call.write) from error
-
+# ============================================================================
+# 5. Watching
+# ----------------------------------------------------------------------------
+# Knows: sections 1-4.
+# ============================================================================
 
 class Watch:
     """An endless iterator over the changes of a key; made by Client.watch_iter.
@@ -980,7 +963,7 @@ class Watch:
     """
 
     def __init__(
-        self, client: Client, key: str, *, recursive: bool = False, index: Optional[int] = None,
+        self, client: _Keys, key: str, *, recursive: bool = False, index: Optional[int] = None,
         relist: bool = False, timeout: Optional[float] = None,
     ) -> None:
         self.index = index or None                  # next to ask for; 0 is "now" too
@@ -1086,10 +1069,65 @@ class Watch:
         return result
 
 
+class _Watching(_Keys):
+    """The verbs that wait for changes."""
+
+    def watch(
+        self, key: str, *, recursive: bool = False, index: Optional[int] = None,
+        timeout: Optional[float] = None,
+    ) -> Result:
+        """Return the next change of `key` (with `recursive`, also of what lies below).
+
+        index    the first change to consider: modified_index + 1 of the last one seen; None: now
+        timeout  seconds to wait for a change; None: for ever.  Raises WatchTimeout.
+
+        Raises EventIndexCleared if `index` is more than 1000 changes back.
+        """
+        with Watch(self, key, recursive=recursive, index=index, timeout=timeout) as events:
+            return next(events)
+
+    def watch_iter(
+        self, key: str, *, recursive: bool = False, index: Optional[int] = None,
+        relist: bool = False,
+    ) -> Watch:
+        """Return an endless iterator over the changes of `key`; see Watch."""
+        return Watch(self, key, recursive=recursive, index=index, relist=relist)
+
+
 # ============================================================================
-# 5. Command line -- commands, output and exit codes of etcdctl 2.3
+# 6. Users and roles
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, through the public names of Client.
+# Knows: sections 1-4.
+# ============================================================================
+
+# ============================================================================
+# 7. Client -- all of it under one name
+# ----------------------------------------------------------------------------
+# Knows: sections 1-6.
+# ============================================================================
+
+class Client(_Watching, _Cluster):
+    """A connection to an etcd cluster; safe to share between threads.
+
+    Client()                               http://127.0.0.1:2379
+    Client("http://h:p", "h:p", ...)       several members of one cluster
+    Client(endpoints=[...])                the same
+
+    connect_timeout_s  to make a connection
+    read_timeout_s     for each silence of the server; below 7 it may cut short etcd's own answer
+    total_timeout_s    for a call over all endpoints: when it has passed no other one is tried
+
+    Every keys method returns a Result and raises an EtcdError.  Keys may be written with or
+    without the leading slash.  Nothing is sent before the first call.
+
+    Thread: any.  Each thread has connections of its own, so calls never wait for each other.
+    """
+
+
+# ============================================================================
+# 9. Command line -- commands, output and exit codes of etcdctl 2.3
+# ----------------------------------------------------------------------------
+# Knows: sections 1-8, through the public names of Client.
 # ============================================================================
 
 CLI_ENDPOINTS = "http://127.0.0.1:2379,http://127.0.0.1:4001"
