@@ -45,6 +45,7 @@ from dataclasses import dataclass, field
 from typing import (
     Any,
     Callable,
+    ClassVar,
     Dict,
     FrozenSet,
     Generic,
@@ -73,9 +74,14 @@ __all__ = [
     "EtcdError", "ApiError", "KeyNotFound", "CompareFailed", "NotFile", "NotDir", "NodeExists",
     "RootReadOnly", "DirNotEmpty", "Unauthorized", "PrevValueRequired", "TtlNotANumber",
     "IndexNotANumber", "InvalidField", "InvalidForm", "RefreshValue", "RefreshTtlRequired",
-    "RaftInternal", "EventIndexCleared", "HttpError", "BadReply", "TransportError",
-    "ConnectionFailed", "RequestTimeout", "WatchTimeout", "ClusterIdChanged",
-    "Node", "Result", "Member", "Endpoints", "Watch", "Client", "main",
+    "RaftInternal", "LeaderElectionInProgress", "WatcherCleared", "EventIndexCleared",
+    "HttpError", "BadReply", "TransportError", "ConnectionFailed", "RequestTimeout",
+    "WatchTimeout", "ClusterIdChanged", "LockExpired", "EtcdKeyError", "EtcdValueError",
+    "EtcdException", "EtcdKeyNotFound", "EtcdCompareFailed", "EtcdNotFile", "EtcdNotDir",
+    "EtcdAlreadyExist", "EtcdRootReadOnly", "EtcdDirNotEmpty", "EtcdInsufficientPermissions",
+    "EtcdLeaderElectionInProgress", "EtcdWatcherCleared", "EtcdEventIndexCleared",
+    "EtcdConnectionFailed", "EtcdWatchTimedOut", "EtcdClusterIdChanged", "EtcdLockExpired",
+    "Node", "EtcdResult", "Result", "Member", "Endpoints", "Watch", "Client", "main",
 ]
 
 DEFAULT_ENDPOINT = "http://127.0.0.1:2379"
@@ -95,38 +101,75 @@ REDIRECTS_MAX = 5               # of one read; more raise BadReply
 # Knows: nothing.
 # ============================================================================
 
+_CODES_BY_STATUS = {401: 110, 404: 100}         # of answers without a code: members, auth
+
+
 class EtcdError(Exception):
     """Root of everything this module raises about a server or the way to it.
 
     message        what went wrong, without the endpoint
+    payload        the JSON of the error answer and its HTTP `status`; {} if there was no answer
     code           etcd's error code; 0 if the answer had none, or there was no answer
-    cause          etcd's cause, usually the key
     index          etcd index at the time of the error
     status         HTTP status; 0 if there was no answer
     endpoint       base URL of the server that was asked
     maybe_applied  True if this was a write which may have been, or may yet be, applied
+
+    python-etcd calls it EtcdException.
     """
 
     code = 0
+    error_exceptions: ClassVar[Dict[int, Type[EtcdError]]] = {}     # by etcd's code; may be changed
 
     def __init__(
-        self, message: str = "", *, code: Optional[int] = None, cause: str = "", index: int = 0,
-        status: int = 0, endpoint: str = "", maybe_applied: bool = False,
+        self, message: Optional[str] = "", payload: Optional[Mapping[str, Any]] = None,
+        cause: Any = "", *, code: Optional[int] = None, index: int = 0, status: int = 0,
+        endpoint: str = "", maybe_applied: bool = False,
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        super().__init__(message or "")
+        self.message = message or ""
+        self.payload: Dict[str, Any] = dict(payload or {})
         self.code = self.code if code is None else code
-        self.cause = cause
         self.index = index
         self.status = status
         self.endpoint = endpoint
         self.maybe_applied = maybe_applied
         self.others: Tuple[EtcdError, ...] = ()     # from the endpoints tried after this one
+        self._cause = cause
+
+    @property
+    def cause(self) -> Any:
+        """etcd's cause, usually the key; without an answer, the exception from below."""
+        return self._cause or self.__cause__ or ""
 
     @property
     def failures(self) -> Tuple[EtcdError, ...]:
         """One error per endpoint that was tried, in order; the first is this one."""
         return (self, *self.others)
+
+    @classmethod
+    def from_payload(
+        cls, payload: Mapping[str, Any], *, endpoint: str = "", maybe_applied: bool = False,
+    ) -> EtcdError:
+        """Return the error that the JSON of an answer, with its HTTP `status`, stands for.
+
+        The keys API tells by a code.  Members and auth tell by the status: 401 is Unauthorized,
+        404 KeyNotFound, anything else HttpError.
+        """
+        status, message = payload.get("status", 0), str(payload.get("message", ""))
+        code, index = payload.get("errorCode"), payload.get("index")
+        if not isinstance(code, int):
+            code = _CODES_BY_STATUS.get(status, 0)
+        error_class = cls.error_exceptions.get(code, ApiError if code else HttpError)
+        return error_class(
+            message or f"HTTP status {status}", payload, str(payload.get("cause", "")),
+            code=code, index=index if isinstance(index, int) else 0, status=status,
+            endpoint=endpoint, maybe_applied=maybe_applied)
+
+    @classmethod
+    def handle(cls, payload: Mapping[str, Any]) -> NoReturn:
+        """Raise the error that the JSON of an answer stands for."""
+        raise cls.from_payload(payload)
 
     def describe(self) -> str:
         """Return this error alone, as one line."""
@@ -142,10 +185,10 @@ class ApiError(EtcdError):
 
     def describe(self) -> str:
         """Return code, message, cause and index in the form etcdctl prints them."""
+        if not self.cause and not self.index:       # of the members or auth API, or our own
+            return super().describe()
         return f"{self.code}: {self.message} ({self.cause}) [{self.index}]"
 
-
-_API_ERRORS: Dict[int, Type[ApiError]] = {}
 
 _ApiErrorType = TypeVar("_ApiErrorType", bound=Type[ApiError])
 
@@ -154,89 +197,110 @@ def _registered(code: int) -> Callable[[_ApiErrorType], _ApiErrorType]:
     """Make the decorated class the one raised for error `code`."""
     def register(error_class: _ApiErrorType) -> _ApiErrorType:
         error_class.code = code
-        _API_ERRORS[code] = error_class
+        EtcdError.error_exceptions[code] = error_class
         return error_class
     return register
 
 
+class EtcdKeyError(ApiError):
+    """The tree does not allow it: there is no such key, or not of the kind that is needed."""
+
+
+class EtcdValueError(ApiError, ValueError):
+    """A value does not fit: an argument (raised before anything is sent), or one compared with."""
+
+
+EtcdError.error_exceptions.update(dict.fromkeys((200, *range(204, 209)), EtcdValueError))
+
+
 @_registered(100)
-class KeyNotFound(ApiError):
-    """A path component does not exist; the cause is its path."""
+class KeyNotFound(EtcdKeyError):
+    """A path component does not exist; the cause is its path.  Also: no such user, role, member."""
 
 
 @_registered(101)
-class CompareFailed(ApiError):
+class CompareFailed(EtcdValueError):
     """prev_value or prev_index does not hold; the cause shows given and stored."""
 
 
 @_registered(102)
-class NotFile(ApiError):
+class NotFile(EtcdKeyError):
     """A directory stands where a file is needed."""
 
 
 @_registered(104)
-class NotDir(ApiError):
+class NotDir(EtcdKeyError):
     """A file stands in the middle of the path."""
 
 
 @_registered(105)
-class NodeExists(ApiError):
+class NodeExists(EtcdKeyError):
     """create or mkdir found the key."""
 
 
 @_registered(107)
-class RootReadOnly(ApiError):
+class RootReadOnly(EtcdKeyError):
     """The root cannot be changed."""
 
 
 @_registered(108)
-class DirNotEmpty(ApiError):
+class DirNotEmpty(EtcdValueError):
     """Deleting a directory with children, hidden ones included, needs recursive=True."""
 
 
 @_registered(110)
 class Unauthorized(ApiError):
-    """Auth is enabled and the request lacks the right."""
+    """Auth is enabled and the request lacks the right, or user and password are wrong."""
 
 
 @_registered(201)
-class PrevValueRequired(ApiError):
+class PrevValueRequired(EtcdValueError):
     """prev_value was given, but empty."""
 
 
 @_registered(202)
-class TtlNotANumber(ApiError):
+class TtlNotANumber(EtcdValueError):
     """ttl is not an unsigned integer."""
 
 
 @_registered(203)
-class IndexNotANumber(ApiError):
+class IndexNotANumber(EtcdValueError):
     """prev_index or index is not an unsigned integer."""
 
 
 @_registered(209)
-class InvalidField(ApiError):
+class InvalidField(EtcdValueError):
     """A boolean parameter has another value, or does not fit the method."""
 
 
 @_registered(210)
-class InvalidForm(ApiError):
+class InvalidForm(EtcdValueError):
     """The query or the body cannot be parsed, or is too large (10 MiB)."""
 
 
 @_registered(211)
-class RefreshValue(ApiError):
+class RefreshValue(EtcdValueError):
     """A refresh came with a value."""
 
 
 @_registered(212)
-class RefreshTtlRequired(ApiError):
+class RefreshTtlRequired(EtcdValueError):
     """A refresh came without a ttl."""
 
 
 @_registered(300)
 class RaftInternal(ApiError):
     """The request did not get through consensus in time; a write may be applied later."""
+
+
+@_registered(301)
+class LeaderElectionInProgress(ApiError):
+    """There is no leader at the moment."""
+
+
+@_registered(400)
+class WatcherCleared(ApiError):
+    """The member restored a snapshot, and its watchers with it."""
 
 
 @_registered(401)
@@ -253,13 +317,13 @@ class TransportError(EtcdError):
 
 
 class ConnectionFailed(TransportError):
-    """The connection could not be made, or broke.
+    """The connection could not be made, broke, or brought no answer.
 
     For a write, maybe_applied=False means that it was never made: the request was not sent.
     """
 
 
-class RequestTimeout(TransportError):
+class RequestTimeout(ConnectionFailed):
     """The server did not answer in time."""
 
 
@@ -278,6 +342,29 @@ class ClusterIdChanged(TransportError):
     """
 
 
+class LockExpired(EtcdError):
+    """The key of a lock was gone while its holder still waited for it or relied on it."""
+
+
+# What python-etcd calls them.
+EtcdException = EtcdError
+EtcdKeyNotFound = KeyNotFound
+EtcdCompareFailed = CompareFailed
+EtcdNotFile = NotFile
+EtcdNotDir = NotDir
+EtcdAlreadyExist = NodeExists
+EtcdRootReadOnly = RootReadOnly
+EtcdDirNotEmpty = DirNotEmpty
+EtcdInsufficientPermissions = Unauthorized
+EtcdLeaderElectionInProgress = LeaderElectionInProgress
+EtcdWatcherCleared = WatcherCleared
+EtcdEventIndexCleared = EventIndexCleared
+EtcdConnectionFailed = ConnectionFailed
+EtcdWatchTimedOut = WatchTimeout
+EtcdClusterIdChanged = ClusterIdChanged
+EtcdLockExpired = LockExpired
+
+
 # ============================================================================
 # 2. Results -- frozen values made from the JSON of an answer
 # ----------------------------------------------------------------------------
@@ -288,11 +375,24 @@ _T = TypeVar("_T")
 
 
 class _Reply(NamedTuple):
-    """One HTTP answer, read to its end."""
+    """One HTTP answer, read to its end; what `Client.api_execute` returns."""
 
     status: int
     headers: Mapping[str, str]      # names in any case
     body: bytes
+
+    @property
+    def data(self) -> bytes:
+        """The body, as python-etcd calls it."""
+        return self.body
+
+    def getheader(self, name: str, default: Optional[str] = None) -> Optional[str]:
+        """Return a header by its name in any case."""
+        return self.headers.get(name, default)
+
+    def getheaders(self) -> Mapping[str, str]:
+        """Return all headers; names are found in any case."""
+        return self.headers
 
     def header_number(self, name: str) -> int:
         """Return a numeric header; 0 if it is missing or not a number."""
@@ -346,22 +446,46 @@ class Node:
             yield from child.walk()
 
 
-@dataclass(frozen=True)
-class Result:
-    """The answer to a keys request, or an event of a watch.
+class EtcdResult:
+    """The answer to a keys request, or an event of a watch; or one node of a listing.
 
-    action      get, set, create, update, delete, compareAndSwap, compareAndDelete, expire
+    action      get, set, create, update, delete, compareAndSwap, compareAndDelete, expire; ""
+                for a node of a listing
+    node        what is there now, as a frozen Node
     prev_node   what was there before; None if nothing was, and for get and create
+    new_key     whether the request made the key
     etcd_index  store index when the request was answered (for an event: accepted)
+    relisted    True for an event which a watch worked out by comparing listings, see Watch
+
+    The attributes of `node` are attributes of the result too, also by python-etcd's names.  Only
+    `value` and `ttl` can be assigned: `client.update(result)` then writes them.  Results are
+    equal if they show the same node.
     """
 
     action: str
     node: Node
-    prev_node: Optional[Node] = None
-    etcd_index: int = 0
-    raft_index: int = 0
-    raft_term: int = 0
-    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    prev_node: Optional[Node]
+    new_key: bool
+    etcd_index: int
+    raft_index: int
+    raft_term: int
+    relisted: bool
+    raw: Mapping[str, Any]
+    value: Optional[str]
+    ttl: Optional[int]
+
+    def __init__(
+        self, action: Optional[str] = None, node: Union[Node, Mapping[str, Any], None] = None,
+        prevNode: Union[Node, Mapping[str, Any], None] = None, *, new_key: bool = False,
+        etcd_index: int = 0, raft_index: int = 0, raft_term: int = 0, relisted: bool = False,
+        raw: Optional[Mapping[str, Any]] = None,
+    ) -> None:
+        present = _as_node(node or {})
+        self.__dict__.update(
+            action=action or "", node=present,
+            prev_node=None if prevNode is None else _as_node(prevNode),
+            new_key=new_key, etcd_index=etcd_index, raft_index=raft_index, raft_term=raft_term,
+            relisted=relisted, raw=raw or {}, value=present.value, ttl=present.ttl)
 
     @property
     def key(self) -> str:
@@ -369,9 +493,14 @@ class Result:
         return self.node.key
 
     @property
-    def value(self) -> Optional[str]:
-        """Value of the node; None for a directory and after a delete."""
-        return self.node.value
+    def dir(self) -> bool:
+        """Whether the node is a directory."""
+        return self.node.dir
+
+    @property
+    def expiration(self) -> Optional[str]:
+        """RFC 3339 instant in UTC; None if permanent."""
+        return self.node.expiration
 
     @property
     def modified_index(self) -> int:
@@ -387,6 +516,68 @@ class Result:
     def nodes(self) -> Tuple[Node, ...]:
         """Visible children of a listed directory."""
         return self.node.nodes
+
+    @property
+    def modifiedIndex(self) -> int:
+        """`modified_index`, as python-etcd calls it."""
+        return self.node.modified_index
+
+    @property
+    def createdIndex(self) -> int:
+        """`created_index`, as python-etcd calls it."""
+        return self.node.created_index
+
+    @property
+    def newKey(self) -> bool:
+        """`new_key`, as python-etcd calls it."""
+        return self.new_key
+
+    @property
+    def _prev_node(self) -> Optional[EtcdResult]:
+        return None if self.prev_node is None else EtcdResult(node=self.prev_node)
+
+    def get_subtree(self, leaves_only: bool = False) -> Iterator[EtcdResult]:
+        """Yield this node and all listed below it, parents before their children.
+
+        leaves_only  only those without children: files and empty directories
+        """
+        if not self.nodes or not leaves_only:
+            yield self
+        for child in self.nodes:
+            yield from EtcdResult(node=child).get_subtree(leaves_only)
+
+    @property
+    def leaves(self) -> Iterator[EtcdResult]:
+        """Files and empty directories listed below; for a file or an empty directory, itself."""
+        return self.get_subtree(leaves_only=True)
+
+    @property
+    def children(self) -> Iterator[EtcdResult]:
+        """The same as `leaves`; `nodes` has the direct children."""
+        return self.leaves
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("value", "ttl"):
+            raise AttributeError(f"only value and ttl of a result can be assigned, not {name}")
+        self.__dict__[name] = value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EtcdResult):
+            return NotImplemented
+        return (self.node, self.value, self.ttl, self.new_key) == (
+            other.node, other.value, other.ttl, other.new_key)
+
+    __hash__ = None                 # type: ignore[assignment]  # value and ttl may change
+
+    def __repr__(self) -> str:
+        return f"EtcdResult({self.action!r}, {self.node!r}, {self.prev_node!r})"
+
+
+Result = EtcdResult
+
+
+def _as_node(node: Union[Node, Mapping[str, Any]]) -> Node:
+    return node if isinstance(node, Node) else Node.from_json(node)
 
 
 @dataclass(frozen=True)
@@ -414,18 +605,17 @@ def _expect_object(payload: Any) -> Dict[str, Any]:
     return payload
 
 
-def _parse_result(reply: _Reply) -> Result:
+def _parse_result(reply: _Reply) -> EtcdResult:
     raw = _expect_object(reply.json())
     previous = raw.get("prevNode")
-    return Result(
-        action=raw["action"],
-        node=Node.from_json(_expect_object(raw["node"])),
-        prev_node=None if previous is None else Node.from_json(_expect_object(previous)),
+    return EtcdResult(
+        raw["action"], _expect_object(raw["node"]),
+        None if previous is None else _expect_object(previous),
+        new_key=reply.status == 201,
         etcd_index=reply.header_number("X-Etcd-Index"),
         raft_index=reply.header_number("X-Raft-Index"),
         raft_term=reply.header_number("X-Raft-Term"),
-        raw=raw,
-    )
+        raw=raw)
 
 
 def _parse_object(reply: _Reply) -> Dict[str, Any]:
@@ -593,21 +783,17 @@ def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
     """
     maybe_applied = write and reply.status >= 500
     try:
-        raw = _expect_object(reply.json())
+        payload = {**_expect_object(reply.json()), "status": reply.status}
     except (ValueError, RecursionError):
-        raw = {}
-    code, message = raw.get("errorCode"), str(raw.get("message", ""))
-    if isinstance(code, int):
-        index = raw.get("index")
-        return _API_ERRORS.get(code, ApiError)(
-            message, code=code, cause=str(raw.get("cause", "")),
-            index=index if isinstance(index, int) else 0,
-            status=reply.status, endpoint=endpoint, maybe_applied=maybe_applied)
+        payload = {"status": reply.status}
+    of_etcd = reply.status >= 400 and "X-Etcd-Cluster-Id" in reply.headers
+    if of_etcd or isinstance(payload.get("errorCode"), int):
+        return EtcdError.from_payload(payload, endpoint=endpoint, maybe_applied=maybe_applied)
+    message = str(payload.get("message", "")) or f"HTTP status {reply.status}"
     if 300 <= reply.status < 400:
         message = f"redirected to {reply.headers.get('Location')}: not followed"
-    return HttpError(
-        message or f"HTTP status {reply.status}", status=reply.status, endpoint=endpoint,
-        maybe_applied=maybe_applied)
+    return HttpError(                               # whoever it was, it was not etcd
+        message, payload, status=reply.status, endpoint=endpoint, maybe_applied=maybe_applied)
 
 
 # ============================================================================
