@@ -3,7 +3,7 @@
     from pyetcd_client import Client, KeyNotFound
 
     client = Client()                                  # http://127.0.0.1:2379
-    client = Client("http://10.0.0.1:2379", "10.0.0.2:2379")
+    client = Client(["http://10.0.0.1:2379", "10.0.0.2:2379"])
     client.set("foo", "bar", ttl=60).modified_index
     client.get("foo").value
     client.compare_and_swap("foo", "new", prev_value="bar")
@@ -86,7 +86,7 @@ __all__ = [
 
 DEFAULT_ENDPOINT = "http://127.0.0.1:2379"
 CONNECT_TIMEOUT_S = 2.0         # per address of an endpoint; then the next endpoint is tried
-READ_TIMEOUT_S = 10.0           # silence of a server; above the 7 s after which etcd gives up
+READ_TIMEOUT_S = 60.0           # silence of a server; above the 7 s after which etcd gives up
 TOTAL_TIMEOUT_S = 30.0          # one call over all endpoints; when it is over no other one is tried
 IDLE_CLOSE_S = 3.0              # a connection that was idle for longer is not used again
 WATCH_POLL_S = 60.0             # a silent watch is asked anew, so that a dead peer is noticed
@@ -649,10 +649,13 @@ def _parse_version(reply: _Reply) -> Dict[str, str]:
 # Knows: sections 1-2.  Turns what requests and urllib3 raise into section 1.
 # ============================================================================
 
-def _base_url(text: str) -> str:
+_Address = Union[str, Tuple[str, int]]              # a URL, host, host:port, or (host, port)
+
+
+def _base_url(text: str, protocol: str = "http") -> str:
     """Return `text` as scheme://host:port; raise ValueError if it does not name a server."""
     url = text.strip()
-    url = url if "://" in url else f"http://{url}"
+    url = url if "://" in url else f"{protocol}://{url}"
     parts = urlsplit(url)
     try:
         valid = parts.port != 0
@@ -663,6 +666,23 @@ def _base_url(text: str) -> str:
     if parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None:
         raise ValueError(f"endpoint {text!r} has more than a scheme, a host and a port")
     return f"{parts.scheme}://{parts.netloc}"
+
+
+def _listed_urls(host: Union[str, Sequence[_Address]], port: int, protocol: str) -> List[str]:
+    """Return the URLs of the servers in `host`; `port` is for those that come without one."""
+    urls: List[str] = []
+    for item in [host] if isinstance(host, str) else host:
+        if isinstance(item, str):
+            urls.extend(_with_port(_base_url(part, protocol), port) for part in item.split(","))
+        else:
+            name, number = item
+            address = f"[{name}]:{number}" if ":" in name else f"{name}:{number}"
+            urls.append(_base_url(address, protocol))
+    return urls
+
+
+def _with_port(url: str, port: int) -> str:
+    return url if urlsplit(url).port is not None else _base_url(f"{url}:{port}")
 
 
 class Endpoints:
@@ -872,20 +892,28 @@ class _Caller:
     """What all parts of a client share: endpoints, connections, and the way a call goes."""
 
     def __init__(
-        self, *urls: str, endpoints: Optional[Iterable[str]] = None,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S, read_timeout_s: float = READ_TIMEOUT_S,
-        total_timeout_s: float = TOTAL_TIMEOUT_S,
+        self, host: Union[str, Sequence[_Address]] = "127.0.0.1", port: int = 2379,
+        srv_domain: Optional[str] = None, version_prefix: str = "/v2",
+        read_timeout: float = READ_TIMEOUT_S, allow_redirect: bool = True, protocol: str = "http",
+        cert: Union[None, str, Tuple[str, str]] = None, ca_cert: Optional[str] = None,
+        username: Optional[str] = None, password: Optional[str] = None,
+        allow_reconnect: bool = True, use_proxies: bool = False,
+        expected_cluster_id: Optional[str] = None, per_host_pool_size: int = 10,
+        lock_prefix: str = "/_locks", *, endpoints: Optional[Iterable[str]] = None,
+        connect_timeout: float = CONNECT_TIMEOUT_S, total_timeout: float = TOTAL_TIMEOUT_S,
     ) -> None:
-        if urls and endpoints is not None:
-            raise ValueError("give endpoints either as arguments or as endpoints=, not both")
-        if min(connect_timeout_s, read_timeout_s, total_timeout_s) <= 0:
+        if min(connect_timeout, read_timeout, total_timeout) <= 0:
             raise ValueError("timeouts are seconds above 0")
         self.endpoints = Endpoints(
-            (urls or (DEFAULT_ENDPOINT,)) if endpoints is None else endpoints)
-        self.cluster_id: Optional[str] = None       # hex; from the first answer
-        self.connect_timeout_s = connect_timeout_s
-        self.read_timeout_s = read_timeout_s
-        self.total_timeout_s = total_timeout_s
+            _listed_urls(host, port, protocol) if endpoints is None else endpoints)
+        self.version_prefix = version_prefix
+        self.read_timeout = read_timeout
+        self.allow_redirect = allow_redirect
+        self.username, self.password = username, password
+        self.lock_prefix = lock_prefix
+        self.cluster_id = expected_cluster_id       # hex; from the first answer if not given
+        self.connect_timeout = connect_timeout
+        self.total_timeout = total_timeout
         self._local = threading.local()             # .connections: those of the calling thread
 
     def close(self) -> None:
@@ -911,13 +939,13 @@ class _Caller:
 
         Raises the error of the endpoint tried first, with those of the others in `failures`.
         """
-        deadline = time.monotonic() + self.total_timeout_s
+        deadline = time.monotonic() + self.total_timeout
         failures: List[EtcdError] = []
         for endpoint in self.endpoints.candidates():
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 break
-            timeouts = (min(self.connect_timeout_s, left_s), min(self.read_timeout_s, left_s))
+            timeouts = (min(self.connect_timeout, left_s), min(self.read_timeout, left_s))
             try:
                 return self._request(endpoint, call, self._connections(), timeouts)
             except EtcdError as error:
@@ -1116,7 +1144,7 @@ class _Cluster(_Caller):
         """
         base_url = self.endpoints.current if endpoint is None else _base_url(endpoint)
         call = _Call("GET", "/health", _parse_health, statuses=_HEALTH_STATUSES)
-        timeouts = (self.connect_timeout_s, self.read_timeout_s)
+        timeouts = (self.connect_timeout, self.read_timeout)
         return self._request(base_url, call, self._connections(), timeouts)
 
 
@@ -1214,7 +1242,7 @@ class Watch:
         query: Dict[str, _Field] = {
             "wait": True, "recursive": self._recursive or None, "waitIndex": self.index}
         call = _Call("GET", _keys_target(self._key, query), _parse_result, on_head=self._on_head)
-        timeouts = (min(self._client.connect_timeout_s, wait_s), wait_s)
+        timeouts = (min(self._client.connect_timeout, wait_s), wait_s)
         result = self._client._request(endpoint, call, self._connections, timeouts)
         self.index = result.modified_index + 1
         return result
@@ -1295,13 +1323,14 @@ class _Watching(_Keys):
 class Client(_Watching, _Cluster):
     """A connection to an etcd cluster; safe to share between threads.
 
-    Client()                               http://127.0.0.1:2379
-    Client("http://h:p", "h:p", ...)       several members of one cluster
-    Client(endpoints=[...])                the same
+    Client()                                        http://127.0.0.1:2379
+    Client("10.0.0.1", 2379)                        one server
+    Client(["http://h:p", "h:p", ("h", p), ...])    several members of one cluster
+    Client(endpoints=[...])                         the same
 
-    connect_timeout_s  to make a connection
-    read_timeout_s     for each silence of the server; below 7 it may cut short etcd's own answer
-    total_timeout_s    for a call over all endpoints: when it has passed no other one is tried
+    connect_timeout  seconds to make a connection
+    read_timeout     seconds for each silence of the server
+    total_timeout    seconds for a call over all endpoints
 
     Every keys method returns a Result and raises an EtcdError.  Keys may be written with or
     without the leading slash.  Nothing is sent before the first call.
@@ -1767,8 +1796,8 @@ def _make_client(options: _Options, endpoints: Iterable[str]) -> Client:
     request_s = _parse_duration(options.text("timeout") or "1s")
     total_s = _parse_duration(options.text("total-timeout") or "5s")
     try:
-        return Client(endpoints=endpoints, connect_timeout_s=request_s, read_timeout_s=request_s,
-                      total_timeout_s=total_s)
+        return Client(endpoints=endpoints, connect_timeout=request_s, read_timeout=request_s,
+                      total_timeout=total_s)
     except ValueError as error:
         raise _ExitError(str(error), EXIT_BAD_ARGS) from error
 

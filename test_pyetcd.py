@@ -11972,7 +11972,7 @@ def test_client_api_threads_share_a_client(_client, _client_dir):
 
 
 def test_client_api_falls_over_from_a_dead_endpoint(_client_server, _client_dir):
-    with Client(_client_dead_url(), _client_server.url) as client:
+    with Client([_client_dead_url(), _client_server.url]) as client:
         client.set(_client_dir, "v")
         assert client.endpoints.current == _client_server.url       # and stays there
         assert client.get(_client_dir).value == "v"
@@ -12092,7 +12092,7 @@ def test_client_watch_silence_is_not_a_failed_endpoint(monkeypatch):
         hold.wait(_CLIENT_WAIT_S)
 
     with _ClientRawServer(silent, silent, _client_event(9)) as server, _ClientRawServer(
-            _CLIENT_GOOD) as other, Client(server.url, other.url) as client:
+            _CLIENT_GOOD) as other, Client([server.url, other.url]) as client:
         assert client.watch("k").value == "v9"
         hold.set()
         assert client.endpoints.current == server.url and other.requests == []
@@ -12102,7 +12102,7 @@ def test_client_watch_moves_on_from_a_server_that_says_nothing_at_all(monkeypatc
     monkeypatch.setattr(pyetcd_client, "WATCH_POLL_S", 0.1)
     hold = threading.Event()
     with _ClientRawServer(lambda _: hold.wait(_CLIENT_WAIT_S)) as dumb, _ClientRawServer(
-            _client_event(9)) as server, Client(dumb.url, server.url) as client:
+            _client_event(9)) as server, Client([dumb.url, server.url]) as client:
         assert client.watch("k").value == "v9"
         hold.set()
 
@@ -12120,7 +12120,7 @@ def test_client_watch_outlives_bad_answers(bad, monkeypatch):
 
 
 def test_client_watch_that_never_reached_a_server_says_so():
-    with Client(_client_dead_url(), _client_dead_url()) as client:
+    with Client([_client_dead_url(), _client_dead_url()]) as client:
         with pytest.raises(pyetcd_client.ConnectionFailed):
             next(client.watch_iter("k"))
 
@@ -12177,7 +12177,7 @@ def _client_each_write(function):
 @_client_each_write
 def test_client_fate_lost_reply_to_a_write_is_not_sent_again(write):
     with _ClientRawServer(_client_hang_up) as server, _ClientRawServer(_CLIENT_GOOD) as other:
-        with Client(server.url, other.url) as client:
+        with Client([server.url, other.url]) as client:
             with pytest.raises(pyetcd_client.ConnectionFailed) as caught:
                 write(client)
             assert caught.value.maybe_applied
@@ -12213,12 +12213,12 @@ def test_client_fate_lost_reply_on_a_kept_connection():
         "error-300", "500", "502"])
 def test_client_fate_of_writes_and_reads(reply, error):
     with _ClientRawServer(reply) as server, _ClientRawServer(_CLIENT_GOOD) as other:
-        with Client(server.url, other.url) as client, pytest.raises(error) as caught:
+        with Client([server.url, other.url]) as client, pytest.raises(error) as caught:
             client.set("k", "v")
         assert caught.value.maybe_applied and caught.value.endpoint == server.url
         assert len(server.requests) == 1 and other.requests == []
 
-        with Client(server.url, other.url) as client:
+        with Client([server.url, other.url]) as client:
             assert client.get("k").value == "v"                     # a read just goes on
         with Client(server.url) as client, pytest.raises(error) as caught:
             client.get("k")
@@ -12229,11 +12229,11 @@ def test_client_fate_late_reply():
     hold = threading.Event()
     with _ClientRawServer(lambda _: hold.wait(_CLIENT_WAIT_S)) as server, _ClientRawServer(
             _CLIENT_GOOD) as other:
-        with Client(server.url, other.url, read_timeout_s=0.2) as client:
+        with Client([server.url, other.url], read_timeout=0.2) as client:
             with pytest.raises(pyetcd_client.RequestTimeout) as caught:
                 client.set("k", "v")
             assert caught.value.maybe_applied and other.requests == []
-        with Client(server.url, other.url, read_timeout_s=0.2) as client:
+        with Client([server.url, other.url], read_timeout=0.2) as client:
             assert client.get("k").value == "v"
         hold.set()
 
@@ -12244,7 +12244,7 @@ def test_client_fate_total_timeout_ends_the_round():
         servers = [stack.enter_context(_ClientRawServer(lambda _: hold.wait(_CLIENT_WAIT_S)))
                    for _ in range(3)]
         urls = [server.url for server in servers]
-        with Client(endpoints=urls, read_timeout_s=0.2, total_timeout_s=0.3) as client:
+        with Client(endpoints=urls, read_timeout=0.2, total_timeout=0.3) as client:
             with pytest.raises(pyetcd_client.RequestTimeout) as caught:
                 client.get("k")
         hold.set()
@@ -12253,7 +12253,8 @@ def test_client_fate_total_timeout_ends_the_round():
 
 @_client_each_write
 def test_client_fate_refused_connection_falls_over(write):
-    with _ClientRawServer(_CLIENT_GOOD) as server, Client(_client_dead_url(), server.url) as client:
+    with _ClientRawServer(_CLIENT_GOOD) as server, Client(
+            [_client_dead_url(), server.url]) as client:
         assert write(client).key == "/k"
         assert len(server.requests) == 1
 
@@ -12279,9 +12280,9 @@ def test_client_fate_connect_timeout_was_never_sent():
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
         full = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with Client(full, server.url, connect_timeout_s=0.2) as client:
+        with Client([full, server.url], connect_timeout=0.2) as client:
             assert client.set("k", "v").key == "/k"
-        with Client(full, connect_timeout_s=0.2) as client:
+        with Client(full, connect_timeout=0.2) as client:
             with pytest.raises(pyetcd_client.ConnectionFailed, match="timed out") as caught:
                 client.set("k", "v")
         assert not caught.value.maybe_applied
@@ -12290,7 +12291,7 @@ def test_client_fate_connect_timeout_was_never_sent():
 def test_client_fate_an_etcd_refusal_is_final():
     refusal = _client_reply({"errorCode": 100, "message": "Key not found", "index": 3}, status=404)
     with _ClientRawServer(refusal) as server, _ClientRawServer(_CLIENT_GOOD) as other:
-        with Client(server.url, other.url) as client, pytest.raises(pyetcd_client.KeyNotFound):
+        with Client([server.url, other.url]) as client, pytest.raises(pyetcd_client.KeyNotFound):
             client.get("k")
         assert other.requests == [] and client.endpoints.current == server.url
 
@@ -12382,13 +12383,21 @@ def test_client_fate_old_and_odd_answers():
 
 @pytest.mark.parametrize("given, urls", [
     ((), ("http://127.0.0.1:2379",)),
-    (("h:1", "https://h:2/"), ("http://h:1", "https://h:2")),
-    (("http://[::1]:2379", "h"), ("http://[::1]:2379", "http://h")),
-    (("a:1,b:2", "a:1"), ("http://a:1", "http://b:2")),
+    (("h",), ("http://h:2379",)),
+    (("h", 4001), ("http://h:4001",)),
+    ((["h:1", "https://h:2/", "g"], 7), ("http://h:1", "https://h:2", "http://g:7")),
+    ((("http://[::1]:2379", ("::1", 3), ("h", 4)),),
+     ("http://[::1]:2379", "http://[::1]:3", "http://h:4")),
+    (("a:1, b:2,a:1",), ("http://a:1", "http://b:2")),
 ])
 def test_client_unit_endpoints(given, urls):
     assert Client(*given).endpoints.urls == urls
-    assert not given or Client(endpoints=list(given)).endpoints.urls == urls
+    assert Client("ignored", endpoints=list(urls)).endpoints.urls == urls
+
+
+def test_client_unit_endpoints_take_their_scheme_from_the_protocol():
+    assert Client("h,http://g:1", protocol="https").endpoints.urls == (
+        "https://h:2379", "http://g:1")
 
 
 @pytest.mark.parametrize("url", [
@@ -12416,10 +12425,8 @@ def test_client_unit_endpoints_rotate():
 
 
 def test_client_unit_arguments():
-    with pytest.raises(ValueError, match="not both"):
-        Client("a:1", endpoints=["b:1"])
     with pytest.raises(ValueError, match="timeouts"):
-        Client(read_timeout_s=0)
+        Client(read_timeout=0)
 
 
 def test_client_unit_errors_can_be_pickled():
