@@ -7,7 +7,7 @@
     client.set("foo", "bar", ttl=60).modified_index
     client.get("foo").value
     client.compare_and_swap("foo", "new", prev_value="bar")
-    for event in client.watch_iter("/config", recursive=True):
+    for event in client.watch("/config", recursive=True):
         print(event.action, event.key, event.value)
 
 The client never guesses.  A request goes to another endpoint only if the first connection was
@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import http
 import json
+import math
 import os
 import random
 import re
@@ -42,6 +43,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import (
     Any,
     Callable,
@@ -61,6 +63,7 @@ from typing import (
     Type,
     TypeVar,
     Union,
+    overload,
 )
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -81,7 +84,8 @@ __all__ = [
     "EtcdAlreadyExist", "EtcdRootReadOnly", "EtcdDirNotEmpty", "EtcdInsufficientPermissions",
     "EtcdLeaderElectionInProgress", "EtcdWatcherCleared", "EtcdEventIndexCleared",
     "EtcdConnectionFailed", "EtcdWatchTimedOut", "EtcdClusterIdChanged", "EtcdLockExpired",
-    "Node", "EtcdResult", "Result", "Member", "Endpoints", "Watch", "Client", "main",
+    "Node", "EtcdResult", "Result", "Member", "Endpoints", "Watch", "WatchedChange", "Client",
+    "main",
 ]
 
 DEFAULT_ENDPOINT = "http://127.0.0.1:2379"
@@ -626,6 +630,24 @@ def _parse_members(reply: _Reply) -> List[Member]:
     return [Member.from_json(raw) for raw in _parse_object(reply)["members"]]
 
 
+def _parse_member(reply: _Reply) -> Member:
+    return Member.from_json(_parse_object(reply))
+
+
+def _parse_machines(reply: _Reply) -> List[str]:
+    urls = (url.strip() for url in reply.body.decode("utf-8", "replace").split(","))
+    return [url for url in urls if url]
+
+
+def _parse_nothing(reply: _Reply) -> None:
+    """There is nothing in a 204."""
+
+
+def _parse_not(reply: _Reply) -> _Reply:
+    """Return the answer as it is."""
+    return reply
+
+
 def _parse_leader(reply: _Reply) -> Optional[Member]:
     raw = _parse_object(reply)
     return Member.from_json(raw) if reply.status == 200 else None
@@ -806,7 +828,7 @@ def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
         payload = {**_expect_object(reply.json()), "status": reply.status}
     except (ValueError, RecursionError):
         payload = {"status": reply.status}
-    of_etcd = reply.status >= 400 and "X-Etcd-Cluster-Id" in reply.headers
+    of_etcd = "message" in payload and "X-Etcd-Cluster-Id" in reply.headers
     if of_etcd or isinstance(payload.get("errorCode"), int):
         return EtcdError.from_payload(payload, endpoint=endpoint, maybe_applied=maybe_applied)
     message = str(payload.get("message", "")) or f"HTTP status {reply.status}"
@@ -823,9 +845,10 @@ def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
 # ============================================================================
 
 _READS = frozenset(("GET", "HEAD"))
-_SUCCESS: FrozenSet[int] = frozenset((200, 201))
+_SUCCESS: FrozenSet[int] = frozenset((200, 201, 204))
 _HEALTH_STATUSES: FrozenSet[int] = frozenset((200, 503))    # /health, /v2/members/leader
-_FORM_HEADERS = {"Content-Type": "application/x-www-form-urlencoded"}
+_FORM_TYPE = "application/x-www-form-urlencoded"
+_JSON_TYPE = "application/json"
 
 _Field = Union[None, bool, int, str]                # a parameter; None leaves it out
 
@@ -845,6 +868,13 @@ def _clean_key(key: str) -> str:
     return "/" + "/".join(parts)
 
 
+def _text(value: object) -> str:
+    """Return a value as the text that is stored; None is the empty one, bytes are kept."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    return "" if value is None else str(value)
+
+
 def _encode_fields(fields: Mapping[str, _Field]) -> str:
     """Return the parameters that were given, form-encoded."""
     given = {
@@ -854,11 +884,39 @@ def _encode_fields(fields: Mapping[str, _Field]) -> str:
     return urlencode(given, errors="surrogateescape")
 
 
-def _keys_target(key: str, query: Mapping[str, _Field]) -> str:
+def _target(path: str, query: Mapping[str, _Field]) -> str:
     # Lone surrogates stand for bytes that are not UTF-8, as they come from sys.argv.
-    path = quote("/v2/keys" + _clean_key(key), errors="surrogateescape")
-    text = _encode_fields(query)
+    path, text = quote(path, errors="surrogateescape"), _encode_fields(query)
     return f"{path}?{text}" if text else path
+
+
+def _keys_target(key: str, query: Mapping[str, _Field], version_prefix: str = "/v2") -> str:
+    return _target(f"{version_prefix}/keys{_clean_key(key)}", query)
+
+
+class _NotGiven:
+    """Stands for a condition that is left out: None, from a careless caller, must not."""
+
+
+_NOT_GIVEN = _NotGiven()
+
+
+def _conditions(prev_value: object, prev_index: object, prev_exist: object = _NOT_GIVEN,
+                ) -> Dict[str, _Field]:
+    """Return the conditions that were given; raise EtcdValueError for one that is none."""
+    fields: Dict[str, _Field] = {}
+    if prev_value is None or prev_index is None or prev_exist is None:
+        raise EtcdValueError("a condition is None: leave it out, or say what to compare with")
+    if prev_value is not _NOT_GIVEN:
+        fields["prevValue"] = _text(prev_value)
+    if prev_index is not _NOT_GIVEN:
+        # To the server prevIndex=0 is no condition at all: the write would be unconditional.
+        if isinstance(prev_index, int) and prev_index < 1:
+            raise EtcdValueError("prev_index is a modified index, 1 or more")
+        fields["prevIndex"] = _text(prev_index)
+    if prev_exist is not _NOT_GIVEN:
+        fields["prevExist"] = bool(prev_exist)
+    return fields
 
 
 @dataclass(frozen=True)
@@ -869,6 +927,8 @@ class _Call(Generic[_T]):
     target: str                                     # path and query, percent-encoded
     parse: Callable[[_Reply], _T]
     form: Optional[bytes] = None
+    content_type: str = _FORM_TYPE
+    timeout: Optional[float] = None                 # seconds in all; None: the client's; 0: no end
     statuses: FrozenSet[int] = _SUCCESS             # those `parse` understands
     on_head: Optional[Callable[[_Reply], None]] = None  # called before a body that may take long
 
@@ -939,7 +999,8 @@ class _Caller:
 
         Raises the error of the endpoint tried first, with those of the others in `failures`.
         """
-        deadline = time.monotonic() + self.total_timeout
+        total_s = self.total_timeout if call.timeout is None else call.timeout or math.inf
+        deadline = time.monotonic() + total_s
         failures: List[EtcdError] = []
         for endpoint in self.endpoints.candidates():
             left_s = deadline - time.monotonic()
@@ -974,7 +1035,7 @@ class _Caller:
             # carried out by who redirects it, so that is an error.
             with session.request(
                 call.method, endpoint + call.target, data=call.form, timeout=timeouts, stream=True,
-                headers=_FORM_HEADERS if call.form is not None else None,
+                headers={"Content-Type": call.content_type} if call.form is not None else None,
                 allow_redirects=not call.write,
             ) as response:
                 if call.on_head is not None and response.status_code == 200:
@@ -1008,132 +1069,272 @@ class _Caller:
 
 
 class _Keys(_Caller):
-    """The verbs of the keys API, watching excepted."""
+    """The verbs of the keys API, but for those that wait.
 
-    # -- keys: reading
+    Everywhere `ttl` is in seconds, None for a key that stays; `timeout` is the deadline of this
+    call, seconds over all endpoints, None for the client's `total_timeout`, 0 for none.  A value
+    is text; bytes are stored as they are, other objects as `str` shows them.
+    """
+
+    # -- reading
 
     def get(
         self, key: str, *, recursive: bool = False, sorted: bool = False, quorum: bool = False,
-    ) -> Result:
-        """Return the node at `key`.
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Return the node at `key`.  Raises KeyNotFound.
 
         recursive  list a directory to all depths, not only its children
         sorted     order each level of a listing by key
         quorum     read through consensus: never stale, slower, fails without a quorum
         """
         query = {"recursive": recursive or None, "sorted": sorted or None, "quorum": quorum or None}
-        return self._perform(_Call("GET", _keys_target(key, query), _parse_result))
+        return self._keys_call("GET", key, query=query, timeout=timeout)
 
     def ls(
         self, key: str = "/", *, recursive: bool = False, quorum: bool = False,
+        timeout: Optional[float] = None,
     ) -> List[Node]:
         """Return the visible nodes of a directory ordered by key; for a file, the file itself.
 
         recursive  every node below, parents before their children
         """
-        node = self.get(key, recursive=recursive, sorted=True, quorum=quorum).node
+        node = self.get(
+            key, recursive=recursive, sorted=True, quorum=quorum, timeout=timeout).node
         return list(node.walk()) if node.dir else [node]
 
-    # -- keys: writing
+    def __contains__(self, key: str) -> bool:
+        """Whether `key` exists, as a file or a directory."""
+        try:
+            self.get(key)
+        except KeyNotFound:
+            return False
+        return True
 
-    def set(self, key: str, value: str, *, ttl: Optional[int] = None) -> Result:
+    # -- writing
+
+    def set(
+        self, key: str, value: object, ttl: Optional[int] = None, *,
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
         """Write a file, whether or not it exists; parents are created.
 
-        ttl  seconds until it expires; None: never, whatever was set before
+        A ttl that was set before does not last.  Raises NotFile for a directory.
         """
-        return self._put(key, {"value": value, "ttl": ttl})
+        return self._put(key, {"value": _text(value), "ttl": ttl}, timeout)
 
-    def create(self, key: str, value: str, *, ttl: Optional[int] = None) -> Result:
+    def create(
+        self, key: str, value: object, ttl: Optional[int] = None, *,
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
         """Write a file that must not exist yet.  Raises NodeExists."""
-        return self._put(key, {"value": value, "ttl": ttl, "prevExist": False})
+        return self._put(key, {"value": _text(value), "ttl": ttl, "prevExist": False}, timeout)
 
-    def update(self, key: str, value: str, *, ttl: Optional[int] = None) -> Result:
-        """Write a file that must exist.  Raises KeyNotFound."""
-        return self._put(key, {"value": value, "ttl": ttl, "prevExist": True})
+    @overload
+    def update(self, key: str, value: object, ttl: Optional[int] = None, *,
+               timeout: Optional[float] = None) -> EtcdResult: ...
 
-    def append(self, key: str, value: str, *, ttl: Optional[int] = None) -> Result:
+    @overload
+    def update(self, key: EtcdResult, *, timeout: Optional[float] = None) -> EtcdResult: ...
+
+    def update(
+        self, key: Union[str, EtcdResult], value: object = None, ttl: Optional[int] = None, *,
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Write a file that must exist.  Raises KeyNotFound.
+
+        Instead of key and value: a result, whose `value` and `ttl` you may have changed.  It is
+        written if nobody else wrote the key since.  Raises CompareFailed.  A directory takes a
+        new ttl; nothing is compared, as etcd cannot.
+        """
+        if isinstance(key, str):
+            return self._put(key, {"value": _text(value), "ttl": ttl, "prevExist": True}, timeout)
+        if key.dir:
+            return self.write(key.key, key.value, key.ttl, dir=True, prevExist=True,
+                              timeout=timeout)
+        return self.write(key.key, key.value, key.ttl, prevExist=True,
+                          prevIndex=key.modified_index, timeout=timeout)
+
+    def append(
+        self, key: str, value: object, ttl: Optional[int] = None, *,
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
         """Create a file with the next name in directory `key`; names sort in order of creation.
 
         After an error with maybe_applied=True only a look at the directory tells whether the
         value is in: make values unique if that matters.
         """
-        form = _encode_fields({"value": value, "ttl": ttl}).encode()
-        return self._perform(_Call("POST", _keys_target(key, {}), _parse_result, form))
+        return self._keys_call("POST", key, {"value": _text(value), "ttl": ttl}, timeout=timeout)
 
-    def refresh(self, key: str, ttl: int) -> Result:
+    def refresh(
+        self, key: str, ttl: int, *, prevValue: object = _NOT_GIVEN,
+        prevIndex: object = _NOT_GIVEN, timeout: Optional[float] = None,
+    ) -> EtcdResult:
         """Give an existing file a new ttl and leave its value; watchers are not told.
 
         Needs etcd 2.3: earlier ones do not know refresh and would empty the value.
         """
-        return self._put(key, {"ttl": ttl, "refresh": True, "prevExist": True})
+        conditions = _conditions(prevValue, prevIndex)
+        fields: Dict[str, _Field] = {"ttl": ttl, "refresh": True, "prevExist": True}
+        return self._put(key, {**fields, **conditions}, timeout)
 
     def compare_and_swap(
-        self, key: str, value: str, *, prev_value: Optional[str] = None,
+        self, key: str, value: object, *, prev_value: Optional[object] = None,
         prev_index: Optional[int] = None, ttl: Optional[int] = None,
-    ) -> Result:
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
         """Write a file if it has the given value and modified index.  Raises CompareFailed.
 
         At least one condition is needed.  The API cannot compare with an empty value.
         """
-        conditions = self._conditions(prev_value, prev_index)
-        return self._put(key, {"value": value, "ttl": ttl, **conditions})
+        fields: Dict[str, _Field] = {"value": _text(value), "ttl": ttl}
+        return self._put(key, {**fields, **_needed(prev_value, prev_index)}, timeout)
 
-    def delete(self, key: str, *, dir: bool = False, recursive: bool = False) -> Result:
-        """Remove a file; with `dir` also an empty directory, with `recursive` also a full one."""
-        return self._delete(key, {"dir": dir or None, "recursive": recursive or None})
+    def test_and_set(
+        self, key: str, value: object, prev_value: object, ttl: Optional[int] = None, *,
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Write a file if it has the value `prev_value`.  Raises CompareFailed."""
+        return self.compare_and_swap(
+            key, value, prev_value=prev_value, ttl=ttl, timeout=timeout)
+
+    def write(
+        self, key: str, value: object, ttl: Optional[int] = None, dir: bool = False,
+        append: bool = False, *, prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
+        prevExist: object = _NOT_GIVEN, refresh: bool = False, timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Write in any of the ways above, chosen by python-etcd's options.
+
+        dir        make a directory; the value is None
+        append     create a file with the next name in directory `key`
+        prevValue  the value the file must have, and
+        prevIndex  the modified index it must have; else CompareFailed
+        prevExist  False: create only, else NodeExists.  True: update only, else KeyNotFound
+        refresh    change only the ttl and tell no watcher; the value is None
+
+        Raises EtcdValueError for a condition that is None: leave it out if there is none.
+        """
+        if dir and value:
+            raise EtcdValueError("a directory has no value")
+        given = None if value is None and (dir or refresh) else _text(value)
+        fields: Dict[str, _Field] = {
+            "value": given, "ttl": ttl, "dir": dir or None, "refresh": refresh or None}
+        conditions = _conditions(prevValue, prevIndex, prevExist)
+        method = "POST" if append else "PUT"
+        return self._keys_call(method, key, {**fields, **conditions}, timeout=timeout)
+
+    # -- removing
+
+    def delete(
+        self, key: str, recursive: Optional[bool] = None, dir: Optional[bool] = None, *,
+        prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Remove a file; with `dir` also an empty directory, with `recursive` also a full one.
+
+        With prevValue or prevIndex: only a file that has them.  Raises CompareFailed.
+        """
+        query: Dict[str, _Field] = {"recursive": recursive or None, "dir": dir or None}
+        query.update(_conditions(prevValue, prevIndex))
+        return self._keys_call("DELETE", key, query=query, timeout=timeout)
+
+    def pop(
+        self, key: str, recursive: Optional[bool] = None, dir: Optional[bool] = None, *,
+        prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Remove as `delete` does and return what was there."""
+        gone = self.delete(key, recursive, dir, prevValue=prevValue, prevIndex=prevIndex,
+                           timeout=timeout)
+        return EtcdResult(node=gone.prev_node or gone.node, etcd_index=gone.etcd_index)
 
     def compare_and_delete(
-        self, key: str, *, prev_value: Optional[str] = None, prev_index: Optional[int] = None,
-    ) -> Result:
+        self, key: str, *, prev_value: Optional[object] = None,
+        prev_index: Optional[int] = None, timeout: Optional[float] = None,
+    ) -> EtcdResult:
         """Remove a file if it has the given value and modified index.  Raises CompareFailed."""
-        return self._delete(key, self._conditions(prev_value, prev_index))
+        return self._keys_call(
+            "DELETE", key, query=_needed(prev_value, prev_index), timeout=timeout)
 
-    def mkdir(self, key: str, *, ttl: Optional[int] = None) -> Result:
+    # -- directories
+
+    def mkdir(
+        self, key: str, ttl: Optional[int] = None, *, timeout: Optional[float] = None,
+    ) -> EtcdResult:
         """Create a directory that must not exist yet; with `ttl`, it expires with its content."""
-        return self._put(key, {"dir": True, "ttl": ttl, "prevExist": False})
+        return self._put(key, {"dir": True, "ttl": ttl, "prevExist": False}, timeout)
 
-    def rmdir(self, key: str) -> Result:
+    def rmdir(self, key: str, *, timeout: Optional[float] = None) -> EtcdResult:
         """Remove an empty directory (or a file, as etcd does).  Raises DirNotEmpty."""
-        return self.delete(key, dir=True)
+        return self.delete(key, dir=True, timeout=timeout)
 
     # -- below: no public names
 
-    def _put(self, key: str, fields: Mapping[str, _Field]) -> Result:
-        form = _encode_fields(fields).encode()
-        return self._perform(_Call("PUT", _keys_target(key, {}), _parse_result, form))
+    def _put(self, key: str, form: Mapping[str, _Field], timeout: Optional[float]) -> EtcdResult:
+        return self._keys_call("PUT", key, form, timeout=timeout)
 
-    def _delete(self, key: str, query: Mapping[str, _Field]) -> Result:
-        return self._perform(_Call("DELETE", _keys_target(key, query), _parse_result))
+    def _keys_call(
+        self, method: str, key: str, form: Optional[Mapping[str, _Field]] = None, *,
+        query: Mapping[str, _Field] = MappingProxyType({}), timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        target = _keys_target(key, query, self.version_prefix)
+        body = None if form is None else _encode_fields(form).encode()
+        return self._perform(_Call(method, target, _parse_result, body, timeout=timeout))
 
-    @staticmethod
-    def _conditions(prev_value: Optional[str], prev_index: Optional[int]) -> Dict[str, _Field]:
-        # To the server prevIndex=0 is no condition at all: the write would be unconditional.
-        if prev_value is None and prev_index is None:
-            raise ValueError("prev_value or prev_index is needed")
-        if prev_index is not None and prev_index < 1:
-            raise ValueError("prev_index is a modified index, 1 or more")
-        return {"prevValue": prev_value, "prevIndex": prev_index}
+
+def _needed(prev_value: Optional[object], prev_index: Optional[int]) -> Dict[str, _Field]:
+    """Return the conditions that are not None; raise EtcdValueError if both are."""
+    if prev_value is None and prev_index is None:
+        raise EtcdValueError("prev_value or prev_index is needed")
+    return _conditions(_NOT_GIVEN if prev_value is None else prev_value,
+                       _NOT_GIVEN if prev_index is None else prev_index)
 
 
 class _Cluster(_Caller):
-    """Members, statistics, version, health."""
+    """Members, statistics, versions, health; and requests for which there is no verb."""
 
-    def members(self) -> List[Member]:
+    _MGET, _MPUT, _MPOST, _MDELETE = "GET", "PUT", "POST", "DELETE"     # callers of api_execute
+
+    # -- members
+
+    def member_list(self) -> List[Member]:
         """Return the members of the cluster, ordered by id."""
-        return self._perform(_Call("GET", "/v2/members", _parse_members))
+        return self._perform(_Call("GET", f"{self.version_prefix}/members", _parse_members))
 
-    def leader(self) -> Optional[Member]:
+    def leader_member(self) -> Optional[Member]:
         """Return the leader as the answering member knows it; None during an election."""
-        call = _Call("GET", "/v2/members/leader", _parse_leader, statuses=_HEALTH_STATUSES)
-        return self._perform(call)
+        return self._perform(_Call(
+            "GET", f"{self.version_prefix}/members/leader", _parse_leader,
+            statuses=_HEALTH_STATUSES))
 
-    def stats(self, name: str = "self") -> Dict[str, Any]:
+    def member_add(self, peer_urls: Union[str, Iterable[str]]) -> Member:
+        """Add a member that will be reached at `peer_urls`; start it after that.
+
+        Raises HttpError with status 409 if another member has one of the URLs.
+        """
+        return self._perform(self._members_call("POST", "", peer_urls, _parse_member))
+
+    def member_update(self, id: str, peer_urls: Union[str, Iterable[str]]) -> None:
+        """Change the peer URLs of the member with this id.  Raises KeyNotFound."""
+        self._perform(self._members_call("PUT", f"/{id}", peer_urls, _parse_nothing))
+
+    def member_remove(self, id: str) -> None:
+        """Remove the member with this id from the cluster.
+
+        Raises KeyNotFound; HttpError with status 410 if it was removed already.
+        """
+        path = f"{self.version_prefix}/members/{id}"
+        self._perform(_Call("DELETE", _target(path, {}), _parse_nothing))
+
+    # -- what the answering member says of itself
+
+    def statistics(self, name: str = "self") -> Dict[str, Any]:
         """Return statistics of the answering member: `self`, `store` or (leader only) `leader`."""
         if name not in ("self", "store", "leader"):
-            raise ValueError(f"no such statistics: {name!r}; there are self, store and leader")
-        return self._perform(_Call("GET", f"/v2/stats/{name}", _parse_object))
+            raise EtcdValueError(f"no such statistics: {name!r}; there are self, store and leader")
+        return self._perform(_Call("GET", f"{self.version_prefix}/stats/{name}", _parse_object))
 
-    def version(self) -> Dict[str, str]:
+    def server_version(self) -> Dict[str, str]:
         """Return {"etcdserver": ..., "etcdcluster": ...} of the answering member."""
         return self._perform(_Call("GET", "/version", _parse_version))
 
@@ -1147,6 +1348,137 @@ class _Cluster(_Caller):
         timeouts = (self.connect_timeout, self.read_timeout)
         return self._request(base_url, call, self._connections(), timeouts)
 
+    # -- the same as python-etcd shows it: each a request, but for the last group
+
+    @property
+    def machines(self) -> List[str]:
+        """Client URLs of all members."""
+        return self._perform(_Call("GET", f"{self.version_prefix}/machines", _parse_machines))
+
+    @property
+    def members(self) -> Dict[str, Dict[str, Any]]:
+        """The members as the API describes them, by id."""
+        return {member.id: dict(member.raw) for member in self.member_list()}
+
+    @property
+    def leader(self) -> Dict[str, Any]:
+        """The leader as the API describes it.  Raises LeaderElectionInProgress."""
+        leader = self.leader_member()
+        if leader is None:
+            raise LeaderElectionInProgress("there is no leader at the moment")
+        return dict(leader.raw)
+
+    @property
+    def stats(self) -> Dict[str, Any]:
+        """Statistics of the answering member."""
+        return self.statistics()
+
+    @property
+    def leader_stats(self) -> Dict[str, Any]:
+        """What the leader knows of its followers; HttpError from any other member."""
+        return self.statistics("leader")
+
+    @property
+    def store_stats(self) -> Dict[str, Any]:
+        """Counters of the store."""
+        return self.statistics("store")
+
+    @property
+    def version(self) -> str:
+        """Version of the answering server."""
+        return self.server_version().get("etcdserver", "")
+
+    @property
+    def cluster_version(self) -> str:
+        """Version all members can work with; "" from etcd 2.0."""
+        return self.server_version().get("etcdcluster", "")
+
+    @property
+    def base_uri(self) -> str:
+        """URL of the server in use."""
+        return self.endpoints.current
+
+    @property
+    def protocol(self) -> str:
+        """http or https, as the server in use wants it."""
+        return urlsplit(self.base_uri).scheme
+
+    @property
+    def host(self) -> str:
+        """Host of the server in use."""
+        return urlsplit(self.base_uri).hostname or ""
+
+    @property
+    def port(self) -> int:
+        """Port of the server in use."""
+        parts = urlsplit(self.base_uri)
+        return parts.port or (443 if parts.scheme == "https" else 80)
+
+    @property
+    def key_endpoint(self) -> str:
+        """Path of the keys API."""
+        return self.version_prefix + "/keys"
+
+    @property
+    def expected_cluster_id(self) -> Optional[str]:
+        """`cluster_id`, as python-etcd calls it."""
+        return self.cluster_id
+
+    @expected_cluster_id.setter
+    def expected_cluster_id(self, cluster_id: Optional[str]) -> None:
+        self.cluster_id = cluster_id
+
+    # -- requests for which there is no verb
+
+    def api_execute(
+        self, path: str, method: str, params: Optional[Mapping[str, Any]] = None,
+        timeout: Optional[float] = None,
+    ) -> _Reply:
+        """Send a request of your own and return the answer: `status`, `headers`, `data`.
+
+        path     begins with a slash and the version prefix
+        params   go into the query of a GET or DELETE, into the form of a PUT or POST
+        timeout  seconds in all; None: the client's; 0: no end
+
+        Raises what the verbs raise for an answer other than 2xx.
+        """
+        given = {} if params is None else {
+            name: value if isinstance(value, bool) else _text(value)
+            for name, value in params.items()}
+        if method in ("GET", "DELETE"):
+            return self._execute(path, method, given, None, _FORM_TYPE, timeout)
+        return self._execute(
+            path, method, {}, _encode_fields(given).encode(), _FORM_TYPE, timeout)
+
+    def api_execute_json(
+        self, path: str, method: str, params: Any = None, timeout: Optional[float] = None,
+    ) -> _Reply:
+        """Send a request of your own with `params` as JSON and return the answer."""
+        body = json.dumps(params).encode()
+        return self._execute(path, method, {}, body, _JSON_TYPE, timeout)
+
+    # -- below: no public names
+
+    def _execute(
+        self, path: str, method: str, query: Mapping[str, _Field], body: Optional[bytes],
+        content_type: str, timeout: Optional[float],
+    ) -> _Reply:
+        if not path.startswith("/"):
+            raise EtcdValueError("the path begins with a slash")
+        if method not in ("GET", "PUT", "POST", "DELETE"):
+            raise EtcdValueError(f"HTTP method {method} is not one of the API")
+        return self._perform(_Call(
+            method, _target(path, query), _parse_not, body, content_type, timeout))
+
+    def _members_call(
+        self, method: str, path: str, peer_urls: Union[str, Iterable[str]],
+        parse: Callable[[_Reply], _T],
+    ) -> _Call[_T]:
+        urls = peer_urls.split(",") if isinstance(peer_urls, str) else list(peer_urls)
+        target = _target(f"{self.version_prefix}/members{path}", {})
+        body = json.dumps({"peerURLs": urls}).encode()
+        return _Call(method, target, parse, body, _JSON_TYPE)
+
 
 # ============================================================================
 # 5. Watching
@@ -1155,7 +1487,7 @@ class _Cluster(_Caller):
 # ============================================================================
 
 class Watch:
-    """An endless iterator over the changes of a key; made by Client.watch_iter.
+    """An endless iterator over the changes of a key; made by Client.watcher.
 
     It asks for one change after the other, each from the index after the last, so that none is
     lost and none repeated while a server restarts, the leader changes or an endpoint fails.
@@ -1283,29 +1615,78 @@ class Watch:
         return result
 
 
+class WatchedChange(EtcdResult):
+    """The change that `Client.watch` returned; to iterate over it is to go on watching.
+
+    The first item is this change; later ones follow for ever, see Watch.
+    """
+
+    def __init__(self, change: EtcdResult, later: Callable[[int], Watch]) -> None:
+        self.__dict__.update(change.__dict__, _later=later)
+
+    def __iter__(self) -> Iterator[EtcdResult]:
+        yield self
+        with self.__dict__["_later"](self.modified_index + 1) as later:
+            yield from later
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        # A copy, in another process perhaps, has no client to go on with.
+        plain = {name: value for name, value in self.__dict__.items() if name != "_later"}
+        return EtcdResult, (), plain
+
+
 class _Watching(_Keys):
     """The verbs that wait for changes."""
 
+    def read(
+        self, key: str, *, recursive: Optional[bool] = None, wait: bool = False,
+        waitIndex: Optional[int] = None, sorted: Optional[bool] = None,
+        quorum: Optional[bool] = None, timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Return the node at `key`, or with `wait` its next change, by python-etcd's options.
+
+        waitIndex  the first change to consider; None: the next one from now on
+        timeout    seconds for this call.  With `wait`: None is the client's read_timeout, 0 no
+                   end; then WatchTimeout.  Without: as for `get`, which has the other options
+        """
+        if not wait:
+            return self.get(key, recursive=bool(recursive), sorted=bool(sorted),
+                            quorum=bool(quorum), timeout=timeout)
+        limit = self.read_timeout if timeout is None else timeout
+        return self.watch(key, waitIndex, limit, recursive)
+
     def watch(
-        self, key: str, *, recursive: bool = False, index: Optional[int] = None,
-        timeout: Optional[float] = None,
-    ) -> Result:
+        self, key: str, index: Optional[int] = None, timeout: Optional[float] = None,
+        recursive: Optional[bool] = None,
+    ) -> WatchedChange:
         """Return the next change of `key` (with `recursive`, also of what lies below).
 
         index    the first change to consider: modified_index + 1 of the last one seen; None: now
-        timeout  seconds to wait for a change; None: for ever.  Raises WatchTimeout.
+        timeout  seconds to wait for a change; None or 0: for ever.  Raises WatchTimeout.
+
+        Iterate over what is returned to get this change and all later ones.
 
         Raises EventIndexCleared if `index` is more than 1000 changes back.
         """
-        with Watch(self, key, recursive=recursive, index=index, timeout=timeout) as events:
-            return next(events)
+        with self.watcher(key, recursive=bool(recursive), index=index, timeout=timeout or None,
+                          relist=False) as events:
+            change = next(events)
+        return WatchedChange(change, lambda later: self.watcher(
+            key, recursive=bool(recursive), index=later))
 
-    def watch_iter(
+    def watcher(
         self, key: str, *, recursive: bool = False, index: Optional[int] = None,
-        relist: bool = False,
+        timeout: Optional[float] = None, relist: bool = True,
     ) -> Watch:
         """Return an endless iterator over the changes of `key`; see Watch."""
-        return Watch(self, key, recursive=recursive, index=index, relist=relist)
+        return Watch(self, key, recursive=recursive, index=index, relist=relist, timeout=timeout)
+
+    def eternal_watch(
+        self, key: str, index: Optional[int] = None, recursive: Optional[bool] = None,
+    ) -> Iterator[EtcdResult]:
+        """Yield the changes of `key` for ever; `watcher` gives one that can be cancelled."""
+        with self.watcher(key, recursive=bool(recursive), index=index) as events:
+            yield from events
 
 
 # ============================================================================
@@ -1617,7 +1998,8 @@ def _cmd_watch(run: _Run) -> int:
     recursive, after_index = run.options.on("recursive"), run.options.number("after-index")
     index = after_index + 1 if after_index else None
     try:
-        with run.client.watch_iter(run.key(), recursive=recursive, index=index) as events:
+        with run.client.watcher(
+                run.key(), recursive=recursive, index=index, relist=False) as events:
             for event in events:
                 if event.node.dir:
                     continue
@@ -1640,7 +2022,7 @@ def _cmd_member_list(run: _Run) -> int:
     if run.args:
         raise _ExitError("No arguments accepted", EXIT_BAD_ARGS)
     try:
-        members, leader = run.client.members(), run.client.leader()
+        members, leader = run.client.member_list(), run.client.leader_member()
     except EtcdError as error:
         raise _member_failure(error) from error
     for member in members:
@@ -1656,7 +2038,7 @@ def _cmd_member_list(run: _Run) -> int:
 
 def _cmd_cluster_health(run: _Run) -> int:
     try:
-        members = run.client.members()
+        members = run.client.member_list()
     except EtcdError:
         _emit("cluster may be unhealthy: failed to list members")
         raise
@@ -1806,7 +2188,7 @@ def _synced_client(options: _Options) -> Client:
     """Return a client that uses the client URLs the members publish, in random order."""
     client = _make_client(options, _endpoints_asked(options).split(","))
     try:
-        urls = [url for member in client.members() for url in member.client_urls]
+        urls = [url for member in client.member_list() for url in member.client_urls]
     except EtcdError as error:
         code = EXIT_BAD_CONNECTION if _is_endpoint_failure(error) else EXIT_SERVER_ERROR
         raise _ExitError(_error_lines(error), code) from error

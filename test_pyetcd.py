@@ -11623,7 +11623,7 @@ class _ClientMember:
         code = self._process.poll()
         assert code is None, f"{self.kind} ended with {code}, log: {self._directory / 'log'}"
         try:
-            return client.leader() is not None and client.get("/", quorum=True)
+            return client.leader_member() is not None and client.get("/", quorum=True)
         except pyetcd_client.EtcdError:
             return False
 
@@ -11948,16 +11948,16 @@ def test_client_api_unclean_keys_stay_below_keys(given, filed):
 
 
 def test_client_api_cluster(_client, _client_server):
-    member, = _client.members()
+    member, = _client.member_list()
     assert (member.name, member.client_urls) == ("m1", (_client_server.url,))
-    assert _client.leader() == member
+    assert _client.leader_member() == member
     assert _client.health() is True and _client.health(_client_server.url) is True
-    assert set(_client.version()) >= {"etcdserver", "etcdcluster"}
-    assert _client.stats()["state"] == "StateLeader"
-    assert _client.stats("store")["getsSuccess"] > 0
-    assert _client.stats("leader")["leader"] == member.id
+    assert set(_client.server_version()) >= {"etcdserver", "etcdcluster"}
+    assert _client.statistics()["state"] == "StateLeader"
+    assert _client.statistics("store")["getsSuccess"] > 0
+    assert _client.statistics("leader")["leader"] == member.id
     with pytest.raises(ValueError, match="statistics"):
-        _client.stats("../keys")
+        _client.statistics("../keys")
 
 
 def test_client_api_threads_share_a_client(_client, _client_dir):
@@ -11988,9 +11988,9 @@ def test_client_watch_returns_one_event(_client, _client_dir):
 
 
 def test_client_watch_waits_for_a_change_while_others_write(_client, _client_dir):
-    watchers = _client.stats("store")["watchers"]
+    watchers = _client.statistics("store")["watchers"]
     with _client_background(_client.watch, _client_dir) as outcome:
-        _client_eventually(lambda: _client.stats("store")["watchers"] > watchers)
+        _client_eventually(lambda: _client.statistics("store")["watchers"] > watchers)
         written = _client.set(_client_dir, "v")
     assert outcome[0].node == written.node
 
@@ -12006,7 +12006,7 @@ def test_client_watch_iter_loses_and_repeats_nothing(_client, _client_dir):
     start = _client.mkdir(_client_dir).modified_index + 1
     written = [_client.set(f"{_client_dir}/{number}", "v").node for number in range(5)]
     seen = []
-    with _client.watch_iter(_client_dir, recursive=True, index=start) as events:
+    with _client.watcher(_client_dir, recursive=True, index=start) as events:
         for event in events:
             seen.append(event.node)
             if len(seen) == 3:
@@ -12022,11 +12022,11 @@ def test_client_watch_history_cleared(_client, _client_dir):
         _client.set(_client_dir + "/a", str(number))
     with pytest.raises(pyetcd_client.EventIndexCleared):
         _client.watch(_client_dir, recursive=True, index=start)
-    with _client.watch_iter(_client_dir, recursive=True, index=start, relist=True) as events:
+    with _client.watcher(_client_dir, recursive=True, index=start, relist=True) as events:
         listed = next(events)
         written = _client.set(_client_dir + "/b", "new")
         after = next(events)
-    with _client.watch_iter(_client_dir + "/none", index=start, relist=True) as events:
+    with _client.watcher(_client_dir + "/none", index=start, relist=True) as events:
         nothing = next(events)
 
     assert (listed.action, listed.nodes[0].value) == ("get", "1004")
@@ -12039,9 +12039,9 @@ def test_client_watch_history_cleared(_client, _client_dir):
 def test_client_watch_survives_a_restart(kind, tmp_path):
     member = _client_member(kind, tmp_path).start()
     try:
-        with Client(member.url) as client, client.watch_iter("/k") as events:
+        with Client(member.url) as client, client.watcher("/k") as events:
             with _client_background(lambda: [next(events).value for _ in range(2)]) as outcome:
-                _client_eventually(lambda: client.stats("store")["watchers"] > 0)
+                _client_eventually(lambda: client.statistics("store")["watchers"] > 0)
                 member.kill()
                 member.start()
                 client.set("/k", "one")
@@ -12067,7 +12067,7 @@ def test_client_watch_without_index_has_no_gap_after_a_lost_connection():
 
 def test_client_watch_asks_from_the_index_after_the_last_event():
     with _ClientRawServer(_client_event(9), _client_event(12)) as server:
-        with Client(server.url) as client, client.watch_iter("k", index=3) as events:
+        with Client(server.url) as client, client.watcher("k", index=3) as events:
             assert [next(events).modified_index for _ in range(2)] == [9, 12]
         assert [target.rpartition("=")[2] for _, target, _ in server.requests] == ["3", "10"]
         assert server.connections == 1
@@ -12076,7 +12076,7 @@ def test_client_watch_asks_from_the_index_after_the_last_event():
 def test_client_watch_has_a_connection_of_its_own():
     with _ClientRawServer(_CLIENT_GOOD) as server, Client(server.url) as client:
         client.get("k")
-        with client.watch_iter("k") as events:
+        with client.watcher("k") as events:
             next(events)
             client.get("k")
             next(events)
@@ -12113,7 +12113,7 @@ def test_client_watch_outlives_bad_answers(bad, monkeypatch):
     monkeypatch.setattr(pyetcd_client, "BACKOFF_MAX_S", 0.02)
     bad = (bad,) if isinstance(bad, bytes) else bad
     with _ClientRawServer(_client_event(9), bad, bad, _client_event(12)) as server:
-        with Client(server.url) as client, client.watch_iter("k", index=9) as events:
+        with Client(server.url) as client, client.watcher("k", index=9) as events:
             assert [next(events).modified_index for _ in range(2)] == [9, 12]
         waits = [target.rpartition("=")[2] for _, target, _ in server.requests]
     assert waits == ["9", "10", "10", "10"]
@@ -12122,7 +12122,7 @@ def test_client_watch_outlives_bad_answers(bad, monkeypatch):
 def test_client_watch_that_never_reached_a_server_says_so():
     with Client([_client_dead_url(), _client_dead_url()]) as client:
         with pytest.raises(pyetcd_client.ConnectionFailed):
-            next(client.watch_iter("k"))
+            next(client.watcher("k"))
 
 
 def test_client_watch_refusal_is_raised():
@@ -12138,7 +12138,7 @@ def test_client_watch_relists_again_when_that_failed(monkeypatch):
     with _ClientRawServer(
             cleared, (b"",), cleared, _CLIENT_TIMED_OUT, cleared, _CLIENT_GOOD, _client_event(9),
     ) as server, Client(server.url) as client:
-        with client.watch_iter("k", index=3, relist=True) as events:
+        with client.watcher("k", index=3, relist=True) as events:
             assert [(event.action, event.value) for event in (next(events), next(events))] == [
                 ("get", "v"), ("set", "v9")]
         targets = [target.partition("?")[2] for _, target, _ in server.requests]
@@ -12149,7 +12149,7 @@ def test_client_watch_close_ends_a_backoff_and_the_iteration(monkeypatch):
     monkeypatch.setattr(pyetcd_client, "BACKOFF_MIN_S", 3600.0)
     monkeypatch.setattr(pyetcd_client, "BACKOFF_MAX_S", 3600.0)
     with _ClientRawServer(_client_event(9), _client_hang_up) as server:
-        events = Client(server.url).watch_iter("k")
+        events = Client(server.url).watcher("k")
         next(events)
         with _client_background(list, events) as outcome:
             assert server.closed.acquire(timeout=_CLIENT_WAIT_S)
@@ -12370,8 +12370,8 @@ def test_client_fate_old_and_odd_answers():
             _client_reply({"errorCode": 999, "message": "New", "index": 1}, status=400),
             _client_reply(b"404 page not found\n", status=404)) as server:
         with Client(server.url) as client:
-            assert client.version() == {"etcdserver": "2.0.13"}
-            assert client.leader() is None
+            assert client.server_version() == {"etcdserver": "2.0.13"}
+            assert client.leader_member() is None
             with pytest.raises(pyetcd_client.ApiError) as caught:
                 client.get("k")
             assert type(caught.value) is pyetcd_client.ApiError and caught.value.code == 999
