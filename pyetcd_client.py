@@ -26,23 +26,36 @@ Sections
   6. Users and roles
   7. Client
   9. Command line
+ 10. Commands of etcdctl
+ 11. More commands
 
 Sources: etcd 2.3 API (keys, members, errorcode), etcdctl 2.3.8, RFC 9110 section 9.2.
 """
 
 from __future__ import annotations
 
+import base64
+import concurrent.futures
+import contextlib
+import datetime
+import getpass
 import http
+import importlib
+import itertools
 import json
 import math
 import os
 import random
 import re
+import shutil
+import signal
 import ssl
+import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import (
     Any,
@@ -55,6 +68,7 @@ from typing import (
     Iterator,
     List,
     Mapping,
+    Match,
     NamedTuple,
     NoReturn,
     Optional,
@@ -1721,9 +1735,10 @@ class Client(_Watching, _Cluster):
 
 
 # ============================================================================
-# 9. Command line -- commands, output and exit codes of etcdctl 2.3
+# 9. Command line -- options, output, errors and exit codes, as etcdctl 2.3 has them
 # ----------------------------------------------------------------------------
-# Knows: sections 1-8, through the public names of Client.
+# Knows: sections 1-7, through the public names of Client.  Sections 10 and 11
+# enter their commands into the table of this one.
 # ============================================================================
 
 CLI_ENDPOINTS = "http://127.0.0.1:2379,http://127.0.0.1:4001"
@@ -1738,8 +1753,14 @@ EXIT_INTERRUPTED = 130                              # 128 + SIGINT
 EXIT_BROKEN_PIPE = 141                              # 128 + SIGPIPE
 EXIT_MISUSE = EXIT_OK           # unknown command or option: etcdctl 2.3 prints help, exits with 0
 
+_LINES_PER_WRITE = 1_000        # of a listing to standard output
+_PROGRESS_EVERY_S = 0.1         # the line on a terminal is drawn no more often
 _UNAVAILABLE = "client: etcd cluster is unavailable or misconfigured"
 _HTML_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}     # as Go's encoder does
+_BOOLEANS = {
+    **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
+}
 
 
 class _MisuseError(Exception):
@@ -1749,47 +1770,58 @@ class _MisuseError(Exception):
 class _ExitError(Exception):
     """Ends a command with a line on stderr and an exit code."""
 
-    def __init__(self, line: str, code: int) -> None:
+    def __init__(self, line: str, code: int = EXIT_BAD_ARGS) -> None:
         super().__init__(line)
         self.line = line
         self.code = code
 
 
+# -- options
+
+
 class _Flag(NamedTuple):
     names: Tuple[str, ...]
-    kind: type                                      # bool, int or str
+    kind: type          # bool, int, str, float (a Go duration, kept in seconds), list (repeatable)
     help: str
 
 
 class _Options:
-    """Values of the flags that were given; the others are False, 0 or ""."""
+    """Values of the flags that were given; the others are False, 0, "" or empty."""
 
     def __init__(self) -> None:
-        self._values: Dict[str, Union[bool, int, str]] = {}
+        self._values: Dict[str, Any] = {}
 
     def put(self, flag: _Flag, text: str) -> None:
-        self._values[flag.names[0]] = _flag_value(flag, text)
+        name, value = flag.names[0], _flag_value(flag, text)
+        self._values[name] = [*self.texts(name), value] if flag.kind is list else value
 
     def on(self, name: str) -> bool:
         return bool(self._values.get(name, False))
 
-    def number(self, name: str) -> int:
-        return int(self._values.get(name, 0))
+    def number(self, name: str, default: int = 0) -> int:
+        return int(self._values.get(name, default))
 
-    def text(self, name: str) -> str:
-        return str(self._values.get(name, ""))
+    def seconds(self, name: str, default: float) -> float:
+        return float(self._values.get(name, default))
+
+    def text(self, name: str, variable: str = "") -> str:
+        """Return a flag, or else an environment variable."""
+        return str(self._values.get(name, "")) or os.environ.get(variable, "")
+
+    def texts(self, name: str) -> List[str]:
+        return list(self._values.get(name, ()))
 
 
-def _flag_value(flag: _Flag, text: str) -> Union[bool, int, str]:
+def _flag_value(flag: _Flag, text: str) -> Union[bool, int, float, str]:
     if flag.kind is bool:
-        if text not in ("true", "false", "1", "0"):
+        if text not in _BOOLEANS:
             raise _MisuseError(flag.names[0])
-        return text in ("true", "1")
+        return _BOOLEANS[text]
     if flag.kind is int:
         if not re.fullmatch(r"[+-]?[0-9]+", text, re.ASCII):
             raise _MisuseError(flag.names[0])
         return int(text)
-    return text
+    return _parse_duration(text) if flag.kind is float else text
 
 
 def _parse_flags(argv: Sequence[str], flags: Sequence[_Flag]) -> Tuple[_Options, List[str]]:
@@ -1827,6 +1859,9 @@ def _parse_duration(text: str) -> float:
     return sum(float(count) * units[unit] for count, unit in re.findall(part, text))
 
 
+# -- output
+
+
 def _emit(text: str) -> None:
     """Print a line at once, whatever the locale: keys and values are bytes to a terminal."""
     sys.stdout.flush()
@@ -1834,59 +1869,45 @@ def _emit(text: str) -> None:
     sys.stdout.buffer.flush()
 
 
+def _emit_lines(lines: Iterable[str]) -> None:
+    """Print many lines in few writes."""
+    some = iter(lines)
+    while True:
+        batch = list(itertools.islice(some, _LINES_PER_WRITE))
+        if not batch:
+            return
+        _emit("\n".join(batch))
+
+
 def _complain(text: str) -> None:
     line = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     print(line, file=sys.stderr)
 
 
-class _Run(NamedTuple):
-    """One invocation: what a command function gets."""
+class _Progress:
+    """A line on stderr that says how far long work is; nothing unless stderr is a terminal."""
 
-    client: Client
-    output: str                                     # simple, extended or json
-    options: _Options
-    args: List[str]
+    def __init__(self, work: str, total: int = 0) -> None:
+        self._work = work
+        self._total = total                         # 0: not known
+        self._visible = sys.stderr.isatty()
+        self._drawn_at = 0.0
 
-    def key(self) -> str:
-        """Return the first argument."""
-        if not self.args:
-            raise _ExitError("Error:  key required", EXIT_BAD_ARGS)
-        return self.args[0]
+    def __enter__(self) -> _Progress:
+        self.show(0)
+        return self
 
-    def value(self) -> str:
-        """Return the second argument, or else all of standard input."""
-        if len(self.args) > 1:
-            return self.args[1]
-        text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
-        if not text:
-            raise _ExitError("Error:  value required", EXIT_BAD_ARGS)
-        return text
+    def __exit__(self, *_: object) -> None:
+        if self._visible:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    def ttl(self) -> Optional[int]:
-        """Return --ttl; 0 means none, as in etcdctl."""
-        return self.options.number("ttl") or None
-
-    def conditions(self, value_flag: str, index_flag: str) -> Dict[str, Any]:
-        """Return prev_value and prev_index if flags ask for them, else nothing."""
-        given = {"prev_value": self.options.text(value_flag) or None,
-                 "prev_index": self.options.number(index_flag) or None}
-        return given if any(given.values()) else {}
-
-    def print_result(self, result: Result) -> None:
-        """Print a result in the format asked for."""
-        if self.output == "json":
-            _emit(_result_json(result))
-        elif self.output == "extended":
-            _emit(_result_extended(result))
-        elif result.action == "delete":
-            _emit(f"PrevNode.Value: {_value_text(result.prev_node)}")
-        else:
-            _emit(_value_text(result.node))
-
-    def print_unless_silent(self, result: Result) -> None:
-        """Print a result; in simple format, nothing for a directory."""
-        if not result.node.dir or self.output != "simple":
-            self.print_result(result)
+    def show(self, done: int) -> None:
+        """Draw the line, unless that was done a moment ago."""
+        if not self._visible or time.monotonic() - self._drawn_at < _PROGRESS_EVERY_S:
+            return
+        self._drawn_at = time.monotonic()
+        share = f"/{self._total:,} ({100 * done // self._total} %)" if self._total else ""
+        print(f"\r\x1b[K{self._work}: {done:,}{share}", end="", file=sys.stderr, flush=True)
 
 
 def _value_text(node: Optional[Node]) -> str:
@@ -1928,278 +1949,7 @@ def _result_json(result: Result) -> str:
     return json.dumps(shown, ensure_ascii=False, separators=(",", ":")).translate(_HTML_ESCAPES)
 
 
-def _cmd_get(run: _Run) -> int:
-    result = run.client.get(
-        run.key(), sorted=run.options.on("sort"), quorum=run.options.on("quorum"))
-    if result.node.dir:
-        raise _ExitError(f"{result.key}: is a directory", EXIT_BAD_ARGS)
-    run.print_result(result)
-    return EXIT_OK
-
-
-def _cmd_set(run: _Run) -> int:
-    key, value = run.key(), run.value()
-    conditions = run.conditions("swap-with-value", "swap-with-index")
-    if conditions:
-        result = run.client.compare_and_swap(key, value, ttl=run.ttl(), **conditions)
-    else:
-        result = run.client.set(key, value, ttl=run.ttl())
-    run.print_result(result)
-    return EXIT_OK
-
-
-def _cmd_mk(run: _Run) -> int:
-    key, value = run.key(), run.value()
-    write = run.client.append if run.options.on("in-order") else run.client.create
-    run.print_result(write(key, value, ttl=run.ttl()))
-    return EXIT_OK
-
-
-def _cmd_update(run: _Run) -> int:
-    run.print_result(run.client.update(run.key(), run.value(), ttl=run.ttl()))
-    return EXIT_OK
-
-
-def _cmd_mkdir(run: _Run) -> int:
-    run.print_unless_silent(run.client.mkdir(run.key(), ttl=run.ttl()))
-    return EXIT_OK
-
-
-def _cmd_rm(run: _Run) -> int:
-    key, conditions = run.key(), run.conditions("with-value", "with-index")
-    if conditions:
-        result = run.client.compare_and_delete(key, **conditions)
-    else:
-        result = run.client.delete(
-            key, dir=run.options.on("dir"), recursive=run.options.on("recursive"))
-    run.print_unless_silent(result)
-    return EXIT_OK
-
-
-def _cmd_rmdir(run: _Run) -> int:
-    run.print_unless_silent(run.client.rmdir(run.key()))
-    return EXIT_OK
-
-
-def _cmd_ls(run: _Run) -> int:
-    options = run.options
-    result = run.client.get(
-        run.args[0] if run.args else "/", recursive=options.on("recursive"),
-        sorted=options.on("sort"), quorum=options.on("quorum"))
-    if run.output != "simple":
-        run.print_result(result)
-        return EXIT_OK
-    for node in result.node.walk() if result.node.dir else (result.node,):
-        _emit(node.key + ("/" if node.dir and options.on("p") else ""))
-    return EXIT_OK
-
-
-def _cmd_watch(run: _Run) -> int:
-    recursive, after_index = run.options.on("recursive"), run.options.number("after-index")
-    index = after_index + 1 if after_index else None
-    try:
-        with run.client.watcher(
-                run.key(), recursive=recursive, index=index, relist=False) as events:
-            for event in events:
-                if event.node.dir:
-                    continue
-                if recursive:
-                    _emit(f"[{event.action}] {event.key}")
-                run.print_result(event)
-                if not run.options.on("forever"):
-                    break
-    except KeyboardInterrupt:                       # the way to end --forever: not an error
-        pass
-    return EXIT_OK
-
-
-def _member_failure(error: EtcdError) -> _ExitError:
-    line = _UNAVAILABLE if _is_endpoint_failure(error) else error.message
-    return _ExitError(line, EXIT_BAD_ARGS)
-
-
-def _cmd_member_list(run: _Run) -> int:
-    if run.args:
-        raise _ExitError("No arguments accepted", EXIT_BAD_ARGS)
-    try:
-        members, leader = run.client.member_list(), run.client.leader_member()
-    except EtcdError as error:
-        raise _member_failure(error) from error
-    for member in members:
-        peer_urls, client_urls = ",".join(member.peer_urls), ",".join(member.client_urls)
-        is_leader = str(leader is not None and leader.id == member.id).lower()
-        if member.name:
-            _emit(f"{member.id}: name={member.name} peerURLs={peer_urls} "
-                  f"clientURLs={client_urls} isLeader={is_leader}")
-        else:
-            _emit(f"{member.id}[unstarted]: peerURLs={peer_urls}")
-    return EXIT_OK
-
-
-def _cmd_cluster_health(run: _Run) -> int:
-    try:
-        members = run.client.member_list()
-    except EtcdError:
-        _emit("cluster may be unhealthy: failed to list members")
-        raise
-    healthy = [_member_is_healthy(run.client, member) for member in members]
-    _emit("cluster is healthy" if any(healthy) else "cluster is unhealthy")
-    return EXIT_OK if any(healthy) else EXIT_UNHEALTHY
-
-
-def _member_is_healthy(client: Client, member: Member) -> bool:
-    """Ask a member for its health and print the verdict."""
-    if not member.client_urls:
-        _emit(f"member {member.id} is unreachable: no available published client urls")
-        return False
-    for url in member.client_urls:
-        try:
-            healthy = client.health(url)
-        except (EtcdError, ValueError) as error:
-            why = _failure_line(error) if isinstance(error, EtcdError) else str(error)
-            _emit(f"failed to check the health of member {member.id} on {url}: {why}")
-            continue
-        word = "healthy" if healthy else "unhealthy"
-        _emit(f"member {member.id} is {word}: got {word} result from {url}")
-        return healthy
-    _emit(f"member {member.id} is unreachable: [{' '.join(member.client_urls)}] "
-          "are all unreachable")
-    return False
-
-
-class _Command(NamedTuple):
-    usage: str
-    help: str
-    flags: Tuple[_Flag, ...]
-    run: Callable[[_Run], int]
-
-
-_TTL = _Flag(("ttl",), int, "key time-to-live in seconds")
-_SORT = _Flag(("sort",), bool, "returns result in sorted order")
-_QUORUM = _Flag(("quorum", "q"), bool, "require quorum for get request")
-_RECURSIVE = _Flag(("recursive", "r"), bool, "include everything below the directory")
-
-_COMMANDS: Dict[str, _Command] = {
-    "cluster-health": _Command(
-        "cluster-health", "check the health of the etcd cluster", (), _cmd_cluster_health),
-    "mk": _Command(
-        "mk [options] <key> <value>", "make a new key with a given value",
-        (_Flag(("in-order",), bool, "create in-order key under directory <key>"), _TTL), _cmd_mk),
-    "mkdir": _Command("mkdir [options] <key>", "make a new directory", (_TTL,), _cmd_mkdir),
-    "rm": _Command(
-        "rm [options] <key>", "remove a key or a directory",
-        (_Flag(("dir",), bool, "removes the key if it is an empty directory or a key-value pair"),
-         _Flag(("recursive", "r"), bool, "removes the key and all child keys (if a directory)"),
-         _Flag(("with-value",), str, "previous value"),
-         _Flag(("with-index",), int, "previous index")), _cmd_rm),
-    "rmdir": _Command(
-        "rmdir <key>", "removes the key if it is an empty directory or a key-value pair", (),
-        _cmd_rmdir),
-    "get": _Command(
-        "get [options] <key>", "retrieve the value of a key", (_SORT, _QUORUM), _cmd_get),
-    "ls": _Command(
-        "ls [options] [key]", "retrieve a directory",
-        (_SORT, _Flag(("recursive", "r"), bool, "returns all key names recursively"),
-         _Flag(("p",), bool, "append slash (/) to directories"), _QUORUM), _cmd_ls),
-    "set": _Command(
-        "set [options] <key> <value>", "set the value of a key",
-        (_TTL, _Flag(("swap-with-value",), str, "previous value"),
-         _Flag(("swap-with-index",), int, "previous index")), _cmd_set),
-    "update": _Command(
-        "update [options] <key> <value>", "update an existing key with a given value", (_TTL,),
-        _cmd_update),
-    "watch": _Command(
-        "watch [options] <key>", "watch a key for changes",
-        (_Flag(("forever", "f"), bool, "forever watch a key until CTRL+C"),
-         _Flag(("after-index",), int, "watch after the given index"), _RECURSIVE), _cmd_watch),
-    "member list": _Command(
-        "member list", "enumerate existing cluster members", (), _cmd_member_list),
-}
-
-_HELP = _Flag(("help", "h"), bool, "show help")
-
-_GLOBAL_FLAGS = (
-    _Flag(("debug",), bool, "show the endpoints in use on stderr"),
-    _Flag(("no-sync",), bool, "don't synchronize cluster information before sending request"),
-    _Flag(("output", "o"), str, "output response in the given format (simple, extended or json)"),
-    _Flag(("peers", "C"), str, "a comma-delimited list of machine addresses in the cluster"),
-    _Flag(("endpoint",), str, "a comma-delimited list of machine addresses in the cluster"),
-    _Flag(("endpoints",), str, "a comma-delimited list of machine addresses in the cluster"),
-    _Flag(("timeout",), str, "connection timeout per request (default: 1s)"),
-    _Flag(("total-timeout",), str, "timeout for the command, except watch (default: 5s)"),
-    _HELP,
-    _Flag(("version", "v"), bool, "print the version"),
-)
-
-
-def _flag_lines(flags: Sequence[_Flag]) -> List[str]:
-    names = [", ".join(("-" if len(name) == 1 else "--") + name for name in flag.names)
-             + ("" if flag.kind is bool else " value") for flag in flags]
-    width = max(map(len, names), default=0)
-    return [f"   {shown:{width}}  {flag.help}" for shown, flag in zip(names, flags)]
-
-
-def _print_help(prefix: str = "") -> None:
-    """Print what the program can do, or what the commands that begin with `prefix` can."""
-    commands = {name: c for name, c in _COMMANDS.items() if name.startswith(prefix)}
-    name = f"etcdctl {prefix}".strip()
-    lines = ["NAME:", f"   {name} - A simple command line client for etcd.", "", "USAGE:",
-             f"   {name} [options] command [command options] [arguments...]", "", "COMMANDS:"]
-    lines += [f"   {command:14}  {entry.help}" for command, entry in commands.items()]
-    _emit("\n".join([*lines, "", "GLOBAL OPTIONS:", *_flag_lines(_GLOBAL_FLAGS)]))
-
-
-def _print_command_help(name: str) -> None:
-    command = _COMMANDS[name]
-    lines = ["NAME:", f"   etcdctl {name} - {command.help}", "", "USAGE:",
-             f"   etcdctl {command.usage}", "", "OPTIONS:", *_flag_lines((*command.flags, _HELP))]
-    _emit("\n".join(lines))
-
-
-def _split_command(words: Sequence[str]) -> Tuple[str, List[str]]:
-    """Return the command's name, of one or two words, and what follows; "" if there is none."""
-    for size in (2, 1):
-        name = " ".join(words[:size])
-        if len(words) >= size and name in _COMMANDS:
-            return name, list(words[size:])
-    return "", list(words)
-
-
-def _endpoints_asked(options: _Options) -> str:
-    for flag, variable in (("endpoints", "ETCDCTL_ENDPOINTS"), ("endpoint", "ETCDCTL_ENDPOINT"),
-                           ("peers", "ETCDCTL_PEERS")):
-        text = options.text(flag) or os.environ.get(variable, "")
-        if text:
-            return text
-    return CLI_ENDPOINTS
-
-
-def _make_client(options: _Options, endpoints: Iterable[str]) -> Client:
-    request_s = _parse_duration(options.text("timeout") or "1s")
-    total_s = _parse_duration(options.text("total-timeout") or "5s")
-    try:
-        return Client(endpoints=endpoints, connect_timeout=request_s, read_timeout=request_s,
-                      total_timeout=total_s)
-    except ValueError as error:
-        raise _ExitError(str(error), EXIT_BAD_ARGS) from error
-
-
-def _synced_client(options: _Options) -> Client:
-    """Return a client that uses the client URLs the members publish, in random order."""
-    client = _make_client(options, _endpoints_asked(options).split(","))
-    try:
-        urls = [url for member in client.member_list() for url in member.client_urls]
-    except EtcdError as error:
-        code = EXIT_BAD_CONNECTION if _is_endpoint_failure(error) else EXIT_SERVER_ERROR
-        raise _ExitError(_error_lines(error), code) from error
-    if not urls:
-        given = ",".join(client.endpoints.urls)
-        raise _ExitError(
-            "etcd cluster has no published client endpoints.\nTry '--no-sync' if you want to "
-            f"access non-published client endpoints({given}).\nError:  client: no endpoints "
-            "available", EXIT_SERVER_ERROR)
-    random.shuffle(urls)
-    return _make_client(options, urls)
+# -- errors
 
 
 def _failure_line(error: EtcdError) -> str:
@@ -2230,47 +1980,314 @@ def _error_lines(error: EtcdError) -> str:
     return "\n".join([f"Error:  {_UNAVAILABLE}", *lines, ""])
 
 
-def _run_command(name: str, words: Sequence[str], options: _Options) -> int:
-    command = _COMMANDS[name]
-    output = options.text("output") or "simple"
+# -- the client of a command
+
+
+class _TalkingClient(Client):
+    """A client that shows each request on stderr as the curl command for it: --debug."""
+
+    def _perform(self, call: _Call[_T]) -> _T:
+        form = f' -d "{call.form.decode()}"' if call.form else ""
+        address = self.endpoints.current + call.target
+        _complain(f"cURL Command: curl -X {call.method} {address}{form}")
+        return super()._perform(call)
+
+
+def _ask_password(prompt: str) -> str:
+    """Read a password without echo; from a pipe, its first line."""
+    if sys.stdin.isatty():
+        return getpass.getpass(prompt)
+    _emit(prompt)
+    return sys.stdin.readline().rstrip("\n")
+
+
+def _split_user(text: str, prompt: str) -> Tuple[str, str]:
+    """Return name and password of NAME[:PASSWORD]; a password that is not there is asked for."""
+    name, separator, password = text.partition(":")
+    return name, password if separator else _ask_password(prompt)
+
+
+def _endpoints_asked(settings: _Options) -> str:
+    for flag, variable in (("endpoints", "ETCDCTL_ENDPOINTS"), ("endpoint", "ETCDCTL_ENDPOINT"),
+                           ("peers", "ETCDCTL_PEERS")):
+        text = settings.text(flag, variable)
+        if text:
+            return text
+    return CLI_ENDPOINTS
+
+
+class _Access(NamedTuple):
+    """How to reach a cluster, whichever of its members is asked."""
+
+    options: Dict[str, Any]                         # keywords of Client
+    debug: bool = False
+
+    @classmethod
+    def from_settings(cls, settings: _Options, *, environment: bool = True) -> _Access:
+        """Return what flags and ETCDCTL_* variables say; asks for a password if need be."""
+        user, certificate, key, authorities = (
+            settings.text(flag, "ETCDCTL_" + flag.upper().replace("-", "_") if environment else "")
+            for flag in ("username", "cert-file", "key-file", "ca-file"))
+        name, password = _split_user(user, "Password: ") if user else (None, None)
+        request_s = settings.seconds("timeout", 1.0)
+        return cls({
+            "connect_timeout": request_s, "read_timeout": request_s,
+            "total_timeout": settings.seconds("total-timeout", 5.0),
+            "cert": (certificate, key) if key else certificate or None,
+            "ca_cert": authorities or None, "username": name, "password": password,
+        }, settings.on("debug"))
+
+    def client(self, endpoints: Sequence[str] = (), srv_domain: str = "") -> Client:
+        """Return a client for these endpoints, or for those that SRV records name."""
+        kind = _TalkingClient if self.debug else Client
+        where: Dict[str, Any] = {"endpoints": endpoints}
+        if srv_domain:
+            where = {"srv_domain": srv_domain}
+        try:
+            return kind(**where, **self.options)
+        except (ValueError, OSError) as error:      # an endpoint, a certificate, a DNS server
+            raise _ExitError(str(error)) from error
+
+
+def _given_client(settings: _Options) -> Client:
+    """Return a client for the endpoints that were given."""
+    access = _Access.from_settings(settings)
+    domain = settings.text("discovery-srv", "ETCDCTL_DISCOVERY_SRV")
+    if domain:
+        return access.client(srv_domain=domain)
+    return access.client(_endpoints_asked(settings).split(","))
+
+
+def _synced_client(settings: _Options) -> Client:
+    """Return a client that uses the client URLs the members publish, in random order."""
+    client, debug = _given_client(settings), settings.on("debug")
+    if settings.on("no-sync"):
+        return client
+    given = ",".join(client.endpoints.urls)
+    if debug:
+        _complain(f"start to sync cluster using endpoints({given})")
     try:
-        command_options, args = _parse_flags(words, (*command.flags, _HELP))
+        urls = [url for member in client.member_list() for url in member.client_urls]
+    except EtcdError as error:
+        code = EXIT_BAD_CONNECTION if _is_endpoint_failure(error) else EXIT_SERVER_ERROR
+        raise _ExitError(_error_lines(error), code) from error
+    if not urls:
+        raise _ExitError(
+            "etcd cluster has no published client endpoints.\nTry '--no-sync' if you want to "
+            f"access non-published client endpoints({given}).\nError:  client: no endpoints "
+            "available", EXIT_SERVER_ERROR)
+    random.shuffle(urls)
+    client.endpoints = Endpoints(urls)
+    if debug:
+        _complain(f"got endpoints({','.join(urls)}) after sync")
+    return client
+
+
+class _Run:
+    """One invocation: what a command function gets."""
+
+    def __init__(self, settings: _Options, options: _Options, args: List[str]) -> None:
+        self.settings = settings                    # the global options
+        self.options = options                      # those of the command
+        self.args = args
+        self.output = settings.text("output") or "simple"
+        self._client: Optional[Client] = None       # made when a command first asks for it
+
+    @property
+    def client(self) -> Client:
+        """The client, with the endpoints that the members publish unless --no-sync is given."""
+        return self.connect()
+
+    def connect(self, make: Callable[[_Options], Client] = _synced_client) -> Client:
+        """Return the client; the first call makes it."""
+        if self._client is None:
+            self._client = make(self.settings)
+            if self.settings.on("debug"):
+                _complain(f"Cluster-Endpoints: {', '.join(self._client.endpoints.urls)}")
+        return self._client
+
+    def close(self) -> None:
+        """Close the client, if one was made."""
+        if self._client is not None:
+            self._client.close()
+
+    def key(self) -> str:
+        """Return the first argument."""
+        if not self.args:
+            raise _ExitError("Error:  key required")
+        return self.args[0]
+
+    def value(self) -> str:
+        """Return the second argument, or else all of standard input."""
+        if len(self.args) > 1:
+            return self.args[1]
+        text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+        if not text:
+            raise _ExitError("Error:  value required")
+        return text
+
+    def ttl(self) -> Optional[int]:
+        """Return --ttl; 0 means none, as in etcdctl."""
+        return self.options.number("ttl") or None
+
+    def conditions(self, value_flag: str, index_flag: str) -> Dict[str, Any]:
+        """Return prev_value and prev_index if flags ask for them, else nothing."""
+        given = {"prev_value": self.options.text(value_flag) or None,
+                 "prev_index": self.options.number(index_flag) or None}
+        return given if any(given.values()) else {}
+
+    def print_result(self, result: Result) -> None:
+        """Print a result in the format asked for."""
+        if self.output == "json":
+            _emit(_result_json(result))
+        elif self.output == "extended":
+            _emit(_result_extended(result))
+        elif self.output != "simple":
+            _complain(f"Unsupported output format: {self.output}")
+        elif result.action == "delete":
+            _emit(f"PrevNode.Value: {_value_text(result.prev_node)}")
+        else:
+            _emit(_value_text(result.node))
+
+    def print_unless_silent(self, result: Result) -> None:
+        """Print a result; in simple format, nothing for a directory."""
+        if not result.node.dir or self.output != "simple":
+            self.print_result(result)
+
+
+# -- the table of commands, and the way into it
+
+
+class _Command(NamedTuple):
+    usage: str
+    help: str
+    flags: Tuple[_Flag, ...]
+    run: Callable[[_Run], int]
+    needs_server: bool          # its arguments are looked at only when there is a connection
+
+
+_COMMANDS: Dict[str, _Command] = {}                 # by name: "get", "member list"; help's order
+
+_HELP = _Flag(("help", "h"), bool, "show help")
+
+_GROUPS = {
+    "member": "list, add, remove and update members", "user": "users and their roles",
+    "role": "roles and what they permit", "auth": "turn authentication on and off",
+}
+
+_GLOBAL_FLAGS = (
+    _Flag(("debug",), bool, "show endpoints, and requests as curl commands, on stderr"),
+    _Flag(("no-sync",), bool, "use the endpoints given, not those that the members publish"),
+    _Flag(("output", "o"), str, "how to print results: simple, extended or json"),
+    _Flag(("discovery-srv", "D"), str, "domain whose SRV records name the endpoints"),
+    _Flag(("peers", "C"), str, "older name of --endpoints"),
+    _Flag(("endpoint",), str, "older name of --endpoints"),
+    _Flag(("endpoints",), str, f"addresses of members, comma between (default: {CLI_ENDPOINTS})"),
+    _Flag(("cert-file",), str, "client certificate for https"),
+    _Flag(("key-file",), str, "key of the client certificate"),
+    _Flag(("ca-file",), str, "certificates of authorities that servers are checked with"),
+    _Flag(("username", "u"), str, "user[:password]; a password that is not given is asked for"),
+    _Flag(("timeout",), float, "time for one request to one member (default: 1s)"),
+    _Flag(("total-timeout",), float, "time for a call over all members (default: 5s)"),
+    _HELP,
+    _Flag(("version", "v"), bool, "print the version"),
+)
+
+_CommandFunction = Callable[[_Run], int]
+
+
+def _command(
+    name: str, usage: str, help: str, *flags: _Flag, needs_server: bool = False,
+) -> Callable[[_CommandFunction], _CommandFunction]:
+    """Enter the decorated function into the table of commands."""
+    def enter(function: _CommandFunction) -> _CommandFunction:
+        _COMMANDS[name] = _Command(
+            f"{name} {usage}".strip(), help, flags, function, needs_server)
+        return function
+    return enter
+
+
+def _aligned(rows: Sequence[Tuple[str, str]]) -> List[str]:
+    width = max((len(left) for left, _ in rows), default=0)
+    return [f"   {left:{width}}  {right}" for left, right in rows]
+
+
+def _flag_lines(flags: Sequence[_Flag]) -> List[str]:
+    return _aligned([
+        (", ".join(("-" if len(name) == 1 else "--") + name for name in flag.names)
+         + ("" if flag.kind is bool else " value"), flag.help) for flag in flags])
+
+
+def _command_names(group: str = "") -> List[Tuple[str, str]]:
+    """Return (name, help) of all commands, a group as one; or of those in a group."""
+    if group:
+        return [(name[len(group) + 1:], command.help) for name, command in _COMMANDS.items()
+                if name.startswith(group + " ")]
+    firsts = dict.fromkeys(name.split()[0] for name in _COMMANDS)
+    return [(name, _GROUPS[name] if name in _GROUPS else _COMMANDS[name].help) for name in firsts]
+
+
+def _print_help(group: str = "") -> None:
+    """Print what the program can do, or what the commands of a group can."""
+    name = f"etcdctl {group}".strip()
+    lines = ["NAME:", f"   {name} - {_GROUPS.get(group, 'A command line client of etcd v2.')}", "",
+             "USAGE:", f"   {name} [options] command [command options] [arguments...]", "",
+             "COMMANDS:", *_aligned(_command_names(group)), ""]
+    _emit("\n".join([*lines, "GLOBAL OPTIONS:", *_flag_lines(_GLOBAL_FLAGS)]))
+
+
+def _print_command_help(name: str) -> None:
+    command = _COMMANDS[name]
+    lines = ["NAME:", f"   etcdctl {name} - {command.help}", "", "USAGE:",
+             f"   etcdctl {command.usage}", "", "OPTIONS:", *_flag_lines((*command.flags, _HELP))]
+    _emit("\n".join(lines))
+
+
+def _split_command(words: Sequence[str]) -> Tuple[str, List[str]]:
+    """Return the command's name, of one or two words, and what follows; "" if there is none."""
+    for size in (2, 1):
+        name = " ".join(words[:size])
+        if len(words) >= size and name in _COMMANDS:
+            return name, list(words[size:])
+    return "", list(words)
+
+
+def _run_command(name: str, words: Sequence[str], settings: _Options) -> int:
+    command = _COMMANDS[name]
+    try:
+        options, args = _parse_flags(words, (*command.flags, _HELP))
     except _MisuseError:
         _emit("Incorrect Usage.\n")
         _print_command_help(name)
         return EXIT_MISUSE
-    if command_options.on("help"):
+    if options.on("help"):
         _print_command_help(name)
         return EXIT_OK
-    if output not in ("simple", "extended", "json"):
-        _complain(f"Unsupported output format: {output}")
-        return EXIT_OK
-    if options.on("no-sync") or name == "cluster-health":
-        client = _make_client(options, _endpoints_asked(options).split(","))
-    else:
-        client = _synced_client(options)
-    if options.on("debug"):
-        _complain(f"Cluster-Endpoints: {', '.join(client.endpoints.urls)}")
-    with client:
-        return command.run(_Run(client, output, command_options, args))
+    with contextlib.closing(_Run(settings, options, args)) as run:
+        if command.needs_server:
+            run.connect()
+        return command.run(run)
 
 
 def _dispatch(argv: Sequence[str]) -> int:
     """Run the command `argv` asks for, or show the help it needs."""
-    options, words = _parse_flags(argv, _GLOBAL_FLAGS)
-    if options.on("version"):
+    settings, words = _parse_flags(argv, _GLOBAL_FLAGS)
+    if settings.on("version"):
         _emit(f"etcdctl version {CLI_VERSION}")
         return EXIT_OK
-    asks_help = options.on("help") or words[:1] in (["help"], ["h"], [])
-    name, rest = _split_command(words[1:] if words[:1] in (["help"], ["h"]) else words)
+    asks_help = settings.on("help") or words[:1] in (["help"], ["h"], [])
+    words = words[1:] if words[:1] in (["help"], ["h"]) else words
+    name, rest = _split_command(words)
     if name and asks_help:
         _print_command_help(name)
     elif name:
-        return _run_command(name, rest, options)
-    elif asks_help or words == ["member"]:
-        _print_help("" if asks_help else "member")
+        return _run_command(name, rest, settings)
+    elif words[:1] and words[0] in _GROUPS and (asks_help or rest[1:2] in ([], ["--help"], ["-h"])):
+        _print_help(words[0])
+    elif asks_help:
+        _print_help()
     else:
-        _emit(f"No help topic for '{words[0]}'")
+        _emit(f"No help topic for '{words[1 if words[0] in _GROUPS else 0]}'")
         return EXIT_MISUSE
     return EXIT_OK
 
@@ -2278,8 +2295,9 @@ def _dispatch(argv: Sequence[str]) -> int:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return its exit code.
 
-    0 success · 1 bad arguments, or a member command failed · 2 no server can be reached ·
-    4 the server refused, or the request failed · 5 the cluster is unhealthy
+    0 success · 1 bad arguments, or a command about members, users, roles or files failed · 2 no
+    server can be reached · 4 the server refused, or the request failed · 5 the cluster is
+    unhealthy · 130 interrupted · 141 nobody reads what is printed
 
     Source: etcdctl 2.3.8.
     """
@@ -2304,6 +2322,1461 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _exit() -> NoReturn:
     sys.exit(main())
+
+
+# ============================================================================
+# 10. Commands of etcdctl -- all of version 2.3
+# ----------------------------------------------------------------------------
+# Knows: sections 1-9.  Source: etcdctl 2.3.8.
+# ============================================================================
+
+_HEALTH_EVERY_S = 10.0
+_SNAP_TTL_MIN_S = 300           # `import --snap` gives short-lived keys at least this long
+
+_TTL = _Flag(("ttl",), int, "seconds until it expires")
+_SORT = _Flag(("sort",), bool, "order by key")
+_QUORUM = _Flag(("quorum", "q"), bool, "read through consensus: never stale")
+_RECURSIVE = _Flag(("recursive", "r"), bool, "with all that lies below")
+_AFTER_INDEX = _Flag(("after-index",), int, "begin with the first change after this index")
+_ROLES = _Flag(("roles",), list, "name of a role; may be given again")
+_PERMISSION_FLAGS = (
+    _Flag(("path",), str, "a key, or all that begin with it if it ends in *"),
+    _Flag(("read",), bool, "the right to read"),
+    _Flag(("write",), bool, "the right to write"),
+    _Flag(("readwrite", "rw"), bool, "both rights"),
+)
+
+
+# -- keys
+
+
+@_command("get", "[options] <key>", "print the value of a key", _SORT, _QUORUM, needs_server=True)
+def _cmd_get(run: _Run) -> int:
+    result = run.client.get(
+        run.key(), sorted=run.options.on("sort"), quorum=run.options.on("quorum"))
+    if result.node.dir:
+        raise _ExitError(f"{result.key}: is a directory")
+    run.print_result(result)
+    return EXIT_OK
+
+
+@_command("ls", "[options] [key]", "list a directory", _SORT, _RECURSIVE,
+          _Flag(("p",), bool, "put a slash behind directories"), _QUORUM, needs_server=True)
+def _cmd_ls(run: _Run) -> int:
+    options = run.options
+    result = run.client.get(
+        run.args[0] if run.args else "/", recursive=options.on("recursive"),
+        sorted=options.on("sort"), quorum=options.on("quorum"))
+    if run.output != "simple":
+        run.print_result(result)
+        return EXIT_OK
+    _emit_lines(node.key + ("/" if node.dir and options.on("p") else "")
+                for node in (result.node.walk() if result.node.dir else (result.node,)))
+    return EXIT_OK
+
+
+@_command("set", "[options] <key> [value]", "write a key; its value may come from stdin", _TTL,
+          _Flag(("swap-with-value",), str, "write only if this is the value"),
+          _Flag(("swap-with-index",), int, "write only if this is the modified index"),
+          needs_server=True)
+def _cmd_set(run: _Run) -> int:
+    key, value = run.key(), run.value()
+    conditions = run.conditions("swap-with-value", "swap-with-index")
+    if conditions:
+        result = run.client.compare_and_swap(key, value, ttl=run.ttl(), **conditions)
+    else:
+        result = run.client.set(key, value, ttl=run.ttl())
+    run.print_result(result)
+    return EXIT_OK
+
+
+@_command("mk", "[options] <key> [value]", "write a key that must not exist",
+          _Flag(("in-order",), bool, "take the next name in the directory <key>"), _TTL,
+          needs_server=True)
+def _cmd_mk(run: _Run) -> int:
+    key, value = run.key(), run.value()
+    write = run.client.append if run.options.on("in-order") else run.client.create
+    run.print_result(write(key, value, ttl=run.ttl()))
+    return EXIT_OK
+
+
+@_command("update", "[options] <key> [value]", "write a key that must exist", _TTL,
+          needs_server=True)
+def _cmd_update(run: _Run) -> int:
+    run.print_result(run.client.update(run.key(), run.value(), ttl=run.ttl()))
+    return EXIT_OK
+
+
+@_command("mkdir", "[options] <key>", "make a directory that must not exist", _TTL,
+          needs_server=True)
+def _cmd_mkdir(run: _Run) -> int:
+    run.print_unless_silent(run.client.mkdir(run.key(), ttl=run.ttl()))
+    return EXIT_OK
+
+
+@_command("setdir", "[options] <key>", "make a directory, also in place of a key", _TTL,
+          needs_server=True)
+def _cmd_setdir(run: _Run) -> int:
+    run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl()))
+    return EXIT_OK
+
+
+@_command("updatedir", "[options] <key>", "give a directory a new time to live, or none", _TTL,
+          needs_server=True)
+def _cmd_updatedir(run: _Run) -> int:
+    run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl(), prevExist=True))
+    return EXIT_OK
+
+
+def _set_dir(client: Client, key: str, ttl: Optional[int], **conditions: Any) -> Result:
+    return client.write(key, None, ttl=ttl, dir=True, **conditions)
+
+
+@_command("rm", "[options] <key>", "remove a key or a directory",
+          _Flag(("dir",), bool, "also an empty directory"),
+          _Flag(("recursive", "r"), bool, "also a directory with all that lies below"),
+          _Flag(("with-value",), str, "remove only if this is the value"),
+          _Flag(("with-index",), int, "remove only if this is the modified index"),
+          needs_server=True)
+def _cmd_rm(run: _Run) -> int:
+    key, conditions = run.key(), run.conditions("with-value", "with-index")
+    if conditions:
+        result = run.client.compare_and_delete(key, **conditions)
+    else:
+        result = run.client.delete(
+            key, dir=run.options.on("dir"), recursive=run.options.on("recursive"))
+    run.print_unless_silent(result)
+    return EXIT_OK
+
+
+@_command("rmdir", "<key>", "remove an empty directory, or a key", needs_server=True)
+def _cmd_rmdir(run: _Run) -> int:
+    run.print_unless_silent(run.client.rmdir(run.key()))
+    return EXIT_OK
+
+
+def _changes(run: _Run, key: str) -> Watch:
+    after_index = run.options.number("after-index")
+    return run.client.watcher(
+        key, recursive=run.options.on("recursive"), index=after_index + 1 if after_index else None,
+        relist=False)
+
+
+@_command("watch", "[options] <key>", "print the next change of a key",
+          _Flag(("forever", "f"), bool, "and all later ones, until Ctrl-C"), _AFTER_INDEX,
+          _RECURSIVE, needs_server=True)
+def _cmd_watch(run: _Run) -> int:
+    with contextlib.suppress(KeyboardInterrupt):    # the way to end --forever: not an error
+        with _changes(run, run.key()) as changes:
+            for change in changes:
+                if change.node.dir:
+                    continue
+                if run.options.on("recursive"):
+                    _emit(f"[{change.action}] {change.key}")
+                run.print_result(change)
+                if not run.options.on("forever"):
+                    break
+    return EXIT_OK
+
+
+@_command("exec-watch", "[options] <key> -- <command> [args...]",
+          "run a command for each change of a key", _AFTER_INDEX, _RECURSIVE, needs_server=True)
+def _cmd_exec_watch(run: _Run) -> int:
+    if len(run.args) < 2:
+        raise _ExitError("Error:  key and command to exec required")
+    key, command = run.args[-1], run.args[:-1]      # as etcdctl, if there is no `--`
+    if "--" in run.args[1:]:
+        key, command = run.args[0], run.args[2:]
+    if not command:
+        raise _ExitError("Error:  key and command to exec required")
+    children: List[subprocess.Popen[bytes]] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        with _changes(run, key) as changes:
+            for change in changes:
+                children = [child for child in children if child.poll() is None]
+                if change.node.dir:
+                    _complain(f"Ignored dir {change.key} change")
+                else:
+                    children.append(_start_for(change, command))
+    return EXIT_OK
+
+
+def _start_for(change: Result, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a command with a change in its environment; like etcdctl, do not wait for its end."""
+    added = {"ACTION": change.action, "MODIFIED_INDEX": str(change.modified_index),
+             "KEY": change.key, "VALUE": change.value or ""}
+    environment = {**os.environ, **{f"ETCD_WATCH_{name}": text for name, text in added.items()}}
+    try:
+        return subprocess.Popen(command, env=environment)
+    except (OSError, ValueError) as error:          # ValueError: a NUL cannot be passed on
+        raise _ExitError(f"{command[0]}: {getattr(error, 'strerror', None) or error}") from error
+
+
+# -- members and health
+
+
+@contextlib.contextmanager
+def _as_one_line(prefix: str = "") -> Iterator[None]:
+    """Make errors of the members and auth APIs one line without "Error:", and exit code 1."""
+    try:
+        yield
+    except EtcdError as error:
+        line = _UNAVAILABLE if _is_endpoint_failure(error) else error.message
+        raise _ExitError(prefix + line) from error
+
+
+def _expect_no_arguments(run: _Run) -> None:
+    if run.args:
+        raise _ExitError("No arguments accepted")
+
+
+@_command("member list", "", "print the members")
+def _cmd_member_list(run: _Run) -> int:
+    _expect_no_arguments(run)
+    client = run.client
+    with _as_one_line():
+        members = client.member_list()
+    with _as_one_line("Failed to get leader:  "):
+        leader = client.leader_member()
+    for member in members:
+        peer_urls, client_urls = ",".join(member.peer_urls), ",".join(member.client_urls)
+        is_leader = str(leader is not None and leader.id == member.id).lower()
+        if member.name:
+            _emit(f"{member.id}: name={member.name} peerURLs={peer_urls} "
+                  f"clientURLs={client_urls} isLeader={is_leader}")
+        else:
+            _emit(f"{member.id}[unstarted]: peerURLs={peer_urls}")
+    return EXIT_OK
+
+
+@_command("member add", "<name> <peerURL>", "announce a member that will be started")
+def _cmd_member_add(run: _Run) -> int:
+    if len(run.args) != 2:
+        raise _ExitError("Provide a name and a single member peerURL")
+    name, url = run.args
+    client = run.client
+    with _as_one_line():
+        added = client.member_add([url])
+        _emit(f"Added member named {name} with ID {added.id} to cluster")
+        members = client.member_list()
+    cluster = ",".join(
+        f"{name if member.id == added.id else member.name}={peer_url}"
+        for member in members for peer_url in member.peer_urls)
+    _emit(f'\nETCD_NAME="{name}"\nETCD_INITIAL_CLUSTER="{cluster}"\n'
+          'ETCD_INITIAL_CLUSTER_STATE="existing"')
+    return EXIT_OK
+
+
+@_command("member remove", "<memberID>", "remove a member from the cluster")
+def _cmd_member_remove(run: _Run) -> int:
+    if len(run.args) != 1:
+        raise _ExitError("Provide a single member ID")
+    asked, client = run.args[0], run.client
+    with _as_one_line("Error while verifying ID against known members: "):
+        members = client.member_list()
+    if asked not in [member.id for member in members]:
+        for member in members:
+            if member.name == asked:
+                _complain(f"Found a member named {asked}; if this is correct, please use its ID, "
+                          f"eg:\n\tetcdctl member remove {member.id}\n")
+        raise _ExitError(f"Couldn't find a member in the cluster with an ID of {asked}.")
+    with _as_one_line(f"Received an error trying to remove member {asked}: "):
+        client.member_remove(asked)
+    _emit(f"Removed member {asked} from cluster")
+    return EXIT_OK
+
+
+@_command("member update", "<memberID> <peerURLs>", "give a member other peer URLs")
+def _cmd_member_update(run: _Run) -> int:
+    if len(run.args) != 2:
+        raise _ExitError("Provide an ID and a list of comma separated peerURL "
+                         "(0xabcd http://example.com,http://example1.com)")
+    id, urls = run.args
+    client = run.client
+    with _as_one_line():
+        client.member_update(id, urls.split(","))
+    _emit(f"Updated member with ID {id} in cluster")
+    return EXIT_OK
+
+
+@_command("cluster-health", "[options]", "ask every member whether it is healthy",
+          _Flag(("forever", "f"), bool, "ask again every 10 seconds, until Ctrl-C"))
+def _cmd_cluster_health(run: _Run) -> int:
+    if not run.options.on("forever"):
+        return _check_health(run.connect(_given_client))
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            _check_health(run.connect(_given_client))
+            _emit("\nnext check after 10 second...\n")
+            time.sleep(_HEALTH_EVERY_S)
+    return EXIT_OK
+
+
+def _check_health(client: Client) -> int:
+    try:
+        members = client.member_list()
+    except EtcdError:
+        _emit("cluster may be unhealthy: failed to list members")
+        raise
+    healthy = [_member_is_healthy(client, member) for member in members]
+    _emit("cluster is healthy" if any(healthy) else "cluster is unhealthy")
+    return EXIT_OK if any(healthy) else EXIT_UNHEALTHY
+
+
+def _member_is_healthy(client: Client, member: Member) -> bool:
+    """Ask a member for its health and print the verdict."""
+    if not member.client_urls:
+        _emit(f"member {member.id} is unreachable: no available published client urls")
+        return False
+    for url in member.client_urls:
+        try:
+            healthy = client.health(url)
+        except (EtcdError, ValueError) as error:
+            why = _failure_line(error) if isinstance(error, EtcdError) else str(error)
+            _emit(f"failed to check the health of member {member.id} on {url}: {why}")
+            continue
+        word = "healthy" if healthy else "unhealthy"
+        _emit(f"member {member.id} is {word}: got {word} result from {url}")
+        return healthy
+    _emit(f"member {member.id} is unreachable: [{' '.join(member.client_urls)}] "
+          "are all unreachable")
+    return False
+
+
+# -- files
+
+
+@_command("backup", "[options]", "copy a member's data directory under new ids",
+          _Flag(("data-dir",), str, "data directory of the member; it may run"),
+          _Flag(("wal-dir",), str, "its log directory, if that is elsewhere"),
+          _Flag(("backup-dir",), str, "the copy"),
+          _Flag(("backup-wal-dir",), str, "log directory of the copy, if that is elsewhere"))
+def _cmd_backup(run: _Run) -> int:
+    text = run.options.text
+    if not text("data-dir") or not text("backup-dir"):
+        raise _ExitError("backup needs --data-dir and --backup-dir")
+    try:
+        server = importlib.import_module("pyetcd")
+    except ImportError as error:
+        raise _ExitError(
+            "backup is done by the server's module: put pyetcd.py beside pyetcd_client.py, or "
+            f"install it ({error})") from error
+    try:
+        server.backup(text("data-dir"), text("backup-dir"), wal_dir=text("wal-dir"),
+                      backup_wal_dir=text("backup-wal-dir"))
+    except server.BackupError as error:
+        raise _ExitError(str(error)) from error
+    return EXIT_OK
+
+
+def _spread(
+    items: Sequence[_T], workers: int, work: Callable[[_T], None], progress: _Progress,
+) -> None:
+    """Call `work` for every item on `workers` threads; what one raises ends them all."""
+    numbered, lock, stop = enumerate(items), threading.Lock(), threading.Event()
+
+    def serve() -> None:
+        try:
+            while not stop.is_set():
+                with lock:                          # guards the iterator and the terminal
+                    number, item = next(numbered, (0, None))
+                    progress.show(number)
+                if item is None:
+                    break
+                work(item)
+        finally:
+            stop.set()
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, workers), "pyetcdctl") as pool:
+        futures = [pool.submit(serve) for _ in range(max(1, workers))]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            stop.set()
+
+
+def _read_snapshot_04(path: str, hidden: Sequence[str]) -> List[Tuple[str, str, Optional[int]]]:
+    """Return (key, value, ttl) of the files in a snapshot of etcd 0.4.
+
+    Such a file is the JSON of a store, or a line with a checksum and JSON that holds the former in
+    base64.  Hidden directories are left out, except those in `hidden`; so is what has expired.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        outer = json.loads(text if text.startswith("{") else text.partition("\n")[2])
+        store = json.loads(base64.b64decode(outer["state"])) if "state" in outer else outer
+        root = store["Root"]
+        found = list(_snapshot_files(root, "", hidden=False))
+        for key in hidden:
+            node = root
+            for name in _clean_key(key).strip("/").split("/"):
+                node = node["Children"][name]
+            found += _snapshot_files(node, _clean_key(key), hidden=True)
+    except OSError:
+        raise _ExitError(f"cannot read snapshot file {path}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _ExitError(f"{path} is no snapshot of etcd 0.4 ({error or error!r})") from error
+    return [record for record in found if record[2] is None or record[2] > 0]
+
+
+def _snapshot_files(
+    node: Mapping[str, Any], key: str, *, hidden: bool,
+) -> Iterator[Tuple[str, str, Optional[int]]]:
+    children = node.get("Children")
+    if children is None:
+        yield key, node["Value"], _seconds_left(node["ExpireTime"])
+        return
+    for name, child in sorted(children.items()):
+        if hidden or not name.startswith("_"):
+            yield from _snapshot_files(child, f"{key}/{name}", hidden=hidden)
+
+
+def _seconds_left(instant: Optional[str]) -> Optional[int]:
+    """Return the whole seconds until an RFC 3339 instant, rounded up; None for none."""
+    if not instant or instant.startswith("0001-"):  # Go's zero time
+        return None
+    match = re.fullmatch(r"(\S{19})(\.\d+)?(Z|[+-]\d\d:\d\d)", instant)
+    if match is None:
+        raise ValueError(f"{instant!r} is no RFC 3339 instant")
+    offset = "+00:00" if match[3] == "Z" else match[3]
+    at = datetime.datetime.fromisoformat(match[1] + offset).timestamp() + float(match[2] or 0)
+    return math.ceil(at - time.time())
+
+
+def _import_snapshot_04(run: _Run) -> int:
+    """Write the files of a snapshot of etcd 0.4, as `import --snap` of etcdctl does."""
+    path, workers = run.options.text("snap"), run.options.number("c", 10)
+    files = _read_snapshot_04(path, run.options.texts("hidden"))
+    client = run.client
+
+    def write(record: Tuple[str, str, Optional[int]]) -> None:
+        key, value, ttl = record
+        client.set(key, value, ttl=max(ttl, _SNAP_TTL_MIN_S) if ttl else None)
+
+    _emit(f"starting to import snapshot {path} with {workers} clients")
+    with _Progress("import", len(files)) as progress:
+        _spread(files, workers, write, progress)
+    _emit(f"finished importing {len(files)} keys")
+    return EXIT_OK
+
+
+# -- users, roles, auth
+
+
+def _user_name(run: _Run) -> str:
+    if len(run.args) != 1:
+        raise _ExitError("Please provide a username")
+    return run.args[0]
+
+
+def _names(entries: Optional[Sequence[Any]], field: str) -> List[str]:
+    """Return names out of a list of names or of objects: servers have both."""
+    return [entry[field] if isinstance(entry, dict) else str(entry) for entry in entries or ()]
+
+
+@contextlib.contextmanager
+def _as_refused_listing() -> Iterator[None]:
+    """Name the status only: etcdctl 2.3 does not read the answer to a listing that is refused."""
+    try:
+        with _as_one_line():
+            yield
+    except _ExitError as error:
+        cause = error.__cause__
+        if isinstance(cause, EtcdError) and not _is_endpoint_failure(cause):
+            raise _ExitError(f"unexpected status code {cause.status}") from cause
+        raise
+
+
+@_command("user add", "<name>[:<password>]", "make a user")
+def _cmd_user_add(run: _Run) -> int:
+    text = _user_name(run)
+    name, client = text.partition(":")[0], run.client
+    with _as_one_line():
+        try:
+            client.user_get(name)
+        except EtcdError as error:
+            if _is_endpoint_failure(error):
+                raise
+        else:
+            raise _ExitError(f"User {name} already exists")
+        client.user_add(name, _split_user(text, "New password: ")[1])
+    _emit(f"User {name} created")
+    return EXIT_OK
+
+
+@_command("user get", "<name>", "print a user's roles")
+def _cmd_user_get(run: _Run) -> int:
+    name, client = _user_name(run), run.client
+    with _as_one_line():
+        user = client.user_get(name)
+    _emit(f"User: {user['user']}\nRoles: {' '.join(_names(user.get('roles'), 'role'))}")
+    return EXIT_OK
+
+
+@_command("user list", "", "print the names of all users")
+def _cmd_user_list(run: _Run) -> int:
+    _expect_no_arguments(run)
+    client = run.client
+    with _as_refused_listing():
+        users = client.user_list()
+    _emit_lines(_names(users, "user"))
+    return EXIT_OK
+
+
+@_command("user remove", "<name>", "remove a user")
+def _cmd_user_remove(run: _Run) -> int:
+    name, client = _user_name(run), run.client
+    with _as_one_line():
+        client.user_remove(name)
+    _emit(f"User {name} removed")
+    return EXIT_OK
+
+
+@_command("user grant", "--roles <role> <name>", "give a user roles", _ROLES)
+def _cmd_user_grant(run: _Run) -> int:
+    return _change_roles(run, Client.user_grant)
+
+
+@_command("user revoke", "--roles <role> <name>", "take roles from a user", _ROLES)
+def _cmd_user_revoke(run: _Run) -> int:
+    return _change_roles(run, Client.user_revoke)
+
+
+def _change_roles(run: _Run, change: Callable[[Client, str, Sequence[str]], Any]) -> int:
+    roles = run.options.texts("roles")
+    if not roles:
+        raise _ExitError("No roles specified; please use `-roles`")
+    name, client = _user_name(run), run.client
+    with _as_one_line():
+        client.user_get(name)
+        change(client, name, roles)
+    _emit(f"User {name} updated")
+    return EXIT_OK
+
+
+@_command("user passwd", "<name>", "change a user's password")
+def _cmd_user_passwd(run: _Run) -> int:
+    name, client = _user_name(run), run.client
+    with _as_one_line():
+        client.user_get(name)
+        client.user_password(name, _ask_password("New password: "))
+    _emit("Password updated")
+    return EXIT_OK
+
+
+def _role_name(run: _Run) -> str:
+    if len(run.args) != 1:
+        raise _ExitError("Please provide a role name")
+    return run.args[0]
+
+
+@_command("role add", "<name>", "make a role")
+def _cmd_role_add(run: _Run) -> int:
+    name, client = _role_name(run), run.client
+    with _as_one_line():
+        try:
+            client.role_get(name)
+        except EtcdError as error:
+            if _is_endpoint_failure(error):
+                raise
+        else:
+            raise _ExitError(f"Role {name} already exists")
+        client.role_add(name)
+    _emit(f"Role {name} created")
+    return EXIT_OK
+
+
+def _permitted(role: Mapping[str, Any]) -> Tuple[List[str], List[str]]:
+    """Return the paths that a role may read, and those that it may write."""
+    kv = role["permissions"]["kv"]
+    return list(kv.get("read") or ()), list(kv.get("write") or ())
+
+
+@_command("role get", "<name>", "print what a role permits")
+def _cmd_role_get(run: _Run) -> int:
+    name, client = _role_name(run), run.client
+    with _as_one_line():
+        role = client.role_get(name)
+    read, write = _permitted(role)
+    _emit_lines([f"Role: {role['role']}", "KV Read:", *(f"\t{path}" for path in read),
+                 "KV Write:", *(f"\t{path}" for path in write)])
+    return EXIT_OK
+
+
+@_command("role list", "", "print the names of all roles")
+def _cmd_role_list(run: _Run) -> int:
+    _expect_no_arguments(run)
+    client = run.client
+    with _as_refused_listing():
+        roles = client.role_list()
+    _emit_lines(_names(roles, "role"))
+    return EXIT_OK
+
+
+@_command("role remove", "<name>", "remove a role")
+def _cmd_role_remove(run: _Run) -> int:
+    name, client = _role_name(run), run.client
+    with _as_one_line():
+        client.role_remove(name)
+    _emit(f"Role {name} removed")
+    return EXIT_OK
+
+
+@_command("role grant", "--path <path> --read|--write|--readwrite <name>", "permit a path",
+          *_PERMISSION_FLAGS)
+def _cmd_role_grant(run: _Run) -> int:
+    return _change_permission(run, Client.role_grant, "granted")
+
+
+@_command("role revoke", "--path <path> --read|--write|--readwrite <name>",
+          "permit a path no longer", *_PERMISSION_FLAGS)
+def _cmd_role_revoke(run: _Run) -> int:
+    return _change_permission(run, Client.role_revoke, "revoked")
+
+
+def _change_permission(
+    run: _Run, change: Callable[[Client, str, str, str], Dict[str, Any]], done: str,
+) -> int:
+    path = run.options.text("path")
+    if not path:
+        raise _ExitError("No path specified; please use `-path`")
+    canonical = _clean_key(path) + ("/" if path.endswith("/") and path.strip("/") else "")
+    if path != canonical:
+        raise _ExitError(f"Not canonical path; please use `-path={canonical}`")
+    kinds = [kind for kind in ("read", "write", "readwrite") if run.options.on(kind)]
+    if len(kinds) != 1:
+        raise _ExitError("Please specify exactly one of -read, -write or -readwrite")
+    name, client = _role_name(run), run.client
+    with _as_one_line():
+        before = client.role_get(name)
+        after = change(client, name, path, kinds[0])
+    unchanged = _permitted(before) == _permitted(after)
+    _emit(f"{f'Role unchanged; already {done}' if unchanged else ''}Role {name} updated")
+    return EXIT_OK
+
+
+@_command("auth enable", "", "let only users with the right do something")
+def _cmd_auth_enable(run: _Run) -> int:
+    _expect_no_arguments(run)
+    client = run.client
+    with _as_one_line():
+        client.auth_enable()
+    _emit("Authentication Enabled")
+    return EXIT_OK
+
+
+@_command("auth disable", "", "let everybody do everything")
+def _cmd_auth_disable(run: _Run) -> int:
+    _expect_no_arguments(run)
+    client = run.client
+    with _as_one_line():
+        client.auth_disable()
+    _emit("Authentication Disabled")
+    return EXIT_OK
+
+
+# ============================================================================
+# 11. More commands -- export, import, mirror, tree, top, bench, completion
+# ----------------------------------------------------------------------------
+# Knows: sections 1-10.
+# ============================================================================
+
+_EXPORT_MARK = "# keys of etcd v2, written by pyetcdctl export; see pyetcdctl help export"
+_EXPORT_VERSION = 1
+_RETRY_MIN_S = 0.2              # a mirror that cannot reach its target tries again, each time
+_RETRY_MAX_S = 10.0             # after twice the wait
+_TOP_EVERY_S = 2.0
+_TREE_VALUE_MAX = 60            # characters of a value that `tree --values` shows
+_BENCH_TOTAL = 10_000
+_BENCH_SIZE_BYTES = 64
+_BENCH_KEYS = 1_000             # distinct keys that bench writes and reads
+
+_UNESCAPED = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029]")    # what would break a line
+_ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+_UNESCAPES = {escape[1]: character for character, escape in _ESCAPES.items()}
+
+_PREFIX = _Flag(("prefix",), str, "take only what lies below this key (default: all)")
+_DEST_PREFIX = _Flag(("dest-prefix",), str, "and put it below this one (default: the same)")
+_DRY_RUN = _Flag(("dry-run",), bool, "print what would be done, and do nothing")
+_WORKERS = _Flag(("c",), int, "connections to use (default: 10)")
+
+
+# -- a tree as text
+
+
+def _escape(text: str) -> str:
+    """Return `text` in one line without tabs; _unescape has the way back."""
+    return _UNESCAPED.sub(lambda m: _ESCAPES.get(m[0]) or f"\\u{ord(m[0]):04x}", text)
+
+
+def _unescape(text: str) -> str:
+    """Return what _escape was given.  Raises ValueError."""
+    def original(match: Match[str]) -> str:
+        code = match[1]
+        if len(code) == 5:
+            return chr(int(code[1:], 16))
+        if code not in _UNESCAPES:
+            raise ValueError(f"\\{code} is no escape")
+        return _UNESCAPES[code]
+    return re.sub(r"\\(u[0-9a-fA-F]{4}|.?)", original, text, flags=re.DOTALL)
+
+
+class _Record(NamedTuple):
+    """A node as it is exported and imported."""
+
+    key: str
+    value: Optional[str] = None                     # None for a directory
+    expiration: Optional[str] = None                # RFC 3339 instant
+
+    @classmethod
+    def from_node(cls, node: Node) -> _Record:
+        """Return the record of a node."""
+        return cls(node.key, None if node.dir else node.value or "", node.expiration)
+
+    @classmethod
+    def from_line(cls, line: str) -> _Record:
+        """Return the record of a line of the text form.  Raises ValueError."""
+        name, *fields = line.split("\t")
+        is_dir = name.endswith("/")
+        extra = fields[1] if len(fields) == 2 else ""
+        if (not name.startswith("/") or len(fields) > 2 or not (is_dir or fields)
+                or (extra and not extra.startswith("expires=")) or (is_dir and any(fields[:1]))):
+            raise ValueError("not KEY, tab, value or DIRECTORY/")
+        expiration = extra[len("expires="):] or None
+        _seconds_left(expiration)
+        return cls(_unescape(name.rstrip("/")) or "/", None if is_dir else _unescape(fields[0]),
+                   expiration)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> _Record:
+        """Return the record of an object of the JSON form.  Raises ValueError."""
+        key, value, expiration = raw["key"], raw.get("value"), raw.get("expiration")
+        if raw.get("dir", False) != (value is None) or not isinstance(key, str):
+            raise ValueError(f"{raw} has not either a value or dir")
+        if not isinstance(value, (str, type(None))):
+            raise ValueError(f"the value of {key} is not text")
+        _seconds_left(expiration)
+        return cls(key, value, expiration)
+
+    @property
+    def ttl(self) -> Optional[int]:
+        """Seconds left; None if permanent; 0 or less if expired."""
+        return _seconds_left(self.expiration)
+
+    def line(self) -> str:
+        """Return the record as a line of the text form."""
+        key = _escape(self.key)
+        fields = [key.rstrip("/") + "/", ""] if self.value is None else [key, _escape(self.value)]
+        if self.expiration:
+            return "\t".join([*fields, f"expires={self.expiration}"])
+        return fields[0] if self.value is None else "\t".join(fields)
+
+    def json(self) -> str:
+        """Return the record as an object of the JSON form."""
+        content = {"dir": True} if self.value is None else {"value": self.value}
+        shown = {"key": self.key, **content}
+        if self.expiration:
+            shown["expiration"] = self.expiration
+        return json.dumps(shown, ensure_ascii=False)
+
+
+def _records_in(node: Node) -> List[_Record]:
+    """Return the records of a listed node and of all below it; the root itself is none."""
+    nodes = node.walk() if node.key == "/" else itertools.chain([node], node.walk())
+    return [_Record.from_node(found) for found in nodes]
+
+
+def _parse_export(text: str) -> List[_Record]:
+    """Return the records in either form, or in an answer of the keys API.  Raises ValueError."""
+    if text.lstrip()[:1] == "{":
+        raw = json.loads(text)
+        if "node" in raw:
+            return _records_in(Node.from_json(raw["node"]))
+        return [_Record.from_json(node) for node in raw["nodes"]]
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line[:-1] if line.endswith("\r") else line
+        if not line or line.startswith("#"):
+            continue
+        try:
+            records.append(_Record.from_line(line))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+    return records
+
+
+def _moved(key: str, prefix: str, dest_prefix: str) -> Optional[str]:
+    """Return `key` with `prefix` replaced; None if it does not lie there."""
+    prefix, dest_prefix = prefix.rstrip("/"), dest_prefix.rstrip("/")
+    if key == (prefix or "/"):
+        return dest_prefix or "/"
+    return dest_prefix + key[len(prefix):] if key.startswith(prefix + "/") else None
+
+
+def _prefixes(options: _Options, prefix: str = "") -> Tuple[str, str]:
+    prefix = _clean_key(prefix or options.text("prefix"))
+    return prefix, _clean_key(options.text("dest-prefix") or prefix)
+
+
+@_command("export", "[options] [key]", "print a tree, to be read by import",
+          _Flag(("format",), str, "json (default), or text: a key a line, to be compared by diff"),
+          _Flag(("hidden",), list, "also this hidden directory; may be given again"))
+def _cmd_export(run: _Run) -> int:
+    """Print records, parents first; each --hidden directory is read for itself, later."""
+    form = run.options.text("format") or "json"
+    if form not in ("json", "text"):
+        raise _ExitError("--format is json or text")
+    key, client = (run.args or ["/"])[0], run.client
+    with _Progress("export"):
+        result = client.get(key, recursive=True, sorted=True, quorum=True)
+        records = _records_in(result.node)
+        for hidden in run.options.texts("hidden"):
+            found = client.get(hidden, recursive=True, sorted=True, quorum=True)
+            records += _records_in(found.node)
+    # Lone surrogates, which some server might send, become escapes that both forms know.
+    plain = (text.encode("utf-8", "backslashreplace").decode() for text in
+             (record.json() if form == "json" else record.line() for record in records))
+    with _Progress("export", len(records)) as progress:
+        _emit_lines(itertools.chain(
+            [_EXPORT_MARK] if form == "text" else
+            [f'{{"pyetcd_export": {_EXPORT_VERSION}, "key": {json.dumps(result.key)}, '
+             f'"etcdIndex": {result.etcd_index}, "nodes": ['],
+            _separated(plain, "," if form == "json" else "", progress),
+            [] if form == "text" else ["]}"]))
+    return EXIT_OK
+
+
+def _separated(texts: Iterable[str], separator: str, progress: _Progress) -> Iterator[str]:
+    previous: Optional[str] = None
+    for number, text in enumerate(texts):
+        progress.show(number)
+        if previous is not None:
+            yield previous + separator
+        previous = text
+    if previous is not None:
+        yield previous
+
+
+class _Import:
+    """Writes records; counts what it did."""
+
+    def __init__(self, client: Client, options: _Options) -> None:
+        self._client = client
+        self._keep = options.on("keep")
+        self._ttl = options.number("ttl") or None
+        self._workers = options.number("c", 10)
+        self._lock = threading.Lock()               # guards the next
+        self.kept = 0                               # existed already
+
+    def write(self, records: Sequence[_Record]) -> None:
+        """Write directories one after the other, then files on many connections."""
+        for record in _needed_dirs(records):
+            self._make_dir(record)
+        files = [record for record in records if record.value is not None]
+        with _Progress("import", len(files)) as progress:
+            _spread(files, self._workers, self._write_file, progress)
+
+    def ttl(self, record: _Record) -> Optional[int]:
+        """Return the seconds a record is to live; None for ever; 0 or less: not at all."""
+        return self._ttl if record.expiration and self._ttl else record.ttl
+
+    def _make_dir(self, record: _Record) -> None:
+        ttl = self.ttl(record)
+        try:
+            self._client.mkdir(record.key, ttl=ttl)
+        except NodeExists:
+            if ttl and not self._keep:
+                _set_dir(self._client, record.key, ttl, prevExist=True)
+
+    def _write_file(self, record: _Record) -> None:
+        write = self._client.create if self._keep else self._client.set
+        try:
+            write(record.key, record.value or "", ttl=self.ttl(record))
+        except NodeExists:
+            with self._lock:
+                self.kept += 1
+
+
+def _needed_dirs(records: Sequence[_Record]) -> List[_Record]:
+    """Return the directories that writing the files would not make as they are to be."""
+    filled = {record.key.rpartition("/")[0] for record in records}
+    return [record for record in records
+            if record.value is None and (record.expiration or record.key not in filled)]
+
+
+def _read_records(path: str) -> List[_Record]:
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return _parse_export(data.decode("utf-8"))
+    except OSError as error:
+        raise _ExitError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _ExitError(f"{path} is not what export writes: {error}") from error
+
+
+@_command("import", "[options] <file>", "write what export has printed; - is stdin", _PREFIX,
+          _DEST_PREFIX, _Flag(("keep",), bool, "leave keys that exist as they are"),
+          _Flag(("ttl",), int, "seconds that keys which expire live anew, expired ones too"),
+          _DRY_RUN, _WORKERS, _Flag(("snap",), str, "instead: a snapshot file of etcd 0.4"),
+          _Flag(("hidden",), list, "with --snap: also this hidden directory"))
+def _cmd_import(run: _Run) -> int:
+    if run.options.text("snap"):
+        return _import_snapshot_04(run)
+    if not run.args:
+        _emit("no snapshot file provided (use --snap)")
+        return EXIT_BAD_ARGS
+    prefixes = _prefixes(run.options)
+    found = [(record, _moved(_clean_key(record.key), *prefixes))
+             for record in _read_records(run.args[0])]
+    records = [record._replace(key=key) for record, key in found if key is not None and key != "/"]
+    importing = _Import(run.client, run.options)
+    alive = [record for record in records if (importing.ttl(record) or 1) > 0]
+    if run.options.on("dry-run"):
+        _emit_lines(f"{'mkdir' if record.value is None else 'set'} {_escape(record.key)}"
+                    for record in alive)
+        return EXIT_OK
+    importing.write(alive)
+    files = sum(record.value is not None for record in alive)
+    notes = [(importing.kept, "existed and were kept"),
+             (len(records) - len(alive), "had expired and were left out"),
+             (len(found) - len(records), "lie elsewhere and were left out")]
+    _emit("; ".join([f"imported {files - importing.kept} keys",
+                     *(f"{count} {what}" for count, what in notes if count)]))
+    return EXIT_OK
+
+
+# -- mirror
+
+
+class _Change(NamedTuple):
+    """What a mirror does to its target."""
+
+    verb: str                                       # set, mkdir or delete
+    key: str
+    value: str = ""
+    ttl: Optional[int] = None
+
+    def apply(self, client: Client) -> None:
+        """Do it; that may be done again, as after an answer that was lost."""
+        if self.verb == "set":
+            client.set(self.key, self.value, ttl=self.ttl)
+        elif self.verb == "mkdir":
+            with contextlib.suppress(NodeExists):
+                client.mkdir(self.key, ttl=self.ttl)
+        else:
+            with contextlib.suppress(KeyNotFound):
+                client.delete(self.key, recursive=True)
+
+
+class _Mirror:
+    """Makes a tree of the target equal to one of the source, and keeps it so.
+
+    What was done so far is seen in the target: a mirror that is started again compares both trees
+    and writes the difference, so it needs no notes.  The same happens when more changes went by
+    than the source remembers, and when a change does not fit the target.
+    """
+
+    def __init__(self, source: Client, target: Client, options: _Options) -> None:
+        self._source = source
+        self._target = target
+        self._prefix, self._dest_prefix = _prefixes(options)
+        self._with_ttl = options.on("ttl")
+        self._deletes = not options.on("no-delete")
+        self._workers = options.number("c", 10)
+        self.dry_run = options.on("dry-run")
+        self.verbose = options.on("verbose") or self.dry_run
+
+    def check(self) -> None:
+        """Raise _ExitError if the mirror would see its own writes."""
+        for client in (self._source, self._target):
+            client.member_list()                    # an answer tells the cluster's id
+        inside = (_moved(self._prefix, self._dest_prefix, ""),
+                  _moved(self._dest_prefix, self._prefix, ""))
+        if self._source.cluster_id == self._target.cluster_id and any(inside):
+            raise _ExitError("source and target overlap: they are the same cluster")
+
+    def copy(self) -> int:
+        """Make the trees equal; return the source's index from which to follow."""
+        index, wanted = self._listing(self._source, self._prefix)
+        _, present = self._listing(self._target, self._dest_prefix)
+        deletions, dirs, files = self._difference(wanted, present)
+        with _Progress("mirror", len(files)) as progress:
+            for change in (*deletions, *dirs):
+                self._do(change)
+            _spread(files, self._workers, self._do, progress)
+        _emit(f"{'would copy' if self.dry_run else 'copied'} {len(files)} keys, "
+              f"{'would remove' if self.dry_run else 'removed'} {len(deletions)}; "
+              f"source index {index}")
+        return index + 1
+
+    def follow(self, index: int) -> None:
+        """Repeat every change of the source at the target, for ever."""
+        while True:
+            try:
+                with self._source.watcher(
+                        self._prefix, recursive=True, index=index, relist=False) as changes:
+                    for event in changes:
+                        self._repeat(event)
+            except (ApiError, HttpError) as error:  # history gone, or the trees differ
+                if isinstance(error, Unauthorized) or _is_endpoint_failure(error):
+                    raise
+                index = self._insist(self.copy)
+
+    def _listing(self, client: Client, prefix: str) -> Tuple[int, Dict[str, Node]]:
+        """Return a cluster's index and all nodes below `prefix`, by their key at the target."""
+        try:
+            result = client.get(prefix, recursive=True, sorted=True, quorum=True)
+        except KeyNotFound as error:
+            return error.index, {}
+        if not result.node.dir:
+            raise _ExitError(f"{prefix} is no directory")
+        moved = ((_moved(node.key, prefix, self._dest_prefix), node)
+                 for node in result.node.walk())
+        return result.etcd_index, {key: node for key, node in moved if key is not None}
+
+    def _difference(
+        self, wanted: Mapping[str, Node], present: Mapping[str, Node],
+    ) -> Tuple[List[_Change], List[_Change], List[_Change]]:
+        """Return what is to be deleted, which directories and which files are to be written."""
+        deletions: List[_Change] = []
+        for key, node in present.items():           # parents come first
+            mine = wanted.get(key)
+            unwanted = self._deletes if mine is None else mine.dir != node.dir
+            gone = deletions and key.startswith(deletions[-1].key + "/")
+            if unwanted and not gone:
+                deletions.append(_Change("delete", key))
+        dirs = [_Change("mkdir", key, ttl=self._ttl(node)) for key, node in wanted.items()
+                if node.dir and (key not in present or not present[key].dir)]
+        files = [_Change("set", key, node.value or "", self._ttl(node))
+                 for key, node in wanted.items()
+                 if not node.dir and not self._is_equal(node, present.get(key))]
+        return deletions, dirs, files
+
+    def _is_equal(self, node: Node, copy: Optional[Node]) -> bool:
+        expires = self._with_ttl and node.ttl is not None
+        return (copy is not None and not copy.dir and copy.value == node.value
+                and (copy.ttl is not None) == expires)
+
+    def _ttl(self, node: Node) -> Optional[int]:
+        return max(1, node.ttl) if self._with_ttl and node.ttl is not None else None
+
+    def _repeat(self, event: Result) -> None:
+        key = _moved(event.key, self._prefix, self._dest_prefix)
+        if key is None or key == "/":
+            return
+        if event.action in ("delete", "expire", "compareAndDelete"):
+            if self._deletes:
+                self._insist(lambda: self._do(_Change("delete", key)))
+            return
+        verb = "mkdir" if event.node.dir else "set"
+        change = _Change(verb, key, event.value or "", self._ttl(event.node))
+        self._insist(lambda: self._do(change))
+
+    def _do(self, change: _Change) -> None:
+        if self.verbose:
+            _emit(f"{change.verb} {_escape(change.key)}")
+        if not self.dry_run:
+            change.apply(self._target)
+
+    def _insist(self, action: Callable[[], _T]) -> _T:
+        """Do `action` until a server answers: all a mirror does may be done twice."""
+        wait_s = _RETRY_MIN_S
+        while True:
+            try:
+                return action()
+            except EtcdError as error:
+                if not _is_endpoint_failure(error):
+                    raise
+                _complain(f"{error}; trying again")
+            time.sleep(wait_s * random.uniform(0.5, 1.0))
+            wait_s = min(_RETRY_MAX_S, 2 * wait_s)
+
+
+@_command("mirror", "[options] <target endpoints>", "keep a copy of a tree in another cluster",
+          _PREFIX, _DEST_PREFIX, _Flag(("once",), bool, "end when the copy is made"), _DRY_RUN,
+          _Flag(("no-delete",), bool, "leave what only the target has"),
+          _Flag(("ttl",), bool, "let copies expire by themselves (see the manual)"),
+          _Flag(("verbose",), bool, "print every change"), _WORKERS,
+          _Flag(("dest-cert",), str, "client certificate for the target"),
+          _Flag(("dest-key",), str, "key of that certificate"),
+          _Flag(("dest-cacert",), str, "certificates of authorities to check the target with"),
+          _Flag(("dest-username",), str, "user[:password] at the target"))
+def _cmd_mirror(run: _Run) -> int:
+    if len(run.args) != 1:
+        raise _ExitError("Provide the endpoints of the target, comma between")
+    settings = _Options()
+    for flag, own in (("dest-cert", "cert-file"), ("dest-key", "key-file"),
+                      ("dest-cacert", "ca-file"), ("dest-username", "username")):
+        settings.put(_Flag((own,), str, ""), run.options.text(flag))
+    with run.client as source, _Access.from_settings(settings, environment=False).client(
+            run.args[0].split(",")) as target:
+        mirror = _Mirror(source, target, run.options)
+        mirror.check()
+        index = mirror.copy()
+        if not mirror.dry_run and not run.options.on("once"):
+            mirror.follow(index)
+    return EXIT_OK
+
+
+# -- tree
+
+
+@_command("tree", "[options] [key]", "draw a directory with all below it",
+          _Flag(("values",), bool, "with the values of keys"),
+          _Flag(("ascii",), bool, "without box characters"), _QUORUM)
+def _cmd_tree(run: _Run) -> int:
+    options = run.options
+    node = run.client.get((run.args or ["/"])[0], recursive=True, sorted=True,
+                          quorum=options.on("quorum")).node
+    strokes = ("|-- ", "`-- ", "|   ") if options.on("ascii") else ("├── ", "└── ", "│   ")
+    _emit(_escape(node.key) + (_tree_tail(node, options) if node.key != "/" else ""))
+    _emit_lines(_tree_lines(node, options, strokes))
+    below = list(node.walk()) if node.dir else [node]
+    dirs = sum(child.dir for child in below)
+    _emit(f"\n{dirs} directories, {len(below) - dirs} keys")
+    return EXIT_OK
+
+
+def _tree_lines(node: Node, options: _Options, strokes: Tuple[str, str, str]) -> Iterator[str]:
+    """Yield a line for each node below `node`."""
+    fork, end, along = strokes
+    for child in node.nodes:
+        last = child is node.nodes[-1]
+        name = _escape(child.key.rpartition("/")[2])
+        yield (end if last else fork) + name + _tree_tail(child, options)
+        for line in _tree_lines(child, options, strokes):
+            yield ("    " if last else along) + line
+
+
+def _tree_tail(node: Node, options: _Options) -> str:
+    """Return what stands behind a name: the kind, the value, the time left."""
+    text = "/" if node.dir else ""
+    if options.on("values") and not node.dir:
+        value = _escape(node.value or "")
+        cut = value if len(value) <= _TREE_VALUE_MAX else value[:_TREE_VALUE_MAX - 1] + "…"
+        text += f" = {cut}"
+    return text if node.ttl is None else f"{text}  ({node.ttl} s left)"
+
+
+# -- top
+
+_TOP_WRITES = tuple(f"{verb}Success" for verb in (
+    "sets", "delete", "update", "create", "compareAndSwap", "compareAndDelete"))
+_TOP_COLUMNS = ("NAME", "STATE", "GET/S", "WRITE/S", "FAIL/S", "EXPIRE/S", "WATCH", "SINCE",
+                "ADDRESS")
+
+
+class _Sample(NamedTuple):
+    """What one member said of itself."""
+
+    taken_at: float                                 # monotonic seconds
+    self_stats: Mapping[str, Any]
+    store: Mapping[str, int]
+
+    def count(self, *names: str) -> int:
+        return sum(self.store.get(name, 0) for name in names)
+
+
+class _Top:
+    """Samples all members; draws a table of what happened since the last time."""
+
+    def __init__(self, run: _Run) -> None:
+        self._client = run.client
+        self._access = _Access.from_settings(run.settings)
+        self._clients: Dict[str, Client] = {}       # by member id
+        self._samples: Dict[str, _Sample] = {}
+
+    def lines(self) -> List[str]:
+        """Take a sample of every member; return the table."""
+        members = self._client.member_list()
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(members)), "pyetcdctl-top") as pool:
+            samples = list(pool.map(self._sample, members))
+        rows = [_TOP_COLUMNS, *map(self._row, members, samples)]
+        self._samples = {member.id: sample for member, sample in zip(members, samples)
+                         if sample is not None}
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        up = len(self._samples)
+        return [f"pyetcdctl top, {time.strftime('%H:%M:%S')}: {up} of {len(members)} members "
+                f"answer", "",
+                *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)]
+
+    def _sample(self, member: Member) -> Optional[_Sample]:
+        if not member.client_urls:
+            return None
+        client = self._clients.get(member.id)
+        if client is None:
+            client = self._clients[member.id] = self._access.client(member.client_urls)
+        try:
+            with client:                            # its thread ends: so do its connections
+                return _Sample(time.monotonic(), client.statistics("self"),
+                               client.statistics("store"))
+        except EtcdError:
+            return None
+
+    def _row(self, member: Member, sample: Optional[_Sample]) -> Tuple[str, ...]:
+        name, address = member.name or member.id, ",".join(member.client_urls)
+        if sample is None:
+            return (name, "silent" if member.name else "unstarted", *"-" * 6, address)
+        before = self._samples.get(member.id, sample)
+        elapsed_s = sample.taken_at - before.taken_at
+
+        def rate(*names: str) -> str:
+            return f"{(sample.count(*names) - before.count(*names)) / elapsed_s:.1f}" \
+                if elapsed_s > 0 else "-"
+
+        state = str(sample.self_stats.get("state", "")).replace("State", "").lower()
+        failures = [name for name in sample.store if name.endswith("Fail")]
+        return (name, state, rate("getsSuccess"), rate(*_TOP_WRITES), rate(*failures),
+                rate("expireCount"), str(sample.count("watchers")),
+                str(sample.self_stats.get("startTime", ""))[:16], address)
+
+
+@contextlib.contextmanager
+def _screen() -> Iterator[Callable[[float], bool]]:
+    """Take the terminal; yields a function that waits and says whether q was pressed.
+
+    The terminal is as before afterwards, also after Ctrl-C and SIGTERM.
+    """
+    import select
+    import termios
+    import tty
+
+    def wait(seconds: float) -> bool:
+        return (bool(select.select([sys.stdin], [], [], seconds)[0])
+                and os.read(sys.stdin.fileno(), 16)[:1] in (b"q", b"Q", b""))
+
+    saved = termios.tcgetattr(sys.stdin)
+    handler = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        tty.setcbreak(sys.stdin)
+        print("\x1b[?1049h\x1b[?25l", end="", flush=True)   # other screen, no cursor
+        yield wait
+    finally:
+        print("\x1b[?25h\x1b[?1049l", end="", flush=True)
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
+        signal.signal(signal.SIGTERM, handler)
+
+
+@_command("top", "[options]", "show what every member does, until q or Ctrl-C",
+          _Flag(("interval",), float, "time between two looks (default: 2s)"),
+          _Flag(("once",), bool, "print the rates of one interval as text, then end"))
+def _cmd_top(run: _Run) -> int:
+    top, every_s = _Top(run), run.options.seconds("interval", _TOP_EVERY_S)
+    if run.options.on("once"):
+        top.lines()
+        time.sleep(every_s)
+        _emit_lines(top.lines())
+        return EXIT_OK
+    if not (sys.stdout.isatty() and sys.stdin.isatty()):
+        while True:
+            _emit_lines([*top.lines(), ""])
+            time.sleep(every_s)
+    with _screen() as quit_pressed:
+        while True:
+            columns, rows = shutil.get_terminal_size()
+            shown = [line[:columns] for line in (*top.lines(), "", "q: quit")]
+            print("\x1b[H\x1b[J" + "\r\n".join(shown[:rows]), end="", flush=True)
+            if quit_pressed(every_s):
+                return EXIT_OK
+
+
+# -- bench
+
+
+class _Bench:
+    """Sends requests on many connections; keeps how long each took."""
+
+    def __init__(self, client: Client, options: _Options, kind: str) -> None:
+        self._client = client
+        self.connections = max(1, options.number("connections", 8))
+        self.total = options.number("total", _BENCH_TOTAL)
+        self.value = "x" * options.number("size", _BENCH_SIZE_BYTES)
+        self._reads_percent = {"put": 0, "get": 100}.get(kind, options.number("reads", 90))
+        self.directory = f"{_clean_key(options.text('prefix') or '/pyetcd-bench')}/" \
+                         f"{random.getrandbits(32):08x}"
+        self.latencies_s: List[float] = []          # append is atomic
+        self.failures: List[EtcdError] = []
+
+    def prepare(self) -> None:
+        """Write what will be read."""
+        if self._reads_percent:
+            keys = [self._key(number) for number in range(min(_BENCH_KEYS, self.total))]
+            with _Progress("bench: preparing", len(keys)) as progress:
+                _spread(keys, self.connections, lambda key: self._put(key), progress)
+
+    def run(self) -> float:
+        """Send all requests; return the seconds that took."""
+        numbers = range(self.total)
+        with _Progress("bench", self.total) as progress:
+            started_at = time.monotonic()
+            _spread(numbers, self.connections, self._one, progress)
+            return time.monotonic() - started_at
+
+    def clean_up(self) -> None:
+        """Remove what was written."""
+        with contextlib.suppress(EtcdError):
+            self._client.delete(self.directory, recursive=True)
+
+    def percentile_ms(self, share: float) -> float:
+        ordered = sorted(self.latencies_s)
+        return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    def _key(self, number: int) -> str:
+        return f"{self.directory}/{number % _BENCH_KEYS:04}"
+
+    def _put(self, key: str) -> None:
+        self._client.set(key, self.value)
+
+    def _one(self, number: int) -> None:
+        # Multiples of a number without common factors: reads and writes mix evenly.
+        is_read = number * 37 % 100 < self._reads_percent
+        begun_at = time.perf_counter()
+        try:
+            (self._client.get if is_read else self._put)(self._key(number))
+        except EtcdError as error:
+            self.failures.append(error)
+        else:
+            self.latencies_s.append(time.perf_counter() - begun_at)
+
+
+@_command("bench", "[options] [put|get|mixed]", "put load on a cluster; print rate and times",
+          _Flag(("connections",), int, "requests under way at once (default: 8)"),
+          _Flag(("total",), int, f"requests to send (default: {_BENCH_TOTAL})"),
+          _Flag(("size",), int, f"bytes of a value (default: {_BENCH_SIZE_BYTES})"),
+          _Flag(("reads",), int, "with mixed: reads in 100 requests (default: 90)"),
+          _Flag(("prefix",), str, "directory to work in (default: /pyetcd-bench)"),
+          needs_server=True)
+def _cmd_bench(run: _Run) -> int:
+    kind = (run.args or ["put"])[0]
+    if kind not in ("put", "get", "mixed") or run.options.number("total", 1) < 1:
+        raise _ExitError("bench is put, get or mixed, with a --total above 0")
+    bench = _Bench(run.client, run.options, kind)
+    try:
+        bench.prepare()
+        elapsed_s = bench.run()
+    finally:
+        bench.clean_up()
+    done = len(bench.latencies_s)
+    _emit(f"{kind}: {done:,} requests, values of {len(bench.value):,} bytes, {bench.connections} "
+          f"connections, {elapsed_s:.2f} s: {done / elapsed_s:,.0f} per second")
+    if done:
+        _emit("milliseconds: " + ", ".join(
+            f"{name} {bench.percentile_ms(share):.2f}" for name, share in (
+                ("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0))))
+    if bench.failures:
+        _emit(f"{len(bench.failures):,} requests failed, the first: {bench.failures[0]}")
+    return EXIT_SERVER_ERROR if bench.failures else EXIT_OK
+
+
+# -- completion
+
+_COMPLETIONS = {
+    "bash": """\
+_pyetcdctl() {
+    local IFS=$'\\n' words=("${COMP_WORDS[@]:1:COMP_CWORD}")
+    if declare -F _get_comp_words_by_ref >/dev/null; then
+        local cur cword; _get_comp_words_by_ref -n : -w words -i cword cur
+        words=("${words[@]:1:cword}")
+    fi
+    COMPREPLY=($("${COMP_WORDS[0]}" completion words "${words[@]}" 2>/dev/null | cut -f 1))
+    [[ ${COMPREPLY[0]} == */ ]] && compopt -o nospace
+    declare -F __ltrim_colon_completions >/dev/null && __ltrim_colon_completions "$cur"
+}
+complete -o default -F _pyetcdctl pyetcdctl
+""",
+    "zsh": """\
+#compdef pyetcdctl
+_pyetcdctl() {
+    local -a lines words_found notes
+    lines=("${(@f)$("${words[1]}" completion words "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    local line
+    for line in $lines; do
+        words_found+=("${line%%$'\\t'*}")
+        notes+=("${line/$'\\t'/  -- }")
+    done
+    (( $#words_found )) || { _files; return }
+    if [[ ${words_found[1]} == */ ]]; then
+        compadd -S '' -a words_found
+    else
+        compadd -l -d notes -a words_found
+    fi
+}
+if [[ $funcstack[1] == _pyetcdctl ]]; then _pyetcdctl; else compdef _pyetcdctl pyetcdctl; fi
+""",
+    "fish": """\
+function __pyetcdctl_words
+    set -l before (commandline -opc)
+    $before[1] completion words $before[2..-1] (commandline -ct) 2>/dev/null
+end
+complete -c pyetcdctl -a '(__pyetcdctl_words)'
+""",
+}
+
+
+@_command("completion", "bash|zsh|fish", "print a script that completes words in a shell")
+def _cmd_completion(run: _Run) -> int:
+    if run.args[:1] == ["words"]:
+        _emit_lines("\t".join(pair).rstrip("\t") for pair in _candidates(run.args[1:] or [""]))
+        return EXIT_OK
+    if len(run.args) != 1 or run.args[0] not in _COMPLETIONS:
+        raise _ExitError("Provide the name of a shell: bash, zsh or fish")
+    _emit(_COMPLETIONS[run.args[0]].rstrip("\n"))
+    return EXIT_OK
+
+
+def _candidates(words: Sequence[str]) -> List[Tuple[str, str]]:
+    """Return (word, note) for all that may stand in place of the last of `words`."""
+    *before, current = words
+    settings, rest, awaited = _scan(before, _GLOBAL_FLAGS)
+    name, args = _split_command(rest)
+    flags: Sequence[_Flag] = _GLOBAL_FLAGS
+    if name:
+        _, args, awaited = _scan(args, _COMMANDS[name].flags)
+        flags = _COMMANDS[name].flags
+    found: List[Tuple[str, str]] = []
+    if awaited is not None:
+        values = ("simple", "extended", "json") if awaited.names[0] == "output" else ()
+        found = [(value, "") for value in values]
+    elif current.startswith("-"):
+        found = [(f"--{flag.names[0]}", flag.help) for flag in flags]
+    elif not name:
+        group = rest[0] if rest and rest[0] in _GROUPS else ""
+        found = _command_names(group) if group or not rest else []
+    elif name == "completion":
+        found = [(shell, "") for shell in _COMPLETIONS]
+    elif not args and re.search(r"[<[]key[]>]", _COMMANDS[name].usage):
+        found = _keys_like(settings, current)
+    return [pair for pair in found if pair[0].startswith(current)]
+
+
+def _scan(
+    words: Sequence[str], flags: Sequence[_Flag],
+) -> Tuple[_Options, List[str], Optional[_Flag]]:
+    """Return options, arguments, and the flag whose value is to come, if words end with one."""
+    for flag in flags:
+        if flag.kind is not bool and words and words[-1].lstrip("-") in flag.names:
+            with contextlib.suppress(_MisuseError):
+                options, rest = _parse_flags(words[:-1], flags)
+                if not rest:
+                    return options, rest, flag
+    try:
+        return (*_parse_flags(words, flags), None)
+    except _MisuseError:
+        return _Options(), [], None
+
+
+def _keys_like(settings: _Options, current: str) -> List[Tuple[str, str]]:
+    """Return the keys in the directory that `current` names so far; none if nobody answers."""
+    directory = current.rpartition("/")[0]
+    try:
+        with _given_client(settings) as client:
+            nodes = client.get(directory, sorted=True).node.nodes
+    except (EtcdError, _ExitError):
+        return []
+    slash = "/" if current.startswith("/") or not current else ""
+    keys = (slash + node.key.lstrip("/") for node in nodes)
+    return [(key + "/" if node.dir else key, "") for key, node in zip(keys, nodes)]
 
 
 if __name__ == "__main__":
