@@ -61,6 +61,7 @@ from typing import (
     Any,
     Callable,
     ClassVar,
+    Container,
     Dict,
     FrozenSet,
     Generic,
@@ -2542,10 +2543,13 @@ def _aligned(rows: Sequence[Tuple[str, str]]) -> List[str]:
     return [f"   {left:{width}}  {right}" for left, right in rows]
 
 
+def _dashed(name: str) -> str:
+    return ("-" if len(name) == 1 else "--") + name
+
+
 def _flag_lines(flags: Sequence[_Flag]) -> List[str]:
-    return _aligned([
-        (", ".join(("-" if len(name) == 1 else "--") + name for name in flag.names)
-         + ("" if flag.kind is bool else " value"), flag.help) for flag in flags])
+    return _aligned([(", ".join(map(_dashed, flag.names))
+                      + ("" if flag.kind is bool else " value"), flag.help) for flag in flags])
 
 
 def _command_names(group: str = "") -> List[Tuple[str, str]]:
@@ -2846,12 +2850,19 @@ def _start_for(change: Result, command: Sequence[str]) -> subprocess.Popen[bytes
 
 
 @contextlib.contextmanager
-def _as_one_line(prefix: str = "") -> Iterator[None]:
-    """Make errors of the members and auth APIs one line without "Error:", and exit code 1."""
+def _as_one_line(prefix: str = "", spoken: Optional[Container[int]] = None) -> Iterator[None]:
+    """Make errors of the members and auth APIs one line without "Error:", and exit code 1.
+
+    spoken  HTTP statuses whose message etcdctl shows; of others it tells the number.  None: all
+    """
     try:
         yield
     except EtcdError as error:
-        line = _UNAVAILABLE if _is_endpoint_failure(error) else error.message
+        line = error.message
+        if _is_endpoint_failure(error):
+            line = _UNAVAILABLE
+        elif spoken is not None and error.status not in spoken:
+            line = f"unexpected status code {error.status}"
         raise _ExitError(prefix + line) from error
 
 
@@ -2864,9 +2875,9 @@ def _expect_no_arguments(run: _Run) -> None:
 def _cmd_member_list(run: _Run) -> int:
     _expect_no_arguments(run)
     client = run.client
-    with _as_one_line():
+    with _as_one_line(spoken=()):
         members = client.member_list()
-    with _as_one_line("Failed to get leader:  "):
+    with _as_one_line("Failed to get leader:  ", spoken=()):
         leader = client.leader_member()
     for member in members:
         peer_urls, client_urls = ",".join(member.peer_urls), ",".join(member.client_urls)
@@ -2885,7 +2896,7 @@ def _cmd_member_add(run: _Run) -> int:
         raise _ExitError("Provide a name and a single member peerURL")
     name, url = run.args
     client = run.client
-    with _as_one_line():
+    with _as_one_line(spoken=(400, 409)):
         added = client.member_add([url])
         _emit(f"Added member named {name} with ID {added.id} to cluster")
         members = client.member_list()
@@ -2902,7 +2913,7 @@ def _cmd_member_remove(run: _Run) -> int:
     if len(run.args) != 1:
         raise _ExitError("Provide a single member ID")
     asked, client = run.args[0], run.client
-    with _as_one_line("Error while verifying ID against known members: "):
+    with _as_one_line("Error while verifying ID against known members: ", spoken=()):
         members = client.member_list()
     if asked not in [member.id for member in members]:
         for member in members:
@@ -2910,8 +2921,12 @@ def _cmd_member_remove(run: _Run) -> int:
                 _complain(f"Found a member named {asked}; if this is correct, please use its ID, "
                           f"eg:\n\tetcdctl member remove {member.id}\n")
         raise _ExitError(f"Couldn't find a member in the cluster with an ID of {asked}.")
-    with _as_one_line(f"Received an error trying to remove member {asked}: "):
-        client.member_remove(asked)
+    with _as_one_line(f"Received an error trying to remove member {asked}: ", spoken=()):
+        try:
+            client.member_remove(asked)
+        except HttpError as error:
+            if error.status != http.HTTPStatus.GONE:    # removed already
+                raise
     _emit(f"Removed member {asked} from cluster")
     return EXIT_OK
 
@@ -2923,7 +2938,7 @@ def _cmd_member_update(run: _Run) -> int:
                          "(0xabcd http://example.com,http://example1.com)")
     id, urls = run.args
     client = run.client
-    with _as_one_line():
+    with _as_one_line(spoken=(400, 404, 409)):
         client.member_update(id, urls.split(","))
     _emit(f"Updated member with ID {id} in cluster")
     return EXIT_OK
@@ -3105,19 +3120,6 @@ def _names(entries: Optional[Sequence[Any]], field: str) -> List[str]:
     return [entry[field] if isinstance(entry, dict) else str(entry) for entry in entries or ()]
 
 
-@contextlib.contextmanager
-def _as_refused_listing() -> Iterator[None]:
-    """Name the status only: etcdctl 2.3 does not read the answer to a listing that is refused."""
-    try:
-        with _as_one_line():
-            yield
-    except _ExitError as error:
-        cause = error.__cause__
-        if isinstance(cause, EtcdError) and not _is_endpoint_failure(cause):
-            raise _ExitError(f"unexpected status code {cause.status}") from cause
-        raise
-
-
 @_command("user add", "<name>[:<password>]", "make a user")
 def _cmd_user_add(run: _Run) -> int:
     text = _user_name(run)
@@ -3148,7 +3150,7 @@ def _cmd_user_get(run: _Run) -> int:
 def _cmd_user_list(run: _Run) -> int:
     _expect_no_arguments(run)
     client = run.client
-    with _as_refused_listing():
+    with _as_one_line(spoken=()):
         users = client.user_list()
     _emit_lines(_names(users, "user"))
     return EXIT_OK
@@ -3179,7 +3181,6 @@ def _change_roles(run: _Run, change: Callable[[Client, str, Sequence[str]], Any]
         raise _ExitError("No roles specified; please use `-roles`")
     name, client = _user_name(run), run.client
     with _as_one_line():
-        client.user_get(name)
         change(client, name, roles)
     _emit(f"User {name} updated")
     return EXIT_OK
@@ -3238,7 +3239,7 @@ def _cmd_role_get(run: _Run) -> int:
 def _cmd_role_list(run: _Run) -> int:
     _expect_no_arguments(run)
     client = run.client
-    with _as_refused_listing():
+    with _as_one_line(spoken=()):
         roles = client.role_list()
     _emit_lines(_names(roles, "role"))
     return EXIT_OK
@@ -4069,7 +4070,7 @@ def _candidates(words: Sequence[str]) -> List[Tuple[str, str]]:
         values = ("simple", "extended", "json") if awaited.names[0] == "output" else ()
         found = [(value, "") for value in values]
     elif current.startswith("-"):
-        found = [(f"--{flag.names[0]}", flag.help) for flag in flags]
+        found = [(_dashed(flag.names[0]), flag.help) for flag in flags]
     elif not name:
         group = rest[0] if rest and rest[0] in _GROUPS else ""
         found = _command_names(group) if group or not rest else []

@@ -60,6 +60,7 @@ import math
 import os
 import pathlib
 import pickle
+import pty
 import random
 import re
 import resource
@@ -75,6 +76,7 @@ import symtable
 import sys
 import tarfile
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -12530,42 +12532,6 @@ def _client_blurred(outcome, directory):
     return (code, *texts)
 
 
-_CLIENT_COMMANDS = """
-set D/foo bar | set D/foo b2 | get D/foo | get D/nope | mk D/foo x | mk D/n v | mk --in-order D/q v
-mkdir D/d | mkdir D/d | get D/d | set D/d v | set D/d/x 1 | set D/d/sub/y 2 | ls --sort D
-ls --sort -p D | ls --recursive --sort -p D/d | ls --sort --recursive D | ls D/foo | ls D/nope
-ls -sort D/d/ | get --quorum D/foo | get -q D/foo | ls --quorum --sort D
-update D/foo b3 | update D/nope v | update D/d v
-rm D/d | rm --dir D/d | rmdir D/d | rm --with-value no D/n | rm --with-value v D/n
-rm --with-index 1 D/foo | rm D/foo | rm D/foo | rm --recursive D/d | mkdir D/e | rmdir D/e
-set D/f 1 | rmdir D/f | mkdir D/e | rm --dir D/e | set D/v -5 | set -- D/v -7 | get D/v
-set --swap-with-value 1 D/v 2 | set --swap-with-value=-7 D/v 2 | set --swap-with-index 1 D/v 3
-set --ttl 50 D/t v | -o extended get D/t | -o json get D/t | --output json set D/t x
--o extended set D/t y | --output=extended mk D/m z | -o json mk D/m z | -o json rm D/m
--o extended rm D/t | -o extended mkdir D/dd | -o json mkdir D/ee | -o extended get D/dd
--o json ls D/dd | -o extended ls D/dd | -o json set D/html <a>&b | -o json rm --recursive D/ee
--o extended rm --with-value <a>&b D/html | set | get | mk | rm | mkdir | rmdir | update | watch
-set D/k | update D/k | mk D/k | member list x | -o xml get D/v | --no-sync get D/v
-member list | cluster-health
-"""
-
-
-def test_client_cli_side_by_side(_client_server):
-    """Same exit codes and texts as Debian's etcdctl, on the same server."""
-    if shutil.which("etcdctl") is None:
-        pytest.skip("etcdctl is not installed")
-    ours, theirs = "/aaaa", "/bbbb"
-    with Client(_client_server.url) as client:
-        for directory in (ours, theirs):
-            with contextlib.suppress(pyetcd_client.KeyNotFound):
-                client.delete(directory, recursive=True)
-    for line in re.split(r" \| |\n", _CLIENT_COMMANDS.strip()):
-        expected = _client_etcdctl(_client_server.url, *line.replace("D", theirs).split())
-        words = line.replace("D", ours).split()
-        got = _client_main("--endpoints", _client_server.url, *words)
-        assert _client_blurred(got, ours) == _client_blurred(expected, theirs), line
-
-
 @pytest.mark.parametrize("words, stdin", [
     (["set", "/cli/in"], b"from stdin\n"), (["mk", "--in-order", "/cli/dir"], "ü".encode()),
     (["update", "/cli/in"], b"again"), (["get", "/cli/in"], b""),
@@ -12754,6 +12720,896 @@ def test_client_cli_reader_that_went_away(_client_server, _client, _client_dir):
     finally:
         os.close(write_end)
     assert (result.returncode, result.stderr) == (141, b"")
+
+
+# ============================================================================
+# 17d. pyetcdctl -- beside Debian's etcdctl, then what only pyetcdctl has
+# ============================================================================
+
+
+# D is a directory, U begins names of users and roles: each program has its own.
+_CTL_SCRIPTS = {
+    "keys": r"""
+set D/foo bar | set D/foo b2 | get D/foo | get D/nope | mk D/foo x | mk D/n v | mk --in-order D/q v
+mk --in-order --ttl 50 D/q w | mkdir D/d | mkdir D/d | get D/d | set D/d v | set D/d/x 1
+set D/d/sub/y 2 | ls --sort D | ls --sort -p D | ls --recursive --sort -p D/d | ls D/foo | ls D/nope
+ls --sort --recursive D | ls -sort D/d/ | get --quorum D/foo | get -q D/foo | ls --quorum --sort D
+get --sort D/foo | update D/foo b3 | update D/nope v | update D/d v | update --ttl 50 D/foo b4
+rm D/d | rm --dir D/d | rmdir D/d | rm --with-value no D/n | rm --with-value v D/n
+rm --with-index 1 D/foo | rm D/foo | rm D/foo | rm --recursive D/d | mkdir D/e | rmdir D/e
+set D/f 1 | rmdir D/f | mkdir D/e | rm --dir D/e | set D/v -5 | set -- D/v -7 | get D/v
+setdir D/new | setdir D/new | set D/file v | setdir D/file | setdir --ttl 40 D/sd | updatedir D/nope
+updatedir --ttl 30 D/sd | updatedir D/sd | mkdir --ttl 90 D/td | setdir D/v/x | rm -r D/td
+set --swap-with-value 1 D/v 2 | set --swap-with-value=-7 D/v 2 | set --swap-with-index 1 D/v 3
+set --swap-with-index 1 D/nope 3 | set --ttl 0 D/v 4 | rm D/nope | rm --recursive / | rmdir /
+mkdir / | set / x | set D/ü/ö ä | ls D/ü | set D//p/../q2 1 | set D/k < stdin\n | get D/k
+mk D/k2 < x
+update D/k < again | mk --in-order D/q < ü | set D/k < | get D/k < ignored
+""",
+    "formats": r"""
+-o extended set D/t x | -o json get D/t | --output json set D/t y | --output=extended mk D/m z
+-o json mk D/m z | -o json rm D/m | -o extended rm D/t | -o extended mkdir D/dd | -o json mkdir D/ee
+-o extended get D/dd | -o json get D/dd | -o json ls D/dd | -o extended ls D/dd | set D/dd/a 1
+-o json ls --recursive --sort D | -o json set D/html <a>&b | -o json rm --recursive D/ee
+-o extended rm --with-value <a>&b D/html | -o json set --ttl 50 D/t x | -o json get D/t
+-o json setdir D/j | -o extended updatedir --ttl 90 D/j | -o json updatedir --ttl 90 D/j
+-o extended set D/c a | -o json set --swap-with-value a D/c <b> | -o extended update D/c e
+-o extended get D/nope | -o json get D/nope | -o xml set D/x v | get D/x | -o xml get D/dd
+-o json set D/ü ä | -o json rm --with-value ä D/ü
+""",
+    "usage": r"""
+set | get | mk | rm | mkdir | rmdir | setdir | updatedir | update | watch | exec-watch
+exec-watch D/k | set D/k | update D/k | mk D/k | member list x | member add | member add a
+member remove
+member remove x | member remove NAME | member update | member update x | member add a bad-url
+member update ID bad-url | member add again PEER | cluster-health | member list | user list x
+role list x | user add | user get | user remove | user passwd | role add | role get | role remove
+auth enable x | auth disable x | --no-sync set D/v v | --no-sync get D/v | -C URL get D/v
+--endpoints http://127.0.0.1:1,URL get D/v | --endpoints http://127.0.0.1:1,URL --no-sync get D/v
+--timeout 1s --total-timeout 2s get D/v | --peers URL get D/v | --endpoint URL get D/v
+--endpoints HOST get D/v | --endpoints DEAD get D/v | --endpoints DEAD set D/v 1
+--endpoints DEAD ls D/v | --endpoints DEAD member list | --endpoints DEAD cluster-health
+--no-sync --endpoints DEAD get D/v | --no-sync --endpoints DEAD user list
+--no-sync --endpoints DEAD member list | --debug set D/v 2 | --debug member list
+--debug --no-sync mkdir D/deb | --debug get D/v | --debug user list | bogus | member bogus
+get --bogus D/v | --bogus get D/v | --timeout x get D/v | import
+""",
+    "auth": r"""
+auth disable | auth enable | role list | user list | user add root:pw | user add root:pw | user list
+user get root | user get nobody | user add Ual:al1 | user get Ual | role add Ur1 | role add Ur1
+role get Ur1 | role get nope | role grant --path /a --read Ur1
+role grant --path /a/* --readwrite Ur1
+role grant --path /b --write Ur1 | role grant Ur1 | role grant --path a --read Ur1
+role grant --path /a/ --read | role grant --path /a Ur1 | role grant --path /a --read --write Ur1
+role grant --path /a --read Ur1 | role grant --path /a --rw nope | role get Ur1
+role revoke --path /b --write Ur1 | role revoke --path /b --write Ur1 | role get Ur1 | role list
+user grant --roles Ur1 Ual | user grant --roles Ur1 Ual | user grant Ual | user revoke Ual
+user grant --roles Ur1 | user grant --roles nope Ual | user get Ual | user revoke --roles nope Ual
+user grant --roles Ur1 nobody | user get Ual | user list | user passwd Ual < new\n | user add Uempty
+user add Ubo < secret\n | user remove Ubo | user remove Ubo | set /a/x 1
+set /c 1 | auth enable | user list | role list | user get Ual | role get Ur1 | auth enable
+-u root:pw auth enable | -u root:pw user list | -u root:wrong user list | -u Ual:new get /a/x
+-u Ual:new set /a/x 2 | -u Ual:new get /c | -u Ual:new ls / | -u Ual:new rm --recursive /a
+-u Ual:wrong get /a/x | -u nobody:x get /a/x | -u root:pw get /c | -u Ual:new user list
+-u root:pw role remove guest | get /c | set /c 2 | -o json get /c | member list
+member update ID PEER | -u root get /c < pw\n | -u root:pw user remove root
+-u root:pw role remove root | -u root:pw role add root | cluster-health | -u root:pw user add Ux:y
+-u root:pw user remove Ux | auth disable | -u Ual:new auth disable | -u root:pw auth disable
+auth disable | user remove Ual | role remove Ur1 | role remove Ur1 | user remove root | user list
+rm --recursive /a | rm /c
+""",
+}
+
+_CTL_STTY = "stty: 'standard input': Inappropriate ioctl for device\n"
+_CTL_ANY = object()                 # not compared
+
+# All the differences between etcdctl 3.4 and 2.3, whose behaviour is ours, and our own: script and
+# lines, why, and what we give where 3.4 gives (code, out, err).
+_CTL_DIFFERENCES = [
+    ("usage", r"DEAD", "3.4 has the endpoints' errors twice, 2.3 once, or never (member, user)",
+     lambda code, out, err: (code, out, _ctl_unavailable(err))),
+    ("usage", r"^(member )?bogus$", "2.3 says it on stdout and exits with 0, 3.4 on stderr with 3",
+     lambda code, out, err: (0, err, "")),
+    ("usage", r"^import$", "3.4 has no import",
+     lambda code, out, err: (1, "no snapshot file provided (use --snap)\n", "")),
+    ("usage", r"--bogus|--timeout x", "2.3 exits with 0 and no detail; help has our words",
+     lambda code, out, err: (0, _CTL_ANY, "")),
+    ("usage", r"--endpoints HOST", "2.3 takes host:port, 3.4 does not",
+     lambda code, out, err: (0, "v\n", "")),
+    ("usage", r"member remove NAME", "the page that etcdctl names has moved",
+     lambda code, out, err: (code, out, re.sub("For more details.*\n", "", err))),
+    ("usage", r"bad-url", "3.4 checks by itself, and has more schemes; we show the server's answer",
+     lambda code, out, err: (code, out, _CTL_ANY)),
+    ("usage", r"--debug get", "we leave out parameters that say nothing",
+     lambda code, out, err: (code, out, re.sub(r"\?quorum=.*", "", err))),
+    ("usage", r"--debug .*mkdir", "we send all parameters of a PUT in its body",
+     lambda code, out, err: (code, out, re.sub(r'\?(\S+) -d ""', r' -d "\1"', err))),
+    ("usage", r"--debug user", "3.4 says the endpoints twice for users",
+     lambda code, out, err: (code, out, re.sub(r"(Cluster-Endpoints: .*\n)\1", r"\1", err))),
+    ("auth", r"user get", "3.4 puts two spaces behind `Roles:`",
+     lambda code, out, err: (code, re.sub("^Roles:  ?", "Roles: ", out, flags=re.M), err)),
+    ("auth", r"(user|role) list", "2.3 does not read the answer if a listing is refused",
+     lambda code, out, err: (
+         code, out, err.replace("Insufficient credentials", "unexpected status code 401"))),
+    ("auth", r"^user (grant|revoke) U|^role grant U|role grant .*-path a ", "2.3 writes one dash",
+     lambda code, out, err: (code, out, err.replace("`--", "`-"))),
+    ("auth", r"^role grant --path /a(/ --read| Ur1| --read --write Ur1)$", "2.3 writes one dash",
+     lambda code, out, err: (code, out, re.sub("--(read|write|readwrite)", r"-\1", err))),
+    ("auth", r"< (new|secret)|-u root get|user add Uempty", "3.4 complains about a pipe",
+     lambda code, out, err: (code, out, err.replace(_CTL_STTY, ""))),
+]
+_CTL_TWICE = "user add root:pw"     # 3.4 gives a user who exists another password; 2.3 refuses
+
+
+def _ctl_unavailable(err):
+    first = err.split("; ")[0] + "\n"
+    details = "error #0: dial tcp 127.0.0.1:1: connect: connection refused\n\n"
+    return first + (details if first.startswith("Error:") else "")
+
+
+def _ctl_lines(script):
+    return re.split(r" \| |\n", script.strip())
+
+
+class _CtlProgram:
+    """etcdctl or pyetcdctl, with a directory and a user of its own on the same server."""
+
+    def __init__(self, server, name):
+        self.name = name
+        self.directory, self.user = ("/aaaa", "ua") if name == "pyetcdctl" else ("/bbbb", "ub")
+        with Client(server.url) as client:
+            member = client.member_list()[0]
+            with contextlib.suppress(pyetcd_client.KeyNotFound):
+                client.delete(self.directory, recursive=True)
+        self.url = server.url
+        self._words = [
+            ("URL", server.url), ("HOST", server.url[7:]), ("DEAD", "http://127.0.0.1:1"),
+            ("PEER", member.peer_urls[0]), ("ID", member.id), ("NAME", member.name),
+            (r"D(?=/|$)", self.directory), (r"U(?=al|r1|bo|x|empty)", self.user)]
+
+    def run(self, line):
+        """Run `words [< stdin]`; return exit code, output and errors without what is its own."""
+        command, stdin = re.fullmatch(r"(.*?)(?: <(?: (.*))?)?", line).groups(default="")
+        words, stdin = [*map(self._own, command.split())], stdin.replace("\\n", "\n").encode()
+        if self.name == "pyetcdctl":
+            outcome = _client_main("--endpoints", self.url, *words, stdin=stdin)
+        else:
+            outcome = _client_etcdctl(self.url, *words, stdin=stdin)
+        code, *texts = _client_blurred(outcome, self.directory)
+        return (code, *(re.sub(rf"\b{self.user}(?=al|r1|bo|x|empty)", "U", text)
+                        for text in texts))
+
+    def _own(self, word):
+        for pattern, own in self._words:
+            word = re.sub(rf"\b{pattern}" if pattern[0] != "D" or pattern == "DEAD"
+                          else rf"^{pattern}", own, word)
+        return word
+
+
+def _ctl_as_in_2_3(script, line, outcome, used):
+    """Return what 2.3 gives where 3.4 gives `outcome`."""
+    for differing, pattern, why, change in _CTL_DIFFERENCES:
+        if differing == script and re.search(pattern, line):
+            changed = change(*outcome)
+            if changed != outcome:
+                used.add(why)
+            outcome = changed
+    return outcome
+
+
+@pytest.mark.parametrize("script", _CTL_SCRIPTS)
+def test_ctl_side_by_side(_client_server, script):
+    """Same exit code, output and errors as Debian's etcdctl, on pyetcd and on etcd.
+
+    What differs is in _CTL_DIFFERENCES, where 2.3 differs from 3.4, and nothing is there in vain.
+    """
+    if shutil.which("etcdctl") is None:
+        pytest.skip("etcdctl is not installed")
+    lines, used = _ctl_lines(_CTL_SCRIPTS[script]), set()
+    theirs, ours = _CtlProgram(_client_server, "etcdctl"), _CtlProgram(_client_server, "pyetcdctl")
+    expected = [theirs.run(line) for line in lines]
+    got = [ours.run(line) for line in lines]
+    differing = []
+    for number, line in enumerate(lines):
+        wanted = _ctl_as_in_2_3(script, line, expected[number], used)
+        if line == _CTL_TWICE and line in lines[:number]:
+            wanted = (1, "", "User root already exists\n")
+        if any(want is not _CTL_ANY and want != have for want, have in zip(wanted, got[number])):
+            differing.append(f"{line}\n  wanted {wanted}\n  got    {got[number]}")
+    assert not differing, "\n".join(differing)
+    listed = {why for differing, _, why, _ in _CTL_DIFFERENCES if differing == script}
+    assert used == listed or _client_server.kind == "etcd"      # whose messages are of 3.4
+
+
+_CTL_A, _CTL_B = "http://127.0.0.1:32001", "http://127.0.0.1:32002"
+_CTL_MEMBERS = _client_reply({"members": [
+    {"id": "a1", "name": "n0", "peerURLs": [_CTL_A, _CTL_B], "clientURLs": [_CTL_A]},
+    {"id": "b2", "name": "", "peerURLs": [_CTL_B], "clientURLs": []}]})
+_CTL_ADDED = _client_reply({"id": "b2", "name": "", "peerURLs": [_CTL_B], "clientURLs": []}, 201)
+_CTL_DONE = _client_reply(b"", 204)
+_CTL_GONE = _client_reply({"message": "Member permanently removed: a1"}, 410)
+
+
+@pytest.mark.parametrize("line, replies", [
+    (f"member add new {_CTL_B}", (_CTL_ADDED, _CTL_MEMBERS)),
+    (f"member add new {_CTL_B}", (_client_reply({"message": "x exists"}, 409),)),
+    ("member list", (_CTL_MEMBERS, _client_reply({"id": "a1", "name": "n0"}))),
+    ("member list", (_CTL_MEMBERS, _client_reply({"message": "in an election"}, 503))),
+    ("member remove a1", (_CTL_MEMBERS, _CTL_DONE)),
+    ("member remove a1", (_CTL_MEMBERS, _CTL_GONE)),
+    (f"member update b2 {_CTL_A},{_CTL_B}", (_CTL_DONE,)),
+    (f"member update b2 {_CTL_A}", (_CTL_GONE,)),
+    ("cluster-health", (_CTL_MEMBERS,)),
+], ids=["add", "add-refused", "list", "list-no-leader", "remove", "remove-refused", "update",
+        "update-refused", "health"])
+def test_ctl_member_changes_side_by_side(line, replies):
+    """Two servers with the same answers get the same requests and cause the same output."""
+    if shutil.which("etcdctl") is None:
+        pytest.skip("etcdctl is not installed")
+    words = ["--no-sync", *line.split()]
+    with _ClientRawServer(*replies) as server:
+        theirs = *_client_etcdctl(server.url, *words), [request[:2] for request in server.requests]
+    with _ClientRawServer(*replies) as server:
+        ours = *_client_main("--endpoints", server.url, *words), [
+            request[:2] for request in server.requests]
+    code, out, *rest = theirs
+    out = re.sub("Get .*?: ", "", out).replace("is unavailable", "is unhealthy")    # words of 3.4
+    if b"an election" in replies[-1]:       # not an error to us: nobody leads
+        code, out, rest[0] = 0, ours[1], ""
+        assert "isLeader=false" in out
+    assert ours == (code, out, *rest)
+
+
+def _ctl_process(url, *words, program="pyetcdctl", **options):
+    """Start the command line in a process of its own."""
+    command = ["etcdctl"]
+    if program == "pyetcdctl":
+        command = [sys.executable, str(Path(pyetcd_client.__file__))]
+    return subprocess.Popen(
+        [*command, "--endpoints", url, *words], env={**os.environ, "ETCDCTL_API": "2"},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
+
+
+def _ctl_lines_from(process, count, stream="stdout"):
+    """Return the next lines that a process prints; it is killed if they do not come."""
+    guard = threading.Timer(_CLIENT_WAIT_S, process.kill)
+    guard.start()
+    try:
+        return [getattr(process, stream).readline().decode().rstrip("\n") for _ in range(count)]
+    finally:
+        guard.cancel()
+
+
+def _ctl_interrupt(process):
+    """Send SIGINT; return exit code, the rest of the output, and errors."""
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=_CLIENT_WAIT_S)
+    return process.returncode, out.decode(), err.decode()
+
+
+@pytest.fixture(params=["etcdctl", "pyetcdctl"], name="_ctl_program")
+def _ctl_program_fixture(request):
+    if shutil.which(request.param) is None and request.param == "etcdctl":
+        pytest.skip("etcdctl is not installed")
+    return request.param
+
+
+def test_ctl_exec_watch_starts_a_command_for_each_change(
+        _client_server, _client, _client_dir, _ctl_program):
+    """With the change in its environment; not for directories; SIGINT is no failure."""
+    script = "echo $ETCD_WATCH_ACTION $ETCD_WATCH_KEY $ETCD_WATCH_VALUE $1" \
+             " Index: $ETCD_WATCH_MODIFIED_INDEX"
+    with _ctl_process(_client_server.url, "exec-watch", "--recursive", _client_dir, "--", "sh",
+                      "-c", script, "sh", "argument", program=_ctl_program) as process:
+        eventually(lambda: _client.statistics("store")["watchers"] == 1, what="a watcher")
+        first = _client.set(_client_dir + "/a", "1").modified_index
+        lines = _ctl_lines_from(process, 1)
+        _client.mkdir(_client_dir + "/d"), _client.set(_client_dir + "/b", "2")
+        lines += _ctl_lines_from(process, 1)
+        outcome = _ctl_interrupt(process)
+    assert lines == [f"set {_client_dir}/a 1 argument Index: {first}",
+                     f"set {_client_dir}/b 2 argument Index: {first + 2}"]
+    assert outcome == (0, "", f"Ignored dir {_client_dir}/d change\n")
+
+
+def test_ctl_exec_watch_begins_after_an_index(_client_server, _client, _client_dir):
+    """With the first change after it; etcdctl leaves out one, and takes the last word for a key."""
+    start = _client.set(_client_dir + "/a", "1").modified_index
+    with _ctl_process(
+            _client_server.url, "exec-watch", "--recursive", "--after-index", str(start - 1),
+            _client_dir, "--", "sh", "-c", "echo $ETCD_WATCH_KEY $1", "sh", "x") as process:
+        assert _ctl_lines_from(process, 1) == [f"{_client_dir}/a x"]
+        assert _ctl_interrupt(process) == (0, "", "")
+
+
+def test_ctl_exec_watch_of_a_program_that_is_not_there(_client_server, _client, _client_dir):
+    start = _client.set(_client_dir, "1").modified_index
+    words = ["exec-watch", "--after-index", str(start - 1)]
+    for rest in ([_client_dir, "--", "/no/such"], ["/no/such", _client_dir]):
+        code, _, err = _client_main("--endpoints", _client_server.url, *words, *rest)
+        assert (code, err) == (1, "/no/such: No such file or directory\n")
+
+
+def test_ctl_cluster_health_forever_ends_with_sigint(_client_server, _ctl_program):
+    with _ctl_process(
+            _client_server.url, "cluster-health", "-forever", program=_ctl_program) as process:
+        lines = _ctl_lines_from(process, 5)
+        outcome = _ctl_interrupt(process)
+    assert [re.sub(r" [0-9a-f]{10,} ", " ID ", line) for line in lines] == [
+        f"member ID is healthy: got healthy result from {_client_server.url}",
+        "cluster is healthy", "", "next check after 10 second...", ""]
+    assert outcome == (0, "", "")
+
+
+def test_ctl_settings_come_from_flags_then_environment(monkeypatch):
+    """ETCDCTL_* variables of certificates, user and SRV domain; a flag is stronger."""
+    for name, value in (("CERT_FILE", "c"), ("KEY_FILE", "k"), ("CA_FILE", "a"),
+                        ("USERNAME", "u:p:q"), ("DISCOVERY_SRV", "example.com")):
+        monkeypatch.setenv(f"ETCDCTL_{name}", value)
+    flags = pyetcd_client._GLOBAL_FLAGS
+    settings, _ = pyetcd_client._parse_flags(["--ca-file", "b", "--timeout", "3s"], flags)
+    access = pyetcd_client._Access.from_settings(settings)
+    assert access.options == {
+        "cert": ("c", "k"), "ca_cert": "b", "username": "u", "password": "p:q",
+        "connect_timeout": 3.0, "read_timeout": 3.0, "total_timeout": 5.0}
+    made = []
+    monkeypatch.setattr(pyetcd_client, "Client", lambda **options: made.append(options))
+    pyetcd_client._given_client(settings)
+    assert made[0]["srv_domain"] == "example.com" and "endpoints" not in made[0]
+    other = pyetcd_client._Access.from_settings(settings, environment=False)
+    assert (other.options["cert"], other.options["username"]) == (None, None)
+
+
+def test_ctl_password_is_read_without_echo_on_a_terminal(monkeypatch):
+    stdin = _ClientCaptured().stream
+    monkeypatch.setattr(stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    monkeypatch.setattr(pyetcd_client.getpass, "getpass", lambda prompt: f"<{prompt}>")
+    assert pyetcd_client._split_user("al", "Password: ") == ("al", "<Password: >")
+
+
+def test_ctl_backup_makes_a_data_directory(tmp_path):
+    """By the server's module; what it refuses is one line and exit code 1."""
+    with pyetcd.Server(data_dir=str(tmp_path / "d")) as server, Client(
+            server.client_urls[0]) as client:
+        client.set("/a", "1")
+    words = ["backup", "--data-dir", str(tmp_path / "d"), "--backup-dir", str(tmp_path / "b")]
+    assert _client_main(*words) == (0, "", "")
+    source, copy = (pyetcd.read_source(str(tmp_path / name)) for name in "db")
+    assert copy.last == source.last and copy.member_id != source.member_id
+    code, out, err = _client_main(*words)
+    assert (code, out) == (1, "") and "is not empty" in err
+    assert _client_main("backup")[::2] == (1, "backup needs --data-dir and --backup-dir\n")
+
+
+def test_ctl_backup_without_the_server_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyetcd", None)
+    code, _, err = _client_main("backup", "--data-dir", "x", "--backup-dir", "y")
+    assert code == 1 and "put pyetcd.py beside pyetcd_client.py" in err
+
+
+def _ctl_server_of_tree(url, directory):
+    """Return the tree as {key: value, None for a directory}, without `directory` in the keys."""
+    with Client(url) as client:
+        try:
+            nodes = client.get(directory, recursive=True).node.walk()
+        except pyetcd_client.KeyNotFound:
+            return {}
+        return {node.key[len(directory):]: node.value for node in nodes}
+
+
+@pytest.mark.parametrize("envelope", [False, True], ids=["store", "file"])
+def test_ctl_import_of_a_snapshot_of_etcd_0_4(_client_server, _client_dir, tmp_path, envelope):
+    """Files without hidden ones, except those asked for; short lives become 300 s."""
+    def node(value=None, left_s=None, **children):
+        at = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=left_s or 0)
+        return {"Value": value or "", "Children": children if value is None else None,
+                "ExpireTime": at.isoformat().replace("+00:00", "000Z") if left_s
+                else "0001-01-01T00:00:00Z"}
+
+    top = _client_dir[1:]
+    state = json.dumps({"Root": node(**{top: node(
+        a=node("1"), d=node(b=node("2", 20), c=node("ü", 900)), old=node("x", -5),
+        _h=node(s=node("3")), _other=node("4"))})})
+    outer = {"state": base64.b64encode(state.encode()).decode(), "lastIndex": 7}
+    path = tmp_path / "snap"
+    path.write_text(f"0a0b0c0d\n{json.dumps(outer)}" if envelope else state, encoding="utf-8")
+    got = _client_main("--endpoints", _client_server.url, "import", "--snap", str(path), "-c", "3",
+                       "--hidden", f"{_client_dir}/_h")
+    assert got == (0, f"starting to import snapshot {path} with 3 clients\n"
+                      "finished importing 4 keys\n", "")
+    tree = _ctl_server_of_tree(_client_server.url, _client_dir)
+    assert tree == {"/a": "1", "/d": None, "/d/b": "2", "/d/c": "ü"}
+    with Client(_client_server.url) as client:
+        assert client.get(_client_dir + "/_h/s").value == "3"
+        assert 290 <= client.get(_client_dir + "/d/b").ttl <= 300
+        assert 890 <= client.get(_client_dir + "/d/c").ttl <= 900
+
+
+@pytest.mark.parametrize("content", ["", "x", "[]", "{}", '{"Root": {"Children": {"a": 1}}}'])
+def test_ctl_import_refuses_what_is_no_snapshot(tmp_path, content):
+    path = tmp_path / "snap"
+    path.write_text(content)
+    code, out, err = _client_main("import", "--snap", str(path))
+    assert (code, out) == (1, "") and err.startswith(f"{path} is no snapshot of etcd 0.4 (")
+    assert _client_main("import", "--snap", "/no/such")[::2] == (
+        1, "cannot read snapshot file /no/such\n")
+
+
+# -- export, import, mirror, tree
+
+
+_CTL_TEXTS = st.text(max_size=12)   # hypothesis makes no surrogates here
+_CTL_KEYS = st.lists(
+    _CTL_TEXTS.map(lambda text: text.replace("/", "") or "x"), min_size=1, max_size=3,
+).map(lambda parts: "/" + "/".join(parts))
+
+
+@given(st.lists(st.builds(
+    pyetcd_client._Record, _CTL_KEYS, st.none() | _CTL_TEXTS,
+    st.none() | st.just("2026-11-27T15:30:00.123456789Z")), max_size=5))
+def test_ctl_records_survive_both_forms(records):
+    """Any keys and values come back from a line each; a line has no control characters."""
+    text = "\n".join(["# comment", *(record.line() for record in records), ""])
+    assert pyetcd_client._parse_export(text) == records
+    assert pyetcd_client._parse_export(text.replace("\n", "\r\n")) == records
+    assert text.isprintable() or set(text) <= set("\n\t") | {c for c in text if c.isprintable()} \
+        or not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", text)
+    raw = '{"nodes": [' + ",".join(record.json() for record in records) + "]}"
+    assert pyetcd_client._parse_export(raw) == records
+
+
+_CTL_TREE = {
+    "/a": "1", "/empty": "", "/lines": "one\ntwo\r\n\ttab \\ \\n end", "/ü ö": "ä\u2028\x00\x7f",
+    "/d": None, "/d/x": "{\"json\": [1]}", "/d/none": None, "/ttl": "soon", "/lease": None,
+    "/lease/k": "v",
+}
+
+
+def _ctl_plant(client, directory):
+    for key, value in _CTL_TREE.items():
+        if value is None:
+            client.mkdir(directory + key, ttl=400 if key == "/lease" else None)
+        else:
+            client.set(directory + key, value, ttl=500 if key == "/ttl" else None)
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_ctl_import_restores_what_export_printed(
+        _client_server, _client, _client_dir, tmp_path, form):
+    """Values of any text, empty directories and times to live; a second export is the same."""
+    _ctl_plant(_client, _client_dir + "/from")
+    run = functools.partial(_client_main, "--endpoints", _client_server.url)
+    code, exported, err = run("export", "--format", form, _client_dir + "/from")
+    assert (code, err) == (0, "")
+    assert run("export", "--format", form, _client_dir + "/from")[1] == exported or form == "json"
+    path = tmp_path / "tree"
+    path.write_bytes(exported.encode())
+    moved = ["--prefix", _client_dir + "/from", "--dest-prefix", _client_dir + "/to"]
+    assert run("import", "--dry-run", *moved, str(path))[1].count("\n") == len(_CTL_TREE) + 1
+    assert run("import", *moved, str(path)) == (0, "imported 7 keys\n", "")
+    assert _ctl_server_of_tree(_client_server.url, _client_dir + "/to") == _CTL_TREE
+    nodes = {node.key: node for node in _client.ls(_client_dir + "/to", recursive=True)}
+    left = {key[len(_client_dir):]: node.ttl for key, node in nodes.items() if node.ttl}
+    assert set(left) == {"/to/ttl", "/to/lease"}
+    assert 490 <= left["/to/ttl"] <= 501 and 390 <= left["/to/lease"] <= 401
+    _client.set(_client_dir + "/to/a", "mine")
+    assert run("import", "--keep", "-c", "2", *moved, "-", stdin=exported.encode()) == (
+        0, "imported 0 keys; 7 existed and were kept\n", "")
+    assert _client.get(_client_dir + "/to/a").value == "mine"
+    assert run("import", *moved, str(path))[0] == 0         # and directories are there already
+
+
+def test_ctl_export_as_text_is_a_line_a_key(_client_server, _client, _client_dir):
+    """Sorted, without indexes: two exports differ in the lines whose keys differ."""
+    _ctl_plant(_client, _client_dir)
+    _client.set(_client_dir + "/_hidden/x", "h")
+    run = functools.partial(_client_main, "--endpoints", _client_server.url, "export", "--format")
+    lines = run("text", _client_dir)[1].replace(_client_dir, "D").splitlines()
+    assert [re.sub(r"=20.*Z$", "=TIME", line) for line in lines[1:]] == [
+        "D/", "D/a\t1", "D/d/", "D/d/none/", 'D/d/x\t{"json": [1]}', "D/empty\t",
+        "D/lease/\t\texpires=TIME", "D/lease/k\tv", r"D/lines" "\t" r"one\ntwo\r\n\ttab \\ \\n end",
+        "D/ttl\tsoon\texpires=TIME", "D/ü ö\tä\\u2028\\u0000\\u007f"]
+    assert lines[0].startswith("# ")
+    hidden = run("text", "--hidden", _client_dir + "/_hidden", _client_dir + "/a")[1]
+    assert hidden.replace(_client_dir, "D").splitlines()[1:] == [
+        "D/a\t1", "D/_hidden/", "D/_hidden/x\th"]
+    assert run("xml", "/")[::2] == (1, "--format is json or text\n")
+
+
+def test_ctl_import_decides_about_what_has_expired(_client_server, _client, _client_dir):
+    """Left out, unless --ttl gives it a new life; keys elsewhere are left out too."""
+    text = (f"{_client_dir}/old\tv\texpires=2020-01-01T00:00:00Z\n"
+            f"{_client_dir}/k\tw\n/elsewhere\tx\n")
+    run = functools.partial(
+        _client_main, "--endpoints", _client_server.url, "import", "--prefix", _client_dir,
+        stdin=text.encode())
+    assert run("-") == (0, "imported 1 keys; 1 had expired and were left out; "
+                           "1 lie elsewhere and were left out\n", "")
+    assert _ctl_server_of_tree(_client_server.url, _client_dir) == {"/k": "w"}
+    assert run("--ttl", "60", "-")[0] == 0
+    assert 50 <= _client.get(_client_dir + "/old").ttl <= 60
+    assert _client.get(_client_dir + "/k").ttl is None
+
+
+def test_ctl_import_takes_an_answer_of_the_keys_api(_client_server, _client, _client_dir):
+    """What `-o json ls --recursive` or curl has printed."""
+    _client.set(_client_dir + "/a/b", "1")
+    listing = _client_main(
+        "--endpoints", _client_server.url, "-o", "json", "ls", "--recursive", _client_dir)[1]
+    _client.delete(_client_dir, recursive=True)
+    assert _client_main("--endpoints", _client_server.url, "import", "-", stdin=listing.encode()) \
+        == (0, "imported 1 keys\n", "")
+    assert _ctl_server_of_tree(_client_server.url, _client_dir) == {"/a": None, "/a/b": "1"}
+
+
+@pytest.mark.parametrize("text, message", [
+    ("/a\t1\nb\t2", "line 2: not KEY, tab, value or DIRECTORY/"),
+    ("/a", "line 1: not KEY, tab, value or DIRECTORY/"),
+    ("/a/\tx", "line 1: not KEY, tab, value or DIRECTORY/"),
+    ("/a\t1\tlater", "line 1: not KEY, tab, value or DIRECTORY/"),
+    ("/a\tx\\q", "line 1: \\q is no escape"),
+    ("/a\tx\\", "line 1: \\ is no escape"),
+    ("/a\tx\texpires=soon", "line 1: 'soon' is no RFC 3339 instant"),
+    ('{"nodes": [{"key": "/a"}]}', "{'key': '/a'} has not either a value or dir"),
+    ('{"nodes": [{"key": "/a", "value": 1}]}', "the value of /a is not text"),
+    ('{"nodes": 7}', "'int' object is not iterable"),
+    ("{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+])
+def test_ctl_import_says_what_is_wrong_with_a_file(text, message):
+    assert _client_main("import", "-", stdin=text.encode()) == (
+        1, "", f"- is not what export writes: {message}\n")
+
+
+def test_ctl_import_of_a_missing_file():
+    assert _client_main("import", "/no/such") == (
+        1, "", "cannot read /no/such: No such file or directory\n")
+
+
+def test_ctl_import_ends_with_the_first_error(_client_server, _client, _client_dir):
+    """A key that is a directory in the cluster: etcd's error, exit code 4."""
+    _client.mkdir(_client_dir + "/d")
+    text = f"{_client_dir}/d\tvalue\n"
+    code, out, err = _client_main(
+        "--endpoints", _client_server.url, "import", "-", stdin=text.encode())
+    assert (code, out) == (4, "") and err.startswith(f"Error:  102: Not a file ({_client_dir}/d)")
+
+
+def test_ctl_long_work_shows_progress_on_a_terminal_only(monkeypatch):
+    stderr = _ClientCaptured().stream
+    monkeypatch.setattr(sys, "stderr", stderr)
+    for terminal in (False, True):
+        monkeypatch.setattr(stderr, "isatty", lambda yes=terminal: yes, raising=False)
+        monkeypatch.setattr(pyetcd_client, "_PROGRESS_EVERY_S", -1.0)
+        with pyetcd_client._Progress("import", 2000) as progress:
+            progress.show(500)
+        text = stderr.buffer.getvalue().decode()
+        assert text == ("\r\x1b[Kimport: 0/2,000 (0 %)\r\x1b[Kimport: 500/2,000 (25 %)\r\x1b[K"
+                        if terminal else "")
+
+
+@pytest.fixture(name="_ctl_pair")
+def _ctl_pair_fixture(tmp_path):
+    """Two clusters of one, in this process: source and target of a mirror."""
+    with pyetcd.Server(data_dir=str(tmp_path / "source")) as source, pyetcd.Server(
+            data_dir=str(tmp_path / "target")) as target:
+        yield source.client_urls[0], target.client_urls[0]
+
+
+def _ctl_mirror(source, target, *options):
+    return _ctl_process(
+        source, "mirror", "--prefix", "/from", "--dest-prefix", "/to", *options, target)
+
+
+def _ctl_is_mirrored(source, target):
+    return _ctl_server_of_tree(source, "/from") == _ctl_server_of_tree(target, "/to")
+
+
+def test_ctl_mirror_copies_follows_and_goes_on_after_a_pause(_ctl_pair):
+    """Every kind of change; what happened while it did not run; and more than history holds."""
+    source, target = _ctl_pair
+    with Client(source) as client, Client(target) as copies:
+        client.set("/from/a", "1"), client.set("/from/d/b", "2"), client.mkdir("/from/e")
+        client.set("/elsewhere", "x")
+        copies.set("/to/a", "1"), copies.set("/to/d", "a file"), copies.set("/to/old/x", "y")
+        copies.set("/kept", "z")
+        with _ctl_mirror(source, target) as process:
+            assert _ctl_lines_from(process, 1)[0].startswith(
+                "copied 1 keys, removed 2; source index ")
+            assert _ctl_is_mirrored(source, target)
+            client.set("/from/a", "changed"), client.delete("/from/d", recursive=True)
+            client.set("/from/short", "v", ttl=1), client.append("/from/queue", "q")
+            client.set("/from/f", "1"), client.write("/from/f", None, dir=True)
+            client.set("/from/f/g", "2"), client.compare_and_swap("/from/a", "3",
+                                                                  prev_value="changed")
+            eventually(lambda: _ctl_server_of_tree(target, "/to").get("/short") == "v"
+                       or "/f/g" in _ctl_server_of_tree(target, "/to"), what="changes arrive")
+            eventually(lambda: not _ctl_server_of_tree(source, "/from").get("/short")
+                       and _ctl_is_mirrored(source, target), what="the copy is equal")
+            process.send_signal(signal.SIGSTOP)
+            for number in range(1_010):             # history holds 1,000
+                client.set(f"/from/many/{number % 20}", str(number))
+            client.delete("/from/a")
+            process.send_signal(signal.SIGCONT)
+            eventually(lambda: _ctl_is_mirrored(source, target), what="the copy is equal again")
+            code, _, err = _ctl_interrupt(process)
+        assert (code, err) == (130, "")
+        client.delete("/from/f", recursive=True), client.set("/from/z", "late")
+        again = _client_main("--endpoints", source, "mirror", "--once", "--prefix", "/from",
+                             "--dest-prefix", "/to", target)
+        assert again[0] == 0 and again[1].startswith("copied 1 keys, removed 1; source index ")
+        assert _ctl_is_mirrored(source, target)
+        assert copies.get("/kept").value == "z"
+
+
+def test_ctl_mirror_waits_for_a_target_that_is_away(tmp_path):
+    """It says so, tries again, and loses nothing."""
+    port = free_port()
+    settings = {"data_dir": str(tmp_path / "target"),
+                "listen_client_urls": [f"http://127.0.0.1:{port}"]}
+    with pyetcd.Server(data_dir=str(tmp_path / "source")) as server:
+        source, target = server.client_urls[0], settings["listen_client_urls"][0]
+        with Client(source) as client, contextlib.ExitStack() as stack:
+            with pyetcd.Server(**settings):
+                client.set("/from/a", "1")
+                process = stack.enter_context(_ctl_mirror(source, target))
+                assert _ctl_lines_from(process, 1)[0].startswith("copied 1 keys")
+            client.set("/from/b", "2"), client.delete("/from/a")
+            assert "trying again" in _ctl_lines_from(process, 1, "stderr")[0]
+            with pyetcd.Server(**settings):
+                eventually(lambda: _ctl_is_mirrored(source, target), what="the copy is equal")
+                assert _ctl_interrupt(process)[0] == 130
+
+
+def test_ctl_mirror_dry_run_changes_nothing(_ctl_pair):
+    source, target = _ctl_pair
+    with Client(source) as client, Client(target) as copies:
+        client.set("/from/a", "1"), client.mkdir("/from/d"), copies.set("/to/old", "y")
+    words = ["--endpoints", source, "mirror", "--prefix", "/from", "--dest-prefix", "/to"]
+    code, out, err = _client_main(*words, "--dry-run", target)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[:-1] == ["delete /to/old", "mkdir /to/d", "set /to/a"]
+    assert out.splitlines()[-1].startswith("would copy 1 keys, would remove 1; source index ")
+    assert _ctl_server_of_tree(target, "/to") == {"/old": "y"}
+    code, out, _ = _client_main(*words, "--once", "--verbose", "--no-delete", target)
+    assert code == 0 and out.splitlines()[:-1] == ["mkdir /to/d", "set /to/a"]
+    assert _ctl_server_of_tree(target, "/to") == {"/a": "1", "/d": None, "/old": "y"}
+
+
+def test_ctl_mirror_copies_times_to_live_only_when_told(_ctl_pair):
+    """A refresh tells no watcher: a copy with a time to live would end before the original."""
+    source, target = _ctl_pair
+    words = ["--endpoints", source, "mirror", "--once", "--prefix", "/from"]
+    with Client(source) as client, Client(target) as copies:
+        client.set("/from/a", "1", ttl=300)
+        assert _client_main(*words, target)[0] == 0
+        assert copies.get("/from/a").ttl is None
+        assert _client_main(*words, "--ttl", target)[1].startswith("copied 1 keys")
+        assert 290 <= copies.get("/from/a").ttl <= 300
+        assert _client_main(*words, "--ttl", target)[1].startswith("copied 0 keys")
+
+
+@pytest.mark.parametrize("prefix, dest_prefix", [
+    ("/", "/"), ("/a", "/a/b"), ("/a/b", "/a"), ("/", "/copy")])
+def test_ctl_mirror_refuses_to_mirror_itself(_client_server, prefix, dest_prefix):
+    """Its writes would be changes of the source."""
+    words = ["mirror", "--prefix", prefix, "--dest-prefix", dest_prefix, _client_server.url]
+    assert _client_main("--endpoints", _client_server.url, *words) == (
+        1, "", "source and target overlap: they are the same cluster\n")
+    assert _client_main("mirror") == (1, "", "Provide the endpoints of the target, comma between\n")
+
+
+def test_ctl_tree_draws_what_is_there(_client_server, _client, _client_dir):
+    for key, value in (("/a/b/c", "1"), ("/a/d", "two\nlines"), ("/z", "x" * 99)):
+        _client.set(_client_dir + key, value)
+    run = functools.partial(_client_main, "--endpoints", _client_server.url, "tree")
+    assert run(_client_dir)[1] == f"""\
+{_client_dir}/
+├── a/
+│   ├── b/
+│   │   └── c
+│   └── d
+└── z
+
+2 directories, 3 keys
+"""
+    assert run("--ascii", "--values", _client_dir)[1] == f"""\
+{_client_dir}/
+|-- a/
+|   |-- b/
+|   |   `-- c = 1
+|   `-- d = two\\nlines
+`-- z = {"x" * 59}…
+
+2 directories, 3 keys
+"""
+    assert run("--values", _client_dir + "/a/d")[1] == (
+        f"{_client_dir}/a/d = two\\nlines\n\n0 directories, 1 keys\n")
+
+
+# -- top, bench
+
+
+def test_ctl_top_once_shows_the_rates_of_an_interval(_client_server, _client, _client_dir):
+    code, out, err = _client_main(
+        "--endpoints", _client_server.url, "top", "--once", "--interval", "50ms")
+    first, _, header, row = out.splitlines()
+    assert (code, err) == (0, "") and first.endswith("1 of 1 members answer")
+    assert header.split() == [
+        "NAME", "STATE", "GET/S", "WRITE/S", "FAIL/S", "EXPIRE/S", "WATCH", "SINCE", "ADDRESS"]
+    assert re.fullmatch(rf"m1 +leader +(\d+\.\d +){{4}}\d+ +20\S+ +{_client_server.url}", row)
+
+
+def test_ctl_top_shows_rates_and_members_that_are_silent(monkeypatch):
+    """The difference of two samples by the time between; a dead member has dashes."""
+    dead, counts = _client_dead_url(), itertools.count(1)
+
+    def answer(path):
+        if path == "/v2/members":
+            return {"members": [
+                {"id": "a", "name": "m1", "peerURLs": [], "clientURLs": [server.url]},
+                {"id": "b", "name": "m2", "peerURLs": [], "clientURLs": [dead]},
+                {"id": "c", "name": "", "peerURLs": [], "clientURLs": []}]}
+        if path == "/v2/stats/self":
+            return {"state": "StateFollower", "startTime": "2026-11-27T15:30:00.5Z"}
+        number = next(counts)
+        return {"getsSuccess": 100 * number, "setsSuccess": 7 * number, "createFail": 3 * number,
+                "deleteSuccess": number, "expireCount": 0, "watchers": 5}
+
+    with _CtlAnswering(answer) as server:
+        run = pyetcd_client._Run(
+            pyetcd_client._parse_flags(["--endpoints", server.url], pyetcd_client._GLOBAL_FLAGS)[0],
+            pyetcd_client._Options(), [])
+        top = pyetcd_client._Top(run)
+        clock = iter([10.0, 12.0])
+        sample = pyetcd_client._Sample
+        monkeypatch.setattr(
+            pyetcd_client, "_Sample", lambda _, *rest: sample(next(clock), *rest))
+        assert "-  " in top.lines()[3]
+        lines = [line.split() for line in top.lines()]
+    assert lines[0][-5:] == ["1", "of", "3", "members", "answer"]
+    assert lines[3:] == [
+        ["m1", "follower", "50.0", "4.0", "1.5", "0.0", "5", "2026-11-27T15:30", server.url],
+        ["m2", "silent", *"------", dead], ["c", "unstarted", *"------"]]
+
+
+class _CtlAnswering(_ClientRawServer):
+    """Answers each GET with the JSON that `answer(path)` returns."""
+
+    def __init__(self, answer):
+        self._made = answer
+        super().__init__(b"")
+
+    def _answer(self, connection, stream):
+        line = stream.readline().decode()
+        for _ in iter(stream.readline, b"\r\n"):
+            if not line:
+                return False
+        if line:
+            connection.sendall(_client_reply(self._made(line.split()[1])))
+        return bool(line)
+
+
+def test_ctl_top_prints_lines_where_there_is_no_terminal(_client_server):
+    """Block after block without escapes, until it is interrupted: exit code 130."""
+    with _ctl_process(_client_server.url, "top", "--interval", "100ms") as process:
+        lines = _ctl_lines_from(process, 10)
+        code, rest, err = _ctl_interrupt(process)
+    assert (code, err) == (130, "") and "\x1b" not in "".join([*lines, rest])
+    assert [line.split(",")[0] for line in lines[::5]] == ["pyetcdctl top"] * 2
+
+
+@pytest.mark.parametrize("how, code", [
+    ("q", 0), (signal.SIGINT, 130), (signal.SIGTERM, 130)], ids=["q", "ctrl-c", "terminated"])
+def test_ctl_top_leaves_the_terminal_as_it_was(_client_server, how, code):
+    controller, terminal = pty.openpty()
+    try:
+        before = termios.tcgetattr(terminal)
+        with _ctl_process(_client_server.url, "top", "--interval", "10s", stdin=terminal,
+                          stdout=terminal) as process:
+            shown = b""
+            while b"q: quit" not in shown:
+                shown += os.read(controller, 4096)
+            assert termios.tcgetattr(terminal) != before
+            if how == "q":
+                os.write(controller, b"q")
+            else:
+                process.send_signal(how)
+            assert process.wait(_CLIENT_WAIT_S) == code
+            assert process.stderr.read() == b""
+        shown += os.read(controller, 4096)
+        assert termios.tcgetattr(terminal) == before
+    finally:
+        os.close(controller)
+        os.close(terminal)
+    assert shown.startswith(b"\x1b[?1049h\x1b[?25l") and shown.endswith(b"\x1b[?25h\x1b[?1049l")
+    assert b"m1" in shown and b"leader" in shown
+
+
+@pytest.mark.parametrize("kind", ["put", "get", "mixed"])
+def test_ctl_bench_prints_rate_and_percentiles(_client_server, _client, kind):
+    before = _client.get("/", sorted=True).nodes
+    code, out, err = _client_main(
+        "--endpoints", _client_server.url, "bench", "--total", "60", "--connections", "3",
+        "--size", "10", "--prefix", "/ctl-bench", kind)
+    assert (code, err) == (0, "")
+    assert re.fullmatch(
+        rf"{kind}: 60 requests, values of 10 bytes, 3 connections, \d+\.\d\d s: [\d,]+ per second\n"
+        r"milliseconds: p50 [\d.]+, p90 [\d.]+, p99 [\d.]+, p99.9 [\d.]+, max [\d.]+\n", out)
+    assert [node.key for node in _client.get("/", sorted=True).nodes if node not in before] in (
+        [], ["/ctl-bench"])
+
+
+def test_ctl_bench_counts_failures():
+    """Requests that fail are no part of the rate; the exit code tells."""
+    refusal = _client_reply({"errorCode": 110, "message": "no", "cause": "x", "index": 1}, 401)
+    with _ClientRawServer(refusal) as server:
+        code, out, _ = _client_main(
+            "--no-sync", "--endpoints", server.url, "bench", "--total", "5", "put")
+    assert code == 4 and "5 requests failed, the first: 110: no (x) [1]" in out
+    assert _client_main("--no-sync", "bench", "burn")[0] == 1
+
+
+# -- completion
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["ge"], ["get"]), (["user", "re"], ["remove", "revoke"]),
+    (["--en"], ["--endpoint", "--endpoints"]), (["set", "--ttl", ""], []),
+    (["-o", ""], ["simple", "extended", "json"]), (["-o", "json", "member", "u"], ["update"]),
+    (["set", "--sw"], ["--swap-with-value", "--swap-with-index"]), (["bogus", ""], []),
+    (["--endpoints", ""], []), (["completion", ""], ["bash", "zsh", "fish"]),
+    (["set", "--bogus", "x"], []),
+    (["ls", "--sort", "-"], ["--sort", "--recursive", "-p", "--quorum"]),
+    (["get", "/x", "/y"], []),
+])
+def test_ctl_completion_knows_the_table_of_commands(words, expected):
+    code, out, _ = _client_main("--endpoints", _client_dead_url(), "completion", "words", *words)
+    assert (code, [line.split("\t")[0] for line in out.splitlines()]) == (0, expected)
+
+
+def test_ctl_completion_asks_the_server_for_keys(_client_server, _client, _client_dir):
+    _client.set(_client_dir + "/alpha/x", "1"), _client.set(_client_dir + "/album", "2")
+    for slash in ("/", ""):
+        current = slash + _client_dir[1:] + "/al"
+        code, out, _ = _client_main(
+            "completion", "words", "--endpoints", _client_server.url, "get", current)
+        assert code == 0 and sorted(out.split()) == [current + "bum", current + "pha/"]
+
+
+@pytest.mark.parametrize("shell, script", [
+    ("bash", "source $1; COMP_WORDS=(pyetcdctl member u); COMP_CWORD=2; _pyetcdctl; "
+             'echo "${COMPREPLY[@]}"'),
+    ("zsh", "compdef() {:}; compadd() { print $words_found }; source $1; "
+            "words=(pyetcdctl member u); CURRENT=3; _pyetcdctl"),
+    ("fish", "source $argv[1]; complete -C 'pyetcdctl member u' | cut -f 1"),
+])
+def test_ctl_completion_scripts_work_in_their_shells(tmp_path, shell, script):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    program = tmp_path / "pyetcdctl"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {pyetcd_client.__file__} "$@"\n')
+    program.chmod(0o755)
+    path = tmp_path / "completion"
+    path.write_text(_client_main("completion", shell)[1])
+    words = ["-c", script, str(path)] if shell == "fish" else ["-c", script, shell, str(path)]
+    done = subprocess.run(
+        [shell, *words], capture_output=True, text=True, timeout=_CLIENT_WAIT_S,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)})
+    assert (done.stdout, done.stderr) == ("update\n", "")
+    assert _client_main("completion")[::2] == (
+        1, "Provide the name of a shell: bash, zsh or fish\n")
+
+
+def test_ctl_every_command_has_help():
+    """From the table: usage, and a line for every option."""
+    for name, command in pyetcd_client._COMMANDS.items():
+        code, out, err = _client_main("help", *name.split())
+        assert (code, err) == (0, "") and f"USAGE:\n   etcdctl {command.usage}\n" in out
+        assert all(f"--{flag.names[0]}" in out or f"-{flag.names[0]}" in out
+                   for flag in command.flags)
+        assert command.help in _client_main("help", *name.split()[:-1])[1] or name not in (
+            command.usage)
 
 
 # ============================================================================
