@@ -983,6 +983,7 @@ class _Caller:
         expected_cluster_id: Optional[str] = None, per_host_pool_size: int = 10,
         lock_prefix: str = "/_locks", *, endpoints: Optional[Iterable[str]] = None,
         connect_timeout: float = CONNECT_TIMEOUT_S, total_timeout: float = TOTAL_TIMEOUT_S,
+        retry: bool = True,
     ) -> None:
         if min(connect_timeout, read_timeout, total_timeout) <= 0:
             raise ValueError("timeouts are seconds above 0")
@@ -992,6 +993,7 @@ class _Caller:
         self.read_timeout = read_timeout
         self.allow_redirect = allow_redirect
         self.username, self.password = username, password
+        self._cert, self._verify = cert, ca_cert or True
         self.lock_prefix = lock_prefix
         self.cluster_id = expected_cluster_id       # hex; from the first answer if not given
         self.connect_timeout = connect_timeout
@@ -1058,7 +1060,8 @@ class _Caller:
             with session.request(
                 call.method, endpoint + call.target, data=call.form, timeout=timeouts, stream=True,
                 headers={"Content-Type": call.content_type} if call.form is not None else None,
-                allow_redirects=not call.write,
+                allow_redirects=not call.write, cert=self._cert, verify=self._verify,
+                auth=None if self.username is None else (self.username, self.password or ""),
             ) as response:
                 if call.on_head is not None and response.status_code == 200:
                     call.on_head(_Reply(response.status_code, response.headers, b""))
@@ -2362,7 +2365,7 @@ class _Access(NamedTuple):
         name, password = _split_user(user, "Password: ") if user else (None, None)
         request_s = settings.seconds("timeout", 1.0)
         return cls({
-            "connect_timeout": request_s, "read_timeout": request_s,
+            "connect_timeout": request_s, "read_timeout": request_s, "retry": False,
             "total_timeout": settings.seconds("total-timeout", 5.0),
             "cert": (certificate, key) if key else certificate or None,
             "ca_cert": authorities or None, "username": name, "password": password,

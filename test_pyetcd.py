@@ -13051,7 +13051,7 @@ def test_ctl_settings_come_from_flags_then_environment(monkeypatch):
     access = pyetcd_client._Access.from_settings(settings)
     assert access.options == {
         "cert": ("c", "k"), "ca_cert": "b", "username": "u", "password": "p:q",
-        "connect_timeout": 3.0, "read_timeout": 3.0, "total_timeout": 5.0}
+        "connect_timeout": 3.0, "read_timeout": 3.0, "total_timeout": 5.0, "retry": False}
     made = []
     monkeypatch.setattr(pyetcd_client, "Client", lambda **options: made.append(options))
     pyetcd_client._given_client(settings)
