@@ -12447,6 +12447,87 @@ def test_client_api_users_of_etcd_2_1_are_names():
             assert user.roles == {"r"} and user.password is None
 
 
+# -- api: what the README shows
+
+def _client_readme_code(chapter):
+    """Return the Python of a chapter of the README, and what its comments say it prints."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    chapter = re.search(rf"^## {chapter}\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)[1]
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", chapter, re.MULTILINE | re.DOTALL))
+    said = re.findall(r"^ *print\(.*\) +# (.*)$", code, re.MULTILINE)
+    return code, [re.sub(r"\[\d+\]$", "[N]", line) for line in said]
+
+
+@pytest.fixture(name="_client_embedded")
+def _client_embedded_fixture(tmp_path):
+    """A member in this process, whose cluster version is known: only then it has users."""
+    with pyetcd.Server(data_dir=str(tmp_path / "data")) as server:
+        server.wait_ready()
+        with Client(server.client_urls[0]) as client:
+            _client_eventually(lambda: client.cluster_version != "not_decided")
+        yield server
+
+
+@pytest.mark.parametrize("chapter", ["Client", "Coming from python-etcd"])
+def test_client_api_readme_examples_print_what_they_say(chapter, _client_embedded, capsys):
+    code, said = _client_readme_code(chapter)
+    port = urllib.parse.urlsplit(_client_embedded.client_urls[0]).port
+    exec(compile(code.replace("2379", str(port)), "README.md", "exec"), {})
+    printed = [re.sub(r"\[\d+\]$", "[N]", line) for line in capsys.readouterr().out.splitlines()]
+    assert len(said) >= 4 and said == [line for line in printed if line in said]
+
+
+def test_client_api_serves_a_program_that_imports_etcd(_client_embedded, tmp_path):
+    """The README's file etcd.py; what is done here is how Salt and conftool use python-etcd."""
+    (tmp_path / "etcd.py").write_text("from pyetcd_client import *\n")
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent("""
+        import sys
+        import etcd
+        client = etcd.Client(
+            host="127.0.0.1", port=int(sys.argv[1]), protocol="http", allow_reconnect=True,
+            allow_redirect=True, read_timeout=60, username=None, password=None, ca_cert=None,
+            cert=None, version_prefix="/v2")
+        try:
+            client.read("/salt/x", recursive=False, wait=False, timeout=None)
+        except (etcd.EtcdConnectionFailed, etcd.EtcdKeyNotFound) as error:
+            assert error.payload["errorCode"] == 100
+        assert getattr(client.write("/salt/x", "1", ttl=None, dir=False), "value") == "1"
+        assert client.write("/salt/d", None, ttl=None, dir=True).dir
+        try:
+            client.write("/salt/d", "2", ttl=None, dir=False)
+        except (etcd.EtcdNotFile, etcd.EtcdNotDir, etcd.EtcdRootReadOnly, ValueError) as error:
+            assert isinstance(error, etcd.EtcdNotFile)
+        tree = {}
+        for item in client.read("/salt").children:
+            if item.dir is True and item.key != "/salt":
+                tree[item.key] = {}
+            else:
+                tree[item.key] = item.value
+        assert tree == {"/salt/x": "1", "/salt/d": {}}, tree
+        index = client.read("/salt/x").modifiedIndex
+        seen = client.read("/salt/x", recursive=False, wait=True, timeout=0, waitIndex=index)
+        fields = {name: getattr(seen, name, None) for name in ("key", "value", "dir")}
+        assert fields == {"key": "/salt/x", "value": "1", "dir": False}
+        assert seen.modifiedIndex == index
+        try:
+            client.read("/salt/x", recursive=True, wait=True, timeout=0.1)
+        except etcd.EtcdWatchTimedOut:
+            print("timed out")
+        assert client.delete("/salt", recursive=True, dir=True)
+        for name in ("a/1", "a/2"):
+            client.write("/conftool/" + name, '{"pooled": "yes"}')
+        objects = [leaf for leaf in client.read("/conftool", recursive=True).leaves if not leaf.dir]
+        objects[0].value = '{"pooled": "no"}'
+        assert client.update(objects[0]).action == "compareAndSwap"
+        assert [item.key for item in objects] == ["/conftool/a/1", "/conftool/a/2"]
+        print(etcd.auth.Auth(client).active)
+        """))
+    port = urllib.parse.urlsplit(_client_embedded.client_urls[0]).port
+    result = _client_python(str(program), str(port))
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"timed out\nFalse\n", b"")
+
+
 # -- watch
 
 def test_client_watch_returns_one_event(_client, _client_dir):
