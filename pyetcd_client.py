@@ -1277,7 +1277,9 @@ class _Keys(_Caller):
 
     # -- below: no public names
 
-    def _put(self, key: str, form: Mapping[str, _Field], timeout: Optional[float]) -> EtcdResult:
+    def _put(
+        self, key: str, form: Mapping[str, _Field], timeout: Optional[float] = None,
+    ) -> EtcdResult:
         return self._keys_call("PUT", key, form, timeout=timeout)
 
     def _keys_call(

@@ -12447,6 +12447,64 @@ def test_client_api_users_of_etcd_2_1_are_names():
             assert user.roles == {"r"} and user.password is None
 
 
+def _client_role_names(user):
+    return [role["role"] for role in user.get("roles", ())]
+
+
+def test_client_api_users_and_roles(_lib_own_server):
+    """Who may do what, changed by methods of the client and felt by other clients."""
+    url, unauthorized = _lib_own_server.url, pyetcd_client.Unauthorized
+    with Client(url) as guest:
+        _client_eventually(lambda: guest.cluster_version != "not_decided")
+        guest.set("/pub/x", "1")
+        guest.user_add("root", "pw")
+        guest.role_add("reader", read=["/pub/*"])
+        guest.role_grant("reader", "/own/*")
+        guest.role_revoke("reader", "/own/*", "read")
+        guest.user_add("al", "old", ["reader"])
+        guest.user_password("al", "new")
+        for exists in (lambda: guest.user_add("root", "other"), lambda: guest.role_add("reader"),
+                       lambda: guest.user_add("al", "other", ["reader"])):
+            with pytest.raises(pyetcd_client.NodeExists):
+                exists()
+        for missing in (lambda: guest.user_password("jo", "pw"), lambda: guest.user_get("jo"),
+                        lambda: guest.user_remove("jo"), lambda: guest.role_get("r"),
+                        lambda: guest.role_remove("r"), lambda: guest.role_grant("r", "/x")):
+            with pytest.raises(pyetcd_client.KeyNotFound):
+                missing()
+        with pytest.raises(pyetcd_client.HttpError, match="duplicate") as caught:
+            guest.user_grant("al", ["reader"])
+        assert caught.value.status == 409
+        assert [user["user"] for user in guest.user_list()] == ["al", "root"]
+        assert _client_role_names(guest.user_get("al")) == ["reader"]
+        assert [role["role"] for role in guest.role_list()] == ["reader", "root"]
+        assert guest.role_get("reader")["permissions"]["kv"] == {
+            "read": ["/pub/*"], "write": ["/own/*"]}
+        guest.auth_enable()
+        assert guest.auth_status() == {"enabled": True}
+
+        with Client(url, username="root", password="pw") as root, Client(
+                url, username="al", password="new") as al, Client(
+                url, username="al", password="old") as late:
+            root.role_revoke("guest", "/*")
+            assert al.get("/pub/x").value == "1" and al.set("/own/x", "2").new_key
+            for refused in (lambda: al.set("/pub/x", "2"), lambda: al.get("/own/x"), al.user_list,
+                            lambda: guest.get("/pub/x"), lambda: late.get("/pub/x"),
+                            guest.auth_disable, lambda: al.member_remove("1")):
+                with pytest.raises(unauthorized) as caught:
+                    refused()
+                assert caught.value.status == 401 and not caught.value.maybe_applied
+            root.user_revoke("al", ["reader"])
+            with pytest.raises(unauthorized):
+                al.get("/pub/x")
+            root.user_remove("al")
+            root.role_remove("reader")
+            root.auth_disable()
+            with pytest.raises(pyetcd_client.HttpError, match="already disabled"):
+                root.auth_disable()
+        assert guest.get("/own/x").value == "2"
+
+
 # -- api: what the README shows
 
 def _client_readme_code(chapter):
