@@ -205,7 +205,7 @@ class ApiError(EtcdError):
 
     def describe(self) -> str:
         """Return code, message, cause and index in the form etcdctl prints them."""
-        if not self.cause and not self.index:       # of the members or auth API, or our own
+        if not self._cause and not self.index:      # of the members or auth API, or our own
             return super().describe()
         return f"{self.code}: {self.message} ({self.cause}) [{self.index}]"
 
@@ -1295,7 +1295,9 @@ class _Keys(_Caller):
 
     # -- below: no public names
 
-    def _put(self, key: str, form: Mapping[str, _Field], timeout: Optional[float]) -> EtcdResult:
+    def _put(
+        self, key: str, form: Mapping[str, _Field], timeout: Optional[float] = None,
+    ) -> EtcdResult:
         return self._keys_call("PUT", key, form, timeout=timeout)
 
     def _keys_call(
@@ -1465,15 +1467,21 @@ class _Cluster(_Caller):
         params   go into the query of a GET or DELETE, into the form of a PUT or POST
         timeout  seconds in all; None: the client's; 0: no end
 
-        Raises what the verbs raise for an answer other than 2xx.
+        Raises what the verbs raise for an answer other than 2xx; WatchTimeout for a GET with the
+        parameter `wait`.
         """
         given = {} if params is None else {
             name: value if isinstance(value, bool) else _text(value)
             for name, value in params.items()}
-        if method in ("GET", "DELETE"):
+        if method not in ("GET", "DELETE"):
+            form = _encode_fields(given).encode()
+            return self._execute(path, method, {}, form, _FORM_TYPE, timeout)
+        try:
             return self._execute(path, method, given, None, _FORM_TYPE, timeout)
-        return self._execute(
-            path, method, {}, _encode_fields(given).encode(), _FORM_TYPE, timeout)
+        except RequestTimeout as error:
+            if given.get("wait") in (True, "true"):
+                raise WatchTimeout("no change in time", endpoint=error.endpoint) from error
+            raise
 
     def api_execute_json(
         self, path: str, method: str, params: Any = None, timeout: Optional[float] = None,

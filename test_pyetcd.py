@@ -52,6 +52,7 @@ import hashlib
 import heapq
 import http.client
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -11980,6 +11981,613 @@ def test_client_api_falls_over_from_a_dead_endpoint(_client_server, _client_dir)
         assert client.get(_client_dir).value == "v"
 
 
+# -- api: the same program with python-etcd and with this client
+
+_CLIENT_PARITY_ERRORS = """
+    EtcdException EtcdValueError EtcdCompareFailed EtcdClusterIdChanged EtcdKeyError
+    EtcdKeyNotFound EtcdNotFile EtcdNotDir EtcdAlreadyExist EtcdEventIndexCleared
+    EtcdConnectionFailed EtcdInsufficientPermissions EtcdWatchTimedOut EtcdWatcherCleared
+    EtcdLeaderElectionInProgress EtcdRootReadOnly EtcdDirNotEmpty EtcdLockExpired""".split()
+
+
+class _ClientParityNotes:
+    """What a program sees; indexes count from the first one, its directory is called ROOT."""
+
+    def __init__(self, etcd, client, root):
+        self.etcd, self.root, self.lines = etcd, root, []
+        self.first = client.write(root + "/first", "1").modifiedIndex
+
+    def plain(self, value):
+        if isinstance(value, str):
+            return re.sub(r"\[\d+( != |/)\d+\]", r"[N\1N]", value.replace(self.root, "ROOT"))
+        if isinstance(value, dict):
+            return {self.plain(name): self.plain(item) for name, item in value.items()}
+        return [self.plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def add(self, label, value):
+        self.lines.append((label, self.plain(value)))
+
+    def index(self, index):
+        return f"@{index - self.first}"
+
+    def node(self, node):
+        return [node.key, node.value, node.dir, node.ttl, node.expiration is not None,
+                node.newKey, self.index(node.modifiedIndex), self.index(node.createdIndex)]
+
+    def result(self, label, result):
+        # A node that is no answer has the action None there, "" here.
+        self.add(label, [result.action or None, *self.node(result)])
+        self.add(label + " leaves", [leaf.key for leaf in result.leaves])
+        self.add(label + " children", [(child.key, child.value) for child in result.children])
+        self.add(label + " subtree", [node.key for node in result.get_subtree()])
+        if result.action:
+            self.add(label + " index", [self.index(result.etcd_index), result.raft_index > 0])
+        previous = getattr(result, "_prev_node", None)
+        if previous is not None:
+            self.add(label + " previous", self.node(previous))
+
+    def error(self, label, call, *arguments, **options):
+        try:
+            call(*arguments, **options)
+        except self.etcd.EtcdException as error:
+            kinds = [name for name in _CLIENT_PARITY_ERRORS
+                     if isinstance(error, getattr(self.etcd, name))]
+            payload = dict(error.payload or {})
+            payload["index"] = self.index(payload.get("index") or self.first)
+            self.add(label, [*kinds, isinstance(error, ValueError), payload])
+        else:
+            self.add(label, "no error")
+
+
+def _client_parity_writes(etcd, notes, client, root):
+    key = root + "/k"
+    notes.result("new", client.write(key, "1"))
+    notes.result("again", client.write(key, 2))
+    notes.result("without slash", client.write(key[1:], "ü & = % +"))
+    notes.result("bytes", client.write(key, "ü".encode()))
+    notes.result("true", client.write(key, True))
+    notes.result("none", client.write(key, None))
+    notes.result("ttl", client.write(key, "3", ttl=60))
+    notes.result("positional ttl", client.write(key, "3", 50))
+    notes.result("refresh", client.refresh(key, 70))
+    notes.result("refresh by write", client.write(key, None, ttl=80, refresh=True, prevExist=True))
+    notes.result("prevValue", client.write(key, "4", prevValue="3"))
+    index = client.read(key).modifiedIndex
+    notes.result("prevIndex", client.write(key, "5", prevIndex=index, ttl=9))
+    notes.result("prevExist", client.write(key, "6", prevExist=True))
+    notes.result("create", client.write(root + "/c", "1", prevExist=False))
+    queue = [client.write(root + "/q", number, append=True, ttl=50) for number in range(3)]
+    notes.add("order", [job.value for job in sorted(queue, key=lambda job: job.key)])
+    notes.result("directory", client.write(root + "/d", None, dir=True))
+    notes.result("directory ttl", client.write(root + "/d", None, dir=True, prevExist=True, ttl=50))
+    notes.result("set", client.set(key, "7"))
+    notes.result("set ttl", client.set(key, "7", 60))
+    notes.result("test and set", client.test_and_set(key, "8", "7"))
+    notes.result("test and set ttl", client.test_and_set(key, "9", "8", ttl=7))
+    notes.result("pop", client.pop(key))
+    notes.result("delete", client.delete(root + "/c"))
+    notes.result("delete directory", client.delete(root + "/d", dir=True))
+    notes.result("delete all", client.delete(root + "/q", recursive=True))
+    client.write(key, "1")
+    notes.result("delete by value", client.delete(key, prevValue="1"))
+    index = client.write(key, "1").modifiedIndex
+    notes.result("pop by index", client.pop(key, prevIndex=index))
+
+
+def _client_parity_updates(etcd, notes, client, root):
+    client.write(root + "/u", "1", ttl=60)
+    mine, stale = client.read(root + "/u"), client.read(root + "/u")
+    mine.value = "2"
+    notes.result("updated", client.update(mine))
+    notes.error("stale", client.update, stale)
+    fresh = client.read(root + "/u")
+    fresh.ttl = None
+    notes.result("ttl gone", client.update(fresh))
+    client.write(root + "/dir/x", "1")
+    directory = client.read(root + "/dir")
+    directory.ttl = 50
+    notes.result("directory", client.update(directory))
+    client.delete(root + "/u")
+    notes.error("deleted", client.update, fresh)
+    one, same = client.read(root + "/dir/x"), client.read(root + "/dir/x")
+    notes.add("equal", [one == same, one != same, one == client.read(root + "/dir"), one == 1])
+    for child in client.read(root + "/dir").children:
+        child.value = "changed"
+        notes.result("child", client.update(child))
+
+
+def _client_parity_reads(etcd, notes, client, root):
+    for name in ("b/x", "b/y/z", "a", "_hidden"):
+        client.write(f"{root}/tree/{name}", name)
+    client.write(root + "/tree/empty", None, dir=True)
+    notes.result("get", client.get(root + "/tree/a"))
+    notes.result("read", client.read(root + "/tree", sorted=True))
+    notes.result("recursive", client.read(root + "/tree", recursive=True, sorted=True))
+    notes.result("quorum", client.read(root + "/tree/a", quorum=True))
+    notes.result("off", client.read(root + "/tree/a", quorum=False, sorted=False, recursive=False))
+    notes.result("timeout", client.read(root + "/tree/a", timeout=5))
+    notes.result("no timeout", client.read(root + "/tree/a", timeout=0))
+    notes.result("empty", client.read(root + "/tree/empty"))
+    notes.result("hidden", client.read(root + "/tree/_hidden"))
+    tree = client.read(root + "/tree", recursive=True, sorted=True)
+    notes.add("leaves only", [node.key for node in tree.get_subtree(leaves_only=True)])
+    notes.add("values", {leaf.key: leaf.value for leaf in tree.leaves})
+    notes.add("nodes", [notes.node(node) for node in tree.get_subtree()])
+    notes.add("in", [root + "/tree/a" in client, root + "/nope" in client])
+
+
+def _client_parity_errors(etcd, notes, client, root):
+    client.write(root + "/e/f", "1")
+    notes.error("no key", client.read, root + "/nope")
+    notes.error("no key to get", client.get, root + "/nope")
+    notes.error("no key to delete", client.delete, root + "/nope")
+    notes.error("no key to pop", client.pop, root + "/nope")
+    notes.error("no key to update", client.write, root + "/nope", "1", prevExist=True)
+    notes.error("no key to refresh", client.refresh, root + "/nope", 5)
+    notes.error("compare value", client.test_and_set, root + "/e/f", "2", "9")
+    notes.error("compare index", client.write, root + "/e/f", "2", prevIndex=1)
+    notes.error("compare to delete", client.delete, root + "/e/f", prevValue="9")
+    notes.error("empty value", client.delete, root + "/e/f", prevValue="")
+    notes.error("exists", client.write, root + "/e/f", "2", prevExist=False)
+    notes.error("not a file", client.write, root + "/e", "2")
+    notes.error("not a file to delete", client.delete, root + "/e")
+    notes.error("not a directory", client.write, root + "/e/f/g", "2")
+    notes.error("not empty", client.delete, root + "/e", dir=True)
+    notes.error("root", client.delete, "/", recursive=True)
+    notes.error("ttl", client.write, root + "/e/f", "2", ttl="soon")
+    notes.error("index", client.write, root + "/e/f", "2", prevIndex="soon")
+    nobody = etcd.Client(port=free_port(), read_timeout=2, allow_reconnect=False)
+    notes.error("connection", nobody.read, "/k")
+    notes.error("connection to write", nobody.write, "/k", "1")
+    for error in (etcd.EtcdException, etcd.EtcdKeyNotFound, etcd.EtcdWatchTimedOut):
+        notes.add("own", [error("gone", {"a": 1}).payload, error().payload or {}])
+    for code in (*range(100, 111), *range(200, 211), 300, 301, 400, 401, 999):
+        payload = {"errorCode": code, "message": "m", "cause": "c"}
+        notes.error(f"code {code}", etcd.EtcdError.handle, payload)
+    for status in (401, 404, 409):
+        notes.error(f"status {status}", etcd.EtcdError.handle, {"message": "m", "status": status})
+
+
+def _client_parity_watches(etcd, notes, client, root):
+    key = root + "/w"
+    start = client.write(key, "1").modifiedIndex
+    client.write(key, "2", ttl=60)
+    client.delete(key)
+    notes.result("watch", client.watch(key, index=start))
+    notes.result("positional", client.watch(key, start + 1, 5))
+    notes.result("recursive", client.watch(root, index=start + 2, recursive=True))
+    notes.result("read", client.read(key, wait=True, waitIndex=start + 1, timeout=0))
+    notes.error("timeout", client.watch, key, timeout=0.1)
+    notes.error("timeout of a read", client.read, key, wait=True, timeout=0.1, recursive=True)
+    notes.error("timeout by index", client.watch, key, index=start + 3, timeout=0.1)
+    events = client.eternal_watch(root, index=start, recursive=True)
+    for number in range(3):
+        notes.result(f"event {number}", next(events))
+    events.close()
+    quick = etcd.Client(host=client.host, port=client.port, read_timeout=0.1)
+    notes.error("read_timeout", quick.read, key, wait=True)
+
+
+def _client_parity_cluster(etcd, notes, client, root):
+    notes.add("machines", client.machines)
+    notes.add("members", client.members)
+    notes.add("leader", client.leader)
+    notes.add("stats", sorted(client.stats))
+    notes.add("leader stats", client.leader_stats)
+    notes.add("store stats", sorted(client.store_stats))
+    notes.add("versions", [client.version, client.cluster_version])
+    names = ["base_uri", "host", "port", "protocol", "key_endpoint", "version_prefix",
+             "read_timeout", "allow_redirect", "lock_prefix", "username", "password"]
+    notes.add("properties", [getattr(client, name) for name in names])
+    other = etcd.Client(
+        host=((client.host, client.port), (client.host, client.port)), allow_reconnect=True,
+        read_timeout=7, lock_prefix="/locks", version_prefix="/v2", protocol="http",
+        allow_redirect=False, username="u", password="p", use_proxies=True,
+        expected_cluster_id=None, per_host_pool_size=2)
+    notes.add("other properties", [getattr(other, name) for name in names])
+
+
+def _client_parity_requests(etcd, notes, client, root):
+    path = client.key_endpoint + root + "/x"
+    response = client.api_execute(path, "PUT", params={"value": "ü", "ttl": 60})
+    notes.add("put", [response.status, json.loads(response.data.decode("utf-8"))["action"]])
+    notes.add("header", notes.index(int(response.getheader("x-etcd-index"))))
+    notes.add("no header", [response.getheader("x-no"), response.getheader("x-no", "")])
+    notes.add("headers", response.headers["X-Etcd-Index"] == response.getheader("x-etcd-index"))
+    response = client.api_execute(path, client._MGET, params={"quorum": "true"}, timeout=5)
+    notes.add("get", [response.status, json.loads(response.data.decode("utf-8"))["node"]["value"]])
+    response = client.api_execute(client.key_endpoint + root + "/y", "POST", {"value": "1"})
+    notes.add("post", response.status)
+    response = client.api_execute(path, "DELETE", params={"prevValue": "ü"})
+    notes.add("delete", json.loads(response.data.decode("utf-8"))["action"])
+    notes.error("gone", client.api_execute, path, "GET")
+    notes.error("wait", client.api_execute, path, "GET", {"wait": "true"}, 0.1)
+    response = client.api_execute("/v2/auth/enable", "GET")
+    notes.add("auth", json.loads(response.data.decode("utf-8")))
+    notes.error("json", client.api_execute_json, "/v2/auth/roles/a", "PUT", {"role": "other"})
+
+
+_CLIENT_PARITY = {
+    function.__name__.rpartition("_")[2]: function for function in (
+        _client_parity_writes, _client_parity_updates, _client_parity_reads,
+        _client_parity_errors, _client_parity_watches, _client_parity_cluster,
+        _client_parity_requests)}
+
+
+@pytest.mark.filterwarnings("ignore:.*getheaders:DeprecationWarning")
+@pytest.mark.parametrize("program", _CLIENT_PARITY.values(), ids=_CLIENT_PARITY)
+def test_client_api_shows_a_program_what_python_etcd_showed_it(program, _client_server):
+    """Results, errors and their payloads, watches, properties and bare requests are the same."""
+    python_etcd = pytest.importorskip("etcd", reason="python-etcd is not installed")
+    address = urllib.parse.urlsplit(_client_server.url)
+    seen = []
+    for etcd in (python_etcd, pyetcd_client):
+        client = etcd.Client(host=address.hostname, port=address.port)
+        root = f"/p{random.getrandbits(40):010x}"
+        notes = _ClientParityNotes(etcd, client, root)
+        program(etcd, notes, client, root)
+        seen.append(notes.lines)
+    assert len(seen[0]) > 5 and seen[1] == seen[0]
+
+
+@pytest.mark.parametrize("name", [
+    *_CLIENT_PARITY_ERRORS, "EtcdResult", "Client", "EtcdError"])
+def test_client_api_has_the_names_of_python_etcd(name):
+    """Every class is there, above and below the same ones."""
+    python_etcd = pytest.importorskip("etcd", reason="python-etcd is not installed")
+    theirs, ours = getattr(python_etcd, name), getattr(pyetcd_client, name)
+    assert name in pyetcd_client.__all__
+    for other in _CLIENT_PARITY_ERRORS if name in _CLIENT_PARITY_ERRORS else ():
+        if issubclass(theirs, getattr(python_etcd, other)):
+            assert issubclass(ours, getattr(pyetcd_client, other))
+    public = {attribute for attribute in vars(theirs) if not attribute.startswith("_")}
+    missing = public - set(dir(Client() if name == "Client" else ours))
+    # What only raises NotImplementedError, and the pool of urllib3 and its headers.
+    assert missing <= {"get_lock", "election", "http", "parse_headers"}
+
+
+def test_client_api_takes_the_arguments_of_python_etcd():
+    """Names and order of the constructor and of the verbs; new arguments come after them."""
+    python_etcd = pytest.importorskip("etcd", reason="python-etcd is not installed")
+    for name in ("__init__", "watch", "eternal_watch", "set", "get", "write", "test_and_set",
+                 "delete", "pop", "refresh", "api_execute", "api_execute_json", "read"):
+        theirs = inspect.signature(getattr(python_etcd.Client, name)).parameters
+        ours = inspect.signature(getattr(Client, name)).parameters
+        positional = [parameter for parameter in theirs if parameter != "kwdargs"
+                      and parameter != "kwargs"]
+        assert list(ours)[:len(positional)] == positional, name
+
+
+# -- api: where it is deliberately other than python-etcd
+
+@pytest.mark.parametrize("call", [
+    lambda client: client.write("k", "v", prevValue=None),
+    lambda client: client.write("k", "v", prevIndex=None),
+    lambda client: client.write("k", "v", prevExist=None),
+    lambda client: client.write("k", "v", prevIndex=0),
+    lambda client: client.test_and_set("k", "v", None),
+    lambda client: client.delete("k", prevValue=None),
+    lambda client: client.delete("k", prevIndex=-1),
+    lambda client: client.pop("k", prevIndex=None),
+    lambda client: client.refresh("k", 5, prevValue=None),
+    lambda client: client.write("k", "v", dir=True),
+    lambda client: client.api_execute("v2/keys", "GET"),
+    lambda client: client.api_execute("/v2/keys", "PATCH"),
+    lambda client: client.statistics("../keys"),
+    lambda client: client.role_grant("r", "/k", "rw"),
+], ids=range(14))
+def test_client_api_refuses_what_would_do_something_else(call):
+    """Nothing is sent: a condition that got lost would make a write unconditional."""
+    with _ClientRawServer(_CLIENT_GOOD) as server, Client(server.url) as client:
+        with pytest.raises(pyetcd_client.EtcdValueError) as caught:
+            call(client)
+        assert server.requests == []
+    assert isinstance(caught.value, ValueError) and not str(caught.value).startswith("0:")
+
+
+@pytest.mark.parametrize("verb", ["write", "read", "delete", "pop", "refresh", "watch"])
+def test_client_api_refuses_an_option_that_does_not_exist(verb):
+    with Client(_client_dead_url()) as client, pytest.raises(TypeError, match="prevvalue"):
+        getattr(client, verb)("k", prevvalue="x")
+
+
+def test_client_api_lets_value_and_ttl_of_a_result_change_and_nothing_else(_client, _client_dir):
+    result = _client.set(_client_dir, "v", ttl=60)
+    result.value, result.ttl = "w", 50
+    assert (result.value, result.node.value, result.ttl, result.node.ttl) == ("w", "v", 50, 60)
+    for name in ("key", "node", "modified_index", "modifiedIndex", "dir", "other"):
+        with pytest.raises(AttributeError):
+            setattr(result, name, None)
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(result)
+    assert "'v'" in repr(result)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))],
+                         ids=["copy", "pickle"])
+def test_client_api_results_can_be_copied(copied, _client, _client_dir):
+    """Also the one that a watch returned; its copy goes on with no client."""
+    written = _client.set(_client_dir, "v")
+    seen = _client.watch(_client_dir, index=written.modified_index, timeout=_CLIENT_WAIT_S)
+    for result in (written, seen):
+        other = copied(result)
+        other.value = "w"
+        assert result.value == "v" and other.node == result.node
+        assert type(other) is pyetcd_client.EtcdResult
+
+
+def test_client_api_makes_results_of_dicts():
+    """As tests of other programs do."""
+    result = pyetcd_client.EtcdResult(
+        "set", {"key": "/k", "value": "v", "modifiedIndex": 3},
+        prevNode={"key": "/k", "value": "u", "createdIndex": 2})
+    assert (result.key, result.value, result.modifiedIndex, result.newKey) == ("/k", "v", 3, False)
+    assert result._prev_node.value == result.prev_node.value == "u"
+    assert pyetcd_client.EtcdResult(node={"nodes": [{"key": "/a"}]}).key == "/"
+
+
+def test_client_api_raises_the_class_a_program_put_into_the_table(monkeypatch):
+    """Patroni has one of its own for code 300."""
+    class Own(pyetcd_client.EtcdException):
+        """Raft is busy."""
+
+    monkeypatch.setitem(pyetcd_client.EtcdError.error_exceptions, 300, Own)
+    with _ClientRawServer(_CLIENT_TIMED_OUT) as server, Client(server.url) as client:
+        with pytest.raises(Own) as caught:
+            client.set("k", "v")
+    assert caught.value.maybe_applied and caught.value.code == 300
+
+
+def test_client_api_error_of_the_connection_has_its_cause():
+    with Client(_client_dead_url()) as client, pytest.raises(
+            pyetcd_client.EtcdConnectionFailed) as caught:
+        client.get("k")
+    assert isinstance(caught.value.cause, Exception) and caught.value.payload == {}
+    assert pickle.loads(pickle.dumps(caught.value)).cause == ""
+
+
+def test_client_api_json_of_somebody_else_is_no_missing_key():
+    """A gateway that does not know the path says 404 in JSON too, but it is not etcd."""
+    gateway = _client_reply({"message": "no Route matched"}, status=404).replace(
+        b"X-Etcd-Cluster-Id", b"X-Gateway")
+    with _ClientRawServer(gateway) as server, Client(server.url) as client:
+        with pytest.raises(pyetcd_client.HttpError, match="no Route"):
+            client.get("k")
+
+
+def test_client_api_version_prefix_is_everywhere():
+    answers = {"members": [], "enabled": False, "leader": "", "health": "true", **_CLIENT_NODE}
+    with _ClientRawServer(_client_reply(answers)) as server:
+        with Client(server.url, version_prefix="/etcd/v2") as client:
+            assert client.key_endpoint == "/etcd/v2/keys"
+            for call in (client.member_list, client.auth_status, client.statistics,
+                         lambda: client.machines, *(functools.partial(write, client)
+                                                    for write in _CLIENT_WRITES.values())):
+                call()
+        targets = [target for _, target, _ in server.requests]
+    assert len(targets) > 10 and all(target.startswith("/etcd/v2/") for target in targets)
+
+
+def test_client_api_timeout_of_one_call(monkeypatch):
+    """It is the deadline of that call; 0 is none, None the client's."""
+    hold = threading.Event()
+    stored = pyetcd_client.EtcdResult(node=_CLIENT_NODE["node"])
+    with _ClientRawServer(lambda _: hold.wait(_CLIENT_WAIT_S)) as server:
+        with Client(server.url) as client:
+            for call in (lambda: client.get("k", timeout=0.1),
+                         lambda: client.read("k", timeout=0.1),
+                         lambda: client.ls("k", timeout=0.1),
+                         lambda: client.write("k", "v", timeout=0.1),
+                         lambda: client.update(stored, timeout=0.1),
+                         lambda: client.rmdir("k", timeout=0.1),
+                         lambda: client.pop("k", timeout=0.1),
+                         lambda: client.api_execute("/v2/keys", "GET", timeout=0.1)):
+                with pytest.raises(pyetcd_client.RequestTimeout):
+                    call()
+        with Client(server.url, total_timeout=0.1, read_timeout=0.2) as client:
+            with pytest.raises(pyetcd_client.RequestTimeout):
+                client.get("k", timeout=0)
+        hold.set()
+
+
+# -- api: what is new
+
+def test_client_api_watch_goes_on_when_iterated(_client, _client_dir):
+    """`for event in client.watch(...)`: this change, then every later one."""
+    start = _client.set(_client_dir + "/a", "0").modified_index
+    seen = []
+    for event in _client.watch(_client_dir, index=start, recursive=True):
+        seen.append(event.value)
+        if len(seen) == 4:
+            break
+        _client.set(f"{_client_dir}/{len(seen)}", len(seen))
+    assert seen == ["0", "1", "2", "3"]
+
+
+def test_client_api_eternal_watch_never_ends_by_itself(_client, _client_dir):
+    start = _client.set(_client_dir + "/a", "0").modified_index
+    events = _client.eternal_watch(_client_dir, start, True)
+    assert next(events).value == "0"
+    _client.delete(_client_dir + "/a")
+    assert next(events).action == "delete"
+    events.close()
+    assert list(events) == []
+
+
+def test_client_api_members_come_and_go(tmp_path):
+    with StaticCluster(tmp_path) as cluster, Client([m.client for m in cluster.members]) as client:
+        url, other = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
+        added = client.member_add(url)
+        assert (added.name, added.peer_urls) == ("", (url,))
+        with pytest.raises(pyetcd_client.HttpError) as caught:
+            client.member_add([url])
+        assert caught.value.status == 409
+        client.member_update(added.id, [other])
+        assert [m.peer_urls for m in client.member_list() if m.id == added.id] == [(other,)]
+        client.member_remove(added.id)
+        assert len(client.members) == 3 and client.leader["id"] in client.members
+        with pytest.raises(pyetcd_client.HttpError) as caught:
+            client.member_remove(added.id)
+        assert caught.value.status == 410
+        with pytest.raises(pyetcd_client.KeyNotFound):
+            client.member_update("abc", [url])
+
+
+def test_client_api_no_leader():
+    election = _client_reply({"message": "During election"}, status=503)
+    with _ClientRawServer(election) as server, Client(server.url) as client:
+        with pytest.raises(pyetcd_client.EtcdLeaderElectionInProgress):
+            client.leader  # noqa: B018
+
+
+def test_client_api_users_of_etcd_2_1_are_names():
+    with _ClientRawServer(_client_reply({"users": ["al"], "roles": ["r"]})) as server:
+        with Client(server.url) as client:
+            assert client.user_list() == [{"user": "al"}] and client.role_list() == [{"role": "r"}]
+            user = pyetcd_client.EtcdUser(client, "al")
+            user.read()
+            assert user.roles == {"r"} and user.password is None
+
+
+def _client_role_names(user):
+    return [role["role"] for role in user.get("roles", ())]
+
+
+def test_client_api_users_and_roles(_lib_own_server):
+    """Who may do what, changed by methods of the client and felt by other clients."""
+    url, unauthorized = _lib_own_server.url, pyetcd_client.Unauthorized
+    with Client(url) as guest:
+        _client_eventually(lambda: guest.cluster_version != "not_decided")
+        guest.set("/pub/x", "1")
+        guest.user_add("root", "pw")
+        guest.role_add("reader", read=["/pub/*"])
+        guest.role_grant("reader", "/own/*")
+        guest.role_revoke("reader", "/own/*", "read")
+        guest.user_add("al", "old", ["reader"])
+        guest.user_password("al", "new")
+        for exists in (lambda: guest.user_add("root", "other"), lambda: guest.role_add("reader"),
+                       lambda: guest.user_add("al", "other", ["reader"])):
+            with pytest.raises(pyetcd_client.NodeExists):
+                exists()
+        for missing in (lambda: guest.user_password("jo", "pw"), lambda: guest.user_get("jo"),
+                        lambda: guest.user_remove("jo"), lambda: guest.role_get("r"),
+                        lambda: guest.role_remove("r"), lambda: guest.role_grant("r", "/x")):
+            with pytest.raises(pyetcd_client.KeyNotFound):
+                missing()
+        with pytest.raises(pyetcd_client.HttpError, match="duplicate") as caught:
+            guest.user_grant("al", ["reader"])
+        assert caught.value.status == 409
+        assert [user["user"] for user in guest.user_list()] == ["al", "root"]
+        assert _client_role_names(guest.user_get("al")) == ["reader"]
+        assert [role["role"] for role in guest.role_list()] == ["reader", "root"]
+        assert guest.role_get("reader")["permissions"]["kv"] == {
+            "read": ["/pub/*"], "write": ["/own/*"]}
+        guest.auth_enable()
+        assert guest.auth_status() == {"enabled": True}
+
+        with Client(url, username="root", password="pw") as root, Client(
+                url, username="al", password="new") as al, Client(
+                url, username="al", password="old") as late:
+            root.role_revoke("guest", "/*")
+            assert al.get("/pub/x").value == "1" and al.set("/own/x", "2").new_key
+            for refused in (lambda: al.set("/pub/x", "2"), lambda: al.get("/own/x"), al.user_list,
+                            lambda: guest.get("/pub/x"), lambda: late.get("/pub/x"),
+                            guest.auth_disable, lambda: al.member_remove("1")):
+                with pytest.raises(unauthorized) as caught:
+                    refused()
+                assert caught.value.status == 401 and not caught.value.maybe_applied
+            root.user_revoke("al", ["reader"])
+            with pytest.raises(unauthorized):
+                al.get("/pub/x")
+            root.user_remove("al")
+            root.role_remove("reader")
+            root.auth_disable()
+            with pytest.raises(pyetcd_client.HttpError, match="already disabled"):
+                root.auth_disable()
+        assert guest.get("/own/x").value == "2"
+
+
+# -- api: what the README shows
+
+def _client_readme_code(chapter):
+    """Return the Python of a chapter of the README, and what its comments say it prints."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    chapter = re.search(rf"^## {chapter}\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)[1]
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", chapter, re.MULTILINE | re.DOTALL))
+    said = re.findall(r"^ *print\(.*\) +# (.*)$", code, re.MULTILINE)
+    return code, [re.sub(r"\[\d+\]$", "[N]", line) for line in said]
+
+
+@pytest.fixture(name="_client_embedded")
+def _client_embedded_fixture(tmp_path):
+    """A member in this process, whose cluster version is known: only then it has users."""
+    with pyetcd.Server(data_dir=str(tmp_path / "data")) as server:
+        server.wait_ready()
+        with Client(server.client_urls[0]) as client:
+            _client_eventually(lambda: client.cluster_version != "not_decided")
+        yield server
+
+
+@pytest.mark.parametrize("chapter", ["Client", "Coming from python-etcd"])
+def test_client_api_readme_examples_print_what_they_say(chapter, _client_embedded, capsys):
+    code, said = _client_readme_code(chapter)
+    port = urllib.parse.urlsplit(_client_embedded.client_urls[0]).port
+    exec(compile(code.replace("2379", str(port)), "README.md", "exec"), {})
+    printed = [re.sub(r"\[\d+\]$", "[N]", line) for line in capsys.readouterr().out.splitlines()]
+    assert len(said) >= 4 and said == [line for line in printed if line in said]
+
+
+def test_client_api_serves_a_program_that_imports_etcd(_client_embedded, tmp_path):
+    """The README's file etcd.py; what is done here is how Salt and conftool use python-etcd."""
+    (tmp_path / "etcd.py").write_text("from pyetcd_client import *\n")
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent("""
+        import sys
+        import etcd
+        client = etcd.Client(
+            host="127.0.0.1", port=int(sys.argv[1]), protocol="http", allow_reconnect=True,
+            allow_redirect=True, read_timeout=60, username=None, password=None, ca_cert=None,
+            cert=None, version_prefix="/v2")
+        try:
+            client.read("/salt/x", recursive=False, wait=False, timeout=None)
+        except (etcd.EtcdConnectionFailed, etcd.EtcdKeyNotFound) as error:
+            assert error.payload["errorCode"] == 100
+        assert getattr(client.write("/salt/x", "1", ttl=None, dir=False), "value") == "1"
+        assert client.write("/salt/d", None, ttl=None, dir=True).dir
+        try:
+            client.write("/salt/d", "2", ttl=None, dir=False)
+        except (etcd.EtcdNotFile, etcd.EtcdNotDir, etcd.EtcdRootReadOnly, ValueError) as error:
+            assert isinstance(error, etcd.EtcdNotFile)
+        tree = {}
+        for item in client.read("/salt").children:
+            if item.dir is True and item.key != "/salt":
+                tree[item.key] = {}
+            else:
+                tree[item.key] = item.value
+        assert tree == {"/salt/x": "1", "/salt/d": {}}, tree
+        index = client.read("/salt/x").modifiedIndex
+        seen = client.read("/salt/x", recursive=False, wait=True, timeout=0, waitIndex=index)
+        fields = {name: getattr(seen, name, None) for name in ("key", "value", "dir")}
+        assert fields == {"key": "/salt/x", "value": "1", "dir": False}
+        assert seen.modifiedIndex == index
+        try:
+            client.read("/salt/x", recursive=True, wait=True, timeout=0.1)
+        except etcd.EtcdWatchTimedOut:
+            print("timed out")
+        assert client.delete("/salt", recursive=True, dir=True)
+        for name in ("a/1", "a/2"):
+            client.write("/conftool/" + name, '{"pooled": "yes"}')
+        objects = [leaf for leaf in client.read("/conftool", recursive=True).leaves if not leaf.dir]
+        objects[0].value = '{"pooled": "no"}'
+        assert client.update(objects[0]).action == "compareAndSwap"
+        assert [item.key for item in objects] == ["/conftool/a/1", "/conftool/a/2"]
+        print(etcd.auth.Auth(client).active)
+        """))
+    port = urllib.parse.urlsplit(_client_embedded.client_urls[0]).port
+    result = _client_python(str(program), str(port))
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"timed out\nFalse\n", b"")
+
+
 # -- watch
 
 def test_client_watch_returns_one_event(_client, _client_dir):
@@ -14223,14 +14831,18 @@ def _lib_address(url):
     return urllib.parse.urlsplit(url).hostname, urllib.parse.urlsplit(url).port
 
 
-@pytest.fixture(name="_lib_etcd")
-def _lib_etcd_fixture():
-    return pytest.importorskip("etcd", reason="python-etcd is not installed")
+@pytest.fixture(name="_lib_etcd", params=["python-etcd", "ours"])
+def _lib_etcd_fixture(request):
+    """What a program imports: python-etcd, or pyetcd_client in its place."""
+    if request.param == "ours":
+        return pyetcd_client
+    pytest.importorskip("etcd.auth", reason="python-etcd is not installed")
+    return sys.modules["etcd"]
 
 
 @pytest.fixture(name="_lib_python")
 def _lib_python_fixture(_client_server, _lib_etcd):
-    """A client of python-etcd."""
+    """A client of python-etcd, or ours in its place."""
     host, port = _lib_address(_client_server.url)
     return _lib_etcd.Client(host=host, port=port, read_timeout=10)
 
@@ -14329,6 +14941,7 @@ def test_lib_python_etcd_watch(_lib_etcd, _lib_python, _client_dir):
         ("set", "0"), ("set", "1"), ("set", "2"), ("compareAndSwap", "3"), ("delete", None)]
 
 
+@pytest.mark.parametrize("_lib_etcd", ["python-etcd"], indirect=True)   # ours: client_watch_
 def test_lib_python_etcd_index_that_is_no_longer_kept(
     _lib_etcd, _lib_python, _client_server, _client_dir
 ):
@@ -14346,19 +14959,20 @@ def test_lib_python_etcd_index_that_is_no_longer_kept(
         _lib_python.watch(_client_dir + "/a", index=first)
 
 
-def test_lib_python_etcd_lock(_lib_etcd, _lib_python, _client_dir):
+def test_lib_python_etcd_lock(_lib_etcd, _client_server, _client_dir):
     """One holder at a time; the next one wakes up when it lets go, or its TTL ends."""
-    _lib_python._lock_prefix = _client_dir
-    mine, yours = (_lib_etcd.Lock(_lib_python, "door") for _ in range(2))
+    host, port = _lib_address(_client_server.url)
+    client = _lib_etcd.Client(host=host, port=port, lock_prefix=_client_dir)
+    mine, yours = (_lib_etcd.Lock(client, "door") for _ in range(2))
     assert mine.acquire(lock_ttl=60) and mine.is_acquired
     assert not yours.acquire(blocking=False, lock_ttl=60) and not yours.is_acquired
     with _client_background(lambda: yours.acquire(blocking=True, lock_ttl=1)) as outcome:
         mine.release()
     assert outcome == [True] and not mine.is_acquired
-    third = _lib_etcd.Lock(_lib_python, "door")
+    third = _lib_etcd.Lock(client, "door")
     assert third.acquire(blocking=True, timeout=10)
     third.release()
-    with _lib_etcd.Lock(_lib_python, "door") as last:
+    with _lib_etcd.Lock(client, "door") as last:
         assert last.is_acquired
 
 
@@ -14382,7 +14996,7 @@ def test_lib_python_etcd_goes_on_when_its_server_is_killed(_lib_etcd, tmp_path):
         addresses = tuple(_lib_address(member.client) for member in cluster.members)
         writer, watcher = (_lib_etcd.Client(host=addresses, allow_reconnect=True, read_timeout=15)
                            for _ in range(2))
-        assert {watcher.base_uri, *watcher._machines_cache} == {m.client for m in cluster.members}
+        assert watcher.base_uri in {member.client for member in cluster.members}
         start = writer.write("/w/0", "0").modifiedIndex
         events = watcher.eternal_watch("/w", index=start, recursive=True)
         with _client_background(lambda: [next(events).value for _ in range(20)]) as outcome:
@@ -14406,7 +15020,7 @@ def _lib_own_server_fixture(request, tmp_path):
 
 def test_lib_python_etcd_auth(_lib_etcd, _lib_own_server):
     """Users, roles and the switch; a user reads and writes what the role allows."""
-    auth = pytest.importorskip("etcd.auth")
+    auth = _lib_etcd.auth
     host, port = _lib_address(_lib_own_server.url)
     open_client = _lib_etcd.Client(host=host, port=port)
     open_client.write("/secret", "1")
