@@ -2413,6 +2413,8 @@ def _synced_client(settings: _Options) -> Client:
     except EtcdError as error:
         code = EXIT_BAD_CONNECTION if _is_endpoint_failure(error) else EXIT_SERVER_ERROR
         raise _ExitError(_error_lines(error), code) from error
+    if all(url.startswith("https:") for url in client.endpoints.urls):
+        urls = [url for url in urls if url.startswith("https:")]    # no passwords in clear
     if not urls:
         raise _ExitError(
             "etcd cluster has no published client endpoints.\nTry '--no-sync' if you want to "
