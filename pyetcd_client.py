@@ -2531,8 +2531,8 @@ _GLOBAL_FLAGS = (
     _Flag(("key-file",), str, "key of the client certificate"),
     _Flag(("ca-file",), str, "certificates of authorities that servers are checked with"),
     _Flag(("username", "u"), str, "user[:password]; a password that is not given is asked for"),
-    _Flag(("timeout",), float, "time for one request to one member (default: 1s)"),
-    _Flag(("total-timeout",), float, "time for a call over all members (default: 5s)"),
+    _Flag(("timeout",), float, "time for a member to answer (default: 1s; 60s for long work)"),
+    _Flag(("total-timeout",), float, "time for a call over all (default: 5s; 60s for long work)"),
     _HELP,
     _Flag(("version", "v"), bool, "print the version"),
 )
@@ -3328,6 +3328,7 @@ def _cmd_auth_disable(run: _Run) -> int:
 
 _EXPORT_MARK = "# keys of etcd v2, written by pyetcdctl export; see pyetcdctl help export"
 _EXPORT_VERSION = 1
+_LONG_S = 60.0                  # --timeout and --total-timeout where an answer may be long
 _RETRY_MIN_S = 0.2              # a mirror that cannot reach its target tries again, each time
 _RETRY_MAX_S = 10.0             # after twice the wait
 _TOP_EVERY_S = 2.0
@@ -3344,6 +3345,13 @@ _PREFIX = _Flag(("prefix",), str, "take only what lies below this key (default: 
 _DEST_PREFIX = _Flag(("dest-prefix",), str, "and put it below this one (default: the same)")
 _DRY_RUN = _Flag(("dry-run",), bool, "print what would be done, and do nothing")
 _WORKERS = _Flag(("c",), int, "connections to use (default: 10)")
+
+
+def _patient(client: Client, settings: _Options) -> Client:
+    """Return `client` with time for long answers, unless options say otherwise."""
+    client.read_timeout = settings.seconds("timeout", _LONG_S)
+    client.total_timeout = settings.seconds("total-timeout", _LONG_S)
+    return client
 
 
 # -- a tree as text
@@ -3471,7 +3479,7 @@ def _cmd_export(run: _Run) -> int:
     form = run.options.text("format") or "json"
     if form not in ("json", "text"):
         raise _ExitError("--format is json or text")
-    key, client = (run.args or ["/"])[0], run.client
+    key, client = (run.args or ["/"])[0], _patient(run.client, run.settings)
     with _Progress("export"):
         result = client.get(key, recursive=True, sorted=True, quorum=True)
         records = _records_in(result.node)
@@ -3574,7 +3582,7 @@ def _cmd_import(run: _Run) -> int:
     found = [(record, _moved(_clean_key(record.key), *prefixes))
              for record in _read_records(run.args[0])]
     records = [record._replace(key=key) for record, key in found if key is not None and key != "/"]
-    importing = _Import(run.client, run.options)
+    importing = _Import(_patient(run.client, run.settings), run.options)
     alive = [record for record in records if (importing.ttl(record) or 1) > 0]
     if run.options.on("dry-run"):
         _emit_lines(f"{'mkdir' if record.value is None else 'set'} {_escape(record.key)}"
@@ -3753,8 +3761,9 @@ def _cmd_mirror(run: _Run) -> int:
     for flag, own in (("dest-cert", "cert-file"), ("dest-key", "key-file"),
                       ("dest-cacert", "ca-file"), ("dest-username", "username")):
         settings.put(_Flag((own,), str, ""), run.options.text(flag))
-    with run.client as source, _Access.from_settings(settings, environment=False).client(
-            run.args[0].split(",")) as target:
+    access = _Access.from_settings(settings, environment=False)
+    with _patient(run.client, run.settings) as source, _patient(
+            access.client(run.args[0].split(",")), run.settings) as target:
         mirror = _Mirror(source, target, run.options)
         mirror.check()
         index = mirror.copy()
@@ -3771,8 +3780,8 @@ def _cmd_mirror(run: _Run) -> int:
           _Flag(("ascii",), bool, "without box characters"), _QUORUM)
 def _cmd_tree(run: _Run) -> int:
     options = run.options
-    node = run.client.get((run.args or ["/"])[0], recursive=True, sorted=True,
-                          quorum=options.on("quorum")).node
+    node = _patient(run.client, run.settings).get(
+        (run.args or ["/"])[0], recursive=True, sorted=True, quorum=options.on("quorum")).node
     strokes = ("|-- ", "`-- ", "|   ") if options.on("ascii") else ("├── ", "└── ", "│   ")
     _emit(_escape(node.key) + (_tree_tail(node, options) if node.key != "/" else ""))
     _emit_lines(_tree_lines(node, options, strokes))
@@ -3995,7 +4004,7 @@ def _cmd_bench(run: _Run) -> int:
     kind = (run.args or ["put"])[0]
     if kind not in ("put", "get", "mixed") or run.options.number("total", 1) < 1:
         raise _ExitError("bench is put, get or mixed, with a --total above 0")
-    bench = _Bench(run.client, run.options, kind)
+    bench = _Bench(_patient(run.client, run.settings), run.options, kind)
     try:
         bench.prepare()
         elapsed_s = bench.run()
