@@ -12337,9 +12337,9 @@ def test_client_api_raises_the_class_a_program_put_into_the_table(monkeypatch):
 
 
 def test_client_api_error_of_the_connection_has_its_cause():
-    with Client(_client_dead_url()) as client, pytest.raises(
-            pyetcd_client.EtcdConnectionFailed) as caught:
-        client.get("k")
+    with Client(_client_dead_url(), allow_reconnect=False) as client:
+        with pytest.raises(pyetcd_client.EtcdConnectionFailed) as caught:
+            client.get("k")
     assert isinstance(caught.value.cause, Exception) and caught.value.payload == {}
     assert pickle.loads(pickle.dumps(caught.value)).cause == ""
 
@@ -12366,11 +12366,16 @@ def test_client_api_version_prefix_is_everywhere():
     assert len(targets) > 10 and all(target.startswith("/etcd/v2/") for target in targets)
 
 
-def test_client_api_timeout_of_one_call(monkeypatch):
+def test_client_api_timeout_of_one_call():
     """It is the deadline of that call; 0 is none, None the client's."""
     hold = threading.Event()
     stored = pyetcd_client.EtcdResult(node=_CLIENT_NODE["node"])
-    with _ClientRawServer(lambda _: hold.wait(_CLIENT_WAIT_S)) as server:
+
+    def late(connection):
+        hold.wait(_CLIENT_WAIT_S)
+        connection.sendall(_CLIENT_GOOD)
+
+    with _ClientRawServer(late) as server:
         with Client(server.url) as client:
             for call in (lambda: client.get("k", timeout=0.1),
                          lambda: client.read("k", timeout=0.1),
@@ -12382,10 +12387,12 @@ def test_client_api_timeout_of_one_call(monkeypatch):
                          lambda: client.api_execute("/v2/keys", "GET", timeout=0.1)):
                 with pytest.raises(pyetcd_client.RequestTimeout):
                     call()
-        with Client(server.url, total_timeout=0.1, read_timeout=0.2) as client:
-            with pytest.raises(pyetcd_client.RequestTimeout):
-                client.get("k", timeout=0)
-        hold.set()
+        with Client(server.url, total_timeout=0.1) as client:
+            with _client_background(lambda: client.get("k", timeout=0)) as patient:
+                with pytest.raises(pyetcd_client.RequestTimeout):
+                    client.get("k")
+                hold.set()
+        assert patient[0].value == "v"
 
 
 # -- api: what is new
