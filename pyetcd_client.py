@@ -2666,6 +2666,7 @@ class EtcdUser(_AuthObject):
 
     @roles.setter
     def roles(self, roles: Iterable[str]) -> None:
+        """Choose the roles."""
         self._roles = set(roles)
 
     @property
@@ -2675,6 +2676,7 @@ class EtcdUser(_AuthObject):
 
     @password.setter
     def password(self, password: Optional[str]) -> None:
+        """Choose the password."""
         self._password = password
 
     def read(self) -> None:
@@ -2732,6 +2734,7 @@ class EtcdRole(_AuthObject):
 
     @acls.setter
     def acls(self, acls: Mapping[str, str]) -> None:
+        """Choose all permissions."""
         self._paths = {"read": set(), "write": set()}
         for path, permission in acls.items():
             self.grant(path, permission)
@@ -2797,6 +2800,7 @@ class Auth:
 
     @active.setter
     def active(self, active: bool) -> None:
+        """Switch the checks on or off."""
         if active == self.active:
             return
         if active:
