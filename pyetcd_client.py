@@ -38,23 +38,30 @@ import base64
 import concurrent.futures
 import contextlib
 import datetime
+import enum
 import getpass
 import http
+import http.client
 import importlib
+import io
 import itertools
 import json
+import logging
 import math
 import os
 import random
 import re
 import shutil
 import signal
+import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import (
@@ -62,6 +69,7 @@ from typing import (
     Callable,
     ClassVar,
     Container,
+    Deque,
     Dict,
     FrozenSet,
     Generic,
@@ -79,13 +87,18 @@ from typing import (
     Type,
     TypeVar,
     Union,
+    cast,
     overload,
 )
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 import requests
+import urllib3.exceptions as urllib3_errors
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import NewConnectionError, ReadTimeoutError
+from requests.utils import select_proxy
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
 __version__ = "0.3.0"
 
@@ -100,19 +113,29 @@ __all__ = [
     "EtcdAlreadyExist", "EtcdRootReadOnly", "EtcdDirNotEmpty", "EtcdInsufficientPermissions",
     "EtcdLeaderElectionInProgress", "EtcdWatcherCleared", "EtcdEventIndexCleared",
     "EtcdConnectionFailed", "EtcdWatchTimedOut", "EtcdClusterIdChanged", "EtcdLockExpired",
-    "Node", "EtcdResult", "Result", "Member", "Endpoints", "Watch", "WatchedChange",
+    "Node", "EtcdResult", "Result", "Member", "Endpoints", "ConnectionState", "Watch",
+    "WatchedChange",
     "EtcdUser", "EtcdRole", "Auth", "auth", "Client", "main",
 ]
 
 DEFAULT_ENDPOINT = "http://127.0.0.1:2379"
 CONNECT_TIMEOUT_S = 2.0         # per address of an endpoint; then the next endpoint is tried
-READ_TIMEOUT_S = 60.0           # silence of a server; above the 7 s after which etcd gives up
-TOTAL_TIMEOUT_S = 30.0          # one call over all endpoints; when it is over no other one is tried
+READ_TIMEOUT_S = 60.0           # silence of a server
+TOTAL_TIMEOUT_S = 30.0          # one call: over all endpoints, attempts and pieces of an answer
+SESSION_TIMEOUT_S = 10.0        # without an answer, until the connection counts as lost
+SYNC_INTERVAL_S = 60.0          # age at which the member list is asked for again
+SYNC_TIMEOUT_S = 5.0            # for asking; a call that waits for it goes on without after that
 IDLE_CLOSE_S = 3.0              # a connection that was idle for longer is not used again
 WATCH_POLL_S = 60.0             # a silent watch is asked anew, so that a dead peer is noticed
-BACKOFF_MIN_S = 0.1             # first wait of a watch that lost its server; doubled each time
-BACKOFF_MAX_S = 5.0
+BACKOFF_MIN_S = 0.05            # wait after a round in which every endpoint failed; doubled,
+BACKOFF_MAX_S = 1.0             # up to this
+READ_BUFFER_BYTES = 16384       # read from a socket at once
+DNS_ANSWER_S = 2.0              # wait for one name server; then the next is asked
+RESOLV_CONF = "/etc/resolv.conf"
 REDIRECTS_MAX = 5               # of one read; more raise BadReply
+
+
+_log = logging.getLogger("pyetcd_client")
 
 
 # ============================================================================
@@ -723,6 +746,10 @@ def _listed_urls(host: Union[str, Sequence[_Address]], port: int, protocol: str)
     return urls
 
 
+def _seconds(timeout: float) -> float:
+    return timeout or math.inf                      # 0 stands for no end, as for python-etcd
+
+
 def _with_port(url: str, port: int) -> str:
     return url if urlsplit(url).port is not None else _base_url(f"{url}:{port}")
 
@@ -730,66 +757,395 @@ def _with_port(url: str, port: int) -> str:
 class Endpoints:
     """The servers a client may ask: one is used until it fails, then the next in turn.
 
-    Thread: any.
+    given  those named at the start, or found in DNS; never forgotten
+    urls   `given`, then those learned from the member list
+
+    Thread: any.  There is no lock: what threads that fail at once may do to each other is to skip
+    an endpoint, which is tried again in the next round.
     """
 
-    def __init__(self, urls: Iterable[str]) -> None:
+    def __init__(self, urls: Optional[Iterable[str]] = None) -> None:
+        self.given: Tuple[str, ...] = ()
+        self.urls: Tuple[str, ...] = ()
+        self._current = ""                          # the endpoint in use; "" if there is none
+        if urls is not None:
+            self.give(urls)
+
+    @property
+    def current(self) -> str:
+        """Base URL of the endpoint in use; "" before the first look into DNS."""
+        return self._current
+
+    def give(self, urls: Iterable[str]) -> None:
+        """Replace those given at the start.  Raises ValueError if one is malformed, or none is."""
         listed = [urls] if isinstance(urls, str) else list(urls)
         cleaned = [_base_url(part) for url in listed for part in url.split(",")]
         if not cleaned:
             raise ValueError("at least one endpoint is needed")
-        self.urls: Tuple[str, ...] = tuple(dict.fromkeys(cleaned))
-        self._position = 0                          # of the endpoint in use
-        self._lock = threading.Lock()               # guards _position; nothing is locked inside
+        self.given = tuple(dict.fromkeys(cleaned))
+        self.learn(())
 
-    @property
-    def current(self) -> str:
-        """Base URL of the endpoint in use."""
-        return self.urls[self._position]
+    def learn(self, urls: Iterable[str]) -> None:
+        """Replace what was learned from the member list; the one in use stays in use.
+
+        Where all that were given are https, others are not taken: passwords would travel in clear.
+        """
+        secure = bool(self.given) and all(url.startswith("https:") for url in self.given)
+        learned = [url for url in urls if url.startswith("https:") or not secure]
+        self.urls = urls = tuple(dict.fromkeys([*self.given, *learned]))
+        if self._current not in urls and urls:
+            self._current = urls[0]
 
     def candidates(self) -> Tuple[str, ...]:
         """Return every endpoint once, the one in use first."""
-        position = self._position
-        return self.urls[position:] + self.urls[:position]
+        urls, current = self.urls, self._current
+        position = urls.index(current) if current in urls else 0
+        return urls[position:] + urls[:position]
 
     def failed(self, url: str) -> None:
         """Move on to the next endpoint, unless another thread has done so already."""
+        urls = self.urls
+        if url == self._current and url in urls:
+            self._current = urls[(urls.index(url) + 1) % len(urls)]
+
+
+# -- DNS: the standard library cannot ask for SRV records, and a package for the one question would
+# be a dependency larger than this client
+
+
+def _name_servers() -> List[Tuple[str, int]]:
+    """Return the addresses of the system's name servers; without any, the local one."""
+    found: List[Tuple[str, int]] = []
+    with contextlib.suppress(OSError), open(RESOLV_CONF, encoding="utf-8") as lines:
+        found = [(words[1], 53) for words in map(str.split, lines) if words[:1] == ["nameserver"]]
+    return found or [("127.0.0.1", 53)]
+
+
+def _dns_ask(server: Tuple[str, int], query: bytes, wait_s: float) -> bytes:
+    """Return the answer of a name server, by TCP if it is too long for a datagram (RFC 1035)."""
+    family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
+    deadline = time.monotonic() + wait_s
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect(server)                        # the kernel drops what comes from others
+        sock.send(query)
+        answer = b""
+        while answer[:2] != query[:2] or len(answer) < 12:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            answer = sock.recv(65535)
+    if not answer[2] & 2:
+        return answer
+    with socket.create_connection(server, wait_s) as sock, sock.makefile("rb") as stream:
+        sock.sendall(struct.pack(">H", len(query)) + query)
+        return stream.read(*struct.unpack(">H", stream.read(2)))
+
+
+def _dns_name(message: bytes, offset: int) -> Tuple[str, int]:
+    """Return a name, without the last dot, and the offset behind it; pointers are followed."""
+    labels: List[str] = []
+    behind = 0
+    for _ in range(128):                            # more would be a loop of pointers
+        size = message[offset]
+        if size >= 0xC0:
+            behind = behind or offset + 2
+            offset = struct.unpack_from(">H", message, offset)[0] & 0x3FFF
+        elif size:
+            labels.append(message[offset + 1:offset + 1 + size].decode("latin-1"))
+            offset += 1 + size
+        else:
+            return ".".join(labels), behind or offset + 1
+    raise ValueError("a name without an end")
+
+
+def _srv_records(message: bytes) -> List[Tuple[int, int, int, str]]:
+    """Return (priority, weight, port, target) of the SRV records in a DNS answer."""
+    questions, answers = struct.unpack_from(">2H", message, 4)
+    offset, records = 12, []
+    for _ in range(questions):
+        offset = _dns_name(message, offset)[1] + 4
+    for _ in range(answers):
+        offset = _dns_name(message, offset)[1]
+        kind, size = struct.unpack_from(">H6xH", message, offset)
+        offset += 10
+        if kind == 33:
+            fields = struct.unpack_from(">3H", message, offset)
+            records.append((*fields, _dns_name(message, offset + 6)[0]))
+        offset += size
+    return records
+
+
+def _lookup_srv(name: str, deadline: float) -> List[str]:
+    """Return host:port of the SRV records of `name`, in the random order of RFC 2782; [] if none.
+
+    Raises OSError if no name server has a usable answer before `deadline`.
+    """
+    labels = [label.encode("idna") for label in name.strip(".").split(".")]
+    question = b"".join(bytes((len(label),)) + label for label in labels) + b"\0\0\x21\0\x01"
+    last: Exception = OSError("no time to ask a name server")
+    for server in _name_servers() * 2:
+        wait_s = min(DNS_ANSWER_S, deadline - time.monotonic())
+        if wait_s <= 0:
+            break
+        query = struct.pack(">6H", random.randrange(1 << 16), 0x0100, 1, 0, 0, 0) + question
+        try:
+            answer = _dns_ask(server, query, wait_s)
+            if answer[3] & 15 not in (0, 3):        # 3: there is no such name
+                raise OSError(f"DNS error {answer[3] & 15}")
+            records = _srv_records(answer)
+        except (OSError, struct.error, IndexError, ValueError) as error:
+            last = error
+            continue
+        records.sort(key=lambda r: (r[0], -random.random() ** (1 / (r[1] or 0.01))))
+        return [f"{target}:{port}" for _, _, port, target in records]
+    raise OSError(f"lookup of {name} failed: {last}") from last
+
+
+def _discover(domain: str, protocol: str, deadline: float) -> List[str]:
+    """Return the URLs of the servers that the SRV records of `domain` name.
+
+    _etcd-client-ssl._tcp (https), else _etcd-client._tcp (http), as etcdctl 2.3 asks; else
+    _etcd._tcp (`protocol`), as python-etcd asks.  Raises ConnectionFailed.
+    """
+    services = ("etcd-client-ssl", "https"), ("etcd-client", "http"), ("etcd", protocol)
+    for service, scheme in services:
+        try:
+            found = _lookup_srv(f"_{service}._tcp.{domain}", deadline)
+            if found:
+                return [_base_url(address, scheme) for address in found]
+        except (OSError, ValueError) as error:
+            raise ConnectionFailed(str(error)) from error
+    raise ConnectionFailed(f"there are no SRV records for etcd in {domain}")
+
+
+# -- connections: requests knows the ways (TLS, proxies), urllib3 does the exchange
+
+
+class _Exchange:
+    """One request and its answer: how long it may take, how far it came, how to break it off.
+
+    deadline   monotonic seconds for all of it, even if the answer trickles in
+    silence_s  longest wait for the next bytes
+    connect_s  longest wait for one address of the server
+
+    Thread: the one that performs it, except for `cancel`.
+    """
+
+    def __init__(self, deadline: float, silence_s: float, connect_s: float) -> None:
+        self.deadline = deadline
+        self.silence_s = silence_s
+        self.connect_s = connect_s
+        self.sent = False                           # a byte of the request may have arrived
+        self.cancelled = False
+        self._sock: Optional[socket.socket] = None  # what the performing thread may wait for
+        self._lock = threading.Lock()               # guards _sock; nothing is locked inside
+
+    def left_s(self) -> float:
+        """Return how long the next wait may be.  Raises OSError if there must be none."""
+        if self.cancelled:
+            raise ConnectionAbortedError("broken off")
+        left_s = min(self.silence_s, self.deadline - time.monotonic())
+        if left_s <= 0:
+            raise socket.timeout("timed out")
+        return left_s
+
+    def use(self, sock: socket.socket, limit_s: float = math.inf) -> None:
+        """Prepare `sock` for the next wait."""
+        self._sock = sock                           # before the look at `cancelled`
+        sock.settimeout(min(limit_s, self.left_s()))
+
+    def connect(self, host: str, port: int) -> socket.socket:
+        """Return a connection to the first address of `host` that takes one.  Raises OSError."""
+        failure = OSError(f"{host} has no address")
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM):
+            sock = socket.socket(family, kind, protocol)
+            try:
+                self.use(sock, self.connect_s)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.connect(address)
+                return sock
+            except OSError as error:
+                sock.close()
+                failure = error
+        raise failure
+
+    def done(self) -> None:
+        """Let go of the socket: from here on `cancel` does nothing."""
         with self._lock:
-            if self.urls[self._position] == url:
-                self._position = (self._position + 1) % len(self.urls)
+            self._sock = None
+
+    def cancel(self) -> None:
+        """End the exchange at once, with an error for who performs it.
+
+        Name lookup and TLS handshake are not interrupted, but nothing follows them.
+        """
+        self.cancelled = True                       # before the look at `_sock`
+        with self._lock, contextlib.suppress(OSError):
+            if self._sock is not None:
+                # Not SSLSocket's own shutdown: that takes the TLS state from under the reader.
+                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+
+_performing = threading.local()                     # .exchange: that of the running thread
+
+
+class _TimedReader(io.RawIOBase):
+    """The receiving side of a socket; no wait outlasts the exchange under way."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
+        self._sock = sock
+        self._raw = sock.makefile("rb", buffering=0)
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """Return the stream http.client asks a socket for."""
+        return io.BufferedReader(self, READ_BUFFER_BYTES)
+
+    def readable(self) -> bool:
+        """Say yes, as io wants to hear."""
+        return True
+
+    def readinto(self, buffer: Any) -> Optional[int]:
+        """Fill `buffer` with what comes first.  Raises socket.timeout when it is too late."""
+        self._sock.settimeout(_performing.exchange.left_s())
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        """Let go of the socket, which stays open."""
+        self._raw.close()
+        super().close()
+
+
+class _TimedResponse(http.client.HTTPResponse):
+    """An answer that is read by way of a _TimedReader."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(cast(socket.socket, _TimedReader(sock)), *args, **kwargs)
+
+
+class _HttpConnection(HTTPConnection):
+    """A connection that keeps to the limits of the exchange it is used for."""
+
+    response_class = _TimedResponse
+
+    def _new_conn(self) -> socket.socket:
+        try:
+            exchange: _Exchange = _performing.exchange
+            return exchange.connect(self.host, self.port or self.default_port)
+        except socket.timeout as error:
+            raise ConnectTimeoutError(self, "connect timed out") from error
+        except OSError as error:
+            raise NewConnectionError(self, str(error)) from error
+
+    def connect(self) -> None:
+        """Connect, through a proxy if there is one, and agree on the encryption."""
+        try:
+            super().connect()
+        finally:
+            _performing.exchange.sent = False       # what went to a proxy is not the request
+
+    def send(self, data: Any) -> None:
+        """Send bytes of the request; from here on the server may have it."""
+        if self.sock is None:
+            self.connect()
+        exchange: _Exchange = _performing.exchange
+        exchange.use(self.sock)
+        exchange.sent = True
+        super().send(data)
+
+
+class _HttpsConnection(_HttpConnection, HTTPSConnection):
+    """The same over TLS."""
+
+
+class _HttpPool(HTTPConnectionPool):
+    """Connections of ours."""
+
+    ConnectionCls = _HttpConnection
+
+
+class _HttpsPool(HTTPSConnectionPool):
+    """Connections of ours."""
+
+    ConnectionCls = _HttpsConnection
+
+
+class _Trust(NamedTuple):
+    """Whom to believe, who we are, and who is in between; as requests takes them."""
+
+    verify: Union[bool, str] = True
+    cert: Union[None, str, Tuple[str, str]] = None
+    proxies: Mapping[str, str] = MappingProxyType({})
+
+
+class _Adapter(HTTPAdapter):
+    """Requests' way to a server, over connections of ours."""
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        """Make the pools of direct connections."""
+        super().init_poolmanager(*args, **kwargs)
+        self._use_ours(self.poolmanager)
+
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        """Return the pools of connections by way of `proxy`."""
+        manager = super().proxy_manager_for(proxy, **kwargs)
+        self._use_ours(manager)
+        return manager
+
+    def pool_for(self, endpoint: str, trust: _Trust) -> HTTPConnectionPool:
+        """Return the connections to `endpoint`.  Raises OSError if a certificate is missing."""
+        proxies = dict(trust.proxies)
+        if hasattr(self, "get_connection_with_tls_context"):
+            request = requests.Request("GET", endpoint).prepare()
+            pool = self.get_connection_with_tls_context(
+                request, trust.verify, proxies=proxies, cert=trust.cert)
+        else:                                       # requests before 2.32
+            pool = self.get_connection(endpoint, proxies)
+        self.cert_verify(pool, endpoint, trust.verify, trust.cert)  # type: ignore[no-untyped-call]
+        return cast(HTTPConnectionPool, pool)
+
+    @staticmethod
+    def _use_ours(manager: Any) -> None:
+        manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
 
 
 class _Connections:
-    """Keep-alive connections of one thread, or of one watch; not shared, hence without a lock."""
+    """A keep-alive connection to each endpoint, for one exchange after the other.
 
-    def __init__(self) -> None:
+    Requests' Session is not used: merging its settings takes longer than etcd's answer.
+    """
+
+    def __init__(self, trust: _Trust) -> None:
         self.pid = os.getpid()                      # a forked child must not use these sockets
+        self._trust = trust
+        # No retries below us: urllib3 does not know which requests may be sent twice.
+        self._adapter = _Adapter(max_retries=0, pool_maxsize=1)
+        self._ways: Dict[str, Tuple[HTTPConnectionPool, str]] = {}      # and prefix of targets
         self._used_at = time.monotonic()
-        self.session = session = requests.Session()
-        # Proxies, .netrc passwords and CA paths out of the environment would reach etcd without
-        # anybody having asked for it; looking them up also takes 0.16 ms of a GET's 0.69 ms.
-        session.trust_env = False
-        session.max_redirects = REDIRECTS_MAX
-        session.headers["User-Agent"] = f"pyetcd-client/{__version__}"
-        for scheme in ("http://", "https://"):
-            # No retries below us: urllib3 does not know which requests may be sent twice.
-            session.mount(scheme, HTTPAdapter(max_retries=0))
 
-    def ready(self) -> requests.Session:
-        """Return the session; connections that were idle for IDLE_CLOSE_S are closed first.
+    def send(
+        self, exchange: _Exchange, endpoint: str, method: str, target: str,
+        form: Optional[bytes], headers: Mapping[str, str],
+    ) -> Any:
+        """Send a request; return the answer, an HTTPResponse of urllib3, with its head read.
 
-        A server or a load balancer may close an idle connection while our request is on its way.
-        Such a request was probably not executed, but nobody can know, so for a write that is
-        an error with maybe_applied=True.  urllib3 replaces a connection whose end has arrived
-        already; the race that remains is made rare by not using one that was idle for
-        IDLE_CLOSE_S, which is below the idle limits in common use (5 s and more).  The price is
-        one round trip for a new connection.
+        Connections that were idle for IDLE_CLOSE_S are closed first.  A server or a load balancer
+        may close an idle connection while our request is on its way.  Such a request was probably
+        not executed, but nobody can know, so for a write that is an error with
+        maybe_applied=True.  urllib3 replaces a connection whose end has arrived already; the race
+        that remains is made rare by not using one that was idle for IDLE_CLOSE_S, which is below
+        the idle limits in common use (5 s and more).  The price is one round trip for a new one.
         """
-        now = time.monotonic()
-        if now - self._used_at > IDLE_CLOSE_S:
-            self.session.close()                    # closes its connections; it stays usable
-        self._used_at = now
-        return self.session
+        if self.is_stale():
+            self.close()
+        pool, prefix = self._ways.get(endpoint) or self._way(endpoint)
+        _performing.exchange = exchange
+        return pool.urlopen(
+            method, prefix + target, body=form, headers=headers, retries=False, redirect=False,
+            assert_same_host=False, timeout=None, preload_content=False)
+
+    def is_stale(self) -> bool:
+        """Whether the other side may be about to close the connections."""
+        return time.monotonic() - self._used_at > IDLE_CLOSE_S
 
     def used(self) -> None:
         """Note that an exchange just ended: idle time counts from here."""
@@ -797,13 +1153,21 @@ class _Connections:
 
     def close(self) -> None:
         """Close the connections; the next request makes new ones."""
-        self.session.close()
+        self._adapter.close()
+        self._ways.clear()
+
+    def _way(self, endpoint: str) -> Tuple[HTTPConnectionPool, str]:
+        forwarded = endpoint.startswith("http:") and select_proxy(
+            endpoint, dict(self._trust.proxies))
+        way = self._adapter.pool_for(endpoint, self._trust), endpoint if forwarded else ""
+        self._ways[endpoint] = way
+        return way
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield `error` and what requests and urllib3 wrapped in it, outermost first."""
+    """Yield `error` and what urllib3 wrapped in it, outermost first."""
     current: Optional[BaseException] = error
-    for _ in range(10):                             # they wrap four deep; a cycle ends here
+    for _ in range(10):                             # it wraps four deep; a cycle ends here
         if current is None:
             return
         yield current
@@ -821,19 +1185,17 @@ def _reason(causes: Sequence[BaseException]) -> str:
 
 
 def _transport_error(
-    error: requests.RequestException, endpoint: str, *, write: bool,
+    error: Exception, endpoint: str, exchange: _Exchange, *, write: bool,
 ) -> TransportError:
-    """Return `error` in our terms; it decides whether a write may have reached the server."""
+    """Return `error` in our terms; a request that was not sent has not been applied."""
     causes = list(_causes(error))
-    if isinstance(error, requests.ConnectTimeout):
-        return ConnectionFailed("connect timed out", endpoint=endpoint)
-    # Refused, unreachable, unknown name, untrusted certificate: no request was sent.
-    if any(isinstance(c, (NewConnectionError, ssl.SSLCertVerificationError)) for c in causes):
-        return ConnectionFailed(_reason(causes), endpoint=endpoint)
-    if any(isinstance(c, (requests.Timeout, ReadTimeoutError)) for c in causes):
+    timed_out = any(isinstance(c, (socket.timeout, urllib3_errors.TimeoutError)) for c in causes)
+    if not exchange.sent:
+        # Refused, unreachable, unknown name, untrusted certificate.
+        reason = "connect timed out" if timed_out else _reason(causes)
+        return ConnectionFailed(reason, endpoint=endpoint)
+    if timed_out:
         return RequestTimeout("no answer in time", endpoint=endpoint, maybe_applied=write)
-    if isinstance(error, requests.TooManyRedirects):
-        return BadReply("too many redirects", endpoint=endpoint)
     return ConnectionFailed(_reason(causes), endpoint=endpoint, maybe_applied=write)
 
 
@@ -842,8 +1204,9 @@ def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
 
     A 4xx is a refusal.  After a 5xx to a write the proposal may sit in a log and be applied when
     the quorum returns (etcd 2.3 does that), or whoever stands between us and etcd lost the answer.
+    303 says that it was carried out, and where to look.
     """
-    maybe_applied = write and reply.status >= 500
+    maybe_applied = write and (reply.status >= 500 or reply.status == 303)
     try:
         payload = {**_expect_object(reply.json()), "status": reply.status}
     except (ValueError, RecursionError):
@@ -860,17 +1223,120 @@ def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
         message, payload, status=reply.status, endpoint=endpoint, maybe_applied=maybe_applied)
 
 
+# -- connection states
+
+
+class ConnectionState(enum.Enum):
+    """What the last calls and watches of a client met; as kazoo's states.
+
+    CONNECTED  a server answered
+    SUSPENDED  no endpoint answered the last call; what was known may have changed meanwhile
+    LOST       SUSPENDED for `session_timeout` seconds, or no server ever answered
+    """
+
+    CONNECTED = "CONNECTED"
+    SUSPENDED = "SUSPENDED"
+    LOST = "LOST"
+
+
+_Listener = Callable[[ConnectionState], object]
+
+
+class _Connectivity:
+    """The state of a client's connection, and who wants to hear of it.
+
+    A timer turns SUSPENDED into LOST on time, even if nobody calls.  Thread: any.
+    """
+
+    def __init__(self, session_timeout_s: float) -> None:
+        self.state = ConnectionState.LOST
+        self.listeners: Tuple[_Listener, ...] = ()
+        self._session_timeout_s = session_timeout_s
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()               # guards what follows, and `state`
+        self._news: Deque[ConnectionState] = deque()    # not told yet
+        self._telling = False                       # a thread tells them, in order
+        self._timer: Optional[threading.Timer] = None
+
+    def report(self, answered: bool) -> None:
+        """Note the outcome of a call."""
+        if answered == (self.state is ConnectionState.CONNECTED):
+            return
+        if self._pid != os.getpid():                # a forked child has no timer, and perhaps
+            self._reset()                           # a lock that nobody will release
+        if answered:
+            self._move(ConnectionState.CONNECTED, ConnectionState.SUSPENDED, ConnectionState.LOST)
+        else:
+            self._move(ConnectionState.SUSPENDED, ConnectionState.CONNECTED)
+
+    def close(self) -> None:
+        """Stop the timer."""
+        timer = self._timer
+        if timer is not None:
+            timer.cancel()
+
+    def _lose(self) -> None:
+        self._move(ConnectionState.LOST, ConnectionState.SUSPENDED)
+
+    def _move(self, state: ConnectionState, *origins: ConnectionState) -> None:
+        with self._lock:
+            if self.state not in origins:           # another thread was first
+                return
+            self.state = state
+            self._news.append(state)
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if state is ConnectionState.SUSPENDED:
+                self._timer = threading.Timer(self._session_timeout_s, self._lose)
+                self._timer.daemon = True
+                self._timer.start()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Call the listeners, without the lock; changes reach all of them in order."""
+        while True:
+            with self._lock:
+                if self._telling or not self._news:
+                    return
+                self._telling, state = True, self._news.popleft()
+            for listener in self.listeners:
+                self._tell_one(listener, state)
+            with self._lock:
+                self._telling = False
+
+    def _tell_one(self, listener: _Listener, state: ConnectionState) -> None:
+        try:
+            if listener(state) is True:             # as for kazoo: once was enough
+                self.remove(listener)
+        except Exception:                           # the caller who happens to be here is innocent
+            _log.exception("a listener to the connection state failed")
+
+    def add(self, listener: _Listener) -> None:
+        """Remember a listener."""
+        self.listeners = (*self.listeners, listener)
+
+    def remove(self, listener: _Listener) -> None:
+        """Forget a listener; nothing happens if it is not known."""
+        self.listeners = tuple(known for known in self.listeners if known != listener)
+
+
 # ============================================================================
 # 4. Calls and verbs
 # ----------------------------------------------------------------------------
-# Knows: sections 1-3.  _Caller._request is the only place that does I/O.
+# Knows: sections 1-3.  _Caller._exchange is the only place that does I/O.
 # ============================================================================
 
-_READS = frozenset(("GET", "HEAD"))
+_READS: FrozenSet[str] = frozenset(("GET", "HEAD"))
 _SUCCESS: FrozenSet[int] = frozenset((200, 201, 204))
 _HEALTH_STATUSES: FrozenSet[int] = frozenset((200, 503))    # /health, /v2/members/leader
 _FORM_TYPE = "application/x-www-form-urlencoded"
 _JSON_TYPE = "application/json"
+
+_REDIRECTS: FrozenSet[int] = frozenset((301, 302, 303, 307, 308))
 
 _Field = Union[None, bool, int, str]                # a parameter; None leaves it out
 
@@ -968,6 +1434,43 @@ def _is_endpoint_failure(error: EtcdError) -> bool:
 
 
 _CallerType = TypeVar("_CallerType", bound="_Caller")
+_USER_AGENT = f"pyetcd-client/{__version__}"
+
+
+def _lasts(error: EtcdError) -> bool:
+    """Whether a failure will be the same in a moment: bad certificates, garbage."""
+    if isinstance(error, BadReply):
+        return True
+    causes = list(_causes(error.__cause__)) if error.__cause__ is not None else []
+    return any(isinstance(cause, (ssl.SSLError, FileNotFoundError, PermissionError))
+               and not isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+               for cause in causes)
+
+
+def _backoff_s(rounds: int) -> float:
+    """Return how long to wait after so many rounds of failures: longer each time, never alike."""
+    longest_s = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2 ** min(rounds - 1, 10))
+    return float(longest_s * random.uniform(0.5, 1.0))
+
+
+def _environment() -> Dict[str, Any]:
+    """Return what the ETCDCTL_* variables say, as arguments of Client."""
+    given = {name: value for name, value in os.environ.items() if value}
+    settings: Dict[str, Any] = {}
+    for name in ("ETCDCTL_ENDPOINTS", "ETCDCTL_ENDPOINT", "ETCDCTL_PEERS"):
+        if name in given:
+            settings.setdefault("endpoints", given[name].split(","))
+    if "ETCDCTL_DISCOVERY_SRV" in given and not settings:
+        settings["srv_domain"] = given["ETCDCTL_DISCOVERY_SRV"]
+    if "ETCDCTL_CERT_FILE" in given:
+        pair = given["ETCDCTL_CERT_FILE"], given.get("ETCDCTL_KEY_FILE")
+        settings["cert"] = pair if pair[1] else pair[0]
+    if "ETCDCTL_CA_FILE" in given:
+        settings["ca_cert"] = given["ETCDCTL_CA_FILE"]
+    if "ETCDCTL_USERNAME" in given:
+        settings["username"], _, password = given["ETCDCTL_USERNAME"].partition(":")
+        settings["password"] = password or given.get("ETCDCTL_PASSWORD")
+    return settings
 
 
 class _Caller:
@@ -983,26 +1486,87 @@ class _Caller:
         expected_cluster_id: Optional[str] = None, per_host_pool_size: int = 10,
         lock_prefix: str = "/_locks", *, endpoints: Optional[Iterable[str]] = None,
         connect_timeout: float = CONNECT_TIMEOUT_S, total_timeout: float = TOTAL_TIMEOUT_S,
-        retry: bool = True,
+        session_timeout: float = SESSION_TIMEOUT_S, sync: bool = False, retry: bool = True,
+        verify: bool = True, proxies: Optional[Mapping[str, str]] = None,
+        on_state: Optional[_Listener] = None,
     ) -> None:
-        if min(connect_timeout, read_timeout, total_timeout) <= 0:
-            raise ValueError("timeouts are seconds above 0")
-        self.endpoints = Endpoints(
-            _listed_urls(host, port, protocol) if endpoints is None else endpoints)
+        if min(read_timeout, total_timeout) < 0 or connect_timeout <= 0 or session_timeout <= 0:
+            raise EtcdValueError("timeouts are seconds above 0; 0 for none, except for connecting")
+        if (username is None) != (password is None):
+            raise EtcdValueError("username and password belong together")
+        if any(not url.startswith(("http://", "https://")) for url in (proxies or {}).values()):
+            raise EtcdValueError("a proxy is http://... or https://...")
+        if srv_domain is None:
+            urls = _listed_urls(host, port, protocol) if endpoints is None else endpoints
+            self.endpoints = Endpoints(urls)
+        else:
+            self.endpoints = Endpoints()            # filled by the first call: no I/O here
         self.version_prefix = version_prefix
         self.read_timeout = read_timeout
-        self.allow_redirect = allow_redirect
-        self.username, self.password = username, password
-        self._cert, self._verify = cert, ca_cert or True
-        self.lock_prefix = lock_prefix
-        self.cluster_id = expected_cluster_id       # hex; from the first answer if not given
         self.connect_timeout = connect_timeout
         self.total_timeout = total_timeout
-        self._local = threading.local()             # .connections: those of the calling thread
+        self.allow_redirect = allow_redirect
+        self.username, self.password = username, password
+        self.lock_prefix = lock_prefix
+        self.cluster_id = expected_cluster_id       # hex; from the first answer if not given
+        self._srv = None if srv_domain is None else (srv_domain, protocol)
+        self._sync = sync and not use_proxies
+        self._refresh_at = 0.0 if sync or srv_domain else math.inf  # monotonic seconds
+        self._reconnect = allow_reconnect
+        self._retry = retry and allow_reconnect
+        self._trust = _Trust((ca_cert or True) if verify else False, cert, dict(proxies or {}))
+        self._idle: Deque[_Connections] = deque()   # the last one used is used next
+        self._idle_max = per_host_pool_size
+        self._connectivity = _Connectivity(session_timeout)
+        if on_state is not None:
+            self.add_listener(on_state)
+
+    @classmethod
+    def from_env(cls: Type[_CallerType], **settings: Any) -> _CallerType:
+        """Return a client as the ETCDCTL_* variables describe it; `settings` have precedence.
+
+        ETCDCTL_ENDPOINTS, else ETCDCTL_ENDPOINT, else ETCDCTL_PEERS; without those
+        ETCDCTL_DISCOVERY_SRV.  ETCDCTL_CERT_FILE, ETCDCTL_KEY_FILE, ETCDCTL_CA_FILE.
+        ETCDCTL_USERNAME: user:password, or the user alone beside ETCDCTL_PASSWORD.
+        """
+        return cls(**{**_environment(), **settings})
+
+    # -- endpoints and states
+
+    def sync(self) -> Tuple[str, ...]:
+        """Ask for the member list, use the URLs in it too, and return all endpoints.
+
+        Those given at the start stay.  With `sync=True` for the constructor this happens by
+        itself: after the first call, after a failover, and about every SYNC_INTERVAL_S seconds.
+        """
+        self._learn_members(None)
+        return self.endpoints.urls
+
+    @property
+    def state(self) -> ConnectionState:
+        """What the last calls and watches met; an idle client does not look."""
+        return self._connectivity.state
+
+    def add_listener(self, listener: _Listener) -> None:
+        """Have `listener(state)` called at every change of `state`, in order.
+
+        It runs in the thread that noticed the change and must not block: start a thread for
+        what takes long.  It is removed when it returns True; what it raises is logged.
+        """
+        self._connectivity.add(listener)
+
+    def remove_listener(self, listener: _Listener) -> None:
+        """Call `listener` no more; nothing happens if it is not known."""
+        self._connectivity.remove(listener)
 
     def close(self) -> None:
-        """Close the calling thread's connections; other threads' close when they end."""
-        self._connections().close()
+        """Close the idle connections; those in use are closed, or used, when they become idle.
+
+        The client stays usable.
+        """
+        self._connectivity.close()
+        while self._idle:
+            self._idle.pop().close()
 
     def __enter__(self: _CallerType) -> _CallerType:
         return self
@@ -1012,77 +1576,174 @@ class _Caller:
 
     # -- below: no public names
 
-    def _connections(self) -> _Connections:
-        connections: Optional[_Connections] = getattr(self._local, "connections", None)
-        if connections is None or connections.pid != os.getpid():
-            connections = self._local.connections = _Connections()
-        return connections
-
     def _perform(self, call: _Call[_T]) -> _T:
-        """Send `call` to one endpoint after the other, as long as that is safe.
+        """Send `call` to one endpoint after the other, and again, as long as that is safe.
 
         Raises the error of the endpoint tried first, with those of the others in `failures`.
         """
-        total_s = self.total_timeout if call.timeout is None else call.timeout or math.inf
-        deadline = time.monotonic() + total_s
-        failures: List[EtcdError] = []
-        for endpoint in self.endpoints.candidates():
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                break
-            timeouts = (min(self.connect_timeout, left_s), min(self.read_timeout, left_s))
-            try:
-                return self._request(endpoint, call, self._connections(), timeouts)
-            except EtcdError as error:
-                self._note_failure(endpoint, call, error)
-                failures.append(error)
-        failures[0].others = tuple(failures[1:])
-        raise failures[0]
+        deadline = time.monotonic() + _seconds(
+            self.total_timeout if call.timeout is None else call.timeout)
+        self._discover_endpoints(deadline)
+        failures: Dict[str, EtcdError] = {}
+        for rounds in itertools.count(1):
+            candidates = self.endpoints.candidates()[:None if self._reconnect else 1]
+            for position, endpoint in enumerate(candidates):
+                if position and time.monotonic() >= deadline:
+                    break
+                try:
+                    result = self._attempt(endpoint, call, deadline, len(candidates) - position)
+                except EtcdError as error:
+                    failures[endpoint] = error
+                    self._note_failure(endpoint, call, error)
+                else:
+                    self._note_success(bool(failures))
+                    return result
+            self._connectivity.report(False)
+            self._pause(rounds, failures, deadline)
+        raise AssertionError("unreachable")
+
+    def _note_success(self, after_failures: bool) -> None:
+        self._connectivity.report(True)
+        if self._sync and (after_failures or time.monotonic() >= self._refresh_at):
+            with contextlib.suppress(EtcdError):
+                self._learn_members(SYNC_TIMEOUT_S)
 
     def _note_failure(self, endpoint: str, call: _Call[Any], error: EtcdError) -> None:
         """Give up `endpoint` if it failed; raise `error` again unless the next may be tried."""
         if not _is_endpoint_failure(error):
+            self._connectivity.report(True)
             raise error
-        self.endpoints.failed(endpoint)
+        self._give_up(endpoint)
         never_sent = isinstance(error, ConnectionFailed) and not error.maybe_applied
         if call.write and not never_sent:
+            self._connectivity.report(False)
             raise error
 
-    def _request(
-        self, endpoint: str, call: _Call[_T], connections: _Connections,
-        timeouts: Tuple[float, float],
-    ) -> _T:
-        """Send `call` to `endpoint` once and return what its answer means."""
-        session = connections.ready()
-        try:
-            # Redirects of reads are followed.  A write that is redirected may already have been
-            # carried out by who redirects it, so that is an error.
-            with session.request(
-                call.method, endpoint + call.target, data=call.form, timeout=timeouts, stream=True,
-                headers={"Content-Type": call.content_type} if call.form is not None else None,
-                allow_redirects=not call.write, cert=self._cert, verify=self._verify,
-                auth=None if self.username is None else (self.username, self.password or ""),
-            ) as response:
-                if call.on_head is not None and response.status_code == 200:
-                    call.on_head(_Reply(response.status_code, response.headers, b""))
-                reply = _Reply(response.status_code, response.headers, response.content)
-        except requests.RequestException as error:
-            raise _transport_error(error, endpoint, write=call.write) from error
-        connections.used()
-        self._check_cluster(endpoint, call, reply)
-        return self._judge(endpoint, call, reply)
+    def _give_up(self, endpoint: str) -> None:
+        if self._reconnect:
+            self.endpoints.failed(endpoint)
 
-    def _check_cluster(self, endpoint: str, call: _Call[Any], reply: _Reply) -> None:
-        cluster_id = reply.headers.get("X-Etcd-Cluster-Id")
-        if cluster_id is None:                      # /version, /health, stats
+    def _pause(self, rounds: int, failures: Mapping[str, EtcdError], deadline: float) -> None:
+        """Wait before the next round; raise what the last one brought if there must be none."""
+        pause_s = _backoff_s(rounds)
+        hopeless = not self._retry or all(map(_lasts, failures.values()))
+        if hopeless or time.monotonic() + pause_s >= deadline:
+            first, *others = failures.values()
+            first.others = tuple(others)
+            raise first
+        time.sleep(pause_s)
+
+    def _discover_endpoints(self, deadline: float) -> None:
+        """Look the endpoints up in DNS, at first and then now and again."""
+        now = time.monotonic()
+        if self._srv is None or (now < self._refresh_at and self.endpoints.urls):
             return
-        known = self.cluster_id = self.cluster_id or cluster_id
-        if known != cluster_id:
-            raise ClusterIdChanged(
-                f"cluster id is {cluster_id}, was {known}", status=reply.status,
-                endpoint=endpoint, maybe_applied=call.write and reply.status in _SUCCESS)
+        try:
+            self.endpoints.give(_discover(*self._srv, min(deadline, now + self.total_timeout)))
+        except ConnectionFailed:
+            if not self.endpoints.urls:             # else go on with the old ones
+                raise
+        if not self._sync:
+            self._refresh_at = now + SYNC_INTERVAL_S
+
+    def _learn_members(self, timeout: Optional[float]) -> None:
+        self._refresh_at = time.monotonic() + SYNC_INTERVAL_S   # for other threads, and ours
+        call = _Call("GET", f"{self.version_prefix}/members", _parse_members, timeout=timeout)
+        urls = [url for member in self._perform(call) for url in member.client_urls]
+        with contextlib.suppress(ValueError):       # nonsense in the list: keep what we have
+            self.endpoints.learn([_base_url(url) for url in urls])
+
+    def _attempt(
+        self, endpoint: str, call: _Call[_T], deadline: float, sharers: int = 1,
+    ) -> _T:
+        """Send `call` to `endpoint` once.
+
+        sharers  endpoints still to be tried: a read leaves them their part of the time that is left
+        """
+        if sharers > 1 and not call.write and deadline < math.inf:
+            deadline -= (deadline - time.monotonic()) * (sharers - 1) / sharers
+        silence_s = _seconds(self.read_timeout)
+        return self._request(endpoint, call, _Exchange(deadline, silence_s, self.connect_timeout))
+
+    def _request(self, endpoint: str, call: _Call[_T], exchange: _Exchange) -> _T:
+        """Perform `call` at `endpoint` and return what its answer means.
+
+        Redirects of reads are followed, and of writes those with 307 and 308: who sends one has
+        not carried out the request (RFC 9110 section 15.4), as followers of etcd 0.4 do.  After
+        any other a write may have been carried out, so that is an error.
+        """
+        connections = self._take()
+        base, target = endpoint, call.target
+        try:
+            for _ in range(REDIRECTS_MAX + 1):
+                reply = self._exchange(base, target, call, exchange, connections)
+                if reply.status not in _REDIRECTS or not self._follows(call, reply):
+                    return self._judge(base, call, reply)
+                where = urlsplit(urljoin(base + target, reply.headers.get("Location", "")))
+                base, target = f"{where.scheme}://{where.netloc}", where._replace(
+                    scheme="", netloc="", fragment="").geturl() or "/"
+        finally:
+            exchange.done()
+            self._give_back(connections)
+        raise BadReply("too many redirects", endpoint=base)
+
+    def _follows(self, call: _Call[Any], reply: _Reply) -> bool:
+        harmless = not call.write or reply.status in (307, 308)
+        return self.allow_redirect and harmless and "Location" in reply.headers
+
+    def _exchange(
+        self, base: str, target: str, call: _Call[Any], exchange: _Exchange,
+        connections: _Connections,
+    ) -> _Reply:
+        """Send one request and read its answer: the only place that does I/O."""
+        exchange.sent = False
+        headers = self._headers(base, call)
+        try:
+            response = connections.send(exchange, base, call.method, target, call.form, headers)
+            if call.on_head is not None and response.status == 200:
+                call.on_head(_Reply(response.status, response.headers, b""))
+            return _Reply(response.status, response.headers, response.data)
+        except (urllib3_errors.HTTPError, http.client.HTTPException, OSError) as error:
+            raise _transport_error(error, base, exchange, write=call.write) from error
+
+    def _headers(self, base: str, call: _Call[Any]) -> Dict[str, str]:
+        headers = {"User-Agent": _USER_AGENT}
+        if call.form is not None:
+            headers["Content-Type"] = call.content_type
+        if self.username is not None and base in self.endpoints.urls:   # not for where redirects
+            credentials = f"{self.username}:{self.password}".encode()   # lead to
+            headers["Authorization"] = "Basic " + base64.b64encode(credentials).decode()
+        return headers
+
+    def _take(self) -> _Connections:
+        """Return connections for one exchange; whoever takes them gives them back."""
+        while self._idle:
+            with contextlib.suppress(IndexError):   # another thread was faster
+                connections = self._idle.pop()
+                if connections.pid == os.getpid():
+                    return connections
+        return _Connections(self._trust)
+
+    def _give_back(self, connections: _Connections) -> None:
+        connections.used()
+        self._idle.append(connections)
+        if len(self._idle) > self._idle_max:        # close the oldest, when a rush is over
+            with contextlib.suppress(IndexError):
+                oldest = self._idle.popleft()
+                if oldest.is_stale():
+                    oldest.close()
+                else:
+                    self._idle.appendleft(oldest)
 
     def _judge(self, endpoint: str, call: _Call[_T], reply: _Reply) -> _T:
+        """Return what an answer means, or raise the error it stands for."""
+        cluster_id = reply.headers.get("X-Etcd-Cluster-Id")     # not of /version, /health, stats
+        if cluster_id is not None and cluster_id != self.cluster_id:
+            if self.cluster_id is not None:
+                raise ClusterIdChanged(
+                    f"cluster id is {cluster_id}, was {self.cluster_id}", status=reply.status,
+                    endpoint=endpoint, maybe_applied=call.write and reply.status in _SUCCESS)
+            self.cluster_id = cluster_id
         if reply.status not in call.statuses:
             raise _status_error(reply, endpoint, write=call.write)
         try:
@@ -1372,8 +2033,7 @@ class _Cluster(_Caller):
         """
         base_url = self.endpoints.current if endpoint is None else _base_url(endpoint)
         call = _Call("GET", "/health", _parse_health, statuses=_HEALTH_STATUSES)
-        timeouts = (self.connect_timeout, self.read_timeout)
-        return self._request(base_url, call, self._connections(), timeouts)
+        return self._attempt(base_url, call, time.monotonic() + _seconds(self.total_timeout))
 
     # -- the same as python-etcd shows it: each a request, but for the last group
 
@@ -1520,63 +2180,81 @@ class _Cluster(_Caller):
 # ============================================================================
 
 class Watch:
-    """An endless iterator over the changes of a key; made by Client.watcher.
+    """An endless iterator over the changes of a key; made by `client.watcher`.
 
     It asks for one change after the other, each from the index after the last, so that none is
     lost and none repeated while a server restarts, the leader changes or an endpoint fails.
     Server-side streams are not used: etcd 2.3 and 3.4 let one fall silent after an event from
     the history or when its consumer is slow, and report some deletions twice.
 
-    index    the first change to consider; None: those after the first answer of a server
-    relist   what to do when more than 1000 changes went by unseen (error 401).  False: raise
-             EventIndexCleared.  True: yield a Result with action "get" that holds the node as it
-             is now (with its whole tree if recursive; if there is none, modified_index is 0),
-             and go on from there: the changes in between are not known.
+    index    the first change to consider; None: from now on
+    relist   what to do when more than 1000 changes, of any key, went by unseen (error 401).
+             True: list the key again and yield the difference to what is known as events with
+             `relisted` set: a "set" for each node that changed (of directories, only those that
+             are empty or have a ttl), in the order of their last changes, then a "delete" for the
+             topmost of what is gone.  Of several changes only the last is seen.  For this the
+             watch lists the key at the start too (a directory to all depths if recursive), and
+             holds a copy of it in memory.
+             False: raise EventIndexCleared; nothing is listed.
     timeout  seconds each `next` may take; then WatchTimeout, after which `next` may be called
              again and misses nothing
 
-    If no endpoint answers the very first request that error is raised; later the watch waits,
-    0.1 to 5 s, and tries again.
+    An event's `modified_index` + 1 is the index to go on from in another watch.  If no endpoint
+    answers at the start that error is raised; later the watch waits and tries again.
+
+    Limit: when etcd 2.3 or 3.4 looks into its history for a recursive watch, it overlooks changes
+    of the watched directory itself (made, given another ttl) unless they come first in there.
+    What lies below, and the removal of the directory, it always finds.
 
     Thread: one, except for `close`.
     """
 
     def __init__(
         self, client: _Keys, key: str, *, recursive: bool = False, index: Optional[int] = None,
-        relist: bool = False, timeout: Optional[float] = None,
+        relist: bool = True, timeout: Optional[float] = None,
     ) -> None:
         self.index = index or None                  # next to ask for; 0 is "now" too
         self._client = client
-        self._key = key
+        self._path = _clean_key(key)
         self._recursive = recursive
-        self._relist = relist
         self._timeout = timeout
-        self._connections = _Connections()          # a watch blocks its connection: own ones
+        self._relist = relist
+        self._must_list = relist                    # before asking for the next change
+        self._known: Optional[Dict[str, Node]] = None   # with relist: the nodes as told so far
+        self._found: Deque[EtcdResult] = deque()    # and not told yet
         self._connected = False                     # whether a server ever answered this watch
         self._head_seen = False                     # whether it answered the request under way
         self._failures = 0                          # since the last answer
+        self._endpoint = ""                         # asked last
+        self._exchange: Optional[_Exchange] = None  # the request under way, or the last one
         self._closed = threading.Event()
 
     def __iter__(self) -> Watch:
         return self
 
-    def __next__(self) -> Result:
-        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+    def __next__(self) -> EtcdResult:
+        deadline = time.monotonic() + _seconds(self._timeout or 0)
         while not self._closed.is_set():
-            endpoint = self._client.endpoints.current
-            left_s = WATCH_POLL_S if deadline is None else deadline - time.monotonic()
+            if self._found:
+                return self._found.popleft()
+            left_s = deadline - time.monotonic()
             if left_s <= 0:
-                raise WatchTimeout("no change in time", index=self.index or 0, endpoint=endpoint)
-            result = self._next_or_none(endpoint, min(left_s, WATCH_POLL_S))
-            if result is not None:
-                self._failures = 0
-                return result
+                raise WatchTimeout("no change in time", index=self.index or 0,
+                                   endpoint=self._client.endpoints.current)
+            self._look(min(left_s, WATCH_POLL_S))
         raise StopIteration
 
     def close(self) -> None:
-        """End the iteration; a wait in another thread ends within WATCH_POLL_S seconds."""
-        self._closed.set()
-        self._connections.close()
+        """End the iteration, from any thread: a `next` that waits in another one ends at once.
+
+        What cannot be interrupted is a name lookup and a TLS handshake (CONNECT_TIMEOUT_S).
+        """
+        self._closed.set()                          # before the look at _exchange, see _ask
+        exchange = self._exchange
+        if exchange is not None:
+            exchange.cancel()
+
+    cancel = close
 
     def __enter__(self) -> Watch:
         return self
@@ -1584,33 +2262,71 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _next_or_none(self, endpoint: str, wait_s: float) -> Optional[Result]:
-        """Ask once, for at most `wait_s`; None if there is nothing yet and asking goes on."""
+    def _look(self, wait_s: float) -> None:
+        """Ask once, for at most `wait_s`; what there is goes to `_found`."""
         self._head_seen = False
+        client = self._client
         try:
-            return self._poll(endpoint, wait_s)
+            client._discover_endpoints(time.monotonic() + wait_s)
+            self._endpoint = client.endpoints.current
+            if self._must_list:
+                self._list(wait_s)
+            else:
+                self._poll(wait_s)
         except EventIndexCleared:
-            self._connected = True
             if not self._relist:
                 raise
-            return self._list_or_none(endpoint, wait_s)
-        except RequestTimeout as error:
+            self._connected = self._must_list = True
+        except EtcdError as error:
             # After the head, silence only means that nothing changed.  If the server is gone the
             # next connection fails, and that moves us on.
-            if not self._head_seen and wait_s >= WATCH_POLL_S:
-                self._pause_after(endpoint, error, wait_s)
-        except EtcdError as error:
-            self._pause_after(endpoint, error, wait_s)
-        return None
+            quiet = isinstance(error, RequestTimeout) and (
+                self._head_seen or wait_s < WATCH_POLL_S)
+            if not quiet and not self._closed.is_set():
+                self._pause_after(error, wait_s)
+        else:
+            self._failures = 0
+            client._connectivity.report(True)
 
-    def _poll(self, endpoint: str, wait_s: float) -> Result:
-        query: Dict[str, _Field] = {
-            "wait": True, "recursive": self._recursive or None, "waitIndex": self.index}
-        call = _Call("GET", _keys_target(self._key, query), _parse_result, on_head=self._on_head)
-        timeouts = (min(self._client.connect_timeout, wait_s), wait_s)
-        result = self._client._request(endpoint, call, self._connections, timeouts)
-        self.index = result.modified_index + 1
-        return result
+    def _ask(
+        self, query: Mapping[str, _Field], wait_s: float,
+        on_head: Optional[Callable[[_Reply], None]] = None,
+    ) -> EtcdResult:
+        """Send one request to the endpoint in use, in a way that `close` can end."""
+        client = self._client
+        target = _keys_target(self._path, query, client.version_prefix)
+        call = _Call("GET", target, _parse_result, on_head=on_head)
+        exchange = _Exchange(time.monotonic() + wait_s, wait_s, client.connect_timeout)
+        self._exchange = exchange                   # before the look at _closed, see close
+        if self._closed.is_set():
+            exchange.cancel()
+        return client._request(self._endpoint, call, exchange)
+
+    def _poll(self, wait_s: float) -> None:
+        """Wait for the next change."""
+        asked = self.index
+        event = self._ask({"wait": True, "recursive": self._recursive or None,
+                           "waitIndex": asked}, wait_s, self._on_head)
+        if asked is not None and event.modified_index < asked:
+            raise BadReply(f"asked for index {asked} on, got {event.modified_index}",
+                           endpoint=self._endpoint)
+        self.index = event.modified_index + 1
+        if self._known is not None:
+            self._keep(self._known, event)
+        if self._concerns(event.key):
+            self._found.append(event)
+
+    def _concerns(self, key: str) -> bool:
+        """Whether a change of `key` is one of ours.
+
+        Out of its history etcd 2.3 and 3.4 hand out what a waiting watch would not be told: what
+        is hidden below a directory, and removals of directories whose name begins like ours.
+        """
+        ours = self._path
+        if key == ours or _is_below(ours, key):
+            return True
+        below = self._recursive and _is_below(key, ours)
+        return below and "/_" not in key[len(ours.rstrip("/")):]
 
     def _on_head(self, head: _Reply) -> None:
         """Note from where a watch without an index runs, in case the connection breaks now."""
@@ -1618,34 +2334,88 @@ class Watch:
         if self.index is None:
             self.index = head.header_number("X-Etcd-Index") + 1
 
-    def _pause_after(self, endpoint: str, error: EtcdError, wait_s: float) -> None:
-        """Wait before the next attempt, at most `wait_s`; raise `error` if there should be none."""
-        if not _is_endpoint_failure(error):
-            raise error
-        endpoints = self._client.endpoints
-        endpoints.failed(endpoint)
-        self._failures += 1
-        if not self._connected and self._failures >= len(endpoints.urls):
-            raise error
-        longest_s = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2 ** min(self._failures - 1, 10))
-        self._closed.wait(min(wait_s, longest_s * random.uniform(0.5, 1.0)))
+    def _pause_after(self, error: EtcdError, wait_s: float) -> None:
+        """Go on with the next endpoint, after a wait if all failed; raise `error` if it is final.
 
-    def _list_or_none(self, endpoint: str, wait_s: float) -> Optional[Result]:
-        """Return the present state as a Result with action "get", and go on watching after it.
-
-        Read by quorum: a member that lags behind could show a state older than the events
-        already delivered, which would then be repeated.
+        When etcd clears its watchers (400) the same question may be asked again.
         """
+        if not _is_endpoint_failure(error) and not isinstance(error, WatcherCleared):
+            raise error
+        client = self._client
+        client._give_up(self._endpoint)
+        self._failures += 1
+        rounds = self._failures // max(1, len(client.endpoints.urls))
+        if not rounds:
+            return
+        client._connectivity.report(False)
+        if not self._connected:
+            raise error
+        self._closed.wait(min(wait_s, _backoff_s(rounds)))
+
+    def _list(self, wait_s: float) -> None:
+        """Take stock; if that was done before, what differs goes to `_found`.
+
+        The second time by quorum: a member that lags behind could show a state older than the
+        events already delivered.
+        """
+        again = self._known is not None
         try:
-            result = self._client.get(self._key, recursive=self._recursive, quorum=True)
-        except KeyNotFound as error:
-            nothing = Node(key=_clean_key(self._key))
-            result = Result("get", nothing, etcd_index=error.index)
-        except EtcdError as error:
-            self._pause_after(endpoint, error, wait_s)
-            return None
-        self.index = result.etcd_index + 1
-        return result
+            query = {"recursive": self._recursive or None, "quorum": again or None}
+            result = self._ask(query, wait_s)
+            found, index = self._listed(result.node), result.etcd_index
+        except (KeyNotFound, NotDir) as error:
+            found, index = {}, error.index
+        if self._known is not None and self.index is not None:
+            self._found.extend(_difference(self._known, found, self.index, index))
+        if again or self.index is None:
+            self.index = index + 1
+        self._known, self._connected, self._must_list = found, True, False
+
+    def _listed(self, top: Node) -> Dict[str, Node]:
+        nodes = (top, *top.walk()) if self._recursive else (top,)
+        return {node.key: _alone(node) for node in nodes}
+
+    @staticmethod
+    def _keep(known: Dict[str, Node], event: EtcdResult) -> None:
+        """Bring the copy of what is there up to date."""
+        if event.action not in _REMOVALS:
+            known[event.key] = _alone(event.node)
+            return
+        gone = known.pop(event.key, None)
+        if gone is None or gone.dir:                # with all that was below
+            for key in [key for key in known if _is_below(key, event.key)]:
+                del known[key]
+
+
+_REMOVALS: FrozenSet[str] = frozenset(("delete", "expire", "compareAndDelete"))
+
+
+def _alone(node: Node) -> Node:
+    """Return a node without children and JSON: less to remember."""
+    return replace(node, nodes=(), raw={})
+
+
+def _is_below(key: str, directory: str) -> bool:
+    return key.startswith(directory if directory == "/" else directory + "/")
+
+
+def _difference(
+    known: Mapping[str, Node], found: Mapping[str, Node], since: int, index: int,
+) -> Iterator[EtcdResult]:
+    """Yield events that lead from the nodes `known` before `since` to those `found` at `index`."""
+    # Nobody is told of directories that come with the first key in them.
+    parents = {key.rpartition("/")[0] or "/" for key in found if key != "/"}
+    changed = [node for node in found.values() if node.modified_index >= since
+               and (node.key not in parents or node.ttl is not None)]
+    for node in sorted(changed, key=lambda node: (node.modified_index, node.key)):
+        yield EtcdResult("set", node, known.get(node.key), etcd_index=index, relisted=True)
+    topmost = ""
+    for key in sorted(known.keys() - found.keys(), key=lambda key: key.split("/")):
+        if topmost and _is_below(key, topmost):
+            continue
+        topmost, old = key, known[key]
+        node = Node(key, dir=old.dir, modified_index=index, created_index=old.created_index)
+        yield EtcdResult("delete", node, old, etcd_index=index, relisted=True)
 
 
 class WatchedChange(EtcdResult):
@@ -1909,6 +2679,7 @@ class EtcdUser(_AuthObject):
 
     @roles.setter
     def roles(self, roles: Iterable[str]) -> None:
+        """Choose the roles."""
         self._roles = set(roles)
 
     @property
@@ -1918,6 +2689,7 @@ class EtcdUser(_AuthObject):
 
     @password.setter
     def password(self, password: Optional[str]) -> None:
+        """Choose the password."""
         self._password = password
 
     def read(self) -> None:
@@ -1975,6 +2747,7 @@ class EtcdRole(_AuthObject):
 
     @acls.setter
     def acls(self, acls: Mapping[str, str]) -> None:
+        """Choose all permissions."""
         self._paths = {"read": set(), "write": set()}
         for path, permission in acls.items():
             self.grant(path, permission)
@@ -2040,6 +2813,7 @@ class Auth:
 
     @active.setter
     def active(self, active: bool) -> None:
+        """Switch the checks on or off."""
         if active == self.active:
             return
         if active:
