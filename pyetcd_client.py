@@ -1189,7 +1189,8 @@ def _transport_error(
 ) -> TransportError:
     """Return `error` in our terms; a request that was not sent has not been applied."""
     causes = list(_causes(error))
-    timed_out = any(isinstance(c, (socket.timeout, urllib3_errors.TimeoutError)) for c in causes)
+    timed_out = any(isinstance(c, (socket.timeout, urllib3_errors.TimeoutError))
+                    and not isinstance(c, urllib3_errors.NewConnectionError) for c in causes)
     if not exchange.sent:
         # Refused, unreachable, unknown name, untrusted certificate.
         reason = "connect timed out" if timed_out else _reason(causes)
