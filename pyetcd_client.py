@@ -3073,10 +3073,12 @@ def _failure_line(error: EtcdError) -> str:
     """Return the failure of one endpoint in etcdctl's words."""
     if isinstance(error, RequestTimeout):
         return f"client: endpoint {error.endpoint} exceeded header timeout"
-    if isinstance(error, TransportError):
+    if isinstance(error, TransportError) and error.endpoint:
         address = urlsplit(error.endpoint).netloc
         never_sent = isinstance(error, ConnectionFailed) and not error.maybe_applied
         return f"dial tcp {address}: connect: {error.message}" if never_sent else error.describe()
+    if not error.status:                            # not found in DNS
+        return error.describe()
     if error.status in (500, 503):
         return f"client: etcd member {error.endpoint} has no leader"
     phrase = http.HTTPStatus(error.status).phrase if error.status in _HTTP_STATUSES else ""
@@ -3145,6 +3147,8 @@ class _Access(NamedTuple):
         user, certificate, key, authorities = (
             settings.text(flag, "ETCDCTL_" + flag.upper().replace("-", "_") if environment else "")
             for flag in ("username", "cert-file", "key-file", "ca-file"))
+        if environment and user and ":" not in user and os.environ.get("ETCDCTL_PASSWORD"):
+            user += ":" + os.environ["ETCDCTL_PASSWORD"]
         name, password = _split_user(user, "Password: ") if user else (None, None)
         request_s = settings.seconds("timeout", 1.0)
         return cls({
@@ -3166,18 +3170,17 @@ class _Access(NamedTuple):
             raise _ExitError(str(error)) from error
 
 
-def _given_client(settings: _Options) -> Client:
+def _given_client(settings: _Options, access: _Access) -> Client:
     """Return a client for the endpoints that were given."""
-    access = _Access.from_settings(settings)
     domain = settings.text("discovery-srv", "ETCDCTL_DISCOVERY_SRV")
     if domain:
         return access.client(srv_domain=domain)
     return access.client(_endpoints_asked(settings).split(","))
 
 
-def _synced_client(settings: _Options) -> Client:
+def _synced_client(settings: _Options, access: _Access) -> Client:
     """Return a client that uses the client URLs the members publish, in random order."""
-    client, debug = _given_client(settings), settings.on("debug")
+    client, debug = _given_client(settings, access), settings.on("debug")
     if settings.on("no-sync"):
         return client
     given = ",".join(client.endpoints.urls)
@@ -3210,17 +3213,27 @@ class _Run:
         self.options = options                      # those of the command
         self.args = args
         self.output = settings.text("output") or "simple"
-        self._client: Optional[Client] = None       # made when a command first asks for it
+        self._access: Optional[_Access] = None      # this and the next: made when a command
+        self._client: Optional[Client] = None       # first asks for them
+
+    @property
+    def access(self) -> _Access:
+        """How to reach the cluster; a password is asked for once."""
+        if self._access is None:
+            self._access = _Access.from_settings(self.settings)
+        return self._access
 
     @property
     def client(self) -> Client:
         """The client, with the endpoints that the members publish unless --no-sync is given."""
         return self.connect()
 
-    def connect(self, make: Callable[[_Options], Client] = _synced_client) -> Client:
+    def connect(
+        self, make: Callable[[_Options, _Access], Client] = _synced_client,
+    ) -> Client:
         """Return the client; the first call makes it."""
         if self._client is None:
-            self._client = make(self.settings)
+            self._client = make(self.settings, self.access)
             if self.settings.on("debug"):
                 _complain(f"Cluster-Endpoints: {', '.join(self._client.endpoints.urls)}")
         return self._client
@@ -4611,13 +4624,16 @@ class _Top:
 
     def __init__(self, run: _Run) -> None:
         self._client = run.client
-        self._access = _Access.from_settings(run.settings)
+        self._access = run.access
+        self._members = self._client.member_list()
         self._clients: Dict[str, Client] = {}       # by member id
         self._samples: Dict[str, _Sample] = {}
 
     def lines(self) -> List[str]:
         """Take a sample of every member; return the table."""
-        members = self._client.member_list()
+        with contextlib.suppress(EtcdError):        # nobody answers: the list known is shown
+            self._members = self._client.member_list()
+        members = self._members
         with concurrent.futures.ThreadPoolExecutor(max(1, len(members)), "pyetcdctl-top") as pool:
             samples = list(pool.map(self._sample, members))
         rows = [_TOP_COLUMNS, *map(self._row, members, samples)]
@@ -4897,8 +4913,10 @@ def _scan(
 def _keys_like(settings: _Options, current: str) -> List[Tuple[str, str]]:
     """Return the keys in the directory that `current` names so far; none if nobody answers."""
     directory = current.rpartition("/")[0]
+    if settings.text("username") and ":" not in settings.text("username"):
+        return []                                   # no questions while somebody types
     try:
-        with _given_client(settings) as client:
+        with _given_client(settings, _Access.from_settings(settings)) as client:
             nodes = client.get(directory, sorted=True).node.nodes
     except (EtcdError, _ExitError):
         return []

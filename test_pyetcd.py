@@ -13690,10 +13690,49 @@ def test_ctl_settings_come_from_flags_then_environment(monkeypatch):
         "connect_timeout": 3.0, "read_timeout": 3.0, "total_timeout": 5.0, "retry": False}
     made = []
     monkeypatch.setattr(pyetcd_client, "Client", lambda **options: made.append(options))
-    pyetcd_client._given_client(given)
+    pyetcd_client._given_client(given, access)
     assert made[0]["srv_domain"] == "example.com" and "endpoints" not in made[0]
+    monkeypatch.setenv("ETCDCTL_USERNAME", "u")
+    monkeypatch.setenv("ETCDCTL_PASSWORD", "x")
+    assert pyetcd_client._Access.from_settings(given).options["password"] == "x"
     other = pyetcd_client._Access.from_settings(given, environment=False)
     assert (other.options["cert"], other.options["username"]) == (None, None)
+
+
+def test_ctl_endpoints_come_from_srv_records(monkeypatch):
+    """_etcd-client-ssl first, then _etcd-client; a domain without them is an error."""
+    asked = []
+    with _ClientRawServer(_CLIENT_GOOD) as server:
+        zone = {"_etcd-client._tcp.example.com": [server.url[7:]]}
+        monkeypatch.setattr(
+            pyetcd_client, "_lookup_srv",
+            lambda name, deadline: asked.append(name) or zone.get(name, []))
+        assert _client_main("--no-sync", "-D", "example.com", "get", "k") == (0, "v\n", "")
+    assert asked == ["_etcd-client-ssl._tcp.example.com", "_etcd-client._tcp.example.com"]
+    code, _, err = _client_main("-D", "example.org", "get", "k")
+    assert code == 2 and "error #0: there are no SRV records for etcd in example.org\n" in err
+
+
+def test_ctl_does_not_go_from_https_to_published_http(monkeypatch):
+    """The password would travel in clear."""
+    members = [pyetcd_client.Member(id="a", name="m", peer_urls=(), client_urls=(
+        "http://127.0.0.1:32001", *extra)) for extra in ([], ["https://127.0.0.1:32002"])]
+    given = pyetcd_client._parse_flags(
+        ["--endpoints", "https://127.0.0.1:32003"], pyetcd_client._GLOBAL_FLAGS)[0]
+    access = pyetcd_client._Access.from_settings(given)
+    monkeypatch.setattr(Client, "member_list", lambda _: members[1:])
+    client = pyetcd_client._synced_client(given, access)
+    assert client.endpoints.urls == ("https://127.0.0.1:32002",)
+    monkeypatch.setattr(Client, "member_list", lambda _: members[:1])
+    with pytest.raises(pyetcd_client._ExitError, match="no published client endpoints"):
+        pyetcd_client._synced_client(given, access)
+
+
+@pytest.mark.parametrize("line", ["user add x:y", "role add x", "user list", "auth enable"])
+def test_ctl_failing_servers_are_one_line_to_users_and_roles(line):
+    with _ClientRawServer(_CLIENT_TIMED_OUT) as server:
+        assert _client_main("--no-sync", "--endpoints", server.url, *line.split()) == (
+            1, "", "client: etcd cluster is unavailable or misconfigured\n")
 
 
 def test_ctl_password_is_read_without_echo_on_a_terminal(monkeypatch):
@@ -14041,6 +14080,14 @@ def test_ctl_mirror_refuses_to_mirror_itself(_client_server, prefix, dest_prefix
     assert _client_main("mirror") == (1, "", "Provide the endpoints of the target, comma between\n")
 
 
+def test_ctl_mirror_of_a_key_that_is_no_directory(_ctl_pair):
+    source, target = _ctl_pair
+    with Client(source) as client:
+        client.set("/from", "1")
+    assert _client_main("--endpoints", source, "mirror", "--prefix", "/from", target) == (
+        1, "", "/from is no directory\n")
+
+
 def test_ctl_tree_draws_what_is_there(_client_server, _client, _client_dir):
     for key, value in (("/a/b/c", "1"), ("/a/d", "two\nlines"), ("/z", "x" * 99)):
         _client.set(_client_dir + key, value)
@@ -14082,6 +14129,10 @@ def test_ctl_top_once_shows_the_rates_of_an_interval(_client_server, _client, _c
     assert re.fullmatch(rf"m1 +leader +(\d+\.\d +){{4}}\d+ +20\S+ +{_client_server.url}", row)
 
 
+def _ctl_raise():
+    raise pyetcd_client.ConnectionFailed("gone")
+
+
 def test_ctl_top_shows_rates_and_members_that_are_silent(monkeypatch):
     """The difference of two samples by the time between; a dead member has dashes."""
     dead, counts = _client_dead_url(), itertools.count(1)
@@ -14109,6 +14160,9 @@ def test_ctl_top_shows_rates_and_members_that_are_silent(monkeypatch):
             pyetcd_client, "_Sample", lambda _, *rest: sample(next(clock), *rest))
         assert "-  " in top.lines()[3]
         lines = [line.split() for line in top.lines()]
+        monkeypatch.setattr(Client, "member_list", lambda _: _ctl_raise())
+        monkeypatch.setattr(Client, "statistics", lambda *_: _ctl_raise())
+        assert top.lines()[0].endswith(": 0 of 3 members answer")
     assert lines[0][-5:] == ["1", "of", "3", "members", "answer"]
     assert lines[3:] == [
         ["m1", "follower", "50.0", "4.0", "1.5", "0.0", "5", "2026-11-27T15:30", server.url],
