@@ -4402,8 +4402,8 @@ class _Change(NamedTuple):
         if self.verb == "set":
             client.set(self.key, self.value, ttl=self.ttl)
         elif self.verb == "mkdir":
-            with contextlib.suppress(NodeExists):
-                client.mkdir(self.key, ttl=self.ttl)
+            with contextlib.suppress(NotFile):      # it is a directory already
+                _set_dir(client, self.key, self.ttl)
         else:
             with contextlib.suppress(KeyNotFound):
                 client.delete(self.key, recursive=True)

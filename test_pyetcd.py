@@ -13107,7 +13107,7 @@ def test_client_unit_public_names_have_docstrings():
         for member, function in vars(public).items() if isinstance(public, type) else ():
             assert member.startswith("_") or not callable(function) or function.__doc__, member
     banners = re.findall(r"^# (\d+\. [^-\n]+?)(?: --.*)?$", source, re.MULTILINE)
-    assert banners == re.findall(r"^  (\d+\. .+)$", pyetcd_client.__doc__, re.MULTILINE)
+    assert banners == re.findall(r"^ {1,2}(\d+\. .+)$", pyetcd_client.__doc__, re.MULTILINE)
 
 
 def test_client_unit_import_is_silent():
@@ -14015,8 +14015,9 @@ def test_ctl_mirror_copies_follows_and_goes_on_after_a_pause(_ctl_pair):
             client.delete("/from/a")
             process.send_signal(signal.SIGCONT)
             eventually(lambda: _ctl_is_mirrored(source, target), what="the copy is equal again")
-            code, _, err = _ctl_interrupt(process)
+            code, out, err = _ctl_interrupt(process)
         assert (code, err) == (130, "")
+        assert re.fullmatch(r"copied \d+ keys, removed 1; source index \d+\n", out)    # once more
         client.delete("/from/f", recursive=True), client.set("/from/z", "late")
         again = _client_main("--endpoints", source, "mirror", "--once", "--prefix", "/from",
                              "--dest-prefix", "/to", target)
