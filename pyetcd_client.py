@@ -2825,15 +2825,32 @@ class Client(_Watching, _Cluster, _Users):
     Client("10.0.0.1", 2379)                        one server
     Client(["http://h:p", "h:p", ("h", p), ...])    several members of one cluster
     Client(endpoints=[...])                         the same
+    Client(srv_domain="example.org")                those that DNS names
+    Client.from_env()                               those that ETCDCTL_* name
 
-    connect_timeout  seconds to make a connection
-    read_timeout     seconds for each silence of the server
-    total_timeout    seconds for a call over all endpoints
+    port, protocol       of hosts that come without
+    version_prefix       what all paths begin with, but for /version and /health
+    cert, ca_cert        files: our certificate, or it and its key as a pair; whom to believe
+    verify               False: believe any server
+    username, password   sent to the endpoints with every request
+    proxies              {"http": url, "https": url}; the environment is not asked
+    connect_timeout      seconds to make a connection
+    read_timeout         seconds for each silence of the server; 0 for no limit
+    total_timeout        seconds for a call over all endpoints; 0 for no limit
+    allow_reconnect      False: never try another endpoint, and none twice
+    retry                False: try each endpoint once
+    allow_redirect       follow redirects of reads, and those that were not carried out
+    sync                 use the URLs that the members publish, too; never with use_proxies
+    expected_cluster_id  refuse another cluster; None: than the first one that answers
+    per_host_pool_size   idle connections to keep
+    lock_prefix          directory of the locks
+    session_timeout      seconds without an answer until `state` is LOST
+    on_state             called with the new `state`, see add_listener
 
-    Every keys method returns a Result and raises an EtcdError.  Keys may be written with or
+    Every keys method returns an EtcdResult and raises an EtcdError.  Keys may be written with or
     without the leading slash.  Nothing is sent before the first call.
 
-    Thread: any.  Each thread has connections of its own, so calls never wait for each other.
+    Thread: any.  Calls at the same time have connections of their own.
     """
 
 
