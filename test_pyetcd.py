@@ -12337,9 +12337,9 @@ def test_client_api_raises_the_class_a_program_put_into_the_table(monkeypatch):
 
 
 def test_client_api_error_of_the_connection_has_its_cause():
-    with Client(_client_dead_url(), allow_reconnect=False) as client:
-        with pytest.raises(pyetcd_client.EtcdConnectionFailed) as caught:
-            client.get("k")
+    with Client(_client_dead_url(), retry=False) as client, pytest.raises(
+            pyetcd_client.EtcdConnectionFailed) as caught:
+        client.get("k")
     assert isinstance(caught.value.cause, Exception) and caught.value.payload == {}
     assert pickle.loads(pickle.dumps(caught.value)).cause == ""
 
