@@ -50,6 +50,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType, SimpleNamespace
@@ -1120,6 +1121,12 @@ class _Adapter(HTTPAdapter):
         manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
 
 
+def _close_all(ways: Dict[str, _Way]) -> None:
+    for way in ways.values():
+        way.connection.close()
+    ways.clear()
+
+
 class _Connections:
     """A keep-alive connection to each endpoint, for one exchange after the other.
 
@@ -1133,6 +1140,7 @@ class _Connections:
         self._adapter = _Adapter(pool_maxsize=1)
         self._ways: Dict[str, _Way] = {}
         self._used_at = time.monotonic()
+        weakref.finalize(self, _close_all, self._ways)  # for clients that nobody closes
 
     def perform(
         self, exchange: _Exchange, endpoint: str, method: str, target: str, form: Optional[bytes],
@@ -1177,9 +1185,7 @@ class _Connections:
 
     def close(self) -> None:
         """Close the connections; the next request makes new ones."""
-        for way in self._ways.values():
-            way.connection.close()
-        self._ways.clear()
+        _close_all(self._ways)
         self._adapter.close()
 
 
