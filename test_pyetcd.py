@@ -12542,6 +12542,36 @@ def test_client_api_readme_examples_print_what_they_say(chapter, _client_embedde
     assert len(said) >= 4 and said == [line for line in printed if line in said]
 
 
+def test_client_api_auth_objects_write_what_differs(_client_embedded):
+    with Client(_client_embedded.client_urls[0]) as client:
+        role, seen = (pyetcd_client.auth.EtcdRole(client, "n") for _ in range(2))
+        role.acls = {"/a": "R", "/b/*": "RW"}
+        role.write()
+        seen.read()
+        assert seen.acls == role.acls == {"/a": "R", "/b/*": "RW"}
+        role.grant("/a", "w")
+        role.revoke("/b/*", "R")
+        role.write()
+        seen.read()
+        assert seen.acls == {"/a": "RW", "/b/*": "W"}
+        with pytest.raises(pyetcd_client.EtcdValueError):
+            role.grant("/a", "X")
+        client.role_add("m")
+        user, other = (pyetcd_client.auth.EtcdUser(client, "al") for _ in range(2))
+        user.password, user.roles = "pw", ["n"]
+        user.write()
+        user.password, user.roles = "other", ["m"]
+        user.write()
+        other.read()
+        assert other.roles == {"m"} and other.uri == "/v2/auth/users/al"
+        assert [known["user"] for known in other.names] == ["al"]
+        assert [known["role"] for known in role.names] == ["m", "n", "root"]
+        for gone in (user, role):
+            gone.delete()
+            with pytest.raises(pyetcd_client.EtcdKeyNotFound):
+                gone.read()
+
+
 def test_client_api_serves_a_program_that_imports_etcd(_client_embedded, tmp_path):
     """The README's file etcd.py; what is done here is how Salt and conftool use python-etcd."""
     (tmp_path / "etcd.py").write_text("from pyetcd_client import *\n")
