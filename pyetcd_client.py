@@ -15,7 +15,7 @@ never made, or if it is a read.  When the fate of a write is unknown (its answer
 unreadable, or the server gave up on it) the error raised says `maybe_applied=True`, and nothing is
 sent again: what to do then is for the caller to decide, who knows whether it may happen twice.
 
-`python -m pyetcd_client` is a command line in the manner of etcdctl 2.3.
+`python -m pyetcd_client` is a command line: etcdctl 2.3, and export, mirror, top and others.
 
 Sections
   1. Errors
@@ -60,6 +60,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -93,12 +94,12 @@ from typing import (
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 import requests
-import urllib3.exceptions as urllib3_errors
 from requests.adapters import HTTPAdapter
 from requests.utils import select_proxy
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+from urllib3.exceptions import HTTPError as UrllibError
+from urllib3.util.connection import is_connection_dropped
 
 __version__ = "0.3.0"
 
@@ -916,7 +917,7 @@ def _discover(domain: str, protocol: str, deadline: float) -> List[str]:
     raise ConnectionFailed(f"there are no SRV records for etcd in {domain}")
 
 
-# -- connections: requests knows the ways (TLS, proxies), urllib3 does the exchange
+# -- connections: requests knows the way (TLS, proxies), http.client speaks
 
 
 class _Exchange:
@@ -1028,18 +1029,15 @@ class _HttpConnection(HTTPConnection):
     response_class = _TimedResponse
 
     def _new_conn(self) -> socket.socket:
-        try:
-            exchange: _Exchange = _performing.exchange
-            return exchange.connect(self.host, self.port or self.default_port)
-        except socket.timeout as error:
-            raise ConnectTimeoutError(self, "connect timed out") from error
-        except OSError as error:
-            raise NewConnectionError(self, str(error)) from error
+        exchange: _Exchange = _performing.exchange
+        return exchange.connect(self.host, self.port or self.default_port)
 
     def connect(self) -> None:
         """Connect, through a proxy if there is one, and agree on the encryption."""
         try:
             super().connect()
+        except ValueError as error:                 # of urllib3 1.26: another host's certificate
+            raise ssl.SSLCertVerificationError(str(error)) from error
         finally:
             _performing.exchange.sent = False       # what went to a proxy is not the request
 
@@ -1058,15 +1056,38 @@ class _HttpsConnection(_HttpConnection, HTTPSConnection):
 
 
 class _HttpPool(HTTPConnectionPool):
-    """Connections of ours."""
+    """Connections of ours; urllib3 knows how to make one."""
 
     ConnectionCls = _HttpConnection
 
+    def new_connection(self) -> HTTPConnection:
+        """Return a connection that is not open yet."""
+        return cast(HTTPConnection, self._new_conn())
 
-class _HttpsPool(HTTPSConnectionPool):
-    """Connections of ours."""
+    def open_tunnel(self, connection: HTTPConnection) -> None:
+        """Connect by way of a proxy that passes on what it cannot read."""
+        self._prepare_proxy(connection)
+
+
+class _HttpsPool(_HttpPool, HTTPSConnectionPool):
+    """The same over TLS."""
 
     ConnectionCls = _HttpsConnection
+
+
+class _Way(NamedTuple):
+    """A connection to one endpoint, which is opened when it is used."""
+
+    connection: HTTPConnection
+    prefix: str                                     # of targets: a proxy wants whole URLs
+    open_tunnel: Optional[Callable[[HTTPConnection], None]]
+
+    def prepare(self) -> None:
+        """Close what the other side has closed already; go through the proxy if there is one."""
+        if self.connection.sock is not None and is_connection_dropped(self.connection):
+            self.connection.close()
+        if self.connection.sock is None and self.open_tunnel is not None:
+            self.open_tunnel(self.connection)
 
 
 class _Trust(NamedTuple):
@@ -1091,57 +1112,81 @@ class _Adapter(HTTPAdapter):
         self._use_ours(manager)
         return manager
 
-    def pool_for(self, endpoint: str, trust: _Trust) -> HTTPConnectionPool:
-        """Return the connections to `endpoint`.  Raises OSError if a certificate is missing."""
+    def way_to(self, endpoint: str, trust: _Trust) -> _Way:
+        """Return a connection to `endpoint`.  Raises OSError if a certificate is missing."""
         proxies = dict(trust.proxies)
         if hasattr(self, "get_connection_with_tls_context"):
             request = requests.Request("GET", endpoint).prepare()
-            pool = self.get_connection_with_tls_context(
+            found = self.get_connection_with_tls_context(
                 request, trust.verify, proxies=proxies, cert=trust.cert)
         else:                                       # requests before 2.32
-            pool = self.get_connection(endpoint, proxies)
-        self.cert_verify(pool, endpoint, trust.verify, trust.cert)  # type: ignore[no-untyped-call]
-        return cast(HTTPConnectionPool, pool)
+            found = self.get_connection(endpoint, proxies)
+        self.cert_verify(found, endpoint, trust.verify, trust.cert)  # type: ignore[no-untyped-call]
+        pool = cast(_HttpPool, found)
+        if not select_proxy(endpoint, proxies):
+            return _Way(pool.new_connection(), "", None)
+        if endpoint.startswith("https:"):
+            return _Way(pool.new_connection(), "", pool.open_tunnel)
+        return _Way(pool.new_connection(), endpoint, None)
 
     @staticmethod
     def _use_ours(manager: Any) -> None:
         manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
 
 
+def _close_all(ways: Dict[str, _Way]) -> None:
+    for way in ways.values():
+        way.connection.close()
+    ways.clear()
+
+
 class _Connections:
     """A keep-alive connection to each endpoint, for one exchange after the other.
 
-    Requests' Session is not used: merging its settings takes longer than etcd's answer.
+    Neither Session nor urllib3's urlopen is used: merging settings, retries and the wrapping of
+    answers take longer than etcd's answer.
     """
 
     def __init__(self, trust: _Trust) -> None:
         self.pid = os.getpid()                      # a forked child must not use these sockets
         self._trust = trust
-        # No retries below us: urllib3 does not know which requests may be sent twice.
-        self._adapter = _Adapter(max_retries=0, pool_maxsize=1)
-        self._ways: Dict[str, Tuple[HTTPConnectionPool, str]] = {}      # and prefix of targets
+        self._adapter = _Adapter(pool_maxsize=1)
+        self._ways: Dict[str, _Way] = {}
         self._used_at = time.monotonic()
+        weakref.finalize(self, _close_all, self._ways)  # for clients that nobody closes
 
-    def send(
-        self, exchange: _Exchange, endpoint: str, method: str, target: str,
-        form: Optional[bytes], headers: Mapping[str, str],
-    ) -> Any:
-        """Send a request; return the answer, an HTTPResponse of urllib3, with its head read.
+    def perform(
+        self, exchange: _Exchange, endpoint: str, method: str, target: str, form: Optional[bytes],
+        headers: Mapping[str, str], on_head: Optional[Callable[[_Reply], None]],
+    ) -> _Reply:
+        """Send a request and read the answer.  Raises OSError, HTTPException or urllib3's errors.
 
         Connections that were idle for IDLE_CLOSE_S are closed first.  A server or a load balancer
         may close an idle connection while our request is on its way.  Such a request was probably
         not executed, but nobody can know, so for a write that is an error with
-        maybe_applied=True.  urllib3 replaces a connection whose end has arrived already; the race
+        maybe_applied=True.  A connection whose end has arrived already is replaced; the race
         that remains is made rare by not using one that was idle for IDLE_CLOSE_S, which is below
         the idle limits in common use (5 s and more).  The price is one round trip for a new one.
         """
         if self.is_stale():
             self.close()
-        pool, prefix = self._ways.get(endpoint) or self._way(endpoint)
+        way = self._ways.get(endpoint)
+        if way is None:
+            way = self._ways[endpoint] = self._adapter.way_to(endpoint, self._trust)
         _performing.exchange = exchange
-        return pool.urlopen(
-            method, prefix + target, body=form, headers=headers, retries=False, redirect=False,
-            assert_same_host=False, timeout=None, preload_content=False)
+        connection = way.connection
+        try:
+            way.prepare()
+            http.client.HTTPConnection.request(
+                connection, method, way.prefix + target, form, headers)
+            response = http.client.HTTPConnection.getresponse(connection)
+            known = cast(Mapping[str, str], response.headers)
+            if on_head is not None and response.status == 200:
+                on_head(_Reply(response.status, known, b""))
+            return _Reply(response.status, known, response.read())
+        except BaseException:                       # what is left of the answer is not the next one
+            connection.close()
+            raise
 
     def is_stale(self) -> bool:
         """Whether the other side may be about to close the connections."""
@@ -1153,51 +1198,32 @@ class _Connections:
 
     def close(self) -> None:
         """Close the connections; the next request makes new ones."""
+        _close_all(self._ways)
         self._adapter.close()
-        self._ways.clear()
-
-    def _way(self, endpoint: str) -> Tuple[HTTPConnectionPool, str]:
-        forwarded = endpoint.startswith("http:") and select_proxy(
-            endpoint, dict(self._trust.proxies))
-        way = self._adapter.pool_for(endpoint, self._trust), endpoint if forwarded else ""
-        self._ways[endpoint] = way
-        return way
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield `error` and what urllib3 wrapped in it, outermost first."""
-    current: Optional[BaseException] = error
-    for _ in range(10):                             # it wraps four deep; a cycle ends here
-        if current is None:
-            return
-        yield current
-        inner = (getattr(current, "reason", None), *current.args)
-        current = next((item for item in inner if isinstance(item, BaseException)),
-                       current.__cause__ or current.__context__)
-
-
-def _reason(causes: Sequence[BaseException]) -> str:
-    """Return what the innermost error says, in a few words."""
-    for cause in reversed(causes):
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror.lower()
-    return str(causes[-1]) or type(causes[-1]).__name__
+def _reason(error: BaseException) -> str:
+    """Return what an error says, in a few words."""
+    inner = next((item for item in error.args if isinstance(item, BaseException)), None)
+    if inner is not None:                           # urllib3's errors about certificates
+        return _reason(inner)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__
 
 
 def _transport_error(
     error: Exception, endpoint: str, exchange: _Exchange, *, write: bool,
 ) -> TransportError:
     """Return `error` in our terms; a request that was not sent has not been applied."""
-    causes = list(_causes(error))
-    timed_out = any(isinstance(c, (socket.timeout, urllib3_errors.TimeoutError))
-                    and not isinstance(c, urllib3_errors.NewConnectionError) for c in causes)
+    timed_out = isinstance(error, (socket.timeout, TimeoutError))
     if not exchange.sent:
         # Refused, unreachable, unknown name, untrusted certificate.
-        reason = "connect timed out" if timed_out else _reason(causes)
+        reason = "connect timed out" if timed_out else _reason(error)
         return ConnectionFailed(reason, endpoint=endpoint)
     if timed_out:
         return RequestTimeout("no answer in time", endpoint=endpoint, maybe_applied=write)
-    return ConnectionFailed(_reason(causes), endpoint=endpoint, maybe_applied=write)
+    return ConnectionFailed(_reason(error), endpoint=endpoint, maybe_applied=write)
 
 
 def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
@@ -1438,14 +1464,14 @@ _CallerType = TypeVar("_CallerType", bound="_Caller")
 _USER_AGENT = f"pyetcd-client/{__version__}"
 
 
+_LASTING = (ssl.SSLError, FileNotFoundError, PermissionError, UrllibError)
+
+
 def _lasts(error: EtcdError) -> bool:
     """Whether a failure will be the same in a moment: bad certificates, garbage."""
-    if isinstance(error, BadReply):
-        return True
-    causes = list(_causes(error.__cause__)) if error.__cause__ is not None else []
-    return any(isinstance(cause, (ssl.SSLError, FileNotFoundError, PermissionError))
-               and not isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
-               for cause in causes)
+    broken_off = (ssl.SSLEOFError, ssl.SSLZeroReturnError)      # the server ended, as it may
+    return isinstance(error, BadReply) or (
+        isinstance(error.__cause__, _LASTING) and not isinstance(error.__cause__, broken_off))
 
 
 def _backoff_s(rounds: int) -> float:
@@ -1700,11 +1726,9 @@ class _Caller:
         exchange.sent = False
         headers = self._headers(base, call)
         try:
-            response = connections.send(exchange, base, call.method, target, call.form, headers)
-            if call.on_head is not None and response.status == 200:
-                call.on_head(_Reply(response.status, response.headers, b""))
-            return _Reply(response.status, response.headers, response.data)
-        except (urllib3_errors.HTTPError, http.client.HTTPException, OSError) as error:
+            return connections.perform(
+                exchange, base, call.method, target, call.form, headers, call.on_head)
+        except (OSError, http.client.HTTPException, UrllibError) as error:
             raise _transport_error(error, base, exchange, write=call.write) from error
 
     def _headers(self, base: str, call: _Call[Any]) -> Dict[str, str]:
@@ -2839,15 +2863,32 @@ class Client(_Watching, _Cluster, _Users):
     Client("10.0.0.1", 2379)                        one server
     Client(["http://h:p", "h:p", ("h", p), ...])    several members of one cluster
     Client(endpoints=[...])                         the same
+    Client(srv_domain="example.org")                those that DNS names
+    Client.from_env()                               those that ETCDCTL_* name
 
-    connect_timeout  seconds to make a connection
-    read_timeout     seconds for each silence of the server
-    total_timeout    seconds for a call over all endpoints
+    port, protocol       of hosts that come without
+    version_prefix       what all paths begin with, but for /version and /health
+    cert, ca_cert        files: our certificate, or it and its key as a pair; whom to believe
+    verify               False: believe any server
+    username, password   sent to the endpoints with every request
+    proxies              {"http": url, "https": url}; the environment is not asked
+    connect_timeout      seconds to make a connection
+    read_timeout         seconds for each silence of the server; 0 for no limit
+    total_timeout        seconds for a call over all endpoints; 0 for no limit
+    allow_reconnect      False: never try another endpoint, and none twice
+    retry                False: try each endpoint once
+    allow_redirect       follow redirects of reads, and those that were not carried out
+    sync                 use the URLs that the members publish, too; never with use_proxies
+    expected_cluster_id  refuse another cluster; None: than the first one that answers
+    per_host_pool_size   idle connections to keep
+    lock_prefix          directory of the locks
+    session_timeout      seconds without an answer until `state` is LOST
+    on_state             called with the new `state`, see add_listener
 
-    Every keys method returns a Result and raises an EtcdError.  Keys may be written with or
+    Every keys method returns an EtcdResult and raises an EtcdError.  Keys may be written with or
     without the leading slash.  Nothing is sent before the first call.
 
-    Thread: any.  Each thread has connections of its own, so calls never wait for each other.
+    Thread: any.  Calls at the same time have connections of their own.
     """
 
 

@@ -12343,9 +12343,9 @@ def test_client_api_raises_the_class_a_program_put_into_the_table(monkeypatch):
 
 
 def test_client_api_error_of_the_connection_has_its_cause():
-    with Client(_client_dead_url(), allow_reconnect=False) as client:
-        with pytest.raises(pyetcd_client.EtcdConnectionFailed) as caught:
-            client.get("k")
+    with Client(_client_dead_url(), retry=False) as client, pytest.raises(
+            pyetcd_client.EtcdConnectionFailed) as caught:
+        client.get("k")
     assert isinstance(caught.value.cause, Exception) and caught.value.payload == {}
     assert pickle.loads(pickle.dumps(caught.value)).cause == ""
 
@@ -12546,6 +12546,36 @@ def test_client_api_readme_examples_print_what_they_say(chapter, _client_embedde
     exec(compile(code.replace("2379", str(port)), "README.md", "exec"), {})
     printed = [re.sub(r"\[\d+\]$", "[N]", line) for line in capsys.readouterr().out.splitlines()]
     assert len(said) >= 4 and said == [line for line in printed if line in said]
+
+
+def test_client_api_auth_objects_write_what_differs(_client_embedded):
+    with Client(_client_embedded.client_urls[0]) as client:
+        role, seen = (pyetcd_client.auth.EtcdRole(client, "n") for _ in range(2))
+        role.acls = {"/a": "R", "/b/*": "RW"}
+        role.write()
+        seen.read()
+        assert seen.acls == role.acls == {"/a": "R", "/b/*": "RW"}
+        role.grant("/a", "w")
+        role.revoke("/b/*", "R")
+        role.write()
+        seen.read()
+        assert seen.acls == {"/a": "RW", "/b/*": "W"}
+        with pytest.raises(pyetcd_client.EtcdValueError):
+            role.grant("/a", "X")
+        client.role_add("m")
+        user, other = (pyetcd_client.auth.EtcdUser(client, "al") for _ in range(2))
+        user.password, user.roles = "pw", ["n"]
+        user.write()
+        user.password, user.roles = "other", ["m"]
+        user.write()
+        other.read()
+        assert other.roles == {"m"} and other.uri == "/v2/auth/users/al"
+        assert [known["user"] for known in other.names] == ["al"]
+        assert [known["role"] for known in role.names] == ["m", "n", "root"]
+        for gone in (user, role):
+            gone.delete()
+            with pytest.raises(pyetcd_client.EtcdKeyNotFound):
+                gone.read()
 
 
 def test_client_api_serves_a_program_that_imports_etcd(_client_embedded, tmp_path):
