@@ -3,11 +3,11 @@
     from pyetcd_client import Client, KeyNotFound
 
     client = Client()                                  # http://127.0.0.1:2379
-    client = Client("http://10.0.0.1:2379", "10.0.0.2:2379")
+    client = Client(["http://10.0.0.1:2379", "10.0.0.2:2379"])
     client.set("foo", "bar", ttl=60).modified_index
     client.get("foo").value
     client.compare_and_swap("foo", "new", prev_value="bar")
-    for event in client.watch_iter("/config", recursive=True):
+    for event in client.watch("/config", recursive=True):
         print(event.action, event.key, event.value)
 
 The client never guesses.  A request goes to another endpoint only if the first connection was
@@ -15,33 +15,62 @@ never made, or if it is a read.  When the fate of a write is unknown (its answer
 unreadable, or the server gave up on it) the error raised says `maybe_applied=True`, and nothing is
 sent again: what to do then is for the caller to decide, who knows whether it may happen twice.
 
-`python -m pyetcd_client` is a command line in the manner of etcdctl 2.3.
+`python -m pyetcd_client` is a command line: etcdctl 2.3, and export, mirror, top and others.
 
 Sections
   1. Errors
   2. Results
   3. Endpoints and connections
-  4. Client
-  5. Command line
+  4. Calls and verbs
+  5. Watching
+  6. Users and roles
+  7. Client
+  9. Command line
+ 10. Commands of etcdctl
+ 11. More commands
 
 Sources: etcd 2.3 API (keys, members, errorcode), etcdctl 2.3.8, RFC 9110 section 9.2.
 """
 
 from __future__ import annotations
 
+import base64
+import concurrent.futures
+import contextlib
+import datetime
+import enum
+import getpass
 import http
+import http.client
+import importlib
+import io
+import itertools
 import json
+import logging
+import math
 import os
 import random
 import re
+import shutil
+import signal
+import socket
 import ssl
+import struct
+import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+import weakref
+from collections import deque
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import (
     Any,
     Callable,
+    ClassVar,
+    Container,
+    Deque,
     Dict,
     FrozenSet,
     Generic,
@@ -49,20 +78,28 @@ from typing import (
     Iterator,
     List,
     Mapping,
+    Match,
     NamedTuple,
     NoReturn,
     Optional,
     Sequence,
+    Set,
     Tuple,
     Type,
     TypeVar,
     Union,
+    cast,
+    overload,
 )
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import NewConnectionError, ReadTimeoutError
+from requests.utils import select_proxy
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import HTTPError as UrllibError
+from urllib3.util.connection import is_connection_dropped
 
 __version__ = "0.3.0"
 
@@ -70,20 +107,36 @@ __all__ = [
     "EtcdError", "ApiError", "KeyNotFound", "CompareFailed", "NotFile", "NotDir", "NodeExists",
     "RootReadOnly", "DirNotEmpty", "Unauthorized", "PrevValueRequired", "TtlNotANumber",
     "IndexNotANumber", "InvalidField", "InvalidForm", "RefreshValue", "RefreshTtlRequired",
-    "RaftInternal", "EventIndexCleared", "HttpError", "BadReply", "TransportError",
-    "ConnectionFailed", "RequestTimeout", "WatchTimeout", "ClusterIdChanged",
-    "Node", "Result", "Member", "Endpoints", "Watch", "Client", "main",
+    "RaftInternal", "LeaderElectionInProgress", "WatcherCleared", "EventIndexCleared",
+    "HttpError", "BadReply", "TransportError", "ConnectionFailed", "RequestTimeout",
+    "WatchTimeout", "ClusterIdChanged", "LockExpired", "EtcdKeyError", "EtcdValueError",
+    "EtcdException", "EtcdKeyNotFound", "EtcdCompareFailed", "EtcdNotFile", "EtcdNotDir",
+    "EtcdAlreadyExist", "EtcdRootReadOnly", "EtcdDirNotEmpty", "EtcdInsufficientPermissions",
+    "EtcdLeaderElectionInProgress", "EtcdWatcherCleared", "EtcdEventIndexCleared",
+    "EtcdConnectionFailed", "EtcdWatchTimedOut", "EtcdClusterIdChanged", "EtcdLockExpired",
+    "Node", "EtcdResult", "Result", "Member", "Endpoints", "ConnectionState", "Watch",
+    "WatchedChange",
+    "EtcdUser", "EtcdRole", "Auth", "auth", "Client", "main",
 ]
 
 DEFAULT_ENDPOINT = "http://127.0.0.1:2379"
 CONNECT_TIMEOUT_S = 2.0         # per address of an endpoint; then the next endpoint is tried
-READ_TIMEOUT_S = 10.0           # silence of a server; above the 7 s after which etcd gives up
-TOTAL_TIMEOUT_S = 30.0          # one call over all endpoints; when it is over no other one is tried
+READ_TIMEOUT_S = 60.0           # silence of a server
+TOTAL_TIMEOUT_S = 30.0          # one call: over all endpoints, attempts and pieces of an answer
+SESSION_TIMEOUT_S = 10.0        # without an answer, until the connection counts as lost
+SYNC_INTERVAL_S = 60.0          # age at which the member list is asked for again
+SYNC_TIMEOUT_S = 5.0            # for asking; a call that waits for it goes on without after that
 IDLE_CLOSE_S = 3.0              # a connection that was idle for longer is not used again
 WATCH_POLL_S = 60.0             # a silent watch is asked anew, so that a dead peer is noticed
-BACKOFF_MIN_S = 0.1             # first wait of a watch that lost its server; doubled each time
-BACKOFF_MAX_S = 5.0
+BACKOFF_MIN_S = 0.05            # wait after a round in which every endpoint failed; doubled,
+BACKOFF_MAX_S = 1.0             # up to this
+READ_BUFFER_BYTES = 16384       # read from a socket at once
+DNS_ANSWER_S = 2.0              # wait for one name server; then the next is asked
+RESOLV_CONF = "/etc/resolv.conf"
 REDIRECTS_MAX = 5               # of one read; more raise BadReply
+
+
+_log = logging.getLogger("pyetcd_client")
 
 
 # ============================================================================
@@ -92,38 +145,75 @@ REDIRECTS_MAX = 5               # of one read; more raise BadReply
 # Knows: nothing.
 # ============================================================================
 
+_CODES_BY_STATUS = {401: 110, 404: 100}         # of answers without a code: members, auth
+
+
 class EtcdError(Exception):
     """Root of everything this module raises about a server or the way to it.
 
     message        what went wrong, without the endpoint
+    payload        the JSON of the error answer and its HTTP `status`; {} if there was no answer
     code           etcd's error code; 0 if the answer had none, or there was no answer
-    cause          etcd's cause, usually the key
     index          etcd index at the time of the error
     status         HTTP status; 0 if there was no answer
     endpoint       base URL of the server that was asked
     maybe_applied  True if this was a write which may have been, or may yet be, applied
+
+    python-etcd calls it EtcdException.
     """
 
     code = 0
+    error_exceptions: ClassVar[Dict[int, Type[EtcdError]]] = {}     # by etcd's code; may be changed
 
     def __init__(
-        self, message: str = "", *, code: Optional[int] = None, cause: str = "", index: int = 0,
-        status: int = 0, endpoint: str = "", maybe_applied: bool = False,
+        self, message: Optional[str] = "", payload: Optional[Mapping[str, Any]] = None,
+        cause: Any = "", *, code: Optional[int] = None, index: int = 0, status: int = 0,
+        endpoint: str = "", maybe_applied: bool = False,
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        super().__init__(message or "")
+        self.message = message or ""
+        self.payload: Dict[str, Any] = dict(payload or {})
         self.code = self.code if code is None else code
-        self.cause = cause
         self.index = index
         self.status = status
         self.endpoint = endpoint
         self.maybe_applied = maybe_applied
         self.others: Tuple[EtcdError, ...] = ()     # from the endpoints tried after this one
+        self._cause = cause
+
+    @property
+    def cause(self) -> Any:
+        """etcd's cause, usually the key; without an answer, the exception from below."""
+        return self._cause or self.__cause__ or ""
 
     @property
     def failures(self) -> Tuple[EtcdError, ...]:
         """One error per endpoint that was tried, in order; the first is this one."""
         return (self, *self.others)
+
+    @classmethod
+    def from_payload(
+        cls, payload: Mapping[str, Any], *, endpoint: str = "", maybe_applied: bool = False,
+    ) -> EtcdError:
+        """Return the error that the JSON of an answer, with its HTTP `status`, stands for.
+
+        The keys API tells by a code.  Members and auth tell by the status: 401 is Unauthorized,
+        404 KeyNotFound, anything else HttpError.
+        """
+        status, message = payload.get("status", 0), str(payload.get("message", ""))
+        code, index = payload.get("errorCode"), payload.get("index")
+        if not isinstance(code, int):
+            code = _CODES_BY_STATUS.get(status, 0)
+        error_class = cls.error_exceptions.get(code, ApiError if code else HttpError)
+        return error_class(
+            message or f"HTTP status {status}", payload, str(payload.get("cause", "")),
+            code=code, index=index if isinstance(index, int) else 0, status=status,
+            endpoint=endpoint, maybe_applied=maybe_applied)
+
+    @classmethod
+    def handle(cls, payload: Mapping[str, Any]) -> NoReturn:
+        """Raise the error that the JSON of an answer stands for."""
+        raise cls.from_payload(payload)
 
     def describe(self) -> str:
         """Return this error alone, as one line."""
@@ -139,10 +229,10 @@ class ApiError(EtcdError):
 
     def describe(self) -> str:
         """Return code, message, cause and index in the form etcdctl prints them."""
+        if not self._cause and not self.index:      # of the members or auth API, or our own
+            return super().describe()
         return f"{self.code}: {self.message} ({self.cause}) [{self.index}]"
 
-
-_API_ERRORS: Dict[int, Type[ApiError]] = {}
 
 _ApiErrorType = TypeVar("_ApiErrorType", bound=Type[ApiError])
 
@@ -151,89 +241,110 @@ def _registered(code: int) -> Callable[[_ApiErrorType], _ApiErrorType]:
     """Make the decorated class the one raised for error `code`."""
     def register(error_class: _ApiErrorType) -> _ApiErrorType:
         error_class.code = code
-        _API_ERRORS[code] = error_class
+        EtcdError.error_exceptions[code] = error_class
         return error_class
     return register
 
 
+class EtcdKeyError(ApiError):
+    """The tree does not allow it: there is no such key, or not of the kind that is needed."""
+
+
+class EtcdValueError(ApiError, ValueError):
+    """A value does not fit: an argument (raised before anything is sent), or one compared with."""
+
+
+EtcdError.error_exceptions.update(dict.fromkeys((200, *range(204, 209)), EtcdValueError))
+
+
 @_registered(100)
-class KeyNotFound(ApiError):
-    """A path component does not exist; the cause is its path."""
+class KeyNotFound(EtcdKeyError):
+    """A path component does not exist; the cause is its path.  Also: no such user, role, member."""
 
 
 @_registered(101)
-class CompareFailed(ApiError):
+class CompareFailed(EtcdValueError):
     """prev_value or prev_index does not hold; the cause shows given and stored."""
 
 
 @_registered(102)
-class NotFile(ApiError):
+class NotFile(EtcdKeyError):
     """A directory stands where a file is needed."""
 
 
 @_registered(104)
-class NotDir(ApiError):
+class NotDir(EtcdKeyError):
     """A file stands in the middle of the path."""
 
 
 @_registered(105)
-class NodeExists(ApiError):
+class NodeExists(EtcdKeyError):
     """create or mkdir found the key."""
 
 
 @_registered(107)
-class RootReadOnly(ApiError):
+class RootReadOnly(EtcdKeyError):
     """The root cannot be changed."""
 
 
 @_registered(108)
-class DirNotEmpty(ApiError):
+class DirNotEmpty(EtcdValueError):
     """Deleting a directory with children, hidden ones included, needs recursive=True."""
 
 
 @_registered(110)
 class Unauthorized(ApiError):
-    """Auth is enabled and the request lacks the right."""
+    """Auth is enabled and the request lacks the right, or user and password are wrong."""
 
 
 @_registered(201)
-class PrevValueRequired(ApiError):
+class PrevValueRequired(EtcdValueError):
     """prev_value was given, but empty."""
 
 
 @_registered(202)
-class TtlNotANumber(ApiError):
+class TtlNotANumber(EtcdValueError):
     """ttl is not an unsigned integer."""
 
 
 @_registered(203)
-class IndexNotANumber(ApiError):
+class IndexNotANumber(EtcdValueError):
     """prev_index or index is not an unsigned integer."""
 
 
 @_registered(209)
-class InvalidField(ApiError):
+class InvalidField(EtcdValueError):
     """A boolean parameter has another value, or does not fit the method."""
 
 
 @_registered(210)
-class InvalidForm(ApiError):
+class InvalidForm(EtcdValueError):
     """The query or the body cannot be parsed, or is too large (10 MiB)."""
 
 
 @_registered(211)
-class RefreshValue(ApiError):
+class RefreshValue(EtcdValueError):
     """A refresh came with a value."""
 
 
 @_registered(212)
-class RefreshTtlRequired(ApiError):
+class RefreshTtlRequired(EtcdValueError):
     """A refresh came without a ttl."""
 
 
 @_registered(300)
 class RaftInternal(ApiError):
     """The request did not get through consensus in time; a write may be applied later."""
+
+
+@_registered(301)
+class LeaderElectionInProgress(ApiError):
+    """There is no leader at the moment."""
+
+
+@_registered(400)
+class WatcherCleared(ApiError):
+    """The member restored a snapshot, and its watchers with it."""
 
 
 @_registered(401)
@@ -250,13 +361,13 @@ class TransportError(EtcdError):
 
 
 class ConnectionFailed(TransportError):
-    """The connection could not be made, or broke.
+    """The connection could not be made, broke, or brought no answer.
 
     For a write, maybe_applied=False means that it was never made: the request was not sent.
     """
 
 
-class RequestTimeout(TransportError):
+class RequestTimeout(ConnectionFailed):
     """The server did not answer in time."""
 
 
@@ -275,6 +386,29 @@ class ClusterIdChanged(TransportError):
     """
 
 
+class LockExpired(EtcdError):
+    """The key of a lock was gone while its holder still waited for it or relied on it."""
+
+
+# What python-etcd calls them.
+EtcdException = EtcdError
+EtcdKeyNotFound = KeyNotFound
+EtcdCompareFailed = CompareFailed
+EtcdNotFile = NotFile
+EtcdNotDir = NotDir
+EtcdAlreadyExist = NodeExists
+EtcdRootReadOnly = RootReadOnly
+EtcdDirNotEmpty = DirNotEmpty
+EtcdInsufficientPermissions = Unauthorized
+EtcdLeaderElectionInProgress = LeaderElectionInProgress
+EtcdWatcherCleared = WatcherCleared
+EtcdEventIndexCleared = EventIndexCleared
+EtcdConnectionFailed = ConnectionFailed
+EtcdWatchTimedOut = WatchTimeout
+EtcdClusterIdChanged = ClusterIdChanged
+EtcdLockExpired = LockExpired
+
+
 # ============================================================================
 # 2. Results -- frozen values made from the JSON of an answer
 # ----------------------------------------------------------------------------
@@ -285,11 +419,24 @@ _T = TypeVar("_T")
 
 
 class _Reply(NamedTuple):
-    """One HTTP answer, read to its end."""
+    """One HTTP answer, read to its end; what `Client.api_execute` returns."""
 
     status: int
     headers: Mapping[str, str]      # names in any case
     body: bytes
+
+    @property
+    def data(self) -> bytes:
+        """The body, as python-etcd calls it."""
+        return self.body
+
+    def getheader(self, name: str, default: Optional[str] = None) -> Optional[str]:
+        """Return a header by its name in any case."""
+        return self.headers.get(name, default)
+
+    def getheaders(self) -> Mapping[str, str]:
+        """Return all headers; names are found in any case."""
+        return self.headers
 
     def header_number(self, name: str) -> int:
         """Return a numeric header; 0 if it is missing or not a number."""
@@ -343,22 +490,46 @@ class Node:
             yield from child.walk()
 
 
-@dataclass(frozen=True)
-class Result:
-    """The answer to a keys request, or an event of a watch.
+class EtcdResult:
+    """The answer to a keys request, or an event of a watch; or one node of a listing.
 
-    action      get, set, create, update, delete, compareAndSwap, compareAndDelete, expire
+    action      get, set, create, update, delete, compareAndSwap, compareAndDelete, expire; ""
+                for a node of a listing
+    node        what is there now, as a frozen Node
     prev_node   what was there before; None if nothing was, and for get and create
+    new_key     whether the request made the key
     etcd_index  store index when the request was answered (for an event: accepted)
+    relisted    True for an event which a watch worked out by comparing listings, see Watch
+
+    The attributes of `node` are attributes of the result too, also by python-etcd's names.  Only
+    `value` and `ttl` can be assigned: `client.update(result)` then writes them.  Results are
+    equal if they show the same node.
     """
 
     action: str
     node: Node
-    prev_node: Optional[Node] = None
-    etcd_index: int = 0
-    raft_index: int = 0
-    raft_term: int = 0
-    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    prev_node: Optional[Node]
+    new_key: bool
+    etcd_index: int
+    raft_index: int
+    raft_term: int
+    relisted: bool
+    raw: Mapping[str, Any]
+    value: Optional[str]
+    ttl: Optional[int]
+
+    def __init__(
+        self, action: Optional[str] = None, node: Union[Node, Mapping[str, Any], None] = None,
+        prevNode: Union[Node, Mapping[str, Any], None] = None, *, new_key: bool = False,
+        etcd_index: int = 0, raft_index: int = 0, raft_term: int = 0, relisted: bool = False,
+        raw: Optional[Mapping[str, Any]] = None,
+    ) -> None:
+        present = _as_node(node or {})
+        self.__dict__.update(
+            action=action or "", node=present,
+            prev_node=None if prevNode is None else _as_node(prevNode),
+            new_key=new_key, etcd_index=etcd_index, raft_index=raft_index, raft_term=raft_term,
+            relisted=relisted, raw=raw or {}, value=present.value, ttl=present.ttl)
 
     @property
     def key(self) -> str:
@@ -366,9 +537,14 @@ class Result:
         return self.node.key
 
     @property
-    def value(self) -> Optional[str]:
-        """Value of the node; None for a directory and after a delete."""
-        return self.node.value
+    def dir(self) -> bool:
+        """Whether the node is a directory."""
+        return self.node.dir
+
+    @property
+    def expiration(self) -> Optional[str]:
+        """RFC 3339 instant in UTC; None if permanent."""
+        return self.node.expiration
 
     @property
     def modified_index(self) -> int:
@@ -384,6 +560,68 @@ class Result:
     def nodes(self) -> Tuple[Node, ...]:
         """Visible children of a listed directory."""
         return self.node.nodes
+
+    @property
+    def modifiedIndex(self) -> int:
+        """`modified_index`, as python-etcd calls it."""
+        return self.node.modified_index
+
+    @property
+    def createdIndex(self) -> int:
+        """`created_index`, as python-etcd calls it."""
+        return self.node.created_index
+
+    @property
+    def newKey(self) -> bool:
+        """`new_key`, as python-etcd calls it."""
+        return self.new_key
+
+    @property
+    def _prev_node(self) -> Optional[EtcdResult]:
+        return None if self.prev_node is None else EtcdResult(node=self.prev_node)
+
+    def get_subtree(self, leaves_only: bool = False) -> Iterator[EtcdResult]:
+        """Yield this node and all listed below it, parents before their children.
+
+        leaves_only  only those without children: files and empty directories
+        """
+        if not self.nodes or not leaves_only:
+            yield self
+        for child in self.nodes:
+            yield from EtcdResult(node=child).get_subtree(leaves_only)
+
+    @property
+    def leaves(self) -> Iterator[EtcdResult]:
+        """Files and empty directories listed below; for a file or an empty directory, itself."""
+        return self.get_subtree(leaves_only=True)
+
+    @property
+    def children(self) -> Iterator[EtcdResult]:
+        """The same as `leaves`; `nodes` has the direct children."""
+        return self.leaves
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("value", "ttl"):
+            raise AttributeError(f"only value and ttl of a result can be assigned, not {name}")
+        self.__dict__[name] = value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EtcdResult):
+            return NotImplemented
+        return (self.node, self.value, self.ttl, self.new_key) == (
+            other.node, other.value, other.ttl, other.new_key)
+
+    __hash__ = None                 # type: ignore[assignment]  # value and ttl may change
+
+    def __repr__(self) -> str:
+        return f"EtcdResult({self.action!r}, {self.node!r}, {self.prev_node!r})"
+
+
+Result = EtcdResult
+
+
+def _as_node(node: Union[Node, Mapping[str, Any]]) -> Node:
+    return node if isinstance(node, Node) else Node.from_json(node)
 
 
 @dataclass(frozen=True)
@@ -411,26 +649,47 @@ def _expect_object(payload: Any) -> Dict[str, Any]:
     return payload
 
 
-def _parse_result(reply: _Reply) -> Result:
+def _parse_result(reply: _Reply) -> EtcdResult:
     raw = _expect_object(reply.json())
     previous = raw.get("prevNode")
-    return Result(
-        action=raw["action"],
-        node=Node.from_json(_expect_object(raw["node"])),
-        prev_node=None if previous is None else Node.from_json(_expect_object(previous)),
+    return EtcdResult(
+        raw["action"], _expect_object(raw["node"]),
+        None if previous is None else _expect_object(previous),
+        new_key=reply.status == 201,
         etcd_index=reply.header_number("X-Etcd-Index"),
         raft_index=reply.header_number("X-Raft-Index"),
         raft_term=reply.header_number("X-Raft-Term"),
-        raw=raw,
-    )
+        raw=raw)
 
 
 def _parse_object(reply: _Reply) -> Dict[str, Any]:
     return _expect_object(reply.json())
 
 
+def _parse_maybe_object(reply: _Reply) -> Dict[str, Any]:
+    return _parse_object(reply) if reply.body.strip() else {}
+
+
 def _parse_members(reply: _Reply) -> List[Member]:
     return [Member.from_json(raw) for raw in _parse_object(reply)["members"]]
+
+
+def _parse_member(reply: _Reply) -> Member:
+    return Member.from_json(_parse_object(reply))
+
+
+def _parse_machines(reply: _Reply) -> List[str]:
+    urls = (url.strip() for url in reply.body.decode("utf-8", "replace").split(","))
+    return [url for url in urls if url]
+
+
+def _parse_nothing(reply: _Reply) -> None:
+    """There is nothing in a 204."""
+
+
+def _parse_not(reply: _Reply) -> _Reply:
+    """Return the answer as it is."""
+    return reply
 
 
 def _parse_leader(reply: _Reply) -> Optional[Member]:
@@ -456,10 +715,13 @@ def _parse_version(reply: _Reply) -> Dict[str, str]:
 # Knows: sections 1-2.  Turns what requests and urllib3 raise into section 1.
 # ============================================================================
 
-def _base_url(text: str) -> str:
+_Address = Union[str, Tuple[str, int]]              # a URL, host, host:port, or (host, port)
+
+
+def _base_url(text: str, protocol: str = "http") -> str:
     """Return `text` as scheme://host:port; raise ValueError if it does not name a server."""
     url = text.strip()
-    url = url if "://" in url else f"http://{url}"
+    url = url if "://" in url else f"{protocol}://{url}"
     parts = urlsplit(url)
     try:
         valid = parts.port != 0
@@ -472,69 +734,463 @@ def _base_url(text: str) -> str:
     return f"{parts.scheme}://{parts.netloc}"
 
 
+def _listed_urls(host: Union[str, Sequence[_Address]], port: int, protocol: str) -> List[str]:
+    """Return the URLs of the servers in `host`; `port` is for those that come without one."""
+    urls: List[str] = []
+    for item in [host] if isinstance(host, str) else host:
+        if isinstance(item, str):
+            urls.extend(_with_port(_base_url(part, protocol), port) for part in item.split(","))
+        else:
+            name, number = item
+            address = f"[{name}]:{number}" if ":" in name else f"{name}:{number}"
+            urls.append(_base_url(address, protocol))
+    return urls
+
+
+def _seconds(timeout: float) -> float:
+    return timeout or math.inf                      # 0 stands for no end, as for python-etcd
+
+
+def _with_port(url: str, port: int) -> str:
+    return url if urlsplit(url).port is not None else _base_url(f"{url}:{port}")
+
+
 class Endpoints:
     """The servers a client may ask: one is used until it fails, then the next in turn.
 
-    Thread: any.
+    given  those named at the start, or found in DNS; never forgotten
+    urls   `given`, then those learned from the member list
+
+    Thread: any.  There is no lock: what threads that fail at once may do to each other is to skip
+    an endpoint, which is tried again in the next round.
     """
 
-    def __init__(self, urls: Iterable[str]) -> None:
+    def __init__(self, urls: Optional[Iterable[str]] = None) -> None:
+        self.given: Tuple[str, ...] = ()
+        self.urls: Tuple[str, ...] = ()
+        self._current = ""                          # the endpoint in use; "" if there is none
+        if urls is not None:
+            self.give(urls)
+
+    @property
+    def current(self) -> str:
+        """Base URL of the endpoint in use; "" before the first look into DNS."""
+        return self._current
+
+    def give(self, urls: Iterable[str]) -> None:
+        """Replace those given at the start.  Raises ValueError if one is malformed, or none is."""
         listed = [urls] if isinstance(urls, str) else list(urls)
         cleaned = [_base_url(part) for url in listed for part in url.split(",")]
         if not cleaned:
             raise ValueError("at least one endpoint is needed")
-        self.urls: Tuple[str, ...] = tuple(dict.fromkeys(cleaned))
-        self._position = 0                          # of the endpoint in use
-        self._lock = threading.Lock()               # guards _position; nothing is locked inside
+        self.given = tuple(dict.fromkeys(cleaned))
+        self.learn(())
 
-    @property
-    def current(self) -> str:
-        """Base URL of the endpoint in use."""
-        return self.urls[self._position]
+    def learn(self, urls: Iterable[str]) -> None:
+        """Replace what was learned from the member list; the one in use stays in use.
+
+        Where all that were given are https, others are not taken: passwords would travel in clear.
+        """
+        secure = bool(self.given) and all(url.startswith("https:") for url in self.given)
+        learned = [url for url in urls if url.startswith("https:") or not secure]
+        self.urls = urls = tuple(dict.fromkeys([*self.given, *learned]))
+        if self._current not in urls and urls:
+            self._current = urls[0]
 
     def candidates(self) -> Tuple[str, ...]:
         """Return every endpoint once, the one in use first."""
-        position = self._position
-        return self.urls[position:] + self.urls[:position]
+        urls, current = self.urls, self._current
+        position = urls.index(current) if current in urls else 0
+        return urls[position:] + urls[:position]
 
     def failed(self, url: str) -> None:
         """Move on to the next endpoint, unless another thread has done so already."""
+        urls = self.urls
+        if url == self._current and url in urls:
+            self._current = urls[(urls.index(url) + 1) % len(urls)]
+
+
+# -- DNS: the standard library cannot ask for SRV records, and a package for the one question would
+# be a dependency larger than this client
+
+
+def _name_servers() -> List[Tuple[str, int]]:
+    """Return the addresses of the system's name servers; without any, the local one."""
+    found: List[Tuple[str, int]] = []
+    with contextlib.suppress(OSError), open(RESOLV_CONF, encoding="utf-8") as lines:
+        found = [(words[1], 53) for words in map(str.split, lines) if words[:1] == ["nameserver"]]
+    return found or [("127.0.0.1", 53)]
+
+
+def _dns_ask(server: Tuple[str, int], query: bytes, wait_s: float) -> bytes:
+    """Return the answer of a name server, by TCP if it is too long for a datagram (RFC 1035)."""
+    family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
+    deadline = time.monotonic() + wait_s
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect(server)                        # the kernel drops what comes from others
+        sock.send(query)
+        answer = b""
+        while answer[:2] != query[:2] or len(answer) < 12:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            answer = sock.recv(65535)
+    if not answer[2] & 2:
+        return answer
+    with socket.create_connection(server, wait_s) as sock, sock.makefile("rb") as stream:
+        sock.sendall(struct.pack(">H", len(query)) + query)
+        return stream.read(*struct.unpack(">H", stream.read(2)))
+
+
+def _dns_name(message: bytes, offset: int) -> Tuple[str, int]:
+    """Return a name, without the last dot, and the offset behind it; pointers are followed."""
+    labels: List[str] = []
+    behind = 0
+    for _ in range(128):                            # more would be a loop of pointers
+        size = message[offset]
+        if size >= 0xC0:
+            behind = behind or offset + 2
+            offset = struct.unpack_from(">H", message, offset)[0] & 0x3FFF
+        elif size:
+            labels.append(message[offset + 1:offset + 1 + size].decode("latin-1"))
+            offset += 1 + size
+        else:
+            return ".".join(labels), behind or offset + 1
+    raise ValueError("a name without an end")
+
+
+def _srv_records(message: bytes) -> List[Tuple[int, int, int, str]]:
+    """Return (priority, weight, port, target) of the SRV records in a DNS answer."""
+    questions, answers = struct.unpack_from(">2H", message, 4)
+    offset, records = 12, []
+    for _ in range(questions):
+        offset = _dns_name(message, offset)[1] + 4
+    for _ in range(answers):
+        offset = _dns_name(message, offset)[1]
+        kind, size = struct.unpack_from(">H6xH", message, offset)
+        offset += 10
+        if kind == 33:
+            fields = struct.unpack_from(">3H", message, offset)
+            records.append((*fields, _dns_name(message, offset + 6)[0]))
+        offset += size
+    return records
+
+
+def _lookup_srv(name: str, deadline: float) -> List[str]:
+    """Return host:port of the SRV records of `name`, in the random order of RFC 2782; [] if none.
+
+    Raises OSError if no name server has a usable answer before `deadline`.
+    """
+    labels = [label.encode("idna") for label in name.strip(".").split(".")]
+    question = b"".join(bytes((len(label),)) + label for label in labels) + b"\0\0\x21\0\x01"
+    last: Exception = OSError("no time to ask a name server")
+    for server in _name_servers() * 2:
+        wait_s = min(DNS_ANSWER_S, deadline - time.monotonic())
+        if wait_s <= 0:
+            break
+        query = struct.pack(">6H", random.randrange(1 << 16), 0x0100, 1, 0, 0, 0) + question
+        try:
+            answer = _dns_ask(server, query, wait_s)
+            if answer[3] & 15 not in (0, 3):        # 3: there is no such name
+                raise OSError(f"DNS error {answer[3] & 15}")
+            records = _srv_records(answer)
+        except (OSError, struct.error, IndexError, ValueError) as error:
+            last = error
+            continue
+        records.sort(key=lambda r: (r[0], -random.random() ** (1 / (r[1] or 0.01))))
+        return [f"{target}:{port}" for _, _, port, target in records]
+    raise OSError(f"lookup of {name} failed: {last}") from last
+
+
+def _discover(domain: str, protocol: str, deadline: float) -> List[str]:
+    """Return the URLs of the servers that the SRV records of `domain` name.
+
+    _etcd-client-ssl._tcp (https), else _etcd-client._tcp (http), as etcdctl 2.3 asks; else
+    _etcd._tcp (`protocol`), as python-etcd asks.  Raises ConnectionFailed.
+    """
+    services = ("etcd-client-ssl", "https"), ("etcd-client", "http"), ("etcd", protocol)
+    for service, scheme in services:
+        try:
+            found = _lookup_srv(f"_{service}._tcp.{domain}", deadline)
+            if found:
+                return [_base_url(address, scheme) for address in found]
+        except (OSError, ValueError) as error:
+            raise ConnectionFailed(str(error)) from error
+    raise ConnectionFailed(f"there are no SRV records for etcd in {domain}")
+
+
+# -- connections: requests knows the way (TLS, proxies), http.client speaks
+
+
+class _Exchange:
+    """One request and its answer: how long it may take, how far it came, how to break it off.
+
+    deadline   monotonic seconds for all of it, even if the answer trickles in
+    silence_s  longest wait for the next bytes
+    connect_s  longest wait for one address of the server
+
+    Thread: the one that performs it, except for `cancel`.
+    """
+
+    def __init__(self, deadline: float, silence_s: float, connect_s: float) -> None:
+        self.deadline = deadline
+        self.silence_s = silence_s
+        self.connect_s = connect_s
+        self.sent = False                           # a byte of the request may have arrived
+        self.cancelled = False
+        self._sock: Optional[socket.socket] = None  # what the performing thread may wait for
+        self._lock = threading.Lock()               # guards _sock; nothing is locked inside
+
+    def left_s(self) -> float:
+        """Return how long the next wait may be.  Raises OSError if there must be none."""
+        if self.cancelled:
+            raise ConnectionAbortedError("broken off")
+        left_s = min(self.silence_s, self.deadline - time.monotonic())
+        if left_s <= 0:
+            raise socket.timeout("timed out")
+        return left_s
+
+    def use(self, sock: socket.socket, limit_s: float = math.inf) -> None:
+        """Prepare `sock` for the next wait."""
+        self._sock = sock                           # before the look at `cancelled`
+        sock.settimeout(min(limit_s, self.left_s()))
+
+    def connect(self, host: str, port: int) -> socket.socket:
+        """Return a connection to the first address of `host` that takes one.  Raises OSError."""
+        failure = OSError(f"{host} has no address")
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM):
+            sock = socket.socket(family, kind, protocol)
+            try:
+                self.use(sock, self.connect_s)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.connect(address)
+                return sock
+            except OSError as error:
+                sock.close()
+                failure = error
+        raise failure
+
+    def done(self) -> None:
+        """Let go of the socket: from here on `cancel` does nothing."""
         with self._lock:
-            if self.urls[self._position] == url:
-                self._position = (self._position + 1) % len(self.urls)
+            self._sock = None
+
+    def cancel(self) -> None:
+        """End the exchange at once, with an error for who performs it.
+
+        Name lookup and TLS handshake are not interrupted, but nothing follows them.
+        """
+        self.cancelled = True                       # before the look at `_sock`
+        with self._lock, contextlib.suppress(OSError):
+            if self._sock is not None:
+                # Not SSLSocket's own shutdown: that takes the TLS state from under the reader.
+                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+
+_performing = threading.local()                     # .exchange: that of the running thread
+
+
+class _TimedReader(io.RawIOBase):
+    """The receiving side of a socket; no wait outlasts the exchange under way."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
+        self._sock = sock
+        self._raw = sock.makefile("rb", buffering=0)
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """Return the stream http.client asks a socket for."""
+        return io.BufferedReader(self, READ_BUFFER_BYTES)
+
+    def readable(self) -> bool:
+        """Say yes, as io wants to hear."""
+        return True
+
+    def readinto(self, buffer: Any) -> Optional[int]:
+        """Fill `buffer` with what comes first.  Raises socket.timeout when it is too late."""
+        self._sock.settimeout(_performing.exchange.left_s())
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        """Let go of the socket, which stays open."""
+        self._raw.close()
+        super().close()
+
+
+class _TimedResponse(http.client.HTTPResponse):
+    """An answer that is read by way of a _TimedReader."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(cast(socket.socket, _TimedReader(sock)), *args, **kwargs)
+
+
+class _HttpConnection(HTTPConnection):
+    """A connection that keeps to the limits of the exchange it is used for."""
+
+    response_class = _TimedResponse
+
+    def _new_conn(self) -> socket.socket:
+        exchange: _Exchange = _performing.exchange
+        return exchange.connect(self.host, self.port or self.default_port)
+
+    def connect(self) -> None:
+        """Connect, through a proxy if there is one, and agree on the encryption."""
+        try:
+            super().connect()
+        except ValueError as error:                 # of urllib3 1.26: another host's certificate
+            raise ssl.SSLCertVerificationError(str(error)) from error
+        finally:
+            _performing.exchange.sent = False       # what went to a proxy is not the request
+
+    def send(self, data: Any) -> None:
+        """Send bytes of the request; from here on the server may have it."""
+        if self.sock is None:
+            self.connect()
+        exchange: _Exchange = _performing.exchange
+        exchange.use(self.sock)
+        exchange.sent = True
+        super().send(data)
+
+
+class _HttpsConnection(_HttpConnection, HTTPSConnection):
+    """The same over TLS."""
+
+
+class _HttpPool(HTTPConnectionPool):
+    """Connections of ours; urllib3 knows how to make one."""
+
+    ConnectionCls = _HttpConnection
+
+    def new_connection(self) -> HTTPConnection:
+        """Return a connection that is not open yet."""
+        return cast(HTTPConnection, self._new_conn())
+
+    def open_tunnel(self, connection: HTTPConnection) -> None:
+        """Connect by way of a proxy that passes on what it cannot read."""
+        self._prepare_proxy(connection)
+
+
+class _HttpsPool(_HttpPool, HTTPSConnectionPool):
+    """The same over TLS."""
+
+    ConnectionCls = _HttpsConnection
+
+
+class _Way(NamedTuple):
+    """A connection to one endpoint, which is opened when it is used."""
+
+    connection: HTTPConnection
+    prefix: str                                     # of targets: a proxy wants whole URLs
+    open_tunnel: Optional[Callable[[HTTPConnection], None]]
+
+    def prepare(self) -> None:
+        """Close what the other side has closed already; go through the proxy if there is one."""
+        if self.connection.sock is not None and is_connection_dropped(self.connection):
+            self.connection.close()
+        if self.connection.sock is None and self.open_tunnel is not None:
+            self.open_tunnel(self.connection)
+
+
+class _Trust(NamedTuple):
+    """Whom to believe, who we are, and who is in between; as requests takes them."""
+
+    verify: Union[bool, str] = True
+    cert: Union[None, str, Tuple[str, str]] = None
+    proxies: Mapping[str, str] = MappingProxyType({})
+
+
+class _Adapter(HTTPAdapter):
+    """Requests' way to a server, over connections of ours."""
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        """Make the pools of direct connections."""
+        super().init_poolmanager(*args, **kwargs)
+        self._use_ours(self.poolmanager)
+
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        """Return the pools of connections by way of `proxy`."""
+        manager = super().proxy_manager_for(proxy, **kwargs)
+        self._use_ours(manager)
+        return manager
+
+    def way_to(self, endpoint: str, trust: _Trust) -> _Way:
+        """Return a connection to `endpoint`.  Raises OSError if a certificate is missing."""
+        proxies = dict(trust.proxies)
+        if hasattr(self, "get_connection_with_tls_context"):
+            request = requests.Request("GET", endpoint).prepare()
+            found = self.get_connection_with_tls_context(
+                request, trust.verify, proxies=proxies, cert=trust.cert)
+        else:                                       # requests before 2.32
+            found = self.get_connection(endpoint, proxies)
+        self.cert_verify(found, endpoint, trust.verify, trust.cert)  # type: ignore[no-untyped-call]
+        pool = cast(_HttpPool, found)
+        if not select_proxy(endpoint, proxies):
+            return _Way(pool.new_connection(), "", None)
+        if endpoint.startswith("https:"):
+            return _Way(pool.new_connection(), "", pool.open_tunnel)
+        return _Way(pool.new_connection(), endpoint, None)
+
+    @staticmethod
+    def _use_ours(manager: Any) -> None:
+        manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
+
+
+def _close_all(ways: Dict[str, _Way]) -> None:
+    for way in ways.values():
+        way.connection.close()
+    ways.clear()
 
 
 class _Connections:
-    """Keep-alive connections of one thread, or of one watch; not shared, hence without a lock."""
+    """A keep-alive connection to each endpoint, for one exchange after the other.
 
-    def __init__(self) -> None:
+    Neither Session nor urllib3's urlopen is used: merging settings, retries and the wrapping of
+    answers take longer than etcd's answer.
+    """
+
+    def __init__(self, trust: _Trust) -> None:
         self.pid = os.getpid()                      # a forked child must not use these sockets
+        self._trust = trust
+        self._adapter = _Adapter(pool_maxsize=1)
+        self._ways: Dict[str, _Way] = {}
         self._used_at = time.monotonic()
-        self.session = session = requests.Session()
-        # Proxies, .netrc passwords and CA paths out of the environment would reach etcd without
-        # anybody having asked for it; looking them up also takes 0.16 ms of a GET's 0.69 ms.
-        session.trust_env = False
-        session.max_redirects = REDIRECTS_MAX
-        session.headers["User-Agent"] = f"pyetcd-client/{__version__}"
-        for scheme in ("http://", "https://"):
-            # No retries below us: urllib3 does not know which requests may be sent twice.
-            session.mount(scheme, HTTPAdapter(max_retries=0))
+        weakref.finalize(self, _close_all, self._ways)  # for clients that nobody closes
 
-    def ready(self) -> requests.Session:
-        """Return the session; connections that were idle for IDLE_CLOSE_S are closed first.
+    def perform(
+        self, exchange: _Exchange, endpoint: str, method: str, target: str, form: Optional[bytes],
+        headers: Mapping[str, str], on_head: Optional[Callable[[_Reply], None]],
+    ) -> _Reply:
+        """Send a request and read the answer.  Raises OSError, HTTPException or urllib3's errors.
 
-        A server or a load balancer may close an idle connection while our request is on its way.
-        Such a request was probably not executed, but nobody can know, so for a write that is
-        an error with maybe_applied=True.  urllib3 replaces a connection whose end has arrived
-        already; the race that remains is made rare by not using one that was idle for
-        IDLE_CLOSE_S, which is below the idle limits in common use (5 s and more).  The price is
-        one round trip for a new connection.
+        Connections that were idle for IDLE_CLOSE_S are closed first.  A server or a load balancer
+        may close an idle connection while our request is on its way.  Such a request was probably
+        not executed, but nobody can know, so for a write that is an error with
+        maybe_applied=True.  A connection whose end has arrived already is replaced; the race
+        that remains is made rare by not using one that was idle for IDLE_CLOSE_S, which is below
+        the idle limits in common use (5 s and more).  The price is one round trip for a new one.
         """
-        now = time.monotonic()
-        if now - self._used_at > IDLE_CLOSE_S:
-            self.session.close()                    # closes its connections; it stays usable
-        self._used_at = now
-        return self.session
+        if self.is_stale():
+            self.close()
+        way = self._ways.get(endpoint)
+        if way is None:
+            way = self._ways[endpoint] = self._adapter.way_to(endpoint, self._trust)
+        _performing.exchange = exchange
+        connection = way.connection
+        try:
+            way.prepare()
+            http.client.HTTPConnection.request(
+                connection, method, way.prefix + target, form, headers)
+            response = http.client.HTTPConnection.getresponse(connection)
+            known = cast(Mapping[str, str], response.headers)
+            if on_head is not None and response.status == 200:
+                on_head(_Reply(response.status, known, b""))
+            return _Reply(response.status, known, response.read())
+        except BaseException:                       # what is left of the answer is not the next one
+            connection.close()
+            raise
+
+    def is_stale(self) -> bool:
+        """Whether the other side may be about to close the connections."""
+        return time.monotonic() - self._used_at > IDLE_CLOSE_S
 
     def used(self) -> None:
         """Note that an exchange just ended: idle time counts from here."""
@@ -542,44 +1198,32 @@ class _Connections:
 
     def close(self) -> None:
         """Close the connections; the next request makes new ones."""
-        self.session.close()
+        _close_all(self._ways)
+        self._adapter.close()
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield `error` and what requests and urllib3 wrapped in it, outermost first."""
-    current: Optional[BaseException] = error
-    for _ in range(10):                             # they wrap four deep; a cycle ends here
-        if current is None:
-            return
-        yield current
-        inner = (getattr(current, "reason", None), *current.args)
-        current = next((item for item in inner if isinstance(item, BaseException)),
-                       current.__cause__ or current.__context__)
-
-
-def _reason(causes: Sequence[BaseException]) -> str:
-    """Return what the innermost error says, in a few words."""
-    for cause in reversed(causes):
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror.lower()
-    return str(causes[-1]) or type(causes[-1]).__name__
+def _reason(error: BaseException) -> str:
+    """Return what an error says, in a few words."""
+    inner = next((item for item in error.args if isinstance(item, BaseException)), None)
+    if inner is not None:                           # urllib3's errors about certificates
+        return _reason(inner)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__
 
 
 def _transport_error(
-    error: requests.RequestException, endpoint: str, *, write: bool,
+    error: Exception, endpoint: str, exchange: _Exchange, *, write: bool,
 ) -> TransportError:
-    """Return `error` in our terms; it decides whether a write may have reached the server."""
-    causes = list(_causes(error))
-    if isinstance(error, requests.ConnectTimeout):
-        return ConnectionFailed("connect timed out", endpoint=endpoint)
-    # Refused, unreachable, unknown name, untrusted certificate: no request was sent.
-    if any(isinstance(c, (NewConnectionError, ssl.SSLCertVerificationError)) for c in causes):
-        return ConnectionFailed(_reason(causes), endpoint=endpoint)
-    if any(isinstance(c, (requests.Timeout, ReadTimeoutError)) for c in causes):
+    """Return `error` in our terms; a request that was not sent has not been applied."""
+    timed_out = isinstance(error, (socket.timeout, TimeoutError))
+    if not exchange.sent:
+        # Refused, unreachable, unknown name, untrusted certificate.
+        reason = "connect timed out" if timed_out else _reason(error)
+        return ConnectionFailed(reason, endpoint=endpoint)
+    if timed_out:
         return RequestTimeout("no answer in time", endpoint=endpoint, maybe_applied=write)
-    if isinstance(error, requests.TooManyRedirects):
-        return BadReply("too many redirects", endpoint=endpoint)
-    return ConnectionFailed(_reason(causes), endpoint=endpoint, maybe_applied=write)
+    return ConnectionFailed(_reason(error), endpoint=endpoint, maybe_applied=write)
 
 
 def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
@@ -587,36 +1231,139 @@ def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
 
     A 4xx is a refusal.  After a 5xx to a write the proposal may sit in a log and be applied when
     the quorum returns (etcd 2.3 does that), or whoever stands between us and etcd lost the answer.
+    303 says that it was carried out, and where to look.
     """
-    maybe_applied = write and reply.status >= 500
+    maybe_applied = write and (reply.status >= 500 or reply.status == 303)
     try:
-        raw = _expect_object(reply.json())
+        payload = {**_expect_object(reply.json()), "status": reply.status}
     except (ValueError, RecursionError):
-        raw = {}
-    code, message = raw.get("errorCode"), str(raw.get("message", ""))
-    if isinstance(code, int):
-        index = raw.get("index")
-        return _API_ERRORS.get(code, ApiError)(
-            message, code=code, cause=str(raw.get("cause", "")),
-            index=index if isinstance(index, int) else 0,
-            status=reply.status, endpoint=endpoint, maybe_applied=maybe_applied)
+        payload = {"status": reply.status}
+    # Members and auth refuse a user or password without the header.
+    of_etcd = "message" in payload and (
+        reply.status == 401 or "X-Etcd-Cluster-Id" in reply.headers)
+    if of_etcd or isinstance(payload.get("errorCode"), int):
+        return EtcdError.from_payload(payload, endpoint=endpoint, maybe_applied=maybe_applied)
+    message = str(payload.get("message", "")) or f"HTTP status {reply.status}"
     if 300 <= reply.status < 400:
         message = f"redirected to {reply.headers.get('Location')}: not followed"
-    return HttpError(
-        message or f"HTTP status {reply.status}", status=reply.status, endpoint=endpoint,
-        maybe_applied=maybe_applied)
+    return HttpError(                               # whoever it was, it was not etcd
+        message, payload, status=reply.status, endpoint=endpoint, maybe_applied=maybe_applied)
+
+
+# -- connection states
+
+
+class ConnectionState(enum.Enum):
+    """What the last calls and watches of a client met; as kazoo's states.
+
+    CONNECTED  a server answered
+    SUSPENDED  no endpoint answered the last call; what was known may have changed meanwhile
+    LOST       SUSPENDED for `session_timeout` seconds, or no server ever answered
+    """
+
+    CONNECTED = "CONNECTED"
+    SUSPENDED = "SUSPENDED"
+    LOST = "LOST"
+
+
+_Listener = Callable[[ConnectionState], object]
+
+
+class _Connectivity:
+    """The state of a client's connection, and who wants to hear of it.
+
+    A timer turns SUSPENDED into LOST on time, even if nobody calls.  Thread: any.
+    """
+
+    def __init__(self, session_timeout_s: float) -> None:
+        self.state = ConnectionState.LOST
+        self.listeners: Tuple[_Listener, ...] = ()
+        self._session_timeout_s = session_timeout_s
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()               # guards what follows, and `state`
+        self._news: Deque[ConnectionState] = deque()    # not told yet
+        self._telling = False                       # a thread tells them, in order
+        self._timer: Optional[threading.Timer] = None
+
+    def report(self, answered: bool) -> None:
+        """Note the outcome of a call."""
+        if answered == (self.state is ConnectionState.CONNECTED):
+            return
+        if self._pid != os.getpid():                # a forked child has no timer, and perhaps
+            self._reset()                           # a lock that nobody will release
+        if answered:
+            self._move(ConnectionState.CONNECTED, ConnectionState.SUSPENDED, ConnectionState.LOST)
+        else:
+            self._move(ConnectionState.SUSPENDED, ConnectionState.CONNECTED)
+
+    def close(self) -> None:
+        """Stop the timer."""
+        timer = self._timer
+        if timer is not None:
+            timer.cancel()
+
+    def _lose(self) -> None:
+        self._move(ConnectionState.LOST, ConnectionState.SUSPENDED)
+
+    def _move(self, state: ConnectionState, *origins: ConnectionState) -> None:
+        with self._lock:
+            if self.state not in origins:           # another thread was first
+                return
+            self.state = state
+            self._news.append(state)
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if state is ConnectionState.SUSPENDED:
+                self._timer = threading.Timer(self._session_timeout_s, self._lose)
+                self._timer.daemon = True
+                self._timer.start()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Call the listeners, without the lock; changes reach all of them in order."""
+        while True:
+            with self._lock:
+                if self._telling or not self._news:
+                    return
+                self._telling, state = True, self._news.popleft()
+            for listener in self.listeners:
+                self._tell_one(listener, state)
+            with self._lock:
+                self._telling = False
+
+    def _tell_one(self, listener: _Listener, state: ConnectionState) -> None:
+        try:
+            if listener(state) is True:             # as for kazoo: once was enough
+                self.remove(listener)
+        except Exception:                           # the caller who happens to be here is innocent
+            _log.exception("a listener to the connection state failed")
+
+    def add(self, listener: _Listener) -> None:
+        """Remember a listener."""
+        self.listeners = (*self.listeners, listener)
+
+    def remove(self, listener: _Listener) -> None:
+        """Forget a listener; nothing happens if it is not known."""
+        self.listeners = tuple(known for known in self.listeners if known != listener)
 
 
 # ============================================================================
-# 4. Client
+# 4. Calls and verbs
 # ----------------------------------------------------------------------------
-# Knows: sections 1-3.  Client._request is the only place that does I/O.
+# Knows: sections 1-3.  _Caller._exchange is the only place that does I/O.
 # ============================================================================
 
-_READS = frozenset(("GET", "HEAD"))
-_SUCCESS: FrozenSet[int] = frozenset((200, 201))
+_READS: FrozenSet[str] = frozenset(("GET", "HEAD"))
+_SUCCESS: FrozenSet[int] = frozenset((200, 201, 204))
 _HEALTH_STATUSES: FrozenSet[int] = frozenset((200, 503))    # /health, /v2/members/leader
-_FORM_HEADERS = {"Content-Type": "application/x-www-form-urlencoded"}
+_FORM_TYPE = "application/x-www-form-urlencoded"
+_JSON_TYPE = "application/json"
+
+_REDIRECTS: FrozenSet[int] = frozenset((301, 302, 303, 307, 308))
 
 _Field = Union[None, bool, int, str]                # a parameter; None leaves it out
 
@@ -636,6 +1383,13 @@ def _clean_key(key: str) -> str:
     return "/" + "/".join(parts)
 
 
+def _text(value: object) -> str:
+    """Return a value as the text that is stored; None is the empty one, bytes are kept."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    return "" if value is None else str(value)
+
+
 def _encode_fields(fields: Mapping[str, _Field]) -> str:
     """Return the parameters that were given, form-encoded."""
     given = {
@@ -645,11 +1399,39 @@ def _encode_fields(fields: Mapping[str, _Field]) -> str:
     return urlencode(given, errors="surrogateescape")
 
 
-def _keys_target(key: str, query: Mapping[str, _Field]) -> str:
+def _target(path: str, query: Mapping[str, _Field]) -> str:
     # Lone surrogates stand for bytes that are not UTF-8, as they come from sys.argv.
-    path = quote("/v2/keys" + _clean_key(key), errors="surrogateescape")
-    text = _encode_fields(query)
+    path, text = quote(path, errors="surrogateescape"), _encode_fields(query)
     return f"{path}?{text}" if text else path
+
+
+def _keys_target(key: str, query: Mapping[str, _Field], version_prefix: str = "/v2") -> str:
+    return _target(f"{version_prefix}/keys{_clean_key(key)}", query)
+
+
+class _NotGiven:
+    """Stands for a condition that is left out: None, from a careless caller, must not."""
+
+
+_NOT_GIVEN = _NotGiven()
+
+
+def _conditions(prev_value: object, prev_index: object, prev_exist: object = _NOT_GIVEN,
+                ) -> Dict[str, _Field]:
+    """Return the conditions that were given; raise EtcdValueError for one that is none."""
+    fields: Dict[str, _Field] = {}
+    if prev_value is None or prev_index is None or prev_exist is None:
+        raise EtcdValueError("a condition is None: leave it out, or say what to compare with")
+    if prev_value is not _NOT_GIVEN:
+        fields["prevValue"] = _text(prev_value)
+    if prev_index is not _NOT_GIVEN:
+        # To the server prevIndex=0 is no condition at all: the write would be unconditional.
+        if isinstance(prev_index, int) and prev_index < 1:
+            raise EtcdValueError("prev_index is a modified index, 1 or more")
+        fields["prevIndex"] = _text(prev_index)
+    if prev_exist is not _NOT_GIVEN:
+        fields["prevExist"] = bool(prev_exist)
+    return fields
 
 
 @dataclass(frozen=True)
@@ -660,6 +1442,8 @@ class _Call(Generic[_T]):
     target: str                                     # path and query, percent-encoded
     parse: Callable[[_Reply], _T]
     form: Optional[bytes] = None
+    content_type: str = _FORM_TYPE
+    timeout: Optional[float] = None                 # seconds in all; None: the client's; 0: no end
     statuses: FrozenSet[int] = _SUCCESS             # those `parse` understands
     on_head: Optional[Callable[[_Reply], None]] = None  # called before a body that may take long
 
@@ -676,185 +1460,142 @@ def _is_endpoint_failure(error: EtcdError) -> bool:
     return error.status >= 500
 
 
-class Client:
-    """A connection to an etcd cluster; safe to share between threads.
+_CallerType = TypeVar("_CallerType", bound="_Caller")
+_USER_AGENT = f"pyetcd-client/{__version__}"
 
-    Client()                               http://127.0.0.1:2379
-    Client("http://h:p", "h:p", ...)       several members of one cluster
-    Client(endpoints=[...])                the same
 
-    connect_timeout_s  to make a connection
-    read_timeout_s     for each silence of the server; below 7 it may cut short etcd's own answer
-    total_timeout_s    for a call over all endpoints: when it has passed no other one is tried
+_LASTING = (ssl.SSLError, FileNotFoundError, PermissionError, UrllibError)
 
-    Every keys method returns a Result and raises an EtcdError.  Keys may be written with or
-    without the leading slash.  Nothing is sent before the first call.
 
-    Thread: any.  Each thread has connections of its own, so calls never wait for each other.
-    """
+def _lasts(error: EtcdError) -> bool:
+    """Whether a failure will be the same in a moment: bad certificates, garbage."""
+    broken_off = (ssl.SSLEOFError, ssl.SSLZeroReturnError)      # the server ended, as it may
+    return isinstance(error, BadReply) or (
+        isinstance(error.__cause__, _LASTING) and not isinstance(error.__cause__, broken_off))
+
+
+def _backoff_s(rounds: int) -> float:
+    """Return how long to wait after so many rounds of failures: longer each time, never alike."""
+    longest_s = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2 ** min(rounds - 1, 10))
+    return float(longest_s * random.uniform(0.5, 1.0))
+
+
+def _environment() -> Dict[str, Any]:
+    """Return what the ETCDCTL_* variables say, as arguments of Client."""
+    given = {name: value for name, value in os.environ.items() if value}
+    settings: Dict[str, Any] = {}
+    for name in ("ETCDCTL_ENDPOINTS", "ETCDCTL_ENDPOINT", "ETCDCTL_PEERS"):
+        if name in given:
+            settings.setdefault("endpoints", given[name].split(","))
+    if "ETCDCTL_DISCOVERY_SRV" in given and not settings:
+        settings["srv_domain"] = given["ETCDCTL_DISCOVERY_SRV"]
+    if "ETCDCTL_CERT_FILE" in given:
+        pair = given["ETCDCTL_CERT_FILE"], given.get("ETCDCTL_KEY_FILE")
+        settings["cert"] = pair if pair[1] else pair[0]
+    if "ETCDCTL_CA_FILE" in given:
+        settings["ca_cert"] = given["ETCDCTL_CA_FILE"]
+    if "ETCDCTL_USERNAME" in given:
+        settings["username"], _, password = given["ETCDCTL_USERNAME"].partition(":")
+        settings["password"] = password or given.get("ETCDCTL_PASSWORD")
+    return settings
+
+
+class _Caller:
+    """What all parts of a client share: endpoints, connections, and the way a call goes."""
 
     def __init__(
-        self, *urls: str, endpoints: Optional[Iterable[str]] = None,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S, read_timeout_s: float = READ_TIMEOUT_S,
-        total_timeout_s: float = TOTAL_TIMEOUT_S,
+        self, host: Union[str, Sequence[_Address]] = "127.0.0.1", port: int = 2379,
+        srv_domain: Optional[str] = None, version_prefix: str = "/v2",
+        read_timeout: float = READ_TIMEOUT_S, allow_redirect: bool = True, protocol: str = "http",
+        cert: Union[None, str, Tuple[str, str]] = None, ca_cert: Optional[str] = None,
+        username: Optional[str] = None, password: Optional[str] = None,
+        allow_reconnect: bool = True, use_proxies: bool = False,
+        expected_cluster_id: Optional[str] = None, per_host_pool_size: int = 10,
+        lock_prefix: str = "/_locks", *, endpoints: Optional[Iterable[str]] = None,
+        connect_timeout: float = CONNECT_TIMEOUT_S, total_timeout: float = TOTAL_TIMEOUT_S,
+        session_timeout: float = SESSION_TIMEOUT_S, sync: bool = False, retry: bool = True,
+        verify: bool = True, proxies: Optional[Mapping[str, str]] = None,
+        on_state: Optional[_Listener] = None,
     ) -> None:
-        if urls and endpoints is not None:
-            raise ValueError("give endpoints either as arguments or as endpoints=, not both")
-        if min(connect_timeout_s, read_timeout_s, total_timeout_s) <= 0:
-            raise ValueError("timeouts are seconds above 0")
-        self.endpoints = Endpoints(
-            (urls or (DEFAULT_ENDPOINT,)) if endpoints is None else endpoints)
-        self.cluster_id: Optional[str] = None       # hex; from the first answer
-        self.connect_timeout_s = connect_timeout_s
-        self.read_timeout_s = read_timeout_s
-        self.total_timeout_s = total_timeout_s
-        self._local = threading.local()             # .connections: those of the calling thread
+        if min(read_timeout, total_timeout) < 0 or connect_timeout <= 0 or session_timeout <= 0:
+            raise EtcdValueError("timeouts are seconds above 0; 0 for none, except for connecting")
+        if (username is None) != (password is None):
+            raise EtcdValueError("username and password belong together")
+        if any(not url.startswith(("http://", "https://")) for url in (proxies or {}).values()):
+            raise EtcdValueError("a proxy is http://... or https://...")
+        if srv_domain is None:
+            urls = _listed_urls(host, port, protocol) if endpoints is None else endpoints
+            self.endpoints = Endpoints(urls)
+        else:
+            self.endpoints = Endpoints()            # filled by the first call: no I/O here
+        self.version_prefix = version_prefix
+        self.read_timeout = read_timeout
+        self.connect_timeout = connect_timeout
+        self.total_timeout = total_timeout
+        self.allow_redirect = allow_redirect
+        self.username, self.password = username, password
+        self.lock_prefix = lock_prefix
+        self.cluster_id = expected_cluster_id       # hex; from the first answer if not given
+        self._srv = None if srv_domain is None else (srv_domain, protocol)
+        self._sync = sync and not use_proxies
+        self._refresh_at = 0.0 if sync or srv_domain else math.inf  # monotonic seconds
+        self._reconnect = allow_reconnect
+        self._retry = retry and allow_reconnect
+        self._trust = _Trust((ca_cert or True) if verify else False, cert, dict(proxies or {}))
+        self._idle: Deque[_Connections] = deque()   # the last one used is used next
+        self._idle_max = per_host_pool_size
+        self._connectivity = _Connectivity(session_timeout)
+        if on_state is not None:
+            self.add_listener(on_state)
 
-    # -- keys: reading
+    @classmethod
+    def from_env(cls: Type[_CallerType], **settings: Any) -> _CallerType:
+        """Return a client as the ETCDCTL_* variables describe it; `settings` have precedence.
 
-    def get(
-        self, key: str, *, recursive: bool = False, sorted: bool = False, quorum: bool = False,
-    ) -> Result:
-        """Return the node at `key`.
-
-        recursive  list a directory to all depths, not only its children
-        sorted     order each level of a listing by key
-        quorum     read through consensus: never stale, slower, fails without a quorum
+        ETCDCTL_ENDPOINTS, else ETCDCTL_ENDPOINT, else ETCDCTL_PEERS; without those
+        ETCDCTL_DISCOVERY_SRV.  ETCDCTL_CERT_FILE, ETCDCTL_KEY_FILE, ETCDCTL_CA_FILE.
+        ETCDCTL_USERNAME: user:password, or the user alone beside ETCDCTL_PASSWORD.
         """
-        query = {"recursive": recursive or None, "sorted": sorted or None, "quorum": quorum or None}
-        return self._perform(_Call("GET", _keys_target(key, query), _parse_result))
+        return cls(**{**_environment(), **settings})
 
-    def ls(
-        self, key: str = "/", *, recursive: bool = False, quorum: bool = False,
-    ) -> List[Node]:
-        """Return the visible nodes of a directory ordered by key; for a file, the file itself.
+    # -- endpoints and states
 
-        recursive  every node below, parents before their children
+    def sync(self) -> Tuple[str, ...]:
+        """Ask for the member list, use the URLs in it too, and return all endpoints.
+
+        Those given at the start stay.  With `sync=True` for the constructor this happens by
+        itself: after the first call, after a failover, and about every SYNC_INTERVAL_S seconds.
         """
-        node = self.get(key, recursive=recursive, sorted=True, quorum=quorum).node
-        return list(node.walk()) if node.dir else [node]
+        self._learn_members(None)
+        return self.endpoints.urls
 
-    # -- keys: writing
+    @property
+    def state(self) -> ConnectionState:
+        """What the last calls and watches met; an idle client does not look."""
+        return self._connectivity.state
 
-    def set(self, key: str, value: str, *, ttl: Optional[int] = None) -> Result:
-        """Write a file, whether or not it exists; parents are created.
+    def add_listener(self, listener: _Listener) -> None:
+        """Have `listener(state)` called at every change of `state`, in order.
 
-        ttl  seconds until it expires; None: never, whatever was set before
+        It runs in the thread that noticed the change and must not block: start a thread for
+        what takes long.  It is removed when it returns True; what it raises is logged.
         """
-        return self._put(key, {"value": value, "ttl": ttl})
+        self._connectivity.add(listener)
 
-    def create(self, key: str, value: str, *, ttl: Optional[int] = None) -> Result:
-        """Write a file that must not exist yet.  Raises NodeExists."""
-        return self._put(key, {"value": value, "ttl": ttl, "prevExist": False})
-
-    def update(self, key: str, value: str, *, ttl: Optional[int] = None) -> Result:
-        """Write a file that must exist.  Raises KeyNotFound."""
-        return self._put(key, {"value": value, "ttl": ttl, "prevExist": True})
-
-    def append(self, key: str, value: str, *, ttl: Optional[int] = None) -> Result:
-        """Create a file with the next name in directory `key`; names sort in order of creation.
-
-        After an error with maybe_applied=True only a look at the directory tells whether the
-        value is in: make values unique if that matters.
-        """
-        form = _encode_fields({"value": value, "ttl": ttl}).encode()
-        return self._perform(_Call("POST", _keys_target(key, {}), _parse_result, form))
-
-    def refresh(self, key: str, ttl: int) -> Result:
-        """Give an existing file a new ttl and leave its value; watchers are not told.
-
-        Needs etcd 2.3: earlier ones do not know refresh and would empty the value.
-        """
-        return self._put(key, {"ttl": ttl, "refresh": True, "prevExist": True})
-
-    def compare_and_swap(
-        self, key: str, value: str, *, prev_value: Optional[str] = None,
-        prev_index: Optional[int] = None, ttl: Optional[int] = None,
-    ) -> Result:
-        """Write a file if it has the given value and modified index.  Raises CompareFailed.
-
-        At least one condition is needed.  The API cannot compare with an empty value.
-        """
-        conditions = self._conditions(prev_value, prev_index)
-        return self._put(key, {"value": value, "ttl": ttl, **conditions})
-
-    def delete(self, key: str, *, dir: bool = False, recursive: bool = False) -> Result:
-        """Remove a file; with `dir` also an empty directory, with `recursive` also a full one."""
-        return self._delete(key, {"dir": dir or None, "recursive": recursive or None})
-
-    def compare_and_delete(
-        self, key: str, *, prev_value: Optional[str] = None, prev_index: Optional[int] = None,
-    ) -> Result:
-        """Remove a file if it has the given value and modified index.  Raises CompareFailed."""
-        return self._delete(key, self._conditions(prev_value, prev_index))
-
-    def mkdir(self, key: str, *, ttl: Optional[int] = None) -> Result:
-        """Create a directory that must not exist yet; with `ttl`, it expires with its content."""
-        return self._put(key, {"dir": True, "ttl": ttl, "prevExist": False})
-
-    def rmdir(self, key: str) -> Result:
-        """Remove an empty directory (or a file, as etcd does).  Raises DirNotEmpty."""
-        return self.delete(key, dir=True)
-
-    # -- keys: watching
-
-    def watch(
-        self, key: str, *, recursive: bool = False, index: Optional[int] = None,
-        timeout: Optional[float] = None,
-    ) -> Result:
-        """Return the next change of `key` (with `recursive`, also of what lies below).
-
-        index    the first change to consider: modified_index + 1 of the last one seen; None: now
-        timeout  seconds to wait for a change; None: for ever.  Raises WatchTimeout.
-
-        Raises EventIndexCleared if `index` is more than 1000 changes back.
-        """
-        with Watch(self, key, recursive=recursive, index=index, timeout=timeout) as events:
-            return next(events)
-
-    def watch_iter(
-        self, key: str, *, recursive: bool = False, index: Optional[int] = None,
-        relist: bool = False,
-    ) -> Watch:
-        """Return an endless iterator over the changes of `key`; see Watch."""
-        return Watch(self, key, recursive=recursive, index=index, relist=relist)
-
-    # -- cluster
-
-    def members(self) -> List[Member]:
-        """Return the members of the cluster, ordered by id."""
-        return self._perform(_Call("GET", "/v2/members", _parse_members))
-
-    def leader(self) -> Optional[Member]:
-        """Return the leader as the answering member knows it; None during an election."""
-        call = _Call("GET", "/v2/members/leader", _parse_leader, statuses=_HEALTH_STATUSES)
-        return self._perform(call)
-
-    def stats(self, name: str = "self") -> Dict[str, Any]:
-        """Return statistics of the answering member: `self`, `store` or (leader only) `leader`."""
-        if name not in ("self", "store", "leader"):
-            raise ValueError(f"no such statistics: {name!r}; there are self, store and leader")
-        return self._perform(_Call("GET", f"/v2/stats/{name}", _parse_object))
-
-    def version(self) -> Dict[str, str]:
-        """Return {"etcdserver": ..., "etcdcluster": ...} of the answering member."""
-        return self._perform(_Call("GET", "/version", _parse_version))
-
-    def health(self, endpoint: Optional[str] = None) -> bool:
-        """Return what one server says of itself (the one in use, if none is given).
-
-        Raises TransportError if it does not answer.
-        """
-        base_url = self.endpoints.current if endpoint is None else _base_url(endpoint)
-        call = _Call("GET", "/health", _parse_health, statuses=_HEALTH_STATUSES)
-        timeouts = (self.connect_timeout_s, self.read_timeout_s)
-        return self._request(base_url, call, self._connections(), timeouts)
+    def remove_listener(self, listener: _Listener) -> None:
+        """Call `listener` no more; nothing happens if it is not known."""
+        self._connectivity.remove(listener)
 
     def close(self) -> None:
-        """Close the calling thread's connections; other threads' close when they end."""
-        self._connections().close()
+        """Close the idle connections; those in use are closed, or used, when they become idle.
 
-    def __enter__(self) -> Client:
+        The client stays usable.
+        """
+        self._connectivity.close()
+        while self._idle:
+            self._idle.pop().close()
+
+    def __enter__(self: _CallerType) -> _CallerType:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -862,91 +1603,172 @@ class Client:
 
     # -- below: no public names
 
-    def _put(self, key: str, fields: Mapping[str, _Field]) -> Result:
-        form = _encode_fields(fields).encode()
-        return self._perform(_Call("PUT", _keys_target(key, {}), _parse_result, form))
-
-    def _delete(self, key: str, query: Mapping[str, _Field]) -> Result:
-        return self._perform(_Call("DELETE", _keys_target(key, query), _parse_result))
-
-    @staticmethod
-    def _conditions(prev_value: Optional[str], prev_index: Optional[int]) -> Dict[str, _Field]:
-        # To the server prevIndex=0 is no condition at all: the write would be unconditional.
-        if prev_value is None and prev_index is None:
-            raise ValueError("prev_value or prev_index is needed")
-        if prev_index is not None and prev_index < 1:
-            raise ValueError("prev_index is a modified index, 1 or more")
-        return {"prevValue": prev_value, "prevIndex": prev_index}
-
-    def _connections(self) -> _Connections:
-        connections: Optional[_Connections] = getattr(self._local, "connections", None)
-        if connections is None or connections.pid != os.getpid():
-            connections = self._local.connections = _Connections()
-        return connections
-
     def _perform(self, call: _Call[_T]) -> _T:
-        """Send `call` to one endpoint after the other, as long as that is safe.
+        """Send `call` to one endpoint after the other, and again, as long as that is safe.
 
         Raises the error of the endpoint tried first, with those of the others in `failures`.
         """
-        deadline = time.monotonic() + self.total_timeout_s
-        failures: List[EtcdError] = []
-        for endpoint in self.endpoints.candidates():
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                break
-            timeouts = (min(self.connect_timeout_s, left_s), min(self.read_timeout_s, left_s))
-            try:
-                return self._request(endpoint, call, self._connections(), timeouts)
-            except EtcdError as error:
-                self._note_failure(endpoint, call, error)
-                failures.append(error)
-        failures[0].others = tuple(failures[1:])
-        raise failures[0]
+        deadline = time.monotonic() + _seconds(
+            self.total_timeout if call.timeout is None else call.timeout)
+        self._discover_endpoints(deadline)
+        failures: Dict[str, EtcdError] = {}
+        for rounds in itertools.count(1):
+            candidates = self.endpoints.candidates()[:None if self._reconnect else 1]
+            for position, endpoint in enumerate(candidates):
+                if position and time.monotonic() >= deadline:
+                    break
+                try:
+                    result = self._attempt(endpoint, call, deadline, len(candidates) - position)
+                except EtcdError as error:
+                    failures[endpoint] = error
+                    self._note_failure(endpoint, call, error)
+                else:
+                    self._note_success(bool(failures))
+                    return result
+            self._connectivity.report(False)
+            self._pause(rounds, failures, deadline)
+        raise AssertionError("unreachable")
+
+    def _note_success(self, after_failures: bool) -> None:
+        self._connectivity.report(True)
+        if self._sync and (after_failures or time.monotonic() >= self._refresh_at):
+            with contextlib.suppress(EtcdError):
+                self._learn_members(SYNC_TIMEOUT_S)
 
     def _note_failure(self, endpoint: str, call: _Call[Any], error: EtcdError) -> None:
         """Give up `endpoint` if it failed; raise `error` again unless the next may be tried."""
         if not _is_endpoint_failure(error):
+            self._connectivity.report(True)
             raise error
-        self.endpoints.failed(endpoint)
+        self._give_up(endpoint)
         never_sent = isinstance(error, ConnectionFailed) and not error.maybe_applied
         if call.write and not never_sent:
+            self._connectivity.report(False)
             raise error
 
-    def _request(
-        self, endpoint: str, call: _Call[_T], connections: _Connections,
-        timeouts: Tuple[float, float],
-    ) -> _T:
-        """Send `call` to `endpoint` once and return what its answer means."""
-        session = connections.ready()
-        try:
-            # Redirects of reads are followed.  A write that is redirected may already have been
-            # carried out by who redirects it, so that is an error.
-            with session.request(
-                call.method, endpoint + call.target, data=call.form, timeout=timeouts, stream=True,
-                headers=_FORM_HEADERS if call.form is not None else None,
-                allow_redirects=not call.write,
-            ) as response:
-                if call.on_head is not None and response.status_code == 200:
-                    call.on_head(_Reply(response.status_code, response.headers, b""))
-                reply = _Reply(response.status_code, response.headers, response.content)
-        except requests.RequestException as error:
-            raise _transport_error(error, endpoint, write=call.write) from error
-        connections.used()
-        self._check_cluster(endpoint, call, reply)
-        return self._judge(endpoint, call, reply)
+    def _give_up(self, endpoint: str) -> None:
+        if self._reconnect:
+            self.endpoints.failed(endpoint)
 
-    def _check_cluster(self, endpoint: str, call: _Call[Any], reply: _Reply) -> None:
-        cluster_id = reply.headers.get("X-Etcd-Cluster-Id")
-        if cluster_id is None:                      # /version, /health, stats
+    def _pause(self, rounds: int, failures: Mapping[str, EtcdError], deadline: float) -> None:
+        """Wait before the next round; raise what the last one brought if there must be none."""
+        pause_s = _backoff_s(rounds)
+        hopeless = not self._retry or all(map(_lasts, failures.values()))
+        if hopeless or time.monotonic() + pause_s >= deadline:
+            first, *others = failures.values()
+            first.others = tuple(others)
+            raise first
+        time.sleep(pause_s)
+
+    def _discover_endpoints(self, deadline: float) -> None:
+        """Look the endpoints up in DNS, at first and then now and again."""
+        now = time.monotonic()
+        if self._srv is None or (now < self._refresh_at and self.endpoints.urls):
             return
-        known = self.cluster_id = self.cluster_id or cluster_id
-        if known != cluster_id:
-            raise ClusterIdChanged(
-                f"cluster id is {cluster_id}, was {known}", status=reply.status,
-                endpoint=endpoint, maybe_applied=call.write and reply.status in _SUCCESS)
+        try:
+            self.endpoints.give(_discover(*self._srv, min(deadline, now + self.total_timeout)))
+        except ConnectionFailed:
+            if not self.endpoints.urls:             # else go on with the old ones
+                raise
+        if not self._sync:
+            self._refresh_at = now + SYNC_INTERVAL_S
+
+    def _learn_members(self, timeout: Optional[float]) -> None:
+        self._refresh_at = time.monotonic() + SYNC_INTERVAL_S   # for other threads, and ours
+        call = _Call("GET", f"{self.version_prefix}/members", _parse_members, timeout=timeout)
+        urls = [url for member in self._perform(call) for url in member.client_urls]
+        with contextlib.suppress(ValueError):       # nonsense in the list: keep what we have
+            self.endpoints.learn([_base_url(url) for url in urls])
+
+    def _attempt(
+        self, endpoint: str, call: _Call[_T], deadline: float, sharers: int = 1,
+    ) -> _T:
+        """Send `call` to `endpoint` once.
+
+        sharers  endpoints still to be tried: a read leaves them their part of the time that is left
+        """
+        if sharers > 1 and not call.write and deadline < math.inf:
+            deadline -= (deadline - time.monotonic()) * (sharers - 1) / sharers
+        silence_s = _seconds(self.read_timeout)
+        return self._request(endpoint, call, _Exchange(deadline, silence_s, self.connect_timeout))
+
+    def _request(self, endpoint: str, call: _Call[_T], exchange: _Exchange) -> _T:
+        """Perform `call` at `endpoint` and return what its answer means.
+
+        Redirects of reads are followed, and of writes those with 307 and 308: who sends one has
+        not carried out the request (RFC 9110 section 15.4), as followers of etcd 0.4 do.  After
+        any other a write may have been carried out, so that is an error.
+        """
+        connections = self._take()
+        base, target = endpoint, call.target
+        try:
+            for _ in range(REDIRECTS_MAX + 1):
+                reply = self._exchange(base, target, call, exchange, connections)
+                if reply.status not in _REDIRECTS or not self._follows(call, reply):
+                    return self._judge(base, call, reply)
+                where = urlsplit(urljoin(base + target, reply.headers.get("Location", "")))
+                base, target = f"{where.scheme}://{where.netloc}", where._replace(
+                    scheme="", netloc="", fragment="").geturl() or "/"
+        finally:
+            exchange.done()
+            self._give_back(connections)
+        raise BadReply("too many redirects", endpoint=base)
+
+    def _follows(self, call: _Call[Any], reply: _Reply) -> bool:
+        harmless = not call.write or reply.status in (307, 308)
+        return self.allow_redirect and harmless and "Location" in reply.headers
+
+    def _exchange(
+        self, base: str, target: str, call: _Call[Any], exchange: _Exchange,
+        connections: _Connections,
+    ) -> _Reply:
+        """Send one request and read its answer: the only place that does I/O."""
+        exchange.sent = False
+        headers = self._headers(base, call)
+        try:
+            return connections.perform(
+                exchange, base, call.method, target, call.form, headers, call.on_head)
+        except (OSError, http.client.HTTPException, UrllibError) as error:
+            raise _transport_error(error, base, exchange, write=call.write) from error
+
+    def _headers(self, base: str, call: _Call[Any]) -> Dict[str, str]:
+        headers = {"User-Agent": _USER_AGENT}
+        if call.form is not None:
+            headers["Content-Type"] = call.content_type
+        if self.username is not None and base in self.endpoints.urls:   # not for where redirects
+            credentials = f"{self.username}:{self.password}".encode()   # lead to
+            headers["Authorization"] = "Basic " + base64.b64encode(credentials).decode()
+        return headers
+
+    def _take(self) -> _Connections:
+        """Return connections for one exchange; whoever takes them gives them back."""
+        while self._idle:
+            with contextlib.suppress(IndexError):   # another thread was faster
+                connections = self._idle.pop()
+                if connections.pid == os.getpid():
+                    return connections
+        return _Connections(self._trust)
+
+    def _give_back(self, connections: _Connections) -> None:
+        connections.used()
+        self._idle.append(connections)
+        if len(self._idle) > self._idle_max:        # close the oldest, when a rush is over
+            with contextlib.suppress(IndexError):
+                oldest = self._idle.popleft()
+                if oldest.is_stale():
+                    oldest.close()
+                else:
+                    self._idle.appendleft(oldest)
 
     def _judge(self, endpoint: str, call: _Call[_T], reply: _Reply) -> _T:
+        """Return what an answer means, or raise the error it stands for."""
+        cluster_id = reply.headers.get("X-Etcd-Cluster-Id")     # not of /version, /health, stats
+        if cluster_id is not None and cluster_id != self.cluster_id:
+            if self.cluster_id is not None:
+                raise ClusterIdChanged(
+                    f"cluster id is {cluster_id}, was {self.cluster_id}", status=reply.status,
+                    endpoint=endpoint, maybe_applied=call.write and reply.status in _SUCCESS)
+            self.cluster_id = cluster_id
         if reply.status not in call.statuses:
             raise _status_error(reply, endpoint, write=call.write)
         try:
@@ -957,64 +1779,507 @@ class Client:
                 status=reply.status, endpoint=endpoint, maybe_applied=call.write) from error
 
 
+class _Keys(_Caller):
+    """The verbs of the keys API, but for those that wait.
+
+    Everywhere `ttl` is in seconds, None for a key that stays; `timeout` is the deadline of this
+    call, seconds over all endpoints, None for the client's `total_timeout`, 0 for none.  A value
+    is text; bytes are stored as they are, other objects as `str` shows them.
+    """
+
+    # -- reading
+
+    def get(
+        self, key: str, *, recursive: bool = False, sorted: bool = False, quorum: bool = False,
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Return the node at `key`.  Raises KeyNotFound.
+
+        recursive  list a directory to all depths, not only its children
+        sorted     order each level of a listing by key
+        quorum     read through consensus: never stale, slower, fails without a quorum
+        """
+        query = {"recursive": recursive or None, "sorted": sorted or None, "quorum": quorum or None}
+        return self._keys_call("GET", key, query=query, timeout=timeout)
+
+    def ls(
+        self, key: str = "/", *, recursive: bool = False, quorum: bool = False,
+        timeout: Optional[float] = None,
+    ) -> List[Node]:
+        """Return the visible nodes of a directory ordered by key; for a file, the file itself.
+
+        recursive  every node below, parents before their children
+        """
+        node = self.get(
+            key, recursive=recursive, sorted=True, quorum=quorum, timeout=timeout).node
+        return list(node.walk()) if node.dir else [node]
+
+    def __contains__(self, key: str) -> bool:
+        """Whether `key` exists, as a file or a directory."""
+        try:
+            self.get(key)
+        except KeyNotFound:
+            return False
+        return True
+
+    # -- writing
+
+    def set(
+        self, key: str, value: object, ttl: Optional[int] = None, *,
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Write a file, whether or not it exists; parents are created.
+
+        A ttl that was set before does not last.  Raises NotFile for a directory.
+        """
+        return self._put(key, {"value": _text(value), "ttl": ttl}, timeout)
+
+    def create(
+        self, key: str, value: object, ttl: Optional[int] = None, *,
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Write a file that must not exist yet.  Raises NodeExists."""
+        return self._put(key, {"value": _text(value), "ttl": ttl, "prevExist": False}, timeout)
+
+    @overload
+    def update(self, key: str, value: object, ttl: Optional[int] = None, *,
+               timeout: Optional[float] = None) -> EtcdResult: ...
+
+    @overload
+    def update(self, key: EtcdResult, *, timeout: Optional[float] = None) -> EtcdResult: ...
+
+    def update(
+        self, key: Union[str, EtcdResult], value: object = None, ttl: Optional[int] = None, *,
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Write a file that must exist.  Raises KeyNotFound.
+
+        Instead of key and value: a result, whose `value` and `ttl` you may have changed.  It is
+        written if nobody else wrote the key since.  Raises CompareFailed.  A directory takes a
+        new ttl; nothing is compared, as etcd cannot.
+        """
+        if isinstance(key, str):
+            return self._put(key, {"value": _text(value), "ttl": ttl, "prevExist": True}, timeout)
+        if key.dir:
+            return self.write(key.key, key.value, key.ttl, dir=True, prevExist=True,
+                              timeout=timeout)
+        return self.write(key.key, key.value, key.ttl, prevExist=True,
+                          prevIndex=key.modified_index, timeout=timeout)
+
+    def append(
+        self, key: str, value: object, ttl: Optional[int] = None, *,
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Create a file with the next name in directory `key`; names sort in order of creation.
+
+        After an error with maybe_applied=True only a look at the directory tells whether the
+        value is in: make values unique if that matters.
+        """
+        return self._keys_call("POST", key, {"value": _text(value), "ttl": ttl}, timeout=timeout)
+
+    def refresh(
+        self, key: str, ttl: int, *, prevValue: object = _NOT_GIVEN,
+        prevIndex: object = _NOT_GIVEN, timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Give an existing file a new ttl and leave its value; watchers are not told.
+
+        Needs etcd 2.3: earlier ones do not know refresh and would empty the value.
+        """
+        conditions = _conditions(prevValue, prevIndex)
+        fields: Dict[str, _Field] = {"ttl": ttl, "refresh": True, "prevExist": True}
+        return self._put(key, {**fields, **conditions}, timeout)
+
+    def compare_and_swap(
+        self, key: str, value: object, *, prev_value: Optional[object] = None,
+        prev_index: Optional[int] = None, ttl: Optional[int] = None,
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Write a file if it has the given value and modified index.  Raises CompareFailed.
+
+        At least one condition is needed.  The API cannot compare with an empty value.
+        """
+        fields: Dict[str, _Field] = {"value": _text(value), "ttl": ttl}
+        return self._put(key, {**fields, **_needed(prev_value, prev_index)}, timeout)
+
+    def test_and_set(
+        self, key: str, value: object, prev_value: object, ttl: Optional[int] = None, *,
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Write a file if it has the value `prev_value`.  Raises CompareFailed."""
+        return self.compare_and_swap(
+            key, value, prev_value=prev_value, ttl=ttl, timeout=timeout)
+
+    def write(
+        self, key: str, value: object, ttl: Optional[int] = None, dir: bool = False,
+        append: bool = False, *, prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
+        prevExist: object = _NOT_GIVEN, refresh: bool = False, timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Write in any of the ways above, chosen by python-etcd's options.
+
+        dir        make a directory; the value is None
+        append     create a file with the next name in directory `key`
+        prevValue  the value the file must have, and
+        prevIndex  the modified index it must have; else CompareFailed
+        prevExist  False: create only, else NodeExists.  True: update only, else KeyNotFound
+        refresh    change only the ttl and tell no watcher; the value is None
+
+        Raises EtcdValueError for a condition that is None: leave it out if there is none.
+        """
+        if dir and value:
+            raise EtcdValueError("a directory has no value")
+        given = None if value is None and (dir or refresh) else _text(value)
+        fields: Dict[str, _Field] = {
+            "value": given, "ttl": ttl, "dir": dir or None, "refresh": refresh or None}
+        conditions = _conditions(prevValue, prevIndex, prevExist)
+        method = "POST" if append else "PUT"
+        return self._keys_call(method, key, {**fields, **conditions}, timeout=timeout)
+
+    # -- removing
+
+    def delete(
+        self, key: str, recursive: Optional[bool] = None, dir: Optional[bool] = None, *,
+        prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Remove a file; with `dir` also an empty directory, with `recursive` also a full one.
+
+        With prevValue or prevIndex: only a file that has them.  Raises CompareFailed.
+        """
+        query: Dict[str, _Field] = {"recursive": recursive or None, "dir": dir or None}
+        query.update(_conditions(prevValue, prevIndex))
+        return self._keys_call("DELETE", key, query=query, timeout=timeout)
+
+    def pop(
+        self, key: str, recursive: Optional[bool] = None, dir: Optional[bool] = None, *,
+        prevValue: object = _NOT_GIVEN, prevIndex: object = _NOT_GIVEN,
+        timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Remove as `delete` does and return what was there."""
+        gone = self.delete(key, recursive, dir, prevValue=prevValue, prevIndex=prevIndex,
+                           timeout=timeout)
+        return EtcdResult(node=gone.prev_node or gone.node, etcd_index=gone.etcd_index)
+
+    def compare_and_delete(
+        self, key: str, *, prev_value: Optional[object] = None,
+        prev_index: Optional[int] = None, timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Remove a file if it has the given value and modified index.  Raises CompareFailed."""
+        return self._keys_call(
+            "DELETE", key, query=_needed(prev_value, prev_index), timeout=timeout)
+
+    # -- directories
+
+    def mkdir(
+        self, key: str, ttl: Optional[int] = None, *, timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Create a directory that must not exist yet; with `ttl`, it expires with its content."""
+        return self._put(key, {"dir": True, "ttl": ttl, "prevExist": False}, timeout)
+
+    def rmdir(self, key: str, *, timeout: Optional[float] = None) -> EtcdResult:
+        """Remove an empty directory (or a file, as etcd does).  Raises DirNotEmpty."""
+        return self.delete(key, dir=True, timeout=timeout)
+
+    # -- below: no public names
+
+    def _put(
+        self, key: str, form: Mapping[str, _Field], timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        return self._keys_call("PUT", key, form, timeout=timeout)
+
+    def _keys_call(
+        self, method: str, key: str, form: Optional[Mapping[str, _Field]] = None, *,
+        query: Mapping[str, _Field] = MappingProxyType({}), timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        target = _keys_target(key, query, self.version_prefix)
+        body = None if form is None else _encode_fields(form).encode()
+        return self._perform(_Call(method, target, _parse_result, body, timeout=timeout))
+
+
+def _needed(prev_value: Optional[object], prev_index: Optional[int]) -> Dict[str, _Field]:
+    """Return the conditions that are not None; raise EtcdValueError if both are."""
+    if prev_value is None and prev_index is None:
+        raise EtcdValueError("prev_value or prev_index is needed")
+    return _conditions(_NOT_GIVEN if prev_value is None else prev_value,
+                       _NOT_GIVEN if prev_index is None else prev_index)
+
+
+class _Cluster(_Caller):
+    """Members, statistics, versions, health; and requests for which there is no verb."""
+
+    _MGET, _MPUT, _MPOST, _MDELETE = "GET", "PUT", "POST", "DELETE"     # callers of api_execute
+
+    # -- members
+
+    def member_list(self) -> List[Member]:
+        """Return the members of the cluster, ordered by id."""
+        return self._perform(_Call("GET", f"{self.version_prefix}/members", _parse_members))
+
+    def leader_member(self) -> Optional[Member]:
+        """Return the leader as the answering member knows it; None during an election."""
+        return self._perform(_Call(
+            "GET", f"{self.version_prefix}/members/leader", _parse_leader,
+            statuses=_HEALTH_STATUSES))
+
+    def member_add(self, peer_urls: Union[str, Iterable[str]]) -> Member:
+        """Add a member that will be reached at `peer_urls`; start it after that.
+
+        Raises HttpError with status 409 if another member has one of the URLs.
+        """
+        return self._perform(self._members_call("POST", "", peer_urls, _parse_member))
+
+    def member_update(self, id: str, peer_urls: Union[str, Iterable[str]]) -> None:
+        """Change the peer URLs of the member with this id.  Raises KeyNotFound."""
+        self._perform(self._members_call("PUT", f"/{id}", peer_urls, _parse_nothing))
+
+    def member_remove(self, id: str) -> None:
+        """Remove the member with this id from the cluster.
+
+        Raises KeyNotFound; HttpError with status 410 if it was removed already.
+        """
+        path = f"{self.version_prefix}/members/{id}"
+        self._perform(_Call("DELETE", _target(path, {}), _parse_nothing))
+
+    # -- what the answering member says of itself
+
+    def statistics(self, name: str = "self") -> Dict[str, Any]:
+        """Return statistics of the answering member: `self`, `store` or (leader only) `leader`."""
+        if name not in ("self", "store", "leader"):
+            raise EtcdValueError(f"no such statistics: {name!r}; there are self, store and leader")
+        return self._perform(_Call("GET", f"{self.version_prefix}/stats/{name}", _parse_object))
+
+    def server_version(self) -> Dict[str, str]:
+        """Return {"etcdserver": ..., "etcdcluster": ...} of the answering member."""
+        return self._perform(_Call("GET", "/version", _parse_version))
+
+    def health(self, endpoint: Optional[str] = None) -> bool:
+        """Return what one server says of itself (the one in use, if none is given).
+
+        Raises TransportError if it does not answer.
+        """
+        base_url = self.endpoints.current if endpoint is None else _base_url(endpoint)
+        call = _Call("GET", "/health", _parse_health, statuses=_HEALTH_STATUSES)
+        return self._attempt(base_url, call, time.monotonic() + _seconds(self.total_timeout))
+
+    # -- the same as python-etcd shows it: each a request, but for the last group
+
+    @property
+    def machines(self) -> List[str]:
+        """Client URLs of all members."""
+        return self._perform(_Call("GET", f"{self.version_prefix}/machines", _parse_machines))
+
+    @property
+    def members(self) -> Dict[str, Dict[str, Any]]:
+        """The members as the API describes them, by id."""
+        return {member.id: dict(member.raw) for member in self.member_list()}
+
+    @property
+    def leader(self) -> Dict[str, Any]:
+        """The leader as the API describes it.  Raises LeaderElectionInProgress."""
+        leader = self.leader_member()
+        if leader is None:
+            raise LeaderElectionInProgress("there is no leader at the moment")
+        return dict(leader.raw)
+
+    @property
+    def stats(self) -> Dict[str, Any]:
+        """Statistics of the answering member."""
+        return self.statistics()
+
+    @property
+    def leader_stats(self) -> Dict[str, Any]:
+        """What the leader knows of its followers; HttpError from any other member."""
+        return self.statistics("leader")
+
+    @property
+    def store_stats(self) -> Dict[str, Any]:
+        """Counters of the store."""
+        return self.statistics("store")
+
+    @property
+    def version(self) -> str:
+        """Version of the answering server."""
+        return self.server_version().get("etcdserver", "")
+
+    @property
+    def cluster_version(self) -> str:
+        """Version all members can work with; "" from etcd 2.0."""
+        return self.server_version().get("etcdcluster", "")
+
+    @property
+    def base_uri(self) -> str:
+        """URL of the server in use."""
+        return self.endpoints.current
+
+    @property
+    def protocol(self) -> str:
+        """http or https, as the server in use wants it."""
+        return urlsplit(self.base_uri).scheme
+
+    @property
+    def host(self) -> str:
+        """Host of the server in use."""
+        return urlsplit(self.base_uri).hostname or ""
+
+    @property
+    def port(self) -> int:
+        """Port of the server in use."""
+        parts = urlsplit(self.base_uri)
+        return parts.port or (443 if parts.scheme == "https" else 80)
+
+    @property
+    def key_endpoint(self) -> str:
+        """Path of the keys API."""
+        return self.version_prefix + "/keys"
+
+    @property
+    def expected_cluster_id(self) -> Optional[str]:
+        """`cluster_id`, as python-etcd calls it."""
+        return self.cluster_id
+
+    @expected_cluster_id.setter
+    def expected_cluster_id(self, cluster_id: Optional[str]) -> None:
+        self.cluster_id = cluster_id
+
+    # -- requests for which there is no verb
+
+    def api_execute(
+        self, path: str, method: str, params: Optional[Mapping[str, Any]] = None,
+        timeout: Optional[float] = None,
+    ) -> _Reply:
+        """Send a request of your own and return the answer: `status`, `headers`, `data`.
+
+        path     begins with a slash and the version prefix
+        params   go into the query of a GET or DELETE, into the form of a PUT or POST
+        timeout  seconds in all; None: the client's; 0: no end
+
+        Raises what the verbs raise for an answer other than 2xx; WatchTimeout for a GET with the
+        parameter `wait`.
+        """
+        given = {} if params is None else {
+            name: value if isinstance(value, bool) else _text(value)
+            for name, value in params.items()}
+        if method not in ("GET", "DELETE"):
+            form = _encode_fields(given).encode()
+            return self._execute(path, method, {}, form, _FORM_TYPE, timeout)
+        try:
+            return self._execute(path, method, given, None, _FORM_TYPE, timeout)
+        except RequestTimeout as error:
+            if given.get("wait") in (True, "true"):
+                raise WatchTimeout("no change in time", endpoint=error.endpoint) from error
+            raise
+
+    def api_execute_json(
+        self, path: str, method: str, params: Any = None, timeout: Optional[float] = None,
+    ) -> _Reply:
+        """Send a request of your own with `params` as JSON and return the answer."""
+        body = json.dumps(params).encode()
+        return self._execute(path, method, {}, body, _JSON_TYPE, timeout)
+
+    # -- below: no public names
+
+    def _execute(
+        self, path: str, method: str, query: Mapping[str, _Field], body: Optional[bytes],
+        content_type: str, timeout: Optional[float],
+    ) -> _Reply:
+        if not path.startswith("/"):
+            raise EtcdValueError("the path begins with a slash")
+        if method not in ("GET", "PUT", "POST", "DELETE"):
+            raise EtcdValueError(f"HTTP method {method} is not one of the API")
+        return self._perform(_Call(
+            method, _target(path, query), _parse_not, body, content_type, timeout))
+
+    def _members_call(
+        self, method: str, path: str, peer_urls: Union[str, Iterable[str]],
+        parse: Callable[[_Reply], _T],
+    ) -> _Call[_T]:
+        urls = peer_urls.split(",") if isinstance(peer_urls, str) else list(peer_urls)
+        target = _target(f"{self.version_prefix}/members{path}", {})
+        body = json.dumps({"peerURLs": urls}).encode()
+        return _Call(method, target, parse, body, _JSON_TYPE)
+
+
+# ============================================================================
+# 5. Watching
+# ----------------------------------------------------------------------------
+# Knows: sections 1-4.
+# ============================================================================
+
 class Watch:
-    """An endless iterator over the changes of a key; made by Client.watch_iter.
+    """An endless iterator over the changes of a key; made by `client.watcher`.
 
     It asks for one change after the other, each from the index after the last, so that none is
     lost and none repeated while a server restarts, the leader changes or an endpoint fails.
     Server-side streams are not used: etcd 2.3 and 3.4 let one fall silent after an event from
     the history or when its consumer is slow, and report some deletions twice.
 
-    index    the first change to consider; None: those after the first answer of a server
-    relist   what to do when more than 1000 changes went by unseen (error 401).  False: raise
-             EventIndexCleared.  True: yield a Result with action "get" that holds the node as it
-             is now (with its whole tree if recursive; if there is none, modified_index is 0),
-             and go on from there: the changes in between are not known.
+    index    the first change to consider; None: from now on
+    relist   what to do when more than 1000 changes, of any key, went by unseen (error 401).
+             True: list the key again and yield the difference to what is known as events with
+             `relisted` set: a "set" for each node that changed (of directories, only those that
+             are empty or have a ttl), in the order of their last changes, then a "delete" for the
+             topmost of what is gone.  Of several changes only the last is seen.  For this the
+             watch lists the key at the start too (a directory to all depths if recursive), and
+             holds a copy of it in memory.
+             False: raise EventIndexCleared; nothing is listed.
     timeout  seconds each `next` may take; then WatchTimeout, after which `next` may be called
              again and misses nothing
 
-    If no endpoint answers the very first request that error is raised; later the watch waits,
-    0.1 to 5 s, and tries again.
+    An event's `modified_index` + 1 is the index to go on from in another watch.  If no endpoint
+    answers at the start that error is raised; later the watch waits and tries again.
+
+    Limit: when etcd 2.3 or 3.4 looks into its history for a recursive watch, it overlooks changes
+    of the watched directory itself (made, given another ttl) unless they come first in there.
+    What lies below, and the removal of the directory, it always finds.
 
     Thread: one, except for `close`.
     """
 
     def __init__(
-        self, client: Client, key: str, *, recursive: bool = False, index: Optional[int] = None,
-        relist: bool = False, timeout: Optional[float] = None,
+        self, client: _Keys, key: str, *, recursive: bool = False, index: Optional[int] = None,
+        relist: bool = True, timeout: Optional[float] = None,
     ) -> None:
         self.index = index or None                  # next to ask for; 0 is "now" too
         self._client = client
-        self._key = key
+        self._path = _clean_key(key)
         self._recursive = recursive
-        self._relist = relist
         self._timeout = timeout
-        self._connections = _Connections()          # a watch blocks its connection: own ones
+        self._relist = relist
+        self._must_list = relist                    # before asking for the next change
+        self._known: Optional[Dict[str, Node]] = None   # with relist: the nodes as told so far
+        self._found: Deque[EtcdResult] = deque()    # and not told yet
         self._connected = False                     # whether a server ever answered this watch
         self._head_seen = False                     # whether it answered the request under way
         self._failures = 0                          # since the last answer
+        self._endpoint = ""                         # asked last
+        self._exchange: Optional[_Exchange] = None  # the request under way, or the last one
         self._closed = threading.Event()
 
     def __iter__(self) -> Watch:
         return self
 
-    def __next__(self) -> Result:
-        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+    def __next__(self) -> EtcdResult:
+        deadline = time.monotonic() + _seconds(self._timeout or 0)
         while not self._closed.is_set():
-            endpoint = self._client.endpoints.current
-            left_s = WATCH_POLL_S if deadline is None else deadline - time.monotonic()
+            if self._found:
+                return self._found.popleft()
+            left_s = deadline - time.monotonic()
             if left_s <= 0:
-                raise WatchTimeout("no change in time", index=self.index or 0, endpoint=endpoint)
-            result = self._next_or_none(endpoint, min(left_s, WATCH_POLL_S))
-            if result is not None:
-                self._failures = 0
-                return result
+                raise WatchTimeout("no change in time", index=self.index or 0,
+                                   endpoint=self._client.endpoints.current)
+            self._look(min(left_s, WATCH_POLL_S))
         raise StopIteration
 
     def close(self) -> None:
-        """End the iteration; a wait in another thread ends within WATCH_POLL_S seconds."""
-        self._closed.set()
-        self._connections.close()
+        """End the iteration, from any thread: a `next` that waits in another one ends at once.
+
+        What cannot be interrupted is a name lookup and a TLS handshake (CONNECT_TIMEOUT_S).
+        """
+        self._closed.set()                          # before the look at _exchange, see _ask
+        exchange = self._exchange
+        if exchange is not None:
+            exchange.cancel()
+
+    cancel = close
 
     def __enter__(self) -> Watch:
         return self
@@ -1022,33 +2287,71 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _next_or_none(self, endpoint: str, wait_s: float) -> Optional[Result]:
-        """Ask once, for at most `wait_s`; None if there is nothing yet and asking goes on."""
+    def _look(self, wait_s: float) -> None:
+        """Ask once, for at most `wait_s`; what there is goes to `_found`."""
         self._head_seen = False
+        client = self._client
         try:
-            return self._poll(endpoint, wait_s)
+            client._discover_endpoints(time.monotonic() + wait_s)
+            self._endpoint = client.endpoints.current
+            if self._must_list:
+                self._list(wait_s)
+            else:
+                self._poll(wait_s)
         except EventIndexCleared:
-            self._connected = True
             if not self._relist:
                 raise
-            return self._list_or_none(endpoint, wait_s)
-        except RequestTimeout as error:
+            self._connected = self._must_list = True
+        except EtcdError as error:
             # After the head, silence only means that nothing changed.  If the server is gone the
             # next connection fails, and that moves us on.
-            if not self._head_seen and wait_s >= WATCH_POLL_S:
-                self._pause_after(endpoint, error, wait_s)
-        except EtcdError as error:
-            self._pause_after(endpoint, error, wait_s)
-        return None
+            quiet = isinstance(error, RequestTimeout) and (
+                self._head_seen or wait_s < WATCH_POLL_S)
+            if not quiet and not self._closed.is_set():
+                self._pause_after(error, wait_s)
+        else:
+            self._failures = 0
+            client._connectivity.report(True)
 
-    def _poll(self, endpoint: str, wait_s: float) -> Result:
-        query: Dict[str, _Field] = {
-            "wait": True, "recursive": self._recursive or None, "waitIndex": self.index}
-        call = _Call("GET", _keys_target(self._key, query), _parse_result, on_head=self._on_head)
-        timeouts = (min(self._client.connect_timeout_s, wait_s), wait_s)
-        result = self._client._request(endpoint, call, self._connections, timeouts)
-        self.index = result.modified_index + 1
-        return result
+    def _ask(
+        self, query: Mapping[str, _Field], wait_s: float,
+        on_head: Optional[Callable[[_Reply], None]] = None,
+    ) -> EtcdResult:
+        """Send one request to the endpoint in use, in a way that `close` can end."""
+        client = self._client
+        target = _keys_target(self._path, query, client.version_prefix)
+        call = _Call("GET", target, _parse_result, on_head=on_head)
+        exchange = _Exchange(time.monotonic() + wait_s, wait_s, client.connect_timeout)
+        self._exchange = exchange                   # before the look at _closed, see close
+        if self._closed.is_set():
+            exchange.cancel()
+        return client._request(self._endpoint, call, exchange)
+
+    def _poll(self, wait_s: float) -> None:
+        """Wait for the next change."""
+        asked = self.index
+        event = self._ask({"wait": True, "recursive": self._recursive or None,
+                           "waitIndex": asked}, wait_s, self._on_head)
+        if asked is not None and event.modified_index < asked:
+            raise BadReply(f"asked for index {asked} on, got {event.modified_index}",
+                           endpoint=self._endpoint)
+        self.index = event.modified_index + 1
+        if self._known is not None:
+            self._keep(self._known, event)
+        if self._concerns(event.key):
+            self._found.append(event)
+
+    def _concerns(self, key: str) -> bool:
+        """Whether a change of `key` is one of ours.
+
+        Out of its history etcd 2.3 and 3.4 hand out what a waiting watch would not be told: what
+        is hidden below a directory, and removals of directories whose name begins like ours.
+        """
+        ours = self._path
+        if key == ours or _is_below(ours, key):
+            return True
+        below = self._recursive and _is_below(key, ours)
+        return below and "/_" not in key[len(ours.rstrip("/")):]
 
     def _on_head(self, head: _Reply) -> None:
         """Note from where a watch without an index runs, in case the connection breaks now."""
@@ -1056,40 +2359,544 @@ class Watch:
         if self.index is None:
             self.index = head.header_number("X-Etcd-Index") + 1
 
-    def _pause_after(self, endpoint: str, error: EtcdError, wait_s: float) -> None:
-        """Wait before the next attempt, at most `wait_s`; raise `error` if there should be none."""
-        if not _is_endpoint_failure(error):
-            raise error
-        endpoints = self._client.endpoints
-        endpoints.failed(endpoint)
-        self._failures += 1
-        if not self._connected and self._failures >= len(endpoints.urls):
-            raise error
-        longest_s = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2 ** min(self._failures - 1, 10))
-        self._closed.wait(min(wait_s, longest_s * random.uniform(0.5, 1.0)))
+    def _pause_after(self, error: EtcdError, wait_s: float) -> None:
+        """Go on with the next endpoint, after a wait if all failed; raise `error` if it is final.
 
-    def _list_or_none(self, endpoint: str, wait_s: float) -> Optional[Result]:
-        """Return the present state as a Result with action "get", and go on watching after it.
-
-        Read by quorum: a member that lags behind could show a state older than the events
-        already delivered, which would then be repeated.
+        When etcd clears its watchers (400) the same question may be asked again.
         """
+        if not _is_endpoint_failure(error) and not isinstance(error, WatcherCleared):
+            raise error
+        client = self._client
+        client._give_up(self._endpoint)
+        self._failures += 1
+        rounds = self._failures // max(1, len(client.endpoints.urls))
+        if not rounds:
+            return
+        client._connectivity.report(False)
+        if not self._connected:
+            raise error
+        self._closed.wait(min(wait_s, _backoff_s(rounds)))
+
+    def _list(self, wait_s: float) -> None:
+        """Take stock; if that was done before, what differs goes to `_found`.
+
+        The second time by quorum: a member that lags behind could show a state older than the
+        events already delivered.
+        """
+        again = self._known is not None
         try:
-            result = self._client.get(self._key, recursive=self._recursive, quorum=True)
-        except KeyNotFound as error:
-            nothing = Node(key=_clean_key(self._key))
-            result = Result("get", nothing, etcd_index=error.index)
-        except EtcdError as error:
-            self._pause_after(endpoint, error, wait_s)
-            return None
-        self.index = result.etcd_index + 1
-        return result
+            query = {"recursive": self._recursive or None, "quorum": again or None}
+            result = self._ask(query, wait_s)
+            found, index = self._listed(result.node), result.etcd_index
+        except (KeyNotFound, NotDir) as error:
+            found, index = {}, error.index
+        if self._known is not None and self.index is not None:
+            self._found.extend(_difference(self._known, found, self.index, index))
+        if again or self.index is None:
+            self.index = index + 1
+        self._known, self._connected, self._must_list = found, True, False
+
+    def _listed(self, top: Node) -> Dict[str, Node]:
+        nodes = (top, *top.walk()) if self._recursive else (top,)
+        return {node.key: _alone(node) for node in nodes}
+
+    @staticmethod
+    def _keep(known: Dict[str, Node], event: EtcdResult) -> None:
+        """Bring the copy of what is there up to date."""
+        if event.action not in _REMOVALS:
+            known[event.key] = _alone(event.node)
+            return
+        gone = known.pop(event.key, None)
+        if gone is None or gone.dir:                # with all that was below
+            for key in [key for key in known if _is_below(key, event.key)]:
+                del known[key]
+
+
+_REMOVALS: FrozenSet[str] = frozenset(("delete", "expire", "compareAndDelete"))
+
+
+def _alone(node: Node) -> Node:
+    """Return a node without children and JSON: less to remember."""
+    return replace(node, nodes=(), raw={})
+
+
+def _is_below(key: str, directory: str) -> bool:
+    return key.startswith(directory if directory == "/" else directory + "/")
+
+
+def _difference(
+    known: Mapping[str, Node], found: Mapping[str, Node], since: int, index: int,
+) -> Iterator[EtcdResult]:
+    """Yield events that lead from the nodes `known` before `since` to those `found` at `index`."""
+    # Nobody is told of directories that come with the first key in them.
+    parents = {key.rpartition("/")[0] or "/" for key in found if key != "/"}
+    changed = [node for node in found.values() if node.modified_index >= since
+               and (node.key not in parents or node.ttl is not None)]
+    for node in sorted(changed, key=lambda node: (node.modified_index, node.key)):
+        yield EtcdResult("set", node, known.get(node.key), etcd_index=index, relisted=True)
+    topmost = ""
+    for key in sorted(known.keys() - found.keys(), key=lambda key: key.split("/")):
+        if topmost and _is_below(key, topmost):
+            continue
+        topmost, old = key, known[key]
+        node = Node(key, dir=old.dir, modified_index=index, created_index=old.created_index)
+        yield EtcdResult("delete", node, old, etcd_index=index, relisted=True)
+
+
+class WatchedChange(EtcdResult):
+    """The change that `Client.watch` returned; to iterate over it is to go on watching.
+
+    The first item is this change; later ones follow for ever, see Watch.
+    """
+
+    def __init__(self, change: EtcdResult, later: Callable[[int], Watch]) -> None:
+        self.__dict__.update(change.__dict__, _later=later)
+
+    def __iter__(self) -> Iterator[EtcdResult]:
+        yield self
+        with self.__dict__["_later"](self.modified_index + 1) as later:
+            yield from later
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        # A copy, in another process perhaps, has no client to go on with.
+        plain = {name: value for name, value in self.__dict__.items() if name != "_later"}
+        return EtcdResult, (), plain
+
+
+class _Watching(_Keys):
+    """The verbs that wait for changes."""
+
+    def read(
+        self, key: str, *, recursive: Optional[bool] = None, wait: bool = False,
+        waitIndex: Optional[int] = None, sorted: Optional[bool] = None,
+        quorum: Optional[bool] = None, timeout: Optional[float] = None,
+    ) -> EtcdResult:
+        """Return the node at `key`, or with `wait` its next change, by python-etcd's options.
+
+        waitIndex  the first change to consider; None: the next one from now on
+        timeout    seconds for this call.  With `wait`: None is the client's read_timeout, 0 no
+                   end; then WatchTimeout.  Without: as for `get`, which has the other options
+        """
+        if not wait:
+            return self.get(key, recursive=bool(recursive), sorted=bool(sorted),
+                            quorum=bool(quorum), timeout=timeout)
+        limit = self.read_timeout if timeout is None else timeout
+        return self.watch(key, waitIndex, limit, recursive)
+
+    def watch(
+        self, key: str, index: Optional[int] = None, timeout: Optional[float] = None,
+        recursive: Optional[bool] = None,
+    ) -> WatchedChange:
+        """Return the next change of `key` (with `recursive`, also of what lies below).
+
+        index    the first change to consider: modified_index + 1 of the last one seen; None: now
+        timeout  seconds to wait for a change; None or 0: for ever.  Raises WatchTimeout.
+
+        Iterate over what is returned to get this change and all later ones.
+
+        Raises EventIndexCleared if `index` is more than 1000 changes back.
+        """
+        with self.watcher(key, recursive=bool(recursive), index=index, timeout=timeout or None,
+                          relist=False) as events:
+            change = next(events)
+        return WatchedChange(change, lambda later: self.watcher(
+            key, recursive=bool(recursive), index=later))
+
+    def watcher(
+        self, key: str, *, recursive: bool = False, index: Optional[int] = None,
+        timeout: Optional[float] = None, relist: bool = True,
+    ) -> Watch:
+        """Return an endless iterator over the changes of `key`; see Watch."""
+        return Watch(self, key, recursive=recursive, index=index, relist=relist, timeout=timeout)
+
+    def eternal_watch(
+        self, key: str, index: Optional[int] = None, recursive: Optional[bool] = None,
+    ) -> Iterator[EtcdResult]:
+        """Yield the changes of `key` for ever; `watcher` gives one that can be cancelled."""
+        with self.watcher(key, recursive=bool(recursive), index=index) as events:
+            yield from events
 
 
 # ============================================================================
-# 5. Command line -- commands, output and exit codes of etcdctl 2.3
+# 6. Users and roles
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4, through the public names of Client.
+# Knows: sections 1-4.  Methods of the client, and python-etcd's objects on top of them.
+# ============================================================================
+
+_PERMISSIONS = {"read": ("read",), "write": ("write",), "readwrite": ("read", "write")}
+
+
+class _Users(_Caller):
+    """Users, roles, and whether the server asks for them: the auth API of etcd 2.1 and later.
+
+    All but `auth_status` need the role root once auth is enabled; else they raise Unauthorized.
+    Dicts are the server's JSON.
+    """
+
+    # -- the switch
+
+    def auth_status(self) -> Dict[str, Any]:
+        """Return {"enabled": bool}; anybody may ask."""
+        return self._auth_call("GET", "/enable")
+
+    def auth_enable(self) -> None:
+        """Let the server check every request.  Raises HttpError without a user root, or if it does.
+
+        Whoever comes without a password has the role guest, which may do all until changed.
+        """
+        self._auth_call("PUT", "/enable", {})
+
+    def auth_disable(self) -> None:
+        """Let the server check nothing.  Raises HttpError if it does not check."""
+        self._auth_call("DELETE", "/enable")
+
+    # -- users
+
+    def user_list(self) -> List[Dict[str, Any]]:
+        """Return the users by name: [{"user": name, "roles": [role, ...]}, ...]."""
+        users = self._auth_call("GET", "/users").get("users") or []
+        return [{"user": user} if isinstance(user, str) else user for user in users]
+
+    def user_get(self, name: str) -> Dict[str, Any]:
+        """Return {"user": name, "roles": [role, ...]}.  Raises KeyNotFound."""
+        return self._auth_call("GET", f"/users/{name}")
+
+    def user_add(self, name: str, password: str, roles: Iterable[str] = ()) -> Dict[str, Any]:
+        """Make a user.  Raises NodeExists.
+
+        The server would take a second user_add without roles for a change of password; so we look
+        first, and two calls at the same moment may both succeed.
+        """
+        if self._has_user(name):
+            raise NodeExists(f"auth: User {name} already exists.")
+        fields = {"user": name, "password": password, "roles": list(roles)}
+        return self._auth_create(f"/users/{name}", fields)
+
+    def user_remove(self, name: str) -> None:
+        """Remove a user.  Raises KeyNotFound; HttpError for root while auth is enabled."""
+        self._auth_call("DELETE", f"/users/{name}")
+
+    def user_password(self, name: str, password: str) -> Dict[str, Any]:
+        """Give a user another password.  Raises KeyNotFound."""
+        if not self._has_user(name):                # the server would make the user
+            raise KeyNotFound(f"auth: User {name} does not exist.")
+        return self._auth_call("PUT", f"/users/{name}", {"user": name, "password": password})
+
+    def user_grant(self, name: str, roles: Iterable[str]) -> Dict[str, Any]:
+        """Give a user more roles.  Raises KeyNotFound; HttpError if one is granted already."""
+        return self._auth_call("PUT", f"/users/{name}", {"user": name, "grant": list(roles)})
+
+    def user_revoke(self, name: str, roles: Iterable[str]) -> Dict[str, Any]:
+        """Take roles from a user.  Raises KeyNotFound; HttpError if one is not granted."""
+        return self._auth_call("PUT", f"/users/{name}", {"user": name, "revoke": list(roles)})
+
+    # -- roles
+
+    def role_list(self) -> List[Dict[str, Any]]:
+        """Return the roles by name; root, who may do all, is always there."""
+        roles = self._auth_call("GET", "/roles").get("roles") or []
+        return [{"role": role} if isinstance(role, str) else role for role in roles]
+
+    def role_get(self, name: str) -> Dict[str, Any]:
+        """Return {"role": name, "permissions": {"kv": {"read": [...], "write": [...]}}}.
+
+        Raises KeyNotFound.
+        """
+        return self._auth_call("GET", f"/roles/{name}")
+
+    def role_add(
+        self, name: str, *, read: Iterable[str] = (), write: Iterable[str] = (),
+    ) -> Dict[str, Any]:
+        """Make a role that may read and write what is at these paths.  Raises NodeExists."""
+        permissions = {"kv": {"read": list(read), "write": list(write)}}
+        return self._auth_create(f"/roles/{name}", {"role": name, "permissions": permissions})
+
+    def role_remove(self, name: str) -> None:
+        """Remove a role.  Raises KeyNotFound.  Users keep its name, which means nothing then."""
+        self._auth_call("DELETE", f"/roles/{name}")
+
+    def role_grant(
+        self, name: str, path: Union[str, Iterable[str]], kind: str = "readwrite",
+    ) -> Dict[str, Any]:
+        """Allow a role to `read`, `write` or `readwrite` what is at `path`.
+
+        path  a key, or what all keys begin with if it ends in `*`; or several of them
+
+        Raises KeyNotFound; HttpError if it is granted already.
+        """
+        return self._role_change(name, "grant", path, kind)
+
+    def role_revoke(
+        self, name: str, path: Union[str, Iterable[str]], kind: str = "readwrite",
+    ) -> Dict[str, Any]:
+        """Take back what `role_grant` gave.  Raises KeyNotFound."""
+        return self._role_change(name, "revoke", path, kind)
+
+    # -- below: no public names
+
+    def _auth_call(
+        self, method: str, path: str, fields: Optional[Mapping[str, Any]] = None,
+    ) -> Dict[str, Any]:
+        body = None if fields is None else json.dumps(fields).encode()
+        target = _target(f"{self.version_prefix}/auth{path}", {})
+        return self._perform(_Call(method, target, _parse_maybe_object, body, _JSON_TYPE))
+
+    def _auth_create(self, path: str, fields: Mapping[str, Any]) -> Dict[str, Any]:
+        try:
+            return self._auth_call("PUT", path, fields)
+        except HttpError as error:
+            if error.status != 409:
+                raise
+            raise NodeExists(error.message, error.payload, status=409,
+                             endpoint=error.endpoint) from error
+
+    def _has_user(self, name: str) -> bool:
+        return any(user["user"] == name for user in self.user_list())
+
+    def _role_change(
+        self, name: str, change: str, path: Union[str, Iterable[str]], kind: str,
+    ) -> Dict[str, Any]:
+        if kind not in _PERMISSIONS:
+            raise EtcdValueError(f"a permission is read, write or readwrite, not {kind!r}")
+        paths = [path] if isinstance(path, str) else list(path)
+        kv = dict.fromkeys(_PERMISSIONS[kind], paths)
+        return self._auth_call("PUT", f"/roles/{name}", {"role": name, change: {"kv": kv}})
+
+
+class _AuthObject:
+    """What EtcdUser and EtcdRole have in common."""
+
+    entity = ""
+
+    def __init__(self, client: _Users, name: str) -> None:
+        self.client = client
+        self.name = name
+
+    @property
+    def uri(self) -> str:
+        """Path of this user or role in the API."""
+        return f"{self.client.version_prefix}/auth/{self.entity}s/{self.name}"
+
+
+class EtcdUser(_AuthObject):
+    """A user, to be read, changed and written: python-etcd's interface.
+
+    roles     names of the roles; change them, then `write`
+    password  set it, then `write`; it cannot be read
+    """
+
+    entity = "user"
+
+    def __init__(self, client: _Users, name: str) -> None:
+        super().__init__(client, name)
+        self._roles: Set[str] = set()
+        self._password: Optional[str] = None
+
+    @property
+    def names(self) -> List[Dict[str, Any]]:
+        """All users, as the server lists them."""
+        return self.client.user_list()
+
+    @property
+    def roles(self) -> Set[str]:
+        """Names of the roles this user has, or shall have."""
+        return self._roles
+
+    @roles.setter
+    def roles(self, roles: Iterable[str]) -> None:
+        """Choose the roles."""
+        self._roles = set(roles)
+
+    @property
+    def password(self) -> None:
+        """Always None: only the server knows it."""
+        return None
+
+    @password.setter
+    def password(self, password: Optional[str]) -> None:
+        """Choose the password."""
+        self._password = password
+
+    def read(self) -> None:
+        """Take the roles from the server.  Raises KeyNotFound."""
+        self.roles = self._stored_roles()
+
+    def write(self) -> None:
+        """Make the user, or change what differs.  The password is forgotten here afterwards.
+
+        An existing user takes up to three requests: password, new roles, roles taken away.
+        """
+        password, self._password = self._password, None
+        try:
+            stored = self._stored_roles()
+        except KeyNotFound:
+            self.client.user_add(self.name, password or "", sorted(self.roles))
+            return
+        if password:
+            self.client.user_password(self.name, password)
+        if self.roles - stored:
+            self.client.user_grant(self.name, sorted(self.roles - stored))
+        if stored - self.roles:
+            self.client.user_revoke(self.name, sorted(stored - self.roles))
+
+    def delete(self) -> None:
+        """Remove the user.  Raises KeyNotFound."""
+        self.client.user_remove(self.name)
+
+    def _stored_roles(self) -> Set[str]:
+        # Since etcd 2.3 whole roles are listed, before that their names.
+        roles = self.client.user_get(self.name).get("roles") or []
+        return {role if isinstance(role, str) else role["role"] for role in roles}
+
+
+class EtcdRole(_AuthObject):
+    """A role, to be read, changed and written: python-etcd's interface."""
+
+    entity = "role"
+
+    def __init__(self, client: _Users, name: str) -> None:
+        super().__init__(client, name)
+        self._paths: Dict[str, Set[str]] = {"read": set(), "write": set()}
+
+    @property
+    def names(self) -> List[Dict[str, Any]]:
+        """All roles, as the server lists them."""
+        return self.client.role_list()
+
+    @property
+    def acls(self) -> Dict[str, str]:
+        """What the role may do, by path: R, W or RW."""
+        read, write = self._paths["read"], self._paths["write"]
+        return {path: "R" * (path in read) + "W" * (path in write)
+                for path in sorted(read | write)}
+
+    @acls.setter
+    def acls(self, acls: Mapping[str, str]) -> None:
+        """Choose all permissions."""
+        self._paths = {"read": set(), "write": set()}
+        for path, permission in acls.items():
+            self.grant(path, permission)
+
+    def grant(self, path: str, permission: str) -> None:
+        """Allow R, W or RW of `path`, once the role is written."""
+        for right in _rights(permission):
+            self._paths[right].add(path)
+
+    def revoke(self, path: str, permission: str) -> None:
+        """Forbid R, W or RW of `path`, once the role is written."""
+        for right in _rights(permission):
+            self._paths[right].discard(path)
+
+    def read(self) -> None:
+        """Take the permissions from the server.  Raises KeyNotFound."""
+        self._paths = self._stored_paths()
+
+    def write(self) -> None:
+        """Make the role, or change what differs.
+
+        An existing role takes up to four requests: each right is taken and given by its own.
+        """
+        try:
+            stored = self._stored_paths()
+        except KeyNotFound:
+            self.client.role_add(
+                self.name, **{right: sorted(paths) for right, paths in self._paths.items()})
+            return
+        for right, paths in self._paths.items():
+            if stored[right] - paths:
+                self.client.role_revoke(self.name, sorted(stored[right] - paths), right)
+            if paths - stored[right]:
+                self.client.role_grant(self.name, sorted(paths - stored[right]), right)
+
+    def delete(self) -> None:
+        """Remove the role.  Raises KeyNotFound."""
+        self.client.role_remove(self.name)
+
+    def _stored_paths(self) -> Dict[str, Set[str]]:
+        kv = self.client.role_get(self.name)["permissions"]["kv"]
+        return {right: set(kv.get(right) or ()) for right in ("read", "write")}
+
+
+def _rights(permission: str) -> List[str]:
+    """Return the long names of the letters in R, W or RW."""
+    letters = permission.upper()
+    if not letters or set(letters) - set("RW"):
+        raise EtcdValueError(f"a permission is R, W or RW, not {permission!r}")
+    return [right for right in ("read", "write") if right[0].upper() in letters]
+
+
+class Auth:
+    """Whether the server checks users: python-etcd's interface."""
+
+    def __init__(self, client: _Users) -> None:
+        self.client = client
+
+    @property
+    def active(self) -> bool:
+        """Whether requests are checked; assign to switch it."""
+        return bool(self.client.auth_status()["enabled"])
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        """Switch the checks on or off."""
+        if active == self.active:
+            return
+        if active:
+            self.client.auth_enable()
+        else:
+            self.client.auth_disable()
+
+
+auth = SimpleNamespace(EtcdUser=EtcdUser, EtcdRole=EtcdRole, Auth=Auth)     # python-etcd's module
+
+
+# ============================================================================
+# 7. Client -- all of it under one name
+# ----------------------------------------------------------------------------
+# Knows: sections 1-6.
+# ============================================================================
+
+class Client(_Watching, _Cluster, _Users):
+    """A connection to an etcd cluster; safe to share between threads.
+
+    Client()                                        http://127.0.0.1:2379
+    Client("10.0.0.1", 2379)                        one server
+    Client(["http://h:p", "h:p", ("h", p), ...])    several members of one cluster
+    Client(endpoints=[...])                         the same
+    Client(srv_domain="example.org")                those that DNS names
+    Client.from_env()                               those that ETCDCTL_* name
+
+    port, protocol       of hosts that come without
+    version_prefix       what all paths begin with, but for /version and /health
+    cert, ca_cert        files: our certificate, or it and its key as a pair; whom to believe
+    verify               False: believe any server
+    username, password   sent to the endpoints with every request
+    proxies              {"http": url, "https": url}; the environment is not asked
+    connect_timeout      seconds to make a connection
+    read_timeout         seconds for each silence of the server; 0 for no limit
+    total_timeout        seconds for a call over all endpoints; 0 for no limit
+    allow_reconnect      False: never try another endpoint, and none twice
+    retry                False: try each endpoint once
+    allow_redirect       follow redirects of reads, and those that were not carried out
+    sync                 use the URLs that the members publish, too; never with use_proxies
+    expected_cluster_id  refuse another cluster; None: than the first one that answers
+    per_host_pool_size   idle connections to keep
+    lock_prefix          directory of the locks
+    session_timeout      seconds without an answer until `state` is LOST
+    on_state             called with the new `state`, see add_listener
+
+    Every keys method returns an EtcdResult and raises an EtcdError.  Keys may be written with or
+    without the leading slash.  Nothing is sent before the first call.
+
+    Thread: any.  Calls at the same time have connections of their own.
+    """
+
+
+# ============================================================================
+# 9. Command line -- options, output, errors and exit codes, as etcdctl 2.3 has them
+# ----------------------------------------------------------------------------
+# Knows: sections 1-7, through the public names of Client.  Sections 10 and 11
+# enter their commands into the table of this one.
 # ============================================================================
 
 CLI_ENDPOINTS = "http://127.0.0.1:2379,http://127.0.0.1:4001"
@@ -1104,8 +2911,14 @@ EXIT_INTERRUPTED = 130                              # 128 + SIGINT
 EXIT_BROKEN_PIPE = 141                              # 128 + SIGPIPE
 EXIT_MISUSE = EXIT_OK           # unknown command or option: etcdctl 2.3 prints help, exits with 0
 
+_LINES_PER_WRITE = 1_000        # of a listing to standard output
+_PROGRESS_EVERY_S = 0.1         # the line on a terminal is drawn no more often
 _UNAVAILABLE = "client: etcd cluster is unavailable or misconfigured"
 _HTML_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}     # as Go's encoder does
+_BOOLEANS = {
+    **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
+}
 
 
 class _MisuseError(Exception):
@@ -1115,47 +2928,58 @@ class _MisuseError(Exception):
 class _ExitError(Exception):
     """Ends a command with a line on stderr and an exit code."""
 
-    def __init__(self, line: str, code: int) -> None:
+    def __init__(self, line: str, code: int = EXIT_BAD_ARGS) -> None:
         super().__init__(line)
         self.line = line
         self.code = code
 
 
+# -- options
+
+
 class _Flag(NamedTuple):
     names: Tuple[str, ...]
-    kind: type                                      # bool, int or str
+    kind: type          # bool, int, str, float (a Go duration, kept in seconds), list (repeatable)
     help: str
 
 
 class _Options:
-    """Values of the flags that were given; the others are False, 0 or ""."""
+    """Values of the flags that were given; the others are False, 0, "" or empty."""
 
     def __init__(self) -> None:
-        self._values: Dict[str, Union[bool, int, str]] = {}
+        self._values: Dict[str, Any] = {}
 
     def put(self, flag: _Flag, text: str) -> None:
-        self._values[flag.names[0]] = _flag_value(flag, text)
+        name, value = flag.names[0], _flag_value(flag, text)
+        self._values[name] = [*self.texts(name), value] if flag.kind is list else value
 
     def on(self, name: str) -> bool:
         return bool(self._values.get(name, False))
 
-    def number(self, name: str) -> int:
-        return int(self._values.get(name, 0))
+    def number(self, name: str, default: int = 0) -> int:
+        return int(self._values.get(name, default))
 
-    def text(self, name: str) -> str:
-        return str(self._values.get(name, ""))
+    def seconds(self, name: str, default: float) -> float:
+        return float(self._values.get(name, default))
+
+    def text(self, name: str, variable: str = "") -> str:
+        """Return a flag, or else an environment variable."""
+        return str(self._values.get(name, "")) or os.environ.get(variable, "")
+
+    def texts(self, name: str) -> List[str]:
+        return list(self._values.get(name, ()))
 
 
-def _flag_value(flag: _Flag, text: str) -> Union[bool, int, str]:
+def _flag_value(flag: _Flag, text: str) -> Union[bool, int, float, str]:
     if flag.kind is bool:
-        if text not in ("true", "false", "1", "0"):
+        if text not in _BOOLEANS:
             raise _MisuseError(flag.names[0])
-        return text in ("true", "1")
+        return _BOOLEANS[text]
     if flag.kind is int:
         if not re.fullmatch(r"[+-]?[0-9]+", text, re.ASCII):
             raise _MisuseError(flag.names[0])
         return int(text)
-    return text
+    return _parse_duration(text) if flag.kind is float else text
 
 
 def _parse_flags(argv: Sequence[str], flags: Sequence[_Flag]) -> Tuple[_Options, List[str]]:
@@ -1193,6 +3017,9 @@ def _parse_duration(text: str) -> float:
     return sum(float(count) * units[unit] for count, unit in re.findall(part, text))
 
 
+# -- output
+
+
 def _emit(text: str) -> None:
     """Print a line at once, whatever the locale: keys and values are bytes to a terminal."""
     sys.stdout.flush()
@@ -1200,59 +3027,45 @@ def _emit(text: str) -> None:
     sys.stdout.buffer.flush()
 
 
+def _emit_lines(lines: Iterable[str]) -> None:
+    """Print many lines in few writes."""
+    some = iter(lines)
+    while True:
+        batch = list(itertools.islice(some, _LINES_PER_WRITE))
+        if not batch:
+            return
+        _emit("\n".join(batch))
+
+
 def _complain(text: str) -> None:
     line = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     print(line, file=sys.stderr)
 
 
-class _Run(NamedTuple):
-    """One invocation: what a command function gets."""
+class _Progress:
+    """A line on stderr that says how far long work is; nothing unless stderr is a terminal."""
 
-    client: Client
-    output: str                                     # simple, extended or json
-    options: _Options
-    args: List[str]
+    def __init__(self, work: str, total: int = 0) -> None:
+        self._work = work
+        self._total = total                         # 0: not known
+        self._visible = sys.stderr.isatty()
+        self._drawn_at = 0.0
 
-    def key(self) -> str:
-        """Return the first argument."""
-        if not self.args:
-            raise _ExitError("Error:  key required", EXIT_BAD_ARGS)
-        return self.args[0]
+    def __enter__(self) -> _Progress:
+        self.show(0)
+        return self
 
-    def value(self) -> str:
-        """Return the second argument, or else all of standard input."""
-        if len(self.args) > 1:
-            return self.args[1]
-        text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
-        if not text:
-            raise _ExitError("Error:  value required", EXIT_BAD_ARGS)
-        return text
+    def __exit__(self, *_: object) -> None:
+        if self._visible:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    def ttl(self) -> Optional[int]:
-        """Return --ttl; 0 means none, as in etcdctl."""
-        return self.options.number("ttl") or None
-
-    def conditions(self, value_flag: str, index_flag: str) -> Dict[str, Any]:
-        """Return prev_value and prev_index if flags ask for them, else nothing."""
-        given = {"prev_value": self.options.text(value_flag) or None,
-                 "prev_index": self.options.number(index_flag) or None}
-        return given if any(given.values()) else {}
-
-    def print_result(self, result: Result) -> None:
-        """Print a result in the format asked for."""
-        if self.output == "json":
-            _emit(_result_json(result))
-        elif self.output == "extended":
-            _emit(_result_extended(result))
-        elif result.action == "delete":
-            _emit(f"PrevNode.Value: {_value_text(result.prev_node)}")
-        else:
-            _emit(_value_text(result.node))
-
-    def print_unless_silent(self, result: Result) -> None:
-        """Print a result; in simple format, nothing for a directory."""
-        if not result.node.dir or self.output != "simple":
-            self.print_result(result)
+    def show(self, done: int) -> None:
+        """Draw the line, unless that was done a moment ago."""
+        if not self._visible or time.monotonic() - self._drawn_at < _PROGRESS_EVERY_S:
+            return
+        self._drawn_at = time.monotonic()
+        share = f"/{self._total:,} ({100 * done // self._total} %)" if self._total else ""
+        print(f"\r\x1b[K{self._work}: {done:,}{share}", end="", file=sys.stderr, flush=True)
 
 
 def _value_text(node: Optional[Node]) -> str:
@@ -1294,287 +3107,19 @@ def _result_json(result: Result) -> str:
     return json.dumps(shown, ensure_ascii=False, separators=(",", ":")).translate(_HTML_ESCAPES)
 
 
-def _cmd_get(run: _Run) -> int:
-    result = run.client.get(
-        run.key(), sorted=run.options.on("sort"), quorum=run.options.on("quorum"))
-    if result.node.dir:
-        raise _ExitError(f"{result.key}: is a directory", EXIT_BAD_ARGS)
-    run.print_result(result)
-    return EXIT_OK
-
-
-def _cmd_set(run: _Run) -> int:
-    key, value = run.key(), run.value()
-    conditions = run.conditions("swap-with-value", "swap-with-index")
-    if conditions:
-        result = run.client.compare_and_swap(key, value, ttl=run.ttl(), **conditions)
-    else:
-        result = run.client.set(key, value, ttl=run.ttl())
-    run.print_result(result)
-    return EXIT_OK
-
-
-def _cmd_mk(run: _Run) -> int:
-    key, value = run.key(), run.value()
-    write = run.client.append if run.options.on("in-order") else run.client.create
-    run.print_result(write(key, value, ttl=run.ttl()))
-    return EXIT_OK
-
-
-def _cmd_update(run: _Run) -> int:
-    run.print_result(run.client.update(run.key(), run.value(), ttl=run.ttl()))
-    return EXIT_OK
-
-
-def _cmd_mkdir(run: _Run) -> int:
-    run.print_unless_silent(run.client.mkdir(run.key(), ttl=run.ttl()))
-    return EXIT_OK
-
-
-def _cmd_rm(run: _Run) -> int:
-    key, conditions = run.key(), run.conditions("with-value", "with-index")
-    if conditions:
-        result = run.client.compare_and_delete(key, **conditions)
-    else:
-        result = run.client.delete(
-            key, dir=run.options.on("dir"), recursive=run.options.on("recursive"))
-    run.print_unless_silent(result)
-    return EXIT_OK
-
-
-def _cmd_rmdir(run: _Run) -> int:
-    run.print_unless_silent(run.client.rmdir(run.key()))
-    return EXIT_OK
-
-
-def _cmd_ls(run: _Run) -> int:
-    options = run.options
-    result = run.client.get(
-        run.args[0] if run.args else "/", recursive=options.on("recursive"),
-        sorted=options.on("sort"), quorum=options.on("quorum"))
-    if run.output != "simple":
-        run.print_result(result)
-        return EXIT_OK
-    for node in result.node.walk() if result.node.dir else (result.node,):
-        _emit(node.key + ("/" if node.dir and options.on("p") else ""))
-    return EXIT_OK
-
-
-def _cmd_watch(run: _Run) -> int:
-    recursive, after_index = run.options.on("recursive"), run.options.number("after-index")
-    index = after_index + 1 if after_index else None
-    try:
-        with run.client.watch_iter(run.key(), recursive=recursive, index=index) as events:
-            for event in events:
-                if event.node.dir:
-                    continue
-                if recursive:
-                    _emit(f"[{event.action}] {event.key}")
-                run.print_result(event)
-                if not run.options.on("forever"):
-                    break
-    except KeyboardInterrupt:                       # the way to end --forever: not an error
-        pass
-    return EXIT_OK
-
-
-def _member_failure(error: EtcdError) -> _ExitError:
-    line = _UNAVAILABLE if _is_endpoint_failure(error) else error.message
-    return _ExitError(line, EXIT_BAD_ARGS)
-
-
-def _cmd_member_list(run: _Run) -> int:
-    if run.args:
-        raise _ExitError("No arguments accepted", EXIT_BAD_ARGS)
-    try:
-        members, leader = run.client.members(), run.client.leader()
-    except EtcdError as error:
-        raise _member_failure(error) from error
-    for member in members:
-        peer_urls, client_urls = ",".join(member.peer_urls), ",".join(member.client_urls)
-        is_leader = str(leader is not None and leader.id == member.id).lower()
-        if member.name:
-            _emit(f"{member.id}: name={member.name} peerURLs={peer_urls} "
-                  f"clientURLs={client_urls} isLeader={is_leader}")
-        else:
-            _emit(f"{member.id}[unstarted]: peerURLs={peer_urls}")
-    return EXIT_OK
-
-
-def _cmd_cluster_health(run: _Run) -> int:
-    try:
-        members = run.client.members()
-    except EtcdError:
-        _emit("cluster may be unhealthy: failed to list members")
-        raise
-    healthy = [_member_is_healthy(run.client, member) for member in members]
-    _emit("cluster is healthy" if any(healthy) else "cluster is unhealthy")
-    return EXIT_OK if any(healthy) else EXIT_UNHEALTHY
-
-
-def _member_is_healthy(client: Client, member: Member) -> bool:
-    """Ask a member for its health and print the verdict."""
-    if not member.client_urls:
-        _emit(f"member {member.id} is unreachable: no available published client urls")
-        return False
-    for url in member.client_urls:
-        try:
-            healthy = client.health(url)
-        except (EtcdError, ValueError) as error:
-            why = _failure_line(error) if isinstance(error, EtcdError) else str(error)
-            _emit(f"failed to check the health of member {member.id} on {url}: {why}")
-            continue
-        word = "healthy" if healthy else "unhealthy"
-        _emit(f"member {member.id} is {word}: got {word} result from {url}")
-        return healthy
-    _emit(f"member {member.id} is unreachable: [{' '.join(member.client_urls)}] "
-          "are all unreachable")
-    return False
-
-
-class _Command(NamedTuple):
-    usage: str
-    help: str
-    flags: Tuple[_Flag, ...]
-    run: Callable[[_Run], int]
-
-
-_TTL = _Flag(("ttl",), int, "key time-to-live in seconds")
-_SORT = _Flag(("sort",), bool, "returns result in sorted order")
-_QUORUM = _Flag(("quorum", "q"), bool, "require quorum for get request")
-_RECURSIVE = _Flag(("recursive", "r"), bool, "include everything below the directory")
-
-_COMMANDS: Dict[str, _Command] = {
-    "cluster-health": _Command(
-        "cluster-health", "check the health of the etcd cluster", (), _cmd_cluster_health),
-    "mk": _Command(
-        "mk [options] <key> <value>", "make a new key with a given value",
-        (_Flag(("in-order",), bool, "create in-order key under directory <key>"), _TTL), _cmd_mk),
-    "mkdir": _Command("mkdir [options] <key>", "make a new directory", (_TTL,), _cmd_mkdir),
-    "rm": _Command(
-        "rm [options] <key>", "remove a key or a directory",
-        (_Flag(("dir",), bool, "removes the key if it is an empty directory or a key-value pair"),
-         _Flag(("recursive", "r"), bool, "removes the key and all child keys (if a directory)"),
-         _Flag(("with-value",), str, "previous value"),
-         _Flag(("with-index",), int, "previous index")), _cmd_rm),
-    "rmdir": _Command(
-        "rmdir <key>", "removes the key if it is an empty directory or a key-value pair", (),
-        _cmd_rmdir),
-    "get": _Command(
-        "get [options] <key>", "retrieve the value of a key", (_SORT, _QUORUM), _cmd_get),
-    "ls": _Command(
-        "ls [options] [key]", "retrieve a directory",
-        (_SORT, _Flag(("recursive", "r"), bool, "returns all key names recursively"),
-         _Flag(("p",), bool, "append slash (/) to directories"), _QUORUM), _cmd_ls),
-    "set": _Command(
-        "set [options] <key> <value>", "set the value of a key",
-        (_TTL, _Flag(("swap-with-value",), str, "previous value"),
-         _Flag(("swap-with-index",), int, "previous index")), _cmd_set),
-    "update": _Command(
-        "update [options] <key> <value>", "update an existing key with a given value", (_TTL,),
-        _cmd_update),
-    "watch": _Command(
-        "watch [options] <key>", "watch a key for changes",
-        (_Flag(("forever", "f"), bool, "forever watch a key until CTRL+C"),
-         _Flag(("after-index",), int, "watch after the given index"), _RECURSIVE), _cmd_watch),
-    "member list": _Command(
-        "member list", "enumerate existing cluster members", (), _cmd_member_list),
-}
-
-_HELP = _Flag(("help", "h"), bool, "show help")
-
-_GLOBAL_FLAGS = (
-    _Flag(("debug",), bool, "show the endpoints in use on stderr"),
-    _Flag(("no-sync",), bool, "don't synchronize cluster information before sending request"),
-    _Flag(("output", "o"), str, "output response in the given format (simple, extended or json)"),
-    _Flag(("peers", "C"), str, "a comma-delimited list of machine addresses in the cluster"),
-    _Flag(("endpoint",), str, "a comma-delimited list of machine addresses in the cluster"),
-    _Flag(("endpoints",), str, "a comma-delimited list of machine addresses in the cluster"),
-    _Flag(("timeout",), str, "connection timeout per request (default: 1s)"),
-    _Flag(("total-timeout",), str, "timeout for the command, except watch (default: 5s)"),
-    _HELP,
-    _Flag(("version", "v"), bool, "print the version"),
-)
-
-
-def _flag_lines(flags: Sequence[_Flag]) -> List[str]:
-    names = [", ".join(("-" if len(name) == 1 else "--") + name for name in flag.names)
-             + ("" if flag.kind is bool else " value") for flag in flags]
-    width = max(map(len, names), default=0)
-    return [f"   {shown:{width}}  {flag.help}" for shown, flag in zip(names, flags)]
-
-
-def _print_help(prefix: str = "") -> None:
-    """Print what the program can do, or what the commands that begin with `prefix` can."""
-    commands = {name: c for name, c in _COMMANDS.items() if name.startswith(prefix)}
-    name = f"etcdctl {prefix}".strip()
-    lines = ["NAME:", f"   {name} - A simple command line client for etcd.", "", "USAGE:",
-             f"   {name} [options] command [command options] [arguments...]", "", "COMMANDS:"]
-    lines += [f"   {command:14}  {entry.help}" for command, entry in commands.items()]
-    _emit("\n".join([*lines, "", "GLOBAL OPTIONS:", *_flag_lines(_GLOBAL_FLAGS)]))
-
-
-def _print_command_help(name: str) -> None:
-    command = _COMMANDS[name]
-    lines = ["NAME:", f"   etcdctl {name} - {command.help}", "", "USAGE:",
-             f"   etcdctl {command.usage}", "", "OPTIONS:", *_flag_lines((*command.flags, _HELP))]
-    _emit("\n".join(lines))
-
-
-def _split_command(words: Sequence[str]) -> Tuple[str, List[str]]:
-    """Return the command's name, of one or two words, and what follows; "" if there is none."""
-    for size in (2, 1):
-        name = " ".join(words[:size])
-        if len(words) >= size and name in _COMMANDS:
-            return name, list(words[size:])
-    return "", list(words)
-
-
-def _endpoints_asked(options: _Options) -> str:
-    for flag, variable in (("endpoints", "ETCDCTL_ENDPOINTS"), ("endpoint", "ETCDCTL_ENDPOINT"),
-                           ("peers", "ETCDCTL_PEERS")):
-        text = options.text(flag) or os.environ.get(variable, "")
-        if text:
-            return text
-    return CLI_ENDPOINTS
-
-
-def _make_client(options: _Options, endpoints: Iterable[str]) -> Client:
-    request_s = _parse_duration(options.text("timeout") or "1s")
-    total_s = _parse_duration(options.text("total-timeout") or "5s")
-    try:
-        return Client(endpoints=endpoints, connect_timeout_s=request_s, read_timeout_s=request_s,
-                      total_timeout_s=total_s)
-    except ValueError as error:
-        raise _ExitError(str(error), EXIT_BAD_ARGS) from error
-
-
-def _synced_client(options: _Options) -> Client:
-    """Return a client that uses the client URLs the members publish, in random order."""
-    client = _make_client(options, _endpoints_asked(options).split(","))
-    try:
-        urls = [url for member in client.members() for url in member.client_urls]
-    except EtcdError as error:
-        code = EXIT_BAD_CONNECTION if _is_endpoint_failure(error) else EXIT_SERVER_ERROR
-        raise _ExitError(_error_lines(error), code) from error
-    if not urls:
-        given = ",".join(client.endpoints.urls)
-        raise _ExitError(
-            "etcd cluster has no published client endpoints.\nTry '--no-sync' if you want to "
-            f"access non-published client endpoints({given}).\nError:  client: no endpoints "
-            "available", EXIT_SERVER_ERROR)
-    random.shuffle(urls)
-    return _make_client(options, urls)
+# -- errors
 
 
 def _failure_line(error: EtcdError) -> str:
     """Return the failure of one endpoint in etcdctl's words."""
     if isinstance(error, RequestTimeout):
         return f"client: endpoint {error.endpoint} exceeded header timeout"
-    if isinstance(error, TransportError):
+    if isinstance(error, TransportError) and error.endpoint:
         address = urlsplit(error.endpoint).netloc
         never_sent = isinstance(error, ConnectionFailed) and not error.maybe_applied
         return f"dial tcp {address}: connect: {error.message}" if never_sent else error.describe()
+    if not error.status:                            # not found in DNS
+        return error.describe()
     if error.status in (500, 503):
         return f"client: etcd member {error.endpoint} has no leader"
     phrase = http.HTTPStatus(error.status).phrase if error.status in _HTTP_STATUSES else ""
@@ -1595,47 +3140,330 @@ def _error_lines(error: EtcdError) -> str:
     return "\n".join([f"Error:  {_UNAVAILABLE}", *lines, ""])
 
 
-def _run_command(name: str, words: Sequence[str], options: _Options) -> int:
-    command = _COMMANDS[name]
-    output = options.text("output") or "simple"
+# -- the client of a command
+
+
+class _TalkingClient(Client):
+    """A client that shows each request on stderr as the curl command for it: --debug."""
+
+    def _perform(self, call: _Call[_T]) -> _T:
+        form = f' -d "{call.form.decode()}"' if call.form else ""
+        address = self.endpoints.current + call.target
+        _complain(f"cURL Command: curl -X {call.method} {address}{form}")
+        return super()._perform(call)
+
+
+def _ask_password(prompt: str) -> str:
+    """Read a password without echo; from a pipe, its first line."""
+    if sys.stdin.isatty():
+        return getpass.getpass(prompt)
+    _emit(prompt)
+    return sys.stdin.readline().rstrip("\n")
+
+
+def _split_user(text: str, prompt: str) -> Tuple[str, str]:
+    """Return name and password of NAME[:PASSWORD]; a password that is not there is asked for."""
+    name, separator, password = text.partition(":")
+    return name, password if separator else _ask_password(prompt)
+
+
+def _endpoints_asked(settings: _Options) -> str:
+    for flag, variable in (("endpoints", "ETCDCTL_ENDPOINTS"), ("endpoint", "ETCDCTL_ENDPOINT"),
+                           ("peers", "ETCDCTL_PEERS")):
+        text = settings.text(flag, variable)
+        if text:
+            return text
+    return CLI_ENDPOINTS
+
+
+class _Access(NamedTuple):
+    """How to reach a cluster, whichever of its members is asked."""
+
+    options: Dict[str, Any]                         # keywords of Client
+    debug: bool = False
+
+    @classmethod
+    def from_settings(cls, settings: _Options, *, environment: bool = True) -> _Access:
+        """Return what flags and ETCDCTL_* variables say; asks for a password if need be."""
+        user, certificate, key, authorities = (
+            settings.text(flag, "ETCDCTL_" + flag.upper().replace("-", "_") if environment else "")
+            for flag in ("username", "cert-file", "key-file", "ca-file"))
+        if environment and user and ":" not in user and os.environ.get("ETCDCTL_PASSWORD"):
+            user += ":" + os.environ["ETCDCTL_PASSWORD"]
+        name, password = _split_user(user, "Password: ") if user else (None, None)
+        request_s = settings.seconds("timeout", 1.0)
+        return cls({
+            "connect_timeout": request_s, "read_timeout": request_s, "retry": False,
+            "total_timeout": settings.seconds("total-timeout", 5.0),
+            "cert": (certificate, key) if key else certificate or None,
+            "ca_cert": authorities or None, "username": name, "password": password,
+        }, settings.on("debug"))
+
+    def client(self, endpoints: Sequence[str] = (), srv_domain: str = "") -> Client:
+        """Return a client for these endpoints, or for those that SRV records name."""
+        kind = _TalkingClient if self.debug else Client
+        where: Dict[str, Any] = {"endpoints": endpoints}
+        if srv_domain:
+            where = {"srv_domain": srv_domain}
+        try:
+            return kind(**where, **self.options)
+        except (ValueError, OSError) as error:      # an endpoint, a certificate, a DNS server
+            raise _ExitError(str(error)) from error
+
+
+def _given_client(settings: _Options, access: _Access) -> Client:
+    """Return a client for the endpoints that were given."""
+    domain = settings.text("discovery-srv", "ETCDCTL_DISCOVERY_SRV")
+    if domain:
+        return access.client(srv_domain=domain)
+    return access.client(_endpoints_asked(settings).split(","))
+
+
+def _synced_client(settings: _Options, access: _Access) -> Client:
+    """Return a client that uses the client URLs the members publish, in random order."""
+    client, debug = _given_client(settings, access), settings.on("debug")
+    if settings.on("no-sync"):
+        return client
+    given = ",".join(client.endpoints.urls)
+    if debug:
+        _complain(f"start to sync cluster using endpoints({given})")
     try:
-        command_options, args = _parse_flags(words, (*command.flags, _HELP))
+        urls = [url for member in client.member_list() for url in member.client_urls]
+    except EtcdError as error:
+        code = EXIT_BAD_CONNECTION if _is_endpoint_failure(error) else EXIT_SERVER_ERROR
+        raise _ExitError(_error_lines(error), code) from error
+    if all(url.startswith("https:") for url in client.endpoints.urls):
+        urls = [url for url in urls if url.startswith("https:")]    # no passwords in clear
+    if not urls:
+        raise _ExitError(
+            "etcd cluster has no published client endpoints.\nTry '--no-sync' if you want to "
+            f"access non-published client endpoints({given}).\nError:  client: no endpoints "
+            "available", EXIT_SERVER_ERROR)
+    random.shuffle(urls)
+    client.endpoints = Endpoints(urls)
+    if debug:
+        _complain(f"got endpoints({','.join(urls)}) after sync")
+    return client
+
+
+class _Run:
+    """One invocation: what a command function gets."""
+
+    def __init__(self, settings: _Options, options: _Options, args: List[str]) -> None:
+        self.settings = settings                    # the global options
+        self.options = options                      # those of the command
+        self.args = args
+        self.output = settings.text("output") or "simple"
+        self._access: Optional[_Access] = None      # this and the next: made when a command
+        self._client: Optional[Client] = None       # first asks for them
+
+    @property
+    def access(self) -> _Access:
+        """How to reach the cluster; a password is asked for once."""
+        if self._access is None:
+            self._access = _Access.from_settings(self.settings)
+        return self._access
+
+    @property
+    def client(self) -> Client:
+        """The client, with the endpoints that the members publish unless --no-sync is given."""
+        return self.connect()
+
+    def connect(
+        self, make: Callable[[_Options, _Access], Client] = _synced_client,
+    ) -> Client:
+        """Return the client; the first call makes it."""
+        if self._client is None:
+            self._client = make(self.settings, self.access)
+            if self.settings.on("debug"):
+                _complain(f"Cluster-Endpoints: {', '.join(self._client.endpoints.urls)}")
+        return self._client
+
+    def close(self) -> None:
+        """Close the client, if one was made."""
+        if self._client is not None:
+            self._client.close()
+
+    def key(self) -> str:
+        """Return the first argument."""
+        if not self.args:
+            raise _ExitError("Error:  key required")
+        return self.args[0]
+
+    def value(self) -> str:
+        """Return the second argument, or else all of standard input."""
+        if len(self.args) > 1:
+            return self.args[1]
+        text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+        if not text:
+            raise _ExitError("Error:  value required")
+        return text
+
+    def ttl(self) -> Optional[int]:
+        """Return --ttl; 0 means none, as in etcdctl."""
+        return self.options.number("ttl") or None
+
+    def conditions(self, value_flag: str, index_flag: str) -> Dict[str, Any]:
+        """Return prev_value and prev_index if flags ask for them, else nothing."""
+        given = {"prev_value": self.options.text(value_flag) or None,
+                 "prev_index": self.options.number(index_flag) or None}
+        return given if any(given.values()) else {}
+
+    def print_result(self, result: Result) -> None:
+        """Print a result in the format asked for."""
+        if self.output == "json":
+            _emit(_result_json(result))
+        elif self.output == "extended":
+            _emit(_result_extended(result))
+        elif self.output != "simple":
+            _complain(f"Unsupported output format: {self.output}")
+        elif result.action == "delete":
+            _emit(f"PrevNode.Value: {_value_text(result.prev_node)}")
+        else:
+            _emit(_value_text(result.node))
+
+    def print_unless_silent(self, result: Result) -> None:
+        """Print a result; in simple format, nothing for a directory."""
+        if not result.node.dir or self.output != "simple":
+            self.print_result(result)
+
+
+# -- the table of commands, and the way into it
+
+
+class _Command(NamedTuple):
+    usage: str
+    help: str
+    flags: Tuple[_Flag, ...]
+    run: Callable[[_Run], int]
+    needs_server: bool          # its arguments are looked at only when there is a connection
+
+
+_COMMANDS: Dict[str, _Command] = {}                 # by name: "get", "member list"; help's order
+
+_HELP = _Flag(("help", "h"), bool, "show help")
+
+_GROUPS = {
+    "member": "list, add, remove and update members", "user": "users and their roles",
+    "role": "roles and what they permit", "auth": "turn authentication on and off",
+}
+
+_GLOBAL_FLAGS = (
+    _Flag(("debug",), bool, "show endpoints, and requests as curl commands, on stderr"),
+    _Flag(("no-sync",), bool, "use the endpoints given, not those that the members publish"),
+    _Flag(("output", "o"), str, "how to print results: simple, extended or json"),
+    _Flag(("discovery-srv", "D"), str, "domain whose SRV records name the endpoints"),
+    _Flag(("peers", "C"), str, "older name of --endpoints"),
+    _Flag(("endpoint",), str, "older name of --endpoints"),
+    _Flag(("endpoints",), str, f"addresses of members, comma between (default: {CLI_ENDPOINTS})"),
+    _Flag(("cert-file",), str, "client certificate for https"),
+    _Flag(("key-file",), str, "key of the client certificate"),
+    _Flag(("ca-file",), str, "certificates of authorities that servers are checked with"),
+    _Flag(("username", "u"), str, "user[:password]; a password that is not given is asked for"),
+    _Flag(("timeout",), float, "time for a member to answer (default: 1s; 60s for long work)"),
+    _Flag(("total-timeout",), float, "time for a call over all (default: 5s; 60s for long work)"),
+    _HELP,
+    _Flag(("version", "v"), bool, "print the version"),
+)
+
+_CommandFunction = Callable[[_Run], int]
+
+
+def _command(
+    name: str, usage: str, help: str, *flags: _Flag, needs_server: bool = False,
+) -> Callable[[_CommandFunction], _CommandFunction]:
+    """Enter the decorated function into the table of commands."""
+    def enter(function: _CommandFunction) -> _CommandFunction:
+        _COMMANDS[name] = _Command(
+            f"{name} {usage}".strip(), help, flags, function, needs_server)
+        return function
+    return enter
+
+
+def _aligned(rows: Sequence[Tuple[str, str]]) -> List[str]:
+    width = max((len(left) for left, _ in rows), default=0)
+    return [f"   {left:{width}}  {right}" for left, right in rows]
+
+
+def _dashed(name: str) -> str:
+    return ("-" if len(name) == 1 else "--") + name
+
+
+def _flag_lines(flags: Sequence[_Flag]) -> List[str]:
+    return _aligned([(", ".join(map(_dashed, flag.names))
+                      + ("" if flag.kind is bool else " value"), flag.help) for flag in flags])
+
+
+def _command_names(group: str = "") -> List[Tuple[str, str]]:
+    """Return (name, help) of all commands, a group as one; or of those in a group."""
+    if group:
+        return [(name[len(group) + 1:], command.help) for name, command in _COMMANDS.items()
+                if name.startswith(group + " ")]
+    firsts = dict.fromkeys(name.split()[0] for name in _COMMANDS)
+    return [(name, _GROUPS[name] if name in _GROUPS else _COMMANDS[name].help) for name in firsts]
+
+
+def _print_help(group: str = "") -> None:
+    """Print what the program can do, or what the commands of a group can."""
+    name = f"etcdctl {group}".strip()
+    lines = ["NAME:", f"   {name} - {_GROUPS.get(group, 'A command line client of etcd v2.')}", "",
+             "USAGE:", f"   {name} [options] command [command options] [arguments...]", "",
+             "COMMANDS:", *_aligned(_command_names(group)), ""]
+    _emit("\n".join([*lines, "GLOBAL OPTIONS:", *_flag_lines(_GLOBAL_FLAGS)]))
+
+
+def _print_command_help(name: str) -> None:
+    command = _COMMANDS[name]
+    lines = ["NAME:", f"   etcdctl {name} - {command.help}", "", "USAGE:",
+             f"   etcdctl {command.usage}", "", "OPTIONS:", *_flag_lines((*command.flags, _HELP))]
+    _emit("\n".join(lines))
+
+
+def _split_command(words: Sequence[str]) -> Tuple[str, List[str]]:
+    """Return the command's name, of one or two words, and what follows; "" if there is none."""
+    for size in (2, 1):
+        name = " ".join(words[:size])
+        if len(words) >= size and name in _COMMANDS:
+            return name, list(words[size:])
+    return "", list(words)
+
+
+def _run_command(name: str, words: Sequence[str], settings: _Options) -> int:
+    command = _COMMANDS[name]
+    try:
+        options, args = _parse_flags(words, (*command.flags, _HELP))
     except _MisuseError:
         _emit("Incorrect Usage.\n")
         _print_command_help(name)
         return EXIT_MISUSE
-    if command_options.on("help"):
+    if options.on("help"):
         _print_command_help(name)
         return EXIT_OK
-    if output not in ("simple", "extended", "json"):
-        _complain(f"Unsupported output format: {output}")
-        return EXIT_OK
-    if options.on("no-sync") or name == "cluster-health":
-        client = _make_client(options, _endpoints_asked(options).split(","))
-    else:
-        client = _synced_client(options)
-    if options.on("debug"):
-        _complain(f"Cluster-Endpoints: {', '.join(client.endpoints.urls)}")
-    with client:
-        return command.run(_Run(client, output, command_options, args))
+    with contextlib.closing(_Run(settings, options, args)) as run:
+        if command.needs_server:
+            run.connect()
+        return command.run(run)
 
 
 def _dispatch(argv: Sequence[str]) -> int:
     """Run the command `argv` asks for, or show the help it needs."""
-    options, words = _parse_flags(argv, _GLOBAL_FLAGS)
-    if options.on("version"):
+    settings, words = _parse_flags(argv, _GLOBAL_FLAGS)
+    if settings.on("version"):
         _emit(f"etcdctl version {CLI_VERSION}")
         return EXIT_OK
-    asks_help = options.on("help") or words[:1] in (["help"], ["h"], [])
-    name, rest = _split_command(words[1:] if words[:1] in (["help"], ["h"]) else words)
+    asks_help = settings.on("help") or words[:1] in (["help"], ["h"], [])
+    words = words[1:] if words[:1] in (["help"], ["h"]) else words
+    name, rest = _split_command(words)
     if name and asks_help:
         _print_command_help(name)
     elif name:
-        return _run_command(name, rest, options)
-    elif asks_help or words == ["member"]:
-        _print_help("" if asks_help else "member")
+        return _run_command(name, rest, settings)
+    elif words[:1] and words[0] in _GROUPS and (asks_help or rest[1:2] in ([], ["--help"], ["-h"])):
+        _print_help(words[0])
+    elif asks_help:
+        _print_help()
     else:
-        _emit(f"No help topic for '{words[0]}'")
+        _emit(f"No help topic for '{words[1 if words[0] in _GROUPS else 0]}'")
         return EXIT_MISUSE
     return EXIT_OK
 
@@ -1643,8 +3471,9 @@ def _dispatch(argv: Sequence[str]) -> int:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return its exit code.
 
-    0 success · 1 bad arguments, or a member command failed · 2 no server can be reached ·
-    4 the server refused, or the request failed · 5 the cluster is unhealthy
+    0 success · 1 bad arguments, or a command about members, users, roles or files failed · 2 no
+    server can be reached · 4 the server refused, or the request failed · 5 the cluster is
+    unhealthy · 130 interrupted · 141 nobody reads what is printed
 
     Source: etcdctl 2.3.8.
     """
@@ -1669,6 +3498,1472 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _exit() -> NoReturn:
     sys.exit(main())
+
+
+# ============================================================================
+# 10. Commands of etcdctl -- all of version 2.3
+# ----------------------------------------------------------------------------
+# Knows: sections 1-9.  Source: etcdctl 2.3.8.
+# ============================================================================
+
+_HEALTH_EVERY_S = 10.0
+_SNAP_TTL_MIN_S = 300           # `import --snap` gives short-lived keys at least this long
+
+_TTL = _Flag(("ttl",), int, "seconds until it expires")
+_SORT = _Flag(("sort",), bool, "order by key")
+_QUORUM = _Flag(("quorum", "q"), bool, "read through consensus: never stale")
+_RECURSIVE = _Flag(("recursive", "r"), bool, "with all that lies below")
+_AFTER_INDEX = _Flag(("after-index",), int, "begin with the first change after this index")
+_ROLES = _Flag(("roles",), list, "name of a role; may be given again")
+_PERMISSION_FLAGS = (
+    _Flag(("path",), str, "a key, or all that begin with it if it ends in *"),
+    _Flag(("read",), bool, "the right to read"),
+    _Flag(("write",), bool, "the right to write"),
+    _Flag(("readwrite", "rw"), bool, "both rights"),
+)
+
+
+# -- keys
+
+
+@_command("get", "[options] <key>", "print the value of a key", _SORT, _QUORUM, needs_server=True)
+def _cmd_get(run: _Run) -> int:
+    result = run.client.get(
+        run.key(), sorted=run.options.on("sort"), quorum=run.options.on("quorum"))
+    if result.node.dir:
+        raise _ExitError(f"{result.key}: is a directory")
+    run.print_result(result)
+    return EXIT_OK
+
+
+@_command("ls", "[options] [key]", "list a directory", _SORT, _RECURSIVE,
+          _Flag(("p",), bool, "put a slash behind directories"), _QUORUM, needs_server=True)
+def _cmd_ls(run: _Run) -> int:
+    options = run.options
+    result = run.client.get(
+        run.args[0] if run.args else "/", recursive=options.on("recursive"),
+        sorted=options.on("sort"), quorum=options.on("quorum"))
+    if run.output != "simple":
+        run.print_result(result)
+        return EXIT_OK
+    _emit_lines(node.key + ("/" if node.dir and options.on("p") else "")
+                for node in (result.node.walk() if result.node.dir else (result.node,)))
+    return EXIT_OK
+
+
+@_command("set", "[options] <key> [value]", "write a key; its value may come from stdin", _TTL,
+          _Flag(("swap-with-value",), str, "write only if this is the value"),
+          _Flag(("swap-with-index",), int, "write only if this is the modified index"),
+          needs_server=True)
+def _cmd_set(run: _Run) -> int:
+    key, value = run.key(), run.value()
+    conditions = run.conditions("swap-with-value", "swap-with-index")
+    if conditions:
+        result = run.client.compare_and_swap(key, value, ttl=run.ttl(), **conditions)
+    else:
+        result = run.client.set(key, value, ttl=run.ttl())
+    run.print_result(result)
+    return EXIT_OK
+
+
+@_command("mk", "[options] <key> [value]", "write a key that must not exist",
+          _Flag(("in-order",), bool, "take the next name in the directory <key>"), _TTL,
+          needs_server=True)
+def _cmd_mk(run: _Run) -> int:
+    key, value = run.key(), run.value()
+    write = run.client.append if run.options.on("in-order") else run.client.create
+    run.print_result(write(key, value, ttl=run.ttl()))
+    return EXIT_OK
+
+
+@_command("update", "[options] <key> [value]", "write a key that must exist", _TTL,
+          needs_server=True)
+def _cmd_update(run: _Run) -> int:
+    run.print_result(run.client.update(run.key(), run.value(), ttl=run.ttl()))
+    return EXIT_OK
+
+
+@_command("mkdir", "[options] <key>", "make a directory that must not exist", _TTL,
+          needs_server=True)
+def _cmd_mkdir(run: _Run) -> int:
+    run.print_unless_silent(run.client.mkdir(run.key(), ttl=run.ttl()))
+    return EXIT_OK
+
+
+@_command("setdir", "[options] <key>", "make a directory, also in place of a key", _TTL,
+          needs_server=True)
+def _cmd_setdir(run: _Run) -> int:
+    run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl()))
+    return EXIT_OK
+
+
+@_command("updatedir", "[options] <key>", "give a directory a new time to live, or none", _TTL,
+          needs_server=True)
+def _cmd_updatedir(run: _Run) -> int:
+    run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl(), prevExist=True))
+    return EXIT_OK
+
+
+def _set_dir(client: Client, key: str, ttl: Optional[int], **conditions: Any) -> Result:
+    return client.write(key, None, ttl=ttl, dir=True, **conditions)
+
+
+@_command("rm", "[options] <key>", "remove a key or a directory",
+          _Flag(("dir",), bool, "also an empty directory"),
+          _Flag(("recursive", "r"), bool, "also a directory with all that lies below"),
+          _Flag(("with-value",), str, "remove only if this is the value"),
+          _Flag(("with-index",), int, "remove only if this is the modified index"),
+          needs_server=True)
+def _cmd_rm(run: _Run) -> int:
+    key, conditions = run.key(), run.conditions("with-value", "with-index")
+    if conditions:
+        result = run.client.compare_and_delete(key, **conditions)
+    else:
+        result = run.client.delete(
+            key, dir=run.options.on("dir"), recursive=run.options.on("recursive"))
+    run.print_unless_silent(result)
+    return EXIT_OK
+
+
+@_command("rmdir", "<key>", "remove an empty directory, or a key", needs_server=True)
+def _cmd_rmdir(run: _Run) -> int:
+    run.print_unless_silent(run.client.rmdir(run.key()))
+    return EXIT_OK
+
+
+def _changes(run: _Run, key: str) -> Watch:
+    after_index = run.options.number("after-index")
+    return run.client.watcher(
+        key, recursive=run.options.on("recursive"), index=after_index + 1 if after_index else None,
+        relist=False)
+
+
+@_command("watch", "[options] <key>", "print the next change of a key",
+          _Flag(("forever", "f"), bool, "and all later ones, until Ctrl-C"), _AFTER_INDEX,
+          _RECURSIVE, needs_server=True)
+def _cmd_watch(run: _Run) -> int:
+    with contextlib.suppress(KeyboardInterrupt):    # the way to end --forever: not an error
+        with _changes(run, run.key()) as changes:
+            for change in changes:
+                if change.node.dir:
+                    continue
+                if run.options.on("recursive"):
+                    _emit(f"[{change.action}] {change.key}")
+                run.print_result(change)
+                if not run.options.on("forever"):
+                    break
+    return EXIT_OK
+
+
+@_command("exec-watch", "[options] <key> -- <command> [args...]",
+          "run a command for each change of a key", _AFTER_INDEX, _RECURSIVE, needs_server=True)
+def _cmd_exec_watch(run: _Run) -> int:
+    if len(run.args) < 2:
+        raise _ExitError("Error:  key and command to exec required")
+    key, command = run.args[-1], run.args[:-1]      # as etcdctl, if there is no `--`
+    if "--" in run.args[1:]:
+        key, command = run.args[0], run.args[2:]
+    if not command:
+        raise _ExitError("Error:  key and command to exec required")
+    children: List[subprocess.Popen[bytes]] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        with _changes(run, key) as changes:
+            for change in changes:
+                children = [child for child in children if child.poll() is None]
+                if change.node.dir:
+                    _complain(f"Ignored dir {change.key} change")
+                else:
+                    children.append(_start_for(change, command))
+    return EXIT_OK
+
+
+def _start_for(change: Result, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a command with a change in its environment; like etcdctl, do not wait for its end."""
+    added = {"ACTION": change.action, "MODIFIED_INDEX": str(change.modified_index),
+             "KEY": change.key, "VALUE": change.value or ""}
+    environment = {**os.environ, **{f"ETCD_WATCH_{name}": text for name, text in added.items()}}
+    try:
+        return subprocess.Popen(command, env=environment)
+    except (OSError, ValueError) as error:          # ValueError: a NUL cannot be passed on
+        raise _ExitError(f"{command[0]}: {getattr(error, 'strerror', None) or error}") from error
+
+
+# -- members and health
+
+
+@contextlib.contextmanager
+def _as_one_line(prefix: str = "", spoken: Optional[Container[int]] = None) -> Iterator[None]:
+    """Make errors of the members and auth APIs one line without "Error:", and exit code 1.
+
+    spoken  HTTP statuses whose message etcdctl shows; of others it tells the number.  None: all
+    """
+    try:
+        yield
+    except EtcdError as error:
+        line = error.message
+        if _is_endpoint_failure(error):
+            line = _UNAVAILABLE
+        elif spoken is not None and error.status not in spoken:
+            line = f"unexpected status code {error.status}"
+        raise _ExitError(prefix + line) from error
+
+
+def _expect_no_arguments(run: _Run) -> None:
+    if run.args:
+        raise _ExitError("No arguments accepted")
+
+
+@_command("member list", "", "print the members")
+def _cmd_member_list(run: _Run) -> int:
+    _expect_no_arguments(run)
+    client = run.client
+    with _as_one_line(spoken=()):
+        members = client.member_list()
+    with _as_one_line("Failed to get leader:  ", spoken=()):
+        leader = client.leader_member()
+    for member in members:
+        peer_urls, client_urls = ",".join(member.peer_urls), ",".join(member.client_urls)
+        is_leader = str(leader is not None and leader.id == member.id).lower()
+        if member.name:
+            _emit(f"{member.id}: name={member.name} peerURLs={peer_urls} "
+                  f"clientURLs={client_urls} isLeader={is_leader}")
+        else:
+            _emit(f"{member.id}[unstarted]: peerURLs={peer_urls}")
+    return EXIT_OK
+
+
+@_command("member add", "<name> <peerURL>", "announce a member that will be started")
+def _cmd_member_add(run: _Run) -> int:
+    if len(run.args) != 2:
+        raise _ExitError("Provide a name and a single member peerURL")
+    name, url = run.args
+    client = run.client
+    with _as_one_line(spoken=(400, 409)):
+        added = client.member_add([url])
+        _emit(f"Added member named {name} with ID {added.id} to cluster")
+        members = client.member_list()
+    cluster = ",".join(
+        f"{name if member.id == added.id else member.name}={peer_url}"
+        for member in members for peer_url in member.peer_urls)
+    _emit(f'\nETCD_NAME="{name}"\nETCD_INITIAL_CLUSTER="{cluster}"\n'
+          'ETCD_INITIAL_CLUSTER_STATE="existing"')
+    return EXIT_OK
+
+
+@_command("member remove", "<memberID>", "remove a member from the cluster")
+def _cmd_member_remove(run: _Run) -> int:
+    if len(run.args) != 1:
+        raise _ExitError("Provide a single member ID")
+    asked, client = run.args[0], run.client
+    with _as_one_line("Error while verifying ID against known members: ", spoken=()):
+        members = client.member_list()
+    if asked not in [member.id for member in members]:
+        for member in members:
+            if member.name == asked:
+                _complain(f"Found a member named {asked}; if this is correct, please use its ID, "
+                          f"eg:\n\tetcdctl member remove {member.id}\n")
+        raise _ExitError(f"Couldn't find a member in the cluster with an ID of {asked}.")
+    with _as_one_line(f"Received an error trying to remove member {asked}: ", spoken=()):
+        try:
+            client.member_remove(asked)
+        except HttpError as error:
+            if error.status != http.HTTPStatus.GONE:    # removed already
+                raise
+    _emit(f"Removed member {asked} from cluster")
+    return EXIT_OK
+
+
+@_command("member update", "<memberID> <peerURLs>", "give a member other peer URLs")
+def _cmd_member_update(run: _Run) -> int:
+    if len(run.args) != 2:
+        raise _ExitError("Provide an ID and a list of comma separated peerURL "
+                         "(0xabcd http://example.com,http://example1.com)")
+    id, urls = run.args
+    client = run.client
+    with _as_one_line(spoken=(400, 404, 409)):
+        client.member_update(id, urls.split(","))
+    _emit(f"Updated member with ID {id} in cluster")
+    return EXIT_OK
+
+
+@_command("cluster-health", "[options]", "ask every member whether it is healthy",
+          _Flag(("forever", "f"), bool, "ask again every 10 seconds, until Ctrl-C"))
+def _cmd_cluster_health(run: _Run) -> int:
+    if not run.options.on("forever"):
+        return _check_health(run.connect(_given_client))
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            _check_health(run.connect(_given_client))
+            _emit("\nnext check after 10 second...\n")
+            time.sleep(_HEALTH_EVERY_S)
+    return EXIT_OK
+
+
+def _check_health(client: Client) -> int:
+    try:
+        members = client.member_list()
+    except EtcdError:
+        _emit("cluster may be unhealthy: failed to list members")
+        raise
+    healthy = [_member_is_healthy(client, member) for member in members]
+    _emit("cluster is healthy" if any(healthy) else "cluster is unhealthy")
+    return EXIT_OK if any(healthy) else EXIT_UNHEALTHY
+
+
+def _member_is_healthy(client: Client, member: Member) -> bool:
+    """Ask a member for its health and print the verdict."""
+    if not member.client_urls:
+        _emit(f"member {member.id} is unreachable: no available published client urls")
+        return False
+    for url in member.client_urls:
+        try:
+            healthy = client.health(url)
+        except (EtcdError, ValueError) as error:
+            why = _failure_line(error) if isinstance(error, EtcdError) else str(error)
+            _emit(f"failed to check the health of member {member.id} on {url}: {why}")
+            continue
+        word = "healthy" if healthy else "unhealthy"
+        _emit(f"member {member.id} is {word}: got {word} result from {url}")
+        return healthy
+    _emit(f"member {member.id} is unreachable: [{' '.join(member.client_urls)}] "
+          "are all unreachable")
+    return False
+
+
+# -- files
+
+
+@_command("backup", "[options]", "copy a member's data directory under new ids",
+          _Flag(("data-dir",), str, "data directory of the member; it may run"),
+          _Flag(("wal-dir",), str, "its log directory, if that is elsewhere"),
+          _Flag(("backup-dir",), str, "the copy"),
+          _Flag(("backup-wal-dir",), str, "log directory of the copy, if that is elsewhere"))
+def _cmd_backup(run: _Run) -> int:
+    text = run.options.text
+    if not text("data-dir") or not text("backup-dir"):
+        raise _ExitError("backup needs --data-dir and --backup-dir")
+    try:
+        server = importlib.import_module("pyetcd")
+    except ImportError as error:
+        raise _ExitError(
+            "backup is done by the server's module: put pyetcd.py beside pyetcd_client.py, or "
+            f"install it ({error})") from error
+    try:
+        server.backup(text("data-dir"), text("backup-dir"), wal_dir=text("wal-dir"),
+                      backup_wal_dir=text("backup-wal-dir"))
+    except server.BackupError as error:
+        raise _ExitError(str(error)) from error
+    return EXIT_OK
+
+
+def _spread(
+    items: Sequence[_T], workers: int, work: Callable[[_T], None], progress: _Progress,
+) -> None:
+    """Call `work` for every item on `workers` threads; what one raises ends them all."""
+    numbered, lock, stop = enumerate(items), threading.Lock(), threading.Event()
+
+    def serve() -> None:
+        try:
+            while not stop.is_set():
+                with lock:                          # guards the iterator and the terminal
+                    number, item = next(numbered, (0, None))
+                    progress.show(number)
+                if item is None:
+                    break
+                work(item)
+        finally:
+            stop.set()
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, workers), "pyetcdctl") as pool:
+        futures = [pool.submit(serve) for _ in range(max(1, workers))]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            stop.set()
+
+
+def _read_snapshot_04(path: str, hidden: Sequence[str]) -> List[Tuple[str, str, Optional[int]]]:
+    """Return (key, value, ttl) of the files in a snapshot of etcd 0.4.
+
+    Such a file is the JSON of a store, or a line with a checksum and JSON that holds the former in
+    base64.  Hidden directories are left out, except those in `hidden`; so is what has expired.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        outer = json.loads(text if text.startswith("{") else text.partition("\n")[2])
+        store = json.loads(base64.b64decode(outer["state"])) if "state" in outer else outer
+        root = store["Root"]
+        found = list(_snapshot_files(root, "", hidden=False))
+        for key in hidden:
+            node = root
+            for name in _clean_key(key).strip("/").split("/"):
+                node = node["Children"][name]
+            found += _snapshot_files(node, _clean_key(key), hidden=True)
+    except OSError:
+        raise _ExitError(f"cannot read snapshot file {path}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _ExitError(f"{path} is no snapshot of etcd 0.4 ({error or error!r})") from error
+    return [record for record in found if record[2] is None or record[2] > 0]
+
+
+def _snapshot_files(
+    node: Mapping[str, Any], key: str, *, hidden: bool,
+) -> Iterator[Tuple[str, str, Optional[int]]]:
+    children = node.get("Children")
+    if children is None:
+        yield key, node["Value"], _seconds_left(node["ExpireTime"])
+        return
+    for name, child in sorted(children.items()):
+        if hidden or not name.startswith("_"):
+            yield from _snapshot_files(child, f"{key}/{name}", hidden=hidden)
+
+
+def _seconds_left(instant: Optional[str]) -> Optional[int]:
+    """Return the whole seconds until an RFC 3339 instant, rounded up; None for none."""
+    if not instant or instant.startswith("0001-"):  # Go's zero time
+        return None
+    match = re.fullmatch(r"(\S{19})(\.\d+)?(Z|[+-]\d\d:\d\d)", instant)
+    if match is None:
+        raise ValueError(f"{instant!r} is no RFC 3339 instant")
+    offset = "+00:00" if match[3] == "Z" else match[3]
+    at = datetime.datetime.fromisoformat(match[1] + offset).timestamp() + float(match[2] or 0)
+    return math.ceil(at - time.time())
+
+
+def _import_snapshot_04(run: _Run) -> int:
+    """Write the files of a snapshot of etcd 0.4, as `import --snap` of etcdctl does."""
+    path, workers = run.options.text("snap"), run.options.number("c", 10)
+    files = _read_snapshot_04(path, run.options.texts("hidden"))
+    client = run.client
+
+    def write(record: Tuple[str, str, Optional[int]]) -> None:
+        key, value, ttl = record
+        client.set(key, value, ttl=max(ttl, _SNAP_TTL_MIN_S) if ttl else None)
+
+    _emit(f"starting to import snapshot {path} with {workers} clients")
+    with _Progress("import", len(files)) as progress:
+        _spread(files, workers, write, progress)
+    _emit(f"finished importing {len(files)} keys")
+    return EXIT_OK
+
+
+# -- users, roles, auth
+
+
+def _user_name(run: _Run) -> str:
+    if len(run.args) != 1:
+        raise _ExitError("Please provide a username")
+    return run.args[0]
+
+
+def _names(entries: Optional[Sequence[Any]], field: str) -> List[str]:
+    """Return names out of a list of names or of objects: servers have both."""
+    return [entry[field] if isinstance(entry, dict) else str(entry) for entry in entries or ()]
+
+
+@_command("user add", "<name>[:<password>]", "make a user")
+def _cmd_user_add(run: _Run) -> int:
+    text = _user_name(run)
+    name, client = text.partition(":")[0], run.client
+    with _as_one_line():
+        try:
+            client.user_get(name)
+        except EtcdError as error:
+            if _is_endpoint_failure(error):
+                raise
+        else:
+            raise _ExitError(f"User {name} already exists")
+        client.user_add(name, _split_user(text, "New password: ")[1])
+    _emit(f"User {name} created")
+    return EXIT_OK
+
+
+@_command("user get", "<name>", "print a user's roles")
+def _cmd_user_get(run: _Run) -> int:
+    name, client = _user_name(run), run.client
+    with _as_one_line():
+        user = client.user_get(name)
+    _emit(f"User: {user['user']}\nRoles: {' '.join(_names(user.get('roles'), 'role'))}")
+    return EXIT_OK
+
+
+@_command("user list", "", "print the names of all users")
+def _cmd_user_list(run: _Run) -> int:
+    _expect_no_arguments(run)
+    client = run.client
+    with _as_one_line(spoken=()):
+        users = client.user_list()
+    _emit_lines(_names(users, "user"))
+    return EXIT_OK
+
+
+@_command("user remove", "<name>", "remove a user")
+def _cmd_user_remove(run: _Run) -> int:
+    name, client = _user_name(run), run.client
+    with _as_one_line():
+        client.user_remove(name)
+    _emit(f"User {name} removed")
+    return EXIT_OK
+
+
+@_command("user grant", "--roles <role> <name>", "give a user roles", _ROLES)
+def _cmd_user_grant(run: _Run) -> int:
+    return _change_roles(run, Client.user_grant)
+
+
+@_command("user revoke", "--roles <role> <name>", "take roles from a user", _ROLES)
+def _cmd_user_revoke(run: _Run) -> int:
+    return _change_roles(run, Client.user_revoke)
+
+
+def _change_roles(run: _Run, change: Callable[[Client, str, Sequence[str]], Any]) -> int:
+    roles = run.options.texts("roles")
+    if not roles:
+        raise _ExitError("No roles specified; please use `-roles`")
+    name, client = _user_name(run), run.client
+    with _as_one_line():
+        change(client, name, roles)
+    _emit(f"User {name} updated")
+    return EXIT_OK
+
+
+@_command("user passwd", "<name>", "change a user's password")
+def _cmd_user_passwd(run: _Run) -> int:
+    name, client = _user_name(run), run.client
+    with _as_one_line():
+        client.user_get(name)
+        client.user_password(name, _ask_password("New password: "))
+    _emit("Password updated")
+    return EXIT_OK
+
+
+def _role_name(run: _Run) -> str:
+    if len(run.args) != 1:
+        raise _ExitError("Please provide a role name")
+    return run.args[0]
+
+
+@_command("role add", "<name>", "make a role")
+def _cmd_role_add(run: _Run) -> int:
+    name, client = _role_name(run), run.client
+    with _as_one_line():
+        try:
+            client.role_get(name)
+        except EtcdError as error:
+            if _is_endpoint_failure(error):
+                raise
+        else:
+            raise _ExitError(f"Role {name} already exists")
+        client.role_add(name)
+    _emit(f"Role {name} created")
+    return EXIT_OK
+
+
+def _permitted(role: Mapping[str, Any]) -> Tuple[List[str], List[str]]:
+    """Return the paths that a role may read, and those that it may write."""
+    kv = role["permissions"]["kv"]
+    return list(kv.get("read") or ()), list(kv.get("write") or ())
+
+
+@_command("role get", "<name>", "print what a role permits")
+def _cmd_role_get(run: _Run) -> int:
+    name, client = _role_name(run), run.client
+    with _as_one_line():
+        role = client.role_get(name)
+    read, write = _permitted(role)
+    _emit_lines([f"Role: {role['role']}", "KV Read:", *(f"\t{path}" for path in read),
+                 "KV Write:", *(f"\t{path}" for path in write)])
+    return EXIT_OK
+
+
+@_command("role list", "", "print the names of all roles")
+def _cmd_role_list(run: _Run) -> int:
+    _expect_no_arguments(run)
+    client = run.client
+    with _as_one_line(spoken=()):
+        roles = client.role_list()
+    _emit_lines(_names(roles, "role"))
+    return EXIT_OK
+
+
+@_command("role remove", "<name>", "remove a role")
+def _cmd_role_remove(run: _Run) -> int:
+    name, client = _role_name(run), run.client
+    with _as_one_line():
+        client.role_remove(name)
+    _emit(f"Role {name} removed")
+    return EXIT_OK
+
+
+@_command("role grant", "--path <path> --read|--write|--readwrite <name>", "permit a path",
+          *_PERMISSION_FLAGS)
+def _cmd_role_grant(run: _Run) -> int:
+    return _change_permission(run, Client.role_grant, "granted")
+
+
+@_command("role revoke", "--path <path> --read|--write|--readwrite <name>",
+          "permit a path no longer", *_PERMISSION_FLAGS)
+def _cmd_role_revoke(run: _Run) -> int:
+    return _change_permission(run, Client.role_revoke, "revoked")
+
+
+def _change_permission(
+    run: _Run, change: Callable[[Client, str, str, str], Dict[str, Any]], done: str,
+) -> int:
+    path = run.options.text("path")
+    if not path:
+        raise _ExitError("No path specified; please use `-path`")
+    canonical = _clean_key(path) + ("/" if path.endswith("/") and path.strip("/") else "")
+    if path != canonical:
+        raise _ExitError(f"Not canonical path; please use `-path={canonical}`")
+    kinds = [kind for kind in ("read", "write", "readwrite") if run.options.on(kind)]
+    if len(kinds) != 1:
+        raise _ExitError("Please specify exactly one of -read, -write or -readwrite")
+    name, client = _role_name(run), run.client
+    with _as_one_line():
+        before = client.role_get(name)
+        after = change(client, name, path, kinds[0])
+    unchanged = _permitted(before) == _permitted(after)
+    _emit(f"{f'Role unchanged; already {done}' if unchanged else ''}Role {name} updated")
+    return EXIT_OK
+
+
+@_command("auth enable", "", "let only users with the right do something")
+def _cmd_auth_enable(run: _Run) -> int:
+    _expect_no_arguments(run)
+    client = run.client
+    with _as_one_line():
+        client.auth_enable()
+    _emit("Authentication Enabled")
+    return EXIT_OK
+
+
+@_command("auth disable", "", "let everybody do everything")
+def _cmd_auth_disable(run: _Run) -> int:
+    _expect_no_arguments(run)
+    client = run.client
+    with _as_one_line():
+        client.auth_disable()
+    _emit("Authentication Disabled")
+    return EXIT_OK
+
+
+# ============================================================================
+# 11. More commands -- export, import, mirror, tree, top, bench, completion
+# ----------------------------------------------------------------------------
+# Knows: sections 1-10.
+# ============================================================================
+
+_EXPORT_MARK = "# keys of etcd v2, written by pyetcdctl export; see pyetcdctl help export"
+_EXPORT_VERSION = 1
+_LONG_S = 60.0                  # --timeout and --total-timeout where an answer may be long
+_RETRY_MIN_S = 0.2              # a mirror that cannot reach its target tries again, each time
+_RETRY_MAX_S = 10.0             # after twice the wait
+_TOP_EVERY_S = 2.0
+_TREE_VALUE_MAX = 60            # characters of a value that `tree --values` shows
+_BENCH_TOTAL = 10_000
+_BENCH_SIZE_BYTES = 64
+_BENCH_KEYS = 1_000             # distinct keys that bench writes and reads
+
+_UNESCAPED = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029]")    # what would break a line
+_ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+_UNESCAPES = {escape[1]: character for character, escape in _ESCAPES.items()}
+
+_PREFIX = _Flag(("prefix",), str, "take only what lies below this key (default: all)")
+_DEST_PREFIX = _Flag(("dest-prefix",), str, "and put it below this one (default: the same)")
+_DRY_RUN = _Flag(("dry-run",), bool, "print what would be done, and do nothing")
+_WORKERS = _Flag(("c",), int, "connections to use (default: 10)")
+
+
+def _patient(client: Client, settings: _Options) -> Client:
+    """Return `client` with time for long answers, unless options say otherwise."""
+    client.read_timeout = settings.seconds("timeout", _LONG_S)
+    client.total_timeout = settings.seconds("total-timeout", _LONG_S)
+    return client
+
+
+# -- a tree as text
+
+
+def _escape(text: str) -> str:
+    """Return `text` in one line without tabs; _unescape has the way back."""
+    return _UNESCAPED.sub(lambda m: _ESCAPES.get(m[0]) or f"\\u{ord(m[0]):04x}", text)
+
+
+def _unescape(text: str) -> str:
+    """Return what _escape was given.  Raises ValueError."""
+    def original(match: Match[str]) -> str:
+        code = match[1]
+        if len(code) == 5:
+            return chr(int(code[1:], 16))
+        if code not in _UNESCAPES:
+            raise ValueError(f"\\{code} is no escape")
+        return _UNESCAPES[code]
+    return re.sub(r"\\(u[0-9a-fA-F]{4}|.?)", original, text, flags=re.DOTALL)
+
+
+class _Record(NamedTuple):
+    """A node as it is exported and imported."""
+
+    key: str
+    value: Optional[str] = None                     # None for a directory
+    expiration: Optional[str] = None                # RFC 3339 instant
+
+    @classmethod
+    def from_node(cls, node: Node) -> _Record:
+        """Return the record of a node."""
+        return cls(node.key, None if node.dir else node.value or "", node.expiration)
+
+    @classmethod
+    def from_line(cls, line: str) -> _Record:
+        """Return the record of a line of the text form.  Raises ValueError."""
+        name, *fields = line.split("\t")
+        is_dir = name.endswith("/")
+        extra = fields[1] if len(fields) == 2 else ""
+        if (not name.startswith("/") or len(fields) > 2 or not (is_dir or fields)
+                or (extra and not extra.startswith("expires=")) or (is_dir and any(fields[:1]))):
+            raise ValueError("not KEY, tab, value or DIRECTORY/")
+        expiration = extra[len("expires="):] or None
+        _seconds_left(expiration)
+        return cls(_unescape(name.rstrip("/")) or "/", None if is_dir else _unescape(fields[0]),
+                   expiration)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> _Record:
+        """Return the record of an object of the JSON form.  Raises ValueError."""
+        key, value, expiration = raw["key"], raw.get("value"), raw.get("expiration")
+        if raw.get("dir", False) != (value is None) or not isinstance(key, str):
+            raise ValueError(f"{raw} has not either a value or dir")
+        if not isinstance(value, (str, type(None))):
+            raise ValueError(f"the value of {key} is not text")
+        _seconds_left(expiration)
+        return cls(key, value, expiration)
+
+    @property
+    def ttl(self) -> Optional[int]:
+        """Seconds left; None if permanent; 0 or less if expired."""
+        return _seconds_left(self.expiration)
+
+    def line(self) -> str:
+        """Return the record as a line of the text form."""
+        key = _escape(self.key)
+        fields = [key.rstrip("/") + "/", ""] if self.value is None else [key, _escape(self.value)]
+        if self.expiration:
+            return "\t".join([*fields, f"expires={self.expiration}"])
+        return fields[0] if self.value is None else "\t".join(fields)
+
+    def json(self) -> str:
+        """Return the record as an object of the JSON form."""
+        content = {"dir": True} if self.value is None else {"value": self.value}
+        shown = {"key": self.key, **content}
+        if self.expiration:
+            shown["expiration"] = self.expiration
+        return json.dumps(shown, ensure_ascii=False)
+
+
+def _records_in(node: Node) -> List[_Record]:
+    """Return the records of a listed node and of all below it; the root itself is none."""
+    nodes = node.walk() if node.key == "/" else itertools.chain([node], node.walk())
+    return [_Record.from_node(found) for found in nodes]
+
+
+def _parse_export(text: str) -> List[_Record]:
+    """Return the records in either form, or in an answer of the keys API.  Raises ValueError."""
+    if text.lstrip()[:1] == "{":
+        raw = json.loads(text)
+        if "node" in raw:
+            return _records_in(Node.from_json(raw["node"]))
+        return [_Record.from_json(node) for node in raw["nodes"]]
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line[:-1] if line.endswith("\r") else line
+        if not line or line.startswith("#"):
+            continue
+        try:
+            records.append(_Record.from_line(line))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+    return records
+
+
+def _moved(key: str, prefix: str, dest_prefix: str) -> Optional[str]:
+    """Return `key` with `prefix` replaced; None if it does not lie there."""
+    prefix, dest_prefix = prefix.rstrip("/"), dest_prefix.rstrip("/")
+    if key == (prefix or "/"):
+        return dest_prefix or "/"
+    return dest_prefix + key[len(prefix):] if key.startswith(prefix + "/") else None
+
+
+def _prefixes(options: _Options, prefix: str = "") -> Tuple[str, str]:
+    prefix = _clean_key(prefix or options.text("prefix"))
+    return prefix, _clean_key(options.text("dest-prefix") or prefix)
+
+
+@_command("export", "[options] [key]", "print a tree, to be read by import",
+          _Flag(("format",), str, "json (default), or text: a key a line, to be compared by diff"),
+          _Flag(("hidden",), list, "also this hidden directory; may be given again"))
+def _cmd_export(run: _Run) -> int:
+    """Print records, parents first; each --hidden directory is read for itself, later."""
+    form = run.options.text("format") or "json"
+    if form not in ("json", "text"):
+        raise _ExitError("--format is json or text")
+    key, client = (run.args or ["/"])[0], _patient(run.client, run.settings)
+    with _Progress("export"):
+        result = client.get(key, recursive=True, sorted=True, quorum=True)
+        records = _records_in(result.node)
+        for hidden in run.options.texts("hidden"):
+            found = client.get(hidden, recursive=True, sorted=True, quorum=True)
+            records += _records_in(found.node)
+    # Lone surrogates, which some server might send, become escapes that both forms know.
+    plain = (text.encode("utf-8", "backslashreplace").decode() for text in
+             (record.json() if form == "json" else record.line() for record in records))
+    with _Progress("export", len(records)) as progress:
+        _emit_lines(itertools.chain(
+            [_EXPORT_MARK] if form == "text" else
+            [f'{{"pyetcd_export": {_EXPORT_VERSION}, "key": {json.dumps(result.key)}, '
+             f'"etcdIndex": {result.etcd_index}, "nodes": ['],
+            _separated(plain, "," if form == "json" else "", progress),
+            [] if form == "text" else ["]}"]))
+    return EXIT_OK
+
+
+def _separated(texts: Iterable[str], separator: str, progress: _Progress) -> Iterator[str]:
+    previous: Optional[str] = None
+    for number, text in enumerate(texts):
+        progress.show(number)
+        if previous is not None:
+            yield previous + separator
+        previous = text
+    if previous is not None:
+        yield previous
+
+
+class _Import:
+    """Writes records; counts what it did."""
+
+    def __init__(self, client: Client, options: _Options) -> None:
+        self._client = client
+        self._keep = options.on("keep")
+        self._ttl = options.number("ttl") or None
+        self._workers = options.number("c", 10)
+        self._lock = threading.Lock()               # guards the next
+        self.kept = 0                               # existed already
+
+    def write(self, records: Sequence[_Record]) -> None:
+        """Write directories one after the other, then files on many connections."""
+        for record in _needed_dirs(records):
+            self._make_dir(record)
+        files = [record for record in records if record.value is not None]
+        with _Progress("import", len(files)) as progress:
+            _spread(files, self._workers, self._write_file, progress)
+
+    def ttl(self, record: _Record) -> Optional[int]:
+        """Return the seconds a record is to live; None for ever; 0 or less: not at all."""
+        return self._ttl if record.expiration and self._ttl else record.ttl
+
+    def _make_dir(self, record: _Record) -> None:
+        ttl = self.ttl(record)
+        try:
+            self._client.mkdir(record.key, ttl=ttl)
+        except NodeExists:
+            if ttl and not self._keep:
+                _set_dir(self._client, record.key, ttl, prevExist=True)
+
+    def _write_file(self, record: _Record) -> None:
+        write = self._client.create if self._keep else self._client.set
+        try:
+            write(record.key, record.value or "", ttl=self.ttl(record))
+        except NodeExists:
+            with self._lock:
+                self.kept += 1
+
+
+def _needed_dirs(records: Sequence[_Record]) -> List[_Record]:
+    """Return the directories that writing the files would not make as they are to be."""
+    filled = {record.key.rpartition("/")[0] for record in records}
+    return [record for record in records
+            if record.value is None and (record.expiration or record.key not in filled)]
+
+
+def _read_records(path: str) -> List[_Record]:
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return _parse_export(data.decode("utf-8"))
+    except OSError as error:
+        raise _ExitError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _ExitError(f"{path} is not what export writes: {error}") from error
+
+
+@_command("import", "[options] <file>", "write what export has printed; - is stdin", _PREFIX,
+          _DEST_PREFIX, _Flag(("keep",), bool, "leave keys that exist as they are"),
+          _Flag(("ttl",), int, "seconds that keys which expire live anew, expired ones too"),
+          _DRY_RUN, _WORKERS, _Flag(("snap",), str, "instead: a snapshot file of etcd 0.4"),
+          _Flag(("hidden",), list, "with --snap: also this hidden directory"))
+def _cmd_import(run: _Run) -> int:
+    if run.options.text("snap"):
+        return _import_snapshot_04(run)
+    if not run.args:
+        _emit("no snapshot file provided (use --snap)")
+        return EXIT_BAD_ARGS
+    prefixes = _prefixes(run.options)
+    found = [(record, _moved(_clean_key(record.key), *prefixes))
+             for record in _read_records(run.args[0])]
+    records = [record._replace(key=key) for record, key in found if key is not None and key != "/"]
+    importing = _Import(_patient(run.client, run.settings), run.options)
+    alive = [record for record in records if (importing.ttl(record) or 1) > 0]
+    if run.options.on("dry-run"):
+        _emit_lines(f"{'mkdir' if record.value is None else 'set'} {_escape(record.key)}"
+                    for record in alive)
+        return EXIT_OK
+    importing.write(alive)
+    files = sum(record.value is not None for record in alive)
+    notes = [(importing.kept, "existed and were kept"),
+             (len(records) - len(alive), "had expired and were left out"),
+             (len(found) - len(records), "lie elsewhere and were left out")]
+    _emit("; ".join([f"imported {files - importing.kept} keys",
+                     *(f"{count} {what}" for count, what in notes if count)]))
+    return EXIT_OK
+
+
+# -- mirror
+
+
+class _Change(NamedTuple):
+    """What a mirror does to its target."""
+
+    verb: str                                       # set, mkdir or delete
+    key: str
+    value: str = ""
+    ttl: Optional[int] = None
+
+    def apply(self, client: Client) -> None:
+        """Do it; that may be done again, as after an answer that was lost."""
+        if self.verb == "set":
+            client.set(self.key, self.value, ttl=self.ttl)
+        elif self.verb == "mkdir":
+            with contextlib.suppress(NotFile):      # it is a directory already
+                _set_dir(client, self.key, self.ttl)
+        else:
+            with contextlib.suppress(KeyNotFound):
+                client.delete(self.key, recursive=True)
+
+
+class _Mirror:
+    """Makes a tree of the target equal to one of the source, and keeps it so.
+
+    What was done so far is seen in the target: a mirror that is started again compares both trees
+    and writes the difference, so it needs no notes.  The same happens when more changes went by
+    than the source remembers, and when a change does not fit the target.
+    """
+
+    def __init__(self, source: Client, target: Client, options: _Options) -> None:
+        self._source = source
+        self._target = target
+        self._prefix, self._dest_prefix = _prefixes(options)
+        self._with_ttl = options.on("ttl")
+        self._deletes = not options.on("no-delete")
+        self._workers = options.number("c", 10)
+        self.dry_run = options.on("dry-run")
+        self.verbose = options.on("verbose") or self.dry_run
+
+    def check(self) -> None:
+        """Raise _ExitError if the mirror would see its own writes."""
+        for client in (self._source, self._target):
+            client.member_list()                    # an answer tells the cluster's id
+        inside = (_moved(self._prefix, self._dest_prefix, ""),
+                  _moved(self._dest_prefix, self._prefix, ""))
+        if self._source.cluster_id == self._target.cluster_id and any(inside):
+            raise _ExitError("source and target overlap: they are the same cluster")
+
+    def copy(self) -> int:
+        """Make the trees equal; return the source's index from which to follow."""
+        index, wanted = self._listing(self._source, self._prefix)
+        _, present = self._listing(self._target, self._dest_prefix)
+        deletions, dirs, files = self._difference(wanted, present)
+        with _Progress("mirror", len(files)) as progress:
+            for change in (*deletions, *dirs):
+                self._do(change)
+            _spread(files, self._workers, self._do, progress)
+        _emit(f"{'would copy' if self.dry_run else 'copied'} {len(files)} keys, "
+              f"{'would remove' if self.dry_run else 'removed'} {len(deletions)}; "
+              f"source index {index}")
+        return index + 1
+
+    def follow(self, index: int) -> None:
+        """Repeat every change of the source at the target, for ever."""
+        while True:
+            try:
+                with self._source.watcher(
+                        self._prefix, recursive=True, index=index, relist=False) as changes:
+                    for event in changes:
+                        self._repeat(event)
+            except (ApiError, HttpError) as error:  # history gone, or the trees differ
+                if isinstance(error, Unauthorized) or _is_endpoint_failure(error):
+                    raise
+                index = self._insist(self.copy)
+
+    def _listing(self, client: Client, prefix: str) -> Tuple[int, Dict[str, Node]]:
+        """Return a cluster's index and all nodes below `prefix`, by their key at the target."""
+        try:
+            result = client.get(prefix, recursive=True, sorted=True, quorum=True)
+        except KeyNotFound as error:
+            return error.index, {}
+        if not result.node.dir:
+            raise _ExitError(f"{prefix} is no directory")
+        moved = ((_moved(node.key, prefix, self._dest_prefix), node)
+                 for node in result.node.walk())
+        return result.etcd_index, {key: node for key, node in moved if key is not None}
+
+    def _difference(
+        self, wanted: Mapping[str, Node], present: Mapping[str, Node],
+    ) -> Tuple[List[_Change], List[_Change], List[_Change]]:
+        """Return what is to be deleted, which directories and which files are to be written."""
+        deletions: List[_Change] = []
+        for key, node in present.items():           # parents come first
+            mine = wanted.get(key)
+            unwanted = self._deletes if mine is None else mine.dir != node.dir
+            gone = deletions and key.startswith(deletions[-1].key + "/")
+            if unwanted and not gone:
+                deletions.append(_Change("delete", key))
+        dirs = [_Change("mkdir", key, ttl=self._ttl(node)) for key, node in wanted.items()
+                if node.dir and (key not in present or not present[key].dir)]
+        files = [_Change("set", key, node.value or "", self._ttl(node))
+                 for key, node in wanted.items()
+                 if not node.dir and not self._is_equal(node, present.get(key))]
+        return deletions, dirs, files
+
+    def _is_equal(self, node: Node, copy: Optional[Node]) -> bool:
+        expires = self._with_ttl and node.ttl is not None
+        return (copy is not None and not copy.dir and copy.value == node.value
+                and (copy.ttl is not None) == expires)
+
+    def _ttl(self, node: Node) -> Optional[int]:
+        return max(1, node.ttl) if self._with_ttl and node.ttl is not None else None
+
+    def _repeat(self, event: Result) -> None:
+        key = _moved(event.key, self._prefix, self._dest_prefix)
+        if key is None or key == "/":
+            return
+        if event.action in ("delete", "expire", "compareAndDelete"):
+            if self._deletes:
+                self._insist(lambda: self._do(_Change("delete", key)))
+            return
+        verb = "mkdir" if event.node.dir else "set"
+        change = _Change(verb, key, event.value or "", self._ttl(event.node))
+        self._insist(lambda: self._do(change))
+
+    def _do(self, change: _Change) -> None:
+        if self.verbose:
+            _emit(f"{change.verb} {_escape(change.key)}")
+        if not self.dry_run:
+            change.apply(self._target)
+
+    def _insist(self, action: Callable[[], _T]) -> _T:
+        """Do `action` until a server answers: all a mirror does may be done twice."""
+        wait_s = _RETRY_MIN_S
+        while True:
+            try:
+                return action()
+            except EtcdError as error:
+                if not _is_endpoint_failure(error):
+                    raise
+                _complain(f"{error}; trying again")
+            time.sleep(wait_s * random.uniform(0.5, 1.0))
+            wait_s = min(_RETRY_MAX_S, 2 * wait_s)
+
+
+@_command("mirror", "[options] <target endpoints>", "keep a copy of a tree in another cluster",
+          _PREFIX, _DEST_PREFIX, _Flag(("once",), bool, "end when the copy is made"), _DRY_RUN,
+          _Flag(("no-delete",), bool, "leave what only the target has"),
+          _Flag(("ttl",), bool, "let copies expire by themselves (see the manual)"),
+          _Flag(("verbose",), bool, "print every change"), _WORKERS,
+          _Flag(("dest-cert",), str, "client certificate for the target"),
+          _Flag(("dest-key",), str, "key of that certificate"),
+          _Flag(("dest-cacert",), str, "certificates of authorities to check the target with"),
+          _Flag(("dest-username",), str, "user[:password] at the target"))
+def _cmd_mirror(run: _Run) -> int:
+    if len(run.args) != 1:
+        raise _ExitError("Provide the endpoints of the target, comma between")
+    settings = _Options()
+    for flag, own in (("dest-cert", "cert-file"), ("dest-key", "key-file"),
+                      ("dest-cacert", "ca-file"), ("dest-username", "username")):
+        settings.put(_Flag((own,), str, ""), run.options.text(flag))
+    access = _Access.from_settings(settings, environment=False)
+    with _patient(run.client, run.settings) as source, _patient(
+            access.client(run.args[0].split(",")), run.settings) as target:
+        mirror = _Mirror(source, target, run.options)
+        mirror.check()
+        index = mirror.copy()
+        if not mirror.dry_run and not run.options.on("once"):
+            mirror.follow(index)
+    return EXIT_OK
+
+
+# -- tree
+
+
+@_command("tree", "[options] [key]", "draw a directory with all below it",
+          _Flag(("values",), bool, "with the values of keys"),
+          _Flag(("ascii",), bool, "without box characters"), _QUORUM)
+def _cmd_tree(run: _Run) -> int:
+    options = run.options
+    node = _patient(run.client, run.settings).get(
+        (run.args or ["/"])[0], recursive=True, sorted=True, quorum=options.on("quorum")).node
+    strokes = ("|-- ", "`-- ", "|   ") if options.on("ascii") else ("├── ", "└── ", "│   ")
+    _emit(_escape(node.key) + (_tree_tail(node, options) if node.key != "/" else ""))
+    _emit_lines(_tree_lines(node, options, strokes))
+    below = list(node.walk()) if node.dir else [node]
+    dirs = sum(child.dir for child in below)
+    _emit(f"\n{dirs} directories, {len(below) - dirs} keys")
+    return EXIT_OK
+
+
+def _tree_lines(node: Node, options: _Options, strokes: Tuple[str, str, str]) -> Iterator[str]:
+    """Yield a line for each node below `node`."""
+    fork, end, along = strokes
+    for child in node.nodes:
+        last = child is node.nodes[-1]
+        name = _escape(child.key.rpartition("/")[2])
+        yield (end if last else fork) + name + _tree_tail(child, options)
+        for line in _tree_lines(child, options, strokes):
+            yield ("    " if last else along) + line
+
+
+def _tree_tail(node: Node, options: _Options) -> str:
+    """Return what stands behind a name: the kind, the value, the time left."""
+    text = "/" if node.dir else ""
+    if options.on("values") and not node.dir:
+        value = _escape(node.value or "")
+        cut = value if len(value) <= _TREE_VALUE_MAX else value[:_TREE_VALUE_MAX - 1] + "…"
+        text += f" = {cut}"
+    return text if node.ttl is None else f"{text}  ({node.ttl} s left)"
+
+
+# -- top
+
+_TOP_WRITES = tuple(f"{verb}Success" for verb in (
+    "sets", "delete", "update", "create", "compareAndSwap", "compareAndDelete"))
+_TOP_COLUMNS = ("NAME", "STATE", "GET/S", "WRITE/S", "FAIL/S", "EXPIRE/S", "WATCH", "SINCE",
+                "ADDRESS")
+
+
+class _Sample(NamedTuple):
+    """What one member said of itself."""
+
+    taken_at: float                                 # monotonic seconds
+    self_stats: Mapping[str, Any]
+    store: Mapping[str, int]
+
+    def count(self, *names: str) -> int:
+        return sum(self.store.get(name, 0) for name in names)
+
+
+class _Top:
+    """Samples all members; draws a table of what happened since the last time."""
+
+    def __init__(self, run: _Run) -> None:
+        self._client = run.client
+        self._access = run.access
+        self._members = self._client.member_list()
+        self._clients: Dict[str, Client] = {}       # by member id
+        self._samples: Dict[str, _Sample] = {}
+
+    def lines(self) -> List[str]:
+        """Take a sample of every member; return the table."""
+        with contextlib.suppress(EtcdError):        # nobody answers: the list known is shown
+            self._members = self._client.member_list()
+        members = self._members
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(members)), "pyetcdctl-top") as pool:
+            samples = list(pool.map(self._sample, members))
+        rows = [_TOP_COLUMNS, *map(self._row, members, samples)]
+        self._samples = {member.id: sample for member, sample in zip(members, samples)
+                         if sample is not None}
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        up = len(self._samples)
+        return [f"pyetcdctl top, {time.strftime('%H:%M:%S')}: {up} of {len(members)} members "
+                f"answer", "",
+                *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)]
+
+    def _sample(self, member: Member) -> Optional[_Sample]:
+        if not member.client_urls:
+            return None
+        client = self._clients.get(member.id)
+        if client is None:
+            client = self._clients[member.id] = self._access.client(member.client_urls)
+        try:
+            with client:                            # its thread ends: so do its connections
+                return _Sample(time.monotonic(), client.statistics("self"),
+                               client.statistics("store"))
+        except EtcdError:
+            return None
+
+    def _row(self, member: Member, sample: Optional[_Sample]) -> Tuple[str, ...]:
+        name, address = member.name or member.id, ",".join(member.client_urls)
+        if sample is None:
+            return (name, "silent" if member.name else "unstarted", *"-" * 6, address)
+        before = self._samples.get(member.id, sample)
+        elapsed_s = sample.taken_at - before.taken_at
+
+        def rate(*names: str) -> str:
+            return f"{(sample.count(*names) - before.count(*names)) / elapsed_s:.1f}" \
+                if elapsed_s > 0 else "-"
+
+        state = str(sample.self_stats.get("state", "")).replace("State", "").lower()
+        failures = [name for name in sample.store if name.endswith("Fail")]
+        return (name, state, rate("getsSuccess"), rate(*_TOP_WRITES), rate(*failures),
+                rate("expireCount"), str(sample.count("watchers")),
+                str(sample.self_stats.get("startTime", ""))[:16], address)
+
+
+@contextlib.contextmanager
+def _screen() -> Iterator[Callable[[float], bool]]:
+    """Take the terminal; yields a function that waits and says whether q was pressed.
+
+    The terminal is as before afterwards, also after Ctrl-C and SIGTERM.
+    """
+    import select
+    import termios
+    import tty
+
+    def wait(seconds: float) -> bool:
+        return (bool(select.select([sys.stdin], [], [], seconds)[0])
+                and os.read(sys.stdin.fileno(), 16)[:1] in (b"q", b"Q", b""))
+
+    saved = termios.tcgetattr(sys.stdin)
+    handler = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        tty.setcbreak(sys.stdin)
+        print("\x1b[?1049h\x1b[?25l", end="", flush=True)   # other screen, no cursor
+        yield wait
+    finally:
+        print("\x1b[?25h\x1b[?1049l", end="", flush=True)
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
+        signal.signal(signal.SIGTERM, handler)
+
+
+@_command("top", "[options]", "show what every member does, until q or Ctrl-C",
+          _Flag(("interval",), float, "time between two looks (default: 2s)"),
+          _Flag(("once",), bool, "print the rates of one interval as text, then end"))
+def _cmd_top(run: _Run) -> int:
+    top, every_s = _Top(run), run.options.seconds("interval", _TOP_EVERY_S)
+    if run.options.on("once"):
+        top.lines()
+        time.sleep(every_s)
+        _emit_lines(top.lines())
+        return EXIT_OK
+    if not (sys.stdout.isatty() and sys.stdin.isatty()):
+        while True:
+            _emit_lines([*top.lines(), ""])
+            time.sleep(every_s)
+    with _screen() as quit_pressed:
+        while True:
+            columns, rows = shutil.get_terminal_size()
+            shown = [line[:columns] for line in (*top.lines(), "", "q: quit")]
+            print("\x1b[H\x1b[J" + "\r\n".join(shown[:rows]), end="", flush=True)
+            if quit_pressed(every_s):
+                return EXIT_OK
+
+
+# -- bench
+
+
+class _Bench:
+    """Sends requests on many connections; keeps how long each took."""
+
+    def __init__(self, client: Client, options: _Options, kind: str) -> None:
+        self._client = client
+        self.connections = max(1, options.number("connections", 8))
+        self.total = options.number("total", _BENCH_TOTAL)
+        self.value = "x" * options.number("size", _BENCH_SIZE_BYTES)
+        self._reads_percent = {"put": 0, "get": 100}.get(kind, options.number("reads", 90))
+        self.directory = f"{_clean_key(options.text('prefix') or '/pyetcd-bench')}/" \
+                         f"{random.getrandbits(32):08x}"
+        self.latencies_s: List[float] = []          # append is atomic
+        self.failures: List[EtcdError] = []
+
+    def prepare(self) -> None:
+        """Write what will be read."""
+        if self._reads_percent:
+            keys = [self._key(number) for number in range(min(_BENCH_KEYS, self.total))]
+            with _Progress("bench: preparing", len(keys)) as progress:
+                _spread(keys, self.connections, lambda key: self._put(key), progress)
+
+    def run(self) -> float:
+        """Send all requests; return the seconds that took."""
+        numbers = range(self.total)
+        with _Progress("bench", self.total) as progress:
+            started_at = time.monotonic()
+            _spread(numbers, self.connections, self._one, progress)
+            return time.monotonic() - started_at
+
+    def clean_up(self) -> None:
+        """Remove what was written."""
+        with contextlib.suppress(EtcdError):
+            self._client.delete(self.directory, recursive=True)
+
+    def percentile_ms(self, share: float) -> float:
+        ordered = sorted(self.latencies_s)
+        return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    def _key(self, number: int) -> str:
+        return f"{self.directory}/{number % _BENCH_KEYS:04}"
+
+    def _put(self, key: str) -> None:
+        self._client.set(key, self.value)
+
+    def _one(self, number: int) -> None:
+        # Multiples of a number without common factors: reads and writes mix evenly.
+        is_read = number * 37 % 100 < self._reads_percent
+        begun_at = time.perf_counter()
+        try:
+            (self._client.get if is_read else self._put)(self._key(number))
+        except EtcdError as error:
+            self.failures.append(error)
+        else:
+            self.latencies_s.append(time.perf_counter() - begun_at)
+
+
+@_command("bench", "[options] [put|get|mixed]", "put load on a cluster; print rate and times",
+          _Flag(("connections",), int, "requests under way at once (default: 8)"),
+          _Flag(("total",), int, f"requests to send (default: {_BENCH_TOTAL})"),
+          _Flag(("size",), int, f"bytes of a value (default: {_BENCH_SIZE_BYTES})"),
+          _Flag(("reads",), int, "with mixed: reads in 100 requests (default: 90)"),
+          _Flag(("prefix",), str, "directory to work in (default: /pyetcd-bench)"),
+          needs_server=True)
+def _cmd_bench(run: _Run) -> int:
+    kind = (run.args or ["put"])[0]
+    if kind not in ("put", "get", "mixed") or run.options.number("total", 1) < 1:
+        raise _ExitError("bench is put, get or mixed, with a --total above 0")
+    bench = _Bench(_patient(run.client, run.settings), run.options, kind)
+    try:
+        bench.prepare()
+        elapsed_s = bench.run()
+    finally:
+        bench.clean_up()
+    done = len(bench.latencies_s)
+    _emit(f"{kind}: {done:,} requests, values of {len(bench.value):,} bytes, {bench.connections} "
+          f"connections, {elapsed_s:.2f} s: {done / elapsed_s:,.0f} per second")
+    if done:
+        _emit("milliseconds: " + ", ".join(
+            f"{name} {bench.percentile_ms(share):.2f}" for name, share in (
+                ("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0))))
+    if bench.failures:
+        _emit(f"{len(bench.failures):,} requests failed, the first: {bench.failures[0]}")
+    return EXIT_SERVER_ERROR if bench.failures else EXIT_OK
+
+
+# -- completion
+
+_COMPLETIONS = {
+    "bash": """\
+_pyetcdctl() {
+    local IFS=$'\\n' words=("${COMP_WORDS[@]:1:COMP_CWORD}")
+    if declare -F _get_comp_words_by_ref >/dev/null; then
+        local cur cword; _get_comp_words_by_ref -n : -w words -i cword cur
+        words=("${words[@]:1:cword}")
+    fi
+    COMPREPLY=($("${COMP_WORDS[0]}" completion words "${words[@]}" 2>/dev/null | cut -f 1))
+    [[ ${COMPREPLY[0]} == */ ]] && compopt -o nospace
+    declare -F __ltrim_colon_completions >/dev/null && __ltrim_colon_completions "$cur"
+}
+complete -o default -F _pyetcdctl pyetcdctl
+""",
+    "zsh": """\
+#compdef pyetcdctl
+_pyetcdctl() {
+    local -a lines words_found notes
+    lines=("${(@f)$("${words[1]}" completion words "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    local line
+    for line in $lines; do
+        words_found+=("${line%%$'\\t'*}")
+        notes+=("${line/$'\\t'/  -- }")
+    done
+    (( $#words_found )) || { _files; return }
+    if [[ ${words_found[1]} == */ ]]; then
+        compadd -S '' -a words_found
+    else
+        compadd -l -d notes -a words_found
+    fi
+}
+if [[ $funcstack[1] == _pyetcdctl ]]; then _pyetcdctl; else compdef _pyetcdctl pyetcdctl; fi
+""",
+    "fish": """\
+function __pyetcdctl_words
+    set -l before (commandline -opc)
+    $before[1] completion words $before[2..-1] (commandline -ct) 2>/dev/null
+end
+complete -c pyetcdctl -a '(__pyetcdctl_words)'
+""",
+}
+
+
+@_command("completion", "bash|zsh|fish", "print a script that completes words in a shell")
+def _cmd_completion(run: _Run) -> int:
+    if run.args[:1] == ["words"]:
+        _emit_lines("\t".join(pair).rstrip("\t") for pair in _candidates(run.args[1:] or [""]))
+        return EXIT_OK
+    if len(run.args) != 1 or run.args[0] not in _COMPLETIONS:
+        raise _ExitError("Provide the name of a shell: bash, zsh or fish")
+    _emit(_COMPLETIONS[run.args[0]].rstrip("\n"))
+    return EXIT_OK
+
+
+def _candidates(words: Sequence[str]) -> List[Tuple[str, str]]:
+    """Return (word, note) for all that may stand in place of the last of `words`."""
+    *before, current = words
+    settings, rest, awaited = _scan(before, _GLOBAL_FLAGS)
+    name, args = _split_command(rest)
+    flags: Sequence[_Flag] = _GLOBAL_FLAGS
+    if name:
+        _, args, awaited = _scan(args, _COMMANDS[name].flags)
+        flags = _COMMANDS[name].flags
+    found: List[Tuple[str, str]] = []
+    if awaited is not None:
+        values = ("simple", "extended", "json") if awaited.names[0] == "output" else ()
+        found = [(value, "") for value in values]
+    elif current.startswith("-"):
+        found = [(_dashed(flag.names[0]), flag.help) for flag in flags]
+    elif not name:
+        group = rest[0] if rest and rest[0] in _GROUPS else ""
+        found = _command_names(group) if group or not rest else []
+    elif name == "completion":
+        found = [(shell, "") for shell in _COMPLETIONS]
+    elif not args and re.search(r"[<[]key[]>]", _COMMANDS[name].usage):
+        found = _keys_like(settings, current)
+    return [pair for pair in found if pair[0].startswith(current)]
+
+
+def _scan(
+    words: Sequence[str], flags: Sequence[_Flag],
+) -> Tuple[_Options, List[str], Optional[_Flag]]:
+    """Return options, arguments, and the flag whose value is to come, if words end with one."""
+    for flag in flags:
+        if flag.kind is not bool and words and words[-1].lstrip("-") in flag.names:
+            with contextlib.suppress(_MisuseError):
+                options, rest = _parse_flags(words[:-1], flags)
+                if not rest:
+                    return options, rest, flag
+    try:
+        return (*_parse_flags(words, flags), None)
+    except _MisuseError:
+        return _Options(), [], None
+
+
+def _keys_like(settings: _Options, current: str) -> List[Tuple[str, str]]:
+    """Return the keys in the directory that `current` names so far; none if nobody answers."""
+    directory = current.rpartition("/")[0]
+    if settings.text("username") and ":" not in settings.text("username"):
+        return []                                   # no questions while somebody types
+    try:
+        with _given_client(settings, _Access.from_settings(settings)) as client:
+            nodes = client.get(directory, sorted=True).node.nodes
+    except (EtcdError, _ExitError):
+        return []
+    slash = "/" if current.startswith("/") or not current else ""
+    keys = (slash + node.key.lstrip("/") for node in nodes)
+    return [(key + "/" if node.dir else key, "") for key, node in zip(keys, nodes)]
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ import hashlib
 import heapq
 import http.client
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -60,6 +61,7 @@ import math
 import os
 import pathlib
 import pickle
+import pty
 import random
 import re
 import resource
@@ -75,6 +77,7 @@ import symtable
 import sys
 import tarfile
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -103,7 +106,7 @@ import requests
 import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyetcd
@@ -9149,6 +9152,10 @@ def test_tls_by_flags_as_operators_give_them(tmp_path, certificates):
             env={**os.environ, "ETCDCTL_API": "2"}, capture_output=True, text=True, timeout=20,
         )
         assert (answer.stdout, answer.returncode) == ("1\n", 0), answer.stderr
+        words = ["--endpoints", url, "--ca-file", certificates.ca_file, "get", "a"]
+        assert _client_main(*words)[0] == 2            # the server wants to know who asks
+        assert _client_main("--cert-file", client[0], "--key-file", client[1], *words) == (
+            0, "1\n", "")
     finally:
         member.kill()
 
@@ -11805,7 +11812,7 @@ class _ClientMember:
         code = self._process.poll()
         assert code is None, f"{self.kind} ended with {code}, log: {self._directory / 'log'}"
         try:
-            return client.leader() is not None and client.get("/", quorum=True)
+            return client.leader_member() is not None and client.get("/", quorum=True)
         except pyetcd_client.EtcdError:
             return False
 
@@ -12130,16 +12137,16 @@ def test_client_api_unclean_keys_stay_below_keys(given, filed):
 
 
 def test_client_api_cluster(_client, _client_server):
-    member, = _client.members()
+    member, = _client.member_list()
     assert (member.name, member.client_urls) == ("m1", (_client_server.url,))
-    assert _client.leader() == member
+    assert _client.leader_member() == member
     assert _client.health() is True and _client.health(_client_server.url) is True
-    assert set(_client.version()) >= {"etcdserver", "etcdcluster"}
-    assert _client.stats()["state"] == "StateLeader"
-    assert _client.stats("store")["getsSuccess"] > 0
-    assert _client.stats("leader")["leader"] == member.id
+    assert set(_client.server_version()) >= {"etcdserver", "etcdcluster"}
+    assert _client.statistics()["state"] == "StateLeader"
+    assert _client.statistics("store")["getsSuccess"] > 0
+    assert _client.statistics("leader")["leader"] == member.id
     with pytest.raises(ValueError, match="statistics"):
-        _client.stats("../keys")
+        _client.statistics("../keys")
 
 
 def test_client_api_threads_share_a_client(_client, _client_dir):
@@ -12154,10 +12161,654 @@ def test_client_api_threads_share_a_client(_client, _client_dir):
 
 
 def test_client_api_falls_over_from_a_dead_endpoint(_client_server, _client_dir):
-    with Client(_client_dead_url(), _client_server.url) as client:
+    with Client([_client_dead_url(), _client_server.url]) as client:
         client.set(_client_dir, "v")
         assert client.endpoints.current == _client_server.url       # and stays there
         assert client.get(_client_dir).value == "v"
+
+
+# -- api: the same program with python-etcd and with this client
+
+_CLIENT_PARITY_ERRORS = """
+    EtcdException EtcdValueError EtcdCompareFailed EtcdClusterIdChanged EtcdKeyError
+    EtcdKeyNotFound EtcdNotFile EtcdNotDir EtcdAlreadyExist EtcdEventIndexCleared
+    EtcdConnectionFailed EtcdInsufficientPermissions EtcdWatchTimedOut EtcdWatcherCleared
+    EtcdLeaderElectionInProgress EtcdRootReadOnly EtcdDirNotEmpty EtcdLockExpired""".split()
+
+
+class _ClientParityNotes:
+    """What a program sees; indexes count from the first one, its directory is called ROOT."""
+
+    def __init__(self, etcd, client, root):
+        self.etcd, self.root, self.lines = etcd, root, []
+        self.first = client.write(root + "/first", "1").modifiedIndex
+
+    def plain(self, value):
+        if isinstance(value, str):
+            return re.sub(r"\[\d+( != |/)\d+\]", r"[N\1N]", value.replace(self.root, "ROOT"))
+        if isinstance(value, dict):
+            return {self.plain(name): self.plain(item) for name, item in value.items()}
+        return [self.plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def add(self, label, value):
+        self.lines.append((label, self.plain(value)))
+
+    def index(self, index):
+        return f"@{index - self.first}"
+
+    def node(self, node):
+        return [node.key, node.value, node.dir, node.ttl, node.expiration is not None,
+                node.newKey, self.index(node.modifiedIndex), self.index(node.createdIndex)]
+
+    def result(self, label, result):
+        # A node that is no answer has the action None there, "" here.
+        self.add(label, [result.action or None, *self.node(result)])
+        self.add(label + " leaves", [leaf.key for leaf in result.leaves])
+        self.add(label + " children", [(child.key, child.value) for child in result.children])
+        self.add(label + " subtree", [node.key for node in result.get_subtree()])
+        if result.action:
+            self.add(label + " index", [self.index(result.etcd_index), result.raft_index > 0])
+        previous = getattr(result, "_prev_node", None)
+        if previous is not None:
+            self.add(label + " previous", self.node(previous))
+
+    def error(self, label, call, *arguments, **options):
+        try:
+            call(*arguments, **options)
+        except self.etcd.EtcdException as error:
+            kinds = [name for name in _CLIENT_PARITY_ERRORS
+                     if isinstance(error, getattr(self.etcd, name))]
+            payload = dict(error.payload or {})
+            payload["index"] = self.index(payload.get("index") or self.first)
+            self.add(label, [*kinds, isinstance(error, ValueError), payload])
+        else:
+            self.add(label, "no error")
+
+
+def _client_parity_writes(etcd, notes, client, root):
+    key = root + "/k"
+    notes.result("new", client.write(key, "1"))
+    notes.result("again", client.write(key, 2))
+    notes.result("without slash", client.write(key[1:], "ü & = % +"))
+    notes.result("bytes", client.write(key, "ü".encode()))
+    notes.result("true", client.write(key, True))
+    notes.result("none", client.write(key, None))
+    notes.result("ttl", client.write(key, "3", ttl=60))
+    notes.result("positional ttl", client.write(key, "3", 50))
+    notes.result("refresh", client.refresh(key, 70))
+    notes.result("refresh by write", client.write(key, None, ttl=80, refresh=True, prevExist=True))
+    notes.result("prevValue", client.write(key, "4", prevValue="3"))
+    index = client.read(key).modifiedIndex
+    notes.result("prevIndex", client.write(key, "5", prevIndex=index, ttl=9))
+    notes.result("prevExist", client.write(key, "6", prevExist=True))
+    notes.result("create", client.write(root + "/c", "1", prevExist=False))
+    queue = [client.write(root + "/q", number, append=True, ttl=50) for number in range(3)]
+    notes.add("order", [job.value for job in sorted(queue, key=lambda job: job.key)])
+    notes.result("directory", client.write(root + "/d", None, dir=True))
+    notes.result("directory ttl", client.write(root + "/d", None, dir=True, prevExist=True, ttl=50))
+    notes.result("set", client.set(key, "7"))
+    notes.result("set ttl", client.set(key, "7", 60))
+    notes.result("test and set", client.test_and_set(key, "8", "7"))
+    notes.result("test and set ttl", client.test_and_set(key, "9", "8", ttl=7))
+    notes.result("pop", client.pop(key))
+    notes.result("delete", client.delete(root + "/c"))
+    notes.result("delete directory", client.delete(root + "/d", dir=True))
+    notes.result("delete all", client.delete(root + "/q", recursive=True))
+    client.write(key, "1")
+    notes.result("delete by value", client.delete(key, prevValue="1"))
+    index = client.write(key, "1").modifiedIndex
+    notes.result("pop by index", client.pop(key, prevIndex=index))
+
+
+def _client_parity_updates(etcd, notes, client, root):
+    client.write(root + "/u", "1", ttl=60)
+    mine, stale = client.read(root + "/u"), client.read(root + "/u")
+    mine.value = "2"
+    notes.result("updated", client.update(mine))
+    notes.error("stale", client.update, stale)
+    fresh = client.read(root + "/u")
+    fresh.ttl = None
+    notes.result("ttl gone", client.update(fresh))
+    client.write(root + "/dir/x", "1")
+    directory = client.read(root + "/dir")
+    directory.ttl = 50
+    notes.result("directory", client.update(directory))
+    client.delete(root + "/u")
+    notes.error("deleted", client.update, fresh)
+    one, same = client.read(root + "/dir/x"), client.read(root + "/dir/x")
+    notes.add("equal", [one == same, one != same, one == client.read(root + "/dir"), one == 1])
+    for child in client.read(root + "/dir").children:
+        child.value = "changed"
+        notes.result("child", client.update(child))
+
+
+def _client_parity_reads(etcd, notes, client, root):
+    for name in ("b/x", "b/y/z", "a", "_hidden"):
+        client.write(f"{root}/tree/{name}", name)
+    client.write(root + "/tree/empty", None, dir=True)
+    notes.result("get", client.get(root + "/tree/a"))
+    notes.result("read", client.read(root + "/tree", sorted=True))
+    notes.result("recursive", client.read(root + "/tree", recursive=True, sorted=True))
+    notes.result("quorum", client.read(root + "/tree/a", quorum=True))
+    notes.result("off", client.read(root + "/tree/a", quorum=False, sorted=False, recursive=False))
+    notes.result("timeout", client.read(root + "/tree/a", timeout=5))
+    notes.result("no timeout", client.read(root + "/tree/a", timeout=0))
+    notes.result("empty", client.read(root + "/tree/empty"))
+    notes.result("hidden", client.read(root + "/tree/_hidden"))
+    tree = client.read(root + "/tree", recursive=True, sorted=True)
+    notes.add("leaves only", [node.key for node in tree.get_subtree(leaves_only=True)])
+    notes.add("values", {leaf.key: leaf.value for leaf in tree.leaves})
+    notes.add("nodes", [notes.node(node) for node in tree.get_subtree()])
+    notes.add("in", [root + "/tree/a" in client, root + "/nope" in client])
+
+
+def _client_parity_errors(etcd, notes, client, root):
+    client.write(root + "/e/f", "1")
+    notes.error("no key", client.read, root + "/nope")
+    notes.error("no key to get", client.get, root + "/nope")
+    notes.error("no key to delete", client.delete, root + "/nope")
+    notes.error("no key to pop", client.pop, root + "/nope")
+    notes.error("no key to update", client.write, root + "/nope", "1", prevExist=True)
+    notes.error("no key to refresh", client.refresh, root + "/nope", 5)
+    notes.error("compare value", client.test_and_set, root + "/e/f", "2", "9")
+    notes.error("compare index", client.write, root + "/e/f", "2", prevIndex=1)
+    notes.error("compare to delete", client.delete, root + "/e/f", prevValue="9")
+    notes.error("empty value", client.delete, root + "/e/f", prevValue="")
+    notes.error("exists", client.write, root + "/e/f", "2", prevExist=False)
+    notes.error("not a file", client.write, root + "/e", "2")
+    notes.error("not a file to delete", client.delete, root + "/e")
+    notes.error("not a directory", client.write, root + "/e/f/g", "2")
+    notes.error("not empty", client.delete, root + "/e", dir=True)
+    notes.error("root", client.delete, "/", recursive=True)
+    notes.error("ttl", client.write, root + "/e/f", "2", ttl="soon")
+    notes.error("index", client.write, root + "/e/f", "2", prevIndex="soon")
+    nobody = etcd.Client(port=free_port(), read_timeout=2, allow_reconnect=False)
+    notes.error("connection", nobody.read, "/k")
+    notes.error("connection to write", nobody.write, "/k", "1")
+    for error in (etcd.EtcdException, etcd.EtcdKeyNotFound, etcd.EtcdWatchTimedOut):
+        notes.add("own", [error("gone", {"a": 1}).payload, error().payload or {}])
+    for code in (*range(100, 111), *range(200, 211), 300, 301, 400, 401, 999):
+        payload = {"errorCode": code, "message": "m", "cause": "c"}
+        notes.error(f"code {code}", etcd.EtcdError.handle, payload)
+    for status in (401, 404, 409):
+        notes.error(f"status {status}", etcd.EtcdError.handle, {"message": "m", "status": status})
+
+
+def _client_parity_watches(etcd, notes, client, root):
+    key = root + "/w"
+    start = client.write(key, "1").modifiedIndex
+    client.write(key, "2", ttl=60)
+    client.delete(key)
+    notes.result("watch", client.watch(key, index=start))
+    notes.result("positional", client.watch(key, start + 1, 5))
+    notes.result("recursive", client.watch(root, index=start + 2, recursive=True))
+    notes.result("read", client.read(key, wait=True, waitIndex=start + 1, timeout=0))
+    notes.error("timeout", client.watch, key, timeout=0.1)
+    notes.error("timeout of a read", client.read, key, wait=True, timeout=0.1, recursive=True)
+    notes.error("timeout by index", client.watch, key, index=start + 3, timeout=0.1)
+    events = client.eternal_watch(root, index=start, recursive=True)
+    for number in range(3):
+        notes.result(f"event {number}", next(events))
+    events.close()
+    quick = etcd.Client(host=client.host, port=client.port, read_timeout=0.1)
+    notes.error("read_timeout", quick.read, key, wait=True)
+
+
+def _client_parity_cluster(etcd, notes, client, root):
+    notes.add("machines", client.machines)
+    notes.add("members", client.members)
+    notes.add("leader", client.leader)
+    notes.add("stats", sorted(client.stats))
+    notes.add("leader stats", client.leader_stats)
+    notes.add("store stats", sorted(client.store_stats))
+    notes.add("versions", [client.version, client.cluster_version])
+    names = ["base_uri", "host", "port", "protocol", "key_endpoint", "version_prefix",
+             "read_timeout", "allow_redirect", "lock_prefix", "username", "password"]
+    notes.add("properties", [getattr(client, name) for name in names])
+    other = etcd.Client(
+        host=((client.host, client.port), (client.host, client.port)), allow_reconnect=True,
+        read_timeout=7, lock_prefix="/locks", version_prefix="/v2", protocol="http",
+        allow_redirect=False, username="u", password="p", use_proxies=True,
+        expected_cluster_id=None, per_host_pool_size=2)
+    notes.add("other properties", [getattr(other, name) for name in names])
+
+
+def _client_parity_requests(etcd, notes, client, root):
+    path = client.key_endpoint + root + "/x"
+    response = client.api_execute(path, "PUT", params={"value": "ü", "ttl": 60})
+    notes.add("put", [response.status, json.loads(response.data.decode("utf-8"))["action"]])
+    notes.add("header", notes.index(int(response.getheader("x-etcd-index"))))
+    notes.add("no header", [response.getheader("x-no"), response.getheader("x-no", "")])
+    notes.add("headers", response.headers["X-Etcd-Index"] == response.getheader("x-etcd-index"))
+    response = client.api_execute(path, client._MGET, params={"quorum": "true"}, timeout=5)
+    notes.add("get", [response.status, json.loads(response.data.decode("utf-8"))["node"]["value"]])
+    response = client.api_execute(client.key_endpoint + root + "/y", "POST", {"value": "1"})
+    notes.add("post", response.status)
+    response = client.api_execute(path, "DELETE", params={"prevValue": "ü"})
+    notes.add("delete", json.loads(response.data.decode("utf-8"))["action"])
+    notes.error("gone", client.api_execute, path, "GET")
+    notes.error("wait", client.api_execute, path, "GET", {"wait": "true"}, 0.1)
+    response = client.api_execute("/v2/auth/enable", "GET")
+    notes.add("auth", json.loads(response.data.decode("utf-8")))
+    notes.error("json", client.api_execute_json, "/v2/auth/roles/a", "PUT", {"role": "other"})
+
+
+_CLIENT_PARITY = {
+    function.__name__.rpartition("_")[2]: function for function in (
+        _client_parity_writes, _client_parity_updates, _client_parity_reads,
+        _client_parity_errors, _client_parity_watches, _client_parity_cluster,
+        _client_parity_requests)}
+
+
+@pytest.mark.filterwarnings("ignore:.*getheaders:DeprecationWarning")
+@pytest.mark.parametrize("program", _CLIENT_PARITY.values(), ids=_CLIENT_PARITY)
+def test_client_api_shows_a_program_what_python_etcd_showed_it(program, _client_server):
+    """Results, errors and their payloads, watches, properties and bare requests are the same."""
+    python_etcd = pytest.importorskip("etcd", reason="python-etcd is not installed")
+    address = urllib.parse.urlsplit(_client_server.url)
+    seen = []
+    for etcd in (python_etcd, pyetcd_client):
+        client = etcd.Client(host=address.hostname, port=address.port)
+        root = f"/p{random.getrandbits(40):010x}"
+        notes = _ClientParityNotes(etcd, client, root)
+        program(etcd, notes, client, root)
+        seen.append(notes.lines)
+    assert len(seen[0]) > 5 and seen[1] == seen[0]
+
+
+@pytest.mark.parametrize("name", [
+    *_CLIENT_PARITY_ERRORS, "EtcdResult", "Client", "EtcdError"])
+def test_client_api_has_the_names_of_python_etcd(name):
+    """Every class is there, above and below the same ones."""
+    python_etcd = pytest.importorskip("etcd", reason="python-etcd is not installed")
+    theirs, ours = getattr(python_etcd, name), getattr(pyetcd_client, name)
+    assert name in pyetcd_client.__all__
+    for other in _CLIENT_PARITY_ERRORS if name in _CLIENT_PARITY_ERRORS else ():
+        if issubclass(theirs, getattr(python_etcd, other)):
+            assert issubclass(ours, getattr(pyetcd_client, other))
+    public = {attribute for attribute in vars(theirs) if not attribute.startswith("_")}
+    missing = public - set(dir(Client() if name == "Client" else ours))
+    # What only raises NotImplementedError, and the pool of urllib3 and its headers.
+    assert missing <= {"get_lock", "election", "http", "parse_headers"}
+
+
+def test_client_api_takes_the_arguments_of_python_etcd():
+    """Names and order of the constructor and of the verbs; new arguments come after them."""
+    python_etcd = pytest.importorskip("etcd", reason="python-etcd is not installed")
+    for name in ("__init__", "watch", "eternal_watch", "set", "get", "write", "test_and_set",
+                 "delete", "pop", "refresh", "api_execute", "api_execute_json", "read"):
+        theirs = inspect.signature(getattr(python_etcd.Client, name)).parameters
+        ours = inspect.signature(getattr(Client, name)).parameters
+        positional = [parameter for parameter in theirs if parameter != "kwdargs"
+                      and parameter != "kwargs"]
+        assert list(ours)[:len(positional)] == positional, name
+
+
+# -- api: where it is deliberately other than python-etcd
+
+@pytest.mark.parametrize("call", [
+    lambda client: client.write("k", "v", prevValue=None),
+    lambda client: client.write("k", "v", prevIndex=None),
+    lambda client: client.write("k", "v", prevExist=None),
+    lambda client: client.write("k", "v", prevIndex=0),
+    lambda client: client.test_and_set("k", "v", None),
+    lambda client: client.delete("k", prevValue=None),
+    lambda client: client.delete("k", prevIndex=-1),
+    lambda client: client.pop("k", prevIndex=None),
+    lambda client: client.refresh("k", 5, prevValue=None),
+    lambda client: client.write("k", "v", dir=True),
+    lambda client: client.api_execute("v2/keys", "GET"),
+    lambda client: client.api_execute("/v2/keys", "PATCH"),
+    lambda client: client.statistics("../keys"),
+    lambda client: client.role_grant("r", "/k", "rw"),
+], ids=range(14))
+def test_client_api_refuses_what_would_do_something_else(call):
+    """Nothing is sent: a condition that got lost would make a write unconditional."""
+    with _ClientRawServer(_CLIENT_GOOD) as server, Client(server.url) as client:
+        with pytest.raises(pyetcd_client.EtcdValueError) as caught:
+            call(client)
+        assert server.requests == []
+    assert isinstance(caught.value, ValueError) and not str(caught.value).startswith("0:")
+
+
+@pytest.mark.parametrize("verb", ["write", "read", "delete", "pop", "refresh", "watch"])
+def test_client_api_refuses_an_option_that_does_not_exist(verb):
+    with Client(_client_dead_url()) as client, pytest.raises(TypeError, match="prevvalue"):
+        getattr(client, verb)("k", prevvalue="x")
+
+
+def test_client_api_lets_value_and_ttl_of_a_result_change_and_nothing_else(_client, _client_dir):
+    result = _client.set(_client_dir, "v", ttl=60)
+    result.value, result.ttl = "w", 50
+    assert (result.value, result.node.value, result.ttl, result.node.ttl) == ("w", "v", 50, 60)
+    for name in ("key", "node", "modified_index", "modifiedIndex", "dir", "other"):
+        with pytest.raises(AttributeError):
+            setattr(result, name, None)
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(result)
+    assert "'v'" in repr(result)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))],
+                         ids=["copy", "pickle"])
+def test_client_api_results_can_be_copied(copied, _client, _client_dir):
+    """Also the one that a watch returned; its copy goes on with no client."""
+    written = _client.set(_client_dir, "v")
+    seen = _client.watch(_client_dir, index=written.modified_index, timeout=_CLIENT_WAIT_S)
+    for result in (written, seen):
+        other = copied(result)
+        other.value = "w"
+        assert result.value == "v" and other.node == result.node
+        assert type(other) is pyetcd_client.EtcdResult
+
+
+def test_client_api_makes_results_of_dicts():
+    """As tests of other programs do."""
+    result = pyetcd_client.EtcdResult(
+        "set", {"key": "/k", "value": "v", "modifiedIndex": 3},
+        prevNode={"key": "/k", "value": "u", "createdIndex": 2})
+    assert (result.key, result.value, result.modifiedIndex, result.newKey) == ("/k", "v", 3, False)
+    assert result._prev_node.value == result.prev_node.value == "u"
+    assert pyetcd_client.EtcdResult(node={"nodes": [{"key": "/a"}]}).key == "/"
+
+
+def test_client_api_raises_the_class_a_program_put_into_the_table(monkeypatch):
+    """Patroni has one of its own for code 300."""
+    class Own(pyetcd_client.EtcdException):
+        """Raft is busy."""
+
+    monkeypatch.setitem(pyetcd_client.EtcdError.error_exceptions, 300, Own)
+    with _ClientRawServer(_CLIENT_TIMED_OUT) as server, Client(server.url) as client:
+        with pytest.raises(Own) as caught:
+            client.set("k", "v")
+    assert caught.value.maybe_applied and caught.value.code == 300
+
+
+def test_client_api_error_of_the_connection_has_its_cause():
+    with Client(_client_dead_url(), retry=False) as client, pytest.raises(
+            pyetcd_client.EtcdConnectionFailed) as caught:
+        client.get("k")
+    assert isinstance(caught.value.cause, Exception) and caught.value.payload == {}
+    assert pickle.loads(pickle.dumps(caught.value)).cause == ""
+
+
+def test_client_api_json_of_somebody_else_is_no_missing_key():
+    """A gateway that does not know the path says 404 in JSON too, but it is not etcd."""
+    gateway = _client_reply({"message": "no Route matched"}, status=404).replace(
+        b"X-Etcd-Cluster-Id", b"X-Gateway")
+    with _ClientRawServer(gateway) as server, Client(server.url) as client:
+        with pytest.raises(pyetcd_client.HttpError, match="no Route"):
+            client.get("k")
+
+
+def test_client_api_version_prefix_is_everywhere():
+    answers = {"members": [], "enabled": False, "leader": "", "health": "true", **_CLIENT_NODE}
+    with _ClientRawServer(_client_reply(answers)) as server:
+        with Client(server.url, version_prefix="/etcd/v2") as client:
+            assert client.key_endpoint == "/etcd/v2/keys"
+            for call in (client.member_list, client.auth_status, client.statistics,
+                         lambda: client.machines, *(functools.partial(write, client)
+                                                    for write in _CLIENT_WRITES.values())):
+                call()
+        targets = [target for _, target, _ in server.requests]
+    assert len(targets) > 10 and all(target.startswith("/etcd/v2/") for target in targets)
+
+
+def test_client_api_timeout_of_one_call():
+    """It is the deadline of that call; 0 is none, None the client's."""
+    hold = threading.Event()
+    stored = pyetcd_client.EtcdResult(node=_CLIENT_NODE["node"])
+
+    def late(connection):
+        hold.wait(_CLIENT_WAIT_S)
+        connection.sendall(_CLIENT_GOOD)
+
+    with _ClientRawServer(late) as server:
+        with Client(server.url) as client:
+            for call in (lambda: client.get("k", timeout=0.1),
+                         lambda: client.read("k", timeout=0.1),
+                         lambda: client.ls("k", timeout=0.1),
+                         lambda: client.write("k", "v", timeout=0.1),
+                         lambda: client.update(stored, timeout=0.1),
+                         lambda: client.rmdir("k", timeout=0.1),
+                         lambda: client.pop("k", timeout=0.1),
+                         lambda: client.api_execute("/v2/keys", "GET", timeout=0.1)):
+                with pytest.raises(pyetcd_client.RequestTimeout):
+                    call()
+        with Client(server.url, total_timeout=0.1) as client:
+            with _client_background(lambda: client.get("k", timeout=0)) as patient:
+                with pytest.raises(pyetcd_client.RequestTimeout):
+                    client.get("k")
+                hold.set()
+        assert patient[0].value == "v"
+
+
+# -- api: what is new
+
+def test_client_api_watch_goes_on_when_iterated(_client, _client_dir):
+    """`for event in client.watch(...)`: this change, then every later one."""
+    start = _client.set(_client_dir + "/a", "0").modified_index
+    seen = []
+    for event in _client.watch(_client_dir, index=start, recursive=True):
+        seen.append(event.value)
+        if len(seen) == 4:
+            break
+        _client.set(f"{_client_dir}/{len(seen)}", len(seen))
+    assert seen == ["0", "1", "2", "3"]
+
+
+def test_client_api_eternal_watch_never_ends_by_itself(_client, _client_dir):
+    start = _client.set(_client_dir + "/a", "0").modified_index
+    events = _client.eternal_watch(_client_dir, start, True)
+    assert next(events).value == "0"
+    _client.delete(_client_dir + "/a")
+    assert next(events).action == "delete"
+    events.close()
+    assert list(events) == []
+
+
+def test_client_api_members_come_and_go(tmp_path):
+    with StaticCluster(tmp_path) as cluster, Client([m.client for m in cluster.members]) as client:
+        url, other = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
+        added = client.member_add(url)
+        assert (added.name, added.peer_urls) == ("", (url,))
+        with pytest.raises(pyetcd_client.HttpError) as caught:
+            client.member_add([url])
+        assert caught.value.status == 409
+        client.member_update(added.id, [other])
+        assert [m.peer_urls for m in client.member_list() if m.id == added.id] == [(other,)]
+        client.member_remove(added.id)
+        assert len(client.members) == 3 and client.leader["id"] in client.members
+        with pytest.raises(pyetcd_client.HttpError) as caught:
+            client.member_remove(added.id)
+        assert caught.value.status == 410
+        with pytest.raises(pyetcd_client.KeyNotFound):
+            client.member_update("abc", [url])
+
+
+def test_client_api_no_leader():
+    election = _client_reply({"message": "During election"}, status=503)
+    with _ClientRawServer(election) as server, Client(server.url) as client:
+        with pytest.raises(pyetcd_client.EtcdLeaderElectionInProgress):
+            client.leader  # noqa: B018
+
+
+def test_client_api_users_of_etcd_2_1_are_names():
+    with _ClientRawServer(_client_reply({"users": ["al"], "roles": ["r"]})) as server:
+        with Client(server.url) as client:
+            assert client.user_list() == [{"user": "al"}] and client.role_list() == [{"role": "r"}]
+            user = pyetcd_client.EtcdUser(client, "al")
+            user.read()
+            assert user.roles == {"r"} and user.password is None
+
+
+def _client_role_names(user):
+    return [role["role"] for role in user.get("roles", ())]
+
+
+def test_client_api_users_and_roles(_lib_own_server):
+    """Who may do what, changed by methods of the client and felt by other clients."""
+    url, unauthorized = _lib_own_server.url, pyetcd_client.Unauthorized
+    with Client(url) as guest:
+        _client_eventually(lambda: guest.cluster_version != "not_decided")
+        guest.set("/pub/x", "1")
+        guest.user_add("root", "pw")
+        guest.role_add("reader", read=["/pub/*"])
+        guest.role_grant("reader", "/own/*")
+        guest.role_revoke("reader", "/own/*", "read")
+        guest.user_add("al", "old", ["reader"])
+        guest.user_password("al", "new")
+        for exists in (lambda: guest.user_add("root", "other"), lambda: guest.role_add("reader"),
+                       lambda: guest.user_add("al", "other", ["reader"])):
+            with pytest.raises(pyetcd_client.NodeExists):
+                exists()
+        for missing in (lambda: guest.user_password("jo", "pw"), lambda: guest.user_get("jo"),
+                        lambda: guest.user_remove("jo"), lambda: guest.role_get("r"),
+                        lambda: guest.role_remove("r"), lambda: guest.role_grant("r", "/x")):
+            with pytest.raises(pyetcd_client.KeyNotFound):
+                missing()
+        with pytest.raises(pyetcd_client.HttpError, match="duplicate") as caught:
+            guest.user_grant("al", ["reader"])
+        assert caught.value.status == 409
+        assert [user["user"] for user in guest.user_list()] == ["al", "root"]
+        assert _client_role_names(guest.user_get("al")) == ["reader"]
+        assert [role["role"] for role in guest.role_list()] == ["reader", "root"]
+        assert guest.role_get("reader")["permissions"]["kv"] == {
+            "read": ["/pub/*"], "write": ["/own/*"]}
+        guest.auth_enable()
+        assert guest.auth_status() == {"enabled": True}
+
+        with Client(url, username="root", password="pw") as root, Client(
+                url, username="al", password="new") as al, Client(
+                url, username="al", password="old") as late:
+            root.role_revoke("guest", "/*")
+            assert al.get("/pub/x").value == "1" and al.set("/own/x", "2").new_key
+            for refused in (lambda: al.set("/pub/x", "2"), lambda: al.get("/own/x"), al.user_list,
+                            lambda: guest.get("/pub/x"), lambda: late.get("/pub/x"),
+                            guest.auth_disable, lambda: al.member_remove("1")):
+                with pytest.raises(unauthorized) as caught:
+                    refused()
+                assert caught.value.status == 401 and not caught.value.maybe_applied
+            root.user_revoke("al", ["reader"])
+            with pytest.raises(unauthorized):
+                al.get("/pub/x")
+            root.user_remove("al")
+            root.role_remove("reader")
+            root.auth_disable()
+            with pytest.raises(pyetcd_client.HttpError, match="already disabled"):
+                root.auth_disable()
+        assert guest.get("/own/x").value == "2"
+
+
+# -- api: what the README shows
+
+def _client_readme_code(chapter):
+    """Return the Python of a chapter of the README, and what its comments say it prints."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    chapter = re.search(rf"^## {chapter}\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)[1]
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", chapter, re.MULTILINE | re.DOTALL))
+    said = re.findall(r"^ *print\(.*\) +# (.*)$", code, re.MULTILINE)
+    return code, [re.sub(r"\[\d+\]$", "[N]", line) for line in said]
+
+
+@pytest.fixture(name="_client_embedded")
+def _client_embedded_fixture(tmp_path):
+    """A member in this process, whose cluster version is known: only then it has users."""
+    with pyetcd.Server(data_dir=str(tmp_path / "data")) as server:
+        server.wait_ready()
+        with Client(server.client_urls[0]) as client:
+            _client_eventually(lambda: client.cluster_version != "not_decided")
+        yield server
+
+
+@pytest.mark.parametrize("chapter", ["Client", "Coming from python-etcd"])
+def test_client_api_readme_examples_print_what_they_say(chapter, _client_embedded, capsys):
+    code, said = _client_readme_code(chapter)
+    port = urllib.parse.urlsplit(_client_embedded.client_urls[0]).port
+    exec(compile(code.replace("2379", str(port)), "README.md", "exec"), {})
+    printed = [re.sub(r"\[\d+\]$", "[N]", line) for line in capsys.readouterr().out.splitlines()]
+    assert len(said) >= 4 and said == [line for line in printed if line in said]
+
+
+def test_client_api_auth_objects_write_what_differs(_client_embedded):
+    with Client(_client_embedded.client_urls[0]) as client:
+        role, seen = (pyetcd_client.auth.EtcdRole(client, "n") for _ in range(2))
+        role.acls = {"/a": "R", "/b/*": "RW"}
+        role.write()
+        seen.read()
+        assert seen.acls == role.acls == {"/a": "R", "/b/*": "RW"}
+        role.grant("/a", "w")
+        role.revoke("/b/*", "R")
+        role.write()
+        seen.read()
+        assert seen.acls == {"/a": "RW", "/b/*": "W"}
+        with pytest.raises(pyetcd_client.EtcdValueError):
+            role.grant("/a", "X")
+        client.role_add("m")
+        user, other = (pyetcd_client.auth.EtcdUser(client, "al") for _ in range(2))
+        user.password, user.roles = "pw", ["n"]
+        user.write()
+        user.password, user.roles = "other", ["m"]
+        user.write()
+        other.read()
+        assert other.roles == {"m"} and other.uri == "/v2/auth/users/al"
+        assert [known["user"] for known in other.names] == ["al"]
+        assert [known["role"] for known in role.names] == ["m", "n", "root"]
+        for gone in (user, role):
+            gone.delete()
+            with pytest.raises(pyetcd_client.EtcdKeyNotFound):
+                gone.read()
+
+
+def test_client_api_serves_a_program_that_imports_etcd(_client_embedded, tmp_path):
+    """The README's file etcd.py; what is done here is how Salt and conftool use python-etcd."""
+    (tmp_path / "etcd.py").write_text("from pyetcd_client import *\n")
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent("""
+        import sys
+        import etcd
+        client = etcd.Client(
+            host="127.0.0.1", port=int(sys.argv[1]), protocol="http", allow_reconnect=True,
+            allow_redirect=True, read_timeout=60, username=None, password=None, ca_cert=None,
+            cert=None, version_prefix="/v2")
+        try:
+            client.read("/salt/x", recursive=False, wait=False, timeout=None)
+        except (etcd.EtcdConnectionFailed, etcd.EtcdKeyNotFound) as error:
+            assert error.payload["errorCode"] == 100
+        assert getattr(client.write("/salt/x", "1", ttl=None, dir=False), "value") == "1"
+        assert client.write("/salt/d", None, ttl=None, dir=True).dir
+        try:
+            client.write("/salt/d", "2", ttl=None, dir=False)
+        except (etcd.EtcdNotFile, etcd.EtcdNotDir, etcd.EtcdRootReadOnly, ValueError) as error:
+            assert isinstance(error, etcd.EtcdNotFile)
+        tree = {}
+        for item in client.read("/salt").children:
+            if item.dir is True and item.key != "/salt":
+                tree[item.key] = {}
+            else:
+                tree[item.key] = item.value
+        assert tree == {"/salt/x": "1", "/salt/d": {}}, tree
+        index = client.read("/salt/x").modifiedIndex
+        seen = client.read("/salt/x", recursive=False, wait=True, timeout=0, waitIndex=index)
+        fields = {name: getattr(seen, name, None) for name in ("key", "value", "dir")}
+        assert fields == {"key": "/salt/x", "value": "1", "dir": False}
+        assert seen.modifiedIndex == index
+        try:
+            client.read("/salt/x", recursive=True, wait=True, timeout=0.1)
+        except etcd.EtcdWatchTimedOut:
+            print("timed out")
+        assert client.delete("/salt", recursive=True, dir=True)
+        for name in ("a/1", "a/2"):
+            client.write("/conftool/" + name, '{"pooled": "yes"}')
+        objects = [leaf for leaf in client.read("/conftool", recursive=True).leaves if not leaf.dir]
+        objects[0].value = '{"pooled": "no"}'
+        assert client.update(objects[0]).action == "compareAndSwap"
+        assert [item.key for item in objects] == ["/conftool/a/1", "/conftool/a/2"]
+        print(etcd.auth.Auth(client).active)
+        """))
+    port = urllib.parse.urlsplit(_client_embedded.client_urls[0]).port
+    result = _client_python(str(program), str(port))
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"timed out\nFalse\n", b"")
 
 
 # -- watch
@@ -12170,9 +12821,9 @@ def test_client_watch_returns_one_event(_client, _client_dir):
 
 
 def test_client_watch_waits_for_a_change_while_others_write(_client, _client_dir):
-    watchers = _client.stats("store")["watchers"]
+    watchers = _client.statistics("store")["watchers"]
     with _client_background(_client.watch, _client_dir) as outcome:
-        _client_eventually(lambda: _client.stats("store")["watchers"] > watchers)
+        _client_eventually(lambda: _client.statistics("store")["watchers"] > watchers)
         written = _client.set(_client_dir, "v")
     assert outcome[0].node == written.node
 
@@ -12184,11 +12835,11 @@ def test_client_watch_times_out_and_says_where_to_go_on(_client, _client_dir):
     assert caught.value.index == made.modified_index + 1 and not caught.value.maybe_applied
 
 
-def test_client_watch_iter_loses_and_repeats_nothing(_client, _client_dir):
+def test_client_watch_loses_and_repeats_nothing(_client, _client_dir):
     start = _client.mkdir(_client_dir).modified_index + 1
     written = [_client.set(f"{_client_dir}/{number}", "v").node for number in range(5)]
     seen = []
-    with _client.watch_iter(_client_dir, recursive=True, index=start) as events:
+    with _client.watcher(_client_dir, recursive=True, index=start) as events:
         for event in events:
             seen.append(event.node)
             if len(seen) == 3:
@@ -12204,26 +12855,23 @@ def test_client_watch_history_cleared(_client, _client_dir):
         _client.set(_client_dir + "/a", str(number))
     with pytest.raises(pyetcd_client.EventIndexCleared):
         _client.watch(_client_dir, recursive=True, index=start)
-    with _client.watch_iter(_client_dir, recursive=True, index=start, relist=True) as events:
+    with _client.watcher(_client_dir, recursive=True, index=start) as events:
         listed = next(events)
         written = _client.set(_client_dir + "/b", "new")
         after = next(events)
-    with _client.watch_iter(_client_dir + "/none", index=start, relist=True) as events:
-        nothing = next(events)
 
-    assert (listed.action, listed.nodes[0].value) == ("get", "1004")
-    assert after.node == written.node
-    assert (nothing.action, nothing.key) == ("get", _client_dir + "/none")
-    assert nothing.modified_index == 0
+    assert (listed.action, listed.key, listed.value) == ("set", _client_dir + "/a", "1004")
+    assert listed.relisted and listed.modified_index < written.modified_index
+    assert after.node == written.node and not after.relisted
 
 
 @pytest.mark.parametrize("kind", _CLIENT_KINDS)
 def test_client_watch_survives_a_restart(kind, tmp_path):
     member = _client_member(kind, tmp_path).start()
     try:
-        with Client(member.url) as client, client.watch_iter("/k") as events:
+        with Client(member.url) as client, client.watcher("/k") as events:
             with _client_background(lambda: [next(events).value for _ in range(2)]) as outcome:
-                _client_eventually(lambda: client.stats("store")["watchers"] > 0)
+                _client_eventually(lambda: client.statistics("store")["watchers"] > 0)
                 member.kill()
                 member.start()
                 client.set("/k", "one")
@@ -12249,20 +12897,10 @@ def test_client_watch_without_index_has_no_gap_after_a_lost_connection():
 
 def test_client_watch_asks_from_the_index_after_the_last_event():
     with _ClientRawServer(_client_event(9), _client_event(12)) as server:
-        with Client(server.url) as client, client.watch_iter("k", index=3) as events:
+        with Client(server.url) as client, client.watcher("k", index=3, relist=False) as events:
             assert [next(events).modified_index for _ in range(2)] == [9, 12]
         assert [target.rpartition("=")[2] for _, target, _ in server.requests] == ["3", "10"]
         assert server.connections == 1
-
-
-def test_client_watch_has_a_connection_of_its_own():
-    with _ClientRawServer(_CLIENT_GOOD) as server, Client(server.url) as client:
-        client.get("k")
-        with client.watch_iter("k") as events:
-            next(events)
-            client.get("k")
-            next(events)
-            assert server.connections == 2
 
 
 def test_client_watch_silence_is_not_a_failed_endpoint(monkeypatch):
@@ -12274,7 +12912,7 @@ def test_client_watch_silence_is_not_a_failed_endpoint(monkeypatch):
         hold.wait(_CLIENT_WAIT_S)
 
     with _ClientRawServer(silent, silent, _client_event(9)) as server, _ClientRawServer(
-            _CLIENT_GOOD) as other, Client(server.url, other.url) as client:
+            _CLIENT_GOOD) as other, Client([server.url, other.url]) as client:
         assert client.watch("k").value == "v9"
         hold.set()
         assert client.endpoints.current == server.url and other.requests == []
@@ -12284,7 +12922,7 @@ def test_client_watch_moves_on_from_a_server_that_says_nothing_at_all(monkeypatc
     monkeypatch.setattr(pyetcd_client, "WATCH_POLL_S", 0.1)
     hold = threading.Event()
     with _ClientRawServer(lambda _: hold.wait(_CLIENT_WAIT_S)) as dumb, _ClientRawServer(
-            _client_event(9)) as server, Client(dumb.url, server.url) as client:
+            _client_event(9)) as server, Client([dumb.url, server.url]) as client:
         assert client.watch("k").value == "v9"
         hold.set()
 
@@ -12295,16 +12933,16 @@ def test_client_watch_outlives_bad_answers(bad, monkeypatch):
     monkeypatch.setattr(pyetcd_client, "BACKOFF_MAX_S", 0.02)
     bad = (bad,) if isinstance(bad, bytes) else bad
     with _ClientRawServer(_client_event(9), bad, bad, _client_event(12)) as server:
-        with Client(server.url) as client, client.watch_iter("k", index=9) as events:
+        with Client(server.url) as client, client.watcher("k", index=9, relist=False) as events:
             assert [next(events).modified_index for _ in range(2)] == [9, 12]
         waits = [target.rpartition("=")[2] for _, target, _ in server.requests]
     assert waits == ["9", "10", "10", "10"]
 
 
 def test_client_watch_that_never_reached_a_server_says_so():
-    with Client(_client_dead_url(), _client_dead_url()) as client:
+    with Client([_client_dead_url(), _client_dead_url()]) as client:
         with pytest.raises(pyetcd_client.ConnectionFailed):
-            next(client.watch_iter("k"))
+            next(client.watcher("k"))
 
 
 def test_client_watch_refusal_is_raised():
@@ -12318,20 +12956,22 @@ def test_client_watch_relists_again_when_that_failed(monkeypatch):
     monkeypatch.setattr(pyetcd_client, "BACKOFF_MAX_S", 0.02)
     cleared = _client_reply({"errorCode": 401, "message": "cleared", "index": 2000}, 400)
     with _ClientRawServer(
-            cleared, (b"",), cleared, _CLIENT_TIMED_OUT, cleared, _CLIENT_GOOD, _client_event(9),
+            _CLIENT_GOOD, cleared, (b"",), _CLIENT_TIMED_OUT, _client_event(8), cleared,
+            _CLIENT_GOOD, _client_event(9),
     ) as server, Client(server.url) as client:
-        with client.watch_iter("k", index=3, relist=True) as events:
-            assert [(event.action, event.value) for event in (next(events), next(events))] == [
-                ("get", "v"), ("set", "v9")]
+        with client.watcher("k", index=3) as events:
+            told = [next(events), next(events)]
         targets = [target.partition("?")[2] for _, target, _ in server.requests]
-    assert targets == ["wait=true&waitIndex=3", "quorum=true"] * 3 + ["wait=true&waitIndex=8"]
+    assert [(e.value, e.relisted) for e in told] == [("v8", True), ("v9", False)]
+    assert targets == ["", "wait=true&waitIndex=3", *["quorum=true"] * 3, "wait=true&waitIndex=8",
+                       "quorum=true", "wait=true&waitIndex=8"]
 
 
 def test_client_watch_close_ends_a_backoff_and_the_iteration(monkeypatch):
     monkeypatch.setattr(pyetcd_client, "BACKOFF_MIN_S", 3600.0)
     monkeypatch.setattr(pyetcd_client, "BACKOFF_MAX_S", 3600.0)
-    with _ClientRawServer(_client_event(9), _client_hang_up) as server:
-        events = Client(server.url).watch_iter("k")
+    with _ClientRawServer(_CLIENT_GOOD, _client_event(9), _client_hang_up) as server:
+        events = Client(server.url).watcher("k")
         next(events)
         with _client_background(list, events) as outcome:
             assert server.closed.acquire(timeout=_CLIENT_WAIT_S)
@@ -12359,7 +12999,7 @@ def _client_each_write(function):
 @_client_each_write
 def test_client_fate_lost_reply_to_a_write_is_not_sent_again(write):
     with _ClientRawServer(_client_hang_up) as server, _ClientRawServer(_CLIENT_GOOD) as other:
-        with Client(server.url, other.url) as client:
+        with Client([server.url, other.url]) as client:
             with pytest.raises(pyetcd_client.ConnectionFailed) as caught:
                 write(client)
             assert caught.value.maybe_applied
@@ -12395,14 +13035,14 @@ def test_client_fate_lost_reply_on_a_kept_connection():
         "error-300", "500", "502"])
 def test_client_fate_of_writes_and_reads(reply, error):
     with _ClientRawServer(reply) as server, _ClientRawServer(_CLIENT_GOOD) as other:
-        with Client(server.url, other.url) as client, pytest.raises(error) as caught:
+        with Client([server.url, other.url]) as client, pytest.raises(error) as caught:
             client.set("k", "v")
         assert caught.value.maybe_applied and caught.value.endpoint == server.url
         assert len(server.requests) == 1 and other.requests == []
 
-        with Client(server.url, other.url) as client:
+        with Client([server.url, other.url]) as client:
             assert client.get("k").value == "v"                     # a read just goes on
-        with Client(server.url) as client, pytest.raises(error) as caught:
+        with Client(server.url, retry=False) as client, pytest.raises(error) as caught:
             client.get("k")
         assert not caught.value.maybe_applied
 
@@ -12411,11 +13051,11 @@ def test_client_fate_late_reply():
     hold = threading.Event()
     with _ClientRawServer(lambda _: hold.wait(_CLIENT_WAIT_S)) as server, _ClientRawServer(
             _CLIENT_GOOD) as other:
-        with Client(server.url, other.url, read_timeout_s=0.2) as client:
+        with Client([server.url, other.url], read_timeout=0.2) as client:
             with pytest.raises(pyetcd_client.RequestTimeout) as caught:
                 client.set("k", "v")
             assert caught.value.maybe_applied and other.requests == []
-        with Client(server.url, other.url, read_timeout_s=0.2) as client:
+        with Client([server.url, other.url], read_timeout=0.2) as client:
             assert client.get("k").value == "v"
         hold.set()
 
@@ -12426,16 +13066,20 @@ def test_client_fate_total_timeout_ends_the_round():
         servers = [stack.enter_context(_ClientRawServer(lambda _: hold.wait(_CLIENT_WAIT_S)))
                    for _ in range(3)]
         urls = [server.url for server in servers]
-        with Client(endpoints=urls, read_timeout_s=0.2, total_timeout_s=0.3) as client:
+        with Client(endpoints=urls, total_timeout=0.3) as client:
             with pytest.raises(pyetcd_client.RequestTimeout) as caught:
                 client.get("k")
+            assert len(caught.value.failures) == 3                  # each got its part of the time
+            with pytest.raises(pyetcd_client.RequestTimeout) as caught:
+                client.set("k", "v")
+            assert caught.value.maybe_applied and caught.value.failures == (caught.value,)
         hold.set()
-        assert len(caught.value.failures) == 2 and servers[2].requests == []
 
 
 @_client_each_write
 def test_client_fate_refused_connection_falls_over(write):
-    with _ClientRawServer(_CLIENT_GOOD) as server, Client(_client_dead_url(), server.url) as client:
+    with _ClientRawServer(_CLIENT_GOOD) as server, Client(
+            [_client_dead_url(), server.url]) as client:
         assert write(client).key == "/k"
         assert len(server.requests) == 1
 
@@ -12443,7 +13087,8 @@ def test_client_fate_refused_connection_falls_over(write):
 @pytest.mark.parametrize("url", ["http://nowhere.invalid:1", None], ids=["name", "port"])
 def test_client_fate_no_connection_at_all(url):
     urls = [url or _client_dead_url(), _client_dead_url()]
-    with Client(endpoints=urls) as client, pytest.raises(pyetcd_client.ConnectionFailed) as caught:
+    with Client(endpoints=urls, retry=False) as client, pytest.raises(
+            pyetcd_client.ConnectionFailed) as caught:
         client.set("k", "v")
     assert not caught.value.maybe_applied
     assert [failure.endpoint for failure in caught.value.failures] == urls
@@ -12461,9 +13106,9 @@ def test_client_fate_connect_timeout_was_never_sent():
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
         full = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with Client(full, server.url, connect_timeout_s=0.2) as client:
+        with Client([full, server.url], connect_timeout=0.2) as client:
             assert client.set("k", "v").key == "/k"
-        with Client(full, connect_timeout_s=0.2) as client:
+        with Client(full, connect_timeout=0.2, retry=False) as client:
             with pytest.raises(pyetcd_client.ConnectionFailed, match="timed out") as caught:
                 client.set("k", "v")
         assert not caught.value.maybe_applied
@@ -12472,21 +13117,44 @@ def test_client_fate_connect_timeout_was_never_sent():
 def test_client_fate_an_etcd_refusal_is_final():
     refusal = _client_reply({"errorCode": 100, "message": "Key not found", "index": 3}, status=404)
     with _ClientRawServer(refusal) as server, _ClientRawServer(_CLIENT_GOOD) as other:
-        with Client(server.url, other.url) as client, pytest.raises(pyetcd_client.KeyNotFound):
+        with Client([server.url, other.url]) as client, pytest.raises(pyetcd_client.KeyNotFound):
             client.get("k")
         assert other.requests == [] and client.endpoints.current == server.url
 
 
-def test_client_fate_redirects_are_followed_for_reads_only():
+@pytest.mark.parametrize("status, followed", [(307, True), (308, True), (301, False), (302, False)])
+def test_client_fate_redirects_of_writes_are_followed_if_nothing_was_done(status, followed):
+    """RFC 9110 15.4: with 307 and 308 the same request is to go elsewhere."""
     with _ClientRawServer(_CLIENT_GOOD) as target:
-        moved = _client_reply(b"", status=307, extra=f"Location: {target.url}/v2/keys/k\r\n")
+        moved = _client_reply(b"", status=status, extra=f"Location: {target.url}/v2/keys/k?x=1\r\n")
         with _ClientRawServer(moved) as server, Client(server.url) as client:
             assert client.get("k").value == "v"
+            if followed:
+                client.set("k", "v")
+                assert target.requests[1:] == [("PUT", "/v2/keys/k?x=1", "value=v")]
+                return
             for write in _CLIENT_WRITES.values():
                 with pytest.raises(pyetcd_client.HttpError, match="not followed") as caught:
                     write(client)
-                assert caught.value.status == 307 and not caught.value.maybe_applied
-        assert len(target.requests) == 1
+                assert caught.value.status == status and not caught.value.maybe_applied
+        assert target.requests == [("GET", "/v2/keys/k?x=1", "")]
+
+
+def test_client_fate_see_other_means_that_a_write_was_done():
+    moved = _client_reply(b"", status=303, extra="Location: /elsewhere\r\n")
+    with _ClientRawServer(moved) as server, Client(server.url) as client:
+        with pytest.raises(pyetcd_client.HttpError) as caught:
+            client.set("k", "v")
+        assert caught.value.maybe_applied and len(server.requests) == 1
+
+
+def test_client_fate_redirects_are_not_followed_on_request():
+    moved = _client_reply(b"", status=307, extra="Location: /elsewhere\r\n")
+    with _ClientRawServer(moved) as server, Client(server.url, allow_redirect=False) as client:
+        for call in (client.get, client.delete):
+            with pytest.raises(pyetcd_client.HttpError, match="not followed"):
+                call("k")
+        assert len(server.requests) == 2
 
 
 def test_client_fate_endless_redirects():
@@ -12551,8 +13219,8 @@ def test_client_fate_old_and_odd_answers():
             _client_reply({"errorCode": 999, "message": "New", "index": 1}, status=400),
             _client_reply(b"404 page not found\n", status=404)) as server:
         with Client(server.url) as client:
-            assert client.version() == {"etcdserver": "2.0.13"}
-            assert client.leader() is None
+            assert client.server_version() == {"etcdserver": "2.0.13"}
+            assert client.leader_member() is None
             with pytest.raises(pyetcd_client.ApiError) as caught:
                 client.get("k")
             assert type(caught.value) is pyetcd_client.ApiError and caught.value.code == 999
@@ -12564,13 +13232,21 @@ def test_client_fate_old_and_odd_answers():
 
 @pytest.mark.parametrize("given, urls", [
     ((), ("http://127.0.0.1:2379",)),
-    (("h:1", "https://h:2/"), ("http://h:1", "https://h:2")),
-    (("http://[::1]:2379", "h"), ("http://[::1]:2379", "http://h")),
-    (("a:1,b:2", "a:1"), ("http://a:1", "http://b:2")),
+    (("h",), ("http://h:2379",)),
+    (("h", 4001), ("http://h:4001",)),
+    ((["h:1", "https://h:2/", "g"], 7), ("http://h:1", "https://h:2", "http://g:7")),
+    ((("http://[::1]:2379", ("::1", 3), ("h", 4)),),
+     ("http://[::1]:2379", "http://[::1]:3", "http://h:4")),
+    (("a:1, b:2,a:1",), ("http://a:1", "http://b:2")),
 ])
 def test_client_unit_endpoints(given, urls):
     assert Client(*given).endpoints.urls == urls
-    assert not given or Client(endpoints=list(given)).endpoints.urls == urls
+    assert Client("ignored", endpoints=list(urls)).endpoints.urls == urls
+
+
+def test_client_unit_endpoints_take_their_scheme_from_the_protocol():
+    assert Client("h,http://g:1", protocol="https").endpoints.urls == (
+        "https://h:2379", "http://g:1")
 
 
 @pytest.mark.parametrize("url", [
@@ -12598,10 +13274,12 @@ def test_client_unit_endpoints_rotate():
 
 
 def test_client_unit_arguments():
-    with pytest.raises(ValueError, match="not both"):
-        Client("a:1", endpoints=["b:1"])
     with pytest.raises(ValueError, match="timeouts"):
-        Client(read_timeout_s=0)
+        Client(read_timeout=-1)
+    with pytest.raises(ValueError, match="belong together"):
+        Client(username="u")
+    with pytest.raises(ValueError, match="proxy"):
+        Client(proxies={"http": "socks5://h:1"})
 
 
 def test_client_unit_errors_can_be_pickled():
@@ -12641,7 +13319,7 @@ def test_client_unit_public_names_have_docstrings():
         for member, function in vars(public).items() if isinstance(public, type) else ():
             assert member.startswith("_") or not callable(function) or function.__doc__, member
     banners = re.findall(r"^# (\d+\. [^-\n]+?)(?: --.*)?$", source, re.MULTILINE)
-    assert banners == re.findall(r"^  (\d+\. .+)$", pyetcd_client.__doc__, re.MULTILINE)
+    assert banners == re.findall(r"^ {1,2}(\d+\. .+)$", pyetcd_client.__doc__, re.MULTILINE)
 
 
 def test_client_unit_import_is_silent():
@@ -12703,42 +13381,6 @@ def _client_blurred(outcome, directory):
     for pattern, text in rules:
         texts = [re.sub(pattern, text, given, flags=re.MULTILINE) for given in texts]
     return (code, *texts)
-
-
-_CLIENT_COMMANDS = """
-set D/foo bar | set D/foo b2 | get D/foo | get D/nope | mk D/foo x | mk D/n v | mk --in-order D/q v
-mkdir D/d | mkdir D/d | get D/d | set D/d v | set D/d/x 1 | set D/d/sub/y 2 | ls --sort D
-ls --sort -p D | ls --recursive --sort -p D/d | ls --sort --recursive D | ls D/foo | ls D/nope
-ls -sort D/d/ | get --quorum D/foo | get -q D/foo | ls --quorum --sort D
-update D/foo b3 | update D/nope v | update D/d v
-rm D/d | rm --dir D/d | rmdir D/d | rm --with-value no D/n | rm --with-value v D/n
-rm --with-index 1 D/foo | rm D/foo | rm D/foo | rm --recursive D/d | mkdir D/e | rmdir D/e
-set D/f 1 | rmdir D/f | mkdir D/e | rm --dir D/e | set D/v -5 | set -- D/v -7 | get D/v
-set --swap-with-value 1 D/v 2 | set --swap-with-value=-7 D/v 2 | set --swap-with-index 1 D/v 3
-set --ttl 50 D/t v | -o extended get D/t | -o json get D/t | --output json set D/t x
--o extended set D/t y | --output=extended mk D/m z | -o json mk D/m z | -o json rm D/m
--o extended rm D/t | -o extended mkdir D/dd | -o json mkdir D/ee | -o extended get D/dd
--o json ls D/dd | -o extended ls D/dd | -o json set D/html <a>&b | -o json rm --recursive D/ee
--o extended rm --with-value <a>&b D/html | set | get | mk | rm | mkdir | rmdir | update | watch
-set D/k | update D/k | mk D/k | member list x | -o xml get D/v | --no-sync get D/v
-member list | cluster-health
-"""
-
-
-def test_client_cli_side_by_side(_client_server):
-    """Same exit codes and texts as Debian's etcdctl, on the same server."""
-    if shutil.which("etcdctl") is None:
-        pytest.skip("etcdctl is not installed")
-    ours, theirs = "/aaaa", "/bbbb"
-    with Client(_client_server.url) as client:
-        for directory in (ours, theirs):
-            with contextlib.suppress(pyetcd_client.KeyNotFound):
-                client.delete(directory, recursive=True)
-    for line in re.split(r" \| |\n", _CLIENT_COMMANDS.strip()):
-        expected = _client_etcdctl(_client_server.url, *line.replace("D", theirs).split())
-        words = line.replace("D", ours).split()
-        got = _client_main("--endpoints", _client_server.url, *words)
-        assert _client_blurred(got, ours) == _client_blurred(expected, theirs), line
 
 
 @pytest.mark.parametrize("words, stdin", [
@@ -12929,6 +13571,978 @@ def test_client_cli_reader_that_went_away(_client_server, _client, _client_dir):
     finally:
         os.close(write_end)
     assert (result.returncode, result.stderr) == (141, b"")
+
+
+# ============================================================================
+# 17d. pyetcdctl -- beside Debian's etcdctl, then what only pyetcdctl has
+# ============================================================================
+
+
+# D is a directory, U begins names of users and roles: each program has its own.
+_CTL_SCRIPTS = {
+    "keys": r"""
+set D/foo bar | set D/foo b2 | get D/foo | get D/nope | mk D/foo x | mk D/n v | mk --in-order D/q v
+mk --in-order --ttl 50 D/q w | mkdir D/d | mkdir D/d | get D/d | set D/d v | set D/d/x 1
+set D/d/sub/y 2 | ls --sort D | ls --sort -p D | ls --recursive --sort -p D/d | ls D/foo | ls D/nope
+ls --sort --recursive D | ls -sort D/d/ | get --quorum D/foo | get -q D/foo | ls --quorum --sort D
+get --sort D/foo | update D/foo b3 | update D/nope v | update D/d v | update --ttl 50 D/foo b4
+rm D/d | rm --dir D/d | rmdir D/d | rm --with-value no D/n | rm --with-value v D/n
+rm --with-index 1 D/foo | rm D/foo | rm D/foo | rm --recursive D/d | mkdir D/e | rmdir D/e
+set D/f 1 | rmdir D/f | mkdir D/e | rm --dir D/e | set D/v -5 | set -- D/v -7 | get D/v
+setdir D/new | setdir D/new | set D/file v | setdir D/file | setdir --ttl 40 D/sd | updatedir D/nope
+updatedir --ttl 30 D/sd | updatedir D/sd | mkdir --ttl 90 D/td | setdir D/v/x | rm -r D/td
+set --swap-with-value 1 D/v 2 | set --swap-with-value=-7 D/v 2 | set --swap-with-index 1 D/v 3
+set --swap-with-index 1 D/nope 3 | set --ttl 0 D/v 4 | rm D/nope | rm --recursive / | rmdir /
+mkdir / | set / x | set D/ü/ö ä | ls D/ü | set D//p/../q2 1 | set D/k < stdin\n | get D/k
+mk D/k2 < x
+update D/k < again | mk --in-order D/q < ü | set D/k < | get D/k < ignored
+""",
+    "formats": r"""
+-o extended set D/t x | -o json get D/t | --output json set D/t y | --output=extended mk D/m z
+-o json mk D/m z | -o json rm D/m | -o extended rm D/t | -o extended mkdir D/dd | -o json mkdir D/ee
+-o extended get D/dd | -o json get D/dd | -o json ls D/dd | -o extended ls D/dd | set D/dd/a 1
+-o json ls --recursive --sort D | -o json set D/html <a>&b | -o json rm --recursive D/ee
+-o extended rm --with-value <a>&b D/html | -o json set --ttl 50 D/t x | -o json get D/t
+-o json setdir D/j | -o extended updatedir --ttl 90 D/j | -o json updatedir --ttl 90 D/j
+-o extended set D/c a | -o json set --swap-with-value a D/c <b> | -o extended update D/c e
+-o extended get D/nope | -o json get D/nope | -o xml set D/x v | get D/x | -o xml get D/dd
+-o json set D/ü ä | -o json rm --with-value ä D/ü
+""",
+    "usage": r"""
+set | get | mk | rm | mkdir | rmdir | setdir | updatedir | update | watch | exec-watch
+exec-watch D/k | set D/k | update D/k | mk D/k | member list x | member add | member add a
+member remove
+member remove x | member remove NAME | member update | member update x | member add a bad-url
+member update ID bad-url | member add again PEER | cluster-health | member list | user list x
+role list x | user add | user get | user remove | user passwd | role add | role get | role remove
+auth enable x | auth disable x | --no-sync set D/v v | --no-sync get D/v | -C URL get D/v
+--endpoints http://127.0.0.1:1,URL get D/v | --endpoints http://127.0.0.1:1,URL --no-sync get D/v
+--timeout 1s --total-timeout 2s get D/v | --peers URL get D/v | --endpoint URL get D/v
+--endpoints HOST get D/v | --endpoints DEAD get D/v | --endpoints DEAD set D/v 1
+--endpoints DEAD ls D/v | --endpoints DEAD member list | --endpoints DEAD cluster-health
+--no-sync --endpoints DEAD get D/v | --no-sync --endpoints DEAD user list
+--no-sync --endpoints DEAD member list | --debug set D/v 2 | --debug member list
+--debug --no-sync mkdir D/deb | --debug get D/v | --debug user list | bogus | member bogus
+get --bogus D/v | --bogus get D/v | --timeout x get D/v | import
+""",
+    "auth": r"""
+auth disable | auth enable | role list | user list | user add root:pw | user add root:pw | user list
+user get root | user get nobody | user add Ual:al1 | user get Ual | role add Ur1 | role add Ur1
+role get Ur1 | role get nope | role grant --path /a --read Ur1
+role grant --path /a/* --readwrite Ur1 | role grant --path /b --write Ur1 | role grant Ur1
+role grant --path a --read Ur1 | role grant --path /a/ --read | role grant --path /a Ur1
+role grant --path /a --read --write Ur1 | role grant --path /a --read Ur1
+role grant --path /a --rw nope | role get Ur1 | role revoke --path /b --write Ur1
+role revoke --path /b --write Ur1 | role get Ur1 | role list | user grant --roles Ur1 Ual
+user grant --roles Ur1 Ual | user grant Ual | user revoke Ual | user grant --roles Ur1
+user grant --roles nope Ual | user get Ual | user revoke --roles nope Ual | user get Ual
+user grant --roles Ur1 nobody | user list | user passwd Ual < new\n | user add Uempty
+user add Ubo < secret\n | user remove Ubo | user remove Ubo | set /a/x 1 | set /c 1 | auth enable
+user list | role list | user get Ual | role get Ur1 | auth enable | -u root:pw user list
+-u Ual:new get /a/x | -u Ual:new set /a/x 2 | -u Ual:new get /c | -u Ual:wrong get /a/x
+-u Ual:new user list | -u root:pw role remove guest | get /c | set /c 2 | -o json get /c
+member list | member update ID PEER | -u root get /c < pw\n | -u root:pw user remove root
+-u root:pw role remove root | cluster-health | auth disable | -u root:pw auth disable | auth disable
+user remove Ual | role remove Ur1 | role remove Ur1 | user remove root | user list
+rm --recursive /a | rm /c
+""",
+}
+
+_CTL_STTY = "stty: 'standard input': Inappropriate ioctl for device\n"
+_CTL_ANY = object()                 # not compared
+
+# All the differences between etcdctl 3.4 and 2.3, whose behaviour is ours, and our own: script and
+# lines, why, and what we give where 3.4 gives (code, out, err).
+_CTL_DIFFERENCES = [
+    ("usage", r"DEAD", "3.4 has the endpoints' errors twice, 2.3 once, or never (member, user)",
+     lambda code, out, err: (code, out, _ctl_unavailable(err))),
+    ("usage", r"^(member )?bogus$", "2.3 says it on stdout and exits with 0, 3.4 on stderr with 3",
+     lambda code, out, err: (0, err, "")),
+    ("usage", r"^import$", "3.4 has no import",
+     lambda code, out, err: (1, "no snapshot file provided (use --snap)\n", "")),
+    ("usage", r"--bogus|--timeout x", "2.3 exits with 0 and no detail; help has our words",
+     lambda code, out, err: (0, _CTL_ANY, "")),
+    ("usage", r"--endpoints HOST", "2.3 takes host:port, 3.4 does not",
+     lambda code, out, err: (0, "v\n", "")),
+    ("usage", r"member remove NAME", "the page that etcdctl names has moved",
+     lambda code, out, err: (code, out, re.sub("For more details.*\n", "", err))),
+    ("usage", r"bad-url", "3.4 checks by itself, and has more schemes; we show the server's answer",
+     lambda code, out, err: (code, out, _CTL_ANY)),
+    ("usage", r"--debug get", "we leave out parameters that say nothing",
+     lambda code, out, err: (code, out, re.sub(r"\?quorum=.*", "", err))),
+    ("usage", r"--debug .*mkdir", "we send all parameters of a PUT in its body",
+     lambda code, out, err: (code, out, re.sub(r'\?(\S+) -d ""', r' -d "\1"', err))),
+    ("usage", r"--debug user", "3.4 says the endpoints twice for users",
+     lambda code, out, err: (code, out, re.sub(r"(Cluster-Endpoints: .*\n)\1", r"\1", err))),
+    ("auth", r"user get", "3.4 puts two spaces behind `Roles:`",
+     lambda code, out, err: (code, re.sub("^Roles:  ?", "Roles: ", out, flags=re.M), err)),
+    ("auth", r"(user|role) list", "2.3 does not read the answer if a listing is refused",
+     lambda code, out, err: (
+         code, out, err.replace("Insufficient credentials", "unexpected status code 401"))),
+    ("auth", r"^user (grant|revoke) U|^role grant U|role grant .*-path a ", "2.3 writes one dash",
+     lambda code, out, err: (code, out, err.replace("`--", "`-"))),
+    ("auth", r"^role grant --path /a(/ --read| Ur1| --read --write Ur1)$", "2.3 writes one dash",
+     lambda code, out, err: (code, out, re.sub("--(read|write|readwrite)", r"-\1", err))),
+    ("auth", r"< (new|secret)|-u root get|user add Uempty", "3.4 complains about a pipe",
+     lambda code, out, err: (code, out, err.replace(_CTL_STTY, ""))),
+]
+_CTL_TWICE = "user add root:pw"     # 3.4 gives a user who exists another password; 2.3 refuses
+
+
+def _ctl_unavailable(err):
+    first = err.split("; ")[0] + "\n"
+    details = "error #0: dial tcp 127.0.0.1:1: connect: connection refused\n\n"
+    return first + (details if first.startswith("Error:") else "")
+
+
+def _ctl_lines(script):
+    return re.split(r" \| |\n", script.strip())
+
+
+class _CtlProgram:
+    """etcdctl or pyetcdctl, with a directory and a user of its own on the same server."""
+
+    def __init__(self, server, name):
+        self.name = name
+        self.directory, self.user = ("/aaaa", "ua") if name == "pyetcdctl" else ("/bbbb", "ub")
+        with Client(server.url) as client:
+            member = client.member_list()[0]
+            with contextlib.suppress(pyetcd_client.KeyNotFound):
+                client.delete(self.directory, recursive=True)
+        self.url = server.url
+        self._words = [
+            ("URL", server.url), ("HOST", server.url[7:]), ("DEAD", "http://127.0.0.1:1"),
+            ("PEER", member.peer_urls[0]), ("ID", member.id), ("NAME", member.name),
+            (r"D(?=/|$)", self.directory), (r"U(?=al|r1|bo|x|empty)", self.user)]
+
+    def run(self, line):
+        """Run `words [< stdin]`; return exit code, output and errors without what is its own."""
+        command, stdin = re.fullmatch(r"(.*?)(?: <(?: (.*))?)?", line).groups(default="")
+        words, stdin = [*map(self._own, command.split())], stdin.replace("\\n", "\n").encode()
+        if self.name == "pyetcdctl":
+            outcome = _client_main("--endpoints", self.url, *words, stdin=stdin)
+        else:
+            outcome = _client_etcdctl(self.url, *words, stdin=stdin)
+        code, *texts = _client_blurred(outcome, self.directory)
+        return (code, *(re.sub(rf"\b{self.user}(?=al|r1|bo|x|empty)", "U", text)
+                        for text in texts))
+
+    def _own(self, word):
+        for pattern, own in self._words:
+            word = re.sub(rf"\b{pattern}" if pattern[0] != "D" or pattern == "DEAD"
+                          else rf"^{pattern}", own, word)
+        return word
+
+
+def _ctl_as_in_2_3(script, line, outcome, used):
+    """Return what 2.3 gives where 3.4 gives `outcome`."""
+    for differing, pattern, why, change in _CTL_DIFFERENCES:
+        if differing == script and re.search(pattern, line):
+            changed = change(*outcome)
+            if changed != outcome:
+                used.add(why)
+            outcome = changed
+    return outcome
+
+
+@pytest.mark.parametrize("script", _CTL_SCRIPTS)
+def test_ctl_side_by_side(_client_server, script):
+    """Same exit code, output and errors as Debian's etcdctl, on pyetcd and on etcd.
+
+    What differs is in _CTL_DIFFERENCES, where 2.3 differs from 3.4, and nothing is there in vain.
+    """
+    if shutil.which("etcdctl") is None:
+        pytest.skip("etcdctl is not installed")
+    lines, used = _ctl_lines(_CTL_SCRIPTS[script]), set()
+    theirs, ours = _CtlProgram(_client_server, "etcdctl"), _CtlProgram(_client_server, "pyetcdctl")
+    expected = [theirs.run(line) for line in lines]
+    got = [ours.run(line) for line in lines]
+    differing = []
+    for number, line in enumerate(lines):
+        wanted = _ctl_as_in_2_3(script, line, expected[number], used)
+        if line == _CTL_TWICE and line in lines[:number]:
+            wanted = (1, "", "User root already exists\n")
+        if any(want is not _CTL_ANY and want != have for want, have in zip(wanted, got[number])):
+            differing.append(f"{line}\n  wanted {wanted}\n  got    {got[number]}")
+    assert not differing, "\n".join(differing)
+    listed = {why for differing, _, why, _ in _CTL_DIFFERENCES if differing == script}
+    assert used == listed or _client_server.kind == "etcd"      # whose messages are of 3.4
+
+
+_CTL_A, _CTL_B = "http://127.0.0.1:32001", "http://127.0.0.1:32002"
+_CTL_MEMBERS = _client_reply({"members": [
+    {"id": "a1", "name": "n0", "peerURLs": [_CTL_A, _CTL_B], "clientURLs": [_CTL_A]},
+    {"id": "b2", "name": "", "peerURLs": [_CTL_B], "clientURLs": []}]})
+_CTL_ADDED = _client_reply({"id": "b2", "name": "", "peerURLs": [_CTL_B], "clientURLs": []}, 201)
+_CTL_DONE = _client_reply(b"", 204)
+_CTL_GONE = _client_reply({"message": "Member permanently removed: a1"}, 410)
+
+
+@pytest.mark.parametrize("line, replies", [
+    (f"member add new {_CTL_B}", (_CTL_ADDED, _CTL_MEMBERS)),
+    (f"member add new {_CTL_B}", (_client_reply({"message": "x exists"}, 409),)),
+    ("member list", (_CTL_MEMBERS, _client_reply({"id": "a1", "name": "n0"}))),
+    ("member list", (_CTL_MEMBERS, _client_reply({"message": "in an election"}, 503))),
+    ("member remove a1", (_CTL_MEMBERS, _CTL_DONE)),
+    ("member remove a1", (_CTL_MEMBERS, _CTL_GONE)),
+    (f"member update b2 {_CTL_A},{_CTL_B}", (_CTL_DONE,)),
+    (f"member update b2 {_CTL_A}", (_CTL_GONE,)),
+    ("cluster-health", (_CTL_MEMBERS,)),
+], ids=["add", "add-refused", "list", "list-no-leader", "remove", "remove-refused", "update",
+        "update-refused", "health"])
+def test_ctl_member_changes_side_by_side(line, replies):
+    """Two servers with the same answers get the same requests and cause the same output."""
+    if shutil.which("etcdctl") is None:
+        pytest.skip("etcdctl is not installed")
+    words = ["--no-sync", *line.split()]
+    with _ClientRawServer(*replies) as server:
+        theirs = *_client_etcdctl(server.url, *words), [request[:2] for request in server.requests]
+    with _ClientRawServer(*replies) as server:
+        ours = *_client_main("--endpoints", server.url, *words), [
+            request[:2] for request in server.requests]
+    code, out, *rest = theirs
+    out = re.sub("Get .*?: ", "", out).replace("is unavailable", "is unhealthy")    # words of 3.4
+    if b"an election" in replies[-1]:       # not an error to us: nobody leads
+        code, out, rest[0] = 0, ours[1], ""
+        assert "isLeader=false" in out
+    assert ours == (code, out, *rest)
+
+
+def _ctl_process(url, *words, program="pyetcdctl", **options):
+    """Start the command line in a process of its own."""
+    command = ["etcdctl"]
+    if program == "pyetcdctl":
+        command = [sys.executable, str(Path(pyetcd_client.__file__))]
+    return subprocess.Popen(
+        [*command, "--endpoints", url, *words], env={**os.environ, "ETCDCTL_API": "2"},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
+
+
+def _ctl_lines_from(process, count, stream="stdout"):
+    """Return the next lines that a process prints; it is killed if they do not come."""
+    guard = threading.Timer(_CLIENT_WAIT_S, process.kill)
+    guard.start()
+    try:
+        return [getattr(process, stream).readline().decode().rstrip("\n") for _ in range(count)]
+    finally:
+        guard.cancel()
+
+
+def _ctl_interrupt(process):
+    """Send SIGINT; return exit code, the rest of the output, and errors."""
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=_CLIENT_WAIT_S)
+    return process.returncode, out.decode(), err.decode()
+
+
+@pytest.fixture(params=["etcdctl", "pyetcdctl"], name="_ctl_program")
+def _ctl_program_fixture(request):
+    if shutil.which(request.param) is None and request.param == "etcdctl":
+        pytest.skip("etcdctl is not installed")
+    return request.param
+
+
+def test_ctl_exec_watch_starts_a_command_for_each_change(
+        _client_server, _client, _client_dir, _ctl_program):
+    """With the change in its environment; not for directories; SIGINT is no failure."""
+    script = "echo $ETCD_WATCH_ACTION $ETCD_WATCH_KEY $ETCD_WATCH_VALUE $1" \
+             " Index: $ETCD_WATCH_MODIFIED_INDEX"
+    with _ctl_process(_client_server.url, "exec-watch", "--recursive", _client_dir, "--", "sh",
+                      "-c", script, "sh", "argument", program=_ctl_program) as process:
+        eventually(lambda: _client.statistics("store")["watchers"] == 1, what="a watcher")
+        first = _client.set(_client_dir + "/a", "1").modified_index
+        lines = _ctl_lines_from(process, 1)
+        _client.mkdir(_client_dir + "/d"), _client.set(_client_dir + "/b", "2")
+        lines += _ctl_lines_from(process, 1)
+        outcome = _ctl_interrupt(process)
+    assert lines == [f"set {_client_dir}/a 1 argument Index: {first}",
+                     f"set {_client_dir}/b 2 argument Index: {first + 2}"]
+    assert outcome == (0, "", f"Ignored dir {_client_dir}/d change\n")
+
+
+def test_ctl_exec_watch_begins_after_an_index(_client_server, _client, _client_dir):
+    """With the first change after it; etcdctl leaves out one, and takes the last word for a key."""
+    start = _client.set(_client_dir + "/a", "1").modified_index
+    with _ctl_process(
+            _client_server.url, "exec-watch", "--recursive", "--after-index", str(start - 1),
+            _client_dir, "--", "sh", "-c", "echo $ETCD_WATCH_KEY $1", "sh", "x") as process:
+        assert _ctl_lines_from(process, 1) == [f"{_client_dir}/a x"]
+        assert _ctl_interrupt(process) == (0, "", "")
+
+
+def test_ctl_exec_watch_of_a_program_that_is_not_there(_client_server, _client, _client_dir):
+    start = _client.set(_client_dir, "1").modified_index
+    words = ["exec-watch", "--after-index", str(start - 1)]
+    for rest in ([_client_dir, "--", "/no/such"], ["/no/such", _client_dir]):
+        code, _, err = _client_main("--endpoints", _client_server.url, *words, *rest)
+        assert (code, err) == (1, "/no/such: No such file or directory\n")
+
+
+def test_ctl_cluster_health_forever_ends_with_sigint(_client_server, _ctl_program):
+    with _ctl_process(
+            _client_server.url, "cluster-health", "-forever", program=_ctl_program) as process:
+        lines = _ctl_lines_from(process, 5)
+        outcome = _ctl_interrupt(process)
+    assert [re.sub(r" [0-9a-f]{10,} ", " ID ", line) for line in lines] == [
+        f"member ID is healthy: got healthy result from {_client_server.url}",
+        "cluster is healthy", "", "next check after 10 second...", ""]
+    assert outcome == (0, "", "")
+
+
+def test_ctl_settings_come_from_flags_then_environment(monkeypatch):
+    """ETCDCTL_* variables of certificates, user and SRV domain; a flag is stronger."""
+    for name, value in (("CERT_FILE", "c"), ("KEY_FILE", "k"), ("CA_FILE", "a"),
+                        ("USERNAME", "u:p:q"), ("DISCOVERY_SRV", "example.com")):
+        monkeypatch.setenv(f"ETCDCTL_{name}", value)
+    flags = pyetcd_client._GLOBAL_FLAGS
+    given, _ = pyetcd_client._parse_flags(["--ca-file", "b", "--timeout", "3s"], flags)
+    access = pyetcd_client._Access.from_settings(given)
+    assert access.options == {
+        "cert": ("c", "k"), "ca_cert": "b", "username": "u", "password": "p:q",
+        "connect_timeout": 3.0, "read_timeout": 3.0, "total_timeout": 5.0, "retry": False}
+    made = []
+    monkeypatch.setattr(pyetcd_client, "Client", lambda **options: made.append(options))
+    pyetcd_client._given_client(given, access)
+    assert made[0]["srv_domain"] == "example.com" and "endpoints" not in made[0]
+    monkeypatch.setenv("ETCDCTL_USERNAME", "u")
+    monkeypatch.setenv("ETCDCTL_PASSWORD", "x")
+    assert pyetcd_client._Access.from_settings(given).options["password"] == "x"
+    other = pyetcd_client._Access.from_settings(given, environment=False)
+    assert (other.options["cert"], other.options["username"]) == (None, None)
+
+
+def test_ctl_endpoints_come_from_srv_records(monkeypatch):
+    """_etcd-client-ssl first, then _etcd-client; a domain without them is an error."""
+    asked = []
+    with _ClientRawServer(_CLIENT_GOOD) as server:
+        zone = {"_etcd-client._tcp.example.com": [server.url[7:]]}
+        monkeypatch.setattr(
+            pyetcd_client, "_lookup_srv",
+            lambda name, deadline: asked.append(name) or zone.get(name, []))
+        assert _client_main("--no-sync", "-D", "example.com", "get", "k") == (0, "v\n", "")
+    assert asked == ["_etcd-client-ssl._tcp.example.com", "_etcd-client._tcp.example.com"]
+    code, _, err = _client_main("-D", "example.org", "get", "k")
+    assert code == 2 and "error #0: there are no SRV records for etcd in example.org\n" in err
+
+
+def test_ctl_does_not_go_from_https_to_published_http(monkeypatch):
+    """The password would travel in clear."""
+    members = [pyetcd_client.Member(id="a", name="m", peer_urls=(), client_urls=(
+        "http://127.0.0.1:32001", *extra)) for extra in ([], ["https://127.0.0.1:32002"])]
+    given = pyetcd_client._parse_flags(
+        ["--endpoints", "https://127.0.0.1:32003"], pyetcd_client._GLOBAL_FLAGS)[0]
+    access = pyetcd_client._Access.from_settings(given)
+    monkeypatch.setattr(Client, "member_list", lambda _: members[1:])
+    client = pyetcd_client._synced_client(given, access)
+    assert client.endpoints.urls == ("https://127.0.0.1:32002",)
+    monkeypatch.setattr(Client, "member_list", lambda _: members[:1])
+    with pytest.raises(pyetcd_client._ExitError, match="no published client endpoints"):
+        pyetcd_client._synced_client(given, access)
+
+
+@pytest.mark.parametrize("line", ["user add x:y", "role add x", "user list", "auth enable"])
+def test_ctl_failing_servers_are_one_line_to_users_and_roles(line):
+    with _ClientRawServer(_CLIENT_TIMED_OUT) as server:
+        assert _client_main("--no-sync", "--endpoints", server.url, *line.split()) == (
+            1, "", "client: etcd cluster is unavailable or misconfigured\n")
+
+
+def test_ctl_password_is_read_without_echo_on_a_terminal(monkeypatch):
+    stdin = _ClientCaptured().stream
+    monkeypatch.setattr(stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    monkeypatch.setattr(pyetcd_client.getpass, "getpass", lambda prompt: f"<{prompt}>")
+    assert pyetcd_client._split_user("al", "Password: ") == ("al", "<Password: >")
+
+
+def test_ctl_backup_makes_a_data_directory(tmp_path):
+    """By the server's module; what it refuses is one line and exit code 1."""
+    with pyetcd.Server(data_dir=str(tmp_path / "d")) as server, Client(
+            server.client_urls[0]) as client:
+        client.set("/a", "1")
+    words = ["backup", "--data-dir", str(tmp_path / "d"), "--backup-dir", str(tmp_path / "b")]
+    assert _client_main(*words) == (0, "", "")
+    source, copy = (pyetcd.read_source(str(tmp_path / name)) for name in "db")
+    assert copy.last == source.last and copy.member_id != source.member_id
+    code, out, err = _client_main(*words)
+    assert (code, out) == (1, "") and "is not empty" in err
+    assert _client_main("backup")[::2] == (1, "backup needs --data-dir and --backup-dir\n")
+
+
+def test_ctl_backup_without_the_server_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyetcd", None)
+    code, _, err = _client_main("backup", "--data-dir", "x", "--backup-dir", "y")
+    assert code == 1 and "put pyetcd.py beside pyetcd_client.py" in err
+
+
+def _ctl_server_of_tree(url, directory):
+    """Return the tree as {key: value, None for a directory}, without `directory` in the keys."""
+    with Client(url) as client:
+        try:
+            nodes = client.get(directory, recursive=True).node.walk()
+        except pyetcd_client.KeyNotFound:
+            return {}
+        return {node.key[len(directory):]: node.value for node in nodes}
+
+
+@pytest.mark.parametrize("envelope", [False, True], ids=["store", "file"])
+def test_ctl_import_of_a_snapshot_of_etcd_0_4(_client_server, _client_dir, tmp_path, envelope):
+    """Files without hidden ones, except those asked for; short lives become 300 s."""
+    def node(value=None, left_s=None, **children):
+        at = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=left_s or 0)
+        return {"Value": value or "", "Children": children if value is None else None,
+                "ExpireTime": at.isoformat().replace("+00:00", "000Z") if left_s
+                else "0001-01-01T00:00:00Z"}
+
+    top = _client_dir[1:]
+    state = json.dumps({"Root": node(**{top: node(
+        a=node("1"), d=node(b=node("2", 20), c=node("ü", 900)), old=node("x", -5),
+        _h=node(s=node("3")), _other=node("4"))})})
+    outer = {"state": base64.b64encode(state.encode()).decode(), "lastIndex": 7}
+    path = tmp_path / "snap"
+    path.write_text(f"0a0b0c0d\n{json.dumps(outer)}" if envelope else state, encoding="utf-8")
+    got = _client_main("--endpoints", _client_server.url, "import", "--snap", str(path), "-c", "3",
+                       "--hidden", f"{_client_dir}/_h")
+    assert got == (0, f"starting to import snapshot {path} with 3 clients\n"
+                      "finished importing 4 keys\n", "")
+    tree = _ctl_server_of_tree(_client_server.url, _client_dir)
+    assert tree == {"/a": "1", "/d": None, "/d/b": "2", "/d/c": "ü"}
+    with Client(_client_server.url) as client:
+        assert client.get(_client_dir + "/_h/s").value == "3"
+        assert 290 <= client.get(_client_dir + "/d/b").ttl <= 300
+        assert 890 <= client.get(_client_dir + "/d/c").ttl <= 900
+
+
+@pytest.mark.parametrize("content", ["", "x", "[]", "{}", '{"Root": {"Children": {"a": 1}}}'])
+def test_ctl_import_refuses_what_is_no_snapshot(tmp_path, content):
+    path = tmp_path / "snap"
+    path.write_text(content)
+    code, out, err = _client_main("import", "--snap", str(path))
+    assert (code, out) == (1, "") and err.startswith(f"{path} is no snapshot of etcd 0.4 (")
+    assert _client_main("import", "--snap", "/no/such")[::2] == (
+        1, "cannot read snapshot file /no/such\n")
+
+
+# -- export, import, mirror, tree
+
+
+_CTL_TEXTS = st.text(max_size=12)   # hypothesis makes no surrogates here
+_CTL_KEYS = st.lists(
+    _CTL_TEXTS.map(lambda text: text.replace("/", "") or "x"), min_size=1, max_size=3,
+).map(lambda parts: "/" + "/".join(parts))
+
+
+@given(st.lists(st.builds(
+    pyetcd_client._Record, _CTL_KEYS, st.none() | _CTL_TEXTS,
+    st.none() | st.just("2026-11-27T15:30:00.123456789Z")), max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_ctl_records_survive_both_forms(records):
+    """Any keys and values come back from a line each; a line has no control characters."""
+    text = "\n".join(["# comment", *(record.line() for record in records), ""])
+    assert pyetcd_client._parse_export(text) == records
+    assert pyetcd_client._parse_export(text.replace("\n", "\r\n")) == records
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", text)
+    raw = '{"nodes": [' + ",".join(record.json() for record in records) + "]}"
+    assert pyetcd_client._parse_export(raw) == records
+
+
+_CTL_TREE = {
+    "/a": "1", "/empty": "", "/lines": "one\ntwo\r\n\ttab \\ \\n end", "/ü ö": "ä\u2028\x00\x7f",
+    "/d": None, "/d/x": "{\"json\": [1]}", "/d/none": None, "/ttl": "soon", "/lease": None,
+    "/lease/k": "v",
+}
+
+
+def _ctl_plant(client, directory):
+    for key, value in _CTL_TREE.items():
+        if value is None:
+            client.mkdir(directory + key, ttl=400 if key == "/lease" else None)
+        else:
+            client.set(directory + key, value, ttl=500 if key == "/ttl" else None)
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_ctl_import_restores_what_export_printed(
+        _client_server, _client, _client_dir, tmp_path, form):
+    """Values of any text, empty directories and times to live; a second export is the same."""
+    _ctl_plant(_client, _client_dir + "/from")
+    run = functools.partial(_client_main, "--endpoints", _client_server.url)
+    code, exported, err = run("export", "--format", form, _client_dir + "/from")
+    assert (code, err) == (0, "")
+    assert run("export", "--format", form, _client_dir + "/from")[1] == exported or form == "json"
+    path = tmp_path / "tree"
+    path.write_bytes(exported.encode())
+    moved = ["--prefix", _client_dir + "/from", "--dest-prefix", _client_dir + "/to"]
+    assert run("import", "--dry-run", *moved, str(path))[1].count("\n") == len(_CTL_TREE) + 1
+    assert run("import", *moved, str(path)) == (0, "imported 7 keys\n", "")
+    assert _ctl_server_of_tree(_client_server.url, _client_dir + "/to") == _CTL_TREE
+    nodes = {node.key: node for node in _client.ls(_client_dir + "/to", recursive=True)}
+    left = {key[len(_client_dir):]: node.ttl for key, node in nodes.items() if node.ttl}
+    assert set(left) == {"/to/ttl", "/to/lease"}
+    assert 490 <= left["/to/ttl"] <= 501 and 390 <= left["/to/lease"] <= 401
+    _client.set(_client_dir + "/to/a", "mine")
+    assert run("import", "--keep", "-c", "2", *moved, "-", stdin=exported.encode()) == (
+        0, "imported 0 keys; 7 existed and were kept\n", "")
+    assert _client.get(_client_dir + "/to/a").value == "mine"
+    assert run("import", *moved, str(path))[0] == 0         # and directories are there already
+
+
+def test_ctl_export_as_text_is_a_line_a_key(_client_server, _client, _client_dir):
+    """Sorted, without indexes: two exports differ in the lines whose keys differ."""
+    _ctl_plant(_client, _client_dir)
+    _client.set(_client_dir + "/_hidden/x", "h")
+    run = functools.partial(_client_main, "--endpoints", _client_server.url, "export", "--format")
+    lines = run("text", _client_dir)[1].replace(_client_dir, "D").splitlines()
+    assert [re.sub(r"=20.*Z$", "=TIME", line) for line in lines[1:]] == [
+        "D/", "D/a\t1", "D/d/", "D/d/none/", 'D/d/x\t{"json": [1]}', "D/empty\t",
+        "D/lease/\t\texpires=TIME", "D/lease/k\tv", r"D/lines" "\t" r"one\ntwo\r\n\ttab \\ \\n end",
+        "D/ttl\tsoon\texpires=TIME", "D/ü ö\tä\\u2028\\u0000\\u007f"]
+    assert lines[0].startswith("# ")
+    hidden = run("text", "--hidden", _client_dir + "/_hidden", _client_dir + "/a")[1]
+    assert hidden.replace(_client_dir, "D").splitlines()[1:] == [
+        "D/a\t1", "D/_hidden/", "D/_hidden/x\th"]
+    assert run("xml", "/")[::2] == (1, "--format is json or text\n")
+
+
+def test_ctl_import_decides_about_what_has_expired(_client_server, _client, _client_dir):
+    """Left out, unless --ttl gives it a new life; keys elsewhere are left out too."""
+    text = (f"{_client_dir}/old\tv\texpires=2020-01-01T00:00:00Z\n"
+            f"{_client_dir}/k\tw\n/elsewhere\tx\n")
+    run = functools.partial(
+        _client_main, "--endpoints", _client_server.url, "import", "--prefix", _client_dir,
+        stdin=text.encode())
+    assert run("-") == (0, "imported 1 keys; 1 had expired and were left out; "
+                           "1 lie elsewhere and were left out\n", "")
+    assert _ctl_server_of_tree(_client_server.url, _client_dir) == {"/k": "w"}
+    assert run("--ttl", "60", "-")[0] == 0
+    assert 50 <= _client.get(_client_dir + "/old").ttl <= 60
+    assert _client.get(_client_dir + "/k").ttl is None
+
+
+def test_ctl_import_takes_an_answer_of_the_keys_api(_client_server, _client, _client_dir):
+    """What `-o json ls --recursive` or curl has printed."""
+    _client.set(_client_dir + "/a/b", "1")
+    listing = _client_main(
+        "--endpoints", _client_server.url, "-o", "json", "ls", "--recursive", _client_dir)[1]
+    _client.delete(_client_dir, recursive=True)
+    assert _client_main("--endpoints", _client_server.url, "import", "-", stdin=listing.encode()) \
+        == (0, "imported 1 keys\n", "")
+    assert _ctl_server_of_tree(_client_server.url, _client_dir) == {"/a": None, "/a/b": "1"}
+
+
+@pytest.mark.parametrize("text, message", [
+    ("/a\t1\nb\t2", "line 2: not KEY, tab, value or DIRECTORY/"),
+    ("/a", "line 1: not KEY, tab, value or DIRECTORY/"),
+    ("/a/\tx", "line 1: not KEY, tab, value or DIRECTORY/"),
+    ("/a\t1\tlater", "line 1: not KEY, tab, value or DIRECTORY/"),
+    ("/a\tx\\q", "line 1: \\q is no escape"),
+    ("/a\tx\\", "line 1: \\ is no escape"),
+    ("/a\tx\texpires=soon", "line 1: 'soon' is no RFC 3339 instant"),
+    ('{"nodes": [{"key": "/a"}]}', "{'key': '/a'} has not either a value or dir"),
+    ('{"nodes": [{"key": "/a", "value": 1}]}', "the value of /a is not text"),
+    ('{"nodes": 7}', "'int' object is not iterable"),
+    ("{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+])
+def test_ctl_import_says_what_is_wrong_with_a_file(text, message):
+    assert _client_main("import", "-", stdin=text.encode()) == (
+        1, "", f"- is not what export writes: {message}\n")
+
+
+def test_ctl_import_of_a_missing_file():
+    assert _client_main("import", "/no/such") == (
+        1, "", "cannot read /no/such: No such file or directory\n")
+
+
+def test_ctl_import_ends_with_the_first_error(_client_server, _client, _client_dir):
+    """A key that is a directory in the cluster: etcd's error, exit code 4."""
+    _client.mkdir(_client_dir + "/d")
+    text = f"{_client_dir}/d\tvalue\n"
+    code, out, err = _client_main(
+        "--endpoints", _client_server.url, "import", "-", stdin=text.encode())
+    assert (code, out) == (4, "") and err.startswith(f"Error:  102: Not a file ({_client_dir}/d)")
+
+
+def test_ctl_long_work_shows_progress_on_a_terminal_only(monkeypatch):
+    stderr = _ClientCaptured().stream
+    monkeypatch.setattr(sys, "stderr", stderr)
+    for terminal in (False, True):
+        monkeypatch.setattr(stderr, "isatty", lambda yes=terminal: yes, raising=False)
+        monkeypatch.setattr(pyetcd_client, "_PROGRESS_EVERY_S", -1.0)
+        with pyetcd_client._Progress("import", 2000) as progress:
+            progress.show(500)
+        text = stderr.buffer.getvalue().decode()
+        assert text == ("\r\x1b[Kimport: 0/2,000 (0 %)\r\x1b[Kimport: 500/2,000 (25 %)\r\x1b[K"
+                        if terminal else "")
+
+
+@contextlib.contextmanager
+def _ctl_member(directory, **config):
+    """A cluster of one in this process; yields its URL once it is published."""
+    with pyetcd.Server(data_dir=str(directory), **config) as server, Client(
+            server.client_urls[0]) as client:
+        eventually(lambda: client.member_list()[0].client_urls, what="the member is published")
+        yield server.client_urls[0]
+
+
+@pytest.fixture(name="_ctl_pair")
+def _ctl_pair_fixture(tmp_path):
+    """Two clusters of one: source and target of a mirror."""
+    with _ctl_member(tmp_path / "source") as source, _ctl_member(tmp_path / "target") as target:
+        yield source, target
+
+
+def _ctl_mirror(source, target, *options):
+    return _ctl_process(
+        source, "mirror", "--prefix", "/from", "--dest-prefix", "/to", *options, target)
+
+
+def _ctl_is_mirrored(source, target):
+    return _ctl_server_of_tree(source, "/from") == _ctl_server_of_tree(target, "/to")
+
+
+def test_ctl_mirror_copies_follows_and_goes_on_after_a_pause(_ctl_pair):
+    """Every kind of change; what happened while it did not run; and more than history holds."""
+    source, target = _ctl_pair
+    with Client(source) as client, Client(target) as copies:
+        client.set("/from/a", "1"), client.set("/from/d/b", "2"), client.mkdir("/from/e")
+        client.set("/elsewhere", "x")
+        copies.set("/to/a", "1"), copies.set("/to/d", "a file"), copies.set("/to/old/x", "y")
+        copies.set("/kept", "z")
+        with _ctl_mirror(source, target) as process:
+            assert _ctl_lines_from(process, 1)[0].startswith(
+                "copied 1 keys, removed 2; source index ")
+            assert _ctl_is_mirrored(source, target)
+            client.set("/from/a", "changed"), client.delete("/from/d", recursive=True)
+            client.set("/from/short", "v", ttl=1), client.append("/from/queue", "q")
+            client.set("/from/f", "1"), client.write("/from/f", None, dir=True)
+            client.set("/from/f/g", "2"), client.compare_and_swap("/from/a", "3",
+                                                                  prev_value="changed")
+            eventually(lambda: _ctl_server_of_tree(target, "/to").get("/short") == "v"
+                       or "/f/g" in _ctl_server_of_tree(target, "/to"), what="changes arrive")
+            eventually(lambda: not _ctl_server_of_tree(source, "/from").get("/short")
+                       and _ctl_is_mirrored(source, target), what="the copy is equal")
+            process.send_signal(signal.SIGSTOP)
+            for number in range(1_010):             # history holds 1,000
+                client.set(f"/from/many/{number % 20}", str(number))
+            client.delete("/from/a")
+            process.send_signal(signal.SIGCONT)
+            eventually(lambda: _ctl_is_mirrored(source, target), what="the copy is equal again")
+            code, out, err = _ctl_interrupt(process)
+        assert (code, err) == (130, "")
+        assert re.fullmatch(r"copied \d+ keys, removed 1; source index \d+\n", out)    # once more
+        client.delete("/from/f", recursive=True), client.set("/from/z", "late")
+        again = _client_main("--endpoints", source, "mirror", "--once", "--prefix", "/from",
+                             "--dest-prefix", "/to", target)
+        assert again[0] == 0 and again[1].startswith("copied 1 keys, removed 1; source index ")
+        assert _ctl_is_mirrored(source, target)
+        assert copies.get("/kept").value == "z"
+
+
+def test_ctl_mirror_waits_for_a_target_that_is_away(tmp_path):
+    """It says so, tries again, and loses nothing."""
+    target = f"http://127.0.0.1:{free_port()}"
+    start = functools.partial(_ctl_member, tmp_path / "target", listen_client_urls=[target])
+    with _ctl_member(tmp_path / "source") as source, Client(source) as client, \
+            contextlib.ExitStack() as stack:
+        with start():
+            client.set("/from/a", "1")
+            process = stack.enter_context(_ctl_mirror(source, target))
+            assert _ctl_lines_from(process, 1)[0].startswith("copied 1 keys")
+        client.set("/from/b", "2"), client.delete("/from/a")
+        assert "trying again" in _ctl_lines_from(process, 1, "stderr")[0]
+        with start():
+            eventually(lambda: _ctl_is_mirrored(source, target), what="the copy is equal")
+            assert _ctl_interrupt(process)[0] == 130
+
+
+def test_ctl_mirror_dry_run_changes_nothing(_ctl_pair):
+    source, target = _ctl_pair
+    with Client(source) as client, Client(target) as copies:
+        client.set("/from/a", "1"), client.mkdir("/from/d"), copies.set("/to/old", "y")
+    words = ["--endpoints", source, "mirror", "--prefix", "/from", "--dest-prefix", "/to"]
+    code, out, err = _client_main(*words, "--dry-run", target)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[:-1] == ["delete /to/old", "mkdir /to/d", "set /to/a"]
+    assert out.splitlines()[-1].startswith("would copy 1 keys, would remove 1; source index ")
+    assert _ctl_server_of_tree(target, "/to") == {"/old": "y"}
+    code, out, _ = _client_main(*words, "--once", "--verbose", "--no-delete", target)
+    assert code == 0 and out.splitlines()[:-1] == ["mkdir /to/d", "set /to/a"]
+    assert _ctl_server_of_tree(target, "/to") == {"/a": "1", "/d": None, "/old": "y"}
+
+
+def test_ctl_mirror_copies_times_to_live_only_when_told(_ctl_pair):
+    """A refresh tells no watcher: a copy with a time to live would end before the original."""
+    source, target = _ctl_pair
+    words = ["--endpoints", source, "mirror", "--once", "--prefix", "/from"]
+    with Client(source) as client, Client(target) as copies:
+        client.set("/from/a", "1", ttl=300)
+        assert _client_main(*words, target)[0] == 0
+        assert copies.get("/from/a").ttl is None
+        assert _client_main(*words, "--ttl", target)[1].startswith("copied 1 keys")
+        assert 290 <= copies.get("/from/a").ttl <= 300
+        assert _client_main(*words, "--ttl", target)[1].startswith("copied 0 keys")
+
+
+@pytest.mark.parametrize("prefix, dest_prefix", [
+    ("/", "/"), ("/a", "/a/b"), ("/a/b", "/a"), ("/", "/copy")])
+def test_ctl_mirror_refuses_to_mirror_itself(_client_server, prefix, dest_prefix):
+    """Its writes would be changes of the source."""
+    words = ["mirror", "--prefix", prefix, "--dest-prefix", dest_prefix, _client_server.url]
+    assert _client_main("--endpoints", _client_server.url, *words) == (
+        1, "", "source and target overlap: they are the same cluster\n")
+    assert _client_main("mirror") == (1, "", "Provide the endpoints of the target, comma between\n")
+
+
+def test_ctl_mirror_of_a_key_that_is_no_directory(_ctl_pair):
+    source, target = _ctl_pair
+    with Client(source) as client:
+        client.set("/from", "1")
+    assert _client_main("--endpoints", source, "mirror", "--prefix", "/from", target) == (
+        1, "", "/from is no directory\n")
+
+
+def test_ctl_tree_draws_what_is_there(_client_server, _client, _client_dir):
+    for key, value in (("/a/b/c", "1"), ("/a/d", "two\nlines"), ("/z", "x" * 99)):
+        _client.set(_client_dir + key, value)
+    run = functools.partial(_client_main, "--endpoints", _client_server.url, "tree")
+    assert run(_client_dir)[1] == f"""\
+{_client_dir}/
+├── a/
+│   ├── b/
+│   │   └── c
+│   └── d
+└── z
+
+2 directories, 3 keys
+"""
+    assert run("--ascii", "--values", _client_dir)[1] == f"""\
+{_client_dir}/
+|-- a/
+|   |-- b/
+|   |   `-- c = 1
+|   `-- d = two\\nlines
+`-- z = {"x" * 59}…
+
+2 directories, 3 keys
+"""
+    assert run("--values", _client_dir + "/a/d")[1] == (
+        f"{_client_dir}/a/d = two\\nlines\n\n0 directories, 1 keys\n")
+
+
+# -- top, bench
+
+
+def test_ctl_top_once_shows_the_rates_of_an_interval(_client_server, _client, _client_dir):
+    code, out, err = _client_main(
+        "--endpoints", _client_server.url, "top", "--once", "--interval", "50ms")
+    first, _, header, row = out.splitlines()
+    assert (code, err) == (0, "") and first.endswith("1 of 1 members answer")
+    assert header.split() == [
+        "NAME", "STATE", "GET/S", "WRITE/S", "FAIL/S", "EXPIRE/S", "WATCH", "SINCE", "ADDRESS"]
+    assert re.fullmatch(rf"m1 +leader +(\d+\.\d +){{4}}\d+ +20\S+ +{_client_server.url}", row)
+
+
+def _ctl_raise():
+    raise pyetcd_client.ConnectionFailed("gone")
+
+
+def test_ctl_top_shows_rates_and_members_that_are_silent(monkeypatch):
+    """The difference of two samples by the time between; a dead member has dashes."""
+    dead, counts = _client_dead_url(), itertools.count(1)
+
+    def answer(path):
+        if path == "/v2/members":
+            return {"members": [
+                {"id": "a", "name": "m1", "peerURLs": [], "clientURLs": [server.url]},
+                {"id": "b", "name": "m2", "peerURLs": [], "clientURLs": [dead]},
+                {"id": "c", "name": "", "peerURLs": [], "clientURLs": []}]}
+        if path == "/v2/stats/self":
+            return {"state": "StateFollower", "startTime": "2026-11-27T15:30:00.5Z"}
+        number = next(counts)
+        return {"getsSuccess": 100 * number, "setsSuccess": 7 * number, "createFail": 3 * number,
+                "deleteSuccess": number, "expireCount": 0, "watchers": 5}
+
+    with _CtlAnswering(answer) as server:
+        run = pyetcd_client._Run(
+            pyetcd_client._parse_flags(["--endpoints", server.url], pyetcd_client._GLOBAL_FLAGS)[0],
+            pyetcd_client._Options(), [])
+        top = pyetcd_client._Top(run)
+        clock = iter([10.0, 12.0])
+        sample = pyetcd_client._Sample
+        monkeypatch.setattr(
+            pyetcd_client, "_Sample", lambda _, *rest: sample(next(clock), *rest))
+        assert "-  " in top.lines()[3]
+        lines = [line.split() for line in top.lines()]
+        monkeypatch.setattr(Client, "member_list", lambda _: _ctl_raise())
+        monkeypatch.setattr(Client, "statistics", lambda *_: _ctl_raise())
+        assert top.lines()[0].endswith(": 0 of 3 members answer")
+    assert lines[0][-5:] == ["1", "of", "3", "members", "answer"]
+    assert lines[3:] == [
+        ["m1", "follower", "50.0", "4.0", "1.5", "0.0", "5", "2026-11-27T15:30", server.url],
+        ["m2", "silent", *"------", dead], ["c", "unstarted", *"------"]]
+
+
+class _CtlAnswering(_ClientRawServer):
+    """Answers each GET with the JSON that `answer(path)` returns."""
+
+    def __init__(self, answer):
+        self._made = answer
+        super().__init__(b"")
+
+    def _answer(self, connection, stream):
+        line = stream.readline().decode()
+        for _ in iter(stream.readline, b"\r\n"):
+            if not line:
+                return False
+        if line:
+            connection.sendall(_client_reply(self._made(line.split()[1])))
+        return bool(line)
+
+
+def test_ctl_top_prints_lines_where_there_is_no_terminal(_client_server):
+    """Block after block without escapes, until it is interrupted: exit code 130."""
+    with _ctl_process(_client_server.url, "top", "--interval", "100ms") as process:
+        lines = _ctl_lines_from(process, 10)
+        code, rest, err = _ctl_interrupt(process)
+    assert (code, err) == (130, "") and "\x1b" not in "".join([*lines, rest])
+    assert [line.split(",")[0] for line in lines[::5]] == ["pyetcdctl top"] * 2
+
+
+@pytest.mark.parametrize("how, code", [
+    ("q", 0), (signal.SIGINT, 130), (signal.SIGTERM, 130)], ids=["q", "ctrl-c", "terminated"])
+def test_ctl_top_leaves_the_terminal_as_it_was(_client_server, how, code):
+    controller, terminal = pty.openpty()
+    try:
+        before = termios.tcgetattr(terminal)
+        with _ctl_process(_client_server.url, "top", "--interval", "10s", stdin=terminal,
+                          stdout=terminal) as process:
+            shown = b""
+            while b"q: quit" not in shown:
+                shown += os.read(controller, 4096)
+            assert termios.tcgetattr(terminal) != before
+            if how == "q":
+                os.write(controller, b"q")
+            else:
+                process.send_signal(how)
+            assert process.wait(_CLIENT_WAIT_S) == code
+            assert process.stderr.read() == b""
+        shown += os.read(controller, 4096)
+        assert termios.tcgetattr(terminal) == before
+    finally:
+        os.close(controller)
+        os.close(terminal)
+    assert shown.startswith(b"\x1b[?1049h\x1b[?25l") and shown.endswith(b"\x1b[?25h\x1b[?1049l")
+    assert b"m1" in shown and b"leader" in shown
+
+
+@pytest.mark.parametrize("kind", ["put", "get", "mixed"])
+def test_ctl_bench_prints_rate_and_percentiles(_client_server, _client, kind):
+    before = _client.get("/", sorted=True).nodes
+    code, out, err = _client_main(
+        "--endpoints", _client_server.url, "bench", "--total", "60", "--connections", "3",
+        "--size", "10", "--prefix", "/ctl-bench", kind)
+    assert (code, err) == (0, "")
+    assert re.fullmatch(
+        rf"{kind}: 60 requests, values of 10 bytes, 3 connections, \d+\.\d\d s: [\d,]+ per second\n"
+        r"milliseconds: p50 [\d.]+, p90 [\d.]+, p99 [\d.]+, p99.9 [\d.]+, max [\d.]+\n", out)
+    assert [node.key for node in _client.get("/", sorted=True).nodes if node not in before] in (
+        [], ["/ctl-bench"])
+
+
+def test_ctl_bench_counts_failures():
+    """Requests that fail are no part of the rate; the exit code tells."""
+    refusal = _client_reply({"errorCode": 110, "message": "no", "cause": "x", "index": 1}, 401)
+    with _ClientRawServer(refusal) as server:
+        code, out, _ = _client_main(
+            "--no-sync", "--endpoints", server.url, "bench", "--total", "5", "put")
+    assert code == 4 and "5 requests failed, the first: 110: no (x) [1]" in out
+    assert _client_main("--no-sync", "bench", "burn")[0] == 1
+
+
+# -- completion
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["ge"], ["get"]), (["user", "re"], ["remove", "revoke"]),
+    (["--en"], ["--endpoint", "--endpoints"]), (["set", "--ttl", ""], []),
+    (["-o", ""], ["simple", "extended", "json"]), (["-o", "json", "member", "u"], ["update"]),
+    (["set", "--sw"], ["--swap-with-value", "--swap-with-index"]), (["bogus", ""], []),
+    (["--endpoints", ""], []), (["completion", ""], ["bash", "zsh", "fish"]),
+    (["set", "--bogus", "x"], []),
+    (["ls", "--sort", "-"], ["--sort", "--recursive", "-p", "--quorum"]),
+    (["get", "/x", "/y"], []),
+])
+def test_ctl_completion_knows_the_table_of_commands(words, expected):
+    code, out, _ = _client_main("--endpoints", _client_dead_url(), "completion", "words", *words)
+    assert (code, [line.split("\t")[0] for line in out.splitlines()]) == (0, expected)
+
+
+def test_ctl_completion_asks_the_server_for_keys(_client_server, _client, _client_dir):
+    _client.set(_client_dir + "/alpha/x", "1"), _client.set(_client_dir + "/album", "2")
+    for slash in ("/", ""):
+        current = slash + _client_dir[1:] + "/al"
+        code, out, _ = _client_main(
+            "completion", "words", "--endpoints", _client_server.url, "get", current)
+        assert code == 0 and sorted(out.split()) == [current + "bum", current + "pha/"]
+
+
+@pytest.mark.parametrize("shell, script", [
+    ("bash", "source $1; COMP_WORDS=(pyetcdctl member u); COMP_CWORD=2; _pyetcdctl; "
+             'echo "${COMPREPLY[@]}"'),
+    ("zsh", "compdef() {:}; compadd() { print $words_found }; source $1; "
+            "words=(pyetcdctl member u); CURRENT=3; _pyetcdctl"),
+    ("fish", "source $argv[1]; complete -C 'pyetcdctl member u' | cut -f 1"),
+])
+def test_ctl_completion_scripts_work_in_their_shells(tmp_path, shell, script):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    program = tmp_path / "pyetcdctl"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {pyetcd_client.__file__} "$@"\n')
+    program.chmod(0o755)
+    path = tmp_path / "completion"
+    path.write_text(_client_main("completion", shell)[1])
+    words = ["-c", script, str(path)] if shell == "fish" else ["-c", script, shell, str(path)]
+    done = subprocess.run(
+        [shell, *words], capture_output=True, text=True, timeout=_CLIENT_WAIT_S,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)})
+    assert (done.stdout, done.stderr) == ("update\n", "")
+    assert _client_main("completion")[::2] == (
+        1, "Provide the name of a shell: bash, zsh or fish\n")
+
+
+def test_ctl_readme_shows_what_is_printed(tmp_path):
+    """The commands of the README's chapter, one after the other, on a new cluster."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    chapter = text.split("\n## pyetcdctl\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```console\n(.*?)```", chapter, re.DOTALL)
+    shown = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", "".join(blocks), re.MULTILINE)
+    files = {}
+    with _ctl_member(tmp_path / "d") as url:
+        for command, expected in shown:
+            words, _, target = command.partition(" > ")
+            program, *words = words.split()
+            if program == "cat":
+                assert files[words[0]] == expected
+                continue
+            stdin = files.get(words[-1], "").encode()
+            words = ["-" if word in files else word for word in words]
+            _, out, err = _client_main("--endpoints", url, *words, stdin=stdin)
+            if target:
+                files[target] = out
+            else:
+                assert out + err == expected, command
+    assert len(shown) == 10
+
+
+def test_ctl_every_command_has_help():
+    """From the table: usage, and a line for every option."""
+    for name, command in pyetcd_client._COMMANDS.items():
+        code, out, err = _client_main("help", *name.split())
+        assert (code, err) == (0, "") and f"USAGE:\n   etcdctl {command.usage}\n" in out
+        assert all(f"--{flag.names[0]}" in out or f"-{flag.names[0]}" in out
+                   for flag in command.flags)
+        assert command.help in _client_main("help", *name.split()[:-1])[1] or name not in (
+            command.usage)
 
 
 # ============================================================================
@@ -13542,14 +15156,18 @@ def _lib_address(url):
     return urllib.parse.urlsplit(url).hostname, urllib.parse.urlsplit(url).port
 
 
-@pytest.fixture(name="_lib_etcd")
-def _lib_etcd_fixture():
-    return pytest.importorskip("etcd", reason="python-etcd is not installed")
+@pytest.fixture(name="_lib_etcd", params=["python-etcd", "ours"])
+def _lib_etcd_fixture(request):
+    """What a program imports: python-etcd, or pyetcd_client in its place."""
+    if request.param == "ours":
+        return pyetcd_client
+    pytest.importorskip("etcd.auth", reason="python-etcd is not installed")
+    return sys.modules["etcd"]
 
 
 @pytest.fixture(name="_lib_python")
 def _lib_python_fixture(_client_server, _lib_etcd):
-    """A client of python-etcd."""
+    """A client of python-etcd, or ours in its place."""
     host, port = _lib_address(_client_server.url)
     return _lib_etcd.Client(host=host, port=port, read_timeout=10)
 
@@ -13648,6 +15266,7 @@ def test_lib_python_etcd_watch(_lib_etcd, _lib_python, _client_dir):
         ("set", "0"), ("set", "1"), ("set", "2"), ("compareAndSwap", "3"), ("delete", None)]
 
 
+@pytest.mark.parametrize("_lib_etcd", ["python-etcd"], indirect=True)   # ours: client_watch_
 def test_lib_python_etcd_index_that_is_no_longer_kept(
     _lib_etcd, _lib_python, _client_server, _client_dir
 ):
@@ -13665,19 +15284,26 @@ def test_lib_python_etcd_index_that_is_no_longer_kept(
         _lib_python.watch(_client_dir + "/a", index=first)
 
 
-def test_lib_python_etcd_lock(_lib_etcd, _lib_python, _client_dir):
+def test_lib_python_etcd_lock(_lib_etcd, _client_server, _client_dir):
     """One holder at a time; the next one wakes up when it lets go, or its TTL ends."""
-    _lib_python._lock_prefix = _client_dir
-    mine, yours = (_lib_etcd.Lock(_lib_python, "door") for _ in range(2))
+    if not hasattr(_lib_etcd, "Lock"):
+        pytest.skip("this client has no locks yet")
+    host, port = _lib_address(_client_server.url)
+    client = _lib_etcd.Client(host=host, port=port, lock_prefix=_client_dir)
+    mine, yours = (_lib_etcd.Lock(client, "door") for _ in range(2))
     assert mine.acquire(lock_ttl=60) and mine.is_acquired
+    assert (mine.name, mine.path) == ("door", _client_dir + "/door")
+    assert [leaf.value for leaf in client.read(mine.path).leaves] == [mine.uuid]
     assert not yours.acquire(blocking=False, lock_ttl=60) and not yours.is_acquired
     with _client_background(lambda: yours.acquire(blocking=True, lock_ttl=1)) as outcome:
         mine.release()
     assert outcome == [True] and not mine.is_acquired
-    third = _lib_etcd.Lock(_lib_python, "door")
+    third = _lib_etcd.Lock(client, "door")
+    if _lib_etcd is pyetcd_client:
+        yours.release()                             # ours is renewed as long as its holder lives
     assert third.acquire(blocking=True, timeout=10)
     third.release()
-    with _lib_etcd.Lock(_lib_python, "door") as last:
+    with _lib_etcd.Lock(client, "door") as last:
         assert last.is_acquired
 
 
@@ -13701,7 +15327,7 @@ def test_lib_python_etcd_goes_on_when_its_server_is_killed(_lib_etcd, tmp_path):
         addresses = tuple(_lib_address(member.client) for member in cluster.members)
         writer, watcher = (_lib_etcd.Client(host=addresses, allow_reconnect=True, read_timeout=15)
                            for _ in range(2))
-        assert {watcher.base_uri, *watcher._machines_cache} == {m.client for m in cluster.members}
+        assert watcher.base_uri in {member.client for member in cluster.members}
         start = writer.write("/w/0", "0").modifiedIndex
         events = watcher.eternal_watch("/w", index=start, recursive=True)
         with _client_background(lambda: [next(events).value for _ in range(20)]) as outcome:
@@ -13725,7 +15351,7 @@ def _lib_own_server_fixture(request, tmp_path):
 
 def test_lib_python_etcd_auth(_lib_etcd, _lib_own_server):
     """Users, roles and the switch; a user reads and writes what the role allows."""
-    auth = pytest.importorskip("etcd.auth")
+    auth = _lib_etcd.auth
     host, port = _lib_address(_lib_own_server.url)
     open_client = _lib_etcd.Client(host=host, port=port)
     open_client.write("/secret", "1")
