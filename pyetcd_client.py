@@ -80,9 +80,9 @@ __all__ = [
     "RaftInternal", "EventIndexCleared", "HttpError", "BadReply", "TransportError",
     "ConnectionFailed", "RequestTimeout", "WatchTimeout", "ClusterIdChanged",
     "Node", "Result", "Member", "Endpoints", "Watch", "Client",
-    "LockExpired", "Heartbeat", "Lease", "Contender", "Lock", "RLock", "RWLock", "Semaphore", "Leader",
-    "Election", "QueueItem", "Queue", "Barrier", "DoubleBarrier", "Counter", "CachedTree",
-    "Instance", "Registration", "ServiceRegistry", "main",
+    "LockExpired", "Heartbeat", "Lease", "Contender", "Lock", "RLock", "RWLock", "Semaphore",
+    "Leader", "Election", "QueueItem", "Queue", "Barrier", "DoubleBarrier", "Counter",
+    "CachedTree", "Instance", "Registration", "ServiceRegistry", "main",
 ]
 
 DEFAULT_ENDPOINT = "http://127.0.0.1:2379"
@@ -1232,7 +1232,8 @@ def _watch(
     timeout_s: Optional[float] = None,
 ) -> Watch:
     """Return the changes of `key` from `index` on."""
-    return Watch(client, key, recursive=recursive, index=index, timeout=timeout_s)
+    return Watch(
+        client, key, recursive=recursive, index=index, timeout=timeout_s, relist=False)
 
 
 def _await(
