@@ -1726,7 +1726,11 @@ class Contender:
             watch.close()
 
     def _lost(self, place: _Place) -> None:
-        if self._held is place and self._on_lost is not None:
+        watching = self._watching
+        if self._held is not place:
+            if watching is not None:                # it waits in vain, and must line up again
+                watching.close()
+        elif self._on_lost is not None:
             self._on_lost()
 
 
