@@ -31,7 +31,6 @@ Sources: etcd 2.3 API (keys, members, errorcode), etcdctl 2.3.8, RFC 9110 sectio
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import copy
 import http
@@ -44,6 +43,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import deque
 from dataclasses import dataclass, field
 from typing import (
     Any,
@@ -2045,7 +2045,7 @@ class Queue:
         self.client = client
         self.path = _clean_key(key)
         self.ttl = ttl
-        self._seen: Deque[Node] = collections.deque()   # items of the last look; append and pop
+        self._seen: Deque[Node] = deque()   # items of the last look; append and pop
                                                         # are atomic, and all it gives is hints
 
     def put(self, value: str) -> str:
