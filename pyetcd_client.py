@@ -1165,15 +1165,23 @@ def _read(client: Client, key: str, patience_s: float = OUTAGE_S, *,
 
 
 def _list(client: Client, directory: str, patience_s: float = OUTAGE_S) -> Tuple[List[Node], int]:
-    """Return the children of a directory, oldest first, and the index they are of.
+    """Return the children of a directory, in the order they were made, and the index they are of.
 
-    created_index is the order in which they were made; refreshing keeps it.
+    That is the number an in-order file has as its name: its created_index too, until somebody
+    renews it by an unconditional write, as python-etcd does.
     """
     try:
         found = _read(client, directory, patience_s)
     except KeyNotFound as error:
         return [], error.index
-    return sorted(found.nodes, key=lambda node: node.created_index), found.etcd_index
+    def order(node: Node) -> int:
+        name = _name(node.key)
+        return int(name) if name.isdigit() else node.created_index
+    return sorted(found.nodes, key=order), found.etcd_index
+
+
+def _name(key: str) -> str:
+    return key.rpartition("/")[2]
 
 
 def _create_once(
@@ -1510,7 +1518,7 @@ class _Place(Lease):
     @property
     def number(self) -> int:
         """Place in the line: the index at which it was made."""
-        return int(self.key.rpartition("/")[2])
+        return int(_name(self.key))
 
     def announce(self) -> None:
         """Renew the file so that its watchers see it; it is no harm if that fails."""
@@ -1963,8 +1971,8 @@ class Election(Contender):
     def _first(entries: List[Node]) -> Optional[Leader]:
         if not entries:
             return None
-        value, number = entries[0].value or "", entries[0].key.rpartition("/")[2]
-        return Leader(value.partition(":")[2], int(number))
+        value = entries[0].value or ""
+        return Leader(value.partition(":")[2], int(_name(entries[0].key)))
 
 
 # ============================================================================
@@ -2165,10 +2173,6 @@ class Queue:
         else:
             lease.stop()
         return present
-
-
-def _name(key: str) -> str:
-    return key.rpartition("/")[2]
 
 
 class Barrier:

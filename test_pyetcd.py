@@ -13114,9 +13114,14 @@ def test_recipe_lock_stands_in_one_line_with_python_etcd(
     with _recipe_lock(_recipe_client, _client_dir) as ours:
         assert theirs.acquire(blocking=False) is False
     assert theirs.acquire() is True
-    assert ours.acquire(blocking=False) is False
-    theirs.release()
-    assert ours.acquire() and ours.release()
+    with _client_background(ours.acquire) as outcome:
+        _client_eventually(lambda: ours._watching)
+        looks = _recipe_client.count("GET")
+        assert theirs.acquire(lock_ttl=60) is True      # renews by an unconditional write
+        _client_eventually(lambda: _recipe_client.count("GET") > looks and ours._watching)
+        assert outcome == [] and len(ours.contenders()) == 2
+        theirs.release()
+    assert outcome == [True] and ours.release()
 
 
 def test_recipe_lock_threads_that_share_it_exclude_each_other(_recipe_client, _client_dir):
