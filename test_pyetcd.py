@@ -12881,6 +12881,13 @@ def test_recipe_lease_stays_lost(_recipe_client, _client_dir):
     assert _recipe_client.get(key).value == "other"         # and stop has not removed its file
 
 
+def test_recipe_lease_that_was_over_is_not_revived_by_a_late_renewal(_recipe_client, _client_dir):
+    with pyetcd_client.Lease(_recipe_client, _client_dir + "/k", ttl=30) as lease:
+        lease._expires_at = pyetcd_client._clock()
+        lease._renew()
+        assert not lease.alive and not lease.alive
+
+
 def test_recipe_lease_of_another_is_refused(_recipe_client, _client_dir):
     key = _client_dir + "/k"
     _recipe_client.set(key, "other")
@@ -13075,6 +13082,8 @@ def test_recipe_lock_one_acquire_makes_one_entry(_recipe_client, _client_dir, fa
     _recipe_client.fault = _recipe_first(fate, "POST", 2)
     with _recipe_lock(_recipe_client, _client_dir) as lock:
         assert lock.contenders() == [lock.uuid]
+        # What was found again is not written again.
+        assert _recipe_client.count("POST") == (1 if fate == "unheard" else 3)
     assert lock.contenders() == []
 
 
@@ -13115,10 +13124,9 @@ def test_recipe_lock_stands_in_one_line_with_python_etcd(
         assert theirs.acquire(blocking=False) is False
     assert theirs.acquire() is True
     with _client_background(ours.acquire) as outcome:
-        _client_eventually(lambda: ours._watching)
-        looks = _recipe_client.count("GET")
+        before = _client_eventually(lambda: ours._watching)
         assert theirs.acquire(lock_ttl=60) is True      # renews by an unconditional write
-        _client_eventually(lambda: _recipe_client.count("GET") > looks and ours._watching)
+        _client_eventually(lambda: ours._watching is not before)
         assert outcome == [] and len(ours.contenders()) == 2
         theirs.release()
     assert outcome == [True] and ours.release()
@@ -13197,7 +13205,8 @@ def test_recipe_semaphore_lets_in_as_many_as_its_limit(_recipe_client, _client_d
         assert not any(outcomes)
         for released in range(4):               # out of order: what counts is the number
             units[(1, 0, 3, 2)[released]].release()
-            _client_eventually(lambda n=released: outcomes[n] == [True])
+            # Sooner than WAIT_SLICE_S, after which a waiter looks without having been woken.
+            _client_eventually(lambda n=released: outcomes[n] == [True], timeout_s=10)
             assert sum(unit.is_held for unit in units) == 2
     assert [unit.release() for unit in units[4:]] == [True, True]
 
@@ -13284,13 +13293,13 @@ def test_recipe_queue_late_claim_of_a_taken_item_fails(_recipe_client, _client_d
 
 def test_recipe_queue_item_wakes_one_of_the_waiting(_recipe_client, _client_server, _client_dir):
     clients = [_RecipeClient(_client_server.url) for _ in range(3)]
+    line = pyetcd_client.Contender(_recipe_client, _client_dir + "/_waiting")
     with contextlib.ExitStack() as stack:
         outcomes = []
         for number, client in enumerate(clients):
             consumer = pyetcd_client.Queue(client, _client_dir)
             outcomes.append(stack.enter_context(_client_background(consumer.get)))
-            _client_eventually(lambda n=number: len(_recipe_client.ls(
-                _client_dir + "/_waiting")) == n + 1 if n or clients[0].count("POST") else False)
+            _client_eventually(lambda n=number: len(line.contenders()) == n + 1)
         _client_eventually(lambda: clients[2].count("GET") == 2)
         before = clients[2].count("GET")
         queue = pyetcd_client.Queue(_recipe_client, _client_dir)
@@ -13315,6 +13324,15 @@ def test_recipe_queue_taken_item_comes_back_unless_it_is_done(_recipe_client, _c
     with queue.take(timeout=_CLIENT_WAIT_S) as item:
         assert item.value == "a" and not crashed.is_held
     assert crashed.done() is False and len(queue) == 0
+
+
+def test_recipe_queue_take_notices_that_its_look_was_stale(_recipe_client, _client_dir):
+    one, two = (pyetcd_client.Queue(_recipe_client, _client_dir) for _ in range(2))
+    one.put("a"), one.put("b")
+    assert one.take(timeout=0).done() is True   # and has seen b
+    assert two.take(timeout=0).done() is True
+    with pytest.raises(pyetcd_client.WatchTimeout):
+        one.take(timeout=0)
 
 
 def test_recipe_barrier_opens_for_all(_recipe_client, _client_dir):
@@ -13354,7 +13372,12 @@ def test_recipe_double_barrier_who_waits_in_vain_is_not_counted(_recipe_client, 
     barrier = pyetcd_client.DoubleBarrier(_recipe_client, _client_dir, size=2)
     assert barrier.enter(timeout=0.05) is False
     assert _recipe_client.ls(_client_dir + "/members") == []
-    assert pyetcd_client.DoubleBarrier(_recipe_client, _client_dir, 2).enter(timeout=0) is False
+    other = pyetcd_client.DoubleBarrier(_recipe_client, _client_dir, size=2)
+    with _client_background(other.enter) as outcome:
+        assert barrier.enter() is True
+    assert outcome == [True] and barrier.leave(timeout=0.05) is False
+    assert other.leave() and barrier.leave()
+    assert barrier.enter(timeout=0.05) is False     # the next round needs two again
 
 
 @pytest.mark.parametrize("fate", (*_RECIPE_FATES, "late"))
@@ -13435,6 +13458,9 @@ def test_recipe_cached_tree_follows_the_directory(_recipe_client, _client_dir, m
         _recipe_client.delete(_client_dir + "/f")
         index = _recipe_client.set(_client_dir + "/f/g", "5").modified_index
         assert tree.wait_for(index, _CLIENT_WAIT_S) and _recipe_names(tree) == {"/f/g": "5"}
+        # etcd 2.3 tells of hidden keys what it finds in its history.
+        assert tree._covers(_client_dir + "/f") and not tree._covers(_client_dir + "/_d/f")
+        assert tree._covers(_client_dir) and not tree._covers(_client_dir + "2/f")
         assert tree.error is None and not tree.wait_for(tree.index + 1000, 0.01)
     told = [(key[len(_client_dir):], old and old.value, new and new.value)
             for key, old, new in changes]
