@@ -12827,16 +12827,6 @@ def _recipe_client_fixture(_client_server):
         yield client
 
 
-@contextlib.contextmanager
-def _recipe_crashing(contender):
-    """Let what is held be kept no longer, as if the process had died; clean up at the end."""
-    place = contender._held
-    place._stopped.set()
-    place._thread.join()
-    yield
-    contender.release()
-
-
 def _recipe_absent(client, key):
     try:
         client.get(key, quorum=True)
@@ -13030,13 +13020,6 @@ def test_recipe_lock_who_gives_up_leaves_nothing(
         with pytest.raises(KeyboardInterrupt):
             lock.acquire()
         assert held.contenders() == [held.uuid] and held.is_held and not lock.is_held
-
-
-def test_recipe_lock_of_a_crashed_holder_is_given_on(_recipe_client, _client_dir):
-    crashed = _recipe_lock(_recipe_client, _client_dir, ttl=1)
-    crashed.acquire()
-    with _recipe_crashing(crashed), _recipe_lock(_recipe_client, _client_dir) as lock:
-        assert lock.is_held and not crashed.is_held
 
 
 def test_recipe_lock_is_known_to_be_lost_before_another_gets_it(
