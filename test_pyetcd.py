@@ -13057,7 +13057,8 @@ def test_recipe_lock_waiter_that_was_removed_stands_in_line_again(_recipe_client
         _client_eventually(lambda: [node for node in _recipe_client.ls(held.path)[1:]
                                     if node.key != entry.key])
         held.release()
-    assert outcome == [True] and lock.release()
+    assert outcome == [True]
+    lock.release()
 
 
 @pytest.mark.parametrize("fate", _RECIPE_FATES)
@@ -13143,7 +13144,7 @@ def test_recipe_lock_without_a_server_says_so(monkeypatch):
 
 
 def test_recipe_rlock_needs_as_many_releases_as_acquires(_recipe_client, _client_dir):
-    lock = pyetcd_client.RLock(_recipe_client, _client_dir[1:], ttl=1)
+    lock = pyetcd_client.RLock(_recipe_client, _client_dir[1:], ttl=2)
     lost = threading.Event()
     lock._on_lost = lost.set
     with lock, lock:
