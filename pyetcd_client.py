@@ -25,9 +25,11 @@ Sections
   5. Watching
   6. Users and roles
   7. Client
-  9. Command line
- 10. Commands of etcdctl
- 11. More commands
+  8. Leases and locks
+  9. Queues, barriers, counters, caches, services
+ 10. Command line
+ 11. Commands of etcdctl
+ 12. More commands
 
 Sources: etcd 2.3 API (keys, members, errorcode), etcdctl 2.3.8, RFC 9110 section 9.2.
 """
@@ -37,6 +39,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import contextlib
+import copy
 import datetime
 import enum
 import getpass
@@ -60,6 +63,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 import weakref
 from collections import deque
 from dataclasses import dataclass, field, replace
@@ -116,7 +120,10 @@ __all__ = [
     "EtcdConnectionFailed", "EtcdWatchTimedOut", "EtcdClusterIdChanged", "EtcdLockExpired",
     "Node", "EtcdResult", "Result", "Member", "Endpoints", "ConnectionState", "Watch",
     "WatchedChange",
-    "EtcdUser", "EtcdRole", "Auth", "auth", "Client", "main",
+    "EtcdUser", "EtcdRole", "Auth", "auth", "Client",
+    "Heartbeat", "Lease", "Contender", "Lock", "RLock", "RWLock", "Semaphore",
+    "Leader", "Election", "QueueItem", "Queue", "Barrier", "DoubleBarrier", "Counter",
+    "CachedTree", "Instance", "Registration", "ServiceRegistry", "main",
 ]
 
 DEFAULT_ENDPOINT = "http://127.0.0.1:2379"
@@ -2893,9 +2900,1587 @@ class Client(_Watching, _Cluster, _Users):
 
 
 # ============================================================================
-# 9. Command line -- options, output, errors and exit codes, as etcdctl 2.3 has them
+# 8. Leases and locks
 # ----------------------------------------------------------------------------
-# Knows: sections 1-7, through the public names of Client.  Sections 10 and 11
+# Knows: sections 1-7, through few verbs of Client, gathered in the functions below.
+#
+# What every recipe rests on.  A write whose fate is unknown carries a uuid, so that a look tells
+# whether it is in.  A lease is counted from before the request that granted it was sent, on a
+# clock of this machine that runs on while the machine sleeps, and less a margin.  Who waits
+# watches one key, and looks anew after every event, timeout and error, so that a lost event costs
+# time only.
+# ============================================================================
+
+LEASE_TTL_S = 30
+EXPIRY_MARGIN = 0.1             # share of a ttl after which a lease counts as over before its time
+CALL_TIMEOUT_S = 8.0            # of one request; above the 7 s after which etcd gives up on a write
+OUTAGE_S = 30.0                 # how long a recipe waits for a cluster that does not answer
+WAIT_SLICE_S = 20.0             # a waiter looks again after so long, even if nothing happened
+_REMOVALS = frozenset(("delete", "expire", "compareAndDelete"))
+
+_LostCallback = Optional[Callable[[], None]]
+
+
+def _clock() -> float:
+    """Return seconds that count on while the machine sleeps, where the system can tell."""
+    clock_id = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock_id is None else time.clock_gettime(clock_id)
+
+
+def _left(deadline: Optional[float], longest_s: float) -> float:
+    """Return the seconds until `deadline` (None: never), from 0 to `longest_s`."""
+    return longest_s if deadline is None else max(0.0, min(longest_s, deadline - _clock()))
+
+
+def _insist(attempt: Callable[[float], _T], patience_s: float = OUTAGE_S) -> _T:
+    """Repeat what may be repeated while no server can answer; then raise what the last one said.
+
+    attempt  is given the seconds it may take
+    """
+    deadline, pause_s = _clock() + patience_s, 0.05
+    while True:
+        try:
+            return attempt(min(CALL_TIMEOUT_S, max(deadline - _clock(), 1.0)))
+        except EtcdError as error:
+            if not _is_endpoint_failure(error) or _clock() + pause_s >= deadline:
+                raise
+        time.sleep(pause_s * random.uniform(0.5, 1.0))
+        pause_s = min(2 * pause_s, 1.0)
+
+
+def _within(client: Client, timeout_s: float) -> Client:
+    """Return `client` with another limit for its calls."""
+    limited = copy.copy(client)                     # shares endpoints and connections
+    names = ("read_timeout", "total_timeout", "read_timeout_s", "total_timeout_s")
+    vars(limited).update(dict.fromkeys(names, timeout_s))
+    return limited
+
+
+def _read(client: Client, key: str, patience_s: float = OUTAGE_S, *,
+          recursive: bool = False) -> Result:
+    """Return what a quorum knows of `key`."""
+    return _insist(lambda timeout_s: _within(client, timeout_s).get(
+        key, recursive=recursive, quorum=True), patience_s)
+
+
+def _list(client: Client, directory: str, patience_s: float = OUTAGE_S) -> Tuple[List[Node], int]:
+    """Return the children of a directory, in the order they were made, and the index they are of.
+
+    That is the number an in-order file has as its name: its created_index too, until somebody
+    renews it by an unconditional write, as python-etcd does.
+    """
+    try:
+        found = _read(client, directory, patience_s)
+    except KeyNotFound as error:
+        return [], error.index
+    def order(node: Node) -> int:
+        name = _name(node.key)
+        return int(name) if name.isdigit() else node.created_index
+    return sorted(found.nodes, key=order), found.etcd_index
+
+
+def _name(key: str) -> str:
+    return key.rpartition("/")[2]
+
+
+def _create_once(
+    client: Client, key: str, value: str, ttl: Optional[int], patience_s: float = OUTAGE_S,
+) -> Tuple[Node, bool]:
+    """Create a file whose value nobody else writes there; raise NodeExists if another did.
+
+    Repeating a creation is harmless: if an earlier attempt is in, the value says so, and the
+    second result is False.
+    """
+    try:
+        made = _insist(lambda timeout_s: _within(client, timeout_s).create(
+            key, value, ttl=ttl), patience_s)
+        return made.node, True
+    except NodeExists:
+        node = _read(client, key).node
+        if node.value != value:
+            raise
+        return node, False
+
+
+def _append_once(
+    client: Client, directory: str, value: str, ttl: int, patience_s: float = OUTAGE_S,
+) -> Tuple[Node, bool]:
+    """Create an in-order file with a value that nobody else writes.
+
+    After an unknown fate the value is looked for, and written again if it is not there.  Should
+    the first one arrive even later there are two for a while; the second result is False then.
+    """
+    sure = True
+
+    def attempt(timeout_s: float) -> Node:
+        nonlocal sure
+        try:
+            return _within(client, timeout_s).append(directory, value, ttl=ttl).node
+        except EtcdError as error:
+            if not error.maybe_applied:
+                raise
+            sure = False
+            found = [node for node in _list(client, directory)[0] if node.value == value]
+            if not found:
+                raise
+            return found[0]
+    return _insist(attempt, patience_s), sure
+
+
+def _remove(client: Client, key: str, value: str, patience_s: float) -> None:
+    """Delete a file if it has `value`; what cannot be deleted now is left to its ttl."""
+    with contextlib.suppress(EtcdError):
+        _insist(lambda timeout_s: _within(client, timeout_s).compare_and_delete(
+            key, prev_value=value), patience_s)
+
+
+def _watch(
+    client: Client, key: str, index: int, *, recursive: bool = False,
+    timeout_s: Optional[float] = None,
+) -> Watch:
+    """Return the changes of `key` from `index` on."""
+    return Watch(
+        client, key, recursive=recursive, index=index, timeout=timeout_s, relist=False)
+
+
+def _await(
+    client: Client, key: str, index: int, wait_s: float, *,
+    children: FrozenSet[str] = frozenset(), started: Callable[[Watch], object] = id,
+) -> None:
+    """Wait for a change of `key` after `index`, at most `wait_s`.
+
+    children  wait for one of these actions below `key` instead
+    started   is given the watch, so that another thread can close it
+
+    May return early: who waits looks again.
+    """
+    try:
+        with _watch(client, key, index + 1, recursive=bool(children),
+                    timeout_s=wait_s) as events:
+            started(events)
+            for event in events:
+                if not children or event.action in children:
+                    return
+    except (WatchTimeout, EventIndexCleared):
+        pass
+    except EtcdError as error:
+        if not _is_endpoint_failure(error):
+            raise
+        time.sleep(min(wait_s, 0.2))                # then the look tells whether that lasts
+
+
+_HeartbeatType = TypeVar("_HeartbeatType", bound="Heartbeat")
+
+
+class Heartbeat:
+    """Keeps a file that exists from expiring, without waking those who watch it.
+
+        with Heartbeat(client, "/jobs/7/running", ttl=10) as heartbeat:
+            ...
+            heartbeat.alive             # False: it may be gone
+
+    ttl      seconds, at least 1; renewed after a third of it
+    on_lost  called once, on the thread of the heartbeat, when `alive` has become False without
+             `stop`: no server could renew the file in time, it is gone, or its value has changed
+
+    Guarantee: `alive` is False before a server removes the file, and stays so.  It is read off
+    the local clock, whatever the thread and the network do.
+    Limit: a tenth of the ttl must cover by how much the wall clocks of the members differ, since
+    one of them sets the instant of expiry and another one acts on it.  `alive` speaks of the
+    moment it was asked: what is done a moment later needs a fencing token.
+    etcd before 2.3 cannot refresh: there each renewal is a write that watchers see.
+
+    Thread: any.  It runs a daemon thread, which `stop` joins.
+    """
+
+    def __init__(self, client: Client, key: str, ttl: int = LEASE_TTL_S, *,
+                 on_lost: _LostCallback = None) -> None:
+        if ttl < 1:
+            raise ValueError("ttl is seconds, at least 1")
+        self.client = client
+        self.key = _clean_key(key)
+        self.ttl = ttl
+        self._on_lost = on_lost
+        self._value = ""
+        self._index = 0                             # modified index as last known
+        self._silent = False                        # whether the server is known to have refresh
+        self._due_at = 0.0                          # next renewal
+        self._lock = threading.Lock()               # guards the next three; a leaf
+        self._expires_at = 0.0
+        self._over = True                           # stopped or lost, and never again alive
+        self._pid = 0                               # a forked child holds nothing
+        self._stopped = threading.Event()
+        self._thread: Optional[threading.Thread] = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the file is certain to be there."""
+        with self._lock:
+            self._over = self._over or _clock() >= self._expires_at
+            return not self._over and self._pid == os.getpid()
+
+    @property
+    def value(self) -> str:
+        """Value of the file."""
+        return self._value
+
+    def start(self: _HeartbeatType) -> _HeartbeatType:
+        """Renew the file now, and from now on.  Raises KeyNotFound, or that no server answers."""
+        return self._start(OUTAGE_S)
+    def stop(self) -> bool:
+        """Stop renewing, and leave the file to its ttl.  Return whether it was alive until now."""
+        alive = self.alive
+        if self._pid != os.getpid():                # in a forked child it is the parent's
+            return False
+        with self._lock:
+            self._over = True
+        self._stopped.set()
+        self._leave()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()                     # at most CALL_TIMEOUT_S: one request
+        return alive
+
+    def __enter__(self: _HeartbeatType) -> _HeartbeatType:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # -- below: no public names
+
+    def _start(self: _HeartbeatType, patience_s: float) -> _HeartbeatType:
+        if self._thread is not None and self._thread.is_alive() and not self._stopped.is_set():
+            return self                             # started already
+        self._obtain(patience_s)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name=f"pyetcd-heartbeat {self.key}", daemon=True)
+        self._thread.start()
+        return self
+
+    def _obtain(self, patience_s: float) -> None:
+        """Get the file to keep; the end of its life is known afterwards."""
+        node = _read(self.client, self.key, patience_s).node
+        self._value, self._index = node.value or "", node.modified_index
+        self._adopt(patience_s)
+
+    def _adopt(self, patience_s: float) -> None:
+        """Renew a file whose remaining life is not known."""
+        sent_at = _clock()
+        self._index = _insist(self._swap_ours, patience_s).modified_index
+        self._granted_at(sent_at)
+
+    def _leave(self) -> None:
+        """Do what follows the last renewal."""
+
+    def _granted_at(self, sent_at: float) -> None:
+        """Begin a new life of the file, from before the request that gave it was sent."""
+        with self._lock:
+            self._pid, self._over = os.getpid(), False
+            self._expires_at = sent_at + self.ttl * (1 - EXPIRY_MARGIN)
+        self._due_at = sent_at + self.ttl / 3
+
+    def _run(self) -> None:
+        while self._keep() and self._regain():
+            pass
+
+    def _regain(self) -> bool:
+        """Do what follows a loss; return whether there is a file to keep again."""
+        if self._on_lost is not None:
+            self._on_lost()
+        return False
+
+    def _keep(self) -> bool:
+        """Renew until stopped (return False) or lost (return True)."""
+        while True:
+            wake_at = min(self._due_at, self._expires_at)
+            if self._stopped.wait(max(0.0, wake_at - _clock())):
+                return False
+            if not self.alive:
+                break
+            try:
+                self._renew()
+            except (KeyNotFound, CompareFailed, NotFile, NotDir):
+                break
+            except EtcdError:                       # expires unless a later attempt succeeds
+                self._due_at = _clock() + min(0.5, self.ttl / 10)
+        with self._lock:
+            self._over = True
+        return not self._stopped.is_set()
+
+    def _renew(self) -> None:
+        """Give the file its ttl anew.  Raises CompareFailed or KeyNotFound if it is lost."""
+        sent_at = _clock()
+        timeout_s = max(0.1, min(CALL_TIMEOUT_S, self.ttl / 3, self._expires_at - sent_at))
+        self._index = self._swap_ours(timeout_s).modified_index
+        with self._lock:                            # what was reported as lost stays lost
+            if not self._over and _clock() < self._expires_at:
+                self._expires_at = sent_at + self.ttl * (1 - EXPIRY_MARGIN)
+        self._due_at = sent_at + self.ttl / 3
+
+    def _swap_ours(self, timeout_s: float) -> Result:
+        """Renew the file; a renewal whose answer was lost may have changed its index."""
+        try:
+            return self._swap(timeout_s)
+        except CompareFailed:
+            node = _within(self.client, timeout_s).get(self.key, quorum=True).node
+            if node.value != self._value:           # it is somebody else's
+                raise
+            self._index = node.modified_index
+            return self._swap(timeout_s)
+
+    def _swap(self, timeout_s: float, *, announce: bool = False) -> Result:
+        """Renew on condition that nothing happened to the file since the index we know.
+
+        Therefore a renewal that was given up for lost cannot take effect after a later one, and
+        shorten what that has granted.
+        """
+        client = _within(self.client, timeout_s)
+        fields: Dict[str, _Field] = {
+            "ttl": self.ttl, "prevValue": self._value or None, "prevIndex": self._index}
+        if announce:
+            return client._put(self.key, {**fields, "value": self._value})
+        fields["refresh"] = True
+        if not self._silent:
+            try:                                    # etcd before 2.3 would empty the value
+                return client._put(self.key, {**fields, "value": self._value or " "})
+            except RefreshValue:
+                self._silent = True
+        return client._put(self.key, fields)
+
+
+class Lease(Heartbeat):
+    """A file that exists as long as this process keeps it: made by start, removed by stop.
+
+        with Lease(client, "/hosts/a", "10.0.0.1", ttl=10) as lease:
+            ...
+
+    value    tells who made it: two leases of one key need different values; None: a uuid
+
+    Guarantee: made once, even if answers are lost; start raises NodeExists while the key is
+    somebody else's.  `alive` as for Heartbeat.  A crash leaves the file for at most its ttl (and
+    the half second that etcd takes to notice).
+    Limit: as for Heartbeat.
+
+    Thread: any.
+    """
+
+    def __init__(self, client: Client, key: str, value: Optional[str] = None,
+                 ttl: int = LEASE_TTL_S, *, on_lost: _LostCallback = None) -> None:
+        super().__init__(client, key, ttl, on_lost=on_lost)
+        if value == "":
+            raise ValueError("etcd cannot compare with an empty value")
+        self._value = value or uuid.uuid4().hex
+
+    def start(self: _HeartbeatType) -> _HeartbeatType:
+        """Make the file and keep it.  Raises NodeExists, or that no server answers."""
+        return super().start()
+
+    def stop(self) -> bool:
+        """Remove the file.  Return whether it was alive until now.
+
+        If no server answers, the file is left to its ttl.
+        """
+        return super().stop()
+
+    # -- below: no public names
+
+    def _obtain(self, patience_s: float) -> None:
+        sent_at = _clock()
+        self._index, fresh = self._make(patience_s)
+        if fresh and _clock() - sent_at < self.ttl / 3:
+            self._granted_at(sent_at)
+            return
+        try:
+            self._adopt(patience_s)
+        except (KeyNotFound, CompareFailed) as error:
+            raise LockExpired("expired before it was known to be made", cause=self.key) from error
+
+    def _make(self, patience_s: float) -> Tuple[int, bool]:
+        """Create the file; return its index, and whether its ttl was given just now."""
+        node, fresh = _create_once(self.client, self.key, self._value, self.ttl, patience_s)
+        return node.modified_index, fresh
+
+    def _leave(self) -> None:
+        _remove(self.client, self.key, self._value, min(5.0, self.ttl))
+
+
+class _Place(Lease):
+    """A place in a line: an in-order file, whose number says who came first."""
+
+    def __init__(self, client: Client, line: str, label: str, ttl: int,
+                 on_lost: _LostCallback) -> None:
+        super().__init__(client, line, uuid.uuid4().hex + label, ttl, on_lost=on_lost)
+        self.line = self.key
+        self._sure = True                           # that there is no second entry of this place
+
+    @property
+    def number(self) -> int:
+        """Place in the line: the index at which it was made."""
+        return int(_name(self.key))
+
+    def announce(self) -> None:
+        """Renew the file so that its watchers see it; it is no harm if that fails."""
+        with contextlib.suppress(EtcdError):
+            self._swap(CALL_TIMEOUT_S, announce=True)
+
+    def _make(self, patience_s: float) -> Tuple[int, bool]:
+        node, self._sure = _append_once(
+            self.client, self.line, self._value, self.ttl, patience_s)
+        self.key = node.key
+        return node.modified_index, self._sure
+
+    def _leave(self) -> None:
+        super()._leave()
+        with contextlib.suppress(EtcdError):
+            for node in () if self._sure else _list(self.client, self.line, 1.0)[0]:
+                if node.value == self._value:
+                    _remove(self.client, node.key, self._value, 1.0)
+
+
+_ContenderType = TypeVar("_ContenderType", bound="Contender")
+
+
+class Contender:
+    """What Lock, RWLock, Semaphore and Election share: a line, and a place in it.
+
+    The entry of a contender names the uuid of one attempt.  Only entries ahead can keep it
+    waiting, none can appear there later, and so a contender that was let in stays in until its
+    entry is gone.
+    """
+
+    label = ""                                      # follows the uuid in the value of an entry
+
+    def __init__(self, client: Client, line: str, *, ttl: int = LEASE_TTL_S,
+                 on_lost: _LostCallback = None) -> None:
+        if ttl < 1:
+            raise ValueError("ttl is seconds, at least 1")
+        self.client = client
+        self.path = _clean_key(line)
+        self.ttl = ttl
+        self._on_lost = on_lost
+        self._turn = threading.Lock()               # taken by the thread that contends or holds
+        self._owner = 0                             # that thread
+        self._guard = threading.Lock()              # of two threads that release, one does it
+        self._held: Optional[_Place] = None
+        self._cancelled = threading.Event()
+        self._watching: Optional[Watch] = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is held; False before a server could give it to another."""
+        held = self._held
+        return held is not None and held.alive
+
+    @property
+    def is_acquired(self) -> bool:
+        """As is_held."""
+        return self.is_held
+
+    @property
+    def token(self) -> int:
+        """Fencing token: higher than that of every earlier holder.  0 if it is not held.
+
+        Send it with every write to what is protected, and have that refuse lower ones than it has
+        seen: this is what protects it from a holder that was suspended and does not know yet.
+        """
+        held = self._held
+        return held.number if held is not None and held.alive else 0
+
+    def acquire(self, blocking: bool = True, lock_ttl: Optional[int] = None,
+                timeout: Optional[float] = 0) -> bool:
+        """Wait for it.  Return whether it is held.
+
+        blocking  False: return at once
+        lock_ttl  seconds, instead of the ttl of the constructor; None: that one
+        timeout   seconds to wait; 0 and None: for ever
+
+        By the thread that holds it: renew, and return True.  Other threads that share the object
+        wait for each other.  False after `timeout`, and after `cancel` by another thread; nothing
+        is left in the line then, nor after an exception.  Raises EtcdError if no server answered
+        for OUTAGE_S seconds or for as long as there was time.
+        """
+        if self._owner == threading.get_ident() and self.is_held:
+            return self._again(lock_ttl)
+        if self._owner == threading.get_ident():
+            self.release()                          # it was lost: contend anew
+        limit_s = (timeout or None) if blocking else 0.0
+        deadline = None if limit_s is None else _clock() + limit_s
+        if not self._turn.acquire(timeout=-1 if limit_s is None else limit_s):
+            return False
+        self._owner = threading.get_ident()
+        self._cancelled.clear()
+        try:
+            self._contend(lock_ttl or self.ttl, deadline)
+        finally:
+            if self._held is None:
+                self._yield_turn()
+        return self._held is not None
+
+    def release(self) -> bool:
+        """Give it up, from any thread.  Return whether it was held until now.
+
+        If no server answers, the entry is left to its ttl.
+        """
+        with self._guard:
+            held, self._held = self._held, None
+        if held is None:
+            return False
+        was_held = held.stop()
+        self._yield_turn()
+        return was_held
+
+    def cancel(self) -> None:
+        """Make an acquire that is waiting return False.  Thread: any."""
+        self._cancelled.set()
+        watching = self._watching
+        if watching is not None:
+            watching.close()
+
+    def check(self) -> None:
+        """Raise LockExpired unless it is held."""
+        if not self.is_held:
+            raise LockExpired("not held", cause=self.path)
+
+    def contenders(self) -> List[str]:
+        """Return the values of the entries in the line, the one served first at the head."""
+        return [node.value or "" for node in _list(self.client, self.path)[0]]
+
+    def __enter__(self: _ContenderType) -> _ContenderType:
+        if not self.acquire():
+            raise LockExpired("not acquired: cancelled, or lost before", cause=self.path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    # -- below: no public names
+
+    def _again(self, lock_ttl: Optional[int]) -> bool:
+        """Acquire what this thread holds."""
+        held = self._held
+        if held is not None:
+            held.ttl = lock_ttl or held.ttl
+            with contextlib.suppress(EtcdError):    # if it fails the heartbeat tries again
+                held._renew()
+        return self.is_held
+
+    def _yield_turn(self) -> None:
+        self._owner = 0
+        self._turn.release()
+
+    def _blocker(self, ahead: List[Node]) -> Optional[str]:
+        """Return the key to watch before looking again; None: let in.
+
+        The line itself stands for: until any entry is gone.
+        """
+        return ahead[-1].key if ahead else None
+
+    def _contend(self, ttl: int, deadline: Optional[float]) -> None:
+        """Stand in line until let in, out of time, or cancelled."""
+        place: Optional[_Place] = None
+        try:
+            while not self._cancelled.is_set():
+                if place is None or not place.alive:
+                    place = self._enter(place, ttl, deadline)
+                blocker, index = self._look(place, deadline)
+                if blocker is None:
+                    self._held = place
+                    if place.alive:
+                        return
+                    self._held = None
+                if _left(deadline, 1.0) <= 0:
+                    return
+                if blocker and not self._cancelled.is_set():
+                    wait_s = _left(deadline, min(WAIT_SLICE_S, ttl))
+                    _await(self.client, blocker, index, wait_s, started=self._wait_with,
+                           children=_REMOVALS if blocker == self.path else frozenset())
+        finally:
+            if place is not None and self._held is not place:
+                place.stop()
+
+    def _enter(self, old: Optional[_Place], ttl: int, deadline: Optional[float]) -> _Place:
+        """Take a place at the end of the line, instead of one that was lost."""
+        if old is not None:
+            old.stop()
+        place = _Place(self.client, self.path, self.label, ttl, None)
+        place._on_lost = lambda: self._lost(place)
+        return place._start(_left(deadline, OUTAGE_S))
+
+    def _look(self, place: _Place, deadline: Optional[float]) -> Tuple[Optional[str], int]:
+        """Return the key to wait for (None: let in; "": none, look again) and the index."""
+        entries, index = _list(self.client, self.path, _left(deadline, OUTAGE_S))
+        for node in entries:
+            if node.value == place.value and node.key != place.key:
+                # An append that was given up for lost came in after all.
+                _remove(self.client, node.key, place.value, 1.0)
+        keys = [node.key for node in entries]
+        if place.key not in keys:                   # expired or removed
+            place.stop()
+            return "", index
+        position = keys.index(place.key)
+        blocker = self._blocker(entries[:position])
+        if blocker is None and position + 1 < len(keys):
+            self._let_in(place)
+        return blocker, index
+
+    def _let_in(self, place: _Place) -> None:
+        """Do what those behind need when this contender is let in."""
+
+    def _wait_with(self, watch: Watch) -> None:
+        self._watching = watch
+        if self._cancelled.is_set():                # before cancel could see the watch
+            watch.close()
+
+    def _lost(self, place: _Place) -> None:
+        watching = self._watching
+        if self._held is not place:
+            if watching is not None:                # it waits in vain, and must line up again
+                watching.close()
+        elif self._on_lost is not None:
+            self._on_lost()
+
+
+class Lock(Contender):
+    """A lock that one contender in the cluster holds at a time; first come, first served.
+
+        lock = Lock(client, "reports", ttl=10, on_lost=stop_working)
+        with lock:
+            write(..., fencing_token=lock.token)
+        if lock.acquire(timeout=5): ...
+
+    on_lost  called on another thread when the lock is lost while it is held; at that time
+             `is_held` is False already, and the lock may be given to another soon
+
+    It is python-etcd's lock, in one line with it: an in-order file under client.lock_prefix.
+    Unlike there, an entry has a ttl always, and it is renewed while the process lives: a crash
+    gives the lock away after the ttl, a long piece of work does not.
+
+    Guarantee: while `is_held` is True nobody else holds it.  No lost answer, change of leader or
+    restart of members breaks that, nor makes two places out of one acquire for longer than a ttl.
+    A release wakes only the next in line.
+    Limit: that of Heartbeat: clocks of the members differ by less than ttl / 10, and what takes
+    place after the last look at `is_held` needs `token`.
+
+    Thread: any.  Threads that share the object exclude each other too.
+    """
+
+    def __init__(self, client: Client, lock_name: str, *, ttl: int = LEASE_TTL_S,
+                 on_lost: _LostCallback = None) -> None:
+        super().__init__(client, _below_prefix(client, lock_name), ttl=ttl, on_lost=on_lost)
+        self.name = lock_name
+
+    @property
+    def uuid(self) -> str:
+        """What the entry of the holder says, if this lock is held; else empty."""
+        held = self._held
+        return "" if held is None else held.value
+
+
+def _below_prefix(client: Client, name: str) -> str:
+    prefix: str = getattr(client, "lock_prefix", "/_locks")
+    return f"{prefix}/{name}"
+
+
+class RLock(Lock):
+    """A Lock that the thread which holds it may acquire again; each acquire needs a release.
+
+    Guarantee and limit are those of Lock.  When the lock is lost, an inner acquire returns False
+    (or raises LockExpired, from `with`): the outer block has to end first.
+    """
+
+    def __init__(self, client: Client, lock_name: str, *, ttl: int = LEASE_TTL_S,
+                 on_lost: _LostCallback = None) -> None:
+        super().__init__(client, lock_name, ttl=ttl, on_lost=on_lost)
+        self._depth = 0                             # acquires of the holder; its thread's alone
+
+    def acquire(self, blocking: bool = True, lock_ttl: Optional[int] = None,
+                timeout: Optional[float] = 0) -> bool:
+        """Acquire as Lock does, or once more.  See Lock."""
+        if self._owner != threading.get_ident():
+            acquired = super().acquire(blocking, lock_ttl, timeout)
+            self._depth = 1 if acquired else 0
+            return acquired
+        self._depth += self.is_held
+        return self.is_held
+
+    def release(self) -> bool:
+        """Undo one acquire; the last one gives the lock up.  Return whether it was held."""
+        self._depth -= 1
+        return self.is_held if self._depth > 0 else super().release()
+
+
+class RWLock:
+    """A lock that either one writer or any number of readers hold; first come, first served.
+
+        lock = RWLock(client, "/config-lock")
+        with lock.read_lock(): ...
+        with lock.write_lock() as held: write(..., fencing_token=held.token)
+
+    Each call of read_lock and write_lock returns a contender of its own, which has the methods of
+    Lock.  A waiting writer keeps later readers waiting, so that it gets its turn.
+
+    Guarantee: while a write lock `is_held`, no other one is; while a read lock `is_held`, no write
+    lock is.  A waiting writer watches the entry before it, a reader the last writer before it.
+    Limit: as for Lock.  A thread that holds one and asks for the other waits for itself.
+
+    Thread: any.
+    """
+
+    def __init__(self, client: Client, key: str, *, ttl: int = LEASE_TTL_S,
+                 on_lost: _LostCallback = None) -> None:
+        self._contender: Callable[[Type[Contender]], Contender] = lambda kind: kind(
+            client, key, ttl=ttl, on_lost=on_lost)
+
+    def read_lock(self) -> Contender:
+        """Return a contender that shares the lock with other readers."""
+        return self._contender(_Reader)
+
+    def write_lock(self) -> Contender:
+        """Return a contender that shares the lock with nobody."""
+        return self._contender(_Writer)
+
+
+class _Writer(Contender):
+    """Waits for all before it."""
+
+    label = ":write"
+
+
+class _Reader(Contender):
+    """Waits for the writers before it."""
+
+    label = ":read"
+
+    def _blocker(self, ahead: List[Node]) -> Optional[str]:
+        writers = [node for node in ahead if not (node.value or "").endswith(self.label)]
+        return writers[-1].key if writers else None
+
+
+class Semaphore(Contender):
+    """At most `limit` contenders hold it at a time; first come, first served.
+
+        with Semaphore(client, "/downloads", limit=3): ...
+
+    An object is one contender: make one for each unit that is wanted.
+
+    Guarantee: never more than `limit` objects with `is_held` True, if all have the same limit;
+    acquire raises ValueError if it meets another limit in the line.  A release wakes the first of
+    those who wait; each one that is let in wakes the next.
+    Limit: as for Lock.  A token tells holders apart, but those of several holders are valid at a
+    time.
+
+    Thread: any.
+    """
+
+    def __init__(self, client: Client, key: str, limit: int, *, ttl: int = LEASE_TTL_S,
+                 on_lost: _LostCallback = None) -> None:
+        if limit < 1:
+            raise ValueError("limit is at least 1")
+        super().__init__(client, key, ttl=ttl, on_lost=on_lost)
+        self.limit = limit
+        self.label = f":limit={limit}"
+
+    def _blocker(self, ahead: List[Node]) -> Optional[str]:
+        other = [node for node in ahead if not (node.value or "").endswith(self.label)]
+        if other:
+            raise ValueError(f"{other[0].value} stands in line, {self.label} wants to join it")
+        if len(ahead) < self.limit:
+            return None
+        # The first of those who wait waits for any holder; the others for the one before them to
+        # leave or to be let in, which is told by a renewal that is not silent.
+        return self.path if len(ahead) == self.limit else ahead[-1].key
+
+    def _let_in(self, place: _Place) -> None:
+        place.announce()
+
+
+class Leader(NamedTuple):
+    """Who leads: what it said of itself, and its fencing token."""
+
+    value: str
+    token: int
+
+
+class Election(Contender):
+    """One of many candidates leads; when it is gone the one that came next leads.
+
+        election = Election(client, "/scheduler", value="host-a", ttl=10, on_lost=stop)
+        if election.campaign():                     # returns when this candidate leads
+            work(fencing_token=election.token)
+            election.resign()
+
+        for leader in election.observe():           # anywhere, without being a candidate
+            print(leader.value if leader else "nobody")
+
+    value    what others see of this candidate
+
+    Guarantee: while `is_leader` is True no other candidate's is.  A crashed leader is followed
+    after its ttl.  Terms have rising tokens.
+    Limit: as for Lock.
+
+    Thread: any.  `campaign` is acquire, `resign` release, and the object a context manager.
+    """
+
+    def __init__(self, client: Client, key: str, value: str = "", *, ttl: int = LEASE_TTL_S,
+                 on_lost: _LostCallback = None) -> None:
+        super().__init__(client, key, ttl=ttl, on_lost=on_lost)
+        self.label = ":" + value
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this candidate leads; False before a server could let another one lead."""
+        return self.is_held
+
+    def campaign(self, timeout: Optional[float] = None) -> bool:
+        """Stand for election until this candidate leads; return whether it does.  See acquire."""
+        return self.acquire(timeout=timeout)
+
+    def resign(self) -> bool:
+        """Stop leading; return whether it led until now."""
+        return self.release()
+
+    def leader(self) -> Optional[Leader]:
+        """Return who leads now, by quorum; None if there are no candidates."""
+        return self._first(_list(self.client, self.path)[0])
+
+    def observe(self, timeout: Optional[float] = None) -> Iterator[Optional[Leader]]:
+        """Yield who leads, now and whenever that changes; None: nobody.
+
+        timeout  seconds without a change after which WatchTimeout is raised; None: never
+
+        A leader between two looks may be missed; the last one is not.
+        """
+        seen: Optional[Leader] = None
+        fresh, deadline = True, None if timeout is None else _clock() + timeout
+        while True:
+            entries, index = _list(self.client, self.path)
+            leader = self._first(entries)
+            if fresh or leader != seen:
+                yield leader
+                deadline = None if timeout is None else _clock() + timeout
+            fresh, seen = False, leader
+            if _left(deadline, 1.0) <= 0:
+                raise WatchTimeout("no change in time", index=index)
+            key = entries[0].key if entries else self.path
+            _await(self.client, key, index, _left(deadline, WAIT_SLICE_S),
+                   children=frozenset() if entries else frozenset(("create",)))
+
+    @staticmethod
+    def _first(entries: List[Node]) -> Optional[Leader]:
+        if not entries:
+            return None
+        value = entries[0].value or ""
+        return Leader(value.partition(":")[2], int(_name(entries[0].key)))
+
+
+# ============================================================================
+# 9. Queues, barriers, counters, caches, services
+# ----------------------------------------------------------------------------
+# Knows: sections 1-8.
+# ============================================================================
+
+TAKEN_TTL_S = 120               # what was taken from a queue leaves a mark for so long
+COUNTER_WRITERS = 32            # so many writers find out whether a lost change is in
+
+
+class QueueItem:
+    """An item that this process works on; from Queue.take.
+
+    value  what was put
+
+    A context manager: without an exception the item is done, with one it is given back.
+    """
+
+    def __init__(self, queue: Queue, node: Node, lease: Lease) -> None:
+        self.value = node.value or ""
+        self._queue = queue
+        self._node = node
+        self._lease = lease
+
+    @property
+    def is_held(self) -> bool:
+        """Whether no other consumer can have got the item meanwhile."""
+        return self._lease.alive
+
+    def done(self) -> bool:
+        """Remove the item; False if another consumer has removed it first."""
+        removed = self._queue._mark(self._node)
+        self._lease.stop()
+        return removed
+
+    def give_back(self) -> None:
+        """Let another consumer have the item."""
+        self._lease.stop()
+
+    def __enter__(self) -> QueueItem:
+        return self
+
+    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
+        if kind is None:
+            self.done()
+        else:
+            self.give_back()
+
+
+class Queue:
+    """A queue in the cluster: first in, first out, any number of producers and consumers.
+
+        queue = Queue(client, "/jobs")
+        queue.put("one")
+        queue.get(timeout=5)                        # "one", or None after 5 s
+        with queue.take(timeout=5) as item:         # at least once
+            work(item.value)
+
+    Guarantee: what put has returned for is in the queue once.  An item is removed once, in the
+    order in which the items were made: `get` hands each to one consumer only, which may crash
+    with it; what `take` hands out comes back, ttl seconds after a crash, until done has removed
+    it.  Lost answers are looked into: items have a uuid as name, and leave a mark for
+    TAKEN_TTL_S seconds that says who took them.
+    An idle queue wakes one of the waiting consumers for each item; the others stand in line.
+    Limit: after an error with maybe_applied, and when a request is executed more than TAKEN_TTL_S
+    late, an item may be there twice or lost with its consumer.  Consumers of one queue use either
+    get or take: a get may remove what another one has taken.  They read the whole directory now
+    and then: made for thousands of items, not for millions.
+
+    ttl      seconds a crashed consumer delays what it had taken, or the line
+
+    Thread: any.
+    """
+
+    def __init__(self, client: Client, key: str, *, ttl: int = LEASE_TTL_S) -> None:
+        self.client = client
+        self.path = _clean_key(key)
+        self.ttl = ttl
+        self._seen: Deque[Node] = deque()   # items of the last look; append and pop
+                                                        # are atomic, and all it gives is hints
+
+    def put(self, value: str) -> str:
+        """Add an item at the end; return its key."""
+        name = uuid.uuid4().hex
+        key = f"{self.path}/items/{name}"
+        try:
+            _insist(lambda timeout_s: _within(self.client, timeout_s).create(key, value))
+        except NodeExists:                          # an attempt whose answer was lost
+            pass
+        return key
+
+    def get(self, timeout: Optional[float] = None) -> Optional[str]:
+        """Remove the first item and return its value; None after `timeout` seconds (None: never).
+
+        With timeout=0 it does not wait.
+        """
+        node = self._first(timeout, self._mark)
+        return None if node is None else node.value
+
+    def take(self, timeout: Optional[float] = None) -> QueueItem:
+        """Return the first item that nobody works on.  Raises WatchTimeout after `timeout` s."""
+        leases: List[Lease] = []
+        node = self._first(timeout, lambda node: self._claim(node, leases))
+        if node is None:
+            raise WatchTimeout("no item in time", cause=self.path)
+        return QueueItem(self, node, leases[0])
+
+    def __len__(self) -> int:
+        """Return the number of items, those included that somebody works on."""
+        items, claimed, _ = self._look()
+        return len(items) + len(claimed)
+
+    # -- below: no public names
+
+    def _look(self) -> Tuple[List[Node], List[Node], int]:
+        """Return the items that are free, and that are claimed, first one first, and the index."""
+        try:
+            found = _read(self.client, self.path, recursive=True)
+        except KeyNotFound as error:
+            return [], [], error.index
+        files = [node for node in found.node.walk() if not node.dir]
+        claims = {_name(node.key) for node in files if node.key.startswith(f"{self.path}/claims/")}
+        items = sorted((node for node in files if node.ttl is None
+                        and node.key.startswith(f"{self.path}/items/")),
+                       key=lambda node: node.created_index)
+        free = [node for node in items if _name(node.key) not in claims]
+        return free, [node for node in items if _name(node.key) in claims], found.etcd_index
+
+    def _first(self, timeout: Optional[float], obtain: Callable[[Node], bool]) -> Optional[Node]:
+        """Return the first item that `obtain` gets."""
+        node, _ = self._try(obtain)
+        if node is not None or timeout == 0:
+            return node
+        deadline = None if timeout is None else _clock() + timeout
+        line = Contender(self.client, f"{self.path}/_waiting", ttl=self.ttl)
+        if not line.acquire(timeout=timeout):
+            return None
+        try:
+            while True:
+                node, index = self._try(obtain)
+                if node is not None or _left(deadline, 1.0) <= 0:
+                    return node
+                wait_s = _left(deadline, min(WAIT_SLICE_S, self.ttl))
+                _await(self.client, self.path, index, wait_s, children=self._ARRIVALS)
+        finally:
+            line.release()
+
+    _ARRIVALS = frozenset(("create", "expire", "compareAndDelete"))     # new, or given back
+
+    def _try(self, obtain: Callable[[Node], bool]) -> Tuple[Optional[Node], int]:
+        """Try the items seen last, then those of a new look; return the index of that."""
+        while self._seen:
+            with contextlib.suppress(IndexError):   # another thread was faster
+                node = self._seen.popleft()
+                if obtain(node):
+                    return node, 0
+        free, _, index = self._look()
+        for position, node in enumerate(free):
+            if obtain(node):
+                self._seen.extend(free[position + 1:])
+                return node, index
+        return None, index
+
+    def _mark(self, node: Node) -> bool:
+        """Turn an item into a mark that expires; False if somebody else has done so.
+
+        Only the first such write after the item was made can succeed, so it may be repeated, and
+        the mark tells whose it was.
+        """
+        mark = uuid.uuid4().hex
+        try:
+            _insist(lambda timeout_s: _within(self.client, timeout_s).compare_and_swap(
+                node.key, mark, prev_index=node.modified_index, ttl=TAKEN_TTL_S))
+        except KeyNotFound:
+            return False
+        except CompareFailed:
+            try:
+                return _read(self.client, node.key).value == mark
+            except KeyNotFound:
+                return False
+        return True
+
+    def _claim(self, node: Node, leases: List[Lease]) -> bool:
+        lease = Lease(self.client, f"{self.path}/claims/{_name(node.key)}", ttl=self.ttl)
+        try:
+            lease.start()
+        except (NodeExists, LockExpired):
+            return False
+        # The item may be gone since it was seen: whoever had claimed it has finished.
+        try:
+            present = _read(self.client, node.key).node.modified_index == node.modified_index
+        except KeyNotFound:
+            present = False
+        if present:
+            leases.append(lease)
+        else:
+            lease.stop()
+        return present
+
+
+class Barrier:
+    """A gate for all: closed by one process, and opened for all who wait.
+
+        barrier = Barrier(client, "/maintenance")
+        barrier.create()                            # close it
+        barrier.wait(timeout=60)                    # elsewhere: True when it is open
+        barrier.remove()                            # open it
+
+    Guarantee: wait returns True only after a moment at which the barrier was not there.
+    Limit: it stays until it is removed, unless it has a ttl.  All who wait are woken at once.
+
+    Thread: any.
+    """
+
+    def __init__(self, client: Client, key: str) -> None:
+        self.client = client
+        self.path = _clean_key(key)
+
+    def create(self, ttl: Optional[int] = None) -> bool:
+        """Close the barrier, for `ttl` seconds at most; False if it was closed already."""
+        try:
+            _create_once(self.client, self.path, uuid.uuid4().hex, ttl)
+        except NodeExists:
+            return False
+        return True
+
+    def remove(self) -> bool:
+        """Open the barrier; False if it was open already."""
+        try:
+            index = _read(self.client, self.path).modified_index
+        except KeyNotFound:
+            return False
+        with contextlib.suppress(KeyNotFound, CompareFailed):
+            _insist(lambda timeout_s: _within(self.client, timeout_s).compare_and_delete(
+                self.path, prev_index=index))
+        return True
+
+    def wait(self, timeout: Optional[float] = None) -> bool:
+        """Wait until the barrier is open; False after `timeout` seconds (None: never)."""
+        deadline = None if timeout is None else _clock() + timeout
+        while True:
+            try:
+                index = _read(self.client, self.path).etcd_index
+            except KeyNotFound:
+                return True
+            wait_s = _left(deadline, WAIT_SLICE_S)
+            if wait_s <= 0:
+                return False
+            _await(self.client, self.path, index, wait_s)
+
+
+class DoubleBarrier:
+    """Lets `size` participants begin together and end together, round after round.
+
+        barrier = DoubleBarrier(client, "/phase", size=3)
+        with barrier:
+            work()
+
+    Guarantee: enter returns True only after `size` participants were there at the same time, and
+    leave only after all of this one's round have left, or expired.  Who comes later takes part in
+    the next round.
+    Limit: who is cut off for longer than its ttl is no participant any more, and enter raises
+    LockExpired.  All participants name the same size.  One small file stays, which counts rounds.
+
+    Thread: one; an object is one participant.
+    """
+
+    def __init__(self, client: Client, key: str, size: int, *, ttl: int = LEASE_TTL_S) -> None:
+        if size < 1:
+            raise ValueError("size is at least 1")
+        self.client = client
+        self.path = _clean_key(key)
+        self.size = size
+        self.ttl = ttl
+        self._place: Optional[_Place] = None
+        self._round = 0                             # the index at which it began
+
+    def enter(self, timeout: Optional[float] = None) -> bool:
+        """Wait for the others; False after `timeout` seconds (None: never), and not inside."""
+        deadline = None if timeout is None else _clock() + timeout
+        place = _Place(self.client, f"{self.path}/members", "", self.ttl, None)
+        place._start(_left(deadline, OUTAGE_S))
+        self._round = 0
+        try:
+            self._round = self._await_round(place, deadline)
+        finally:
+            if not self._round:
+                place.stop()
+        self._place = place
+        return self._round > 0
+
+    def leave(self, timeout: Optional[float] = None) -> bool:
+        """Leave, and wait until the others have left; False after `timeout` seconds."""
+        deadline = None if timeout is None else _clock() + timeout
+        if self._place is not None:
+            self._place.stop()
+        while True:
+            members, index = _list(self.client, f"{self.path}/members")
+            inside = [node for node in members if node.created_index < self._round]
+            if not inside:
+                return True
+            wait_s = _left(deadline, min(WAIT_SLICE_S, self.ttl))
+            if wait_s <= 0:
+                return False
+            _await(self.client, inside[-1].key, index, wait_s)
+
+    def __enter__(self) -> DoubleBarrier:
+        self.enter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    # -- below: no public names
+
+    def _await_round(self, place: _Place, deadline: Optional[float]) -> int:
+        """Return the index at which the round of `place` began; 0 if time is up.
+
+        A file is written when a round is complete.  Those whose number lies between two such
+        writes are of one round.
+        """
+        while place.alive:
+            last, index = self._last_round()
+            if last > place.number:
+                return last
+            members, _ = _list(self.client, f"{self.path}/members")
+            if sum(node.created_index > last for node in members) >= self.size:
+                self._begin_round(last)
+                continue
+            wait_s = _left(deadline, min(WAIT_SLICE_S, self.ttl))
+            if wait_s <= 0:
+                return 0
+            _await(self.client, f"{self.path}/round", index, wait_s)
+        raise LockExpired("expired while it waited", cause=place.key)
+
+    def _last_round(self) -> Tuple[int, int]:
+        try:
+            found = _read(self.client, f"{self.path}/round")
+        except KeyNotFound as error:
+            return 0, error.index
+        return found.modified_index, found.etcd_index
+
+    def _begin_round(self, last: int) -> None:
+        """Write that a round is complete, unless another participant does."""
+        key, mark = f"{self.path}/round", uuid.uuid4().hex
+        with contextlib.suppress(CompareFailed, NodeExists, KeyNotFound):
+            if last:
+                _insist(lambda timeout_s: _within(self.client, timeout_s).compare_and_swap(
+                    key, mark, prev_index=last))
+            else:
+                _create_once(self.client, key, mark, None)
+
+
+class Counter:
+    """A number that many change.
+
+        counter = Counter(client, "/tickets")
+        counter.add()                               # 1, in the whole cluster once
+        counter.add(-1); counter.value
+
+    The file holds the number and, behind it, the last change of each of the COUNTER_WRITERS
+    objects that changed it last, by which a change whose answer was lost is found again.
+
+    Guarantee: each add that returns was carried out once, and returns what it made of the number.
+    Limit: an error with maybe_applied=True, after OUTAGE_S seconds without a server, or if more
+    than COUNTER_WRITERS others changed it before this one could look.  Each change is a write of
+    the whole cluster: made for hundreds a second, not for thousands.
+
+    Thread: any; threads that share the object take turns.
+    """
+
+    def __init__(self, client: Client, key: str, initial: int = 0) -> None:
+        self.client = client
+        self.path = _clean_key(key)
+        self.initial = initial
+        self._turn = threading.Lock()               # one change of this writer at a time
+        self._writer = uuid.uuid4().hex[:12]
+        self._serial = 0
+
+    @property
+    def value(self) -> int:
+        """The number now, by quorum.  Raises ValueError if the file holds none."""
+        return self._look()[0]
+
+    def add(self, amount: int = 1) -> int:
+        """Add `amount`, and return the sum.  Raises ValueError if the file holds no number."""
+        with self._turn:
+            self._serial += 1
+            tag, unsure, pause_s = f"{self._writer}.{self._serial}", None, 0.001
+            deadline = _clock() + OUTAGE_S
+            while True:
+                number, changes, index = self._look()
+                if tag in changes:
+                    return changes[tag]
+                if unsure is not None and self._forgotten(changes):
+                    raise unsure
+                try:
+                    if self._write(number + amount, tag, changes, index):
+                        return number + amount
+                except EtcdError as error:
+                    if not _is_endpoint_failure(error) or _clock() >= deadline:
+                        raise
+                    unsure = error if error.maybe_applied else unsure
+                time.sleep(random.uniform(0, pause_s))
+                pause_s = min(2 * pause_s, 0.1)
+
+    # -- below: no public names
+
+    def _look(self) -> Tuple[int, Dict[str, int], int]:
+        """Return the number, the last changes with what they made of it, and the index."""
+        try:
+            node = _read(self.client, self.path).node
+        except KeyNotFound:
+            return self.initial, {}, 0
+        number, *changes = (node.value or "").split() or [""]
+        pairs = (change.split(":") for change in changes)
+        return int(number), {tag: int(result) for tag, result in pairs}, node.modified_index
+
+    def _forgotten(self, changes: Mapping[str, int]) -> bool:
+        """Whether a change of this writer may have been pushed out by others."""
+        writers = {tag.partition(".")[0] for tag in changes}
+        return self._writer not in writers and len(writers) >= COUNTER_WRITERS
+
+    def _write(self, number: int, tag: str, changes: Mapping[str, int], index: int) -> bool:
+        """Write if nobody else has since `index`."""
+        others = [f"{other}:{result}" for other, result in changes.items()
+                  if other.partition(".")[0] != self._writer]
+        value = " ".join([str(number), f"{tag}:{number}", *others[:COUNTER_WRITERS - 1]])
+        client = _within(self.client, CALL_TIMEOUT_S)
+        try:
+            if index:
+                client.compare_and_swap(self.path, value, prev_index=index)
+            else:
+                client.create(self.path, value)
+        except (CompareFailed, NodeExists, KeyNotFound):
+            return False
+        return True
+
+
+_ChangeCallback = Optional[Callable[[str, Optional[Node], Optional[Node]], None]]
+
+
+class CachedTree(Mapping[str, Node]):
+    """A live copy of a directory: a mapping from the keys of its files to their nodes.
+
+        with CachedTree(client, "/config") as tree:
+            tree["/config/db"].value
+            index = client.set("/config/db", "new").modified_index
+            tree.wait_for(index)                    # now the copy has it
+            dict(tree)                              # all of it at one moment: tree.snapshot()
+
+    on_change  called with key, old node and new node (None: there is none) for each file that
+               changes after the start, in order, on the thread of the tree
+
+    Guarantee: the copy is the directory as it was at `index`, at all depths; it goes forward
+    only, and catches up after every loss of contact, after more than 1000 missed changes by
+    reading it anew and reporting the difference.
+    Limit: it is late by as much as the network is, and silent about it while there is no contact
+    (`error` tells).  Hidden files are not in it, nor empty directories; ttl and expiration are
+    those of the last change, since refreshing is silent.
+
+    Thread: any.  It runs a daemon thread, which `close` joins.
+    """
+
+    def __init__(self, client: Client, path: str, *, on_change: _ChangeCallback = None) -> None:
+        self.client = client
+        self.path = _clean_key(path)
+        self.error: Optional[EtcdError] = None      # why the copy is not followed; None: it is
+        self._on_change = on_change
+        self._changed = threading.Condition()       # guards the next two
+        self._nodes: Dict[str, Node] = {}
+        self._index = 0
+        self._closed = threading.Event()
+        self._watching: Optional[Watch] = None
+        self._thread: Optional[threading.Thread] = None
+
+    @property
+    def index(self) -> int:
+        """The etcd index the copy is of."""
+        return self._index
+
+    def start(self) -> CachedTree:
+        """Read the directory, and follow it from now on.  Raises that no server answers."""
+        self._load(OUTAGE_S)
+        self._thread = threading.Thread(
+            target=self._run, name=f"pyetcd-tree {self.path}", daemon=True)
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Stop following; the copy stays as it is."""
+        self._closed.set()
+        watching = self._watching
+        if watching is not None:
+            watching.close()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def snapshot(self) -> Dict[str, Node]:
+        """Return the copy as it is now."""
+        with self._changed:
+            return dict(self._nodes)
+
+    def wait_for(self, index: int, timeout: Optional[float] = None) -> bool:
+        """Wait until the copy has the change with `index`, of a file in it; False if it is late.
+
+        timeout  seconds; None: for ever
+        """
+        with self._changed:
+            return self._changed.wait_for(lambda: self._index >= index, timeout)
+
+    def __getitem__(self, key: str) -> Node:
+        with self._changed:
+            return self._nodes[_clean_key(key)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.snapshot())
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __enter__(self) -> CachedTree:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- below: no public names
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self._follow()
+            except EtcdError as error:
+                self.error = error
+                self._closed.wait(0.5)
+
+    def _follow(self) -> None:
+        """Apply what happens, for some time; raise EtcdError if that is not possible now."""
+        try:
+            with _watch(self.client, self.path, self._index + 1, recursive=True,
+                        timeout_s=WAIT_SLICE_S) as events:
+                self._watching = events
+                if self._closed.is_set():           # before close could see the watch
+                    return
+                for event in events:
+                    self.error = None
+                    self._apply(event)
+        except WatchTimeout:
+            self.error = None
+        except EventIndexCleared:
+            self._load(CALL_TIMEOUT_S)
+
+    def _load(self, patience_s: float) -> None:
+        """Make the copy what the directory is now."""
+        try:
+            found = _read(self.client, self.path, patience_s, recursive=True)
+            nodes = [found.node, *found.node.walk()]
+            fresh = {node.key: node for node in nodes if not node.dir}
+            index = found.etcd_index
+        except KeyNotFound as error:
+            fresh, index = {}, error.index
+        keys = sorted(set(self._nodes) | set(fresh))
+        self._change({key: fresh.get(key) for key in keys}, index)
+
+    def _apply(self, event: Result) -> None:
+        """Make the copy what the event made of the directory."""
+        key, changes = event.key, {}
+        if event.action in _REMOVALS:
+            # With a directory go all files in it, and this may be one above the tree.
+            keys = [key] if key in self._nodes else [
+                other for other in self._nodes if other.startswith(key.rstrip("/") + "/")]
+            changes = dict.fromkeys(keys)
+        elif event.node.dir:
+            changes = {key: None}                   # perhaps it took the place of a file
+        elif self._covers(key):
+            changes = {key: event.node}
+        self._change(changes, event.modified_index)
+
+    def _covers(self, key: str) -> bool:
+        root = self.path.rstrip("/")
+        below = key[len(root):]
+        return key.startswith(root) and below[:1] in ("", "/") and "/_" not in below
+
+    def _change(self, changes: Mapping[str, Optional[Node]], index: int) -> None:
+        """Put in the new nodes (None: remove), and tell what has changed."""
+        told: List[Tuple[str, Optional[Node], Optional[Node]]] = []
+        with self._changed:
+            for key, node in changes.items():
+                old = self._nodes.get(key)
+                if (old and old.modified_index) == (node and node.modified_index):
+                    continue
+                told.append((key, old, node))
+                if node is None:
+                    del self._nodes[key]
+                else:
+                    self._nodes[key] = node
+            self._index = max(self._index, index)
+            self._changed.notify_all()
+        if self._on_change is not None and self._thread is not None:
+            for change in told:
+                self._on_change(*change)
+
+
+class Instance(NamedTuple):
+    """One place at which a service can be had."""
+
+    id: str
+    address: str
+
+
+class Registration(Lease):
+    """An instance that is listed as long as this process lives; from ServiceRegistry.register.
+
+    When it is lost, on_lost is called, and it is made again as soon as a server answers.
+
+    Thread: any.
+    """
+
+    # -- below: no public names
+
+    def _regain(self) -> bool:
+        super()._regain()
+        while not self._stopped.wait(min(1.0, self.ttl / 3)):
+            try:
+                self._obtain(1.0)
+            except EtcdError:                       # the next attempt is soon
+                continue
+            if self._stopped.is_set():              # `stop` has removed what was there before
+                self._leave()
+            return True
+        return False
+
+
+class ServiceRegistry:
+    """Where services say where they are, and where others find that.
+
+        registry = ServiceRegistry(client, ttl=10)
+        with registry.register("mail", "10.0.0.5:25"): ...
+
+        [instance.address for instance in registry.resolve("mail")]
+        for instances in registry.watch("mail"): ...
+
+    Guarantee: an instance is listed while its process lives and reaches the cluster, and at most
+    ttl seconds longer; it keeps itself listed without waking anybody.
+    Limit: a process that lives but does not serve is listed.  resolve may name an instance that
+    has died less than ttl seconds ago.
+
+    prefix   directory of all services; an instance is the file <prefix>/<service>/<id>
+
+    Thread: any.
+    """
+
+    def __init__(self, client: Client, prefix: str = "/services", *,
+                 ttl: int = LEASE_TTL_S) -> None:
+        self.client = client
+        self.prefix = _clean_key(prefix)
+        self.ttl = ttl
+
+    def register(self, service: str, address: str, *,
+                 on_lost: _LostCallback = None) -> Registration:
+        """List `address` for `service`, until the Registration is stopped or its block ends.
+
+        on_lost  called on another thread whenever the instance was missing from the list
+        """
+        key = f"{self.path(service)}/{uuid.uuid4().hex}"
+        return Registration(self.client, key, address, self.ttl, on_lost=on_lost).start()
+
+    def resolve(self, service: str) -> List[Instance]:
+        """Return the instances of `service`, the one that came first at the head."""
+        return self._instances(_list(self.client, self.path(service))[0])
+
+    def watch(self, service: str, timeout: Optional[float] = None) -> Iterator[List[Instance]]:
+        """Yield the instances of `service`, now and whenever they have changed.
+
+        timeout  seconds without a change after which WatchTimeout is raised; None: never
+        """
+        seen: Optional[List[Instance]] = None
+        deadline = None if timeout is None else _clock() + timeout
+        while True:
+            nodes, index = _list(self.client, self.path(service))
+            instances = self._instances(nodes)
+            if instances != seen:
+                yield instances
+                deadline = None if timeout is None else _clock() + timeout
+            seen = instances
+            wait_s = _left(deadline, WAIT_SLICE_S)
+            if wait_s <= 0:
+                raise WatchTimeout("no change in time", index=index + 1)
+            _await(self.client, self.path(service), index, wait_s, children=_CHANGES)
+
+    def path(self, service: str) -> str:
+        """Return the directory of a service, for a CachedTree for instance."""
+        return f"{self.prefix}/{service}"
+
+    @staticmethod
+    def _instances(nodes: List[Node]) -> List[Instance]:
+        return [Instance(_name(node.key), node.value or "") for node in nodes if not node.dir]
+
+
+_CHANGES = _REMOVALS | {"create", "set", "update", "compareAndSwap"}
+
+
+# ============================================================================
+# 10. Command line -- options, output, errors and exit codes, as etcdctl 2.3 has them
+# ----------------------------------------------------------------------------
+# Knows: sections 1-7, through the public names of Client.  Sections 11 and 12
 # enter their commands into the table of this one.
 # ============================================================================
 
@@ -3501,9 +5086,9 @@ def _exit() -> NoReturn:
 
 
 # ============================================================================
-# 10. Commands of etcdctl -- all of version 2.3
+# 11. Commands of etcdctl -- all of version 2.3
 # ----------------------------------------------------------------------------
-# Knows: sections 1-9.  Source: etcdctl 2.3.8.
+# Knows: sections 1-10.  Source: etcdctl 2.3.8.
 # ============================================================================
 
 _HEALTH_EVERY_S = 10.0
@@ -4150,9 +5735,9 @@ def _cmd_auth_disable(run: _Run) -> int:
 
 
 # ============================================================================
-# 11. More commands -- export, import, mirror, tree, top, bench, completion
+# 12. More commands -- export, import, mirror, tree, top, bench, completion
 # ----------------------------------------------------------------------------
-# Knows: sections 1-10.
+# Knows: sections 1-11.
 # ============================================================================
 
 _EXPORT_MARK = "# keys of etcd v2, written by pyetcdctl export; see pyetcdctl help export"

@@ -17,6 +17,7 @@
   15. Torture: real processes under faults, and a check of what clients saw
   16. Operations
   17. Client
+  17c. Recipes
   18. Other clients
   19. Peer transport
   20. Discovery, and Bootstrap
@@ -44,6 +45,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import dataclasses
 import datetime
 import errno
 import functools
@@ -13571,6 +13573,925 @@ def test_client_cli_reader_that_went_away(_client_server, _client, _client_dir):
     finally:
         os.close(write_end)
     assert (result.returncode, result.stderr) == (141, b"")
+
+
+# ============================================================================
+# 17c. Recipes -- lost answers, late writes, expiry, and who may hold what
+# ----------------------------------------------------------------------------
+# On real servers.  Faults sit between client and server: a write is carried
+# out and its answer lost, or it arrives late, never, or not even once.
+# ============================================================================
+
+
+class _RecipeClient(Client):
+    """A client whose calls fail as `fault(call)` says: None, or a name from below.
+
+    unsent   there was no connection           unheard  carried out, the answer is lost
+    lost     sent, and never carried out       late     carried out by `deliver`
+    """
+
+    def __init__(self, url, fault=lambda call: None):
+        super().__init__(url)
+        self.fault = fault
+        self.calls = []                         # what was asked, faults included
+        self.held_back = collections.deque()    # late writes
+
+    def _perform(self, call, *more, **options):
+        self.calls.append(call)
+        kind = self.fault(call)
+        if kind is None:
+            return super()._perform(call, *more, **options)
+        if kind == "late":
+            self.held_back.append(call)
+        if kind == "unheard":
+            with contextlib.suppress(pyetcd_client.ApiError):
+                super()._perform(call, *more, **options)
+        raise pyetcd_client.ConnectionFailed(kind, maybe_applied=kind != "unsent" and call.write)
+
+    def deliver(self):
+        """Carry out the late writes; return how many of them succeeded."""
+        done = 0
+        while self.held_back:
+            with contextlib.suppress(pyetcd_client.ApiError):
+                super()._perform(self.held_back.popleft())
+                done += 1
+        return done
+
+    def count(self, method):
+        return sum(call.method == method for call in self.calls)
+
+
+def _recipe_first(kind, method, times=1):
+    """Return a fault for the first calls with `method`."""
+    left = [times]
+
+    def fault(call):
+        if call.method == method and left[0]:
+            left[0] -= 1
+            return kind
+        return None
+    return fault
+
+
+def _recipe_cut(client):
+    """Cut a client off."""
+    client.fault = lambda call: "unsent"
+
+
+@contextlib.contextmanager
+def _recipe_no_threads():
+    yield
+    names = [t.name for t in threading.enumerate() if t.name.startswith("pyetcd-")]
+    assert not names, "threads of recipes outlive them"
+
+
+@pytest.fixture(name="_recipe_client")
+def _recipe_client_fixture(_client_server):
+    with _recipe_no_threads(), _RecipeClient(_client_server.url) as client:
+        yield client
+
+
+def _recipe_absent(client, key):
+    try:
+        client.get(key, quorum=True)
+    except pyetcd_client.KeyNotFound:
+        return True
+    return False
+
+
+_RECIPE_FATES = ("unsent", "unheard", "lost")
+
+
+# -- leases
+
+def test_recipe_import_starts_no_thread():
+    result = _client_python(
+        "-c", "import threading, pyetcd_client; print(threading.active_count())")
+    assert (result.returncode, result.stdout) == (0, b"1\n")
+
+
+def test_recipe_lease_outlives_its_ttl_wakes_nobody_and_goes_with_stop(_recipe_client, _client_dir):
+    key = _client_dir + "/k"
+    with pyetcd_client.Lease(_recipe_client, key, "me", ttl=1) as lease:
+        made = _recipe_client.get(key)
+        _client_eventually(lambda: _recipe_client.get(key).modified_index > made.modified_index + 3)
+        assert lease.alive
+        found = _recipe_client.get(key)
+        names = [t.name for t in threading.enumerate() if t.name.startswith("pyetcd-")]
+        assert names == [f"pyetcd-heartbeat {key}"]
+        assert (found.value, found.created_index) == ("me", made.created_index)
+        with pytest.raises(pyetcd_client.WatchTimeout):
+            _recipe_client.watch(key, index=made.modified_index + 1, timeout=0.1)
+    assert not lease.alive and _recipe_absent(_recipe_client, key)
+
+
+def test_recipe_lease_stays_lost(_recipe_client, _client_dir):
+    key = _client_dir + "/k"
+    lost = threading.Event()
+    lease = pyetcd_client.Lease(_recipe_client, key, ttl=1, on_lost=lost.set).start()
+    _recipe_client.set(key, "other")            # a new owner
+    assert lost.wait(_CLIENT_WAIT_S) and not lease.alive
+    assert lease.stop() is False
+    assert _recipe_client.get(key).value == "other"         # and stop has not removed its file
+
+
+def test_recipe_lease_that_was_over_is_not_revived_by_a_late_renewal(_recipe_client, _client_dir):
+    with pyetcd_client.Lease(_recipe_client, _client_dir + "/k", ttl=30) as lease:
+        lease._expires_at = pyetcd_client._clock()
+        lease._renew()
+        assert not lease.alive and not lease.alive
+
+
+def test_recipe_lease_of_another_is_refused(_recipe_client, _client_dir):
+    key = _client_dir + "/k"
+    _recipe_client.set(key, "other")
+    with pytest.raises(pyetcd_client.NodeExists):
+        pyetcd_client.Lease(_recipe_client, key, "me").start()
+
+
+def test_recipe_lease_arguments():
+    with Client(_client_dead_url()) as client:
+        for ttl in (0, -1):
+            with pytest.raises(ValueError, match="ttl"):
+                pyetcd_client.Lease(client, "k", ttl=ttl)
+        with pytest.raises(ValueError, match="empty"):
+            pyetcd_client.Lease(client, "k", "")
+
+
+@pytest.mark.parametrize("fate", _RECIPE_FATES)
+def test_recipe_lease_is_made_once_whatever_becomes_of_the_answer(
+        _recipe_client, _client_dir, fate):
+    key = _client_dir + "/k"
+    _recipe_client.fault = _recipe_first(fate, "PUT", 2)
+    with pyetcd_client.Lease(_recipe_client, key, ttl=5) as lease:
+        assert lease.alive and _recipe_client.get(key).value == lease.value
+        assert _recipe_client.get(_client_dir).etcd_index >= lease._index
+
+
+@pytest.mark.parametrize("fate", (*_RECIPE_FATES, "late"))
+def test_recipe_renewals_with_lost_answers_keep_the_file(_recipe_client, _client_dir, fate):
+    with pyetcd_client.Lease(_recipe_client, _client_dir + "/k", ttl=30) as lease:
+        for _ in range(3):
+            before = lease._expires_at
+            _recipe_client.fault = _recipe_first(fate, "PUT")
+            with pytest.raises(pyetcd_client.ConnectionFailed):
+                lease._renew()
+            assert lease._expires_at == before and lease.alive
+            lease._renew()
+            assert lease._expires_at > before
+
+
+def test_recipe_late_renewal_cannot_take_effect_after_a_later_one(_recipe_client, _client_dir):
+    with pyetcd_client.Lease(_recipe_client, _client_dir + "/k", ttl=30) as lease:
+        lease._renew()
+        _recipe_client.fault = _recipe_first("late", "PUT")
+        with pytest.raises(pyetcd_client.ConnectionFailed):
+            lease._renew()
+        lease._renew()
+        assert (_recipe_client.deliver(), lease.alive) == (0, True)
+
+
+def test_recipe_lease_works_where_refresh_is_unknown(_recipe_client, _client_dir):
+    """etcd before 2.3 ignores the parameter: what is sent must not empty the value."""
+    class OldServerClient(_RecipeClient):
+        def _perform(self, call, *more, **options):
+            form = call.form and call.form.replace(b"refresh=true", b"unknown=true")
+            return super()._perform(call._replace(form=form) if hasattr(call, "_replace")
+                                    else dataclasses.replace(call, form=form), *more, **options)
+    with OldServerClient(_recipe_client.endpoints.current) as client:
+        with pyetcd_client.Lease(client, _client_dir + "/k", ttl=30) as lease:
+            for _ in range(2):
+                lease._renew()
+                assert client.get(_client_dir + "/k").value == lease.value
+
+
+def test_recipe_heartbeat_keeps_a_file_of_another(_recipe_client, _client_dir):
+    key = _client_dir + "/k"
+    with pytest.raises(pyetcd_client.KeyNotFound):
+        pyetcd_client.Heartbeat(_recipe_client, key, ttl=20).start()
+    _recipe_client.set(key, "v", ttl=2)
+    with pyetcd_client.Heartbeat(_recipe_client, key, ttl=20) as heartbeat:
+        assert heartbeat.alive and heartbeat.value == "v"
+        assert _recipe_client.get(key).node.ttl > 10
+    assert not heartbeat.alive and _recipe_client.get(key).value == "v"
+
+
+# -- locks
+
+def _recipe_lock(client, directory, **options):
+    return pyetcd_client.Lock(client, directory.strip("/"), **options)
+
+
+def test_recipe_lock_is_given_in_order_with_rising_tokens(_recipe_client, _client_dir):
+    locks = [_recipe_lock(_recipe_client, _client_dir) for _ in range(4)]
+    order = []
+
+    def work(lock):
+        with lock:
+            assert sum(other.is_held for other in locks) == 1
+            order.append((locks.index(lock), lock.token))
+
+    with contextlib.ExitStack() as stack:
+        assert locks[0].acquire()
+        first = locks[0].token
+        for number, lock in enumerate(locks[1:]):
+            stack.enter_context(_client_background(work, lock))
+            _client_eventually(lambda n=number: len(locks[0].contenders()) == n + 2)
+        assert locks[0].release() is True
+    tokens = [first, *(token for _, token in order)]
+    assert [number for number, _ in order] == [1, 2, 3]
+    assert tokens == sorted(set(tokens)) and locks[0].token == 0
+    assert locks[0].contenders() == []
+
+
+def test_recipe_lock_release_wakes_only_the_next(_recipe_client, _client_server, _client_dir):
+    clients = [_RecipeClient(_client_server.url) for _ in range(5)]
+    go_on = threading.Event()
+
+    def work(client):
+        with _recipe_lock(client, _client_dir):
+            go_on.wait(_CLIENT_WAIT_S)
+
+    with contextlib.ExitStack() as stack:
+        lock = _recipe_lock(_recipe_client, _client_dir)
+        lock.acquire()
+        for number, client in enumerate(clients):
+            stack.enter_context(_client_background(work, client))
+            _client_eventually(lambda n=number: len(lock.contenders()) == n + 2)
+        _client_eventually(lambda: all(client.count("GET") == 1 for client in clients))
+        lock.release()
+        _client_eventually(lambda: clients[0].count("GET") == 2)
+        gets = [client.count("GET") for client in clients]
+        go_on.set()
+    assert gets == [2, 1, 1, 1, 1]
+
+
+def test_recipe_lock_who_gives_up_leaves_nothing(
+        _recipe_client, _client_server, _client_dir, monkeypatch):
+    monkeypatch.setattr(pyetcd_client, "WAIT_SLICE_S", 0.3)
+    with Client(_client_server.url) as other, _recipe_lock(other, _client_dir) as held:
+        lock = _recipe_lock(_recipe_client, _client_dir)
+        assert lock.acquire(blocking=False) is False
+        assert lock.acquire(timeout=0.05) is False
+        with _client_background(lock.acquire) as outcome:
+            _client_eventually(lambda: len(held.contenders()) == 2)
+            lock.cancel()
+        assert outcome == [False]
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+        monkeypatch.setattr(lock, "_blocker", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            lock.acquire()
+        assert held.contenders() == [held.uuid] and held.is_held and not lock.is_held
+
+
+def test_recipe_lock_is_known_to_be_lost_before_another_gets_it(
+        _recipe_client, _client_server, _client_dir):
+    lost = []
+    lock = _recipe_lock(_recipe_client, _client_dir, ttl=1,
+                        on_lost=lambda: lost.append((lock.is_held, lock.token)))
+    with lock, Client(_client_server.url) as other:
+        _recipe_cut(_recipe_client)
+        with _recipe_lock(other, _client_dir):
+            assert not lock.is_held
+            with pytest.raises(pyetcd_client.LockExpired):
+                lock.check()
+        _client_eventually(lambda: lost)
+        _recipe_client.fault = lambda call: None
+    assert lost == [(False, 0)]
+
+
+def test_recipe_lock_lost_by_removal_can_be_acquired_again(_recipe_client, _client_dir):
+    lost = threading.Event()
+    lock = _recipe_lock(_recipe_client, _client_dir, ttl=1, on_lost=lost.set)
+    with lock:
+        token = lock.token
+        _recipe_client.delete(lock.path, recursive=True)
+        assert lost.wait(_CLIENT_WAIT_S)
+        assert lock.acquire() and lock.token > token
+
+
+def test_recipe_lock_waiter_that_was_removed_stands_in_line_again(_recipe_client, _client_dir):
+    held, lock = (_recipe_lock(_recipe_client, _client_dir, ttl=1) for _ in range(2))
+    held.acquire()
+    with _client_background(lock.acquire) as outcome:
+        entry = _client_eventually(lambda: _recipe_client.ls(held.path)[1:])[0]
+        _recipe_client.delete(entry.key)
+        _client_eventually(lambda: [node for node in _recipe_client.ls(held.path)[1:]
+                                    if node.key != entry.key])
+        held.release()
+    assert outcome == [True]
+    lock.release()
+
+
+@pytest.mark.parametrize("fate", _RECIPE_FATES)
+def test_recipe_lock_one_acquire_makes_one_entry(_recipe_client, _client_dir, fate):
+    _recipe_client.fault = _recipe_first(fate, "POST", 2)
+    with _recipe_lock(_recipe_client, _client_dir) as lock:
+        assert lock.contenders() == [lock.uuid]
+        # What was found again is not written again.
+        assert _recipe_client.count("POST") == (1 if fate == "unheard" else 3)
+    assert lock.contenders() == []
+
+
+def test_recipe_lock_second_entry_that_arrives_late_is_swept_away(_recipe_client, _client_dir):
+    _recipe_client.fault = _recipe_first("late", "POST")
+    with _recipe_lock(_recipe_client, _client_dir) as lock:
+        assert _recipe_client.deliver() == 1
+        assert lock.contenders() == [lock.uuid] * 2 and lock.is_held
+    assert lock.contenders() == []
+
+
+def test_recipe_lock_release_with_lost_answers(_recipe_client, _client_dir):
+    lock = _recipe_lock(_recipe_client, _client_dir)
+    lock.acquire()
+    _recipe_client.fault = _recipe_first("unheard", "DELETE", 2)
+    assert lock.release() is True and lock.contenders() == []
+    assert lock.release() is False
+
+
+def test_recipe_lock_has_the_interface_of_python_etcd(_recipe_client, _client_dir):
+    lock = _recipe_lock(_recipe_client, _client_dir)
+    assert lock.acquire(blocking=True, lock_ttl=60, timeout=0) and lock.is_acquired
+    entry = _recipe_client.ls(lock.path)[0]
+    assert lock.path == "/_locks" + _client_dir and lock.name == _client_dir[1:]
+    assert entry.value == lock.uuid and 50 < entry.ttl <= 60
+    assert lock.acquire(lock_ttl=100)           # renews, as there
+    assert _recipe_client.ls(lock.path)[0].ttl > 60
+    lock.release()
+    assert not lock.is_acquired and lock.uuid == ""
+
+
+def test_recipe_lock_stands_in_one_line_with_python_etcd(
+        _recipe_client, _client_server, _client_dir):
+    etcd = pytest.importorskip("etcd")
+    host, port = _client_server.url[7:].split(":")
+    theirs = etcd.Lock(etcd.Client(host=host, port=int(port)), _client_dir[1:])
+    with _recipe_lock(_recipe_client, _client_dir) as ours:
+        assert theirs.acquire(blocking=False) is False
+    assert theirs.acquire() is True
+    with _client_background(ours.acquire) as outcome:
+        before = _client_eventually(lambda: ours._watching)
+        assert theirs.acquire(lock_ttl=60) is True      # renews by an unconditional write
+        _client_eventually(lambda: ours._watching is not before)
+        assert outcome == [] and len(ours.contenders()) == 2
+        theirs.release()
+    assert outcome == [True] and ours.release()
+
+
+def test_recipe_lock_threads_that_share_it_exclude_each_other(_recipe_client, _client_dir):
+    lock = _recipe_lock(_recipe_client, _client_dir)
+    with lock:
+        with _client_background(lock.acquire, False) as outcome:
+            _client_eventually(lambda: outcome)
+        assert outcome == [False]
+        with _client_background(lock.acquire, True, None, 0.05) as outcome:
+            _client_eventually(lambda: outcome)
+        assert outcome == [False] and lock.is_held
+        assert lock.contenders() == [lock.uuid]
+
+
+def test_recipe_lock_of_a_forked_child_is_not_held(_recipe_client, _client_dir, monkeypatch):
+    with _recipe_lock(_recipe_client, _client_dir) as lock:
+        parent = os.getpid()
+        with monkeypatch.context() as child:
+            child.setattr(pyetcd_client.os, "getpid", lambda: parent + 1)
+            assert not lock.is_held and lock._held.stop() is False
+        assert lock.is_held and lock.contenders() == [lock.uuid]
+
+
+def test_recipe_lock_without_a_server_says_so(monkeypatch):
+    monkeypatch.setattr(pyetcd_client, "OUTAGE_S", 0.2)
+    with Client(_client_dead_url()) as client, pytest.raises(pyetcd_client.ConnectionFailed):
+        pyetcd_client.Lock(client, "x").acquire()
+
+
+def test_recipe_rlock_needs_as_many_releases_as_acquires(_recipe_client, _client_dir):
+    lock = pyetcd_client.RLock(_recipe_client, _client_dir[1:], ttl=2)
+    lost = threading.Event()
+    lock._on_lost = lost.set
+    with lock, lock:
+        assert lock.acquire()
+        assert lock.release() and lock.contenders() == [lock.uuid]
+    assert not lock.is_held and lock.contenders() == []
+    with lock:
+        _recipe_client.delete(lock.path, recursive=True)
+        assert lost.wait(_CLIENT_WAIT_S)
+        assert lock.acquire() is False          # the outer block goes on without the lock
+        with pytest.raises(pyetcd_client.LockExpired), lock:
+            pass
+    assert lock.acquire() and lock.release()
+
+
+def test_recipe_rwlock_readers_share_and_writers_do_not(_recipe_client, _client_dir):
+    both = pyetcd_client.RWLock(_recipe_client, _client_dir)
+    with both.read_lock() as first, both.read_lock() as second:
+        assert first.is_held and second.is_held
+        writer = both.write_lock()
+        assert writer.acquire(blocking=False) is False
+        with _client_background(writer.acquire) as outcome:
+            _client_eventually(lambda: len(first.contenders()) == 3)
+            # A reader that comes after a writer waits for it.
+            assert both.read_lock().acquire(timeout=0.05) is False
+            assert outcome == []
+            first.release(), second.release()
+        assert outcome == [True] and both.read_lock().acquire(blocking=False) is False
+        writer.release()
+    assert first.contenders() == []
+
+
+def test_recipe_semaphore_lets_in_as_many_as_its_limit(_recipe_client, _client_dir):
+    units = [pyetcd_client.Semaphore(_recipe_client, _client_dir, 2) for _ in range(6)]
+    for unit in units[:2]:
+        assert unit.acquire()
+    with contextlib.ExitStack() as stack:
+        outcomes = []
+        for number, unit in enumerate(units[2:]):
+            outcomes.append(stack.enter_context(_client_background(unit.acquire)))
+            _client_eventually(lambda n=number: len(units[0].contenders()) == n + 3)
+        assert not any(outcomes)
+        for released in range(4):               # out of order: what counts is the number
+            units[(1, 0, 3, 2)[released]].release()
+            # Sooner than WAIT_SLICE_S, after which a waiter looks without having been woken.
+            _client_eventually(lambda n=released: outcomes[n] == [True], timeout_s=10)
+            assert sum(unit.is_held for unit in units) == 2
+    assert [unit.release() for unit in units[4:]] == [True, True]
+
+
+def test_recipe_semaphore_notices_another_limit(_recipe_client, _client_dir):
+    with pyetcd_client.Semaphore(_recipe_client, _client_dir, 2):
+        with pytest.raises(ValueError, match="limit=3"):
+            pyetcd_client.Semaphore(_recipe_client, _client_dir, 3).acquire()
+    with pytest.raises(ValueError, match="at least 1"):
+        pyetcd_client.Semaphore(_recipe_client, _client_dir, 0)
+
+
+def test_recipe_election_leaders_follow_each_other(_recipe_client, _client_server, _client_dir):
+    first, second = (pyetcd_client.Election(_recipe_client, _client_dir, name, ttl=1)
+                     for name in ("a:1", "b"))
+    with Client(_client_server.url) as observer:
+        seen = pyetcd_client.Election(observer, _client_dir).observe(timeout=_CLIENT_WAIT_S)
+        assert next(seen) is None
+        assert first.campaign() and first.is_leader
+        with _client_background(second.campaign) as outcome:
+            _client_eventually(lambda: len(first.contenders()) == 2)
+            leaders = [next(seen)]
+            assert outcome == [] and second.campaign(timeout=0.01) is False
+            first.resign()
+            leaders.append(next(seen))
+        assert outcome == [True] and second.leader() == leaders[1] == ("b", second.token)
+        assert leaders[0].value == "a:1" and leaders[0].token < leaders[1].token
+        assert second.resign() and next(seen) is None and second.leader() is None
+
+
+def test_recipe_election_observer_times_out(_recipe_client, _client_dir):
+    seen = pyetcd_client.Election(_recipe_client, _client_dir).observe(timeout=0.05)
+    assert next(seen) is None
+    with pytest.raises(pyetcd_client.WatchTimeout):
+        next(seen)
+
+
+# -- queues, barriers, counters
+
+def test_recipe_queue_is_first_in_first_out(_recipe_client, _client_dir):
+    queue = pyetcd_client.Queue(_recipe_client, _client_dir)
+    assert queue.get(timeout=0) is None
+    for value in ("a", "b", "", "a"):
+        queue.put(value)
+    assert len(queue) == 4
+    assert [queue.get(0) for _ in range(5)] == ["a", "b", "", "a", None]
+    assert len(queue) == 0 and queue.get(timeout=0.05) is None
+
+
+@pytest.mark.parametrize("fate", _RECIPE_FATES)
+def test_recipe_queue_lost_answers_neither_lose_nor_double(_recipe_client, _client_dir, fate):
+    queue, got = pyetcd_client.Queue(_recipe_client, _client_dir), []
+    for value in "abc":
+        _recipe_client.fault = _recipe_first(fate, "PUT")
+        queue.put(value)
+        _recipe_client.fault = _recipe_first(fate, "PUT")
+        got.append(queue.get(timeout=0))
+    assert got == ["a", "b", "c"] and queue.get(0) is None
+
+
+def test_recipe_queue_put_again_after_it_was_taken_adds_nothing(_recipe_client, _client_dir):
+    """The answer to the first attempt is lost, and a consumer faster than the second."""
+    queue, got = pyetcd_client.Queue(_recipe_client, _client_dir), []
+
+    def fault(call):
+        if call.method == "PUT" and b"prevExist=false" in (call.form or b"") and not got:
+            super(_RecipeClient, _recipe_client)._perform(call)
+            got.append("")
+            got.append(queue.get(timeout=0))
+            return "lost"
+        return None
+    _recipe_client.fault = fault
+    queue.put("once")
+    assert got == ["", "once"] and queue.get(0) is None
+
+
+def test_recipe_queue_late_claim_of_a_taken_item_fails(_recipe_client, _client_dir):
+    queue = pyetcd_client.Queue(_recipe_client, _client_dir)
+    queue.put("a")
+    _recipe_client.fault = _recipe_first("late", "PUT")
+    assert queue.get(0) == "a"
+    assert _recipe_client.deliver() == 0
+
+
+def test_recipe_queue_item_wakes_one_of_the_waiting(_recipe_client, _client_server, _client_dir):
+    clients = [_RecipeClient(_client_server.url) for _ in range(3)]
+    line = pyetcd_client.Contender(_recipe_client, _client_dir + "/_waiting")
+    with contextlib.ExitStack() as stack:
+        outcomes = []
+        for number, client in enumerate(clients):
+            consumer = pyetcd_client.Queue(client, _client_dir)
+            outcomes.append(stack.enter_context(_client_background(consumer.get)))
+            _client_eventually(lambda n=number: len(line.contenders()) == n + 1)
+        _client_eventually(lambda: clients[2].count("GET") == 2)
+        before = clients[2].count("GET")
+        queue = pyetcd_client.Queue(_recipe_client, _client_dir)
+        queue.put("a")
+        _client_eventually(lambda: outcomes[0])
+        assert outcomes == [["a"], [], []] and clients[2].count("GET") == before
+        queue.put("b"), queue.put("c")
+    assert outcomes == [["a"], ["b"], ["c"]]
+
+
+def test_recipe_queue_taken_item_comes_back_unless_it_is_done(_recipe_client, _client_dir):
+    queue = pyetcd_client.Queue(_recipe_client, _client_dir, ttl=1)
+    queue.put("a")
+    with pytest.raises(ZeroDivisionError), queue.take(timeout=0) as item:
+        assert item.is_held and len(queue) == 1
+        with pytest.raises(pyetcd_client.WatchTimeout):
+            queue.take(timeout=0)
+        1 / 0  # noqa: B018
+    crashed = queue.take(timeout=0)
+    crashed._lease._stopped.set()
+    crashed._lease._thread.join()
+    with queue.take(timeout=_CLIENT_WAIT_S) as item:
+        assert item.value == "a" and not crashed.is_held
+    assert crashed.done() is False and len(queue) == 0
+
+
+def test_recipe_queue_take_notices_that_its_look_was_stale(_recipe_client, _client_dir):
+    one, two = (pyetcd_client.Queue(_recipe_client, _client_dir) for _ in range(2))
+    one.put("a"), one.put("b")
+    assert one.take(timeout=0).done() is True   # and has seen b
+    assert two.take(timeout=0).done() is True
+    with pytest.raises(pyetcd_client.WatchTimeout):
+        one.take(timeout=0)
+
+
+def test_recipe_barrier_opens_for_all(_recipe_client, _client_dir):
+    barrier = pyetcd_client.Barrier(_recipe_client, _client_dir + "/b")
+    assert barrier.wait(timeout=0) is True and barrier.remove() is False
+    assert barrier.create() is True and barrier.create() is False
+    assert barrier.wait(timeout=0.05) is False
+    with _client_background(barrier.wait) as one, _client_background(barrier.wait) as two:
+        _recipe_client.fault = _recipe_first("unheard", "DELETE")
+        assert barrier.remove() is True
+    assert one == two == [True]
+    barrier.create(ttl=50)
+    assert _recipe_client.get(barrier.path).node.ttl == 50
+
+
+def test_recipe_double_barrier_rounds_begin_and_end_together(_recipe_client, _client_dir):
+    inside, log, lock = [], [], threading.Lock()
+
+    def take_part(name):
+        barrier = pyetcd_client.DoubleBarrier(_recipe_client, _client_dir, size=3)
+        for number in range(3):
+            with barrier:
+                with lock:
+                    inside.append((number, name))
+                _client_eventually(lambda n=number: sum(r == n for r, _ in inside) == 3)
+            with lock:
+                log.append((number, len(inside)))
+
+    with contextlib.ExitStack() as stack:
+        outcomes = [stack.enter_context(_client_background(take_part, n)) for n in range(3)]
+    assert outcomes == [[None]] * 3
+    assert [number for number, _ in inside] == sorted(n for n, _ in inside)
+    assert all(entered >= 3 * (number + 1) for number, entered in log)
+
+
+def test_recipe_double_barrier_who_waits_in_vain_is_not_counted(_recipe_client, _client_dir):
+    barrier = pyetcd_client.DoubleBarrier(_recipe_client, _client_dir, size=2)
+    assert barrier.enter(timeout=0.05) is False
+    assert _recipe_client.ls(_client_dir + "/members") == []
+    other = pyetcd_client.DoubleBarrier(_recipe_client, _client_dir, size=2)
+    with _client_background(other.enter) as outcome:
+        assert barrier.enter() is True
+    assert outcome == [True] and barrier.leave(timeout=0.05) is False
+    assert other.leave() and barrier.leave()
+    assert barrier.enter(timeout=0.05) is False     # the next round needs two again
+
+
+@pytest.mark.parametrize("fate", (*_RECIPE_FATES, "late"))
+def test_recipe_counter_counts_each_change_once(_recipe_client, _client_dir, fate):
+    counter = pyetcd_client.Counter(_recipe_client, _client_dir + "/n", initial=10)
+    assert counter.value == 10
+    for expected in range(11, 16):
+        _recipe_client.fault = _recipe_first(fate, "PUT")
+        assert counter.add() == expected
+        assert _recipe_client.deliver() == 0
+    assert counter.add(-5) == 10 == counter.value
+
+
+def test_recipe_counter_finds_its_change_below_those_of_others(_recipe_client, _client_dir):
+    key = _client_dir + "/n"
+    counter, other = (pyetcd_client.Counter(_recipe_client, key) for _ in range(2))
+
+    def fault(call):
+        if call.method != "PUT":
+            return None
+        super(_RecipeClient, _recipe_client)._perform(call)
+        _recipe_client.fault = lambda call: None
+        other.add(5)
+        return "late"
+    _recipe_client.fault = fault
+    assert counter.add() == 1 and counter.value == 6
+
+
+def test_recipe_counter_says_so_when_it_cannot_know(_recipe_client, _client_dir, monkeypatch):
+    monkeypatch.setattr(pyetcd_client, "COUNTER_WRITERS", 2)
+    key = _client_dir + "/n"
+
+    def fault(call):
+        if call.method != "PUT":
+            return None
+        _recipe_client.fault = lambda call: None
+        for _ in range(2):
+            pyetcd_client.Counter(_recipe_client, key).add()
+        return "lost"
+    _recipe_client.fault = fault
+    with pytest.raises(pyetcd_client.ConnectionFailed) as caught:
+        pyetcd_client.Counter(_recipe_client, key).add()
+    assert caught.value.maybe_applied
+
+
+def test_recipe_counter_reads_a_number_that_others_wrote(_recipe_client, _client_dir):
+    counter = pyetcd_client.Counter(_recipe_client, _client_dir + "/n")
+    _recipe_client.set(counter.path, "41")
+    assert counter.add() == 42
+    for text in ("many", ""):
+        _recipe_client.set(counter.path, text)
+        with pytest.raises(ValueError):
+            counter.add()
+
+
+# -- copies and services
+
+def _recipe_names(tree):
+    return {key[len(tree.path):]: node.value for key, node in tree.snapshot().items()}
+
+
+def test_recipe_cached_tree_follows_the_directory(_recipe_client, _client_dir, monkeypatch):
+    monkeypatch.setattr(pyetcd_client, "WAIT_SLICE_S", 0.3)
+    changes = []
+    _recipe_client.set(_client_dir + "/d/a", "1")
+    tree = pyetcd_client.CachedTree(
+        _recipe_client, _client_dir, on_change=lambda *change: changes.append(change))
+    with tree:
+        assert _recipe_names(tree) == {"/d/a": "1"} and not changes
+        _recipe_client.set(_client_dir + "/d/_hidden", "x")
+        _recipe_client.set(_client_dir + "/d/b", "2")
+        index = _recipe_client.set(_client_dir + "/d/a", "3").modified_index
+        assert tree.wait_for(index, _CLIENT_WAIT_S)
+        assert tree[_client_dir + "/d/a"].value == "3" and len(tree) == 2 == len(list(tree))
+        index = _recipe_client.delete(_client_dir + "/d", recursive=True).modified_index
+        assert tree.wait_for(index, _CLIENT_WAIT_S) and dict(tree) == {}
+        _recipe_client.set(_client_dir + "/f", "4")
+        _recipe_client.delete(_client_dir + "/f")
+        index = _recipe_client.set(_client_dir + "/f/g", "5").modified_index
+        assert tree.wait_for(index, _CLIENT_WAIT_S) and _recipe_names(tree) == {"/f/g": "5"}
+        # etcd 2.3 tells of hidden keys what it finds in its history.
+        assert tree._covers(_client_dir + "/f") and not tree._covers(_client_dir + "/_d/f")
+        assert tree._covers(_client_dir) and not tree._covers(_client_dir + "2/f")
+        assert tree.error is None and not tree.wait_for(tree.index + 1000, 0.01)
+    told = [(key[len(_client_dir):], old and old.value, new and new.value)
+            for key, old, new in changes]
+    assert told == [("/d/b", None, "2"), ("/d/a", "1", "3"), ("/d/a", "3", None),
+                    ("/d/b", "2", None), ("/f", None, "4"), ("/f", "4", None),
+                    ("/f/g", None, "5")]
+
+
+def test_recipe_cached_tree_reads_anew_what_it_has_missed(tmp_path, monkeypatch):
+    monkeypatch.setattr(pyetcd_client, "WAIT_SLICE_S", 0.2)
+    with pyetcd.Server(data_dir=str(tmp_path / "d"), history_events=10) as server, \
+            _recipe_no_threads():
+        server.wait_ready()
+        client, changes = Client(server.client_urls[0]), []
+        for name in ("same", "changed", "removed"):
+            client.set(f"/c/{name}", "1")
+        tree = pyetcd_client.CachedTree(
+            client, "/c", on_change=lambda key, old, new: changes.append((key, new and new.value)))
+        tree._load(1.0)
+        for number in range(20):                # before it follows: the history is too short
+            client.set("/c/changed", str(number))
+        client.delete("/c/removed")
+        index = client.set("/c/added", "2").modified_index
+        with tree:
+            assert tree.wait_for(index, _CLIENT_WAIT_S)
+            names = _recipe_names(tree)
+        client.close()
+    assert names == {"/same": "1", "/changed": "19", "/added": "2"}
+
+
+def test_recipe_registry_lists_who_lives(_recipe_client, _client_dir):
+    registry = pyetcd_client.ServiceRegistry(_recipe_client, _client_dir, ttl=1)
+    seen = registry.watch("mail", timeout=_CLIENT_WAIT_S)
+    assert next(seen) == [] == registry.resolve("mail")
+    missed = threading.Event()
+    with registry.register("mail", "a:25", on_lost=missed.set) as first:
+        assert [instance.address for instance in next(seen)] == ["a:25"]
+        with registry.register("mail", "b:25"):
+            addresses = [instance.address for instance in registry.resolve("mail")]
+            assert addresses == ["a:25", "b:25"] and len(next(seen)) == 2
+        assert len(next(seen)) == 1
+        _recipe_client.delete(first.key)        # it lists itself again
+        assert missed.wait(_CLIENT_WAIT_S)
+        _client_eventually(lambda: registry.resolve("mail"))
+        assert _client_eventually(lambda: first.alive)
+    assert registry.resolve("mail") == []
+
+
+# -- all at once, with every fault
+
+class _RecipeChaos:
+    """Chooses faults by chance, and delivers late writes some time later."""
+
+    KINDS = ("unsent", "unheard", "unheard", "lost", "late")
+
+    def __init__(self, seed, rate):
+        self.rng, self.rate = random.Random(seed), rate
+
+    def __call__(self, call):
+        return self.rng.choice(self.KINDS) if self.rng.random() < self.rate else None
+
+
+@contextlib.contextmanager
+def _recipe_postman(clients):
+    """Deliver the late writes of `clients` from time to time."""
+    over = threading.Event()
+
+    def run():
+        while not over.wait(0.05):
+            for client in clients:
+                with contextlib.suppress(pyetcd_client.EtcdError):
+                    client.deliver()
+
+    with _client_background(run):
+        yield
+        over.set()
+
+
+class _RecipeWitness:
+    """What several threads saw: who was inside when, with which token, and what it did."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.spans = []                         # (token, entered, left) while the lock was held
+        self.counted = 0
+        self.put, self.got = [], []
+
+    def note(self, name, value):
+        with self.lock:
+            getattr(self, name).append(value)
+
+    def check(self, counter_value):
+        spans = sorted(self.spans)
+        assert len({token for token, _, _ in spans}) == len(spans)
+        for (_, _, left), (_, entered, _) in zip(spans, spans[1:]):
+            assert left <= entered, "two held the lock at the same time, or tokens do not rise"
+        assert counter_value == self.counted
+        assert sorted(self.got) == sorted(self.put), "items lost or doubled"
+
+
+def _recipe_worker(client, directory, name, witness, end):
+    """Take a lock, count, put and get, until `end` says so."""
+    lock = pyetcd_client.Lock(client, directory[1:] + "/lock", ttl=2)
+    counter = pyetcd_client.Counter(client, directory + "/n")
+    queue = pyetcd_client.Queue(client, directory + "/q")
+    for number in itertools.count():
+        if end.is_set():
+            return
+        if lock.acquire(timeout=2):
+            entered, token = time.monotonic(), lock.token
+            counter.add()
+            left, held = time.monotonic(), lock.is_held
+            lock.release()
+            with witness.lock:
+                witness.counted += 1
+                if held and token:
+                    witness.spans.append((token, entered, left))
+        queue.put(f"{name}.{number}")
+        witness.note("put", f"{name}.{number}")
+        item = queue.get(timeout=0)
+        if item is not None:
+            witness.note("got", item)
+
+
+def _recipe_storm(clients, directory, seconds, disturb=lambda: None):
+    """Let a worker per client run; return the number of locks held and items passed on."""
+    witness, end = _RecipeWitness(), threading.Event()
+    with contextlib.ExitStack() as stack:
+        outcomes = [stack.enter_context(_client_background(
+            _recipe_worker, client, directory, name, witness, end))
+            for name, client in enumerate(clients)]
+        disturb()
+        end.wait(seconds)
+        end.set()
+    assert outcomes == [[None]] * len(clients), outcomes
+    for client in clients:
+        client.fault = lambda call: None
+        client.deliver()
+    rest = pyetcd_client.Queue(clients[0], directory + "/q")
+    for item in iter(lambda: rest.get(timeout=0), None):
+        witness.got.append(item)
+    witness.check(pyetcd_client.Counter(clients[0], directory + "/n").value)
+    return len(witness.spans), len(witness.got)
+
+
+def test_recipe_storm_excludes_and_counts_and_hands_out_once(_client_server, _client_dir):
+    seed = int(os.environ.get("PYETCD_RECIPE_SEED", random.randrange(10**6)))
+    print(f"PYETCD_RECIPE_SEED={seed}")
+    clients = [_RecipeClient(_client_server.url, _RecipeChaos(seed + n, 0.04)) for n in range(6)]
+    with _recipe_no_threads(), _recipe_postman(clients):
+        held, items = _recipe_storm(clients, _client_dir, 1.5)
+    assert held and items
+
+
+@contextlib.contextmanager
+def _recipe_cluster(directory):
+    """Three members in this process; yields them by their ids."""
+    names = ("a", "b", "c")
+    servers = [pyetcd.Server(name=n, data_dir=str(directory / n), heartbeat_ms=50, election_ms=300)
+               for n in names]
+    try:
+        for server in servers:
+            server.bind()
+        initial = ",".join(f"{s.config.name}={s.peer_urls[0]}" for s in servers)
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:      # each asks the others first
+            list(pool.map(lambda server: server.start(initial_cluster=initial), servers))
+        assert all(server.wait_ready(20) for server in servers)
+        yield {server.call(lambda etcd: etcd.member_id): server for server in servers}
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def test_recipe_storm_survives_the_death_of_the_leader(tmp_path, monkeypatch):
+    # Writes that are given up early are really on their way still, some in the old leader's log.
+    monkeypatch.setattr(pyetcd_client, "CALL_TIMEOUT_S", 0.5)
+    seed = int(os.environ.get("PYETCD_RECIPE_SEED", random.randrange(10**6)))
+    print(f"PYETCD_RECIPE_SEED={seed}")
+    with _recipe_cluster(tmp_path) as servers, _recipe_no_threads():
+        urls = [server.client_urls[0] for server in servers.values()]
+        clients = []
+        for number in range(5):
+            client = _RecipeClient(urls[0], _RecipeChaos(seed + number, 0.02))
+            rotated = urls[number % 3:] + urls[:number % 3]
+            client.endpoints = pyetcd_client.Endpoints(rotated)
+            clients.append(client)
+
+        def kill_leader():
+            threading.Event().wait(0.5)
+            lead = next(iter(servers.values())).call(lambda etcd: etcd.lead)
+            servers[lead].kill()
+
+        with _recipe_postman(clients):
+            held, items = _recipe_storm(clients, "/storm", 2.0, kill_leader)
+    assert held and items
+
+
+# -- the chapter of the README
+
+def _recipe_examples():
+    text = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    chapter = re.search(r"^## Recipes\n(.*?)^## ", text, re.M | re.S)
+    return re.findall(r"^```python\n(.*?)^```", chapter[1], re.M | re.S) if chapter else []
+
+
+@pytest.mark.parametrize("number", range(len(_recipe_examples())))
+def test_recipe_example_of_the_readme_runs(number, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pyetcd_client, "WAIT_SLICE_S", 0.3)
+    code = _recipe_examples()[number]
+    with _recipe_no_threads(), pyetcd.Server(data_dir=str(tmp_path / "d")) as server:
+        server.wait_ready()
+        with Client(server.client_urls[0]) as client:
+            exec(compile(code, f"README.md, Recipes, example {number}", "exec"),
+                 {"client": client})
+    promised = re.findall(r"^ *print\(.*\) +# (.+)$", code, re.M)
+    assert capsys.readouterr().out.splitlines() == promised
+
+
+def test_recipe_chapter_names_every_recipe():
+    text = "\n".join(_recipe_examples())
+    recipes = ("Lock", "RLock", "RWLock", "Semaphore", "Election", "Lease", "Heartbeat", "Queue",
+               "Barrier", "DoubleBarrier", "Counter", "CachedTree", "ServiceRegistry")
+    assert [name for name in recipes if not re.search(rf"\b{name}\(", text)] == []
 
 
 # ============================================================================
