@@ -132,7 +132,7 @@ READ_TIMEOUT_S = 60.0           # silence of a server
 TOTAL_TIMEOUT_S = 30.0          # one call: over all endpoints, attempts and pieces of an answer
 SESSION_TIMEOUT_S = 10.0        # without an answer, until the connection counts as lost
 SYNC_INTERVAL_S = 60.0          # age at which the member list is asked for again
-SYNC_TIMEOUT_S = 5.0            # for asking; a call that waits for it goes on without after that
+SYNC_TIMEOUT_S = 2.0            # for asking; a call that waits for it goes on without after that
 IDLE_CLOSE_S = 3.0              # a connection that was idle for longer is not used again
 WATCH_POLL_S = 60.0             # a silent watch is asked anew, so that a dead peer is noticed
 BACKOFF_MIN_S = 0.05            # wait after a round in which every endpoint failed; doubled,
@@ -1573,7 +1573,7 @@ class _Caller:
         Those given at the start stay.  With `sync=True` for the constructor this happens by
         itself: after the first call, after a failover, and about every SYNC_INTERVAL_S seconds.
         """
-        self._learn_members(None)
+        self._learn_members(self._perform)
         return self.endpoints.urls
 
     @property
@@ -1639,8 +1639,9 @@ class _Caller:
     def _note_success(self, after_failures: bool) -> None:
         self._connectivity.report(True)
         if self._sync and (after_failures or time.monotonic() >= self._refresh_at):
-            with contextlib.suppress(EtcdError):
-                self._learn_members(SYNC_TIMEOUT_S)
+            with contextlib.suppress(EtcdError):    # the answer matters more
+                self._learn_members(lambda call: self._attempt(
+                    self.endpoints.current, call, time.monotonic() + SYNC_TIMEOUT_S))
 
     def _note_failure(self, endpoint: str, call: _Call[Any], error: EtcdError) -> None:
         """Give up `endpoint` if it failed; raise `error` again unless the next may be tried."""
@@ -1658,9 +1659,12 @@ class _Caller:
             self.endpoints.failed(endpoint)
 
     def _pause(self, rounds: int, failures: Mapping[str, EtcdError], deadline: float) -> None:
-        """Wait before the next round; raise what the last one brought if there must be none."""
+        """Wait before the next round; raise what the last one brought if there must be none.
+
+        Without a deadline there is one round: nobody wants to wait for ever for a dead cluster.
+        """
         pause_s = _backoff_s(rounds)
-        hopeless = not self._retry or all(map(_lasts, failures.values()))
+        hopeless = not self._retry or deadline == math.inf or all(map(_lasts, failures.values()))
         if hopeless or time.monotonic() + pause_s >= deadline:
             first, *others = failures.values()
             first.others = tuple(others)
@@ -1680,10 +1684,12 @@ class _Caller:
         if not self._sync:
             self._refresh_at = now + SYNC_INTERVAL_S
 
-    def _learn_members(self, timeout: Optional[float]) -> None:
+    def _learn_members(
+        self, perform: Callable[[_Call[List[Member]]], List[Member]],
+    ) -> None:
         self._refresh_at = time.monotonic() + SYNC_INTERVAL_S   # for other threads, and ours
-        call = _Call("GET", f"{self.version_prefix}/members", _parse_members, timeout=timeout)
-        urls = [url for member in self._perform(call) for url in member.client_urls]
+        call = _Call("GET", f"{self.version_prefix}/members", _parse_members)
+        urls = [url for member in perform(call) for url in member.client_urls]
         with contextlib.suppress(ValueError):       # nonsense in the list: keep what we have
             self.endpoints.learn([_base_url(url) for url in urls])
 

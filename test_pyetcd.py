@@ -13576,6 +13576,395 @@ def test_client_cli_reader_that_went_away(_client_server, _client, _client_dir):
 
 
 # ============================================================================
+# 17b. Client on the network -- deadlines, many servers, states, watches that outlive them
+# ============================================================================
+
+
+def _net_drip(head, body, gap_s=0.05):
+    """Return a reply that sends one byte after the other until the other side has enough."""
+    def drip(connection):
+        pause = threading.Event()
+        with contextlib.suppress(OSError):
+            connection.sendall(head)
+            for byte in body:
+                connection.sendall(bytes((byte,)))
+                pause.wait(gap_s)
+    return drip
+
+
+@pytest.mark.parametrize("sent", ["head", "body", "chunks"])
+def test_client_net_a_trickling_answer_does_not_outlast_the_deadline(sent):
+    """Every byte comes in time, all of them would take half a minute."""
+    whole = _CLIENT_GOOD + b" " * 500
+    at = 0 if sent == "head" else whole.index(b"\r\n\r\n") + 4
+    head, body = whole[:at], whole[at:]
+    if sent == "chunks":
+        head, body = _CLIENT_HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n" * 100
+    elif sent == "body":
+        head = re.sub(rb"Content-Length: \d+", b"Content-Length: 600", head)
+    with _ClientRawServer(_net_drip(head, body)) as server, Client(server.url) as client:
+        for call in (lambda: client.get("k", timeout=0.2),
+                     lambda: client.set("k", "v", timeout=0.2)):
+            began = time.monotonic()
+            with pytest.raises(pyetcd_client.RequestTimeout):
+                call()
+            assert time.monotonic() - began < _CLIENT_WAIT_S
+
+
+def test_client_net_reads_are_sent_again_until_a_server_answers():
+    with _ClientRawServer((b"",), _CLIENT_TIMED_OUT, (_CLIENT_HALF,), _CLIENT_GOOD) as server:
+        with Client(server.url) as client:
+            assert client.get("k").value == "v"
+        assert len(server.requests) == 4
+
+
+def test_client_net_writes_that_were_never_sent_are_tried_again():
+    url = _client_dead_url()
+    with Client(url) as client, _client_background(client.set, "k", "v") as outcome:
+        _client_eventually(lambda: client.endpoints.candidates())
+        listener = socket.create_server(("127.0.0.1", int(url.rpartition(":")[2])))
+        with listener:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(_CLIENT_GOOD)
+                _client_eventually(lambda: outcome)
+    assert outcome[0].value == "v"
+
+
+def test_client_net_what_does_not_pass_is_not_tried_again():
+    with _ClientRawServer(_client_reply(b"{garbage")) as server, Client(server.url) as client:
+        with pytest.raises(pyetcd_client.BadReply):
+            client.get("k")
+        assert len(server.requests) == 1
+
+
+def test_client_net_thirty_two_threads_share_a_client():
+    barrier = threading.Barrier(32)
+
+    def work(client):
+        barrier.wait(_CLIENT_WAIT_S)
+        return [client.get("k").value for _ in range(10)]
+
+    with _ClientRawServer(_CLIENT_GOOD) as server, Client(server.url) as client:
+        with contextlib.ExitStack() as stack:
+            outcomes = [stack.enter_context(_client_background(work, client)) for _ in range(32)]
+        assert outcomes == [[["v"] * 10]] * 32
+        assert server.connections <= 32 and len(server.requests) == 320
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_client_net_a_forked_child_works_and_leaves_the_parents_connection_alone():
+    with _ClientRawServer(_CLIENT_GOOD) as server, Client(server.url) as client:
+        client.get("k")
+        child = os.fork()
+        if not child:
+            os._exit(0 if client.get("k").value == "v" else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        client.get("k")
+        assert server.connections == 2 and len(server.requests) == 3
+
+
+def _net_members(*urls):
+    return _client_reply({"members": [
+        {"id": "a", "name": "m", "peerURLs": [], "clientURLs": [url]} for url in urls]})
+
+
+def test_client_net_members_add_endpoints_and_forget_none():
+    with _ClientRawServer(_CLIENT_GOOD) as other, _ClientRawServer(
+            _CLIENT_GOOD, _net_members(other.url), _client_hang_up) as server:
+        with Client(server.url, sync=True) as client:
+            client.get("k")
+            assert client.endpoints.urls == (server.url, other.url)
+            assert client.endpoints.current == server.url           # sticky
+            assert client.get("k").value == "v"                     # from the other
+            assert client.endpoints.current == other.url
+            assert client.endpoints.given == (server.url,)
+            client.endpoints.learn(())
+            assert client.endpoints.urls == (server.url,)
+
+
+def test_client_net_sync_takes_no_plain_urls_where_all_are_encrypted():
+    endpoints = pyetcd_client.Endpoints(["https://a:1"])
+    endpoints.learn(["http://b:1", "https://c:1"])
+    assert endpoints.urls == ("https://a:1", "https://c:1")
+
+
+def test_client_net_etcd_proxies_are_not_left():
+    with _ClientRawServer(_CLIENT_GOOD) as server:
+        with Client(server.url, sync=True, use_proxies=True) as client:
+            client.get("k")
+        assert [target for _, target, _ in server.requests] == ["/v2/keys/k"]
+
+
+@pytest.mark.parametrize("service, scheme", [
+    ("etcd-client-ssl", "https"), ("etcd-client", "http"), ("etcd", "http")])
+def test_client_net_srv_records_name_the_endpoints(service, scheme, disc_dns, monkeypatch):
+    monkeypatch.setattr(pyetcd_client, "_name_servers", lambda: [disc_dns.address])
+    disc_dns.zone = {f"_{service}._tcp.example.test": [
+        (10, 0, 2379, "n2.example.test"), (0, 0, 2380, "n1.example.test")]}
+    for disc_dns.truncate in (False, True):
+        client = Client(srv_domain="example.test")
+        assert client.endpoints.urls == ()
+        client._discover_endpoints(time.monotonic() + _CLIENT_WAIT_S)
+        assert client.endpoints.urls == (
+            f"{scheme}://n1.example.test:2380", f"{scheme}://n2.example.test:2379")
+
+
+@pytest.mark.parametrize("garbage", [False, True])
+def test_client_net_srv_without_records_is_an_error(garbage, disc_dns, monkeypatch):
+    monkeypatch.setattr(pyetcd_client, "_name_servers", lambda: [disc_dns.address])
+    disc_dns.garbage = garbage
+    with Client(srv_domain="none.test") as client, pytest.raises(
+            pyetcd_client.ConnectionFailed, match="SRV|lookup"):
+        client.get("k", timeout=5)
+
+
+def test_client_net_passwords_go_to_endpoints_only():
+    with _ClientRawServer(_CLIENT_GOOD) as server:
+        with Client(server.url, username="root", password="pä:ss") as client:
+            headers = client._headers(server.url, pyetcd_client._Call("GET", "/", None))
+            elsewhere = client._headers("http://h:1", pyetcd_client._Call("GET", "/", None))
+    assert base64.b64decode(headers["Authorization"][6:]).decode() == "root:pä:ss"
+    assert "Authorization" not in elsewhere
+
+
+def test_client_net_settings_come_from_the_environment(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("ETCDCTL_")]:
+        monkeypatch.delenv(name)
+    assert Client.from_env().endpoints.urls == ("http://127.0.0.1:2379",)
+    monkeypatch.setenv("ETCDCTL_DISCOVERY_SRV", "example.test")
+    assert Client.from_env()._srv == ("example.test", "http")
+    for name, value in {"PEERS": "a:1", "ENDPOINTS": "b:1,b:2", "USERNAME": "u:p:w",
+                        "CERT_FILE": "c", "KEY_FILE": "k", "CA_FILE": "a"}.items():
+        monkeypatch.setenv("ETCDCTL_" + name, value)
+    client = Client.from_env(connect_timeout=7)
+    assert client.endpoints.urls == ("http://b:1", "http://b:2") and client._srv is None
+    assert (client.username, client.password, client.connect_timeout) == ("u", "p:w", 7)
+    assert client._trust[:2] == ("a", ("c", "k"))
+
+
+def test_client_net_tls_with_certificates(tmp_path, certificates):
+    files = certificates.files(client_cert_auth=True)
+    pair = certificates.issue("client")
+    with _tls_member(tmp_path, files) as (_, url):
+        with Client(url, ca_cert=certificates.ca_file, cert=pair) as client:
+            client.set("k", "v")
+            assert client.get("k").value == "v"
+        for settings in ({"ca_cert": certificates.other_ca_file, "cert": pair}, {}):
+            with Client(url, **settings) as client:
+                with pytest.raises(
+                        pyetcd_client.ConnectionFailed, match="(?i)certificate") as caught:
+                    client.set("k", "v")
+            assert not caught.value.maybe_applied
+        with Client(url, verify=False, cert=pair) as client:
+            assert client.get("k").value == "v"
+
+
+def test_client_net_a_proxy_is_asked_on_request():
+    with _ClientRawServer(_CLIENT_GOOD) as proxy:
+        with Client("http://etcd.invalid:1", proxies={"http": proxy.url}) as client:
+            assert client.get("k").value == "v"
+        assert proxy.requests == [("GET", "http://etcd.invalid:1/v2/keys/k", "")]
+    refusal = (b"HTTP/1.1 502 X\r\n\r\n",)
+    with _ClientRawServer(refusal) as proxy:
+        with Client("https://etcd.invalid:1", proxies={"https": proxy.url}, retry=False) as client:
+            with pytest.raises(pyetcd_client.ConnectionFailed, match="502") as caught:
+                client.set("k", "v")
+        assert not caught.value.maybe_applied and proxy.requests[0][0] == "CONNECT"
+
+
+def test_client_net_another_cluster_than_expected():
+    with _ClientRawServer(_CLIENT_GOOD) as server:
+        with Client(server.url, expected_cluster_id="c9") as client:
+            with pytest.raises(pyetcd_client.ClusterIdChanged):
+                client.get("k")
+
+
+def test_client_net_states_change_as_kazoos():
+    states = []
+
+    def listen(state):
+        states.append(state.value)
+        raise RuntimeError("a listener's own problem")
+
+    with _ClientRawServer(_CLIENT_GOOD, _client_hang_up, _client_hang_up, _CLIENT_GOOD) as server:
+        with Client(server.url, retry=False, session_timeout=0.05, on_state=listen) as client:
+            once = []
+            client.add_listener(lambda state: once.append(state) or True)
+            assert client.state is pyetcd_client.ConnectionState.LOST
+            client.get("k")
+            for _ in range(2):
+                with pytest.raises(pyetcd_client.ConnectionFailed):
+                    client.get("k")
+            _client_eventually(lambda: len(states) == 3)
+            client.get("k")
+            client.remove_listener(listen)
+    assert states == ["CONNECTED", "SUSPENDED", "LOST", "CONNECTED"]
+    assert once == [pyetcd_client.ConnectionState.CONNECTED]
+
+
+def _net_silent_head(connection):
+    connection.sendall(_CLIENT_HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+    connection.recv(1)
+
+
+@pytest.mark.parametrize("server_does", [_net_silent_head, lambda c: c.recv(1)],
+                         ids=["after-head", "before-head"])
+def test_client_watch_close_ends_a_wait_in_another_thread_at_once(server_does):
+    with _ClientRawServer(server_does) as server, Client(server.url) as client:
+        events = client.watcher("k", relist=False)
+        with _client_background(list, events) as outcome:
+            _client_eventually(lambda: server.requests)
+            events.close()
+            _client_eventually(lambda: outcome, 5)
+        assert outcome == [[]] and server.connections == 1
+
+
+def test_client_watch_closed_watch_leaves_other_calls_alone():
+    with _ClientRawServer(_CLIENT_GOOD, _client_event(9), _CLIENT_GOOD) as server:
+        with Client(server.url) as client:
+            with client.watcher("k") as events:
+                next(events)
+            assert client.get("k").value == "v"             # on the connection the watch had
+            events.cancel()
+            assert client.get("k").value == "v" and server.connections == 1
+            assert list(events) == []
+
+
+def test_client_watch_takes_no_event_twice_and_none_of_others(monkeypatch):
+    """A proxy that repeats, and what etcd hands out of its history that is not for us."""
+    monkeypatch.setattr(pyetcd_client, "BACKOFF_MAX_S", 0.02)
+
+    def event(index, key):
+        node = {"key": key, "value": "v", "modifiedIndex": index, "createdIndex": index}
+        return _client_reply({"action": "set", "node": node})
+
+    replies = [event(9, "/d/a"), event(9, "/d/a"), event(10, "/d/_h"), event(11, "/d/a/_h/x"),
+               event(12, "/dx"), event(13, "/d"), event(14, "/")]
+    with _ClientRawServer(*replies) as server, Client(server.url) as client:
+        with client.watcher("/d", recursive=True, index=5, relist=False) as events:
+            assert [next(events).modified_index for _ in range(3)] == [9, 13, 14]
+
+
+def test_client_watch_difference_leads_from_one_listing_to_the_other():
+    def node(key, index, dir=False, **more):
+        return pyetcd_client.Node(key, None if dir else "v", dir, modified_index=index, **more)
+
+    def tree(*nodes):
+        return {node.key: node for node in nodes}
+
+    known = tree(node("/d", 1, True), node("/d/same", 2), node("/d/gone", 3, True),
+                 node("/d/gone/x", 3), node("/d/gone-not", 4), node("/d/new-value", 5))
+    found = tree(node("/d", 1, True), node("/d/same", 2), node("/d/gone-not", 4),
+                 node("/d/new-value", 22), node("/d/made", 21, True), node("/d/made/y", 21),
+                 node("/d/empty", 20, True))
+    events = list(pyetcd_client._difference(known, found, 11, 30))
+    assert [(e.action, e.key, e.modified_index) for e in events] == [
+        ("set", "/d/empty", 20), ("set", "/d/made/y", 21), ("set", "/d/new-value", 22),
+        ("delete", "/d/gone", 30)]
+    assert all(e.relisted for e in events)
+    assert events[2].prev_node.modified_index == 5 and events[3].prev_node.dir
+
+
+@pytest.mark.parametrize("kind", _CLIENT_KINDS)
+def test_client_watch_shows_what_went_by_unseen_as_a_difference(kind, _client_server, _client_dir):
+    if _client_server.kind != kind:
+        pytest.skip("the shared server is of the other kind")
+    with Client(_client_server.url) as client:
+        for name in ("a", "b", "dir/x"):
+            client.set(f"{_client_dir}/{name}", "1")
+        with client.watcher(_client_dir, recursive=True) as events:
+            client.set(_client_dir + "/a", "2")
+            assert next(events).value == "2"
+            client.delete(_client_dir + "/b")
+            client.delete(_client_dir + "/dir", recursive=True)
+            for number in range(1010):
+                client.set(_client_dir + "-elsewhere", str(number))
+            client.set(_client_dir + "/c", "3")
+            told = [next(events) for _ in range(3)]
+            after = client.set(_client_dir + "/c", "4")
+            live = next(events)
+    names = [(e.action, e.key[len(_client_dir):], e.relisted) for e in told]
+    assert names == [("set", "/c", True), ("delete", "/b", True), ("delete", "/dir", True)]
+    assert told[1].prev_node.value == "1" and told[2].node.dir
+    assert live.node == after.node and not live.relisted
+
+
+class _NetWriter(threading.Thread):
+    """Writes one key again and again, never too far ahead of the reader; knows what it wrote."""
+
+    def __init__(self, urls, count, seen):
+        super().__init__(name="net-writer", daemon=True)
+        self._client = Client(urls, connect_timeout=1.0, total_timeout=5.0)
+        self._count = count
+        self._seen = seen               # events so far
+        self.written = {}               # index -> value, of what was acknowledged
+        self.unknown = 0                # writes of unknown fate
+        self.final = None
+
+    def run(self):
+        with self._client as client:
+            for number in itertools.count(1):
+                if len(self.written) >= self._count:
+                    break
+                if number % 100 == 0:           # etcd remembers 1000 changes: stay within
+                    least = len(self.written) - 500
+                    _client_eventually(lambda least=least: len(self._seen) >= least, 60)
+                try:
+                    result = client.set("/chain/k", str(number))
+                    self.written[result.modified_index] = result.value
+                except pyetcd_client.EtcdError as error:
+                    self.unknown += error.maybe_applied
+            self.final = client.get("/chain/k", quorum=True).node
+            client.set("/chain/end", "")
+
+
+def _net_watch(urls, seen):
+    with Client(urls, connect_timeout=1.0) as client:
+        with client.watcher("/chain", recursive=True, index=1) as events:
+            for event in events:
+                if event.key == "/chain/end":
+                    return
+                seen.append(event)
+
+
+def _net_prove(seen, writer):
+    """The events are the history: each follows the one before it, and every write is there."""
+    chain = [event for event in seen if not event.relisted]
+    assert chain == seen
+    for before, event in zip(chain, chain[1:]):
+        assert event.prev_node.modified_index == before.modified_index < event.modified_index
+        assert event.prev_node.value == before.value
+    assert chain[0].prev_node is None and chain[-1].node == writer.final
+    told = {event.modified_index: event.value for event in chain}
+    assert len(told) == len(chain)
+    assert {index: told.get(index) for index in writer.written} == writer.written
+    assert len(chain) - len(writer.written) <= writer.unknown
+
+
+def test_client_watch_tells_10000_changes_exactly_while_members_die(tmp_path):
+    """Followers and leaders are killed and restarted; the watched member is one of them."""
+    seen = []
+    with StaticCluster(tmp_path, 3, "-heartbeat-interval", "50", "-election-timeout",
+                       "500") as cluster:
+        urls = [member.client for member in cluster.members]
+        writer = _NetWriter(urls[::-1], 10_000, seen)
+        with _client_background(_net_watch, urls, seen) as outcome:
+            writer.start()
+            for turn in range(4):
+                eventually(lambda turn=turn: outcome or len(seen) > 2_000 * (turn + 1), 60)
+                victim = cluster.members[0] if turn % 2 == 0 else cluster.leader()
+                victim.process.kill()
+                cluster.start(victim)
+                victim.process.wait_log("published")
+            eventually(lambda: outcome, 60)
+    assert outcome == [None]
+    _net_prove(seen, writer)
+
+
+# ============================================================================
 # 17c. Recipes -- lost answers, late writes, expiry, and who may hold what
 # ----------------------------------------------------------------------------
 # On real servers.  Faults sit between client and server: a write is carried
