@@ -2225,7 +2225,7 @@ class Watch:
     Server-side streams are not used: etcd 2.3 and 3.4 let one fall silent after an event from
     the history or when its consumer is slow, and report some deletions twice.
 
-    index    the first change to consider; None: from now on
+    index    the first change to consider; None: from the first `next` on
     relist   what to do when more than 1000 changes, of any key, went by unseen (error 401).
              True: list the key again and yield the difference to what is known as events with
              `relisted` set: a "set" for each node that changed (of directories, only those that

@@ -13874,8 +13874,8 @@ def test_client_watch_shows_what_went_by_unseen_as_a_difference(kind, _client_se
         pytest.skip("the shared server is of the other kind")
     with Client(_client_server.url) as client:
         for name in ("a", "b", "dir/x"):
-            client.set(f"{_client_dir}/{name}", "1")
-        with client.watcher(_client_dir, recursive=True) as events:
+            start = client.set(f"{_client_dir}/{name}", "1").modified_index + 1
+        with client.watcher(_client_dir, recursive=True, index=start) as events:
             client.set(_client_dir + "/a", "2")
             assert next(events).value == "2"
             client.delete(_client_dir + "/b")
@@ -13892,33 +13892,38 @@ def test_client_watch_shows_what_went_by_unseen_as_a_difference(kind, _client_se
     assert live.node == after.node and not live.relisted
 
 
-class _NetWriter(threading.Thread):
-    """Writes one key again and again, never too far ahead of the reader; knows what it wrote."""
+class _NetHistory:
+    """What writers of one key each wrote, never too far ahead of the reader."""
 
-    def __init__(self, urls, count, seen):
-        super().__init__(name="net-writer", daemon=True)
+    def __init__(self, urls, writers, count, seen):
         self._client = Client(urls, connect_timeout=1.0, total_timeout=5.0)
         self._count = count
         self._seen = seen               # events so far
-        self.written = {}               # index -> value, of what was acknowledged
+        self.keys = [f"/chain/{number}" for number in range(writers)]
+        self.written = {}               # index -> (key, value), of what was acknowledged
         self.unknown = 0                # writes of unknown fate
-        self.final = None
+        self.final = {}                 # key -> node
 
-    def run(self):
-        with self._client as client:
-            for number in itertools.count(1):
-                if len(self.written) >= self._count:
-                    break
-                if number % 100 == 0:           # etcd remembers 1000 changes: stay within
-                    least = len(self.written) - 500
-                    _client_eventually(lambda least=least: len(self._seen) >= least, 60)
-                try:
-                    result = client.set("/chain/k", str(number))
-                    self.written[result.modified_index] = result.value
-                except pyetcd_client.EtcdError as error:
-                    self.unknown += error.maybe_applied
-            self.final = client.get("/chain/k", quorum=True).node
-            client.set("/chain/end", "")
+    def write(self):
+        with self._client as client, contextlib.ExitStack() as stack:
+            outcomes = [stack.enter_context(_client_background(self._write_one, key))
+                        for key in self.keys]
+        assert outcomes == [[None]] * len(self.keys)
+        self.final = {key: client.get(key, quorum=True).node for key in self.keys}
+        client.set("/chain/end", "")
+
+    def _write_one(self, key):
+        for number in itertools.count(1):
+            if len(self.written) >= self._count:
+                return
+            if number % 10 == 0:        # etcd remembers 1000 changes: stay within
+                least = len(self.written) - 500
+                _client_eventually(lambda least=least: len(self._seen) >= least, 60)
+            try:
+                result = self._client.set(key, str(number))
+                self.written[result.modified_index] = key, result.value
+            except pyetcd_client.EtcdError as error:
+                self.unknown += error.maybe_applied
 
 
 def _net_watch(urls, seen):
@@ -13930,38 +13935,41 @@ def _net_watch(urls, seen):
                 seen.append(event)
 
 
-def _net_prove(seen, writer):
+def _net_prove(seen, history):
     """The events are the history: each follows the one before it, and every write is there."""
-    chain = [event for event in seen if not event.relisted]
-    assert chain == seen
-    for before, event in zip(chain, chain[1:]):
-        assert event.prev_node.modified_index == before.modified_index < event.modified_index
-        assert event.prev_node.value == before.value
-    assert chain[0].prev_node is None and chain[-1].node == writer.final
-    told = {event.modified_index: event.value for event in chain}
-    assert len(told) == len(chain)
-    assert {index: told.get(index) for index in writer.written} == writer.written
-    assert len(chain) - len(writer.written) <= writer.unknown
+    indexes = [event.modified_index for event in seen]
+    assert indexes == sorted(set(indexes)) and not any(event.relisted for event in seen)
+    last = {}
+    for event in seen:
+        before = last.get(event.key)
+        assert (event.prev_node and event.prev_node.value) == (before and before.value)
+        assert (event.prev_node and event.prev_node.modified_index) == (
+            before and before.modified_index)
+        last[event.key] = event.node
+    assert last == history.final
+    told = {event.modified_index: (event.key, event.value) for event in seen}
+    assert {index: told.get(index) for index in history.written} == history.written
+    assert len(told) - len(history.written) <= history.unknown
 
 
 def test_client_watch_tells_10000_changes_exactly_while_members_die(tmp_path):
-    """Followers and leaders are killed and restarted; the watched member is one of them."""
+    """The watched member and leaders are killed and restarted meanwhile."""
     seen = []
     with StaticCluster(tmp_path, 3, "-heartbeat-interval", "50", "-election-timeout",
                        "500") as cluster:
         urls = [member.client for member in cluster.members]
-        writer = _NetWriter(urls[::-1], 10_000, seen)
-        with _client_background(_net_watch, urls, seen) as outcome:
-            writer.start()
-            for turn in range(4):
-                eventually(lambda turn=turn: outcome or len(seen) > 2_000 * (turn + 1), 60)
-                victim = cluster.members[0] if turn % 2 == 0 else cluster.leader()
+        history = _NetHistory(urls[::-1], 24, 10_000, seen)
+        with _client_background(_net_watch, urls, seen) as told, _client_background(
+                history.write) as wrote:
+            for turn in range(3):
+                eventually(lambda turn=turn: told or wrote or len(seen) > 2_500 * (turn + 1), 60)
+                victim = cluster.members[0] if turn != 1 else cluster.leader()
                 victim.process.kill()
                 cluster.start(victim)
                 victim.process.wait_log("published")
-            eventually(lambda: outcome, 60)
-    assert outcome == [None]
-    _net_prove(seen, writer)
+            eventually(lambda: told and wrote, 60)
+    assert told == wrote == [None]
+    _net_prove(seen, history)
 
 
 # ============================================================================
