@@ -13908,6 +13908,7 @@ class _NetHistory:
         with self._client as client, contextlib.ExitStack() as stack:
             outcomes = [stack.enter_context(_client_background(self._write_one, key))
                         for key in self.keys]
+            eventually(lambda: all(outcomes), 90)
         assert outcomes == [[None]] * len(self.keys)
         self.final = {key: client.get(key, quorum=True).node for key in self.keys}
         client.set("/chain/end", "")
@@ -13958,7 +13959,7 @@ def test_client_watch_tells_10000_changes_exactly_while_members_die(tmp_path):
     with StaticCluster(tmp_path, 3, "-heartbeat-interval", "50", "-election-timeout",
                        "500") as cluster:
         urls = [member.client for member in cluster.members]
-        history = _NetHistory(urls[::-1], 24, 10_000, seen)
+        history = _NetHistory(urls[::-1], 16, 10_000, seen)
         with _client_background(_net_watch, urls, seen) as told, _client_background(
                 history.write) as wrote:
             for turn in range(3):
@@ -13967,7 +13968,7 @@ def test_client_watch_tells_10000_changes_exactly_while_members_die(tmp_path):
                 victim.process.kill()
                 cluster.start(victim)
                 victim.process.wait_log("published")
-            eventually(lambda: told and wrote, 60)
+            eventually(lambda: told and wrote, 90)
     assert told == wrote == [None]
     _net_prove(seen, history)
 
