@@ -3,7 +3,7 @@
 
     python bench/client.py                      # table on the terminal, about 20 seconds
     python bench/client.py --write              # and bench/CLIENT.md
-    python bench/client.py --server etcd --rounds 15
+    python bench/client.py --server etcd --rounds 50
 
 All send the same request and decode the JSON of the answer; the two clients also make their result
 of it and check the cluster id.  In every round the clients take turns (in the opposite order next
@@ -122,8 +122,8 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="rounds (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.3,
+    parser.add_argument("--rounds", type=int, default=25, help="rounds (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.1,
                         help="length of one sample (default: %(default)s)")
     parser.add_argument("--server", choices=("pyetcd", "etcd"), default="pyetcd",
                         help="who answers (default: %(default)s)")
