@@ -54,11 +54,11 @@ Sections, bottom up; each uses only names defined above it:
   36. Bootstrap
   37. First life
   38. Embedding
-  39. Proxy
-  40. Flags
-  41. Settings
-  42. Backup and restore
-  43. Command line
+  40. Proxy
+  41. Flags
+  42. Settings
+  43. Backup and restore
+  44. Command line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in README.md.
@@ -15074,7 +15074,7 @@ _BIND_HINTS = {
 
 
 # ============================================================================
-# 39. Proxy -- a door to a cluster on a machine that is no member of it
+# 40. Proxy -- a door to a cluster on a machine that is no member of it
 # ----------------------------------------------------------------------------
 # Knows: all above.  Threads: as for Embedding; what blocks (asking peers for
 # the members, the cluster file) runs before the reactor or on its helpers.
@@ -15715,7 +15715,7 @@ class ProxyServer(ServerThread):
 
 
 # ============================================================================
-# 40. Flags -- what can be set, and how its text is read
+# 41. Flags -- what can be set, and how its text is read
 # ----------------------------------------------------------------------------
 # Knows: all above.  A table; sections Settings and Command line use it.
 # ============================================================================
@@ -16055,7 +16055,7 @@ def _all_flags() -> Dict[str, Flag]:
 
 
 # ============================================================================
-# 41. Settings -- command line, environment, configuration file
+# 42. Settings -- command line, environment, configuration file
 # ----------------------------------------------------------------------------
 # Knows: all above.  The only section that reads flags, the environment and the
 # configuration file, and that knows what does not go together.
@@ -16713,7 +16713,7 @@ def make_config(settings: Settings) -> ServerConfig:
 
 
 # ============================================================================
-# 42. Backup and restore -- a member's data as files, and a cluster out of them
+# 43. Backup and restore -- a member's data as files, and a cluster out of them
 # ----------------------------------------------------------------------------
 # Knows: all above.  Blocks; reads the files of a member that may be running,
 # and never changes them.
@@ -17221,7 +17221,7 @@ def _replace_members(store: Store, members: Sequence[Member]) -> None:
 
 
 # ============================================================================
-# 43. Command line
+# 44. Command line
 # ----------------------------------------------------------------------------
 # Knows: all above.  The only section that prints, and touches signals and
 # process limits.
