@@ -15363,6 +15363,16 @@ class LocalMember:
     # -- facts -------------------------------------------------------------
 
     @property
+    def client_urls(self) -> Tuple[str, ...]:
+        """The client URL, as Server has it; () before the first start."""
+        return (self.client_url,) if self.client_url else ()
+
+    @property
+    def peer_urls(self) -> Tuple[str, ...]:
+        """The peer URL, as Server has it; () before the first start."""
+        return (self.peer_url,) if self.peer_url else ()
+
+    @property
     def is_running(self) -> bool:
         """True if it was started and has not ended; also while it is paused."""
         return self._server is not None and self._server.is_alive
