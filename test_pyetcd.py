@@ -10202,21 +10202,10 @@ def test_members_change_that_would_lose_the_quorum_is_refused(tmp_path):
 @contextlib.contextmanager
 def _members_embedded(tmp_path, size):
     """Members in this process; yields them, the leader first."""
-    servers = [
-        pyetcd.Server(name=f"e{i}", data_dir=str(tmp_path / f"e{i}"), heartbeat_ms=50,
-                      election_ms=300) for i in range(size)]
-    try:
-        for server in servers:
-            server.bind()
-        initial = ",".join(f"{s.config.name}={s.peer_urls[0]}" for s in servers)
-        for server in servers:
-            server.start(initial_cluster=initial)
-        assert all(server.wait_ready(20) for server in servers)
-        lead = eventually(lambda: servers[0].call(lambda etcd: etcd.lead))
-        yield sorted(servers, key=lambda s: s.call(lambda etcd: etcd.member_id) != lead)
-    finally:
-        for server in servers:
-            server.stop()
+    times = {"heartbeat_ms": 50, "election_ms": 300}
+    with pyetcd.LocalCluster(size, str(tmp_path), **times) as cluster:
+        leader = cluster.leader()
+        yield sorted(cluster.members, key=lambda member: member is not leader)
 
 
 @pytest.mark.parametrize("asked", [0, 1])
@@ -10263,7 +10252,7 @@ def test_members_leader_without_an_heir_commits_its_own_removal(tmp_path, caplog
         ended.set()
         writer.join()
         assert sum("leadership transfer" in line for line in caplog.messages) == 1
-        assert leader.wait() == 0
+        assert leader._server.wait() == 0
         assert _http_keys(other, "PUT", "/a", "value=1")[0] == 201
         nodes = _http_keys(other, "GET", "/q?sorted=true")[1]["node"]["nodes"]
         values = [node["value"] for node in nodes]
@@ -11429,27 +11418,9 @@ _OPS_MIXIN = {
 }
 
 
-@contextlib.contextmanager
-def _ops_three(tmp_path):
-    """Three members in this process; yields the leader and the two others."""
-    servers = {n: pyetcd.Server(name=n, data_dir=str(tmp_path / n)) for n in "abc"}
-    try:
-        for server in servers.values():
-            server.bind()
-        initial = ",".join(f"{n}={s.peer_urls[0]}" for n, s in servers.items())
-        for server in servers.values():
-            server.start(initial_cluster=initial)
-        assert all(server.wait_ready(20) for server in servers.values())
-        lead = servers["a"].call(lambda etcd: etcd.lead)
-        yield sorted(servers.values(), key=lambda s: s.call(lambda e: e.member_id) != lead)
-    finally:
-        for server in servers.values():
-            server.stop()
-
-
 def test_ops_member_change_that_meets_another_one_is_proposed_again(tmp_path):
     """The leader makes it a no-op; its client is answered all the same, and not by a timeout."""
-    with _ops_three(tmp_path) as (leader, *followers):
+    with _members_embedded(tmp_path, 3) as (leader, *followers):
         bodies = [f'{{"peerURLs":["http://127.0.0.1:{port}"]}}' for port in (1, 2)]
         with concurrent.futures.ThreadPoolExecutor(2) as clients:
             answers = list(clients.map(
@@ -11462,7 +11433,7 @@ def test_ops_member_change_that_meets_another_one_is_proposed_again(tmp_path):
 def test_ops_metrics_of_peers_and_all_names_that_dashboards_read(tmp_path, monkeypatch):
     """Messages, bytes, probes and failures by peer; then contrib's dashboard and the mixin."""
     monkeypatch.setattr(pyetcd, "PROBE_SECONDS", 0.1)
-    with _ops_three(tmp_path) as (leader, follower, victim):
+    with _members_embedded(tmp_path, 3) as (leader, follower, victim):
         names = [server.call(lambda e: f"{e.member_id:x}") for server in (leader, follower, victim)]
         _http_keys(leader, "PUT", "/a?ttl=1", "value=1")
         _http_keys(leader, "GET", "/none")
