@@ -15344,6 +15344,8 @@ class LocalMember:
     def pause(self) -> None:
         """Have it do nothing until resume(), as by SIGSTOP; its sockets stay open.
 
+        Only what its disk thread was given just before is still written.
+
         Raises ServerStopped if it does not run.
         """
         if not self.is_paused:
@@ -15642,8 +15644,10 @@ def _shown_logs() -> Iterator[None]:
     before = log.level
     if before == logging.NOTSET:
         log.setLevel(logging.INFO)
-    yield
-    log.setLevel(before)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _etcd_server(tmp_path_factory: Any) -> Iterator[LocalMember]:
