@@ -17,14 +17,17 @@
   15. Torture: real processes under faults, and a check of what clients saw
   16. Operations
   17. Client
-  17c. Recipes
-  18. Other clients
-  19. Peer transport
-  20. Discovery, and Bootstrap
-  21. Proxy
-  22. Backup and restore
-  23. Command line
-  24. Fuzzing
+  18. Client on the network
+  19. Recipes
+  20. pyetcdctl
+  21. Testing aid
+  22. Other clients
+  23. Peer transport
+  24. Discovery, and Bootstrap
+  25. Proxy
+  26. Backup and restore
+  27. Command line
+  28. Fuzzing
 
 Run a part by the prefix of its names: -k raft_, -k "store_ or wal_", -k sim_, -k cluster_.
 They run in two processes (pyproject.toml); -n 0 is for one, as -s and --pdb want it.
@@ -10317,21 +10320,10 @@ def test_members_change_that_would_lose_the_quorum_is_refused(tmp_path):
 @contextlib.contextmanager
 def _members_embedded(tmp_path, size):
     """Members in this process; yields them, the leader first."""
-    servers = [
-        pyetcd.Server(name=f"e{i}", data_dir=str(tmp_path / f"e{i}"), heartbeat_ms=50,
-                      election_ms=300) for i in range(size)]
-    try:
-        for server in servers:
-            server.bind()
-        initial = ",".join(f"{s.config.name}={s.peer_urls[0]}" for s in servers)
-        for server in servers:
-            server.start(initial_cluster=initial)
-        assert all(server.wait_ready(20) for server in servers)
-        lead = eventually(lambda: servers[0].call(lambda etcd: etcd.lead))
-        yield sorted(servers, key=lambda s: s.call(lambda etcd: etcd.member_id) != lead)
-    finally:
-        for server in servers:
-            server.stop()
+    times = {"heartbeat_ms": 50, "election_ms": 300}
+    with pyetcd.LocalCluster(size, str(tmp_path), **times) as cluster:
+        leader = cluster.leader()
+        yield sorted(cluster.members, key=lambda member: member is not leader)
 
 
 @pytest.mark.parametrize("asked", [0, 1])
@@ -10378,7 +10370,7 @@ def test_members_leader_without_an_heir_commits_its_own_removal(tmp_path, caplog
         ended.set()
         writer.join()
         assert sum("leadership transfer" in line for line in caplog.messages) == 1
-        assert leader.wait() == 0
+        assert leader._server.wait() == 0
         assert _http_keys(other, "PUT", "/a", "value=1")[0] == 201
         nodes = _http_keys(other, "GET", "/q?sorted=true")[1]["node"]["nodes"]
         values = [node["value"] for node in nodes]
@@ -11545,27 +11537,9 @@ _OPS_MIXIN = {
 }
 
 
-@contextlib.contextmanager
-def _ops_three(tmp_path):
-    """Three members in this process; yields the leader and the two others."""
-    servers = {n: pyetcd.Server(name=n, data_dir=str(tmp_path / n)) for n in "abc"}
-    try:
-        for server in servers.values():
-            server.bind()
-        initial = ",".join(f"{n}={s.peer_urls[0]}" for n, s in servers.items())
-        for server in servers.values():
-            server.start(initial_cluster=initial)
-        assert all(server.wait_ready(20) for server in servers.values())
-        lead = servers["a"].call(lambda etcd: etcd.lead)
-        yield sorted(servers.values(), key=lambda s: s.call(lambda e: e.member_id) != lead)
-    finally:
-        for server in servers.values():
-            server.stop()
-
-
 def test_ops_member_change_that_meets_another_one_is_proposed_again(tmp_path):
     """The leader makes it a no-op; its client is answered all the same, and not by a timeout."""
-    with _ops_three(tmp_path) as (leader, *followers):
+    with _members_embedded(tmp_path, 3) as (leader, *followers):
         bodies = [f'{{"peerURLs":["http://127.0.0.1:{port}"]}}' for port in (1, 2)]
         with concurrent.futures.ThreadPoolExecutor(2) as clients:
             answers = list(clients.map(
@@ -11578,7 +11552,7 @@ def test_ops_member_change_that_meets_another_one_is_proposed_again(tmp_path):
 def test_ops_metrics_of_peers_and_all_names_that_dashboards_read(tmp_path, monkeypatch):
     """Messages, bytes, probes and failures by peer; then contrib's dashboard and the mixin."""
     monkeypatch.setattr(pyetcd, "PROBE_SECONDS", 0.1)
-    with _ops_three(tmp_path) as (leader, follower, victim):
+    with _members_embedded(tmp_path, 3) as (leader, follower, victim):
         names = [server.call(lambda e: f"{e.member_id:x}") for server in (leader, follower, victim)]
         _http_keys(leader, "PUT", "/a?ttl=1", "value=1")
         _http_keys(leader, "GET", "/none")
@@ -13576,7 +13550,7 @@ def test_client_cli_reader_that_went_away(_client_server, _client, _client_dir):
 
 
 # ============================================================================
-# 17b. Client on the network -- deadlines, many servers, states, watches that outlive them
+# 18. Client on the network -- deadlines, many servers, states, watches that outlive them
 # ============================================================================
 
 
@@ -13974,7 +13948,7 @@ def test_client_watch_tells_10000_changes_exactly_while_members_die(tmp_path):
 
 
 # ============================================================================
-# 17c. Recipes -- lost answers, late writes, expiry, and who may hold what
+# 19. Recipes -- lost answers, late writes, expiry, and who may hold what
 # ----------------------------------------------------------------------------
 # On real servers.  Faults sit between client and server: a write is carried
 # out and its answer lost, or it arrives late, never, or not even once.
@@ -14893,7 +14867,7 @@ def test_recipe_chapter_names_every_recipe():
 
 
 # ============================================================================
-# 17d. pyetcdctl -- beside Debian's etcdctl, then what only pyetcdctl has
+# 20. pyetcdctl -- beside Debian's etcdctl, then what only pyetcdctl has
 # ============================================================================
 
 
@@ -15865,7 +15839,420 @@ def test_ctl_every_command_has_help():
 
 
 # ============================================================================
-# 18. Other clients -- etcdctl and libraries, side by side
+# 21. Testing aid -- members that a test kills, freezes and cuts off
+# ----------------------------------------------------------------------------
+# The members and clusters by themselves, the fixtures in a pytest of their own,
+# and the examples of the README.
+# ============================================================================
+
+_AID_ROOT = Path(__file__).parent
+
+
+def _aid_put(member, key, value):
+    """Write a key through a member; fails unless it is acknowledged."""
+    status, _ = _http_keys(member, "PUT", "/" + key, "value=" + value)
+    assert status in (200, 201)
+
+
+def _aid_value(member, key):
+    """What a member has of a key; None: nothing."""
+    return member.call(lambda etcd: _aid_stored(etcd, key))
+
+
+def _aid_stored(etcd, key):
+    try:
+        return etcd.store.get("/1/" + key, now_ns=0).node.value
+    except pyetcd.KeyNotFound:
+        return None
+
+
+def _aid_files(directory):
+    return {path: path.read_bytes() for path in Path(directory).rglob("*") if path.is_file()}
+
+
+def _aid_links(member):
+    """How many links to other members are up, as the member sees it."""
+    return member.call(lambda etcd: sum(
+        etcd.transport.active_since(id) > 0 for id in etcd.cluster.members))
+
+
+def _aid_others(cluster, member):
+    return [other for other in cluster.members if other is not member]
+
+
+def test_aid_member_keeps_its_urls_and_data_over_a_kill():
+    with pyetcd.LocalMember() as member:
+        urls, id = (member.client_url, member.peer_url), member.id
+        _aid_put(member, "a", "1")
+        member.kill()
+        assert not member.is_running
+        with pytest.raises(ConnectionRefusedError):
+            _http_ask(member, "GET", "/version")
+        member.start()
+        assert (member.client_url, member.peer_url) == urls and member.id == id
+        assert _http_keys(member, "GET", "/a")[1]["node"]["value"] == "1"
+
+
+def test_aid_port_of_a_member_that_is_down_is_kept_for_it():
+    """Nobody gets it who asks for any port, or for this one."""
+    with pyetcd.LocalMember() as member:
+        port = urllib.parse.urlsplit(member.client_url).port
+        member.kill()
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        member.start()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # closed ones linger
+        other.bind(("127.0.0.1", port))
+
+
+def test_aid_killed_member_writes_nothing_more_and_has_lost_nothing(tmp_path):
+    """Killed under load, again and again: what was acknowledged is there, in the files too."""
+    acknowledged, ended = set(), threading.Event()
+    with pyetcd.LocalMember("m", str(tmp_path)) as member:
+        def write(number):
+            for count in itertools.count():
+                if ended.is_set():
+                    return
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    _aid_put(member, f"{number}-{count}", "v")
+                    acknowledged.add(f"{number}-{count}")
+
+        writers = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+        for writer in writers:
+            writer.start()
+        for _ in range(3):
+            before = len(acknowledged)
+            eventually(lambda n=before: len(acknowledged) > n + 30)
+            member.kill()
+            files = _aid_files(tmp_path)
+            with pyetcd.LocalMember() as other:         # goes on while the other one is dead
+                _aid_put(other, "a", "1")
+            assert _aid_files(tmp_path) == files
+            member.restart()
+        ended.set()
+        for writer in writers:
+            writer.join()
+        missing = {key for key in acknowledged if _aid_value(member, key) is None}
+    assert not missing and len(acknowledged) > 90
+
+
+def test_aid_temporary_directory_is_removed_and_a_given_one_stays(tmp_path):
+    with pyetcd.LocalMember() as member, pyetcd.LocalMember("kept", str(tmp_path)):
+        data_dir = Path(member.call(lambda etcd: etcd.config.data_dir))
+        assert data_dir.is_dir()
+    assert not data_dir.parent.exists()
+    assert (tmp_path / "kept" / "member" / "wal").is_dir()
+
+
+def test_aid_closed_member_can_start_afresh():
+    member = pyetcd.LocalMember()
+    for _ in range(2):
+        with member:
+            assert _aid_value(member, "a") is None
+            _aid_put(member, "a", "1")
+    assert repr(member) == "<etcd1  down>"
+
+
+def test_aid_paused_member_takes_connections_and_answers_after_resume():
+    with pyetcd.LocalCluster(3) as cluster:
+        paused = cluster.leader()
+        term = paused.leading_term()
+        paused.pause()
+        assert paused.is_paused and paused.is_running
+        with _HttpSocket(paused) as client:
+            client.socket.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+            leader = cluster.wait_leader()
+            assert leader is not paused and leader.leading_term() > term
+            client.socket.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                client.socket.recv(1)
+            _aid_put(leader, "a", "1")
+            assert _aid_value(paused, "a") is None
+            paused.resume()
+            client.socket.settimeout(10)
+            assert client.socket.recv(100).startswith(b"HTTP/1.1 200")
+        eventually(lambda: _aid_value(paused, "a") == "1")
+        assert cluster.leader() is leader
+
+
+@pytest.mark.parametrize("end", ["kill", "stop", "close"])
+def test_aid_paused_member_can_be_ended(end):
+    with pyetcd.LocalMember() as member:
+        _aid_put(member, "a", "1")
+        member.pause()
+        member.pause()
+        getattr(member, end)()
+        assert not member.is_running and not member.is_paused
+        if end != "close":
+            member.start()
+            assert _aid_value(member, "a") == "1"
+
+
+def test_aid_first_leader_is_elected_at_once():
+    """In the first election of a cluster, without anybody's timeout: the last member's."""
+    with pyetcd.LocalCluster(3, heartbeat_ms=1_000, election_ms=40_000) as cluster:
+        assert cluster.leader() is cluster.members[-1]
+        assert cluster.leader().leading_term() == 2
+
+
+def test_aid_members_are_known_to_all_when_the_cluster_is_ready():
+    """And nothing of the start is left to do: the index stays where it is."""
+    with pyetcd.LocalCluster(3) as cluster:
+        body = json.loads(_http_ask(cluster.leader(), "GET", "/v2/members")[2])
+        listed = {(m["id"], m["name"], *m["clientURLs"]) for m in body["members"]}
+        assert listed == {(m.id, m.name, m.client_url) for m in cluster.members}
+        version = json.loads(_http_ask(cluster.members[0], "GET", "/version")[2])
+        assert version["etcdcluster"].startswith("2.3")
+        assert cluster.client_urls == tuple(m.client_url for m in cluster.members)
+
+
+def test_aid_publication_that_was_lost_is_made_again():
+    with pyetcd.LocalMember() as member:
+        member.call(lambda etcd: member._server._ready.clear())
+        assert not member.call(member._server.is_ready)
+        member.wait_ready()
+
+
+def test_aid_cluster_goes_on_without_its_leader():
+    with pyetcd.LocalCluster(3) as cluster:
+        old = cluster.leader()
+        old.kill()
+        assert cluster.leader() is not old
+        new = cluster.wait_leader()
+        _aid_put(new, "a", "1")
+        old.restart()
+        assert _aid_value(old, "a") == "1"
+        for member in cluster.members:
+            member.kill()
+        assert cluster.leader() is None
+        cluster.start()
+        assert [_aid_value(member, "a") for member in cluster.members] == ["1"] * 3
+
+
+def test_aid_minority_of_a_partition_neither_writes_nor_hears():
+    """The old leader at first believes it leads; clients reach it, the others' links are closed."""
+    with pyetcd.LocalCluster(3) as cluster:
+        old = cluster.leader()
+        others = _aid_others(cluster, old)
+        assert all(_aid_links(member) == 2 for member in cluster.members)
+        cluster.partition([old])
+        assert _aid_links(old) == 0 and all(_aid_links(member) == 1 for member in others)
+        assert cluster.leader() is old
+        with _HttpSocket(old) as client:
+            client.socket.sendall(b"PUT /v2/keys/b?value=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+            new = cluster.wait_leader(among=others)
+            assert cluster.leader() is new
+            _aid_put(new, "a", "1")
+            assert _http_keys(old, "GET", "/a")[0] == 404
+            assert all(_aid_value(member, "b") is None for member in cluster.members)
+            cluster.heal()
+            eventually(lambda: _aid_value(old, "a") == "1")
+        eventually(lambda: all(_aid_links(member) == 2 for member in cluster.members))
+        _aid_put(old, "c", "1")
+
+
+def test_aid_partition_holds_over_a_restart_and_is_replaced_by_the_next():
+    with pyetcd.LocalCluster(3) as cluster:
+        first, second, third = cluster.members
+        cluster.partition([first], [second, third])
+        leader = cluster.wait_leader(among=[second, third])
+        first.restart(timeout_s=0)
+        _aid_put(leader, "a", "1")
+        eventually(lambda: first.call(lambda etcd: etcd.node.raft.role != RaftRole.FOLLOWER))
+        assert _aid_value(first, "a") is None and _aid_links(first) == 0
+        cluster.partition([second])
+        first.wait_ready()
+        assert _aid_value(first, "a") == "1"
+        assert cluster.wait_leader(among=[first, third])
+        assert _aid_links(second) == 0
+
+
+def test_aid_partition_into_single_members_has_no_leader_to_offer():
+    with pyetcd.LocalCluster(3) as cluster:
+        first, second, third = cluster.members
+        cluster.partition([first], [second])
+        cluster.leader().kill()
+        said = rf"no leader after 0.3 s: \[<etcd1 {first.client_url} .+ at term 2>, .+ down>\]"
+        with pytest.raises(TimeoutError, match=said):
+            cluster.wait_leader(0.3)
+        with pytest.raises(TimeoutError, match="etcd3 is not ready after 0.1 s: .+ at term"):
+            third.start(0.1)
+
+
+def test_aid_messages_cut_one_way_still_pass_the_other_way():
+    """A follower that hears nothing of its leader, but is heard."""
+    with pyetcd.LocalCluster(3) as cluster:
+        leader = cluster.leader()
+        deaf, other = _aid_others(cluster, leader)
+        cluster.cut(leader, deaf)
+        _aid_put(leader, "a", "1")
+        eventually(lambda: _aid_value(other, "a") == "1")
+        eventually(lambda: deaf.call(lambda etcd: etcd.lead == 0))
+        assert _aid_value(deaf, "a") is None
+        assert _aid_links(leader) == 2          # what the deaf one sends to it keeps coming
+        heard = leader.call(lambda etcd: etcd.traffic.received_bytes[deaf.member_id])
+        eventually(lambda: leader.call(
+            lambda etcd: etcd.traffic.received_bytes[deaf.member_id]) > heard)
+        cluster.heal()
+        eventually(lambda: _aid_value(deaf, "a") == "1")
+
+
+def test_aid_snapshot_that_is_cut_off_counts_as_failed():
+    """Otherwise the leader would wait for its fate after heal()."""
+    with pyetcd.LocalCluster(3) as cluster:
+        leader = cluster.leader()
+        lagging = _aid_others(cluster, leader)[0]
+        cluster.partition([lagging])
+
+        def send(etcd):
+            progress = etcd.node.raft.progress[lagging.member_id]
+            progress.become_snapshot(1)
+            etcd.transport.offer([Message(MsgType.SNAP, to=lagging.member_id)])
+            return progress
+
+        progress = leader.call(send)
+        eventually(lambda: leader.call(lambda etcd: progress.state != ProgressState.SNAPSHOT))
+
+
+def test_aid_misuse_is_refused():
+    with pyetcd.LocalCluster(2) as cluster, pyetcd.LocalMember() as stranger:
+        first, second = cluster.members
+        with pytest.raises(ValueError, match="a member is in two groups"):
+            cluster.partition([first], [second, first])
+        with pytest.raises(ValueError):
+            cluster.cut(first, stranger)
+        second.stop()
+        with pytest.raises(pyetcd.ServerStopped):
+            second.pause()
+        with pytest.raises(pyetcd.ServerStopped):
+            second.wait_ready()
+        second.resume()
+        first.start()                                   # it runs: nothing happens
+        assert first.id and not second.is_running
+
+
+def test_aid_start_that_fails_gives_everything_back(tmp_path):
+    (tmp_path / "etcd1").write_text("in the way")
+    threads, files = set(threading.enumerate()), set(os.listdir("/proc/self/fd"))
+    with pytest.raises(pyetcd.StartError), pyetcd.LocalMember(directory=str(tmp_path)):
+        pass
+    with pytest.raises(pyetcd.StartError), pyetcd.LocalCluster(2, str(tmp_path)):
+        pass
+    assert set(threading.enumerate()) <= threads
+    assert set(os.listdir("/proc/self/fd")) <= files
+
+
+# -- the fixtures, in a pytest of their own
+
+_AID_TESTS = """
+import logging, threading, urllib.request, pytest
+
+def put(member, key):
+    url = f"{member.client_url}/v2/keys/{key}"
+    urllib.request.urlopen(urllib.request.Request(url, b"value=1", method="PUT"), timeout=10)
+
+def test_server(etcd_server, tmp_path):
+    put(etcd_server, "a")
+    assert not list(tmp_path.iterdir())
+
+def test_cluster(etcd_cluster, etcd_server):
+    assert len(etcd_cluster.members) == 3
+    etcd_cluster.leader().kill()
+    put(etcd_cluster.wait_leader(), "a")
+
+def test_factory(etcd_cluster_factory):
+    one, two = etcd_cluster_factory(1), etcd_cluster_factory(2, snapshot_count=7)
+    assert two.members[0].call(lambda etcd: etcd.config.snapshot_count) == 7
+    put(one.members[0], "a")
+
+def test_that_fails(etcd_cluster):
+    put(etcd_cluster.leader(), "a")
+    assert 0, "on purpose"
+
+def test_nothing_is_left():
+    assert logging.getLogger("pyetcd").level == logging.NOTSET
+    assert not [t.name for t in threading.enumerate() if t.name.startswith(("reactor", "wal"))]
+"""
+
+
+def _aid_examples():
+    """The Python examples of the README's chapter on testing: tests, and programs."""
+    text = (_AID_ROOT / "README.md").read_text()
+    chapter = re.search(r"^## Testing with pyetcd\n(.*?)^## ", text, re.M | re.S)
+    examples = re.findall(r"^```python\n(.*?)^```", chapter[1], re.M | re.S)
+    return ([example for example in examples if "def test_" in example],
+            [example for example in examples if "def test_" not in example])
+
+
+def _aid_project(path):
+    """A project with the tests above, beside this checkout's module as pip would install it."""
+    info = path / "site" / "pyetcd_server-0.dist-info"
+    info.mkdir(parents=True)
+    shutil.copy(_AID_ROOT / "pyetcd.py", path / "site")
+    project = (_AID_ROOT / "pyproject.toml").read_text()
+    entry = re.search(r'^\[project.entry-points.pytest11\]\npyetcd = "(\S+)"', project, re.M)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pyetcd-server\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[pytest11]\npyetcd = {entry[1]}\n")
+    (info / "RECORD").write_text("pyetcd.py,,\n")
+    (path / "pytest.ini").write_text("[pytest]\n")
+    (path / "test_it.py").write_text(_AID_TESTS)
+    (path / "test_readme.py").write_text("\n".join(_aid_examples()[0]))
+
+
+def _aid_python(path, *arguments):
+    """Run Python with `path`'s pyetcd; warnings are errors.  Return (exit code, output)."""
+    environment = {**os.environ, "PYTHONPATH": str(path), "PYTEST_ADDOPTS": "",
+                   "PYTHONDONTWRITEBYTECODE": ""}       # compile once, not in every process
+    result = subprocess.run(
+        [sys.executable, "-W", "error", *arguments], cwd=str(path.parent), text=True, timeout=90,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, env=environment)
+    return result.returncode, result.stdout
+
+
+@pytest.fixture(scope="module", name="_aid_output")
+def _aid_output_fixture(tmp_path_factory):
+    """What pytest says of such a project, in two processes."""
+    path = tmp_path_factory.mktemp("aid")
+    _aid_project(path)
+    code, output = _aid_python(
+        path / "site", "-m", "pytest", "-v", "-p", "no:cacheprovider", "-n", "2", "-W", "error")
+    assert code == 1, output
+    return output
+
+
+def test_aid_fixtures_work_and_show_the_log_of_a_test_that_fails(_aid_output):
+    assert "1 failed" in _aid_output and "AssertionError: on purpose" in _aid_output
+    assert len(re.findall(r"PASSED \S*test_it.py::", _aid_output)) == 4
+    assert "INFO     pyetcd.raft:pyetcd.py:" in _aid_output
+    assert "became leader at term 2" in _aid_output
+    assert _aid_output.count("newRaft") == 3            # and not those of the other tests
+
+
+def test_aid_examples_of_the_readme_run(_aid_output):
+    """Tests with pytest, the others as a program that has none."""
+    tests, programs = _aid_examples()
+    count = sum(example.count("def test_") for example in tests)
+    assert count > 3 and programs
+    assert len(re.findall(r"PASSED \S*test_readme.py::", _aid_output)) == count, _aid_output
+    program = "\n".join([*programs, "import sys", "assert 'pytest' not in sys.modules"])
+    code, output = _aid_python(_AID_ROOT, "-c", program)
+    assert code == 0, output
+    assert re.fullmatch(r"http://127.0.0.1:\d+\netcd[12]\n", output)
+
+
+def test_aid_plugin_can_be_left_out(tmp_path):
+    _aid_project(tmp_path)
+    (tmp_path / "test_it.py").write_text(
+        "import sys\ndef test_it():\n    assert 'pyetcd' not in sys.modules\n")
+    code, output = _aid_python(
+        tmp_path / "site", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:pyetcd", "-n", "0",
+        "test_it.py")
+    assert code == 0, output
+
+
+# ============================================================================
+# 22. Other clients -- etcdctl and libraries, side by side
 # ----------------------------------------------------------------------------
 # Debian's etcdctl walks through every command on pyetcd and on the real etcd
 # 3.4; then libraries that others wrote, and the requests of well known users.
@@ -16918,7 +17305,7 @@ def test_lib_requests_of_well_known_users(_client_server, _client_dir, user):
 
 
 # ============================================================================
-# 19. Peer transport -- frames, refusals, and two members on loopback
+# 23. Peer transport -- frames, refusals, and two members on loopback
 # ----------------------------------------------------------------------------
 # Frames are compared with recordings of etcd 2.3.8; links run over real
 # sockets on one reactor that the test turns itself.
@@ -18318,7 +18705,7 @@ def test_link_real_etcd_leads_us(
 
 
 # ============================================================================
-# 20. Discovery, and Bootstrap
+# 24. Discovery, and Bootstrap
 # ----------------------------------------------------------------------------
 # A small registry and a small name server stand in for the network; then the
 # ways into a cluster, on temporary directories.
@@ -19639,7 +20026,7 @@ def test_bootstrap_unwritable_data_dir_is_one_line(tmp_path: Path) -> None:
 
 
 # ============================================================================
-# 21. Proxy -- a door to a cluster, over real sockets
+# 25. Proxy -- a door to a cluster, over real sockets
 # ----------------------------------------------------------------------------
 # Members are real, or an upstream that records what it is asked and answers
 # as it is told.
@@ -20412,7 +20799,7 @@ def test_proxy_answers_the_transcript_of_etcd_238(tmp_path: Path) -> None:
 
 
 # ============================================================================
-# 22. Backup and restore
+# 26. Backup and restore
 # ----------------------------------------------------------------------------
 # The commands in processes of their own, on the files of real members.
 # ============================================================================
@@ -20827,7 +21214,7 @@ def test_backup_progress_is_one_line_on_a_terminal_after_a_second(monkeypatch):
 
 
 # ============================================================================
-# 23. Command line
+# 27. Command line
 # ----------------------------------------------------------------------------
 # Flags, variables, what does not go together, and what the operator is told.
 # ============================================================================
@@ -21977,7 +22364,7 @@ def test_flags_the_program_runs_in_a_fresh_image(tmp_path, relative):
 
 
 # ============================================================================
-# 24. Fuzzing -- any bytes, in any pieces, at every door
+# 28. Fuzzing -- any bytes, in any pieces, at every door
 # ----------------------------------------------------------------------------
 # Each target takes bytes and raises if something escapes that is not promised.
 # Here hypothesis feeds a few; PYETCD_FUZZ_SECONDS=300 gives each target so long.
