@@ -161,7 +161,7 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 
 # ============================================================================
@@ -10597,16 +10597,14 @@ class EtcdServer:
         self.stopping = False
         self.no_space = ""              # why the log cannot be written; "": it can
         self.applier = Applier(self.store, self.cluster, self.member_id)
-        snapshotter = boot.snapshotter
         writer = (wal_writer_type or WalWriter)(
-            boot.wal, snapshotter, reactor, failed=failed, full=self._disk_full
+            boot.wal, boot.snapshotter, reactor, failed=failed, full=self._disk_full
         )
         self.journal = Journal(boot.wal, writer, boot.contents.hard_state, self._durable)
         self.snapshots = SnapshotKeeper(
-            reactor, self.journal, snapshotter, self.raft_index, len(self.store), failed
+            reactor, self.journal, boot.snapshotter, self.raft_index, len(self.store), failed
         )
         self.counts = ServerCounts(config.heartbeat_ms / 1000)
-        reactor.on_turned = self.counts.turn_durations.observe
         self.traffic = traffic = Traffic(self.stats, self.leader_stats, reactor.now)
         self.transport: Transport = (transport_type or Transport)(
             reactor, member_id=boot.member_id, cluster_id=boot.cluster.id,
@@ -10661,6 +10659,7 @@ class EtcdServer:
 
     def start(self) -> None:
         """Begin to take part.  The reactor must call on_turn() from now on."""
+        self.reactor.on_turned = self.counts.turn_durations.observe
         self.journal.writer.start()
         if len(self.node.raft.voters) > 1:
             self.node.advance_ticks(self.node.raft.config.election_ticks - 1)

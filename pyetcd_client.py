@@ -105,7 +105,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError as UrllibError
 from urllib3.util.connection import is_connection_dropped
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "EtcdError", "ApiError", "KeyNotFound", "CompareFailed", "NotFile", "NotDir", "NodeExists",
@@ -1548,6 +1548,7 @@ class _Caller:
         self._refresh_at = 0.0 if sync or srv_domain else math.inf  # monotonic seconds
         self._reconnect = allow_reconnect
         self._retry = retry and allow_reconnect
+        self._reached = False                       # a request has left for a server
         self._trust = _Trust((ca_cert or True) if verify else False, cert, dict(proxies or {}))
         self._idle: Deque[_Connections] = deque()   # the last one used is used next
         self._idle_max = per_host_pool_size
@@ -1662,11 +1663,13 @@ class _Caller:
         """Wait before the next round; raise what the last one brought if there must be none.
 
         Without a deadline there is one round: nobody wants to wait for ever for a dead cluster.
+        Nor is there a second one where nobody was ever reached: the address is wrong, most likely.
         """
         pause_s = _backoff_s(rounds)
-        hopeless = not self._retry or deadline == math.inf or all(map(_lasts, failures.values()))
-        if hopeless or time.monotonic() + pause_s >= deadline:
-            first, *others = failures.values()
+        errors = failures.values()
+        hopeless = not (self._retry and self._reached) or all(map(_lasts, errors))
+        if hopeless or deadline == math.inf or time.monotonic() + pause_s >= deadline:
+            first, *others = errors
             first.others = tuple(others)
             raise first
         time.sleep(pause_s)
@@ -1743,6 +1746,8 @@ class _Caller:
                 exchange, base, call.method, target, call.form, headers, call.on_head)
         except (OSError, http.client.HTTPException, UrllibError) as error:
             raise _transport_error(error, base, exchange, write=call.write) from error
+        finally:
+            self._reached = self._reached or exchange.sent
 
     def _headers(self, base: str, call: _Call[Any]) -> Dict[str, str]:
         headers = {"User-Agent": _USER_AGENT}
