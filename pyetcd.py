@@ -3139,6 +3139,33 @@ class Node:
         return -((now_ns - self.expires_ns) // NS) if self.expires_ns else 0
 
 
+class LongNode(Node):
+    """A file that remembers whether its long value is plain JSON: 256 KB take 0.3 ms to look at,
+    and every value is shown twice, when it comes and when it goes.
+    """
+
+    __slots__ = ("_is_plain",)
+
+    def __init__(
+        self, value: str, created_index: int, modified_index: int, expires_ns: int
+    ) -> None:
+        super().__init__(value, created_index, modified_index, expires_ns)
+        self._is_plain: Optional[bool] = None       # not looked at
+
+    @property
+    def is_plain(self) -> bool:
+        """True if nothing in the value has to be escaped."""
+        if self._is_plain is None:
+            self._is_plain = is_plain_json(self.value or "")
+        return self._is_plain
+
+
+def file_node(value: str, created_index: int, modified_index: int, expires_ns: int) -> Node:
+    """Return the node of a file."""
+    kind = LongNode if len(value) > LONG_VALUE_CHARS else Node
+    return kind(value, created_index, modified_index, expires_ns)
+
+
 class Directory(Node):
     """A node with children: their full paths, in order of creation (a dict as ordered set).
 
@@ -3178,7 +3205,8 @@ def _node_ends(key: str, node: Node, ttl_s: int) -> Tuple[str, str]:
 def _node_texts(key: str, node: Node, ttl_s: int) -> List[str]:
     """The JSON of a node in pieces, with no copy of a long value that needs no escapes."""
     value = node.value
-    if value is None or node.expires_ns or not is_plain_json(value):
+    plain = node.is_plain if isinstance(node, LongNode) else is_plain_json(value or "")
+    if value is None or node.expires_ns or not plain:
         return list(_node_ends(key, node, ttl_s))
     tail = f'","modifiedIndex":{node.modified_index},"createdIndex":{node.created_index}}}'
     return [f'{{"key":{key},"value":"', value, tail]
@@ -4307,7 +4335,7 @@ class Store:
             expires_ns = 0
         node = (
             Directory(index, index, expires_ns, {}) if value is None
-            else Node(value, index, index, expires_ns)
+            else file_node(value, index, index, expires_ns)
         )
         if self._walks or expires_ns or (old is not None and old.expires_ns):
             self._put(path, old, node)
