@@ -3264,7 +3264,7 @@ class Event:
         The namespace (`/1`) is taken off the keys.
         """
         if self._json is None:
-            if self._is_long:
+            if isinstance(self.node, LongNode) or isinstance(self.prev, LongNode):
                 self._json = "".join((*self._texts(self.key[2:]), "}\n")).encode()
             else:
                 self._json = f"{self._text(self.key[2:])}}}\n".encode()
@@ -3292,12 +3292,6 @@ class Event:
         if self.prev is None:
             return text
         return f'{text},"prevNode":{_node_json(key, self.prev, self.prev_ttl_s)}'
-
-    @property
-    def _is_long(self) -> bool:
-        """True if it pays not to copy the values."""
-        value, prev = self.node.value, self.prev and self.prev.value
-        return len(value or "") + len(prev or "") > LONG_VALUE_CHARS
 
     def _texts(self, key: str) -> Iterator[str]:
         """What _text() returns, in pieces: 256 KB take 0.5 ms less."""
@@ -9533,6 +9527,17 @@ class Histogram:
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
 
+    def observe_many(self, values: List[float]) -> None:
+        """Count all of them: 0.1 us each instead of 0.5."""
+        values.sort()
+        before = 0
+        for position, bound in enumerate(self._bounds):
+            below = bisect.bisect_right(values, bound)
+            self._counts[position] += below - before
+            before = below
+        self._counts[-1] += len(values) - before
+        self._sum += sum(values)
+
     @property
     def count(self) -> int:
         """Number of values."""
@@ -9586,6 +9591,7 @@ class Metrics:
     """Named counters, readings and histograms, and their text for Prometheus (version 0.0.4)."""
 
     def __init__(self) -> None:
+        self.before_text: Callable[[], None] = _nothing     # counts what was not counted yet
         self._families: Dict[str, Tuple[str, Family]] = {}
 
     def add(self, name: str, help: str, family: Family) -> None:
@@ -9615,6 +9621,7 @@ class Metrics:
 
     def text(self) -> str:
         """Return everything that has a value, by name."""
+        self.before_text()
         lines: List[str] = []
         for name, (help, family) in sorted(self._families.items()):
             samples = list(family.samples())
@@ -12477,6 +12484,8 @@ class KeysApi:
             "etcd_store_watch_requests_total", "Watches that were asked for.")
         self._get_durations = self._durations.child("GET")
         self._put_durations = self._durations.child("PUT")
+        self._puts_s: List[float] = []      # what PUTs took that are not in there yet
+        metrics.before_text = self._count_puts
 
     def route(self, head: HttpHead) -> Handler:
         """Return what answers requests with this head."""
@@ -12588,9 +12597,18 @@ class KeysApi:
             return
         self._send(request, 201 if result.is_created else 200, result.index, result.client_json())
         elapsed_s = time.monotonic() - started
+        if method == "PUT":
+            self._puts_s.append(elapsed_s)
+            if len(self._puts_s) >= 1_000:
+                self._count_puts()
+            return
         self._proposals.observe(elapsed_s)
-        durations = self._put_durations if method == "PUT" else self._durations.child(method)
-        durations.observe(elapsed_s)
+        self._durations.child(method).observe(elapsed_s)
+
+    def _count_puts(self) -> None:
+        puts_s, self._puts_s = self._puts_s, []
+        self._proposals.observe_many(puts_s)
+        self._put_durations.observe_many(puts_s)
 
     def _watch(self, command: Request, request: HttpRequest) -> None:
         self._stats.gets_fail += 1              # as in _get

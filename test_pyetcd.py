@@ -11546,7 +11546,7 @@ def test_ops_member_change_that_meets_another_one_is_proposed_again(tmp_path):
                 lambda server, body: _http_ask(server, "POST", "/v2/members", body, _HTTP_JSON),
                 followers, bodies))
         assert [status for status, _, _ in answers] == [201, 201]
-        assert leader.call(lambda etcd: len(etcd.cluster.members)) == 5
+        eventually(lambda: leader.call(lambda etcd: len(etcd.cluster.members)) == 5)
 
 
 def test_ops_metrics_of_peers_and_all_names_that_dashboards_read(tmp_path, monkeypatch):
@@ -11634,6 +11634,20 @@ def test_ops_debug_vars_show_where_the_time_goes(tmp_path):
     assert shown["journal"]["visits"] >= before["journal"]["visits"] + 20
     assert shown["journal"]["mean_batch_entries"] >= 0 < shown["journal"]["mean_sync_s"]
     assert set(shown["queues"].values()) == {0}
+
+
+def test_ops_histogram_counts_many_values_as_one_by_one():
+    rng = random.Random(3)
+    values = [rng.choice((0.0, 0.001, 0.004, 1e9, rng.expovariate(100))) for _ in range(3_000)]
+    single, many = (pyetcd.Histogram(pyetcd.exponential_bounds(0.001, 8)) for _ in range(2))
+    for value in values:
+        single.observe(value)
+    many.observe_many(values[:1_000])
+    many.observe_many(values[1_000:])
+    many.observe_many([])
+    *buckets, (_, _, total), count = many.samples()
+    assert [*single.samples()][:-2] == buckets and count == ("_count", "", 3_000)
+    assert total == pytest.approx(sum(values))
 
 
 # -- work: what a request costs, counted and not timed ---------------------------------
