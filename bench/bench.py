@@ -341,26 +341,26 @@ CASES: Tuple[Case, ...] = (
                "lower", 0.3),
     ), run_watchers, rounds_max=5),
     Case("expiry", (_stall("expiry.stall", "the expiry of 10,000 keys of 100,000"),),
-         run_expiry, rounds_max=3),
+         run_expiry, rounds_max=5),
     Case("start", (
         _time("start.start1", "start to first acknowledged PUT, 1 member", 0.6),
         _time("start.start3", "start to first acknowledged PUT, 3 members", 0.6),
     ), run_start),
     Case("restart", (
         _time("restart", "start to first acknowledged PUT, 100,000 keys on disk", 1.0),
-    ), run_restart, rounds_max=3),
+    ), run_restart, rounds_max=5),
     Case("memory", (
         Metric("memory.key", "memory per key, 100,000 keys of 64 B", "B", "memory", "lower", 0.35),
         Metric("memory.idle", "memory of an idle member", "MB", "memory", "lower", limit=30.0),
         Metric("memory.cpu", "processor time of an idle member", "% of a core", "idle", "lower",
                limit=1.0),
-    ), run_memory, rounds_max=3),
+    ), run_memory, rounds_max=5),
     Case("growth", (
         Metric("growth.put", "PUT rate among 1,000,000 keys / among 1,000", "x", "growth",
                "higher", limit=0.7),
         Metric("growth.get", "GET rate among 1,000,000 keys / among 1,000", "x", "growth",
                "higher", limit=0.7),
-    ), run_growth, rounds_max=1),
+    ), run_growth, rounds_max=3),
     Case("auth", (
         Metric("auth.get", "GET without users / with, verified", "x", "auth", "lower", limit=1.18),
         Metric("auth.put", "PUT without users / with, verified", "x", "auth", "lower", limit=1.18),
