@@ -2959,19 +2959,11 @@ def _insist(attempt: Callable[[float], _T], patience_s: float = OUTAGE_S) -> _T:
         pause_s = min(2 * pause_s, 1.0)
 
 
-def _within(client: Client, timeout_s: float) -> Client:
-    """Return `client` with another limit for its calls."""
-    limited = copy.copy(client)                     # shares endpoints and connections
-    names = ("read_timeout", "total_timeout", "read_timeout_s", "total_timeout_s")
-    vars(limited).update(dict.fromkeys(names, timeout_s))
-    return limited
-
-
 def _read(client: Client, key: str, patience_s: float = OUTAGE_S, *,
           recursive: bool = False) -> Result:
     """Return what a quorum knows of `key`."""
-    return _insist(lambda timeout_s: _within(client, timeout_s).get(
-        key, recursive=recursive, quorum=True), patience_s)
+    return _insist(lambda timeout_s: client.get(
+        key, recursive=recursive, quorum=True, timeout=timeout_s), patience_s)
 
 
 def _list(client: Client, directory: str, patience_s: float = OUTAGE_S) -> Tuple[List[Node], int]:
@@ -3003,8 +2995,8 @@ def _create_once(
     second result is False.
     """
     try:
-        made = _insist(lambda timeout_s: _within(client, timeout_s).create(
-            key, value, ttl=ttl), patience_s)
+        made = _insist(lambda timeout_s: client.create(
+            key, value, ttl=ttl, timeout=timeout_s), patience_s)
         return made.node, True
     except NodeExists:
         node = _read(client, key).node
@@ -3026,7 +3018,7 @@ def _append_once(
     def attempt(timeout_s: float) -> Node:
         nonlocal sure
         try:
-            return _within(client, timeout_s).append(directory, value, ttl=ttl).node
+            return client.append(directory, value, ttl=ttl, timeout=timeout_s).node
         except EtcdError as error:
             if not error.maybe_applied:
                 raise
@@ -3041,8 +3033,8 @@ def _append_once(
 def _remove(client: Client, key: str, value: str, patience_s: float) -> None:
     """Delete a file if it has `value`; what cannot be deleted now is left to its ttl."""
     with contextlib.suppress(EtcdError):
-        _insist(lambda timeout_s: _within(client, timeout_s).compare_and_delete(
-            key, prev_value=value), patience_s)
+        _insist(lambda timeout_s: client.compare_and_delete(
+            key, prev_value=value, timeout=timeout_s), patience_s)
 
 
 def _watch(
@@ -3050,8 +3042,8 @@ def _watch(
     timeout_s: Optional[float] = None,
 ) -> Watch:
     """Return the changes of `key` from `index` on."""
-    return Watch(
-        client, key, recursive=recursive, index=index, timeout=timeout_s, relist=False)
+    return client.watcher(
+        key, recursive=recursive, index=index, timeout=timeout_s, relist=False)
 
 
 def _await(
@@ -3234,7 +3226,7 @@ class Heartbeat:
         try:
             return self._swap(timeout_s)
         except CompareFailed:
-            node = _within(self.client, timeout_s).get(self.key, quorum=True).node
+            node = self.client.get(self.key, quorum=True, timeout=timeout_s).node
             if node.value != self._value:           # it is somebody else's
                 raise
             self._index = node.modified_index
@@ -3246,18 +3238,18 @@ class Heartbeat:
         Therefore a renewal that was given up for lost cannot take effect after a later one, and
         shorten what that has granted.
         """
-        client = _within(self.client, timeout_s)
         fields: Dict[str, _Field] = {
             "ttl": self.ttl, "prevValue": self._value or None, "prevIndex": self._index}
         if announce:
-            return client._put(self.key, {**fields, "value": self._value})
+            return self.client._put(self.key, {**fields, "value": self._value}, timeout_s)
         fields["refresh"] = True
         if not self._silent:
             try:                                    # etcd before 2.3 would empty the value
-                return client._put(self.key, {**fields, "value": self._value or " "})
+                loud = {**fields, "value": self._value or " "}
+                return self.client._put(self.key, loud, timeout_s)
             except RefreshValue:
                 self._silent = True
-        return client._put(self.key, fields)
+        return self.client._put(self.key, fields, timeout_s)
 
 
 class Lease(Heartbeat):
@@ -3589,8 +3581,7 @@ class Lock(Contender):
 
 
 def _below_prefix(client: Client, name: str) -> str:
-    prefix: str = getattr(client, "lock_prefix", "/_locks")
-    return f"{prefix}/{name}"
+    return f"{client.lock_prefix}/{name}"
 
 
 class RLock(Lock):
@@ -3871,7 +3862,7 @@ class Queue:
         name = uuid.uuid4().hex
         key = f"{self.path}/items/{name}"
         try:
-            _insist(lambda timeout_s: _within(self.client, timeout_s).create(key, value))
+            _insist(lambda timeout_s: self.client.create(key, value, timeout=timeout_s))
         except NodeExists:                          # an attempt whose answer was lost
             pass
         return key
@@ -3956,8 +3947,8 @@ class Queue:
         """
         mark = uuid.uuid4().hex
         try:
-            _insist(lambda timeout_s: _within(self.client, timeout_s).compare_and_swap(
-                node.key, mark, prev_index=node.modified_index, ttl=TAKEN_TTL_S))
+            _insist(lambda timeout_s: self.client.compare_and_swap(
+                node.key, mark, prev_index=node.modified_index, ttl=TAKEN_TTL_S, timeout=timeout_s))
         except KeyNotFound:
             return False
         except CompareFailed:
@@ -4018,8 +4009,8 @@ class Barrier:
         except KeyNotFound:
             return False
         with contextlib.suppress(KeyNotFound, CompareFailed):
-            _insist(lambda timeout_s: _within(self.client, timeout_s).compare_and_delete(
-                self.path, prev_index=index))
+            _insist(lambda timeout_s: self.client.compare_and_delete(
+                self.path, prev_index=index, timeout=timeout_s))
         return True
 
     def wait(self, timeout: Optional[float] = None) -> bool:
@@ -4132,8 +4123,8 @@ class DoubleBarrier:
         key, mark = f"{self.path}/round", uuid.uuid4().hex
         with contextlib.suppress(CompareFailed, NodeExists, KeyNotFound):
             if last:
-                _insist(lambda timeout_s: _within(self.client, timeout_s).compare_and_swap(
-                    key, mark, prev_index=last))
+                _insist(lambda timeout_s: self.client.compare_and_swap(
+                    key, mark, prev_index=last, timeout=timeout_s))
             else:
                 _create_once(self.client, key, mark, None)
 
@@ -4213,12 +4204,12 @@ class Counter:
         others = [f"{other}:{result}" for other, result in changes.items()
                   if other.partition(".")[0] != self._writer]
         value = " ".join([str(number), f"{tag}:{number}", *others[:COUNTER_WRITERS - 1]])
-        client = _within(self.client, CALL_TIMEOUT_S)
         try:
             if index:
-                client.compare_and_swap(self.path, value, prev_index=index)
+                self.client.compare_and_swap(
+                    self.path, value, prev_index=index, timeout=CALL_TIMEOUT_S)
             else:
-                client.create(self.path, value)
+                self.client.create(self.path, value, timeout=CALL_TIMEOUT_S)
         except (CompareFailed, NodeExists, KeyNotFound):
             return False
         return True

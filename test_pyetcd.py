@@ -14154,8 +14154,7 @@ def test_recipe_lease_works_where_refresh_is_unknown(_recipe_client, _client_dir
     class OldServerClient(_RecipeClient):
         def _perform(self, call, *more, **options):
             form = call.form and call.form.replace(b"refresh=true", b"unknown=true")
-            return super()._perform(call._replace(form=form) if hasattr(call, "_replace")
-                                    else dataclasses.replace(call, form=form), *more, **options)
+            return super()._perform(dataclasses.replace(call, form=form), *more, **options)
     with OldServerClient(_recipe_client.endpoints.current) as client:
         with pyetcd_client.Lease(client, _client_dir + "/k", ttl=30) as lease:
             for _ in range(2):
@@ -14226,7 +14225,6 @@ def test_recipe_lock_release_wakes_only_the_next(_recipe_client, _client_server,
 
 def test_recipe_lock_who_gives_up_leaves_nothing(
         _recipe_client, _client_server, _client_dir, monkeypatch):
-    monkeypatch.setattr(pyetcd_client, "WAIT_SLICE_S", 0.3)
     with Client(_client_server.url) as other, _recipe_lock(other, _client_dir) as held:
         lock = _recipe_lock(_recipe_client, _client_dir)
         assert lock.acquire(blocking=False) is False
@@ -14645,8 +14643,7 @@ def _recipe_names(tree):
     return {key[len(tree.path):]: node.value for key, node in tree.snapshot().items()}
 
 
-def test_recipe_cached_tree_follows_the_directory(_recipe_client, _client_dir, monkeypatch):
-    monkeypatch.setattr(pyetcd_client, "WAIT_SLICE_S", 0.3)
+def test_recipe_cached_tree_follows_the_directory(_recipe_client, _client_dir):
     changes = []
     _recipe_client.set(_client_dir + "/d/a", "1")
     tree = pyetcd_client.CachedTree(
@@ -14873,8 +14870,7 @@ def _recipe_examples():
 
 
 @pytest.mark.parametrize("number", range(len(_recipe_examples())))
-def test_recipe_example_of_the_readme_runs(number, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pyetcd_client, "WAIT_SLICE_S", 0.3)
+def test_recipe_example_of_the_readme_runs(number, tmp_path, capsys):
     code = _recipe_examples()[number]
     with _recipe_no_threads(), pyetcd.Server(data_dir=str(tmp_path / "d")) as server:
         server.wait_ready()
@@ -17018,8 +17014,6 @@ def test_lib_python_etcd_index_that_is_no_longer_kept(
 
 def test_lib_python_etcd_lock(_lib_etcd, _client_server, _client_dir):
     """One holder at a time; the next one wakes up when it lets go, or its TTL ends."""
-    if not hasattr(_lib_etcd, "Lock"):
-        pytest.skip("this client has no locks yet")
     host, port = _lib_address(_client_server.url)
     client = _lib_etcd.Client(host=host, port=port, lock_prefix=_client_dir)
     mine, yours = (_lib_etcd.Lock(client, "door") for _ in range(2))
