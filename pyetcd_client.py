@@ -2946,14 +2946,19 @@ def _left(deadline: Optional[float], longest_s: float) -> float:
 def _insist(attempt: Callable[[float], _T], patience_s: float = OUTAGE_S) -> _T:
     """Repeat what may be repeated while no server can answer; then raise what the last one said.
 
+    Whether a write may have been applied is said of all attempts together.
+
     attempt  is given the seconds it may take
     """
-    deadline, pause_s = _clock() + patience_s, 0.05
+    deadline, pause_s, unsure = _clock() + patience_s, 0.05, False
     while True:
         try:
             return attempt(min(CALL_TIMEOUT_S, max(deadline - _clock(), 1.0)))
         except EtcdError as error:
-            if not _is_endpoint_failure(error) or _clock() + pause_s >= deadline:
+            may_pass = _is_endpoint_failure(error)
+            unsure = unsure or error.maybe_applied
+            if not may_pass or _clock() + pause_s >= deadline:
+                error.maybe_applied = error.maybe_applied or (may_pass and unsure)
                 raise
         time.sleep(pause_s * random.uniform(0.5, 1.0))
         pause_s = min(2 * pause_s, 1.0)
@@ -2998,8 +3003,11 @@ def _create_once(
         made = _insist(lambda timeout_s: client.create(
             key, value, ttl=ttl, timeout=timeout_s), patience_s)
         return made.node, True
-    except NodeExists:
-        node = _read(client, key).node
+    except NodeExists as exists:
+        try:
+            node = _read(client, key).node
+        except KeyNotFound:                         # gone since
+            raise exists from None
         if node.value != value:
             raise
         return node, False
@@ -3023,7 +3031,8 @@ def _append_once(
             if not error.maybe_applied:
                 raise
             sure = False
-            found = [node for node in _list(client, directory)[0] if node.value == value]
+            found = [node for node in _list(client, directory, timeout_s)[0]
+                     if node.value == value]
             if not found:
                 raise
             return found[0]
@@ -3140,7 +3149,7 @@ class Heartbeat:
         self._stopped.set()
         self._leave()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()                     # at most CALL_TIMEOUT_S: one request
+            self._thread.join()                     # until the renewal under way has ended
         return alive
 
     def __enter__(self: _HeartbeatType) -> _HeartbeatType:
@@ -3190,7 +3199,10 @@ class Heartbeat:
     def _regain(self) -> bool:
         """Do what follows a loss; return whether there is a file to keep again."""
         if self._on_lost is not None:
-            self._on_lost()
+            try:
+                self._on_lost()
+            except Exception:                       # of the caller's; the heartbeat may go on
+                _log.exception("on_lost of %s failed", self.key)
         return False
 
     def _keep(self) -> bool:
@@ -3223,14 +3235,16 @@ class Heartbeat:
 
     def _swap_ours(self, timeout_s: float) -> Result:
         """Renew the file; a renewal whose answer was lost may have changed its index."""
+        deadline = _clock() + timeout_s
         try:
             return self._swap(timeout_s)
         except CompareFailed:
-            node = self.client.get(self.key, quorum=True, timeout=timeout_s).node
+            left_s = max(0.1, deadline - _clock())
+            node = self.client.get(self.key, quorum=True, timeout=left_s).node
             if node.value != self._value:           # it is somebody else's
                 raise
             self._index = node.modified_index
-            return self._swap(timeout_s)
+            return self._swap(max(0.1, deadline - _clock()))
 
     def _swap(self, timeout_s: float, *, announce: bool = False) -> Result:
         """Renew on condition that nothing happened to the file since the index we know.
@@ -3326,6 +3340,14 @@ class _Place(Lease):
         """Renew the file so that its watchers see it; it is no harm if that fails."""
         with contextlib.suppress(EtcdError):
             self._swap(CALL_TIMEOUT_S, announce=True)
+
+    def _obtain(self, patience_s: float) -> None:
+        try:
+            super()._obtain(patience_s)
+        except BaseException:                       # it may be in line all the same
+            self._sure = False
+            self._leave()
+            raise
 
     def _make(self, patience_s: float) -> Tuple[int, bool]:
         node, self._sure = _append_once(
@@ -3603,8 +3625,9 @@ class RLock(Lock):
             acquired = super().acquire(blocking, lock_ttl, timeout)
             self._depth = 1 if acquired else 0
             return acquired
-        self._depth += self.is_held
-        return self.is_held
+        held = self.is_held
+        self._depth += held
+        return held
 
     def release(self) -> bool:
         """Undo one acquire; the last one gives the lock up.  Return whether it was held."""
@@ -3807,9 +3830,10 @@ class QueueItem:
 
     def done(self) -> bool:
         """Remove the item; False if another consumer has removed it first."""
-        removed = self._queue._mark(self._node)
-        self._lease.stop()
-        return removed
+        try:
+            return self._queue._mark(self._node)
+        finally:
+            self._lease.stop()
 
     def give_back(self) -> None:
         """Let another consumer have the item."""
@@ -3969,6 +3993,9 @@ class Queue:
             present = _read(self.client, node.key).node.modified_index == node.modified_index
         except KeyNotFound:
             present = False
+        except BaseException:
+            lease.stop()
+            raise
         if present:
             leases.append(lease)
         else:
@@ -4005,12 +4032,14 @@ class Barrier:
     def remove(self) -> bool:
         """Open the barrier; False if it was open already."""
         try:
-            index = _read(self.client, self.path).modified_index
+            node = _read(self.client, self.path).node
         except KeyNotFound:
             return False
         with contextlib.suppress(KeyNotFound, CompareFailed):
+            # By value, as a Heartbeat may keep it; by index if another program made it empty.
             _insist(lambda timeout_s: self.client.compare_and_delete(
-                self.path, prev_index=index, timeout=timeout_s))
+                self.path, prev_value=node.value or None,
+                prev_index=None if node.value else node.modified_index, timeout=timeout_s))
         return True
 
     def wait(self, timeout: Optional[float] = None) -> bool:
@@ -4102,7 +4131,8 @@ class DoubleBarrier:
             if last > place.number:
                 return last
             members, _ = _list(self.client, f"{self.path}/members")
-            if sum(node.created_index > last for node in members) >= self.size:
+            # By value: an append that was given up for lost may have come in after all.
+            if len({node.value for node in members if node.created_index > last}) >= self.size:
                 self._begin_round(last)
                 continue
             wait_s = _left(deadline, min(WAIT_SLICE_S, self.ttl))
@@ -4167,7 +4197,11 @@ class Counter:
             tag, unsure, pause_s = f"{self._writer}.{self._serial}", None, 0.001
             deadline = _clock() + OUTAGE_S
             while True:
-                number, changes, index = self._look()
+                try:
+                    number, changes, index = self._look()
+                except EtcdError as error:          # a read failed; our write may be in
+                    error.maybe_applied = unsure is not None
+                    raise
                 if tag in changes:
                     return changes[tag]
                 if unsure is not None and self._forgotten(changes):
@@ -4176,9 +4210,10 @@ class Counter:
                     if self._write(number + amount, tag, changes, index):
                         return number + amount
                 except EtcdError as error:
-                    if not _is_endpoint_failure(error) or _clock() >= deadline:
-                        raise
                     unsure = error if error.maybe_applied else unsure
+                    if not _is_endpoint_failure(error) or _clock() >= deadline:
+                        error.maybe_applied = unsure is not None
+                        raise
                 time.sleep(random.uniform(0, pause_s))
                 pause_s = min(2 * pause_s, 0.1)
 
@@ -4377,7 +4412,10 @@ class CachedTree(Mapping[str, Node]):
             self._changed.notify_all()
         if self._on_change is not None and self._thread is not None:
             for change in told:
-                self._on_change(*change)
+                try:
+                    self._on_change(*change)
+                except Exception:                   # of the caller's; the copy goes on
+                    _log.exception("on_change of %s failed", self.path)
 
 
 class Instance(NamedTuple):
@@ -4405,7 +4443,10 @@ class Registration(Lease):
             except EtcdError:                       # the next attempt is soon
                 continue
             if self._stopped.is_set():              # `stop` has removed what was there before
+                with self._lock:
+                    self._over = True
                 self._leave()
+                return False
             return True
         return False
 
@@ -5949,8 +5990,15 @@ class _Import:
         """Return the seconds a record is to live; None for ever; 0 or less: not at all."""
         return self._ttl if record.expiration and self._ttl else record.ttl
 
+    def is_over(self, record: _Record) -> bool:
+        """Tell whether a record has expired."""
+        ttl = self.ttl(record)
+        return ttl is not None and ttl <= 0
+
     def _make_dir(self, record: _Record) -> None:
         ttl = self.ttl(record)
+        if ttl is not None and ttl <= 0:            # meanwhile
+            return
         try:
             self._client.mkdir(record.key, ttl=ttl)
         except NodeExists:
@@ -5958,9 +6006,11 @@ class _Import:
                 _set_dir(self._client, record.key, ttl, prevExist=True)
 
     def _write_file(self, record: _Record) -> None:
-        write = self._client.create if self._keep else self._client.set
+        write, ttl = self._client.create if self._keep else self._client.set, self.ttl(record)
+        if ttl is not None and ttl <= 0:            # meanwhile
+            return
         try:
-            write(record.key, record.value or "", ttl=self.ttl(record))
+            write(record.key, record.value or "", ttl=ttl)
         except NodeExists:
             with self._lock:
                 self.kept += 1
@@ -5999,7 +6049,7 @@ def _cmd_import(run: _Run) -> int:
              for record in _read_records(run.args[0])]
     records = [record._replace(key=key) for record, key in found if key is not None and key != "/"]
     importing = _Import(_patient(run.client, run.settings), run.options)
-    alive = [record for record in records if (importing.ttl(record) or 1) > 0]
+    alive = [record for record in records if not importing.is_over(record)]
     if run.options.on("dry-run"):
         _emit_lines(f"{'mkdir' if record.value is None else 'set'} {_escape(record.key)}"
                     for record in alive)
@@ -6541,7 +6591,8 @@ def _scan(
 def _keys_like(settings: _Options, current: str) -> List[Tuple[str, str]]:
     """Return the keys in the directory that `current` names so far; none if nobody answers."""
     directory = current.rpartition("/")[0]
-    if settings.text("username") and ":" not in settings.text("username"):
+    user = settings.text("username", "ETCDCTL_USERNAME")
+    if user and ":" not in user and not os.environ.get("ETCDCTL_PASSWORD"):
         return []                                   # no questions while somebody types
     try:
         with _given_client(settings, _Access.from_settings(settings)) as client:
