@@ -158,6 +158,9 @@ from typing import (
 )
 from urllib.parse import urlsplit
 
+if not hasattr(select, "epoll"):
+    raise ImportError("pyetcd needs epoll: it runs on Linux only")
+
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -1046,7 +1049,8 @@ class Entry:
     """One log entry.
 
     request  caches the decoded payload where the proposer knows it
-    encoded  caches encode_entry, for peers and disk, until the disk has it; b"": not known
+    encoded  caches encode_entry, for peers and disk; b"": not known; None: the disk has it, so it
+             is not kept any more
     """
 
     __slots__ = ("type", "term", "index", "data", "request", "encoded")
@@ -1060,7 +1064,7 @@ class Entry:
         self.index = index
         self.data = data
         self.request = request
-        self.encoded = b""
+        self.encoded: Optional[bytes] = b""
 
     @property
     def id(self) -> EntryID:
@@ -1836,6 +1840,8 @@ class RaftLog:
         self.pending_snapshot: Optional[Snapshot] = None    # came in, not yet handed out
         if entries:
             self.append(entries)
+        for entry in entries:
+            entry.encoded = None
         self.stable = self._handed = self.last_index
         # A snapshot is committed by nature, though a crash may have kept its HardState off disk.
         self.commit = max(commit, self.offset)
@@ -2118,20 +2124,22 @@ class Replication:
         if member in self.progress:
             self.progress[member].asked = self._log.last_index
 
-    def owe_commit(self) -> None:
-        """There is a new commit index.  A patient leader only tells those whose clients wait.
+    def owe_commit(self, index: int, *, at_once: bool) -> None:
+        """The commit index becomes `index`.  A patient leader only tells those whose clients wait.
 
         The others hear of it with the next entries, mostly within a millisecond: messages and
         answers for it alone are half of all where writes come one by one.
+
+        at_once  tell all: voters change, and who leaves must hear of it while it gets messages
         """
-        if not self._patient:
+        if at_once or not self._patient:
             self.owe_all()
             return
         self.commit_untold = len(self.progress) > 1
         for progress in self.progress.values():
             if progress.asked:
                 self.owe(progress)
-                if progress.asked <= self._log.commit:
+                if progress.asked <= index:
                     progress.asked = 0
 
     def send_due(self) -> None:
@@ -2723,8 +2731,8 @@ class Raft:
         if index <= log.commit or log.term(index) != self.term:
             return
         self.uncommitted_bytes -= log.data_bytes(log.commit + 1, index + 1)
+        self.replication.owe_commit(index, at_once=log.commit < self.pending_conf_index <= index)
         log.commit_to(index)
-        self.replication.owe_commit()
 
     # -- replication: follower -----------------------------------------------
 
@@ -3511,6 +3519,8 @@ class WatcherHub:
             return                      # hidden from here; a path below the key is never
         index, every = event.index, exact or forced
         told = [w for w in group if index >= w.since and (every or w.recursive)]
+        if not told:
+            return
         once = [watcher for watcher in told if not watcher.stream]
         if len(once) == len(group):
             del self._groups[path]
@@ -3946,7 +3956,7 @@ def _read_tree(
         modified_index = created_index if modified == created else int(modified)    # one int, if so
         expires_ns = 0 if expires == _PERMANENT else parse_time(expires)
         if children is None:
-            nodes[path] = Node(_unquote(value), created_index, modified_index, expires_ns)
+            nodes[path] = file_node(_unquote(value), created_index, modified_index, expires_ns)
         else:
             nodes[path] = Directory(created_index, modified_index, expires_ns, {})
         siblings = nodes[parent_path(path)].children
@@ -5014,7 +5024,7 @@ class Wal:
         else:
             data = self._encoder.long_batch(entries, state)
         for entry in entries:
-            entry.encoded = b""
+            entry.encoded = None
         self._size += len(data)
         return data
 
@@ -6112,6 +6122,7 @@ class Reactor:
         self._quick_waits = 0           # so many in a row were short
         self._epoll = select.epoll()    # selectors would cost 2 us more per event
         self._callbacks: Dict[int, Callable[[int], None]] = {}      # by descriptor
+        self._gone: Set[int] = set()    # unregistered in this turn: their events are of others
         self._timers: List[Tuple[float, int, Timer]] = []
         self._timer_count = 0
         self._posted: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
@@ -6192,6 +6203,7 @@ class Reactor:
         """Stop watching `sock`."""
         descriptor = sock.fileno()
         del self._callbacks[descriptor]
+        self._gone.add(descriptor)
         self._epoll.unregister(descriptor)
 
     def flush_soon(self, flush: Callable[[], None]) -> None:
@@ -6256,10 +6268,11 @@ class Reactor:
         clock, phases = time.monotonic, self.phase_seconds
         started = clock()
         phases["waiting"] += started - self._turned_at
-        callbacks = self._callbacks
+        callbacks, gone = self._callbacks, self._gone
+        gone.clear()
         for descriptor, mask in events:
             callback = callbacks.get(descriptor)
-            if callback is not None:    # else an earlier callback has closed this socket
+            if callback is not None and not (gone and descriptor in gone):
                 callback(_READY[mask])
         served = clock()
         self._run_timers()
@@ -7107,7 +7120,7 @@ class Connection:
     def _whole_request(self, data: bytes) -> Optional[HttpRequest]:
         """The request if `data` is just one, whose head was seen before.  A hot path."""
         end = data.find(b"\r\n\r\n")
-        head = self._listener.heads.get(data[:end])
+        head = self._listener.heads.get(data[:end]) if end >= 0 else None
         if head is not None and head.is_simple and len(data) == end + 4 + head.body_size:
             return HttpRequest(head, data[end + 4:], self)
         return None
@@ -7310,10 +7323,16 @@ class Connection:
         """Send in one call; return how many bytes the socket took.  Large pieces are not copied:
         256 KB take 40 us less."""
         out = self._out
+        if self._listener.tls is not None:  # it knows no sendmsg(), and wants the same again
+            size = count = 0                # after it was blocked, or more that begins so
+            while count < len(out) and size < OUTPUT_JOIN_BYTES_MAX:
+                size += len(out[count])
+                count += 1
+            if count > 1:
+                out[:count] = [b"".join(out[:count])]
+            return self._sock.send(out[0])
         if self.pending <= OUTPUT_JOIN_BYTES_MAX:
             return self._sock.send(b"".join(out))
-        if self._listener.tls is not None:          # which knows no sendmsg()
-            return self._sock.send(out[0])
         return self._sock.sendmsg(out[:OUTPUT_PIECES_MAX])
 
     def _drop_sent(self, sent: int) -> None:
@@ -7991,7 +8010,9 @@ class EntryListEncoder:
         if entries is not self._entries:
             parts: List[bytes] = []
             for entry in entries:
-                data = entry.encoded = entry.encoded or encode_entry(entry)
+                data = entry.encoded or encode_entry(entry)
+                if entry.encoded is not None:       # the disk will want it, too
+                    entry.encoded = data
                 parts += (_pack_u64(len(data)), data)
             self._entries, self._data = entries, b"".join(parts)
         return self._data
@@ -12332,6 +12353,7 @@ class Listings:
         self._kept: Dict[Wanted, Listing] = {}
         self._kept_bytes = 0
         self._expiry: Optional[Timer] = None
+        self._is_posted = False         # the next slice is on its way: never two in one turn
         self._turn = 0                  # of the reactor
         self._work_done = 0             # in that turn
 
@@ -12357,7 +12379,7 @@ class Listings:
             done(listing)
         elif self._current is None:
             self._current, self._takers = (wanted, listing), [taker]
-            self._reactor.call_soon(self._go_on)
+            self._post()
         else:
             listing.end()
             self._wait(wanted, taker)
@@ -12374,7 +12396,7 @@ class Listings:
 
     def _wait(self, wanted: Wanted, taker: ListingTaker) -> None:
         if self._current is None and not self._waiting:
-            self._reactor.call_soon(self._go_on)
+            self._post()
         self._waiting.setdefault(wanted, []).append(taker)
 
     def _leave(self, taker: ListingTaker) -> None:
@@ -12425,8 +12447,14 @@ class Listings:
             self._expiry.cancel()
             self._expiry = None
 
+    def _post(self) -> None:
+        if not self._is_posted:
+            self._is_posted = True
+            self._reactor.call_soon(self._go_on)
+
     def _go_on(self) -> None:
         """One slice: of the listing under way, or of the next."""
+        self._is_posted = False
         if self._current is None:
             if not self._waiting:
                 return                  # all have left
@@ -12441,7 +12469,7 @@ class Listings:
         if self._current is not None and self._current[1].done:
             self._finish(self._current[1])
         if self._current is not None or self._waiting:
-            self._reactor.call_soon(self._go_on)
+            self._post()
 
     def _finish(self, result: Union[Listing, EtcdError]) -> None:
         takers, self._takers, self._current = self._takers, [], None
@@ -12592,6 +12620,7 @@ class KeysApi:
             self._fail(request, method, result)
             return
         if method == "QGET" and result.node.children is not None:
+            self._proposals.observe(time.monotonic() - started)
             wanted = Wanted(command.path, command.recursive, command.sorted)
             self._list(request, method, started, wanted)
             return

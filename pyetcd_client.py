@@ -39,7 +39,6 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import contextlib
-import copy
 import datetime
 import enum
 import getpass
@@ -133,6 +132,7 @@ TOTAL_TIMEOUT_S = 30.0          # one call: over all endpoints, attempts and pie
 SESSION_TIMEOUT_S = 10.0        # without an answer, until the connection counts as lost
 SYNC_INTERVAL_S = 60.0          # age at which the member list is asked for again
 SYNC_TIMEOUT_S = 2.0            # for asking; a call that waits for it goes on without after that
+WAIT_MAX_S = 1e6                # without a limit; sockets take no more than 24 days
 IDLE_CLOSE_S = 3.0              # a connection that was idle for longer is not used again
 WATCH_POLL_S = 60.0             # a silent watch is asked anew, so that a dead peer is noticed
 BACKOFF_MIN_S = 0.05            # wait after a round in which every endpoint failed; doubled,
@@ -950,7 +950,7 @@ class _Exchange:
         """Return how long the next wait may be.  Raises OSError if there must be none."""
         if self.cancelled:
             raise ConnectionAbortedError("broken off")
-        left_s = min(self.silence_s, self.deadline - time.monotonic())
+        left_s = min(self.silence_s, self.deadline - time.monotonic(), WAIT_MAX_S)
         if left_s <= 0:
             raise socket.timeout("timed out")
         return left_s
@@ -970,6 +970,7 @@ class _Exchange:
                 self.use(sock, self.connect_s)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.connect(address)
+                self.use(sock, self.connect_s)      # a handshake has what is left
                 return sock
             except OSError as error:
                 sock.close()
@@ -1088,6 +1089,7 @@ class _Way(NamedTuple):
     connection: HTTPConnection
     prefix: str                                     # of targets: a proxy wants whole URLs
     open_tunnel: Optional[Callable[[HTTPConnection], None]]
+    headers: Mapping[str, str] = MappingProxyType({})   # for a proxy that reads the request
 
     def prepare(self) -> None:
         """Close what the other side has closed already; go through the proxy if there is one."""
@@ -1134,7 +1136,7 @@ class _Adapter(HTTPAdapter):
             return _Way(pool.new_connection(), "", None)
         if endpoint.startswith("https:"):
             return _Way(pool.new_connection(), "", pool.open_tunnel)
-        return _Way(pool.new_connection(), endpoint, None)
+        return _Way(pool.new_connection(), endpoint, None, pool.proxy_headers)
 
     @staticmethod
     def _use_ours(manager: Any) -> None:
@@ -1185,11 +1187,12 @@ class _Connections:
         try:
             way.prepare()
             http.client.HTTPConnection.request(
-                connection, method, way.prefix + target, form, headers)
+                connection, method, way.prefix + target, form, {**headers, **way.headers})
             response = http.client.HTTPConnection.getresponse(connection)
             known = cast(Mapping[str, str], response.headers)
             if on_head is not None and response.status == 200:
                 on_head(_Reply(response.status, known, b""))
+                _performing.exchange = exchange     # a listener may have made a call of its own
             return _Reply(response.status, known, response.read())
         except BaseException:                       # what is left of the answer is not the next one
             connection.close()
@@ -1337,10 +1340,12 @@ class _Connectivity:
                 if self._telling or not self._news:
                     return
                 self._telling, state = True, self._news.popleft()
-            for listener in self.listeners:
-                self._tell_one(listener, state)
-            with self._lock:
-                self._telling = False
+            try:
+                for listener in self.listeners:
+                    self._tell_one(listener, state)
+            finally:
+                with self._lock:
+                    self._telling = False
 
     def _tell_one(self, listener: _Listener, state: ConnectionState) -> None:
         try:
@@ -1453,6 +1458,7 @@ class _Call(Generic[_T]):
     timeout: Optional[float] = None                 # seconds in all; None: the client's; 0: no end
     statuses: FrozenSet[int] = _SUCCESS             # those `parse` understands
     on_head: Optional[Callable[[_Reply], None]] = None  # called before a body that may take long
+    waits: bool = False                             # silence is an answer, too
 
     @property
     def write(self) -> bool:
@@ -1531,8 +1537,9 @@ class _Caller:
         if any(not url.startswith(("http://", "https://")) for url in (proxies or {}).values()):
             raise EtcdValueError("a proxy is http://... or https://...")
         if srv_domain is None:
-            urls = _listed_urls(host, port, protocol) if endpoints is None else endpoints
-            self.endpoints = Endpoints(urls)
+            if endpoints is not None:
+                host = endpoints if isinstance(endpoints, str) else list(endpoints)
+            self.endpoints = Endpoints(_listed_urls(host, port, protocol))
         else:
             self.endpoints = Endpoints()            # filled by the first call: no I/O here
         self.version_prefix = version_prefix
@@ -1564,7 +1571,11 @@ class _Caller:
         ETCDCTL_DISCOVERY_SRV.  ETCDCTL_CERT_FILE, ETCDCTL_KEY_FILE, ETCDCTL_CA_FILE.
         ETCDCTL_USERNAME: user:password, or the user alone beside ETCDCTL_PASSWORD.
         """
-        return cls(**{**_environment(), **settings})
+        given = _environment()
+        if not settings.keys().isdisjoint(("host", "endpoints", "srv_domain")):
+            given.pop("endpoints", None)
+            given.pop("srv_domain", None)
+        return cls(**{**given, **settings})
 
     # -- endpoints and states
 
@@ -1631,21 +1642,25 @@ class _Caller:
                     failures[endpoint] = error
                     self._note_failure(endpoint, call, error)
                 else:
-                    self._note_success(bool(failures))
+                    self._note_success(bool(failures), deadline)
                     return result
             self._connectivity.report(False)
             self._pause(rounds, failures, deadline)
         raise AssertionError("unreachable")
 
-    def _note_success(self, after_failures: bool) -> None:
+    def _note_success(self, after_failures: bool, deadline: float) -> None:
         self._connectivity.report(True)
         if self._sync and (after_failures or time.monotonic() >= self._refresh_at):
             with contextlib.suppress(EtcdError):    # the answer matters more
-                self._learn_members(lambda call: self._attempt(
-                    self.endpoints.current, call, time.monotonic() + SYNC_TIMEOUT_S))
+                until = min(deadline, time.monotonic() + SYNC_TIMEOUT_S)
+                self._learn_members(
+                    lambda call: self._attempt(self.endpoints.current, call, until))
 
     def _note_failure(self, endpoint: str, call: _Call[Any], error: EtcdError) -> None:
         """Give up `endpoint` if it failed; raise `error` again unless the next may be tried."""
+        if call.waits and isinstance(error, RequestTimeout):
+            self._connectivity.report(True)
+            raise error
         if not _is_endpoint_failure(error):
             self._connectivity.report(True)
             raise error
@@ -1679,8 +1694,11 @@ class _Caller:
         now = time.monotonic()
         if self._srv is None or (now < self._refresh_at and self.endpoints.urls):
             return
+        patience_s = deadline - now
+        if self.endpoints.urls:                     # looked up again: the call needs its time
+            patience_s = min(SYNC_TIMEOUT_S, patience_s / 2)
         try:
-            self.endpoints.give(_discover(*self._srv, min(deadline, now + self.total_timeout)))
+            self.endpoints.give(_discover(*self._srv, now + patience_s))
         except ConnectionFailed:
             if not self.endpoints.urls:             # else go on with the old ones
                 raise
@@ -1703,7 +1721,7 @@ class _Caller:
 
         sharers  endpoints still to be tried: a read leaves them their part of the time that is left
         """
-        if sharers > 1 and not call.write and deadline < math.inf:
+        if sharers > 1 and not (call.write or call.waits) and deadline < math.inf:
             deadline -= (deadline - time.monotonic()) * (sharers - 1) / sharers
         silence_s = _seconds(self.read_timeout)
         return self._request(endpoint, call, _Exchange(deadline, silence_s, self.connect_timeout))
@@ -1712,8 +1730,8 @@ class _Caller:
         """Perform `call` at `endpoint` and return what its answer means.
 
         Redirects of reads are followed, and of writes those with 307 and 308: who sends one has
-        not carried out the request (RFC 9110 section 15.4), as followers of etcd 0.4 do.  After
-        any other a write may have been carried out, so that is an error.
+        not carried out the request (RFC 9110 section 15.4), as followers of etcd 0.4 do.  Any
+        other redirect of a write is an error; 303 says that it was carried out.
         """
         connections = self._take()
         base, target = endpoint, call.target
@@ -1722,7 +1740,10 @@ class _Caller:
                 reply = self._exchange(base, target, call, exchange, connections)
                 if reply.status not in _REDIRECTS or not self._follows(call, reply):
                     return self._judge(base, call, reply)
-                where = urlsplit(urljoin(base + target, reply.headers.get("Location", "")))
+                try:
+                    where = urlsplit(urljoin(base + target, reply.headers.get("Location", "")))
+                except ValueError as error:
+                    raise BadReply("redirected to nowhere", endpoint=base) from error
                 base, target = f"{where.scheme}://{where.netloc}", where._replace(
                     scheme="", netloc="", fragment="").geturl() or "/"
         finally:
@@ -1744,7 +1765,7 @@ class _Caller:
         try:
             return connections.perform(
                 exchange, base, call.method, target, call.form, headers, call.on_head)
-        except (OSError, http.client.HTTPException, UrllibError) as error:
+        except (OSError, http.client.HTTPException, UrllibError, UnicodeError) as error:
             raise _transport_error(error, base, exchange, write=call.write) from error
         finally:
             self._reached = self._reached or exchange.sent
@@ -1785,7 +1806,8 @@ class _Caller:
             if self.cluster_id is not None:
                 raise ClusterIdChanged(
                     f"cluster id is {cluster_id}, was {self.cluster_id}", status=reply.status,
-                    endpoint=endpoint, maybe_applied=call.write and reply.status in _SUCCESS)
+                    endpoint=endpoint, maybe_applied=call.write and (
+                    reply.status in _SUCCESS or reply.status == 303 or reply.status >= 500))
             self.cluster_id = cluster_id
         if reply.status not in call.statuses:
             raise _status_error(reply, endpoint, write=call.write)
@@ -2074,9 +2096,12 @@ class _Cluster(_Caller):
 
         Raises TransportError if it does not answer.
         """
+        deadline = time.monotonic() + _seconds(self.total_timeout)
+        if endpoint is None:
+            self._discover_endpoints(deadline)
         base_url = self.endpoints.current if endpoint is None else _base_url(endpoint)
         call = _Call("GET", "/health", _parse_health, statuses=_HEALTH_STATUSES)
-        return self._attempt(base_url, call, time.monotonic() + _seconds(self.total_timeout))
+        return self._attempt(base_url, call, deadline)
 
     # -- the same as python-etcd shows it: each a request, but for the last group
 
@@ -2204,7 +2229,8 @@ class _Cluster(_Caller):
         if method not in ("GET", "PUT", "POST", "DELETE"):
             raise EtcdValueError(f"HTTP method {method} is not one of the API")
         return self._perform(_Call(
-            method, _target(path, query), _parse_not, body, content_type, timeout))
+            method, _target(path, query), _parse_not, body, content_type, timeout,
+            waits=query.get("wait") in (True, "true")))
 
     def _members_call(
         self, method: str, path: str, peer_urls: Union[str, Iterable[str]],
@@ -2238,7 +2264,8 @@ class Watch:
              topmost of what is gone.  Of several changes only the last is seen.  For this the
              watch lists the key at the start too (a directory to all depths if recursive), and
              holds a copy of it in memory.
-             False: raise EventIndexCleared; nothing is listed.
+             False: raise EventIndexCleared, also when that many changes of other keys go by
+             within WATCH_POLL_S; nothing is listed.
     timeout  seconds each `next` may take; then WatchTimeout, after which `next` may be called
              again and misses nothing
 
@@ -2267,6 +2294,8 @@ class Watch:
         self._found: Deque[EtcdResult] = deque()    # and not told yet
         self._connected = False                     # whether a server ever answered this watch
         self._head_seen = False                     # whether it answered the request under way
+        self._head_index = 0                        # store index in that answer
+        self._quiet_from = 0                        # nothing of ours lies before; 0: not known
         self._failures = 0                          # since the last answer
         self._endpoint = ""                         # asked last
         self._exchange: Optional[_Exchange] = None  # the request under way, or the last one
@@ -2317,16 +2346,25 @@ class Watch:
             else:
                 self._poll(wait_s)
         except EventIndexCleared:
-            if not self._relist:
+            if self._relist:
+                self._connected = self._must_list = True
+            elif self._quiet_from > (self.index or 0):
+                self.index = self._quiet_from       # others changed much, and ours did not
+            else:
                 raise
-            self._connected = self._must_list = True
         except EtcdError as error:
             # After the head, silence only means that nothing changed.  If the server is gone the
             # next connection fails, and that moves us on.
             quiet = isinstance(error, RequestTimeout) and (
                 self._head_seen or wait_s < WATCH_POLL_S)
-            if not quiet and not self._closed.is_set():
-                self._pause_after(error, wait_s)
+            if not quiet:
+                if not self._closed.is_set():
+                    self._pause_after(error, wait_s)
+            elif self._head_seen:
+                if wait_s >= WATCH_POLL_S:          # the history was looked through by then
+                    self._quiet_from = self._head_index + 1
+            elif wait_s >= min(1.0, client.connect_timeout):
+                client._give_up(self._endpoint)     # etcd sends the head at once
         else:
             self._failures = 0
             client._connectivity.report(True)
@@ -2354,9 +2392,9 @@ class Watch:
             raise BadReply(f"asked for index {asked} on, got {event.modified_index}",
                            endpoint=self._endpoint)
         self.index = event.modified_index + 1
-        if self._known is not None:
-            self._keep(self._known, event)
         if self._concerns(event.key):
+            if self._known is not None:
+                self._keep(self._known, event)
             self._found.append(event)
 
     def _concerns(self, key: str) -> bool:
@@ -2374,8 +2412,11 @@ class Watch:
     def _on_head(self, head: _Reply) -> None:
         """Note from where a watch without an index runs, in case the connection breaks now."""
         self._connected = self._head_seen = True
+        self._failures = 0
+        self._client._connectivity.report(True)
+        self._head_index = head.header_number("X-Etcd-Index")
         if self.index is None:
-            self.index = head.header_number("X-Etcd-Index") + 1
+            self.index = self._head_index + 1
 
     def _pause_after(self, error: EtcdError, wait_s: float) -> None:
         """Go on with the next endpoint, after a wait if all failed; raise `error` if it is final.
@@ -2744,10 +2785,11 @@ class EtcdUser(_AuthObject):
 
         An existing user takes up to three requests: password, new roles, roles taken away.
         """
-        password, self._password = self._password, None
-        try:
+        stored: Optional[Set[str]] = None
+        with contextlib.suppress(KeyNotFound):
             stored = self._stored_roles()
-        except KeyNotFound:
+        password, self._password = self._password, None
+        if stored is None:
             self.client.user_add(self.name, password or "", sorted(self.roles))
             return
         if password:
@@ -2927,7 +2969,6 @@ EXPIRY_MARGIN = 0.1             # share of a ttl after which a lease counts as o
 CALL_TIMEOUT_S = 8.0            # of one request; above the 7 s after which etcd gives up on a write
 OUTAGE_S = 30.0                 # how long a recipe waits for a cluster that does not answer
 WAIT_SLICE_S = 20.0             # a waiter looks again after so long, even if nothing happened
-_REMOVALS = frozenset(("delete", "expire", "compareAndDelete"))
 
 _LostCallback = Optional[Callable[[], None]]
 

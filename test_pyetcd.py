@@ -2490,6 +2490,18 @@ def test_raft_patient_leader_tells_of_a_commit_with_entries_or_when_told_to():
     assert node.commit_untold
 
 
+def test_raft_patient_leader_tells_a_member_of_its_removal_at_once():
+    """A millisecond later it would be no voter any more, and get no messages."""
+    node = _raft_lead(_raft_node(patient=True))
+    _raft_sync(node)
+    for follower in (2, 3):
+        _raft_say(node, MsgType.APP_RESP, follower, index=1)
+    node.propose_conf_change(ConfChange(7, ConfChangeType.REMOVE_NODE, 3))
+    _raft_sync(node)
+    told = _raft_say(node, MsgType.APP_RESP, 2, index=2)
+    assert [(m.to, m.commit) for m in told] == [(2, 2), (3, 2)]
+
+
 def test_raft_patient_leader_alone_has_nobody_to_tell():
     node = _raft_lead(_raft_node(voters=(1,), patient=True))
     _raft_sync(node)
@@ -8747,6 +8759,24 @@ def test_http_pipelined_replies_wait_for_a_slow_reader(http_server):
             assert b"etcdserver" in client.answer()[2]
 
 
+def test_http_head_cut_inside_its_blank_line_is_not_taken_for_a_request(http_server):
+    """Even where it is known, and as long as the request it would make."""
+    lines = "PUT /v2/keys/cut HTTP/1.1\r\nHost: x\r\nContent-Type: %s\r\nContent-Length: %d"
+    form = _HTTP_FORM["Content-Type"]
+    size = len(lines % (form, 100)) - 2
+    head, body = (lines % (form, size)).encode(), b"value=" + b"y" * (size - 6)
+    assert len(head) == size + 2 and 100 <= size < 1_000
+    with _HttpSocket(http_server) as client:
+        client.send(head + b"\r\n\r\n" + body)
+        assert client.answer()[0] == 201            # the head is known from now on
+        before = http_server._client_listeners[0].received_bytes
+        client.send(head + b"\r")
+        eventually(lambda: http_server._client_listeners[0].received_bytes > before)
+        client.send(b"\n\r\n" + body)
+        status, _, answer = client.answer()
+        assert status == 200 and json.loads(answer)["node"]["value"] == "y" * (size - 6)
+
+
 def test_http_half_a_request_holds_up_nobody(http_server):
     """It is served when the rest has come, byte by byte if need be."""
     raw = (b"PUT /v2/keys/slow HTTP/1.1\r\nHost: x\r\nContent-Length: 7\r\n"
@@ -9100,6 +9130,28 @@ def test_tls_member_with_the_wrong_certificate_stays_outside(tmp_path, certifica
         assert not members[2].wait_ready(0)
         answer = requests.put(members[0].client_urls[0] + "/v2/keys/a", {"value": "1"}, timeout=10)
         assert answer.status_code == 201
+
+
+def test_tls_slow_reader_gets_all_answers(tmp_path, certificates):
+    """After a send that was blocked TLS wants the same bytes again, however many came since."""
+    with _tls_member(tmp_path, certificates.files()) as (server, url), \
+            socket.socket() as plain:
+        address = urllib.parse.urlsplit(url)
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain.settimeout(20)
+        plain.connect((address.hostname, address.port))
+        context = ssl.create_default_context(cafile=certificates.ca_file)
+        context.check_hostname = False
+        listener, count = server._client_listeners[0], 3_000
+        with context.wrap_socket(plain) as sock:
+            for _ in range(count // 100):           # each group finds the output blocked
+                sock.sendall(_http_get("/version") * 100)
+            eventually(lambda: listener.unread)
+            received = b""
+            while received.count(b"HTTP/1.1 200") < count or not received.endswith(b"}"):
+                piece = sock.recv(65536)
+                assert piece, f"closed after {received.count(b'HTTP/1.1 200')} answers"
+                received += piece
 
 
 def test_tls_members_check_the_name_in_the_url(tmp_path, certificates, caplog):
