@@ -1279,6 +1279,15 @@ class ConnectionState(enum.Enum):
 _Listener = Callable[[ConnectionState], object]
 
 
+def _call_back(function: Callable[..., Any], *args: Any) -> Any:
+    """Call what a user of ours gave us; what it raises is logged: whoever is here is innocent."""
+    try:
+        return function(*args)
+    except Exception:
+        _log.exception("%r failed", function)
+        return None
+
+
 class _Connectivity:
     """The state of a client's connection, and who wants to hear of it.
 
@@ -1348,11 +1357,8 @@ class _Connectivity:
                     self._telling = False
 
     def _tell_one(self, listener: _Listener, state: ConnectionState) -> None:
-        try:
-            if listener(state) is True:             # as for kazoo: once was enough
-                self.remove(listener)
-        except Exception:                           # the caller who happens to be here is innocent
-            _log.exception("a listener to the connection state failed")
+        if _call_back(listener, state) is True:     # as for kazoo: once was enough
+            self.remove(listener)
 
     def add(self, listener: _Listener) -> None:
         """Remember a listener."""
@@ -3240,10 +3246,7 @@ class Heartbeat:
     def _regain(self) -> bool:
         """Do what follows a loss; return whether there is a file to keep again."""
         if self._on_lost is not None:
-            try:
-                self._on_lost()
-            except Exception:                       # of the caller's; the heartbeat may go on
-                _log.exception("on_lost of %s failed", self.key)
+            _call_back(self._on_lost)
         return False
 
     def _keep(self) -> bool:
@@ -4453,10 +4456,7 @@ class CachedTree(Mapping[str, Node]):
             self._changed.notify_all()
         if self._on_change is not None and self._thread is not None:
             for change in told:
-                try:
-                    self._on_change(*change)
-                except Exception:                   # of the caller's; the copy goes on
-                    _log.exception("on_change of %s failed", self.path)
+                _call_back(self._on_change, *change)
 
 
 class Instance(NamedTuple):
