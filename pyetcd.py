@@ -127,6 +127,7 @@ import threading
 import time
 import types
 import urllib.parse
+import weakref
 from array import array
 from datetime import datetime, timedelta
 from email.utils import formatdate
@@ -6133,7 +6134,9 @@ class Reactor:
         os.set_blocking(wake_in, False)
         os.set_blocking(wake_out, False)
         self._wake_in = open(wake_in, "rb", buffering=0)
-        self._wake_out = open(wake_out, "wb", buffering=0)
+        # Open as long as this object lives: another thread may be about to write.
+        self._wake_out = wake_out
+        weakref.finalize(self, os.close, wake_out)
         self._blocking: Optional[ThreadPoolExecutor] = None
         self._date = (0, "")
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
@@ -6164,10 +6167,8 @@ class Reactor:
         self._posted.append((callback, args))
         if self._polling:
             self._polling = False
-            try:
-                self._wake_out.write(b"\0")         # a full buffer will wake it as well
-            except ValueError:                      # closed: nothing runs any more
-                pass
+            with contextlib.suppress(OSError):      # full, which will wake it as well; or nothing
+                os.write(self._wake_out, b"\0")     # runs any more
 
     def run_blocking(
         self, work: Callable[..., Any], *args: Any,
@@ -6228,7 +6229,6 @@ class Reactor:
             self._blocking.shutdown(wait=True)
         self._epoll.close()
         self._wake_in.close()
-        self._wake_out.close()
 
     def stop(self) -> None:
         """End run() after the current turn.  Thread: any."""
