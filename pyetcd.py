@@ -1406,7 +1406,7 @@ _PLAIN_MESSAGE = re.compile(
 
 
 def _decode_plain_message(data: Buffer) -> Optional[Message]:
-    """Return the message if it is one of numbers alone, as most answers are: 5 us, not 28."""
+    """Return the message if it is one of numbers alone, as most answers are: 3 us, not 13."""
     plain = _PLAIN_MESSAGE.fullmatch(data)
     if plain is None or plain.group(8) == b"\1":
         return None
@@ -3285,7 +3285,7 @@ class Event:
 
     def _text(self, key: str) -> str:
         node, prev = self.node, self.prev
-        if (                            # what most events are: 1.5 us instead of 4
+        if (                            # what most events are: 1.6 us instead of 2.3
             prev is not None and prev.value is not None and node.value is not None
             and not (node.expires_ns or prev.expires_ns)
             and _JSON_UNSAFE.search(f"{key}{node.value}{prev.value}") is None
@@ -6121,7 +6121,7 @@ class Reactor:
         self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # so far; waiting: for sockets
         self._turned_at = time.monotonic()      # the end of the last turn
         self._quick_waits = 0           # so many in a row were short
-        self._epoll = select.epoll()    # selectors would cost 2 us more per event
+        self._epoll = select.epoll()    # selectors would cost some 3 us more per event
         self._callbacks: Dict[int, Callable[[int], None]] = {}      # by descriptor
         self._gone: Set[int] = set()    # unregistered in this turn: their events are of others
         self._timers: List[Tuple[float, int, Timer]] = []
@@ -6250,7 +6250,7 @@ class Reactor:
         """Wait for a socket; awake at first, where that has paid lately.
 
         To fall asleep and be woken takes 50 us, about as long as a client on this machine takes
-        for its next request: GETs on one connection are answered at 1.3 times the rate.
+        for its next request: GETs on one connection are answered at 1.8 times the rate.
         """
         poll, clock = self._epoll.poll, time.monotonic
         began = clock()
@@ -9549,7 +9549,7 @@ class Histogram:
         self._sum += value
 
     def observe_many(self, values: List[float]) -> None:
-        """Count all of them: 0.1 us each instead of 0.5."""
+        """Count all of them: 0.04 us each instead of 0.17."""
         values.sort()
         before = 0
         for position, bound in enumerate(self._bounds):
