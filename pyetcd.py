@@ -97,6 +97,7 @@ import bisect
 import collections
 import contextlib
 import copy
+import difflib
 import errno
 import fcntl
 import functools
@@ -117,6 +118,7 @@ import resource
 import secrets
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -900,22 +902,130 @@ def format_duration(seconds: float) -> str:
     return f"{minutes}m{text}" if minutes else text
 
 
+def go_quote(text: str) -> str:
+    """Return `text` in double quotes as Go's %q shows it."""
+    return f'"{_UNQUOTABLE.sub(_go_escape, text)}"'
+
+
+_UNQUOTABLE = re.compile(r'["\\\x00-\x1f\x7f-\xa0\xad\u2028\u2029\udc80-\udcff]')
+_GO_SHORT = {
+    '"': '\\"', "\\": "\\\\", "\a": "\\a", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r",
+    "\t": "\\t", "\v": "\\v",
+}
+
+
+def _go_escape(match: re.Match[str]) -> str:
+    char = match.group()
+    code = ord(char)
+    if char in _GO_SHORT:
+        return _GO_SHORT[char]
+    if code < 0x80 or code >= 0xDC80:       # the latter: one byte that is not UTF-8
+        return f"\\x{code & 0xFF:02x}"
+    return f"\\u{code:04x}"
+
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?://([^/?#]*))?(.*)", re.DOTALL)
+_NOT_IN_URLS = re.compile(r"[\x00-\x1f\x7f]")
+_NOT_IN_HOSTS = re.compile(r"[^A-Za-z0-9._\x80-\U0010ffff-]")
+HOST_CHARS_MAX = 253                # of a name (RFC 1035 §2.3.4); above: refused
+
+
+def is_ip(text: str) -> bool:
+    """True for a literal IPv4 or IPv6 address."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, UnicodeError, ValueError):
+            socket.inet_pton(family, text)
+            return True
+    return False
+
+
+def split_url(url: str) -> Tuple[str, str, str]:
+    """Return (scheme in lower case, authority, what follows) of a URL; parts may be empty.
+
+    Raises ValueError with the words of Go's url.Parse, also for a host that no machine can have:
+    `${IP}`, `{{ip}}`, `a b`, `%41`, `10.0.0.256`, a zone.  Differs from Go, which takes some of
+    them: a member that is added with such a URL costs a small cluster its quorum for ever.
+    """
+    match = _URL.fullmatch(url)
+    scheme, authority, rest = match.groups("") if match else ("", "", url)
+    bad = re.search("%(?![0-9A-Fa-f]{2})", url)
+    why = _authority_error(authority)
+    if _NOT_IN_URLS.search(url):
+        why = "net/url: invalid control character in URL"
+    elif bad is not None:
+        why = f"invalid URL escape {go_quote(url[bad.start():bad.start() + 3])}"
+    if why:
+        raise ValueError(f"parse {go_quote(url)}: {why}")
+    return scheme.lower(), authority, rest
+
+
+def _authority_error(authority: str) -> str:
+    """Say what is wrong with `user@host:port`; "" if nothing is."""
+    user, _, address = authority.rpartition("@")
+    host, port = split_address(address)
+    plain = host[1:-1] if host.startswith("[") else host
+    bad = _NOT_IN_HOSTS.search(plain.replace(":", ""))
+    if not re.fullmatch(r"[A-Za-z0-9._~!$&'()*+,;=:%-]*", user):
+        return "net/url: invalid userinfo"
+    if address.startswith("[") and not host.endswith("]"):
+        return "missing ']' in host"
+    if host.startswith("[") and "%" in plain:
+        return "an address with a zone names an interface of one machine; leave the zone out"
+    if "%" in plain:
+        return f"invalid URL escape {go_quote(plain[plain.index('%'):][:3])}"
+    if bad is not None:
+        return f"invalid character {go_quote(bad.group())} in host name"
+    if port and (not re.fullmatch(":[0-9]{0,5}", port) or int(port[1:] or 0) > 65535):
+        return f"invalid port {go_quote(port)} after host"
+    if host.startswith("["):
+        return "" if is_ip(plain) and ":" in plain else f"invalid IPv6 address {go_quote(host)}"
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)+", host):
+        return "" if is_ip(host) else f"invalid IPv4 address {go_quote(host)}"
+    return "" if ":" in host or _is_name(host) else f"invalid host name {go_quote(host)}"
+
+
+def split_address(address: str) -> Tuple[str, str]:
+    """Return (host, `:port`) of `host:port`; brackets stay, the port is "" if there is none."""
+    if address.startswith("["):
+        host, bracket, port = address.partition("]")
+        return host + bracket, port
+    host, colon, port = address.rpartition(":")
+    return (host, colon + port) if colon else (address, "")
+
+
+def _is_name(host: str) -> bool:
+    """True for a name that a resolver can be asked for, and for ""."""
+    if len(host) > HOST_CHARS_MAX:
+        return False
+    with contextlib.suppress(UnicodeError):     # an empty label, or one above 63 characters
+        return not host or bool(host.encode("idna"))
+    return False
+
+
 def check_url(url: str) -> str:
-    """Return `url` (scheme://host:port, trimmed) or raise ValueError with etcd's words."""
+    """Return `url` as scheme://host:port, or raise ValueError with etcd's words.
+
+    The scheme is in lower case, as etcd writes it: member ids are hashes of these URLs.
+    """
     url = url.strip()
-    try:
-        parts = urlsplit(url)
-        host_port = parts.netloc.rpartition("@")[2]
-        port = parts.port
-    except ValueError as error:
-        raise ValueError(f'parse "{url}": {error}') from None
-    if parts.scheme not in ("http", "https"):
+    scheme, authority, rest = split_url(url)
+    host, port = split_address(authority.rpartition("@")[2])
+    if scheme not in ("http", "https"):
         raise ValueError(f"URL scheme must be http or https: {url}")
-    if port is None or ":" not in host_port.rpartition("]")[2]:
+    if len(port) < 2 or (":" in host and not host.startswith("[")):
         raise ValueError(f'URL address does not have the form "host:port": {url}')
-    if parts.path or parts.query or parts.fragment:
+    if rest:
         raise ValueError(f"URL must not contain a path: {url}")
-    return url
+    return f"{scheme}://{authority}"
+
+
+def check_advertised_url(url: str) -> str:
+    """Return check_url(url), or raise ValueError if nobody could connect to it."""
+    checked = check_url(url)
+    host, port = url_address(checked)
+    if not host or not port:
+        raise ValueError(f'URL address does not have the form "host:port": {url.strip()}')
+    return checked
 
 
 def parse_urls(text: str) -> Tuple[str, ...]:
@@ -935,6 +1045,16 @@ def url_address(url: str) -> Tuple[str, int]:
     if port is None:
         port = 443 if parts.scheme == "https" else 80
     return parts.hostname or "", port
+
+
+WILDCARD_HOSTS = ("0.0.0.0", "::")
+
+
+def is_local(url: str) -> bool:
+    """True if whoever uses `url` gets to his own machine: loopback, or a wildcard."""
+    host = url_address(url)[0]
+    is_loopback = host in ("localhost", "::1") or host.startswith("127.") and is_ip(host)
+    return is_loopback or host in WILDCARD_HOSTS
 
 
 def _nothing() -> None:
@@ -5605,23 +5725,31 @@ def cluster_id(member_ids: Iterable[int]) -> int:
     return _hash_id(b"".join(id.to_bytes(8, "big") for id in sorted(member_ids)))
 
 
-def parse_initial_cluster(text: str) -> Dict[str, Tuple[str, ...]]:
+def parse_initial_cluster(text: str, *, nameless: bool = False) -> Dict[str, Tuple[str, ...]]:
     """Return name -> sorted peer URLs of `name=url,name=url`; a name may repeat.
+
+    nameless  take `=url` too: a member of a running cluster has no name before its first start.
+              Each gets `=url` for a name, which no member can have
 
     Raises ValueError with etcd's words.
     """
     urls: Dict[str, List[str]] = {}
     for piece in filter(None, (part.strip() for part in text.split(","))):
         name, _, url = piece.partition("=")
-        if not name or not url:
-            raise ValueError(f'Empty URL given for "{name}" in {piece!r}: write name=url')
-        urls.setdefault(name, []).append(check_url(url))
+        if not url:
+            raise ValueError(f"Empty URL given for {go_quote(name)} in {piece!r}: write name=url")
+        if not name and not nameless:
+            raise ValueError(f"Empty name given for {url} in {piece!r}: write name=url; perhaps a"
+                             f" variable was empty")
+        urls.setdefault(name or piece, []).append(check_url(url))
     return {name: tuple(sorted(found)) for name, found in urls.items()}
 
 
 def format_initial_cluster(initial: Mapping[str, Iterable[str]]) -> str:
     """Return the text form: all name=url pairs sorted, joined by commas."""
-    return ",".join(sorted(f"{name}={url}" for name, urls in initial.items() for url in urls))
+    return ",".join(sorted(
+        f"{name.partition('=')[0]}={url}" for name, urls in initial.items() for url in urls
+    ))
 
 
 class Cluster:
@@ -11961,28 +12089,6 @@ def write_message(request: HttpRequest, status: int, message: str, headers: str 
     request.reply(status, body, "application/json", headers)
 
 
-def go_quote(text: str) -> str:
-    """Return `text` in double quotes as Go's %q shows it."""
-    return f'"{_UNQUOTABLE.sub(_go_escape, text)}"'
-
-
-_UNQUOTABLE = re.compile(r'["\\\x00-\x1f\x7f-\xa0\xad\u2028\u2029\udc80-\udcff]')
-_GO_SHORT = {
-    '"': '\\"', "\\": "\\\\", "\a": "\\a", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r",
-    "\t": "\\t", "\v": "\\v",
-}
-
-
-def _go_escape(match: re.Match[str]) -> str:
-    char = match.group()
-    code = ord(char)
-    if char in _GO_SHORT:
-        return _GO_SHORT[char]
-    if code < 0x80 or code >= 0xDC80:       # the latter: one byte that is not UTF-8
-        return f"\\x{code & 0xFF:02x}"
-    return f"\\u{code:04x}"
-
-
 def parse_form(data: bytes) -> Dict[str, str]:
     """Return name -> first value of a query, or of a body in the same form.
 
@@ -13185,15 +13291,7 @@ def parse_peer_urls(body: bytes) -> Tuple[str, ...]:
             raise ValueError(f"json: cannot unmarshal {GoJson.type_name(url)} {into} string")
     if not urls:
         raise ValueError("no valid URLs given")
-    return tuple(sorted(_check_peer_url(url or "") for url in urls))
-
-
-def _check_peer_url(url: str) -> str:
-    bad = _BAD_FORM_ESCAPE.search(utf8(url))
-    if bad is not None:
-        escape = text_of(utf8(url)[bad.start():bad.start() + 3])
-        raise ValueError(f'parse "{url}": invalid URL escape {go_quote(escape)}')
-    return check_url(url)
+    return tuple(sorted(check_advertised_url(url or "") for url in urls))
 
 
 class MembersApi:
@@ -13815,6 +13913,8 @@ DISCOVERY_RETRY_FIRST_SECONDS = 2.0
 DISCOVERY_RETRY_SECONDS_MAX = 256.0  # longest wait between two tries
 DISCOVERY_REDIRECTS_MAX = 10        # of one request; above: unreachable
 DISCOVERY_DEFAULT_SIZE = 3          # of a cluster made by /new without size
+_SIZE_EXAMPLE = f"size={DISCOVERY_DEFAULT_SIZE}"
+_PUBLIC_REGISTRY = "discovery.etcd.io"
 DNS_ANSWER_SECONDS = 5.0            # per name server and try; then the next one
 DNS_TRIES = 2                       # rounds through the name servers
 DNS_MESSAGE_BYTES_MAX = 65_535
@@ -13917,9 +14017,10 @@ class Discovery:
         self._path = clean_path(parts.path)
         self._id = format_id(member_id)
         self._pairs = pairs
-        self._proxy = _proxy_url(proxy)
+        self._proxy = check_proxy_url(proxy)
         self._sleep = sleep
         self._backoff = Backoff(DISCOVERY_RETRY_FIRST_SECONDS, DISCOVERY_RETRY_SECONDS_MAX)
+        self._retries = 0               # of this object; the first one gets advice
         self._log = package_logger("discovery")
         if self._proxy:
             self._log.info('using proxy "%s"', self._proxy)
@@ -13985,15 +14086,43 @@ class Discovery:
 
     def _register(self) -> None:
         """Create our key, and wait until the registry shows it."""
+        created, tries = 0, 0
+        while not created:
+            tries += 1
+            try:
+                created = self._create(is_again=tries > 1)
+            except DiscoveryUnreachable as error:
+                self._wait_to_retry("registration", error)
+        with contextlib.suppress(DiscoveryUnreachable):     # the next look tries again
+            self._request(
+                "GET", f"/{self._id}?recursive=false&wait=true&waitIndex={created}", "", None
+            )
+
+    def _create(self, *, is_again: bool) -> int:
+        """Create our key, or find the one that a lost answer was about; return its index.
+
+        A key with our value is ours if this process has tried before (is_again), or while members
+        are missing: a cluster that was never complete has not run, so no log of ours is lost.
+        Without the second rule a member that is restarted while it waits would be locked out.
+        """
         form = urllib.parse.urlencode({"value": self._pairs})
         suffix = f"/{self._id}?prevExist=false"
         _, body = self._request("PUT", suffix, form, DISCOVERY_ANSWER_SECONDS)
-        if isinstance(body, dict) and body.get("errorCode") == NodeExists.code:
+        if not (isinstance(body, dict) and body.get("errorCode") == NodeExists.code):
+            return int(self._node(body).get("createdIndex", 0)) or 1
+        node = self._node(self._get(f"/{self._id}?quorum=true")[1])
+        state = self._look()
+        is_forming = len(state.members) < state.size and self._is_unmistakable()
+        if node.get("value") != self._pairs or not (is_again or is_forming):
             raise DuplicateId("discovery: found duplicate id")
-        created = int(self._node(body).get("createdIndex", 0))
-        self._request(
-            "GET", f"/{self._id}?recursive=false&wait=true&waitIndex={created}", "", None
-        )
+        self._log.info("found the registration of this member, which an earlier try has made")
+        return int(node.get("createdIndex", 0)) or 1
+
+    def _is_unmistakable(self) -> bool:
+        """False if another host may well have registered the same: `localhost`, elsewhere."""
+        initial = parse_initial_cluster(self._pairs)
+        urls = [url for urls in initial.values() for url in urls]
+        return is_local(self._endpoint) or not all(map(is_local, urls))
 
     def _wait(self, state: RegistryState) -> List[Registration]:
         """Return the first `size` members, when there are so many."""
@@ -14057,7 +14186,9 @@ class Discovery:
         raise DiscoveryError("discovery: bad discovery endpoint")
 
     def _wait_to_retry(self, step: str, error: Exception) -> None:
-        self._log.error("error #0: %s", error)
+        advice = "" if self._retries else "; " + _registry_advice(self._endpoint)
+        self._retries += 1
+        self._log.error("error #0: %s%s", error, advice)
         wait_s = self._backoff.next()
         self._log.info(
             "%s: error connecting to %s, retrying in %s", step, self._endpoint,
@@ -14129,21 +14260,71 @@ class Discovery:
 
 
 def check_discovery_url(url: str) -> str:
-    """Return `url`, or raise DiscoveryError if no registry can be there."""
+    """Return `url` with its scheme in lower case.
+
+    Raises DiscoveryError if no registry can be there, or if it does not name one cluster's token.
+    """
+    why = ""
     try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        good = None
-    if not good or not parts.path.strip("/") or not re.fullmatch("[!-~]+", url):
+        scheme, authority, rest = split_url(url)
+    except ValueError as error:
+        scheme, authority, rest, why = "", "", "", f"{error}; "
+    host, port = split_address(authority.rpartition("@")[2])
+    path, _, query = rest.partition("?")
+    if scheme not in ("http", "https") or not host or not path.strip("/") or (
+        int(port[1:] or 1) == 0 or not re.fullmatch("[!-~]+", url)
+    ):
         raise DiscoveryError(
-            f'discovery: invalid URL "{url}": it must read http://host:port/path/of/the/token'
+            f"discovery: invalid URL {go_quote(url)}: {why}it must read"
+            f" http://host:port/path/of/the/token"
         )
-    return url
+    if path.strip("/") == "new" and authority == _PUBLIC_REGISTRY:
+        raise DiscoveryError(
+            f"discovery: invalid URL {go_quote(url)}: {_registry_advice(authority)}"
+        )
+    if path.strip("/") == "new":
+        new = shlex.quote(f"{scheme}://{authority}/new?{query or _SIZE_EXAMPLE}")
+        raise DiscoveryError(
+            f"discovery: invalid URL {go_quote(url)}: it makes a new cluster's URL at each request;"
+            f" run `curl {new}` once and give all members what it prints"
+        )
+    if query or "#" in rest or path.rstrip("/").endswith("/_config/size"):
+        token = path.rstrip("/").partition("/_config")[0].partition("#")[0]
+        raise DiscoveryError(
+            f"discovery: invalid URL {go_quote(url)}: it must end with the token; perhaps"
+            f" {scheme}://{authority}{token}"
+        )
+    return f"{scheme}://{authority}{rest}"
 
 
-def _proxy_url(proxy: str) -> str:
-    return proxy if not proxy or proxy.startswith("http") else "http://" + proxy
+def check_proxy_url(proxy: str) -> str:
+    """Return the URL of an HTTP proxy, given as one or as `host:port`; "" for "".
+
+    Raises DiscoveryError.
+    """
+    if not proxy:
+        return ""
+    url = proxy if "://" in proxy else "http://" + proxy
+    try:
+        scheme, authority, _ = split_url(url)
+    except ValueError as error:
+        raise DiscoveryError(str(error)) from None
+    if scheme not in ("http", "https") or not split_address(authority)[0]:
+        raise DiscoveryError(f"invalid proxy {go_quote(proxy)}: it must read http://host:port")
+    return f"{scheme}://{authority}"
+
+
+def _registry_advice(endpoint: str) -> str:
+    """Say what to do about a registry that does not answer."""
+    public = _PUBLIC_REGISTRY in endpoint
+    what = "the public discovery service is out of use" if public else (
+        f"no discovery service answers at {endpoint}, is it running there?"
+    )
+    return (
+        f"{what}; any pyetcd that is not a member of this cluster is one: run `pyetcd` on a machine"
+        f" that all members reach, and `curl 'http://MACHINE:2379/new?{_SIZE_EXAMPLE}'` for a new"
+        f" -discovery URL"
+    )
 
 
 def _registration(node: Dict[str, Any]) -> Registration:
@@ -14435,25 +14616,6 @@ JOIN_ANSWER_SECONDS = 10.0          # for /members and /version of a cluster tha
 PROBE_ANSWER_SECONDS = 1.0          # for /members of peers that may not be up yet
 
 
-WILDCARD_HOSTS = ("0.0.0.0", "::")
-
-
-def is_ip(text: str) -> bool:
-    """True for a literal IPv4 or IPv6 address."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, UnicodeError):
-            socket.inet_pton(family, text)
-            return True
-    return False
-
-
-def is_local(url: str) -> bool:
-    """True if whoever uses `url` gets to his own machine: loopback, or a wildcard."""
-    host = url_address(url)[0]
-    is_loopback = host in ("localhost", "::1") or host.startswith("127.") and is_ip(host)
-    return is_loopback or host in WILDCARD_HOSTS
-
-
 def is_elsewhere(url: str) -> bool:
     """True if `url` has an address that is certainly none of this machine."""
     host = url_address(url)[0]
@@ -14668,7 +14830,8 @@ def _initial_members(config: ServerConfig) -> Dict[str, Tuple[str, ...]]:
     elif not text:
         return own
     try:
-        initial = parse_initial_cluster(text)
+        nameless = config.initial_cluster_state == "existing"
+        initial = parse_initial_cluster(text, nameless=nameless)
     except ValueError as error:
         raise StartError(f"error setting up initial cluster: {error}") from None
     if config.name not in initial:
@@ -14695,6 +14858,13 @@ def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]
         return
     wanted = ",".join(f"{config.name}={url}" for url in advertised)
     hints = ""
+    listed = set(initial[config.name])
+    if listed > set(advertised):
+        raise StartError(
+            f"--initial-cluster has the name {config.name} more than once, for"
+            f" {' and '.join(sorted(listed))}: give each member a name of its own; if all these are"
+            f" URLs of {config.name}, set --initial-advertise-peer-urls={','.join(sorted(listed))}"
+        )
     if config.initial_cluster == default_initial_cluster(config.name):
         hints += "; forgot to set --initial-cluster flag?"
         hints += " if you want to use discovery service, please set --discovery flag."
@@ -14747,7 +14917,8 @@ def _form(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
     initial = _initial_members(config)
     _check_advertised(config, initial)
     _check_reachable(config, initial)
-    token = config.discovery or config.initial_cluster_token
+    token = check_discovery_url(config.discovery) if config.discovery else ""
+    token = token or config.initial_cluster_token
     cluster = _new_cluster(token, initial)
     member = _own_member(config, cluster)
     _check_no_past(member.id, _peer_urls_of_others(cluster, member), tls)
@@ -14894,7 +15065,8 @@ def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
         same = [other for other in existing if same_urls(member.peer_urls, other.peer_urls)]
         if len(same) != 1:
             raise StartError(f"{what}: unmatched member while checking PeerURLs; {hint}")
-        matched.append(member._replace(id=same[0].id))
+        name = member.name.partition("=")[0]        # "" before its first start
+        matched.append(member._replace(id=same[0].id, name=name))
     return sorted(matched, key=lambda member: member.id)
 
 
@@ -15165,7 +15337,8 @@ _Hosted = TypeVar("_Hosted", bound="ServerThread")
 class ServerThread:
     """What a member and a proxy have in common: listeners, and a reactor on a thread of its own.
 
-    settings are the fields of ServerConfig; URL lists may be any sequence.  Thread: any.
+    settings are the fields of ServerConfig; URL lists may be any sequence.  Raises ValueError for
+    a URL that is none.  Thread: any.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -15178,7 +15351,7 @@ class ServerThread:
             if type(getattr(config, name, None)) is tuple:
                 if isinstance(value, str):
                     raise TypeError(f"{name} is a list of URLs, not one string")
-                settings[name] = tuple(value)
+                settings[name] = tuple(map(check_url, value)) if "urls" in name else tuple(value)
         self._init(config._replace(**settings))
 
     @classmethod
@@ -16746,6 +16919,21 @@ def parse_uint(text: str) -> int:
     return value
 
 
+class Refusal(ValueError):
+    """Why a flag cannot be had at all, whatever its value, and what to do instead."""
+
+
+def _parse_domain(text: str) -> str:
+    """The domain of -discovery-srv."""
+    try:
+        authority = split_url(f"http://{text}")[1]
+    except ValueError:
+        authority = ""
+    if text and (authority != text or re.search("[@:]", text)):
+        raise ValueError("a domain is wanted whose SRV records name the members, like example.com")
+    return text
+
+
 def _parse_choice(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in choices:
@@ -16776,6 +16964,10 @@ def _parse_levels(text: str) -> Dict[str, int]:
     return levels
 
 
+LOG_PACKAGES = (
+    "auth", "discovery", "etcd", "etcdhttp", "etcdserver", "flags", "http", "proxy", "raft",
+    "rafthttp", "snap", "tls", "wal",
+)
 _LOG_LEVELS = {
     "CRITICAL": logging.CRITICAL, "ERROR": logging.ERROR, "WARNING": logging.WARNING,
     "NOTICE": logging.INFO, "INFO": logging.INFO, "DEBUG": logging.DEBUG, "TRACE": logging.DEBUG,
@@ -16801,6 +16993,14 @@ def _parse_discovery(text: str) -> str:
         raise ValueError(str(error)) from None
 
 
+def _parse_proxy(text: str) -> str:
+    try:
+        check_proxy_url(text)
+        return text
+    except DiscoveryError as error:
+        raise ValueError(str(error)) from None
+
+
 def _refusing(reason: str, *harmless: str) -> Callable[[str], str]:
     """A parser that takes "" and the `harmless` values, and raises ValueError for any other."""
     def parse(text: str) -> str:
@@ -16815,10 +17015,10 @@ def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     """The parser of auto-tls or peer-auto-tls, which may only be false."""
     def parse(text: str) -> bool:
         if parse_bool(text):
-            raise ValueError(
-                f"pyetcd cannot make certificates; make one with `openssl req -x509 -newkey"
-                f" rsa:2048 -nodes -days 365 -keyout key.pem -out cert.pem -subj /CN=etcd -addext"
-                f" subjectAltName=IP:127.0.0.1,IP:{default_route_address() or '10.0.0.5'}` and give"
+            raise Refusal(
+                f"is not supported: pyetcd cannot make certificates; make one with `openssl req"
+                f" -x509 -newkey rsa:2048 -nodes -days 365 -keyout key.pem -out cert.pem"
+                f" -subj /CN=etcd -addext subjectAltName=IP:127.0.0.1,IP:{default_route_address() or '10.0.0.5'}` and give"
                 f" it with -{prefix}cert-file cert.pem -{prefix}key-file key.pem"
             )
         return False
@@ -16862,8 +17062,9 @@ FLAGS: Dict[str, Tuple[Flag, ...]] = {
         Flag("discovery", _parse_discovery, "", "discovery URL used to bootstrap the cluster."),
         Flag("discovery-fallback", _parse_choice("exit", "proxy"), "proxy",
              "behavior when the discovery cluster is full: `exit` or `proxy`."),
-        Flag("discovery-proxy", str, "", "HTTP proxy to use for traffic to discovery service."),
-        Flag("discovery-srv", str, "", "dns srv domain used to bootstrap the cluster."),
+        Flag("discovery-proxy", _parse_proxy, "",
+             "HTTP proxy to use for traffic to discovery service."),
+        Flag("discovery-srv", _parse_domain, "", "dns srv domain used to bootstrap the cluster."),
         Flag("discovery-srv-name", _refusing(
             "a suffix of the SRV names is not supported; publish the records without it"
         ), "", "not supported: suffix of the SRV names."),
@@ -16948,12 +17149,16 @@ FLAGS: Dict[str, Tuple[Flag, ...]] = {
     ),
 }
 
-# Of etcd 0.4: booleans that do nothing.
-IGNORED_BOOLS = (
-    "cluster-active-size", "cluster-remove-delay", "cluster-sync-interval", "config", "force",
-    "max-result-buffer", "max-retry-attempts", "peer-heartbeat-interval", "peer-election-timeout",
-    "retry-interval", "snapshot", "v", "vv",
-)
+# Of etcd 0.4: booleans that do nothing -> what to use instead.
+IGNORED_BOOLS = {
+    "cluster-active-size": "", "cluster-remove-delay": "", "cluster-sync-interval": "",
+    "config": "a configuration file is given with -config-file FILE", "force": "",
+    "max-result-buffer": "", "max-retry-attempts": "",
+    "peer-heartbeat-interval": "use -heartbeat-interval",
+    "peer-election-timeout": "use -election-timeout", "retry-interval": "",
+    "snapshot": "snapshots are always made; -snapshot-count says how often",
+    "v": "-version shows the version, -debug logs more", "vv": "-debug logs more",
+}
 # Of etcd 2.3's experiments and of etcd 3: accepted, so that units and scripts need no change.  Why
 # each does nothing -> etcd's default of each.  Nothing that protects something may stand here.
 NO_EFFECT: Dict[str, Dict[str, Any]] = {
@@ -16984,10 +17189,12 @@ NO_EFFECT: Dict[str, Dict[str, Any]] = {
     },
     "a request may have 10 MiB": {"max-request-bytes": "1572864"},
     "every write is synced": {"unsafe-no-fsync": False},
-    "elections are those of etcd 2.3": {
-        "pre-vote": False, "initial-election-tick-advance": True, "experimental-max-learners": "1",
-        "experimental-downgrade-check-time": "5s",
+    "members ask before they raise the term once all of them know how": {"pre-vote": False},
+    "a member waits a whole election timeout for a leader": {
+        "initial-election-tick-advance": True,
     },
+    "there are no learners": {"experimental-max-learners": "1"},
+    "there is no downgrade by etcd 3's rules": {"experimental-downgrade-check-time": "5s"},
     "Python is not profiled by pprof": {"enable-pprof": False},
     "/metrics and /health are on the client URLs": {
         "listen-metrics-urls": "", "metrics": "basic",
@@ -17011,13 +17218,14 @@ NO_EFFECT: Dict[str, Dict[str, Any]] = {
         "experimental-peer-skip-client-san-verification": False,
     },
     "Python's defaults with TLS 1.2 and later are used": {
-        "cipher-suites": "", "tls-max-version": "", "self-signed-cert-validity": "1",
+        "cipher-suites": "", "tls-max-version": "",
     },
+    "pyetcd makes no certificates": {"self-signed-cert-validity": "1"},
     "sockets have the usual options": {"socket-reuse-port": False, "socket-reuse-address": False},
-    "it is fixed": {
+    "how many entries stay in memory behind a snapshot is fixed": {
         "experimental-snapshot-catchup-entries": "5000",
-        "experimental-wait-cluster-ready-timeout": "5s",
     },
+    "a member serves as soon as it can": {"experimental-wait-cluster-ready-timeout": "5s"},
 }
 
 
@@ -17064,6 +17272,7 @@ class Settings:
         self._environ = environ
         self._flags = {flag.name: flag for flag in flags} or _all_flags()
         self._rest = list(argv)
+        self._switch = ""               # the flag before the rest, if that is a bare boolean
         while not self.help and self._next_flag():
             pass
 
@@ -17107,7 +17316,8 @@ class Settings:
             return False
         flag = self._flags.get(name)
         if flag is None:
-            raise FlagError(f"flag provided but not defined: -{name}")
+            raise FlagError(f"flag provided but not defined: -{name}{self._meant('-', name)}")
+        self._switch = name if flag.is_bool and not has_value else ""
         if not has_value:
             if flag.is_bool:
                 text = "true"
@@ -17125,7 +17335,41 @@ class Settings:
     def check_leftover(self) -> None:
         """Raise FlagError for a word behind the flags."""
         if self._rest:
-            raise FlagError(f"error verifying flags, '{self._rest[0]}' is not a valid flag")
+            word = self._rest[0]
+            raise FlagError(f"error verifying flags, '{word}' is not a valid flag"
+                            f"{self._leftover_advice(word)}")
+
+    def _leftover_advice(self, word: str) -> str:
+        """How a word may have come behind the flags, and what to write instead."""
+        bare = word.lstrip(_TYPOGRAPHIC_DASHES)
+        switch, instead = self._switch, IGNORED_BOOLS.get(self._switch)
+        if bare != word:
+            return f"; it begins with a typographic dash, write -{bare.lstrip('-')}"
+        if word.partition("=")[0] in self._flags or word in ("help", "h"):
+            return f"; write -{word}"
+        if instead:
+            return f"; {instead}"
+        if switch and _is_bool_word(word):
+            value = _YAML_BOOLS.get(word.lower(), word)
+            return f"; -{switch} is a switch: write -{switch}, or -{switch}={value}"
+        if "://" in word:
+            return "; write a list as one word, its parts separated by commas without spaces"
+        if word in ("backup", "restore"):
+            return f"; write `pyetcd {word}` first and its flags behind it"
+        return f"; {word} stands behind the switch -{switch}" if switch else ""
+
+    def _meant(self, prefix: str, name: str) -> str:
+        """The question whether another flag was meant; "" if none is like it."""
+        known = [
+            flag.name for flag in self._flags.values()
+            if flag.name != name and not flag.no_effect and flag.name not in IGNORED_BOOLS
+        ]
+        wanted = name.lower().replace("_", "-")
+        found = difflib.get_close_matches(wanted, known, 1, _LIKENESS_MIN)
+        if not found:
+            return ""
+        shown = found[0] if prefix != "ETCD_" else found[0].upper().replace("-", "_")
+        return f"; did you mean {prefix}{shown}?"
 
     def complete(self) -> None:
         """Take the environment too; or, if a file is named, the file alone."""
@@ -17151,7 +17395,9 @@ class Settings:
         for variable in sorted(self._environ):
             if variable.startswith("ETCD_") and variable not in known:
                 text = self._environ[variable]
-                self._say(f"unrecognized environment variable {variable}={text}", logging.WARNING)
+                meant = self._meant("ETCD_", variable[len("ETCD_"):])
+                self._say(f"unrecognized environment variable {variable}={text}{meant}",
+                          logging.WARNING)
 
     def read_file(self, path: str) -> None:
         """Take the settings of a configuration file, and forget all others.
@@ -17169,7 +17415,7 @@ class Settings:
             flag = self._flags.get(name)
             if flag is None or name in ("config-file", "version"):
                 self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
-                          f" those that are known")
+                          f" those that are known{self._meant('', name)}")
                 continue
             if flag.is_bool:
                 text = _YAML_BOOLS.get(text.lower(), text)
@@ -17185,15 +17431,101 @@ class Settings:
             text = expand_addresses(text, self._environ, source)
         try:
             self.values[name] = flag.parse(text)
+        except Refusal as error:
+            where = source if source in (f"-{name}", flag.variable) else f"{source}: {name}"
+            raise FlagError(f"{where} {error}") from None
         except ValueError as error:
-            raise FlagError(_invalid(flag, text, source, str(error))) from None
+            advice = _advice(flag, text)
+            raise FlagError(_invalid(flag, text, source, str(error)) + advice) from None
         self.sources[name] = source
+        if _quoting_advice(text) and name != "initial-cluster":
+            self.warn(f"the value of {source} is {text!r}{_quoting_advice(text)}")
 
     def _say(self, text: str, level: int = logging.INFO) -> None:
         self.lines.append((level, "flags", text))
 
 
 _YAML_BOOLS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+_TYPOGRAPHIC_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
+_TYPOGRAPHIC_QUOTES = "\u201c\u201d\u201e\u2018\u2019"
+_LIKENESS_MIN = 0.7                 # of a name to the one that was meant, 1.0: the same
+
+
+def _is_bool_word(word: str) -> bool:
+    with contextlib.suppress(ValueError):
+        parse_bool(_YAML_BOOLS.get(word.lower(), word))
+        return True
+    return False
+
+
+def _quoting_advice(text: str) -> str:
+    """What to do about quotes and line ends that came along with a value; "" without them."""
+    if text and (text[0] in _TYPOGRAPHIC_QUOTES or text[-1] in _TYPOGRAPHIC_QUOTES):
+        return "; it has typographic quotes: write it without quotes"
+    if re.fullmatch(r"([\"'])(.*)\1", text, re.DOTALL):
+        return (
+            f"; the quotes are part of it, as docker's --env-file and lists in compose files leave"
+            f" them there: write {text[1:-1]} without quotes"
+        )
+    if text.endswith("\r"):
+        return "; it ends with a carriage return: save the file with Unix line ends"
+    return ""
+
+
+def _advice(flag: Flag, text: str) -> str:
+    """What to write instead of a value that cannot be used; "" if that is not known."""
+    quoting = _quoting_advice(text)
+    if quoting:
+        return quoting
+    if flag.is_bool:
+        word = _YAML_BOOLS.get(text.lower(), "true or false")
+        return f"; write {word}"
+    if flag.parse is _parse_address:
+        return f"; write {text.partition('://')[2]}" if "://" in text else "; write IP:PORT"
+    if flag.parse is _parse_origins:
+        return "; write origins as https://HOST, or * for all"
+    if flag.parse is parse_uint:
+        unit = ", in milliseconds and without a unit" if "milliseconds" in flag.help else ""
+        return f"; write a whole number{unit}"
+    return url_advice(text, flag.name) if flag.parse is parse_urls else ""
+
+
+def url_advice(text: str, name: str) -> str:
+    """What to write instead of the first bad URL in a list, or in `name=url,name=url`."""
+    port = 2380 if "peer" in name or name == "initial-cluster" else 2379
+    for item in text.split(","):
+        pair, _, url = item.strip().rpartition("=")
+        url = item.strip() if "://" in pair or name != "initial-cluster" else url
+        try:
+            check_url(url)
+            continue
+        except ValueError:
+            pass
+        if not url:
+            return "; there is a comma too many" if len(text) > 1 else "; write http://HOST:PORT"
+        if re.search("[${}<>%]", url):
+            return "; a variable or placeholder was not filled in: write the address itself"
+        if re.search(r"\s", url):
+            return "; separate URLs by commas without spaces"
+        return _repaired(url, port)
+    return ""
+
+
+def _repaired(url: str, port: int) -> str:
+    """The URL that was probably meant, as advice; "" if that would be none either."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        scheme, rest = "http", url
+    authority = re.split("[/?#]", rest.lstrip("/"), maxsplit=1)[0]
+    host, given = split_address(authority)
+    if ":" in host and is_ip(host):         # an IPv6 address and a port, or all of it an address
+        host = f"[{host}]"
+    elif ":" in host and is_ip(authority):
+        host, given = f"[{authority}]", ""
+    meant = f"{scheme}://{host}{given if len(given) > 1 else f':{port}'}"
+    with contextlib.suppress(ValueError):
+        return f"; write {check_advertised_url(meant)}"
+    return ""
 
 
 def _invalid(flag: Flag, text: str, source: str, reason: str) -> str:
@@ -17442,6 +17774,11 @@ def check_settings(settings: Settings) -> None:
             '"initial-cluster", "discovery" or "discovery-srv"'
         )
     _take_old_addresses(settings)
+    for name, instead in IGNORED_BOOLS.items():
+        if settings[name] and instead:
+            settings.warn(f"{settings.where(name)} does nothing: {instead}")
+    _check_name(settings)
+    _check_log_packages(settings)
     _check_clients_are_told(settings)
     _check_peers_are_told(settings)
     _check_times(settings)
@@ -17456,6 +17793,33 @@ def check_settings(settings: Settings) -> None:
             f' hostname="{settings["peer-cert-allowed-hostname"]}"); set one of'
             f" -peer-cert-allowed-cn and -peer-cert-allowed-hostname"
         )
+
+
+def _check_name(settings: Settings) -> None:
+    """Raise FlagError for a name that -initial-cluster could not name."""
+    name, where = settings["name"], settings.where("name")
+    if not name:
+        raise FlagError(
+            f'couldn\'t find local name "" in the initial cluster configuration: {where} is empty;'
+            f" give this member a name, or leave the flag out"
+        )
+    if re.search("[=,]", name):
+        raise FlagError(
+            f"{where} has {go_quote(name)}: in -initial-cluster, = and , separate names and URLs;"
+            f" choose a name without them"
+        )
+
+
+def _check_log_packages(settings: Settings) -> None:
+    """Warn of packages that never log; etcd takes them without a word."""
+    for package in settings["log-package-levels"]:
+        if package and package.partition(".")[0] not in LOG_PACKAGES:
+            near = difflib.get_close_matches(package, LOG_PACKAGES, 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            settings.warn(
+                f"{settings.where('log-package-levels')} has {package}, which logs nothing here;"
+                f" the packages are {', '.join(LOG_PACKAGES)}, and * is all of them{meant}"
+            )
 
 
 def _check_clients_are_told(settings: Settings) -> None:
@@ -17518,9 +17882,14 @@ def _check_initial_cluster(settings: Settings) -> None:
     where = settings.where("initial-cluster")
     if settings["initial-cluster"]:
         try:
-            initial = parse_initial_cluster(settings["initial-cluster"])
+            text = settings["initial-cluster"]
+            nameless = settings.values.get("initial-cluster-state") == "existing"
+            initial = parse_initial_cluster(text, nameless=nameless)
         except ValueError as error:
-            raise FlagError(f"error setting up initial cluster: {error} (in {where})") from None
+            advice = _quoting_advice(text) or url_advice(text, "initial-cluster")
+            raise FlagError(
+                f"error setting up initial cluster: {error} (in {where}){advice}"
+            ) from None
         for urls in initial.values():
             for url in urls:
                 _check_host(settings, "initial-cluster", url)
@@ -17533,6 +17902,7 @@ def _check_initial_cluster(settings: Settings) -> None:
 
 def check_restore_settings(settings: Settings) -> None:
     """Raise FlagError for peer URLs of a new cluster that cannot be used."""
+    _check_name(settings)
     _check_initial_cluster(settings)
     for url in settings["initial-advertise-peer-urls"]:
         _check_host(settings, "initial-advertise-peer-urls", url)
@@ -17545,6 +17915,11 @@ def _check_host(settings: Settings, name: str, url: str) -> None:
     many first attempts with cloud-config, when $private_ipv4 is empty.
     """
     host, port = url_address(url)
+    if not port:
+        raise FlagError(
+            f"{settings.where(name)} has port 0 in {url}: nobody could connect to it; advertise the"
+            f" port of the -listen flag, which must not be 0 then"
+        )
     if not host:
         raise FlagError(
             f"{settings.where(name)} has no host in {url}: nobody could connect to it;"
