@@ -1019,6 +1019,15 @@ def check_url(url: str) -> str:
     return f"{scheme}://{authority}"
 
 
+def usable_urls(urls: Iterable[str]) -> List[str]:
+    """Return those of `urls` that check_url takes; they may come from an older or other program."""
+    usable: List[str] = []
+    for url in urls:
+        with contextlib.suppress(ValueError):
+            usable.append(check_url(url))
+    return usable
+
+
 def check_advertised_url(url: str) -> str:
     """Return check_url(url), or raise ValueError if nobody could connect to it."""
     checked = check_url(url)
@@ -5607,6 +5616,31 @@ def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
             " choose another -data-dir"
         ) from None
     return paths
+
+
+def absent_dirs(*paths: str) -> List[str]:
+    """Return those of `paths` and of the directories above that do not exist, deepest first."""
+    found: Set[str] = set()
+    for path in paths:
+        while path and not os.path.exists(path):
+            found.add(path)
+            path = os.path.dirname(path)
+    return sorted(found, key=len, reverse=True)
+
+
+def make_dirs(paths: Sequence[str]) -> None:
+    """Make what absent_dirs() returned, as data directories.  Raises OSError."""
+    for path in reversed(paths):
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        with contextlib.suppress(PermissionError):  # a parent that we may not list
+            fsync_dir(os.path.dirname(path) or ".")
+
+
+def remove_dirs(paths: Iterable[str]) -> None:
+    """Remove those of `paths`, deepest first, that are empty."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
 
 
 def _classify(data_dir: str, names: Set[str]) -> None:
@@ -10616,12 +10650,13 @@ class VersionMonitor:
             return
         self._versions = {self._member_id: SERVER_VERSION}
         for member in list(self._cluster.members.values()):
-            if member.id != self._member_id and member.peer_urls:
-                self._ask(member)
+            urls = usable_urls(member.peer_urls)
+            if member.id != self._member_id and urls:
+                self._ask(member, urls[0])
         self._timer = self._reactor.call_later(self.PERIOD_S, self._look)
         self._decide()
 
-    def _ask(self, member: Member) -> None:
+    def _ask(self, member: Member, url: str) -> None:
         body: List[bytes] = []
 
         def done(error: Optional[Exception]) -> None:
@@ -10631,7 +10666,7 @@ class VersionMonitor:
             self._decide()
 
         self._calls.append(HttpCall(
-            self._reactor, member.peer_urls[0], "GET", "/version", {}, connect_timeout_s=1.0,
+            self._reactor, url, "GET", "/version", {}, connect_timeout_s=1.0,
             idle_timeout_s=2.0, tls=self._tls, on_data=body.append, on_done=done,
         ))
 
@@ -11250,10 +11285,30 @@ class Publication:
             etcd.reactor.call_later(SYNC_SECONDS, self._propose)
             return
         self._done()
+        self._check_peer_urls()
         log.info(
             "published {Name:%s ClientURLs:[%s]} to cluster %s", etcd.config.name,
             " ".join(etcd.config.advertise_client_urls), format_id(etcd.cluster.id),
         )
+
+
+    def _check_peer_urls(self) -> None:
+        """Warn if the flags have other peer URLs than the cluster: only the first start uses them.
+
+        Not if they are the default, or those of a port that the system chose.
+        """
+        etcd, config = self._etcd, self._etcd.config
+        known = etcd.cluster.members[etcd.member_id].peer_urls
+        given = tuple(sorted(config.initial_advertise_peer_urls))
+        is_chosen = given != tuple(DEFAULT_PEER_URLS.split(",")) and not any(
+            url.endswith(":0") for url in config.listen_peer_urls
+        )
+        if given != known and is_chosen:
+            package_logger("etcdserver").warning(
+                "-initial-advertise-peer-urls %s does nothing: the other members know this one by"
+                " %s; change that with PUT /v2/members/%s", ",".join(given), ",".join(known),
+                format_id(etcd.member_id),
+            )
 
 
 class Expiry:
@@ -14673,8 +14728,8 @@ def parse_members(body: bytes) -> List[Member]:
     try:
         return [
             Member(
-                int(member["id"]), tuple(sorted(member["peerURLs"])),
-                str(member.get("name", "")), tuple(member.get("clientURLs") or ()),
+                int(member["id"]), tuple(sorted(map(str, member["peerURLs"]))),
+                str(member.get("name", "")), tuple(map(str, member.get("clientURLs") or ())),
             )
             for member in json.loads(body)
         ]
@@ -14706,17 +14761,39 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
     Raises StartError.  Thread: the caller's; blocks, with discovery until all members are there.
     Source: etcd 2.3 etcdserver/server.go NewServer; peer-and-disk notes, decision tree.
     """
-    log = package_logger("etcdserver")
-    data_dir = prepare_data_dir(config.data_dir or config.name + ".etcd", config.wal_dir)
-    log.info("datadir is valid for the %s format", ARTICLE_VERSION)
+    root = config.data_dir or config.name + ".etcd"
+    member = os.path.join(root, "member")
+    fresh = absent_dirs(
+        config.wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap")
+    )
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(remove_dirs, fresh)
+        boot = _bootstrap(config, prepare_data_dir(root, config.wal_dir), fresh)
+        on_failure.pop_all()
+    return boot
+
+
+def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) -> Bootstrap:
+    """The same, with the errors of all layers turned into StartError.
+
+    fresh  the directories that this start has made
+    """
+    package_logger("etcdserver").info("datadir is valid for the %s format", ARTICLE_VERSION)
     try:
         tls = make_peer_tls(config)
         if Wal.exists(data_dir.wal):
             boot = _restart(config, data_dir)
-        elif config.initial_cluster_state == "existing":
+            return boot._replace(peer_tls=tls)
+        _check_log_is_not_missing(data_dir)
+        if config.force_new_cluster:
+            package_logger("etcdserver").warning(
+                "-force-new-cluster does nothing for a member without data; leave it out: at a"
+                " later start it would remove all other members"
+            )
+        if config.initial_cluster_state == "existing":
             boot = _join(config, data_dir, tls)
         else:
-            boot = _form(config, data_dir, tls)
+            boot = _form(config, data_dir, tls, fresh)
         return boot._replace(peer_tls=tls)
     except (WalError, SnapshotError, CodecError, InvariantError) as error:
         raise StartError(str(error)) from error     # nothing runs yet: no state to protect
@@ -14744,11 +14821,24 @@ def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
     return None
 
 
+def _check_log_is_not_missing(data_dir: DataDir) -> None:
+    """Raise StartError if a member without a log has left something here: it is not new."""
+    usual = os.path.join(data_dir.member, "wal")
+    if Wal.exists(usual):
+        raise StartError(
+            f"{usual} holds the log of this member, but -wal-dir names {data_dir.wal}, which holds"
+            f" none; leave -wal-dir out, or stop the member and move the log there"
+        )
+    if any(name.endswith(".snap") for name in os.listdir(data_dir.snap)):
+        raise StartError(
+            f"{data_dir.snap} holds snapshots of a member, but {data_dir.wal} holds no log; name"
+            f" the log's directory with -wal-dir, or make a new cluster with `pyetcd restore`"
+        )
+
+
 def _forget_member_dir(data_dir: DataDir) -> None:
     """Remove the empty directories of a member that is none: they would stop a later proxy."""
-    for path in (os.path.join(data_dir.member, "wal"), data_dir.snap, data_dir.member):
-        with contextlib.suppress(OSError):
-            os.rmdir(path)
+    remove_dirs((os.path.join(data_dir.member, "wal"), data_dir.snap, data_dir.member))
 
 
 def _discovery_failure(config: ServerConfig, data_dir: str, error: DiscoveryError) -> str:
@@ -14912,7 +15002,9 @@ def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]])
         )
 
 
-def _form(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) -> Bootstrap:
+def _form(
+    config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext], fresh: Sequence[str]
+) -> Bootstrap:
     """A new cluster: every member of it starts with the same entries, committed from the start."""
     initial = _initial_members(config)
     _check_advertised(config, initial)
@@ -14927,7 +15019,9 @@ def _form(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
             config.discovery, member.id, format_initial_cluster(initial),
             proxy=config.discovery_proxy,
         )
+        remove_dirs(fresh)              # a member that is ended while it waits leaves nothing
         initial = parse_initial_cluster(discovery.join())
+        make_dirs(fresh)
         urls = [url for urls in initial.values() for url in urls]
         if len(set(urls)) != len(urls):
             text = format_initial_cluster(initial)
@@ -15100,14 +15194,63 @@ def _cluster_version(
     return None
 
 
-def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
-    """A member that was here before: identity, log and snapshot come from the disk."""
+_FORCED_FILE = "forced-new-cluster"     # in the member directory, after -force-new-cluster
+
+
+def _check_not_forced(marker: str) -> None:
+    """Raise StartError if -force-new-cluster was done here before.
+
+    Differs from etcd, which removes the other members again at each restart with that flag.
+    """
+    if os.path.exists(marker):
+        raise StartError(
+            f"-force-new-cluster was already done on this data directory; done again it would"
+            f" remove the members that have joined since. Take it out of the unit file or the"
+            f" environment (ETCD_FORCE_NEW_CLUSTER) and start again; if the other members are lost"
+            f" once more, remove {marker} first"
+        )
+
+
+def _mark_forced(marker: str) -> None:
+    """Remember on disk that this member was made the only one.  Raises OSError."""
+    with open(marker, "wb") as file:
+        os.fsync(file.fileno())
+    fsync_dir(os.path.dirname(marker))
+    package_logger("etcdserver").warning(
+        "this member is the only one of its cluster now; take -force-new-cluster out before the"
+        " next start, which is refused with it"
+    )
+
+
+def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
+    """Name the flags that an existing log makes void; etcd says it of discovery only."""
     log = package_logger("etcdserver")
     if config.discovery:
         log.warning(
             "discovery token ignored since a cluster has already been initialized."
             ' Valid log found at "%s"', data_dir.wal,
         )
+    alone = default_initial_cluster(config.name)
+    void = [name for name, is_given in (
+        ("initial-cluster", config.initial_cluster not in ("", alone)),
+        ("initial-cluster-token", config.initial_cluster_token != DEFAULT_CLUSTER_TOKEN),
+        ("initial-cluster-state", config.initial_cluster_state == "existing"),
+        ("discovery-srv", bool(config.discovery_srv)), ("proxy", config.proxy != "off"),
+    ) if is_given]
+    if void:
+        log.info(
+            "the member in %s exists already, so its log counts and not -%s", data_dir.root,
+            ", -".join(void),
+        )
+
+
+def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
+    """A member that was here before: identity, log and snapshot come from the disk."""
+    log = package_logger("etcdserver")
+    marker = os.path.join(data_dir.member, _FORCED_FILE)
+    if config.force_new_cluster:
+        _check_not_forced(marker)
+    _log_void_flags(config, data_dir)
     _log_config(config, data_dir)
     store = Store(history_capacity=config.history_events)
     cluster = Cluster(config.initial_cluster_token, store)
@@ -15127,6 +15270,7 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
             snapshot = snapshot._replace(data=b"")
         if config.force_new_cluster:
             contents = _stand_alone(config, member_id, cluster.id, wal, contents, snapshot)
+            _mark_forced(marker)
         else:
             log.info(
                 "restart member %s in cluster %s at commit index %d", format_id(member_id),
@@ -15288,8 +15432,9 @@ class FirstLife:
             return
         for member in etcd.cluster.members.values():
             is_known = member.id in self._heard or member.id == etcd.member_id
-            if member.peer_urls and not is_known and member.id not in self._asked:
-                self._ask_one(member, member.peer_urls[self._rounds % len(member.peer_urls)])
+            urls = usable_urls(member.peer_urls)
+            if urls and not is_known and member.id not in self._asked:
+                self._ask_one(member, urls[self._rounds % len(urls)])
         self._rounds += 1
         etcd.reactor.call_later(ASK_AGAIN_SECONDS, self._ask)
 
@@ -16300,11 +16445,24 @@ def read_cluster_file(path: str) -> Optional[Tuple[str, ...]]:
         ) from None
 
 
-def write_cluster_file(path: str, urls: Sequence[str]) -> None:
-    """Replace the file, whole or not at all.  Raises OSError."""
+def read_kept_endpoints(path: str) -> Tuple[str, ...]:
+    """Return the client URLs that worked when those of the members' list did not; () without."""
+    try:
+        with open(path, "rb") as file:
+            return tuple(usable_urls(map(str, json.load(file).get("ClientURLs", ()))))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return ()                       # read_cluster_file() has told
+
+
+def write_cluster_file(path: str, urls: Sequence[str], endpoints: Sequence[str] = ()) -> None:
+    """Replace the file, whole or not at all.  Raises OSError.
+
+    endpoints  for read_kept_endpoints(); etcd reads over them
+    """
+    content = {"PeerURLs": list(urls), **({"ClientURLs": list(endpoints)} if endpoints else {})}
     descriptor = os.open(path + ".bak", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "wb") as file:
-        file.write(utf8(json_text({"PeerURLs": list(urls)})))
+        file.write(utf8(json_text(content)))
         file.flush()
         os.fsync(descriptor)
     os.replace(path + ".bak", path)
@@ -16372,7 +16530,8 @@ class Endpoint:
     """
 
     def __init__(
-        self, url: str, reactor: Reactor, dialer: ProxyDialer, failure_wait_s: float
+        self, url: str, reactor: Reactor, dialer: ProxyDialer, failure_wait_s: float,
+        *, has_worked: bool = False,
     ) -> None:
         self.url = url
         self.available = True
@@ -16382,6 +16541,7 @@ class Endpoint:
         self._failure_wait_s = failure_wait_s
         self._waiting: Dict[Forward, None] = {}
         self._heard = 0.0               # monotonic seconds
+        self._has_worked = has_worked
         self._timer: Optional[Timer] = None
         self._probe: Optional[HttpCall] = None
 
@@ -16398,9 +16558,15 @@ class Endpoint:
             self._probe.cancel()
             self._probe = None
 
+    @property
+    def works(self) -> bool:
+        """True if it answered the last request that was made of it."""
+        return self._has_worked and not self.suspect
+
     def answered(self) -> None:
         """Something came from the member: it lives."""
         self._heard = self._reactor.now()
+        self._has_worked = True
         self.suspect = False
 
     def failed(self) -> None:
@@ -16456,8 +16622,10 @@ class Endpoints:
         self._dialer = dialer
         self._peer_urls = tuple(peer_urls)
         self._cluster_file = cluster_file
-        self._written: Tuple[str, ...] = ()         # peer URLs that the file surely holds
-        self._endpoints: List[Endpoint] = []
+        self._written: object = None                # what the file surely holds
+        self._endpoints = [
+            self._endpoint(url, has_worked=True) for url in read_kept_endpoints(cluster_file)
+        ]
         self._announced = False
         self._timer: Optional[Timer] = None
         self._log = package_logger("proxy")
@@ -16469,7 +16637,7 @@ class Endpoints:
 
     def refresh(self) -> None:
         """Ask the peers now, and wait for it.  Thread: any, before the reactor runs."""
-        self._take(self._ask(self._peer_urls))
+        self._take(self._ask(self._peer_urls, self._working()))
 
     def start(self) -> None:
         """Go on refreshing.  Thread: reactor."""
@@ -16493,40 +16661,61 @@ class Endpoints:
         self._timer = self._reactor.call_later(wait_s, self._begin_refresh)
 
     def _begin_refresh(self) -> None:
-        self._reactor.run_blocking(self._ask, self._peer_urls, done=self._refreshed)
+        self._reactor.run_blocking(
+            self._ask, self._peer_urls, self._working(), done=self._refreshed
+        )
 
-    def _refreshed(self, error: Optional[BaseException], members: Any) -> None:
+    def _refreshed(self, error: Optional[BaseException], found: Any) -> None:
         if error is not None:
             raise error
-        self._take(members)
+        self._take(found)
         self._wait()
 
-    def _ask(self, peer_urls: Sequence[str]) -> Optional[List[Member]]:
-        """Return what the first peer that answers says, kept in the file; None: nobody answers.
+    def _working(self) -> Tuple[str, ...]:
+        return tuple(sorted(endpoint.url for endpoint in self._endpoints if endpoint.works))
+
+    def _ask(
+        self, peer_urls: Sequence[str], working: Sequence[str]
+    ) -> Optional[Tuple[Tuple[str, ...], List[str]]]:
+        """Return what the first peer that answers tells, kept in the file; None: nobody answers.
+
+        The result is (peer URLs, client URLs).  The peer URL that has answered stays behind those
+        that it tells, and the `working` client URLs stay in the file if none of them is told:
+        differs from etcd, which forgets them.  A list that is wrong here, such as `localhost`,
+        would end the service for good.
 
         Thread: any; blocks.
         """
         limit_s = max(self._config.proxy_dial_timeout_ms / 1000, PROBE_ANSWER_SECONDS)
-        found = fetch_cluster(peer_urls, limit_s, self._dialer.tls)
+        found, url = None, ""
+        for url in peer_urls:
+            found = fetch_cluster([url], limit_s, self._dialer.tls)
+            if found is not None:
+                break
         if found is None or not found[1]:
             return None
-        members = found[1]
-        urls = _peer_urls(members)
-        if urls != self._written:
+        urls = tuple(sorted(usable_urls(url for m in found[1] for url in m.peer_urls)))
+        urls = urls if url in urls else (*urls, url)
+        told = sorted(set(usable_urls(url for m in found[1] for url in m.client_urls)))
+        content = urls, () if set(told) & set(working) else tuple(working)
+        if content != self._written:
             try:
-                write_cluster_file(self._cluster_file, urls)
-                self._written = urls
+                write_cluster_file(self._cluster_file, *content)
+                self._written = content
             except OSError as error:
                 self._log.warning("error on writing urls %s", error)
-        return members
+        return urls, told
 
-    def _take(self, members: Optional[List[Member]]) -> None:
-        """Replace the endpoints; those that stay keep what is known of them."""
-        if members is None:
+    def _take(self, found: Optional[Tuple[Tuple[str, ...], List[str]]]) -> None:
+        """Replace the endpoints; those that stay keep what is known of them.
+
+        Endpoints that work stay behind the new ones until one of those works, and all stay while
+        no peer answers.
+        """
+        if found is None:
             self._log.warning("could not retrieve cluster information from the given urls")
-            self._endpoints = []
             return
-        urls = _peer_urls(members)
+        urls, told = found
         if urls != self._peer_urls:
             self._log.info(
                 "updated peer urls in cluster file from [%s] to [%s]", " ".join(self._peer_urls),
@@ -16534,17 +16723,27 @@ class Endpoints:
             )
             self._peer_urls = urls
         known = {endpoint.url: endpoint for endpoint in self._endpoints}
-        client_urls = sorted({url for member in members for url in member.client_urls})
-        random.shuffle(client_urls)
-        self._endpoints = [known.get(url) or self._endpoint(url) for url in client_urls]
+        told = [url for url in told if not self._is_own(url)]
+        random.shuffle(told)
+        endpoints = [known.get(url) or self._endpoint(url) for url in told]
+        if not any(endpoint.works for endpoint in endpoints):
+            endpoints += [
+                endpoint for endpoint in self._endpoints
+                if endpoint.works and endpoint not in endpoints
+            ]
+        self._endpoints = endpoints
 
-    def _endpoint(self, url: str) -> Endpoint:
+    def _is_own(self, url: str) -> bool:
+        """True if `url` leads to this proxy itself: members that advertise `localhost`."""
+        port = url_address(url)[1]
+        return is_local(url) and any(
+            is_local(own) and url_address(own)[1] == port
+            for own in self._config.listen_client_urls
+        )
+
+    def _endpoint(self, url: str, *, has_worked: bool = False) -> Endpoint:
         wait_s = self._config.proxy_failure_wait_ms / 1000
-        return Endpoint(url, self._reactor, self._dialer, wait_s)
-
-
-def _peer_urls(members: Iterable[Member]) -> Tuple[str, ...]:
-    return tuple(sorted(url for member in members for url in member.peer_urls))
+        return Endpoint(url, self._reactor, self._dialer, wait_s, has_worked=has_worked)
 
 
 class ProxyMetrics:
@@ -16840,8 +17039,12 @@ class ProxyServer(ServerThread):
         config = self.config
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(self._close_listeners)
+            fresh = absent_dirs(os.path.join(config.data_dir or config.name + ".etcd", "proxy"))
+            cleanup.callback(remove_dirs, fresh)
             cluster_file = prepare_proxy_dir(config)
+            remove_dirs(fresh)          # a proxy that is ended while it waits leaves nothing
             peer_urls = find_peer_urls(config, cluster_file)
+            make_dirs(fresh)
             dialer = ProxyDialer(config, self._reactor)
             self._endpoints = Endpoints(config, self._reactor, dialer, peer_urls, cluster_file)
             self._endpoints.refresh()
@@ -17018,8 +17221,9 @@ def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
             raise Refusal(
                 f"is not supported: pyetcd cannot make certificates; make one with `openssl req"
                 f" -x509 -newkey rsa:2048 -nodes -days 365 -keyout key.pem -out cert.pem"
-                f" -subj /CN=etcd -addext subjectAltName=IP:127.0.0.1,IP:{default_route_address() or '10.0.0.5'}` and give"
-                f" it with -{prefix}cert-file cert.pem -{prefix}key-file key.pem"
+                f" -subj /CN=etcd -addext subjectAltName=IP:127.0.0.1,IP:"
+                f"{default_route_address() or '10.0.0.5'}` and give it with"
+                f" -{prefix}cert-file cert.pem -{prefix}key-file key.pem"
             )
         return False
 
