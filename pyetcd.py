@@ -6484,6 +6484,21 @@ CERTIFICATE_CHECK_SECONDS = 1.0     # between two looks whether a file of TLS ha
 class TlsSocket(ssl.SSLSocket):
     """A TLS connection that waits as a plain non-blocking socket does: by BlockingIOError."""
 
+    def do_handshake(self, block: bool = False) -> None:
+        """Raise SSLCertVerificationError with the names in the certificate as `names`."""
+        try:
+            super().do_handshake(block)
+        except ssl.SSLCertVerificationError as error:
+            error.names = self._names_shown()       # type: ignore[attr-defined]
+            raise
+
+    def _names_shown(self) -> Optional[List[str]]:
+        """The names in the certificate that was refused; None: Python 3.9 does not tell them."""
+        chain: Any = getattr(self._sslobj, "get_unverified_chain", list)()   # type: ignore[attr-defined]
+        if not chain:
+            return None
+        return [str(name) for _, name in chain[0].get_info().get("subjectAltName", ())]
+
     def recv(self, size: int = 16_384, flags: int = 0) -> bytes:
         """Return what has arrived, up to about `size` bytes; b"" at the end.
 
@@ -6588,10 +6603,7 @@ class TlsContext:
         if self._server and (files.client_cert_auth or files.ca_file):
             context.verify_mode = ssl.CERT_REQUIRED
         if files.cert_file or self._server:
-            load_pem(files.cert_file, lambda: context.load_cert_chain(
-                files.cert_file, files.key_file, password=_refuse_passphrase
-            ), f" and its key {files.key_file}")
-            check_readable(files.key_file)
+            load_pair(context, files.cert_file, files.key_file)
         authorities = [path for path in (files.trusted_ca_file, files.ca_file) if path]
         for path in authorities:
             load_pem(path, functools.partial(context.load_verify_locations, path))
@@ -6600,7 +6612,7 @@ class TlsContext:
             context.load_default_certs(purpose)
         if files.crl_file:
             context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
-            load_pem(files.crl_file, lambda: context.load_verify_locations(files.crl_file))
+            load_pem(files.crl_file, lambda: context.load_verify_locations(files.crl_file), "crl")
         return context
 
 
@@ -6619,23 +6631,79 @@ def check_readable(path: str) -> None:
         raise StartError(f"open {path}: {(error.strerror or str(error)).lower()}") from None
 
 
-def load_pem(path: str, load: Callable[[], object], more: str = "") -> None:
-    """Run load(), which reads the PEM file `path`.  Raises StartError."""
+def load_pem(path: str, load: Callable[[], object], kind: str = "x509") -> None:
+    """Run load(), which reads the PEM file `path`.  Raises StartError.
+
+    kind  the command of openssl that shows such a file
+    """
     check_readable(path)
     try:
         load()
-    except FileNotFoundError:
-        raise StartError(f"one of {path}{more} does not exist") from None
     except (OSError, ValueError) as error:
-        why = (getattr(error, "reason", None) or str(error)).lower().replace("_", " ")
         raise StartError(
-            f"cannot use {path}{more}: {why}; it must hold PEM text, look at it with `openssl"
-            f" x509 -text -in {path}`"
+            f"cannot use {path}: {_ssl_words(error)}; it must hold PEM text, look at it with"
+            f" `openssl {kind} -noout -text -in {shlex.quote(path)}`"
         ) from None
 
 
-def _refuse_passphrase() -> str:
-    raise ValueError("the key is encrypted; write it without passphrase: openssl rsa -in OLD")
+def _ssl_words(error: Exception) -> str:
+    return (getattr(error, "reason", None) or str(error)).lower().replace("_", " ")
+
+
+def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
+    """Have `context` show this certificate.  Raises StartError."""
+    check_readable(cert_file)
+    check_readable(key_file)
+    asked: List[bool] = []
+
+    def passphrase() -> str:
+        asked.append(True)
+        raise ValueError("the key is encrypted")
+
+    try:
+        context.load_cert_chain(cert_file, key_file, password=passphrase)
+    except (OSError, ValueError) as error:
+        what = _encrypted_key(key_file) if asked else _pair_error(cert_file, key_file, error)
+        raise StartError(f"cannot use {cert_file} and its key {key_file}: {what}") from None
+
+
+def _encrypted_key(path: str) -> str:
+    plain = f"{os.path.splitext(path)[0]}-plain.pem"
+    return (
+        f"the key is encrypted, and nobody can be asked for the passphrase; write it without one"
+        f" with `openssl pkey -in {shlex.quote(path)} -out {shlex.quote(plain)}` and name {plain}"
+    )
+
+
+def _pair_error(cert_file: str, key_file: str, error: Exception) -> str:
+    """Say why OpenSSL could not load a certificate and its key, by what the files hold."""
+    for path, label, kind in (
+        (cert_file, b"CERTIFICATE-----", "x509"), (key_file, b"PRIVATE KEY-----", "pkey"),
+    ):
+        with open(path, "rb") as file:
+            content = file.read(PEM_BYTES_MAX)
+        if b"-----BEGIN " not in content:
+            shown = shlex.quote(path)
+            return (
+                f"{path} must hold PEM text and does not; if it is in DER, `openssl {kind} -inform"
+                f" der -in {shown} -out {shlex.quote(path + '.pem')}` makes PEM of it"
+            )
+        if label not in content:
+            found = "a private key" if b"PRIVATE KEY-----" in content else "a certificate"
+            other = "a certificate" if kind == "x509" else "a private key"
+            return f"{path} holds {found} and not {other}; perhaps the two files are exchanged"
+    if getattr(error, "reason", "") in _MISMATCHES:
+        return (
+            f"the key does not belong to the certificate, whose public key is another; compare"
+            f" `openssl x509 -noout -pubkey -in {shlex.quote(cert_file)}` with `openssl pkey"
+            f" -pubout -in {shlex.quote(key_file)}`"
+        )
+    return f"{_ssl_words(error)}; the files must hold PEM text, whole and unchanged"
+
+
+PEM_BYTES_MAX = 1 << 20             # of a file that is looked at for its labels
+# What OpenSSL says where key and certificate do not fit; the last: they are of different kinds.
+_MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 
 
 def tls_reason(error: Exception) -> str:
@@ -6644,12 +6712,24 @@ def tls_reason(error: Exception) -> str:
     verify = getattr(error, "verify_message", "")
     if verify:
         hint = _VERIFY_HINTS.get(verify, "")
+        if "mismatch" in verify:
+            hint = _names_hint(getattr(error, "names", None))
         return f"the other side's certificate cannot be verified: {verify}{hint}"
     if reason in _TLS_REASONS:
         return _TLS_REASONS[reason]
     return f"tls: {reason.lower().replace('_', ' ')}" if reason else f"tls: {error}"
 
 
+def _names_hint(names: Optional[List[str]]) -> str:
+    """What to do about a certificate for other names than the one that was wanted."""
+    has = ""
+    if names is not None:
+        shown = ", ".join(map(go_quote, names[:NAMES_SHOWN_MAX]))
+        has = f" it has {shown or 'no names, and a CN does not count'};"
+    return f"{has} issue one whose subjectAltName has the host of the URL that leads to it"
+
+
+NAMES_SHOWN_MAX = 10                # of a certificate, in a log line
 _VERIFY_HINTS = {
     "certificate has expired": "; issue a new one, or set the clock right",
     "certificate is not yet valid": "; set the clock right",
@@ -13393,13 +13473,25 @@ class MembersApi:
     def _add(self, request: HttpRequest) -> None:
         urls = self._peer_urls(request)
         if urls:
+            self._check_reachable(urls)
             new_id = member_id(urls, "", int(time.time()))
             self._change(request, ConfChangeType.ADD_NODE, Member(new_id, urls))
 
     def _update(self, request: HttpRequest, id: int) -> None:
         urls = self._peer_urls(request)
         if urls:
+            self._check_reachable(urls)
             self._change(request, ConfChangeType.UPDATE_NODE, Member(id, urls))
+
+    def _check_reachable(self, urls: Sequence[str]) -> None:
+        """Warn of URLs that mean this machine here, in a cluster of several machines."""
+        known = usable_urls(self._cluster.peer_urls())
+        near = [url for url in urls if is_local(url)]
+        if near and not all(map(is_local, known)):
+            package_logger("etcdhttp").warning(
+                "a member is added at %s, which each member takes for its own machine; if it runs"
+                " elsewhere, give its address with PUT /v2/members/<id>", ",".join(near),
+            )
 
     def _peer_urls(self, request: HttpRequest) -> Tuple[str, ...]:
         """The URLs in the body; () if the request is answered already, with an error."""
@@ -15002,6 +15094,18 @@ def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]])
         )
 
 
+def _check_registration(config: ServerConfig) -> None:
+    """Warn of a registration, at a service elsewhere, that means another machine everywhere."""
+    urls = config.initial_advertise_peer_urls
+    if all(map(is_local, urls)) and not is_local(config.discovery):
+        package_logger("etcd").warning(
+            "registers %s, which other machines take for themselves; if members run elsewhere,"
+            " stop, set -initial-advertise-peer-urls to an address of this machine, e.g."
+            " http://%s:%d, and take a new discovery URL", ",".join(urls), default_route_address() or "10.0.0.5",
+            url_address(urls[0])[1],
+        )
+
+
 def _form(
     config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext], fresh: Sequence[str]
 ) -> Bootstrap:
@@ -15015,6 +15119,7 @@ def _form(
     member = _own_member(config, cluster)
     _check_no_past(member.id, _peer_urls_of_others(cluster, member), tls)
     if config.discovery:
+        _check_registration(config)
         discovery = Discovery(
             config.discovery, member.id, format_initial_cluster(initial),
             proxy=config.discovery_proxy,
@@ -18487,14 +18592,33 @@ def _newest_snapshot(directory: str, known: Container[EntryID]) -> Optional[Snap
 
 def _read_snapshot(path: str) -> Snapshot:
     """Read a snapshot file.  Raises BackupError, which names an older one if there is one."""
+    content = _READ_ONLY_DISK.read(path)
     try:
-        return decode_snapshot_file(_READ_ONLY_DISK.read(path))
+        return decode_snapshot_file(content)
     except CodecError as error:
+        if not _SNAP_NAME.fullmatch(os.path.basename(path)):
+            raise BackupError(f"{path} is no snapshot: {_what_it_is(path, content)}") from None
         older = _newest_intact(os.path.dirname(path))
         advice = f"{older} is intact: move the damaged one away, or restore from that"
         raise BackupError(
             f"{path} is damaged ({error}); {advice if older else 'take one of another member'}"
         ) from None
+
+
+def _what_it_is(path: str, content: bytes) -> str:
+    """Say what a file is that was named as a snapshot, and what to name instead."""
+    advice = "take one with GET /v2/snapshot, or name a file of member/snap or a data directory"
+    if content[16:20] in (b"\xed\xda\x0c\xed", b"\xed\x0c\xda\xed"):
+        return f"it is a database of etcd 3, which holds no keys of v2; {advice}"
+    if content[:2] == b"\x1f\x8b":
+        return f"it is compressed; run `gunzip` on it first, or {advice}"
+    if path.endswith(".wal"):
+        return "it is a piece of a log; name its data directory, two directories above"
+    if content[:1] in (b"{", b"["):
+        return f"it is JSON; `pyetcdctl import` reads what export has written; or {advice}"
+    if not content:
+        return f"it is empty; {advice}"
+    return f"it is damaged or was never one; {advice}"
 
 
 def _newest_intact(directory: str) -> str:
@@ -18674,6 +18798,12 @@ def backup(
     progress is called with the share that is done, 0.0 to 1.0, and a number of keys.
     Raises BackupError.  Source: etcd 2.3 etcdctl/command/backup_command.go.
     """
+    if not os.path.isdir(data_dir):
+        what = "is a file" if os.path.exists(data_dir) else "does not exist"
+        raise BackupError(
+            f"{data_dir} {what}; -data-dir must name the data directory of a member, which its log"
+            f" shows as `data dir =`; a snapshot file is for `pyetcd restore`"
+        )
     backup_wal_dir = _dedicated(backup_dir, backup_wal_dir)
     check_target(backup_dir, backup_wal_dir)
     source = read_source(data_dir, wal_dir)
