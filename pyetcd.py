@@ -6685,8 +6685,8 @@ def _pair_error(cert_file: str, key_file: str, error: Exception) -> str:
         if b"-----BEGIN " not in content:
             shown = shlex.quote(path)
             return (
-                f"{path} must hold PEM text and does not; if it is in DER, `openssl {kind} -inform"
-                f" der -in {shown} -out {shlex.quote(path + '.pem')}` makes PEM of it"
+                f"it must hold PEM text, and {path} does not; if that is in DER, `openssl {kind}"
+                f" -inform der -in {shown} -out {shlex.quote(path + '.pem')}` makes PEM of it"
             )
         if label not in content:
             found = "a private key" if b"PRIVATE KEY-----" in content else "a certificate"
@@ -15101,8 +15101,8 @@ def _check_registration(config: ServerConfig) -> None:
         package_logger("etcd").warning(
             "registers %s, which other machines take for themselves; if members run elsewhere,"
             " stop, set -initial-advertise-peer-urls to an address of this machine, e.g."
-            " http://%s:%d, and take a new discovery URL", ",".join(urls), default_route_address() or "10.0.0.5",
-            url_address(urls[0])[1],
+            " http://%s:%d, and take a new discovery URL", ",".join(urls),
+            default_route_address() or "10.0.0.5", url_address(urls[0])[1],
         )
 
 
@@ -18597,7 +18597,9 @@ def _read_snapshot(path: str) -> Snapshot:
         return decode_snapshot_file(content)
     except CodecError as error:
         if not _SNAP_NAME.fullmatch(os.path.basename(path)):
-            raise BackupError(f"{path} is no snapshot: {_what_it_is(path, content)}") from None
+            raise BackupError(
+                f"{path} is damaged or no snapshot of etcd 2: {_what_it_is(path, content)}"
+            ) from None
         older = _newest_intact(os.path.dirname(path))
         advice = f"{older} is intact: move the damaged one away, or restore from that"
         raise BackupError(
@@ -18618,7 +18620,7 @@ def _what_it_is(path: str, content: bytes) -> str:
         return f"it is JSON; `pyetcdctl import` reads what export has written; or {advice}"
     if not content:
         return f"it is empty; {advice}"
-    return f"it is damaged or was never one; {advice}"
+    return advice
 
 
 def _newest_intact(directory: str) -> str:
@@ -18801,8 +18803,8 @@ def backup(
     if not os.path.isdir(data_dir):
         what = "is a file" if os.path.exists(data_dir) else "does not exist"
         raise BackupError(
-            f"{data_dir} {what}; -data-dir must name the data directory of a member, which its log"
-            f" shows as `data dir =`; a snapshot file is for `pyetcd restore`"
+            f"{data_dir} {what}; name the data directory of a member, which its log shows as `data"
+            f" dir =`, with -data-dir; a snapshot file is for `pyetcd restore`"
         )
     backup_wal_dir = _dedicated(backup_dir, backup_wal_dir)
     check_target(backup_dir, backup_wal_dir)
