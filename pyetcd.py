@@ -14168,6 +14168,7 @@ class Discovery:
         self._sleep = sleep
         self._backoff = Backoff(DISCOVERY_RETRY_FIRST_SECONDS, DISCOVERY_RETRY_SECONDS_MAX)
         self._retries = 0               # of this object; the first one gets advice
+        self.resumed = False            # join() found a registration of an earlier try
         self._log = package_logger("discovery")
         if self._proxy:
             self._log.info('using proxy "%s"', self._proxy)
@@ -14248,9 +14249,10 @@ class Discovery:
     def _create(self, *, is_again: bool) -> int:
         """Create our key, or find the one that a lost answer was about; return its index.
 
-        A key with our value is ours if this process has tried before (is_again), or while members
-        are missing: a cluster that was never complete has not run, so no log of ours is lost.
-        Without the second rule a member that is restarted while it waits would be locked out.
+        A key with our value is ours if this process has tried before (is_again), and if no other
+        host can have written it.  Without the second rule a member that is restarted while it waits
+        would be locked out.  Whether it has lost a log since is for the other members to say.
+        Differs from etcd, which takes such a key for a sign that the log is lost.
         """
         form = urllib.parse.urlencode({"value": self._pairs})
         suffix = f"/{self._id}?prevExist=false"
@@ -14258,10 +14260,9 @@ class Discovery:
         if not (isinstance(body, dict) and body.get("errorCode") == NodeExists.code):
             return int(self._node(body).get("createdIndex", 0)) or 1
         node = self._node(self._get(f"/{self._id}?quorum=true")[1])
-        state = self._look()
-        is_forming = len(state.members) < state.size and self._is_unmistakable()
-        if node.get("value") != self._pairs or not (is_again or is_forming):
+        if node.get("value") != self._pairs or not (is_again or self._is_unmistakable()):
             raise DuplicateId("discovery: found duplicate id")
+        self.resumed = True
         self._log.info("found the registration of this member, which an earlier try has made")
         return int(node.get("createdIndex", 0)) or 1
 
@@ -15134,6 +15135,8 @@ def _form(
         _check_reachable(config, initial)
         cluster = _new_cluster(token, initial)
         member = _own_member(config, cluster)
+        if discovery.resumed:
+            _check_no_past(member.id, _peer_urls_of_others(cluster, member), tls)
     store = Store(history_capacity=config.history_events)
     cluster.set_store(store)
     cluster.local_id = member.id
@@ -17633,7 +17636,8 @@ class Settings:
             elif self._rest:
                 text = self._rest.pop(0)
             else:
-                raise FlagError(f"flag needs an argument: -{name}")
+                raise FlagError(f"flag needs an argument: -{name}; if there was a variable behind"
+                                f" it, that is empty")
         self._set(flag, text, f"-{name}")
         return True
 
