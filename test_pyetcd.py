@@ -7960,6 +7960,96 @@ def test_http_peer_urls_are_checked_with_etcds_words(body, text):
     assert str(caught.value) == text
 
 
+# What no host can be called -> etcd's reason, where Go has one.
+_BAD_HOSTS = {
+    "http://${IP}:2380": 'invalid character "$" in host name',
+    "http://{{ip}}:2380": 'invalid character "{" in host name',
+    "http://<ip>:2380": 'invalid character "<" in host name',
+    "http://a b:2380": 'invalid character " " in host name',
+    "http://a|b:2380": 'invalid character "|" in host name',
+    "http://a\\b:2380": 'invalid character "\\\\" in host name',
+    "http://a^b:2380": 'invalid character "^" in host name',
+    "http://%41:2380": 'invalid URL escape "%41"',
+    "http://%zz:2380": 'invalid URL escape "%zz"',
+    "http://[fe80::1%eth0]:2380": 'invalid URL escape "%et"',
+    "http://[fe80::1%25eth0]:2380": "an address with a zone names an interface of one machine",
+    "http://[::1:2380": "missing ']' in host",
+    "http://[10.0.0.1]:2380": 'invalid IPv6 address "[10.0.0.1]"',
+    "http://10.0.0.256:2380": 'invalid IPv4 address "10.0.0.256"',
+    "http://10.0.0:2380": 'invalid IPv4 address "10.0.0"',
+    "http://010.0.0.1:2380": 'invalid IPv4 address "010.0.0.1"',
+    "http://a..b:2380": 'invalid host name "a..b"',
+    f"http://{'a' * 64}:2380": f'invalid host name "{"a" * 64}"',
+    f"http://{'a.' * 127}b:2380": "invalid host name",
+    "http://h:70000": 'invalid port ":70000" after host',
+    "http://h:x": 'invalid port ":x" after host',
+    "http://h:\u0663": 'invalid port ":\u0663" after host',
+    "http://a\nb:2380": "invalid control character in URL",
+    "http://u p@h:2380": "net/url: invalid userinfo",
+}
+
+
+@pytest.mark.parametrize("url", _BAD_HOSTS)
+def test_http_hosts_that_no_machine_can_have_are_refused(url):
+    with pytest.raises(ValueError, match="^parse ") as caught:
+        pyetcd.parse_peer_urls(json.dumps({"peerURLs": [url]}).encode())
+    assert _BAD_HOSTS[url] in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", [
+    "http://h_1.example:1", "http://bücher.example:1", "http://[::1]:1", "http://[fe80::1]:1",
+    "http://1.2.3.4:65535", "http://h.example.:1", "http://0123456789ab:1", "http://u:p@h:1",
+    "https://xn--bcher-kva.example:1", "http://12:1",
+])
+def test_http_hosts_that_a_machine_can_have_are_taken(url):
+    assert pyetcd.check_url(url) == url
+
+
+def test_http_scheme_of_a_url_counts_in_lower_case():
+    """Member ids are hashes of URLs: `HTTP://` made another member."""
+    assert pyetcd.parse_peer_urls(b'{"peerURLs":["HTTP://A:1"]}') == ("http://A:1",)
+    assert pyetcd.parse_urls("HttpS://b:2, http://a:1") == ("http://a:1", "https://b:2")
+    assert pyetcd.parse_initial_cluster("m=HTTP://a:1") == {"m": ("http://a:1",)}
+    server = pyetcd.Server(advertise_client_urls=["HTTP://a:1"])
+    assert server.config.advertise_client_urls == ("http://a:1",)
+    server.stop()
+
+
+@pytest.mark.parametrize("url", ["http://${IP}:2380", "http://:2380", "http://127.0.0.1:0"])
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_http_member_that_nobody_could_reach_is_refused(http_server, method, url):
+    """It cost a member that is alone its quorum for good."""
+    own = http_server.call(lambda etcd: pyetcd.format_id(etcd.member_id))
+    path = "/v2/members" + (f"/{own}" if method == "PUT" else "")
+    body = json.dumps({"peerURLs": [url]})
+    status, _, answer = _http_ask(http_server, method, path, body, _HTTP_JSON)
+    assert status == 400 and b"URL" in answer or b"host name" in answer
+    assert len(json.loads(_http_ask(http_server, "GET", "/v2/members")[2])["members"]) == 1
+    assert _http_ask(http_server, "PUT", "/v2/keys/a", "value=1", _HTTP_FORM)[0] == 201
+
+
+def test_http_member_at_localhost_of_a_cluster_of_several_machines_is_warned(caplog):
+    """The members API takes it, as etcd does."""
+    cluster = pyetcd.Cluster()
+    api = pyetcd.MembersApi(types.SimpleNamespace(cluster=cluster))
+    for known, url, warned in (
+        ("http://10.0.0.8:1", "http://localhost:2380", True),
+        ("http://127.0.0.1:1", "http://localhost:2380", False),
+        ("http://10.0.0.8:1", "http://10.0.0.9:2380", False),
+    ):
+        cluster.members = {1: pyetcd.Member(1, (known,))}
+        caplog.clear()
+        api._check_reachable((url,))
+        assert ("each member takes for its own machine" in caplog.text) is warned
+
+
+@pytest.mark.parametrize("path", ["/", "/index.html", "/v2", "/v1/keys/a", "/favicon.ico"])
+def test_http_unknown_paths_are_not_found_for_curl(http_server, path):
+    for accept in ("*/*", ""):
+        status, _, body = _http_ask(http_server, "GET", path, headers={"Accept": accept})
+        assert (status, body) == (404, b"404 page not found\n")
+
+
 def test_http_peer_urls_are_sorted():
     """Their order decides the member's id."""
     body = b'{"x":1,"peerurls":[" http://b:2","http://a:1"]}'
@@ -19144,13 +19234,105 @@ def test_discovery_fails_with_the_words_of_etcd(
     assert str(caught.value) == text
 
 
-def test_discovery_lost_registration_is_not_sent_again(disc_registry: _DiscRegistry) -> None:
-    """Nobody knows whether the write was done: the operator must look."""
+@pytest.mark.parametrize("is_done", [True, False])
+def test_discovery_lost_registration_is_looked_for(
+    is_done: bool, disc_registry: _DiscRegistry
+) -> None:
+    """The write may have been done: what stands there decides, not its answer."""
     ok = json.dumps({"node": {"value": "3"}}).encode()
     disc_registry.answers = [(200, ok), (200, b'{"node":{"dir":true}}'), (503, b"")]
-    with pytest.raises(pyetcd.DiscoveryError, match="unexpected status code 503"):
-        _disc_join(disc_registry, 0xAAA, "a=http://h:1")
-    assert sum(request.startswith("PUT") for request in disc_registry.requests) == 1
+
+    def sleep(seconds: float) -> None:
+        if is_done:
+            disc_registry.put("aaa", "a=http://localhost:1")
+        disc_registry.put("bbb", "b=http://h:2")
+        disc_registry.put("ccc", "c=http://h:3")
+
+    text = _disc_join(disc_registry, 0xAAA, "a=http://localhost:1", sleep)
+    assert sorted(text.split(",")) == ["a=http://localhost:1", "b=http://h:2", "c=http://h:3"]
+    assert sum(request.startswith("PUT") for request in disc_registry.requests) == 2
+
+
+def test_discovery_lost_answer_about_the_registration_is_no_failure(
+    disc_registry: _DiscRegistry
+) -> None:
+    """The key is there; the next look shows it."""
+    disc_registry.put("bbb", "b=http://h:2")
+    disc_registry.put("ccc", "c=http://h:3")
+    answer = disc_registry._answer
+    lost: List[str] = []
+
+    def lose_the_wait(handler: Any, form: str) -> Tuple[int, bytes]:
+        if "/aaa?recursive" in handler.path:
+            lost.append(handler.path)
+            return 503, b""
+        return answer(handler, form)
+
+    disc_registry._answer = lose_the_wait       # type: ignore[method-assign]
+    text = _disc_join(disc_registry, 0xAAA, "a=http://h:1")
+    assert lost and text.endswith("a=http://h:1")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_discovery_member_restarted_while_it_waits_goes_on(
+    full: bool, disc_registry: _DiscRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pyetcd")
+    disc_registry.put("aaa", "a=http://h:1")
+    disc_registry.put("bbb", "b=http://h:2")
+    if full:
+        disc_registry.put("ccc", "c=http://h:3")
+    else:
+        disc_registry.on_wait = lambda: (disc_registry.put("ccc", "c=http://h:3"), None)[1]
+    text = _disc_join(disc_registry, 0xAAA, "a=http://h:1")
+    assert sorted(text.split(",")) == ["a=http://h:1", "b=http://h:2", "c=http://h:3"]
+    assert "found the registration of this member, which an earlier try has made" in caplog.messages
+
+
+def test_discovery_registration_of_localhost_elsewhere_may_be_of_another_machine(
+    disc_registry: _DiscRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines with the default URLs would wait for ever."""
+    monkeypatch.setattr(pyetcd, "is_local", lambda url: "localhost" in url)
+    disc_registry.put("aaa", "a=http://localhost:1")
+    with pytest.raises(pyetcd.DuplicateId):
+        _disc_join(disc_registry, 0xAAA, "a=http://localhost:1")
+
+
+def test_discovery_registry_that_does_not_answer_is_explained_once(
+    caplog: pytest.LogCaptureFixture, disc_registry: _DiscRegistry
+) -> None:
+    disc_registry.answers = [(503, b""), (503, b"")]
+    disc_registry.put("bbb", "b=http://h:2")
+    disc_registry.put("ccc", "c=http://h:3")
+    _disc_join(disc_registry, 0xAAA, "a=http://h:1", lambda seconds: None)
+    lines = [line for line in caplog.messages if line.startswith("error #0")]
+    assert len(lines) == 2
+    assert "no discovery service answers at http://127.0.0.1" in lines[0]
+    assert "curl 'http://MACHINE:2379/new?size=3'" in lines[0] and "curl" not in lines[1]
+    public = pyetcd._registry_advice("https://discovery.etcd.io")
+    assert public.startswith("the public discovery service is out of use; any pyetcd that is not a")
+
+
+@pytest.mark.parametrize("url, advice", [
+    ("http://h:4001/new?size=5", "run `curl 'http://h:4001/new?size=5'` once"),
+    ("http://h:4001/new", "run `curl 'http://h:4001/new?size=3'` once"),
+    ("http://h:4001/new/", "run `curl 'http://h:4001/new?size=3'` once"),
+    ("https://discovery.etcd.io/new?size=3", "the public discovery service is out of use"),
+    ("http://h/t?size=3", "it must end with the token; perhaps http://h/t"),
+    ("http://h/v2/keys/t/_config/size", "it must end with the token; perhaps http://h/v2/keys/t"),
+    *((url.replace(":2380", ":2380/t"), "it must read") for url in _BAD_HOSTS if ":2380" in url),
+])
+def test_discovery_url_that_is_none_is_explained(url: str, advice: str) -> None:
+    with pytest.raises(pyetcd.DiscoveryError, match="^discovery: invalid URL ") as caught:
+        pyetcd.check_discovery_url(url)
+    assert advice in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_discovery_url_in_upper_case_is_the_same_token() -> None:
+    url = "HTTP://h:4001/v2/keys/T"
+    assert pyetcd.check_discovery_url(url) == "http://h:4001/v2/keys/T"
+    assert _flags_config(["-discovery", url]).discovery == "http://h:4001/v2/keys/T"
 
 
 def test_discovery_through_a_proxy_sends_whole_urls(
@@ -21397,8 +21579,8 @@ def test_flags_double_dash_ends_the_flags() -> None:
     (["-peers", "foo"],
      'invalid value "foo" for flag -peers: flag "-peers" is no longer supported'),
     (["-peers-file", "foo"], "no longer supported"),
-    (["-auto-tls"], 'invalid boolean value "true" for -auto-tls: pyetcd cannot make certificates;'
-                    ' make one with `openssl req -x509'),
+    (["-auto-tls"], '-auto-tls is not supported: pyetcd cannot make certificates; make one with'
+                    ' `openssl req -x509'),
     (["-peer-auto-tls=1"], "-peer-cert-file cert.pem -peer-key-file key.pem"),
     (["-host-whitelist", "example.com"], "requests are answered whatever their Host"),
     (["-tls-min-version", "TLS1.3"], "TLS 1.2 and later are accepted"),
@@ -21422,7 +21604,7 @@ def test_flags_bad_command_line(argv: List[str], words: str) -> None:
 
 
 @pytest.mark.parametrize("url, reason", [
-    ("http://%zz", "URL address does not have the form"),
+    ("http://%zz", 'parse "http://%zz": invalid URL escape "%zz"'),
     ("http://[::1:80", "parse \"http://[::1:80\""),
     ("http://host:99999", "parse \"http://host:99999\""),
     ("tcp://host:1", "URL scheme must be http or https: tcp://host:1"),
