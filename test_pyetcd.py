@@ -9255,6 +9255,70 @@ def test_tls_members_check_the_name_in_the_url(tmp_path, certificates, caplog):
         eventually(lambda: "IP address mismatch" in caplog.text)
 
 
+def test_tls_certificate_for_other_names_is_told_with_the_names(tmp_path, certificates, caplog):
+    """Both: the name that was wanted, and those that are there."""
+    good = certificates.files("peer")
+    bad = certificates.files("elsewhere", "10.1.2.3", "m1.example")
+    with _tls_cluster(tmp_path, [good, bad]):
+        eventually(lambda: "mismatch" in caplog.text)
+        shown = ' it has "m1.example", "10.1.2.3";' if sys.version_info >= (3, 10) else ""
+        eventually(lambda: f"certificate is not valid for '127.0.0.1'.{shown} issue one whose"
+                           f" subjectAltName has the host of the URL" in
+                   caplog.text.replace('"10.1.2.3", "m1.example"', '"m1.example", "10.1.2.3"'))
+
+
+@pytest.fixture(scope="module")
+def tls_pairs(tmp_path_factory):
+    """A certificate with its key, and other files, made by openssl."""
+    path = tmp_path_factory.mktemp("pairs of keys")
+    for line in (
+        "req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -subj /CN=etcd",
+        "genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:2048 -out other.pem",
+        "genpkey -algorithm EC -pkeyopt ec_paramgen_curve:prime256v1 -out ec.pem",
+        "pkcs8 -topk8 -in key.pem -passout pass:secret -out locked.pem",
+        "x509 -in cert.pem -outform der -out cert.der",
+        "pkey -in key.pem -outform der -out key.der",
+    ):
+        subprocess.run(["openssl", *line.split()], cwd=path, check=True, capture_output=True)
+    return path
+
+
+def _tls_pair_error(cert, key):
+    with pytest.raises(pyetcd.StartError) as caught:
+        pyetcd.TlsContext(pyetcd.TlsFiles(cert_file=str(cert), key_file=str(key)), server=True)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+@pytest.mark.parametrize("cert, key, told", [
+    ("cert.pem", "ec.pem", "the key does not belong to the certificate"),
+    ("cert.pem", "other.pem", "the key does not belong to the certificate"),
+    ("key.pem", "cert.pem", "key.pem holds a private key and not a certificate"),
+    ("cert.pem", "cert.pem", "cert.pem holds a certificate and not a private key"),
+    ("cert.der", "key.pem", "it must hold PEM text, and "),
+    ("cert.pem", "key.der", "it must hold PEM text, and "),
+    ("cert.pem", "nowhere", "nowhere: no such file or directory"),
+])
+def test_tls_pair_that_does_not_fit_is_explained(tls_pairs, cert, key, told):
+    assert told in _tls_pair_error(tls_pairs / cert, tls_pairs / key)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+@pytest.mark.parametrize("cert, key", [
+    ("cert.pem", "locked.pem"), ("cert.der", "key.pem"), ("cert.pem", "key.der"),
+])
+def test_tls_command_of_the_hint_works_as_printed(tls_pairs, cert, key):
+    """It is run by a shell, without a terminal; then the file that it has made is used."""
+    text = _tls_pair_error(tls_pairs / cert, tls_pairs / key)
+    command = text.split("`")[1]
+    subprocess.run(command, shell=True, check=True, input=b"secret\n", capture_output=True,
+                   start_new_session=True)
+    made = shlex.split(command)[-1]
+    used = (made, tls_pairs / key) if cert.endswith("der") else (tls_pairs / cert, made)
+    pyetcd.TlsContext(pyetcd.TlsFiles(*map(str, used)), server=True)
+
+
 def test_tls_through_a_proxy(tmp_path, certificates):
     """It presents the peer certificate to members, and has one of its own for clients."""
     files = certificates.files("both", client_cert_auth=True)
@@ -19722,12 +19786,13 @@ def _boot(config: pyetcd.ServerConfig) -> Iterator[pyetcd.Bootstrap]:
 
 
 def _boot_fails(config: pyetcd.ServerConfig) -> str:
-    """The one line with which bootstrap(config) refuses; nothing of a log is left behind."""
+    """The one line with which bootstrap(config) refuses; nothing is left behind."""
+    root = Path(config.data_dir)
+    before = sorted(root.rglob("*")) if root.exists() else None
     with pytest.raises(pyetcd.StartError) as caught:
         pyetcd.bootstrap(config)
     assert "\n" not in str(caught.value)
-    wal_dir = Path(config.data_dir) / "member" / "wal"
-    assert not list(wal_dir.glob("*.wal"))
+    assert (sorted(root.rglob("*")) if root.exists() else None) == before
     return str(caught.value)
 
 
@@ -19817,6 +19882,70 @@ def test_bootstrap_refuses_contradictions(
     settings: Dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     assert words in _boot_fails(_boot_config(tmp_path, **settings))
+
+
+def test_bootstrap_name_given_twice_is_named(tmp_path: Path) -> None:
+    """`must include` would name an entry that is there."""
+    text = _boot_fails(_boot_config(
+        tmp_path, initial_cluster="fixture=http://127.0.0.1:31002,fixture=http://b.test:1,"
+                                  "c=http://c.test:1"))
+    assert text == (
+        "--initial-cluster has the name fixture more than once, for http://127.0.0.1:31002 and"
+        " http://b.test:1: give each member a name of its own; if all these are URLs of fixture,"
+        " set --initial-advertise-peer-urls=http://127.0.0.1:31002,http://b.test:1")
+
+
+@pytest.mark.parametrize("wal_dir", ["", "fast/log/wal"])
+def test_bootstrap_failed_first_start_leaves_what_it_found(tmp_path: Path, wal_dir: str) -> None:
+    """Also the directories above; what was there before stays, empty or not."""
+    (tmp_path / "fast").mkdir()
+    root = tmp_path / "some" / "where"
+    config = _boot_config(
+        tmp_path, name="b", data_dir=str(root), wal_dir=str(tmp_path / wal_dir) if wal_dir else "")
+    with pytest.raises(pyetcd.StartError):
+        pyetcd.bootstrap(config)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "fast"]
+    root.mkdir(parents=True)
+    with pytest.raises(pyetcd.StartError):
+        pyetcd.bootstrap(config)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "fast", root.parent, root]
+    with _boot(config._replace(name="fixture")):
+        assert (root / "member" / "snap").is_dir()
+
+
+def test_bootstrap_member_that_waits_for_the_others_has_no_directory_yet(
+    tmp_path: Path, disc_registry: _DiscRegistry
+) -> None:
+    """It may be ended by a signal, which cleans up nothing."""
+    config = _boot_discovery(tmp_path, disc_registry.url)
+    seen: List[bool] = []
+
+    def complete() -> None:
+        seen.append(os.path.exists(config.data_dir))
+        for name in "bc":
+            disc_registry.put(name * 3, f"{name}=http://127.0.0.1:{ord(name)}")
+
+    disc_registry.on_wait = complete
+    with _boot(config):
+        assert seen[0] is False
+        assert os.stat(config.data_dir).st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("url, warned", [
+    ("http://10.9.8.7:4001/t", True), ("http://127.0.0.1:4001/t", False),
+])
+def test_bootstrap_registration_of_localhost_elsewhere_is_a_warning(
+    tmp_path: Path, url: str, warned: bool, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def join(self: Any) -> str:
+        raise pyetcd.DiscoveryError("far enough")
+
+    monkeypatch.setattr(pyetcd.Discovery, "join", join)
+    _boot_fails(_boot_discovery(
+        tmp_path, url, initial_advertise_peer_urls=("http://localhost:2380",)))
+    assert ("registers http://localhost:2380, which other machines take for themselves"
+            in caplog.text) is warned
 
 
 # -- bootstrap: discovery ---------------------------------------------------------------
@@ -20047,6 +20176,23 @@ def test_bootstrap_joining_member_takes_the_ids_of_the_cluster(
         assert pyetcd.decode_metadata(boot.contents.metadata) == (7, boot.cluster.id)
 
 
+def test_bootstrap_joining_member_takes_the_list_of_member_add(
+    tmp_path: Path, boot_peer: _BootPeer
+) -> None:
+    """`etcdctl member add` prints `=url` for a member that was added and has not started yet."""
+    boot_peer.add(8, "http://127.0.0.1:31008")
+    boot_peer.add(9, "http://127.0.0.1:31009")
+    text = (f"=http://127.0.0.1:31008,=http://127.0.0.1:31009,a={boot_peer.url},"
+            f"fixture=http://127.0.0.1:31002")
+    with _boot(_boot_joining(tmp_path, boot_peer, initial_cluster=text)) as boot:
+        names = {id: member.name for id, member in boot.cluster.members.items()}
+        assert names == {7: "fixture", 8: "", 9: "", 16197697275966332188: "a"}
+    argv = ["-name=fixture", f"-initial-cluster={text}", "-initial-cluster-state=existing"]
+    assert _flags_config(argv).initial_cluster == text
+    with _flags_fails("Empty name given for http://127.0.0.1:31008"):
+        _flags_config(argv[:-1])
+
+
 def _boot_drop_us(peer: _BootPeer) -> None:
     del peer.members[0]
 
@@ -20132,6 +20278,83 @@ def test_bootstrap_log_decides_against_flags(
     assert ("restart member a80a825915e9e126 in cluster c2403409e85ab695 at commit index 1"
             in caplog.messages)
     assert not any(message.startswith("initial cluster") for message in caplog.messages)
+
+
+def test_bootstrap_names_the_flags_that_a_log_makes_void(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pyetcd")
+    _boot_written(_boot_config(tmp_path))
+    for settings, void in (
+        ({}, "-initial-cluster, -initial-cluster-token"),
+        ({"initial_cluster": "", "initial_cluster_token": "etcd-cluster",
+          "initial_cluster_state": "existing", "discovery_srv": "example.test"},
+         "-initial-cluster-state, -discovery-srv"),
+        ({"initial_cluster": "", "initial_cluster_token": "etcd-cluster"}, ""),
+    ):
+        caplog.clear()
+        with _boot(_boot_config(tmp_path, **settings)):
+            lines = [line for line in caplog.messages if "its log counts" in line]
+            assert lines == ([f"the member in {tmp_path}/d exists already, so its log counts and"
+                              f" not {void}"] if void else [])
+
+
+def test_bootstrap_peer_urls_that_do_nothing_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first mistake of whoever moves a member to another address."""
+    ports = free_port(), free_port()
+    for port in ports:
+        url = f"http://127.0.0.1:{port}"
+        with pyetcd.Server(
+            data_dir=str(tmp_path / "d"), listen_peer_urls=[url], initial_advertise_peer_urls=[url]
+        ) as server:
+            assert server.wait_ready()
+            eventually(lambda: sum("published {" in line for line in caplog.messages) or True)
+    known, given = (f"http://127.0.0.1:{port}" for port in ports)
+    line = f"-initial-advertise-peer-urls {given} does nothing: the other members know this one by"
+    assert [text for text in caplog.messages if "does nothing" in text] == [
+        f"{line} {known}; change that with PUT /v2/members/{_boot_id(known)}"]
+
+
+def _boot_id(url: str) -> str:
+    return pyetcd.format_id(pyetcd.member_id([url], "etcd-cluster"))
+
+
+def test_bootstrap_force_new_cluster_is_done_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a unit file it would throw the others out at each restart."""
+    forced = _boot_config(tmp_path, force_new_cluster=True)
+    with _boot(forced):
+        pass
+    assert "-force-new-cluster does nothing for a member without data; leave it out" in caplog.text
+    _boot_written(_boot_config(tmp_path / "x"))
+    forced = _boot_config(tmp_path / "x", force_new_cluster=True)
+    with _boot(forced):
+        assert "take -force-new-cluster out before the next start, which is refused" in caplog.text
+    marker = f"{forced.data_dir}/member/forced-new-cluster"
+    text = _boot_fails(forced)
+    assert text.startswith("-force-new-cluster was already done on this data directory")
+    assert text.endswith(f"remove {marker} first")
+    with _boot(forced._replace(force_new_cluster=False)):
+        pass
+    os.unlink(marker)
+    with _boot(forced):
+        assert os.path.exists(marker)
+
+
+def test_bootstrap_log_in_another_place_is_not_taken_for_none(tmp_path: Path) -> None:
+    """The member would begin anew under the id that it had."""
+    config = _boot_config(tmp_path)
+    _boot_written(config)
+    elsewhere = config._replace(wal_dir=str(tmp_path / "w"))
+    assert f"but -wal-dir names {tmp_path}/w, which holds none" in _boot_fails(elsewhere)
+    assert not (tmp_path / "w").exists()
+    _boot_written(_boot_config(tmp_path / "y", wal_dir=str(tmp_path / "z")))
+    snap = tmp_path / "y" / "d" / "member" / "snap" / "0000000000000001-0000000000000001.snap"
+    snap.write_bytes(b"x")
+    assert "holds snapshots of a member, but" in _boot_fails(_boot_config(tmp_path / "y"))
 
 
 def test_bootstrap_crash_before_the_first_write_begins_again(tmp_path: Path) -> None:
@@ -20889,6 +21112,75 @@ def test_proxy_without_peers_has_no_endpoints_until_one_is_there(
         eventually(lambda: _http_ask(proxy, "GET", "/v2/keys/a")[0] == 200, 5)
 
 
+@pytest.mark.parametrize("wrong", ["peers", "clients"])
+def test_proxy_keeps_what_works_when_a_list_of_members_does_not(
+    wrong: str, tmp_path: Path, proxy_upstream: _ProxyUpstream
+) -> None:
+    """Over a restart too: 503 for ever before.  It lets go when a new list works."""
+    dead = _proxy_dead_url()
+    refresh = {"proxy_refresh_interval_ms": 100, "proxy_dial_timeout_ms": 100}
+    good, path = proxy_upstream.url, tmp_path / "data" / "proxy" / "cluster"
+
+    def ask(proxy: pyetcd.ProxyServer) -> int:
+        return int(_http_ask(proxy, "GET", "/v2/keys/a")[0])
+
+    with _proxy_of(tmp_path, good, **refresh) as proxy:
+        assert ask(proxy) == 200
+        proxy_upstream.members = [
+            proxy_upstream.member(1, dead if wrong == "clients" else good, peer=(
+                dead if wrong == "peers" else good))]
+        eventually(lambda: dead in path.read_text() if wrong == "peers"
+                   else dead in _proxy_endpoints(proxy))
+        assert [ask(proxy) for _ in range(3)] == [200] * 3
+    kept = {"ClientURLs": [good]} if wrong == "clients" else {}
+    assert json.loads(path.read_bytes()) == (
+        {"PeerURLs": [dead, good] if wrong == "peers" else [good], **kept})
+    with _proxy_of(tmp_path, initial_cluster="", **refresh) as proxy:
+        assert [ask(proxy) for _ in range(3)] == [200] * 3
+        second = _ProxyUpstream()
+        second.members = proxy_upstream.members = [proxy_upstream.member(2, second.url)]
+        eventually(lambda: second.url in _proxy_endpoints(proxy))
+        eventually(lambda: ask(proxy) == 200 and _proxy_endpoints(proxy) == [second.url])
+        eventually(lambda: json.loads(path.read_bytes()) == {"PeerURLs": [second.url]})
+        second.close()
+
+
+def test_proxy_keeps_endpoints_while_no_peer_answers(
+    tmp_path: Path, proxy_upstream: _ProxyUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its way to the peers may be cut and that to the clients' ports not."""
+    peer = _ProxyUpstream()
+    peer.members = [proxy_upstream.member(1, proxy_upstream.url, peer=peer.url)]
+    with _proxy_of(tmp_path, peer.url, proxy_refresh_interval_ms=100) as proxy:
+        peer.close()
+        eventually(lambda: "could not retrieve cluster information" in caplog.text)
+        assert _http_ask(proxy, "GET", "/v2/keys/a")[0] == 200
+
+
+def test_proxy_takes_no_url_that_is_none_and_not_itself(
+    tmp_path: Path, proxy_upstream: _ProxyUpstream
+) -> None:
+    """A member that advertises `localhost` would have the proxy ask itself without end."""
+    own = f"http://127.0.0.1:{free_port()}"
+    port = own.rpartition(":")[2]
+    proxy_upstream.members = [proxy_upstream.member(
+        1, proxy_upstream.url, "http://${IP}:2379", "http://[::1:2379", f"http://localhost:{port}")]
+    proxy_upstream.members[0]["peerURLs"].append("http://a b:1")
+    with _proxy_of(tmp_path, proxy_upstream.url, listen_client_urls=[own]) as proxy:
+        assert _proxy_endpoints(proxy) == [proxy_upstream.url]
+    content = json.loads((tmp_path / "data" / "proxy" / "cluster").read_bytes())
+    assert content == {"PeerURLs": [proxy_upstream.url]}
+
+
+def test_proxy_failed_first_start_leaves_nothing(tmp_path: Path) -> None:
+    """The directory would have made a proxy of a member that starts there."""
+    for settings in ({"initial_cluster": "a=b"}, {"listen_client_urls": ["http://192.0.2.1:1"],
+                                                  "initial_cluster": "a=http://127.0.0.1:1"}):
+        with pytest.raises(pyetcd.StartError), _proxy_of(tmp_path, **settings):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_proxy_goes_on_when_the_cluster_file_cannot_be_written(
     tmp_path: Path, proxy_upstream: _ProxyUpstream, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -21359,6 +21651,34 @@ def test_backup_dry_run_and_refusals_change_nothing(
         out, err = capsys.readouterr()
         assert (code, out) == (1, "") and told in err and err.count("\n") == 1, (words, err)
     assert _backup_files(tmp_path) == before
+
+
+@pytest.mark.parametrize("content, told", [
+    (b"\0" * 16 + b"\xed\xda\x0c\xed", "it is a database of etcd 3, which holds no keys of v2"),
+    (gzip.compress(b"x"), "it is compressed; run `gunzip` on it first"),
+    (b'{"node":{}}', "it is JSON; `pyetcdctl import` reads what export has written"),
+    (b"", "it is empty; take one with GET /v2/snapshot"),
+    (b"no snapshot at all", "take one with GET /v2/snapshot, or name a file of member/snap"),
+])
+def test_restore_of_what_is_no_snapshot_says_what_it_is(content, told, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(pyetcd.BackupError) as caught:
+        pyetcd.restore(str(path), data_dir=str(tmp_path / "new"))
+    assert f"{path} is damaged or no snapshot of etcd 2: " in str(caught.value)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("source, told", [
+    ("nowhere", "does not exist; name the data directory of a member"),
+    ("file", "is a file; name the data directory of a member"),
+])
+def test_backup_source_must_be_a_data_directory(source, told, tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(pyetcd.BackupError, match=told):
+        pyetcd.backup(str(tmp_path / source), str(tmp_path / "copy"))
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("what", ["snapshot", "log"])
