@@ -5895,8 +5895,7 @@ class Applier:
     """
 
     def __init__(
-        self, store: Store, cluster: Cluster, local_id: int,
-        clock: Callable[[], int] = time.time_ns,
+        self, store: Store, cluster: Cluster, local_id: int, clock: Callable[[], int],
     ) -> None:
         self.clock = clock
         self.auth_changes = 0           # times that something below /2 may have changed
@@ -6045,6 +6044,16 @@ _METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
 COMPLAINT_SECONDS = 30.0            # the same complaint is not logged again within this time
 
 
+class Clock(NamedTuple):
+    """Where time comes from.  No other code reads a clock, so that a test can pass its own time."""
+
+    now: Callable[[], float]            # monotonic seconds, for deadlines and durations
+    wall_ns: Callable[[], int]          # unix nanoseconds, for what clients see and for expiry
+
+
+SYSTEM_CLOCK = Clock(time.monotonic, time.time_ns)
+
+
 class Timer:
     """One call at a later time; cancel() makes it do nothing."""
 
@@ -6113,13 +6122,14 @@ class Reactor:
 
     PHASES = ("waiting", "sockets", "timers", "posted", "server", "flush")
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.now, self.wall_ns = clock
         self.on_turn: Callable[[], None] = lambda: None
         self.on_turned: Callable[[float], None] = lambda seconds: None  # gets what it took
         self.turns = 0
         self.slowest_turn_s = 0.0
         self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # so far; waiting: for sockets
-        self._turned_at = time.monotonic()      # the end of the last turn
+        self._turned_at = self.now()    # the end of the last turn
         self._quick_waits = 0           # so many in a row were short
         self._epoll = select.epoll()    # selectors would cost some 3 us more per event
         self._callbacks: Dict[int, Callable[[int], None]] = {}      # by descriptor
@@ -6141,21 +6151,11 @@ class Reactor:
         self._date = (0, "")
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
 
-    @staticmethod
-    def now() -> float:
-        """Monotonic seconds, for deadlines."""
-        return time.monotonic()
-
-    @staticmethod
-    def wall_ns() -> int:
-        """Unix nanoseconds, for what clients see and for expiry."""
-        return time.time_ns()
-
     def call_later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> Timer:
         """Call once, not before delay_s seconds have passed."""
         timer = Timer(callback, args)
         self._timer_count += 1
-        heapq.heappush(self._timers, (time.monotonic() + delay_s, self._timer_count, timer))
+        heapq.heappush(self._timers, (self.now() + delay_s, self._timer_count, timer))
         return timer
 
     def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
@@ -6213,7 +6213,7 @@ class Reactor:
 
     def http_date(self) -> str:
         """Return the Date header's value, made once a second."""
-        now = int(time.time())
+        now = self.wall_ns() // NS
         if now != self._date[0]:
             self._date = (now, formatdate(now, usegmt=True))
         return self._date[1]
@@ -6238,7 +6238,7 @@ class Reactor:
     def _poll(self) -> List[Tuple[int, int]]:
         wait_s: Optional[float] = None
         if self._timers:                # epoll counts milliseconds: rather late than early
-            wait_s = math.ceil(max(self._timers[0][0] - time.monotonic(), 0.0) * 1e3) * 1e-3
+            wait_s = math.ceil(max(self._timers[0][0] - self.now(), 0.0) * 1e3) * 1e-3
         self._polling = True            # first this, then the look at _posted: no lost wake-up
         if self._posted or self._flushes:
             wait_s = 0.0
@@ -6252,7 +6252,7 @@ class Reactor:
         To fall asleep and be woken takes 50 us, about as long as a client on this machine takes
         for its next request: GETs on one connection are answered at 1.8 times the rate.
         """
-        poll, clock = self._epoll.poll, time.monotonic
+        poll, clock = self._epoll.poll, self.now
         began = clock()
         while self._quick_waits >= QUICK_WAITS_MIN:
             events = poll(0)
@@ -6265,7 +6265,7 @@ class Reactor:
         return events
 
     def _turn(self, events: List[Tuple[int, int]]) -> None:
-        clock, phases = time.monotonic, self.phase_seconds
+        clock, phases = self.now, self.phase_seconds
         started = clock()
         phases["waiting"] += started - self._turned_at
         callbacks, gone = self._callbacks, self._gone
@@ -6298,7 +6298,7 @@ class Reactor:
         self.on_turned(ended - started)
 
     def _run_timers(self) -> None:
-        now = time.monotonic()
+        now = self.now()
         timers = self._timers
         while timers and timers[0][0] <= now:
             timer = heapq.heappop(timers)[2]
@@ -6360,22 +6360,26 @@ class TlsContext:
     """How one side of this member speaks TLS; certificates are read again when they change.
 
     server  True to accept connections, False to make them
+    now     monotonic seconds
 
     Differs from etcd: TLS 1.2 and newer only (etcd 2.3: 1.0), and etcd reads its files once.
     Raises StartError if the files cannot be used; later, the last usable ones stay in use.
     """
 
-    def __init__(self, files: TlsFiles, *, server: bool) -> None:
+    def __init__(
+        self, files: TlsFiles, *, server: bool, now: Callable[[], float] = SYSTEM_CLOCK.now
+    ) -> None:
         self._files = files
         self._server = server
+        self._now = now
         self._seen = self._signature()
-        self._checked = time.monotonic()
+        self._checked = now()
         self._context = self._load()
 
     @property
     def current(self) -> ssl.SSLContext:
         """The context to use for the next connection."""
-        now = time.monotonic()
+        now = self._now()
         if now - self._checked >= CERTIFICATE_CHECK_SECONDS:
             self._checked = now
             signature = self._signature()
@@ -7583,16 +7587,16 @@ class Listener(http.server.HTTPServer):
     def watch_partial(self, connection: Connection, partial: bool, *, begun: bool) -> None:
         """Remember since when a request is incomplete.  begun: it is another than before."""
         if partial and begun:
-            self._partial[connection] = time.monotonic()
+            self._partial[connection] = self.reactor.now()
         elif partial:
-            self._partial.setdefault(connection, time.monotonic())
+            self._partial.setdefault(connection, self.reactor.now())
         elif self._partial:
             self._partial.pop(connection, None)
 
     def watch_unread(self, connection: Connection, *, took: bool) -> None:
         """Remember since when a client takes nothing.  took: it has just taken something."""
         if took or connection not in self.unread:
-            self.unread[connection] = time.monotonic()
+            self.unread[connection] = self.reactor.now()
 
     def forget(self, connection: Connection) -> None:
         """The connection is closed."""
@@ -7669,7 +7673,7 @@ class Listener(http.server.HTTPServer):
             self.reactor.register(self.socket, selectors.EVENT_READ, self._accept)
 
     def _close_slow(self) -> None:
-        now = time.monotonic()
+        now = self.reactor.now()
         for connection, since in list(self._partial.items()):
             if since < now - REQUEST_SECONDS_MAX:
                 connection.refuse(BadRequest("408 Request Timeout", 408))
@@ -9307,17 +9311,18 @@ class RateWindow:
     Differs from etcd: a single message gives 0; there the rate is infinite, which JSON lacks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
         self._samples: Deque[Tuple[float, int]] = collections.deque(maxlen=RATE_SAMPLES_MAX)
 
     def add(self, size: int) -> None:
         """Count one message of `size` bytes."""
-        self._samples.append((time.monotonic(), size))
+        self._samples.append((self._now(), size))
 
     def rates(self) -> Tuple[float, float]:
         """Return messages and bytes per second; (0, 0) when nothing moves."""
         samples = self._samples
-        if not samples or time.monotonic() - samples[-1][0] > RATE_SECONDS_MAX:
+        if not samples or self._now() - samples[-1][0] > RATE_SECONDS_MAX:
             samples.clear()
             return 0.0, 0.0
         seconds = samples[-1][0] - samples[0][0]
@@ -9334,22 +9339,23 @@ def format_decimal(value: float) -> str:
 class ServerStats:
     """What /v2/stats/self shows; times in unix ns.  Source: etcd 2.3 etcdserver/stats."""
 
-    def __init__(self, name: str, member_id: int) -> None:
+    def __init__(self, name: str, member_id: int, clock: Clock) -> None:
         self.name = name
         self.member_id = member_id
-        self.started_ns = time.time_ns()
+        self._wall_ns = clock.wall_ns
+        self.started_ns = clock.wall_ns()
         self.lead = 0                   # id of the leader last known
         self.lead_since_ns = 0          # when it became that
         self.received_appends = 0
         self.sent_appends = 0
-        self._received = RateWindow()
-        self._sent = RateWindow()
+        self._received = RateWindow(clock.now)
+        self._sent = RateWindow(clock.now)
 
     def became(self, lead: int) -> None:
         """The member `lead` leads from now on."""
         if lead != self.lead:
             self.lead = lead
-            self.lead_since_ns = time.time_ns()
+            self.lead_since_ns = self._wall_ns()
 
     def recv_append(self, sender: int, size: int) -> None:
         """A MsgApp of `size` bytes has come from the leader `sender`."""
@@ -9367,7 +9373,7 @@ class ServerStats:
 
         Differs from etcd: without a leader so far the uptime is 0s, not 292 years.
         """
-        uptime_s = (time.time_ns() - self.lead_since_ns) / NS if self.lead else 0.0
+        uptime_s = (self._wall_ns() - self.lead_since_ns) / NS if self.lead else 0.0
         since = format_local_time(self.lead_since_ns) if self.lead else "0001-01-01T00:00:00Z"
         leader = format_id(self.lead) if self.lead else ""
         return (
@@ -9770,9 +9776,10 @@ class WalWriter:
         return steps
 
     def _write(self, data: bytes) -> None:
-        started = time.monotonic()
+        now = self._reactor.now
+        started = now()
         self._wal.write(data, sync=True)
-        self.sync_durations.observe(time.monotonic() - started)
+        self.sync_durations.observe(now() - started)
 
     def _try(self, step: Callable[[], None]) -> bool:
         """Do a step; False if the disk is full.  The reactor is told when that changes."""
@@ -10645,14 +10652,14 @@ class EtcdServer:
         self.ids = IdGenerator(boot.member_id, reactor.wall_ns() // 1_000_000)
         self.raft_index = boot.snapshot.index if boot.snapshot else 0   # last applied
         self.raft_term = boot.snapshot.term if boot.snapshot else 0     # of that entry
-        self.stats = ServerStats(config.name, boot.member_id)
+        self.stats = ServerStats(config.name, self.member_id, Clock(reactor.now, reactor.wall_ns))
         self.leader_stats = LeaderStats(boot.member_id)
         self.metrics = Metrics()
         self.proposals = Proposals(config.request_timeout_s)
         self.reads = QuorumReads(boot.member_id, self.ids.next())
         self.stopping = False
         self.no_space = ""              # why the log cannot be written; "": it can
-        self.applier = Applier(self.store, self.cluster, self.member_id)
+        self.applier = Applier(self.store, self.cluster, self.member_id, reactor.wall_ns)
         writer = (wal_writer_type or WalWriter)(
             boot.wal, boot.snapshotter, reactor, failed=failed, full=self._disk_full
         )
@@ -10791,7 +10798,7 @@ class EtcdServer:
             return
         if not request.id:
             request = request._replace(id=self.ids.next())
-        if not self.proposals.add(request.id, done, time.monotonic()):
+        if not self.proposals.add(request.id, done, self.reactor.now()):
             done(TooManyRequests("etcdserver: too many requests"))
         elif request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
@@ -12420,7 +12427,8 @@ class Listings:
 
     def _begin(self, wanted: Wanted) -> Listing:
         listing = self._store.listing(
-            wanted.path, recursive=wanted.recursive, sorted=wanted.sorted, now_ns=time.time_ns()
+            wanted.path, recursive=wanted.recursive, sorted=wanted.sorted,
+            now_ns=self._reactor.wall_ns(),
         )
         self._work(wanted, listing)
         return listing
@@ -12490,6 +12498,7 @@ class KeysApi:
         self._guard = guard
         self._store = server.store
         self._reactor = server.reactor
+        self._now, self._wall_ns = server.reactor.now, server.reactor.wall_ns
         self._listings = Listings(server.store, server.reactor)
         self._stats = server.store.stats
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
@@ -12549,20 +12558,20 @@ class KeysApi:
         error: EtcdError = Unauthorized("Insufficient credentials")
         if request.method in ("PUT", "POST"):
             try:
-                target.request(request, time.time_ns())
+                target.request(request, self._wall_ns())
             except EtcdError as worse:
                 error = worse
         self._refuse(error, request)
 
     def _get(self, path: str, recursive: bool, sorted: bool, request: HttpRequest) -> None:
         """GET and HEAD from the local store.  A hot path."""
-        started = time.monotonic()
+        started = self._now()
         # etcd looks at every key request whether auth was enabled, and counts the miss.
         self._stats.gets_fail += 1
         method = request.head.method
         self._received.inc(method)
         try:
-            body = self._store.file_json(path, recursive=recursive, now_ns=time.time_ns())
+            body = self._store.file_json(path, recursive=recursive, now_ns=self._wall_ns())
         except EtcdError as error:
             self._fail(request, method, error)
             return
@@ -12571,7 +12580,7 @@ class KeysApi:
             return
         self._send(request, 200, self._store.current_index, body)
         durations = self._get_durations if method == "GET" else self._durations.child(method)
-        durations.observe(time.monotonic() - started)
+        durations.observe(self._now() - started)
 
     def _list(
         self, request: HttpRequest, method: str, started: float, wanted: Wanted
@@ -12583,7 +12592,7 @@ class KeysApi:
                 return
             first, *more = result.chunks
             self._send(request, 200, result.index, first, more)
-            self._durations.child(method).observe(time.monotonic() - started)
+            self._durations.child(method).observe(self._now() - started)
 
         self._listings.ask(wanted, request, done)
 
@@ -12599,7 +12608,7 @@ class KeysApi:
             self._propose(command, request, encode_plain(id, target.encoded, value))
             return
         try:
-            command = target.request(request, time.time_ns())
+            command = target.request(request, self._wall_ns())
         except EtcdError as error:
             self._refuse(error, request)
             return
@@ -12610,7 +12619,7 @@ class KeysApi:
         method = command.method
         self._stats.gets_fail += 1              # as in _get
         self._received.inc(method)
-        done = functools.partial(self._done, request, command, time.monotonic())
+        done = functools.partial(self._done, request, command, self._now())
         self._server.do(command, done, encoded)
 
     def _done(self, request: HttpRequest, command: Request, started: float, result: Any) -> None:
@@ -12620,12 +12629,12 @@ class KeysApi:
             self._fail(request, method, result)
             return
         if method == "QGET" and result.node.children is not None:
-            self._proposals.observe(time.monotonic() - started)
+            self._proposals.observe(self._now() - started)
             wanted = Wanted(command.path, command.recursive, command.sorted)
             self._list(request, method, started, wanted)
             return
         self._send(request, 201 if result.is_created else 200, result.index, result.client_json())
-        elapsed_s = time.monotonic() - started
+        elapsed_s = self._now() - started
         if method == "PUT":
             self._puts_s.append(elapsed_s)
             if len(self._puts_s) >= 1_000:
@@ -13240,7 +13249,7 @@ class MembersApi:
     def _add(self, request: HttpRequest) -> None:
         urls = self._peer_urls(request)
         if urls:
-            new_id = member_id(urls, "", int(time.time()))
+            new_id = member_id(urls, "", self._server.reactor.wall_ns() // NS)
             self._change(request, ConfChangeType.ADD_NODE, Member(new_id, urls))
 
     def _update(self, request: HttpRequest, id: int) -> None:
@@ -15229,7 +15238,7 @@ class ServerThread:
                     f"cannot listen on TLS for {url}: KeyFile and CertFile are not presented;"
                     f" give both, or use an http URL"
                 )
-            tls = TlsContext(files, server=True)
+            tls = TlsContext(files, server=True, now=self._reactor.now)
         try:
             return Listener(url, self._reactor, handler, body_max=body_max, tls=tls)
         except OSError as error:
@@ -15690,11 +15699,11 @@ class LocalMember:
 
         Raises TimeoutError, and ServerStopped if it does not run.
         """
-        deadline = time.monotonic() + timeout_s
-        republish_at = time.monotonic() + REPUBLISH_SECONDS
+        deadline = SYSTEM_CLOCK.now() + timeout_s
+        republish_at = SYSTEM_CLOCK.now() + REPUBLISH_SECONDS
         server = self._running()
         while self.is_paused or not server.call(server.is_ready):
-            now = time.monotonic()
+            now = SYSTEM_CLOCK.now()
             if now > deadline:
                 raise TimeoutError(f"{self.name} is not ready after {timeout_s} s: {self._state()}")
             if now > republish_at and not self.is_paused:
@@ -15869,10 +15878,10 @@ class LocalCluster:
             member.initial_cluster = initial
             member.start(timeout_s=0)
         if timeout_s:
-            deadline = time.monotonic() + timeout_s
+            deadline = SYSTEM_CLOCK.now() + timeout_s
             self._elect(deadline)
             for member in self.members:
-                member.wait_ready(max(deadline - time.monotonic(), 0.0))
+                member.wait_ready(max(deadline - SYSTEM_CLOCK.now(), 0.0))
 
     def close(self) -> None:
         """Kill all members, give their ports back, and remove the temporary directories."""
@@ -15902,13 +15911,13 @@ class LocalCluster:
 
         Raises TimeoutError, which says what each member does.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = SYSTEM_CLOCK.now() + timeout_s
         candidates = list(among) or self.members
         while True:
             leader = self._leader_of(candidates)
             if leader is not None:
                 return leader
-            if time.monotonic() > deadline:
+            if SYSTEM_CLOCK.now() > deadline:
                 raise TimeoutError(f"no leader after {timeout_s} s: {candidates}")
             time.sleep(LOCAL_POLL_SECONDS)
 
@@ -15971,7 +15980,7 @@ class LocalCluster:
             if all(_hear_each_other(candidate, voter) for voter in voters):
                 candidate.call(_campaign)
                 return
-            if time.monotonic() > deadline:
+            if SYSTEM_CLOCK.now() > deadline:
                 return
             time.sleep(LOCAL_POLL_SECONDS)
 
@@ -16163,6 +16172,7 @@ class ProxyDialer:
     """Makes every call of a proxy to a member, with the limits of the -proxy-* flags."""
 
     def __init__(self, config: ServerConfig, reactor: Reactor) -> None:
+        self.now, self.wall_ns = reactor.now, reactor.wall_ns
         self._reactor = reactor
         self._connect_s = config.proxy_dial_timeout_ms / 1000 or PROXY_CONNECT_SECONDS_MAX
         self._read_s = config.proxy_read_timeout_ms / 1000 or None
@@ -16377,9 +16387,9 @@ def _peer_urls(members: Iterable[Member]) -> Tuple[str, ...]:
 class ProxyMetrics:
     """What a proxy counts.  Source: etcd 2.3 proxy/metrics.go."""
 
-    def __init__(self) -> None:
+    def __init__(self, started_ns: int) -> None:
         self.metrics = Metrics()
-        add_process_readings(self.metrics, Reactor.wall_ns())
+        add_process_readings(self.metrics, started_ns)
         self._requests = self.metrics.counter(
             "etcd_proxy_requests_total", "Requests that came in, by method.", ("method",))
         self._handled = self.metrics.counter(
@@ -16434,7 +16444,7 @@ class Forward:
         self._dialer = dialer
         self._metrics = metrics
         self._ended = ended
-        self._started = Reactor.now()
+        self._started = dialer.now()
         self._endpoint: Optional[Endpoint] = None
         self._call: Optional[HttpCall] = None
         self._reply: Optional[StreamReply] = None
@@ -16493,7 +16503,7 @@ class Forward:
         assert self._endpoint is not None
         request = self._request
         self._endpoint.answered()
-        self._metrics.handled(request.method, status, Reactor.now() - self._started)
+        self._metrics.handled(request.method, status, self._dialer.now() - self._started)
         dropped = _HOP_HEADERS.union(("date",))
         if isinstance(request, CorsRequest):
             dropped = dropped.union(_CORS_HEADERS)      # the reply has ours
@@ -16576,7 +16586,7 @@ class ProxyApi:
         self._dialer = dialer
         self._origins = frozenset(config.cors)
         self._is_readonly = config.proxy == "readonly"
-        self._metrics = ProxyMetrics()
+        self._metrics = ProxyMetrics(dialer.wall_ns())
         self._forwards: Dict[Forward, None] = {}
 
     def handle(self, request: HttpRequest) -> None:
@@ -17935,7 +17945,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
     if not source.last.index:
         raise BackupError(f"{source.path} holds no data yet; name one of a member that has run")
     cluster = _AnyVersionCluster("", store)
-    applier = Applier(store, cluster, source.member_id)
+    applier = Applier(store, cluster, source.member_id, SYSTEM_CLOCK.wall_ns)
     try:
         if source.snapshot is not None:
             store.recover(source.snapshot.data, _part(progress, 0.0, 0.8))
@@ -18148,7 +18158,7 @@ def restore(
     store, _ = load_state(found, _part(progress, 0.0, 0.6))
     members = tuple(sorted(cluster.members.values()))
     _replace_members(store, members)
-    job = SnapshotJob(store, found.last, tuple(member.id for member in members), time.monotonic)
+    job = SnapshotJob(store, found.last, tuple(member.id for member in members), SYSTEM_CLOCK.now)
     keys, expected = store.count_files("/1"), len(found.snapshot.data) if found.snapshot else 0
     while job.done is None:
         job.work()
@@ -18435,17 +18445,18 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
 class ProgressLine:
     """`restore: 45% (123,456 keys)` on a terminal, if the work takes longer than a second."""
 
-    def __init__(self, tool: str) -> None:
+    def __init__(self, tool: str, now: Callable[[], float] = SYSTEM_CLOCK.now) -> None:
         self._tool = tool
-        self._next = time.monotonic() + 1.0
+        self._now = now
+        self._next = now() + 1.0
         self._keys = 0
         self._text = ""                 # what stands on the line now
 
     def show(self, share: float, keys: int) -> None:
         """A share of the work is done, 0.0 to 1.0, and so many keys."""
         self._keys = max(self._keys, keys)
-        if sys.stderr.isatty() and time.monotonic() >= self._next:
-            self._next = time.monotonic() + 0.1
+        if sys.stderr.isatty() and self._now() >= self._next:
+            self._next = self._now() + 0.1
             self._write(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
 
     def end(self) -> None:

@@ -519,6 +519,52 @@ def test_house_raft_sections_use_no_clock_chance_or_input() -> None:
     assert not wrong, wrong
 
 
+# What tells the time, if it has fewer arguments than this.
+_HOUSE_CLOCKS = {
+    "time": {
+        **dict.fromkeys(("time", "monotonic", "perf_counter", "process_time", "thread_time"), 99),
+        **dict.fromkeys(("time_ns", "monotonic_ns", "perf_counter_ns", "process_time_ns"), 99),
+        **dict.fromkeys(("clock_gettime", "clock_gettime_ns", "thread_time_ns"), 99),
+        **dict.fromkeys(("localtime", "gmtime", "ctime", "asctime"), 1), "strftime": 2,
+    },
+    "datetime": dict.fromkeys(("now", "utcnow", "today"), 99),
+    "email": dict.fromkeys(("formatdate", "localtime"), 1),
+}
+
+
+def _house_clock_reads(tree: ast.Module) -> Iterator[int]:
+    """Lines that read a clock, or name the system's to pass it on."""
+    source = _house_imported_from(tree)
+    called = {node.func: len(node.args) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    owners = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, "ctx", None), ast.Store):
+            continue
+        if isinstance(node, ast.Name) and (node not in owners or node.id == "SYSTEM_CLOCK"):
+            name, root = node.id, node.id
+        elif isinstance(node, ast.Attribute):
+            name, root = node.attr, next(iter(_house_names(node)), "")
+        else:
+            continue
+        if root == "SYSTEM_CLOCK":
+            yield node.lineno
+        if called.get(node, 0) < _HOUSE_CLOCKS.get(source.get(root, ""), {}).get(name, 0):
+            yield node.lineno
+
+
+def test_house_only_the_edge_reads_a_clock() -> None:
+    """Time is passed in, by the reactor: simulated members live in simulated time.
+
+    The edge is the reactor, which has the clock; certificates that are read before there is a
+    reactor; members in a test, whose threads wait for each other; the tools and the command line.
+    """
+    module = _house_load("pyetcd")
+    titles = {section.number: section.title for section in module.sections}
+    readers = {titles.get(module.section_of(line), "the top")
+               for line in _house_clock_reads(module.tree)}
+    assert readers <= {"Reactor", "TLS", "Testing aid", "Backup and restore", "Command line"}
+
+
 def test_house_server_imports_the_standard_library_only() -> None:
     """pyetcd.py works where nothing else is installed."""
     outside = {"requests", "urllib3", "setuptools", "pytest", "hypothesis", "pyetcd_client"}
@@ -628,6 +674,12 @@ def test_house_rules_notice_what_they_forbid() -> None:
     assert ("first", "second") in uses
     assert _house_nesting(second.body) == 2
     assert list(_house_sleeps(tree)) == [11]
+    clocks = ast.parse("import time\nfrom email.utils import formatdate\n"
+                       "from datetime import datetime\nfrom time import monotonic\n"
+                       "a = time.time_ns\nmonotonic()\ntime.localtime()\nformatdate()\n"
+                       "datetime.now()\nb = SYSTEM_CLOCK.now\n"
+                       "time.localtime(1)\nformatdate(2)\ntime.sleep(1)\nnow()\n")
+    assert sorted(set(_house_clock_reads(clocks))) == [5, 6, 7, 8, 9, 10]
     assert list(_house_undocumented(tree.body)) == ["first:2", "second:4", "test_x:10", "poll:12"]
 
 
@@ -5194,6 +5246,24 @@ def test_sim_seeds():
           f" {refused} damaged disks refused")
 
 
+def test_sim_lives_in_its_own_time(monkeypatch):
+    """No clock of this machine is read: requests time out, and a seed always does the same."""
+    def expire(proposals, now, error):
+        expired.append(expire_really(proposals, now, error))
+
+    def run(seed):
+        sim = _sim_scenario(seed)
+        return sim.steps, sim.now, len(sim.heap), sim.acknowledged, sim.histories
+
+    expired, expire_really = [], pyetcd.Proposals.expire
+    monkeypatch.setattr(pyetcd.Proposals, "expire", expire)
+    monkeypatch.setattr(pyetcd, "time", None)
+    monkeypatch.setattr(pyetcd, "SYSTEM_CLOCK", None)
+    runs = [run(seed) for seed in range(50_000, 50_006)]
+    assert sum(expired) > 50
+    assert run(50_000) == runs[0]
+
+
 def test_sim_work_in_small_pieces(monkeypatch):
     """Batches written, and entries applied, a few at a time over several turns."""
     monkeypatch.setattr(pyetcd, "WORK_BYTES_MAX", 150)
@@ -8005,11 +8075,10 @@ def test_http_leader_stats_show_latency_in_milliseconds():
     assert json.loads(stats.json([2]))["followers"]["2"]["counts"]["success"] == 0
 
 
-def test_http_server_stats_leave_out_rates_that_are_zero(monkeypatch):
+def test_http_server_stats_leave_out_rates_that_are_zero():
     """A rate needs two messages, the last within a second."""
     clock = types.SimpleNamespace(now=100.0)
-    monkeypatch.setattr(pyetcd.time, "monotonic", lambda: clock.now)
-    stats = pyetcd.ServerStats("n\u00e4me", 1)
+    stats = pyetcd.ServerStats("n\u00e4me", 1, pyetcd.Clock(lambda: clock.now, time.time_ns))
     stats.recv_append(7, 100)
     assert "Rate" not in stats.json("StateFollower")
     clock.now += 0.5
@@ -11659,7 +11728,7 @@ def test_ops_stats_show_local_time(monkeypatch, zone, shown):
     with monkeypatch.context() as patch:
         patch.setenv("TZ", zone)
         time.tzset()
-        stats = pyetcd.ServerStats("x", 1)
+        stats = pyetcd.ServerStats("x", 1, pyetcd.SYSTEM_CLOCK)
         stats.started_ns = 1_767_225_600 * pyetcd.NS + pyetcd.NS // 2
         started = json.loads(stats.json("StateFollower"))["startTime"]
     time.tzset()
@@ -21280,13 +21349,11 @@ def test_backup_progress_is_one_line_on_a_terminal_after_a_second(monkeypatch):
 
     clock = itertools.count(0, 0.6)
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with monkeypatch.context() as patch:
-        patch.setattr(pyetcd.time, "monotonic", lambda: next(clock))
-        line = pyetcd.ProgressLine("restore")
-        line.show(0.1, 100)
-        assert sys.stderr.getvalue() == ""
-        line.show(0.45, 123_456)
-        line.end()
+    line = pyetcd.ProgressLine("restore", lambda: next(clock))
+    line.show(0.1, 100)
+    assert sys.stderr.getvalue() == ""
+    line.show(0.45, 123_456)
+    line.end()
     assert sys.stderr.getvalue() == "\rrestore: 45% (123,456 keys)\r" + " " * 27 + "\r"
 
 
