@@ -127,7 +127,6 @@ import threading
 import time
 import types
 import urllib.parse
-import weakref
 from array import array
 from datetime import datetime, timedelta
 from email.utils import formatdate
@@ -4969,26 +4968,28 @@ class Wal:
         cls, directory: str, names: List[str], disk: OsDisk
     ) -> List[Tuple[str, int]]:
         held: List[Tuple[str, int]] = []
-        for name in names:
-            path = os.path.join(directory, name)
-            # To close a descriptor frees the lock of a member in this process: do not open one.
-            handle = None if disk.is_locked(path) else disk.open_append(path)
-            if handle is None or not disk.lock(path, handle):
-                if handle is not None:
-                    disk.close(handle)
-                cls._unlock(directory, held, disk)
-                raise FileLocked(
-                    f"open wal error: file already locked: {path} belongs to a running member;"
-                    " stop it, or give this one another -data-dir"
-                )
-            held.append((name, handle))
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(cls._unlock, directory, held, disk)
+            for name in names:
+                path = os.path.join(directory, name)
+                # To close a descriptor frees the lock of a member in this process: do not open one.
+                handle = None if disk.is_locked(path) else disk.open_append(path)
+                if handle is None or not _lock_or_close(disk, path, handle):
+                    raise FileLocked(
+                        f"open wal error: file already locked: {path} belongs to a running member;"
+                        " stop it, or give this one another -data-dir"
+                    )
+                held.append((name, handle))
+            on_failure.pop_all()
         return held
 
     @staticmethod
     def _unlock(directory: str, held: List[Tuple[str, int]], disk: OsDisk) -> None:
-        for name, handle in held:
-            disk.close(handle)
-            disk.unlock(os.path.join(directory, name))
+        """Free each of the files, also when one of them cannot be closed without an error."""
+        with contextlib.ExitStack() as each:
+            for name, handle in held:
+                each.callback(disk.unlock, os.path.join(directory, name))
+                each.callback(disk.close, handle)
 
     @staticmethod
     def exists(directory: str, *, disk: OsDisk = OS_DISK) -> bool:
@@ -5084,13 +5085,16 @@ class Wal:
         path = os.path.join(directory, cut.name)
         with _needs_space(path, _nothing):
             handle = disk.create(path + ".tmp")
-        with _needs_space(path, lambda: disk.close(handle)):
-            disk.write(handle, cut.head)
-        disk.fsync(handle)
-        disk.rename(path + ".tmp", path)
-        disk.fsync_dir(directory)
-        if not disk.lock(path, handle):
-            raise FileLocked(f"open wal error: file already locked: {path}")
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(disk.close, handle)
+            with _needs_space(path, _nothing):
+                disk.write(handle, cut.head)
+            disk.fsync(handle)
+            disk.rename(path + ".tmp", path)
+            disk.fsync_dir(directory)
+            if not disk.lock(path, handle):
+                raise FileLocked(f"open wal error: file already locked: {path}")
+            on_failure.pop_all()
         if self._held:
             package_logger("wal").info("segmented wal file %s is created", path)
         self._held.append((cut.name, handle))
@@ -5105,9 +5109,19 @@ class Wal:
         del self._held[:keep_from]
 
     def close(self) -> None:
-        """Release all files."""
-        self._unlock(self.directory, self._held, self._disk)
-        self._held = []
+        """Release all files; harmless a second time."""
+        held, self._held = self._held, []
+        self._unlock(self.directory, held, self._disk)
+
+
+def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
+    """Lock a file; if that fails, close its handle."""
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(disk.close, handle)
+        if disk.lock(path, handle):
+            on_failure.pop_all()
+            return True
+    return False
 
 
 def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
@@ -6144,9 +6158,8 @@ class Reactor:
         os.set_blocking(wake_in, False)
         os.set_blocking(wake_out, False)
         self._wake_in = open(wake_in, "rb", buffering=0)
-        # Open as long as this object lives: another thread may be about to write.
-        self._wake_out = wake_out
-        weakref.finalize(self, os.close, wake_out)
+        self._wake_out = open(wake_out, "wb", buffering=0)
+        self._wake_lock = threading.Lock()      # a leaf: nobody closes _wake_out under a writer
         self._blocking: Optional[ThreadPoolExecutor] = None
         self._date = (0, "")
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
@@ -6167,8 +6180,9 @@ class Reactor:
         self._posted.append((callback, args))
         if self._polling:
             self._polling = False
-            with contextlib.suppress(OSError):      # full, which will wake it as well; or nothing
-                os.write(self._wake_out, b"\0")     # runs any more
+            with self._wake_lock:
+                if not self._wake_out.closed:
+                    self._wake_out.write(b"\0")     # None if it is full: that wakes it as well
 
     def run_blocking(
         self, work: Callable[..., Any], *args: Any,
@@ -6228,6 +6242,8 @@ class Reactor:
         if self._blocking is not None:
             self._blocking.shutdown(wait=True)
         self._epoll.close()
+        with self._wake_lock:
+            self._wake_out.close()
         self._wake_in.close()
 
     def stop(self) -> None:
@@ -9739,15 +9755,16 @@ class WalWriter:
         self._jobs.put(None)
         if self._thread.is_alive():
             self._thread.join()
+        self._wal.close()               # if the thread never ran
 
     def _run(self) -> None:
         try:
-            while True:
-                job = self._jobs.get()
-                if job is None or not self._do(job):
-                    self._wal.close()
-                    return
-                self._reactor.call_soon_threadsafe(job.done)
+            with contextlib.closing(self._wal):
+                while True:
+                    job = self._jobs.get()
+                    if job is None or not self._do(job):
+                        return
+                    self._reactor.call_soon_threadsafe(job.done)
         except Exception as error:
             package_logger("wal").critical("the write-ahead log failed: %s", error, exc_info=True)
             self._reactor.call_soon_threadsafe(self._failed, error)
@@ -10756,6 +10773,12 @@ class EtcdServer:
         self.stopping = True
         self.versions.stop()
         self.transport.stop()
+
+    def close(self) -> None:
+        """Free links, log and its thread, whatever has failed; harmless after stop()."""
+        with contextlib.ExitStack() as each:
+            each.callback(self.journal.writer.stop)
+            self.abandon()
 
     # -- ways in -----------------------------------------------------------
 
@@ -14969,11 +14992,13 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
                 "restart member %s in cluster %s at commit index %d", format_id(member_id),
                 format_id(cluster.id), contents.hard_state.commit,
             )
+        boot = Bootstrap(
+            data_dir, member_id, cluster, store, wal, snapshotter, contents, snapshot
+        )
+        if _is_blank(boot):
+            boot = _begin_again(config, boot)
         on_failure.pop_all()
-    boot = Bootstrap(
-        data_dir, member_id, cluster, store, wal, snapshotter, contents, snapshot
-    )
-    return _begin_again(config, boot) if _is_blank(boot) else boot
+    return boot
 
 
 def _recover(store: Store, snapshot: Snapshot) -> None:
@@ -15121,7 +15146,7 @@ class FirstLife:
     def _ask(self) -> None:
         etcd = self._etcd
         if self._is_over or etcd.stopping:
-            self._end()
+            self.end()
             return
         for member in etcd.cluster.members.values():
             is_known = member.id in self._heard or member.id == etcd.member_id
@@ -15153,7 +15178,8 @@ class FirstLife:
             elif any(member.id == etcd.member_id for member in members):
                 self._heard.add(member_id)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Ask no more, and believe everybody."""
         if self._etcd.transport.drop == self._drops:
             self._etcd.transport.drop = None
         for call in self._asked.values():
@@ -15211,8 +15237,7 @@ class ServerThread:
     def stop(self) -> None:
         """Stop in order: waiting requests are rejected, the last batch is written, files closed."""
         if self._thread is None:
-            self._close_listeners()
-            self._reactor.close()
+            self._close()
         elif self._thread.is_alive():
             self._reactor.call_soon_threadsafe(self._stop)
             self._thread.join()
@@ -15251,8 +15276,9 @@ class ServerThread:
     def _start_thread(self) -> None:
         for listener in self._peer_listeners + self._client_listeners:
             listener.start()
-        self._thread = threading.Thread(target=self._run, name="reactor", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="reactor", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def _run(self) -> None:
         try:
@@ -15262,11 +15288,20 @@ class ServerThread:
             self._error = error
             package_logger("etcd").critical("the member ends: %s", error, exc_info=True)
         finally:
-            self._close_listeners()
-            self._reactor.close()
+            self._close()
 
     def _begin(self) -> None:
         """First thing on the reactor's thread."""
+
+    def _free(self) -> None:
+        """Free what is there besides listeners and reactor, in whatever state it is."""
+
+    def _close(self) -> None:
+        """Free everything: in the end, however far the start came, and whatever has failed."""
+        with contextlib.ExitStack() as each:
+            each.callback(self._reactor.close)
+            each.callback(self._close_listeners)
+            self._free()
 
     def _stop(self) -> None:
         """On the reactor's thread: end everything in order."""
@@ -15274,9 +15309,10 @@ class ServerThread:
         self._reactor.stop()
 
     def _close_listeners(self) -> None:
-        for listener in self._client_listeners + self._peer_listeners:
-            listener.stop()
-        self._client_listeners, self._peer_listeners = [], []
+        with contextlib.ExitStack() as each:
+            for listener in self._client_listeners + self._peer_listeners:
+                each.callback(listener.stop)
+            self._client_listeners, self._peer_listeners = [], []
 
 
 class Server(ServerThread):
@@ -15297,20 +15333,25 @@ class Server(ServerThread):
         super()._init(config)
         self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
         self._peer_api: Optional[PeerApi] = None
+        self._first_life: Optional[FirstLife] = None
         self._ready = threading.Event()
         self._leaving = False           # stop() was called
 
     # -- life --------------------------------------------------------------
 
     def __enter__(self) -> Server:
-        self.start()
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.stop)
+            self.start()
+            on_failure.pop_all()
         return self
 
     def bind(self) -> None:
         """Open the listening sockets, so that the ports are known; nothing is served yet."""
         if self._client_listeners:
             return
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._abandon_listeners)
             for url in self.config.listen_peer_urls:
                 self._peer_listeners.append(
                     self._listen(url, self._serve_peer, PEER_BODY_BYTES_MAX, self.config.peer_tls)
@@ -15323,9 +15364,7 @@ class Server(ServerThread):
                     )
                 )
                 package_logger("etcd").info("listening for client requests on %s", url)
-        except StartError:
-            self._abandon_listeners()
-            raise
+            on_failure.pop_all()
         config = self.config
         if not config.advertise_client_urls:
             config = config._replace(advertise_client_urls=self.client_urls)
@@ -15341,16 +15380,22 @@ class Server(ServerThread):
         self.bind()
         if initial_cluster:
             self.config = self.config._replace(initial_cluster=initial_cluster)
-        with contextlib.ExitStack() as cleanup:
-            cleanup.callback(self._abandon_listeners)
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._abandon_listeners)
             boot = bootstrap(self.config)
-            cleanup.pop_all()
+            on_failure.callback(boot.wal.close)
+            on_failure.callback(self._free)
+            self._assemble(boot)
+            self._start_thread()
+            on_failure.pop_all()
+
+    def _assemble(self, boot: Bootstrap) -> None:
         self.etcd = EtcdServer(
             self.config, boot, self._reactor, failed=self._failed, removed=self._removed,
             published=self._ready.set, transport_type=self._transport_type,
         )
         if FirstLife.is_due(boot):
-            FirstLife(self.etcd, self._refuse, boot.peer_tls)
+            self._first_life = FirstLife(self.etcd, self._refuse, boot.peer_tls)
         api = ClientApi(self.etcd)
         self._count_client_bytes(self.etcd.metrics)
         api.fallback = DiscoveryService(self.etcd.do, api.serve).handle
@@ -15358,14 +15403,12 @@ class Server(ServerThread):
             listener.handler = api.handler
         self._peer_api = PeerApi(self.etcd)
         self._reactor.on_turn = self.etcd.on_turn
-        self._start_thread()
 
     def kill(self) -> None:
         """End at once, as by `kill -9`: nothing more is written or said.  For tests."""
         if self._thread is not None and self.etcd is not None:
             self._reactor.call_soon_threadsafe(self._failed, ServerStopped("killed"))
             self._thread.join()
-            self.etcd.journal.writer.stop()
 
     def wait_ready(self, timeout_s: float = 10.0) -> bool:
         """Block until this member has a leader and is published; False after timeout_s."""
@@ -15416,6 +15459,12 @@ class Server(ServerThread):
     def _begin(self) -> None:
         assert self.etcd is not None
         self.etcd.start()
+
+    def _free(self) -> None:
+        if self._first_life is not None:
+            self._first_life.end()
+        if self.etcd is not None:
+            self.etcd.close()
 
     def _stop(self) -> None:
         assert self.etcd is not None
@@ -16655,22 +16704,24 @@ class ProxyServer(ServerThread):
         self._api: Optional[ProxyApi] = None
 
     def __enter__(self) -> ProxyServer:
-        self.start()
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.stop)
+            self.start()
+            on_failure.pop_all()
         return self
 
     def bind(self) -> None:
         """Open the listening sockets, so that the ports are known; nothing is served yet."""
         if self._client_listeners:
             return
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._close_listeners)
             for url in self.config.listen_client_urls:
                 self._client_listeners.append(
                     self._listen(url, self._serve, REQUEST_BODY_BYTES_MAX, self.config.client_tls)
                 )
                 package_logger("proxy").info("listening for client requests on %s", url)
-        except StartError:
-            self._close_listeners()
-            raise
+            on_failure.pop_all()
 
     def start(self) -> None:
         """Find the members and serve.  With discovery this waits until all have registered."""
@@ -16684,8 +16735,8 @@ class ProxyServer(ServerThread):
             self._endpoints.refresh()
             self._api = ProxyApi(self._endpoints, dialer, config)
             self.bind()
+            self._start_thread()
             cleanup.pop_all()
-        self._start_thread()
 
     def _serve(self, request: HttpRequest) -> None:
         assert self._api is not None
@@ -16695,11 +16746,11 @@ class ProxyServer(ServerThread):
         assert self._endpoints is not None
         self._endpoints.start()
 
-    def _stop(self) -> None:
-        assert self._endpoints is not None and self._api is not None
-        self._endpoints.stop()
-        self._api.stop()
-        super()._stop()
+    def _free(self) -> None:
+        if self._endpoints is not None:
+            self._endpoints.stop()
+        if self._api is not None:
+            self._api.stop()
 
 
 # ============================================================================

@@ -9980,6 +9980,160 @@ def test_cluster_snapshots_segments_and_purge(tmp_path):
         eventually(lambda: len(list(snap.glob("*.snap"))) <= 2, 10, "purge at start")
 
 
+def _embed_open():
+    """What a process owns: descriptors by what they are, threads, and locks of log files."""
+    gc.collect()
+    descriptors = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            descriptors.append(re.sub(r"\d+", "N", os.readlink(f"/proc/self/fd/{name}")))
+    threads = [thread.name for thread in threading.enumerate()]
+    return sorted(descriptors), sorted(threads), sorted(pyetcd._locked_paths)
+
+
+def _raise_eio(*args, **named):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def _raise_bug(*args, **named):
+    raise InvariantError("a bug made for this test")
+
+
+def _fail_disk(server, patch):
+    patch.setattr(pyetcd.OsDisk, "write", _raise_eio)
+    server.call(lambda etcd: etcd.do(Request(method="PUT", path="/1/a", val="1"), print))
+
+
+def _fail_sync_and_close(server, patch):
+    def close(disk, handle):
+        os.close(handle)
+        _raise_eio()
+    patch.setattr(pyetcd.OsDisk, "close", close)
+    patch.setattr(pyetcd, "_fdatasync", _raise_eio)
+    server.call(lambda etcd: etcd.do(Request(method="PUT", path="/1/a", val="1"), print))
+
+
+def _fail_reactor(server, patch):
+    server._reactor.call_soon_threadsafe(_raise_bug)
+
+
+def _fail_turn(server, patch):
+    patch.setattr(pyetcd.EtcdServer, "_apply", _raise_bug)
+
+
+def _fail_stop(server, patch):
+    patch.setattr(pyetcd.Journal, "close", _raise_bug)
+    server.stop()
+
+
+@pytest.mark.parametrize("fail", [
+    _fail_disk, _fail_sync_and_close, _fail_reactor, _fail_turn, _fail_stop,
+])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_embed_failed_member_frees_all_and_starts_again(tmp_path, monkeypatch, fail):
+    """Whatever ends a member, nothing of it is left in the process, not even before stop()."""
+    directory, before = str(tmp_path / "a"), _embed_open()
+    with monkeypatch.context() as patch:
+        server = pyetcd.Server(data_dir=directory)
+        server.start()
+        assert server.wait_ready()
+        with requests.get(server.client_urls[0] + "/v2/keys/?wait=true&stream=true", stream=True):
+            fail(server, patch)
+            assert server.wait() == 1
+    assert _embed_open() == before
+    server.stop()
+    server.stop()
+    with pyetcd.Server(data_dir=directory) as again:
+        assert again.wait_ready()
+    assert _embed_open() == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_embed_failed_member_of_a_cluster_closes_its_links(tmp_path, monkeypatch):
+    """One of two, whose other never answers: streams, probes, and what a first life asks."""
+    before = _embed_open()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(pyetcd, "PROBE_ANSWER_SECONDS", 0.05)
+        server = pyetcd.Server(name="a", data_dir=str(tmp_path / "a"))
+        server.bind()
+        other = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        server.start(initial_cluster=f"a={server.peer_urls[0]},b={other}")
+        monkeypatch.setattr(pyetcd, "PROBE_ANSWER_SECONDS", 5.0)
+        eventually(lambda: server.call(lambda etcd: bool(server._first_life._asked)))
+        _fail_reactor(server, monkeypatch)
+        assert server.wait() == 1
+    assert _embed_open() == before
+
+
+def _embed_blank_log(directory):
+    """The log of a member that ended before its first write."""
+    paths = pyetcd.prepare_data_dir(directory)
+    cluster = Cluster.from_initial("t", {"a": ("http://127.0.0.1:1",)})
+    (member,) = cluster.members
+    Wal.create(paths.wal, pyetcd.encode_metadata(member, cluster.id)).close()
+
+
+@pytest.mark.parametrize("name", [
+    "pyetcd.bootstrap", "pyetcd.EtcdServer.__init__", "pyetcd.ClientApi.__init__",
+    "pyetcd.PeerApi.__init__", "threading.Thread.start", "pyetcd._begin_again",
+    "pyetcd.OsDisk.fsync_dir", "pyetcd.OsDisk.lock", "pyetcd.OsDisk.write",
+    "pyetcd.Snapshotter.load", "pyetcd.decode_metadata", "pyetcd.Listener.start",
+])
+@pytest.mark.parametrize("past", [False, True], ids=["new", "restarted"])
+def test_embed_start_that_fails_leaves_nothing(tmp_path, monkeypatch, name, past):
+    """Neither ports nor log are kept, whichever step failed, and with whichever error."""
+    directory, before = str(tmp_path / "a"), _embed_open()
+    if past:
+        _embed_blank_log(directory)
+    owner, _, attribute = name.removeprefix("pyetcd.").rpartition(".")
+    target = threading.Thread if owner == "threading.Thread" else (
+        getattr(pyetcd, owner) if owner else pyetcd)
+    settings = {"name": "a", "data_dir": directory, "initial_cluster_token": "t",
+                "initial_advertise_peer_urls": ["http://127.0.0.1:1"],
+                "initial_cluster": "a=http://127.0.0.1:1"}
+    with monkeypatch.context() as patch:
+        patch.setattr(target, attribute, _raise_bug)
+        try:
+            pyetcd.Server(**settings).__enter__().stop()
+        except (pyetcd.StartError, InvariantError):
+            assert _embed_open() == before
+        else:
+            assert name in ("pyetcd._begin_again", "pyetcd.Snapshotter.load",
+                            "pyetcd.decode_metadata", "pyetcd.OsDisk.write",
+                            "pyetcd.OsDisk.fsync_dir")      # it is not on this member's way
+    with pyetcd.Server(**settings) as server:
+        assert server.wait_ready()
+    assert _embed_open() == before
+
+
+def test_embed_refused_start_does_not_lock_the_log(tmp_path):
+    """Flags that a half formed member cannot use: an error, and the next start has the log."""
+    directory, before = str(tmp_path / "a"), _embed_open()
+    _embed_blank_log(directory)
+    server = pyetcd.Server(name="a", data_dir=directory, initial_cluster="b=http://127.0.0.1:1")
+    with pytest.raises(pyetcd.StartError):
+        server.start()
+    assert _embed_open()[2] == before[2]
+    server.stop()
+    assert _embed_open() == before
+
+
+def test_embed_failed_proxy_frees_all(tmp_path, monkeypatch):
+    """A proxy that ends while requests wait for a member that never answers."""
+    before = _embed_open()
+    with pyetcd.Server(data_dir=str(tmp_path / "a")) as member:
+        assert member.wait_ready()
+        proxy = pyetcd.ProxyServer(data_dir=str(tmp_path / "p"),
+                                   initial_cluster=f"a={member.peer_urls[0]}", proxy="on")
+        proxy.start()
+        with requests.get(proxy.client_urls[0] + "/v2/keys/?wait=true&stream=true",
+                          stream=True) as watch:
+            assert watch.status_code == 200
+            proxy._reactor.call_soon_threadsafe(_raise_bug)
+            assert proxy.wait() == 1
+    assert _embed_open() == before
+
+
 def test_cluster_embedded_members_form_a_cluster(tmp_path):
     """Three members inside this very process, on free ports, and a clean stop."""
     names = ("a", "b", "c")
