@@ -7718,6 +7718,89 @@ def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
 # ============================================================================
 
 
+DIAL_SECONDS = 0.25                 # the next address is tried beside one that has not answered
+DIAL_ADDRESSES_MAX = 16             # of one name; more are not tried
+
+
+def dial_order(found: Sequence[Any]) -> List[Any]:
+    """Order what getaddrinfo found: the families take turns, the first begins (RFC 8305 §4)."""
+    first = [info for info in found if info[0] == found[0][0]]
+    others = [info for info in found if info[0] != found[0][0]]
+    turns = itertools.zip_longest(first, others)
+    return [info for turn in turns for info in turn if info][:DIAL_ADDRESSES_MAX]
+
+
+class Dial:
+    """Connects to one of several addresses, whichever answers first (RFC 8305 §5, without DNS).
+
+    Once done(socket, None); or done(None, error of the first address) when all have failed.
+    Neither inside the constructor, nor after cancel().  The socket is not registered.
+    """
+
+    def __init__(
+        self, reactor: Reactor, found: Sequence[Any],
+        done: Callable[[Optional[socket.socket], Optional[OSError]], None],
+    ) -> None:
+        self._reactor = reactor
+        self._left = collections.deque(dial_order(found))
+        self._done = done
+        self._error: Optional[OSError] = None       # of the first address that failed
+        self._open: Set[socket.socket] = set()      # attempts under way
+        self._timer = Timer(_nothing, ())
+        self._next()
+
+    def cancel(self) -> None:
+        """Give all attempts up."""
+        self._timer.cancel()
+        self._left.clear()
+        for sock in self._open:
+            self._reactor.unregister(sock)
+            sock.close()
+        self._open.clear()
+
+    def _next(self) -> None:
+        """Try the next address; beside the attempts under way, if there are any."""
+        self._timer.cancel()
+        if self._left:
+            delay_s = DIAL_SECONDS if self._try(*self._left.popleft()) else 0.0
+            if self._left or not self._open:
+                self._timer = self._reactor.call_later(delay_s, self._next)
+        elif not self._open:
+            self._done(None, self._error)
+
+    def _try(self, family: int, kind: int, protocol: int, _: str, address: Any) -> bool:
+        """Begin to connect; False if that has failed already."""
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:            # no descriptor left, or no such family here
+            self._error = self._error or error
+            return False
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        code = sock.connect_ex(address)
+        if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+            self._fail(sock, code)
+            return False
+        self._open.add(sock)
+        self._reactor.register(sock, selectors.EVENT_WRITE, lambda mask: self._answered(sock))
+        return True
+
+    def _fail(self, sock: socket.socket, code: int) -> None:
+        sock.close()
+        self._error = self._error or OSError(code, os.strerror(code))
+
+    def _answered(self, sock: socket.socket) -> None:
+        self._reactor.unregister(sock)
+        self._open.discard(sock)
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._fail(sock, code)
+            self._next()
+        else:
+            self.cancel()
+            self._done(sock, None)
+
+
 class HttpCall:
     """One outgoing request on a connection of its own, without blocking.
 
@@ -7730,7 +7813,7 @@ class HttpCall:
     __slots__ = (
         "_reactor", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock", "_bodyless",
         "_out", "_in", "_left", "_chunks", "_timer", "_heard", "_ended", "connected", "_paused",
-        "_events", "_tls", "_host", "_handshake",
+        "_events", "_tls", "_host", "_handshake", "_dial",
     )
 
     def __init__(
@@ -7766,6 +7849,7 @@ class HttpCall:
         self._tls = (tls or default_tls()) if is_https(url) else None
         self._host = urlsplit(url).hostname or ""
         self._handshake: Optional[Handshake] = None
+        self._dial: Optional[Dial] = None
         late = TimeoutError(f"dial tcp {urlsplit(url).netloc}: i/o timeout")
         self._timer = reactor.call_later(connect_timeout_s, self._fail, late)
         self._resolve(*url_address(url))
@@ -7779,6 +7863,8 @@ class HttpCall:
         """Drop the connection; no callback comes any more."""
         self._ended = True
         self._timer.cancel()
+        if self._dial is not None:
+            self._dial.cancel()
         if self._sock is None:
             return
         if self._handshake is not None:
@@ -7831,15 +7917,16 @@ class HttpCall:
 
     def _resolve(self, host: str, port: int) -> None:
         """Literal addresses at once; names on a thread, a name server may be slow."""
+        hosts = ("127.0.0.1", "::1") if host == "localhost" else (host,)
         try:
-            self._connect(socket.getaddrinfo(
-                "127.0.0.1" if host == "localhost" else host, port, type=socket.SOCK_STREAM,
-                flags=socket.AI_NUMERICHOST,
-            )[0])
-        except socket.gaierror:
+            found = [info for host in hosts for info in socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)]
+        except (socket.gaierror, UnicodeError):
             self._reactor.run_blocking(
                 socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM, done=self._resolved
             )
+        else:
+            self._dial = Dial(self._reactor, found, self._connected)
 
     def _resolved(self, error: Optional[BaseException], found: Any) -> None:
         if self._ended:
@@ -7847,29 +7934,12 @@ class HttpCall:
         if error is not None:
             self._fail(error if isinstance(error, Exception) else OSError(str(error)))
         else:
-            self._connect(found[0])
+            self._dial = Dial(self._reactor, found, self._connected)
 
-    def _connect(self, found: Any) -> None:
-        family, kind, protocol, _, address = found
-        try:
-            sock = socket.socket(family, kind, protocol)
-        except OSError as error:            # no descriptor left
-            self._reactor.call_soon(self._fail, error)
-            return
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._sock = sock
-        self._events = selectors.EVENT_WRITE
-        self._reactor.register(sock, self._events, self._on_event)
-        code = sock.connect_ex(address)
-        if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-            self._reactor.call_soon(self._fail, OSError(code, os.strerror(code)))
-
-    def _on_connect(self) -> None:
-        assert self._sock is not None
-        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            self._fail(OSError(code, os.strerror(code)))
+    def _connected(self, sock: Optional[socket.socket], error: Optional[OSError]) -> None:
+        self._dial, self._sock = None, sock
+        if sock is None:
+            self._fail(error or OSError("no address"))
         elif self._tls is None:
             self._begin()
         else:
@@ -7877,8 +7947,6 @@ class HttpCall:
 
     def _shake_hands(self, tls: TlsContext) -> None:
         assert self._sock is not None
-        self._reactor.unregister(self._sock)
-        self._events = 0
         try:
             sock = tls.current.wrap_socket(
                 self._sock, server_hostname=self._host, do_handshake_on_connect=False
@@ -7892,8 +7960,6 @@ class HttpCall:
     def _secured(self, error: Optional[OSError]) -> None:
         assert self._sock is not None
         self._handshake = None
-        self._events = selectors.EVENT_READ
-        self._reactor.register(self._sock, self._events, self._on_event)
         if error is None:
             self._begin()
         else:
@@ -7908,9 +7974,6 @@ class HttpCall:
         self.flush()
 
     def _on_event(self, mask: int) -> None:
-        if not self.connected:
-            self._on_connect()
-            return
         if mask & selectors.EVENT_WRITE:
             self.flush()
         if mask & selectors.EVENT_READ and not self._ended:
@@ -14204,7 +14267,7 @@ def name_servers(path: str = RESOLV_CONF) -> List[Tuple[str, int]]:
 
 
 def lookup_srv(name: str, servers: Sequence[Tuple[str, int]]) -> List[SrvRecord]:
-    """Ask the name servers, in order, for the SRV records of `name`.
+    """Ask the name servers for the SRV records of `name`, in order until one has a good answer.
 
     Sorted by priority, then heavier ones first: the order only numbers the unnamed members, so
     the random choice of RFC 2782 would be of no use.  Raises OSError.
@@ -14217,15 +14280,18 @@ def lookup_srv(name: str, servers: Sequence[Tuple[str, int]]) -> List[SrvRecord]
             answer = _ask_udp(address, query)
             if answer[2] & 2:           # truncated: the whole answer needs TCP (RFC 1035 §4.2)
                 answer = _ask_tcp(address, query)
-            records = _srv_answer(answer, name)
+            records = _srv_answer(answer)
         except socket.timeout:
             last = OSError(f"lookup {name} on {address[0]}: i/o timeout")
             continue
-        except ConnectionError as error:
+        except OSError as error:
             last = OSError(f"lookup {name} on {address[0]}: {_reason(error)}")
             continue
         except (IndexError, struct.error):
-            raise OSError(f"lookup {name} on {address[0]}: malformed answer") from None
+            last = OSError(f"lookup {name} on {address[0]}: malformed answer")
+            continue
+        if not records:
+            raise OSError(f"lookup {name}: no such host")
         return sorted(records, key=lambda r: (r.priority, -r.weight, r.target, r.port))
     raise last
 
@@ -14255,13 +14321,16 @@ def _ask_tcp(address: Tuple[str, int], query: bytes) -> bytes:
         return file.read(size)
 
 
-def _srv_answer(message: bytes, name: str) -> List[SrvRecord]:
-    """The SRV records of a DNS message.  Raises OSError, IndexError or struct.error."""
+def _srv_answer(message: bytes) -> List[SrvRecord]:
+    """The SRV records of a DNS message; [] also if there is no such name.
+
+    Raises OSError, IndexError or struct.error.
+    """
     code = message[3] & 15
     questions, answers = struct.unpack_from(">2H", message, 4)
-    if code:
-        words = {2: "server misbehaving", 3: "no such host", 5: "query refused"}
-        raise OSError(f"lookup {name}: {words.get(code, f'DNS error {code}')}")
+    if code not in (0, 3):              # 3: there is no such name
+        words = {2: "server misbehaving", 5: "query refused"}
+        raise OSError(words.get(code, f"DNS error {code}"))
     offset = 12
     for _ in range(questions):
         offset = _dns_name(message, offset)[1] + 4
@@ -14275,8 +14344,6 @@ def _srv_answer(message: bytes, name: str) -> List[SrvRecord]:
             target = _dns_name(message, offset + 6)[0]
             records.append(SrvRecord(priority, weight, port, target))
         offset += size
-    if not records:
-        raise OSError(f"lookup {name}: no such host")
     return records
 
 
@@ -14307,10 +14374,10 @@ def srv_cluster(
     Raises DiscoveryError.  Source: etcd 2.3 discovery/srv.go.
     """
     log = package_logger("discovery")
-    own = set()
+    own: Set[Tuple[str, int]] = set()
     for url in peer_urls:
         try:
-            own.add(_resolve(url))
+            own |= _resolve(url)
         except OSError:
             host = url_address(url)[0]
             raise DiscoveryError(f"couldn't resolve host {host} during SRV discovery") from None
@@ -14326,7 +14393,7 @@ def srv_cluster(
         for record in records:
             url = f"{scheme}://{record.target}:{record.port}"
             try:
-                is_own = _resolve(url) in own
+                is_own = bool(_resolve(url) & own)
             except OSError as error:
                 log.warning("couldn't resolve host %s: %s", record.target, _reason(error))
                 continue
@@ -14338,12 +14405,11 @@ def srv_cluster(
     return ",".join(pairs)
 
 
-def _resolve(url: str) -> Tuple[str, int]:
-    """Return (ip address, port) of a URL's host.  Raises OSError."""
+def _resolve(url: str) -> Set[Tuple[str, int]]:
+    """Return the (ip address, port) pairs of a URL's host.  Raises OSError."""
     host, port = url_address(url)
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    found.sort(key=lambda info: info[0] != socket.AF_INET)
-    return str(found[0][4][0]), port
+    return {(str(info[4][0]), port) for info in found}
 
 
 class DiscoveryService:
@@ -14509,20 +14575,27 @@ def default_route_address() -> str:
 
 
 def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
-    """True if both lists name the same addresses, host names resolved.
+    """True if each URL of either list has an address of one in the other, host names resolved.
 
     `localhost` is compared as text, as etcd does: it means another machine everywhere.
     """
-    def addresses(urls: Sequence[str]) -> List[Tuple[str, str, int]]:
+    def resolved(urls: Sequence[str]) -> List[Set[Tuple[str, str, int]]]:
         found = []
         for url in urls:
-            host, port = url_address(url)
+            addresses, scheme = {url_address(url)}, urlsplit(url).scheme
             with contextlib.suppress(OSError):
-                host = host if host == "localhost" else _resolve(url)[0]
-            found.append((urlsplit(url).scheme, host, port))
-        return sorted(found)
+                if url_address(url)[0] != "localhost":
+                    addresses = _resolve(url)
+            found.append({(scheme, *address) for address in addresses})
+        return found
 
-    return sorted(ours) == sorted(theirs) or addresses(ours) == addresses(theirs)
+    if sorted(ours) == sorted(theirs):
+        return True
+    some, others = resolved(ours), resolved(theirs)
+    return len(some) == len(others) and all(
+        any(one & other for other in each)
+        for each, ones in ((others, some), (some, others)) for one in ones
+    )
 
 
 def fetch_members(

@@ -17746,6 +17746,94 @@ def link_net():
     net.close()
 
 
+def _dial_listen(host: str) -> Tuple[socket.socket, Any]:
+    """A listening socket on loopback, and what getaddrinfo says of it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.create_server((host, 0), family=family)
+    return sock, (family, socket.SOCK_STREAM, 6, "", sock.getsockname())
+
+
+def _dial(net: _LinkNet, *found: Any) -> Tuple[Optional[Tuple[str, int]], Optional[OSError]]:
+    """Dial these addresses; return which one was reached, or the error."""
+    ends: List[Any] = []
+    pyetcd.Dial(net.reactor, found, lambda sock, error: ends.append((sock, error)))
+    assert not ends, "it called back from inside the constructor"
+    net.until(lambda: ends)
+    (sock, error), *more = ends
+    assert not more
+    with sock or contextlib.nullcontext():
+        return sock and sock.getpeername()[:2], error
+
+
+def test_link_dial_order_takes_turns() -> None:
+    """RFC 8305 §4: after an address of one family comes one of the other; the first begins."""
+    four, six = socket.AF_INET, socket.AF_INET6
+    found = [(six, 1), (six, 2), (six, 3), (four, 4), (four, 5)]
+    assert pyetcd.dial_order(found) == [(six, 1), (four, 4), (six, 2), (four, 5), (six, 3)]
+    assert pyetcd.dial_order([]) == []
+    assert len(pyetcd.dial_order(found * 100)) == pyetcd.DIAL_ADDRESSES_MAX
+
+
+@pytest.mark.parametrize("hosts", [("127.0.0.1", "::1"), ("::1", "127.0.0.1")], ids=str)
+def test_link_dial_goes_on_to_the_next_address(link_net: _LinkNet, hosts: Tuple[str, ...]) -> None:
+    """Whichever family a listener has chosen, who dials its name finds it."""
+    (closed, refusing), (open_, good) = map(_dial_listen, hosts)
+    closed.close()
+    with open_:
+        assert _dial(link_net, refusing, good) == (good[4][:2], None)
+        no_family = (socket.AF_APPLETALK, socket.SOCK_STREAM, 6, "", refusing[4])
+        assert _dial(link_net, no_family, refusing, good) == (good[4][:2], None)
+    reached, error = _dial(link_net, refusing, good)
+    assert reached is None and error is not None and error.errno == errno.ECONNREFUSED
+
+
+def test_link_dial_does_not_wait_for_an_address_that_is_silent(link_net: _LinkNet) -> None:
+    """The second address is dialed beside the first, and all attempts end with the winner."""
+    before = len(link_net.reactor._callbacks)
+    with contextlib.ExitStack() as held:
+        full, silent = _dial_listen("127.0.0.1")
+        held.enter_context(full).listen(0)
+        for _ in range(4):                      # its queue is full: it answers nobody any more
+            sock = held.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        open_, good = _dial_listen("127.0.0.1")
+        held.enter_context(open_)
+        assert _dial(link_net, silent, good) == (good[4][:2], None)
+        assert len(link_net.reactor._callbacks) == before
+        dial = pyetcd.Dial(link_net.reactor, [silent, silent], lambda sock, error: 1 / 0)
+        dial.cancel()
+        link_net.turn_for(pyetcd.DIAL_SECONDS * 1.2)
+        assert len(link_net.reactor._callbacks) == before
+
+
+def test_link_call_by_name_reaches_a_listener_of_either_family(
+    link_net: _LinkNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`localhost` and names with two addresses; a name that cannot be is an error, no more."""
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **options: [
+        info for each in (("::1", "127.0.0.1") if host == "both.test" else (host,))
+        for info in real(each, *args, **options)])
+    for host in ("[::1]", "127.0.0.1"):
+        listener = pyetcd.Listener(
+            f"http://{host}:{free_port()}", link_net.reactor, lambda request: request.reply(200))
+        listener.start()
+        link_net.closers.append(listener.stop)
+        for name in ("localhost", "both.test"):
+            ends: List[Optional[Exception]] = []
+            port = listener.server_address[1]
+            pyetcd.HttpCall(link_net.reactor, f"http://{name}:{port}", "GET", "/", {},
+                            on_done=ends.append)
+            link_net.until(lambda ends=ends: ends)
+            assert ends == [None]
+    failed: List[Optional[Exception]] = []
+    for name in ("a..b", "x" * 70 + ".test"):
+        pyetcd.HttpCall(link_net.reactor, f"http://{name}:1", "GET", "/", {}, on_done=failed.append)
+    link_net.until(lambda: len(failed) == 2)
+    assert all(isinstance(error, Exception) for error in failed)
+
+
 class _LinkMember:
     """A Transport with its listener, and what it was told."""
 
@@ -19560,6 +19648,29 @@ def test_discovery_srv_next_name_server_is_asked(disc_dns: _DiscNameServer) -> N
     assert records == [pyetcd.SrvRecord(0, 0, 7001, "n4.example.test")]
 
 
+@pytest.mark.parametrize("answer", [
+    b"\x81\x82" + bytes(8), b"\x81\x85" + bytes(8), b"\x81\x80\0\1\0\1\0\0\0\0\xc0", b"\x83\x80",
+], ids=["misbehaving", "refused", "malformed", "truncated"])
+def test_discovery_srv_any_failure_leads_to_the_next_name_server(
+    answer: bytes, disc_dns: _DiscNameServer
+) -> None:
+    """What is wrong with one name server says nothing of the others."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as bad:
+        bad.bind(("127.0.0.1", 0))
+
+        def serve() -> None:
+            query, asker = bad.recvfrom(512)
+            bad.sendto(query[:2] + answer.ljust(10, b"\0"), asker)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        unreachable = ("1:2", 53)       # as a strange line of resolv.conf
+        servers = [unreachable, bad.getsockname(), disc_dns.address]
+        found = pyetcd.lookup_srv("_etcd-server-ssl._tcp.example.test", servers)
+        thread.join()
+    assert found == [pyetcd.SrvRecord(0, 0, 7001, "n4.example.test")]
+    assert len(disc_dns.queries) == 1
+
+
 def test_discovery_srv_no_name_server_answers() -> None:
     dead = ("127.0.0.1", free_port())
     with pytest.raises(OSError, match="lookup x.test on 127.0.0.1"):
@@ -19830,9 +19941,12 @@ def test_bootstrap_resolves_host_names_to_compare_urls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **options: real(
-        "10.0.0.1" if host == "n1.test" else host, *args, **options))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **options: [
+        info for each in (("fd00::1", "10.0.0.1") if host == "n1.test" else (host,))
+        for info in real(each, *args, **options)])
     assert pyetcd.same_urls(["http://n1.test:1", "http://x:2"], ["http://x:2", "http://10.0.0.1:1"])
+    assert pyetcd.same_urls(["http://[fd00::1]:1"], ["http://n1.test:1"])
+    assert not pyetcd.same_urls(["http://n1.test:1"] * 2, ["http://n1.test:1", "http://x:1"])
     assert not pyetcd.same_urls(["http://n1.test:1"], ["http://10.0.0.1:2"])
     assert not pyetcd.same_urls(["http://n1.test:1"], ["https://10.0.0.1:1"])
     assert not pyetcd.same_urls(["http://localhost:1"], ["http://127.0.0.1:1"])
