@@ -10832,16 +10832,12 @@ class EtcdServer:
         self.proposals.fail_all(RequestTimeout(cause))
 
     def abandon(self) -> None:
-        """Stop without writing or saying anything more, as a crash would."""
+        """Stop saying anything, as a crash would, and free all; harmless after stop()."""
         self.stopping = True
-        self.versions.stop()
-        self.transport.stop()
-
-    def close(self) -> None:
-        """Free links, log and its thread, whatever has failed; harmless after stop()."""
         with contextlib.ExitStack() as each:
             each.callback(self.journal.writer.stop)
-            self.abandon()
+            each.callback(self.transport.stop)
+            self.versions.stop()
 
     # -- ways in -----------------------------------------------------------
 
@@ -15537,7 +15533,7 @@ class Server(ServerThread):
         if self._first_life is not None:
             self._first_life.end()
         if self.etcd is not None:
-            self.etcd.close()
+            self.etcd.abandon()
 
     def _stop(self) -> None:
         assert self.etcd is not None
