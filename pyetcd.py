@@ -10815,11 +10815,10 @@ class EtcdServer:
         """Reject what waits, write the last batch, close the log.  Blocks for one sync."""
         self.stopping = True
         self.proposals.fail_all(ServerStopped())
-        self.versions.stop()
         if self.node.has_ready():
             self.journal.add(self.node.ready())
         self.journal.close()
-        self.transport.stop()
+        self.abandon()
 
     def _disk_full(self, why: str) -> None:
         """The log cannot grow (`why`), or can again (""): reads go on, nothing is lost."""
@@ -10835,9 +10834,8 @@ class EtcdServer:
         """Stop saying anything, as a crash would, and free all; harmless after stop()."""
         self.stopping = True
         with contextlib.ExitStack() as each:
-            each.callback(self.journal.writer.stop)
-            each.callback(self.transport.stop)
-            self.versions.stop()
+            for free in (self.journal.writer.stop, self.transport.stop, self.versions.stop):
+                each.callback(free)
 
     # -- ways in -----------------------------------------------------------
 
