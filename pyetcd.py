@@ -129,7 +129,6 @@ import threading
 import time
 import types
 import urllib.parse
-import weakref
 from array import array
 from datetime import datetime, timedelta
 from email.utils import formatdate
@@ -5098,26 +5097,28 @@ class Wal:
         cls, directory: str, names: List[str], disk: OsDisk
     ) -> List[Tuple[str, int]]:
         held: List[Tuple[str, int]] = []
-        for name in names:
-            path = os.path.join(directory, name)
-            # To close a descriptor frees the lock of a member in this process: do not open one.
-            handle = None if disk.is_locked(path) else disk.open_append(path)
-            if handle is None or not disk.lock(path, handle):
-                if handle is not None:
-                    disk.close(handle)
-                cls._unlock(directory, held, disk)
-                raise FileLocked(
-                    f"open wal error: file already locked: {path} belongs to a running member;"
-                    " stop it, or give this one another -data-dir"
-                )
-            held.append((name, handle))
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(cls._unlock, directory, held, disk)
+            for name in names:
+                path = os.path.join(directory, name)
+                # To close a descriptor frees the lock of a member in this process: do not open one.
+                handle = None if disk.is_locked(path) else disk.open_append(path)
+                if handle is None or not _lock_or_close(disk, path, handle):
+                    raise FileLocked(
+                        f"open wal error: file already locked: {path} belongs to a running member;"
+                        " stop it, or give this one another -data-dir"
+                    )
+                held.append((name, handle))
+            on_failure.pop_all()
         return held
 
     @staticmethod
     def _unlock(directory: str, held: List[Tuple[str, int]], disk: OsDisk) -> None:
-        for name, handle in held:
-            disk.close(handle)
-            disk.unlock(os.path.join(directory, name))
+        """Free each of the files, also when one of them cannot be closed without an error."""
+        with contextlib.ExitStack() as each:
+            for name, handle in held:
+                each.callback(disk.unlock, os.path.join(directory, name))
+                each.callback(disk.close, handle)
 
     @staticmethod
     def exists(directory: str, *, disk: OsDisk = OS_DISK) -> bool:
@@ -5213,13 +5214,16 @@ class Wal:
         path = os.path.join(directory, cut.name)
         with _needs_space(path, _nothing):
             handle = disk.create(path + ".tmp")
-        with _needs_space(path, lambda: disk.close(handle)):
-            disk.write(handle, cut.head)
-        disk.fsync(handle)
-        disk.rename(path + ".tmp", path)
-        disk.fsync_dir(directory)
-        if not disk.lock(path, handle):
-            raise FileLocked(f"open wal error: file already locked: {path}")
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(disk.close, handle)
+            with _needs_space(path, _nothing):
+                disk.write(handle, cut.head)
+            disk.fsync(handle)
+            disk.rename(path + ".tmp", path)
+            disk.fsync_dir(directory)
+            if not disk.lock(path, handle):
+                raise FileLocked(f"open wal error: file already locked: {path}")
+            on_failure.pop_all()
         if self._held:
             package_logger("wal").info("segmented wal file %s is created", path)
         self._held.append((cut.name, handle))
@@ -5234,9 +5238,19 @@ class Wal:
         del self._held[:keep_from]
 
     def close(self) -> None:
-        """Release all files."""
-        self._unlock(self.directory, self._held, self._disk)
-        self._held = []
+        """Release all files; harmless a second time."""
+        held, self._held = self._held, []
+        self._unlock(self.directory, held, self._disk)
+
+
+def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
+    """Lock a file; if that fails, close its handle."""
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(disk.close, handle)
+        if disk.lock(path, handle):
+            on_failure.pop_all()
+            return True
+    return False
 
 
 def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
@@ -6057,8 +6071,7 @@ class Applier:
     """
 
     def __init__(
-        self, store: Store, cluster: Cluster, local_id: int,
-        clock: Callable[[], int] = time.time_ns,
+        self, store: Store, cluster: Cluster, local_id: int, clock: Callable[[], int],
     ) -> None:
         self.clock = clock
         self.auth_changes = 0           # times that something below /2 may have changed
@@ -6207,6 +6220,16 @@ _METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
 COMPLAINT_SECONDS = 30.0            # the same complaint is not logged again within this time
 
 
+class Clock(NamedTuple):
+    """Where time comes from.  No other code reads a clock, so that a test can pass its own time."""
+
+    now: Callable[[], float]            # monotonic seconds, for deadlines and durations
+    wall_ns: Callable[[], int]          # unix nanoseconds, for what clients see and for expiry
+
+
+SYSTEM_CLOCK = Clock(time.monotonic, time.time_ns)
+
+
 class Timer:
     """One call at a later time; cancel() makes it do nothing."""
 
@@ -6275,13 +6298,14 @@ class Reactor:
 
     PHASES = ("waiting", "sockets", "timers", "posted", "server", "flush")
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.now, self.wall_ns = clock
         self.on_turn: Callable[[], None] = lambda: None
         self.on_turned: Callable[[float], None] = lambda seconds: None  # gets what it took
         self.turns = 0
         self.slowest_turn_s = 0.0
         self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # so far; waiting: for sockets
-        self._turned_at = time.monotonic()      # the end of the last turn
+        self._turned_at = self.now()    # the end of the last turn
         self._quick_waits = 0           # so many in a row were short
         self._epoll = select.epoll()    # selectors would cost some 3 us more per event
         self._callbacks: Dict[int, Callable[[int], None]] = {}      # by descriptor
@@ -6296,28 +6320,17 @@ class Reactor:
         os.set_blocking(wake_in, False)
         os.set_blocking(wake_out, False)
         self._wake_in = open(wake_in, "rb", buffering=0)
-        # Open as long as this object lives: another thread may be about to write.
-        self._wake_out = wake_out
-        weakref.finalize(self, os.close, wake_out)
+        self._wake_out = open(wake_out, "wb", buffering=0)
+        self._wake_lock = threading.Lock()      # a leaf: nobody closes _wake_out under a writer
         self._blocking: Optional[ThreadPoolExecutor] = None
         self._date = (0, "")
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
-
-    @staticmethod
-    def now() -> float:
-        """Monotonic seconds, for deadlines."""
-        return time.monotonic()
-
-    @staticmethod
-    def wall_ns() -> int:
-        """Unix nanoseconds, for what clients see and for expiry."""
-        return time.time_ns()
 
     def call_later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> Timer:
         """Call once, not before delay_s seconds have passed."""
         timer = Timer(callback, args)
         self._timer_count += 1
-        heapq.heappush(self._timers, (time.monotonic() + delay_s, self._timer_count, timer))
+        heapq.heappush(self._timers, (self.now() + delay_s, self._timer_count, timer))
         return timer
 
     def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
@@ -6329,8 +6342,9 @@ class Reactor:
         self._posted.append((callback, args))
         if self._polling:
             self._polling = False
-            with contextlib.suppress(OSError):      # full, which will wake it as well; or nothing
-                os.write(self._wake_out, b"\0")     # runs any more
+            with self._wake_lock:
+                if not self._wake_out.closed:
+                    self._wake_out.write(b"\0")     # None if it is full: that wakes it as well
 
     def run_blocking(
         self, work: Callable[..., Any], *args: Any,
@@ -6375,7 +6389,7 @@ class Reactor:
 
     def http_date(self) -> str:
         """Return the Date header's value, made once a second."""
-        now = int(time.time())
+        now = self.wall_ns() // NS
         if now != self._date[0]:
             self._date = (now, formatdate(now, usegmt=True))
         return self._date[1]
@@ -6390,6 +6404,8 @@ class Reactor:
         if self._blocking is not None:
             self._blocking.shutdown(wait=True)
         self._epoll.close()
+        with self._wake_lock:
+            self._wake_out.close()
         self._wake_in.close()
 
     def stop(self) -> None:
@@ -6400,7 +6416,7 @@ class Reactor:
     def _poll(self) -> List[Tuple[int, int]]:
         wait_s: Optional[float] = None
         if self._timers:                # epoll counts milliseconds: rather late than early
-            wait_s = math.ceil(max(self._timers[0][0] - time.monotonic(), 0.0) * 1e3) * 1e-3
+            wait_s = math.ceil(max(self._timers[0][0] - self.now(), 0.0) * 1e3) * 1e-3
         self._polling = True            # first this, then the look at _posted: no lost wake-up
         if self._posted or self._flushes:
             wait_s = 0.0
@@ -6414,7 +6430,7 @@ class Reactor:
         To fall asleep and be woken takes 50 us, about as long as a client on this machine takes
         for its next request: GETs on one connection are answered at 1.8 times the rate.
         """
-        poll, clock = self._epoll.poll, time.monotonic
+        poll, clock = self._epoll.poll, self.now
         began = clock()
         while self._quick_waits >= QUICK_WAITS_MIN:
             events = poll(0)
@@ -6427,7 +6443,7 @@ class Reactor:
         return events
 
     def _turn(self, events: List[Tuple[int, int]]) -> None:
-        clock, phases = time.monotonic, self.phase_seconds
+        clock, phases = self.now, self.phase_seconds
         started = clock()
         phases["waiting"] += started - self._turned_at
         callbacks, gone = self._callbacks, self._gone
@@ -6460,7 +6476,7 @@ class Reactor:
         self.on_turned(ended - started)
 
     def _run_timers(self) -> None:
-        now = time.monotonic()
+        now = self.now()
         timers = self._timers
         while timers and timers[0][0] <= now:
             timer = heapq.heappop(timers)[2]
@@ -6537,22 +6553,26 @@ class TlsContext:
     """How one side of this member speaks TLS; certificates are read again when they change.
 
     server  True to accept connections, False to make them
+    now     monotonic seconds
 
     Differs from etcd: TLS 1.2 and newer only (etcd 2.3: 1.0), and etcd reads its files once.
     Raises StartError if the files cannot be used; later, the last usable ones stay in use.
     """
 
-    def __init__(self, files: TlsFiles, *, server: bool) -> None:
+    def __init__(
+        self, files: TlsFiles, *, server: bool, now: Callable[[], float] = SYSTEM_CLOCK.now
+    ) -> None:
         self._files = files
         self._server = server
+        self._now = now
         self._seen = self._signature()
-        self._checked = time.monotonic()
+        self._checked = now()
         self._context = self._load()
 
     @property
     def current(self) -> ssl.SSLContext:
         """The context to use for the next connection."""
-        now = time.monotonic()
+        now = self._now()
         if now - self._checked >= CERTIFICATE_CHECK_SECONDS:
             self._checked = now
             signature = self._signature()
@@ -7825,16 +7845,16 @@ class Listener(http.server.HTTPServer):
     def watch_partial(self, connection: Connection, partial: bool, *, begun: bool) -> None:
         """Remember since when a request is incomplete.  begun: it is another than before."""
         if partial and begun:
-            self._partial[connection] = time.monotonic()
+            self._partial[connection] = self.reactor.now()
         elif partial:
-            self._partial.setdefault(connection, time.monotonic())
+            self._partial.setdefault(connection, self.reactor.now())
         elif self._partial:
             self._partial.pop(connection, None)
 
     def watch_unread(self, connection: Connection, *, took: bool) -> None:
         """Remember since when a client takes nothing.  took: it has just taken something."""
         if took or connection not in self.unread:
-            self.unread[connection] = time.monotonic()
+            self.unread[connection] = self.reactor.now()
 
     def forget(self, connection: Connection) -> None:
         """The connection is closed."""
@@ -7911,7 +7931,7 @@ class Listener(http.server.HTTPServer):
             self.reactor.register(self.socket, selectors.EVENT_READ, self._accept)
 
     def _close_slow(self) -> None:
-        now = time.monotonic()
+        now = self.reactor.now()
         for connection, since in list(self._partial.items()):
             if since < now - REQUEST_SECONDS_MAX:
                 connection.refuse(BadRequest("408 Request Timeout", 408))
@@ -7940,6 +7960,89 @@ def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
 # ============================================================================
 
 
+DIAL_SECONDS = 0.25                 # the next address is tried beside one that has not answered
+DIAL_ADDRESSES_MAX = 16             # of one name; more are not tried
+
+
+def dial_order(found: Sequence[Any]) -> List[Any]:
+    """Order what getaddrinfo found: the families take turns, the first begins (RFC 8305 §4)."""
+    first = [info for info in found if info[0] == found[0][0]]
+    others = [info for info in found if info[0] != found[0][0]]
+    turns = itertools.zip_longest(first, others)
+    return [info for turn in turns for info in turn if info][:DIAL_ADDRESSES_MAX]
+
+
+class Dial:
+    """Connects to one of several addresses, whichever answers first (RFC 8305 §5, without DNS).
+
+    Once done(socket, None); or done(None, error of the first address) when all have failed.
+    Neither inside the constructor, nor after cancel().  The socket is not registered.
+    """
+
+    def __init__(
+        self, reactor: Reactor, found: Sequence[Any],
+        done: Callable[[Optional[socket.socket], Optional[OSError]], None],
+    ) -> None:
+        self._reactor = reactor
+        self._left = collections.deque(dial_order(found))
+        self._done = done
+        self._error: Optional[OSError] = None       # of the first address that failed
+        self._open: Set[socket.socket] = set()      # attempts under way
+        self._timer = Timer(_nothing, ())
+        self._next()
+
+    def cancel(self) -> None:
+        """Give all attempts up."""
+        self._timer.cancel()
+        self._left.clear()
+        for sock in self._open:
+            self._reactor.unregister(sock)
+            sock.close()
+        self._open.clear()
+
+    def _next(self) -> None:
+        """Try the next address; beside the attempts under way, if there are any."""
+        self._timer.cancel()
+        if self._left:
+            delay_s = DIAL_SECONDS if self._try(*self._left.popleft()) else 0.0
+            if self._left or not self._open:
+                self._timer = self._reactor.call_later(delay_s, self._next)
+        elif not self._open:
+            self._done(None, self._error)
+
+    def _try(self, family: int, kind: int, protocol: int, _: str, address: Any) -> bool:
+        """Begin to connect; False if that has failed already."""
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:            # no descriptor left, or no such family here
+            self._error = self._error or error
+            return False
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        code = sock.connect_ex(address)
+        if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+            self._fail(sock, code)
+            return False
+        self._open.add(sock)
+        self._reactor.register(sock, selectors.EVENT_WRITE, lambda mask: self._answered(sock))
+        return True
+
+    def _fail(self, sock: socket.socket, code: int) -> None:
+        sock.close()
+        self._error = self._error or OSError(code, os.strerror(code))
+
+    def _answered(self, sock: socket.socket) -> None:
+        self._reactor.unregister(sock)
+        self._open.discard(sock)
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._fail(sock, code)
+            self._next()
+        else:
+            self.cancel()
+            self._done(sock, None)
+
+
 class HttpCall:
     """One outgoing request on a connection of its own, without blocking.
 
@@ -7952,7 +8055,7 @@ class HttpCall:
     __slots__ = (
         "_reactor", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock", "_bodyless",
         "_out", "_in", "_left", "_chunks", "_timer", "_heard", "_ended", "connected", "_paused",
-        "_events", "_tls", "_host", "_handshake",
+        "_events", "_tls", "_host", "_handshake", "_dial",
     )
 
     def __init__(
@@ -7988,6 +8091,7 @@ class HttpCall:
         self._tls = (tls or default_tls()) if is_https(url) else None
         self._host = urlsplit(url).hostname or ""
         self._handshake: Optional[Handshake] = None
+        self._dial: Optional[Dial] = None
         late = TimeoutError(f"dial tcp {urlsplit(url).netloc}: i/o timeout")
         self._timer = reactor.call_later(connect_timeout_s, self._fail, late)
         self._resolve(*url_address(url))
@@ -8001,6 +8105,8 @@ class HttpCall:
         """Drop the connection; no callback comes any more."""
         self._ended = True
         self._timer.cancel()
+        if self._dial is not None:
+            self._dial.cancel()
         if self._sock is None:
             return
         if self._handshake is not None:
@@ -8053,15 +8159,16 @@ class HttpCall:
 
     def _resolve(self, host: str, port: int) -> None:
         """Literal addresses at once; names on a thread, a name server may be slow."""
+        hosts = ("127.0.0.1", "::1") if host == "localhost" else (host,)
         try:
-            self._connect(socket.getaddrinfo(
-                "127.0.0.1" if host == "localhost" else host, port, type=socket.SOCK_STREAM,
-                flags=socket.AI_NUMERICHOST,
-            )[0])
-        except socket.gaierror:
+            found = [info for host in hosts for info in socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)]
+        except (socket.gaierror, UnicodeError):
             self._reactor.run_blocking(
                 socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM, done=self._resolved
             )
+        else:
+            self._dial = Dial(self._reactor, found, self._connected)
 
     def _resolved(self, error: Optional[BaseException], found: Any) -> None:
         if self._ended:
@@ -8069,29 +8176,12 @@ class HttpCall:
         if error is not None:
             self._fail(error if isinstance(error, Exception) else OSError(str(error)))
         else:
-            self._connect(found[0])
+            self._dial = Dial(self._reactor, found, self._connected)
 
-    def _connect(self, found: Any) -> None:
-        family, kind, protocol, _, address = found
-        try:
-            sock = socket.socket(family, kind, protocol)
-        except OSError as error:            # no descriptor left
-            self._reactor.call_soon(self._fail, error)
-            return
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._sock = sock
-        self._events = selectors.EVENT_WRITE
-        self._reactor.register(sock, self._events, self._on_event)
-        code = sock.connect_ex(address)
-        if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-            self._reactor.call_soon(self._fail, OSError(code, os.strerror(code)))
-
-    def _on_connect(self) -> None:
-        assert self._sock is not None
-        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            self._fail(OSError(code, os.strerror(code)))
+    def _connected(self, sock: Optional[socket.socket], error: Optional[OSError]) -> None:
+        self._dial, self._sock = None, sock
+        if sock is None:
+            self._fail(error or OSError("no address"))
         elif self._tls is None:
             self._begin()
         else:
@@ -8099,8 +8189,6 @@ class HttpCall:
 
     def _shake_hands(self, tls: TlsContext) -> None:
         assert self._sock is not None
-        self._reactor.unregister(self._sock)
-        self._events = 0
         try:
             sock = tls.current.wrap_socket(
                 self._sock, server_hostname=self._host, do_handshake_on_connect=False
@@ -8114,8 +8202,6 @@ class HttpCall:
     def _secured(self, error: Optional[OSError]) -> None:
         assert self._sock is not None
         self._handshake = None
-        self._events = selectors.EVENT_READ
-        self._reactor.register(self._sock, self._events, self._on_event)
         if error is None:
             self._begin()
         else:
@@ -8130,9 +8216,6 @@ class HttpCall:
         self.flush()
 
     def _on_event(self, mask: int) -> None:
-        if not self.connected:
-            self._on_connect()
-            return
         if mask & selectors.EVENT_WRITE:
             self.flush()
         if mask & selectors.EVENT_READ and not self._ended:
@@ -9549,17 +9632,18 @@ class RateWindow:
     Differs from etcd: a single message gives 0; there the rate is infinite, which JSON lacks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
         self._samples: Deque[Tuple[float, int]] = collections.deque(maxlen=RATE_SAMPLES_MAX)
 
     def add(self, size: int) -> None:
         """Count one message of `size` bytes."""
-        self._samples.append((time.monotonic(), size))
+        self._samples.append((self._now(), size))
 
     def rates(self) -> Tuple[float, float]:
         """Return messages and bytes per second; (0, 0) when nothing moves."""
         samples = self._samples
-        if not samples or time.monotonic() - samples[-1][0] > RATE_SECONDS_MAX:
+        if not samples or self._now() - samples[-1][0] > RATE_SECONDS_MAX:
             samples.clear()
             return 0.0, 0.0
         seconds = samples[-1][0] - samples[0][0]
@@ -9576,22 +9660,23 @@ def format_decimal(value: float) -> str:
 class ServerStats:
     """What /v2/stats/self shows; times in unix ns.  Source: etcd 2.3 etcdserver/stats."""
 
-    def __init__(self, name: str, member_id: int) -> None:
+    def __init__(self, name: str, member_id: int, clock: Clock) -> None:
         self.name = name
         self.member_id = member_id
-        self.started_ns = time.time_ns()
+        self._wall_ns = clock.wall_ns
+        self.started_ns = clock.wall_ns()
         self.lead = 0                   # id of the leader last known
         self.lead_since_ns = 0          # when it became that
         self.received_appends = 0
         self.sent_appends = 0
-        self._received = RateWindow()
-        self._sent = RateWindow()
+        self._received = RateWindow(clock.now)
+        self._sent = RateWindow(clock.now)
 
     def became(self, lead: int) -> None:
         """The member `lead` leads from now on."""
         if lead != self.lead:
             self.lead = lead
-            self.lead_since_ns = time.time_ns()
+            self.lead_since_ns = self._wall_ns()
 
     def recv_append(self, sender: int, size: int) -> None:
         """A MsgApp of `size` bytes has come from the leader `sender`."""
@@ -9609,7 +9694,7 @@ class ServerStats:
 
         Differs from etcd: without a leader so far the uptime is 0s, not 292 years.
         """
-        uptime_s = (time.time_ns() - self.lead_since_ns) / NS if self.lead else 0.0
+        uptime_s = (self._wall_ns() - self.lead_since_ns) / NS if self.lead else 0.0
         since = format_local_time(self.lead_since_ns) if self.lead else "0001-01-01T00:00:00Z"
         leader = format_id(self.lead) if self.lead else ""
         return (
@@ -9975,15 +10060,16 @@ class WalWriter:
         self._jobs.put(None)
         if self._thread.is_alive():
             self._thread.join()
+        self._wal.close()               # if the thread never ran
 
     def _run(self) -> None:
         try:
-            while True:
-                job = self._jobs.get()
-                if job is None or not self._do(job):
-                    self._wal.close()
-                    return
-                self._reactor.call_soon_threadsafe(job.done)
+            with contextlib.closing(self._wal):
+                while True:
+                    job = self._jobs.get()
+                    if job is None or not self._do(job):
+                        return
+                    self._reactor.call_soon_threadsafe(job.done)
         except Exception as error:
             package_logger("wal").critical("the write-ahead log failed: %s", error, exc_info=True)
             self._reactor.call_soon_threadsafe(self._failed, error)
@@ -10012,9 +10098,10 @@ class WalWriter:
         return steps
 
     def _write(self, data: bytes) -> None:
-        started = time.monotonic()
+        now = self._reactor.now
+        started = now()
         self._wal.write(data, sync=True)
-        self.sync_durations.observe(time.monotonic() - started)
+        self.sync_durations.observe(now() - started)
 
     def _try(self, step: Callable[[], None]) -> bool:
         """Do a step; False if the disk is full.  The reactor is told when that changes."""
@@ -10888,14 +10975,14 @@ class EtcdServer:
         self.ids = IdGenerator(boot.member_id, reactor.wall_ns() // 1_000_000)
         self.raft_index = boot.snapshot.index if boot.snapshot else 0   # last applied
         self.raft_term = boot.snapshot.term if boot.snapshot else 0     # of that entry
-        self.stats = ServerStats(config.name, boot.member_id)
+        self.stats = ServerStats(config.name, self.member_id, Clock(reactor.now, reactor.wall_ns))
         self.leader_stats = LeaderStats(boot.member_id)
         self.metrics = Metrics()
         self.proposals = Proposals(config.request_timeout_s)
         self.reads = QuorumReads(boot.member_id, self.ids.next())
         self.stopping = False
         self.no_space = ""              # why the log cannot be written; "": it can
-        self.applier = Applier(self.store, self.cluster, self.member_id)
+        self.applier = Applier(self.store, self.cluster, self.member_id, reactor.wall_ns)
         writer = (wal_writer_type or WalWriter)(
             boot.wal, boot.snapshotter, reactor, failed=failed, full=self._disk_full
         )
@@ -10971,11 +11058,10 @@ class EtcdServer:
         """Reject what waits, write the last batch, close the log.  Blocks for one sync."""
         self.stopping = True
         self.proposals.fail_all(ServerStopped())
-        self.versions.stop()
         if self.node.has_ready():
             self.journal.add(self.node.ready())
         self.journal.close()
-        self.transport.stop()
+        self.abandon()
 
     def _disk_full(self, why: str) -> None:
         """The log cannot grow (`why`), or can again (""): reads go on, nothing is lost."""
@@ -10988,10 +11074,11 @@ class EtcdServer:
         self.proposals.fail_all(RequestTimeout(cause))
 
     def abandon(self) -> None:
-        """Stop without writing or saying anything more, as a crash would."""
+        """Stop saying anything, as a crash would, and free all; harmless after stop()."""
         self.stopping = True
-        self.versions.stop()
-        self.transport.stop()
+        with contextlib.ExitStack() as each:
+            for free in (self.journal.writer.stop, self.transport.stop, self.versions.stop):
+                each.callback(free)
 
     # -- ways in -----------------------------------------------------------
 
@@ -11034,7 +11121,7 @@ class EtcdServer:
             return
         if not request.id:
             request = request._replace(id=self.ids.next())
-        if not self.proposals.add(request.id, done, time.monotonic()):
+        if not self.proposals.add(request.id, done, self.reactor.now()):
             done(TooManyRequests("etcdserver: too many requests"))
         elif request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
@@ -12661,7 +12748,8 @@ class Listings:
 
     def _begin(self, wanted: Wanted) -> Listing:
         listing = self._store.listing(
-            wanted.path, recursive=wanted.recursive, sorted=wanted.sorted, now_ns=time.time_ns()
+            wanted.path, recursive=wanted.recursive, sorted=wanted.sorted,
+            now_ns=self._reactor.wall_ns(),
         )
         self._work(wanted, listing)
         return listing
@@ -12731,6 +12819,7 @@ class KeysApi:
         self._guard = guard
         self._store = server.store
         self._reactor = server.reactor
+        self._now, self._wall_ns = server.reactor.now, server.reactor.wall_ns
         self._listings = Listings(server.store, server.reactor)
         self._stats = server.store.stats
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
@@ -12790,20 +12879,20 @@ class KeysApi:
         error: EtcdError = Unauthorized("Insufficient credentials")
         if request.method in ("PUT", "POST"):
             try:
-                target.request(request, time.time_ns())
+                target.request(request, self._wall_ns())
             except EtcdError as worse:
                 error = worse
         self._refuse(error, request)
 
     def _get(self, path: str, recursive: bool, sorted: bool, request: HttpRequest) -> None:
         """GET and HEAD from the local store.  A hot path."""
-        started = time.monotonic()
+        started = self._now()
         # etcd looks at every key request whether auth was enabled, and counts the miss.
         self._stats.gets_fail += 1
         method = request.head.method
         self._received.inc(method)
         try:
-            body = self._store.file_json(path, recursive=recursive, now_ns=time.time_ns())
+            body = self._store.file_json(path, recursive=recursive, now_ns=self._wall_ns())
         except EtcdError as error:
             self._fail(request, method, error)
             return
@@ -12812,7 +12901,7 @@ class KeysApi:
             return
         self._send(request, 200, self._store.current_index, body)
         durations = self._get_durations if method == "GET" else self._durations.child(method)
-        durations.observe(time.monotonic() - started)
+        durations.observe(self._now() - started)
 
     def _list(
         self, request: HttpRequest, method: str, started: float, wanted: Wanted
@@ -12824,7 +12913,7 @@ class KeysApi:
                 return
             first, *more = result.chunks
             self._send(request, 200, result.index, first, more)
-            self._durations.child(method).observe(time.monotonic() - started)
+            self._durations.child(method).observe(self._now() - started)
 
         self._listings.ask(wanted, request, done)
 
@@ -12840,7 +12929,7 @@ class KeysApi:
             self._propose(command, request, encode_plain(id, target.encoded, value))
             return
         try:
-            command = target.request(request, time.time_ns())
+            command = target.request(request, self._wall_ns())
         except EtcdError as error:
             self._refuse(error, request)
             return
@@ -12851,7 +12940,7 @@ class KeysApi:
         method = command.method
         self._stats.gets_fail += 1              # as in _get
         self._received.inc(method)
-        done = functools.partial(self._done, request, command, time.monotonic())
+        done = functools.partial(self._done, request, command, self._now())
         self._server.do(command, done, encoded)
 
     def _done(self, request: HttpRequest, command: Request, started: float, result: Any) -> None:
@@ -12861,12 +12950,12 @@ class KeysApi:
             self._fail(request, method, result)
             return
         if method == "QGET" and result.node.children is not None:
-            self._proposals.observe(time.monotonic() - started)
+            self._proposals.observe(self._now() - started)
             wanted = Wanted(command.path, command.recursive, command.sorted)
             self._list(request, method, started, wanted)
             return
         self._send(request, 201 if result.is_created else 200, result.index, result.client_json())
-        elapsed_s = time.monotonic() - started
+        elapsed_s = self._now() - started
         if method == "PUT":
             self._puts_s.append(elapsed_s)
             if len(self._puts_s) >= 1_000:
@@ -13474,7 +13563,7 @@ class MembersApi:
         urls = self._peer_urls(request)
         if urls:
             self._check_reachable(urls)
-            new_id = member_id(urls, "", int(time.time()))
+            new_id = member_id(urls, "", self._server.reactor.wall_ns() // NS)
             self._change(request, ConfChangeType.ADD_NODE, Member(new_id, urls))
 
     def _update(self, request: HttpRequest, id: int) -> None:
@@ -14501,7 +14590,7 @@ def name_servers(path: str = RESOLV_CONF) -> List[Tuple[str, int]]:
 
 
 def lookup_srv(name: str, servers: Sequence[Tuple[str, int]]) -> List[SrvRecord]:
-    """Ask the name servers, in order, for the SRV records of `name`.
+    """Ask the name servers for the SRV records of `name`, in order until one has a good answer.
 
     Sorted by priority, then heavier ones first: the order only numbers the unnamed members, so
     the random choice of RFC 2782 would be of no use.  Raises OSError.
@@ -14514,15 +14603,18 @@ def lookup_srv(name: str, servers: Sequence[Tuple[str, int]]) -> List[SrvRecord]
             answer = _ask_udp(address, query)
             if answer[2] & 2:           # truncated: the whole answer needs TCP (RFC 1035 §4.2)
                 answer = _ask_tcp(address, query)
-            records = _srv_answer(answer, name)
+            records = _srv_answer(answer)
         except socket.timeout:
             last = OSError(f"lookup {name} on {address[0]}: i/o timeout")
             continue
-        except ConnectionError as error:
+        except OSError as error:
             last = OSError(f"lookup {name} on {address[0]}: {_reason(error)}")
             continue
         except (IndexError, struct.error):
-            raise OSError(f"lookup {name} on {address[0]}: malformed answer") from None
+            last = OSError(f"lookup {name} on {address[0]}: malformed answer")
+            continue
+        if not records:
+            raise OSError(f"lookup {name}: no such host")
         return sorted(records, key=lambda r: (r.priority, -r.weight, r.target, r.port))
     raise last
 
@@ -14552,13 +14644,16 @@ def _ask_tcp(address: Tuple[str, int], query: bytes) -> bytes:
         return file.read(size)
 
 
-def _srv_answer(message: bytes, name: str) -> List[SrvRecord]:
-    """The SRV records of a DNS message.  Raises OSError, IndexError or struct.error."""
+def _srv_answer(message: bytes) -> List[SrvRecord]:
+    """The SRV records of a DNS message; [] also if there is no such name.
+
+    Raises OSError, IndexError or struct.error.
+    """
     code = message[3] & 15
     questions, answers = struct.unpack_from(">2H", message, 4)
-    if code:
-        words = {2: "server misbehaving", 3: "no such host", 5: "query refused"}
-        raise OSError(f"lookup {name}: {words.get(code, f'DNS error {code}')}")
+    if code not in (0, 3):              # 3: there is no such name
+        words = {2: "server misbehaving", 5: "query refused"}
+        raise OSError(words.get(code, f"DNS error {code}"))
     offset = 12
     for _ in range(questions):
         offset = _dns_name(message, offset)[1] + 4
@@ -14572,8 +14667,6 @@ def _srv_answer(message: bytes, name: str) -> List[SrvRecord]:
             target = _dns_name(message, offset + 6)[0]
             records.append(SrvRecord(priority, weight, port, target))
         offset += size
-    if not records:
-        raise OSError(f"lookup {name}: no such host")
     return records
 
 
@@ -14604,10 +14697,10 @@ def srv_cluster(
     Raises DiscoveryError.  Source: etcd 2.3 discovery/srv.go.
     """
     log = package_logger("discovery")
-    own = set()
+    own: Set[Tuple[str, int]] = set()
     for url in peer_urls:
         try:
-            own.add(_resolve(url))
+            own |= _resolve(url)
         except OSError:
             host = url_address(url)[0]
             raise DiscoveryError(f"couldn't resolve host {host} during SRV discovery") from None
@@ -14623,7 +14716,7 @@ def srv_cluster(
         for record in records:
             url = f"{scheme}://{record.target}:{record.port}"
             try:
-                is_own = _resolve(url) in own
+                is_own = bool(_resolve(url) & own)
             except OSError as error:
                 log.warning("couldn't resolve host %s: %s", record.target, _reason(error))
                 continue
@@ -14635,12 +14728,11 @@ def srv_cluster(
     return ",".join(pairs)
 
 
-def _resolve(url: str) -> Tuple[str, int]:
-    """Return (ip address, port) of a URL's host.  Raises OSError."""
+def _resolve(url: str) -> Set[Tuple[str, int]]:
+    """Return the (ip address, port) pairs of a URL's host.  Raises OSError."""
     host, port = url_address(url)
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    found.sort(key=lambda info: info[0] != socket.AF_INET)
-    return str(found[0][4][0]), port
+    return {(str(info[4][0]), port) for info in found}
 
 
 class DiscoveryService:
@@ -14787,20 +14879,27 @@ def default_route_address() -> str:
 
 
 def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
-    """True if both lists name the same addresses, host names resolved.
+    """True if each URL of either list has an address of one in the other, host names resolved.
 
     `localhost` is compared as text, as etcd does: it means another machine everywhere.
     """
-    def addresses(urls: Sequence[str]) -> List[Tuple[str, str, int]]:
+    def resolved(urls: Sequence[str]) -> List[Set[Tuple[str, str, int]]]:
         found = []
         for url in urls:
-            host, port = url_address(url)
+            addresses, scheme = {url_address(url)}, urlsplit(url).scheme
             with contextlib.suppress(OSError):
-                host = host if host == "localhost" else _resolve(url)[0]
-            found.append((urlsplit(url).scheme, host, port))
-        return sorted(found)
+                if url_address(url)[0] != "localhost":
+                    addresses = _resolve(url)
+            found.append({(scheme, *address) for address in addresses})
+        return found
 
-    return sorted(ours) == sorted(theirs) or addresses(ours) == addresses(theirs)
+    if sorted(ours) == sorted(theirs):
+        return True
+    some, others = resolved(ours), resolved(theirs)
+    return len(some) == len(others) and all(
+        any(one & other for other in each)
+        for each, ones in ((others, some), (some, others)) for one in ones
+    )
 
 
 def fetch_members(
@@ -15384,11 +15483,13 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
                 "restart member %s in cluster %s at commit index %d", format_id(member_id),
                 format_id(cluster.id), contents.hard_state.commit,
             )
+        boot = Bootstrap(
+            data_dir, member_id, cluster, store, wal, snapshotter, contents, snapshot
+        )
+        if _is_blank(boot):
+            boot = _begin_again(config, boot)
         on_failure.pop_all()
-    boot = Bootstrap(
-        data_dir, member_id, cluster, store, wal, snapshotter, contents, snapshot
-    )
-    return _begin_again(config, boot) if _is_blank(boot) else boot
+    return boot
 
 
 def _recover(store: Store, snapshot: Snapshot) -> None:
@@ -15536,7 +15637,7 @@ class FirstLife:
     def _ask(self) -> None:
         etcd = self._etcd
         if self._is_over or etcd.stopping:
-            self._end()
+            self.end()
             return
         for member in etcd.cluster.members.values():
             is_known = member.id in self._heard or member.id == etcd.member_id
@@ -15569,7 +15670,8 @@ class FirstLife:
             elif any(member.id == etcd.member_id for member in members):
                 self._heard.add(member_id)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Ask no more, and believe everybody."""
         if self._etcd.transport.drop == self._drops:
             self._etcd.transport.drop = None
         for call in self._asked.values():
@@ -15628,8 +15730,7 @@ class ServerThread:
     def stop(self) -> None:
         """Stop in order: waiting requests are rejected, the last batch is written, files closed."""
         if self._thread is None:
-            self._close_listeners()
-            self._reactor.close()
+            self._close()
         elif self._thread.is_alive():
             self._reactor.call_soon_threadsafe(self._stop)
             self._thread.join()
@@ -15655,7 +15756,7 @@ class ServerThread:
                     f"cannot listen on TLS for {url}: KeyFile and CertFile are not presented;"
                     f" give both, or use an http URL"
                 )
-            tls = TlsContext(files, server=True)
+            tls = TlsContext(files, server=True, now=self._reactor.now)
         try:
             return Listener(url, self._reactor, handler, body_max=body_max, tls=tls)
         except OSError as error:
@@ -15668,8 +15769,9 @@ class ServerThread:
     def _start_thread(self) -> None:
         for listener in self._peer_listeners + self._client_listeners:
             listener.start()
-        self._thread = threading.Thread(target=self._run, name="reactor", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="reactor", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def _run(self) -> None:
         try:
@@ -15679,11 +15781,20 @@ class ServerThread:
             self._error = error
             package_logger("etcd").critical("the member ends: %s", error, exc_info=True)
         finally:
-            self._close_listeners()
-            self._reactor.close()
+            self._close()
 
     def _begin(self) -> None:
         """First thing on the reactor's thread."""
+
+    def _free(self) -> None:
+        """Free what is there besides listeners and reactor, in whatever state it is."""
+
+    def _close(self) -> None:
+        """Free everything: in the end, however far the start came, and whatever has failed."""
+        with contextlib.ExitStack() as each:
+            each.callback(self._reactor.close)
+            each.callback(self._close_listeners)
+            self._free()
 
     def _stop(self) -> None:
         """On the reactor's thread: end everything in order."""
@@ -15691,9 +15802,10 @@ class ServerThread:
         self._reactor.stop()
 
     def _close_listeners(self) -> None:
-        for listener in self._client_listeners + self._peer_listeners:
-            listener.stop()
-        self._client_listeners, self._peer_listeners = [], []
+        with contextlib.ExitStack() as each:
+            for listener in self._client_listeners + self._peer_listeners:
+                each.callback(listener.stop)
+            self._client_listeners, self._peer_listeners = [], []
 
 
 class Server(ServerThread):
@@ -15714,20 +15826,25 @@ class Server(ServerThread):
         super()._init(config)
         self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
         self._peer_api: Optional[PeerApi] = None
+        self._first_life: Optional[FirstLife] = None
         self._ready = threading.Event()
         self._leaving = False           # stop() was called
 
     # -- life --------------------------------------------------------------
 
     def __enter__(self) -> Server:
-        self.start()
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.stop)
+            self.start()
+            on_failure.pop_all()
         return self
 
     def bind(self) -> None:
         """Open the listening sockets, so that the ports are known; nothing is served yet."""
         if self._client_listeners:
             return
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._abandon_listeners)
             for url in self.config.listen_peer_urls:
                 self._peer_listeners.append(
                     self._listen(url, self._serve_peer, PEER_BODY_BYTES_MAX, self.config.peer_tls)
@@ -15740,9 +15857,7 @@ class Server(ServerThread):
                     )
                 )
                 package_logger("etcd").info("listening for client requests on %s", url)
-        except StartError:
-            self._abandon_listeners()
-            raise
+            on_failure.pop_all()
         config = self.config
         if not config.advertise_client_urls:
             config = config._replace(advertise_client_urls=self.client_urls)
@@ -15758,16 +15873,22 @@ class Server(ServerThread):
         self.bind()
         if initial_cluster:
             self.config = self.config._replace(initial_cluster=initial_cluster)
-        with contextlib.ExitStack() as cleanup:
-            cleanup.callback(self._abandon_listeners)
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._abandon_listeners)
             boot = bootstrap(self.config)
-            cleanup.pop_all()
+            on_failure.callback(boot.wal.close)
+            on_failure.callback(self._free)
+            self._assemble(boot)
+            self._start_thread()
+            on_failure.pop_all()
+
+    def _assemble(self, boot: Bootstrap) -> None:
         self.etcd = EtcdServer(
             self.config, boot, self._reactor, failed=self._failed, removed=self._removed,
             published=self._ready.set, transport_type=self._transport_type,
         )
         if FirstLife.is_due(boot):
-            FirstLife(self.etcd, self._refuse, boot.peer_tls)
+            self._first_life = FirstLife(self.etcd, self._refuse, boot.peer_tls)
         api = ClientApi(self.etcd)
         self._count_client_bytes(self.etcd.metrics)
         api.fallback = DiscoveryService(self.etcd.do, api.serve).handle
@@ -15775,14 +15896,12 @@ class Server(ServerThread):
             listener.handler = api.handler
         self._peer_api = PeerApi(self.etcd)
         self._reactor.on_turn = self.etcd.on_turn
-        self._start_thread()
 
     def kill(self) -> None:
         """End at once, as by `kill -9`: nothing more is written or said.  For tests."""
         if self._thread is not None and self.etcd is not None:
             self._reactor.call_soon_threadsafe(self._failed, ServerStopped("killed"))
             self._thread.join()
-            self.etcd.journal.writer.stop()
 
     def wait_ready(self, timeout_s: float = 10.0) -> bool:
         """Block until this member has a leader and is published; False after timeout_s."""
@@ -15833,6 +15952,12 @@ class Server(ServerThread):
     def _begin(self) -> None:
         assert self.etcd is not None
         self.etcd.start()
+
+    def _free(self) -> None:
+        if self._first_life is not None:
+            self._first_life.end()
+        if self.etcd is not None:
+            self.etcd.abandon()
 
     def _stop(self) -> None:
         assert self.etcd is not None
@@ -16116,11 +16241,11 @@ class LocalMember:
 
         Raises TimeoutError, and ServerStopped if it does not run.
         """
-        deadline = time.monotonic() + timeout_s
-        republish_at = time.monotonic() + REPUBLISH_SECONDS
+        deadline = SYSTEM_CLOCK.now() + timeout_s
+        republish_at = SYSTEM_CLOCK.now() + REPUBLISH_SECONDS
         server = self._running()
         while self.is_paused or not server.call(server.is_ready):
-            now = time.monotonic()
+            now = SYSTEM_CLOCK.now()
             if now > deadline:
                 raise TimeoutError(f"{self.name} is not ready after {timeout_s} s: {self._state()}")
             if now > republish_at and not self.is_paused:
@@ -16295,10 +16420,10 @@ class LocalCluster:
             member.initial_cluster = initial
             member.start(timeout_s=0)
         if timeout_s:
-            deadline = time.monotonic() + timeout_s
+            deadline = SYSTEM_CLOCK.now() + timeout_s
             self._elect(deadline)
             for member in self.members:
-                member.wait_ready(max(deadline - time.monotonic(), 0.0))
+                member.wait_ready(max(deadline - SYSTEM_CLOCK.now(), 0.0))
 
     def close(self) -> None:
         """Kill all members, give their ports back, and remove the temporary directories."""
@@ -16328,13 +16453,13 @@ class LocalCluster:
 
         Raises TimeoutError, which says what each member does.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = SYSTEM_CLOCK.now() + timeout_s
         candidates = list(among) or self.members
         while True:
             leader = self._leader_of(candidates)
             if leader is not None:
                 return leader
-            if time.monotonic() > deadline:
+            if SYSTEM_CLOCK.now() > deadline:
                 raise TimeoutError(f"no leader after {timeout_s} s: {candidates}")
             time.sleep(LOCAL_POLL_SECONDS)
 
@@ -16397,7 +16522,7 @@ class LocalCluster:
             if all(_hear_each_other(candidate, voter) for voter in voters):
                 candidate.call(_campaign)
                 return
-            if time.monotonic() > deadline:
+            if SYSTEM_CLOCK.now() > deadline:
                 return
             time.sleep(LOCAL_POLL_SECONDS)
 
@@ -16602,6 +16727,7 @@ class ProxyDialer:
     """Makes every call of a proxy to a member, with the limits of the -proxy-* flags."""
 
     def __init__(self, config: ServerConfig, reactor: Reactor) -> None:
+        self.now, self.wall_ns = reactor.now, reactor.wall_ns
         self._reactor = reactor
         self._connect_s = config.proxy_dial_timeout_ms / 1000 or PROXY_CONNECT_SECONDS_MAX
         self._read_s = config.proxy_read_timeout_ms / 1000 or None
@@ -16857,9 +16983,9 @@ class Endpoints:
 class ProxyMetrics:
     """What a proxy counts.  Source: etcd 2.3 proxy/metrics.go."""
 
-    def __init__(self) -> None:
+    def __init__(self, started_ns: int) -> None:
         self.metrics = Metrics()
-        add_process_readings(self.metrics, Reactor.wall_ns())
+        add_process_readings(self.metrics, started_ns)
         self._requests = self.metrics.counter(
             "etcd_proxy_requests_total", "Requests that came in, by method.", ("method",))
         self._handled = self.metrics.counter(
@@ -16914,7 +17040,7 @@ class Forward:
         self._dialer = dialer
         self._metrics = metrics
         self._ended = ended
-        self._started = Reactor.now()
+        self._started = dialer.now()
         self._endpoint: Optional[Endpoint] = None
         self._call: Optional[HttpCall] = None
         self._reply: Optional[StreamReply] = None
@@ -16973,7 +17099,7 @@ class Forward:
         assert self._endpoint is not None
         request = self._request
         self._endpoint.answered()
-        self._metrics.handled(request.method, status, Reactor.now() - self._started)
+        self._metrics.handled(request.method, status, self._dialer.now() - self._started)
         dropped = _HOP_HEADERS.union(("date",))
         if isinstance(request, CorsRequest):
             dropped = dropped.union(_CORS_HEADERS)      # the reply has ours
@@ -17056,7 +17182,7 @@ class ProxyApi:
         self._dialer = dialer
         self._origins = frozenset(config.cors)
         self._is_readonly = config.proxy == "readonly"
-        self._metrics = ProxyMetrics()
+        self._metrics = ProxyMetrics(dialer.wall_ns())
         self._forwards: Dict[Forward, None] = {}
 
     def handle(self, request: HttpRequest) -> None:
@@ -17125,22 +17251,24 @@ class ProxyServer(ServerThread):
         self._api: Optional[ProxyApi] = None
 
     def __enter__(self) -> ProxyServer:
-        self.start()
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.stop)
+            self.start()
+            on_failure.pop_all()
         return self
 
     def bind(self) -> None:
         """Open the listening sockets, so that the ports are known; nothing is served yet."""
         if self._client_listeners:
             return
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._close_listeners)
             for url in self.config.listen_client_urls:
                 self._client_listeners.append(
                     self._listen(url, self._serve, REQUEST_BODY_BYTES_MAX, self.config.client_tls)
                 )
                 package_logger("proxy").info("listening for client requests on %s", url)
-        except StartError:
-            self._close_listeners()
-            raise
+            on_failure.pop_all()
 
     def start(self) -> None:
         """Find the members and serve.  With discovery this waits until all have registered."""
@@ -17158,8 +17286,8 @@ class ProxyServer(ServerThread):
             self._endpoints.refresh()
             self._api = ProxyApi(self._endpoints, dialer, config)
             self.bind()
+            self._start_thread()
             cleanup.pop_all()
-        self._start_thread()
 
     def _serve(self, request: HttpRequest) -> None:
         assert self._api is not None
@@ -17169,11 +17297,11 @@ class ProxyServer(ServerThread):
         assert self._endpoints is not None
         self._endpoints.start()
 
-    def _stop(self) -> None:
-        assert self._endpoints is not None and self._api is not None
-        self._endpoints.stop()
-        self._api.stop()
-        super()._stop()
+    def _free(self) -> None:
+        if self._endpoints is not None:
+            self._endpoints.stop()
+        if self._api is not None:
+            self._api.stop()
 
 
 # ============================================================================
@@ -18644,7 +18772,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
     if not source.last.index:
         raise BackupError(f"{source.path} holds no data yet; name one of a member that has run")
     cluster = _AnyVersionCluster("", store)
-    applier = Applier(store, cluster, source.member_id)
+    applier = Applier(store, cluster, source.member_id, SYSTEM_CLOCK.wall_ns)
     try:
         if source.snapshot is not None:
             store.recover(source.snapshot.data, _part(progress, 0.0, 0.8))
@@ -18863,7 +18991,7 @@ def restore(
     store, _ = load_state(found, _part(progress, 0.0, 0.6))
     members = tuple(sorted(cluster.members.values()))
     _replace_members(store, members)
-    job = SnapshotJob(store, found.last, tuple(member.id for member in members), time.monotonic)
+    job = SnapshotJob(store, found.last, tuple(member.id for member in members), SYSTEM_CLOCK.now)
     keys, expected = store.count_files("/1"), len(found.snapshot.data) if found.snapshot else 0
     while job.done is None:
         job.work()
@@ -19150,17 +19278,18 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
 class ProgressLine:
     """`restore: 45% (123,456 keys)` on a terminal, if the work takes longer than a second."""
 
-    def __init__(self, tool: str) -> None:
+    def __init__(self, tool: str, now: Callable[[], float] = SYSTEM_CLOCK.now) -> None:
         self._tool = tool
-        self._next = time.monotonic() + 1.0
+        self._now = now
+        self._next = now() + 1.0
         self._keys = 0
         self._text = ""                 # what stands on the line now
 
     def show(self, share: float, keys: int) -> None:
         """A share of the work is done, 0.0 to 1.0, and so many keys."""
         self._keys = max(self._keys, keys)
-        if sys.stderr.isatty() and time.monotonic() >= self._next:
-            self._next = time.monotonic() + 0.1
+        if sys.stderr.isatty() and self._now() >= self._next:
+            self._next = self._now() + 0.1
             self._write(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
 
     def end(self) -> None:

@@ -519,6 +519,52 @@ def test_house_raft_sections_use_no_clock_chance_or_input() -> None:
     assert not wrong, wrong
 
 
+# What tells the time, if it has fewer arguments than this.
+_HOUSE_CLOCKS = {
+    "time": {
+        **dict.fromkeys(("time", "monotonic", "perf_counter", "process_time", "thread_time"), 99),
+        **dict.fromkeys(("time_ns", "monotonic_ns", "perf_counter_ns", "process_time_ns"), 99),
+        **dict.fromkeys(("clock_gettime", "clock_gettime_ns", "thread_time_ns"), 99),
+        **dict.fromkeys(("localtime", "gmtime", "ctime", "asctime"), 1), "strftime": 2,
+    },
+    "datetime": dict.fromkeys(("now", "utcnow", "today"), 99),
+    "email": dict.fromkeys(("formatdate", "localtime"), 1),
+}
+
+
+def _house_clock_reads(tree: ast.Module) -> Iterator[int]:
+    """Lines that read a clock, or name the system's to pass it on."""
+    source = _house_imported_from(tree)
+    called = {node.func: len(node.args) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    owners = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, "ctx", None), ast.Store):
+            continue
+        if isinstance(node, ast.Name) and (node not in owners or node.id == "SYSTEM_CLOCK"):
+            name, root = node.id, node.id
+        elif isinstance(node, ast.Attribute):
+            name, root = node.attr, next(iter(_house_names(node)), "")
+        else:
+            continue
+        if root == "SYSTEM_CLOCK":
+            yield node.lineno
+        if called.get(node, 0) < _HOUSE_CLOCKS.get(source.get(root, ""), {}).get(name, 0):
+            yield node.lineno
+
+
+def test_house_only_the_edge_reads_a_clock() -> None:
+    """Time is passed in, by the reactor: simulated members live in simulated time.
+
+    The edge is the reactor, which has the clock; certificates that are read before there is a
+    reactor; members in a test, whose threads wait for each other; the tools and the command line.
+    """
+    module = _house_load("pyetcd")
+    titles = {section.number: section.title for section in module.sections}
+    readers = {titles.get(module.section_of(line), "the top")
+               for line in _house_clock_reads(module.tree)}
+    assert readers <= {"Reactor", "TLS", "Testing aid", "Backup and restore", "Command line"}
+
+
 def test_house_server_imports_the_standard_library_only() -> None:
     """pyetcd.py works where nothing else is installed."""
     outside = {"requests", "urllib3", "setuptools", "pytest", "hypothesis", "pyetcd_client"}
@@ -628,6 +674,12 @@ def test_house_rules_notice_what_they_forbid() -> None:
     assert ("first", "second") in uses
     assert _house_nesting(second.body) == 2
     assert list(_house_sleeps(tree)) == [11]
+    clocks = ast.parse("import time\nfrom email.utils import formatdate\n"
+                       "from datetime import datetime\nfrom time import monotonic\n"
+                       "a = time.time_ns\nmonotonic()\ntime.localtime()\nformatdate()\n"
+                       "datetime.now()\nb = SYSTEM_CLOCK.now\n"
+                       "time.localtime(1)\nformatdate(2)\ntime.sleep(1)\nnow()\n")
+    assert sorted(set(_house_clock_reads(clocks))) == [5, 6, 7, 8, 9, 10]
     assert list(_house_undocumented(tree.body)) == ["first:2", "second:4", "test_x:10", "poll:12"]
 
 
@@ -5194,6 +5246,24 @@ def test_sim_seeds():
           f" {refused} damaged disks refused")
 
 
+def test_sim_lives_in_its_own_time(monkeypatch):
+    """No clock of this machine is read: requests time out, and a seed always does the same."""
+    def expire(proposals, now, error):
+        expired.append(expire_really(proposals, now, error))
+
+    def run(seed):
+        sim = _sim_scenario(seed)
+        return sim.steps, sim.now, len(sim.heap), sim.acknowledged, sim.histories
+
+    expired, expire_really = [], pyetcd.Proposals.expire
+    monkeypatch.setattr(pyetcd.Proposals, "expire", expire)
+    monkeypatch.setattr(pyetcd, "time", None)
+    monkeypatch.setattr(pyetcd, "SYSTEM_CLOCK", None)
+    runs = [run(seed) for seed in range(50_000, 50_006)]
+    assert sum(expired) > 50
+    assert run(50_000) == runs[0]
+
+
 def test_sim_work_in_small_pieces(monkeypatch):
     """Batches written, and entries applied, a few at a time over several turns."""
     monkeypatch.setattr(pyetcd, "WORK_BYTES_MAX", 150)
@@ -8095,11 +8165,10 @@ def test_http_leader_stats_show_latency_in_milliseconds():
     assert json.loads(stats.json([2]))["followers"]["2"]["counts"]["success"] == 0
 
 
-def test_http_server_stats_leave_out_rates_that_are_zero(monkeypatch):
+def test_http_server_stats_leave_out_rates_that_are_zero():
     """A rate needs two messages, the last within a second."""
     clock = types.SimpleNamespace(now=100.0)
-    monkeypatch.setattr(pyetcd.time, "monotonic", lambda: clock.now)
-    stats = pyetcd.ServerStats("n\u00e4me", 1)
+    stats = pyetcd.ServerStats("n\u00e4me", 1, pyetcd.Clock(lambda: clock.now, time.time_ns))
     stats.recv_append(7, 100)
     assert "Rate" not in stats.json("StateFollower")
     clock.now += 0.5
@@ -10065,6 +10134,160 @@ def test_cluster_snapshots_segments_and_purge(tmp_path):
         eventually(lambda: len(list(snap.glob("*.snap"))) <= 2, 10, "purge at start")
 
 
+def _embed_open():
+    """What a process owns: descriptors by what they are, threads, and locks of log files."""
+    gc.collect()
+    descriptors = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            descriptors.append(re.sub(r"\d+", "N", os.readlink(f"/proc/self/fd/{name}")))
+    threads = [thread.name for thread in threading.enumerate()]
+    return sorted(descriptors), sorted(threads), sorted(pyetcd._locked_paths)
+
+
+def _raise_eio(*args, **named):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def _raise_bug(*args, **named):
+    raise InvariantError("a bug made for this test")
+
+
+def _fail_disk(server, patch):
+    patch.setattr(pyetcd.OsDisk, "write", _raise_eio)
+    server.call(lambda etcd: etcd.do(Request(method="PUT", path="/1/a", val="1"), print))
+
+
+def _fail_sync_and_close(server, patch):
+    def close(disk, handle):
+        os.close(handle)
+        _raise_eio()
+    patch.setattr(pyetcd.OsDisk, "close", close)
+    patch.setattr(pyetcd, "_fdatasync", _raise_eio)
+    server.call(lambda etcd: etcd.do(Request(method="PUT", path="/1/a", val="1"), print))
+
+
+def _fail_reactor(server, patch):
+    server._reactor.call_soon_threadsafe(_raise_bug)
+
+
+def _fail_turn(server, patch):
+    patch.setattr(pyetcd.EtcdServer, "_apply", _raise_bug)
+
+
+def _fail_stop(server, patch):
+    patch.setattr(pyetcd.Journal, "close", _raise_bug)
+    server.stop()
+
+
+@pytest.mark.parametrize("fail", [
+    _fail_disk, _fail_sync_and_close, _fail_reactor, _fail_turn, _fail_stop,
+])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_embed_failed_member_frees_all_and_starts_again(tmp_path, monkeypatch, fail):
+    """Whatever ends a member, nothing of it is left in the process, not even before stop()."""
+    directory, before = str(tmp_path / "a"), _embed_open()
+    with monkeypatch.context() as patch:
+        server = pyetcd.Server(data_dir=directory)
+        server.start()
+        assert server.wait_ready()
+        with requests.get(server.client_urls[0] + "/v2/keys/?wait=true&stream=true", stream=True):
+            fail(server, patch)
+            assert server.wait() == 1
+    assert _embed_open() == before
+    server.stop()
+    server.stop()
+    with pyetcd.Server(data_dir=directory) as again:
+        assert again.wait_ready()
+    assert _embed_open() == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_embed_failed_member_of_a_cluster_closes_its_links(tmp_path, monkeypatch):
+    """One of two, whose other never answers: streams, probes, and what a first life asks."""
+    before = _embed_open()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(pyetcd, "PROBE_ANSWER_SECONDS", 0.05)
+        server = pyetcd.Server(name="a", data_dir=str(tmp_path / "a"))
+        server.bind()
+        other = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        server.start(initial_cluster=f"a={server.peer_urls[0]},b={other}")
+        monkeypatch.setattr(pyetcd, "PROBE_ANSWER_SECONDS", 5.0)
+        eventually(lambda: server.call(lambda etcd: bool(server._first_life._asked)))
+        _fail_reactor(server, monkeypatch)
+        assert server.wait() == 1
+    assert _embed_open() == before
+
+
+def _embed_blank_log(directory):
+    """The log of a member that ended before its first write."""
+    paths = pyetcd.prepare_data_dir(directory)
+    cluster = Cluster.from_initial("t", {"a": ("http://127.0.0.1:1",)})
+    (member,) = cluster.members
+    Wal.create(paths.wal, pyetcd.encode_metadata(member, cluster.id)).close()
+
+
+@pytest.mark.parametrize("name", [
+    "pyetcd.bootstrap", "pyetcd.EtcdServer.__init__", "pyetcd.ClientApi.__init__",
+    "pyetcd.PeerApi.__init__", "threading.Thread.start", "pyetcd._begin_again",
+    "pyetcd.OsDisk.fsync_dir", "pyetcd.OsDisk.lock", "pyetcd.OsDisk.write",
+    "pyetcd.Snapshotter.load", "pyetcd.decode_metadata", "pyetcd.Listener.start",
+])
+@pytest.mark.parametrize("past", [False, True], ids=["new", "restarted"])
+def test_embed_start_that_fails_leaves_nothing(tmp_path, monkeypatch, name, past):
+    """Neither ports nor log are kept, whichever step failed, and with whichever error."""
+    directory, before = str(tmp_path / "a"), _embed_open()
+    if past:
+        _embed_blank_log(directory)
+    owner, _, attribute = name.removeprefix("pyetcd.").rpartition(".")
+    target = threading.Thread if owner == "threading.Thread" else (
+        getattr(pyetcd, owner) if owner else pyetcd)
+    settings = {"name": "a", "data_dir": directory, "initial_cluster_token": "t",
+                "initial_advertise_peer_urls": ["http://127.0.0.1:1"],
+                "initial_cluster": "a=http://127.0.0.1:1"}
+    with monkeypatch.context() as patch:
+        patch.setattr(target, attribute, _raise_bug)
+        try:
+            pyetcd.Server(**settings).__enter__().stop()
+        except (pyetcd.StartError, InvariantError):
+            assert _embed_open() == before
+        else:
+            assert name in ("pyetcd._begin_again", "pyetcd.Snapshotter.load",
+                            "pyetcd.decode_metadata", "pyetcd.OsDisk.write",
+                            "pyetcd.OsDisk.fsync_dir")      # it is not on this member's way
+    with pyetcd.Server(**settings) as server:
+        assert server.wait_ready()
+    assert _embed_open() == before
+
+
+def test_embed_refused_start_does_not_lock_the_log(tmp_path):
+    """Flags that a half formed member cannot use: an error, and the next start has the log."""
+    directory, before = str(tmp_path / "a"), _embed_open()
+    _embed_blank_log(directory)
+    server = pyetcd.Server(name="a", data_dir=directory, initial_cluster="b=http://127.0.0.1:1")
+    with pytest.raises(pyetcd.StartError):
+        server.start()
+    assert _embed_open()[2] == before[2]
+    server.stop()
+    assert _embed_open() == before
+
+
+def test_embed_failed_proxy_frees_all(tmp_path, monkeypatch):
+    """A proxy that ends while requests wait for a member that never answers."""
+    before = _embed_open()
+    with pyetcd.Server(data_dir=str(tmp_path / "a")) as member:
+        assert member.wait_ready()
+        proxy = pyetcd.ProxyServer(data_dir=str(tmp_path / "p"),
+                                   initial_cluster=f"a={member.peer_urls[0]}", proxy="on")
+        proxy.start()
+        with requests.get(proxy.client_urls[0] + "/v2/keys/?wait=true&stream=true",
+                          stream=True) as watch:
+            assert watch.status_code == 200
+            proxy._reactor.call_soon_threadsafe(_raise_bug)
+            assert proxy.wait() == 1
+    assert _embed_open() == before
+
+
 def test_cluster_embedded_members_form_a_cluster(tmp_path):
     """Three members inside this very process, on free ports, and a clean stop."""
     names = ("a", "b", "c")
@@ -11813,7 +12036,7 @@ def test_ops_stats_show_local_time(monkeypatch, zone, shown):
     with monkeypatch.context() as patch:
         patch.setenv("TZ", zone)
         time.tzset()
-        stats = pyetcd.ServerStats("x", 1)
+        stats = pyetcd.ServerStats("x", 1, pyetcd.SYSTEM_CLOCK)
         stats.started_ns = 1_767_225_600 * pyetcd.NS + pyetcd.NS // 2
         started = json.loads(stats.json("StateFollower"))["startTime"]
     time.tzset()
@@ -17677,6 +17900,94 @@ def link_net():
     net.close()
 
 
+def _dial_listen(host: str) -> Tuple[socket.socket, Any]:
+    """A listening socket on loopback, and what getaddrinfo says of it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.create_server((host, 0), family=family)
+    return sock, (family, socket.SOCK_STREAM, 6, "", sock.getsockname())
+
+
+def _dial(net: _LinkNet, *found: Any) -> Tuple[Optional[Tuple[str, int]], Optional[OSError]]:
+    """Dial these addresses; return which one was reached, or the error."""
+    ends: List[Any] = []
+    pyetcd.Dial(net.reactor, found, lambda sock, error: ends.append((sock, error)))
+    assert not ends, "it called back from inside the constructor"
+    net.until(lambda: ends)
+    (sock, error), *more = ends
+    assert not more
+    with sock or contextlib.nullcontext():
+        return sock and sock.getpeername()[:2], error
+
+
+def test_link_dial_order_takes_turns() -> None:
+    """RFC 8305 §4: after an address of one family comes one of the other; the first begins."""
+    four, six = socket.AF_INET, socket.AF_INET6
+    found = [(six, 1), (six, 2), (six, 3), (four, 4), (four, 5)]
+    assert pyetcd.dial_order(found) == [(six, 1), (four, 4), (six, 2), (four, 5), (six, 3)]
+    assert pyetcd.dial_order([]) == []
+    assert len(pyetcd.dial_order(found * 100)) == pyetcd.DIAL_ADDRESSES_MAX
+
+
+@pytest.mark.parametrize("hosts", [("127.0.0.1", "::1"), ("::1", "127.0.0.1")], ids=str)
+def test_link_dial_goes_on_to_the_next_address(link_net: _LinkNet, hosts: Tuple[str, ...]) -> None:
+    """Whichever family a listener has chosen, who dials its name finds it."""
+    (closed, refusing), (open_, good) = map(_dial_listen, hosts)
+    closed.close()
+    with open_:
+        assert _dial(link_net, refusing, good) == (good[4][:2], None)
+        no_family = (socket.AF_APPLETALK, socket.SOCK_STREAM, 6, "", refusing[4])
+        assert _dial(link_net, no_family, refusing, good) == (good[4][:2], None)
+    reached, error = _dial(link_net, refusing, good)
+    assert reached is None and error is not None and error.errno == errno.ECONNREFUSED
+
+
+def test_link_dial_does_not_wait_for_an_address_that_is_silent(link_net: _LinkNet) -> None:
+    """The second address is dialed beside the first, and all attempts end with the winner."""
+    before = len(link_net.reactor._callbacks)
+    with contextlib.ExitStack() as held:
+        full, silent = _dial_listen("127.0.0.1")
+        held.enter_context(full).listen(0)
+        for _ in range(4):                      # its queue is full: it answers nobody any more
+            sock = held.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        open_, good = _dial_listen("127.0.0.1")
+        held.enter_context(open_)
+        assert _dial(link_net, silent, good) == (good[4][:2], None)
+        assert len(link_net.reactor._callbacks) == before
+        dial = pyetcd.Dial(link_net.reactor, [silent, silent], lambda sock, error: 1 / 0)
+        dial.cancel()
+        link_net.turn_for(pyetcd.DIAL_SECONDS * 1.2)
+        assert len(link_net.reactor._callbacks) == before
+
+
+def test_link_call_by_name_reaches_a_listener_of_either_family(
+    link_net: _LinkNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`localhost` and names with two addresses; a name that cannot be is an error, no more."""
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **options: [
+        info for each in (("::1", "127.0.0.1") if host == "both.test" else (host,))
+        for info in real(each, *args, **options)])
+    for host in ("[::1]", "127.0.0.1"):
+        listener = pyetcd.Listener(
+            f"http://{host}:{free_port()}", link_net.reactor, lambda request: request.reply(200))
+        listener.start()
+        link_net.closers.append(listener.stop)
+        for name in ("localhost", "both.test"):
+            ends: List[Optional[Exception]] = []
+            port = listener.server_address[1]
+            pyetcd.HttpCall(link_net.reactor, f"http://{name}:{port}", "GET", "/", {},
+                            on_done=ends.append)
+            link_net.until(lambda ends=ends: ends)
+            assert ends == [None]
+    failed: List[Optional[Exception]] = []
+    for name in ("a..b", "x" * 70 + ".test"):
+        pyetcd.HttpCall(link_net.reactor, f"http://{name}:1", "GET", "/", {}, on_done=failed.append)
+    link_net.until(lambda: len(failed) == 2)
+    assert all(isinstance(error, Exception) for error in failed)
+
+
 class _LinkMember:
     """A Transport with its listener, and what it was told."""
 
@@ -19583,6 +19894,29 @@ def test_discovery_srv_next_name_server_is_asked(disc_dns: _DiscNameServer) -> N
     assert records == [pyetcd.SrvRecord(0, 0, 7001, "n4.example.test")]
 
 
+@pytest.mark.parametrize("answer", [
+    b"\x81\x82" + bytes(8), b"\x81\x85" + bytes(8), b"\x81\x80\0\1\0\1\0\0\0\0\xc0", b"\x83\x80",
+], ids=["misbehaving", "refused", "malformed", "truncated"])
+def test_discovery_srv_any_failure_leads_to_the_next_name_server(
+    answer: bytes, disc_dns: _DiscNameServer
+) -> None:
+    """What is wrong with one name server says nothing of the others."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as bad:
+        bad.bind(("127.0.0.1", 0))
+
+        def serve() -> None:
+            query, asker = bad.recvfrom(512)
+            bad.sendto(query[:2] + answer.ljust(10, b"\0"), asker)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        unreachable = ("1:2", 53)       # as a strange line of resolv.conf
+        servers = [unreachable, bad.getsockname(), disc_dns.address]
+        found = pyetcd.lookup_srv("_etcd-server-ssl._tcp.example.test", servers)
+        thread.join()
+    assert found == [pyetcd.SrvRecord(0, 0, 7001, "n4.example.test")]
+    assert len(disc_dns.queries) == 1
+
+
 def test_discovery_srv_no_name_server_answers() -> None:
     dead = ("127.0.0.1", free_port())
     with pytest.raises(OSError, match="lookup x.test on 127.0.0.1"):
@@ -19854,9 +20188,12 @@ def test_bootstrap_resolves_host_names_to_compare_urls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **options: real(
-        "10.0.0.1" if host == "n1.test" else host, *args, **options))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **options: [
+        info for each in (("fd00::1", "10.0.0.1") if host == "n1.test" else (host,))
+        for info in real(each, *args, **options)])
     assert pyetcd.same_urls(["http://n1.test:1", "http://x:2"], ["http://x:2", "http://10.0.0.1:1"])
+    assert pyetcd.same_urls(["http://[fd00::1]:1"], ["http://n1.test:1"])
+    assert not pyetcd.same_urls(["http://n1.test:1"] * 2, ["http://n1.test:1", "http://x:1"])
     assert not pyetcd.same_urls(["http://n1.test:1"], ["http://10.0.0.1:2"])
     assert not pyetcd.same_urls(["http://n1.test:1"], ["https://10.0.0.1:1"])
     assert not pyetcd.same_urls(["http://localhost:1"], ["http://127.0.0.1:1"])
@@ -21782,13 +22119,11 @@ def test_backup_progress_is_one_line_on_a_terminal_after_a_second(monkeypatch):
 
     clock = itertools.count(0, 0.6)
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with monkeypatch.context() as patch:
-        patch.setattr(pyetcd.time, "monotonic", lambda: next(clock))
-        line = pyetcd.ProgressLine("restore")
-        line.show(0.1, 100)
-        assert sys.stderr.getvalue() == ""
-        line.show(0.45, 123_456)
-        line.end()
+    line = pyetcd.ProgressLine("restore", lambda: next(clock))
+    line.show(0.1, 100)
+    assert sys.stderr.getvalue() == ""
+    line.show(0.45, 123_456)
+    line.end()
     assert sys.stderr.getvalue() == "\rrestore: 45% (123,456 keys)\r" + " " * 27 + "\r"
 
 
