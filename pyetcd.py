@@ -105,6 +105,7 @@ import hashlib
 import heapq
 import http.client
 import http.server
+import io
 import itertools
 import json
 import logging
@@ -214,7 +215,7 @@ CHUNKS_MAX = 65_536                 # of one request body; above: as if the body
 PEER_BODY_BYTES_MAX = 512 << 20     # a snapshot of a peer; above: 413, close
 RAFT_BODY_BYTES_MAX = 16 << 20      # any other message of a peer; above: 413, close
 PEER_BODIES_BYTES_MAX = 64 << 20    # of all messages that peers are sending; above: 503, close
-MESSAGE_ENTRIES_MAX = 1 << 16       # in one message of a peer; above: refused
+MESSAGE_ENTRIES_MAX = 1 << 15       # in one message of a peer; above: refused
 FIELDS_MAX = 512                    # of a protobuf message, entries not counted; above: refused
 VOTERS_MAX = 1_024                  # in a snapshot; above: refused
 TERM_LEAP_MAX = 1 << 32             # of a message beyond our term, a century; above: refused
@@ -235,7 +236,8 @@ PIPELINE_QUEUE_MESSAGES_MAX = 64    # messages waiting for a POST; above: droppe
 PIPELINE_WORKERS = 4                # concurrent POSTs to one peer
 LINK_HEARTBEAT_SECONDS = 5 / 3      # between link heartbeats on a stream
 LINK_TIMEOUT_SECONDS = 5.0          # silence after which a stream is given up
-STREAM_RETRY_SECONDS = 0.1          # between two dials of a stream
+STREAM_RETRY_SECONDS = 0.1          # between two dials of a stream, then twice as long, ...
+STREAM_RETRY_SECONDS_MAX = 1.6
 PROBE_SECONDS = 4.0                 # between two health probes of a peer
 
 HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answer 401
@@ -1091,7 +1093,7 @@ class Request(NamedTuple):
     refresh: Optional[bool] = None
 
     def as_unicode(self) -> Request:
-        """Return the command as decode_request() gives it to the other members."""
+        """Return the command as every member applies it: without what a snapshot would replace."""
         path, value, prev_value = self.path, self.val, self.prev_value
         if path.isascii() and value.isascii() and prev_value.isascii():
             return self
@@ -1595,9 +1597,7 @@ def wrap_int64(value: int) -> int:
 
 
 def _text(value: Buffer) -> str:
-    """What is not UTF-8 is replaced at once: a restart from a snapshot would do so later, and
-    this member would differ from the others."""
-    return bytes(value).decode("utf-8", "replace")
+    return text_of(bytes(value))
 
 
 _REQUEST: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
@@ -1626,7 +1626,7 @@ def _decode_plain_put(data: bytes) -> Optional[Request]:
     if data[value_tag] != 0x22 or end + len(_PLAIN_REST) != len(data):
         return None
     id, _ = decode_varint(head.group(1), 0)
-    return Request(id, "PUT", _text(data[path_at:value_tag]), _text(data[value_at:end]))
+    return Request(id, "PUT", text_of(data[path_at:value_tag]), text_of(data[value_at:end]))
 
 
 def decode_request(data: Buffer) -> Optional[Request]:
@@ -2281,9 +2281,11 @@ class Replication:
         """Its next entries are compacted: send the state, if the peer answers and we have one."""
         if not progress.recent_active:
             return
-        snapshot = self.snapshot_source()
-        if snapshot is None or snapshot.index < self._log.offset:
+        snapshot, log = self.snapshot_source(), self._log
+        if snapshot is None or snapshot.index > log.commit:
             return                                  # tried again at its next heartbeat answer
+        if not log.match_term(EntryID(snapshot.term, snapshot.index)):
+            return                                  # of another log, or older than ours begins
         self._mail.send(MsgType.SNAP, peer, snapshot=snapshot)
         progress.become_snapshot(snapshot.index)
 
@@ -5598,6 +5600,30 @@ class Snapshotter:
                 return snapshot
         return None
 
+    def check_log(self, wal_dir: str, known: Iterable[EntryID]) -> None:
+        """Raise WalError if an intact file is newer than all snapshots that the log knows.
+
+        Its record was durable before its file was begun, so the end of the log is lost, and with
+        it votes and entries that other members count on.  Differs from etcd, which starts in the
+        past.
+        """
+        newest = max((snapshot_id.index for snapshot_id in known), default=-1)
+        for name in reversed(self.disk.listdir(self.directory)):
+            match = _SNAP_NAME.fullmatch(name)
+            path = os.path.join(self.directory, name)
+            if match is None or int(match.group(2), 16) <= newest:
+                continue
+            with contextlib.suppress(CodecError, FileNotFoundError):
+                decode_snapshot_file(self.disk.read(path))
+                segments = list(filter(_WAL_NAME.fullmatch, self.disk.listdir(wal_dir)))
+                last = os.path.join(wal_dir, segments[-1]) if segments else "no file"
+                raise WalError(
+                    f"wal: the end of the log is lost: {path} is intact, but the log in {wal_dir}"
+                    f" (its last: {last}) ends before it; a later .wal file is missing, or the last"
+                    f" one was cut: put it back; or {REPAIR_HINT}, or by `pyetcd restore {path}`,"
+                    f" without what came after it; or give the right -wal-dir"
+                )
+
     def _read(self, name: str) -> Optional[Snapshot]:
         path = os.path.join(self.directory, name)
         try:
@@ -6261,12 +6287,25 @@ _METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
 
 
 def read_command(data: Buffer) -> Optional[Request]:
-    """Return decode_request(data), its path clean, as etcd's store makes it.  Raises CodecError."""
+    """Return decode_request(data) as UTF-8, its path clean, as etcd's store makes it.
+
+    Raises CodecError.
+    """
     request = decode_request(data)
     if request is None:
         return None
+    request = request.as_unicode()
     path = clean_path(request.path)
     return request if path == request.path else request._replace(path=path)
+
+
+def read_change(entry: Entry) -> ConfChange:
+    """Return what an entry changes; nobody, if it is garbage from before check_entry()."""
+    try:
+        return decode_conf_change(entry.data)
+    except CodecError as error:         # etcd ends here
+        package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
+        return ConfChange(type=-1)
 
 
 def check_entry(entry: Entry) -> None:
@@ -7552,7 +7591,7 @@ class Connection:
         return data
 
     def _refuse_body(self) -> None:
-        """Forget the body, so that its request is answered at once; the rest stays unread."""
+        """Forget the body: its request is answered at once."""
         self._head = self._chunks = self._file = None
         self._join()
 
@@ -8815,7 +8854,15 @@ class StreamReader:
         self._answer = Answer()
         self._decoder: Optional[FrameDecoder] = None    # set while the stream is open
         self._unread_bytes = 0                      # received, in no message yet
+        self._backoff = Backoff(STREAM_RETRY_SECONDS, STREAM_RETRY_SECONDS_MAX)
         self._retry = context.reactor.call_later(0.0, self._dial)
+
+    def hurry(self) -> None:
+        """The peer has just dialed us: it can be reached again."""
+        if self._call is None and self._retry.callback is not None:
+            self._retry.cancel()
+            self._backoff.reset()
+            self._retry = self._context.reactor.call_later(STREAM_RETRY_SECONDS, self._dial)
 
     def stop(self) -> None:
         """Close the stream and dial no more."""
@@ -8855,6 +8902,7 @@ class StreamReader:
             self._answer.take_data(data)
             return
         self._status.activate()
+        self._backoff.reset()
         call = self._call
         self._unread_bytes += len(data)
         is_read = False
@@ -8899,7 +8947,7 @@ class StreamReader:
 
     def _on_done(self, error: Optional[Exception]) -> None:
         self._call = None
-        self._retry = self._context.reactor.call_later(STREAM_RETRY_SECONDS, self._dial)
+        self._retry = self._context.reactor.call_later(self._backoff.next(), self._dial)
         if self._decoder is not None:
             self._status.deactivate("read", self._kind.title, error or "EOF")
             return
@@ -9282,6 +9330,8 @@ class Peer:
     def attach(self, kind: StreamKind, reply: StreamReply, advertised: str) -> None:
         """The peer has dialed one of its streams."""
         self._advertised = advertised
+        for reader in self._readers:
+            reader.hurry()
         if kind is APP_STREAM:
             self._app_writer.attach(reply, AppV2Encoder(self._lists))
         else:
@@ -9359,6 +9409,19 @@ def _ignore_round_trip(member_id: int, seconds: float) -> None:
     """Default of Transport's `round_trip`."""
 
 
+class Door:
+    """What may pass from peers to this member: all.  What they send is never trusted."""
+
+    def inspect(self, message: Message) -> Generator[None, None, str]:
+        """Say, in steps, why `message` must not be delivered; "": it may."""
+        yield from ()
+        return ""
+
+    def read_state(self, data: bytes) -> Any:
+        """Return what the store makes of a snapshot's data.  Raises ValueError.  Thread: any."""
+        return None
+
+
 class Transport:
     """All links to other members, and the raft part of the peer listener.
 
@@ -9369,7 +9432,7 @@ class Transport:
     sent           gets a Sent for every message to a peer, when its fate is known
     received       (sender, message, bytes), before deliver
     round_trip     (member id, seconds) of every probe that a peer has answered
-    fault          why a message must not be delivered, or "": it would do harm when applied
+    door           looks at every message before it is delivered
     `drop`, if set, loses the messages, sent and received, for which it returns true.
     The first three are called by the reactor, never from inside offer().  Thread: reactor.
     """
@@ -9382,8 +9445,7 @@ class Transport:
         sent: Callable[[Sent], None] = _ignore_sent,
         received: Callable[[int, Message, int], None] = _ignore_received,
         round_trip: Callable[[int, float], None] = _ignore_round_trip,
-        fault: Callable[[Message], str] = lambda message: "",
-        tls: Optional[TlsContext] = None,
+        tls: Optional[TlsContext] = None, door: Optional[Door] = None,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
         self._reactor = reactor
@@ -9393,7 +9455,7 @@ class Transport:
         self._deliver = deliver
         self._removed: Optional[Callable[[], None]] = removed
         self._received = received
-        self._fault = fault
+        self._door = door or Door()
         self._work = SlicedWork(reactor)
         self._is_reading = False            # a snapshot: one after the other
         self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # those that arrive
@@ -9562,21 +9624,13 @@ class Transport:
     def _take(self, message: Message, size: int) -> Generator[None, None, int]:
         """Hand a message on, in steps; return the status that says what became of it.
 
-        Anything that would be fatal when it is applied, or make our log one that nobody can read,
-        ends here.  A removed member may not disturb the others any more: it does not know yet.
+        A removed member may not disturb the others any more: it does not know yet.
         """
         if message.to != self._member_id or self._is_removed(message.sender):
             return 500
-        try:
-            for number, entry in enumerate(message.entries, 1):
-                check_entry(entry)
-                if not number % STEP_ENTRIES:
-                    yield
-            fault = self._fault(message)
-        except CodecError as error:
-            fault = str(error)
-        if message.type == MsgType.SNAP and (not message.snapshot or not message.snapshot.state):
-            fault = fault or "there is no snapshot of a store in it"
+        if message.type == MsgType.SNAP and message.snapshot is None:
+            return 500
+        fault = yield from self._door.inspect(message)
         if fault:
             name = "Msg" + MsgType(message.type).name.title().replace("_", "")
             self._complaints.say(f"refused a {name} of {message.sender:x}: {fault}")
@@ -9685,17 +9739,16 @@ class Transport:
             self._is_reading = False
             if error is not None:
                 self._complaints.say(f"refused a snapshot from {request.remote}: {error}")
-                _reply_error(request, 400, f"failed to decode raft message ({error})", headers)
+                _reply_error(request, 400, str(error), headers)
             elif self._is_removed(message.sender):
                 self._answer(request, 403, headers)
             else:
-                self._work.add(
-                    self._take(message, len(message.snapshot.data)),
-                    lambda status: self._answer(request, status, headers),
-                )
+                steps = self._take(message, size)
+                self._work.add(steps, lambda status: self._answer(request, status, headers))
 
+        body, size = request.body_file or request.body, len(request.body)
         self._reactor.run_blocking(
-            _posted_snapshot, request.body, request.body_file, is_framed, done=done)
+            _posted_snapshot, body, self._door.read_state, is_framed, done=done)
 
     def _handle_probing(self, request: HttpRequest) -> None:
         now = format_time(self._reactor.wall_ns())
@@ -9765,32 +9818,35 @@ _STRANGER_BODY_BYTES_MAX = 1 << 16      # of a sender that no one has told us of
 _SNAPSHOT_START = b"\x08%c" % MsgType.SNAP      # of an encoded MsgSnap
 
 
-def _posted_snapshot(body: bytes, file: Optional[IO[bytes]], is_framed: bool) -> Message:
+def _posted_snapshot(
+    body: Union[bytes, IO[bytes]], read_state: Callable[[bytes], Any], is_framed: bool
+) -> Message:
     """Return the MsgSnap in a POST, with the state of its store.  Raises CodecError, OSError.
 
     is_framed  the form of 3.x: a length, the message, and a database of which we know nothing
     """
-    if file is not None:
-        with file:
-            file.seek(0)
-            size = _U64.unpack(file.read(8).rjust(8))[0] if is_framed else PEER_BODY_BYTES_MAX
-            body = file.read(min(size, PEER_BODY_BYTES_MAX))
-    elif is_framed:
-        size = _U64.unpack_from(body.ljust(8, b"\xff"))[0]
-        body = body[8:8 + size]
-    if is_framed and (not size or size != len(body)):
-        raise CodecError("unexpected EOF")
-    message = decode_message(memoryview(body))
-    snapshot = message.snapshot
-    if message.type != MsgType.SNAP or snapshot is None:
+    with io.BytesIO(body) if isinstance(body, bytes) else body as file:
+        file.seek(0)
+        head, size = file.read(8) if is_framed else b"", PEER_BODY_BYTES_MAX
+        if len(head) == 8:
+            (size,) = _U64.unpack(head)
+        try:
+            if size > PEER_BODY_BYTES_MAX:
+                raise CodecError(f"frame of {size} bytes")
+            data = file.read(size)
+            if is_framed and (len(head) < 8 or not size or len(data) < size):
+                raise CodecError("unexpected EOF")
+            message = decode_message(data)
+        except CodecError as error:
+            raise CodecError(f"failed to decode raft message ({error})") from None
+    if message.type != MsgType.SNAP:
         raise CodecError("wrong raft message type")
-    try:
-        state = StoreState.read(snapshot.data)
-        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
-            raise ValueError(f"its cluster version is {state.version}")
-    except ValueError as error:
-        raise CodecError(f"not a snapshot of a v2 store that we can be: {error}") from None
-    message.snapshot = snapshot._replace(state=state)
+    snapshot = message.snapshot
+    if snapshot is not None:
+        try:
+            message.snapshot = snapshot._replace(state=read_state(snapshot.data))
+        except ValueError as error:
+            raise CodecError(f"not a snapshot that this member can take: {error}") from None
     return message
 
 
@@ -10303,6 +10359,7 @@ class WalWriter:
 
 COMMIT_NEWS_SECONDS = 0.001         # a new commit index waits for entries to travel with
 WORK_BYTES_MAX = 1 << 19            # of entries encoded, and of those applied, in one turn: 3 ms
+WORK_ENTRIES_MAX = 1_000            # ... and so many of them: 10 ms
 
 
 def first_entries(entries: Sequence[Entry], bytes_max: int) -> int:
@@ -10413,6 +10470,7 @@ class Journal:
     def _write(self, batch: Batch) -> None:
         """Write a batch; of a long one only some entries, while the next turn encodes more."""
         count, self._long = first_entries(batch.entries, WORK_BYTES_MAX), None
+        count = min(count, WORK_ENTRIES_MAX)
         self.batch_entries.observe(count)
         if count < len(batch.entries) and batch.snapshot is None:
             data, self._long = self._wal.encode(None, batch.entries[:count]), batch
@@ -11136,6 +11194,40 @@ class CommitNews:
         self._node.tell_commit()
 
 
+class MemberDoor(Door):
+    """Where a message ends that would be fatal when it is applied, or make our log unreadable."""
+
+    def __init__(self, etcd: EtcdServer) -> None:
+        self._etcd = etcd
+
+    def inspect(self, message: Message) -> Generator[None, None, str]:
+        """Say, in steps, why `message` must not be stepped; "": it may."""
+        if message.type == MsgType.PROP and message.sender not in self._etcd.cluster.members:
+            return "its sender is no member, and may propose nothing"
+        if message.type == MsgType.SNAP and not (message.snapshot and message.snapshot.state):
+            return "nobody has read the snapshot in it"
+        fault, work = self._etcd.node.fault(message), 0
+        if fault or message.type not in (MsgType.APP, MsgType.PROP):
+            return fault
+        for entry in message.entries:
+            try:
+                check_entry(entry)
+            except CodecError as error:
+                return str(error)
+            work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
+            if work > STEP_BYTES:
+                work = 0
+                yield
+        return ""
+
+    def read_state(self, data: bytes) -> StoreState:
+        """Return the state in a snapshot.  Raises ValueError if we cannot become it."""
+        state = StoreState.read(data)
+        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
+            raise ValueError(f"cluster version {state.version} is newer than this program")
+        return state
+
+
 class EtcdServer:
     """One member.  Owns the Raft node, the log on disk and what is applied; knows no HTTP.
 
@@ -11179,11 +11271,10 @@ class EtcdServer:
             reactor, member_id=boot.member_id, cluster_id=boot.cluster.id,
             peer_urls=config.initial_advertise_peer_urls, is_removed=boot.cluster.is_removed,
             deliver=self._deliver, removed=removed, round_trip=traffic.round_trip,
-            fault=self._fault,
             unreachable=lambda to: self.node.report_unreachable(to),
             snapshot_done=lambda to, ok: self.node.report_snapshot(to, ok),
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
-            tls=boot.peer_tls,
+            tls=boot.peer_tls, door=MemberDoor(self),
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
@@ -11340,12 +11431,6 @@ class EtcdServer:
         else:
             done(TooManyRequests("etcdserver: too many requests"))
 
-    def _fault(self, message: Message) -> str:
-        """Why a message that has come must not be stepped, or ""."""
-        if message.type == MsgType.PROP and message.sender not in self.cluster.members:
-            return "its sender is no member, and may propose nothing"
-        return self.node.fault(message)
-
     def _deliver(self, message: Message) -> None:
         """A message of a peer has arrived; its proposals wait for the next leader if need be.
 
@@ -11463,7 +11548,7 @@ class EtcdServer:
             self.transport.offer(batch.held)
 
     def _apply(self) -> None:
-        entries = self.node.committed_entries()
+        entries = self.node.committed_entries(WORK_ENTRIES_MAX)
         if not entries:
             return
         del entries[first_entries(entries, WORK_BYTES_MAX):]
@@ -11505,7 +11590,7 @@ class EtcdServer:
             raft = self.node.raft
             self.journal.sync_commit(HardState(raft.term, raft.vote, raft.log.commit))
             return False
-        change = self._conf_change(entry)
+        change = read_change(entry)
         error = self.applier.apply_conf_change(change)
         self.node.apply_conf_change(change if error is None else change._replace(node_id=0))
         self.raft_index, self.raft_term = entry.index, entry.term
@@ -11515,15 +11600,6 @@ class EtcdServer:
         if done is not None:
             done(error)
         return True
-
-    @staticmethod
-    def _conf_change(entry: Entry) -> ConfChange:
-        """What the entry changes; nobody, if that is garbage in an old log."""
-        try:
-            return decode_conf_change(entry.data)
-        except CodecError as error:     # etcd ends here
-            package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
-            return ConfChange(type=-1)
 
     def _adjust_peers(self, change: ConfChange) -> None:
         member = self.cluster.members.get(change.node_id)
@@ -14357,6 +14433,8 @@ DISCOVERY_DIAL_SECONDS = 30.0       # connecting to the registry; above: unreach
 DISCOVERY_ANSWER_SECONDS = 5.0      # silence of the registry, watches excepted
 DISCOVERY_RETRY_FIRST_SECONDS = 2.0
 DISCOVERY_RETRY_SECONDS_MAX = 256.0  # longest wait between two tries
+DISCOVERY_PAUSE_SECONDS = 0.25      # after a wait that the registry ended at once; then longer
+DISCOVERY_PAUSE_SECONDS_MAX = 32.0
 DISCOVERY_REDIRECTS_MAX = 10        # of one request; above: unreachable
 DISCOVERY_DEFAULT_SIZE = 3          # of a cluster made by /new without size
 DNS_ANSWER_SECONDS = 5.0            # per name server and try; then the next one
@@ -14554,18 +14632,27 @@ class Discovery:
             return members
 
     def _wait_others(self, state: RegistryState) -> List[Registration]:
+        """Watch until `size` members are there.
+
+        A registry that ends a wait at once, or tells old news, is asked less and less often.
+        """
         members, index = list(state.members), state.etcd_index
-        announced = -1
+        announced, pause = -1, Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
         while len(members) < state.size:
             if announced != len(members):
                 announced = len(members)
                 missing = state.size - announced
                 self._log.info("found %d peer(s), waiting for %d more", announced, missing)
+            asked = time.monotonic()
             body = self._next_event(index + 1)
+            node = self._node(body) if body is not None else {}
+            before, index = index, max(index, int(node.get("modifiedIndex", index)))
+            if index > before or time.monotonic() - asked > DISCOVERY_ANSWER_SECONDS:
+                pause.reset()
+            else:
+                self._sleep(pause.next())
             if body is None:
                 continue
-            node = self._node(body)
-            index = int(node.get("modifiedIndex", index))
             if self._is_news(body.get("action"), str(node.get("key")), members):
                 members.append(_registration(node))
                 self._found(members[-1])
@@ -14751,10 +14838,11 @@ def _srv_query(query_id: int, name: str) -> bytes:
 def _ask_udp(address: Tuple[str, int], query: bytes) -> bytes:
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(DNS_ANSWER_SECONDS)
         sock.connect(address)           # the kernel drops what comes from anyone else
         sock.send(query)
+        deadline = time.monotonic() + DNS_ANSWER_SECONDS
         while True:
+            sock.settimeout(max(deadline - time.monotonic(), 0.001))
             answer = sock.recv(DNS_MESSAGE_BYTES_MAX)
             if len(answer) >= 12 and answer[:2] == query[:2] and answer[2] & 0x80:
                 return answer
@@ -15095,7 +15183,9 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
         tls = make_peer_tls(config)
         if Wal.exists(data_dir.wal):
             boot = _restart(config, data_dir)
-        elif config.initial_cluster_state == "existing":
+            return boot._replace(peer_tls=tls)
+        Snapshotter(data_dir.snap).check_log(data_dir.wal, ())
+        if config.initial_cluster_state == "existing":
             boot = _join(config, data_dir, tls)
         else:
             boot = _form(config, data_dir, tls)
@@ -15484,7 +15574,9 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
     store = Store(history_capacity=config.history_events)
     cluster = Cluster(config.initial_cluster_token, store)
     snapshotter = Snapshotter(data_dir.snap)
-    snapshot = snapshotter.load(set(Wal.snapshots(data_dir.wal)))
+    known = set(Wal.snapshots(data_dir.wal))
+    snapshotter.check_log(data_dir.wal, known)
+    snapshot = snapshotter.load(known)
     start = EntryID(0, 0)
     if snapshot is not None:
         start = EntryID(snapshot.term, snapshot.index)
@@ -15616,7 +15708,8 @@ def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
 # Knows: sections 1-34.  Must not know: client requests, flags.
 # ============================================================================
 
-ASK_AGAIN_SECONDS = 0.1
+ASK_AGAIN_SECONDS = 0.1             # after a round that told nothing new, then twice as long, ...
+ASK_AGAIN_SECONDS_MAX = 1.6
 
 
 class FirstLife:
@@ -15637,6 +15730,7 @@ class FirstLife:
         self._heard: Set[int] = set()           # members that know no past of ours
         self._asked: Dict[int, HttpCall] = {}
         self._rounds = 0
+        self._backoff = Backoff(ASK_AGAIN_SECONDS, ASK_AGAIN_SECONDS_MAX)
         etcd.transport.drop = self._drops
         etcd.reactor.call_later(0.0, self._ask)
 
@@ -15663,7 +15757,7 @@ class FirstLife:
             if member.peer_urls and not is_known and member.id not in self._asked:
                 self._ask_one(member, member.peer_urls[self._rounds % len(member.peer_urls)])
         self._rounds += 1
-        etcd.reactor.call_later(ASK_AGAIN_SECONDS, self._ask)
+        etcd.reactor.call_later(self._backoff.next(), self._ask)
 
     def _ask_one(self, member: Member, url: str) -> None:
         body: List[bytes] = []
@@ -15687,6 +15781,7 @@ class FirstLife:
                 self._refuse(data_lost(etcd.member_id))
             elif any(member.id == etcd.member_id for member in members):
                 self._heard.add(member_id)
+                self._backoff.reset()
 
     def _end(self) -> None:
         if self._etcd.transport.drop == self._drops:
@@ -16829,6 +16924,7 @@ class Endpoints:
         self._dialer = dialer
         self._peer_urls = tuple(peer_urls)
         self._cluster_file = cluster_file
+        self._retry = Backoff(PROXY_RETRY_SECONDS, _DEFAULT_REFRESH_MS / 1000)
         self._written: Tuple[str, ...] = ()         # peer URLs that the file surely holds
         self._endpoints: List[Endpoint] = []
         self._announced = False
@@ -16857,8 +16953,10 @@ class Endpoints:
         interval_ms = self._config.proxy_refresh_interval_ms
         wait_s = max(interval_ms / 1000, PROXY_REFRESH_SECONDS_MIN)
         usable = self.available()
-        if not usable and interval_ms >= _DEFAULT_REFRESH_MS:
-            wait_s = PROXY_RETRY_SECONDS
+        if usable:
+            self._retry.reset()
+        elif interval_ms >= _DEFAULT_REFRESH_MS:
+            wait_s = self._retry.next()
         if usable and not self._announced:
             self._announced = True
             urls = " ".join(go_quote(endpoint.url) for endpoint in usable)
@@ -18426,6 +18524,7 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
             f" elsewhere, name its directory in `pyetcd backup -wal-dir`"
         )
     known = set(Wal.snapshots(wal_dir, disk=_READ_ONLY_DISK))
+    Snapshotter(snap_dir, disk=_READ_ONLY_DISK).check_log(wal_dir, known)
     snapshot = _newest_snapshot(snap_dir, known)
     start = EntryID(snapshot.term, snapshot.index) if snapshot else EntryID(0, 0)
     wal, contents = Wal.open(wal_dir, start, disk=_READ_ONLY_DISK)
