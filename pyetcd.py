@@ -106,10 +106,12 @@ import hashlib
 import heapq
 import http.client
 import http.server
+import io
 import itertools
 import json
 import logging
 import math
+import operator
 import platform
 import queue
 import random
@@ -125,6 +127,7 @@ import socket
 import socketserver
 import ssl
 import struct
+import tempfile
 import threading
 import time
 import types
@@ -135,6 +138,7 @@ from email.utils import formatdate
 from enum import IntEnum
 from struct import unpack_from as _unpack_from
 from typing import (
+    IO,
     TYPE_CHECKING,
     Any,
     Callable,
@@ -209,7 +213,15 @@ REQUEST_LINE_BYTES_MAX = 512 << 10  # method, path and query; above: 414, close
 HEADER_LINES_MAX = 1_000            # of one request; above: 431, close
 REQUEST_BODY_BYTES_MAX = 10 << 20   # one byte more: error 210 if it is a form, else 413
 CHUNKS_MAX = 65_536                 # of one request body; above: as if the body were too large
-PEER_BODY_BYTES_MAX = 512 << 20     # POST /raft and /raft/snapshot; above: 413, close
+PEER_BODY_BYTES_MAX = 512 << 20     # a snapshot of a peer; above: 413, close
+RAFT_BODY_BYTES_MAX = 16 << 20      # any other message of a peer; above: 413, close
+PEER_BODIES_BYTES_MAX = 64 << 20    # of all messages that peers are sending; above: 503, close
+MESSAGE_ENTRIES_MAX = 1 << 15       # in one message of a peer; above: refused
+FIELDS_MAX = 512                    # of a protobuf message, entries not counted; above: refused
+VOTERS_MAX = 1_024                  # in a snapshot; above: refused
+TERM_LEAP_MAX = 1 << 32             # of a message beyond our term, a century; above: refused
+INDEX_MAX = 1 << 62                 # of an entry; above: refused
+PATH_COST_MAX = 64 << 20            # characters of a peer's key and all above it; above: refused
 CONNECTIONS_MAX = 50_000            # open sockets per listener; above: 503, close
 REFUSALS_MAX = 256                  # connections being told so at a time; above: only closed
 OUTPUT_BYTES_MAX = 64 << 20         # unsent reply bytes of one connection; above: it is closed
@@ -225,7 +237,8 @@ PIPELINE_QUEUE_MESSAGES_MAX = 64    # messages waiting for a POST; above: droppe
 PIPELINE_WORKERS = 4                # concurrent POSTs to one peer
 LINK_HEARTBEAT_SECONDS = 5 / 3      # between link heartbeats on a stream
 LINK_TIMEOUT_SECONDS = 5.0          # silence after which a stream is given up
-STREAM_RETRY_SECONDS = 0.1          # between two dials of a stream
+STREAM_RETRY_SECONDS = 0.1          # between two dials of a stream, then twice as long, ...
+STREAM_RETRY_SECONDS_MAX = 1.6
 PROBE_SECONDS = 4.0                 # between two health probes of a peer
 
 HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answer 401
@@ -240,6 +253,10 @@ REMOVED_SECONDS = 1.0               # a removed member ends so long after it kno
 
 NS = 1_000_000_000                  # nanoseconds in a second
 UINT64_MAX = (1 << 64) - 1
+REPAIR_HINT = (
+    "remove this member from the cluster, delete its data directory and add it again;"
+    " a cluster of one is restored from a backup"
+)
 
 
 # ============================================================================
@@ -820,10 +837,25 @@ def is_plain_json(text: str) -> bool:
 
 def json_string(text: str) -> str:
     """Encode `text` as etcd does: `<`, `>`, `&`, U+2028/9 and controls escaped, the rest raw."""
-    is_short = len(text) < _JSON_LONG_CHARS
-    if _JSON_UNSAFE.search(text) is None if is_short else is_plain_json(text):
+    if len(text) >= _JSON_LONG_CHARS:
+        return f'"{text if is_plain_json(text) else _escape_long(text)}"'
+    if _JSON_UNSAFE.search(text) is None:
         return f'"{text}"'
     return f'"{_JSON_UNSAFE.sub(_json_escape, text)}"'
+
+
+_JSON_ESCAPES = tuple(                  # the backslash first: the others bring some
+    (char, _JSON_SHORT.get(char) or "\\u%04x" % ord(char))
+    for char in ["\\", '"', *map(chr, range(0x20)), "<", ">", "&", "\u2028", "\u2029"]
+)
+
+
+def _escape_long(text: str) -> str:
+    """What the expression does, in one pass per character: 10 MB of quotes take 0.1 s, not 3 s."""
+    for char, escape in _JSON_ESCAPES:
+        if char in text:
+            text = text.replace(char, escape)
+    return text if is_unicode(text) else _JSON_UNSAFE_SURROGATE.sub(r"\\ufffd", text)
 
 
 def json_text(value: object) -> str:
@@ -846,6 +878,30 @@ def utf8(text: str) -> bytes:
 def text_of(data: bytes) -> str:
     """Return `data` as text that utf8() turns back into the same bytes."""
     return data.decode("utf-8", "surrogateescape")
+
+
+def is_unicode(text: str) -> bool:
+    """True if the bytes of `text` were UTF-8."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def as_unicode(text: str) -> str:
+    """Return `text` with U+FFFD for what is not UTF-8: JSON, and a snapshot, hold no more."""
+    if is_unicode(text):
+        return text
+    try:
+        return utf8(text).decode("utf-8", "replace")
+    except UnicodeEncodeError:          # half of a surrogate pair, escaped in JSON
+        return _JSON_UNSAFE_SURROGATE.sub("\ufffd", text)
+
+
+_JSON_UNSAFE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def format_time(unix_ns: int) -> str:
@@ -1164,6 +1220,15 @@ class Request(NamedTuple):
     stream: bool = False
     refresh: Optional[bool] = None
 
+    def as_unicode(self) -> Request:
+        """Return the command as every member applies it: without what a snapshot would replace."""
+        path, value, prev_value = self.path, self.val, self.prev_value
+        if path.isascii() and value.isascii() and prev_value.isascii():
+            return self
+        return self._replace(
+            path=as_unicode(path), val=as_unicode(value), prev_value=as_unicode(prev_value)
+        )
+
 
 class ConfChange(NamedTuple):
     """raftpb.ConfChange; context is the JSON of a member, or None."""
@@ -1210,12 +1275,16 @@ class Entry:
 
 
 class Snapshot(NamedTuple):
-    """raftpb.Snapshot: the store's JSON at (term, index) and the voters then, ascending."""
+    """raftpb.Snapshot: the store's JSON at (term, index) and the voters then, ascending.
+
+    state  what a store reads in `data`, where that was done already; never encoded
+    """
 
     data: bytes = b""
     voters: Tuple[int, ...] = ()
     index: int = 0  # type: ignore[assignment]  # hides tuple.index
     term: int = 0
+    state: Any = None
 
 
 class Message:
@@ -1302,14 +1371,17 @@ def decode_varint(data: Buffer, offset: int) -> Tuple[int, int]:
         raise CodecError("unexpected end inside a varint") from None
 
 
-def decode_fields(data: Buffer) -> Iterator[Tuple[int, int, Any]]:
+def decode_fields(data: Buffer, limit: int = FIELDS_MAX) -> Iterator[Tuple[int, int, Any]]:
     """Yield (field number, wire type, value): int for varint and fixed, a slice for bytes.
 
-    Raises CodecError for anything that is not protobuf; unknown fields are yielded like known
-    ones and skipped by the callers.
+    Raises CodecError for anything that is not protobuf, and for more than `limit` fields: a
+    later one replaces an earlier one, so millions are only work.  Unknown fields are yielded like
+    known ones and skipped by the callers.
     """
     offset, end = 0, len(data)
-    while offset < end:
+    for _ in range(limit + 1):
+        if offset >= end:
+            return
         tag = data[offset]
         if tag < 128:
             offset += 1
@@ -1331,6 +1403,7 @@ def decode_fields(data: Buffer) -> Iterator[Tuple[int, int, Any]]:
         chunk = data[offset:offset + size]
         offset += size
         yield tag >> 3, wire_type, chunk if wire_type == 2 else int.from_bytes(chunk, "little")
+    raise CodecError(f"more than {limit} fields")
 
 
 def _want(wire_type: int, expected: int, what: str) -> None:
@@ -1486,6 +1559,8 @@ def _decode_voters(data: Buffer) -> Tuple[int, ...]:
             while offset < len(value):
                 voter, offset = decode_varint(value, offset)
                 voters.append(voter)
+                if len(voters) > VOTERS_MAX:
+                    raise CodecError(f"more than {VOTERS_MAX} voters")
     return tuple(voters)
 
 
@@ -1547,21 +1622,50 @@ def _decode_plain_message(data: Buffer) -> Optional[Message]:
     )
 
 
+_Result = TypeVar("_Result")
+
+
+def finish(steps: Generator[None, None, _Result]) -> _Result:
+    """Do all of a work in steps at once; return its result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            result: _Result = stop.value
+            return result
+
+
 def decode_message(data: Buffer) -> Message:
     """Inverse of encode_message.  Raises CodecError, also for a type no etcd knows."""
-    message = _decode_plain_message(data) or _decode_any_message(data)
+    return finish(decode_message_steps(data))
+
+
+def decode_message_steps(data: Buffer) -> Generator[None, None, Message]:
+    """Do decode_message() in steps of 1 ms at most, or of one entry."""
+    message = _decode_plain_message(data)
+    if message is None:
+        message = yield from _decode_any_message(data)
     if message.type > MsgType.PRE_VOTE_RESP:
         raise CodecError(f"unknown message type {message.type}")
     return message
 
 
-def _decode_any_message(data: Buffer) -> Message:
+STEP_ENTRIES = 200                  # of a peer's message, decoded or checked in one step
+STEP_BYTES = 1 << 18                # ... or as much data, or more with the last of them
+
+
+def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
     entries: List[Entry] = []
     values: Dict[str, Any] = {"type": 0}
-    for number, wire_type, value in decode_fields(data):
+    work = 0
+    for number, wire_type, value in decode_fields(data, MESSAGE_ENTRIES_MAX + FIELDS_MAX):
         if number == 7:
             _want(wire_type, 2, "Message")
             entries.append(decode_entry(value))
+            work += STEP_BYTES // STEP_ENTRIES + len(value)
+            if work > STEP_BYTES:
+                work = 0
+                yield
             continue
         known = _MESSAGE.get(number)
         if known is not None:
@@ -2305,9 +2409,11 @@ class Replication:
         """Its next entries are compacted: send the state, if the peer answers and we have one."""
         if not progress.recent_active:
             return
-        snapshot = self.snapshot_source()
-        if snapshot is None or snapshot.index < self._log.offset:
+        snapshot, log = self.snapshot_source(), self._log
+        if snapshot is None or snapshot.index > log.commit:
             return                                  # tried again at its next heartbeat answer
+        if not log.match_term(EntryID(snapshot.term, snapshot.index)):
+            return                                  # of another log, or older than ours begins
         self._mail.send(MsgType.SNAP, peer, snapshot=snapshot)
         progress.become_snapshot(snapshot.index)
 
@@ -2897,7 +3003,7 @@ class Raft:
             self.mail.send(MsgType.READ_INDEX, self.lead, term=0, entries=message.entries)
 
     def _follower_read_index_resp(self, message: Message) -> None:
-        if message.entries:
+        if message.entries and message.sender == self.lead:
             self.reads.confirmed.append((message.entries[0].data, message.index))
 
     def _follower_snap(self, message: Message) -> None:
@@ -3090,16 +3196,42 @@ class RawNode:
             return
         if kind == MsgType.PROP:
             # Copies: the leader numbers the entries, and a duplicate may share them.
-            entries = [Entry(entry.type, 0, 0, entry.data) for entry in message.entries]
+            entries = [Entry(e.type, 0, 0, e.data, e.request) for e in message.entries]
             self._propose(message.sender, entries)
         elif (
-            (not message.term and kind != MsgType.READ_INDEX) or kind in LOCAL_MESSAGES
+            (not message.term and kind != MsgType.READ_INDEX)
             or (kind in _RESPONSES and message.sender not in raft.progress)
-            or (kind == MsgType.APP and not _is_contiguous(message))
+            or self.fault(message)
         ):
             return
         else:
             raft.step(message)
+
+    def fault(self, message: Message) -> str:
+        """Say why no healthy member sends this message to us, or "".
+
+        Whatever passes leaves a log that can be read, and a next term that can be written.
+        """
+        raft, kind = self.raft, message.type
+        if kind in LOCAL_MESSAGES:
+            return "such a message never leaves its member"
+        if kind == MsgType.PROP and not message.entries:
+            return "it proposes nothing"
+        if message.term > raft.term + TERM_LEAP_MAX:
+            return f"no election leads from term {raft.term} to term {message.term}"
+        if max(message.index, message.commit, message.reject_hint) > INDEX_MAX:
+            return "no log has such an index"
+        if kind == MsgType.APP:
+            return _append_fault(message)
+        if kind == MsgType.SNAP:
+            return _snapshot_fault(message)
+        last = raft.log.last_index
+        if kind == MsgType.HEARTBEAT and message.term >= raft.term and message.commit > last:
+            return (
+                f"the leader has heard from us of entry {message.commit}, but our last one is"
+                f" {last}: this member has lost a part of its log; {REPAIR_HINT}"
+            )
+        return ""
 
     def propose(self, entry: Entry) -> None:
         """Propose one entry.  A leader numbers and appends this very object.
@@ -3218,12 +3350,26 @@ class RawNode:
         )
 
 
-def _is_contiguous(message: Message) -> bool:
-    entries = message.entries
-    return not entries or (
-        entries[0].index == message.index + 1
-        and entries[-1].index == message.index + len(entries)
-    )
+def _append_fault(message: Message) -> str:
+    """Why the entries of a MsgApp make no log, or ""."""
+    indexes = [entry.index for entry in message.entries]
+    if indexes != list(range(message.index + 1, message.index + 1 + len(indexes))):
+        return f"the entries do not follow entry {message.index} one by one"
+    terms = [message.log_term, *[entry.term for entry in message.entries], message.term]
+    if any(map(operator.gt, terms, terms[1:])) or (indexes and not terms[1]):
+        return "the terms of the entries do not ascend to that of the leader"
+    return ""
+
+
+def _snapshot_fault(message: Message) -> str:
+    snapshot = message.snapshot
+    if snapshot is None or not 0 < snapshot.index <= INDEX_MAX:
+        return "there is no snapshot in it"
+    if not 0 < snapshot.term <= message.term:
+        return f"the snapshot is of term {snapshot.term}, its leader of term {message.term}"
+    if not snapshot.voters or 0 in snapshot.voters:
+        return "the snapshot names no voters"
+    return ""
 
 
 # ============================================================================
@@ -3237,6 +3383,7 @@ EXPIRES_NS_MIN = 946_684_800 * NS   # 2000-01-01; an earlier instant is permanen
 TTL_STALE_MIN = 64                  # stale heap entries always tolerated; above and > live: rebuilt
 LONG_VALUE_CHARS = 4_096            # of an event's values: from here on they are not copied
 SNAPSHOT_SLICE_NODES = 500          # nodes per slice of a snapshot walk: 1 ms, all with ttl 3
+SNAPSHOT_SLICE_CHARS = 1 << 18      # ... and text, or more with the last of them
 SNAPSHOT_PROGRESS_NODES = 20_000    # read between two words about it
 SNAPSHOT_SORT_MAX = 1_000           # children of larger directories stay in insertion order
 LISTING_BLOCK_NODES = 100           # encoded at once
@@ -3409,7 +3556,10 @@ class Event:
 
     def history_json(self) -> str:
         """Return the form kept in snapshots: full keys, and the refresh mark."""
-        return self._text(self.key) + (',"refresh":true}' if self.refresh else "}")
+        end = ',"refresh":true}' if self.refresh else "}"
+        if isinstance(self.node, LongNode) or isinstance(self.prev, LongNode):
+            return "".join((*self._texts(self.key), end))
+        return self._text(self.key) + end
 
     def _text(self, key: str) -> str:
         node, prev = self.node, self.prev
@@ -3853,14 +4003,17 @@ class SnapshotWalk(TreeWalk):
 
     def chunks(self, history: Iterator[str], end: str) -> Iterator[bytes]:
         """Yield the snapshot in slices of some ms.  history: pieces of JSON; end: what follows."""
-        texts = itertools.chain(
+        slice, chars = [], 0
+        for text in itertools.chain(
             ('{"Root":',), self._pieces(), (',"WatcherHub":{"EventHistory":', next(history)),
             history, ("}", end),
-        )
-        slice = list(itertools.islice(texts, SNAPSHOT_SLICE_NODES))
-        while slice:
-            yield "".join(slice).encode()
-            slice = list(itertools.islice(texts, SNAPSHOT_SLICE_NODES))
+        ):
+            slice.append(text)
+            chars += len(text)
+            if chars >= SNAPSHOT_SLICE_CHARS or len(slice) >= SNAPSHOT_SLICE_NODES:
+                yield "".join(slice).encode()
+                slice, chars = [], 0
+        yield "".join(slice).encode()
 
     def _pieces(self) -> Iterator[str]:
         """Yield the JSON of the root in pieces, one for each node and one for each end.
@@ -4063,7 +4216,7 @@ _SNAPSHOT_NODE = re.compile(
 
 
 def _unquote(string: str) -> str:
-    return str(json.loads(f'"{string}"')) if "\\" in string else string
+    return as_unicode(json.loads(f'"{string}"')) if "\\" in string else string
 
 
 def _read_tree(
@@ -4118,9 +4271,84 @@ def _read_event_node(members: Mapping[str, Any]) -> Node:
     if members.get("dir"):
         return Directory(created, modified, expires_ns, {})
     value = members.get("value")
-    if not isinstance(value, (str, type(None))):
+    if isinstance(value, str):
+        return file_node(value, created, modified, expires_ns)
+    if value is not None:
         raise ValueError(f"not a value: {value!r}")
-    return Node(value, created, modified, expires_ns)
+    return Node(None, created, modified, expires_ns)
+
+
+class StoreState(NamedTuple):
+    """What a snapshot says, read and checked: to become it takes a store no time."""
+
+    nodes: Dict[str, Node]
+    ttl: TtlHeap
+    current_index: int
+    stats: Dict[str, int]
+    events: List[Event]                 # the history, oldest first
+    back: int                           # of its ring
+    capacity: int
+
+    @classmethod
+    def read(
+        cls, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
+    ) -> StoreState:
+        """Return the state in a snapshot's data.  Raises ValueError if it holds none."""
+        try:
+            text = data.decode("utf-8", "replace")
+            nodes, end = _read_tree(text, progress)
+            slots, rest = _read_slots(text, end)
+            state = json.loads("{" + rest.lstrip("}")[1:])
+            counters = state.get("Stats") or {}
+            history = (state.get("WatcherHub") or {}).get("EventHistory") or {}
+            queue = history.get("Queue") or {}
+            slots = slots or [m and _read_event(m) for m in queue.get("Events") or ()]
+            front = _number(queue, "Front")
+            ring = slots[front:] + slots[:front]        # oldest first, then the unused
+            if nodes["/0"].children is None or nodes["/1"].children is None:
+                raise ValueError("/0 and /1 must be directories")
+            ttl = TtlHeap()
+            for path, node in nodes.items():
+                if node.expires_ns:
+                    ttl.set(path, node.expires_ns)
+            return cls(
+                nodes, ttl, _number(state, "CurrentIndex"),
+                {name: _number(counters, name) for name in counters},
+                [event for event in ring if event is not None],
+                _number(queue, "Back"), _number(queue, "Capacity"),
+            )
+        except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise ValueError(f"not a snapshot of a store: {error!r}") from None
+
+    @property
+    def version(self) -> str:
+        """The cluster version in it; "": not decided."""
+        node = self.nodes.get("/0/version")
+        return (node.value if node is not None else None) or ""
+
+
+_SLOTS = '"Events":['
+_SLOT_END = re.compile(r"\s*([,\]])")
+
+
+def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
+    """Return the slots of the history's ring, and the text from `end` on without them.
+
+    One after the other: all together, 1,000 events of 100 KB would stop every thread for 0.5 s.
+    """
+    slots: List[Optional[Event]] = []
+    first = text.find(_SLOTS, end) + len(_SLOTS)
+    if first < len(_SLOTS) or text.startswith("]", first):
+        return slots, text[end:]
+    decoder, at, comma = json.JSONDecoder(), first, ","
+    while comma == ",":
+        members, at = decoder.raw_decode(text, at)
+        slots.append(None if members is None else _read_event(members))
+        match = _SLOT_END.match(text, at)
+        if match is None:
+            raise ValueError("the history of events has no end")
+        comma, at = match.group(1), match.end()
+    return slots, text[end:first] + text[at - 1:]
 
 
 class Store:
@@ -4414,7 +4642,7 @@ class Store:
         (self._nodes[directory].children or {}).clear()
         for path, value in files.items():
             self._make_parents(path, self.current_index)
-            self._put(path, None, Node(value, self.current_index, self.current_index, 0))
+            self._put(path, None, file_node(value, self.current_index, self.current_index, 0))
 
     def recover(
         self, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
@@ -4423,37 +4651,23 @@ class Store:
 
         progress  called now and then with the share that is read, 0.0 to 1.0, and the nodes in it
 
-        Nodes already over leave with the next delete_expired.  Raises ValueError if it is no
-        snapshot of a store, and then nothing has changed.
+        Raises ValueError if it is no snapshot of a store, and then nothing has changed.
+        """
+        self.become(StoreState.read(data, progress))
+
+    def become(self, state: StoreState) -> None:
+        """Take over a state, whose only owner this store is from now on.
+
+        Nodes already over leave with the next delete_expired.
         Source: etcd 2.3 store/store.go, Recovery.
         """
-        try:
-            text = text_of(data)
-            nodes, end = _read_tree(text, progress)
-            state = json.loads("{" + text[end:].lstrip("}")[1:])
-            current_index = _number(state, "CurrentIndex")
-            counters = state.get("Stats") or {}
-            stats = {name: _number(counters, name) for name in counters}
-            history = (state.get("WatcherHub") or {}).get("EventHistory") or {}
-            queue = history.get("Queue") or {}
-            slots, front = queue.get("Events") or [], _number(queue, "Front")
-            ring = slots[front:] + slots[:front]        # oldest first, then the unused, null
-            events = [_read_event(members) for members in ring if members is not None]
-            back, capacity = _number(queue, "Back"), _number(queue, "Capacity")
-            if nodes["/0"].children is None or nodes["/1"].children is None:
-                raise ValueError("/0 and /1 must be directories")
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"not a snapshot of a store: {error!r}") from None
-        self._ttl = TtlHeap()
-        for path, node in nodes.items():
-            if node.expires_ns:
-                self._ttl.set(path, node.expires_ns)
+        self._ttl = state.ttl
         self._walks = []                        # a walk under way keeps the tree it began with
-        self._nodes = nodes
-        seen, self.current_index = self.current_index, current_index
-        self.stats.load(stats)
-        self.hub.history.load(events, back, capacity)
-        if current_index > seen:
+        self._nodes = state.nodes
+        seen, self.current_index = self.current_index, state.current_index
+        self.stats.load(state.stats)
+        self.hub.history.load(state.events, state.back, state.capacity)
+        if self.current_index > seen:
             self.hub.catch_up(seen)
 
     def _place(
@@ -4482,7 +4696,8 @@ class Store:
     ) -> Event:
         """Give the file `old` a value and a TTL; it stays the same key."""
         index = self.current_index + 1
-        node = Node(old.value if refresh else value, old.created_index, index, expires_ns)
+        text = (old.value or "") if refresh else value
+        node = file_node(text, old.created_index, index, expires_ns)
         self._put(path, old, node)
         return self._done(Event(action, path, node, old, index, now_ns, refresh))
 
@@ -4588,10 +4803,6 @@ _PLAIN_RECORD = re.compile(             # the head of a normal entry with data, 
     rb"(?s:.{7})\0\x08(?:\x02\x10(%b)\x1a(%b)\x08\0\x10(%b)\x18(%b)\"(%b)|"
     rb"\x03\x10(%b)\x1a(%b)(\x08%b\x10%b\x18%b))".replace(
         b"%b", rb"[\x80-\xff]{0,9}[\x00-\x7f]")
-)
-_REPAIR_HINT = (
-    "remove this member from the cluster, delete its data directory and add it again;"
-    " a cluster of one is restored from a backup"
 )
 
 
@@ -4897,7 +5108,7 @@ class WalDecoder:
         """Return the error for a record at `end` that is not what was written."""
         return CrcMismatch(
             f"read wal error ({what}) and cannot be repaired: {self.path} is damaged at offset"
-            f" {self.end}; {_REPAIR_HINT}"
+            f" {self.end}; {REPAIR_HINT}"
         )
 
     def _record(self, offset: int) -> Optional[WalRecord]:
@@ -5297,7 +5508,7 @@ class _WalReader:
         if torn and not last:
             raise CrcMismatch(
                 f"read wal error ({torn}) and cannot be repaired: later segments exist;"
-                f" {_REPAIR_HINT}"
+                f" {REPAIR_HINT}"
             )
         repairs = not self._disk.read_only
         if torn and repairs:
@@ -5317,7 +5528,7 @@ class _WalReader:
         if start not in self._snapshots:
             raise WalError(
                 f"wal: snapshot not found: {self._directory} has no record of the snapshot at"
-                f" index {start.index}; {_REPAIR_HINT}"
+                f" index {start.index}; {REPAIR_HINT}"
             )
         term, vote, commit = self._hard_state
         if start.index:
@@ -5328,7 +5539,7 @@ class _WalReader:
             raise WalError(
                 f"wal: entries {last + 1} to {commit} are missing: {self._directory} and the"
                 f" snapshot at index {start.index} do not fit, perhaps as a later snapshot file is"
-                f" lost or damaged; {_REPAIR_HINT}"
+                f" lost or damaged; {REPAIR_HINT}"
             )
         state = HardState(term, vote, commit)
         return WalContents(self._metadata, state, self._entries, self._snapshots)
@@ -5430,7 +5641,7 @@ def _segments_from(directory: str, index: int, disk: OsDisk) -> List[str]:
     if first < 0 or sequences != list(range(sequences[0], sequences[0] + len(names))):
         raise WalError(
             f"wal: file not found: {directory} lacks a segment behind index {index};"
-            f" {_REPAIR_HINT}"
+            f" {REPAIR_HINT}"
         )
     return names
 
@@ -5531,6 +5742,30 @@ class Snapshotter:
             if snapshot is not None:
                 return snapshot
         return None
+
+    def check_log(self, wal_dir: str, known: Iterable[EntryID]) -> None:
+        """Raise WalError if an intact file is newer than all snapshots that the log knows.
+
+        Its record was durable before its file was begun, so the end of the log is lost, and with
+        it votes and entries that other members count on.  Differs from etcd, which starts in the
+        past.
+        """
+        newest = max((snapshot_id.index for snapshot_id in known), default=-1)
+        for name in reversed(self.disk.listdir(self.directory)):
+            match = _SNAP_NAME.fullmatch(name)
+            path = os.path.join(self.directory, name)
+            if match is None or int(match.group(2), 16) <= newest:
+                continue
+            with contextlib.suppress(CodecError, FileNotFoundError):
+                decode_snapshot_file(self.disk.read(path))
+                segments = list(filter(_WAL_NAME.fullmatch, self.disk.listdir(wal_dir)))
+                last = os.path.join(wal_dir, segments[-1]) if segments else "no file"
+                raise WalError(
+                    f"wal: the end of the log is lost: {path} is intact, but the log in {wal_dir}"
+                    f" (its last: {last}) ends before it; a later .wal file is missing, or the last"
+                    f" one was cut: put it back; or {REPAIR_HINT}, or by `pyetcd restore {path}`,"
+                    f" without what came after it; or give the right -wal-dir"
+                )
 
     def _read(self, name: str) -> Optional[Snapshot]:
         path = os.path.join(self.directory, name)
@@ -6044,9 +6279,12 @@ def parse_member(context: bytes, id: int) -> Member:
         fields = json.loads(context)
         urls, clients = fields.get("peerURLs") or (), fields.get("clientURLs") or ()
         name, features = fields.get("name") or "", fields.get("features") or ()
+        texts = [as_unicode(str(text)) for text in (name, *urls, *clients, *features)]
+        first_client = 1 + len(urls)
+        first_feature = first_client + len(clients)
         return Member(
-            id, tuple(sorted(map(str, urls))), str(name), tuple(map(str, clients)),
-            tuple(map(str, features)),
+            id, tuple(sorted(texts[1:first_client])), texts[0],
+            tuple(texts[first_client:first_feature]), tuple(texts[first_feature:]),
         )
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise CodecError(f"the context of a change is not a member: {context!r}") from None
@@ -6060,6 +6298,7 @@ def parse_member(context: bytes, id: int) -> Member:
 # ============================================================================
 
 _ATTRIBUTES_PATH = re.compile(r"/0/members/([0-9a-fA-F]{1,16})/attributes")
+_VERSION_VALUE = re.compile(r"[0-9]{1,9}\.[0-9]{1,9}\.[0-9]{1,9}")
 
 Applied = Union[Event, EtcdError, None]
 
@@ -6082,14 +6321,17 @@ class Applier:
     def apply_entry(self, entry: Entry) -> Applied:
         """Apply a normal entry, and leave its request in entry.request.
 
-        None for what has no result: a leader's first entry, and operations of etcd 3's API,
-        which count as applied and do nothing here.
+        None for what has no result: a leader's first entry, operations of etcd 3's API, and what
+        is no command; they count as applied and do nothing here.
         """
         request = entry.request
         if request is None:
             if not entry.data:
                 return None
-            request = entry.request = decode_request(entry.data)
+            try:
+                request = entry.request = read_command(entry.data)
+            except CodecError as error:     # in a log from before check_entry(); etcd ends here
+                package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
             if request is None:
                 return None
         return self.apply_request(request)
@@ -6161,7 +6403,7 @@ class Applier:
         if match is not None:
             return self._note_attributes(int(match.group(1), 16), r.val)
         if r.path == "/0/version":
-            if not re.fullmatch(r"\d{1,9}\.\d{1,9}\.\d{1,9}", r.val):
+            if not _VERSION_VALUE.fullmatch(r.val):
                 log = package_logger("etcdserver")
                 log.error("ignored a cluster version that is none: %s", r.val)
                 return False            # etcd ends here
@@ -6186,9 +6428,16 @@ class Applier:
     def apply_conf_change(self, change: ConfChange) -> Optional[MemberError]:
         """Change the cluster, or return why not; then Raft must not change either."""
         try:
-            member = self._cluster.validate_change(change)
+            self._change_cluster(change)
         except MemberError as error:
             return error
+        except (CodecError, EtcdError) as error:        # etcd ends here
+            package_logger("etcdserver").error("ignored a change of members: %s", error)
+            return UnknownChange()
+        return None
+
+    def _change_cluster(self, change: ConfChange) -> None:
+        member = self._cluster.validate_change(change)
         now_ns = self.clock()
         if member is None:
             self._cluster.remove(change.node_id, now_ns=now_ns)
@@ -6198,7 +6447,6 @@ class Applier:
             )
         else:
             self._cluster.add(member, now_ns=now_ns)
-        return None
 
 
 _METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
@@ -6208,6 +6456,76 @@ _METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
     "QGET": Applier._get,
     "SYNC": Applier._sync,
 }
+
+
+# -- what a peer may have in the log -------------------------------------------
+
+
+def read_command(data: Buffer) -> Optional[Request]:
+    """Return decode_request(data) as UTF-8, its path clean, as etcd's store makes it.
+
+    Raises CodecError.
+    """
+    request = decode_request(data)
+    if request is None:
+        return None
+    request = request.as_unicode()
+    path = clean_path(request.path)
+    return request if path == request.path else request._replace(path=path)
+
+
+def read_change(entry: Entry) -> ConfChange:
+    """Return what an entry changes; nobody, if it is garbage from before check_entry()."""
+    try:
+        return decode_conf_change(entry.data)
+    except CodecError as error:         # etcd ends here
+        package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
+        return ConfChange(type=-1)
+
+
+def check_entry(entry: Entry) -> None:
+    """Raise CodecError for an entry whose application would fail here, or at the next start.
+
+    The command of a normal entry stays in entry.request, so that it is decoded once.
+    """
+    if entry.type == EntryType.CONF_CHANGE:
+        _check_change(entry.data)
+    elif entry.type:
+        raise CodecError(f"an entry of unknown type {entry.type}")
+    elif entry.data:
+        request = entry.request = read_command(entry.data)
+        if request is not None and not request.path.startswith("/1/"):
+            _check_own_path(request)
+        if request is not None and len(request.path) > _PATH_CHARS_CHEAP:
+            if len(request.path) * request.path.count("/") > PATH_COST_MAX:
+                raise CodecError(f"a key of {request.path.count('/')} path elements")
+
+
+_PATH_CHARS_CHEAP = 4_096               # the key of a peer that no part of which can be costly
+
+
+def _check_own_path(request: Request) -> None:
+    """Below /0 only what members publish may be written."""
+    path, value = request.path, request.val
+    if request.method == "QGET" or not (path + "/").startswith("/0/"):
+        return
+    if request.method == "PUT" and _ATTRIBUTES_PATH.fullmatch(path):
+        return
+    if request.method != "PUT" or path != "/0/version":
+        raise CodecError(f"a {request.method} of {path[:100]}, which belongs to the cluster")
+    if _VERSION_VALUE.fullmatch(value) and version_key(value) > version_key(SERVER_VERSION):
+        raise CodecError(f"cluster version {value} is newer than this program")
+
+
+def _check_change(data: bytes) -> None:
+    change = decode_conf_change(data)
+    if not data or not change.node_id:
+        raise CodecError("a change of no member")
+    if change.type in (ConfChangeType.ADD_NODE, ConfChangeType.UPDATE_NODE):
+        context = change.context or b"{}"
+        parse_member(context, change.node_id)
+        if json.loads(context).get("id", change.node_id) != change.node_id:
+            raise CodecError(f"a change of member {change.node_id:x} that speaks of another one")
 
 
 # ============================================================================
@@ -6485,6 +6803,46 @@ class Reactor:
 
     def _drain_wake(self, mask: int) -> None:
         self._wake_in.read(4096)        # what is left makes it ready again
+
+
+class SlicedWork:
+    """Long works in steps, all together for TURN_S of a turn, each for a while in its turn.
+
+    What is short is done at once.  Thread: reactor.
+    """
+
+    TURN_S = 0.005
+
+    def __init__(self, reactor: Reactor) -> None:
+        self._reactor = reactor
+        self._works: Deque[Tuple[Iterator[None], Callable[[Any], None]]] = collections.deque()
+        self._turn = -1                 # of the reactor, and what was spent in it
+        self._spent_s = 0.0
+        self._is_posted = False
+
+    def add(self, steps: Generator[None, None, Any], done: Callable[[Any], None]) -> None:
+        """Do a work; then call done(result of the generator), which may be before add() returns."""
+        self._works.append((steps, done))
+        if not self._is_posted:
+            self._go()
+
+    def _go(self) -> None:
+        self._is_posted = False
+        reactor = self._reactor
+        if self._turn != reactor.turns:
+            self._turn, self._spent_s = reactor.turns, 0.0
+        while self._works and self._spent_s < self.TURN_S:
+            steps, done = self._works.popleft()
+            started = reactor.now()
+            try:
+                next(steps)
+                self._works.append((steps, done))
+            except StopIteration as stop:
+                done(stop.value)
+            self._spent_s += reactor.now() - started
+        if self._works and not self._is_posted:
+            self._is_posted = True
+            reactor.call_soon(self._go)
 
 
 # ============================================================================
@@ -7104,13 +7462,14 @@ _STATUS_LINES = {
 class HttpRequest:
     """One request, complete with its body, waiting for exactly one reply."""
 
-    __slots__ = ("head", "body", "connection", "body_too_large")
+    __slots__ = ("head", "body", "connection", "body_too_large", "body_file")
 
     def __init__(self, head: HttpHead, body: bytes, connection: Connection) -> None:
         self.head = head
         self.body = body
         self.connection = connection
         self.body_too_large = False
+        self.body_file: Optional[IO[bytes]] = None      # holds a body that is too large for memory
 
     @property
     def method(self) -> str:
@@ -7276,7 +7635,8 @@ class Connection:
     __slots__ = (
         "reactor", "remote", "on_close", "on_drain", "streaming", "pending", "_listener", "_sock",
         "_in", "_head", "_chunks", "_body", "_body_bytes", "_busy", "_out", "_dirty", "_events",
-        "_close_after", "_eof", "_draining", "_processing", "_http2", "closed",
+        "_close_after", "_eof", "_draining", "_processing", "_http2", "closed", "_body_max",
+        "_file",
     )
 
     def __init__(self, listener: Listener, sock: socket.socket, remote: str) -> None:
@@ -7293,7 +7653,9 @@ class Connection:
         self._head: Optional[HttpHead] = None       # parsed, its body still incomplete
         self._chunks: Optional[ChunkedDecoder] = None
         self._body: List[bytes] = []    # pieces of a chunked or large body
-        self._body_bytes = 0            # in them
+        self._body_bytes = 0            # in them, or in _file
+        self._body_max = 0              # of the request under way, as its head deserves
+        self._file: Optional[IO[bytes]] = None      # instead of _body
         self._busy = False              # a request waits for its reply
         self._out: List[Union[bytes, memoryview]] = []
         self._dirty = False
@@ -7399,6 +7761,7 @@ class Connection:
             return None
         self._head = None
         request = HttpRequest(head, body or b"", self)
+        request.body_file, self._file = self._file, None
         if body is None:
             request.body_too_large = True
             request.head = _closing_head(head)
@@ -7424,8 +7787,10 @@ class Connection:
                     heads.clear()
                 heads[raw] = head
         self._head = head
+        if head.chunked or head.body_size:
+            self._body_max = self._listener.body_limit(head)
         if head.expects and (head.chunked or head.body_size > len(self._in)):
-            if head.body_size <= self._listener.body_max:
+            if head.body_size <= self._body_max:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         return head
 
@@ -7440,8 +7805,8 @@ class Connection:
     def _take_sized(self, head: HttpHead) -> Optional[bytes]:
         """Return the body; None with _head cleared if it is too large, with _head if not all."""
         size = head.body_size
-        if size > self._listener.body_max:
-            self._head = None
+        if size > self._body_max:
+            self._refuse_body()
             return None
         if self._body or len(self._in) < size:
             if size > 1 << 16:
@@ -7452,22 +7817,45 @@ class Connection:
 
     def _gather(self, size: int) -> Optional[bytes]:
         """Collect a large body in a list: appending to bytes would copy it each time."""
-        self._keep(self._in)
-        self._in = b""
-        if self._body_bytes < size:
+        left = size - self._body_bytes
+        piece, self._in = self._in[:left], self._in[left:]
+        if not self._keep(piece):
+            self._refuse_body()
             return None
-        data = self._join()
-        self._in = data[size:]
-        return data[:size]
+        return self._join() if self._body_bytes == size else None
 
-    def _keep(self, piece: bytes) -> None:
-        self._body.append(piece)
+    def _keep(self, piece: bytes) -> bool:
+        """Keep a piece of a body; False if there is no room."""
         self._body_bytes += len(piece)
+        if self._file is not None:
+            return _write_all(self._file, (piece,))
+        listener = self._listener
+        self._body.append(piece)
+        listener.held_bytes += len(piece)
+        if self._body_bytes > listener.memory_max:
+            return self._spool()
+        return listener.held_bytes <= listener.held_max
+
+    def _spool(self) -> bool:
+        """From here on the body goes to a file; False if that cannot be."""
+        file = self._listener.open_spool(self._body[0])
+        if file is None or not _write_all(file, self._body):
+            return False
+        self._listener.held_bytes -= self._body_bytes
+        self._body, self._file = [], file
+        return True
 
     def _join(self) -> bytes:
+        """Return what was kept, unless it is in _file."""
         data = b"".join(self._body)
+        self._listener.held_bytes -= len(data)
         self._body, self._body_bytes = [], 0
         return data
+
+    def _refuse_body(self) -> None:
+        """Forget the body: its request is answered at once."""
+        self._head = self._chunks = self._file = None
+        self._join()
 
     def _take_chunked(self, head: HttpHead) -> Optional[bytes]:
         if self._chunks is None:
@@ -7475,11 +7863,9 @@ class Connection:
         decoder = self._chunks
         data, self._in = self._in, b""
         piece = decoder.feed(data)
-        if piece:
-            self._keep(piece)
-        if self._body_bytes > self._listener.body_max or decoder.chunks > CHUNKS_MAX:
-            self._head = self._chunks = None
-            self._join()
+        has_room = self._keep(piece) if piece else True
+        if not has_room or self._body_bytes > self._body_max or decoder.chunks > CHUNKS_MAX:
+            self._refuse_body()
             return None
         if not decoder.done:
             return None
@@ -7651,11 +8037,21 @@ class Connection:
         self._sock.close()
         self._out = []
         self._in = b""
+        self._refuse_body()
         self.on_drain = None
         self._listener.forget(self)
         on_close, self.on_close = self.on_close, None
         if on_close is not None:
             on_close()
+
+
+def _write_all(file: IO[bytes], pieces: Iterable[bytes]) -> bool:
+    """Append to a file; False if the disk does not take it."""
+    try:
+        file.writelines(pieces)
+    except OSError:
+        return False
+    return True
 
 
 DRAIN_SECONDS = 2.0                 # how long a closing connection waits for the client's end
@@ -7759,7 +8155,9 @@ class Listener(http.server.HTTPServer):
 
     Bound at construction (OSError if the port is taken), accepting after start().  handler gets
     every complete request.  body_max in bytes: larger bodies arrive as body_too_large.
-    tls for an https URL; what is no TLS gets a sentence in plain HTTP.
+    body_limit(head) may allow less.  memory_max: from there on a body goes to the file that
+    open_spool(its first piece) returns, if any, else it is too large.  held_max: of all bodies in
+    memory together.  tls for an https URL; what is no TLS gets a sentence in plain HTTP.
     """
 
     allow_reuse_address = os.name == "posix"
@@ -7774,6 +8172,11 @@ class Listener(http.server.HTTPServer):
         self.reactor = reactor
         self.handler = handler
         self.body_max = body_max
+        self.body_limit: Callable[[HttpHead], int] = lambda head: self.body_max
+        self.memory_max: float = math.inf
+        self.open_spool: Callable[[bytes], Optional[IO[bytes]]] = lambda first: None
+        self.held_max: float = math.inf
+        self.held_bytes = 0             # of bodies under way
         self.heads: Dict[bytes, HttpHead] = {}
         self.received_bytes = self.sent_bytes = 0   # of all connections so far
         self._connections: Set[Connection] = set()
@@ -8401,23 +8804,31 @@ class FrameDecoder:
 
     def feed(self, data: bytes) -> List[Message]:
         """Return the messages now complete.  Raises CodecError; then the stream is lost."""
+        return [message for message in self.messages(data) if message is not None]
+
+    def messages(self, data: bytes) -> Iterator[Optional[Message]]:
+        """Do feed() in steps of 1 ms at most, or of one entry: yields a message or, in between,
+        None.  To be exhausted before the next data."""
         if self._partial:
             self._partial += data
             if len(self._partial) < self._need:
-                return []
+                return
             data = bytes(self._partial)
-        messages: List[Message] = []
-        offset, end = 0, len(data)
+        found: List[Message] = []
+        offset, end, work = 0, len(data), 0
         while offset < end:
-            size = self._frame(data, offset, messages)
+            size = yield from self._frame(data, offset, found)
             if offset + size > end:
                 self._need = size
                 break
             offset += size
+            work += STEP_BYTES // STEP_ENTRIES + size
+            if found or work > STEP_BYTES:
+                work = 0
+                yield found.pop() if found else None
         self._partial = bytearray(data[offset:])
-        return messages
 
-    def _frame(self, data: bytes, offset: int, messages: List[Message]) -> int:
+    def _frame(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
         """Consume one frame at `offset`; return its size, or a larger one than data holds."""
         raise NotImplementedError
 
@@ -8427,7 +8838,7 @@ def _frame_size(data: bytes, offset: int) -> int:
     if len(data) < offset + 8:
         return 0
     size: int = _U64.unpack_from(data, offset)[0]
-    if size > PEER_BODY_BYTES_MAX:
+    if size > RAFT_BODY_BYTES_MAX:
         raise CodecError(f"frame of {size} bytes")
     return size
 
@@ -8437,13 +8848,13 @@ class MessageDecoder(FrameDecoder):
 
     __slots__ = ()
 
-    def _frame(self, data: bytes, offset: int, messages: List[Message]) -> int:
+    def _frame(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
         start = offset + 8
         end = start + _frame_size(data, offset)
         if end <= len(data):
-            message = decode_message(data[start:end])
+            message = yield from decode_message_steps(data[start:end])
             if message.type != MsgType.HEARTBEAT or message.sender or message.to:
-                messages.append(message)
+                found.append(message)
         return end - offset
 
 
@@ -8465,24 +8876,24 @@ class AppV2Decoder(FrameDecoder):
         self._left = -1                     # its entries to come; -1: between frames
         self._bytes = 0                     # its bytes so far
 
-    def _frame(self, data: bytes, offset: int, messages: List[Message]) -> int:
+    def _frame(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
         if self._left > 0:
             return self._entry(data, offset)
         if self._left == 0:
-            return self._commit(data, offset, messages)
+            return self._commit(data, offset, found)
         kind = data[offset]
         if kind == 0:
             return 1
         if kind == 1:
             return self._begin(data, offset)
         if kind == 2:
-            return self._full(data, offset, messages)
+            return (yield from self._full(data, offset, found))
         raise CodecError(f"unknown frame {kind} on msgappv2")
 
     def _begin(self, data: bytes, offset: int) -> int:
         if len(data) >= offset + 9:
             (count,) = _U64.unpack_from(data, offset + 1)
-            if count > ENTRIES_BYTES_MAX:       # an entry has more than one byte
+            if count > MESSAGE_ENTRIES_MAX:
                 raise CodecError(f"frame of {count} entries")
             if not self._term:
                 raise CodecError("a frame that continues none")
@@ -8493,7 +8904,7 @@ class AppV2Decoder(FrameDecoder):
         start = offset + 8
         end = start + _frame_size(data, offset)
         self_bytes = self._bytes + end - offset
-        if self_bytes > PEER_BODY_BYTES_MAX:
+        if self_bytes > RAFT_BODY_BYTES_MAX:
             raise CodecError(f"frame of {self_bytes} bytes")
         if end <= len(data):
             self._entries.append(decode_entry(data[start:end]))
@@ -8501,9 +8912,9 @@ class AppV2Decoder(FrameDecoder):
             self._bytes = self_bytes
         return end - offset
 
-    def _commit(self, data: bytes, offset: int, messages: List[Message]) -> int:
+    def _commit(self, data: bytes, offset: int, found: List[Message]) -> int:
         if len(data) >= offset + 8:
-            messages.append(Message(
+            found.append(Message(
                 MsgType.APP, to=self._local_id, sender=self._remote_id, term=self._term,
                 log_term=self._term, index=self._index, entries=self._entries,
                 commit=_U64.unpack_from(data, offset)[0],
@@ -8512,15 +8923,15 @@ class AppV2Decoder(FrameDecoder):
             self._entries, self._left = [], -1
         return 8
 
-    def _full(self, data: bytes, offset: int, messages: List[Message]) -> int:
+    def _full(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
         start = offset + 9
         end = start + _frame_size(data, offset + 1)
         if end <= len(data):
-            message = decode_message(data[start:end])
+            message = yield from decode_message_steps(data[start:end])
             entries = message.entries
             self._term = message.term
             self._index = entries[-1].index if entries else message.index
-            messages.append(message)
+            found.append(message)
         return end - offset
 
 
@@ -8682,13 +9093,14 @@ class LinkContext(NamedTuple):
     headers: Dict[str, str]                         # of every request to a peer
     dial_timeout_s: float
     complain: Callable[[str], None]
-    deliver: Callable[[Message, int], object]       # a message and its size in bytes
+    take: Callable[[Message, int], Generator[None, None, object]]   # a message; its bytes
     unreachable: Callable[[int], None]
     snapshot_done: Callable[[int, bool], None]
     removed: Callable[[], None]
     sent: Callable[[Sent], None]
     round_trip: Callable[[int, float], None]        # a peer has answered a probe, in seconds
     tls: Optional[TlsContext] = None                # None: the defaults, should a peer ask for it
+    work: Optional[SlicedWork] = None               # where messages are decoded
 
 
 ID_IN_USE = "member ID in use"       # the refusal of a second process with the id of a peer
@@ -8767,7 +9179,15 @@ class StreamReader:
         self._answer = Answer()
         self._decoder: Optional[FrameDecoder] = None    # set while the stream is open
         self._unread_bytes = 0                      # received, in no message yet
+        self._backoff = Backoff(STREAM_RETRY_SECONDS, STREAM_RETRY_SECONDS_MAX)
         self._retry = context.reactor.call_later(0.0, self._dial)
+
+    def hurry(self) -> None:
+        """The peer has just dialed us: it can be reached again."""
+        if self._call is None and self._retry.callback is not None:
+            self._retry.cancel()
+            self._backoff.reset()
+            self._retry = self._context.reactor.call_later(STREAM_RETRY_SECONDS, self._dial)
 
     def stop(self) -> None:
         """Close the stream and dial no more."""
@@ -8807,20 +9227,42 @@ class StreamReader:
             self._answer.take_data(data)
             return
         self._status.activate()
+        self._backoff.reset()
         call = self._call
-        try:
-            messages = self._decoder.feed(data)
-        except CodecError as error:
-            self._drop(error)
-            return
         self._unread_bytes += len(data)
-        if not messages:
-            return
-        size, self._unread_bytes = self._unread_bytes // len(messages), 0
-        for message in messages:
-            self._context.deliver(message, size)
-            if self._call is not call:
-                return                              # stopped by what the message caused
+        is_read = False
+
+        def read(error: Optional[CodecError]) -> None:
+            nonlocal is_read
+            is_read = True
+            if call is None or call is not self._call:
+                return                              # another stream by now
+            if error is not None:
+                self._drop(error)
+            else:
+                call.resume()
+
+        (self._context.work or SlicedWork(self._context.reactor)).add(
+            self._take(call, self._decoder.messages(data)), read)
+        if not is_read and call is not None:
+            call.pause()                            # until all of this is done
+
+    def _take(
+        self, call: Optional[HttpCall], messages: Iterator[Optional[Message]]
+    ) -> Generator[None, None, Optional[CodecError]]:
+        """Hand on the messages; return what was wrong with the stream."""
+        try:
+            for message in messages:
+                if message is not None:
+                    size, self._unread_bytes = self._unread_bytes, 0
+                    yield from self._context.take(message, size)
+                else:
+                    yield
+                if self._call is not call:
+                    return None                     # stopped, perhaps by what the message caused
+        except CodecError as error:
+            return error
+        return None
 
     def _drop(self, error: CodecError) -> None:
         """The peer sends nonsense: a new stream may do better."""
@@ -8830,7 +9272,7 @@ class StreamReader:
 
     def _on_done(self, error: Optional[Exception]) -> None:
         self._call = None
-        self._retry = self._context.reactor.call_later(STREAM_RETRY_SECONDS, self._dial)
+        self._retry = self._context.reactor.call_later(self._backoff.next(), self._dial)
         if self._decoder is not None:
             self._status.deactivate("read", self._kind.title, error or "EOF")
             return
@@ -9213,6 +9655,8 @@ class Peer:
     def attach(self, kind: StreamKind, reply: StreamReply, advertised: str) -> None:
         """The peer has dialed one of its streams."""
         self._advertised = advertised
+        for reader in self._readers:
+            reader.hurry()
         if kind is APP_STREAM:
             self._app_writer.attach(reply, AppV2Encoder(self._lists))
         else:
@@ -9290,6 +9734,19 @@ def _ignore_round_trip(member_id: int, seconds: float) -> None:
     """Default of Transport's `round_trip`."""
 
 
+class Door:
+    """What may pass from peers to this member: all.  What they send is never trusted."""
+
+    def inspect(self, message: Message) -> Generator[None, None, str]:
+        """Say, in steps, why `message` must not be delivered; "": it may."""
+        yield from ()
+        return ""
+
+    def read_state(self, data: bytes) -> Any:
+        """Return what the store makes of a snapshot's data.  Raises ValueError.  Thread: any."""
+        return None
+
+
 class Transport:
     """All links to other members, and the raft part of the peer listener.
 
@@ -9300,6 +9757,7 @@ class Transport:
     sent           gets a Sent for every message to a peer, when its fate is known
     received       (sender, message, bytes), before deliver
     round_trip     (member id, seconds) of every probe that a peer has answered
+    door           looks at every message before it is delivered
     `drop`, if set, loses the messages, sent and received, for which it returns true.
     The first three are called by the reactor, never from inside offer().  Thread: reactor.
     """
@@ -9312,7 +9770,7 @@ class Transport:
         sent: Callable[[Sent], None] = _ignore_sent,
         received: Callable[[int, Message, int], None] = _ignore_received,
         round_trip: Callable[[int, float], None] = _ignore_round_trip,
-        tls: Optional[TlsContext] = None,
+        tls: Optional[TlsContext] = None, door: Optional[Door] = None,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
         self._reactor = reactor
@@ -9322,6 +9780,10 @@ class Transport:
         self._deliver = deliver
         self._removed: Optional[Callable[[], None]] = removed
         self._received = received
+        self._door = door or Door()
+        self._work = SlicedWork(reactor)
+        self._is_reading = False            # a snapshot: one after the other
+        self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # those that arrive
         self._complaints = Complaints("rafthttp", reactor.now)
         self._lists = EntryListEncoder()
         self._peers: Dict[int, Peer] = {}
@@ -9333,10 +9795,10 @@ class Transport:
         }
         self._context = LinkContext(
             reactor, member_id, self._cluster_id, self._request_headers(peer_urls),
-            1.0 + election_s / 5, self._complaints.say, self._accept,
+            1.0 + election_s / 5, self._complaints.say, self._take,
             lambda to: self._soon(unreachable, to),
             lambda to, ok: self._soon(snapshot_done, to, ok), self._we_are_removed, sent,
-            round_trip, tls,
+            round_trip, tls, self._work,
         )
 
     # -- members -----------------------------------------------------------
@@ -9447,19 +9909,61 @@ class Transport:
             route(request)
         return True
 
-    def _accept(self, message: Message, size: int) -> bool:
-        """Hand a message on; False if it is one that no healthy member sends to us.
+    def guard(self, listener: Listener, directory: str) -> None:
+        """Have a listener read bodies only of those from whom we expect one, and only so many.
+
+        directory  where snapshots are kept until they are complete
+        """
+        listener.body_limit = self._body_max
+        listener.memory_max = RAFT_BODY_BYTES_MAX
+        listener.held_max = PEER_BODIES_BYTES_MAX
+        listener.open_spool = functools.partial(self._open_spool, directory)
+
+    def _open_spool(self, directory: str, first: bytes) -> Optional[IO[bytes]]:
+        """A file for the body that begins so: only snapshots may be so large, and few at a time."""
+        is_snapshot = _SNAPSHOT_START in (first[:2], first[8:10])
+        if not is_snapshot or len(self._spools) >= _SPOOLS_MAX:
+            return None
+        try:
+            file = tempfile.TemporaryFile(dir=directory)
+        except OSError as error:
+            self._complaints.say(f"cannot keep a snapshot that a peer sends: {error}")
+            return None
+        self._spools.add(file)
+        return file
+
+    def _body_max(self, head: HttpHead) -> int:
+        """How many bytes of body are wanted from the sender of this head.
+
+        Only members have something to tell that is more than a few numbers.
+        """
+        if head.method != "POST" or head.path not in ("/raft", "/raft/snapshot"):
+            return 0
+        sender = _parse_id(head.headers.get("x-server-from", "")) or 0
+        theirs = head.headers.get("x-etcd-cluster-id", "")
+        if theirs != self._cluster_id or self._is_removed(sender) or self._stopped:
+            return 0
+        is_known = sender in self._peers or sender in self._remotes
+        return PEER_BODY_BYTES_MAX if is_known else _STRANGER_BODY_BYTES_MAX
+
+    def _take(self, message: Message, size: int) -> Generator[None, None, int]:
+        """Hand a message on, in steps; return the status that says what became of it.
 
         A removed member may not disturb the others any more: it does not know yet.
         """
         if message.to != self._member_id or self._is_removed(message.sender):
-            return False
+            return 500
         if message.type == MsgType.SNAP and message.snapshot is None:
-            return False
+            return 500
+        fault = yield from self._door.inspect(message)
+        if fault:
+            name = "Msg" + MsgType(message.type).name.title().replace("_", "")
+            self._complaints.say(f"refused a {name} of {message.sender:x}: {fault}")
+            return 400
         if not self._stopped and (self.drop is None or not self.drop(message)):
             self._received(message.sender, message, size)
             self._deliver(message)
-        return True
+        return 204
 
     def _handle_stream(self, request: HttpRequest) -> None:
         """GET /raft/stream/<kind>/<dialer>: answer with our messages to the dialer, for ever."""
@@ -9503,15 +10007,41 @@ class Transport:
             return
         self._remember_sender(request, _parse_id(request.headers.get("x-server-from", "")))
         if request.body_too_large:
-            _reply_error(request, 413, "error reading raft message", headers)
-            return
+            self._reply_too_large(request, headers)
+        elif request.body_file is not None or request.body.startswith(_SNAPSHOT_START):
+            self._read_snapshot(request, headers, is_framed=False)
+        else:
+            steps = self._posted_steps(memoryview(request.body))
+            self._work.add(steps, lambda status: self._answer(request, status, headers))
+
+    def _posted_steps(self, body: memoryview) -> Generator[None, None, int]:
+        """Decode and take one message; return the status for its sender."""
         try:
-            message = decode_message(memoryview(request.body))
+            message = yield from decode_message_steps(body)
         except CodecError as error:
             self._complaints.say(f"failed to unmarshal raft message ({error})")
+            return 422
+        if self._is_removed(message.sender):
+            return 403
+        return (yield from self._take(message, len(body)))
+
+    def _answer(self, request: HttpRequest, status: int, headers: str) -> None:
+        if status == 204:
+            request.reply(204, headers=headers)
+        elif status == 403:
+            text = b'{"message":"cannot process message from removed member"}'
+            request.reply(403, text, headers=headers)
+        elif status == 422:
             _reply_error(request, 400, "error unmarshaling raft message", headers)
-            return
-        self._take_posted(request, message, headers)
+        else:
+            _reply_error(request, status, "error processing raft message", headers)
+
+    def _reply_too_large(self, request: HttpRequest, headers: str) -> None:
+        self._complaints.say(
+            f"refused a message from {request.remote}: its sender is not known here, or it is"
+            " too large"
+        )
+        _reply_error(request, 413, "error reading raft message", headers)
 
     def _handle_snapshot(self, request: HttpRequest) -> None:
         """POST /raft/snapshot, the form of 3.x: a length, a MsgSnap, and a database we ignore."""
@@ -9519,30 +10049,31 @@ class Transport:
         if not self._is_welcome(request, "POST", headers):
             return
         if request.body_too_large:
-            _reply_error(request, 413, "error reading raft message", headers)
-            return
-        body = request.body
-        try:
-            end = 8 + _frame_size(body, 0)
-            if end == 8 or end > len(body):
-                raise CodecError("unexpected EOF")
-            message = decode_message(memoryview(body)[8:end])
-        except CodecError as error:
-            _reply_error(request, 400, f"failed to decode raft message ({error})", headers)
-            return
-        if message.type != MsgType.SNAP:
-            _reply_error(request, 400, "wrong raft message type", headers)
-            return
-        self._take_posted(request, message, headers)
-
-    def _take_posted(self, request: HttpRequest, message: Message, headers: str) -> None:
-        if self._is_removed(message.sender):
-            text = b'{"message":"cannot process message from removed member"}'
-            request.reply(403, text, headers=headers)
-        elif self._accept(message, len(request.body)):
-            request.reply(204, headers=headers)
+            self._reply_too_large(request, headers)
         else:
-            _reply_error(request, 500, "error processing raft message", headers)
+            self._read_snapshot(request, headers, is_framed=True)
+
+    def _read_snapshot(self, request: HttpRequest, headers: str, *, is_framed: bool) -> None:
+        """Read a posted snapshot on a thread: it is checked before anything of it is written."""
+        if self._is_reading:
+            _reply_error(request, 503, "another snapshot is being read", headers)
+            return
+        self._is_reading = True
+
+        def done(error: Optional[BaseException], message: Any) -> None:
+            self._is_reading = False
+            if error is not None:
+                self._complaints.say(f"refused a snapshot from {request.remote}: {error}")
+                _reply_error(request, 400, str(error), headers)
+            elif self._is_removed(message.sender):
+                self._answer(request, 403, headers)
+            else:
+                steps = self._take(message, size)
+                self._work.add(steps, lambda status: self._answer(request, status, headers))
+
+        body, size = request.body_file or request.body, len(request.body)
+        self._reactor.run_blocking(
+            _posted_snapshot, body, self._door.read_state, is_framed, done=done)
 
     def _handle_probing(self, request: HttpRequest) -> None:
         now = format_time(self._reactor.wall_ns())
@@ -9605,6 +10136,43 @@ class Transport:
             return
         with contextlib.suppress(ValueError):
             self.add_remote(sender, parse_urls(urls))
+
+
+_SPOOLS_MAX = 2                     # snapshots that arrive at a time; above: 413
+_STRANGER_BODY_BYTES_MAX = 1 << 16      # of a sender that no one has told us of
+_SNAPSHOT_START = b"\x08%c" % MsgType.SNAP      # of an encoded MsgSnap
+
+
+def _posted_snapshot(
+    body: Union[bytes, IO[bytes]], read_state: Callable[[bytes], Any], is_framed: bool
+) -> Message:
+    """Return the MsgSnap in a POST, with the state of its store.  Raises CodecError, OSError.
+
+    is_framed  the form of 3.x: a length, the message, and a database of which we know nothing
+    """
+    with io.BytesIO(body) if isinstance(body, bytes) else body as file:
+        file.seek(0)
+        head, size = file.read(8) if is_framed else b"", PEER_BODY_BYTES_MAX
+        if len(head) == 8:
+            (size,) = _U64.unpack(head)
+        try:
+            if size > PEER_BODY_BYTES_MAX:
+                raise CodecError(f"frame of {size} bytes")
+            data = file.read(size)
+            if is_framed and (len(head) < 8 or not size or len(data) < size):
+                raise CodecError("unexpected EOF")
+            message = decode_message(data)
+        except CodecError as error:
+            raise CodecError(f"failed to decode raft message ({error})") from None
+    if message.type != MsgType.SNAP:
+        raise CodecError("wrong raft message type")
+    snapshot = message.snapshot
+    if snapshot is not None:
+        try:
+            message.snapshot = snapshot._replace(state=read_state(snapshot.data))
+        except ValueError as error:
+            raise CodecError(f"not a snapshot that this member can take: {error}") from None
+    return message
 
 
 def _reply_error(request: HttpRequest, status: int, text: str, headers: str = "") -> None:
@@ -10120,6 +10688,7 @@ class WalWriter:
 
 COMMIT_NEWS_SECONDS = 0.001         # a new commit index waits for entries to travel with
 WORK_BYTES_MAX = 1 << 19            # of entries encoded, and of those applied, in one turn: 3 ms
+WORK_ENTRIES_MAX = 1_000            # ... and so many of them: 10 ms
 
 
 def first_entries(entries: Sequence[Entry], bytes_max: int) -> int:
@@ -10230,6 +10799,7 @@ class Journal:
     def _write(self, batch: Batch) -> None:
         """Write a batch; of a long one only some entries, while the next turn encodes more."""
         count, self._long = first_entries(batch.entries, WORK_BYTES_MAX), None
+        count = min(count, WORK_ENTRIES_MAX)
         self.batch_entries.observe(count)
         if count < len(batch.entries) and batch.snapshot is None:
             data, self._long = self._wal.encode(None, batch.entries[:count]), batch
@@ -10304,8 +10874,9 @@ class SnapshotJob:
         pieces = [before, *pieces, after]
         crc = 0
         for piece in pieces:
-            crc = crc32c(piece, crc)
-            yield
+            for offset in range(0, len(piece), CRC_BLOCK_BYTES):
+                crc = crc32c(memoryview(piece)[offset:offset + CRC_BLOCK_BYTES], crc)
+                yield
         self.done = SnapshotFile(self.id, pieces, sum(map(len, pieces)), crc)
 
     def cancel(self) -> None:
@@ -10953,6 +11524,40 @@ class CommitNews:
         self._node.tell_commit()
 
 
+class MemberDoor(Door):
+    """Where a message ends that would be fatal when it is applied, or make our log unreadable."""
+
+    def __init__(self, etcd: EtcdServer) -> None:
+        self._etcd = etcd
+
+    def inspect(self, message: Message) -> Generator[None, None, str]:
+        """Say, in steps, why `message` must not be stepped; "": it may."""
+        if message.type == MsgType.PROP and message.sender not in self._etcd.cluster.members:
+            return "its sender is no member, and may propose nothing"
+        if message.type == MsgType.SNAP and not (message.snapshot and message.snapshot.state):
+            return "nobody has read the snapshot in it"
+        fault, work = self._etcd.node.fault(message), 0
+        if fault or message.type not in (MsgType.APP, MsgType.PROP):
+            return fault
+        for entry in message.entries:
+            try:
+                check_entry(entry)
+            except CodecError as error:
+                return str(error)
+            work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
+            if work > STEP_BYTES:
+                work = 0
+                yield
+        return ""
+
+    def read_state(self, data: bytes) -> StoreState:
+        """Return the state in a snapshot.  Raises ValueError if we cannot become it."""
+        state = StoreState.read(data)
+        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
+            raise ValueError(f"cluster version {state.version} is newer than this program")
+        return state
+
+
 class EtcdServer:
     """One member.  Owns the Raft node, the log on disk and what is applied; knows no HTTP.
 
@@ -10999,7 +11604,7 @@ class EtcdServer:
             unreachable=lambda to: self.node.report_unreachable(to),
             snapshot_done=lambda to, ok: self.node.report_snapshot(to, ok),
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
-            tls=boot.peer_tls,
+            tls=boot.peer_tls, door=MemberDoor(self),
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
@@ -11126,6 +11731,8 @@ class EtcdServer:
         elif request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
+            if not encoded:
+                request = request.as_unicode()
             data = encoded or encode_request(request)
             self._queue.append(Entry(0, 0, 0, data, request))
 
@@ -11271,7 +11878,7 @@ class EtcdServer:
             self.transport.offer(batch.held)
 
     def _apply(self) -> None:
-        entries = self.node.committed_entries()
+        entries = self.node.committed_entries(WORK_ENTRIES_MAX)
         if not entries:
             return
         del entries[first_entries(entries, WORK_BYTES_MAX):]
@@ -11313,7 +11920,7 @@ class EtcdServer:
             raft = self.node.raft
             self.journal.sync_commit(HardState(raft.term, raft.vote, raft.log.commit))
             return False
-        change = decode_conf_change(entry.data)
+        change = read_change(entry)
         error = self.applier.apply_conf_change(change)
         self.node.apply_conf_change(change if error is None else change._replace(node_id=0))
         self.raft_index, self.raft_term = entry.index, entry.term
@@ -11392,7 +11999,10 @@ class EtcdServer:
         """A snapshot of the leader is durable here: the store becomes what it says."""
         log = package_logger("etcdserver")
         self.snapshots.received(snapshot.index)
-        self.store.recover(snapshot.data)
+        if snapshot.state is None:
+            self.store.recover(snapshot.data)
+        else:
+            self.store.become(snapshot.state)
         self.cluster.recover()
         self.applier.auth_changes += 1
         log.info("recovered from incoming snapshot at index %d", snapshot.index)
@@ -12461,6 +13071,8 @@ def parse_key_request(
     prev_value = fields.get("prevValue")
     if prev_value == "":
         raise PrevValueRequired('"prevValue" cannot be empty')
+    if prev_value and not is_unicode(prev_value):
+        raise InvalidForm('"prevValue" is not UTF-8: no value is')
     expiration = _expiration_field(fields, now_ns)
     prev_exist = _bool_field(fields, "prevExist", "prevExist")
     refresh = _bool_field(fields, "refresh", "refresh")
@@ -12497,12 +13109,12 @@ class KeyTarget:
     fields   of the query, for PUT and POST
     is_form  True if the body counts
     plain    True if nothing but the body's fields is to be looked at
-    too_deep  True if no such key may be written
+    bad_key  why no such key may be written
     bad_type, bad_query  causes of error 210 that come before and after those of the body
     """
 
     __slots__ = (
-        "command", "encoded", "error", "fields", "is_form", "plain", "too_deep", "bad_type",
+        "command", "encoded", "error", "fields", "is_form", "plain", "bad_key", "bad_type",
         "bad_query",
     )
 
@@ -12512,8 +13124,11 @@ class KeyTarget:
         self.error: Optional[EtcdError] = None
         self.fields: Dict[str, str] = {}
         self.is_form = False
-        self.too_deep = self.command.path.count("/") > KEY_DEPTH_MAX + 1    # the namespace
-        self.bad_type = self.bad_query = ""
+        self.bad_key = self.bad_type = self.bad_query = ""
+        if not is_unicode(self.command.path):   # JSON cannot hold it: snapshots would lose it
+            self.bad_key = "the key is not UTF-8"
+        elif self.command.path.count("/") > KEY_DEPTH_MAX + 1:      # the namespace
+            self.bad_key = f"the key has more than {KEY_DEPTH_MAX} path elements"
         try:
             self.fields = parse_form(head.query.encode("latin-1"))
         except InvalidForm as error:
@@ -12523,7 +13138,7 @@ class KeyTarget:
         else:
             self._read_command()
         self.plain = self.is_form and not (
-            self.fields or self.too_deep or self.bad_type or self.bad_query
+            self.fields or self.bad_key or self.bad_type or self.bad_query
         )
 
     def request(self, request: HttpRequest, now_ns: int) -> Request:
@@ -12535,8 +13150,8 @@ class KeyTarget:
         fields = parse_form(request.body) if self.is_form else {}
         if self.bad_query:
             raise InvalidForm(self.bad_query)
-        if self.too_deep:
-            raise InvalidForm(f"the key has more than {KEY_DEPTH_MAX} path elements")
+        if self.bad_key:
+            raise InvalidForm(self.bad_key)
         if self.fields:
             fields = {**self.fields, **fields}
         return parse_key_request(self.command.method, self.command.path, fields, now_ns)
@@ -12555,6 +13170,9 @@ class KeyTarget:
             self.error = InvalidForm(self.bad_query)
             return
         command = self.command
+        if not is_unicode(command.path):        # no such key can be
+            self.error = InvalidForm(self.bad_key)
+            return
         try:
             self.command = parse_key_request(command.method, command.path, self.fields, 0)
         except EtcdError as error:
@@ -12923,11 +13541,13 @@ class KeysApi:
         if target.plain and body.startswith(b"value=") and not (
             b"%" in body or b"+" in body or b"&" in body or b";" in body
         ):
-            value, id = body[6:], self._server.ids.next()
-            known = target.command
-            command = Request(id, known.method, known.path, text_of(value))
-            self._propose(command, request, encode_plain(id, target.encoded, value))
-            return
+            value, known = body[6:], target.command
+            text = text_of(value)
+            if is_unicode(text):
+                id = self._server.ids.next()
+                command = Request(id, known.method, known.path, text)
+                self._propose(command, request, encode_plain(id, target.encoded, value))
+                return
         try:
             command = target.request(request, self._wall_ns())
         except EtcdError as error:
@@ -14147,6 +14767,8 @@ DISCOVERY_DIAL_SECONDS = 30.0       # connecting to the registry; above: unreach
 DISCOVERY_ANSWER_SECONDS = 5.0      # silence of the registry, watches excepted
 DISCOVERY_RETRY_FIRST_SECONDS = 2.0
 DISCOVERY_RETRY_SECONDS_MAX = 256.0  # longest wait between two tries
+DISCOVERY_PAUSE_SECONDS = 0.25      # after a wait that the registry ended at once; then longer
+DISCOVERY_PAUSE_SECONDS_MAX = 32.0
 DISCOVERY_REDIRECTS_MAX = 10        # of one request; above: unreachable
 DISCOVERY_DEFAULT_SIZE = 3          # of a cluster made by /new without size
 _SIZE_EXAMPLE = f"size={DISCOVERY_DEFAULT_SIZE}"
@@ -14376,18 +14998,27 @@ class Discovery:
             return members
 
     def _wait_others(self, state: RegistryState) -> List[Registration]:
+        """Watch until `size` members are there.
+
+        A registry that ends a wait at once, or tells old news, is asked less and less often.
+        """
         members, index = list(state.members), state.etcd_index
-        announced = -1
+        announced, pause = -1, Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
         while len(members) < state.size:
             if announced != len(members):
                 announced = len(members)
                 missing = state.size - announced
                 self._log.info("found %d peer(s), waiting for %d more", announced, missing)
+            asked = time.monotonic()
             body = self._next_event(index + 1)
+            node = self._node(body) if body is not None else {}
+            before, index = index, max(index, int(node.get("modifiedIndex", index)))
+            if index > before or time.monotonic() - asked > DISCOVERY_ANSWER_SECONDS:
+                pause.reset()
+            else:
+                self._sleep(pause.next())
             if body is None:
                 continue
-            node = self._node(body)
-            index = int(node.get("modifiedIndex", index))
             if self._is_news(body.get("action"), str(node.get("key")), members):
                 members.append(_registration(node))
                 self._found(members[-1])
@@ -14628,10 +15259,11 @@ def _srv_query(query_id: int, name: str) -> bytes:
 def _ask_udp(address: Tuple[str, int], query: bytes) -> bytes:
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(DNS_ANSWER_SECONDS)
         sock.connect(address)           # the kernel drops what comes from anyone else
         sock.send(query)
+        deadline = time.monotonic() + DNS_ANSWER_SECONDS
         while True:
+            sock.settimeout(max(deadline - time.monotonic(), 0.001))
             answer = sock.recv(DNS_MESSAGE_BYTES_MAX)
             if len(answer) >= 12 and answer[:2] == query[:2] and answer[2] & 0x80:
                 return answer
@@ -15021,11 +15653,7 @@ def _check_log_is_not_missing(data_dir: DataDir) -> None:
             f"{usual} holds the log of this member, but -wal-dir names {data_dir.wal}, which holds"
             f" none; leave -wal-dir out, or stop the member and move the log there"
         )
-    if any(name.endswith(".snap") for name in os.listdir(data_dir.snap)):
-        raise StartError(
-            f"{data_dir.snap} holds snapshots of a member, but {data_dir.wal} holds no log; name"
-            f" the log's directory with -wal-dir, or make a new cluster with `pyetcd restore`"
-        )
+    Snapshotter(data_dir.snap).check_log(data_dir.wal, ())
 
 
 def _forget_member_dir(data_dir: DataDir) -> None:
@@ -15462,7 +16090,9 @@ def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
     store = Store(history_capacity=config.history_events)
     cluster = Cluster(config.initial_cluster_token, store)
     snapshotter = Snapshotter(data_dir.snap)
-    snapshot = snapshotter.load(set(Wal.snapshots(data_dir.wal)))
+    known = set(Wal.snapshots(data_dir.wal))
+    snapshotter.check_log(data_dir.wal, known)
+    snapshot = snapshotter.load(known)
     start = EntryID(0, 0)
     if snapshot is not None:
         start = EntryID(snapshot.term, snapshot.index)
@@ -15597,7 +16227,8 @@ def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
 # Knows: sections 1-34.  Must not know: client requests, flags.
 # ============================================================================
 
-ASK_AGAIN_SECONDS = 0.1
+ASK_AGAIN_SECONDS = 0.1             # after a round that told nothing new, then twice as long, ...
+ASK_AGAIN_SECONDS_MAX = 1.6
 
 
 class FirstLife:
@@ -15618,6 +16249,7 @@ class FirstLife:
         self._heard: Set[int] = set()           # members that know no past of ours
         self._asked: Dict[int, HttpCall] = {}
         self._rounds = 0
+        self._backoff = Backoff(ASK_AGAIN_SECONDS, ASK_AGAIN_SECONDS_MAX)
         etcd.transport.drop = self._drops
         etcd.reactor.call_later(0.0, self._ask)
 
@@ -15645,7 +16277,7 @@ class FirstLife:
             if urls and not is_known and member.id not in self._asked:
                 self._ask_one(member, urls[self._rounds % len(urls)])
         self._rounds += 1
-        etcd.reactor.call_later(ASK_AGAIN_SECONDS, self._ask)
+        etcd.reactor.call_later(self._backoff.next(), self._ask)
 
     def _ask_one(self, member: Member, url: str) -> None:
         body: List[bytes] = []
@@ -15669,6 +16301,7 @@ class FirstLife:
                 self._refuse(data_lost(etcd.member_id))
             elif any(member.id == etcd.member_id for member in members):
                 self._heard.add(member_id)
+                self._backoff.reset()
 
     def end(self) -> None:
         """Ask no more, and believe everybody."""
@@ -15895,6 +16528,8 @@ class Server(ServerThread):
         for listener in self._client_listeners:
             listener.handler = api.handler
         self._peer_api = PeerApi(self.etcd)
+        for listener in self._peer_listeners:
+            self.etcd.transport.guard(listener, boot.data_dir.snap)
         self._reactor.on_turn = self.etcd.on_turn
 
     def kill(self) -> None:
@@ -16063,8 +16698,8 @@ class _CutTransport(Transport):
                 self._context.snapshot_done(message.to, False)
         super().offer(passed)
 
-    def _accept(self, message: Message, size: int) -> bool:
-        return message.sender not in self._deaf and super()._accept(message, size)
+    def _take(self, message: Message, size: int) -> Generator[None, None, int]:
+        return 500 if message.sender in self._deaf else (yield from super()._take(message, size))
 
 
 class _LocalServer(Server):
@@ -16856,6 +17491,7 @@ class Endpoints:
         self._dialer = dialer
         self._peer_urls = tuple(peer_urls)
         self._cluster_file = cluster_file
+        self._retry = Backoff(PROXY_RETRY_SECONDS, _DEFAULT_REFRESH_MS / 1000)
         self._written: object = None                # what the file surely holds
         self._endpoints = [
             self._endpoint(url, has_worked=True) for url in read_kept_endpoints(cluster_file)
@@ -16886,8 +17522,10 @@ class Endpoints:
         interval_ms = self._config.proxy_refresh_interval_ms
         wait_s = max(interval_ms / 1000, PROXY_REFRESH_SECONDS_MIN)
         usable = self.available()
-        if not usable and interval_ms >= _DEFAULT_REFRESH_MS:
-            wait_s = PROXY_RETRY_SECONDS
+        if usable:
+            self._retry.reset()
+        elif interval_ms >= _DEFAULT_REFRESH_MS:
+            wait_s = self._retry.next()
         if usable and not self._announced:
             self._announced = True
             urls = " ".join(go_quote(endpoint.url) for endpoint in usable)
@@ -18696,6 +19334,7 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
             f" elsewhere, name its directory in `pyetcd backup -wal-dir`"
         )
     known = set(Wal.snapshots(wal_dir, disk=_READ_ONLY_DISK))
+    Snapshotter(snap_dir, disk=_READ_ONLY_DISK).check_log(wal_dir, known)
     snapshot = _newest_snapshot(snap_dir, known)
     start = EntryID(snapshot.term, snapshot.index) if snapshot else EntryID(0, 0)
     wal, contents = Wal.open(wal_dir, start, disk=_READ_ONLY_DISK)
