@@ -112,12 +112,13 @@ __all__ = [
     "IndexNotANumber", "InvalidField", "InvalidForm", "RefreshValue", "RefreshTtlRequired",
     "RaftInternal", "LeaderElectionInProgress", "WatcherCleared", "EventIndexCleared",
     "HttpError", "BadReply", "TransportError", "ConnectionFailed", "RequestTimeout",
-    "WatchTimeout", "ClusterIdChanged", "LockExpired", "EtcdKeyError", "EtcdValueError",
-    "EtcdException", "EtcdKeyNotFound", "EtcdCompareFailed", "EtcdNotFile", "EtcdNotDir",
-    "EtcdAlreadyExist", "EtcdRootReadOnly", "EtcdDirNotEmpty", "EtcdInsufficientPermissions",
-    "EtcdLeaderElectionInProgress", "EtcdWatcherCleared", "EtcdEventIndexCleared",
-    "EtcdConnectionFailed", "EtcdWatchTimedOut", "EtcdClusterIdChanged", "EtcdLockExpired",
-    "Node", "EtcdResult", "Result", "Member", "Endpoints", "ConnectionState", "Watch",
+    "WatchTimeout", "ClusterIdChanged", "Cancelled", "LockExpired", "EtcdKeyError",
+    "EtcdValueError", "EtcdException", "EtcdKeyNotFound", "EtcdCompareFailed", "EtcdNotFile",
+    "EtcdNotDir", "EtcdAlreadyExist", "EtcdRootReadOnly", "EtcdDirNotEmpty",
+    "EtcdInsufficientPermissions", "EtcdLeaderElectionInProgress", "EtcdWatcherCleared",
+    "EtcdEventIndexCleared", "EtcdConnectionFailed", "EtcdWatchTimedOut",
+    "EtcdClusterIdChanged", "EtcdLockExpired",
+    "Node", "EtcdResult", "Result", "Member", "Scope", "Endpoints", "ConnectionState", "Watch",
     "WatchedChange",
     "EtcdUser", "EtcdRole", "Auth", "auth", "Client",
     "Heartbeat", "Lease", "Contender", "Lock", "RLock", "RWLock", "Semaphore",
@@ -390,6 +391,13 @@ class ClusterIdChanged(TransportError):
     """The answer comes from another cluster than earlier ones.
 
     A write was applied there.  Set `client.cluster_id = None` to accept the next cluster seen.
+    """
+
+
+class Cancelled(EtcdError):
+    """Somebody cancelled the Scope of this wait, or closed its client.
+
+    maybe_applied=True: a write had been sent.
     """
 
 
@@ -722,6 +730,107 @@ def _parse_version(reply: _Reply) -> Dict[str, str]:
 # Knows: sections 1-2.  Turns what requests and urllib3 raise into section 1.
 # ============================================================================
 
+# -- scopes: one deadline, and one way to end, for all that waits
+
+
+def _seconds(timeout: float) -> float:
+    """Return a timeout as seconds from now: 0 stands for no end everywhere, as for python-etcd."""
+    if not timeout >= 0:
+        raise EtcdValueError(f"a timeout is seconds, 0 for no limit, not {timeout}")
+    return timeout or math.inf
+
+
+class _Here(threading.local):
+    """What the running thread is at."""
+
+    scope: Optional[Scope] = None                   # the innermost one entered
+    exchange: _Exchange                             # the request it performs
+
+
+_here = _Here()
+
+
+class Scope:
+    """How long all that runs below it may wait, and the way to end it from another thread.
+
+        with Scope(timeout=5) as scope:
+            client.get("a")
+            lock.acquire()
+
+    Every wait of this module in the thread that entered it, however deep below, has what time is
+    left: a request, a retry, a watch ends as it does at a deadline of its own.  After `cancel`
+    those waits, and all later ones, raise Cancelled within milliseconds.  Scopes may be nested:
+    the earliest deadline rules, and the outer one cancels the inner one.
+
+    timeout    seconds from now; None and 0: no limit of its own
+    within     other scopes that cancel this one while it is entered, such as `client.scope`
+    deadline   monotonic seconds
+    cancelled  whether anybody called `cancel`
+
+    Threads do not inherit it: what a recipe does in the background has scopes of its own.
+    Thread: one enters it, once; any may cancel, also before and after.  There is no lock: whoever
+    writes first (`cancelled`, or the waker) looks at the other one afterwards.
+    """
+
+    __slots__ = ("deadline", "cancelled", "pid", "_within", "_wakers", "_outer")
+
+    def __init__(self, timeout: Optional[float] = None, *within: Scope) -> None:
+        self.deadline = time.monotonic() + _seconds(timeout or 0)
+        self.cancelled = False
+        self.pid = os.getpid()                      # a forked child must not wake the parent's
+        self._within = within
+        self._wakers: Dict[Callable[[], object], None] = {}
+        self._outer: Optional[Scope] = None
+
+    def cancel(self) -> None:
+        """End every wait below with Cancelled, now and from now on."""
+        self.cancelled = True
+        if self.pid == os.getpid():
+            for wake in list(self._wakers):
+                wake()
+
+    def left_s(self, longest_s: float = WAIT_MAX_S) -> float:
+        """Return the seconds the next wait may take, 0 if the time is over.  Raises Cancelled."""
+        if self.cancelled:
+            raise Cancelled("cancelled")
+        return max(0.0, min(longest_s, self.deadline - time.monotonic()))
+
+    def wait(self, wait_s: float) -> bool:
+        """Sleep; return whether there is time left after it.  Raises Cancelled."""
+        woken = threading.Event()
+        self.attach(woken.set)
+        try:
+            woken.wait(self.left_s(wait_s))
+        finally:
+            self.detach(woken.set)
+        return self.left_s() > 0
+
+    def attach(self, wake: Callable[[], object]) -> None:
+        """Have `wake()` called by whoever cancels; at once, if somebody did.  Perhaps twice."""
+        self._wakers[wake] = None
+        if self.cancelled:
+            wake()
+
+    def detach(self, wake: Callable[[], object]) -> None:
+        """Forget `wake`."""
+        self._wakers.pop(wake, None)
+
+    def __enter__(self) -> Scope:
+        self._outer = _here.scope
+        if self._outer is not None:
+            self._within = (*self._within, self._outer)
+        for scope in self._within:
+            self.deadline = min(self.deadline, scope.deadline)
+            scope.attach(self.cancel)
+        _here.scope = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _here.scope = self._outer
+        for scope in self._within:
+            scope.detach(self.cancel)
+
+
 _Address = Union[str, Tuple[str, int]]              # a URL, host, host:port, or (host, port)
 
 
@@ -752,10 +861,6 @@ def _listed_urls(host: Union[str, Sequence[_Address]], port: int, protocol: str)
             address = f"[{name}]:{number}" if ":" in name else f"{name}:{number}"
             urls.append(_base_url(address, protocol))
     return urls
-
-
-def _seconds(timeout: float) -> float:
-    return timeout or math.inf                      # 0 stands for no end, as for python-etcd
 
 
 def _with_port(url: str, port: int) -> str:
@@ -994,9 +1099,6 @@ class _Exchange:
                 socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
 
-_performing = threading.local()                     # .exchange: that of the running thread
-
-
 class _TimedReader(io.RawIOBase):
     """The receiving side of a socket; no wait outlasts the exchange under way."""
 
@@ -1015,7 +1117,7 @@ class _TimedReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> Optional[int]:
         """Fill `buffer` with what comes first.  Raises socket.timeout when it is too late."""
-        self._sock.settimeout(_performing.exchange.left_s())
+        self._sock.settimeout(_here.exchange.left_s())
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
@@ -1037,7 +1139,7 @@ class _HttpConnection(HTTPConnection):
     response_class = _TimedResponse
 
     def _new_conn(self) -> socket.socket:
-        exchange: _Exchange = _performing.exchange
+        exchange: _Exchange = _here.exchange
         return exchange.connect(self.host, self.port or self.default_port)
 
     def connect(self) -> None:
@@ -1047,13 +1149,13 @@ class _HttpConnection(HTTPConnection):
         except ValueError as error:                 # of urllib3 1.26: another host's certificate
             raise ssl.SSLCertVerificationError(str(error)) from error
         finally:
-            _performing.exchange.sent = False       # what went to a proxy is not the request
+            _here.exchange.sent = False       # what went to a proxy is not the request
 
     def send(self, data: Any) -> None:
         """Send bytes of the request; from here on the server may have it."""
         if self.sock is None:
             self.connect()
-        exchange: _Exchange = _performing.exchange
+        exchange: _Exchange = _here.exchange
         exchange.use(self.sock)
         exchange.sent = True
         super().send(data)
@@ -1143,12 +1245,6 @@ class _Adapter(HTTPAdapter):
         manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
 
 
-def _close_all(ways: Dict[str, _Way]) -> None:
-    for way in ways.values():
-        way.connection.close()
-    ways.clear()
-
-
 class _Connections:
     """A keep-alive connection to each endpoint, for one exchange after the other.
 
@@ -1162,7 +1258,6 @@ class _Connections:
         self._adapter = _Adapter(pool_maxsize=1)
         self._ways: Dict[str, _Way] = {}
         self._used_at = time.monotonic()
-        weakref.finalize(self, _close_all, self._ways)  # for clients that nobody closes
 
     def perform(
         self, exchange: _Exchange, endpoint: str, method: str, target: str, form: Optional[bytes],
@@ -1182,7 +1277,7 @@ class _Connections:
         way = self._ways.get(endpoint)
         if way is None:
             way = self._ways[endpoint] = self._adapter.way_to(endpoint, self._trust)
-        _performing.exchange = exchange
+        _here.exchange = exchange
         connection = way.connection
         try:
             way.prepare()
@@ -1192,7 +1287,7 @@ class _Connections:
             known = cast(Mapping[str, str], response.headers)
             if on_head is not None and response.status == 200:
                 on_head(_Reply(response.status, known, b""))
-                _performing.exchange = exchange     # a listener may have made a call of its own
+                _here.exchange = exchange     # a listener may have made a call of its own
             return _Reply(response.status, known, response.read())
         except BaseException:                       # what is left of the answer is not the next one
             connection.close()
@@ -1208,8 +1303,16 @@ class _Connections:
 
     def close(self) -> None:
         """Close the connections; the next request makes new ones."""
-        _close_all(self._ways)
+        while self._ways:
+            self._ways.popitem()[1].connection.close()
         self._adapter.close()
+
+
+def _close_all(idle: Deque[_Connections]) -> None:
+    """Close what nobody uses; what is in use is closed, or used again, by whoever uses it."""
+    while idle:
+        with contextlib.suppress(IndexError):       # another thread was faster
+            idle.pop().close()
 
 
 def _reason(error: BaseException) -> str:
@@ -1224,9 +1327,11 @@ def _reason(error: BaseException) -> str:
 
 def _transport_error(
     error: Exception, endpoint: str, exchange: _Exchange, *, write: bool,
-) -> TransportError:
+) -> EtcdError:
     """Return `error` in our terms; a request that was not sent has not been applied."""
     timed_out = isinstance(error, (socket.timeout, TimeoutError))
+    if exchange.cancelled:
+        return Cancelled("cancelled", endpoint=endpoint, maybe_applied=write and exchange.sent)
     if not exchange.sent:
         # Refused, unreachable, unknown name, untrusted certificate.
         reason = "connect timed out" if timed_out else _reason(error)
@@ -1563,7 +1668,10 @@ class _Caller:
         self._retry = retry and allow_reconnect
         self._reached = False                       # a request has left for a server
         self._trust = _Trust((ca_cert or True) if verify else False, cert, dict(proxies or {}))
+        self._scope = Scope()                       # of all that is under way
         self._idle: Deque[_Connections] = deque()   # the last one used is used next
+        # At exit, too: but not what a daemon thread is reading from, which would wait for it.
+        weakref.finalize(self, _close_all, self._idle)
         self._idle_max = per_host_pool_size
         self._connectivity = _Connectivity(session_timeout)
         if on_state is not None:
@@ -1611,14 +1719,22 @@ class _Caller:
         """Call `listener` no more; nothing happens if it is not known."""
         self._connectivity.remove(listener)
 
-    def close(self) -> None:
-        """Close the idle connections; those in use are closed, or used, when they become idle.
+    @property
+    def scope(self) -> Scope:
+        """What all calls and watches of this client are within, until it is closed."""
+        if self._scope.pid != os.getpid():          # what the parent waits for is not ours to end
+            self._scope = Scope()
+        return self._scope
 
-        The client stays usable.
+    def close(self) -> None:
+        """End every call and watch under way with Cancelled, and close the connections.
+
+        So ends what recipes do with this client in the background.  New calls may follow.
         """
+        scope, self._scope = self._scope, Scope()
+        scope.cancel()
         self._connectivity.close()
-        while self._idle:
-            self._idle.pop().close()
+        _close_all(self._idle)
 
     def __enter__(self: _CallerType) -> _CallerType:
         return self
@@ -1633,9 +1749,13 @@ class _Caller:
 
         Raises the error of the endpoint tried first, with those of the others in `failures`.
         """
-        deadline = time.monotonic() + _seconds(
-            self.total_timeout if call.timeout is None else call.timeout)
-        self._discover_endpoints(deadline)
+        timeout = self.total_timeout if call.timeout is None else call.timeout
+        with Scope(timeout, self.scope) as scope:
+            self._discover_endpoints(scope.deadline)
+            return self._perform_within(scope, call)
+
+    def _perform_within(self, scope: Scope, call: _Call[_T]) -> _T:
+        deadline = scope.deadline
         failures: Dict[str, EtcdError] = {}
         for rounds in itertools.count(1):
             candidates = self.endpoints.candidates()[:None if self._reconnect else 1]
@@ -1651,7 +1771,7 @@ class _Caller:
                     self._note_success(bool(failures), deadline)
                     return result
             self._connectivity.report(False)
-            self._pause(rounds, failures, deadline)
+            self._pause(rounds, failures, scope)
         raise AssertionError("unreachable")
 
     def _note_success(self, after_failures: bool, deadline: float) -> None:
@@ -1664,6 +1784,8 @@ class _Caller:
 
     def _note_failure(self, endpoint: str, call: _Call[Any], error: EtcdError) -> None:
         """Give up `endpoint` if it failed; raise `error` again unless the next may be tried."""
+        if isinstance(error, Cancelled):
+            raise error
         if call.waits and isinstance(error, RequestTimeout):
             self._connectivity.report(True)
             raise error
@@ -1680,7 +1802,7 @@ class _Caller:
         if self._reconnect:
             self.endpoints.failed(endpoint)
 
-    def _pause(self, rounds: int, failures: Mapping[str, EtcdError], deadline: float) -> None:
+    def _pause(self, rounds: int, failures: Mapping[str, EtcdError], scope: Scope) -> None:
         """Wait before the next round; raise what the last one brought if there must be none.
 
         Without a deadline there is one round: nobody wants to wait for ever for a dead cluster.
@@ -1689,11 +1811,11 @@ class _Caller:
         pause_s = _backoff_s(rounds)
         errors = failures.values()
         hopeless = not (self._retry and self._reached) or all(map(_lasts, errors))
-        if hopeless or deadline == math.inf or time.monotonic() + pause_s >= deadline:
+        if hopeless or scope.deadline == math.inf or scope.left_s() <= pause_s:
             first, *others = errors
             first.others = tuple(others)
             raise first
-        time.sleep(pause_s)
+        scope.wait(pause_s)
 
     def _discover_endpoints(self, deadline: float) -> None:
         """Look the endpoints up in DNS, at first and then now and again."""
@@ -1739,6 +1861,8 @@ class _Caller:
         not carried out the request (RFC 9110 section 15.4), as followers of etcd 0.4 do.  Any
         other redirect of a write is an error; 303 says that it was carried out.
         """
+        scope = cast(Scope, _here.scope)
+        scope.attach(exchange.cancel)
         connections = self._take()
         base, target = endpoint, call.target
         try:
@@ -1753,6 +1877,7 @@ class _Caller:
                 base, target = f"{where.scheme}://{where.netloc}", where._replace(
                     scheme="", netloc="", fragment="").geturl() or "/"
         finally:
+            scope.detach(exchange.cancel)
             exchange.done()
             self._give_back(connections)
         raise BadReply("too many redirects", endpoint=base)
@@ -2102,12 +2227,12 @@ class _Cluster(_Caller):
 
         Raises TransportError if it does not answer.
         """
-        deadline = time.monotonic() + _seconds(self.total_timeout)
-        if endpoint is None:
-            self._discover_endpoints(deadline)
-        base_url = self.endpoints.current if endpoint is None else _base_url(endpoint)
         call = _Call("GET", "/health", _parse_health, statuses=_HEALTH_STATUSES)
-        return self._attempt(base_url, call, deadline)
+        with Scope(self.total_timeout, self.scope) as scope:
+            if endpoint is None:
+                self._discover_endpoints(scope.deadline)
+            base_url = self.endpoints.current if endpoint is None else _base_url(endpoint)
+            return self._attempt(base_url, call, scope.deadline)
 
     # -- the same as python-etcd shows it: each a request, but for the last group
 
@@ -2304,33 +2429,31 @@ class Watch:
         self._quiet_from = 0                        # nothing of ours lies before; 0: not known
         self._failures = 0                          # since the last answer
         self._endpoint = ""                         # asked last
-        self._exchange: Optional[_Exchange] = None  # the request under way, or the last one
-        self._closed = threading.Event()
+        self._life = Scope()                        # until `close`
+        self._within = client.scope
 
     def __iter__(self) -> Watch:
         return self
 
     def __next__(self) -> EtcdResult:
-        deadline = time.monotonic() + _seconds(self._timeout or 0)
-        while not self._closed.is_set():
-            if self._found:
+        try:
+            with Scope(self._timeout, self._life, self._within) as scope:
+                while not self._found:
+                    left_s = scope.left_s(WATCH_POLL_S)
+                    if left_s <= 0:
+                        raise WatchTimeout("no change in time", index=self.index or 0,
+                                           endpoint=self._client.endpoints.current)
+                    self._look(left_s)
+                scope.left_s()                      # closed meanwhile: no more is told
                 return self._found.popleft()
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise WatchTimeout("no change in time", index=self.index or 0,
-                                   endpoint=self._client.endpoints.current)
-            self._look(min(left_s, WATCH_POLL_S))
-        raise StopIteration
+        except Cancelled:
+            if not self._life.cancelled:
+                raise
+            raise StopIteration from None
 
     def close(self) -> None:
-        """End the iteration, from any thread: a `next` that waits in another one ends at once.
-
-        What cannot be interrupted is a name lookup and a TLS handshake (CONNECT_TIMEOUT_S).
-        """
-        self._closed.set()                          # before the look at _exchange, see _ask
-        exchange = self._exchange
-        if exchange is not None:
-            exchange.cancel()
+        """End the iteration, from any thread: a `next` that waits in another one ends at once."""
+        self._life.cancel()
 
     cancel = close
 
@@ -2364,8 +2487,7 @@ class Watch:
             quiet = isinstance(error, RequestTimeout) and (
                 self._head_seen or wait_s < WATCH_POLL_S)
             if not quiet:
-                if not self._closed.is_set():
-                    self._pause_after(error, wait_s)
+                self._pause_after(error, wait_s)
             elif self._head_seen:
                 if wait_s >= WATCH_POLL_S:          # the history was looked through by then
                     self._quiet_from = self._head_index + 1
@@ -2384,9 +2506,6 @@ class Watch:
         target = _keys_target(self._path, query, client.version_prefix)
         call = _Call("GET", target, _parse_result, on_head=on_head)
         exchange = _Exchange(time.monotonic() + wait_s, wait_s, client.connect_timeout)
-        self._exchange = exchange                   # before the look at _closed, see close
-        if self._closed.is_set():
-            exchange.cancel()
         return client._request(self._endpoint, call, exchange)
 
     def _poll(self, wait_s: float) -> None:
@@ -2440,7 +2559,7 @@ class Watch:
         client._connectivity.report(False)
         if not self._connected:
             raise error
-        self._closed.wait(min(wait_s, _backoff_s(rounds)))
+        cast(Scope, _here.scope).wait(min(wait_s, _backoff_s(rounds)))
 
     def _list(self, wait_s: float) -> None:
         """Take stock; if that was done before, what differs goes to `_found`.

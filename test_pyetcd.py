@@ -13878,6 +13878,106 @@ def test_client_watch_close_ends_a_wait_in_another_thread_at_once(server_does):
         assert outcome == [[]] and server.connections == 1
 
 
+def _net_black_hole(connection):
+    connection.recv(1)
+
+
+_NET_WAITS = {
+    "get": lambda client: client.get("k"),
+    "set": lambda client: client.set("k", "v"),
+    "watch": lambda client: client.watch("k"),
+    "iteration": lambda client: list(client.watcher("k")),
+    "health": lambda client: client.health(),
+    "api_execute": lambda client: client.api_execute("/v2/keys/k", "GET", {"wait": "true"}),
+    "sync": lambda client: client.sync(),
+}
+
+
+@pytest.mark.parametrize("ender", ["scope", "client"])
+@pytest.mark.parametrize("wait", _NET_WAITS.values(), ids=_NET_WAITS)
+def test_client_net_every_wait_can_be_ended_from_another_thread(wait, ender):
+    """The waits have 30 s and more: that it ends well before shows that somebody ended it."""
+    scope = pyetcd_client.Scope()
+
+    def work():
+        with scope:
+            wait(client)
+
+    with _ClientRawServer(_net_black_hole) as server, Client(server.url) as client:
+        with _client_background(work) as outcome:
+            _client_eventually(lambda: server.requests)
+            (scope.cancel if ender == "scope" else client.close)()
+            _client_eventually(lambda: outcome, 5)
+        assert isinstance(outcome[0], pyetcd_client.Cancelled)
+        assert outcome[0].maybe_applied == (wait is _NET_WAITS["set"])
+        assert len(server.requests) == 1 and not client.scope._wakers and not scope._wakers
+        server._replies = [_CLIENT_GOOD]
+        assert client.get("k").value == "v"                 # a closed client can be used again
+
+
+def test_client_net_the_wait_for_a_better_time_can_be_ended(monkeypatch):
+    monkeypatch.setattr(pyetcd_client, "BACKOFF_MIN_S", 3600.0)
+    monkeypatch.setattr(pyetcd_client, "BACKOFF_MAX_S", 3600.0)
+    with _ClientRawServer(_CLIENT_GOOD, _client_hang_up) as server:
+        with Client(server.url, total_timeout=1e6) as client:
+            client.get("k")
+            with _client_background(client.get, "k") as outcome:
+                assert server.closed.acquire(timeout=_CLIENT_WAIT_S)
+                client.close()
+    assert isinstance(outcome[0], pyetcd_client.Cancelled)
+
+
+def test_client_net_scopes_the_earliest_deadline_rules_and_the_outer_one_cancels():
+    scope = pyetcd_client.Scope
+    with scope(1000) as outer:
+        with scope() as inner, scope(2000) as innermost:
+            assert outer.deadline == inner.deadline == innermost.deadline
+            outer.cancel()
+            for cancelled in (outer, inner, innermost):
+                with pytest.raises(pyetcd_client.Cancelled):
+                    cancelled.wait(0)
+        with pytest.raises(pyetcd_client.Cancelled), scope() as late:
+            late.left_s()
+    with scope(0) as free:                                  # 0 and None: no limit
+        assert free.deadline == scope().deadline == math.inf
+        with pytest.raises(ValueError), scope(-1):
+            pass
+    assert not free.cancelled and not outer._wakers
+    with _ClientRawServer(_net_black_hole) as server, Client(server.url) as client:
+        for call in (lambda: client.get("k"), lambda: client.watch("k"),
+                     lambda: next(client.eternal_watch("k"))):
+            with scope(0.1), pytest.raises(pyetcd_client.RequestTimeout):
+                call()
+
+
+_NET_ENDS = {
+    "daemon": "threading.Thread(target=client.watch, args=('k',), daemon=True).start(); asked()",
+    "interrupted": "threading.Thread(target=interrupt).start(); client.watch('k')",
+}
+
+
+@pytest.mark.parametrize("kind", _NET_ENDS)
+def test_client_net_a_program_ends_at_once_though_a_thread_waits(kind):
+    """In 0.4.0 a finalizer waited for the reader: up to a minute."""
+    program = f"""
+import signal, sys, threading
+import pyetcd_client
+client = pyetcd_client.Client(sys.argv[1])
+head = threading.Event()
+pyetcd_client.Watch._on_head = lambda *_: head.set()
+def asked():
+    assert head.wait(20)
+def interrupt():
+    asked()
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+{_NET_ENDS[kind]}
+"""
+    with _ClientRawServer(_net_silent_head) as server:
+        result = _client_python("-c", program, server.url)
+    assert (result.returncode, result.stderr[-18:]) == (
+        (0, b"") if kind == "daemon" else (-signal.SIGINT, b"KeyboardInterrupt\n"))
+
+
 def test_client_watch_closed_watch_leaves_other_calls_alone():
     with _ClientRawServer(_CLIENT_GOOD, _client_event(9), _CLIENT_GOOD) as server:
         with Client(server.url) as client:
