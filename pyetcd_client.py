@@ -26,10 +26,11 @@ Sections
   6. Users and roles
   7. Client
   8. Leases and locks
-  9. Queues, barriers, counters, caches, services
- 10. Command line
- 11. Commands of etcdctl
- 12. More commands
+  9. Elections, queues, barriers, counters
+ 10. Copies, services, parties
+ 11. Command line
+ 12. Commands of etcdctl
+ 13. More commands
 
 Sources: etcd 2.3 API (keys, members, errorcode), etcdctl 2.3.8, RFC 9110 section 9.2.
 """
@@ -77,8 +78,10 @@ from typing import (
     Dict,
     FrozenSet,
     Generic,
+    ItemsView,
     Iterable,
     Iterator,
+    KeysView,
     List,
     Mapping,
     Match,
@@ -91,6 +94,7 @@ from typing import (
     Type,
     TypeVar,
     Union,
+    ValuesView,
     cast,
     overload,
 )
@@ -121,9 +125,10 @@ __all__ = [
     "Node", "EtcdResult", "Result", "Member", "Scope", "Endpoints", "ConnectionState", "Watch",
     "WatchedChange",
     "EtcdUser", "EtcdRole", "Auth", "auth", "Client",
-    "Heartbeat", "Lease", "Contender", "Lock", "RLock", "RWLock", "Semaphore",
-    "Leader", "Election", "QueueItem", "Queue", "Barrier", "DoubleBarrier", "Counter",
-    "CachedTree", "Instance", "Registration", "ServiceRegistry", "main",
+    "retry", "Heartbeat", "Lease", "Contender", "Lock", "RLock", "RWLock", "Semaphore",
+    "Observed", "Leader", "Election", "QueueItem", "Queue", "Barrier", "DoubleBarrier", "Counter",
+    "CachedTree", "ChildrenWatch", "DataWatch", "Instance", "Registration", "ServiceRegistry",
+    "Party", "main",
 ]
 
 DEFAULT_ENDPOINT = "http://127.0.0.1:2379"
@@ -2428,6 +2433,7 @@ class Watch:
         self._head_index = 0                        # store index in that answer
         self._quiet_from = 0                        # nothing of ours lies before; 0: not known
         self._failures = 0                          # since the last answer
+        self.error: Optional[EtcdError] = None      # why nothing is followed now; None: it is
         self._endpoint = ""                         # asked last
         self._life = Scope()                        # until `close`
         self._within = client.scope
@@ -2462,6 +2468,10 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _begin(self, known: Dict[str, Node], index: int) -> None:
+        """Go on from what somebody else has listed: all nodes, alone, as they were at `index`."""
+        self._known, self.index, self._connected, self._must_list = known, index + 1, True, False
 
     def _look(self, wait_s: float) -> None:
         """Ask once, for at most `wait_s`; what there is goes to `_found`."""
@@ -2537,7 +2547,7 @@ class Watch:
     def _on_head(self, head: _Reply) -> None:
         """Note from where a watch without an index runs, in case the connection breaks now."""
         self._connected = self._head_seen = True
-        self._failures = 0
+        self._failures, self.error = 0, None
         self._client._connectivity.report(True)
         self._head_index = head.header_number("X-Etcd-Index")
         if self.index is None:
@@ -2552,6 +2562,7 @@ class Watch:
             raise error
         client = self._client
         client._give_up(self._endpoint)
+        self.error = error
         self._failures += 1
         rounds = self._failures // max(1, len(client.endpoints.urls))
         if not rounds:
@@ -3084,9 +3095,9 @@ class Client(_Watching, _Cluster, _Users):
 #
 # What every recipe rests on.  A write whose fate is unknown carries a uuid, so that a look tells
 # whether it is in.  A lease is counted from before the request that granted it was sent, on a
-# clock of this machine that runs on while the machine sleeps, and less a margin.  Who waits
+# clock of this machine that runs on while the machine sleeps, and less a margin.  A waiter
 # watches one key, and looks anew after every event, timeout and error, so that a lost event costs
-# time only.
+# time only.  One scope rules all that a call waits for; `cancel` of the recipe ends it.
 # ============================================================================
 
 LEASE_TTL_S = 30
@@ -3094,8 +3105,11 @@ EXPIRY_MARGIN = 0.1             # share of a ttl after which a lease counts as o
 CALL_TIMEOUT_S = 8.0            # of one request; above the 7 s after which etcd gives up on a write
 OUTAGE_S = 30.0                 # how long a recipe waits for a cluster that does not answer
 WAIT_SLICE_S = 20.0             # a waiter looks again after so long, even if nothing happened
+TRY_S = 1.5                     # for the requests of a call that must not wait (timeout=0)
+TIDY_S = 0.5                    # for taking back what a call leaves that ended without success
+LEAVE_S = 2.0                   # for removing the file of a lease that is stopped
 
-_LostCallback = Optional[Callable[[], None]]
+_LostCallback = Optional[Callable[[], object]]
 
 
 def _clock() -> float:
@@ -3104,71 +3118,234 @@ def _clock() -> float:
     return time.monotonic() if clock_id is None else time.clock_gettime(clock_id)
 
 
-def _left(deadline: Optional[float], longest_s: float) -> float:
-    """Return the seconds until `deadline` (None: never), from 0 to `longest_s`."""
-    return longest_s if deadline is None else max(0.0, min(longest_s, deadline - _clock()))
+def _tell(function: Callable[..., Any], *args: Any) -> Any:
+    """Call back what a user gave us, on a thread of ours, which survives even SystemExit."""
+    try:
+        return _call_back(function, *args)
+    except SystemExit:
+        _log.error("%r raised SystemExit, which ends no process from this thread", function)
+        return None
 
 
-def _insist(attempt: Callable[[float], _T], patience_s: float = OUTAGE_S) -> _T:
+def _recipe_key(key: str) -> str:
+    """Return the clean `key`.  Raises ValueError if it names no place below the root."""
+    if "." in key.split("/") or ".." in key.split("/") or not key.strip("/"):
+        raise ValueError(f"{key!r} names no key: it needs a part, and none that is . or ..")
+    return _clean_key(key)
+
+
+def _checked_ttl(ttl: int) -> int:
+    if ttl < 1:
+        raise ValueError("ttl is seconds, at least 1")
+    return ttl
+
+
+_inherited: weakref.WeakSet[Any] = weakref.WeakSet()    # what a forked child must make new
+
+
+def _leave_to_parent() -> None:
+    """In a forked child: give up what the parent holds, and locks that nobody will release."""
+    for recipe in list(_inherited):
+        recipe._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+class _Span(Scope):
+    """The scope of one call of a recipe.
+
+    timeout  seconds; None: no limit; 0: try once and do not wait, in TRY_S at most
+    """
+
+    __slots__ = ("_once",)
+
+    def __init__(self, client: Client, timeout: Optional[float]) -> None:
+        super().__init__(TRY_S if timeout == 0 else timeout, client.scope)
+        self._once = timeout == 0
+
+    def wait_s(self, longest_s: float = WAIT_MAX_S) -> float:
+        """Return how long to wait for others now; 0: the time is over.  Raises Cancelled."""
+        left_s = self.left_s(longest_s)
+        return 0.0 if self._once else left_s
+
+    def wait_for(self, changed: threading.Condition, condition: Callable[[], bool]) -> bool:
+        """Wait until `condition` holds; `changed` is notified when it may.  Raises Cancelled."""
+        def wake() -> None:
+            with changed:
+                changed.notify_all()
+        self.attach(wake)
+        try:
+            with changed:
+                changed.wait_for(lambda: self.cancelled or condition(), self.wait_s())
+                self.left_s()
+                return condition()
+        finally:
+            self.detach(wake)
+
+
+class _Recipe:
+    """A recipe whose calls wait: `cancel` ends those under way."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self._spans: Dict[_Span, None] = {}         # of the calls under way
+        _inherited.add(self)
+
+    def cancel(self) -> None:
+        """End the calls of this object that wait now, as if their time was over.  Thread: any."""
+        for span in list(self._spans):
+            span.cancel()
+
+    def _span(self, timeout: Optional[float]) -> _Turn:
+        return _Turn(self, timeout)
+
+    def _after_fork(self) -> None:
+        self._spans = {}
+
+
+class _Turn:
+    """A block in which a recipe waits.  After `cancel` it just ends, unless a write is in doubt.
+
+    If somebody else ended it (a scope around the call, or the client was closed) it raises
+    Cancelled.
+    """
+
+    def __init__(self, recipe: _Recipe, timeout: Optional[float]) -> None:
+        self._outer = (recipe.client.scope, _here.scope)
+        self._spans = recipe._spans
+        self._span = _Span(recipe.client, timeout)
+
+    def __enter__(self) -> _Span:
+        self._spans[self._span] = None
+        self._span.__enter__()
+        return self._span
+
+    def __exit__(self, _: object, error: Optional[BaseException], *__: object) -> bool:
+        self._span.__exit__()
+        self._spans.pop(self._span, None)
+        return isinstance(error, Cancelled) and not error.maybe_applied and not any(
+            scope is not None and scope.cancelled for scope in self._outer)
+
+
+@contextlib.contextmanager
+def _apart(timeout_s: float) -> Iterator[None]:
+    """Give what has to be tidied up a time of its own, even when that of the call is over."""
+    outer, _here.scope = _here.scope, None
+    try:
+        with Scope(timeout_s):
+            yield
+    finally:
+        _here.scope = outer
+
+
+def _insist(client: Client, attempt: Callable[[], _T], patience_s: Optional[float] = None) -> _T:
     """Repeat what may be repeated while no server can answer; then raise what the last one said.
 
     Whether a write may have been applied is said of all attempts together.
-
-    attempt  is given the seconds it may take
     """
-    deadline, pause_s, unsure = _clock() + patience_s, 0.05, False
-    while True:
+    unsure, pause_s = False, 0.0
+    with Scope(OUTAGE_S if patience_s is None else patience_s, client.scope) as scope:
+        while True:
+            try:
+                if pause_s:
+                    scope.wait(pause_s * random.uniform(0.5, 1.0))
+                with Scope(CALL_TIMEOUT_S):
+                    return attempt()
+            except EtcdError as error:
+                may_pass = _is_endpoint_failure(error)
+                unsure = unsure or error.maybe_applied
+                pause_s = min(2 * pause_s, 1.0) or 0.05
+                if not may_pass or scope.cancelled or scope.left_s() <= pause_s:
+                    answered = not may_pass and not isinstance(error, Cancelled)
+                    error.maybe_applied = error.maybe_applied or (unsure and not answered)
+                    raise
+
+
+def retry(client: Client, function: Callable[[], _T], *, timeout: Optional[float] = None,
+          idempotent: bool = False) -> _T:
+    """Call `function` until it returns, while no server can answer; return its result.
+
+        retry(client, lambda: client.set("/a", "1"), timeout=60, idempotent=True)
+
+    timeout     seconds in all; None: OUTAGE_S; 0: call it once
+    idempotent  call it again even if its write may have been applied; else that error is raised
+
+    An answer of etcd, such as KeyNotFound, is raised at once.
+    """
+    def attempt() -> _T:
         try:
-            return attempt(min(CALL_TIMEOUT_S, max(deadline - _clock(), 1.0)))
+            return function()
         except EtcdError as error:
-            may_pass = _is_endpoint_failure(error)
-            unsure = unsure or error.maybe_applied
-            if not may_pass or _clock() + pause_s >= deadline:
-                error.maybe_applied = error.maybe_applied or (may_pass and unsure)
-                raise
-        time.sleep(pause_s * random.uniform(0.5, 1.0))
-        pause_s = min(2 * pause_s, 1.0)
-
-
-def _read(client: Client, key: str, patience_s: float = OUTAGE_S, *,
-          recursive: bool = False) -> Result:
-    """Return what a quorum knows of `key`."""
-    return _insist(lambda timeout_s: client.get(
-        key, recursive=recursive, quorum=True, timeout=timeout_s), patience_s)
-
-
-def _list(client: Client, directory: str, patience_s: float = OUTAGE_S) -> Tuple[List[Node], int]:
-    """Return the children of a directory, in the order they were made, and the index they are of.
-
-    That is the number an in-order file has as its name: its created_index too, until somebody
-    renews it by an unconditional write, as python-etcd does.
-    """
+            if error.maybe_applied and not idempotent:
+                raise _InDoubt(error) from error
+            raise
     try:
-        found = _read(client, directory, patience_s)
+        return attempt() if timeout == 0 else _insist(client, attempt, timeout)
+    except _InDoubt as doubt:
+        raise doubt.error from doubt.error.__cause__
+
+
+class _InDoubt(Exception):
+    """Carries an error past those who would try again."""
+
+    def __init__(self, error: EtcdError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _read(client: Client, key: str, *, recursive: bool = False) -> Result:
+    """Return what a quorum knows of `key`."""
+    return _insist(client, lambda: client.get(key, recursive=recursive, quorum=True))
+
+
+def _children(client: Client, directory: str) -> Tuple[List[Node], int]:
+    """Return the children of a directory in the order of creation, and the index they are of."""
+    try:
+        found = _read(client, directory)
     except KeyNotFound as error:
         return [], error.index
-    def order(node: Node) -> int:
-        name = _name(node.key)
-        return int(name) if name.isdigit() else node.created_index
-    return sorted(found.nodes, key=order), found.etcd_index
+    return sorted(found.nodes, key=lambda node: node.created_index), found.etcd_index
+
+
+def _entries(client: Client, line: str) -> Tuple[List[Node], int]:
+    """Return the in-order files of a directory, first come first, and the index they are of.
+
+    Other files and directories in it, such as the lines of locks whose names begin with the name
+    of this one, are nobody's place in the line.
+    """
+    nodes, index = _children(client, line)
+    return sorted(filter(_is_entry, nodes), key=_number), index
+
+
+def _is_entry(node: Node) -> bool:
+    """Whether etcd chose the name of a file: the index at which it was made.
+
+    etcd 2.3 fills it up to 20 digits; in earlier ones it equals the created index, until somebody
+    renews the file by an unconditional write, as python-etcd does.
+    """
+    name = _name(node.key)
+    return not node.dir and name.isascii() and name.isdigit() and (
+        len(name) == 20 or name == str(node.created_index))
+
+
+def _number(node: Node) -> int:
+    return int(_name(node.key))
 
 
 def _name(key: str) -> str:
     return key.rpartition("/")[2]
 
 
-def _create_once(
-    client: Client, key: str, value: str, ttl: Optional[int], patience_s: float = OUTAGE_S,
-) -> Tuple[Node, bool]:
+def _create_once(client: Client, key: str, value: str, ttl: Optional[int]) -> Tuple[Node, bool]:
     """Create a file whose value nobody else writes there; raise NodeExists if another did.
 
     Repeating a creation is harmless: if an earlier attempt is in, the value says so, and the
     second result is False.
     """
     try:
-        made = _insist(lambda timeout_s: client.create(
-            key, value, ttl=ttl, timeout=timeout_s), patience_s)
-        return made.node, True
+        return _insist(client, lambda: client.create(key, value, ttl=ttl)).node, True
     except NodeExists as exists:
         try:
             node = _read(client, key).node
@@ -3180,71 +3357,62 @@ def _create_once(
 
 
 def _append_once(
-    client: Client, directory: str, value: str, ttl: int, patience_s: float = OUTAGE_S,
+    client: Client, directory: str, value: str, ttl: Optional[int],
+    find: Callable[[], Optional[Node]],
 ) -> Tuple[Node, bool]:
     """Create an in-order file with a value that nobody else writes.
 
-    After an unknown fate the value is looked for, and written again if it is not there.  Should
-    the first one arrive even later there are two for a while; the second result is False then.
+    After an unknown fate `find` looks for it, and it is written again if that finds nothing.
+    Should the first one arrive even later there are two; the second result is False then.
     """
     sure = True
 
-    def attempt(timeout_s: float) -> Node:
+    def attempt() -> Node:
         nonlocal sure
+        found = None if sure else find()
+        if found is not None:
+            return found
         try:
-            return client.append(directory, value, ttl=ttl, timeout=timeout_s).node
+            return client.append(directory, value, ttl=ttl).node
         except EtcdError as error:
-            if not error.maybe_applied:
-                raise
-            sure = False
-            found = [node for node in _list(client, directory, timeout_s)[0]
-                     if node.value == value]
-            if not found:
-                raise
-            return found[0]
-    return _insist(attempt, patience_s), sure
+            sure = sure and not error.maybe_applied
+            raise
+    return _insist(client, attempt), sure
 
 
-def _remove(client: Client, key: str, value: str, patience_s: float) -> None:
+def _remove(client: Client, key: str, value: str) -> None:
     """Delete a file if it has `value`; what cannot be deleted now is left to its ttl."""
     with contextlib.suppress(EtcdError):
-        _insist(lambda timeout_s: client.compare_and_delete(
-            key, prev_value=value, timeout=timeout_s), patience_s)
+        _insist(client, lambda: client.compare_and_delete(key, prev_value=value))
 
 
-def _watch(
-    client: Client, key: str, index: int, *, recursive: bool = False,
-    timeout_s: Optional[float] = None,
-) -> Watch:
-    """Return the changes of `key` from `index` on."""
-    return client.watcher(
-        key, recursive=recursive, index=index, timeout=timeout_s, relist=False)
+def _is_removal(event: Result) -> bool:
+    return event.action in _REMOVALS
 
 
 def _await(
-    client: Client, key: str, index: int, wait_s: float, *,
-    children: FrozenSet[str] = frozenset(), started: Callable[[Watch], object] = id,
+    client: Client, key: str, index: int, wait_s: float,
+    below: Optional[Callable[[Result], bool]] = None,
 ) -> None:
     """Wait for a change of `key` after `index`, at most `wait_s`.
 
-    children  wait for one of these actions below `key` instead
-    started   is given the watch, so that another thread can close it
+    below  wait for a change below `key` instead of which this holds
 
-    May return early: who waits looks again.
+    May return early: a waiter looks again.
     """
     try:
-        with _watch(client, key, index + 1, recursive=bool(children),
-                    timeout_s=wait_s) as events:
-            started(events)
+        with client.watcher(key, recursive=below is not None, index=index + 1, timeout=wait_s,
+                            relist=False) as events:
             for event in events:
-                if not children or event.action in children:
+                if below is None or below(event):
                     return
     except (WatchTimeout, EventIndexCleared):
         pass
     except EtcdError as error:
         if not _is_endpoint_failure(error):
             raise
-        time.sleep(min(wait_s, 0.2))                # then the look tells whether that lasts
+        with Scope(wait_s) as scope:
+            scope.wait(0.2)                         # then the look tells whether that lasts
 
 
 _HeartbeatType = TypeVar("_HeartbeatType", bound="Heartbeat")
@@ -3255,47 +3423,55 @@ class Heartbeat:
 
         with Heartbeat(client, "/jobs/7/running", ttl=10) as heartbeat:
             ...
-            heartbeat.alive             # False: it may be gone
+            heartbeat.is_held           # False: it may be gone
 
     ttl      seconds, at least 1; renewed after a third of it
-    on_lost  called once, on the thread of the heartbeat, when `alive` has become False without
-             `stop`: no server could renew the file in time, it is gone, or its value has changed
+    on_lost  called once, on the thread of the heartbeat, when `is_held` has become False without
+             `stop`: no server could renew the file in time, it is gone, its value has changed, or
+             the client was closed
 
-    Guarantee: `alive` is False before a server removes the file, and stays so.  It is read off
-    the local clock, whatever the thread and the network do.
+    Guarantee: `is_held` is False before a server lets the file expire, and stays so.  It is read
+    off the local clock, whatever the thread and the network do.
     Limit: a tenth of the ttl must cover by how much the wall clocks of the members differ, since
-    one of them sets the instant of expiry and another one acts on it.  `alive` speaks of the
-    moment it was asked: what is done a moment later needs a fencing token.
+    one of them sets the instant of expiry and another one acts on it.  `is_held` speaks of the
+    moment it was asked: what is done a moment later needs a fencing token.  It does not ask a
+    server: that somebody deleted the file shows at the next renewal, after a third of the ttl;
+    `renew` asks now.  A forked child holds nothing, and cannot start what its parent started.
     etcd before 2.3 cannot refresh: there each renewal is a write that watchers see.
 
-    Thread: any.  It runs a daemon thread, which `stop` joins.
+    Thread: any.  It runs a daemon thread, which `stop` joins and the end of the client ends.
     """
 
     def __init__(self, client: Client, key: str, ttl: int = LEASE_TTL_S, *,
                  on_lost: _LostCallback = None) -> None:
-        if ttl < 1:
-            raise ValueError("ttl is seconds, at least 1")
         self.client = client
-        self.key = _clean_key(key)
-        self.ttl = ttl
+        self.key = _recipe_key(key)
+        self.ttl = _checked_ttl(ttl)
         self._on_lost = on_lost
         self._value = ""
         self._index = 0                             # modified index as last known
         self._silent = False                        # whether the server is known to have refresh
         self._due_at = 0.0                          # next renewal
-        self._lock = threading.Lock()               # guards the next three; a leaf
+        self._over = True                           # stopped or lost, and never again held
         self._expires_at = 0.0
-        self._over = True                           # stopped or lost, and never again alive
-        self._pid = 0                               # a forked child holds nothing
-        self._stopped = threading.Event()
+        self._pid = 0                               # of the process that started it
+        self._stopped = False
+        self._scope = Scope()                       # of the thread: cancelled by `stop`
         self._thread: Optional[threading.Thread] = None
+        self._after_fork()
+        _inherited.add(self)
 
     @property
-    def alive(self) -> bool:
+    def is_held(self) -> bool:
         """Whether the file is certain to be there."""
         with self._lock:
             self._over = self._over or _clock() >= self._expires_at
             return not self._over and self._pid == os.getpid()
+
+    @property
+    def alive(self) -> bool:
+        """As is_held."""
+        return self.is_held
 
     @property
     def value(self) -> str:
@@ -3304,19 +3480,43 @@ class Heartbeat:
 
     def start(self: _HeartbeatType) -> _HeartbeatType:
         """Renew the file now, and from now on.  Raises KeyNotFound, or that no server answers."""
-        return self._start(OUTAGE_S)
+        if self._pid not in (0, os.getpid()):
+            raise RuntimeError(f"{self.key} belongs to the parent process: make another object")
+        if self._thread is not None and self._thread.is_alive() and not self._stopped:
+            return self                             # started already
+        self._obtain()
+        self._stopped, self._scope = False, Scope(None, self.client.scope)
+        self._thread = threading.Thread(
+            target=self._run, name=f"pyetcd-heartbeat {self.key}", daemon=True)
+        self._thread.start()
+        return self
+
+    def renew(self, ttl: Optional[int] = None) -> bool:
+        """Renew the file now; return whether it is held.
+
+        ttl  seconds from now on; None: as before
+
+        Raises that no server answers; then the heartbeat goes on trying.
+        """
+        if ttl is not None:
+            self.ttl = _checked_ttl(ttl)
+        if not self.is_held:
+            return False
+        try:
+            self._renew()
+        except (KeyNotFound, CompareFailed, NotFile, NotDir):
+            self._lose()
+        return self.is_held
+
     def stop(self) -> bool:
-        """Stop renewing, and leave the file to its ttl.  Return whether it was alive until now."""
-        alive = self.alive
+        """Stop renewing, and leave the file to its ttl.  Return whether it was held until now."""
+        held = self.is_held
         if self._pid != os.getpid():                # in a forked child it is the parent's
             return False
-        with self._lock:
-            self._over = True
-        self._stopped.set()
-        self._leave()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()                     # until the renewal under way has ended
-        return alive
+        self._end()
+        with Scope(LEAVE_S):
+            self._leave()
+        return held
 
     def __enter__(self: _HeartbeatType) -> _HeartbeatType:
         return self.start()
@@ -3326,26 +3526,21 @@ class Heartbeat:
 
     # -- below: no public names
 
-    def _start(self: _HeartbeatType, patience_s: float) -> _HeartbeatType:
-        if self._thread is not None and self._thread.is_alive() and not self._stopped.is_set():
-            return self                             # started already
-        self._obtain(patience_s)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, name=f"pyetcd-heartbeat {self.key}", daemon=True)
-        self._thread.start()
-        return self
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()               # guards _over and _expires_at; a leaf
+        self._renewing = threading.Lock()           # one renewal at a time; guards _index
+        self._wake = threading.Event()              # the thread should look
 
-    def _obtain(self, patience_s: float) -> None:
+    def _obtain(self) -> None:
         """Get the file to keep; the end of its life is known afterwards."""
-        node = _read(self.client, self.key, patience_s).node
+        node = _read(self.client, self.key).node
         self._value, self._index = node.value or "", node.modified_index
-        self._adopt(patience_s)
+        self._adopt()
 
-    def _adopt(self, patience_s: float) -> None:
+    def _adopt(self) -> None:
         """Renew a file whose remaining life is not known."""
         sent_at = _clock()
-        self._index = _insist(self._swap_ours, patience_s).modified_index
+        self._index = _insist(self.client, self._swap_ours).modified_index
         self._granted_at(sent_at)
 
     def _leave(self) -> None:
@@ -3358,58 +3553,90 @@ class Heartbeat:
             self._expires_at = sent_at + self.ttl * (1 - EXPIRY_MARGIN)
         self._due_at = sent_at + self.ttl / 3
 
-    def _run(self) -> None:
-        while self._keep() and self._regain():
-            pass
-
-    def _regain(self) -> bool:
-        """Do what follows a loss; return whether there is a file to keep again."""
-        if self._on_lost is not None:
-            _call_back(self._on_lost)
-        return False
-
-    def _keep(self) -> bool:
-        """Renew until stopped (return False) or lost (return True)."""
-        while True:
-            wake_at = min(self._due_at, self._expires_at)
-            if self._stopped.wait(max(0.0, wake_at - _clock())):
-                return False
-            if not self.alive:
-                break
-            try:
-                self._renew()
-            except (KeyNotFound, CompareFailed, NotFile, NotDir):
-                break
-            except EtcdError:                       # expires unless a later attempt succeeds
-                self._due_at = _clock() + min(0.5, self.ttl / 10)
+    def _lose(self) -> None:
+        """End the life of the file, and let the thread know."""
         with self._lock:
             self._over = True
-        return not self._stopped.is_set()
+        self._wake.set()
+
+    def _end(self) -> None:
+        """End the thread, also in the middle of a renewal, and wait for it."""
+        self._stopped = True
+        self._lose()
+        self._scope.cancel()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            with self._scope as scope:
+                scope.attach(self._wake.set)
+                while self._keep(scope) and self._regain(scope):
+                    pass
+        except Cancelled:                           # by `stop`, or the client was closed
+            self._lose()
+            if not self._stopped and self._on_lost is not None:
+                _tell(self._on_lost)
+
+    def _regain(self, _scope: Scope) -> bool:
+        """Do what follows a loss; return whether there is a file to keep again."""
+        if self._on_lost is not None:
+            _tell(self._on_lost)
+        return False
+
+    def _keep(self, scope: Scope) -> bool:
+        """Renew until stopped (return False) or lost (return True).  Raises Cancelled."""
+        while self.is_held:
+            self._wake.wait(max(0.0, min(self._due_at, self._expires_at) - _clock()))
+            self._wake.clear()
+            scope.left_s()
+            if self.is_held and _clock() >= self._due_at:
+                try:
+                    self._renew()
+                except (KeyNotFound, CompareFailed, NotFile, NotDir):
+                    break
+                except Cancelled:
+                    raise
+                except EtcdError:                   # expires unless a later attempt succeeds
+                    self._due_at = _clock() + min(0.5, self.ttl / 10)
+        with self._lock:
+            self._over = True
+        return not self._stopped
 
     def _renew(self) -> None:
         """Give the file its ttl anew.  Raises CompareFailed or KeyNotFound if it is lost."""
-        sent_at = _clock()
-        timeout_s = max(0.1, min(CALL_TIMEOUT_S, self.ttl / 3, self._expires_at - sent_at))
-        self._index = self._swap_ours(timeout_s).modified_index
-        with self._lock:                            # what was reported as lost stays lost
-            if not self._over and _clock() < self._expires_at:
-                self._expires_at = sent_at + self.ttl * (1 - EXPIRY_MARGIN)
-        self._due_at = sent_at + self.ttl / 3
+        with self._alone():
+            sent_at = _clock()
+            timeout_s = max(0.1, min(CALL_TIMEOUT_S, self.ttl / 3, self._expires_at - sent_at))
+            with Scope(timeout_s):
+                self._index = self._swap_ours().modified_index
+            with self._lock:                        # what was reported as lost stays lost
+                if not self._over and _clock() < self._expires_at:
+                    self._expires_at = sent_at + self.ttl * (1 - EXPIRY_MARGIN)
+            self._due_at = sent_at + self.ttl / 3
 
-    def _swap_ours(self, timeout_s: float) -> Result:
-        """Renew the file; a renewal whose answer was lost may have changed its index."""
-        deadline = _clock() + timeout_s
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other renewals out, which would make the index wrong that this one compares."""
+        if not self._renewing.acquire(timeout=CALL_TIMEOUT_S):
+            raise RequestTimeout("another renewal is under way", endpoint="")
         try:
-            return self._swap(timeout_s)
-        except CompareFailed:
-            left_s = max(0.1, deadline - _clock())
-            node = self.client.get(self.key, quorum=True, timeout=left_s).node
-            if node.value != self._value:           # it is somebody else's
-                raise
-            self._index = node.modified_index
-            return self._swap(max(0.1, deadline - _clock()))
+            yield
+        finally:
+            self._renewing.release()
 
-    def _swap(self, timeout_s: float, *, announce: bool = False) -> Result:
+    def _swap_ours(self) -> Result:
+        """Renew the file; renewals whose answers were lost may have changed its index."""
+        while True:
+            try:
+                return self._swap()
+            except CompareFailed:
+                node = self.client.get(self.key, quorum=True).node
+                if node.value != self._value or node.modified_index == self._index:
+                    raise                           # it is somebody else's
+                self._index = node.modified_index
+
+    def _swap(self, *, announce: bool = False) -> Result:
         """Renew on condition that nothing happened to the file since the index we know.
 
         Therefore a renewal that was given up for lost cannot take effect after a later one, and
@@ -3418,15 +3645,14 @@ class Heartbeat:
         fields: Dict[str, _Field] = {
             "ttl": self.ttl, "prevValue": self._value or None, "prevIndex": self._index}
         if announce:
-            return self.client._put(self.key, {**fields, "value": self._value}, timeout_s)
+            return self.client._put(self.key, {**fields, "value": self._value})
         fields["refresh"] = True
         if not self._silent:
             try:                                    # etcd before 2.3 would empty the value
-                loud = {**fields, "value": self._value or " "}
-                return self.client._put(self.key, loud, timeout_s)
+                return self.client._put(self.key, {**fields, "value": self._value or " "})
             except RefreshValue:
                 self._silent = True
-        return self.client._put(self.key, fields, timeout_s)
+        return self.client._put(self.key, fields)
 
 
 class Lease(Heartbeat):
@@ -3438,8 +3664,8 @@ class Lease(Heartbeat):
     value    tells who made it: two leases of one key need different values; None: a uuid
 
     Guarantee: made once, even if answers are lost; start raises NodeExists while the key is
-    somebody else's.  `alive` as for Heartbeat.  A crash leaves the file for at most its ttl (and
-    the half second that etcd takes to notice).
+    somebody else's.  `is_held` as for Heartbeat.  A crash leaves the file for at most its ttl (and
+    the half second that etcd takes to notice), and so does the end of the client.
     Limit: as for Heartbeat.
 
     Thread: any.
@@ -3457,40 +3683,39 @@ class Lease(Heartbeat):
         return super().start()
 
     def stop(self) -> bool:
-        """Remove the file.  Return whether it was alive until now.
+        """Remove the file.  Return whether it was held until now.
 
-        If no server answers, the file is left to its ttl.
+        If no server answers within LEAVE_S, the file is left to its ttl.
         """
         return super().stop()
 
     # -- below: no public names
 
-    def _obtain(self, patience_s: float) -> None:
+    def _obtain(self) -> None:
         sent_at = _clock()
-        self._index, fresh = self._make(patience_s)
+        self._index, fresh = self._make()
         if fresh and _clock() - sent_at < self.ttl / 3:
             self._granted_at(sent_at)
             return
         try:
-            self._adopt(patience_s)
+            self._adopt()
         except (KeyNotFound, CompareFailed) as error:
             raise LockExpired("expired before it was known to be made", cause=self.key) from error
 
-    def _make(self, patience_s: float) -> Tuple[int, bool]:
+    def _make(self) -> Tuple[int, bool]:
         """Create the file; return its index, and whether its ttl was given just now."""
-        node, fresh = _create_once(self.client, self.key, self._value, self.ttl, patience_s)
+        node, fresh = _create_once(self.client, self.key, self._value, self.ttl)
         return node.modified_index, fresh
 
     def _leave(self) -> None:
-        _remove(self.client, self.key, self._value, min(5.0, self.ttl))
+        _remove(self.client, self.key, self._value)
 
 
 class _Place(Lease):
     """A place in a line: an in-order file, whose number says who came first."""
 
-    def __init__(self, client: Client, line: str, label: str, ttl: int,
-                 on_lost: _LostCallback) -> None:
-        super().__init__(client, line, uuid.uuid4().hex + label, ttl, on_lost=on_lost)
+    def __init__(self, client: Client, line: str, label: str, ttl: int) -> None:
+        super().__init__(client, line, uuid.uuid4().hex + label, ttl)
         self.line = self.key
         self._sure = True                           # that there is no second entry of this place
 
@@ -3501,64 +3726,71 @@ class _Place(Lease):
 
     def announce(self) -> None:
         """Renew the file so that its watchers see it; it is no harm if that fails."""
-        with contextlib.suppress(EtcdError):
-            self._swap(CALL_TIMEOUT_S, announce=True)
+        with contextlib.suppress(EtcdError), self._alone():
+            self._index = self._swap(announce=True).modified_index
 
-    def _obtain(self, patience_s: float) -> None:
+    def _obtain(self) -> None:
         try:
-            super()._obtain(patience_s)
+            super()._obtain()
         except BaseException:                       # it may be in line all the same
             self._sure = False
-            self._leave()
+            with _apart(TIDY_S):
+                self._leave()
             raise
 
-    def _make(self, patience_s: float) -> Tuple[int, bool]:
+    def _find(self) -> Optional[Node]:
+        found = [node for node in _entries(self.client, self.line)[0]
+                 if node.value == self._value]
+        return found[0] if found else None
+
+    def _make(self) -> Tuple[int, bool]:
         node, self._sure = _append_once(
-            self.client, self.line, self._value, self.ttl, patience_s)
+            self.client, self.line, self._value, self.ttl, self._find)
         self.key = node.key
         return node.modified_index, self._sure
 
     def _leave(self) -> None:
-        super()._leave()
+        if self.key != self.line:
+            super()._leave()
         with contextlib.suppress(EtcdError):
-            for node in () if self._sure else _list(self.client, self.line, 1.0)[0]:
+            for node in () if self._sure else _entries(self.client, self.line)[0]:
                 if node.value == self._value:
-                    _remove(self.client, node.key, self._value, 1.0)
+                    _remove(self.client, node.key, self._value)
 
 
 _ContenderType = TypeVar("_ContenderType", bound="Contender")
+_LABELLED = re.compile(r"[0-9a-f]{32}:")
 
 
-class Contender:
+class Contender(_Recipe):
     """What Lock, RWLock, Semaphore and Election share: a line, and a place in it.
 
     The entry of a contender names the uuid of one attempt.  Only entries ahead can keep it
     waiting, none can appear there later, and so a contender that was let in stays in until its
     entry is gone.
+
+    The object is the holder, whichever thread or task calls it: a second `acquire` waits until
+    the first one was released or lost.
     """
 
     label = ""                                      # follows the uuid in the value of an entry
+    _held: Optional[_Place]                         # guarded by _changed, as is _busy
+    _retakes = True                                 # whether a lost hold may be acquired anew
 
     def __init__(self, client: Client, line: str, *, ttl: int = LEASE_TTL_S,
                  on_lost: _LostCallback = None) -> None:
-        if ttl < 1:
-            raise ValueError("ttl is seconds, at least 1")
-        self.client = client
-        self.path = _clean_key(line)
-        self.ttl = ttl
+        super().__init__(client)
+        self.path = _recipe_key(line)
+        self.ttl = _checked_ttl(ttl)
         self._on_lost = on_lost
-        self._turn = threading.Lock()               # taken by the thread that contends or holds
-        self._owner = 0                             # that thread
-        self._guard = threading.Lock()              # of two threads that release, one does it
-        self._held: Optional[_Place] = None
-        self._cancelled = threading.Event()
-        self._watching: Optional[Watch] = None
+        self._blocks = threading.local()            # .places: of the `with` blocks of a thread
+        self._after_fork()
 
     @property
     def is_held(self) -> bool:
         """Whether it is held; False before a server could give it to another."""
         held = self._held
-        return held is not None and held.alive
+        return held is not None and held.is_held
 
     @property
     def is_acquired(self) -> bool:
@@ -3573,57 +3805,51 @@ class Contender:
         seen: this is what protects it from a holder that was suspended and does not know yet.
         """
         held = self._held
-        return held.number if held is not None and held.alive else 0
+        return held.number if held is not None and held.is_held else 0
 
     def acquire(self, blocking: bool = True, lock_ttl: Optional[int] = None,
-                timeout: Optional[float] = 0) -> bool:
+                timeout: Optional[float] = None) -> bool:
         """Wait for it.  Return whether it is held.
 
-        blocking  False: return at once
+        blocking  False: as timeout=0
         lock_ttl  seconds, instead of the ttl of the constructor; None: that one
-        timeout   seconds to wait; 0 and None: for ever
+        timeout   seconds to wait; None: for ever; 0: try once and do not wait
 
-        By the thread that holds it: renew, and return True.  Other threads that share the object
-        wait for each other.  False after `timeout`, and after `cancel` by another thread; nothing
-        is left in the line then, nor after an exception.  Raises EtcdError if no server answered
-        for OUTAGE_S seconds or for as long as there was time.
+        False after `timeout`, and after `cancel` by another thread; nothing is left in the line
+        then, nor after an exception (if no server answers, for the ttl at most).  Raises EtcdError
+        if no server answered for OUTAGE_S seconds or for as long as there was time.
+
+        While it is held through this object, acquire waits, also in the same thread, since a
+        thread may serve many tasks: RLock may be acquired again, and `renew` renews.
         """
-        if self._owner == threading.get_ident() and self.is_held:
-            return self._again(lock_ttl)
-        if self._owner == threading.get_ident():
-            self.release()                          # it was lost: contend anew
-        limit_s = (timeout or None) if blocking else 0.0
-        deadline = None if limit_s is None else _clock() + limit_s
-        if not self._turn.acquire(timeout=-1 if limit_s is None else limit_s):
-            return False
-        self._owner = threading.get_ident()
-        self._cancelled.clear()
-        try:
-            self._contend(lock_ttl or self.ttl, deadline)
-        finally:
-            if self._held is None:
-                self._yield_turn()
-        return self._held is not None
+        return self._acquire(blocking, lock_ttl, timeout) is not None
 
-    def release(self) -> bool:
+    def renew(self, lock_ttl: Optional[int] = None) -> bool:
+        """Renew the entry now, as the heartbeat does in time; return whether it is held.
+
+        lock_ttl  seconds from now on; None: as before
+
+        This asks the cluster: False also if somebody has removed the entry a moment ago.
+        """
+        held = self._held
+        return held is not None and held.renew(lock_ttl)
+
+    def release(self, token: Optional[int] = None) -> bool:
         """Give it up, from any thread.  Return whether it was held until now.
 
-        If no server answers, the entry is left to its ttl.
-        """
-        with self._guard:
-            held, self._held = self._held, None
-        if held is None:
-            return False
-        was_held = held.stop()
-        self._yield_turn()
-        return was_held
+        token  nothing happens unless the hold is the one with this token
 
-    def cancel(self) -> None:
-        """Make an acquire that is waiting return False.  Thread: any."""
-        self._cancelled.set()
-        watching = self._watching
-        if watching is not None:
-            watching.close()
+        If no server answers within LEAVE_S, the entry is left to its ttl.
+        """
+        with self._changed:
+            held = self._held
+            if held is None or (token is not None and held.number != token):
+                return False
+            self._held = None
+        try:
+            return held.stop()
+        finally:
+            self._set_free()
 
     def check(self) -> None:
         """Raise LockExpired unless it is held."""
@@ -3632,30 +3858,85 @@ class Contender:
 
     def contenders(self) -> List[str]:
         """Return the values of the entries in the line, the one served first at the head."""
-        return [node.value or "" for node in _list(self.client, self.path)[0]]
+        return [node.value or "" for node in self._line()[0]]
 
     def __enter__(self: _ContenderType) -> _ContenderType:
-        if not self.acquire():
+        place = self._acquire(True, None, None)
+        if place is None:
             raise LockExpired("not acquired: cancelled, or lost before", cause=self.path)
+        self._blocks.places = [*self._entered(), place]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release()
+        *self._blocks.places, place = self._entered()
+        if place is self._held:                     # else it was lost, and perhaps acquired anew
+            self.release()
 
     # -- below: no public names
 
-    def _again(self, lock_ttl: Optional[int]) -> bool:
-        """Acquire what this thread holds."""
-        held = self._held
-        if held is not None:
-            held.ttl = lock_ttl or held.ttl
-            with contextlib.suppress(EtcdError):    # if it fails the heartbeat tries again
-                held._renew()
-        return self.is_held
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._changed = threading.Condition()
+        self._busy = False                          # somebody contends or holds
+        self._held = None
+        self._taken_by = 0                          # thread of the last acquire, for a warning
 
-    def _yield_turn(self) -> None:
-        self._owner = 0
-        self._turn.release()
+    def _entered(self) -> List[_Place]:
+        return getattr(self._blocks, "places", [])
+
+    def _acquire(self, blocking: bool, lock_ttl: Optional[int],
+                 timeout: Optional[float]) -> Optional[_Place]:
+        ttl = self.ttl if lock_ttl is None else _checked_ttl(lock_ttl)
+        with self._span(timeout if blocking else 0) as span:
+            if not self._take_turn(span):
+                return None
+            place = None
+            try:
+                place = self._contend(ttl, span)
+            finally:
+                if place is None:
+                    self._set_free()
+            blocks = self._entered()                # acquired anew inside of a block
+            if place is not None and blocks and not blocks[-1].is_held:
+                blocks[-1] = place
+            return place
+        return None                                 # cancelled
+
+    def _take_turn(self, span: _Span) -> bool:
+        """Wait until nobody contends for or holds this object."""
+        if self._taken_by == threading.get_ident() and self.is_held and span.wait_s():
+            _log.warning("%s is held by this object, and this thread waits until it is released: "
+                         "RLock may be acquired again, renew() renews", self.path)
+        while span.wait_for(self._changed, self._is_free):
+            with self._changed:
+                if self._is_free():
+                    self._busy, lost, self._held = True, self._held, None
+                    self._taken_by = threading.get_ident()
+                    break
+        else:
+            return False
+        if lost is not None:
+            lost.stop()
+        return True
+
+    def _is_free(self) -> bool:
+        held = self._held
+        return not self._busy or (self._retakes and held is not None and not held.is_held)
+
+    def _set_free(self) -> None:
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+
+    def _line(self) -> Tuple[List[Node], int]:
+        """Return the entries that count, first come first, and the index.
+
+        With a label those of this recipe; without one also those of python-etcd's lock.
+        """
+        nodes, index = _entries(self.client, self.path)
+        if self.label:
+            nodes = [node for node in nodes if _LABELLED.match(node.value or "")]
+        return nodes, index
 
     def _blocker(self, ahead: List[Node]) -> Optional[str]:
         """Return the key to watch before looking again; None: let in.
@@ -3664,44 +3945,52 @@ class Contender:
         """
         return ahead[-1].key if ahead else None
 
-    def _contend(self, ttl: int, deadline: Optional[float]) -> None:
-        """Stand in line until let in, out of time, or cancelled."""
+    def _contend(self, ttl: int, span: _Span) -> Optional[_Place]:
+        """Stand in line until let in, or out of time (return None).  Raises Cancelled."""
         place: Optional[_Place] = None
+        client_scope = self.client.scope
         try:
-            while not self._cancelled.is_set():
-                if place is None or not place.alive:
-                    place = self._enter(place, ttl, deadline)
-                blocker, index = self._look(place, deadline)
+            while True:
+                if place is None or not place.is_held:
+                    place = self._enter(place, ttl)
+                blocker, index = self._look(place)
                 if blocker is None:
                     self._held = place
-                    if place.alive:
-                        return
+                    if place.is_held:
+                        return place
                     self._held = None
-                if _left(deadline, 1.0) <= 0:
-                    return
-                if blocker and not self._cancelled.is_set():
-                    wait_s = _left(deadline, min(WAIT_SLICE_S, ttl))
-                    _await(self.client, blocker, index, wait_s, started=self._wait_with,
-                           children=_REMOVALS if blocker == self.path else frozenset())
+                wait_s = span.wait_s(min(WAIT_SLICE_S, ttl))
+                if not wait_s:
+                    return None
+                if blocker:
+                    self._wait(place, blocker, index, wait_s)
         finally:
             if place is not None and self._held is not place:
-                place.stop()
+                place._end()
+                if not client_scope.cancelled:
+                    with _apart(TIDY_S):
+                        place._leave()
 
-    def _enter(self, old: Optional[_Place], ttl: int, deadline: Optional[float]) -> _Place:
+    def _enter(self, old: Optional[_Place], ttl: int) -> _Place:
         """Take a place at the end of the line, instead of one that was lost."""
         if old is not None:
             old.stop()
-        place = _Place(self.client, self.path, self.label, ttl, None)
+        place = _Place(self.client, self.path, self.label, ttl)
         place._on_lost = lambda: self._lost(place)
-        return place._start(_left(deadline, OUTAGE_S))
+        try:
+            return place.start()
+        except Cancelled as error:
+            error.maybe_applied = False             # what may be in the line is taken back
+            raise
 
-    def _look(self, place: _Place, deadline: Optional[float]) -> Tuple[Optional[str], int]:
+    def _look(self, place: _Place) -> Tuple[Optional[str], int]:
         """Return the key to wait for (None: let in; "": none, look again) and the index."""
-        entries, index = _list(self.client, self.path, _left(deadline, OUTAGE_S))
+        entries, index = self._line()
         for node in entries:
             if node.value == place.value and node.key != place.key:
                 # An append that was given up for lost came in after all.
-                _remove(self.client, node.key, place.value, 1.0)
+                with Scope(TIDY_S):
+                    _remove(self.client, node.key, place.value)
         keys = [node.key for node in entries]
         if place.key not in keys:                   # expired or removed
             place.stop()
@@ -3715,18 +4004,25 @@ class Contender:
     def _let_in(self, place: _Place) -> None:
         """Do what those behind need when this contender is let in."""
 
-    def _wait_with(self, watch: Watch) -> None:
-        self._watching = watch
-        if self._cancelled.is_set():                # before cancel could see the watch
-            watch.close()
+    def _wait(self, place: _Place, blocker: str, index: int, wait_s: float) -> None:
+        """Wait for a change of `blocker`, or until `place` is lost."""
+        with contextlib.suppress(Cancelled), Scope() as waiting:
+            place._scope.attach(waiting.cancel)
+            try:
+                if place.is_held:
+                    _await(self.client, blocker, index, wait_s,
+                           below=_is_removal if blocker == self.path else None)
+            finally:
+                place._scope.detach(waiting.cancel)
 
     def _lost(self, place: _Place) -> None:
-        watching = self._watching
-        if self._held is not place:
-            if watching is not None:                # it waits in vain, and must line up again
-                watching.close()
-        elif self._on_lost is not None:
-            self._on_lost()
+        if self._held is place:
+            with self._changed:
+                self._changed.notify_all()
+            if self._on_lost is not None:
+                self._on_lost()
+        else:
+            place._scope.cancel()                   # it waits in vain, and must line up again
 
 
 class Lock(Contender):
@@ -3750,7 +4046,8 @@ class Lock(Contender):
     Limit: that of Heartbeat: clocks of the members differ by less than ttl / 10, and what takes
     place after the last look at `is_held` needs `token`.
 
-    Thread: any.  Threads that share the object exclude each other too.
+    Thread: any.  Threads and tasks that share the object exclude each other too; after a lost
+    hold was acquired anew, only release(token) tells the old hold from the new one.
     """
 
     def __init__(self, client: Client, lock_name: str, *, ttl: int = LEASE_TTL_S,
@@ -3766,36 +4063,59 @@ class Lock(Contender):
 
 
 def _below_prefix(client: Client, name: str) -> str:
-    return f"{client.lock_prefix}/{name}"
+    return client.lock_prefix + _recipe_key(name)
 
 
 class RLock(Lock):
-    """A Lock that the thread which holds it may acquire again; each acquire needs a release.
+    """A Lock that its holder may acquire again; each acquire needs a release.
+
+        with lock, lock: ...                        # the holder is the thread
+        lock.acquire(holder=task)                   # ... or what you name: a task, a request
 
     Guarantee and limit are those of Lock.  When the lock is lost, an inner acquire returns False
-    (or raises LockExpired, from `with`): the outer block has to end first.
+    (or raises LockExpired, from `with`): the outer block has to end first.  Tasks that share
+    threads name themselves as `holder`, as the thread cannot tell them apart.
     """
 
-    def __init__(self, client: Client, lock_name: str, *, ttl: int = LEASE_TTL_S,
-                 on_lost: _LostCallback = None) -> None:
-        super().__init__(client, lock_name, ttl=ttl, on_lost=on_lost)
-        self._depth = 0                             # acquires of the holder; its thread's alone
+    _retakes = False
+    _holder: object
+    _depth: int                                     # acquires of the holder
 
     def acquire(self, blocking: bool = True, lock_ttl: Optional[int] = None,
-                timeout: Optional[float] = 0) -> bool:
-        """Acquire as Lock does, or once more.  See Lock."""
-        if self._owner != threading.get_ident():
-            acquired = super().acquire(blocking, lock_ttl, timeout)
-            self._depth = 1 if acquired else 0
-            return acquired
-        held = self.is_held
-        self._depth += held
-        return held
+                timeout: Optional[float] = None, *, holder: object = None) -> bool:
+        """Acquire as Lock does, or once more, which renews if `lock_ttl` is given.  See Lock."""
+        return self._acquire(blocking, lock_ttl, timeout, holder) is not None
 
-    def release(self) -> bool:
+    def release(self, token: Optional[int] = None) -> bool:
         """Undo one acquire; the last one gives the lock up.  Return whether it was held."""
-        self._depth -= 1
-        return self.is_held if self._depth > 0 else super().release()
+        with self._changed:
+            self._depth = max(0, self._depth - 1)
+            if self._depth:
+                return self.is_held
+            self._holder = None
+        return super().release(token)
+
+    # -- below: no public names
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._holder, self._depth = None, 0
+
+    def _acquire(self, blocking: bool, lock_ttl: Optional[int], timeout: Optional[float],
+                 holder: object = None) -> Optional[_Place]:
+        holder = threading.get_ident() if holder is None else holder
+        with self._changed:
+            held = self._held if self._holder == holder else None
+            self._depth += held is not None and held.is_held
+        if held is not None:
+            if lock_ttl is not None and held.is_held:
+                with contextlib.suppress(EtcdError):    # if it fails the heartbeat tries again
+                    held.renew(lock_ttl)
+            return held if held.is_held else None
+        place = super()._acquire(blocking, lock_ttl, timeout)
+        if place is not None:
+            self._holder, self._depth = holder, 1
+        return place
 
 
 class RWLock:
@@ -3817,6 +4137,7 @@ class RWLock:
 
     def __init__(self, client: Client, key: str, *, ttl: int = LEASE_TTL_S,
                  on_lost: _LostCallback = None) -> None:
+        _recipe_key(key)
         self._contender: Callable[[Type[Contender]], Contender] = lambda kind: kind(
             client, key, ttl=ttl, on_lost=on_lost)
 
@@ -3883,6 +4204,76 @@ class Semaphore(Contender):
         place.announce()
 
 
+# ============================================================================
+# 9. Elections, queues, barriers, counters
+# ----------------------------------------------------------------------------
+# Knows: sections 1-8.
+# ============================================================================
+
+TAKEN_TTL_S = 120               # what was taken from a queue leaves a mark for so long
+COUNTER_WRITERS = 32            # so many writers find out whether a lost change is in
+PRIORITY = 100                  # of an item that comes without
+
+_Wait = Tuple[str, int, Optional[Callable[[Result], bool]]]     # key, index, below: see _await
+
+
+class Observed(_Recipe, Generic[_T]):
+    """What somebody observes: `next` returns it, at first and whenever it has changed.
+
+    Between two looks a state may be missed; the last one is not.  `close` ends the iteration, from
+    any thread.  Raises WatchTimeout when there was no change in time; then `next` may be called
+    again.
+
+    look     returns what there is, and how to wait: key, index, and what must happen below the key
+             (see _await)
+    timeout  seconds each `next` may take; None: no limit; 0: it looks, and does not wait
+
+    Thread: one, except for `close`.
+    """
+
+    def __init__(self, client: Client, look: Callable[[], Tuple[_T, _Wait]],
+                 timeout: Optional[float] = None) -> None:
+        super().__init__(client)
+        self._look = look
+        self._timeout = timeout
+        self._seen: List[_T] = []                   # what was returned last
+        self._closed = False
+
+    def __iter__(self) -> Observed[_T]:
+        return self
+
+    def __next__(self) -> _T:
+        with self._span(self._timeout) as span:
+            while not self._closed:
+                state, (key, index, below) = self._look()
+                if [state] != self._seen:
+                    self._seen = [state]
+                    return state
+                wait_s = span.wait_s(WAIT_SLICE_S)
+                if not wait_s:
+                    raise WatchTimeout("no change in time", index=index + 1)
+                _await(self.client, key, index, wait_s, below)
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the iteration: a `next` that waits in another thread ends at once.  Thread: any."""
+        self._closed = True
+        self.cancel()
+
+    def __enter__(self) -> Observed[_T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _is_change(event: Result) -> bool:
+    return event.action in _CHANGES
+
+
+_CHANGES = _REMOVALS | {"create", "set", "update", "compareAndSwap"}
+
+
 class Leader(NamedTuple):
     """Who leads: what it said of itself, and its fencing token."""
 
@@ -3894,16 +4285,17 @@ class Election(Contender):
     """One of many candidates leads; when it is gone the one that came next leads.
 
         election = Election(client, "/scheduler", value="host-a", ttl=10, on_lost=stop)
-        if election.campaign():                     # returns when this candidate leads
+        with election:                              # the block begins when this candidate leads
             work(fencing_token=election.token)
-            election.resign()
+        election.run(work)                          # the same
 
-        for leader in election.observe():           # anywhere, without being a candidate
-            print(leader.value if leader else "nobody")
+        with Election(client, "/scheduler").observe() as leaders:       # anywhere
+            for leader in leaders:
+                print(leader.value if leader else "nobody")
 
     value    what others see of this candidate
 
-    Guarantee: while `is_leader` is True no other candidate's is.  A crashed leader is followed
+    Guarantee: while `is_held` is True no other candidate's is.  A crashed leader is followed
     after its ttl.  Terms have rising tokens.
     Limit: as for Lock.
 
@@ -3917,7 +4309,7 @@ class Election(Contender):
 
     @property
     def is_leader(self) -> bool:
-        """Whether this candidate leads; False before a server could let another one lead."""
+        """As is_held."""
         return self.is_held
 
     def campaign(self, timeout: Optional[float] = None) -> bool:
@@ -3928,48 +4320,64 @@ class Election(Contender):
         """Stop leading; return whether it led until now."""
         return self.release()
 
+    def run(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+        """Call `function` as soon as this candidate leads, resign, and return its result.
+
+        It should stop when the lead is lost: on_lost says so, `is_held` too.  Raises LockExpired
+        if `cancel` ended the campaign.
+        """
+        with self:
+            return function(*args, **kwargs)
+
     def leader(self) -> Optional[Leader]:
         """Return who leads now, by quorum; None if there are no candidates."""
-        return self._first(_list(self.client, self.path)[0])
+        return self._first(self._line()[0])
 
-    def observe(self, timeout: Optional[float] = None) -> Iterator[Optional[Leader]]:
-        """Yield who leads, now and whenever that changes; None: nobody.
+    def observe(self, timeout: Optional[float] = None) -> Observed[Optional[Leader]]:
+        """Return an iterator over who leads, now and whenever that changes; None: nobody.
 
         timeout  seconds without a change after which WatchTimeout is raised; None: never
 
         A leader between two looks may be missed; the last one is not.
         """
-        seen: Optional[Leader] = None
-        fresh, deadline = True, None if timeout is None else _clock() + timeout
-        while True:
-            entries, index = _list(self.client, self.path)
-            leader = self._first(entries)
-            if fresh or leader != seen:
-                yield leader
-                deadline = None if timeout is None else _clock() + timeout
-            fresh, seen = False, leader
-            if _left(deadline, 1.0) <= 0:
-                raise WatchTimeout("no change in time", index=index)
-            key = entries[0].key if entries else self.path
-            _await(self.client, key, index, _left(deadline, WAIT_SLICE_S),
-                   children=frozenset() if entries else frozenset(("create",)))
+        def look() -> Tuple[Optional[Leader], _Wait]:
+            entries, index = self._line()
+            wait: _Wait = (self.path, index, lambda event: event.action == "create")
+            return self._first(entries), (entries[0].key, index, None) if entries else wait
+        return Observed(self.client, look, timeout)
 
     @staticmethod
     def _first(entries: List[Node]) -> Optional[Leader]:
         if not entries:
             return None
         value = entries[0].value or ""
-        return Leader(value.partition(":")[2], int(_name(entries[0].key)))
+        return Leader(value.partition(":")[2], _number(entries[0]))
 
 
-# ============================================================================
-# 9. Queues, barriers, counters, caches, services
-# ----------------------------------------------------------------------------
-# Knows: sections 1-8.
-# ============================================================================
+class _Item(NamedTuple):
+    """An item of a queue, as a look found it."""
 
-TAKEN_TTL_S = 120               # what was taken from a queue leaves a mark for so long
-COUNTER_WRITERS = 32            # so many writers find out whether a lost change is in
+    uid: str                                        # tells it from others, and stays when it is
+    value: str                                      # written twice after a lost answer
+    priority: int
+    node: Node                                      # its first entry
+    mark: str                                       # what we write when we take it
+
+    @classmethod
+    def of(cls, node: Node, root: str) -> _Item:
+        """Return the item in a file; any program may put one there by hand."""
+        found = _ITEM.fullmatch(node.value or "") if _is_entry(node) else None
+        uid, priority, value = found.groups() if found else (
+            node.key[len(root):], PRIORITY, node.value or "")
+        return cls(uid, value, int(priority), node, uuid.uuid4().hex + ":" + _name(node.key))
+
+    def place(self) -> Tuple[int, int]:
+        """Return what items are ordered by."""
+        node = self.node
+        return self.priority, _number(node) if _is_entry(node) else node.created_index
+
+
+_ITEM = re.compile(r"([0-9a-f]{32}):(-?[0-9]{1,9}):(.*)", re.DOTALL)
 
 
 class QueueItem:
@@ -3980,21 +4388,21 @@ class QueueItem:
     A context manager: without an exception the item is done, with one it is given back.
     """
 
-    def __init__(self, queue: Queue, node: Node, lease: Lease) -> None:
-        self.value = node.value or ""
+    def __init__(self, queue: Queue, item: _Item, lease: Lease) -> None:
+        self.value = item.value
         self._queue = queue
-        self._node = node
+        self._item = item
         self._lease = lease
 
     @property
     def is_held(self) -> bool:
         """Whether no other consumer can have got the item meanwhile."""
-        return self._lease.alive
+        return self._lease.is_held
 
     def done(self) -> bool:
         """Remove the item; False if another consumer has removed it first."""
         try:
-            return self._queue._mark(self._node)
+            return self._queue._remove(self._item)
         finally:
             self._lease.stop()
 
@@ -4012,25 +4420,32 @@ class QueueItem:
             self.give_back()
 
 
-class Queue:
+class Queue(_Recipe):
     """A queue in the cluster: first in, first out, any number of producers and consumers.
 
         queue = Queue(client, "/jobs")
         queue.put("one")
-        queue.get(timeout=5)                        # "one", or None after 5 s
+        queue.put("urgent", priority=1)             # before those with a higher number
+        queue.get(timeout=5)                        # "urgent", or None after 5 s
         with queue.take(timeout=5) as item:         # at least once
             work(item.value)
 
     Guarantee: what put has returned for is in the queue once.  An item is removed once, in the
-    order in which the items were made: `get` hands each to one consumer only, which may crash
-    with it; what `take` hands out comes back, ttl seconds after a crash, until done has removed
-    it.  Lost answers are looked into: items have a uuid as name, and leave a mark for
-    TAKEN_TTL_S seconds that says who took them.
-    An idle queue wakes one of the waiting consumers for each item; the others stand in line.
+    order of priority, then of their making: `get` hands each to one consumer only, which may
+    crash with it; what `take` hands out comes back, ttl seconds after a crash, until done has
+    removed it.  A consumer that finds its queue empty looks once, and its work for an item does
+    not depend on how many were taken before.  An idle queue wakes one of the waiting consumers
+    for each item; the others stand in line.
+    How: an item is an in-order file with a uuid in it.  To take it is to write a hidden mark for
+    this uuid, which only one consumer can do, and then to delete the file.  A second file of the
+    same item, from an answer that was lost, is known by the mark, which stays for TAKEN_TTL_S.
     Limit: after an error with maybe_applied, and when a request is executed more than TAKEN_TTL_S
-    late, an item may be there twice or lost with its consumer.  Consumers of one queue use either
-    get or take: a get may remove what another one has taken.  They read the whole directory now
-    and then: made for thousands of items, not for millions.
+    late, an item may be there twice or lost with its consumer.  A consumer that crashes between
+    mark and deletion delays its item for TAKEN_TTL_S.  Consumers of one queue use either get or
+    take: a get may remove what another one has taken.  A consumer reads the whole directory, and
+    then takes what it has seen (an urgent item that was put meanwhile comes after that): made for
+    thousands of items, not for millions.
+    Differs from 0.4.0: that could not read the items put now; those it has put are taken.
 
     ttl      seconds a crashed consumer delays what it had taken, or the line
 
@@ -4038,135 +4453,197 @@ class Queue:
     """
 
     def __init__(self, client: Client, key: str, *, ttl: int = LEASE_TTL_S) -> None:
-        self.client = client
-        self.path = _clean_key(key)
-        self.ttl = ttl
-        self._seen: Deque[Node] = deque()   # items of the last look; append and pop
-                                                        # are atomic, and all it gives is hints
+        super().__init__(client)
+        self.path = _recipe_key(key)
+        self.ttl = _checked_ttl(ttl)
+        self._items = f"{self.path}/items"
+        self._seen: Deque[_Item] = deque()          # items of the last look; append and pop are
+                                                    # atomic, and all it gives is hints
 
-    def put(self, value: str) -> str:
-        """Add an item at the end; return its key."""
-        name = uuid.uuid4().hex
-        key = f"{self.path}/items/{name}"
-        try:
-            _insist(lambda timeout_s: self.client.create(key, value, timeout=timeout_s))
-        except NodeExists:                          # an attempt whose answer was lost
-            pass
-        return key
+    def put(self, value: str, priority: int = PRIORITY) -> str:
+        """Add an item, behind all of the same priority; return its key.
+
+        priority  lower ones are taken first
+        """
+        uid = uuid.uuid4().hex
+        text = f"{uid}:{priority:d}:{_text(value)}"
+
+        def find() -> Optional[Node]:
+            with contextlib.suppress(KeyNotFound):  # perhaps it was taken already
+                return _read(self.client, self._mark_of(uid)).node
+            nodes, _ = _entries(self.client, self._items)
+            return next((node for node in nodes if node.value == text), None)
+        return _append_once(self.client, self._items, text, None, find)[0].key
+
+    def put_all(self, values: Iterable[str], priority: int = PRIORITY) -> List[str]:
+        """Add items one after the other; return their keys."""
+        return [self.put(value, priority) for value in values]
 
     def get(self, timeout: Optional[float] = None) -> Optional[str]:
         """Remove the first item and return its value; None after `timeout` seconds (None: never).
 
-        With timeout=0 it does not wait.
+        With timeout=0 it does not wait.  None after `cancel`, too.
         """
-        node = self._first(timeout, self._mark)
-        return None if node is None else node.value
+        item = self._first(timeout, self._remove)
+        return None if item is None else item.value
 
     def take(self, timeout: Optional[float] = None) -> QueueItem:
-        """Return the first item that nobody works on.  Raises WatchTimeout after `timeout` s."""
+        """Return the first item that nobody works on.
+
+        Raises WatchTimeout where `get` returns None, since a `with` needs an item.
+        """
         leases: List[Lease] = []
-        node = self._first(timeout, lambda node: self._claim(node, leases))
-        if node is None:
+        item = self._first(timeout, lambda item: self._claim(item, leases))
+        if item is None:
             raise WatchTimeout("no item in time", cause=self.path)
-        return QueueItem(self, node, leases[0])
+        return QueueItem(self, item, leases[0])
 
     def __len__(self) -> int:
         """Return the number of items, those included that somebody works on."""
-        items, claimed, _ = self._look()
-        return len(items) + len(claimed)
+        free, claimed, _ = self._look()
+        return len(free) + claimed
 
     # -- below: no public names
 
-    def _look(self) -> Tuple[List[Node], List[Node], int]:
-        """Return the items that are free, and that are claimed, first one first, and the index."""
+    def _mark_of(self, uid: str) -> str:
+        return f"{self.path}/_taken/{uid}"
+
+    def _look(self) -> Tuple[List[_Item], int, int]:
+        """Return the items that are free, first one first, how many are claimed, and the index."""
         try:
             found = _read(self.client, self.path, recursive=True)
         except KeyNotFound as error:
-            return [], [], error.index
+            return [], 0, error.index
         files = [node for node in found.node.walk() if not node.dir]
         claims = {_name(node.key) for node in files if node.key.startswith(f"{self.path}/claims/")}
-        items = sorted((node for node in files if node.ttl is None
-                        and node.key.startswith(f"{self.path}/items/")),
-                       key=lambda node: node.created_index)
-        free = [node for node in items if _name(node.key) not in claims]
-        return free, [node for node in items if _name(node.key) in claims], found.etcd_index
+        first: Dict[str, _Item] = {}
+        # A file with a ttl is a mark of 0.4.0.
+        for node in files:
+            if node.ttl is None and node.key.startswith(f"{self._items}/"):
+                item = _Item.of(node, self._items + "/")
+                first[item.uid] = min(item, first.get(item.uid, item), key=_Item.place)
+        items = sorted(first.values(), key=_Item.place)
+        free = [item for item in items if item.uid not in claims]
+        return free, len(items) - len(free), found.etcd_index
 
-    def _first(self, timeout: Optional[float], obtain: Callable[[Node], bool]) -> Optional[Node]:
-        """Return the first item that `obtain` gets."""
-        node, _ = self._try(obtain)
-        if node is not None or timeout == 0:
-            return node
-        deadline = None if timeout is None else _clock() + timeout
-        line = Contender(self.client, f"{self.path}/_waiting", ttl=self.ttl)
-        if not line.acquire(timeout=timeout):
-            return None
-        try:
-            while True:
-                node, index = self._try(obtain)
-                if node is not None or _left(deadline, 1.0) <= 0:
-                    return node
-                wait_s = _left(deadline, min(WAIT_SLICE_S, self.ttl))
-                _await(self.client, self.path, index, wait_s, children=self._ARRIVALS)
-        finally:
-            line.release()
+    def _first(self, timeout: Optional[float], obtain: Callable[[_Item], bool]) -> Optional[_Item]:
+        """Return the first item that `obtain` gets; None if time is up, or after `cancel`."""
+        with self._span(timeout) as span:
+            item, _ = self._try(obtain)
+            if item is not None or not span.wait_s():
+                return item
+            line = Contender(self.client, f"{self.path}/_waiting", ttl=self.ttl)
+            if not line.acquire():
+                return None
+            try:
+                while True:
+                    item, index = self._try(obtain)
+                    wait_s = span.wait_s(min(WAIT_SLICE_S, self.ttl))
+                    if item is not None or not wait_s:
+                        return item
+                    _await(self.client, self.path, index, wait_s, self._is_arrival)
+            finally:
+                with _apart(TIDY_S):
+                    line.release()
+        return None
 
-    _ARRIVALS = frozenset(("create", "expire", "compareAndDelete"))     # new, or given back
+    def _is_arrival(self, event: Result) -> bool:
+        """Whether there may be an item now: it is new, or somebody gave it back."""
+        if event.key.startswith(f"{self.path}/claims/"):
+            return event.action in _REMOVALS
+        return event.action in ("create", "set")
 
-    def _try(self, obtain: Callable[[Node], bool]) -> Tuple[Optional[Node], int]:
+    def _try(self, obtain: Callable[[_Item], bool]) -> Tuple[Optional[_Item], int]:
         """Try the items seen last, then those of a new look; return the index of that."""
         while self._seen:
             with contextlib.suppress(IndexError):   # another thread was faster
-                node = self._seen.popleft()
-                if obtain(node):
-                    return node, 0
+                item = self._seen.popleft()
+                if obtain(item):
+                    return item, 0
         free, _, index = self._look()
-        for position, node in enumerate(free):
-            if obtain(node):
+        for position, item in enumerate(free):
+            if obtain(item):
                 self._seen.extend(free[position + 1:])
-                return node, index
+                return item, index
         return None, index
 
-    def _mark(self, node: Node) -> bool:
-        """Turn an item into a mark that expires; False if somebody else has done so.
-
-        Only the first such write after the item was made can succeed, so it may be repeated, and
-        the mark tells whose it was.
-        """
-        mark = uuid.uuid4().hex
+    def _remove(self, item: _Item) -> bool:
+        """Remove an item for ever; False if somebody else has done so."""
         try:
-            _insist(lambda timeout_s: self.client.compare_and_swap(
-                node.key, mark, prev_index=node.modified_index, ttl=TAKEN_TTL_S, timeout=timeout_s))
+            _create_once(self.client, self._mark_of(item.uid), item.mark, TAKEN_TTL_S)
+        except NodeExists:
+            self._is_taken(item)
+            return False
+        except EtcdError as error:
+            self._unmark(item)
+            error.maybe_applied = False             # the item is there
+            raise
+        return self._delete(item)
+
+    def _unmark(self, item: _Item) -> None:
+        """Let others have an item at once that we could not take."""
+        with _apart(TIDY_S):
+            _remove(self.client, self._mark_of(item.uid), item.mark)
+
+    def _is_taken(self, item: _Item) -> bool:
+        """Whether the item has a mark; if it was taken as another file, this one is removed."""
+        try:
+            mark = _read(self.client, self._mark_of(item.uid)).node.value or ""
         except KeyNotFound:
             return False
-        except CompareFailed:
-            try:
-                return _read(self.client, node.key).value == mark
-            except KeyNotFound:
-                return False
+        if mark.rpartition(":")[2] != _name(item.node.key):
+            with contextlib.suppress(EtcdError):
+                self.client.compare_and_delete(
+                    item.node.key, prev_index=item.node.modified_index)
         return True
 
-    def _claim(self, node: Node, leases: List[Lease]) -> bool:
-        lease = Lease(self.client, f"{self.path}/claims/{_name(node.key)}", ttl=self.ttl)
+    def _delete(self, item: _Item) -> bool:
+        """Delete the file of an item; False if somebody else has."""
+        unsure = False
+
+        def attempt() -> bool:
+            nonlocal unsure
+            try:
+                self.client.compare_and_delete(
+                    item.node.key, prev_index=item.node.modified_index)
+            except (KeyNotFound, CompareFailed) as error:
+                # Nobody else deletes it before our mark has expired.
+                return unsure and isinstance(error, KeyNotFound) and item.mark == _read(
+                    self.client, self._mark_of(item.uid)).node.value
+            except EtcdError as error:
+                unsure = unsure or error.maybe_applied
+                raise
+            return True
+        try:
+            return _insist(self.client, attempt)
+        except EtcdError as error:
+            if not error.maybe_applied:
+                self._unmark(item)
+            raise
+
+    def _claim(self, item: _Item, leases: List[Lease]) -> bool:
+        lease = Lease(self.client, f"{self.path}/claims/{item.uid}", ttl=self.ttl)
         try:
             lease.start()
+            # The item may be gone since it was seen: whoever had claimed it has finished.
+            index = _read(self.client, item.node.key).node.modified_index
+            if index == item.node.modified_index and not self._is_taken(item):
+                leases.append(lease)
+                return True
         except (NodeExists, LockExpired):
             return False
-        # The item may be gone since it was seen: whoever had claimed it has finished.
-        try:
-            present = _read(self.client, node.key).node.modified_index == node.modified_index
         except KeyNotFound:
-            present = False
+            pass
         except BaseException:
-            lease.stop()
+            with _apart(TIDY_S):
+                lease._end()
+                lease._leave()
             raise
-        if present:
-            leases.append(lease)
-        else:
-            lease.stop()
-        return present
+        lease.stop()
+        return False
 
 
-class Barrier:
+class Barrier(_Recipe):
     """A gate for all: closed by one process, and opened for all who wait.
 
         barrier = Barrier(client, "/maintenance")
@@ -4181,13 +4658,14 @@ class Barrier:
     """
 
     def __init__(self, client: Client, key: str) -> None:
-        self.client = client
-        self.path = _clean_key(key)
+        super().__init__(client)
+        self.path = _recipe_key(key)
 
     def create(self, ttl: Optional[int] = None) -> bool:
         """Close the barrier, for `ttl` seconds at most; False if it was closed already."""
         try:
-            _create_once(self.client, self.path, uuid.uuid4().hex, ttl)
+            _create_once(self.client, self.path, uuid.uuid4().hex,
+                         None if ttl is None else _checked_ttl(ttl))
         except NodeExists:
             return False
         return True
@@ -4200,26 +4678,30 @@ class Barrier:
             return False
         with contextlib.suppress(KeyNotFound, CompareFailed):
             # By value, as a Heartbeat may keep it; by index if another program made it empty.
-            _insist(lambda timeout_s: self.client.compare_and_delete(
+            _insist(self.client, lambda: self.client.compare_and_delete(
                 self.path, prev_value=node.value or None,
-                prev_index=None if node.value else node.modified_index, timeout=timeout_s))
+                prev_index=None if node.value else node.modified_index))
         return True
 
     def wait(self, timeout: Optional[float] = None) -> bool:
-        """Wait until the barrier is open; False after `timeout` seconds (None: never)."""
-        deadline = None if timeout is None else _clock() + timeout
-        while True:
-            try:
-                index = _read(self.client, self.path).etcd_index
-            except KeyNotFound:
-                return True
-            wait_s = _left(deadline, WAIT_SLICE_S)
-            if wait_s <= 0:
-                return False
-            _await(self.client, self.path, index, wait_s)
+        """Wait until the barrier is open; False after `timeout` seconds (None: never).
+
+        False after `cancel`, too.
+        """
+        with self._span(timeout) as span:
+            while True:
+                try:
+                    index = _read(self.client, self.path).etcd_index
+                except KeyNotFound:
+                    return True
+                wait_s = span.wait_s(WAIT_SLICE_S)
+                if not wait_s:
+                    return False
+                _await(self.client, self.path, index, wait_s)
+        return False
 
 
-class DoubleBarrier:
+class DoubleBarrier(_Recipe):
     """Lets `size` participants begin together and end together, round after round.
 
         barrier = DoubleBarrier(client, "/phase", size=3)
@@ -4232,50 +4714,55 @@ class DoubleBarrier:
     Limit: who is cut off for longer than its ttl is no participant any more, and enter raises
     LockExpired.  All participants name the same size.  One small file stays, which counts rounds.
 
-    Thread: one; an object is one participant.
+    Thread: one, except for `cancel`; an object is one participant.
     """
 
     def __init__(self, client: Client, key: str, size: int, *, ttl: int = LEASE_TTL_S) -> None:
         if size < 1:
             raise ValueError("size is at least 1")
-        self.client = client
-        self.path = _clean_key(key)
+        super().__init__(client)
+        self.path = _recipe_key(key)
         self.size = size
-        self.ttl = ttl
+        self.ttl = _checked_ttl(ttl)
         self._place: Optional[_Place] = None
         self._round = 0                             # the index at which it began
 
     def enter(self, timeout: Optional[float] = None) -> bool:
-        """Wait for the others; False after `timeout` seconds (None: never), and not inside."""
-        deadline = None if timeout is None else _clock() + timeout
-        place = _Place(self.client, f"{self.path}/members", "", self.ttl, None)
-        place._start(_left(deadline, OUTAGE_S))
-        self._round = 0
+        """Wait for the others; False after `timeout` seconds (None: never), and not inside.
+
+        False after `cancel`, too.
+        """
+        place, self._round = _Place(self.client, f"{self.path}/members", "", self.ttl), 0
         try:
-            self._round = self._await_round(place, deadline)
+            with self._span(timeout) as span:
+                place.start()
+                self._round = self._await_round(place, span)
         finally:
             if not self._round:
-                place.stop()
+                with _apart(TIDY_S):
+                    place.stop()
         self._place = place
         return self._round > 0
 
     def leave(self, timeout: Optional[float] = None) -> bool:
         """Leave, and wait until the others have left; False after `timeout` seconds."""
-        deadline = None if timeout is None else _clock() + timeout
         if self._place is not None:
             self._place.stop()
-        while True:
-            members, index = _list(self.client, f"{self.path}/members")
-            inside = [node for node in members if node.created_index < self._round]
-            if not inside:
-                return True
-            wait_s = _left(deadline, min(WAIT_SLICE_S, self.ttl))
-            if wait_s <= 0:
-                return False
-            _await(self.client, inside[-1].key, index, wait_s)
+        with self._span(timeout) as span:
+            while True:
+                members, index = _entries(self.client, f"{self.path}/members")
+                inside = [node for node in members if node.created_index < self._round]
+                if not inside:
+                    return True
+                wait_s = span.wait_s(min(WAIT_SLICE_S, self.ttl))
+                if not wait_s:
+                    return False
+                _await(self.client, inside[-1].key, index, wait_s)
+        return False
 
     def __enter__(self) -> DoubleBarrier:
-        self.enter()
+        if not self.enter():
+            raise Cancelled("cancelled", cause=self.path)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -4283,23 +4770,27 @@ class DoubleBarrier:
 
     # -- below: no public names
 
-    def _await_round(self, place: _Place, deadline: Optional[float]) -> int:
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._place, self._round = None, 0          # the participant is the parent
+
+    def _await_round(self, place: _Place, span: _Span) -> int:
         """Return the index at which the round of `place` began; 0 if time is up.
 
         A file is written when a round is complete.  Those whose number lies between two such
         writes are of one round.
         """
-        while place.alive:
+        while place.is_held:
             last, index = self._last_round()
             if last > place.number:
                 return last
-            members, _ = _list(self.client, f"{self.path}/members")
+            members, _ = _entries(self.client, f"{self.path}/members")
             # By value: an append that was given up for lost may have come in after all.
             if len({node.value for node in members if node.created_index > last}) >= self.size:
                 self._begin_round(last)
                 continue
-            wait_s = _left(deadline, min(WAIT_SLICE_S, self.ttl))
-            if wait_s <= 0:
+            wait_s = span.wait_s(min(WAIT_SLICE_S, self.ttl))
+            if not wait_s:
                 return 0
             _await(self.client, f"{self.path}/round", index, wait_s)
         raise LockExpired("expired while it waited", cause=place.key)
@@ -4316,8 +4807,8 @@ class DoubleBarrier:
         key, mark = f"{self.path}/round", uuid.uuid4().hex
         with contextlib.suppress(CompareFailed, NodeExists, KeyNotFound):
             if last:
-                _insist(lambda timeout_s: self.client.compare_and_swap(
-                    key, mark, prev_index=last, timeout=timeout_s))
+                _insist(self.client, lambda: self.client.compare_and_swap(
+                    key, mark, prev_index=last))
             else:
                 _create_once(self.client, key, mark, None)
 
@@ -4342,29 +4833,45 @@ class Counter:
 
     def __init__(self, client: Client, key: str, initial: int = 0) -> None:
         self.client = client
-        self.path = _clean_key(key)
+        self.path = _recipe_key(key)
         self.initial = initial
-        self._turn = threading.Lock()               # one change of this writer at a time
-        self._writer = uuid.uuid4().hex[:12]
-        self._serial = 0
+        self._after_fork()
+        _inherited.add(self)
 
     @property
     def value(self) -> int:
         """The number now, by quorum.  Raises ValueError if the file holds none."""
         return self._look()[0]
 
-    def add(self, amount: int = 1) -> int:
-        """Add `amount`, and return the sum.  Raises ValueError if the file holds no number."""
-        with self._turn:
-            self._serial += 1
-            tag, unsure, pause_s = f"{self._writer}.{self._serial}", None, 0.001
-            deadline = _clock() + OUTAGE_S
-            while True:
-                try:
-                    number, changes, index = self._look()
-                except EtcdError as error:          # a read failed; our write may be in
-                    error.maybe_applied = unsure is not None
-                    raise
+    def add(self, amount: int = 1, *, timeout: Optional[float] = None) -> int:
+        """Add `amount`, and return the sum.  Raises ValueError if the file holds no number.
+
+        timeout  seconds, after which it raises what kept it from ending; None: OUTAGE_S without
+                 a server; 0: as for all recipes, TRY_S
+        """
+        span = _Span(self.client, timeout)
+        with span:
+            if not self._turn.acquire(timeout=span.left_s()):
+                raise RequestTimeout("another thread changes this counter", endpoint="")
+            try:
+                self._serial += 1
+                return self._add(amount, f"{self._writer}.{self._serial}", span)
+            finally:
+                self._turn.release()
+
+    # -- below: no public names
+
+    def _after_fork(self) -> None:
+        self._turn = threading.Lock()               # one change of this writer at a time
+        self._writer = uuid.uuid4().hex[:12]        # a forked child is another one
+        self._serial = 0
+
+    def _add(self, amount: int, tag: str, span: _Span) -> int:
+        unsure: Optional[EtcdError] = None
+        pause_s, deadline = 0.001, _clock() + OUTAGE_S
+        while True:
+            try:
+                number, changes, index = self._look()
                 if tag in changes:
                     return changes[tag]
                 if unsure is not None and self._forgotten(changes):
@@ -4375,12 +4882,13 @@ class Counter:
                 except EtcdError as error:
                     unsure = error if error.maybe_applied else unsure
                     if not _is_endpoint_failure(error) or _clock() >= deadline:
-                        error.maybe_applied = unsure is not None
                         raise
-                time.sleep(random.uniform(0, pause_s))
-                pause_s = min(2 * pause_s, 0.1)
-
-    # -- below: no public names
+                if not span.wait(random.uniform(0, pause_s)):
+                    raise unsure or RequestTimeout("others were faster", endpoint="")
+            except EtcdError as error:              # whatever failed, our write may be in
+                error.maybe_applied = unsure is not None
+                raise
+            pause_s = min(2 * pause_s, 0.1)
 
     def _look(self) -> Tuple[int, Dict[str, int], int]:
         """Return the number, the last changes with what they made of it, and the index."""
@@ -4403,20 +4911,26 @@ class Counter:
                   if other.partition(".")[0] != self._writer]
         value = " ".join([str(number), f"{tag}:{number}", *others[:COUNTER_WRITERS - 1]])
         try:
-            if index:
-                self.client.compare_and_swap(
-                    self.path, value, prev_index=index, timeout=CALL_TIMEOUT_S)
-            else:
-                self.client.create(self.path, value, timeout=CALL_TIMEOUT_S)
+            with Scope(CALL_TIMEOUT_S):
+                if index:
+                    self.client.compare_and_swap(self.path, value, prev_index=index)
+                else:
+                    self.client.create(self.path, value)
         except (CompareFailed, NodeExists, KeyNotFound):
             return False
         return True
 
 
-_ChangeCallback = Optional[Callable[[str, Optional[Node], Optional[Node]], None]]
+# ============================================================================
+# 10. Copies, services, parties
+# ----------------------------------------------------------------------------
+# Knows: sections 1-9.
+# ============================================================================
+
+_ChangeCallback = Optional[Callable[[str, Optional[Node], Optional[Node]], object]]
 
 
-class CachedTree(Mapping[str, Node]):
+class CachedTree(_Recipe, Mapping[str, Node]):
     """A live copy of a directory: a mapping from the keys of its files to their nodes.
 
         with CachedTree(client, "/config") as tree:
@@ -4430,62 +4944,96 @@ class CachedTree(Mapping[str, Node]):
 
     Guarantee: the copy is the directory as it was at `index`, at all depths; it goes forward
     only, and catches up after every loss of contact, after more than 1000 missed changes by
-    reading it anew and reporting the difference.
+    reading it anew and reporting the difference.  `items`, `keys` and `values` are of one moment.
     Limit: it is late by as much as the network is, and silent about it while there is no contact
     (`error` tells).  Hidden files are not in it, nor empty directories; ttl and expiration are
-    those of the last change, since refreshing is silent.
+    those of the last change, since refreshing is silent.  After `close` the copy stays as it is;
+    `start` goes on, with the difference.  In a forked child it raises RuntimeError until `start`.
 
-    Thread: any.  It runs a daemon thread, which `close` joins.
+    Thread: any.  It runs a daemon thread, which `close` joins and the end of the client ends.
     """
 
+    _thread: Optional[threading.Thread]
+    _watching: Optional[Watch]
+    _scope: Scope
+
     def __init__(self, client: Client, path: str, *, on_change: _ChangeCallback = None) -> None:
-        self.client = client
+        super().__init__(client)
         self.path = _clean_key(path)
-        self.error: Optional[EtcdError] = None      # why the copy is not followed; None: it is
         self._on_change = on_change
-        self._changed = threading.Condition()       # guards the next two
         self._nodes: Dict[str, Node] = {}
         self._index = 0
-        self._closed = threading.Event()
-        self._watching: Optional[Watch] = None
-        self._thread: Optional[threading.Thread] = None
+        self._error: Optional[EtcdError] = None     # of a watch that ended
+        self._pid = os.getpid()
+        self._after_fork()
 
     @property
     def index(self) -> int:
         """The etcd index the copy is of."""
         return self._index
 
+    @property
+    def error(self) -> Optional[EtcdError]:
+        """Why the copy is not followed at the moment; None: it is."""
+        watching = self._watching
+        return self._error or (None if watching is None else watching.error)
+
     def start(self) -> CachedTree:
-        """Read the directory, and follow it from now on.  Raises that no server answers."""
-        self._load(OUTAGE_S)
-        self._thread = threading.Thread(
-            target=self._run, name=f"pyetcd-tree {self.path}", daemon=True)
-        self._thread.start()
+        """Read the directory, and follow it from now on.  Raises that no server answers.
+
+        A tree that is followed stays as it is.  After `close` it is followed again.
+        """
+        with self._control:
+            if self._thread is not None and self._thread.is_alive() and not self._scope.cancelled:
+                return self
+            within = self.client.scope
+            events = self._watch(tell=self._index > 0)
+            self._pid, self._scope = os.getpid(), Scope(None, within)
+            self._thread = threading.Thread(
+                target=self._run, args=(events, within), name=f"pyetcd-tree {self.path}",
+                daemon=True)
+            self._thread.start()
         return self
 
     def close(self) -> None:
         """Stop following; the copy stays as it is."""
-        self._closed.set()
-        watching = self._watching
-        if watching is not None:
-            watching.close()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        self._scope.cancel()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
 
     def snapshot(self) -> Dict[str, Node]:
         """Return the copy as it is now."""
+        self._check_process()
         with self._changed:
             return dict(self._nodes)
 
     def wait_for(self, index: int, timeout: Optional[float] = None) -> bool:
         """Wait until the copy has the change with `index`, of a file in it; False if it is late.
 
-        timeout  seconds; None: for ever
+        timeout  seconds; None: for ever; 0: look, and do not wait
+
+        False at once if nobody follows the directory any more.
         """
-        with self._changed:
-            return self._changed.wait_for(lambda: self._index >= index, timeout)
+        self._check_process()
+        with self._span(timeout) as span:
+            span.wait_for(self._changed, lambda: self._index >= index or self._scope.cancelled)
+        return self._index >= index
+
+    def items(self) -> ItemsView[str, Node]:
+        """Return keys and nodes as they are now."""
+        return self.snapshot().items()
+
+    def keys(self) -> KeysView[str]:
+        """Return the keys as they are now."""
+        return self.snapshot().keys()
+
+    def values(self) -> ValuesView[Node]:
+        """Return the nodes as they are now."""
+        return self.snapshot().values()
 
     def __getitem__(self, key: str) -> Node:
+        self._check_process()
         with self._changed:
             return self._nodes[_clean_key(key)]
 
@@ -4493,6 +5041,7 @@ class CachedTree(Mapping[str, Node]):
         return iter(self.snapshot())
 
     def __len__(self) -> int:
+        self._check_process()
         return len(self._nodes)
 
     def __enter__(self) -> CachedTree:
@@ -4503,41 +5052,61 @@ class CachedTree(Mapping[str, Node]):
 
     # -- below: no public names
 
-    def _run(self) -> None:
-        while not self._closed.is_set():
-            try:
-                self._follow()
-            except EtcdError as error:
-                self.error = error
-                self._closed.wait(0.5)
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._control = threading.Lock()            # of threads that start it, one does
+        self._changed = threading.Condition()       # guards _nodes and _index
+        self._scope = Scope()                       # of the thread: cancelled by `close`
+        self._thread = self._watching = None
 
-    def _follow(self) -> None:
-        """Apply what happens, for some time; raise EtcdError if that is not possible now."""
-        try:
-            with _watch(self.client, self.path, self._index + 1, recursive=True,
-                        timeout_s=WAIT_SLICE_S) as events:
-                self._watching = events
-                if self._closed.is_set():           # before close could see the watch
-                    return
-                for event in events:
-                    self.error = None
-                    self._apply(event)
-        except WatchTimeout:
-            self.error = None
-        except EventIndexCleared:
-            self._load(CALL_TIMEOUT_S)
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise RuntimeError(f"nobody follows {self.path} in this process: start() it here")
 
-    def _load(self, patience_s: float) -> None:
-        """Make the copy what the directory is now."""
+    def _run(self, events: Watch, client_scope: Scope) -> None:
         try:
-            found = _read(self.client, self.path, patience_s, recursive=True)
-            nodes = [found.node, *found.node.walk()]
-            fresh = {node.key: node for node in nodes if not node.dir}
-            index = found.etcd_index
+            with self._scope as scope:
+                while True:
+                    events = self._follow(events, scope)
+        except Cancelled as error:                  # by `close`, or the client was closed
+            if client_scope.cancelled:
+                self._error = error
+        with self._changed:
+            self._changed.notify_all()
+
+    def _follow(self, events: Watch, scope: Scope) -> Watch:
+        """Apply what happens; return another watch when this one has ended.  Raises Cancelled."""
+        try:
+            for event in events:
+                self._error = None
+                self._apply(event)
+        except Cancelled:
+            raise
+        except EtcdError as error:
+            self._error = error
+        scope.wait(0.5)
+        try:
+            return self._watch(tell=True)
+        except Cancelled:
+            raise
+        except EtcdError as error:
+            self._error = error
+            return events
+
+    def _watch(self, tell: bool) -> Watch:
+        """Make the copy what the directory is now, and return the changes from there on."""
+        watch = self.client.watcher(self.path, recursive=True)
+        try:
+            found = _read(self.client, self.path, recursive=True)
+            known, index = watch._listed(found.node), found.etcd_index
         except KeyNotFound as error:
-            fresh, index = {}, error.index
+            known, index = {}, error.index
+        watch._begin(known, index)
+        fresh = {key: node for key, node in known.items() if not node.dir}
         keys = sorted(set(self._nodes) | set(fresh))
-        self._change({key: fresh.get(key) for key in keys}, index)
+        self._change({key: fresh.get(key) for key in keys}, index, tell=tell)
+        self._watching, self._error = watch, None
+        return watch
 
     def _apply(self, event: Result) -> None:
         """Make the copy what the event made of the directory."""
@@ -4545,20 +5114,19 @@ class CachedTree(Mapping[str, Node]):
         if event.action in _REMOVALS:
             # With a directory go all files in it, and this may be one above the tree.
             keys = [key] if key in self._nodes else [
-                other for other in self._nodes if other.startswith(key.rstrip("/") + "/")]
+                other for other in self._nodes if _is_below(other, key)]
             changes = dict.fromkeys(keys)
         elif event.node.dir:
             changes = {key: None}                   # perhaps it took the place of a file
         elif self._covers(key):
-            changes = {key: event.node}
-        self._change(changes, event.modified_index)
+            changes = {key: _alone(event.node)}
+        self._change(changes, event.modified_index, tell=True)
 
     def _covers(self, key: str) -> bool:
-        root = self.path.rstrip("/")
-        below = key[len(root):]
-        return key.startswith(root) and below[:1] in ("", "/") and "/_" not in below
+        ours = key == self.path or _is_below(key, self.path)
+        return ours and "/_" not in key[len(self.path.rstrip("/")):]
 
-    def _change(self, changes: Mapping[str, Optional[Node]], index: int) -> None:
+    def _change(self, changes: Mapping[str, Optional[Node]], index: int, *, tell: bool) -> None:
         """Put in the new nodes (None: remove), and tell what has changed."""
         told: List[Tuple[str, Optional[Node], Optional[Node]]] = []
         with self._changed:
@@ -4573,20 +5141,161 @@ class CachedTree(Mapping[str, Node]):
                     self._nodes[key] = node
             self._index = max(self._index, index)
             self._changed.notify_all()
-        if self._on_change is not None and self._thread is not None:
+        if self._on_change is not None and tell:
             for change in told:
-                _call_back(self._on_change, *change)
+                _tell(self._on_change, *change)
 
 
-class Instance(NamedTuple):
-    """One place at which a service can be had."""
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class _Follower(Generic[_T]):
+    """Calls a function with what there is, now and whenever it changes; a decorator, too.
+
+    The function is called on the calling thread at first, then on a daemon thread, until it
+    returns False, `close` is called, or the client is closed.
+    """
+
+    def __init__(self, client: Client, key: str, function: Optional[Callable[..., Any]]) -> None:
+        self.client = client
+        self.path = _clean_key(key)
+        self._observed = Observed(client, self._look)
+        self._thread: Optional[threading.Thread] = None
+        if function is not None:
+            self(function)
+
+    def __call__(self, function: _Function) -> _Function:
+        """Begin to call `function`; raises that no server answers."""
+        if self._thread is not None:
+            raise ValueError("it calls a function already: make another object")
+        if self._call(function, next(self._observed)):
+            self._thread = threading.Thread(
+                target=self._run, args=(function,), name=f"pyetcd-watch {self.path}", daemon=True)
+            self._thread.start()
+        return function
+
+    def close(self) -> None:
+        """Call the function no more."""
+        self._observed.close()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def __enter__(self: _FollowerType) -> _FollowerType:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- below: no public names
+
+    def _look(self) -> Tuple[_T, _Wait]:
+        raise NotImplementedError
+
+    def _call(self, function: Callable[..., Any], state: _T) -> bool:
+        return _tell(function, state) is not False
+
+    def _run(self, function: Callable[..., Any]) -> None:
+        with contextlib.suppress(Cancelled), Scope(None, self.client.scope) as scope:
+            while not self._observed._closed:
+                try:
+                    for state in self._observed:
+                        if not self._call(function, state):
+                            return
+                except Cancelled:
+                    raise
+                except EtcdError as error:          # goes on when a server answers
+                    _log.warning("%s cannot be watched: %s", self.path, error)
+                    scope.wait(1.0)
+
+
+_FollowerType = TypeVar("_FollowerType", bound=_Follower[Any])
+
+
+class ChildrenWatch(_Follower[List[str]]):
+    """Calls a function with the names in a directory, in order; now and whenever they change.
+
+        @ChildrenWatch(client, "/workers")
+        def changed(names): ...                     # return False to end it
+
+    Limit: it looks after each change, so that of changes in quick succession the last one counts.
+
+    Thread: any.  `close` ends it; what the function raises is logged.
+    """
+
+    def __init__(self, client: Client, key: str,
+                 function: Optional[Callable[[List[str]], object]] = None) -> None:
+        super().__init__(client, key, function)
+
+    # -- below: no public names
+
+    def _look(self) -> Tuple[List[str], _Wait]:
+        nodes, index = _children(self.client, self.path)
+        return sorted(_name(node.key) for node in nodes), (self.path, index, _is_change)
+
+
+class DataWatch(_Follower[Optional[Node]]):
+    """Calls a function with value and node of a file; now and whenever it changes.
+
+        @DataWatch(client, "/config/db")
+        def changed(value, node): ...               # None, None: there is no such file
+
+    Limit and thread: as for ChildrenWatch.
+    """
+
+    def __init__(self, client: Client, key: str,
+                 function: Optional[Callable[[Optional[str], Optional[Node]], object]] = None,
+                 ) -> None:
+        super().__init__(client, key, function)
+
+    # -- below: no public names
+
+    def _look(self) -> Tuple[Optional[Node], _Wait]:
+        try:
+            found = _read(self.client, self.path)
+            return None if found.dir else _alone(found.node), (self.path, found.etcd_index, None)
+        except KeyNotFound as error:
+            return None, (self.path, error.index, None)
+
+    def _call(self, function: Callable[..., Any], state: Optional[Node]) -> bool:
+        return _tell(function, state and state.value, state) is not False
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One place at which a service can be had; also a pair of id and address."""
 
     id: str
     address: str
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tags: Tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self.id, self.address))
+
+    @classmethod
+    def of(cls, node: Node) -> Instance:
+        """Return the instance in a file: an address, or JSON with an address in it."""
+        text = node.value or ""
+        try:
+            said = json.loads(text) if text.startswith("{") else None
+            if isinstance(said, dict) and isinstance(said.get("address"), str):
+                return cls(_name(node.key), said["address"], dict(said.get("metadata") or {}),
+                           tuple(map(str, said.get("tags") or ())))
+        except (ValueError, TypeError, RecursionError):     # somebody else's way to write it
+            pass
+        return cls(_name(node.key), text)
+
+    def text(self) -> str:
+        """Return what its file says: the address alone, if there is no more to say."""
+        if not self.metadata and not self.tags and not self.address.startswith("{"):
+            return self.address
+        return json.dumps({"address": self.address, "metadata": dict(self.metadata),
+                           "tags": list(self.tags)})
 
 
 class Registration(Lease):
-    """An instance that is listed as long as this process lives; from ServiceRegistry.register.
+    """A file that is there as long as this process lives; from ServiceRegistry.register and Party.
 
     When it is lost, on_lost is called, and it is made again as soon as a server answers.
 
@@ -4595,18 +5304,16 @@ class Registration(Lease):
 
     # -- below: no public names
 
-    def _regain(self) -> bool:
-        super()._regain()
-        while not self._stopped.wait(min(1.0, self.ttl / 3)):
+    def _regain(self, scope: Scope) -> bool:
+        super()._regain(scope)
+        while scope.wait(min(1.0, self.ttl / 3)):
             try:
-                self._obtain(1.0)
+                with Scope(1.0):
+                    self._obtain()
+            except Cancelled:
+                raise
             except EtcdError:                       # the next attempt is soon
                 continue
-            if self._stopped.is_set():              # `stop` has removed what was there before
-                with self._lock:
-                    self._over = True
-                self._leave()
-                return False
             return True
         return False
 
@@ -4615,17 +5322,19 @@ class ServiceRegistry:
     """Where services say where they are, and where others find that.
 
         registry = ServiceRegistry(client, ttl=10)
-        with registry.register("mail", "10.0.0.5:25"): ...
+        with registry.register("mail", "10.0.0.5:25", tags=["v2"], metadata={"zone": "a"}): ...
 
-        [instance.address for instance in registry.resolve("mail")]
-        for instances in registry.watch("mail"): ...
+        [instance.address for instance in registry.resolve("mail", tag="v2")]
+        with registry.watch("mail") as changes:
+            for instances in changes: ...
 
     Guarantee: an instance is listed while its process lives and reaches the cluster, and at most
     ttl seconds longer; it keeps itself listed without waking anybody.
     Limit: a process that lives but does not serve is listed.  resolve may name an instance that
     has died less than ttl seconds ago.
 
-    prefix   directory of all services; an instance is the file <prefix>/<service>/<id>
+    prefix   directory of all services; an instance is the file <prefix>/<service>/<id>, which
+             holds the address, or with metadata or tags JSON: address, metadata, tags
 
     Thread: any.
     """
@@ -4634,56 +5343,103 @@ class ServiceRegistry:
                  ttl: int = LEASE_TTL_S) -> None:
         self.client = client
         self.prefix = _clean_key(prefix)
-        self.ttl = ttl
+        self.ttl = _checked_ttl(ttl)
 
-    def register(self, service: str, address: str, *,
-                 on_lost: _LostCallback = None) -> Registration:
+    def register(
+        self, service: str, address: str, *, metadata: Optional[Mapping[str, Any]] = None,
+        tags: Iterable[str] = (), on_lost: _LostCallback = None,
+    ) -> Registration:
         """List `address` for `service`, until the Registration is stopped or its block ends.
 
-        on_lost  called on another thread whenever the instance was missing from the list
+        metadata  what JSON can hold: who resolves the service gets it
+        tags      by which others may choose; resolve(service, tag=...)
+        on_lost   called on another thread whenever the instance was missing from the list
         """
-        key = f"{self.path(service)}/{uuid.uuid4().hex}"
-        return Registration(self.client, key, address, self.ttl, on_lost=on_lost).start()
+        if isinstance(tags, str):
+            raise ValueError("tags are several: a list of strings")
+        instance = Instance(uuid.uuid4().hex, address, metadata or {}, tuple(tags))
+        return Registration(self.client, f"{self.path(service)}/{instance.id}", instance.text(),
+                            self.ttl, on_lost=on_lost).start()
 
-    def resolve(self, service: str) -> List[Instance]:
-        """Return the instances of `service`, the one that came first at the head."""
-        return self._instances(_list(self.client, self.path(service))[0])
+    def resolve(self, service: str, tag: Optional[str] = None) -> List[Instance]:
+        """Return the instances of `service`, the one that came first at the head.
 
-    def watch(self, service: str, timeout: Optional[float] = None) -> Iterator[List[Instance]]:
-        """Yield the instances of `service`, now and whenever they have changed.
+        tag  only those that have it
+        """
+        return self._instances(_children(self.client, self.path(service))[0], tag)
+
+    def watch(self, service: str, timeout: Optional[float] = None,
+              tag: Optional[str] = None) -> Observed[List[Instance]]:
+        """Return an iterator over the instances of `service`, now and whenever they have changed.
 
         timeout  seconds without a change after which WatchTimeout is raised; None: never
         """
-        seen: Optional[List[Instance]] = None
-        deadline = None if timeout is None else _clock() + timeout
-        while True:
-            nodes, index = _list(self.client, self.path(service))
-            instances = self._instances(nodes)
-            if instances != seen:
-                yield instances
-                deadline = None if timeout is None else _clock() + timeout
-            seen = instances
-            wait_s = _left(deadline, WAIT_SLICE_S)
-            if wait_s <= 0:
-                raise WatchTimeout("no change in time", index=index + 1)
-            _await(self.client, self.path(service), index, wait_s, children=_CHANGES)
+        path = self.path(service)
+
+        def look() -> Tuple[List[Instance], _Wait]:
+            nodes, index = _children(self.client, path)
+            return self._instances(nodes, tag), (path, index, _is_change)
+        return Observed(self.client, look, timeout)
 
     def path(self, service: str) -> str:
         """Return the directory of a service, for a CachedTree for instance."""
-        return f"{self.prefix}/{service}"
+        return self.prefix.rstrip("/") + _recipe_key(service)
 
     @staticmethod
-    def _instances(nodes: List[Node]) -> List[Instance]:
-        return [Instance(_name(node.key), node.value or "") for node in nodes if not node.dir]
+    def _instances(nodes: List[Node], tag: Optional[str]) -> List[Instance]:
+        found = [Instance.of(node) for node in nodes if not node.dir]
+        return [instance for instance in found if tag is None or tag in instance.tags]
 
 
-_CHANGES = _REMOVALS | {"create", "set", "update", "compareAndSwap"}
+class Party:
+    """Who takes part: processes that join, and are no members any more when they die.
+
+        with Party(client, "/workers", "host-a") as party:
+            list(party), len(party)
+
+    name  what others see of this member; None: the name of the host
+
+    Guarantee: a member is in it while its process lives and reaches the cluster, and at most ttl
+    seconds longer.
+
+    Thread: any.
+    """
+
+    def __init__(self, client: Client, key: str, name: Optional[str] = None, *,
+                 ttl: int = LEASE_TTL_S) -> None:
+        self.client = client
+        self.path = _recipe_key(key)
+        self.name = name or socket.gethostname()
+        self._member = Registration(client, f"{self.path}/{uuid.uuid4().hex}", self.name, ttl)
+
+    def join(self) -> None:
+        """Take part; nothing happens if this object does."""
+        self._member.start()
+
+    def leave(self) -> None:
+        """Take part no more."""
+        self._member.stop()
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names of the members, the one that came first at the head."""
+        nodes, _ = _children(self.client, self.path)
+        return iter([node.value or "" for node in nodes if not node.dir])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __enter__(self) -> Party:
+        self.join()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
 
 
 # ============================================================================
-# 10. Command line -- options, output, errors and exit codes, as etcdctl 2.3 has them
+# 11. Command line -- options, output, errors and exit codes, as etcdctl 2.3 has them
 # ----------------------------------------------------------------------------
-# Knows: sections 1-7, through the public names of Client.  Sections 11 and 12
+# Knows: sections 1-7, through the public names of Client.  Sections 12 and 13
 # enter their commands into the table of this one.
 # ============================================================================
 
@@ -5289,9 +6045,9 @@ def _exit() -> NoReturn:
 
 
 # ============================================================================
-# 11. Commands of etcdctl -- all of version 2.3
+# 12. Commands of etcdctl -- all of version 2.3
 # ----------------------------------------------------------------------------
-# Knows: sections 1-10.  Source: etcdctl 2.3.8.
+# Knows: sections 1-11.  Source: etcdctl 2.3.8.
 # ============================================================================
 
 _HEALTH_EVERY_S = 10.0
@@ -5938,9 +6694,9 @@ def _cmd_auth_disable(run: _Run) -> int:
 
 
 # ============================================================================
-# 12. More commands -- export, import, mirror, tree, top, bench, completion
+# 13. More commands -- export, import, mirror, tree, top, bench, completion
 # ----------------------------------------------------------------------------
-# Knows: sections 1-11.
+# Knows: sections 1-12.
 # ============================================================================
 
 _EXPORT_MARK = "# keys of etcd v2, written by pyetcdctl export; see pyetcdctl help export"
