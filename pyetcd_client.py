@@ -3140,12 +3140,13 @@ def _checked_ttl(ttl: int) -> int:
     return ttl
 
 
-_inherited: weakref.WeakSet[Any] = weakref.WeakSet()    # what a forked child must make new
+# What a forked child must make new, by identity.
+_inherited: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 def _leave_to_parent() -> None:
     """In a forked child: give up what the parent holds, and locks that nobody will release."""
-    for recipe in list(_inherited):
+    for recipe in list(_inherited.values()):
         recipe._after_fork()
 
 
@@ -3159,14 +3160,16 @@ class _Span(Scope):
     timeout  seconds; None: no limit; 0: try once and do not wait, in TRY_S at most
     """
 
-    __slots__ = ("_once",)
+    __slots__ = ("_once", "looked")
 
     def __init__(self, client: Client, timeout: Optional[float]) -> None:
         super().__init__(TRY_S if timeout == 0 else timeout, client.scope)
         self._once = timeout == 0
+        self.looked = False                         # a server said that there is reason to wait
 
     def wait_s(self, longest_s: float = WAIT_MAX_S) -> float:
         """Return how long to wait for others now; 0: the time is over.  Raises Cancelled."""
+        self.looked = True
         left_s = self.left_s(longest_s)
         return 0.0 if self._once else left_s
 
@@ -3191,7 +3194,7 @@ class _Recipe:
     def __init__(self, client: Client) -> None:
         self.client = client
         self._spans: Dict[_Span, None] = {}         # of the calls under way
-        _inherited.add(self)
+        _inherited[id(self)] = self
 
     def cancel(self) -> None:
         """End the calls of this object that wait now, as if their time was over.  Thread: any."""
@@ -3208,8 +3211,8 @@ class _Recipe:
 class _Turn:
     """A block in which a recipe waits.  After `cancel` it just ends, unless a write is in doubt.
 
-    If somebody else ended it (a scope around the call, or the client was closed) it raises
-    Cancelled.
+    So it does if the time ends in the middle of a look that is not the first one.  If somebody
+    else ended it (a scope around the call, or the client was closed) it raises Cancelled.
     """
 
     def __init__(self, recipe: _Recipe, timeout: Optional[float]) -> None:
@@ -3225,8 +3228,12 @@ class _Turn:
     def __exit__(self, _: object, error: Optional[BaseException], *__: object) -> bool:
         self._span.__exit__()
         self._spans.pop(self._span, None)
-        return isinstance(error, Cancelled) and not error.maybe_applied and not any(
-            scope is not None and scope.cancelled for scope in self._outer)
+        if not isinstance(error, EtcdError) or error.maybe_applied:
+            return False
+        if isinstance(error, Cancelled):
+            return not any(scope is not None and scope.cancelled for scope in self._outer)
+        return (self._span.looked and isinstance(error, ConnectionFailed)
+                and not isinstance(error, WatchTimeout) and not self._span.left_s())
 
 
 @contextlib.contextmanager
@@ -3391,21 +3398,24 @@ def _is_removal(event: Result) -> bool:
 
 
 def _await(
-    client: Client, key: str, index: int, wait_s: float,
+    client: Client, span: _Span, key: str, index: int, longest_s: float,
     below: Optional[Callable[[Result], bool]] = None,
-) -> None:
-    """Wait for a change of `key` after `index`, at most `wait_s`.
+) -> bool:
+    """Wait for a change of `key` after `index`; return whether there is time for another look.
 
     below  wait for a change below `key` instead of which this holds
 
     May return early: a waiter looks again.
     """
+    wait_s = span.wait_s(longest_s)
+    if not wait_s:
+        return False
     try:
         with client.watcher(key, recursive=below is not None, index=index + 1, timeout=wait_s,
                             relist=False) as events:
             for event in events:
                 if below is None or below(event):
-                    return
+                    break
     except (WatchTimeout, EventIndexCleared):
         pass
     except EtcdError as error:
@@ -3413,6 +3423,7 @@ def _await(
             raise
         with Scope(wait_s) as scope:
             scope.wait(0.2)                         # then the look tells whether that lasts
+    return span.wait_s() > 0
 
 
 _HeartbeatType = TypeVar("_HeartbeatType", bound="Heartbeat")
@@ -3459,7 +3470,7 @@ class Heartbeat:
         self._scope = Scope()                       # of the thread: cancelled by `stop`
         self._thread: Optional[threading.Thread] = None
         self._after_fork()
-        _inherited.add(self)
+        _inherited[id(self)] = self
 
     @property
     def is_held(self) -> bool:
@@ -3506,6 +3517,8 @@ class Heartbeat:
             self._renew()
         except (KeyNotFound, CompareFailed, NotFile, NotDir):
             self._lose()
+        finally:
+            self._wake.set()                        # the next one may be due earlier now
         return self.is_held
 
     def stop(self) -> bool:
@@ -3820,8 +3833,11 @@ class Contender(_Recipe):
         if no server answered for OUTAGE_S seconds or for as long as there was time.
 
         While it is held through this object, acquire waits, also in the same thread, since a
-        thread may serve many tasks: RLock may be acquired again, and `renew` renews.
+        thread may serve many tasks: RLock may be acquired again, and `renew` renews.  Only where
+        the wait could never end, without a limit in the main thread, it renews as python-etcd's.
         """
+        if blocking and timeout is None and self._waits_for_itself():
+            return self.renew(lock_ttl)
         return self._acquire(blocking, lock_ttl, timeout) is not None
 
     def renew(self, lock_ttl: Optional[int] = None) -> bool:
@@ -3861,6 +3877,8 @@ class Contender(_Recipe):
         return [node.value or "" for node in self._line()[0]]
 
     def __enter__(self: _ContenderType) -> _ContenderType:
+        if self._waits_for_itself():
+            raise RuntimeError(f"{self.path} is held by this block's own thread: use RLock")
         place = self._acquire(True, None, None)
         if place is None:
             raise LockExpired("not acquired: cancelled, or lost before", cause=self.path)
@@ -3901,6 +3919,17 @@ class Contender(_Recipe):
                 blocks[-1] = place
             return place
         return None                                 # cancelled
+
+    def _waits_for_itself(self) -> bool:
+        """Whether the main thread, outside of an event loop, would wait for what it holds.
+
+        Any other thread may serve a pool or a loop, where another task releases it.
+        """
+        if not self.is_held or self._taken_by != threading.get_ident():
+            return False
+        asyncio = sys.modules.get("asyncio")
+        looping = asyncio is not None and asyncio._get_running_loop() is not None
+        return threading.current_thread() is threading.main_thread() and not looping
 
     def _take_turn(self, span: _Span) -> bool:
         """Wait until nobody contends for or holds this object."""
@@ -3959,11 +3988,8 @@ class Contender(_Recipe):
                     if place.is_held:
                         return place
                     self._held = None
-                wait_s = span.wait_s(min(WAIT_SLICE_S, ttl))
-                if not wait_s:
+                if not self._wait(span, place, blocker, index):
                     return None
-                if blocker:
-                    self._wait(place, blocker, index, wait_s)
         finally:
             if place is not None and self._held is not place:
                 place._end()
@@ -4004,16 +4030,20 @@ class Contender(_Recipe):
     def _let_in(self, place: _Place) -> None:
         """Do what those behind need when this contender is let in."""
 
-    def _wait(self, place: _Place, blocker: str, index: int, wait_s: float) -> None:
-        """Wait for a change of `blocker`, or until `place` is lost."""
+    def _wait(self, span: _Span, place: _Place, blocker: Optional[str], index: int) -> bool:
+        """Wait for a change of `blocker`, or until `place` is lost; return whether to look again.
+
+        blocker  "" or None: there is none, but to look again
+        """
         with contextlib.suppress(Cancelled), Scope() as waiting:
             place._scope.attach(waiting.cancel)
             try:
-                if place.is_held:
-                    _await(self.client, blocker, index, wait_s,
+                if blocker and place.is_held:
+                    _await(self.client, span, blocker, index, min(WAIT_SLICE_S, place.ttl),
                            below=_is_removal if blocker == self.path else None)
             finally:
                 place._scope.detach(waiting.cancel)
+        return span.wait_s() > 0
 
     def _lost(self, place: _Place) -> None:
         if self._held is place:
@@ -4085,6 +4115,9 @@ class RLock(Lock):
                 timeout: Optional[float] = None, *, holder: object = None) -> bool:
         """Acquire as Lock does, or once more, which renews if `lock_ttl` is given.  See Lock."""
         return self._acquire(blocking, lock_ttl, timeout, holder) is not None
+
+    def _waits_for_itself(self) -> bool:
+        return False
 
     def release(self, token: Optional[int] = None) -> bool:
         """Undo one acquire; the last one gives the lock up.  Return whether it was held."""
@@ -4249,11 +4282,11 @@ class Observed(_Recipe, Generic[_T]):
                 if [state] != self._seen:
                     self._seen = [state]
                     return state
-                wait_s = span.wait_s(WAIT_SLICE_S)
-                if not wait_s:
-                    raise WatchTimeout("no change in time", index=index + 1)
-                _await(self.client, key, index, wait_s, below)
-        raise StopIteration
+                if not _await(self.client, span, key, index, WAIT_SLICE_S, below):
+                    break
+        if self._closed:
+            raise StopIteration
+        raise WatchTimeout("no change in time")
 
     def close(self) -> None:
         """End the iteration: a `next` that waits in another thread ends at once.  Thread: any."""
@@ -4538,10 +4571,10 @@ class Queue(_Recipe):
             try:
                 while True:
                     item, index = self._try(obtain)
-                    wait_s = span.wait_s(min(WAIT_SLICE_S, self.ttl))
-                    if item is not None or not wait_s:
+                    if item is not None or not _await(
+                            self.client, span, self.path, index, min(WAIT_SLICE_S, self.ttl),
+                            self._is_arrival):
                         return item
-                    _await(self.client, self.path, index, wait_s, self._is_arrival)
             finally:
                 with _apart(TIDY_S):
                     line.release()
@@ -4694,10 +4727,8 @@ class Barrier(_Recipe):
                     index = _read(self.client, self.path).etcd_index
                 except KeyNotFound:
                     return True
-                wait_s = span.wait_s(WAIT_SLICE_S)
-                if not wait_s:
+                if not _await(self.client, span, self.path, index, WAIT_SLICE_S):
                     return False
-                _await(self.client, self.path, index, wait_s)
         return False
 
 
@@ -4754,10 +4785,9 @@ class DoubleBarrier(_Recipe):
                 inside = [node for node in members if node.created_index < self._round]
                 if not inside:
                     return True
-                wait_s = span.wait_s(min(WAIT_SLICE_S, self.ttl))
-                if not wait_s:
+                if not _await(self.client, span, inside[-1].key, index,
+                              min(WAIT_SLICE_S, self.ttl)):
                     return False
-                _await(self.client, inside[-1].key, index, wait_s)
         return False
 
     def __enter__(self) -> DoubleBarrier:
@@ -4789,10 +4819,9 @@ class DoubleBarrier(_Recipe):
             if len({node.value for node in members if node.created_index > last}) >= self.size:
                 self._begin_round(last)
                 continue
-            wait_s = span.wait_s(min(WAIT_SLICE_S, self.ttl))
-            if not wait_s:
+            if not _await(self.client, span, f"{self.path}/round", index,
+                          min(WAIT_SLICE_S, self.ttl)):
                 return 0
-            _await(self.client, f"{self.path}/round", index, wait_s)
         raise LockExpired("expired while it waited", cause=place.key)
 
     def _last_round(self) -> Tuple[int, int]:
@@ -4836,7 +4865,7 @@ class Counter:
         self.path = _recipe_key(key)
         self.initial = initial
         self._after_fork()
-        _inherited.add(self)
+        _inherited[id(self)] = self
 
     @property
     def value(self) -> int:

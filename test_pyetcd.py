@@ -14484,9 +14484,10 @@ def test_recipe_lock_stands_in_one_line_with_python_etcd(
         assert theirs.acquire(blocking=False) is False
     assert theirs.acquire() is True
     with _client_background(ours.acquire) as outcome:
-        before = _client_eventually(lambda: ours._watching)
+        _client_eventually(lambda: len(theirs.client.read(ours.path)._children) == 2)
+        before = _recipe_client.count("GET")
         assert theirs.acquire(lock_ttl=60) is True      # renews by an unconditional write
-        _client_eventually(lambda: ours._watching is not before)
+        _client_eventually(lambda: _recipe_client.count("GET") > before)
         assert outcome == [] and len(ours.contenders()) == 2
         theirs.release()
     assert outcome == [True] and ours.release()
@@ -14632,7 +14633,7 @@ def test_recipe_queue_put_again_after_it_was_taken_adds_nothing(_recipe_client, 
     queue, got = pyetcd_client.Queue(_recipe_client, _client_dir), []
 
     def fault(call):
-        if call.method == "PUT" and b"prevExist=false" in (call.form or b"") and not got:
+        if call.method == "POST" and not got:
             super(_RecipeClient, _recipe_client)._perform(call)
             got.append("")
             got.append(queue.get(timeout=0))
@@ -14679,8 +14680,7 @@ def test_recipe_queue_taken_item_comes_back_unless_it_is_done(_recipe_client, _c
             queue.take(timeout=0)
         1 / 0  # noqa: B018
     crashed = queue.take(timeout=0)
-    crashed._lease._stopped.set()
-    crashed._lease._thread.join()
+    crashed._lease._end()
     with queue.take(timeout=_CLIENT_WAIT_S) as item:
         assert item.value == "a" and not crashed.is_held
     assert crashed.done() is False and len(queue) == 0
