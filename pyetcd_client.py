@@ -25,12 +25,13 @@ Sections
   5. Watching
   6. Users and roles
   7. Client
-  8. Leases and locks
-  9. Elections, queues, barriers, counters
- 10. Copies, services, parties
- 11. Command line
- 12. Commands of etcdctl
- 13. More commands
+  8. Leases
+  9. Locks
+ 10. Elections, queues, barriers, counters
+ 11. Copies, services, parties
+ 12. Command line
+ 13. Commands of etcdctl
+ 14. More commands
 
 Sources: etcd 2.3 API (keys, members, errorcode), etcdctl 2.3.8, RFC 9110 section 9.2.
 """
@@ -140,7 +141,11 @@ SYNC_INTERVAL_S = 60.0          # age at which the member list is asked for agai
 SYNC_TIMEOUT_S = 2.0            # for asking; a call that waits for it goes on without after that
 WAIT_MAX_S = 1e6                # without a limit; sockets take no more than 24 days
 IDLE_CLOSE_S = 3.0              # a connection that was idle for longer is not used again
-WATCH_POLL_S = 60.0             # a silent watch is asked anew, so that a dead peer is noticed
+WATCH_POLL_S = 60.0             # a silent watch is asked anew, in case a proxy has forgotten it
+WATCH_PROBE_S = 5.0             # a silent watch sees whether the server still answers
+WATCH_HEAD_S = 1.0              # wait for the head of a watch, then see; doubled after failures
+WATCH_SETTLE_S = 1.0            # silent for so long after a head: nothing was in the history
+HISTORY_EVENTS = 1000           # that etcd remembers
 BACKOFF_MIN_S = 0.05            # wait after a round in which every endpoint failed; doubled,
 BACKOFF_MAX_S = 1.0             # up to this
 READ_BUFFER_BYTES = 16384       # read from a socket at once
@@ -1040,17 +1045,20 @@ def _discover(domain: str, protocol: str, deadline: float) -> List[str]:
 class _Exchange:
     """One request and its answer: how long it may take, how far it came, how to break it off.
 
-    deadline   monotonic seconds for all of it, even if the answer trickles in
-    silence_s  longest wait for the next bytes
-    connect_s  longest wait for one address of the server
+    deadline    monotonic seconds for all of it, even if the answer trickles in
+    silence_s   longest wait for the next bytes
+    connect_s   longest wait for one address of the server
+    on_silence  asked after `silence_s`: whether to wait on
 
     Thread: the one that performs it, except for `cancel`.
     """
 
-    def __init__(self, deadline: float, silence_s: float, connect_s: float) -> None:
+    def __init__(self, deadline: float, silence_s: float, connect_s: float,
+                 on_silence: Optional[Callable[[], bool]] = None) -> None:
         self.deadline = deadline
         self.silence_s = silence_s
         self.connect_s = connect_s
+        self.on_silence = on_silence
         self.sent = False                           # a byte of the request may have arrived
         self.cancelled = False
         self._sock: Optional[socket.socket] = None  # what the performing thread may wait for
@@ -1064,6 +1072,14 @@ class _Exchange:
         if left_s <= 0:
             raise socket.timeout("timed out")
         return left_s
+
+    def is_patient(self) -> bool:
+        """Whether to wait on after silence."""
+        if self.on_silence is None or time.monotonic() >= self.deadline:
+            return False
+        patient = self.on_silence()
+        _here.exchange = self                       # it may have made a call of its own
+        return patient
 
     def use(self, sock: socket.socket, limit_s: float = math.inf) -> None:
         """Prepare `sock` for the next wait."""
@@ -1110,7 +1126,7 @@ class _TimedReader(io.RawIOBase):
     def __init__(self, sock: socket.socket) -> None:
         super().__init__()
         self._sock = sock
-        self._raw = sock.makefile("rb", buffering=0)
+        self._raw = sock.makefile("rb", buffering=0)    # the socket stays open as long as this
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         """Return the stream http.client asks a socket for."""
@@ -1122,8 +1138,14 @@ class _TimedReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> Optional[int]:
         """Fill `buffer` with what comes first.  Raises socket.timeout when it is too late."""
-        self._sock.settimeout(_here.exchange.left_s())
-        return self._raw.readinto(buffer)
+        exchange = _here.exchange
+        while True:
+            self._sock.settimeout(exchange.left_s())
+            try:
+                return self._sock.recv_into(buffer)
+            except socket.timeout:
+                if not exchange.is_patient():
+                    raise
 
     def close(self) -> None:
         """Let go of the socket, which stays open."""
@@ -1922,6 +1944,7 @@ class _Caller:
                 connections = self._idle.pop()
                 if connections.pid == os.getpid():
                     return connections
+                connections.close()                 # of a forked child: the parent has its own
         return _Connections(self._trust)
 
     def _give_back(self, connections: _Connections) -> None:
@@ -1937,14 +1960,7 @@ class _Caller:
 
     def _judge(self, endpoint: str, call: _Call[_T], reply: _Reply) -> _T:
         """Return what an answer means, or raise the error it stands for."""
-        cluster_id = reply.headers.get("X-Etcd-Cluster-Id")     # not of /version, /health, stats
-        if cluster_id is not None and cluster_id != self.cluster_id:
-            if self.cluster_id is not None:
-                raise ClusterIdChanged(
-                    f"cluster id is {cluster_id}, was {self.cluster_id}", status=reply.status,
-                    endpoint=endpoint, maybe_applied=call.write and (
-                    reply.status in _SUCCESS or reply.status == 303 or reply.status >= 500))
-            self.cluster_id = cluster_id
+        self._expect_cluster(endpoint, reply, write=call.write)
         if reply.status not in call.statuses:
             raise _status_error(reply, endpoint, write=call.write)
         try:
@@ -1953,6 +1969,17 @@ class _Caller:
             raise BadReply(
                 f"the answer cannot be understood ({error or type(error).__name__})",
                 status=reply.status, endpoint=endpoint, maybe_applied=call.write) from error
+
+
+    def _expect_cluster(self, endpoint: str, reply: _Reply, *, write: bool = False) -> None:
+        cluster_id = reply.headers.get("X-Etcd-Cluster-Id")     # not of /version, /health, stats
+        if cluster_id is not None and cluster_id != self.cluster_id:
+            if self.cluster_id is not None:
+                raise ClusterIdChanged(
+                    f"cluster id is {cluster_id}, was {self.cluster_id}", status=reply.status,
+                    endpoint=endpoint, maybe_applied=write and (
+                    reply.status in _SUCCESS or reply.status == 303 or reply.status >= 500))
+            self.cluster_id = cluster_id
 
 
 class _Keys(_Caller):
@@ -2384,6 +2411,181 @@ class _Cluster(_Caller):
 # Knows: sections 1-4.
 # ============================================================================
 
+class _Step(enum.Enum):
+    """What a watch asks next."""
+
+    LIST = "what there is"
+    RELIST = "what there is by quorum: at least as new as what was told"
+    CHECK = "by quorum, whether the store went back, or only this member lags behind"
+    POLL = "the next change"
+
+
+class _WentBackError(EtcdError):
+    """A server shows an older store than the watch has seen: restored, or one that lags behind."""
+
+
+class _WatchState:
+    """What a watch knows, and what follows from each answer.  No network and no clock in here.
+
+    step     what to ask next
+    index    the next change to ask for; None: from now on
+    found    events that are not told yet
+    reached  whether a server ever answered
+
+    How the steps follow each other, from LIST (with relist) or POLL on:
+
+    LIST    listed -> POLL
+    POLL    change -> POLL.  Index cleared (401) -> RELIST; without relist POLL from the newest
+            index known to be quiet, or the error.  An older store, by index or term -> CHECK
+    CHECK   older -> RELIST; without relist the error that etcd has for a lost history, 401.
+            As new as it should be -> where we were
+    RELIST  listed: the difference is found -> POLL
+
+    quiet   (index, when): the store was at `index`, and nothing of ours had come.  The watch moves
+            up to it only when etcd would forget where it stands.
+    """
+
+    def __init__(self, path: str, *, recursive: bool, index: Optional[int], relist: bool) -> None:
+        self.step = _Step.LIST if relist else _Step.POLL
+        self.index = index
+        self.found: Deque[EtcdResult] = deque()
+        self.reached = False
+        self.quiet = (0, 0.0)
+        self._path = path
+        self._recursive = recursive
+        self._relist = relist
+        self._known: Optional[Dict[str, Node]] = None   # with relist: the nodes as told so far
+        self._newest = (0, 0)                       # index and term of a store seen
+
+    # -- answers to POLL
+
+    def head(self, index: int, term: int, now_s: float) -> None:
+        """Note where the store was when it began to wait for us.  Raises _WentBackError."""
+        self.reached = True
+        if self._is_older(index, term):
+            self.step = _Step.CHECK
+            raise _WentBackError(f"the store is at {index}, and it was at {self._newest[0]}")
+        self._newest = max(index, self._newest[0]), max(term, self._newest[1])
+        if self.index is None:                      # in case the connection breaks now
+            self.index = index + 1
+        self.quiet = index, now_s
+
+    def alive(self, index: int, term: int, now_s: float) -> bool:
+        """Note where the store is while it waits for us; return False if that must be checked."""
+        self.reached = True
+        if self._is_older(index, term):
+            self.step = _Step.CHECK
+            return False
+        if self.step is _Step.POLL and index:
+            self.quiet = index, now_s
+        return True
+
+    def change(self, event: EtcdResult) -> None:
+        """Take a change.  Raises BadReply for one that was not asked for."""
+        asked = self.index
+        if asked is not None and event.modified_index < asked:
+            raise BadReply(f"asked for index {asked} on, got {event.modified_index}")
+        self.reached = True
+        self.index = event.modified_index + 1
+        if self._concerns(event.key):
+            if self._known is not None:
+                self._keep(self._known, event)
+            self.found.append(event)
+
+    def cleared(self, error: EventIndexCleared) -> None:
+        """Go on after more changes than etcd remembers.  Raises `error` if ours may be lost."""
+        self.reached = True
+        if self._relist:
+            self.step = _Step.RELIST
+        elif self.quiet[0] and self.quiet[0] >= (self.index or 0):
+            self.index = self.quiet[0] + 1          # others changed much, and ours did not
+        else:
+            raise error
+
+    def settle(self, now_s: float) -> None:
+        """Move up, if etcd might forget the index.
+
+        A change out of the history follows its head at once, and one that came later was sent
+        before a server told its index to somebody else.
+        """
+        index, told_at = self.quiet
+        far = self.index is None or index - self.index >= HISTORY_EVENTS // 2
+        if index and far and now_s - told_at >= WATCH_SETTLE_S:
+            self.index = index + 1
+
+    def is_busy(self, since: int) -> bool:
+        """Whether to leave a request as it is: etcd could forget where it stands meanwhile."""
+        index = self.quiet[0]
+        return index - since >= HISTORY_EVENTS // 2 or not (index or self.index)
+
+    # -- answers to the others
+
+    def listed(self, nodes: Dict[str, Node], index: int, term: int) -> None:
+        """Take a listing; if there was one before, what differs is found."""
+        self.reached = True
+        first = self.step is _Step.LIST
+        if first and self._is_older(index, term):   # than the index we were given
+            self.step = _Step.CHECK
+            return
+        if not first:
+            self.found.extend(_difference(self._known or {}, nodes, self.index or 1, index))
+        if not first or self.index is None:
+            self.index = index + 1
+        self._newest, self._known, self.step = (index, term), nodes, _Step.POLL
+
+    def checked(self, index: int, term: int) -> None:
+        """Take what a quorum says.  Raises EventIndexCleared."""
+        went_back = self._is_older(index, term)
+        if self._relist:
+            self.step = (_Step.RELIST if went_back else
+                         _Step.LIST if self._known is None else _Step.POLL)
+            return
+        self.step = _Step.POLL
+        if went_back:
+            self._newest, self.quiet = (index, term), (0, 0.0)
+            raise EventIndexCleared(
+                "the store went back, as if restored from a backup: read again",
+                cause=self._path, index=index)
+
+    def replaced(self) -> None:
+        """Note that another cluster answers: nothing of what was seen counts there."""
+        self._newest, self.quiet = (0, 0), (0, 0.0)
+        if self._relist:
+            self.step = _Step.RELIST
+
+    # -- below: what those above have in common
+
+    def _is_older(self, index: int, term: int) -> bool:
+        """Whether a store shows less than what was seen, or than the index we were given."""
+        if not index and not term:                  # it does not say
+            return False
+        newest = max(self._newest[0], (self.index or 1) - 1)
+        return index < newest or 0 < term < self._newest[1]
+
+    def _concerns(self, key: str) -> bool:
+        """Whether a change of `key` is one of ours.
+
+        Out of its history etcd 2.3 and 3.4 hand out what a waiting watch would not be told: what
+        is hidden below a directory, and removals of directories whose name begins like ours.
+        """
+        ours = self._path
+        if key == ours or _is_below(ours, key):
+            return True
+        below = self._recursive and _is_below(key, ours)
+        return below and "/_" not in key[len(ours.rstrip("/")):]
+
+    @staticmethod
+    def _keep(known: Dict[str, Node], event: EtcdResult) -> None:
+        """Bring the copy of what is there up to date."""
+        if event.action not in _REMOVALS:
+            known[event.key] = _alone(event.node)
+            return
+        gone = known.pop(event.key, None)
+        if gone is None or gone.dir:                # with all that was below
+            for key in [key for key in known if _is_below(key, event.key)]:
+                del known[key]
+
+
 class Watch:
     """An endless iterator over the changes of a key; made by `client.watcher`.
 
@@ -2393,20 +2595,25 @@ class Watch:
     the history or when its consumer is slow, and report some deletions twice.
 
     index    the first change to consider; None: from the first `next` on
-    relist   what to do when more than 1000 changes, of any key, went by unseen (error 401).
+    relist   what to do when more than 1000 changes, of any key, went by unseen (error 401), or
+             when the store went back: a backup was restored, or the cluster made anew.
              True: list the key again and yield the difference to what is known as events with
              `relisted` set: a "set" for each node that changed (of directories, only those that
              are empty or have a ttl), in the order of their last changes, then a "delete" for the
              topmost of what is gone.  Of several changes only the last is seen.  For this the
              watch lists the key at the start too (a directory to all depths if recursive), and
              holds a copy of it in memory.
-             False: raise EventIndexCleared, also when that many changes of other keys go by
-             within WATCH_POLL_S; nothing is listed.
-    timeout  seconds each `next` may take; then WatchTimeout, after which `next` may be called
-             again and misses nothing
+             False: raise EventIndexCleared; nothing is listed.
+    timeout  seconds each `next` may take, None and 0: no limit; then WatchTimeout, after which
+             `next` may be called again and misses nothing
 
     An event's `modified_index` + 1 is the index to go on from in another watch.  If no endpoint
-    answers at the start that error is raised; later the watch waits and tries again.
+    answers at the start that error is raised; later the watch waits and tries again.  Raises
+    ClusterIdChanged when a server of another cluster answers; see there.
+
+    A server that says nothing is asked something else, a key that nobody has, on another
+    connection: after WATCH_HEAD_S without the head of its answer, then every WATCH_PROBE_S.  If
+    it does not answer that either, the next endpoint is asked.
 
     Limit: when etcd 2.3 or 3.4 looks into its history for a recursive watch, it overlooks changes
     of the watched directory itself (made, given another ttl) unless they come first in there.
@@ -2419,24 +2626,26 @@ class Watch:
         self, client: _Keys, key: str, *, recursive: bool = False, index: Optional[int] = None,
         relist: bool = True, timeout: Optional[float] = None,
     ) -> None:
-        self.index = index or None                  # next to ask for; 0 is "now" too
         self._client = client
         self._path = _clean_key(key)
         self._recursive = recursive
         self._timeout = timeout
-        self._relist = relist
-        self._must_list = relist                    # before asking for the next change
-        self._known: Optional[Dict[str, Node]] = None   # with relist: the nodes as told so far
-        self._found: Deque[EtcdResult] = deque()    # and not told yet
-        self._connected = False                     # whether a server ever answered this watch
-        self._head_seen = False                     # whether it answered the request under way
-        self._head_index = 0                        # store index in that answer
-        self._quiet_from = 0                        # nothing of ours lies before; 0: not known
+        self._state = _WatchState(                  # 0 is "now" too
+            self._path, recursive=recursive, index=index or None, relist=relist)
+        self._endpoint = ""                         # asked last
+        self._exchange: Optional[_Exchange] = None  # the last one
+        self._alive = False                         # whether that server answers us
+        self._asked_at = 0.0                        # when; monotonic seconds
+        self._until = math.inf                      # deadline of the `next` under way
         self._failures = 0                          # since the last answer
         self.error: Optional[EtcdError] = None      # why nothing is followed now; None: it is
-        self._endpoint = ""                         # asked last
         self._life = Scope()                        # until `close`
         self._within = client.scope
+
+    @property
+    def index(self) -> Optional[int]:
+        """The next change to consider; None: from now on."""
+        return self._state.index
 
     def __iter__(self) -> Watch:
         return self
@@ -2444,14 +2653,10 @@ class Watch:
     def __next__(self) -> EtcdResult:
         try:
             with Scope(self._timeout, self._life, self._within) as scope:
-                while not self._found:
-                    left_s = scope.left_s(WATCH_POLL_S)
-                    if left_s <= 0:
-                        raise WatchTimeout("no change in time", index=self.index or 0,
-                                           endpoint=self._client.endpoints.current)
-                    self._look(left_s)
+                while not self._state.found:
+                    self._look(scope)
                 scope.left_s()                      # closed meanwhile: no more is told
-                return self._found.popleft()
+                return self._state.found.popleft()
         except Cancelled:
             if not self._life.cancelled:
                 raise
@@ -2469,142 +2674,151 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _begin(self, known: Dict[str, Node], index: int) -> None:
-        """Go on from what somebody else has listed: all nodes, alone, as they were at `index`."""
-        self._known, self.index, self._connected, self._must_list = known, index + 1, True, False
+    # -- below: the way to the servers
 
-    def _look(self, wait_s: float) -> None:
-        """Ask once, for at most `wait_s`; what there is goes to `_found`."""
-        self._head_seen = False
-        client = self._client
+    def _look(self, scope: Scope) -> None:
+        """Ask once and give the answer to the state.  Raises WatchTimeout, and what is final."""
+        client, state = self._client, self._state
+        state.settle(time.monotonic())
+        if scope.left_s() <= 0:
+            raise WatchTimeout("no change in time", index=state.index or 0,
+                               endpoint=client.endpoints.current)
         try:
-            client._discover_endpoints(time.monotonic() + wait_s)
+            client._discover_endpoints(min(scope.deadline, time.monotonic() + WATCH_POLL_S))
             self._endpoint = client.endpoints.current
-            if self._must_list:
-                self._list(wait_s)
-            else:
-                self._poll(wait_s)
-        except EventIndexCleared:
-            if self._relist:
-                self._connected = self._must_list = True
-            elif self._quiet_from > (self.index or 0):
-                self.index = self._quiet_from       # others changed much, and ours did not
-            else:
-                raise
+            self._ASK[state.step](self, scope)
+        except EventIndexCleared as error:
+            state.cleared(error)
+        except ClusterIdChanged:
+            state.replaced()
+            raise
+        except RequestTimeout as error:
+            if not self._alive:
+                self._silent(error, scope)
         except EtcdError as error:
-            # After the head, silence only means that nothing changed.  If the server is gone the
-            # next connection fails, and that moves us on.
-            quiet = isinstance(error, RequestTimeout) and (
-                self._head_seen or wait_s < WATCH_POLL_S)
-            if not quiet:
-                self._pause_after(error, wait_s)
-            elif self._head_seen:
-                if wait_s >= WATCH_POLL_S:          # the history was looked through by then
-                    self._quiet_from = self._head_index + 1
-            elif wait_s >= min(1.0, client.connect_timeout):
-                client._give_up(self._endpoint)     # etcd sends the head at once
+            self._fail(error, scope)
         else:
+            self._answered()
             self._failures = 0
-            client._connectivity.report(True)
+
+    def _poll(self, scope: Scope) -> None:
+        query = {"wait": True, "recursive": self._recursive or None, "waitIndex": self.index}
+        event = self._ask(query, scope, _parse_result, self._on_head)
+        try:
+            self._state.change(event)
+        except BadReply as error:
+            error.endpoint = self._endpoint
+            raise
+
+    def _list(self, scope: Scope) -> None:
+        query = {"recursive": self._recursive or None,
+                 "quorum": self._state.step is _Step.RELIST or None}
+        try:
+            top = self._ask(query, scope, _parse_result)
+        except (KeyNotFound, NotDir) as error:
+            self._state.listed({}, error.index, 0)
+            return
+        nodes = (top.node, *top.node.walk()) if self._recursive else (top.node,)
+        self._state.listed(
+            {node.key: _alone(node) for node in nodes}, top.etcd_index, top.raft_term)
+
+    def _check(self, scope: Scope) -> None:
+        reply = self._ask({"quorum": True}, scope, _parse_not, statuses=_ANY_ANSWER, below=_NOBODYS)
+        self._state.checked(*_store_in(reply))
+
+    _ASK: ClassVar[Dict[_Step, Callable[[Watch, Scope], None]]] = {
+        _Step.LIST: _list, _Step.RELIST: _list, _Step.CHECK: _check, _Step.POLL: _poll}
 
     def _ask(
-        self, query: Mapping[str, _Field], wait_s: float,
-        on_head: Optional[Callable[[_Reply], None]] = None,
-    ) -> EtcdResult:
-        """Send one request to the endpoint in use, in a way that `close` can end."""
+        self, query: Mapping[str, _Field], scope: Scope, parse: Callable[[_Reply], _T],
+        on_head: Optional[Callable[[_Reply], None]] = None, *,
+        statuses: FrozenSet[int] = _SUCCESS, below: str = "",
+    ) -> _T:
+        """Send one request to the endpoint in use."""
         client = self._client
-        target = _keys_target(self._path, query, client.version_prefix)
-        call = _Call("GET", target, _parse_result, on_head=on_head)
-        exchange = _Exchange(time.monotonic() + wait_s, wait_s, client.connect_timeout)
-        return client._request(self._endpoint, call, exchange)
+        target = _keys_target(self._path + below, query, client.version_prefix)
+        call = _Call("GET", target, parse, on_head=on_head, statuses=statuses)
+        self._alive, self._asked_at, self._until = False, time.monotonic(), scope.deadline
+        self._exchange = _Exchange(min(self._until, self._asked_at + WATCH_POLL_S),
+                                   self._head_s(), client.connect_timeout, self._see)
+        return client._request(self._endpoint, call, self._exchange)
 
-    def _poll(self, wait_s: float) -> None:
-        """Wait for the next change."""
-        asked = self.index
-        event = self._ask({"wait": True, "recursive": self._recursive or None,
-                           "waitIndex": asked}, wait_s, self._on_head)
-        if asked is not None and event.modified_index < asked:
-            raise BadReply(f"asked for index {asked} on, got {event.modified_index}",
-                           endpoint=self._endpoint)
-        self.index = event.modified_index + 1
-        if self._concerns(event.key):
-            if self._known is not None:
-                self._keep(self._known, event)
-            self._found.append(event)
+    def _rounds(self) -> int:
+        """Return how often all endpoints failed."""
+        return self._failures // max(1, len(self._client.endpoints.urls))
 
-    def _concerns(self, key: str) -> bool:
-        """Whether a change of `key` is one of ours.
-
-        Out of its history etcd 2.3 and 3.4 hand out what a waiting watch would not be told: what
-        is hidden below a directory, and removals of directories whose name begins like ours.
-        """
-        ours = self._path
-        if key == ours or _is_below(ours, key):
-            return True
-        below = self._recursive and _is_below(key, ours)
-        return below and "/_" not in key[len(ours.rstrip("/")):]
+    def _head_s(self) -> float:
+        return min(WATCH_HEAD_S * (1 << min(self._rounds(), 5)), WATCH_POLL_S)
 
     def _on_head(self, head: _Reply) -> None:
-        """Note from where a watch without an index runs, in case the connection breaks now."""
-        self._connected = self._head_seen = True
-        self._failures, self.error = 0, None
-        self._client._connectivity.report(True)
-        self._head_index = head.header_number("X-Etcd-Index")
-        if self.index is None:
-            self.index = self._head_index + 1
+        self._client._expect_cluster(self._endpoint, head)
+        self._state.head(*_store_in(head), time.monotonic())
+        self._answered()
+        self._failures = 0
 
-    def _pause_after(self, error: EtcdError, wait_s: float) -> None:
+    def _answered(self) -> None:
+        """Note that the server is there, and give it time."""
+        self._alive, self.error = True, None
+        self._client._connectivity.report(True)
+        if self._exchange is not None:
+            self._exchange.deadline = min(self._until, time.monotonic() + WATCH_POLL_S)
+            self._exchange.silence_s = min(WATCH_PROBE_S, WATCH_POLL_S)
+
+    def _see(self) -> bool:
+        """Whether a silent server is worth waiting for, and this request to it."""
+        client, before = self._client, self._state.quiet[0]
+        target = _keys_target(self._path + _NOBODYS, {}, client.version_prefix)
+        call = _Call("GET", target, _parse_not, statuses=_ANY_ANSWER)
+        wait_s = self._head_s()
+        exchange = _Exchange(time.monotonic() + wait_s, wait_s, client.connect_timeout)
+        self._alive = False
+        try:
+            reply = client._request(self._endpoint, call, exchange)
+        except (Cancelled, ClusterIdChanged):
+            raise
+        except EtcdError:
+            return False
+        self._answered()
+        return self._state.alive(*_store_in(reply), time.monotonic()) and (
+            time.monotonic() - self._asked_at < WATCH_POLL_S or self._state.is_busy(before))
+
+    def _silent(self, error: RequestTimeout, scope: Scope) -> None:
+        """Note that nothing came, not even a head."""
+        if scope.left_s() > 0:
+            self._fail(error, scope)
+        elif time.monotonic() - self._asked_at >= min(1.0, self._client.connect_timeout):
+            self._client._give_up(self._endpoint)   # for the next `next`
+
+    def _fail(self, error: EtcdError, scope: Scope) -> None:
         """Go on with the next endpoint, after a wait if all failed; raise `error` if it is final.
 
-        When etcd clears its watchers (400) the same question may be asked again.
+        When etcd clears its watchers (400) the same question may be asked again, and when a store
+        seems to have gone back another one.
         """
-        if not _is_endpoint_failure(error) and not isinstance(error, WatcherCleared):
-            raise error
         client = self._client
-        client._give_up(self._endpoint)
+        if _is_endpoint_failure(error):
+            client._give_up(self._endpoint)
+        elif not isinstance(error, (WatcherCleared, _WentBackError)):
+            raise error
         self.error = error
         self._failures += 1
-        rounds = self._failures // max(1, len(client.endpoints.urls))
+        rounds = self._rounds()
         if not rounds:
             return
-        client._connectivity.report(False)
-        if not self._connected:
+        if not isinstance(error, _WentBackError):
+            client._connectivity.report(False)
+        if not self._state.reached and not (isinstance(error, RequestTimeout) and rounds < 3):
             raise error
-        cast(Scope, _here.scope).wait(min(wait_s, _backoff_s(rounds)))
+        scope.wait(_backoff_s(rounds))
 
-    def _list(self, wait_s: float) -> None:
-        """Take stock; if that was done before, what differs goes to `_found`.
 
-        The second time by quorum: a member that lags behind could show a state older than the
-        events already delivered.
-        """
-        again = self._known is not None
-        try:
-            query = {"recursive": self._recursive or None, "quorum": again or None}
-            result = self._ask(query, wait_s)
-            found, index = self._listed(result.node), result.etcd_index
-        except (KeyNotFound, NotDir) as error:
-            found, index = {}, error.index
-        if self._known is not None and self.index is not None:
-            self._found.extend(_difference(self._known, found, self.index, index))
-        if again or self.index is None:
-            self.index = index + 1
-        self._known, self._connected, self._must_list = found, True, False
+_NOBODYS = "/_pyetcd-client"                        # below the key, and never there
+_ANY_ANSWER: FrozenSet[int] = frozenset(range(200, 500))
 
-    def _listed(self, top: Node) -> Dict[str, Node]:
-        nodes = (top, *top.walk()) if self._recursive else (top,)
-        return {node.key: _alone(node) for node in nodes}
 
-    @staticmethod
-    def _keep(known: Dict[str, Node], event: EtcdResult) -> None:
-        """Bring the copy of what is there up to date."""
-        if event.action not in _REMOVALS:
-            known[event.key] = _alone(event.node)
-            return
-        gone = known.pop(event.key, None)
-        if gone is None or gone.dir:                # with all that was below
-            for key in [key for key in known if _is_below(key, event.key)]:
-                del known[key]
+def _store_in(reply: _Reply) -> Tuple[int, int]:
+    """Return index and term of the store that answered; 0 if it does not say."""
+    return reply.header_number("X-Etcd-Index"), reply.header_number("X-Raft-Term")
 
 
 _REMOVALS: FrozenSet[str] = frozenset(("delete", "expire", "compareAndDelete"))
@@ -2615,6 +2829,12 @@ def _alone(node: Node) -> Node:
     return replace(node, nodes=(), raw={})
 
 
+def _identity(node: Optional[Node]) -> Tuple[Any, ...]:
+    """Return what is the same as long as nobody writes a node: not the time that is left to it."""
+    return () if node is None else (
+        node.value, node.dir, node.modified_index, node.created_index)
+
+
 def _is_below(key: str, directory: str) -> bool:
     return key.startswith(directory if directory == "/" else directory + "/")
 
@@ -2622,11 +2842,15 @@ def _is_below(key: str, directory: str) -> bool:
 def _difference(
     known: Mapping[str, Node], found: Mapping[str, Node], since: int, index: int,
 ) -> Iterator[EtcdResult]:
-    """Yield events that lead from the nodes `known` before `since` to those `found` at `index`."""
+    """Yield events that lead from the nodes `known` before `since` to those `found` at `index`.
+
+    After a store was restored a node may differ though its index is lower than `since`.
+    """
     # Nobody is told of directories that come with the first key in them.
     parents = {key.rpartition("/")[0] or "/" for key in found if key != "/"}
-    changed = [node for node in found.values() if node.modified_index >= since
-               and (node.key not in parents or node.ttl is not None)]
+    changed = [
+        node for node in found.values() if (node.key not in parents or node.ttl is not None) and (
+            node.modified_index >= since or _identity(node) != _identity(known.get(node.key)))]
     for node in sorted(changed, key=lambda node: (node.modified_index, node.key)):
         yield EtcdResult("set", node, known.get(node.key), etcd_index=index, relisted=True)
     topmost = ""
@@ -3089,7 +3313,7 @@ class Client(_Watching, _Cluster, _Users):
 
 
 # ============================================================================
-# 8. Leases and locks
+# 8. Leases
 # ----------------------------------------------------------------------------
 # Knows: sections 1-7, through few verbs of Client, gathered in the functions below.
 #
@@ -3771,6 +3995,12 @@ class _Place(Lease):
                     _remove(self.client, node.key, self._value)
 
 
+# ============================================================================
+# 9. Locks
+# ----------------------------------------------------------------------------
+# Knows: sections 1-8.
+# ============================================================================
+
 _ContenderType = TypeVar("_ContenderType", bound="Contender")
 _LABELLED = re.compile(r"[0-9a-f]{32}:")
 
@@ -4238,9 +4468,9 @@ class Semaphore(Contender):
 
 
 # ============================================================================
-# 9. Elections, queues, barriers, counters
+# 10. Elections, queues, barriers, counters
 # ----------------------------------------------------------------------------
-# Knows: sections 1-8.
+# Knows: sections 1-9.
 # ============================================================================
 
 TAKEN_TTL_S = 120               # what was taken from a queue leaves a mark for so long
@@ -4951,9 +5181,9 @@ class Counter:
 
 
 # ============================================================================
-# 10. Copies, services, parties
+# 11. Copies, services, parties
 # ----------------------------------------------------------------------------
-# Knows: sections 1-9.
+# Knows: sections 1-10.
 # ============================================================================
 
 _ChangeCallback = Optional[Callable[[str, Optional[Node], Optional[Node]], object]]
@@ -4972,8 +5202,9 @@ class CachedTree(_Recipe, Mapping[str, Node]):
                changes after the start, in order, on the thread of the tree
 
     Guarantee: the copy is the directory as it was at `index`, at all depths; it goes forward
-    only, and catches up after every loss of contact, after more than 1000 missed changes by
-    reading it anew and reporting the difference.  `items`, `keys` and `values` are of one moment.
+    only, and catches up after every loss of contact: after more than 1000 missed changes, or when
+    a backup was restored, by reading it anew and reporting the difference.  `items`, `keys` and
+    `values` are of one moment.
     Limit: it is late by as much as the network is, and silent about it while there is no contact
     (`error` tells).  Hidden files are not in it, nor empty directories; ttl and expiration are
     those of the last change, since refreshing is silent.  After `close` the copy stays as it is;
@@ -5125,12 +5356,16 @@ class CachedTree(_Recipe, Mapping[str, Node]):
     def _watch(self, tell: bool) -> Watch:
         """Make the copy what the directory is now, and return the changes from there on."""
         watch = self.client.watcher(self.path, recursive=True)
+        known: Dict[str, Node] = {}
+        index = term = 0
         try:
             found = _read(self.client, self.path, recursive=True)
-            known, index = watch._listed(found.node), found.etcd_index
+            nodes = (found.node, *found.node.walk())
+            known = {node.key: _alone(node) for node in nodes}
+            index, term = found.etcd_index, found.raft_term
         except KeyNotFound as error:
-            known, index = {}, error.index
-        watch._begin(known, index)
+            index = error.index
+        watch._state.listed(dict(known), index, term)
         fresh = {key: node for key, node in known.items() if not node.dir}
         keys = sorted(set(self._nodes) | set(fresh))
         self._change({key: fresh.get(key) for key in keys}, index, tell=tell)
@@ -5149,7 +5384,11 @@ class CachedTree(_Recipe, Mapping[str, Node]):
             changes = {key: None}                   # perhaps it took the place of a file
         elif self._covers(key):
             changes = {key: _alone(event.node)}
-        self._change(changes, event.modified_index, tell=True)
+        index = max(self._index, event.modified_index)
+        if event.relisted:                          # the index may go back, with the last of them
+            more = self._watching is not None and self._watching._state.found
+            index = self._index if more else event.etcd_index
+        self._change(changes, index, tell=True)
 
     def _covers(self, key: str) -> bool:
         ours = key == self.path or _is_below(key, self.path)
@@ -5161,14 +5400,14 @@ class CachedTree(_Recipe, Mapping[str, Node]):
         with self._changed:
             for key, node in changes.items():
                 old = self._nodes.get(key)
-                if (old and old.modified_index) == (node and node.modified_index):
+                if _identity(old) == _identity(node):
                     continue
                 told.append((key, old, node))
                 if node is None:
                     del self._nodes[key]
                 else:
                     self._nodes[key] = node
-            self._index = max(self._index, index)
+            self._index = index
             self._changed.notify_all()
         if self._on_change is not None and tell:
             for change in told:
@@ -5225,17 +5464,20 @@ class _Follower(Generic[_T]):
         return _tell(function, state) is not False
 
     def _run(self, function: Callable[..., Any]) -> None:
-        with contextlib.suppress(Cancelled), Scope(None, self.client.scope) as scope:
-            while not self._observed._closed:
-                try:
-                    for state in self._observed:
-                        if not self._call(function, state):
-                            return
-                except Cancelled:
-                    raise
-                except EtcdError as error:          # goes on when a server answers
-                    _log.warning("%s cannot be watched: %s", self.path, error)
-                    scope.wait(1.0)
+        with contextlib.suppress(Cancelled, StopIteration), Scope(None, self.client.scope) as scope:
+            while self._call(function, self._next(scope)):
+                pass
+
+    def _next(self, scope: Scope) -> _T:
+        """Return what there is when it has changed.  Raises StopIteration, Cancelled."""
+        while True:
+            try:
+                return next(self._observed)
+            except Cancelled:
+                raise
+            except EtcdError as error:              # goes on when a server answers
+                _log.warning("%s cannot be watched: %s", self.path, error)
+                scope.wait(1.0)
 
 
 _FollowerType = TypeVar("_FollowerType", bound=_Follower[Any])
@@ -5466,9 +5708,9 @@ class Party:
 
 
 # ============================================================================
-# 11. Command line -- options, output, errors and exit codes, as etcdctl 2.3 has them
+# 12. Command line -- options, output, errors and exit codes, as etcdctl 2.3 has them
 # ----------------------------------------------------------------------------
-# Knows: sections 1-7, through the public names of Client.  Sections 12 and 13
+# Knows: sections 1-7, through the public names of Client.  Sections 13 and 14
 # enter their commands into the table of this one.
 # ============================================================================
 
@@ -6074,9 +6316,9 @@ def _exit() -> NoReturn:
 
 
 # ============================================================================
-# 12. Commands of etcdctl -- all of version 2.3
+# 13. Commands of etcdctl -- all of version 2.3
 # ----------------------------------------------------------------------------
-# Knows: sections 1-11.  Source: etcdctl 2.3.8.
+# Knows: sections 1-12.  Source: etcdctl 2.3.8.
 # ============================================================================
 
 _HEALTH_EVERY_S = 10.0
@@ -6723,9 +6965,9 @@ def _cmd_auth_disable(run: _Run) -> int:
 
 
 # ============================================================================
-# 13. More commands -- export, import, mirror, tree, top, bench, completion
+# 14. More commands -- export, import, mirror, tree, top, bench, completion
 # ----------------------------------------------------------------------------
-# Knows: sections 1-12.
+# Knows: sections 1-13.
 # ============================================================================
 
 _EXPORT_MARK = "# keys of etcd v2, written by pyetcdctl export; see pyetcdctl help export"

@@ -14838,8 +14838,10 @@ def test_recipe_cached_tree_reads_anew_what_it_has_missed(tmp_path, monkeypatch)
             client.set(f"/c/{name}", "1")
         tree = pyetcd_client.CachedTree(
             client, "/c", on_change=lambda key, old, new: changes.append((key, new and new.value)))
-        tree._load(1.0)
-        for number in range(20):                # before it follows: the history is too short
+        with pytest.raises(KeyError), tree:
+            tree.start()                            # it is already: one thread
+            tree["/c/none"]
+        for number in range(20):                    # before it follows: the history is too short
             client.set("/c/changed", str(number))
         client.delete("/c/removed")
         index = client.set("/c/added", "2").modified_index
