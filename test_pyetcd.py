@@ -14870,6 +14870,612 @@ def test_recipe_registry_lists_who_lives(_recipe_client, _client_dir):
     assert registry.resolve("mail") == []
 
 
+# -- time and its end
+
+_RECIPE_WAITS = {
+    "lock": lambda client, d, s: pyetcd_client.Lock(client, d[1:]).acquire(timeout=s),
+    "rlock": lambda client, d, s: pyetcd_client.RLock(client, d[1:]).acquire(timeout=s),
+    "writer": lambda client, d, s: pyetcd_client.RWLock(client, d).write_lock().acquire(timeout=s),
+    "semaphore": lambda client, d, s: pyetcd_client.Semaphore(client, d, 1).acquire(timeout=s),
+    "campaign": lambda client, d, s: pyetcd_client.Election(client, d).campaign(timeout=s),
+    "observe": lambda client, d, s: next(pyetcd_client.Election(client, d).observe(timeout=s)),
+    "get": lambda client, d, s: pyetcd_client.Queue(client, d).get(timeout=s),
+    "take": lambda client, d, s: pyetcd_client.Queue(client, d).take(timeout=s),
+    "barrier": lambda client, d, s: pyetcd_client.Barrier(client, d).wait(timeout=s),
+    "enter": lambda client, d, s: pyetcd_client.DoubleBarrier(client, d, 2).enter(timeout=s),
+    "leave": lambda client, d, s: pyetcd_client.DoubleBarrier(client, d, 2).leave(timeout=s),
+    "counter": lambda client, d, s: pyetcd_client.Counter(client, d).add(timeout=s),
+    "registry": lambda client, d, s: next(
+        pyetcd_client.ServiceRegistry(client).watch(d[1:], timeout=s)),
+    "retry": lambda client, d, s: pyetcd_client.retry(client, lambda: client.get(d), timeout=s)
+    if s else client.get(d, timeout=0.1),
+}
+
+
+def _recipe_patience(monkeypatch, **limits):
+    """Make all limits of the recipes an hour, but for those given."""
+    names = ("CALL_TIMEOUT_S", "OUTAGE_S", "WAIT_SLICE_S", "TRY_S", "TIDY_S", "LEAVE_S")
+    for name in names:
+        monkeypatch.setattr(pyetcd_client, name, limits.get(name, 3600.0))
+
+
+@pytest.mark.parametrize("timeout", [0.3, 0])
+@pytest.mark.parametrize("wait", _RECIPE_WAITS.values(), ids=_RECIPE_WAITS)
+def test_recipe_deadline_holds_while_a_server_is_silent(wait, timeout, monkeypatch):
+    """All other limits are an hour: that it ends shows that the deadline rules them."""
+    _recipe_patience(monkeypatch, TRY_S=0.3, TIDY_S=0.1)
+    with _ClientRawServer(_net_black_hole) as server, _recipe_no_threads(), \
+            Client(server.url, total_timeout=3600, read_timeout=3600) as client:
+        with _client_background(wait, client, "/d", timeout) as outcome:
+            _client_eventually(lambda: outcome)
+        assert isinstance(outcome[0], pyetcd_client.EtcdError) and server.requests
+
+
+_RECIPE_BLOCKED = {
+    "lock": (lambda c, d: pyetcd_client.Lock(c, d[1:]), lambda r, s: r.acquire(timeout=s), False),
+    "semaphore": (lambda c, d: pyetcd_client.Semaphore(c, d + "/s", 1),
+                  lambda r, s: r.acquire(timeout=s), False),
+    "election": (lambda c, d: pyetcd_client.Election(c, d + "/e"),
+                 lambda r, s: r.campaign(timeout=s), False),
+    "queue": (lambda c, d: pyetcd_client.Queue(c, d), lambda r, s: r.get(timeout=s), None),
+    "barrier": (lambda c, d: pyetcd_client.Barrier(c, d + "/b"),
+                lambda r, s: r.wait(timeout=s), False),
+    "double": (lambda c, d: pyetcd_client.DoubleBarrier(c, d, 2),
+               lambda r, s: r.enter(timeout=s), False),
+}
+
+
+@pytest.fixture(name="_recipe_blocker")
+def _recipe_blocker_fixture(_client_server, _client_dir):
+    """What another process holds, so that everything of _RECIPE_BLOCKED must wait."""
+    with Client(_client_server.url) as other, pyetcd_client.Lock(other, _client_dir[1:]), \
+            pyetcd_client.Semaphore(other, _client_dir + "/s", 1), \
+            pyetcd_client.Election(other, _client_dir + "/e"):
+        barrier = pyetcd_client.Barrier(other, _client_dir + "/b")
+        barrier.create()
+        yield
+        barrier.remove()
+
+
+@pytest.mark.parametrize("kind", _RECIPE_BLOCKED.values(), ids=_RECIPE_BLOCKED)
+def test_recipe_timeout_of_zero_tries_once_and_does_not_wait(
+        _recipe_client, _client_dir, _recipe_blocker, kind, monkeypatch):
+    make, wait, nothing = kind
+    _recipe_patience(monkeypatch)
+    monkeypatch.setattr(pyetcd_client, "_await", lambda client, span, *_, **__: (
+        1 / 0 if span.wait_s() else False))
+    assert wait(make(_recipe_client, _client_dir), 0) is nothing
+    with pytest.raises(ValueError, match="timeout"):
+        wait(make(_recipe_client, _client_dir), -1)
+
+
+@pytest.mark.parametrize("ender", ["recipe", "scope", "client"])
+@pytest.mark.parametrize("kind", _RECIPE_BLOCKED.values(), ids=_RECIPE_BLOCKED)
+def test_recipe_every_wait_can_be_ended_from_another_thread(
+        _recipe_client, _client_dir, _recipe_blocker, kind, ender, monkeypatch):
+    make, wait, nothing = kind
+    _recipe_patience(monkeypatch)
+    recipe, scope = make(_recipe_client, _client_dir), pyetcd_client.Scope()
+
+    def work():
+        with scope:
+            return wait(recipe, None)
+
+    with _client_background(work) as outcome:
+        _client_eventually(lambda: recipe._spans and next(iter(recipe._spans)).looked)
+        {"recipe": recipe.cancel, "scope": scope.cancel, "client": _recipe_client.close}[ender]()
+        _client_eventually(lambda: outcome)
+    if ender == "recipe":
+        assert outcome == [nothing]
+    else:
+        assert isinstance(outcome[0], pyetcd_client.Cancelled)
+    assert not recipe._spans and not _recipe_client.scope._wakers
+    if ender != "client":                       # then what is in a line is left to its ttl
+        left = [node.key for node in _client_files(_recipe_client, _client_dir)]
+        assert not [key for key in left if re.search(r"\d{20}$", key) and "/s/" not in key
+                    and "/e/" not in key], "an entry stays"
+
+
+def _client_files(client, directory):
+    try:
+        return [node for node in client.get(directory, recursive=True).node.walk() if not node.dir]
+    except pyetcd_client.KeyNotFound:
+        return []
+
+
+def test_recipe_iterators_end_when_they_are_closed(_recipe_client, _client_dir, monkeypatch):
+    _recipe_patience(monkeypatch)
+    for observed in (pyetcd_client.Election(_recipe_client, _client_dir).observe(),
+                     pyetcd_client.ServiceRegistry(_recipe_client, _client_dir).watch("mail")):
+        next(observed)
+        with _client_background(lambda observed=observed: list(observed)) as outcome:
+            _client_eventually(lambda observed=observed: observed._spans)
+            observed.close()
+            _client_eventually(lambda: outcome)
+        assert outcome == [[]]
+
+
+def test_recipe_nothing_outlives_the_client(_recipe_client, _client_server, _client_dir):
+    lost = []
+    client = Client(_client_server.url)
+    lock = _recipe_lock(client, _client_dir, on_lost=lambda: lost.append("lock"))
+    lease = pyetcd_client.Lease(client, _client_dir + "/k", on_lost=lambda: lost.append("lease"))
+    tree = pyetcd_client.CachedTree(client, _client_dir).start()
+    changes = pyetcd_client.ChildrenWatch(client, _client_dir, lambda names: None)
+    assert lock.acquire() and lease.start().is_held
+    client.close()
+    with _recipe_no_threads():
+        _client_eventually(lambda: not any(
+            thread.name.startswith("pyetcd-") for thread in threading.enumerate()))
+    assert sorted(lost) == ["lease", "lock"] and not lock.is_held and not lease.alive
+    assert isinstance(tree.error, pyetcd_client.Cancelled) and not tree.wait_for(1 << 60)
+    assert not [way for one in client._idle for way in one._ways.values() if way.connection.sock]
+    changes.close(), tree.close()
+    assert lock.release() is False              # the entry goes: the client can be used again
+    client.close()
+    _recipe_client.delete(_client_dir, recursive=True)
+
+
+def test_recipe_release_does_not_wait_for_a_renewal_that_hangs(monkeypatch):
+    """Its DELETE has LEAVE_S; all other limits are an hour."""
+    _recipe_patience(monkeypatch, LEAVE_S=0.2)
+    with pyetcd.LocalMember() as member, Client(member.client_url) as client:
+        lock = pyetcd_client.Lock(client, "x", ttl=3600)
+        assert lock.acquire()
+        member.freeze()
+        with _client_background(lock.renew):
+            _client_eventually(lambda: lock._held._renewing.locked())
+            with _client_background(lock.release) as outcome:
+                _client_eventually(lambda: outcome)
+            client.close()
+        member.thaw()
+    assert outcome == [True] and not lock.is_held
+
+
+# -- who holds, and what it is called
+
+@pytest.mark.parametrize("name", ["", "/", "..", "a/..", "../a", ".", "a/./b"])
+def test_recipe_names_that_are_no_place_are_refused(name):
+    with Client(_client_dead_url()) as client:
+        registry = pyetcd_client.ServiceRegistry(client)
+        for make in (pyetcd_client.Lock, pyetcd_client.RLock, pyetcd_client.RWLock,
+                     pyetcd_client.Election, pyetcd_client.Queue, pyetcd_client.Barrier,
+                     pyetcd_client.Counter, pyetcd_client.Lease, pyetcd_client.Party,
+                     lambda client, name: pyetcd_client.Semaphore(client, name, 1),
+                     lambda client, name: pyetcd_client.DoubleBarrier(client, name, 1),
+                     lambda client, name: registry.register(name, "a"),
+                     lambda client, name: registry.resolve(name)):
+            with pytest.raises(ValueError, match="names no key"):
+                make(client, name)
+
+
+def test_recipe_lock_whose_name_begins_anothers_is_acquired(_recipe_client, _client_dir):
+    name = _client_dir[1:]
+    for inner in ("1", "0" * 20, "7" * 20, "\u0662", "a/b"):
+        with pyetcd_client.Lock(_recipe_client, f"{name}/{inner}"):
+            with pyetcd_client.Lock(_recipe_client, name) as lock:
+                assert lock.contenders() == [lock.uuid]
+    lock.release()
+
+
+def test_recipe_files_that_are_no_entries_count_nowhere(_recipe_client, _client_dir):
+    makers = {
+        "rw": lambda key: pyetcd_client.RWLock(_recipe_client, key).write_lock(),
+        "sem": lambda key: pyetcd_client.Semaphore(_recipe_client, key, 1),
+        "el": lambda key: pyetcd_client.Election(_recipe_client, key, "me"),
+    }
+    for kind, make in makers.items():
+        path = f"{_client_dir}/{kind}"
+        for stray in ("note", "12", "\u0662", "9" * 19, "9" * 5000):
+            _recipe_client.set(f"{path}/{stray}", "a stray")
+        _recipe_client.append(path, "written by hand")
+        _recipe_client.set(f"{path}/{'8' * 20}/x", "in a directory")
+        with make(path) as held:
+            assert held.is_held and len(held.contenders()) == 1
+            assert make(path).acquire(timeout=0) is False
+    election = pyetcd_client.Election(_recipe_client, _client_dir + "/el")
+    assert election.leader() is None and next(election.observe()) is None
+
+
+def test_recipe_lock_is_held_by_one_of_the_tasks_that_share_it(_recipe_client, _client_dir):
+    """Tasks take turns on the threads of a pool: the thread does not tell who holds."""
+    lock, inside, most = _recipe_lock(_recipe_client, _client_dir), [], []
+
+    async def work(number, pool):
+        loop = asyncio.get_running_loop()
+        for _ in range(3):
+            assert await loop.run_in_executor(pool, lock.acquire)
+            inside.append(number)
+            most.append(len(inside))
+            await asyncio.sleep(0)
+            inside.remove(number)
+            assert await loop.run_in_executor(pool, lock.release, lock.token)
+
+    async def main():
+        with concurrent.futures.ThreadPoolExecutor(5) as pool:
+            await asyncio.gather(*(work(number, pool) for number in range(4)))
+
+    asyncio.run(main())
+    assert set(most) == {1} and len(most) == 12
+
+
+def test_recipe_lock_acquired_again_waits_unless_that_could_never_end(
+        _recipe_client, _client_dir, caplog):
+    lock = _recipe_lock(_recipe_client, _client_dir)
+    with lock:
+        assert lock.acquire(timeout=0) is False and lock.acquire(blocking=False) is False
+        with pytest.raises(RuntimeError, match="RLock"), lock:
+            pass
+
+        async def task():
+            return lock.acquire(timeout=0.01)
+        assert asyncio.run(task()) is False
+        with _client_background(lock.acquire) as outcome:
+            _client_eventually(lambda: len(lock._spans) == 1)
+            assert not outcome and lock.release()
+        assert outcome == [True] and lock.is_held
+    assert lock.is_held                         # this block's hold was given up before
+    with _client_background(lambda: lock.acquire(timeout=0.01)) as outcome:
+        pass
+    assert outcome == [False] and lock.release()
+    assert ["RLock" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_recipe_lock_release_names_the_hold_by_its_token(_recipe_client, _client_dir):
+    lost = threading.Event()
+    lock = _recipe_lock(_recipe_client, _client_dir, ttl=1, on_lost=lost.set)
+    assert lock.acquire()
+    old = lock.token
+    _recipe_client.delete(lock.path, recursive=True)
+    assert lost.wait(_CLIENT_WAIT_S) and lock.acquire() and lock.token > old
+    assert lock.release(old) is False and lock.is_held
+    assert lock.release(lock.token) is True and lock.contenders() == []
+
+
+def test_recipe_lock_block_that_lost_it_does_not_release_what_another_thread_has(
+        _recipe_client, _client_dir):
+    lost = threading.Event()
+    lock = _recipe_lock(_recipe_client, _client_dir, ttl=1, on_lost=lost.set)
+    with lock:
+        _recipe_client.delete(lock.path, recursive=True)
+        assert lost.wait(_CLIENT_WAIT_S)
+        with _client_background(lock.acquire) as outcome:
+            _client_eventually(lambda: outcome)
+    assert outcome == [True] and lock.is_held and lock.release()
+
+
+def test_recipe_rlock_is_held_by_whom_it_names(_recipe_client, _client_dir):
+    lock = pyetcd_client.RLock(_recipe_client, _client_dir[1:])
+    assert lock.acquire(holder="task 1") and lock.acquire(holder="task 1", lock_ttl=90)
+    assert lock.acquire(timeout=0, holder="task 2") is False and lock.acquire(timeout=0) is False
+    assert _recipe_client.ls(lock.path)[0].ttl > 60
+    assert lock.release() and lock.is_held and lock.release() and not lock.is_held
+    assert lock.acquire(timeout=0, holder="task 2") and lock.release()
+    assert lock.release() is False
+
+
+def test_recipe_renewals_of_several_threads_do_not_lose_the_file(_recipe_client, _client_dir):
+    lost = []
+    lock = _recipe_lock(_recipe_client, _client_dir, ttl=3, on_lost=lambda: lost.append(1))
+    assert lock.acquire()
+    place = lock._held
+    place._due_at = 0                           # the heartbeat renews as fast as it can
+    with contextlib.ExitStack() as stack:
+        def renew():
+            for _ in range(60):
+                place._due_at = 0
+                assert lock.renew()
+        for _ in range(3):
+            stack.enter_context(_client_background(renew))
+        for _ in range(60):                     # python-etcd's way to renew
+            assert lock.acquire()
+    assert not lost and lock.contenders() == [place.value] and lock.release()
+
+
+def test_recipe_renew_sees_at_once_that_the_entry_is_gone(_recipe_client, _client_dir):
+    lost = threading.Event()
+    lock = _recipe_lock(_recipe_client, _client_dir, ttl=3600, on_lost=lost.set)
+    assert lock.acquire() and lock.renew(1800) and _recipe_client.ls(lock.path)[0].ttl <= 1800
+    _recipe_client.delete(lock.path, recursive=True)
+    assert lock.is_held                         # it does not look
+    assert lock.renew() is False and not lock.is_held and lost.wait(_CLIENT_WAIT_S)
+    lock.release()
+    with pytest.raises(ValueError, match="at least 1"):
+        lock.acquire(lock_ttl=0)
+
+
+_RECIPE_FORK = """
+import os, sys, threading, time
+from pyetcd_client import *
+client = Client(sys.argv[1])
+client.set("/f/a", "1")
+lock, rlock = Lock(client, "f"), RLock(client, "g")
+lease, beat = Lease(client, "/f/l", "me"), Heartbeat(client, "/f/a")
+tree, counter, queue = CachedTree(client, "/f"), Counter(client, "/f/n"), Queue(client, "/f/q")
+for thing in (lock, rlock): assert thing.acquire()
+for thing in (lease, beat, tree): thing.start()
+counter.add(); queue.put("x")
+guards = [lock._changed, rlock._changed, lease._lock, lease._renewing, beat._lock, tree._changed,
+          tree._control, counter._turn]
+ready, done = threading.Event(), threading.Event()
+def hold():                     # a thread that the child does not have holds every lock
+    for guard in guards: guard.acquire()
+    ready.set(); done.wait(60)
+    for guard in guards: guard.release()
+threading.Thread(target=hold, daemon=True).start()
+ready.wait(60)
+pid = os.fork()
+if pid:
+    done.set()
+    status = os.waitpid(pid, 0)[1]
+    assert lock.is_held and rlock.is_held and lease.is_held and beat.is_held and not tree.error
+    assert counter.value == 2 and lock.contenders() == [lock.uuid]
+    print(status)
+    sys.stdout.flush()
+    os._exit(0)
+import signal
+signal.alarm(50)
+def refuses(function):
+    try: function()
+    except RuntimeError: return True
+for held in (lock, rlock):
+    assert not held.is_held and held.token == 0 and not held.release() and not held.renew()
+    assert not held.acquire(timeout=0) and not held.acquire(timeout=0.2)
+assert not lease.is_held and not lease.stop() and refuses(lease.start)
+assert not beat.is_held and not beat.stop() and refuses(beat.start)
+for use in (lambda: tree["/f/a"], lambda: len(tree), tree.items, lambda: tree.wait_for(1, 9)):
+    assert refuses(use)
+assert tree.start()["/f/a"].value == "1" and not tree.error
+assert counter.add() == 2 and queue.get(timeout=0) == "x"
+other = Lock(client, "h")
+assert other.acquire() and other.release()
+tree.close(); client.close()
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="no fork")
+def test_recipe_objects_of_the_parent_are_usable_or_refuse_in_a_forked_child(_client_server):
+    result = _client_python("-W", "ignore::DeprecationWarning", "-c", _RECIPE_FORK,
+                            _client_server.url)
+    assert (result.returncode, result.stdout) == (0, b"0\n"), result.stderr.decode()
+
+
+# -- queues that stay as fast as they were
+
+def test_recipe_queue_work_for_an_item_does_not_grow(_recipe_client, _client_dir):
+    queue, work = pyetcd_client.Queue(_recipe_client, _client_dir), []
+    for number in range(40):
+        queue.put(str(number))
+        before = len(_recipe_client.calls)
+        assert queue.get(timeout=0) == str(number)
+        calls = _recipe_client.calls[before:]
+        work.append([call.method for call in calls])
+        assert not _client_files(_recipe_client, _client_dir)      # what the next look reads
+    assert work == [["GET", "PUT", "DELETE"]] * 40
+
+
+def test_recipe_queue_serves_urgent_items_first(_recipe_client, _client_dir):
+    queue = pyetcd_client.Queue(_recipe_client, _client_dir)
+    queue.put_all(["c", "d"])
+    queue.put("a", priority=-1), queue.put("b", 1), queue.put("e", priority=101)
+    assert [queue.get(0) for _ in range(6)] == ["a", "b", "c", "d", "e", None]
+    queue.put("1:2:\n:"), queue.put("")
+    assert [queue.get(0) for _ in range(3)] == ["1:2:\n:", "", None]
+
+
+def test_recipe_queue_takes_what_an_older_version_or_a_hand_has_put(_recipe_client, _client_dir):
+    queue = pyetcd_client.Queue(_recipe_client, _client_dir)
+    for name, value in (("f" * 32, "old"), ("by/hand", "x:1:y")):
+        _recipe_client.create(f"{_client_dir}/items/{name}", value)
+    _recipe_client.append(f"{_client_dir}/items", "posted")
+    _recipe_client.create(f"{_client_dir}/items/{'a' * 32}", "mark of 0.4.0", ttl=100)
+    queue.put("new")
+    assert [queue.get(0) for _ in range(5)] == ["old", "x:1:y", "posted", "new", None]
+
+
+def test_recipe_queue_second_file_of_an_item_adds_nothing(_recipe_client, _client_dir):
+    """The first write of it is late: before the item is taken, and after that."""
+    queue = pyetcd_client.Queue(_recipe_client, _client_dir)
+    for deliver_first in (True, False):
+        _recipe_client.fault = _recipe_first("late", "POST")
+        queue.put("once")
+        if deliver_first:
+            assert _recipe_client.deliver() == 1 and len(queue) == 1
+        assert queue.get(timeout=0) == "once"
+        assert _recipe_client.deliver() == (not deliver_first)
+        with pytest.raises(pyetcd_client.WatchTimeout):
+            queue.take(timeout=0)
+        assert queue.get(timeout=0) is None and len(queue) == 0
+    assert not _client_files(_recipe_client, _client_dir)
+
+
+@pytest.mark.parametrize("fate", _RECIPE_FATES)
+def test_recipe_queue_lost_answers_to_deletions_are_looked_into(
+        _recipe_client, _client_dir, fate):
+    queue, got = pyetcd_client.Queue(_recipe_client, _client_dir), []
+    for value in "abc":
+        queue.put(value)
+        _recipe_client.fault = _recipe_first(fate, "DELETE")
+        got.append(queue.get(timeout=0))
+    queue.put("d")
+    with queue.take(timeout=0) as item:
+        got.append(item.value)
+        _recipe_client.fault = _recipe_first(fate, "DELETE")
+    assert got == ["a", "b", "c", "d"] and queue.get(0) is None
+
+
+def test_recipe_queue_item_that_could_not_be_taken_is_there_at_once(
+        _recipe_client, _client_dir, monkeypatch):
+    _recipe_patience(monkeypatch, OUTAGE_S=0.2)
+    queue = pyetcd_client.Queue(_recipe_client, _client_dir)
+    queue.put("a")
+
+    def fault(call):
+        return "unsent" if call.method == "DELETE" and "/items/" in call.target else None
+    _recipe_client.fault = fault
+    with pytest.raises(pyetcd_client.ConnectionFailed):
+        queue.get(timeout=0)
+    _recipe_client.fault = lambda call: None
+    assert pyetcd_client.Queue(_recipe_client, _client_dir).get(timeout=0) == "a"
+
+
+# -- copies, services, parties
+
+def test_recipe_cached_tree_is_of_one_moment_and_starts_again(_recipe_client, _client_dir):
+    changes, over = [], threading.Event()
+    tree = pyetcd_client.CachedTree(
+        _recipe_client, _client_dir, on_change=lambda *change: changes.append(change))
+
+    def churn():
+        for number in itertools.count():
+            if over.is_set():
+                return
+            _recipe_client.set(f"{_client_dir}/{number % 7}", str(number))
+            _recipe_client.delete(f"{_client_dir}/{number % 7}")
+
+    with tree, _client_background(churn):
+        _client_eventually(lambda: len(changes) > 5)
+        for _ in range(300):
+            assert all(node.key == key for key, node in tree.items())
+            assert len(tree.keys()) + len(tree.values()) >= 0
+        assert tree.start() is tree             # one thread is enough
+        assert [t.name for t in threading.enumerate() if t.name.startswith("pyetcd-")] == [
+            f"pyetcd-tree {_client_dir}"]
+        over.set()
+    before = tree.snapshot()
+    changes.clear()
+    index = _recipe_client.set(_client_dir + "/new", "1").modified_index
+    assert tree.snapshot() == before and not tree.wait_for(index)
+    with tree:                                  # goes on, and tells the difference
+        assert tree.wait_for(index) and (changes[-1][0], changes[-1][1]) == (
+            _client_dir + "/new", None)
+        index = _recipe_client.set(_client_dir + "/new", "2").modified_index
+        assert tree.wait_for(index, _CLIENT_WAIT_S) and tree[_client_dir + "/new"].value == "2"
+
+
+def test_recipe_cached_tree_survives_what_its_callback_raises(_recipe_client, _client_dir, caplog):
+    def fail(*_):
+        raise SystemExit(1)
+    with pyetcd_client.CachedTree(_recipe_client, _client_dir, on_change=fail) as tree:
+        for value in "ab":
+            index = _recipe_client.set(_client_dir + "/k", value).modified_index
+            assert tree.wait_for(index, _CLIENT_WAIT_S)
+        _client_eventually(lambda: len(caplog.records) == 2)
+        assert tree._thread.is_alive() and tree.error is None
+
+
+def test_recipe_cached_tree_error_is_there_as_long_as_the_server_is_not():
+    with pyetcd.LocalMember() as member, Client(member.client_url) as client:
+        client.set("/c/k", "1")
+        with pyetcd_client.CachedTree(client, "/c") as tree:
+            assert tree.error is None
+            member.kill()
+            assert isinstance(_client_eventually(lambda: tree.error), pyetcd_client.EtcdError)
+            member.start()
+            index = client.set("/c/k", "2").modified_index
+            assert tree.wait_for(index, _CLIENT_WAIT_S) and tree["/c/k"].value == "2"
+            _client_eventually(lambda: tree.error is None)
+
+
+def test_recipe_cached_tree_is_read_once_however_long_it_is_quiet(
+        _recipe_client, _client_dir, monkeypatch):
+    monkeypatch.setattr(pyetcd_client, "WAIT_SLICE_S", 0.01)
+    reads = []
+    fault = lambda call: reads.append(call.target) if "recursive" in call.target else None  # noqa: E731
+    _recipe_client.fault = fault
+    with pyetcd_client.CachedTree(_recipe_client, _client_dir) as tree:
+        for number in range(30):
+            index = _recipe_client.set(f"{_client_dir}2/x", str(number)).modified_index
+        index = _recipe_client.set(f"{_client_dir}/x", "1").modified_index
+        assert tree.wait_for(index, _CLIENT_WAIT_S) and len(reads) == 1
+
+
+def test_recipe_registry_carries_metadata_and_tags(_recipe_client, _client_dir):
+    registry = pyetcd_client.ServiceRegistry(_recipe_client, _client_dir)
+    zone = {"zone": "a", "weight": 3}
+    with registry.register("mail", "a:25", tags=["v2", "tls"], metadata=zone) as first, \
+            registry.register("mail", "b:25"), registry.register("mail", '{"odd'):
+        found = registry.resolve("mail")
+        assert [(i.address, i.metadata, i.tags) for i in found] == [
+            ("a:25", zone, ("v2", "tls")), ("b:25", {}, ()), ('{"odd', {}, ())]
+        assert registry.resolve("mail", tag="tls") == found[:1] and len(set(found)) == 3
+        assert [address for _, address in registry.resolve("mail", tag="none")] == []
+        assert _recipe_client.get(first.key).value.startswith("{")
+        assert next(registry.watch("mail", tag="v2")) == found[:1]
+        for text in ('{"address": 5}', '{"address": "x", "tags": 5}', "[]", "{" * 50000):
+            _recipe_client.set(registry.path("mail") + "/hand", text)
+            assert registry.resolve("mail")[-1].address == text
+    with pytest.raises(ValueError, match="several"):
+        registry.register("mail", "a", tags="v2")
+
+
+def test_recipe_election_run_leads_while_the_function_runs(_recipe_client, _client_dir):
+    election = pyetcd_client.Election(_recipe_client, _client_dir, "me")
+    assert election.run(lambda a, b: (election.leader().value, a, b), 1, b=2) == ("me", 1, 2)
+    with pytest.raises(ZeroDivisionError):
+        election.run(lambda: 1 / 0)
+    assert election.leader() is None
+    with pyetcd_client.Election(_recipe_client, _client_dir), \
+            _client_background(election.run, list) as outcome:
+        _client_eventually(lambda: len(election.contenders()) == 2)
+        election.cancel()
+    assert isinstance(outcome[0], pyetcd_client.LockExpired)
+
+
+def test_recipe_party_lists_who_is_there(_recipe_client, _client_dir):
+    first, second = (pyetcd_client.Party(_recipe_client, _client_dir, name) for name in "ab")
+    assert list(first) == [] and len(first) == 0
+    with first:
+        second.join(), second.join()
+        assert list(first) == ["a", "b"] and len(second) == 2
+        second.leave()
+        assert list(first) == ["a"]
+        second.join()
+    assert list(first) == ["b"]
+    second.leave()
+
+
+def test_recipe_watches_call_back_until_they_are_told_to_end(_recipe_client, _client_dir):
+    seen, data = [], []
+
+    @pyetcd_client.ChildrenWatch(_recipe_client, _client_dir)
+    def children(names):
+        seen.append(names)
+        return "stop" not in names
+    watch = pyetcd_client.DataWatch(
+        _recipe_client, _client_dir + "/a",
+        lambda value, node: data.append((value, node and node.key)))
+    assert seen == [[]] and data == [(None, None)]
+    _recipe_client.set(_client_dir + "/a", "1")
+    _client_eventually(lambda: seen[-1] == ["a"] and data[-1] == ("1", _client_dir + "/a"))
+    _recipe_client.delete(_client_dir + "/a")
+    _client_eventually(lambda: seen[-1] == [] and data[-1] == (None, None))
+    _recipe_client.set(_client_dir + "/stop", "1")
+    _client_eventually(lambda: seen[-1] == ["stop"])
+    watch.close()
+    _client_eventually(lambda: threading.active_count() and not any(
+        t.name.startswith("pyetcd-watch") for t in threading.enumerate()))
+    with pytest.raises(ValueError, match="already"):
+        watch(print)
+
+
+def test_recipe_retry_repeats_only_what_may_be_repeated(_recipe_client, _client_dir):
+    key = _client_dir + "/k"
+    for fate in ("unsent", "lost", "unheard"):
+        _recipe_client.fault = _recipe_first(fate, "PUT", 2)
+        done = pyetcd_client.retry(
+            _recipe_client, lambda: _recipe_client.set(key, "1"), idempotent=True)
+        assert done.value == "1"
+    _recipe_client.fault = _recipe_first("unheard", "PUT", 2)
+    before = _recipe_client.count("PUT")
+    with pytest.raises(pyetcd_client.ConnectionFailed) as caught:
+        pyetcd_client.retry(_recipe_client, lambda: _recipe_client.set(key, "1"))
+    assert caught.value.maybe_applied and _recipe_client.count("PUT") == before + 1
+    with pytest.raises(pyetcd_client.KeyNotFound):
+        pyetcd_client.retry(_recipe_client, lambda: _recipe_client.get(_client_dir + "/none"))
+
+
 # -- all at once, with every fault
 
 class _RecipeChaos:
