@@ -15022,13 +15022,13 @@ def test_recipe_release_does_not_wait_for_a_renewal_that_hangs(monkeypatch):
     with pyetcd.LocalMember() as member, Client(member.client_url) as client:
         lock = pyetcd_client.Lock(client, "x", ttl=3600)
         assert lock.acquire()
-        member.freeze()
+        member.pause()
         with _client_background(lock.renew):
             _client_eventually(lambda: lock._held._renewing.locked())
             with _client_background(lock.release) as outcome:
                 _client_eventually(lambda: outcome)
             client.close()
-        member.thaw()
+        member.resume()
     assert outcome == [True] and not lock.is_held
 
 
@@ -15511,66 +15511,126 @@ class _RecipeWitness:
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.spans = []                         # (token, entered, left) while the lock was held
-        self.counted = 0
-        self.put, self.got = [], []
+        self.spans = collections.defaultdict(list)  # name: (token, entered, left) while held
+        self.counted = self.in_doubt = 0
+        self.put, self.got, self.done, self.perhaps_put = [], [], [], set()
 
     def note(self, name, value):
         with self.lock:
             getattr(self, name).append(value)
 
+    def attempt(self, function, *args, **kwargs):
+        """Return what it returns; None if no server answered in time, which may be in doubt."""
+        try:
+            return function(*args, **kwargs)
+        except pyetcd_client.WatchTimeout:
+            return None
+        except (pyetcd_client.TransportError, pyetcd_client.HttpError,
+                pyetcd_client.RaftInternal, pyetcd_client.LockExpired) as error:
+            with self.lock:
+                self.in_doubt += error.maybe_applied
+            return None
+
+    def hold(self, name, contender, work=lambda: None):
+        """Hold `contender` for a moment; what it held to the end counts."""
+        if self.attempt(contender.acquire, timeout=2):
+            entered, token = time.monotonic(), contender.token
+            work()
+            left, held = time.monotonic(), contender.is_held
+            contender.release()
+            if held and token:
+                with self.lock:
+                    self.spans[name].append((token, entered, left))
+
     def check(self, counter_value):
-        spans = sorted(self.spans)
-        assert len({token for token, _, _ in spans}) == len(spans)
-        for (_, _, left), (_, entered, _) in zip(spans, spans[1:]):
-            assert left <= entered, "two held the lock at the same time, or tokens do not rise"
-        assert counter_value == self.counted
-        assert sorted(self.got) == sorted(self.put), "items lost or doubled"
+        for name, spans in self.spans.items():
+            spans.sort()
+            limit = 2 if name == "semaphore" else 1
+            assert len({token for token, _, _ in spans}) == len(spans)
+            for position, (_, entered, _) in enumerate(spans):
+                inside = [left for _, since, left in spans if since <= entered < left]
+                assert len(inside) <= limit, f"{name}: too many at the same time"
+                if limit == 1 and position:
+                    assert spans[position - 1][2] <= entered, f"{name}: tokens do not rise"
+        assert self.counted <= counter_value <= self.counted + self.in_doubt
+        for out in (self.got, self.done):
+            assert len(set(out)) == len(out), "items doubled"
+            assert set(out) <= set(self.put) | self.perhaps_put, "items out of nowhere"
+            assert len(set(self.put) - set(out)) <= self.in_doubt, "items lost"
 
 
 def _recipe_worker(client, directory, name, witness, end):
-    """Take a lock, count, put and get, until `end` says so."""
+    """Use one recipe after the other, until `end` says so."""
     lock = pyetcd_client.Lock(client, directory[1:] + "/lock", ttl=2)
+    again = pyetcd_client.RLock(client, directory[1:] + "/again", ttl=2)
+    semaphore = pyetcd_client.Semaphore(client, directory + "/semaphore", 2, ttl=2)
+    election = pyetcd_client.Election(client, directory + "/election", str(name), ttl=2)
     counter = pyetcd_client.Counter(client, directory + "/n")
-    queue = pyetcd_client.Queue(client, directory + "/q")
+    queue = pyetcd_client.Queue(client, directory + "/q", ttl=2)
+    tasks = pyetcd_client.Queue(client, directory + "/tasks", ttl=2)
+
+    def count():
+        if witness.attempt(counter.add) is not None:
+            with witness.lock:
+                witness.counted += 1
+
+    def nest():
+        if witness.attempt(again.acquire, timeout=1):
+            again.release()
+
+    def hand_on(number):
+        for one in (queue, tasks):
+            value = f"{name}.{number}"
+            if witness.attempt(one.put, value, number % 3) is None:
+                witness.perhaps_put.add(value)
+            elif one is queue:
+                witness.note("put", value)
+        item = witness.attempt(queue.get, timeout=0)
+        if item is not None:
+            witness.note("got", item)
+        task = witness.attempt(tasks.take, timeout=0)
+        if task is not None and witness.attempt(task.done):
+            witness.note("done", task.value)
+
     for number in itertools.count():
         if end.is_set():
             return
-        if lock.acquire(timeout=2):
-            entered, token = time.monotonic(), lock.token
-            counter.add()
-            left, held = time.monotonic(), lock.is_held
-            lock.release()
-            with witness.lock:
-                witness.counted += 1
-                if held and token:
-                    witness.spans.append((token, entered, left))
-        queue.put(f"{name}.{number}")
-        witness.note("put", f"{name}.{number}")
-        item = queue.get(timeout=0)
-        if item is not None:
-            witness.note("got", item)
+        witness.hold("lock", lock, count)
+        witness.hold("rlock", again, nest)
+        witness.hold("semaphore", semaphore)
+        witness.hold("election", election)
+        hand_on(number)
 
 
-def _recipe_storm(clients, directory, seconds, disturb=lambda: None):
+def _recipe_storm(clients, directory, seconds, disturb=lambda end: None):
     """Let a worker per client run; return the number of locks held and items passed on."""
     witness, end = _RecipeWitness(), threading.Event()
     with contextlib.ExitStack() as stack:
         outcomes = [stack.enter_context(_client_background(
             _recipe_worker, client, directory, name, witness, end))
             for name, client in enumerate(clients)]
-        disturb()
-        end.wait(seconds)
-        end.set()
+        timer = threading.Timer(seconds, end.set)
+        timer.start()
+        try:
+            disturb(end)
+            end.wait()
+        finally:
+            end.set()
+            timer.cancel()
     assert outcomes == [[None]] * len(clients), outcomes
     for client in clients:
         client.fault = lambda call: None
         client.deliver()
-    rest = pyetcd_client.Queue(clients[0], directory + "/q")
-    for item in iter(lambda: rest.get(timeout=0), None):
+    client = clients[0]
+    rest, tasks = (pyetcd_client.Queue(client, directory + name) for name in ("/q", "/tasks"))
+    for item in iter(lambda: rest.get(timeout=0.5), None):
         witness.got.append(item)
-    witness.check(pyetcd_client.Counter(clients[0], directory + "/n").value)
-    return len(witness.spans), len(witness.got)
+    with contextlib.suppress(pyetcd_client.WatchTimeout):
+        while True:
+            with tasks.take(timeout=3) as task:     # what a worker could not give back
+                witness.done.append(task.value)
+    witness.check(pyetcd_client.Counter(client, directory + "/n").value)
+    return len(witness.spans["lock"]), len(witness.got)
 
 
 def test_recipe_storm_excludes_and_counts_and_hands_out_once(_client_server, _client_dir):
@@ -15615,13 +15675,55 @@ def test_recipe_storm_survives_the_death_of_the_leader(tmp_path, monkeypatch):
             client.endpoints = pyetcd_client.Endpoints(rotated)
             clients.append(client)
 
-        def kill_leader():
-            threading.Event().wait(0.5)
+        def kill_leader(end):
+            end.wait(0.5)
             lead = next(iter(servers.values())).call(lambda etcd: etcd.lead)
             servers[lead].kill()
 
         with _recipe_postman(clients):
             held, items = _recipe_storm(clients, "/storm", 2.0, kill_leader)
+    assert held and items
+
+
+def test_recipe_storm_survives_kills_and_pauses_of_members(monkeypatch):
+    """PYETCD_RECIPE_SECONDS=600 is the long form."""
+    monkeypatch.setattr(pyetcd_client, "CALL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(pyetcd_client, "TAKEN_TTL_S", 10)      # less to do for the members
+    seed = int(os.environ.get("PYETCD_RECIPE_SEED", random.randrange(10**6)))
+    seconds = float(os.environ.get("PYETCD_RECIPE_SECONDS", 4))
+    print(f"PYETCD_RECIPE_SEED={seed}")
+    rng = random.Random(seed)
+
+    def disturb(end):
+        while not end.wait(rng.uniform(0.3, 1.0)):
+            member = rng.choice(cluster.members)
+            if rng.random() < 0.5:
+                member.kill()
+                end.wait(rng.uniform(0.0, 1.5))
+                member.start()
+            else:
+                member.pause()
+                end.wait(rng.uniform(0.0, 3.0))     # longer than a ttl: locks are lost
+                member.resume()
+
+    with pyetcd.LocalCluster(3) as cluster, _recipe_no_threads():
+        urls = [member.client_url for member in cluster.members]
+        clients = []
+        for number in range(5):
+            client = _RecipeClient(urls[0], _RecipeChaos(seed + number, 0.02))
+            client.endpoints = pyetcd_client.Endpoints(urls[number % 3:] + urls[:number % 3])
+            clients.append(client)
+        with pyetcd_client.CachedTree(clients[0], "/storm") as tree:
+            with _recipe_postman(clients):
+                held, items = _recipe_storm(clients, "/storm", seconds, disturb)
+            index = clients[0].set("/storm/end", "1").modified_index
+            assert tree.wait_for(index, _CLIENT_WAIT_S)
+            found = {node.key: node.value for node in _client_files(clients[0], "/storm")}
+            copy = {key: node.value for key, node in tree.items()}
+            assert {key: copy.get(key) for key in found} == found
+        for client in clients:
+            client.close()
+    print(f"{held} locks held, {items} items passed on")
     assert held and items
 
 
