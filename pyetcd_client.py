@@ -2414,10 +2414,6 @@ class _Step(enum.Enum):
     POLL = "the next change"
 
 
-class _WentBackError(EtcdError):
-    """A server shows an older store than the watch has seen: restored, or one that lags behind."""
-
-
 class _WatchState:
     """What a watch knows, and what follows from each answer.  No network and no clock in here.
 
@@ -2430,7 +2426,8 @@ class _WatchState:
 
     LIST    listed -> POLL
     POLL    change -> POLL.  Index cleared (401) -> RELIST; without relist POLL from the newest
-            index known to be quiet, or the error.  An older store, by index or term -> CHECK
+            index known to be quiet, or the error.  An older store, by index or term, and silence
+            after that -> CHECK
     CHECK   older -> RELIST; without relist the error that etcd has for a lost history, 401.
             As new as it should be -> where we were
     RELIST  listed: the difference is found -> POLL
@@ -2450,19 +2447,26 @@ class _WatchState:
         self._relist = relist
         self._known: Optional[Dict[str, Node]] = None   # with relist: the nodes as told so far
         self._newest = (0, 0)                       # index and term of a store seen
+        self._doubtful = False                      # the last head shows an older one
 
     # -- answers to POLL
 
     def head(self, index: int, term: int, now_s: float) -> None:
-        """Note where the store was when it began to wait for us.  Raises _WentBackError."""
+        """Note where the store was when it began to wait for us."""
         self.reached = True
-        if self._is_older(index, term):
-            self.step = _Step.CHECK
-            raise _WentBackError(f"the store is at {index}, and it was at {self._newest[0]}")
+        self._doubtful = self._is_older(index, term)
+        if self._doubtful:
+            return
         self._newest = max(index, self._newest[0]), max(term, self._newest[1])
         if self.index is None:                      # in case the connection breaks now
             self.index = index + 1
         self.quiet = index, now_s
+
+    def is_doubtful(self) -> bool:
+        """Whether to check where the store is, rather than wait for it: it showed an older one."""
+        if self._doubtful:
+            self.step = _Step.CHECK
+        return self._doubtful
 
     def alive(self, index: int, term: int, now_s: float) -> bool:
         """Note where the store is while it waits for us; return False if that must be checked."""
@@ -2733,7 +2737,7 @@ class Watch:
         call = _Call("GET", target, parse, on_head=on_head, statuses=statuses)
         self._alive, self._asked_at, self._until = False, time.monotonic(), scope.deadline
         self._exchange = _Exchange(min(self._until, self._asked_at + WATCH_POLL_S),
-                                   self._head_s(), client.connect_timeout, self._see)
+                                   self._head_s(), client.connect_timeout, self._is_patient)
         return client._request(self._endpoint, call, self._exchange)
 
     def _rounds(self) -> int:
@@ -2757,8 +2761,14 @@ class Watch:
             self._exchange.deadline = min(self._until, time.monotonic() + WATCH_POLL_S)
             self._exchange.silence_s = min(WATCH_PROBE_S, WATCH_POLL_S)
 
+    def _is_patient(self) -> bool:
+        """Whether to wait on for a server that said nothing for a while."""
+        if self._alive and self._state.is_doubtful():
+            return False
+        return self._see()
+
     def _see(self) -> bool:
-        """Whether a silent server is worth waiting for, and this request to it."""
+        """Ask a silent server something else; return whether to wait on for this answer."""
         client, before = self._client, self._state.quiet[0]
         target = _keys_target(self._path + _NOBODYS, {}, client.version_prefix)
         call = _Call("GET", target, _parse_not, statuses=_ANY_ANSWER)
@@ -2785,20 +2795,18 @@ class Watch:
     def _fail(self, error: EtcdError, scope: Scope) -> None:
         """Go on with the next endpoint, after a wait if all failed; raise `error` if it is final.
 
-        When etcd clears its watchers (400) the same question may be asked again, and when a store
-        seems to have gone back another one.
+        When etcd clears its watchers (400) the same question may be asked again.
         """
         client = self._client
         if _is_endpoint_failure(error):
             client._give_up(self._endpoint)
-        elif not isinstance(error, (WatcherCleared, _WentBackError)):
+        elif not isinstance(error, WatcherCleared):
             raise error
         self._failures += 1
         rounds = self._rounds()
         if not rounds:
             return
-        if not isinstance(error, _WentBackError):
-            client._connectivity.report(False)
+        client._connectivity.report(False)
         if not self._state.reached and not (isinstance(error, RequestTimeout) and rounds < 3):
             raise error
         scope.wait(_backoff_s(rounds))

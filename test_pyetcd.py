@@ -11919,10 +11919,10 @@ def _client_background(function, *args):
 _CLIENT_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Etcd-Index: 7\r\n"
 
 
-def _client_reply(payload, status=200, cluster="c1", extra=""):
+def _client_reply(payload, status=200, cluster="c1", extra="", index=7):
     """Return a whole answer."""
     body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-    head = (f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nX-Etcd-Index: 7\r\n"
+    head = (f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nX-Etcd-Index: {index}\r\n"
             f"X-Etcd-Cluster-Id: {cluster}\r\n{extra}Content-Length: {len(body)}\r\n\r\n")
     return head.encode() + body
 
@@ -12929,7 +12929,7 @@ def test_client_watch_survives_a_restart(kind, tmp_path):
 
 def _client_event(index):
     node = {"key": "/k", "value": f"v{index}", "modifiedIndex": index, "createdIndex": index}
-    return _client_reply({"action": "set", "node": node})
+    return _client_reply({"action": "set", "node": node}, index=index)
 
 
 def test_client_watch_without_index_has_no_gap_after_a_lost_connection():
@@ -13003,14 +13003,14 @@ def test_client_watch_relists_again_when_that_failed(monkeypatch):
     cleared = _client_reply({"errorCode": 401, "message": "cleared", "index": 2000}, 400)
     with _ClientRawServer(
             _CLIENT_GOOD, cleared, (b"",), _CLIENT_TIMED_OUT, _client_event(8), cleared,
-            _CLIENT_GOOD, _client_event(9),
+            _client_event(8), _client_event(9),
     ) as server, Client(server.url) as client:
         with client.watcher("k", index=3) as events:
             told = [next(events), next(events)]
         targets = [target.partition("?")[2] for _, target, _ in server.requests]
     assert [(e.value, e.relisted) for e in told] == [("v8", True), ("v9", False)]
-    assert targets == ["", "wait=true&waitIndex=3", *["quorum=true"] * 3, "wait=true&waitIndex=8",
-                       "quorum=true", "wait=true&waitIndex=8"]
+    assert targets == ["", "wait=true&waitIndex=3", *["quorum=true"] * 3, "wait=true&waitIndex=9",
+                       "quorum=true", "wait=true&waitIndex=9"]
 
 
 def test_client_watch_close_ends_a_backoff_and_the_iteration(monkeypatch):
