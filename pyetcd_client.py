@@ -2447,7 +2447,8 @@ class _WatchState:
         self._relist = relist
         self._known: Optional[Dict[str, Node]] = None   # with relist: the nodes as told so far
         self._newest = (0, 0)                       # index and term of a store seen
-        self._doubtful = False                      # the last head shows an older one
+        self._doubtful = False                      # the last head shows an older one,
+        self._other_term = False                    # so that what follows it may not count
 
     # -- answers to POLL
 
@@ -2455,6 +2456,7 @@ class _WatchState:
         """Note where the store was when it began to wait for us."""
         self.reached = True
         self._doubtful = self._is_older(index, term)
+        self._other_term = 0 < term < self._newest[1]
         if self._doubtful:
             return
         self._newest = max(index, self._newest[0]), max(term, self._newest[1])
@@ -2474,16 +2476,19 @@ class _WatchState:
         if self._is_older(index, term):
             self.step = _Step.CHECK
             return False
+        self.settle(now_s)
         if self.step is _Step.POLL and index:
             self.quiet = index, now_s
         return True
 
-    def change(self, event: EtcdResult) -> None:
-        """Take a change.  Raises BadReply for one that was not asked for."""
-        asked = self.index
+    def change(self, event: EtcdResult, asked: Optional[int]) -> None:
+        """Take the change that came for index `asked`.  Raises BadReply for an older one."""
         if asked is not None and event.modified_index < asked:
             raise BadReply(f"asked for index {asked} on, got {event.modified_index}")
         self.reached = True
+        if self._other_term:                        # perhaps of another history
+            self.step = _Step.CHECK
+            return
         self.index = event.modified_index + 1
         if self._concerns(event.key):
             if self._known is not None:
@@ -2697,12 +2702,15 @@ class Watch:
         else:
             self._answered()
             self._failures = 0
+            if state.step is _Step.CHECK:           # whoever lags behind may need a moment
+                scope.wait(_backoff_s(1))
 
     def _poll(self, scope: Scope) -> None:
-        query = {"wait": True, "recursive": self._recursive or None, "waitIndex": self.index}
+        asked = self._state.index
+        query = {"wait": True, "recursive": self._recursive or None, "waitIndex": asked}
         event = self._ask(query, scope, _parse_result, self._on_head)
         try:
-            self._state.change(event)
+            self._state.change(event, asked)
         except BadReply as error:
             error.endpoint = self._endpoint
             raise
