@@ -41,6 +41,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import contextlib
+import contextvars
 import datetime
 import enum
 import getpass
@@ -69,9 +70,10 @@ import weakref
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import (
     Any,
+    AsyncIterator,
     Callable,
     ClassVar,
     Container,
@@ -124,7 +126,7 @@ __all__ = [
     "EtcdEventIndexCleared", "EtcdConnectionFailed", "EtcdWatchTimedOut",
     "EtcdClusterIdChanged", "EtcdLockExpired",
     "Node", "EtcdResult", "Result", "Member", "Scope", "Endpoints", "ConnectionState", "Watch",
-    "WatchedChange",
+    "WatchedChange", "to_thread", "each",
     "EtcdUser", "EtcdRole", "Auth", "auth", "Client",
     "retry", "Heartbeat", "Lease", "Contender", "Lock", "RLock", "RWLock", "Semaphore",
     "Observed", "Leader", "Election", "QueueItem", "Queue", "Barrier", "DoubleBarrier", "Counter",
@@ -276,7 +278,7 @@ EtcdError.error_exceptions.update(dict.fromkeys((200, *range(204, 209)), EtcdVal
 
 
 @_registered(100)
-class KeyNotFound(EtcdKeyError):
+class KeyNotFound(EtcdKeyError, KeyError):
     """A path component does not exist; the cause is its path.  Also: no such user, role, member."""
 
 
@@ -815,6 +817,11 @@ class Scope:
             self.detach(woken.set)
         return self.left_s() > 0
 
+    @property
+    def calls(self) -> int:
+        """How many waits there are just below it."""
+        return len(self._wakers)
+
     def attach(self, wake: Callable[[], object]) -> None:
         """Have `wake()` called by whoever cancels; at once, if somebody did.  Perhaps twice."""
         self._wakers[wake] = None
@@ -847,6 +854,8 @@ _Address = Union[str, Tuple[str, int]]              # a URL, host, host:port, or
 def _base_url(text: str, protocol: str = "http") -> str:
     """Return `text` as scheme://host:port; raise ValueError if it does not name a server."""
     url = text.strip()
+    if url.count(":") > 1 and not {"[", "/"}.intersection(url):     # an IPv6 address alone
+        url = f"[{url}]"
     url = url if "://" in url else f"{protocol}://{url}"
     parts = urlsplit(url)
     try:
@@ -860,10 +869,13 @@ def _base_url(text: str, protocol: str = "http") -> str:
     return f"{parts.scheme}://{parts.netloc}"
 
 
-def _listed_urls(host: Union[str, Sequence[_Address]], port: int, protocol: str) -> List[str]:
+def _listed_urls(
+    host: Union[_Address, Sequence[_Address]], port: int, protocol: str,
+) -> List[str]:
     """Return the URLs of the servers in `host`; `port` is for those that come without one."""
     urls: List[str] = []
-    for item in [host] if isinstance(host, str) else host:
+    alone = isinstance(host, str) or (len(host) == 2 and isinstance(host[1], int))
+    for item in cast(Sequence[_Address], [host] if alone else host):
         if isinstance(item, str):
             urls.extend(_with_port(_base_url(part, protocol), port) for part in item.split(","))
         else:
@@ -1062,6 +1074,7 @@ class _Exchange:
         self.sent = False                           # a byte of the request may have arrived
         self.cancelled = False
         self._sock: Optional[socket.socket] = None  # what the performing thread may wait for
+        self._spare: Optional[socket.socket] = None     # another descriptor of it, ours to close
         self._lock = threading.Lock()               # guards _sock; nothing is locked inside
 
     def left_s(self) -> float:
@@ -1089,8 +1102,7 @@ class _Exchange:
     def connect(self, host: str, port: int) -> socket.socket:
         """Return a connection to the first address of `host` that takes one.  Raises OSError."""
         failure = OSError(f"{host} has no address")
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM):
+        for family, kind, protocol, _, address in self._addresses(host, port):
             sock = socket.socket(family, kind, protocol)
             try:
                 self.use(sock, self.connect_s)
@@ -1103,16 +1115,42 @@ class _Exchange:
                 failure = error
         raise failure
 
+    def _addresses(self, host: str, port: int) -> Sequence[Tuple[Any, ...]]:
+        """Look a name up on a thread of its own: nothing else could end that in time."""
+        with contextlib.suppress(socket.gaierror):
+            return socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        found: concurrent.futures.Future[Sequence[Tuple[Any, ...]]] = concurrent.futures.Future()
+
+        def look() -> None:
+            try:
+                found.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            except (OSError, UnicodeError) as error:
+                found.set_exception(error)
+
+        woken = threading.Event()
+        found.add_done_callback(lambda _: woken.set())
+        scope = cast(Scope, _here.scope)
+        scope.attach(woken.set)
+        threading.Thread(target=look, name=f"pyetcd-lookup {host}", daemon=True).start()
+        woken.wait(self.left_s())
+        scope.detach(woken.set)
+        self.left_s()
+        return found.result(0)
+
+    def guard(self, sock: socket.socket) -> None:
+        """Let `cancel` end what is done with `sock` by a library that takes it over."""
+        self._sock = self._spare = sock.dup()
+
     def done(self) -> None:
         """Let go of the socket: from here on `cancel` does nothing."""
         with self._lock:
             self._sock = None
+        if self._spare is not None:
+            self._spare.close()
 
     def cancel(self) -> None:
-        """End the exchange at once, with an error for who performs it.
-
-        Name lookup and TLS handshake are not interrupted, but nothing follows them.
-        """
+        """End the exchange at once, with an error for who performs it."""
         self.cancelled = True                       # before the look at `_sock`
         with self._lock, contextlib.suppress(OSError):
             if self._sock is not None:
@@ -1190,6 +1228,11 @@ class _HttpConnection(HTTPConnection):
 
 class _HttpsConnection(_HttpConnection, HTTPSConnection):
     """The same over TLS."""
+
+    def _new_conn(self) -> socket.socket:
+        sock = super()._new_conn()
+        _here.exchange.guard(sock)                  # during the handshake
+        return sock
 
 
 class _HttpPool(HTTPConnectionPool):
@@ -1347,6 +1390,10 @@ def _reason(error: BaseException) -> str:
     inner = next((item for item in error.args if isinstance(item, BaseException)), None)
     if inner is not None:                           # urllib3's errors about certificates
         return _reason(inner)
+    if isinstance(error, http.client.BadStatusLine) and str(error)[:1] == "\x15":
+        return "the server speaks TLS: use https://"
+    if "WRONG_VERSION_NUMBER" in str(error) or "HTTP_REQUEST" in str(error):
+        return "the server does not speak TLS: use http://"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__
@@ -1368,6 +1415,13 @@ def _transport_error(
     return ConnectionFailed(_reason(error), endpoint=endpoint, maybe_applied=write)
 
 
+def _said(reply: _Reply) -> str:
+    """Return what an answer that is not etcd's says: its status, and a sentence if there is one."""
+    text = " ".join(reply.body[:1000].decode("utf-8", "replace").split())
+    status = f"HTTP status {reply.status}"
+    return f"{status}: {text[:200]}" if text.isprintable() and text[:1] not in "<{[" else status
+
+
 def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
     """Return the error an answer stands for.
 
@@ -1385,7 +1439,7 @@ def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
         reply.status == 401 or "X-Etcd-Cluster-Id" in reply.headers)
     if of_etcd or isinstance(payload.get("errorCode"), int):
         return EtcdError.from_payload(payload, endpoint=endpoint, maybe_applied=maybe_applied)
-    message = str(payload.get("message", "")) or f"HTTP status {reply.status}"
+    message = str(payload.get("message", "")) or _said(reply)
     if 300 <= reply.status < 400:
         message = f"redirected to {reply.headers.get('Location')}: not followed"
     return HttpError(                               # whoever it was, it was not etcd
@@ -1534,10 +1588,31 @@ def _clean_key(key: str) -> str:
 
 
 def _text(value: object) -> str:
-    """Return a value as the text that is stored; None is the empty one, bytes are kept."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
-    return "" if value is None else str(value)
+    """Return a value as the text that is stored: text, UTF-8, a number, or what has a `__str__`.
+
+    Raises EtcdValueError for what would not come back as it was given.
+    """
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        try:
+            return bytes(value).decode()
+        except UnicodeDecodeError as error:
+            raise EtcdValueError("etcd stores text, and these bytes are not UTF-8: store "
+                                 "base64.b64encode(value).decode()") from error
+    if isinstance(value, str):
+        text = str.__str__(value)                   # of an Enum its value
+    elif isinstance(value, (int, float)) or type(value).__str__ is not object.__str__:
+        text = str(value)
+    elif value is None:
+        raise EtcdValueError("None is not a value: delete the key, or store an empty text")
+    else:
+        raise EtcdValueError(
+            f"etcd stores text, not a {type(value).__name__}: store json.dumps(value)")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise EtcdValueError("etcd stores text, and this is not all text: store "
+                             "base64.b64encode(os.fsencode(value)).decode()") from error
+    return text
 
 
 def _encode_fields(fields: Mapping[str, _Field]) -> str:
@@ -1655,7 +1730,7 @@ class _Caller:
     """What all parts of a client share: endpoints, connections, and the way a call goes."""
 
     def __init__(
-        self, host: Union[str, Sequence[_Address]] = "127.0.0.1", port: int = 2379,
+        self, host: Union[_Address, Sequence[_Address]] = "127.0.0.1", port: int = 2379,
         srv_domain: Optional[str] = None, version_prefix: str = "/v2",
         read_timeout: float = READ_TIMEOUT_S, allow_redirect: bool = True, protocol: str = "http",
         cert: Union[None, str, Tuple[str, str]] = None, ca_cert: Optional[str] = None,
@@ -1763,6 +1838,9 @@ class _Caller:
         self._connectivity.close()
         _close_all(self._idle)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({list(self.endpoints.urls or self._srv or ())!r})"
+
     def __enter__(self: _CallerType) -> _CallerType:
         return self
 
@@ -1819,15 +1897,18 @@ class _Caller:
         if not _is_endpoint_failure(error):
             self._connectivity.report(True)
             raise error
-        self._give_up(endpoint)
+        self._give_up(endpoint, error)
         never_sent = isinstance(error, ConnectionFailed) and not error.maybe_applied
         if call.write and not never_sent:
             self._connectivity.report(False)
             raise error
 
-    def _give_up(self, endpoint: str) -> None:
+    def _give_up(self, endpoint: str, error: Optional[EtcdError] = None) -> None:
         if self._reconnect:
             self.endpoints.failed(endpoint)
+            if self.endpoints.current != endpoint:
+                _log.info("%s failed (%s): on to %s", endpoint,
+                          error.message if error else "no answer", self.endpoints.current)
 
     def _pause(self, rounds: int, failures: Mapping[str, EtcdError], scope: Scope) -> None:
         """Wait before the next round; raise what the last one brought if there must be none.
@@ -1920,13 +2001,21 @@ class _Caller:
         """Send one request and read its answer: the only place that does I/O."""
         exchange.sent = False
         headers = self._headers(base, call)
+        began, outcome = time.monotonic(), "broken off"
         try:
-            return connections.perform(
+            reply = connections.perform(
                 exchange, base, call.method, target, call.form, headers, call.on_head)
+            outcome = str(reply.status)
+            return reply
         except (OSError, http.client.HTTPException, UrllibError, UnicodeError) as error:
-            raise _transport_error(error, base, exchange, write=call.write) from error
+            failure = _transport_error(error, base, exchange, write=call.write)
+            outcome = failure.message
+            raise failure from error
         finally:
             self._reached = self._reached or exchange.sent
+            if _log.isEnabledFor(logging.DEBUG):    # without the query: it may hold a value
+                _log.debug("%s %s%s: %s after %.1f ms", call.method, base, target.split("?")[0],
+                           outcome, (time.monotonic() - began) * 1000)
 
     def _headers(self, base: str, call: _Call[Any]) -> Dict[str, str]:
         headers = {"User-Agent": _USER_AGENT}
@@ -1950,13 +2039,10 @@ class _Caller:
     def _give_back(self, connections: _Connections) -> None:
         connections.used()
         self._idle.append(connections)
-        if len(self._idle) > self._idle_max:        # close the oldest, when a rush is over
-            with contextlib.suppress(IndexError):
-                oldest = self._idle.popleft()
-                if oldest.is_stale():
-                    oldest.close()
-                else:
-                    self._idle.appendleft(oldest)
+        # In a rush keep one for each call under way, or every other call would make a new one.
+        while len(self._idle) > max(self._idle_max, self.scope.calls):
+            with contextlib.suppress(IndexError):   # another thread was faster
+                self._idle.popleft().close()
 
     def _judge(self, endpoint: str, call: _Call[_T], reply: _Reply) -> _T:
         """Return what an answer means, or raise the error it stands for."""
@@ -1985,25 +2071,39 @@ class _Caller:
 class _Keys(_Caller):
     """The verbs of the keys API, but for those that wait.
 
-    Everywhere `ttl` is in seconds, None for a key that stays; `timeout` is the deadline of this
-    call, seconds over all endpoints, None for the client's `total_timeout`, 0 for none.  A value
-    is text; bytes are stored as they are, other objects as `str` shows them.
+    Everywhere `ttl` is in seconds, 1 or more, None for a key that stays; `timeout` is the deadline
+    of this call, seconds over all endpoints, None for the client's `total_timeout`, 0 for none.  A
+    value is text, or a number, or bytes in UTF-8; EtcdValueError for what would not come back as
+    it was given.  For other bytes there is base64.b64encode(data).decode(), for dicts json.dumps.
     """
 
     # -- reading
 
+    @overload
+    def get(self, key: str, *, recursive: bool = False, sorted: bool = False,
+            quorum: bool = False, timeout: Optional[float] = None) -> EtcdResult: ...
+
+    @overload
+    def get(self, key: str, *, default: _T, recursive: bool = False, sorted: bool = False,
+            quorum: bool = False, timeout: Optional[float] = None) -> Union[EtcdResult, _T]: ...
+
     def get(
-        self, key: str, *, recursive: bool = False, sorted: bool = False, quorum: bool = False,
-        timeout: Optional[float] = None,
-    ) -> EtcdResult:
-        """Return the node at `key`.  Raises KeyNotFound.
+        self, key: str, *, default: Any = _NOT_GIVEN, recursive: bool = False,
+        sorted: bool = False, quorum: bool = False, timeout: Optional[float] = None,
+    ) -> Any:
+        """Return the node at `key`.  Raises KeyNotFound, unless there is a `default` to return.
 
         recursive  list a directory to all depths, not only its children
         sorted     order each level of a listing by key
         quorum     read through consensus: never stale, slower, fails without a quorum
         """
         query = {"recursive": recursive or None, "sorted": sorted or None, "quorum": quorum or None}
-        return self._keys_call("GET", key, query=query, timeout=timeout)
+        try:
+            return self._keys_call("GET", key, query=query, timeout=timeout)
+        except KeyNotFound:
+            if default is _NOT_GIVEN:
+                raise
+            return default
 
     def ls(
         self, key: str = "/", *, recursive: bool = False, quorum: bool = False,
@@ -2019,11 +2119,16 @@ class _Keys(_Caller):
 
     def __contains__(self, key: str) -> bool:
         """Whether `key` exists, as a file or a directory."""
-        try:
-            self.get(key)
-        except KeyNotFound:
-            return False
-        return True
+        return self.get(key, default=None) is not None
+
+    def __getitem__(self, key: str) -> str:
+        """The value of a file.  Raises KeyNotFound, a KeyError; NotFile for a directory."""
+        node = self.get(key).node
+        if node.dir:
+            raise NotFile("Not a file", cause=node.key)
+        return node.value or ""
+
+    __iter__ = None                                 # else Python would ask for the keys 0, 1, 2
 
     # -- writing
 
@@ -2193,6 +2298,8 @@ class _Keys(_Caller):
         self, method: str, key: str, form: Optional[Mapping[str, _Field]] = None, *,
         query: Mapping[str, _Field] = MappingProxyType({}), timeout: Optional[float] = None,
     ) -> EtcdResult:
+        if form is not None and form.get("ttl") == 0:
+            raise EtcdValueError("a ttl is seconds, 1 or more; None for a key that stays")
         target = _keys_target(key, query, self.version_prefix)
         body = None if form is None else _encode_fields(form).encode()
         return self._perform(_Call(method, target, _parse_result, body, timeout=timeout))
@@ -2362,7 +2469,7 @@ class _Cluster(_Caller):
         parameter `wait`.
         """
         given = {} if params is None else {
-            name: value if isinstance(value, bool) else _text(value)
+            name: value if isinstance(value, bool) else "" if value is None else _text(value)
             for name, value in params.items()}
         if method not in ("GET", "DELETE"):
             form = _encode_fields(given).encode()
@@ -2420,10 +2527,6 @@ class _Step(enum.Enum):
     POLL = "the next change"
 
 
-class _WentBackError(EtcdError):
-    """A server shows an older store than the watch has seen: restored, or one that lags behind."""
-
-
 class _WatchState:
     """What a watch knows, and what follows from each answer.  No network and no clock in here.
 
@@ -2436,7 +2539,8 @@ class _WatchState:
 
     LIST    listed -> POLL
     POLL    change -> POLL.  Index cleared (401) -> RELIST; without relist POLL from the newest
-            index known to be quiet, or the error.  An older store, by index or term -> CHECK
+            index known to be quiet, or the error.  An older store, by index or term, and silence
+            after that -> CHECK
     CHECK   older -> RELIST; without relist the error that etcd has for a lost history, 401.
             As new as it should be -> where we were
     RELIST  listed: the difference is found -> POLL
@@ -2456,19 +2560,28 @@ class _WatchState:
         self._relist = relist
         self._known: Optional[Dict[str, Node]] = None   # with relist: the nodes as told so far
         self._newest = (0, 0)                       # index and term of a store seen
+        self._doubtful = False                      # the last head shows an older one,
+        self._other_term = False                    # so that what follows it may not count
 
     # -- answers to POLL
 
     def head(self, index: int, term: int, now_s: float) -> None:
-        """Note where the store was when it began to wait for us.  Raises _WentBackError."""
+        """Note where the store was when it began to wait for us."""
         self.reached = True
-        if self._is_older(index, term):
-            self.step = _Step.CHECK
-            raise _WentBackError(f"the store is at {index}, and it was at {self._newest[0]}")
+        self._doubtful = self._is_older(index, term)
+        self._other_term = 0 < term < self._newest[1]
+        if self._doubtful:
+            return
         self._newest = max(index, self._newest[0]), max(term, self._newest[1])
         if self.index is None:                      # in case the connection breaks now
             self.index = index + 1
         self.quiet = index, now_s
+
+    def is_doubtful(self) -> bool:
+        """Whether to check where the store is, rather than wait for it: it showed an older one."""
+        if self._doubtful:
+            self.step = _Step.CHECK
+        return self._doubtful
 
     def alive(self, index: int, term: int, now_s: float) -> bool:
         """Note where the store is while it waits for us; return False if that must be checked."""
@@ -2476,16 +2589,19 @@ class _WatchState:
         if self._is_older(index, term):
             self.step = _Step.CHECK
             return False
+        self.settle(now_s)
         if self.step is _Step.POLL and index:
             self.quiet = index, now_s
         return True
 
-    def change(self, event: EtcdResult) -> None:
-        """Take a change.  Raises BadReply for one that was not asked for."""
-        asked = self.index
+    def change(self, event: EtcdResult, asked: Optional[int]) -> None:
+        """Take the change that came for index `asked`.  Raises BadReply for an older one."""
         if asked is not None and event.modified_index < asked:
             raise BadReply(f"asked for index {asked} on, got {event.modified_index}")
         self.reached = True
+        if self._other_term:                        # perhaps of another history
+            self.step = _Step.CHECK
+            return
         self.index = event.modified_index + 1
         if self._concerns(event.key):
             if self._known is not None:
@@ -2700,12 +2816,15 @@ class Watch:
         else:
             self._answered()
             self._failures = 0
+            if state.step is _Step.CHECK:           # whoever lags behind may need a moment
+                scope.wait(_backoff_s(1))
 
     def _poll(self, scope: Scope) -> None:
-        query = {"wait": True, "recursive": self._recursive or None, "waitIndex": self.index}
+        asked = self._state.index
+        query = {"wait": True, "recursive": self._recursive or None, "waitIndex": asked}
         event = self._ask(query, scope, _parse_result, self._on_head)
         try:
-            self._state.change(event)
+            self._state.change(event, asked)
         except BadReply as error:
             error.endpoint = self._endpoint
             raise
@@ -2740,7 +2859,7 @@ class Watch:
         call = _Call("GET", target, parse, on_head=on_head, statuses=statuses)
         self._alive, self._asked_at, self._until = False, time.monotonic(), scope.deadline
         self._exchange = _Exchange(min(self._until, self._asked_at + WATCH_POLL_S),
-                                   self._head_s(), client.connect_timeout, self._see)
+                                   self._head_s(), client.connect_timeout, self._is_patient)
         return client._request(self._endpoint, call, self._exchange)
 
     def _rounds(self) -> int:
@@ -2764,8 +2883,14 @@ class Watch:
             self._exchange.deadline = min(self._until, time.monotonic() + WATCH_POLL_S)
             self._exchange.silence_s = min(WATCH_PROBE_S, WATCH_POLL_S)
 
+    def _is_patient(self) -> bool:
+        """Whether to wait on for a server that said nothing for a while."""
+        if self._alive and self._state.is_doubtful():
+            return False
+        return self._see()
+
     def _see(self) -> bool:
-        """Whether a silent server is worth waiting for, and this request to it."""
+        """Ask a silent server something else; return whether to wait on for this answer."""
         client, before = self._client, self._state.quiet[0]
         target = _keys_target(self._path + _NOBODYS, {}, client.version_prefix)
         call = _Call("GET", target, _parse_not, statuses=_ANY_ANSWER)
@@ -2792,21 +2917,19 @@ class Watch:
     def _fail(self, error: EtcdError, scope: Scope) -> None:
         """Go on with the next endpoint, after a wait if all failed; raise `error` if it is final.
 
-        When etcd clears its watchers (400) the same question may be asked again, and when a store
-        seems to have gone back another one.
+        When etcd clears its watchers (400) the same question may be asked again.
         """
         client = self._client
         if _is_endpoint_failure(error):
-            client._give_up(self._endpoint)
-        elif not isinstance(error, (WatcherCleared, _WentBackError)):
+            client._give_up(self._endpoint, error)
+        elif not isinstance(error, WatcherCleared):
             raise error
         self.error = error
         self._failures += 1
         rounds = self._rounds()
         if not rounds:
             return
-        if not isinstance(error, _WentBackError):
-            client._connectivity.report(False)
+        client._connectivity.report(False)
         if not self._state.reached and not (isinstance(error, RequestTimeout) and rounds < 3):
             raise error
         scope.wait(_backoff_s(rounds))
@@ -2860,6 +2983,62 @@ def _difference(
         topmost, old = key, known[key]
         node = Node(key, dir=old.dir, modified_index=index, created_index=old.created_index)
         yield EtcdResult("delete", node, old, etcd_index=index, relisted=True)
+
+
+# -- asyncio: each wait on a thread of its own, which ends when the task is cancelled
+
+
+async def to_thread(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+    """Call `function` on a thread, and return what it returns; as asyncio.to_thread, but:
+
+    When the task is cancelled, so is a Scope around the call: it ends within milliseconds, and the
+    task goes on after that, so that nothing runs behind its back.  A function that waits for
+    something else is waited for.  There are as many threads as calls: a hundred watches do not
+    keep another call waiting.
+
+        async with asyncio.timeout(5):
+            await to_thread(client.get, "k", quorum=True)
+            await to_thread(lock.acquire)
+    """
+    import asyncio      # here, as it takes longer than the rest: who needs it has it already
+
+    scope, context = Scope(), contextvars.copy_context()
+    outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            with scope:
+                outcome.set_result(context.run(function, *args, **kwargs))
+        except BaseException as error:              # the task's, whatever it is
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="pyetcd-to-thread", daemon=True).start()
+    done = asyncio.wrap_future(outcome)
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        scope.cancel()
+        await asyncio.wait([done])
+        done.exception()                            # asked for, lest asyncio reports it
+        raise
+
+
+async def each(items: Iterable[_T]) -> AsyncIterator[_T]:
+    """Iterate over a watch, or whatever waits between its items, in asyncio; closes it at the end.
+
+        async for event in each(client.watcher("/config", recursive=True)): ...
+    """
+    iterator, end = iter(items), object()
+    try:
+        while True:
+            item = await to_thread(next, iterator, end)
+            if item is end:
+                return
+            yield cast(_T, item)
+    finally:
+        close = getattr(iterator, "close", None)
+        if close is not None:
+            close()
 
 
 class WatchedChange(EtcdResult):
@@ -3267,7 +3446,17 @@ class Auth:
             self.client.auth_disable()
 
 
-auth = SimpleNamespace(EtcdUser=EtcdUser, EtcdRole=EtcdRole, Auth=Auth)     # python-etcd's module
+_User = EtcdUser
+_Role = EtcdRole
+_Switch = Auth
+
+
+class auth:
+    """The names of python-etcd's module of this name."""
+
+    EtcdUser = _User
+    EtcdRole = _Role
+    Auth = _Switch
 
 
 # ============================================================================
@@ -3281,6 +3470,7 @@ class Client(_Watching, _Cluster, _Users):
 
     Client()                                        http://127.0.0.1:2379
     Client("10.0.0.1", 2379)                        one server
+    Client(("::1", 2379))                           the same
     Client(["http://h:p", "h:p", ("h", p), ...])    several members of one cluster
     Client(endpoints=[...])                         the same
     Client(srv_domain="example.org")                those that DNS names

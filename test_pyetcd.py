@@ -11919,10 +11919,10 @@ def _client_background(function, *args):
 _CLIENT_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Etcd-Index: 7\r\n"
 
 
-def _client_reply(payload, status=200, cluster="c1", extra=""):
+def _client_reply(payload, status=200, cluster="c1", extra="", index=7):
     """Return a whole answer."""
     body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-    head = (f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nX-Etcd-Index: 7\r\n"
+    head = (f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nX-Etcd-Index: {index}\r\n"
             f"X-Etcd-Cluster-Id: {cluster}\r\n{extra}Content-Length: {len(body)}\r\n\r\n")
     return head.encode() + body
 
@@ -12929,7 +12929,7 @@ def test_client_watch_survives_a_restart(kind, tmp_path):
 
 def _client_event(index):
     node = {"key": "/k", "value": f"v{index}", "modifiedIndex": index, "createdIndex": index}
-    return _client_reply({"action": "set", "node": node})
+    return _client_reply({"action": "set", "node": node}, index=index)
 
 
 def test_client_watch_without_index_has_no_gap_after_a_lost_connection():
@@ -13003,14 +13003,14 @@ def test_client_watch_relists_again_when_that_failed(monkeypatch):
     cleared = _client_reply({"errorCode": 401, "message": "cleared", "index": 2000}, 400)
     with _ClientRawServer(
             _CLIENT_GOOD, cleared, (b"",), _CLIENT_TIMED_OUT, _client_event(8), cleared,
-            _CLIENT_GOOD, _client_event(9),
+            _client_event(8), _client_event(9),
     ) as server, Client(server.url) as client:
         with client.watcher("k", index=3) as events:
             told = [next(events), next(events)]
         targets = [target.partition("?")[2] for _, target, _ in server.requests]
     assert [(e.value, e.relisted) for e in told] == [("v8", True), ("v9", False)]
-    assert targets == ["", "wait=true&waitIndex=3", *["quorum=true"] * 3, "wait=true&waitIndex=8",
-                       "quorum=true", "wait=true&waitIndex=8"]
+    assert targets == ["", "wait=true&waitIndex=3", *["quorum=true"] * 3, "wait=true&waitIndex=9",
+                       "quorum=true", "wait=true&waitIndex=9"]
 
 
 def test_client_watch_close_ends_a_backoff_and_the_iteration(monkeypatch):
@@ -14002,6 +14002,220 @@ def test_client_watch_takes_no_event_twice_and_none_of_others(monkeypatch):
     with _ClientRawServer(*replies) as server, Client(server.url) as client:
         with client.watcher("/d", recursive=True, index=5, relist=False) as events:
             assert [next(events).modified_index for _ in range(3)] == [9, 13, 14]
+
+
+class _NetStore(_ClientRawServer):
+    """A member with the key /k; its store can be put back, it can freeze, or hold heads back."""
+
+    def __init__(self, index=7, term=3, cluster="c1", value="v", holds_heads=False):
+        self.change = threading.Condition()         # guards what follows
+        self.index, self.term, self.cluster = index, term, cluster
+        self.changed = index                        # modified index of the key
+        self.value = value
+        self.frozen = self.stopped = False
+        self.holds_heads = holds_heads
+        self.watches = []                           # the index of each
+        self.life = 0                               # of the process: a watch does not survive it
+        super().__init__(b"")
+
+    def become(self, **what):
+        with self.change:
+            self.__dict__.update(what)
+            self.change.notify_all()
+
+    def write(self, value):
+        self.become(index=self.index + 1, changed=self.index + 1, value=value)
+
+    def __exit__(self, *_):
+        self.become(stopped=True)
+        super().__exit__()
+
+    def _answer(self, connection, stream):
+        line = stream.readline().decode()
+        for _ in iter(stream.readline, b"\r\n" if line else b""):
+            pass
+        if not line:
+            return False
+        target = line.split()[1]
+        with self.change:
+            self.requests.append(target)
+            self.change.wait_for(lambda: self.stopped or not self.frozen)
+            if self.stopped:
+                return False
+            if "wait=true" in target:
+                return self._watch(connection, target)
+            found = target.partition("?")[0] == "/v2/keys/k"
+            body = self._node("get") if found else b'{"errorCode": 100, "index": %d}' % self.index
+            connection.sendall(self._head(200 if found else 404, f"Content-Length: {len(body)}")
+                               + body)
+        return True
+
+    def _watch(self, connection, target):
+        asked = re.search("waitIndex=([0-9]+)", target)
+        asked = int(asked[1]) if asked else self.index + 1
+        self.watches.append(asked)
+        head = self._head(200, "Transfer-Encoding: chunked")
+        if not self.holds_heads:
+            connection.sendall(head)
+        life = self.life
+        self.change.wait_for(lambda: self.stopped or life != self.life or (
+            not self.frozen and self.changed >= asked))
+        if self.stopped or life != self.life:
+            return False
+        body = self._node("set")
+        connection.sendall((head if self.holds_heads else b"")
+                           + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+        return True
+
+    def _head(self, status, more):
+        return (f"HTTP/1.1 {status} X\r\nX-Etcd-Cluster-Id: {self.cluster}\r\nX-Etcd-Index: "
+                f"{self.index}\r\nX-Raft-Term: {self.term}\r\n{more}\r\n\r\n").encode()
+
+    def _node(self, action):
+        return json.dumps({"action": action, "node": {
+            "key": "/k", "value": self.value, "modifiedIndex": self.changed,
+            "createdIndex": 1}}).encode()
+
+
+@pytest.fixture(name="_net_fast")
+def _net_fast_fixture(monkeypatch):
+    monkeypatch.setattr(pyetcd_client, "WATCH_HEAD_S", 0.2)
+    monkeypatch.setattr(pyetcd_client, "WATCH_PROBE_S", 0.2)
+    monkeypatch.setattr(pyetcd_client, "WATCH_SETTLE_S", 0.1)
+    monkeypatch.setattr(pyetcd_client, "BACKOFF_MAX_S", 0.05)
+
+
+_NET_RESTORES = {                                   # index and term were 20 and 3
+    "index": {"index": 9, "changed": 9}, "term": {"index": 30, "changed": 25, "term": 2},
+    "cluster": {"index": 30, "changed": 25, "cluster": "c2"}}
+
+
+@pytest.mark.parametrize("relist", [True, False], ids=["relist", "plain"])
+@pytest.mark.parametrize("restored", _NET_RESTORES.values(), ids=_NET_RESTORES)
+def test_client_watch_hears_of_a_restore(restored, relist, _net_fast):
+    with _NetStore(20) as server, Client(server.url) as client:
+        with client.watcher("k", relist=relist) as events:
+            with _client_background(next, events) as told:
+                _client_eventually(lambda: server.watches)
+                server.write("x")
+            assert told[0].value == "x" and events.index == 22
+            with _client_background(lambda: next(events)) as told:
+                _client_eventually(lambda: len(server.watches) == 2)
+                server.become(value="old", life=1, **restored)
+            if "cluster" in restored:
+                assert isinstance(told[0], pyetcd_client.ClusterIdChanged)
+                client.cluster_id = None            # go on with the other cluster
+                if relist:
+                    told = [next(events)]
+            elif not relist:
+                assert isinstance(told[0], pyetcd_client.EventIndexCleared)
+            if relist:
+                assert (told[0].value, told[0].relisted) == ("old", True)
+                with _client_background(next, events) as told:
+                    server.write("new")
+                assert (told[0].value, told[0].relisted) == ("new", False)
+
+
+def test_client_watch_from_an_index_the_store_never_had_is_refused(_net_fast):
+    """A program that kept its index over a restore; who lags behind only is waited for."""
+    with _NetStore(9) as server, Client(server.url) as client:
+        with pytest.raises(pyetcd_client.EventIndexCleared, match="went back"):
+            client.watch("k", index=50)
+        with client.watcher("k", index=50) as events:
+            assert next(events).relisted
+        server.write("y")
+        assert client.watch("k", index=10).value == "y"
+
+
+@pytest.mark.parametrize("holds_heads", [False, True], ids=["after-head", "before-head"])
+def test_client_watch_leaves_a_member_that_froze(holds_heads, _net_fast):
+    with _NetStore(holds_heads=holds_heads) as frozen, _NetStore() as other:
+        with Client([frozen.url, other.url]) as client, client.watcher("k", index=8) as events:
+            with _client_background(next, events) as told:
+                _client_eventually(lambda: frozen.watches)
+                frozen.become(frozen=True)
+                _client_eventually(lambda: other.watches)
+                other.write("w")
+            assert told[0].value == "w" and client.endpoints.current == other.url
+
+
+def test_client_watch_state_says_when_the_only_member_is_frozen(_net_fast):
+    states = []
+    with _NetStore() as server, Client(server.url, on_state=states.append) as client:
+        with client.watcher("k", index=8) as events, _client_background(next, events) as told:
+            _client_eventually(lambda: server.watches)
+            server.become(frozen=True)
+            _client_eventually(lambda: client.state is pyetcd_client.ConnectionState.SUSPENDED)
+            server.become(frozen=False)
+            _client_eventually(lambda: client.state is pyetcd_client.ConnectionState.CONNECTED)
+            server.write("w")
+        assert told[0].value == "w"
+
+
+def test_client_watch_stays_with_a_proxy_that_holds_heads_back(_net_fast):
+    states = []
+    with _NetStore(holds_heads=True) as proxy, _NetStore() as other:
+        with Client([proxy.url, other.url], on_state=states.append) as client:
+            with _client_background(client.watch, "k") as told:
+                _client_eventually(lambda: len(proxy.requests) > 5)     # it was seen to be alive
+                proxy.write("w")
+            assert told[0].value == "w" and len(proxy.watches) == 1
+        assert other.requests == [] and states == [pyetcd_client.ConnectionState.CONNECTED]
+
+
+@pytest.mark.parametrize("holds_heads", [False, True], ids=["heads", "no-heads"])
+def test_client_watch_of_a_quiet_key_outlives_the_history(holds_heads, _net_fast, monkeypatch):
+    """Others change much, never ours; the request is made anew from where nothing can be lost."""
+    monkeypatch.setattr(pyetcd_client, "WATCH_POLL_S", 0.8)
+    with _NetStore(holds_heads=holds_heads) as server, Client(server.url) as client:
+        with _client_background(client.watch, "k") as told:
+            for turn in range(1, 4):
+                server.become(index=server.index + 900)
+                _client_eventually(lambda turn=turn: len(server.watches) > turn)
+                assert server.index - server.watches[-1] < 1000
+            server.write("w")
+        assert told[0].value == "w"
+
+
+def test_client_watch_state_machine_moves_up_only_when_it_must():
+    state = pyetcd_client._WatchState("/k", recursive=False, index=None, relist=False)
+    state.head(100, 2, 0.0)
+    assert state.index == 101
+    assert state.alive(300, 2, 5.0)
+    state.settle(10.0)
+    assert state.index == 101                       # etcd remembers: nothing is taken on trust
+    state.alive(700, 2, 10.0)
+    state.settle(10.5)
+    assert state.index == 101                       # a change may be on its way
+    state.settle(11.0)
+    assert state.index == 701
+    cleared = pyetcd_client.EventIndexCleared("")
+    with pytest.raises(pyetcd_client.EventIndexCleared):
+        state.cleared(cleared)
+    state.alive(2000, 2, 20.0)
+    state.cleared(cleared)
+    assert state.index == 2001 and not state.found
+
+
+_NET_STEP = pyetcd_client._Step
+
+
+@pytest.mark.parametrize("relist, quorum_index, step", [
+    (True, 50, _NET_STEP.POLL), (False, 50, _NET_STEP.POLL), (True, 20, _NET_STEP.RELIST)])
+def test_client_watch_state_machine_asks_a_quorum_before_it_believes(relist, quorum_index, step):
+    state = pyetcd_client._WatchState("/k", recursive=False, index=41, relist=relist)
+    if relist:
+        assert state.step is _NET_STEP.LIST
+        state.listed({}, 50, 2)
+    state.head(50, 2, 0.0)
+    assert not state.is_doubtful()
+    state.head(30, 2, 1.0)                          # a follower that lags behind, or a backup
+    assert state.is_doubtful() and state.step is _NET_STEP.CHECK
+    state.checked(quorum_index, 2)
+    assert state.step is step
+    if step is _NET_STEP.RELIST:
+        state.listed({"/k": pyetcd_client.Node("/k", "v", modified_index=3)}, 20, 2)
+        assert [event.value for event in state.found] == ["v"] and state.index == 21
 
 
 def test_client_watch_difference_leads_from_one_listing_to_the_other():
