@@ -25,11 +25,13 @@ Sections
   5. Watching
   6. Users and roles
   7. Client
-  8. Leases and locks
-  9. Queues, barriers, counters, caches, services
- 10. Command line
- 11. Commands of etcdctl
- 12. More commands
+  8. Leases
+  9. Locks
+ 10. Elections, queues, barriers, counters
+ 11. Copies, services, parties
+ 12. Command line
+ 13. Commands of etcdctl
+ 14. More commands
 
 Sources: etcd 2.3 API (keys, members, errorcode), etcdctl 2.3.8, RFC 9110 section 9.2.
 """
@@ -39,6 +41,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import contextlib
+import contextvars
 import datetime
 import enum
 import getpass
@@ -67,9 +70,10 @@ import weakref
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import (
     Any,
+    AsyncIterator,
     Callable,
     ClassVar,
     Container,
@@ -77,8 +81,10 @@ from typing import (
     Dict,
     FrozenSet,
     Generic,
+    ItemsView,
     Iterable,
     Iterator,
+    KeysView,
     List,
     Mapping,
     Match,
@@ -91,6 +97,7 @@ from typing import (
     Type,
     TypeVar,
     Union,
+    ValuesView,
     cast,
     overload,
 )
@@ -112,17 +119,19 @@ __all__ = [
     "IndexNotANumber", "InvalidField", "InvalidForm", "RefreshValue", "RefreshTtlRequired",
     "RaftInternal", "LeaderElectionInProgress", "WatcherCleared", "EventIndexCleared",
     "HttpError", "BadReply", "TransportError", "ConnectionFailed", "RequestTimeout",
-    "WatchTimeout", "ClusterIdChanged", "LockExpired", "EtcdKeyError", "EtcdValueError",
-    "EtcdException", "EtcdKeyNotFound", "EtcdCompareFailed", "EtcdNotFile", "EtcdNotDir",
-    "EtcdAlreadyExist", "EtcdRootReadOnly", "EtcdDirNotEmpty", "EtcdInsufficientPermissions",
-    "EtcdLeaderElectionInProgress", "EtcdWatcherCleared", "EtcdEventIndexCleared",
-    "EtcdConnectionFailed", "EtcdWatchTimedOut", "EtcdClusterIdChanged", "EtcdLockExpired",
-    "Node", "EtcdResult", "Result", "Member", "Endpoints", "ConnectionState", "Watch",
-    "WatchedChange",
+    "WatchTimeout", "ClusterIdChanged", "Cancelled", "LockExpired", "EtcdKeyError",
+    "EtcdValueError", "EtcdException", "EtcdKeyNotFound", "EtcdCompareFailed", "EtcdNotFile",
+    "EtcdNotDir", "EtcdAlreadyExist", "EtcdRootReadOnly", "EtcdDirNotEmpty",
+    "EtcdInsufficientPermissions", "EtcdLeaderElectionInProgress", "EtcdWatcherCleared",
+    "EtcdEventIndexCleared", "EtcdConnectionFailed", "EtcdWatchTimedOut",
+    "EtcdClusterIdChanged", "EtcdLockExpired",
+    "Node", "EtcdResult", "Result", "Member", "Scope", "Endpoints", "ConnectionState", "Watch",
+    "WatchedChange", "to_thread", "each",
     "EtcdUser", "EtcdRole", "Auth", "auth", "Client",
-    "Heartbeat", "Lease", "Contender", "Lock", "RLock", "RWLock", "Semaphore",
-    "Leader", "Election", "QueueItem", "Queue", "Barrier", "DoubleBarrier", "Counter",
-    "CachedTree", "Instance", "Registration", "ServiceRegistry", "main",
+    "retry", "Heartbeat", "Lease", "Contender", "Lock", "RLock", "RWLock", "Semaphore",
+    "Observed", "Leader", "Election", "QueueItem", "Queue", "Barrier", "DoubleBarrier", "Counter",
+    "CachedTree", "ChildrenWatch", "DataWatch", "Instance", "Registration", "ServiceRegistry",
+    "Party", "main",
 ]
 
 DEFAULT_ENDPOINT = "http://127.0.0.1:2379"
@@ -134,7 +143,11 @@ SYNC_INTERVAL_S = 60.0          # age at which the member list is asked for agai
 SYNC_TIMEOUT_S = 2.0            # for asking; a call that waits for it goes on without after that
 WAIT_MAX_S = 1e6                # without a limit; sockets take no more than 24 days
 IDLE_CLOSE_S = 3.0              # a connection that was idle for longer is not used again
-WATCH_POLL_S = 60.0             # a silent watch is asked anew, so that a dead peer is noticed
+WATCH_POLL_S = 60.0             # a silent watch is asked anew, in case a proxy has forgotten it
+WATCH_PROBE_S = 5.0             # a silent watch sees whether the server still answers
+WATCH_HEAD_S = 1.0              # wait for the head of a watch, then see; doubled after failures
+WATCH_SETTLE_S = 1.0            # silent for so long after a head: nothing was in the history
+HISTORY_EVENTS = 1000           # that etcd remembers
 BACKOFF_MIN_S = 0.05            # wait after a round in which every endpoint failed; doubled,
 BACKOFF_MAX_S = 1.0             # up to this
 READ_BUFFER_BYTES = 16384       # read from a socket at once
@@ -265,7 +278,7 @@ EtcdError.error_exceptions.update(dict.fromkeys((200, *range(204, 209)), EtcdVal
 
 
 @_registered(100)
-class KeyNotFound(EtcdKeyError):
+class KeyNotFound(EtcdKeyError, KeyError):
     """A path component does not exist; the cause is its path.  Also: no such user, role, member."""
 
 
@@ -390,6 +403,13 @@ class ClusterIdChanged(TransportError):
     """The answer comes from another cluster than earlier ones.
 
     A write was applied there.  Set `client.cluster_id = None` to accept the next cluster seen.
+    """
+
+
+class Cancelled(EtcdError):
+    """Somebody cancelled the Scope of this wait, or closed its client.
+
+    maybe_applied=True: a write had been sent.
     """
 
 
@@ -722,12 +742,120 @@ def _parse_version(reply: _Reply) -> Dict[str, str]:
 # Knows: sections 1-2.  Turns what requests and urllib3 raise into section 1.
 # ============================================================================
 
+# -- scopes: one deadline, and one way to end, for all that waits
+
+
+def _seconds(timeout: float) -> float:
+    """Return a timeout as seconds from now: 0 stands for no end everywhere, as for python-etcd."""
+    if not timeout >= 0:
+        raise EtcdValueError(f"a timeout is seconds, 0 for no limit, not {timeout}")
+    return timeout or math.inf
+
+
+class _Here(threading.local):
+    """What the running thread is at."""
+
+    scope: Optional[Scope] = None                   # the innermost one entered
+    exchange: _Exchange                             # the request it performs
+
+
+_here = _Here()
+
+
+class Scope:
+    """How long all that runs below it may wait, and the way to end it from another thread.
+
+        with Scope(timeout=5) as scope:
+            client.get("a")
+            lock.acquire()
+
+    Every wait of this module in the thread that entered it, however deep below, has what time is
+    left: a request, a retry, a watch ends as it does at a deadline of its own.  After `cancel`
+    those waits, and all later ones, raise Cancelled within milliseconds.  Scopes may be nested:
+    the earliest deadline rules, and the outer one cancels the inner one.
+
+    timeout    seconds from now; None and 0: no limit of its own
+    within     other scopes that cancel this one while it is entered, such as `client.scope`
+    deadline   monotonic seconds
+    cancelled  whether anybody called `cancel`
+
+    Threads do not inherit it: what a recipe does in the background has scopes of its own.
+    Thread: one enters it, once; any may cancel, also before and after.  There is no lock: whoever
+    writes first (`cancelled`, or the waker) looks at the other one afterwards.
+    """
+
+    __slots__ = ("deadline", "cancelled", "pid", "_within", "_wakers", "_outer")
+
+    def __init__(self, timeout: Optional[float] = None, *within: Scope) -> None:
+        self.deadline = time.monotonic() + _seconds(timeout or 0)
+        self.cancelled = False
+        self.pid = os.getpid()                      # a forked child must not wake the parent's
+        self._within = within
+        self._wakers: Dict[Callable[[], object], None] = {}
+        self._outer: Optional[Scope] = None
+
+    def cancel(self) -> None:
+        """End every wait below with Cancelled, now and from now on."""
+        self.cancelled = True
+        if self.pid == os.getpid():
+            for wake in list(self._wakers):
+                wake()
+
+    def left_s(self, longest_s: float = WAIT_MAX_S) -> float:
+        """Return the seconds the next wait may take, 0 if the time is over.  Raises Cancelled."""
+        if self.cancelled:
+            raise Cancelled("cancelled")
+        return max(0.0, min(longest_s, self.deadline - time.monotonic()))
+
+    def wait(self, wait_s: float) -> bool:
+        """Sleep; return whether there is time left after it.  Raises Cancelled."""
+        woken = threading.Event()
+        self.attach(woken.set)
+        try:
+            woken.wait(self.left_s(wait_s))
+        finally:
+            self.detach(woken.set)
+        return self.left_s() > 0
+
+    @property
+    def calls(self) -> int:
+        """How many waits there are just below it."""
+        return len(self._wakers)
+
+    def attach(self, wake: Callable[[], object]) -> None:
+        """Have `wake()` called by whoever cancels; at once, if somebody did.  Perhaps twice."""
+        self._wakers[wake] = None
+        if self.cancelled:
+            wake()
+
+    def detach(self, wake: Callable[[], object]) -> None:
+        """Forget `wake`."""
+        self._wakers.pop(wake, None)
+
+    def __enter__(self) -> Scope:
+        self._outer = _here.scope
+        if self._outer is not None:
+            self._within = (*self._within, self._outer)
+        for scope in self._within:
+            self.deadline = min(self.deadline, scope.deadline)
+            scope.attach(self.cancel)
+        _here.scope = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _here.scope = self._outer
+        for scope in self._within:
+            scope.detach(self.cancel)
+
+
 _Address = Union[str, Tuple[str, int]]              # a URL, host, host:port, or (host, port)
 
 
 def _base_url(text: str, protocol: str = "http") -> str:
     """Return `text` as scheme://host:port; raise ValueError if it does not name a server."""
     url = text.strip()
+    if url.count(":") > 1 and not {"[", "/"}.intersection(url):     # an IPv6 address alone
+        url = f"[{url}]"
     url = url if "://" in url else f"{protocol}://{url}"
     parts = urlsplit(url)
     try:
@@ -741,10 +869,13 @@ def _base_url(text: str, protocol: str = "http") -> str:
     return f"{parts.scheme}://{parts.netloc}"
 
 
-def _listed_urls(host: Union[str, Sequence[_Address]], port: int, protocol: str) -> List[str]:
+def _listed_urls(
+    host: Union[_Address, Sequence[_Address]], port: int, protocol: str,
+) -> List[str]:
     """Return the URLs of the servers in `host`; `port` is for those that come without one."""
     urls: List[str] = []
-    for item in [host] if isinstance(host, str) else host:
+    alone = isinstance(host, str) or (len(host) == 2 and isinstance(host[1], int))
+    for item in cast(Sequence[_Address], [host] if alone else host):
         if isinstance(item, str):
             urls.extend(_with_port(_base_url(part, protocol), port) for part in item.split(","))
         else:
@@ -752,10 +883,6 @@ def _listed_urls(host: Union[str, Sequence[_Address]], port: int, protocol: str)
             address = f"[{name}]:{number}" if ":" in name else f"{name}:{number}"
             urls.append(_base_url(address, protocol))
     return urls
-
-
-def _seconds(timeout: float) -> float:
-    return timeout or math.inf                      # 0 stands for no end, as for python-etcd
 
 
 def _with_port(url: str, port: int) -> str:
@@ -930,20 +1057,24 @@ def _discover(domain: str, protocol: str, deadline: float) -> List[str]:
 class _Exchange:
     """One request and its answer: how long it may take, how far it came, how to break it off.
 
-    deadline   monotonic seconds for all of it, even if the answer trickles in
-    silence_s  longest wait for the next bytes
-    connect_s  longest wait for one address of the server
+    deadline    monotonic seconds for all of it, even if the answer trickles in
+    silence_s   longest wait for the next bytes
+    connect_s   longest wait for one address of the server
+    on_silence  asked after `silence_s`: whether to wait on
 
     Thread: the one that performs it, except for `cancel`.
     """
 
-    def __init__(self, deadline: float, silence_s: float, connect_s: float) -> None:
+    def __init__(self, deadline: float, silence_s: float, connect_s: float,
+                 on_silence: Optional[Callable[[], bool]] = None) -> None:
         self.deadline = deadline
         self.silence_s = silence_s
         self.connect_s = connect_s
+        self.on_silence = on_silence
         self.sent = False                           # a byte of the request may have arrived
         self.cancelled = False
         self._sock: Optional[socket.socket] = None  # what the performing thread may wait for
+        self._spare: Optional[socket.socket] = None     # another descriptor of it, ours to close
         self._lock = threading.Lock()               # guards _sock; nothing is locked inside
 
     def left_s(self) -> float:
@@ -955,6 +1086,14 @@ class _Exchange:
             raise socket.timeout("timed out")
         return left_s
 
+    def is_patient(self) -> bool:
+        """Whether to wait on after silence."""
+        if self.on_silence is None or time.monotonic() >= self.deadline:
+            return False
+        patient = self.on_silence()
+        _here.exchange = self                       # it may have made a call of its own
+        return patient
+
     def use(self, sock: socket.socket, limit_s: float = math.inf) -> None:
         """Prepare `sock` for the next wait."""
         self._sock = sock                           # before the look at `cancelled`
@@ -963,8 +1102,7 @@ class _Exchange:
     def connect(self, host: str, port: int) -> socket.socket:
         """Return a connection to the first address of `host` that takes one.  Raises OSError."""
         failure = OSError(f"{host} has no address")
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM):
+        for family, kind, protocol, _, address in self._addresses(host, port):
             sock = socket.socket(family, kind, protocol)
             try:
                 self.use(sock, self.connect_s)
@@ -977,24 +1115,47 @@ class _Exchange:
                 failure = error
         raise failure
 
+    def _addresses(self, host: str, port: int) -> Sequence[Tuple[Any, ...]]:
+        """Look a name up on a thread of its own: nothing else could end that in time."""
+        with contextlib.suppress(socket.gaierror):
+            return socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        found: concurrent.futures.Future[Sequence[Tuple[Any, ...]]] = concurrent.futures.Future()
+
+        def look() -> None:
+            try:
+                found.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            except (OSError, UnicodeError) as error:
+                found.set_exception(error)
+
+        woken = threading.Event()
+        found.add_done_callback(lambda _: woken.set())
+        scope = cast(Scope, _here.scope)
+        scope.attach(woken.set)
+        threading.Thread(target=look, name=f"pyetcd-lookup {host}", daemon=True).start()
+        woken.wait(self.left_s())
+        scope.detach(woken.set)
+        self.left_s()
+        return found.result(0)
+
+    def guard(self, sock: socket.socket) -> None:
+        """Let `cancel` end what is done with `sock` by a library that takes it over."""
+        self._sock = self._spare = sock.dup()
+
     def done(self) -> None:
         """Let go of the socket: from here on `cancel` does nothing."""
         with self._lock:
             self._sock = None
+        if self._spare is not None:
+            self._spare.close()
 
     def cancel(self) -> None:
-        """End the exchange at once, with an error for who performs it.
-
-        Name lookup and TLS handshake are not interrupted, but nothing follows them.
-        """
+        """End the exchange at once, with an error for who performs it."""
         self.cancelled = True                       # before the look at `_sock`
         with self._lock, contextlib.suppress(OSError):
             if self._sock is not None:
                 # Not SSLSocket's own shutdown: that takes the TLS state from under the reader.
                 socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
-
-
-_performing = threading.local()                     # .exchange: that of the running thread
 
 
 class _TimedReader(io.RawIOBase):
@@ -1003,7 +1164,7 @@ class _TimedReader(io.RawIOBase):
     def __init__(self, sock: socket.socket) -> None:
         super().__init__()
         self._sock = sock
-        self._raw = sock.makefile("rb", buffering=0)
+        self._raw = sock.makefile("rb", buffering=0)    # the socket stays open as long as this
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         """Return the stream http.client asks a socket for."""
@@ -1015,8 +1176,14 @@ class _TimedReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> Optional[int]:
         """Fill `buffer` with what comes first.  Raises socket.timeout when it is too late."""
-        self._sock.settimeout(_performing.exchange.left_s())
-        return self._raw.readinto(buffer)
+        exchange = _here.exchange
+        while True:
+            self._sock.settimeout(exchange.left_s())
+            try:
+                return self._sock.recv_into(buffer)
+            except socket.timeout:
+                if not exchange.is_patient():
+                    raise
 
     def close(self) -> None:
         """Let go of the socket, which stays open."""
@@ -1037,7 +1204,7 @@ class _HttpConnection(HTTPConnection):
     response_class = _TimedResponse
 
     def _new_conn(self) -> socket.socket:
-        exchange: _Exchange = _performing.exchange
+        exchange: _Exchange = _here.exchange
         return exchange.connect(self.host, self.port or self.default_port)
 
     def connect(self) -> None:
@@ -1047,13 +1214,13 @@ class _HttpConnection(HTTPConnection):
         except ValueError as error:                 # of urllib3 1.26: another host's certificate
             raise ssl.SSLCertVerificationError(str(error)) from error
         finally:
-            _performing.exchange.sent = False       # what went to a proxy is not the request
+            _here.exchange.sent = False       # what went to a proxy is not the request
 
     def send(self, data: Any) -> None:
         """Send bytes of the request; from here on the server may have it."""
         if self.sock is None:
             self.connect()
-        exchange: _Exchange = _performing.exchange
+        exchange: _Exchange = _here.exchange
         exchange.use(self.sock)
         exchange.sent = True
         super().send(data)
@@ -1061,6 +1228,11 @@ class _HttpConnection(HTTPConnection):
 
 class _HttpsConnection(_HttpConnection, HTTPSConnection):
     """The same over TLS."""
+
+    def _new_conn(self) -> socket.socket:
+        sock = super()._new_conn()
+        _here.exchange.guard(sock)                  # during the handshake
+        return sock
 
 
 class _HttpPool(HTTPConnectionPool):
@@ -1143,12 +1315,6 @@ class _Adapter(HTTPAdapter):
         manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
 
 
-def _close_all(ways: Dict[str, _Way]) -> None:
-    for way in ways.values():
-        way.connection.close()
-    ways.clear()
-
-
 class _Connections:
     """A keep-alive connection to each endpoint, for one exchange after the other.
 
@@ -1162,7 +1328,6 @@ class _Connections:
         self._adapter = _Adapter(pool_maxsize=1)
         self._ways: Dict[str, _Way] = {}
         self._used_at = time.monotonic()
-        weakref.finalize(self, _close_all, self._ways)  # for clients that nobody closes
 
     def perform(
         self, exchange: _Exchange, endpoint: str, method: str, target: str, form: Optional[bytes],
@@ -1182,7 +1347,7 @@ class _Connections:
         way = self._ways.get(endpoint)
         if way is None:
             way = self._ways[endpoint] = self._adapter.way_to(endpoint, self._trust)
-        _performing.exchange = exchange
+        _here.exchange = exchange
         connection = way.connection
         try:
             way.prepare()
@@ -1192,7 +1357,7 @@ class _Connections:
             known = cast(Mapping[str, str], response.headers)
             if on_head is not None and response.status == 200:
                 on_head(_Reply(response.status, known, b""))
-                _performing.exchange = exchange     # a listener may have made a call of its own
+                _here.exchange = exchange     # a listener may have made a call of its own
             return _Reply(response.status, known, response.read())
         except BaseException:                       # what is left of the answer is not the next one
             connection.close()
@@ -1208,8 +1373,16 @@ class _Connections:
 
     def close(self) -> None:
         """Close the connections; the next request makes new ones."""
-        _close_all(self._ways)
+        while self._ways:
+            self._ways.popitem()[1].connection.close()
         self._adapter.close()
+
+
+def _close_all(idle: Deque[_Connections]) -> None:
+    """Close what nobody uses; what is in use is closed, or used again, by whoever uses it."""
+    while idle:
+        with contextlib.suppress(IndexError):       # another thread was faster
+            idle.pop().close()
 
 
 def _reason(error: BaseException) -> str:
@@ -1217,6 +1390,10 @@ def _reason(error: BaseException) -> str:
     inner = next((item for item in error.args if isinstance(item, BaseException)), None)
     if inner is not None:                           # urllib3's errors about certificates
         return _reason(inner)
+    if isinstance(error, http.client.BadStatusLine) and str(error)[:1] == "\x15":
+        return "the server speaks TLS: use https://"
+    if "WRONG_VERSION_NUMBER" in str(error) or "HTTP_REQUEST" in str(error):
+        return "the server does not speak TLS: use http://"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__
@@ -1224,9 +1401,11 @@ def _reason(error: BaseException) -> str:
 
 def _transport_error(
     error: Exception, endpoint: str, exchange: _Exchange, *, write: bool,
-) -> TransportError:
+) -> EtcdError:
     """Return `error` in our terms; a request that was not sent has not been applied."""
     timed_out = isinstance(error, (socket.timeout, TimeoutError))
+    if exchange.cancelled:
+        return Cancelled("cancelled", endpoint=endpoint, maybe_applied=write and exchange.sent)
     if not exchange.sent:
         # Refused, unreachable, unknown name, untrusted certificate.
         reason = "connect timed out" if timed_out else _reason(error)
@@ -1234,6 +1413,13 @@ def _transport_error(
     if timed_out:
         return RequestTimeout("no answer in time", endpoint=endpoint, maybe_applied=write)
     return ConnectionFailed(_reason(error), endpoint=endpoint, maybe_applied=write)
+
+
+def _said(reply: _Reply) -> str:
+    """Return what an answer that is not etcd's says: its status, and a sentence if there is one."""
+    text = " ".join(reply.body[:1000].decode("utf-8", "replace").split())
+    status = f"HTTP status {reply.status}"
+    return f"{status}: {text[:200]}" if text.isprintable() and text[:1] not in "<{[" else status
 
 
 def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
@@ -1253,7 +1439,7 @@ def _status_error(reply: _Reply, endpoint: str, *, write: bool) -> EtcdError:
         reply.status == 401 or "X-Etcd-Cluster-Id" in reply.headers)
     if of_etcd or isinstance(payload.get("errorCode"), int):
         return EtcdError.from_payload(payload, endpoint=endpoint, maybe_applied=maybe_applied)
-    message = str(payload.get("message", "")) or f"HTTP status {reply.status}"
+    message = str(payload.get("message", "")) or _said(reply)
     if 300 <= reply.status < 400:
         message = f"redirected to {reply.headers.get('Location')}: not followed"
     return HttpError(                               # whoever it was, it was not etcd
@@ -1402,10 +1588,31 @@ def _clean_key(key: str) -> str:
 
 
 def _text(value: object) -> str:
-    """Return a value as the text that is stored; None is the empty one, bytes are kept."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
-    return "" if value is None else str(value)
+    """Return a value as the text that is stored: text, UTF-8, a number, or what has a `__str__`.
+
+    Raises EtcdValueError for what would not come back as it was given.
+    """
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        try:
+            return bytes(value).decode()
+        except UnicodeDecodeError as error:
+            raise EtcdValueError("etcd stores text, and these bytes are not UTF-8: store "
+                                 "base64.b64encode(value).decode()") from error
+    if isinstance(value, str):
+        text = str.__str__(value)                   # of an Enum its value
+    elif isinstance(value, (int, float)) or type(value).__str__ is not object.__str__:
+        text = str(value)
+    elif value is None:
+        raise EtcdValueError("None is not a value: delete the key, or store an empty text")
+    else:
+        raise EtcdValueError(
+            f"etcd stores text, not a {type(value).__name__}: store json.dumps(value)")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise EtcdValueError("etcd stores text, and this is not all text: store "
+                             "base64.b64encode(os.fsencode(value)).decode()") from error
+    return text
 
 
 def _encode_fields(fields: Mapping[str, _Field]) -> str:
@@ -1523,7 +1730,7 @@ class _Caller:
     """What all parts of a client share: endpoints, connections, and the way a call goes."""
 
     def __init__(
-        self, host: Union[str, Sequence[_Address]] = "127.0.0.1", port: int = 2379,
+        self, host: Union[_Address, Sequence[_Address]] = "127.0.0.1", port: int = 2379,
         srv_domain: Optional[str] = None, version_prefix: str = "/v2",
         read_timeout: float = READ_TIMEOUT_S, allow_redirect: bool = True, protocol: str = "http",
         cert: Union[None, str, Tuple[str, str]] = None, ca_cert: Optional[str] = None,
@@ -1563,7 +1770,10 @@ class _Caller:
         self._retry = retry and allow_reconnect
         self._reached = False                       # a request has left for a server
         self._trust = _Trust((ca_cert or True) if verify else False, cert, dict(proxies or {}))
+        self._scope = Scope()                       # of all that is under way
         self._idle: Deque[_Connections] = deque()   # the last one used is used next
+        # At exit, too: but not what a daemon thread is reading from, which would wait for it.
+        weakref.finalize(self, _close_all, self._idle)
         self._idle_max = per_host_pool_size
         self._connectivity = _Connectivity(session_timeout)
         if on_state is not None:
@@ -1611,14 +1821,25 @@ class _Caller:
         """Call `listener` no more; nothing happens if it is not known."""
         self._connectivity.remove(listener)
 
-    def close(self) -> None:
-        """Close the idle connections; those in use are closed, or used, when they become idle.
+    @property
+    def scope(self) -> Scope:
+        """What all calls and watches of this client are within, until it is closed."""
+        if self._scope.pid != os.getpid():          # what the parent waits for is not ours to end
+            self._scope = Scope()
+        return self._scope
 
-        The client stays usable.
+    def close(self) -> None:
+        """End every call and watch under way with Cancelled, and close the connections.
+
+        So ends what recipes do with this client in the background.  New calls may follow.
         """
+        scope, self._scope = self._scope, Scope()
+        scope.cancel()
         self._connectivity.close()
-        while self._idle:
-            self._idle.pop().close()
+        _close_all(self._idle)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({list(self.endpoints.urls or self._srv or ())!r})"
 
     def __enter__(self: _CallerType) -> _CallerType:
         return self
@@ -1633,9 +1854,13 @@ class _Caller:
 
         Raises the error of the endpoint tried first, with those of the others in `failures`.
         """
-        deadline = time.monotonic() + _seconds(
-            self.total_timeout if call.timeout is None else call.timeout)
-        self._discover_endpoints(deadline)
+        timeout = self.total_timeout if call.timeout is None else call.timeout
+        with Scope(timeout, self.scope) as scope:
+            self._discover_endpoints(scope.deadline)
+            return self._perform_within(scope, call)
+
+    def _perform_within(self, scope: Scope, call: _Call[_T]) -> _T:
+        deadline = scope.deadline
         failures: Dict[str, EtcdError] = {}
         for rounds in itertools.count(1):
             candidates = self.endpoints.candidates()[:None if self._reconnect else 1]
@@ -1651,7 +1876,7 @@ class _Caller:
                     self._note_success(bool(failures), deadline)
                     return result
             self._connectivity.report(False)
-            self._pause(rounds, failures, deadline)
+            self._pause(rounds, failures, scope)
         raise AssertionError("unreachable")
 
     def _note_success(self, after_failures: bool, deadline: float) -> None:
@@ -1664,23 +1889,28 @@ class _Caller:
 
     def _note_failure(self, endpoint: str, call: _Call[Any], error: EtcdError) -> None:
         """Give up `endpoint` if it failed; raise `error` again unless the next may be tried."""
+        if isinstance(error, Cancelled):
+            raise error
         if call.waits and isinstance(error, RequestTimeout):
             self._connectivity.report(True)
             raise error
         if not _is_endpoint_failure(error):
             self._connectivity.report(True)
             raise error
-        self._give_up(endpoint)
+        self._give_up(endpoint, error)
         never_sent = isinstance(error, ConnectionFailed) and not error.maybe_applied
         if call.write and not never_sent:
             self._connectivity.report(False)
             raise error
 
-    def _give_up(self, endpoint: str) -> None:
+    def _give_up(self, endpoint: str, error: Optional[EtcdError] = None) -> None:
         if self._reconnect:
             self.endpoints.failed(endpoint)
+            if self.endpoints.current != endpoint:
+                _log.info("%s failed (%s): on to %s", endpoint,
+                          error.message if error else "no answer", self.endpoints.current)
 
-    def _pause(self, rounds: int, failures: Mapping[str, EtcdError], deadline: float) -> None:
+    def _pause(self, rounds: int, failures: Mapping[str, EtcdError], scope: Scope) -> None:
         """Wait before the next round; raise what the last one brought if there must be none.
 
         Without a deadline there is one round: nobody wants to wait for ever for a dead cluster.
@@ -1689,11 +1919,11 @@ class _Caller:
         pause_s = _backoff_s(rounds)
         errors = failures.values()
         hopeless = not (self._retry and self._reached) or all(map(_lasts, errors))
-        if hopeless or deadline == math.inf or time.monotonic() + pause_s >= deadline:
+        if hopeless or scope.deadline == math.inf or scope.left_s() <= pause_s:
             first, *others = errors
             first.others = tuple(others)
             raise first
-        time.sleep(pause_s)
+        scope.wait(pause_s)
 
     def _discover_endpoints(self, deadline: float) -> None:
         """Look the endpoints up in DNS, at first and then now and again."""
@@ -1739,6 +1969,8 @@ class _Caller:
         not carried out the request (RFC 9110 section 15.4), as followers of etcd 0.4 do.  Any
         other redirect of a write is an error; 303 says that it was carried out.
         """
+        scope = cast(Scope, _here.scope)
+        scope.attach(exchange.cancel)
         connections = self._take()
         base, target = endpoint, call.target
         try:
@@ -1753,6 +1985,7 @@ class _Caller:
                 base, target = f"{where.scheme}://{where.netloc}", where._replace(
                     scheme="", netloc="", fragment="").geturl() or "/"
         finally:
+            scope.detach(exchange.cancel)
             exchange.done()
             self._give_back(connections)
         raise BadReply("too many redirects", endpoint=base)
@@ -1768,13 +2001,21 @@ class _Caller:
         """Send one request and read its answer: the only place that does I/O."""
         exchange.sent = False
         headers = self._headers(base, call)
+        began, outcome = time.monotonic(), "broken off"
         try:
-            return connections.perform(
+            reply = connections.perform(
                 exchange, base, call.method, target, call.form, headers, call.on_head)
+            outcome = str(reply.status)
+            return reply
         except (OSError, http.client.HTTPException, UrllibError, UnicodeError) as error:
-            raise _transport_error(error, base, exchange, write=call.write) from error
+            failure = _transport_error(error, base, exchange, write=call.write)
+            outcome = failure.message
+            raise failure from error
         finally:
             self._reached = self._reached or exchange.sent
+            if _log.isEnabledFor(logging.DEBUG):    # without the query: it may hold a value
+                _log.debug("%s %s%s: %s after %.1f ms", call.method, base, target.split("?")[0],
+                           outcome, (time.monotonic() - began) * 1000)
 
     def _headers(self, base: str, call: _Call[Any]) -> Dict[str, str]:
         headers = {"User-Agent": _USER_AGENT}
@@ -1792,29 +2033,20 @@ class _Caller:
                 connections = self._idle.pop()
                 if connections.pid == os.getpid():
                     return connections
+                connections.close()                 # of a forked child: the parent has its own
         return _Connections(self._trust)
 
     def _give_back(self, connections: _Connections) -> None:
         connections.used()
         self._idle.append(connections)
-        if len(self._idle) > self._idle_max:        # close the oldest, when a rush is over
-            with contextlib.suppress(IndexError):
-                oldest = self._idle.popleft()
-                if oldest.is_stale():
-                    oldest.close()
-                else:
-                    self._idle.appendleft(oldest)
+        # In a rush keep one for each call under way, or every other call would make a new one.
+        while len(self._idle) > max(self._idle_max, self.scope.calls):
+            with contextlib.suppress(IndexError):   # another thread was faster
+                self._idle.popleft().close()
 
     def _judge(self, endpoint: str, call: _Call[_T], reply: _Reply) -> _T:
         """Return what an answer means, or raise the error it stands for."""
-        cluster_id = reply.headers.get("X-Etcd-Cluster-Id")     # not of /version, /health, stats
-        if cluster_id is not None and cluster_id != self.cluster_id:
-            if self.cluster_id is not None:
-                raise ClusterIdChanged(
-                    f"cluster id is {cluster_id}, was {self.cluster_id}", status=reply.status,
-                    endpoint=endpoint, maybe_applied=call.write and (
-                    reply.status in _SUCCESS or reply.status == 303 or reply.status >= 500))
-            self.cluster_id = cluster_id
+        self._expect_cluster(endpoint, reply, write=call.write)
         if reply.status not in call.statuses:
             raise _status_error(reply, endpoint, write=call.write)
         try:
@@ -1825,28 +2057,53 @@ class _Caller:
                 status=reply.status, endpoint=endpoint, maybe_applied=call.write) from error
 
 
+    def _expect_cluster(self, endpoint: str, reply: _Reply, *, write: bool = False) -> None:
+        cluster_id = reply.headers.get("X-Etcd-Cluster-Id")     # not of /version, /health, stats
+        if cluster_id is not None and cluster_id != self.cluster_id:
+            if self.cluster_id is not None:
+                raise ClusterIdChanged(
+                    f"cluster id is {cluster_id}, was {self.cluster_id}", status=reply.status,
+                    endpoint=endpoint, maybe_applied=write and (
+                    reply.status in _SUCCESS or reply.status == 303 or reply.status >= 500))
+            self.cluster_id = cluster_id
+
+
 class _Keys(_Caller):
     """The verbs of the keys API, but for those that wait.
 
-    Everywhere `ttl` is in seconds, None for a key that stays; `timeout` is the deadline of this
-    call, seconds over all endpoints, None for the client's `total_timeout`, 0 for none.  A value
-    is text; bytes are stored as they are, other objects as `str` shows them.
+    Everywhere `ttl` is in seconds, 1 or more, None for a key that stays; `timeout` is the deadline
+    of this call, seconds over all endpoints, None for the client's `total_timeout`, 0 for none.  A
+    value is text, or a number, or bytes in UTF-8; EtcdValueError for what would not come back as
+    it was given.  For other bytes there is base64.b64encode(data).decode(), for dicts json.dumps.
     """
 
     # -- reading
 
+    @overload
+    def get(self, key: str, *, recursive: bool = False, sorted: bool = False,
+            quorum: bool = False, timeout: Optional[float] = None) -> EtcdResult: ...
+
+    @overload
+    def get(self, key: str, *, default: _T, recursive: bool = False, sorted: bool = False,
+            quorum: bool = False, timeout: Optional[float] = None) -> Union[EtcdResult, _T]: ...
+
     def get(
-        self, key: str, *, recursive: bool = False, sorted: bool = False, quorum: bool = False,
-        timeout: Optional[float] = None,
-    ) -> EtcdResult:
-        """Return the node at `key`.  Raises KeyNotFound.
+        self, key: str, *, default: Any = _NOT_GIVEN, recursive: bool = False,
+        sorted: bool = False, quorum: bool = False, timeout: Optional[float] = None,
+    ) -> Any:
+        """Return the node at `key`.  Raises KeyNotFound, unless there is a `default` to return.
 
         recursive  list a directory to all depths, not only its children
         sorted     order each level of a listing by key
         quorum     read through consensus: never stale, slower, fails without a quorum
         """
         query = {"recursive": recursive or None, "sorted": sorted or None, "quorum": quorum or None}
-        return self._keys_call("GET", key, query=query, timeout=timeout)
+        try:
+            return self._keys_call("GET", key, query=query, timeout=timeout)
+        except KeyNotFound:
+            if default is _NOT_GIVEN:
+                raise
+            return default
 
     def ls(
         self, key: str = "/", *, recursive: bool = False, quorum: bool = False,
@@ -1862,11 +2119,16 @@ class _Keys(_Caller):
 
     def __contains__(self, key: str) -> bool:
         """Whether `key` exists, as a file or a directory."""
-        try:
-            self.get(key)
-        except KeyNotFound:
-            return False
-        return True
+        return self.get(key, default=None) is not None
+
+    def __getitem__(self, key: str) -> str:
+        """The value of a file.  Raises KeyNotFound, a KeyError; NotFile for a directory."""
+        node = self.get(key).node
+        if node.dir:
+            raise NotFile("Not a file", cause=node.key)
+        return node.value or ""
+
+    __iter__ = None                                 # else Python would ask for the keys 0, 1, 2
 
     # -- writing
 
@@ -2036,6 +2298,8 @@ class _Keys(_Caller):
         self, method: str, key: str, form: Optional[Mapping[str, _Field]] = None, *,
         query: Mapping[str, _Field] = MappingProxyType({}), timeout: Optional[float] = None,
     ) -> EtcdResult:
+        if form is not None and form.get("ttl") == 0:
+            raise EtcdValueError("a ttl is seconds, 1 or more; None for a key that stays")
         target = _keys_target(key, query, self.version_prefix)
         body = None if form is None else _encode_fields(form).encode()
         return self._perform(_Call(method, target, _parse_result, body, timeout=timeout))
@@ -2102,12 +2366,12 @@ class _Cluster(_Caller):
 
         Raises TransportError if it does not answer.
         """
-        deadline = time.monotonic() + _seconds(self.total_timeout)
-        if endpoint is None:
-            self._discover_endpoints(deadline)
-        base_url = self.endpoints.current if endpoint is None else _base_url(endpoint)
         call = _Call("GET", "/health", _parse_health, statuses=_HEALTH_STATUSES)
-        return self._attempt(base_url, call, deadline)
+        with Scope(self.total_timeout, self.scope) as scope:
+            if endpoint is None:
+                self._discover_endpoints(scope.deadline)
+            base_url = self.endpoints.current if endpoint is None else _base_url(endpoint)
+            return self._attempt(base_url, call, scope.deadline)
 
     # -- the same as python-etcd shows it: each a request, but for the last group
 
@@ -2205,7 +2469,7 @@ class _Cluster(_Caller):
         parameter `wait`.
         """
         given = {} if params is None else {
-            name: value if isinstance(value, bool) else _text(value)
+            name: value if isinstance(value, bool) else "" if value is None else _text(value)
             for name, value in params.items()}
         if method not in ("GET", "DELETE"):
             form = _encode_fields(given).encode()
@@ -2254,154 +2518,165 @@ class _Cluster(_Caller):
 # Knows: sections 1-4.
 # ============================================================================
 
-class Watch:
-    """An endless iterator over the changes of a key; made by `client.watcher`.
+class _Step(enum.Enum):
+    """What a watch asks next."""
 
-    It asks for one change after the other, each from the index after the last, so that none is
-    lost and none repeated while a server restarts, the leader changes or an endpoint fails.
-    Server-side streams are not used: etcd 2.3 and 3.4 let one fall silent after an event from
-    the history or when its consumer is slow, and report some deletions twice.
+    LIST = "what there is"
+    RELIST = "what there is by quorum: at least as new as what was told"
+    CHECK = "by quorum, whether the store went back, or only this member lags behind"
+    POLL = "the next change"
 
-    index    the first change to consider; None: from the first `next` on
-    relist   what to do when more than 1000 changes, of any key, went by unseen (error 401).
-             True: list the key again and yield the difference to what is known as events with
-             `relisted` set: a "set" for each node that changed (of directories, only those that
-             are empty or have a ttl), in the order of their last changes, then a "delete" for the
-             topmost of what is gone.  Of several changes only the last is seen.  For this the
-             watch lists the key at the start too (a directory to all depths if recursive), and
-             holds a copy of it in memory.
-             False: raise EventIndexCleared, also when that many changes of other keys go by
-             within WATCH_POLL_S; nothing is listed.
-    timeout  seconds each `next` may take; then WatchTimeout, after which `next` may be called
-             again and misses nothing
 
-    An event's `modified_index` + 1 is the index to go on from in another watch.  If no endpoint
-    answers at the start that error is raised; later the watch waits and tries again.
+class _WatchState:
+    """What a watch knows, and what follows from each answer.  No network and no clock in here.
 
-    Limit: when etcd 2.3 or 3.4 looks into its history for a recursive watch, it overlooks changes
-    of the watched directory itself (made, given another ttl) unless they come first in there.
-    What lies below, and the removal of the directory, it always finds.
+    step     what to ask next
+    index    the next change to ask for; None: from now on
+    found    events that are not told yet
+    reached  whether a server ever answered
 
-    Thread: one, except for `close`.
+    How the steps follow each other, from LIST (with relist) or POLL on:
+
+    LIST    listed -> POLL
+    POLL    change -> POLL.  Index cleared (401) -> RELIST; without relist POLL from the newest
+            index known to be quiet, or the error.  An older store, by index or term, and silence
+            after that -> CHECK
+    CHECK   older -> RELIST; without relist the error that etcd has for a lost history, 401.
+            As new as it should be -> where we were
+    RELIST  listed: the difference is found -> POLL
+
+    quiet   (index, when): the store was at `index`, and nothing of ours had come.  The watch moves
+            up to it only when etcd would forget where it stands.
     """
 
-    def __init__(
-        self, client: _Keys, key: str, *, recursive: bool = False, index: Optional[int] = None,
-        relist: bool = True, timeout: Optional[float] = None,
-    ) -> None:
-        self.index = index or None                  # next to ask for; 0 is "now" too
-        self._client = client
-        self._path = _clean_key(key)
+    def __init__(self, path: str, *, recursive: bool, index: Optional[int], relist: bool) -> None:
+        self.step = _Step.LIST if relist else _Step.POLL
+        self.index = index
+        self.found: Deque[EtcdResult] = deque()
+        self.reached = False
+        self.quiet = (0, 0.0)
+        self._path = path
         self._recursive = recursive
-        self._timeout = timeout
         self._relist = relist
-        self._must_list = relist                    # before asking for the next change
         self._known: Optional[Dict[str, Node]] = None   # with relist: the nodes as told so far
-        self._found: Deque[EtcdResult] = deque()    # and not told yet
-        self._connected = False                     # whether a server ever answered this watch
-        self._head_seen = False                     # whether it answered the request under way
-        self._head_index = 0                        # store index in that answer
-        self._quiet_from = 0                        # nothing of ours lies before; 0: not known
-        self._failures = 0                          # since the last answer
-        self._endpoint = ""                         # asked last
-        self._exchange: Optional[_Exchange] = None  # the request under way, or the last one
-        self._closed = threading.Event()
+        self._newest = (0, 0)                       # index and term of a store seen
+        self._doubtful = False                      # the last head shows an older one,
+        self._other_term = False                    # so that what follows it may not count
 
-    def __iter__(self) -> Watch:
-        return self
+    # -- answers to POLL
 
-    def __next__(self) -> EtcdResult:
-        deadline = time.monotonic() + _seconds(self._timeout or 0)
-        while not self._closed.is_set():
-            if self._found:
-                return self._found.popleft()
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise WatchTimeout("no change in time", index=self.index or 0,
-                                   endpoint=self._client.endpoints.current)
-            self._look(min(left_s, WATCH_POLL_S))
-        raise StopIteration
+    def head(self, index: int, term: int, now_s: float) -> None:
+        """Note where the store was when it began to wait for us."""
+        self.reached = True
+        self._doubtful = self._is_older(index, term)
+        self._other_term = 0 < term < self._newest[1]
+        if self._doubtful:
+            return
+        self._newest = max(index, self._newest[0]), max(term, self._newest[1])
+        if self.index is None:                      # in case the connection breaks now
+            self.index = index + 1
+        self.quiet = index, now_s
 
-    def close(self) -> None:
-        """End the iteration, from any thread: a `next` that waits in another one ends at once.
+    def is_doubtful(self) -> bool:
+        """Whether to check where the store is, rather than wait for it: it showed an older one."""
+        if self._doubtful:
+            self.step = _Step.CHECK
+        return self._doubtful
 
-        What cannot be interrupted is a name lookup and a TLS handshake (CONNECT_TIMEOUT_S).
-        """
-        self._closed.set()                          # before the look at _exchange, see _ask
-        exchange = self._exchange
-        if exchange is not None:
-            exchange.cancel()
+    def alive(self, index: int, term: int, now_s: float) -> bool:
+        """Note where the store is while it waits for us; return False if that must be checked."""
+        self.reached = True
+        if self._is_older(index, term):
+            self.step = _Step.CHECK
+            return False
+        self.settle(now_s)
+        if self.step is _Step.POLL and index:
+            self.quiet = index, now_s
+        return True
 
-    cancel = close
-
-    def __enter__(self) -> Watch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _look(self, wait_s: float) -> None:
-        """Ask once, for at most `wait_s`; what there is goes to `_found`."""
-        self._head_seen = False
-        client = self._client
-        try:
-            client._discover_endpoints(time.monotonic() + wait_s)
-            self._endpoint = client.endpoints.current
-            if self._must_list:
-                self._list(wait_s)
-            else:
-                self._poll(wait_s)
-        except EventIndexCleared:
-            if self._relist:
-                self._connected = self._must_list = True
-            elif self._quiet_from > (self.index or 0):
-                self.index = self._quiet_from       # others changed much, and ours did not
-            else:
-                raise
-        except EtcdError as error:
-            # After the head, silence only means that nothing changed.  If the server is gone the
-            # next connection fails, and that moves us on.
-            quiet = isinstance(error, RequestTimeout) and (
-                self._head_seen or wait_s < WATCH_POLL_S)
-            if not quiet:
-                if not self._closed.is_set():
-                    self._pause_after(error, wait_s)
-            elif self._head_seen:
-                if wait_s >= WATCH_POLL_S:          # the history was looked through by then
-                    self._quiet_from = self._head_index + 1
-            elif wait_s >= min(1.0, client.connect_timeout):
-                client._give_up(self._endpoint)     # etcd sends the head at once
-        else:
-            self._failures = 0
-            client._connectivity.report(True)
-
-    def _ask(
-        self, query: Mapping[str, _Field], wait_s: float,
-        on_head: Optional[Callable[[_Reply], None]] = None,
-    ) -> EtcdResult:
-        """Send one request to the endpoint in use, in a way that `close` can end."""
-        client = self._client
-        target = _keys_target(self._path, query, client.version_prefix)
-        call = _Call("GET", target, _parse_result, on_head=on_head)
-        exchange = _Exchange(time.monotonic() + wait_s, wait_s, client.connect_timeout)
-        self._exchange = exchange                   # before the look at _closed, see close
-        if self._closed.is_set():
-            exchange.cancel()
-        return client._request(self._endpoint, call, exchange)
-
-    def _poll(self, wait_s: float) -> None:
-        """Wait for the next change."""
-        asked = self.index
-        event = self._ask({"wait": True, "recursive": self._recursive or None,
-                           "waitIndex": asked}, wait_s, self._on_head)
+    def change(self, event: EtcdResult, asked: Optional[int]) -> None:
+        """Take the change that came for index `asked`.  Raises BadReply for an older one."""
         if asked is not None and event.modified_index < asked:
-            raise BadReply(f"asked for index {asked} on, got {event.modified_index}",
-                           endpoint=self._endpoint)
+            raise BadReply(f"asked for index {asked} on, got {event.modified_index}")
+        self.reached = True
+        if self._other_term:                        # perhaps of another history
+            self.step = _Step.CHECK
+            return
         self.index = event.modified_index + 1
         if self._concerns(event.key):
             if self._known is not None:
                 self._keep(self._known, event)
-            self._found.append(event)
+            self.found.append(event)
+
+    def cleared(self, error: EventIndexCleared) -> None:
+        """Go on after more changes than etcd remembers.  Raises `error` if ours may be lost."""
+        self.reached = True
+        if self._relist:
+            self.step = _Step.RELIST
+        elif self.quiet[0] and self.quiet[0] >= (self.index or 0):
+            self.index = self.quiet[0] + 1          # others changed much, and ours did not
+        else:
+            raise error
+
+    def settle(self, now_s: float) -> None:
+        """Move up, if etcd might forget the index.
+
+        A change out of the history follows its head at once, and one that came later was sent
+        before a server told its index to somebody else.
+        """
+        index, told_at = self.quiet
+        far = self.index is None or index - self.index >= HISTORY_EVENTS // 2
+        if index and far and now_s - told_at >= WATCH_SETTLE_S:
+            self.index = index + 1
+
+    def is_busy(self, since: int) -> bool:
+        """Whether to leave a request as it is: etcd could forget where it stands meanwhile."""
+        index = self.quiet[0]
+        return index - since >= HISTORY_EVENTS // 2 or not (index or self.index)
+
+    # -- answers to the others
+
+    def listed(self, nodes: Dict[str, Node], index: int, term: int) -> None:
+        """Take a listing; if there was one before, what differs is found."""
+        self.reached = True
+        first = self.step is _Step.LIST
+        if first and self._is_older(index, term):   # than the index we were given
+            self.step = _Step.CHECK
+            return
+        if not first:
+            self.found.extend(_difference(self._known or {}, nodes, self.index or 1, index))
+        if not first or self.index is None:
+            self.index = index + 1
+        self._newest, self._known, self.step = (index, term), nodes, _Step.POLL
+
+    def checked(self, index: int, term: int) -> None:
+        """Take what a quorum says.  Raises EventIndexCleared."""
+        went_back = self._is_older(index, term)
+        if self._relist:
+            self.step = (_Step.RELIST if went_back else
+                         _Step.LIST if self._known is None else _Step.POLL)
+            return
+        self.step = _Step.POLL
+        if went_back:
+            self._newest, self.quiet = (index, term), (0, 0.0)
+            raise EventIndexCleared(
+                "the store went back, as if restored from a backup: read again",
+                cause=self._path, index=index)
+
+    def replaced(self) -> None:
+        """Note that another cluster answers: nothing of what was seen counts there."""
+        self._newest, self.quiet = (0, 0), (0, 0.0)
+        if self._relist:
+            self.step = _Step.RELIST
+
+    # -- below: what those above have in common
+
+    def _is_older(self, index: int, term: int) -> bool:
+        """Whether a store shows less than what was seen, or than the index we were given."""
+        if not index and not term:                  # it does not say
+            return False
+        newest = max(self._newest[0], (self.index or 1) - 1)
+        return index < newest or 0 < term < self._newest[1]
 
     def _concerns(self, key: str) -> bool:
         """Whether a change of `key` is one of ours.
@@ -2415,56 +2690,6 @@ class Watch:
         below = self._recursive and _is_below(key, ours)
         return below and "/_" not in key[len(ours.rstrip("/")):]
 
-    def _on_head(self, head: _Reply) -> None:
-        """Note from where a watch without an index runs, in case the connection breaks now."""
-        self._connected = self._head_seen = True
-        self._failures = 0
-        self._client._connectivity.report(True)
-        self._head_index = head.header_number("X-Etcd-Index")
-        if self.index is None:
-            self.index = self._head_index + 1
-
-    def _pause_after(self, error: EtcdError, wait_s: float) -> None:
-        """Go on with the next endpoint, after a wait if all failed; raise `error` if it is final.
-
-        When etcd clears its watchers (400) the same question may be asked again.
-        """
-        if not _is_endpoint_failure(error) and not isinstance(error, WatcherCleared):
-            raise error
-        client = self._client
-        client._give_up(self._endpoint)
-        self._failures += 1
-        rounds = self._failures // max(1, len(client.endpoints.urls))
-        if not rounds:
-            return
-        client._connectivity.report(False)
-        if not self._connected:
-            raise error
-        self._closed.wait(min(wait_s, _backoff_s(rounds)))
-
-    def _list(self, wait_s: float) -> None:
-        """Take stock; if that was done before, what differs goes to `_found`.
-
-        The second time by quorum: a member that lags behind could show a state older than the
-        events already delivered.
-        """
-        again = self._known is not None
-        try:
-            query = {"recursive": self._recursive or None, "quorum": again or None}
-            result = self._ask(query, wait_s)
-            found, index = self._listed(result.node), result.etcd_index
-        except (KeyNotFound, NotDir) as error:
-            found, index = {}, error.index
-        if self._known is not None and self.index is not None:
-            self._found.extend(_difference(self._known, found, self.index, index))
-        if again or self.index is None:
-            self.index = index + 1
-        self._known, self._connected, self._must_list = found, True, False
-
-    def _listed(self, top: Node) -> Dict[str, Node]:
-        nodes = (top, *top.walk()) if self._recursive else (top,)
-        return {node.key: _alone(node) for node in nodes}
-
     @staticmethod
     def _keep(known: Dict[str, Node], event: EtcdResult) -> None:
         """Bring the copy of what is there up to date."""
@@ -2477,12 +2702,260 @@ class Watch:
                 del known[key]
 
 
+class Watch:
+    """An endless iterator over the changes of a key; made by `client.watcher`.
+
+    It asks for one change after the other, each from the index after the last, so that none is
+    lost and none repeated while a server restarts, the leader changes or an endpoint fails.
+    Server-side streams are not used: etcd 2.3 and 3.4 let one fall silent after an event from
+    the history or when its consumer is slow, and report some deletions twice.
+
+    index    the first change to consider; None: from the first `next` on
+    relist   what to do when more than 1000 changes, of any key, went by unseen (error 401), or
+             when the store went back: a backup was restored, or the cluster made anew.
+             True: list the key again and yield the difference to what is known as events with
+             `relisted` set: a "set" for each node that changed (of directories, only those that
+             are empty or have a ttl), in the order of their last changes, then a "delete" for the
+             topmost of what is gone.  Of several changes only the last is seen.  For this the
+             watch lists the key at the start too (a directory to all depths if recursive), and
+             holds a copy of it in memory.
+             False: raise EventIndexCleared; nothing is listed.
+    timeout  seconds each `next` may take, None and 0: no limit; then WatchTimeout, after which
+             `next` may be called again and misses nothing
+
+    An event's `modified_index` + 1 is the index to go on from in another watch.  If no endpoint
+    answers at the start that error is raised; later the watch waits and tries again.  Raises
+    ClusterIdChanged when a server of another cluster answers; see there.
+
+    A server that says nothing is asked something else, a key that nobody has, on another
+    connection: after WATCH_HEAD_S without the head of its answer, then every WATCH_PROBE_S.  If
+    it does not answer that either, the next endpoint is asked.
+
+    Limit: when etcd 2.3 or 3.4 looks into its history for a recursive watch, it overlooks changes
+    of the watched directory itself (made, given another ttl) unless they come first in there.
+    What lies below, and the removal of the directory, it always finds.
+
+    Thread: one, except for `close`.
+    """
+
+    def __init__(
+        self, client: _Keys, key: str, *, recursive: bool = False, index: Optional[int] = None,
+        relist: bool = True, timeout: Optional[float] = None,
+    ) -> None:
+        self._client = client
+        self._path = _clean_key(key)
+        self._recursive = recursive
+        self._timeout = timeout
+        self._state = _WatchState(                  # 0 is "now" too
+            self._path, recursive=recursive, index=index or None, relist=relist)
+        self._endpoint = ""                         # asked last
+        self._exchange: Optional[_Exchange] = None  # the last one
+        self._alive = False                         # whether that server answers us
+        self._asked_at = 0.0                        # when; monotonic seconds
+        self._until = math.inf                      # deadline of the `next` under way
+        self._failures = 0                          # since the last answer
+        self.error: Optional[EtcdError] = None      # why nothing is followed now; None: it is
+        self._life = Scope()                        # until `close`
+        self._within = client.scope
+
+    @property
+    def index(self) -> Optional[int]:
+        """The next change to consider; None: from now on."""
+        return self._state.index
+
+    def __iter__(self) -> Watch:
+        return self
+
+    def __next__(self) -> EtcdResult:
+        try:
+            with Scope(self._timeout, self._life, self._within) as scope:
+                while not self._state.found:
+                    self._look(scope)
+                scope.left_s()                      # closed meanwhile: no more is told
+                return self._state.found.popleft()
+        except Cancelled:
+            if not self._life.cancelled:
+                raise
+            raise StopIteration from None
+
+    def close(self) -> None:
+        """End the iteration, from any thread: a `next` that waits in another one ends at once."""
+        self._life.cancel()
+
+    cancel = close
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- below: the way to the servers
+
+    def _look(self, scope: Scope) -> None:
+        """Ask once and give the answer to the state.  Raises WatchTimeout, and what is final."""
+        client, state = self._client, self._state
+        state.settle(time.monotonic())
+        if scope.left_s() <= 0:
+            raise WatchTimeout("no change in time", index=state.index or 0,
+                               endpoint=client.endpoints.current)
+        try:
+            client._discover_endpoints(min(scope.deadline, time.monotonic() + WATCH_POLL_S))
+            self._endpoint = client.endpoints.current
+            self._ASK[state.step](self, scope)
+        except EventIndexCleared as error:
+            state.cleared(error)
+        except ClusterIdChanged:
+            state.replaced()
+            raise
+        except RequestTimeout as error:
+            if not self._alive:
+                self._silent(error, scope)
+        except EtcdError as error:
+            self._fail(error, scope)
+        else:
+            self._answered()
+            self._failures = 0
+            if state.step is _Step.CHECK:           # whoever lags behind may need a moment
+                scope.wait(_backoff_s(1))
+
+    def _poll(self, scope: Scope) -> None:
+        asked = self._state.index
+        query = {"wait": True, "recursive": self._recursive or None, "waitIndex": asked}
+        event = self._ask(query, scope, _parse_result, self._on_head)
+        try:
+            self._state.change(event, asked)
+        except BadReply as error:
+            error.endpoint = self._endpoint
+            raise
+
+    def _list(self, scope: Scope) -> None:
+        query = {"recursive": self._recursive or None,
+                 "quorum": self._state.step is _Step.RELIST or None}
+        try:
+            top = self._ask(query, scope, _parse_result)
+        except (KeyNotFound, NotDir) as error:
+            self._state.listed({}, error.index, 0)
+            return
+        nodes = (top.node, *top.node.walk()) if self._recursive else (top.node,)
+        self._state.listed(
+            {node.key: _alone(node) for node in nodes}, top.etcd_index, top.raft_term)
+
+    def _check(self, scope: Scope) -> None:
+        reply = self._ask({"quorum": True}, scope, _parse_not, statuses=_ANY_ANSWER, below=_NOBODYS)
+        self._state.checked(*_store_in(reply))
+
+    _ASK: ClassVar[Dict[_Step, Callable[[Watch, Scope], None]]] = {
+        _Step.LIST: _list, _Step.RELIST: _list, _Step.CHECK: _check, _Step.POLL: _poll}
+
+    def _ask(
+        self, query: Mapping[str, _Field], scope: Scope, parse: Callable[[_Reply], _T],
+        on_head: Optional[Callable[[_Reply], None]] = None, *,
+        statuses: FrozenSet[int] = _SUCCESS, below: str = "",
+    ) -> _T:
+        """Send one request to the endpoint in use."""
+        client = self._client
+        target = _keys_target(self._path + below, query, client.version_prefix)
+        call = _Call("GET", target, parse, on_head=on_head, statuses=statuses)
+        self._alive, self._asked_at, self._until = False, time.monotonic(), scope.deadline
+        self._exchange = _Exchange(min(self._until, self._asked_at + WATCH_POLL_S),
+                                   self._head_s(), client.connect_timeout, self._is_patient)
+        return client._request(self._endpoint, call, self._exchange)
+
+    def _rounds(self) -> int:
+        """Return how often all endpoints failed."""
+        return self._failures // max(1, len(self._client.endpoints.urls))
+
+    def _head_s(self) -> float:
+        return min(WATCH_HEAD_S * (1 << min(self._rounds(), 5)), WATCH_POLL_S)
+
+    def _on_head(self, head: _Reply) -> None:
+        self._client._expect_cluster(self._endpoint, head)
+        self._state.head(*_store_in(head), time.monotonic())
+        self._answered()
+        self._failures = 0
+
+    def _answered(self) -> None:
+        """Note that the server is there, and give it time."""
+        self._alive, self.error = True, None
+        self._client._connectivity.report(True)
+        if self._exchange is not None:
+            self._exchange.deadline = min(self._until, time.monotonic() + WATCH_POLL_S)
+            self._exchange.silence_s = min(WATCH_PROBE_S, WATCH_POLL_S)
+
+    def _is_patient(self) -> bool:
+        """Whether to wait on for a server that said nothing for a while."""
+        if self._alive and self._state.is_doubtful():
+            return False
+        return self._see()
+
+    def _see(self) -> bool:
+        """Ask a silent server something else; return whether to wait on for this answer."""
+        client, before = self._client, self._state.quiet[0]
+        target = _keys_target(self._path + _NOBODYS, {}, client.version_prefix)
+        call = _Call("GET", target, _parse_not, statuses=_ANY_ANSWER)
+        wait_s = self._head_s()
+        exchange = _Exchange(time.monotonic() + wait_s, wait_s, client.connect_timeout)
+        self._alive = False
+        try:
+            reply = client._request(self._endpoint, call, exchange)
+        except (Cancelled, ClusterIdChanged):
+            raise
+        except EtcdError:
+            return False
+        self._answered()
+        return self._state.alive(*_store_in(reply), time.monotonic()) and (
+            time.monotonic() - self._asked_at < WATCH_POLL_S or self._state.is_busy(before))
+
+    def _silent(self, error: RequestTimeout, scope: Scope) -> None:
+        """Note that nothing came, not even a head."""
+        if scope.left_s() > 0:
+            self._fail(error, scope)
+        elif time.monotonic() - self._asked_at >= min(1.0, self._client.connect_timeout):
+            self._client._give_up(self._endpoint)   # for the next `next`
+
+    def _fail(self, error: EtcdError, scope: Scope) -> None:
+        """Go on with the next endpoint, after a wait if all failed; raise `error` if it is final.
+
+        When etcd clears its watchers (400) the same question may be asked again.
+        """
+        client = self._client
+        if _is_endpoint_failure(error):
+            client._give_up(self._endpoint, error)
+        elif not isinstance(error, WatcherCleared):
+            raise error
+        self.error = error
+        self._failures += 1
+        rounds = self._rounds()
+        if not rounds:
+            return
+        client._connectivity.report(False)
+        if not self._state.reached and not (isinstance(error, RequestTimeout) and rounds < 3):
+            raise error
+        scope.wait(_backoff_s(rounds))
+
+
+_NOBODYS = "/_pyetcd-client"                        # below the key, and never there
+_ANY_ANSWER: FrozenSet[int] = frozenset(range(200, 500))
+
+
+def _store_in(reply: _Reply) -> Tuple[int, int]:
+    """Return index and term of the store that answered; 0 if it does not say."""
+    return reply.header_number("X-Etcd-Index"), reply.header_number("X-Raft-Term")
+
+
 _REMOVALS: FrozenSet[str] = frozenset(("delete", "expire", "compareAndDelete"))
 
 
 def _alone(node: Node) -> Node:
     """Return a node without children and JSON: less to remember."""
     return replace(node, nodes=(), raw={})
+
+
+def _identity(node: Optional[Node]) -> Tuple[Any, ...]:
+    """Return what is the same as long as nobody writes a node: not the time that is left to it."""
+    return () if node is None else (
+        node.value, node.dir, node.modified_index, node.created_index)
 
 
 def _is_below(key: str, directory: str) -> bool:
@@ -2492,11 +2965,15 @@ def _is_below(key: str, directory: str) -> bool:
 def _difference(
     known: Mapping[str, Node], found: Mapping[str, Node], since: int, index: int,
 ) -> Iterator[EtcdResult]:
-    """Yield events that lead from the nodes `known` before `since` to those `found` at `index`."""
+    """Yield events that lead from the nodes `known` before `since` to those `found` at `index`.
+
+    After a store was restored a node may differ though its index is lower than `since`.
+    """
     # Nobody is told of directories that come with the first key in them.
     parents = {key.rpartition("/")[0] or "/" for key in found if key != "/"}
-    changed = [node for node in found.values() if node.modified_index >= since
-               and (node.key not in parents or node.ttl is not None)]
+    changed = [
+        node for node in found.values() if (node.key not in parents or node.ttl is not None) and (
+            node.modified_index >= since or _identity(node) != _identity(known.get(node.key)))]
     for node in sorted(changed, key=lambda node: (node.modified_index, node.key)):
         yield EtcdResult("set", node, known.get(node.key), etcd_index=index, relisted=True)
     topmost = ""
@@ -2506,6 +2983,62 @@ def _difference(
         topmost, old = key, known[key]
         node = Node(key, dir=old.dir, modified_index=index, created_index=old.created_index)
         yield EtcdResult("delete", node, old, etcd_index=index, relisted=True)
+
+
+# -- asyncio: each wait on a thread of its own, which ends when the task is cancelled
+
+
+async def to_thread(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+    """Call `function` on a thread, and return what it returns; as asyncio.to_thread, but:
+
+    When the task is cancelled, so is a Scope around the call: it ends within milliseconds, and the
+    task goes on after that, so that nothing runs behind its back.  A function that waits for
+    something else is waited for.  There are as many threads as calls: a hundred watches do not
+    keep another call waiting.
+
+        async with asyncio.timeout(5):
+            await to_thread(client.get, "k", quorum=True)
+            await to_thread(lock.acquire)
+    """
+    import asyncio      # here, as it takes longer than the rest: who needs it has it already
+
+    scope, context = Scope(), contextvars.copy_context()
+    outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            with scope:
+                outcome.set_result(context.run(function, *args, **kwargs))
+        except BaseException as error:              # the task's, whatever it is
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="pyetcd-to-thread", daemon=True).start()
+    done = asyncio.wrap_future(outcome)
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        scope.cancel()
+        await asyncio.wait([done])
+        done.exception()                            # asked for, lest asyncio reports it
+        raise
+
+
+async def each(items: Iterable[_T]) -> AsyncIterator[_T]:
+    """Iterate over a watch, or whatever waits between its items, in asyncio; closes it at the end.
+
+        async for event in each(client.watcher("/config", recursive=True)): ...
+    """
+    iterator, end = iter(items), object()
+    try:
+        while True:
+            item = await to_thread(next, iterator, end)
+            if item is end:
+                return
+            yield cast(_T, item)
+    finally:
+        close = getattr(iterator, "close", None)
+        if close is not None:
+            close()
 
 
 class WatchedChange(EtcdResult):
@@ -2913,7 +3446,17 @@ class Auth:
             self.client.auth_disable()
 
 
-auth = SimpleNamespace(EtcdUser=EtcdUser, EtcdRole=EtcdRole, Auth=Auth)     # python-etcd's module
+_User = EtcdUser
+_Role = EtcdRole
+_Switch = Auth
+
+
+class auth:
+    """The names of python-etcd's module of this name."""
+
+    EtcdUser = _User
+    EtcdRole = _Role
+    Auth = _Switch
 
 
 # ============================================================================
@@ -2927,6 +3470,7 @@ class Client(_Watching, _Cluster, _Users):
 
     Client()                                        http://127.0.0.1:2379
     Client("10.0.0.1", 2379)                        one server
+    Client(("::1", 2379))                           the same
     Client(["http://h:p", "h:p", ("h", p), ...])    several members of one cluster
     Client(endpoints=[...])                         the same
     Client(srv_domain="example.org")                those that DNS names
@@ -2959,15 +3503,15 @@ class Client(_Watching, _Cluster, _Users):
 
 
 # ============================================================================
-# 8. Leases and locks
+# 8. Leases
 # ----------------------------------------------------------------------------
 # Knows: sections 1-7, through few verbs of Client, gathered in the functions below.
 #
 # What every recipe rests on.  A write whose fate is unknown carries a uuid, so that a look tells
 # whether it is in.  A lease is counted from before the request that granted it was sent, on a
-# clock of this machine that runs on while the machine sleeps, and less a margin.  Who waits
+# clock of this machine that runs on while the machine sleeps, and less a margin.  A waiter
 # watches one key, and looks anew after every event, timeout and error, so that a lost event costs
-# time only.
+# time only.  One scope rules all that a call waits for; `cancel` of the recipe ends it.
 # ============================================================================
 
 LEASE_TTL_S = 30
@@ -2975,8 +3519,11 @@ EXPIRY_MARGIN = 0.1             # share of a ttl after which a lease counts as o
 CALL_TIMEOUT_S = 8.0            # of one request; above the 7 s after which etcd gives up on a write
 OUTAGE_S = 30.0                 # how long a recipe waits for a cluster that does not answer
 WAIT_SLICE_S = 20.0             # a waiter looks again after so long, even if nothing happened
+TRY_S = 1.5                     # for the requests of a call that must not wait (timeout=0)
+TIDY_S = 0.5                    # for taking back what a call leaves that ended without success
+LEAVE_S = 2.0                   # for removing the file of a lease that is stopped
 
-_LostCallback = Optional[Callable[[], None]]
+_LostCallback = Optional[Callable[[], object]]
 
 
 def _clock() -> float:
@@ -2985,71 +3532,241 @@ def _clock() -> float:
     return time.monotonic() if clock_id is None else time.clock_gettime(clock_id)
 
 
-def _left(deadline: Optional[float], longest_s: float) -> float:
-    """Return the seconds until `deadline` (None: never), from 0 to `longest_s`."""
-    return longest_s if deadline is None else max(0.0, min(longest_s, deadline - _clock()))
+def _tell(function: Callable[..., Any], *args: Any) -> Any:
+    """Call back what a user gave us, on a thread of ours, which survives even SystemExit."""
+    try:
+        return _call_back(function, *args)
+    except SystemExit:
+        _log.error("%r raised SystemExit, which ends no process from this thread", function)
+        return None
 
 
-def _insist(attempt: Callable[[float], _T], patience_s: float = OUTAGE_S) -> _T:
+def _recipe_key(key: str) -> str:
+    """Return the clean `key`.  Raises ValueError if it names no place below the root."""
+    if "." in key.split("/") or ".." in key.split("/") or not key.strip("/"):
+        raise ValueError(f"{key!r} names no key: it needs a part, and none that is . or ..")
+    return _clean_key(key)
+
+
+def _checked_ttl(ttl: int) -> int:
+    if ttl < 1:
+        raise ValueError("ttl is seconds, at least 1")
+    return ttl
+
+
+# What a forked child must make new, by identity.
+_inherited: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def _leave_to_parent() -> None:
+    """In a forked child: give up what the parent holds, and locks that nobody will release."""
+    for recipe in list(_inherited.values()):
+        recipe._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+class _Span(Scope):
+    """The scope of one call of a recipe.
+
+    timeout  seconds; None: no limit; 0: try once and do not wait, in TRY_S at most
+    """
+
+    __slots__ = ("_once", "looked")
+
+    def __init__(self, client: Client, timeout: Optional[float]) -> None:
+        super().__init__(TRY_S if timeout == 0 else timeout, client.scope)
+        self._once = timeout == 0
+        self.looked = False                         # a server said that there is reason to wait
+
+    def wait_s(self, longest_s: float = WAIT_MAX_S) -> float:
+        """Return how long to wait for others now; 0: the time is over.  Raises Cancelled."""
+        self.looked = True
+        left_s = self.left_s(longest_s)
+        return 0.0 if self._once else left_s
+
+    def wait_for(self, changed: threading.Condition, condition: Callable[[], bool]) -> bool:
+        """Wait until `condition` holds; `changed` is notified when it may.  Raises Cancelled."""
+        def wake() -> None:
+            with changed:
+                changed.notify_all()
+        self.attach(wake)
+        try:
+            with changed:
+                changed.wait_for(lambda: self.cancelled or condition(), self.wait_s())
+                self.left_s()
+                return condition()
+        finally:
+            self.detach(wake)
+
+
+class _Recipe:
+    """A recipe whose calls wait: `cancel` ends those under way."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self._spans: Dict[_Span, None] = {}         # of the calls under way
+        _inherited[id(self)] = self
+
+    def cancel(self) -> None:
+        """End the calls of this object that wait now, as if their time was over.  Thread: any."""
+        for span in list(self._spans):
+            span.cancel()
+
+    def _span(self, timeout: Optional[float]) -> _Turn:
+        return _Turn(self, timeout)
+
+    def _after_fork(self) -> None:
+        self._spans = {}
+
+
+class _Turn:
+    """A block in which a recipe waits.  After `cancel` it just ends, unless a write is in doubt.
+
+    So it does if the time ends in the middle of a look that is not the first one.  If somebody
+    else ended it (a scope around the call, or the client was closed) it raises Cancelled.
+    """
+
+    def __init__(self, recipe: _Recipe, timeout: Optional[float]) -> None:
+        self._outer = (recipe.client.scope, _here.scope)
+        self._spans = recipe._spans
+        self._span = _Span(recipe.client, timeout)
+
+    def __enter__(self) -> _Span:
+        self._spans[self._span] = None
+        self._span.__enter__()
+        return self._span
+
+    def __exit__(self, _: object, error: Optional[BaseException], *__: object) -> bool:
+        self._span.__exit__()
+        self._spans.pop(self._span, None)
+        if not isinstance(error, EtcdError) or error.maybe_applied:
+            return False
+        if isinstance(error, Cancelled):
+            return not any(scope is not None and scope.cancelled for scope in self._outer)
+        return (self._span.looked and isinstance(error, ConnectionFailed)
+                and not isinstance(error, WatchTimeout) and not self._span.left_s())
+
+
+@contextlib.contextmanager
+def _apart(timeout_s: float) -> Iterator[None]:
+    """Give what has to be tidied up a time of its own, even when that of the call is over."""
+    outer, _here.scope = _here.scope, None
+    try:
+        with Scope(timeout_s):
+            yield
+    finally:
+        _here.scope = outer
+
+
+def _insist(client: Client, attempt: Callable[[], _T], patience_s: Optional[float] = None) -> _T:
     """Repeat what may be repeated while no server can answer; then raise what the last one said.
 
     Whether a write may have been applied is said of all attempts together.
-
-    attempt  is given the seconds it may take
     """
-    deadline, pause_s, unsure = _clock() + patience_s, 0.05, False
-    while True:
+    unsure, pause_s = False, 0.0
+    with Scope(OUTAGE_S if patience_s is None else patience_s, client.scope) as scope:
+        while True:
+            try:
+                if pause_s:
+                    scope.wait(pause_s * random.uniform(0.5, 1.0))
+                with Scope(CALL_TIMEOUT_S):
+                    return attempt()
+            except EtcdError as error:
+                may_pass = _is_endpoint_failure(error)
+                unsure = unsure or error.maybe_applied
+                pause_s = min(2 * pause_s, 1.0) or 0.05
+                if not may_pass or scope.cancelled or scope.left_s() <= pause_s:
+                    answered = not may_pass and not isinstance(error, Cancelled)
+                    error.maybe_applied = error.maybe_applied or (unsure and not answered)
+                    raise
+
+
+def retry(client: Client, function: Callable[[], _T], *, timeout: Optional[float] = None,
+          idempotent: bool = False) -> _T:
+    """Call `function` until it returns, while no server can answer; return its result.
+
+        retry(client, lambda: client.set("/a", "1"), timeout=60, idempotent=True)
+
+    timeout     seconds in all; None: OUTAGE_S; 0: call it once
+    idempotent  call it again even if its write may have been applied; else that error is raised
+
+    An answer of etcd, such as KeyNotFound, is raised at once.
+    """
+    def attempt() -> _T:
         try:
-            return attempt(min(CALL_TIMEOUT_S, max(deadline - _clock(), 1.0)))
+            return function()
         except EtcdError as error:
-            may_pass = _is_endpoint_failure(error)
-            unsure = unsure or error.maybe_applied
-            if not may_pass or _clock() + pause_s >= deadline:
-                error.maybe_applied = error.maybe_applied or (may_pass and unsure)
-                raise
-        time.sleep(pause_s * random.uniform(0.5, 1.0))
-        pause_s = min(2 * pause_s, 1.0)
-
-
-def _read(client: Client, key: str, patience_s: float = OUTAGE_S, *,
-          recursive: bool = False) -> Result:
-    """Return what a quorum knows of `key`."""
-    return _insist(lambda timeout_s: client.get(
-        key, recursive=recursive, quorum=True, timeout=timeout_s), patience_s)
-
-
-def _list(client: Client, directory: str, patience_s: float = OUTAGE_S) -> Tuple[List[Node], int]:
-    """Return the children of a directory, in the order they were made, and the index they are of.
-
-    That is the number an in-order file has as its name: its created_index too, until somebody
-    renews it by an unconditional write, as python-etcd does.
-    """
+            if error.maybe_applied and not idempotent:
+                raise _InDoubt(error) from error
+            raise
     try:
-        found = _read(client, directory, patience_s)
+        return attempt() if timeout == 0 else _insist(client, attempt, timeout)
+    except _InDoubt as doubt:
+        raise doubt.error from doubt.error.__cause__
+
+
+class _InDoubt(Exception):
+    """Carries an error past those who would try again."""
+
+    def __init__(self, error: EtcdError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _read(client: Client, key: str, *, recursive: bool = False) -> Result:
+    """Return what a quorum knows of `key`."""
+    return _insist(client, lambda: client.get(key, recursive=recursive, quorum=True))
+
+
+def _children(client: Client, directory: str) -> Tuple[List[Node], int]:
+    """Return the children of a directory in the order of creation, and the index they are of."""
+    try:
+        found = _read(client, directory)
     except KeyNotFound as error:
         return [], error.index
-    def order(node: Node) -> int:
-        name = _name(node.key)
-        return int(name) if name.isdigit() else node.created_index
-    return sorted(found.nodes, key=order), found.etcd_index
+    return sorted(found.nodes, key=lambda node: node.created_index), found.etcd_index
+
+
+def _entries(client: Client, line: str) -> Tuple[List[Node], int]:
+    """Return the in-order files of a directory, first come first, and the index they are of.
+
+    Other files and directories in it, such as the lines of locks whose names begin with the name
+    of this one, are nobody's place in the line.
+    """
+    nodes, index = _children(client, line)
+    return sorted(filter(_is_entry, nodes), key=_number), index
+
+
+def _is_entry(node: Node) -> bool:
+    """Whether etcd chose the name of a file: the index at which it was made.
+
+    etcd 2.3 fills it up to 20 digits; in earlier ones it equals the created index, until somebody
+    renews the file by an unconditional write, as python-etcd does.
+    """
+    name = _name(node.key)
+    return not node.dir and name.isascii() and name.isdigit() and (
+        len(name) == 20 or name == str(node.created_index))
+
+
+def _number(node: Node) -> int:
+    return int(_name(node.key))
 
 
 def _name(key: str) -> str:
     return key.rpartition("/")[2]
 
 
-def _create_once(
-    client: Client, key: str, value: str, ttl: Optional[int], patience_s: float = OUTAGE_S,
-) -> Tuple[Node, bool]:
+def _create_once(client: Client, key: str, value: str, ttl: Optional[int]) -> Tuple[Node, bool]:
     """Create a file whose value nobody else writes there; raise NodeExists if another did.
 
     Repeating a creation is harmless: if an earlier attempt is in, the value says so, and the
     second result is False.
     """
     try:
-        made = _insist(lambda timeout_s: client.create(
-            key, value, ttl=ttl, timeout=timeout_s), patience_s)
-        return made.node, True
+        return _insist(client, lambda: client.create(key, value, ttl=ttl)).node, True
     except NodeExists as exists:
         try:
             node = _read(client, key).node
@@ -3061,71 +3778,66 @@ def _create_once(
 
 
 def _append_once(
-    client: Client, directory: str, value: str, ttl: int, patience_s: float = OUTAGE_S,
+    client: Client, directory: str, value: str, ttl: Optional[int],
+    find: Callable[[], Optional[Node]],
 ) -> Tuple[Node, bool]:
     """Create an in-order file with a value that nobody else writes.
 
-    After an unknown fate the value is looked for, and written again if it is not there.  Should
-    the first one arrive even later there are two for a while; the second result is False then.
+    After an unknown fate `find` looks for it, and it is written again if that finds nothing.
+    Should the first one arrive even later there are two; the second result is False then.
     """
     sure = True
 
-    def attempt(timeout_s: float) -> Node:
+    def attempt() -> Node:
         nonlocal sure
+        found = None if sure else find()
+        if found is not None:
+            return found
         try:
-            return client.append(directory, value, ttl=ttl, timeout=timeout_s).node
+            return client.append(directory, value, ttl=ttl).node
         except EtcdError as error:
-            if not error.maybe_applied:
-                raise
-            sure = False
-            found = [node for node in _list(client, directory, timeout_s)[0]
-                     if node.value == value]
-            if not found:
-                raise
-            return found[0]
-    return _insist(attempt, patience_s), sure
+            sure = sure and not error.maybe_applied
+            raise
+    return _insist(client, attempt), sure
 
 
-def _remove(client: Client, key: str, value: str, patience_s: float) -> None:
+def _remove(client: Client, key: str, value: str) -> None:
     """Delete a file if it has `value`; what cannot be deleted now is left to its ttl."""
     with contextlib.suppress(EtcdError):
-        _insist(lambda timeout_s: client.compare_and_delete(
-            key, prev_value=value, timeout=timeout_s), patience_s)
+        _insist(client, lambda: client.compare_and_delete(key, prev_value=value))
 
 
-def _watch(
-    client: Client, key: str, index: int, *, recursive: bool = False,
-    timeout_s: Optional[float] = None,
-) -> Watch:
-    """Return the changes of `key` from `index` on."""
-    return client.watcher(
-        key, recursive=recursive, index=index, timeout=timeout_s, relist=False)
+def _is_removal(event: Result) -> bool:
+    return event.action in _REMOVALS
 
 
 def _await(
-    client: Client, key: str, index: int, wait_s: float, *,
-    children: FrozenSet[str] = frozenset(), started: Callable[[Watch], object] = id,
-) -> None:
-    """Wait for a change of `key` after `index`, at most `wait_s`.
+    client: Client, span: _Span, key: str, index: int, longest_s: float,
+    below: Optional[Callable[[Result], bool]] = None,
+) -> bool:
+    """Wait for a change of `key` after `index`; return whether there is time for another look.
 
-    children  wait for one of these actions below `key` instead
-    started   is given the watch, so that another thread can close it
+    below  wait for a change below `key` instead of which this holds
 
-    May return early: who waits looks again.
+    May return early: a waiter looks again.
     """
+    wait_s = span.wait_s(longest_s)
+    if not wait_s:
+        return False
     try:
-        with _watch(client, key, index + 1, recursive=bool(children),
-                    timeout_s=wait_s) as events:
-            started(events)
+        with client.watcher(key, recursive=below is not None, index=index + 1, timeout=wait_s,
+                            relist=False) as events:
             for event in events:
-                if not children or event.action in children:
-                    return
+                if below is None or below(event):
+                    break
     except (WatchTimeout, EventIndexCleared):
         pass
     except EtcdError as error:
         if not _is_endpoint_failure(error):
             raise
-        time.sleep(min(wait_s, 0.2))                # then the look tells whether that lasts
+        with Scope(wait_s) as scope:
+            scope.wait(0.2)                         # then the look tells whether that lasts
+    return span.wait_s() > 0
 
 
 _HeartbeatType = TypeVar("_HeartbeatType", bound="Heartbeat")
@@ -3136,47 +3848,55 @@ class Heartbeat:
 
         with Heartbeat(client, "/jobs/7/running", ttl=10) as heartbeat:
             ...
-            heartbeat.alive             # False: it may be gone
+            heartbeat.is_held           # False: it may be gone
 
     ttl      seconds, at least 1; renewed after a third of it
-    on_lost  called once, on the thread of the heartbeat, when `alive` has become False without
-             `stop`: no server could renew the file in time, it is gone, or its value has changed
+    on_lost  called once, on the thread of the heartbeat, when `is_held` has become False without
+             `stop`: no server could renew the file in time, it is gone, its value has changed, or
+             the client was closed
 
-    Guarantee: `alive` is False before a server removes the file, and stays so.  It is read off
-    the local clock, whatever the thread and the network do.
+    Guarantee: `is_held` is False before a server lets the file expire, and stays so.  It is read
+    off the local clock, whatever the thread and the network do.
     Limit: a tenth of the ttl must cover by how much the wall clocks of the members differ, since
-    one of them sets the instant of expiry and another one acts on it.  `alive` speaks of the
-    moment it was asked: what is done a moment later needs a fencing token.
+    one of them sets the instant of expiry and another one acts on it.  `is_held` speaks of the
+    moment it was asked: what is done a moment later needs a fencing token.  It does not ask a
+    server: that somebody deleted the file shows at the next renewal, after a third of the ttl;
+    `renew` asks now.  A forked child holds nothing, and cannot start what its parent started.
     etcd before 2.3 cannot refresh: there each renewal is a write that watchers see.
 
-    Thread: any.  It runs a daemon thread, which `stop` joins.
+    Thread: any.  It runs a daemon thread, which `stop` joins and the end of the client ends.
     """
 
     def __init__(self, client: Client, key: str, ttl: int = LEASE_TTL_S, *,
                  on_lost: _LostCallback = None) -> None:
-        if ttl < 1:
-            raise ValueError("ttl is seconds, at least 1")
         self.client = client
-        self.key = _clean_key(key)
-        self.ttl = ttl
+        self.key = _recipe_key(key)
+        self.ttl = _checked_ttl(ttl)
         self._on_lost = on_lost
         self._value = ""
         self._index = 0                             # modified index as last known
         self._silent = False                        # whether the server is known to have refresh
         self._due_at = 0.0                          # next renewal
-        self._lock = threading.Lock()               # guards the next three; a leaf
+        self._over = True                           # stopped or lost, and never again held
         self._expires_at = 0.0
-        self._over = True                           # stopped or lost, and never again alive
-        self._pid = 0                               # a forked child holds nothing
-        self._stopped = threading.Event()
+        self._pid = 0                               # of the process that started it
+        self._stopped = False
+        self._scope = Scope()                       # of the thread: cancelled by `stop`
         self._thread: Optional[threading.Thread] = None
+        self._after_fork()
+        _inherited[id(self)] = self
 
     @property
-    def alive(self) -> bool:
+    def is_held(self) -> bool:
         """Whether the file is certain to be there."""
         with self._lock:
             self._over = self._over or _clock() >= self._expires_at
             return not self._over and self._pid == os.getpid()
+
+    @property
+    def alive(self) -> bool:
+        """As is_held."""
+        return self.is_held
 
     @property
     def value(self) -> str:
@@ -3185,19 +3905,45 @@ class Heartbeat:
 
     def start(self: _HeartbeatType) -> _HeartbeatType:
         """Renew the file now, and from now on.  Raises KeyNotFound, or that no server answers."""
-        return self._start(OUTAGE_S)
+        if self._pid not in (0, os.getpid()):
+            raise RuntimeError(f"{self.key} belongs to the parent process: make another object")
+        if self._thread is not None and self._thread.is_alive() and not self._stopped:
+            return self                             # started already
+        self._obtain()
+        self._stopped, self._scope = False, Scope(None, self.client.scope)
+        self._thread = threading.Thread(
+            target=self._run, name=f"pyetcd-heartbeat {self.key}", daemon=True)
+        self._thread.start()
+        return self
+
+    def renew(self, ttl: Optional[int] = None) -> bool:
+        """Renew the file now; return whether it is held.
+
+        ttl  seconds from now on; None: as before
+
+        Raises that no server answers; then the heartbeat goes on trying.
+        """
+        if ttl is not None:
+            self.ttl = _checked_ttl(ttl)
+        if not self.is_held:
+            return False
+        try:
+            self._renew()
+        except (KeyNotFound, CompareFailed, NotFile, NotDir):
+            self._lose()
+        finally:
+            self._wake.set()                        # the next one may be due earlier now
+        return self.is_held
+
     def stop(self) -> bool:
-        """Stop renewing, and leave the file to its ttl.  Return whether it was alive until now."""
-        alive = self.alive
+        """Stop renewing, and leave the file to its ttl.  Return whether it was held until now."""
+        held = self.is_held
         if self._pid != os.getpid():                # in a forked child it is the parent's
             return False
-        with self._lock:
-            self._over = True
-        self._stopped.set()
-        self._leave()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()                     # until the renewal under way has ended
-        return alive
+        self._end()
+        with Scope(LEAVE_S):
+            self._leave()
+        return held
 
     def __enter__(self: _HeartbeatType) -> _HeartbeatType:
         return self.start()
@@ -3207,26 +3953,21 @@ class Heartbeat:
 
     # -- below: no public names
 
-    def _start(self: _HeartbeatType, patience_s: float) -> _HeartbeatType:
-        if self._thread is not None and self._thread.is_alive() and not self._stopped.is_set():
-            return self                             # started already
-        self._obtain(patience_s)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, name=f"pyetcd-heartbeat {self.key}", daemon=True)
-        self._thread.start()
-        return self
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()               # guards _over and _expires_at; a leaf
+        self._renewing = threading.Lock()           # one renewal at a time; guards _index
+        self._wake = threading.Event()              # the thread should look
 
-    def _obtain(self, patience_s: float) -> None:
+    def _obtain(self) -> None:
         """Get the file to keep; the end of its life is known afterwards."""
-        node = _read(self.client, self.key, patience_s).node
+        node = _read(self.client, self.key).node
         self._value, self._index = node.value or "", node.modified_index
-        self._adopt(patience_s)
+        self._adopt()
 
-    def _adopt(self, patience_s: float) -> None:
+    def _adopt(self) -> None:
         """Renew a file whose remaining life is not known."""
         sent_at = _clock()
-        self._index = _insist(self._swap_ours, patience_s).modified_index
+        self._index = _insist(self.client, self._swap_ours).modified_index
         self._granted_at(sent_at)
 
     def _leave(self) -> None:
@@ -3239,58 +3980,90 @@ class Heartbeat:
             self._expires_at = sent_at + self.ttl * (1 - EXPIRY_MARGIN)
         self._due_at = sent_at + self.ttl / 3
 
-    def _run(self) -> None:
-        while self._keep() and self._regain():
-            pass
-
-    def _regain(self) -> bool:
-        """Do what follows a loss; return whether there is a file to keep again."""
-        if self._on_lost is not None:
-            _call_back(self._on_lost)
-        return False
-
-    def _keep(self) -> bool:
-        """Renew until stopped (return False) or lost (return True)."""
-        while True:
-            wake_at = min(self._due_at, self._expires_at)
-            if self._stopped.wait(max(0.0, wake_at - _clock())):
-                return False
-            if not self.alive:
-                break
-            try:
-                self._renew()
-            except (KeyNotFound, CompareFailed, NotFile, NotDir):
-                break
-            except EtcdError:                       # expires unless a later attempt succeeds
-                self._due_at = _clock() + min(0.5, self.ttl / 10)
+    def _lose(self) -> None:
+        """End the life of the file, and let the thread know."""
         with self._lock:
             self._over = True
-        return not self._stopped.is_set()
+        self._wake.set()
+
+    def _end(self) -> None:
+        """End the thread, also in the middle of a renewal, and wait for it."""
+        self._stopped = True
+        self._lose()
+        self._scope.cancel()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            with self._scope as scope:
+                scope.attach(self._wake.set)
+                while self._keep(scope) and self._regain(scope):
+                    pass
+        except Cancelled:                           # by `stop`, or the client was closed
+            self._lose()
+            if not self._stopped and self._on_lost is not None:
+                _tell(self._on_lost)
+
+    def _regain(self, _scope: Scope) -> bool:
+        """Do what follows a loss; return whether there is a file to keep again."""
+        if self._on_lost is not None:
+            _tell(self._on_lost)
+        return False
+
+    def _keep(self, scope: Scope) -> bool:
+        """Renew until stopped (return False) or lost (return True).  Raises Cancelled."""
+        while self.is_held:
+            self._wake.wait(max(0.0, min(self._due_at, self._expires_at) - _clock()))
+            self._wake.clear()
+            scope.left_s()
+            if self.is_held and _clock() >= self._due_at:
+                try:
+                    self._renew()
+                except (KeyNotFound, CompareFailed, NotFile, NotDir):
+                    break
+                except Cancelled:
+                    raise
+                except EtcdError:                   # expires unless a later attempt succeeds
+                    self._due_at = _clock() + min(0.5, self.ttl / 10)
+        with self._lock:
+            self._over = True
+        return not self._stopped
 
     def _renew(self) -> None:
         """Give the file its ttl anew.  Raises CompareFailed or KeyNotFound if it is lost."""
-        sent_at = _clock()
-        timeout_s = max(0.1, min(CALL_TIMEOUT_S, self.ttl / 3, self._expires_at - sent_at))
-        self._index = self._swap_ours(timeout_s).modified_index
-        with self._lock:                            # what was reported as lost stays lost
-            if not self._over and _clock() < self._expires_at:
-                self._expires_at = sent_at + self.ttl * (1 - EXPIRY_MARGIN)
-        self._due_at = sent_at + self.ttl / 3
+        with self._alone():
+            sent_at = _clock()
+            timeout_s = max(0.1, min(CALL_TIMEOUT_S, self.ttl / 3, self._expires_at - sent_at))
+            with Scope(timeout_s):
+                self._index = self._swap_ours().modified_index
+            with self._lock:                        # what was reported as lost stays lost
+                if not self._over and _clock() < self._expires_at:
+                    self._expires_at = sent_at + self.ttl * (1 - EXPIRY_MARGIN)
+            self._due_at = sent_at + self.ttl / 3
 
-    def _swap_ours(self, timeout_s: float) -> Result:
-        """Renew the file; a renewal whose answer was lost may have changed its index."""
-        deadline = _clock() + timeout_s
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other renewals out, which would make the index wrong that this one compares."""
+        if not self._renewing.acquire(timeout=CALL_TIMEOUT_S):
+            raise RequestTimeout("another renewal is under way", endpoint="")
         try:
-            return self._swap(timeout_s)
-        except CompareFailed:
-            left_s = max(0.1, deadline - _clock())
-            node = self.client.get(self.key, quorum=True, timeout=left_s).node
-            if node.value != self._value:           # it is somebody else's
-                raise
-            self._index = node.modified_index
-            return self._swap(max(0.1, deadline - _clock()))
+            yield
+        finally:
+            self._renewing.release()
 
-    def _swap(self, timeout_s: float, *, announce: bool = False) -> Result:
+    def _swap_ours(self) -> Result:
+        """Renew the file; renewals whose answers were lost may have changed its index."""
+        while True:
+            try:
+                return self._swap()
+            except CompareFailed:
+                node = self.client.get(self.key, quorum=True).node
+                if node.value != self._value or node.modified_index == self._index:
+                    raise                           # it is somebody else's
+                self._index = node.modified_index
+
+    def _swap(self, *, announce: bool = False) -> Result:
         """Renew on condition that nothing happened to the file since the index we know.
 
         Therefore a renewal that was given up for lost cannot take effect after a later one, and
@@ -3299,15 +4072,14 @@ class Heartbeat:
         fields: Dict[str, _Field] = {
             "ttl": self.ttl, "prevValue": self._value or None, "prevIndex": self._index}
         if announce:
-            return self.client._put(self.key, {**fields, "value": self._value}, timeout_s)
+            return self.client._put(self.key, {**fields, "value": self._value})
         fields["refresh"] = True
         if not self._silent:
             try:                                    # etcd before 2.3 would empty the value
-                loud = {**fields, "value": self._value or " "}
-                return self.client._put(self.key, loud, timeout_s)
+                return self.client._put(self.key, {**fields, "value": self._value or " "})
             except RefreshValue:
                 self._silent = True
-        return self.client._put(self.key, fields, timeout_s)
+        return self.client._put(self.key, fields)
 
 
 class Lease(Heartbeat):
@@ -3319,8 +4091,8 @@ class Lease(Heartbeat):
     value    tells who made it: two leases of one key need different values; None: a uuid
 
     Guarantee: made once, even if answers are lost; start raises NodeExists while the key is
-    somebody else's.  `alive` as for Heartbeat.  A crash leaves the file for at most its ttl (and
-    the half second that etcd takes to notice).
+    somebody else's.  `is_held` as for Heartbeat.  A crash leaves the file for at most its ttl (and
+    the half second that etcd takes to notice), and so does the end of the client.
     Limit: as for Heartbeat.
 
     Thread: any.
@@ -3338,40 +4110,39 @@ class Lease(Heartbeat):
         return super().start()
 
     def stop(self) -> bool:
-        """Remove the file.  Return whether it was alive until now.
+        """Remove the file.  Return whether it was held until now.
 
-        If no server answers, the file is left to its ttl.
+        If no server answers within LEAVE_S, the file is left to its ttl.
         """
         return super().stop()
 
     # -- below: no public names
 
-    def _obtain(self, patience_s: float) -> None:
+    def _obtain(self) -> None:
         sent_at = _clock()
-        self._index, fresh = self._make(patience_s)
+        self._index, fresh = self._make()
         if fresh and _clock() - sent_at < self.ttl / 3:
             self._granted_at(sent_at)
             return
         try:
-            self._adopt(patience_s)
+            self._adopt()
         except (KeyNotFound, CompareFailed) as error:
             raise LockExpired("expired before it was known to be made", cause=self.key) from error
 
-    def _make(self, patience_s: float) -> Tuple[int, bool]:
+    def _make(self) -> Tuple[int, bool]:
         """Create the file; return its index, and whether its ttl was given just now."""
-        node, fresh = _create_once(self.client, self.key, self._value, self.ttl, patience_s)
+        node, fresh = _create_once(self.client, self.key, self._value, self.ttl)
         return node.modified_index, fresh
 
     def _leave(self) -> None:
-        _remove(self.client, self.key, self._value, min(5.0, self.ttl))
+        _remove(self.client, self.key, self._value)
 
 
 class _Place(Lease):
     """A place in a line: an in-order file, whose number says who came first."""
 
-    def __init__(self, client: Client, line: str, label: str, ttl: int,
-                 on_lost: _LostCallback) -> None:
-        super().__init__(client, line, uuid.uuid4().hex + label, ttl, on_lost=on_lost)
+    def __init__(self, client: Client, line: str, label: str, ttl: int) -> None:
+        super().__init__(client, line, uuid.uuid4().hex + label, ttl)
         self.line = self.key
         self._sure = True                           # that there is no second entry of this place
 
@@ -3382,64 +4153,77 @@ class _Place(Lease):
 
     def announce(self) -> None:
         """Renew the file so that its watchers see it; it is no harm if that fails."""
-        with contextlib.suppress(EtcdError):
-            self._swap(CALL_TIMEOUT_S, announce=True)
+        with contextlib.suppress(EtcdError), self._alone():
+            self._index = self._swap(announce=True).modified_index
 
-    def _obtain(self, patience_s: float) -> None:
+    def _obtain(self) -> None:
         try:
-            super()._obtain(patience_s)
+            super()._obtain()
         except BaseException:                       # it may be in line all the same
             self._sure = False
-            self._leave()
+            with _apart(TIDY_S):
+                self._leave()
             raise
 
-    def _make(self, patience_s: float) -> Tuple[int, bool]:
+    def _find(self) -> Optional[Node]:
+        found = [node for node in _entries(self.client, self.line)[0]
+                 if node.value == self._value]
+        return found[0] if found else None
+
+    def _make(self) -> Tuple[int, bool]:
         node, self._sure = _append_once(
-            self.client, self.line, self._value, self.ttl, patience_s)
+            self.client, self.line, self._value, self.ttl, self._find)
         self.key = node.key
         return node.modified_index, self._sure
 
     def _leave(self) -> None:
-        super()._leave()
+        if self.key != self.line:
+            super()._leave()
         with contextlib.suppress(EtcdError):
-            for node in () if self._sure else _list(self.client, self.line, 1.0)[0]:
+            for node in () if self._sure else _entries(self.client, self.line)[0]:
                 if node.value == self._value:
-                    _remove(self.client, node.key, self._value, 1.0)
+                    _remove(self.client, node.key, self._value)
 
+
+# ============================================================================
+# 9. Locks
+# ----------------------------------------------------------------------------
+# Knows: sections 1-8.
+# ============================================================================
 
 _ContenderType = TypeVar("_ContenderType", bound="Contender")
+_LABELLED = re.compile(r"[0-9a-f]{32}:")
 
 
-class Contender:
+class Contender(_Recipe):
     """What Lock, RWLock, Semaphore and Election share: a line, and a place in it.
 
     The entry of a contender names the uuid of one attempt.  Only entries ahead can keep it
     waiting, none can appear there later, and so a contender that was let in stays in until its
     entry is gone.
+
+    The object is the holder, whichever thread or task calls it: a second `acquire` waits until
+    the first one was released or lost.
     """
 
     label = ""                                      # follows the uuid in the value of an entry
+    _held: Optional[_Place]                         # guarded by _changed, as is _busy
+    _retakes = True                                 # whether a lost hold may be acquired anew
 
     def __init__(self, client: Client, line: str, *, ttl: int = LEASE_TTL_S,
                  on_lost: _LostCallback = None) -> None:
-        if ttl < 1:
-            raise ValueError("ttl is seconds, at least 1")
-        self.client = client
-        self.path = _clean_key(line)
-        self.ttl = ttl
+        super().__init__(client)
+        self.path = _recipe_key(line)
+        self.ttl = _checked_ttl(ttl)
         self._on_lost = on_lost
-        self._turn = threading.Lock()               # taken by the thread that contends or holds
-        self._owner = 0                             # that thread
-        self._guard = threading.Lock()              # of two threads that release, one does it
-        self._held: Optional[_Place] = None
-        self._cancelled = threading.Event()
-        self._watching: Optional[Watch] = None
+        self._blocks = threading.local()            # .places: of the `with` blocks of a thread
+        self._after_fork()
 
     @property
     def is_held(self) -> bool:
         """Whether it is held; False before a server could give it to another."""
         held = self._held
-        return held is not None and held.alive
+        return held is not None and held.is_held
 
     @property
     def is_acquired(self) -> bool:
@@ -3454,57 +4238,54 @@ class Contender:
         seen: this is what protects it from a holder that was suspended and does not know yet.
         """
         held = self._held
-        return held.number if held is not None and held.alive else 0
+        return held.number if held is not None and held.is_held else 0
 
     def acquire(self, blocking: bool = True, lock_ttl: Optional[int] = None,
-                timeout: Optional[float] = 0) -> bool:
+                timeout: Optional[float] = None) -> bool:
         """Wait for it.  Return whether it is held.
 
-        blocking  False: return at once
+        blocking  False: as timeout=0
         lock_ttl  seconds, instead of the ttl of the constructor; None: that one
-        timeout   seconds to wait; 0 and None: for ever
+        timeout   seconds to wait; None: for ever; 0: try once and do not wait
 
-        By the thread that holds it: renew, and return True.  Other threads that share the object
-        wait for each other.  False after `timeout`, and after `cancel` by another thread; nothing
-        is left in the line then, nor after an exception.  Raises EtcdError if no server answered
-        for OUTAGE_S seconds or for as long as there was time.
+        False after `timeout`, and after `cancel` by another thread; nothing is left in the line
+        then, nor after an exception (if no server answers, for the ttl at most).  Raises EtcdError
+        if no server answered for OUTAGE_S seconds or for as long as there was time.
+
+        While it is held through this object, acquire waits, also in the same thread, since a
+        thread may serve many tasks: RLock may be acquired again, and `renew` renews.  Only where
+        the wait could never end, without a limit in the main thread, it renews as python-etcd's.
         """
-        if self._owner == threading.get_ident() and self.is_held:
-            return self._again(lock_ttl)
-        if self._owner == threading.get_ident():
-            self.release()                          # it was lost: contend anew
-        limit_s = (timeout or None) if blocking else 0.0
-        deadline = None if limit_s is None else _clock() + limit_s
-        if not self._turn.acquire(timeout=-1 if limit_s is None else limit_s):
-            return False
-        self._owner = threading.get_ident()
-        self._cancelled.clear()
-        try:
-            self._contend(lock_ttl or self.ttl, deadline)
-        finally:
-            if self._held is None:
-                self._yield_turn()
-        return self._held is not None
+        if blocking and timeout is None and self._waits_for_itself():
+            return self.renew(lock_ttl)
+        return self._acquire(blocking, lock_ttl, timeout) is not None
 
-    def release(self) -> bool:
+    def renew(self, lock_ttl: Optional[int] = None) -> bool:
+        """Renew the entry now, as the heartbeat does in time; return whether it is held.
+
+        lock_ttl  seconds from now on; None: as before
+
+        This asks the cluster: False also if somebody has removed the entry a moment ago.
+        """
+        held = self._held
+        return held is not None and held.renew(lock_ttl)
+
+    def release(self, token: Optional[int] = None) -> bool:
         """Give it up, from any thread.  Return whether it was held until now.
 
-        If no server answers, the entry is left to its ttl.
-        """
-        with self._guard:
-            held, self._held = self._held, None
-        if held is None:
-            return False
-        was_held = held.stop()
-        self._yield_turn()
-        return was_held
+        token  nothing happens unless the hold is the one with this token
 
-    def cancel(self) -> None:
-        """Make an acquire that is waiting return False.  Thread: any."""
-        self._cancelled.set()
-        watching = self._watching
-        if watching is not None:
-            watching.close()
+        If no server answers within LEAVE_S, the entry is left to its ttl.
+        """
+        with self._changed:
+            held = self._held
+            if held is None or (token is not None and held.number != token):
+                return False
+            self._held = None
+        try:
+            return held.stop()
+        finally:
+            self._set_free()
 
     def check(self) -> None:
         """Raise LockExpired unless it is held."""
@@ -3513,30 +4294,98 @@ class Contender:
 
     def contenders(self) -> List[str]:
         """Return the values of the entries in the line, the one served first at the head."""
-        return [node.value or "" for node in _list(self.client, self.path)[0]]
+        return [node.value or "" for node in self._line()[0]]
 
     def __enter__(self: _ContenderType) -> _ContenderType:
-        if not self.acquire():
+        if self._waits_for_itself():
+            raise RuntimeError(f"{self.path} is held by this block's own thread: use RLock")
+        place = self._acquire(True, None, None)
+        if place is None:
             raise LockExpired("not acquired: cancelled, or lost before", cause=self.path)
+        self._blocks.places = [*self._entered(), place]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release()
+        *self._blocks.places, place = self._entered()
+        if place is self._held:                     # else it was lost, and perhaps acquired anew
+            self.release()
 
     # -- below: no public names
 
-    def _again(self, lock_ttl: Optional[int]) -> bool:
-        """Acquire what this thread holds."""
-        held = self._held
-        if held is not None:
-            held.ttl = lock_ttl or held.ttl
-            with contextlib.suppress(EtcdError):    # if it fails the heartbeat tries again
-                held._renew()
-        return self.is_held
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._changed = threading.Condition()
+        self._busy = False                          # somebody contends or holds
+        self._held = None
+        self._taken_by = 0                          # thread of the last acquire, for a warning
 
-    def _yield_turn(self) -> None:
-        self._owner = 0
-        self._turn.release()
+    def _entered(self) -> List[_Place]:
+        return getattr(self._blocks, "places", [])
+
+    def _acquire(self, blocking: bool, lock_ttl: Optional[int],
+                 timeout: Optional[float]) -> Optional[_Place]:
+        ttl = self.ttl if lock_ttl is None else _checked_ttl(lock_ttl)
+        with self._span(timeout if blocking else 0) as span:
+            if not self._take_turn(span):
+                return None
+            place = None
+            try:
+                place = self._contend(ttl, span)
+            finally:
+                if place is None:
+                    self._set_free()
+            blocks = self._entered()                # acquired anew inside of a block
+            if place is not None and blocks and not blocks[-1].is_held:
+                blocks[-1] = place
+            return place
+        return None                                 # cancelled
+
+    def _waits_for_itself(self) -> bool:
+        """Whether the main thread, outside of an event loop, would wait for what it holds.
+
+        Any other thread may serve a pool or a loop, where another task releases it.
+        """
+        if not self.is_held or self._taken_by != threading.get_ident():
+            return False
+        asyncio = sys.modules.get("asyncio")
+        looping = asyncio is not None and asyncio._get_running_loop() is not None
+        return threading.current_thread() is threading.main_thread() and not looping
+
+    def _take_turn(self, span: _Span) -> bool:
+        """Wait until nobody contends for or holds this object."""
+        if self._taken_by == threading.get_ident() and self.is_held and span.wait_s():
+            _log.warning("%s is held by this object, and this thread waits until it is released: "
+                         "RLock may be acquired again, renew() renews", self.path)
+        while span.wait_for(self._changed, self._is_free):
+            with self._changed:
+                if self._is_free():
+                    self._busy, lost, self._held = True, self._held, None
+                    self._taken_by = threading.get_ident()
+                    break
+        else:
+            return False
+        if lost is not None:
+            lost.stop()
+        return True
+
+    def _is_free(self) -> bool:
+        held = self._held
+        return not self._busy or (self._retakes and held is not None and not held.is_held)
+
+    def _set_free(self) -> None:
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+
+    def _line(self) -> Tuple[List[Node], int]:
+        """Return the entries that count, first come first, and the index.
+
+        With a label those of this recipe; without one also those of python-etcd's lock.
+        """
+        nodes, index = _entries(self.client, self.path)
+        if self.label:
+            nodes = [node for node in nodes if _LABELLED.match(node.value or "")]
+        return nodes, index
 
     def _blocker(self, ahead: List[Node]) -> Optional[str]:
         """Return the key to watch before looking again; None: let in.
@@ -3545,44 +4394,49 @@ class Contender:
         """
         return ahead[-1].key if ahead else None
 
-    def _contend(self, ttl: int, deadline: Optional[float]) -> None:
-        """Stand in line until let in, out of time, or cancelled."""
+    def _contend(self, ttl: int, span: _Span) -> Optional[_Place]:
+        """Stand in line until let in, or out of time (return None).  Raises Cancelled."""
         place: Optional[_Place] = None
+        client_scope = self.client.scope
         try:
-            while not self._cancelled.is_set():
-                if place is None or not place.alive:
-                    place = self._enter(place, ttl, deadline)
-                blocker, index = self._look(place, deadline)
+            while True:
+                if place is None or not place.is_held:
+                    place = self._enter(place, ttl)
+                blocker, index = self._look(place)
                 if blocker is None:
                     self._held = place
-                    if place.alive:
-                        return
+                    if place.is_held:
+                        return place
                     self._held = None
-                if _left(deadline, 1.0) <= 0:
-                    return
-                if blocker and not self._cancelled.is_set():
-                    wait_s = _left(deadline, min(WAIT_SLICE_S, ttl))
-                    _await(self.client, blocker, index, wait_s, started=self._wait_with,
-                           children=_REMOVALS if blocker == self.path else frozenset())
+                if not self._wait(span, place, blocker, index):
+                    return None
         finally:
             if place is not None and self._held is not place:
-                place.stop()
+                place._end()
+                if not client_scope.cancelled:
+                    with _apart(TIDY_S):
+                        place._leave()
 
-    def _enter(self, old: Optional[_Place], ttl: int, deadline: Optional[float]) -> _Place:
+    def _enter(self, old: Optional[_Place], ttl: int) -> _Place:
         """Take a place at the end of the line, instead of one that was lost."""
         if old is not None:
             old.stop()
-        place = _Place(self.client, self.path, self.label, ttl, None)
+        place = _Place(self.client, self.path, self.label, ttl)
         place._on_lost = lambda: self._lost(place)
-        return place._start(_left(deadline, OUTAGE_S))
+        try:
+            return place.start()
+        except Cancelled as error:
+            error.maybe_applied = False             # what may be in the line is taken back
+            raise
 
-    def _look(self, place: _Place, deadline: Optional[float]) -> Tuple[Optional[str], int]:
+    def _look(self, place: _Place) -> Tuple[Optional[str], int]:
         """Return the key to wait for (None: let in; "": none, look again) and the index."""
-        entries, index = _list(self.client, self.path, _left(deadline, OUTAGE_S))
+        entries, index = self._line()
         for node in entries:
             if node.value == place.value and node.key != place.key:
                 # An append that was given up for lost came in after all.
-                _remove(self.client, node.key, place.value, 1.0)
+                with Scope(TIDY_S):
+                    _remove(self.client, node.key, place.value)
         keys = [node.key for node in entries]
         if place.key not in keys:                   # expired or removed
             place.stop()
@@ -3596,18 +4450,29 @@ class Contender:
     def _let_in(self, place: _Place) -> None:
         """Do what those behind need when this contender is let in."""
 
-    def _wait_with(self, watch: Watch) -> None:
-        self._watching = watch
-        if self._cancelled.is_set():                # before cancel could see the watch
-            watch.close()
+    def _wait(self, span: _Span, place: _Place, blocker: Optional[str], index: int) -> bool:
+        """Wait for a change of `blocker`, or until `place` is lost; return whether to look again.
+
+        blocker  "" or None: there is none, but to look again
+        """
+        with contextlib.suppress(Cancelled), Scope() as waiting:
+            place._scope.attach(waiting.cancel)
+            try:
+                if blocker and place.is_held:
+                    _await(self.client, span, blocker, index, min(WAIT_SLICE_S, place.ttl),
+                           below=_is_removal if blocker == self.path else None)
+            finally:
+                place._scope.detach(waiting.cancel)
+        return span.wait_s() > 0
 
     def _lost(self, place: _Place) -> None:
-        watching = self._watching
-        if self._held is not place:
-            if watching is not None:                # it waits in vain, and must line up again
-                watching.close()
-        elif self._on_lost is not None:
-            self._on_lost()
+        if self._held is place:
+            with self._changed:
+                self._changed.notify_all()
+            if self._on_lost is not None:
+                self._on_lost()
+        else:
+            place._scope.cancel()                   # it waits in vain, and must line up again
 
 
 class Lock(Contender):
@@ -3631,7 +4496,8 @@ class Lock(Contender):
     Limit: that of Heartbeat: clocks of the members differ by less than ttl / 10, and what takes
     place after the last look at `is_held` needs `token`.
 
-    Thread: any.  Threads that share the object exclude each other too.
+    Thread: any.  Threads and tasks that share the object exclude each other too; after a lost
+    hold was acquired anew, only release(token) tells the old hold from the new one.
     """
 
     def __init__(self, client: Client, lock_name: str, *, ttl: int = LEASE_TTL_S,
@@ -3647,36 +4513,62 @@ class Lock(Contender):
 
 
 def _below_prefix(client: Client, name: str) -> str:
-    return f"{client.lock_prefix}/{name}"
+    return client.lock_prefix + _recipe_key(name)
 
 
 class RLock(Lock):
-    """A Lock that the thread which holds it may acquire again; each acquire needs a release.
+    """A Lock that its holder may acquire again; each acquire needs a release.
+
+        with lock, lock: ...                        # the holder is the thread
+        lock.acquire(holder=task)                   # ... or what you name: a task, a request
 
     Guarantee and limit are those of Lock.  When the lock is lost, an inner acquire returns False
-    (or raises LockExpired, from `with`): the outer block has to end first.
+    (or raises LockExpired, from `with`): the outer block has to end first.  Tasks that share
+    threads name themselves as `holder`, as the thread cannot tell them apart.
     """
 
-    def __init__(self, client: Client, lock_name: str, *, ttl: int = LEASE_TTL_S,
-                 on_lost: _LostCallback = None) -> None:
-        super().__init__(client, lock_name, ttl=ttl, on_lost=on_lost)
-        self._depth = 0                             # acquires of the holder; its thread's alone
+    _retakes = False
+    _holder: object
+    _depth: int                                     # acquires of the holder
 
     def acquire(self, blocking: bool = True, lock_ttl: Optional[int] = None,
-                timeout: Optional[float] = 0) -> bool:
-        """Acquire as Lock does, or once more.  See Lock."""
-        if self._owner != threading.get_ident():
-            acquired = super().acquire(blocking, lock_ttl, timeout)
-            self._depth = 1 if acquired else 0
-            return acquired
-        held = self.is_held
-        self._depth += held
-        return held
+                timeout: Optional[float] = None, *, holder: object = None) -> bool:
+        """Acquire as Lock does, or once more, which renews if `lock_ttl` is given.  See Lock."""
+        return self._acquire(blocking, lock_ttl, timeout, holder) is not None
 
-    def release(self) -> bool:
+    def _waits_for_itself(self) -> bool:
+        return False
+
+    def release(self, token: Optional[int] = None) -> bool:
         """Undo one acquire; the last one gives the lock up.  Return whether it was held."""
-        self._depth -= 1
-        return self.is_held if self._depth > 0 else super().release()
+        with self._changed:
+            self._depth = max(0, self._depth - 1)
+            if self._depth:
+                return self.is_held
+            self._holder = None
+        return super().release(token)
+
+    # -- below: no public names
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._holder, self._depth = None, 0
+
+    def _acquire(self, blocking: bool, lock_ttl: Optional[int], timeout: Optional[float],
+                 holder: object = None) -> Optional[_Place]:
+        holder = threading.get_ident() if holder is None else holder
+        with self._changed:
+            held = self._held if self._holder == holder else None
+            self._depth += held is not None and held.is_held
+        if held is not None:
+            if lock_ttl is not None and held.is_held:
+                with contextlib.suppress(EtcdError):    # if it fails the heartbeat tries again
+                    held.renew(lock_ttl)
+            return held if held.is_held else None
+        place = super()._acquire(blocking, lock_ttl, timeout)
+        if place is not None:
+            self._holder, self._depth = holder, 1
+        return place
 
 
 class RWLock:
@@ -3698,6 +4590,7 @@ class RWLock:
 
     def __init__(self, client: Client, key: str, *, ttl: int = LEASE_TTL_S,
                  on_lost: _LostCallback = None) -> None:
+        _recipe_key(key)
         self._contender: Callable[[Type[Contender]], Contender] = lambda kind: kind(
             client, key, ttl=ttl, on_lost=on_lost)
 
@@ -3764,6 +4657,76 @@ class Semaphore(Contender):
         place.announce()
 
 
+# ============================================================================
+# 10. Elections, queues, barriers, counters
+# ----------------------------------------------------------------------------
+# Knows: sections 1-9.
+# ============================================================================
+
+TAKEN_TTL_S = 120               # what was taken from a queue leaves a mark for so long
+COUNTER_WRITERS = 32            # so many writers find out whether a lost change is in
+PRIORITY = 100                  # of an item that comes without
+
+_Wait = Tuple[str, int, Optional[Callable[[Result], bool]]]     # key, index, below: see _await
+
+
+class Observed(_Recipe, Generic[_T]):
+    """What somebody observes: `next` returns it, at first and whenever it has changed.
+
+    Between two looks a state may be missed; the last one is not.  `close` ends the iteration, from
+    any thread.  Raises WatchTimeout when there was no change in time; then `next` may be called
+    again.
+
+    look     returns what there is, and how to wait: key, index, and what must happen below the key
+             (see _await)
+    timeout  seconds each `next` may take; None: no limit; 0: it looks, and does not wait
+
+    Thread: one, except for `close`.
+    """
+
+    def __init__(self, client: Client, look: Callable[[], Tuple[_T, _Wait]],
+                 timeout: Optional[float] = None) -> None:
+        super().__init__(client)
+        self._look = look
+        self._timeout = timeout
+        self._seen: List[_T] = []                   # what was returned last
+        self._closed = False
+
+    def __iter__(self) -> Observed[_T]:
+        return self
+
+    def __next__(self) -> _T:
+        with self._span(self._timeout) as span:
+            while not self._closed:
+                state, (key, index, below) = self._look()
+                if [state] != self._seen:
+                    self._seen = [state]
+                    return state
+                if not _await(self.client, span, key, index, WAIT_SLICE_S, below):
+                    break
+        if self._closed:
+            raise StopIteration
+        raise WatchTimeout("no change in time")
+
+    def close(self) -> None:
+        """End the iteration: a `next` that waits in another thread ends at once.  Thread: any."""
+        self._closed = True
+        self.cancel()
+
+    def __enter__(self) -> Observed[_T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _is_change(event: Result) -> bool:
+    return event.action in _CHANGES
+
+
+_CHANGES = _REMOVALS | {"create", "set", "update", "compareAndSwap"}
+
+
 class Leader(NamedTuple):
     """Who leads: what it said of itself, and its fencing token."""
 
@@ -3775,16 +4738,17 @@ class Election(Contender):
     """One of many candidates leads; when it is gone the one that came next leads.
 
         election = Election(client, "/scheduler", value="host-a", ttl=10, on_lost=stop)
-        if election.campaign():                     # returns when this candidate leads
+        with election:                              # the block begins when this candidate leads
             work(fencing_token=election.token)
-            election.resign()
+        election.run(work)                          # the same
 
-        for leader in election.observe():           # anywhere, without being a candidate
-            print(leader.value if leader else "nobody")
+        with Election(client, "/scheduler").observe() as leaders:       # anywhere
+            for leader in leaders:
+                print(leader.value if leader else "nobody")
 
     value    what others see of this candidate
 
-    Guarantee: while `is_leader` is True no other candidate's is.  A crashed leader is followed
+    Guarantee: while `is_held` is True no other candidate's is.  A crashed leader is followed
     after its ttl.  Terms have rising tokens.
     Limit: as for Lock.
 
@@ -3798,7 +4762,7 @@ class Election(Contender):
 
     @property
     def is_leader(self) -> bool:
-        """Whether this candidate leads; False before a server could let another one lead."""
+        """As is_held."""
         return self.is_held
 
     def campaign(self, timeout: Optional[float] = None) -> bool:
@@ -3809,48 +4773,64 @@ class Election(Contender):
         """Stop leading; return whether it led until now."""
         return self.release()
 
+    def run(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+        """Call `function` as soon as this candidate leads, resign, and return its result.
+
+        It should stop when the lead is lost: on_lost says so, `is_held` too.  Raises LockExpired
+        if `cancel` ended the campaign.
+        """
+        with self:
+            return function(*args, **kwargs)
+
     def leader(self) -> Optional[Leader]:
         """Return who leads now, by quorum; None if there are no candidates."""
-        return self._first(_list(self.client, self.path)[0])
+        return self._first(self._line()[0])
 
-    def observe(self, timeout: Optional[float] = None) -> Iterator[Optional[Leader]]:
-        """Yield who leads, now and whenever that changes; None: nobody.
+    def observe(self, timeout: Optional[float] = None) -> Observed[Optional[Leader]]:
+        """Return an iterator over who leads, now and whenever that changes; None: nobody.
 
         timeout  seconds without a change after which WatchTimeout is raised; None: never
 
         A leader between two looks may be missed; the last one is not.
         """
-        seen: Optional[Leader] = None
-        fresh, deadline = True, None if timeout is None else _clock() + timeout
-        while True:
-            entries, index = _list(self.client, self.path)
-            leader = self._first(entries)
-            if fresh or leader != seen:
-                yield leader
-                deadline = None if timeout is None else _clock() + timeout
-            fresh, seen = False, leader
-            if _left(deadline, 1.0) <= 0:
-                raise WatchTimeout("no change in time", index=index)
-            key = entries[0].key if entries else self.path
-            _await(self.client, key, index, _left(deadline, WAIT_SLICE_S),
-                   children=frozenset() if entries else frozenset(("create",)))
+        def look() -> Tuple[Optional[Leader], _Wait]:
+            entries, index = self._line()
+            wait: _Wait = (self.path, index, lambda event: event.action == "create")
+            return self._first(entries), (entries[0].key, index, None) if entries else wait
+        return Observed(self.client, look, timeout)
 
     @staticmethod
     def _first(entries: List[Node]) -> Optional[Leader]:
         if not entries:
             return None
         value = entries[0].value or ""
-        return Leader(value.partition(":")[2], int(_name(entries[0].key)))
+        return Leader(value.partition(":")[2], _number(entries[0]))
 
 
-# ============================================================================
-# 9. Queues, barriers, counters, caches, services
-# ----------------------------------------------------------------------------
-# Knows: sections 1-8.
-# ============================================================================
+class _Item(NamedTuple):
+    """An item of a queue, as a look found it."""
 
-TAKEN_TTL_S = 120               # what was taken from a queue leaves a mark for so long
-COUNTER_WRITERS = 32            # so many writers find out whether a lost change is in
+    uid: str                                        # tells it from others, and stays when it is
+    value: str                                      # written twice after a lost answer
+    priority: int
+    node: Node                                      # its first entry
+    mark: str                                       # what we write when we take it
+
+    @classmethod
+    def of(cls, node: Node, root: str) -> _Item:
+        """Return the item in a file; any program may put one there by hand."""
+        found = _ITEM.fullmatch(node.value or "") if _is_entry(node) else None
+        uid, priority, value = found.groups() if found else (
+            node.key[len(root):], PRIORITY, node.value or "")
+        return cls(uid, value, int(priority), node, uuid.uuid4().hex + ":" + _name(node.key))
+
+    def place(self) -> Tuple[int, int]:
+        """Return what items are ordered by."""
+        node = self.node
+        return self.priority, _number(node) if _is_entry(node) else node.created_index
+
+
+_ITEM = re.compile(r"([0-9a-f]{32}):(-?[0-9]{1,9}):(.*)", re.DOTALL)
 
 
 class QueueItem:
@@ -3861,21 +4841,21 @@ class QueueItem:
     A context manager: without an exception the item is done, with one it is given back.
     """
 
-    def __init__(self, queue: Queue, node: Node, lease: Lease) -> None:
-        self.value = node.value or ""
+    def __init__(self, queue: Queue, item: _Item, lease: Lease) -> None:
+        self.value = item.value
         self._queue = queue
-        self._node = node
+        self._item = item
         self._lease = lease
 
     @property
     def is_held(self) -> bool:
         """Whether no other consumer can have got the item meanwhile."""
-        return self._lease.alive
+        return self._lease.is_held
 
     def done(self) -> bool:
         """Remove the item; False if another consumer has removed it first."""
         try:
-            return self._queue._mark(self._node)
+            return self._queue._remove(self._item)
         finally:
             self._lease.stop()
 
@@ -3893,25 +4873,32 @@ class QueueItem:
             self.give_back()
 
 
-class Queue:
+class Queue(_Recipe):
     """A queue in the cluster: first in, first out, any number of producers and consumers.
 
         queue = Queue(client, "/jobs")
         queue.put("one")
-        queue.get(timeout=5)                        # "one", or None after 5 s
+        queue.put("urgent", priority=1)             # before those with a higher number
+        queue.get(timeout=5)                        # "urgent", or None after 5 s
         with queue.take(timeout=5) as item:         # at least once
             work(item.value)
 
     Guarantee: what put has returned for is in the queue once.  An item is removed once, in the
-    order in which the items were made: `get` hands each to one consumer only, which may crash
-    with it; what `take` hands out comes back, ttl seconds after a crash, until done has removed
-    it.  Lost answers are looked into: items have a uuid as name, and leave a mark for
-    TAKEN_TTL_S seconds that says who took them.
-    An idle queue wakes one of the waiting consumers for each item; the others stand in line.
+    order of priority, then of their making: `get` hands each to one consumer only, which may
+    crash with it; what `take` hands out comes back, ttl seconds after a crash, until done has
+    removed it.  A consumer that finds its queue empty looks once, and its work for an item does
+    not depend on how many were taken before.  An idle queue wakes one of the waiting consumers
+    for each item; the others stand in line.
+    How: an item is an in-order file with a uuid in it.  To take it is to write a hidden mark for
+    this uuid, which only one consumer can do, and then to delete the file.  A second file of the
+    same item, from an answer that was lost, is known by the mark, which stays for TAKEN_TTL_S.
     Limit: after an error with maybe_applied, and when a request is executed more than TAKEN_TTL_S
-    late, an item may be there twice or lost with its consumer.  Consumers of one queue use either
-    get or take: a get may remove what another one has taken.  They read the whole directory now
-    and then: made for thousands of items, not for millions.
+    late, an item may be there twice or lost with its consumer.  A consumer that crashes between
+    mark and deletion delays its item for TAKEN_TTL_S.  Consumers of one queue use either get or
+    take: a get may remove what another one has taken.  A consumer reads the whole directory, and
+    then takes what it has seen (an urgent item that was put meanwhile comes after that): made for
+    thousands of items, not for millions.
+    Differs from 0.4.0: that could not read the items put now; those it has put are taken.
 
     ttl      seconds a crashed consumer delays what it had taken, or the line
 
@@ -3919,135 +4906,197 @@ class Queue:
     """
 
     def __init__(self, client: Client, key: str, *, ttl: int = LEASE_TTL_S) -> None:
-        self.client = client
-        self.path = _clean_key(key)
-        self.ttl = ttl
-        self._seen: Deque[Node] = deque()   # items of the last look; append and pop
-                                                        # are atomic, and all it gives is hints
+        super().__init__(client)
+        self.path = _recipe_key(key)
+        self.ttl = _checked_ttl(ttl)
+        self._items = f"{self.path}/items"
+        self._seen: Deque[_Item] = deque()          # items of the last look; append and pop are
+                                                    # atomic, and all it gives is hints
 
-    def put(self, value: str) -> str:
-        """Add an item at the end; return its key."""
-        name = uuid.uuid4().hex
-        key = f"{self.path}/items/{name}"
-        try:
-            _insist(lambda timeout_s: self.client.create(key, value, timeout=timeout_s))
-        except NodeExists:                          # an attempt whose answer was lost
-            pass
-        return key
+    def put(self, value: str, priority: int = PRIORITY) -> str:
+        """Add an item, behind all of the same priority; return its key.
+
+        priority  lower ones are taken first
+        """
+        uid = uuid.uuid4().hex
+        text = f"{uid}:{priority:d}:{_text(value)}"
+
+        def find() -> Optional[Node]:
+            with contextlib.suppress(KeyNotFound):  # perhaps it was taken already
+                return _read(self.client, self._mark_of(uid)).node
+            nodes, _ = _entries(self.client, self._items)
+            return next((node for node in nodes if node.value == text), None)
+        return _append_once(self.client, self._items, text, None, find)[0].key
+
+    def put_all(self, values: Iterable[str], priority: int = PRIORITY) -> List[str]:
+        """Add items one after the other; return their keys."""
+        return [self.put(value, priority) for value in values]
 
     def get(self, timeout: Optional[float] = None) -> Optional[str]:
         """Remove the first item and return its value; None after `timeout` seconds (None: never).
 
-        With timeout=0 it does not wait.
+        With timeout=0 it does not wait.  None after `cancel`, too.
         """
-        node = self._first(timeout, self._mark)
-        return None if node is None else node.value
+        item = self._first(timeout, self._remove)
+        return None if item is None else item.value
 
     def take(self, timeout: Optional[float] = None) -> QueueItem:
-        """Return the first item that nobody works on.  Raises WatchTimeout after `timeout` s."""
+        """Return the first item that nobody works on.
+
+        Raises WatchTimeout where `get` returns None, since a `with` needs an item.
+        """
         leases: List[Lease] = []
-        node = self._first(timeout, lambda node: self._claim(node, leases))
-        if node is None:
+        item = self._first(timeout, lambda item: self._claim(item, leases))
+        if item is None:
             raise WatchTimeout("no item in time", cause=self.path)
-        return QueueItem(self, node, leases[0])
+        return QueueItem(self, item, leases[0])
 
     def __len__(self) -> int:
         """Return the number of items, those included that somebody works on."""
-        items, claimed, _ = self._look()
-        return len(items) + len(claimed)
+        free, claimed, _ = self._look()
+        return len(free) + claimed
 
     # -- below: no public names
 
-    def _look(self) -> Tuple[List[Node], List[Node], int]:
-        """Return the items that are free, and that are claimed, first one first, and the index."""
+    def _mark_of(self, uid: str) -> str:
+        return f"{self.path}/_taken/{uid}"
+
+    def _look(self) -> Tuple[List[_Item], int, int]:
+        """Return the items that are free, first one first, how many are claimed, and the index."""
         try:
             found = _read(self.client, self.path, recursive=True)
         except KeyNotFound as error:
-            return [], [], error.index
+            return [], 0, error.index
         files = [node for node in found.node.walk() if not node.dir]
         claims = {_name(node.key) for node in files if node.key.startswith(f"{self.path}/claims/")}
-        items = sorted((node for node in files if node.ttl is None
-                        and node.key.startswith(f"{self.path}/items/")),
-                       key=lambda node: node.created_index)
-        free = [node for node in items if _name(node.key) not in claims]
-        return free, [node for node in items if _name(node.key) in claims], found.etcd_index
+        first: Dict[str, _Item] = {}
+        # A file with a ttl is a mark of 0.4.0.
+        for node in files:
+            if node.ttl is None and node.key.startswith(f"{self._items}/"):
+                item = _Item.of(node, self._items + "/")
+                first[item.uid] = min(item, first.get(item.uid, item), key=_Item.place)
+        items = sorted(first.values(), key=_Item.place)
+        free = [item for item in items if item.uid not in claims]
+        return free, len(items) - len(free), found.etcd_index
 
-    def _first(self, timeout: Optional[float], obtain: Callable[[Node], bool]) -> Optional[Node]:
-        """Return the first item that `obtain` gets."""
-        node, _ = self._try(obtain)
-        if node is not None or timeout == 0:
-            return node
-        deadline = None if timeout is None else _clock() + timeout
-        line = Contender(self.client, f"{self.path}/_waiting", ttl=self.ttl)
-        if not line.acquire(timeout=timeout):
-            return None
-        try:
-            while True:
-                node, index = self._try(obtain)
-                if node is not None or _left(deadline, 1.0) <= 0:
-                    return node
-                wait_s = _left(deadline, min(WAIT_SLICE_S, self.ttl))
-                _await(self.client, self.path, index, wait_s, children=self._ARRIVALS)
-        finally:
-            line.release()
+    def _first(self, timeout: Optional[float], obtain: Callable[[_Item], bool]) -> Optional[_Item]:
+        """Return the first item that `obtain` gets; None if time is up, or after `cancel`."""
+        with self._span(timeout) as span:
+            item, _ = self._try(obtain)
+            if item is not None or not span.wait_s():
+                return item
+            line = Contender(self.client, f"{self.path}/_waiting", ttl=self.ttl)
+            if not line.acquire():
+                return None
+            try:
+                while True:
+                    item, index = self._try(obtain)
+                    if item is not None or not _await(
+                            self.client, span, self.path, index, min(WAIT_SLICE_S, self.ttl),
+                            self._is_arrival):
+                        return item
+            finally:
+                with _apart(TIDY_S):
+                    line.release()
+        return None
 
-    _ARRIVALS = frozenset(("create", "expire", "compareAndDelete"))     # new, or given back
+    def _is_arrival(self, event: Result) -> bool:
+        """Whether there may be an item now: it is new, or somebody gave it back."""
+        if event.key.startswith(f"{self.path}/claims/"):
+            return event.action in _REMOVALS
+        return event.action in ("create", "set")
 
-    def _try(self, obtain: Callable[[Node], bool]) -> Tuple[Optional[Node], int]:
+    def _try(self, obtain: Callable[[_Item], bool]) -> Tuple[Optional[_Item], int]:
         """Try the items seen last, then those of a new look; return the index of that."""
         while self._seen:
             with contextlib.suppress(IndexError):   # another thread was faster
-                node = self._seen.popleft()
-                if obtain(node):
-                    return node, 0
+                item = self._seen.popleft()
+                if obtain(item):
+                    return item, 0
         free, _, index = self._look()
-        for position, node in enumerate(free):
-            if obtain(node):
+        for position, item in enumerate(free):
+            if obtain(item):
                 self._seen.extend(free[position + 1:])
-                return node, index
+                return item, index
         return None, index
 
-    def _mark(self, node: Node) -> bool:
-        """Turn an item into a mark that expires; False if somebody else has done so.
-
-        Only the first such write after the item was made can succeed, so it may be repeated, and
-        the mark tells whose it was.
-        """
-        mark = uuid.uuid4().hex
+    def _remove(self, item: _Item) -> bool:
+        """Remove an item for ever; False if somebody else has done so."""
         try:
-            _insist(lambda timeout_s: self.client.compare_and_swap(
-                node.key, mark, prev_index=node.modified_index, ttl=TAKEN_TTL_S, timeout=timeout_s))
+            _create_once(self.client, self._mark_of(item.uid), item.mark, TAKEN_TTL_S)
+        except NodeExists:
+            self._is_taken(item)
+            return False
+        except EtcdError as error:
+            self._unmark(item)
+            error.maybe_applied = False             # the item is there
+            raise
+        return self._delete(item)
+
+    def _unmark(self, item: _Item) -> None:
+        """Let others have an item at once that we could not take."""
+        with _apart(TIDY_S):
+            _remove(self.client, self._mark_of(item.uid), item.mark)
+
+    def _is_taken(self, item: _Item) -> bool:
+        """Whether the item has a mark; if it was taken as another file, this one is removed."""
+        try:
+            mark = _read(self.client, self._mark_of(item.uid)).node.value or ""
         except KeyNotFound:
             return False
-        except CompareFailed:
-            try:
-                return _read(self.client, node.key).value == mark
-            except KeyNotFound:
-                return False
+        if mark.rpartition(":")[2] != _name(item.node.key):
+            with contextlib.suppress(EtcdError):
+                self.client.compare_and_delete(
+                    item.node.key, prev_index=item.node.modified_index)
         return True
 
-    def _claim(self, node: Node, leases: List[Lease]) -> bool:
-        lease = Lease(self.client, f"{self.path}/claims/{_name(node.key)}", ttl=self.ttl)
+    def _delete(self, item: _Item) -> bool:
+        """Delete the file of an item; False if somebody else has."""
+        unsure = False
+
+        def attempt() -> bool:
+            nonlocal unsure
+            try:
+                self.client.compare_and_delete(
+                    item.node.key, prev_index=item.node.modified_index)
+            except (KeyNotFound, CompareFailed) as error:
+                # Nobody else deletes it before our mark has expired.
+                return unsure and isinstance(error, KeyNotFound) and item.mark == _read(
+                    self.client, self._mark_of(item.uid)).node.value
+            except EtcdError as error:
+                unsure = unsure or error.maybe_applied
+                raise
+            return True
+        try:
+            return _insist(self.client, attempt)
+        except EtcdError as error:
+            if not error.maybe_applied:
+                self._unmark(item)
+            raise
+
+    def _claim(self, item: _Item, leases: List[Lease]) -> bool:
+        lease = Lease(self.client, f"{self.path}/claims/{item.uid}", ttl=self.ttl)
         try:
             lease.start()
+            # The item may be gone since it was seen: whoever had claimed it has finished.
+            index = _read(self.client, item.node.key).node.modified_index
+            if index == item.node.modified_index and not self._is_taken(item):
+                leases.append(lease)
+                return True
         except (NodeExists, LockExpired):
             return False
-        # The item may be gone since it was seen: whoever had claimed it has finished.
-        try:
-            present = _read(self.client, node.key).node.modified_index == node.modified_index
         except KeyNotFound:
-            present = False
+            pass
         except BaseException:
-            lease.stop()
+            with _apart(TIDY_S):
+                lease._end()
+                lease._leave()
             raise
-        if present:
-            leases.append(lease)
-        else:
-            lease.stop()
-        return present
+        lease.stop()
+        return False
 
 
-class Barrier:
+class Barrier(_Recipe):
     """A gate for all: closed by one process, and opened for all who wait.
 
         barrier = Barrier(client, "/maintenance")
@@ -4062,13 +5111,14 @@ class Barrier:
     """
 
     def __init__(self, client: Client, key: str) -> None:
-        self.client = client
-        self.path = _clean_key(key)
+        super().__init__(client)
+        self.path = _recipe_key(key)
 
     def create(self, ttl: Optional[int] = None) -> bool:
         """Close the barrier, for `ttl` seconds at most; False if it was closed already."""
         try:
-            _create_once(self.client, self.path, uuid.uuid4().hex, ttl)
+            _create_once(self.client, self.path, uuid.uuid4().hex,
+                         None if ttl is None else _checked_ttl(ttl))
         except NodeExists:
             return False
         return True
@@ -4081,26 +5131,28 @@ class Barrier:
             return False
         with contextlib.suppress(KeyNotFound, CompareFailed):
             # By value, as a Heartbeat may keep it; by index if another program made it empty.
-            _insist(lambda timeout_s: self.client.compare_and_delete(
+            _insist(self.client, lambda: self.client.compare_and_delete(
                 self.path, prev_value=node.value or None,
-                prev_index=None if node.value else node.modified_index, timeout=timeout_s))
+                prev_index=None if node.value else node.modified_index))
         return True
 
     def wait(self, timeout: Optional[float] = None) -> bool:
-        """Wait until the barrier is open; False after `timeout` seconds (None: never)."""
-        deadline = None if timeout is None else _clock() + timeout
-        while True:
-            try:
-                index = _read(self.client, self.path).etcd_index
-            except KeyNotFound:
-                return True
-            wait_s = _left(deadline, WAIT_SLICE_S)
-            if wait_s <= 0:
-                return False
-            _await(self.client, self.path, index, wait_s)
+        """Wait until the barrier is open; False after `timeout` seconds (None: never).
+
+        False after `cancel`, too.
+        """
+        with self._span(timeout) as span:
+            while True:
+                try:
+                    index = _read(self.client, self.path).etcd_index
+                except KeyNotFound:
+                    return True
+                if not _await(self.client, span, self.path, index, WAIT_SLICE_S):
+                    return False
+        return False
 
 
-class DoubleBarrier:
+class DoubleBarrier(_Recipe):
     """Lets `size` participants begin together and end together, round after round.
 
         barrier = DoubleBarrier(client, "/phase", size=3)
@@ -4113,50 +5165,54 @@ class DoubleBarrier:
     Limit: who is cut off for longer than its ttl is no participant any more, and enter raises
     LockExpired.  All participants name the same size.  One small file stays, which counts rounds.
 
-    Thread: one; an object is one participant.
+    Thread: one, except for `cancel`; an object is one participant.
     """
 
     def __init__(self, client: Client, key: str, size: int, *, ttl: int = LEASE_TTL_S) -> None:
         if size < 1:
             raise ValueError("size is at least 1")
-        self.client = client
-        self.path = _clean_key(key)
+        super().__init__(client)
+        self.path = _recipe_key(key)
         self.size = size
-        self.ttl = ttl
+        self.ttl = _checked_ttl(ttl)
         self._place: Optional[_Place] = None
         self._round = 0                             # the index at which it began
 
     def enter(self, timeout: Optional[float] = None) -> bool:
-        """Wait for the others; False after `timeout` seconds (None: never), and not inside."""
-        deadline = None if timeout is None else _clock() + timeout
-        place = _Place(self.client, f"{self.path}/members", "", self.ttl, None)
-        place._start(_left(deadline, OUTAGE_S))
-        self._round = 0
+        """Wait for the others; False after `timeout` seconds (None: never), and not inside.
+
+        False after `cancel`, too.
+        """
+        place, self._round = _Place(self.client, f"{self.path}/members", "", self.ttl), 0
         try:
-            self._round = self._await_round(place, deadline)
+            with self._span(timeout) as span:
+                place.start()
+                self._round = self._await_round(place, span)
         finally:
             if not self._round:
-                place.stop()
+                with _apart(TIDY_S):
+                    place.stop()
         self._place = place
         return self._round > 0
 
     def leave(self, timeout: Optional[float] = None) -> bool:
         """Leave, and wait until the others have left; False after `timeout` seconds."""
-        deadline = None if timeout is None else _clock() + timeout
         if self._place is not None:
             self._place.stop()
-        while True:
-            members, index = _list(self.client, f"{self.path}/members")
-            inside = [node for node in members if node.created_index < self._round]
-            if not inside:
-                return True
-            wait_s = _left(deadline, min(WAIT_SLICE_S, self.ttl))
-            if wait_s <= 0:
-                return False
-            _await(self.client, inside[-1].key, index, wait_s)
+        with self._span(timeout) as span:
+            while True:
+                members, index = _entries(self.client, f"{self.path}/members")
+                inside = [node for node in members if node.created_index < self._round]
+                if not inside:
+                    return True
+                if not _await(self.client, span, inside[-1].key, index,
+                              min(WAIT_SLICE_S, self.ttl)):
+                    return False
+        return False
 
     def __enter__(self) -> DoubleBarrier:
-        self.enter()
+        if not self.enter():
+            raise Cancelled("cancelled", cause=self.path)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -4164,25 +5220,28 @@ class DoubleBarrier:
 
     # -- below: no public names
 
-    def _await_round(self, place: _Place, deadline: Optional[float]) -> int:
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._place, self._round = None, 0          # the participant is the parent
+
+    def _await_round(self, place: _Place, span: _Span) -> int:
         """Return the index at which the round of `place` began; 0 if time is up.
 
         A file is written when a round is complete.  Those whose number lies between two such
         writes are of one round.
         """
-        while place.alive:
+        while place.is_held:
             last, index = self._last_round()
             if last > place.number:
                 return last
-            members, _ = _list(self.client, f"{self.path}/members")
+            members, _ = _entries(self.client, f"{self.path}/members")
             # By value: an append that was given up for lost may have come in after all.
             if len({node.value for node in members if node.created_index > last}) >= self.size:
                 self._begin_round(last)
                 continue
-            wait_s = _left(deadline, min(WAIT_SLICE_S, self.ttl))
-            if wait_s <= 0:
+            if not _await(self.client, span, f"{self.path}/round", index,
+                          min(WAIT_SLICE_S, self.ttl)):
                 return 0
-            _await(self.client, f"{self.path}/round", index, wait_s)
         raise LockExpired("expired while it waited", cause=place.key)
 
     def _last_round(self) -> Tuple[int, int]:
@@ -4197,8 +5256,8 @@ class DoubleBarrier:
         key, mark = f"{self.path}/round", uuid.uuid4().hex
         with contextlib.suppress(CompareFailed, NodeExists, KeyNotFound):
             if last:
-                _insist(lambda timeout_s: self.client.compare_and_swap(
-                    key, mark, prev_index=last, timeout=timeout_s))
+                _insist(self.client, lambda: self.client.compare_and_swap(
+                    key, mark, prev_index=last))
             else:
                 _create_once(self.client, key, mark, None)
 
@@ -4223,29 +5282,45 @@ class Counter:
 
     def __init__(self, client: Client, key: str, initial: int = 0) -> None:
         self.client = client
-        self.path = _clean_key(key)
+        self.path = _recipe_key(key)
         self.initial = initial
-        self._turn = threading.Lock()               # one change of this writer at a time
-        self._writer = uuid.uuid4().hex[:12]
-        self._serial = 0
+        self._after_fork()
+        _inherited[id(self)] = self
 
     @property
     def value(self) -> int:
         """The number now, by quorum.  Raises ValueError if the file holds none."""
         return self._look()[0]
 
-    def add(self, amount: int = 1) -> int:
-        """Add `amount`, and return the sum.  Raises ValueError if the file holds no number."""
-        with self._turn:
-            self._serial += 1
-            tag, unsure, pause_s = f"{self._writer}.{self._serial}", None, 0.001
-            deadline = _clock() + OUTAGE_S
-            while True:
-                try:
-                    number, changes, index = self._look()
-                except EtcdError as error:          # a read failed; our write may be in
-                    error.maybe_applied = unsure is not None
-                    raise
+    def add(self, amount: int = 1, *, timeout: Optional[float] = None) -> int:
+        """Add `amount`, and return the sum.  Raises ValueError if the file holds no number.
+
+        timeout  seconds, after which it raises what kept it from ending; None: OUTAGE_S without
+                 a server; 0: as for all recipes, TRY_S
+        """
+        span = _Span(self.client, timeout)
+        with span:
+            if not self._turn.acquire(timeout=span.left_s()):
+                raise RequestTimeout("another thread changes this counter", endpoint="")
+            try:
+                self._serial += 1
+                return self._add(amount, f"{self._writer}.{self._serial}", span)
+            finally:
+                self._turn.release()
+
+    # -- below: no public names
+
+    def _after_fork(self) -> None:
+        self._turn = threading.Lock()               # one change of this writer at a time
+        self._writer = uuid.uuid4().hex[:12]        # a forked child is another one
+        self._serial = 0
+
+    def _add(self, amount: int, tag: str, span: _Span) -> int:
+        unsure: Optional[EtcdError] = None
+        pause_s, deadline = 0.001, _clock() + OUTAGE_S
+        while True:
+            try:
+                number, changes, index = self._look()
                 if tag in changes:
                     return changes[tag]
                 if unsure is not None and self._forgotten(changes):
@@ -4256,12 +5331,13 @@ class Counter:
                 except EtcdError as error:
                     unsure = error if error.maybe_applied else unsure
                     if not _is_endpoint_failure(error) or _clock() >= deadline:
-                        error.maybe_applied = unsure is not None
                         raise
-                time.sleep(random.uniform(0, pause_s))
-                pause_s = min(2 * pause_s, 0.1)
-
-    # -- below: no public names
+                if not span.wait(random.uniform(0, pause_s)):
+                    raise unsure or RequestTimeout("others were faster", endpoint="")
+            except EtcdError as error:              # whatever failed, our write may be in
+                error.maybe_applied = unsure is not None
+                raise
+            pause_s = min(2 * pause_s, 0.1)
 
     def _look(self) -> Tuple[int, Dict[str, int], int]:
         """Return the number, the last changes with what they made of it, and the index."""
@@ -4284,20 +5360,26 @@ class Counter:
                   if other.partition(".")[0] != self._writer]
         value = " ".join([str(number), f"{tag}:{number}", *others[:COUNTER_WRITERS - 1]])
         try:
-            if index:
-                self.client.compare_and_swap(
-                    self.path, value, prev_index=index, timeout=CALL_TIMEOUT_S)
-            else:
-                self.client.create(self.path, value, timeout=CALL_TIMEOUT_S)
+            with Scope(CALL_TIMEOUT_S):
+                if index:
+                    self.client.compare_and_swap(self.path, value, prev_index=index)
+                else:
+                    self.client.create(self.path, value)
         except (CompareFailed, NodeExists, KeyNotFound):
             return False
         return True
 
 
-_ChangeCallback = Optional[Callable[[str, Optional[Node], Optional[Node]], None]]
+# ============================================================================
+# 11. Copies, services, parties
+# ----------------------------------------------------------------------------
+# Knows: sections 1-10.
+# ============================================================================
+
+_ChangeCallback = Optional[Callable[[str, Optional[Node], Optional[Node]], object]]
 
 
-class CachedTree(Mapping[str, Node]):
+class CachedTree(_Recipe, Mapping[str, Node]):
     """A live copy of a directory: a mapping from the keys of its files to their nodes.
 
         with CachedTree(client, "/config") as tree:
@@ -4310,63 +5392,98 @@ class CachedTree(Mapping[str, Node]):
                changes after the start, in order, on the thread of the tree
 
     Guarantee: the copy is the directory as it was at `index`, at all depths; it goes forward
-    only, and catches up after every loss of contact, after more than 1000 missed changes by
-    reading it anew and reporting the difference.
+    only, and catches up after every loss of contact: after more than 1000 missed changes, or when
+    a backup was restored, by reading it anew and reporting the difference.  `items`, `keys` and
+    `values` are of one moment.
     Limit: it is late by as much as the network is, and silent about it while there is no contact
     (`error` tells).  Hidden files are not in it, nor empty directories; ttl and expiration are
-    those of the last change, since refreshing is silent.
+    those of the last change, since refreshing is silent.  After `close` the copy stays as it is;
+    `start` goes on, with the difference.  In a forked child it raises RuntimeError until `start`.
 
-    Thread: any.  It runs a daemon thread, which `close` joins.
+    Thread: any.  It runs a daemon thread, which `close` joins and the end of the client ends.
     """
 
+    _thread: Optional[threading.Thread]
+    _watching: Optional[Watch]
+    _scope: Scope
+
     def __init__(self, client: Client, path: str, *, on_change: _ChangeCallback = None) -> None:
-        self.client = client
+        super().__init__(client)
         self.path = _clean_key(path)
-        self.error: Optional[EtcdError] = None      # why the copy is not followed; None: it is
         self._on_change = on_change
-        self._changed = threading.Condition()       # guards the next two
         self._nodes: Dict[str, Node] = {}
         self._index = 0
-        self._closed = threading.Event()
-        self._watching: Optional[Watch] = None
-        self._thread: Optional[threading.Thread] = None
+        self._error: Optional[EtcdError] = None     # of a watch that ended
+        self._pid = os.getpid()
+        self._after_fork()
 
     @property
     def index(self) -> int:
         """The etcd index the copy is of."""
         return self._index
 
+    @property
+    def error(self) -> Optional[EtcdError]:
+        """Why the copy is not followed at the moment; None: it is."""
+        watching = self._watching
+        return self._error or (None if watching is None else watching.error)
+
     def start(self) -> CachedTree:
-        """Read the directory, and follow it from now on.  Raises that no server answers."""
-        self._load(OUTAGE_S)
-        self._thread = threading.Thread(
-            target=self._run, name=f"pyetcd-tree {self.path}", daemon=True)
-        self._thread.start()
+        """Read the directory, and follow it from now on.  Raises that no server answers.
+
+        A tree that is followed stays as it is.  After `close` it is followed again.
+        """
+        with self._control:
+            if self._thread is not None and self._thread.is_alive() and not self._scope.cancelled:
+                return self
+            within = self.client.scope
+            events = self._watch(tell=self._index > 0)
+            self._pid, self._scope = os.getpid(), Scope(None, within)
+            self._thread = threading.Thread(
+                target=self._run, args=(events, within), name=f"pyetcd-tree {self.path}",
+                daemon=True)
+            self._thread.start()
         return self
 
     def close(self) -> None:
         """Stop following; the copy stays as it is."""
-        self._closed.set()
-        watching = self._watching
-        if watching is not None:
-            watching.close()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        self._scope.cancel()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
 
     def snapshot(self) -> Dict[str, Node]:
         """Return the copy as it is now."""
+        self._check_process()
         with self._changed:
             return dict(self._nodes)
 
     def wait_for(self, index: int, timeout: Optional[float] = None) -> bool:
         """Wait until the copy has the change with `index`, of a file in it; False if it is late.
 
-        timeout  seconds; None: for ever
+        timeout  seconds; None: for ever; 0: look, and do not wait
+
+        False at once if nobody follows the directory any more.
         """
-        with self._changed:
-            return self._changed.wait_for(lambda: self._index >= index, timeout)
+        self._check_process()
+        with self._span(timeout) as span:
+            span.wait_for(self._changed, lambda: self._index >= index or self._scope.cancelled)
+        return self._index >= index
+
+    def items(self) -> ItemsView[str, Node]:
+        """Return keys and nodes as they are now."""
+        return self.snapshot().items()
+
+    def keys(self) -> KeysView[str]:
+        """Return the keys as they are now."""
+        return self.snapshot().keys()
+
+    def values(self) -> ValuesView[Node]:
+        """Return the nodes as they are now."""
+        return self.snapshot().values()
 
     def __getitem__(self, key: str) -> Node:
+        self._check_process()
         with self._changed:
             return self._nodes[_clean_key(key)]
 
@@ -4374,6 +5491,7 @@ class CachedTree(Mapping[str, Node]):
         return iter(self.snapshot())
 
     def __len__(self) -> int:
+        self._check_process()
         return len(self._nodes)
 
     def __enter__(self) -> CachedTree:
@@ -4384,41 +5502,65 @@ class CachedTree(Mapping[str, Node]):
 
     # -- below: no public names
 
-    def _run(self) -> None:
-        while not self._closed.is_set():
-            try:
-                self._follow()
-            except EtcdError as error:
-                self.error = error
-                self._closed.wait(0.5)
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._control = threading.Lock()            # of threads that start it, one does
+        self._changed = threading.Condition()       # guards _nodes and _index
+        self._scope = Scope()                       # of the thread: cancelled by `close`
+        self._thread = self._watching = None
 
-    def _follow(self) -> None:
-        """Apply what happens, for some time; raise EtcdError if that is not possible now."""
-        try:
-            with _watch(self.client, self.path, self._index + 1, recursive=True,
-                        timeout_s=WAIT_SLICE_S) as events:
-                self._watching = events
-                if self._closed.is_set():           # before close could see the watch
-                    return
-                for event in events:
-                    self.error = None
-                    self._apply(event)
-        except WatchTimeout:
-            self.error = None
-        except EventIndexCleared:
-            self._load(CALL_TIMEOUT_S)
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise RuntimeError(f"nobody follows {self.path} in this process: start() it here")
 
-    def _load(self, patience_s: float) -> None:
-        """Make the copy what the directory is now."""
+    def _run(self, events: Watch, client_scope: Scope) -> None:
         try:
-            found = _read(self.client, self.path, patience_s, recursive=True)
-            nodes = [found.node, *found.node.walk()]
-            fresh = {node.key: node for node in nodes if not node.dir}
-            index = found.etcd_index
+            with self._scope as scope:
+                while True:
+                    events = self._follow(events, scope)
+        except Cancelled as error:                  # by `close`, or the client was closed
+            if client_scope.cancelled:
+                self._error = error
+        with self._changed:
+            self._changed.notify_all()
+
+    def _follow(self, events: Watch, scope: Scope) -> Watch:
+        """Apply what happens; return another watch when this one has ended.  Raises Cancelled."""
+        try:
+            for event in events:
+                self._error = None
+                self._apply(event)
+        except Cancelled:
+            raise
+        except EtcdError as error:
+            self._error = error
+        scope.wait(0.5)
+        try:
+            return self._watch(tell=True)
+        except Cancelled:
+            raise
+        except EtcdError as error:
+            self._error = error
+            return events
+
+    def _watch(self, tell: bool) -> Watch:
+        """Make the copy what the directory is now, and return the changes from there on."""
+        watch = self.client.watcher(self.path, recursive=True)
+        known: Dict[str, Node] = {}
+        index = term = 0
+        try:
+            found = _read(self.client, self.path, recursive=True)
+            nodes = (found.node, *found.node.walk())
+            known = {node.key: _alone(node) for node in nodes}
+            index, term = found.etcd_index, found.raft_term
         except KeyNotFound as error:
-            fresh, index = {}, error.index
+            index = error.index
+        watch._state.listed(dict(known), index, term)
+        fresh = {key: node for key, node in known.items() if not node.dir}
         keys = sorted(set(self._nodes) | set(fresh))
-        self._change({key: fresh.get(key) for key in keys}, index)
+        self._change({key: fresh.get(key) for key in keys}, index, tell=tell)
+        self._watching, self._error = watch, None
+        return watch
 
     def _apply(self, event: Result) -> None:
         """Make the copy what the event made of the directory."""
@@ -4426,48 +5568,195 @@ class CachedTree(Mapping[str, Node]):
         if event.action in _REMOVALS:
             # With a directory go all files in it, and this may be one above the tree.
             keys = [key] if key in self._nodes else [
-                other for other in self._nodes if other.startswith(key.rstrip("/") + "/")]
+                other for other in self._nodes if _is_below(other, key)]
             changes = dict.fromkeys(keys)
         elif event.node.dir:
             changes = {key: None}                   # perhaps it took the place of a file
         elif self._covers(key):
-            changes = {key: event.node}
-        self._change(changes, event.modified_index)
+            changes = {key: _alone(event.node)}
+        index = max(self._index, event.modified_index)
+        if event.relisted:                          # the index may go back, with the last of them
+            more = self._watching is not None and self._watching._state.found
+            index = self._index if more else event.etcd_index
+        self._change(changes, index, tell=True)
 
     def _covers(self, key: str) -> bool:
-        root = self.path.rstrip("/")
-        below = key[len(root):]
-        return key.startswith(root) and below[:1] in ("", "/") and "/_" not in below
+        ours = key == self.path or _is_below(key, self.path)
+        return ours and "/_" not in key[len(self.path.rstrip("/")):]
 
-    def _change(self, changes: Mapping[str, Optional[Node]], index: int) -> None:
+    def _change(self, changes: Mapping[str, Optional[Node]], index: int, *, tell: bool) -> None:
         """Put in the new nodes (None: remove), and tell what has changed."""
         told: List[Tuple[str, Optional[Node], Optional[Node]]] = []
         with self._changed:
             for key, node in changes.items():
                 old = self._nodes.get(key)
-                if (old and old.modified_index) == (node and node.modified_index):
+                if _identity(old) == _identity(node):
                     continue
                 told.append((key, old, node))
                 if node is None:
                     del self._nodes[key]
                 else:
                     self._nodes[key] = node
-            self._index = max(self._index, index)
+            self._index = index
             self._changed.notify_all()
-        if self._on_change is not None and self._thread is not None:
+        if self._on_change is not None and tell:
             for change in told:
-                _call_back(self._on_change, *change)
+                _tell(self._on_change, *change)
 
 
-class Instance(NamedTuple):
-    """One place at which a service can be had."""
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class _Follower(Generic[_T]):
+    """Calls a function with what there is, now and whenever it changes; a decorator, too.
+
+    The function is called on the calling thread at first, then on a daemon thread, until it
+    returns False, `close` is called, or the client is closed.
+    """
+
+    def __init__(self, client: Client, key: str, function: Optional[Callable[..., Any]]) -> None:
+        self.client = client
+        self.path = _clean_key(key)
+        self._observed = Observed(client, self._look)
+        self._thread: Optional[threading.Thread] = None
+        if function is not None:
+            self(function)
+
+    def __call__(self, function: _Function) -> _Function:
+        """Begin to call `function`; raises that no server answers."""
+        if self._thread is not None:
+            raise ValueError("it calls a function already: make another object")
+        if self._call(function, next(self._observed)):
+            self._thread = threading.Thread(
+                target=self._run, args=(function,), name=f"pyetcd-watch {self.path}", daemon=True)
+            self._thread.start()
+        return function
+
+    def close(self) -> None:
+        """Call the function no more."""
+        self._observed.close()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def __enter__(self: _FollowerType) -> _FollowerType:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- below: no public names
+
+    def _look(self) -> Tuple[_T, _Wait]:
+        raise NotImplementedError
+
+    def _call(self, function: Callable[..., Any], state: _T) -> bool:
+        return _tell(function, state) is not False
+
+    def _run(self, function: Callable[..., Any]) -> None:
+        with contextlib.suppress(Cancelled, StopIteration), Scope(None, self.client.scope) as scope:
+            while self._call(function, self._next(scope)):
+                pass
+
+    def _next(self, scope: Scope) -> _T:
+        """Return what there is when it has changed.  Raises StopIteration, Cancelled."""
+        while True:
+            try:
+                return next(self._observed)
+            except Cancelled:
+                raise
+            except EtcdError as error:              # goes on when a server answers
+                _log.warning("%s cannot be watched: %s", self.path, error)
+                scope.wait(1.0)
+
+
+_FollowerType = TypeVar("_FollowerType", bound=_Follower[Any])
+
+
+class ChildrenWatch(_Follower[List[str]]):
+    """Calls a function with the names in a directory, in order; now and whenever they change.
+
+        @ChildrenWatch(client, "/workers")
+        def changed(names): ...                     # return False to end it
+
+    Limit: it looks after each change, so that of changes in quick succession the last one counts.
+
+    Thread: any.  `close` ends it; what the function raises is logged.
+    """
+
+    def __init__(self, client: Client, key: str,
+                 function: Optional[Callable[[List[str]], object]] = None) -> None:
+        super().__init__(client, key, function)
+
+    # -- below: no public names
+
+    def _look(self) -> Tuple[List[str], _Wait]:
+        nodes, index = _children(self.client, self.path)
+        return sorted(_name(node.key) for node in nodes), (self.path, index, _is_change)
+
+
+class DataWatch(_Follower[Optional[Node]]):
+    """Calls a function with value and node of a file; now and whenever it changes.
+
+        @DataWatch(client, "/config/db")
+        def changed(value, node): ...               # None, None: there is no such file
+
+    Limit and thread: as for ChildrenWatch.
+    """
+
+    def __init__(self, client: Client, key: str,
+                 function: Optional[Callable[[Optional[str], Optional[Node]], object]] = None,
+                 ) -> None:
+        super().__init__(client, key, function)
+
+    # -- below: no public names
+
+    def _look(self) -> Tuple[Optional[Node], _Wait]:
+        try:
+            found = _read(self.client, self.path)
+            return None if found.dir else _alone(found.node), (self.path, found.etcd_index, None)
+        except KeyNotFound as error:
+            return None, (self.path, error.index, None)
+
+    def _call(self, function: Callable[..., Any], state: Optional[Node]) -> bool:
+        return _tell(function, state and state.value, state) is not False
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One place at which a service can be had; also a pair of id and address."""
 
     id: str
     address: str
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tags: Tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self.id, self.address))
+
+    @classmethod
+    def of(cls, node: Node) -> Instance:
+        """Return the instance in a file: an address, or JSON with an address in it."""
+        text = node.value or ""
+        try:
+            said = json.loads(text) if text.startswith("{") else None
+            if isinstance(said, dict) and isinstance(said.get("address"), str):
+                return cls(_name(node.key), said["address"], dict(said.get("metadata") or {}),
+                           tuple(map(str, said.get("tags") or ())))
+        except (ValueError, TypeError, RecursionError):     # somebody else's way to write it
+            pass
+        return cls(_name(node.key), text)
+
+    def text(self) -> str:
+        """Return what its file says: the address alone, if there is no more to say."""
+        if not self.metadata and not self.tags and not self.address.startswith("{"):
+            return self.address
+        return json.dumps({"address": self.address, "metadata": dict(self.metadata),
+                           "tags": list(self.tags)})
 
 
 class Registration(Lease):
-    """An instance that is listed as long as this process lives; from ServiceRegistry.register.
+    """A file that is there as long as this process lives; from ServiceRegistry.register and Party.
 
     When it is lost, on_lost is called, and it is made again as soon as a server answers.
 
@@ -4476,18 +5765,16 @@ class Registration(Lease):
 
     # -- below: no public names
 
-    def _regain(self) -> bool:
-        super()._regain()
-        while not self._stopped.wait(min(1.0, self.ttl / 3)):
+    def _regain(self, scope: Scope) -> bool:
+        super()._regain(scope)
+        while scope.wait(min(1.0, self.ttl / 3)):
             try:
-                self._obtain(1.0)
+                with Scope(1.0):
+                    self._obtain()
+            except Cancelled:
+                raise
             except EtcdError:                       # the next attempt is soon
                 continue
-            if self._stopped.is_set():              # `stop` has removed what was there before
-                with self._lock:
-                    self._over = True
-                self._leave()
-                return False
             return True
         return False
 
@@ -4496,17 +5783,19 @@ class ServiceRegistry:
     """Where services say where they are, and where others find that.
 
         registry = ServiceRegistry(client, ttl=10)
-        with registry.register("mail", "10.0.0.5:25"): ...
+        with registry.register("mail", "10.0.0.5:25", tags=["v2"], metadata={"zone": "a"}): ...
 
-        [instance.address for instance in registry.resolve("mail")]
-        for instances in registry.watch("mail"): ...
+        [instance.address for instance in registry.resolve("mail", tag="v2")]
+        with registry.watch("mail") as changes:
+            for instances in changes: ...
 
     Guarantee: an instance is listed while its process lives and reaches the cluster, and at most
     ttl seconds longer; it keeps itself listed without waking anybody.
     Limit: a process that lives but does not serve is listed.  resolve may name an instance that
     has died less than ttl seconds ago.
 
-    prefix   directory of all services; an instance is the file <prefix>/<service>/<id>
+    prefix   directory of all services; an instance is the file <prefix>/<service>/<id>, which
+             holds the address, or with metadata or tags JSON: address, metadata, tags
 
     Thread: any.
     """
@@ -4515,56 +5804,103 @@ class ServiceRegistry:
                  ttl: int = LEASE_TTL_S) -> None:
         self.client = client
         self.prefix = _clean_key(prefix)
-        self.ttl = ttl
+        self.ttl = _checked_ttl(ttl)
 
-    def register(self, service: str, address: str, *,
-                 on_lost: _LostCallback = None) -> Registration:
+    def register(
+        self, service: str, address: str, *, metadata: Optional[Mapping[str, Any]] = None,
+        tags: Iterable[str] = (), on_lost: _LostCallback = None,
+    ) -> Registration:
         """List `address` for `service`, until the Registration is stopped or its block ends.
 
-        on_lost  called on another thread whenever the instance was missing from the list
+        metadata  what JSON can hold: who resolves the service gets it
+        tags      by which others may choose; resolve(service, tag=...)
+        on_lost   called on another thread whenever the instance was missing from the list
         """
-        key = f"{self.path(service)}/{uuid.uuid4().hex}"
-        return Registration(self.client, key, address, self.ttl, on_lost=on_lost).start()
+        if isinstance(tags, str):
+            raise ValueError("tags are several: a list of strings")
+        instance = Instance(uuid.uuid4().hex, address, metadata or {}, tuple(tags))
+        return Registration(self.client, f"{self.path(service)}/{instance.id}", instance.text(),
+                            self.ttl, on_lost=on_lost).start()
 
-    def resolve(self, service: str) -> List[Instance]:
-        """Return the instances of `service`, the one that came first at the head."""
-        return self._instances(_list(self.client, self.path(service))[0])
+    def resolve(self, service: str, tag: Optional[str] = None) -> List[Instance]:
+        """Return the instances of `service`, the one that came first at the head.
 
-    def watch(self, service: str, timeout: Optional[float] = None) -> Iterator[List[Instance]]:
-        """Yield the instances of `service`, now and whenever they have changed.
+        tag  only those that have it
+        """
+        return self._instances(_children(self.client, self.path(service))[0], tag)
+
+    def watch(self, service: str, timeout: Optional[float] = None,
+              tag: Optional[str] = None) -> Observed[List[Instance]]:
+        """Return an iterator over the instances of `service`, now and whenever they have changed.
 
         timeout  seconds without a change after which WatchTimeout is raised; None: never
         """
-        seen: Optional[List[Instance]] = None
-        deadline = None if timeout is None else _clock() + timeout
-        while True:
-            nodes, index = _list(self.client, self.path(service))
-            instances = self._instances(nodes)
-            if instances != seen:
-                yield instances
-                deadline = None if timeout is None else _clock() + timeout
-            seen = instances
-            wait_s = _left(deadline, WAIT_SLICE_S)
-            if wait_s <= 0:
-                raise WatchTimeout("no change in time", index=index + 1)
-            _await(self.client, self.path(service), index, wait_s, children=_CHANGES)
+        path = self.path(service)
+
+        def look() -> Tuple[List[Instance], _Wait]:
+            nodes, index = _children(self.client, path)
+            return self._instances(nodes, tag), (path, index, _is_change)
+        return Observed(self.client, look, timeout)
 
     def path(self, service: str) -> str:
         """Return the directory of a service, for a CachedTree for instance."""
-        return f"{self.prefix}/{service}"
+        return self.prefix.rstrip("/") + _recipe_key(service)
 
     @staticmethod
-    def _instances(nodes: List[Node]) -> List[Instance]:
-        return [Instance(_name(node.key), node.value or "") for node in nodes if not node.dir]
+    def _instances(nodes: List[Node], tag: Optional[str]) -> List[Instance]:
+        found = [Instance.of(node) for node in nodes if not node.dir]
+        return [instance for instance in found if tag is None or tag in instance.tags]
 
 
-_CHANGES = _REMOVALS | {"create", "set", "update", "compareAndSwap"}
+class Party:
+    """Who takes part: processes that join, and are no members any more when they die.
+
+        with Party(client, "/workers", "host-a") as party:
+            list(party), len(party)
+
+    name  what others see of this member; None: the name of the host
+
+    Guarantee: a member is in it while its process lives and reaches the cluster, and at most ttl
+    seconds longer.
+
+    Thread: any.
+    """
+
+    def __init__(self, client: Client, key: str, name: Optional[str] = None, *,
+                 ttl: int = LEASE_TTL_S) -> None:
+        self.client = client
+        self.path = _recipe_key(key)
+        self.name = name or socket.gethostname()
+        self._member = Registration(client, f"{self.path}/{uuid.uuid4().hex}", self.name, ttl)
+
+    def join(self) -> None:
+        """Take part; nothing happens if this object does."""
+        self._member.start()
+
+    def leave(self) -> None:
+        """Take part no more."""
+        self._member.stop()
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names of the members, the one that came first at the head."""
+        nodes, _ = _children(self.client, self.path)
+        return iter([node.value or "" for node in nodes if not node.dir])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __enter__(self) -> Party:
+        self.join()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
 
 
 # ============================================================================
-# 10. Command line -- options, output, errors and exit codes, as etcdctl 2.3 has them
+# 12. Command line -- options, output, errors and exit codes, as etcdctl 2.3 has them
 # ----------------------------------------------------------------------------
-# Knows: sections 1-7, through the public names of Client.  Sections 11 and 12
+# Knows: sections 1-7, through the public names of Client.  Sections 13 and 14
 # enter their commands into the table of this one.
 # ============================================================================
 
@@ -5170,9 +6506,9 @@ def _exit() -> NoReturn:
 
 
 # ============================================================================
-# 11. Commands of etcdctl -- all of version 2.3
+# 13. Commands of etcdctl -- all of version 2.3
 # ----------------------------------------------------------------------------
-# Knows: sections 1-10.  Source: etcdctl 2.3.8.
+# Knows: sections 1-12.  Source: etcdctl 2.3.8.
 # ============================================================================
 
 _HEALTH_EVERY_S = 10.0
@@ -5819,9 +7155,9 @@ def _cmd_auth_disable(run: _Run) -> int:
 
 
 # ============================================================================
-# 12. More commands -- export, import, mirror, tree, top, bench, completion
+# 14. More commands -- export, import, mirror, tree, top, bench, completion
 # ----------------------------------------------------------------------------
-# Knows: sections 1-11.
+# Knows: sections 1-13.
 # ============================================================================
 
 _EXPORT_MARK = "# keys of etcd v2, written by pyetcdctl export; see pyetcdctl help export"

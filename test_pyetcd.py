@@ -12398,10 +12398,10 @@ def _client_background(function, *args):
 _CLIENT_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Etcd-Index: 7\r\n"
 
 
-def _client_reply(payload, status=200, cluster="c1", extra=""):
+def _client_reply(payload, status=200, cluster="c1", extra="", index=7):
     """Return a whole answer."""
     body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-    head = (f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nX-Etcd-Index: 7\r\n"
+    head = (f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nX-Etcd-Index: {index}\r\n"
             f"X-Etcd-Cluster-Id: {cluster}\r\n{extra}Content-Length: {len(body)}\r\n\r\n")
     return head.encode() + body
 
@@ -13408,7 +13408,7 @@ def test_client_watch_survives_a_restart(kind, tmp_path):
 
 def _client_event(index):
     node = {"key": "/k", "value": f"v{index}", "modifiedIndex": index, "createdIndex": index}
-    return _client_reply({"action": "set", "node": node})
+    return _client_reply({"action": "set", "node": node}, index=index)
 
 
 def test_client_watch_without_index_has_no_gap_after_a_lost_connection():
@@ -13482,14 +13482,14 @@ def test_client_watch_relists_again_when_that_failed(monkeypatch):
     cleared = _client_reply({"errorCode": 401, "message": "cleared", "index": 2000}, 400)
     with _ClientRawServer(
             _CLIENT_GOOD, cleared, (b"",), _CLIENT_TIMED_OUT, _client_event(8), cleared,
-            _CLIENT_GOOD, _client_event(9),
+            _client_event(8), _client_event(9),
     ) as server, Client(server.url) as client:
         with client.watcher("k", index=3) as events:
             told = [next(events), next(events)]
         targets = [target.partition("?")[2] for _, target, _ in server.requests]
     assert [(e.value, e.relisted) for e in told] == [("v8", True), ("v9", False)]
-    assert targets == ["", "wait=true&waitIndex=3", *["quorum=true"] * 3, "wait=true&waitIndex=8",
-                       "quorum=true", "wait=true&waitIndex=8"]
+    assert targets == ["", "wait=true&waitIndex=3", *["quorum=true"] * 3, "wait=true&waitIndex=9",
+                       "quorum=true", "wait=true&waitIndex=9"]
 
 
 def test_client_watch_close_ends_a_backoff_and_the_iteration(monkeypatch):
@@ -14357,6 +14357,106 @@ def test_client_watch_close_ends_a_wait_in_another_thread_at_once(server_does):
         assert outcome == [[]] and server.connections == 1
 
 
+def _net_black_hole(connection):
+    connection.recv(1)
+
+
+_NET_WAITS = {
+    "get": lambda client: client.get("k"),
+    "set": lambda client: client.set("k", "v"),
+    "watch": lambda client: client.watch("k"),
+    "iteration": lambda client: list(client.watcher("k")),
+    "health": lambda client: client.health(),
+    "api_execute": lambda client: client.api_execute("/v2/keys/k", "GET", {"wait": "true"}),
+    "sync": lambda client: client.sync(),
+}
+
+
+@pytest.mark.parametrize("ender", ["scope", "client"])
+@pytest.mark.parametrize("wait", _NET_WAITS.values(), ids=_NET_WAITS)
+def test_client_net_every_wait_can_be_ended_from_another_thread(wait, ender):
+    """The waits have 30 s and more: that it ends well before shows that somebody ended it."""
+    scope = pyetcd_client.Scope()
+
+    def work():
+        with scope:
+            wait(client)
+
+    with _ClientRawServer(_net_black_hole) as server, Client(server.url) as client:
+        with _client_background(work) as outcome:
+            _client_eventually(lambda: server.requests)
+            (scope.cancel if ender == "scope" else client.close)()
+            _client_eventually(lambda: outcome, 5)
+        assert isinstance(outcome[0], pyetcd_client.Cancelled)
+        assert outcome[0].maybe_applied == (wait is _NET_WAITS["set"])
+        assert len(server.requests) == 1 and not client.scope._wakers and not scope._wakers
+        server._replies = [_CLIENT_GOOD]
+        assert client.get("k").value == "v"                 # a closed client can be used again
+
+
+def test_client_net_the_wait_for_a_better_time_can_be_ended(monkeypatch):
+    monkeypatch.setattr(pyetcd_client, "BACKOFF_MIN_S", 3600.0)
+    monkeypatch.setattr(pyetcd_client, "BACKOFF_MAX_S", 3600.0)
+    with _ClientRawServer(_CLIENT_GOOD, _client_hang_up) as server:
+        with Client(server.url, total_timeout=1e6) as client:
+            client.get("k")
+            with _client_background(client.get, "k") as outcome:
+                assert server.closed.acquire(timeout=_CLIENT_WAIT_S)
+                client.close()
+    assert isinstance(outcome[0], pyetcd_client.Cancelled)
+
+
+def test_client_net_scopes_the_earliest_deadline_rules_and_the_outer_one_cancels():
+    scope = pyetcd_client.Scope
+    with scope(1000) as outer:
+        with scope() as inner, scope(2000) as innermost:
+            assert outer.deadline == inner.deadline == innermost.deadline
+            outer.cancel()
+            for cancelled in (outer, inner, innermost):
+                with pytest.raises(pyetcd_client.Cancelled):
+                    cancelled.wait(0)
+        with pytest.raises(pyetcd_client.Cancelled), scope() as late:
+            late.left_s()
+    with scope(0) as free:                                  # 0 and None: no limit
+        assert free.deadline == scope().deadline == math.inf
+        with pytest.raises(ValueError), scope(-1):
+            pass
+    assert not free.cancelled and not outer._wakers
+    with _ClientRawServer(_net_black_hole) as server, Client(server.url) as client:
+        for call in (lambda: client.get("k"), lambda: client.watch("k"),
+                     lambda: next(client.eternal_watch("k"))):
+            with scope(0.1), pytest.raises(pyetcd_client.RequestTimeout):
+                call()
+
+
+_NET_ENDS = {
+    "daemon": "threading.Thread(target=client.watch, args=('k',), daemon=True).start(); asked()",
+    "interrupted": "threading.Thread(target=interrupt).start(); client.watch('k')",
+}
+
+
+@pytest.mark.parametrize("kind", _NET_ENDS)
+def test_client_net_a_program_ends_at_once_though_a_thread_waits(kind):
+    """In 0.4.0 a finalizer waited for the reader: up to a minute."""
+    program = f"""
+import signal, sys, threading
+import pyetcd_client
+client = pyetcd_client.Client(sys.argv[1])
+head = threading.Event()
+pyetcd_client.Watch._on_head = lambda *_: head.set()
+def asked():
+    assert head.wait(20)
+def interrupt():
+    asked()
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+{_NET_ENDS[kind]}
+"""
+    with _ClientRawServer(_net_silent_head) as server:
+        result = _client_python("-c", program, server.url)
+    assert (result.returncode, result.stderr[-18:]) == (
+        (0, b"") if kind == "daemon" else (-signal.SIGINT, b"KeyboardInterrupt\n"))
+
+
 def test_client_watch_closed_watch_leaves_other_calls_alone():
     with _ClientRawServer(_CLIENT_GOOD, _client_event(9), _CLIENT_GOOD) as server:
         with Client(server.url) as client:
@@ -14381,6 +14481,220 @@ def test_client_watch_takes_no_event_twice_and_none_of_others(monkeypatch):
     with _ClientRawServer(*replies) as server, Client(server.url) as client:
         with client.watcher("/d", recursive=True, index=5, relist=False) as events:
             assert [next(events).modified_index for _ in range(3)] == [9, 13, 14]
+
+
+class _NetStore(_ClientRawServer):
+    """A member with the key /k; its store can be put back, it can freeze, or hold heads back."""
+
+    def __init__(self, index=7, term=3, cluster="c1", value="v", holds_heads=False):
+        self.change = threading.Condition()         # guards what follows
+        self.index, self.term, self.cluster = index, term, cluster
+        self.changed = index                        # modified index of the key
+        self.value = value
+        self.frozen = self.stopped = False
+        self.holds_heads = holds_heads
+        self.watches = []                           # the index of each
+        self.life = 0                               # of the process: a watch does not survive it
+        super().__init__(b"")
+
+    def become(self, **what):
+        with self.change:
+            self.__dict__.update(what)
+            self.change.notify_all()
+
+    def write(self, value):
+        self.become(index=self.index + 1, changed=self.index + 1, value=value)
+
+    def __exit__(self, *_):
+        self.become(stopped=True)
+        super().__exit__()
+
+    def _answer(self, connection, stream):
+        line = stream.readline().decode()
+        for _ in iter(stream.readline, b"\r\n" if line else b""):
+            pass
+        if not line:
+            return False
+        target = line.split()[1]
+        with self.change:
+            self.requests.append(target)
+            self.change.wait_for(lambda: self.stopped or not self.frozen)
+            if self.stopped:
+                return False
+            if "wait=true" in target:
+                return self._watch(connection, target)
+            found = target.partition("?")[0] == "/v2/keys/k"
+            body = self._node("get") if found else b'{"errorCode": 100, "index": %d}' % self.index
+            connection.sendall(self._head(200 if found else 404, f"Content-Length: {len(body)}")
+                               + body)
+        return True
+
+    def _watch(self, connection, target):
+        asked = re.search("waitIndex=([0-9]+)", target)
+        asked = int(asked[1]) if asked else self.index + 1
+        self.watches.append(asked)
+        head = self._head(200, "Transfer-Encoding: chunked")
+        if not self.holds_heads:
+            connection.sendall(head)
+        life = self.life
+        self.change.wait_for(lambda: self.stopped or life != self.life or (
+            not self.frozen and self.changed >= asked))
+        if self.stopped or life != self.life:
+            return False
+        body = self._node("set")
+        connection.sendall((head if self.holds_heads else b"")
+                           + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+        return True
+
+    def _head(self, status, more):
+        return (f"HTTP/1.1 {status} X\r\nX-Etcd-Cluster-Id: {self.cluster}\r\nX-Etcd-Index: "
+                f"{self.index}\r\nX-Raft-Term: {self.term}\r\n{more}\r\n\r\n").encode()
+
+    def _node(self, action):
+        return json.dumps({"action": action, "node": {
+            "key": "/k", "value": self.value, "modifiedIndex": self.changed,
+            "createdIndex": 1}}).encode()
+
+
+@pytest.fixture(name="_net_fast")
+def _net_fast_fixture(monkeypatch):
+    monkeypatch.setattr(pyetcd_client, "WATCH_HEAD_S", 0.2)
+    monkeypatch.setattr(pyetcd_client, "WATCH_PROBE_S", 0.2)
+    monkeypatch.setattr(pyetcd_client, "WATCH_SETTLE_S", 0.1)
+    monkeypatch.setattr(pyetcd_client, "BACKOFF_MAX_S", 0.05)
+
+
+_NET_RESTORES = {                                   # index and term were 20 and 3
+    "index": {"index": 9, "changed": 9}, "term": {"index": 30, "changed": 25, "term": 2},
+    "cluster": {"index": 30, "changed": 25, "cluster": "c2"}}
+
+
+@pytest.mark.parametrize("relist", [True, False], ids=["relist", "plain"])
+@pytest.mark.parametrize("restored", _NET_RESTORES.values(), ids=_NET_RESTORES)
+def test_client_watch_hears_of_a_restore(restored, relist, _net_fast):
+    with _NetStore(20) as server, Client(server.url) as client:
+        with client.watcher("k", relist=relist) as events:
+            with _client_background(next, events) as told:
+                _client_eventually(lambda: server.watches)
+                server.write("x")
+            assert told[0].value == "x" and events.index == 22
+            with _client_background(lambda: next(events)) as told:
+                _client_eventually(lambda: len(server.watches) == 2)
+                server.become(value="old", life=1, **restored)
+            if "cluster" in restored:
+                assert isinstance(told[0], pyetcd_client.ClusterIdChanged)
+                client.cluster_id = None            # go on with the other cluster
+                if relist:
+                    told = [next(events)]
+            elif not relist:
+                assert isinstance(told[0], pyetcd_client.EventIndexCleared)
+            if relist:
+                assert (told[0].value, told[0].relisted) == ("old", True)
+                with _client_background(next, events) as told:
+                    server.write("new")
+                assert (told[0].value, told[0].relisted) == ("new", False)
+
+
+def test_client_watch_from_an_index_the_store_never_had_is_refused(_net_fast):
+    """A program that kept its index over a restore; who lags behind only is waited for."""
+    with _NetStore(9) as server, Client(server.url) as client:
+        with pytest.raises(pyetcd_client.EventIndexCleared, match="went back"):
+            client.watch("k", index=50)
+        with client.watcher("k", index=50) as events:
+            assert next(events).relisted
+        server.write("y")
+        assert client.watch("k", index=10).value == "y"
+
+
+@pytest.mark.parametrize("holds_heads", [False, True], ids=["after-head", "before-head"])
+def test_client_watch_leaves_a_member_that_froze(holds_heads, _net_fast):
+    with _NetStore(holds_heads=holds_heads) as frozen, _NetStore() as other:
+        with Client([frozen.url, other.url]) as client, client.watcher("k", index=8) as events:
+            with _client_background(next, events) as told:
+                _client_eventually(lambda: frozen.watches)
+                frozen.become(frozen=True)
+                _client_eventually(lambda: other.watches)
+                other.write("w")
+            assert told[0].value == "w" and client.endpoints.current == other.url
+
+
+def test_client_watch_state_says_when_the_only_member_is_frozen(_net_fast):
+    states = []
+    with _NetStore() as server, Client(server.url, on_state=states.append) as client:
+        with client.watcher("k", index=8) as events, _client_background(next, events) as told:
+            _client_eventually(lambda: server.watches)
+            server.become(frozen=True)
+            _client_eventually(lambda: client.state is pyetcd_client.ConnectionState.SUSPENDED)
+            server.become(frozen=False)
+            _client_eventually(lambda: client.state is pyetcd_client.ConnectionState.CONNECTED)
+            server.write("w")
+        assert told[0].value == "w"
+
+
+def test_client_watch_stays_with_a_proxy_that_holds_heads_back(_net_fast):
+    states = []
+    with _NetStore(holds_heads=True) as proxy, _NetStore() as other:
+        with Client([proxy.url, other.url], on_state=states.append) as client:
+            with _client_background(client.watch, "k") as told:
+                _client_eventually(lambda: len(proxy.requests) > 5)     # it was seen to be alive
+                proxy.write("w")
+            assert told[0].value == "w" and len(proxy.watches) == 1
+        assert other.requests == [] and states == [pyetcd_client.ConnectionState.CONNECTED]
+
+
+@pytest.mark.parametrize("holds_heads", [False, True], ids=["heads", "no-heads"])
+def test_client_watch_of_a_quiet_key_outlives_the_history(holds_heads, _net_fast, monkeypatch):
+    """Others change much, never ours; the request is made anew from where nothing can be lost."""
+    monkeypatch.setattr(pyetcd_client, "WATCH_POLL_S", 0.8)
+    with _NetStore(holds_heads=holds_heads) as server, Client(server.url) as client:
+        with _client_background(client.watch, "k") as told:
+            for turn in range(1, 4):
+                server.become(index=server.index + 900)
+                _client_eventually(lambda turn=turn: len(server.watches) > turn)
+                assert server.index - server.watches[-1] < 1000
+            server.write("w")
+        assert told[0].value == "w"
+
+
+def test_client_watch_state_machine_moves_up_only_when_it_must():
+    state = pyetcd_client._WatchState("/k", recursive=False, index=None, relist=False)
+    state.head(100, 2, 0.0)
+    assert state.index == 101
+    assert state.alive(300, 2, 5.0)
+    state.settle(10.0)
+    assert state.index == 101                       # etcd remembers: nothing is taken on trust
+    state.alive(700, 2, 10.0)
+    state.settle(10.5)
+    assert state.index == 101                       # a change may be on its way
+    state.settle(11.0)
+    assert state.index == 701
+    cleared = pyetcd_client.EventIndexCleared("")
+    with pytest.raises(pyetcd_client.EventIndexCleared):
+        state.cleared(cleared)
+    state.alive(2000, 2, 20.0)
+    state.cleared(cleared)
+    assert state.index == 2001 and not state.found
+
+
+_NET_STEP = pyetcd_client._Step
+
+
+@pytest.mark.parametrize("relist, quorum_index, step", [
+    (True, 50, _NET_STEP.POLL), (False, 50, _NET_STEP.POLL), (True, 20, _NET_STEP.RELIST)])
+def test_client_watch_state_machine_asks_a_quorum_before_it_believes(relist, quorum_index, step):
+    state = pyetcd_client._WatchState("/k", recursive=False, index=41, relist=relist)
+    if relist:
+        assert state.step is _NET_STEP.LIST
+        state.listed({}, 50, 2)
+    state.head(50, 2, 0.0)
+    assert not state.is_doubtful()
+    state.head(30, 2, 1.0)                          # a follower that lags behind, or a backup
+    assert state.is_doubtful() and state.step is _NET_STEP.CHECK
+    state.checked(quorum_index, 2)
+    assert state.step is step
+    if step is _NET_STEP.RELIST:
+        state.listed({"/k": pyetcd_client.Node("/k", "v", modified_index=3)}, 20, 2)
+        assert [event.value for event in state.found] == ["v"] and state.index == 21
 
 
 def test_client_watch_difference_leads_from_one_listing_to_the_other():
@@ -14863,9 +15177,10 @@ def test_recipe_lock_stands_in_one_line_with_python_etcd(
         assert theirs.acquire(blocking=False) is False
     assert theirs.acquire() is True
     with _client_background(ours.acquire) as outcome:
-        before = _client_eventually(lambda: ours._watching)
+        _client_eventually(lambda: len(theirs.client.read(ours.path)._children) == 2)
+        before = _recipe_client.count("GET")
         assert theirs.acquire(lock_ttl=60) is True      # renews by an unconditional write
-        _client_eventually(lambda: ours._watching is not before)
+        _client_eventually(lambda: _recipe_client.count("GET") > before)
         assert outcome == [] and len(ours.contenders()) == 2
         theirs.release()
     assert outcome == [True] and ours.release()
@@ -15011,7 +15326,7 @@ def test_recipe_queue_put_again_after_it_was_taken_adds_nothing(_recipe_client, 
     queue, got = pyetcd_client.Queue(_recipe_client, _client_dir), []
 
     def fault(call):
-        if call.method == "PUT" and b"prevExist=false" in (call.form or b"") and not got:
+        if call.method == "POST" and not got:
             super(_RecipeClient, _recipe_client)._perform(call)
             got.append("")
             got.append(queue.get(timeout=0))
@@ -15058,8 +15373,7 @@ def test_recipe_queue_taken_item_comes_back_unless_it_is_done(_recipe_client, _c
             queue.take(timeout=0)
         1 / 0  # noqa: B018
     crashed = queue.take(timeout=0)
-    crashed._lease._stopped.set()
-    crashed._lease._thread.join()
+    crashed._lease._end()
     with queue.take(timeout=_CLIENT_WAIT_S) as item:
         assert item.value == "a" and not crashed.is_held
     assert crashed.done() is False and len(queue) == 0
@@ -15217,8 +15531,10 @@ def test_recipe_cached_tree_reads_anew_what_it_has_missed(tmp_path, monkeypatch)
             client.set(f"/c/{name}", "1")
         tree = pyetcd_client.CachedTree(
             client, "/c", on_change=lambda key, old, new: changes.append((key, new and new.value)))
-        tree._load(1.0)
-        for number in range(20):                # before it follows: the history is too short
+        with pytest.raises(KeyError), tree:
+            tree.start()                            # it is already: one thread
+            tree["/c/none"]
+        for number in range(20):                    # before it follows: the history is too short
             client.set("/c/changed", str(number))
         client.delete("/c/removed")
         index = client.set("/c/added", "2").modified_index
@@ -15245,6 +15561,612 @@ def test_recipe_registry_lists_who_lives(_recipe_client, _client_dir):
         _client_eventually(lambda: registry.resolve("mail"))
         assert _client_eventually(lambda: first.alive)
     assert registry.resolve("mail") == []
+
+
+# -- time and its end
+
+_RECIPE_WAITS = {
+    "lock": lambda client, d, s: pyetcd_client.Lock(client, d[1:]).acquire(timeout=s),
+    "rlock": lambda client, d, s: pyetcd_client.RLock(client, d[1:]).acquire(timeout=s),
+    "writer": lambda client, d, s: pyetcd_client.RWLock(client, d).write_lock().acquire(timeout=s),
+    "semaphore": lambda client, d, s: pyetcd_client.Semaphore(client, d, 1).acquire(timeout=s),
+    "campaign": lambda client, d, s: pyetcd_client.Election(client, d).campaign(timeout=s),
+    "observe": lambda client, d, s: next(pyetcd_client.Election(client, d).observe(timeout=s)),
+    "get": lambda client, d, s: pyetcd_client.Queue(client, d).get(timeout=s),
+    "take": lambda client, d, s: pyetcd_client.Queue(client, d).take(timeout=s),
+    "barrier": lambda client, d, s: pyetcd_client.Barrier(client, d).wait(timeout=s),
+    "enter": lambda client, d, s: pyetcd_client.DoubleBarrier(client, d, 2).enter(timeout=s),
+    "leave": lambda client, d, s: pyetcd_client.DoubleBarrier(client, d, 2).leave(timeout=s),
+    "counter": lambda client, d, s: pyetcd_client.Counter(client, d).add(timeout=s),
+    "registry": lambda client, d, s: next(
+        pyetcd_client.ServiceRegistry(client).watch(d[1:], timeout=s)),
+    "retry": lambda client, d, s: pyetcd_client.retry(client, lambda: client.get(d), timeout=s)
+    if s else client.get(d, timeout=0.1),
+}
+
+
+def _recipe_patience(monkeypatch, **limits):
+    """Make all limits of the recipes an hour, but for those given."""
+    names = ("CALL_TIMEOUT_S", "OUTAGE_S", "WAIT_SLICE_S", "TRY_S", "TIDY_S", "LEAVE_S")
+    for name in names:
+        monkeypatch.setattr(pyetcd_client, name, limits.get(name, 3600.0))
+
+
+@pytest.mark.parametrize("timeout", [0.3, 0])
+@pytest.mark.parametrize("wait", _RECIPE_WAITS.values(), ids=_RECIPE_WAITS)
+def test_recipe_deadline_holds_while_a_server_is_silent(wait, timeout, monkeypatch):
+    """All other limits are an hour: that it ends shows that the deadline rules them."""
+    _recipe_patience(monkeypatch, TRY_S=0.3, TIDY_S=0.1)
+    with _ClientRawServer(_net_black_hole) as server, _recipe_no_threads(), \
+            Client(server.url, total_timeout=3600, read_timeout=3600) as client:
+        with _client_background(wait, client, "/d", timeout) as outcome:
+            _client_eventually(lambda: outcome)
+        assert isinstance(outcome[0], pyetcd_client.EtcdError) and server.requests
+
+
+_RECIPE_BLOCKED = {
+    "lock": (lambda c, d: pyetcd_client.Lock(c, d[1:]), lambda r, s: r.acquire(timeout=s), False),
+    "semaphore": (lambda c, d: pyetcd_client.Semaphore(c, d + "/s", 1),
+                  lambda r, s: r.acquire(timeout=s), False),
+    "election": (lambda c, d: pyetcd_client.Election(c, d + "/e"),
+                 lambda r, s: r.campaign(timeout=s), False),
+    "queue": (lambda c, d: pyetcd_client.Queue(c, d), lambda r, s: r.get(timeout=s), None),
+    "barrier": (lambda c, d: pyetcd_client.Barrier(c, d + "/b"),
+                lambda r, s: r.wait(timeout=s), False),
+    "double": (lambda c, d: pyetcd_client.DoubleBarrier(c, d, 2),
+               lambda r, s: r.enter(timeout=s), False),
+}
+
+
+@pytest.fixture(name="_recipe_blocker")
+def _recipe_blocker_fixture(_client_server, _client_dir):
+    """What another process holds, so that everything of _RECIPE_BLOCKED must wait."""
+    with Client(_client_server.url) as other, pyetcd_client.Lock(other, _client_dir[1:]), \
+            pyetcd_client.Semaphore(other, _client_dir + "/s", 1), \
+            pyetcd_client.Election(other, _client_dir + "/e"):
+        barrier = pyetcd_client.Barrier(other, _client_dir + "/b")
+        barrier.create()
+        yield
+        barrier.remove()
+
+
+@pytest.mark.parametrize("kind", _RECIPE_BLOCKED.values(), ids=_RECIPE_BLOCKED)
+def test_recipe_timeout_of_zero_tries_once_and_does_not_wait(
+        _recipe_client, _client_dir, _recipe_blocker, kind, monkeypatch):
+    make, wait, nothing = kind
+    _recipe_patience(monkeypatch)
+    monkeypatch.setattr(pyetcd_client, "_await", lambda client, span, *_, **__: (
+        1 / 0 if span.wait_s() else False))
+    assert wait(make(_recipe_client, _client_dir), 0) is nothing
+    with pytest.raises(ValueError, match="timeout"):
+        wait(make(_recipe_client, _client_dir), -1)
+
+
+@pytest.mark.parametrize("ender", ["recipe", "scope", "client"])
+@pytest.mark.parametrize("kind", _RECIPE_BLOCKED.values(), ids=_RECIPE_BLOCKED)
+def test_recipe_every_wait_can_be_ended_from_another_thread(
+        _recipe_client, _client_dir, _recipe_blocker, kind, ender, monkeypatch):
+    make, wait, nothing = kind
+    _recipe_patience(monkeypatch)
+    recipe, scope = make(_recipe_client, _client_dir), pyetcd_client.Scope()
+
+    def work():
+        with scope:
+            return wait(recipe, None)
+
+    with _client_background(work) as outcome:
+        _client_eventually(lambda: recipe._spans and next(iter(recipe._spans)).looked)
+        {"recipe": recipe.cancel, "scope": scope.cancel, "client": _recipe_client.close}[ender]()
+        _client_eventually(lambda: outcome)
+    if ender == "recipe":
+        assert outcome == [nothing]
+    else:
+        assert isinstance(outcome[0], pyetcd_client.Cancelled)
+    assert not recipe._spans and not _recipe_client.scope._wakers
+    if ender != "client":                       # then what is in a line is left to its ttl
+        left = [node.key for node in _client_files(_recipe_client, _client_dir)]
+        assert not [key for key in left if re.search(r"\d{20}$", key) and "/s/" not in key
+                    and "/e/" not in key], "an entry stays"
+
+
+def _client_files(client, directory):
+    try:
+        return [node for node in client.get(directory, recursive=True).node.walk() if not node.dir]
+    except pyetcd_client.KeyNotFound:
+        return []
+
+
+def test_recipe_iterators_end_when_they_are_closed(_recipe_client, _client_dir, monkeypatch):
+    _recipe_patience(monkeypatch)
+    for observed in (pyetcd_client.Election(_recipe_client, _client_dir).observe(),
+                     pyetcd_client.ServiceRegistry(_recipe_client, _client_dir).watch("mail")):
+        next(observed)
+        with _client_background(lambda observed=observed: list(observed)) as outcome:
+            _client_eventually(lambda observed=observed: observed._spans)
+            observed.close()
+            _client_eventually(lambda: outcome)
+        assert outcome == [[]]
+
+
+def test_recipe_nothing_outlives_the_client(_recipe_client, _client_server, _client_dir):
+    lost = []
+    client = Client(_client_server.url)
+    lock = _recipe_lock(client, _client_dir, on_lost=lambda: lost.append("lock"))
+    lease = pyetcd_client.Lease(client, _client_dir + "/k", on_lost=lambda: lost.append("lease"))
+    tree = pyetcd_client.CachedTree(client, _client_dir).start()
+    changes = pyetcd_client.ChildrenWatch(client, _client_dir, lambda names: None)
+    assert lock.acquire() and lease.start().is_held
+    client.close()
+    with _recipe_no_threads():
+        _client_eventually(lambda: not any(
+            thread.name.startswith("pyetcd-") for thread in threading.enumerate()))
+    assert sorted(lost) == ["lease", "lock"] and not lock.is_held and not lease.alive
+    assert isinstance(tree.error, pyetcd_client.Cancelled) and not tree.wait_for(1 << 60)
+    assert not [way for one in client._idle for way in one._ways.values() if way.connection.sock]
+    changes.close(), tree.close()
+    assert lock.release() is False              # the entry goes: the client can be used again
+    client.close()
+    _recipe_client.delete(_client_dir, recursive=True)
+
+
+def test_recipe_release_does_not_wait_for_a_renewal_that_hangs(monkeypatch):
+    """Its DELETE has LEAVE_S; all other limits are an hour."""
+    _recipe_patience(monkeypatch, LEAVE_S=0.2)
+    with pyetcd.LocalMember() as member, Client(member.client_url) as client:
+        lock = pyetcd_client.Lock(client, "x", ttl=3600)
+        assert lock.acquire()
+        member.pause()
+        with _client_background(lock.renew):
+            _client_eventually(lambda: lock._held._renewing.locked())
+            with _client_background(lock.release) as outcome:
+                _client_eventually(lambda: outcome)
+            client.close()
+        member.resume()
+    assert outcome == [True] and not lock.is_held
+
+
+# -- who holds, and what it is called
+
+@pytest.mark.parametrize("name", ["", "/", "..", "a/..", "../a", ".", "a/./b"])
+def test_recipe_names_that_are_no_place_are_refused(name):
+    with Client(_client_dead_url()) as client:
+        registry = pyetcd_client.ServiceRegistry(client)
+        for make in (pyetcd_client.Lock, pyetcd_client.RLock, pyetcd_client.RWLock,
+                     pyetcd_client.Election, pyetcd_client.Queue, pyetcd_client.Barrier,
+                     pyetcd_client.Counter, pyetcd_client.Lease, pyetcd_client.Party,
+                     lambda client, name: pyetcd_client.Semaphore(client, name, 1),
+                     lambda client, name: pyetcd_client.DoubleBarrier(client, name, 1),
+                     lambda client, name: registry.register(name, "a"),
+                     lambda client, name: registry.resolve(name)):
+            with pytest.raises(ValueError, match="names no key"):
+                make(client, name)
+
+
+def test_recipe_lock_whose_name_begins_anothers_is_acquired(_recipe_client, _client_dir):
+    name = _client_dir[1:]
+    for inner in ("1", "0" * 20, "7" * 20, "\u0662", "a/b"):
+        with pyetcd_client.Lock(_recipe_client, f"{name}/{inner}"):
+            with pyetcd_client.Lock(_recipe_client, name) as lock:
+                assert lock.contenders() == [lock.uuid]
+    lock.release()
+
+
+def test_recipe_files_that_are_no_entries_count_nowhere(_recipe_client, _client_dir):
+    makers = {
+        "rw": lambda key: pyetcd_client.RWLock(_recipe_client, key).write_lock(),
+        "sem": lambda key: pyetcd_client.Semaphore(_recipe_client, key, 1),
+        "el": lambda key: pyetcd_client.Election(_recipe_client, key, "me"),
+    }
+    for kind, make in makers.items():
+        path = f"{_client_dir}/{kind}"
+        for stray in ("note", "12", "\u0662", "9" * 19, "9" * 5000):
+            _recipe_client.set(f"{path}/{stray}", "a stray")
+        _recipe_client.append(path, "written by hand")
+        _recipe_client.set(f"{path}/{'8' * 20}/x", "in a directory")
+        with make(path) as held:
+            assert held.is_held and len(held.contenders()) == 1
+            assert make(path).acquire(timeout=0) is False
+    election = pyetcd_client.Election(_recipe_client, _client_dir + "/el")
+    assert election.leader() is None and next(election.observe()) is None
+
+
+def test_recipe_lock_is_held_by_one_of_the_tasks_that_share_it(_recipe_client, _client_dir):
+    """Tasks take turns on the threads of a pool: the thread does not tell who holds."""
+    lock, inside, most = _recipe_lock(_recipe_client, _client_dir), [], []
+
+    async def work(number, pool):
+        loop = asyncio.get_running_loop()
+        for _ in range(3):
+            assert await loop.run_in_executor(pool, lock.acquire)
+            inside.append(number)
+            most.append(len(inside))
+            await asyncio.sleep(0)
+            inside.remove(number)
+            assert await loop.run_in_executor(pool, lock.release, lock.token)
+
+    async def main():
+        with concurrent.futures.ThreadPoolExecutor(5) as pool:
+            await asyncio.gather(*(work(number, pool) for number in range(4)))
+
+    asyncio.run(main())
+    assert set(most) == {1} and len(most) == 12
+
+
+def test_recipe_lock_acquired_again_waits_unless_that_could_never_end(
+        _recipe_client, _client_dir, caplog):
+    lock = _recipe_lock(_recipe_client, _client_dir)
+    with lock:
+        assert lock.acquire(timeout=0) is False and lock.acquire(blocking=False) is False
+        with pytest.raises(RuntimeError, match="RLock"), lock:
+            pass
+
+        async def task():
+            return lock.acquire(timeout=0.01)
+        assert asyncio.run(task()) is False
+        with _client_background(lock.acquire) as outcome:
+            _client_eventually(lambda: len(lock._spans) == 1)
+            assert not outcome and lock.release()
+        assert outcome == [True] and lock.is_held
+    assert lock.is_held                         # this block's hold was given up before
+    with _client_background(lambda: lock.acquire(timeout=0.01)) as outcome:
+        pass
+    assert outcome == [False] and lock.release()
+    assert ["RLock" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_recipe_lock_release_names_the_hold_by_its_token(_recipe_client, _client_dir):
+    lost = threading.Event()
+    lock = _recipe_lock(_recipe_client, _client_dir, ttl=1, on_lost=lost.set)
+    assert lock.acquire()
+    old = lock.token
+    _recipe_client.delete(lock.path, recursive=True)
+    assert lost.wait(_CLIENT_WAIT_S) and lock.acquire() and lock.token > old
+    assert lock.release(old) is False and lock.is_held
+    assert lock.release(lock.token) is True and lock.contenders() == []
+
+
+def test_recipe_lock_block_that_lost_it_does_not_release_what_another_thread_has(
+        _recipe_client, _client_dir):
+    lost = threading.Event()
+    lock = _recipe_lock(_recipe_client, _client_dir, ttl=1, on_lost=lost.set)
+    with lock:
+        _recipe_client.delete(lock.path, recursive=True)
+        assert lost.wait(_CLIENT_WAIT_S)
+        with _client_background(lock.acquire) as outcome:
+            _client_eventually(lambda: outcome)
+    assert outcome == [True] and lock.is_held and lock.release()
+
+
+def test_recipe_rlock_is_held_by_whom_it_names(_recipe_client, _client_dir):
+    lock = pyetcd_client.RLock(_recipe_client, _client_dir[1:])
+    assert lock.acquire(holder="task 1") and lock.acquire(holder="task 1", lock_ttl=90)
+    assert lock.acquire(timeout=0, holder="task 2") is False and lock.acquire(timeout=0) is False
+    assert _recipe_client.ls(lock.path)[0].ttl > 60
+    assert lock.release() and lock.is_held and lock.release() and not lock.is_held
+    assert lock.acquire(timeout=0, holder="task 2") and lock.release()
+    assert lock.release() is False
+
+
+def test_recipe_renewals_of_several_threads_do_not_lose_the_file(_recipe_client, _client_dir):
+    lost = []
+    lock = _recipe_lock(_recipe_client, _client_dir, ttl=3, on_lost=lambda: lost.append(1))
+    assert lock.acquire()
+    place = lock._held
+    place._due_at = 0                           # the heartbeat renews as fast as it can
+    with contextlib.ExitStack() as stack:
+        def renew():
+            for _ in range(60):
+                place._due_at = 0
+                assert lock.renew()
+        for _ in range(3):
+            stack.enter_context(_client_background(renew))
+        for _ in range(60):                     # python-etcd's way to renew
+            assert lock.acquire()
+    assert not lost and lock.contenders() == [place.value] and lock.release()
+
+
+def test_recipe_renew_sees_at_once_that_the_entry_is_gone(_recipe_client, _client_dir):
+    lost = threading.Event()
+    lock = _recipe_lock(_recipe_client, _client_dir, ttl=3600, on_lost=lost.set)
+    assert lock.acquire() and lock.renew(1800) and _recipe_client.ls(lock.path)[0].ttl <= 1800
+    _recipe_client.delete(lock.path, recursive=True)
+    assert lock.is_held                         # it does not look
+    assert lock.renew() is False and not lock.is_held and lost.wait(_CLIENT_WAIT_S)
+    lock.release()
+    with pytest.raises(ValueError, match="at least 1"):
+        lock.acquire(lock_ttl=0)
+
+
+_RECIPE_FORK = """
+import os, sys, threading, time
+from pyetcd_client import *
+client = Client(sys.argv[1])
+client.set("/f/a", "1")
+lock, rlock = Lock(client, "f"), RLock(client, "g")
+lease, beat = Lease(client, "/f/l", "me"), Heartbeat(client, "/f/a")
+tree, counter, queue = CachedTree(client, "/f"), Counter(client, "/f/n"), Queue(client, "/f/q")
+for thing in (lock, rlock): assert thing.acquire()
+for thing in (lease, beat, tree): thing.start()
+counter.add(); queue.put("x")
+guards = [lock._changed, rlock._changed, lease._lock, lease._renewing, beat._lock, tree._changed,
+          tree._control, counter._turn]
+ready, done = threading.Event(), threading.Event()
+def hold():                     # a thread that the child does not have holds every lock
+    for guard in guards: guard.acquire()
+    ready.set(); done.wait(60)
+    for guard in guards: guard.release()
+threading.Thread(target=hold, daemon=True).start()
+ready.wait(60)
+pid = os.fork()
+if pid:
+    done.set()
+    status = os.waitpid(pid, 0)[1]
+    assert lock.is_held and rlock.is_held and lease.is_held and beat.is_held and not tree.error
+    assert counter.value == 2 and lock.contenders() == [lock.uuid]
+    print(status)
+    sys.stdout.flush()
+    os._exit(0)
+import signal
+signal.alarm(50)
+def refuses(function):
+    try: function()
+    except RuntimeError: return True
+for held in (lock, rlock):
+    assert not held.is_held and held.token == 0 and not held.release() and not held.renew()
+    assert not held.acquire(timeout=0) and not held.acquire(timeout=0.2)
+assert not lease.is_held and not lease.stop() and refuses(lease.start)
+assert not beat.is_held and not beat.stop() and refuses(beat.start)
+for use in (lambda: tree["/f/a"], lambda: len(tree), tree.items, lambda: tree.wait_for(1, 9)):
+    assert refuses(use)
+assert tree.start()["/f/a"].value == "1" and not tree.error
+assert counter.add() == 2 and queue.get(timeout=0) == "x"
+other = Lock(client, "h")
+assert other.acquire() and other.release()
+tree.close(); client.close()
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="no fork")
+def test_recipe_objects_of_the_parent_are_usable_or_refuse_in_a_forked_child(_client_server):
+    result = _client_python("-W", "ignore::DeprecationWarning", "-c", _RECIPE_FORK,
+                            _client_server.url)
+    assert (result.returncode, result.stdout) == (0, b"0\n"), result.stderr.decode()
+
+
+# -- queues that stay as fast as they were
+
+def test_recipe_queue_work_for_an_item_does_not_grow(_recipe_client, _client_dir):
+    queue, work = pyetcd_client.Queue(_recipe_client, _client_dir), []
+    for number in range(40):
+        queue.put(str(number))
+        before = len(_recipe_client.calls)
+        assert queue.get(timeout=0) == str(number)
+        calls = _recipe_client.calls[before:]
+        work.append([call.method for call in calls])
+        assert not _client_files(_recipe_client, _client_dir)      # what the next look reads
+    assert work == [["GET", "PUT", "DELETE"]] * 40
+
+
+def test_recipe_queue_serves_urgent_items_first(_recipe_client, _client_dir):
+    queue = pyetcd_client.Queue(_recipe_client, _client_dir)
+    queue.put_all(["c", "d"])
+    queue.put("a", priority=-1), queue.put("b", 1), queue.put("e", priority=101)
+    assert [queue.get(0) for _ in range(6)] == ["a", "b", "c", "d", "e", None]
+    queue.put("1:2:\n:"), queue.put("")
+    assert [queue.get(0) for _ in range(3)] == ["1:2:\n:", "", None]
+
+
+def test_recipe_queue_takes_what_an_older_version_or_a_hand_has_put(_recipe_client, _client_dir):
+    queue = pyetcd_client.Queue(_recipe_client, _client_dir)
+    for name, value in (("f" * 32, "old"), ("by/hand", "x:1:y")):
+        _recipe_client.create(f"{_client_dir}/items/{name}", value)
+    _recipe_client.append(f"{_client_dir}/items", "posted")
+    _recipe_client.create(f"{_client_dir}/items/{'a' * 32}", "mark of 0.4.0", ttl=100)
+    queue.put("new")
+    assert [queue.get(0) for _ in range(5)] == ["old", "x:1:y", "posted", "new", None]
+
+
+def test_recipe_queue_second_file_of_an_item_adds_nothing(_recipe_client, _client_dir):
+    """The first write of it is late: before the item is taken, and after that."""
+    queue = pyetcd_client.Queue(_recipe_client, _client_dir)
+    for deliver_first in (True, False):
+        _recipe_client.fault = _recipe_first("late", "POST")
+        queue.put("once")
+        if deliver_first:
+            assert _recipe_client.deliver() == 1 and len(queue) == 1
+        assert queue.get(timeout=0) == "once"
+        assert _recipe_client.deliver() == (not deliver_first)
+        with pytest.raises(pyetcd_client.WatchTimeout):
+            queue.take(timeout=0)
+        assert queue.get(timeout=0) is None and len(queue) == 0
+    assert not _client_files(_recipe_client, _client_dir)
+
+
+@pytest.mark.parametrize("fate", _RECIPE_FATES)
+def test_recipe_queue_lost_answers_to_deletions_are_looked_into(
+        _recipe_client, _client_dir, fate):
+    queue, got = pyetcd_client.Queue(_recipe_client, _client_dir), []
+    for value in "abc":
+        queue.put(value)
+        _recipe_client.fault = _recipe_first(fate, "DELETE")
+        got.append(queue.get(timeout=0))
+    queue.put("d")
+    with queue.take(timeout=0) as item:
+        got.append(item.value)
+        _recipe_client.fault = _recipe_first(fate, "DELETE")
+    assert got == ["a", "b", "c", "d"] and queue.get(0) is None
+
+
+def test_recipe_queue_item_that_could_not_be_taken_is_there_at_once(
+        _recipe_client, _client_dir, monkeypatch):
+    _recipe_patience(monkeypatch, OUTAGE_S=0.2)
+    queue = pyetcd_client.Queue(_recipe_client, _client_dir)
+    queue.put("a")
+
+    def fault(call):
+        return "unsent" if call.method == "DELETE" and "/items/" in call.target else None
+    _recipe_client.fault = fault
+    with pytest.raises(pyetcd_client.ConnectionFailed):
+        queue.get(timeout=0)
+    _recipe_client.fault = lambda call: None
+    assert pyetcd_client.Queue(_recipe_client, _client_dir).get(timeout=0) == "a"
+
+
+# -- copies, services, parties
+
+def test_recipe_cached_tree_is_of_one_moment_and_starts_again(_recipe_client, _client_dir):
+    changes, over = [], threading.Event()
+    tree = pyetcd_client.CachedTree(
+        _recipe_client, _client_dir, on_change=lambda *change: changes.append(change))
+
+    def churn():
+        for number in itertools.count():
+            if over.is_set():
+                return
+            _recipe_client.set(f"{_client_dir}/{number % 7}", str(number))
+            _recipe_client.delete(f"{_client_dir}/{number % 7}")
+
+    with tree, _client_background(churn):
+        _client_eventually(lambda: len(changes) > 5)
+        for _ in range(300):
+            assert all(node.key == key for key, node in tree.items())
+            assert len(tree.keys()) + len(tree.values()) >= 0
+        assert tree.start() is tree             # one thread is enough
+        assert [t.name for t in threading.enumerate() if t.name.startswith("pyetcd-")] == [
+            f"pyetcd-tree {_client_dir}"]
+        over.set()
+    before = tree.snapshot()
+    changes.clear()
+    index = _recipe_client.set(_client_dir + "/new", "1").modified_index
+    assert tree.snapshot() == before and not tree.wait_for(index)
+    with tree:                                  # goes on, and tells the difference
+        assert tree.wait_for(index) and (changes[-1][0], changes[-1][1]) == (
+            _client_dir + "/new", None)
+        index = _recipe_client.set(_client_dir + "/new", "2").modified_index
+        assert tree.wait_for(index, _CLIENT_WAIT_S) and tree[_client_dir + "/new"].value == "2"
+
+
+def test_recipe_cached_tree_survives_what_its_callback_raises(_recipe_client, _client_dir, caplog):
+    def fail(*_):
+        raise SystemExit(1)
+    with pyetcd_client.CachedTree(_recipe_client, _client_dir, on_change=fail) as tree:
+        for value in "ab":
+            index = _recipe_client.set(_client_dir + "/k", value).modified_index
+            assert tree.wait_for(index, _CLIENT_WAIT_S)
+        _client_eventually(lambda: len(caplog.records) == 2)
+        assert tree._thread.is_alive() and tree.error is None
+
+
+def test_recipe_cached_tree_error_is_there_as_long_as_the_server_is_not():
+    with pyetcd.LocalMember() as member, Client(member.client_url) as client:
+        client.set("/c/k", "1")
+        with pyetcd_client.CachedTree(client, "/c") as tree:
+            assert tree.error is None
+            member.kill()
+            assert isinstance(_client_eventually(lambda: tree.error), pyetcd_client.EtcdError)
+            member.start()
+            index = client.set("/c/k", "2").modified_index
+            assert tree.wait_for(index, _CLIENT_WAIT_S) and tree["/c/k"].value == "2"
+            _client_eventually(lambda: tree.error is None)
+
+
+def test_recipe_cached_tree_is_read_once_however_long_it_is_quiet(
+        _recipe_client, _client_dir, monkeypatch):
+    monkeypatch.setattr(pyetcd_client, "WAIT_SLICE_S", 0.01)
+    reads = []
+    fault = lambda call: reads.append(call.target) if "recursive" in call.target else None  # noqa: E731
+    _recipe_client.fault = fault
+    with pyetcd_client.CachedTree(_recipe_client, _client_dir) as tree:
+        for number in range(30):
+            index = _recipe_client.set(f"{_client_dir}2/x", str(number)).modified_index
+        index = _recipe_client.set(f"{_client_dir}/x", "1").modified_index
+        assert tree.wait_for(index, _CLIENT_WAIT_S) and len(reads) == 1
+
+
+def test_recipe_registry_carries_metadata_and_tags(_recipe_client, _client_dir):
+    registry = pyetcd_client.ServiceRegistry(_recipe_client, _client_dir)
+    zone = {"zone": "a", "weight": 3}
+    with registry.register("mail", "a:25", tags=["v2", "tls"], metadata=zone) as first, \
+            registry.register("mail", "b:25"), registry.register("mail", '{"odd'):
+        found = registry.resolve("mail")
+        assert [(i.address, i.metadata, i.tags) for i in found] == [
+            ("a:25", zone, ("v2", "tls")), ("b:25", {}, ()), ('{"odd', {}, ())]
+        assert registry.resolve("mail", tag="tls") == found[:1] and len(set(found)) == 3
+        assert [address for _, address in registry.resolve("mail", tag="none")] == []
+        assert _recipe_client.get(first.key).value.startswith("{")
+        assert next(registry.watch("mail", tag="v2")) == found[:1]
+        for text in ('{"address": 5}', '{"address": "x", "tags": 5}', "[]", "{" * 50000):
+            _recipe_client.set(registry.path("mail") + "/hand", text)
+            assert registry.resolve("mail")[-1].address == text
+    with pytest.raises(ValueError, match="several"):
+        registry.register("mail", "a", tags="v2")
+
+
+def test_recipe_election_run_leads_while_the_function_runs(_recipe_client, _client_dir):
+    election = pyetcd_client.Election(_recipe_client, _client_dir, "me")
+    assert election.run(lambda a, b: (election.leader().value, a, b), 1, b=2) == ("me", 1, 2)
+    with pytest.raises(ZeroDivisionError):
+        election.run(lambda: 1 / 0)
+    assert election.leader() is None
+    with pyetcd_client.Election(_recipe_client, _client_dir), \
+            _client_background(election.run, list) as outcome:
+        _client_eventually(lambda: len(election.contenders()) == 2)
+        election.cancel()
+    assert isinstance(outcome[0], pyetcd_client.LockExpired)
+
+
+def test_recipe_party_lists_who_is_there(_recipe_client, _client_dir):
+    first, second = (pyetcd_client.Party(_recipe_client, _client_dir, name) for name in "ab")
+    assert list(first) == [] and len(first) == 0
+    with first:
+        second.join(), second.join()
+        assert list(first) == ["a", "b"] and len(second) == 2
+        second.leave()
+        assert list(first) == ["a"]
+        second.join()
+    assert list(first) == ["b"]
+    second.leave()
+
+
+def test_recipe_watches_call_back_until_they_are_told_to_end(_recipe_client, _client_dir):
+    seen, data = [], []
+
+    @pyetcd_client.ChildrenWatch(_recipe_client, _client_dir)
+    def children(names):
+        seen.append(names)
+        return "stop" not in names
+    watch = pyetcd_client.DataWatch(
+        _recipe_client, _client_dir + "/a",
+        lambda value, node: data.append((value, node and node.key)))
+    assert seen == [[]] and data == [(None, None)]
+    _recipe_client.set(_client_dir + "/a", "1")
+    _client_eventually(lambda: seen[-1] == ["a"] and data[-1] == ("1", _client_dir + "/a"))
+    _recipe_client.delete(_client_dir + "/a")
+    _client_eventually(lambda: seen[-1] == [] and data[-1] == (None, None))
+    _recipe_client.set(_client_dir + "/stop", "1")
+    _client_eventually(lambda: seen[-1] == ["stop"])
+    watch.close()
+    _client_eventually(lambda: threading.active_count() and not any(
+        t.name.startswith("pyetcd-watch") for t in threading.enumerate()))
+    with pytest.raises(ValueError, match="already"):
+        watch(print)
+
+
+def test_recipe_retry_repeats_only_what_may_be_repeated(_recipe_client, _client_dir):
+    key = _client_dir + "/k"
+    for fate in ("unsent", "lost", "unheard"):
+        _recipe_client.fault = _recipe_first(fate, "PUT", 2)
+        done = pyetcd_client.retry(
+            _recipe_client, lambda: _recipe_client.set(key, "1"), idempotent=True)
+        assert done.value == "1"
+    _recipe_client.fault = _recipe_first("unheard", "PUT", 2)
+    before = _recipe_client.count("PUT")
+    with pytest.raises(pyetcd_client.ConnectionFailed) as caught:
+        pyetcd_client.retry(_recipe_client, lambda: _recipe_client.set(key, "1"))
+    assert caught.value.maybe_applied and _recipe_client.count("PUT") == before + 1
+    with pytest.raises(pyetcd_client.KeyNotFound):
+        pyetcd_client.retry(_recipe_client, lambda: _recipe_client.get(_client_dir + "/none"))
 
 
 # -- all at once, with every fault
@@ -15282,66 +16204,126 @@ class _RecipeWitness:
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.spans = []                         # (token, entered, left) while the lock was held
-        self.counted = 0
-        self.put, self.got = [], []
+        self.spans = collections.defaultdict(list)  # name: (token, entered, left) while held
+        self.counted = self.in_doubt = 0
+        self.put, self.got, self.done, self.perhaps_put = [], [], [], set()
 
     def note(self, name, value):
         with self.lock:
             getattr(self, name).append(value)
 
+    def attempt(self, function, *args, **kwargs):
+        """Return what it returns; None if no server answered in time, which may be in doubt."""
+        try:
+            return function(*args, **kwargs)
+        except pyetcd_client.WatchTimeout:
+            return None
+        except (pyetcd_client.TransportError, pyetcd_client.HttpError,
+                pyetcd_client.RaftInternal, pyetcd_client.LockExpired) as error:
+            with self.lock:
+                self.in_doubt += error.maybe_applied
+            return None
+
+    def hold(self, name, contender, work=lambda: None):
+        """Hold `contender` for a moment; what it held to the end counts."""
+        if self.attempt(contender.acquire, timeout=2):
+            entered, token = time.monotonic(), contender.token
+            work()
+            left, held = time.monotonic(), contender.is_held
+            contender.release()
+            if held and token:
+                with self.lock:
+                    self.spans[name].append((token, entered, left))
+
     def check(self, counter_value):
-        spans = sorted(self.spans)
-        assert len({token for token, _, _ in spans}) == len(spans)
-        for (_, _, left), (_, entered, _) in zip(spans, spans[1:]):
-            assert left <= entered, "two held the lock at the same time, or tokens do not rise"
-        assert counter_value == self.counted
-        assert sorted(self.got) == sorted(self.put), "items lost or doubled"
+        for name, spans in self.spans.items():
+            spans.sort()
+            limit = 2 if name == "semaphore" else 1
+            assert len({token for token, _, _ in spans}) == len(spans)
+            for position, (_, entered, _) in enumerate(spans):
+                inside = [left for _, since, left in spans if since <= entered < left]
+                assert len(inside) <= limit, f"{name}: too many at the same time"
+                if limit == 1 and position:
+                    assert spans[position - 1][2] <= entered, f"{name}: tokens do not rise"
+        assert self.counted <= counter_value <= self.counted + self.in_doubt
+        for out in (self.got, self.done):
+            assert len(set(out)) == len(out), "items doubled"
+            assert set(out) <= set(self.put) | self.perhaps_put, "items out of nowhere"
+            assert len(set(self.put) - set(out)) <= self.in_doubt, "items lost"
 
 
 def _recipe_worker(client, directory, name, witness, end):
-    """Take a lock, count, put and get, until `end` says so."""
+    """Use one recipe after the other, until `end` says so."""
     lock = pyetcd_client.Lock(client, directory[1:] + "/lock", ttl=2)
+    again = pyetcd_client.RLock(client, directory[1:] + "/again", ttl=2)
+    semaphore = pyetcd_client.Semaphore(client, directory + "/semaphore", 2, ttl=2)
+    election = pyetcd_client.Election(client, directory + "/election", str(name), ttl=2)
     counter = pyetcd_client.Counter(client, directory + "/n")
-    queue = pyetcd_client.Queue(client, directory + "/q")
+    queue = pyetcd_client.Queue(client, directory + "/q", ttl=2)
+    tasks = pyetcd_client.Queue(client, directory + "/tasks", ttl=2)
+
+    def count():
+        if witness.attempt(counter.add) is not None:
+            with witness.lock:
+                witness.counted += 1
+
+    def nest():
+        if witness.attempt(again.acquire, timeout=1):
+            again.release()
+
+    def hand_on(number):
+        for one in (queue, tasks):
+            value = f"{name}.{number}"
+            if witness.attempt(one.put, value, number % 3) is None:
+                witness.perhaps_put.add(value)
+            elif one is queue:
+                witness.note("put", value)
+        item = witness.attempt(queue.get, timeout=0)
+        if item is not None:
+            witness.note("got", item)
+        task = witness.attempt(tasks.take, timeout=0)
+        if task is not None and witness.attempt(task.done):
+            witness.note("done", task.value)
+
     for number in itertools.count():
         if end.is_set():
             return
-        if lock.acquire(timeout=2):
-            entered, token = time.monotonic(), lock.token
-            counter.add()
-            left, held = time.monotonic(), lock.is_held
-            lock.release()
-            with witness.lock:
-                witness.counted += 1
-                if held and token:
-                    witness.spans.append((token, entered, left))
-        queue.put(f"{name}.{number}")
-        witness.note("put", f"{name}.{number}")
-        item = queue.get(timeout=0)
-        if item is not None:
-            witness.note("got", item)
+        witness.hold("lock", lock, count)
+        witness.hold("rlock", again, nest)
+        witness.hold("semaphore", semaphore)
+        witness.hold("election", election)
+        hand_on(number)
 
 
-def _recipe_storm(clients, directory, seconds, disturb=lambda: None):
+def _recipe_storm(clients, directory, seconds, disturb=lambda end: None):
     """Let a worker per client run; return the number of locks held and items passed on."""
     witness, end = _RecipeWitness(), threading.Event()
     with contextlib.ExitStack() as stack:
         outcomes = [stack.enter_context(_client_background(
             _recipe_worker, client, directory, name, witness, end))
             for name, client in enumerate(clients)]
-        disturb()
-        end.wait(seconds)
-        end.set()
+        timer = threading.Timer(seconds, end.set)
+        timer.start()
+        try:
+            disturb(end)
+            end.wait()
+        finally:
+            end.set()
+            timer.cancel()
     assert outcomes == [[None]] * len(clients), outcomes
     for client in clients:
         client.fault = lambda call: None
         client.deliver()
-    rest = pyetcd_client.Queue(clients[0], directory + "/q")
-    for item in iter(lambda: rest.get(timeout=0), None):
+    client = clients[0]
+    rest, tasks = (pyetcd_client.Queue(client, directory + name) for name in ("/q", "/tasks"))
+    for item in iter(lambda: rest.get(timeout=0.5), None):
         witness.got.append(item)
-    witness.check(pyetcd_client.Counter(clients[0], directory + "/n").value)
-    return len(witness.spans), len(witness.got)
+    with contextlib.suppress(pyetcd_client.WatchTimeout):
+        while True:
+            with tasks.take(timeout=3) as task:     # what a worker could not give back
+                witness.done.append(task.value)
+    witness.check(pyetcd_client.Counter(client, directory + "/n").value)
+    return len(witness.spans["lock"]), len(witness.got)
 
 
 def test_recipe_storm_excludes_and_counts_and_hands_out_once(_client_server, _client_dir):
@@ -15386,13 +16368,55 @@ def test_recipe_storm_survives_the_death_of_the_leader(tmp_path, monkeypatch):
             client.endpoints = pyetcd_client.Endpoints(rotated)
             clients.append(client)
 
-        def kill_leader():
-            threading.Event().wait(0.5)
+        def kill_leader(end):
+            end.wait(0.5)
             lead = next(iter(servers.values())).call(lambda etcd: etcd.lead)
             servers[lead].kill()
 
         with _recipe_postman(clients):
             held, items = _recipe_storm(clients, "/storm", 2.0, kill_leader)
+    assert held and items
+
+
+def test_recipe_storm_survives_kills_and_pauses_of_members(monkeypatch):
+    """PYETCD_RECIPE_SECONDS=600 is the long form."""
+    monkeypatch.setattr(pyetcd_client, "CALL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(pyetcd_client, "TAKEN_TTL_S", 10)      # less to do for the members
+    seed = int(os.environ.get("PYETCD_RECIPE_SEED", random.randrange(10**6)))
+    seconds = float(os.environ.get("PYETCD_RECIPE_SECONDS", 4))
+    print(f"PYETCD_RECIPE_SEED={seed}")
+    rng = random.Random(seed)
+
+    def disturb(end):
+        while not end.wait(rng.uniform(0.3, 1.0)):
+            member = rng.choice(cluster.members)
+            if rng.random() < 0.5:
+                member.kill()
+                end.wait(rng.uniform(0.0, 1.5))
+                member.start()
+            else:
+                member.pause()
+                end.wait(rng.uniform(0.0, 3.0))     # longer than a ttl: locks are lost
+                member.resume()
+
+    with pyetcd.LocalCluster(3) as cluster, _recipe_no_threads():
+        urls = [member.client_url for member in cluster.members]
+        clients = []
+        for number in range(5):
+            client = _RecipeClient(urls[0], _RecipeChaos(seed + number, 0.02))
+            client.endpoints = pyetcd_client.Endpoints(urls[number % 3:] + urls[:number % 3])
+            clients.append(client)
+        with pyetcd_client.CachedTree(clients[0], "/storm") as tree:
+            with _recipe_postman(clients):
+                held, items = _recipe_storm(clients, "/storm", seconds, disturb)
+            index = clients[0].set("/storm/end", "1").modified_index
+            assert tree.wait_for(index, _CLIENT_WAIT_S)
+            found = {node.key: node.value for node in _client_files(clients[0], "/storm")}
+            copy = {key: node.value for key, node in tree.items()}
+            assert {key: copy.get(key) for key in found} == found
+        for client in clients:
+            client.close()
+    print(f"{held} locks held, {items} items passed on")
     assert held and items
 
 
