@@ -3000,7 +3000,8 @@ async def to_thread(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _
             await to_thread(client.get, "k", quorum=True)
             await to_thread(lock.acquire)
     """
-    import asyncio      # here, as it takes longer than the rest: who needs it has it already
+    # Not above: it takes as long to import as all the rest, and who needs it has it already.
+    import asyncio
 
     scope, context = Scope(), contextvars.copy_context()
     outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
