@@ -4713,13 +4713,13 @@ def _parse_flags(
 
     One or two dashes; a value after `=` or, except for booleans, as the next word.  The first
     word that is no option, or `--`, ends the options; if they may be mixed with arguments, only
-    `--` does.
+    `--` does, and a negative number is an argument.
     """
     known = {name: flag for flag in flags for name in flag.names}
     options, words, args = _Options(), list(argv), []
     while words:
         word = words.pop(0)
-        if not word.startswith("-") or word == "-":
+        if not word.startswith("-") or word == "-" or (mixed and word[1:2].isdecimal()):
             args.append(word)
             if not mixed:
                 break
@@ -4729,7 +4729,7 @@ def _parse_flags(
         name, separator, text = word[2 if word.startswith("--") else 1:].partition("=")
         flag = known.get(name)
         if flag is None:
-            raise _MisuseError(_about_unknown(word, name, list(known)))
+            raise _MisuseError(_about_unknown(word, name, list(known), args))
         if not separator and flag.kind is bool:
             text = "true"
         elif not separator:
@@ -4740,18 +4740,16 @@ def _parse_flags(
     return options, args + words
 
 
-def _about_unknown(word: str, name: str, known: Sequence[str]) -> str:
-    """Return what is wrong with an option that is not among those `known`."""
+def _about_unknown(word: str, name: str, known: Sequence[str], args: Sequence[str]) -> str:
+    """Return what is wrong with an option, behind `args`, that is not among those `known`."""
     text = f'there is no option "{word}"'
     if any(name in flag.names for flag in _GLOBAL_FLAGS):
         return f"{text} here: {_dashed(name)} stands before the command"
     if any(name in flag.names for command in _COMMANDS.values() for flag in command.flags):
         if "endpoints" in known:
             return f"{text} here: {_dashed(name)} stands behind the command"
-    hint = _did_you_mean(name, known, _dashed)
-    if not hint and re.match(r"-[^a-zA-Z]", word):
-        hint = "; put -- in front of a value that begins with a dash"
-    return text + hint
+    hint = "; put -- in front of a value that begins with a dash" if args else ""
+    return text + (_did_you_mean(name, known, _dashed) or hint)
 
 
 def _did_you_mean(
