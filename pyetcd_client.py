@@ -4765,6 +4765,26 @@ def _did_you_mean(
 
 
 _BLUE, _GREEN, _RED = "1;34", "32", "31"
+_UNESCAPED = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029]")    # what would break a line
+_ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+_UNESCAPES = {escape[1]: character for character, escape in _ESCAPES.items()}
+
+
+def _escape(text: str) -> str:
+    """Return `text` in one line without tabs; _unescape has the way back."""
+    return _UNESCAPED.sub(lambda m: _ESCAPES.get(m[0]) or f"\\u{ord(m[0]):04x}", text)
+
+
+def _unescape(text: str) -> str:
+    """Return what _escape was given.  Raises ValueError."""
+    def original(match: Match[str]) -> str:
+        code = match[1]
+        if len(code) == 5:
+            return chr(int(code[1:], 16))
+        if code not in _UNESCAPES:
+            raise ValueError(f"\\{code} is no escape")
+        return _UNESCAPES[code]
+    return re.sub(r"\\(u[0-9a-fA-F]{4}|.?)", original, text, flags=re.DOTALL)
 
 
 def _painted(text: str, colour: str) -> str:
@@ -4963,6 +4983,8 @@ class _Access(NamedTuple):
             for flag in ("username", "cert-file", "key-file", "ca-file"))
         if environment and user and ":" not in user and os.environ.get("ETCDCTL_PASSWORD"):
             user += ":" + os.environ["ETCDCTL_PASSWORD"]
+        if key and not certificate:
+            raise _ExitError(f"pyetcdctl: the key {key} is of no use without --cert-file")
         name, password = _split_user(user, "Password: ") if user else (None, None)
         request_s = settings.seconds("timeout", 1.0)
         return cls({
@@ -4990,7 +5012,7 @@ def _given_client(settings: _Options, access: _Access) -> Client:
     def tell(state: ConnectionState) -> bool:
         first, current = client.endpoints.urls[0], client.endpoints.current
         if state is ConnectionState.CONNECTED and current != first:
-            _complain(f"pyetcdctl: {first} does not answer: {current} does")
+            _complain(f"pyetcdctl: answered by {current}, not by {first}")
         return state is ConnectionState.CONNECTED   # once is enough
 
     if len(where.get("endpoints", ())) > 1:
@@ -6003,10 +6025,6 @@ _BENCH_PREFIX = "/pyetcd-bench"
 _BENCH_SIZE_BYTES = 64
 _BENCH_KEYS = 1_000             # distinct keys that bench writes and reads
 
-_UNESCAPED = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029]")    # what would break a line
-_ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
-_UNESCAPES = {escape[1]: character for character, escape in _ESCAPES.items()}
-
 _PREFIX = _Flag(("prefix",), str, "take only what lies below this key (default: all)")
 _DEST_PREFIX = _Flag(("dest-prefix",), str, "and put it below this one (default: the same)")
 _DRY_RUN = _Flag(("dry-run",), bool, "print what would be done, and do nothing")
@@ -6021,23 +6039,6 @@ def _patient(client: Client, settings: _Options) -> Client:
 
 
 # -- a tree as text
-
-
-def _escape(text: str) -> str:
-    """Return `text` in one line without tabs; _unescape has the way back."""
-    return _UNESCAPED.sub(lambda m: _ESCAPES.get(m[0]) or f"\\u{ord(m[0]):04x}", text)
-
-
-def _unescape(text: str) -> str:
-    """Return what _escape was given.  Raises ValueError."""
-    def original(match: Match[str]) -> str:
-        code = match[1]
-        if len(code) == 5:
-            return chr(int(code[1:], 16))
-        if code not in _UNESCAPES:
-            raise ValueError(f"\\{code} is no escape")
-        return _UNESCAPES[code]
-    return re.sub(r"\\(u[0-9a-fA-F]{4}|.?)", original, text, flags=re.DOTALL)
 
 
 class _Record(NamedTuple):
