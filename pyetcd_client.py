@@ -5139,6 +5139,7 @@ class _Run:
 # -- the table of commands, and the way into it
 
 
+_CommandFunction = Callable[[_Run], Optional[int]]      # None: EXIT_OK
 _FORMATS = ("simple", "extended", "json")
 
 
@@ -5146,7 +5147,7 @@ class _Command(NamedTuple):
     usage: str
     help: str
     flags: Tuple[_Flag, ...]
-    run: Callable[[_Run], int]
+    run: _CommandFunction
     needs_server: bool          # its arguments are looked at only when there is a connection
     formats: Tuple[str, ...]    # of --output
     wrong: str                  # the complaint of etcdctl about the number of arguments
@@ -5187,7 +5188,6 @@ _GLOBAL_FLAGS = (
     _Flag(("version", "v"), bool, "print the version"),
 )
 
-_CommandFunction = Callable[[_Run], int]
 
 
 def _command(
@@ -5282,7 +5282,7 @@ def _run_command(name: str, words: Sequence[str], settings: _Options) -> int:
     with contextlib.closing(run):
         if command.needs_server:
             run.connect()
-        return command.run(run)
+        return command.run(run) or EXIT_OK
 
 
 def _check_line(name: str, command: _Command, run: _Run) -> None:
@@ -5394,6 +5394,7 @@ _AFTER_INDEX = _Flag(("after-index",), int, "begin with the first change after t
                      least=0)
 _ROLES = _Flag(("roles",), list, "name of a role; may be given again")
 _JSON_TOO = ("simple", "json")
+_NO_ARGUMENTS = "No arguments accepted"
 _A_USER = "Please provide a username"
 _A_ROLE = "Please provide a role name"
 _PERMISSION_FLAGS = (
@@ -5408,18 +5409,17 @@ _PERMISSION_FLAGS = (
 
 
 @_keys_command("get", "<key>", "print the value of a key", _SORT, _QUORUM)
-def _cmd_get(run: _Run) -> int:
+def _cmd_get(run: _Run) -> None:
     result = run.client.get(
         run.key(), sorted=run.options.on("sort"), quorum=run.options.on("quorum"))
     if result.node.dir:
         raise _ExitError(f"{result.key}: is a directory")
     run.print_result(result)
-    return EXIT_OK
 
 
 @_keys_command("ls", "[key]", "list a directory", _SORT, _RECURSIVE,
                _Flag(("p",), bool, "put a slash behind directories"), _QUORUM)
-def _cmd_ls(run: _Run) -> int:
+def _cmd_ls(run: _Run) -> None:
     options = run.options
     if run.output != "simple":
         options.refuse(f"with --output {run.output}", "p")
@@ -5428,55 +5428,48 @@ def _cmd_ls(run: _Run) -> int:
         sorted=options.on("sort"), quorum=options.on("quorum"))
     if run.output != "simple":
         run.print_result(result)
-        return EXIT_OK
+        return
     shown = _escape if sys.stdout.isatty() else str     # keys may hold a terminal's commands
     _emit_lines(_painted(shown(node.key), _BLUE if node.dir else "")
                 + ("/" if node.dir and options.on("p") else "")
                 for node in (result.node.walk() if result.node.dir else (result.node,)))
-    return EXIT_OK
 
 
 @_keys_command("set", "<key> [value]", "write a key; its value may come from stdin", _TTL,
                _Flag(("swap-with-value",), str, "write only if this is the value", 1),
                _Flag(("swap-with-index",), int, "write only if this is the modified index", 1))
-def _cmd_set(run: _Run) -> int:
+def _cmd_set(run: _Run) -> None:
     key, value = run.key(), run.value()
     run.print_result(run.client.write(
         key, value, ttl=run.ttl(), **run.conditions("swap-with-value", "swap-with-index")))
-    return EXIT_OK
 
 
 @_keys_command("mk", "<key> [value]", "write a key that must not exist",
                _Flag(("in-order",), bool, "take the next name in the directory <key>"), _TTL)
-def _cmd_mk(run: _Run) -> int:
+def _cmd_mk(run: _Run) -> None:
     key, value = run.key(), run.value()
     write = run.client.append if run.options.on("in-order") else run.client.create
     run.print_result(write(key, value, ttl=run.ttl()))
-    return EXIT_OK
 
 
 @_keys_command("update", "<key> [value]", "write a key that must exist", _TTL)
-def _cmd_update(run: _Run) -> int:
+def _cmd_update(run: _Run) -> None:
     run.print_result(run.client.update(run.key(), run.value(), ttl=run.ttl()))
-    return EXIT_OK
 
 
 @_keys_command("mkdir", "<key>", "make a directory that must not exist", _TTL)
-def _cmd_mkdir(run: _Run) -> int:
+def _cmd_mkdir(run: _Run) -> None:
     run.print_unless_silent(run.client.mkdir(run.key(), ttl=run.ttl()))
-    return EXIT_OK
 
 
 @_keys_command("setdir", "<key>", "make a directory, also in place of a key", _TTL)
-def _cmd_setdir(run: _Run) -> int:
+def _cmd_setdir(run: _Run) -> None:
     run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl()))
-    return EXIT_OK
 
 
 @_keys_command("updatedir", "<key>", "give a directory a new time to live, or none", _TTL)
-def _cmd_updatedir(run: _Run) -> int:
+def _cmd_updatedir(run: _Run) -> None:
     run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl(), prevExist=True))
-    return EXIT_OK
 
 
 def _set_dir(client: Client, key: str, ttl: Optional[int], **conditions: Any) -> Result:
@@ -5488,17 +5481,15 @@ def _set_dir(client: Client, key: str, ttl: Optional[int], **conditions: Any) ->
                _Flag(("recursive", "r"), bool, "also a directory with all that lies below"),
                _Flag(("with-value",), str, "remove only if this is the value", 1),
                _Flag(("with-index",), int, "remove only if this is the modified index", 1))
-def _cmd_rm(run: _Run) -> int:
+def _cmd_rm(run: _Run) -> None:
     run.print_unless_silent(run.client.delete(
         run.key(), dir=run.options.on("dir"), recursive=run.options.on("recursive"),
         **run.conditions("with-value", "with-index")))
-    return EXIT_OK
 
 
 @_keys_command("rmdir", "<key>", "remove an empty directory, or a key")
-def _cmd_rmdir(run: _Run) -> int:
+def _cmd_rmdir(run: _Run) -> None:
     run.print_unless_silent(run.client.rmdir(run.key()))
-    return EXIT_OK
 
 
 def _changes(run: _Run, key: str) -> Watch:
@@ -5511,7 +5502,7 @@ def _changes(run: _Run, key: str) -> Watch:
 @_keys_command("watch", "<key>", "print the next change of a key",
                _Flag(("forever", "f"), bool, "and all later ones, until Ctrl-C"), _AFTER_INDEX,
                _RECURSIVE)
-def _cmd_watch(run: _Run) -> int:
+def _cmd_watch(run: _Run) -> None:
     with contextlib.suppress(KeyboardInterrupt):    # the way to end --forever: not an error
         with _changes(run, run.key()) as changes:
             for change in changes:
@@ -5522,12 +5513,11 @@ def _cmd_watch(run: _Run) -> int:
                 run.print_result(change)
                 if not run.options.on("forever"):
                     break
-    return EXIT_OK
 
 
 @_command("exec-watch", "<key> -- <command> [args...]",
           "run a command for each change of a key", _AFTER_INDEX, _RECURSIVE, needs_server=True)
-def _cmd_exec_watch(run: _Run) -> int:
+def _cmd_exec_watch(run: _Run) -> None:
     key, command = run.args[-1:], run.args[:-1]     # as etcdctl, if there is no `--`
     if run.behind is not None and len(run.args) > len(run.behind):
         key, command = run.args[:-len(run.behind) or None], run.behind
@@ -5542,7 +5532,6 @@ def _cmd_exec_watch(run: _Run) -> int:
                     _complain(f"Ignored dir {change.key} change")
                 else:
                     children.append(_start_for(change, command))
-    return EXIT_OK
 
 
 def _start_for(change: Result, command: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -5581,8 +5570,8 @@ def _print_json(shown: Any) -> None:
 
 
 @_command("member list", "", "print the members", formats=_JSON_TOO,
-          wrong="No arguments accepted")
-def _cmd_member_list(run: _Run) -> int:
+          wrong=_NO_ARGUMENTS)
+def _cmd_member_list(run: _Run) -> None:
     client = run.client
     with _as_one_line(spoken=()):
         members = client.member_list()
@@ -5592,7 +5581,7 @@ def _cmd_member_list(run: _Run) -> int:
     if run.output == "json":
         _print_json({"members": [
             {**member.raw, "isLeader": leading} for member, leading in zip(members, leads)]})
-        return EXIT_OK
+        return
     rows = []
     for member, leading in zip(members, leads):
         peer_urls, client_urls = ",".join(member.peer_urls), ",".join(member.client_urls)
@@ -5601,12 +5590,11 @@ def _cmd_member_list(run: _Run) -> int:
         if not member.name:
             rows[-1] = [f"{member.id}[unstarted]:", "", f"peerURLs={peer_urls}"]
     _emit_lines(_in_columns(rows, [_GREEN if leading else "" for leading in leads]))
-    return EXIT_OK
 
 
 @_command("member add", "<name> <peerURL>", "announce a member that will be started",
           wrong="Provide a name and a single member peerURL")
-def _cmd_member_add(run: _Run) -> int:
+def _cmd_member_add(run: _Run) -> None:
     name, url = run.args
     client = run.client
     with _as_one_line(spoken=(400, 409)):
@@ -5618,12 +5606,11 @@ def _cmd_member_add(run: _Run) -> int:
         for member in members for peer_url in member.peer_urls)
     _emit(f'\nETCD_NAME="{name}"\nETCD_INITIAL_CLUSTER="{cluster}"\n'
           'ETCD_INITIAL_CLUSTER_STATE="existing"')
-    return EXIT_OK
 
 
 @_command("member remove", "<memberID>", "remove a member, by its id or its name",
           wrong="Provide a single member ID")
-def _cmd_member_remove(run: _Run) -> int:
+def _cmd_member_remove(run: _Run) -> None:
     asked, client = run.args[0], run.client
     with _as_one_line("Error while verifying ID against known members: ", spoken=()):
         members = client.member_list()
@@ -5642,19 +5629,17 @@ def _cmd_member_remove(run: _Run) -> int:
             if error.status != http.HTTPStatus.GONE:    # removed already
                 raise
     _emit(f"Removed member {id} from cluster")
-    return EXIT_OK
 
 
 @_command("member update", "<memberID> <peerURLs>", "give a member other peer URLs",
           wrong="Provide an ID and a list of comma separated peerURL "
                 "(0xabcd http://example.com,http://example1.com)")
-def _cmd_member_update(run: _Run) -> int:
+def _cmd_member_update(run: _Run) -> None:
     id, urls = run.args
     client = run.client
     with _as_one_line(spoken=(400, 404, 409)):
         client.member_update(id, urls.split(","))
     _emit(f"Updated member with ID {id} in cluster")
-    return EXIT_OK
 
 
 @_command("cluster-health", "", "ask every member whether it is healthy",
@@ -5712,7 +5697,7 @@ def _member_is_healthy(client: Client, member: Member, width: int) -> bool:
           _Flag(("wal-dir",), str, "its log directory, if that is elsewhere"),
           _Flag(("backup-dir",), str, "the copy"),
           _Flag(("backup-wal-dir",), str, "log directory of the copy, if that is elsewhere"))
-def _cmd_backup(run: _Run) -> int:
+def _cmd_backup(run: _Run) -> None:
     text = run.options.text
     if not text("data-dir") or not text("backup-dir"):
         raise _ExitError("backup needs --data-dir and --backup-dir")
@@ -5727,7 +5712,6 @@ def _cmd_backup(run: _Run) -> int:
                       backup_wal_dir=text("backup-wal-dir"))
     except server.BackupError as error:
         raise _ExitError(str(error)) from error
-    return EXIT_OK
 
 
 def _spread(
@@ -5848,40 +5832,38 @@ def _is_there(ask: Callable[[str], Any], name: str) -> bool:
 
 
 @_command("user add", "<name>[:<password>]", "make a user", wrong=_A_USER)
-def _cmd_user_add(run: _Run) -> int:
+def _cmd_user_add(run: _Run) -> None:
     text, client = run.args[0], run.client
     name = text.partition(":")[0]
     if _is_there(client.user_get, name):
         raise _ExitError(f"User {name} already exists")
     _ask(client.user_add, name, _split_user(text, "New password: ")[1])
     _emit(f"User {name} created")
-    return EXIT_OK
 
 
 @_command("user get", "<name>", "print a user's roles", wrong=_A_USER, formats=_JSON_TOO)
-def _cmd_user_get(run: _Run) -> int:
+def _cmd_user_get(run: _Run) -> None:
     user = _ask(run.client.user_get, run.args[0])
     roles = _names(user.get("roles"), "role")
     if run.output == "json":
         _print_json({"user": user["user"], "roles": roles})
     else:
         _emit(f"User: {user['user']}\nRoles: {' '.join(roles)}")
-    return EXIT_OK
 
 
-@_command("user list", "", "print the names of all users", wrong="No arguments accepted",
+@_command("user list", "", "print the names of all users", wrong=_NO_ARGUMENTS,
           formats=_JSON_TOO)
-def _cmd_user_list(run: _Run) -> int:
-    return _list_names(run, "user", Client.user_list)
+def _cmd_user_list(run: _Run) -> None:
+    _list_names(run, "user", Client.user_list)
 
 
-@_command("role list", "", "print the names of all roles", wrong="No arguments accepted",
+@_command("role list", "", "print the names of all roles", wrong=_NO_ARGUMENTS,
           formats=_JSON_TOO)
-def _cmd_role_list(run: _Run) -> int:
-    return _list_names(run, "role", Client.role_list)
+def _cmd_role_list(run: _Run) -> None:
+    _list_names(run, "role", Client.role_list)
 
 
-def _list_names(run: _Run, kind: str, listing: Callable[[Client], Sequence[Any]]) -> int:
+def _list_names(run: _Run, kind: str, listing: Callable[[Client], Sequence[Any]]) -> None:
     client = run.client
     with _as_one_line(spoken=()):
         names = _names(listing(client), kind)
@@ -5889,52 +5871,41 @@ def _list_names(run: _Run, kind: str, listing: Callable[[Client], Sequence[Any]]
         _print_json({f"{kind}s": names})
     else:
         _emit_lines(names)
-    return EXIT_OK
-
-
-@_command("user remove", "<name>", "remove a user", wrong=_A_USER)
-def _cmd_user_remove(run: _Run) -> int:
-    _ask(run.client.user_remove, run.args[0])
-    _emit(f"User {run.args[0]} removed")
-    return EXIT_OK
 
 
 @_command("user grant", "<name>", "give a user roles", _ROLES, wrong=_A_USER)
-def _cmd_user_grant(run: _Run) -> int:
-    return _change_roles(run, Client.user_grant)
+def _cmd_user_grant(run: _Run) -> None:
+    _change_roles(run, Client.user_grant)
 
 
 @_command("user revoke", "<name>", "take roles from a user", _ROLES, wrong=_A_USER)
-def _cmd_user_revoke(run: _Run) -> int:
-    return _change_roles(run, Client.user_revoke)
+def _cmd_user_revoke(run: _Run) -> None:
+    _change_roles(run, Client.user_revoke)
 
 
-def _change_roles(run: _Run, change: Callable[[Client, str, Sequence[str]], Any]) -> int:
+def _change_roles(run: _Run, change: Callable[[Client, str, Sequence[str]], Any]) -> None:
     roles = run.options.texts("roles")
     if not roles:
         raise _ExitError("No roles specified; please use `-roles`")
     _ask(change, run.client, run.args[0], roles)
     _emit(f"User {run.args[0]} updated")
-    return EXIT_OK
 
 
 @_command("user passwd", "<name>", "change a user's password", wrong=_A_USER)
-def _cmd_user_passwd(run: _Run) -> int:
+def _cmd_user_passwd(run: _Run) -> None:
     name, client = run.args[0], run.client
     _ask(client.user_get, name)
     _ask(client.user_password, name, _ask_password("New password: "))
     _emit("Password updated")
-    return EXIT_OK
 
 
 @_command("role add", "<name>", "make a role", wrong=_A_ROLE)
-def _cmd_role_add(run: _Run) -> int:
+def _cmd_role_add(run: _Run) -> None:
     name, client = run.args[0], run.client
     if _is_there(client.role_get, name):
         raise _ExitError(f"Role {name} already exists")
     _ask(client.role_add, name)
     _emit(f"Role {name} created")
-    return EXIT_OK
 
 
 def _permitted(role: Mapping[str, Any]) -> Tuple[List[str], List[str]]:
@@ -5944,7 +5915,7 @@ def _permitted(role: Mapping[str, Any]) -> Tuple[List[str], List[str]]:
 
 
 @_command("role get", "<name>", "print what a role permits", wrong=_A_ROLE, formats=_JSON_TOO)
-def _cmd_role_get(run: _Run) -> int:
+def _cmd_role_get(run: _Run) -> None:
     role = _ask(run.client.role_get, run.args[0])
     read, write = _permitted(role)
     if run.output == "json":
@@ -5952,29 +5923,21 @@ def _cmd_role_get(run: _Run) -> int:
     else:
         _emit_lines([f"Role: {role['role']}", "KV Read:", *(f"\t{path}" for path in read),
                      "KV Write:", *(f"\t{path}" for path in write)])
-    return EXIT_OK
-
-
-@_command("role remove", "<name>", "remove a role", wrong=_A_ROLE)
-def _cmd_role_remove(run: _Run) -> int:
-    _ask(run.client.role_remove, run.args[0])
-    _emit(f"Role {run.args[0]} removed")
-    return EXIT_OK
 
 
 @_command("role grant", "<name>", "permit a path", *_PERMISSION_FLAGS, wrong=_A_ROLE)
-def _cmd_role_grant(run: _Run) -> int:
-    return _change_permission(run, Client.role_grant, "granted")
+def _cmd_role_grant(run: _Run) -> None:
+    _change_permission(run, Client.role_grant, "granted")
 
 
 @_command("role revoke", "<name>", "permit a path no longer", *_PERMISSION_FLAGS, wrong=_A_ROLE)
-def _cmd_role_revoke(run: _Run) -> int:
-    return _change_permission(run, Client.role_revoke, "revoked")
+def _cmd_role_revoke(run: _Run) -> None:
+    _change_permission(run, Client.role_revoke, "revoked")
 
 
 def _change_permission(
     run: _Run, change: Callable[[Client, str, str, str], Dict[str, Any]], done: str,
-) -> int:
+) -> None:
     path = run.options.text("path")
     if not path:
         raise _ExitError("No path specified; please use `-path`")
@@ -5989,22 +5952,26 @@ def _change_permission(
     after = _ask(change, client, name, path, kinds[0])
     unchanged = _permitted(before) == _permitted(after)
     _emit(f"{f'Role unchanged; already {done}' if unchanged else ''}Role {name} updated")
-    return EXIT_OK
 
 
-@_command("auth enable", "", "let only users with the right do something",
-          wrong="No arguments accepted")
-def _cmd_auth_enable(run: _Run) -> int:
-    _ask(run.client.auth_enable)
-    _emit("Authentication Enabled")
-    return EXIT_OK
+def _call_command(
+    name: str, arguments: str, help: str, call: Callable[..., Any], done: str, wrong: str,
+) -> None:
+    """Enter a command that makes one call and says that this was done."""
+    @_command(name, arguments, help, wrong=wrong)
+    def run_it(run: _Run) -> None:
+        _ask(call, run.client, *run.args)
+        _emit(done.format(*run.args))
 
 
-@_command("auth disable", "", "let everybody do everything", wrong="No arguments accepted")
-def _cmd_auth_disable(run: _Run) -> int:
-    _ask(run.client.auth_disable)
-    _emit("Authentication Disabled")
-    return EXIT_OK
+_call_command(
+    "user remove", "<name>", "remove a user", Client.user_remove, "User {} removed", _A_USER)
+_call_command(
+    "role remove", "<name>", "remove a role", Client.role_remove, "Role {} removed", _A_ROLE)
+_call_command("auth enable", "", "let only users with the right do something",
+              Client.auth_enable, "Authentication Enabled", _NO_ARGUMENTS)
+_call_command("auth disable", "", "let everybody do everything",
+              Client.auth_disable, "Authentication Disabled", _NO_ARGUMENTS)
 
 
 # ============================================================================
@@ -6141,7 +6108,7 @@ def _prefixes(options: _Options, prefix: str = "") -> Tuple[str, str]:
 @_command("export", "[key]", "print a tree, to be read by import",
           _Flag(("format",), str, "json (default), or text: a key a line, to be compared by diff"),
           _Flag(("hidden",), list, "also this hidden directory; may be given again"), own=True)
-def _cmd_export(run: _Run) -> int:
+def _cmd_export(run: _Run) -> None:
     """Print records, parents first; each --hidden directory is read for itself, later."""
     form = run.options.text("format") or "json"
     if form not in ("json", "text"):
@@ -6163,7 +6130,6 @@ def _cmd_export(run: _Run) -> int:
              f'"etcdIndex": {result.etcd_index}, "nodes": ['],
             _separated(plain, "," if form == "json" else "", progress),
             [] if form == "text" else ["]}"]))
-    return EXIT_OK
 
 
 def _separated(texts: Iterable[str], separator: str, progress: _Progress) -> Iterator[str]:
@@ -6435,7 +6401,7 @@ class _Mirror:
           _Flag(("dest-cacert",), str, "certificates of authorities to check the target with"),
           _Flag(("dest-username",), str, "user[:password] at the target"), own=True,
           wrong="Provide the endpoints of the target, comma between")
-def _cmd_mirror(run: _Run) -> int:
+def _cmd_mirror(run: _Run) -> None:
     settings = _Options()
     for flag, own in (("dest-cert", "cert-file"), ("dest-key", "key-file"),
                       ("dest-cacert", "ca-file"), ("dest-username", "username")):
@@ -6448,7 +6414,7 @@ def _cmd_mirror(run: _Run) -> int:
         index = mirror.copy()
         if not mirror.dry_run and not run.options.on("once"):
             mirror.follow(index)
-    return EXIT_OK
+    return
 
 
 # -- tree
@@ -6457,7 +6423,7 @@ def _cmd_mirror(run: _Run) -> int:
 @_command("tree", "[key]", "draw a directory with all below it",
           _Flag(("values",), bool, "with the values of keys"),
           _Flag(("ascii",), bool, "without box characters"), _QUORUM, own=True)
-def _cmd_tree(run: _Run) -> int:
+def _cmd_tree(run: _Run) -> None:
     options = run.options
     node = _patient(run.client, run.settings).get(
         (run.args or ["/"])[0], recursive=True, sorted=True, quorum=options.on("quorum")).node
@@ -6467,7 +6433,6 @@ def _cmd_tree(run: _Run) -> int:
     below = list(node.walk()) if node.dir else [node]
     dirs = sum(child.dir for child in below)
     _emit(f"\n{dirs} directories, {len(below) - dirs} keys")
-    return EXIT_OK
 
 
 def _tree_lines(node: Node, options: _Options, strokes: Tuple[str, str, str]) -> Iterator[str]:
@@ -6596,13 +6561,13 @@ def _screen() -> Iterator[Callable[[float], bool]]:
 @_command("top", "", "show what every member does, until q or Ctrl-C",
           _Flag(("interval",), float, "time between two looks (default: 2s)", 0.001),
           _Flag(("once",), bool, "print the rates of one interval as text, then end"), own=True)
-def _cmd_top(run: _Run) -> int:
+def _cmd_top(run: _Run) -> None:
     top, every_s = _Top(run), run.options.seconds("interval", _TOP_EVERY_S)
     if run.options.on("once"):
         top.lines()
         time.sleep(every_s)
         _emit_lines(top.lines())
-        return EXIT_OK
+        return
     if not (sys.stdout.isatty() and sys.stdin.isatty()):
         while True:
             _emit_lines([*top.lines(), ""])
@@ -6613,7 +6578,7 @@ def _cmd_top(run: _Run) -> int:
             shown = [line[:columns] for line in (*top.lines(), "", "q: quit")]
             print("\x1b[H\x1b[J" + "\r\n".join(shown[:rows]), end="", flush=True)
             if quit_pressed(every_s):
-                return EXIT_OK
+                return
 
 
 # -- bench
@@ -6775,14 +6740,13 @@ complete -c pyetcdctl -a '(__pyetcdctl_words)'
 
 @_command("completion", "bash|zsh|fish", "print a script that completes words in a shell",
           own=True, mixed=False)
-def _cmd_completion(run: _Run) -> int:
+def _cmd_completion(run: _Run) -> None:
     if run.args[:1] == ["words"]:
         _emit_lines("\t".join(pair).rstrip("\t") for pair in _candidates(run.args[1:] or [""]))
-        return EXIT_OK
+        return
     if len(run.args) != 1 or run.args[0] not in _COMPLETIONS:
         raise _ExitError("Provide the name of a shell: bash, zsh or fish")
     _emit(_COMPLETIONS[run.args[0]].rstrip("\n"))
-    return EXIT_OK
 
 
 def _candidates(words: Sequence[str]) -> List[Tuple[str, str]]:
