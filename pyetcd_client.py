@@ -5148,7 +5148,6 @@ class _Command(NamedTuple):
     help: str
     flags: Tuple[_Flag, ...]
     run: _CommandFunction
-    needs_server: bool          # its arguments are looked at only when there is a connection
     formats: Tuple[str, ...]    # of --output
     wrong: str                  # the complaint of etcdctl about the number of arguments
     own: bool                   # etcdctl 2.3 has it not, or not with these options
@@ -5189,17 +5188,15 @@ _GLOBAL_FLAGS = (
 )
 
 
-
 def _command(
-    name: str, arguments: str, help: str, *flags: _Flag, needs_server: bool = False,
+    name: str, arguments: str, help: str, *flags: _Flag,
     formats: Tuple[str, ...] = _FORMATS[:1], wrong: str = "", own: bool = False,
     mixed: bool = True,
 ) -> Callable[[_CommandFunction], _CommandFunction]:
     """Enter the decorated function into the table of commands."""
     def enter(function: _CommandFunction) -> _CommandFunction:
         usage = " ".join(filter(None, (name, "[options]" if flags else "", arguments)))
-        _COMMANDS[name] = _Command(
-            usage, help, flags, function, needs_server, formats, wrong, own, mixed)
+        _COMMANDS[name] = _Command(usage, help, flags, function, formats, wrong, own, mixed)
         return function
     return enter
 
@@ -5208,7 +5205,7 @@ def _keys_command(
     name: str, arguments: str, help: str, *flags: _Flag,
 ) -> Callable[[_CommandFunction], _CommandFunction]:
     """Enter a command that prints what the keys API answers."""
-    return _command(name, arguments, help, *flags, needs_server=True, formats=_FORMATS)
+    return _command(name, arguments, help, *flags, formats=_FORMATS)
 
 
 def _aligned(rows: Sequence[Tuple[str, str]]) -> List[str]:
@@ -5280,8 +5277,6 @@ def _run_command(name: str, words: Sequence[str], settings: _Options) -> int:
     run = _Run(settings, options, args + (behind or []), behind)
     _check_line(name, command, run)
     with contextlib.closing(run):
-        if command.needs_server:
-            run.connect()
         return command.run(run) or EXIT_OK
 
 
@@ -5290,7 +5285,8 @@ def _check_line(name: str, command: _Command, run: _Run) -> None:
     least, most = command.words()
     surplus = run.args[int(most):] if most < math.inf else []
     if command.wrong and (surplus or len(run.args) < least):
-        raise _ExitError(command.wrong)
+        too_many = f'; "{surplus[0]}" is one word too many' if surplus and least else ""
+        raise _ExitError(command.wrong + too_many)
     if surplus:
         quoting = " (a value with spaces needs quotes)" if "value" in command.usage else ""
         raise _ExitError(f'pyetcdctl {name}: "{surplus[0]}" is one word too many{quoting}; '
@@ -5300,6 +5296,7 @@ def _check_line(name: str, command: _Command, run: _Run) -> None:
             run.output in _FORMATS or command.formats != _FORMATS):
         raise _ExitError(f"pyetcdctl {name}: --output {run.output} is not possible here, only "
                          f"{' and '.join(command.formats)}")
+
 
 _WITH_PATHS = ("backup", "import", "mirror", "exec-watch", "completion")    # of any bytes
 _OTHER_NAMES = {"put": "set", "del": "rm", "delete": "rm", "remove": "rm", "list": "ls",
@@ -5516,7 +5513,7 @@ def _cmd_watch(run: _Run) -> None:
 
 
 @_command("exec-watch", "<key> -- <command> [args...]",
-          "run a command for each change of a key", _AFTER_INDEX, _RECURSIVE, needs_server=True)
+          "run a command for each change of a key", _AFTER_INDEX, _RECURSIVE)
 def _cmd_exec_watch(run: _Run) -> None:
     key, command = run.args[-1:], run.args[:-1]     # as etcdctl, if there is no `--`
     if run.behind is not None and len(run.args) > len(run.behind):
@@ -5831,6 +5828,16 @@ def _is_there(ask: Callable[[str], Any], name: str) -> bool:
     return True
 
 
+def _call_command(
+    name: str, arguments: str, help: str, call: Callable[..., Any], done: str, wrong: str,
+) -> None:
+    """Enter a command that makes one call and says that this was done."""
+    @_command(name, arguments, help, wrong=wrong)
+    def run_it(run: _Run) -> None:
+        _ask(call, run.client, *run.args)
+        _emit(done.format(*run.args))
+
+
 @_command("user add", "<name>[:<password>]", "make a user", wrong=_A_USER)
 def _cmd_user_add(run: _Run) -> None:
     text, client = run.args[0], run.client
@@ -5871,6 +5878,10 @@ def _list_names(run: _Run, kind: str, listing: Callable[[Client], Sequence[Any]]
         _print_json({f"{kind}s": names})
     else:
         _emit_lines(names)
+
+
+_call_command(
+    "user remove", "<name>", "remove a user", Client.user_remove, "User {} removed", _A_USER)
 
 
 @_command("user grant", "<name>", "give a user roles", _ROLES, wrong=_A_USER)
@@ -5925,6 +5936,10 @@ def _cmd_role_get(run: _Run) -> None:
                      "KV Write:", *(f"\t{path}" for path in write)])
 
 
+_call_command(
+    "role remove", "<name>", "remove a role", Client.role_remove, "Role {} removed", _A_ROLE)
+
+
 @_command("role grant", "<name>", "permit a path", *_PERMISSION_FLAGS, wrong=_A_ROLE)
 def _cmd_role_grant(run: _Run) -> None:
     _change_permission(run, Client.role_grant, "granted")
@@ -5954,20 +5969,6 @@ def _change_permission(
     _emit(f"{f'Role unchanged; already {done}' if unchanged else ''}Role {name} updated")
 
 
-def _call_command(
-    name: str, arguments: str, help: str, call: Callable[..., Any], done: str, wrong: str,
-) -> None:
-    """Enter a command that makes one call and says that this was done."""
-    @_command(name, arguments, help, wrong=wrong)
-    def run_it(run: _Run) -> None:
-        _ask(call, run.client, *run.args)
-        _emit(done.format(*run.args))
-
-
-_call_command(
-    "user remove", "<name>", "remove a user", Client.user_remove, "User {} removed", _A_USER)
-_call_command(
-    "role remove", "<name>", "remove a role", Client.role_remove, "Role {} removed", _A_ROLE)
 _call_command("auth enable", "", "let only users with the right do something",
               Client.auth_enable, "Authentication Enabled", _NO_ARGUMENTS)
 _call_command("auth disable", "", "let everybody do everything",
@@ -6668,7 +6669,7 @@ class _Bench:
           _Flag(("size",), int, f"bytes of a value (default: {_BENCH_SIZE_BYTES})", 0),
           _Flag(("reads",), int, "with mixed: reads in 100 requests (default: 90)", 0),
           _Flag(("prefix",), str, f"directory to work in (default: {_BENCH_PREFIX})"),
-          needs_server=True, own=True)
+          own=True)
 def _cmd_bench(run: _Run) -> int:
     kind = (run.args or ["put"])[0]
     if kind not in ("put", "get", "mixed") or run.options.number("reads") > 100:
