@@ -103,7 +103,13 @@ from typing import (
 )
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
-import requests
+try:
+    import requests
+except ImportError:
+    if __name__ == "__main__" or os.path.basename("".join(sys.argv[:1])) == "pyetcdctl":
+        sys.exit("pyetcdctl needs the package requests: pip install requests (or, from Debian: "
+                 "apt install python3-requests)")
+    raise
 from requests.adapters import HTTPAdapter
 from requests.utils import select_proxy
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -5919,6 +5925,7 @@ EXIT_MISUSE = EXIT_OK           # unknown command or option: etcdctl 2.3 prints 
 
 _LINES_PER_WRITE = 1_000        # of a listing to standard output
 _PROGRESS_EVERY_S = 0.1         # the line on a terminal is drawn no more often
+_NOT_TEXT = "pyetcdctl: {} is not UTF-8: etcd v2 stores text; encode bytes, as base64 does"
 _UNAVAILABLE = "client: etcd cluster is unavailable or misconfigured"
 _HTML_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}     # as Go's encoder does
 _BOOLEANS = {
@@ -5928,7 +5935,7 @@ _BOOLEANS = {
 
 
 class _MisuseError(Exception):
-    """An option that does not exist or cannot be parsed: help is shown."""
+    """A line that says nothing to etcdctl 2.3 either; the text tells why.  Help is shown."""
 
 
 class _ExitError(Exception):
@@ -5947,6 +5954,11 @@ class _Flag(NamedTuple):
     names: Tuple[str, ...]
     kind: type          # bool, int, str, float (a Go duration, kept in seconds), list (repeatable)
     help: str
+    least: Optional[float] = None   # smallest number, or shortest text
+
+    @property
+    def dashed(self) -> str:
+        return _dashed(self.names[0])
 
 
 class _Options:
@@ -5954,9 +5966,12 @@ class _Options:
 
     def __init__(self) -> None:
         self._values: Dict[str, Any] = {}
+        self._forms: Dict[str, str] = {}
 
-    def put(self, flag: _Flag, text: str) -> None:
+    def put(self, flag: _Flag, text: str, form: str = "") -> None:
         name, value = flag.names[0], _flag_value(flag, text)
+        if self._forms.setdefault(name, form) != form:
+            raise _MisuseError(f"{_dashed(form)} and {_dashed(self._forms[name])} are the same")
         self._values[name] = [*self.texts(name), value] if flag.kind is list else value
 
     def on(self, name: str) -> bool:
@@ -5975,55 +5990,155 @@ class _Options:
     def texts(self, name: str) -> List[str]:
         return list(self._values.get(name, ()))
 
-
-def _flag_value(flag: _Flag, text: str) -> Union[bool, int, float, str]:
-    if flag.kind is bool:
-        if text not in _BOOLEANS:
-            raise _MisuseError(flag.names[0])
-        return _BOOLEANS[text]
-    if flag.kind is int:
-        if not re.fullmatch(r"[+-]?[0-9]+", text, re.ASCII):
-            raise _MisuseError(flag.names[0])
-        return int(text)
-    return _parse_duration(text) if flag.kind is float else text
+    def refuse(self, why: str, *names: str) -> None:
+        """End the command if one of these was given: it would have no effect."""
+        for name in names:
+            if name in self._values:
+                raise _ExitError(f"pyetcdctl: {_dashed(name)} has no effect {why}")
 
 
-def _parse_flags(argv: Sequence[str], flags: Sequence[_Flag]) -> Tuple[_Options, List[str]]:
+def _flag_value(flag: _Flag, text: str) -> Any:
+    """Return the value of a flag.  Raises _MisuseError; _ExitError for what only we refuse."""
+    parse, what = _READERS.get(flag.kind, (str, ""))
+    try:
+        value = parse(text)
+    except (KeyError, ValueError):
+        repaired, hint = text[:-1] if text.endswith("s") else text + "s", ""
+        with contextlib.suppress(KeyError, ValueError):
+            parse(repaired)                         # 5s for 5, or 5 for 5s
+            hint = f"; did you mean {repaired}?"
+        raise _MisuseError(f'{flag.dashed} takes {what}, not "{text}"{hint}') from None
+    if flag.least is not None and (len(text) if flag.kind is str else value) < flag.least:
+        limit = "must not be empty" if flag.kind is str else f"is {flag.least} or more"
+        raise _ExitError(f"pyetcdctl: {flag.dashed} {limit}")
+    return value
+
+
+def _parse_integer(text: str) -> int:
+    """Return a number as Go's flag package reads it: also hexadecimal, and octal after a 0."""
+    match = re.fullmatch(r"([+-]?)(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)", text, re.ASCII)
+    if match is None or len(text) > 30:
+        raise ValueError(text)
+    digits = match[2]
+    value = int(digits, 16 if digits[:2] in ("0x", "0X") else 8 if digits[0] == "0" else 10)
+    if value >= 1 << 63:
+        raise ValueError(text)
+    return -value if match[1] == "-" else value
+
+
+def _parse_duration(text: str) -> float:
+    """Return the seconds of a Go duration such as 500ms or 1m30s."""
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+    part = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(h|ms|us|µs|ns|m|s)"
+    if text in ("0", "+0", "-0"):
+        return 0.0
+    if not re.fullmatch(f"\\+?(?:{part})+", text, re.ASCII):
+        raise ValueError(text)
+    return sum(float(count) * units[unit] for count, unit in re.findall(part, text))
+
+
+_READERS: Dict[type, Tuple[Callable[[str], Any], str]] = {
+    bool: (_BOOLEANS.__getitem__, "true or false"), int: (_parse_integer, "a whole number"),
+    float: (_parse_duration, "a time such as 500ms or 1m30s"),
+}
+
+
+def _parse_flags(
+    argv: Sequence[str], flags: Sequence[_Flag], *, mixed: bool = False,
+) -> Tuple[_Options, List[str]]:
     """Split `argv` into options and arguments by the rules of Go's flag package.
 
-    One or two dashes; a value after `=` or, except for booleans, as the next word; the first
-    word that is no option, or `--`, ends the options.
+    One or two dashes; a value after `=` or, except for booleans, as the next word.  The first
+    word that is no option, or `--`, ends the options; if they may be mixed with arguments, only
+    `--` does, and a negative number is an argument.
     """
     known = {name: flag for flag in flags for name in flag.names}
-    options, words = _Options(), list(argv)
-    while words and words[0].startswith("-") and words[0] != "-":
+    options, words, args = _Options(), list(argv), []
+    while words:
         word = words.pop(0)
+        if not word.startswith("-") or word == "-" or (mixed and word[1:2].isdecimal()):
+            args.append(word)
+            if not mixed:
+                break
+            continue
         if word == "--":
             break
         name, separator, text = word[2 if word.startswith("--") else 1:].partition("=")
         flag = known.get(name)
         if flag is None:
-            raise _MisuseError(name)
+            raise _MisuseError(_about_unknown(word, name, list(known), args))
         if not separator and flag.kind is bool:
             text = "true"
         elif not separator:
             if not words:
-                raise _MisuseError(name)
+                raise _MisuseError(f"{_dashed(name)} needs a value behind it")
             text = words.pop(0)
-        options.put(flag, text)
-    return options, words
+        options.put(flag, text, name)
+    return options, args + words
 
 
-def _parse_duration(text: str) -> float:
-    """Return the seconds of a Go duration such as 500ms or 1m30s."""
-    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
-    part = r"([0-9]+(?:\.[0-9]*)?)(h|ms|us|ns|m|s)"
-    if not re.fullmatch(f"(?:{part})+", text, re.ASCII):
-        raise _MisuseError(text)
-    return sum(float(count) * units[unit] for count, unit in re.findall(part, text))
+def _about_unknown(word: str, name: str, known: Sequence[str], args: Sequence[str]) -> str:
+    """Return what is wrong with an option, behind `args`, that is not among those `known`."""
+    text = f'there is no option "{word}"'
+    if any(name in flag.names for flag in _GLOBAL_FLAGS):
+        return f"{text} here: {_dashed(name)} stands before the command"
+    if any(name in flag.names for command in _COMMANDS.values() for flag in command.flags):
+        if "endpoints" in known:
+            return f"{text} here: {_dashed(name)} stands behind the command"
+    hint = "; put -- in front of a value that begins with a dash" if args else ""
+    return text + (_did_you_mean(name, known, _dashed) or hint)
+
+
+def _did_you_mean(
+    word: str, known: Iterable[str], show: Callable[[str], str] = str,
+) -> str:
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {show(found[0])}?" if found else ""
 
 
 # -- output
+
+
+_BLUE, _GREEN, _RED = "1;34", "32", "31"
+_UNESCAPED = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029]")    # what would break a line
+_ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+_UNESCAPES = {escape[1]: character for character, escape in _ESCAPES.items()}
+
+
+def _escape(text: str) -> str:
+    """Return `text` in one line without tabs; _unescape has the way back."""
+    return _UNESCAPED.sub(lambda m: _ESCAPES.get(m[0]) or f"\\u{ord(m[0]):04x}", text)
+
+
+def _unescape(text: str) -> str:
+    """Return what _escape was given.  Raises ValueError."""
+    def original(match: Match[str]) -> str:
+        code = match[1]
+        if len(code) == 5:
+            return chr(int(code[1:], 16))
+        if code not in _UNESCAPES:
+            raise ValueError(f"\\{code} is no escape")
+        return _UNESCAPES[code]
+    return re.sub(r"\\(u[0-9a-fA-F]{4}|.?)", original, text, flags=re.DOTALL)
+
+
+def _painted(text: str, colour: str) -> str:
+    """Return `text` in a colour, where somebody sees it and has not said NO_COLOR."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if not colour or plain or not sys.stdout.isatty():
+        return text
+    return f"\x1b[{colour}m{text}\x1b[0m"
+
+
+def _in_columns(rows: Sequence[Sequence[str]], colours: Sequence[str]) -> Iterator[str]:
+    """Yield a line a row: aligned and coloured on a terminal, with single spaces elsewhere."""
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
+    for row, colour in zip(rows, colours):
+        if sys.stdout.isatty():
+            row = [text.ljust(width) for text, width in zip(row, widths)]
+        yield _painted(" ".join(filter(None, row)).rstrip(), colour)
 
 
 def _emit(text: str) -> None:
@@ -6173,13 +6288,22 @@ def _split_user(text: str, prompt: str) -> Tuple[str, str]:
     return name, password if separator else _ask_password(prompt)
 
 
-def _endpoints_asked(settings: _Options) -> str:
-    for flag, variable in (("endpoints", "ETCDCTL_ENDPOINTS"), ("endpoint", "ETCDCTL_ENDPOINT"),
-                           ("peers", "ETCDCTL_PEERS")):
-        text = settings.text(flag, variable)
-        if text:
-            return text
-    return CLI_ENDPOINTS
+def _cluster_asked(settings: _Options) -> Dict[str, Any]:
+    """Return what Client takes to find the cluster, by the order of etcdctl 2.3.
+
+    There some variables are stronger than some options: that is said, not left to be noticed.
+    """
+    chosen, source, where = CLI_ENDPOINTS, "", "endpoints"
+    for flag in ("discovery-srv", "endpoints", "endpoint", "peers"):
+        variable = "ETCDCTL_" + flag.upper().replace("-", "_")
+        for name, text in (
+                (_dashed(flag), settings.text(flag)), (variable, os.environ.get(variable, ""))):
+            if text and not source:
+                chosen, source = text, name
+                where = "srv_domain" if flag == "discovery-srv" else "endpoints"
+            elif text and text != chosen and name != variable:
+                _complain(f"pyetcdctl: {name} is not used: {source} is stronger")
+    return {where: chosen if where == "srv_domain" else chosen.split(",")}
 
 
 class _Access(NamedTuple):
@@ -6196,6 +6320,8 @@ class _Access(NamedTuple):
             for flag in ("username", "cert-file", "key-file", "ca-file"))
         if environment and user and ":" not in user and os.environ.get("ETCDCTL_PASSWORD"):
             user += ":" + os.environ["ETCDCTL_PASSWORD"]
+        if key and not certificate:
+            raise _ExitError(f"pyetcdctl: the key {key} is of no use without --cert-file")
         name, password = _split_user(user, "Password: ") if user else (None, None)
         request_s = settings.seconds("timeout", 1.0)
         return cls({
@@ -6205,24 +6331,30 @@ class _Access(NamedTuple):
             "ca_cert": authorities or None, "username": name, "password": password,
         }, settings.on("debug"))
 
-    def client(self, endpoints: Sequence[str] = (), srv_domain: str = "") -> Client:
+    def client(self, **where: Any) -> Client:
         """Return a client for these endpoints, or for those that SRV records name."""
-        kind = _TalkingClient if self.debug else Client
-        where: Dict[str, Any] = {"endpoints": endpoints}
-        if srv_domain:
-            where = {"srv_domain": srv_domain}
         try:
-            return kind(**where, **self.options)
+            return (_TalkingClient if self.debug else Client)(**where, **self.options)
         except (ValueError, OSError) as error:      # an endpoint, a certificate, a DNS server
             raise _ExitError(str(error)) from error
 
 
 def _given_client(settings: _Options, access: _Access) -> Client:
-    """Return a client for the endpoints that were given."""
-    domain = settings.text("discovery-srv", "ETCDCTL_DISCOVERY_SRV")
-    if domain:
-        return access.client(srv_domain=domain)
-    return access.client(_endpoints_asked(settings).split(","))
+    """Return a client for the endpoints that were given; it tells if another than the first one
+    answers: that may be the member of another cluster, or the discovery service.
+    """
+    where = _cluster_asked(settings)
+    client = access.client(**where)
+
+    def tell(state: ConnectionState) -> bool:
+        first, current = client.endpoints.urls[0], client.endpoints.current
+        if state is ConnectionState.CONNECTED and current != first:
+            _complain(f"pyetcdctl: answered by {current}, not by {first}")
+        return state is ConnectionState.CONNECTED   # once is enough
+
+    if len(where.get("endpoints", ())) > 1:
+        client.add_listener(tell)
+    return client
 
 
 def _synced_client(settings: _Options, access: _Access) -> Client:
@@ -6255,10 +6387,14 @@ def _synced_client(settings: _Options, access: _Access) -> Client:
 class _Run:
     """One invocation: what a command function gets."""
 
-    def __init__(self, settings: _Options, options: _Options, args: List[str]) -> None:
+    def __init__(
+        self, settings: _Options, options: _Options, args: List[str],
+        behind: Optional[List[str]] = None,
+    ) -> None:
         self.settings = settings                    # the global options
         self.options = options                      # those of the command
-        self.args = args
+        self.args = args                            # all of them
+        self.behind = behind                        # those behind `--`, if there is one
         self.output = settings.text("output") or "simple"
         self._access: Optional[_Access] = None      # this and the next: made when a command
         self._client: Optional[Client] = None       # first asks for them
@@ -6300,20 +6436,23 @@ class _Run:
         """Return the second argument, or else all of standard input."""
         if len(self.args) > 1:
             return self.args[1]
-        text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
-        if not text:
+        data = sys.stdin.buffer.read()
+        if not data:
             raise _ExitError("Error:  value required")
-        return text
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise _ExitError(_NOT_TEXT.format("the value on stdin")) from error
 
     def ttl(self) -> Optional[int]:
-        """Return --ttl; 0 means none, as in etcdctl."""
-        return self.options.number("ttl") or None
+        """Return --ttl; 0 and less mean none, as in etcdctl."""
+        return max(0, self.options.number("ttl")) or None
 
     def conditions(self, value_flag: str, index_flag: str) -> Dict[str, Any]:
-        """Return prev_value and prev_index if flags ask for them, else nothing."""
-        given = {"prev_value": self.options.text(value_flag) or None,
-                 "prev_index": self.options.number(index_flag) or None}
-        return given if any(given.values()) else {}
+        """Return prevValue and prevIndex if flags ask for them."""
+        given = {"prevValue": self.options.text(value_flag),
+                 "prevIndex": self.options.number(index_flag)}
+        return {name: value for name, value in given.items() if value}
 
     def print_result(self, result: Result) -> None:
         """Print a result in the format asked for."""
@@ -6337,12 +6476,25 @@ class _Run:
 # -- the table of commands, and the way into it
 
 
+_CommandFunction = Callable[[_Run], Optional[int]]      # None: EXIT_OK
+_FORMATS = ("simple", "extended", "json")
+
+
 class _Command(NamedTuple):
     usage: str
     help: str
     flags: Tuple[_Flag, ...]
-    run: Callable[[_Run], int]
-    needs_server: bool          # its arguments are looked at only when there is a connection
+    run: _CommandFunction
+    formats: Tuple[str, ...]    # of --output
+    wrong: str                  # the complaint of etcdctl about the number of arguments
+    own: bool                   # etcdctl 2.3 has it not, or not with these options
+    mixed: bool                 # options may stand behind arguments
+
+    def words(self) -> Tuple[int, float]:
+        """Return how many arguments there are, at least and at most."""
+        words = [word for word in self.usage.split() if word[0] in "<[" and word != "[options]"]
+        return (sum(word[0] == "<" for word in words),
+                len(words) if self.mixed and "..." not in self.usage else math.inf)
 
 
 _COMMANDS: Dict[str, _Command] = {}                 # by name: "get", "member list"; help's order
@@ -6357,7 +6509,7 @@ _GROUPS = {
 _GLOBAL_FLAGS = (
     _Flag(("debug",), bool, "show endpoints, and requests as curl commands, on stderr"),
     _Flag(("no-sync",), bool, "use the endpoints given, not those that the members publish"),
-    _Flag(("output", "o"), str, "how to print results: simple, extended or json"),
+    _Flag(("output", "o"), str, f"how to print results: {', '.join(_FORMATS)}"),
     _Flag(("discovery-srv", "D"), str, "domain whose SRV records name the endpoints"),
     _Flag(("peers", "C"), str, "older name of --endpoints"),
     _Flag(("endpoint",), str, "older name of --endpoints"),
@@ -6372,18 +6524,25 @@ _GLOBAL_FLAGS = (
     _Flag(("version", "v"), bool, "print the version"),
 )
 
-_CommandFunction = Callable[[_Run], int]
-
 
 def _command(
-    name: str, usage: str, help: str, *flags: _Flag, needs_server: bool = False,
+    name: str, arguments: str, help: str, *flags: _Flag,
+    formats: Tuple[str, ...] = _FORMATS[:1], wrong: str = "", own: bool = False,
+    mixed: bool = True,
 ) -> Callable[[_CommandFunction], _CommandFunction]:
     """Enter the decorated function into the table of commands."""
     def enter(function: _CommandFunction) -> _CommandFunction:
-        _COMMANDS[name] = _Command(
-            f"{name} {usage}".strip(), help, flags, function, needs_server)
+        usage = " ".join(filter(None, (name, "[options]" if flags else "", arguments)))
+        _COMMANDS[name] = _Command(usage, help, flags, function, formats, wrong, own, mixed)
         return function
     return enter
+
+
+def _keys_command(
+    name: str, arguments: str, help: str, *flags: _Flag,
+) -> Callable[[_CommandFunction], _CommandFunction]:
+    """Enter a command that prints what the keys API answers."""
+    return _command(name, arguments, help, *flags, formats=_FORMATS)
 
 
 def _aligned(rows: Sequence[Tuple[str, str]]) -> List[str]:
@@ -6411,7 +6570,7 @@ def _command_names(group: str = "") -> List[Tuple[str, str]]:
 
 def _print_help(group: str = "") -> None:
     """Print what the program can do, or what the commands of a group can."""
-    name = f"etcdctl {group}".strip()
+    name = f"pyetcdctl {group}".strip()
     lines = ["NAME:", f"   {name} - {_GROUPS.get(group, 'A command line client of etcd v2.')}", "",
              "USAGE:", f"   {name} [options] command [command options] [arguments...]", "",
              "COMMANDS:", *_aligned(_command_names(group)), ""]
@@ -6420,8 +6579,8 @@ def _print_help(group: str = "") -> None:
 
 def _print_command_help(name: str) -> None:
     command = _COMMANDS[name]
-    lines = ["NAME:", f"   etcdctl {name} - {command.help}", "", "USAGE:",
-             f"   etcdctl {command.usage}", "", "OPTIONS:", *_flag_lines((*command.flags, _HELP))]
+    lines = ["NAME:", f"   pyetcdctl {name} - {command.help}", "", "USAGE:",
+             f"   pyetcdctl {command.usage}", "", "OPTIONS:", *_flag_lines((*command.flags, _HELP))]
     _emit("\n".join(lines))
 
 
@@ -6435,43 +6594,86 @@ def _split_command(words: Sequence[str]) -> Tuple[str, List[str]]:
 
 
 def _run_command(name: str, words: Sequence[str], settings: _Options) -> int:
-    command = _COMMANDS[name]
+    command, behind = _COMMANDS[name], None
+    for word in words if name not in _WITH_PATHS else ():
+        if word.encode("utf-8", "replace").decode() != word:    # bytes of sys.argv
+            raise _ExitError(_NOT_TEXT.format(f'"{word}"'))
+    if command.mixed and "--" in words:
+        at = words.index("--")
+        words, behind = words[:at], list(words[at + 1:])
     try:
-        options, args = _parse_flags(words, (*command.flags, _HELP))
-    except _MisuseError:
+        options, args = _parse_flags(words, (*command.flags, _HELP), mixed=command.mixed)
+    except _MisuseError as error:
         _emit("Incorrect Usage.\n")
         _print_command_help(name)
-        return EXIT_MISUSE
+        _complain(f"pyetcdctl {name}: {error}")
+        return EXIT_BAD_ARGS if command.own else EXIT_MISUSE
     if options.on("help"):
         _print_command_help(name)
         return EXIT_OK
-    with contextlib.closing(_Run(settings, options, args)) as run:
-        if command.needs_server:
-            run.connect()
-        return command.run(run)
+    run = _Run(settings, options, args + (behind or []), behind)
+    _check_line(name, command, run)
+    with contextlib.closing(run):
+        return command.run(run) or EXIT_OK
+
+
+def _check_line(name: str, command: _Command, run: _Run) -> None:
+    """Refuse what the command would not look at."""
+    least, most = command.words()
+    surplus = run.args[int(most):] if most < math.inf else []
+    if command.wrong and (surplus or len(run.args) < least):
+        too_many = f'; "{surplus[0]}" is one word too many' if surplus and least else ""
+        raise _ExitError(command.wrong + too_many)
+    if surplus:
+        quoting = " (a value with spaces needs quotes)" if "value" in command.usage else ""
+        raise _ExitError(f'pyetcdctl {name}: "{surplus[0]}" is one word too many{quoting}; '
+                         f"usage: pyetcdctl {command.usage}")
+    # etcdctl prints results, and complains of a format that it does not know, afterwards.
+    if run.output not in command.formats and (
+            run.output in _FORMATS or command.formats != _FORMATS):
+        raise _ExitError(f"pyetcdctl {name}: --output {run.output} is not possible here, only "
+                         f"{' and '.join(command.formats)}")
+
+
+_WITH_PATHS = ("backup", "import", "mirror", "exec-watch", "completion")    # of any bytes
+_OTHER_NAMES = {"put": "set", "del": "rm", "delete": "rm", "remove": "rm", "list": "ls",
+                "endpoint": "cluster-health", "health": "cluster-health"}
 
 
 def _dispatch(argv: Sequence[str]) -> int:
     """Run the command `argv` asks for, or show the help it needs."""
     settings, words = _parse_flags(argv, _GLOBAL_FLAGS)
     if settings.on("version"):
-        _emit(f"etcdctl version {CLI_VERSION}")
+        _emit(f"pyetcdctl version {__version__}\nBehaves as etcdctl {CLI_VERSION}")
         return EXIT_OK
-    asks_help = settings.on("help") or words[:1] in (["help"], ["h"], [])
-    words = words[1:] if words[:1] in (["help"], ["h"]) else words
-    name, rest = _split_command(words)
-    if name and asks_help:
-        _print_command_help(name)
-    elif name:
-        return _run_command(name, rest, settings)
-    elif words[:1] and words[0] in _GROUPS and (asks_help or rest[1:2] in ([], ["--help"], ["-h"])):
-        _print_help(words[0])
-    elif asks_help:
-        _print_help()
+    asks_help, group = settings.on("help"), ""
+    while words and words[0] in ("help", "h", *([] if group else _GROUPS)):
+        word, *words = words
+        if word in _GROUPS:
+            group = word
+            options, words = _parse_flags(words, (_HELP,))
+        asks_help = asks_help or word not in _GROUPS or options.on("help")
+    name = " ".join([group, *words[:1]]).strip()
+    if not words:
+        _print_help(group)
+    elif name not in _COMMANDS:
+        return _unknown_command(group, words[0])
+    elif not asks_help:
+        return _run_command(name, words[1:], settings)
+    elif words[1:]:
+        raise _ExitError(f'pyetcdctl help: "{words[1]}" is one word too many')
     else:
-        _emit(f"No help topic for '{words[1 if words[0] in _GROUPS else 0]}'")
-        return EXIT_MISUSE
+        _print_command_help(name)
     return EXIT_OK
+
+
+def _unknown_command(group: str, word: str) -> int:
+    _emit(f"No help topic for '{word}'")
+    names = [name for name, _ in _command_names(group)]
+    other = _OTHER_NAMES.get(word, word)
+    hint = f"; did you mean {other}?" if other in names else _did_you_mean(word, names)
+    _complain(f'pyetcdctl: there is no command "{f"{group} {word}".strip()}"{hint}')
+    return EXIT_MISUSE
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -6485,9 +6687,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     try:
         return _dispatch(sys.argv[1:] if argv is None else argv)
-    except _MisuseError:
+    except _MisuseError as error:
         _emit("Incorrect Usage.\n")
         _print_help()
+        _complain(f"pyetcdctl: {error}")
         return EXIT_MISUSE
     except _ExitError as error:
         _complain(error.line)
@@ -6512,15 +6715,22 @@ def _exit() -> NoReturn:
 # Knows: sections 1-12.  Source: etcdctl 2.3.8.
 # ============================================================================
 
+_Answer = TypeVar("_Answer")
+_Item = TypeVar("_Item")
 _HEALTH_EVERY_S = 10.0
 _SNAP_TTL_MIN_S = 300           # `import --snap` gives short-lived keys at least this long
 
-_TTL = _Flag(("ttl",), int, "seconds until it expires")
+_TTL = _Flag(("ttl",), int, "seconds until it expires; 0 and less: never")
 _SORT = _Flag(("sort",), bool, "order by key")
 _QUORUM = _Flag(("quorum", "q"), bool, "read through consensus: never stale")
 _RECURSIVE = _Flag(("recursive", "r"), bool, "with all that lies below")
-_AFTER_INDEX = _Flag(("after-index",), int, "begin with the first change after this index")
+_AFTER_INDEX = _Flag(("after-index",), int, "begin with the first change after this index",
+                     least=0)
 _ROLES = _Flag(("roles",), list, "name of a role; may be given again")
+_JSON_TOO = ("simple", "json")
+_NO_ARGUMENTS = "No arguments accepted"
+_A_USER = "Please provide a username"
+_A_ROLE = "Please provide a role name"
 _PERMISSION_FLAGS = (
     _Flag(("path",), str, "a key, or all that begin with it if it ends in *"),
     _Flag(("read",), bool, "the right to read"),
@@ -6532,109 +6742,88 @@ _PERMISSION_FLAGS = (
 # -- keys
 
 
-@_command("get", "[options] <key>", "print the value of a key", _SORT, _QUORUM, needs_server=True)
-def _cmd_get(run: _Run) -> int:
+@_keys_command("get", "<key>", "print the value of a key", _SORT, _QUORUM)
+def _cmd_get(run: _Run) -> None:
     result = run.client.get(
         run.key(), sorted=run.options.on("sort"), quorum=run.options.on("quorum"))
     if result.node.dir:
         raise _ExitError(f"{result.key}: is a directory")
     run.print_result(result)
-    return EXIT_OK
 
 
-@_command("ls", "[options] [key]", "list a directory", _SORT, _RECURSIVE,
-          _Flag(("p",), bool, "put a slash behind directories"), _QUORUM, needs_server=True)
-def _cmd_ls(run: _Run) -> int:
+@_keys_command("ls", "[key]", "list a directory", _SORT, _RECURSIVE,
+               _Flag(("p",), bool, "put a slash behind directories"), _QUORUM)
+def _cmd_ls(run: _Run) -> None:
     options = run.options
+    if run.output != "simple":
+        options.refuse(f"with --output {run.output}", "p")
     result = run.client.get(
         run.args[0] if run.args else "/", recursive=options.on("recursive"),
         sorted=options.on("sort"), quorum=options.on("quorum"))
     if run.output != "simple":
         run.print_result(result)
-        return EXIT_OK
-    _emit_lines(node.key + ("/" if node.dir and options.on("p") else "")
+        return
+    shown = _escape if sys.stdout.isatty() else str     # keys may hold a terminal's commands
+    _emit_lines(_painted(shown(node.key), _BLUE if node.dir else "")
+                + ("/" if node.dir and options.on("p") else "")
                 for node in (result.node.walk() if result.node.dir else (result.node,)))
-    return EXIT_OK
 
 
-@_command("set", "[options] <key> [value]", "write a key; its value may come from stdin", _TTL,
-          _Flag(("swap-with-value",), str, "write only if this is the value"),
-          _Flag(("swap-with-index",), int, "write only if this is the modified index"),
-          needs_server=True)
-def _cmd_set(run: _Run) -> int:
+@_keys_command("set", "<key> [value]", "write a key; its value may come from stdin", _TTL,
+               _Flag(("swap-with-value",), str, "write only if this is the value", 1),
+               _Flag(("swap-with-index",), int, "write only if this is the modified index", 1))
+def _cmd_set(run: _Run) -> None:
     key, value = run.key(), run.value()
-    conditions = run.conditions("swap-with-value", "swap-with-index")
-    if conditions:
-        result = run.client.compare_and_swap(key, value, ttl=run.ttl(), **conditions)
-    else:
-        result = run.client.set(key, value, ttl=run.ttl())
-    run.print_result(result)
-    return EXIT_OK
+    run.print_result(run.client.write(
+        key, value, ttl=run.ttl(), **run.conditions("swap-with-value", "swap-with-index")))
 
 
-@_command("mk", "[options] <key> [value]", "write a key that must not exist",
-          _Flag(("in-order",), bool, "take the next name in the directory <key>"), _TTL,
-          needs_server=True)
-def _cmd_mk(run: _Run) -> int:
+@_keys_command("mk", "<key> [value]", "write a key that must not exist",
+               _Flag(("in-order",), bool, "take the next name in the directory <key>"), _TTL)
+def _cmd_mk(run: _Run) -> None:
     key, value = run.key(), run.value()
     write = run.client.append if run.options.on("in-order") else run.client.create
     run.print_result(write(key, value, ttl=run.ttl()))
-    return EXIT_OK
 
 
-@_command("update", "[options] <key> [value]", "write a key that must exist", _TTL,
-          needs_server=True)
-def _cmd_update(run: _Run) -> int:
+@_keys_command("update", "<key> [value]", "write a key that must exist", _TTL)
+def _cmd_update(run: _Run) -> None:
     run.print_result(run.client.update(run.key(), run.value(), ttl=run.ttl()))
-    return EXIT_OK
 
 
-@_command("mkdir", "[options] <key>", "make a directory that must not exist", _TTL,
-          needs_server=True)
-def _cmd_mkdir(run: _Run) -> int:
+@_keys_command("mkdir", "<key>", "make a directory that must not exist", _TTL)
+def _cmd_mkdir(run: _Run) -> None:
     run.print_unless_silent(run.client.mkdir(run.key(), ttl=run.ttl()))
-    return EXIT_OK
 
 
-@_command("setdir", "[options] <key>", "make a directory, also in place of a key", _TTL,
-          needs_server=True)
-def _cmd_setdir(run: _Run) -> int:
+@_keys_command("setdir", "<key>", "make a directory, also in place of a key", _TTL)
+def _cmd_setdir(run: _Run) -> None:
     run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl()))
-    return EXIT_OK
 
 
-@_command("updatedir", "[options] <key>", "give a directory a new time to live, or none", _TTL,
-          needs_server=True)
-def _cmd_updatedir(run: _Run) -> int:
+@_keys_command("updatedir", "<key>", "give a directory a new time to live, or none", _TTL)
+def _cmd_updatedir(run: _Run) -> None:
     run.print_unless_silent(_set_dir(run.client, run.key(), run.ttl(), prevExist=True))
-    return EXIT_OK
 
 
 def _set_dir(client: Client, key: str, ttl: Optional[int], **conditions: Any) -> Result:
     return client.write(key, None, ttl=ttl, dir=True, **conditions)
 
 
-@_command("rm", "[options] <key>", "remove a key or a directory",
-          _Flag(("dir",), bool, "also an empty directory"),
-          _Flag(("recursive", "r"), bool, "also a directory with all that lies below"),
-          _Flag(("with-value",), str, "remove only if this is the value"),
-          _Flag(("with-index",), int, "remove only if this is the modified index"),
-          needs_server=True)
-def _cmd_rm(run: _Run) -> int:
-    key, conditions = run.key(), run.conditions("with-value", "with-index")
-    if conditions:
-        result = run.client.compare_and_delete(key, **conditions)
-    else:
-        result = run.client.delete(
-            key, dir=run.options.on("dir"), recursive=run.options.on("recursive"))
-    run.print_unless_silent(result)
-    return EXIT_OK
+@_keys_command("rm", "<key>", "remove a key or a directory",
+               _Flag(("dir",), bool, "also an empty directory"),
+               _Flag(("recursive", "r"), bool, "also a directory with all that lies below"),
+               _Flag(("with-value",), str, "remove only if this is the value", 1),
+               _Flag(("with-index",), int, "remove only if this is the modified index", 1))
+def _cmd_rm(run: _Run) -> None:
+    run.print_unless_silent(run.client.delete(
+        run.key(), dir=run.options.on("dir"), recursive=run.options.on("recursive"),
+        **run.conditions("with-value", "with-index")))
 
 
-@_command("rmdir", "<key>", "remove an empty directory, or a key", needs_server=True)
-def _cmd_rmdir(run: _Run) -> int:
+@_keys_command("rmdir", "<key>", "remove an empty directory, or a key")
+def _cmd_rmdir(run: _Run) -> None:
     run.print_unless_silent(run.client.rmdir(run.key()))
-    return EXIT_OK
 
 
 def _changes(run: _Run, key: str) -> Watch:
@@ -6644,10 +6833,10 @@ def _changes(run: _Run, key: str) -> Watch:
         relist=False)
 
 
-@_command("watch", "[options] <key>", "print the next change of a key",
-          _Flag(("forever", "f"), bool, "and all later ones, until Ctrl-C"), _AFTER_INDEX,
-          _RECURSIVE, needs_server=True)
-def _cmd_watch(run: _Run) -> int:
+@_keys_command("watch", "<key>", "print the next change of a key",
+               _Flag(("forever", "f"), bool, "and all later ones, until Ctrl-C"), _AFTER_INDEX,
+               _RECURSIVE)
+def _cmd_watch(run: _Run) -> None:
     with contextlib.suppress(KeyboardInterrupt):    # the way to end --forever: not an error
         with _changes(run, run.key()) as changes:
             for change in changes:
@@ -6658,29 +6847,25 @@ def _cmd_watch(run: _Run) -> int:
                 run.print_result(change)
                 if not run.options.on("forever"):
                     break
-    return EXIT_OK
 
 
-@_command("exec-watch", "[options] <key> -- <command> [args...]",
-          "run a command for each change of a key", _AFTER_INDEX, _RECURSIVE, needs_server=True)
-def _cmd_exec_watch(run: _Run) -> int:
-    if len(run.args) < 2:
-        raise _ExitError("Error:  key and command to exec required")
-    key, command = run.args[-1], run.args[:-1]      # as etcdctl, if there is no `--`
-    if "--" in run.args[1:]:
-        key, command = run.args[0], run.args[2:]
-    if not command:
+@_command("exec-watch", "<key> -- <command> [args...]",
+          "run a command for each change of a key", _AFTER_INDEX, _RECURSIVE)
+def _cmd_exec_watch(run: _Run) -> None:
+    key, command = run.args[-1:], run.args[:-1]     # as etcdctl, if there is no `--`
+    if run.behind is not None and len(run.args) > len(run.behind):
+        key, command = run.args[:-len(run.behind) or None], run.behind
+    if len(key) != 1 or not command:
         raise _ExitError("Error:  key and command to exec required")
     children: List[subprocess.Popen[bytes]] = []
     with contextlib.suppress(KeyboardInterrupt):
-        with _changes(run, key) as changes:
+        with _changes(run, key[0]) as changes:
             for change in changes:
                 children = [child for child in children if child.poll() is None]
                 if change.node.dir:
                     _complain(f"Ignored dir {change.key} change")
                 else:
                     children.append(_start_for(change, command))
-    return EXIT_OK
 
 
 def _start_for(change: Result, command: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -6714,34 +6899,36 @@ def _as_one_line(prefix: str = "", spoken: Optional[Container[int]] = None) -> I
         raise _ExitError(prefix + line) from error
 
 
-def _expect_no_arguments(run: _Run) -> None:
-    if run.args:
-        raise _ExitError("No arguments accepted")
+def _print_json(shown: Any) -> None:
+    _emit(json.dumps(shown, ensure_ascii=False, separators=(",", ":")))
 
 
-@_command("member list", "", "print the members")
-def _cmd_member_list(run: _Run) -> int:
-    _expect_no_arguments(run)
+@_command("member list", "", "print the members", formats=_JSON_TOO,
+          wrong=_NO_ARGUMENTS)
+def _cmd_member_list(run: _Run) -> None:
     client = run.client
     with _as_one_line(spoken=()):
         members = client.member_list()
     with _as_one_line("Failed to get leader:  ", spoken=()):
         leader = client.leader_member()
-    for member in members:
+    leads = [leader is not None and leader.id == member.id for member in members]
+    if run.output == "json":
+        _print_json({"members": [
+            {**member.raw, "isLeader": leading} for member, leading in zip(members, leads)]})
+        return
+    rows = []
+    for member, leading in zip(members, leads):
         peer_urls, client_urls = ",".join(member.peer_urls), ",".join(member.client_urls)
-        is_leader = str(leader is not None and leader.id == member.id).lower()
-        if member.name:
-            _emit(f"{member.id}: name={member.name} peerURLs={peer_urls} "
-                  f"clientURLs={client_urls} isLeader={is_leader}")
-        else:
-            _emit(f"{member.id}[unstarted]: peerURLs={peer_urls}")
-    return EXIT_OK
+        rows.append([f"{member.id}:", f"name={member.name}", f"peerURLs={peer_urls}",
+                     f"clientURLs={client_urls}", f"isLeader={str(leading).lower()}"])
+        if not member.name:
+            rows[-1] = [f"{member.id}[unstarted]:", "", f"peerURLs={peer_urls}"]
+    _emit_lines(_in_columns(rows, [_GREEN if leading else "" for leading in leads]))
 
 
-@_command("member add", "<name> <peerURL>", "announce a member that will be started")
-def _cmd_member_add(run: _Run) -> int:
-    if len(run.args) != 2:
-        raise _ExitError("Provide a name and a single member peerURL")
+@_command("member add", "<name> <peerURL>", "announce a member that will be started",
+          wrong="Provide a name and a single member peerURL")
+def _cmd_member_add(run: _Run) -> None:
     name, url = run.args
     client = run.client
     with _as_one_line(spoken=(400, 409)):
@@ -6753,46 +6940,43 @@ def _cmd_member_add(run: _Run) -> int:
         for member in members for peer_url in member.peer_urls)
     _emit(f'\nETCD_NAME="{name}"\nETCD_INITIAL_CLUSTER="{cluster}"\n'
           'ETCD_INITIAL_CLUSTER_STATE="existing"')
-    return EXIT_OK
 
 
-@_command("member remove", "<memberID>", "remove a member from the cluster")
-def _cmd_member_remove(run: _Run) -> int:
-    if len(run.args) != 1:
-        raise _ExitError("Provide a single member ID")
+@_command("member remove", "<memberID>", "remove a member, by its id or its name",
+          wrong="Provide a single member ID")
+def _cmd_member_remove(run: _Run) -> None:
     asked, client = run.args[0], run.client
     with _as_one_line("Error while verifying ID against known members: ", spoken=()):
         members = client.member_list()
-    if asked not in [member.id for member in members]:
-        for member in members:
-            if member.name == asked:
-                _complain(f"Found a member named {asked}; if this is correct, please use its ID, "
-                          f"eg:\n\tetcdctl member remove {member.id}\n")
+    found = [member.id for member in members if member.id == asked] or [
+        member.id for member in members if member.name == asked]
+    if not found:
         raise _ExitError(f"Couldn't find a member in the cluster with an ID of {asked}.")
-    with _as_one_line(f"Received an error trying to remove member {asked}: ", spoken=()):
+    if len(found) > 1:
+        raise _ExitError(f"{len(found)} members are named {asked}; remove one of them by its id: "
+                         f"{', '.join(found)}")
+    id = found[0]
+    with _as_one_line(f"Received an error trying to remove member {id}: ", spoken=()):
         try:
-            client.member_remove(asked)
+            client.member_remove(id)
         except HttpError as error:
             if error.status != http.HTTPStatus.GONE:    # removed already
                 raise
-    _emit(f"Removed member {asked} from cluster")
-    return EXIT_OK
+    _emit(f"Removed member {id} from cluster")
 
 
-@_command("member update", "<memberID> <peerURLs>", "give a member other peer URLs")
-def _cmd_member_update(run: _Run) -> int:
-    if len(run.args) != 2:
-        raise _ExitError("Provide an ID and a list of comma separated peerURL "
-                         "(0xabcd http://example.com,http://example1.com)")
+@_command("member update", "<memberID> <peerURLs>", "give a member other peer URLs",
+          wrong="Provide an ID and a list of comma separated peerURL "
+                "(0xabcd http://example.com,http://example1.com)")
+def _cmd_member_update(run: _Run) -> None:
     id, urls = run.args
     client = run.client
     with _as_one_line(spoken=(400, 404, 409)):
         client.member_update(id, urls.split(","))
     _emit(f"Updated member with ID {id} in cluster")
-    return EXIT_OK
 
 
-@_command("cluster-health", "[options]", "ask every member whether it is healthy",
+@_command("cluster-health", "", "ask every member whether it is healthy",
           _Flag(("forever", "f"), bool, "ask again every 10 seconds, until Ctrl-C"))
 def _cmd_cluster_health(run: _Run) -> int:
     if not run.options.on("forever"):
@@ -6811,15 +6995,18 @@ def _check_health(client: Client) -> int:
     except EtcdError:
         _emit("cluster may be unhealthy: failed to list members")
         raise
-    healthy = [_member_is_healthy(client, member) for member in members]
-    _emit("cluster is healthy" if any(healthy) else "cluster is unhealthy")
+    width = max(len(member.id) for member in members) if sys.stdout.isatty() and members else 0
+    healthy = [_member_is_healthy(client, member, width) for member in members]
+    _emit("cluster is " + (_painted("healthy", _GREEN) if any(healthy)
+                           else _painted("unhealthy", _RED)))
     return EXIT_OK if any(healthy) else EXIT_UNHEALTHY
 
 
-def _member_is_healthy(client: Client, member: Member) -> bool:
+def _member_is_healthy(client: Client, member: Member, width: int) -> bool:
     """Ask a member for its health and print the verdict."""
+    unreachable = f"member {member.id:{width}} is {_painted('unreachable', _RED)}"
     if not member.client_urls:
-        _emit(f"member {member.id} is unreachable: no available published client urls")
+        _emit(f"{unreachable}: no available published client urls")
         return False
     for url in member.client_urls:
         try:
@@ -6829,22 +7016,22 @@ def _member_is_healthy(client: Client, member: Member) -> bool:
             _emit(f"failed to check the health of member {member.id} on {url}: {why}")
             continue
         word = "healthy" if healthy else "unhealthy"
-        _emit(f"member {member.id} is {word}: got {word} result from {url}")
+        verdict = _painted(word, _GREEN if healthy else _RED)
+        _emit(f"member {member.id:{width}} is {verdict}: got {word} result from {url}")
         return healthy
-    _emit(f"member {member.id} is unreachable: [{' '.join(member.client_urls)}] "
-          "are all unreachable")
+    _emit(f"{unreachable}: [{' '.join(member.client_urls)}] are all unreachable")
     return False
 
 
 # -- files
 
 
-@_command("backup", "[options]", "copy a member's data directory under new ids",
+@_command("backup", "", "copy a member's data directory under new ids",
           _Flag(("data-dir",), str, "data directory of the member; it may run"),
           _Flag(("wal-dir",), str, "its log directory, if that is elsewhere"),
           _Flag(("backup-dir",), str, "the copy"),
           _Flag(("backup-wal-dir",), str, "log directory of the copy, if that is elsewhere"))
-def _cmd_backup(run: _Run) -> int:
+def _cmd_backup(run: _Run) -> None:
     text = run.options.text
     if not text("data-dir") or not text("backup-dir"):
         raise _ExitError("backup needs --data-dir and --backup-dir")
@@ -6859,11 +7046,10 @@ def _cmd_backup(run: _Run) -> int:
                       backup_wal_dir=text("backup-wal-dir"))
     except server.BackupError as error:
         raise _ExitError(str(error)) from error
-    return EXIT_OK
 
 
 def _spread(
-    items: Sequence[_T], workers: int, work: Callable[[_T], None], progress: _Progress,
+    items: Sequence[_Item], workers: int, work: Callable[[_Item], None], progress: _Progress,
 ) -> None:
     """Call `work` for every item on `workers` threads; what one raises ends them all."""
     numbered, lock, stop = enumerate(items), threading.Lock(), threading.Event()
@@ -6957,113 +7143,117 @@ def _import_snapshot_04(run: _Run) -> int:
 # -- users, roles, auth
 
 
-def _user_name(run: _Run) -> str:
-    if len(run.args) != 1:
-        raise _ExitError("Please provide a username")
-    return run.args[0]
-
-
 def _names(entries: Optional[Sequence[Any]], field: str) -> List[str]:
     """Return names out of a list of names or of objects: servers have both."""
     return [entry[field] if isinstance(entry, dict) else str(entry) for entry in entries or ()]
 
 
-@_command("user add", "<name>[:<password>]", "make a user")
-def _cmd_user_add(run: _Run) -> int:
-    text = _user_name(run)
-    name, client = text.partition(":")[0], run.client
+def _ask(ask: Callable[..., _Answer], *args: Any) -> _Answer:
+    """Ask the auth API; what goes wrong ends the command with one line."""
+    with _as_one_line():
+        return ask(*args)
+
+
+def _is_there(ask: Callable[[str], Any], name: str) -> bool:
     with _as_one_line():
         try:
-            client.user_get(name)
+            ask(name)
         except EtcdError as error:
             if _is_endpoint_failure(error):
                 raise
-        else:
-            raise _ExitError(f"User {name} already exists")
-        client.user_add(name, _split_user(text, "New password: ")[1])
+            return False
+    return True
+
+
+def _call_command(
+    name: str, arguments: str, help: str, call: Callable[..., Any], done: str, wrong: str,
+) -> None:
+    """Enter a command that makes one call and says that this was done."""
+    @_command(name, arguments, help, wrong=wrong)
+    def run_it(run: _Run) -> None:
+        _ask(call, run.client, *run.args)
+        _emit(done.format(*run.args))
+
+
+@_command("user add", "<name>[:<password>]", "make a user", wrong=_A_USER)
+def _cmd_user_add(run: _Run) -> None:
+    text, client = run.args[0], run.client
+    name = text.partition(":")[0]
+    if _is_there(client.user_get, name):
+        raise _ExitError(f"User {name} already exists")
+    _ask(client.user_add, name, _split_user(text, "New password: ")[1])
     _emit(f"User {name} created")
-    return EXIT_OK
 
 
-@_command("user get", "<name>", "print a user's roles")
-def _cmd_user_get(run: _Run) -> int:
-    name, client = _user_name(run), run.client
-    with _as_one_line():
-        user = client.user_get(name)
-    _emit(f"User: {user['user']}\nRoles: {' '.join(_names(user.get('roles'), 'role'))}")
-    return EXIT_OK
+@_command("user get", "<name>", "print a user's roles", wrong=_A_USER, formats=_JSON_TOO)
+def _cmd_user_get(run: _Run) -> None:
+    user = _ask(run.client.user_get, run.args[0])
+    roles = _names(user.get("roles"), "role")
+    if run.output == "json":
+        _print_json({"user": user["user"], "roles": roles})
+    else:
+        _emit(f"User: {user['user']}\nRoles: {' '.join(roles)}")
 
 
-@_command("user list", "", "print the names of all users")
-def _cmd_user_list(run: _Run) -> int:
-    _expect_no_arguments(run)
+@_command("user list", "", "print the names of all users", wrong=_NO_ARGUMENTS,
+          formats=_JSON_TOO)
+def _cmd_user_list(run: _Run) -> None:
+    _list_names(run, "user", Client.user_list)
+
+
+@_command("role list", "", "print the names of all roles", wrong=_NO_ARGUMENTS,
+          formats=_JSON_TOO)
+def _cmd_role_list(run: _Run) -> None:
+    _list_names(run, "role", Client.role_list)
+
+
+def _list_names(run: _Run, kind: str, listing: Callable[[Client], Sequence[Any]]) -> None:
     client = run.client
     with _as_one_line(spoken=()):
-        users = client.user_list()
-    _emit_lines(_names(users, "user"))
-    return EXIT_OK
+        names = _names(listing(client), kind)
+    if run.output == "json":
+        _print_json({f"{kind}s": names})
+    else:
+        _emit_lines(names)
 
 
-@_command("user remove", "<name>", "remove a user")
-def _cmd_user_remove(run: _Run) -> int:
-    name, client = _user_name(run), run.client
-    with _as_one_line():
-        client.user_remove(name)
-    _emit(f"User {name} removed")
-    return EXIT_OK
+_call_command(
+    "user remove", "<name>", "remove a user", Client.user_remove, "User {} removed", _A_USER)
 
 
-@_command("user grant", "--roles <role> <name>", "give a user roles", _ROLES)
-def _cmd_user_grant(run: _Run) -> int:
-    return _change_roles(run, Client.user_grant)
+@_command("user grant", "<name>", "give a user roles", _ROLES, wrong=_A_USER)
+def _cmd_user_grant(run: _Run) -> None:
+    _change_roles(run, Client.user_grant)
 
 
-@_command("user revoke", "--roles <role> <name>", "take roles from a user", _ROLES)
-def _cmd_user_revoke(run: _Run) -> int:
-    return _change_roles(run, Client.user_revoke)
+@_command("user revoke", "<name>", "take roles from a user", _ROLES, wrong=_A_USER)
+def _cmd_user_revoke(run: _Run) -> None:
+    _change_roles(run, Client.user_revoke)
 
 
-def _change_roles(run: _Run, change: Callable[[Client, str, Sequence[str]], Any]) -> int:
+def _change_roles(run: _Run, change: Callable[[Client, str, Sequence[str]], Any]) -> None:
     roles = run.options.texts("roles")
     if not roles:
         raise _ExitError("No roles specified; please use `-roles`")
-    name, client = _user_name(run), run.client
-    with _as_one_line():
-        change(client, name, roles)
-    _emit(f"User {name} updated")
-    return EXIT_OK
+    _ask(change, run.client, run.args[0], roles)
+    _emit(f"User {run.args[0]} updated")
 
 
-@_command("user passwd", "<name>", "change a user's password")
-def _cmd_user_passwd(run: _Run) -> int:
-    name, client = _user_name(run), run.client
-    with _as_one_line():
-        client.user_get(name)
-        client.user_password(name, _ask_password("New password: "))
+@_command("user passwd", "<name>", "change a user's password", wrong=_A_USER)
+def _cmd_user_passwd(run: _Run) -> None:
+    name, client = run.args[0], run.client
+    _ask(client.user_get, name)
+    _ask(client.user_password, name, _ask_password("New password: "))
     _emit("Password updated")
-    return EXIT_OK
 
 
-def _role_name(run: _Run) -> str:
-    if len(run.args) != 1:
-        raise _ExitError("Please provide a role name")
-    return run.args[0]
-
-
-@_command("role add", "<name>", "make a role")
-def _cmd_role_add(run: _Run) -> int:
-    name, client = _role_name(run), run.client
-    with _as_one_line():
-        try:
-            client.role_get(name)
-        except EtcdError as error:
-            if _is_endpoint_failure(error):
-                raise
-        else:
-            raise _ExitError(f"Role {name} already exists")
-        client.role_add(name)
+@_command("role add", "<name>", "make a role", wrong=_A_ROLE)
+def _cmd_role_add(run: _Run) -> None:
+    name, client = run.args[0], run.client
+    if _is_there(client.role_get, name):
+        raise _ExitError(f"Role {name} already exists")
+    _ask(client.role_add, name)
     _emit(f"Role {name} created")
-    return EXIT_OK
 
 
 def _permitted(role: Mapping[str, Any]) -> Tuple[List[str], List[str]]:
@@ -7072,51 +7262,34 @@ def _permitted(role: Mapping[str, Any]) -> Tuple[List[str], List[str]]:
     return list(kv.get("read") or ()), list(kv.get("write") or ())
 
 
-@_command("role get", "<name>", "print what a role permits")
-def _cmd_role_get(run: _Run) -> int:
-    name, client = _role_name(run), run.client
-    with _as_one_line():
-        role = client.role_get(name)
+@_command("role get", "<name>", "print what a role permits", wrong=_A_ROLE, formats=_JSON_TOO)
+def _cmd_role_get(run: _Run) -> None:
+    role = _ask(run.client.role_get, run.args[0])
     read, write = _permitted(role)
-    _emit_lines([f"Role: {role['role']}", "KV Read:", *(f"\t{path}" for path in read),
-                 "KV Write:", *(f"\t{path}" for path in write)])
-    return EXIT_OK
+    if run.output == "json":
+        _print_json(role)
+    else:
+        _emit_lines([f"Role: {role['role']}", "KV Read:", *(f"\t{path}" for path in read),
+                     "KV Write:", *(f"\t{path}" for path in write)])
 
 
-@_command("role list", "", "print the names of all roles")
-def _cmd_role_list(run: _Run) -> int:
-    _expect_no_arguments(run)
-    client = run.client
-    with _as_one_line(spoken=()):
-        roles = client.role_list()
-    _emit_lines(_names(roles, "role"))
-    return EXIT_OK
+_call_command(
+    "role remove", "<name>", "remove a role", Client.role_remove, "Role {} removed", _A_ROLE)
 
 
-@_command("role remove", "<name>", "remove a role")
-def _cmd_role_remove(run: _Run) -> int:
-    name, client = _role_name(run), run.client
-    with _as_one_line():
-        client.role_remove(name)
-    _emit(f"Role {name} removed")
-    return EXIT_OK
+@_command("role grant", "<name>", "permit a path", *_PERMISSION_FLAGS, wrong=_A_ROLE)
+def _cmd_role_grant(run: _Run) -> None:
+    _change_permission(run, Client.role_grant, "granted")
 
 
-@_command("role grant", "--path <path> --read|--write|--readwrite <name>", "permit a path",
-          *_PERMISSION_FLAGS)
-def _cmd_role_grant(run: _Run) -> int:
-    return _change_permission(run, Client.role_grant, "granted")
-
-
-@_command("role revoke", "--path <path> --read|--write|--readwrite <name>",
-          "permit a path no longer", *_PERMISSION_FLAGS)
-def _cmd_role_revoke(run: _Run) -> int:
-    return _change_permission(run, Client.role_revoke, "revoked")
+@_command("role revoke", "<name>", "permit a path no longer", *_PERMISSION_FLAGS, wrong=_A_ROLE)
+def _cmd_role_revoke(run: _Run) -> None:
+    _change_permission(run, Client.role_revoke, "revoked")
 
 
 def _change_permission(
     run: _Run, change: Callable[[Client, str, str, str], Dict[str, Any]], done: str,
-) -> int:
+) -> None:
     path = run.options.text("path")
     if not path:
         raise _ExitError("No path specified; please use `-path`")
@@ -7126,33 +7299,17 @@ def _change_permission(
     kinds = [kind for kind in ("read", "write", "readwrite") if run.options.on(kind)]
     if len(kinds) != 1:
         raise _ExitError("Please specify exactly one of -read, -write or -readwrite")
-    name, client = _role_name(run), run.client
-    with _as_one_line():
-        before = client.role_get(name)
-        after = change(client, name, path, kinds[0])
+    name, client = run.args[0], run.client
+    before = _ask(client.role_get, name)
+    after = _ask(change, client, name, path, kinds[0])
     unchanged = _permitted(before) == _permitted(after)
     _emit(f"{f'Role unchanged; already {done}' if unchanged else ''}Role {name} updated")
-    return EXIT_OK
 
 
-@_command("auth enable", "", "let only users with the right do something")
-def _cmd_auth_enable(run: _Run) -> int:
-    _expect_no_arguments(run)
-    client = run.client
-    with _as_one_line():
-        client.auth_enable()
-    _emit("Authentication Enabled")
-    return EXIT_OK
-
-
-@_command("auth disable", "", "let everybody do everything")
-def _cmd_auth_disable(run: _Run) -> int:
-    _expect_no_arguments(run)
-    client = run.client
-    with _as_one_line():
-        client.auth_disable()
-    _emit("Authentication Disabled")
-    return EXIT_OK
+_call_command("auth enable", "", "let only users with the right do something",
+              Client.auth_enable, "Authentication Enabled", _NO_ARGUMENTS)
+_call_command("auth disable", "", "let everybody do everything",
+              Client.auth_disable, "Authentication Disabled", _NO_ARGUMENTS)
 
 
 # ============================================================================
@@ -7169,17 +7326,14 @@ _RETRY_MAX_S = 10.0             # after twice the wait
 _TOP_EVERY_S = 2.0
 _TREE_VALUE_MAX = 60            # characters of a value that `tree --values` shows
 _BENCH_TOTAL = 10_000
+_BENCH_PREFIX = "/pyetcd-bench"
 _BENCH_SIZE_BYTES = 64
 _BENCH_KEYS = 1_000             # distinct keys that bench writes and reads
-
-_UNESCAPED = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029]")    # what would break a line
-_ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
-_UNESCAPES = {escape[1]: character for character, escape in _ESCAPES.items()}
 
 _PREFIX = _Flag(("prefix",), str, "take only what lies below this key (default: all)")
 _DEST_PREFIX = _Flag(("dest-prefix",), str, "and put it below this one (default: the same)")
 _DRY_RUN = _Flag(("dry-run",), bool, "print what would be done, and do nothing")
-_WORKERS = _Flag(("c",), int, "connections to use (default: 10)")
+_WORKERS = _Flag(("c",), int, "connections to use (default: 10)", 1)
 
 
 def _patient(client: Client, settings: _Options) -> Client:
@@ -7190,23 +7344,6 @@ def _patient(client: Client, settings: _Options) -> Client:
 
 
 # -- a tree as text
-
-
-def _escape(text: str) -> str:
-    """Return `text` in one line without tabs; _unescape has the way back."""
-    return _UNESCAPED.sub(lambda m: _ESCAPES.get(m[0]) or f"\\u{ord(m[0]):04x}", text)
-
-
-def _unescape(text: str) -> str:
-    """Return what _escape was given.  Raises ValueError."""
-    def original(match: Match[str]) -> str:
-        code = match[1]
-        if len(code) == 5:
-            return chr(int(code[1:], 16))
-        if code not in _UNESCAPES:
-            raise ValueError(f"\\{code} is no escape")
-        return _UNESCAPES[code]
-    return re.sub(r"\\(u[0-9a-fA-F]{4}|.?)", original, text, flags=re.DOTALL)
 
 
 class _Record(NamedTuple):
@@ -7306,10 +7443,10 @@ def _prefixes(options: _Options, prefix: str = "") -> Tuple[str, str]:
     return prefix, _clean_key(options.text("dest-prefix") or prefix)
 
 
-@_command("export", "[options] [key]", "print a tree, to be read by import",
+@_command("export", "[key]", "print a tree, to be read by import",
           _Flag(("format",), str, "json (default), or text: a key a line, to be compared by diff"),
-          _Flag(("hidden",), list, "also this hidden directory; may be given again"))
-def _cmd_export(run: _Run) -> int:
+          _Flag(("hidden",), list, "also this hidden directory; may be given again"), own=True)
+def _cmd_export(run: _Run) -> None:
     """Print records, parents first; each --hidden directory is read for itself, later."""
     form = run.options.text("format") or "json"
     if form not in ("json", "text"):
@@ -7331,7 +7468,6 @@ def _cmd_export(run: _Run) -> int:
              f'"etcdIndex": {result.etcd_index}, "nodes": ['],
             _separated(plain, "," if form == "json" else "", progress),
             [] if form == "text" else ["]}"]))
-    return EXIT_OK
 
 
 def _separated(texts: Iterable[str], separator: str, progress: _Progress) -> Iterator[str]:
@@ -7411,14 +7547,18 @@ def _read_records(path: str) -> List[_Record]:
         raise _ExitError(f"{path} is not what export writes: {error}") from error
 
 
-@_command("import", "[options] <file>", "write what export has printed; - is stdin", _PREFIX,
+@_command("import", "<file>", "write what export has printed; - is stdin", _PREFIX,
           _DEST_PREFIX, _Flag(("keep",), bool, "leave keys that exist as they are"),
-          _Flag(("ttl",), int, "seconds that keys which expire live anew, expired ones too"),
+          _Flag(("ttl",), int, "seconds that keys which expire live anew, expired ones too", 1),
           _DRY_RUN, _WORKERS, _Flag(("snap",), str, "instead: a snapshot file of etcd 0.4"),
-          _Flag(("hidden",), list, "with --snap: also this hidden directory"))
+          _Flag(("hidden",), list, "with --snap: also this hidden directory"), own=True)
 def _cmd_import(run: _Run) -> int:
     if run.options.text("snap"):
+        run.options.refuse("with --snap", "prefix", "dest-prefix", "keep", "ttl", "dry-run")
+        if run.args:
+            raise _ExitError(f'pyetcdctl import: "{run.args[0]}" has no effect with --snap')
         return _import_snapshot_04(run)
+    run.options.refuse("without --snap", "hidden")
     if not run.args:
         _emit("no snapshot file provided (use --snap)")
         return EXIT_BAD_ARGS
@@ -7575,7 +7715,7 @@ class _Mirror:
         if not self.dry_run:
             change.apply(self._target)
 
-    def _insist(self, action: Callable[[], _T]) -> _T:
+    def _insist(self, action: Callable[[], _Answer]) -> _Answer:
         """Do `action` until a server answers: all a mirror does may be done twice."""
         wait_s = _RETRY_MIN_S
         while True:
@@ -7589,7 +7729,7 @@ class _Mirror:
             wait_s = min(_RETRY_MAX_S, 2 * wait_s)
 
 
-@_command("mirror", "[options] <target endpoints>", "keep a copy of a tree in another cluster",
+@_command("mirror", "<target>", "keep a copy of a tree in another cluster",
           _PREFIX, _DEST_PREFIX, _Flag(("once",), bool, "end when the copy is made"), _DRY_RUN,
           _Flag(("no-delete",), bool, "leave what only the target has"),
           _Flag(("ttl",), bool, "let copies expire by themselves (see the manual)"),
@@ -7597,32 +7737,31 @@ class _Mirror:
           _Flag(("dest-cert",), str, "client certificate for the target"),
           _Flag(("dest-key",), str, "key of that certificate"),
           _Flag(("dest-cacert",), str, "certificates of authorities to check the target with"),
-          _Flag(("dest-username",), str, "user[:password] at the target"))
-def _cmd_mirror(run: _Run) -> int:
-    if len(run.args) != 1:
-        raise _ExitError("Provide the endpoints of the target, comma between")
+          _Flag(("dest-username",), str, "user[:password] at the target"), own=True,
+          wrong="Provide the endpoints of the target, comma between")
+def _cmd_mirror(run: _Run) -> None:
     settings = _Options()
     for flag, own in (("dest-cert", "cert-file"), ("dest-key", "key-file"),
                       ("dest-cacert", "ca-file"), ("dest-username", "username")):
         settings.put(_Flag((own,), str, ""), run.options.text(flag))
     access = _Access.from_settings(settings, environment=False)
     with _patient(run.client, run.settings) as source, _patient(
-            access.client(run.args[0].split(",")), run.settings) as target:
+            access.client(endpoints=run.args[0].split(",")), run.settings) as target:
         mirror = _Mirror(source, target, run.options)
         mirror.check()
         index = mirror.copy()
         if not mirror.dry_run and not run.options.on("once"):
             mirror.follow(index)
-    return EXIT_OK
+    return
 
 
 # -- tree
 
 
-@_command("tree", "[options] [key]", "draw a directory with all below it",
+@_command("tree", "[key]", "draw a directory with all below it",
           _Flag(("values",), bool, "with the values of keys"),
-          _Flag(("ascii",), bool, "without box characters"), _QUORUM)
-def _cmd_tree(run: _Run) -> int:
+          _Flag(("ascii",), bool, "without box characters"), _QUORUM, own=True)
+def _cmd_tree(run: _Run) -> None:
     options = run.options
     node = _patient(run.client, run.settings).get(
         (run.args or ["/"])[0], recursive=True, sorted=True, quorum=options.on("quorum")).node
@@ -7632,7 +7771,6 @@ def _cmd_tree(run: _Run) -> int:
     below = list(node.walk()) if node.dir else [node]
     dirs = sum(child.dir for child in below)
     _emit(f"\n{dirs} directories, {len(below) - dirs} keys")
-    return EXIT_OK
 
 
 def _tree_lines(node: Node, options: _Options, strokes: Tuple[str, str, str]) -> Iterator[str]:
@@ -7640,7 +7778,7 @@ def _tree_lines(node: Node, options: _Options, strokes: Tuple[str, str, str]) ->
     fork, end, along = strokes
     for child in node.nodes:
         last = child is node.nodes[-1]
-        name = _escape(child.key.rpartition("/")[2])
+        name = _painted(_escape(child.key.rpartition("/")[2]), _BLUE if child.dir else "")
         yield (end if last else fork) + name + _tree_tail(child, options)
         for line in _tree_lines(child, options, strokes):
             yield ("    " if last else along) + line
@@ -7706,7 +7844,7 @@ class _Top:
             return None
         client = self._clients.get(member.id)
         if client is None:
-            client = self._clients[member.id] = self._access.client(member.client_urls)
+            client = self._clients[member.id] = self._access.client(endpoints=member.client_urls)
         try:
             with client:                            # its thread ends: so do its connections
                 return _Sample(time.monotonic(), client.statistics("self"),
@@ -7758,16 +7896,16 @@ def _screen() -> Iterator[Callable[[float], bool]]:
         signal.signal(signal.SIGTERM, handler)
 
 
-@_command("top", "[options]", "show what every member does, until q or Ctrl-C",
-          _Flag(("interval",), float, "time between two looks (default: 2s)"),
-          _Flag(("once",), bool, "print the rates of one interval as text, then end"))
-def _cmd_top(run: _Run) -> int:
+@_command("top", "", "show what every member does, until q or Ctrl-C",
+          _Flag(("interval",), float, "time between two looks (default: 2s)", 0.001),
+          _Flag(("once",), bool, "print the rates of one interval as text, then end"), own=True)
+def _cmd_top(run: _Run) -> None:
     top, every_s = _Top(run), run.options.seconds("interval", _TOP_EVERY_S)
     if run.options.on("once"):
         top.lines()
         time.sleep(every_s)
         _emit_lines(top.lines())
-        return EXIT_OK
+        return
     if not (sys.stdout.isatty() and sys.stdin.isatty()):
         while True:
             _emit_lines([*top.lines(), ""])
@@ -7778,7 +7916,7 @@ def _cmd_top(run: _Run) -> int:
             shown = [line[:columns] for line in (*top.lines(), "", "q: quit")]
             print("\x1b[H\x1b[J" + "\r\n".join(shown[:rows]), end="", flush=True)
             if quit_pressed(every_s):
-                return EXIT_OK
+                return
 
 
 # -- bench
@@ -7789,12 +7927,13 @@ class _Bench:
 
     def __init__(self, client: Client, options: _Options, kind: str) -> None:
         self._client = client
-        self.connections = max(1, options.number("connections", 8))
+        self.connections = options.number("connections", 8)
         self.total = options.number("total", _BENCH_TOTAL)
         self.value = "x" * options.number("size", _BENCH_SIZE_BYTES)
         self._reads_percent = {"put": 0, "get": 100}.get(kind, options.number("reads", 90))
-        self.directory = f"{_clean_key(options.text('prefix') or '/pyetcd-bench')}/" \
-                         f"{random.getrandbits(32):08x}"
+        prefix = _clean_key(options.text("prefix") or _BENCH_PREFIX).rstrip("/")
+        self.directory = f"{prefix}/{random.getrandbits(32):08x}"
+        self._made = list(self._missing(prefix))
         self.latencies_s: List[float] = []          # append is atomic
         self.failures: List[EtcdError] = []
 
@@ -7814,9 +7953,30 @@ class _Bench:
             return time.monotonic() - started_at
 
     def clean_up(self) -> None:
-        """Remove what was written."""
-        with contextlib.suppress(EtcdError):
-            self._client.delete(self.directory, recursive=True)
+        """Remove what was written, and the directories that were not there before."""
+        try:
+            with contextlib.suppress(KeyNotFound):
+                self._client.delete(self.directory, recursive=True)
+            for directory in self._made:
+                with contextlib.suppress(KeyNotFound, DirNotEmpty):     # another bench uses it
+                    self._client.rmdir(directory)
+        except EtcdError as error:
+            _complain(f"pyetcdctl bench: {self.directory} is still there: {error}")
+
+    def _missing(self, directory: str) -> Iterator[str]:
+        """Yield the directories that have to be made, the inner ones first."""
+        while directory:
+            try:
+                self._client.get(directory)
+            except KeyNotFound:
+                yield directory
+            except EtcdError:                       # the requests to come will tell
+                return
+            else:
+                if directory == _BENCH_PREFIX:      # left by one that was killed
+                    yield directory
+                return
+            directory = directory.rpartition("/")[0]
 
     def percentile_ms(self, share: float) -> float:
         ordered = sorted(self.latencies_s)
@@ -7840,17 +8000,19 @@ class _Bench:
             self.latencies_s.append(time.perf_counter() - begun_at)
 
 
-@_command("bench", "[options] [put|get|mixed]", "put load on a cluster; print rate and times",
-          _Flag(("connections",), int, "requests under way at once (default: 8)"),
-          _Flag(("total",), int, f"requests to send (default: {_BENCH_TOTAL})"),
-          _Flag(("size",), int, f"bytes of a value (default: {_BENCH_SIZE_BYTES})"),
-          _Flag(("reads",), int, "with mixed: reads in 100 requests (default: 90)"),
-          _Flag(("prefix",), str, "directory to work in (default: /pyetcd-bench)"),
-          needs_server=True)
+@_command("bench", "[put|get|mixed]", "put load on a cluster; print rate and times",
+          _Flag(("connections",), int, "requests under way at once (default: 8)", 1),
+          _Flag(("total",), int, f"requests to send (default: {_BENCH_TOTAL})", 1),
+          _Flag(("size",), int, f"bytes of a value (default: {_BENCH_SIZE_BYTES})", 0),
+          _Flag(("reads",), int, "with mixed: reads in 100 requests (default: 90)", 0),
+          _Flag(("prefix",), str, f"directory to work in (default: {_BENCH_PREFIX})"),
+          own=True)
 def _cmd_bench(run: _Run) -> int:
     kind = (run.args or ["put"])[0]
-    if kind not in ("put", "get", "mixed") or run.options.number("total", 1) < 1:
-        raise _ExitError("bench is put, get or mixed, with a --total above 0")
+    if kind not in ("put", "get", "mixed") or run.options.number("reads") > 100:
+        raise _ExitError("bench is put, get or mixed, with --reads from 0 to 100")
+    if kind != "mixed":
+        run.options.refuse(f"with {kind}", "reads")
     bench = _Bench(_patient(run.client, run.settings), run.options, kind)
     try:
         bench.prepare()
@@ -7914,25 +8076,25 @@ complete -c pyetcdctl -a '(__pyetcdctl_words)'
 }
 
 
-@_command("completion", "bash|zsh|fish", "print a script that completes words in a shell")
-def _cmd_completion(run: _Run) -> int:
+@_command("completion", "bash|zsh|fish", "print a script that completes words in a shell",
+          own=True, mixed=False)
+def _cmd_completion(run: _Run) -> None:
     if run.args[:1] == ["words"]:
         _emit_lines("\t".join(pair).rstrip("\t") for pair in _candidates(run.args[1:] or [""]))
-        return EXIT_OK
+        return
     if len(run.args) != 1 or run.args[0] not in _COMPLETIONS:
         raise _ExitError("Provide the name of a shell: bash, zsh or fish")
     _emit(_COMPLETIONS[run.args[0]].rstrip("\n"))
-    return EXIT_OK
 
 
 def _candidates(words: Sequence[str]) -> List[Tuple[str, str]]:
     """Return (word, note) for all that may stand in place of the last of `words`."""
     *before, current = words
-    settings, rest, awaited = _scan(before, _GLOBAL_FLAGS)
+    settings, rest, awaited = _scan(before, _GLOBAL_FLAGS, mixed=False)
     name, args = _split_command(rest)
     flags: Sequence[_Flag] = _GLOBAL_FLAGS
     if name:
-        _, args, awaited = _scan(args, _COMMANDS[name].flags)
+        _, args, awaited = _scan(args, _COMMANDS[name].flags, mixed=_COMMANDS[name].mixed)
         flags = _COMMANDS[name].flags
     found: List[Tuple[str, str]] = []
     if awaited is not None:
@@ -7951,18 +8113,18 @@ def _candidates(words: Sequence[str]) -> List[Tuple[str, str]]:
 
 
 def _scan(
-    words: Sequence[str], flags: Sequence[_Flag],
+    words: Sequence[str], flags: Sequence[_Flag], *, mixed: bool,
 ) -> Tuple[_Options, List[str], Optional[_Flag]]:
     """Return options, arguments, and the flag whose value is to come, if words end with one."""
     for flag in flags:
         if flag.kind is not bool and words and words[-1].lstrip("-") in flag.names:
-            with contextlib.suppress(_MisuseError):
-                options, rest = _parse_flags(words[:-1], flags)
-                if not rest:
+            with contextlib.suppress(_MisuseError, _ExitError):
+                options, rest = _parse_flags(words[:-1], flags, mixed=mixed)
+                if mixed or not rest:
                     return options, rest, flag
     try:
-        return (*_parse_flags(words, flags), None)
-    except _MisuseError:
+        return (*_parse_flags(words, flags, mixed=mixed), None)
+    except (_MisuseError, _ExitError):
         return _Options(), [], None
 
 

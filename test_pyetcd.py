@@ -14032,13 +14032,13 @@ def test_client_cli_unreachable(words, code):
 
 
 def test_client_cli_unknown_words_are_handled_as_by_etcdctl_2_3():
-    assert _client_main("bogus") == (0, "No help topic for 'bogus'\n", "")
+    assert _client_main("bogus")[:2] == (0, "No help topic for 'bogus'\n")
     for words in (["set", "--bogus", "k", "v"], ["--bogus", "get", "k"],
                   ["get", "--sort=maybe", "k"], ["set", "--ttl", "soon", "k", "v"],
                   ["--timeout", "soon", "get", "k"],
                   ["get", "-o"]):
         code, out, err = _client_main(*words)
-        assert (code, err) == (0, "") and out.startswith("Incorrect Usage.\n"), words
+        assert code == 0 and out.startswith("Incorrect Usage.\n") and err.startswith("pyetcdctl")
 
 
 @pytest.mark.parametrize("words", [
@@ -14047,11 +14047,12 @@ def test_client_cli_unknown_words_are_handled_as_by_etcdctl_2_3():
 ], ids=" ".join)
 def test_client_cli_help(words):
     code, out, err = _client_main(*words)
-    assert (code, err) == (0, "") and out.startswith("NAME:\n   etcdctl")
+    assert (code, err) == (0, "") and out.startswith("NAME:\n   pyetcdctl")
 
 
 def test_client_cli_version():
-    assert _client_main("--version") == (0, "etcdctl version 2.3.8\n", "")
+    assert _client_main("--version") == (
+        0, f"pyetcdctl version {pyetcd_client.__version__}\nBehaves as etcdctl 2.3.8\n", "")
 
 
 def test_client_cli_endpoints_come_from_flags_then_environment(monkeypatch):
@@ -16666,7 +16667,7 @@ update D/k < again | mk --in-order D/q < ü | set D/k < | get D/k < ignored
 set | get | mk | rm | mkdir | rmdir | setdir | updatedir | update | watch | exec-watch
 exec-watch D/k | set D/k | update D/k | mk D/k | member list x | member add | member add a
 member remove
-member remove x | member remove NAME | member update | member update x | member add a bad-url
+member remove x | member update | member update x | member add a bad-url
 member update ID bad-url | member add again PEER | cluster-health | member list | user list x
 role list x | user add | user get | user remove | user passwd | role add | role get | role remove
 auth enable x | auth disable x | --no-sync set D/v v | --no-sync get D/v | -C URL get D/v
@@ -16711,15 +16712,15 @@ _CTL_DIFFERENCES = [
     ("usage", r"DEAD", "3.4 has the endpoints' errors twice, 2.3 once, or never (member, user)",
      lambda code, out, err: (code, out, _ctl_unavailable(err))),
     ("usage", r"^(member )?bogus$", "2.3 says it on stdout and exits with 0, 3.4 on stderr with 3",
-     lambda code, out, err: (0, err, "")),
+     lambda code, out, err: (0, err, _CTL_ANY)),
     ("usage", r"^import$", "3.4 has no import",
      lambda code, out, err: (1, "no snapshot file provided (use --snap)\n", "")),
     ("usage", r"--bogus|--timeout x", "2.3 exits with 0 and no detail; help has our words",
-     lambda code, out, err: (0, _CTL_ANY, "")),
+     lambda code, out, err: (0, _CTL_ANY, _CTL_ANY)),
     ("usage", r"--endpoints HOST", "2.3 takes host:port, 3.4 does not",
      lambda code, out, err: (0, "v\n", "")),
-    ("usage", r"member remove NAME", "the page that etcdctl names has moved",
-     lambda code, out, err: (code, out, re.sub("For more details.*\n", "", err))),
+    ("usage", r"--endpoints http://127.0.0.1:1,URL", "we tell that the first endpoint is silent",
+     lambda code, out, err: (code, out, _CTL_ANY)),
     ("usage", r"bad-url", "3.4 checks by itself, and has more schemes; we show the server's answer",
      lambda code, out, err: (code, out, _CTL_ANY)),
     ("usage", r"--debug get", "we leave out parameters that say nothing",
@@ -16772,7 +16773,10 @@ class _CtlProgram:
     def run(self, line):
         """Run `words [< stdin]`; return exit code, output and errors without what is its own."""
         command, stdin = re.fullmatch(r"(.*?)(?: <(?: (.*))?)?", line).groups(default="")
-        words, stdin = [*map(self._own, command.split())], stdin.replace("\\n", "\n").encode()
+        return self.run_words(command.split(), stdin.replace("\\n", "\n").encode())
+
+    def run_words(self, words, stdin=b""):
+        words = [*map(self._own, words)]
         if self.name == "pyetcdctl":
             outcome = _client_main("--endpoints", self.url, *words, stdin=stdin)
         else:
@@ -16824,6 +16828,433 @@ def test_ctl_side_by_side(_client_server, script):
     assert used == listed or _client_server.kind == "etcd"      # whose messages are of 3.4
 
 
+# As units, scripts and guides of other projects have them, but for the directory D.  2.3.8 takes
+# options behind arguments, 3.4 does not: it gets them in front.
+_CTL_PUBLIC = r"""
+# fleet: sidekick units
+set D/services/website/nginx1 '{ "host": "core-01", "port": 8080, "version": "52c724" }' --ttl 60
+-o json get D/services/website/nginx1
+set D/announce/services/apache7777 10.132.249.206:7777 --ttl 60
+-o extended get D/announce/services/apache7777
+rm D/announce/services/apache7777
+rm D/announce/services/apache7777
+# Deis: makefiles, publishers, logs
+-C URL setdir D/deis
+-C URL setdir D/deis/builder
+set D/deis/services/app/app_v2.web.1 10.21.12.107:49153 --ttl 60
+-o json get D/deis/services/app/app_v2.web.1
+ls D/deis/domains
+rm --recursive D/deis/services/app
+set D/deis/migrations/data/0001 done
+ls D/deis --recursive
+# flannel and Kubernetes guides
+set D/coreos.com/network/config '{ "Network": "10.1.0.0/16", "Backend": {"Type": "vxlan"}}'
+--no-sync -C URL get D/coreos.com/network/config
+mk D/coreos.com/network/config '{"Network":"172.17.0.0/16"}'
+--no-sync ls D/coreos.com/network --recursive
+mkdir D/kube-centos/network
+mk D/kube-centos/network/config '{ "Network": "172.30.0.0/16", "SubnetLen": 24 }'
+rm --recursive D/registry
+-C URL ls D/deis --recursive -p
+# confd: its quick start; SkyDNS; Vulcand's sidekick; kontena's tests; APISIX' backup
+set D/myapp/database/url db.example.com
+set D/myapp/upstream/app1 "10.0.1.100:80"
+ls -r -p D/myapp
+get --quorum D/myapp/database/url
+-C URL --no-sync set D/skydns/local/domain/h1 '{"host":"10.0.0.5"}'
+set D/lb/http/api.example.com/upstreams/root/path / --ttl 60
+rm --recursive D/kontena/haproxy/lb/services/service-b
+# CoreOS' and other guides
+mkdir D/here/you/go --ttl 120
+updatedir D/here/you/go --ttl 500
+-o json ls D/here/you
+mk D/timedkey "It's going to expire in 30 sec" --ttl 30
+-o extended get D/timedkey
+set D/message "hello, etcd"
+set --swap-with-value "hello, etcd" D/message "goodbye, etcd"
+set D/message again --swap-with-value "hello, etcd"
+mk --in-order D/queue job1
+mk D/queue job2 --in-order
+update D/message turtles --ttl 100
+rm D/here --recursive
+rm D/message --with-value no
+rm D/message --with-value turtles
+setdir D/hosts --ttl 30
+get D/hosts
+rmdir D/hosts
+"""
+
+
+def _ctl_in_front(words):
+    """Return the line with its options, as far as `--`, in front of the arguments."""
+    start = next(n for n, word in enumerate(words) if word in pyetcd_client._COMMANDS) + 1
+    first = next((n for n in range(start, len(words)) if words[n].startswith("-")), len(words))
+    return words[:start] + words[first:] + words[start:first]
+
+
+def test_ctl_lines_of_public_programs_side_by_side(_client_server):
+    """Same exit code, output and errors as etcdctl; a listing in any order."""
+    if shutil.which("etcdctl") is None:
+        pytest.skip("etcdctl is not installed")
+    theirs, ours = _CtlProgram(_client_server, "etcdctl"), _CtlProgram(_client_server, "pyetcdctl")
+    for line in _CTL_PUBLIC.strip().split("\n"):
+        words = shlex.split(line, comments=True)
+        if words:
+            wanted, got = theirs.run_words(_ctl_in_front(words)), ours.run_words(words)
+            if "ls" in words:
+                wanted, got = ([code, sorted(out.split("\n")), err] for code, out, err in (
+                    wanted, got))
+            assert got == wanted, line
+
+
+# -- no word is ignored
+
+
+@pytest.fixture(name="_ctl_seen")
+def _ctl_seen_fixture(monkeypatch):
+    """Every command notes what it was given, and does nothing else."""
+    seen = []
+    for name, command in list(pyetcd_client._COMMANDS.items()):
+        monkeypatch.setitem(pyetcd_client._COMMANDS, name, command._replace(
+            run=lambda run: seen.append(run)))
+    yield seen
+
+
+def _ctl_arguments(name):
+    """Return as many arguments as a command takes, and what stands behind `--`."""
+    if name in ("exec-watch", "completion"):
+        return ["/a"], ["--", "sh", "--bogus"] if name == "exec-watch" else []
+    most = pyetcd_client._COMMANDS[name].words()[1]
+    return ["/a", "b", "c"][:most], []
+
+
+_CTL_SAMPLES = {bool: [], int: ["17"], str: ["text"], float: ["3s"], list: ["text"]}
+_CTL_NAMES = list(pyetcd_client._COMMANDS)
+
+
+@pytest.mark.parametrize("name", _CTL_NAMES)
+def test_ctl_every_option_counts_wherever_it_stands(_ctl_seen, name):
+    """In front of the arguments, behind them, between them: each form, with one dash and two."""
+    command, (arguments, behind) = pyetcd_client._COMMANDS[name], _ctl_arguments(name)
+    for flag, dashes in itertools.product(command.flags, ("-", "--")):
+        option = [dashes + flag.names[-1], *_CTL_SAMPLES[flag.kind]]
+        lines = [[*arguments[:n], *option, *arguments[n:], *behind]
+                 for n in range(len(arguments) + 1)]
+        if option[1:]:
+            lines.append([*arguments, "=".join(option), *behind])
+        for line in lines:
+            assert _client_main(*name.split(), *line) == (0, "", ""), line
+            run = _ctl_seen.pop()
+            assert list(run.options._values) == [flag.names[0]], line
+            assert run.args == arguments + behind[1:]
+            assert run.behind == (behind[1:] or None)
+
+
+@pytest.mark.parametrize("name", _CTL_NAMES)
+def test_ctl_no_command_runs_with_a_word_it_does_not_know(_ctl_seen, name):
+    """An option that is none, wherever it stands; one word too many; a value that cannot be."""
+    command, (arguments, behind) = pyetcd_client._COMMANDS[name], _ctl_arguments(name)
+    for line in ([*arguments, "--bogus", *behind], ["--bogus", *arguments, *behind],
+                 ["-x=1", *arguments, *behind], ["--endpoints", "http://x:1", *arguments, *behind]):
+        if name == "completion":            # behind the first word it is somebody else's line
+            continue
+        code, out, err = _client_main(*name.split(), *line)
+        assert code == (1 if command.own else 0), line
+        assert out.startswith(f"Incorrect Usage.\n\nNAME:\n   pyetcdctl {name} - ")
+        assert err.startswith(f"pyetcdctl {name}: there is no option ") and err.count("\n") == 1
+        assert "stands before the command" in err or "http://x:1" not in line
+    for flag in command.flags:
+        for text in {bool: ["yes"], int: ["x", "1.5", "", "9" * 19], float: ["5", "x"]}.get(
+                flag.kind, []):
+            code, out, err = _client_main(*name.split(), f"--{flag.names[0]}={text}", *arguments)
+            assert code == (1 if command.own else 0) and out.startswith("Incorrect Usage.\n")
+            assert f'{flag.dashed} takes a' in err or f"{flag.dashed} takes true" in err
+            assert f'not "{text}"' in err
+        if flag.kind is not bool:
+            _, out, err = _client_main(*name.split(), *arguments, flag.dashed)
+            assert "needs a value behind it" in err
+    if not behind and command.mixed:
+        for line in ([*arguments, "extra"], [*arguments, "--", "extra"],
+                     ["--", *arguments, "extra"], [*arguments, ""]):
+            code, out, err = _client_main(*name.split(), *line)
+            assert (code, out) == (1, "") and err.count("\n") == 1
+            assert f'"{line[-1]}" is one word too many' in err or (
+                not arguments and err == command.wrong + "\n")
+    assert _ctl_seen == []
+
+
+@pytest.mark.parametrize("name", _CTL_NAMES)
+def test_ctl_every_output_format_is_used_or_refused(_ctl_seen, name):
+    command, (arguments, behind) = pyetcd_client._COMMANDS[name], _ctl_arguments(name)
+    for form in ("simple", "extended", "json", "xml"):
+        code, out, err = _client_main("-o", form, *name.split(), *arguments, *behind)
+        # etcdctl writes, then complains of a format that it does not know.
+        if form in command.formats or (form == "xml" and len(command.formats) == 3):
+            assert (code, out, err) == (0, "", "") and _ctl_seen.pop().output == form
+        else:
+            assert (code, out) == (1, "") and f"--output {form} is not possible here" in err
+    assert _ctl_seen == []
+
+
+@pytest.mark.parametrize("line, status, complaint", [
+    ("set --ttl abc /k v", 0, 'pyetcdctl set: --ttl takes a whole number, not "abc"'),
+    ("set --ttl 5s /k v", 0, 'pyetcdctl set: --ttl takes a whole number, not "5s"; did you mean '
+                             "5?"),
+    ("--timeout 5 get /k", 0, 'pyetcdctl: --timeout takes a time such as 500ms or 1m30s, not "5"; '
+                              "did you mean 5s?"),
+    ("set /k v --tll 5", 0, 'pyetcdctl set: there is no option "--tll"; did you mean --ttl?'),
+    ("set /k -v", 0, 'pyetcdctl set: there is no option "-v" here: -v stands before the command'),
+    ("set /k -x", 0, 'pyetcdctl set: there is no option "-x"; put -- in front of a value that '
+                     "begins with a dash"),
+    ("--ttl 5 set /k v", 0, 'pyetcdctl: there is no option "--ttl" here: --ttl stands behind the '
+                            "command"),
+    ("--endpoint", 0, "pyetcdctl: --endpoint needs a value behind it"),
+    ("-o json --output json get /k", 0, "pyetcdctl: --output and -o are the same"),
+    ("upadte /k v", 0, 'pyetcdctl: there is no command "upadte"; did you mean update?'),
+    ("delete /k", 0, 'pyetcdctl: there is no command "delete"; did you mean rm?'),
+    ("put /k v", 0, 'pyetcdctl: there is no command "put"; did you mean set?'),
+    ("member lst", 0, 'pyetcdctl: there is no command "member lst"; did you mean list?'),
+    ("user delete u", 0, 'pyetcdctl: there is no command "user delete"'),
+    ("member --bogus list", 0, 'pyetcdctl: there is no option "--bogus"'),
+    ("help nonsense", 0, 'pyetcdctl: there is no command "nonsense"'),
+    ("help get put", 1, 'pyetcdctl help: "put" is one word too many'),
+    ("set /k hello world", 1, 'pyetcdctl set: "world" is one word too many (a value with spaces '
+                              "needs quotes); usage: pyetcdctl set [options] <key> [value]"),
+    ("ls / /other", 1, 'pyetcdctl ls: "/other" is one word too many; usage: pyetcdctl ls [options] '
+                       "[key]"),
+    ("rm --with-value= /k", 1, "pyetcdctl: --with-value must not be empty"),
+    ("set --swap-with-value= /k v", 1, "pyetcdctl: --swap-with-value must not be empty"),
+    ("rm /k --with-index 0", 1, "pyetcdctl: --with-index is 1 or more"),
+    ("set /k v --swap-with-index -1", 1, "pyetcdctl: --swap-with-index is 1 or more"),
+    ("watch /k --after-index -2", 1, "pyetcdctl: --after-index is 0 or more"),
+    ("bench --total x", 1, 'pyetcdctl bench: --total takes a whole number, not "x"'),
+    ("bench --total 0", 1, "pyetcdctl: --total is 1 or more"),
+    ("--no-sync bench put --reads 50", 1, "pyetcdctl: --reads has no effect with put"),
+    ("top --interval 0s", 1, "pyetcdctl: --interval is 0.001 or more"),
+    ("tree / --valeus", 1, 'pyetcdctl tree: there is no option "--valeus"; did you mean --values?'),
+    ("import - --hidden /_h", 1, "pyetcdctl: --hidden has no effect without --snap"),
+    ("import --snap f --keep", 1, "pyetcdctl: --keep has no effect with --snap"),
+    ("import --snap f g", 1, 'pyetcdctl import: "g" has no effect with --snap'),
+    ("-o json --no-sync ls / -p", 1, "pyetcdctl: -p has no effect with --output json"),
+    ("--key-file k --no-sync get /k", 1, "pyetcdctl: the key k is of no use without --cert-file"),
+])
+def test_ctl_says_what_is_wrong_with_a_line(line, status, complaint):
+    """On stderr; the exit code is that of etcdctl 2.3.8, and 1 for what only pyetcdctl refuses."""
+    dead = "" if "endpoint" in line else f"--endpoints {_client_dead_url()} "
+    code, out, err = _client_main(*(dead + line).replace("= ", "=").split(" ") if "= " not in line
+                                  else [*dead.split(), *line.split(" ")])
+    assert (code, err) == (status, complaint + "\n")
+    assert not status or out.startswith("Incorrect Usage.") or out == ""
+
+
+def test_ctl_options_behind_arguments_do_what_they_say(_client_server, _client, _client_dir):
+    """The lines that were misread: what they say happens, or nothing does."""
+    run = functools.partial(_client_main, "--endpoints", _client_server.url)
+    key = _client_dir + "/k"
+    for line in (["set", key, "up", "--ttl", "60"], ["set", key, "--ttl", "60", "up"],
+                 ["set", "--ttl=60", key, "up"], ["set", key, "up", "-ttl", "0x3c"]):
+        assert run(*line) == (0, "up\n", "") and 50 < _client.get(key).ttl <= 60, line
+    assert run("rm", key, "--with-value", "x")[0] == 4 and _client.get(key).value == "up"
+    assert run("set", key, "new", "--bogus")[0] == 0 and _client.get(key).value == "up"
+    assert run("set", key, "two", "words")[0] == 1 and _client.get(key).value == "up"
+    assert run("rm", key, key + "2")[0] == 1 and _client.get(key).value == "up"
+    assert run("set", key, "--ttl", "5", stdin=b"text") == (0, "text\n", "")
+    for value, line in (("--ttl", ["--", "--ttl"]), ("-5", ["-5"]), ("-", ["-"]), ("", [""])):
+        assert run("set", key, *line) == (0, value + "\n", "")
+        assert _client.get(key).value == value and _client.get(key).ttl is None
+    _client.set(_client_dir + "/d/e", "1")
+    assert run("ls", _client_dir + "/d", "--recursive", "-p") == (0, _client_dir + "/d/e\n", "")
+    assert run("export", _client_dir + "/d", "--format", "text")[1].endswith("/d/e\t1\n")
+    assert run("bench", "put", "--total", "7")[1].startswith("put: 7 requests")
+    assert run("rm", _client_dir + "/d", "--recursive")[0] == 0
+    assert run("rm", "--recursive", "--with-value", "x", _client_dir)[0] == 4   # not a file
+    assert _client.get(key).value == ""
+
+
+def test_ctl_ttl_of_nothing_or_less_is_for_ever(_client_server, _client, _client_dir):
+    """As in 2.3.8, which leaves it out."""
+    run = functools.partial(_client_main, "--endpoints", _client_server.url)
+    for verb, ttl in itertools.product(("set", "update", "mk", "setdir"), ("-1", "0", "-60")):
+        key = f"{_client_dir}/{verb}{ttl}"
+        if verb == "update":
+            _client.set(key, "x", ttl=100)
+        value = [] if verb == "setdir" else ["v"]
+        assert run(verb, "--ttl", ttl, key, *value)[0] == 0
+        assert _client.get(key).ttl is None
+
+
+def test_ctl_exec_watch_takes_options_on_both_sides(_client_server, _client, _client_dir):
+    """Behind `--` they are the command's."""
+    with _ctl_process(_client_server.url, "exec-watch", _client_dir, "--recursive", "--", "sh",
+                      "-c", "echo $ETCD_WATCH_KEY $1", "sh", "--recursive") as process:
+        eventually(lambda: _client.statistics("store")["watchers"] == 1, what="a watcher")
+        _client.set(_client_dir + "/a", "1")
+        assert _ctl_lines_from(process, 1) == [f"{_client_dir}/a --recursive"]
+        assert _ctl_interrupt(process) == (0, "", "")
+    for line in (["exec-watch", "/k", "surplus", "--", "true"], ["exec-watch", "/k", "--"]):
+        assert _client_main("--endpoints", _client_server.url, *line) == (
+            1, "", "Error:  key and command to exec required\n")
+
+
+@pytest.mark.parametrize("line", ["set KEY", "update KEY", "mk --in-order KEY"])
+def test_ctl_refuses_values_that_would_not_come_back(_client_server, _client, _client_dir, line):
+    """etcd v2 stores text; a zero byte is text, and comes back."""
+    _client.set(_client_dir + "/k", "before")
+    words = [word.replace("KEY", _client_dir + "/k") for word in line.split()]
+    run = functools.partial(_client_main, "--endpoints", _client_server.url)
+    for stdin in (b"a\0\xffb", b"\xff", "ü".encode("latin-1"), b"\xed\xa0\x80"):
+        code, out, err = run(*words, stdin=stdin)
+        assert (code, out) == (1, "") and "the value on stdin is not UTF-8" in err
+    code, out, err = run(*words, "a\udcff")
+    assert (code, out) == (1, "") and 'is not UTF-8' in err and err.count("\n") == 1
+    assert run(words[0], _client_dir + "/\udcff", "v")[0] == 1
+    assert run("rm", "--with-value", "\udcff", _client_dir + "/k")[0] == 1
+    assert _client.get(_client_dir + "/k").value == "before"
+    assert run("set", _client_dir + "/k", stdin="a\0ü".encode())[0] == 0
+    assert _client.get(_client_dir + "/k").value == "a\0ü"
+
+
+# -- which server, and how it is shown
+
+
+def test_ctl_tells_when_another_endpoint_answers(_client_server):
+    """With --no-sync and without; not if it is the first, nor if nobody answers."""
+    dead = _client_dead_url()
+    told = f"pyetcdctl: answered by {_client_server.url}, not by {dead}\n"
+    for line in (["ls", "/"], ["--no-sync", "ls", "/"], ["cluster-health"], ["member", "list"]):
+        for urls, complaint in (([dead, _client_server.url], told),
+                                ([_client_server.url, dead], "")):
+            code, _, err = _client_main("--endpoints", ",".join(urls), *line)
+            assert (code, err) == (0, complaint), line
+    assert "answered by" not in _client_main("--endpoints", f"{dead},{dead}", "ls")[2]
+
+
+def test_ctl_tells_which_option_is_not_used(monkeypatch):
+    """Some variables are stronger than some options in 2.3.8."""
+    with _ClientRawServer(_CLIENT_GOOD) as server:
+        monkeypatch.setenv("ETCDCTL_ENDPOINTS", server.url)
+        assert _client_main("-C", "http://x:1", "--no-sync", "get", "k") == (
+            0, "v\n", "pyetcdctl: --peers is not used: ETCDCTL_ENDPOINTS is stronger\n")
+        assert _client_main("-C", server.url, "--no-sync", "get", "k") == (0, "v\n", "")
+        assert _client_main("--endpoints", server.url, "--endpoint", "http://x:1", "--no-sync",
+                            "get", "k")[2] == (
+            "pyetcdctl: --endpoint is not used: --endpoints is stronger\n")
+
+
+@pytest.mark.parametrize("asked, removed", [
+    ("n0", "a1"), ("a1", "a1"), ("b2", "b2"), ("twin", None), ("nobody", None)])
+def test_ctl_member_remove_takes_an_id_or_a_name(asked, removed):
+    """An id is stronger; a name that two members have is none."""
+    member = {"peerURLs": [_CTL_A], "clientURLs": []}
+    listing = _client_reply({"members": [
+        {"id": id, "name": name, **member} for id, name in (
+            ("a1", "n0"), ("b2", "a1"), ("c3", "twin"), ("d4", "twin"))]})
+    with _ClientRawServer(listing, _CTL_DONE) as server:
+        code, out, err = _client_main(
+            "--no-sync", "--endpoints", server.url, "member", "remove", asked)
+        deleted = [path for method, path, *_ in server.requests if method == "DELETE"]
+    if removed:
+        assert (code, out, err) == (0, f"Removed member {removed} from cluster\n", "")
+        assert deleted == [f"/v2/members/{removed}"]
+    else:
+        assert code == 1 and deleted == [] and ("c3, d4" in err) == (asked == "twin")
+
+
+def test_ctl_json_of_members_users_and_roles(_client_server, _client):
+    run = functools.partial(_client_main, "--endpoints", _client_server.url, "-o", "json")
+    member = json.loads(run("member", "list")[1])["members"][0]
+    assert member["isLeader"] is True and member["clientURLs"] == [_client_server.url]
+    run("user", "add", "x")
+    role = _client_reply({"role": "r", "permissions": {"kv": {"read": ["/a"], "write": []}}})
+    for line, answer, shown in (
+            ("user list", {"users": [{"user": "u", "roles": []}]}, {"users": ["u"]}),
+            ("role list", {"roles": [{"role": "r"}]}, {"roles": ["r"]}),
+            ("user get u", {"user": "u", "roles": ["r"]}, {"user": "u", "roles": ["r"]})):
+        with _ClientRawServer(_client_reply(answer)) as server:
+            code, out, err = _client_main(
+                "--no-sync", "--endpoints", server.url, "-o", "json", *line.split())
+        assert (code, json.loads(out), err) == (0, shown, "")
+    with _ClientRawServer(role) as server:
+        out = _client_main("--no-sync", "--endpoints", server.url, "-o", "json", "role", "get",
+                           "r")[1]
+    assert json.loads(out)["permissions"]["kv"]["read"] == ["/a"]
+
+
+def _ctl_on_a_terminal(url, *words, **environment):
+    """Return what a command prints on a terminal."""
+    controller, terminal = pty.openpty()
+    try:
+        with _ctl_process(url, *words, stdout=terminal, stdin=subprocess.DEVNULL, env={
+                **os.environ, "TERM": "xterm", "NO_COLOR": "", **environment}) as process:
+            assert process.wait(_CLIENT_WAIT_S) == 0
+            assert process.stderr.read() == b""
+        os.close(terminal)
+        terminal, shown = -1, b""
+        with contextlib.suppress(OSError):          # EIO: all was read
+            while True:
+                shown += os.read(controller, 4096)
+        return shown.decode().replace("\r\n", "\n")
+    finally:
+        os.close(controller)
+        if terminal >= 0:
+            os.close(terminal)
+
+
+@pytest.mark.parametrize("line, coloured", [
+    ("ls --sort DIR", "\x1b[1;34mDIR/d\x1b[0m\nDIR/e\\u001b[31m\n"),
+    ("tree --ascii DIR", "DIR/\n|-- \x1b[1;34md\x1b[0m/\n|   `-- x\n`-- e\\u001b[31m\n\n"
+                         "1 directories, 2 keys\n"),
+    ("member list", "\x1b[32mID: name=NAME peerURLs=PEER clientURLs=URL isLeader=true\x1b[0m\n"),
+    ("cluster-health", "member ID is \x1b[32mhealthy\x1b[0m: got healthy result from URL\n"
+                       "cluster is \x1b[32mhealthy\x1b[0m\n"),
+], ids=["ls", "tree", "member-list", "cluster-health"])
+def test_ctl_colours_are_for_terminals(_client_server, _client, _client_dir, line, coloured):
+    """Not with NO_COLOR, not on a dumb terminal, not in a pipe; a key cannot command the terminal.
+    """
+    _client.set(_client_dir + "/d/x", "1"), _client.set(_client_dir + "/e\x1b[31m", "2")
+    member = _client.member_list()[0]
+    for name, text in (("DIR", _client_dir), ("ID", member.id), ("NAME", member.name),
+                       ("PEER", member.peer_urls[0]), ("URL", _client_server.url)):
+        coloured = re.sub(rf"\b{name}\b|(?<=m){name}\b", text, coloured)
+        line = line.replace(name, text)
+    plain = re.sub("\x1b\\[[0-9;]*m", "", coloured)
+    show = functools.partial(_ctl_on_a_terminal, _client_server.url, *line.split())
+    assert (show(), show(NO_COLOR="1"), show(TERM="dumb")) == (coloured, plain, plain)
+    piped = _client_main("--endpoints", _client_server.url, *line.split())[1]
+    assert piped.replace("\x1b", "\\u001b") == plain
+
+
+def test_ctl_members_stand_in_columns_on_a_terminal(monkeypatch):
+    members = {"members": [
+        {"id": "a1", "name": "longer", "peerURLs": [_CTL_A], "clientURLs": [_CTL_A]},
+        {"id": "b2c3", "name": "", "peerURLs": [_CTL_A, _CTL_B], "clientURLs": []},
+        {"id": "d4", "name": "m", "peerURLs": [_CTL_A, _CTL_B], "clientURLs": [_CTL_A]}]}
+    with _CtlAnswering(lambda path: members if path.endswith("members") else {
+            "id": "a1", "name": "longer"}) as server:
+        shown = _ctl_on_a_terminal(server.url, "--no-sync", "member", "list", NO_COLOR="x")
+    lines = shown.splitlines()
+    assert {line.index("peerURLs=") for line in lines} == {lines[0].index("peerURLs=")}
+    assert lines[0].index("clientURLs=") == lines[2].index("clientURLs=")
+
+
+@pytest.mark.parametrize("how", ["-m", "file", "script"])
+def test_ctl_without_requests_says_how_to_get_it(tmp_path, how):
+    """In one line; a program that imports the client gets the ImportError."""
+    (tmp_path / "requests.py").write_text("raise ImportError('No module named requests')\n")
+    (tmp_path / "pyetcdctl").write_text("import pyetcd_client\n")
+    client = Path(pyetcd_client.__file__)
+    arguments = {"-m": ["-m", "pyetcd_client"], "file": [str(client)],
+                 "script": [str(tmp_path / "pyetcdctl")]}[how]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{client.parent}"}
+    done = subprocess.run([sys.executable, *arguments, "ls"], env=environment, capture_output=True,
+                          text=True, timeout=_CLIENT_WAIT_S, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1 and "pip install requests" in done.stderr
+    other = subprocess.run([sys.executable, "-c", "import pyetcd_client"], env=environment,
+                           capture_output=True, text=True, timeout=_CLIENT_WAIT_S, check=False)
+    assert "ImportError: No module named requests" in other.stderr
+
+
 _CTL_A, _CTL_B = "http://127.0.0.1:32001", "http://127.0.0.1:32002"
 _CTL_MEMBERS = _client_reply({"members": [
     {"id": "a1", "name": "n0", "peerURLs": [_CTL_A, _CTL_B], "clientURLs": [_CTL_A]},
@@ -16869,8 +17300,9 @@ def _ctl_process(url, *words, program="pyetcdctl", **options):
     if program == "pyetcdctl":
         command = [sys.executable, str(Path(pyetcd_client.__file__))]
     return subprocess.Popen(
-        [*command, "--endpoints", url, *words], env={**os.environ, "ETCDCTL_API": "2"},
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
+        [*command, "--endpoints", url, *words], **{
+            "env": {**os.environ, "ETCDCTL_API": "2"}, "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE, **options})
 
 
 def _ctl_lines_from(process, count, stream="stdout"):
@@ -17500,7 +17932,28 @@ def test_ctl_bench_prints_rate_and_percentiles(_client_server, _client, kind):
     assert re.fullmatch(
         rf"{kind}: 60 requests, values of 10 bytes, 3 connections, \d+\.\d\d s: [\d,]+ per second\n"
         r"milliseconds: p50 [\d.]+, p90 [\d.]+, p99 [\d.]+, p99.9 [\d.]+, max [\d.]+\n", out)
-    assert {node.key for node in _client.get("/").nodes} - before <= {"/ctl-bench"}
+    assert {node.key for node in _client.get("/").nodes} == before
+
+
+def test_ctl_bench_leaves_what_was_there(_client_server, _client, _client_dir):
+    """It removes the directories that it made, and no other; those of one that was killed."""
+    run = functools.partial(
+        _client_main, "--endpoints", _client_server.url, "bench", "--total", "3")
+    _client.mkdir(_client_dir + "/mine")
+    assert run("--prefix", _client_dir + "/mine/a/b/c")[0] == 0
+    assert run("--prefix", _client_dir + "/mine")[0] == 0
+    assert [node.key for node in _client.ls(_client_dir, recursive=True)] == [_client_dir + "/mine"]
+    _client.set("/pyetcd-bench/other/0001", "x")
+    assert run()[0] == 0 and len(_client.ls("/pyetcd-bench")) == 1      # another one runs
+    _client.delete("/pyetcd-bench/other", recursive=True)
+    assert run()[0] == 0 and "/pyetcd-bench" not in [node.key for node in _client.ls("/")]
+
+
+def test_ctl_bench_says_what_it_could_not_remove():
+    refusal = _client_reply({"errorCode": 110, "message": "no", "cause": "x", "index": 1}, 401)
+    with _ClientRawServer(refusal) as server:
+        _, _, err = _client_main("--no-sync", "--endpoints", server.url, "bench", "--total", "1")
+    assert re.search(r"^pyetcdctl bench: /pyetcd-bench/\w+ is still there: 110: no", err)
 
 
 def test_ctl_bench_counts_failures():
@@ -17524,7 +17977,7 @@ def test_ctl_bench_counts_failures():
     (["--endpoints", ""], []), (["completion", ""], ["bash", "zsh", "fish"]),
     (["set", "--bogus", "x"], []),
     (["ls", "--sort", "-"], ["--sort", "--recursive", "-p", "--quorum"]),
-    (["get", "/x", "/y"], []),
+    (["get", "/x", "/y"], []), (["ls", "/x", "--so"], ["--sort"]), (["set", "/x", "--ttl", ""], []),
 ])
 def test_ctl_completion_knows_the_table_of_commands(words, expected):
     code, out, _ = _client_main("--endpoints", _client_dead_url(), "completion", "words", *words)
@@ -17592,7 +18045,7 @@ def test_ctl_every_command_has_help():
     """From the table: usage, and a line for every option."""
     for name, command in pyetcd_client._COMMANDS.items():
         code, out, err = _client_main("help", *name.split())
-        assert (code, err) == (0, "") and f"USAGE:\n   etcdctl {command.usage}\n" in out
+        assert (code, err) == (0, "") and f"USAGE:\n   pyetcdctl {command.usage}\n" in out
         assert all(f"--{flag.names[0]}" in out or f"-{flag.names[0]}" in out
                    for flag in command.flags)
         assert command.help in _client_main("help", *name.split()[:-1])[1] or name not in (
