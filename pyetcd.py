@@ -9618,6 +9618,8 @@ class Transport:
         theirs = head.headers.get("x-etcd-cluster-id", "")
         if theirs != self._cluster_id or self._is_removed(sender) or self._stopped:
             return 0
+        if _compatibility_error(head.headers):
+            return 0
         is_known = sender in self._peers or sender in self._remotes
         return PEER_BODY_BYTES_MAX if is_known else _STRANGER_BODY_BYTES_MAX
 

@@ -18649,6 +18649,8 @@ class _DoorMember:
         assert self.post(Message(
             MsgType.HEARTBEAT, to=self.id, sender=self.peer, term=state.term + 1)) == 204
         assert self.state().lead == self.peer
+        eventually(lambda: self.server.call(
+            lambda etcd: not etcd.journal.busy and not etcd.node.has_ready()))
 
     def state(self) -> Any:
         return self.server.call(lambda etcd: etcd.node.status())
@@ -18970,8 +18972,8 @@ def test_link_sliced_work_shares_a_turn(link_net: _LinkNet) -> None:
     for _ in range(20):
         link_net.reactor._turn([])
     per_turn = collections.Counter(at for at, _ in log)
-    assert sorted(done) == [0, 1, 2, 3] and max(per_turn.values()) == 2 and len(log) == 12
-    assert [name for _, name in log[:4]] != [0, 0, 0, 1]
+    assert sorted(done) == [0, 1, 2, 3] and max(per_turn.values()) <= 3 and len(log) == 12
+    assert {name for _, name in log[2:6]} == {0, 1, 2, 3}
 
 
 # -- one link, in virtual time -----------------------------------------------
