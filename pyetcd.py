@@ -1529,7 +1529,7 @@ STEP_BYTES = 1 << 18                # ... or as much data, or more with the last
 def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
     entries: List[Entry] = []
     values: Dict[str, Any] = {"type": 0}
-    work = 0
+    others = work = 0
     for number, wire_type, value in decode_fields(data, MESSAGE_ENTRIES_MAX + FIELDS_MAX):
         if number == 7:
             _want(wire_type, 2, "Message")
@@ -1539,6 +1539,9 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
                 work = 0
                 yield
             continue
+        others += 1
+        if others > FIELDS_MAX:
+            raise CodecError(f"more than {FIELDS_MAX} fields that are no entries")
         known = _MESSAGE.get(number)
         if known is not None:
             name, expected, convert = known
@@ -14636,10 +14639,12 @@ class Discovery:
     def _wait_others(self, state: RegistryState) -> List[Registration]:
         """Watch until `size` members are there.
 
-        A registry that ends a wait at once, or tells old news, is asked less and less often.
+        A registry that ends waits at once, or tells old news, is asked less and less often; once
+        may be the doing of a proxy in between.
         """
         members, index = list(state.members), state.etcd_index
-        announced, pause = -1, Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
+        announced, idle = -1, 0         # idle: waits in a row that told nothing
+        pause = Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
         while len(members) < state.size:
             if announced != len(members):
                 announced = len(members)
@@ -14649,9 +14654,11 @@ class Discovery:
             body = self._next_event(index + 1)
             node = self._node(body) if body is not None else {}
             before, index = index, max(index, int(node.get("modifiedIndex", index)))
+            idle += 1
             if index > before or time.monotonic() - asked > DISCOVERY_ANSWER_SECONDS:
+                idle = 0
                 pause.reset()
-            else:
+            elif idle > 1:
                 self._sleep(pause.next())
             if body is None:
                 continue
