@@ -9394,7 +9394,7 @@ class Remote:
 # ============================================================================
 # 22. Peer transport -- all links, and raft's part of the peer listener
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4 and 15-21.  Hands every message to a callable.
+# Knows: sections 1-4, 10, 13-21.  Hands every message to a callable.
 # ============================================================================
 
 REMOTES_MAX = 256                   # members remembered that are no peers; above: ignored
@@ -9423,6 +9423,41 @@ class Door:
     def read_state(self, data: bytes) -> Any:
         """Return what the store makes of a snapshot's data.  Raises ValueError.  Thread: any."""
         return None
+
+
+class MemberDoor(Door):
+    """Where a message ends that would be fatal when it is applied, or make our log unreadable."""
+
+    def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
+        self._cluster = cluster
+        self._fault = fault             # of Raft's rules alone
+
+    def inspect(self, message: Message) -> Generator[None, None, str]:
+        """Say, in steps, why `message` must not be stepped; "": it may."""
+        if message.type == MsgType.PROP and message.sender not in self._cluster.members:
+            return "its sender is no member, and may propose nothing"
+        if message.type == MsgType.SNAP and not (message.snapshot and message.snapshot.state):
+            return "nobody has read the snapshot in it"
+        fault, work = self._fault(message), 0
+        if fault or message.type not in (MsgType.APP, MsgType.PROP):
+            return fault
+        for entry in message.entries:
+            try:
+                check_entry(entry)
+            except CodecError as error:
+                return str(error)
+            work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
+            if work > STEP_BYTES:
+                work = 0
+                yield
+        return ""
+
+    def read_state(self, data: bytes) -> StoreState:
+        """Return the state in a snapshot.  Raises ValueError if we cannot become it."""
+        state = StoreState.read(data)
+        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
+            raise ValueError(f"cluster version {state.version} is newer than this program")
+        return state
 
 
 class Transport:
@@ -11199,40 +11234,6 @@ class CommitNews:
         self._node.tell_commit()
 
 
-class MemberDoor(Door):
-    """Where a message ends that would be fatal when it is applied, or make our log unreadable."""
-
-    def __init__(self, etcd: EtcdServer) -> None:
-        self._etcd = etcd
-
-    def inspect(self, message: Message) -> Generator[None, None, str]:
-        """Say, in steps, why `message` must not be stepped; "": it may."""
-        if message.type == MsgType.PROP and message.sender not in self._etcd.cluster.members:
-            return "its sender is no member, and may propose nothing"
-        if message.type == MsgType.SNAP and not (message.snapshot and message.snapshot.state):
-            return "nobody has read the snapshot in it"
-        fault, work = self._etcd.node.fault(message), 0
-        if fault or message.type not in (MsgType.APP, MsgType.PROP):
-            return fault
-        for entry in message.entries:
-            try:
-                check_entry(entry)
-            except CodecError as error:
-                return str(error)
-            work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
-            if work > STEP_BYTES:
-                work = 0
-                yield
-        return ""
-
-    def read_state(self, data: bytes) -> StoreState:
-        """Return the state in a snapshot.  Raises ValueError if we cannot become it."""
-        state = StoreState.read(data)
-        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
-            raise ValueError(f"cluster version {state.version} is newer than this program")
-        return state
-
-
 class EtcdServer:
     """One member.  Owns the Raft node, the log on disk and what is applied; knows no HTTP.
 
@@ -11279,7 +11280,7 @@ class EtcdServer:
             unreachable=lambda to: self.node.report_unreachable(to),
             snapshot_done=lambda to, ok: self.node.report_snapshot(to, ok),
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
-            tls=boot.peer_tls, door=MemberDoor(self),
+            tls=boot.peer_tls, door=MemberDoor(self.cluster, lambda m: self.node.fault(m)),
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
@@ -11406,8 +11407,7 @@ class EtcdServer:
         elif request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
-            if not encoded:
-                request = request.as_unicode()
+            request = request if encoded else request.as_unicode()
             data = encoded or encode_request(request)
             self._queue.append(Entry(0, 0, 0, data, request))
 
@@ -11674,10 +11674,7 @@ class EtcdServer:
         """A snapshot of the leader is durable here: the store becomes what it says."""
         log = package_logger("etcdserver")
         self.snapshots.received(snapshot.index)
-        if snapshot.state is None:
-            self.store.recover(snapshot.data)
-        else:
-            self.store.become(snapshot.state)
+        self.store.become(snapshot.state or StoreState.read(snapshot.data))
         self.cluster.recover()
         self.applier.auth_changes += 1
         log.info("recovered from incoming snapshot at index %d", snapshot.index)

@@ -23214,7 +23214,7 @@ def fuzz_peer_door(data):
     cluster.members = {2: pyetcd.Member(2, ("http://127.0.0.1:1",))}
     node = RawNode(pyetcd.RaftConfig(id=1, rng=random.Random(1), trace=lambda text: None),
                    snapshot=pyetcd.Snapshot(b"", (1, 2), 1, 1))
-    door = pyetcd.MemberDoor(types.SimpleNamespace(cluster=cluster, node=node))
+    door = pyetcd.MemberDoor(cluster, node.fault)
     applier = Applier(store, cluster, 1, clock=lambda: 1)
     at = 0
     while at < len(data):
