@@ -214,6 +214,7 @@ REQUEST_BODY_BYTES_MAX = 10 << 20   # one byte more: error 210 if it is a form, 
 CHUNKS_MAX = 65_536                 # of one request body; above: as if the body were too large
 PEER_BODY_BYTES_MAX = 512 << 20     # a snapshot of a peer; above: 413, close
 RAFT_BODY_BYTES_MAX = 16 << 20      # any other message of a peer; above: 413, close
+CALL_BODY_BYTES_MAX = 4 << 20       # kept of what a registry or member answers us; then: cut
 PEER_BODIES_BYTES_MAX = 64 << 20    # of all messages that peers are sending; above: 503, close
 MESSAGE_ENTRIES_MAX = 1 << 15       # in one message of a peer; above: refused
 FIELDS_MAX = 512                    # of a protobuf message, entries not counted; above: refused
@@ -8794,11 +8795,12 @@ DOUBLE_HINT = (
 
 
 class Answer:
-    """What is worth keeping of the answer to an HttpCall."""
+    """What is worth keeping of the answer to an HttpCall: body_max bytes, and no more."""
 
-    __slots__ = ("status", "headers", "body")
+    __slots__ = ("status", "headers", "body", "_body_max")
 
-    def __init__(self) -> None:
+    def __init__(self, body_max: int = ANSWER_BYTES_MAX) -> None:
+        self._body_max = body_max
         self.status = 0
         self.headers: Dict[str, str] = {}
         self.body = b""
@@ -8809,7 +8811,8 @@ class Answer:
 
     def take_data(self, data: bytes) -> None:
         """For on_data."""
-        self.body += data[:ANSWER_BYTES_MAX - len(self.body)]
+        if len(self.body) < self._body_max:
+            self.body += data[:self._body_max - len(self.body)]
 
     def refusal(self, context: LinkContext, member_id: int) -> str:
         """Why the peer refused a request of ours; what an operator must change is logged."""
@@ -11105,17 +11108,17 @@ class VersionMonitor:
         self._decide()
 
     def _ask(self, member: Member) -> None:
-        body: List[bytes] = []
+        answer = Answer()
 
         def done(error: Optional[Exception]) -> None:
-            version = _server_version(b"".join(body))
+            version = _server_version(answer.body)
             if error is None and version:
                 self._versions[member.id] = version
             self._decide()
 
         self._calls.append(HttpCall(
             self._reactor, member.peer_urls[0], "GET", "/version", {}, connect_timeout_s=1.0,
-            idle_timeout_s=2.0, tls=self._tls, on_data=body.append, on_done=done,
+            idle_timeout_s=2.0, tls=self._tls, on_data=answer.take_data, on_done=done,
         ))
 
     def _decide(self) -> None:
@@ -14492,7 +14495,7 @@ def blocking_get(
     try:
         connection.request("GET", target)
         response = connection.getresponse()
-        return response.status, response.headers, response.read()
+        return response.status, response.headers, response.read(CALL_BODY_BYTES_MAX)
     finally:
         connection.close()
 
@@ -14745,7 +14748,7 @@ class Discovery:
             headers = {"Content-Type": "application/x-www-form-urlencoded"} if form else {}
             connection.request(method, target, form or None, headers)
             response = connection.getresponse()
-            return response.status, response.headers, response.read()
+            return response.status, response.headers, response.read(CALL_BODY_BYTES_MAX)
         except (OSError, http.client.HTTPException) as error:
             where = self._proxy or f"{parts.scheme}://{parts.netloc}"
             raise DiscoveryUnreachable(f"{method} {url}: {where}: {_reason(error)}") from None
@@ -15766,17 +15769,17 @@ class FirstLife:
         etcd.reactor.call_later(self._backoff.next(), self._ask)
 
     def _ask_one(self, member: Member, url: str) -> None:
-        body: List[bytes] = []
+        answer = Answer(CALL_BODY_BYTES_MAX)
 
         def done(error: Optional[Exception]) -> None:
             del self._asked[member.id]
             if error is None:
-                self._answered(member.id, b"".join(body))
+                self._answered(member.id, answer.body)
 
         self._asked[member.id] = HttpCall(
             self._etcd.reactor, url, "GET", "/members", {},
             connect_timeout_s=PROBE_ANSWER_SECONDS, idle_timeout_s=JOIN_ANSWER_SECONDS,
-            tls=self._tls, on_data=body.append, on_done=done,
+            tls=self._tls, on_data=answer.take_data, on_done=done,
         )
 
     def _answered(self, member_id: int, body: bytes) -> None:
