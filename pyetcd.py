@@ -220,6 +220,7 @@ REQUEST_BODY_BYTES_MAX = 10 << 20   # one byte more: error 210 if it is a form, 
 CHUNKS_MAX = 65_536                 # of one request body; above: as if the body were too large
 PEER_BODY_BYTES_MAX = 512 << 20     # a snapshot of a peer; above: 413, close
 RAFT_BODY_BYTES_MAX = 16 << 20      # any other message of a peer; above: 413, close
+CALL_BODY_BYTES_MAX = 4 << 20       # kept of what a registry or member answers us; then: cut
 PEER_BODIES_BYTES_MAX = 64 << 20    # of all messages that peers are sending; above: 503, close
 MESSAGE_ENTRIES_MAX = 1 << 15       # in one message of a peer; above: refused
 FIELDS_MAX = 512                    # of a protobuf message, entries not counted; above: refused
@@ -1697,7 +1698,7 @@ STEP_BYTES = 1 << 18                # ... or as much data, or more with the last
 def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
     entries: List[Entry] = []
     values: Dict[str, Any] = {"type": 0}
-    work = 0
+    others = work = 0
     for number, wire_type, value in decode_fields(data, MESSAGE_ENTRIES_MAX + FIELDS_MAX):
         if number == 7:
             _want(wire_type, 2, "Message")
@@ -1707,6 +1708,9 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
                 work = 0
                 yield
             continue
+        others += 1
+        if others > FIELDS_MAX:
+            raise CodecError(f"more than {FIELDS_MAX} fields that are no entries")
         known = _MESSAGE.get(number)
         if known is not None:
             name, expected, convert = known
@@ -8014,13 +8018,13 @@ class Connection:
         left = size - self._body_bytes
         piece = bytes(self._in[:left])
         del self._in[:left]
-        if not self._keep(piece):
+        if piece and not self._keep(piece):
             self._refuse_body()
             return None
         return self._join() if self._body_bytes == size else None
 
     def _keep(self, piece: bytes) -> bool:
-        """Keep a piece of a body; False if there is no room."""
+        """Keep a piece of a body, not empty; False if there is no room."""
         self._body_bytes += len(piece)
         if self._file is not None:
             return _write_all(self._file, (piece,))
@@ -8033,7 +8037,7 @@ class Connection:
 
     def _spool(self) -> bool:
         """From here on the body goes to a file; False if that cannot be."""
-        file = self._listener.open_spool(self._body[0])
+        file = self._listener.open_spool(b"".join(self._body[:16])[:16])
         if file is None or not _write_all(file, self._body):
             return False
         self._listener.held_bytes -= self._body_bytes
@@ -8362,7 +8366,7 @@ class Listener(http.server.HTTPServer):
     Bound at construction (OSError if the port is taken), accepting after start().  handler gets
     every complete request.  body_max in bytes: larger bodies arrive as body_too_large.
     body_limit(head) may allow less.  memory_max: from there on a body goes to the file that
-    open_spool(its first piece) returns, if any, else it is too large.  held_max: of all bodies in
+    open_spool(its first bytes) returns, if any, else it is too large.  held_max: of all bodies in
     memory together.  tls for an https URL; what is no TLS gets a sentence in plain HTTP.
     patient: these are clients, who share a part of each turn; members never wait for them.
     """
@@ -9334,11 +9338,12 @@ DOUBLE_HINT = (
 
 
 class Answer:
-    """What is worth keeping of the answer to an HttpCall."""
+    """What is worth keeping of the answer to an HttpCall: body_max bytes, and no more."""
 
-    __slots__ = ("status", "headers", "body")
+    __slots__ = ("status", "headers", "body", "_body_max")
 
-    def __init__(self) -> None:
+    def __init__(self, body_max: int = ANSWER_BYTES_MAX) -> None:
+        self._body_max = body_max
         self.status = 0
         self.headers: Dict[str, str] = {}
         self.body = b""
@@ -9349,7 +9354,8 @@ class Answer:
 
     def take_data(self, data: bytes) -> None:
         """For on_data."""
-        self.body += data[:ANSWER_BYTES_MAX - len(self.body)]
+        if len(self.body) < self._body_max:
+            self.body += data[:self._body_max - len(self.body)]
 
     def refusal(self, context: LinkContext, member_id: int) -> str:
         """Why the peer refused a request of ours; what an operator must change is logged."""
@@ -9934,7 +9940,7 @@ class Remote:
 # ============================================================================
 # 22. Peer transport -- all links, and raft's part of the peer listener
 # ----------------------------------------------------------------------------
-# Knows: sections 1-4 and 15-21.  Hands every message to a callable.
+# Knows: sections 1-4, 10, 13-21.  Hands every message to a callable.
 # ============================================================================
 
 REMOTES_MAX = 256                   # members remembered that are no peers; above: ignored
@@ -9963,6 +9969,41 @@ class Door:
     def read_state(self, data: bytes) -> Any:
         """Return what the store makes of a snapshot's data.  Raises ValueError.  Thread: any."""
         return None
+
+
+class MemberDoor(Door):
+    """Where a message ends that would be fatal when it is applied, or make our log unreadable."""
+
+    def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
+        self._cluster = cluster
+        self._fault = fault             # of Raft's rules alone
+
+    def inspect(self, message: Message) -> Generator[None, None, str]:
+        """Say, in steps, why `message` must not be stepped; "": it may."""
+        if message.type == MsgType.PROP and message.sender not in self._cluster.members:
+            return "its sender is no member, and may propose nothing"
+        if message.type == MsgType.SNAP and not (message.snapshot and message.snapshot.state):
+            return "nobody has read the snapshot in it"
+        fault, work = self._fault(message), 0
+        if fault or message.type not in (MsgType.APP, MsgType.PROP):
+            return fault
+        for entry in message.entries:
+            try:
+                check_entry(entry)
+            except CodecError as error:
+                return str(error)
+            work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
+            if work > STEP_BYTES:
+                work = 0
+                yield
+        return ""
+
+    def read_state(self, data: bytes) -> StoreState:
+        """Return the state in a snapshot.  Raises ValueError if we cannot become it."""
+        state = StoreState.read(data)
+        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
+            raise ValueError(f"cluster version {state.version} is newer than this program")
+        return state
 
 
 class Transport:
@@ -10160,6 +10201,8 @@ class Transport:
         sender = _parse_id(head.headers.get("x-server-from", "")) or 0
         theirs = head.headers.get("x-etcd-cluster-id", "")
         if theirs != self._cluster_id or self._is_removed(sender) or self._stopped:
+            return 0
+        if _compatibility_error(head.headers):
             return 0
         is_known = sender in self._peers or sender in self._remotes
         return PEER_BODY_BYTES_MAX if is_known else _STRANGER_BODY_BYTES_MAX
@@ -11618,17 +11661,17 @@ class VersionMonitor:
         self._decide()
 
     def _ask(self, member: Member, url: str) -> None:
-        body: List[bytes] = []
+        answer = Answer()
 
         def done(error: Optional[Exception]) -> None:
-            version = _server_version(b"".join(body))
+            version = _server_version(answer.body)
             if error is None and version:
                 self._versions[member.id] = version
             self._decide()
 
         self._calls.append(HttpCall(
             self._reactor, url, "GET", "/version", {}, connect_timeout_s=1.0,
-            idle_timeout_s=2.0, tls=self._tls, on_data=body.append, on_done=done,
+            idle_timeout_s=2.0, tls=self._tls, on_data=answer.take_data, on_done=done,
         ))
 
     def _decide(self) -> None:
@@ -11747,40 +11790,6 @@ class CommitNews:
         self._node.tell_commit()
 
 
-class MemberDoor(Door):
-    """Where a message ends that would be fatal when it is applied, or make our log unreadable."""
-
-    def __init__(self, etcd: EtcdServer) -> None:
-        self._etcd = etcd
-
-    def inspect(self, message: Message) -> Generator[None, None, str]:
-        """Say, in steps, why `message` must not be stepped; "": it may."""
-        if message.type == MsgType.PROP and message.sender not in self._etcd.cluster.members:
-            return "its sender is no member, and may propose nothing"
-        if message.type == MsgType.SNAP and not (message.snapshot and message.snapshot.state):
-            return "nobody has read the snapshot in it"
-        fault, work = self._etcd.node.fault(message), 0
-        if fault or message.type not in (MsgType.APP, MsgType.PROP):
-            return fault
-        for entry in message.entries:
-            try:
-                check_entry(entry)
-            except CodecError as error:
-                return str(error)
-            work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
-            if work > STEP_BYTES:
-                work = 0
-                yield
-        return ""
-
-    def read_state(self, data: bytes) -> StoreState:
-        """Return the state in a snapshot.  Raises ValueError if we cannot become it."""
-        state = StoreState.read(data)
-        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
-            raise ValueError(f"cluster version {state.version} is newer than this program")
-        return state
-
-
 class EtcdServer:
     """One member.  Owns the Raft node, the log on disk and what is applied; knows no HTTP.
 
@@ -11827,7 +11836,7 @@ class EtcdServer:
             unreachable=lambda to: self.node.report_unreachable(to),
             snapshot_done=lambda to, ok: self.node.report_snapshot(to, ok),
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
-            tls=boot.peer_tls, door=MemberDoor(self),
+            tls=boot.peer_tls, door=MemberDoor(self.cluster, lambda m: self.node.fault(m)),
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
@@ -11954,8 +11963,7 @@ class EtcdServer:
         elif request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
-            if not encoded:
-                request = request.as_unicode()
+            request = request if encoded else request.as_unicode()
             data = encoded or encode_request(request)
             self._queue.append(Entry(0, 0, 0, data, request))
 
@@ -12227,10 +12235,7 @@ class EtcdServer:
         """A snapshot of the leader is durable here: the store becomes what it says."""
         log = package_logger("etcdserver")
         self.snapshots.received(snapshot.index)
-        if snapshot.state is None:
-            self.store.recover(snapshot.data)
-        else:
-            self.store.become(snapshot.state)
+        self.store.become(snapshot.state or StoreState.read(snapshot.data))
         self.cluster.recover()
         self.applier.auth_changes += 1
         log.info("recovered from incoming snapshot at index %d", snapshot.index)
@@ -15151,7 +15156,7 @@ def blocking_get(
     try:
         connection.request("GET", target)
         response = connection.getresponse()
-        return response.status, response.headers, response.read()
+        return response.status, response.headers, response.read(CALL_BODY_BYTES_MAX)
     finally:
         connection.close()
 
@@ -15325,10 +15330,12 @@ class Discovery:
     def _wait_others(self, state: RegistryState) -> List[Registration]:
         """Watch until `size` members are there.
 
-        A registry that ends a wait at once, or tells old news, is asked less and less often.
+        A registry that ends waits at once, or tells old news, is asked less and less often; once
+        may be the doing of a proxy in between.
         """
         members, index = list(state.members), state.etcd_index
-        announced, pause = -1, Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
+        announced, idle = -1, 0         # idle: waits in a row that told nothing
+        pause = Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
         while len(members) < state.size:
             if announced != len(members):
                 announced = len(members)
@@ -15338,9 +15345,11 @@ class Discovery:
             body = self._next_event(index + 1)
             node = self._node(body) if body is not None else {}
             before, index = index, max(index, int(node.get("modifiedIndex", index)))
+            idle += 1
             if index > before or time.monotonic() - asked > DISCOVERY_ANSWER_SECONDS:
+                idle = 0
                 pause.reset()
-            else:
+            elif idle > 1:
                 self._sleep(pause.next())
             if body is None:
                 continue
@@ -15432,7 +15441,7 @@ class Discovery:
             headers = {"Content-Type": "application/x-www-form-urlencoded"} if form else {}
             connection.request(method, target, form or None, headers)
             response = connection.getresponse()
-            return response.status, response.headers, response.read()
+            return response.status, response.headers, response.read(CALL_BODY_BYTES_MAX)
         except (OSError, http.client.HTTPException) as error:
             where = self._proxy or f"{parts.scheme}://{parts.netloc}"
             raise DiscoveryUnreachable(f"{method} {url}: {where}: {_reason(error)}") from None
@@ -15982,6 +15991,11 @@ def _check_log_is_not_missing(data_dir: DataDir) -> None:
             f" none; leave -wal-dir out, or stop the member and move the log there"
         )
     Snapshotter(data_dir.snap).check_log(data_dir.wal, ())
+    if any(name.endswith(".snap") for name in os.listdir(data_dir.snap)):
+        raise StartError(
+            f"{data_dir.snap} holds snapshots of a member, but {data_dir.wal} holds no log; name"
+            f" the log's directory with -wal-dir, or make a new cluster with `pyetcd restore`"
+        )
 
 
 def _forget_member_dir(data_dir: DataDir) -> None:
@@ -16608,17 +16622,17 @@ class FirstLife:
         etcd.reactor.call_later(self._backoff.next(), self._ask)
 
     def _ask_one(self, member: Member, url: str) -> None:
-        body: List[bytes] = []
+        answer = Answer(CALL_BODY_BYTES_MAX)
 
         def done(error: Optional[Exception]) -> None:
             del self._asked[member.id]
             if error is None:
-                self._answered(member.id, b"".join(body))
+                self._answered(member.id, answer.body)
 
         self._asked[member.id] = HttpCall(
             self._etcd.reactor, url, "GET", "/members", {},
             connect_timeout_s=PROBE_ANSWER_SECONDS, idle_timeout_s=JOIN_ANSWER_SECONDS,
-            tls=self._tls, on_data=body.append, on_done=done,
+            tls=self._tls, on_data=answer.take_data, on_done=done,
         )
 
     def _answered(self, member_id: int, body: bytes) -> None:
