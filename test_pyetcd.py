@@ -22754,25 +22754,143 @@ def test_flags_member_that_lost_its_data_directory_says_what_to_do(
         assert cluster.members[0].put("a", "1")[0] == 201
 
 
-@pytest.mark.parametrize("relative", [True, False])
-def test_flags_the_program_runs_in_a_fresh_image(tmp_path, relative):
-    """However its path was written: half the memory stays behind with the compiler."""
+# -- the fresh image, by which the program gives the compiler's memory back ------------
+
+
+_IMAGE_PROBE = """
+import json, os, sys, warnings
+with open("/proc/self/cmdline", "rb") as file:
+    words = file.read().decode().split("\\0")[:-1]
+with open("/proc/self/comm") as file:
+    name = file.read()
+print(json.dumps({
+    "is_fresh": "_PAST_IMAGE" in globals(), "words": words, "name": name, "argv": sys.argv,
+    "orig_argv": getattr(sys, "orig_argv", words), "path": sys.path, "file": __file__,
+    "flags": str(sys.flags), "executable": sys.executable, "main": __name__, "pid": os.getpid(),
+    "open": [os.readlink("/proc/self/fd/" + fd) for fd in os.listdir("/proc/self/fd")
+             if os.path.exists("/proc/self/fd/" + fd)],
+}))
+sys.exit(7)
+"""
+
+
+def _image_run(words, directory, *, script="pyetcd.py", before=None, **options):
+    """Run a script that begins as pyetcd.py does, and then tells what it sees."""
+    source = Path(pyetcd.__file__).read_text()
+    head = source[:source.index("import base64\n")].replace('"""pyetcd:', before or '"""pyetcd:', 1)
+    (directory / Path(script).name).write_text(head + _IMAGE_PROBE)
+    done = subprocess.run(words, cwd=directory, capture_output=True, text=True, timeout=60,
+                          check=False, **options)
+    assert done.returncode == 7, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.parametrize("options, script", [
+    ([], "pyetcd.py"), (["-I"], "./pyetcd.py"), (["-X", "dev"], "absolute"), (["-P"], "pyetcd.py"),
+    (["-Xdev", "-W", "error", "-bb", "-Es"], "p.py"), (["-O"], "\u00e9/p.py"),
+])
+def test_image_is_as_if_the_file_had_been_run(tmp_path, options, script):
+    """Same words for `ps` and `pgrep -f`, same sys.path, flags and name; nothing on stderr."""
     if not hasattr(os, "memfd_create"):
         pytest.skip("this system has no memfd_create")
+    if options == ["-P"] and sys.version_info < (3, 11):
+        pytest.skip("this Python has no -P")
+    directory = tmp_path / "\u00e9" if "\u00e9" in script else tmp_path
+    directory.mkdir(exist_ok=True)
+    path = str(tmp_path / "pyetcd.py") if script == "absolute" else Path(script).name
+    words = [sys.executable, *options, path, "-name", "x y", "", "z"]
+    seen, errors = _image_run(words, directory, script=path)
+    (directory / "plain.py").write_text(_IMAGE_PROBE)
+    plain_words = [sys.executable, *options, "plain.py", *words[-4:]]
+    plain = json.loads(subprocess.run(plain_words, cwd=directory, capture_output=True, text=True,
+                                      check=False).stdout)
+    assert seen["is_fresh"] and seen["main"] == "__main__"
+    assert seen["words"][:len(words)] == words and not any(seen["words"][len(words):])
+    assert seen["argv"] == words[len(options) + 1:]
+    if sys.version_info >= (3, 10):
+        assert seen["orig_argv"] == words
+    assert seen["file"] == str(directory / Path(path).name)
+    for same in ("name", "path", "flags", "executable"):
+        assert seen[same] == plain[same], same
+    assert not [name for name in seen["open"] if "memfd" in name]
+    assert errors == ""
+
+
+def test_image_is_left_out_where_it_cannot_be(tmp_path):
+    """Debuggers, modules that run the file, system calls and files that are not there."""
+    forbid = "import os\ndef no(*args):\n    raise OSError('no')\n"
+    for before in ("os.execv = no", "os.memfd_create = no", "del os.memfd_create",
+                   "os.readlink, real = lambda path: '/lib/ld-linux.so', os.readlink",
+                   "import sys; sys.settrace(lambda *args: None)",
+                   "import builtins; real = open; builtins.open = lambda name, *a, **o: "
+                   "no() if name == '/proc/self/mem' else real(name, *a, **o)"):
+        # Before the first statement of the file, as a .pth file could have it.
+        (tmp_path / "sitecustomize.py").write_text(forbid + before + "\n")
+        seen, errors = _image_run([sys.executable, "pyetcd.py", "x"], tmp_path,
+                                  env={**os.environ, "PYTHONPATH": str(tmp_path)})
+        assert not seen["is_fresh"] and seen["argv"] == ["pyetcd.py", "x"], before
+        assert errors == ""
+    (tmp_path / "sitecustomize.py").unlink()
+    by_runpy = "import runpy; runpy.run_path('pyetcd.py', run_name='__main__')"
+    for options in (["-m", "pyetcd"], ["-c", by_runpy], ["-m", "cProfile", "pyetcd.py"]):
+        done = subprocess.run([sys.executable, *options], cwd=tmp_path, capture_output=True,
+                              text=True, check=False)
+        assert '"is_fresh": false' in done.stdout, (options, done.stderr)
+    with open(tmp_path / "pyetcd.py", "rb") as script:
+        done = subprocess.run([sys.executable, "-"], stdin=script, capture_output=True, text=True,
+                              check=False)
+    assert json.loads(done.stdout)["argv"] == ["-"]
+
+
+def test_image_runs_under_another_name(tmp_path):
+    """`exec -a etcd python pyetcd.py`: Python then does not know where its program is."""
+    words = ["no-such-program", "pyetcd.py", "x"]
+    seen, _ = _image_run(words, tmp_path, executable=os.path.realpath(sys.executable),
+                         env={**os.environ, "PYTHONHOME": sys.base_prefix})
+    assert seen["is_fresh"] == hasattr(os, "memfd_create")
+    assert seen["words"][:3] == words
+
+
+def test_image_does_not_run_what_lies_beside_the_file(tmp_path):
+    """-I and -P promise that the script's directory is not searched."""
+    (tmp_path / "bisect.py").write_text("raise SystemExit('the module beside the file ran')\n")
     shutil.copy(pyetcd.__file__, tmp_path)
-    script = "pyetcd.py" if relative else str(tmp_path / "pyetcd.py")
-    url, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
-    with subprocess.Popen(
-        [sys.executable, script, "-listen-client-urls", url, "-advertise-client-urls", url,
-         "-listen-peer-urls", peer, "-initial-advertise-peer-urls", peer,
-         "-initial-cluster", f"default={peer}"],
-        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    ) as process:
-        try:
-            command = Path(f"/proc/{process.pid}/cmdline")
-            eventually(lambda: b"marshal.load" in command.read_bytes())
-        finally:
-            process.kill()
+    for option in ("-I", *(["-P"] if sys.version_info >= (3, 11) else [])):
+        done = subprocess.run([sys.executable, option, "pyetcd.py", "-version"], cwd=tmp_path,
+                              capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and done.stdout.startswith("etcd Version"), done.stderr
+
+
+def test_image_is_small(tmp_path):
+    """What the compiler used is given back: half of the memory of a process without it."""
+    if not hasattr(os, "memfd_create"):
+        pytest.skip("this system has no memfd_create")
+
+    def resident_kb(**variables):
+        url, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
+        with subprocess.Popen(
+            [sys.executable, pyetcd.__file__, "-listen-client-urls", url,
+             "-advertise-client-urls", url, "-listen-peer-urls", peer,
+             "-initial-advertise-peer-urls", peer, "-initial-cluster", f"default={peer}"],
+            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, **variables},
+        ) as process:
+            try:
+                eventually(lambda: _http_is_up(url))
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                command = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+                assert pyetcd.__file__.encode() in command.split(b"\0")
+                return int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+            finally:
+                process.kill()
+
+    (tmp_path / "sitecustomize.py").write_text("import os; del os.memfd_create")
+    assert resident_kb() < 0.75 * resident_kb(PYTHONPATH=str(tmp_path))
+
+
+def _http_is_up(url):
+    with contextlib.suppress(OSError):
+        return requests.get(url + "/health", timeout=1).ok
 
 
 # ============================================================================
