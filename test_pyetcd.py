@@ -8409,8 +8409,92 @@ def test_http_cors_lines_are_on_every_answer(tmp_path, cors, origin, allowed):
         ):
             _, headers, _ = _http_ask(server, method, path, headers={"Origin": origin})
             assert headers.get_all("Access-Control-Allow-Origin") == (allowed and [allowed])
+            assert headers.get_all("Vary") == (None if cors == ("*",) else ["Origin"])
             if allowed:
                 assert "authorization" in headers["Access-Control-Allow-Headers"]
+
+
+@pytest.mark.parametrize("headers, makes", [
+    ({}, True),
+    ({"User-Agent": "curl/7.88.1", "Accept": "*/*"}, True),
+    ({"User-Agent": "Go-http-client/1.1", "Accept-Encoding": "gzip"}, True),
+    ({"Accept-Language": "*", "Sec-Fetch-Mode": "cors", "User-Agent": "node"}, True),
+    ({"User-Agent": "Mozilla/5.0 (Windows NT; en-US) WindowsPowerShell/5.1"}, True),
+    ({"Sec-Fetch-Site": "none", "User-Agent": "Mozilla/5.0", "Accept": "text/html"}, True),
+    ({"Sec-Fetch-Site": "cross-site", "Accept": "*/*"}, False),
+    ({"Sec-Fetch-Site": "same-site"}, False),
+    ({"Sec-Fetch-Site": "same-origin"}, False),
+    ({"Origin": "http://evil.example"}, False),
+    ({"Origin": "null", "Content-Type": "application/x-www-form-urlencoded"}, False),
+    ({"Referer": "http://evil.example/"}, False),
+    ({"Host": "evil.example:2379", "User-Agent": "Mozilla/5.0 (X11; Linux x86_64)"}, False),
+    ({"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}, False),
+    ({"Accept": "image/avif,image/webp,*/*;q=0.8"}, False),
+    ({"Accept-Language": "en-US,en;q=0.5"}, False),
+], ids=str)
+def test_http_no_web_page_makes_tokens(http_server, headers, makes):
+    """A form, an image or a script, also on a page whose name was bound to our address."""
+    def tokens():
+        body = _http_ask(http_server, "GET", "/v2/keys/_etcd/registry")[2]
+        return len(json.loads(body).get("node", {}).get("nodes", ()))
+
+    for method in ("GET", "HEAD", "POST"):
+        before = tokens()
+        status, _, body = _http_ask(http_server, method, "/new?size=3", headers=headers)
+        assert (status, tokens() - before) == ((200, 1) if makes else (403, 0))
+        assert makes or method == "HEAD" or b"use curl" in body
+
+
+def test_http_pages_that_cors_names_may_make_tokens(tmp_path):
+    """The operator has said that scripts of this origin may do what others may."""
+    with _http_member(tmp_path, cors=("http://a.example",)) as server:
+        for origin, status in (("http://a.example", 200), ("http://b.example", 403)):
+            assert _http_ask(server, "GET", "/new", headers={"Origin": origin})[0] == status
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("a\n2026/01/01 00:00:00 etcd: b", "a\\n2026/01/01 00:00:00 etcd: b"),
+    ("\x1b[2K\r\x00\x7f\x9b", "\\x1b[2K\\r\\x00\\x7f\\x9b"),
+    ("\u2028\u202e\u2066\udcff", "\\u2028\\u202e\\u2066\\udcff"),
+    ("/v2/keys/\u00e4 'x' \"y\"", "/v2/keys/\u00e4 'x' \"y\""),
+    ("x" * 20_000, "x" * 16_384 + "..."),
+], ids=range(5))
+def test_http_log_lines_cannot_be_forged(caplog, text, shown):
+    """Whatever a name, a key or a peer says: one line, without what moves a cursor."""
+    caplog.set_level(logging.INFO, "pyetcd")
+    log = pyetcd.package_logger("forged")
+    log.info("%s", text)
+    pyetcd.package_logger("forged").info(text.replace("%", "%%"))
+    assert [record.getMessage() for record in caplog.records] == [shown] * 2
+    caplog.clear()
+    try:
+        raise ValueError(text)
+    except ValueError:
+        log.exception("bug: %s", text[:100])
+    caplog.records[0].exc_text = None           # as pytest has formatted it
+    first, *others = pyetcd.LogFormatter().format(caplog.records[0]).split("\n")
+    assert first.endswith("bug: " + pyetcd.one_line(text[:100]))
+    assert others and all(line.startswith("    ") for line in others)
+    assert not set("".join(others)) & set("\x1b\x00\r\x9b\u2028\u202e\udcff")
+
+
+def test_http_log_lines_of_requests_cannot_be_forged(tmp_path, caplog):
+    """Names of users and paths with line ends and escapes, as they come over the network."""
+    caplog.set_level(logging.DEBUG, "pyetcd")
+    with _http_member(tmp_path) as server:
+        evil = "x\n2026/01/01 00:00:00 etcd: forged\x1b[31m"
+        url = server.client_urls[0]
+        requests.put(url + "/v2/auth/users/root", json={"user": "root", "password": "p"})
+        requests.put(url + "/v2/auth/enable")
+        requests.get(url + "/v2/keys/a", auth=(evil, "p"))
+        requests.get(url + "/v2/keys/" + urllib.parse.quote(evil))
+        requests.put(url + "/v2/auth/users/" + urllib.parse.quote(evil), auth=("root", "p"),
+                     json={"user": evil, "password": "q", "roles": ["guest"]})
+        requests.get(url + "/v2/members", auth=(evil, "q"))
+        requests.delete(url + "/v2/members/1", auth=(evil, "q"))
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    assert "forged" in text and "no such user: x\\n2026" in text
+    assert "\x1b" not in text and not [line for line in text.split("\n") if line[:4] == "2026"]
 
 
 def test_http_version_machines_and_health(http_server):
@@ -9057,6 +9141,44 @@ def test_tls_client_certificates_that_are_refused(tmp_path, certificates, caplog
         assert "rejected connection from 127.0.0.1:" in caplog.text
 
 
+@pytest.mark.parametrize("allowed, hosts, cn, passes", [
+    ({"allowed_cn": "peer"}, ("a.test",), "peer", True),
+    ({"allowed_cn": "peer"}, ("peer",), "other", False),        # a host of that name is no CN
+    ({"allowed_cn": "peer"}, ("peer",), None, False),
+    ({"allowed_name": "a.test"}, ("a.test", "b.test"), "x", True),
+    ({"allowed_name": "A.test"}, ("a.test",), None, True),
+    ({"allowed_name": "a.test"}, ("b.test",), "a.test", False),     # SANs count, if there are any
+    ({"allowed_name": "a.test"}, ("*.test",), None, True),
+    ({"allowed_name": "a.b.test"}, ("*.test",), None, False),
+    ({"allowed_name": "10.0.0.1"}, ("10.0.0.1",), None, True),
+    ({"allowed_name": "fd00::1"}, ("fd00::1",), None, True),
+    ({"allowed_name": "10.0.0.1"}, ("10.0.0.2",), "10.0.0.1", False),
+    ({"allowed_cn": "peer", "allowed_name": "a.test"}, ("a.test",), "peer", True),
+], ids=str)
+def test_tls_names_that_are_allowed(certificates, allowed, hosts, cn, passes):
+    """-peer-cert-allowed-cn looks at the common name, -allowed-hostname at the SANs first."""
+    cert, _ = certificates.issue("named", *hosts, common_name=cn)
+    shown = ssl._ssl._test_decode_cert(cert)
+    context = pyetcd.TlsContext(certificates.files(client_cert_auth=True, **allowed), server=True)
+    check = functools.partial(context.check_peer, types.SimpleNamespace(getpeercert=lambda: shown))
+    if passes:
+        check()
+    else:
+        with pytest.raises(ssl.SSLError, match="the client certificate is for"):
+            check()
+
+
+def test_tls_a_certificate_without_sans_is_known_by_its_common_name(certificates):
+    """As all were once; of two common names the last one counts, as in Go."""
+    subject = ((("commonName", "first"),), (("commonName", "a.test"),))
+    sock = types.SimpleNamespace(getpeercert=lambda: {"subject": subject})
+    for allowed, passes in (({"allowed_name": "a.test"}, True), ({"allowed_cn": "a.test"}, True),
+                            ({"allowed_cn": "first"}, False)):
+        files = certificates.files(client_cert_auth=True, **allowed)
+        with contextlib.nullcontext() if passes else pytest.raises(ssl.SSLError):
+            pyetcd.TlsContext(files, server=True).check_peer(sock)
+
+
 def _revocation_list(certificates, path):
     """A list of the authority that revokes the certificate in `path`."""
     leaf = x509.load_pem_x509_certificate(Path(path).read_bytes())
@@ -9456,6 +9578,51 @@ def test_auth_members_and_settings_are_for_root(auth_server):
     assert _auth_call(url, "GET", "enable", auth=None) == (200, {"enabled": True})
     for path in ("/version", "/health", "/v2/stats/self", "/metrics", "/v2/machines"):
         assert requests.get(url + path, timeout=10).status_code == 200
+
+
+def test_auth_log_level_is_for_root(auth_server):
+    """DEBUG fills the disk with requests, CRITICAL hides what an intruder does."""
+    _, url = auth_server
+    alice = _auth_add(url, "alice", "a", read=["/*"], write=["/*"])
+    before = logging.getLogger("pyetcd").level
+    for auth, status in ((None, 401), (alice, 401), (_AUTH_ROOT, 204)):
+        answer = requests.put(url + "/config/local/log", json={"Level": "DEBUG"}, auth=auth,
+                              timeout=10)
+        assert answer.status_code == status
+        assert (logging.getLogger("pyetcd").level == before) is (status == 401)
+
+
+def test_auth_snapshot_over_http_is_for_root_where_it_holds_hashes(tmp_path):
+    """Also before auth is enabled, and after: the users are there, and their hashes."""
+    def snapshot(url, auth=None):
+        return requests.get(url + "/v2/snapshot", auth=auth, timeout=10)
+
+    with _http_member(tmp_path) as server:
+        url = server.client_urls[0]
+        assert snapshot(url).status_code == 200
+        root = {"user": "root", "password": _AUTH_ROOT[1]}
+        assert _auth_call(url, "PUT", "users/root", root, auth=None)[0] == 201
+        for switch in (None, "PUT", "DELETE"):
+            if switch:
+                assert _auth_call(url, switch, "enable")[0] == 200
+            for auth in (None, ("root", "wrong"), ("nobody", "")):
+                refused = snapshot(url, auth)
+                assert refused.status_code == 401 and b"$2a$" not in refused.content
+                assert b"role root" in refused.content
+            assert b"$2a$" in snapshot(url, _AUTH_ROOT).content
+        assert _auth_call(url, "DELETE", "users/root")[0] == 200
+        assert snapshot(url).status_code == 200
+
+
+def test_auth_snapshot_files_are_for_their_owner_alone(tmp_path):
+    """They hold password hashes, whatever the umask, and wherever they are moved."""
+    before = os.umask(0)
+    try:
+        pyetcd.Snapshotter(str(tmp_path)).save(Snapshot(b"{}", (1,), 1, 1))
+    finally:
+        os.umask(before)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_auth_changes_count_at_once_on_every_member(tmp_path):
@@ -21824,7 +21991,7 @@ def test_flags_fill_every_field_of_the_configuration() -> None:
         proxy_refresh_interval_ms=2, proxy_dial_timeout_ms=3, proxy_write_timeout_ms=4,
         proxy_read_timeout_ms=5,
         client_tls=pyetcd.TlsFiles("c", "k", "t", "a", True, "r", "n"),
-        peer_tls=pyetcd.TlsFiles("pc", "pk", "pt", "pa", True, "pr", "pn"),
+        peer_tls=pyetcd.TlsFiles("pc", "pk", "pt", "pa", True, "pr", allowed_cn="pn"),
     )
     told = {name for name in pyetcd.ServerConfig._fields
             if getattr(config, name) != getattr(pyetcd.ServerConfig(), name)}
