@@ -9563,6 +9563,24 @@ def test_auth_readers_writers_and_guests(auth_server):
     assert _auth_key(url, "GET", "/pub/a") == 401
 
 
+def test_auth_guests_need_no_pattern_to_go_deeper(auth_server):
+    """As in etcd 2.3.8, which looks at `recursive` for users only; README says so."""
+    _, url = auth_server
+    assert _auth_call(url, "DELETE", "roles/guest")[0] == 200
+    role = {"role": "guest", "permissions": {"kv": {"read": ["/d"], "write": ["/d"]}}}
+    assert _auth_call(url, "PUT", "roles/guest", role)[0] == 201
+    user = _auth_add(url, "exact", "x", read=["/d"], write=["/d"])
+    assert _auth_key(url, "PUT", "/d/e/f", auth=_AUTH_ROOT, value="1") == 201
+    for key, query, guest, named in (
+        ("/d", "", 200, 200), ("/d", "?recursive=true", 200, 401), ("/d/e", "", 401, 401),
+        ("/d/e", "?recursive=true", 401, 401),
+    ):
+        assert _auth_key(url, "GET", key + query) == guest
+        assert _auth_key(url, "GET", key + query, auth=user) == named
+    assert _auth_key(url, "DELETE", "/d?recursive=true", auth=user) == 401
+    assert _auth_key(url, "DELETE", "/d?recursive=true") == 200
+
+
 def test_auth_members_and_settings_are_for_root(auth_server):
     """Reading members is open, changing them is not; nor is any of /v2/auth/ but one GET."""
     _, url = auth_server
