@@ -71,26 +71,72 @@ import marshal
 import os
 import sys
 
-if __name__ == "__main__" and "_FRESH_IMAGE" not in globals():
-    # Python has just compiled all of this file, which leaves 24 MB behind that are never used
-    # again.  Where it can be done, run the byte code in a fresh image of the same process: 28 MB
-    # instead of 52.  Not under a debugger or a tool that runs this file by other words.
-    # Before the other imports, which the image would make again: 25 ms.
-    _words = getattr(sys, "orig_argv", [sys.executable, *sys.argv])
-    _script = len(_words) - len(sys.argv)
-    _is_ours = os.path.abspath(_words[_script]) == os.path.abspath(__file__)
-    if hasattr(os, "memfd_create") and not sys.gettrace() and _is_ours:
-        _image = os.memfd_create("pyetcd", 0)       # survives exec
-        with open(_image, "wb", closefd=False) as _file:
-            marshal.dump(sys._getframe().f_code, _file)
-        os.lseek(_image, 0, os.SEEK_SET)
-        os.execv(sys.executable, [
-            *_words[:_script], "-c",
-            "import marshal, os, sys; _FRESH_IMAGE = True; del sys.argv[0];"
-            " __file__ = sys.argv[0]; sys.path[0] = os.path.dirname(os.path.abspath(__file__));"
-            f" exec(marshal.load(open({_image}, 'rb')))",
-            *_words[_script:],
-        ])
+if __name__ == "__main__":
+    def _enter_fresh_image() -> None:
+        """Run this file's byte code in a fresh image of the process; return if that cannot be.
+
+        Python has just compiled all of this file, which leaves 24 MB behind that are never used
+        again: 28 MB instead of 52.  The image gets the words that the user typed, with a compiled
+        script in memory in the place of this file.  Raises OSError, ValueError.
+        """
+        from importlib.util import MAGIC_NUMBER
+        with open("/proc/self/cmdline", "rb") as file:
+            words = file.read().split(b"\0")[:-1]
+        with open("/proc/self/comm", "rb") as file:
+            name = file.read().rstrip(b"\n")
+        at = len(words) - len(sys.argv)             # of the script
+        if at < 1 or words[at:] != list(map(os.fsencode, sys.argv)):
+            return
+        if "python" not in os.path.basename(os.readlink("/proc/self/exe")):
+            return                                  # the system's loader, or some other program
+        _show_words(words)                          # no image if this cannot be done there
+        image = os.memfd_create("pyetcd", 0)        # survives exec
+        try:
+            code = compile("_PAST_IMAGE = 'past'; exec('code')", __file__, "exec")
+            past = image, words, name, tuple(sys.path), __file__
+            values = {"past": past, "code": sys._getframe(1).f_code}
+            code = code.replace(co_consts=tuple(values.get(str(it), it) for it in code.co_consts))
+            with open(image, "wb", closefd=False) as file:
+                file.write(MAGIC_NUMBER.ljust(16, b"\0") + marshal.dumps(code))
+            # As long as the user's path, by more slashes: that is then written over it.
+            folder = b"/dev" if os.path.exists("/dev/fd") else b"/proc/self"
+            link = (b"/fd/%d" % image).rjust(len(words[at]) - len(folder), b"/")
+            os.execv("/proc/self/exe", [*words[:at], folder + link, *words[at + 1:]])
+        finally:
+            os.close(image)
+
+    def _leave_past_image(
+        image: int, words: List[bytes], name: bytes, path: Tuple[str, ...], script: str
+    ) -> None:
+        """Make all as if the user's script had been started, and not a file in memory."""
+        os.close(image)
+        at = len(words) - len(sys.argv)
+        sys.argv[0] = os.fsdecode(words[at])
+        if hasattr(sys, "orig_argv"):
+            sys.orig_argv[at] = sys.argv[0]
+        sys.path[:] = path
+        globals()["__file__"] = script
+        _show_words(words)
+        with open("/proc/self/comm", "wb") as file:
+            file.write(name)                # exec has made it `exe`
+
+    def _show_words(words: List[bytes]) -> None:
+        """Write over the memory in which `ps` looks for the command line.  Raises OSError."""
+        with open("/proc/self/stat", "rb") as file:
+            start, end = map(int, file.read().rpartition(b")")[2].split()[45:47])
+        with open("/proc/self/mem", "r+b", buffering=0) as memory:
+            memory.seek(start)
+            memory.write(b"".join(word + b"\0" for word in words).ljust(end - start, b"\0"))
+
+    try:
+        if "_PAST_IMAGE" in globals():
+            _leave_past_image(*globals()["_PAST_IMAGE"])
+        # Not in a debugger, a profiler or a module that runs this file: they have frames below.
+        elif (hasattr(os, "memfd_create") and not sys.gettrace() and "__file__" in globals()
+              and sys._getframe().f_back is None):
+            _enter_fresh_image()            # before the other imports, made again there: 25 ms
+    except (OSError, ValueError):
+        pass                                # the system forbids something: then without it
 
 import base64
 import binascii
@@ -259,6 +305,8 @@ PURGE_SECONDS = 30.0                # between two removals of old files
 SYNC_SECONDS = 0.5                  # the leader looks for expired keys this often
 EXPIRED_KEYS_MAX = 200              # that one entry of the log expires, 4 ms; above: several
 REMOVED_SECONDS = 1.0               # a removed member ends so long after it knows
+
+LOG_LINE_CHARS_MAX = 16_384         # above: cut off; journald would make several lines of it
 
 NS = 1_000_000_000                  # nanoseconds in a second
 UINT64_MAX = (1 << 64) - 1
@@ -570,9 +618,28 @@ class InvariantError(Exception):
 logging.getLogger("pyetcd").addHandler(logging.NullHandler())   # silent unless the program logs
 
 
+# What ends a line, moves the cursor or reverses what follows, and halves of characters.
+_UNPRINTABLE = re.compile(
+    "[\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+
+
+def one_line(text: str) -> str:
+    """Return `text` so that it cannot be taken for two lines, or for another one."""
+    text = _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+    return text if len(text) <= LOG_LINE_CHARS_MAX else text[:LOG_LINE_CHARS_MAX] + "..."
+
+
+def _make_one_line(record: logging.LogRecord) -> bool:
+    """A filter: names, keys, headers and what peers say may hold anything."""
+    record.msg, record.args = one_line(record.getMessage()), None
+    return True
+
+
 def package_logger(package: str) -> logging.Logger:
     """Return the logger whose lines read `<package>: message` in etcd's format."""
-    return logging.getLogger("pyetcd." + package)
+    logger = logging.getLogger("pyetcd." + package)
+    logger.addFilter(_make_one_line)            # once, however often
+    return logger
 
 
 class IdGenerator:
@@ -798,7 +865,8 @@ class TlsFiles(NamedTuple):
     ca_file: str = ""                   # of etcd 2.0: trusted as well, and implies client_cert_auth
     client_cert_auth: bool = False      # refuse clients without a certificate of the trusted CA
     crl_file: str = ""                  # revoked certificates
-    allowed_name: str = ""              # common or host name that a client certificate must have
+    allowed_name: str = ""              # host that a client certificate must be for
+    allowed_cn: str = ""                # common name that it must have
 
 
 class Backoff:
@@ -5755,7 +5823,7 @@ class Snapshotter:
         path = os.path.join(self.directory, file.name)
         disk, temporary = self.disk, path + ".tmp"
         with _needs_space(path, _nothing):
-            handle = disk.create(temporary, 0o666)
+            handle = disk.create(temporary)
         try:
             with _needs_space(path, lambda: disk.unlink(temporary)):
                 for piece in (file.head, *file.pieces):
@@ -7020,6 +7088,18 @@ class TlsSocket(ssl.SSLSocket):
         super().shutdown(how)
 
 
+def _covers(kind: str, name: str, host: str) -> bool:
+    """Tell whether a name of a certificate, perhaps with `*` for its first label, is of `host`."""
+    if kind == "IP Address":
+        for family in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(OSError):
+                return socket.inet_pton(family, name.strip()) == socket.inet_pton(family, host)
+        return False
+    name, host = name.lower().rstrip("."), host.lower().rstrip(".")
+    first, _, parent = host.partition(".")
+    return kind == "DNS" and (name == host or bool(first and parent) and name == f"*.{parent}")
+
+
 class TlsContext:
     """How one side of this member speaks TLS; certificates are read again when they change.
 
@@ -7054,21 +7134,24 @@ class TlsContext:
 
     def check_peer(self, sock: ssl.SSLSocket) -> None:
         """Raise ssl.SSLError unless the client's certificate has the name that is allowed."""
-        wanted = self._files.allowed_name
-        if not wanted or not self._server:
+        cn, host = self._files.allowed_cn, self._files.allowed_name
+        if not self._server or not (cn or host):
             return
         certificate: Dict[str, Any] = sock.getpeercert() or {}
-        names = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS"]
-        for group in certificate.get("subject", ()):
-            names += [value for kind, value in group if kind == "commonName"]
-        if wanted not in names:
-            raise ssl.SSLError(0, f"the client certificate is for {names}, not for {wanted}")
+        common = [value for group in certificate.get("subject", ()) for kind, value in group
+                  if kind == "commonName"][-1:]             # Go, too, takes the last one
+        if cn and common != [cn]:
+            raise ssl.SSLError(0, f"the client certificate is for {common}, not for {cn}")
+        names = certificate.get("subjectAltName") or [("DNS", name) for name in common]
+        if host and not any(_covers(kind, name, host) for kind, name in names):
+            shown = [name for _, name in names]
+            raise ssl.SSLError(0, f"the client certificate is for {shown}, not for {host}")
 
     def _signature(self) -> List[Optional[Tuple[int, int, int]]]:
         """What tells that a file was changed or replaced."""
         found: List[Optional[Tuple[int, int, int]]] = []
         for path in self._files:
-            if isinstance(path, str) and path and path != self._files.allowed_name:
+            if isinstance(path, str) and path and path not in self._files[-2:]:
                 with contextlib.suppress(OSError):
                     status = os.stat(path)
                     found.append((status.st_mtime_ns, status.st_ino, status.st_size))
@@ -12786,6 +12869,11 @@ class Auth:
         names = [name for name, is_dir in children if not is_dir and not name.startswith("_")]
         return sorted(names + [ROOT] if kind == "roles" else names)
 
+    @property
+    def has_users(self) -> bool:
+        """True if there are users, hidden ones included; auth may be off."""
+        return any(True for _ in self._store.children(AUTH_PREFIX + "/users"))
+
     def may_access(self, user: Optional[User], key: str, *, write: bool, recursive: bool) -> bool:
         """True if a verified user (None: a guest) may read or write `key`."""
         log = package_logger("auth")
@@ -13069,15 +13157,21 @@ class Guard:
 
         return self._decide(head, may, passed, refused)
 
-    def root(self, head: HttpHead, passed: Handler, refused: Handler) -> Handler:
-        """Return who answers what only the role root may do."""
-        return self._decide(head, self._auth.is_root, passed, refused)
+    def root(
+        self, head: HttpHead, passed: Handler, refused: Handler, *, hashes: bool = False
+    ) -> Handler:
+        """Return who answers what only the role root may do.
+
+        hashes  the answer holds password hashes: also without auth, if there are users
+        """
+        always = hashes and self._auth.has_users
+        return self._decide(head, self._auth.is_root, passed, refused, always=always)
 
     def _decide(
         self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
-        refused: Handler,
+        refused: Handler, *, always: bool = False,
     ) -> Handler:
-        if not self._auth.enabled:
+        if not (self._auth.enabled or always):
             return passed
         verdict = self._verdict(head, may)
         if verdict is None:
@@ -14909,18 +15003,15 @@ class Download:
 
 
 class CorsRequest(HttpRequest):
-    """A request whose reply lets a script of another origin read it."""
+    """A request whose reply says which scripts of other origins may read it."""
 
-    __slots__ = ("_lines",)
+    __slots__ = ("_lines", "is_allowed")
 
-    def __init__(self, request: HttpRequest, origin: str) -> None:
+    def __init__(self, request: HttpRequest, lines: str, *, is_allowed: bool) -> None:
         super().__init__(request.head, request.body, request.connection)
         self.body_too_large = request.body_too_large
-        self._lines = (
-            "Access-Control-Allow-Headers: accept, content-type, authorization\r\n"
-            "Access-Control-Allow-Methods: POST, GET, OPTIONS, PUT, DELETE\r\n"
-            f"Access-Control-Allow-Origin: {origin}\r\n"
-        )
+        self.is_allowed = is_allowed    # may scripts of this request's origin use us?
+        self._lines = lines
 
     def reply(
         self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
@@ -14943,10 +15034,24 @@ class CorsRequest(HttpRequest):
         return super().start_stream(status, content_type, self._lines + headers, length=length)
 
 
-def allow_origin(request: HttpRequest, origins: Container[str]) -> HttpRequest:
-    """Return `request` so that its reply names the origin it comes from, if that is allowed."""
-    origin = "*" if "*" in origins else request.headers.get("origin", "")
-    return CorsRequest(request, origin) if origin in origins else request
+def allow_origin(request: HttpRequest, origins: FrozenSet[str]) -> HttpRequest:
+    """Return `request` so that its reply names the origin it comes from, if that is allowed.
+
+    With a list of origins every reply says that it depends on the origin, to caches between.
+    """
+    if not origins:
+        return request
+    lines, origin = "", "*"
+    if "*" not in origins:
+        lines, origin = "Vary: Origin\r\n", request.headers.get("origin", "")
+    is_allowed = origin in origins
+    if is_allowed:
+        lines += (
+            "Access-Control-Allow-Headers: accept, content-type, authorization\r\n"
+            "Access-Control-Allow-Methods: POST, GET, OPTIONS, PUT, DELETE\r\n"
+            f"Access-Control-Allow-Origin: {origin}\r\n"
+        )
+    return CorsRequest(request, lines, is_allowed=is_allowed)
 
 
 class ClientApi:
@@ -15031,7 +15136,9 @@ class ClientApi:
         methods, handler = self._routes[name]
         if methods and head.method not in methods:
             return functools.partial(refuse_method, ",".join(methods))
-        if name == "/v2/snapshot" or (name == "/v2/members" and head.method != "GET"):
+        if name == "/v2/snapshot":
+            return self._guard.root(head, handler, _refuse_hashes, hashes=True)
+        if name == "/config/local/log" or (name == "/v2/members" and head.method != "GET"):
             return self._guard.root(head, handler, refuse_credentials)
         return handler
 
@@ -15049,6 +15156,11 @@ def _refuse_v3(request: HttpRequest) -> None:
 
 def _reply_empty(request: HttpRequest) -> None:
     request.reply(200)
+
+
+def _refuse_hashes(request: HttpRequest) -> None:
+    text = "the snapshot holds password hashes: it is for users with the role root"
+    request.reply(401, f'{{"message":"Insufficient credentials; {text}"}}'.encode())
 
 
 def _bad_request(request: HttpRequest) -> None:
@@ -15737,6 +15849,11 @@ class DiscoveryService:
     def _new(self, request: HttpRequest) -> None:
         """Make a token, and answer with the URL under which the client reached us."""
         host = request.headers.get("host", "")
+        if is_from_browser(request.headers) and not (
+            isinstance(request, CorsRequest) and request.is_allowed
+        ):
+            _reply_text(request, 403, _NOT_FOR_PAGES)
+            return
         if request.body_too_large:
             _reply_text(request, 413, "413 Request Entity Too Large\n")
             return
@@ -15774,6 +15891,30 @@ class DiscoveryService:
         head.keep_alive, head.takes_raw = old.keep_alive, old.takes_raw
         request.head = head
         self._keys(request)
+
+
+_NOT_FOR_PAGES = (
+    "a web page may have asked for this token, without its reader's knowledge: use curl, or name"
+    " the page's origin in -cors\n"
+)
+
+
+def is_from_browser(headers: Mapping[str, str]) -> bool:
+    """True if a browser sends this, unless it says that its user has typed the address.
+
+    Browsers name the kind of a request in Sec-Fetch-Site where a connection is secure or local;
+    elsewhere, and for a page whose own name was bound to our address, only what every request
+    of theirs has tells them from programs.
+    """
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site != "none"
+    agent, accept = headers.get("user-agent", ""), headers.get("accept", "")
+    return (
+        "origin" in headers or "referer" in headers or headers.get("accept-language", "*") != "*"
+        or "text/html" in accept or "image/" in accept
+        or "Mozilla/" in agent and "PowerShell" not in agent
+    )
 
 
 _TOKEN_PATH = re.compile("/[0-9a-f]{32}(/?|/_config/size|/[^/]+)")
@@ -19366,9 +19507,7 @@ def _check_host(settings: Settings, name: str, url: str) -> None:
 def _tls_files(settings: Settings, side: str) -> TlsFiles:
     """What the flags of one side, `client` or `peer`, say about TLS."""
     prefix = _TLS_PREFIX[side]
-    name = settings["client-cert-allowed-hostname"]
-    if side == "peer":
-        name = settings["peer-cert-allowed-cn"] or settings["peer-cert-allowed-hostname"]
+    hostname = {"client": "client-cert-allowed-hostname", "peer": "peer-cert-allowed-hostname"}
     return TlsFiles(
         cert_file=settings[prefix + "cert-file"],
         key_file=settings[prefix + "key-file"],
@@ -19376,7 +19515,8 @@ def _tls_files(settings: Settings, side: str) -> TlsFiles:
         ca_file=settings[prefix + "ca-file"],
         client_cert_auth=settings[prefix + "client-cert-auth"],
         crl_file=settings[side + "-crl-file"],
-        allowed_name=name,
+        allowed_name=settings[hostname[side]],
+        allowed_cn=settings["peer-cert-allowed-cn"] if side == "peer" else "",
     )
 
 
@@ -19401,7 +19541,7 @@ def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int
         )
     _check_readable(side, files)
     asks = files.client_cert_auth or files.ca_file
-    if (files.crl_file or files.allowed_name) and not asks:
+    if (files.crl_file or files.allowed_name or files.allowed_cn) and not asks:
         raise StartError(
             f"revocation lists and allowed names of {side} certificates need"
             f" -{prefix}client-cert-auth: without it no certificate is asked for"
@@ -20114,6 +20254,11 @@ class LogFormatter(logging.Formatter):
         package = record.name.partition(".")[2]
         prefix = f"{package}: " if package else ""
         return f"{record.asctime} {prefix}{record.message}"
+
+    def formatException(self, ei: Any) -> str:
+        """The traceback, indented: what an exception says cannot be taken for a line of ours."""
+        lines = super().formatException(ei).split("\n")
+        return "\n".join("    " + one_line(line) for line in lines)
 
 
 def set_up_logging(settings: Settings) -> None:

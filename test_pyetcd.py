@@ -8601,8 +8601,92 @@ def test_http_cors_lines_are_on_every_answer(tmp_path, cors, origin, allowed):
         ):
             _, headers, _ = _http_ask(server, method, path, headers={"Origin": origin})
             assert headers.get_all("Access-Control-Allow-Origin") == (allowed and [allowed])
+            assert headers.get_all("Vary") == (None if cors == ("*",) else ["Origin"])
             if allowed:
                 assert "authorization" in headers["Access-Control-Allow-Headers"]
+
+
+@pytest.mark.parametrize("headers, makes", [
+    ({}, True),
+    ({"User-Agent": "curl/7.88.1", "Accept": "*/*"}, True),
+    ({"User-Agent": "Go-http-client/1.1", "Accept-Encoding": "gzip"}, True),
+    ({"Accept-Language": "*", "Sec-Fetch-Mode": "cors", "User-Agent": "node"}, True),
+    ({"User-Agent": "Mozilla/5.0 (Windows NT; en-US) WindowsPowerShell/5.1"}, True),
+    ({"Sec-Fetch-Site": "none", "User-Agent": "Mozilla/5.0", "Accept": "text/html"}, True),
+    ({"Sec-Fetch-Site": "cross-site", "Accept": "*/*"}, False),
+    ({"Sec-Fetch-Site": "same-site"}, False),
+    ({"Sec-Fetch-Site": "same-origin"}, False),
+    ({"Origin": "http://evil.example"}, False),
+    ({"Origin": "null", "Content-Type": "application/x-www-form-urlencoded"}, False),
+    ({"Referer": "http://evil.example/"}, False),
+    ({"Host": "evil.example:2379", "User-Agent": "Mozilla/5.0 (X11; Linux x86_64)"}, False),
+    ({"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}, False),
+    ({"Accept": "image/avif,image/webp,*/*;q=0.8"}, False),
+    ({"Accept-Language": "en-US,en;q=0.5"}, False),
+], ids=str)
+def test_http_no_web_page_makes_tokens(http_server, headers, makes):
+    """A form, an image or a script, also on a page whose name was bound to our address."""
+    def tokens():
+        body = _http_ask(http_server, "GET", "/v2/keys/_etcd/registry")[2]
+        return len(json.loads(body).get("node", {}).get("nodes", ()))
+
+    for method in ("GET", "HEAD", "POST"):
+        before = tokens()
+        status, _, body = _http_ask(http_server, method, "/new?size=3", headers=headers)
+        assert (status, tokens() - before) == ((200, 1) if makes else (403, 0))
+        assert makes or method == "HEAD" or b"use curl" in body
+
+
+def test_http_pages_that_cors_names_may_make_tokens(tmp_path):
+    """The operator has said that scripts of this origin may do what others may."""
+    with _http_member(tmp_path, cors=("http://a.example",)) as server:
+        for origin, status in (("http://a.example", 200), ("http://b.example", 403)):
+            assert _http_ask(server, "GET", "/new", headers={"Origin": origin})[0] == status
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("a\n2026/01/01 00:00:00 etcd: b", "a\\n2026/01/01 00:00:00 etcd: b"),
+    ("\x1b[2K\r\x00\x7f\x9b", "\\x1b[2K\\r\\x00\\x7f\\x9b"),
+    ("\u2028\u202e\u2066\udcff", "\\u2028\\u202e\\u2066\\udcff"),
+    ("/v2/keys/\u00e4 'x' \"y\"", "/v2/keys/\u00e4 'x' \"y\""),
+    ("x" * 20_000, "x" * 16_384 + "..."),
+], ids=range(5))
+def test_http_log_lines_cannot_be_forged(caplog, text, shown):
+    """Whatever a name, a key or a peer says: one line, without what moves a cursor."""
+    caplog.set_level(logging.INFO, "pyetcd")
+    log = pyetcd.package_logger("forged")
+    log.info("%s", text)
+    pyetcd.package_logger("forged").info(text.replace("%", "%%"))
+    assert [record.getMessage() for record in caplog.records] == [shown] * 2
+    caplog.clear()
+    try:
+        raise ValueError(text)
+    except ValueError:
+        log.exception("bug: %s", text[:100])
+    caplog.records[0].exc_text = None           # as pytest has formatted it
+    first, *others = pyetcd.LogFormatter().format(caplog.records[0]).split("\n")
+    assert first.endswith("bug: " + pyetcd.one_line(text[:100]))
+    assert others and all(line.startswith("    ") for line in others)
+    assert not set("".join(others)) & set("\x1b\x00\r\x9b\u2028\u202e\udcff")
+
+
+def test_http_log_lines_of_requests_cannot_be_forged(tmp_path, caplog):
+    """Names of users and paths with line ends and escapes, as they come over the network."""
+    caplog.set_level(logging.DEBUG, "pyetcd")
+    with _http_member(tmp_path) as server:
+        evil = "x\n2026/01/01 00:00:00 etcd: forged\x1b[31m"
+        url = server.client_urls[0]
+        requests.put(url + "/v2/auth/users/root", json={"user": "root", "password": "p"})
+        requests.put(url + "/v2/auth/enable")
+        requests.get(url + "/v2/keys/a", auth=(evil, "p"))
+        requests.get(url + "/v2/keys/" + urllib.parse.quote(evil))
+        requests.put(url + "/v2/auth/users/" + urllib.parse.quote(evil), auth=("root", "p"),
+                     json={"user": evil, "password": "q", "roles": ["guest"]})
+        requests.get(url + "/v2/members", auth=(evil, "q"))
+        requests.delete(url + "/v2/members/1", auth=(evil, "q"))
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    assert "forged" in text and "no such user: x\\n2026" in text
+    assert "\x1b" not in text and not [line for line in text.split("\n") if line[:4] == "2026"]
 
 
 def test_http_version_machines_and_health(http_server):
@@ -9249,6 +9333,44 @@ def test_tls_client_certificates_that_are_refused(tmp_path, certificates, caplog
         assert "rejected connection from 127.0.0.1:" in caplog.text
 
 
+@pytest.mark.parametrize("allowed, hosts, cn, passes", [
+    ({"allowed_cn": "peer"}, ("a.test",), "peer", True),
+    ({"allowed_cn": "peer"}, ("peer",), "other", False),        # a host of that name is no CN
+    ({"allowed_cn": "peer"}, ("peer",), None, False),
+    ({"allowed_name": "a.test"}, ("a.test", "b.test"), "x", True),
+    ({"allowed_name": "A.test"}, ("a.test",), None, True),
+    ({"allowed_name": "a.test"}, ("b.test",), "a.test", False),     # SANs count, if there are any
+    ({"allowed_name": "a.test"}, ("*.test",), None, True),
+    ({"allowed_name": "a.b.test"}, ("*.test",), None, False),
+    ({"allowed_name": "10.0.0.1"}, ("10.0.0.1",), None, True),
+    ({"allowed_name": "fd00::1"}, ("fd00::1",), None, True),
+    ({"allowed_name": "10.0.0.1"}, ("10.0.0.2",), "10.0.0.1", False),
+    ({"allowed_cn": "peer", "allowed_name": "a.test"}, ("a.test",), "peer", True),
+], ids=str)
+def test_tls_names_that_are_allowed(certificates, allowed, hosts, cn, passes):
+    """-peer-cert-allowed-cn looks at the common name, -allowed-hostname at the SANs first."""
+    cert, _ = certificates.issue("named", *hosts, common_name=cn)
+    shown = ssl._ssl._test_decode_cert(cert)
+    context = pyetcd.TlsContext(certificates.files(client_cert_auth=True, **allowed), server=True)
+    check = functools.partial(context.check_peer, types.SimpleNamespace(getpeercert=lambda: shown))
+    if passes:
+        check()
+    else:
+        with pytest.raises(ssl.SSLError, match="the client certificate is for"):
+            check()
+
+
+def test_tls_a_certificate_without_sans_is_known_by_its_common_name(certificates):
+    """As all were once; of two common names the last one counts, as in Go."""
+    subject = ((("commonName", "first"),), (("commonName", "a.test"),))
+    sock = types.SimpleNamespace(getpeercert=lambda: {"subject": subject})
+    for allowed, passes in (({"allowed_name": "a.test"}, True), ({"allowed_cn": "a.test"}, True),
+                            ({"allowed_cn": "first"}, False)):
+        files = certificates.files(client_cert_auth=True, **allowed)
+        with contextlib.nullcontext() if passes else pytest.raises(ssl.SSLError):
+            pyetcd.TlsContext(files, server=True).check_peer(sock)
+
+
 def _revocation_list(certificates, path):
     """A list of the authority that revokes the certificate in `path`."""
     leaf = x509.load_pem_x509_certificate(Path(path).read_bytes())
@@ -9697,6 +9819,24 @@ def test_auth_readers_writers_and_guests(auth_server):
     assert _auth_key(url, "GET", "/pub/a") == 401
 
 
+def test_auth_guests_need_no_pattern_to_go_deeper(auth_server):
+    """As in etcd 2.3.8, which looks at `recursive` for users only; README says so."""
+    _, url = auth_server
+    assert _auth_call(url, "DELETE", "roles/guest")[0] == 200
+    role = {"role": "guest", "permissions": {"kv": {"read": ["/d"], "write": ["/d"]}}}
+    assert _auth_call(url, "PUT", "roles/guest", role)[0] == 201
+    user = _auth_add(url, "exact", "x", read=["/d"], write=["/d"])
+    assert _auth_key(url, "PUT", "/d/e/f", auth=_AUTH_ROOT, value="1") == 201
+    for key, query, guest, named in (
+        ("/d", "", 200, 200), ("/d", "?recursive=true", 200, 401), ("/d/e", "", 401, 401),
+        ("/d/e", "?recursive=true", 401, 401),
+    ):
+        assert _auth_key(url, "GET", key + query) == guest
+        assert _auth_key(url, "GET", key + query, auth=user) == named
+    assert _auth_key(url, "DELETE", "/d?recursive=true", auth=user) == 401
+    assert _auth_key(url, "DELETE", "/d?recursive=true") == 200
+
+
 def test_auth_members_and_settings_are_for_root(auth_server):
     """Reading members is open, changing them is not; nor is any of /v2/auth/ but one GET."""
     _, url = auth_server
@@ -9712,6 +9852,51 @@ def test_auth_members_and_settings_are_for_root(auth_server):
     assert _auth_call(url, "GET", "enable", auth=None) == (200, {"enabled": True})
     for path in ("/version", "/health", "/v2/stats/self", "/metrics", "/v2/machines"):
         assert requests.get(url + path, timeout=10).status_code == 200
+
+
+def test_auth_log_level_is_for_root(auth_server):
+    """DEBUG fills the disk with requests, CRITICAL hides what an intruder does."""
+    _, url = auth_server
+    alice = _auth_add(url, "alice", "a", read=["/*"], write=["/*"])
+    before = logging.getLogger("pyetcd").level
+    for auth, status in ((None, 401), (alice, 401), (_AUTH_ROOT, 204)):
+        answer = requests.put(url + "/config/local/log", json={"Level": "DEBUG"}, auth=auth,
+                              timeout=10)
+        assert answer.status_code == status
+        assert (logging.getLogger("pyetcd").level == before) is (status == 401)
+
+
+def test_auth_snapshot_over_http_is_for_root_where_it_holds_hashes(tmp_path):
+    """Also before auth is enabled, and after: the users are there, and their hashes."""
+    def snapshot(url, auth=None):
+        return requests.get(url + "/v2/snapshot", auth=auth, timeout=10)
+
+    with _http_member(tmp_path) as server:
+        url = server.client_urls[0]
+        assert snapshot(url).status_code == 200
+        root = {"user": "root", "password": _AUTH_ROOT[1]}
+        assert _auth_call(url, "PUT", "users/root", root, auth=None)[0] == 201
+        for switch in (None, "PUT", "DELETE"):
+            if switch:
+                assert _auth_call(url, switch, "enable")[0] == 200
+            for auth in (None, ("root", "wrong"), ("nobody", "")):
+                refused = snapshot(url, auth)
+                assert refused.status_code == 401 and b"$2a$" not in refused.content
+                assert b"role root" in refused.content
+            assert b"$2a$" in snapshot(url, _AUTH_ROOT).content
+        assert _auth_call(url, "DELETE", "users/root")[0] == 200
+        assert snapshot(url).status_code == 200
+
+
+def test_auth_snapshot_files_are_for_their_owner_alone(tmp_path):
+    """They hold password hashes, whatever the umask, and wherever they are moved."""
+    before = os.umask(0)
+    try:
+        pyetcd.Snapshotter(str(tmp_path)).save(Snapshot(b"{}", (1,), 1, 1))
+    finally:
+        os.umask(before)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_auth_changes_count_at_once_on_every_member(tmp_path):
@@ -24559,7 +24744,7 @@ def test_flags_fill_every_field_of_the_configuration() -> None:
         proxy_refresh_interval_ms=2, proxy_dial_timeout_ms=3, proxy_write_timeout_ms=4,
         proxy_read_timeout_ms=5,
         client_tls=pyetcd.TlsFiles("c", "k", "t", "a", True, "r", "n"),
-        peer_tls=pyetcd.TlsFiles("pc", "pk", "pt", "pa", True, "pr", "pn"),
+        peer_tls=pyetcd.TlsFiles("pc", "pk", "pt", "pa", True, "pr", allowed_cn="pn"),
     )
     told = {name for name in pyetcd.ServerConfig._fields
             if getattr(config, name) != getattr(pyetcd.ServerConfig(), name)}
@@ -25489,25 +25674,143 @@ def test_flags_member_that_lost_its_data_directory_says_what_to_do(
         assert cluster.members[0].put("a", "1")[0] == 201
 
 
-@pytest.mark.parametrize("relative", [True, False])
-def test_flags_the_program_runs_in_a_fresh_image(tmp_path, relative):
-    """However its path was written: half the memory stays behind with the compiler."""
+# -- the fresh image, by which the program gives the compiler's memory back ------------
+
+
+_IMAGE_PROBE = """
+import json, os, sys, warnings
+with open("/proc/self/cmdline", "rb") as file:
+    words = file.read().decode().split("\\0")[:-1]
+with open("/proc/self/comm") as file:
+    name = file.read()
+print(json.dumps({
+    "is_fresh": "_PAST_IMAGE" in globals(), "words": words, "name": name, "argv": sys.argv,
+    "orig_argv": getattr(sys, "orig_argv", words), "path": sys.path, "file": __file__,
+    "flags": str(sys.flags), "executable": sys.executable, "main": __name__, "pid": os.getpid(),
+    "open": [os.readlink("/proc/self/fd/" + fd) for fd in os.listdir("/proc/self/fd")
+             if os.path.exists("/proc/self/fd/" + fd)],
+}))
+sys.exit(7)
+"""
+
+
+def _image_run(words, directory, *, script="pyetcd.py", before=None, **options):
+    """Run a script that begins as pyetcd.py does, and then tells what it sees."""
+    source = Path(pyetcd.__file__).read_text()
+    head = source[:source.index("import base64\n")].replace('"""pyetcd:', before or '"""pyetcd:', 1)
+    (directory / Path(script).name).write_text(head + _IMAGE_PROBE)
+    done = subprocess.run(words, cwd=directory, capture_output=True, text=True, timeout=60,
+                          check=False, **options)
+    assert done.returncode == 7, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.parametrize("options, script", [
+    ([], "pyetcd.py"), (["-I"], "./pyetcd.py"), (["-X", "dev"], "absolute"), (["-P"], "pyetcd.py"),
+    (["-Xdev", "-W", "error", "-bb", "-Es"], "p.py"), (["-O"], "\u00e9/p.py"),
+])
+def test_image_is_as_if_the_file_had_been_run(tmp_path, options, script):
+    """Same words for `ps` and `pgrep -f`, same sys.path, flags and name; nothing on stderr."""
     if not hasattr(os, "memfd_create"):
         pytest.skip("this system has no memfd_create")
+    if options == ["-P"] and sys.version_info < (3, 11):
+        pytest.skip("this Python has no -P")
+    directory = tmp_path / "\u00e9" if "\u00e9" in script else tmp_path
+    directory.mkdir(exist_ok=True)
+    path = str(tmp_path / "pyetcd.py") if script == "absolute" else Path(script).name
+    words = [sys.executable, *options, path, "-name", "x y", "", "z"]
+    seen, errors = _image_run(words, directory, script=path)
+    (directory / "plain.py").write_text(_IMAGE_PROBE)
+    plain_words = [sys.executable, *options, "plain.py", *words[-4:]]
+    plain = json.loads(subprocess.run(plain_words, cwd=directory, capture_output=True, text=True,
+                                      check=False).stdout)
+    assert seen["is_fresh"] and seen["main"] == "__main__"
+    assert seen["words"][:len(words)] == words and not any(seen["words"][len(words):])
+    assert seen["argv"] == words[len(options) + 1:]
+    if sys.version_info >= (3, 10):
+        assert seen["orig_argv"] == words
+    assert seen["file"] == str(directory / Path(path).name)
+    for same in ("name", "path", "flags", "executable"):
+        assert seen[same] == plain[same], same
+    assert not [name for name in seen["open"] if "memfd" in name]
+    assert errors == ""
+
+
+def test_image_is_left_out_where_it_cannot_be(tmp_path):
+    """Debuggers, modules that run the file, system calls and files that are not there."""
+    forbid = "import os\ndef no(*args):\n    raise OSError('no')\n"
+    for before in ("os.execv = no", "os.memfd_create = no", "del os.memfd_create",
+                   "os.readlink, real = lambda path: '/lib/ld-linux.so', os.readlink",
+                   "import sys; sys.settrace(lambda *args: None)",
+                   "import builtins; real = open; builtins.open = lambda name, *a, **o: "
+                   "no() if name == '/proc/self/mem' else real(name, *a, **o)"):
+        # Before the first statement of the file, as a .pth file could have it.
+        (tmp_path / "sitecustomize.py").write_text(forbid + before + "\n")
+        seen, errors = _image_run([sys.executable, "pyetcd.py", "x"], tmp_path,
+                                  env={**os.environ, "PYTHONPATH": str(tmp_path)})
+        assert not seen["is_fresh"] and seen["argv"] == ["pyetcd.py", "x"], before
+        assert errors == ""
+    (tmp_path / "sitecustomize.py").unlink()
+    by_runpy = "import runpy; runpy.run_path('pyetcd.py', run_name='__main__')"
+    for options in (["-m", "pyetcd"], ["-c", by_runpy], ["-m", "cProfile", "pyetcd.py"]):
+        done = subprocess.run([sys.executable, *options], cwd=tmp_path, capture_output=True,
+                              text=True, check=False)
+        assert '"is_fresh": false' in done.stdout, (options, done.stderr)
+    with open(tmp_path / "pyetcd.py", "rb") as script:
+        done = subprocess.run([sys.executable, "-"], stdin=script, capture_output=True, text=True,
+                              check=False)
+    assert json.loads(done.stdout)["argv"] == ["-"]
+
+
+def test_image_runs_under_another_name(tmp_path):
+    """`exec -a etcd python pyetcd.py`: Python then does not know where its program is."""
+    words = ["no-such-program", "pyetcd.py", "x"]
+    seen, _ = _image_run(words, tmp_path, executable=os.path.realpath(sys.executable),
+                         env={**os.environ, "PYTHONHOME": sys.base_prefix})
+    assert seen["is_fresh"] == hasattr(os, "memfd_create")
+    assert seen["words"][:3] == words
+
+
+def test_image_does_not_run_what_lies_beside_the_file(tmp_path):
+    """-I and -P promise that the script's directory is not searched."""
+    (tmp_path / "bisect.py").write_text("raise SystemExit('the module beside the file ran')\n")
     shutil.copy(pyetcd.__file__, tmp_path)
-    script = "pyetcd.py" if relative else str(tmp_path / "pyetcd.py")
-    url, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
-    with subprocess.Popen(
-        [sys.executable, script, "-listen-client-urls", url, "-advertise-client-urls", url,
-         "-listen-peer-urls", peer, "-initial-advertise-peer-urls", peer,
-         "-initial-cluster", f"default={peer}"],
-        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    ) as process:
-        try:
-            command = Path(f"/proc/{process.pid}/cmdline")
-            eventually(lambda: b"marshal.load" in command.read_bytes())
-        finally:
-            process.kill()
+    for option in ("-I", *(["-P"] if sys.version_info >= (3, 11) else [])):
+        done = subprocess.run([sys.executable, option, "pyetcd.py", "-version"], cwd=tmp_path,
+                              capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and done.stdout.startswith("etcd Version"), done.stderr
+
+
+def test_image_is_small(tmp_path):
+    """What the compiler used is given back: half of the memory of a process without it."""
+    if not hasattr(os, "memfd_create"):
+        pytest.skip("this system has no memfd_create")
+
+    def resident_kb(**variables):
+        url, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
+        with subprocess.Popen(
+            [sys.executable, pyetcd.__file__, "-listen-client-urls", url,
+             "-advertise-client-urls", url, "-listen-peer-urls", peer,
+             "-initial-advertise-peer-urls", peer, "-initial-cluster", f"default={peer}"],
+            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, **variables},
+        ) as process:
+            try:
+                eventually(lambda: _http_is_up(url))
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                command = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+                assert pyetcd.__file__.encode() in command.split(b"\0")
+                return int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+            finally:
+                process.kill()
+
+    (tmp_path / "sitecustomize.py").write_text("import os; del os.memfd_create")
+    assert resident_kb() < 0.75 * resident_kb(PYTHONPATH=str(tmp_path))
+
+
+def _http_is_up(url):
+    with contextlib.suppress(OSError):
+        return requests.get(url + "/health", timeout=1).ok
 
 
 # ============================================================================
