@@ -22992,7 +22992,6 @@ def test_bootstrap_peer_urls_that_do_nothing_are_a_warning(
             data_dir=str(tmp_path / "d"), listen_peer_urls=[url], initial_advertise_peer_urls=[url]
         ) as server:
             assert server.wait_ready()
-            eventually(lambda: sum("published {" in line for line in caplog.messages) or True)
     known, given = (f"http://127.0.0.1:{port}" for port in ports)
     line = f"-initial-advertise-peer-urls {given} does nothing: the other members know this one by"
     assert [text for text in caplog.messages if "does nothing" in text] == [
@@ -23893,11 +23892,13 @@ def test_proxy_keeps_what_works_when_a_list_of_members_does_not(
     with _proxy_of(tmp_path, initial_cluster="", **refresh) as proxy:
         assert [ask(proxy) for _ in range(3)] == [200] * 3
         second = _ProxyUpstream()
-        second.members = proxy_upstream.members = [proxy_upstream.member(2, second.url)]
-        eventually(lambda: second.url in _proxy_endpoints(proxy))
-        eventually(lambda: ask(proxy) == 200 and _proxy_endpoints(proxy) == [second.url])
-        eventually(lambda: json.loads(path.read_bytes()) == {"PeerURLs": [second.url]})
-        second.close()
+        try:
+            second.members = proxy_upstream.members = [proxy_upstream.member(2, second.url)]
+            eventually(lambda: second.url in _proxy_endpoints(proxy))
+            eventually(lambda: ask(proxy) == 200 and _proxy_endpoints(proxy) == [second.url])
+            eventually(lambda: json.loads(path.read_bytes()) == {"PeerURLs": [second.url]})
+        finally:
+            second.close()
 
 
 def test_proxy_keeps_endpoints_while_no_peer_answers(
@@ -24692,6 +24693,225 @@ def test_flags_bad_command_line(argv: List[str], words: str) -> None:
 def test_flags_bad_urls(flag: str, url: str, reason: str) -> None:
     with _flags_fails(f'invalid value "{url}" for flag -{flag}: {reason}'):
         _flags_config([f"-{flag}", url])
+
+
+# -- mistakes: by flag, variable and file ---------------------------------------------
+
+
+_FLAGS_URLS = [
+    "listen-peer-urls", "listen-client-urls", "initial-advertise-peer-urls",
+    "advertise-client-urls",
+]
+
+
+def _flags_in_all_places(name: str, text: str, tmp_path: Path) -> List[str]:
+    """What is said of a value on the command line (both spellings), as variable, in a file."""
+    path = tmp_path / "c.yml"
+    path.write_text(json.dumps({name: text}))
+    found = []
+    is_bool = pyetcd._all_flags()[name].is_bool
+    for argv, environ in (
+        ([f"-{name}={text}"], {}), ([f"--{name}={text}"] if is_bool else [f"--{name}", text], {}),
+        ([], {"ETCD_" + name.upper().replace("-", "_"): text}),
+        ([f"-config-file={path}"], {}), ([], {"ETCD_CONFIG_FILE": str(path)}),
+    ):
+        settings = None
+        try:
+            settings = pyetcd.Settings(argv, environ)
+            settings.complete()
+            pyetcd.make_config(settings)
+            found.append(" ".join(line for level, _, line in settings.lines if level > 20))
+        except pyetcd.FlagError as error:
+            found.append(str(error))
+        assert "\n" not in found[-1] and "\r" not in found[-1]
+    return found
+
+
+@pytest.mark.parametrize("url, advice", [
+    ("http://::1:2380", "; write http://[::1]:2380"),
+    ("http://2001:db8::7:2380", "; write http://[2001:db8::7]:2380"),
+    ("http://fe80::1", "; write http://[fe80::1]:PORT"),
+    ("::1", "; write http://[::1]:PORT"),
+    ("10.0.0.5", "; write http://10.0.0.5:PORT"),
+    ("etcd1.example:2380", "; write http://etcd1.example:2380"),
+    ("http://10.0.0.5", "; write http://10.0.0.5:PORT"),
+    ("https://10.0.0.5:", "; write https://10.0.0.5:PORT"),
+    ("http://10.0.0.5:2380/", "; write http://10.0.0.5:2380"),
+    ("http://a:1,http://b:2/v2", "; write http://b:2"),
+    ('"http://10.0.0.5:2380"', "; the quotes are part of it"),
+    ("'http://10.0.0.5:2380'", "; the quotes are part of it"),
+    ("\u201chttp://10.0.0.5:2380\u201d", "; it has typographic quotes"),
+    ("http://a:1 http://b:2", "; separate URLs by commas without spaces"),
+    ("http://a:1,", "; there is a comma too many"),
+    *((url, "; a variable or placeholder was not filled in: write the address itself")
+      for url in ("http://${IP}:2380", "http://{{ip}}:2380", "http://<ip>:2380", "http://$IP:1",
+                  "http://%IP%:2380")),
+])
+@pytest.mark.parametrize("name", _FLAGS_URLS)
+def test_flags_url_that_is_none_is_answered_with_the_one_that_was_meant(
+    name: str, url: str, advice: str, tmp_path: Path
+) -> None:
+    port = "2380" if "peer" in name else "2379"
+    for told in _flags_in_all_places(name, url, tmp_path):
+        assert advice.replace("PORT", port) in told, told
+
+
+@pytest.mark.parametrize("text, told", [
+    ("=http://h:1", "Empty name given for http://h:1 in '=http://h:1': write name=url; perhaps a"),
+    ("default=", 'Empty URL given for "default" in \'default=\': write name=url'),
+    ("default,b", 'Empty URL given for "default" in \'default\': write name=url'),
+    ("http://h:1", 'Empty URL given for "http://h:1"'),
+    ("default=http://::1:2380", "; write http://[::1]:2380"),
+    ("default=10.0.0.5", "; write http://10.0.0.5:2380"),
+    ("default=http://${IP}:2380", "; a variable or placeholder was not filled in"),
+    ('"default=http://h:1"', "; the quotes are part of it"),
+    ("default=http://h:1,b=http://a b:1", 'invalid character " " in host name'),
+])
+def test_flags_initial_cluster_that_is_none_is_explained(
+    text: str, told: str, tmp_path: Path
+) -> None:
+    for line in _flags_in_all_places("initial-cluster", text, tmp_path):
+        assert "error setting up initial cluster: " in line and told in line, line
+
+
+@pytest.mark.parametrize("name", sorted(
+    name for name, flag in pyetcd._all_flags().items()
+    if name not in ("config-file", "version", *pyetcd.IGNORED_BOOLS)))
+def test_flags_quotes_of_an_env_file_are_told_whatever_the_flag(
+    name: str, tmp_path: Path
+) -> None:
+    """docker's --env-file takes `NAME="x"` as it is."""
+    flag = pyetcd._all_flags()[name]
+    value = "true" if flag.is_bool else "5000" if flag.parse is pyetcd.parse_uint else "x"
+    told = ("quotes are part of it", "not supported", "requests are answered whatever",
+            "TLS 1.2 and later", "peers are shown", "a suffix of the SRV", "no longer supported")
+    for line in _flags_in_all_places(name, f'"{value}"', tmp_path):
+        assert any(words in line for words in told), line
+
+
+def test_flags_line_end_of_another_system_is_told() -> None:
+    settings = pyetcd.Settings([], {"ETCD_NAME": "m1\r"})
+    settings.complete()
+    assert "ends with a carriage return: save the file with Unix" in settings.lines[-1][2]
+
+
+@pytest.mark.parametrize("wrong, meant", [
+    ("nmae", "name"), ("Name", "name"), ("data_dir", "data-dir"), ("datadir", "data-dir"),
+    ("listen-client-url", "listen-client-urls"), ("initial-cluser", "initial-cluster"),
+    ("advertise-peer-urls", "initial-advertise-peer-urls"), ("proxxy", "proxy"),
+    ("election-timout", "election-timeout"), ("cert_file", "cert-file"), ("debgu", "debug"),
+])
+def test_flags_typing_error_gets_a_suggestion(wrong: str, meant: str, tmp_path: Path) -> None:
+    for argv in ([f"-{wrong}=x"], [f"--{wrong}", "x"]):
+        with _flags_fails(f"flag provided but not defined: -{wrong}; did you mean -{meant}?"):
+            pyetcd.Settings(argv, {})
+    variable = "ETCD_" + wrong.upper().replace("-", "_")
+    if variable != pyetcd._all_flags()[meant].variable:
+        settings = pyetcd.Settings([], {variable: "x"})
+        settings.complete()
+        suggested = pyetcd._all_flags()[meant].variable
+        assert settings.lines[-1][2] == (
+            f"unrecognized environment variable {variable}=x; did you mean {suggested}?")
+    path = tmp_path / "c"
+    path.write_text(f"{wrong}: x\n")
+    settings = pyetcd.Settings([f"-config-file={path}"], {})
+    settings.complete()
+    assert settings.lines[-1][2].endswith(f"; did you mean {meant}?")
+
+
+@pytest.mark.parametrize("variable", ["ETCD_PORT", "ETCD_SERVICE_HOST", "ETCD_1_PORT_2379_TCP"])
+def test_flags_variables_of_links_between_containers_get_no_suggestion(variable: str) -> None:
+    settings = pyetcd.Settings([], {variable: "tcp://10.0.0.1:2379"})
+    settings.complete()
+    assert "did you mean" not in settings.lines[-1][2]
+
+
+@pytest.mark.parametrize("argv, told", [
+    *(([f"-{name}", "true"], f"; -{name} is a switch: write -{name}, or -{name}=true")
+      for name, flag in pyetcd._all_flags().items()
+      if flag.is_bool and name not in pyetcd.IGNORED_BOOLS and not name.endswith("auto-tls")),
+    (["-debug", "no"], "; -debug is a switch: write -debug, or -debug=false"),
+    (["-debug", "name"], "; write -name"),
+    (["name=x"], "; write -name=x"), (["help"], "; write -help"), (["version"], "; write -version"),
+    (["\u2013name", "x"], "; it begins with a typographic dash, write -name"),
+    (["\u2014\u2014name", "x"], "; it begins with a typographic dash, write -name"),
+    (["-initial-cluster", "a=http://h:1,", "b=http://h:2"], "; write a list as one word"),
+    (["-config", "x.yml"], "; a configuration file is given with -config-file FILE"),
+    (["-debug", "backup"], "; write `pyetcd backup` first and its flags behind it"),
+    (["-debug", "x"], "; x stands behind the switch -debug"),
+])
+def test_flags_word_that_is_none_is_explained(argv: List[str], told: str) -> None:
+    settings = pyetcd.Settings(argv, {})
+    with _flags_fails("' is not a valid flag" + told):
+        settings.check_leftover()
+
+
+@pytest.mark.parametrize("name, text, told", [
+    ("debug", "yes", "parse error; write true"), ("debug", "x", "; write true or false"),
+    ("heartbeat-interval", "100ms", "; write a whole number, in milliseconds and without a unit"),
+    ("snapshot-count", "-1", "; write a whole number"),
+    ("addr", "http://10.0.0.1:4001", "; write 10.0.0.1:4001"),
+    ("cors", "example.com", "; write origins as https://HOST, or * for all"),
+    ("discovery-srv", "http://example.com", "a domain is wanted whose SRV records name"),
+    ("discovery-srv", "a b", "a domain is wanted"),
+    ("discovery-proxy", "http://${proxy}", 'invalid character "$" in host name'),
+    ("discovery-proxy", "ftp://p:1", "it must read http://host:port"),
+    ("discovery", "http://h:4001/new?size=3", "run `curl 'http://h:4001/new?size=3'` once"),
+    ("auto-tls", "true", "auto-tls is not supported: pyetcd cannot make certificates; make one"),
+    ("peer-auto-tls", "1", "-peer-cert-file cert.pem -peer-key-file key.pem"),
+    ("self-signed-cert-validity", "2", "has no effect: pyetcd makes no certificates"),
+    ("name", "a=b", 'in -initial-cluster, = and , separate names and URLs; choose a name without'),
+    ("name", "a,b", 'in -initial-cluster, = and , separate names and URLs; choose a name without'),
+    ("v", "true", "does nothing: -version shows the version, -debug logs more"),
+    ("peer-heartbeat-interval", "true", "does nothing: use -heartbeat-interval"),
+    ("log-package-levels", "etcdservr=DEBUG", "has etcdservr, which logs nothing here; the"
+                                              " packages are auth, discovery, etcd, etcdhttp,"),
+    ("log-package-levels", "etcdservr=DEBUG", "; did you mean etcdserver?"),
+    ("log-package-levels", "etcdserver=DEBUG,raft.node=INFO,*=INFO", ""),
+    ("initial-advertise-peer-urls", "http://127.0.0.1:0", "has port 0"),
+])
+def test_flags_value_that_cannot_be_used_is_explained(
+    name: str, text: str, told: str, tmp_path: Path
+) -> None:
+    for line in _flags_in_all_places(name, text, tmp_path):
+        if name not in ("v", "peer-heartbeat-interval"):    # of etcd 0.4
+            line = line.replace("invalid boolean value", "invalid value")
+        assert told in line if told else not line, line
+
+
+def test_flags_empty_name_is_named() -> None:
+    with _flags_fails('couldn\'t find local name "" in the initial cluster configuration: -name is'
+                      " empty; give this member a name, or leave the flag out"):
+        _flags_config(["-name", ""])
+
+
+def test_flags_packages_that_log_are_all_known() -> None:
+    text = Path(pyetcd.__file__).read_text()
+    used = set(re.findall(r'(?:package_logger|Complaints)\("([a-z]+)', text)) | {"flags"}
+    assert used == set(pyetcd.LOG_PACKAGES)
+
+
+def test_flags_failed_start_says_nothing_of_the_past_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    flags_logging: logging.Logger,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    port = free_port()
+    argv = [
+        f"-listen-client-urls=http://127.0.0.1:{port}", f"-initial-cluster=b=http://h.test:{port}",
+        f"-advertise-client-urls=http://127.0.0.1:{port}",
+        f"-listen-peer-urls=http://127.0.0.1:{port + 1}",
+    ]
+    for _ in range(2):
+        assert pyetcd.main(argv) == 1
+        assert "already initialized" not in capsys.readouterr().err
+        assert os.listdir(tmp_path) == []
+
+
+def test_flags_editable_install_is_a_plain_path() -> None:
+    """With a finder of its own, a clone called pyetcd hides it from the parent directory."""
+    text = (Path(pyetcd.__file__).parent / "pyproject.toml").read_text()
+    assert '\npackage-dir = {"" = "."}' in text
 
 
 def test_flags_urls_are_trimmed_and_sorted() -> None:
