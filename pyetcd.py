@@ -925,8 +925,16 @@ _EPOCH = datetime(1970, 1, 1)
 
 
 _RFC3339 = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9})\d*)?(?:Z|([+-])(\d\d):(\d\d))\Z"
+    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d+))?(?:Z|([+-])(\d\d):(\d\d))\Z"
 )
+
+
+def load_json(text: Union[str, bytes]) -> Any:
+    """Return the value of JSON that another has written.  Raises ValueError, for depth as well."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def parse_time(text: str) -> int:
@@ -939,7 +947,7 @@ def parse_time(text: str) -> int:
     if match.group(8):
         offset = int(match.group(9)) * 3600 + int(match.group(10)) * 60
         seconds += -offset if match.group(8) == "+" else offset
-    return seconds * NS + int((match.group(7) or "0").ljust(9, "0"))
+    return seconds * NS + int((match.group(7) or "0")[:9].ljust(9, "0"))
 
 
 def format_duration(seconds: float) -> str:
@@ -3992,7 +4000,7 @@ _SNAPSHOT_NODE = re.compile(
 
 
 def _unquote(string: str) -> str:
-    return str(json.loads(f'"{string}"')) if "\\" in string else string
+    return str(load_json(f'"{string}"')) if "\\" in string else string
 
 
 def _read_tree(
@@ -4359,7 +4367,7 @@ class Store:
         try:
             text = text_of(data)
             nodes, end = _read_tree(text, progress)
-            state = json.loads("{" + text[end:].lstrip("}")[1:])
+            state = load_json("{" + text[end:].lstrip("}")[1:])
             current_index = _number(state, "CurrentIndex")
             counters = state.get("Stats") or {}
             stats = {name: _number(counters, name) for name in counters}
@@ -5922,14 +5930,14 @@ def parse_member(context: bytes, id: int) -> Member:
     Raises CodecError.
     """
     try:
-        fields = json.loads(context)
+        fields = load_json(context)
         urls, clients = fields.get("peerURLs") or (), fields.get("clientURLs") or ()
         name, features = fields.get("name") or "", fields.get("features") or ()
         return Member(
             id, tuple(sorted(map(str, urls))), str(name), tuple(map(str, clients)),
             tuple(map(str, features)),
         )
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError):
         raise CodecError(f"the context of a change is not a member: {context!r}") from None
 
 
@@ -10778,7 +10786,7 @@ _OWN_VERSION_KEY = version_key(SERVER_VERSION)
 def _server_version(body: bytes) -> str:
     """The `etcdserver` of a /version answer, or "" if it is not one."""
     try:
-        version = str(json.loads(body)["etcdserver"])
+        version = str(load_json(body)["etcdserver"])
         version_key(version)
     except (ValueError, KeyError, TypeError):
         return ""
@@ -11874,9 +11882,9 @@ class Auth:
 def parse_stored_user(name: str, text: str) -> Optional[User]:
     """Return the user that lies in the store; None, with a log line, if it is none."""
     try:
-        value = json.loads(text)
+        value = load_json(text)
         return User(name, str(value["password"]), string_list(value.get("roles"))).with_root()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         package_logger("auth").error("ignored user %s: what is stored is no user", name)
         return None
 
@@ -11884,9 +11892,9 @@ def parse_stored_user(name: str, text: str) -> Optional[User]:
 def parse_stored_role(name: str, text: str) -> Optional[Role]:
     """Return the role that lies in the store; None, with a log line, if it is none."""
     try:
-        kv = json.loads(text)["permissions"]["kv"]
+        kv = load_json(text)["permissions"]["kv"]
         return Role(name, make_permissions(kv.get("read"), kv.get("write")))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         package_logger("auth").error("ignored role %s: what is stored is no role", name)
         return None
 
@@ -14437,7 +14445,7 @@ class Discovery:
             raise DiscoveryUnreachable(f"more than {DISCOVERY_REDIRECTS_MAX} redirects")
         try:
             index = headers.get("X-Etcd-Index", "")
-            return int(index) if index.isdigit() else 0, json.loads(body) if body.strip() else None
+            return int(index) if index.isdigit() else 0, load_json(body) if body.strip() else None
         except ValueError:
             raise DiscoveryError("discovery: bad discovery endpoint") from None
 
@@ -14866,7 +14874,7 @@ def parse_members(body: bytes) -> List[Member]:
                 int(member["id"]), tuple(sorted(member["peerURLs"])),
                 str(member.get("name", "")), tuple(member.get("clientURLs") or ()),
             )
-            for member in json.loads(body)
+            for member in load_json(body)
         ]
     except (KeyError, TypeError, AttributeError):
         raise ValueError("the answer is no list of members") from None
@@ -15271,7 +15279,7 @@ def _cluster_version(
     for url in member.peer_urls:
         try:
             _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
-            return version_key(str(json.loads(body)["etcdcluster"]))
+            return version_key(str(load_json(body)["etcdcluster"]))
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             package_logger("etcdserver").warning(
                 "cannot get the version of member %s from %s: %s", format_id(member.id), url,
@@ -17717,7 +17725,7 @@ def _unquote_yaml(text: str) -> str:
     if text.startswith("'"):
         return text[1:-1].replace("''", "'")
     if text.startswith('"'):
-        return str(json.loads(text))
+        return str(load_json(text))
     return "" if text in ("~", "null", "Null", "NULL") else text
 
 
@@ -17755,7 +17763,7 @@ def read_environment_file(path: str) -> Dict[str, str]:
     found: Dict[str, str] = {}
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            match = re.fullmatch(r"\s*(?:export\s+)?(\w+)=(.*?)\s*", line.rstrip("\n"))
+            match = re.fullmatch(r"(?:export\s+)?(\w+)=(.*)", line.strip(), re.DOTALL)
             if match:
                 found[match.group(1)] = match.group(2).strip("\"'")
     return found
