@@ -1034,8 +1034,16 @@ _EPOCH = datetime(1970, 1, 1)
 
 
 _RFC3339 = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9})\d*)?(?:Z|([+-])(\d\d):(\d\d))\Z"
+    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d+))?(?:Z|([+-])(\d\d):(\d\d))\Z"
 )
+
+
+def load_json(text: Union[str, bytes]) -> Any:
+    """Return the value of JSON that another has written.  Raises ValueError, for depth as well."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def parse_time(text: str) -> int:
@@ -1048,7 +1056,7 @@ def parse_time(text: str) -> int:
     if match.group(8):
         offset = int(match.group(9)) * 3600 + int(match.group(10)) * 60
         seconds += -offset if match.group(8) == "+" else offset
-    return seconds * NS + int((match.group(7) or "0").ljust(9, "0"))
+    return seconds * NS + int((match.group(7) or "0")[:9].ljust(9, "0"))
 
 
 def format_duration(seconds: float) -> str:
@@ -4328,7 +4336,7 @@ _SNAPSHOT_NODE = re.compile(
 
 
 def _unquote(string: str) -> str:
-    return as_unicode(json.loads(f'"{string}"')) if "\\" in string else string
+    return as_unicode(load_json(f'"{string}"')) if "\\" in string else string
 
 
 def _read_tree(
@@ -6388,7 +6396,7 @@ def parse_member(context: bytes, id: int) -> Member:
     Raises CodecError.
     """
     try:
-        fields = json.loads(context)
+        fields = load_json(context)
         urls, clients = fields.get("peerURLs") or (), fields.get("clientURLs") or ()
         name, features = fields.get("name") or "", fields.get("features") or ()
         texts = [as_unicode(str(text)) for text in (name, *urls, *clients, *features)]
@@ -6398,7 +6406,7 @@ def parse_member(context: bytes, id: int) -> Member:
             id, tuple(sorted(texts[1:first_client])), texts[0],
             tuple(texts[first_client:first_feature]), tuple(texts[first_feature:]),
         )
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError):
         raise CodecError(f"the context of a change is not a member: {context!r}") from None
 
 
@@ -11788,7 +11796,7 @@ _OWN_VERSION_KEY = version_key(SERVER_VERSION)
 def _server_version(body: bytes) -> str:
     """The `etcdserver` of a /version answer, or "" if it is not one."""
     try:
-        version = str(json.loads(body)["etcdserver"])
+        version = str(load_json(body)["etcdserver"])
         version_key(version)
     except (ValueError, KeyError, TypeError):
         return ""
@@ -12910,9 +12918,9 @@ class Auth:
 def parse_stored_user(name: str, text: str) -> Optional[User]:
     """Return the user that lies in the store; None, with a log line, if it is none."""
     try:
-        value = json.loads(text)
+        value = load_json(text)
         return User(name, str(value["password"]), string_list(value.get("roles"))).with_root()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         package_logger("auth").error("ignored user %s: what is stored is no user", name)
         return None
 
@@ -12920,9 +12928,9 @@ def parse_stored_user(name: str, text: str) -> Optional[User]:
 def parse_stored_role(name: str, text: str) -> Optional[Role]:
     """Return the role that lies in the store; None, with a log line, if it is none."""
     try:
-        kv = json.loads(text)["permissions"]["kv"]
+        kv = load_json(text)["permissions"]["kv"]
         return Role(name, make_permissions(kv.get("read"), kv.get("write")))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         package_logger("auth").error("ignored role %s: what is stored is no role", name)
         return None
 
@@ -15533,7 +15541,7 @@ class Discovery:
             raise DiscoveryUnreachable(f"more than {DISCOVERY_REDIRECTS_MAX} redirects")
         try:
             index = headers.get("X-Etcd-Index", "")
-            return int(index) if index.isdigit() else 0, json.loads(body) if body.strip() else None
+            return int(index) if index.isdigit() else 0, load_json(body) if body.strip() else None
         except ValueError:
             raise DiscoveryError("discovery: bad discovery endpoint") from None
 
@@ -16033,7 +16041,7 @@ def parse_members(body: bytes) -> List[Member]:
                 int(member["id"]), tuple(sorted(map(str, member["peerURLs"]))),
                 str(member.get("name", "")), tuple(map(str, member.get("clientURLs") or ())),
             )
-            for member in json.loads(body)
+            for member in load_json(body)
         ]
     except (KeyError, TypeError, AttributeError):
         raise ValueError("the answer is no list of members") from None
@@ -16503,7 +16511,7 @@ def _cluster_version(
     for url in member.peer_urls:
         try:
             _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
-            return version_key(str(json.loads(body)["etcdcluster"]))
+            return version_key(str(load_json(body)["etcdcluster"]))
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             package_logger("etcdserver").warning(
                 "cannot get the version of member %s from %s: %s", format_id(member.id), url,
@@ -19259,7 +19267,7 @@ def _unquote_yaml(text: str) -> str:
     if text.startswith("'"):
         return text[1:-1].replace("''", "'")
     if text.startswith('"'):
-        return str(json.loads(text))
+        return str(load_json(text))
     return "" if text in ("~", "null", "Null", "NULL") else text
 
 
@@ -19297,7 +19305,7 @@ def read_environment_file(path: str) -> Dict[str, str]:
     found: Dict[str, str] = {}
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            match = re.fullmatch(r"\s*(?:export\s+)?(\w+)=(.*?)\s*", line.rstrip("\n"))
+            match = re.fullmatch(r"(?:export\s+)?(\w+)=(.*)", line.strip(), re.DOTALL)
             if match:
                 found[match.group(1)] = match.group(2).strip("\"'")
     return found
