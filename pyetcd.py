@@ -4418,7 +4418,7 @@ class StoreState(NamedTuple):
             text = data.decode("utf-8", "replace")
             nodes, end = _read_tree(text, progress)
             slots, rest = _read_slots(text, end)
-            state = json.loads("{" + rest.lstrip("}")[1:])
+            state = load_json("{" + rest.lstrip("}")[1:])
             counters = state.get("Stats") or {}
             history = (state.get("WatcherHub") or {}).get("EventHistory") or {}
             queue = history.get("Queue") or {}
@@ -6644,7 +6644,7 @@ def _check_change(data: bytes) -> None:
     if change.type in (ConfChangeType.ADD_NODE, ConfChangeType.UPDATE_NODE):
         context = change.context or b"{}"
         parse_member(context, change.node_id)
-        if json.loads(context).get("id", change.node_id) != change.node_id:
+        if load_json(context).get("id", change.node_id) != change.node_id:
             raise CodecError(f"a change of member {change.node_id:x} that speaks of another one")
 
 

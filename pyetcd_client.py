@@ -4324,7 +4324,7 @@ class Contender(_Recipe):
         self._changed = threading.Condition()
         self._busy = False                          # somebody contends or holds
         self._held = None
-        self._taken_by = 0                          # thread of the last acquire, for a warning
+        self._taken_by: object = None               # thread of the last acquire
 
     def _entered(self) -> List[_Place]:
         return getattr(self._blocks, "places", [])
@@ -4352,22 +4352,23 @@ class Contender(_Recipe):
 
         Any other thread may serve a pool or a loop, where another task releases it.
         """
-        if not self.is_held or self._taken_by != threading.get_ident():
+        thread = threading.current_thread()         # not its ident, which another one gets later
+        if not self.is_held or self._taken_by is not thread:
             return False
         asyncio = sys.modules.get("asyncio")
         looping = asyncio is not None and asyncio._get_running_loop() is not None
-        return threading.current_thread() is threading.main_thread() and not looping
+        return thread is threading.main_thread() and not looping
 
     def _take_turn(self, span: _Span) -> bool:
         """Wait until nobody contends for or holds this object."""
-        if self._taken_by == threading.get_ident() and self.is_held and span.wait_s():
+        if self._taken_by is threading.current_thread() and self.is_held and span.wait_s():
             _log.warning("%s is held by this object, and this thread waits until it is released: "
                          "RLock may be acquired again, renew() renews", self.path)
         while span.wait_for(self._changed, self._is_free):
             with self._changed:
                 if self._is_free():
                     self._busy, lost, self._held = True, self._held, None
-                    self._taken_by = threading.get_ident()
+                    self._taken_by = threading.current_thread()
                     break
         else:
             return False
@@ -4563,7 +4564,7 @@ class RLock(Lock):
 
     def _acquire(self, blocking: bool, lock_ttl: Optional[int], timeout: Optional[float],
                  holder: object = None) -> Optional[_Place]:
-        holder = threading.get_ident() if holder is None else holder
+        holder = threading.current_thread() if holder is None else holder
         with self._changed:
             held = self._held if self._holder == holder else None
             self._depth += held is not None and held.is_held

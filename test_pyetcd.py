@@ -16212,6 +16212,11 @@ def test_recipe_rlock_is_held_by_whom_it_names(_recipe_client, _client_dir):
     assert lock.release() and lock.is_held and lock.release() and not lock.is_held
     assert lock.acquire(timeout=0, holder="task 2") and lock.release()
     assert lock.release() is False
+    for expected in (True, False):              # two threads, perhaps with one ident
+        with _client_background(lambda: lock.acquire(timeout=0)) as outcome:
+            pass
+        assert outcome == [expected]
+    lock.release()
 
 
 def test_recipe_renewals_of_several_threads_do_not_lose_the_file(_recipe_client, _client_dir):
