@@ -12846,7 +12846,8 @@ _CLIENT_REFUSED = [
 
 @pytest.mark.parametrize("verb", [
     lambda client, value: client.set("k", value), lambda client, value: client.create("k", value),
-    lambda client, value: client.update("k", value), lambda client, value: client.write("k", value),
+    lambda client, value: client.update("k", value),
+    lambda client, value: client.write("k", b"\xff" if value is None else value),
     lambda client, value: client.append("k", value),
     lambda client, value: client.test_and_set("k", value, "v"),
     lambda client, value: client.compare_and_swap("k", "v", prev_value=value or b"\xff"),
@@ -12857,6 +12858,12 @@ def test_client_api_refuses_values_that_would_not_come_back(verb, value, hint):
         with pytest.raises(pyetcd_client.EtcdValueError, match="base64|" + hint):
             verb(client, value)
         assert not server.requests
+
+
+def test_client_api_write_without_a_value_is_python_etcds_empty_file():
+    with _ClientRawServer(_CLIENT_GOOD) as server, Client(server.url) as client:
+        client.write("k", None)
+        assert server.requests == [("PUT", "/v2/keys/k", "")]
 
 
 @pytest.mark.parametrize("value, stored", [
