@@ -15216,7 +15216,8 @@ rmdir D/hosts
 
 def _ctl_in_front(words):
     """Return the line with its options, as far as `--`, in front of the arguments."""
-    start = next(n for n, word in enumerate(words) if word in pyetcd_client._COMMANDS) + 1
+    name = next(name for name in pyetcd_client._COMMANDS if f" {name} " in f" {' '.join(words)} ")
+    start = words.index(name.split()[-1]) + 1
     first = next((n for n in range(start, len(words)) if words[n].startswith("-")), len(words))
     return words[:start] + words[first:] + words[start:first]
 
