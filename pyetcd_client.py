@@ -6148,8 +6148,8 @@ def _unescape(text: str) -> str:
 
 def _painted(text: str, colour: str) -> str:
     """Return `text` in a colour, where somebody sees it and has not said NO_COLOR."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if not colour or plain or not sys.stdout.isatty():
+    if not colour or not sys.stdout.isatty() or (
+            os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"):
         return text
     return f"\x1b[{colour}m{text}\x1b[0m"
 

@@ -17062,6 +17062,18 @@ get --quorum D/myapp/database/url
 -C URL --no-sync set D/skydns/local/domain/h1 '{"host":"10.0.0.5"}'
 set D/lb/http/api.example.com/upstreams/root/path / --ttl 60
 rm --recursive D/kontena/haproxy/lb/services/service-b
+# Salt's etcd_pillar
+set D/salt-shared/mykey my_value
+set D/salt-private/special_minion_id/mykey my_other_value
+# scripts that set up users
+user add Ual:secret
+role add Ur1
+role grant Ur1 -path '/*' -readwrite
+user grant Ual -roles Ur1
+role revoke Ur1 -path '/*' -write
+role get Ur1
+user remove Ual
+role remove Ur1
 # CoreOS' and other guides
 mkdir D/here/you/go --ttl 120
 updatedir D/here/you/go --ttl 500
@@ -17085,7 +17097,8 @@ rmdir D/hosts
 
 def _ctl_in_front(words):
     """Return the line with its options, as far as `--`, in front of the arguments."""
-    start = next(n for n, word in enumerate(words) if word in pyetcd_client._COMMANDS) + 1
+    name = next(name for name in pyetcd_client._COMMANDS if f" {name} " in f" {' '.join(words)} ")
+    start = words.index(name.split()[-1]) + 1
     first = next((n for n in range(start, len(words)) if words[n].startswith("-")), len(words))
     return words[:start] + words[first:] + words[start:first]
 
@@ -17315,7 +17328,7 @@ def test_ctl_refuses_values_that_would_not_come_back(_client_server, _client, _c
 # -- which server, and how it is shown
 
 
-def test_ctl_tells_when_another_endpoint_answers(_client_server):
+def test_ctl_tells_when_another_endpoint_answers(_client_server, monkeypatch):
     """With --no-sync and without; not if it is the first, nor if nobody answers."""
     dead = _client_dead_url()
     told = f"pyetcdctl: answered by {_client_server.url}, not by {dead}\n"
@@ -17325,6 +17338,9 @@ def test_ctl_tells_when_another_endpoint_answers(_client_server):
             code, _, err = _client_main("--endpoints", ",".join(urls), *line)
             assert (code, err) == (0, complaint), line
     assert "answered by" not in _client_main("--endpoints", f"{dead},{dead}", "ls")[2]
+    monkeypatch.setattr(pyetcd_client, "CLI_ENDPOINTS", f"{dead},{_client_server.url}")
+    monkeypatch.delenv("ETCDCTL_ENDPOINTS", raising=False)
+    assert _client_main("ls", "/")[2] == told       # the discovery service, perhaps
 
 
 def test_ctl_tells_which_option_is_not_used(monkeypatch):
@@ -18145,6 +18161,16 @@ def test_ctl_bench_leaves_what_was_there(_client_server, _client, _client_dir):
     assert run()[0] == 0 and len(_client.ls("/pyetcd-bench")) == 1      # another one runs
     _client.delete("/pyetcd-bench/other", recursive=True)
     assert run()[0] == 0 and "/pyetcd-bench" not in [node.key for node in _client.ls("/")]
+
+
+def test_ctl_bench_cleans_up_after_ctrl_c(_client_server, _client, _client_dir):
+    with _ctl_process(_client_server.url, "bench", "--total", "1000000", "--prefix",
+                      _client_dir + "/bench") as process:
+        eventually(lambda: _client_dir + "/bench" in [
+            node.key for node in _client.get("/", recursive=True).node.walk()], what="load")
+        assert _ctl_interrupt(process)[0] == 130
+    with pytest.raises(pyetcd_client.KeyNotFound):
+        _client.get(_client_dir + "/bench")
 
 
 def test_ctl_bench_says_what_it_could_not_remove():
