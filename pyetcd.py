@@ -134,7 +134,6 @@ from email.utils import formatdate
 from enum import IntEnum
 from struct import unpack_from as _unpack_from
 from typing import (
-    TYPE_CHECKING,
     Any,
     Callable,
     Collection,
@@ -161,9 +160,6 @@ from urllib.parse import urlsplit
 
 if not hasattr(select, "epoll"):
     raise ImportError("pyetcd needs epoll: it runs on Linux only")
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
 
 __version__ = "0.4.0"
 
@@ -5932,7 +5928,7 @@ class Applier:
         try:
             return handler(self, request)
         except EtcdError as error:
-            return error
+            return error.with_traceback(None)       # whose frames hold what this goes to
 
     def _put(self, r: Request) -> Applied:
         store, now_ns = self._store, self.clock()
@@ -6013,7 +6009,7 @@ class Applier:
         try:
             member = self._cluster.validate_change(change)
         except MemberError as error:
-            return error
+            return error.with_traceback(None)       # whose frames hold what this goes to
         now_ns = self.clock()
         if member is None:
             self._cluster.remove(change.node_id, now_ns=now_ns)
@@ -6043,6 +6039,9 @@ _METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
 
 
 COMPLAINT_SECONDS = 30.0            # the same complaint is not logged again within this time
+
+
+TIMERS_SWEPT_MIN = 256              # waiting; from then on cancelled ones are looked for
 
 
 class Timer:
@@ -6080,6 +6079,95 @@ class Complaints:
             self._said.clear()
         self._said[about] = now
         self._log.error("%s", text)
+
+
+class WorkKind(NamedTuple):
+    """One kind of calls that block.  Each kind has threads of its own, so that one that hangs
+    holds up no other.
+
+    threads      at work at a time
+    waiting_max  calls that wait for a thread; above: refused with WorkersBusy
+    is_awaited   True: close() waits for the calls under way.  False: it leaves them behind
+    """
+
+    name: str
+    threads: int
+    waiting_max: int
+    is_awaited: bool
+
+
+FILE_WORK = WorkKind("files", 2, 16, True)              # snapshots, removal of old files
+NAME_WORK = WorkKind("names", 16, 64, False)            # a name server may hang for a minute
+PASSWORD_WORK = WorkKind("passwords", 2, 64, False)     # 0.1 s each, of another process
+PEER_WORK = WorkKind("peers", 1, 1, False)              # a proxy's questions to the members
+
+
+class WorkersBusy(OSError):
+    """As many calls of this kind wait as may."""
+
+
+def outcome_of(work: Callable[..., Any], *args: Any) -> Tuple[Optional[Exception], Any]:
+    """Return (None, result) of work(*args), or (what it raised, None), for another thread."""
+    try:
+        return None, work(*args)
+    except Exception as error:
+        return error, None
+
+
+class Workers:
+    """The threads for one kind of calls that block.
+
+    They are daemons: a call that hangs ends with the process.  Thread: reactor.
+    """
+
+    def __init__(self, kind: WorkKind, post: Callable[..., None]) -> None:
+        self._kind = kind
+        self._post = post               # as Reactor.call_soon_threadsafe
+        self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._threads: List[threading.Thread] = []
+        self._unfinished = 0            # calls that wait, or are under way
+
+    def submit(
+        self, work: Callable[..., Any], args: Tuple[Any, ...],
+        done: Callable[[Optional[BaseException], Any], None],
+    ) -> None:
+        """Have work(*args) called; then done(error, result) on the reactor's thread."""
+        kind = self._kind
+        if self._unfinished >= kind.threads + kind.waiting_max:
+            self._post(done, WorkersBusy(f"too many calls wait ({kind.name})"), None)
+            return
+        self._unfinished += 1
+        self._calls.put((work, args, done))
+        if len(self._threads) < min(self._unfinished, kind.threads):
+            name = f"{kind.name}-{len(self._threads) + 1}"
+            self._threads.append(threading.Thread(target=self._run, name=name, daemon=True))
+            self._threads[-1].start()
+
+    def stop(self) -> None:
+        """Take no more calls; those that are awaited are finished first."""
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads if self._kind.is_awaited else ():
+            thread.join()
+
+    def _run(self) -> None:
+        while self._serve(self._calls.get()):
+            pass
+
+    def _serve(self, call: Any) -> bool:
+        """Make one call, and keep nothing of it; False: it was the last."""
+        if call is None:
+            return False
+        work, args, done = call
+        self._post(self._finish, done, *outcome_of(work, *args))
+        return True
+
+    def _finish(
+        self, done: Callable[[Optional[BaseException], Any], None],
+        error: Optional[BaseException], result: Any,
+    ) -> None:
+        self._unfinished -= 1
+        done(error, result)
 
 
 QUICK_SECONDS = 0.000_200           # a wait, falling asleep and waking included
@@ -6126,6 +6214,7 @@ class Reactor:
         self._gone: Set[int] = set()    # unregistered in this turn: their events are of others
         self._timers: List[Tuple[float, int, Timer]] = []
         self._timer_count = 0
+        self._timers_max = TIMERS_SWEPT_MIN     # so many: forget those that are cancelled
         self._posted: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._polling = False           # True: a poster must write to the wake socket
         self._stopping = False
@@ -6137,7 +6226,8 @@ class Reactor:
         # Open as long as this object lives: another thread may be about to write.
         self._wake_out = wake_out
         weakref.finalize(self, os.close, wake_out)
-        self._blocking: Optional[ThreadPoolExecutor] = None
+        self._workers: Dict[WorkKind, Workers] = {}
+        self._look_ups: Dict[Tuple[str, int], List[Timer]] = {}     # under way: who waits
         self._date = (0, "")
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
 
@@ -6155,6 +6245,10 @@ class Reactor:
         """Call once, not before delay_s seconds have passed."""
         timer = Timer(callback, args)
         self._timer_count += 1
+        if len(self._timers) >= self._timers_max:
+            self._timers = [entry for entry in self._timers if entry[2].callback is not None]
+            heapq.heapify(self._timers)
+            self._timers_max = max(2 * len(self._timers), TIMERS_SWEPT_MIN)
         heapq.heappush(self._timers, (time.monotonic() + delay_s, self._timer_count, timer))
         return timer
 
@@ -6171,20 +6265,39 @@ class Reactor:
                 os.write(self._wake_out, b"\0")     # runs any more
 
     def run_blocking(
-        self, work: Callable[..., Any], *args: Any,
+        self, work: Callable[..., Any], *args: Any, kind: WorkKind,
         done: Callable[[Optional[BaseException], Any], None],
     ) -> None:
-        """Run `work(*args)` on a thread; then call done(error, result) on the reactor's."""
-        if self._blocking is None:
-            from concurrent.futures import ThreadPoolExecutor as Executor
-            self._blocking = Executor(4, thread_name_prefix="blocking")
+        """Run `work(*args)` on a thread for this kind; then call done(error, result) on ours."""
+        if kind not in self._workers:
+            self._workers[kind] = Workers(kind, self.call_soon_threadsafe)
+        self._workers[kind].submit(work, args, done)
 
-        def finished(future: Future[Any]) -> None:
-            error = future.exception()
-            result = None if error else future.result()
-            self.call_soon_threadsafe(done, error, result)
+    def look_up(
+        self, host: str, port: int, done: Callable[[Optional[BaseException], Any], None]
+    ) -> Timer:
+        """Call done(error, what getaddrinfo found), unless the Timer returned is cancelled.
 
-        self._blocking.submit(work, *args).add_done_callback(finished)
+        All that want the same at a time share one question: a name whose server hangs takes one
+        thread, however often it is asked for.
+        """
+        waiter = Timer(done, ())
+        waiters = self._look_ups.get((host, port))
+        if waiters is not None:
+            waiters[:] = [other for other in waiters if other.callback is not None]
+            waiters.append(waiter)
+            return waiter
+        self._look_ups[host, port] = [waiter]
+
+        def found(error: Optional[BaseException], addresses: Any) -> None:
+            for waiter in self._look_ups.pop((host, port)):
+                if waiter.callback is not None:
+                    waiter.callback(error, addresses)
+
+        self.run_blocking(
+            socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM, kind=NAME_WORK, done=found
+        )
+        return waiter
 
     def register(self, sock: HasFileno, events: int, callback: Callable[[int], None]) -> None:
         """Call callback(mask) whenever `sock` is ready for any of `events`, selectors.EVENT_*.
@@ -6225,8 +6338,8 @@ class Reactor:
 
     def close(self) -> None:
         """Release threads and sockets, when all others are closed."""
-        if self._blocking is not None:
-            self._blocking.shutdown(wait=True)
+        for workers in self._workers.values():
+            workers.stop()
         self._epoll.close()
         self._wake_in.close()
 
@@ -6299,9 +6412,8 @@ class Reactor:
 
     def _run_timers(self) -> None:
         now = time.monotonic()
-        timers = self._timers
-        while timers and timers[0][0] <= now:
-            timer = heapq.heappop(timers)[2]
+        while self._timers and self._timers[0][0] <= now:
+            timer = heapq.heappop(self._timers)[2]
             if timer.callback is not None:
                 timer.callback(*timer.args)
 
@@ -6993,6 +7105,7 @@ class StreamReply:
         """Finish the body; the connection serves the next request."""
         if not self.closed:
             self.closed = True
+            self.on_close = None
             self._connection.finish(b"0\r\n\r\n" if self._chunked else b"", self._keep_alive)
 
     def abort(self) -> None:
@@ -7004,8 +7117,9 @@ class StreamReply:
 
     def _client_gone(self) -> None:
         self.closed = True
-        if self.on_close is not None:
-            self.on_close()
+        on_close, self.on_close = self.on_close, None
+        if on_close is not None:
+            on_close()
 
 
 class Connection:
@@ -7015,6 +7129,7 @@ class Connection:
         "reactor", "remote", "on_close", "on_drain", "streaming", "pending", "_listener", "_sock",
         "_in", "_head", "_chunks", "_body", "_body_bytes", "_busy", "_out", "_dirty", "_events",
         "_close_after", "_eof", "_draining", "_processing", "_http2", "closed",
+        "_goodbye",
     )
 
     def __init__(self, listener: Listener, sock: socket.socket, remote: str) -> None:
@@ -7041,6 +7156,7 @@ class Connection:
         self._draining = False          # reply sent, input thrown away until the client closes
         self._processing = False
         self._http2: Optional[Http2Refusal] = None
+        self._goodbye: Optional[Timer] = None       # ends _draining
         self.reactor.register(sock, selectors.EVENT_READ, self._receive)
 
     @property
@@ -7365,7 +7481,7 @@ class Connection:
             return
         self._in = b""
         self._watch(selectors.EVENT_READ)
-        self.reactor.call_later(DRAIN_SECONDS, self.close)
+        self._goodbye = self.reactor.call_later(DRAIN_SECONDS, self.close)
 
     def _watch(self, events: int) -> None:
         if events == self._events:
@@ -7387,9 +7503,12 @@ class Connection:
         if self._events:
             self.reactor.unregister(self._sock)
         self._sock.close()
-        self._out = []
+        self._out, self._body = [], []
         self._in = b""
+        self._head = self._chunks = None
         self.on_drain = None
+        if self._goodbye is not None:
+            self._goodbye.cancel()
         self._listener.forget(self)
         on_close, self.on_close = self.on_close, None
         if on_close is not None:
@@ -7431,6 +7550,7 @@ class Arrival:
         self._timer.cancel()
         if self._handshake is not None:
             self._handshake.cancel()
+            self._handshake = None
         else:
             self._listener.reactor.unregister(self._sock)
         self._listener.arrived(self)
@@ -7473,6 +7593,7 @@ class Arrival:
         self._handshake = Handshake(reactor, sock, self._secured)
 
     def _secured(self, error: Optional[OSError]) -> None:
+        self._handshake = None
         self._listener.arrived(self)
         assert isinstance(self._sock, ssl.SSLSocket)
         try:
@@ -7710,7 +7831,7 @@ class HttpCall:
     __slots__ = (
         "_reactor", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock", "_bodyless",
         "_out", "_in", "_left", "_chunks", "_timer", "_heard", "_ended", "connected", "_paused",
-        "_events", "_tls", "_host", "_handshake",
+        "_events", "_tls", "_host", "_handshake", "_look_up",
     )
 
     def __init__(
@@ -7746,6 +7867,7 @@ class HttpCall:
         self._tls = (tls or default_tls()) if is_https(url) else None
         self._host = urlsplit(url).hostname or ""
         self._handshake: Optional[Handshake] = None
+        self._look_up: Optional[Timer] = None       # a question to the name servers
         late = TimeoutError(f"dial tcp {urlsplit(url).netloc}: i/o timeout")
         self._timer = reactor.call_later(connect_timeout_s, self._fail, late)
         self._resolve(*url_address(url))
@@ -7758,11 +7880,17 @@ class HttpCall:
     def cancel(self) -> None:
         """Drop the connection; no callback comes any more."""
         self._ended = True
+        # Owners hold their call, and these lead back to them: what is over must not be a cycle.
+        self._on_head = self._on_data = self._on_done = _ignore
+        self._out = memoryview(b"")
         self._timer.cancel()
+        if self._look_up is not None:
+            self._look_up.cancel()
         if self._sock is None:
             return
         if self._handshake is not None:
             self._handshake.cancel()
+            self._handshake = None
         elif self._events:
             self._reactor.unregister(self._sock)
         self._sock.close()
@@ -7817,9 +7945,7 @@ class HttpCall:
                 flags=socket.AI_NUMERICHOST,
             )[0])
         except socket.gaierror:
-            self._reactor.run_blocking(
-                socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM, done=self._resolved
-            )
+            self._look_up = self._reactor.look_up(host, port, self._resolved)
 
     def _resolved(self, error: Optional[BaseException], found: Any) -> None:
         if self._ended:
@@ -7978,8 +8104,13 @@ class HttpCall:
             self._end(OSError(tls_reason(error)) if isinstance(error, ssl.SSLError) else error)
 
     def _end(self, error: Optional[Exception]) -> None:
+        on_done = self._on_done
         self.cancel()
-        self._on_done(error)
+        on_done(error)
+
+
+def _ignore(*args: object) -> None:
+    """What a call that is over tells nobody."""
 
 
 # ============================================================================
@@ -10116,7 +10247,7 @@ class SnapshotKeeper:
                 self._journal.release(index)
             self._compact_to = max(1, index - SNAPSHOT_CATCHUP_ENTRIES)
 
-        self._reactor.run_blocking(self.snapshotter.write, file, done=done)
+        self._reactor.run_blocking(self.snapshotter.write, file, kind=FILE_WORK, done=done)
 
     def received(self, index: int) -> None:
         """The leader's snapshot has replaced the store: a walk over the old one is void."""
@@ -10131,7 +10262,7 @@ class SnapshotKeeper:
         """Return the newest snapshot for a follower that is too far behind; None: being read."""
         if self._cache is None and self.index and not self._loading:
             self._loading = True
-            self._reactor.run_blocking(self.snapshotter.load, done=self._loaded)
+            self._reactor.run_blocking(self.snapshotter.load, kind=FILE_WORK, done=self._loaded)
         return self._cache
 
     def _loaded(self, error: Optional[BaseException], snapshot: Any) -> None:
@@ -11179,7 +11310,7 @@ class Purge:
     def _begin(self) -> None:
         if not self._etcd.stopping:
             self._etcd.reactor.call_later(PURGE_SECONDS, self._begin)
-            self._etcd.reactor.run_blocking(self._remove, done=self._done)
+            self._etcd.reactor.run_blocking(self._remove, kind=FILE_WORK, done=self._done)
 
     def _remove(self) -> None:
         disk = self._etcd.snapshots.snapshotter.disk
@@ -11261,10 +11392,13 @@ AUTH_PREFIX = "/2"                  # where users and roles lie in the store
 ROOT, GUEST = "root", "guest"       # the user and role that may do all; who gives no name
 PASSWORD_COST = 10                  # of bcrypt: 2**10 rounds, as etcd
 PASSWORD_BYTES_MAX = 4_096          # above: a bad request; bcrypt reads the first 72
-PASSWORD_CHECKS_MAX = 64            # waiting to be verified; above: 503
+AUTH_NAME_BYTES_MAX = 1_024         # of a user or role; above: a bad request, and no such user
+PASSWORD_CHECKS_MAX = 1_024         # waiting to be verified; above: 503 for the worst guesser
 PASSWORDS_KNOWN_MAX = 10_000        # right ones, and as many wrong ones; above: forgotten
-PASSWORD_SECONDS_MAX = 30.0         # for one check; above: wrong
-WRONG_PASSWORD_PAUSE_SECONDS = 0.3  # before the next check
+PASSWORD_SECONDS_MAX = 30.0         # for one check; above: given up, 503
+WRONG_PASSWORD_PAUSE_SECONDS = 0.1  # before the next check of a sender that was wrong lately
+WRONG_PASSWORD_SECONDS = 60.0       # without a wrong one; then a sender is as good as any
+GUESSERS_MAX = 10_000               # remembered; above: the oldest is forgotten
 
 
 class AuthError(Exception):
@@ -11377,13 +11511,21 @@ class User(NamedTuple):
         return self._replace(roles=tuple(sorted(roles)))
 
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def go_text(text: str) -> str:
+    """Return what Go reads where JSON has half a surrogate pair: U+FFFD instead."""
+    return _SURROGATES.sub("\ufffd", text)
+
+
 def string_list(value: object) -> Names:
     """Return a JSON list of strings, or null, as Names.  Raises ValueError."""
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError("not a list of strings")
-    return tuple(value)
+    return tuple(map(go_text, value))
 
 
 def make_permissions(read: object, write: object) -> Permissions:
@@ -11406,7 +11548,9 @@ password, setting = sys.stdin.buffer.read().split(b"\\0")
 for name in ("libcrypt.so.1", "libcrypt.so.2"):
     try:
         crypt = ctypes.CDLL(name).crypt_r
-    except (OSError, AttributeError):
+    except (OSError, AttributeError) as error:
+        if "cannot open" in str(error) and "No such file" not in str(error):
+            raise                       # it is there, but cannot be opened now
         continue
     crypt.restype = ctypes.c_char_p
     buffer = ctypes.create_string_buffer(1 << 18)       # larger than any struct crypt_data
@@ -11423,113 +11567,221 @@ class Passwords:
 
     _ALPHABET = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
     _ROUNDS = 200_000                   # of PBKDF2: about the time of bcrypt's 2**10
+    _BCRYPT = re.compile(r"\$2[aby]\$(?:0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{53}")
+
+    def __init__(self) -> None:
+        self._complaints = Complaints("auth", Reactor.now)
 
     def hash(self, password: str) -> str:
-        """Return a salted hash for the store."""
+        """Return a salted hash for the store.  Raises AuthError if it cannot be made now."""
         number = int.from_bytes(os.urandom(16), "big") << 4
         salt = "".join(self._ALPHABET[number >> shift & 63] for shift in range(126, -1, -6))
         made = self.bcrypt(password, f"$2a${PASSWORD_COST:02d}${salt}")
+        if made is None:
+            raise AuthError(503, f"passwords cannot be hashed now{_TRY_AGAIN}")
         if made:
             return made
+        self._complaints.say(
+            "passwords are hashed with PBKDF2, which etcd cannot verify: this system's libcrypt"
+            " has no bcrypt; install libxcrypt (Debian: libcrypt1), and set the passwords again"
+        )
         salt = os.urandom(16).hex()
         return f"$pbkdf2-sha256${self._ROUNDS}${salt}${self._pbkdf2(password, salt, self._ROUNDS)}"
 
-    def verify(self, password: str, stored: str) -> bool:
-        """True if `stored` is a hash of `password`; what cannot be verified never is."""
-        if "\0" in password:
-            return False                # bcrypt would read what stands before it
+    def verify(self, password: str, stored: str) -> Optional[bool]:
+        """True if `stored` is a hash of `password`, False if not, None: nobody can tell now."""
+        try:
+            if b"\0" in utf8(password):  # bcrypt would read what stands before it
+                return False
+        except UnicodeEncodeError:
+            return False                # half a surrogate pair: what no client can send
         if stored.startswith("$pbkdf2-sha256$"):
             parts = stored.split("$")
-            if len(parts) != 5 or not parts[2].isdigit():
+            if len(parts) != 5 or re.fullmatch("[0-9]{1,8}", parts[2]) is None:
                 return False
-            made = self._pbkdf2(password, parts[3], min(int(parts[2]), 10_000_000))
-            return secrets.compare_digest(made, parts[4])
-        if not re.fullmatch(r"\$2[aby]\$\d\d\$[./A-Za-z0-9]{53}", stored):
+            made = self._pbkdf2(password, parts[3], int(parts[2]))
+            return secrets.compare_digest(made.encode(), utf8(parts[4]))
+        if self._BCRYPT.fullmatch(stored) is None:
             return False
-        made = self.bcrypt(password, stored)
-        if not made:
-            package_logger("auth").error(
+        found = self.bcrypt(password, stored)
+        if found == "":
+            self._complaints.say(
                 "a password hash made by etcd cannot be verified: this system's libcrypt has no"
                 " bcrypt; install libxcrypt (Debian: libcrypt1), or set the password again here"
             )
-        return secrets.compare_digest(made.encode(), stored.encode())
+        return secrets.compare_digest(found, stored) if found else None
+
+    @staticmethod
+    def decoy(stored: str) -> str:
+        """Return a hash as slow as `stored` that no password has, for users that do not exist."""
+        if stored.startswith("$pbkdf2-sha256$"):
+            return stored.rpartition("$")[0] + "$" + 64 * "0"
+        return (stored if stored.startswith("$2") else _DECOY)[:29] + 31 * "."
 
     @staticmethod
     def _pbkdf2(password: str, salt: str, rounds: int) -> str:
         return hashlib.pbkdf2_hmac("sha256", utf8(password), utf8(salt), max(rounds, 1)).hex()
 
-    @staticmethod
-    def bcrypt(password: str, setting: str) -> str:
-        """Return the hash by algorithm, cost and salt of `setting`; "" if there is no bcrypt."""
-        import subprocess
+    def bcrypt(self, password: str, setting: str) -> Optional[str]:
+        """Return the hash by algorithm, cost and salt of `setting`; "" if this system has no
+        bcrypt, None if the program that computes it has failed."""
         try:
+            import subprocess
             done = subprocess.run(
                 [sys.executable or "python3", "-I", "-S", "-c", _BCRYPT_PROGRAM],
                 input=utf8(password) + b"\0" + setting.encode(),
-                capture_output=True, timeout=PASSWORD_SECONDS_MAX, check=False,
+                capture_output=True, timeout=PASSWORD_SECONDS_MAX, check=True,
             )
-        except (OSError, subprocess.SubprocessError):
-            return ""
+        except (OSError, ImportError, ValueError, MemoryError, subprocess.SubprocessError) as error:
+            self._complaints.say(
+                f"passwords cannot be verified now, as the program for it has failed: {error}"
+            )
+            return None
         made = done.stdout.decode("latin-1")
         return made if len(made) == 60 and made.startswith(setting[:4]) else ""
+
+
+_TRY_AGAIN = "; see the log of this member, and try again"
+_DECOY = "$2a$10$" + 53 * "."       # of a system whose users have no hash of ours
+
+
+class Sender(NamedTuple):
+    """Who gives a password: a name, and the address it comes from."""
+
+    user: str
+    host: str
+
+
+class PasswordCheck:
+    """One question, and all that wait for its answer.  level 0 goes first; see PasswordChecks."""
+
+    __slots__ = ("stored", "password", "level", "askers")
+
+    def __init__(self, stored: str, password: str, level: int) -> None:
+        self.stored = stored
+        self.password = password
+        self.level = level
+        self.askers: List[Tuple[bytes, Callable[[bool], None]]] = []    # sender, done
 
 
 class PasswordChecks:
     """Which passwords are right: found out one at a time, and then remembered.
 
-    After a wrong one the next check waits, so that guessing is slow and takes little from the
-    others.  What is known already never waits.
+    The more wrong ones a sender had lately, and the more of its own wait already, the later is
+    the turn of the next (its level: the logarithm of both together).  A pause goes before all
+    but those of level 0.  So guessing is slow, and nobody else waits for it.  What is known
+    already never waits.  Thread: reactor.
     """
+
+    LEVELS = 8
 
     def __init__(self, reactor: Reactor) -> None:
         self.passwords = Passwords()
         self._reactor = reactor
         self._key = os.urandom(32)
         self._known: Dict[bool, Dict[bytes, None]] = {True: {}, False: {}}
-        self._waiting: Dict[bytes, Tuple[str, str, List[Callable[[], None]]]] = {}
-        self._busy = False
+        self._waiting: Dict[bytes, PasswordCheck] = {}      # by digest, with the one under way
+        self._levels: List[Dict[bytes, None]] = [{} for _ in range(self.LEVELS)]    # without it
+        self._under_way = b""           # its digest
+        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # by sender: how often, and when last
+        self._owing: Dict[bytes, int] = {}                  # by sender: how many wait
+        self._guess_at = 0.0            # not before that: one of level 1 or above
+        self._timer: Optional[Timer] = None
 
-    def known(self, stored: str, password: str) -> Optional[bool]:
+    def known(self, user: str, stored: str, password: str) -> Optional[bool]:
         """True: right; False: wrong; None: check() must find out."""
-        digest = self._digest(stored, password)
+        if len(password) > PASSWORD_BYTES_MAX:
+            return False
+        digest = self._digest(user, stored, password)
         if digest in self._known[True]:
             return True
         return False if digest in self._known[False] else None
 
-    def check(self, stored: str, password: str, done: Callable[[], None]) -> bool:
-        """Find out, then call done(); False if too many wait already."""
-        digest = self._digest(stored, password)
-        if digest not in self._waiting:
-            if len(self._waiting) >= PASSWORD_CHECKS_MAX:
-                return False
-            self._waiting[digest] = stored, password, []
-        self._waiting[digest][2].append(done)
-        if not self._busy:
-            self._next()
-        return True
+    def check(
+        self, sender: Sender, stored: str, password: str, done: Callable[[bool], None]
+    ) -> None:
+        """Find out, then call done(True); done(False) if nobody can tell now, or too many wait."""
+        digest, origin = self._digest(sender.user, stored, password), self._digest(*sender)
+        level = self._level(origin)
+        check = self._waiting.get(digest)
+        if check is None:
+            check = self._waiting[digest] = PasswordCheck(stored, password, level)
+            self._levels[level][digest] = None
+        elif level < check.level and digest != self._under_way:
+            del self._levels[check.level][digest]
+            check.level = level
+            self._levels[level][digest] = None
+        check.askers.append((origin, done))
+        self._owing[origin] = self._owing.get(origin, 0) + 1
+        if len(self._waiting) > PASSWORD_CHECKS_MAX:        # the last one of the worst level goes
+            worst = next(level for level in reversed(self._levels) if level)
+            self._end(worst.popitem()[0], known=False)
+        self._next()
 
-    def _digest(self, stored: str, password: str) -> bytes:
-        text = utf8(f"{len(stored)} {stored} {password}")
-        return hashlib.blake2b(text, key=self._key, digest_size=16).digest()
+    def _digest(self, *texts: str) -> bytes:
+        text = " ".join((*(str(len(text)) for text in texts), *texts))
+        return hashlib.blake2b(
+            text.encode("utf-8", "surrogatepass"), key=self._key, digest_size=16
+        ).digest()
+
+    def _level(self, origin: bytes) -> int:
+        count, last = self._wrong.get(origin, (0, 0.0))
+        if last < self._reactor.now() - WRONG_PASSWORD_SECONDS:
+            count = 0
+        return min((count + self._owing.get(origin, 0)).bit_length(), self.LEVELS - 1)
 
     def _next(self) -> None:
-        self._busy = bool(self._waiting)
-        if self._busy:
-            digest, (stored, password, _) = next(iter(self._waiting.items()))
+        """Begin the next check, unless one is under way."""
+        best = next((number for number, level in enumerate(self._levels) if level), None)
+        if self._under_way or best is None:
+            return
+        wait_s = self._guess_at - self._reactor.now()
+        if best and wait_s > 0:
+            if self._timer is None:
+                self._timer = self._reactor.call_later(wait_s, self._go_on)
+            return
+        digest = self._under_way = next(iter(self._levels[best]))
+        del self._levels[best][digest]
+        check = self._waiting[digest]
+        self._reactor.run_blocking(
+            self.passwords.verify, check.password, check.stored, kind=PASSWORD_WORK,
+            done=self._checked,
+        )
 
-            def checked(error: Optional[BaseException], right: Any) -> None:
-                self._remember(digest, right=error is None and bool(right))
+    def _go_on(self) -> None:
+        """The pause is over."""
+        self._timer = None
+        self._next()
 
-            self._reactor.run_blocking(self.passwords.verify, password, stored, done=checked)
+    def _checked(self, error: Optional[BaseException], right: Any) -> None:
+        digest, self._under_way = self._under_way, b""
+        is_known = error is None and right is not None
+        if is_known:
+            self._remember(digest, right=right)
+        self._end(digest, known=is_known)
+        self._next()
 
     def _remember(self, digest: bytes, *, right: bool) -> None:
         known = self._known[right]
         if len(known) >= PASSWORDS_KNOWN_MAX:
             known.clear()
         known[digest] = None
-        for done in self._waiting.pop(digest)[2]:
-            done()
-        self._reactor.call_later(0.0 if right else WRONG_PASSWORD_PAUSE_SECONDS, self._next)
+        now = self._reactor.now()
+        for origin in {origin for origin, _ in self._waiting[digest].askers}:
+            count, _ = self._wrong.pop(origin, (0, 0.0))
+            if not right:
+                if len(self._wrong) >= GUESSERS_MAX:
+                    del self._wrong[next(iter(self._wrong))]
+                self._wrong[origin] = count + 1, now
+        if not right:
+            self._guess_at = now + WRONG_PASSWORD_PAUSE_SECONDS
+
+    def _end(self, digest: bytes, *, known: bool) -> None:
+        for origin, done in self._waiting.pop(digest).askers:
+            self._owing[origin] -= 1
+            if not self._owing[origin]:
+                del self._owing[origin]
+            done(known)
 
 
 class Credential(NamedTuple):
@@ -11569,9 +11821,11 @@ class Auth:
     def user(self, name: str) -> Optional[User]:
         """Return a user, with the role root if it is root."""
         self._look()
-        if name not in self._users:
+        if name not in self._users:     # those that do not exist are not remembered
             stored = self._stored("users", name)
-            self._users[name] = parse_stored_user(name, stored) if stored else None
+            if not stored:
+                return None
+            self._users[name] = parse_stored_user(name, stored)
         return self._users[name]
 
     def role(self, name: str) -> Optional[Role]:
@@ -11581,8 +11835,19 @@ class Auth:
             return Role(ROOT, EVERYTHING)
         if name not in self._roles:
             stored = self._stored("roles", name)
-            self._roles[name] = parse_stored_role(name, stored) if stored else None
+            if not stored:
+                return None
+            self._roles[name] = parse_stored_role(name, stored)
         return self._roles[name]
+
+    def stored_hash(self, name: str) -> str:
+        """Return the password's hash of a user; of one that does not exist, one like root's:
+        to refuse it takes as long."""
+        user = self.user(name)
+        if user is not None:
+            return user.password
+        root = self.user(ROOT)
+        return self.checks.passwords.decoy(root.password if root is not None else "")
 
     def names(self, kind: str) -> List[str]:
         """Return the sorted names of all `users` or `roles`, the built-in role included.
@@ -11630,7 +11895,8 @@ def parse_stored_user(name: str, text: str) -> Optional[User]:
     """Return the user that lies in the store; None, with a log line, if it is none."""
     try:
         value = json.loads(text)
-        return User(name, str(value["password"]), string_list(value.get("roles"))).with_root()
+        password = go_text(str(value["password"]))
+        return User(name, password, string_list(value.get("roles"))).with_root()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         package_logger("auth").error("ignored user %s: what is stored is no user", name)
         return None
@@ -11650,35 +11916,45 @@ Step = Union[Request, Callable[[], Any]]
 Steps = Generator[Step, Any, Any]
 
 
-def run_steps(server: EtcdServer, steps: Steps, done: Callable[[Any], None]) -> None:
-    """Carry out a change that waits several times, then done(its result, or its exception).
+class StepsRun:
+    """A change under way that waits several times; then done(its result, or its exception).
 
     steps  yields a Request, and gets its Event or EtcdError; or a callable, which runs on another
            thread, and gets its result
     """
-    def go(value: Any) -> None:
+
+    __slots__ = ("_server", "_steps", "_done")
+
+    def __init__(self, server: EtcdServer, steps: Steps, done: Callable[[Any], None]) -> None:
+        self._server = server
+        self._steps = steps
+        self._done = done
+
+    def go_on(self, value: Any = None) -> None:
+        """Take the next step, with what the one before has brought."""
         try:
-            step = steps.send(value)
+            step = self._steps.send(value)
         except StopIteration as stop:
-            done(stop.value)
+            self._done(stop.value)
         except (AuthError, EtcdError) as error:
-            done(error)
+            self._done(error.with_traceback(None))
         else:
             if isinstance(step, Request):
-                server.do(step, go)
+                self._server.do(step, self.go_on)
             else:
-                server.reactor.run_blocking(step, done=worked)
+                self._server.reactor.run_blocking(step, kind=PASSWORD_WORK, done=self._worked)
 
-    def worked(error: Optional[BaseException], result: Any) -> None:
-        if error is not None:
-            raise error
-        go(result)
-
-    go(None)
+    def _worked(self, error: Optional[BaseException], result: Any) -> None:
+        if error is None:
+            self.go_on(result)
+        elif isinstance(error, AuthError):
+            self._done(error)
+        else:
+            self._done(AuthError(503, f"{error}{_TRY_AGAIN}"))
 
 
 class AuthStore:
-    """Changes of users and roles, through consensus; each method returns Steps for run_steps.
+    """Changes of users and roles, through consensus; each method returns Steps for StepsRun.
 
     What a change is based on is read through consensus, too, and written only if it is still the
     same then; otherwise it begins again.  Differs from etcd, where of two changes of one user at
@@ -11902,20 +12178,24 @@ class Guard:
         if credential is None:
             self._complaints.say("malformed basic auth encoding")
             return False
-        user = self._auth.user(credential.user)
-        if user is None:
-            self._complaints.say(f"no such user: {credential.user[:64]}.")
+        name = credential.user
+        if len(name) > AUTH_NAME_BYTES_MAX:
             return False
-        right = self._auth.checks.known(user.password, credential.password)
-        if right is False:
-            self._complaints.say(f"incorrect password for user: {user.name}.")
-        return may(user) if right else right
+        right = self._auth.checks.known(name, self._auth.stored_hash(name), credential.password)
+        if right is None:
+            return None
+        user = self._auth.user(name)
+        if right and user is not None:
+            return may(user)
+        why = "no such user" if user is None else "incorrect password for user"
+        self._complaints.say(f"{why}: {name[:64]}.")
+        return False
 
     def _verify(
         self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
         refused: Handler, request: HttpRequest,
     ) -> None:
-        """Handler as soon as it is known whether the password is right."""
+        """Answer as soon as it is known whether the password is right."""
         if request.connection.closed:
             return
         verdict = self._verdict(head, may)
@@ -11925,12 +12205,18 @@ class Guard:
             answer(request)
             return
         credential = parse_credential(head.headers["authorization"])
-        user = self._auth.user(credential.user) if credential else None
-        again = functools.partial(self._verify, head, may, passed, refused, request)
-        if credential is None or user is None:
-            refused(request)
-        elif not self._auth.checks.check(user.password, credential.password, again):
-            request.reply(503, b'{"message":"too many passwords wait to be checked; try again"}')
+        assert credential is not None   # else there were a verdict
+
+        def checked(known: bool) -> None:
+            if known:
+                self._verify(head, may, passed, refused, request)
+            elif not request.connection.closed:
+                text = json_string(f"the password could not be checked{_TRY_AGAIN}")
+                request.reply(503, f'{{"message":{text}}}'.encode())
+
+        sender = Sender(credential.user, request.remote.rpartition(":")[0])
+        stored = self._auth.stored_hash(credential.user)
+        self._auth.checks.check(sender, stored, credential.password, checked)
 
 
 # ============================================================================
@@ -12258,7 +12544,7 @@ class KeyWatch:
         )
         self._watcher = watcher
         self._reply = request.start_stream(200, "application/json", headers)
-        self._reply.on_close = watcher.cancel
+        self._reply.on_close = self._end
         early, self._early = self._early, []
         for event in early:
             self._deliver(event)
@@ -12273,6 +12559,7 @@ class KeyWatch:
             self._owed.clear()
         if reply.write(data):
             if not self._stream:
+                self._end()
                 reply.end()
                 return
             self._owed.append(len(data))
@@ -12281,8 +12568,15 @@ class KeyWatch:
 
     def _lost(self) -> None:
         """Events are gone: disconnect the client, so that it asks again, and learns of it."""
+        self._end()
         if self._reply is not None:
             self._reply.abort()
+
+    def _end(self) -> None:
+        """Let go of the watcher, which holds this."""
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.cancel()
 
     def _check_pace(self, reply: StreamReply) -> None:
         """Disconnect a client that leaves too many events in our buffer."""
@@ -12294,11 +12588,11 @@ class KeyWatch:
             left -= size
             events += 1
         del self._owed[:len(self._owed) - events]
-        if events > WATCHER_QUEUE_EVENTS_MAX and self._watcher is not None:
+        if events > WATCHER_QUEUE_EVENTS_MAX:
             package_logger("etcdhttp").warning(
                 "closed the watch of %s: it left %d events unread", self._connection.remote, events
             )
-            self._watcher.cancel()
+            self._end()
             reply.abort()
 
 
@@ -12737,7 +13031,7 @@ class GoJson:
         member = cls.member(value, name)
         if member is not None and not isinstance(member, str):
             raise ValueError(f"cannot unmarshal {cls.type_name(member)} into a string")
-        return member or ""
+        return go_text(member or "")
 
     @classmethod
     def member(cls, value: object, name: str) -> Any:
@@ -13381,7 +13675,7 @@ class AuthApi:
         if not name:
             listing = self._list_users if kind == "users" else self._list_roles
             return self._allow(head, ("GET",), listing)
-        if "/" in name:
+        if "/" in name or len(name) > AUTH_NAME_BYTES_MAX:
             return lambda request: write_message(request, 400, "Invalid path")
         item = self._user if kind == "users" else self._role
         return self._allow(head, _ITEM_METHODS, functools.partial(item, name))
@@ -13521,7 +13815,7 @@ class AuthApi:
             else:
                 reply(result)
 
-        run_steps(self._server, steps, done)
+        StepsRun(self._server, steps, done).go_on()
 
     def _fail(self, request: HttpRequest, error: Union[AuthError, EtcdError]) -> None:
         if isinstance(error, EtcdError):
@@ -13581,7 +13875,7 @@ class Download:
         self._ended = ended
         self._reply: Optional[StreamReply] = None
         self._pieces: Iterator[bytes] = iter(())
-        self._taker = self._start       # one object: the keeper compares
+        self._taker: Optional[Taker] = self._start      # one object: the keeper compares
         request.on_close = self._gone
         server.snapshots.want(self._taker)
 
@@ -13606,6 +13900,7 @@ class Download:
         piece = next(self._pieces, None)
         if piece is None:
             self._reply.end()
+            self._taker = None
             self._ended(self)
             return
         self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._go_on))
@@ -13613,7 +13908,9 @@ class Download:
 
     def _gone(self) -> None:
         self._pieces = iter(())
-        self._server.snapshots.unwant(self._taker)
+        taker, self._taker = self._taker, None
+        if taker is not None:
+            self._server.snapshots.unwant(taker)
         self._ended(self)
 
 
@@ -15366,19 +15663,13 @@ class Server(ServerThread):
         """Run work(etcd) on the reactor's thread and return its result."""
         if self.etcd is None or self._thread is None or not self._thread.is_alive():
             raise ServerStopped()
-        answers: queue.SimpleQueue[Tuple[Any, Optional[Exception]]] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[Tuple[Optional[Exception], Any]] = queue.SimpleQueue()
         etcd = self.etcd
 
-        def run() -> None:
-            try:
-                answers.put((work(etcd), None))
-            except Exception as error:      # the caller's code: its error belongs to the caller
-                answers.put((None, error))
-
-        self._reactor.call_soon_threadsafe(run)
-        result, error = answers.get(timeout=timeout_s)
+        self._reactor.call_soon_threadsafe(lambda: answers.put(outcome_of(work, etcd)))
+        error, result = answers.get(timeout=timeout_s)
         if error is not None:
-            raise error
+            raise error             # of the caller's code: it belongs to the caller
         return result
 
     # -- facts -------------------------------------------------------------
@@ -16320,7 +16611,9 @@ class Endpoints:
         self._timer = self._reactor.call_later(wait_s, self._begin_refresh)
 
     def _begin_refresh(self) -> None:
-        self._reactor.run_blocking(self._ask, self._peer_urls, done=self._refreshed)
+        self._reactor.run_blocking(
+            self._ask, self._peer_urls, kind=PEER_WORK, done=self._refreshed
+        )
 
     def _refreshed(self, error: Optional[BaseException], members: Any) -> None:
         if error is not None:

@@ -4288,7 +4288,7 @@ class _SimReactor:
 
     call_soon_threadsafe = call_soon
 
-    def run_blocking(self, work, *args, done):
+    def run_blocking(self, work, *args, kind, done):
         def run():
             error = result = None
             try:
