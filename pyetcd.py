@@ -155,6 +155,7 @@ from typing import (
     Type,
     TypeVar,
     Union,
+    cast,
 )
 from urllib.parse import urlsplit
 
@@ -208,8 +209,11 @@ PEER_BODY_BYTES_MAX = 512 << 20     # POST /raft and /raft/snapshot; above: 413,
 CONNECTIONS_MAX = 50_000            # open sockets per listener; above: 503, close
 REFUSALS_MAX = 256                  # connections being told so at a time; above: only closed
 OUTPUT_BYTES_MAX = 64 << 20         # unsent reply bytes of one connection; above: it is closed
+HELD_BYTES_MAX = 256 << 20          # unsent and unread, of all connections; above: the most idle
+                                    # ones are closed
 OUTPUT_PAUSE_BYTES = 1 << 20        # above: its next requests wait until the client has read
 OUTPUT_JOIN_BYTES_MAX = 1 << 16     # unsent bytes that are joined, if they are in pieces
+OUTPUT_SHARED_BYTES_MIN = 1 << 10   # of a piece; above: not copied, as others may have it too
 OUTPUT_PIECES_MAX = 16              # handed to the system in one call
 REQUEST_SECONDS_MAX = 300.0         # from a request's first byte to its last; above: 408, close
 UNREAD_SECONDS_MAX = 60.0           # that a client takes nothing of its reply; above: closed
@@ -7098,7 +7102,12 @@ class StreamReply:
         """Queue one piece; False if the reply has ended."""
         if self.closed:
             return False
-        self._connection.send(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        if not self._chunked:
+            self._connection.send(data)
+        elif len(data) < OUTPUT_SHARED_BYTES_MIN:
+            self._connection.send(b"%x\r\n%b\r\n" % (len(data), data))
+        else:
+            self._connection.send(b"%x\r\n" % len(data), (data, b"\r\n"))
         return True
 
     def end(self) -> None:
@@ -7120,6 +7129,74 @@ class StreamReply:
         on_close, self.on_close = self.on_close, None
         if on_close is not None:
             on_close()
+
+
+class HeldBytes:
+    """What the connections of a member hold together: replies that nobody takes, and requests of
+    which bytes are missing.
+
+    Pieces that several share count once, so it takes a look at all to know; that is due when as
+    much has come as there was room for.  If it is too much, the connections go that have not
+    moved for the longest.  Thread: reactor.
+    """
+
+    LOOK_PIECES = 10_000                # in one turn: 3 ms
+
+    def __init__(self, reactor: Reactor) -> None:
+        self._reactor = reactor
+        self._holders: Dict[Connection, float] = {}     # and when they moved last (monotonic)
+        self._grown = 0                 # bytes since the last look
+        self._room = HELD_BYTES_MAX     # as of the last look
+        self._look: Iterator[None] = iter(())
+        self._looking = False
+        self._complaints = Complaints("http", reactor.now)
+
+    def hold(self, connection: Connection, grown: int, *, moved: bool = False) -> None:
+        """The connection keeps `grown` bytes more.  moved: its client has taken some."""
+        if moved or connection not in self._holders:
+            self._holders[connection] = self._reactor.now()
+        self._grown += grown
+        if self._grown >= self._room and not self._looking:
+            self._looking, self._grown = True, 0
+            self._look = self._look_at_all()
+            self._reactor.call_soon(self._go_on)
+
+    def forget(self, connection: Connection) -> None:
+        """The connection is closed."""
+        self._holders.pop(connection, None)
+
+    def _go_on(self) -> None:
+        for _ in self._look:
+            self._reactor.call_soon(self._go_on)
+            return
+        self._looking = False
+
+    def _look_at_all(self) -> Iterator[None]:
+        """Close what is too much; those that moved last are kept, one of them in any case."""
+        kept = closed = looked = 0
+        seen: Set[int] = set()
+        for connection in sorted(self._holders, key=self._holders.__getitem__, reverse=True):
+            pieces = {id(piece): len(piece) for piece in connection.pieces()}
+            if not pieces:
+                self._holders.pop(connection, None)
+                continue
+            size = sum(pieces[piece] for piece in pieces if piece not in seen)
+            if kept and kept + size > HELD_BYTES_MAX:
+                closed += 1
+                connection.close()
+            else:
+                kept += size
+                seen.update(pieces)
+            looked += len(pieces)
+            if looked > self.LOOK_PIECES:
+                looked = 0
+                yield
+        self._room = max(HELD_BYTES_MAX - kept, HELD_BYTES_MAX // 8)
+        if closed:
+            text = f"closed connections that held more than {HELD_BYTES_MAX >> 20} MB together"
+            self._complaints.say(
+                f"{text}: {closed}, whose clients did not read replies or finish requests", text
+            )
 
 
 class Connection:
@@ -7196,6 +7273,8 @@ class Connection:
                 self._process()
             elif len(self._in) > REQUEST_HEAD_BYTES_MAX:
                 self._watch(self._events & ~selectors.EVENT_READ)   # until finish() or flush()
+            if (self._in or self._body_bytes) and not self.closed:
+                self._listener.held.hold(self, len(data))
 
     def _end_of_input(self) -> None:
         """The client sends no more: it may still wait for its reply, but not for a stream."""
@@ -7370,11 +7449,14 @@ class Connection:
         if self.pending > OUTPUT_BYTES_MAX:
             self.close()
             return
+        size = len(data)
         self._out.append(data)
-        self.pending += len(data)
         if more:
             self._out += more
-            self.pending += sum(map(len, more))
+            size += sum(map(len, more))
+        self.pending += size
+        if self._events & selectors.EVENT_WRITE:
+            self._listener.held.hold(self, size)
         if not self._dirty:
             self._dirty = True
             self.reactor.flush_soon(self.flush)
@@ -7420,6 +7502,8 @@ class Connection:
             if self.pending:
                 self._drop_sent(sent)
                 self._listener.watch_unread(self, took=sent > 0)
+                grown = 0 if self._events & selectors.EVENT_WRITE else self.pending
+                self._listener.held.hold(self, grown, moved=sent > 0)
             else:
                 self._out = []
         if self._out:
@@ -7440,8 +7524,8 @@ class Connection:
         256 KB take 40 us less."""
         out = self._out
         if self._listener.tls is not None:  # it knows no sendmsg(), and wants the same again
-            size = count = 0                # after it was blocked, or more that begins so
-            while count < len(out) and size < OUTPUT_JOIN_BYTES_MAX:
+            size, count = len(out[0]), 1    # after it was blocked, or more that begins so
+            while count < len(out) and size + len(out[count]) <= OUTPUT_JOIN_BYTES_MAX:
                 size += len(out[count])
                 count += 1
             if count > 1:
@@ -7450,6 +7534,12 @@ class Connection:
         if self.pending <= OUTPUT_JOIN_BYTES_MAX:
             return self._sock.send(b"".join(out))
         return self._sock.sendmsg(out[:OUTPUT_PIECES_MAX])
+
+    def pieces(self) -> Iterator[bytes]:
+        """What it holds; a piece may be of several connections at a time."""
+        for piece in (*self._out, self._in, *self._body):
+            if piece:
+                yield cast(bytes, piece.obj) if isinstance(piece, memoryview) else piece
 
     def _drop_sent(self, sent: int) -> None:
         """Forget what the socket has taken; more is left."""
@@ -7503,7 +7593,7 @@ class Connection:
         if self._events:
             self.reactor.unregister(self._sock)
         self._sock.close()
-        self._out, self._body = [], []
+        self._out, self._body, self._body_bytes = [], [], 0
         self._in = b""
         self._head = self._chunks = None
         self.on_drain = None
@@ -7627,8 +7717,10 @@ class Listener(http.server.HTTPServer):
     def __init__(
         self, url: str, reactor: Reactor, handler: Callable[[HttpRequest], None], *,
         body_max: int = REQUEST_BODY_BYTES_MAX, tls: Optional[TlsContext] = None,
+        held: Optional[HeldBytes] = None,
     ) -> None:
         self.url = url
+        self.held = held or HeldBytes(reactor)
         self.tls = tls
         self.reactor = reactor
         self.handler = handler
@@ -7720,6 +7812,7 @@ class Listener(http.server.HTTPServer):
         self._connections.discard(connection)
         self._partial.pop(connection, None)
         self.unread.pop(connection, None)
+        self.held.forget(connection)
 
     def _accept(self, mask: int) -> None:
         for _ in range(64):
@@ -15488,6 +15581,7 @@ class ServerThread:
     def _init(self, config: ServerConfig) -> None:
         self.config = config
         self._reactor = Reactor()       # its sockets are closed by stop(), also without start()
+        self._held = HeldBytes(self._reactor)
         self._client_listeners: List[Listener] = []
         self._peer_listeners: List[Listener] = []
         self._thread: Optional[threading.Thread] = None
@@ -15528,7 +15622,9 @@ class ServerThread:
                 )
             tls = TlsContext(files, server=True)
         try:
-            return Listener(url, self._reactor, handler, body_max=body_max, tls=tls)
+            return Listener(
+                url, self._reactor, handler, body_max=body_max, tls=tls, held=self._held
+            )
         except OSError as error:
             host, port = url_address(url)
             what = f"listen tcp {host}:{port}: bind: {(error.strerror or str(error)).lower()}"
