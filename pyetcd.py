@@ -207,7 +207,10 @@ REQUEST_BODY_BYTES_MAX = 10 << 20   # one byte more: error 210 if it is a form, 
 CHUNKS_MAX = 65_536                 # of one request body; above: as if the body were too large
 PEER_BODY_BYTES_MAX = 512 << 20     # POST /raft and /raft/snapshot; above: 413, close
 CONNECTIONS_MAX = 50_000            # open sockets per listener; above: 503, close
+DESCRIPTORS_KEPT = 256              # below the system's limit, or a quarter of it: for files and
+                                    # calls, half of it for peers too; above: as CONNECTIONS_MAX
 REFUSALS_MAX = 256                  # connections being told so at a time; above: only closed
+REFUSALS_TOLD_MAX = 16              # likewise, of descriptors
 OUTPUT_BYTES_MAX = 64 << 20         # unsent reply bytes of one connection; above: it is closed
 HELD_BYTES_MAX = 256 << 20          # unsent and unread, of all connections; above: the most idle
                                     # ones are closed
@@ -221,6 +224,7 @@ SLOW_CHECK_SECONDS = 10.0           # between two looks for such clients
 HEAD_CACHE_MAX = 4_096              # parsed request heads remembered; full: forgotten all at once
 
 PIPELINE_QUEUE_MESSAGES_MAX = 64    # messages waiting for a POST; above: dropped, peer unreachable
+PIPELINE_QUEUE_BYTES_MAX = 16 << 20 # likewise
 PIPELINE_WORKERS = 4                # concurrent POSTs to one peer
 LINK_HEARTBEAT_SECONDS = 5 / 3      # between link heartbeats on a stream
 LINK_TIMEOUT_SECONDS = 5.0          # silence after which a stream is given up
@@ -781,6 +785,16 @@ class Backoff:
     def reset(self) -> None:
         """Begin again with first_s."""
         self._next_s = self._first_s
+
+
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open files
+
+
+def descriptors_max(kept: int, part: int) -> int:
+    """Return how many descriptors may be open if `kept` of those that the system allows must be
+    left, or one `part` of them."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(kept, soft // part)
 
 
 def fsync_dir(path: str) -> None:
@@ -4586,18 +4600,22 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def _needs_space(path: str, undo: Callable[[], None]) -> Iterator[None]:
-    """Run what writes; if the disk is full, undo() it and raise DiskFull.
+def _needs_space(
+    path: str, undo: Callable[[], None], codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR)
+) -> Iterator[None]:
+    """Run what writes; if the disk is full, or no file can be opened, undo() it and raise
+    DiskFull: it can be repeated.
 
     Not for syncs: after one has failed nobody knows what is on disk, whatever the reason.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in codes:
             raise
         undo()
-        raise DiskFull(f"{os.strerror(error.errno).lower()}: {path}") from error
+        hint = "raise the limit of open files (ulimit -n): " * (error.errno in NO_DESCRIPTOR)
+        raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error
 
 
 _LOG_START = EntryID(0, 0)
@@ -5088,7 +5106,8 @@ class Wal:
             disk.write(handle, cut.head)
         disk.fsync(handle)
         disk.rename(path + ".tmp", path)
-        disk.fsync_dir(directory)
+        with _needs_space(path, lambda: disk.close(handle), NO_DESCRIPTOR):
+            disk.fsync_dir(directory)   # opens it
         if not disk.lock(path, handle):
             raise FileLocked(f"open wal error: file already locked: {path}")
         if self._held:
@@ -5366,7 +5385,8 @@ class Snapshotter:
         finally:
             disk.close(handle)
         disk.rename(temporary, path)
-        disk.fsync_dir(self.directory)
+        with _needs_space(path, _nothing, NO_DESCRIPTOR):
+            disk.fsync_dir(self.directory)      # opens it
 
     def load(self, valid: Optional[Container[EntryID]] = None) -> Optional[Snapshot]:
         """Return the newest good snapshot, or None.  A bad file is renamed to `.broken`.
@@ -6144,8 +6164,14 @@ class Workers:
         self._calls.put((work, args, done))
         if len(self._threads) < min(self._unfinished, kind.threads):
             name = f"{kind.name}-{len(self._threads) + 1}"
-            self._threads.append(threading.Thread(target=self._run, name=name, daemon=True))
-            self._threads[-1].start()
+            thread = threading.Thread(target=self._run, name=name, daemon=True)
+            try:
+                thread.start()
+                self._threads.append(thread)
+            except RuntimeError as error:       # the system has none left
+                if not self._threads:
+                    self._calls.get()
+                    self._post(self._finish, done, WorkersBusy(f"{kind.name}: {error}"), None)
 
     def stop(self) -> None:
         """Take no more calls; those that are awaited are finished first."""
@@ -7717,9 +7743,10 @@ class Listener(http.server.HTTPServer):
     def __init__(
         self, url: str, reactor: Reactor, handler: Callable[[HttpRequest], None], *,
         body_max: int = REQUEST_BODY_BYTES_MAX, tls: Optional[TlsContext] = None,
-        held: Optional[HeldBytes] = None,
+        held: Optional[HeldBytes] = None, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4),
     ) -> None:
         self.url = url
+        self._kept = kept               # of the descriptors, for other purposes
         self.held = held or HeldBytes(reactor)
         self.tls = tls
         self.reactor = reactor
@@ -7823,23 +7850,36 @@ class Listener(http.server.HTTPServer):
             except OSError as error:
                 self._pause(error)
                 return
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            remote = f"{address[0]}:{address[1]}"
-            room = CONNECTIONS_MAX - len(self._connections) - len(self._arriving)
-            if room <= 0:
-                self._turn_away(sock, remote, told=room > -REFUSALS_MAX)
-            elif self.tls is None:
-                self.serve(sock, remote)
-            else:
-                self._arriving.add(Arrival(self, self.tls, sock, remote))
+            try:
+                self._admit(sock, f"{address[0]}:{address[1]}")
+            except OSError:             # the client is gone, or the system has no room for it
+                sock.close()
 
-    def _turn_away(self, sock: socket.socket, remote: str, *, told: bool) -> None:
+    def _admit(self, sock: socket.socket, remote: str) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        room = CONNECTIONS_MAX - len(self._connections) - len(self._arriving)
+        # A new descriptor is the lowest that is free: its number tells how many are in use.
+        descriptors = descriptors_max(*self._kept)
+        free = descriptors - sock.fileno()
+        if room <= 0:
+            why = f"too many connections ({CONNECTIONS_MAX}) to {self.url}"
+            self._turn_away(sock, remote, why, told=room > -REFUSALS_MAX)
+        elif free <= 0:
+            why = (
+                f"too many open files ({descriptors}) for more connections to {self.url}; raise the"
+                " limit (ulimit -n)"
+            )
+            self._turn_away(sock, remote, why, told=free > -REFUSALS_TOLD_MAX)
+        elif self.tls is None:
+            self.serve(sock, remote)
+        else:
+            self._arriving.add(Arrival(self, self.tls, sock, remote))
+
+    def _turn_away(self, sock: socket.socket, remote: str, why: str, *, told: bool) -> None:
         """There are too many connections.  told: say so, where that needs no handshake."""
-        host = remote.rpartition(":")[0]
-        text = f"too many connections ({CONNECTIONS_MAX}) to {self.url}"
-        self._complaints.say(f"{text}: turned {host} away", text)
+        self._complaints.say(f"{why}: turned {remote.rpartition(':')[0]} away", why)
         if told and self.tls is None:
             self.serve(sock, remote).refuse(BadRequest(
                 "503 Service Unavailable: too many connections; close some, or use another member",
@@ -7867,7 +7907,7 @@ class Listener(http.server.HTTPServer):
 
     def _pause(self, error: OSError) -> None:
         """No descriptor left, most likely: accept again in a second, when some may be free."""
-        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+        if error.errno not in (*NO_DESCRIPTOR, errno.ENOBUFS, errno.ENOMEM):
             return                      # the client is gone already
         package_logger("http").error(
             "cannot accept connections on %s: %s; raise the open files limit (ulimit -n)",
@@ -8058,8 +8098,8 @@ class HttpCall:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
+        self._reactor.register(sock, selectors.EVENT_WRITE, self._on_event)
         self._events = selectors.EVENT_WRITE
-        self._reactor.register(sock, self._events, self._on_event)
         code = sock.connect_ex(address)
         if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
             self._reactor.call_soon(self._fail, OSError(code, os.strerror(code)))
@@ -8906,7 +8946,8 @@ class Pipeline:
 
     def offer(self, message: Message) -> None:
         """Send, queue or drop a message; a drop is reported."""
-        if len(self._waiting) >= PIPELINE_QUEUE_MESSAGES_MAX:
+        size = sum(len(post.body) for post in self._waiting)
+        if len(self._waiting) >= PIPELINE_QUEUE_MESSAGES_MAX or size > PIPELINE_QUEUE_BYTES_MAX:
             self._context.sent(Sent(self._member_id, _PIPELINE, message, 0, 0.0, False))
             self._full(message)
             return
@@ -10324,7 +10365,7 @@ class SnapshotKeeper:
         """The log has the record: write the file on another thread, the log must go on."""
         def done(error: Optional[BaseException], _: Any) -> None:
             self._saving = False
-            if isinstance(error, DiskFull):
+            if isinstance(error, (DiskFull, WorkersBusy)):
                 package_logger("etcdserver").error("no snapshot could be saved: %s", error)
                 self._not_before = self._reactor.now() + PURGE_SECONDS
                 return
@@ -11402,7 +11443,6 @@ class Purge:
 
     def _begin(self) -> None:
         if not self._etcd.stopping:
-            self._etcd.reactor.call_later(PURGE_SECONDS, self._begin)
             self._etcd.reactor.run_blocking(self._remove, kind=FILE_WORK, done=self._done)
 
     def _remove(self) -> None:
@@ -11411,6 +11451,7 @@ class Purge:
             purge_files(directory, suffix, keep, disk=disk)
 
     def _done(self, error: Optional[BaseException], _: Any) -> None:
+        self._etcd.reactor.call_later(PURGE_SECONDS, self._begin)
         if error is not None:
             package_logger("etcdserver").error("cannot remove old files: %s", error)
 
@@ -15611,7 +15652,8 @@ class ServerThread:
         return tuple(listener.bound_url for listener in self._client_listeners)
 
     def _listen(
-        self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles
+        self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles,
+        kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4),
     ) -> Listener:
         tls = None
         if is_https(url):
@@ -15623,7 +15665,8 @@ class ServerThread:
             tls = TlsContext(files, server=True)
         try:
             return Listener(
-                url, self._reactor, handler, body_max=body_max, tls=tls, held=self._held
+                url, self._reactor, handler, body_max=body_max, tls=tls, held=self._held,
+                kept=kept,
             )
         except OSError as error:
             host, port = url_address(url)
@@ -15696,9 +15739,10 @@ class Server(ServerThread):
             return
         try:
             for url in self.config.listen_peer_urls:
-                self._peer_listeners.append(
-                    self._listen(url, self._serve_peer, PEER_BODY_BYTES_MAX, self.config.peer_tls)
-                )
+                self._peer_listeners.append(self._listen(
+                    url, self._serve_peer, PEER_BODY_BYTES_MAX, self.config.peer_tls,
+                    (DESCRIPTORS_KEPT // 2, 8),
+                ))
                 package_logger("etcd").info("listening for peers on %s", url)
             for url in self.config.listen_client_urls:
                 self._client_listeners.append(
@@ -15747,7 +15791,7 @@ class Server(ServerThread):
     def kill(self) -> None:
         """End at once, as by `kill -9`: nothing more is written or said.  For tests."""
         if self._thread is not None and self.etcd is not None:
-            self._reactor.call_soon_threadsafe(self._failed, ServerStopped("killed"))
+            self._reactor.call_soon_threadsafe(self._halt, ServerStopped("killed"))
             self._thread.join()
             self.etcd.journal.writer.stop()
 
@@ -15808,6 +15852,13 @@ class Server(ServerThread):
 
     def _failed(self, error: BaseException) -> None:
         """Durability is lost, or unknown: not one more byte leaves this member."""
+        hint = ""
+        if isinstance(error, FileNotFoundError):
+            hint = "; was the data directory renamed or removed while the member ran?"
+        package_logger("etcd").critical("the member ends: %s%s", error, hint)
+        self._halt(error)
+
+    def _halt(self, error: BaseException) -> None:
         if not isinstance(error, ServerStopped):
             self._error = error
         if self.etcd is not None:
@@ -15817,7 +15868,7 @@ class Server(ServerThread):
     def _refuse(self, error: StartError) -> None:
         """What bootstrap would have refused has come out only now."""
         package_logger("etcd").critical("%s", error)
-        self._failed(error)
+        self._halt(error)
 
     def _removed(self) -> None:
         if self.etcd is not None and not self.etcd.stopping:
@@ -16712,9 +16763,10 @@ class Endpoints:
         )
 
     def _refreshed(self, error: Optional[BaseException], members: Any) -> None:
-        if error is not None:
-            raise error
-        self._take(members)
+        if error is None:
+            self._take(members)
+        else:
+            self._log.warning("could not ask for the members: %s", error)
         self._wait()
 
     def _ask(self, peer_urls: Sequence[str]) -> Optional[List[Member]]:
@@ -16862,7 +16914,7 @@ class Forward:
                     self._done,
                 )
                 return
-        self._give_up()
+        self._give_up(502, f"unable to get response from {self._tried} endpoint(s)")
 
     def _headers(self) -> Dict[str, str]:
         """The client's headers, as far as they are for the member."""
@@ -16922,6 +16974,9 @@ class Forward:
         assert self._endpoint is not None and self._call is not None
         endpoint, method = self._endpoint, self._request.method
         endpoint.leave(self)
+        if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:     # it is not the member
+            self._give_up(503, f"{_reason(error)}; raise the limit of open files (ulimit -n)")
+            return
         self._metrics.dropped(method, "failed_sending_request")
         why = _reason(error)
         if isinstance(error, OSError) and error.errno and not self._call.connected:
@@ -16932,12 +16987,11 @@ class Forward:
             self._left.clear()          # it may have been executed
         self._try_next()
 
-    def _give_up(self) -> None:
-        text = f"unable to get response from {self._tried} endpoint(s)"
+    def _give_up(self, status: int, text: str) -> None:
         package_logger("proxy").info(text)
         self._metrics.dropped(self._request.method, "failed_getting_response")
         self._end()
-        write_message(self._request, 502, f"proxy: {text}")
+        write_message(self._request, status, f"proxy: {text}")
 
     def _client_gone(self) -> None:
         package_logger("proxy").info("client %s closed request prematurely", self._request.remote)
@@ -17043,9 +17097,10 @@ class ProxyServer(ServerThread):
             return
         try:
             for url in self.config.listen_client_urls:
-                self._client_listeners.append(
-                    self._listen(url, self._serve, REQUEST_BODY_BYTES_MAX, self.config.client_tls)
-                )
+                self._client_listeners.append(self._listen(
+                    url, self._serve, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
+                    (CONNECTIONS_MAX, 2),       # a request takes another one to a member
+                ))
                 package_logger("proxy").info("listening for client requests on %s", url)
         except StartError:
             self._close_listeners()
