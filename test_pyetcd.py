@@ -87,6 +87,7 @@ import termios
 import textwrap
 import threading
 import time
+import tracemalloc
 import types
 import urllib.parse
 import urllib.request
@@ -8674,6 +8675,195 @@ def test_http_connections_are_limited(http_server, monkeypatch, caplog):
         eventually(has_room)
 
 
+def _http_output(server):
+    """(bytes that clients have not taken, those of them that are in memory)."""
+    connections = [c for listener in server._client_listeners for c in listener._connections]
+    pieces = {id(piece): len(piece) for c in connections for piece in c.pieces()}
+    return sum(connection.pending for connection in connections), sum(pieces.values())
+
+
+def test_http_watchers_share_the_bytes_of_events(http_server):
+    """50 that never read 90 events of 50 KB: the events are in memory once."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(50):
+            watcher = stack.enter_context(_HttpSocket(http_server, receive_buffer=4096))
+            watcher.send(_http_get("/v2/keys/w?wait=true&stream=true&recursive=true"))
+        eventually(lambda: http_server.call(lambda etcd: etcd.store.stats.watchers) == 50)
+        for number in range(90):
+            form = b"value=" + 50_000 * b"x"
+            assert _http_ask(http_server, "PUT", f"/v2/keys/w/{number}", form, _HTTP_FORM)[0] == 201
+        pending, held = http_server.call(lambda etcd: _http_output(http_server))
+        assert pending > 10 * 90 * 50_000 and held < 1.2 * 90 * 50_000
+        first = http_server.call(lambda etcd: etcd.store.hub.history.first_index)
+        for _ in range(5):              # also those that begin in the past
+            late = stack.enter_context(_HttpSocket(http_server, receive_buffer=4096))
+            late.send(_http_get(f"/v2/keys/w?wait=true&stream=true&recursive=true&waitIndex={first}"))
+            late.until(b"\r\n\r\n")
+        assert http_server.call(lambda etcd: _http_output(http_server))[1] < 1.2 * 90 * 50_000
+
+
+@pytest.mark.parametrize("kind", ["replies", "listings", "requests", "pipelined"])
+def test_http_bytes_of_all_connections_are_bounded(tmp_path, monkeypatch, caplog, kind):
+    """Who has not moved for the longest is closed; others read and write meanwhile."""
+    monkeypatch.setattr(pyetcd, "HELD_BYTES_MAX", 4 << 20)
+    with _http_member(tmp_path) as server, contextlib.ExitStack() as stack:
+        for number in range(24):
+            form = b"value=" + str(number).encode() + (1 << 20) * b"x"
+            path = f"/v2/keys/d{number}/a"
+            assert _http_ask(server, "PUT", path, form, _HTTP_FORM)[0] == 201
+        big_head = b"POST /v2/keys/a HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\n"
+        clients = []
+        for number in range(24):
+            client = stack.enter_context(_HttpSocket(server, receive_buffer=4096))
+            clients.append(client)
+            with contextlib.suppress(OSError):
+                client.send({
+                    "replies": 12 * _http_get(f"/v2/keys/d{number}/a"),
+                    "listings": 12 * _http_get(f"/v2/keys/d{number}"),
+                    "requests": big_head + 1_000_000 * b"x",
+                    "pipelined": _http_get("/v2/keys/w?wait=true") + 900_000 * b"x",
+                }[kind])
+            assert _http_keys(server, "GET", "/w")[0] == 404
+        eventually(lambda: "closed connections that held more than 4 MB" in caplog.text)
+        bound = 6 << 20                 # what has come since the last look, too
+        eventually(lambda: server.call(lambda etcd: _http_output(server))[1] < bound)
+        assert _http_keys(server, "PUT", "/w", "value=1")[0] == 201
+        if kind == "replies":
+            assert clients[-1].answer()[0] == 200, "the last one is served"
+
+
+def test_http_what_is_over_leaves_nothing(tmp_path, monkeypatch):
+    """10,000 watches, connections and proxied requests, without any collection of cycles."""
+    def count():
+        kinds = collections.Counter(type(thing).__name__ for thing in gc.get_objects())
+        return sum(kinds[name] for name in (
+            "Connection", "HttpRequest", "StreamReply", "KeyWatch", "Watcher", "HttpCall",
+            "Forward", "Download", "socket", "traceback", "StepsRun"))
+
+    def go(server, number, request, expect=b"HTTP/1.1"):
+        with _HttpSocket(server) as client:
+            client.send(request.replace(b"NUMBER", str(number).encode()))
+            client.until(expect)
+
+    def put(path):
+        return (f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 7\r\n"
+                "Content-Type: application/x-www-form-urlencoded\r\n\r\nvalue=1").encode()
+
+    cases = [
+        (_http_get("/v2/keys/w?wait=true&x=NUMBER"), 3), (_http_get("/v2/keys/NUMBER"), 2),
+        (_http_get("/v2/keys/w?wait=true&stream=true&x=NUMBER"), 3),
+        (put("/v2/keys/w?prevValue=NUMBER"), 1), (_http_get("/v2/snapshot?x=NUMBER"), 0.1),
+        (b"nonsense NUMBER\r\n\r\n", 0.5), (_http_get("/?x=NUMBER", version="1.0"), 0.4),
+    ]
+    with _http_member(tmp_path) as server, pyetcd.ProxyServer(
+        data_dir=str(tmp_path / "p"), initial_cluster=f"default={server.peer_urls[0]}"
+    ) as proxy:
+        eventually(lambda: _http_ask(proxy, "GET", "/version")[0] == 200)
+        for door in (server, proxy):    # what is made once
+            for request, _ in cases:
+                go(door, "warm", request)
+        gc.collect()
+        gc.disable()
+        try:
+            eventually(lambda: count() < 40)
+            before = count()
+            for request, share in cases:
+                for number in range(int(800 * share)):
+                    go(server, number, request)
+            for request, share in cases:
+                for number in range(int(200 * share)):
+                    go(proxy, number, request)
+            eventually(lambda: count() <= before + 5, what="nothing left")
+        finally:
+            gc.enable()
+
+
+def test_reactor_timers_that_are_cancelled_are_forgotten():
+    """Long before they are due, however many; the others come in order."""
+    reactor = pyetcd.Reactor()
+    called = []
+    try:
+        before = sum(type(thing) is pyetcd.Timer for thing in gc.get_objects())
+        for number in range(10_000):
+            reactor.call_later(3_600.0, called.append, bytes(1_000)).cancel()
+            if number % 1_000 == 0:
+                reactor.call_later(0.001 + number / 1e6, called.append, number)
+        after = sum(type(thing) is pyetcd.Timer for thing in gc.get_objects())
+        assert after - before <= pyetcd.TIMERS_SWEPT_MIN + 10
+        reactor.call_later(0.03, reactor.stop)
+        reactor.run()
+    finally:
+        reactor.close()
+    assert called == list(range(0, 10_000, 1_000))
+
+
+@pytest.fixture
+def hanging_names(monkeypatch):
+    """Names whose look-up hangs until the event that is yielded; and all that were looked up."""
+    go_on, asked, find = threading.Event(), [], socket.getaddrinfo
+
+    def getaddrinfo(host, *args, **more):
+        if host.startswith("hang") and not more.get("flags", 0) & socket.AI_NUMERICHOST:
+            asked.append(host)
+            go_on.wait(30)
+            raise socket.gaierror(socket.EAI_AGAIN, "temporary failure")
+        return find("127.0.0.1" if host == "fine" else host, *args, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    yield go_on, asked
+    go_on.set()
+
+
+def test_reactor_names_that_hang_hold_up_nothing_else(tmp_path, hanging_names):
+    """Snapshots, passwords and other names go on; stop() does not wait; a name is asked once."""
+    go_on, asked = hanging_names
+    with _http_member(tmp_path, snapshot_count=5) as server:
+        url = server.client_urls[0]
+        fine = url.replace("127.0.0.1", "fine")
+        ended, answered = [], []
+
+        def call(etcd, url, done):
+            return [pyetcd.HttpCall(etcd.reactor, url, "GET", "/version", {}, on_done=done,
+                                    connect_timeout_s=30.0) for _ in range(50)]
+
+        calls = server.call(lambda etcd: [
+            one for number in range(8) for one in call(etcd, f"http://hang{number}:1", ended.append)])
+        server.call(lambda etcd: [one.cancel() for one in calls[::2]])
+        server.call(lambda etcd: call(etcd, fine, answered.append))
+        eventually(lambda: answered == 50 * [None])
+        for number in range(12):
+            assert _http_keys(server, "PUT", "/a", f"value={number}")[0] in (200, 201)
+        eventually(lambda: server.call(lambda etcd: etcd.snapshots.index) > 5)
+        _auth_enable(url)
+        assert _auth_key(url, "GET", "/", auth=_AUTH_ROOT) == 200
+        assert sorted(asked) == [f"hang{number}" for number in range(8)] and not ended
+        server.stop()
+        assert not go_on.is_set(), "it has not waited"
+
+
+def test_reactor_calls_that_block_are_bounded():
+    """One too many is refused; a bug in one of them ends no thread."""
+    kind = pyetcd.WorkKind("test", 2, 3, True)
+    reactor, go_on, results = pyetcd.Reactor(), threading.Event(), []
+
+    def work(number):
+        go_on.wait(20)
+        return 1 // (number - 3)
+
+    for number in range(8):
+        reactor.run_blocking(work, number, kind=kind,
+                             done=lambda error, result: results.append((error, result)))
+    reactor.call_later(0.0, go_on.set)
+
+    def stop_when_done():
+        reactor.stop() if len(results) == 8 else reactor.call_later(0.01, stop_when_done)
+    stop_when_done()
+    reactor.run()
+    reactor.close()
+    errors = [type(error) for error, _ in results if error is not None]
+    assert errors == 3 * [pyetcd.WorkersBusy] + [ZeroDivisionError]
+
+
 def test_http_watchers_are_limited(http_server, monkeypatch):
     """The next one gets 503; reads and writes go on."""
     monkeypatch.setattr(pyetcd, "WATCHERS_MAX", 2)
@@ -9343,12 +9533,181 @@ def test_auth_without_bcrypt_another_hash_serves(tmp_path, monkeypatch, caplog):
         assert _auth_key(url, "GET", "/", auth=("root", "wrong")) == 401
 
 
-def test_auth_without_a_python_program_another_hash_serves(monkeypatch):
-    """An embedding program may not know where Python is, or it cannot be started."""
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    assert pyetcd.Passwords().hash("x").startswith("$pbkdf2-sha256$")
-    monkeypatch.setattr(sys, "executable", None)
-    assert re.match(r"\$(2a|pbkdf2-sha256)\$", pyetcd.Passwords().hash("x"))
+@pytest.mark.parametrize("program", ["/nowhere/python", "/bin/false"])
+def test_auth_a_failed_check_says_nothing_about_the_password(
+    auth_server, monkeypatch, caplog, program
+):
+    """503 and nothing remembered, also for a new password; never another kind of hash."""
+    server, url = auth_server
+    alice = _auth_add(url, "alice", "a", read=["/*"])
+    assert _auth_key(url, "GET", "/", auth=_AUTH_ROOT) == 200
+    before = server.call(lambda etcd: etcd.store.value("/2/users/alice"))
+    with monkeypatch.context() as broken:
+        broken.setattr(sys, "executable", program)
+        assert pyetcd.Passwords().verify("a", json.loads(before)["password"]) is None
+        with pytest.raises(pyetcd.AuthError, match="passwords cannot be hashed now"):
+            pyetcd.Passwords().hash("x")
+        for auth in (alice, ("alice", "wrong"), ("nobody", "x")):
+            assert _auth_key(url, "GET", "/", auth=auth) == 503
+        for name in ("alice", "bob"):
+            status, body = _auth_call(url, "PUT", f"users/{name}", {"user": name, "password": "y"})
+            assert status == 503 and "try again" in body["message"]
+        assert server.call(lambda etcd: etcd.store.value("/2/users/alice")) == before
+        assert server.call(lambda etcd: etcd.store.value("/2/users/bob")) is None
+    assert "passwords cannot be verified now" in caplog.text
+    assert _auth_key(url, "GET", "/", auth=alice) == 200
+    assert _auth_key(url, "GET", "/", auth=("alice", "wrong")) == 401
+
+
+def test_auth_half_a_surrogate_pair_is_a_wrong_password(auth_server, caplog):
+    """No traceback; JSON that has it means U+FFFD, as in Go."""
+    _, url = auth_server
+    assert pyetcd.Passwords().verify("\ud800", _AUTH_HASH_OF_ETCD) is False
+    checks = pyetcd.PasswordChecks(None)
+    assert checks.known("\ud800", _AUTH_HASH_OF_ETCD, "\ud800") is None
+    for raw in (b"\xed\xa0\x80", b"\xff", b"\xed\xb0\x80"):
+        header = {"Authorization": "Basic " + base64.b64encode(b"root:" + raw).decode()}
+        assert requests.get(url + "/v2/keys/", headers=header, timeout=20).status_code == 401
+    body = b'{"user":"u","password":"\\ud800","roles":["\\udfff"]}'
+    answer = requests.put(url + "/v2/auth/users/u", body, auth=_AUTH_ROOT, timeout=20)
+    assert answer.json() == {"user": "u", "roles": ["\ufffd"]}
+    assert _auth_call(url, "GET", "users/u")[0] == 404, "a role that does not exist"
+    assert "Traceback" not in caplog.text and not any(r.exc_info for r in caplog.records)
+
+
+def test_auth_unknown_users_cost_the_same_as_known_ones(auth_server, monkeypatch):
+    """One check each, of a hash of the same kind; the second time it is remembered."""
+    _, url = auth_server
+    _auth_add(url, "alice", "a", read=["/*"])
+    assert _auth_key(url, "GET", "/", auth=_AUTH_ROOT) == 200
+    checked, verify = [], pyetcd.Passwords.verify
+
+    def count(self, password, stored):
+        checked.append(stored)
+        return verify(self, password, stored)
+
+    monkeypatch.setattr(pyetcd.Passwords, "verify", count)
+    for user in ("alice", "nobody", "else"):
+        before = len(checked)
+        for _ in range(2):
+            assert _auth_key(url, "GET", "/", auth=(user, "wrong")) == 401
+            assert len(checked) == before + 1
+    assert len({stored[:7] for stored in checked}) == 1
+    assert {len(stored) for stored in checked} == {60}
+    for user in ("x" * 2_000, "alice"):
+        assert _auth_key(url, "GET", "/", auth=(user, "y" * 5_000)) == 401
+    assert len(checked) == 3, "too long: wrong at once"
+    assert pyetcd.Passwords.decoy("$pbkdf2-sha256$200000$aa$bb") == (
+        "$pbkdf2-sha256$200000$aa$" + 64 * "0")
+
+
+def test_auth_unknown_names_leave_nothing_in_memory(http_server):
+    """Of users and roles that do not exist nothing is kept; long names are refused."""
+    url = http_server.client_urls[0]
+
+    def look(etcd):
+        auth = pyetcd.Auth(etcd.store, etcd.applier, etcd.reactor)
+        tracemalloc.start()
+        try:
+            for number in range(500):
+                assert auth.user(f"{number}" + 10_000 * "x") is None
+                assert auth.role(f"{number}" + 10_000 * "x") is None
+            return tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+
+    assert http_server.call(look) < 500_000
+    name = 2_000 * "x"
+    for method, kind in itertools.product(("GET", "PUT", "DELETE"), ("users", "roles")):
+        body = {"user": name, "role": name, "password": "x"}
+        assert _auth_call(url, method, f"{kind}/{name}", body)[0] == 400
+
+
+class _ChecksReactor:
+    """Time stands still until pass_time(); a check is done when the test says so."""
+
+    def __init__(self):
+        self.time, self.timers, self.jobs = 1_000.0, [], []
+
+    def now(self):
+        return self.time
+
+    def call_later(self, delay_s, callback, *args):
+        timer = pyetcd.Timer(callback, args)
+        self.timers.append((self.time + delay_s, timer))
+        return timer
+
+    def run_blocking(self, work, *args, kind, done):
+        self.jobs.append((args, done))
+
+    def finish_check(self):
+        """Finish the next check, waiting for it if it has to wait; return its password."""
+        while not self.jobs:
+            self.timers.sort(key=lambda entry: entry[0])
+            self.time, timer = self.timers.pop(0)
+            if timer.callback is not None:
+                timer.callback(*timer.args)
+        ((password, _), done), = self.jobs
+        self.jobs.clear()
+        done(None, password == "right")
+        return password
+
+
+@pytest.mark.parametrize("alike", [True, False], ids=["one name", "many names"])
+def test_auth_guessers_slow_only_themselves(alike):
+    """80 guess all the time from one address: eight others wait for one check each at most."""
+    reactor = _ChecksReactor()
+    checks = pyetcd.PasswordChecks(reactor)
+    refused = []
+
+    def guess(number, attempt=0):
+        def done(known):
+            refused.extend([] if known else [number])
+            guess(number, attempt + 1)
+        sender = pyetcd.Sender("root" if alike else f"u{number}", "10.0.0.1")
+        checks.check(sender, "hash", f"wrong {number} {attempt}", done)
+
+    for number in range(80):
+        guess(number)
+    for _ in range(160):
+        reactor.finish_check()
+    began, answered = reactor.time, []
+    for number in range(8):
+        sender = pyetcd.Sender(f"other {number}", "10.0.0.1")
+        checks.check(sender, f"hash {number}", "right", answered.append)
+    order = [reactor.finish_check() for _ in range(9)]
+    assert order.count("right") == 8 and answered == [True] * 8
+    assert reactor.time <= began + pyetcd.WRONG_PASSWORD_PAUSE_SECONDS, "no pause for them"
+    assert not refused
+
+
+def test_auth_who_guesses_most_is_refused_first_when_too_many_wait(monkeypatch):
+    """A full queue has room for a user that has not been wrong."""
+    monkeypatch.setattr(pyetcd, "PASSWORD_CHECKS_MAX", 50)
+    reactor = _ChecksReactor()
+    checks = pyetcd.PasswordChecks(reactor)
+    guessed, answered = [], []
+    for number in range(60):
+        checks.check(pyetcd.Sender("root", "h"), "hash", f"wrong {number}", guessed.append)
+    assert guessed == [False] * 10
+    checks.check(pyetcd.Sender("alice", "h"), "other", "right", answered.append)
+    assert guessed == [False] * 11 and not answered
+    reactor.finish_check()
+    assert reactor.finish_check() == "right" and answered == [True]
+
+
+def test_auth_guessers_remembered_are_bounded(monkeypatch):
+    """Senders, and passwords known: as many as the constants say."""
+    monkeypatch.setattr(pyetcd, "GUESSERS_MAX", 10)
+    monkeypatch.setattr(pyetcd, "PASSWORDS_KNOWN_MAX", 10)
+    reactor = _ChecksReactor()
+    checks = pyetcd.PasswordChecks(reactor)
+    before = len(gc.get_objects())
+    for number in range(100):
+        checks.check(pyetcd.Sender(f"u{number}", "h"), "hash", "wrong", lambda known: None)
+        reactor.finish_check()
+    del reactor.timers[:]
+    assert len(gc.get_objects()) < before + 100
 
 
 def test_auth_readers_writers_and_guests(auth_server):
