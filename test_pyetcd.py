@@ -71,6 +71,7 @@ import pty
 import random
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -1514,6 +1515,52 @@ def test_wal_write_failure_reaches_the_caller(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         wal.write(wal.encode(HardState(1, 0, 0), []), sync=True)
     wal.close()
+
+
+class _NoDescriptorDisk(pyetcd.OsDisk):
+    """The operations named in `failing` find no descriptor, until they have failed once."""
+
+    def __init__(self, code, failing):
+        self.code, self.failing = code, failing
+
+    def _fail(self, what):
+        if what in self.failing:
+            self.failing.discard(what)
+            raise OSError(self.code, os.strerror(self.code))
+
+    def create(self, path, mode=0o600):
+        self._fail("create")
+        return super().create(path, mode)
+
+    def fsync_dir(self, path):
+        self._fail("fsync_dir")
+        super().fsync_dir(path)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE], ids=["process", "system"])
+@pytest.mark.parametrize("step", ["create", "fsync_dir"])
+def test_wal_without_descriptors_is_like_a_full_disk(tmp_path, code, step):
+    """A new segment and a snapshot: nothing is left open, and the next try succeeds."""
+    disk = _NoDescriptorDisk(code, set())
+    snapshotter = pyetcd.Snapshotter(str(tmp_path), disk=disk)
+    wal = Wal.create(str(tmp_path / "wal"), b"\x08\x01\x10\x02", disk=disk)
+    with contextlib.closing(wal):
+        wal.write(wal.encode(HardState(1, 0, 0), []), sync=True)
+        cut = wal.encode_cut()
+        snapshot = pyetcd.Snapshot(b"{}", (1, 2), 5, 2)
+        before = len(os.listdir("/proc/self/fd"))
+        disk.failing = {step}
+        with pytest.raises(pyetcd.DiskFull, match="too many open files.*ulimit -n"):
+            wal.cut(cut)
+        disk.failing = {step}
+        with pytest.raises(pyetcd.DiskFull, match="too many open files.*ulimit -n"):
+            snapshotter.save(snapshot)
+        assert len(os.listdir("/proc/self/fd")) == before
+        wal.cut(cut)
+        snapshotter.save(snapshot)
+        assert snapshotter.load() == snapshot
+    assert len(list((tmp_path / "wal").glob("*.wal"))) == 2
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_wal_short_writes_are_continued(tmp_path, monkeypatch):
@@ -8697,7 +8744,8 @@ def test_http_watchers_share_the_bytes_of_events(http_server):
         first = http_server.call(lambda etcd: etcd.store.hub.history.first_index)
         for _ in range(5):              # also those that begin in the past
             late = stack.enter_context(_HttpSocket(http_server, receive_buffer=4096))
-            late.send(_http_get(f"/v2/keys/w?wait=true&stream=true&recursive=true&waitIndex={first}"))
+            late.send(_http_get(
+                f"/v2/keys/w?wait=true&stream=true&recursive=true&waitIndex={first}"))
             late.until(b"\r\n\r\n")
         assert http_server.call(lambda etcd: _http_output(http_server))[1] < 1.2 * 90 * 50_000
 
@@ -8826,8 +8874,9 @@ def test_reactor_names_that_hang_hold_up_nothing_else(tmp_path, hanging_names):
             return [pyetcd.HttpCall(etcd.reactor, url, "GET", "/version", {}, on_done=done,
                                     connect_timeout_s=30.0) for _ in range(50)]
 
+        urls = [f"http://hang{number}:1" for number in range(8)]
         calls = server.call(lambda etcd: [
-            one for number in range(8) for one in call(etcd, f"http://hang{number}:1", ended.append)])
+            one for url in urls for one in call(etcd, url, ended.append)])
         server.call(lambda etcd: [one.cancel() for one in calls[::2]])
         server.call(lambda etcd: call(etcd, fine, answered.append))
         eventually(lambda: answered == 50 * [None])
@@ -10384,6 +10433,63 @@ def test_server_full_disk_refuses_writes_until_there_is_space(tmp_path, monkeypa
     with pyetcd.Server(data_dir=str(tmp_path / "d")) as server:
         values = requests.get(server.client_urls[0] + "/v2/keys", timeout=5).json()["node"]["nodes"]
         assert {node["key"]: node["value"] for node in values} == {"/a": "2", "/c": "4"}
+
+
+def test_server_keeps_descriptors_for_files_and_peers(tmp_path):
+    """Connections beyond get 503 or are closed; snapshots, writes and peers go on meanwhile."""
+    with StaticCluster(tmp_path, 1, "-snapshot-count", "20") as cluster, (
+        contextlib.ExitStack()
+    ) as stack, requests.Session() as session:
+        (only,) = cluster.members
+        url = only.client + "/v2/keys/a"
+        assert session.put(url, {"value": "1"}, timeout=10).status_code == 201
+        resource.prlimit(only.process.popen.pid, resource.RLIMIT_NOFILE, (256, 256))
+        address = ("127.0.0.1", urllib.parse.urlsplit(only.client).port)
+        idle = [stack.enter_context(socket.create_connection(address)) for _ in range(400)]
+        only.process.wait_log("too many open files (192) for more connections to " + only.client)
+        eventually(lambda: any(
+            sock.recv(12) == b"HTTP/1.1 503" for sock in idle if _is_readable(sock)))
+        for number in range(60):
+            answer = session.put(url, {"value": str(number)}, timeout=10)
+            assert answer.status_code == 200
+        only.process.wait_log("saved snapshot at index")
+        assert requests.get(only.peer + "/version", timeout=10).status_code == 200
+        user = {"user": "root", "password": "x"}
+        assert session.put(only.client + "/v2/auth/users/root", json.dumps(user),
+                           timeout=20).status_code == 201, "its hash takes a process"
+        stack.close()
+        eventually(lambda: only.value("a") == "59", what="room for a new connection")
+        assert only.process.popen.poll() is None
+
+
+def _is_readable(sock):
+    return bool(select.select([sock], [], [], 0)[0])
+
+
+def test_server_says_why_it_ends_when_its_directory_is_gone(tmp_path):
+    """Renamed while the member runs: the next file of its log or a snapshot cannot be made."""
+    with StaticCluster(tmp_path, 1, "-snapshot-count", "5") as cluster:
+        (only,) = cluster.members
+        assert only.put("a", "1")[0] == 201
+        os.rename(tmp_path / "n0.etcd", tmp_path / "elsewhere")
+
+        def ended():
+            only.put("a", "2")
+            return only.process.popen.poll() is not None
+        eventually(ended)
+        assert only.process.popen.returncode == 1
+        assert re.search("the member ends: .*was the data directory renamed or removed",
+                         only.process.log())
+
+
+def test_server_unit_files_allow_our_own_limit_of_connections():
+    """And the descriptors that are kept for files and calls."""
+    limits = [
+        int(limit) for path in (Path(pyetcd.__file__).parent / "contrib").iterdir()
+        for limit in re.findall(r"LimitNOFILE=(\d+)", path.read_text())
+    ]
+    assert len(limits) == 3
+    assert min(limits) >= pyetcd.CONNECTIONS_MAX + pyetcd.DESCRIPTORS_KEPT
 
 
 def test_server_full_disk_does_not_keep_it_from_stopping(tmp_path, monkeypatch):
