@@ -198,6 +198,7 @@ ENTRIES_BYTES_MAX = 1 << 20         # entries in one MsgApp; always at least one
 INFLIGHT_MSGAPP_MAX = 512           # unanswered MsgApp per follower; above: wait for an answer
 READ_ROUNDS_MAX = 1_024             # questions at a leader; above: dropped, and asked again
 UNCOMMITTED_BYTES_MAX = 256 << 20   # log tail not yet committed; above: proposals are refused
+QUEUED_BYTES_MAX = 64 << 20         # of requests without a leader, or above that; above: as next
 PROPOSALS_PENDING_MAX = 65_536      # requests waiting for apply; above: error 300 with 503
 
 REQUEST_HEAD_BYTES_MAX = 1_052_672  # request line and headers (Go's limit); above: 431, close
@@ -233,6 +234,7 @@ PROBE_SECONDS = 4.0                 # between two health probes of a peer
 
 HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answer 401
 WATCHERS_MAX = 100_000              # of one member, some 3 KB each; above: 503
+WATCHED_BYTES_MAX = 64 << 20        # of the paths of all watchers; above: 503
 WATCHERS_TOLD_MAX = 400             # in one turn, 4 ms; above: the next turns tell the others
 WATCHER_QUEUE_EVENTS_MAX = 100      # events one slow watcher may owe (etcd's limit)
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
@@ -3446,6 +3448,7 @@ class WatcherHub:
         self._room: float = math.inf    # how many may be told in this turn
 
     owed = 0                            # watchers in _due
+    watched_bytes = 0                   # of the paths of registered watchers
 
     def remove(self, watcher: Watcher) -> None:
         """Forget a registered watcher, also one that is about to be told."""
@@ -3454,6 +3457,7 @@ class WatcherHub:
         if group is not None and watcher in group:
             del group[watcher]
             self._stats.watchers -= 1
+            self.watched_bytes -= len(watcher.path)
             if not group:
                 del self._groups[watcher.path]
 
@@ -3477,6 +3481,7 @@ class WatcherHub:
                 watcher.since = history.last_index + 1
         self._groups.setdefault(watcher.path, {})[watcher] = None
         self._stats.watchers += 1
+        self.watched_bytes += len(watcher.path)
         watcher._hub = self
 
     def begin_turn(self) -> None:
@@ -3543,6 +3548,7 @@ class WatcherHub:
             for watcher in once:
                 del group[watcher]
         self._stats.watchers -= len(once)
+        self.watched_bytes -= len(once) * len(path)
         self._due.append((event, collections.deque(told)))
         self.owed += len(told)
         self._tell()
@@ -6096,7 +6102,7 @@ class Complaints:
 
         about  what makes two texts the same; "": the text itself
         """
-        now, about = self._now(), about or text
+        now, about = self._now(), (about or text)[:256]
         if now - self._said.get(about, -COMPLAINT_SECONDS) < COMPLAINT_SECONDS:
             return
         if len(self._said) >= 1_000:
@@ -10577,26 +10583,30 @@ class Strays:
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
         self._entries: Deque[Tuple[float, Entry]] = collections.deque()     # until when
+        self._bytes = 0                 # in them
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def add(self, entries: Sequence[Entry], now: float) -> None:
         """Keep copies, as far as there is room."""
-        room = PROPOSALS_PENDING_MAX - len(self._entries)
         until = now + self._keep_s
-        self._entries.extend((until, Entry(e.type, data=e.data)) for e in entries[:room])
+        for entry in entries:
+            if len(self._entries) < PROPOSALS_PENDING_MAX and self._bytes <= QUEUED_BYTES_MAX:
+                self._entries.append((until, Entry(entry.type, data=entry.data)))
+                self._bytes += len(entry.data)
 
     def expire(self, now: float) -> None:
         """Drop what has waited too long."""
         while self._entries and self._entries[0][0] < now:
-            self._entries.popleft()
+            self._bytes -= len(self._entries.popleft()[1].data)
 
     def take(self, now: float) -> List[Entry]:
         """Return what is still wanted; nothing is kept any more."""
         self.expire(now)
         entries = [entry for _, entry in self._entries]
         self._entries.clear()
+        self._bytes = 0
         return entries
 
 
@@ -10868,7 +10878,8 @@ class Traffic:
 
     def received(self, sender: int, message: Message, size: int) -> None:
         """A message came; a follower's latency is from entries to the answer that follows."""
-        self.received_bytes[sender] = self.received_bytes.get(sender, 0) + size
+        if sender in self.received_bytes or len(self.received_bytes) < REMOTES_MAX:
+            self.received_bytes[sender] = self.received_bytes.get(sender, 0) + size
         if message.type == MsgType.APP:
             self._stats.recv_append(sender, size)
         elif message.type == MsgType.APP_RESP and sender in self._sent_at:
@@ -10957,6 +10968,7 @@ class EtcdServer:
         self._removed = removed
         self._tell_published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
+        self._queued_bytes = 0                  # in them
         self._changes: List[ConfChange] = []    # likewise
         self._strays = Strays(2 * config.election_ms / 1000)
         self._lead = 0                          # as last seen by _watch_lead
@@ -11066,13 +11078,16 @@ class EtcdServer:
             return
         if not request.id:
             request = request._replace(id=self.ids.next())
-        if not self.proposals.add(request.id, done, time.monotonic()):
+        if self._queued_bytes > QUEUED_BYTES_MAX or not (
+            self.proposals.add(request.id, done, time.monotonic())
+        ):
             done(TooManyRequests("etcdserver: too many requests"))
         elif request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
             data = encoded or encode_request(request)
             self._queue.append(Entry(0, 0, 0, data, request))
+            self._queued_bytes += len(data)
 
     def change_member(
         self, change_type: ConfChangeType, member: Member,
@@ -11170,7 +11185,7 @@ class EtcdServer:
         """
         if self.lead and not self.is_leader and not self.transport.active_since(self.lead):
             return False
-        queue, self._queue = self._queue, []
+        queue, self._queue, self._queued_bytes = self._queue, [], 0
         self.handover.before(self._changes)
         try:
             if queue:
@@ -11182,6 +11197,7 @@ class EtcdServer:
         except ProposalDropped:
             waiting = self.proposals
             self._queue += [e for e in queue if e.request and e.request.id in waiting]
+            self._queued_bytes = sum(len(entry.data) for entry in self._queue)
             self._changes = [change for change in self._changes if change.id in waiting]
             return False
         return True
@@ -13083,6 +13099,12 @@ class KeysApi:
             write_message(
                 request, 503, f"{WATCHERS_MAX} watchers wait already; use another member, or one"
                 " recursive watch instead of many", self._cluster_line,
+            )
+            return
+        if self._store.hub.watched_bytes + len(command.path) > WATCHED_BYTES_MAX:
+            write_message(
+                request, 503, "the watchers' paths take too much memory; use shorter keys, or"
+                " another member", self._cluster_line,
             )
             return
         self._watches.inc()

@@ -8926,6 +8926,53 @@ def test_http_watchers_are_limited(http_server, monkeypatch):
         assert _http_keys(http_server, "PUT", "/w", "value=1")[0] == 201
 
 
+def test_http_paths_of_watchers_are_limited(http_server, monkeypatch):
+    """Their bytes together; every way that a watch ends makes room again."""
+    monkeypatch.setattr(pyetcd, "WATCHED_BYTES_MAX", 10_000)
+    path = "/v2/keys/" + 3_000 * "w"
+
+    def watched():
+        return http_server.call(lambda etcd: etcd.store.hub.watched_bytes)
+
+    with contextlib.ExitStack() as stack:
+        for more in ("", "&stream=true", ""):
+            watcher = stack.enter_context(_HttpSocket(http_server))
+            watcher.send(_http_get(f"{path}?wait=true{more}"))
+            watcher.until(b"\r\n\r\n")
+        status, _, body = _http_ask(http_server, "GET", path + "?wait=true")
+        assert status == 503 and "take too much memory" in json.loads(body)["message"]
+        assert _http_ask(http_server, "PUT", path, b"value=1", _HTTP_FORM)[0] == 201
+        assert 3_000 < watched() < 4_000, "two had their event"
+    eventually(lambda: watched() == 0)
+    assert http_server.call(lambda etcd: etcd.store.stats.watchers) == 0
+
+
+def test_http_bytes_that_wait_for_a_leader_are_limited(http_server, monkeypatch):
+    """Large writes wait until there is as much as may; the next one gets 503 at once."""
+    monkeypatch.setattr(pyetcd, "QUEUED_BYTES_MAX", 100_000)
+    answers = []
+    monkeypatch.setattr(pyetcd.EtcdServer, "_propose", lambda etcd: False)     # as without a leader
+
+    def put(etcd):
+        for number in range(4):
+            request = pyetcd.Request(method="PUT", path=f"/1/{number}", val=60_000 * "x")
+            etcd.do(request, answers.append)
+        return list(answers)
+
+    refused = http_server.call(put)
+    assert [type(error) for error in refused] == 2 * [pyetcd.TooManyRequests]
+    monkeypatch.undo()
+    eventually(lambda: len(answers) == 4)
+    assert http_server.call(lambda etcd: etcd._queued_bytes) == 0
+    strays = pyetcd.Strays(1.0)
+    for _ in range(300):
+        strays.add([pyetcd.Entry(0, data=bytes(1 << 20))], 1.0)
+    assert len(strays) == 65
+    strays.expire(9.0)
+    strays.add([pyetcd.Entry(0, data=b"x")], 9.0)
+    assert [entry.data for entry in strays.take(9.0)] == [b"x"]
+
+
 def test_http_pending_requests_are_limited(http_server, monkeypatch):
     """503 says that the write was not tried."""
     monkeypatch.setattr(pyetcd, "PROPOSALS_PENDING_MAX", 0)
