@@ -198,7 +198,8 @@ ENTRIES_BYTES_MAX = 1 << 20         # entries in one MsgApp; always at least one
 INFLIGHT_MSGAPP_MAX = 512           # unanswered MsgApp per follower; above: wait for an answer
 READ_ROUNDS_MAX = 1_024             # questions at a leader; above: dropped, and asked again
 UNCOMMITTED_BYTES_MAX = 256 << 20   # log tail not yet committed; above: proposals are refused
-QUEUED_BYTES_MAX = 64 << 20         # of requests without a leader, or above that; above: as next
+QUEUED_BYTES_MAX = 64 << 20         # of requests that wait for a leader, or in a proxy for
+                                    # members; above: 503
 PROPOSALS_PENDING_MAX = 65_536      # requests waiting for apply; above: error 300 with 503
 
 REQUEST_HEAD_BYTES_MAX = 1_052_672  # request line and headers (Go's limit); above: 431, close
@@ -11703,7 +11704,7 @@ def make_permissions(read: object, write: object) -> Permissions:
 # the processor, from the reactor (p99 of GET while guesses go on: 10 times its normal).
 _BCRYPT_PROGRAM = """
 import ctypes, os, sys
-os.nice(19)
+os.nice(10)
 password, setting = sys.stdin.buffer.read().split(b"\\0")
 for name in ("libcrypt.so.1", "libcrypt.so.2"):
     try:
@@ -12339,7 +12340,7 @@ class Guard:
             self._complaints.say("malformed basic auth encoding")
             return False
         name = credential.user
-        if len(name) > AUTH_NAME_BYTES_MAX:
+        if len(utf8(name)) > AUTH_NAME_BYTES_MAX:
             return False
         right = self._auth.checks.known(name, self._auth.stored_hash(name), credential.password)
         if right is None:
@@ -13841,7 +13842,7 @@ class AuthApi:
         if not name:
             listing = self._list_users if kind == "users" else self._list_roles
             return self._allow(head, ("GET",), listing)
-        if "/" in name or len(name) > AUTH_NAME_BYTES_MAX:
+        if "/" in name or len(utf8(name)) > AUTH_NAME_BYTES_MAX:
             return lambda request: write_message(request, 400, "Invalid path")
         item = self._user if kind == "users" else self._role
         return self._allow(head, _ITEM_METHODS, functools.partial(item, name))
@@ -14005,7 +14006,7 @@ class AuthApi:
 # Knows: all above.  Must not know: sockets, Raft messages, files.
 # ============================================================================
 
-DOWNLOADS_MAX = 4                   # at a time; each may hold a state of its own in memory
+DOWNLOADS_MAX = 4                   # at a time, and none beyond HELD_BYTES_MAX of their states
 
 
 class SnapshotApi:
@@ -14024,10 +14025,15 @@ class SnapshotApi:
         """Answer as soon as the store has been walked."""
         if not self._server.raft_index:
             write_message(request, 503, "this member has no state yet; ask another one")
-        elif len(self._downloads) >= DOWNLOADS_MAX:
+        elif len(self._downloads) >= DOWNLOADS_MAX or self._held_bytes() > HELD_BYTES_MAX:
             write_message(request, 503, "too many snapshots are being taken; try again later")
         else:
             self._downloads.add(Download(request, self._server, self._downloads.discard))
+
+    def _held_bytes(self) -> int:
+        """What the states take that are being sent; several may send the same."""
+        files = {id(each.file): each.file.size for each in self._downloads if each.file}
+        return sum(files.values())
 
 
 class Download:
@@ -14039,6 +14045,7 @@ class Download:
         self._request = request
         self._server = server
         self._ended = ended
+        self.file: Optional[SnapshotFile] = None        # as soon as the store has been walked
         self._reply: Optional[StreamReply] = None
         self._pieces: Iterator[bytes] = iter(())
         self._taker: Optional[Taker] = self._start      # one object: the keeper compares
@@ -14052,6 +14059,7 @@ class Download:
             f"X-Raft-Term: {file.id.term}\r\n"
             f'Content-Disposition: attachment; filename="{file.name}"\r\n'
         )
+        self.file = file
         self._pieces = iter((file.head, *file.pieces))
         self._reply = self._request.start_stream(
             200, "application/octet-stream", headers, length=len(file.head) + file.size
@@ -17052,7 +17060,8 @@ class ProxyApi:
         self._origins = frozenset(config.cors)
         self._is_readonly = config.proxy == "readonly"
         self._metrics = ProxyMetrics()
-        self._forwards: Dict[Forward, None] = {}
+        self._forwards: Dict[Forward, int] = {}     # bytes of their bodies
+        self._body_bytes = 0                        # of all
 
     def handle(self, request: HttpRequest) -> None:
         """Answer a request of a client, now or when a member has."""
@@ -17100,9 +17109,17 @@ class ProxyApi:
             self._metrics.dropped(request.method, "zero_endpoints")
             write_message(request, 503, f"proxy: {text}")
             return
-        forward = Forward(request, endpoints, self._dialer, self._metrics, self._forwards.pop)
-        self._forwards[forward] = None
+        if self._body_bytes > QUEUED_BYTES_MAX:
+            self._metrics.dropped(request.method, "failed_sending_request")
+            write_message(request, 503, "proxy: too many large requests wait for the members")
+            return
+        forward = Forward(request, endpoints, self._dialer, self._metrics, self._ended)
+        self._forwards[forward] = len(request.body)
+        self._body_bytes += len(request.body)
         forward.start()
+
+    def _ended(self, forward: Forward) -> None:
+        self._body_bytes -= self._forwards.pop(forward)
 
 
 class ProxyServer(ServerThread):

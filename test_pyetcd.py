@@ -21127,6 +21127,59 @@ def test_proxy_watch_on_a_member_that_dies_ends_empty(
         assert client.chunk() == b""
 
 
+def test_proxy_bytes_that_wait_for_members_are_limited(
+    tmp_path: Path, proxy_upstream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large writes to a member that does not answer: the next one gets 503, reads go on."""
+    monkeypatch.setattr(pyetcd, "QUEUED_BYTES_MAX", 100_000)
+    go_on, asked = threading.Event(), []
+
+    def wait(handler: Any) -> None:
+        asked.append(handler.command)
+        go_on.wait(20)
+        handler.send_response(204)
+        handler.end_headers()
+
+    proxy_upstream.answer = wait
+    with _proxy_of(tmp_path, proxy_upstream.url) as proxy, (
+        concurrent.futures.ThreadPoolExecutor(4)
+    ) as pool:
+        def put() -> int:
+            return _http_ask(proxy, "PUT", "/v2/keys/a", bytes(60_000))[0]
+
+        try:
+            first = [pool.submit(put) for _ in range(2)]
+            eventually(lambda: len(asked) == 2)
+            assert put() == 503
+            read = pool.submit(_http_ask, proxy, "GET", "/v2/keys/a")
+        finally:
+            go_on.set()
+        assert [one.result() for one in first] == [204, 204]
+        assert read.result()[0] in (204, 503)
+        assert put() == 204
+
+
+def test_proxy_without_descriptors_blames_no_member(
+    tmp_path: Path, proxy_upstream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """503 while it lasts; the endpoint is not marked unavailable for it."""
+    with _proxy_of(tmp_path, proxy_upstream.url) as proxy:
+        with monkeypatch.context() as patch:
+            def fail(*args: Any) -> None:
+                raise OSError(errno.EMFILE, "Too many open files")
+            patch.setattr(pyetcd.socket, "socket", fail)
+            answers: List[Any] = []
+            call = types.SimpleNamespace(
+                method="GET", target="/v2/keys/a", path="/v2/keys/a", query="", headers={},
+                body=b"", body_too_large=False, remote="h:1", on_close=None, connection=(
+                    types.SimpleNamespace(streaming=False)),
+                reply=lambda *args: answers.append(args))
+            proxy._reactor.call_soon_threadsafe(proxy._api._serve, call)
+            eventually(lambda: answers)
+            assert answers[0][0] == 503 and b"ulimit -n" in answers[0][1]
+        assert _http_ask(proxy, "GET", "/v2/keys/a")[0] == 200
+
+
 def test_proxy_thousand_dropped_watches_leave_nothing_behind(tmp_path: Path) -> None:
     """No watcher on the member, no descriptor and no call in the proxy."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
