@@ -188,7 +188,6 @@ from enum import IntEnum
 from struct import unpack_from as _unpack_from
 from typing import (
     IO,
-    TYPE_CHECKING,
     Any,
     Callable,
     Collection,
@@ -211,14 +210,12 @@ from typing import (
     Type,
     TypeVar,
     Union,
+    cast,
 )
 from urllib.parse import urlsplit
 
 if not hasattr(select, "epoll"):
     raise ImportError("pyetcd needs epoll: it runs on Linux only")
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
 
 __version__ = "0.4.0"
 
@@ -256,6 +253,8 @@ ENTRIES_BYTES_MAX = 1 << 20         # entries in one MsgApp; always at least one
 INFLIGHT_MSGAPP_MAX = 512           # unanswered MsgApp per follower; above: wait for an answer
 READ_ROUNDS_MAX = 1_024             # questions at a leader; above: dropped, and asked again
 UNCOMMITTED_BYTES_MAX = 256 << 20   # log tail not yet committed; above: proposals are refused
+QUEUED_BYTES_MAX = 64 << 20         # of requests that wait for a leader, or in a proxy for
+                                    # members; above: 503
 PROPOSALS_PENDING_MAX = 65_536      # requests waiting for apply; above: error 300 with 503
 
 REQUEST_HEAD_BYTES_MAX = 1_052_672  # request line and headers (Go's limit); above: 431, close
@@ -278,10 +277,16 @@ INTERIM_ANSWERS_MAX = 100           # `100 Continue` and the like before an answ
 SLICE_BYTES = 64 << 10              # of input that one connection reads in one turn
 CHUNKED_SLICE_BYTES = 16 << 10      # of it decoded, if it is chunked: 2,700 chunks take 3 ms
 CONNECTIONS_MAX = 50_000            # open sockets per listener; above: 503, close
+DESCRIPTORS_KEPT = 256              # below the system's limit, or a quarter of it: for files and
+                                    # calls, half of it for peers too; above: as CONNECTIONS_MAX
 REFUSALS_MAX = 256                  # connections being told so at a time; above: only closed
+REFUSALS_TOLD_MAX = 16              # likewise, of descriptors
 OUTPUT_BYTES_MAX = 64 << 20         # unsent reply bytes of one connection; above: it is closed
+HELD_BYTES_MAX = 256 << 20          # unsent and unread, of all connections; above: the most idle
+                                    # ones are closed
 OUTPUT_PAUSE_BYTES = 1 << 20        # above: its next requests wait until the client has read
 OUTPUT_JOIN_BYTES_MAX = 1 << 16     # unsent bytes that are joined, if they are in pieces
+OUTPUT_SHARED_BYTES_MIN = 1 << 10   # of a piece; above: not copied, as others may have it too
 OUTPUT_PIECES_MAX = 16              # handed to the system in one call
 REQUEST_SECONDS_MAX = 300.0         # from a request's first byte to its last; above: 408, close
 UNREAD_SECONDS_MAX = 60.0           # that a client takes nothing of its reply; above: closed
@@ -289,6 +294,7 @@ SLOW_CHECK_SECONDS = 10.0           # between two looks for such clients
 HEAD_CACHE_MAX = 4_096              # parsed request heads remembered; full: forgotten all at once
 
 PIPELINE_QUEUE_MESSAGES_MAX = 64    # messages waiting for a POST; above: dropped, peer unreachable
+PIPELINE_QUEUE_BYTES_MAX = 16 << 20 # likewise
 PIPELINE_WORKERS = 4                # concurrent POSTs to one peer
 LINK_HEARTBEAT_SECONDS = 5 / 3      # between link heartbeats on a stream
 LINK_TIMEOUT_SECONDS = 5.0          # silence after which a stream is given up
@@ -298,6 +304,7 @@ PROBE_SECONDS = 4.0                 # between two health probes of a peer
 
 HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answer 401
 WATCHERS_MAX = 100_000              # of one member, some 3 KB each; above: 503
+WATCHED_BYTES_MAX = 64 << 20        # of the paths of all watchers; above: 503
 WATCHERS_TOLD_MAX = 400             # in one turn, 4 ms; above: the next turns tell the others
 WATCHER_QUEUE_EVENTS_MAX = 100      # events one slow watcher may owe (etcd's limit)
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
@@ -886,6 +893,16 @@ class Backoff:
     def reset(self) -> None:
         """Begin again with first_s."""
         self._next_s = self._first_s
+
+
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open files
+
+
+def descriptors_max(kept: int, part: int) -> int:
+    """Return how many descriptors may be open if `kept` of those that the system allows must be
+    left, or one `part` of them."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(kept, soft // part)
 
 
 def fsync_dir(path: str) -> None:
@@ -3830,6 +3847,7 @@ class WatcherHub:
         self._room: float = math.inf    # how many may be told in this turn
 
     owed = 0                            # watchers in _due
+    watched_bytes = 0                   # of the paths of registered watchers
 
     def remove(self, watcher: Watcher) -> None:
         """Forget a registered watcher, also one that is about to be told."""
@@ -3838,6 +3856,7 @@ class WatcherHub:
         if group is not None and watcher in group:
             del group[watcher]
             self._stats.watchers -= 1
+            self.watched_bytes -= len(watcher.path)
             if not group:
                 del self._groups[watcher.path]
 
@@ -3861,6 +3880,7 @@ class WatcherHub:
                 watcher.since = history.last_index + 1
         self._groups.setdefault(watcher.path, {})[watcher] = None
         self._stats.watchers += 1
+        self.watched_bytes += len(watcher.path)
         watcher._hub = self
 
     def begin_turn(self) -> None:
@@ -3927,6 +3947,7 @@ class WatcherHub:
             for watcher in once:
                 del group[watcher]
         self._stats.watchers -= len(once)
+        self.watched_bytes -= len(once) * len(path)
         self._due.append((event, collections.deque(told)))
         self.owed += len(told)
         self._tell()
@@ -5045,18 +5066,22 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def _needs_space(path: str, undo: Callable[[], None]) -> Iterator[None]:
-    """Run what writes; if the disk is full, undo() it and raise DiskFull.
+def _needs_space(
+    path: str, undo: Callable[[], None], codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR)
+) -> Iterator[None]:
+    """Run what writes; if the disk is full, or no file can be opened, undo() it and raise
+    DiskFull: it can be repeated.
 
     Not for syncs: after one has failed nobody knows what is on disk, whatever the reason.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in codes:
             raise
         undo()
-        raise DiskFull(f"{os.strerror(error.errno).lower()}: {path}") from error
+        hint = "raise the limit of open files (ulimit -n): " * (error.errno in NO_DESCRIPTOR)
+        raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error
 
 
 _LOG_START = EntryID(0, 0)
@@ -5551,7 +5576,8 @@ class Wal:
                 disk.write(handle, cut.head)
             disk.fsync(handle)
             disk.rename(path + ".tmp", path)
-            disk.fsync_dir(directory)
+            with _needs_space(path, _nothing, NO_DESCRIPTOR):
+                disk.fsync_dir(directory)   # opens it
             if not disk.lock(path, handle):
                 raise FileLocked(f"open wal error: file already locked: {path}")
             on_failure.pop_all()
@@ -5840,7 +5866,8 @@ class Snapshotter:
         finally:
             disk.close(handle)
         disk.rename(temporary, path)
-        disk.fsync_dir(self.directory)
+        with _needs_space(path, _nothing, NO_DESCRIPTOR):
+            disk.fsync_dir(self.directory)      # opens it
 
     def load(self, valid: Optional[Container[EntryID]] = None) -> Optional[Snapshot]:
         """Return the newest good snapshot, or None.  A bad file is renamed to `.broken`.
@@ -6469,7 +6496,7 @@ class Applier:
         try:
             return handler(self, request)
         except EtcdError as error:
-            return error
+            return error.with_traceback(None)       # whose frames hold what this goes to
 
     def _put(self, r: Request) -> Applied:
         store, now_ns = self._store, self.clock()
@@ -6550,7 +6577,7 @@ class Applier:
         try:
             self._change_cluster(change)
         except MemberError as error:
-            return error
+            return error.with_traceback(None)       # whose frames hold what this goes to
         except (CodecError, EtcdError) as error:        # etcd ends here
             package_logger("etcdserver").error("ignored a change of members: %s", error)
             return UnknownChange()
@@ -6658,6 +6685,9 @@ def _check_change(data: bytes) -> None:
 COMPLAINT_SECONDS = 30.0            # the same complaint is not logged again within this time
 
 
+TIMERS_SWEPT_MIN = 256              # waiting; from then on cancelled ones are looked for
+
+
 class Clock(NamedTuple):
     """Where time comes from.  No other code reads a clock, so that a test can pass its own time."""
 
@@ -6696,13 +6726,108 @@ class Complaints:
 
         about  what makes two texts the same; "": the text itself
         """
-        now, about = self._now(), about or text
+        now, about = self._now(), (about or text)[:256]
         if now - self._said.get(about, -COMPLAINT_SECONDS) < COMPLAINT_SECONDS:
             return
         if len(self._said) >= 1_000:
             self._said.clear()
         self._said[about] = now
         self._log.error("%s", text)
+
+
+class WorkKind(NamedTuple):
+    """One kind of calls that block.  Each kind has threads of its own, so that one that hangs
+    holds up no other.
+
+    threads      at work at a time
+    waiting_max  calls that wait for a thread; above: refused with WorkersBusy
+    is_awaited   True: close() waits for the calls under way.  False: it leaves them behind
+    """
+
+    name: str
+    threads: int
+    waiting_max: int
+    is_awaited: bool
+
+
+FILE_WORK = WorkKind("files", 2, 16, True)              # snapshots, removal of old files
+NAME_WORK = WorkKind("names", 16, 64, False)            # a name server may hang for a minute
+PASSWORD_WORK = WorkKind("passwords", 2, 64, False)     # 0.1 s each, of another process
+PEER_WORK = WorkKind("peers", 1, 1, False)              # a proxy's questions to the members
+
+
+class WorkersBusy(OSError):
+    """As many calls of this kind wait as may."""
+
+
+def outcome_of(work: Callable[..., Any], *args: Any) -> Tuple[Optional[Exception], Any]:
+    """Return (None, result) of work(*args), or (what it raised, None), for another thread."""
+    try:
+        return None, work(*args)
+    except Exception as error:
+        return error, None
+
+
+class Workers:
+    """The threads for one kind of calls that block.
+
+    They are daemons: a call that hangs ends with the process.  Thread: reactor.
+    """
+
+    def __init__(self, kind: WorkKind, post: Callable[..., None]) -> None:
+        self._kind = kind
+        self._post = post               # as Reactor.call_soon_threadsafe
+        self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._threads: List[threading.Thread] = []
+        self._unfinished = 0            # calls that wait, or are under way
+
+    def submit(
+        self, work: Callable[..., Any], args: Tuple[Any, ...],
+        done: Callable[[Optional[BaseException], Any], None],
+    ) -> None:
+        """Have work(*args) called; then done(error, result) on the reactor's thread."""
+        kind = self._kind
+        if self._unfinished >= kind.threads + kind.waiting_max:
+            self._post(done, WorkersBusy(f"too many calls wait ({kind.name})"), None)
+            return
+        self._unfinished += 1
+        self._calls.put((work, args, done))
+        if len(self._threads) < min(self._unfinished, kind.threads):
+            name = f"{kind.name}-{len(self._threads) + 1}"
+            thread = threading.Thread(target=self._run, name=name, daemon=True)
+            try:
+                thread.start()
+                self._threads.append(thread)
+            except RuntimeError as error:       # the system has none left
+                if not self._threads:
+                    self._calls.get()
+                    self._post(self._finish, done, WorkersBusy(f"{kind.name}: {error}"), None)
+
+    def stop(self) -> None:
+        """Take no more calls; those that are awaited are finished first."""
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads if self._kind.is_awaited else ():
+            thread.join()
+
+    def _run(self) -> None:
+        while self._serve(self._calls.get()):
+            pass
+
+    def _serve(self, call: Any) -> bool:
+        """Make one call, and keep nothing of it; False: it was the last."""
+        if call is None:
+            return False
+        work, args, done = call
+        self._post(self._finish, done, *outcome_of(work, *args))
+        return True
+
+    def _finish(
+        self, done: Callable[[Optional[BaseException], Any], None],
+        error: Optional[BaseException], result: Any,
+    ) -> None:
+        self._unfinished -= 1
+        done(error, result)
 
 
 QUICK_SECONDS = 0.000_200           # a wait, falling asleep and waking included
@@ -6752,6 +6877,7 @@ class Reactor:
         self._gone: Set[int] = set()    # unregistered in this turn: their events are of others
         self._timers: List[Tuple[float, int, Timer]] = []
         self._timer_count = 0
+        self._timers_max = TIMERS_SWEPT_MIN     # so many: forget those that are cancelled
         self._posted: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._polling = False           # True: a poster must write to the wake socket
         self._stopping = False
@@ -6768,7 +6894,8 @@ class Reactor:
         self._wake_in = open(wake_in, "rb", buffering=0)
         self._wake_out = open(wake_out, "wb", buffering=0)
         self._wake_lock = threading.Lock()      # a leaf: nobody closes _wake_out under a writer
-        self._blocking: Optional[ThreadPoolExecutor] = None
+        self._workers: Dict[WorkKind, Workers] = {}
+        self._look_ups: Dict[Tuple[str, int], List[Timer]] = {}     # under way: who waits
         self._date = (0, "")
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
 
@@ -6776,6 +6903,10 @@ class Reactor:
         """Call once, not before delay_s seconds have passed."""
         timer = Timer(callback, args)
         self._timer_count += 1
+        if len(self._timers) >= self._timers_max:
+            self._timers = [entry for entry in self._timers if entry[2].callback is not None]
+            heapq.heapify(self._timers)
+            self._timers_max = max(2 * len(self._timers), TIMERS_SWEPT_MIN)
         heapq.heappush(self._timers, (self.now() + delay_s, self._timer_count, timer))
         return timer
 
@@ -6793,20 +6924,39 @@ class Reactor:
                     self._wake_out.write(b"\0")     # None if it is full: that wakes it as well
 
     def run_blocking(
-        self, work: Callable[..., Any], *args: Any,
+        self, work: Callable[..., Any], *args: Any, kind: WorkKind,
         done: Callable[[Optional[BaseException], Any], None],
     ) -> None:
-        """Run `work(*args)` on a thread; then call done(error, result) on the reactor's."""
-        if self._blocking is None:
-            from concurrent.futures import ThreadPoolExecutor as Executor
-            self._blocking = Executor(4, thread_name_prefix="blocking")
+        """Run `work(*args)` on a thread for this kind; then call done(error, result) on ours."""
+        if kind not in self._workers:
+            self._workers[kind] = Workers(kind, self.call_soon_threadsafe)
+        self._workers[kind].submit(work, args, done)
 
-        def finished(future: Future[Any]) -> None:
-            error = future.exception()
-            result = None if error else future.result()
-            self.call_soon_threadsafe(done, error, result)
+    def look_up(
+        self, host: str, port: int, done: Callable[[Optional[BaseException], Any], None]
+    ) -> Timer:
+        """Call done(error, what getaddrinfo found), unless the Timer returned is cancelled.
 
-        self._blocking.submit(work, *args).add_done_callback(finished)
+        All that want the same at a time share one question: a name whose server hangs takes one
+        thread, however often it is asked for.
+        """
+        waiter = Timer(done, ())
+        waiters = self._look_ups.get((host, port))
+        if waiters is not None:
+            waiters[:] = [other for other in waiters if other.callback is not None]
+            waiters.append(waiter)
+            return waiter
+        self._look_ups[host, port] = [waiter]
+
+        def found(error: Optional[BaseException], addresses: Any) -> None:
+            for waiter in self._look_ups.pop((host, port)):
+                if waiter.callback is not None:
+                    waiter.callback(error, addresses)
+
+        self.run_blocking(
+            socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM, kind=NAME_WORK, done=found
+        )
+        return waiter
 
     def register(
         self, sock: HasFileno, events: int, callback: Callable[[int], None], *,
@@ -6871,8 +7021,8 @@ class Reactor:
 
     def close(self) -> None:
         """Release threads and sockets, when all others are closed."""
-        if self._blocking is not None:
-            self._blocking.shutdown(wait=True)
+        for workers in self._workers.values():
+            workers.stop()
         self._epoll.close()
         with self._wake_lock:
             self._wake_out.close()
@@ -6963,7 +7113,7 @@ class Reactor:
     def _serve_late(self, until: float) -> None:
         """Serve the sockets that the last turn had no time for, before any other is looked at."""
         late = self._late
-        while late and time.monotonic() <= until:
+        while late and self.now() <= until:
             descriptor, mask = late.popitem(last=False)
             self._callbacks[descriptor](_READY[mask])
 
@@ -6972,21 +7122,20 @@ class Reactor:
         for _ in range(len(line)):      # what is added meanwhile is for the next turn
             callback, args = line.popleft()
             callback(*args)
-            if time.monotonic() > until:
+            if self.now() > until:
                 return
 
     def _flush_clients(self, until: float) -> None:
         flushes = self._client_flushes
         while flushes:
             flushes.popleft()()
-            if flushes and time.monotonic() > until:
+            if flushes and self.now() > until:
                 return
 
     def _run_timers(self) -> None:
         now = self.now()
-        timers = self._timers
-        while timers and timers[0][0] <= now:
-            timer = heapq.heappop(timers)[2]
+        while self._timers and self._timers[0][0] <= now:
+            timer = heapq.heappop(self._timers)[2]
             if timer.callback is not None:
                 timer.callback(*timer.args)
 
@@ -7032,6 +7181,84 @@ class SlicedWork:
         if self._works and not self._is_posted:
             self._is_posted = True
             reactor.call_soon(self._go)
+
+
+class Holder(Protocol):
+    """A connection, as far as HeldBytes knows it."""
+
+    def pieces(self) -> Iterator[Union[bytes, bytearray]]:
+        """What it holds in memory; a piece may be of several at a time."""
+
+    def close(self) -> None:
+        """Let go of all."""
+
+
+class HeldBytes:
+    """What the connections of a member hold together: replies that nobody takes, and requests of
+    which bytes are missing.
+
+    Pieces that several share count once, so it takes a look at all to know; that is due when as
+    much has come as there was room for.  If it is too much, the connections go that have not
+    moved for the longest.  Thread: reactor.
+    """
+
+    LOOK_PIECES = 10_000                # in one turn: 3 ms
+
+    def __init__(self, reactor: Reactor) -> None:
+        self._reactor = reactor
+        self._holders: Dict[Holder, float] = {}     # and when they moved last (monotonic)
+        self._grown = 0                 # bytes since the last look
+        self._room = HELD_BYTES_MAX     # as of the last look
+        self._look: Iterator[None] = iter(())
+        self._looking = False
+        self._complaints = Complaints("http", reactor.now)
+
+    def hold(self, connection: Holder, grown: int, *, moved: bool = False) -> None:
+        """The connection keeps `grown` bytes more.  moved: its client has taken some."""
+        if moved or connection not in self._holders:
+            self._holders[connection] = self._reactor.now()
+        self._grown += grown
+        if self._grown >= self._room and not self._looking:
+            self._looking, self._grown = True, 0
+            self._look = self._look_at_all()
+            self._reactor.call_soon(self._go_on)
+
+    def forget(self, connection: Holder) -> None:
+        """The connection is closed."""
+        self._holders.pop(connection, None)
+
+    def _go_on(self) -> None:
+        for _ in self._look:
+            self._reactor.call_soon(self._go_on)
+            return
+        self._looking = False
+
+    def _look_at_all(self) -> Iterator[None]:
+        """Close what is too much; those that moved last are kept, one of them in any case."""
+        kept = closed = looked = 0
+        seen: Set[int] = set()
+        for connection in sorted(self._holders, key=self._holders.__getitem__, reverse=True):
+            pieces = {id(piece): len(piece) for piece in connection.pieces()}
+            if not pieces:
+                self._holders.pop(connection, None)
+                continue
+            size = sum(pieces[piece] for piece in pieces if piece not in seen)
+            if kept and kept + size > HELD_BYTES_MAX:
+                closed += 1
+                connection.close()
+            else:
+                kept += size
+                seen.update(pieces)
+            looked += len(pieces)
+            if looked > self.LOOK_PIECES:
+                looked = 0
+                yield
+        self._room = max(HELD_BYTES_MAX - kept, HELD_BYTES_MAX // 8)
+        if closed:
+            text = f"closed connections that held more than {HELD_BYTES_MAX >> 20} MB together"
+            self._complaints.say(
+                f"{text}: {closed}, whose clients did not read replies or finish requests", text
+            )
 
 
 # ============================================================================
@@ -7897,13 +8124,19 @@ class StreamReply:
         """Queue one piece; False if the reply has ended."""
         if self.closed:
             return False
-        self._connection.send(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        if not self._chunked:
+            self._connection.send(data)
+        elif len(data) < OUTPUT_SHARED_BYTES_MIN:
+            self._connection.send(b"%x\r\n%b\r\n" % (len(data), data))
+        else:
+            self._connection.send(b"%x\r\n" % len(data), (data, b"\r\n"))
         return True
 
     def end(self) -> None:
         """Finish the body; the connection serves the next request."""
         if not self.closed:
             self.closed = True
+            self.on_close = None
             self._connection.finish(b"0\r\n\r\n" if self._chunked else b"", self._keep_alive)
 
     def abort(self) -> None:
@@ -7915,8 +8148,9 @@ class StreamReply:
 
     def _client_gone(self) -> None:
         self.closed = True
-        if self.on_close is not None:
-            self.on_close()
+        on_close, self.on_close = self.on_close, None
+        if on_close is not None:
+            on_close()
 
 
 class Connection:
@@ -7926,7 +8160,7 @@ class Connection:
         "reactor", "remote", "on_close", "on_drain", "streaming", "pending", "busy", "closed",
         "_listener", "_sock", "_in", "_finder", "_head", "_chunks", "_body", "_body_bytes",
         "_body_max", "_file", "_out", "_dirty", "_events", "_close_after", "_eof", "_draining",
-        "_in_line", "_http2",
+        "_in_line", "_http2", "_goodbye",
     )
 
     def __init__(self, listener: Listener, sock: socket.socket, remote: str) -> None:
@@ -7956,6 +8190,7 @@ class Connection:
         self._draining = False          # reply sent, input thrown away until the client closes
         self._in_line = False           # what is in _in is parsed after the others' turn
         self._http2: Optional[Http2Refusal] = None
+        self._goodbye: Optional[Timer] = None       # ends _draining
         self._register(selectors.EVENT_READ, self._receive)
 
     @property
@@ -7998,6 +8233,8 @@ class Connection:
                 self._process()
             elif len(self._in) > REQUEST_HEAD_BYTES_MAX:
                 self._watch(self._events & ~selectors.EVENT_READ)   # until _resume()
+            if (self._in or self._body_bytes) and not self.closed:
+                self._listener.held.hold(self, len(data))
 
     def _end_of_input(self) -> None:
         """The client sends no more: it waits for its replies, but not for the end of a stream."""
@@ -8196,11 +8433,14 @@ class Connection:
         if self.pending > OUTPUT_BYTES_MAX:
             self.close()
             return
+        size = len(data)
         self._out.append(data)
-        self.pending += len(data)
         if more:
             self._out += more
-            self.pending += sum(map(len, more))
+            size += sum(map(len, more))
+        self.pending += size
+        if self._events & selectors.EVENT_WRITE:
+            self._listener.held.hold(self, size)
         self._flush_soon()
 
     def _flush_soon(self) -> None:
@@ -8250,6 +8490,8 @@ class Connection:
             if self.pending:
                 self._drop_sent(sent)
                 self._listener.watch_unread(self, took=sent > 0)
+                grown = 0 if self._events & selectors.EVENT_WRITE else self.pending
+                self._listener.held.hold(self, grown, moved=sent > 0)
             else:
                 self._out = []
         if self._out:
@@ -8270,8 +8512,8 @@ class Connection:
         256 KB take 40 us less."""
         out = self._out
         if self._listener.tls is not None:  # it knows no sendmsg(), and wants the same again
-            size = count = 0                # after it was blocked, or more that begins so
-            while count < len(out) and size < OUTPUT_JOIN_BYTES_MAX:
+            size, count = len(out[0]), 1    # after it was blocked, or more that begins so
+            while count < len(out) and size + len(out[count]) <= OUTPUT_JOIN_BYTES_MAX:
                 size += len(out[count])
                 count += 1
             if count > 1:
@@ -8280,6 +8522,12 @@ class Connection:
         if self.pending <= OUTPUT_JOIN_BYTES_MAX:
             return self._sock.send(b"".join(out))
         return self._sock.sendmsg(out[:OUTPUT_PIECES_MAX])
+
+    def pieces(self) -> Iterator[Union[bytes, bytearray]]:
+        """What it holds; a piece may be of several connections at a time."""
+        for piece in (*self._out, self._in, *self._body):
+            if piece:
+                yield cast(bytes, piece.obj) if isinstance(piece, memoryview) else piece
 
     def _drop_sent(self, sent: int) -> None:
         """Forget what the socket has taken; more is left."""
@@ -8312,7 +8560,7 @@ class Connection:
             return
         self._in.clear()
         self._watch(selectors.EVENT_READ)
-        self.reactor.call_later(DRAIN_SECONDS, self.close)
+        self._goodbye = self.reactor.call_later(DRAIN_SECONDS, self.close)
 
     def _watch(self, events: int) -> None:
         if events == self._events:
@@ -8338,6 +8586,8 @@ class Connection:
         self._in.clear()
         self._refuse_body()
         self.on_drain = None
+        if self._goodbye is not None:
+            self._goodbye.cancel()
         self._listener.forget(self)
         on_close, self.on_close = self.on_close, None
         if on_close is not None:
@@ -8389,6 +8639,7 @@ class Arrival:
         self._timer.cancel()
         if self._handshake is not None:
             self._handshake.cancel()
+            self._handshake = None
         else:
             self._listener.reactor.unregister(self._sock)
         self._listener.arrived(self)
@@ -8432,6 +8683,7 @@ class Arrival:
             reactor, sock, self._secured, patient=self._listener.patient)
 
     def _secured(self, error: Optional[OSError]) -> None:
+        self._handshake = None
         self._listener.arrived(self)
         assert isinstance(self._sock, ssl.SSLSocket)
         try:
@@ -8468,11 +8720,14 @@ class Listener(http.server.HTTPServer):
     def __init__(
         self, url: str, reactor: Reactor, handler: Callable[[HttpRequest], None], *,
         body_max: int = REQUEST_BODY_BYTES_MAX, tls: Optional[TlsContext] = None,
+        held: Optional[HeldBytes] = None, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4),
         patient: bool = True,
     ) -> None:
         self.url = url
         self.patient = patient
         self.flush_soon = reactor.flush_in_turn if patient else reactor.flush_soon
+        self._kept = kept               # of the descriptors, for other purposes
+        self.held = held or HeldBytes(reactor)
         self.tls = tls
         self.reactor = reactor
         self.handler = handler
@@ -8576,6 +8831,7 @@ class Listener(http.server.HTTPServer):
         self._connections.discard(connection)
         self._partial.pop(connection, None)
         self.unread.pop(connection, None)
+        self.held.forget(connection)
 
     def _accept(self, mask: int) -> None:
         for _ in range(64):
@@ -8586,23 +8842,36 @@ class Listener(http.server.HTTPServer):
             except OSError as error:
                 self._pause(error)
                 return
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            remote = f"{address[0]}:{address[1]}"
-            room = CONNECTIONS_MAX - len(self._connections) - len(self._arriving)
-            if room <= 0:
-                self._turn_away(sock, remote, told=room > -REFUSALS_MAX)
-            elif self.tls is None:
-                self.serve(sock, remote)
-            else:
-                self._arriving.add(Arrival(self, self.tls, sock, remote))
+            try:
+                self._admit(sock, f"{address[0]}:{address[1]}")
+            except OSError:             # the client is gone, or the system has no room for it
+                sock.close()
 
-    def _turn_away(self, sock: socket.socket, remote: str, *, told: bool) -> None:
+    def _admit(self, sock: socket.socket, remote: str) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        room = CONNECTIONS_MAX - len(self._connections) - len(self._arriving)
+        # A new descriptor is the lowest that is free: its number tells how many are in use.
+        descriptors = descriptors_max(*self._kept)
+        free = descriptors - sock.fileno()
+        if room <= 0:
+            why = f"too many connections ({CONNECTIONS_MAX}) to {self.url}"
+            self._turn_away(sock, remote, why, told=room > -REFUSALS_MAX)
+        elif free <= 0:
+            why = (
+                f"too many open files ({descriptors}) for more connections to {self.url}; raise the"
+                " limit (ulimit -n)"
+            )
+            self._turn_away(sock, remote, why, told=free > -REFUSALS_TOLD_MAX)
+        elif self.tls is None:
+            self.serve(sock, remote)
+        else:
+            self._arriving.add(Arrival(self, self.tls, sock, remote))
+
+    def _turn_away(self, sock: socket.socket, remote: str, why: str, *, told: bool) -> None:
         """There are too many connections.  told: say so, where that needs no handshake."""
-        host = remote.rpartition(":")[0]
-        text = f"too many connections ({CONNECTIONS_MAX}) to {self.url}"
-        self._complaints.say(f"{text}: turned {host} away", text)
+        self._complaints.say(f"{why}: turned {remote.rpartition(':')[0]} away", why)
         if told and self.tls is None:
             self.serve(sock, remote).refuse(BadRequest(
                 "503 Service Unavailable: too many connections; close some, or use another member",
@@ -8630,7 +8899,7 @@ class Listener(http.server.HTTPServer):
 
     def _pause(self, error: OSError) -> None:
         """No descriptor left, most likely: accept again in a second, when some may be free."""
-        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+        if error.errno not in (*NO_DESCRIPTOR, errno.ENOBUFS, errno.ENOMEM):
             return                      # the client is gone already
         package_logger("http").error(
             "cannot accept connections on %s: %s; raise the open files limit (ulimit -n)",
@@ -8770,7 +9039,7 @@ class HttpCall:
     __slots__ = (
         "_reactor", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock", "_bodyless",
         "_out", "_in", "_finder", "_interim", "_left", "_chunks", "_timer", "_heard", "_ended",
-        "connected", "_paused", "_events", "_tls", "_host", "_handshake", "_dial",
+        "connected", "_paused", "_events", "_tls", "_host", "_handshake", "_dial", "_look_up",
     )
 
     def __init__(
@@ -8809,6 +9078,7 @@ class HttpCall:
         self._host = urlsplit(url).hostname or ""
         self._handshake: Optional[Handshake] = None
         self._dial: Optional[Dial] = None
+        self._look_up: Optional[Timer] = None       # a question to the name servers
         late = TimeoutError(f"dial tcp {urlsplit(url).netloc}: i/o timeout")
         self._timer = reactor.call_later(connect_timeout_s, self._fail, late)
         self._resolve(*url_address(url))
@@ -8821,13 +9091,19 @@ class HttpCall:
     def cancel(self) -> None:
         """Drop the connection; no callback comes any more."""
         self._ended = True
+        # Owners hold their call, and these lead back to them: what is over must not be a cycle.
+        self._on_head = self._on_data = self._on_done = _ignore
+        self._out = memoryview(b"")
         self._timer.cancel()
         if self._dial is not None:
             self._dial.cancel()
+        if self._look_up is not None:
+            self._look_up.cancel()
         if self._sock is None:
             return
         if self._handshake is not None:
             self._handshake.cancel()
+            self._handshake = None
         elif self._events:
             self._reactor.unregister(self._sock)
         self._sock.close()
@@ -8881,9 +9157,7 @@ class HttpCall:
             found = [info for host in hosts for info in socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)]
         except (socket.gaierror, UnicodeError):
-            self._reactor.run_blocking(
-                socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM, done=self._resolved
-            )
+            self._look_up = self._reactor.look_up(host, port, self._resolved)
         else:
             self._dial = Dial(self._reactor, found, self._connected)
 
@@ -9019,8 +9293,13 @@ class HttpCall:
             self._end(OSError(tls_reason(error)) if isinstance(error, ssl.SSLError) else error)
 
     def _end(self, error: Optional[Exception]) -> None:
+        on_done = self._on_done
         self.cancel()
-        self._on_done(error)
+        on_done(error)
+
+
+def _ignore(*args: object) -> None:
+    """What a call that is over tells nobody."""
 
 
 # ============================================================================
@@ -9764,7 +10043,8 @@ class Pipeline:
 
     def offer(self, message: Message) -> None:
         """Send, queue or drop a message; a drop is reported."""
-        if len(self._waiting) >= PIPELINE_QUEUE_MESSAGES_MAX:
+        size = sum(len(post.body) for post in self._waiting)
+        if len(self._waiting) >= PIPELINE_QUEUE_MESSAGES_MAX or size > PIPELINE_QUEUE_BYTES_MAX:
             self._context.sent(Sent(self._member_id, _PIPELINE, message, 0, 0.0, False))
             self._full(message)
             return
@@ -10425,7 +10705,7 @@ class Transport:
 
         body, size = request.body_file or request.body, len(request.body)
         self._reactor.run_blocking(
-            _posted_snapshot, body, self._door.read_state, is_framed, done=done)
+            _posted_snapshot, body, self._door.read_state, is_framed, kind=FILE_WORK, done=done)
 
     def _handle_probing(self, request: HttpRequest) -> None:
         now = format_time(self._reactor.wall_ns())
@@ -11352,7 +11632,7 @@ class SnapshotKeeper:
         """The log has the record: write the file on another thread, the log must go on."""
         def done(error: Optional[BaseException], _: Any) -> None:
             self._saving = False
-            if isinstance(error, DiskFull):
+            if isinstance(error, (DiskFull, WorkersBusy)):
                 package_logger("etcdserver").error("no snapshot could be saved: %s", error)
                 self._not_before = self._reactor.now() + PURGE_SECONDS
                 return
@@ -11368,7 +11648,7 @@ class SnapshotKeeper:
                 self._journal.release(index)
             self._compact_to = max(1, index - SNAPSHOT_CATCHUP_ENTRIES)
 
-        self._reactor.run_blocking(self.snapshotter.write, file, done=done)
+        self._reactor.run_blocking(self.snapshotter.write, file, kind=FILE_WORK, done=done)
 
     def received(self, index: int) -> None:
         """The leader's snapshot has replaced the store: a walk over the old one is void."""
@@ -11383,7 +11663,7 @@ class SnapshotKeeper:
         """Return the newest snapshot for a follower that is too far behind; None: being read."""
         if self._cache is None and self.index and not self._loading:
             self._loading = True
-            self._reactor.run_blocking(self.snapshotter.load, done=self._loaded)
+            self._reactor.run_blocking(self.snapshotter.load, kind=FILE_WORK, done=self._loaded)
         return self._cache
 
     def _loaded(self, error: Optional[BaseException], snapshot: Any) -> None:
@@ -11559,26 +11839,30 @@ class Strays:
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
         self._entries: Deque[Tuple[float, Entry]] = collections.deque()     # until when
+        self._bytes = 0                 # in them
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def add(self, entries: Sequence[Entry], now: float) -> None:
         """Keep copies, as far as there is room."""
-        room = PROPOSALS_PENDING_MAX - len(self._entries)
         until = now + self._keep_s
-        self._entries.extend((until, Entry(e.type, data=e.data)) for e in entries[:room])
+        for entry in entries:
+            if len(self._entries) < PROPOSALS_PENDING_MAX and self._bytes <= QUEUED_BYTES_MAX:
+                self._entries.append((until, Entry(entry.type, data=entry.data)))
+                self._bytes += len(entry.data)
 
     def expire(self, now: float) -> None:
         """Drop what has waited too long."""
         while self._entries and self._entries[0][0] < now:
-            self._entries.popleft()
+            self._bytes -= len(self._entries.popleft()[1].data)
 
     def take(self, now: float) -> List[Entry]:
         """Return what is still wanted; nothing is kept any more."""
         self.expire(now)
         entries = [entry for _, entry in self._entries]
         self._entries.clear()
+        self._bytes = 0
         return entries
 
 
@@ -11851,7 +12135,8 @@ class Traffic:
 
     def received(self, sender: int, message: Message, size: int) -> None:
         """A message came; a follower's latency is from entries to the answer that follows."""
-        self.received_bytes[sender] = self.received_bytes.get(sender, 0) + size
+        if sender in self.received_bytes or len(self.received_bytes) < REMOTES_MAX:
+            self.received_bytes[sender] = self.received_bytes.get(sender, 0) + size
         if message.type == MsgType.APP:
             self._stats.recv_append(sender, size)
         elif message.type == MsgType.APP_RESP and sender in self._sent_at:
@@ -11940,6 +12225,7 @@ class EtcdServer:
         self._removed = removed
         self._tell_published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
+        self._queued_bytes = 0                  # in them
         self._changes: List[ConfChange] = []    # likewise
         self._strays = Strays(2 * config.election_ms / 1000)
         self._lead = 0                          # as last seen by _watch_lead
@@ -12049,7 +12335,9 @@ class EtcdServer:
             return
         if not request.id:
             request = request._replace(id=self.ids.next())
-        if not self.proposals.add(request.id, done, self.reactor.now()):
+        if self._queued_bytes > QUEUED_BYTES_MAX or not (
+            self.proposals.add(request.id, done, self.reactor.now())
+        ):
             done(TooManyRequests("etcdserver: too many requests"))
         elif request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
@@ -12057,6 +12345,7 @@ class EtcdServer:
             request = request if encoded else request.as_unicode()
             data = encoded or encode_request(request)
             self._queue.append(Entry(0, 0, 0, data, request))
+            self._queued_bytes += len(data)
 
     def change_member(
         self, change_type: ConfChangeType, member: Member,
@@ -12159,7 +12448,7 @@ class EtcdServer:
         """
         if self.lead and not self.is_leader and not self.transport.active_since(self.lead):
             return False
-        queue, self._queue = self._queue, []
+        queue, self._queue, self._queued_bytes = self._queue, [], 0
         self.handover.before(self._changes)
         try:
             if queue:
@@ -12171,6 +12460,7 @@ class EtcdServer:
         except ProposalDropped:
             waiting = self.proposals
             self._queue += [e for e in queue if e.request and e.request.id in waiting]
+            self._queued_bytes = sum(len(entry.data) for entry in self._queue)
             self._changes = [change for change in self._changes if change.id in waiting]
             return False
         return True
@@ -12462,8 +12752,7 @@ class Purge:
 
     def _begin(self) -> None:
         if not self._etcd.stopping:
-            self._etcd.reactor.call_later(PURGE_SECONDS, self._begin)
-            self._etcd.reactor.run_blocking(self._remove, done=self._done)
+            self._etcd.reactor.run_blocking(self._remove, kind=FILE_WORK, done=self._done)
 
     def _remove(self) -> None:
         disk = self._etcd.snapshots.snapshotter.disk
@@ -12471,6 +12760,7 @@ class Purge:
             purge_files(directory, suffix, keep, disk=disk)
 
     def _done(self, error: Optional[BaseException], _: Any) -> None:
+        self._etcd.reactor.call_later(PURGE_SECONDS, self._begin)
         if error is not None:
             package_logger("etcdserver").error("cannot remove old files: %s", error)
 
@@ -12545,10 +12835,13 @@ AUTH_PREFIX = "/2"                  # where users and roles lie in the store
 ROOT, GUEST = "root", "guest"       # the user and role that may do all; who gives no name
 PASSWORD_COST = 10                  # of bcrypt: 2**10 rounds, as etcd
 PASSWORD_BYTES_MAX = 4_096          # above: a bad request; bcrypt reads the first 72
-PASSWORD_CHECKS_MAX = 64            # waiting to be verified; above: 503
+AUTH_NAME_BYTES_MAX = 1_024         # of a user or role; above: a bad request, and no such user
+PASSWORD_CHECKS_MAX = 1_024         # waiting to be verified; above: 503 for the worst guesser
 PASSWORDS_KNOWN_MAX = 10_000        # right ones, and as many wrong ones; above: forgotten
-PASSWORD_SECONDS_MAX = 30.0         # for one check; above: wrong
-WRONG_PASSWORD_PAUSE_SECONDS = 0.3  # before the next check
+PASSWORD_SECONDS_MAX = 30.0         # for one check; above: given up, 503
+WRONG_PASSWORD_PAUSE_SECONDS = 0.1  # before the next check of a sender that was wrong lately
+WRONG_PASSWORD_SECONDS = 60.0       # without a wrong one; then a sender is as good as any
+GUESSERS_MAX = 10_000               # remembered; above: the oldest is forgotten
 
 
 class AuthError(Exception):
@@ -12661,13 +12954,21 @@ class User(NamedTuple):
         return self._replace(roles=tuple(sorted(roles)))
 
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def go_text(text: str) -> str:
+    """Return what Go reads where JSON has half a surrogate pair: U+FFFD instead."""
+    return _SURROGATES.sub("\ufffd", text)
+
+
 def string_list(value: object) -> Names:
     """Return a JSON list of strings, or null, as Names.  Raises ValueError."""
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError("not a list of strings")
-    return tuple(value)
+    return tuple(map(go_text, value))
 
 
 def make_permissions(read: object, write: object) -> Permissions:
@@ -12685,12 +12986,14 @@ def make_permissions(read: object, write: object) -> Permissions:
 # the processor, from the reactor (p99 of GET while guesses go on: 10 times its normal).
 _BCRYPT_PROGRAM = """
 import ctypes, os, sys
-os.nice(19)
+os.nice(10)
 password, setting = sys.stdin.buffer.read().split(b"\\0")
 for name in ("libcrypt.so.1", "libcrypt.so.2"):
     try:
         crypt = ctypes.CDLL(name).crypt_r
-    except (OSError, AttributeError):
+    except (OSError, AttributeError) as error:
+        if "cannot open" in str(error) and "No such file" not in str(error):
+            raise                       # it is there, but cannot be opened now
         continue
     crypt.restype = ctypes.c_char_p
     buffer = ctypes.create_string_buffer(1 << 18)       # larger than any struct crypt_data
@@ -12707,113 +13010,221 @@ class Passwords:
 
     _ALPHABET = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
     _ROUNDS = 200_000                   # of PBKDF2: about the time of bcrypt's 2**10
+    _BCRYPT = re.compile(r"\$2[aby]\$(?:0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{53}")
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._complaints = Complaints("auth", now)
 
     def hash(self, password: str) -> str:
-        """Return a salted hash for the store."""
+        """Return a salted hash for the store.  Raises AuthError if it cannot be made now."""
         number = int.from_bytes(os.urandom(16), "big") << 4
         salt = "".join(self._ALPHABET[number >> shift & 63] for shift in range(126, -1, -6))
         made = self.bcrypt(password, f"$2a${PASSWORD_COST:02d}${salt}")
+        if made is None:
+            raise AuthError(503, f"passwords cannot be hashed now{_TRY_AGAIN}")
         if made:
             return made
+        self._complaints.say(
+            "passwords are hashed with PBKDF2, which etcd cannot verify: this system's libcrypt"
+            " has no bcrypt; install libxcrypt (Debian: libcrypt1), and set the passwords again"
+        )
         salt = os.urandom(16).hex()
         return f"$pbkdf2-sha256${self._ROUNDS}${salt}${self._pbkdf2(password, salt, self._ROUNDS)}"
 
-    def verify(self, password: str, stored: str) -> bool:
-        """True if `stored` is a hash of `password`; what cannot be verified never is."""
-        if "\0" in password:
-            return False                # bcrypt would read what stands before it
+    def verify(self, password: str, stored: str) -> Optional[bool]:
+        """True if `stored` is a hash of `password`, False if not, None: nobody can tell now."""
+        try:
+            if b"\0" in utf8(password):  # bcrypt would read what stands before it
+                return False
+        except UnicodeEncodeError:
+            return False                # half a surrogate pair: what no client can send
         if stored.startswith("$pbkdf2-sha256$"):
             parts = stored.split("$")
-            if len(parts) != 5 or not parts[2].isdigit():
+            if len(parts) != 5 or re.fullmatch("[0-9]{1,8}", parts[2]) is None:
                 return False
-            made = self._pbkdf2(password, parts[3], min(int(parts[2]), 10_000_000))
-            return secrets.compare_digest(made, parts[4])
-        if not re.fullmatch(r"\$2[aby]\$\d\d\$[./A-Za-z0-9]{53}", stored):
+            made = self._pbkdf2(password, parts[3], int(parts[2]))
+            return secrets.compare_digest(made.encode(), utf8(parts[4]))
+        if self._BCRYPT.fullmatch(stored) is None:
             return False
-        made = self.bcrypt(password, stored)
-        if not made:
-            package_logger("auth").error(
+        found = self.bcrypt(password, stored)
+        if found == "":
+            self._complaints.say(
                 "a password hash made by etcd cannot be verified: this system's libcrypt has no"
                 " bcrypt; install libxcrypt (Debian: libcrypt1), or set the password again here"
             )
-        return secrets.compare_digest(made.encode(), stored.encode())
+        return secrets.compare_digest(found, stored) if found else None
+
+    @staticmethod
+    def decoy(stored: str) -> str:
+        """Return a hash as slow as `stored` that no password has, for users that do not exist."""
+        if stored.startswith("$pbkdf2-sha256$"):
+            return stored.rpartition("$")[0] + "$" + 64 * "0"
+        return (stored if stored.startswith("$2") else _DECOY)[:29] + 31 * "."
 
     @staticmethod
     def _pbkdf2(password: str, salt: str, rounds: int) -> str:
         return hashlib.pbkdf2_hmac("sha256", utf8(password), utf8(salt), max(rounds, 1)).hex()
 
-    @staticmethod
-    def bcrypt(password: str, setting: str) -> str:
-        """Return the hash by algorithm, cost and salt of `setting`; "" if there is no bcrypt."""
-        import subprocess
+    def bcrypt(self, password: str, setting: str) -> Optional[str]:
+        """Return the hash by algorithm, cost and salt of `setting`; "" if this system has no
+        bcrypt, None if the program that computes it has failed."""
         try:
+            import subprocess
             done = subprocess.run(
                 [sys.executable or "python3", "-I", "-S", "-c", _BCRYPT_PROGRAM],
                 input=utf8(password) + b"\0" + setting.encode(),
-                capture_output=True, timeout=PASSWORD_SECONDS_MAX, check=False,
+                capture_output=True, timeout=PASSWORD_SECONDS_MAX, check=True,
             )
-        except (OSError, subprocess.SubprocessError):
-            return ""
+        except (OSError, ImportError, ValueError, MemoryError, subprocess.SubprocessError) as error:
+            self._complaints.say(
+                f"passwords cannot be verified now, as the program for it has failed: {error}"
+            )
+            return None
         made = done.stdout.decode("latin-1")
         return made if len(made) == 60 and made.startswith(setting[:4]) else ""
+
+
+_TRY_AGAIN = "; see the log of this member, and try again"
+_DECOY = "$2a$10$" + 53 * "."       # of a system whose users have no hash of ours
+
+
+class Sender(NamedTuple):
+    """Who gives a password: a name, and the address it comes from."""
+
+    user: str
+    host: str
+
+
+class PasswordCheck:
+    """One question, and all that wait for its answer.  level 0 goes first; see PasswordChecks."""
+
+    __slots__ = ("stored", "password", "level", "askers")
+
+    def __init__(self, stored: str, password: str, level: int) -> None:
+        self.stored = stored
+        self.password = password
+        self.level = level
+        self.askers: List[Tuple[bytes, Callable[[bool], None]]] = []    # sender, done
 
 
 class PasswordChecks:
     """Which passwords are right: found out one at a time, and then remembered.
 
-    After a wrong one the next check waits, so that guessing is slow and takes little from the
-    others.  What is known already never waits.
+    The more wrong ones a sender had lately, and the more of its own wait already, the later is
+    the turn of the next (its level: the logarithm of both together).  A pause goes before all
+    but those of level 0.  So guessing is slow, and nobody else waits for it.  What is known
+    already never waits.  Thread: reactor.
     """
 
+    LEVELS = 8
+
     def __init__(self, reactor: Reactor) -> None:
-        self.passwords = Passwords()
+        self.passwords = Passwords(reactor.now)
         self._reactor = reactor
         self._key = os.urandom(32)
         self._known: Dict[bool, Dict[bytes, None]] = {True: {}, False: {}}
-        self._waiting: Dict[bytes, Tuple[str, str, List[Callable[[], None]]]] = {}
-        self._busy = False
+        self._waiting: Dict[bytes, PasswordCheck] = {}      # by digest, with the one under way
+        self._levels: List[Dict[bytes, None]] = [{} for _ in range(self.LEVELS)]    # without it
+        self._under_way = b""           # its digest
+        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # by sender: how often, and when last
+        self._owing: Dict[bytes, int] = {}                  # by sender: how many wait
+        self._guess_at = 0.0            # not before that: one of level 1 or above
+        self._timer: Optional[Timer] = None
 
-    def known(self, stored: str, password: str) -> Optional[bool]:
+    def known(self, user: str, stored: str, password: str) -> Optional[bool]:
         """True: right; False: wrong; None: check() must find out."""
-        digest = self._digest(stored, password)
+        if len(password) > PASSWORD_BYTES_MAX:
+            return False
+        digest = self._digest(user, stored, password)
         if digest in self._known[True]:
             return True
         return False if digest in self._known[False] else None
 
-    def check(self, stored: str, password: str, done: Callable[[], None]) -> bool:
-        """Find out, then call done(); False if too many wait already."""
-        digest = self._digest(stored, password)
-        if digest not in self._waiting:
-            if len(self._waiting) >= PASSWORD_CHECKS_MAX:
-                return False
-            self._waiting[digest] = stored, password, []
-        self._waiting[digest][2].append(done)
-        if not self._busy:
-            self._next()
-        return True
+    def check(
+        self, sender: Sender, stored: str, password: str, done: Callable[[bool], None]
+    ) -> None:
+        """Find out, then call done(True); done(False) if nobody can tell now, or too many wait."""
+        digest, origin = self._digest(sender.user, stored, password), self._digest(*sender)
+        level = self._level(origin)
+        check = self._waiting.get(digest)
+        if check is None:
+            check = self._waiting[digest] = PasswordCheck(stored, password, level)
+            self._levels[level][digest] = None
+        elif level < check.level and digest != self._under_way:
+            del self._levels[check.level][digest]
+            check.level = level
+            self._levels[level][digest] = None
+        check.askers.append((origin, done))
+        self._owing[origin] = self._owing.get(origin, 0) + 1
+        if len(self._waiting) > PASSWORD_CHECKS_MAX:        # the last one of the worst level goes
+            worst = next(level for level in reversed(self._levels) if level)
+            self._end(worst.popitem()[0], known=False)
+        self._next()
 
-    def _digest(self, stored: str, password: str) -> bytes:
-        text = utf8(f"{len(stored)} {stored} {password}")
-        return hashlib.blake2b(text, key=self._key, digest_size=16).digest()
+    def _digest(self, *texts: str) -> bytes:
+        text = " ".join((*(str(len(text)) for text in texts), *texts))
+        return hashlib.blake2b(
+            text.encode("utf-8", "surrogatepass"), key=self._key, digest_size=16
+        ).digest()
+
+    def _level(self, origin: bytes) -> int:
+        count, last = self._wrong.get(origin, (0, 0.0))
+        if last < self._reactor.now() - WRONG_PASSWORD_SECONDS:
+            count = 0
+        return min((count + self._owing.get(origin, 0)).bit_length(), self.LEVELS - 1)
 
     def _next(self) -> None:
-        self._busy = bool(self._waiting)
-        if self._busy:
-            digest, (stored, password, _) = next(iter(self._waiting.items()))
+        """Begin the next check, unless one is under way."""
+        best = next((number for number, level in enumerate(self._levels) if level), None)
+        if self._under_way or best is None:
+            return
+        wait_s = self._guess_at - self._reactor.now()
+        if best and wait_s > 0:
+            if self._timer is None:
+                self._timer = self._reactor.call_later(wait_s, self._go_on)
+            return
+        digest = self._under_way = next(iter(self._levels[best]))
+        del self._levels[best][digest]
+        check = self._waiting[digest]
+        self._reactor.run_blocking(
+            self.passwords.verify, check.password, check.stored, kind=PASSWORD_WORK,
+            done=self._checked,
+        )
 
-            def checked(error: Optional[BaseException], right: Any) -> None:
-                self._remember(digest, right=error is None and bool(right))
+    def _go_on(self) -> None:
+        """The pause is over."""
+        self._timer = None
+        self._next()
 
-            self._reactor.run_blocking(self.passwords.verify, password, stored, done=checked)
+    def _checked(self, error: Optional[BaseException], right: Any) -> None:
+        digest, self._under_way = self._under_way, b""
+        is_known = error is None and right is not None
+        if is_known:
+            self._remember(digest, right=right)
+        self._end(digest, known=is_known)
+        self._next()
 
     def _remember(self, digest: bytes, *, right: bool) -> None:
         known = self._known[right]
         if len(known) >= PASSWORDS_KNOWN_MAX:
             known.clear()
         known[digest] = None
-        for done in self._waiting.pop(digest)[2]:
-            done()
-        self._reactor.call_later(0.0 if right else WRONG_PASSWORD_PAUSE_SECONDS, self._next)
+        now = self._reactor.now()
+        for origin in {origin for origin, _ in self._waiting[digest].askers}:
+            count, _ = self._wrong.pop(origin, (0, 0.0))
+            if not right:
+                if len(self._wrong) >= GUESSERS_MAX:
+                    del self._wrong[next(iter(self._wrong))]
+                self._wrong[origin] = count + 1, now
+        if not right:
+            self._guess_at = now + WRONG_PASSWORD_PAUSE_SECONDS
+
+    def _end(self, digest: bytes, *, known: bool) -> None:
+        for origin, done in self._waiting.pop(digest).askers:
+            self._owing[origin] -= 1
+            if not self._owing[origin]:
+                del self._owing[origin]
+            done(known)
 
 
 class Credential(NamedTuple):
@@ -12853,9 +13264,11 @@ class Auth:
     def user(self, name: str) -> Optional[User]:
         """Return a user, with the role root if it is root."""
         self._look()
-        if name not in self._users:
+        if name not in self._users:     # those that do not exist are not remembered
             stored = self._stored("users", name)
-            self._users[name] = parse_stored_user(name, stored) if stored else None
+            if not stored:
+                return None
+            self._users[name] = parse_stored_user(name, stored)
         return self._users[name]
 
     def role(self, name: str) -> Optional[Role]:
@@ -12865,8 +13278,19 @@ class Auth:
             return Role(ROOT, EVERYTHING)
         if name not in self._roles:
             stored = self._stored("roles", name)
-            self._roles[name] = parse_stored_role(name, stored) if stored else None
+            if not stored:
+                return None
+            self._roles[name] = parse_stored_role(name, stored)
         return self._roles[name]
+
+    def stored_hash(self, name: str) -> str:
+        """Return the password's hash of a user; of one that does not exist, one like root's:
+        to refuse it takes as long."""
+        user = self.user(name)
+        if user is not None:
+            return user.password
+        root = self.user(ROOT)
+        return self.checks.passwords.decoy(root.password if root is not None else "")
 
     def names(self, kind: str) -> List[str]:
         """Return the sorted names of all `users` or `roles`, the built-in role included.
@@ -12919,7 +13343,8 @@ def parse_stored_user(name: str, text: str) -> Optional[User]:
     """Return the user that lies in the store; None, with a log line, if it is none."""
     try:
         value = load_json(text)
-        return User(name, str(value["password"]), string_list(value.get("roles"))).with_root()
+        password = go_text(str(value["password"]))
+        return User(name, password, string_list(value.get("roles"))).with_root()
     except (ValueError, KeyError, TypeError, AttributeError):
         package_logger("auth").error("ignored user %s: what is stored is no user", name)
         return None
@@ -12939,35 +13364,45 @@ Step = Union[Request, Callable[[], Any]]
 Steps = Generator[Step, Any, Any]
 
 
-def run_steps(server: EtcdServer, steps: Steps, done: Callable[[Any], None]) -> None:
-    """Carry out a change that waits several times, then done(its result, or its exception).
+class StepsRun:
+    """A change under way that waits several times; then done(its result, or its exception).
 
     steps  yields a Request, and gets its Event or EtcdError; or a callable, which runs on another
            thread, and gets its result
     """
-    def go(value: Any) -> None:
+
+    __slots__ = ("_server", "_steps", "_done")
+
+    def __init__(self, server: EtcdServer, steps: Steps, done: Callable[[Any], None]) -> None:
+        self._server = server
+        self._steps = steps
+        self._done = done
+
+    def go_on(self, value: Any = None) -> None:
+        """Take the next step, with what the one before has brought."""
         try:
-            step = steps.send(value)
+            step = self._steps.send(value)
         except StopIteration as stop:
-            done(stop.value)
+            self._done(stop.value)
         except (AuthError, EtcdError) as error:
-            done(error)
+            self._done(error.with_traceback(None))
         else:
             if isinstance(step, Request):
-                server.do(step, go)
+                self._server.do(step, self.go_on)
             else:
-                server.reactor.run_blocking(step, done=worked)
+                self._server.reactor.run_blocking(step, kind=PASSWORD_WORK, done=self._worked)
 
-    def worked(error: Optional[BaseException], result: Any) -> None:
-        if error is not None:
-            raise error
-        go(result)
-
-    go(None)
+    def _worked(self, error: Optional[BaseException], result: Any) -> None:
+        if error is None:
+            self.go_on(result)
+        elif isinstance(error, AuthError):
+            self._done(error)
+        else:
+            self._done(AuthError(503, f"{error}{_TRY_AGAIN}"))
 
 
 class AuthStore:
-    """Changes of users and roles, through consensus; each method returns Steps for run_steps.
+    """Changes of users and roles, through consensus; each method returns Steps for StepsRun.
 
     What a change is based on is read through consensus, too, and written only if it is still the
     same then; otherwise it begins again.  Differs from etcd, where of two changes of one user at
@@ -13197,20 +13632,24 @@ class Guard:
         if credential is None:
             self._complaints.say("malformed basic auth encoding")
             return False
-        user = self._auth.user(credential.user)
-        if user is None:
-            self._complaints.say(f"no such user: {credential.user[:64]}.")
+        name = credential.user
+        if len(utf8(name)) > AUTH_NAME_BYTES_MAX:
             return False
-        right = self._auth.checks.known(user.password, credential.password)
-        if right is False:
-            self._complaints.say(f"incorrect password for user: {user.name}.")
-        return may(user) if right else right
+        right = self._auth.checks.known(name, self._auth.stored_hash(name), credential.password)
+        if right is None:
+            return None
+        user = self._auth.user(name)
+        if right and user is not None:
+            return may(user)
+        why = "no such user" if user is None else "incorrect password for user"
+        self._complaints.say(f"{why}: {name[:64]}.")
+        return False
 
     def _verify(
         self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
         refused: Handler, request: HttpRequest,
     ) -> None:
-        """Handler as soon as it is known whether the password is right."""
+        """Answer as soon as it is known whether the password is right."""
         if request.connection.closed:
             return
         verdict = self._verdict(head, may)
@@ -13220,12 +13659,18 @@ class Guard:
             answer(request)
             return
         credential = parse_credential(head.headers["authorization"])
-        user = self._auth.user(credential.user) if credential else None
-        again = functools.partial(self._verify, head, may, passed, refused, request)
-        if credential is None or user is None:
-            refused(request)
-        elif not self._auth.checks.check(user.password, credential.password, again):
-            request.reply(503, b'{"message":"too many passwords wait to be checked; try again"}')
+        assert credential is not None   # else there were a verdict
+
+        def checked(known: bool) -> None:
+            if known:
+                self._verify(head, may, passed, refused, request)
+            elif not request.connection.closed:
+                text = json_string(f"the password could not be checked{_TRY_AGAIN}")
+                request.reply(503, f'{{"message":{text}}}'.encode())
+
+        sender = Sender(credential.user, request.remote.rpartition(":")[0])
+        stored = self._auth.stored_hash(credential.user)
+        self._auth.checks.check(sender, stored, credential.password, checked)
 
 
 # ============================================================================
@@ -13584,7 +14029,7 @@ class KeyWatch:
         )
         self._watcher = watcher
         self._reply = request.start_stream(200, "application/json", headers)
-        self._reply.on_close = watcher.cancel
+        self._reply.on_close = self._end
         early, self._early = self._early, []
         for event in early:
             self._deliver(event)
@@ -13599,6 +14044,7 @@ class KeyWatch:
             self._owed.clear()
         if reply.write(data):
             if not self._stream:
+                self._end()
                 reply.end()
                 return
             self._owed.append(len(data))
@@ -13607,8 +14053,15 @@ class KeyWatch:
 
     def _lost(self) -> None:
         """Events are gone: disconnect the client, so that it asks again, and learns of it."""
+        self._end()
         if self._reply is not None:
             self._reply.abort()
+
+    def _end(self) -> None:
+        """Let go of the watcher, which holds this."""
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.cancel()
 
     def _check_pace(self, reply: StreamReply) -> None:
         """Disconnect a client that leaves too many events in our buffer."""
@@ -13620,11 +14073,11 @@ class KeyWatch:
             left -= size
             events += 1
         del self._owed[:len(self._owed) - events]
-        if events > WATCHER_QUEUE_EVENTS_MAX and self._watcher is not None:
+        if events > WATCHER_QUEUE_EVENTS_MAX:
             package_logger("etcdhttp").warning(
                 "closed the watch of %s: it left %d events unread", self._connection.remote, events
             )
-            self._watcher.cancel()
+            self._end()
             reply.abort()
 
 
@@ -13989,6 +14442,12 @@ class KeysApi:
                 " recursive watch instead of many", self._cluster_line,
             )
             return
+        if self._store.hub.watched_bytes + len(command.path) > WATCHED_BYTES_MAX:
+            write_message(
+                request, 503, "the watchers' paths take too much memory; use shorter keys, or"
+                " another member", self._cluster_line,
+            )
+            return
         self._watches.inc()
         headers = self._cluster_line + self._index_lines(self._store.current_index)
         try:
@@ -14087,7 +14546,7 @@ class GoJson:
         member = cls.member(value, name)
         if member is not None and not isinstance(member, str):
             raise ValueError(f"cannot unmarshal {cls.type_name(member)} into a string")
-        return member or ""
+        return go_text(member or "")
 
     @classmethod
     def member(cls, value: object, name: str) -> Any:
@@ -14162,7 +14621,7 @@ class StatusApi:
             "etcd_server_health_failures", "Probes answered with bad news.")
         for add in (_add_server, _add_raft, _add_store, _add_disk, _add_peers):
             add(metrics, server)
-        add_process_readings(metrics, server.stats.started_ns)
+        add_process_readings(metrics, server.stats.started_ns, server.reactor.now)
 
     def version(self, request: HttpRequest) -> None:
         """GET /version."""
@@ -14349,9 +14808,9 @@ def _virtual_bytes() -> int:
     return int(pages[0]) * resource.getpagesize() if pages else 0
 
 
-def _open_descriptors() -> int:
-    """Counted once a second: that takes 0.3 us for each of them."""
-    return _count_descriptors(int(time.monotonic()))
+def _open_descriptors(now: Callable[[], float]) -> Callable[[], int]:
+    """Return what counts them, once a second: that takes 0.3 us for each."""
+    return lambda: _count_descriptors(int(now()))
 
 
 @functools.lru_cache(maxsize=1)
@@ -14371,7 +14830,7 @@ def _add_server(metrics: Metrics, server: EtcdServer) -> None:
     """Names of etcd 2.3 first, then those that 3.x has for the same."""
     proposals, counts = server.proposals, server.counts
     metrics.gauge("etcd_server_file_descriptors_used_total", "Open file descriptors.",
-                  _open_descriptors)
+                  _open_descriptors(server.reactor.now))
     metrics.gauge("etcd_server_pending_proposal_total", "Proposals waiting for an answer.",
                   lambda: len(proposals))
     metrics.total("etcd_server_proposal_failed_total", "Proposals without an answer in time.",
@@ -14464,11 +14923,13 @@ def _add_peers(metrics: Metrics, server: EtcdServer) -> None:
                 "Time of a probe to a peer and back.", traffic.round_trips)
 
 
-def add_process_readings(metrics: Metrics, started_ns: int) -> None:
+def add_process_readings(
+    metrics: Metrics, started_ns: int, now: Callable[[], float]
+) -> None:
     """Register what the system knows of this process.  started_ns: unix nanoseconds."""
     metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
                   lambda: {(): _cpu_seconds()})
-    metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors)
+    metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
     metrics.gauge("process_max_fds", "Limit of open file descriptors.",
                   lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
@@ -14751,7 +15212,7 @@ class AuthApi:
         if not name:
             listing = self._list_users if kind == "users" else self._list_roles
             return self._allow(head, ("GET",), listing)
-        if "/" in name:
+        if "/" in name or len(utf8(name)) > AUTH_NAME_BYTES_MAX:
             return lambda request: write_message(request, 400, "Invalid path")
         item = self._user if kind == "users" else self._role
         return self._allow(head, _ITEM_METHODS, functools.partial(item, name))
@@ -14891,7 +15352,7 @@ class AuthApi:
             else:
                 reply(result)
 
-        run_steps(self._server, steps, done)
+        StepsRun(self._server, steps, done).go_on()
 
     def _fail(self, request: HttpRequest, error: Union[AuthError, EtcdError]) -> None:
         if isinstance(error, EtcdError):
@@ -14931,7 +15392,7 @@ class AuthApi:
 # Knows: all above.  Must not know: sockets, Raft messages, files.
 # ============================================================================
 
-DOWNLOADS_MAX = 4                   # at a time; each may hold a state of its own in memory
+DOWNLOADS_MAX = 4                   # at a time, and none beyond HELD_BYTES_MAX of their states
 
 
 class SnapshotApi:
@@ -14950,10 +15411,15 @@ class SnapshotApi:
         """Answer as soon as the store has been walked."""
         if not self._server.raft_index:
             write_message(request, 503, "this member has no state yet; ask another one")
-        elif len(self._downloads) >= DOWNLOADS_MAX:
+        elif len(self._downloads) >= DOWNLOADS_MAX or self._held_bytes() > HELD_BYTES_MAX:
             write_message(request, 503, "too many snapshots are being taken; try again later")
         else:
             self._downloads.add(Download(request, self._server, self._downloads.discard))
+
+    def _held_bytes(self) -> int:
+        """What the states take that are being sent; several may send the same."""
+        files = {id(each.file): each.file.size for each in self._downloads if each.file}
+        return sum(files.values())
 
 
 class Download:
@@ -14965,9 +15431,10 @@ class Download:
         self._request = request
         self._server = server
         self._ended = ended
+        self.file: Optional[SnapshotFile] = None        # as soon as the store has been walked
         self._reply: Optional[StreamReply] = None
         self._pieces: Iterator[bytes] = iter(())
-        self._taker = self._start       # one object: the keeper compares
+        self._taker: Optional[Taker] = self._start      # one object: the keeper compares
         request.on_close = self._gone
         server.snapshots.want(self._taker)
 
@@ -14978,6 +15445,7 @@ class Download:
             f"X-Raft-Term: {file.id.term}\r\n"
             f'Content-Disposition: attachment; filename="{file.name}"\r\n'
         )
+        self.file = file
         self._pieces = iter((file.head, *file.pieces))
         self._reply = self._request.start_stream(
             200, "application/octet-stream", headers, length=len(file.head) + file.size
@@ -14992,6 +15460,7 @@ class Download:
         piece = next(self._pieces, None)
         if piece is None:
             self._reply.end()
+            self._taker = None
             self._ended(self)
             return
         self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._go_on))
@@ -14999,7 +15468,9 @@ class Download:
 
     def _gone(self) -> None:
         self._pieces = iter(())
-        self._server.snapshots.unwant(self._taker)
+        taker, self._taker = self._taker, None
+        if taker is not None:
+            self._server.snapshots.unwant(taker)
         self._ended(self)
 
 
@@ -16843,6 +17314,7 @@ class ServerThread:
     def _init(self, config: ServerConfig) -> None:
         self.config = config
         self._reactor = Reactor()       # its sockets are closed by stop(), also without start()
+        self._held = HeldBytes(self._reactor)
         self._client_listeners: List[Listener] = []
         self._peer_listeners: List[Listener] = []
         self._thread: Optional[threading.Thread] = None
@@ -16872,7 +17344,7 @@ class ServerThread:
 
     def _listen(
         self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles,
-        *, patient: bool = True,
+        *, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4), patient: bool = True,
     ) -> Listener:
         tls = None
         if is_https(url):
@@ -16884,7 +17356,9 @@ class ServerThread:
             tls = TlsContext(files, server=True, now=self._reactor.now)
         try:
             return Listener(
-                url, self._reactor, handler, body_max=body_max, tls=tls, patient=patient)
+                url, self._reactor, handler, body_max=body_max, tls=tls, held=self._held,
+                kept=kept, patient=patient,
+            )
         except OSError as error:
             host, port = url_address(url)
             what = f"listen tcp {host}:{port}: bind: {(error.strerror or str(error)).lower()}"
@@ -16972,12 +17446,10 @@ class Server(ServerThread):
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._abandon_listeners)
             for url in self.config.listen_peer_urls:
-                self._peer_listeners.append(
-                    self._listen(
-                        url, self._serve_peer, PEER_BODY_BYTES_MAX, self.config.peer_tls,
-                        patient=False,
-                    )
-                )
+                self._peer_listeners.append(self._listen(
+                    url, self._serve_peer, PEER_BODY_BYTES_MAX, self.config.peer_tls,
+                    kept=(DESCRIPTORS_KEPT // 2, 8), patient=False,
+                ))
                 package_logger("etcd").info("listening for peers on %s", url)
             for url in self.config.listen_client_urls:
                 self._client_listeners.append(
@@ -17031,7 +17503,7 @@ class Server(ServerThread):
     def kill(self) -> None:
         """End at once, as by `kill -9`: nothing more is written or said.  For tests."""
         if self._thread is not None and self.etcd is not None:
-            self._reactor.call_soon_threadsafe(self._failed, ServerStopped("killed"))
+            self._reactor.call_soon_threadsafe(self._halt, ServerStopped("killed"))
             self._thread.join()
 
     def wait_ready(self, timeout_s: float = 10.0) -> bool:
@@ -17042,19 +17514,13 @@ class Server(ServerThread):
         """Run work(etcd) on the reactor's thread and return its result."""
         if self.etcd is None or self._thread is None or not self._thread.is_alive():
             raise ServerStopped()
-        answers: queue.SimpleQueue[Tuple[Any, Optional[Exception]]] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[Tuple[Optional[Exception], Any]] = queue.SimpleQueue()
         etcd = self.etcd
 
-        def run() -> None:
-            try:
-                answers.put((work(etcd), None))
-            except Exception as error:      # the caller's code: its error belongs to the caller
-                answers.put((None, error))
-
-        self._reactor.call_soon_threadsafe(run)
-        result, error = answers.get(timeout=timeout_s)
+        self._reactor.call_soon_threadsafe(lambda: answers.put(outcome_of(work, etcd)))
+        error, result = answers.get(timeout=timeout_s)
         if error is not None:
-            raise error
+            raise error             # of the caller's code: it belongs to the caller
         return result
 
     # -- facts -------------------------------------------------------------
@@ -17103,6 +17569,13 @@ class Server(ServerThread):
 
     def _failed(self, error: BaseException) -> None:
         """Durability is lost, or unknown: not one more byte leaves this member."""
+        hint = ""
+        if isinstance(error, FileNotFoundError):
+            hint = "; was the data directory renamed or removed while the member ran?"
+        package_logger("etcd").critical("the member ends: %s%s", error, hint)
+        self._halt(error)
+
+    def _halt(self, error: BaseException) -> None:
         if not isinstance(error, ServerStopped):
             self._error = error
         if self.etcd is not None:
@@ -17112,7 +17585,7 @@ class Server(ServerThread):
     def _refuse(self, error: StartError) -> None:
         """What bootstrap would have refused has come out only now."""
         package_logger("etcd").critical("%s", error)
-        self._failed(error)
+        self._halt(error)
 
     def _removed(self) -> None:
         if self.etcd is not None and not self.etcd.stopping:
@@ -18030,13 +18503,14 @@ class Endpoints:
 
     def _begin_refresh(self) -> None:
         self._reactor.run_blocking(
-            self._ask, self._peer_urls, self._working(), done=self._refreshed
+            self._ask, self._peer_urls, self._working(), kind=PEER_WORK, done=self._refreshed
         )
 
     def _refreshed(self, error: Optional[BaseException], found: Any) -> None:
-        if error is not None:
-            raise error
-        self._take(found)
+        if error is None:
+            self._take(found)
+        else:
+            self._log.warning("could not ask for the members: %s", error)
         self._wait()
 
     def _working(self) -> Tuple[str, ...]:
@@ -18117,9 +18591,9 @@ class Endpoints:
 class ProxyMetrics:
     """What a proxy counts.  Source: etcd 2.3 proxy/metrics.go."""
 
-    def __init__(self, started_ns: int) -> None:
+    def __init__(self, started_ns: int, now: Callable[[], float]) -> None:
         self.metrics = Metrics()
-        add_process_readings(self.metrics, started_ns)
+        add_process_readings(self.metrics, started_ns, now)
         self._requests = self.metrics.counter(
             "etcd_proxy_requests_total", "Requests that came in, by method.", ("method",))
         self._handled = self.metrics.counter(
@@ -18214,7 +18688,7 @@ class Forward:
                     self._done,
                 )
                 return
-        self._give_up()
+        self._give_up(502, f"unable to get response from {self._tried} endpoint(s)")
 
     def _headers(self) -> Dict[str, str]:
         """The client's headers, as far as they are for the member."""
@@ -18274,6 +18748,9 @@ class Forward:
         assert self._endpoint is not None and self._call is not None
         endpoint, method = self._endpoint, self._request.method
         endpoint.leave(self)
+        if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:     # it is not the member
+            self._give_up(503, f"{_reason(error)}; raise the limit of open files (ulimit -n)")
+            return
         self._metrics.dropped(method, "failed_sending_request")
         why = _reason(error)
         if isinstance(error, OSError) and error.errno and not self._call.connected:
@@ -18284,12 +18761,11 @@ class Forward:
             self._left.clear()          # it may have been executed
         self._try_next()
 
-    def _give_up(self) -> None:
-        text = f"unable to get response from {self._tried} endpoint(s)"
+    def _give_up(self, status: int, text: str) -> None:
         package_logger("proxy").info(text)
         self._metrics.dropped(self._request.method, "failed_getting_response")
         self._end()
-        write_message(self._request, 502, f"proxy: {text}")
+        write_message(self._request, status, f"proxy: {text}")
 
     def _client_gone(self) -> None:
         package_logger("proxy").info("client %s closed request prematurely", self._request.remote)
@@ -18317,8 +18793,9 @@ class ProxyApi:
         self._dialer = dialer
         self._origins = frozenset(config.cors)
         self._is_readonly = config.proxy == "readonly"
-        self._metrics = ProxyMetrics(dialer.wall_ns())
-        self._forwards: Dict[Forward, None] = {}
+        self._metrics = ProxyMetrics(dialer.wall_ns(), dialer.now)
+        self._forwards: Dict[Forward, int] = {}     # bytes of their bodies
+        self._body_bytes = 0                        # of all
 
     def handle(self, request: HttpRequest) -> None:
         """Answer a request of a client, now or when a member has."""
@@ -18366,9 +18843,17 @@ class ProxyApi:
             self._metrics.dropped(request.method, "zero_endpoints")
             write_message(request, 503, f"proxy: {text}")
             return
-        forward = Forward(request, endpoints, self._dialer, self._metrics, self._forwards.pop)
-        self._forwards[forward] = None
+        if self._body_bytes > QUEUED_BYTES_MAX:
+            self._metrics.dropped(request.method, "failed_sending_request")
+            write_message(request, 503, "proxy: too many large requests wait for the members")
+            return
+        forward = Forward(request, endpoints, self._dialer, self._metrics, self._ended)
+        self._forwards[forward] = len(request.body)
+        self._body_bytes += len(request.body)
         forward.start()
+
+    def _ended(self, forward: Forward) -> None:
+        self._body_bytes -= self._forwards.pop(forward)
 
 
 class ProxyServer(ServerThread):
@@ -18399,9 +18884,10 @@ class ProxyServer(ServerThread):
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._close_listeners)
             for url in self.config.listen_client_urls:
-                self._client_listeners.append(
-                    self._listen(url, self._serve, REQUEST_BODY_BYTES_MAX, self.config.client_tls)
-                )
+                self._client_listeners.append(self._listen(
+                    url, self._serve, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
+                    kept=(CONNECTIONS_MAX, 2),  # a request takes another one to a member
+                ))
                 package_logger("proxy").info("listening for client requests on %s", url)
             on_failure.pop_all()
 

@@ -73,6 +73,7 @@ import queue
 import random
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -89,6 +90,7 @@ import termios
 import textwrap
 import threading
 import time
+import tracemalloc
 import types
 import urllib.parse
 import urllib.request
@@ -557,14 +559,16 @@ def _house_clock_reads(tree: ast.Module) -> Iterator[int]:
 def test_house_only_the_edge_reads_a_clock() -> None:
     """Time is passed in, by the reactor: simulated members live in simulated time.
 
-    The edge is the reactor, which has the clock; certificates that are read before there is a
-    reactor; members in a test, whose threads wait for each other; the tools and the command line.
+    The edge is the reactor, which has the clock; certificates and registries that are asked before
+    there is a reactor; members in a test, whose threads wait for each other; the tools and the
+    command line.
     """
     module = _house_load("pyetcd")
     titles = {section.number: section.title for section in module.sections}
     readers = {titles.get(module.section_of(line), "the top")
                for line in _house_clock_reads(module.tree)}
-    assert readers <= {"Reactor", "TLS", "Testing aid", "Backup and restore", "Command line"}
+    assert readers <= {
+        "Reactor", "TLS", "Discovery", "Testing aid", "Backup and restore", "Command line"}
 
 
 def test_house_server_imports_the_standard_library_only() -> None:
@@ -1567,6 +1571,52 @@ def test_wal_write_failure_reaches_the_caller(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         wal.write(wal.encode(HardState(1, 0, 0), []), sync=True)
     wal.close()
+
+
+class _NoDescriptorDisk(pyetcd.OsDisk):
+    """The operations named in `failing` find no descriptor, until they have failed once."""
+
+    def __init__(self, code, failing):
+        self.code, self.failing = code, failing
+
+    def _fail(self, what):
+        if what in self.failing:
+            self.failing.discard(what)
+            raise OSError(self.code, os.strerror(self.code))
+
+    def create(self, path, mode=0o600):
+        self._fail("create")
+        return super().create(path, mode)
+
+    def fsync_dir(self, path):
+        self._fail("fsync_dir")
+        super().fsync_dir(path)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE], ids=["process", "system"])
+@pytest.mark.parametrize("step", ["create", "fsync_dir"])
+def test_wal_without_descriptors_is_like_a_full_disk(tmp_path, code, step):
+    """A new segment and a snapshot: nothing is left open, and the next try succeeds."""
+    disk = _NoDescriptorDisk(code, set())
+    snapshotter = pyetcd.Snapshotter(str(tmp_path), disk=disk)
+    wal = Wal.create(str(tmp_path / "wal"), b"\x08\x01\x10\x02", disk=disk)
+    with contextlib.closing(wal):
+        wal.write(wal.encode(HardState(1, 0, 0), []), sync=True)
+        cut = wal.encode_cut()
+        snapshot = pyetcd.Snapshot(b"{}", (1, 2), 5, 2)
+        before = len(os.listdir("/proc/self/fd"))
+        disk.failing = {step}
+        with pytest.raises(pyetcd.DiskFull, match="too many open files.*ulimit -n"):
+            wal.cut(cut)
+        disk.failing = {step}
+        with pytest.raises(pyetcd.DiskFull, match="too many open files.*ulimit -n"):
+            snapshotter.save(snapshot)
+        assert len(os.listdir("/proc/self/fd")) == before
+        wal.cut(cut)
+        snapshotter.save(snapshot)
+        assert snapshotter.load() == snapshot
+    assert len(list((tmp_path / "wal").glob("*.wal"))) == 2
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_wal_short_writes_are_continued(tmp_path, monkeypatch):
@@ -4342,7 +4392,7 @@ class _SimReactor:
 
     call_soon_threadsafe = call_soon
 
-    def run_blocking(self, work, *args, done):
+    def run_blocking(self, work, *args, kind, done):
         def run():
             error = result = None
             try:
@@ -9020,6 +9070,197 @@ def test_http_connections_are_limited(http_server, monkeypatch, caplog):
         eventually(has_room)
 
 
+def _http_output(server):
+    """(bytes that clients have not taken, those of them that are in memory)."""
+    connections = [c for listener in server._client_listeners for c in listener._connections]
+    pieces = {id(piece): len(piece) for c in connections for piece in c.pieces()}
+    return sum(connection.pending for connection in connections), sum(pieces.values())
+
+
+def test_http_watchers_share_the_bytes_of_events(http_server):
+    """50 that never read 90 events of 50 KB: the events are in memory once."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(50):
+            watcher = stack.enter_context(_HttpSocket(http_server, receive_buffer=4096))
+            watcher.send(_http_get("/v2/keys/w?wait=true&stream=true&recursive=true"))
+        eventually(lambda: http_server.call(lambda etcd: etcd.store.stats.watchers) == 50)
+        for number in range(90):
+            form = b"value=" + 50_000 * b"x"
+            assert _http_ask(http_server, "PUT", f"/v2/keys/w/{number}", form, _HTTP_FORM)[0] == 201
+        pending, held = http_server.call(lambda etcd: _http_output(http_server))
+        assert pending > 10 * 90 * 50_000 and held < 1.2 * 90 * 50_000
+        first = http_server.call(lambda etcd: etcd.store.hub.history.first_index)
+        for _ in range(5):              # also those that begin in the past
+            late = stack.enter_context(_HttpSocket(http_server, receive_buffer=4096))
+            late.send(_http_get(
+                f"/v2/keys/w?wait=true&stream=true&recursive=true&waitIndex={first}"))
+            late.until(b"\r\n\r\n")
+        assert http_server.call(lambda etcd: _http_output(http_server))[1] < 1.2 * 90 * 50_000
+
+
+@pytest.mark.parametrize("kind", ["replies", "listings", "requests", "pipelined"])
+def test_http_bytes_of_all_connections_are_bounded(tmp_path, monkeypatch, caplog, kind):
+    """Who has not moved for the longest is closed; others read and write meanwhile."""
+    monkeypatch.setattr(pyetcd, "HELD_BYTES_MAX", 4 << 20)
+    with _http_member(tmp_path) as server, contextlib.ExitStack() as stack:
+        for number in range(24):
+            form = b"value=" + str(number).encode() + (1 << 20) * b"x"
+            path = f"/v2/keys/d{number}/a"
+            assert _http_ask(server, "PUT", path, form, _HTTP_FORM)[0] == 201
+        big_head = b"POST /v2/keys/a HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\n"
+        clients = []
+        for number in range(24):
+            client = stack.enter_context(_HttpSocket(server, receive_buffer=4096))
+            clients.append(client)
+            with contextlib.suppress(OSError):
+                client.send({
+                    "replies": 12 * _http_get(f"/v2/keys/d{number}/a"),
+                    "listings": 12 * _http_get(f"/v2/keys/d{number}"),
+                    "requests": big_head + 1_000_000 * b"x",
+                    "pipelined": _http_get("/v2/keys/w?wait=true") + 900_000 * b"x",
+                }[kind])
+            assert _http_keys(server, "GET", "/w")[0] == 404
+        eventually(lambda: "closed connections that held more than 4 MB" in caplog.text)
+        bound = 6 << 20                 # what has come since the last look, too
+        eventually(lambda: server.call(lambda etcd: _http_output(server))[1] < bound)
+        assert _http_keys(server, "PUT", "/w", "value=1")[0] == 201
+        if kind == "replies":
+            assert clients[-1].answer()[0] == 200, "the last one is served"
+
+
+def test_http_what_is_over_leaves_nothing(tmp_path, monkeypatch):
+    """10,000 watches, connections and proxied requests, without any collection of cycles."""
+    def count():
+        kinds = collections.Counter(type(thing).__name__ for thing in gc.get_objects())
+        return sum(kinds[name] for name in (
+            "Connection", "HttpRequest", "StreamReply", "KeyWatch", "Watcher", "HttpCall",
+            "Forward", "Download", "socket", "traceback", "StepsRun"))
+
+    def go(server, number, request, expect=b"HTTP/1.1"):
+        with _HttpSocket(server) as client:
+            client.send(request.replace(b"NUMBER", str(number).encode()))
+            client.until(expect)
+
+    def put(path):
+        return (f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 7\r\n"
+                "Content-Type: application/x-www-form-urlencoded\r\n\r\nvalue=1").encode()
+
+    cases = [
+        (_http_get("/v2/keys/w?wait=true&x=NUMBER"), 3), (_http_get("/v2/keys/NUMBER"), 2),
+        (_http_get("/v2/keys/w?wait=true&stream=true&x=NUMBER"), 3),
+        (put("/v2/keys/w?prevValue=NUMBER"), 1), (_http_get("/v2/snapshot?x=NUMBER"), 0.1),
+        (b"nonsense NUMBER\r\n\r\n", 0.5), (_http_get("/?x=NUMBER", version="1.0"), 0.4),
+    ]
+    with _http_member(tmp_path) as server, pyetcd.ProxyServer(
+        data_dir=str(tmp_path / "p"), initial_cluster=f"default={server.peer_urls[0]}"
+    ) as proxy:
+        eventually(lambda: _http_ask(proxy, "GET", "/version")[0] == 200)
+        for door in (server, proxy):    # what is made once
+            for request, _ in cases:
+                go(door, "warm", request)
+        gc.collect()
+        gc.disable()
+        try:
+            eventually(lambda: count() < 40)
+            before = count()
+            for request, share in cases:
+                for number in range(int(800 * share)):
+                    go(server, number, request)
+            for request, share in cases:
+                for number in range(int(200 * share)):
+                    go(proxy, number, request)
+            eventually(lambda: count() <= before + 5, what="nothing left")
+        finally:
+            gc.enable()
+
+
+def test_reactor_timers_that_are_cancelled_are_forgotten():
+    """Long before they are due, however many; the others come in order."""
+    reactor = pyetcd.Reactor()
+    called = []
+    try:
+        before = sum(type(thing) is pyetcd.Timer for thing in gc.get_objects())
+        for number in range(10_000):
+            reactor.call_later(3_600.0, called.append, bytes(1_000)).cancel()
+            if number % 1_000 == 0:
+                reactor.call_later(0.001 + number / 1e6, called.append, number)
+        after = sum(type(thing) is pyetcd.Timer for thing in gc.get_objects())
+        assert after - before <= pyetcd.TIMERS_SWEPT_MIN + 10
+        reactor.call_later(0.03, reactor.stop)
+        reactor.run()
+    finally:
+        reactor.close()
+    assert called == list(range(0, 10_000, 1_000))
+
+
+@pytest.fixture
+def hanging_names(monkeypatch):
+    """Names whose look-up hangs until the event that is yielded; and all that were looked up."""
+    go_on, asked, find = threading.Event(), [], socket.getaddrinfo
+
+    def getaddrinfo(host, *args, **more):
+        if host.startswith("hang") and not more.get("flags", 0) & socket.AI_NUMERICHOST:
+            asked.append(host)
+            go_on.wait(30)
+            raise socket.gaierror(socket.EAI_AGAIN, "temporary failure")
+        return find("127.0.0.1" if host == "fine" else host, *args, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    yield go_on, asked
+    go_on.set()
+
+
+def test_reactor_names_that_hang_hold_up_nothing_else(tmp_path, hanging_names):
+    """Snapshots, passwords and other names go on; stop() does not wait; a name is asked once."""
+    go_on, asked = hanging_names
+    with _http_member(tmp_path, snapshot_count=5) as server:
+        url = server.client_urls[0]
+        fine = url.replace("127.0.0.1", "fine")
+        ended, answered = [], []
+
+        def call(etcd, url, done):
+            return [pyetcd.HttpCall(etcd.reactor, url, "GET", "/version", {}, on_done=done,
+                                    connect_timeout_s=30.0) for _ in range(50)]
+
+        urls = [f"http://hang{number}:1" for number in range(8)]
+        calls = server.call(lambda etcd: [
+            one for url in urls for one in call(etcd, url, ended.append)])
+        server.call(lambda etcd: [one.cancel() for one in calls[::2]])
+        server.call(lambda etcd: call(etcd, fine, answered.append))
+        eventually(lambda: answered == 50 * [None])
+        for number in range(12):
+            assert _http_keys(server, "PUT", "/a", f"value={number}")[0] in (200, 201)
+        eventually(lambda: server.call(lambda etcd: etcd.snapshots.index) > 5)
+        _auth_enable(url)
+        assert _auth_key(url, "GET", "/", auth=_AUTH_ROOT) == 200
+        assert sorted(asked) == [f"hang{number}" for number in range(8)] and not ended
+        server.stop()
+        assert not go_on.is_set(), "it has not waited"
+
+
+def test_reactor_calls_that_block_are_bounded():
+    """One too many is refused; a bug in one of them ends no thread."""
+    kind = pyetcd.WorkKind("test", 2, 3, True)
+    reactor, go_on, results = pyetcd.Reactor(), threading.Event(), []
+
+    def work(number):
+        go_on.wait(20)
+        return 1 // (number - 3)
+
+    for number in range(8):
+        reactor.run_blocking(work, number, kind=kind,
+                             done=lambda error, result: results.append((error, result)))
+    reactor.call_later(0.0, go_on.set)
+
+    def stop_when_done():
+        reactor.stop() if len(results) == 8 else reactor.call_later(0.01, stop_when_done)
+    stop_when_done()
+    reactor.run()
+    reactor.close()
+    errors = [type(error) for error, _ in results if error is not None]
+    assert errors == 3 * [pyetcd.WorkersBusy] + [ZeroDivisionError]
+
+
 def test_http_watchers_are_limited(http_server, monkeypatch):
     """The next one gets 503; reads and writes go on."""
     monkeypatch.setattr(pyetcd, "WATCHERS_MAX", 2)
@@ -9031,6 +9272,53 @@ def test_http_watchers_are_limited(http_server, monkeypatch):
         status, _, body = _http_ask(http_server, "GET", "/v2/keys/w?wait=true")
         assert status == 503 and "watchers wait already" in json.loads(body)["message"]
         assert _http_keys(http_server, "PUT", "/w", "value=1")[0] == 201
+
+
+def test_http_paths_of_watchers_are_limited(http_server, monkeypatch):
+    """Their bytes together; every way that a watch ends makes room again."""
+    monkeypatch.setattr(pyetcd, "WATCHED_BYTES_MAX", 10_000)
+    path = "/v2/keys/" + 3_000 * "w"
+
+    def watched():
+        return http_server.call(lambda etcd: etcd.store.hub.watched_bytes)
+
+    with contextlib.ExitStack() as stack:
+        for more in ("", "&stream=true", ""):
+            watcher = stack.enter_context(_HttpSocket(http_server))
+            watcher.send(_http_get(f"{path}?wait=true{more}"))
+            watcher.until(b"\r\n\r\n")
+        status, _, body = _http_ask(http_server, "GET", path + "?wait=true")
+        assert status == 503 and "take too much memory" in json.loads(body)["message"]
+        assert _http_ask(http_server, "PUT", path, b"value=1", _HTTP_FORM)[0] == 201
+        assert 3_000 < watched() < 4_000, "two had their event"
+    eventually(lambda: watched() == 0)
+    assert http_server.call(lambda etcd: etcd.store.stats.watchers) == 0
+
+
+def test_http_bytes_that_wait_for_a_leader_are_limited(http_server, monkeypatch):
+    """Large writes wait until there is as much as may; the next one gets 503 at once."""
+    monkeypatch.setattr(pyetcd, "QUEUED_BYTES_MAX", 100_000)
+    answers = []
+    monkeypatch.setattr(pyetcd.EtcdServer, "_propose", lambda etcd: False)     # as without a leader
+
+    def put(etcd):
+        for number in range(4):
+            request = pyetcd.Request(method="PUT", path=f"/1/{number}", val=60_000 * "x")
+            etcd.do(request, answers.append)
+        return list(answers)
+
+    refused = http_server.call(put)
+    assert [type(error) for error in refused] == 2 * [pyetcd.TooManyRequests]
+    monkeypatch.undo()
+    eventually(lambda: len(answers) == 4)
+    assert http_server.call(lambda etcd: etcd._queued_bytes) == 0
+    strays = pyetcd.Strays(1.0)
+    for _ in range(300):
+        strays.add([pyetcd.Entry(0, data=bytes(1 << 20))], 1.0)
+    assert len(strays) == 65
+    strays.expire(9.0)
+    strays.add([pyetcd.Entry(0, data=b"x")], 9.0)
+    assert [entry.data for entry in strays.take(9.0)] == [b"x"]
 
 
 def test_http_pending_requests_are_limited(http_server, monkeypatch):
@@ -9762,7 +10050,7 @@ def test_auth_credentials_may_hold_any_bytes():
 
 def test_auth_hashes_of_etcd_verify_and_ours_look_the_same():
     """bcrypt by the system's library; a wrong password and a damaged hash do not verify."""
-    passwords = pyetcd.Passwords()
+    passwords = pyetcd.Passwords(time.monotonic)
     if not passwords.bcrypt("x", "$2a$04$" + 22 * "."):
         pytest.skip("libcrypt of this system has no bcrypt")
     assert passwords.verify("wonderland", _AUTH_HASH_OF_ETCD)
@@ -9779,7 +10067,7 @@ def test_auth_hashes_of_etcd_verify_and_ours_look_the_same():
 def test_auth_without_bcrypt_another_hash_serves(tmp_path, monkeypatch, caplog):
     """PBKDF2, marked as such; hashes made by etcd are refused with a line that says why."""
     monkeypatch.setattr(pyetcd, "_BCRYPT_PROGRAM", "")
-    passwords = pyetcd.Passwords()
+    passwords = pyetcd.Passwords(time.monotonic)
     assert not passwords.verify("wonderland", _AUTH_HASH_OF_ETCD)
     assert "libcrypt has no bcrypt" in caplog.text
     with _http_member(tmp_path) as server:
@@ -9791,12 +10079,181 @@ def test_auth_without_bcrypt_another_hash_serves(tmp_path, monkeypatch, caplog):
         assert _auth_key(url, "GET", "/", auth=("root", "wrong")) == 401
 
 
-def test_auth_without_a_python_program_another_hash_serves(monkeypatch):
-    """An embedding program may not know where Python is, or it cannot be started."""
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    assert pyetcd.Passwords().hash("x").startswith("$pbkdf2-sha256$")
-    monkeypatch.setattr(sys, "executable", None)
-    assert re.match(r"\$(2a|pbkdf2-sha256)\$", pyetcd.Passwords().hash("x"))
+@pytest.mark.parametrize("program", ["/nowhere/python", "/bin/false"])
+def test_auth_a_failed_check_says_nothing_about_the_password(
+    auth_server, monkeypatch, caplog, program
+):
+    """503 and nothing remembered, also for a new password; never another kind of hash."""
+    server, url = auth_server
+    alice = _auth_add(url, "alice", "a", read=["/*"])
+    assert _auth_key(url, "GET", "/", auth=_AUTH_ROOT) == 200
+    before = server.call(lambda etcd: etcd.store.value("/2/users/alice"))
+    with monkeypatch.context() as broken:
+        broken.setattr(sys, "executable", program)
+        assert pyetcd.Passwords(time.monotonic).verify("a", json.loads(before)["password"]) is None
+        with pytest.raises(pyetcd.AuthError, match="passwords cannot be hashed now"):
+            pyetcd.Passwords(time.monotonic).hash("x")
+        for auth in (alice, ("alice", "wrong"), ("nobody", "x")):
+            assert _auth_key(url, "GET", "/", auth=auth) == 503
+        for name in ("alice", "bob"):
+            status, body = _auth_call(url, "PUT", f"users/{name}", {"user": name, "password": "y"})
+            assert status == 503 and "try again" in body["message"]
+        assert server.call(lambda etcd: etcd.store.value("/2/users/alice")) == before
+        assert server.call(lambda etcd: etcd.store.value("/2/users/bob")) is None
+    assert "passwords cannot be verified now" in caplog.text
+    assert _auth_key(url, "GET", "/", auth=alice) == 200
+    assert _auth_key(url, "GET", "/", auth=("alice", "wrong")) == 401
+
+
+def test_auth_half_a_surrogate_pair_is_a_wrong_password(auth_server, caplog):
+    """No traceback; JSON that has it means U+FFFD, as in Go."""
+    _, url = auth_server
+    assert pyetcd.Passwords(time.monotonic).verify("\ud800", _AUTH_HASH_OF_ETCD) is False
+    checks = pyetcd.PasswordChecks(None)
+    assert checks.known("\ud800", _AUTH_HASH_OF_ETCD, "\ud800") is None
+    for raw in (b"\xed\xa0\x80", b"\xff", b"\xed\xb0\x80"):
+        header = {"Authorization": "Basic " + base64.b64encode(b"root:" + raw).decode()}
+        assert requests.get(url + "/v2/keys/", headers=header, timeout=20).status_code == 401
+    body = b'{"user":"u","password":"\\ud800","roles":["\\udfff"]}'
+    answer = requests.put(url + "/v2/auth/users/u", body, auth=_AUTH_ROOT, timeout=20)
+    assert answer.json() == {"user": "u", "roles": ["\ufffd"]}
+    assert _auth_call(url, "GET", "users/u")[0] == 404, "a role that does not exist"
+    assert "Traceback" not in caplog.text and not any(r.exc_info for r in caplog.records)
+
+
+def test_auth_unknown_users_cost_the_same_as_known_ones(auth_server, monkeypatch):
+    """One check each, of a hash of the same kind; the second time it is remembered."""
+    _, url = auth_server
+    _auth_add(url, "alice", "a", read=["/*"])
+    assert _auth_key(url, "GET", "/", auth=_AUTH_ROOT) == 200
+    checked, verify = [], pyetcd.Passwords.verify
+
+    def count(self, password, stored):
+        checked.append(stored)
+        return verify(self, password, stored)
+
+    monkeypatch.setattr(pyetcd.Passwords, "verify", count)
+    for user in ("alice", "nobody", "else"):
+        before = len(checked)
+        for _ in range(2):
+            assert _auth_key(url, "GET", "/", auth=(user, "wrong")) == 401
+            assert len(checked) == before + 1
+    assert len({stored[:7] for stored in checked}) == 1
+    assert {len(stored) for stored in checked} == {60}
+    for user in ("x" * 2_000, "alice"):
+        assert _auth_key(url, "GET", "/", auth=(user, "y" * 5_000)) == 401
+    assert len(checked) == 3, "too long: wrong at once"
+    assert pyetcd.Passwords.decoy("$pbkdf2-sha256$200000$aa$bb") == (
+        "$pbkdf2-sha256$200000$aa$" + 64 * "0")
+
+
+def test_auth_unknown_names_leave_nothing_in_memory(http_server):
+    """Of users and roles that do not exist nothing is kept; long names are refused."""
+    url = http_server.client_urls[0]
+
+    def look(etcd):
+        auth = pyetcd.Auth(etcd.store, etcd.applier, etcd.reactor)
+        tracemalloc.start()
+        try:
+            for number in range(500):
+                assert auth.user(f"{number}" + 10_000 * "x") is None
+                assert auth.role(f"{number}" + 10_000 * "x") is None
+            return tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+
+    assert http_server.call(look) < 500_000
+    name = 2_000 * "x"
+    for method, kind in itertools.product(("GET", "PUT", "DELETE"), ("users", "roles")):
+        body = {"user": name, "role": name, "password": "x"}
+        assert _auth_call(url, method, f"{kind}/{name}", body)[0] == 400
+
+
+class _ChecksReactor:
+    """Time stands still until pass_time(); a check is done when the test says so."""
+
+    def __init__(self):
+        self.time, self.timers, self.jobs = 1_000.0, [], []
+
+    def now(self):
+        return self.time
+
+    def call_later(self, delay_s, callback, *args):
+        timer = pyetcd.Timer(callback, args)
+        self.timers.append((self.time + delay_s, timer))
+        return timer
+
+    def run_blocking(self, work, *args, kind, done):
+        self.jobs.append((args, done))
+
+    def finish_check(self):
+        """Finish the next check, waiting for it if it has to wait; return its password."""
+        while not self.jobs:
+            self.timers.sort(key=lambda entry: entry[0])
+            self.time, timer = self.timers.pop(0)
+            if timer.callback is not None:
+                timer.callback(*timer.args)
+        ((password, _), done), = self.jobs
+        self.jobs.clear()
+        done(None, password == "right")
+        return password
+
+
+@pytest.mark.parametrize("alike", [True, False], ids=["one name", "many names"])
+def test_auth_guessers_slow_only_themselves(alike):
+    """80 guess all the time from one address: eight others wait for one check each at most."""
+    reactor = _ChecksReactor()
+    checks = pyetcd.PasswordChecks(reactor)
+    refused = []
+
+    def guess(number, attempt=0):
+        def done(known):
+            refused.extend([] if known else [number])
+            guess(number, attempt + 1)
+        sender = pyetcd.Sender("root" if alike else f"u{number}", "10.0.0.1")
+        checks.check(sender, "hash", f"wrong {number} {attempt}", done)
+
+    for number in range(80):
+        guess(number)
+    for _ in range(160):
+        reactor.finish_check()
+    began, answered = reactor.time, []
+    for number in range(8):
+        sender = pyetcd.Sender(f"other {number}", "10.0.0.1")
+        checks.check(sender, f"hash {number}", "right", answered.append)
+    order = [reactor.finish_check() for _ in range(9)]
+    assert order.count("right") == 8 and answered == [True] * 8
+    assert reactor.time <= began + pyetcd.WRONG_PASSWORD_PAUSE_SECONDS, "no pause for them"
+    assert not refused
+
+
+def test_auth_who_guesses_most_is_refused_first_when_too_many_wait(monkeypatch):
+    """A full queue has room for a user that has not been wrong."""
+    monkeypatch.setattr(pyetcd, "PASSWORD_CHECKS_MAX", 50)
+    reactor = _ChecksReactor()
+    checks = pyetcd.PasswordChecks(reactor)
+    guessed, answered = [], []
+    for number in range(60):
+        checks.check(pyetcd.Sender("root", "h"), "hash", f"wrong {number}", guessed.append)
+    assert guessed == [False] * 10
+    checks.check(pyetcd.Sender("alice", "h"), "other", "right", answered.append)
+    assert guessed == [False] * 11 and not answered
+    reactor.finish_check()
+    assert reactor.finish_check() == "right" and answered == [True]
+
+
+def test_auth_guessers_remembered_are_bounded(monkeypatch):
+    """Senders, and passwords known: as many as the constants say."""
+    monkeypatch.setattr(pyetcd, "GUESSERS_MAX", 10)
+    monkeypatch.setattr(pyetcd, "PASSWORDS_KNOWN_MAX", 10)
+    reactor = _ChecksReactor()
+    checks = pyetcd.PasswordChecks(reactor)
+    before = len(gc.get_objects())
+    for number in range(100):
+        checks.check(pyetcd.Sender(f"u{number}", "h"), "hash", "wrong", lambda known: None)
+        reactor.finish_check()
+    del reactor.timers[:]
+    assert len(gc.get_objects()) < before + 100
 
 
 def test_auth_readers_writers_and_guests(auth_server):
@@ -10690,6 +11147,63 @@ def test_server_full_disk_refuses_writes_until_there_is_space(tmp_path, monkeypa
     with pyetcd.Server(data_dir=str(tmp_path / "d")) as server:
         values = requests.get(server.client_urls[0] + "/v2/keys", timeout=5).json()["node"]["nodes"]
         assert {node["key"]: node["value"] for node in values} == {"/a": "2", "/c": "4"}
+
+
+def test_server_keeps_descriptors_for_files_and_peers(tmp_path):
+    """Connections beyond get 503 or are closed; snapshots, writes and peers go on meanwhile."""
+    with StaticCluster(tmp_path, 1, "-snapshot-count", "20") as cluster, (
+        contextlib.ExitStack()
+    ) as stack, requests.Session() as session:
+        (only,) = cluster.members
+        url = only.client + "/v2/keys/a"
+        assert session.put(url, {"value": "1"}, timeout=10).status_code == 201
+        resource.prlimit(only.process.popen.pid, resource.RLIMIT_NOFILE, (256, 256))
+        address = ("127.0.0.1", urllib.parse.urlsplit(only.client).port)
+        idle = [stack.enter_context(socket.create_connection(address)) for _ in range(400)]
+        only.process.wait_log("too many open files (192) for more connections to " + only.client)
+        eventually(lambda: any(
+            sock.recv(12) == b"HTTP/1.1 503" for sock in idle if _is_readable(sock)))
+        for number in range(60):
+            answer = session.put(url, {"value": str(number)}, timeout=10)
+            assert answer.status_code == 200
+        only.process.wait_log("saved snapshot at index")
+        assert requests.get(only.peer + "/version", timeout=10).status_code == 200
+        user = {"user": "root", "password": "x"}
+        assert session.put(only.client + "/v2/auth/users/root", json.dumps(user),
+                           timeout=20).status_code == 201, "its hash takes a process"
+        stack.close()
+        eventually(lambda: only.value("a") == "59", what="room for a new connection")
+        assert only.process.popen.poll() is None
+
+
+def _is_readable(sock):
+    return bool(select.select([sock], [], [], 0)[0])
+
+
+def test_server_says_why_it_ends_when_its_directory_is_gone(tmp_path):
+    """Renamed while the member runs: the next file of its log or a snapshot cannot be made."""
+    with StaticCluster(tmp_path, 1, "-snapshot-count", "5") as cluster:
+        (only,) = cluster.members
+        assert only.put("a", "1")[0] == 201
+        os.rename(tmp_path / "n0.etcd", tmp_path / "elsewhere")
+
+        def ended():
+            only.put("a", "2")
+            return only.process.popen.poll() is not None
+        eventually(ended)
+        assert only.process.popen.returncode == 1
+        assert re.search("the member ends: .*was the data directory renamed or removed",
+                         only.process.log())
+
+
+def test_server_unit_files_allow_our_own_limit_of_connections():
+    """And the descriptors that are kept for files and calls."""
+    limits = [
+        int(limit) for path in (Path(pyetcd.__file__).parent / "contrib").iterdir()
+        for limit in re.findall(r"LimitNOFILE=(\d+)", path.read_text())
+    ]
+    assert len(limits) == 3
+    assert min(limits) >= pyetcd.CONNECTIONS_MAX + pyetcd.DESCRIPTORS_KEPT
 
 
 def test_server_full_disk_does_not_keep_it_from_stopping(tmp_path, monkeypatch):
@@ -23811,6 +24325,59 @@ def test_proxy_watch_on_a_member_that_dies_ends_empty(
         client.until(b"\r\n\r\n")
         die.set()
         assert client.chunk() == b""
+
+
+def test_proxy_bytes_that_wait_for_members_are_limited(
+    tmp_path: Path, proxy_upstream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large writes to a member that does not answer: the next one gets 503, reads go on."""
+    monkeypatch.setattr(pyetcd, "QUEUED_BYTES_MAX", 100_000)
+    go_on, asked = threading.Event(), []
+
+    def wait(handler: Any) -> None:
+        asked.append(handler.command)
+        go_on.wait(20)
+        handler.send_response(204)
+        handler.end_headers()
+
+    proxy_upstream.answer = wait
+    with _proxy_of(tmp_path, proxy_upstream.url) as proxy, (
+        concurrent.futures.ThreadPoolExecutor(4)
+    ) as pool:
+        def put() -> int:
+            return _http_ask(proxy, "PUT", "/v2/keys/a", bytes(60_000))[0]
+
+        try:
+            first = [pool.submit(put) for _ in range(2)]
+            eventually(lambda: len(asked) == 2)
+            assert put() == 503
+            read = pool.submit(_http_ask, proxy, "GET", "/v2/keys/a")
+        finally:
+            go_on.set()
+        assert [one.result() for one in first] == [204, 204]
+        assert read.result()[0] in (204, 503)
+        assert put() == 204
+
+
+def test_proxy_without_descriptors_blames_no_member(
+    tmp_path: Path, proxy_upstream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """503 while it lasts; the endpoint is not marked unavailable for it."""
+    with _proxy_of(tmp_path, proxy_upstream.url) as proxy:
+        with monkeypatch.context() as patch:
+            def fail(*args: Any) -> None:
+                raise OSError(errno.EMFILE, "Too many open files")
+            patch.setattr(pyetcd.socket, "socket", fail)
+            answers: List[Any] = []
+            call = types.SimpleNamespace(
+                method="GET", target="/v2/keys/a", path="/v2/keys/a", query="", headers={},
+                body=b"", body_too_large=False, remote="h:1", on_close=None, connection=(
+                    types.SimpleNamespace(streaming=False)),
+                reply=lambda *args: answers.append(args))
+            proxy._reactor.call_soon_threadsafe(proxy._api._serve, call)
+            eventually(lambda: answers)
+            assert answers[0][0] == 503 and b"ulimit -n" in answers[0][1]
+        assert _http_ask(proxy, "GET", "/v2/keys/a")[0] == 200
 
 
 def test_proxy_thousand_dropped_watches_leave_nothing_behind(tmp_path: Path) -> None:
