@@ -12401,12 +12401,7 @@ class EtcdServer:
         self.counts.tick(self.reactor.now(), self.is_leader * (len(self.node.raft.voters) - 1))
         self.node.tick()
         self._disk_watch.tick()
-        self._expire_requests()
-
-    def _expire_requests(self) -> None:
-        error = functools.partial(explain_timeout, self)
-        if self.proposals.expire(self.reactor.now(), error) >= WORK_ENTRIES_MAX:
-            self.reactor.call_soon(self._expire_requests)
+        expire_requests(self)
 
     def _propose_version(self, version: str) -> None:
         self.do(Request(method="PUT", path="/0/version", val=version), lambda result: None)
@@ -12637,6 +12632,13 @@ def explain_timeout(etcd: EtcdServer, started: float) -> EtcdError:
     elif etcd.lead and not _was_connected_since(etcd, started):
         cause += ", possibly due to connection lost"
     return RequestTimeout(cause)
+
+
+def expire_requests(etcd: EtcdServer) -> None:
+    """Fail what has waited too long, WORK_ENTRIES_MAX requests in a turn."""
+    error = functools.partial(explain_timeout, etcd)
+    if etcd.proposals.expire(etcd.reactor.now(), error) >= WORK_ENTRIES_MAX:
+        etcd.reactor.call_soon(expire_requests, etcd)
 
 
 def _was_connected_since(etcd: EtcdServer, started: float) -> bool:

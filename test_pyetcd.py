@@ -26800,6 +26800,8 @@ def fuzz_forms(data):
     text = data.decode("latin-1")
     for parse, refusal in (
         (lambda: pyetcd.parse_form(data), pyetcd.InvalidForm),
+        (lambda: pyetcd.parse_members(data), (ValueError, KeyError, TypeError)),
+        (lambda: pyetcd.parse_answer_head(data), pyetcd.BadRequest),
         (lambda: pyetcd.is_form_type(text), pyetcd.InvalidForm),
         (lambda: pyetcd.parse_peer_urls(data), ValueError),
         (lambda: pyetcd.UserBody.parse(data), ValueError),
@@ -26812,12 +26814,15 @@ def fuzz_forms(data):
     ):
         with contextlib.suppress(refusal):
             parse()
+    with contextlib.suppress(ValueError):
+        assert pyetcd.unquote(data) == urllib.parse.unquote_to_bytes(data)
+    assert json.loads(pyetcd.json_string(text * 20)) == text * 20
     with contextlib.suppress(pyetcd.BadRequest):
         head = pyetcd.parse_head(b"PUT /v2/keys/" + data + b" HTTP/1.1\r\nHost: x")
         target = pyetcd.KeyTarget(head)
         request = pyetcd.HttpRequest(head, data, None)
         with contextlib.suppress(pyetcd.EtcdError):
-            target.request(request, 0)
+            collections.deque(target.request(request, 0), 0)
 
 
 def fuzz_peer_streams(data):
@@ -26962,6 +26967,7 @@ def fuzz_seeds(name):
         b"GET / HTTP/1.0\r\n\r\n",
         b"\x07\x01\x01\x01POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         b"3;x=y\r\nabc\r\n0\r\nA: b\r\n\r\n",
+        b"\x02\x0a\x04\x09GET / HTTP/1.0\nConnection: keep-alive\n\nHEAD /a HTTP/1.0\n\n",
         b"\x09\x09\x09\x09PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0\0\0\2\1\5\0\0\0\1"
         b"\x82\x86",
     ]
@@ -27008,6 +27014,7 @@ _FUZZ_FOUND: List[Tuple[str, bytes]] = [
     ("config_file", b'"key-\0file": k'),
     ("config_file", b'{"a":' + b"[" * 100_000),
     ("forms", b"[" * 100_000),
+    ("http_requests", b"\1\1\1\1GET / HTTP/1.0\n\r\n\n"),
 ]
 
 
