@@ -9129,17 +9129,21 @@ def test_http_bytes_of_all_connections_are_bounded(tmp_path, monkeypatch, caplog
 
 
 def test_http_what_is_over_leaves_nothing(tmp_path, monkeypatch):
-    """10,000 watches, connections and proxied requests, without any collection of cycles."""
+    """5,000 watches, connections and proxied requests, without any collection of cycles."""
     def count():
         kinds = collections.Counter(type(thing).__name__ for thing in gc.get_objects())
         return sum(kinds[name] for name in (
             "Connection", "HttpRequest", "StreamReply", "KeyWatch", "Watcher", "HttpCall",
             "Forward", "Download", "socket", "traceback", "StepsRun"))
 
-    def go(server, number, request, expect=b"HTTP/1.1"):
-        with _HttpSocket(server) as client:
-            client.send(request.replace(b"NUMBER", str(number).encode()))
-            client.until(expect)
+    def go(server, request, times):
+        for first in range(0, times, 50):
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(_HttpSocket(server)) for _ in range(50)]
+                for number, client in enumerate(clients, first):
+                    client.send(request.replace(b"NUMBER", str(number).encode()))
+                for client in clients:
+                    client.until(b"HTTP/1.1")
 
     def put(path):
         return (f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 7\r\n"
@@ -9148,7 +9152,7 @@ def test_http_what_is_over_leaves_nothing(tmp_path, monkeypatch):
     cases = [
         (_http_get("/v2/keys/w?wait=true&x=NUMBER"), 3), (_http_get("/v2/keys/NUMBER"), 2),
         (_http_get("/v2/keys/w?wait=true&stream=true&x=NUMBER"), 3),
-        (put("/v2/keys/w?prevValue=NUMBER"), 1), (_http_get("/v2/snapshot?x=NUMBER"), 0.1),
+        (put("/v2/keys/w?prevValue=NUMBER"), 1), (_http_get("/v2/snapshot?x=NUMBER"), 0.25),
         (b"nonsense NUMBER\r\n\r\n", 0.5), (_http_get("/?x=NUMBER", version="1.0"), 0.4),
     ]
     with _http_member(tmp_path) as server, pyetcd.ProxyServer(
@@ -9157,18 +9161,15 @@ def test_http_what_is_over_leaves_nothing(tmp_path, monkeypatch):
         eventually(lambda: _http_ask(proxy, "GET", "/version")[0] == 200)
         for door in (server, proxy):    # what is made once
             for request, _ in cases:
-                go(door, "warm", request)
+                go(door, request, 1)
         gc.collect()
         gc.disable()
         try:
             eventually(lambda: count() < 40)
             before = count()
             for request, share in cases:
-                for number in range(int(800 * share)):
-                    go(server, number, request)
-            for request, share in cases:
-                for number in range(int(200 * share)):
-                    go(proxy, number, request)
+                go(server, request, int(400 * share))
+                go(proxy, request, int(100 * share))
             eventually(lambda: count() <= before + 5, what="nothing left")
         finally:
             gc.enable()
