@@ -492,23 +492,37 @@ class Node:
     expiration: Optional[str] = None
     modified_index: int = 0
     created_index: int = 0
-    nodes: Tuple[Node, ...] = ()
+    nodes: Tuple[Node, ...] = field(default_factory=tuple)
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Node:
-        """Return the node a server described; the root has no key in JSON and is "/" here."""
-        return cls(
-            key=raw.get("key") or "/",
-            value=raw.get("value"),
-            dir=raw.get("dir", False),
-            ttl=raw.get("ttl", 0 if "expiration" in raw else None),
-            expiration=raw.get("expiration"),
-            modified_index=raw.get("modifiedIndex", 0),
-            created_index=raw.get("createdIndex", 0),
-            nodes=tuple(map(cls.from_json, raw.get("nodes") or ())),
-            raw=raw,
-        )
+        """Return the node a server described; the root has no key in JSON and is "/" here.
+
+        Children are made when somebody asks for them: a listing of 1,000 costs half as much.
+        """
+        get, node = raw.get, cls.__new__(cls)
+        fields = node.__dict__                      # the way around a frozen one's __init__
+        fields["key"] = get("key") or "/"
+        fields["value"] = get("value")
+        fields["dir"] = get("dir", False)
+        fields["ttl"] = get("ttl", 0 if "expiration" in raw else None)
+        fields["expiration"] = get("expiration")
+        fields["modified_index"] = get("modifiedIndex", 0)
+        fields["created_index"] = get("createdIndex", 0)
+        fields["raw"] = raw
+        children = get("nodes")
+        if not children:
+            fields["nodes"] = ()
+        elif set(map(type, children)) != {dict}:
+            raise TypeError("a child is no object")
+        return node
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "nodes" or "raw" not in self.__dict__:
+            raise AttributeError(name)
+        children = self.__dict__["nodes"] = tuple(map(self.from_json, self.raw["nodes"]))
+        return children
 
     def walk(self) -> Iterator[Node]:
         """Yield every node below this one, parents before their children."""
@@ -533,15 +547,15 @@ class EtcdResult:
     equal if they show the same node.
     """
 
-    action: str
+    action: str = ""
     node: Node
-    prev_node: Optional[Node]
-    new_key: bool
-    etcd_index: int
-    raft_index: int
-    raft_term: int
-    relisted: bool
-    raw: Mapping[str, Any]
+    prev_node: Optional[Node] = None
+    new_key: bool = False
+    etcd_index: int = 0
+    raft_index: int = 0
+    raft_term: int = 0
+    relisted: bool = False
+    raw: Mapping[str, Any] = MappingProxyType({})
     value: Optional[str]
     ttl: Optional[int]
 
@@ -615,7 +629,13 @@ class EtcdResult:
         if not self.nodes or not leaves_only:
             yield self
         for child in self.nodes:
-            yield from EtcdResult(node=child).get_subtree(leaves_only)
+            result = EtcdResult.__new__(EtcdResult)     # what is not set is as the class has it
+            fields = result.__dict__
+            fields["node"], fields["value"], fields["ttl"] = child, child.value, child.ttl
+            if child.nodes:
+                yield from result.get_subtree(leaves_only)
+            else:
+                yield result
 
     @property
     def leaves(self) -> Iterator[EtcdResult]:
@@ -2224,6 +2244,7 @@ class _Keys(_Caller):
     ) -> EtcdResult:
         """Write in any of the ways above, chosen by python-etcd's options.
 
+        value      None for none: of a directory, a refresh or, as for python-etcd, an empty file
         dir        make a directory; the value is None
         append     create a file with the next name in directory `key`
         prevValue  the value the file must have, and
@@ -2235,7 +2256,7 @@ class _Keys(_Caller):
         """
         if dir and value:
             raise EtcdValueError("a directory has no value")
-        given = None if value is None and (dir or refresh) else _text(value)
+        given = None if value is None else _text(value)
         fields: Dict[str, _Field] = {
             "value": given, "ttl": ttl, "dir": dir or None, "refresh": refresh or None}
         conditions = _conditions(prevValue, prevIndex, prevExist)
@@ -3000,7 +3021,8 @@ async def to_thread(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _
             await to_thread(client.get, "k", quorum=True)
             await to_thread(lock.acquire)
     """
-    import asyncio      # here, as it takes longer than the rest: who needs it has it already
+    # Not above: it takes as long to import as all the rest, and who needs it has it already.
+    import asyncio
 
     scope, context = Scope(), contextvars.copy_context()
     outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()

@@ -12173,6 +12173,66 @@ def test_client_api_bytes_outside_utf8_reach_the_server(_client, _client_dir):
         _client.get(_client_dir + "/\udcfe")
 
 
+_CLIENT_REFUSED = [
+    (b"\xff\x00", "base64"), ("a\udcff", "base64"), (bytearray(b"\xff"), "base64"),
+    (memoryview(b"\xff"), "base64"), ({"a": 1}, "json.dumps"), ([1], "json.dumps"),
+    ({1}, "json.dumps"), (object(), "json.dumps"), (None, "None")]
+
+
+@pytest.mark.parametrize("verb", [
+    lambda client, value: client.set("k", value), lambda client, value: client.create("k", value),
+    lambda client, value: client.update("k", value),
+    lambda client, value: client.write("k", b"\xff" if value is None else value),
+    lambda client, value: client.append("k", value),
+    lambda client, value: client.test_and_set("k", value, "v"),
+    lambda client, value: client.compare_and_swap("k", "v", prev_value=value or b"\xff"),
+], ids=["set", "create", "update", "write", "append", "test_and_set", "prev_value"])
+@pytest.mark.parametrize("value, hint", _CLIENT_REFUSED, ids=lambda item: type(item).__name__)
+def test_client_api_refuses_values_that_would_not_come_back(verb, value, hint):
+    with _ClientRawServer(_CLIENT_GOOD) as server, Client(server.url) as client:
+        with pytest.raises(pyetcd_client.EtcdValueError, match="base64|" + hint):
+            verb(client, value)
+        assert not server.requests
+
+
+def test_client_api_write_without_a_value_is_python_etcds_empty_file():
+    with _ClientRawServer(_CLIENT_GOOD) as server, Client(server.url) as client:
+        client.write("k", None)
+        assert server.requests == [("PUT", "/v2/keys/k", "")]
+
+
+@pytest.mark.parametrize("value, stored", [
+    ("a\0ä\u2028", "a\0ä\u2028"), ("ä".encode(), "ä"), (bytearray(b"a"), "a"), (1, "1"),
+    (0.5, "0.5"), (True, "True"), (datetime.date(2026, 1, 2), "2026-01-02"), (Path("/a"), "/a"),
+    ("", "")])
+def test_client_api_stores_what_is_text(_client, _client_dir, value, stored):
+    _client.set(_client_dir, value)
+    assert _client[_client_dir] == stored
+
+
+def test_client_api_reads_as_a_mapping_does(_client, _client_dir):
+    key = _client_dir + "/k"
+    assert _client.get(key, default=None) is None and _client.get(key, default=5) == 5
+    with pytest.raises(KeyError):
+        _client[key]
+    _client.set(key, "v")
+    assert _client[key] == "v" and _client.get(key, default=None).value == "v"
+    with pytest.raises(pyetcd_client.NotFile):
+        _client[_client_dir]
+    with pytest.raises(TypeError):
+        iter(_client)
+    assert repr(_client) == f"Client({list(_client.endpoints.urls)!r})"
+
+
+def test_client_api_ttl_0_is_refused_as_it_means_two_things():
+    with _ClientRawServer(_CLIENT_GOOD) as server, Client(server.url) as client:
+        for call in (lambda: client.set("k", "v", ttl=0), lambda: client.mkdir("k", ttl=0),
+                     lambda: client.refresh("k", 0), lambda: client.append("k", "v", ttl=0)):
+            with pytest.raises(pyetcd_client.EtcdValueError, match="ttl"):
+                call()
+        assert not server.requests
+
+
 @pytest.mark.parametrize("given, filed", [
     ("//a//b/", "/a/b"), ("a/./b", "/a/b"), ("a/../b", "/b"), ("../../../../members", "/members"),
 ])
@@ -13280,6 +13340,10 @@ def test_client_fate_old_and_odd_answers():
     ((), ("http://127.0.0.1:2379",)),
     (("h",), ("http://h:2379",)),
     (("h", 4001), ("http://h:4001",)),
+    ((("::1", 2379),), ("http://[::1]:2379",)),
+    ((("h", 3),), ("http://h:3",)),
+    (("::1", 3), ("http://[::1]:3",)),
+    (("::1,fe80::2,h",), ("http://[::1]:2379", "http://[fe80::2]:2379", "http://h:2379")),
     ((["h:1", "https://h:2/", "g"], 7), ("http://h:1", "https://h:2", "http://g:7")),
     ((("http://[::1]:2379", ("::1", 3), ("h", 4)),),
      ("http://[::1]:2379", "http://[::1]:3", "http://h:4")),
@@ -13816,6 +13880,129 @@ def test_client_net_tls_with_certificates(tmp_path, certificates):
             assert not caught.value.maybe_applied
         with Client(url, verify=False, cert=pair) as client:
             assert client.get("k").value == "v"
+
+
+def test_client_net_plain_text_to_a_tls_port_says_so(tmp_path, certificates):
+    with _tls_member(tmp_path, certificates.files()) as (_, url):
+        with Client(url.replace("https:", "http:"), retry=False) as client:
+            with pytest.raises(pyetcd_client.EtcdError, match="(?i)https|TLS"):
+                client.get("k")
+    go = b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n"
+    old_go = b"\x15\x03\x01\x00\x02\x02\x16"
+    for said, text in ((go, "HTTP request to an HTTPS server"), (old_go, "speaks TLS")):
+        with _ClientRawServer((said,)) as server, Client(server.url, retry=False) as client:
+            with pytest.raises(pyetcd_client.EtcdError, match=text):
+                client.get("k")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        with Client(url, retry=False) as client, _client_background(client.get, "k") as outcome:
+            connection = listener.accept()[0]
+            with connection:
+                connection.recv(65536)
+                connection.sendall(go)
+    assert isinstance(outcome[0], pyetcd_client.ConnectionFailed) and "http://" in str(outcome[0])
+
+
+@pytest.mark.parametrize("waits_for", ["lookup", "handshake"])
+def test_client_net_a_connection_in_the_making_can_be_ended(waits_for, monkeypatch):
+    """A name server and a TLS server that never answer."""
+    reached, hold = threading.Event(), threading.Event()
+    look_up = socket.getaddrinfo
+
+    def black_hole(host, *args, **options):
+        if host != "name.test" or options.get("flags"):
+            return look_up(host, *args, **options)
+        reached.set()
+        hold.wait(_CLIENT_WAIT_S)
+        raise socket.gaierror("late")
+
+    monkeypatch.setattr(socket, "getaddrinfo", black_hole)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = "http://name.test:1" if waits_for == "lookup" else (
+            f"https://127.0.0.1:{listener.getsockname()[1]}")
+        with Client(url, connect_timeout=1e3, total_timeout=1e3) as client:
+            with _client_background(client.get, "k") as outcome:
+                if waits_for == "lookup":
+                    assert reached.wait(_CLIENT_WAIT_S)
+                else:
+                    connection = listener.accept()[0]
+                    assert connection.recv(1)
+                client.close()
+                _client_eventually(lambda: outcome, 5)
+            assert isinstance(outcome[0], pyetcd_client.Cancelled)
+            hold.set()
+            if waits_for == "handshake":
+                connection.settimeout(_CLIENT_WAIT_S)
+                with contextlib.suppress(ConnectionResetError):
+                    while connection.recv(65536):   # nothing of ours holds it open
+                        pass
+                connection.close()
+
+
+def test_client_net_a_name_that_cannot_be_looked_up_keeps_to_the_deadline(monkeypatch):
+    hold = threading.Event()
+    monkeypatch.setattr(pyetcd_client.socket, "getaddrinfo", lambda *_, **options: (
+        () if options.get("flags") else hold.wait(_CLIENT_WAIT_S)))
+    with Client("http://name.test:1") as client, pytest.raises(pyetcd_client.ConnectionFailed):
+        client.get("k", timeout=0.1)
+    hold.set()
+
+
+def test_client_net_few_connections_stay_after_a_rush():
+    barrier = threading.Barrier(50)
+
+    def reply(connection):
+        barrier.wait(_CLIENT_WAIT_S)
+        connection.sendall(_CLIENT_GOOD)
+        connection.recv(1)                          # kept until the client closes it
+
+    with _ClientRawServer(reply) as server, Client(server.url, per_host_pool_size=3) as client:
+        with contextlib.ExitStack() as stack:
+            for _ in range(50):
+                stack.enter_context(_client_background(client.get, "k"))
+        assert server.connections == 50 and len(client._idle) <= 3
+        for _ in range(47):
+            assert server.closed.acquire(timeout=_CLIENT_WAIT_S)
+
+
+def test_client_net_log_tells_of_requests_and_failovers(caplog):
+    caplog.set_level("DEBUG", "pyetcd_client")
+    with _ClientRawServer(_client_hang_up) as bad, _ClientRawServer(_CLIENT_GOOD) as good:
+        with Client([bad.url, good.url], username="root", password="secret") as client:
+            client.get("k")
+            client.delete("k", prevValue="hidden")
+    told = [(record.levelname, record.message) for record in caplog.records]
+    assert ("INFO" in dict(told)) and f"on to {good.url}" in dict(told)["INFO"]
+    assert any(f"GET {good.url}/v2/keys/k: 200 after" in text for _, text in told)
+    assert sum(level == "DEBUG" for level, _ in told) == 3
+    assert "secret" not in caplog.text and "hidden" not in caplog.text
+
+
+def test_client_net_asyncio_waits_end_with_their_tasks():
+    """More waits than the default executor has threads; another call gets through all the same."""
+    async def work(client, watches):
+        async def changes(watch):
+            return [event.value async for event in pyetcd_client.each(watch)]
+
+        tasks = [asyncio.create_task(changes(watch)) for watch in watches]
+        tasks.append(asyncio.create_task(pyetcd_client.to_thread(client.watch, "k", timeout=1e3)))
+        while len(server.watches) < len(tasks):
+            await asyncio.sleep(0.01)
+        assert (await pyetcd_client.to_thread(client.get, "k", timeout=10)).value == "v"
+        for task in tasks:
+            task.cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    before = threading.active_count()
+    with _NetStore() as server, Client(server.url) as client:
+        watches = [client.watcher("k", relist=False) for _ in range(60)]
+        outcomes = asyncio.run(work(client, watches))
+        assert [type(outcome) for outcome in outcomes] == [asyncio.CancelledError] * 61
+        assert all(watch._life.cancelled for watch in watches) and not client.scope.calls
+        assert not [t for t in threading.enumerate() if t.name.startswith("pyetcd-to-thread")]
+        with pytest.raises(pyetcd_client.KeyNotFound):
+            asyncio.run(pyetcd_client.to_thread(client.get, "none"))
+    assert before > 0
 
 
 def test_client_net_a_proxy_is_asked_on_request():
