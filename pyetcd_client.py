@@ -3675,7 +3675,8 @@ class _Turn:
         if isinstance(error, Cancelled):
             return not any(scope is not None and scope.cancelled for scope in self._outer)
         return (self._span.looked and isinstance(error, ConnectionFailed)
-                and not isinstance(error, WatchTimeout) and not self._span.left_s())
+                and not isinstance(error, WatchTimeout)
+                and time.monotonic() >= self._span.deadline)
 
 
 @contextlib.contextmanager
@@ -3969,7 +3970,10 @@ class Heartbeat:
         if self._pid != os.getpid():                # in a forked child it is the parent's
             return False
         self._end()
-        with Scope(LEAVE_S):
+        around = _here.scope                        # its end must not leave the file to others
+        over = around is not None and (
+            around.cancelled or time.monotonic() + TIDY_S >= around.deadline)
+        with _apart(TIDY_S) if over else Scope(LEAVE_S):
             self._leave()
         return held
 
@@ -4393,8 +4397,12 @@ class Contender(_Recipe):
                     break
         else:
             return False
-        if lost is not None:
-            lost.stop()
+        try:
+            if lost is not None:
+                lost.stop()
+        except BaseException:
+            self._set_free()
+            raise
         return True
 
     def _is_free(self) -> bool:
@@ -5582,7 +5590,7 @@ class CachedTree(_Recipe, Mapping[str, Node]):
             nodes = (found.node, *found.node.walk())
             known = {node.key: _alone(node) for node in nodes}
             index, term = found.etcd_index, found.raft_term
-        except KeyNotFound as error:
+        except (KeyNotFound, NotDir) as error:
             index = error.index
         watch._state.listed(dict(known), index, term)
         fresh = {key: node for key, node in known.items() if not node.dir}

@@ -16703,6 +16703,18 @@ def test_recipe_lock_acquired_again_waits_unless_that_could_never_end(
     assert ["RLock" in record.getMessage() for record in caplog.records] == [True]
 
 
+def test_recipe_lock_is_given_back_though_the_time_of_the_block_is_over(
+        _recipe_client, _client_dir):
+    lock = _recipe_lock(_recipe_client, _client_dir)
+    for cancel in (True, False):
+        scope = pyetcd_client.Scope(1000)
+        with scope, lock:
+            if cancel:
+                scope.cancel()
+            scope.deadline = 0
+        assert not lock.is_held and lock.contenders() == []
+
+
 def test_recipe_lock_release_names_the_hold_by_its_token(_recipe_client, _client_dir):
     lost = threading.Event()
     lock = _recipe_lock(_recipe_client, _client_dir, ttl=1, on_lost=lost.set)
