@@ -6746,7 +6746,7 @@ def _exit() -> NoReturn:
 # ============================================================================
 
 _Answer = TypeVar("_Answer")
-_Item = TypeVar("_Item")
+_Job = TypeVar("_Job")
 _HEALTH_EVERY_S = 10.0
 _SNAP_TTL_MIN_S = 300           # `import --snap` gives short-lived keys at least this long
 
@@ -7079,7 +7079,7 @@ def _cmd_backup(run: _Run) -> None:
 
 
 def _spread(
-    items: Sequence[_Item], workers: int, work: Callable[[_Item], None], progress: _Progress,
+    items: Sequence[_Job], workers: int, work: Callable[[_Job], None], progress: _Progress,
 ) -> None:
     """Call `work` for every item on `workers` threads; what one raises ends them all."""
     numbered, lock, stop = enumerate(items), threading.Lock(), threading.Event()
