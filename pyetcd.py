@@ -7284,7 +7284,7 @@ class TlsSocket(ssl.SSLSocket):
 
     def _names_shown(self) -> Optional[List[str]]:
         """The names in the certificate that was refused; None: Python 3.9 does not tell them."""
-        chain: Any = getattr(self._sslobj, "get_unverified_chain", list)()   # type: ignore[attr-defined]
+        chain: Any = getattr(self._sslobj, "get_unverified_chain", list)()   # type: ignore
         if not chain:
             return None
         return [str(name) for _, name in chain[0].get_info().get("subjectAltName", ())]
@@ -17325,6 +17325,10 @@ class ServerThread:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
+    def start(self) -> None:
+        """Bind and serve."""
+        raise NotImplementedError
+
     def stop(self) -> None:
         """Stop in order: waiting requests are rejected, the last batch is written, files closed."""
         if self._thread is None:
@@ -20874,20 +20878,15 @@ def start_server(config: ServerConfig, kind: str) -> ServerThread:
     """
     if kind == "proxy" or (config.proxy != "off" and kind != "member"):
         return _start_proxy(config)
-    member = Server.from_config(config)
     try:
-        member.start()
-        return member
+        return Server.from_config(config).__enter__()
     except ClusterFull:
         package_logger("etcd").info("discovery cluster full, falling back to proxy")
-    member.stop()
     return _start_proxy(config)
 
 
 def _start_proxy(config: ServerConfig) -> ProxyServer:
-    proxy = ProxyServer.from_config(config)
-    proxy.start()
-    return proxy
+    return ProxyServer.from_config(config).__enter__()
 
 
 def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
