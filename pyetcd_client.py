@@ -7097,9 +7097,8 @@ def _spread(
             stop.set()
 
     with concurrent.futures.ThreadPoolExecutor(max(1, workers), "pyetcdctl") as pool:
-        futures = [pool.submit(serve) for _ in range(max(1, workers))]
-        try:
-            for future in futures:
+        try:                                        # Ctrl-C may come before all have begun
+            for future in [pool.submit(serve) for _ in range(max(1, workers))]:
                 future.result()
         finally:
             stop.set()

@@ -18691,13 +18691,15 @@ def test_ctl_bench_leaves_what_was_there(_client_server, _client, _client_dir):
 
 
 def test_ctl_bench_cleans_up_after_ctrl_c(_client_server, _client, _client_dir):
+    _client.mkdir(_client_dir)
     with _ctl_process(_client_server.url, "bench", "--total", "1000000", "--prefix",
                       _client_dir + "/bench") as process:
-        eventually(lambda: _client_dir + "/bench" in [
-            node.key for node in _client.get("/", recursive=True).node.walk()], what="load")
-        assert _ctl_interrupt(process)[0] == 130
-    with pytest.raises(pyetcd_client.KeyNotFound):
-        _client.get(_client_dir + "/bench")
+        try:
+            eventually(lambda: _client.ls(_client_dir), what="load")
+            assert _ctl_interrupt(process) == (130, "", "")
+        finally:
+            process.kill()
+    assert _client.ls(_client_dir) == []
 
 
 def test_ctl_bench_says_what_it_could_not_remove():
