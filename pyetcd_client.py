@@ -146,6 +146,7 @@ BACKOFF_MIN_S = 0.05            # wait after a round in which every endpoint fai
 BACKOFF_MAX_S = 1.0             # up to this
 READ_BUFFER_BYTES = 16384       # read from a socket at once
 DNS_ANSWER_S = 2.0              # wait for one name server; then the next is asked
+DNS_SLICE_S = 0.02              # of it: nobody can wake who waits for a datagram
 RESOLV_CONF = "/etc/resolv.conf"
 REDIRECTS_MAX = 5               # of one read; more raise BadReply
 
@@ -974,13 +975,18 @@ def _dns_ask(server: Tuple[str, int], query: bytes, wait_s: float) -> bytes:
     """Return the answer of a name server, by TCP if it is too long for a datagram (RFC 1035)."""
     family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
     deadline = time.monotonic() + wait_s
+    scope = _here.scope or Scope()
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.connect(server)                        # the kernel drops what comes from others
         sock.send(query)
         answer = b""
         while answer[:2] != query[:2] or len(answer) < 12:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            answer = sock.recv(65535)
+            left_s = deadline - time.monotonic()
+            if scope.left_s() <= 0 or left_s <= 0:
+                raise socket.timeout("no answer in time")
+            sock.settimeout(min(left_s, DNS_SLICE_S))
+            with contextlib.suppress(socket.timeout):
+                answer = sock.recv(65535)
     if not answer[2] & 2:
         return answer
     with socket.create_connection(server, wait_s) as sock, sock.makefile("rb") as stream:
