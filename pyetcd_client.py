@@ -1368,7 +1368,7 @@ class _Connections:
         if way is None:
             way = self._ways[endpoint] = self._adapter.way_to(endpoint, self._trust)
         _here.exchange = exchange
-        connection = way.connection
+        connection, body = way.connection, None
         try:
             way.prepare()
             http.client.HTTPConnection.request(
@@ -1378,10 +1378,11 @@ class _Connections:
             if on_head is not None and response.status == 200:
                 on_head(_Reply(response.status, known, b""))
                 _here.exchange = exchange     # a listener may have made a call of its own
-            return _Reply(response.status, known, response.read())
-        except BaseException:                       # what is left of the answer is not the next one
-            connection.close()
-            raise
+            body = response.read()
+            return _Reply(response.status, known, body)
+        finally:
+            if body is None:                        # what is left of the answer is not the next one
+                connection.close()
 
     def is_stale(self) -> bool:
         """Whether the other side may be about to close the connections."""
