@@ -158,6 +158,7 @@ BACKOFF_MIN_S = 0.05            # wait after a round in which every endpoint fai
 BACKOFF_MAX_S = 1.0             # up to this
 READ_BUFFER_BYTES = 16384       # read from a socket at once
 DNS_ANSWER_S = 2.0              # wait for one name server; then the next is asked
+DNS_SLICE_S = 0.02              # of it: nobody can wake who waits for a datagram
 RESOLV_CONF = "/etc/resolv.conf"
 REDIRECTS_MAX = 5               # of one read; more raise BadReply
 
@@ -986,13 +987,18 @@ def _dns_ask(server: Tuple[str, int], query: bytes, wait_s: float) -> bytes:
     """Return the answer of a name server, by TCP if it is too long for a datagram (RFC 1035)."""
     family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
     deadline = time.monotonic() + wait_s
+    scope = _here.scope or Scope()
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.connect(server)                        # the kernel drops what comes from others
         sock.send(query)
         answer = b""
         while answer[:2] != query[:2] or len(answer) < 12:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            answer = sock.recv(65535)
+            left_s = deadline - time.monotonic()
+            if scope.left_s() <= 0 or left_s <= 0:
+                raise socket.timeout("no answer in time")
+            sock.settimeout(min(left_s, DNS_SLICE_S))
+            with contextlib.suppress(socket.timeout):
+                answer = sock.recv(65535)
     if not answer[2] & 2:
         return answer
     with socket.create_connection(server, wait_s) as sock, sock.makefile("rb") as stream:
@@ -1374,7 +1380,7 @@ class _Connections:
         if way is None:
             way = self._ways[endpoint] = self._adapter.way_to(endpoint, self._trust)
         _here.exchange = exchange
-        connection = way.connection
+        connection, body = way.connection, None
         try:
             way.prepare()
             http.client.HTTPConnection.request(
@@ -1384,10 +1390,11 @@ class _Connections:
             if on_head is not None and response.status == 200:
                 on_head(_Reply(response.status, known, b""))
                 _here.exchange = exchange     # a listener may have made a call of its own
-            return _Reply(response.status, known, response.read())
-        except BaseException:                       # what is left of the answer is not the next one
-            connection.close()
-            raise
+            body = response.read()
+            return _Reply(response.status, known, body)
+        finally:
+            if body is None:                        # what is left of the answer is not the next one
+                connection.close()
 
     def is_stale(self) -> bool:
         """Whether the other side may be about to close the connections."""
@@ -2340,205 +2347,6 @@ def _needed(prev_value: Optional[object], prev_index: Optional[int]) -> Dict[str
                        _NOT_GIVEN if prev_index is None else prev_index)
 
 
-class _Cluster(_Caller):
-    """Members, statistics, versions, health; and requests for which there is no verb."""
-
-    _MGET, _MPUT, _MPOST, _MDELETE = "GET", "PUT", "POST", "DELETE"     # callers of api_execute
-
-    # -- members
-
-    def member_list(self) -> List[Member]:
-        """Return the members of the cluster, ordered by id."""
-        return self._perform(_Call("GET", f"{self.version_prefix}/members", _parse_members))
-
-    def leader_member(self) -> Optional[Member]:
-        """Return the leader as the answering member knows it; None during an election."""
-        return self._perform(_Call(
-            "GET", f"{self.version_prefix}/members/leader", _parse_leader,
-            statuses=_HEALTH_STATUSES))
-
-    def member_add(self, peer_urls: Union[str, Iterable[str]]) -> Member:
-        """Add a member that will be reached at `peer_urls`; start it after that.
-
-        Raises HttpError with status 409 if another member has one of the URLs.
-        """
-        return self._perform(self._members_call("POST", "", peer_urls, _parse_member))
-
-    def member_update(self, id: str, peer_urls: Union[str, Iterable[str]]) -> None:
-        """Change the peer URLs of the member with this id.  Raises KeyNotFound."""
-        self._perform(self._members_call("PUT", f"/{id}", peer_urls, _parse_nothing))
-
-    def member_remove(self, id: str) -> None:
-        """Remove the member with this id from the cluster.
-
-        Raises KeyNotFound; HttpError with status 410 if it was removed already.
-        """
-        path = f"{self.version_prefix}/members/{id}"
-        self._perform(_Call("DELETE", _target(path, {}), _parse_nothing))
-
-    # -- what the answering member says of itself
-
-    def statistics(self, name: str = "self") -> Dict[str, Any]:
-        """Return statistics of the answering member: `self`, `store` or (leader only) `leader`."""
-        if name not in ("self", "store", "leader"):
-            raise EtcdValueError(f"no such statistics: {name!r}; there are self, store and leader")
-        return self._perform(_Call("GET", f"{self.version_prefix}/stats/{name}", _parse_object))
-
-    def server_version(self) -> Dict[str, str]:
-        """Return {"etcdserver": ..., "etcdcluster": ...} of the answering member."""
-        return self._perform(_Call("GET", "/version", _parse_version))
-
-    def health(self, endpoint: Optional[str] = None) -> bool:
-        """Return what one server says of itself (the one in use, if none is given).
-
-        Raises TransportError if it does not answer.
-        """
-        call = _Call("GET", "/health", _parse_health, statuses=_HEALTH_STATUSES)
-        with Scope(self.total_timeout, self.scope) as scope:
-            if endpoint is None:
-                self._discover_endpoints(scope.deadline)
-            base_url = self.endpoints.current if endpoint is None else _base_url(endpoint)
-            return self._attempt(base_url, call, scope.deadline)
-
-    # -- the same as python-etcd shows it: each a request, but for the last group
-
-    @property
-    def machines(self) -> List[str]:
-        """Client URLs of all members."""
-        return self._perform(_Call("GET", f"{self.version_prefix}/machines", _parse_machines))
-
-    @property
-    def members(self) -> Dict[str, Dict[str, Any]]:
-        """The members as the API describes them, by id."""
-        return {member.id: dict(member.raw) for member in self.member_list()}
-
-    @property
-    def leader(self) -> Dict[str, Any]:
-        """The leader as the API describes it.  Raises LeaderElectionInProgress."""
-        leader = self.leader_member()
-        if leader is None:
-            raise LeaderElectionInProgress("there is no leader at the moment")
-        return dict(leader.raw)
-
-    @property
-    def stats(self) -> Dict[str, Any]:
-        """Statistics of the answering member."""
-        return self.statistics()
-
-    @property
-    def leader_stats(self) -> Dict[str, Any]:
-        """What the leader knows of its followers; HttpError from any other member."""
-        return self.statistics("leader")
-
-    @property
-    def store_stats(self) -> Dict[str, Any]:
-        """Counters of the store."""
-        return self.statistics("store")
-
-    @property
-    def version(self) -> str:
-        """Version of the answering server."""
-        return self.server_version().get("etcdserver", "")
-
-    @property
-    def cluster_version(self) -> str:
-        """Version all members can work with; "" from etcd 2.0."""
-        return self.server_version().get("etcdcluster", "")
-
-    @property
-    def base_uri(self) -> str:
-        """URL of the server in use."""
-        return self.endpoints.current
-
-    @property
-    def protocol(self) -> str:
-        """http or https, as the server in use wants it."""
-        return urlsplit(self.base_uri).scheme
-
-    @property
-    def host(self) -> str:
-        """Host of the server in use."""
-        return urlsplit(self.base_uri).hostname or ""
-
-    @property
-    def port(self) -> int:
-        """Port of the server in use."""
-        parts = urlsplit(self.base_uri)
-        return parts.port or (443 if parts.scheme == "https" else 80)
-
-    @property
-    def key_endpoint(self) -> str:
-        """Path of the keys API."""
-        return self.version_prefix + "/keys"
-
-    @property
-    def expected_cluster_id(self) -> Optional[str]:
-        """`cluster_id`, as python-etcd calls it."""
-        return self.cluster_id
-
-    @expected_cluster_id.setter
-    def expected_cluster_id(self, cluster_id: Optional[str]) -> None:
-        self.cluster_id = cluster_id
-
-    # -- requests for which there is no verb
-
-    def api_execute(
-        self, path: str, method: str, params: Optional[Mapping[str, Any]] = None,
-        timeout: Optional[float] = None,
-    ) -> _Reply:
-        """Send a request of your own and return the answer: `status`, `headers`, `data`.
-
-        path     begins with a slash and the version prefix
-        params   go into the query of a GET or DELETE, into the form of a PUT or POST
-        timeout  seconds in all; None: the client's; 0: no end
-
-        Raises what the verbs raise for an answer other than 2xx; WatchTimeout for a GET with the
-        parameter `wait`.
-        """
-        given = {} if params is None else {
-            name: value if isinstance(value, bool) else "" if value is None else _text(value)
-            for name, value in params.items()}
-        if method not in ("GET", "DELETE"):
-            form = _encode_fields(given).encode()
-            return self._execute(path, method, {}, form, _FORM_TYPE, timeout)
-        try:
-            return self._execute(path, method, given, None, _FORM_TYPE, timeout)
-        except RequestTimeout as error:
-            if given.get("wait") in (True, "true"):
-                raise WatchTimeout("no change in time", endpoint=error.endpoint) from error
-            raise
-
-    def api_execute_json(
-        self, path: str, method: str, params: Any = None, timeout: Optional[float] = None,
-    ) -> _Reply:
-        """Send a request of your own with `params` as JSON and return the answer."""
-        body = json.dumps(params).encode()
-        return self._execute(path, method, {}, body, _JSON_TYPE, timeout)
-
-    # -- below: no public names
-
-    def _execute(
-        self, path: str, method: str, query: Mapping[str, _Field], body: Optional[bytes],
-        content_type: str, timeout: Optional[float],
-    ) -> _Reply:
-        if not path.startswith("/"):
-            raise EtcdValueError("the path begins with a slash")
-        if method not in ("GET", "PUT", "POST", "DELETE"):
-            raise EtcdValueError(f"HTTP method {method} is not one of the API")
-        return self._perform(_Call(
-            method, _target(path, query), _parse_not, body, content_type, timeout,
-            waits=query.get("wait") in (True, "true")))
-
-    def _members_call(
-        self, method: str, path: str, peer_urls: Union[str, Iterable[str]],
-        parse: Callable[[_Reply], _T],
-    ) -> _Call[_T]:
-        urls = peer_urls.split(",") if isinstance(peer_urls, str) else list(peer_urls)
-        target = _target(f"{self.version_prefix}/members{path}", {})
-        body = json.dumps({"peerURLs": urls}).encode()
-        return _Call(method, target, parse, body, _JSON_TYPE)
-
-
 # ============================================================================
 # 5. Watching
 # ----------------------------------------------------------------------------
@@ -2557,10 +2365,11 @@ class _Step(enum.Enum):
 class _WatchState:
     """What a watch knows, and what follows from each answer.  No network and no clock in here.
 
-    step     what to ask next
-    index    the next change to ask for; None: from now on
-    found    events that are not told yet
-    reached  whether a server ever answered
+    step      what to ask next
+    index     the next change to ask for; None: from now on
+    found     events that are not told yet
+    reached   whether a server ever answered
+    doubtful  whether the last head shows an older store: restored, or of a member that lags behind
 
     How the steps follow each other, from LIST (with relist) or POLL on:
 
@@ -2581,23 +2390,23 @@ class _WatchState:
         self.index = index
         self.found: Deque[EtcdResult] = deque()
         self.reached = False
+        self.doubtful = False
         self.quiet = (0, 0.0)
         self._path = path
         self._recursive = recursive
         self._relist = relist
         self._known: Optional[Dict[str, Node]] = None   # with relist: the nodes as told so far
         self._newest = (0, 0)                       # index and term of a store seen
-        self._doubtful = False                      # the last head shows an older one,
-        self._other_term = False                    # so that what follows it may not count
+        self._other_term = False                    # the last head has an older one
 
     # -- answers to POLL
 
     def head(self, index: int, term: int, now_s: float) -> None:
         """Note where the store was when it began to wait for us."""
         self.reached = True
-        self._doubtful = self._is_older(index, term)
+        self.doubtful = self._is_older(index, term)
         self._other_term = 0 < term < self._newest[1]
-        if self._doubtful:
+        if self.doubtful:
             return
         self._newest = max(index, self._newest[0]), max(term, self._newest[1])
         if self.index is None:                      # in case the connection breaks now
@@ -2606,9 +2415,9 @@ class _WatchState:
 
     def is_doubtful(self) -> bool:
         """Whether to check where the store is, rather than wait for it: it showed an older one."""
-        if self._doubtful:
+        if self.doubtful:
             self.step = _Step.CHECK
-        return self._doubtful
+        return self.doubtful
 
     def alive(self, index: int, term: int, now_s: float) -> bool:
         """Note where the store is while it waits for us; return False if that must be checked."""
@@ -2908,7 +2717,8 @@ class Watch:
         self._client._connectivity.report(True)
         if self._exchange is not None:
             self._exchange.deadline = min(self._until, time.monotonic() + WATCH_POLL_S)
-            self._exchange.silence_s = min(WATCH_PROBE_S, WATCH_POLL_S)
+            silence_s = WATCH_HEAD_S if self._state.doubtful else WATCH_PROBE_S
+            self._exchange.silence_s = min(silence_s, WATCH_POLL_S)
 
     def _is_patient(self) -> bool:
         """Whether to wait on for a server that said nothing for a while."""
@@ -3492,6 +3302,205 @@ class auth:
 # ----------------------------------------------------------------------------
 # Knows: sections 1-6.
 # ============================================================================
+
+class _Cluster(_Caller):
+    """Members, statistics, versions, health; and requests for which there is no verb."""
+
+    _MGET, _MPUT, _MPOST, _MDELETE = "GET", "PUT", "POST", "DELETE"     # callers of api_execute
+
+    # -- members
+
+    def member_list(self) -> List[Member]:
+        """Return the members of the cluster, ordered by id."""
+        return self._perform(_Call("GET", f"{self.version_prefix}/members", _parse_members))
+
+    def leader_member(self) -> Optional[Member]:
+        """Return the leader as the answering member knows it; None during an election."""
+        return self._perform(_Call(
+            "GET", f"{self.version_prefix}/members/leader", _parse_leader,
+            statuses=_HEALTH_STATUSES))
+
+    def member_add(self, peer_urls: Union[str, Iterable[str]]) -> Member:
+        """Add a member that will be reached at `peer_urls`; start it after that.
+
+        Raises HttpError with status 409 if another member has one of the URLs.
+        """
+        return self._perform(self._members_call("POST", "", peer_urls, _parse_member))
+
+    def member_update(self, id: str, peer_urls: Union[str, Iterable[str]]) -> None:
+        """Change the peer URLs of the member with this id.  Raises KeyNotFound."""
+        self._perform(self._members_call("PUT", f"/{id}", peer_urls, _parse_nothing))
+
+    def member_remove(self, id: str) -> None:
+        """Remove the member with this id from the cluster.
+
+        Raises KeyNotFound; HttpError with status 410 if it was removed already.
+        """
+        path = f"{self.version_prefix}/members/{id}"
+        self._perform(_Call("DELETE", _target(path, {}), _parse_nothing))
+
+    # -- what the answering member says of itself
+
+    def statistics(self, name: str = "self") -> Dict[str, Any]:
+        """Return statistics of the answering member: `self`, `store` or (leader only) `leader`."""
+        if name not in ("self", "store", "leader"):
+            raise EtcdValueError(f"no such statistics: {name!r}; there are self, store and leader")
+        return self._perform(_Call("GET", f"{self.version_prefix}/stats/{name}", _parse_object))
+
+    def server_version(self) -> Dict[str, str]:
+        """Return {"etcdserver": ..., "etcdcluster": ...} of the answering member."""
+        return self._perform(_Call("GET", "/version", _parse_version))
+
+    def health(self, endpoint: Optional[str] = None) -> bool:
+        """Return what one server says of itself (the one in use, if none is given).
+
+        Raises TransportError if it does not answer.
+        """
+        call = _Call("GET", "/health", _parse_health, statuses=_HEALTH_STATUSES)
+        with Scope(self.total_timeout, self.scope) as scope:
+            if endpoint is None:
+                self._discover_endpoints(scope.deadline)
+            base_url = self.endpoints.current if endpoint is None else _base_url(endpoint)
+            return self._attempt(base_url, call, scope.deadline)
+
+    # -- the same as python-etcd shows it: each a request, but for the last group
+
+    @property
+    def machines(self) -> List[str]:
+        """Client URLs of all members."""
+        return self._perform(_Call("GET", f"{self.version_prefix}/machines", _parse_machines))
+
+    @property
+    def members(self) -> Dict[str, Dict[str, Any]]:
+        """The members as the API describes them, by id."""
+        return {member.id: dict(member.raw) for member in self.member_list()}
+
+    @property
+    def leader(self) -> Dict[str, Any]:
+        """The leader as the API describes it.  Raises LeaderElectionInProgress."""
+        leader = self.leader_member()
+        if leader is None:
+            raise LeaderElectionInProgress("there is no leader at the moment")
+        return dict(leader.raw)
+
+    @property
+    def stats(self) -> Dict[str, Any]:
+        """Statistics of the answering member."""
+        return self.statistics()
+
+    @property
+    def leader_stats(self) -> Dict[str, Any]:
+        """What the leader knows of its followers; HttpError from any other member."""
+        return self.statistics("leader")
+
+    @property
+    def store_stats(self) -> Dict[str, Any]:
+        """Counters of the store."""
+        return self.statistics("store")
+
+    @property
+    def version(self) -> str:
+        """Version of the answering server."""
+        return self.server_version().get("etcdserver", "")
+
+    @property
+    def cluster_version(self) -> str:
+        """Version all members can work with; "" from etcd 2.0."""
+        return self.server_version().get("etcdcluster", "")
+
+    @property
+    def base_uri(self) -> str:
+        """URL of the server in use."""
+        return self.endpoints.current
+
+    @property
+    def protocol(self) -> str:
+        """http or https, as the server in use wants it."""
+        return urlsplit(self.base_uri).scheme
+
+    @property
+    def host(self) -> str:
+        """Host of the server in use."""
+        return urlsplit(self.base_uri).hostname or ""
+
+    @property
+    def port(self) -> int:
+        """Port of the server in use."""
+        parts = urlsplit(self.base_uri)
+        return parts.port or (443 if parts.scheme == "https" else 80)
+
+    @property
+    def key_endpoint(self) -> str:
+        """Path of the keys API."""
+        return self.version_prefix + "/keys"
+
+    @property
+    def expected_cluster_id(self) -> Optional[str]:
+        """`cluster_id`, as python-etcd calls it."""
+        return self.cluster_id
+
+    @expected_cluster_id.setter
+    def expected_cluster_id(self, cluster_id: Optional[str]) -> None:
+        self.cluster_id = cluster_id
+
+    # -- requests for which there is no verb
+
+    def api_execute(
+        self, path: str, method: str, params: Optional[Mapping[str, Any]] = None,
+        timeout: Optional[float] = None,
+    ) -> _Reply:
+        """Send a request of your own and return the answer: `status`, `headers`, `data`.
+
+        path     begins with a slash and the version prefix
+        params   go into the query of a GET or DELETE, into the form of a PUT or POST
+        timeout  seconds in all; None: the client's; 0: no end
+
+        Raises what the verbs raise for an answer other than 2xx; WatchTimeout for a GET with the
+        parameter `wait`.
+        """
+        given = {} if params is None else {
+            name: value if isinstance(value, bool) else "" if value is None else _text(value)
+            for name, value in params.items()}
+        if method not in ("GET", "DELETE"):
+            form = _encode_fields(given).encode()
+            return self._execute(path, method, {}, form, _FORM_TYPE, timeout)
+        try:
+            return self._execute(path, method, given, None, _FORM_TYPE, timeout)
+        except RequestTimeout as error:
+            if given.get("wait") in (True, "true"):
+                raise WatchTimeout("no change in time", endpoint=error.endpoint) from error
+            raise
+
+    def api_execute_json(
+        self, path: str, method: str, params: Any = None, timeout: Optional[float] = None,
+    ) -> _Reply:
+        """Send a request of your own with `params` as JSON and return the answer."""
+        body = json.dumps(params).encode()
+        return self._execute(path, method, {}, body, _JSON_TYPE, timeout)
+
+    # -- below: no public names
+
+    def _execute(
+        self, path: str, method: str, query: Mapping[str, _Field], body: Optional[bytes],
+        content_type: str, timeout: Optional[float],
+    ) -> _Reply:
+        if not path.startswith("/"):
+            raise EtcdValueError("the path begins with a slash")
+        if method not in ("GET", "PUT", "POST", "DELETE"):
+            raise EtcdValueError(f"HTTP method {method} is not one of the API")
+        return self._perform(_Call(
+            method, _target(path, query), _parse_not, body, content_type, timeout,
+            waits=query.get("wait") in (True, "true")))
+
+    def _members_call(
+        self, method: str, path: str, peer_urls: Union[str, Iterable[str]],
+        parse: Callable[[_Reply], _T],
+    ) -> _Call[_T]:
+        urls = peer_urls.split(",") if isinstance(peer_urls, str) else list(peer_urls)
+        target = _target(f"{self.version_prefix}/members{path}", {})
+        body = json.dumps({"peerURLs": urls}).encode()
+        return _Call(method, target, parse, body, _JSON_TYPE)
+
 
 class Client(_Watching, _Cluster, _Users):
     """A connection to an etcd cluster; safe to share between threads.
