@@ -152,6 +152,7 @@ BACKOFF_MIN_S = 0.05            # wait after a round in which every endpoint fai
 BACKOFF_MAX_S = 1.0             # up to this
 READ_BUFFER_BYTES = 16384       # read from a socket at once
 DNS_ANSWER_S = 2.0              # wait for one name server; then the next is asked
+DNS_SLICE_S = 0.02              # of it: nobody can wake who waits for a datagram
 RESOLV_CONF = "/etc/resolv.conf"
 REDIRECTS_MAX = 5               # of one read; more raise BadReply
 
@@ -980,13 +981,18 @@ def _dns_ask(server: Tuple[str, int], query: bytes, wait_s: float) -> bytes:
     """Return the answer of a name server, by TCP if it is too long for a datagram (RFC 1035)."""
     family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
     deadline = time.monotonic() + wait_s
+    scope = _here.scope or Scope()
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.connect(server)                        # the kernel drops what comes from others
         sock.send(query)
         answer = b""
         while answer[:2] != query[:2] or len(answer) < 12:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            answer = sock.recv(65535)
+            left_s = deadline - time.monotonic()
+            if scope.left_s() <= 0 or left_s <= 0:
+                raise socket.timeout("no answer in time")
+            sock.settimeout(min(left_s, DNS_SLICE_S))
+            with contextlib.suppress(socket.timeout):
+                answer = sock.recv(65535)
     if not answer[2] & 2:
         return answer
     with socket.create_connection(server, wait_s) as sock, sock.makefile("rb") as stream:
@@ -2334,205 +2340,6 @@ def _needed(prev_value: Optional[object], prev_index: Optional[int]) -> Dict[str
                        _NOT_GIVEN if prev_index is None else prev_index)
 
 
-class _Cluster(_Caller):
-    """Members, statistics, versions, health; and requests for which there is no verb."""
-
-    _MGET, _MPUT, _MPOST, _MDELETE = "GET", "PUT", "POST", "DELETE"     # callers of api_execute
-
-    # -- members
-
-    def member_list(self) -> List[Member]:
-        """Return the members of the cluster, ordered by id."""
-        return self._perform(_Call("GET", f"{self.version_prefix}/members", _parse_members))
-
-    def leader_member(self) -> Optional[Member]:
-        """Return the leader as the answering member knows it; None during an election."""
-        return self._perform(_Call(
-            "GET", f"{self.version_prefix}/members/leader", _parse_leader,
-            statuses=_HEALTH_STATUSES))
-
-    def member_add(self, peer_urls: Union[str, Iterable[str]]) -> Member:
-        """Add a member that will be reached at `peer_urls`; start it after that.
-
-        Raises HttpError with status 409 if another member has one of the URLs.
-        """
-        return self._perform(self._members_call("POST", "", peer_urls, _parse_member))
-
-    def member_update(self, id: str, peer_urls: Union[str, Iterable[str]]) -> None:
-        """Change the peer URLs of the member with this id.  Raises KeyNotFound."""
-        self._perform(self._members_call("PUT", f"/{id}", peer_urls, _parse_nothing))
-
-    def member_remove(self, id: str) -> None:
-        """Remove the member with this id from the cluster.
-
-        Raises KeyNotFound; HttpError with status 410 if it was removed already.
-        """
-        path = f"{self.version_prefix}/members/{id}"
-        self._perform(_Call("DELETE", _target(path, {}), _parse_nothing))
-
-    # -- what the answering member says of itself
-
-    def statistics(self, name: str = "self") -> Dict[str, Any]:
-        """Return statistics of the answering member: `self`, `store` or (leader only) `leader`."""
-        if name not in ("self", "store", "leader"):
-            raise EtcdValueError(f"no such statistics: {name!r}; there are self, store and leader")
-        return self._perform(_Call("GET", f"{self.version_prefix}/stats/{name}", _parse_object))
-
-    def server_version(self) -> Dict[str, str]:
-        """Return {"etcdserver": ..., "etcdcluster": ...} of the answering member."""
-        return self._perform(_Call("GET", "/version", _parse_version))
-
-    def health(self, endpoint: Optional[str] = None) -> bool:
-        """Return what one server says of itself (the one in use, if none is given).
-
-        Raises TransportError if it does not answer.
-        """
-        call = _Call("GET", "/health", _parse_health, statuses=_HEALTH_STATUSES)
-        with Scope(self.total_timeout, self.scope) as scope:
-            if endpoint is None:
-                self._discover_endpoints(scope.deadline)
-            base_url = self.endpoints.current if endpoint is None else _base_url(endpoint)
-            return self._attempt(base_url, call, scope.deadline)
-
-    # -- the same as python-etcd shows it: each a request, but for the last group
-
-    @property
-    def machines(self) -> List[str]:
-        """Client URLs of all members."""
-        return self._perform(_Call("GET", f"{self.version_prefix}/machines", _parse_machines))
-
-    @property
-    def members(self) -> Dict[str, Dict[str, Any]]:
-        """The members as the API describes them, by id."""
-        return {member.id: dict(member.raw) for member in self.member_list()}
-
-    @property
-    def leader(self) -> Dict[str, Any]:
-        """The leader as the API describes it.  Raises LeaderElectionInProgress."""
-        leader = self.leader_member()
-        if leader is None:
-            raise LeaderElectionInProgress("there is no leader at the moment")
-        return dict(leader.raw)
-
-    @property
-    def stats(self) -> Dict[str, Any]:
-        """Statistics of the answering member."""
-        return self.statistics()
-
-    @property
-    def leader_stats(self) -> Dict[str, Any]:
-        """What the leader knows of its followers; HttpError from any other member."""
-        return self.statistics("leader")
-
-    @property
-    def store_stats(self) -> Dict[str, Any]:
-        """Counters of the store."""
-        return self.statistics("store")
-
-    @property
-    def version(self) -> str:
-        """Version of the answering server."""
-        return self.server_version().get("etcdserver", "")
-
-    @property
-    def cluster_version(self) -> str:
-        """Version all members can work with; "" from etcd 2.0."""
-        return self.server_version().get("etcdcluster", "")
-
-    @property
-    def base_uri(self) -> str:
-        """URL of the server in use."""
-        return self.endpoints.current
-
-    @property
-    def protocol(self) -> str:
-        """http or https, as the server in use wants it."""
-        return urlsplit(self.base_uri).scheme
-
-    @property
-    def host(self) -> str:
-        """Host of the server in use."""
-        return urlsplit(self.base_uri).hostname or ""
-
-    @property
-    def port(self) -> int:
-        """Port of the server in use."""
-        parts = urlsplit(self.base_uri)
-        return parts.port or (443 if parts.scheme == "https" else 80)
-
-    @property
-    def key_endpoint(self) -> str:
-        """Path of the keys API."""
-        return self.version_prefix + "/keys"
-
-    @property
-    def expected_cluster_id(self) -> Optional[str]:
-        """`cluster_id`, as python-etcd calls it."""
-        return self.cluster_id
-
-    @expected_cluster_id.setter
-    def expected_cluster_id(self, cluster_id: Optional[str]) -> None:
-        self.cluster_id = cluster_id
-
-    # -- requests for which there is no verb
-
-    def api_execute(
-        self, path: str, method: str, params: Optional[Mapping[str, Any]] = None,
-        timeout: Optional[float] = None,
-    ) -> _Reply:
-        """Send a request of your own and return the answer: `status`, `headers`, `data`.
-
-        path     begins with a slash and the version prefix
-        params   go into the query of a GET or DELETE, into the form of a PUT or POST
-        timeout  seconds in all; None: the client's; 0: no end
-
-        Raises what the verbs raise for an answer other than 2xx; WatchTimeout for a GET with the
-        parameter `wait`.
-        """
-        given = {} if params is None else {
-            name: value if isinstance(value, bool) else "" if value is None else _text(value)
-            for name, value in params.items()}
-        if method not in ("GET", "DELETE"):
-            form = _encode_fields(given).encode()
-            return self._execute(path, method, {}, form, _FORM_TYPE, timeout)
-        try:
-            return self._execute(path, method, given, None, _FORM_TYPE, timeout)
-        except RequestTimeout as error:
-            if given.get("wait") in (True, "true"):
-                raise WatchTimeout("no change in time", endpoint=error.endpoint) from error
-            raise
-
-    def api_execute_json(
-        self, path: str, method: str, params: Any = None, timeout: Optional[float] = None,
-    ) -> _Reply:
-        """Send a request of your own with `params` as JSON and return the answer."""
-        body = json.dumps(params).encode()
-        return self._execute(path, method, {}, body, _JSON_TYPE, timeout)
-
-    # -- below: no public names
-
-    def _execute(
-        self, path: str, method: str, query: Mapping[str, _Field], body: Optional[bytes],
-        content_type: str, timeout: Optional[float],
-    ) -> _Reply:
-        if not path.startswith("/"):
-            raise EtcdValueError("the path begins with a slash")
-        if method not in ("GET", "PUT", "POST", "DELETE"):
-            raise EtcdValueError(f"HTTP method {method} is not one of the API")
-        return self._perform(_Call(
-            method, _target(path, query), _parse_not, body, content_type, timeout,
-            waits=query.get("wait") in (True, "true")))
-
-    def _members_call(
-        self, method: str, path: str, peer_urls: Union[str, Iterable[str]],
-        parse: Callable[[_Reply], _T],
-    ) -> _Call[_T]:
-        urls = peer_urls.split(",") if isinstance(peer_urls, str) else list(peer_urls)
-        target = _target(f"{self.version_prefix}/members{path}", {})
-        body = json.dumps({"peerURLs": urls}).encode()
-        return _Call(method, target, parse, body, _JSON_TYPE)
-
-
 # ============================================================================
 # 5. Watching
 # ----------------------------------------------------------------------------
@@ -3486,6 +3293,205 @@ class auth:
 # ----------------------------------------------------------------------------
 # Knows: sections 1-6.
 # ============================================================================
+
+class _Cluster(_Caller):
+    """Members, statistics, versions, health; and requests for which there is no verb."""
+
+    _MGET, _MPUT, _MPOST, _MDELETE = "GET", "PUT", "POST", "DELETE"     # callers of api_execute
+
+    # -- members
+
+    def member_list(self) -> List[Member]:
+        """Return the members of the cluster, ordered by id."""
+        return self._perform(_Call("GET", f"{self.version_prefix}/members", _parse_members))
+
+    def leader_member(self) -> Optional[Member]:
+        """Return the leader as the answering member knows it; None during an election."""
+        return self._perform(_Call(
+            "GET", f"{self.version_prefix}/members/leader", _parse_leader,
+            statuses=_HEALTH_STATUSES))
+
+    def member_add(self, peer_urls: Union[str, Iterable[str]]) -> Member:
+        """Add a member that will be reached at `peer_urls`; start it after that.
+
+        Raises HttpError with status 409 if another member has one of the URLs.
+        """
+        return self._perform(self._members_call("POST", "", peer_urls, _parse_member))
+
+    def member_update(self, id: str, peer_urls: Union[str, Iterable[str]]) -> None:
+        """Change the peer URLs of the member with this id.  Raises KeyNotFound."""
+        self._perform(self._members_call("PUT", f"/{id}", peer_urls, _parse_nothing))
+
+    def member_remove(self, id: str) -> None:
+        """Remove the member with this id from the cluster.
+
+        Raises KeyNotFound; HttpError with status 410 if it was removed already.
+        """
+        path = f"{self.version_prefix}/members/{id}"
+        self._perform(_Call("DELETE", _target(path, {}), _parse_nothing))
+
+    # -- what the answering member says of itself
+
+    def statistics(self, name: str = "self") -> Dict[str, Any]:
+        """Return statistics of the answering member: `self`, `store` or (leader only) `leader`."""
+        if name not in ("self", "store", "leader"):
+            raise EtcdValueError(f"no such statistics: {name!r}; there are self, store and leader")
+        return self._perform(_Call("GET", f"{self.version_prefix}/stats/{name}", _parse_object))
+
+    def server_version(self) -> Dict[str, str]:
+        """Return {"etcdserver": ..., "etcdcluster": ...} of the answering member."""
+        return self._perform(_Call("GET", "/version", _parse_version))
+
+    def health(self, endpoint: Optional[str] = None) -> bool:
+        """Return what one server says of itself (the one in use, if none is given).
+
+        Raises TransportError if it does not answer.
+        """
+        call = _Call("GET", "/health", _parse_health, statuses=_HEALTH_STATUSES)
+        with Scope(self.total_timeout, self.scope) as scope:
+            if endpoint is None:
+                self._discover_endpoints(scope.deadline)
+            base_url = self.endpoints.current if endpoint is None else _base_url(endpoint)
+            return self._attempt(base_url, call, scope.deadline)
+
+    # -- the same as python-etcd shows it: each a request, but for the last group
+
+    @property
+    def machines(self) -> List[str]:
+        """Client URLs of all members."""
+        return self._perform(_Call("GET", f"{self.version_prefix}/machines", _parse_machines))
+
+    @property
+    def members(self) -> Dict[str, Dict[str, Any]]:
+        """The members as the API describes them, by id."""
+        return {member.id: dict(member.raw) for member in self.member_list()}
+
+    @property
+    def leader(self) -> Dict[str, Any]:
+        """The leader as the API describes it.  Raises LeaderElectionInProgress."""
+        leader = self.leader_member()
+        if leader is None:
+            raise LeaderElectionInProgress("there is no leader at the moment")
+        return dict(leader.raw)
+
+    @property
+    def stats(self) -> Dict[str, Any]:
+        """Statistics of the answering member."""
+        return self.statistics()
+
+    @property
+    def leader_stats(self) -> Dict[str, Any]:
+        """What the leader knows of its followers; HttpError from any other member."""
+        return self.statistics("leader")
+
+    @property
+    def store_stats(self) -> Dict[str, Any]:
+        """Counters of the store."""
+        return self.statistics("store")
+
+    @property
+    def version(self) -> str:
+        """Version of the answering server."""
+        return self.server_version().get("etcdserver", "")
+
+    @property
+    def cluster_version(self) -> str:
+        """Version all members can work with; "" from etcd 2.0."""
+        return self.server_version().get("etcdcluster", "")
+
+    @property
+    def base_uri(self) -> str:
+        """URL of the server in use."""
+        return self.endpoints.current
+
+    @property
+    def protocol(self) -> str:
+        """http or https, as the server in use wants it."""
+        return urlsplit(self.base_uri).scheme
+
+    @property
+    def host(self) -> str:
+        """Host of the server in use."""
+        return urlsplit(self.base_uri).hostname or ""
+
+    @property
+    def port(self) -> int:
+        """Port of the server in use."""
+        parts = urlsplit(self.base_uri)
+        return parts.port or (443 if parts.scheme == "https" else 80)
+
+    @property
+    def key_endpoint(self) -> str:
+        """Path of the keys API."""
+        return self.version_prefix + "/keys"
+
+    @property
+    def expected_cluster_id(self) -> Optional[str]:
+        """`cluster_id`, as python-etcd calls it."""
+        return self.cluster_id
+
+    @expected_cluster_id.setter
+    def expected_cluster_id(self, cluster_id: Optional[str]) -> None:
+        self.cluster_id = cluster_id
+
+    # -- requests for which there is no verb
+
+    def api_execute(
+        self, path: str, method: str, params: Optional[Mapping[str, Any]] = None,
+        timeout: Optional[float] = None,
+    ) -> _Reply:
+        """Send a request of your own and return the answer: `status`, `headers`, `data`.
+
+        path     begins with a slash and the version prefix
+        params   go into the query of a GET or DELETE, into the form of a PUT or POST
+        timeout  seconds in all; None: the client's; 0: no end
+
+        Raises what the verbs raise for an answer other than 2xx; WatchTimeout for a GET with the
+        parameter `wait`.
+        """
+        given = {} if params is None else {
+            name: value if isinstance(value, bool) else "" if value is None else _text(value)
+            for name, value in params.items()}
+        if method not in ("GET", "DELETE"):
+            form = _encode_fields(given).encode()
+            return self._execute(path, method, {}, form, _FORM_TYPE, timeout)
+        try:
+            return self._execute(path, method, given, None, _FORM_TYPE, timeout)
+        except RequestTimeout as error:
+            if given.get("wait") in (True, "true"):
+                raise WatchTimeout("no change in time", endpoint=error.endpoint) from error
+            raise
+
+    def api_execute_json(
+        self, path: str, method: str, params: Any = None, timeout: Optional[float] = None,
+    ) -> _Reply:
+        """Send a request of your own with `params` as JSON and return the answer."""
+        body = json.dumps(params).encode()
+        return self._execute(path, method, {}, body, _JSON_TYPE, timeout)
+
+    # -- below: no public names
+
+    def _execute(
+        self, path: str, method: str, query: Mapping[str, _Field], body: Optional[bytes],
+        content_type: str, timeout: Optional[float],
+    ) -> _Reply:
+        if not path.startswith("/"):
+            raise EtcdValueError("the path begins with a slash")
+        if method not in ("GET", "PUT", "POST", "DELETE"):
+            raise EtcdValueError(f"HTTP method {method} is not one of the API")
+        return self._perform(_Call(
+            method, _target(path, query), _parse_not, body, content_type, timeout,
+            waits=query.get("wait") in (True, "true")))
+
+    def _members_call(
+        self, method: str, path: str, peer_urls: Union[str, Iterable[str]],
+        parse: Callable[[_Reply], _T],
+    ) -> _Call[_T]:
+        urls = peer_urls.split(",") if isinstance(peer_urls, str) else list(peer_urls)
+        target = _target(f"{self.version_prefix}/members{path}", {})
+        body = json.dumps({"peerURLs": urls}).encode()
+        return _Call(method, target, parse, body, _JSON_TYPE)
+
 
 class Client(_Watching, _Cluster, _Users):
     """A connection to an etcd cluster; safe to share between threads.

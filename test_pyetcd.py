@@ -13939,6 +13939,20 @@ def test_client_net_a_connection_in_the_making_can_be_ended(waits_for, monkeypat
                 connection.close()
 
 
+def test_client_net_a_silent_name_server_can_be_left(monkeypatch):
+    monkeypatch.setattr(pyetcd_client, "DNS_ANSWER_S", 1e3)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.settimeout(_CLIENT_WAIT_S)
+        monkeypatch.setattr(pyetcd_client, "_name_servers", lambda: [silent.getsockname()])
+        with Client(srv_domain="example.test", total_timeout=1e3) as client:
+            with _client_background(client.get, "k") as outcome:
+                assert silent.recv(512)
+                client.close()
+                _client_eventually(lambda: outcome, 5)
+    assert isinstance(outcome[0], pyetcd_client.Cancelled)
+
+
 def test_client_net_a_name_that_cannot_be_looked_up_keeps_to_the_deadline(monkeypatch):
     hold = threading.Event()
     monkeypatch.setattr(pyetcd_client.socket, "getaddrinfo", lambda *_, **options: (
