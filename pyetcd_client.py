@@ -4144,6 +4144,7 @@ class Lease(Heartbeat):
         super().__init__(client, key, ttl, on_lost=on_lost)
         if value == "":
             raise ValueError("etcd cannot compare with an empty value")
+        self._named = value is not None
         self._value = value or uuid.uuid4().hex
 
     def start(self: _HeartbeatType) -> _HeartbeatType:
@@ -4158,6 +4159,13 @@ class Lease(Heartbeat):
         return super().stop()
 
     # -- below: no public names
+
+    _named = True                                   # the value is the user's
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        if not self._named:                         # by the same value the child would take the
+            self._value = uuid.uuid4().hex          # parent's file for its own
 
     def _obtain(self) -> None:
         sent_at = _clock()
@@ -4956,8 +4964,7 @@ class Queue(_Recipe):
         self.path = _recipe_key(key)
         self.ttl = _checked_ttl(ttl)
         self._items = f"{self.path}/items"
-        self._seen: Deque[_Item] = deque()          # items of the last look; append and pop are
-                                                    # atomic, and all it gives is hints
+        self._after_fork()
 
     def put(self, value: str, priority: int = PRIORITY) -> str:
         """Add an item, behind all of the same priority; return its key.
@@ -5003,6 +5010,11 @@ class Queue(_Recipe):
         return len(free) + claimed
 
     # -- below: no public names
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._seen: Deque[_Item] = deque()          # items of the last look; append and pop are
+                                                    # atomic, and all it gives is hints
 
     def _mark_of(self, uid: str) -> str:
         return f"{self.path}/_taken/{uid}"
@@ -5917,15 +5929,21 @@ class Party:
         self.client = client
         self.path = _recipe_key(key)
         self.name = name or socket.gethostname()
-        self._member = Registration(client, f"{self.path}/{uuid.uuid4().hex}", self.name, ttl)
+        self.ttl = _checked_ttl(ttl)
+        self._member: Optional[Registration] = None
 
     def join(self) -> None:
         """Take part; nothing happens if this object does."""
-        self._member.start()
+        member = self._member
+        if member is None or member._pid != os.getpid():    # a forked child is another member
+            key = f"{self.path}/{uuid.uuid4().hex}"
+            self._member = Registration(self.client, key, self.name, self.ttl).start()
 
     def leave(self) -> None:
         """Take part no more."""
-        self._member.stop()
+        member, self._member = self._member, None
+        if member is not None:
+            member.stop()
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names of the members, the one that came first at the head."""

@@ -16805,9 +16805,10 @@ client.set("/f/a", "1")
 lock, rlock = Lock(client, "f"), RLock(client, "g")
 lease, beat = Lease(client, "/f/l", "me"), Heartbeat(client, "/f/a")
 tree, counter, queue = CachedTree(client, "/f"), Counter(client, "/f/n"), Queue(client, "/f/q")
+late, party = Lease(client, "/f/late"), Party(client, "/f/party", "me")
 for thing in (lock, rlock): assert thing.acquire()
 for thing in (lease, beat, tree): thing.start()
-counter.add(); queue.put("x")
+counter.add(); queue.put_all("wxy"); queue.get(); party.join()
 guards = [lock._changed, rlock._changed, lease._lock, lease._renewing, beat._lock, tree._changed,
           tree._control, counter._turn]
 ready, done = threading.Event(), threading.Event()
@@ -16822,7 +16823,10 @@ if pid:
     done.set()
     status = os.waitpid(pid, 0)[1]
     assert lock.is_held and rlock.is_held and lease.is_held and beat.is_held and not tree.error
-    assert counter.value == 2 and lock.contenders() == [lock.uuid]
+    assert counter.value == 2 and lock.contenders() == [lock.uuid] and list(party) == ["me"] * 2
+    try: late.start()
+    except NodeExists: pass         # it is the child's, until its ttl is over
+    else: status = "both have it"
     print(status)
     sys.stdout.flush()
     os._exit(0)
@@ -16840,6 +16844,8 @@ for use in (lambda: tree["/f/a"], lambda: len(tree), tree.items, lambda: tree.wa
     assert refuses(use)
 assert tree.start()["/f/a"].value == "1" and not tree.error
 assert counter.add() == 2 and queue.get(timeout=0) == "x"
+assert late.start().is_held
+party.join()
 other = Lock(client, "h")
 assert other.acquire() and other.release()
 tree.close(); client.close()
