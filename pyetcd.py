@@ -17348,6 +17348,13 @@ class ServerThread:
         """Bound client URLs, with the real ports."""
         return tuple(listener.bound_url for listener in self._client_listeners)
 
+    def _start_or_stop(self) -> None:
+        """Start; after a failure nothing stays open."""
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.stop)
+            self.start()
+            on_failure.pop_all()
+
     def _listen(
         self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles,
         *, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4), patient: bool = True,
@@ -17439,10 +17446,7 @@ class Server(ServerThread):
     # -- life --------------------------------------------------------------
 
     def __enter__(self) -> Server:
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self.stop)
-            self.start()
-            on_failure.pop_all()
+        self._start_or_stop()
         return self
 
     def bind(self) -> None:
@@ -18877,10 +18881,7 @@ class ProxyServer(ServerThread):
         self._api: Optional[ProxyApi] = None
 
     def __enter__(self) -> ProxyServer:
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self.stop)
-            self.start()
-            on_failure.pop_all()
+        self._start_or_stop()
         return self
 
     def bind(self) -> None:
