@@ -24044,7 +24044,7 @@ def _proxy_until_close(handler: Any) -> None:
     (lambda h: h.reply(299, b"odd"), "1.1", [b"HTTP/1.1 299 ", b"\r\n\r\nodd"]),
     (_proxy_chunks, "1.1", [b"Transfer-Encoding: chunked\r\n"]),
     (_proxy_until_close, "1.1", [b"\r\n\r\n3\r\nall\r\n0\r\n\r\n"]),
-    (_proxy_chunks, "1.0", [b"HTTP/1.1 200 ", b"\r\n\r\nabcdef"]),
+    (_proxy_chunks, "1.0", [b"HTTP/1.0 200 ", b"\r\n\r\nabcdef"]),
     (lambda h: (h.send_response(204), h.end_headers()), "1.1", [b"HTTP/1.1 204 "]),
     (lambda h: (h.send_response(304), h.end_headers()), "1.1", [b"HTTP/1.1 304 "]),
 ], ids=["500", "307", "299", "chunked", "until close", "HTTP/1.0", "204", "304"])
