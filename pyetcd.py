@@ -3337,8 +3337,9 @@ class RawNode:
             self._propose(message.sender, entries)
         elif (
             (not message.term and kind != MsgType.READ_INDEX)
+            or kind in LOCAL_MESSAGES
             or (kind in _RESPONSES and message.sender not in raft.progress)
-            or self.fault(message)
+            or (kind == MsgType.APP and not _is_contiguous(message))
         ):
             return
         else:
@@ -3487,13 +3488,17 @@ class RawNode:
         )
 
 
+def _is_contiguous(message: Message) -> bool:
+    first, indexes = message.index + 1, [entry.index for entry in message.entries]
+    return indexes == list(range(first, first + len(indexes)))
+
+
 def _append_fault(message: Message) -> str:
     """Why the entries of a MsgApp make no log, or ""."""
-    indexes = [entry.index for entry in message.entries]
-    if indexes != list(range(message.index + 1, message.index + 1 + len(indexes))):
+    if not _is_contiguous(message):
         return f"the entries do not follow entry {message.index} one by one"
     terms = [message.log_term, *[entry.term for entry in message.entries], message.term]
-    if any(map(operator.gt, terms, terms[1:])) or (indexes and not terms[1]):
+    if any(map(operator.gt, terms, terms[1:])) or (message.entries and not terms[1]):
         return "the terms of the entries do not ascend to that of the leader"
     return ""
 
