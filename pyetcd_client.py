@@ -1374,7 +1374,7 @@ class _Connections:
         if way is None:
             way = self._ways[endpoint] = self._adapter.way_to(endpoint, self._trust)
         _here.exchange = exchange
-        connection = way.connection
+        connection, body = way.connection, None
         try:
             way.prepare()
             http.client.HTTPConnection.request(
@@ -1384,10 +1384,11 @@ class _Connections:
             if on_head is not None and response.status == 200:
                 on_head(_Reply(response.status, known, b""))
                 _here.exchange = exchange     # a listener may have made a call of its own
-            return _Reply(response.status, known, response.read())
-        except BaseException:                       # what is left of the answer is not the next one
-            connection.close()
-            raise
+            body = response.read()
+            return _Reply(response.status, known, body)
+        finally:
+            if body is None:                        # what is left of the answer is not the next one
+                connection.close()
 
     def is_stale(self) -> bool:
         """Whether the other side may be about to close the connections."""
@@ -2358,10 +2359,11 @@ class _Step(enum.Enum):
 class _WatchState:
     """What a watch knows, and what follows from each answer.  No network and no clock in here.
 
-    step     what to ask next
-    index    the next change to ask for; None: from now on
-    found    events that are not told yet
-    reached  whether a server ever answered
+    step      what to ask next
+    index     the next change to ask for; None: from now on
+    found     events that are not told yet
+    reached   whether a server ever answered
+    doubtful  whether the last head shows an older store: restored, or of a member that lags behind
 
     How the steps follow each other, from LIST (with relist) or POLL on:
 
@@ -2382,23 +2384,23 @@ class _WatchState:
         self.index = index
         self.found: Deque[EtcdResult] = deque()
         self.reached = False
+        self.doubtful = False
         self.quiet = (0, 0.0)
         self._path = path
         self._recursive = recursive
         self._relist = relist
         self._known: Optional[Dict[str, Node]] = None   # with relist: the nodes as told so far
         self._newest = (0, 0)                       # index and term of a store seen
-        self._doubtful = False                      # the last head shows an older one,
-        self._other_term = False                    # so that what follows it may not count
+        self._other_term = False                    # the last head has an older one
 
     # -- answers to POLL
 
     def head(self, index: int, term: int, now_s: float) -> None:
         """Note where the store was when it began to wait for us."""
         self.reached = True
-        self._doubtful = self._is_older(index, term)
+        self.doubtful = self._is_older(index, term)
         self._other_term = 0 < term < self._newest[1]
-        if self._doubtful:
+        if self.doubtful:
             return
         self._newest = max(index, self._newest[0]), max(term, self._newest[1])
         if self.index is None:                      # in case the connection breaks now
@@ -2407,9 +2409,9 @@ class _WatchState:
 
     def is_doubtful(self) -> bool:
         """Whether to check where the store is, rather than wait for it: it showed an older one."""
-        if self._doubtful:
+        if self.doubtful:
             self.step = _Step.CHECK
-        return self._doubtful
+        return self.doubtful
 
     def alive(self, index: int, term: int, now_s: float) -> bool:
         """Note where the store is while it waits for us; return False if that must be checked."""
@@ -2709,7 +2711,8 @@ class Watch:
         self._client._connectivity.report(True)
         if self._exchange is not None:
             self._exchange.deadline = min(self._until, time.monotonic() + WATCH_POLL_S)
-            self._exchange.silence_s = min(WATCH_PROBE_S, WATCH_POLL_S)
+            silence_s = WATCH_HEAD_S if self._state.doubtful else WATCH_PROBE_S
+            self._exchange.silence_s = min(silence_s, WATCH_POLL_S)
 
     def _is_patient(self) -> bool:
         """Whether to wait on for a server that said nothing for a while."""
