@@ -4375,10 +4375,13 @@ class Contender(_Recipe):
                  timeout: Optional[float]) -> Optional[_Place]:
         ttl = self.ttl if lock_ttl is None else _checked_ttl(lock_ttl)
         with self._span(timeout if blocking else 0) as span:
-            if not self._take_turn(span):
+            lost = self._take_turn(span)
+            if lost is None:
                 return None
             place = None
             try:
+                for old in lost:
+                    old.stop()
                 place = self._contend(ttl, span)
             finally:
                 if place is None:
@@ -4401,26 +4404,22 @@ class Contender(_Recipe):
         looping = asyncio is not None and asyncio._get_running_loop() is not None
         return thread is threading.main_thread() and not looping
 
-    def _take_turn(self, span: _Span) -> bool:
-        """Wait until nobody contends for or holds this object."""
+    def _take_turn(self, span: _Span) -> Optional[List[_Place]]:
+        """Wait until nobody contends for or holds this object; None: it was in vain.
+
+        Returns the hold that was lost, if nobody has given it up since, to be stopped.
+        """
         if self._taken_by is threading.current_thread() and self.is_held and span.wait_s():
             _log.warning("%s is held by this object, and this thread waits until it is released: "
                          "RLock may be acquired again, renew() renews", self.path)
         while span.wait_for(self._changed, self._is_free):
             with self._changed:
                 if self._is_free():
-                    self._busy, lost, self._held = True, self._held, None
+                    lost = [] if self._held is None else [self._held]
+                    self._busy, self._held = True, None
                     self._taken_by = threading.current_thread()
-                    break
-        else:
-            return False
-        try:
-            if lost is not None:
-                lost.stop()
-        except BaseException:
-            self._set_free()
-            raise
-        return True
+                    return lost
+        return None
 
     def _is_free(self) -> bool:
         held = self._held
@@ -5134,24 +5133,23 @@ class Queue(_Recipe):
 
     def _claim(self, item: _Item, leases: List[Lease]) -> bool:
         lease = Lease(self.client, f"{self.path}/claims/{item.uid}", ttl=self.ttl)
+        ours = True
         try:
             lease.start()
             # The item may be gone since it was seen: whoever had claimed it has finished.
             index = _read(self.client, item.node.key).node.modified_index
             if index == item.node.modified_index and not self._is_taken(item):
                 leases.append(lease)
-                return True
         except (NodeExists, LockExpired):
-            return False
+            ours = False
         except KeyNotFound:
             pass
-        except BaseException:
-            with _apart(TIDY_S):
-                lease._end()
-                lease._leave()
-            raise
-        lease.stop()
-        return False
+        finally:
+            if ours and not leases:
+                with _apart(TIDY_S):
+                    lease._end()
+                    lease._leave()
+        return bool(leases)
 
 
 class Barrier(_Recipe):

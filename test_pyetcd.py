@@ -17001,8 +17001,8 @@ def test_recipe_cached_tree_is_read_once_however_long_it_is_quiet(
         _recipe_client, _client_dir, monkeypatch):
     monkeypatch.setattr(pyetcd_client, "WAIT_SLICE_S", 0.01)
     reads = []
-    fault = lambda call: reads.append(call.target) if "recursive" in call.target else None  # noqa: E731
-    _recipe_client.fault = fault
+    _recipe_client.fault = lambda call: (
+        reads.append(call.target) if "recursive" in call.target else None)
     with pyetcd_client.CachedTree(_recipe_client, _client_dir) as tree:
         for number in range(30):
             index = _recipe_client.set(f"{_client_dir}2/x", str(number)).modified_index
