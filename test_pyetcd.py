@@ -25055,7 +25055,7 @@ def test_backup_dry_run_and_refusals_change_nothing(
 
 @pytest.mark.parametrize("content, told", [
     (b"\0" * 16 + b"\xed\xda\x0c\xed", "it is a database of etcd 3, which holds no keys of v2"),
-    (gzip.compress(b"x"), "it is compressed; run `gunzip` on it first"),
+    (gzip.compress(b"x", mtime=0), "it is compressed; run `gunzip` on it first"),
     (b'{"node":{}}', "it is JSON; `pyetcdctl import` reads what export has written"),
     (b"", "it is empty; take one with GET /v2/snapshot"),
     (b"no snapshot at all", "take one with GET /v2/snapshot, or name a file of member/snap"),
