@@ -106,7 +106,7 @@ if __name__ == "__main__":
             os.close(image)
 
     def _leave_past_image(
-        image: int, words: List[bytes], name: bytes, path: Tuple[str, ...], script: str
+        image: int, words: list[bytes], name: bytes, path: tuple[str, ...], script: str
     ) -> None:
         """Make all as if the user's script had been started, and not a file in memory."""
         os.close(image)
@@ -120,7 +120,7 @@ if __name__ == "__main__":
         with open("/proc/self/comm", "wb") as file:
             file.write(name)                # exec has made it `exe`
 
-    def _show_words(words: List[bytes]) -> None:
+    def _show_words(words: list[bytes]) -> None:
         """Write over the memory in which `ps` looks for the command line.  Raises OSError."""
         with open("/proc/self/stat", "rb") as file:
             start, end = map(int, file.read().rpartition(b")")[2].split()[45:47])
