@@ -7585,7 +7585,8 @@ class Connection:
 
     def _spool(self) -> bool:
         """From here on the body goes to a file; False if that cannot be."""
-        file = self._listener.open_spool(self._body[0])
+        first = b"".join([piece[:16] for piece in self._body[:32]])     # some may be empty
+        file = self._listener.open_spool(first[:16])
         if file is None or not _write_all(file, self._body):
             return False
         self._listener.held_bytes -= self._body_bytes
@@ -7903,7 +7904,7 @@ class Listener(http.server.HTTPServer):
     Bound at construction (OSError if the port is taken), accepting after start().  handler gets
     every complete request.  body_max in bytes: larger bodies arrive as body_too_large.
     body_limit(head) may allow less.  memory_max: from there on a body goes to the file that
-    open_spool(its first piece) returns, if any, else it is too large.  held_max: of all bodies in
+    open_spool(its first bytes) returns, if any, else it is too large.  held_max: of all bodies in
     memory together.  tls for an https URL; what is no TLS gets a sentence in plain HTTP.
     """
 
