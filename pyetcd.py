@@ -8370,7 +8370,8 @@ class Connection:
 
     def _spool(self) -> bool:
         """From here on the body goes to a file; False if that cannot be."""
-        file = self._listener.open_spool(b"".join(self._body[:16])[:16])
+        first = b"".join([piece[:16] for piece in self._body[:16]])
+        file = self._listener.open_spool(first[:16])
         if file is None or not _write_all(file, self._body):
             return False
         self._listener.held_bytes -= self._body_bytes
