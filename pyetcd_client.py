@@ -1,5 +1,4 @@
 """A client for the etcd v2 keys API (pyetcd, etcd 2.x, etcd 3.4 with --enable-v2).
-
     from pyetcd_client import Client, KeyNotFound
 
     client = Client()                                  # http://127.0.0.1:2379
@@ -17,26 +16,30 @@ sent again: what to do then is for the caller to decide, who knows whether it ma
 
 `python -m pyetcd_client` is a command line: etcdctl 2.3, and export, mirror, top and others.
 
-Sections
-  1. Errors
-  2. Results
-  3. Endpoints and connections
-  4. Calls and verbs
-  5. Watching
-  6. Users and roles
-  7. Client
-  8. Leases
-  9. Locks
- 10. Elections, queues, barriers, counters
- 11. Copies, services, parties
- 12. Command line
- 13. Commands of etcdctl
- 14. More commands
+Rooms and their modules, bottom up; each uses only names defined above it:
+
+  transport: defaults, errors, results, connections, endpoints, calls
+  client:    users, verbs, watching, client
+  recipes:   basics, leases, locks, elections, barriers, copies, queues, services
+  ctl:       output, program, etcdctl, transfer, more
 
 Sources: etcd 2.3 API (keys, members, errorcode), etcdctl 2.3.8, RFC 9110 section 9.2.
 """
 
+# Built from src/ by build.py: change it there.
+
 from __future__ import annotations
+
+import os
+import sys
+
+try:
+    import requests  # noqa: F401
+except ImportError:
+    if __name__ == "__main__" or os.path.basename("".join(sys.argv[:1])) == "pyetcdctl":
+        sys.exit("pyetcdctl needs the package requests: pip install requests (or, from Debian: "
+                 "apt install python3-requests)")
+    raise
 
 import base64
 import concurrent.futures
@@ -53,16 +56,15 @@ import itertools
 import json
 import logging
 import math
-import os
 import random
 import re
+import requests
 import shutil
 import signal
 import socket
 import ssl
 import struct
 import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -70,6 +72,8 @@ import weakref
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from requests.adapters import HTTPAdapter
+from requests.utils import select_proxy
 from types import MappingProxyType
 from typing import (
     Any,
@@ -102,43 +106,37 @@ from typing import (
     overload,
 )
 from urllib.parse import quote, urlencode, urljoin, urlsplit
-
-try:
-    import requests
-except ImportError:
-    if __name__ == "__main__" or os.path.basename("".join(sys.argv[:1])) == "pyetcdctl":
-        sys.exit("pyetcdctl needs the package requests: pip install requests (or, from Debian: "
-                 "apt install python3-requests)")
-    raise
-from requests.adapters import HTTPAdapter
-from requests.utils import select_proxy
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError as UrllibError
 from urllib3.util.connection import is_connection_dropped
 
-__version__ = "0.4.0"
-
 __all__ = [
-    "EtcdError", "ApiError", "KeyNotFound", "CompareFailed", "NotFile", "NotDir", "NodeExists",
-    "RootReadOnly", "DirNotEmpty", "Unauthorized", "PrevValueRequired", "TtlNotANumber",
-    "IndexNotANumber", "InvalidField", "InvalidForm", "RefreshValue", "RefreshTtlRequired",
-    "RaftInternal", "LeaderElectionInProgress", "WatcherCleared", "EventIndexCleared",
-    "HttpError", "BadReply", "TransportError", "ConnectionFailed", "RequestTimeout",
-    "WatchTimeout", "ClusterIdChanged", "Cancelled", "LockExpired", "EtcdKeyError",
-    "EtcdValueError", "EtcdException", "EtcdKeyNotFound", "EtcdCompareFailed", "EtcdNotFile",
-    "EtcdNotDir", "EtcdAlreadyExist", "EtcdRootReadOnly", "EtcdDirNotEmpty",
+    "__version__", "EtcdError", "ApiError", "KeyNotFound", "CompareFailed", "NotFile", "NotDir",
+    "NodeExists", "RootReadOnly", "DirNotEmpty", "Unauthorized", "PrevValueRequired",
+    "TtlNotANumber", "IndexNotANumber", "InvalidField", "InvalidForm", "RefreshValue",
+    "RefreshTtlRequired", "RaftInternal", "LeaderElectionInProgress", "WatcherCleared",
+    "EventIndexCleared", "HttpError", "BadReply", "TransportError", "ConnectionFailed",
+    "RequestTimeout", "WatchTimeout", "ClusterIdChanged", "Cancelled", "LockExpired",
+    "EtcdKeyError", "EtcdValueError", "EtcdException", "EtcdKeyNotFound", "EtcdCompareFailed",
+    "EtcdNotFile", "EtcdNotDir", "EtcdAlreadyExist", "EtcdRootReadOnly", "EtcdDirNotEmpty",
     "EtcdInsufficientPermissions", "EtcdLeaderElectionInProgress", "EtcdWatcherCleared",
     "EtcdEventIndexCleared", "EtcdConnectionFailed", "EtcdWatchTimedOut",
-    "EtcdClusterIdChanged", "EtcdLockExpired",
-    "Node", "EtcdResult", "Result", "Member", "Scope", "Endpoints", "ConnectionState", "Watch",
-    "WatchedChange", "to_thread", "each",
-    "EtcdUser", "EtcdRole", "Auth", "auth", "Client",
-    "retry", "Heartbeat", "Lease", "Contender", "Lock", "RLock", "RWLock", "Semaphore",
-    "Observed", "Leader", "Election", "QueueItem", "Queue", "Barrier", "DoubleBarrier", "Counter",
-    "CachedTree", "ChildrenWatch", "DataWatch", "Instance", "Registration", "ServiceRegistry",
-    "Party", "main",
+    "EtcdClusterIdChanged", "EtcdLockExpired", "Node", "EtcdResult", "Result", "Member",
+    "Scope", "Endpoints", "ConnectionState", "Watch", "WatchedChange", "to_thread", "each",
+    "EtcdUser", "EtcdRole", "Auth", "auth", "Client", "retry", "Heartbeat", "Lease",
+    "Contender", "Lock", "RLock", "RWLock", "Semaphore", "Observed", "Leader", "Election",
+    "QueueItem", "Queue", "Barrier", "DoubleBarrier", "Counter", "CachedTree", "ChildrenWatch",
+    "DataWatch", "Instance", "Registration", "ServiceRegistry", "Party", "main",
 ]
+
+
+# ============================================================================
+# transport/defaults -- Defaults and limits of the client.
+# ============================================================================
+
+
+__version__ = "0.4.0"
 
 DEFAULT_ENDPOINT = "http://127.0.0.1:2379"
 CONNECT_TIMEOUT_S = 2.0         # per address of an endpoint; then the next endpoint is tried
@@ -167,10 +165,9 @@ _log = logging.getLogger("pyetcd_client")
 
 
 # ============================================================================
-# 1. Errors -- one class per error code of etcd, and those of the transport
-# ----------------------------------------------------------------------------
-# Knows: nothing.
+# transport/errors -- Errors: one class per error code of etcd, and those of the transport.
 # ============================================================================
+
 
 _CODES_BY_STATUS = {401: 110, 404: 100}         # of answers without a code: members, auth
 
@@ -444,10 +441,11 @@ EtcdLockExpired = LockExpired
 
 
 # ============================================================================
-# 2. Results -- frozen values made from the JSON of an answer
+# transport/results -- Results: frozen values made from the JSON of an answer.
 # ----------------------------------------------------------------------------
-# Knows: section 1.  Names are the JSON keys in snake_case; `raw` is the JSON itself.
+# Names are the JSON keys in snake_case; `raw` is the JSON itself.
 # ============================================================================
+
 
 _T = TypeVar("_T")
 
@@ -764,10 +762,11 @@ def _parse_version(reply: _Reply) -> Dict[str, str]:
 
 
 # ============================================================================
-# 3. Endpoints and connections
+# transport/connections -- Connections: exchanges over requests and urllib3, and the state of the client.
 # ----------------------------------------------------------------------------
-# Knows: sections 1-2.  Turns what requests and urllib3 raise into section 1.
+# Turns what requests and urllib3 raise into the client's errors.
 # ============================================================================
+
 
 # -- scopes: one deadline, and one way to end, for all that waits
 
@@ -873,214 +872,6 @@ class Scope:
         _here.scope = self._outer
         for scope in self._within:
             scope.detach(self.cancel)
-
-
-_Address = Union[str, Tuple[str, int]]              # a URL, host, host:port, or (host, port)
-
-
-def _base_url(text: str, protocol: str = "http") -> str:
-    """Return `text` as scheme://host:port; raise ValueError if it does not name a server."""
-    url = text.strip()
-    if url.count(":") > 1 and not {"[", "/"}.intersection(url):     # an IPv6 address alone
-        url = f"[{url}]"
-    url = url if "://" in url else f"{protocol}://{url}"
-    parts = urlsplit(url)
-    try:
-        valid = parts.port != 0
-    except ValueError:                              # not a number, or above 65535
-        valid = False
-    if parts.scheme not in ("http", "https") or not parts.hostname or not valid:
-        raise ValueError(f"endpoint {text!r} is not http://HOST:PORT or https://HOST:PORT")
-    if parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None:
-        raise ValueError(f"endpoint {text!r} has more than a scheme, a host and a port")
-    return f"{parts.scheme}://{parts.netloc}"
-
-
-def _listed_urls(
-    host: Union[_Address, Sequence[_Address]], port: int, protocol: str,
-) -> List[str]:
-    """Return the URLs of the servers in `host`; `port` is for those that come without one."""
-    urls: List[str] = []
-    alone = isinstance(host, str) or (len(host) == 2 and isinstance(host[1], int))
-    for item in cast(Sequence[_Address], [host] if alone else host):
-        if isinstance(item, str):
-            urls.extend(_with_port(_base_url(part, protocol), port) for part in item.split(","))
-        else:
-            name, number = item
-            address = f"[{name}]:{number}" if ":" in name else f"{name}:{number}"
-            urls.append(_base_url(address, protocol))
-    return urls
-
-
-def _with_port(url: str, port: int) -> str:
-    return url if urlsplit(url).port is not None else _base_url(f"{url}:{port}")
-
-
-class Endpoints:
-    """The servers a client may ask: one is used until it fails, then the next in turn.
-
-    given  those named at the start, or found in DNS; never forgotten
-    urls   `given`, then those learned from the member list
-
-    Thread: any.  There is no lock: what threads that fail at once may do to each other is to skip
-    an endpoint, which is tried again in the next round.
-    """
-
-    def __init__(self, urls: Optional[Iterable[str]] = None) -> None:
-        self.given: Tuple[str, ...] = ()
-        self.urls: Tuple[str, ...] = ()
-        self._current = ""                          # the endpoint in use; "" if there is none
-        if urls is not None:
-            self.give(urls)
-
-    @property
-    def current(self) -> str:
-        """Base URL of the endpoint in use; "" before the first look into DNS."""
-        return self._current
-
-    def give(self, urls: Iterable[str]) -> None:
-        """Replace those given at the start.  Raises ValueError if one is malformed, or none is."""
-        listed = [urls] if isinstance(urls, str) else list(urls)
-        cleaned = [_base_url(part) for url in listed for part in url.split(",")]
-        if not cleaned:
-            raise ValueError("at least one endpoint is needed")
-        self.given = tuple(dict.fromkeys(cleaned))
-        self.learn(())
-
-    def learn(self, urls: Iterable[str]) -> None:
-        """Replace what was learned from the member list; the one in use stays in use.
-
-        Where all that were given are https, others are not taken: passwords would travel in clear.
-        """
-        secure = bool(self.given) and all(url.startswith("https:") for url in self.given)
-        learned = [url for url in urls if url.startswith("https:") or not secure]
-        self.urls = urls = tuple(dict.fromkeys([*self.given, *learned]))
-        if self._current not in urls and urls:
-            self._current = urls[0]
-
-    def candidates(self) -> Tuple[str, ...]:
-        """Return every endpoint once, the one in use first."""
-        urls, current = self.urls, self._current
-        position = urls.index(current) if current in urls else 0
-        return urls[position:] + urls[:position]
-
-    def failed(self, url: str) -> None:
-        """Move on to the next endpoint, unless another thread has done so already."""
-        urls = self.urls
-        if url == self._current and url in urls:
-            self._current = urls[(urls.index(url) + 1) % len(urls)]
-
-
-# -- DNS: the standard library cannot ask for SRV records, and a package for the one question would
-# be a dependency larger than this client
-
-
-def _name_servers() -> List[Tuple[str, int]]:
-    """Return the addresses of the system's name servers; without any, the local one."""
-    found: List[Tuple[str, int]] = []
-    with contextlib.suppress(OSError), open(RESOLV_CONF, encoding="utf-8") as lines:
-        found = [(words[1], 53) for words in map(str.split, lines) if words[:1] == ["nameserver"]]
-    return found or [("127.0.0.1", 53)]
-
-
-def _dns_ask(server: Tuple[str, int], query: bytes, wait_s: float) -> bytes:
-    """Return the answer of a name server, by TCP if it is too long for a datagram (RFC 1035)."""
-    family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
-    deadline = time.monotonic() + wait_s
-    scope = _here.scope or Scope()
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.connect(server)                        # the kernel drops what comes from others
-        sock.send(query)
-        answer = b""
-        while answer[:2] != query[:2] or len(answer) < 12:
-            left_s = deadline - time.monotonic()
-            if scope.left_s() <= 0 or left_s <= 0:
-                raise socket.timeout("no answer in time")
-            sock.settimeout(min(left_s, DNS_SLICE_S))
-            with contextlib.suppress(socket.timeout):
-                answer = sock.recv(65535)
-    if not answer[2] & 2:
-        return answer
-    with socket.create_connection(server, wait_s) as sock, sock.makefile("rb") as stream:
-        sock.sendall(struct.pack(">H", len(query)) + query)
-        return stream.read(*struct.unpack(">H", stream.read(2)))
-
-
-def _dns_name(message: bytes, offset: int) -> Tuple[str, int]:
-    """Return a name, without the last dot, and the offset behind it; pointers are followed."""
-    labels: List[str] = []
-    behind = 0
-    for _ in range(128):                            # more would be a loop of pointers
-        size = message[offset]
-        if size >= 0xC0:
-            behind = behind or offset + 2
-            offset = struct.unpack_from(">H", message, offset)[0] & 0x3FFF
-        elif size:
-            labels.append(message[offset + 1:offset + 1 + size].decode("latin-1"))
-            offset += 1 + size
-        else:
-            return ".".join(labels), behind or offset + 1
-    raise ValueError("a name without an end")
-
-
-def _srv_records(message: bytes) -> List[Tuple[int, int, int, str]]:
-    """Return (priority, weight, port, target) of the SRV records in a DNS answer."""
-    questions, answers = struct.unpack_from(">2H", message, 4)
-    offset, records = 12, []
-    for _ in range(questions):
-        offset = _dns_name(message, offset)[1] + 4
-    for _ in range(answers):
-        offset = _dns_name(message, offset)[1]
-        kind, size = struct.unpack_from(">H6xH", message, offset)
-        offset += 10
-        if kind == 33:
-            fields = struct.unpack_from(">3H", message, offset)
-            records.append((*fields, _dns_name(message, offset + 6)[0]))
-        offset += size
-    return records
-
-
-def _lookup_srv(name: str, deadline: float) -> List[str]:
-    """Return host:port of the SRV records of `name`, in the random order of RFC 2782; [] if none.
-
-    Raises OSError if no name server has a usable answer before `deadline`.
-    """
-    labels = [label.encode("idna") for label in name.strip(".").split(".")]
-    question = b"".join(bytes((len(label),)) + label for label in labels) + b"\0\0\x21\0\x01"
-    last: Exception = OSError("no time to ask a name server")
-    for server in _name_servers() * 2:
-        wait_s = min(DNS_ANSWER_S, deadline - time.monotonic())
-        if wait_s <= 0:
-            break
-        query = struct.pack(">6H", random.randrange(1 << 16), 0x0100, 1, 0, 0, 0) + question
-        try:
-            answer = _dns_ask(server, query, wait_s)
-            if answer[3] & 15 not in (0, 3):        # 3: there is no such name
-                raise OSError(f"DNS error {answer[3] & 15}")
-            records = _srv_records(answer)
-        except (OSError, struct.error, IndexError, ValueError) as error:
-            last = error
-            continue
-        records.sort(key=lambda r: (r[0], -random.random() ** (1 / (r[1] or 0.01))))
-        return [f"{target}:{port}" for _, _, port, target in records]
-    raise OSError(f"lookup of {name} failed: {last}") from last
-
-
-def _discover(domain: str, protocol: str, deadline: float) -> List[str]:
-    """Return the URLs of the servers that the SRV records of `domain` name.
-
-    _etcd-client-ssl._tcp (https), else _etcd-client._tcp (http), as etcdctl 2.3 asks; else
-    _etcd._tcp (`protocol`), as python-etcd asks.  Raises ConnectionFailed.
-    """
-    services = ("etcd-client-ssl", "https"), ("etcd-client", "http"), ("etcd", protocol)
-    for service, scheme in services:
-        try:
-            found = _lookup_srv(f"_{service}._tcp.{domain}", deadline)
-            if found:
-                return [_base_url(address, scheme) for address in found]
-        except (OSError, ValueError) as error:
-            raise ConnectionFailed(str(error)) from error
-    raise ConnectionFailed(f"there are no SRV records for etcd in {domain}")
 
 
 # -- connections: requests knows the way (TLS, proxies), http.client speaks
@@ -1589,10 +1380,224 @@ class _Connectivity:
 
 
 # ============================================================================
-# 4. Calls and verbs
-# ----------------------------------------------------------------------------
-# Knows: sections 1-3.  _Caller._exchange is the only place that does I/O.
+# transport/endpoints -- Endpoints: addresses of servers, and their discovery by SRV records.
 # ============================================================================
+
+
+_Address = Union[str, Tuple[str, int]]              # a URL, host, host:port, or (host, port)
+
+
+def _base_url(text: str, protocol: str = "http") -> str:
+    """Return `text` as scheme://host:port; raise ValueError if it does not name a server."""
+    url = text.strip()
+    if url.count(":") > 1 and not {"[", "/"}.intersection(url):     # an IPv6 address alone
+        url = f"[{url}]"
+    url = url if "://" in url else f"{protocol}://{url}"
+    parts = urlsplit(url)
+    try:
+        valid = parts.port != 0
+    except ValueError:                              # not a number, or above 65535
+        valid = False
+    if parts.scheme not in ("http", "https") or not parts.hostname or not valid:
+        raise ValueError(f"endpoint {text!r} is not http://HOST:PORT or https://HOST:PORT")
+    if parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None:
+        raise ValueError(f"endpoint {text!r} has more than a scheme, a host and a port")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _listed_urls(
+    host: Union[_Address, Sequence[_Address]], port: int, protocol: str,
+) -> List[str]:
+    """Return the URLs of the servers in `host`; `port` is for those that come without one."""
+    urls: List[str] = []
+    alone = isinstance(host, str) or (len(host) == 2 and isinstance(host[1], int))
+    for item in cast(Sequence[_Address], [host] if alone else host):
+        if isinstance(item, str):
+            urls.extend(_with_port(_base_url(part, protocol), port) for part in item.split(","))
+        else:
+            name, number = item
+            address = f"[{name}]:{number}" if ":" in name else f"{name}:{number}"
+            urls.append(_base_url(address, protocol))
+    return urls
+
+
+def _with_port(url: str, port: int) -> str:
+    return url if urlsplit(url).port is not None else _base_url(f"{url}:{port}")
+
+
+class Endpoints:
+    """The servers a client may ask: one is used until it fails, then the next in turn.
+
+    given  those named at the start, or found in DNS; never forgotten
+    urls   `given`, then those learned from the member list
+
+    Thread: any.  There is no lock: what threads that fail at once may do to each other is to skip
+    an endpoint, which is tried again in the next round.
+    """
+
+    def __init__(self, urls: Optional[Iterable[str]] = None) -> None:
+        self.given: Tuple[str, ...] = ()
+        self.urls: Tuple[str, ...] = ()
+        self._current = ""                          # the endpoint in use; "" if there is none
+        if urls is not None:
+            self.give(urls)
+
+    @property
+    def current(self) -> str:
+        """Base URL of the endpoint in use; "" before the first look into DNS."""
+        return self._current
+
+    def give(self, urls: Iterable[str]) -> None:
+        """Replace those given at the start.  Raises ValueError if one is malformed, or none is."""
+        listed = [urls] if isinstance(urls, str) else list(urls)
+        cleaned = [_base_url(part) for url in listed for part in url.split(",")]
+        if not cleaned:
+            raise ValueError("at least one endpoint is needed")
+        self.given = tuple(dict.fromkeys(cleaned))
+        self.learn(())
+
+    def learn(self, urls: Iterable[str]) -> None:
+        """Replace what was learned from the member list; the one in use stays in use.
+
+        Where all that were given are https, others are not taken: passwords would travel in clear.
+        """
+        secure = bool(self.given) and all(url.startswith("https:") for url in self.given)
+        learned = [url for url in urls if url.startswith("https:") or not secure]
+        self.urls = urls = tuple(dict.fromkeys([*self.given, *learned]))
+        if self._current not in urls and urls:
+            self._current = urls[0]
+
+    def candidates(self) -> Tuple[str, ...]:
+        """Return every endpoint once, the one in use first."""
+        urls, current = self.urls, self._current
+        position = urls.index(current) if current in urls else 0
+        return urls[position:] + urls[:position]
+
+    def failed(self, url: str) -> None:
+        """Move on to the next endpoint, unless another thread has done so already."""
+        urls = self.urls
+        if url == self._current and url in urls:
+            self._current = urls[(urls.index(url) + 1) % len(urls)]
+
+
+# -- DNS: the standard library cannot ask for SRV records, and a package for the one question would
+# be a dependency larger than this client
+
+
+def _name_servers() -> List[Tuple[str, int]]:
+    """Return the addresses of the system's name servers; without any, the local one."""
+    found: List[Tuple[str, int]] = []
+    with contextlib.suppress(OSError), open(RESOLV_CONF, encoding="utf-8") as lines:
+        found = [(words[1], 53) for words in map(str.split, lines) if words[:1] == ["nameserver"]]
+    return found or [("127.0.0.1", 53)]
+
+
+def _dns_ask(server: Tuple[str, int], query: bytes, wait_s: float) -> bytes:
+    """Return the answer of a name server, by TCP if it is too long for a datagram (RFC 1035)."""
+    family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
+    deadline = time.monotonic() + wait_s
+    scope = _here.scope or Scope()
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect(server)                        # the kernel drops what comes from others
+        sock.send(query)
+        answer = b""
+        while answer[:2] != query[:2] or len(answer) < 12:
+            left_s = deadline - time.monotonic()
+            if scope.left_s() <= 0 or left_s <= 0:
+                raise socket.timeout("no answer in time")
+            sock.settimeout(min(left_s, DNS_SLICE_S))
+            with contextlib.suppress(socket.timeout):
+                answer = sock.recv(65535)
+    if not answer[2] & 2:
+        return answer
+    with socket.create_connection(server, wait_s) as sock, sock.makefile("rb") as stream:
+        sock.sendall(struct.pack(">H", len(query)) + query)
+        return stream.read(*struct.unpack(">H", stream.read(2)))
+
+
+def _dns_name(message: bytes, offset: int) -> Tuple[str, int]:
+    """Return a name, without the last dot, and the offset behind it; pointers are followed."""
+    labels: List[str] = []
+    behind = 0
+    for _ in range(128):                            # more would be a loop of pointers
+        size = message[offset]
+        if size >= 0xC0:
+            behind = behind or offset + 2
+            offset = struct.unpack_from(">H", message, offset)[0] & 0x3FFF
+        elif size:
+            labels.append(message[offset + 1:offset + 1 + size].decode("latin-1"))
+            offset += 1 + size
+        else:
+            return ".".join(labels), behind or offset + 1
+    raise ValueError("a name without an end")
+
+
+def _srv_records(message: bytes) -> List[Tuple[int, int, int, str]]:
+    """Return (priority, weight, port, target) of the SRV records in a DNS answer."""
+    questions, answers = struct.unpack_from(">2H", message, 4)
+    offset, records = 12, []
+    for _ in range(questions):
+        offset = _dns_name(message, offset)[1] + 4
+    for _ in range(answers):
+        offset = _dns_name(message, offset)[1]
+        kind, size = struct.unpack_from(">H6xH", message, offset)
+        offset += 10
+        if kind == 33:
+            fields = struct.unpack_from(">3H", message, offset)
+            records.append((*fields, _dns_name(message, offset + 6)[0]))
+        offset += size
+    return records
+
+
+def _lookup_srv(name: str, deadline: float) -> List[str]:
+    """Return host:port of the SRV records of `name`, in the random order of RFC 2782; [] if none.
+
+    Raises OSError if no name server has a usable answer before `deadline`.
+    """
+    labels = [label.encode("idna") for label in name.strip(".").split(".")]
+    question = b"".join(bytes((len(label),)) + label for label in labels) + b"\0\0\x21\0\x01"
+    last: Exception = OSError("no time to ask a name server")
+    for server in _name_servers() * 2:
+        wait_s = min(DNS_ANSWER_S, deadline - time.monotonic())
+        if wait_s <= 0:
+            break
+        query = struct.pack(">6H", random.randrange(1 << 16), 0x0100, 1, 0, 0, 0) + question
+        try:
+            answer = _dns_ask(server, query, wait_s)
+            if answer[3] & 15 not in (0, 3):        # 3: there is no such name
+                raise OSError(f"DNS error {answer[3] & 15}")
+            records = _srv_records(answer)
+        except (OSError, struct.error, IndexError, ValueError) as error:
+            last = error
+            continue
+        records.sort(key=lambda r: (r[0], -random.random() ** (1 / (r[1] or 0.01))))
+        return [f"{target}:{port}" for _, _, port, target in records]
+    raise OSError(f"lookup of {name} failed: {last}") from last
+
+
+def _discover(domain: str, protocol: str, deadline: float) -> List[str]:
+    """Return the URLs of the servers that the SRV records of `domain` name.
+
+    _etcd-client-ssl._tcp (https), else _etcd-client._tcp (http), as etcdctl 2.3 asks; else
+    _etcd._tcp (`protocol`), as python-etcd asks.  Raises ConnectionFailed.
+    """
+    services = ("etcd-client-ssl", "https"), ("etcd-client", "http"), ("etcd", protocol)
+    for service, scheme in services:
+        try:
+            found = _lookup_srv(f"_{service}._tcp.{domain}", deadline)
+            if found:
+                return [_base_url(address, scheme) for address in found]
+        except (OSError, ValueError) as error:
+            raise ConnectionFailed(str(error)) from error
+    raise ConnectionFailed(f"there are no SRV records for etcd in {domain}")
+
+
+# ============================================================================
+# transport/calls -- Calls: one request over all endpoints, attempts and deadlines.
+# ----------------------------------------------------------------------------
+# _Caller._exchange is the only place that does I/O.
+# ============================================================================
+
 
 _READS: FrozenSet[str] = frozenset(("GET", "HEAD"))
 _SUCCESS: FrozenSet[int] = frozenset((200, 201, 204))
@@ -2101,6 +2106,354 @@ class _Caller:
             self.cluster_id = cluster_id
 
 
+# ============================================================================
+# client/users -- Users and roles: methods of the client, and python-etcd's objects on top of them.
+# ============================================================================
+
+
+_PERMISSIONS = {"read": ("read",), "write": ("write",), "readwrite": ("read", "write")}
+
+
+class _Users(_Caller):
+    """Users, roles, and whether the server asks for them: the auth API of etcd 2.1 and later.
+
+    All but `auth_status` need the role root once auth is enabled; else they raise Unauthorized.
+    Dicts are the server's JSON.
+    """
+
+    # -- the switch
+
+    def auth_status(self) -> Dict[str, Any]:
+        """Return {"enabled": bool}; anybody may ask."""
+        return self._auth_call("GET", "/enable")
+
+    def auth_enable(self) -> None:
+        """Let the server check every request.  Raises HttpError without a user root, or if it does.
+
+        Whoever comes without a password has the role guest, which may do all until changed.
+        """
+        self._auth_call("PUT", "/enable", {})
+
+    def auth_disable(self) -> None:
+        """Let the server check nothing.  Raises HttpError if it does not check."""
+        self._auth_call("DELETE", "/enable")
+
+    # -- users
+
+    def user_list(self) -> List[Dict[str, Any]]:
+        """Return the users by name: [{"user": name, "roles": [role, ...]}, ...]."""
+        users = self._auth_call("GET", "/users").get("users") or []
+        return [{"user": user} if isinstance(user, str) else user for user in users]
+
+    def user_get(self, name: str) -> Dict[str, Any]:
+        """Return {"user": name, "roles": [role, ...]}.  Raises KeyNotFound."""
+        return self._auth_call("GET", f"/users/{name}")
+
+    def user_add(self, name: str, password: str, roles: Iterable[str] = ()) -> Dict[str, Any]:
+        """Make a user.  Raises NodeExists.
+
+        The server would take a second user_add without roles for a change of password; so we look
+        first, and two calls at the same moment may both succeed.
+        """
+        if self._has_user(name):
+            raise NodeExists(f"auth: User {name} already exists.")
+        fields = {"user": name, "password": password, "roles": list(roles)}
+        return self._auth_create(f"/users/{name}", fields)
+
+    def user_remove(self, name: str) -> None:
+        """Remove a user.  Raises KeyNotFound; HttpError for root while auth is enabled."""
+        self._auth_call("DELETE", f"/users/{name}")
+
+    def user_password(self, name: str, password: str) -> Dict[str, Any]:
+        """Give a user another password.  Raises KeyNotFound."""
+        if not self._has_user(name):                # the server would make the user
+            raise KeyNotFound(f"auth: User {name} does not exist.")
+        return self._auth_call("PUT", f"/users/{name}", {"user": name, "password": password})
+
+    def user_grant(self, name: str, roles: Iterable[str]) -> Dict[str, Any]:
+        """Give a user more roles.  Raises KeyNotFound; HttpError if one is granted already."""
+        return self._auth_call("PUT", f"/users/{name}", {"user": name, "grant": list(roles)})
+
+    def user_revoke(self, name: str, roles: Iterable[str]) -> Dict[str, Any]:
+        """Take roles from a user.  Raises KeyNotFound; HttpError if one is not granted."""
+        return self._auth_call("PUT", f"/users/{name}", {"user": name, "revoke": list(roles)})
+
+    # -- roles
+
+    def role_list(self) -> List[Dict[str, Any]]:
+        """Return the roles by name; root, who may do all, is always there."""
+        roles = self._auth_call("GET", "/roles").get("roles") or []
+        return [{"role": role} if isinstance(role, str) else role for role in roles]
+
+    def role_get(self, name: str) -> Dict[str, Any]:
+        """Return {"role": name, "permissions": {"kv": {"read": [...], "write": [...]}}}.
+
+        Raises KeyNotFound.
+        """
+        return self._auth_call("GET", f"/roles/{name}")
+
+    def role_add(
+        self, name: str, *, read: Iterable[str] = (), write: Iterable[str] = (),
+    ) -> Dict[str, Any]:
+        """Make a role that may read and write what is at these paths.  Raises NodeExists."""
+        permissions = {"kv": {"read": list(read), "write": list(write)}}
+        return self._auth_create(f"/roles/{name}", {"role": name, "permissions": permissions})
+
+    def role_remove(self, name: str) -> None:
+        """Remove a role.  Raises KeyNotFound.  Users keep its name, which means nothing then."""
+        self._auth_call("DELETE", f"/roles/{name}")
+
+    def role_grant(
+        self, name: str, path: Union[str, Iterable[str]], kind: str = "readwrite",
+    ) -> Dict[str, Any]:
+        """Allow a role to `read`, `write` or `readwrite` what is at `path`.
+
+        path  a key, or what all keys begin with if it ends in `*`; or several of them
+
+        Raises KeyNotFound; HttpError if it is granted already.
+        """
+        return self._role_change(name, "grant", path, kind)
+
+    def role_revoke(
+        self, name: str, path: Union[str, Iterable[str]], kind: str = "readwrite",
+    ) -> Dict[str, Any]:
+        """Take back what `role_grant` gave.  Raises KeyNotFound."""
+        return self._role_change(name, "revoke", path, kind)
+
+    # -- below: no public names
+
+    def _auth_call(
+        self, method: str, path: str, fields: Optional[Mapping[str, Any]] = None,
+    ) -> Dict[str, Any]:
+        body = None if fields is None else json.dumps(fields).encode()
+        target = _target(f"{self.version_prefix}/auth{path}", {})
+        return self._perform(_Call(method, target, _parse_maybe_object, body, _JSON_TYPE))
+
+    def _auth_create(self, path: str, fields: Mapping[str, Any]) -> Dict[str, Any]:
+        try:
+            return self._auth_call("PUT", path, fields)
+        except HttpError as error:
+            if error.status != 409:
+                raise
+            raise NodeExists(error.message, error.payload, status=409,
+                             endpoint=error.endpoint) from error
+
+    def _has_user(self, name: str) -> bool:
+        return any(user["user"] == name for user in self.user_list())
+
+    def _role_change(
+        self, name: str, change: str, path: Union[str, Iterable[str]], kind: str,
+    ) -> Dict[str, Any]:
+        if kind not in _PERMISSIONS:
+            raise EtcdValueError(f"a permission is read, write or readwrite, not {kind!r}")
+        paths = [path] if isinstance(path, str) else list(path)
+        kv = dict.fromkeys(_PERMISSIONS[kind], paths)
+        return self._auth_call("PUT", f"/roles/{name}", {"role": name, change: {"kv": kv}})
+
+
+class _AuthObject:
+    """What EtcdUser and EtcdRole have in common."""
+
+    entity = ""
+
+    def __init__(self, client: _Users, name: str) -> None:
+        self.client = client
+        self.name = name
+
+    @property
+    def uri(self) -> str:
+        """Path of this user or role in the API."""
+        return f"{self.client.version_prefix}/auth/{self.entity}s/{self.name}"
+
+
+class EtcdUser(_AuthObject):
+    """A user, to be read, changed and written: python-etcd's interface.
+
+    roles     names of the roles; change them, then `write`
+    password  set it, then `write`; it cannot be read
+    """
+
+    entity = "user"
+
+    def __init__(self, client: _Users, name: str) -> None:
+        super().__init__(client, name)
+        self._roles: Set[str] = set()
+        self._password: Optional[str] = None
+
+    @property
+    def names(self) -> List[Dict[str, Any]]:
+        """All users, as the server lists them."""
+        return self.client.user_list()
+
+    @property
+    def roles(self) -> Set[str]:
+        """Names of the roles this user has, or shall have."""
+        return self._roles
+
+    @roles.setter
+    def roles(self, roles: Iterable[str]) -> None:
+        """Choose the roles."""
+        self._roles = set(roles)
+
+    @property
+    def password(self) -> None:
+        """Always None: only the server knows it."""
+        return None
+
+    @password.setter
+    def password(self, password: Optional[str]) -> None:
+        """Choose the password."""
+        self._password = password
+
+    def read(self) -> None:
+        """Take the roles from the server.  Raises KeyNotFound."""
+        self.roles = self._stored_roles()
+
+    def write(self) -> None:
+        """Make the user, or change what differs.  The password is forgotten here afterwards.
+
+        An existing user takes up to three requests: password, new roles, roles taken away.
+        """
+        stored: Optional[Set[str]] = None
+        with contextlib.suppress(KeyNotFound):
+            stored = self._stored_roles()
+        password, self._password = self._password, None
+        if stored is None:
+            self.client.user_add(self.name, password or "", sorted(self.roles))
+            return
+        if password:
+            self.client.user_password(self.name, password)
+        if self.roles - stored:
+            self.client.user_grant(self.name, sorted(self.roles - stored))
+        if stored - self.roles:
+            self.client.user_revoke(self.name, sorted(stored - self.roles))
+
+    def delete(self) -> None:
+        """Remove the user.  Raises KeyNotFound."""
+        self.client.user_remove(self.name)
+
+    def _stored_roles(self) -> Set[str]:
+        # Since etcd 2.3 whole roles are listed, before that their names.
+        roles = self.client.user_get(self.name).get("roles") or []
+        return {role if isinstance(role, str) else role["role"] for role in roles}
+
+
+class EtcdRole(_AuthObject):
+    """A role, to be read, changed and written: python-etcd's interface."""
+
+    entity = "role"
+
+    def __init__(self, client: _Users, name: str) -> None:
+        super().__init__(client, name)
+        self._paths: Dict[str, Set[str]] = {"read": set(), "write": set()}
+
+    @property
+    def names(self) -> List[Dict[str, Any]]:
+        """All roles, as the server lists them."""
+        return self.client.role_list()
+
+    @property
+    def acls(self) -> Dict[str, str]:
+        """What the role may do, by path: R, W or RW."""
+        read, write = self._paths["read"], self._paths["write"]
+        return {path: "R" * (path in read) + "W" * (path in write)
+                for path in sorted(read | write)}
+
+    @acls.setter
+    def acls(self, acls: Mapping[str, str]) -> None:
+        """Choose all permissions."""
+        self._paths = {"read": set(), "write": set()}
+        for path, permission in acls.items():
+            self.grant(path, permission)
+
+    def grant(self, path: str, permission: str) -> None:
+        """Allow R, W or RW of `path`, once the role is written."""
+        for right in _rights(permission):
+            self._paths[right].add(path)
+
+    def revoke(self, path: str, permission: str) -> None:
+        """Forbid R, W or RW of `path`, once the role is written."""
+        for right in _rights(permission):
+            self._paths[right].discard(path)
+
+    def read(self) -> None:
+        """Take the permissions from the server.  Raises KeyNotFound."""
+        self._paths = self._stored_paths()
+
+    def write(self) -> None:
+        """Make the role, or change what differs.
+
+        An existing role takes up to four requests: each right is taken and given by its own.
+        """
+        try:
+            stored = self._stored_paths()
+        except KeyNotFound:
+            self.client.role_add(
+                self.name, **{right: sorted(paths) for right, paths in self._paths.items()})
+            return
+        for right, paths in self._paths.items():
+            if stored[right] - paths:
+                self.client.role_revoke(self.name, sorted(stored[right] - paths), right)
+            if paths - stored[right]:
+                self.client.role_grant(self.name, sorted(paths - stored[right]), right)
+
+    def delete(self) -> None:
+        """Remove the role.  Raises KeyNotFound."""
+        self.client.role_remove(self.name)
+
+    def _stored_paths(self) -> Dict[str, Set[str]]:
+        kv = self.client.role_get(self.name)["permissions"]["kv"]
+        return {right: set(kv.get(right) or ()) for right in ("read", "write")}
+
+
+def _rights(permission: str) -> List[str]:
+    """Return the long names of the letters in R, W or RW."""
+    letters = permission.upper()
+    if not letters or set(letters) - set("RW"):
+        raise EtcdValueError(f"a permission is R, W or RW, not {permission!r}")
+    return [right for right in ("read", "write") if right[0].upper() in letters]
+
+
+class Auth:
+    """Whether the server checks users: python-etcd's interface."""
+
+    def __init__(self, client: _Users) -> None:
+        self.client = client
+
+    @property
+    def active(self) -> bool:
+        """Whether requests are checked; assign to switch it."""
+        return bool(self.client.auth_status()["enabled"])
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        """Switch the checks on or off."""
+        if active == self.active:
+            return
+        if active:
+            self.client.auth_enable()
+        else:
+            self.client.auth_disable()
+
+
+_User = EtcdUser
+_Role = EtcdRole
+_Switch = Auth
+
+
+class auth:
+    """The names of python-etcd's module of this name."""
+
+    EtcdUser = _User
+    EtcdRole = _Role
+    Auth = _Switch
+
+
+# ============================================================================
+# client/verbs -- Verbs: the keys, members and status of a cluster.
+# ============================================================================
+
+
 class _Keys(_Caller):
     """The verbs of the keys API, but for those that wait.
 
@@ -2348,10 +2701,9 @@ def _needed(prev_value: Optional[object], prev_index: Optional[int]) -> Dict[str
 
 
 # ============================================================================
-# 5. Watching
-# ----------------------------------------------------------------------------
-# Knows: sections 1-4.
+# client/watching -- Watching: changes of a key or a directory, without a gap.
 # ============================================================================
+
 
 class _Step(enum.Enum):
     """What a watch asks next."""
@@ -2954,354 +3306,9 @@ class _Watching(_Keys):
 
 
 # ============================================================================
-# 6. Users and roles
-# ----------------------------------------------------------------------------
-# Knows: sections 1-4.  Methods of the client, and python-etcd's objects on top of them.
+# client/client -- The Client class: all of it under one name.
 # ============================================================================
 
-_PERMISSIONS = {"read": ("read",), "write": ("write",), "readwrite": ("read", "write")}
-
-
-class _Users(_Caller):
-    """Users, roles, and whether the server asks for them: the auth API of etcd 2.1 and later.
-
-    All but `auth_status` need the role root once auth is enabled; else they raise Unauthorized.
-    Dicts are the server's JSON.
-    """
-
-    # -- the switch
-
-    def auth_status(self) -> Dict[str, Any]:
-        """Return {"enabled": bool}; anybody may ask."""
-        return self._auth_call("GET", "/enable")
-
-    def auth_enable(self) -> None:
-        """Let the server check every request.  Raises HttpError without a user root, or if it does.
-
-        Whoever comes without a password has the role guest, which may do all until changed.
-        """
-        self._auth_call("PUT", "/enable", {})
-
-    def auth_disable(self) -> None:
-        """Let the server check nothing.  Raises HttpError if it does not check."""
-        self._auth_call("DELETE", "/enable")
-
-    # -- users
-
-    def user_list(self) -> List[Dict[str, Any]]:
-        """Return the users by name: [{"user": name, "roles": [role, ...]}, ...]."""
-        users = self._auth_call("GET", "/users").get("users") or []
-        return [{"user": user} if isinstance(user, str) else user for user in users]
-
-    def user_get(self, name: str) -> Dict[str, Any]:
-        """Return {"user": name, "roles": [role, ...]}.  Raises KeyNotFound."""
-        return self._auth_call("GET", f"/users/{name}")
-
-    def user_add(self, name: str, password: str, roles: Iterable[str] = ()) -> Dict[str, Any]:
-        """Make a user.  Raises NodeExists.
-
-        The server would take a second user_add without roles for a change of password; so we look
-        first, and two calls at the same moment may both succeed.
-        """
-        if self._has_user(name):
-            raise NodeExists(f"auth: User {name} already exists.")
-        fields = {"user": name, "password": password, "roles": list(roles)}
-        return self._auth_create(f"/users/{name}", fields)
-
-    def user_remove(self, name: str) -> None:
-        """Remove a user.  Raises KeyNotFound; HttpError for root while auth is enabled."""
-        self._auth_call("DELETE", f"/users/{name}")
-
-    def user_password(self, name: str, password: str) -> Dict[str, Any]:
-        """Give a user another password.  Raises KeyNotFound."""
-        if not self._has_user(name):                # the server would make the user
-            raise KeyNotFound(f"auth: User {name} does not exist.")
-        return self._auth_call("PUT", f"/users/{name}", {"user": name, "password": password})
-
-    def user_grant(self, name: str, roles: Iterable[str]) -> Dict[str, Any]:
-        """Give a user more roles.  Raises KeyNotFound; HttpError if one is granted already."""
-        return self._auth_call("PUT", f"/users/{name}", {"user": name, "grant": list(roles)})
-
-    def user_revoke(self, name: str, roles: Iterable[str]) -> Dict[str, Any]:
-        """Take roles from a user.  Raises KeyNotFound; HttpError if one is not granted."""
-        return self._auth_call("PUT", f"/users/{name}", {"user": name, "revoke": list(roles)})
-
-    # -- roles
-
-    def role_list(self) -> List[Dict[str, Any]]:
-        """Return the roles by name; root, who may do all, is always there."""
-        roles = self._auth_call("GET", "/roles").get("roles") or []
-        return [{"role": role} if isinstance(role, str) else role for role in roles]
-
-    def role_get(self, name: str) -> Dict[str, Any]:
-        """Return {"role": name, "permissions": {"kv": {"read": [...], "write": [...]}}}.
-
-        Raises KeyNotFound.
-        """
-        return self._auth_call("GET", f"/roles/{name}")
-
-    def role_add(
-        self, name: str, *, read: Iterable[str] = (), write: Iterable[str] = (),
-    ) -> Dict[str, Any]:
-        """Make a role that may read and write what is at these paths.  Raises NodeExists."""
-        permissions = {"kv": {"read": list(read), "write": list(write)}}
-        return self._auth_create(f"/roles/{name}", {"role": name, "permissions": permissions})
-
-    def role_remove(self, name: str) -> None:
-        """Remove a role.  Raises KeyNotFound.  Users keep its name, which means nothing then."""
-        self._auth_call("DELETE", f"/roles/{name}")
-
-    def role_grant(
-        self, name: str, path: Union[str, Iterable[str]], kind: str = "readwrite",
-    ) -> Dict[str, Any]:
-        """Allow a role to `read`, `write` or `readwrite` what is at `path`.
-
-        path  a key, or what all keys begin with if it ends in `*`; or several of them
-
-        Raises KeyNotFound; HttpError if it is granted already.
-        """
-        return self._role_change(name, "grant", path, kind)
-
-    def role_revoke(
-        self, name: str, path: Union[str, Iterable[str]], kind: str = "readwrite",
-    ) -> Dict[str, Any]:
-        """Take back what `role_grant` gave.  Raises KeyNotFound."""
-        return self._role_change(name, "revoke", path, kind)
-
-    # -- below: no public names
-
-    def _auth_call(
-        self, method: str, path: str, fields: Optional[Mapping[str, Any]] = None,
-    ) -> Dict[str, Any]:
-        body = None if fields is None else json.dumps(fields).encode()
-        target = _target(f"{self.version_prefix}/auth{path}", {})
-        return self._perform(_Call(method, target, _parse_maybe_object, body, _JSON_TYPE))
-
-    def _auth_create(self, path: str, fields: Mapping[str, Any]) -> Dict[str, Any]:
-        try:
-            return self._auth_call("PUT", path, fields)
-        except HttpError as error:
-            if error.status != 409:
-                raise
-            raise NodeExists(error.message, error.payload, status=409,
-                             endpoint=error.endpoint) from error
-
-    def _has_user(self, name: str) -> bool:
-        return any(user["user"] == name for user in self.user_list())
-
-    def _role_change(
-        self, name: str, change: str, path: Union[str, Iterable[str]], kind: str,
-    ) -> Dict[str, Any]:
-        if kind not in _PERMISSIONS:
-            raise EtcdValueError(f"a permission is read, write or readwrite, not {kind!r}")
-        paths = [path] if isinstance(path, str) else list(path)
-        kv = dict.fromkeys(_PERMISSIONS[kind], paths)
-        return self._auth_call("PUT", f"/roles/{name}", {"role": name, change: {"kv": kv}})
-
-
-class _AuthObject:
-    """What EtcdUser and EtcdRole have in common."""
-
-    entity = ""
-
-    def __init__(self, client: _Users, name: str) -> None:
-        self.client = client
-        self.name = name
-
-    @property
-    def uri(self) -> str:
-        """Path of this user or role in the API."""
-        return f"{self.client.version_prefix}/auth/{self.entity}s/{self.name}"
-
-
-class EtcdUser(_AuthObject):
-    """A user, to be read, changed and written: python-etcd's interface.
-
-    roles     names of the roles; change them, then `write`
-    password  set it, then `write`; it cannot be read
-    """
-
-    entity = "user"
-
-    def __init__(self, client: _Users, name: str) -> None:
-        super().__init__(client, name)
-        self._roles: Set[str] = set()
-        self._password: Optional[str] = None
-
-    @property
-    def names(self) -> List[Dict[str, Any]]:
-        """All users, as the server lists them."""
-        return self.client.user_list()
-
-    @property
-    def roles(self) -> Set[str]:
-        """Names of the roles this user has, or shall have."""
-        return self._roles
-
-    @roles.setter
-    def roles(self, roles: Iterable[str]) -> None:
-        """Choose the roles."""
-        self._roles = set(roles)
-
-    @property
-    def password(self) -> None:
-        """Always None: only the server knows it."""
-        return None
-
-    @password.setter
-    def password(self, password: Optional[str]) -> None:
-        """Choose the password."""
-        self._password = password
-
-    def read(self) -> None:
-        """Take the roles from the server.  Raises KeyNotFound."""
-        self.roles = self._stored_roles()
-
-    def write(self) -> None:
-        """Make the user, or change what differs.  The password is forgotten here afterwards.
-
-        An existing user takes up to three requests: password, new roles, roles taken away.
-        """
-        stored: Optional[Set[str]] = None
-        with contextlib.suppress(KeyNotFound):
-            stored = self._stored_roles()
-        password, self._password = self._password, None
-        if stored is None:
-            self.client.user_add(self.name, password or "", sorted(self.roles))
-            return
-        if password:
-            self.client.user_password(self.name, password)
-        if self.roles - stored:
-            self.client.user_grant(self.name, sorted(self.roles - stored))
-        if stored - self.roles:
-            self.client.user_revoke(self.name, sorted(stored - self.roles))
-
-    def delete(self) -> None:
-        """Remove the user.  Raises KeyNotFound."""
-        self.client.user_remove(self.name)
-
-    def _stored_roles(self) -> Set[str]:
-        # Since etcd 2.3 whole roles are listed, before that their names.
-        roles = self.client.user_get(self.name).get("roles") or []
-        return {role if isinstance(role, str) else role["role"] for role in roles}
-
-
-class EtcdRole(_AuthObject):
-    """A role, to be read, changed and written: python-etcd's interface."""
-
-    entity = "role"
-
-    def __init__(self, client: _Users, name: str) -> None:
-        super().__init__(client, name)
-        self._paths: Dict[str, Set[str]] = {"read": set(), "write": set()}
-
-    @property
-    def names(self) -> List[Dict[str, Any]]:
-        """All roles, as the server lists them."""
-        return self.client.role_list()
-
-    @property
-    def acls(self) -> Dict[str, str]:
-        """What the role may do, by path: R, W or RW."""
-        read, write = self._paths["read"], self._paths["write"]
-        return {path: "R" * (path in read) + "W" * (path in write)
-                for path in sorted(read | write)}
-
-    @acls.setter
-    def acls(self, acls: Mapping[str, str]) -> None:
-        """Choose all permissions."""
-        self._paths = {"read": set(), "write": set()}
-        for path, permission in acls.items():
-            self.grant(path, permission)
-
-    def grant(self, path: str, permission: str) -> None:
-        """Allow R, W or RW of `path`, once the role is written."""
-        for right in _rights(permission):
-            self._paths[right].add(path)
-
-    def revoke(self, path: str, permission: str) -> None:
-        """Forbid R, W or RW of `path`, once the role is written."""
-        for right in _rights(permission):
-            self._paths[right].discard(path)
-
-    def read(self) -> None:
-        """Take the permissions from the server.  Raises KeyNotFound."""
-        self._paths = self._stored_paths()
-
-    def write(self) -> None:
-        """Make the role, or change what differs.
-
-        An existing role takes up to four requests: each right is taken and given by its own.
-        """
-        try:
-            stored = self._stored_paths()
-        except KeyNotFound:
-            self.client.role_add(
-                self.name, **{right: sorted(paths) for right, paths in self._paths.items()})
-            return
-        for right, paths in self._paths.items():
-            if stored[right] - paths:
-                self.client.role_revoke(self.name, sorted(stored[right] - paths), right)
-            if paths - stored[right]:
-                self.client.role_grant(self.name, sorted(paths - stored[right]), right)
-
-    def delete(self) -> None:
-        """Remove the role.  Raises KeyNotFound."""
-        self.client.role_remove(self.name)
-
-    def _stored_paths(self) -> Dict[str, Set[str]]:
-        kv = self.client.role_get(self.name)["permissions"]["kv"]
-        return {right: set(kv.get(right) or ()) for right in ("read", "write")}
-
-
-def _rights(permission: str) -> List[str]:
-    """Return the long names of the letters in R, W or RW."""
-    letters = permission.upper()
-    if not letters or set(letters) - set("RW"):
-        raise EtcdValueError(f"a permission is R, W or RW, not {permission!r}")
-    return [right for right in ("read", "write") if right[0].upper() in letters]
-
-
-class Auth:
-    """Whether the server checks users: python-etcd's interface."""
-
-    def __init__(self, client: _Users) -> None:
-        self.client = client
-
-    @property
-    def active(self) -> bool:
-        """Whether requests are checked; assign to switch it."""
-        return bool(self.client.auth_status()["enabled"])
-
-    @active.setter
-    def active(self, active: bool) -> None:
-        """Switch the checks on or off."""
-        if active == self.active:
-            return
-        if active:
-            self.client.auth_enable()
-        else:
-            self.client.auth_disable()
-
-
-_User = EtcdUser
-_Role = EtcdRole
-_Switch = Auth
-
-
-class auth:
-    """The names of python-etcd's module of this name."""
-
-    EtcdUser = _User
-    EtcdRole = _Role
-    Auth = _Switch
-
-
-# ============================================================================
-# 7. Client -- all of it under one name
-# ----------------------------------------------------------------------------
-# Knows: sections 1-6.
-# ============================================================================
 
 class _Cluster(_Caller):
     """Members, statistics, versions, health; and requests for which there is no verb."""
@@ -3540,16 +3547,14 @@ class Client(_Watching, _Cluster, _Users):
 
 
 # ============================================================================
-# 8. Leases
+# recipes/basics -- What every recipe rests on.
 # ----------------------------------------------------------------------------
-# Knows: sections 1-7, through few verbs of Client, gathered in the functions below.
-#
-# What every recipe rests on.  A write whose fate is unknown carries a uuid, so that a look tells
-# whether it is in.  A lease is counted from before the request that granted it was sent, on a
-# clock of this machine that runs on while the machine sleeps, and less a margin.  A waiter
-# watches one key, and looks anew after every event, timeout and error, so that a lost event costs
-# time only.  One scope rules all that a call waits for; `cancel` of the recipe ends it.
+# A write whose fate is unknown carries a uuid, so that a look tells whether it is in.  A lease is
+# counted from before the request that granted it was sent, on a clock of this machine that runs on
+# while the machine sleeps, and less a margin.  A waiter watches one key, and looks anew after every
+# event, timeout and error, so that a lost event costs time only.
 # ============================================================================
+
 
 LEASE_TTL_S = 30
 EXPIRY_MARGIN = 0.1             # share of a ttl after which a lease counts as over before its time
@@ -3876,6 +3881,11 @@ def _await(
         with Scope(wait_s) as scope:
             scope.wait(0.2)                         # then the look tells whether that lasts
     return span.wait_s() > 0
+
+
+# ============================================================================
+# recipes/leases -- Leases: keys that live as long as their owner.
+# ============================================================================
 
 
 _HeartbeatType = TypeVar("_HeartbeatType", bound="Heartbeat")
@@ -4235,10 +4245,9 @@ class _Place(Lease):
 
 
 # ============================================================================
-# 9. Locks
-# ----------------------------------------------------------------------------
-# Knows: sections 1-8.
+# recipes/locks -- Locks and semaphores.
 # ============================================================================
+
 
 _ContenderType = TypeVar("_ContenderType", bound="Contender")
 _LABELLED = re.compile(r"[0-9a-f]{32}:")
@@ -4711,10 +4720,9 @@ class Semaphore(Contender):
 
 
 # ============================================================================
-# 10. Elections, queues, barriers, counters
-# ----------------------------------------------------------------------------
-# Knows: sections 1-9.
+# recipes/elections -- Elections, and values that are observed.
 # ============================================================================
+
 
 TAKEN_TTL_S = 120               # what was taken from a queue leaves a mark for so long
 COUNTER_WRITERS = 32            # so many writers find out whether a lost change is in
@@ -4860,296 +4868,9 @@ class Election(Contender):
         return Leader(value.partition(":")[2], _number(entries[0]))
 
 
-class _Item(NamedTuple):
-    """An item of a queue, as a look found it."""
-
-    uid: str                                        # tells it from others, and stays when it is
-    value: str                                      # written twice after a lost answer
-    priority: int
-    node: Node                                      # its first entry
-    mark: str                                       # what we write when we take it
-
-    @classmethod
-    def of(cls, node: Node, root: str) -> _Item:
-        """Return the item in a file; any program may put one there by hand."""
-        found = _ITEM.fullmatch(node.value or "") if _is_entry(node) else None
-        uid, priority, value = found.groups() if found else (
-            node.key[len(root):], PRIORITY, node.value or "")
-        return cls(uid, value, int(priority), node, uuid.uuid4().hex + ":" + _name(node.key))
-
-    def place(self) -> Tuple[int, int]:
-        """Return what items are ordered by."""
-        node = self.node
-        return self.priority, _number(node) if _is_entry(node) else node.created_index
-
-
-_ITEM = re.compile(r"([0-9a-f]{32}):(-?[0-9]{1,9}):(.*)", re.DOTALL)
-
-
-class QueueItem:
-    """An item that this process works on; from Queue.take.
-
-    value  what was put
-
-    A context manager: without an exception the item is done, with one it is given back.
-    """
-
-    def __init__(self, queue: Queue, item: _Item, lease: Lease) -> None:
-        self.value = item.value
-        self._queue = queue
-        self._item = item
-        self._lease = lease
-
-    @property
-    def is_held(self) -> bool:
-        """Whether no other consumer can have got the item meanwhile."""
-        return self._lease.is_held
-
-    def done(self) -> bool:
-        """Remove the item; False if another consumer has removed it first."""
-        try:
-            return self._queue._remove(self._item)
-        finally:
-            self._lease.stop()
-
-    def give_back(self) -> None:
-        """Let another consumer have the item."""
-        self._lease.stop()
-
-    def __enter__(self) -> QueueItem:
-        return self
-
-    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
-        if kind is None:
-            self.done()
-        else:
-            self.give_back()
-
-
-class Queue(_Recipe):
-    """A queue in the cluster: first in, first out, any number of producers and consumers.
-
-        queue = Queue(client, "/jobs")
-        queue.put("one")
-        queue.put("urgent", priority=1)             # before those with a higher number
-        queue.get(timeout=5)                        # "urgent", or None after 5 s
-        with queue.take(timeout=5) as item:         # at least once
-            work(item.value)
-
-    Guarantee: what put has returned for is in the queue once.  An item is removed once, in the
-    order of priority, then of their making: `get` hands each to one consumer only, which may
-    crash with it; what `take` hands out comes back, ttl seconds after a crash, until done has
-    removed it.  A consumer that finds its queue empty looks once, and its work for an item does
-    not depend on how many were taken before.  An idle queue wakes one of the waiting consumers
-    for each item; the others stand in line.
-    How: an item is an in-order file with a uuid in it.  To take it is to write a hidden mark for
-    this uuid, which only one consumer can do, and then to delete the file.  A second file of the
-    same item, from an answer that was lost, is known by the mark, which stays for TAKEN_TTL_S.
-    Limit: after an error with maybe_applied, and when a request is executed more than TAKEN_TTL_S
-    late, an item may be there twice or lost with its consumer.  A consumer that crashes between
-    mark and deletion delays its item for TAKEN_TTL_S.  Consumers of one queue use either get or
-    take: a get may remove what another one has taken.  A consumer reads the whole directory, and
-    then takes what it has seen (an urgent item that was put meanwhile comes after that): made for
-    thousands of items, not for millions.
-    Differs from 0.4.0: that could not read the items put now; those it has put are taken.
-
-    ttl      seconds a crashed consumer delays what it had taken, or the line
-
-    Thread: any.
-    """
-
-    def __init__(self, client: Client, key: str, *, ttl: int = LEASE_TTL_S) -> None:
-        super().__init__(client)
-        self.path = _recipe_key(key)
-        self.ttl = _checked_ttl(ttl)
-        self._items = f"{self.path}/items"
-        self._after_fork()
-
-    def put(self, value: str, priority: int = PRIORITY) -> str:
-        """Add an item, behind all of the same priority; return its key.
-
-        priority  lower ones are taken first
-        """
-        uid = uuid.uuid4().hex
-        text = f"{uid}:{priority:d}:{_text(value)}"
-
-        def find() -> Optional[Node]:
-            with contextlib.suppress(KeyNotFound):  # perhaps it was taken already
-                return _read(self.client, self._mark_of(uid)).node
-            nodes, _ = _entries(self.client, self._items)
-            return next((node for node in nodes if node.value == text), None)
-        return _append_once(self.client, self._items, text, None, find)[0].key
-
-    def put_all(self, values: Iterable[str], priority: int = PRIORITY) -> List[str]:
-        """Add items one after the other; return their keys."""
-        return [self.put(value, priority) for value in values]
-
-    def get(self, timeout: Optional[float] = None) -> Optional[str]:
-        """Remove the first item and return its value; None after `timeout` seconds (None: never).
-
-        With timeout=0 it does not wait.  None after `cancel`, too.
-        """
-        item = self._first(timeout, self._remove)
-        return None if item is None else item.value
-
-    def take(self, timeout: Optional[float] = None) -> QueueItem:
-        """Return the first item that nobody works on.
-
-        Raises WatchTimeout where `get` returns None, since a `with` needs an item.
-        """
-        leases: List[Lease] = []
-        item = self._first(timeout, lambda item: self._claim(item, leases))
-        if item is None:
-            raise WatchTimeout("no item in time", cause=self.path)
-        return QueueItem(self, item, leases[0])
-
-    def __len__(self) -> int:
-        """Return the number of items, those included that somebody works on."""
-        free, claimed, _ = self._look()
-        return len(free) + claimed
-
-    # -- below: no public names
-
-    def _after_fork(self) -> None:
-        super()._after_fork()
-        self._seen: Deque[_Item] = deque()          # items of the last look; append and pop are
-                                                    # atomic, and all it gives is hints
-
-    def _mark_of(self, uid: str) -> str:
-        return f"{self.path}/_taken/{uid}"
-
-    def _look(self) -> Tuple[List[_Item], int, int]:
-        """Return the items that are free, first one first, how many are claimed, and the index."""
-        try:
-            found = _read(self.client, self.path, recursive=True)
-        except KeyNotFound as error:
-            return [], 0, error.index
-        files = [node for node in found.node.walk() if not node.dir]
-        claims = {_name(node.key) for node in files if node.key.startswith(f"{self.path}/claims/")}
-        first: Dict[str, _Item] = {}
-        # A file with a ttl is a mark of 0.4.0.
-        for node in files:
-            if node.ttl is None and node.key.startswith(f"{self._items}/"):
-                item = _Item.of(node, self._items + "/")
-                first[item.uid] = min(item, first.get(item.uid, item), key=_Item.place)
-        items = sorted(first.values(), key=_Item.place)
-        free = [item for item in items if item.uid not in claims]
-        return free, len(items) - len(free), found.etcd_index
-
-    def _first(self, timeout: Optional[float], obtain: Callable[[_Item], bool]) -> Optional[_Item]:
-        """Return the first item that `obtain` gets; None if time is up, or after `cancel`."""
-        with self._span(timeout) as span:
-            item, _ = self._try(obtain)
-            if item is not None or not span.wait_s():
-                return item
-            line = Contender(self.client, f"{self.path}/_waiting", ttl=self.ttl)
-            if not line.acquire():
-                return None
-            try:
-                while True:
-                    item, index = self._try(obtain)
-                    if item is not None or not _await(
-                            self.client, span, self.path, index, min(WAIT_SLICE_S, self.ttl),
-                            self._is_arrival):
-                        return item
-            finally:
-                with _apart(TIDY_S):
-                    line.release()
-        return None
-
-    def _is_arrival(self, event: Result) -> bool:
-        """Whether there may be an item now: it is new, or somebody gave it back."""
-        if event.key.startswith(f"{self.path}/claims/"):
-            return event.action in _REMOVALS
-        return event.action in ("create", "set")
-
-    def _try(self, obtain: Callable[[_Item], bool]) -> Tuple[Optional[_Item], int]:
-        """Try the items seen last, then those of a new look; return the index of that."""
-        while self._seen:
-            with contextlib.suppress(IndexError):   # another thread was faster
-                item = self._seen.popleft()
-                if obtain(item):
-                    return item, 0
-        free, _, index = self._look()
-        for position, item in enumerate(free):
-            if obtain(item):
-                self._seen.extend(free[position + 1:])
-                return item, index
-        return None, index
-
-    def _remove(self, item: _Item) -> bool:
-        """Remove an item for ever; False if somebody else has done so."""
-        try:
-            _create_once(self.client, self._mark_of(item.uid), item.mark, TAKEN_TTL_S)
-        except NodeExists:
-            self._is_taken(item)
-            return False
-        except EtcdError as error:
-            self._unmark(item)
-            error.maybe_applied = False             # the item is there
-            raise
-        return self._delete(item)
-
-    def _unmark(self, item: _Item) -> None:
-        """Let others have an item at once that we could not take."""
-        with _apart(TIDY_S):
-            _remove(self.client, self._mark_of(item.uid), item.mark)
-
-    def _is_taken(self, item: _Item) -> bool:
-        """Whether the item has a mark; if it was taken as another file, this one is removed."""
-        try:
-            mark = _read(self.client, self._mark_of(item.uid)).node.value or ""
-        except KeyNotFound:
-            return False
-        if mark.rpartition(":")[2] != _name(item.node.key):
-            with contextlib.suppress(EtcdError):
-                self.client.compare_and_delete(
-                    item.node.key, prev_index=item.node.modified_index)
-        return True
-
-    def _delete(self, item: _Item) -> bool:
-        """Delete the file of an item; False if somebody else has."""
-        unsure = False
-
-        def attempt() -> bool:
-            nonlocal unsure
-            try:
-                self.client.compare_and_delete(
-                    item.node.key, prev_index=item.node.modified_index)
-            except (KeyNotFound, CompareFailed) as error:
-                # Nobody else deletes it before our mark has expired.
-                return unsure and isinstance(error, KeyNotFound) and item.mark == _read(
-                    self.client, self._mark_of(item.uid)).node.value
-            except EtcdError as error:
-                unsure = unsure or error.maybe_applied
-                raise
-            return True
-        try:
-            return _insist(self.client, attempt)
-        except EtcdError as error:
-            if not error.maybe_applied:
-                self._unmark(item)
-            raise
-
-    def _claim(self, item: _Item, leases: List[Lease]) -> bool:
-        lease = Lease(self.client, f"{self.path}/claims/{item.uid}", ttl=self.ttl)
-        ours = True
-        try:
-            lease.start()
-            # The item may be gone since it was seen: whoever had claimed it has finished.
-            index = _read(self.client, item.node.key).node.modified_index
-            if index == item.node.modified_index and not self._is_taken(item):
-                leases.append(lease)
-        except (NodeExists, LockExpired):
-            ours = False
-        except KeyNotFound:
-            pass
-        finally:
-            if ours and not leases:
-                with _apart(TIDY_S):
-                    lease._end()
-                    lease._leave()
-        return bool(leases)
+# ============================================================================
+# recipes/barriers -- Barriers and counters.
+# ============================================================================
 
 
 class Barrier(_Recipe):
@@ -5427,10 +5148,9 @@ class Counter:
 
 
 # ============================================================================
-# 11. Copies, services, parties
-# ----------------------------------------------------------------------------
-# Knows: sections 1-10.
+# recipes/copies -- Copies of directories, and calls for each change.
 # ============================================================================
+
 
 _ChangeCallback = Optional[Callable[[str, Optional[Node], Optional[Node]], object]]
 
@@ -5778,6 +5498,308 @@ class DataWatch(_Follower[Optional[Node]]):
         return _tell(function, state and state.value, state) is not False
 
 
+# ============================================================================
+# recipes/queues -- Queues.
+# ============================================================================
+
+
+class _Item(NamedTuple):
+    """An item of a queue, as a look found it."""
+
+    uid: str                                        # tells it from others, and stays when it is
+    value: str                                      # written twice after a lost answer
+    priority: int
+    node: Node                                      # its first entry
+    mark: str                                       # what we write when we take it
+
+    @classmethod
+    def of(cls, node: Node, root: str) -> _Item:
+        """Return the item in a file; any program may put one there by hand."""
+        found = _ITEM.fullmatch(node.value or "") if _is_entry(node) else None
+        uid, priority, value = found.groups() if found else (
+            node.key[len(root):], PRIORITY, node.value or "")
+        return cls(uid, value, int(priority), node, uuid.uuid4().hex + ":" + _name(node.key))
+
+    def place(self) -> Tuple[int, int]:
+        """Return what items are ordered by."""
+        node = self.node
+        return self.priority, _number(node) if _is_entry(node) else node.created_index
+
+
+_ITEM = re.compile(r"([0-9a-f]{32}):(-?[0-9]{1,9}):(.*)", re.DOTALL)
+
+
+class QueueItem:
+    """An item that this process works on; from Queue.take.
+
+    value  what was put
+
+    A context manager: without an exception the item is done, with one it is given back.
+    """
+
+    def __init__(self, queue: Queue, item: _Item, lease: Lease) -> None:
+        self.value = item.value
+        self._queue = queue
+        self._item = item
+        self._lease = lease
+
+    @property
+    def is_held(self) -> bool:
+        """Whether no other consumer can have got the item meanwhile."""
+        return self._lease.is_held
+
+    def done(self) -> bool:
+        """Remove the item; False if another consumer has removed it first."""
+        try:
+            return self._queue._remove(self._item)
+        finally:
+            self._lease.stop()
+
+    def give_back(self) -> None:
+        """Let another consumer have the item."""
+        self._lease.stop()
+
+    def __enter__(self) -> QueueItem:
+        return self
+
+    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
+        if kind is None:
+            self.done()
+        else:
+            self.give_back()
+
+
+class Queue(_Recipe):
+    """A queue in the cluster: first in, first out, any number of producers and consumers.
+
+        queue = Queue(client, "/jobs")
+        queue.put("one")
+        queue.put("urgent", priority=1)             # before those with a higher number
+        queue.get(timeout=5)                        # "urgent", or None after 5 s
+        with queue.take(timeout=5) as item:         # at least once
+            work(item.value)
+
+    Guarantee: what put has returned for is in the queue once.  An item is removed once, in the
+    order of priority, then of their making: `get` hands each to one consumer only, which may
+    crash with it; what `take` hands out comes back, ttl seconds after a crash, until done has
+    removed it.  A consumer that finds its queue empty looks once, and its work for an item does
+    not depend on how many were taken before.  An idle queue wakes one of the waiting consumers
+    for each item; the others stand in line.
+    How: an item is an in-order file with a uuid in it.  To take it is to write a hidden mark for
+    this uuid, which only one consumer can do, and then to delete the file.  A second file of the
+    same item, from an answer that was lost, is known by the mark, which stays for TAKEN_TTL_S.
+    Limit: after an error with maybe_applied, and when a request is executed more than TAKEN_TTL_S
+    late, an item may be there twice or lost with its consumer.  A consumer that crashes between
+    mark and deletion delays its item for TAKEN_TTL_S.  Consumers of one queue use either get or
+    take: a get may remove what another one has taken.  A consumer reads the whole directory, and
+    then takes what it has seen (an urgent item that was put meanwhile comes after that): made for
+    thousands of items, not for millions.
+    Differs from 0.4.0: that could not read the items put now; those it has put are taken.
+
+    ttl      seconds a crashed consumer delays what it had taken, or the line
+
+    Thread: any.
+    """
+
+    def __init__(self, client: Client, key: str, *, ttl: int = LEASE_TTL_S) -> None:
+        super().__init__(client)
+        self.path = _recipe_key(key)
+        self.ttl = _checked_ttl(ttl)
+        self._items = f"{self.path}/items"
+        self._after_fork()
+
+    def put(self, value: str, priority: int = PRIORITY) -> str:
+        """Add an item, behind all of the same priority; return its key.
+
+        priority  lower ones are taken first
+        """
+        uid = uuid.uuid4().hex
+        text = f"{uid}:{priority:d}:{_text(value)}"
+
+        def find() -> Optional[Node]:
+            with contextlib.suppress(KeyNotFound):  # perhaps it was taken already
+                return _read(self.client, self._mark_of(uid)).node
+            nodes, _ = _entries(self.client, self._items)
+            return next((node for node in nodes if node.value == text), None)
+        return _append_once(self.client, self._items, text, None, find)[0].key
+
+    def put_all(self, values: Iterable[str], priority: int = PRIORITY) -> List[str]:
+        """Add items one after the other; return their keys."""
+        return [self.put(value, priority) for value in values]
+
+    def get(self, timeout: Optional[float] = None) -> Optional[str]:
+        """Remove the first item and return its value; None after `timeout` seconds (None: never).
+
+        With timeout=0 it does not wait.  None after `cancel`, too.
+        """
+        item = self._first(timeout, self._remove)
+        return None if item is None else item.value
+
+    def take(self, timeout: Optional[float] = None) -> QueueItem:
+        """Return the first item that nobody works on.
+
+        Raises WatchTimeout where `get` returns None, since a `with` needs an item.
+        """
+        leases: List[Lease] = []
+        item = self._first(timeout, lambda item: self._claim(item, leases))
+        if item is None:
+            raise WatchTimeout("no item in time", cause=self.path)
+        return QueueItem(self, item, leases[0])
+
+    def __len__(self) -> int:
+        """Return the number of items, those included that somebody works on."""
+        free, claimed, _ = self._look()
+        return len(free) + claimed
+
+    # -- below: no public names
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._seen: Deque[_Item] = deque()          # items of the last look; append and pop are
+                                                    # atomic, and all it gives is hints
+
+    def _mark_of(self, uid: str) -> str:
+        return f"{self.path}/_taken/{uid}"
+
+    def _look(self) -> Tuple[List[_Item], int, int]:
+        """Return the items that are free, first one first, how many are claimed, and the index."""
+        try:
+            found = _read(self.client, self.path, recursive=True)
+        except KeyNotFound as error:
+            return [], 0, error.index
+        files = [node for node in found.node.walk() if not node.dir]
+        claims = {_name(node.key) for node in files if node.key.startswith(f"{self.path}/claims/")}
+        first: Dict[str, _Item] = {}
+        # A file with a ttl is a mark of 0.4.0.
+        for node in files:
+            if node.ttl is None and node.key.startswith(f"{self._items}/"):
+                item = _Item.of(node, self._items + "/")
+                first[item.uid] = min(item, first.get(item.uid, item), key=_Item.place)
+        items = sorted(first.values(), key=_Item.place)
+        free = [item for item in items if item.uid not in claims]
+        return free, len(items) - len(free), found.etcd_index
+
+    def _first(self, timeout: Optional[float], obtain: Callable[[_Item], bool]) -> Optional[_Item]:
+        """Return the first item that `obtain` gets; None if time is up, or after `cancel`."""
+        with self._span(timeout) as span:
+            item, _ = self._try(obtain)
+            if item is not None or not span.wait_s():
+                return item
+            line = Contender(self.client, f"{self.path}/_waiting", ttl=self.ttl)
+            if not line.acquire():
+                return None
+            try:
+                while True:
+                    item, index = self._try(obtain)
+                    if item is not None or not _await(
+                            self.client, span, self.path, index, min(WAIT_SLICE_S, self.ttl),
+                            self._is_arrival):
+                        return item
+            finally:
+                with _apart(TIDY_S):
+                    line.release()
+        return None
+
+    def _is_arrival(self, event: Result) -> bool:
+        """Whether there may be an item now: it is new, or somebody gave it back."""
+        if event.key.startswith(f"{self.path}/claims/"):
+            return event.action in _REMOVALS
+        return event.action in ("create", "set")
+
+    def _try(self, obtain: Callable[[_Item], bool]) -> Tuple[Optional[_Item], int]:
+        """Try the items seen last, then those of a new look; return the index of that."""
+        while self._seen:
+            with contextlib.suppress(IndexError):   # another thread was faster
+                item = self._seen.popleft()
+                if obtain(item):
+                    return item, 0
+        free, _, index = self._look()
+        for position, item in enumerate(free):
+            if obtain(item):
+                self._seen.extend(free[position + 1:])
+                return item, index
+        return None, index
+
+    def _remove(self, item: _Item) -> bool:
+        """Remove an item for ever; False if somebody else has done so."""
+        try:
+            _create_once(self.client, self._mark_of(item.uid), item.mark, TAKEN_TTL_S)
+        except NodeExists:
+            self._is_taken(item)
+            return False
+        except EtcdError as error:
+            self._unmark(item)
+            error.maybe_applied = False             # the item is there
+            raise
+        return self._delete(item)
+
+    def _unmark(self, item: _Item) -> None:
+        """Let others have an item at once that we could not take."""
+        with _apart(TIDY_S):
+            _remove(self.client, self._mark_of(item.uid), item.mark)
+
+    def _is_taken(self, item: _Item) -> bool:
+        """Whether the item has a mark; if it was taken as another file, this one is removed."""
+        try:
+            mark = _read(self.client, self._mark_of(item.uid)).node.value or ""
+        except KeyNotFound:
+            return False
+        if mark.rpartition(":")[2] != _name(item.node.key):
+            with contextlib.suppress(EtcdError):
+                self.client.compare_and_delete(
+                    item.node.key, prev_index=item.node.modified_index)
+        return True
+
+    def _delete(self, item: _Item) -> bool:
+        """Delete the file of an item; False if somebody else has."""
+        unsure = False
+
+        def attempt() -> bool:
+            nonlocal unsure
+            try:
+                self.client.compare_and_delete(
+                    item.node.key, prev_index=item.node.modified_index)
+            except (KeyNotFound, CompareFailed) as error:
+                # Nobody else deletes it before our mark has expired.
+                return unsure and isinstance(error, KeyNotFound) and item.mark == _read(
+                    self.client, self._mark_of(item.uid)).node.value
+            except EtcdError as error:
+                unsure = unsure or error.maybe_applied
+                raise
+            return True
+        try:
+            return _insist(self.client, attempt)
+        except EtcdError as error:
+            if not error.maybe_applied:
+                self._unmark(item)
+            raise
+
+    def _claim(self, item: _Item, leases: List[Lease]) -> bool:
+        lease = Lease(self.client, f"{self.path}/claims/{item.uid}", ttl=self.ttl)
+        ours = True
+        try:
+            lease.start()
+            # The item may be gone since it was seen: whoever had claimed it has finished.
+            index = _read(self.client, item.node.key).node.modified_index
+            if index == item.node.modified_index and not self._is_taken(item):
+                leases.append(lease)
+        except (NodeExists, LockExpired):
+            ours = False
+        except KeyNotFound:
+            pass
+        finally:
+            if ours and not leases:
+                with _apart(TIDY_S):
+                    lease._end()
+                    lease._leave()
+        return bool(leases)
+
+
+# ============================================================================
+# recipes/services -- Services and parties.
+# ============================================================================
+
+
 @dataclass(frozen=True)
 class Instance:
     """One place at which a service can be had; also a pair of id and address."""
@@ -5960,11 +5982,11 @@ class Party:
 
 
 # ============================================================================
-# 12. Command line -- options, output, errors and exit codes, as etcdctl 2.3 has them
+# ctl/output -- Output of the command line, as etcdctl 2.3 has it.
 # ----------------------------------------------------------------------------
-# Knows: sections 1-7, through the public names of Client.  Sections 13 and 14
-# enter their commands into the table of this one.
+# Knows the public names of the client only.
 # ============================================================================
+
 
 CLI_ENDPOINTS = "http://127.0.0.1:2379,http://127.0.0.1:4001"
 CLI_VERSION = "2.3.8"                               # the etcdctl whose behaviour is reproduced
@@ -5989,10 +6011,6 @@ _BOOLEANS = {
 }
 
 
-class _MisuseError(Exception):
-    """A line that says nothing to etcdctl 2.3 either; the text tells why.  Help is shown."""
-
-
 class _ExitError(Exception):
     """Ends a command with a line on stderr and an exit code."""
 
@@ -6000,148 +6018,6 @@ class _ExitError(Exception):
         super().__init__(line)
         self.line = line
         self.code = code
-
-
-# -- options
-
-
-class _Flag(NamedTuple):
-    names: Tuple[str, ...]
-    kind: type          # bool, int, str, float (a Go duration, kept in seconds), list (repeatable)
-    help: str
-    least: Optional[float] = None   # smallest number, or shortest text
-
-    @property
-    def dashed(self) -> str:
-        return _dashed(self.names[0])
-
-
-class _Options:
-    """Values of the flags that were given; the others are False, 0, "" or empty."""
-
-    def __init__(self) -> None:
-        self._values: Dict[str, Any] = {}
-        self._forms: Dict[str, str] = {}
-
-    def put(self, flag: _Flag, text: str, form: str = "") -> None:
-        name, value = flag.names[0], _flag_value(flag, text)
-        if self._forms.setdefault(name, form) != form:
-            raise _MisuseError(f"{_dashed(form)} and {_dashed(self._forms[name])} are the same")
-        self._values[name] = [*self.texts(name), value] if flag.kind is list else value
-
-    def on(self, name: str) -> bool:
-        return bool(self._values.get(name, False))
-
-    def number(self, name: str, default: int = 0) -> int:
-        return int(self._values.get(name, default))
-
-    def seconds(self, name: str, default: float) -> float:
-        return float(self._values.get(name, default))
-
-    def text(self, name: str, variable: str = "") -> str:
-        """Return a flag, or else an environment variable."""
-        return str(self._values.get(name, "")) or os.environ.get(variable, "")
-
-    def texts(self, name: str) -> List[str]:
-        return list(self._values.get(name, ()))
-
-    def refuse(self, why: str, *names: str) -> None:
-        """End the command if one of these was given: it would have no effect."""
-        for name in names:
-            if name in self._values:
-                raise _ExitError(f"pyetcdctl: {_dashed(name)} has no effect {why}")
-
-
-def _flag_value(flag: _Flag, text: str) -> Any:
-    """Return the value of a flag.  Raises _MisuseError; _ExitError for what only we refuse."""
-    parse, what = _READERS.get(flag.kind, (str, ""))
-    try:
-        value = parse(text)
-    except (KeyError, ValueError):
-        repaired, hint = text[:-1] if text.endswith("s") else text + "s", ""
-        with contextlib.suppress(KeyError, ValueError):
-            parse(repaired)                         # 5s for 5, or 5 for 5s
-            hint = f"; did you mean {repaired}?"
-        raise _MisuseError(f'{flag.dashed} takes {what}, not "{text}"{hint}') from None
-    if flag.least is not None and (len(text) if flag.kind is str else value) < flag.least:
-        limit = "must not be empty" if flag.kind is str else f"is {flag.least} or more"
-        raise _ExitError(f"pyetcdctl: {flag.dashed} {limit}")
-    return value
-
-
-def _parse_integer(text: str) -> int:
-    """Return a number as Go's flag package reads it: also hexadecimal, and octal after a 0."""
-    match = re.fullmatch(r"([+-]?)(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)", text, re.ASCII)
-    if match is None or len(text) > 30:
-        raise ValueError(text)
-    digits = match[2]
-    value = int(digits, 16 if digits[:2] in ("0x", "0X") else 8 if digits[0] == "0" else 10)
-    if value >= 1 << 63:
-        raise ValueError(text)
-    return -value if match[1] == "-" else value
-
-
-def _parse_duration(text: str) -> float:
-    """Return the seconds of a Go duration such as 500ms or 1m30s."""
-    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
-    part = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(h|ms|us|µs|ns|m|s)"
-    if text in ("0", "+0", "-0"):
-        return 0.0
-    if not re.fullmatch(f"\\+?(?:{part})+", text, re.ASCII):
-        raise ValueError(text)
-    return sum(float(count) * units[unit] for count, unit in re.findall(part, text))
-
-
-_READERS: Dict[type, Tuple[Callable[[str], Any], str]] = {
-    bool: (_BOOLEANS.__getitem__, "true or false"), int: (_parse_integer, "a whole number"),
-    float: (_parse_duration, "a time such as 500ms or 1m30s"),
-}
-
-
-def _parse_flags(
-    argv: Sequence[str], flags: Sequence[_Flag], *, mixed: bool = False,
-) -> Tuple[_Options, List[str]]:
-    """Split `argv` into options and arguments by the rules of Go's flag package.
-
-    One or two dashes; a value after `=` or, except for booleans, as the next word.  The first
-    word that is no option, or `--`, ends the options; if they may be mixed with arguments, only
-    `--` does, and a negative number is an argument.
-    """
-    known = {name: flag for flag in flags for name in flag.names}
-    options, words, args = _Options(), list(argv), []
-    while words:
-        word = words.pop(0)
-        if not word.startswith("-") or word == "-" or (mixed and word[1:2].isdecimal()):
-            args.append(word)
-            if not mixed:
-                break
-            continue
-        if word == "--":
-            break
-        name, separator, text = word[2 if word.startswith("--") else 1:].partition("=")
-        flag = known.get(name)
-        if flag is None:
-            raise _MisuseError(_about_unknown(word, name, list(known), args))
-        if not separator and flag.kind is bool:
-            text = "true"
-        elif not separator:
-            if not words:
-                raise _MisuseError(f"{_dashed(name)} needs a value behind it")
-            text = words.pop(0)
-        options.put(flag, text, name)
-    return options, args + words
-
-
-def _about_unknown(word: str, name: str, known: Sequence[str], args: Sequence[str]) -> str:
-    """Return what is wrong with an option, behind `args`, that is not among those `known`."""
-    text = f'there is no option "{word}"'
-    if any(name in flag.names for flag in _GLOBAL_FLAGS):
-        return f"{text} here: {_dashed(name)} stands before the command"
-    if any(name in flag.names for command in _COMMANDS.values() for flag in command.flags):
-        if "endpoints" in known:
-            return f"{text} here: {_dashed(name)} stands behind the command"
-    hint = "; put -- in front of a value that begins with a dash" if args else ""
-    return text + (_did_you_mean(name, known, _dashed) or hint)
 
 
 def _did_you_mean(
@@ -6314,6 +6190,157 @@ def _error_lines(error: EtcdError) -> str:
     if error.maybe_applied:
         lines.append("the write may have been applied: it was not sent again")
     return "\n".join([f"Error:  {_UNAVAILABLE}", *lines, ""])
+
+
+# ============================================================================
+# ctl/program -- The program: options, which client a command gets, help, errors and exit codes.
+# ============================================================================
+
+
+class _MisuseError(Exception):
+    """A line that says nothing to etcdctl 2.3 either; the text tells why.  Help is shown."""
+
+
+# -- options
+
+
+class _Flag(NamedTuple):
+    names: Tuple[str, ...]
+    kind: type          # bool, int, str, float (a Go duration, kept in seconds), list (repeatable)
+    help: str
+    least: Optional[float] = None   # smallest number, or shortest text
+
+    @property
+    def dashed(self) -> str:
+        return _dashed(self.names[0])
+
+
+class _Options:
+    """Values of the flags that were given; the others are False, 0, "" or empty."""
+
+    def __init__(self) -> None:
+        self._values: Dict[str, Any] = {}
+        self._forms: Dict[str, str] = {}
+
+    def put(self, flag: _Flag, text: str, form: str = "") -> None:
+        name, value = flag.names[0], _flag_value(flag, text)
+        if self._forms.setdefault(name, form) != form:
+            raise _MisuseError(f"{_dashed(form)} and {_dashed(self._forms[name])} are the same")
+        self._values[name] = [*self.texts(name), value] if flag.kind is list else value
+
+    def on(self, name: str) -> bool:
+        return bool(self._values.get(name, False))
+
+    def number(self, name: str, default: int = 0) -> int:
+        return int(self._values.get(name, default))
+
+    def seconds(self, name: str, default: float) -> float:
+        return float(self._values.get(name, default))
+
+    def text(self, name: str, variable: str = "") -> str:
+        """Return a flag, or else an environment variable."""
+        return str(self._values.get(name, "")) or os.environ.get(variable, "")
+
+    def texts(self, name: str) -> List[str]:
+        return list(self._values.get(name, ()))
+
+    def refuse(self, why: str, *names: str) -> None:
+        """End the command if one of these was given: it would have no effect."""
+        for name in names:
+            if name in self._values:
+                raise _ExitError(f"pyetcdctl: {_dashed(name)} has no effect {why}")
+
+
+def _flag_value(flag: _Flag, text: str) -> Any:
+    """Return the value of a flag.  Raises _MisuseError; _ExitError for what only we refuse."""
+    parse, what = _READERS.get(flag.kind, (str, ""))
+    try:
+        value = parse(text)
+    except (KeyError, ValueError):
+        repaired, hint = text[:-1] if text.endswith("s") else text + "s", ""
+        with contextlib.suppress(KeyError, ValueError):
+            parse(repaired)                         # 5s for 5, or 5 for 5s
+            hint = f"; did you mean {repaired}?"
+        raise _MisuseError(f'{flag.dashed} takes {what}, not "{text}"{hint}') from None
+    if flag.least is not None and (len(text) if flag.kind is str else value) < flag.least:
+        limit = "must not be empty" if flag.kind is str else f"is {flag.least} or more"
+        raise _ExitError(f"pyetcdctl: {flag.dashed} {limit}")
+    return value
+
+
+def _parse_integer(text: str) -> int:
+    """Return a number as Go's flag package reads it: also hexadecimal, and octal after a 0."""
+    match = re.fullmatch(r"([+-]?)(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)", text, re.ASCII)
+    if match is None or len(text) > 30:
+        raise ValueError(text)
+    digits = match[2]
+    value = int(digits, 16 if digits[:2] in ("0x", "0X") else 8 if digits[0] == "0" else 10)
+    if value >= 1 << 63:
+        raise ValueError(text)
+    return -value if match[1] == "-" else value
+
+
+def _parse_duration(text: str) -> float:
+    """Return the seconds of a Go duration such as 500ms or 1m30s."""
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+    part = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(h|ms|us|µs|ns|m|s)"
+    if text in ("0", "+0", "-0"):
+        return 0.0
+    if not re.fullmatch(f"\\+?(?:{part})+", text, re.ASCII):
+        raise ValueError(text)
+    return sum(float(count) * units[unit] for count, unit in re.findall(part, text))
+
+
+_READERS: Dict[type, Tuple[Callable[[str], Any], str]] = {
+    bool: (_BOOLEANS.__getitem__, "true or false"), int: (_parse_integer, "a whole number"),
+    float: (_parse_duration, "a time such as 500ms or 1m30s"),
+}
+
+
+def _parse_flags(
+    argv: Sequence[str], flags: Sequence[_Flag], *, mixed: bool = False,
+) -> Tuple[_Options, List[str]]:
+    """Split `argv` into options and arguments by the rules of Go's flag package.
+
+    One or two dashes; a value after `=` or, except for booleans, as the next word.  The first
+    word that is no option, or `--`, ends the options; if they may be mixed with arguments, only
+    `--` does, and a negative number is an argument.
+    """
+    known = {name: flag for flag in flags for name in flag.names}
+    options, words, args = _Options(), list(argv), []
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-") or word == "-" or (mixed and word[1:2].isdecimal()):
+            args.append(word)
+            if not mixed:
+                break
+            continue
+        if word == "--":
+            break
+        name, separator, text = word[2 if word.startswith("--") else 1:].partition("=")
+        flag = known.get(name)
+        if flag is None:
+            raise _MisuseError(_about_unknown(word, name, list(known), args))
+        if not separator and flag.kind is bool:
+            text = "true"
+        elif not separator:
+            if not words:
+                raise _MisuseError(f"{_dashed(name)} needs a value behind it")
+            text = words.pop(0)
+        options.put(flag, text, name)
+    return options, args + words
+
+
+def _about_unknown(word: str, name: str, known: Sequence[str], args: Sequence[str]) -> str:
+    """Return what is wrong with an option, behind `args`, that is not among those `known`."""
+    text = f'there is no option "{word}"'
+    if any(name in flag.names for flag in _GLOBAL_FLAGS):
+        return f"{text} here: {_dashed(name)} stands before the command"
+    if any(name in flag.names for command in _COMMANDS.values() for flag in command.flags):
+        if "endpoints" in known:
+            return f"{text} here: {_dashed(name)} stands behind the command"
+    hint = "; put -- in front of a value that begins with a dash" if args else ""
+    return text + (_did_you_mean(name, known, _dashed) or hint)
 
 
 # -- the client of a command
@@ -6765,10 +6792,11 @@ def _exit() -> NoReturn:
 
 
 # ============================================================================
-# 13. Commands of etcdctl -- all of version 2.3
+# ctl/etcdctl -- The commands of etcdctl 2.3.
 # ----------------------------------------------------------------------------
-# Knows: sections 1-12.  Source: etcdctl 2.3.8.
+# Source: etcdctl 2.3.8.
 # ============================================================================
+
 
 _Answer = TypeVar("_Answer")
 _Job = TypeVar("_Job")
@@ -7367,10 +7395,9 @@ _call_command("auth disable", "", "let everybody do everything",
 
 
 # ============================================================================
-# 14. More commands -- export, import, mirror, tree, top, bench, completion
-# ----------------------------------------------------------------------------
-# Knows: sections 1-13.
+# ctl/transfer -- Export, import and mirror.
 # ============================================================================
+
 
 _EXPORT_MARK = "# keys of etcd v2, written by pyetcdctl export; see pyetcdctl help export"
 _EXPORT_VERSION = 1
@@ -7807,6 +7834,11 @@ def _cmd_mirror(run: _Run) -> None:
         if not mirror.dry_run and not run.options.on("once"):
             mirror.follow(index)
     return
+
+
+# ============================================================================
+# ctl/more -- Tree, top, bench and completion.
+# ============================================================================
 
 
 # -- tree

@@ -1,0 +1,1 @@
+"""Keys, members, status, auth, snapshot, discovery service, the table of paths."""

@@ -1,0 +1,282 @@
+"""The auth API: users and roles over HTTP.
+
+Source: etcd 2.3 API, auth; etcdhttp/client_auth.go.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Union
+
+from ..base.errors import EtcdError
+from ..base.text import json_text, utf8
+from ..member.auth import Auth, AuthStore, Guard, Steps, StepsRun
+from ..member.cluster import format_id, version_key
+from ..member.passwords import (
+    AUTH_NAME_BYTES_MAX,
+    PASSWORD_BYTES_MAX,
+    AuthError,
+    Names,
+    Permissions,
+    Role,
+    User,
+    make_permissions,
+    string_list,
+)
+from ..member.server import EtcdServer
+from ..net.http_messages import HttpHead
+from ..net.http_server import Handler, HttpRequest
+from .forms import not_found, refuse_method, write_error, write_message
+from .gojson import GoJson
+
+_AUTH_VERSION = (2, 1)              # of the cluster, from which on all members know users
+_ITEM_METHODS = ("GET", "PUT", "DELETE")
+ITEMS_IN_SLICE = 100                # users or roles of a listing, in one turn: 2 ms
+
+
+def refuse_credentials(request: HttpRequest) -> None:
+    """Answer 401 to who lacks the role root."""
+    write_message(request, 401, "Insufficient credentials")
+
+
+class UserBody(NamedTuple):
+    """What a PUT of a user says."""
+
+    name: str
+    password: str
+    roles: Names
+    grant: Names
+    revoke: Names
+
+    @classmethod
+    def parse(cls, body: bytes) -> UserBody:
+        """Raises ValueError."""
+        value = GoJson.loads(body, partial=True)
+        return cls(
+            GoJson.string_member(value, "user"), GoJson.string_member(value, "password"),
+            *(string_list(GoJson.member(value, name)) for name in ("roles", "grant", "revoke")),
+        )
+
+
+class RoleBody(NamedTuple):
+    """What a PUT of a role says."""
+
+    name: str
+    permissions: Permissions
+    grant: Optional[Permissions]
+    revoke: Optional[Permissions]
+
+    @classmethod
+    def parse(cls, body: bytes) -> RoleBody:
+        """Raises ValueError."""
+        value = GoJson.loads(body, partial=True)
+        name = GoJson.string_member(value, "role")
+        found = [cls._permissions(value, part) for part in ("permissions", "grant", "revoke")]
+        return cls(name, found[0] or Permissions(), *found[1:])
+
+    @staticmethod
+    def _permissions(value: object, name: str) -> Optional[Permissions]:
+        kv = GoJson.member(GoJson.member(value, name), "kv")
+        found = make_permissions(GoJson.member(kv, "read"), GoJson.member(kv, "write"))
+        return found if found.read is not None or found.write is not None else None
+
+
+class AuthApi:
+    """/v2/auth/: users, roles, enable.  Thread: reactor."""
+
+    def __init__(self, server: EtcdServer, auth: Auth, guard: Guard) -> None:
+        self._server = server
+        self._auth = auth
+        self._guard = guard
+        self._store = AuthStore(auth)
+        self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
+
+    def route(self, head: HttpHead) -> Handler:
+        """Return what answers a request below /v2/auth/."""
+        version = self._server.cluster.version
+        if version is None or version_key(version) < _AUTH_VERSION:
+            # Not kept: the cluster may learn its version at any time.
+            return lambda request: self.route(head)(request) if self._is_capable else write_message(
+                request, 500, "Not capable of accessing auth feature during rolling upgrades."
+            )
+        kind, _, name = head.path[len("/v2/auth/"):].partition("/")
+        if head.path == "/v2/auth/enable":
+            return self._allow(head, _ITEM_METHODS, self._enable, is_open=head.method == "GET")
+        if kind not in ("users", "roles"):
+            return not_found
+        if not name:
+            listing = self._list_users if kind == "users" else self._list_roles
+            return self._allow(head, ("GET",), listing)
+        if "/" in name or len(utf8(name)) > AUTH_NAME_BYTES_MAX:
+            return lambda request: write_message(request, 400, "Invalid path")
+        item = self._user if kind == "users" else self._role
+        return self._allow(head, _ITEM_METHODS, functools.partial(item, name))
+
+    @property
+    def _is_capable(self) -> bool:
+        version = self._server.cluster.version
+        return version is not None and version_key(version) >= _AUTH_VERSION
+
+    def _allow(
+        self, head: HttpHead, methods: Sequence[str], handler: Handler, *, is_open: bool = False
+    ) -> Handler:
+        """Check the method, then the credential."""
+        if head.method not in methods:
+            return functools.partial(refuse_method, ",".join(methods))
+        return handler if is_open else self._guard.root(head, handler, refuse_credentials)
+
+    # -- enable ------------------------------------------------------------
+
+    def _enable(self, request: HttpRequest) -> None:
+        if request.method == "GET":
+            self._reply(request, 200, {"enabled": self._auth.enabled})
+        else:
+            steps = self._store.enable() if request.method == "PUT" else self._store.disable()
+            self._run(request, steps, lambda _: self._reply_empty(request))
+
+    # -- users -------------------------------------------------------------
+
+    def _list_users(self, request: HttpRequest) -> None:
+        users = filter(None, map(self._auth.user, self._auth.names("users")))
+        shown = (self._with_roles(user, skip=True) for user in users)
+        self._reply_list(request, "users", "null", shown, [])
+
+    def _with_roles(self, user: User, *, skip: bool) -> Dict[str, object]:
+        """The user with what its roles allow.  skip: pass over missing ones, else AuthError."""
+        roles = []
+        for name in user.roles or ():
+            role = self._auth.role(name)
+            if role is not None:
+                roles.append(role.json())
+            elif not skip:
+                raise AuthError(404, f"Role {name} does not exist.")
+        return {"user": user.name, **({"roles": roles} if roles else {})}
+
+    def _user(self, name: str, request: HttpRequest) -> None:
+        if request.method == "GET":
+            user = self._auth.user(name)
+            try:
+                if user is None:
+                    raise AuthError(404, f"User {name} does not exist.")
+                self._reply(request, 200, self._with_roles(user, skip=False))
+            except AuthError as error:
+                self._fail(request, error)
+        elif request.method == "DELETE":
+            self._run(request, self._store.delete_user(name),
+                      lambda _: self._reply_empty(request))
+        else:
+            self._put_user(name, request)
+
+    def _put_user(self, name: str, request: HttpRequest) -> None:
+        body = self._parse(request, UserBody.parse, name, "User")
+        if body is None:
+            return
+        if body.roles and (body.grant or body.revoke):
+            self._message(request, 400, "User JSON contains both roles and grant/revoke")
+            return
+        if len(utf8(body.password)) > PASSWORD_BYTES_MAX or "\0" in body.password:
+            self._message(request, 400, "the password is too long, or has a NUL in it")
+            return
+        updates = bool(body.grant or body.revoke) or not body.roles and self._auth.user(name)
+        if updates:
+            steps = self._store.update_user(name, body.password, body.grant, body.revoke)
+        else:
+            steps = self._store.create_user(User(name, body.password, body.roles))
+        status = 200 if updates or body.roles else 201
+        self._run(request, steps,
+                  lambda user: self._reply(request, status, user.json(hide_password=True)))
+
+    # -- roles -------------------------------------------------------------
+
+    def _list_roles(self, request: HttpRequest) -> None:
+        roles = filter(None, map(self._auth.role, self._auth.names("roles")))
+        self._reply_list(request, "roles", "[]", (role.json() for role in roles), [])
+
+    def _role(self, name: str, request: HttpRequest) -> None:
+        if request.method == "GET":
+            role = self._auth.role(name)
+            if role is None:
+                self._fail(request, AuthError(404, f"Role {name} does not exist."))
+            else:
+                self._reply(request, 200, role.json())
+        elif request.method == "DELETE":
+            self._run(request, self._store.delete_role(name),
+                      lambda _: self._reply_empty(request))
+        else:
+            self._put_role(name, request)
+
+    def _put_role(self, name: str, request: HttpRequest) -> None:
+        body = self._parse(request, RoleBody.parse, name, "Role")
+        if body is None:
+            return
+        updates = any(part and not part.is_empty for part in (body.grant, body.revoke))
+        if updates and not body.permissions.is_empty:
+            self._message(request, 400, "Role JSON contains both permissions and grant/revoke")
+            return
+        if updates:
+            steps = self._store.update_role(name, body.grant, body.revoke)
+        else:
+            steps = self._store.create_role(Role(name, body.permissions))
+        self._run(request, steps,
+                  lambda role: self._reply(request, 200 if updates else 201, role.json()))
+
+    # -- answers -----------------------------------------------------------
+
+    def _parse(
+        self, request: HttpRequest, parse: Callable[[bytes], Any], name: str, what: str
+    ) -> Any:
+        """The parsed body; None if it is refused already."""
+        if request.body_too_large:
+            self._message(request, 413, "Request Entity Too Large")
+            return None
+        try:
+            body = parse(request.body)
+        except ValueError:
+            self._message(request, 400, "Invalid JSON in request body.")
+            return None
+        if body.name != name:
+            self._message(request, 400, f"{what} JSON name does not match the name in the URL")
+            return None
+        return body
+
+    def _run(self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None]) -> None:
+        """Carry out a change, then answer."""
+        def done(result: Any) -> None:
+            if isinstance(result, (AuthError, EtcdError)):
+                self._fail(request, result)
+            else:
+                reply(result)
+
+        StepsRun(self._server, steps, done).go_on()
+
+    def _fail(self, request: HttpRequest, error: Union[AuthError, EtcdError]) -> None:
+        if isinstance(error, EtcdError):
+            write_error(request, error, self._cluster_line)
+        else:
+            self._message(request, error.status, str(error))
+
+    def _message(self, request: HttpRequest, status: int, message: str) -> None:
+        write_message(request, status, message, self._cluster_line)
+
+    def _reply(self, request: HttpRequest, status: int, value: object) -> None:
+        request.reply(status, utf8(json_text(value) + "\n"), headers=self._cluster_line)
+
+    def _reply_list(
+        self, request: HttpRequest, name: str, empty: str, shown: Iterator[object],
+        texts: List[str],
+    ) -> None:
+        """Answer with all of `shown`, of which one turn makes ITEMS_IN_SLICE."""
+        some = [json_text(item) for item in itertools.islice(shown, ITEMS_IN_SLICE)]
+        texts += some
+        if request.connection.closed:
+            return
+        if len(some) == ITEMS_IN_SLICE:
+            self._server.reactor.call_in_turn(
+                self._reply_list, request, name, empty, shown, texts)
+            return
+        listing = f"[{','.join(texts)}]" if texts else empty
+        request.reply(200, utf8(f'{{"{name}":{listing}}}\n'), headers=self._cluster_line)
+
+    def _reply_empty(self, request: HttpRequest) -> None:
+        request.reply(200, headers="Content-Type: application/json\r\n" + self._cluster_line)

@@ -1,0 +1,160 @@
+"""The discovery service: tokens and registrations of clusters elsewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any, Callable, Mapping
+
+from ..base.errors import EtcdError, InvalidForm
+from ..base.limits import REGISTRY_KEY, SHORT_HEADER_BYTES_MAX
+from ..base.messages import Request
+from ..base.text import json_string
+from ..net.http_messages import HttpHead
+from ..net.http_server import HttpRequest
+from .forms import parse_form
+from .routes import CorsRequest
+
+DISCOVERY_DEFAULT_SIZE = 3          # of a cluster made by /new without size
+
+
+class DiscoveryService:
+    """The registry for other clusters that every member is: `/new` and `/<token>` on its clients'
+    port.
+
+    do    EtcdServer.do
+    keys  the handler of /v2/keys requests
+
+    Thread: reactor.  Source: discovery.etcd.io; operations notes, discovery service.
+    Differs from discovery.etcd.io: sizes below 1 are refused; no cluster can have them.
+    """
+
+    def __init__(
+        self, do: Callable[[Request, Callable[[Any], None]], None],
+        keys: Callable[[HttpRequest], None],
+    ) -> None:
+        self._do = do
+        self._keys = keys
+
+    def handle(self, request: HttpRequest) -> bool:
+        """Answer a request for the registry; False if the path is none of ours."""
+        path = request.path
+        if path == "/new":
+            self._new(request)
+            return True
+        match = _TOKEN_PATH.fullmatch(path)
+        if match is None:
+            return False
+        if request.method in _TOKEN_METHODS[_token_route(match.group(1) or "")]:
+            self._forward(request)
+        else:
+            request.reply(405)
+        return True
+
+    def _new(self, request: HttpRequest) -> None:
+        """Make a token, and answer with the URL under which the client reached us."""
+        host = request.headers.get("host", "")
+        if is_from_browser(request.headers) and not (
+            isinstance(request, CorsRequest) and request.is_allowed
+        ):
+            _reply_text(request, 403, _NOT_FOR_PAGES)
+            return
+        if request.body_too_large:
+            _reply_text(request, 413, "413 Request Entity Too Large\n")
+            return
+        try:
+            size = _wanted_size(request)
+        except ValueError as error:
+            _reply_text(request, 400, f"{error}\n")
+            return
+        if not host:
+            _reply_text(request, 400, "missing Host header\n")
+            return
+        token = os.urandom(16).hex()
+
+        def done(result: Any) -> None:
+            if isinstance(result, EtcdError):
+                _reply_text(request, 400, f"Unable to generate token: {result.cause}\n")
+            else:
+                _reply_text(request, 200, f"{request.scheme}://{host}/{token}")
+
+        self._do(
+            Request(
+                method="PUT", path=f"/1{REGISTRY_KEY}/{token}/_config/size", val=str(size),
+                prev_exist=False,
+            ),
+            done,
+        )
+
+    def _forward(self, request: HttpRequest) -> None:
+        """Serve the request as one for the key below the registry."""
+        old = request.head
+        # A head is shared by all requests with the same bytes, so a new one is made.
+        head = HttpHead(
+            old.method, f"/v2/keys{REGISTRY_KEY}{old.target}", old.minor, old.headers
+        )
+        head.keep_alive, head.takes_raw = old.keep_alive, old.takes_raw
+        request.head = head
+        self._keys(request)
+
+
+_NOT_FOR_PAGES = (
+    "a web page may have asked for this token, without its reader's knowledge: use curl, or name"
+    " the page's origin in -cors\n"
+)
+
+
+def is_from_browser(headers: Mapping[str, str]) -> bool:
+    """True if a browser sends this, unless it says that its user has typed the address.
+
+    Browsers name the kind of a request in Sec-Fetch-Site where a connection is secure or local;
+    elsewhere, and for a page whose own name was bound to our address, only what every request
+    of theirs has tells them from programs.
+    """
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site != "none"
+    agent, accept = headers.get("user-agent", ""), headers.get("accept", "")
+    return (
+        "origin" in headers or "referer" in headers or headers.get("accept-language", "*") != "*"
+        or "text/html" in accept or "image/" in accept
+        or "Mozilla/" in agent and "PowerShell" not in agent
+    )
+
+
+_TOKEN_PATH = re.compile("/[0-9a-f]{32}(/?|/_config/size|/[^/]+)")
+_TOKEN_METHODS = {
+    "token": ("GET", "PUT"), "size": ("GET",), "machine": ("GET", "PUT", "DELETE"),
+}
+
+
+def _token_route(rest: str) -> str:
+    if rest in ("", "/"):
+        return "token"
+    return "size" if rest == "/_config/size" else "machine"
+
+
+def _wanted_size(request: HttpRequest) -> int:
+    """The size that a /new request asks for.  Raises ValueError."""
+    query = request.query.encode("latin-1")
+    body = request.body if request.method in ("POST", "PUT", "PATCH") else b""
+    if len(query) + len(body) > SHORT_HEADER_BYTES_MAX:
+        raise ValueError(f"more than {SHORT_HEADER_BYTES_MAX} bytes to say a size")
+    try:
+        fields = {**parse_form(query), **parse_form(body)}
+    except InvalidForm as error:
+        raise ValueError(error.cause) from None
+    text = fields.get("size") or str(DISCOVERY_DEFAULT_SIZE)
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"strconv.Atoi: parsing {json_string(text)}: invalid syntax")
+    size = int(text[:20])
+    if not 1 <= size < 1 << 63:
+        raise ValueError(f"size={text[:20]}: a cluster has at least one member")
+    return size
+
+
+def _reply_text(request: HttpRequest, status: int, text: str) -> None:
+    request.reply(
+        status, text.encode("utf-8"), "text/plain; charset=utf-8",
+        "X-Content-Type-Options: nosniff\r\n" if status != 200 else "",
+    )

@@ -1,0 +1,449 @@
+"""Forms, queries and plain replies."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from typing import Dict, Generator, List, Mapping, Optional
+
+from ..base.basics import clean_path
+from ..base.codec import encode_target, wrap_int64
+from ..base.errors import (
+    EtcdError,
+    IndexNotANumber,
+    InvalidField,
+    InvalidForm,
+    PrevValueRequired,
+    RefreshTtlRequired,
+    RefreshValue,
+    TtlNotANumber,
+)
+from ..base.ids import package_logger
+from ..base.limits import (
+    KEY_DEPTH_MAX,
+    NS,
+    SHORT_HEADER_BYTES_MAX,
+    UINT64_MAX,
+    WATCHER_QUEUE_EVENTS_MAX,
+)
+from ..base.messages import Request
+from ..base.text import go_quote, is_unicode, json_string, text_of, unquote
+from ..net.http_messages import HttpHead
+from ..net.http_server import HttpRequest, StreamReply
+from ..store.events import Event
+from ..store.tree import Store
+from ..store.watchers import Watcher
+
+FORM_FIELDS_MAX = 10_000            # fields of one body; above: error 210
+QUERY_FIELDS_MAX = 1_000            # fields of one query; above: error 210
+FORM_SLICE_BYTES = 512 << 10        # of one field of a form that are decoded in one turn
+FORM_SLICE_FIELDS = 1_000           # of a form that are decoded in one turn
+KEY_BYTES_MAX = 64 << 10            # of the path of a key that is written; above: error 210
+
+_TEXT = "text/plain; charset=utf-8"
+_NOSNIFF = "X-Content-Type-Options: nosniff\r\n"
+
+
+def refuse_method(allow: str, request: HttpRequest) -> None:
+    """Answer 405.  allow: the methods that there are, `A,B`."""
+    request.reply(405, b"Method Not Allowed\n", _TEXT, f"Allow: {allow}\r\n{_NOSNIFF}")
+
+
+def not_found(request: HttpRequest) -> None:
+    """Answer 404."""
+    request.reply(404, b"404 page not found\n", _TEXT, _NOSNIFF)
+
+
+def write_message(request: HttpRequest, status: int, message: str, headers: str = "") -> None:
+    """Answer with an error of any API but the keys API."""
+    body = f'{{"message":{json_string(message)}}}'.encode()
+    request.reply(status, body, "application/json", headers)
+
+
+def parse_form(data: bytes, fields_max: int = FORM_FIELDS_MAX) -> Dict[str, str]:
+    """Return name -> first value of a query, or of a body in the same form.
+
+    Raises InvalidForm.  Source: Go url.ParseQuery, as etcd 2.3 built with Go 1.17 or newer.
+    Differs from etcd: FORM_FIELDS_MAX, since millions of fields would stall everyone; and a part
+    of more than FORM_SLICE_BYTES must be UTF-8, as no answer could show it.
+    """
+    steps = form_steps(data, fields_max)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            fields: Dict[str, str] = end.value
+            return fields
+
+
+def form_steps(
+    data: bytes, fields_max: int = FORM_FIELDS_MAX
+) -> Generator[None, None, Dict[str, str]]:
+    """parse_form(), with pauses: nobody waits for a large form."""
+    fields: Dict[str, str] = {}
+    if not data:
+        return fields
+    if b";" in data:
+        raise InvalidForm("invalid semicolon separator in query")
+    if data.count(b"&") >= fields_max:
+        raise InvalidForm(f"more than {fields_max} fields")
+    for count, field in enumerate(data.split(b"&"), 1):
+        name, _, value = field.partition(b"=")
+        if len(field) > FORM_SLICE_BYTES:
+            name_text = yield from _unescape_steps(name)
+            value_text = yield from _unescape_steps(value)
+        elif field:
+            name_text, value_text = text_of(_unescape(name)), text_of(_unescape(value))
+        else:
+            continue
+        fields.setdefault(name_text, value_text)
+        if not count % FORM_SLICE_FIELDS:
+            yield
+    return fields
+
+
+def _unescape_steps(data: bytes) -> Generator[None, None, str]:
+    """Decode a long name or value, with pauses."""
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    pieces, start = [], 0
+    try:
+        while start < len(data):
+            yield
+            end = start + FORM_SLICE_BYTES
+            if end < len(data) and b"%" in data[end - 2:end]:
+                end -= 2 - data[end - 2:end].rfind(b"%")        # no escape is cut in two
+            pieces.append(decode(_unescape(data[start:end]), end >= len(data)))
+            start = end
+    except UnicodeDecodeError:
+        raise InvalidForm(f"more than {FORM_SLICE_BYTES} bytes that are not UTF-8") from None
+    return "".join(pieces)
+
+
+def _unescape(data: bytes) -> bytes:
+    try:
+        return unquote(data, plus=True)
+    except ValueError as error:
+        raise InvalidForm(f"invalid URL escape {go_quote(str(error))}") from None
+
+
+_MEDIA_TOKEN = r"[!#-'*+\-.0-9A-Z^-~]+"       # 7 ms less of start than by what is no token
+_MEDIA_TYPE = re.compile(f"({_MEDIA_TOKEN})?(/?)({_MEDIA_TOKEN})?(.*)", re.DOTALL)
+_MEDIA_PARAM = re.compile(rf'\s*;\s*({_MEDIA_TOKEN})\s*=\s*({_MEDIA_TOKEN}|"(?:[^"\\\r\n]|\\.)*")')
+
+
+def is_form_type(content_type: str) -> bool:
+    """True if a body of this Content-Type is a form.
+
+    Raises InvalidForm for what is no media type.  Source: Go mime.ParseMediaType.
+    """
+    if not content_type:
+        return False
+    if len(content_type) > SHORT_HEADER_BYTES_MAX:
+        raise InvalidForm(f"mime: more than {SHORT_HEADER_BYTES_MAX} bytes")
+    base = content_type.partition(";")[0]
+    media_type = base.strip().lower()
+    match = _MEDIA_TYPE.fullmatch(media_type)
+    main, slash, sub, rest = match.groups() if match else (None, "", None, "")
+    if not main:
+        raise InvalidForm("mime: no media type")
+    if not slash and (sub or rest):
+        raise InvalidForm("mime: expected slash after first token")
+    if slash and not sub:
+        raise InvalidForm("mime: expected token after slash")
+    if rest:
+        raise InvalidForm("mime: unexpected content after media subtype")
+    _check_media_params(content_type[len(base):])
+    return media_type == "application/x-www-form-urlencoded"
+
+
+def _check_media_params(text: str) -> None:
+    params: Dict[str, str] = {}
+    end = 0
+    param = _MEDIA_PARAM.match(text)
+    while param is not None:
+        end = param.end()
+        name, value = param.group(1).lower(), param.group(2)
+        if params.setdefault(name, value) != value:
+            raise InvalidForm("mime: duplicate parameter name")
+        param = _MEDIA_PARAM.match(text, end)
+    if text[end:].strip() not in ("", ";"):
+        raise InvalidForm("mime: invalid media parameter")
+
+
+_BOOLS = {
+    **dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False),
+}
+
+
+def _bool_field(fields: Mapping[str, str], name: str, shown: str = "") -> Optional[bool]:
+    """The boolean `name`, None if absent.  Raises InvalidField."""
+    text = fields.get(name)
+    if text is None:
+        return None
+    value = _BOOLS.get(text)
+    if value is None:
+        raise InvalidField("invalid value for " + (shown or f'"{name}"'))
+    return value
+
+
+def _parse_uint64(text: str) -> Optional[int]:
+    """The decimal number in `text`, None if it is none or has more than 64 bits."""
+    if not (text.isascii() and text.isdigit()):
+        return None
+    digits = text.lstrip("0")
+    value = int(digits or "0") if len(digits) <= 20 else UINT64_MAX + 1
+    return value if value <= UINT64_MAX else None
+
+
+def _index_field(fields: Mapping[str, str], name: str) -> int:
+    """The index `name`, 0 if absent.  Raises IndexNotANumber."""
+    text = fields.get(name)
+    if text is None:
+        return 0
+    value = _parse_uint64(text)
+    if value is None:
+        raise IndexNotANumber(f'invalid value for "{name}"')
+    return value
+
+
+def _expiration_field(fields: Mapping[str, str], now_ns: int) -> Optional[int]:
+    """When the key expires, in unix ns; None without a ttl.  Raises TtlNotANumber."""
+    text = fields.get("ttl")
+    if not text:
+        return None
+    ttl_s = _parse_uint64(text)
+    if ttl_s is None:
+        raise TtlNotANumber('invalid value for "ttl"')
+    return wrap_int64(now_ns + wrap_int64(ttl_s * NS))
+
+
+def parse_key_request(
+    method: str, path: str, fields: Mapping[str, str], now_ns: int
+) -> Request:
+    """Return the command in a request's merged fields; its id is still 0.
+
+    path  internal, clean
+
+    Raises EtcdError for the first bad parameter, in etcd's order, whether the method uses it or
+    not.  Source: etcd 2.3 etcdserver/etcdhttp/client.go, parseKeyRequest.
+    """
+    if not fields:
+        return Request(0, method, path)
+    prev_index = _index_field(fields, "prevIndex")
+    since = _index_field(fields, "waitIndex")
+    recursive = _bool_field(fields, "recursive")
+    sort = _bool_field(fields, "sorted")
+    wait = _bool_field(fields, "wait")
+    dir = _bool_field(fields, "dir")
+    quorum = _bool_field(fields, "quorum")
+    stream = _bool_field(fields, "stream")
+    if wait and method != "GET":
+        raise InvalidField('"wait" can only be used with GET requests')
+    prev_value = fields.get("prevValue")
+    if prev_value == "":
+        raise PrevValueRequired('"prevValue" cannot be empty')
+    if prev_value and not is_unicode(prev_value):
+        raise InvalidForm('"prevValue" is not UTF-8: no value is')
+    expiration = _expiration_field(fields, now_ns)
+    prev_exist = _bool_field(fields, "prevExist", "prevExist")
+    refresh = _bool_field(fields, "refresh", "refresh")
+    value = fields.get("value", "")
+    if refresh and value:
+        raise RefreshValue("A value was provided on a refresh")
+    if refresh and expiration is None:
+        raise RefreshTtlRequired("No TTL value set")
+    return Request(
+        0, method, path, value, bool(dir), prev_value or "", prev_index, prev_exist,
+        expiration or 0, bool(wait), since, bool(recursive), bool(sort), bool(quorum), 0,
+        bool(stream), refresh,
+    )
+
+
+def key_path(url_path: str) -> str:
+    """Return the store path of `/v2/keys...`; the user's key space lies below /1."""
+    key = clean_path(url_path[len("/v2/keys"):])
+    return "/1" if key == "/" else "/1" + key
+
+
+def canonical_path(path: str) -> str:
+    """Return `path` without `//`, `.` and `..`, but with its trailing slash (Go ServeMux)."""
+    clean = clean_path(path)
+    return clean + "/" if path.endswith("/") and clean != "/" else clean
+
+
+def _bad_key(path: str) -> str:
+    """Why no key with this internal path may be written; "" if it may."""
+    if not is_unicode(path):            # JSON cannot hold it: snapshots would lose it
+        return "the key is not UTF-8"
+    if path.count("/") > KEY_DEPTH_MAX + 1:     # the namespace
+        return f"the key has more than {KEY_DEPTH_MAX} path elements"
+    return f"the key has more than {KEY_BYTES_MAX} bytes" if len(path) > KEY_BYTES_MAX else ""
+
+
+class KeyTarget:
+    """What a request's head alone says about the key: kept with the head, which is cached.
+
+    command  of GET, HEAD and DELETE, whose body never counts; else a template
+    encoded  method and path of it
+    error    ends every such request
+    fields   of the query, for PUT and POST
+    is_form  True if the body counts
+    plain    True if nothing but the body's fields is to be looked at
+    bad_key  why no such key may be written, or ""
+    bad_type, bad_query  causes of error 210 that come before and after those of the body
+    """
+
+    __slots__ = (
+        "command", "encoded", "error", "fields", "is_form", "plain", "bad_key", "bad_type",
+        "bad_query",
+    )
+
+    def __init__(self, head: HttpHead) -> None:
+        self.command = Request(0, head.method, key_path(head.path))
+        self.encoded = encode_target(head.method, self.command.path)
+        self.error: Optional[EtcdError] = None
+        self.fields: Dict[str, str] = {}
+        self.is_form = False
+        self.bad_key = _bad_key(self.command.path)
+        self.bad_type = self.bad_query = ""
+        try:
+            self.fields = parse_form(head.query.encode("latin-1"), QUERY_FIELDS_MAX)
+        except InvalidForm as error:
+            self.bad_query = error.cause
+        if head.method in ("PUT", "POST"):
+            self._read_type(head)
+        else:
+            self._read_command()
+        self.plain = self.is_form and not (
+            self.fields or self.bad_key or self.bad_type or self.bad_query
+        )
+
+    def request(
+        self, request: HttpRequest, now_ns: int
+    ) -> Generator[None, None, Request]:
+        """Return the command of a PUT or POST, with pauses.  Raises EtcdError."""
+        if self.is_form and request.body_too_large:
+            raise InvalidForm("http: POST too large")
+        if self.bad_type:
+            raise InvalidForm(self.bad_type)
+        fields = (yield from form_steps(request.body)) if self.is_form else {}
+        if self.bad_query:
+            raise InvalidForm(self.bad_query)
+        if self.bad_key:
+            raise InvalidForm(self.bad_key)
+        if self.fields:
+            fields = {**self.fields, **fields}
+        return parse_key_request(self.command.method, self.command.path, fields, now_ns)
+
+    def _read_type(self, head: HttpHead) -> None:
+        content_type = head.headers.get("content-type", "")
+        try:
+            self.is_form = is_form_type(content_type)
+        except InvalidForm as error:
+            self.bad_type = error.cause
+            form = "application/x-www-form-urlencoded"      # its size is judged all the same
+            self.is_form = content_type.partition(";")[0].strip().lower() == form
+
+    def _read_command(self) -> None:
+        if self.bad_query:
+            self.error = InvalidForm(self.bad_query)
+            return
+        command = self.command
+        if self.bad_key and (command.method == "DELETE" or not is_unicode(command.path)):
+            self.error = InvalidForm(self.bad_key)      # no such key can be
+            return
+        try:
+            self.command = parse_key_request(command.method, command.path, self.fields, 0)
+        except EtcdError as error:
+            self.error = error.with_traceback(None)
+
+
+class KeyWatch:
+    """One client waiting for events: each is a chunk of the reply; without `stream` one ends it.
+
+    Differs from etcd: a client that owes more than WATCHER_QUEUE_EVENTS_MAX events is
+    disconnected, so that it notices; etcd leaves it connected and silent for ever.
+    """
+
+    __slots__ = ("_connection", "_stream", "_reply", "_early", "_owed", "_watcher")
+
+    def __init__(self, request: HttpRequest, *, stream: bool) -> None:
+        self._connection = request.connection
+        self._stream = stream
+        self._reply: Optional[StreamReply] = None
+        self._early: List[Event] = []       # events found in the history, before the reply began
+        self._owed: List[int] = []          # sizes of events, a superset of those not yet sent
+        self._watcher: Optional[Watcher] = None
+
+    def start(self, store: Store, command: Request, request: HttpRequest, headers: str) -> None:
+        """Register, and send the head at once.  Raises EventIndexCleared, with nothing sent."""
+        watcher = store.watch(
+            command.path, recursive=command.recursive, stream=self._stream, since=command.since,
+            deliver=self._deliver, lost=self._lost,
+        )
+        self._watcher = watcher
+        self._reply = request.start_stream(200, "application/json", headers)
+        self._reply.on_close = self._end
+        early, self._early = self._early, []
+        for event in early:
+            self._deliver(event)
+
+    def _deliver(self, event: Event) -> None:
+        reply = self._reply
+        if reply is None:
+            self._early.append(event)
+            return
+        data = event.client_json()
+        if self._stream and not reply.pending:
+            self._owed.clear()
+        if reply.write(data):
+            if not self._stream:
+                self._end()
+                reply.end()
+                return
+            self._owed.append(len(data))
+            if len(self._owed) > WATCHER_QUEUE_EVENTS_MAX:
+                self._check_pace(reply)
+
+    def _lost(self) -> None:
+        """Events are gone: disconnect the client, so that it asks again, and learns of it."""
+        self._end()
+        if self._reply is not None:
+            self._reply.abort()
+
+    def _end(self) -> None:
+        """Let go of the watcher, which holds this."""
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.cancel()
+
+    def _check_pace(self, reply: StreamReply) -> None:
+        """Disconnect a client that leaves too many events in our buffer."""
+        self._connection.flush()
+        left, events = reply.pending, 0
+        for size in reversed(self._owed):
+            if left <= 0:
+                break
+            left -= size
+            events += 1
+        del self._owed[:len(self._owed) - events]
+        if events > WATCHER_QUEUE_EVENTS_MAX:
+            package_logger("etcdhttp").warning(
+                "closed the watch of %s: it left %d events unread", self._connection.remote, events
+            )
+            self._end()
+            reply.abort()
+
+
+def write_error(request: HttpRequest, error: EtcdError, headers: str) -> None:
+    """Answer with an error of the keys API.  Source: etcd 2.3 error/error.go."""
+    cause = f',"cause":{json_string(error.cause)}' if error.cause else ""
+    body = (
+        f'{{"errorCode":{error.code},"message":{json_string(error.message)}{cause}'
+        f',"index":{error.index}}}\n'
+    )
+    request.reply(
+        error.status, body.encode(), "application/json",
+        f"{headers}X-Etcd-Index: {error.index}\r\n",
+    )

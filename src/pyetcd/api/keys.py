@@ -1,0 +1,250 @@
+"""The keys API: from an HTTP request to a command, and back."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Generator, List, Optional, Sequence, Union
+
+from ..base.codec import encode_plain
+from ..base.errors import EtcdError, EventIndexCleared, Unauthorized
+from ..base.limits import OUTPUT_JOIN_BYTES_MAX, WATCHED_BYTES_MAX, WATCHERS_MAX
+from ..base.messages import Request
+from ..base.text import is_unicode, text_of
+from ..member.auth import Guard
+from ..member.cluster import format_id
+from ..member.server import EtcdServer
+from ..member.statistics import Histogram, Histograms, exponential_bounds
+from ..net.http_messages import HttpHead
+from ..net.http_server import Handler, HttpRequest
+from ..store.walks import Listing
+from .forms import FORM_SLICE_BYTES, KeyTarget, KeyWatch, refuse_method, write_error, write_message
+from .listings import Listings, Wanted
+
+
+class KeysApi:
+    """/v2/keys: reads from the local store, writes through consensus, watches.
+
+    Source: etcd 2.3 API, keys.
+    """
+
+    METHODS = ("HEAD", "GET", "PUT", "POST", "DELETE")
+
+    def __init__(self, server: EtcdServer, guard: Guard) -> None:
+        self._server = server
+        self._guard = guard
+        self._store = server.store
+        self._reactor = server.reactor
+        self._now, self._wall_ns = server.reactor.now, server.reactor.wall_ns
+        self._listings = Listings(server.store, server.reactor)
+        self._stats = server.store.stats
+        self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
+        self._heads = {
+            status: f"HTTP/1.1 {phrase}\r\nContent-Type: application/json\r\n{self._cluster_line}"
+            for status, phrase in ((200, "200 OK"), (201, "201 Created"))
+        }
+        metrics = server.metrics
+        self._received = metrics.counter(
+            "etcd_http_received_total", "Key requests that could be parsed.", ("method",))
+        self._failed = metrics.counter(
+            "etcd_http_failed_total", "Key requests answered with an error.", ("method", "code"))
+        self._durations = Histograms(exponential_bounds(0.0005, 13), ("method",))
+        metrics.add("etcd_http_successful_duration_second", "Time to answer a key request.",
+                    self._durations)
+        self._proposals = Histogram(exponential_bounds(0.001, 14))
+        metrics.add("etcd_server_proposal_durations_seconds", "Time to commit and apply.",
+                    self._proposals)
+        self._watches = metrics.counter(
+            "etcd_store_watch_requests_total", "Watches that were asked for.")
+        self._get_durations = self._durations.child("GET")
+        self._put_durations = self._durations.child("PUT")
+        self._puts_s: List[float] = []      # what PUTs took that are not in there yet
+        metrics.before_text = self._count_puts
+
+    def route(self, head: HttpHead) -> Handler:
+        """Return what answers requests with this head."""
+        if head.method not in self.METHODS:
+            return functools.partial(refuse_method, ",".join(self.METHODS))
+        target = KeyTarget(head)
+        command = target.command
+        if target.error is not None:
+            return functools.partial(self._refuse, target.error)
+        return self._guard.key(
+            head, head.path[len("/v2/keys"):], write=head.method not in ("GET", "HEAD"),
+            recursive=command.recursive, passed=self._answer(head, target),
+            refused=functools.partial(self._unauthorized, target),
+        )
+
+    def _answer(self, head: HttpHead, target: KeyTarget) -> Handler:
+        command = target.command
+        if head.method in ("PUT", "POST"):
+            return functools.partial(self._write, target)
+        if head.method == "DELETE":
+            return functools.partial(self._propose, command)
+        if head.method == "GET" and command.quorum:
+            return functools.partial(self._propose, command._replace(method="QGET"))
+        if command.wait:
+            return functools.partial(self._watch, command)
+        return functools.partial(self._get, command.path, command.recursive, command.sorted)
+
+    def _refuse(self, error: EtcdError, request: HttpRequest) -> None:
+        write_error(request, error, self._cluster_line)
+
+    def _unauthorized(self, target: KeyTarget, request: HttpRequest) -> None:
+        """Answer 401; what is wrong with the request itself is said before."""
+        refuse = functools.partial(self._refuse, Unauthorized("Insufficient credentials"))
+        if request.method in ("PUT", "POST"):
+            self._go_on(target.request(request, self._wall_ns()), request, refuse)
+        else:
+            refuse(request)
+
+    def _get(self, path: str, recursive: bool, sorted: bool, request: HttpRequest) -> None:
+        """GET and HEAD from the local store.  A hot path."""
+        started = self._now()
+        # etcd looks at every key request whether auth was enabled, and counts the miss.
+        self._stats.gets_fail += 1
+        method = request.head.method
+        self._received.inc(method)
+        try:
+            body = self._store.file_json(path, recursive=recursive, now_ns=self._wall_ns())
+        except EtcdError as error:
+            self._fail(request, method, error)
+            return
+        if body is None:
+            self._list(request, method, started, Wanted(path, recursive, sorted))
+            return
+        self._send(request, 200, self._store.current_index, body)
+        durations = self._get_durations if method == "GET" else self._durations.child(method)
+        durations.observe(self._now() - started)
+
+    def _list(
+        self, request: HttpRequest, method: str, started: float, wanted: Wanted
+    ) -> None:
+        """GET and HEAD of a directory."""
+        def done(result: Union[Listing, EtcdError]) -> None:
+            if isinstance(result, EtcdError):
+                self._fail(request, method, result)
+                return
+            first, *more = result.chunks
+            self._send(request, 200, result.index, first, more)
+            self._durations.child(method).observe(self._now() - started)
+
+        self._listings.ask(wanted, request, done)
+
+    def _write(self, target: KeyTarget, request: HttpRequest) -> None:
+        """PUT and POST.  A hot path for bodies of the form `value=<nothing encoded>`."""
+        body = request.body
+        if target.plain and body.startswith(b"value=") and len(body) < FORM_SLICE_BYTES and not (
+            b"%" in body or b"+" in body or b"&" in body or b";" in body
+        ):
+            value, known = body[6:], target.command
+            text = text_of(value)
+            if is_unicode(text):
+                id = self._server.ids.next()
+                command = Request(id, known.method, known.path, text)
+                self._propose(command, request, encode_plain(id, target.encoded, value))
+                return
+        self._go_on(target.request(request, self._wall_ns()), request)
+
+    def _go_on(
+        self, steps: Generator[None, None, Request], request: HttpRequest,
+        refuse: Optional[Handler] = None,
+    ) -> None:
+        """Parse a form as far as one turn goes; at its end, propose the command, or refuse it."""
+        try:
+            next(steps)
+        except StopIteration as end:
+            if refuse is None:
+                self._propose(end.value, request)
+            else:
+                refuse(request)
+        except EtcdError as error:
+            self._refuse(error, request)
+        else:
+            if not request.connection.closed:
+                self._reactor.call_in_turn(self._go_on, steps, request, refuse)
+
+    def _propose(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
+        """Everything that goes through consensus."""
+        method = command.method
+        self._stats.gets_fail += 1              # as in _get
+        self._received.inc(method)
+        done = functools.partial(self._done, request, command, self._now())
+        self._server.do(command, done, encoded)
+
+    def _done(self, request: HttpRequest, command: Request, started: float, result: Any) -> None:
+        """The command is applied, or has failed."""
+        method = command.method
+        if isinstance(result, EtcdError):
+            self._fail(request, method, result)
+            return
+        if method == "QGET" and result.node.children is not None:
+            self._proposals.observe(self._now() - started)
+            wanted = Wanted(command.path, command.recursive, command.sorted)
+            self._list(request, method, started, wanted)
+            return
+        self._send(request, 201 if result.is_created else 200, result.index, result.client_json())
+        elapsed_s = self._now() - started
+        if method == "PUT":
+            self._puts_s.append(elapsed_s)
+            if len(self._puts_s) >= 1_000:
+                self._count_puts()
+            return
+        self._proposals.observe(elapsed_s)
+        self._durations.child(method).observe(elapsed_s)
+
+    def _count_puts(self) -> None:
+        puts_s, self._puts_s = self._puts_s, []
+        self._proposals.observe_many(puts_s)
+        self._put_durations.observe_many(puts_s)
+
+    def _watch(self, command: Request, request: HttpRequest) -> None:
+        self._stats.gets_fail += 1              # as in _get
+        if self._store.stats.watchers >= WATCHERS_MAX:
+            write_message(
+                request, 503, f"{WATCHERS_MAX} watchers wait already; use another member, or one"
+                " recursive watch instead of many", self._cluster_line,
+            )
+            return
+        if self._store.hub.watched_bytes + len(command.path) > WATCHED_BYTES_MAX:
+            write_message(
+                request, 503, "the watchers' paths take too much memory; use shorter keys, or"
+                " another member", self._cluster_line,
+            )
+            return
+        self._watches.inc()
+        headers = self._cluster_line + self._index_lines(self._store.current_index)
+        try:
+            KeyWatch(request, stream=command.stream).start(self._store, command, request, headers)
+        except EventIndexCleared as error:
+            self._fail(request, "GET", error)
+
+    def _fail(self, request: HttpRequest, method: str, error: EtcdError) -> None:
+        self._failed.inc(method, str(error.status))
+        write_error(request, error, self._cluster_line)
+
+    def _index_lines(self, index: int) -> str:
+        server = self._server
+        return (
+            f"X-Etcd-Index: {index}\r\nX-Raft-Index: {server.raft_index}\r\n"
+            f"X-Raft-Term: {server.raft_term}\r\n"
+        )
+
+    def _send(
+        self, request: HttpRequest, status: int, index: int, body: bytes,
+        more: Sequence[bytes] = (),
+    ) -> None:
+        """Answer with an event, by way of the shortest code where nothing is special."""
+        head, size = request.head, len(body)
+        if not head.takes_raw:
+            headers = self._cluster_line + self._index_lines(index)
+            request.reply(status, body, "application/json", headers, more)
+            return
+        if more or size > OUTPUT_JOIN_BYTES_MAX:
+            body, more = b"", (body, *more)
+            size = sum(map(len, more))
+        server = self._server
+        request.reply_raw(
+            f"{self._heads[status]}X-Etcd-Index: {index}\r\nX-Raft-Index: {server.raft_index}\r\n"
+            f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date()}\r\n"
+            f"Content-Length: {size}\r\n\r\n".encode("latin-1") + body, more
+        )

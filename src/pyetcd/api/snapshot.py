@@ -1,0 +1,95 @@
+"""The snapshot API: the whole state, over HTTP."""
+
+from __future__ import annotations
+
+import functools
+from typing import Callable, Iterator, Optional, Set
+
+from ..base.limits import HELD_BYTES_MAX
+from ..disk.snapshots import SnapshotFile
+from ..member.cluster import format_id
+from ..member.server import EtcdServer
+from ..member.snapshots import Taker
+from ..net.http_server import HttpRequest, StreamReply
+from .forms import write_message
+
+DOWNLOADS_MAX = 4                   # at a time, and none beyond HELD_BYTES_MAX of their states
+
+
+class SnapshotApi:
+    """/v2/snapshot: the state at one index, as the file that a member would write.
+
+    Differs from etcd 2.3, which has no such path.  Thread: reactor.
+    """
+
+    METHODS = ("GET",)
+
+    def __init__(self, server: EtcdServer) -> None:
+        self._server = server
+        self._downloads: Set[Download] = set()
+
+    def handle(self, request: HttpRequest) -> None:
+        """Answer as soon as the store has been walked."""
+        if not self._server.raft_index:
+            write_message(request, 503, "this member has no state yet; ask another one")
+        elif len(self._downloads) >= DOWNLOADS_MAX or self._held_bytes() > HELD_BYTES_MAX:
+            write_message(request, 503, "too many snapshots are being taken; try again later")
+        else:
+            self._downloads.add(Download(request, self._server, self._downloads.discard))
+
+    def _held_bytes(self) -> int:
+        """What the states take that are being sent; several may send the same."""
+        files = {id(each.file): each.file.size for each in self._downloads if each.file}
+        return sum(files.values())
+
+
+class Download:
+    """One answer: it waits for the walk, then piece follows piece as fast as the client reads."""
+
+    def __init__(
+        self, request: HttpRequest, server: EtcdServer, ended: Callable[[Download], None]
+    ) -> None:
+        self._request = request
+        self._server = server
+        self._ended = ended
+        self.file: Optional[SnapshotFile] = None        # as soon as the store has been walked
+        self._reply: Optional[StreamReply] = None
+        self._pieces: Iterator[bytes] = iter(())
+        self._taker: Optional[Taker] = self._start      # one object: the keeper compares
+        request.on_close = self._gone
+        server.snapshots.want(self._taker)
+
+    def _start(self, file: SnapshotFile, etcd_index: int) -> None:
+        headers = (
+            f"X-Etcd-Cluster-Id: {format_id(self._server.cluster.id)}\r\n"
+            f"X-Etcd-Index: {etcd_index}\r\nX-Raft-Index: {file.id.index}\r\n"
+            f"X-Raft-Term: {file.id.term}\r\n"
+            f'Content-Disposition: attachment; filename="{file.name}"\r\n'
+        )
+        self.file = file
+        self._pieces = iter((file.head, *file.pieces))
+        self._reply = self._request.start_stream(
+            200, "application/octet-stream", headers, length=len(file.head) + file.size
+        )
+        self._reply.on_close = self._gone
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Hand out the next piece: one in a turn, as others wait for theirs."""
+        if self._reply is None or self._reply.closed:
+            return
+        piece = next(self._pieces, None)
+        if piece is None:
+            self._reply.end()
+            self._taker = None
+            self._ended(self)
+            return
+        self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._go_on))
+        self._reply.write(piece)
+
+    def _gone(self) -> None:
+        self._pieces = iter(())
+        taker, self._taker = self._taker, None
+        if taker is not None:
+            self._server.snapshots.unwant(taker)
+        self._ended(self)

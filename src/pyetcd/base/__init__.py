@@ -1,0 +1,1 @@
+"""Limits, errors, ids, paths, checksums, logging, the wire codec."""

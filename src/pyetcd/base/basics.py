@@ -1,0 +1,86 @@
+"""Paths, back-off, TLS file names, and fsync of a directory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import sys
+from typing import List, NamedTuple
+
+from .checksums import is_clean_path
+
+
+def clean_path(path: str) -> str:
+    """Return the shortest equivalent absolute path: no `.`, `..`, `//` and no trailing slash.
+
+    Source: Go path.Clean, for a rooted path.
+    """
+    if is_clean_path(path):
+        return path.rstrip("/") or "/"
+    parts: List[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            if parts:
+                parts.pop()
+        elif part and part != ".":
+            parts.append(part)
+    return "/" + "/".join(parts)
+
+
+class TlsFiles(NamedTuple):
+    """What one side, client or peer, is told about TLS: paths of PEM files, "" where not given.
+
+    Read by section TLS, again whenever one of the files changes.
+    """
+
+    cert_file: str = ""
+    key_file: str = ""
+    trusted_ca_file: str = ""           # "": the system's authorities
+    ca_file: str = ""                   # of etcd 2.0: trusted as well, and implies client_cert_auth
+    client_cert_auth: bool = False      # refuse clients without a certificate of the trusted CA
+    crl_file: str = ""                  # revoked certificates
+    allowed_name: str = ""              # host that a client certificate must be for
+    allowed_cn: str = ""                # common name that it must have
+
+
+class Backoff:
+    """Growing waits: next() returns first_s, then twice the last one, up to max_s."""
+
+    def __init__(self, first_s: float, max_s: float) -> None:
+        self._first_s = first_s
+        self._max_s = max_s
+        self._next_s = first_s
+
+    def next(self) -> float:
+        """Return the seconds to wait now."""
+        wait_s = self._next_s
+        self._next_s = min(wait_s * 2, self._max_s)
+        return wait_s
+
+    def reset(self) -> None:
+        """Begin again with first_s."""
+        self._next_s = self._first_s
+
+
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open files
+
+
+def descriptors_max(kept: int, part: int) -> int:
+    """Return how many descriptors may be open if `kept` of those that the system allows must be
+    left, or one `part` of them."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(kept, soft // part)
+
+
+def fsync_dir(path: str) -> None:
+    """Make names created, renamed or removed in directory `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _nothing() -> None:
+    """What a callback does where nothing is to be done; posted, it makes the reactor turn."""

@@ -1,0 +1,1 @@
+"""Write-ahead log, snapshot files, the data directory."""

@@ -1,0 +1,1 @@
+"""Discovery, bootstrap, embedding, proxy, flags, backup, test kit, command line."""

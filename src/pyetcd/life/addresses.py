@@ -1,0 +1,203 @@
+"""Addresses of this host, and what members say of themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import http.client
+import http.server
+import socket
+from typing import Dict, List, Mapping, Optional, Sequence, Set, Tuple
+from urllib.parse import urlsplit
+
+from ..base.codec import encode_conf_change
+from ..base.errors import DiscoveryError, StartError
+from ..base.ids import package_logger
+from ..base.limits import DEFAULT_PEER_URLS
+from ..base.messages import ConfChange, ConfChangeType, Entry, EntryType
+from ..base.text import is_ip, load_json, utf8
+from ..base.urls import url_address
+from ..disk.snapshots import DataDir
+from ..member.cluster import Cluster, Member, format_initial_cluster, parse_initial_cluster
+from ..member.configuration import ServerConfig
+from ..net.dns import _reason, name_servers
+from ..net.tls import TlsContext
+from .discovery import _resolve, blocking_get, srv_cluster
+
+JOIN_ANSWER_SECONDS = 10.0          # for /members and /version of a cluster that we join
+PROBE_ANSWER_SECONDS = 1.0          # for /members of peers that may not be up yet
+
+
+def is_elsewhere(url: str) -> bool:
+    """True if `url` has an address that is certainly none of this machine."""
+    host = url_address(url)[0]
+    if not is_ip(host):
+        return False                # a name: it may be ours
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.bind((host, 0))
+    except OSError as error:
+        return error.errno == errno.EADDRNOTAVAIL
+    return False
+
+
+def default_route_address() -> str:
+    """Return our IPv4 address on the interface with the default route, or ""."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("192.0.2.1", 9))  # a datagram socket only looks up the route: nothing is sent
+        return str(sock.getsockname()[0])
+    return ""
+
+
+def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """True if each URL of either list has an address of one in the other, host names resolved.
+
+    `localhost` is compared as text, as etcd does: it means another machine everywhere.
+    """
+    def resolved(urls: Sequence[str]) -> List[Set[Tuple[str, str, int]]]:
+        found = []
+        for url in urls:
+            addresses, scheme = {url_address(url)}, urlsplit(url).scheme
+            with contextlib.suppress(OSError):
+                if url_address(url)[0] != "localhost":
+                    addresses = _resolve(url)
+            found.append({(scheme, *address) for address in addresses})
+        return found
+
+    if sorted(ours) == sorted(theirs):
+        return True
+    some, others = resolved(ours), resolved(theirs)
+    return len(some) == len(others) and all(
+        any(one & other for other in each)
+        for each, ones in ((others, some), (some, others)) for one in ones
+    )
+
+
+def fetch_members(
+    url: str, timeout_s: float, tls: Optional[TlsContext]
+) -> Tuple[int, List[Member]]:
+    """Return (cluster id, members) as the peer at `url` sees them.
+
+    Raises OSError, http.client.HTTPException or ValueError.
+    """
+    status, headers, body = blocking_get(url, timeout_s, "/members", tls)
+    if status != 200:
+        raise ValueError(f"unexpected status {status}")
+    return int(headers.get("X-Etcd-Cluster-Id", ""), 16), parse_members(body)
+
+
+def parse_members(body: bytes) -> List[Member]:
+    """Return the members in an answer to GET /members.  Raises ValueError."""
+    try:
+        return [
+            Member(
+                int(member["id"]), tuple(sorted(map(str, member["peerURLs"]))),
+                str(member.get("name", "")), tuple(map(str, member.get("clientURLs") or ())),
+            )
+            for member in load_json(body)
+        ]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("the answer is no list of members") from None
+
+
+def fetch_cluster(
+    urls: Sequence[str], timeout_s: float, tls: Optional[TlsContext], *, quiet: bool = False
+) -> Optional[Tuple[int, List[Member]]]:
+    """Return the first answer of fetch_members to any of `urls`; None if there is none."""
+    for url in urls:
+        try:
+            return fetch_members(url, timeout_s, tls)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if not quiet:
+                package_logger("etcdserver").warning(
+                    "could not get cluster response from %s: %s", url, _reason(error)
+                )
+    return None
+
+
+def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> None:
+    """The start-up lines that say with what the member works."""
+    log = package_logger("etcdserver")
+    log.info("name = %s", config.name)
+    if config.force_new_cluster:
+        log.info("force new cluster")
+    log.info("data dir = %s", data_dir.root)
+    log.info("member dir = %s", data_dir.member)
+    if config.wal_dir:
+        log.info("dedicated WAL dir = %s", data_dir.wal)
+    log.info("heartbeat = %dms", config.heartbeat_ms)
+    log.info("election = %dms", config.election_ms)
+    log.info("snapshot count = %d", config.snapshot_count)
+    if config.discovery:
+        log.info("discovery URL= %s", config.discovery)
+        if config.discovery_proxy:
+            log.info("discovery proxy = %s", config.discovery_proxy)
+    log.info("advertise client URLs = %s", ",".join(config.advertise_client_urls))
+    if initial:
+        urls = ",".join(config.initial_advertise_peer_urls)
+        log.info("initial advertise peer URLs = %s", urls)
+        log.info("initial cluster = %s", initial)
+
+
+def default_initial_cluster(name: str) -> str:
+    """Return -initial-cluster where it is not given: the member alone, on the default peer URLs."""
+    return ",".join(f"{name}={url}" for url in DEFAULT_PEER_URLS.split(","))
+
+
+def _initial_members(config: ServerConfig) -> Dict[str, Tuple[str, ...]]:
+    """Return name -> peer URLs of the cluster to form or join, checked.  Raises StartError."""
+    own = {config.name: tuple(sorted(config.initial_advertise_peer_urls))}
+    text = config.initial_cluster
+    if config.discovery:
+        return own
+    if config.discovery_srv:
+        text = srv_cluster(
+            config.discovery_srv, config.name, config.initial_advertise_peer_urls, name_servers()
+        )
+    elif not text:
+        return own
+    try:
+        nameless = config.initial_cluster_state == "existing"
+        initial = parse_initial_cluster(text, nameless=nameless)
+    except ValueError as error:
+        raise StartError(f"error setting up initial cluster: {error}") from None
+    if config.name not in initial:
+        if config.discovery_srv:
+            raise DiscoveryError(f'cannot find local etcd member "{config.name}" in SRV records')
+        raise StartError(
+            f'couldn\'t find local name "{config.name}" in the initial cluster configuration;'
+            f" -initial-cluster is {text}: add {config.name}=<peer URL>, or use one of its names"
+            f" with -name"
+        )
+    urls = [url for urls in initial.values() for url in urls]
+    if len(set(urls)) != len(urls):
+        raise StartError(
+            f"initial cluster {format_initial_cluster(initial)} has duplicate url;"
+            f" each member needs peer URLs of its own"
+        )
+    return initial
+
+
+def _new_cluster(token: str, initial: Mapping[str, Tuple[str, ...]]) -> Cluster:
+    try:
+        return Cluster.from_initial(token, dict(initial))
+    except ValueError as error:
+        raise StartError(f"error setting up initial cluster: {error}") from None
+
+
+def _own_member(config: ServerConfig, cluster: Cluster) -> Member:
+    member = cluster.member_by_name(config.name)
+    if member is None:
+        raise StartError(f'member "{config.name}" is not in the cluster that discovery found')
+    return member
+
+
+def _bootstrap_entries(cluster: Cluster) -> List[Entry]:
+    """One ConfChange per initial member, ascending by id: identical bytes on every member."""
+    entries = []
+    for index, member in enumerate(sorted(cluster.members.values(), key=lambda m: m.id), 1):
+        context = utf8(member.context_json())
+        change = ConfChange(0, ConfChangeType.ADD_NODE, member.id, context)
+        entries.append(Entry(EntryType.CONF_CHANGE, 1, index, encode_conf_change(change)))
+    return entries

@@ -1,0 +1,291 @@
+"""Backup and restore: a member's data as files, and a cluster out of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import struct
+from typing import NamedTuple, Optional, Sequence, Tuple
+
+from ..base.basics import fsync_dir
+from ..base.checksums import crc32c
+from ..base.codec import encode_metadata, encode_snapshot
+from ..base.errors import DiskFull, StartError
+from ..base.limits import (
+    DEFAULT_CLUSTER_TOKEN,
+    DEFAULT_NAME,
+    DEFAULT_PEER_URLS,
+    SERVER_VERSION,
+    UINT64_MAX,
+)
+from ..base.messages import Entry, EntryID, HardState
+from ..base.urls import parse_urls
+from ..disk.files import OS_DISK
+from ..disk.snapshots import SnapshotFile, Snapshotter
+from ..disk.wal import Wal
+from ..member.cluster import Cluster, Member, format_id, version_key
+from ..member.configuration import ServerConfig
+from ..member.snapshots import SnapshotJob
+from ..net.workers import SYSTEM_CLOCK
+from ..store.tree import Store
+from .addresses import _initial_members, _new_cluster, _own_member
+from .bootstrap import _check_advertised
+from .sources import (
+    _ENTRIES_PER_WRITE,
+    _STAGE,
+    BackupError,
+    CopyReport,
+    OnProgress,
+    _part,
+    load_state,
+    read_source,
+)
+
+# -- writing ---------------------------------------------------------------------
+
+
+class MemberFiles(NamedTuple):
+    """All that a member begins with."""
+
+    member_id: int
+    cluster_id: int
+    snapshot: Optional[SnapshotFile]
+    hard_state: HardState
+    entries: Sequence[Entry]
+
+
+def check_target(data_dir: str, wal_dir: str = "") -> None:
+    """Raise BackupError if there is something that would be mixed with new files."""
+    for path in filter(None, (data_dir, wal_dir)):
+        try:
+            found = set(os.listdir(path)) - {_STAGE}
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise BackupError(f"cannot use {path}: {error.strerror}; name another") from None
+        if found:
+            raise BackupError(f"{path} is not empty; name another directory, or move it away")
+
+
+def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnProgress) -> None:
+    """Make a data directory, durably; `member` appears in it when all is complete.
+
+    Raises BackupError; what was begun is removed then.
+    """
+    stage = os.path.join(data_dir, _STAGE)
+    wal_stage = os.path.join(wal_dir or stage, _STAGE if wal_dir else "wal")
+    begun = [path for path in (data_dir, wal_dir) if path and not os.path.exists(path)]
+    with contextlib.ExitStack() as on_failure:
+        for path in (stage, wal_stage, *begun):
+            on_failure.callback(shutil.rmtree, path, ignore_errors=True)
+        try:
+            for path in (stage, wal_stage):
+                shutil.rmtree(path, ignore_errors=True)
+            _fill_stage(stage, wal_stage, files, progress)
+            if wal_dir:
+                # First: a log without its snapshot is refused, the other way round is forgotten.
+                for name in os.listdir(wal_stage):
+                    os.rename(os.path.join(wal_stage, name), os.path.join(wal_dir, name))
+                os.rmdir(wal_stage)
+                fsync_dir(wal_dir)
+            os.rename(stage, os.path.join(data_dir, "member"))
+            fsync_dir(data_dir)
+            for path in begun:
+                with contextlib.suppress(PermissionError):  # a parent that we may not list
+                    fsync_dir(os.path.dirname(os.path.abspath(path)))
+        except (OSError, DiskFull) as error:
+            raise BackupError(
+                f"cannot write {data_dir}: {error}; make room and check who may write there"
+            ) from error
+        on_failure.pop_all()
+
+
+def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProgress) -> None:
+    """Write all files.  In the log the entries come first, as etcdctl has it."""
+    snap = os.path.join(stage, "snap")
+    for path in (os.path.dirname(stage), stage, snap, os.path.dirname(wal_stage)):
+        os.makedirs(path, mode=0o700, exist_ok=True)
+    snapshot = files.snapshot
+    if snapshot is not None:
+        Snapshotter(snap).write(snapshot)
+        _write_bolt(os.path.join(snap, "db"), snapshot.id.index)
+    metadata = encode_metadata(files.member_id, files.cluster_id)
+    wal = Wal.create(wal_stage, metadata, segment_bytes=UINT64_MAX)
+    try:
+        for first in range(0, len(files.entries), _ENTRIES_PER_WRITE):
+            part = files.entries[first:first + _ENTRIES_PER_WRITE]
+            wal.write(wal.encode(None, part), sync=False)
+            progress(first / len(files.entries), 0)
+        wal.write(wal.encode(files.hard_state, ()), sync=False)
+        if snapshot is not None:
+            wal.write(wal.encode_snapshot(snapshot.id), sync=False)
+        wal.write(b"", sync=True)
+    finally:
+        wal.close()
+    for path in (snap, wal_stage, stage):
+        fsync_dir(path)
+
+
+def _write_bolt(path: str, raft_index: int) -> None:
+    """Write the database that etcd 3.4 wants beside a snapshot: without a key, up to raft_index.
+
+    Four pages: two heads, the free list, and the buckets.  Source: bbolt, page.go, bucket.go.
+    """
+    def page(id: int, kind: int, items: Sequence[Tuple[int, bytes, bytes]]) -> bytes:
+        head = struct.pack("<QHHI", id, kind, len(items), 0)
+        at, table, data = 16 * len(items), b"", b""
+        for number, (flags, key, value) in enumerate(items):
+            table += struct.pack("<IIII", flags, at + len(data) - 16 * number, len(key), len(value))
+            data += key + value
+        return head + table + data
+
+    def bucket(*items: Tuple[bytes, int]) -> bytes:
+        rows = [(0, key, value.to_bytes(8, "big")) for key, value in items]
+        return bytes(16) + page(0, 2, rows)
+
+    full = {
+        b"auth": bucket((b"authRevision", 1)), b"meta": bucket((b"consistent_index", raft_index)),
+    }
+    names = b"alarm auth authRoles authUsers cluster key lease members members_removed meta".split()
+    pages = [page(3, 2, [(1, name, full.get(name, bucket())) for name in names]), page(2, 16, ())]
+    for transaction in (1, 0):
+        meta = struct.pack("<IIIIQQQQQ", 0xED0CDAED, 2, 4096, 0, 3, 0, 2, 4, transaction)
+        checksum = 0xCBF29CE484222325
+        for byte in meta:
+            checksum = (checksum ^ byte) * 0x100000001B3 & UINT64_MAX
+        pages.append(page(transaction, 4, ()) + meta + checksum.to_bytes(8, "little"))
+    handle = OS_DISK.create(path)
+    try:
+        OS_DISK.write(handle, b"".join(data.ljust(4096, b"\0") for data in reversed(pages)))
+        OS_DISK.fsync(handle)
+    finally:
+        OS_DISK.close(handle)
+
+
+# -- backup and restore ------------------------------------------------------------
+
+
+def _no_progress(share: float, keys: int) -> None:
+    """Nobody looks."""
+
+
+def backup(
+    data_dir: str, backup_dir: str, *, wal_dir: str = "", backup_wal_dir: str = "",
+    dry_run: bool = False, progress: OnProgress = _no_progress,
+) -> CopyReport:
+    """Copy the data of a member that may be running, under new ids: as `etcdctl backup` does.
+
+    The copy is for a start with -force-new-cluster.  Snapshot and log are as in the source, with
+    the changes of members in it, so every index stays; what was not committed is left out.
+    progress is called with the share that is done, 0.0 to 1.0, and a number of keys.
+    Raises BackupError.  Source: etcd 2.3 etcdctl/command/backup_command.go.
+    """
+    if not os.path.isdir(data_dir):
+        what = "is a file" if os.path.exists(data_dir) else "does not exist"
+        raise BackupError(
+            f"{data_dir} {what}; name the data directory of a member, which its log shows as `data"
+            f" dir =`, with -data-dir; a snapshot file is for `pyetcd restore`"
+        )
+    backup_wal_dir = _dedicated(backup_dir, backup_wal_dir)
+    check_target(backup_dir, backup_wal_dir)
+    source = read_source(data_dir, wal_dir)
+    store, cluster = load_state(source, _part(progress, 0.0, 0.7))
+    file: Optional[SnapshotFile] = None
+    if source.snapshot is not None:
+        data, start = encode_snapshot(source.snapshot), source.snapshot
+        file = SnapshotFile(EntryID(start.term, start.index), (data,), len(data), crc32c(data))
+    entries = source.entries[:source.committed]
+    new_ids = secrets.randbits(63) + 1, secrets.randbits(63) + 1
+    state = source.hard_state._replace(commit=source.last.index)
+    report = CopyReport(
+        source, store.current_index, store.count_files("/1"),
+        (file.size if file else 0) + sum(len(entry.data or b"") for entry in entries), *new_ids,
+        tuple(sorted(cluster.members.values())),
+        tuple(filter(None, (backup_dir, backup_wal_dir))),
+    )
+    if not dry_run:
+        files = MemberFiles(*new_ids, file, state, entries)
+        write_member(backup_dir, backup_wal_dir, files, _part(progress, 0.7, 1.0))
+    return report
+
+
+def restore(
+    source: str, name: str = DEFAULT_NAME, *, initial_cluster: str = "",
+    initial_cluster_token: str = DEFAULT_CLUSTER_TOKEN,
+    initial_advertise_peer_urls: Sequence[str] = (), data_dir: str = "", wal_dir: str = "",
+    dry_run: bool = False, progress: OnProgress = _no_progress,
+) -> CopyReport:
+    """Make the data directory of member `name` of a new cluster, which begins with old data.
+
+    source  a snapshot file, or a data directory: its committed entries count
+
+    To be done for each member, with the same source.  Keys keep their indexes and expiry times,
+    users and roles stay; the members are those given, under ids of their own, and no id of the
+    past is known.  progress is called as by backup().  Raises BackupError.
+    """
+    data_dir = data_dir or name + ".etcd"
+    wal_dir = _dedicated(data_dir, wal_dir)
+    check_target(data_dir, wal_dir)
+    cluster, own = _restored_cluster(ServerConfig(
+        name=name, initial_cluster=initial_cluster, initial_cluster_token=initial_cluster_token,
+        initial_advertise_peer_urls=tuple(initial_advertise_peer_urls),
+    ))
+    found = read_source(source)
+    if found.voters & cluster.members.keys():
+        raise BackupError(
+            f"the new members would have ids of the old ones, and mix with them; name another"
+            f" -initial-cluster-token than {initial_cluster_token}"
+        )
+    store, _ = load_state(found, _part(progress, 0.0, 0.6))
+    members = tuple(sorted(cluster.members.values()))
+    _replace_members(store, members)
+    job = SnapshotJob(store, found.last, tuple(member.id for member in members), SYSTEM_CLOCK.now)
+    keys, expected = store.count_files("/1"), len(found.snapshot.data) if found.snapshot else 0
+    while job.done is None:
+        job.work()
+        progress(0.6 + 0.3 * min(job.walked_bytes / (expected or job.walked_bytes), 1.0), keys)
+    report = CopyReport(
+        found, store.current_index, keys, job.done.size, own.id, cluster.id, members,
+        tuple(filter(None, (data_dir, wal_dir))),
+    )
+    if not dry_run:
+        state = HardState(found.last.term, 0, found.last.index)
+        files = MemberFiles(own.id, cluster.id, job.done, state, ())
+        write_member(data_dir, wal_dir, files, _part(progress, 0.9, 1.0))
+    return report
+
+
+def _dedicated(data_dir: str, wal_dir: str) -> str:
+    """Return wal_dir, or "" if that is where the log is anyhow."""
+    usual = os.path.join(data_dir, "member", "wal")
+    return "" if os.path.abspath(wal_dir) == os.path.abspath(usual) else wal_dir
+
+
+def _restored_cluster(config: ServerConfig) -> Tuple[Cluster, Member]:
+    """Return the new cluster and the member of it that the flags speak of."""
+    advertised = config.initial_advertise_peer_urls
+    if not advertised and not config.initial_cluster:
+        config = config._replace(initial_advertise_peer_urls=parse_urls(DEFAULT_PEER_URLS))
+    try:
+        initial = _initial_members(config)
+        if advertised:
+            _check_advertised(config, initial)
+        cluster = _new_cluster(config.initial_cluster_token, initial)
+        return cluster, _own_member(config, cluster)
+    except StartError as error:
+        raise BackupError(str(error)) from None
+
+
+def _replace_members(store: Store, members: Sequence[Member]) -> None:
+    """Have the store know just these members; of a version above ours nobody has heard."""
+    files = {
+        f"/0/members/{format_id(member.id)}/raftAttributes": member.raft_attributes_json()
+        for member in members
+    }
+    version = store.value("/0/version") or ""
+    with contextlib.suppress(ValueError):
+        if version_key(version) <= version_key(SERVER_VERSION):
+            files["/0/version"] = version
+    store.replant("/0", files)

@@ -1,0 +1,444 @@
+"""Bootstrap: a new member, a joining one, or one that was here before.
+
+Blocks; runs before the reactor starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import http.server
+import os
+from typing import List, Mapping, Optional, Sequence, Tuple
+
+from ..base.codec import encode_metadata
+from ..base.errors import (
+    ClusterFull,
+    CodecError,
+    DiscoveryError,
+    InvariantError,
+    SnapshotError,
+    StartError,
+    WalError,
+)
+from ..base.ids import package_logger
+from ..base.limits import ARTICLE_VERSION, DEFAULT_PEER_URLS, MIN_CLUSTER_VERSION, SERVER_VERSION
+from ..base.messages import HardState
+from ..base.text import load_json
+from ..base.urls import is_local, url_address
+from ..disk.records import WalContents
+from ..disk.snapshots import (
+    DataDir,
+    Snapshotter,
+    absent_dirs,
+    make_dirs,
+    prepare_data_dir,
+    remove_dirs,
+)
+from ..disk.wal import Wal
+from ..member.cluster import (
+    Cluster,
+    Member,
+    format_id,
+    format_initial_cluster,
+    parse_initial_cluster,
+    version_key,
+)
+from ..member.configuration import Bootstrap, ServerConfig
+from ..net.dns import _reason
+from ..net.tls import TlsContext
+from ..store.tree import Store
+from .addresses import (
+    JOIN_ANSWER_SECONDS,
+    PROBE_ANSWER_SECONDS,
+    _bootstrap_entries,
+    _initial_members,
+    _log_config,
+    _new_cluster,
+    _own_member,
+    default_initial_cluster,
+    default_route_address,
+    fetch_cluster,
+    is_elsewhere,
+    same_urls,
+)
+from .discovery import (
+    Discovery,
+    DiscoveryFull,
+    DuplicateId,
+    DuplicateName,
+    blocking_get,
+    check_discovery_url,
+)
+from .restart import _restart
+
+
+def bootstrap(config: ServerConfig) -> Bootstrap:
+    """Find the past of this member on its disk, or its cluster on the network.
+
+    A write-ahead log on disk decides against every flag; without one, a new cluster is formed
+    or an existing one joined.  The log is open and locked afterwards.
+
+    Raises StartError.  Thread: the caller's; blocks, with discovery until all members are there.
+    Source: etcd 2.3 etcdserver/server.go NewServer; peer-and-disk notes, decision tree.
+    """
+    root = config.data_dir or config.name + ".etcd"
+    member = os.path.join(root, "member")
+    fresh = absent_dirs(
+        config.wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap")
+    )
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(remove_dirs, fresh)
+        boot = _bootstrap(config, prepare_data_dir(root, config.wal_dir), fresh)
+        on_failure.pop_all()
+    return boot
+
+
+def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) -> Bootstrap:
+    """The same, with the errors of all layers turned into StartError.
+
+    fresh  the directories that this start has made
+    """
+    package_logger("etcdserver").info("datadir is valid for the %s format", ARTICLE_VERSION)
+    try:
+        tls = make_peer_tls(config)
+        if Wal.exists(data_dir.wal):
+            boot = _restart(config, data_dir)
+            return boot._replace(peer_tls=tls)
+        _check_log_is_not_missing(data_dir)
+        if config.force_new_cluster:
+            package_logger("etcdserver").warning(
+                "-force-new-cluster does nothing for a member without data; leave it out: at a"
+                " later start it would remove all other members"
+            )
+        if config.initial_cluster_state == "existing":
+            boot = _join(config, data_dir, tls)
+        else:
+            boot = _form(config, data_dir, tls, fresh)
+        return boot._replace(peer_tls=tls)
+    except (WalError, SnapshotError, CodecError, InvariantError) as error:
+        raise StartError(str(error)) from error     # nothing runs yet: no state to protect
+    except DiscoveryFull as error:
+        text = _discovery_failure(config, data_dir.root, error)
+        if config.discovery_fallback != "proxy":
+            raise StartError(text) from error
+        _forget_member_dir(data_dir)
+        raise ClusterFull(text) from error
+    except DiscoveryError as error:
+        raise StartError(_discovery_failure(config, data_dir.root, error)) from error
+    except OSError as error:
+        raise StartError(f"cannot use data directory {data_dir.root}: {error}") from error
+
+
+def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
+    """Return how to speak TLS to other members; None if it seems that none asks for it.
+
+    An https member that is added later is met with the system's authorities then.
+    Raises StartError.
+    """
+    urls = ",".join((*config.initial_advertise_peer_urls, config.initial_cluster))
+    if any(config.peer_tls) or "https:" in urls:
+        return TlsContext(config.peer_tls, server=False)
+    return None
+
+
+def _check_log_is_not_missing(data_dir: DataDir) -> None:
+    """Raise StartError if a member without a log has left something here: it is not new."""
+    usual = os.path.join(data_dir.member, "wal")
+    if Wal.exists(usual):
+        raise StartError(
+            f"{usual} holds the log of this member, but -wal-dir names {data_dir.wal}, which holds"
+            f" none; leave -wal-dir out, or stop the member and move the log there"
+        )
+    Snapshotter(data_dir.snap).check_log(data_dir.wal, ())
+    if any(name.endswith(".snap") for name in os.listdir(data_dir.snap)):
+        raise StartError(
+            f"{data_dir.snap} holds snapshots of a member, but {data_dir.wal} holds no log; name"
+            f" the log's directory with -wal-dir, or make a new cluster with `pyetcd restore`"
+        )
+
+
+def _forget_member_dir(data_dir: DataDir) -> None:
+    """Remove the empty directories of a member that is none: they would stop a later proxy."""
+    remove_dirs((os.path.join(data_dir.member, "wal"), data_dir.snap, data_dir.member))
+
+
+def _discovery_failure(config: ServerConfig, data_dir: str, error: DiscoveryError) -> str:
+    """One line for the operator; the words are etcd's, which used up to four lines."""
+    url = config.discovery
+    if isinstance(error, DuplicateId):
+        return (
+            f'member "{config.name}" has previously registered with discovery service token'
+            f" ({url}). But etcd could not find valid cluster configuration in the given data dir"
+            f" ({data_dir}). Please check the given data dir path if the previous bootstrap"
+            f" succeeded or use a new discovery token if the previous bootstrap failed. If this"
+            f" member never ran before, another one has registered with the same"
+            f" -initial-advertise-peer-urls ({','.join(config.initial_advertise_peer_urls)})."
+        )
+    if isinstance(error, DuplicateName):
+        return (
+            f"member with duplicated name has registered with discovery service token({url})."
+            " please check (cURL) the discovery token for more information."
+            " please do not reuse the discovery token and generate a new one to bootstrap the"
+            " cluster, with another -name for each member."
+        )
+    if isinstance(error, DiscoveryFull) and config.discovery_fallback == "proxy":
+        return (
+            f"discovery cluster is full ({url}): start a proxy of it, or add this member with POST"
+            f" /v2/members on a running member and start it with -initial-cluster-state existing,"
+            f" or generate a new discovery token"
+        )
+    if config.discovery_srv:
+        return f"error setting up initial cluster: {error}"
+    hint = ""
+    if "size key" in str(error):
+        hint = f"set it with `curl {url}/_config/size -XPUT -d value=3`, or "
+    return (
+        f"failed to join discovery cluster ({error}): discovery token {url} was used, but failed"
+        f" to bootstrap the cluster; {hint}please generate a new discovery token and try to"
+        f" bootstrap again."
+    )
+
+
+def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]) -> None:
+    """Raise StartError unless the map gives us the URLs that we advertise."""
+    advertised = config.initial_advertise_peer_urls
+    if same_urls(initial[config.name], advertised):
+        return
+    wanted = ",".join(f"{config.name}={url}" for url in advertised)
+    hints = ""
+    listed = set(initial[config.name])
+    if listed > set(advertised):
+        raise StartError(
+            f"--initial-cluster has the name {config.name} more than once, for"
+            f" {' and '.join(sorted(listed))}: give each member a name of its own; if all these are"
+            f" URLs of {config.name}, set --initial-advertise-peer-urls={','.join(sorted(listed))}"
+        )
+    if config.initial_cluster == default_initial_cluster(config.name):
+        hints += "; forgot to set --initial-cluster flag?"
+        hints += " if you want to use discovery service, please set --discovery flag."
+    if ",".join(advertised) == DEFAULT_PEER_URLS:
+        hints += "; forgot to set --initial-advertise-peer-urls flag?"
+    raise StartError(
+        f"--initial-cluster must include {wanted} given"
+        f" --initial-advertise-peer-urls={','.join(advertised)}{hints}"
+    )
+
+
+def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]]) -> None:
+    """Raise StartError if the other members can never connect to us; warn if perhaps not.
+
+    Differs from etcd, which waits without end for members that talk to themselves.
+    """
+    log = package_logger("etcd")
+    others = [url for name, urls in initial.items() if name != config.name for url in urls]
+    far = [url for url in others if not is_local(url)]
+    near = [url for url in others if is_local(url)]
+    own, advice = initial[config.name], f"e.g. http://{default_route_address() or '10.0.0.5'}"
+    if far and all(map(is_local, own)):
+        port = url_address(own[0])[1]
+        what = (
+            f"the peer URL {','.join(own)} of {config.name} can be reached from this machine only,"
+            f" but {far[0]} is another member's; write an address that all members can reach,"
+            f" {advice}:{port}, in -initial-advertise-peer-urls and wherever the members are listed"
+        )
+        if any(map(is_elsewhere, far)):
+            new = "; then take a new discovery URL" if config.discovery else ""
+            raise StartError(what + new)
+        log.warning("%s", what)
+    elif near and not all(map(is_local, own)):
+        log.warning(
+            "%s is listed for another member, but means this machine here; write an address that"
+            " all members can reach", near[0],
+        )
+    is_spread = others and not all(map(is_local, [*others, *own]))
+    if is_spread and all(map(is_local, config.advertise_client_urls)):
+        log.warning(
+            "clients on other machines are told %s, which is their own machine; set"
+            " -advertise-client-urls to an address of this one, %s:%d",
+            ",".join(config.advertise_client_urls), advice,
+            url_address(config.advertise_client_urls[0])[1],
+        )
+
+
+def _check_registration(config: ServerConfig) -> None:
+    """Warn of a registration, at a service elsewhere, that means another machine everywhere."""
+    urls = config.initial_advertise_peer_urls
+    if all(map(is_local, urls)) and not is_local(config.discovery):
+        package_logger("etcd").warning(
+            "registers %s, which other machines take for themselves; if members run elsewhere,"
+            " stop, set -initial-advertise-peer-urls to an address of this machine, e.g."
+            " http://%s:%d, and take a new discovery URL", ",".join(urls),
+            default_route_address() or "10.0.0.5", url_address(urls[0])[1],
+        )
+
+
+def _form(
+    config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext], fresh: Sequence[str]
+) -> Bootstrap:
+    """A new cluster: every member of it starts with the same entries, committed from the start."""
+    initial = _initial_members(config)
+    _check_advertised(config, initial)
+    _check_reachable(config, initial)
+    token = check_discovery_url(config.discovery) if config.discovery else ""
+    token = token or config.initial_cluster_token
+    cluster = _new_cluster(token, initial)
+    member = _own_member(config, cluster)
+    _check_no_past(member.id, _peer_urls_of_others(cluster, member), tls)
+    if config.discovery:
+        _check_registration(config)
+        discovery = Discovery(
+            config.discovery, member.id, format_initial_cluster(initial),
+            proxy=config.discovery_proxy,
+        )
+        remove_dirs(fresh)              # a member that is ended while it waits leaves nothing
+        initial = parse_initial_cluster(discovery.join())
+        make_dirs(fresh)
+        urls = [url for urls in initial.values() for url in urls]
+        if len(set(urls)) != len(urls):
+            text = format_initial_cluster(initial)
+            raise DiscoveryError(f"discovery cluster {text} has duplicate url")
+        _check_reachable(config, initial)
+        cluster = _new_cluster(token, initial)
+        member = _own_member(config, cluster)
+        if discovery.resumed:
+            _check_no_past(member.id, _peer_urls_of_others(cluster, member), tls)
+    store = Store(history_capacity=config.history_events)
+    cluster.set_store(store)
+    cluster.local_id = member.id
+    _log_config(config, data_dir, format_initial_cluster(initial))
+    metadata = encode_metadata(member.id, cluster.id)
+    wal = Wal.create(data_dir.wal, metadata)
+    package_logger("etcdserver").info(
+        "start member %s in cluster %s", format_id(member.id), format_id(cluster.id)
+    )
+    return Bootstrap(
+        data_dir, member.id, cluster, store, wal, Snapshotter(data_dir.snap),
+        WalContents(metadata, HardState(), [], []), None,
+        bootstrap_entries=_bootstrap_entries(cluster),
+    )
+
+
+def _peer_urls_of_others(cluster: Cluster, member: Member) -> List[str]:
+    return sorted(
+        url for other in cluster.members.values() if other.id != member.id
+        for url in other.peer_urls
+    )
+
+
+def is_published(id: int, members: Sequence[Member]) -> bool:
+    """True if a peer's list has this member with client URLs: it has been running."""
+    return any(member.id == id and member.client_urls for member in members)
+
+
+def data_lost(id: int) -> StartError:
+    """Return what to say to a member that was here before, but whose log begins anew."""
+    return StartError(
+        f"member {format_id(id)} has already been bootstrapped; its data directory is"
+        f" lost or -data-dir is wrong: restore it, or remove the member with DELETE"
+        f" /v2/members/{format_id(id)} on another one, add it anew and start it with"
+        f" -initial-cluster-state existing"
+    )
+
+
+def _check_no_past(id: int, others: Sequence[str], tls: Optional[TlsContext]) -> None:
+    """Raise StartError if a running peer knows that this member had a life before this one.
+
+    It would vote again in terms in which it has voted, and without the log for which its first
+    life has counted.  All peers are asked: one may have missed it.
+    """
+    for url in others:
+        found = fetch_cluster([url], PROBE_ANSWER_SECONDS, tls, quiet=True)
+        if found is not None and is_published(id, found[1]):
+            raise data_lost(id)
+
+
+def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) -> Bootstrap:
+    """An existing cluster, which has our peer URLs already: it will send us the log."""
+    if config.discovery:
+        raise StartError(
+            "discovery URL should not be set when joining existing initial cluster;"
+            " remove -discovery (ETCD_DISCOVERY) and list the members in -initial-cluster"
+        )
+    initial = _initial_members(config)
+    local = _new_cluster(config.initial_cluster_token, initial)
+    own = _own_member(config, local)
+    found = fetch_cluster(_peer_urls_of_others(local, own), JOIN_ANSWER_SECONDS, tls)
+    if found is None:
+        raise StartError(
+            "cannot fetch cluster info from peer urls: could not retrieve cluster information from"
+            " the given urls; -initial-cluster must name at least one running member"
+        )
+    cluster_id, existing = found
+    members = _match_members(local, existing)
+    own = next(member for member in members if member.name == config.name)
+    _check_no_past(own.id, [url for m in members if m.id != own.id for url in m.peer_urls], tls)
+    _check_reachable(config, initial)
+    others = [member for member in members if member.id != own.id]
+    if not _is_compatible(others, tls):
+        raise StartError(
+            f"incompatible with current running cluster: its version must lie between"
+            f" {MIN_CLUSTER_VERSION} and {SERVER_VERSION}; look at GET /version of its members"
+        )
+    store = Store(history_capacity=config.history_events)
+    cluster = Cluster(config.initial_cluster_token, store)
+    cluster.id, cluster.local_id = cluster_id, own.id
+    cluster.members = {member.id: member for member in members}
+    _log_config(config, data_dir, format_initial_cluster(initial))
+    metadata = encode_metadata(own.id, cluster_id)
+    wal = Wal.create(data_dir.wal, metadata)
+    package_logger("etcdserver").info(
+        "start member %s in cluster %s", format_id(own.id), format_id(cluster_id)
+    )
+    return Bootstrap(
+        data_dir, own.id, cluster, store, wal, Snapshotter(data_dir.snap),
+        WalContents(metadata, HardState(), [], []), None, remotes=others,
+    )
+
+
+def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
+    """Return the local members with the ids that the existing cluster gave them."""
+    what = "error validating peerURLs of -initial-cluster"
+    urls = " ".join(",".join(member.peer_urls) for member in existing)
+    hint = f"the members have [{urls}]; list exactly these, and add this member there first"
+    ours = list(local.members.values())
+    if len(ours) != len(existing):
+        raise StartError(f"{what}: member count is unequal; {hint}")
+    matched = []
+    for member in ours:
+        same = [other for other in existing if same_urls(member.peer_urls, other.peer_urls)]
+        if len(same) != 1:
+            raise StartError(f"{what}: unmatched member while checking PeerURLs; {hint}")
+        name = member.name.partition("=")[0]        # "" before its first start
+        matched.append(member._replace(id=same[0].id, name=name))
+    return sorted(matched, key=lambda member: member.id)
+
+
+def _is_compatible(members: Sequence[Member], tls: Optional[TlsContext]) -> bool:
+    """True if the running cluster's version is one that we can live with."""
+    low, high = version_key(MIN_CLUSTER_VERSION), version_key(SERVER_VERSION)
+    good = False
+    for member in members:
+        version = _cluster_version(member, tls)
+        if version is None:
+            continue
+        if not low <= version <= high:
+            return False
+        good = True
+    return good
+
+
+def _cluster_version(
+    member: Member, tls: Optional[TlsContext]
+) -> Optional[Tuple[int, int]]:
+    """The cluster version as `member` knows it; None if it cannot be asked, or does not know."""
+    for url in member.peer_urls:
+        try:
+            _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
+            return version_key(str(load_json(body)["etcdcluster"]))
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+            package_logger("etcdserver").warning(
+                "cannot get the version of member %s from %s: %s", format_id(member.id), url,
+                _reason(error),
+            )
+    return None

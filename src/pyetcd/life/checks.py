@@ -1,0 +1,323 @@
+"""What settings do not go together, and the configuration that they make."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from typing import List, Sequence, Tuple
+from urllib.parse import urlsplit
+
+from ..base.basics import TlsFiles
+from ..base.errors import StartError
+from ..base.limits import DEFAULT_SNAPSHOT_COUNT, ELECTION_MS_MAX
+from ..base.text import go_quote
+from ..base.urls import WILDCARD_HOSTS, url_address
+from ..member.cluster import parse_initial_cluster
+from ..member.configuration import ServerConfig
+from .addresses import default_initial_cluster, default_route_address
+from .flags import IGNORED_BOOLS, LOG_PACKAGES, FlagError
+from .settings import ENVIRONMENT_FILE, Settings, _quoting_advice, _take_old_addresses, url_advice
+
+# -- what does not go together ---------------------------------------------------
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise FlagError for settings that do not go together (etcd 2.3 config.go)."""
+    ways = [
+        name for name in ("initial-cluster", "discovery", "discovery-srv") if settings.is_set(name)
+    ]
+    if len(ways) > 1:
+        raise FlagError(
+            "multiple discovery or bootstrap flags are set. Choose one of "
+            '"initial-cluster", "discovery" or "discovery-srv"'
+        )
+    _take_old_addresses(settings)
+    for name, instead in IGNORED_BOOLS.items():
+        if settings[name] and instead:
+            settings.warn(f"{settings.where(name)} does nothing: {instead}")
+    _check_name(settings)
+    _check_log_packages(settings)
+    _check_clients_are_told(settings)
+    _check_peers_are_told(settings)
+    _check_times(settings)
+    _check_initial_cluster(settings)
+    for name in ("initial-advertise-peer-urls", "advertise-client-urls"):
+        for url in settings[name]:
+            _check_host(settings, name, url)
+    if settings["peer-cert-allowed-cn"] and settings["peer-cert-allowed-hostname"]:
+        raise FlagError(
+            f'AllowedCN and AllowedHostname are mutually exclusive'
+            f' (cn="{settings["peer-cert-allowed-cn"]}",'
+            f' hostname="{settings["peer-cert-allowed-hostname"]}"); set one of'
+            f" -peer-cert-allowed-cn and -peer-cert-allowed-hostname"
+        )
+
+
+def _check_name(settings: Settings) -> None:
+    """Raise FlagError for a name that -initial-cluster could not name."""
+    name, where = settings["name"], settings.where("name")
+    if not name:
+        raise FlagError(
+            f'couldn\'t find local name "" in the initial cluster configuration: {where} is empty;'
+            f" give this member a name, or leave the flag out"
+        )
+    if re.search("[=,]", name):
+        raise FlagError(
+            f"{where} has {go_quote(name)}: in -initial-cluster, = and , separate names and URLs;"
+            f" choose a name without them"
+        )
+
+
+def _check_log_packages(settings: Settings) -> None:
+    """Warn of packages that never log; etcd takes them without a word."""
+    for package in settings["log-package-levels"]:
+        if package and package.partition(".")[0] not in LOG_PACKAGES:
+            near = difflib.get_close_matches(package, LOG_PACKAGES, 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            settings.warn(
+                f"{settings.where('log-package-levels')} has {package}, which logs nothing here;"
+                f" the packages are {', '.join(LOG_PACKAGES)}, and * is all of them{meant}"
+            )
+
+
+def _check_clients_are_told(settings: Settings) -> None:
+    """Who chooses where to listen must say how clients get there; a proxy advertises nothing."""
+    listen, advertise = "listen-client-urls", "advertise-client-urls"
+    falls_back = settings["discovery"] and settings["discovery-fallback"] == "proxy"
+    if not settings.is_set(listen) or settings.is_set(advertise):
+        return
+    if settings["proxy"] == "off" and not falls_back:
+        example = ",".join(_reachable(url) for url in settings[listen])
+        raise FlagError(
+            "-advertise-client-urls is required when -listen-client-urls is set explicitly;"
+            " When listening on specific address(es), this etcd process must advertise"
+            " accessible url(s) to each connected client; for example"
+            f" {settings.spell(advertise, listen, example)}"
+        )
+
+
+def _check_peers_are_told(settings: Settings) -> None:
+    """Warn of a registration with the default peer URLs by a member that listens elsewhere.
+
+    In -initial-cluster they would not match, which is an error later on.
+    """
+    listen, advertise = "listen-peer-urls", "initial-advertise-peer-urls"
+    found = settings["discovery"] or settings["discovery-srv"]
+    if found and settings.is_set(listen) and not settings.is_set(advertise):
+        example = ",".join(_reachable(url) for url in settings[listen] if url_address(url)[0])
+        settings.warn(
+            f"{settings.where(listen)} is set, but the other members are told"
+            f" {','.join(settings[advertise])}; set"
+            f" {settings.spell(advertise, listen, example or 'http://10.0.0.5:2380')}"
+        )
+
+
+def _reachable(url: str) -> str:
+    """Return `url` with an address of this machine in place of a wildcard."""
+    host, port = url_address(url)
+    if host not in WILDCARD_HOSTS:
+        return url
+    return f"{urlsplit(url).scheme}://{default_route_address() or '10.0.0.5'}:{port}"
+
+
+def _check_times(settings: Settings) -> None:
+    heartbeat_ms, election_ms = settings["heartbeat-interval"], settings["election-timeout"]
+    if heartbeat_ms < 1:
+        raise FlagError("-heartbeat-interval[0ms] should be at least 1ms")
+    if 5 * heartbeat_ms > election_ms:
+        raise FlagError(
+            f"-election-timeout[{election_ms}ms] should be at least as 5 times as"
+            f" -heartbeat-interval[{heartbeat_ms}ms]"
+        )
+    if election_ms > ELECTION_MS_MAX:
+        raise FlagError(
+            f"-election-timeout[{election_ms}ms] is too long, and should be set less than"
+            f" {ELECTION_MS_MAX}ms"
+        )
+
+
+def _check_initial_cluster(settings: Settings) -> None:
+    where = settings.where("initial-cluster")
+    if settings["initial-cluster"]:
+        try:
+            text = settings["initial-cluster"]
+            nameless = settings.values.get("initial-cluster-state") == "existing"
+            initial = parse_initial_cluster(text, nameless=nameless)
+        except ValueError as error:
+            advice = _quoting_advice(text) or url_advice(text, "initial-cluster")
+            raise FlagError(
+                f"error setting up initial cluster: {error} (in {where}){advice}"
+            ) from None
+        for urls in initial.values():
+            for url in urls:
+                _check_host(settings, "initial-cluster", url)
+    elif settings.is_set("initial-cluster"):
+        raise FlagError(
+            f'couldn\'t find local name "{settings["name"]}" in the initial cluster configuration:'
+            f" {where} is empty"
+        )
+
+
+def check_restore_settings(settings: Settings) -> None:
+    """Raise FlagError for peer URLs of a new cluster that cannot be used."""
+    _check_name(settings)
+    _check_initial_cluster(settings)
+    for url in settings["initial-advertise-peer-urls"]:
+        _check_host(settings, "initial-advertise-peer-urls", url)
+
+
+def _check_host(settings: Settings, name: str, url: str) -> None:
+    """Raise FlagError for an advertised URL without a host; warn of one that is a wildcard.
+
+    Differs from etcd, which takes it, and then no member finds another: the failure that ends
+    many first attempts with cloud-config, when $private_ipv4 is empty.
+    """
+    host, port = url_address(url)
+    if not port:
+        raise FlagError(
+            f"{settings.where(name)} has port 0 in {url}: nobody could connect to it; advertise the"
+            f" port of the -listen flag, which must not be 0 then"
+        )
+    if not host:
+        raise FlagError(
+            f"{settings.where(name)} has no host in {url}: nobody could connect to it;"
+            f" perhaps $private_ipv4 was empty: write the address of this machine, e.g."
+            f" http://10.0.0.5:{port}, or set COREOS_PRIVATE_IPV4 in {ENVIRONMENT_FILE}"
+        )
+    if host in WILDCARD_HOSTS:
+        settings.warn(
+            f"{settings.where(name)} has {url}: that is for listening, from another machine nobody"
+            f" can connect to it; advertise the address of this one, e.g. {_reachable(url)}"
+        )
+
+
+# -- TLS -------------------------------------------------------------------------
+
+
+def _tls_files(settings: Settings, side: str) -> TlsFiles:
+    """What the flags of one side, `client` or `peer`, say about TLS."""
+    prefix = _TLS_PREFIX[side]
+    hostname = {"client": "client-cert-allowed-hostname", "peer": "peer-cert-allowed-hostname"}
+    return TlsFiles(
+        cert_file=settings[prefix + "cert-file"],
+        key_file=settings[prefix + "key-file"],
+        trusted_ca_file=settings[prefix + "trusted-ca-file"],
+        ca_file=settings[prefix + "ca-file"],
+        client_cert_auth=settings[prefix + "client-cert-auth"],
+        crl_file=settings[side + "-crl-file"],
+        allowed_name=settings[hostname[side]],
+        allowed_cn=settings["peer-cert-allowed-cn"] if side == "peer" else "",
+    )
+
+
+_TLS_PREFIX = {"client": "", "peer": "peer-"}
+
+
+def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int, str]]:
+    """Return (level, text) of the lines to log about TLS on one side, `client` or `peer`.
+
+    urls  where that side listens
+
+    Raises StartError for what could not work, or would protect less than it says.
+    Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go; the checks of names and
+    revocations are stricter than etcd 3, which leaves them out where nobody asks for certificates.
+    """
+    prefix = _TLS_PREFIX[side]
+    pair = f"-{prefix}cert-file and -{prefix}key-file"
+    cert, key = files.cert_file, files.key_file
+    if bool(cert) != bool(key):
+        raise StartError(
+            f"KeyFile and CertFile must both be present[key: {key}, cert: {cert}]; give both {pair}"
+        )
+    _check_readable(side, files)
+    asks = files.client_cert_auth or files.ca_file
+    if (files.crl_file or files.allowed_name or files.allowed_cn) and not asks:
+        raise StartError(
+            f"revocation lists and allowed names of {side} certificates need"
+            f" -{prefix}client-cert-auth: without it no certificate is asked for"
+        )
+    lines = []
+    if cert:
+        lines.append((logging.INFO, (
+            f"{side}TLS: cert = {cert}, key = {key}, ca = {files.ca_file}, trusted-ca ="
+            f" {files.trusted_ca_file}, client-cert-auth = {str(files.client_cert_auth).lower()}"
+        )))
+    for url in urls:
+        if url.startswith("https:") and not cert:
+            what = "given listener" if side == "client" else url
+            raise StartError(
+                f"cannot listen on TLS for {what}: KeyFile and CertFile are not presented; give"
+                f" {pair}, or use http in -listen-{side}-urls"
+            )
+        if url.startswith("http:") and cert:
+            lines.append((logging.WARNING, (
+                f"The scheme of {side} url {url} is http while {side} key/cert files are"
+                f" presented. Ignored {side} key/cert files."
+            )))
+        elif url.startswith("http:") and asks:
+            lines.append((logging.WARNING, (
+                f"{side} certificates are not asked for on {url}: that needs https, with {pair}"
+            )))
+    return lines
+
+
+def _check_readable(side: str, files: TlsFiles) -> None:
+    prefix = _TLS_PREFIX[side]
+    for flag, path in (
+        (prefix + "cert-file", files.cert_file), (prefix + "key-file", files.key_file),
+        (prefix + "ca-file", files.ca_file), (prefix + "trusted-ca-file", files.trusted_ca_file),
+        (side + "-crl-file", files.crl_file),
+    ):
+        try:
+            if path:
+                open(path, "rb").close()
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise StartError(
+                f"open {path}: {reason}; -{flag} must name a file that this user may read"
+            ) from None
+
+
+def make_config(settings: Settings) -> ServerConfig:
+    """Return the member's configuration.  Raises FlagError."""
+    try:
+        check_settings(settings)
+    except FlagError as error:
+        raise FlagError(f"error verifying flags, {error}") from None
+    initial = settings["initial-cluster"]
+    if not initial and not settings["discovery"] and not settings["discovery-srv"]:
+        initial = default_initial_cluster(settings["name"])
+    return ServerConfig(
+        name=settings["name"],
+        data_dir=settings["data-dir"],
+        wal_dir=settings["wal-dir"],
+        snapshot_count=settings["snapshot-count"] or DEFAULT_SNAPSHOT_COUNT,
+        heartbeat_ms=settings["heartbeat-interval"],
+        election_ms=settings["election-timeout"],
+        max_snapshots=settings["max-snapshots"],
+        max_wals=settings["max-wals"],
+        initial_cluster=initial,
+        initial_cluster_token=settings["initial-cluster-token"],
+        initial_cluster_state=settings["initial-cluster-state"],
+        force_new_cluster=settings["force-new-cluster"],
+        listen_client_urls=settings["listen-client-urls"],
+        listen_peer_urls=settings["listen-peer-urls"],
+        advertise_client_urls=settings["advertise-client-urls"],
+        initial_advertise_peer_urls=settings["initial-advertise-peer-urls"],
+        discovery=settings["discovery"],
+        discovery_fallback=settings["discovery-fallback"],
+        discovery_proxy=settings["discovery-proxy"],
+        discovery_srv=settings["discovery-srv"],
+        strict_reconfig_check=settings["strict-reconfig-check"],
+        cors=settings["cors"],
+        client_tls=_tls_files(settings, "client"),
+        peer_tls=_tls_files(settings, "peer"),
+        proxy=settings["proxy"],
+        proxy_failure_wait_ms=settings["proxy-failure-wait"],
+        proxy_refresh_interval_ms=settings["proxy-refresh-interval"],
+        proxy_dial_timeout_ms=settings["proxy-dial-timeout"],
+        proxy_write_timeout_ms=settings["proxy-write-timeout"],
+        proxy_read_timeout_ms=settings["proxy-read-timeout"],
+        debug=settings["debug"],
+    )

@@ -1,0 +1,369 @@
+"""Embedding: a member inside any program.
+
+Threads: the caller's, and the one it starts, `reactor`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import queue
+import threading
+from typing import Any, Callable, List, Optional, Tuple, Type, TypeVar
+
+from ..api.discovery import DiscoveryService
+from ..api.routes import ClientApi, PeerApi, _bad_request
+from ..base.basics import TlsFiles
+from ..base.errors import ServerStopped, StartError
+from ..base.ids import package_logger
+from ..base.limits import DESCRIPTORS_KEPT, PEER_BODY_BYTES_MAX, REQUEST_BODY_BYTES_MAX
+from ..base.urls import check_url, is_https, url_address
+from ..member.configuration import Bootstrap, ServerConfig
+from ..member.server import Departure, EtcdServer
+from ..member.statistics import Metrics
+from ..net.budgets import HeldBytes
+from ..net.http_server import HttpRequest, Listener
+from ..net.reactor import Reactor
+from ..net.tls import TlsContext
+from ..net.workers import outcome_of
+from ..peer.transport import Transport
+from .bootstrap import bootstrap
+from .first_life import FirstLife
+
+_Hosted = TypeVar("_Hosted", bound="ServerThread")
+
+
+class ServerThread:
+    """What a member and a proxy have in common: listeners, and a reactor on a thread of its own.
+
+    settings are the fields of ServerConfig; URL lists may be any sequence.  Raises ValueError for
+    a URL that is none.  Thread: any.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        free = ("http://127.0.0.1:0",)
+        config = ServerConfig(
+            listen_client_urls=free, listen_peer_urls=free, advertise_client_urls=(),
+            initial_advertise_peer_urls=(),
+        )
+        for name, value in settings.items():
+            if type(getattr(config, name, None)) is tuple:
+                if isinstance(value, str):
+                    raise TypeError(f"{name} is a list of URLs, not one string")
+                settings[name] = tuple(map(check_url, value)) if "urls" in name else tuple(value)
+        self._init(config._replace(**settings))
+
+    @classmethod
+    def from_config(cls: Type[_Hosted], config: ServerConfig) -> _Hosted:
+        """Return a server with exactly this configuration."""
+        server = cls.__new__(cls)
+        server._init(config)
+        return server
+
+    def _init(self, config: ServerConfig) -> None:
+        self.config = config
+        self._reactor = Reactor()       # its sockets are closed by stop(), also without start()
+        self._held = HeldBytes(self._reactor)
+        self._client_listeners: List[Listener] = []
+        self._peer_listeners: List[Listener] = []
+        self._thread: Optional[threading.Thread] = None
+        self._error: Optional[BaseException] = None
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Bind and serve."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Stop in order: waiting requests are rejected, the last batch is written, files closed."""
+        if self._thread is None:
+            self._close()
+        elif self._thread.is_alive():
+            self._reactor.call_soon_threadsafe(self._stop)
+            self._thread.join()
+
+    def wait(self) -> int:
+        """Block until the server ends; return the exit code: 0, or 1 after a failure."""
+        if self._thread is not None:
+            self._thread.join()
+        return 1 if self._error is not None else 0
+
+    @property
+    def client_urls(self) -> Tuple[str, ...]:
+        """Bound client URLs, with the real ports."""
+        return tuple(listener.bound_url for listener in self._client_listeners)
+
+    def _start_or_stop(self) -> None:
+        """Start; after a failure nothing stays open."""
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.stop)
+            self.start()
+            on_failure.pop_all()
+
+    def _listen(
+        self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles,
+        *, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4), patient: bool = True,
+    ) -> Listener:
+        tls = None
+        if is_https(url):
+            if not files.cert_file or not files.key_file:
+                raise StartError(
+                    f"cannot listen on TLS for {url}: KeyFile and CertFile are not presented;"
+                    f" give both, or use an http URL"
+                )
+            tls = TlsContext(files, server=True, now=self._reactor.now)
+        try:
+            return Listener(
+                url, self._reactor, handler, body_max=body_max, tls=tls, held=self._held,
+                kept=kept, patient=patient,
+            )
+        except OSError as error:
+            host, port = url_address(url)
+            what = f"listen tcp {host}:{port}: bind: {(error.strerror or str(error)).lower()}"
+            raise StartError(f"{what}{_BIND_HINTS.get(error.errno or 0, '')}") from None
+        except OverflowError:
+            raise StartError(f"listen tcp {url}: invalid port; use 1 to 65535") from None
+
+    def _start_thread(self) -> None:
+        for listener in self._peer_listeners + self._client_listeners:
+            listener.start()
+        thread = threading.Thread(target=self._run, name="reactor", daemon=True)
+        thread.start()
+        self._thread = thread
+
+    def _run(self) -> None:
+        try:
+            self._begin()
+            self._reactor.run()
+        except Exception as error:
+            self._error = error
+            package_logger("etcd").critical("the member ends: %s", error, exc_info=True)
+        finally:
+            self._close()
+
+    def _begin(self) -> None:
+        """First thing on the reactor's thread."""
+
+    def _free(self) -> None:
+        """Free what is there besides listeners and reactor, in whatever state it is."""
+
+    def _close(self) -> None:
+        """Free everything: in the end, however far the start came, and whatever has failed."""
+        with contextlib.ExitStack() as each:
+            each.callback(self._reactor.close)
+            each.callback(self._close_listeners)
+            self._free()
+
+    def _stop(self) -> None:
+        """On the reactor's thread: end everything in order."""
+        self._close_listeners()
+        self._reactor.stop()
+
+    def _close_listeners(self) -> None:
+        with contextlib.ExitStack() as each:
+            for listener in self._client_listeners + self._peer_listeners:
+                each.callback(listener.stop)
+            self._client_listeners, self._peer_listeners = [], []
+
+
+class Server(ServerThread):
+    """A whole member in the caller's process, on a thread of its own.
+
+        with pyetcd.Server(data_dir="/var/lib/x", listen_client_urls=["http://127.0.0.1:0"]) as s:
+            print(s.client_urls[0])
+
+    settings are the fields of ServerConfig; URL lists may be any sequence.  Without them the
+    member listens on free loopback ports; what is not advertised explicitly is advertised as
+    bound.  Several members may live in one process.  Raises StartError from bind() and start().
+    Thread: any.
+    """
+
+    _transport_type: Type[Transport] = Transport
+
+    def _init(self, config: ServerConfig) -> None:
+        super()._init(config)
+        self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
+        self._peer_api: Optional[PeerApi] = None
+        self._first_life: Optional[FirstLife] = None
+        self._ready = threading.Event()
+        self._leaving = False           # stop() was called
+
+    # -- life --------------------------------------------------------------
+
+    def __enter__(self) -> Server:
+        self._start_or_stop()
+        return self
+
+    def bind(self) -> None:
+        """Open the listening sockets, so that the ports are known; nothing is served yet."""
+        if self._client_listeners:
+            return
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._abandon_listeners)
+            for url in self.config.listen_peer_urls:
+                self._peer_listeners.append(self._listen(
+                    url, self._serve_peer, PEER_BODY_BYTES_MAX, self.config.peer_tls,
+                    kept=(DESCRIPTORS_KEPT // 2, 8), patient=False,
+                ))
+                package_logger("etcd").info("listening for peers on %s", url)
+            for url in self.config.listen_client_urls:
+                self._client_listeners.append(
+                    self._listen(
+                        url, _bad_request, REQUEST_BODY_BYTES_MAX, self.config.client_tls
+                    )
+                )
+                package_logger("etcd").info("listening for client requests on %s", url)
+            on_failure.pop_all()
+        config = self.config
+        if not config.advertise_client_urls:
+            config = config._replace(advertise_client_urls=self.client_urls)
+        if not config.initial_advertise_peer_urls:
+            config = config._replace(initial_advertise_peer_urls=self.peer_urls)
+        self.config = config
+
+    def start(self, *, initial_cluster: str = "") -> None:
+        """Bind, join or form the cluster, and serve.  With discovery this waits for the others.
+
+        initial_cluster  replaces the configured one, for a caller who binds all members first
+        """
+        self.bind()
+        if initial_cluster:
+            self.config = self.config._replace(initial_cluster=initial_cluster)
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._abandon_listeners)
+            boot = bootstrap(self.config)
+            on_failure.callback(boot.wal.close)
+            on_failure.callback(self._free)
+            self._assemble(boot)
+            self._start_thread()
+            on_failure.pop_all()
+
+    def _assemble(self, boot: Bootstrap) -> None:
+        self.etcd = EtcdServer(
+            self.config, boot, self._reactor, failed=self._failed, removed=self._removed,
+            published=self._ready.set, transport_type=self._transport_type,
+        )
+        if FirstLife.is_due(boot):
+            self._first_life = FirstLife(self.etcd, self._refuse, boot.peer_tls)
+        api = ClientApi(self.etcd)
+        self._count_client_bytes(self.etcd.metrics)
+        api.fallback = DiscoveryService(self.etcd.do, api.serve).handle
+        for listener in self._client_listeners:
+            listener.handler = api.handler
+        self._peer_api = PeerApi(self.etcd)
+        for listener in self._peer_listeners:
+            self.etcd.transport.guard(listener, boot.data_dir.snap)
+        self._reactor.on_turn = self.etcd.on_turn
+
+    def kill(self) -> None:
+        """End at once, as by `kill -9`: nothing more is written or said.  For tests."""
+        if self._thread is not None and self.etcd is not None:
+            self._reactor.call_soon_threadsafe(self._halt, ServerStopped("killed"))
+            self._thread.join()
+
+    def wait_ready(self, timeout_s: float = 10.0) -> bool:
+        """Block until this member has a leader and is published; False after timeout_s."""
+        return self._ready.wait(timeout_s)
+
+    def call(self, work: Callable[[EtcdServer], Any], timeout_s: float = 10.0) -> Any:
+        """Run work(etcd) on the reactor's thread and return its result."""
+        if self.etcd is None or self._thread is None or not self._thread.is_alive():
+            raise ServerStopped()
+        answers: queue.SimpleQueue[Tuple[Optional[Exception], Any]] = queue.SimpleQueue()
+        etcd = self.etcd
+
+        self._reactor.call_soon_threadsafe(lambda: answers.put(outcome_of(work, etcd)))
+        error, result = answers.get(timeout=timeout_s)
+        if error is not None:
+            raise error             # of the caller's code: it belongs to the caller
+        return result
+
+    # -- facts -------------------------------------------------------------
+
+    @property
+    def peer_urls(self) -> Tuple[str, ...]:
+        """Bound peer URLs, with the real ports."""
+        return tuple(listener.bound_url for listener in self._peer_listeners)
+
+    # -- inside ------------------------------------------------------------
+
+    def _count_client_bytes(self, metrics: Metrics) -> None:
+        """Under the names of etcd 3.x, whose clients all speak gRPC."""
+        listeners = self._client_listeners
+        metrics.total("etcd_network_client_grpc_received_bytes_total",
+                      "Bytes from clients, HTTP here, heads included.",
+                      lambda: {(): sum(listener.received_bytes for listener in listeners)})
+        metrics.total("etcd_network_client_grpc_sent_bytes_total",
+                      "Bytes to clients, HTTP here, heads included.",
+                      lambda: {(): sum(listener.sent_bytes for listener in listeners)})
+
+    def _serve_peer(self, request: HttpRequest) -> None:
+        assert self._peer_api is not None
+        self._peer_api.handle(request)
+
+    def _begin(self) -> None:
+        assert self.etcd is not None
+        self.etcd.start()
+
+    def _free(self) -> None:
+        if self._first_life is not None:
+            self._first_life.end()
+        if self.etcd is not None:
+            self.etcd.abandon()
+
+    def _stop(self) -> None:
+        assert self.etcd is not None
+        if not self.etcd.stopping and not self._leaving:
+            self._leaving = True
+            Departure(self.etcd, self._end)
+
+    def _end(self) -> None:
+        assert self.etcd is not None
+        self.etcd.stop()
+        super()._stop()
+
+    def _failed(self, error: BaseException) -> None:
+        """Durability is lost, or unknown: not one more byte leaves this member."""
+        hint = ""
+        if isinstance(error, FileNotFoundError):
+            hint = "; was the data directory renamed or removed while the member ran?"
+        package_logger("etcd").critical("the member ends: %s%s", error, hint)
+        self._halt(error)
+
+    def _halt(self, error: BaseException) -> None:
+        if not isinstance(error, ServerStopped):
+            self._error = error
+        if self.etcd is not None:
+            self.etcd.abandon()
+        self._reactor.stop()
+
+    def _refuse(self, error: StartError) -> None:
+        """What bootstrap would have refused has come out only now."""
+        package_logger("etcd").critical("%s", error)
+        self._halt(error)
+
+    def _removed(self) -> None:
+        if self.etcd is not None and not self.etcd.stopping:
+            log = package_logger("etcdserver")
+            log.error("the member has been permanently removed from the cluster")
+            log.error("the data-dir used by this member must be removed.")
+            self._end()
+
+    def _abandon_listeners(self) -> None:
+        """The start has failed: say which ports are free again."""
+        log = package_logger("etcd")
+        for listener in self._client_listeners:
+            log.info("stopping listening for client requests on %s", listener.url)
+        for listener in self._peer_listeners:
+            log.info("stopping listening for peers on %s", listener.url)
+        self._close_listeners()
+
+
+_BIND_HINTS = {
+    errno.EADDRINUSE: ": another program, perhaps another etcd, uses it; stop it or choose"
+                      " another port with -listen-client-urls and -listen-peer-urls",
+    errno.EACCES: ": ports below 1024 need root; choose a higher one",
+    errno.EADDRNOTAVAIL: ": this machine does not have that address; see `ip addr`",
+}

@@ -1,0 +1,659 @@
+"""The proxy: a door to a cluster on a machine that is no member of it.
+
+Threads: as for embedding.  What blocks runs before the reactor or on its helpers.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import random
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from urllib.parse import urlsplit
+
+from ..api.forms import _BOOLS, FORM_FIELDS_MAX, refuse_method, write_message
+from ..api.members import redirect
+from ..api.metrics import add_process_readings
+from ..api.routes import CorsRequest, allow_origin
+from ..base.basics import NO_DESCRIPTOR, Backoff
+from ..base.checksums import is_clean_path
+from ..base.ids import package_logger
+from ..base.limits import CONNECTIONS_MAX, QUEUED_BYTES_MAX, REQUEST_BODY_BYTES_MAX
+from ..base.text import go_quote, json_text, utf8
+from ..base.urls import is_local, url_address, usable_urls
+from ..disk.snapshots import absent_dirs, make_dirs, remove_dirs
+from ..member.configuration import ServerConfig
+from ..member.statistics import Histograms, Metrics, exponential_bounds
+from ..net.dns import _reason
+from ..net.http_calls import HttpCall
+from ..net.http_messages import _content_length, _list_header
+from ..net.http_server import HttpRequest, StreamReply
+from ..net.reactor import Reactor
+from ..net.workers import PEER_WORK, Timer
+from .addresses import PROBE_ANSWER_SECONDS, fetch_cluster
+from .bootstrap import make_peer_tls
+from .embedding import ServerThread
+from .proxy_files import find_peer_urls, prepare_proxy_dir, write_cluster_file
+
+PROXY_PROBE_SECONDS = 2.0           # silence of a member that owes answers; then it is asked
+PROXY_RETRY_SECONDS = 1.0           # between refreshes while there is no endpoint
+PROXY_REFRESH_SECONDS_MIN = 0.1     # between refreshes, whatever the flag says
+PROXY_UNREAD_BYTES_MAX = 256 << 10  # reply bytes that a client leaves; above: the member waits
+PROXY_CONNECT_SECONDS_MAX = 3600.0  # with dial timeout 0; the system gives up long before
+_DEFAULT_REFRESH_MS = ServerConfig().proxy_refresh_interval_ms
+
+# Headers that are for one connection only (RFC 2616 §13.5.1), and one that each side makes.
+_HOP_HEADERS = frozenset((
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailers",
+    "transfer-encoding", "upgrade", "content-length",
+))
+_CORS_HEADERS = frozenset((
+    "access-control-allow-headers", "access-control-allow-methods", "access-control-allow-origin",
+))
+_WAITS = frozenset(f"wait={word}" for word, value in _BOOLS.items() if value)
+
+
+def read_kept_endpoints(path: str) -> Tuple[str, ...]:
+    """Return the client URLs that worked when those of the members' list did not; () without."""
+    try:
+        with open(path, "rb") as file:
+            return tuple(usable_urls(map(str, json.load(file).get("ClientURLs", ()))))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return ()                       # read_cluster_file() has told
+
+
+class ProxyDialer:
+    """Makes every call of a proxy to a member, with the limits of the -proxy-* flags."""
+
+    def __init__(self, config: ServerConfig, reactor: Reactor) -> None:
+        self.now, self.wall_ns = reactor.now, reactor.wall_ns
+        self._reactor = reactor
+        self._connect_s = config.proxy_dial_timeout_ms / 1000 or PROXY_CONNECT_SECONDS_MAX
+        self._read_s = config.proxy_read_timeout_ms / 1000 or None
+        self._write_s = config.proxy_write_timeout_ms / 1000 or None
+        self.tls = make_peer_tls(config)
+
+    def call(
+        self, url: str, request: HttpRequest, headers: Dict[str, str],
+        on_head: Callable[[int, Dict[str, str]], None], on_data: Callable[[bytes], None],
+        on_done: Callable[[Optional[Exception]], None],
+    ) -> HttpCall:
+        """Send a client's request."""
+        return HttpCall(
+            self._reactor, url, request.method, request.target, headers, request.body,
+            connect_timeout_s=self._connect_s, idle_timeout_s=self._read_s, tls=self.tls,
+            on_head=on_head, on_data=on_data, on_done=on_done,
+        )
+
+    def probe(self, url: str, on_done: Callable[[Optional[Exception]], None]) -> HttpCall:
+        """Ask for something that a member answers at once, within the write timeout."""
+        return HttpCall(
+            self._reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
+            idle_timeout_s=self._write_s, tls=self.tls, on_done=on_done,
+        )
+
+
+class Endpoint:
+    """A client URL of a member: whether requests go there, and which ones wait for it.
+
+    A member that is stopped, or cut off, still accepts connections or says nothing at all, and
+    no limit but -proxy-read-timeout, which also ends watches, would tell.  So one that owes
+    answers and is silent for PROXY_PROBE_SECONDS is probed; if the probe gets no answer either,
+    the endpoint has failed, for all that wait for it.  Differs from etcd, which waits forever.
+    """
+
+    def __init__(
+        self, url: str, reactor: Reactor, dialer: ProxyDialer, failure_wait_s: float,
+        *, has_worked: bool = False,
+    ) -> None:
+        self.url = url
+        self.available = True
+        self.suspect = False            # failed, and has not answered since: others go first
+        self._reactor = reactor
+        self._dialer = dialer
+        self._failure_wait_s = failure_wait_s
+        self._waiting: Dict[Forward, None] = {}
+        self._heard = 0.0               # monotonic seconds
+        self._has_worked = has_worked
+        self._timer: Optional[Timer] = None
+        self._probe: Optional[HttpCall] = None
+
+    def expect(self, forward: Forward) -> None:
+        """`forward` waits for the end of an answer."""
+        self._waiting[forward] = None
+        if self._timer is None and self._probe is None:
+            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
+
+    def leave(self, forward: Forward) -> None:
+        """It does not wait any more."""
+        self._waiting.pop(forward, None)
+        if not self._waiting and self._probe is not None:
+            self._probe.cancel()
+            self._probe = None
+
+    @property
+    def works(self) -> bool:
+        """True if it answered the last request that was made of it."""
+        return self._has_worked and not self.suspect
+
+    def answered(self) -> None:
+        """Something came from the member: it lives."""
+        self._heard = self._reactor.now()
+        self._has_worked = True
+        self.suspect = False
+
+    def failed(self) -> None:
+        """Send nothing there for the failure wait."""
+        self.suspect = True
+        if self.available:
+            self.available = False
+            package_logger("proxy").info("marked endpoint %s unavailable", self.url)
+            self._reactor.call_later(self._failure_wait_s, self._retest)
+
+    def _retest(self) -> None:
+        self.available = True
+        package_logger("proxy").info(
+            "marked endpoint %s available, to retest connectivity", self.url
+        )
+
+    def _look(self) -> None:
+        """Probe if somebody waits and nothing was heard; come back while somebody waits."""
+        self._timer = None
+        if not self._waiting:
+            return
+        asked = self._reactor.now()
+        if asked - self._heard < PROXY_PROBE_SECONDS:
+            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
+            return
+        self._probe = self._dialer.probe(self.url, lambda error: self._probed(asked, error))
+
+    def _probed(self, asked: float, error: Optional[Exception]) -> None:
+        self._probe = None
+        if error is None:
+            self.answered()
+        elif isinstance(error, TimeoutError) and self._heard < asked:
+            self.failed()
+            for forward in list(self._waiting):
+                forward.lost(error)
+        # Any other error: what still waits has a connection that will tell of itself.
+        if self._waiting and self._timer is None:
+            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
+
+
+class Endpoints:
+    """The members that requests can go to, by what the peers tell every refresh interval.
+
+    Source: etcd 2.3 proxy/director.go, etcdmain/etcd.go startProxy.
+    """
+
+    def __init__(
+        self, config: ServerConfig, reactor: Reactor, dialer: ProxyDialer,
+        peer_urls: Sequence[str], cluster_file: str,
+    ) -> None:
+        self._config = config
+        self._reactor = reactor
+        self._dialer = dialer
+        self._peer_urls = tuple(peer_urls)
+        self._cluster_file = cluster_file
+        self._retry = Backoff(PROXY_RETRY_SECONDS, _DEFAULT_REFRESH_MS / 1000)
+        self._written: object = None                # what the file surely holds
+        self._endpoints = [
+            self._endpoint(url, has_worked=True) for url in read_kept_endpoints(cluster_file)
+        ]
+        self._announced = False
+        self._timer: Optional[Timer] = None
+        self._log = package_logger("proxy")
+
+    def available(self) -> List[Endpoint]:
+        """Those to try, in this order."""
+        usable = [endpoint for endpoint in self._endpoints if endpoint.available]
+        return sorted(usable, key=lambda endpoint: endpoint.suspect)
+
+    def refresh(self) -> None:
+        """Ask the peers now, and wait for it.  Thread: any, before the reactor runs."""
+        self._take(self._ask(self._peer_urls, self._working()))
+
+    def start(self) -> None:
+        """Go on refreshing.  Thread: reactor."""
+        self._wait()
+
+    def stop(self) -> None:
+        """Refresh no more.  Thread: reactor."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _wait(self) -> None:
+        interval_ms = self._config.proxy_refresh_interval_ms
+        wait_s = max(interval_ms / 1000, PROXY_REFRESH_SECONDS_MIN)
+        usable = self.available()
+        if usable:
+            self._retry.reset()
+        elif interval_ms >= _DEFAULT_REFRESH_MS:
+            wait_s = self._retry.next()
+        if usable and not self._announced:
+            self._announced = True
+            urls = " ".join(go_quote(endpoint.url) for endpoint in usable)
+            self._log.info("endpoints found [%s]", urls)
+        self._timer = self._reactor.call_later(wait_s, self._begin_refresh)
+
+    def _begin_refresh(self) -> None:
+        self._reactor.run_blocking(
+            self._ask, self._peer_urls, self._working(), kind=PEER_WORK, done=self._refreshed
+        )
+
+    def _refreshed(self, error: Optional[BaseException], found: Any) -> None:
+        if error is None:
+            self._take(found)
+        else:
+            self._log.warning("could not ask for the members: %s", error)
+        self._wait()
+
+    def _working(self) -> Tuple[str, ...]:
+        return tuple(sorted(endpoint.url for endpoint in self._endpoints if endpoint.works))
+
+    def _ask(
+        self, peer_urls: Sequence[str], working: Sequence[str]
+    ) -> Optional[Tuple[Tuple[str, ...], List[str]]]:
+        """Return what the first peer that answers tells, kept in the file; None: nobody answers.
+
+        The result is (peer URLs, client URLs).  The peer URL that has answered stays behind those
+        that it tells, and the `working` client URLs stay in the file if none of them is told:
+        differs from etcd, which forgets them.  A list that is wrong here, such as `localhost`,
+        would end the service for good.
+
+        Thread: any; blocks.
+        """
+        limit_s = max(self._config.proxy_dial_timeout_ms / 1000, PROBE_ANSWER_SECONDS)
+        found, url = None, ""
+        for url in peer_urls:
+            found = fetch_cluster([url], limit_s, self._dialer.tls)
+            if found is not None:
+                break
+        if found is None or not found[1]:
+            return None
+        urls = tuple(sorted(usable_urls(url for m in found[1] for url in m.peer_urls)))
+        urls = urls if url in urls else (*urls, url)
+        told = sorted(set(usable_urls(url for m in found[1] for url in m.client_urls)))
+        content = urls, () if set(told) & set(working) else tuple(working)
+        if content != self._written:
+            try:
+                write_cluster_file(self._cluster_file, *content)
+                self._written = content
+            except OSError as error:
+                self._log.warning("error on writing urls %s", error)
+        return urls, told
+
+    def _take(self, found: Optional[Tuple[Tuple[str, ...], List[str]]]) -> None:
+        """Replace the endpoints; those that stay keep what is known of them.
+
+        Endpoints that work stay behind the new ones until one of those works, and all stay while
+        no peer answers.
+        """
+        if found is None:
+            self._log.warning("could not retrieve cluster information from the given urls")
+            return
+        urls, told = found
+        if urls != self._peer_urls:
+            self._log.info(
+                "updated peer urls in cluster file from [%s] to [%s]", " ".join(self._peer_urls),
+                " ".join(urls),
+            )
+            self._peer_urls = urls
+        known = {endpoint.url: endpoint for endpoint in self._endpoints}
+        told = [url for url in told if not self._is_own(url)]
+        random.shuffle(told)
+        endpoints = [known.get(url) or self._endpoint(url) for url in told]
+        if not any(endpoint.works for endpoint in endpoints):
+            endpoints += [
+                endpoint for endpoint in self._endpoints
+                if endpoint.works and endpoint not in endpoints
+            ]
+        self._endpoints = endpoints
+
+    def _is_own(self, url: str) -> bool:
+        """True if `url` leads to this proxy itself: members that advertise `localhost`."""
+        port = url_address(url)[1]
+        return is_local(url) and any(
+            is_local(own) and url_address(own)[1] == port
+            for own in self._config.listen_client_urls
+        )
+
+    def _endpoint(self, url: str, *, has_worked: bool = False) -> Endpoint:
+        wait_s = self._config.proxy_failure_wait_ms / 1000
+        return Endpoint(url, self._reactor, self._dialer, wait_s, has_worked=has_worked)
+
+
+class ProxyMetrics:
+    """What a proxy counts.  Source: etcd 2.3 proxy/metrics.go."""
+
+    def __init__(self, started_ns: int, now: Callable[[], float]) -> None:
+        self.metrics = Metrics()
+        add_process_readings(self.metrics, started_ns, now)
+        self._requests = self.metrics.counter(
+            "etcd_proxy_requests_total", "Requests that came in, by method.", ("method",))
+        self._handled = self.metrics.counter(
+            "etcd_proxy_handled_total", "Requests that a member answered.", ("method", "code"))
+        self._dropped = self.metrics.counter(
+            "etcd_proxy_dropped_total", "Requests, or tries of one, that failed in the proxy.",
+            ("method", "proxying_error"))
+        self._seconds = Histograms(exponential_bounds(0.0005, 13), ("method",))
+        self.metrics.add("etcd_proxy_handling_duration_seconds",
+                         "From a request to its answer, by method.", self._seconds)
+
+    def came(self, method: str) -> None:
+        """A request came in."""
+        self._requests.inc(_known_method(method))
+
+    def handled(self, method: str, status: int, seconds: float) -> None:
+        """A member has begun to answer."""
+        method = _known_method(method)
+        self._handled.inc(method, str(status))
+        self._seconds.child(method).observe(seconds)
+
+    def dropped(self, method: str, error: str) -> None:
+        """A try has failed: zero_endpoints, failed_sending_request, failed_getting_response."""
+        self._dropped.inc(_known_method(method), error)
+
+
+def _known_method(method: str) -> str:
+    """A label for `method`; clients may not fill the memory with words of their own."""
+    return method if method in ("GET", "HEAD", "PUT", "POST", "DELETE", "PATCH") else "other"
+
+
+class Forward:
+    """One request on its way: to one endpoint after the other, then the answer back.
+
+    An endpoint that cannot be reached, or does not answer, is left for the next one.  Differs
+    from etcd: a request that is not GET or HEAD is tried elsewhere only if no connection was
+    made, as it may have been executed otherwise.  Thread: reactor.
+    """
+
+    __slots__ = (
+        "_request", "_left", "_tried", "_dialer", "_metrics", "_ended", "_started", "_endpoint",
+        "_call", "_reply", "_is_empty", "_waits",
+    )
+
+    def __init__(
+        self, request: HttpRequest, endpoints: Sequence[Endpoint], dialer: ProxyDialer,
+        metrics: ProxyMetrics, ended: Callable[[Forward], None],
+    ) -> None:
+        self._request = request
+        self._left = collections.deque(endpoints)
+        self._tried = 0
+        self._dialer = dialer
+        self._metrics = metrics
+        self._ended = ended
+        self._started = dialer.now()
+        self._endpoint: Optional[Endpoint] = None
+        self._call: Optional[HttpCall] = None
+        self._reply: Optional[StreamReply] = None
+        self._is_empty = True           # no byte of the answer's body has come
+        self._waits = request.method == "GET" and not _WAITS.isdisjoint(
+            request.query.split("&", FORM_FIELDS_MAX))
+
+    def start(self) -> None:
+        """Send the request to the first endpoint."""
+        self._request.on_close = self._client_gone
+        # Who ends his side of the connection does not wait for an event any more.
+        self._request.connection.streaming = self._waits
+        self._try_next()
+
+    def cancel(self) -> None:
+        """Drop it, without an answer."""
+        self._request.on_close = None
+        if self._call is not None:
+            self._call.cancel()
+        self._end()
+
+    def lost(self, error: Exception) -> None:
+        """The endpoint has failed while this waited for it."""
+        if self._call is not None:
+            self._call.cancel()
+        self._done(error)
+
+    def _try_next(self) -> None:
+        while self._left:
+            endpoint = self._left.popleft()
+            if endpoint.available:      # another request may have found out meanwhile
+                self._tried += 1
+                self._endpoint = endpoint
+                endpoint.expect(self)
+                self._call = self._dialer.call(
+                    endpoint.url, self._request, self._headers(), self._head, self._data,
+                    self._done,
+                )
+                return
+        self._give_up(502, f"unable to get response from {self._tried} endpoint(s)")
+
+    def _headers(self) -> Dict[str, str]:
+        """The client's headers, as far as they are for the member."""
+        request = self._request
+        named = _list_header(request.headers, "connection")
+        dropped = _HOP_HEADERS.union(named, ("expect",))    # we have answered that
+        headers = {
+            _header_name(name): value for name, value in request.headers.items()
+            if name not in dropped
+        }
+        came_by = request.headers.get("x-forwarded-for", "")
+        client = request.remote.rpartition(":")[0]
+        headers["X-Forwarded-For"] = f"{came_by}, {client}" if came_by else client
+        return headers
+
+    def _head(self, status: int, headers: Dict[str, str]) -> None:
+        assert self._endpoint is not None
+        request = self._request
+        self._endpoint.answered()
+        self._metrics.handled(request.method, status, self._dialer.now() - self._started)
+        dropped = _HOP_HEADERS.union(("date",))
+        if isinstance(request, CorsRequest):
+            dropped = dropped.union(_CORS_HEADERS)      # the reply has ours
+        lines = "".join(
+            f"{_header_name(name)}: {value}\r\n" for name, value in headers.items()
+            if name not in dropped
+        )
+        length = None
+        if "transfer-encoding" not in headers and "content-length" in headers:
+            length = _content_length(headers)
+        request.on_close = None
+        self._reply = request.start_stream(status, None, lines, length=length)
+        self._reply.on_close = self._client_gone
+
+    def _data(self, data: bytes) -> None:
+        assert self._reply is not None and self._call is not None and self._endpoint is not None
+        self._endpoint.answered()
+        self._is_empty = False
+        self._reply.write(data)
+        if self._reply.pending > PROXY_UNREAD_BYTES_MAX:
+            self._call.pause()
+            self._reply.when_read(self._call.resume)
+
+    def _done(self, error: Optional[Exception]) -> None:
+        if self._reply is None:
+            self._failed(error or EOFError("unexpected EOF"))
+            return
+        # A watch without events ends as if the member had ended it: clients begin a new one.
+        if error is None or self._waits and self._is_empty:
+            self._reply.end()
+        else:
+            self._reply.abort()
+        self._end()
+
+    def _failed(self, error: Exception) -> None:
+        """No answer from this endpoint."""
+        assert self._endpoint is not None and self._call is not None
+        endpoint, method = self._endpoint, self._request.method
+        endpoint.leave(self)
+        if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:     # it is not the member
+            self._give_up(503, f"{_reason(error)}; raise the limit of open files (ulimit -n)")
+            return
+        self._metrics.dropped(method, "failed_sending_request")
+        why = _reason(error)
+        if isinstance(error, OSError) and error.errno and not self._call.connected:
+            why = f"dial tcp {urlsplit(endpoint.url).netloc}: connect: {why}"
+        package_logger("proxy").info("failed to direct request to %s: %s", endpoint.url, why)
+        endpoint.failed()
+        if self._call.connected and method not in ("GET", "HEAD"):
+            self._left.clear()          # it may have been executed
+        self._try_next()
+
+    def _give_up(self, status: int, text: str) -> None:
+        package_logger("proxy").info(text)
+        self._metrics.dropped(self._request.method, "failed_getting_response")
+        self._end()
+        write_message(self._request, status, f"proxy: {text}")
+
+    def _client_gone(self) -> None:
+        package_logger("proxy").info("client %s closed request prematurely", self._request.remote)
+        self.cancel()
+
+    def _end(self) -> None:
+        if self._endpoint is not None:
+            self._endpoint.leave(self)
+        self._ended(self)
+
+
+def _header_name(name: str) -> str:
+    """`x-etcd-index` as servers written in Go spell it: `X-Etcd-Index`."""
+    return "-".join(part.capitalize() for part in name.split("-"))
+
+
+class ProxyApi:
+    """Everything on the client port of a proxy: two paths of its own, the rest is for a member.
+
+    Thread: reactor.  Source: etcd 2.3 proxy/proxy.go, reverse.go.
+    """
+
+    def __init__(self, endpoints: Endpoints, dialer: ProxyDialer, config: ServerConfig) -> None:
+        self._endpoints = endpoints
+        self._dialer = dialer
+        self._origins = frozenset(config.cors)
+        self._is_readonly = config.proxy == "readonly"
+        self._metrics = ProxyMetrics(dialer.wall_ns(), dialer.now)
+        self._forwards: Dict[Forward, int] = {}     # bytes of their bodies
+        self._body_bytes = 0                        # of all
+
+    def handle(self, request: HttpRequest) -> None:
+        """Answer a request of a client, now or when a member has."""
+        path = request.path
+        if not path.startswith("/"):
+            request.reply(400)
+        elif not is_clean_path(path):
+            redirect(request)
+        elif path == "/metrics":
+            body = utf8(self._metrics.metrics.text())
+            request.reply(200, body, "text/plain; version=0.0.4")
+        elif self._is_readonly and request.method != "GET":
+            request.reply(501)
+        else:
+            self._serve(allow_origin(request, self._origins))
+
+    def stop(self) -> None:
+        """Drop all requests that wait for a member."""
+        for forward in list(self._forwards):
+            forward.cancel()
+
+    def _serve(self, request: HttpRequest) -> None:
+        if request.method == "OPTIONS":
+            request.reply(200)
+        elif request.path != "/v2/config/local/proxy":
+            self._forward(request)
+        elif request.method != "GET":
+            refuse_method("GET", request)
+        else:
+            urls = [endpoint.url for endpoint in self._endpoints.available()]
+            body = utf8(json_text({"endpoints": urls}) + "\n")
+            request.reply(200, body, "text/plain; charset=utf-8")
+
+    def _forward(self, request: HttpRequest) -> None:
+        self._metrics.came(request.method)
+        if request.body_too_large:
+            write_message(
+                request, 500, "proxy: failed to read request body: http: request body too large"
+            )
+            return
+        endpoints = self._endpoints.available()
+        if not endpoints:
+            text = "zero endpoints currently available"
+            package_logger("proxy").info(text)
+            self._metrics.dropped(request.method, "zero_endpoints")
+            write_message(request, 503, f"proxy: {text}")
+            return
+        if self._body_bytes > QUEUED_BYTES_MAX:
+            self._metrics.dropped(request.method, "failed_sending_request")
+            write_message(request, 503, "proxy: too many large requests wait for the members")
+            return
+        forward = Forward(request, endpoints, self._dialer, self._metrics, self._ended)
+        self._forwards[forward] = len(request.body)
+        self._body_bytes += len(request.body)
+        forward.start()
+
+    def _ended(self, forward: Forward) -> None:
+        self._body_bytes -= self._forwards.pop(forward)
+
+
+class ProxyServer(ServerThread):
+    """A proxy in the caller's process, on a thread of its own; settings as for Server.
+
+        with pyetcd.ProxyServer(data_dir="p", initial_cluster="a=http://10.0.0.1:2380") as proxy:
+            print(proxy.client_urls[0])
+
+    Raises StartError from bind() and start().  Thread: any.
+    """
+
+    def _init(self, config: ServerConfig) -> None:
+        super()._init(config)
+        self._endpoints: Optional[Endpoints] = None
+        self._api: Optional[ProxyApi] = None
+
+    def __enter__(self) -> ProxyServer:
+        self._start_or_stop()
+        return self
+
+    def bind(self) -> None:
+        """Open the listening sockets, so that the ports are known; nothing is served yet."""
+        if self._client_listeners:
+            return
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._close_listeners)
+            for url in self.config.listen_client_urls:
+                self._client_listeners.append(self._listen(
+                    url, self._serve, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
+                    kept=(CONNECTIONS_MAX, 2),  # a request takes another one to a member
+                ))
+                package_logger("proxy").info("listening for client requests on %s", url)
+            on_failure.pop_all()
+
+    def start(self) -> None:
+        """Find the members and serve.  With discovery this waits until all have registered."""
+        config = self.config
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(self._close_listeners)
+            fresh = absent_dirs(os.path.join(config.data_dir or config.name + ".etcd", "proxy"))
+            cleanup.callback(remove_dirs, fresh)
+            cluster_file = prepare_proxy_dir(config)
+            remove_dirs(fresh)          # a proxy that is ended while it waits leaves nothing
+            peer_urls = find_peer_urls(config, cluster_file)
+            make_dirs(fresh)
+            dialer = ProxyDialer(config, self._reactor)
+            self._endpoints = Endpoints(config, self._reactor, dialer, peer_urls, cluster_file)
+            self._endpoints.refresh()
+            self._api = ProxyApi(self._endpoints, dialer, config)
+            self.bind()
+            self._start_thread()
+            cleanup.pop_all()
+
+    def _serve(self, request: HttpRequest) -> None:
+        assert self._api is not None
+        self._api.handle(request)
+
+    def _begin(self) -> None:
+        assert self._endpoints is not None
+        self._endpoints.start()
+
+    def _free(self) -> None:
+        if self._endpoints is not None:
+            self._endpoints.stop()
+        if self._api is not None:
+            self._api.stop()

@@ -1,0 +1,107 @@
+"""What a proxy knows of its cluster: peer URLs, and the file that keeps them."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Optional, Sequence, Tuple
+
+from ..base.basics import fsync_dir
+from ..base.errors import DiscoveryError, StartError
+from ..base.ids import package_logger
+from ..base.text import go_quote, json_text, utf8
+from ..base.urls import check_url
+from ..disk.snapshots import _classify, _touch
+from ..member.cluster import parse_initial_cluster
+from ..member.configuration import ServerConfig
+from ..net.dns import _reason, name_servers
+from .addresses import default_initial_cluster
+from .bootstrap import _discovery_failure
+from .discovery import Discovery, srv_cluster
+
+
+def find_peer_urls(config: ServerConfig, cluster_file: str) -> Tuple[str, ...]:
+    """Return the peer URLs to ask for members: of the cluster file, else of the bootstrap flags.
+
+    Raises StartError.  With discovery this waits for the members.  Source: etcd 2.3 startProxy.
+    """
+    log = package_logger("proxy")
+    urls = read_cluster_file(cluster_file)
+    if urls is not None:
+        for what, given in (
+            ("discovery token", config.discovery), ("DNS SRV discovery", config.discovery_srv),
+        ):
+            if given:
+                log.warning(
+                    "%s ignored since the proxy has already been initialized. Valid cluster file"
+                    " found at %s", what, go_quote(cluster_file),
+                )
+        log.info("using peer urls [%s] from cluster file %s", " ".join(urls),
+                 go_quote(cluster_file))
+        return urls
+    try:
+        text = config.initial_cluster or default_initial_cluster(config.name)
+        if config.discovery:
+            text = Discovery(config.discovery, 0, "", proxy=config.discovery_proxy).find()
+        elif config.discovery_srv:
+            advertised = config.initial_advertise_peer_urls
+            text = srv_cluster(config.discovery_srv, config.name, advertised, name_servers())
+        initial = parse_initial_cluster(text)
+    except DiscoveryError as error:
+        raise StartError(_discovery_failure(config, config.data_dir, error)) from error
+    except ValueError as error:
+        raise StartError(f"error setting up initial cluster: {error}") from None
+    urls = tuple(sorted(url for member in initial.values() for url in member))
+    log.info("using peer urls [%s] ", " ".join(urls))
+    return urls
+
+
+def read_cluster_file(path: str) -> Optional[Tuple[str, ...]]:
+    """Return the peer URLs that a proxy has kept; None if there is no file.  Raises StartError."""
+    try:
+        with open(path, "rb") as file:
+            urls = json.load(file)["PeerURLs"]
+        return tuple(check_url(url) for url in urls)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StartError(
+            f"cannot use the cluster file {path}: {_reason(error)}; remove it to begin again with"
+            f" -initial-cluster or -discovery"
+        ) from None
+
+
+def write_cluster_file(path: str, urls: Sequence[str], endpoints: Sequence[str] = ()) -> None:
+    """Replace the file, whole or not at all.  Raises OSError.
+
+    endpoints  for read_kept_endpoints(); etcd reads over them
+    """
+    content = {"PeerURLs": list(urls), **({"ClientURLs": list(endpoints)} if endpoints else {})}
+    descriptor = os.open(path + ".bak", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(utf8(json_text(content)))
+        file.flush()
+        os.fsync(descriptor)
+    os.replace(path + ".bak", path)
+    fsync_dir(os.path.dirname(path))
+
+
+def prepare_proxy_dir(config: ServerConfig) -> str:
+    """Make <data dir>/proxy and return the path of the cluster file in it.  Raises StartError."""
+    root = config.data_dir or config.name + ".etcd"
+    path = os.path.join(root, "proxy")
+    try:
+        names = set(os.listdir(root)) if os.path.exists(root) else set()
+        if "member" in names and "proxy" not in names:
+            raise StartError(f"{root} belongs to a member; choose another -data-dir for a proxy")
+        _classify(root, names)
+        os.makedirs(root, mode=0o700, exist_ok=True)
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        _touch(path)
+        fsync_dir(root)
+    except OSError as error:
+        raise StartError(
+            f"cannot write to proxy directory: {error}; give the directory to this user, or choose"
+            f" another -data-dir"
+        ) from None
+    return os.path.join(path, "cluster")

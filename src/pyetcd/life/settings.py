@@ -1,0 +1,538 @@
+"""Settings: command line, environment, configuration file."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import logging
+import re
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
+
+from ..base.text import is_ip, load_json, split_address
+from ..base.urls import check_advertised_url, check_url, parse_urls
+from .addresses import default_route_address
+from .flags import (
+    IGNORED_BOOLS,
+    Flag,
+    FlagError,
+    Refusal,
+    _all_flags,
+    _parse_address,
+    _parse_origins,
+    parse_bool,
+    parse_uint,
+)
+
+ENVIRONMENT_FILE = "/etc/environment"   # where CoreOS keeps COREOS_PRIVATE_IPV4
+
+
+class Settings:
+    """What the command line and the environment say, or the configuration file instead of both.
+
+    values   flag name -> parsed value, for what was given
+    sources  flag name -> where: `-name`, `ETCD_NAME` or `<file>:<line>`
+    lines    (level, package, text) to be logged once logging is set up
+
+    flags    those that there are, if not the member's
+    A flag goes before its variable.  Raises FlagError.
+    Source: Go's package flag; etcd 2.3 pkg/flags; etcd 3.4 etcdmain/config.go for the file.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], environ: Mapping[str, str], flags: Sequence[Flag] = ()
+    ) -> None:
+        self.values: Dict[str, Any] = {}
+        self.sources: Dict[str, str] = {}
+        self.lines: List[Tuple[int, str, str]] = []
+        self.help = False
+        self._environ = environ
+        self._flags = {flag.name: flag for flag in flags} or _all_flags()
+        self._rest = list(argv)
+        self._switch = ""               # the flag before the rest, if that is a bare boolean
+        while not self.help and self._next_flag():
+            pass
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a flag, or its default."""
+        return self.values.get(name, self._flags[name].default)
+
+    def is_set(self, name: str) -> bool:
+        """True if the flag or its variable was given."""
+        return name in self.values
+
+    def where(self, name: str) -> str:
+        """What to call a setting in a message: by what the operator wrote."""
+        source = self.sources.get(name, f"-{name}")
+        return source if source.startswith("-") else f"{name} (from {source})"
+
+    def spell(self, name: str, like: str, text: str) -> str:
+        """Setting `name` to `text`, written as the operator wrote `like`."""
+        source = self.sources.get(like, "-")
+        if source.startswith("-"):
+            return f"-{name} {text}"
+        is_file = ":" in source
+        return f"{name}: {text}" if is_file else f"{self._flags[name].variable}={text}"
+
+    def warn(self, text: str) -> None:
+        """Have a warning logged at the start."""
+        self.lines.append((logging.WARNING, "etcd", text))
+
+    def _next_flag(self) -> bool:
+        """Take one flag off the command line; False at the end of the flags."""
+        if not self._rest or not self._rest[0].startswith("-") or self._rest[0] == "-":
+            return False
+        word = self._rest.pop(0)
+        if word == "--":
+            return False
+        name, has_value, text = word[2 if word.startswith("--") else 1:].partition("=")
+        if not name or name.startswith("-"):
+            raise FlagError(f"bad flag syntax: {word}")
+        if name in ("h", "help"):
+            self.help = True
+            return False
+        flag = self._flags.get(name)
+        if flag is None:
+            raise FlagError(f"flag provided but not defined: -{name}{self._meant('-', name)}")
+        self._switch = name if flag.is_bool and not has_value else ""
+        if not has_value:
+            if flag.is_bool:
+                text = "true"
+            elif self._rest:
+                text = self._rest.pop(0)
+            else:
+                raise FlagError(f"flag needs an argument: -{name}; if there was a variable behind"
+                                f" it, that is empty")
+        self._set(flag, text, f"-{name}")
+        return True
+
+    def take_word(self) -> str:
+        """Take the first word behind the flags; "" if there is none."""
+        return self._rest.pop(0) if self._rest else ""
+
+    def check_leftover(self) -> None:
+        """Raise FlagError for a word behind the flags."""
+        if self._rest:
+            word = self._rest[0]
+            raise FlagError(f"error verifying flags, '{word}' is not a valid flag"
+                            f"{self._leftover_advice(word)}")
+
+    def _leftover_advice(self, word: str) -> str:
+        """How a word may have come behind the flags, and what to write instead."""
+        bare = word.lstrip(_TYPOGRAPHIC_DASHES)
+        switch, instead = self._switch, IGNORED_BOOLS.get(self._switch)
+        if bare != word:
+            return f"; it begins with a typographic dash, write -{bare.lstrip('-')}"
+        if word.partition("=")[0] in self._flags or word in ("help", "h"):
+            return f"; write -{word}"
+        if instead:
+            return f"; {instead}"
+        if switch and _is_bool_word(word):
+            value = _YAML_BOOLS.get(word.lower(), word)
+            return f"; -{switch} is a switch: write -{switch}, or -{switch}={value}"
+        if "://" in word:
+            return "; write a list as one word, its parts separated by commas without spaces"
+        if word in ("backup", "restore"):
+            return f"; write `pyetcd {word}` first and its flags behind it"
+        return f"; {word} stands behind the switch -{switch}" if switch else ""
+
+    def _meant(self, prefix: str, name: str) -> str:
+        """The question whether another flag was meant; "" if none is like it."""
+        known = [
+            flag.name for flag in self._flags.values()
+            if flag.name != name and not flag.no_effect and flag.name not in IGNORED_BOOLS
+        ]
+        wanted = name.lower().replace("_", "-")
+        found = difflib.get_close_matches(wanted, known, 1, _LIKENESS_MIN)
+        if not found:
+            return ""
+        shown = found[0] if prefix != "ETCD_" else found[0].upper().replace("-", "_")
+        return f"; did you mean {prefix}{shown}?"
+
+    def complete(self) -> None:
+        """Take the environment too; or, if a file is named, the file alone."""
+        path = self["config-file"] or self._environ.get(self._flags["config-file"].variable)
+        if path:
+            self.read_file(path)
+        else:
+            self.read_environment()
+
+    def read_environment(self) -> None:
+        """Take the ETCD_* variables; an empty one counts as not set."""
+        for name, flag in self._flags.items():
+            text = self._environ.get(flag.variable, "")
+            if not text:
+                continue
+            if name in self.values:
+                self._say(f"recognized environment variable {flag.variable}, but unused: shadowed"
+                          f" by corresponding flag ")
+                continue
+            self._say(f"recognized and used environment variable {flag.variable}={text}")
+            self._set(flag, text, flag.variable)
+        known = {flag.variable for flag in self._flags.values()}
+        for variable in sorted(self._environ):
+            if variable.startswith("ETCD_") and variable not in known:
+                text = self._environ[variable]
+                meant = self._meant("ETCD_", variable[len("ETCD_"):])
+                self._say(f"unrecognized environment variable {variable}={text}{meant}",
+                          logging.WARNING)
+
+    def read_file(self, path: str) -> None:
+        """Take the settings of a configuration file, and forget all others.
+
+        Differs from etcd, which ignores in silence what it does not know: here it is a warning.
+        """
+        self.values, self.sources = {}, {}
+        self.lines = [(
+            logging.INFO, "etcd", f'Loading server configuration from "{path}". Other'
+            f" configuration command line flags and environment variables will be ignored if"
+            f" provided."
+        )]
+        for line, name, text in read_config_file(path):
+            source = f"{path}:{line}"
+            flag = self._flags.get(name)
+            if flag is None or name in ("config-file", "version"):
+                self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
+                          f" those that are known{self._meant('', name)}")
+                continue
+            if flag.is_bool:
+                text = _YAML_BOOLS.get(text.lower(), text)
+            self._set(flag, text, source)
+
+    def _set(self, flag: Flag, text: str, source: str) -> None:
+        name = flag.name
+        if name in IGNORED_BOOLS:
+            self._say(f'flag "-{name}" is no longer supported - ignoring.', logging.WARNING)
+        elif flag.no_effect:
+            self._say(f"flag -{name} has no effect: {flag.no_effect}", logging.WARNING)
+        if name.endswith("-urls") or name.endswith("addr") or name == "initial-cluster":
+            text = expand_addresses(text, self._environ, source)
+        try:
+            self.values[name] = flag.parse(text)
+        except Refusal as error:
+            where = source if source in (f"-{name}", flag.variable) else f"{source}: {name}"
+            raise FlagError(f"{where} {error}") from None
+        except ValueError as error:
+            advice = _advice(flag, text)
+            raise FlagError(_invalid(flag, text, source, str(error)) + advice) from None
+        self.sources[name] = source
+        if _quoting_advice(text) and name != "initial-cluster":
+            self.warn(f"the value of {source} is {text!r}{_quoting_advice(text)}")
+
+    def _say(self, text: str, level: int = logging.INFO) -> None:
+        self.lines.append((level, "flags", text))
+
+
+_YAML_BOOLS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+_TYPOGRAPHIC_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
+_TYPOGRAPHIC_QUOTES = "\u201c\u201d\u201e\u2018\u2019"
+_LIKENESS_MIN = 0.7                 # of a name to the one that was meant, 1.0: the same
+
+
+def _is_bool_word(word: str) -> bool:
+    with contextlib.suppress(ValueError):
+        parse_bool(_YAML_BOOLS.get(word.lower(), word))
+        return True
+    return False
+
+
+def _quoting_advice(text: str) -> str:
+    """What to do about quotes and line ends that came along with a value; "" without them."""
+    if text and (text[0] in _TYPOGRAPHIC_QUOTES or text[-1] in _TYPOGRAPHIC_QUOTES):
+        return "; it has typographic quotes: write it without quotes"
+    if re.fullmatch(r"([\"'])(.*)\1", text, re.DOTALL):
+        return (
+            f"; the quotes are part of it, as docker's --env-file and lists in compose files leave"
+            f" them there: write {text[1:-1]} without quotes"
+        )
+    if text.endswith("\r"):
+        return "; it ends with a carriage return: save the file with Unix line ends"
+    return ""
+
+
+def _advice(flag: Flag, text: str) -> str:
+    """What to write instead of a value that cannot be used; "" if that is not known."""
+    quoting = _quoting_advice(text)
+    if quoting:
+        return quoting
+    if flag.is_bool:
+        word = _YAML_BOOLS.get(text.lower(), "true or false")
+        return f"; write {word}"
+    if flag.parse is _parse_address:
+        return f"; write {text.partition('://')[2]}" if "://" in text else "; write IP:PORT"
+    if flag.parse is _parse_origins:
+        return "; write origins as https://HOST, or * for all"
+    if flag.parse is parse_uint:
+        unit = ", in milliseconds and without a unit" if "milliseconds" in flag.help else ""
+        return f"; write a whole number{unit}"
+    return url_advice(text, flag.name) if flag.parse is parse_urls else ""
+
+
+def url_advice(text: str, name: str) -> str:
+    """What to write instead of the first bad URL in a list, or in `name=url,name=url`."""
+    port = 2380 if "peer" in name or name == "initial-cluster" else 2379
+    for item in text.split(","):
+        pair, _, url = item.strip().rpartition("=")
+        url = item.strip() if "://" in pair or name != "initial-cluster" else url
+        try:
+            check_url(url)
+            continue
+        except ValueError:
+            pass
+        if not url:
+            return "; there is a comma too many" if len(text) > 1 else "; write http://HOST:PORT"
+        if re.search("[${}<>%]", url):
+            return "; a variable or placeholder was not filled in: write the address itself"
+        if re.search(r"\s", url):
+            return "; separate URLs by commas without spaces"
+        return _repaired(url, port)
+    return ""
+
+
+def _repaired(url: str, port: int) -> str:
+    """The URL that was probably meant, as advice; "" if that would be none either."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        scheme, rest = "http", url
+    authority = re.split("[/?#]", rest.lstrip("/"), maxsplit=1)[0]
+    host, given = split_address(authority)
+    if ":" in host and is_ip(host):         # an IPv6 address and a port, or all of it an address
+        host = f"[{host}]"
+    elif ":" in host and is_ip(authority):
+        host, given = f"[{authority}]", ""
+    meant = f"{scheme}://{host}{given if len(given) > 1 else f':{port}'}"
+    with contextlib.suppress(ValueError):
+        return f"; write {check_advertised_url(meant)}"
+    return ""
+
+
+def _invalid(flag: Flag, text: str, source: str, reason: str) -> str:
+    """The sentence about a value that cannot be used; Go has one of its own for boolean flags."""
+    if source == flag.variable:
+        return f'invalid value "{text}" for {source}: {reason}'
+    if not source.startswith("-"):
+        return f'{source}: invalid value "{text}" for {flag.name}: {reason}'
+    if flag.is_bool:
+        return f'invalid boolean value "{text}" for {source}: {reason}'
+    return f'invalid value "{text}" for flag {source}: {reason}'
+
+
+# -- the configuration file ----------------------------------------------------
+
+
+class FileSetting(NamedTuple):
+    """One setting of a configuration file."""
+
+    line: int                           # where it stands, from 1
+    name: str                           # of the flag
+    text: str                           # as on the command line; never empty
+
+
+_SECTIONS = {"client-transport-security": "", "peer-transport-security": "peer-"}
+_SECTION_KEYS = (
+    "cert-file", "key-file", "client-cert-auth", "trusted-ca-file", "ca-file", "auto-tls",
+)
+_QUOTED = r'''"(?:[^"\\]|\\.)*"|'(?:[^']|'')*\''''
+_PLAIN = r"(?![-?](?:\s|$))[^\s\[\]{}&*!|>%@`\"'#,](?:[^#]|(?<=\S)#)*?"
+_CONFIG_KEY = re.compile(rf"(\s*)({_QUOTED}|[\w.-]+)\s*:(?=\s|$)\s*(.*)")
+_CONFIG_VALUE = re.compile(rf"({_QUOTED}|{_PLAIN})?\s*(?:(?<=\s)#.*|^#.*)?")
+_CONFIG_ITEM = re.compile(rf"\s*({_QUOTED}|[^\s,\[\]{{}}&*!|>%@`\"'#][^,\[\]{{}}\"']*)\s*(?:,|$)")
+_CONFIG_FORM = "write `setting: value` on each line, lists as `a,b` or `[a, b]`, * in quotes"
+
+
+def read_config_file(path: str) -> List[FileSetting]:
+    """Return what a configuration file sets: a JSON object, or lines of `setting: value`.
+
+    The names are those of the flags.  In client-transport-security and peer-transport-security,
+    as etcd 3 has them, the flags for TLS go without `peer-`.  What is empty is not set.
+    Of YAML this is what a flat file needs: comments, quotes, [a, b]; all else is an error.
+    Raises FlagError with file and line.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except OSError as error:
+        raise FlagError(
+            f"error verifying flags, open {path}: {(error.strerror or str(error)).lower()}"
+        ) from None
+    except UnicodeDecodeError:
+        raise FlagError(f"{path} is not text in UTF-8") from None
+    read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
+    found: Dict[str, FileSetting] = {}
+    for line, section, key, value in read(path, text):
+        if not value:
+            continue
+        if section and key not in _SECTION_KEYS:
+            raise FlagError(f'{path}:{line}: unknown setting "{key}" in {section}; use one of'
+                            f" {', '.join(_SECTION_KEYS)}, or the name of the flag outside of it")
+        name = _SECTIONS.get(section, "") + key
+        if name in found:
+            raise FlagError(f"{path}:{line}: {name} is set a second time, after line"
+                            f" {found[name].line}")
+        found[name] = FileSetting(line, name, value)
+    return list(found.values())
+
+
+_Found = Tuple[int, str, str, str]      # line, section or "", key, text
+
+
+def _json_settings(path: str, text: str) -> Iterator[_Found]:
+    lines = text.split("\n")
+
+    def line_of(key: str, first: int) -> int:
+        quoted = json.dumps(key)
+        return next((n for n in range(first, len(lines) + 1) if quoted in lines[n - 1]), first)
+
+    def flat(key: str, value: Any, line: int) -> str:
+        if isinstance(value, list):
+            return ",".join(flat(key, item, line) for item in value)
+        if isinstance(value, (tuple, float)):
+            raise FlagError(f"{path}:{line}: the value of {key} is not understood; a setting is a"
+                            f" string, an integer, true or false, or a list of these")
+        return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+    try:
+        pairs = json.loads(text, object_pairs_hook=tuple)
+    except RecursionError:
+        raise FlagError(f"{path}: nested too deeply for a configuration") from None
+    except ValueError as error:
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+        raise FlagError(f"{path}:{line}: not JSON: {error}") from None
+    for key, value in pairs:
+        line = line_of(key, 1)
+        if key not in _SECTIONS:
+            yield line, "", key, flat(key, value, line)
+        elif isinstance(value, tuple):
+            for name, item in value:
+                at = line_of(name, line)
+                yield at, key, name, flat(name, item, at)
+        elif value is not None:
+            raise FlagError(f"{path}:{line}: {key} is a section: an object with its settings")
+
+
+def _yaml_settings(path: str, text: str) -> Iterator[_Found]:
+    section = ""
+    rows = enumerate(text.splitlines(), 1)
+    for line, row in rows:
+        if not row.strip() or row.lstrip().startswith("#") or row.rstrip() in ("---", "..."):
+            continue
+        match = _CONFIG_KEY.fullmatch(row.rstrip())
+        if match is None:
+            raise FlagError(f"{path}:{line}: {row.strip()!r} is not understood; {_CONFIG_FORM}")
+        indent, key, value = match.groups()
+        try:
+            key = _unquote_yaml(key)
+        except ValueError:
+            raise FlagError(f"{path}:{line}: {key} is not understood; {_CONFIG_FORM}") from None
+        if indent and not section:
+            raise FlagError(f"{path}:{line}: {key} is indented, but stands in none of the sections"
+                            f" {', '.join(_SECTIONS)}")
+        if not indent:
+            section = key if key in _SECTIONS else ""
+        if value.startswith("["):
+            while "]" not in value:
+                _, more = next(rows, (0, None))
+                if more is None:
+                    break
+                value += " " + re.sub(r"(^|\s)#.*", "", more.strip())
+        try:
+            found = _yaml_text(value)
+        except ValueError:
+            raise FlagError(f"{path}:{line}: the value of {key}, {value!r}, is not understood;"
+                            f" {_CONFIG_FORM}") from None
+        if indent or not section:
+            yield line, section if indent else "", key, found
+        elif found:
+            raise FlagError(f"{path}:{line}: {key} is a section: its settings stand indented below")
+
+
+def _yaml_text(value: str) -> str:
+    """Return the text of a scalar, or of a list in brackets.  Raises ValueError."""
+    listed = re.fullmatch(r"\[(.*)\]\s*(?:(?<=\s)#.*)?", value)
+    if listed:
+        items, rest = [], listed.group(1).strip()
+        while rest:
+            item = _CONFIG_ITEM.match(rest)
+            if item is None:
+                raise ValueError
+            items.append(_unquote_yaml(item.group(1).strip()))
+            rest = rest[item.end():]
+        return ",".join(items)
+    match = _CONFIG_VALUE.fullmatch(value)
+    if match is None or re.search(r":(\s|$)", re.sub(_QUOTED, "", match.group(1) or "")):
+        raise ValueError
+    return _unquote_yaml(match.group(1) or "")
+
+
+def _unquote_yaml(text: str) -> str:
+    """Return what a scalar means.  Raises ValueError for escapes that JSON does not have."""
+    if text.startswith("'"):
+        return text[1:-1].replace("''", "'")
+    if text.startswith('"'):
+        return str(load_json(text))
+    return "" if text in ("~", "null", "Null", "NULL") else text
+
+
+# -- addresses -----------------------------------------------------------------
+
+
+_ADDRESS_NAME = re.compile(r"\$\{?(private|public)_ipv4\b\}?")
+
+
+def expand_addresses(text: str, environ: Mapping[str, str], source: str) -> str:
+    """Replace $private_ipv4 and $public_ipv4, which only some clouds fill in, by addresses.
+
+    They come from COREOS_PRIVATE_IPV4 and COREOS_PUBLIC_IPV4 in the environment or in
+    /etc/environment; the private one otherwise from the interface with the default route.
+    Raises FlagError, naming `source`, if the address cannot be known.
+    """
+    def address(match: re.Match[str]) -> str:
+        kind = match.group(1)
+        variable = f"COREOS_{kind.upper()}_IPV4"
+        known = environ.get(variable) or read_environment_file(ENVIRONMENT_FILE).get(variable)
+        if not known and kind == "private":
+            known = default_route_address()
+        if not known:
+            raise FlagError(
+                f"{source} has ${kind}_ipv4 in {text}, but the {kind} address of this machine is"
+                f" not known: write the address itself, or set {variable} in {ENVIRONMENT_FILE}"
+            )
+        return known
+
+    return _ADDRESS_NAME.sub(address, text)
+
+
+def read_environment_file(path: str) -> Dict[str, str]:
+    """Return the `KEY=value` lines of a file; empty if it cannot be read."""
+    found: Dict[str, str] = {}
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            match = re.fullmatch(r"(?:export\s+)?(\w+)=(.*)", line.strip(), re.DOTALL)
+            if match:
+                found[match.group(1)] = match.group(2).strip("\"'")
+    return found
+
+
+_OLD_ADDRESSES = {
+    "addr": "advertise-client-urls", "bind-addr": "listen-client-urls",
+    "peer-addr": "initial-advertise-peer-urls", "peer-bind-addr": "listen-peer-urls",
+}
+
+
+def _take_old_addresses(settings: Settings) -> None:
+    """Turn the IP:port flags of etcd 0.4 into URLs.  Raises FlagError."""
+    for old, bound in (("addr", "bind-addr"), ("peer-addr", "peer-bind-addr")):
+        if settings.is_set(old) and not settings.is_set(bound):
+            if not settings.is_set(_OLD_ADDRESSES[bound]):
+                port = settings[old].rpartition(":")[2]
+                settings.values[bound] = f"[::]:{port}"
+                settings.sources[bound] = settings.sources[old]
+    for old, new in _OLD_ADDRESSES.items():
+        if not settings.is_set(old):
+            continue
+        if settings.is_set(new):
+            raise FlagError(f"Set only one of flags -{new} and -{old}")
+        side = "peer-" if old.startswith("peer-") else ""
+        is_tls = settings[side + "cert-file"] or settings[side + "key-file"]
+        settings.values[new] = (f"{'https' if is_tls else 'http'}://{settings[old]}",)
+        settings.sources[new] = settings.sources[old]

@@ -1,0 +1,303 @@
+"""A member's data as files, read without changing them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from typing import Callable, Container, Dict, List, NamedTuple, Optional, Set, Tuple
+
+from ..base.codec import decode_conf_change, decode_metadata
+from ..base.errors import CodecError, FileLocked, WalError
+from ..base.limits import DEFAULT_CLUSTER_TOKEN, DEFAULT_NAME
+from ..base.messages import Entry, EntryID, EntryType, HardState, Snapshot
+from ..base.urls import parse_urls
+from ..disk.files import _SNAP_NAME, OsDisk
+from ..disk.snapshots import Snapshotter, decode_snapshot_file
+from ..disk.wal import Wal
+from ..member.applier import Applier
+from ..member.cluster import Cluster, Member
+from ..net.workers import SYSTEM_CLOCK
+from ..store.tree import Store
+from .flags import Flag, parse_bool
+from .restart import _voters
+
+_DRY_RUN = Flag("dry-run", parse_bool, False, "say what would be done, and change nothing.")
+TOOL_FLAGS: Dict[str, Tuple[Flag, ...]] = {
+    "backup": (
+        Flag("data-dir", str, "", "path to the data directory to copy; its member may run."),
+        Flag("wal-dir", str, "", "path to its dedicated wal directory, if it has one."),
+        Flag("backup-dir", str, "", "path to the copy; must be empty or absent."),
+        Flag("backup-wal-dir", str, "", "path to a dedicated wal directory of the copy."),
+        _DRY_RUN,
+    ),
+    "restore": (
+        Flag("name", str, DEFAULT_NAME, "name of the member whose data directory is made."),
+        Flag("initial-cluster", str, "",
+             "members of the new cluster, `name=url` pairs (default: this member alone)."),
+        Flag("initial-cluster-token", str, DEFAULT_CLUSTER_TOKEN,
+             "token of the new cluster: clusters with different tokens do not mix."),
+        Flag("initial-advertise-peer-urls", parse_urls, (),
+             "peer URLs of this member (default: those in -initial-cluster)."),
+        Flag("data-dir", str, "", "path to the new data directory (default: <name>.etcd)."),
+        Flag("wal-dir", str, "", "path to the new dedicated wal directory."),
+        _DRY_RUN,
+    ),
+}
+_STAGE = "member.tmp"               # where a member directory grows until it is complete
+_ENTRIES_PER_WRITE = 1_000
+_READ_RETRIES = 2                   # a running member may remove or finish a file meanwhile
+
+OnProgress = Callable[[float, int], None]     # share that is done, keys so far (0: as before)
+
+
+def _part(progress: OnProgress, low: float, high: float) -> OnProgress:
+    """Return who takes the share of a step that reaches from `low` to `high` of the whole."""
+    return lambda share, keys: progress(low + share * (high - low), keys)
+
+
+class BackupError(Exception):
+    """What cannot be backed up or restored: one line, which says what to do."""
+
+
+class DataSource(NamedTuple):
+    """What the files of a member say."""
+
+    path: str
+    member_id: int                      # this and the next: 0 if there is only a snapshot
+    cluster_id: int
+    snapshot: Optional[Snapshot]
+    hard_state: HardState
+    entries: List[Entry]                # behind the snapshot
+    committed: int                      # how many of them are known to be committed
+
+    @property
+    def last(self) -> EntryID:
+        """The last entry that is known to be committed."""
+        if self.committed:
+            return EntryID(self.entries[self.committed - 1].term,
+                           self.entries[self.committed - 1].index)
+        snapshot = self.snapshot or Snapshot()
+        return EntryID(snapshot.term, snapshot.index)
+
+    @property
+    def voters(self) -> Set[int]:
+        """The voters after that entry."""
+        before = self.snapshot.voters if self.snapshot else ()
+        return _voters(before, self.entries[:self.committed])
+
+
+class CopyReport(NamedTuple):
+    """What backup() or restore() has made, or would make."""
+
+    source: DataSource
+    etcd_index: int
+    keys: int
+    size_bytes: int                     # of what is written: snapshot file and entries
+    member_id: int                      # the new ids
+    cluster_id: int
+    members: Tuple[Member, ...]         # of the new cluster, those of the source in a backup
+    paths: Tuple[str, ...]              # data directory, dedicated wal directory
+
+    def lines(self) -> List[str]:
+        """The report for people."""
+        source, last = self.source, self.source.last
+        left_out = len(source.entries) - source.committed
+        identity = "a snapshot file, without ids"
+        if source.member_id:
+            identity = f"member {source.member_id:x} of cluster {source.cluster_id:x}"
+        members = ", ".join(
+            f"{member.name or '(unnamed)'}={','.join(member.peer_urls)} ({member.id:x})"
+            for member in self.members
+        )
+        return [
+            f"source:      {source.path}: {identity}",
+            f"raft:        term {last.term}, index {last.index}",
+            f"left out:    {left_out} entries that are not known to be committed",
+            f"etcd index:  {self.etcd_index}",
+            f"keys:        {self.keys:,} in {self.size_bytes:,} bytes",
+            f"members:     {members or 'none'}",
+            f"new ids:     member {self.member_id:x}, cluster {self.cluster_id:x}",
+            f"target:      {', '.join(self.paths)}",
+        ]
+
+    def summary(self) -> str:
+        """The report in one line."""
+        left_out = len(self.source.entries) - self.source.committed
+        return (
+            f"{self.paths[0]}: member {self.member_id:x} of cluster {self.cluster_id:x},"
+            f" {self.keys:,} keys, etcd index {self.etcd_index}, raft index"
+            f" {self.source.last.index}, {left_out} uncommitted entries left out"
+        )
+
+
+class ReadOnlyDisk(OsDisk):
+    """The files of a member that may be running: without a lock, and nothing is changed.
+
+    Of a member in this process nothing is read (FileLocked): to close a file frees its lock.
+    """
+
+    read_only = True
+
+    def open_append(self, path: str) -> int:
+        """Return a handle for reading."""
+        return os.open(path, os.O_RDONLY)
+
+    def lock(self, path: str, handle: int) -> bool:
+        """Allow."""
+        return True
+
+    def unlock(self, path: str) -> None:
+        """There is none."""
+
+
+_READ_ONLY_DISK = ReadOnlyDisk()
+
+
+class _AnyVersionCluster(Cluster):
+    """Members of a cluster that may be newer than this program."""
+
+    @staticmethod
+    def _check_version(version: str) -> None:
+        """Accept."""
+
+
+# -- reading ---------------------------------------------------------------------
+
+
+def read_source(path: str, wal_dir: str = "") -> DataSource:
+    """Read a snapshot file, or the newest snapshot of a data directory and the log behind it.
+
+    Raises BackupError.
+    """
+    if os.path.isfile(path):
+        try:
+            return DataSource(path, 0, 0, _read_snapshot(path), HardState(), [], 0)
+        except OSError as error:
+            raise BackupError(f"cannot read {path}: {error}; check who may read it") from None
+    if not os.path.isdir(path):
+        raise BackupError(f"{path} does not exist; name a snapshot file or a data directory")
+    member = os.path.join(path, "member")
+    member = member if os.path.isdir(member) else path      # as etcd 2.0.0 has it
+    wal_dir = wal_dir or os.path.join(member, "wal")
+    snap_dir = os.path.join(member, "snap")
+    try:
+        for _ in range(_READ_RETRIES):
+            with contextlib.suppress(WalError, CodecError, FileNotFoundError):
+                return _read_member(path, wal_dir, snap_dir)
+        return _read_member(path, wal_dir, snap_dir)
+    except FileLocked:
+        raise BackupError(
+            f"{path} belongs to a member in this process; use GET /v2/snapshot"
+        ) from None
+    except (WalError, CodecError) as error:
+        intact = _newest_intact(snap_dir)
+        advice = f"; or restore {intact}, without what came after it" if intact else ""
+        raise BackupError(f"{error}{advice}") from error
+    except OSError as error:
+        raise BackupError(f"cannot read {path}: {error}; run this as the member's user") from error
+
+
+def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
+    if not Wal.exists(wal_dir, disk=_READ_ONLY_DISK):
+        raise BackupError(
+            f"{path} is no data directory of a member: {wal_dir} holds no log; if the log is"
+            f" elsewhere, name its directory in `pyetcd backup -wal-dir`"
+        )
+    known = set(Wal.snapshots(wal_dir, disk=_READ_ONLY_DISK))
+    Snapshotter(snap_dir, disk=_READ_ONLY_DISK).check_log(wal_dir, known)
+    snapshot = _newest_snapshot(snap_dir, known)
+    start = EntryID(snapshot.term, snapshot.index) if snapshot else EntryID(0, 0)
+    wal, contents = Wal.open(wal_dir, start, disk=_READ_ONLY_DISK)
+    wal.close()
+    member_id, cluster_id = decode_metadata(contents.metadata)
+    entries, state = contents.entries, contents.hard_state
+    committed = sum(entry.index <= state.commit for entry in entries)
+    source = DataSource(path, member_id, cluster_id, snapshot, state, entries, committed)
+    if source.voters == {member_id}:
+        # Alone, a member commits what it has on disk; it need not have written that down.
+        following = itertools.takewhile(
+            lambda entry: entry.type == EntryType.NORMAL, entries[committed:]
+        )
+        source = source._replace(committed=committed + sum(1 for _ in following))
+    return source
+
+
+def _newest_snapshot(directory: str, known: Container[EntryID]) -> Optional[Snapshot]:
+    """Return the newest snapshot that the log knows.  Raises BackupError if it is damaged."""
+    for name in reversed(_READ_ONLY_DISK.listdir(directory)):
+        match = _SNAP_NAME.fullmatch(name)
+        if match and EntryID(int(match.group(1), 16), int(match.group(2), 16)) in known:
+            return _read_snapshot(os.path.join(directory, name))
+    return None
+
+
+def _read_snapshot(path: str) -> Snapshot:
+    """Read a snapshot file.  Raises BackupError, which names an older one if there is one."""
+    content = _READ_ONLY_DISK.read(path)
+    try:
+        return decode_snapshot_file(content)
+    except CodecError as error:
+        if not _SNAP_NAME.fullmatch(os.path.basename(path)):
+            raise BackupError(
+                f"{path} is damaged or no snapshot of etcd 2: {_what_it_is(path, content)}"
+            ) from None
+        older = _newest_intact(os.path.dirname(path))
+        advice = f"{older} is intact: move the damaged one away, or restore from that"
+        raise BackupError(
+            f"{path} is damaged ({error}); {advice if older else 'take one of another member'}"
+        ) from None
+
+
+def _what_it_is(path: str, content: bytes) -> str:
+    """Say what a file is that was named as a snapshot, and what to name instead."""
+    advice = "take one with GET /v2/snapshot, or name a file of member/snap or a data directory"
+    if content[16:20] in (b"\xed\xda\x0c\xed", b"\xed\x0c\xda\xed"):
+        return f"it is a database of etcd 3, which holds no keys of v2; {advice}"
+    if content[:2] == b"\x1f\x8b":
+        return f"it is compressed; run `gunzip` on it first, or {advice}"
+    if path.endswith(".wal"):
+        return "it is a piece of a log; name its data directory, two directories above"
+    if content[:1] in (b"{", b"["):
+        return f"it is JSON; `pyetcdctl import` reads what export has written; or {advice}"
+    if not content:
+        return f"it is empty; {advice}"
+    return advice
+
+
+def _newest_intact(directory: str) -> str:
+    """Return the path of the newest good snapshot in a directory, or ""."""
+    for name in reversed(_READ_ONLY_DISK.listdir(directory or ".")):
+        path = os.path.join(directory, name)
+        if _SNAP_NAME.fullmatch(name):
+            with contextlib.suppress(CodecError, OSError):
+                decode_snapshot_file(_READ_ONLY_DISK.read(path))
+                return path
+    return ""
+
+
+def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster]:
+    """Return what the member knew at source.last.  Raises BackupError."""
+    store = Store()
+    if not source.last.index:
+        raise BackupError(f"{source.path} holds no data yet; name one of a member that has run")
+    cluster = _AnyVersionCluster("", store)
+    applier = Applier(store, cluster, source.member_id, SYSTEM_CLOCK.wall_ns)
+    try:
+        if source.snapshot is not None:
+            store.recover(source.snapshot.data, _part(progress, 0.0, 0.8))
+            cluster.recover()
+        for number, entry in enumerate(source.entries[:source.committed]):
+            if entry.type == EntryType.NORMAL:
+                applier.apply_entry(entry)
+                entry.request = None
+            else:
+                applier.apply_conf_change(decode_conf_change(entry.data))
+            if not number % _ENTRIES_PER_WRITE:
+                progress(0.8 + 0.2 * number / source.committed, 0)
+    except ValueError as error:         # CodecError is one
+        raise BackupError(
+            f"{source.path} does not hold the state of a v2 store ({error}); take a snapshot or"
+            f" data directory of another member"
+        ) from None
+    return store, cluster

@@ -1,0 +1,1 @@
+"""Cluster, applier, journal, auth records, statistics, the server object."""

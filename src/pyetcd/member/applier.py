@@ -1,0 +1,251 @@
+"""The applier: committed entries change store and cluster.
+
+Deterministic: every member gets the same result from the same entry.  Only the shown ttl
+depends on the clock.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Callable, Dict, Optional, Union
+
+from ..base.basics import clean_path
+from ..base.codec import Buffer, decode_conf_change, decode_request
+from ..base.errors import CodecError, EtcdError, MemberError, RaftInternal, UnknownChange
+from ..base.ids import package_logger
+from ..base.limits import PATH_COST_MAX, SERVER_VERSION
+from ..base.messages import ConfChange, ConfChangeType, Entry, EntryType, Request
+from ..base.text import load_json, utf8
+from ..store.events import Event
+from ..store.tree import Store
+from .cluster import Cluster, format_id, parse_member, version_key
+
+_ATTRIBUTES_PATH = re.compile(r"/0/members/([0-9a-fA-F]{1,16})/attributes")
+_VERSION_VALUE = re.compile(r"[0-9]{1,9}\.[0-9]{1,9}\.[0-9]{1,9}")
+
+Applied = Union[Event, EtcdError, None]
+
+
+class Applier:
+    """Turns requests into changes of the store, and conf changes into changes of the cluster.
+
+    clock  returns unix nanoseconds; used for what is shown, never for what expires
+    """
+
+    def __init__(
+        self, store: Store, cluster: Cluster, local_id: int, clock: Callable[[], int],
+    ) -> None:
+        self.clock = clock
+        self.auth_changes = 0           # times that something below /2 may have changed
+        self._store = store
+        self._cluster = cluster
+        cluster.local_id = local_id
+
+    def apply_entry(self, entry: Entry) -> Applied:
+        """Apply a normal entry, and leave its request in entry.request.
+
+        None for what has no result: a leader's first entry, operations of etcd 3's API, and what
+        is no command; they count as applied and do nothing here.
+        """
+        request = entry.request
+        if request is None:
+            if not entry.data:
+                return None
+            try:
+                request = entry.request = read_command(entry.data)
+            except CodecError as error:     # in a log from before check_entry(); etcd ends here
+                package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
+            if request is None:
+                return None
+        return self.apply_request(request)
+
+    def apply_request(self, request: Request) -> Applied:
+        """Execute one command; an error of the store is returned, not raised."""
+        path = request.path
+        handler = _METHODS.get(request.method)
+        if path.startswith("/2"):
+            # Only here etcd proposes paths that its store has to clean: `/2/users/`.
+            request = request._replace(path=clean_path(path))
+            self.auth_changes += 1
+        if handler is None:
+            return RaftInternal(f"etcdserver: unknown method {request.method}")
+        try:
+            return handler(self, request)
+        except EtcdError as error:
+            return error.with_traceback(None)       # whose frames hold what this goes to
+
+    def _put(self, r: Request) -> Applied:
+        store, now_ns = self._store, self.clock()
+        if r.prev_exist is None:
+            if not r.prev_index and not r.prev_value:
+                if r.path.startswith("/0/") and not self._note_cluster(r):
+                    return None
+                return store.set(
+                    r.path, dir=r.dir, value=r.val, expires_ns=r.expiration,
+                    refresh=bool(r.refresh), now_ns=now_ns,
+                )
+        elif not r.prev_exist:
+            return store.create(
+                r.path, dir=r.dir, value=r.val, expires_ns=r.expiration, now_ns=now_ns
+            )
+        elif not r.prev_index and not r.prev_value:
+            return store.update(
+                r.path, value=r.val, expires_ns=r.expiration, refresh=bool(r.refresh),
+                now_ns=now_ns,
+            )
+        return store.compare_and_swap(
+            r.path, prev_value=r.prev_value, prev_index=r.prev_index, value=r.val,
+            expires_ns=r.expiration, refresh=bool(r.refresh), now_ns=now_ns,
+        )
+
+    def _post(self, r: Request) -> Applied:
+        return self._store.create(
+            r.path, dir=r.dir, value=r.val, unique=True, expires_ns=r.expiration,
+            now_ns=self.clock(),
+        )
+
+    def _delete(self, r: Request) -> Applied:
+        if r.prev_index or r.prev_value:
+            return self._store.compare_and_delete(
+                r.path, prev_value=r.prev_value, prev_index=r.prev_index, now_ns=self.clock()
+            )
+        return self._store.delete(
+            r.path, dir=r.dir, recursive=r.recursive, now_ns=self.clock()
+        )
+
+    def _get(self, r: Request) -> Applied:
+        return self._store.get(r.path, recursive=r.recursive, now_ns=self.clock())
+
+    def _sync(self, r: Request) -> Applied:
+        self._store.delete_expired(r.time)
+        return None
+
+    def _note_cluster(self, r: Request) -> bool:
+        """A member publishes itself, or the version is set; False if the store stays as it is."""
+        match = _ATTRIBUTES_PATH.fullmatch(r.path)
+        if match is not None:
+            return self._note_attributes(int(match.group(1), 16), r.val)
+        if r.path == "/0/version":
+            if not _VERSION_VALUE.fullmatch(r.val):
+                log = package_logger("etcdserver")
+                log.error("ignored a cluster version that is none: %s", r.val)
+                return False            # etcd ends here
+            self._cluster.set_version(r.val)
+        return True
+
+    def _note_attributes(self, id: int, value: str) -> bool:
+        if not self._cluster.is_known(id):
+            if not self._cluster.is_removed(id):    # etcd ends here; the store alone is harmless
+                package_logger("etcdserver").warning(
+                    "ignored the attributes of unknown member %s", format_id(id)
+                )
+            return False
+        try:
+            member = parse_member(utf8(value), id)
+        except CodecError as error:     # etcd ends here
+            package_logger("etcdserver").error("ignored attributes: %s", error)
+            return False
+        self._cluster.update_attributes(member)
+        return True
+
+    def apply_conf_change(self, change: ConfChange) -> Optional[MemberError]:
+        """Change the cluster, or return why not; then Raft must not change either."""
+        try:
+            self._change_cluster(change)
+        except MemberError as error:
+            return error.with_traceback(None)       # whose frames hold what this goes to
+        except (CodecError, EtcdError) as error:        # etcd ends here
+            package_logger("etcdserver").error("ignored a change of members: %s", error)
+            return UnknownChange()
+        return None
+
+    def _change_cluster(self, change: ConfChange) -> None:
+        member = self._cluster.validate_change(change)
+        now_ns = self.clock()
+        if member is None:
+            self._cluster.remove(change.node_id, now_ns=now_ns)
+        elif change.type == ConfChangeType.UPDATE_NODE:
+            self._cluster.update_raft_attributes(
+                change.node_id, member.peer_urls, now_ns=now_ns
+            )
+        else:
+            self._cluster.add(member, now_ns=now_ns)
+
+
+_METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
+    "PUT": Applier._put,
+    "POST": Applier._post,
+    "DELETE": Applier._delete,
+    "QGET": Applier._get,
+    "SYNC": Applier._sync,
+}
+
+
+# -- what a peer may have in the log -------------------------------------------
+
+
+def read_command(data: Buffer) -> Optional[Request]:
+    """Return decode_request(data) as UTF-8, its path clean, as etcd's store makes it.
+
+    Raises CodecError.
+    """
+    request = decode_request(data)
+    if request is None:
+        return None
+    request = request.as_unicode()
+    path = clean_path(request.path)
+    return request if path == request.path else request._replace(path=path)
+
+
+def read_change(entry: Entry) -> ConfChange:
+    """Return what an entry changes; nobody, if it is garbage from before check_entry()."""
+    try:
+        return decode_conf_change(entry.data)
+    except CodecError as error:         # etcd ends here
+        package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
+        return ConfChange(type=-1)
+
+
+def check_entry(entry: Entry) -> None:
+    """Raise CodecError for an entry whose application would fail here, or at the next start.
+
+    The command of a normal entry stays in entry.request, so that it is decoded once.
+    """
+    if entry.type == EntryType.CONF_CHANGE:
+        _check_change(entry.data)
+    elif entry.type:
+        raise CodecError(f"an entry of unknown type {entry.type}")
+    elif entry.data:
+        request = entry.request = read_command(entry.data)
+        if request is not None and not request.path.startswith("/1/"):
+            _check_own_path(request)
+        if request is not None and len(request.path) > _PATH_CHARS_CHEAP:
+            if len(request.path) * request.path.count("/") > PATH_COST_MAX:
+                raise CodecError(f"a key of {request.path.count('/')} path elements")
+
+
+_PATH_CHARS_CHEAP = 4_096               # the key of a peer that no part of which can be costly
+
+
+def _check_own_path(request: Request) -> None:
+    """Below /0 only what members publish may be written."""
+    path, value = request.path, request.val
+    if request.method == "QGET" or not (path + "/").startswith("/0/"):
+        return
+    if request.method == "PUT" and _ATTRIBUTES_PATH.fullmatch(path):
+        return
+    if request.method != "PUT" or path != "/0/version":
+        raise CodecError(f"a {request.method} of {path[:100]}, which belongs to the cluster")
+    if _VERSION_VALUE.fullmatch(value) and version_key(value) > version_key(SERVER_VERSION):
+        raise CodecError(f"cluster version {value} is newer than this program")
+
+
+def _check_change(data: bytes) -> None:
+    change = decode_conf_change(data)
+    if not data or not change.node_id:
+        raise CodecError("a change of no member")
+    if change.type in (ConfChangeType.ADD_NODE, ConfChangeType.UPDATE_NODE):
+        context = change.context or b"{}"
+        parse_member(context, change.node_id)
+        if load_json(context).get("id", change.node_id) != change.node_id:
+            raise CodecError(f"a change of member {change.node_id:x} that speaks of another one")

@@ -1,0 +1,380 @@
+"""The cluster: who the members are.
+
+Members stand in the store below /0, as in etcd.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+
+from ..base.errors import (
+    CodecError,
+    InvariantError,
+    MemberExists,
+    MemberNotFound,
+    MemberRemoved,
+    NotEnoughStarted,
+    PeerUrlExists,
+    UnknownChange,
+)
+from ..base.ids import package_logger
+from ..base.limits import SERVER_VERSION
+from ..base.messages import ConfChange, ConfChangeType
+from ..base.text import as_unicode, go_quote, json_text, load_json, utf8
+from ..base.urls import check_url
+from ..store.tree import Store
+
+_KNOWN_CHANGES = frozenset(map(int, ConfChangeType))
+FEATURE_PRE_VOTE = "prevote"        # answers MsgPreVote (3.x)
+FEATURE_READ_INDEX = "readindex"    # answers MsgReadIndex, returns the context of heartbeats
+FEATURES = (FEATURE_PRE_VOTE, FEATURE_READ_INDEX)   # what this program publishes as a member
+
+
+class Member(NamedTuple):
+    """One member as the cluster knows it; peer_urls are sorted."""
+
+    id: int
+    peer_urls: Tuple[str, ...]
+    name: str = ""                      # "" until it has published itself
+    client_urls: Tuple[str, ...] = ()
+    features: Tuple[str, ...] = ()      # beyond etcd 2.3; published, and ignored by etcd
+
+    @property
+    def started(self) -> bool:
+        """True once it has told its name."""
+        return bool(self.name)
+
+    def context_json(self) -> str:
+        """Its form in conf changes and in the peers' /members: decimal id, empty parts left out."""
+        fields: Dict[str, Any] = {"id": self.id, "peerURLs": self.peer_urls}
+        if self.name:
+            fields["name"] = self.name
+        if self.client_urls:
+            fields["clientURLs"] = self.client_urls
+        return json_text(fields)
+
+    def client_json(self) -> str:
+        """Its form in /v2/members: hexadecimal id, all parts."""
+        return json_text({
+            "id": format_id(self.id), "name": self.name, "peerURLs": self.peer_urls,
+            "clientURLs": self.client_urls,
+        })
+
+    def attributes_json(self) -> str:
+        """The value of /0/members/<id>/attributes."""
+        fields = {"name": self.name, "clientURLs": self.client_urls}
+        if self.features:
+            fields["features"] = self.features
+        return json_text(fields)
+
+    def raft_attributes_json(self) -> str:
+        """The value of /0/members/<id>/raftAttributes."""
+        return json_text({"peerURLs": self.peer_urls})
+
+
+def format_id(id: int) -> str:
+    """Return the hexadecimal text of a member or cluster id; etcd does not pad it."""
+    return f"{id:x}"
+
+
+def _hash_id(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha1(data).digest()[:8], "big")
+
+
+def member_id(peer_urls: Iterable[str], token: str, unix_s: Optional[int] = None) -> int:
+    """Return the id of a member: SHA-1 of its peer URLs and the cluster token.
+
+    With `discovery` the token is the whole discovery URL.  unix_s: the time when a member is
+    added at run time; the token is empty then.  Source: etcd 2.3 etcdserver/member.go.
+    """
+    time_text = "" if unix_s is None else str(unix_s)
+    return _hash_id(utf8("".join(sorted(peer_urls)) + token + time_text))
+
+
+def cluster_id(member_ids: Iterable[int]) -> int:
+    """Return the id of a cluster: SHA-1 of its initial members' ids, ascending."""
+    return _hash_id(b"".join(id.to_bytes(8, "big") for id in sorted(member_ids)))
+
+
+def parse_initial_cluster(text: str, *, nameless: bool = False) -> Dict[str, Tuple[str, ...]]:
+    """Return name -> sorted peer URLs of `name=url,name=url`; a name may repeat.
+
+    nameless  take `=url` too: a member of a running cluster has no name before its first start.
+              Each gets `=url` for a name, which no member can have
+
+    Raises ValueError with etcd's words.
+    """
+    urls: Dict[str, List[str]] = {}
+    for piece in filter(None, (part.strip() for part in text.split(","))):
+        name, _, url = piece.partition("=")
+        if not url:
+            raise ValueError(f"Empty URL given for {go_quote(name)} in {piece!r}: write name=url")
+        if not name and not nameless:
+            raise ValueError(f"Empty name given for {url} in {piece!r}: write name=url; perhaps a"
+                             f" variable was empty")
+        urls.setdefault(name or piece, []).append(check_url(url))
+    return {name: tuple(sorted(found)) for name, found in urls.items()}
+
+
+def format_initial_cluster(initial: Mapping[str, Iterable[str]]) -> str:
+    """Return the text form: all name=url pairs sorted, joined by commas."""
+    return ",".join(sorted(
+        f"{name.partition('=')[0]}={url}" for name, urls in initial.items() for url in urls
+    ))
+
+
+class Cluster:
+    """The members, kept below /0 of the store, where every member has the same ones.
+
+    Changed only by applied entries and by snapshots.  Until the first of them, the members are
+    those of the flags.  Thread: reactor.  Source: etcd 2.3 etcdserver/cluster.go.
+    """
+
+    def __init__(self, token: str = "", store: Optional[Store] = None) -> None:
+        self.token = token
+        self.id = 0
+        self.local_id = 0                           # whose lines say "local member"
+        self.members: Dict[int, Member] = {}
+        self.removed: Set[int] = set()              # ids that can never come back
+        self.version: Optional[str] = None          # "2.3.0"; None: not decided yet
+        self._store = store
+
+    @classmethod
+    def from_initial(cls, token: str, initial: Mapping[str, Sequence[str]]) -> Cluster:
+        """Return a new cluster of the members in `initial`.  Raises ValueError if ids collide."""
+        cluster = cls(token)
+        for name, urls in initial.items():
+            id = member_id(urls, token)
+            if id in cluster.members or not id:
+                raise ValueError(f"member exists with identical ID {format_id(id)}")
+            cluster.members[id] = Member(id, tuple(sorted(urls)), name)
+        cluster.id = cluster_id(cluster.members)
+        return cluster
+
+    def set_store(self, store: Store) -> None:
+        """Tell which store the changes go to."""
+        self._store = store
+
+    @property
+    def store(self) -> Store:
+        """The store."""
+        if self._store is None:
+            raise InvariantError("a cluster without a store cannot change")
+        return self._store
+
+    def recover(self) -> None:
+        """Read everything from the store again: a snapshot has replaced it."""
+        store = self.store
+        self.members = {}
+        for name in self._ids("/0/members"):
+            member = self._read_member(name)
+            self.members[member.id] = member
+        self.removed = {int(name, 16) for name in self._ids("/0/removed_members")}
+        self.version = store.value("/0/version")
+        if self.version:
+            self._check_version(self.version)
+        for member in sorted(self.members.values()):
+            package_logger("etcdserver").info(
+                "added %smember %s [%s] to cluster %s from store", self._local(member.id),
+                format_id(member.id), " ".join(member.peer_urls), format_id(self.id),
+            )
+        if self.version:
+            package_logger("etcdserver").info(
+                "set the cluster version to %s from store", self.version.rpartition(".")[0]
+            )
+
+    def _ids(self, path: str) -> List[str]:
+        """The names below `path` that are ids; nothing else belongs there."""
+        children = self.store.children(path)
+        return [name for name, _ in children if re.fullmatch("[0-9a-f]{1,16}", name)]
+
+    def _read_member(self, name: str) -> Member:
+        path = f"/0/members/{name}"
+        id = int(name, 16)
+        parts = (self.store.value(path + "/raftAttributes"), self.store.value(path + "/attributes"))
+        try:
+            raft, attributes = (parse_member(utf8(part or "{}"), id) for part in parts)
+        except CodecError as error:
+            package_logger("etcdserver").error("member %s is damaged: %s", name, error)
+            return Member(id, ())
+        return attributes._replace(peer_urls=raft.peer_urls)
+
+    def all_have(self, feature: str) -> bool:
+        """True if every member has published that it has `feature`."""
+        return all(feature in member.features for member in self.members.values())
+
+    def member_by_name(self, name: str) -> Optional[Member]:
+        """Return the member of that name, or None."""
+        return next((m for m in self.members.values() if m.name == name), None)
+
+    def is_removed(self, id: int) -> bool:
+        """Tell whether this id was a member once and was removed."""
+        return id in self.removed
+
+    def is_known(self, id: int) -> bool:
+        """Tell whether the addition of this member is applied.
+
+        The store decides, the same everywhere; `members` also holds those of the flags.
+        """
+        return bool(self.store.children(f"/0/members/{format_id(id)}"))
+
+    def client_urls(self) -> List[str]:
+        """Return the client URLs of all members."""
+        return [url for member in self.members.values() for url in member.client_urls]
+
+    def peer_urls(self) -> List[str]:
+        """Return the peer URLs of all members."""
+        return [url for member in self.members.values() for url in member.peer_urls]
+
+    # -- changes -----------------------------------------------------------
+
+    def validate_change(self, change: ConfChange) -> Optional[Member]:
+        """Return the member that an add or update speaks of.  Raises MemberError.
+
+        Decided by the applied state alone, so every member decides alike.
+        """
+        id = change.node_id
+        if change.type not in _KNOWN_CHANGES:
+            raise UnknownChange()       # of a newer etcd; 2.3 ends here
+        if id in self.removed:
+            raise MemberRemoved()
+        known = self.is_known(id)
+        adds = change.type in (ConfChangeType.ADD_NODE, ConfChangeType.ADD_LEARNER)
+        if adds and known:
+            raise MemberExists()
+        if not adds and not known:
+            raise MemberNotFound()
+        if change.type == ConfChangeType.REMOVE_NODE:
+            return None
+        member = parse_member(change.context or b"{}", id)
+        for other in self._ids("/0/members"):
+            if int(other, 16) != id:
+                if set(self._read_member(other).peer_urls) & set(member.peer_urls):
+                    raise PeerUrlExists()
+        return member
+
+    def add(self, member: Member, *, now_ns: int = 0) -> None:
+        """Apply: a member joins.  One store index."""
+        path = f"/0/members/{format_id(member.id)}/raftAttributes"
+        self.store.create(path, value=member.raft_attributes_json(), now_ns=now_ns)
+        if not member.name and member.id in self.members:
+            member = self.members[member.id]._replace(peer_urls=member.peer_urls)
+        self.members[member.id] = member
+        self._log("added", member.id, " ".join(member.peer_urls), "to")
+
+    def remove(self, id: int, *, now_ns: int = 0) -> None:
+        """Apply: a member leaves for ever.  Two store indexes."""
+        path = f"/0/members/{format_id(id)}"
+        self.store.delete(path, dir=True, recursive=True, now_ns=now_ns)
+        self.store.create(f"/0/removed_members/{format_id(id)}", now_ns=now_ns)
+        self.members.pop(id, None)
+        self.removed.add(id)
+        package_logger("etcdserver").info(
+            "removed member %s from cluster %s", format_id(id), format_id(self.id)
+        )
+
+    def update_raft_attributes(
+        self, id: int, peer_urls: Sequence[str], *, now_ns: int = 0
+    ) -> None:
+        """Apply: a member has new peer URLs.  One store index."""
+        member = self.members[id]._replace(peer_urls=tuple(peer_urls))
+        path = f"/0/members/{format_id(id)}/raftAttributes"
+        self.store.update(path, value=member.raft_attributes_json(), now_ns=now_ns)
+        self.members[id] = member
+        self._log("update", id, " ".join(member.peer_urls), "in")
+
+    def update_attributes(self, published: Member) -> None:
+        """Apply: a member has published itself (the store is written by the Applier)."""
+        known = self.members.get(published.id) or published
+        self.members[published.id] = published._replace(peer_urls=known.peer_urls)
+
+    def set_version(self, version: str) -> None:
+        """Apply: the cluster version (the store is written by the Applier).
+
+        Raises InvariantError if this program is older than the cluster.
+        """
+        self._check_version(version)
+        log, short = package_logger("etcdserver"), version.rpartition(".")[0]
+        if self.version is None:
+            log.info("set the initial cluster version to %s", short)
+        elif self.version != version:
+            log.info(
+                "updated the cluster version from %s to %s", self.version.rpartition(".")[0], short
+            )
+        self.version = version
+
+    @staticmethod
+    def _check_version(version: str) -> None:
+        if version_key(version) > version_key(SERVER_VERSION):
+            raise InvariantError(
+                f"cluster cannot be downgraded (current version: {SERVER_VERSION} is lower than"
+                f" determined cluster version: {version.rpartition('.')[0]}). Run a program that"
+                " is at least as new as the cluster"
+            )
+
+    # -- strict reconfiguration check ----------------------------------------
+
+    def check_strict(self, change_type: ConfChangeType, id: int) -> None:
+        """Raise NotEnoughStarted if a change could leave too few started members for a quorum."""
+        if change_type == ConfChangeType.ADD_NODE:
+            self.check_strict_add()
+        elif change_type == ConfChangeType.REMOVE_NODE:
+            self.check_strict_remove(id)
+
+    def check_strict_add(self) -> None:
+        """Raise NotEnoughStarted if one more member would leave too few started for a quorum."""
+        started = sum(member.started for member in self.members.values())
+        size = len(self.members) + 1
+        if not (started == 1 and size == 2):    # a cluster of one must be able to grow
+            self._check_started("add", started, size)
+
+    def check_strict_remove(self, id: int) -> None:
+        """Raise NotEnoughStarted if the rest would have too few started for a quorum."""
+        rest = [member for member in self.members.values() if member.id != id]
+        self._check_started("remove", sum(member.started for member in rest), len(rest))
+
+    @staticmethod
+    def _check_started(what: str, started: int, size: int) -> None:
+        if started < size // 2 + 1:
+            package_logger("etcdserver").warning(
+                "Reject %s member request: the number of started member (%d) will be less than"
+                " the quorum number of the cluster (%d)", what, started, size // 2 + 1,
+            )
+            raise NotEnoughStarted({"add": "adding", "remove": "removing"}[what], started, size)
+
+    def _local(self, id: int) -> str:
+        return "local " if id == self.local_id else ""
+
+    def _log(self, verb: str, id: int, urls: str, preposition: str) -> None:
+        package_logger("etcdserver").info(
+            "%s %smember %s [%s] %s cluster %s", verb, self._local(id), format_id(id), urls,
+            preposition, format_id(self.id),
+        )
+
+
+def version_key(version: str) -> Tuple[int, int]:
+    """Return (major, minor) of `a.b.c`.  Raises ValueError."""
+    major, minor, _ = version.split(".", 2)
+    return int(major), int(minor)
+
+
+def parse_member(context: bytes, id: int) -> Member:
+    """Return the member in a conf change's context; parts that are missing are empty.
+
+    Raises CodecError.
+    """
+    try:
+        fields = load_json(context)
+        urls, clients = fields.get("peerURLs") or (), fields.get("clientURLs") or ()
+        name, features = fields.get("name") or "", fields.get("features") or ()
+        texts = [as_unicode(str(text)) for text in (name, *urls, *clients, *features)]
+        first_client = 1 + len(urls)
+        first_feature = first_client + len(clients)
+        return Member(
+            id, tuple(sorted(texts[1:first_client])), texts[0],
+            tuple(texts[first_client:first_feature]), tuple(texts[first_feature:]),
+        )
+    except (ValueError, AttributeError, TypeError):
+        raise CodecError(f"the context of a change is not a member: {context!r}") from None

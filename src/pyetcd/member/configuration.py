@@ -1,0 +1,86 @@
+"""What a member is started with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional, Sequence, Tuple
+
+from ..base.basics import TlsFiles
+from ..base.limits import (
+    DEFAULT_CLIENT_URLS,
+    DEFAULT_CLUSTER_TOKEN,
+    DEFAULT_ELECTION_MS,
+    DEFAULT_HEARTBEAT_MS,
+    DEFAULT_NAME,
+    DEFAULT_PEER_URLS,
+    DEFAULT_SNAPSHOT_COUNT,
+    DEFAULT_SNAPSHOTS_KEPT,
+    DEFAULT_WALS_KEPT,
+    HISTORY_EVENTS_MAX,
+    SEGMENT_BYTES_MAX,
+)
+from ..base.messages import Entry, Snapshot
+from ..disk.records import WalContents
+from ..disk.snapshots import DataDir, Snapshotter
+from ..disk.wal import Wal
+from ..net.tls import TlsContext
+from ..store.tree import Store
+from .cluster import Cluster, Member
+
+
+class ServerConfig(NamedTuple):
+    """Everything a member is told; frozen after start.  URLs are checked; times in ms."""
+
+    name: str = DEFAULT_NAME
+    data_dir: str = ""                  # "": <name>.etcd in the working directory
+    wal_dir: str = ""                   # "": <data_dir>/member/wal
+    snapshot_count: int = DEFAULT_SNAPSHOT_COUNT
+    heartbeat_ms: int = DEFAULT_HEARTBEAT_MS
+    election_ms: int = DEFAULT_ELECTION_MS
+    max_snapshots: int = DEFAULT_SNAPSHOTS_KEPT
+    max_wals: int = DEFAULT_WALS_KEPT
+    segment_bytes: int = SEGMENT_BYTES_MAX
+    initial_cluster: str = ""           # "": this member alone
+    initial_cluster_token: str = DEFAULT_CLUSTER_TOKEN
+    initial_cluster_state: str = "new"
+    force_new_cluster: bool = False
+    listen_client_urls: Tuple[str, ...] = tuple(DEFAULT_CLIENT_URLS.split(","))
+    listen_peer_urls: Tuple[str, ...] = tuple(DEFAULT_PEER_URLS.split(","))
+    advertise_client_urls: Tuple[str, ...] = tuple(DEFAULT_CLIENT_URLS.split(","))
+    initial_advertise_peer_urls: Tuple[str, ...] = tuple(DEFAULT_PEER_URLS.split(","))
+    discovery: str = ""
+    discovery_fallback: str = "proxy"
+    discovery_proxy: str = ""
+    discovery_srv: str = ""
+    strict_reconfig_check: bool = True
+    history_events: int = HISTORY_EVENTS_MAX
+    cors: Tuple[str, ...] = ()
+    client_tls: TlsFiles = TlsFiles()
+    peer_tls: TlsFiles = TlsFiles()
+    proxy: str = "off"                  # `on` or `readonly`: no member, see section Proxy
+    proxy_failure_wait_ms: int = 5000
+    proxy_refresh_interval_ms: int = 30_000
+    proxy_dial_timeout_ms: int = 1000   # this and the next two: 0 is no limit
+    proxy_write_timeout_ms: int = 5000
+    proxy_read_timeout_ms: int = 0
+    debug: bool = False
+
+    @property
+    def request_timeout_s(self) -> float:
+        """How long a client waits for a commit: 5 s and two elections (etcd 2.3)."""
+        return 5.0 + 2 * self.election_ms / 1000
+
+
+class Bootstrap(NamedTuple):
+    """What bootstrap found or made on disk: all a member needs to start."""
+
+    data_dir: DataDir
+    member_id: int
+    cluster: Cluster
+    store: Store
+    wal: Wal
+    snapshotter: Snapshotter
+    contents: WalContents               # empty hard state and entries for a new member
+    snapshot: Optional[Snapshot]        # already recovered into store and cluster; data dropped
+    bootstrap_entries: Sequence[Entry] = ()     # of a new cluster, not yet on disk
+    remotes: Sequence[Member] = ()      # members of the existing cluster that we join
+    peer_tls: Optional[TlsContext] = None       # as client of other members

@@ -1,0 +1,300 @@
+"""The journal: batches on their way to the disk, in order.
+
+Threads: the reactor's, and its own, `wal`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import contextlib
+import functools
+import itertools
+import queue
+import threading
+from typing import Callable, Deque, List, NamedTuple, Optional, Sequence, Tuple
+
+from ..base.basics import _nothing
+from ..base.errors import DiskFull
+from ..base.ids import package_logger
+from ..base.messages import Entry, EntryID, HardState, Message, Snapshot
+from ..disk.snapshots import Snapshotter
+from ..disk.wal import Cut, Wal
+from ..net.reactor import Reactor
+from ..raft.log import Mark
+from ..raft.node import Ready
+from .statistics import Histogram, exponential_bounds
+
+
+class Batch:
+    """What one visit to the disk makes durable, and what may be said only after it."""
+
+    __slots__ = ("hard_state", "entries", "snapshot", "must_sync", "held", "mark")
+
+    def __init__(self) -> None:
+        self.hard_state: Optional[HardState] = None
+        self.entries: List[Entry] = []
+        self.snapshot: Optional[Snapshot] = None    # received from the leader; before entries
+        self.must_sync = False
+        self.held: List[Message] = []
+        self.mark: Optional[Mark] = None
+
+
+class WalJob(NamedTuple):
+    """One visit to the disk, in this order; empty parts are left out.
+
+    A snapshot's file is complete before anything behind it is written: after a crash between
+    the two, the log still fits the snapshot before.
+    """
+
+    record: bytes                       # of the snapshot
+    snapshot: Optional[Snapshot]        # its file
+    data: bytes                         # frames to append
+    cut: Optional[Cut]
+    release_to: int                     # unlock segments before this index; 0: none
+    done: Callable[[], None]            # called on the reactor when all of it is durable
+
+
+class WalWriter:
+    """The wal thread: one write and one fdatasync per job.
+
+    A failure is final: nobody knows which bytes are on disk, so no later job is touched and
+    nothing is acknowledged any more.  A full disk is no failure: the step that met it has left
+    nothing, and is repeated until there is space.
+    """
+
+    FULL_SECONDS = 0.25                 # between two tries while the disk is full
+
+    def __init__(
+        self, wal: Wal, snapshotter: Snapshotter, reactor: Reactor, *,
+        failed: Callable[[BaseException], None], full: Callable[[str], None],
+    ) -> None:
+        self._wal = wal
+        self._snapshotter = snapshotter
+        self._reactor = reactor
+        self._failed = failed
+        self._full = full               # called on the reactor: with why, and with "" when over
+        self._is_full = False
+        self._jobs: queue.SimpleQueue[Optional[WalJob]] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="wal", daemon=True)
+        self.sync_durations = Histogram(exponential_bounds(0.001, 14))  # write and fdatasync, s
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, job: WalJob) -> None:
+        """Queue one visit.  Thread: reactor."""
+        self._jobs.put(job)
+
+    def stop(self) -> None:
+        """Finish the queued jobs if there is space, close the files, end the thread.
+
+        Blocks for the last sync.
+        """
+        self._stopping.set()
+        self._jobs.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+        self._wal.close()               # if the thread never ran
+
+    def _run(self) -> None:
+        try:
+            with contextlib.closing(self._wal):
+                while True:
+                    job = self._jobs.get()
+                    if job is None or not self._do(job):
+                        return
+                    self._reactor.call_soon_threadsafe(job.done)
+        except Exception as error:
+            package_logger("wal").critical("the write-ahead log failed: %s", error, exc_info=True)
+            self._reactor.call_soon_threadsafe(self._failed, error)
+
+    def _do(self, job: WalJob) -> bool:
+        """Do all of a job, however long it takes; False: given up, as the disk stayed full."""
+        for step in self._steps(job):
+            while not self._try(step):
+                if self._stopping.wait(self.FULL_SECONDS):
+                    return False
+        return True
+
+    def _steps(self, job: WalJob) -> List[Callable[[], None]]:
+        """What is to be done, in order; each leaves nothing behind when the disk is full."""
+        steps: List[Callable[[], None]] = []
+        if job.record:
+            steps.append(functools.partial(self._wal.write, job.record, sync=True))
+        if job.snapshot is not None:
+            steps.append(functools.partial(self._snapshotter.save, job.snapshot))
+        if job.data:
+            steps.append(functools.partial(self._write, job.data))
+        if job.cut is not None:
+            steps.append(functools.partial(self._wal.cut, job.cut))
+        if job.release_to:
+            steps.append(functools.partial(self._wal.release_to, job.release_to))
+        return steps
+
+    def _write(self, data: bytes) -> None:
+        now = self._reactor.now
+        started = now()
+        self._wal.write(data, sync=True)
+        self.sync_durations.observe(now() - started)
+
+    def _try(self, step: Callable[[], None]) -> bool:
+        """Do a step; False if the disk is full.  The reactor is told when that changes."""
+        try:
+            step()
+        except DiskFull as error:
+            if not self._is_full:
+                self._is_full = True
+                self._reactor.call_soon_threadsafe(self._full, str(error))
+            return False
+        if self._is_full:
+            self._is_full = False
+            self._reactor.call_soon_threadsafe(self._full, "")
+        return True
+
+
+COMMIT_NEWS_SECONDS = 0.001         # a new commit index waits for entries to travel with
+WORK_ENTRIES_MAX = 400              # of the log, applied in one turn: 10 ms
+WORK_BYTES_MAX = 1 << 19            # of entries encoded, and of those applied, in one turn: 3 ms
+
+
+def first_entries(entries: Sequence[Entry], bytes_max: int) -> int:
+    """Return how many of `entries` have `bytes_max` of data together, or more with the last one."""
+    sizes = [len(entry.data) for entry in entries]
+    if sum(sizes) <= bytes_max:
+        return len(entries)
+    return bisect.bisect_left(list(itertools.accumulate(sizes)), bytes_max) + 1
+
+
+class Journal:
+    """What must reach the disk, in batches: while one is written the next one gathers.
+
+    A batch becomes durable as a whole; then `durable` is called with it, which may send what
+    was held back, and count entries.  Thread: reactor.
+    """
+
+    def __init__(
+        self, wal: Wal, writer: WalWriter, hard_state: HardState,
+        durable: Callable[[Batch], None],
+    ) -> None:
+        self.writer = writer
+        self.durable_commit = hard_state.commit     # commit index that a crash cannot take back
+        self.busy = False                           # the writer has a job of ours
+        self.visits = 0                             # jobs that it was given
+        self.batch_entries = Histogram(exponential_bounds(1, 14))   # in one visit
+        self._wal = wal
+        self._durable = durable
+        self._batch = Batch()
+        self._waiting: Deque[Batch] = collections.deque()   # complete ones, before _batch
+        self._long: Optional[Batch] = None                  # its first entries are written
+        self._release_to = 0
+        self._record: Optional[Tuple[EntryID, Callable[[], None]]] = None   # waits for the writer
+
+    @property
+    def is_encoding(self) -> bool:
+        """True if the rest of a long batch waits for submit() in the next turn."""
+        return self._long is not None
+
+    def add(self, ready: Ready) -> None:
+        """Note what a Ready wants to be written, and what it holds back."""
+        batch = self._batch
+        if ready.snapshot is not None:
+            if batch.entries or batch.held or batch.snapshot:
+                self._waiting.append(batch)
+                self._batch = batch = Batch()
+            batch.snapshot = ready.snapshot
+        if ready.hard_state is not None:
+            batch.hard_state = ready.hard_state
+        batch.entries += ready.entries
+        batch.must_sync = batch.must_sync or ready.must_sync
+        batch.held += ready.held
+        batch.mark = ready.mark
+
+    def sync_commit(self, state: HardState) -> None:
+        """Have the disk know this commit index soon; durable_commit tells when it does."""
+        self._batch.hard_state = state
+        self._batch.must_sync = True
+        if self._batch.mark is None:
+            self._batch.mark = Mark(0, -1)          # stands for no entries
+        self.submit()
+
+    def submit(self) -> None:
+        """Give the writer the next batch if it has none; a commit index alone waits for company."""
+        if self._long is not None:
+            self._write(self._long)
+        if self._record is not None and not self.busy:
+            self._write_record(*self._record)
+        while not self.busy:
+            batch = self._waiting.popleft() if self._waiting else self._batch
+            if batch is self._batch:
+                if batch.mark is None or not (batch.must_sync or batch.held):
+                    return
+                self._batch = Batch()
+            if batch.must_sync:
+                self._write(batch)
+                return
+            if self._batch.hard_state is None:      # it travels with the next one that syncs
+                self._batch.hard_state = batch.hard_state
+            batch.hard_state = None
+            self._durable(batch)
+
+    def record_snapshot(self, snapshot_id: EntryID, done: Callable[[], None]) -> None:
+        """Write that a snapshot file of ours will follow, before the next batch; then done()."""
+        self._record = (snapshot_id, done)
+        self.submit()
+
+    def _write_record(self, snapshot_id: EntryID, done: Callable[[], None]) -> None:
+        def written() -> None:
+            self.busy = False
+            done()
+
+        self._record = None
+        record = self._wal.encode_snapshot(snapshot_id)
+        self._visit(WalJob(record, None, b"", None, 0, written))
+
+    def release(self, index: int) -> None:
+        """Unlock the segments that only hold entries before `index`, with the next batch."""
+        self._release_to = index
+
+    def close(self) -> None:
+        """Write what still waits, and end the writer.  Blocks for the last sync."""
+        long = () if self._long is None else (self._long,)
+        for batch in (*long, *self._waiting, self._batch):
+            self.writer.submit(self._job(batch, _nothing))
+        self.writer.stop()
+
+    def _write(self, batch: Batch) -> None:
+        """Write a batch; of a long one only some entries, while the next turn encodes more."""
+        count, self._long = first_entries(batch.entries, WORK_BYTES_MAX), None
+        count = min(count, WORK_ENTRIES_MAX)
+        self.batch_entries.observe(count)
+        if count < len(batch.entries) and batch.snapshot is None:
+            data, self._long = self._wal.encode(None, batch.entries[:count]), batch
+            del batch.entries[:count]
+            self._visit(WalJob(b"", None, data, None, 0, _nothing))
+            return
+
+        def written() -> None:
+            self.busy = False
+            if batch.hard_state is not None:
+                self.durable_commit = batch.hard_state.commit
+            self._durable(batch)
+
+        self._visit(self._job(batch, written))
+
+    def _visit(self, job: WalJob) -> None:
+        self.busy = True
+        self.visits += 1
+        self.writer.submit(job)
+
+    def _job(self, batch: Batch, done: Callable[[], None]) -> WalJob:
+        record = b""
+        if batch.snapshot is not None:
+            record = self._wal.encode_snapshot(EntryID(batch.snapshot.term, batch.snapshot.index))
+        data = self._wal.encode(batch.hard_state, batch.entries)
+        release_to, self._release_to = self._release_to, 0
+        is_full = self._wal.segment_full(after_snapshot=release_to > 0)
+        cut = self._wal.encode_cut() if is_full else None
+        return WalJob(record, batch.snapshot, data, cut, release_to, done)

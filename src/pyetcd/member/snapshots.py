@@ -1,0 +1,236 @@
+"""Snapshots of the store: written in slices, kept, and compacted behind."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Iterator, List, Optional, Tuple
+
+from ..base.basics import _nothing
+from ..base.checksums import CRC_BLOCK_BYTES, crc32c
+from ..base.codec import encode_snapshot_around
+from ..base.errors import DiskFull
+from ..base.ids import package_logger
+from ..base.limits import PURGE_SECONDS, SNAPSHOT_CATCHUP_ENTRIES
+from ..base.messages import EntryID, Snapshot
+from ..disk.snapshots import SnapshotFile, Snapshotter
+from ..net.reactor import Reactor
+from ..net.workers import FILE_WORK, WorkersBusy
+from ..store.tree import Store
+from .journal import Journal
+from .statistics import Histogram, exponential_bounds
+
+
+class SnapshotJob:
+    """Writing the store to a snapshot file, in slices between other work (DESIGN §3)."""
+
+    SLICE_S = 0.002
+
+    def __init__(
+        self, store: Store, snapshot_id: EntryID, voters: Tuple[int, ...],
+        now: Callable[[], float],
+    ) -> None:
+        self.id = snapshot_id
+        self.etcd_index = store.current_index
+        self.done: Optional[SnapshotFile] = None
+        self.started = now()            # monotonic
+        self.work_seconds = 0.0         # of all slices
+        self.walked_bytes = 0           # so far, of the store's JSON
+        self._voters = voters
+        self._now = now
+        self._walk = store.snapshot_chunks()
+        self._steps = self._run()
+
+    def begin(self) -> None:
+        """Take the first step, which fixes the state that is walked."""
+        next(self._steps, None)
+
+    def work(self) -> None:
+        """Go on for a few milliseconds; in the end `done` is the file to write."""
+        started = self._now()
+        for _ in self._steps:
+            if self._now() >= started + self.SLICE_S:
+                break
+        self.work_seconds += self._now() - started
+
+    def _run(self) -> Iterator[None]:
+        """Walk, then sum: on a thread, the checksum would take the reactor's turns away."""
+        pieces: List[bytes] = []
+        for chunk in self._walk:
+            pieces.append(chunk)
+            self.walked_bytes += len(chunk)
+            yield
+        before, after = encode_snapshot_around(sum(map(len, pieces)), self._voters, self.id)
+        pieces = [before, *pieces, after]
+        crc = 0
+        for piece in pieces:
+            for offset in range(0, len(piece), CRC_BLOCK_BYTES):
+                crc = crc32c(memoryview(piece)[offset:offset + CRC_BLOCK_BYTES], crc)
+                yield
+        self.done = SnapshotFile(self.id, pieces, sum(map(len, pieces)), crc)
+
+    def cancel(self) -> None:
+        """Give the walk up: the store is replaced under it."""
+        self._walk.close()
+
+
+Taker = Callable[[SnapshotFile, int], None]     # gets a snapshot and the store's index in it
+
+
+SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms, however often; above, see is_due
+
+
+class SnapshotKeeper:
+    """When to write a snapshot, how, and which one a follower gets.  Thread: reactor."""
+
+    def __init__(
+        self, reactor: Reactor, journal: Journal, snapshotter: Snapshotter, index: int,
+        nodes: int, failed: Callable[[BaseException], None],
+    ) -> None:
+        self.index = index                          # of the newest snapshot file
+        self.nodes = nodes                          # in it
+        self.snapshotter = snapshotter
+        self.work_durations = Histogram(exponential_bounds(0.001, 14))  # of the reactor, s
+        self.save_durations = Histogram(exponential_bounds(0.001, 14))  # from begin to file, s
+        self._reactor = reactor
+        self._journal = journal
+        self._failed = failed
+        self._job: Optional[SnapshotJob] = None     # a walk over the store
+        self._takers: List[Taker] = []              # who gets it, instead of the disk
+        self._waiting: List[Taker] = []             # who gets the next one
+        self._saving = False                        # the walk is over, the file not yet there
+        self._compact_to = 0                        # entries up to here are needed no more
+        self._not_before = 0.0                      # the disk was full: begin no other (monotonic)
+        self._cache: Optional[Snapshot] = None      # the newest file, while followers want it
+        self._loading = False
+
+    @property
+    def busy(self) -> bool:
+        """True while a snapshot is in the making."""
+        return self._job is not None or self._saving
+
+    def is_due(self, raft_index: int, nodes: int, count: int) -> bool:
+        """True if the newest file is older than `count` entries, and the disk was not just full.
+
+        A walk takes 4 us per node, so that of a large store has to wait for as many entries: it
+        would cost more than they do.  They take less memory than the nodes.  It is the nodes of
+        the last snapshot that count: a store that only grows has one whenever it has doubled.
+        """
+        behind = raft_index - self.index
+        if behind <= count or behind <= min(nodes, self.nodes) - SNAPSHOT_CHEAP_NODES:
+            return False
+        return self._reactor.now() >= self._not_before
+
+    def begin(
+        self, store: Store, applied: EntryID, voters: Tuple[int, ...], *, lent: bool
+    ) -> None:
+        """Begin to walk the store, which has applied just `applied`; work() goes on.
+
+        lent  for all that wait for one, instead of the disk
+        """
+        if lent:
+            self._takers, self._waiting = self._waiting, []
+        else:
+            package_logger("etcdserver").info(
+                "start to snapshot (applied: %d, lastsnap: %d)", applied.index, self.index
+            )
+            self.nodes = len(store)
+        self._job = SnapshotJob(store, applied, voters, self._reactor.now)
+        self._job.begin()               # now: the walk is of the state that its first step finds
+
+    @property
+    def is_wanted(self) -> bool:
+        """True if somebody waits for a snapshot, and none is in the making."""
+        return bool(self._waiting) and not self.busy
+
+    def want(self, taker: Taker) -> None:
+        """Have taker called with the state of a moment from now on; the disk is not involved."""
+        self._waiting.append(taker)
+
+    def unwant(self, taker: Taker) -> None:
+        """The taker is gone; a walk for nobody ends."""
+        if taker in self._waiting:
+            self._waiting.remove(taker)
+        elif taker in self._takers:
+            self._takers.remove(taker)
+            if self._job is not None and not self._takers:
+                self._job.cancel()
+                self._job = None
+
+    def work(self, compact: Callable[[int], bool]) -> None:
+        """Do a slice of the walk; at its end have record and file written.
+
+        compact  drops a slice of the log up to an index; True when all of it is dropped
+        """
+        if self._compact_to:
+            if compact(self._compact_to):
+                self._compact_to = 0
+            else:
+                self._reactor.call_soon(_nothing)
+        if self._job is None:
+            return
+        if self._job.done is None:
+            self._job.work()
+        file = self._job.done
+        if file is None:
+            self._reactor.call_soon(_nothing)   # the next slice: in the next turn, at once
+            return
+        if self._takers:
+            takers, etcd_index = self._takers, self._job.etcd_index
+            self._takers, self._job = [], None
+            for taker in takers:
+                taker(file, etcd_index)
+            return
+        started = self._job.started
+        self.work_durations.observe(self._job.work_seconds)
+        self._job, self._saving = None, True
+        self._journal.record_snapshot(file.id, lambda: self._write(file, started))
+
+    def _write(self, file: SnapshotFile, started: float) -> None:
+        """The log has the record: write the file on another thread, the log must go on."""
+        def done(error: Optional[BaseException], _: Any) -> None:
+            self._saving = False
+            if isinstance(error, (DiskFull, WorkersBusy)):
+                package_logger("etcdserver").error("no snapshot could be saved: %s", error)
+                self._not_before = self._reactor.now() + PURGE_SECONDS
+                return
+            if error is not None:
+                self._failed(error)
+                return
+            self.save_durations.observe(self._reactor.now() - started)
+            index = file.id.index
+            package_logger("etcdserver").info("saved snapshot at index %d", index)
+            self._cache = None
+            if index > self.index:
+                self.index = index
+                self._journal.release(index)
+            self._compact_to = max(1, index - SNAPSHOT_CATCHUP_ENTRIES)
+
+        self._reactor.run_blocking(self.snapshotter.write, file, kind=FILE_WORK, done=done)
+
+    def received(self, index: int) -> None:
+        """The leader's snapshot has replaced the store: a walk over the old one is void."""
+        if self._job is not None:
+            self._job.cancel()
+            self._job = None
+            self._waiting, self._takers = self._takers + self._waiting, []
+        self.index, self.nodes = index, 0       # not counted: the next file comes a bit sooner
+        self._cache = None
+
+    def newest(self) -> Optional[Snapshot]:
+        """Return the newest snapshot for a follower that is too far behind; None: being read."""
+        if self._cache is None and self.index and not self._loading:
+            self._loading = True
+            self._reactor.run_blocking(self.snapshotter.load, kind=FILE_WORK, done=self._loaded)
+        return self._cache
+
+    def _loaded(self, error: Optional[BaseException], snapshot: Any) -> None:
+        self._loading = False
+        if error is not None:
+            package_logger("etcdserver").error("cannot read the snapshot file: %s", error)
+            return
+        self._cache = snapshot
+        # A damaged file was put aside: what we have is older, and the next one is due sooner.
+        self.index = min(self.index, snapshot.index if snapshot is not None else 0)
+        self._reactor.call_later(30.0, self._forget)
+
+    def _forget(self) -> None:
+        self._cache = None

@@ -1,0 +1,1 @@
+"""Reactor, TLS, HTTP messages, HTTP server, HTTP calls, DNS."""

@@ -1,0 +1,385 @@
+"""HTTP calls: requests to other servers, without blocking."""
+
+from __future__ import annotations
+
+import collections
+import errno
+import itertools
+import os
+import selectors
+import socket
+import ssl
+import sys
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set
+from urllib.parse import urlsplit
+
+from ..base.basics import _nothing
+from ..base.limits import INTERIM_ANSWERS_MAX, SLICE_BYTES
+from ..base.urls import is_https, url_address
+from .http_messages import (
+    BadRequest,
+    ChunkedDecoder,
+    HeadFinder,
+    _content_length,
+    parse_answer_head,
+)
+from .reactor import Reactor
+from .tls import Handshake, TlsContext, default_tls, tls_reason
+from .workers import Timer
+
+DIAL_SECONDS = 0.25                 # the next address is tried beside one that has not answered
+DIAL_ADDRESSES_MAX = 16             # of one name; more are not tried
+
+
+def dial_order(found: Sequence[Any]) -> List[Any]:
+    """Order what getaddrinfo found: the families take turns, the first begins (RFC 8305 §4)."""
+    first = [info for info in found if info[0] == found[0][0]]
+    others = [info for info in found if info[0] != found[0][0]]
+    turns = itertools.zip_longest(first, others)
+    return [info for turn in turns for info in turn if info][:DIAL_ADDRESSES_MAX]
+
+
+class Dial:
+    """Connects to one of several addresses, whichever answers first (RFC 8305 §5, without DNS).
+
+    Once done(socket, None); or done(None, error of the first address) when all have failed.
+    Neither inside the constructor, nor after cancel().  The socket is not registered.
+    """
+
+    def __init__(
+        self, reactor: Reactor, found: Sequence[Any],
+        done: Callable[[Optional[socket.socket], Optional[OSError]], None],
+    ) -> None:
+        self._reactor = reactor
+        self._left = collections.deque(dial_order(found))
+        self._done = done
+        self._error: Optional[OSError] = None       # of the first address that failed
+        self._open: Set[socket.socket] = set()      # attempts under way
+        self._timer = Timer(_nothing, ())
+        self._next()
+
+    def cancel(self) -> None:
+        """Give all attempts up."""
+        self._timer.cancel()
+        self._left.clear()
+        for sock in self._open:
+            self._reactor.unregister(sock)
+            sock.close()
+        self._open.clear()
+
+    def _next(self) -> None:
+        """Try the next address; beside the attempts under way, if there are any."""
+        self._timer.cancel()
+        if self._left:
+            delay_s = DIAL_SECONDS if self._try(*self._left.popleft()) else 0.0
+            if self._left or not self._open:
+                self._timer = self._reactor.call_later(delay_s, self._next)
+        elif not self._open:
+            self._done(None, self._error)
+
+    def _try(self, family: int, kind: int, protocol: int, _: str, address: Any) -> bool:
+        """Begin to connect; False if that has failed already."""
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:            # no descriptor left, or no such family here
+            self._error = self._error or error
+            return False
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        code = sock.connect_ex(address)
+        if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+            self._fail(sock, code)
+            return False
+        self._open.add(sock)
+        self._reactor.register(sock, selectors.EVENT_WRITE, lambda mask: self._answered(sock))
+        return True
+
+    def _fail(self, sock: socket.socket, code: int) -> None:
+        sock.close()
+        self._error = self._error or OSError(code, os.strerror(code))
+
+    def _answered(self, sock: socket.socket) -> None:
+        self._reactor.unregister(sock)
+        self._open.discard(sock)
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._fail(sock, code)
+            self._next()
+        else:
+            self.cancel()
+            self._done(sock, None)
+
+
+class HttpCall:
+    """One outgoing request on a connection of its own, without blocking.
+
+    on_head(status, headers) once; on_data(bytes) per piece of the body; on_done(error) exactly
+    once at the end, None if the body was complete; nothing after cancel().  connect_timeout_s
+    bounds name look-up and connect, idle_timeout_s each silence after that (None: no limit).
+    A Host among the headers goes before that of the url.
+    """
+
+    __slots__ = (
+        "_reactor", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock", "_bodyless",
+        "_out", "_in", "_finder", "_interim", "_left", "_chunks", "_timer", "_heard", "_ended",
+        "connected", "_paused", "_events", "_tls", "_host", "_handshake", "_dial", "_look_up",
+    )
+
+    def __init__(
+        self, reactor: Reactor, url: str, method: str, target: str, headers: Dict[str, str],
+        body: bytes = b"", *, connect_timeout_s: float = 5.0,
+        idle_timeout_s: Optional[float] = None, tls: Optional[TlsContext] = None,
+        on_head: Callable[[int, Dict[str, str]], None] = lambda status, headers: None,
+        on_data: Callable[[bytes], None] = lambda data: None,
+        on_done: Callable[[Optional[Exception]], None] = lambda error: None,
+    ) -> None:
+        self._reactor = reactor
+        self._on_head = on_head
+        self._on_data = on_data
+        self._on_done = on_done
+        self._idle_timeout_s = idle_timeout_s
+        self._sock: Optional[socket.socket] = None
+        lines = [f"{method} {target} HTTP/1.1"]
+        if "Host" not in headers:
+            lines.append(f"Host: {urlsplit(url).netloc}")
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        if body or method in ("POST", "PUT"):
+            lines.append(f"Content-Length: {len(body)}")
+        self._out = memoryview("\r\n".join(lines + ["", ""]).encode("latin-1") + body)
+        self._in = bytearray()
+        self._finder = HeadFinder()
+        self._interim = 0               # heads of status 1xx so far
+        self._left: Optional[int] = None    # bytes of body to come; None: head not yet seen
+        self._chunks: Optional[ChunkedDecoder] = None
+        self._heard = 0.0
+        self._ended = False
+        self._bodyless = method == "HEAD"
+        self._paused = False
+        self._events = 0                # that the reactor waits for
+        self.connected = False          # from then on the other side may have seen the request
+        self._tls = (tls or default_tls()) if is_https(url) else None
+        self._host = urlsplit(url).hostname or ""
+        self._handshake: Optional[Handshake] = None
+        self._dial: Optional[Dial] = None
+        self._look_up: Optional[Timer] = None       # a question to the name servers
+        late = TimeoutError(f"dial tcp {urlsplit(url).netloc}: i/o timeout")
+        self._timer = reactor.call_later(connect_timeout_s, self._fail, late)
+        self._resolve(*url_address(url))
+
+    @property
+    def ended(self) -> bool:
+        """True after on_done, or cancel()."""
+        return self._ended
+
+    def cancel(self) -> None:
+        """Drop the connection; no callback comes any more."""
+        self._ended = True
+        # Owners hold their call, and these lead back to them: what is over must not be a cycle.
+        self._on_head = self._on_data = self._on_done = _ignore
+        self._out = memoryview(b"")
+        self._timer.cancel()
+        if self._dial is not None:
+            self._dial.cancel()
+        if self._look_up is not None:
+            self._look_up.cancel()
+        if self._sock is None:
+            return
+        if self._handshake is not None:
+            self._handshake.cancel()
+            self._handshake = None
+        elif self._events:
+            self._reactor.unregister(self._sock)
+        self._sock.close()
+        self._sock = None
+
+    def flush(self) -> None:
+        """Send what is left of the request."""
+        if self._ended or self._sock is None:
+            return
+        try:
+            if self._out:
+                self._out = self._out[self._sock.send(self._out):]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._fail(error)
+            return
+        self._watch()
+
+    def pause(self) -> None:
+        """Read no more until resume(); the idle time does not count meanwhile."""
+        if not self._ended and not self._paused:
+            self._paused = True
+            self._watch()
+
+    def resume(self) -> None:
+        """Read again."""
+        if not self._ended and self._paused:
+            self._paused = False
+            self._heard = self._reactor.now()
+            self._watch()
+
+    def _watch(self) -> None:
+        """Wait for what comes next: room for the request, or the answer."""
+        assert self._sock is not None
+        events = 0 if self._paused else selectors.EVENT_READ
+        if self._out:
+            events |= selectors.EVENT_WRITE
+        if events and self._events:
+            self._reactor.modify(self._sock, events, self._on_event)
+        elif events:
+            self._reactor.register(self._sock, events, self._on_event)
+        elif self._events:
+            self._reactor.unregister(self._sock)
+        self._events = events
+
+    def _resolve(self, host: str, port: int) -> None:
+        """Literal addresses at once; names on a thread, a name server may be slow."""
+        hosts = ("127.0.0.1", "::1") if host == "localhost" else (host,)
+        try:
+            found = [info for host in hosts for info in socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)]
+        except (socket.gaierror, UnicodeError):
+            self._look_up = self._reactor.look_up(host, port, self._resolved)
+        else:
+            self._dial = Dial(self._reactor, found, self._connected)
+
+    def _resolved(self, error: Optional[BaseException], found: Any) -> None:
+        if self._ended:
+            return
+        if error is not None:
+            self._fail(error if isinstance(error, Exception) else OSError(str(error)))
+        else:
+            self._dial = Dial(self._reactor, found, self._connected)
+
+    def _connected(self, sock: Optional[socket.socket], error: Optional[OSError]) -> None:
+        self._dial, self._sock = None, sock
+        if sock is None:
+            self._fail(error or OSError("no address"))
+        elif self._tls is None:
+            self._begin()
+        else:
+            self._shake_hands(self._tls)
+
+    def _shake_hands(self, tls: TlsContext) -> None:
+        assert self._sock is not None
+        try:
+            sock = tls.current.wrap_socket(
+                self._sock, server_hostname=self._host, do_handshake_on_connect=False
+            )
+        except (OSError, ValueError) as error:      # gone already, or a name that cannot be
+            self._fail(OSError(f"cannot speak TLS to {self._host!r}: {error}"))
+            return
+        self._sock = sock
+        self._handshake = Handshake(self._reactor, sock, self._secured)
+
+    def _secured(self, error: Optional[OSError]) -> None:
+        assert self._sock is not None
+        self._handshake = None
+        if error is None:
+            self._begin()
+        else:
+            self._fail(error)
+
+    def _begin(self) -> None:
+        """The connection stands: send the request."""
+        self.connected = True
+        self._heard = self._reactor.now()
+        self._timer.cancel()
+        self._watch_idle()
+        self.flush()
+
+    def _on_event(self, mask: int) -> None:
+        if mask & selectors.EVENT_WRITE:
+            self.flush()
+        if mask & selectors.EVENT_READ and not self._ended:
+            self._receive()
+
+    def _watch_idle(self) -> None:
+        if self._idle_timeout_s is None:
+            return
+        if self._paused:
+            self._heard = self._reactor.now()
+        left_s = self._heard + self._idle_timeout_s - self._reactor.now()
+        if left_s <= 0:
+            self._fail(TimeoutError("i/o timeout"))
+        else:
+            self._timer = self._reactor.call_later(left_s, self._watch_idle)
+
+    def _receive(self) -> None:
+        assert self._sock is not None
+        try:
+            data = self._sock.recv(SLICE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._fail(error)
+            return
+        self._heard = self._reactor.now()
+        try:
+            if not data:
+                self._end_of_input()
+            elif self._left is None:
+                self._in += data
+                self._take_head()
+            else:
+                self._take_body(data)
+        except BadRequest as error:
+            self._fail(OSError(f"malformed HTTP response: {error}"))
+
+    def _take_head(self) -> None:
+        """Look for the head of the answer; any number of interim ones may come before it."""
+        while True:
+            found = self._finder.find(self._in)
+            if found is None:
+                return
+            end, stop = found
+            status, headers = parse_answer_head(bytes(self._in[:end]))
+            del self._in[:stop]
+            if status >= 200:
+                break
+            self._interim += 1
+            if status == 101 or self._interim > INTERIM_ANSWERS_MAX:
+                raise BadRequest(f"{self._interim} interim answers, the last with status {status}")
+        data = bytes(self._in)
+        self._in.clear()
+        length = _content_length(headers)
+        if self._bodyless or status in (204, 304):
+            self._left = 0
+        elif headers.get("transfer-encoding", "").lower() == "chunked":
+            self._chunks = ChunkedDecoder()
+            self._left = sys.maxsize
+        else:
+            self._left = length if "content-length" in headers else sys.maxsize
+        self._on_head(status, headers)
+        if not self._ended:
+            self._take_body(data)
+
+    def _take_body(self, data: bytes) -> None:
+        assert self._left is not None
+        if self._chunks is not None:
+            data = self._chunks.feed(data)
+        else:
+            data = data[:self._left]
+            self._left -= len(data)
+        if data:
+            self._on_data(data)
+        if not self._ended and (self._chunks.done if self._chunks else not self._left):
+            self._end(None)
+
+    def _end_of_input(self) -> None:
+        until_close = self._left is not None and self._left > sys.maxsize // 2
+        self._end(None if until_close and self._chunks is None else EOFError("unexpected EOF"))
+
+    def _fail(self, error: Exception) -> None:
+        if not self._ended:
+            self._end(OSError(tls_reason(error)) if isinstance(error, ssl.SSLError) else error)
+
+    def _end(self, error: Optional[Exception]) -> None:
+        on_done = self._on_done
+        self.cancel()
+        on_done(error)
+
+
+def _ignore(*args: object) -> None:
+    """What a call that is over tells nobody."""

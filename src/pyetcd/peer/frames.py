@@ -1,0 +1,239 @@
+"""Peer frames: messages as bytes on a stream.
+
+What a peer sends is never trusted: anything but a frame is a CodecError, and no frame is
+without limit.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Generator, Iterator, List, Optional, Sequence
+
+from ..base.codec import (
+    STEP_BYTES,
+    STEP_ENTRIES,
+    decode_entry,
+    decode_message_steps,
+    encode_entry,
+    encode_message,
+)
+from ..base.errors import CodecError
+from ..base.limits import MESSAGE_ENTRIES_MAX, RAFT_BODY_BYTES_MAX
+from ..base.messages import Entry, Message, MsgType
+
+_U64 = struct.Struct(">Q")
+_pack_u64 = _U64.pack
+
+
+class EntryListEncoder:
+    """Encodes lists of entries for msgappv2: each as big-endian uint64 length, then its bytes.
+
+    The last list is remembered: a leader hands one list to all of its followers.
+    """
+
+    __slots__ = ("_entries", "_data")
+
+    def __init__(self) -> None:
+        self._entries: Sequence[Entry] = ()
+        self._data = b""
+
+    def encode(self, entries: Sequence[Entry]) -> bytes:
+        """Return the bytes of `entries`, which must not change until forget()."""
+        if entries is not self._entries:
+            parts: List[bytes] = []
+            for entry in entries:
+                data = entry.encoded or encode_entry(entry)
+                if entry.encoded is not None:       # the disk will want it, too
+                    entry.encoded = data
+                parts += (_pack_u64(len(data)), data)
+            self._entries, self._data = entries, b"".join(parts)
+        return self._data
+
+    def forget(self) -> None:
+        """Let go of the last list."""
+        self._entries, self._data = (), b""
+
+
+class AppV2Encoder:
+    """msgappv2 frames of one connection: what follows from the last frame is left out.
+
+    Source: etcd 2.3 rafthttp/msgappv2.go.
+    """
+
+    __slots__ = ("_lists", "_term", "_index")
+
+    heartbeat = b"\0"
+
+    def __init__(self, lists: EntryListEncoder) -> None:
+        self._lists = lists
+        self._term = 0
+        self._index = 0                 # of the last entry sent
+
+    def encode(self, message: Message) -> bytes:
+        """Return the frame of a MsgApp."""
+        entries = message.entries
+        if message.index == self._index and message.log_term == self._term == message.term:
+            self._index += len(entries)
+            return b"\1%b%b%b" % (
+                _pack_u64(len(entries)), self._lists.encode(entries), _pack_u64(message.commit)
+            )
+        self._term = message.term
+        self._index = entries[-1].index if entries else message.index
+        data = encode_message(message)
+        return b"\2%b%b" % (_pack_u64(len(data)), data)
+
+
+class MessageEncoder:
+    """Frames of the message stream: big-endian uint64 length, then the Message."""
+
+    __slots__ = ()
+
+    heartbeat = _pack_u64(28) + encode_message(Message(MsgType.HEARTBEAT))
+
+    @staticmethod
+    def encode(message: Message) -> bytes:
+        """Return the frame of any message."""
+        data = encode_message(message)
+        return _pack_u64(len(data)) + data
+
+
+class FrameDecoder:
+    """Cuts a stream, fed in any pieces, into frames; what is incomplete waits for more."""
+
+    __slots__ = ("_partial", "_need")
+
+    def __init__(self) -> None:
+        self._partial = bytearray()
+        self._need = 0                  # bytes in _partial before another look is worth it
+
+    def feed(self, data: bytes) -> List[Message]:
+        """Return the messages now complete.  Raises CodecError; then the stream is lost."""
+        return [message for message in self.messages(data) if message is not None]
+
+    def messages(self, data: bytes) -> Iterator[Optional[Message]]:
+        """Do feed() in steps of 1 ms at most, or of one entry: yields a message or, in between,
+        None.  To be exhausted before the next data."""
+        if self._partial:
+            self._partial += data
+            if len(self._partial) < self._need:
+                return
+            data = bytes(self._partial)
+        found: List[Message] = []
+        offset, end, work = 0, len(data), 0
+        while offset < end:
+            size = yield from self._frame(data, offset, found)
+            if offset + size > end:
+                self._need = size
+                break
+            offset += size
+            work += STEP_BYTES // STEP_ENTRIES + size
+            if found or work > STEP_BYTES:
+                work = 0
+                yield found.pop() if found else None
+        self._partial = bytearray(data[offset:])
+
+    def _frame(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
+        """Consume one frame at `offset`; return its size, or a larger one than data holds."""
+        raise NotImplementedError
+
+
+def _frame_size(data: bytes, offset: int) -> int:
+    """The uint64 at `offset`, which announces that many bytes; 0 if it is not all there."""
+    if len(data) < offset + 8:
+        return 0
+    size: int = _U64.unpack_from(data, offset)[0]
+    if size > RAFT_BODY_BYTES_MAX:
+        raise CodecError(f"frame of {size} bytes")
+    return size
+
+
+class MessageDecoder(FrameDecoder):
+    """Inverse of MessageEncoder; link heartbeats are dropped."""
+
+    __slots__ = ()
+
+    def _frame(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
+        start = offset + 8
+        end = start + _frame_size(data, offset)
+        if end <= len(data):
+            message = yield from decode_message_steps(data[start:end])
+            if message.type != MsgType.HEARTBEAT or message.sender or message.to:
+                found.append(message)
+        return end - offset
+
+
+class AppV2Decoder(FrameDecoder):
+    """Inverse of AppV2Encoder; heartbeats are dropped.
+
+    local_id, remote_id  members at this end and at the sending end of the stream
+    """
+
+    __slots__ = ("_local_id", "_remote_id", "_term", "_index", "_entries", "_left", "_bytes")
+
+    def __init__(self, local_id: int, remote_id: int) -> None:
+        super().__init__()
+        self._local_id = local_id
+        self._remote_id = remote_id
+        self._term = 0
+        self._index = 0
+        self._entries: List[Entry] = []     # of the short frame under way
+        self._left = -1                     # its entries to come; -1: between frames
+        self._bytes = 0                     # its bytes so far
+
+    def _frame(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
+        if self._left > 0:
+            return self._entry(data, offset)
+        if self._left == 0:
+            return self._commit(data, offset, found)
+        kind = data[offset]
+        if kind == 0:
+            return 1
+        if kind == 1:
+            return self._begin(data, offset)
+        if kind == 2:
+            return (yield from self._full(data, offset, found))
+        raise CodecError(f"unknown frame {kind} on msgappv2")
+
+    def _begin(self, data: bytes, offset: int) -> int:
+        if len(data) >= offset + 9:
+            (count,) = _U64.unpack_from(data, offset + 1)
+            if count > MESSAGE_ENTRIES_MAX:
+                raise CodecError(f"frame of {count} entries")
+            if not self._term:
+                raise CodecError("a frame that continues none")
+            self._entries, self._left, self._bytes = [], count, 0
+        return 9
+
+    def _entry(self, data: bytes, offset: int) -> int:
+        start = offset + 8
+        end = start + _frame_size(data, offset)
+        self_bytes = self._bytes + end - offset
+        if self_bytes > RAFT_BODY_BYTES_MAX:
+            raise CodecError(f"frame of {self_bytes} bytes")
+        if end <= len(data):
+            self._entries.append(decode_entry(data[start:end]))
+            self._left -= 1
+            self._bytes = self_bytes
+        return end - offset
+
+    def _commit(self, data: bytes, offset: int, found: List[Message]) -> int:
+        if len(data) >= offset + 8:
+            found.append(Message(
+                MsgType.APP, to=self._local_id, sender=self._remote_id, term=self._term,
+                log_term=self._term, index=self._index, entries=self._entries,
+                commit=_U64.unpack_from(data, offset)[0],
+            ))
+            self._index += len(self._entries)
+            self._entries, self._left = [], -1
+        return 8
+
+    def _full(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
+        start = offset + 9
+        end = start + _frame_size(data, offset + 1)
+        if end <= len(data):
+            message = yield from decode_message_steps(data[start:end])
+            entries = message.entries
+            self._term = message.term
+            self._index = entries[-1].index if entries else message.index
+            found.append(message)
+        return end - offset

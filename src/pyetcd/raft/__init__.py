@@ -1,0 +1,1 @@
+"""Progress and quorum, log, replication, the core."""

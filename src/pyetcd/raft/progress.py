@@ -1,0 +1,247 @@
+"""Progress and quorum: what a leader knows of its followers.
+
+Knows neither the log's content nor time nor sockets.
+"""
+
+from __future__ import annotations
+
+import collections
+from enum import IntEnum
+from typing import Any, Deque, Dict, Iterable, List, Optional, Sequence, Tuple
+
+from ..base.errors import InvariantError
+from ..base.messages import Entry, Message, MsgType
+
+
+class ProgressState(IntEnum):
+    """How a leader sends to one follower (Raft thesis §10.2.1, etcd raft/progress.go)."""
+
+    PROBE = 0           # the match is unknown: one MsgApp, then wait for an answer or a heartbeat
+    REPLICATE = 1       # the match is known: send ahead, up to the in-flight window
+    SNAPSHOT = 2        # a snapshot is under way: send nothing
+
+
+class Inflights:
+    """The unanswered MsgApp of one follower: the last entry index of each, ascending."""
+
+    __slots__ = ("_indexes", "_limit")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._indexes: Deque[int] = collections.deque()
+
+    @property
+    def full(self) -> bool:
+        """True if no further message may be sent."""
+        return len(self._indexes) >= self._limit
+
+    def add(self, index: int) -> None:
+        """Note a sent message that ends at `index`.  Raises InvariantError if full."""
+        if self.full:
+            raise InvariantError("cannot add a message to a full in-flight window")
+        self._indexes.append(index)
+
+    def free_to(self, index: int) -> None:
+        """Forget the messages that end at or before `index`."""
+        indexes = self._indexes
+        while indexes and indexes[0] <= index:
+            indexes.popleft()
+
+    def free_first(self) -> None:
+        """Forget the oldest message, if any."""
+        if self._indexes:
+            self._indexes.popleft()
+
+    def reset(self) -> None:
+        """Forget all."""
+        self._indexes.clear()
+
+    def __len__(self) -> int:
+        return len(self._indexes)
+
+
+class Progress:
+    """A leader's view of one member, itself included.
+
+    match_index < next_index holds always: everything up to match_index is durable there, and
+    next_index is the first entry of the next MsgApp.
+    """
+
+    __slots__ = (
+        "asked", "due", "inflights", "match_index", "next_index", "paused", "pending_snapshot",
+        "recent_active", "state",
+    )
+
+    def __init__(self, next_index: int, window: int, *, match_index: int = 0) -> None:
+        self.match_index = match_index
+        self.next_index = next_index
+        self.state = ProgressState.PROBE
+        self.paused = False             # PROBE only: a probe is unanswered
+        self.pending_snapshot = 0       # SNAPSHOT only: index of the snapshot under way
+        self.recent_active = False      # answered since the last report_unreachable
+        self.due = False                # gets a MsgApp, maybe an empty one, at the next ready()
+        self.asked = 0                  # index of its newest proposal that is not committed
+        self.inflights = Inflights(window)
+
+    @property
+    def is_paused(self) -> bool:
+        """True if no MsgApp may be sent now."""
+        if self.state == ProgressState.REPLICATE:
+            return self.inflights.full
+        return self.paused or self.state == ProgressState.SNAPSHOT
+
+    def become_probe(self) -> None:
+        """Ask where the logs match; after a snapshot, assume that it arrived."""
+        self.next_index = max(self.match_index, self.pending_snapshot) + 1
+        self._enter(ProgressState.PROBE)
+
+    def become_replicate(self) -> None:
+        """Send ahead, beginning behind the match."""
+        self._enter(ProgressState.REPLICATE)
+        self.next_index = self.match_index + 1
+
+    def become_snapshot(self, index: int) -> None:
+        """Wait until the snapshot at `index` has arrived or failed."""
+        self._enter(ProgressState.SNAPSHOT)
+        self.pending_snapshot = index
+
+    def _enter(self, state: ProgressState) -> None:
+        self.state = state
+        self.paused = False
+        self.pending_snapshot = 0
+        self.inflights.reset()
+
+    def sent(self, last: int) -> None:
+        """Note a MsgApp whose last entry is `last`."""
+        if self.state == ProgressState.REPLICATE:
+            self.next_index = last + 1
+            self.inflights.add(last)
+        else:
+            self.paused = True
+
+    def maybe_update(self, index: int) -> bool:
+        """Note that the member holds everything up to `index`; False if that is no news."""
+        if self.next_index <= index:
+            self.next_index = index + 1
+        if index <= self.match_index:
+            return False
+        self.match_index = index
+        self.paused = False
+        return True
+
+    def acknowledge(self, index: int) -> bool:
+        """Handle a positive answer: update, and move on to REPLICATE; False if it is no news."""
+        if not self.maybe_update(index):
+            return False
+        if self.state == ProgressState.REPLICATE:
+            self.inflights.free_to(index)
+        elif self.match_index >= self.pending_snapshot:
+            self.become_replicate()
+        return True
+
+    def maybe_decrease(self, rejected: int, hint: int) -> bool:
+        """Step back after a rejection; False if the rejection is stale.
+
+        rejected  index of the entry that did not match (that MsgApp's previous index)
+        hint      last index of the follower's log
+        """
+        if self.state == ProgressState.REPLICATE:
+            if rejected <= self.match_index:
+                return False
+            self.become_probe()
+            return True
+        if self.state == ProgressState.SNAPSHOT or rejected != self.next_index - 1:
+            return False
+        self.next_index = max(self.match_index + 1, min(rejected, hint + 1))
+        self.paused = False
+        return True
+
+    def snapshot_failed(self) -> None:
+        """The snapshot under way did not arrive: probe again behind the match."""
+        self.pending_snapshot = 0
+        self.become_probe()
+
+    def __repr__(self) -> str:
+        return (
+            f"Progress({self.state.name} match={self.match_index} next={self.next_index}"
+            f" paused={self.is_paused} inflight={len(self.inflights)})"
+        )
+
+
+def quorum_size(voters: int) -> int:
+    """Return how many of `voters` members are a majority."""
+    return voters // 2 + 1
+
+
+def quorum_index(match_indexes: Iterable[int]) -> int:
+    """Return the highest index that a majority has reached; 0 without members."""
+    ascending = sorted(match_indexes)
+    return ascending[(len(ascending) - 1) // 2] if ascending else 0
+
+
+_ENTRY_OVERHEAD = 40            # entry_size() of an entry without data
+
+
+class Mailbox:
+    """The messages of one member until ready() takes them.
+
+    Promises (votes, answers to MsgApp) are held: they may leave only when the disk has what
+    they promise.  Everything else may leave at once.
+    """
+
+    def __init__(self, id: int, forward_bytes_max: int) -> None:
+        self.id = id
+        self.term = 0                               # stamped on what is sent; kept by Raft
+        self._forward_bytes_max = forward_bytes_max
+        self._messages: List[Message] = []
+        self._held: List[Message] = []
+        self._ack: Optional[Message] = None         # the one positive answer to a MsgApp
+        self._forward_to = 0                        # addressee of the MsgProp that may grow
+        self._forward: List[Entry] = []
+        self._forward_bytes = 0
+
+    def _message(self, kind: MsgType, to: int, fields: Dict[str, Any]) -> Message:
+        fields.setdefault("term", self.term)
+        return Message(kind, to=to, sender=self.id, **fields)
+
+    def send(self, kind: MsgType, to: int, **fields: Any) -> None:
+        """Send a message that promises nothing."""
+        self._messages.append(self._message(kind, to, fields))
+
+    def hold(self, kind: MsgType, to: int, **fields: Any) -> None:
+        """Send a message when everything that is known now is durable."""
+        self._held.append(self._message(kind, to, fields))
+
+    def hold_ack(self, to: int, index: int) -> None:
+        """Answer that everything up to `index` is here; one such answer stands for all before.
+
+        Of two answers to one leader the higher holds: within its term our log only grows.  An
+        answer to an earlier leader is dropped, as its entries may be gone by now.
+        """
+        ack = self._ack
+        if ack is None or ack.to != to or ack.term != self.term or ack.index < index:
+            self._ack = self._message(MsgType.APP_RESP, to, {"index": index})
+
+    def forward(self, to: int, entries: Sequence[Entry]) -> None:
+        """Pass proposals to the leader; those of one turn share a MsgProp, up to a size."""
+        size = sum([len(entry.data) + _ENTRY_OVERHEAD for entry in entries])
+        if self._forward_to != to or self._forward_bytes + size > self._forward_bytes_max:
+            self._forward, self._forward_bytes, self._forward_to = [], 0, to
+            self.send(MsgType.PROP, to, term=0, entries=self._forward)
+        self._forward.extend(entries)
+        self._forward_bytes += size
+
+    @property
+    def is_empty(self) -> bool:
+        """True if take() would return nothing."""
+        return not (self._messages or self._held or self._ack)
+
+    def take(self) -> Tuple[List[Message], List[Message]]:
+        """Return (messages, held ones) since the last call."""
+        messages, held = self._messages, self._held
+        self._messages, self._held = [], []
+        self._forward_to = 0
+        if self._ack is not None:
+            held.append(self._ack)
+            self._ack = None
+        return messages, held

@@ -1,0 +1,1 @@
+"""Events, watchers, history, the key tree, time to live."""

@@ -1,0 +1,642 @@
+"""The store: the key tree and the operations on it.
+
+Time is passed in.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Generator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
+
+from ..base.basics import _nothing
+from ..base.errors import (
+    CompareFailed,
+    DirNotEmpty,
+    EtcdError,
+    EventIndexCleared,
+    InvariantError,
+    KeyNotFound,
+    NodeExists,
+    NotDir,
+    NotFile,
+    RootReadOnly,
+)
+from ..base.limits import EXPIRED_KEYS_MAX, HISTORY_EVENTS_MAX
+from ..base.text import as_unicode, json_string, load_json, parse_time
+from .events import (
+    _PERMANENT,
+    _READ_ONLY,
+    EXPIRES_NS_MIN,
+    SNAPSHOT_PROGRESS_NODES,
+    Directory,
+    Event,
+    Node,
+    _node_json,
+    file_node,
+)
+from .walks import Listing, SnapshotWalk, TreeWalk, parent_path
+from .watchers import EventHistory, StoreStats, TtlHeap, Watcher, WatcherHub
+
+
+def _number(members: Mapping[str, Any], name: str) -> int:
+    """Return members[name], 0 if missing.  Raises ValueError if it is no int >= 0."""
+    value = members.get(name, 0)
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} is not a number: {value!r}")
+    return value
+
+
+_STRING = r'"([^"\\]*(?:\\.[^"\\]*)*)"'
+_SNAPSHOT_NODE = re.compile(
+    rf'[}},]*(?:{_STRING}:)?{{"Path":{_STRING},"CreatedIndex":([0-9]+),"ModifiedIndex":([0-9]+),'
+    rf'"ExpireTime":{_STRING},(?:"(?!Value")\w+":{_STRING},)*"Value":{_STRING},'
+    r'"Children":(?:null\}|(\{))'
+)
+
+
+def _unquote(string: str) -> str:
+    return as_unicode(load_json(f'"{string}"')) if "\\" in string else string
+
+
+def _read_tree(
+    text: str, progress: Callable[[float, int], None]
+) -> Tuple[Dict[str, Node], int]:
+    """Return the nodes of a snapshot by path, and where in `text` their JSON ends.
+
+    Reads node after node, which Go writes in one order of members, instead of the nested
+    objects: keys may be deeper than json.loads goes, and its 100,000 dicts would take four
+    times the memory of the nodes.  A quote inside a string is escaped, so none looks like a node.
+    """
+    nodes: Dict[str, Node] = {}
+    end = len('{"Root":')
+    match = _SNAPSHOT_NODE.match(text, end)
+    while match is not None:
+        end = match.end()
+        _, path, created, modified, expires, _, value, children = match.groups()
+        path, created_index = _unquote(path), int(created)
+        modified_index = created_index if modified == created else int(modified)    # one int, if so
+        expires_ns = 0 if expires == _PERMANENT else parse_time(expires)
+        if children is None:
+            nodes[path] = file_node(_unquote(value), created_index, modified_index, expires_ns)
+        else:
+            nodes[path] = Directory(created_index, modified_index, expires_ns, {})
+        siblings = nodes[parent_path(path)].children
+        if siblings is None:
+            raise ValueError(f"{path} is in a file")
+        if path != "/":
+            siblings[path] = None
+        if not len(nodes) % SNAPSHOT_PROGRESS_NODES:
+            progress(end / len(text), len(nodes))
+        match = _SNAPSHOT_NODE.match(text, end)
+    return nodes, end
+
+
+def _read_event(members: Mapping[str, Any]) -> Event:
+    """Make an Event of its snapshot form; the seconds left are those it was written with."""
+    shown, before = members["node"], members.get("prevNode")
+    action, key = members["action"], shown["key"]
+    if not (isinstance(action, str) and isinstance(key, str)):
+        raise ValueError(f"not an event: {members!r}")
+    node, prev = _read_event_node(shown), None if before is None else _read_event_node(before)
+    event = Event(action, key, node, prev, node.modified_index, 0, "refresh" in members)
+    event.ttl_s = int(shown.get("ttl", 0))
+    event.prev_ttl_s = 0 if before is None else int(before.get("ttl", 0))
+    return event
+
+
+def _read_event_node(members: Mapping[str, Any]) -> Node:
+    created, modified = _number(members, "createdIndex"), _number(members, "modifiedIndex")
+    expires_ns = parse_time(members["expiration"]) if "expiration" in members else 0
+    if members.get("dir"):
+        return Directory(created, modified, expires_ns, {})
+    value = members.get("value")
+    if isinstance(value, str):
+        return file_node(value, created, modified, expires_ns)
+    if value is not None:
+        raise ValueError(f"not a value: {value!r}")
+    return Node(None, created, modified, expires_ns)
+
+
+class StoreState(NamedTuple):
+    """What a snapshot says, read and checked: to become it takes a store no time."""
+
+    nodes: Dict[str, Node]
+    ttl: TtlHeap
+    current_index: int
+    stats: Dict[str, int]
+    events: List[Event]                 # the history, oldest first
+    back: int                           # of its ring
+    capacity: int
+
+    @classmethod
+    def read(
+        cls, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
+    ) -> StoreState:
+        """Return the state in a snapshot's data.  Raises ValueError if it holds none."""
+        try:
+            text = data.decode("utf-8", "replace")
+            nodes, end = _read_tree(text, progress)
+            slots, rest = _read_slots(text, end)
+            state = load_json("{" + rest.lstrip("}")[1:])
+            counters = state.get("Stats") or {}
+            history = (state.get("WatcherHub") or {}).get("EventHistory") or {}
+            queue = history.get("Queue") or {}
+            slots = slots or [m and _read_event(m) for m in queue.get("Events") or ()]
+            front = _number(queue, "Front")
+            ring = slots[front:] + slots[:front]        # oldest first, then the unused
+            if nodes["/0"].children is None or nodes["/1"].children is None:
+                raise ValueError("/0 and /1 must be directories")
+            ttl = TtlHeap()
+            for path, node in nodes.items():
+                if node.expires_ns:
+                    ttl.set(path, node.expires_ns)
+            return cls(
+                nodes, ttl, _number(state, "CurrentIndex"),
+                {name: _number(counters, name) for name in counters},
+                [event for event in ring if event is not None],
+                _number(queue, "Back"), _number(queue, "Capacity"),
+            )
+        except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise ValueError(f"not a snapshot of a store: {error!r}") from None
+
+    @property
+    def version(self) -> str:
+        """The cluster version in it; "": not decided."""
+        node = self.nodes.get("/0/version")
+        return (node.value if node is not None else None) or ""
+
+
+_SLOTS = '"Events":['
+_SLOT_END = re.compile(r"\s*([,\]])")
+
+
+def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
+    """Return the slots of the history's ring, and the text from `end` on without them.
+
+    One after the other: all together, 1,000 events of 100 KB would stop every thread for 0.5 s.
+    """
+    slots: List[Optional[Event]] = []
+    first = text.find(_SLOTS, end) + len(_SLOTS)
+    if first < len(_SLOTS) or text.startswith("]", first):
+        return slots, text[end:]
+    decoder, at, comma = json.JSONDecoder(), first, ","
+    while comma == ",":
+        members, at = decoder.raw_decode(text, at)
+        slots.append(None if members is None else _read_event(members))
+        match = _SLOT_END.match(text, at)
+        if match is None:
+            raise ValueError("the history of events has no end")
+        comma, at = match.group(1), match.end()
+    return slots, text[end:first] + text[at - 1:]
+
+
+class Store:
+    """The key tree: one flat dict of path -> node, with the children of each directory.
+
+    Flat, because a lookup is one hash (0.05 us; a walk from the root takes 0.3) and costs no
+    second string: the dict and the parent's children hold the same path.  100,000 keys of 10
+    characters with 64-byte values take 370 bytes each.
+
+    now_ns      unix nanoseconds, only to show how much of a ttl is left
+    expires_ns  unix nanoseconds; 0: permanent
+    current_index  number of changes so far; every change makes one event
+
+    Errors are EtcdError subclasses whose cause is without the namespace.
+    Thread: reactor.  Source: etcd 2.3 store/store.go; "etcd 2.3 API: keys".
+    """
+
+    def __init__(self, *, history_capacity: int = HISTORY_EVENTS_MAX) -> None:
+        self.current_index = 0
+        self.stats = StoreStats()
+        self.hub = WatcherHub(EventHistory(history_capacity), self.stats)
+        self.recursive_gets = {"success": 0, "fail": 0}     # part of the gets in stats
+        self._ttl = TtlHeap()
+        self._walks: List[TreeWalk] = []                # the snapshot and the listings under way
+        self._nodes: Dict[str, Node] = {                # no path without its parents
+            "/": Directory(0, 0, 0, {"/0": None, "/1": None}),
+            "/0": Directory(0, 0, 0, {}),
+            "/1": Directory(0, 0, 0, {}),
+        }
+
+    def __len__(self) -> int:
+        """The number of nodes, directories included."""
+        return len(self._nodes)
+
+    def get(self, path: str, *, recursive: bool = False, now_ns: int) -> Event:
+        """Return a get event, without the children of a directory.  Raises KeyNotFound, NotDir."""
+        encoded = self.file_json(path, recursive=recursive, now_ns=now_ns)
+        node = self._nodes[path]
+        return Event("get", path, node, None, self.current_index, now_ns, encoded=encoded)
+
+    def file_json(self, path: str, *, recursive: bool = False, now_ns: int) -> Optional[bytes]:
+        """Return the line that answers the GET of a file; None for a directory: see listing().
+        A hot path.  recursive: as asked, to be counted.  Raises KeyNotFound, NotDir.
+        """
+        node = self._nodes.get(path)
+        if recursive:
+            self.recursive_gets["fail" if node is None else "success"] += 1
+        if node is None:
+            raise self._failed("gets", self._missing(path))
+        self.stats.gets_success += 1
+        if node.children is not None:
+            return None
+        text = _node_json(json_string(path[2:]), node, node.ttl_s(now_ns))
+        return f'{{"action":"get","node":{text}}}\n'.encode()
+
+    def listing(
+        self, path: str, *, recursive: bool = False, sorted: bool = False, now_ns: int
+    ) -> Listing:
+        """Begin the answer to the GET of a directory: of this moment, to be made in slices.
+
+        Not counted.  Raises KeyNotFound, NotDir, also if it is a file.
+        """
+        node = self._nodes.get(path)
+        if node is None:
+            raise self._missing(path)
+        if node.children is None:
+            raise NotDir(path[2:], self.current_index)
+        return Listing(
+            self._nodes, self._walks, path, recursive=recursive, sorted=sorted,
+            index=self.current_index, now_ns=now_ns,
+        )
+
+    def value(self, path: str) -> Optional[str]:
+        """Return the value of a file, or None; not counted."""
+        node = self._nodes.get(path)
+        return None if node is None else node.value
+
+    def children(self, path: str) -> List[Tuple[str, bool]]:
+        """Return (name, is directory) of all children, hidden ones too; [] if there are none."""
+        node = self._nodes.get(path)
+        if node is None or not node.children:
+            return []
+        return [
+            (child[child.rfind("/") + 1:], self._nodes[child].children is not None)
+            for child in node.children
+        ]
+
+    def watch(
+        self, path: str, *, recursive: bool = False, stream: bool = False, since: int = 0,
+        deliver: Callable[[Event], None], lost: Callable[[], None] = _nothing,
+    ) -> Watcher:
+        """Call deliver(event) for the first event on `path` with index >= since; stream: for each.
+
+        since  0: from the next change on
+        lost   called if a recover() leaves out events that this watch should have had; it is over
+
+        Events of the history are delivered before this returns.  Raises EventIndexCleared.
+        Source: etcd 2.3 store/watcher_hub.go, watch.
+        """
+        first = self.hub.history.first_index
+        since = since or self.current_index + 1
+        if since < first:
+            cause = f"the requested history has been cleared [{first}/{since}]"
+            raise EventIndexCleared(cause, self.current_index)
+        watcher = Watcher(
+            path, recursive=recursive, stream=stream, since=since, deliver=deliver, lost=lost
+        )
+        self.hub.watch(watcher)
+        return watcher
+
+    def set(
+        self, path: str, *, dir: bool = False, value: str = "", expires_ns: int = 0,
+        refresh: bool = False, now_ns: int,
+    ) -> Event:
+        """Put a new file, or with `dir` an empty directory, at `path`; a file there is replaced.
+
+        refresh  keep the value of the file that must be there, and tell no watcher
+        Raises NotFile, NotDir, RootReadOnly, KeyNotFound (refresh only).
+        """
+        old = self._nodes.get(path)
+        if old is None:
+            if refresh:
+                raise self._failed("sets", self._missing(path))
+        elif path in _READ_ONLY:
+            raise self._failed("sets", RootReadOnly("/", self.current_index))
+        elif old.children is not None:
+            raise self._failed("sets", NotFile(path[2:], self.current_index))
+        elif refresh:
+            value = old.value or ""
+        try:
+            event = self._place(
+                "set", path, old, None if dir else value, expires_ns, now_ns, refresh
+            )
+        except NotDir as error:
+            raise self._failed("sets", error) from None
+        self.stats.sets_success += 1
+        return event
+
+    def create(
+        self, path: str, *, dir: bool = False, value: str = "", unique: bool = False,
+        expires_ns: int = 0, now_ns: int,
+    ) -> Event:
+        """Make a new file or directory at `path`, or below it under a number (unique).
+
+        Raises NodeExists, NotDir, RootReadOnly.
+        """
+        if unique:
+            path = f"{path}/{self.current_index + 1:020d}"
+        if path in _READ_ONLY:
+            raise self._failed("create", RootReadOnly("/", self.current_index))
+        if path in self._nodes:
+            raise self._failed("create", NodeExists(path[2:], self.current_index))
+        try:
+            event = self._place("create", path, None, None if dir else value, expires_ns, now_ns)
+        except NotDir as error:
+            self.stats.sets_fail += 1           # etcd counts this one in both
+            raise self._failed("create", error) from None
+        self.stats.create_success += 1
+        return event
+
+    def update(
+        self, path: str, *, value: str = "", expires_ns: int = 0, refresh: bool = False,
+        now_ns: int,
+    ) -> Event:
+        """Give a file a new value and TTL, keeping its created index; a directory a new TTL.
+
+        The event of a directory shows the new modified index, the stored one keeps the old.
+        Raises KeyNotFound, NotDir, NotFile (value for a directory), RootReadOnly.
+        """
+        old = self._nodes.get(path)
+        if old is None:
+            raise self._failed("update", self._missing(path))
+        self.stats.update_success += 1          # also of the two failures below, as in etcd
+        if path in _READ_ONLY:
+            raise RootReadOnly("/", self.current_index)
+        if old.children is None:
+            return self._rewrite("update", path, old, value, expires_ns, now_ns, refresh)
+        if value:
+            raise NotFile(path[2:], self.current_index)
+        index, children = self.current_index + 1, old.children
+        stored = Directory(old.created_index, old.modified_index, expires_ns, children)
+        shown = Directory(old.created_index, index, expires_ns, children)
+        self._put(path, old, stored)
+        return self._done(Event("update", path, shown, old, index, now_ns, refresh))
+
+    def compare_and_swap(
+        self, path: str, *, prev_value: str = "", prev_index: int = 0, value: str = "",
+        expires_ns: int = 0, refresh: bool = False, now_ns: int,
+    ) -> Event:
+        """Update a file if its value and its modified index are those given; "" and 0: any.
+        Raises CompareFailed, KeyNotFound, NotDir, NotFile, RootReadOnly.
+        """
+        if path in _READ_ONLY:
+            self.stats.compare_and_swap_success += 1        # as etcd counts
+            raise RootReadOnly("/", self.current_index)
+        try:
+            old = self._compared(path, prev_value, prev_index)
+        except EtcdError as error:
+            raise self._failed("compare_and_swap", error) from None
+        self.stats.compare_and_swap_success += 1
+        return self._rewrite("compareAndSwap", path, old, value, expires_ns, now_ns, refresh)
+
+    def delete(
+        self, path: str, *, dir: bool = False, recursive: bool = False, now_ns: int
+    ) -> Event:
+        """Remove a file, with `dir` an empty directory, with `recursive` anything: one event.
+
+        Raises KeyNotFound, NotDir, NotFile (directory without dir), DirNotEmpty, RootReadOnly.
+        """
+        if path in _READ_ONLY:
+            self.stats.delete_success += 1                  # as etcd counts
+            raise RootReadOnly("/", self.current_index)
+        old = self._nodes.get(path)
+        if old is None:
+            raise self._failed("delete", self._missing(path))
+        if old.children is not None and not recursive:
+            if not dir:
+                raise self._failed("delete", NotFile(path[2:], self.current_index))
+            if old.children:
+                raise self._failed("delete", DirNotEmpty(path[2:], self.current_index))
+        self.stats.delete_success += 1
+        return self._remove("delete", path, old, now_ns)
+
+    def compare_and_delete(
+        self, path: str, *, prev_value: str = "", prev_index: int = 0, now_ns: int
+    ) -> Event:
+        """Remove a file if its value and its modified index are those given; "" and 0: any.
+        Raises CompareFailed, KeyNotFound, NotDir, NotFile (also for the root, with no cause).
+        """
+        try:
+            old = self._compared(path, prev_value, prev_index)
+        except (CompareFailed, NotFile):
+            self.stats.compare_and_delete_success += 1      # as etcd counts
+            raise
+        except EtcdError as error:
+            raise self._failed("compare_and_delete", error) from None
+        self.stats.compare_and_delete_success += 1
+        return self._remove("compareAndDelete", path, old, now_ns)
+
+    def delete_expired(self, cutoff_ns: int) -> List[Event]:
+        """Remove what expires at or before `cutoff_ns`, earliest first; one event each."""
+        events: List[Event] = []
+        while True:
+            expires_ns, path = self._ttl.first()
+            if not path or expires_ns > cutoff_ns:
+                return events
+            self.stats.expire_count += 1
+            events.append(self._remove("expire", path, self._nodes[path], cutoff_ns))
+
+    @property
+    def has_ttl(self) -> bool:
+        """True if any node expires."""
+        return len(self._ttl) > 0
+
+    def expiry_step_ns(self, until_ns: int) -> int:
+        """Return a time up to `until_ns` by which few keys are over, but one if any is by then."""
+        return self._ttl.nth_ns(EXPIRED_KEYS_MAX, until_ns)
+
+    def snapshot_chunks(self) -> Generator[bytes, None, None]:
+        """Yield the snapshot of this moment, of the first next(), in slices of some ms.
+
+        The store may change between slices; the snapshot does not see it.  Close the generator
+        to give up.  Raises InvariantError if another walk is under way.
+        Source: etcd 2.3 store/store.go, Save.
+        """
+        if any(isinstance(walk, SnapshotWalk) for walk in self._walks):
+            raise InvariantError("a snapshot walk is under way")
+        walk = SnapshotWalk(self._nodes, self._walks)
+        stats = copy.copy(self.stats)
+        stats.watchers = 0                      # they are no part of the state
+        end = f',"CurrentIndex":{self.current_index},"Stats":{stats.json()},"CurrentVersion":2}}'
+        try:
+            yield from walk.chunks(self.hub.history.pieces(), end)
+        finally:
+            walk.end()
+
+    def save(self) -> bytes:
+        """Return a whole snapshot at once."""
+        return b"".join(self.snapshot_chunks())
+
+    def count_files(self, directory: str) -> int:
+        """Return how many files there are below `directory`, at any depth; looks at every node."""
+        below = directory + "/"
+        return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
+
+    def replant(self, directory: str, files: Mapping[str, str]) -> None:
+        """Have only `files`, path -> value, below `directory`: without a new index or an event."""
+        below = directory + "/"
+        for path in [path for path in self._nodes if path.startswith(below)]:
+            del self._nodes[path]
+        (self._nodes[directory].children or {}).clear()
+        for path, value in files.items():
+            self._make_parents(path, self.current_index)
+            self._put(path, None, file_node(value, self.current_index, self.current_index, 0))
+
+    def recover(
+        self, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
+    ) -> None:
+        """Become what the snapshot `data` says; watchers are told what has happened meanwhile.
+
+        progress  called now and then with the share that is read, 0.0 to 1.0, and the nodes in it
+
+        Raises ValueError if it is no snapshot of a store, and then nothing has changed.
+        """
+        self.become(StoreState.read(data, progress))
+
+    def become(self, state: StoreState) -> None:
+        """Take over a state, whose only owner this store is from now on.
+
+        Nodes already over leave with the next delete_expired.
+        Source: etcd 2.3 store/store.go, Recovery.
+        """
+        self._ttl = state.ttl
+        self._walks = []                        # a walk under way keeps the tree it began with
+        self._nodes = state.nodes
+        seen, self.current_index = self.current_index, state.current_index
+        self.stats.load(state.stats)
+        self.hub.history.load(state.events, state.back, state.capacity)
+        if self.current_index > seen:
+            self.hub.catch_up(seen)
+
+    def _place(
+        self, action: str, path: str, old: Optional[Node], value: Optional[str],
+        expires_ns: int, now_ns: int, refresh: bool = False,
+    ) -> Event:
+        """Put a file, or a directory if value is None, where `old` or nothing is.  A hot path."""
+        index = self.current_index + 1
+        if old is None:
+            self._make_parents(path, index)
+        if expires_ns < EXPIRES_NS_MIN:
+            expires_ns = 0
+        node = (
+            Directory(index, index, expires_ns, {}) if value is None
+            else file_node(value, index, index, expires_ns)
+        )
+        if self._walks or expires_ns or (old is not None and old.expires_ns):
+            self._put(path, old, node)
+        else:
+            self._nodes[path] = node
+        return self._done(Event(action, path, node, old, index, now_ns, refresh))
+
+    def _rewrite(
+        self, action: str, path: str, old: Node, value: str, expires_ns: int, now_ns: int,
+        refresh: bool,
+    ) -> Event:
+        """Give the file `old` a value and a TTL; it stays the same key."""
+        index = self.current_index + 1
+        text = (old.value or "") if refresh else value
+        node = file_node(text, old.created_index, index, expires_ns)
+        self._put(path, old, node)
+        return self._done(Event(action, path, node, old, index, now_ns, refresh))
+
+    def _put(self, path: str, old: Optional[Node], node: Node) -> None:
+        for walk in self._walks:
+            walk.keep(path, old)
+        self._nodes[path] = node
+        if node.expires_ns or (old is not None and old.expires_ns):
+            self._ttl.set(path, node.expires_ns)
+
+    def _make_parents(self, path: str, index: int) -> None:
+        """Enter `path` in its directory, made if need be.  Raises NotDir before any change."""
+        missing = [path]
+        while True:
+            path = parent_path(path)
+            parent = self._nodes.get(path)
+            if parent is not None:
+                break
+            missing.append(path)
+        children = parent.children
+        if children is None:
+            raise NotDir(path[2:], self.current_index)
+        while len(missing) > 1:
+            path = missing.pop()
+            children[path] = None
+            children = {}
+            self._put(path, None, Directory(index, index, 0, children))
+        children[missing[0]] = None
+
+    def _remove(self, action: str, path: str, old: Node, now_ns: int) -> Event:
+        """Take `old` and all below it out of the tree: one event, at the top."""
+        removed = [path]
+        for below in removed:                   # grows under the loop: parents before children
+            removed += self._nodes[below].children or ()
+        for below in removed:
+            node = self._nodes.pop(below)
+            for walk in self._walks:
+                walk.keep(below, node)
+            if node.expires_ns:
+                self._ttl.set(below, 0)
+            if node.children:
+                node.children.clear()           # events of the past must not hold it
+        siblings = self._nodes[parent_path(path)].children
+        if siblings is not None:
+            del siblings[path]
+        index = self.current_index + 1
+        if old.children is None or action == "expire":      # etcd 2.3: expire never says dir
+            shown = Node(None, old.created_index, index, 0)
+        else:
+            shown = Directory(old.created_index, index, 0, {})
+        return self._done(Event(action, path, shown, old, index, now_ns), removed)
+
+    def _done(self, event: Event, removed: Sequence[str] = ()) -> Event:
+        self.current_index = event.index
+        self.hub.notify(event, removed)
+        return event
+
+    def _compared(self, path: str, prev_value: str, prev_index: int) -> Node:
+        """Return the file at `path` if it is as given.  Raises as compare_and_swap."""
+        node = self._nodes.get(path)
+        if node is None:
+            raise self._missing(path)
+        if node.children is not None:
+            raise NotFile(path[2:], self.current_index)
+        wrong = []
+        if prev_value and prev_value != node.value:
+            wrong.append(f"[{prev_value} != {node.value}]")
+        if prev_index and prev_index != node.modified_index:
+            wrong.append(f"[{prev_index} != {node.modified_index}]")
+        if wrong:
+            raise CompareFailed(" ".join(wrong), self.current_index)
+        return node
+
+    def _missing(self, path: str) -> EtcdError:
+        """The error for a path that is not there: names its first missing part, or a file."""
+        end = path.find("/", 1)
+        while end > 0:
+            node = self._nodes.get(path[:end])
+            if node is None:
+                break
+            if node.children is None:
+                return NotDir(path[2:end], self.current_index)
+            end = path.find("/", end + 1)
+        return KeyNotFound((path[2:end] if end > 0 else path[2:]) or "/", self.current_index)
+
+    def _failed(self, verb: str, error: EtcdError) -> EtcdError:
+        """Count a failure of `verb` and hand the error back."""
+        name = verb + "_fail"
+        setattr(self.stats, name, getattr(self.stats, name) + 1)
+        return error

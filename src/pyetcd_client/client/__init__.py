@@ -1,0 +1,1 @@
+"""Verbs, watching, users, the Client class."""

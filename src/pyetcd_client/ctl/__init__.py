@@ -1,0 +1,1 @@
+"""The command line: options, output, etcdctl's commands and more."""

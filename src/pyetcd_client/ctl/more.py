@@ -1,0 +1,456 @@
+"""Tree, top, bench and completion."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
+
+from ..client.client import Client
+from ..transport.calls import _clean_key
+from ..transport.errors import DirNotEmpty, EtcdError, KeyNotFound
+from ..transport.results import Member, Node
+from .etcdctl import _QUORUM, _spread
+from .output import (
+    _BLUE,
+    EXIT_OK,
+    EXIT_SERVER_ERROR,
+    _complain,
+    _emit,
+    _emit_lines,
+    _escape,
+    _ExitError,
+    _painted,
+    _Progress,
+)
+from .program import (
+    _COMMANDS,
+    _GLOBAL_FLAGS,
+    _GROUPS,
+    _Access,
+    _command,
+    _command_names,
+    _dashed,
+    _Flag,
+    _given_client,
+    _MisuseError,
+    _Options,
+    _parse_flags,
+    _Run,
+    _split_command,
+)
+from .transfer import (
+    _BENCH_KEYS,
+    _BENCH_PREFIX,
+    _BENCH_SIZE_BYTES,
+    _BENCH_TOTAL,
+    _TOP_EVERY_S,
+    _TREE_VALUE_MAX,
+    _patient,
+)
+
+# -- tree
+
+
+@_command("tree", "[key]", "draw a directory with all below it",
+          _Flag(("values",), bool, "with the values of keys"),
+          _Flag(("ascii",), bool, "without box characters"), _QUORUM, own=True)
+def _cmd_tree(run: _Run) -> None:
+    options = run.options
+    node = _patient(run.client, run.settings).get(
+        (run.args or ["/"])[0], recursive=True, sorted=True, quorum=options.on("quorum")).node
+    strokes = ("|-- ", "`-- ", "|   ") if options.on("ascii") else ("├── ", "└── ", "│   ")
+    _emit(_escape(node.key) + (_tree_tail(node, options) if node.key != "/" else ""))
+    _emit_lines(_tree_lines(node, options, strokes))
+    below = list(node.walk()) if node.dir else [node]
+    dirs = sum(child.dir for child in below)
+    _emit(f"\n{dirs} directories, {len(below) - dirs} keys")
+
+
+def _tree_lines(node: Node, options: _Options, strokes: Tuple[str, str, str]) -> Iterator[str]:
+    """Yield a line for each node below `node`."""
+    fork, end, along = strokes
+    for child in node.nodes:
+        last = child is node.nodes[-1]
+        name = _painted(_escape(child.key.rpartition("/")[2]), _BLUE if child.dir else "")
+        yield (end if last else fork) + name + _tree_tail(child, options)
+        for line in _tree_lines(child, options, strokes):
+            yield ("    " if last else along) + line
+
+
+def _tree_tail(node: Node, options: _Options) -> str:
+    """Return what stands behind a name: the kind, the value, the time left."""
+    text = "/" if node.dir else ""
+    if options.on("values") and not node.dir:
+        value = _escape(node.value or "")
+        cut = value if len(value) <= _TREE_VALUE_MAX else value[:_TREE_VALUE_MAX - 1] + "…"
+        text += f" = {cut}"
+    return text if node.ttl is None else f"{text}  ({node.ttl} s left)"
+
+
+# -- top
+
+_TOP_WRITES = tuple(f"{verb}Success" for verb in (
+    "sets", "delete", "update", "create", "compareAndSwap", "compareAndDelete"))
+_TOP_COLUMNS = ("NAME", "STATE", "GET/S", "WRITE/S", "FAIL/S", "EXPIRE/S", "WATCH", "SINCE",
+                "ADDRESS")
+
+
+class _Sample(NamedTuple):
+    """What one member said of itself."""
+
+    taken_at: float                                 # monotonic seconds
+    self_stats: Mapping[str, Any]
+    store: Mapping[str, int]
+
+    def count(self, *names: str) -> int:
+        return sum(self.store.get(name, 0) for name in names)
+
+
+class _Top:
+    """Samples all members; draws a table of what happened since the last time."""
+
+    def __init__(self, run: _Run) -> None:
+        self._client = run.client
+        self._access = run.access
+        self._members = self._client.member_list()
+        self._clients: Dict[str, Client] = {}       # by member id
+        self._samples: Dict[str, _Sample] = {}
+
+    def lines(self) -> List[str]:
+        """Take a sample of every member; return the table."""
+        with contextlib.suppress(EtcdError):        # nobody answers: the list known is shown
+            self._members = self._client.member_list()
+        members = self._members
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(members)), "pyetcdctl-top") as pool:
+            samples = list(pool.map(self._sample, members))
+        rows = [_TOP_COLUMNS, *map(self._row, members, samples)]
+        self._samples = {member.id: sample for member, sample in zip(members, samples)
+                         if sample is not None}
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        up = len(self._samples)
+        return [f"pyetcdctl top, {time.strftime('%H:%M:%S')}: {up} of {len(members)} members "
+                f"answer", "",
+                *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)]
+
+    def _sample(self, member: Member) -> Optional[_Sample]:
+        if not member.client_urls:
+            return None
+        client = self._clients.get(member.id)
+        if client is None:
+            client = self._clients[member.id] = self._access.client(endpoints=member.client_urls)
+        try:
+            with client:                            # its thread ends: so do its connections
+                return _Sample(time.monotonic(), client.statistics("self"),
+                               client.statistics("store"))
+        except EtcdError:
+            return None
+
+    def _row(self, member: Member, sample: Optional[_Sample]) -> Tuple[str, ...]:
+        name, address = member.name or member.id, ",".join(member.client_urls)
+        if sample is None:
+            return (name, "silent" if member.name else "unstarted", *"-" * 6, address)
+        before = self._samples.get(member.id, sample)
+        elapsed_s = sample.taken_at - before.taken_at
+
+        def rate(*names: str) -> str:
+            return f"{(sample.count(*names) - before.count(*names)) / elapsed_s:.1f}" \
+                if elapsed_s > 0 else "-"
+
+        state = str(sample.self_stats.get("state", "")).replace("State", "").lower()
+        failures = [name for name in sample.store if name.endswith("Fail")]
+        return (name, state, rate("getsSuccess"), rate(*_TOP_WRITES), rate(*failures),
+                rate("expireCount"), str(sample.count("watchers")),
+                str(sample.self_stats.get("startTime", ""))[:16], address)
+
+
+@contextlib.contextmanager
+def _screen() -> Iterator[Callable[[float], bool]]:
+    """Take the terminal; yields a function that waits and says whether q was pressed.
+
+    The terminal is as before afterwards, also after Ctrl-C and SIGTERM.
+    """
+    import select
+    import termios
+    import tty
+
+    def wait(seconds: float) -> bool:
+        return (bool(select.select([sys.stdin], [], [], seconds)[0])
+                and os.read(sys.stdin.fileno(), 16)[:1] in (b"q", b"Q", b""))
+
+    saved = termios.tcgetattr(sys.stdin)
+    handler = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        tty.setcbreak(sys.stdin)
+        print("\x1b[?1049h\x1b[?25l", end="", flush=True)   # other screen, no cursor
+        yield wait
+    finally:
+        print("\x1b[?25h\x1b[?1049l", end="", flush=True)
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
+        signal.signal(signal.SIGTERM, handler)
+
+
+@_command("top", "", "show what every member does, until q or Ctrl-C",
+          _Flag(("interval",), float, "time between two looks (default: 2s)", 0.001),
+          _Flag(("once",), bool, "print the rates of one interval as text, then end"), own=True)
+def _cmd_top(run: _Run) -> None:
+    top, every_s = _Top(run), run.options.seconds("interval", _TOP_EVERY_S)
+    if run.options.on("once"):
+        top.lines()
+        time.sleep(every_s)
+        _emit_lines(top.lines())
+        return
+    if not (sys.stdout.isatty() and sys.stdin.isatty()):
+        while True:
+            _emit_lines([*top.lines(), ""])
+            time.sleep(every_s)
+    with _screen() as quit_pressed:
+        while True:
+            columns, rows = shutil.get_terminal_size()
+            shown = [line[:columns] for line in (*top.lines(), "", "q: quit")]
+            print("\x1b[H\x1b[J" + "\r\n".join(shown[:rows]), end="", flush=True)
+            if quit_pressed(every_s):
+                return
+
+
+# -- bench
+
+
+class _Bench:
+    """Sends requests on many connections; keeps how long each took."""
+
+    def __init__(self, client: Client, options: _Options, kind: str) -> None:
+        self._client = client
+        self.connections = options.number("connections", 8)
+        self.total = options.number("total", _BENCH_TOTAL)
+        self.value = "x" * options.number("size", _BENCH_SIZE_BYTES)
+        self._reads_percent = {"put": 0, "get": 100}.get(kind, options.number("reads", 90))
+        prefix = _clean_key(options.text("prefix") or _BENCH_PREFIX).rstrip("/")
+        self.directory = f"{prefix}/{random.getrandbits(32):08x}"
+        self._made = list(self._missing(prefix))
+        self.latencies_s: List[float] = []          # append is atomic
+        self.failures: List[EtcdError] = []
+
+    def prepare(self) -> None:
+        """Write what will be read."""
+        if self._reads_percent:
+            keys = [self._key(number) for number in range(min(_BENCH_KEYS, self.total))]
+            with _Progress("bench: preparing", len(keys)) as progress:
+                _spread(keys, self.connections, lambda key: self._put(key), progress)
+
+    def run(self) -> float:
+        """Send all requests; return the seconds that took."""
+        numbers = range(self.total)
+        with _Progress("bench", self.total) as progress:
+            started_at = time.monotonic()
+            _spread(numbers, self.connections, self._one, progress)
+            return time.monotonic() - started_at
+
+    def clean_up(self) -> None:
+        """Remove what was written, and the directories that were not there before."""
+        try:
+            with contextlib.suppress(KeyNotFound):
+                self._client.delete(self.directory, recursive=True)
+            for directory in self._made:
+                with contextlib.suppress(KeyNotFound, DirNotEmpty):     # another bench uses it
+                    self._client.rmdir(directory)
+        except EtcdError as error:
+            _complain(f"pyetcdctl bench: {self.directory} is still there: {error}")
+
+    def _missing(self, directory: str) -> Iterator[str]:
+        """Yield the directories that have to be made, the inner ones first."""
+        while directory:
+            try:
+                self._client.get(directory)
+            except KeyNotFound:
+                yield directory
+            except EtcdError:                       # the requests to come will tell
+                return
+            else:
+                if directory == _BENCH_PREFIX:      # left by one that was killed
+                    yield directory
+                return
+            directory = directory.rpartition("/")[0]
+
+    def percentile_ms(self, share: float) -> float:
+        ordered = sorted(self.latencies_s)
+        return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    def _key(self, number: int) -> str:
+        return f"{self.directory}/{number % _BENCH_KEYS:04}"
+
+    def _put(self, key: str) -> None:
+        self._client.set(key, self.value)
+
+    def _one(self, number: int) -> None:
+        # Multiples of a number without common factors: reads and writes mix evenly.
+        is_read = number * 37 % 100 < self._reads_percent
+        begun_at = time.perf_counter()
+        try:
+            (self._client.get if is_read else self._put)(self._key(number))
+        except EtcdError as error:
+            self.failures.append(error)
+        else:
+            self.latencies_s.append(time.perf_counter() - begun_at)
+
+
+@_command("bench", "[put|get|mixed]", "put load on a cluster; print rate and times",
+          _Flag(("connections",), int, "requests under way at once (default: 8)", 1),
+          _Flag(("total",), int, f"requests to send (default: {_BENCH_TOTAL})", 1),
+          _Flag(("size",), int, f"bytes of a value (default: {_BENCH_SIZE_BYTES})", 0),
+          _Flag(("reads",), int, "with mixed: reads in 100 requests (default: 90)", 0),
+          _Flag(("prefix",), str, f"directory to work in (default: {_BENCH_PREFIX})"),
+          own=True)
+def _cmd_bench(run: _Run) -> int:
+    kind = (run.args or ["put"])[0]
+    if kind not in ("put", "get", "mixed") or run.options.number("reads") > 100:
+        raise _ExitError("bench is put, get or mixed, with --reads from 0 to 100")
+    if kind != "mixed":
+        run.options.refuse(f"with {kind}", "reads")
+    bench = _Bench(_patient(run.client, run.settings), run.options, kind)
+    try:
+        bench.prepare()
+        elapsed_s = bench.run()
+    finally:
+        bench.clean_up()
+    done = len(bench.latencies_s)
+    _emit(f"{kind}: {done:,} requests, values of {len(bench.value):,} bytes, {bench.connections} "
+          f"connections, {elapsed_s:.2f} s: {done / elapsed_s:,.0f} per second")
+    if done:
+        _emit("milliseconds: " + ", ".join(
+            f"{name} {bench.percentile_ms(share):.2f}" for name, share in (
+                ("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0))))
+    if bench.failures:
+        _emit(f"{len(bench.failures):,} requests failed, the first: {bench.failures[0]}")
+    return EXIT_SERVER_ERROR if bench.failures else EXIT_OK
+
+
+# -- completion
+
+_COMPLETIONS = {
+    "bash": """\
+_pyetcdctl() {
+    local IFS=$'\\n' words=("${COMP_WORDS[@]:1:COMP_CWORD}")
+    if declare -F _get_comp_words_by_ref >/dev/null; then
+        local cur cword; _get_comp_words_by_ref -n : -w words -i cword cur
+        words=("${words[@]:1:cword}")
+    fi
+    COMPREPLY=($("${COMP_WORDS[0]}" completion words "${words[@]}" 2>/dev/null | cut -f 1))
+    [[ ${COMPREPLY[0]} == */ ]] && compopt -o nospace
+    declare -F __ltrim_colon_completions >/dev/null && __ltrim_colon_completions "$cur"
+}
+complete -o default -F _pyetcdctl pyetcdctl
+""",
+    "zsh": """\
+#compdef pyetcdctl
+_pyetcdctl() {
+    local -a lines words_found notes
+    lines=("${(@f)$("${words[1]}" completion words "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    local line
+    for line in $lines; do
+        words_found+=("${line%%$'\\t'*}")
+        notes+=("${line/$'\\t'/  -- }")
+    done
+    (( $#words_found )) || { _files; return }
+    if [[ ${words_found[1]} == */ ]]; then
+        compadd -S '' -a words_found
+    else
+        compadd -l -d notes -a words_found
+    fi
+}
+if [[ $funcstack[1] == _pyetcdctl ]]; then _pyetcdctl; else compdef _pyetcdctl pyetcdctl; fi
+""",
+    "fish": """\
+function __pyetcdctl_words
+    set -l before (commandline -opc)
+    $before[1] completion words $before[2..-1] (commandline -ct) 2>/dev/null
+end
+complete -c pyetcdctl -a '(__pyetcdctl_words)'
+""",
+}
+
+
+@_command("completion", "bash|zsh|fish", "print a script that completes words in a shell",
+          own=True, mixed=False)
+def _cmd_completion(run: _Run) -> None:
+    if run.args[:1] == ["words"]:
+        _emit_lines("\t".join(pair).rstrip("\t") for pair in _candidates(run.args[1:] or [""]))
+        return
+    if len(run.args) != 1 or run.args[0] not in _COMPLETIONS:
+        raise _ExitError("Provide the name of a shell: bash, zsh or fish")
+    _emit(_COMPLETIONS[run.args[0]].rstrip("\n"))
+
+
+def _candidates(words: Sequence[str]) -> List[Tuple[str, str]]:
+    """Return (word, note) for all that may stand in place of the last of `words`."""
+    *before, current = words
+    settings, rest, awaited = _scan(before, _GLOBAL_FLAGS, mixed=False)
+    name, args = _split_command(rest)
+    flags: Sequence[_Flag] = _GLOBAL_FLAGS
+    if name:
+        _, args, awaited = _scan(args, _COMMANDS[name].flags, mixed=_COMMANDS[name].mixed)
+        flags = _COMMANDS[name].flags
+    found: List[Tuple[str, str]] = []
+    if awaited is not None:
+        values = ("simple", "extended", "json") if awaited.names[0] == "output" else ()
+        found = [(value, "") for value in values]
+    elif current.startswith("-"):
+        found = [(_dashed(flag.names[0]), flag.help) for flag in flags]
+    elif not name:
+        group = rest[0] if rest and rest[0] in _GROUPS else ""
+        found = _command_names(group) if group or not rest else []
+    elif name == "completion":
+        found = [(shell, "") for shell in _COMPLETIONS]
+    elif not args and re.search(r"[<[]key[]>]", _COMMANDS[name].usage):
+        found = _keys_like(settings, current)
+    return [pair for pair in found if pair[0].startswith(current)]
+
+
+def _scan(
+    words: Sequence[str], flags: Sequence[_Flag], *, mixed: bool,
+) -> Tuple[_Options, List[str], Optional[_Flag]]:
+    """Return options, arguments, and the flag whose value is to come, if words end with one."""
+    for flag in flags:
+        if flag.kind is not bool and words and words[-1].lstrip("-") in flag.names:
+            with contextlib.suppress(_MisuseError, _ExitError):
+                options, rest = _parse_flags(words[:-1], flags, mixed=mixed)
+                if mixed or not rest:
+                    return options, rest, flag
+    try:
+        return (*_parse_flags(words, flags, mixed=mixed), None)
+    except (_MisuseError, _ExitError):
+        return _Options(), [], None
+
+
+def _keys_like(settings: _Options, current: str) -> List[Tuple[str, str]]:
+    """Return the keys in the directory that `current` names so far; none if nobody answers."""
+    directory = current.rpartition("/")[0]
+    user = settings.text("username", "ETCDCTL_USERNAME")
+    if user and ":" not in user and not os.environ.get("ETCDCTL_PASSWORD"):
+        return []                                   # no questions while somebody types
+    try:
+        with _given_client(settings, _Access.from_settings(settings)) as client:
+            nodes = client.get(directory, sorted=True).node.nodes
+    except (EtcdError, _ExitError):
+        return []
+    slash = "/" if current.startswith("/") or not current else ""
+    keys = (slash + node.key.lstrip("/") for node in nodes)
+    return [(key + "/" if node.dir else key, "") for key, node in zip(keys, nodes)]

@@ -1,0 +1,635 @@
+"""The program: options, which client a command gets, help, errors and exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import math
+import os
+import random
+import re
+import sys
+from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
+
+from ..client.client import Client
+from ..transport.calls import _Call, _is_endpoint_failure
+from ..transport.connections import ConnectionState
+from ..transport.defaults import __version__
+from ..transport.endpoints import Endpoints
+from ..transport.errors import EtcdError
+from ..transport.results import _T, Result
+from .output import (
+    _BOOLEANS,
+    _NOT_TEXT,
+    CLI_ENDPOINTS,
+    CLI_VERSION,
+    EXIT_BAD_ARGS,
+    EXIT_BAD_CONNECTION,
+    EXIT_BROKEN_PIPE,
+    EXIT_INTERRUPTED,
+    EXIT_MISUSE,
+    EXIT_OK,
+    EXIT_SERVER_ERROR,
+    _complain,
+    _did_you_mean,
+    _emit,
+    _error_lines,
+    _ExitError,
+    _result_extended,
+    _result_json,
+    _value_text,
+)
+
+
+class _MisuseError(Exception):
+    """A line that says nothing to etcdctl 2.3 either; the text tells why.  Help is shown."""
+
+
+# -- options
+
+
+class _Flag(NamedTuple):
+    names: Tuple[str, ...]
+    kind: type          # bool, int, str, float (a Go duration, kept in seconds), list (repeatable)
+    help: str
+    least: Optional[float] = None   # smallest number, or shortest text
+
+    @property
+    def dashed(self) -> str:
+        return _dashed(self.names[0])
+
+
+class _Options:
+    """Values of the flags that were given; the others are False, 0, "" or empty."""
+
+    def __init__(self) -> None:
+        self._values: Dict[str, Any] = {}
+        self._forms: Dict[str, str] = {}
+
+    def put(self, flag: _Flag, text: str, form: str = "") -> None:
+        name, value = flag.names[0], _flag_value(flag, text)
+        if self._forms.setdefault(name, form) != form:
+            raise _MisuseError(f"{_dashed(form)} and {_dashed(self._forms[name])} are the same")
+        self._values[name] = [*self.texts(name), value] if flag.kind is list else value
+
+    def on(self, name: str) -> bool:
+        return bool(self._values.get(name, False))
+
+    def number(self, name: str, default: int = 0) -> int:
+        return int(self._values.get(name, default))
+
+    def seconds(self, name: str, default: float) -> float:
+        return float(self._values.get(name, default))
+
+    def text(self, name: str, variable: str = "") -> str:
+        """Return a flag, or else an environment variable."""
+        return str(self._values.get(name, "")) or os.environ.get(variable, "")
+
+    def texts(self, name: str) -> List[str]:
+        return list(self._values.get(name, ()))
+
+    def refuse(self, why: str, *names: str) -> None:
+        """End the command if one of these was given: it would have no effect."""
+        for name in names:
+            if name in self._values:
+                raise _ExitError(f"pyetcdctl: {_dashed(name)} has no effect {why}")
+
+
+def _flag_value(flag: _Flag, text: str) -> Any:
+    """Return the value of a flag.  Raises _MisuseError; _ExitError for what only we refuse."""
+    parse, what = _READERS.get(flag.kind, (str, ""))
+    try:
+        value = parse(text)
+    except (KeyError, ValueError):
+        repaired, hint = text[:-1] if text.endswith("s") else text + "s", ""
+        with contextlib.suppress(KeyError, ValueError):
+            parse(repaired)                         # 5s for 5, or 5 for 5s
+            hint = f"; did you mean {repaired}?"
+        raise _MisuseError(f'{flag.dashed} takes {what}, not "{text}"{hint}') from None
+    if flag.least is not None and (len(text) if flag.kind is str else value) < flag.least:
+        limit = "must not be empty" if flag.kind is str else f"is {flag.least} or more"
+        raise _ExitError(f"pyetcdctl: {flag.dashed} {limit}")
+    return value
+
+
+def _parse_integer(text: str) -> int:
+    """Return a number as Go's flag package reads it: also hexadecimal, and octal after a 0."""
+    match = re.fullmatch(r"([+-]?)(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)", text, re.ASCII)
+    if match is None or len(text) > 30:
+        raise ValueError(text)
+    digits = match[2]
+    value = int(digits, 16 if digits[:2] in ("0x", "0X") else 8 if digits[0] == "0" else 10)
+    if value >= 1 << 63:
+        raise ValueError(text)
+    return -value if match[1] == "-" else value
+
+
+def _parse_duration(text: str) -> float:
+    """Return the seconds of a Go duration such as 500ms or 1m30s."""
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+    part = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(h|ms|us|µs|ns|m|s)"
+    if text in ("0", "+0", "-0"):
+        return 0.0
+    if not re.fullmatch(f"\\+?(?:{part})+", text, re.ASCII):
+        raise ValueError(text)
+    return sum(float(count) * units[unit] for count, unit in re.findall(part, text))
+
+
+_READERS: Dict[type, Tuple[Callable[[str], Any], str]] = {
+    bool: (_BOOLEANS.__getitem__, "true or false"), int: (_parse_integer, "a whole number"),
+    float: (_parse_duration, "a time such as 500ms or 1m30s"),
+}
+
+
+def _parse_flags(
+    argv: Sequence[str], flags: Sequence[_Flag], *, mixed: bool = False,
+) -> Tuple[_Options, List[str]]:
+    """Split `argv` into options and arguments by the rules of Go's flag package.
+
+    One or two dashes; a value after `=` or, except for booleans, as the next word.  The first
+    word that is no option, or `--`, ends the options; if they may be mixed with arguments, only
+    `--` does, and a negative number is an argument.
+    """
+    known = {name: flag for flag in flags for name in flag.names}
+    options, words, args = _Options(), list(argv), []
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-") or word == "-" or (mixed and word[1:2].isdecimal()):
+            args.append(word)
+            if not mixed:
+                break
+            continue
+        if word == "--":
+            break
+        name, separator, text = word[2 if word.startswith("--") else 1:].partition("=")
+        flag = known.get(name)
+        if flag is None:
+            raise _MisuseError(_about_unknown(word, name, list(known), args))
+        if not separator and flag.kind is bool:
+            text = "true"
+        elif not separator:
+            if not words:
+                raise _MisuseError(f"{_dashed(name)} needs a value behind it")
+            text = words.pop(0)
+        options.put(flag, text, name)
+    return options, args + words
+
+
+def _about_unknown(word: str, name: str, known: Sequence[str], args: Sequence[str]) -> str:
+    """Return what is wrong with an option, behind `args`, that is not among those `known`."""
+    text = f'there is no option "{word}"'
+    if any(name in flag.names for flag in _GLOBAL_FLAGS):
+        return f"{text} here: {_dashed(name)} stands before the command"
+    if any(name in flag.names for command in _COMMANDS.values() for flag in command.flags):
+        if "endpoints" in known:
+            return f"{text} here: {_dashed(name)} stands behind the command"
+    hint = "; put -- in front of a value that begins with a dash" if args else ""
+    return text + (_did_you_mean(name, known, _dashed) or hint)
+
+
+# -- the client of a command
+
+
+class _TalkingClient(Client):
+    """A client that shows each request on stderr as the curl command for it: --debug."""
+
+    def _perform(self, call: _Call[_T]) -> _T:
+        form = f' -d "{call.form.decode()}"' if call.form else ""
+        address = self.endpoints.current + call.target
+        _complain(f"cURL Command: curl -X {call.method} {address}{form}")
+        return super()._perform(call)
+
+
+def _ask_password(prompt: str) -> str:
+    """Read a password without echo; from a pipe, its first line."""
+    if sys.stdin.isatty():
+        return getpass.getpass(prompt)
+    _emit(prompt)
+    return sys.stdin.readline().rstrip("\n")
+
+
+def _split_user(text: str, prompt: str) -> Tuple[str, str]:
+    """Return name and password of NAME[:PASSWORD]; a password that is not there is asked for."""
+    name, separator, password = text.partition(":")
+    return name, password if separator else _ask_password(prompt)
+
+
+def _cluster_asked(settings: _Options) -> Dict[str, Any]:
+    """Return what Client takes to find the cluster, by the order of etcdctl 2.3.
+
+    There some variables are stronger than some options: that is said, not left to be noticed.
+    """
+    chosen, source, where = CLI_ENDPOINTS, "", "endpoints"
+    for flag in ("discovery-srv", "endpoints", "endpoint", "peers"):
+        variable = "ETCDCTL_" + flag.upper().replace("-", "_")
+        for name, text in (
+                (_dashed(flag), settings.text(flag)), (variable, os.environ.get(variable, ""))):
+            if text and not source:
+                chosen, source = text, name
+                where = "srv_domain" if flag == "discovery-srv" else "endpoints"
+            elif text and text != chosen and name != variable:
+                _complain(f"pyetcdctl: {name} is not used: {source} is stronger")
+    return {where: chosen if where == "srv_domain" else chosen.split(",")}
+
+
+class _Access(NamedTuple):
+    """How to reach a cluster, whichever of its members is asked."""
+
+    options: Dict[str, Any]                         # keywords of Client
+    debug: bool = False
+
+    @classmethod
+    def from_settings(cls, settings: _Options, *, environment: bool = True) -> _Access:
+        """Return what flags and ETCDCTL_* variables say; asks for a password if need be."""
+        user, certificate, key, authorities = (
+            settings.text(flag, "ETCDCTL_" + flag.upper().replace("-", "_") if environment else "")
+            for flag in ("username", "cert-file", "key-file", "ca-file"))
+        if environment and user and ":" not in user and os.environ.get("ETCDCTL_PASSWORD"):
+            user += ":" + os.environ["ETCDCTL_PASSWORD"]
+        if key and not certificate:
+            raise _ExitError(f"pyetcdctl: the key {key} is of no use without --cert-file")
+        name, password = _split_user(user, "Password: ") if user else (None, None)
+        request_s = settings.seconds("timeout", 1.0)
+        return cls({
+            "connect_timeout": request_s, "read_timeout": request_s, "retry": False,
+            "total_timeout": settings.seconds("total-timeout", 5.0),
+            "cert": (certificate, key) if key else certificate or None,
+            "ca_cert": authorities or None, "username": name, "password": password,
+        }, settings.on("debug"))
+
+    def client(self, **where: Any) -> Client:
+        """Return a client for these endpoints, or for those that SRV records name."""
+        try:
+            return (_TalkingClient if self.debug else Client)(**where, **self.options)
+        except (ValueError, OSError) as error:      # an endpoint, a certificate, a DNS server
+            raise _ExitError(str(error)) from error
+
+
+def _given_client(settings: _Options, access: _Access) -> Client:
+    """Return a client for the endpoints that were given; it tells if another than the first one
+    answers: that may be the member of another cluster, or the discovery service.
+    """
+    where = _cluster_asked(settings)
+    client = access.client(**where)
+
+    def tell(state: ConnectionState) -> bool:
+        first, current = client.endpoints.urls[0], client.endpoints.current
+        if state is ConnectionState.CONNECTED and current != first:
+            _complain(f"pyetcdctl: answered by {current}, not by {first}")
+        return state is ConnectionState.CONNECTED   # once is enough
+
+    if len(where.get("endpoints", ())) > 1:
+        client.add_listener(tell)
+    return client
+
+
+def _synced_client(settings: _Options, access: _Access) -> Client:
+    """Return a client that uses the client URLs the members publish, in random order."""
+    client, debug = _given_client(settings, access), settings.on("debug")
+    if settings.on("no-sync"):
+        return client
+    given = ",".join(client.endpoints.urls)
+    if debug:
+        _complain(f"start to sync cluster using endpoints({given})")
+    try:
+        urls = [url for member in client.member_list() for url in member.client_urls]
+    except EtcdError as error:
+        code = EXIT_BAD_CONNECTION if _is_endpoint_failure(error) else EXIT_SERVER_ERROR
+        raise _ExitError(_error_lines(error), code) from error
+    if all(url.startswith("https:") for url in client.endpoints.urls):
+        urls = [url for url in urls if url.startswith("https:")]    # no passwords in clear
+    if not urls:
+        raise _ExitError(
+            "etcd cluster has no published client endpoints.\nTry '--no-sync' if you want to "
+            f"access non-published client endpoints({given}).\nError:  client: no endpoints "
+            "available", EXIT_SERVER_ERROR)
+    random.shuffle(urls)
+    client.endpoints = Endpoints(urls)
+    if debug:
+        _complain(f"got endpoints({','.join(urls)}) after sync")
+    return client
+
+
+class _Run:
+    """One invocation: what a command function gets."""
+
+    def __init__(
+        self, settings: _Options, options: _Options, args: List[str],
+        behind: Optional[List[str]] = None,
+    ) -> None:
+        self.settings = settings                    # the global options
+        self.options = options                      # those of the command
+        self.args = args                            # all of them
+        self.behind = behind                        # those behind `--`, if there is one
+        self.output = settings.text("output") or "simple"
+        self._access: Optional[_Access] = None      # this and the next: made when a command
+        self._client: Optional[Client] = None       # first asks for them
+
+    @property
+    def access(self) -> _Access:
+        """How to reach the cluster; a password is asked for once."""
+        if self._access is None:
+            self._access = _Access.from_settings(self.settings)
+        return self._access
+
+    @property
+    def client(self) -> Client:
+        """The client, with the endpoints that the members publish unless --no-sync is given."""
+        return self.connect()
+
+    def connect(
+        self, make: Callable[[_Options, _Access], Client] = _synced_client,
+    ) -> Client:
+        """Return the client; the first call makes it."""
+        if self._client is None:
+            self._client = make(self.settings, self.access)
+            if self.settings.on("debug"):
+                _complain(f"Cluster-Endpoints: {', '.join(self._client.endpoints.urls)}")
+        return self._client
+
+    def close(self) -> None:
+        """Close the client, if one was made."""
+        if self._client is not None:
+            self._client.close()
+
+    def key(self) -> str:
+        """Return the first argument."""
+        if not self.args:
+            raise _ExitError("Error:  key required")
+        return self.args[0]
+
+    def value(self) -> str:
+        """Return the second argument, or else all of standard input."""
+        if len(self.args) > 1:
+            return self.args[1]
+        data = sys.stdin.buffer.read()
+        if not data:
+            raise _ExitError("Error:  value required")
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise _ExitError(_NOT_TEXT.format("the value on stdin")) from error
+
+    def ttl(self) -> Optional[int]:
+        """Return --ttl; 0 and less mean none, as in etcdctl."""
+        return max(0, self.options.number("ttl")) or None
+
+    def conditions(self, value_flag: str, index_flag: str) -> Dict[str, Any]:
+        """Return prevValue and prevIndex if flags ask for them."""
+        given = {"prevValue": self.options.text(value_flag),
+                 "prevIndex": self.options.number(index_flag)}
+        return {name: value for name, value in given.items() if value}
+
+    def print_result(self, result: Result) -> None:
+        """Print a result in the format asked for."""
+        if self.output == "json":
+            _emit(_result_json(result))
+        elif self.output == "extended":
+            _emit(_result_extended(result))
+        elif self.output != "simple":
+            _complain(f"Unsupported output format: {self.output}")
+        elif result.action == "delete":
+            _emit(f"PrevNode.Value: {_value_text(result.prev_node)}")
+        else:
+            _emit(_value_text(result.node))
+
+    def print_unless_silent(self, result: Result) -> None:
+        """Print a result; in simple format, nothing for a directory."""
+        if not result.node.dir or self.output != "simple":
+            self.print_result(result)
+
+
+# -- the table of commands, and the way into it
+
+
+_CommandFunction = Callable[[_Run], Optional[int]]      # None: EXIT_OK
+_FORMATS = ("simple", "extended", "json")
+
+
+class _Command(NamedTuple):
+    usage: str
+    help: str
+    flags: Tuple[_Flag, ...]
+    run: _CommandFunction
+    formats: Tuple[str, ...]    # of --output
+    wrong: str                  # the complaint of etcdctl about the number of arguments
+    own: bool                   # etcdctl 2.3 has it not, or not with these options
+    mixed: bool                 # options may stand behind arguments
+
+    def words(self) -> Tuple[int, float]:
+        """Return how many arguments there are, at least and at most."""
+        words = [word for word in self.usage.split() if word[0] in "<[" and word != "[options]"]
+        return (sum(word[0] == "<" for word in words),
+                len(words) if self.mixed and "..." not in self.usage else math.inf)
+
+
+_COMMANDS: Dict[str, _Command] = {}                 # by name: "get", "member list"; help's order
+
+_HELP = _Flag(("help", "h"), bool, "show help")
+
+_GROUPS = {
+    "member": "list, add, remove and update members", "user": "users and their roles",
+    "role": "roles and what they permit", "auth": "turn authentication on and off",
+}
+
+_GLOBAL_FLAGS = (
+    _Flag(("debug",), bool, "show endpoints, and requests as curl commands, on stderr"),
+    _Flag(("no-sync",), bool, "use the endpoints given, not those that the members publish"),
+    _Flag(("output", "o"), str, f"how to print results: {', '.join(_FORMATS)}"),
+    _Flag(("discovery-srv", "D"), str, "domain whose SRV records name the endpoints"),
+    _Flag(("peers", "C"), str, "older name of --endpoints"),
+    _Flag(("endpoint",), str, "older name of --endpoints"),
+    _Flag(("endpoints",), str, f"addresses of members, comma between (default: {CLI_ENDPOINTS})"),
+    _Flag(("cert-file",), str, "client certificate for https"),
+    _Flag(("key-file",), str, "key of the client certificate"),
+    _Flag(("ca-file",), str, "certificates of authorities that servers are checked with"),
+    _Flag(("username", "u"), str, "user[:password]; a password that is not given is asked for"),
+    _Flag(("timeout",), float, "time for a member to answer (default: 1s; 60s for long work)"),
+    _Flag(("total-timeout",), float, "time for a call over all (default: 5s; 60s for long work)"),
+    _HELP,
+    _Flag(("version", "v"), bool, "print the version"),
+)
+
+
+def _command(
+    name: str, arguments: str, help: str, *flags: _Flag,
+    formats: Tuple[str, ...] = _FORMATS[:1], wrong: str = "", own: bool = False,
+    mixed: bool = True,
+) -> Callable[[_CommandFunction], _CommandFunction]:
+    """Enter the decorated function into the table of commands."""
+    def enter(function: _CommandFunction) -> _CommandFunction:
+        usage = " ".join(filter(None, (name, "[options]" if flags else "", arguments)))
+        _COMMANDS[name] = _Command(usage, help, flags, function, formats, wrong, own, mixed)
+        return function
+    return enter
+
+
+def _keys_command(
+    name: str, arguments: str, help: str, *flags: _Flag,
+) -> Callable[[_CommandFunction], _CommandFunction]:
+    """Enter a command that prints what the keys API answers."""
+    return _command(name, arguments, help, *flags, formats=_FORMATS)
+
+
+def _aligned(rows: Sequence[Tuple[str, str]]) -> List[str]:
+    width = max((len(left) for left, _ in rows), default=0)
+    return [f"   {left:{width}}  {right}" for left, right in rows]
+
+
+def _dashed(name: str) -> str:
+    return ("-" if len(name) == 1 else "--") + name
+
+
+def _flag_lines(flags: Sequence[_Flag]) -> List[str]:
+    return _aligned([(", ".join(map(_dashed, flag.names))
+                      + ("" if flag.kind is bool else " value"), flag.help) for flag in flags])
+
+
+def _command_names(group: str = "") -> List[Tuple[str, str]]:
+    """Return (name, help) of all commands, a group as one; or of those in a group."""
+    if group:
+        return [(name[len(group) + 1:], command.help) for name, command in _COMMANDS.items()
+                if name.startswith(group + " ")]
+    firsts = dict.fromkeys(name.split()[0] for name in _COMMANDS)
+    return [(name, _GROUPS[name] if name in _GROUPS else _COMMANDS[name].help) for name in firsts]
+
+
+def _print_help(group: str = "") -> None:
+    """Print what the program can do, or what the commands of a group can."""
+    name = f"pyetcdctl {group}".strip()
+    lines = ["NAME:", f"   {name} - {_GROUPS.get(group, 'A command line client of etcd v2.')}", "",
+             "USAGE:", f"   {name} [options] command [command options] [arguments...]", "",
+             "COMMANDS:", *_aligned(_command_names(group)), ""]
+    _emit("\n".join([*lines, "GLOBAL OPTIONS:", *_flag_lines(_GLOBAL_FLAGS)]))
+
+
+def _print_command_help(name: str) -> None:
+    command = _COMMANDS[name]
+    lines = ["NAME:", f"   pyetcdctl {name} - {command.help}", "", "USAGE:",
+             f"   pyetcdctl {command.usage}", "", "OPTIONS:", *_flag_lines((*command.flags, _HELP))]
+    _emit("\n".join(lines))
+
+
+def _split_command(words: Sequence[str]) -> Tuple[str, List[str]]:
+    """Return the command's name, of one or two words, and what follows; "" if there is none."""
+    for size in (2, 1):
+        name = " ".join(words[:size])
+        if len(words) >= size and name in _COMMANDS:
+            return name, list(words[size:])
+    return "", list(words)
+
+
+def _run_command(name: str, words: Sequence[str], settings: _Options) -> int:
+    command, behind = _COMMANDS[name], None
+    for word in words if name not in _WITH_PATHS else ():
+        if word.encode("utf-8", "replace").decode() != word:    # bytes of sys.argv
+            raise _ExitError(_NOT_TEXT.format(f'"{word}"'))
+    if command.mixed and "--" in words:
+        at = words.index("--")
+        words, behind = words[:at], list(words[at + 1:])
+    try:
+        options, args = _parse_flags(words, (*command.flags, _HELP), mixed=command.mixed)
+    except _MisuseError as error:
+        _emit("Incorrect Usage.\n")
+        _print_command_help(name)
+        _complain(f"pyetcdctl {name}: {error}")
+        return EXIT_BAD_ARGS if command.own else EXIT_MISUSE
+    if options.on("help"):
+        _print_command_help(name)
+        return EXIT_OK
+    run = _Run(settings, options, args + (behind or []), behind)
+    _check_line(name, command, run)
+    with contextlib.closing(run):
+        return command.run(run) or EXIT_OK
+
+
+def _check_line(name: str, command: _Command, run: _Run) -> None:
+    """Refuse what the command would not look at."""
+    least, most = command.words()
+    surplus = run.args[int(most):] if most < math.inf else []
+    if command.wrong and (surplus or len(run.args) < least):
+        too_many = f'; "{surplus[0]}" is one word too many' if surplus and least else ""
+        raise _ExitError(command.wrong + too_many)
+    if surplus:
+        quoting = " (a value with spaces needs quotes)" if "value" in command.usage else ""
+        raise _ExitError(f'pyetcdctl {name}: "{surplus[0]}" is one word too many{quoting}; '
+                         f"usage: pyetcdctl {command.usage}")
+    # etcdctl prints results, and complains of a format that it does not know, afterwards.
+    if run.output not in command.formats and (
+            run.output in _FORMATS or command.formats != _FORMATS):
+        raise _ExitError(f"pyetcdctl {name}: --output {run.output} is not possible here, only "
+                         f"{' and '.join(command.formats)}")
+
+
+_WITH_PATHS = ("backup", "import", "mirror", "exec-watch", "completion")    # of any bytes
+_OTHER_NAMES = {"put": "set", "del": "rm", "delete": "rm", "remove": "rm", "list": "ls",
+                "endpoint": "cluster-health", "health": "cluster-health"}
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    """Run the command `argv` asks for, or show the help it needs."""
+    settings, words = _parse_flags(argv, _GLOBAL_FLAGS)
+    if settings.on("version"):
+        _emit(f"pyetcdctl version {__version__}\nBehaves as etcdctl {CLI_VERSION}")
+        return EXIT_OK
+    asks_help, group = settings.on("help"), ""
+    while words and words[0] in ("help", "h", *([] if group else _GROUPS)):
+        word, *words = words
+        if word in _GROUPS:
+            group = word
+            options, words = _parse_flags(words, (_HELP,))
+        asks_help = asks_help or word not in _GROUPS or options.on("help")
+    name = " ".join([group, *words[:1]]).strip()
+    if not words:
+        _print_help(group)
+    elif name not in _COMMANDS:
+        return _unknown_command(group, words[0])
+    elif not asks_help:
+        return _run_command(name, words[1:], settings)
+    elif words[1:]:
+        raise _ExitError(f'pyetcdctl help: "{words[1]}" is one word too many')
+    else:
+        _print_command_help(name)
+    return EXIT_OK
+
+
+def _unknown_command(group: str, word: str) -> int:
+    _emit(f"No help topic for '{word}'")
+    names = [name for name, _ in _command_names(group)]
+    other = _OTHER_NAMES.get(word, word)
+    hint = f"; did you mean {other}?" if other in names else _did_you_mean(word, names)
+    _complain(f'pyetcdctl: there is no command "{f"{group} {word}".strip()}"{hint}')
+    return EXIT_MISUSE
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line; return its exit code.
+
+    0 success · 1 bad arguments, or a command about members, users, roles or files failed · 2 no
+    server can be reached · 4 the server refused, or the request failed · 5 the cluster is
+    unhealthy · 130 interrupted · 141 nobody reads what is printed
+
+    Source: etcdctl 2.3.8.
+    """
+    try:
+        return _dispatch(sys.argv[1:] if argv is None else argv)
+    except _MisuseError as error:
+        _emit("Incorrect Usage.\n")
+        _print_help()
+        _complain(f"pyetcdctl: {error}")
+        return EXIT_MISUSE
+    except _ExitError as error:
+        _complain(error.line)
+        return error.code
+    except EtcdError as error:
+        _complain(_error_lines(error))
+        return EXIT_SERVER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:                         # `ls | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def _exit() -> NoReturn:
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Leases, locks, queues, caches, services."""

@@ -1,0 +1,1 @@
+"""Errors, results, endpoints, connections, calls."""
