@@ -12833,9 +12833,7 @@ class EtcdServer:
         self.lead_since = 0.0                   # when it was elected (monotonic)
         for member in boot.remotes:
             self.transport.add_remote(member.id, member.peer_urls)
-        for member in self.cluster.members.values():
-            if member.id != self.member_id:
-                self.transport.add_peer(member.id, member.peer_urls)
+        _connect_others(self)
 
     def _make_node(self, boot: Bootstrap, rng: random.Random) -> RawNode:
         raft_log = package_logger("raft")
@@ -13210,18 +13208,21 @@ class EtcdServer:
 
     def _recover(self, snapshot: Snapshot) -> None:
         """A snapshot of the leader is durable here: the store becomes what it says."""
-        log = package_logger("etcdserver")
         self.snapshots.received(snapshot.index)
         self.store.become(snapshot.state or StoreState.read(snapshot.data))
         self.cluster.recover()
         self.applier.auth_changes += 1
-        log.info("recovered from incoming snapshot at index %d", snapshot.index)
+        package_logger("etcdserver").info("recovered from a snapshot at index %d", snapshot.index)
         self.transport.remove_all()
-        for member in self.cluster.members.values():
-            if member.id != self.member_id:
-                self.transport.add_peer(member.id, member.peer_urls)
+        _connect_others(self)
         self.raft_index, self.raft_term = snapshot.index, snapshot.term
         self.node.applied_to(snapshot.index)
+
+
+def _connect_others(etcd: EtcdServer) -> None:
+    for member in etcd.cluster.members.values():
+        if member.id != etcd.member_id:
+            etcd.transport.add_peer(member.id, member.peer_urls)
 
 
 def explain_timeout(etcd: EtcdServer, started: float) -> EtcdError:

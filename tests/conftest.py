@@ -1,0 +1,39 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import logging
+from typing import Iterator
+
+import pytest
+
+pytest.register_assert_rewrite("tests.kit")
+
+# ruff: noqa: E402
+from tests.kit.certificates import certificates as certificates
+from tests.kit.clients import _client_dir_fixture as _client_dir_fixture
+from tests.kit.clients import _client_fixture as _client_fixture
+from tests.kit.clients import _client_server_fixture as _client_server_fixture
+from tests.kit.clusters import cluster_log as cluster_log
+from tests.kit.files import wal_log as wal_log
+from tests.kit.flags import flags_logging as flags_logging
+from tests.kit.http import http_server as http_server
+from tests.kit.others import _lib_own_server_fixture as _lib_own_server_fixture
+from tests.kit.registries import disc_dns as disc_dns
+from tests.kit.registries import disc_registry as disc_registry
+from tests.kit.stores import store as store
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Undo what a test that runs `main` does to the loggers: others look at the log."""
+    names = ["pyetcd", *(name for name in logging.root.manager.loggerDict
+                         if name.startswith("pyetcd."))]
+    before = {name: logging.getLogger(name).level for name in names}
+    root = logging.getLogger("pyetcd")
+    handlers, propagate = root.handlers[:], root.propagate
+    yield
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("pyetcd"):
+            logging.getLogger(name).setLevel(before.get(name, logging.NOTSET))
+    root.handlers[:], root.propagate = handlers, propagate

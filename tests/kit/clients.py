@@ -1,0 +1,270 @@
+"""Client: against real servers, against misbehaving ones, and beside etcdctl."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import pyetcd_client
+from pyetcd_client import Client
+from tests.kit.basics import ROOT, free_port
+
+_CLIENT_KINDS = ("etcd", "pyetcd")
+_CLIENT_WAIT_S = 20.0
+
+
+def _client_eventually(condition, timeout_s=_CLIENT_WAIT_S):
+    """Return the first true value of `condition()`; fail when `timeout_s` have passed."""
+    pause, deadline = threading.Event(), time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        pause.wait(0.01)
+    raise AssertionError(f"not true within {timeout_s} s")
+
+
+class _ClientMember:
+    """One real server process."""
+
+    def __init__(self, kind, directory):
+        self.kind = kind
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self._peer_url = f"http://127.0.0.1:{free_port()}"
+        self._directory = Path(directory)
+        self._process = None
+
+    def command(self):
+        flags = [
+            "--name", "m1", "--data-dir", str(self._directory / "data"),
+            "--listen-client-urls", self.url, "--advertise-client-urls", self.url,
+            "--listen-peer-urls", self._peer_url, "--initial-advertise-peer-urls", self._peer_url,
+            "--initial-cluster", f"m1={self._peer_url}",
+        ]
+        if self.kind == "etcd":
+            return ["etcd", "--enable-v2", *flags]
+        return [sys.executable, str(ROOT / "pyetcd.py"), *flags]
+
+    def start(self):
+        with open(self._directory / "log", "ab") as log:
+            self._process = subprocess.Popen(
+                self.command(), stdout=log, stderr=log, cwd=str(self._directory))
+        with Client(self.url) as client:
+            _client_eventually(lambda: self._is_ready(client))
+        return self
+
+    def _is_ready(self, client):
+        code = self._process.poll()
+        assert code is None, f"{self.kind} ended with {code}, log: {self._directory / 'log'}"
+        try:
+            return client.leader_member() is not None and client.get("/", quorum=True)
+        except pyetcd_client.EtcdError:
+            return False
+
+    def kill(self):
+        self._process.kill()
+        self._process.wait(_CLIENT_WAIT_S)
+
+
+def _client_member(kind, directory):
+    if kind == "etcd" and shutil.which("etcd") is None:
+        pytest.skip("etcd is not installed")
+    if kind == "pyetcd" and not (ROOT / "pyetcd.py").exists():
+        pytest.skip("no pyetcd.py beside this file")
+    return _ClientMember(kind, directory)
+
+
+@pytest.fixture(scope="module", params=_CLIENT_KINDS, name="_client_server")
+def _client_server_fixture(request, tmp_path_factory):
+    """A running server; tests share it, each in a directory of its own (`_client_dir`)."""
+    member = _client_member(request.param, tmp_path_factory.mktemp(f"client-{request.param}"))
+    try:
+        yield member.start()
+    finally:
+        member.kill()
+
+
+@pytest.fixture(name="_client_dir")
+def _client_dir_fixture():
+    return f"/t{random.getrandbits(48):012x}"
+
+
+@pytest.fixture(name="_client")
+def _client_fixture(_client_server):
+    with Client(_client_server.url) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def _client_background(function, *args):
+    """Run `function` on a thread; yields a list that gets its result or exception."""
+    outcome = []
+
+    def run():
+        try:
+            outcome.append(function(*args))
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name="client-background", daemon=True)
+    thread.start()
+    yield outcome
+    thread.join(_CLIENT_WAIT_S)
+    assert not thread.is_alive()
+
+
+# -- raw-socket servers
+
+_CLIENT_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Etcd-Index: 7\r\n"
+
+
+def _client_reply(payload, status=200, cluster="c1", extra="", index=7):
+    """Return a whole answer."""
+    body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+    head = (f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nX-Etcd-Index: {index}\r\n"
+            f"X-Etcd-Cluster-Id: {cluster}\r\n{extra}Content-Length: {len(body)}\r\n\r\n")
+    return head.encode() + body
+
+
+_CLIENT_NODE = {"action": "get", "node": {"key": "/k", "value": "v", "modifiedIndex": 7,
+                                          "createdIndex": 7}}
+_CLIENT_GOOD = _client_reply(_CLIENT_NODE)
+_CLIENT_HALF = _CLIENT_GOOD[:-9]                                 # Content-Length promises more
+_CLIENT_TIMED_OUT = _client_reply(
+    {"errorCode": 300, "message": "Raft Internal Error", "cause": "etcdserver: request timed out",
+     "index": 0}, status=500)
+
+
+class _ClientRawServer:
+    """Answers each request with the next of `replies`, the last one for ever.
+
+    A reply is bytes (sent, connection kept), bytes in a tuple (sent, then closed), or a callable
+    which gets the socket; after it the connection is closed.
+    """
+
+    def __init__(self, *replies):
+        self._replies = list(replies)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._lock = threading.Lock()           # guards what follows
+        self.requests = []                      # (method, target, body)
+        self.connections = 0
+        self.closed = threading.Semaphore(0)    # released for every connection we closed
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, name="client-raw", daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                self.connections += 1
+                threading.Thread(
+                    target=self._serve, args=(connection,), name="client-raw-connection",
+                    daemon=True).start()
+
+    def _serve(self, connection):
+        with connection, connection.makefile("rb") as stream, contextlib.suppress(OSError):
+            while self._answer(connection, stream):
+                pass
+            connection.shutdown(socket.SHUT_RDWR)
+        self.closed.release()
+
+    def _answer(self, connection, stream):
+        """Serve one request; False when the connection is to be closed."""
+        line = stream.readline().decode()
+        if not line:
+            return False
+        length = 0
+        for header in iter(stream.readline, b"\r\n"):
+            if header.lower().startswith(b"content-length:"):
+                length = int(header.split(b":")[1])
+        body = stream.read(length).decode()
+        with self._lock:
+            self.requests.append((*line.split()[:2], body))
+            reply = self._replies.pop(0) if len(self._replies) > 1 else self._replies[0]
+        if callable(reply):
+            reply(connection)
+            return False
+        connection.sendall(reply[0] if isinstance(reply, tuple) else reply)
+        return isinstance(reply, bytes)
+
+
+def _client_hang_up(connection):
+    """Close without a word."""
+
+
+def _client_dead_url():
+    """Return a URL at which every connection is refused."""
+    return f"http://127.0.0.1:{free_port()}"
+
+
+def _client_event(index):
+    node = {"key": "/k", "value": f"v{index}", "modifiedIndex": index, "createdIndex": index}
+    return _client_reply({"action": "set", "node": node}, index=index)
+
+
+# -- cli
+
+def _client_python(*arguments, **options):
+    path = str(Path(pyetcd_client.__file__).parent)
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, timeout=_CLIENT_WAIT_S, check=False,
+        env={**os.environ, "PYTHONPATH": path}, **options)
+
+
+def _client_etcdctl(url, *arguments, stdin=b""):
+    result = subprocess.run(
+        ["etcdctl", "--endpoints", url, *arguments], input=stdin, capture_output=True,
+        timeout=_CLIENT_WAIT_S, check=False, env={**os.environ, "ETCDCTL_API": "2"})
+    return result.returncode, result.stdout.decode(), result.stderr.decode()
+
+
+class _ClientCaptured:
+    """A text stream over bytes, as sys.stdout is."""
+
+    def __init__(self, data=b""):
+        self.stream = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", write_through=True)
+
+    def text(self):
+        return self.stream.buffer.getvalue().decode()
+
+
+def _client_main(*arguments, stdin=b""):
+    """Run the command line in this process."""
+    out, err, given = _ClientCaptured(), _ClientCaptured(), _ClientCaptured(stdin)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", out.stream)
+        patch.setattr(sys, "stderr", err.stream)
+        patch.setattr(sys, "stdin", given.stream)
+        code = pyetcd_client.main(arguments)
+    return code, out.text(), err.text()
+
+
+def _client_blurred(outcome, directory):
+    """Return an outcome without what differs between two runs: directory, indexes, times."""
+    code, *texts = outcome
+    rules = [(re.escape(directory), "DIR"), (r"/\d{20}", "/ORDER"), (r"Index: \d+", "Index: N"),
+             (r"\[\d+\]$", "[N]"), (r'Index":\d+', 'Index":N'), (r'"20\d\d-[^"]+Z"', "TIME"),
+             (r"\[\d+ != \d+\]", "[N != N]")]
+    for pattern, text in rules:
+        texts = [re.sub(pattern, text, given, flags=re.MULTILINE) for given in texts]
+    return (code, *texts)

@@ -1,0 +1,154 @@
+"""Clusters over real sockets, in processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+
+import requests
+
+import pyetcd
+from tests.kit.basics import _ports, eventually, free_port
+
+
+class Process:
+    """`python pyetcd.py` with a log that can be read while it runs."""
+
+    program = (sys.executable, pyetcd.__file__)
+
+    def __init__(self, directory, *arguments, env=None):
+        self.directory = directory
+        self.log_path = directory / f"log{next(_ports)}"
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("ETCD_")}
+        with open(self.log_path, "wb") as log:
+            self.popen = subprocess.Popen(
+                [*self.program, *arguments], cwd=directory,
+                stdout=log, stderr=log, env={**clean, **(env or {})},
+            )
+
+    def log(self):
+        return self.log_path.read_text(errors="replace")
+
+    def wait_log(self, text, timeout_s=20.0):
+        def seen():
+            if text not in self.log() and self.popen.poll() is not None:
+                raise AssertionError(f"exited {self.popen.returncode}:\n{self.log()}")
+            return text in self.log()
+        eventually(seen, timeout_s, f"{text!r} in the log")
+
+    def kill(self, number=signal.SIGKILL):
+        if self.popen.poll() is None:
+            self.popen.send_signal(number)
+        return self.popen.wait(20)
+
+
+class ClusterMember:
+    """One member: its URLs, its flags, and its present process."""
+
+    process_type = Process
+
+    def __init__(self, directory, name):
+        self.directory, self.name = directory, name
+        self.client = f"http://127.0.0.1:{free_port()}"
+        self.peer = f"http://127.0.0.1:{free_port()}"
+        self.process = None
+
+    def flags(self):
+        return [
+            "-name", self.name, "-initial-advertise-peer-urls", self.peer,
+            "-listen-peer-urls", self.peer, "-listen-client-urls", self.client,
+            "-advertise-client-urls", self.client,
+        ]
+
+    def start(self, *more):
+        self.process = self.process_type(self.directory, *self.flags(), *more)
+
+    def request(self, method, path, data=None, timeout_s=10.0, **query):
+        """Return (status, JSON or text, headers); None if nobody answers."""
+        url = self.client + path + ("?" + urllib.parse.urlencode(query) if query else "")
+        try:
+            answer = requests.request(method, url, data=data, timeout=timeout_s)
+        except requests.RequestException:
+            return None
+        try:
+            return answer.status_code, answer.json(), answer.headers
+        except ValueError:
+            return answer.status_code, answer.text, answer.headers
+
+    def put(self, key, value, **more):
+        return self.request("PUT", f"/v2/keys/{key}", {"value": value, **more})
+
+    def value(self, key, **query):
+        answer = self.request("GET", f"/v2/keys/{key}", **query)
+        return answer[1]["node"]["value"] if answer and answer[0] == 200 else None
+
+    def index(self):
+        answer = self.request("GET", "/v2/keys/")
+        return answer and int(answer[2]["X-Etcd-Index"])
+
+    def is_leader(self):
+        answer = self.request("GET", "/v2/stats/self", timeout_s=2)
+        return bool(answer and answer[0] == 200 and answer[1]["state"] == "StateLeader")
+
+
+class StaticCluster:
+    """n members by -initial-cluster; a context manager that ends them all."""
+
+    member_type = ClusterMember
+
+    def __init__(self, directory, size=3, *flags):
+        self.directory = directory
+        self.members = [self.member_type(directory, f"n{i}") for i in range(size)]
+        self.flags = flags
+        self.initial = ",".join(f"{m.name}={m.peer}" for m in self.members)
+
+    def start(self, member, *more):
+        member.start("-initial-cluster", self.initial, *self.flags, *more)
+
+    def __enter__(self):
+        with contextlib.ExitStack() as on_failure:
+            on_failure.push(self)
+            for member in self.members:
+                self.start(member)
+            for member in self.members:
+                member.process.wait_log("published")
+            on_failure.pop_all()
+        return self
+
+    def __exit__(self, *exc_info):
+        for member in self.members:
+            if member.process:
+                member.process.kill()
+                if exc_info[0]:
+                    print(f"--- {member.name}\n{member.process.log()[-3000:]}")
+
+    def leader(self):
+        return eventually(
+            lambda: next((m for m in self.members
+                          if m.process.popen.poll() is None and m.is_leader()), None),
+            what="a leader")
+
+    def put_through(self, member, key, value, timeout_s=10.0):
+        """Write until it is acknowledged; return the seconds it took."""
+        started = time.monotonic()
+
+        def written():
+            answer = member.request("PUT", f"/v2/keys/{key}", {"value": value}, timeout_s=3)
+            return answer and answer[0] in (200, 201)
+        eventually(written, timeout_s, f"a write of {key}")
+        return time.monotonic() - started
+
+
+@contextlib.contextmanager
+def _members_embedded(tmp_path, size):
+    """Members in this process; yields them, the leader first."""
+    times = {"heartbeat_ms": 50, "election_ms": 300}
+    with pyetcd.LocalCluster(size, str(tmp_path), **times) as cluster:
+        leader = cluster.leader()
+        yield sorted(cluster.members, key=lambda member: member is not leader)

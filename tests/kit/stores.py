@@ -1,0 +1,25 @@
+"""Store: one test per sentence of the keys API, on a clock that is passed in."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyetcd import Store
+
+
+def store_json(
+    store: Store, path: str, *, recursive: bool = False, sorted: bool = False, now_ns: int
+) -> bytes:
+    """The line that answers a GET, in one go."""
+    body = store.file_json(path, recursive=recursive, now_ns=now_ns)
+    if body is not None:
+        return body
+    listing = store.listing(path, recursive=recursive, sorted=sorted, now_ns=now_ns)
+    while not listing.done:
+        listing.work()
+    return b"".join(listing.chunks)
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
