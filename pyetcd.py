@@ -12941,8 +12941,7 @@ class EtcdServer:
         elif request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
-            request = request if encoded else request.as_unicode()
-            data = encoded or encode_request(request)
+            data = encoded or encode_request(request := request.as_unicode())
             self._queue.append(Entry(0, 0, 0, data, request))
             self._queued_bytes += len(data)
 
@@ -13212,7 +13211,8 @@ class EtcdServer:
         self.store.become(snapshot.state or StoreState.read(snapshot.data))
         self.cluster.recover()
         self.applier.auth_changes += 1
-        package_logger("etcdserver").info("recovered from a snapshot at index %d", snapshot.index)
+        text = "recovered from incoming snapshot at index %d"
+        package_logger("etcdserver").info(text, snapshot.index)
         self.transport.remove_all()
         _connect_others(self)
         self.raft_index, self.raft_term = snapshot.index, snapshot.term
