@@ -11,6 +11,7 @@ import math
 import os
 import re
 import socket
+import sys
 import threading
 import time
 import types
