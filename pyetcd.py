@@ -29,7 +29,7 @@ Rooms and their modules, bottom up; each uses only names defined above it:
             proxy, settings, checks, sources, backup, command_line, testkit
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
-2.3 and 3.4.  Differences from etcd are listed in README.md.
+2.3 and 3.4.  Differences from etcd are listed in docs/differences.md.
 """
 
 # Built from src/ by build.py: change it there.

@@ -21,6 +21,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
@@ -148,7 +149,7 @@ def main(argv: Sequence[str]) -> int:
         finally:
             cluster.stop()
     page = ["# The client's own cost", "", "Written by `python bench/client.py --write`.", "",
-            conditions(server, options), "", *lines, ""]
+            *textwrap.wrap(conditions(server, options), 112), "", *lines, ""]
     print("\n".join(page))
     if options.write:
         (HERE / "CLIENT.md").write_text("\n".join(page), encoding="utf-8")

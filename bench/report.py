@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 from xml.sax.saxutils import escape
@@ -97,19 +99,34 @@ class Results:
         samples = self._samples.get((metric.key, peer_name))
         return f"{number(min(samples))}-{number(max(samples))}" if samples else "-"
 
-    def rows(self) -> List[List[str]]:
-        """The table: a head, then one row per metric."""
-        head = ["case", "unit", *(peer.name for peer in self.peers), "ratio", "target", ""]
-        rows = [head]
+    def rows(self, names: Sequence[str] = ()) -> List[List[str]]:
+        """The table: a head, then one row per metric; of all peers, or of those named."""
+        names = names or [peer.name for peer in self.peers]
+        rows = [["case", "unit", *names, "ratio", "target", ""]]
         for metric in self.metrics:
             subject, reference = (self.median(metric, name) for name in (SUBJECT, REFERENCE))
-            values = [self.median(metric, peer.name) for peer in self.peers]
             ratio = f"{subject / reference:.2f}" if subject and reference else "-"
             verdict = "" if subject is None else metric.verdict(subject, reference)
-            rows.append([metric.title, metric.unit,
-                         *("-" if value is None else number(value) for value in values),
+            rows.append([metric.title, metric.unit, *self._medians(metric, names),
                          ratio, metric.target(), verdict])
         return rows
+
+    def foreign_rows(self, names: Sequence[str]) -> List[List[str]]:
+        """Where one of `names` ran: its median beside the subject's."""
+        return [["case", "unit", SUBJECT, *names],
+                *([metric.title, metric.unit, *self._medians(metric, [SUBJECT, *names])]
+                  for metric in self.metrics if any(self.count(metric, name) for name in names))]
+
+    def spread_rows(self, names: Sequence[str]) -> List[List[str]]:
+        """Smallest and largest sample where one of `names` ran."""
+        return [["case", *names],
+                *([f"{metric.title} ({metric.unit}), {self.count(metric, SUBJECT)} rounds",
+                   *(self.spread(metric, name) for name in names)]
+                  for metric in self.metrics if any(self.count(metric, name) for name in names))]
+
+    def _medians(self, metric: Metric, names: Sequence[str]) -> List[str]:
+        values = [self.median(metric, name) for name in names]
+        return ["-" if value is None else number(value) for value in values]
 
 
 def number(value: float) -> str:
@@ -134,20 +151,48 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def results_page(results: Results, notes: Sequence[str], plots: Sequence[str]) -> str:
-    """Contents of RESULTS.md."""
-    spreads = [["case", *(peer.name for peer in results.peers)]]
-    for metric in results.metrics:
-        spreads.append([f"{metric.title} ({metric.unit}), {results.count(metric, SUBJECT)} rounds",
-                        *(results.spread(metric, peer.name) for peer in results.peers)])
-    failures = "\n".join(f"- {text}" for text in results.failures)
-    parts = ["# pyetcd beside etcd", "Written by `python bench/bench.py --write`.", *notes,
-             f"`ratio` is {SUBJECT} / {REFERENCE}.", markdown_table(results.rows()),
-             "## What each of them guarantees", guarantees(results, "- "),
-             *(["## What could not be measured", failures] if failures else []),
-             "## Smallest and largest round", markdown_table(spreads),
-             *(f"![{name}]({name})" for name in plots)]
+REASONS = "## Missed, and why"          # a chapter written by hand: the next page keeps it
+COLUMNS = 112                           # of its text; with all peers in one table, rows have more
+
+
+def wrapped(text: str) -> str:
+    """Fold a paragraph or an item of a list."""
+    return textwrap.fill(text, COLUMNS, subsequent_indent="  " if text.startswith("- ") else "",
+                         break_long_words=False, break_on_hyphens=False)
+
+
+def results_page(
+    results: Results, notes: Sequence[str], plots: Sequence[str], reasons: str = ""
+) -> str:
+    """Contents of RESULTS.md.
+
+    reasons  the chapter REASONS of the page before, "" if there is none
+    """
+    ours = [peer.name for peer in results.peers if peer.name in (SUBJECT, REFERENCE)]
+    others = [peer.name for peer in results.peers if peer.name not in ours]
+    parts = [
+        "# pyetcd beside etcd", "Written by `python bench/bench.py --write`.",
+        *map(wrapped, notes), f"`ratio` is {SUBJECT} / {REFERENCE}.",
+        markdown_table(results.rows(ours)),
+        *([reasons.rstrip()] if reasons else []),
+        *(["## Beside other systems", markdown_table(results.foreign_rows(others))]
+          if others else []),
+        "## What each of them guarantees",
+        "\n".join(map(wrapped, guarantees(results, "- ").splitlines())),
+        *(["## What could not be measured",
+           "\n".join(wrapped(f"- {text}") for text in results.failures)]
+          if results.failures else []),
+        "## Smallest and largest round", markdown_table(results.spread_rows(ours)),
+        *([markdown_table(results.spread_rows(others))] if others else []),
+        "## Plots", *(f"![{name}]({name})" for name in plots)]
     return "\n\n".join(parts) + "\n"
+
+
+def reasons_of(page: Path) -> str:
+    """The chapter REASONS of a page, or ""."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    found = re.search(rf"^{REASONS}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    return found[0] if found else ""
 
 
 def guarantees(results: Results, mark: str = "") -> str:
@@ -194,7 +239,8 @@ def write_results(results: Results, notes: Sequence[str], directory: Path) -> No
         name = f"results-{family}.svg"
         (directory / name).write_text(plot(results, family), encoding="utf-8")
         plots.append(name)
-    (directory / "RESULTS.md").write_text(results_page(results, notes, plots), encoding="utf-8")
-    print(f"wrote {directory / 'RESULTS.md'} and {', '.join(plots)}", file=sys.stderr)
+    page = directory / "RESULTS.md"
+    page.write_text(results_page(results, notes, plots, reasons_of(page)), encoding="utf-8")
+    print(f"wrote {page} and {', '.join(plots)}", file=sys.stderr)
 
 

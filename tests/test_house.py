@@ -18,6 +18,7 @@ import pytest
 
 import pyetcd
 import pyetcd_client
+from tests.kit.basics import manual, manual_code, manual_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
@@ -379,16 +380,6 @@ def test_house_no_line_is_wider_than_100_columns(path: Path) -> None:
     assert not wide
 
 
-def test_house_no_line_of_the_manual_is_wider_than_120_columns() -> None:
-    """README and docs are read in terminals too."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "bench").glob("*.md")]
-    wide = [f"{page.relative_to(ROOT)}:{number}" for page in pages
-            for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
-            if len(line) > 120]
-    assert not wide
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 300
-
-
 def test_house_handlers_are_narrow() -> None:
     """No bare `except`; `except Exception` only at the top frame of a thread."""
     for program in ("pyetcd", "pyetcd_client"):
@@ -419,14 +410,67 @@ def test_house_tests_do_not_sleep() -> None:
 
 
 def test_house_every_test_that_the_manual_names_exists() -> None:
-    """The page "What survives what" promises a test for each fault."""
+    """The chapter "What survives what" promises a test for each fault."""
     defined = {node.name for path in TESTS for node in ast.walk(_tree(path))
                if isinstance(node, _FUNCTIONS)}
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    named = {name for page in pages
-             for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))}
+    named = {name for page in manual_pages() for name in re.findall(r"`(test_\w+)`", manual(page))}
     assert len(named) > 20
-    assert not {name for name in named if name not in defined and name != "test_pyetcd"}
+    assert not named - defined - {"test_house_", "test_pyetcd"}
+
+
+def test_house_manual_is_narrow_and_its_links_lead_somewhere() -> None:
+    wrong: List[str] = []
+    assert len(manual("README").splitlines()) <= 300
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md")]
+    anchors = {}
+    for path in pages:
+        text = path.read_text(encoding="utf-8")
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+        heads = re.findall(r"^#+ (.*)$", prose, re.M)
+        anchors[path] = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+        wrong += [f"{path}:{number} is too long"
+                  for number, line in enumerate(text.splitlines(), 1) if len(line) > 120]
+    for path in pages:
+        text = path.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+            name, _, anchor = target.partition("#")
+            other = (path.parent / name).resolve() if name else path
+            if not other.exists() or (anchor and anchor not in anchors[other]):
+                wrong.append(f"{path}: {target}")
+    assert wrong == []
+
+
+def test_house_modules_and_methods_that_the_manual_names_exist() -> None:
+    """The four ways of "Four ways to find"."""
+    root = ROOT / "src" / "pyetcd"
+    text = manual("contributing", "Four ways to find")
+    files = {path.name: path.read_text(encoding="utf-8") for path in root.glob("*/*.py")}
+    assert set(re.findall(r"`(\w+\.py)`", text)) - set(files) == set()
+    source = "\n".join(files.values())
+    for owner, method in re.findall(r"`(\w+)\.(_?[a-z]\w*)`", text):
+        if method != "py":
+            found = re.search(rf"^class {owner}\b.*?(?=^\S)", source, re.M | re.S)
+            assert found is not None and f"def {method}(" in found[0], f"{owner}.{method}"
+
+
+def test_house_messages_that_the_manual_explains_exist() -> None:
+    """Their constant parts: `…`, N and M stand for what varies."""
+    source = Path(pyetcd.__file__).read_text(encoding="utf-8").replace("\\'", "'")
+    source = re.sub(r'"\s*\n\s*f?"', "", source)       # strings that go on in the next line
+    rows = re.findall(r"^\| (.*?`.*?) \|", manual("operations", "Which message means what"), re.M)
+    shown = [code for row in rows for code in re.findall(r"`([^`]+)`", row)]
+    parts = [part.strip() for code in shown for part in re.split(r"…|\b[NM]\b|<id>", code)]
+    assert len(shown) > 35
+    assert [part for part in parts if part not in source] == []
+
+
+def test_house_every_python_example_of_the_manual_is_run() -> None:
+    """Where tests look for them: client_api, recipe and aid."""
+    pages = {page for page in manual_pages() if manual_code(page)}
+    assert pages == {"README", "client", "recipes", "testing"}
+    chapters = re.findall(r"^## (.*)$", manual("testing"), re.M)
+    assert {chapter for chapter in chapters if manual_code("testing", chapter)} == {
+        "Fixtures", "Without pytest", "Embedding"}
 
 
 def test_house_version_is_the_same_everywhere() -> None:

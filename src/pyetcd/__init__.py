@@ -17,7 +17,7 @@ One thread, the reactor, owns all state; a second one, `wal`, writes and syncs:
 @INDEX@
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
-2.3 and 3.4.  Differences from etcd are listed in README.md.
+2.3 and 3.4.  Differences from etcd are listed in docs/differences.md.
 """
 
 from __future__ import annotations

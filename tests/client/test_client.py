@@ -1,4 +1,4 @@
-"""Client: against real servers, against misbehaving ones, and beside etcdctl."""
+"""Helpers of all sections."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -23,13 +24,14 @@ import urllib.parse
 import urllib.request
 import warnings
 from pathlib import Path
+from typing import List
 
 import pytest
 
 import pyetcd
 import pyetcd_client
 from pyetcd_client import Client
-from tests.kit.basics import ROOT, free_port
+from tests.kit.basics import free_port, manual, manual_code
 from tests.kit.clients import (
     _CLIENT_GOOD,
     _CLIENT_HALF,
@@ -52,6 +54,14 @@ from tests.kit.clients import (
     _ClientRawServer,
 )
 from tests.kit.processes import StaticCluster
+
+
+def manual_commands(page: str, chapter: str) -> List[str]:
+    """Return the commands that a chapter shows after `$ `, each on one line."""
+    text = manual(page, chapter).replace("\\\n", " ")
+    return [re.sub(r"  +(#.*)?", " ", line).strip()
+            for line in re.findall(r"^    \$ (.*)$", text, re.M)]
+
 
 _CLIENT_HALF_CHUNK = _CLIENT_HEAD + b"Transfer-Encoding: chunked\r\n\r\n40\r\n{\"action\":"
 
@@ -856,13 +866,11 @@ def test_client_api_users_and_roles(_lib_own_server):
         assert guest.get("/own/x").value == "2"
 
 
-# -- api: what the README shows
+# -- api: what the manual shows
 
-def _client_readme_code(chapter):
-    """Return the Python of a chapter of the README, and what its comments say it prints."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    chapter = re.search(rf"^## {chapter}\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)[1]
-    code = "\n".join(re.findall(r"^```python\n(.*?)^```", chapter, re.MULTILINE | re.DOTALL))
+def _client_manual_program(page):
+    """Return the Python of a page as one program, and what its comments say it prints."""
+    code = "\n".join(block for block in manual_code(page) if "def test_" not in block)
     said = re.findall(r"^ *print\(.*\) +# (.*)$", code, re.MULTILINE)
     return code, [re.sub(r"\[\d+\]$", "[N]", line) for line in said]
 
@@ -877,13 +885,54 @@ def _client_embedded_fixture(tmp_path):
         yield server
 
 
-@pytest.mark.parametrize("chapter", ["Client", "Coming from python-etcd"])
-def test_client_api_readme_examples_print_what_they_say(chapter, _client_embedded, capsys):
-    code, said = _client_readme_code(chapter)
+@pytest.mark.parametrize("page, least", [("README", 3), ("client", 14)])
+def test_client_api_examples_of_the_manual_print_what_they_say(
+    page, least, _client_embedded, capsys
+):
+    code, said = _client_manual_program(page)
     port = urllib.parse.urlsplit(_client_embedded.client_urls[0]).port
-    exec(compile(code.replace("2379", str(port)), "README.md", "exec"), {})
+    code = code.replace("Client()", "Client('127.0.0.1:2379')").replace("2379", str(port))
+    exec(compile(code, f"{page}.md", "exec"), {})
     printed = [re.sub(r"\[\d+\]$", "[N]", line) for line in capsys.readouterr().out.splitlines()]
-    assert len(said) >= 4 and said == [line for line in printed if line in said]
+    assert len(said) >= least and said == [line for line in printed if line in said]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_client_api_first_answer_in_the_readme_is_real(_client_embedded, tmp_path):
+    shown = re.search(r"^    (curl \S+ .*?) +# answers:\n    (.*)$", manual("README"), re.M)
+    with pyetcd.Server(data_dir=str(tmp_path / "new")) as server:
+        server.wait_ready()
+        words = shlex.split(shown[1].replace("http://127.0.0.1:2379", server.client_urls[0]))
+        done = subprocess.run([*words, "-s"], stdout=subprocess.PIPE, timeout=_CLIENT_WAIT_S,
+                              check=True, text=True)
+    keys = [{**answer["node"], "createdIndex": 0, "modifiedIndex": 0}
+            for answer in map(json.loads, (done.stdout, shown[2]))]
+    assert keys[0] == keys[1]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+@pytest.mark.parametrize("page, chapter, least", [
+    ("clusters", "Discovery service", 1), ("clusters", "Members", 3),
+    ("security", "Users and roles", 7), ("operations", "Backup and restore", 3)])
+def test_client_api_commands_of_the_manual_work(page, chapter, least, _client_embedded, tmp_path):
+    """Each with curl, and each that makes files, in order; not those with a <place> to fill."""
+    port, ran = urllib.parse.urlsplit(_client_embedded.client_urls[0]).port, 0
+    tool = f"{shlex.quote(sys.executable)} {shlex.quote(pyetcd.__file__)} "
+    for command in manual_commands(page, chapter):
+        words = command.split()
+        if words[0] == "curl" and "<" not in command:
+            command = re.sub(r"127.0.0.1:(2379|4001)", f"127.0.0.1:{port}", command)
+            command = command.replace("curl ", "curl -sS -f ", 1)
+        elif words[:2] == ["python3", "pyetcd.py"] and words[2] in ("backup", "restore"):
+            command = command.replace("python3 pyetcd.py ", tool)
+        else:
+            continue
+        done = subprocess.run(
+            command, shell=True, cwd=str(tmp_path), timeout=_CLIENT_WAIT_S, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert done.returncode == 0, (command, done.stdout)
+        ran += 1
+    assert ran >= least
 
 
 def test_client_api_auth_objects_write_what_differs(_client_embedded):
@@ -917,7 +966,7 @@ def test_client_api_auth_objects_write_what_differs(_client_embedded):
 
 
 def test_client_api_serves_a_program_that_imports_etcd(_client_embedded, tmp_path):
-    """The README's file etcd.py; what is done here is how Salt and conftool use python-etcd."""
+    """The manual's file etcd.py; what is done here is how Salt and conftool use python-etcd."""
     (tmp_path / "etcd.py").write_text("from pyetcd_client import *\n")
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent("""

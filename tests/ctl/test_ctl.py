@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 import pyetcd
 import pyetcd_client
 from pyetcd_client import Client
-from tests.kit.basics import ROOT, eventually, free_port
+from tests.kit.basics import eventually, free_port, manual_code
 from tests.kit.clients import (
     _CLIENT_GOOD,
     _CLIENT_TIMED_OUT,
@@ -1451,11 +1451,10 @@ def test_ctl_completion_scripts_work_in_their_shells(tmp_path, shell, script):
         1, "Provide the name of a shell: bash, zsh or fish\n")
 
 
-def test_ctl_readme_shows_what_is_printed(tmp_path):
-    """The commands of the README's chapter, one after the other, on a new cluster."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    chapter = text.split("\n## pyetcdctl\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```console\n(.*?)```", chapter, re.DOTALL)
+@pytest.mark.parametrize("page, count", [("README", 2), ("pyetcdctl", 10)])
+def test_ctl_manual_shows_what_is_printed(page, count, tmp_path):
+    """The commands of a page, one after the other, on a new cluster."""
+    blocks = manual_code(page, language="console")
     shown = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", "".join(blocks), re.MULTILINE)
     files = {}
     with _ctl_member(tmp_path / "d") as url:
@@ -1472,7 +1471,7 @@ def test_ctl_readme_shows_what_is_printed(tmp_path):
                 files[target] = out
             else:
                 assert out + err == expected, command
-    assert len(shown) == 10
+    assert len(shown) == count
 
 
 def test_ctl_every_command_has_help():

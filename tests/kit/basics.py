@@ -4,13 +4,39 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import socket
 import threading
 import time
 from pathlib import Path
+from typing import List
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTDATA = ROOT / "testdata"
+
+
+def manual(page: str, chapter: str = "") -> str:
+    """Return the text of a page of docs/, or of README, or of a chapter (`## …`) of one."""
+    root = ROOT
+    path = root / "README.md" if page == "README" else root / "docs" / f"{page}.md"
+    text = path.read_text(encoding="utf-8")
+    if not chapter:
+        return text
+    found = re.search(rf"^## {re.escape(chapter)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    assert found is not None, f"{path} has no chapter {chapter}"
+    return found[1]
+
+
+def manual_pages() -> List[str]:
+    """The names of all pages of the manual, for `manual`."""
+    return ["README", *sorted(p.stem for p in (ROOT / "docs").glob("*.md"))]
+
+
+def manual_code(page: str, chapter: str = "", language: str = "python") -> List[str]:
+    """Return the blocks of code of a page or chapter that are marked with that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", manual(page, chapter), re.M | re.S)
+
+
 _ports = itertools.count(os.getpid() * 4_999)    # far from those of a test run beside this one
 
 

@@ -23,7 +23,7 @@ import pytest
 import requests
 
 import pyetcd
-from tests.kit.basics import eventually, free_port
+from tests.kit.basics import eventually, free_port, manual, manual_pages
 from tests.kit.flags import _FLAGS_FILE, _FLAGS_FILE_JSON, _flags_config, _flags_fails
 from tests.kit.processes import Process, StaticCluster
 
@@ -958,6 +958,20 @@ def test_flags_help_lists_every_flag(argv: List[str], capsys: pytest.CaptureFixt
         for flag in group:
             assert f"--{flag.name} " in out
     assert "\t--pre-vote\n" in out
+
+
+def test_flags_page_of_the_manual_names_every_flag_that_works() -> None:
+    """And none that does not exist; where it says "and the same with peer-", it lists them."""
+    named = set(re.findall(r"`-?([a-z][a-z-]+)`", manual("configuration")))
+    known = {flag.name for group in pyetcd.FLAGS.values() for flag in group}
+    works = {flag.name for title, group in pyetcd.FLAGS.items() for flag in group
+             if "refused" not in title and not flag.no_effect
+             and "not supported" not in flag.help and "DEPRECATED" not in flag.help}
+    assert works - named == set()
+    for page in manual_pages():
+        for command in re.findall(r"python3 (?:\.\./)?pyetcd\.py (?!backup|restore)((?:.*\\\n)*.*)",
+                                  manual(page)):
+            assert set(re.findall(r"(?<!\S)-([a-z][a-z-]+)", command.partition("#")[0])) <= known
 
 
 def test_flags_version_has_four_lines(capsys: pytest.CaptureFixture[str]) -> None:

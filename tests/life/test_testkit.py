@@ -23,7 +23,7 @@ import pytest
 
 import pyetcd
 from pyetcd import Message, MsgType, ProgressState, RaftRole
-from tests.kit.basics import ROOT, eventually
+from tests.kit.basics import ROOT, eventually, manual_code
 from tests.kit.http import _http_ask, _http_keys, _HttpSocket
 
 
@@ -357,12 +357,10 @@ def test_nothing_is_left():
 
 
 def _aid_examples():
-    """The Python examples of the README's chapter on testing: tests, and programs."""
-    text = (ROOT / "README.md").read_text()
-    chapter = re.search(r"^## Testing with pyetcd\n(.*?)^## ", text, re.M | re.S)
-    examples = re.findall(r"^```python\n(.*?)^```", chapter[1], re.M | re.S)
-    return ([example for example in examples if "def test_" in example],
-            [example for example in examples if "def test_" not in example])
+    """The Python examples of the manual on testing: tests, and programs."""
+    shown = manual_code("README") + manual_code("testing", "Fixtures")
+    return ([example for example in shown if "def test_" in example],
+            manual_code("testing", "Without pytest"))
 
 
 def _aid_project(path):
@@ -377,7 +375,7 @@ def _aid_project(path):
     (info / "RECORD").write_text("pyetcd.py,,\n")
     (path / "pytest.ini").write_text("[pytest]\n")
     (path / "test_it.py").write_text(_AID_TESTS)
-    (path / "test_readme.py").write_text("\n".join(_aid_examples()[0]))
+    (path / "test_manual.py").write_text("\n".join(_aid_examples()[0]))
 
 
 def _aid_python(path, *arguments):
@@ -409,16 +407,24 @@ def test_aid_fixtures_work_and_show_the_log_of_a_test_that_fails(_aid_output):
     assert _aid_output.count("newRaft") == 3            # and not those of the other tests
 
 
-def test_aid_examples_of_the_readme_run(_aid_output):
+def test_aid_examples_of_the_manual_run(_aid_output):
     """Tests with pytest, the others as a program that has none."""
     tests, programs = _aid_examples()
     count = sum(example.count("def test_") for example in tests)
     assert count > 3 and programs
-    assert len(re.findall(r"PASSED \S*test_readme.py::", _aid_output)) == count, _aid_output
+    assert len(re.findall(r"PASSED \S*test_manual.py::", _aid_output)) == count, _aid_output
     program = "\n".join([*programs, "import sys", "assert 'pytest' not in sys.modules"])
     code, output = _aid_python(ROOT, "-c", program)
     assert code == 0, output
     assert re.fullmatch(r"http://127.0.0.1:\d+\netcd[12]\n", output)
+
+
+def test_aid_examples_of_embedding_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(manual_code("testing", "Embedding"))
+    exec(compile(code, "testing.md", "exec"), {})
+    assert re.fullmatch(r"http://127.0.0.1:\d+\n", capsys.readouterr().out)
+    assert sorted(os.listdir(tmp_path)) == ["a.etcd", "b.etcd", "c.etcd", "one.etcd"]
 
 
 def test_aid_plugin_can_be_left_out(tmp_path):

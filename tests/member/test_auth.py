@@ -315,7 +315,7 @@ def test_auth_readers_writers_and_guests(auth_server):
 
 
 def test_auth_guests_need_no_pattern_to_go_deeper(auth_server):
-    """As in etcd 2.3.8, which looks at `recursive` for users only; README says so."""
+    """As in etcd 2.3.8, which looks at `recursive` for users only; the manual says so."""
     _, url = auth_server
     assert _auth_call(url, "DELETE", "roles/guest")[0] == 200
     role = {"role": "guest", "permissions": {"kv": {"read": ["/d"], "write": ["/d"]}}}

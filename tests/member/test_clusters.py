@@ -412,7 +412,7 @@ def test_cluster_embedded_members_form_a_cluster(tmp_path):
 
 
 def test_cluster_of_one_answers_the_transcript_of_etcd_238(tmp_path):
-    """921 recorded steps of the keys API; the two that differ are in the README."""
+    """921 recorded steps of the keys API; the two that differ are in the manual."""
     with StaticCluster(tmp_path, 1) as cluster:
         replay = subprocess.run(
             [sys.executable, "compare.py", cluster.members[0].client, "keys-cases.jsonl",

@@ -19,7 +19,7 @@ import pytest
 import pyetcd
 import pyetcd_client
 from pyetcd_client import Client
-from tests.kit.basics import ROOT
+from tests.kit.basics import manual_code
 from tests.kit.client_network import _net_black_hole
 from tests.kit.clients import (
     _CLIENT_WAIT_S,
@@ -1644,28 +1644,22 @@ def test_recipe_storm_survives_kills_and_pauses_of_members(monkeypatch):
     assert held and items
 
 
-# -- the chapter of the README
+# -- the page of the manual
 
-def _recipe_examples():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    chapter = re.search(r"^## Recipes\n(.*?)^## ", text, re.M | re.S)
-    return re.findall(r"^```python\n(.*?)^```", chapter[1], re.M | re.S) if chapter else []
-
-
-@pytest.mark.parametrize("number", range(len(_recipe_examples())))
-def test_recipe_example_of_the_readme_runs(number, tmp_path, capsys):
-    code = _recipe_examples()[number]
+@pytest.mark.parametrize("number", range(len(manual_code("recipes"))))
+def test_recipe_example_of_the_manual_runs(number, tmp_path, capsys):
+    code = manual_code("recipes")[number]
     with _recipe_no_threads(), pyetcd.Server(data_dir=str(tmp_path / "d")) as server:
         server.wait_ready()
         with Client(server.client_urls[0]) as client:
-            exec(compile(code, f"README.md, Recipes, example {number}", "exec"),
+            exec(compile(code, f"recipes.md, example {number}", "exec"),
                  {"client": client})
     promised = re.findall(r"^ *print\(.*\) +# (.+)$", code, re.M)
     assert capsys.readouterr().out.splitlines() == promised
 
 
-def test_recipe_chapter_names_every_recipe():
-    text = "\n".join(_recipe_examples())
+def test_recipe_page_names_every_recipe():
+    text = "\n".join(manual_code("recipes"))
     recipes = ("Lock", "RLock", "RWLock", "Semaphore", "Election", "Lease", "Heartbeat", "Queue",
                "Barrier", "DoubleBarrier", "Counter", "CachedTree", "ServiceRegistry")
     assert [name for name in recipes if not re.search(rf"\b{name}\(", text)] == []
