@@ -259,9 +259,13 @@ def _plant(build: types.ModuleType, module: str, line: str) -> str:
     ("pyetcd/raft/core", "from ..base.codec import nothing", "does not define nothing"),
     ("pyetcd/raft/core", "def f():\n    from ..base.codec import Entry\n", "stands at the top"),
     ("pyetcd/raft/core", "class RaftLog:\n    pass\n", "RaftLog is defined in"),
+    ("pyetcd/raft/core", "if TYPE_CHECKING:\n    from ..store.tree import Store\n",
+     "must not know store"),
     ("pyetcd_client/transport/errors", "from ..recipes.locks import Lock", "must not know recipes"),
     ("pyetcd_client/recipes/locks", "from ..ctl.program import main", "must not know ctl"),
     *([("pyetcd/net/reactor", "import requests", "must not need requests"),
+       ("pyetcd/net/reactor", "import typing_extensions", "must not need typing_extensions"),
+       ("pyetcd/net/reactor", "if TYPE_CHECKING:\n    import numpy\n", "must not need numpy"),
        ("pyetcd_client/client/client", "import numpy", "must not need numpy")]
       if sys.version_info >= (3, 10) else []),
 ])
