@@ -335,6 +335,10 @@ def test_house_public_names_exist_and_are_no_more_than_the_manual_shows() -> Non
         for name in module.__all__[1:]:     # behind __version__
             assert hasattr(module, name)
             assert re.search(rf"\b{name}\b", manual), f"{module.__name__}.{name} is in no page"
+        shown = set(re.findall(rf"(?<![/\w]){module.__name__}\.([A-Z]\w+)", manual))
+        for names in re.findall(rf"from {module.__name__} import ([\w, ]+)", manual):
+            shown.update(filter(None, names.replace(" ", "").split(",")))
+        assert not shown - set(module.__all__)
 
 
 @pytest.mark.parametrize("program", ["pyetcd", "pyetcd_client"])
