@@ -53,6 +53,7 @@ UNKNOWN_ROOMS = {
 }
 # What a program may import beside the standard library.
 THIRD_PARTY: Dict[str, Set[str]] = {"pyetcd": set(), "pyetcd_client": {"requests", "urllib3"}}
+FOR_TYPES = {"typing_extensions"}       # below `if TYPE_CHECKING:` too: every checker brings it
 # What a room of the server must not import, by the first part of the name.
 _CHANCE_AND_CLOCKS = frozenset({"datetime", "random", "secrets", "time"})
 _NETWORK = frozenset({"asyncio", "http", "selectors", "socket", "socketserver", "ssl"})
@@ -102,16 +103,19 @@ def read_module(program: str, path: Path) -> Module:
         raise error_at(path, 1, "a module begins with a docstring that says what it holds")
     module = Module((room, path.stem), path, title, notes.strip("\n"), "", [], set(), set(), {})
     dropped: Set[int] = set(range(1, (tree.body[0].end_lineno or 1) + 1))
+    at_top: Set[ast.stmt] = set()
     for node in tree.body[1:]:
         is_for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        if is_for_types or isinstance(node, (ast.Import, ast.ImportFrom)):
+        imports: List[ast.stmt] = node.body if isinstance(node, ast.If) and is_for_types else [node]
+        if all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in imports):
             dropped.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-            for statement in getattr(node, "body", [node]):
+            at_top.update(imports)
+            for statement in imports:
                 read_import(program, module, statement, for_types=is_for_types)
-        else:
+        else:                           # also what is defined for type checkers only
             module.defines.extend(bound_names(node))
     for inner in ast.walk(tree):
-        if isinstance(inner, ast.ImportFrom) and inner.level and inner not in tree.body:
+        if isinstance(inner, ast.ImportFrom) and inner.level and inner not in at_top:
             raise error_at(path, inner.lineno, "an import from src/ stands at the top")
     lines = [line for number, line in enumerate(text.splitlines(), 1) if number not in dropped]
     return module._replace(body="\n".join(lines).strip("\n"))
@@ -122,13 +126,13 @@ def read_import(program: str, module: Module, node: ast.stmt, *, for_types: bool
     outside = module.for_types if for_types else module.outside
     if isinstance(node, ast.Import):
         for alias in node.names:
-            check_outside(program, module, node.lineno, alias.name)
+            check_outside(program, module, node.lineno, alias.name, for_types)
             outside.add(f"import {alias.name}" + (f" as {alias.asname}" if alias.asname else ""))
         return
     assert isinstance(node, ast.ImportFrom)
     source = node.module or ""
     if not node.level:
-        check_outside(program, module, node.lineno, source)
+        check_outside(program, module, node.lineno, source, for_types)
         outside.update(
             f"from {source} import {alias.name}" + (f" as {alias.asname}" if alias.asname else "")
             for alias in node.names)
@@ -148,13 +152,14 @@ def read_import(program: str, module: Module, node: ast.stmt, *, for_types: bool
     names.extend(alias.name for alias in node.names)
 
 
-def check_outside(program: str, module: Module, line: int, name: str) -> None:
+def check_outside(program: str, module: Module, line: int, name: str, for_types: bool) -> None:
     """Refuse a package that the program or the room must not know."""
     top = name.split(".")[0]
     if top in UNKNOWN.get(module.key[0], ()) and program == "pyetcd":
         raise error_at(module.path, line, f"the room {module.key[0]} must not know {top}")
     standard = getattr(sys, "stdlib_module_names", None)        # since Python 3.10
-    if standard is not None and top not in standard and top not in THIRD_PARTY[program]:
+    known = THIRD_PARTY[program] | (FOR_TYPES if for_types else set())
+    if standard is not None and top not in standard and top not in known:
         raise error_at(module.path, line, f"{program}.py must not need {top}")
 
 

@@ -175,6 +175,7 @@ from typing import (
     Protocol,
     Sequence,
     Set,
+    TYPE_CHECKING,
     Tuple,
     Type,
     TypeVar,
@@ -183,9 +184,12 @@ from typing import (
 )
 from urllib.parse import urlsplit
 
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
 __all__ = [
     "__version__", "Server", "ProxyServer", "StartError", "EtcdError", "backup", "restore",
-    "BackupError", "LocalMember", "LocalCluster", "main",
+    "BackupError", "LocalMember", "LocalCluster", "ClusterFactory", "main",
 ]
 
 if not hasattr(select, "epoll"):
@@ -11005,6 +11009,49 @@ class ServerConfig(NamedTuple):
         return 5.0 + 2 * self.election_ms / 1000
 
 
+if TYPE_CHECKING:
+    class MemberSettings(TypedDict, total=False):
+        """The fields of ServerConfig without the name, as keyword arguments."""
+
+        data_dir: str
+        wal_dir: str
+        snapshot_count: int
+        heartbeat_ms: int
+        election_ms: int
+        max_snapshots: int
+        max_wals: int
+        segment_bytes: int
+        initial_cluster: str
+        initial_cluster_token: str
+        initial_cluster_state: str
+        force_new_cluster: bool
+        listen_client_urls: Sequence[str]
+        listen_peer_urls: Sequence[str]
+        advertise_client_urls: Sequence[str]
+        initial_advertise_peer_urls: Sequence[str]
+        discovery: str
+        discovery_fallback: str
+        discovery_proxy: str
+        discovery_srv: str
+        strict_reconfig_check: bool
+        history_events: int
+        cors: Sequence[str]
+        client_tls: TlsFiles
+        peer_tls: TlsFiles
+        proxy: str
+        proxy_failure_wait_ms: int
+        proxy_refresh_interval_ms: int
+        proxy_dial_timeout_ms: int
+        proxy_write_timeout_ms: int
+        proxy_read_timeout_ms: int
+        debug: bool
+
+    class ServerSettings(MemberSettings, total=False):
+        """The fields of ServerConfig as keyword arguments."""
+
+        name: str
+
+
 class Bootstrap(NamedTuple):
     """What bootstrap found or made on disk: all a member needs to start."""
 
@@ -17758,25 +17805,35 @@ class FirstLife:
 _Hosted = TypeVar("_Hosted", bound="ServerThread")
 
 
+def checked_settings(settings: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return fields of ServerConfig, lists as tuples.  Raises TypeError, ValueError for a URL."""
+    checked = dict(settings)
+    for name, value in settings.items():
+        if name not in ServerConfig._fields:
+            near = difflib.get_close_matches(name, ServerConfig._fields, 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise TypeError(f"there is no setting {name}{meant}")
+        if type(ServerConfig._field_defaults[name]) is tuple:
+            if isinstance(value, str):
+                raise TypeError(f"{name} is a list, not one string")
+            checked[name] = tuple(map(check_url, value)) if "urls" in name else tuple(value)
+    return checked
+
+
 class ServerThread:
     """What a member and a proxy have in common: listeners, and a reactor on a thread of its own.
 
-    settings are the fields of ServerConfig; URL lists may be any sequence.  Raises ValueError for
-    a URL that is none.  Thread: any.
+    settings are the fields of ServerConfig; URL lists may be any sequence.  Raises TypeError for
+    a setting that does not exist, ValueError for a URL that is none.  Thread: any.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **settings: Unpack[ServerSettings]) -> None:
         free = ("http://127.0.0.1:0",)
         config = ServerConfig(
             listen_client_urls=free, listen_peer_urls=free, advertise_client_urls=(),
             initial_advertise_peer_urls=(),
         )
-        for name, value in settings.items():
-            if type(getattr(config, name, None)) is tuple:
-                if isinstance(value, str):
-                    raise TypeError(f"{name} is a list of URLs, not one string")
-                settings[name] = tuple(map(check_url, value)) if "urls" in name else tuple(value)
-        self._init(config._replace(**settings))
+        self._init(config._replace(**checked_settings(settings)))
 
     @classmethod
     def from_config(cls: Type[_Hosted], config: ServerConfig) -> _Hosted:
@@ -20711,14 +20768,16 @@ class LocalMember:
     Thread: any, one at a time.
     """
 
-    def __init__(self, name: str = "etcd1", directory: str = "", **settings: Any) -> None:
+    def __init__(
+        self, name: str = "etcd1", directory: str = "", **settings: Unpack[MemberSettings]
+    ) -> None:
         self.name = name
         self.client_url = ""            # of the first listener; the same after a restart
         self.peer_url = ""
         self.initial_cluster = ""       # as the flag; "": this member alone
         self._directory = directory
         self._data_dir = ""
-        self._settings = settings
+        self._settings = checked_settings(settings)
         self._server: Optional[_LocalServer] = None
         self._cuts: Tuple[FrozenSet[int], FrozenSet[int]] = (frozenset(), frozenset())
         self._owned = contextlib.ExitStack()    # ports and temporary directory
@@ -20915,14 +20974,16 @@ class LocalCluster:
     """Members in this process, for tests: their links can be cut, and each is a LocalMember.
 
         with pyetcd.LocalCluster(3) as cluster:
-            cluster.leader().kill()
+            cluster.wait_leader().kill()
             print(cluster.wait_leader().client_url)
 
     size, directory, settings: see LocalMember; the members are called etcd1, etcd2, …
     Thread: any, one at a time.
     """
 
-    def __init__(self, size: int = 3, directory: str = "", **settings: Any) -> None:
+    def __init__(
+        self, size: int = 3, directory: str = "", **settings: Unpack[MemberSettings]
+    ) -> None:
         self.members = [
             LocalMember(f"etcd{number}", directory, **settings) for number in range(1, size + 1)
         ]
@@ -21114,17 +21175,25 @@ def _etcd_server(tmp_path_factory: Any) -> Iterator[LocalMember]:
         yield member
 
 
-def _etcd_cluster_factory(tmp_path_factory: Any) -> Iterator[Callable[..., LocalCluster]]:
-    """A function (size=3, **settings) that starts a pyetcd.LocalCluster, ended after the test."""
+class ClusterFactory:
+    """What `etcd_cluster_factory` is: each call starts a LocalCluster, ended after the test."""
+
+    def __init__(self, tmp_path_factory: Any, clusters: contextlib.ExitStack) -> None:
+        self._tmp_path_factory = tmp_path_factory
+        self._clusters = clusters
+
+    def __call__(self, size: int = 3, **settings: Unpack[MemberSettings]) -> LocalCluster:
+        directory = str(self._tmp_path_factory.mktemp("etcd"))
+        return self._clusters.enter_context(LocalCluster(size, directory, **settings))
+
+
+def _etcd_cluster_factory(tmp_path_factory: Any) -> Iterator[ClusterFactory]:
+    """A function (size=3, **settings) that starts a pyetcd.LocalCluster: pyetcd.ClusterFactory."""
     with _shown_logs(), contextlib.ExitStack() as clusters:
-        def start(size: int = 3, **settings: Any) -> LocalCluster:
-            directory = str(tmp_path_factory.mktemp("etcd"))
-            return clusters.enter_context(LocalCluster(size, directory, **settings))
-
-        yield start
+        yield ClusterFactory(tmp_path_factory, clusters)
 
 
-def _etcd_cluster(etcd_cluster_factory: Callable[..., LocalCluster]) -> LocalCluster:
+def _etcd_cluster(etcd_cluster_factory: ClusterFactory) -> LocalCluster:
     """Three members, ready, in this process: pyetcd.LocalCluster."""
     return etcd_cluster_factory()
 

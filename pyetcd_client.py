@@ -97,6 +97,7 @@ from typing import (
     Optional,
     Sequence,
     Set,
+    TYPE_CHECKING,
     Tuple,
     Type,
     TypeVar,
@@ -110,6 +111,9 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError as UrllibError
 from urllib3.util.connection import is_connection_dropped
+
+if TYPE_CHECKING:
+    from typing_extensions import Concatenate, ParamSpec
 
 __all__ = [
     "__version__", "EtcdError", "ApiError", "KeyNotFound", "CompareFailed", "NotFile", "NotDir",
@@ -1724,6 +1728,9 @@ def _is_endpoint_failure(error: EtcdError) -> bool:
     return error.status >= 500
 
 
+if TYPE_CHECKING:
+    _Settings = ParamSpec("_Settings")
+_Made = TypeVar("_Made")
 _CallerType = TypeVar("_CallerType", bound="_Caller")
 _USER_AGENT = f"pyetcd-client/{__version__}"
 
@@ -1762,6 +1769,15 @@ def _environment() -> Dict[str, Any]:
         settings["username"], _, password = given["ETCDCTL_USERNAME"].partition(":")
         settings["password"] = password or given.get("ETCDCTL_PASSWORD")
     return settings
+
+
+def _with_settings_of(
+    _: Callable[Concatenate[Any, _Settings], None],
+) -> Callable[
+    [Callable[[Type[_Made]], _Made]], Callable[Concatenate[Type[_Made], _Settings], _Made]
+]:
+    """Tell type checkers that a constructor takes the keyword arguments of another one."""
+    return lambda function: cast(Any, function)
 
 
 class _Caller:
@@ -1818,6 +1834,7 @@ class _Caller:
             self.add_listener(on_state)
 
     @classmethod
+    @_with_settings_of(__init__)
     def from_env(cls: Type[_CallerType], **settings: Any) -> _CallerType:
         """Return a client as the ETCDCTL_* variables describe it; `settings` have precedence.
 

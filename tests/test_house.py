@@ -260,9 +260,13 @@ def _plant(build: types.ModuleType, module: str, line: str) -> str:
     ("pyetcd/raft/core", "from ..base.codec import nothing", "does not define nothing"),
     ("pyetcd/raft/core", "def f():\n    from ..base.codec import Entry\n", "stands at the top"),
     ("pyetcd/raft/core", "class RaftLog:\n    pass\n", "RaftLog is defined in"),
+    ("pyetcd/raft/core", "if TYPE_CHECKING:\n    from ..store.tree import Store\n",
+     "must not know store"),
     ("pyetcd_client/transport/errors", "from ..recipes.locks import Lock", "must not know recipes"),
     ("pyetcd_client/recipes/locks", "from ..ctl.program import main", "must not know ctl"),
     *([("pyetcd/net/reactor", "import requests", "must not need requests"),
+       ("pyetcd/net/reactor", "import typing_extensions", "must not need typing_extensions"),
+       ("pyetcd/net/reactor", "if TYPE_CHECKING:\n    import numpy\n", "must not need numpy"),
        ("pyetcd_client/client/client", "import numpy", "must not need numpy")]
       if sys.version_info >= (3, 10) else []),
 ])
@@ -332,6 +336,10 @@ def test_house_public_names_exist_and_are_no_more_than_the_manual_shows() -> Non
         for name in module.__all__[1:]:     # behind __version__
             assert hasattr(module, name)
             assert re.search(rf"\b{name}\b", manual), f"{module.__name__}.{name} is in no page"
+        shown = set(re.findall(rf"(?<![/\w]){module.__name__}\.([A-Z]\w+)", manual))
+        for names in re.findall(rf"from {module.__name__} import ([\w, ]+)", manual):
+            shown.update(filter(None, names.replace(" ", "").split(",")))
+        assert not shown - set(module.__all__)
 
 
 @pytest.mark.parametrize("program", ["pyetcd", "pyetcd_client"])

@@ -31,11 +31,11 @@ from .life.command_line import main
 from .life.embedding import Server
 from .life.proxy import ProxyServer
 from .life.sources import BackupError
-from .life.testkit import LocalCluster, LocalMember
+from .life.testkit import ClusterFactory, LocalCluster, LocalMember
 
 __all__ = [
     "__version__", "Server", "ProxyServer", "StartError", "EtcdError", "backup", "restore",
-    "BackupError", "LocalMember", "LocalCluster", "main",
+    "BackupError", "LocalMember", "LocalCluster", "ClusterFactory", "main",
 ]
 
 if not hasattr(select, "epoll"):

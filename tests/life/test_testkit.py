@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import gc
 import http.client
@@ -321,6 +322,40 @@ def test_aid_start_that_fails_gives_everything_back(tmp_path):
     assert set(threading.enumerate()) <= threads
     gc.collect()                                    # a reactor keeps one descriptor to its end
     assert set(os.listdir("/proc/self/fd")) <= files
+
+
+@pytest.mark.parametrize("make", [pyetcd.Server, pyetcd.ProxyServer, pyetcd.LocalMember,
+                                  pyetcd.LocalCluster, pyetcd.ClusterFactory.__call__])
+def test_settings_that_do_not_exist_are_a_type_error_with_the_word(make, tmp_path_factory):
+    """Before anything is opened; whoever embeds a member learns which word is wrong."""
+    if make is pyetcd.ClusterFactory.__call__:
+        make = pyetcd.ClusterFactory(tmp_path_factory, contextlib.ExitStack())
+    files = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(TypeError, match="^there is no setting nosuch$"):
+        make(nosuch=1)
+    with pytest.raises(TypeError, match="^there is no setting data; did you mean data_dir[?]$"):
+        make(election_ms=200, data="x")
+    with pytest.raises(TypeError, match="no setting _replace$"):
+        make(_replace=1)
+    for name in ("listen_client_urls", "cors"):
+        with pytest.raises(TypeError, match=f"^{name} is a list, not one string$"):
+            make(**{name: "http://127.0.0.1:0"})
+    with pytest.raises(ValueError, match="nohost"):
+        make(listen_peer_urls=["nohost"])
+    assert set(os.listdir("/proc/self/fd")) <= files
+
+
+def test_settings_for_type_checkers_are_the_fields_of_the_configuration():
+    """A name more, a name less or another type would mislead whoever trusts a checker."""
+    tree = ast.parse(Path(pyetcd.__file__).read_text(encoding="utf-8"))
+    fields = {node.name: {line.target.id: ast.unparse(line.annotation) for line in node.body
+                          if isinstance(line, ast.AnnAssign)}
+              for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    assert tuple(fields["ServerConfig"]) == pyetcd.ServerConfig._fields
+    wanted = {name: kind.replace("Tuple[str, ...]", "Sequence[str]")
+              for name, kind in fields["ServerConfig"].items()}
+    assert {**fields["ServerSettings"], **fields["MemberSettings"]} == wanted
+    assert list(fields["ServerSettings"]) == ["name"]
 
 
 # -- the fixtures, in a pytest of their own

@@ -6,10 +6,11 @@ Threads: the caller's, and the one it starts, `reactor`.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import queue
 import threading
-from typing import Any, Callable, List, Optional, Tuple, Type, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Tuple, Type, TypeVar
 
 from ..api.discovery import DiscoveryService
 from ..api.routes import ClientApi, PeerApi, _bad_request
@@ -30,28 +31,43 @@ from ..peer.transport import Transport
 from .bootstrap import bootstrap
 from .first_life import FirstLife
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..member.configuration import ServerSettings
+
 _Hosted = TypeVar("_Hosted", bound="ServerThread")
+
+
+def checked_settings(settings: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return fields of ServerConfig, lists as tuples.  Raises TypeError, ValueError for a URL."""
+    checked = dict(settings)
+    for name, value in settings.items():
+        if name not in ServerConfig._fields:
+            near = difflib.get_close_matches(name, ServerConfig._fields, 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise TypeError(f"there is no setting {name}{meant}")
+        if type(ServerConfig._field_defaults[name]) is tuple:
+            if isinstance(value, str):
+                raise TypeError(f"{name} is a list, not one string")
+            checked[name] = tuple(map(check_url, value)) if "urls" in name else tuple(value)
+    return checked
 
 
 class ServerThread:
     """What a member and a proxy have in common: listeners, and a reactor on a thread of its own.
 
-    settings are the fields of ServerConfig; URL lists may be any sequence.  Raises ValueError for
-    a URL that is none.  Thread: any.
+    settings are the fields of ServerConfig; URL lists may be any sequence.  Raises TypeError for
+    a setting that does not exist, ValueError for a URL that is none.  Thread: any.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **settings: Unpack[ServerSettings]) -> None:
         free = ("http://127.0.0.1:0",)
         config = ServerConfig(
             listen_client_urls=free, listen_peer_urls=free, advertise_client_urls=(),
             initial_advertise_peer_urls=(),
         )
-        for name, value in settings.items():
-            if type(getattr(config, name, None)) is tuple:
-                if isinstance(value, str):
-                    raise TypeError(f"{name} is a list of URLs, not one string")
-                settings[name] = tuple(map(check_url, value)) if "urls" in name else tuple(value)
-        self._init(config._replace(**settings))
+        self._init(config._replace(**checked_settings(settings)))
 
     @classmethod
     def from_config(cls: Type[_Hosted], config: ServerConfig) -> _Hosted:

@@ -15,6 +15,7 @@ import threading
 import time
 import types
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     FrozenSet,
@@ -34,7 +35,12 @@ from ..member.configuration import ServerConfig
 from ..member.server import EtcdServer, Publication
 from ..net.workers import SYSTEM_CLOCK
 from ..peer.transport import Transport
-from .embedding import Server
+from .embedding import Server, checked_settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..member.configuration import MemberSettings
 
 # Whatever stalls one of these members, a full machine or a debugger, stalls all others with it,
 # and late ticks are dropped: such short times cause no elections that nobody wanted.
@@ -205,14 +211,16 @@ class LocalMember:
     Thread: any, one at a time.
     """
 
-    def __init__(self, name: str = "etcd1", directory: str = "", **settings: Any) -> None:
+    def __init__(
+        self, name: str = "etcd1", directory: str = "", **settings: Unpack[MemberSettings]
+    ) -> None:
         self.name = name
         self.client_url = ""            # of the first listener; the same after a restart
         self.peer_url = ""
         self.initial_cluster = ""       # as the flag; "": this member alone
         self._directory = directory
         self._data_dir = ""
-        self._settings = settings
+        self._settings = checked_settings(settings)
         self._server: Optional[_LocalServer] = None
         self._cuts: Tuple[FrozenSet[int], FrozenSet[int]] = (frozenset(), frozenset())
         self._owned = contextlib.ExitStack()    # ports and temporary directory
@@ -409,14 +417,16 @@ class LocalCluster:
     """Members in this process, for tests: their links can be cut, and each is a LocalMember.
 
         with pyetcd.LocalCluster(3) as cluster:
-            cluster.leader().kill()
+            cluster.wait_leader().kill()
             print(cluster.wait_leader().client_url)
 
     size, directory, settings: see LocalMember; the members are called etcd1, etcd2, …
     Thread: any, one at a time.
     """
 
-    def __init__(self, size: int = 3, directory: str = "", **settings: Any) -> None:
+    def __init__(
+        self, size: int = 3, directory: str = "", **settings: Unpack[MemberSettings]
+    ) -> None:
         self.members = [
             LocalMember(f"etcd{number}", directory, **settings) for number in range(1, size + 1)
         ]
@@ -608,16 +618,24 @@ def _etcd_server(tmp_path_factory: Any) -> Iterator[LocalMember]:
         yield member
 
 
-def _etcd_cluster_factory(tmp_path_factory: Any) -> Iterator[Callable[..., LocalCluster]]:
-    """A function (size=3, **settings) that starts a pyetcd.LocalCluster, ended after the test."""
+class ClusterFactory:
+    """What `etcd_cluster_factory` is: each call starts a LocalCluster, ended after the test."""
+
+    def __init__(self, tmp_path_factory: Any, clusters: contextlib.ExitStack) -> None:
+        self._tmp_path_factory = tmp_path_factory
+        self._clusters = clusters
+
+    def __call__(self, size: int = 3, **settings: Unpack[MemberSettings]) -> LocalCluster:
+        directory = str(self._tmp_path_factory.mktemp("etcd"))
+        return self._clusters.enter_context(LocalCluster(size, directory, **settings))
+
+
+def _etcd_cluster_factory(tmp_path_factory: Any) -> Iterator[ClusterFactory]:
+    """A function (size=3, **settings) that starts a pyetcd.LocalCluster: pyetcd.ClusterFactory."""
     with _shown_logs(), contextlib.ExitStack() as clusters:
-        def start(size: int = 3, **settings: Any) -> LocalCluster:
-            directory = str(tmp_path_factory.mktemp("etcd"))
-            return clusters.enter_context(LocalCluster(size, directory, **settings))
-
-        yield start
+        yield ClusterFactory(tmp_path_factory, clusters)
 
 
-def _etcd_cluster(etcd_cluster_factory: Callable[..., LocalCluster]) -> LocalCluster:
+def _etcd_cluster(etcd_cluster_factory: ClusterFactory) -> LocalCluster:
     """Three members, ready, in this process: pyetcd.LocalCluster."""
     return etcd_cluster_factory()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, NamedTuple, Optional, Sequence, Tuple
 
 from ..base.basics import TlsFiles
 from ..base.limits import (
@@ -25,6 +25,9 @@ from ..disk.wal import Wal
 from ..net.tls import TlsContext
 from ..store.tree import Store
 from .cluster import Cluster, Member
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict
 
 
 class ServerConfig(NamedTuple):
@@ -68,6 +71,49 @@ class ServerConfig(NamedTuple):
     def request_timeout_s(self) -> float:
         """How long a client waits for a commit: 5 s and two elections (etcd 2.3)."""
         return 5.0 + 2 * self.election_ms / 1000
+
+
+if TYPE_CHECKING:
+    class MemberSettings(TypedDict, total=False):
+        """The fields of ServerConfig without the name, as keyword arguments."""
+
+        data_dir: str
+        wal_dir: str
+        snapshot_count: int
+        heartbeat_ms: int
+        election_ms: int
+        max_snapshots: int
+        max_wals: int
+        segment_bytes: int
+        initial_cluster: str
+        initial_cluster_token: str
+        initial_cluster_state: str
+        force_new_cluster: bool
+        listen_client_urls: Sequence[str]
+        listen_peer_urls: Sequence[str]
+        advertise_client_urls: Sequence[str]
+        initial_advertise_peer_urls: Sequence[str]
+        discovery: str
+        discovery_fallback: str
+        discovery_proxy: str
+        discovery_srv: str
+        strict_reconfig_check: bool
+        history_events: int
+        cors: Sequence[str]
+        client_tls: TlsFiles
+        peer_tls: TlsFiles
+        proxy: str
+        proxy_failure_wait_ms: int
+        proxy_refresh_interval_ms: int
+        proxy_dial_timeout_ms: int
+        proxy_write_timeout_ms: int
+        proxy_read_timeout_ms: int
+        debug: bool
+
+    class ServerSettings(MemberSettings, total=False):
+        """The fields of ServerConfig as keyword arguments."""
+
+        name: str
 
 
 class Bootstrap(NamedTuple):

@@ -20,6 +20,7 @@ import weakref
 from collections import deque
 from dataclasses import dataclass
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     Deque,
@@ -80,6 +81,9 @@ from .errors import (
     TransportError,
 )
 from .results import _T, Member, _parse_members, _Reply
+
+if TYPE_CHECKING:
+    from typing_extensions import Concatenate, ParamSpec
 
 _READS: FrozenSet[str] = frozenset(("GET", "HEAD"))
 _SUCCESS: FrozenSet[int] = frozenset((200, 201, 204))
@@ -206,6 +210,9 @@ def _is_endpoint_failure(error: EtcdError) -> bool:
     return error.status >= 500
 
 
+if TYPE_CHECKING:
+    _Settings = ParamSpec("_Settings")
+_Made = TypeVar("_Made")
 _CallerType = TypeVar("_CallerType", bound="_Caller")
 _USER_AGENT = f"pyetcd-client/{__version__}"
 
@@ -244,6 +251,15 @@ def _environment() -> Dict[str, Any]:
         settings["username"], _, password = given["ETCDCTL_USERNAME"].partition(":")
         settings["password"] = password or given.get("ETCDCTL_PASSWORD")
     return settings
+
+
+def _with_settings_of(
+    _: Callable[Concatenate[Any, _Settings], None],
+) -> Callable[
+    [Callable[[Type[_Made]], _Made]], Callable[Concatenate[Type[_Made], _Settings], _Made]
+]:
+    """Tell type checkers that a constructor takes the keyword arguments of another one."""
+    return lambda function: cast(Any, function)
 
 
 class _Caller:
@@ -300,6 +316,7 @@ class _Caller:
             self.add_listener(on_state)
 
     @classmethod
+    @_with_settings_of(__init__)
     def from_env(cls: Type[_CallerType], **settings: Any) -> _CallerType:
         """Return a client as the ETCDCTL_* variables describe it; `settings` have precedence.
 
