@@ -8,6 +8,7 @@ import datetime
 import functools
 import inspect
 import json
+import math
 import os
 import pickle
 import random
@@ -633,13 +634,20 @@ def test_client_api_refuses_an_option_that_does_not_exist(verb):
         getattr(client, verb)("k", prevvalue="x")
 
 
-def test_client_api_lets_value_and_ttl_of_a_result_change_and_nothing_else(_client, _client_dir):
+def test_client_api_lets_the_attributes_of_a_result_change(_client, _client_dir):
+    """As python-etcd does; `node` stays what the server said."""
     result = _client.set(_client_dir, "v", ttl=60)
     result.value, result.ttl = "w", 50
     assert (result.value, result.node.value, result.ttl, result.node.ttl) == ("w", "v", 50, 60)
-    for name in ("key", "node", "modified_index", "modifiedIndex", "dir", "other"):
-        with pytest.raises(AttributeError):
-            setattr(result, name, None)
+    assert bool(result) and result == copy.deepcopy(result)
+    for name in ("key", "modified_index", "modifiedIndex", "dir", "newKey", "other"):
+        setattr(result, name, "mine")
+        assert getattr(result, name) == "mine"
+    assert result.node.key == _client_dir and result != _client.get(_client_dir)
+    stale = _client.get(_client_dir)
+    stale.modifiedIndex -= 1
+    with pytest.raises(pyetcd_client.CompareFailed):
+        _client.update(stale)
     with pytest.raises(TypeError, match="unhashable"):
         hash(result)
     assert "'v'" in repr(result)
@@ -732,7 +740,7 @@ def test_client_api_timeout_of_one_call():
                 with pytest.raises(pyetcd_client.RequestTimeout):
                     call()
         with Client(server.url, total_timeout=0.1) as client:
-            with _client_background(lambda: client.get("k", timeout=0)) as patient:
+            with _client_background(lambda: client.get("k", timeout=math.inf)) as patient:
                 with pytest.raises(pyetcd_client.RequestTimeout):
                     client.get("k")
                 hold.set()

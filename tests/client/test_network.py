@@ -488,8 +488,10 @@ def test_client_net_scopes_the_earliest_deadline_rules_and_the_outer_one_cancels
                     cancelled.wait(0)
         with pytest.raises(pyetcd_client.Cancelled), scope() as late:
             late.left_s()
-    with scope(0) as free:                                  # 0 and None: no limit
-        assert free.deadline == scope().deadline == math.inf
+    with scope() as free:
+        assert free.deadline == math.inf and not free.once
+        with scope(0), scope(1000) as inner:                # try once, however much time there is
+            assert inner.once and inner.deadline < free.deadline
         with pytest.raises(ValueError), scope(-1):
             pass
     assert not free.cancelled and not outer._wakers
