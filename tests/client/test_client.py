@@ -761,6 +761,28 @@ def test_client_api_watch_goes_on_when_iterated(_client, _client_dir):
     assert seen == ["0", "1", "2", "3"]
 
 
+def test_client_api_watch_with_timeout_0_takes_what_is_in_the_history(_client, _client_dir):
+    start = _client.set(_client_dir + "/a", "0").modified_index
+    second = _client.set(_client_dir + "/a", "1").modified_index
+    with _client.watcher(_client_dir, recursive=True, index=start, relist=False,
+                         timeout=0) as events:
+        assert [next(events).value for _ in range(2)] == ["0", "1"]
+        with pytest.raises(pyetcd_client.WatchTimeout) as caught:
+            next(events)
+        assert caught.value.index == second + 1
+        _client.set(_client_dir + "/a", "2")
+        assert next(events).value == "2"
+    with pyetcd_client.Scope(0):
+        assert _client.watch(_client_dir, start, recursive=True).value == "0"
+        with pytest.raises(pyetcd_client.WatchTimeout):
+            _client.watch(_client_dir)
+    with pytest.raises(pyetcd_client.WatchTimeout):
+        _client.watch(_client_dir, timeout=0)
+    with _client.watcher(_client_dir, recursive=True, timeout=0) as listed:
+        with pytest.raises(pyetcd_client.WatchTimeout):
+            next(listed)
+
+
 def test_client_api_eternal_watch_never_ends_by_itself(_client, _client_dir):
     start = _client.set(_client_dir + "/a", "0").modified_index
     events = _client.eternal_watch(_client_dir, start, True)

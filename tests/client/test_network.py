@@ -502,6 +502,31 @@ def test_client_net_scopes_the_earliest_deadline_rules_and_the_outer_one_cancels
                 call()
 
 
+_NET_ONCE = {
+    "get": lambda client: client.get("k", timeout=0),
+    "set": lambda client: client.set("k", "v", timeout=0),
+    "watch": lambda client: client.watch("k", timeout=0),
+    "watcher": lambda client: next(client.watcher("k", timeout=0)),
+    "total_timeout": lambda client: client.member_list(),
+}
+
+
+@pytest.mark.parametrize("call", _NET_ONCE.values(), ids=_NET_ONCE)
+@pytest.mark.parametrize("scoped", [False, True])
+def test_client_net_timeout_0_asks_once_and_does_not_wait(call, scoped):
+    """Neither for a silent server nor, in rounds, for one that hangs up."""
+    with _ClientRawServer(_net_black_hole) as server, _ClientRawServer(_client_hang_up) as other:
+        for url in (server.url, other.url):
+            with Client(url, total_timeout=0) as client:
+                client._reached = True                      # else there is one round anyway
+                with contextlib.ExitStack() as stack:
+                    if scoped:
+                        stack.enter_context(pyetcd_client.Scope(0))
+                    with pytest.raises(pyetcd_client.ConnectionFailed):
+                        call(client)
+        assert other.connections <= 4
+
+
 _NET_ENDS = {
     "daemon": "threading.Thread(target=client.watch, args=('k',), daemon=True).start(); asked()",
     "interrupted": "threading.Thread(target=interrupt).start(); client.watch('k')",
