@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -38,7 +39,7 @@ from tests.kit.clients import (
     _client_reply,
     _ClientRawServer,
 )
-from tests.kit.processes import StaticCluster
+from tests.kit.processes import ClusterMember, Process, StaticCluster
 
 
 def _net_drip(head, body, gap_s=0.05):
@@ -918,3 +919,67 @@ def test_client_watch_tells_10000_changes_exactly_while_members_die(tmp_path):
             eventually(lambda: told and wrote, 90)
     assert told == wrote == [None]
     _net_prove(seen, history)
+
+
+def _restored(member, directory, kind):
+    """Take the store of a running member back, by a backup or a wipe, and start it anew."""
+    member.process.kill()
+    data = directory / f"{member.name}.etcd"
+    shutil.rmtree(data)
+    if kind == "backup":
+        shutil.copytree(directory / "copy", data)
+    member.start("-initial-cluster", f"{member.name}={member.peer}",
+                 *["-force-new-cluster"] * (kind == "backup"))
+
+
+@pytest.mark.parametrize("kind", ["backup", "wiped"])
+def test_client_watch_and_tree_live_through_a_real_restore(kind, tmp_path):
+    """With one process after the other at the same address: what they show is what there is.
+
+    A restored backup is another cluster, which has to be accepted; a wiped one with the same
+    flags has the same id, and its index goes back.
+    """
+    member = ClusterMember(tmp_path, "n0")
+    member.start("-initial-cluster", f"n0={member.peer}")
+    try:
+        member.process.wait_log("published")
+        with Client(member.client) as client:
+            client.set("/d/kept", "1")
+            client.set("/d/changed", "1")
+            done = Process(tmp_path, "backup", "-data-dir", "n0.etcd", "-backup-dir", "copy")
+            assert done.popen.wait(_CLIENT_WAIT_S) == 0, done.log()
+            for number in range(20):
+                client.set("/d/changed", number)
+            client.set("/d/lost", "1")
+            with client.watcher("/d", recursive=True) as events, \
+                    pyetcd_client.CachedTree(client, "/d") as tree:
+                seen, errors = [], []
+
+                def follow():
+                    while True:
+                        try:
+                            seen.extend(iter(events))
+                            return
+                        except pyetcd_client.ClusterIdChanged as error:
+                            errors.append(error)
+                            client.cluster_id = None
+
+                with _client_background(follow):
+                    _client_eventually(lambda: len(tree) >= 3 and events.index)
+                    _restored(member, tmp_path, kind)
+                    member.process.wait_log("published")
+                    with Client(member.client) as other:
+                        other.set("/d/new", "1")
+                    wanted = {"/d/new": "1"}
+                    if kind == "backup":
+                        wanted = {"/d/new": "1", "/d/kept": "1", "/d/changed": "1"}
+
+                    def shows():
+                        return {node.key: node.value for node in tree.values() if not node.dir}
+                    _client_eventually(lambda: shows() == wanted)
+                    _client_eventually(lambda: any(e.key == "/d/new" for e in seen))
+                    events.close()
+            assert bool(errors) is (kind == "backup")
+            assert any((e.action, e.key) == ("delete", "/d/lost") for e in seen)
+    finally:
+        member.process.kill()
