@@ -264,6 +264,71 @@ def test_lib_python_etcd_auth(_lib_etcd, _lib_own_server):
     assert not auth.Auth(open_client).active and open_client.read("/secret").value == "1"
 
 
+def test_lib_python_etcd_as_salt_uses_it(_lib_etcd, _client_server, _client_dir):
+    """The calls of Salt's etcd_util, with its arguments; what it looks at, and catches."""
+    host, port = _lib_address(_client_server.url)
+    client = _lib_etcd.Client(host=host, port=port)
+    top = _client_dir
+    assert client.write(top + "/a", "1", ttl=None, dir=False).value == "1"
+    assert client.write(top + "/d", None, ttl=None, dir=True).dir is True
+    client.write(top + "/d/b", "2", ttl=60, dir=False)
+    with pytest.raises(_lib_etcd.EtcdNotFile):
+        client.write(top + "/d", None, ttl=None, dir=True)
+    with pytest.raises(_lib_etcd.EtcdNotFile):
+        client.write(top + "/d", "x", ttl=None, dir=False)
+    with pytest.raises(_lib_etcd.EtcdNotDir):
+        client.write(top + "/a/x", None, ttl=None, dir=True)
+    with pytest.raises(_lib_etcd.EtcdRootReadOnly):
+        client.write("/", None, ttl=None, dir=True)
+    listed = client.read(top, recursive=False, wait=False, timeout=None)
+    assert sorted((item.key, item.value, item.dir is True) for item in listed.children) == [
+        (top + "/a", "1", False), (top + "/d", None, True)]
+    client.write(top + "/empty", None, ttl=None, dir=True)
+    (itself,) = client.read(top + "/empty", recursive=False, wait=False, timeout=None).children
+    assert itself.key == top + "/empty" and itself.dir is True
+    index = client.write(top + "/a", "3", ttl=None, dir=False).modifiedIndex
+    seen = client.read(top + "/a", recursive=False, wait=True, timeout=0, waitIndex=index)
+    assert (seen.key, seen.value, seen.dir, seen.modifiedIndex) == (top + "/a", "3", False, index)
+    with pytest.raises(_lib_etcd.EtcdConnectionFailed):
+        client.read(top + "/a", recursive=False, wait=True, timeout=1)
+    with pytest.raises(_lib_etcd.EtcdDirNotEmpty) as caught:
+        client.delete(top + "/d", dir=True)
+    assert isinstance(caught.value, ValueError)
+    with pytest.raises(_lib_etcd.EtcdNotFile):
+        client.delete(top + "/d", recursive=False)
+    assert client.delete(top, recursive=True)
+    with pytest.raises(_lib_etcd.EtcdKeyNotFound) as caught:
+        client.read(top, recursive=False, wait=False, timeout=None)
+    assert isinstance(caught.value, _lib_etcd.EtcdException)
+    assert not isinstance(caught.value, ValueError)
+
+
+def test_lib_python_etcd_as_conftool_uses_it(_lib_etcd, _client_server, _client_dir):
+    """The calls of conftool's driver: options from a file, objects as JSON, atomic updates."""
+    host, port = _lib_address(_client_server.url)
+    options = json.loads(json.dumps({"host": host, "port": port, "protocol": "http"}))
+    client = _lib_etcd.Client(**options)
+    key = _client_dir + "/pools/eqiad/web/host1"
+    with pytest.raises(_lib_etcd.EtcdKeyNotFound):
+        client.read(key, quorum=True)
+    assert client.write(key, json.dumps({"weight": 1}), prevExist=False).newKey
+    with pytest.raises(_lib_etcd.EtcdAlreadyExist):
+        client.write(key, "{}", prevExist=False)
+    mine, stale = client.read(key, quorum=True), client.read(key)
+    mine.value = json.dumps({**json.loads(mine.value), "pooled": "yes"})
+    assert json.loads(client.update(mine).value) == {"weight": 1, "pooled": "yes"}
+    stale.value = "{}"
+    with pytest.raises(_lib_etcd.EtcdException):
+        client.update(stale)
+    assert client.read(_client_dir).dir is True and client.read(key).dir is False
+    tree = client.read(_client_dir, recursive=True)
+    assert [leaf.key for leaf in tree.leaves if leaf.key != _client_dir and not leaf.dir] == [key]
+    flat = client.read(_client_dir, recursive=False)
+    assert [leaf.key for leaf in flat.leaves] == [_client_dir + "/pools"]
+    client.delete(key)
+    assert client.delete(_client_dir, recursive=True, dir=True)
+
+
 # -- seams: what programs replace, subclass, mock or reach for
 
 
