@@ -56,6 +56,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import random
 import re
 import requests
@@ -73,6 +74,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
 from requests.utils import select_proxy
 from types import MappingProxyType
 from typing import (
@@ -106,7 +108,7 @@ from typing import (
     cast,
     overload,
 )
-from urllib.parse import quote, urlencode, urljoin, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError as UrllibError
@@ -131,7 +133,7 @@ __all__ = [
     "EtcdUser", "EtcdRole", "Auth", "auth", "Client", "retry", "Heartbeat", "Lease",
     "Contender", "Lock", "RLock", "RWLock", "Semaphore", "Observed", "Leader", "Election",
     "QueueItem", "Queue", "Barrier", "DoubleBarrier", "Counter", "CachedTree", "ChildrenWatch",
-    "DataWatch", "Instance", "Registration", "ServiceRegistry", "Party", "main",
+    "DataWatch", "Instance", "Registration", "ServiceRegistry", "Party",
 ]
 
 
@@ -149,12 +151,14 @@ TOTAL_TIMEOUT_S = 30.0          # one call: over all endpoints, attempts and pie
 SESSION_TIMEOUT_S = 10.0        # without an answer, until the connection counts as lost
 SYNC_INTERVAL_S = 60.0          # age at which the member list is asked for again
 SYNC_TIMEOUT_S = 2.0            # for asking; a call that waits for it goes on without after that
+TRY_S = 1.5                     # for the requests of what must not wait (timeout=0)
 WAIT_MAX_S = 1e6                # without a limit; sockets take no more than 24 days
 IDLE_CLOSE_S = 3.0              # a connection that was idle for longer is not used again
 WATCH_POLL_S = 60.0             # a silent watch is asked anew, in case a proxy has forgotten it
 WATCH_PROBE_S = 5.0             # a silent watch sees whether the server still answers
 WATCH_HEAD_S = 1.0              # wait for the head of a watch, then see; doubled after failures
 WATCH_SETTLE_S = 1.0            # silent for so long after a head: nothing was in the history
+WATCH_LOOK_S = 0.2              # with timeout=0: wait for what follows a head at once
 HISTORY_EVENTS = 1000           # that etcd remembers
 BACKOFF_MIN_S = 0.05            # wait after a round in which every endpoint failed; doubled,
 BACKOFF_MAX_S = 1.0             # up to this
@@ -213,6 +217,11 @@ class EtcdError(Exception):
     def cause(self) -> Any:
         """etcd's cause, usually the key; without an answer, the exception from below."""
         return self._cause or self.__cause__ or ""
+
+    @cause.setter
+    def cause(self, cause: Any) -> None:
+        """Say what it was, as programs do that raise these errors themselves."""
+        self._cause = cause
 
     @property
     def failures(self) -> Tuple[EtcdError, ...]:
@@ -484,6 +493,14 @@ class _Reply(NamedTuple):
         return json.loads(self.body.decode("utf-8", "replace"))
 
 
+def _as_reply(answer: Any) -> _Reply:
+    """Return an answer that a program got by its own means, urllib3's for instance."""
+    if isinstance(answer, _Reply):
+        return answer
+    headers = answer.headers if hasattr(answer, "headers") else answer.getheaders()
+    return _Reply(answer.status, CaseInsensitiveDict(headers), answer.data)
+
+
 @dataclass(frozen=True)
 class Node:
     """A file or a directory at one moment.
@@ -540,6 +557,20 @@ class Node:
             yield from child.walk()
 
 
+class _Shown:
+    """An attribute found elsewhere in a result, until another value is assigned to it."""
+
+    def __init__(self, where: str) -> None:
+        self._find = operator.attrgetter(where)
+
+    def __get__(self, result: Optional[EtcdResult], _: object = None) -> Any:
+        return self if result is None else self._find(result)
+
+
+def _shown(where: str) -> Any:
+    return _Shown(where)
+
+
 class EtcdResult:
     """The answer to a keys request, or an event of a watch; or one node of a listing.
 
@@ -551,9 +582,9 @@ class EtcdResult:
     etcd_index  store index when the request was answered (for an event: accepted)
     relisted    True for an event which a watch worked out by comparing listings, see Watch
 
-    The attributes of `node` are attributes of the result too, also by python-etcd's names.  Only
-    `value` and `ttl` can be assigned: `client.update(result)` then writes them.  Results are
-    equal if they show the same node.
+    The attributes of `node` are attributes of the result too, also by python-etcd's names.  They
+    may be assigned: `client.update(result)` then writes `value` and `ttl`.  Results are equal if
+    they show the same.
     """
 
     action: str = ""
@@ -567,6 +598,18 @@ class EtcdResult:
     raw: Mapping[str, Any] = MappingProxyType({})
     value: Optional[str]
     ttl: Optional[int]
+    key: str = _shown("node.key")
+    dir: bool = _shown("node.dir")
+    expiration: Optional[str] = _shown("node.expiration")
+    modified_index: int = _shown("node.modified_index")
+    created_index: int = _shown("node.created_index")
+    nodes: Tuple[Node, ...] = _shown("node.nodes")
+    modifiedIndex: int = _shown("modified_index")
+    createdIndex: int = _shown("created_index")
+    newKey: bool = _shown("new_key")
+    _node_props: ClassVar[Dict[str, Any]] = {    # what is compared, as in python-etcd
+        "key": None, "value": None, "expiration": None, "ttl": None, "modifiedIndex": None,
+        "createdIndex": None, "newKey": False, "dir": False}
 
     def __init__(
         self, action: Optional[str] = None, node: Union[Node, Mapping[str, Any], None] = None,
@@ -578,53 +621,9 @@ class EtcdResult:
         self.__dict__.update(
             action=action or "", node=present,
             prev_node=None if prevNode is None else _as_node(prevNode),
-            new_key=new_key, etcd_index=etcd_index, raft_index=raft_index, raft_term=raft_term,
-            relisted=relisted, raw=raw or {}, value=present.value, ttl=present.ttl)
-
-    @property
-    def key(self) -> str:
-        """Key of the node."""
-        return self.node.key
-
-    @property
-    def dir(self) -> bool:
-        """Whether the node is a directory."""
-        return self.node.dir
-
-    @property
-    def expiration(self) -> Optional[str]:
-        """RFC 3339 instant in UTC; None if permanent."""
-        return self.node.expiration
-
-    @property
-    def modified_index(self) -> int:
-        """Index of the change that made the node what it is."""
-        return self.node.modified_index
-
-    @property
-    def created_index(self) -> int:
-        """Index of the change that created the node."""
-        return self.node.created_index
-
-    @property
-    def nodes(self) -> Tuple[Node, ...]:
-        """Visible children of a listed directory."""
-        return self.node.nodes
-
-    @property
-    def modifiedIndex(self) -> int:
-        """`modified_index`, as python-etcd calls it."""
-        return self.node.modified_index
-
-    @property
-    def createdIndex(self) -> int:
-        """`created_index`, as python-etcd calls it."""
-        return self.node.created_index
-
-    @property
-    def newKey(self) -> bool:
-        """`new_key`, as python-etcd calls it."""
-        return self.new_key
+            new_key=new_key or bool(present.raw.get("newKey")), etcd_index=etcd_index,
+            raft_index=raft_index, raft_term=raft_term, relisted=relisted,
+            raw=raw or {}, value=present.value, ttl=present.ttl)
 
     @property
     def _prev_node(self) -> Optional[EtcdResult]:
@@ -656,18 +655,13 @@ class EtcdResult:
         """The same as `leaves`; `nodes` has the direct children."""
         return self.leaves
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("value", "ttl"):
-            raise AttributeError(f"only value and ttl of a result can be assigned, not {name}")
-        self.__dict__[name] = value
-
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, EtcdResult):
             return NotImplemented
-        return (self.node, self.value, self.ttl, self.new_key) == (
-            other.node, other.value, other.ttl, other.new_key)
+        return self.nodes == other.nodes and all(
+            getattr(self, name) == getattr(other, name) for name in self._node_props)
 
-    __hash__ = None                 # type: ignore[assignment]  # value and ttl may change
+    __hash__ = None                 # type: ignore[assignment]  # attributes may change
 
     def __repr__(self) -> str:
         return f"EtcdResult({self.action!r}, {self.node!r}, {self.prev_node!r})"
@@ -775,13 +769,6 @@ def _parse_version(reply: _Reply) -> Dict[str, str]:
 # -- scopes: one deadline, and one way to end, for all that waits
 
 
-def _seconds(timeout: float) -> float:
-    """Return a timeout as seconds from now: 0 stands for no end everywhere, as for python-etcd."""
-    if not timeout >= 0:
-        raise EtcdValueError(f"a timeout is seconds, 0 for no limit, not {timeout}")
-    return timeout or math.inf
-
-
 class _Here(threading.local):
     """What the running thread is at."""
 
@@ -804,9 +791,11 @@ class Scope:
     those waits, and all later ones, raise Cancelled within milliseconds.  Scopes may be nested:
     the earliest deadline rules, and the outer one cancels the inner one.
 
-    timeout    seconds from now; None and 0: no limit of its own
+    timeout    seconds from now; None: no limit of its own; 0: what is below it tries once and does
+               not wait for others or for better times, its requests take TRY_S at most
     within     other scopes that cancel this one while it is entered, such as `client.scope`
     deadline   monotonic seconds
+    once       whether it must not wait: this or an outer one has timeout=0
     cancelled  whether anybody called `cancel`
 
     Threads do not inherit it: what a recipe does in the background has scopes of its own.
@@ -814,10 +803,14 @@ class Scope:
     writes first (`cancelled`, or the waker) looks at the other one afterwards.
     """
 
-    __slots__ = ("deadline", "cancelled", "pid", "_within", "_wakers", "_outer")
+    __slots__ = ("deadline", "once", "cancelled", "pid", "_within", "_wakers", "_outer")
 
     def __init__(self, timeout: Optional[float] = None, *within: Scope) -> None:
-        self.deadline = time.monotonic() + _seconds(timeout or 0)
+        if timeout is not None and not timeout >= 0:
+            raise EtcdValueError(f"a timeout is seconds, None for no limit, not {timeout}")
+        self.once = timeout == 0
+        limit_s = math.inf if timeout is None else timeout or TRY_S
+        self.deadline = time.monotonic() + limit_s
         self.cancelled = False
         self.pid = os.getpid()                      # a forked child must not wake the parent's
         self._within = within
@@ -868,6 +861,7 @@ class Scope:
             self._within = (*self._within, self._outer)
         for scope in self._within:
             self.deadline = min(self.deadline, scope.deadline)
+            self.once = self.once or scope.once
             scope.attach(self.cancel)
         _here.scope = self
         return self
@@ -1672,8 +1666,8 @@ def _target(path: str, query: Mapping[str, _Field]) -> str:
     return f"{path}?{text}" if text else path
 
 
-def _keys_target(key: str, query: Mapping[str, _Field], version_prefix: str = "/v2") -> str:
-    return _target(f"{version_prefix}/keys{_clean_key(key)}", query)
+def _keys_target(key: str, query: Mapping[str, _Field], endpoint: str = "/v2/keys") -> str:
+    return _target(endpoint + _clean_key(key), query)
 
 
 class _NotGiven:
@@ -1710,7 +1704,7 @@ class _Call(Generic[_T]):
     parse: Callable[[_Reply], _T]
     form: Optional[bytes] = None
     content_type: str = _FORM_TYPE
-    timeout: Optional[float] = None                 # seconds in all; None: the client's; 0: no end
+    timeout: Optional[float] = None                 # seconds in all; None: the client's
     statuses: FrozenSet[int] = _SUCCESS             # those `parse` understands
     on_head: Optional[Callable[[_Reply], None]] = None  # called before a body that may take long
     waits: bool = False                             # silence is an answer, too
@@ -1789,16 +1783,17 @@ class _Caller:
         read_timeout: float = READ_TIMEOUT_S, allow_redirect: bool = True, protocol: str = "http",
         cert: Union[None, str, Tuple[str, str]] = None, ca_cert: Optional[str] = None,
         username: Optional[str] = None, password: Optional[str] = None,
-        allow_reconnect: bool = True, use_proxies: bool = False,
+        allow_reconnect: Optional[bool] = None, use_proxies: bool = False,
         expected_cluster_id: Optional[str] = None, per_host_pool_size: int = 10,
         lock_prefix: str = "/_locks", *, endpoints: Optional[Iterable[str]] = None,
-        connect_timeout: float = CONNECT_TIMEOUT_S, total_timeout: float = TOTAL_TIMEOUT_S,
+        connect_timeout: float = CONNECT_TIMEOUT_S,
+        total_timeout: Optional[float] = TOTAL_TIMEOUT_S,
         session_timeout: float = SESSION_TIMEOUT_S, sync: bool = False, retry: bool = True,
         verify: bool = True, proxies: Optional[Mapping[str, str]] = None,
         on_state: Optional[_Listener] = None,
     ) -> None:
-        if min(read_timeout, total_timeout) < 0 or connect_timeout <= 0 or session_timeout <= 0:
-            raise EtcdValueError("timeouts are seconds above 0; 0 for none, except for connecting")
+        if min(read_timeout, total_timeout or 0) < 0 or min(connect_timeout, session_timeout) <= 0:
+            raise EtcdValueError("timeouts are seconds above 0")
         if (username is None) != (password is None):
             raise EtcdValueError("username and password belong together")
         if any(not url.startswith(("http://", "https://")) for url in (proxies or {}).values()):
@@ -1818,10 +1813,10 @@ class _Caller:
         self.lock_prefix = lock_prefix
         self.cluster_id = expected_cluster_id       # hex; from the first answer if not given
         self._srv = None if srv_domain is None else (srv_domain, protocol)
-        self._sync = sync and not use_proxies
-        self._refresh_at = 0.0 if sync or srv_domain else math.inf  # monotonic seconds
-        self._reconnect = allow_reconnect
-        self._retry = retry and allow_reconnect
+        self._sync = (sync or bool(allow_reconnect)) and not use_proxies
+        self._refresh_at = 0.0 if self._sync or srv_domain else math.inf    # monotonic seconds
+        self._reconnect = allow_reconnect is not False
+        self._retry = retry and self._reconnect
         self._reached = False                       # a request has left for a server
         self._trust = _Trust((ca_cert or True) if verify else False, cert, dict(proxies or {}))
         self._scope = Scope()                       # of all that is under way
@@ -1877,6 +1872,11 @@ class _Caller:
         self._connectivity.remove(listener)
 
     @property
+    def key_endpoint(self) -> str:
+        """Path of the keys API; a subclass may name another one."""
+        return self.version_prefix + "/keys"
+
+    @property
     def scope(self) -> Scope:
         """What all calls and watches of this client are within, until it is closed."""
         if self._scope.pid != os.getpid():          # what the parent waits for is not ours to end
@@ -1903,6 +1903,10 @@ class _Caller:
         self.close()
 
     # -- below: no public names
+
+    def _is_replaced(self, name: str = "api_execute") -> bool:
+        """Whether the program has put something of its own in the place of a method."""
+        return False
 
     def _perform(self, call: _Call[_T]) -> _T:
         """Send `call` to one endpoint after the other, and again, as long as that is safe.
@@ -1948,7 +1952,7 @@ class _Caller:
             raise error
         if call.waits and isinstance(error, RequestTimeout):
             self._connectivity.report(True)
-            raise error
+            raise WatchTimeout("no change in time", endpoint=endpoint) from error
         if not _is_endpoint_failure(error):
             self._connectivity.report(True)
             raise error
@@ -1973,7 +1977,7 @@ class _Caller:
         """
         pause_s = _backoff_s(rounds)
         errors = failures.values()
-        hopeless = not (self._retry and self._reached) or all(map(_lasts, errors))
+        hopeless = scope.once or not (self._retry and self._reached) or all(map(_lasts, errors))
         if hopeless or scope.deadline == math.inf or scope.left_s() <= pause_s:
             first, *others = errors
             first.others = tuple(others)
@@ -2014,8 +2018,8 @@ class _Caller:
         """
         if sharers > 1 and not (call.write or call.waits) and deadline < math.inf:
             deadline -= (deadline - time.monotonic()) * (sharers - 1) / sharers
-        silence_s = _seconds(self.read_timeout)
-        return self._request(endpoint, call, _Exchange(deadline, silence_s, self.connect_timeout))
+        return self._request(endpoint, call, _Exchange(
+            deadline, self.read_timeout or math.inf, self.connect_timeout))
 
     def _request(self, endpoint: str, call: _Call[_T], exchange: _Exchange) -> _T:
         """Perform `call` at `endpoint` and return what its answer means.
@@ -2032,6 +2036,7 @@ class _Caller:
             for _ in range(REDIRECTS_MAX + 1):
                 reply = self._exchange(base, target, call, exchange, connections)
                 if reply.status not in _REDIRECTS or not self._follows(call, reply):
+                    self._expect_cluster(base, reply, write=call.write)
                     return self._judge(base, call, reply)
                 try:
                     where = urlsplit(urljoin(base + target, reply.headers.get("Location", "")))
@@ -2101,7 +2106,6 @@ class _Caller:
 
     def _judge(self, endpoint: str, call: _Call[_T], reply: _Reply) -> _T:
         """Return what an answer means, or raise the error it stands for."""
-        self._expect_cluster(endpoint, reply, write=call.write)
         if reply.status not in call.statuses:
             raise _status_error(reply, endpoint, write=call.write)
         try:
@@ -2110,7 +2114,6 @@ class _Caller:
             raise BadReply(
                 f"the answer cannot be understood ({error or type(error).__name__})",
                 status=reply.status, endpoint=endpoint, maybe_applied=call.write) from error
-
 
     def _expect_cluster(self, endpoint: str, reply: _Reply, *, write: bool = False) -> None:
         cluster_id = reply.headers.get("X-Etcd-Cluster-Id")     # not of /version, /health, stats
@@ -2475,8 +2478,9 @@ class _Keys(_Caller):
     """The verbs of the keys API, but for those that wait.
 
     Everywhere `ttl` is in seconds, 1 or more, None for a key that stays; `timeout` is the deadline
-    of this call, seconds over all endpoints, None for the client's `total_timeout`, 0 for none.  A
-    value is text, or a number, or bytes in UTF-8; EtcdValueError for what would not come back as
+    of this call, seconds over all endpoints: None for the client's `total_timeout`, math.inf for
+    none, 0 to ask each endpoint once and wait for nothing but the answers (TRY_S in all).  A value
+    is text, or a number, or bytes in UTF-8; EtcdValueError for what would not come back as
     it was given.  For other bytes there is base64.b64encode(data).decode(), for dicts json.dumps.
     """
 
@@ -2500,7 +2504,8 @@ class _Keys(_Caller):
         sorted     order each level of a listing by key
         quorum     read through consensus: never stale, slower, fails without a quorum
         """
-        query = {"recursive": recursive or None, "sorted": sorted or None, "quorum": quorum or None}
+        query = {name: True for name, wanted in (
+            ("recursive", recursive), ("sorted", sorted), ("quorum", quorum)) if wanted}
         try:
             return self._keys_call("GET", key, query=query, timeout=timeout)
         except KeyNotFound:
@@ -2522,7 +2527,11 @@ class _Keys(_Caller):
 
     def __contains__(self, key: str) -> bool:
         """Whether `key` exists, as a file or a directory."""
-        return self.get(key, default=None) is not None
+        try:
+            self.get(key)
+        except KeyNotFound:
+            return False
+        return True
 
     def __getitem__(self, key: str) -> str:
         """The value of a file.  Raises KeyNotFound, a KeyError; NotFile for a directory."""
@@ -2575,7 +2584,7 @@ class _Keys(_Caller):
             return self.write(key.key, key.value, key.ttl, dir=True, prevExist=True,
                               timeout=timeout)
         return self.write(key.key, key.value, key.ttl, prevExist=True,
-                          prevIndex=key.modified_index, timeout=timeout)
+                          prevIndex=key.modifiedIndex, timeout=timeout)
 
     def append(
         self, key: str, value: object, ttl: Optional[int] = None, *,
@@ -2641,7 +2650,8 @@ class _Keys(_Caller):
             raise EtcdValueError("a directory has no value")
         given = None if value is None else _text(value)
         fields: Dict[str, _Field] = {
-            "value": given, "ttl": ttl, "dir": dir or None, "refresh": refresh or None}
+            "value": given, "ttl": ttl, "dir": bool(dir) or None,
+            "refresh": bool(refresh) or None}
         conditions = _conditions(prevValue, prevIndex, prevExist)
         method = "POST" if append else "PUT"
         return self._keys_call(method, key, {**fields, **conditions}, timeout=timeout)
@@ -2657,7 +2667,7 @@ class _Keys(_Caller):
 
         With prevValue or prevIndex: only a file that has them.  Raises CompareFailed.
         """
-        query: Dict[str, _Field] = {"recursive": recursive or None, "dir": dir or None}
+        query: Dict[str, _Field] = {"recursive": bool(recursive) or None, "dir": bool(dir) or None}
         query.update(_conditions(prevValue, prevIndex))
         return self._keys_call("DELETE", key, query=query, timeout=timeout)
 
@@ -2704,9 +2714,10 @@ class _Keys(_Caller):
     ) -> EtcdResult:
         if form is not None and form.get("ttl") == 0:
             raise EtcdValueError("a ttl is seconds, 1 or more; None for a key that stays")
-        target = _keys_target(key, query, self.version_prefix)
+        target = _keys_target(key, query, self.key_endpoint)
         body = None if form is None else _encode_fields(form).encode()
-        return self._perform(_Call(method, target, _parse_result, body, timeout=timeout))
+        return self._perform(_Call(method, target, _parse_result, body, timeout=timeout,
+                                   waits="wait" in query))
 
 
 def _needed(prev_value: Optional[object], prev_index: Optional[int]) -> Dict[str, _Field]:
@@ -2925,8 +2936,8 @@ class Watch:
              watch lists the key at the start too (a directory to all depths if recursive), and
              holds a copy of it in memory.
              False: raise EventIndexCleared; nothing is listed.
-    timeout  seconds each `next` may take, None and 0: no limit; then WatchTimeout, after which
-             `next` may be called again and misses nothing
+    timeout  seconds each `next` may take, None: no limit; 0: take what is in the history, wait for
+             nothing.  Then WatchTimeout, after which `next` may be called again and misses nothing
 
     An event's `modified_index` + 1 is the index to go on from in another watch.  If no endpoint
     answers at the start that error is raised; later the watch waits and tries again.  Raises
@@ -2958,6 +2969,7 @@ class Watch:
         self._alive = False                         # whether that server answers us
         self._asked_at = 0.0                        # when; monotonic seconds
         self._until = math.inf                      # deadline of the `next` under way
+        self._patience_s = WATCH_POLL_S             # after an answer
         self._failures = 0                          # since the last answer
         self.error: Optional[EtcdError] = None      # why nothing is followed now; None: it is
         self._life = Scope()                        # until `close`
@@ -3016,6 +3028,8 @@ class Watch:
         except RequestTimeout as error:
             if not self._alive:
                 self._silent(error, scope)
+            elif scope.once:
+                scope.deadline = 0.0                # the head came, and no change behind it
         except EtcdError as error:
             self._fail(error, scope)
         else:
@@ -3060,9 +3074,10 @@ class Watch:
     ) -> _T:
         """Send one request to the endpoint in use."""
         client = self._client
-        target = _keys_target(self._path + below, query, client.version_prefix)
+        target = _keys_target(self._path + below, query, client.key_endpoint)
         call = _Call("GET", target, parse, on_head=on_head, statuses=statuses)
         self._alive, self._asked_at, self._until = False, time.monotonic(), scope.deadline
+        self._patience_s = WATCH_LOOK_S if scope.once else WATCH_POLL_S
         self._exchange = _Exchange(min(self._until, self._asked_at + WATCH_POLL_S),
                                    self._head_s(), client.connect_timeout, self._is_patient)
         return client._request(self._endpoint, call, self._exchange)
@@ -3085,7 +3100,7 @@ class Watch:
         self._alive, self.error = True, None
         self._client._connectivity.report(True)
         if self._exchange is not None:
-            self._exchange.deadline = min(self._until, time.monotonic() + WATCH_POLL_S)
+            self._exchange.deadline = min(self._until, time.monotonic() + self._patience_s)
             silence_s = WATCH_HEAD_S if self._state.doubtful else WATCH_PROBE_S
             self._exchange.silence_s = min(silence_s, WATCH_POLL_S)
 
@@ -3098,7 +3113,7 @@ class Watch:
     def _see(self) -> bool:
         """Ask a silent server something else; return whether to wait on for this answer."""
         client, before = self._client, self._state.quiet[0]
-        target = _keys_target(self._path + _NOBODYS, {}, client.version_prefix)
+        target = _keys_target(self._path + _NOBODYS, {}, client.key_endpoint)
         call = _Call("GET", target, _parse_not, statuses=_ANY_ANSWER)
         wait_s = self._head_s()
         exchange = _Exchange(time.monotonic() + wait_s, wait_s, client.connect_timeout)
@@ -3279,14 +3294,14 @@ class _Watching(_Keys):
         """Return the node at `key`, or with `wait` its next change, by python-etcd's options.
 
         waitIndex  the first change to consider; None: the next one from now on
-        timeout    seconds for this call.  With `wait`: None is the client's read_timeout, 0 no
-                   end; then WatchTimeout.  Without: as for `get`, which has the other options
+        timeout    seconds for this call, 0: no end, as for python-etcd.  With `wait`: None is the
+                   client's read_timeout; then WatchTimeout.  Without: None is as for `get`
         """
         if not wait:
             return self.get(key, recursive=bool(recursive), sorted=bool(sorted),
-                            quorum=bool(quorum), timeout=timeout)
+                            quorum=bool(quorum), timeout=math.inf if timeout == 0 else timeout)
         limit = self.read_timeout if timeout is None else timeout
-        return self.watch(key, waitIndex, limit, recursive)
+        return self.watch(key, waitIndex, limit or math.inf, recursive)
 
     def watch(
         self, key: str, index: Optional[int] = None, timeout: Optional[float] = None,
@@ -3295,15 +3310,20 @@ class _Watching(_Keys):
         """Return the next change of `key` (with `recursive`, also of what lies below).
 
         index    the first change to consider: modified_index + 1 of the last one seen; None: now
-        timeout  seconds to wait for a change; None or 0: for ever.  Raises WatchTimeout.
+        timeout  seconds to wait for a change; None: for ever; 0: look for one since `index`, and do
+                 not wait.  Raises WatchTimeout.
 
         Iterate over what is returned to get this change and all later ones.
 
         Raises EventIndexCleared if `index` is more than 1000 changes back.
         """
-        with self.watcher(key, recursive=bool(recursive), index=index, timeout=timeout or None,
-                          relist=False) as events:
-            change = next(events)
+        if self._is_replaced():                     # the program's own sends one request
+            query = {"wait": True, "waitIndex": index, "recursive": bool(recursive) or None}
+            change = self._keys_call("GET", key, query=query, timeout=timeout)
+        else:
+            with self.watcher(key, recursive=bool(recursive), index=index, timeout=timeout,
+                              relist=False) as events:
+                change = next(events)
         return WatchedChange(change, lambda later: self.watcher(
             key, recursive=bool(recursive), index=later))
 
@@ -3318,6 +3338,10 @@ class _Watching(_Keys):
         self, key: str, index: Optional[int] = None, recursive: Optional[bool] = None,
     ) -> Iterator[EtcdResult]:
         """Yield the changes of `key` for ever; `watcher` gives one that can be cancelled."""
+        while self._is_replaced():
+            change = self.watch(key, index, math.inf, recursive)
+            index = change.modified_index + 1
+            yield change
         with self.watcher(key, recursive=bool(recursive), index=index) as events:
             yield from events
 
@@ -3454,11 +3478,6 @@ class _Cluster(_Caller):
         return parts.port or (443 if parts.scheme == "https" else 80)
 
     @property
-    def key_endpoint(self) -> str:
-        """Path of the keys API."""
-        return self.version_prefix + "/keys"
-
-    @property
     def expected_cluster_id(self) -> Optional[str]:
         """`cluster_id`, as python-etcd calls it."""
         return self.cluster_id
@@ -3477,7 +3496,10 @@ class _Cluster(_Caller):
 
         path     begins with a slash and the version prefix
         params   go into the query of a GET or DELETE, into the form of a PUT or POST
-        timeout  seconds in all; None: the client's; 0: no end
+        timeout  seconds in all; None: the client's; 0: no end, as for python-etcd
+
+        All verbs go through here if a subclass or an attribute of the client replaces this method
+        (JSON through `api_execute_json`), but not `watcher` and what is built on it.
 
         Raises what the verbs raise for an answer other than 2xx; WatchTimeout for a GET with the
         parameter `wait`.
@@ -3485,15 +3507,9 @@ class _Cluster(_Caller):
         given = {} if params is None else {
             name: value if isinstance(value, bool) else "" if value is None else _text(value)
             for name, value in params.items()}
-        if method not in ("GET", "DELETE"):
-            form = _encode_fields(given).encode()
-            return self._execute(path, method, {}, form, _FORM_TYPE, timeout)
-        try:
+        if method in ("GET", "DELETE"):
             return self._execute(path, method, given, None, _FORM_TYPE, timeout)
-        except RequestTimeout as error:
-            if given.get("wait") in (True, "true"):
-                raise WatchTimeout("no change in time", endpoint=error.endpoint) from error
-            raise
+        return self._execute(path, method, {}, _encode_fields(given).encode(), _FORM_TYPE, timeout)
 
     def api_execute_json(
         self, path: str, method: str, params: Any = None, timeout: Optional[float] = None,
@@ -3512,9 +3528,30 @@ class _Cluster(_Caller):
             raise EtcdValueError("the path begins with a slash")
         if method not in ("GET", "PUT", "POST", "DELETE"):
             raise EtcdValueError(f"HTTP method {method} is not one of the API")
-        return self._perform(_Call(
-            method, _target(path, query), _parse_not, body, content_type, timeout,
-            waits=query.get("wait") in (True, "true")))
+        return super()._perform(_Call(
+            method, _target(path, query), _parse_not, body, content_type,
+            math.inf if timeout == 0 else timeout, waits=query.get("wait") in (True, "true")))
+
+    def _is_replaced(self, name: str = "api_execute") -> bool:
+        return name in self.__dict__ or getattr(type(self), name) is not getattr(Client, name)
+
+    def _perform(self, call: _Call[_T]) -> _T:
+        as_json = call.content_type == _JSON_TYPE and call.form is not None
+        name = "api_execute_json" if as_json else "api_execute"
+        if not self._is_replaced(name):
+            return super()._perform(call)
+        path, _, text = call.target.partition("?")
+        given: Dict[str, Any] = {}
+        if call.form is not None:
+            text = call.form.decode()
+        if as_json:
+            given["params"] = json.loads(text)
+        elif text or path.startswith(self.key_endpoint):
+            given["params"] = dict(parse_qsl(text, True, errors="surrogateescape"))
+            if call.method == "GET":
+                given["timeout"] = 0 if call.timeout == math.inf else call.timeout
+        answer = getattr(self, name)(unquote(path, errors="surrogateescape"), call.method, **given)
+        return self._judge(self.base_uri, call, _as_reply(answer))
 
     def _members_call(
         self, method: str, path: str, peer_urls: Union[str, Iterable[str]],
@@ -3545,8 +3582,8 @@ class Client(_Watching, _Cluster, _Users):
     proxies              {"http": url, "https": url}; the environment is not asked
     connect_timeout      seconds to make a connection
     read_timeout         seconds for each silence of the server; 0 for no limit
-    total_timeout        seconds for a call over all endpoints; 0 for no limit
-    allow_reconnect      False: never try another endpoint, and none twice
+    total_timeout        seconds for a call over all endpoints; None for no limit
+    allow_reconnect      False: never try another endpoint, and none twice.  True: as `sync`
     retry                False: try each endpoint once
     allow_redirect       follow redirects of reads, and those that were not carried out
     sync                 use the URLs that the members publish, too; never with use_proxies
@@ -3578,7 +3615,6 @@ EXPIRY_MARGIN = 0.1             # share of a ttl after which a lease counts as o
 CALL_TIMEOUT_S = 8.0            # of one request; above the 7 s after which etcd gives up on a write
 OUTAGE_S = 30.0                 # how long a recipe waits for a cluster that does not answer
 WAIT_SLICE_S = 20.0             # a waiter looks again after so long, even if nothing happened
-TRY_S = 1.5                     # for the requests of a call that must not wait (timeout=0)
 TIDY_S = 0.5                    # for taking back what a call leaves that ended without success
 LEAVE_S = 2.0                   # for removing the file of a lease that is stopped
 
@@ -3628,23 +3664,19 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Span(Scope):
-    """The scope of one call of a recipe.
+    """The scope of one call of a recipe."""
 
-    timeout  seconds; None: no limit; 0: try once and do not wait, in TRY_S at most
-    """
-
-    __slots__ = ("_once", "looked")
+    __slots__ = ("looked",)
 
     def __init__(self, client: Client, timeout: Optional[float]) -> None:
-        super().__init__(TRY_S if timeout == 0 else timeout, client.scope)
-        self._once = timeout == 0
+        super().__init__(timeout, client.scope)
         self.looked = False                         # a server said that there is reason to wait
 
     def wait_s(self, longest_s: float = WAIT_MAX_S) -> float:
         """Return how long to wait for others now; 0: the time is over.  Raises Cancelled."""
         self.looked = True
         left_s = self.left_s(longest_s)
-        return 0.0 if self._once else left_s
+        return 0.0 if self.once else left_s
 
     def wait_for(self, changed: threading.Condition, condition: Callable[[], bool]) -> bool:
         """Wait until `condition` holds; `changed` is notified when it may.  Raises Cancelled."""
@@ -4300,10 +4332,7 @@ class Contender(_Recipe):
         held = self._held
         return held is not None and held.is_held
 
-    @property
-    def is_acquired(self) -> bool:
-        """As is_held."""
-        return self.is_held
+    is_acquired = is_held                           # as python-etcd calls it
 
     @property
     def token(self) -> int:
@@ -4589,6 +4618,16 @@ class Lock(Contender):
         """What the entry of the holder says, if this lock is held; else empty."""
         held = self._held
         return "" if held is None else held.value
+
+    @property
+    def lock_key(self) -> str:
+        """Key of the entry, if this lock is held.  Raises ValueError."""
+        held = self._held
+        if held is None:
+            raise EtcdValueError("not held: there is no entry", cause=self.path)
+        return held.key
+
+    is_taken = Contender.is_held                    # and this
 
 
 def _below_prefix(client: Client, name: str) -> str:
@@ -5056,7 +5095,7 @@ class DoubleBarrier(_Recipe):
                 _create_once(self.client, key, mark, None)
 
 
-class Counter:
+class Counter(_Recipe):
     """A number that many change.
 
         counter = Counter(client, "/tickets")
@@ -5074,12 +5113,13 @@ class Counter:
     Thread: any; threads that share the object take turns.
     """
 
+    _turn: Optional[_Span]
+
     def __init__(self, client: Client, key: str, initial: int = 0) -> None:
-        self.client = client
+        super().__init__(client)
         self.path = _recipe_key(key)
         self.initial = initial
         self._after_fork()
-        _inherited[id(self)] = self
 
     @property
     def value(self) -> int:
@@ -5091,21 +5131,39 @@ class Counter:
 
         timeout  seconds, after which it raises what kept it from ending; None: OUTAGE_S without
                  a server; 0: as for all recipes, TRY_S
+
+        Raises Cancelled after `cancel`.
         """
         span = _Span(self.client, timeout)
-        with span:
-            if not self._turn.acquire(timeout=span.left_s()):
-                raise RequestTimeout("another thread changes this counter", endpoint="")
-            try:
+        self._spans[span] = None
+        try:
+            with span:
+                while not self._take_turn(span):
+                    if not span.wait_for(self._changed, lambda: self._turn is None):
+                        raise RequestTimeout("another thread changes this counter", endpoint="")
                 self._serial += 1
                 return self._add(amount, f"{self._writer}.{self._serial}", span)
-            finally:
-                self._turn.release()
+        finally:
+            del self._spans[span]
+            self._leave_turn(span)
 
     # -- below: no public names
 
+    def _take_turn(self, span: _Span) -> bool:
+        with self._changed:
+            self._turn = self._turn or span
+            return self._turn is span
+
+    def _leave_turn(self, span: _Span) -> None:
+        with self._changed:
+            if self._turn is span:
+                self._turn = None
+                self._changed.notify_all()
+
     def _after_fork(self) -> None:
-        self._turn = threading.Lock()               # one change of this writer at a time
+        super()._after_fork()
+        self._changed = threading.Condition()
+        self._turn = None                           # one change of this writer at a time
         self._writer = uuid.uuid4().hex[:12]        # a forked child is another one
         self._serial = 0
 
@@ -6425,7 +6483,7 @@ class _Access(NamedTuple):
         request_s = settings.seconds("timeout", 1.0)
         return cls({
             "connect_timeout": request_s, "read_timeout": request_s, "retry": False,
-            "total_timeout": settings.seconds("total-timeout", 5.0),
+            "total_timeout": settings.seconds("total-timeout", 5.0) or None,
             "cert": (certificate, key) if key else certificate or None,
             "ca_cert": authorities or None, "username": name, "password": password,
         }, settings.on("debug"))
@@ -7437,7 +7495,7 @@ _WORKERS = _Flag(("c",), int, "connections to use (default: 10)", 1)
 def _patient(client: Client, settings: _Options) -> Client:
     """Return `client` with time for long answers, unless options say otherwise."""
     client.read_timeout = settings.seconds("timeout", _LONG_S)
-    client.total_timeout = settings.seconds("total-timeout", _LONG_S)
+    client.total_timeout = settings.seconds("total-timeout", _LONG_S) or None
     return client
 
 

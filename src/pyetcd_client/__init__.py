@@ -27,7 +27,7 @@ from __future__ import annotations
 from .client.client import Client
 from .client.users import Auth, EtcdRole, EtcdUser, auth
 from .client.watching import Watch, WatchedChange, each, to_thread
-from .ctl.program import main
+from .ctl.program import main  # noqa: F401  # of the script; a program has a main of its own
 from .recipes.barriers import Barrier, Counter, DoubleBarrier
 from .recipes.basics import retry
 from .recipes.copies import CachedTree, ChildrenWatch, DataWatch
@@ -107,5 +107,5 @@ __all__ = [
     "EtcdUser", "EtcdRole", "Auth", "auth", "Client", "retry", "Heartbeat", "Lease",
     "Contender", "Lock", "RLock", "RWLock", "Semaphore", "Observed", "Leader", "Election",
     "QueueItem", "Queue", "Barrier", "DoubleBarrier", "Counter", "CachedTree", "ChildrenWatch",
-    "DataWatch", "Instance", "Registration", "ServiceRegistry", "Party", "main",
+    "DataWatch", "Instance", "Registration", "ServiceRegistry", "Party",
 ]

@@ -8,6 +8,7 @@ import datetime
 import functools
 import inspect
 import json
+import math
 import os
 import pickle
 import random
@@ -643,13 +644,20 @@ def test_client_api_refuses_an_option_that_does_not_exist(verb):
         getattr(client, verb)("k", prevvalue="x")
 
 
-def test_client_api_lets_value_and_ttl_of_a_result_change_and_nothing_else(_client, _client_dir):
+def test_client_api_lets_the_attributes_of_a_result_change(_client, _client_dir):
+    """As python-etcd does; `node` stays what the server said."""
     result = _client.set(_client_dir, "v", ttl=60)
     result.value, result.ttl = "w", 50
     assert (result.value, result.node.value, result.ttl, result.node.ttl) == ("w", "v", 50, 60)
-    for name in ("key", "node", "modified_index", "modifiedIndex", "dir", "other"):
-        with pytest.raises(AttributeError):
-            setattr(result, name, None)
+    assert bool(result) and result == copy.deepcopy(result)
+    for name in ("key", "modified_index", "modifiedIndex", "dir", "newKey", "other"):
+        setattr(result, name, "mine")
+        assert getattr(result, name) == "mine"
+    assert result.node.key == _client_dir and result != _client.get(_client_dir)
+    stale = _client.get(_client_dir)
+    stale.modifiedIndex -= 1
+    with pytest.raises(pyetcd_client.CompareFailed):
+        _client.update(stale)
     with pytest.raises(TypeError, match="unhashable"):
         hash(result)
     assert "'v'" in repr(result)
@@ -742,7 +750,7 @@ def test_client_api_timeout_of_one_call():
                 with pytest.raises(pyetcd_client.RequestTimeout):
                     call()
         with Client(server.url, total_timeout=0.1) as client:
-            with _client_background(lambda: client.get("k", timeout=0)) as patient:
+            with _client_background(lambda: client.get("k", timeout=math.inf)) as patient:
                 with pytest.raises(pyetcd_client.RequestTimeout):
                     client.get("k")
                 hold.set()
@@ -761,6 +769,28 @@ def test_client_api_watch_goes_on_when_iterated(_client, _client_dir):
             break
         _client.set(f"{_client_dir}/{len(seen)}", len(seen))
     assert seen == ["0", "1", "2", "3"]
+
+
+def test_client_api_watch_with_timeout_0_takes_what_is_in_the_history(_client, _client_dir):
+    start = _client.set(_client_dir + "/a", "0").modified_index
+    second = _client.set(_client_dir + "/a", "1").modified_index
+    with _client.watcher(_client_dir, recursive=True, index=start, relist=False,
+                         timeout=0) as events:
+        assert [next(events).value for _ in range(2)] == ["0", "1"]
+        with pytest.raises(pyetcd_client.WatchTimeout) as caught:
+            next(events)
+        assert caught.value.index == second + 1
+        _client.set(_client_dir + "/a", "2")
+        assert next(events).value == "2"
+    with pyetcd_client.Scope(0):
+        assert _client.watch(_client_dir, start, recursive=True).value == "0"
+        with pytest.raises(pyetcd_client.WatchTimeout):
+            _client.watch(_client_dir)
+    with pytest.raises(pyetcd_client.WatchTimeout):
+        _client.watch(_client_dir, timeout=0)
+    with _client.watcher(_client_dir, recursive=True, timeout=0) as listed:
+        with pytest.raises(pyetcd_client.WatchTimeout):
+            next(listed)
 
 
 def test_client_api_eternal_watch_never_ends_by_itself(_client, _client_dir):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -38,7 +39,7 @@ from tests.kit.clients import (
     _client_reply,
     _ClientRawServer,
 )
-from tests.kit.processes import StaticCluster
+from tests.kit.processes import ClusterMember, Process, StaticCluster
 
 
 def _net_drip(head, body, gap_s=0.05):
@@ -488,8 +489,10 @@ def test_client_net_scopes_the_earliest_deadline_rules_and_the_outer_one_cancels
                     cancelled.wait(0)
         with pytest.raises(pyetcd_client.Cancelled), scope() as late:
             late.left_s()
-    with scope(0) as free:                                  # 0 and None: no limit
-        assert free.deadline == scope().deadline == math.inf
+    with scope() as free:
+        assert free.deadline == math.inf and not free.once
+        with scope(0), scope(1000) as inner:                # try once, however much time there is
+            assert inner.once and inner.deadline < free.deadline
         with pytest.raises(ValueError), scope(-1):
             pass
     assert not free.cancelled and not outer._wakers
@@ -498,6 +501,31 @@ def test_client_net_scopes_the_earliest_deadline_rules_and_the_outer_one_cancels
                      lambda: next(client.eternal_watch("k"))):
             with scope(0.1), pytest.raises(pyetcd_client.RequestTimeout):
                 call()
+
+
+_NET_ONCE = {
+    "get": lambda client: client.get("k", timeout=0),
+    "set": lambda client: client.set("k", "v", timeout=0),
+    "watch": lambda client: client.watch("k", timeout=0),
+    "watcher": lambda client: next(client.watcher("k", timeout=0)),
+    "total_timeout": lambda client: client.member_list(),
+}
+
+
+@pytest.mark.parametrize("call", _NET_ONCE.values(), ids=_NET_ONCE)
+@pytest.mark.parametrize("scoped", [False, True])
+def test_client_net_timeout_0_asks_once_and_does_not_wait(call, scoped):
+    """Neither for a silent server nor, in rounds, for one that hangs up."""
+    with _ClientRawServer(_net_black_hole) as server, _ClientRawServer(_client_hang_up) as other:
+        for url in (server.url, other.url):
+            with Client(url, total_timeout=0) as client:
+                client._reached = True                      # else there is one round anyway
+                with contextlib.ExitStack() as stack:
+                    if scoped:
+                        stack.enter_context(pyetcd_client.Scope(0))
+                    with pytest.raises(pyetcd_client.ConnectionFailed):
+                        call(client)
+        assert other.connections <= 4
 
 
 _NET_ENDS = {
@@ -891,3 +919,67 @@ def test_client_watch_tells_10000_changes_exactly_while_members_die(tmp_path):
             eventually(lambda: told and wrote, 90)
     assert told == wrote == [None]
     _net_prove(seen, history)
+
+
+def _restored(member, directory, kind):
+    """Take the store of a running member back, by a backup or a wipe, and start it anew."""
+    member.process.kill()
+    data = directory / f"{member.name}.etcd"
+    shutil.rmtree(data)
+    if kind == "backup":
+        shutil.copytree(directory / "copy", data)
+    member.start("-initial-cluster", f"{member.name}={member.peer}",
+                 *["-force-new-cluster"] * (kind == "backup"))
+
+
+@pytest.mark.parametrize("kind", ["backup", "wiped"])
+def test_client_watch_and_tree_live_through_a_real_restore(kind, tmp_path):
+    """With one process after the other at the same address: what they show is what there is.
+
+    A restored backup is another cluster, which has to be accepted; a wiped one with the same
+    flags has the same id, and its index goes back.
+    """
+    member = ClusterMember(tmp_path, "n0")
+    member.start("-initial-cluster", f"n0={member.peer}")
+    try:
+        member.process.wait_log("published")
+        with Client(member.client) as client:
+            client.set("/d/kept", "1")
+            client.set("/d/changed", "1")
+            done = Process(tmp_path, "backup", "-data-dir", "n0.etcd", "-backup-dir", "copy")
+            assert done.popen.wait(_CLIENT_WAIT_S) == 0, done.log()
+            for number in range(20):
+                client.set("/d/changed", number)
+            client.set("/d/lost", "1")
+            with client.watcher("/d", recursive=True) as events, \
+                    pyetcd_client.CachedTree(client, "/d") as tree:
+                seen, errors = [], []
+
+                def follow():
+                    while True:
+                        try:
+                            seen.extend(iter(events))
+                            return
+                        except pyetcd_client.ClusterIdChanged as error:
+                            errors.append(error)
+                            client.cluster_id = None
+
+                with _client_background(follow):
+                    _client_eventually(lambda: len(tree) >= 3 and events.index)
+                    _restored(member, tmp_path, kind)
+                    member.process.wait_log("published")
+                    with Client(member.client) as other:
+                        other.set("/d/new", "1")
+                    wanted = {"/d/new": "1"}
+                    if kind == "backup":
+                        wanted = {"/d/new": "1", "/d/kept": "1", "/d/changed": "1"}
+
+                    def shows():
+                        return {node.key: node.value for node in tree.values() if not node.dir}
+                    _client_eventually(lambda: shows() == wanted)
+                    _client_eventually(lambda: any(e.key == "/d/new" for e in seen))
+                    events.close()
+            assert bool(errors) is (kind == "backup")
+            assert any((e.action, e.key) == ("delete", "/d/lost") for e in seen)
+    finally:
+        member.process.kill()

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
+import importlib.util
+import json
 import re
+import shutil
+import subprocess
 import sys
+import types
 import urllib.parse
 import urllib.request
+from unittest import mock
 
 import pytest
 import requests
 
 import pyetcd_client
-from tests.kit.basics import eventually, free_port
+from tests.kit.basics import ROOT, eventually, free_port
 from tests.kit.clients import _client_background
 from tests.kit.processes import StaticCluster
 
@@ -23,11 +30,22 @@ def _lib_address(url):
     return urllib.parse.urlsplit(url).hostname, urllib.parse.urlsplit(url).port
 
 
-@pytest.fixture(name="_lib_etcd", params=["python-etcd", "ours"])
+@functools.cache
+def _lib_contrib():
+    """contrib/etcd.py, under a name of its own beside python-etcd."""
+    spec = importlib.util.spec_from_file_location("contrib_etcd", ROOT / "contrib" / "etcd.py")
+    module = sys.modules["contrib_etcd"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(name="_lib_etcd", params=["python-etcd", "ours", "contrib"])
 def _lib_etcd_fixture(request):
-    """What a program imports: python-etcd, or pyetcd_client in its place."""
+    """What a program imports: python-etcd, or pyetcd_client or contrib/etcd.py in its place."""
     if request.param == "ours":
         return pyetcd_client
+    if request.param == "contrib":
+        return _lib_contrib()
     pytest.importorskip("etcd.auth", reason="python-etcd is not installed")
     return sys.modules["etcd"]
 
@@ -164,7 +182,7 @@ def test_lib_python_etcd_lock(_lib_etcd, _client_server, _client_dir):
         mine.release()
     assert outcome == [True] and not mine.is_acquired
     third = _lib_etcd.Lock(client, "door")
-    if _lib_etcd is pyetcd_client:
+    if issubclass(_lib_etcd.Client, pyetcd_client.Client):
         yours.release()                             # ours is renewed as long as its holder lives
     assert third.acquire(blocking=True, timeout=10)
     third.release()
@@ -244,6 +262,256 @@ def test_lib_python_etcd_auth(_lib_etcd, _lib_own_server):
         al.write("/pub/x", "2")
     auth.Auth(root).active = False
     assert not auth.Auth(open_client).active and open_client.read("/secret").value == "1"
+
+
+def test_lib_python_etcd_as_salt_uses_it(_lib_etcd, _client_server, _client_dir):
+    """The calls of Salt's etcd_util, with its arguments; what it looks at, and catches."""
+    host, port = _lib_address(_client_server.url)
+    client = _lib_etcd.Client(host=host, port=port)
+    top = _client_dir
+    assert client.write(top + "/a", "1", ttl=None, dir=False).value == "1"
+    assert client.write(top + "/d", None, ttl=None, dir=True).dir is True
+    client.write(top + "/d/b", "2", ttl=60, dir=False)
+    with pytest.raises(_lib_etcd.EtcdNotFile):
+        client.write(top + "/d", None, ttl=None, dir=True)
+    with pytest.raises(_lib_etcd.EtcdNotFile):
+        client.write(top + "/d", "x", ttl=None, dir=False)
+    with pytest.raises(_lib_etcd.EtcdNotDir):
+        client.write(top + "/a/x", None, ttl=None, dir=True)
+    with pytest.raises(_lib_etcd.EtcdRootReadOnly):
+        client.write("/", None, ttl=None, dir=True)
+    listed = client.read(top, recursive=False, wait=False, timeout=None)
+    assert sorted((item.key, item.value, item.dir is True) for item in listed.children) == [
+        (top + "/a", "1", False), (top + "/d", None, True)]
+    client.write(top + "/empty", None, ttl=None, dir=True)
+    (itself,) = client.read(top + "/empty", recursive=False, wait=False, timeout=None).children
+    assert itself.key == top + "/empty" and itself.dir is True
+    index = client.write(top + "/a", "3", ttl=None, dir=False).modifiedIndex
+    seen = client.read(top + "/a", recursive=False, wait=True, timeout=0, waitIndex=index)
+    assert (seen.key, seen.value, seen.dir, seen.modifiedIndex) == (top + "/a", "3", False, index)
+    with pytest.raises(_lib_etcd.EtcdConnectionFailed):
+        client.read(top + "/a", recursive=False, wait=True, timeout=1)
+    with pytest.raises(_lib_etcd.EtcdDirNotEmpty) as caught:
+        client.delete(top + "/d", dir=True)
+    assert isinstance(caught.value, ValueError)
+    with pytest.raises(_lib_etcd.EtcdNotFile):
+        client.delete(top + "/d", recursive=False)
+    assert client.delete(top, recursive=True)
+    with pytest.raises(_lib_etcd.EtcdKeyNotFound) as caught:
+        client.read(top, recursive=False, wait=False, timeout=None)
+    assert isinstance(caught.value, _lib_etcd.EtcdException)
+    assert not isinstance(caught.value, ValueError)
+
+
+def test_lib_python_etcd_as_conftool_uses_it(_lib_etcd, _client_server, _client_dir):
+    """The calls of conftool's driver: options from a file, objects as JSON, atomic updates."""
+    host, port = _lib_address(_client_server.url)
+    options = json.loads(json.dumps({"host": host, "port": port, "protocol": "http"}))
+    client = _lib_etcd.Client(**options)
+    key = _client_dir + "/pools/eqiad/web/host1"
+    with pytest.raises(_lib_etcd.EtcdKeyNotFound):
+        client.read(key, quorum=True)
+    assert client.write(key, json.dumps({"weight": 1}), prevExist=False).newKey
+    with pytest.raises(_lib_etcd.EtcdAlreadyExist):
+        client.write(key, "{}", prevExist=False)
+    mine, stale = client.read(key, quorum=True), client.read(key)
+    mine.value = json.dumps({**json.loads(mine.value), "pooled": "yes"})
+    assert json.loads(client.update(mine).value) == {"weight": 1, "pooled": "yes"}
+    stale.value = "{}"
+    with pytest.raises(_lib_etcd.EtcdException):
+        client.update(stale)
+    assert client.read(_client_dir).dir is True and client.read(key).dir is False
+    tree = client.read(_client_dir, recursive=True)
+    assert [leaf.key for leaf in tree.leaves if leaf.key != _client_dir and not leaf.dir] == [key]
+    flat = client.read(_client_dir, recursive=False)
+    assert [leaf.key for leaf in flat.leaves] == [_client_dir + "/pools"]
+    client.delete(key)
+    assert client.delete(_client_dir, recursive=True, dir=True)
+
+
+# -- seams: what programs replace, subclass, mock or reach for
+
+
+class _LibAnswer:
+    """What a test of a program lets `api_execute` return."""
+
+    def __init__(self, payload, status=200):
+        self.status, self.headers = status, {"x-etcd-index": "7"}
+        self.data = json.dumps(payload).encode()
+
+    def getheader(self, name, default=None):
+        return self.headers.get(name.lower(), default)
+
+    def getheaders(self):
+        return self.headers
+
+
+_LIB_CALLS = [
+    (lambda client: client.read("/k", recursive=True, timeout=3),
+     mock.call("/v2/keys/k", "GET", params={"recursive": "true"}, timeout=3)),
+    (lambda client: client.read("/k"), mock.call("/v2/keys/k", "GET", params={}, timeout=None)),
+    (lambda client: client.read("/k", timeout=0),
+     mock.call("/v2/keys/k", "GET", params={}, timeout=0)),
+    (lambda client: client.write("/k", "ü &", ttl=3, prevExist=False),
+     mock.call("/v2/keys/k", "PUT", params={"value": "ü &", "ttl": "3", "prevExist": "false"})),
+    (lambda client: client.write("/k", "v", append=True),
+     mock.call("/v2/keys/k", "POST", params={"value": "v"})),
+    (lambda client: client.delete("/k", "tid", prevValue="v"),
+     mock.call("/v2/keys/k", "DELETE", params={"recursive": "true", "prevValue": "v"})),
+    (lambda client: client.read("/a b", wait=True, waitIndex=3, timeout=4),
+     mock.call("/v2/keys/a b", "GET", params={"wait": "true", "waitIndex": "3"}, timeout=4)),
+    (lambda client: next(client.eternal_watch("/k", 3)),
+     mock.call("/v2/keys/k", "GET", params={"wait": "true", "waitIndex": "3"}, timeout=0)),
+]
+
+
+@pytest.mark.parametrize("number", range(len(_LIB_CALLS)))
+def test_lib_python_etcd_api_execute_may_be_replaced(_lib_etcd, number):
+    """All verbs of a client go through it, with the same arguments: nothing is sent."""
+    function, expected = _LIB_CALLS[number]
+    node = {"key": "/k", "value": "v", "modifiedIndex": 3, "newKey": True}
+    client = _lib_etcd.Client(port=1)
+    client.api_execute = mock.Mock(return_value=_LibAnswer({"action": "get", "node": node}))
+    result = function(client)
+    (call,) = client.api_execute.mock_calls
+    params = {name: str(value) for name, value in call.kwargs["params"].items()}
+    assert call.args == expected.args and params == expected.kwargs["params"]
+    assert call.kwargs.get("timeout") == expected.kwargs.get("timeout")
+    assert (result.key, result.value, result.modifiedIndex) == ("/k", "v", 3) and result.newKey
+    client.api_execute = mock.Mock(side_effect=_lib_etcd.EtcdKeyNotFound("/k"))
+    assert "/k" not in client
+
+
+def test_lib_python_etcd_client_may_be_subclassed(_lib_etcd, _client_server, _client_dir):
+    """With an `api_execute` that looks at what passes, and a `key_endpoint` of its own."""
+    class Client(_lib_etcd.Client):
+        seen = ()
+        below = _client_dir
+
+        def api_execute(self, path, method, params=None, timeout=None):
+            self.seen = (*self.seen, (method, path))
+            return super().api_execute(path, method, params=params, timeout=timeout)
+
+        @property
+        def key_endpoint(self):
+            return super().key_endpoint + self.below
+
+    host, port = _lib_address(_client_server.url)
+    client = Client(host=host, port=port, read_timeout=10)
+    assert client.write("/a", "1").key == _client_dir + "/a" and client.read("/a").value == "1"
+    index = client.write("/a", "2").modifiedIndex
+    assert client.watch("/a", index=index).value == "2" and "/b" not in client
+    path = f"/v2/keys{_client_dir}/"
+    assert client.seen == (("PUT", path + "a"), ("GET", path + "a"), ("PUT", path + "a"),
+                           ("GET", path + "a"), ("GET", path + "b"))
+    with pytest.raises(_lib_etcd.EtcdWatchTimedOut):
+        client.watch("/a", timeout=0.1)
+
+
+def test_lib_python_etcd_results_and_errors_may_be_subclassed(_lib_etcd, _lib_python, _client_dir):
+    """Attributes of results may be set, they are true, and compared by `_node_props`."""
+    class Result(_lib_etcd.EtcdResult):
+        def __init__(self, action=None, node=None, prevNode=None, **_):
+            super().__init__(action, node, prevNode)
+            self.extra, self.dir = "x", True
+
+    result = Result("get", {"key": "/k", "modifiedIndex": 3})
+    assert result and result.extra == "x" and result.dir and result.modifiedIndex == 3
+    read = _lib_python.write(_client_dir, "v")
+    read.key, read.note = "/other", 1
+    assert read and read.key == "/other" and read.note == 1
+    assert read != _lib_python.read(_client_dir) == _lib_python.read(_client_dir)
+    assert set(_lib_etcd.EtcdResult._node_props) == {
+        "key", "value", "expiration", "ttl", "modifiedIndex", "createdIndex", "newKey", "dir"}
+
+
+def test_lib_python_etcd_causes_and_locks(_lib_etcd, _lib_python, _client_dir):
+    """`cause` of an error that a program raises, or we; `is_taken` and `lock_key`."""
+    class Failed(_lib_etcd.EtcdConnectionFailed):
+        pass
+
+    why = OSError("down")
+    error = Failed("failed", cause=why)
+    assert error.cause is why and isinstance(error, _lib_etcd.EtcdException)
+    error.cause = None
+    with pytest.raises(_lib_etcd.EtcdConnectionFailed) as caught:
+        _lib_etcd.Client(port=1, allow_reconnect=False).read("/k")
+    assert isinstance(caught.value.cause, Exception)
+    lock = _lib_etcd.Lock(_lib_python, _client_dir.strip("/"))
+    assert lock.is_taken is False and lock.acquire(lock_ttl=60) and lock.is_taken
+    assert _lib_python.read(lock.lock_key).value == lock.uuid
+    lock.release()
+    assert not lock.is_taken
+
+
+def test_lib_python_etcd_members_are_found(_lib_etcd, tmp_path):
+    """With allow_reconnect=True one address is enough: when that server dies another is asked."""
+    with StaticCluster(tmp_path) as cluster:
+        first = cluster.members[0]
+        host, port = _lib_address(first.client)
+        client = _lib_etcd.Client(host=host, port=port, allow_reconnect=True, read_timeout=15)
+        client.write("/k", "1")
+        first.process.kill()
+        eventually(lambda: client.read("/k").value == "1", what="a read from another member")
+        assert client.base_uri != first.client
+
+
+_LIB_NAMES = """
+EtcdException EtcdError EtcdKeyError EtcdValueError EtcdKeyNotFound EtcdNotFile EtcdNotDir
+EtcdAlreadyExist EtcdRootReadOnly EtcdDirNotEmpty EtcdCompareFailed EtcdConnectionFailed
+EtcdWatchTimedOut EtcdInsufficientPermissions EtcdLockExpired EtcdClusterIdChanged
+EtcdEventIndexCleared EtcdWatcherCleared EtcdLeaderElectionInProgress EtcdResult Lock Client
+"""
+_LIB_PROGRAM = f"""
+import etcd, etcd.client, etcd.lock, etcd.auth
+from etcd.client import Client
+from etcd.lock import Lock
+from etcd import auth
+assert etcd.Client is etcd.client.Client is Client and etcd.Lock is etcd.lock.Lock is Lock
+assert auth.EtcdUser and auth.EtcdRole and auth.Auth and "pyetcd_client" in repr(Lock)
+assert not {set(_LIB_NAMES.split())} - set(dir(etcd)) and not hasattr(etcd, "main")
+client = Client()
+assert client.port == 4001 and client.protocol == "http" and client.read_timeout == 60
+"""
+
+
+def test_lib_python_etcd_contrib_names(tmp_path):
+    """A program finds `etcd` and its modules, and the names that Salt and conftool use."""
+    for name in ("contrib/etcd.py", "pyetcd_client.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "program.py").write_text(_LIB_PROGRAM)
+    done = subprocess.run([sys.executable, str(tmp_path / "program.py")], capture_output=True,
+                          text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_lib_python_etcd_contrib_http_may_be_replaced():
+    """What programs mock below `api_execute`: errors, headers of a subclass, JSON."""
+    etcd = _lib_contrib()
+
+    class Client(etcd.Client):
+        def _get_headers(self):
+            return {"X-Token": "t"}
+
+    client = Client(port=1)
+    client.http.request = mock.Mock(return_value=_LibAnswer(
+        {"action": "get", "node": {"key": "/k", "value": "v"}}))
+    assert client.read("/k", quorum=True).value == "v"
+    (call,) = client.http.request.mock_calls
+    assert call.args == ("GET", "http://127.0.0.1:1/v2/keys/k")
+    assert call.kwargs["fields"] == {"quorum": "true"}
+    assert call.kwargs["headers"]["X-Token"] == "t"
+    client.http.request_encode_body = mock.Mock(side_effect=OSError("broken"))
+    with pytest.raises(etcd.EtcdConnectionFailed) as caught:
+        client.write("/k", "v")
+    assert caught.value.maybe_applied and isinstance(caught.value.cause, OSError)
+    client.http.urlopen = mock.Mock(return_value=_LibAnswer({"user": "jo"}))
+    client.http.request = mock.Mock(return_value=_LibAnswer({"users": []}))
+    client.user_add("jo", "pw")
+    assert json.loads(client.http.urlopen.mock_calls[0].kwargs["body"])["user"] == "jo"
+    client.http = types.SimpleNamespace(request=mock.Mock(side_effect=OSError("broken")))
+    with pytest.raises(etcd.EtcdConnectionFailed):
+        client.read("/k")
 
 
 def test_lib_k3etcd_keys(_lib_k3etcd, _lib_k3, _client_dir):

@@ -677,6 +677,26 @@ def test_recipe_counter_says_so_when_it_cannot_know(_recipe_client, _client_dir,
     assert caught.value.maybe_applied
 
 
+def test_recipe_counter_can_be_cancelled():
+    """Who asks and who waits for its turn; with timeout=0 nobody waits for it."""
+    ended = []
+
+    def add():
+        with pytest.raises(pyetcd_client.Cancelled) as caught:
+            counter.add()
+        ended.append(caught.value.maybe_applied)
+
+    with _ClientRawServer(_net_black_hole) as server:
+        with Client(server.url) as client:
+            counter = pyetcd_client.Counter(client, "k")
+            with _client_background(add), _client_background(add):
+                _client_eventually(lambda: len(counter._spans) == 2 and server.connections)
+                with pytest.raises(pyetcd_client.RequestTimeout):
+                    counter.add(timeout=0)
+                counter.cancel()
+                _client_eventually(lambda: ended == [False, False])
+
+
 def test_recipe_counter_reads_a_number_that_others_wrote(_recipe_client, _client_dir):
     counter = pyetcd_client.Counter(_recipe_client, _client_dir + "/n")
     _recipe_client.set(counter.path, "41")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Union
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ..transport.calls import (
     _FORM_TYPE,
@@ -19,15 +20,11 @@ from ..transport.calls import (
 )
 from ..transport.connections import Scope
 from ..transport.endpoints import _base_url
-from ..transport.errors import (
-    EtcdValueError,
-    LeaderElectionInProgress,
-    RequestTimeout,
-    WatchTimeout,
-)
+from ..transport.errors import EtcdValueError, LeaderElectionInProgress
 from ..transport.results import (
     _T,
     Member,
+    _as_reply,
     _parse_health,
     _parse_leader,
     _parse_machines,
@@ -170,11 +167,6 @@ class _Cluster(_Caller):
         return parts.port or (443 if parts.scheme == "https" else 80)
 
     @property
-    def key_endpoint(self) -> str:
-        """Path of the keys API."""
-        return self.version_prefix + "/keys"
-
-    @property
     def expected_cluster_id(self) -> Optional[str]:
         """`cluster_id`, as python-etcd calls it."""
         return self.cluster_id
@@ -193,7 +185,10 @@ class _Cluster(_Caller):
 
         path     begins with a slash and the version prefix
         params   go into the query of a GET or DELETE, into the form of a PUT or POST
-        timeout  seconds in all; None: the client's; 0: no end
+        timeout  seconds in all; None: the client's; 0: no end, as for python-etcd
+
+        All verbs go through here if a subclass or an attribute of the client replaces this method
+        (JSON through `api_execute_json`), but not `watcher` and what is built on it.
 
         Raises what the verbs raise for an answer other than 2xx; WatchTimeout for a GET with the
         parameter `wait`.
@@ -201,15 +196,9 @@ class _Cluster(_Caller):
         given = {} if params is None else {
             name: value if isinstance(value, bool) else "" if value is None else _text(value)
             for name, value in params.items()}
-        if method not in ("GET", "DELETE"):
-            form = _encode_fields(given).encode()
-            return self._execute(path, method, {}, form, _FORM_TYPE, timeout)
-        try:
+        if method in ("GET", "DELETE"):
             return self._execute(path, method, given, None, _FORM_TYPE, timeout)
-        except RequestTimeout as error:
-            if given.get("wait") in (True, "true"):
-                raise WatchTimeout("no change in time", endpoint=error.endpoint) from error
-            raise
+        return self._execute(path, method, {}, _encode_fields(given).encode(), _FORM_TYPE, timeout)
 
     def api_execute_json(
         self, path: str, method: str, params: Any = None, timeout: Optional[float] = None,
@@ -228,9 +217,30 @@ class _Cluster(_Caller):
             raise EtcdValueError("the path begins with a slash")
         if method not in ("GET", "PUT", "POST", "DELETE"):
             raise EtcdValueError(f"HTTP method {method} is not one of the API")
-        return self._perform(_Call(
-            method, _target(path, query), _parse_not, body, content_type, timeout,
-            waits=query.get("wait") in (True, "true")))
+        return super()._perform(_Call(
+            method, _target(path, query), _parse_not, body, content_type,
+            math.inf if timeout == 0 else timeout, waits=query.get("wait") in (True, "true")))
+
+    def _is_replaced(self, name: str = "api_execute") -> bool:
+        return name in self.__dict__ or getattr(type(self), name) is not getattr(Client, name)
+
+    def _perform(self, call: _Call[_T]) -> _T:
+        as_json = call.content_type == _JSON_TYPE and call.form is not None
+        name = "api_execute_json" if as_json else "api_execute"
+        if not self._is_replaced(name):
+            return super()._perform(call)
+        path, _, text = call.target.partition("?")
+        given: Dict[str, Any] = {}
+        if call.form is not None:
+            text = call.form.decode()
+        if as_json:
+            given["params"] = json.loads(text)
+        elif text or path.startswith(self.key_endpoint):
+            given["params"] = dict(parse_qsl(text, True, errors="surrogateescape"))
+            if call.method == "GET":
+                given["timeout"] = 0 if call.timeout == math.inf else call.timeout
+        answer = getattr(self, name)(unquote(path, errors="surrogateescape"), call.method, **given)
+        return self._judge(self.base_uri, call, _as_reply(answer))
 
     def _members_call(
         self, method: str, path: str, peer_urls: Union[str, Iterable[str]],
@@ -261,8 +271,8 @@ class Client(_Watching, _Cluster, _Users):
     proxies              {"http": url, "https": url}; the environment is not asked
     connect_timeout      seconds to make a connection
     read_timeout         seconds for each silence of the server; 0 for no limit
-    total_timeout        seconds for a call over all endpoints; 0 for no limit
-    allow_reconnect      False: never try another endpoint, and none twice
+    total_timeout        seconds for a call over all endpoints; None for no limit
+    allow_reconnect      False: never try another endpoint, and none twice.  True: as `sync`
     retry                False: try each endpoint once
     allow_redirect       follow redirects of reads, and those that were not carried out
     sync                 use the URLs that the members publish, too; never with use_proxies

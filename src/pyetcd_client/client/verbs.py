@@ -23,8 +23,9 @@ class _Keys(_Caller):
     """The verbs of the keys API, but for those that wait.
 
     Everywhere `ttl` is in seconds, 1 or more, None for a key that stays; `timeout` is the deadline
-    of this call, seconds over all endpoints, None for the client's `total_timeout`, 0 for none.  A
-    value is text, or a number, or bytes in UTF-8; EtcdValueError for what would not come back as
+    of this call, seconds over all endpoints: None for the client's `total_timeout`, math.inf for
+    none, 0 to ask each endpoint once and wait for nothing but the answers (TRY_S in all).  A value
+    is text, or a number, or bytes in UTF-8; EtcdValueError for what would not come back as
     it was given.  For other bytes there is base64.b64encode(data).decode(), for dicts json.dumps.
     """
 
@@ -48,7 +49,8 @@ class _Keys(_Caller):
         sorted     order each level of a listing by key
         quorum     read through consensus: never stale, slower, fails without a quorum
         """
-        query = {"recursive": recursive or None, "sorted": sorted or None, "quorum": quorum or None}
+        query = {name: True for name, wanted in (
+            ("recursive", recursive), ("sorted", sorted), ("quorum", quorum)) if wanted}
         try:
             return self._keys_call("GET", key, query=query, timeout=timeout)
         except KeyNotFound:
@@ -70,7 +72,11 @@ class _Keys(_Caller):
 
     def __contains__(self, key: str) -> bool:
         """Whether `key` exists, as a file or a directory."""
-        return self.get(key, default=None) is not None
+        try:
+            self.get(key)
+        except KeyNotFound:
+            return False
+        return True
 
     def __getitem__(self, key: str) -> str:
         """The value of a file.  Raises KeyNotFound, a KeyError; NotFile for a directory."""
@@ -123,7 +129,7 @@ class _Keys(_Caller):
             return self.write(key.key, key.value, key.ttl, dir=True, prevExist=True,
                               timeout=timeout)
         return self.write(key.key, key.value, key.ttl, prevExist=True,
-                          prevIndex=key.modified_index, timeout=timeout)
+                          prevIndex=key.modifiedIndex, timeout=timeout)
 
     def append(
         self, key: str, value: object, ttl: Optional[int] = None, *,
@@ -189,7 +195,8 @@ class _Keys(_Caller):
             raise EtcdValueError("a directory has no value")
         given = None if value is None else _text(value)
         fields: Dict[str, _Field] = {
-            "value": given, "ttl": ttl, "dir": dir or None, "refresh": refresh or None}
+            "value": given, "ttl": ttl, "dir": bool(dir) or None,
+            "refresh": bool(refresh) or None}
         conditions = _conditions(prevValue, prevIndex, prevExist)
         method = "POST" if append else "PUT"
         return self._keys_call(method, key, {**fields, **conditions}, timeout=timeout)
@@ -205,7 +212,7 @@ class _Keys(_Caller):
 
         With prevValue or prevIndex: only a file that has them.  Raises CompareFailed.
         """
-        query: Dict[str, _Field] = {"recursive": recursive or None, "dir": dir or None}
+        query: Dict[str, _Field] = {"recursive": bool(recursive) or None, "dir": bool(dir) or None}
         query.update(_conditions(prevValue, prevIndex))
         return self._keys_call("DELETE", key, query=query, timeout=timeout)
 
@@ -252,9 +259,10 @@ class _Keys(_Caller):
     ) -> EtcdResult:
         if form is not None and form.get("ttl") == 0:
             raise EtcdValueError("a ttl is seconds, 1 or more; None for a key that stays")
-        target = _keys_target(key, query, self.version_prefix)
+        target = _keys_target(key, query, self.key_endpoint)
         body = None if form is None else _encode_fields(form).encode()
-        return self._perform(_Call(method, target, _parse_result, body, timeout=timeout))
+        return self._perform(_Call(method, target, _parse_result, body, timeout=timeout,
+                                   waits="wait" in query))
 
 
 def _needed(prev_value: Optional[object], prev_index: Optional[int]) -> Dict[str, _Field]:

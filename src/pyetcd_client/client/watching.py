@@ -39,6 +39,7 @@ from ..transport.connections import Scope, _Exchange
 from ..transport.defaults import (
     HISTORY_EVENTS,
     WATCH_HEAD_S,
+    WATCH_LOOK_S,
     WATCH_POLL_S,
     WATCH_PROBE_S,
     WATCH_SETTLE_S,
@@ -262,8 +263,8 @@ class Watch:
              watch lists the key at the start too (a directory to all depths if recursive), and
              holds a copy of it in memory.
              False: raise EventIndexCleared; nothing is listed.
-    timeout  seconds each `next` may take, None and 0: no limit; then WatchTimeout, after which
-             `next` may be called again and misses nothing
+    timeout  seconds each `next` may take, None: no limit; 0: take what is in the history, wait for
+             nothing.  Then WatchTimeout, after which `next` may be called again and misses nothing
 
     An event's `modified_index` + 1 is the index to go on from in another watch.  If no endpoint
     answers at the start that error is raised; later the watch waits and tries again.  Raises
@@ -295,6 +296,7 @@ class Watch:
         self._alive = False                         # whether that server answers us
         self._asked_at = 0.0                        # when; monotonic seconds
         self._until = math.inf                      # deadline of the `next` under way
+        self._patience_s = WATCH_POLL_S             # after an answer
         self._failures = 0                          # since the last answer
         self.error: Optional[EtcdError] = None      # why nothing is followed now; None: it is
         self._life = Scope()                        # until `close`
@@ -353,6 +355,8 @@ class Watch:
         except RequestTimeout as error:
             if not self._alive:
                 self._silent(error, scope)
+            elif scope.once:
+                scope.deadline = 0.0                # the head came, and no change behind it
         except EtcdError as error:
             self._fail(error, scope)
         else:
@@ -397,9 +401,10 @@ class Watch:
     ) -> _T:
         """Send one request to the endpoint in use."""
         client = self._client
-        target = _keys_target(self._path + below, query, client.version_prefix)
+        target = _keys_target(self._path + below, query, client.key_endpoint)
         call = _Call("GET", target, parse, on_head=on_head, statuses=statuses)
         self._alive, self._asked_at, self._until = False, time.monotonic(), scope.deadline
+        self._patience_s = WATCH_LOOK_S if scope.once else WATCH_POLL_S
         self._exchange = _Exchange(min(self._until, self._asked_at + WATCH_POLL_S),
                                    self._head_s(), client.connect_timeout, self._is_patient)
         return client._request(self._endpoint, call, self._exchange)
@@ -422,7 +427,7 @@ class Watch:
         self._alive, self.error = True, None
         self._client._connectivity.report(True)
         if self._exchange is not None:
-            self._exchange.deadline = min(self._until, time.monotonic() + WATCH_POLL_S)
+            self._exchange.deadline = min(self._until, time.monotonic() + self._patience_s)
             silence_s = WATCH_HEAD_S if self._state.doubtful else WATCH_PROBE_S
             self._exchange.silence_s = min(silence_s, WATCH_POLL_S)
 
@@ -435,7 +440,7 @@ class Watch:
     def _see(self) -> bool:
         """Ask a silent server something else; return whether to wait on for this answer."""
         client, before = self._client, self._state.quiet[0]
-        target = _keys_target(self._path + _NOBODYS, {}, client.version_prefix)
+        target = _keys_target(self._path + _NOBODYS, {}, client.key_endpoint)
         call = _Call("GET", target, _parse_not, statuses=_ANY_ANSWER)
         wait_s = self._head_s()
         exchange = _Exchange(time.monotonic() + wait_s, wait_s, client.connect_timeout)
@@ -616,14 +621,14 @@ class _Watching(_Keys):
         """Return the node at `key`, or with `wait` its next change, by python-etcd's options.
 
         waitIndex  the first change to consider; None: the next one from now on
-        timeout    seconds for this call.  With `wait`: None is the client's read_timeout, 0 no
-                   end; then WatchTimeout.  Without: as for `get`, which has the other options
+        timeout    seconds for this call, 0: no end, as for python-etcd.  With `wait`: None is the
+                   client's read_timeout; then WatchTimeout.  Without: None is as for `get`
         """
         if not wait:
             return self.get(key, recursive=bool(recursive), sorted=bool(sorted),
-                            quorum=bool(quorum), timeout=timeout)
+                            quorum=bool(quorum), timeout=math.inf if timeout == 0 else timeout)
         limit = self.read_timeout if timeout is None else timeout
-        return self.watch(key, waitIndex, limit, recursive)
+        return self.watch(key, waitIndex, limit or math.inf, recursive)
 
     def watch(
         self, key: str, index: Optional[int] = None, timeout: Optional[float] = None,
@@ -632,15 +637,20 @@ class _Watching(_Keys):
         """Return the next change of `key` (with `recursive`, also of what lies below).
 
         index    the first change to consider: modified_index + 1 of the last one seen; None: now
-        timeout  seconds to wait for a change; None or 0: for ever.  Raises WatchTimeout.
+        timeout  seconds to wait for a change; None: for ever; 0: look for one since `index`, and do
+                 not wait.  Raises WatchTimeout.
 
         Iterate over what is returned to get this change and all later ones.
 
         Raises EventIndexCleared if `index` is more than 1000 changes back.
         """
-        with self.watcher(key, recursive=bool(recursive), index=index, timeout=timeout or None,
-                          relist=False) as events:
-            change = next(events)
+        if self._is_replaced():                     # the program's own sends one request
+            query = {"wait": True, "waitIndex": index, "recursive": bool(recursive) or None}
+            change = self._keys_call("GET", key, query=query, timeout=timeout)
+        else:
+            with self.watcher(key, recursive=bool(recursive), index=index, timeout=timeout,
+                              relist=False) as events:
+                change = next(events)
         return WatchedChange(change, lambda later: self.watcher(
             key, recursive=bool(recursive), index=later))
 
@@ -655,5 +665,9 @@ class _Watching(_Keys):
         self, key: str, index: Optional[int] = None, recursive: Optional[bool] = None,
     ) -> Iterator[EtcdResult]:
         """Yield the changes of `key` for ever; `watcher` gives one that can be cancelled."""
+        while self._is_replaced():
+            change = self.watch(key, index, math.inf, recursive)
+            index = change.modified_index + 1
+            yield change
         with self.watcher(key, recursive=bool(recursive), index=index) as events:
             yield from events

@@ -252,7 +252,7 @@ class _Access(NamedTuple):
         request_s = settings.seconds("timeout", 1.0)
         return cls({
             "connect_timeout": request_s, "read_timeout": request_s, "retry": False,
-            "total_timeout": settings.seconds("total-timeout", 5.0),
+            "total_timeout": settings.seconds("total-timeout", 5.0) or None,
             "cert": (certificate, key) if key else certificate or None,
             "ca_cert": authorities or None, "username": name, "password": password,
         }, settings.on("debug"))

@@ -71,7 +71,7 @@ _WORKERS = _Flag(("c",), int, "connections to use (default: 10)", 1)
 def _patient(client: Client, settings: _Options) -> Client:
     """Return `client` with time for long answers, unless options say otherwise."""
     client.read_timeout = settings.seconds("timeout", _LONG_S)
-    client.total_timeout = settings.seconds("total-timeout", _LONG_S)
+    client.total_timeout = settings.seconds("total-timeout", _LONG_S) or None
     return client
 
 

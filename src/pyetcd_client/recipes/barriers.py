@@ -32,7 +32,6 @@ from .basics import (
     _clock,
     _create_once,
     _entries,
-    _inherited,
     _insist,
     _read,
     _Recipe,
@@ -209,7 +208,7 @@ class DoubleBarrier(_Recipe):
                 _create_once(self.client, key, mark, None)
 
 
-class Counter:
+class Counter(_Recipe):
     """A number that many change.
 
         counter = Counter(client, "/tickets")
@@ -227,12 +226,13 @@ class Counter:
     Thread: any; threads that share the object take turns.
     """
 
+    _turn: Optional[_Span]
+
     def __init__(self, client: Client, key: str, initial: int = 0) -> None:
-        self.client = client
+        super().__init__(client)
         self.path = _recipe_key(key)
         self.initial = initial
         self._after_fork()
-        _inherited[id(self)] = self
 
     @property
     def value(self) -> int:
@@ -244,21 +244,39 @@ class Counter:
 
         timeout  seconds, after which it raises what kept it from ending; None: OUTAGE_S without
                  a server; 0: as for all recipes, TRY_S
+
+        Raises Cancelled after `cancel`.
         """
         span = _Span(self.client, timeout)
-        with span:
-            if not self._turn.acquire(timeout=span.left_s()):
-                raise RequestTimeout("another thread changes this counter", endpoint="")
-            try:
+        self._spans[span] = None
+        try:
+            with span:
+                while not self._take_turn(span):
+                    if not span.wait_for(self._changed, lambda: self._turn is None):
+                        raise RequestTimeout("another thread changes this counter", endpoint="")
                 self._serial += 1
                 return self._add(amount, f"{self._writer}.{self._serial}", span)
-            finally:
-                self._turn.release()
+        finally:
+            del self._spans[span]
+            self._leave_turn(span)
 
     # -- below: no public names
 
+    def _take_turn(self, span: _Span) -> bool:
+        with self._changed:
+            self._turn = self._turn or span
+            return self._turn is span
+
+    def _leave_turn(self, span: _Span) -> None:
+        with self._changed:
+            if self._turn is span:
+                self._turn = None
+                self._changed.notify_all()
+
     def _after_fork(self) -> None:
-        self._turn = threading.Lock()               # one change of this writer at a time
+        super()._after_fork()
+        self._changed = threading.Condition()
+        self._turn = None                           # one change of this writer at a time
         self._writer = uuid.uuid4().hex[:12]        # a forked child is another one
         self._serial = 0
 

@@ -37,7 +37,6 @@ EXPIRY_MARGIN = 0.1             # share of a ttl after which a lease counts as o
 CALL_TIMEOUT_S = 8.0            # of one request; above the 7 s after which etcd gives up on a write
 OUTAGE_S = 30.0                 # how long a recipe waits for a cluster that does not answer
 WAIT_SLICE_S = 20.0             # a waiter looks again after so long, even if nothing happened
-TRY_S = 1.5                     # for the requests of a call that must not wait (timeout=0)
 TIDY_S = 0.5                    # for taking back what a call leaves that ended without success
 LEAVE_S = 2.0                   # for removing the file of a lease that is stopped
 
@@ -87,23 +86,19 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Span(Scope):
-    """The scope of one call of a recipe.
+    """The scope of one call of a recipe."""
 
-    timeout  seconds; None: no limit; 0: try once and do not wait, in TRY_S at most
-    """
-
-    __slots__ = ("_once", "looked")
+    __slots__ = ("looked",)
 
     def __init__(self, client: Client, timeout: Optional[float]) -> None:
-        super().__init__(TRY_S if timeout == 0 else timeout, client.scope)
-        self._once = timeout == 0
+        super().__init__(timeout, client.scope)
         self.looked = False                         # a server said that there is reason to wait
 
     def wait_s(self, longest_s: float = WAIT_MAX_S) -> float:
         """Return how long to wait for others now; 0: the time is over.  Raises Cancelled."""
         self.looked = True
         left_s = self.left_s(longest_s)
-        return 0.0 if self._once else left_s
+        return 0.0 if self.once else left_s
 
     def wait_for(self, changed: threading.Condition, condition: Callable[[], bool]) -> bool:
         """Wait until `condition` holds; `changed` is notified when it may.  Raises Cancelled."""

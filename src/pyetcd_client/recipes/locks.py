@@ -11,7 +11,7 @@ from typing import Callable, List, Optional, Tuple, Type, TypeVar
 from ..client.client import Client
 from ..transport.connections import Scope
 from ..transport.defaults import _log
-from ..transport.errors import Cancelled, EtcdError, LockExpired
+from ..transport.errors import Cancelled, EtcdError, EtcdValueError, LockExpired
 from ..transport.results import Node
 from .basics import (
     LEASE_TTL_S,
@@ -64,10 +64,7 @@ class Contender(_Recipe):
         held = self._held
         return held is not None and held.is_held
 
-    @property
-    def is_acquired(self) -> bool:
-        """As is_held."""
-        return self.is_held
+    is_acquired = is_held                           # as python-etcd calls it
 
     @property
     def token(self) -> int:
@@ -353,6 +350,16 @@ class Lock(Contender):
         """What the entry of the holder says, if this lock is held; else empty."""
         held = self._held
         return "" if held is None else held.value
+
+    @property
+    def lock_key(self) -> str:
+        """Key of the entry, if this lock is held.  Raises ValueError."""
+        held = self._held
+        if held is None:
+            raise EtcdValueError("not held: there is no entry", cause=self.path)
+        return held.key
+
+    is_taken = Contender.is_held                    # and this
 
 
 def _below_prefix(client: Client, name: str) -> str:

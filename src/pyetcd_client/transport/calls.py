@@ -51,7 +51,6 @@ from .connections import (
     _Exchange,
     _here,
     _Listener,
-    _seconds,
     _status_error,
     _transport_error,
     _Trust,
@@ -79,6 +78,7 @@ from .errors import (
     EtcdValueError,
     RequestTimeout,
     TransportError,
+    WatchTimeout,
 )
 from .results import _T, Member, _parse_members, _Reply
 
@@ -154,8 +154,8 @@ def _target(path: str, query: Mapping[str, _Field]) -> str:
     return f"{path}?{text}" if text else path
 
 
-def _keys_target(key: str, query: Mapping[str, _Field], version_prefix: str = "/v2") -> str:
-    return _target(f"{version_prefix}/keys{_clean_key(key)}", query)
+def _keys_target(key: str, query: Mapping[str, _Field], endpoint: str = "/v2/keys") -> str:
+    return _target(endpoint + _clean_key(key), query)
 
 
 class _NotGiven:
@@ -192,7 +192,7 @@ class _Call(Generic[_T]):
     parse: Callable[[_Reply], _T]
     form: Optional[bytes] = None
     content_type: str = _FORM_TYPE
-    timeout: Optional[float] = None                 # seconds in all; None: the client's; 0: no end
+    timeout: Optional[float] = None                 # seconds in all; None: the client's
     statuses: FrozenSet[int] = _SUCCESS             # those `parse` understands
     on_head: Optional[Callable[[_Reply], None]] = None  # called before a body that may take long
     waits: bool = False                             # silence is an answer, too
@@ -271,16 +271,17 @@ class _Caller:
         read_timeout: float = READ_TIMEOUT_S, allow_redirect: bool = True, protocol: str = "http",
         cert: Union[None, str, Tuple[str, str]] = None, ca_cert: Optional[str] = None,
         username: Optional[str] = None, password: Optional[str] = None,
-        allow_reconnect: bool = True, use_proxies: bool = False,
+        allow_reconnect: Optional[bool] = None, use_proxies: bool = False,
         expected_cluster_id: Optional[str] = None, per_host_pool_size: int = 10,
         lock_prefix: str = "/_locks", *, endpoints: Optional[Iterable[str]] = None,
-        connect_timeout: float = CONNECT_TIMEOUT_S, total_timeout: float = TOTAL_TIMEOUT_S,
+        connect_timeout: float = CONNECT_TIMEOUT_S,
+        total_timeout: Optional[float] = TOTAL_TIMEOUT_S,
         session_timeout: float = SESSION_TIMEOUT_S, sync: bool = False, retry: bool = True,
         verify: bool = True, proxies: Optional[Mapping[str, str]] = None,
         on_state: Optional[_Listener] = None,
     ) -> None:
-        if min(read_timeout, total_timeout) < 0 or connect_timeout <= 0 or session_timeout <= 0:
-            raise EtcdValueError("timeouts are seconds above 0; 0 for none, except for connecting")
+        if min(read_timeout, total_timeout or 0) < 0 or min(connect_timeout, session_timeout) <= 0:
+            raise EtcdValueError("timeouts are seconds above 0")
         if (username is None) != (password is None):
             raise EtcdValueError("username and password belong together")
         if any(not url.startswith(("http://", "https://")) for url in (proxies or {}).values()):
@@ -300,10 +301,10 @@ class _Caller:
         self.lock_prefix = lock_prefix
         self.cluster_id = expected_cluster_id       # hex; from the first answer if not given
         self._srv = None if srv_domain is None else (srv_domain, protocol)
-        self._sync = sync and not use_proxies
-        self._refresh_at = 0.0 if sync or srv_domain else math.inf  # monotonic seconds
-        self._reconnect = allow_reconnect
-        self._retry = retry and allow_reconnect
+        self._sync = (sync or bool(allow_reconnect)) and not use_proxies
+        self._refresh_at = 0.0 if self._sync or srv_domain else math.inf    # monotonic seconds
+        self._reconnect = allow_reconnect is not False
+        self._retry = retry and self._reconnect
         self._reached = False                       # a request has left for a server
         self._trust = _Trust((ca_cert or True) if verify else False, cert, dict(proxies or {}))
         self._scope = Scope()                       # of all that is under way
@@ -359,6 +360,11 @@ class _Caller:
         self._connectivity.remove(listener)
 
     @property
+    def key_endpoint(self) -> str:
+        """Path of the keys API; a subclass may name another one."""
+        return self.version_prefix + "/keys"
+
+    @property
     def scope(self) -> Scope:
         """What all calls and watches of this client are within, until it is closed."""
         if self._scope.pid != os.getpid():          # what the parent waits for is not ours to end
@@ -385,6 +391,10 @@ class _Caller:
         self.close()
 
     # -- below: no public names
+
+    def _is_replaced(self, name: str = "api_execute") -> bool:
+        """Whether the program has put something of its own in the place of a method."""
+        return False
 
     def _perform(self, call: _Call[_T]) -> _T:
         """Send `call` to one endpoint after the other, and again, as long as that is safe.
@@ -430,7 +440,7 @@ class _Caller:
             raise error
         if call.waits and isinstance(error, RequestTimeout):
             self._connectivity.report(True)
-            raise error
+            raise WatchTimeout("no change in time", endpoint=endpoint) from error
         if not _is_endpoint_failure(error):
             self._connectivity.report(True)
             raise error
@@ -455,7 +465,7 @@ class _Caller:
         """
         pause_s = _backoff_s(rounds)
         errors = failures.values()
-        hopeless = not (self._retry and self._reached) or all(map(_lasts, errors))
+        hopeless = scope.once or not (self._retry and self._reached) or all(map(_lasts, errors))
         if hopeless or scope.deadline == math.inf or scope.left_s() <= pause_s:
             first, *others = errors
             first.others = tuple(others)
@@ -496,8 +506,8 @@ class _Caller:
         """
         if sharers > 1 and not (call.write or call.waits) and deadline < math.inf:
             deadline -= (deadline - time.monotonic()) * (sharers - 1) / sharers
-        silence_s = _seconds(self.read_timeout)
-        return self._request(endpoint, call, _Exchange(deadline, silence_s, self.connect_timeout))
+        return self._request(endpoint, call, _Exchange(
+            deadline, self.read_timeout or math.inf, self.connect_timeout))
 
     def _request(self, endpoint: str, call: _Call[_T], exchange: _Exchange) -> _T:
         """Perform `call` at `endpoint` and return what its answer means.
@@ -514,6 +524,7 @@ class _Caller:
             for _ in range(REDIRECTS_MAX + 1):
                 reply = self._exchange(base, target, call, exchange, connections)
                 if reply.status not in _REDIRECTS or not self._follows(call, reply):
+                    self._expect_cluster(base, reply, write=call.write)
                     return self._judge(base, call, reply)
                 try:
                     where = urlsplit(urljoin(base + target, reply.headers.get("Location", "")))
@@ -583,7 +594,6 @@ class _Caller:
 
     def _judge(self, endpoint: str, call: _Call[_T], reply: _Reply) -> _T:
         """Return what an answer means, or raise the error it stands for."""
-        self._expect_cluster(endpoint, reply, write=call.write)
         if reply.status not in call.statuses:
             raise _status_error(reply, endpoint, write=call.write)
         try:
@@ -592,7 +602,6 @@ class _Caller:
             raise BadReply(
                 f"the answer cannot be understood ({error or type(error).__name__})",
                 status=reply.status, endpoint=endpoint, maybe_applied=call.write) from error
-
 
     def _expect_cluster(self, endpoint: str, reply: _Reply, *, write: bool = False) -> None:
         cluster_id = reply.headers.get("X-Etcd-Cluster-Id")     # not of /version, /health, stats

@@ -40,7 +40,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util.connection import is_connection_dropped
 
-from .defaults import IDLE_CLOSE_S, READ_BUFFER_BYTES, WAIT_MAX_S, _log
+from .defaults import IDLE_CLOSE_S, READ_BUFFER_BYTES, TRY_S, WAIT_MAX_S, _log
 from .errors import (
     Cancelled,
     ConnectionFailed,
@@ -52,13 +52,6 @@ from .errors import (
 from .results import _expect_object, _Reply
 
 # -- scopes: one deadline, and one way to end, for all that waits
-
-
-def _seconds(timeout: float) -> float:
-    """Return a timeout as seconds from now: 0 stands for no end everywhere, as for python-etcd."""
-    if not timeout >= 0:
-        raise EtcdValueError(f"a timeout is seconds, 0 for no limit, not {timeout}")
-    return timeout or math.inf
 
 
 class _Here(threading.local):
@@ -83,9 +76,11 @@ class Scope:
     those waits, and all later ones, raise Cancelled within milliseconds.  Scopes may be nested:
     the earliest deadline rules, and the outer one cancels the inner one.
 
-    timeout    seconds from now; None and 0: no limit of its own
+    timeout    seconds from now; None: no limit of its own; 0: what is below it tries once and does
+               not wait for others or for better times, its requests take TRY_S at most
     within     other scopes that cancel this one while it is entered, such as `client.scope`
     deadline   monotonic seconds
+    once       whether it must not wait: this or an outer one has timeout=0
     cancelled  whether anybody called `cancel`
 
     Threads do not inherit it: what a recipe does in the background has scopes of its own.
@@ -93,10 +88,14 @@ class Scope:
     writes first (`cancelled`, or the waker) looks at the other one afterwards.
     """
 
-    __slots__ = ("deadline", "cancelled", "pid", "_within", "_wakers", "_outer")
+    __slots__ = ("deadline", "once", "cancelled", "pid", "_within", "_wakers", "_outer")
 
     def __init__(self, timeout: Optional[float] = None, *within: Scope) -> None:
-        self.deadline = time.monotonic() + _seconds(timeout or 0)
+        if timeout is not None and not timeout >= 0:
+            raise EtcdValueError(f"a timeout is seconds, None for no limit, not {timeout}")
+        self.once = timeout == 0
+        limit_s = math.inf if timeout is None else timeout or TRY_S
+        self.deadline = time.monotonic() + limit_s
         self.cancelled = False
         self.pid = os.getpid()                      # a forked child must not wake the parent's
         self._within = within
@@ -147,6 +146,7 @@ class Scope:
             self._within = (*self._within, self._outer)
         for scope in self._within:
             self.deadline = min(self.deadline, scope.deadline)
+            self.once = self.once or scope.once
             scope.attach(self.cancel)
         _here.scope = self
         return self

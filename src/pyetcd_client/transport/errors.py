@@ -45,6 +45,11 @@ class EtcdError(Exception):
         """etcd's cause, usually the key; without an answer, the exception from below."""
         return self._cause or self.__cause__ or ""
 
+    @cause.setter
+    def cause(self, cause: Any) -> None:
+        """Say what it was, as programs do that raise these errors themselves."""
+        self._cause = cause
+
     @property
     def failures(self) -> Tuple[EtcdError, ...]:
         """One error per endpoint that was tried, in order; the first is this one."""

@@ -6,9 +6,24 @@ Names are the JSON keys in snake_case; `raw` is the JSON itself.
 from __future__ import annotations
 
 import json
+import operator
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, TypeVar, Union
+from typing import (
+    Any,
+    ClassVar,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Tuple,
+    TypeVar,
+    Union,
+)
+
+from requests.structures import CaseInsensitiveDict
 
 _T = TypeVar("_T")
 
@@ -41,6 +56,14 @@ class _Reply(NamedTuple):
     def json(self) -> Any:
         """Return the body decoded; raise ValueError if it is not JSON."""
         return json.loads(self.body.decode("utf-8", "replace"))
+
+
+def _as_reply(answer: Any) -> _Reply:
+    """Return an answer that a program got by its own means, urllib3's for instance."""
+    if isinstance(answer, _Reply):
+        return answer
+    headers = answer.headers if hasattr(answer, "headers") else answer.getheaders()
+    return _Reply(answer.status, CaseInsensitiveDict(headers), answer.data)
 
 
 @dataclass(frozen=True)
@@ -99,6 +122,20 @@ class Node:
             yield from child.walk()
 
 
+class _Shown:
+    """An attribute found elsewhere in a result, until another value is assigned to it."""
+
+    def __init__(self, where: str) -> None:
+        self._find = operator.attrgetter(where)
+
+    def __get__(self, result: Optional[EtcdResult], _: object = None) -> Any:
+        return self if result is None else self._find(result)
+
+
+def _shown(where: str) -> Any:
+    return _Shown(where)
+
+
 class EtcdResult:
     """The answer to a keys request, or an event of a watch; or one node of a listing.
 
@@ -110,9 +147,9 @@ class EtcdResult:
     etcd_index  store index when the request was answered (for an event: accepted)
     relisted    True for an event which a watch worked out by comparing listings, see Watch
 
-    The attributes of `node` are attributes of the result too, also by python-etcd's names.  Only
-    `value` and `ttl` can be assigned: `client.update(result)` then writes them.  Results are
-    equal if they show the same node.
+    The attributes of `node` are attributes of the result too, also by python-etcd's names.  They
+    may be assigned: `client.update(result)` then writes `value` and `ttl`.  Results are equal if
+    they show the same.
     """
 
     action: str = ""
@@ -126,6 +163,18 @@ class EtcdResult:
     raw: Mapping[str, Any] = MappingProxyType({})
     value: Optional[str]
     ttl: Optional[int]
+    key: str = _shown("node.key")
+    dir: bool = _shown("node.dir")
+    expiration: Optional[str] = _shown("node.expiration")
+    modified_index: int = _shown("node.modified_index")
+    created_index: int = _shown("node.created_index")
+    nodes: Tuple[Node, ...] = _shown("node.nodes")
+    modifiedIndex: int = _shown("modified_index")
+    createdIndex: int = _shown("created_index")
+    newKey: bool = _shown("new_key")
+    _node_props: ClassVar[Dict[str, Any]] = {    # what is compared, as in python-etcd
+        "key": None, "value": None, "expiration": None, "ttl": None, "modifiedIndex": None,
+        "createdIndex": None, "newKey": False, "dir": False}
 
     def __init__(
         self, action: Optional[str] = None, node: Union[Node, Mapping[str, Any], None] = None,
@@ -137,53 +186,9 @@ class EtcdResult:
         self.__dict__.update(
             action=action or "", node=present,
             prev_node=None if prevNode is None else _as_node(prevNode),
-            new_key=new_key, etcd_index=etcd_index, raft_index=raft_index, raft_term=raft_term,
-            relisted=relisted, raw=raw or {}, value=present.value, ttl=present.ttl)
-
-    @property
-    def key(self) -> str:
-        """Key of the node."""
-        return self.node.key
-
-    @property
-    def dir(self) -> bool:
-        """Whether the node is a directory."""
-        return self.node.dir
-
-    @property
-    def expiration(self) -> Optional[str]:
-        """RFC 3339 instant in UTC; None if permanent."""
-        return self.node.expiration
-
-    @property
-    def modified_index(self) -> int:
-        """Index of the change that made the node what it is."""
-        return self.node.modified_index
-
-    @property
-    def created_index(self) -> int:
-        """Index of the change that created the node."""
-        return self.node.created_index
-
-    @property
-    def nodes(self) -> Tuple[Node, ...]:
-        """Visible children of a listed directory."""
-        return self.node.nodes
-
-    @property
-    def modifiedIndex(self) -> int:
-        """`modified_index`, as python-etcd calls it."""
-        return self.node.modified_index
-
-    @property
-    def createdIndex(self) -> int:
-        """`created_index`, as python-etcd calls it."""
-        return self.node.created_index
-
-    @property
-    def newKey(self) -> bool:
-        """`new_key`, as python-etcd calls it."""
-        return self.new_key
+            new_key=new_key or bool(present.raw.get("newKey")), etcd_index=etcd_index,
+            raft_index=raft_index, raft_term=raft_term, relisted=relisted,
+            raw=raw or {}, value=present.value, ttl=present.ttl)
 
     @property
     def _prev_node(self) -> Optional[EtcdResult]:
@@ -215,18 +220,13 @@ class EtcdResult:
         """The same as `leaves`; `nodes` has the direct children."""
         return self.leaves
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("value", "ttl"):
-            raise AttributeError(f"only value and ttl of a result can be assigned, not {name}")
-        self.__dict__[name] = value
-
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, EtcdResult):
             return NotImplemented
-        return (self.node, self.value, self.ttl, self.new_key) == (
-            other.node, other.value, other.ttl, other.new_key)
+        return self.nodes == other.nodes and all(
+            getattr(self, name) == getattr(other, name) for name in self._node_props)
 
-    __hash__ = None                 # type: ignore[assignment]  # value and ttl may change
+    __hash__ = None                 # type: ignore[assignment]  # attributes may change
 
     def __repr__(self) -> str:
         return f"EtcdResult({self.action!r}, {self.node!r}, {self.prev_node!r})"
