@@ -261,6 +261,7 @@ def _plant(build: types.ModuleType, module: str, line: str) -> str:
     ("pyetcd/raft/core", "class RaftLog:\n    pass\n", "RaftLog is defined in"),
     ("pyetcd_client/transport/errors", "from ..recipes.locks import Lock", "must not know recipes"),
     ("pyetcd_client/recipes/locks", "from ..ctl.program import main", "must not know ctl"),
+    ("pyetcd_client/ctl/output", "from ..transport.calls import _Call", "must not know _Call"),
     *([("pyetcd/net/reactor", "import requests", "must not need requests"),
        ("pyetcd_client/client/client", "import numpy", "must not need numpy")]
       if sys.version_info >= (3, 10) else []),
