@@ -51,6 +51,8 @@ UNKNOWN_ROOMS = {
     "net": {"raft", "store", "disk"},
     "peer": {"store", "disk"},
 }
+# Rooms that use of other rooms only what has no underscore.
+OUTSIDERS = {"ctl"}
 # What a program may import beside the standard library.
 THIRD_PARTY: Dict[str, Set[str]] = {"pyetcd": set(), "pyetcd_client": {"requests", "urllib3"}}
 FOR_TYPES = {"typing_extensions"}       # below `if TYPE_CHECKING:` too: every checker brings it
@@ -148,6 +150,11 @@ def read_import(program: str, module: Module, node: ast.stmt, *, for_types: bool
     if (parts[0] not in rooms or (room and rooms.index(parts[0]) > rooms.index(room))
             or parts[0] in UNKNOWN_ROOMS.get(room, ())):
         raise error_at(module.path, node.lineno, f"the room {room} must not know {parts[0]}")
+    private = [alias.name for alias in node.names if alias.name.startswith("_")
+               and not alias.name.startswith("__")]
+    if private and room in OUTSIDERS and parts[0] != room:
+        raise error_at(module.path, node.lineno,
+                       f"the room {room} must not know {private[0]} of {parts[0]}")
     names = module.uses.setdefault((parts[0], parts[1]), (node.lineno, []))[1]
     names.extend(alias.name for alias in node.names)
 

@@ -16698,6 +16698,12 @@ def default_initial_cluster(name: str) -> str:
     return ",".join(f"{name}={url}" for url in DEFAULT_PEER_URLS.split(","))
 
 
+def url_given_twice(initial: Mapping[str, Tuple[str, ...]]) -> str:
+    """Return a peer URL that is in the list of members more than once; "" if there is none."""
+    urls = [url for urls in initial.values() for url in urls]
+    return next((url for url in urls if urls.count(url) > 1), "")
+
+
 def _initial_members(config: ServerConfig) -> Dict[str, Tuple[str, ...]]:
     """Return name -> peer URLs of the cluster to form or join, checked.  Raises StartError."""
     own = {config.name: tuple(sorted(config.initial_advertise_peer_urls))}
@@ -16723,11 +16729,11 @@ def _initial_members(config: ServerConfig) -> Dict[str, Tuple[str, ...]]:
             f" -initial-cluster is {text}: add {config.name}=<peer URL>, or use one of its names"
             f" with -name"
         )
-    urls = [url for urls in initial.values() for url in urls]
-    if len(set(urls)) != len(urls):
+    url = url_given_twice(initial)
+    if url:
         raise StartError(
             f"initial cluster {format_initial_cluster(initial)} has duplicate url;"
-            f" each member needs peer URLs of its own"
+            f" {url} is there more than once, and each member needs peer URLs of its own"
         )
     return initial
 
@@ -17555,10 +17561,10 @@ def _form(
         remove_dirs(fresh)              # a member that is ended while it waits leaves nothing
         initial = parse_initial_cluster(discovery.join())
         make_dirs(fresh)
-        urls = [url for urls in initial.values() for url in urls]
-        if len(set(urls)) != len(urls):
+        url = url_given_twice(initial)
+        if url:
             text = format_initial_cluster(initial)
-            raise DiscoveryError(f"discovery cluster {text} has duplicate url")
+            raise DiscoveryError(f"discovery cluster {text} has duplicate url: {url}")
         _check_reachable(config, initial)
         cluster = _new_cluster(token, initial)
         member = _own_member(config, cluster)

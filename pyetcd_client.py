@@ -1608,7 +1608,7 @@ _REDIRECTS: FrozenSet[int] = frozenset((301, 302, 303, 307, 308))
 _Field = Union[None, bool, int, str]                # a parameter; None leaves it out
 
 
-def _clean_key(key: str) -> str:
+def clean_key(key: str) -> str:
     """Return `key` as the server files it: one leading slash, no empty, `.` or `..` parts.
 
     Left to the server, such a key is answered by a redirect; left to urllib3, `..` would leave
@@ -1667,7 +1667,7 @@ def _target(path: str, query: Mapping[str, _Field]) -> str:
 
 
 def _keys_target(key: str, query: Mapping[str, _Field], endpoint: str = "/v2/keys") -> str:
-    return _target(endpoint + _clean_key(key), query)
+    return _target(endpoint + clean_key(key), query)
 
 
 class _NotGiven:
@@ -1715,7 +1715,7 @@ class _Call(Generic[_T]):
         return self.method not in _READS
 
 
-def _is_endpoint_failure(error: EtcdError) -> bool:
+def is_endpoint_failure(error: EtcdError) -> bool:
     """Whether another endpoint might do better: not after a refusal, which is an answer."""
     if isinstance(error, TransportError):
         return not isinstance(error, ClusterIdChanged)
@@ -1775,7 +1775,12 @@ def _with_settings_of(
 
 
 class _Caller:
-    """What all parts of a client share: endpoints, connections, and the way a call goes."""
+    """What all parts of a client share: endpoints, connections, and the way a call goes.
+
+    on_request  called with method, URL and form of each request before it is sent
+    """
+
+    on_request: Optional[Callable[[str, str, Optional[bytes]], object]] = None
 
     def __init__(
         self, host: Union[_Address, Sequence[_Address]] = "127.0.0.1", port: int = 2379,
@@ -1953,7 +1958,7 @@ class _Caller:
         if call.waits and isinstance(error, RequestTimeout):
             self._connectivity.report(True)
             raise WatchTimeout("no change in time", endpoint=endpoint) from error
-        if not _is_endpoint_failure(error):
+        if not is_endpoint_failure(error):
             self._connectivity.report(True)
             raise error
         self._give_up(endpoint, error)
@@ -2060,6 +2065,8 @@ class _Caller:
     ) -> _Reply:
         """Send one request and read its answer: the only place that does I/O."""
         exchange.sent = False
+        if self.on_request is not None:
+            self.on_request(call.method, base + target, call.form)
         headers = self._headers(base, call)
         began, outcome = time.monotonic(), "broken off"
         try:
@@ -2959,7 +2966,7 @@ class Watch:
         relist: bool = True, timeout: Optional[float] = None,
     ) -> None:
         self._client = client
-        self._path = _clean_key(key)
+        self._path = clean_key(key)
         self._recursive = recursive
         self._timeout = timeout
         self._state = _WatchState(                  # 0 is "now" too
@@ -3141,7 +3148,7 @@ class Watch:
         When etcd clears its watchers (400) the same question may be asked again.
         """
         client = self._client
-        if _is_endpoint_failure(error):
+        if is_endpoint_failure(error):
             client._give_up(self._endpoint, error)
         elif not isinstance(error, WatcherCleared):
             raise error
@@ -3640,7 +3647,7 @@ def _recipe_key(key: str) -> str:
     """Return the clean `key`.  Raises ValueError if it names no place below the root."""
     if "." in key.split("/") or ".." in key.split("/") or not key.strip("/"):
         raise ValueError(f"{key!r} names no key: it needs a part, and none that is . or ..")
-    return _clean_key(key)
+    return clean_key(key)
 
 
 def _checked_ttl(ttl: int) -> int:
@@ -3767,7 +3774,7 @@ def _insist(client: Client, attempt: Callable[[], _T], patience_s: Optional[floa
                 with Scope(CALL_TIMEOUT_S):
                     return attempt()
             except EtcdError as error:
-                may_pass = _is_endpoint_failure(error)
+                may_pass = is_endpoint_failure(error)
                 unsure = unsure or error.maybe_applied
                 pause_s = min(2 * pause_s, 1.0) or 0.05
                 if not may_pass or scope.cancelled or scope.left_s() <= pause_s:
@@ -3925,7 +3932,7 @@ def _await(
     except (WatchTimeout, EventIndexCleared):
         pass
     except EtcdError as error:
-        if not _is_endpoint_failure(error):
+        if not is_endpoint_failure(error):
             raise
         with Scope(wait_s) as scope:
             scope.wait(0.2)                         # then the look tells whether that lasts
@@ -5182,7 +5189,7 @@ class Counter(_Recipe):
                         return number + amount
                 except EtcdError as error:
                     unsure = error if error.maybe_applied else unsure
-                    if not _is_endpoint_failure(error) or _clock() >= deadline:
+                    if not is_endpoint_failure(error) or _clock() >= deadline:
                         raise
                 if not span.wait(random.uniform(0, pause_s)):
                     raise unsure or RequestTimeout("others were faster", endpoint="")
@@ -5260,7 +5267,7 @@ class CachedTree(_Recipe, Mapping[str, Node]):
 
     def __init__(self, client: Client, path: str, *, on_change: _ChangeCallback = None) -> None:
         super().__init__(client)
-        self.path = _clean_key(path)
+        self.path = clean_key(path)
         self._on_change = on_change
         self._nodes: Dict[str, Node] = {}
         self._index = 0
@@ -5336,7 +5343,7 @@ class CachedTree(_Recipe, Mapping[str, Node]):
     def __getitem__(self, key: str) -> Node:
         self._check_process()
         with self._changed:
-            return self._nodes[_clean_key(key)]
+            return self._nodes[clean_key(key)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.snapshot())
@@ -5467,7 +5474,7 @@ class _Follower(Generic[_T]):
 
     def __init__(self, client: Client, key: str, function: Optional[Callable[..., Any]]) -> None:
         self.client = client
-        self.path = _clean_key(key)
+        self.path = clean_key(key)
         self._observed = Observed(client, self._look)
         self._thread: Optional[threading.Thread] = None
         if function is not None:
@@ -5956,7 +5963,7 @@ class ServiceRegistry:
     def __init__(self, client: Client, prefix: str = "/services", *,
                  ttl: int = LEASE_TTL_S) -> None:
         self.client = client
-        self.prefix = _clean_key(prefix)
+        self.prefix = clean_key(prefix)
         self.ttl = _checked_ttl(ttl)
 
     def register(
@@ -6258,7 +6265,7 @@ _HTTP_STATUSES = frozenset(int(status) for status in http.HTTPStatus)
 
 def _error_lines(error: EtcdError) -> str:
     """Return what etcdctl prints on stderr about `error`."""
-    if not _is_endpoint_failure(error):
+    if not is_endpoint_failure(error):
         return f"Error:  {error}"
     lines = [f"error #{number}: {_failure_line(failure)}"
              for number, failure in enumerate(error.failures)]
@@ -6421,14 +6428,10 @@ def _about_unknown(word: str, name: str, known: Sequence[str], args: Sequence[st
 # -- the client of a command
 
 
-class _TalkingClient(Client):
-    """A client that shows each request on stderr as the curl command for it: --debug."""
-
-    def _perform(self, call: _Call[_T]) -> _T:
-        form = f' -d "{call.form.decode()}"' if call.form else ""
-        address = self.endpoints.current + call.target
-        _complain(f"cURL Command: curl -X {call.method} {address}{form}")
-        return super()._perform(call)
+def _show_request(method: str, url: str, form: Optional[bytes]) -> None:
+    """Show a request on stderr as the curl command for it: --debug."""
+    data = f' -d "{form.decode()}"' if form else ""
+    _complain(f"cURL Command: curl -X {method} {url}{data}")
 
 
 def _ask_password(prompt: str) -> str:
@@ -6463,6 +6466,13 @@ def _cluster_asked(settings: _Options) -> Dict[str, Any]:
     return {where: chosen if where == "srv_domain" else chosen.split(",")}
 
 
+def _check_readable(path: str) -> None:
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise _ExitError(f"open {path}: {str(error.strerror).lower()}") from error
+
+
 class _Access(NamedTuple):
     """How to reach a cluster, whichever of its members is asked."""
 
@@ -6479,10 +6489,12 @@ class _Access(NamedTuple):
             user += ":" + os.environ["ETCDCTL_PASSWORD"]
         if key and not certificate:
             raise _ExitError(f"pyetcdctl: the key {key} is of no use without --cert-file")
+        for path in filter(None, (certificate, key, authorities)):
+            _check_readable(path)                   # also for http, which would not look
         name, password = _split_user(user, "Password: ") if user else (None, None)
         request_s = settings.seconds("timeout", 1.0)
         return cls({
-            "connect_timeout": request_s, "read_timeout": request_s, "retry": False,
+            "connect_timeout": request_s or math.inf, "read_timeout": request_s, "retry": False,
             "total_timeout": settings.seconds("total-timeout", 5.0) or None,
             "cert": (certificate, key) if key else certificate or None,
             "ca_cert": authorities or None, "username": name, "password": password,
@@ -6491,9 +6503,12 @@ class _Access(NamedTuple):
     def client(self, **where: Any) -> Client:
         """Return a client for these endpoints, or for those that SRV records name."""
         try:
-            return (_TalkingClient if self.debug else Client)(**where, **self.options)
+            client = Client(**where, **self.options)
         except (ValueError, OSError) as error:      # an endpoint, a certificate, a DNS server
             raise _ExitError(str(error)) from error
+        if self.debug:
+            client.on_request = _show_request
+        return client
 
 
 def _given_client(settings: _Options, access: _Access) -> Client:
@@ -6525,7 +6540,7 @@ def _synced_client(settings: _Options, access: _Access) -> Client:
     try:
         urls = [url for member in client.member_list() for url in member.client_urls]
     except EtcdError as error:
-        code = EXIT_BAD_CONNECTION if _is_endpoint_failure(error) else EXIT_SERVER_ERROR
+        code = EXIT_BAD_CONNECTION if is_endpoint_failure(error) else EXIT_SERVER_ERROR
         raise _ExitError(_error_lines(error), code) from error
     if all(url.startswith("https:") for url in client.endpoints.urls):
         urls = [url for url in urls if url.startswith("https:")]    # no passwords in clear
@@ -7050,7 +7065,7 @@ def _as_one_line(prefix: str = "", spoken: Optional[Container[int]] = None) -> I
         yield
     except EtcdError as error:
         line = error.message
-        if _is_endpoint_failure(error):
+        if is_endpoint_failure(error):
             line = _UNAVAILABLE
         elif spoken is not None and error.status not in spoken:
             line = f"unexpected status code {error.status}"
@@ -7246,9 +7261,9 @@ def _read_snapshot_04(path: str, hidden: Sequence[str]) -> List[Tuple[str, str, 
         found = list(_snapshot_files(root, "", hidden=False))
         for key in hidden:
             node = root
-            for name in _clean_key(key).strip("/").split("/"):
+            for name in clean_key(key).strip("/").split("/"):
                 node = node["Children"][name]
-            found += _snapshot_files(node, _clean_key(key), hidden=True)
+            found += _snapshot_files(node, clean_key(key), hidden=True)
     except OSError:
         raise _ExitError(f"cannot read snapshot file {path}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -7316,7 +7331,7 @@ def _is_there(ask: Callable[[str], Any], name: str) -> bool:
         try:
             ask(name)
         except EtcdError as error:
-            if _is_endpoint_failure(error):
+            if is_endpoint_failure(error):
                 raise
             return False
     return True
@@ -7450,7 +7465,7 @@ def _change_permission(
     path = run.options.text("path")
     if not path:
         raise _ExitError("No path specified; please use `-path`")
-    canonical = _clean_key(path) + ("/" if path.endswith("/") and path.strip("/") else "")
+    canonical = clean_key(path) + ("/" if path.endswith("/") and path.strip("/") else "")
     if path != canonical:
         raise _ExitError(f"Not canonical path; please use `-path={canonical}`")
     kinds = [kind for kind in ("read", "write", "readwrite") if run.options.on(kind)]
@@ -7595,8 +7610,8 @@ def _moved(key: str, prefix: str, dest_prefix: str) -> Optional[str]:
 
 
 def _prefixes(options: _Options, prefix: str = "") -> Tuple[str, str]:
-    prefix = _clean_key(prefix or options.text("prefix"))
-    return prefix, _clean_key(options.text("dest-prefix") or prefix)
+    prefix = clean_key(prefix or options.text("prefix"))
+    return prefix, clean_key(options.text("dest-prefix") or prefix)
 
 
 @_command("export", "[key]", "print a tree, to be read by import",
@@ -7719,7 +7734,7 @@ def _cmd_import(run: _Run) -> int:
         _emit("no snapshot file provided (use --snap)")
         return EXIT_BAD_ARGS
     prefixes = _prefixes(run.options)
-    found = [(record, _moved(_clean_key(record.key), *prefixes))
+    found = [(record, _moved(clean_key(record.key), *prefixes))
              for record in _read_records(run.args[0])]
     records = [record._replace(key=key) for record, key in found if key is not None and key != "/"]
     importing = _Import(_patient(run.client, run.settings), run.options)
@@ -7811,7 +7826,7 @@ class _Mirror:
                     for event in changes:
                         self._repeat(event)
             except (ApiError, HttpError) as error:  # history gone, or the trees differ
-                if isinstance(error, Unauthorized) or _is_endpoint_failure(error):
+                if isinstance(error, Unauthorized) or is_endpoint_failure(error):
                     raise
                 index = self._insist(self.copy)
 
@@ -7878,7 +7893,7 @@ class _Mirror:
             try:
                 return action()
             except EtcdError as error:
-                if not _is_endpoint_failure(error):
+                if not is_endpoint_failure(error):
                     raise
                 _complain(f"{error}; trying again")
             time.sleep(wait_s * random.uniform(0.5, 1.0))
@@ -8092,7 +8107,7 @@ class _Bench:
         self.total = options.number("total", _BENCH_TOTAL)
         self.value = "x" * options.number("size", _BENCH_SIZE_BYTES)
         self._reads_percent = {"put": 0, "get": 100}.get(kind, options.number("reads", 90))
-        prefix = _clean_key(options.text("prefix") or _BENCH_PREFIX).rstrip("/")
+        prefix = clean_key(options.text("prefix") or _BENCH_PREFIX).rstrip("/")
         self.directory = f"{prefix}/{random.getrandbits(32):08x}"
         self._made = list(self._missing(prefix))
         self.latencies_s: List[float] = []          # append is atomic

@@ -264,6 +264,7 @@ def _plant(build: types.ModuleType, module: str, line: str) -> str:
      "must not know store"),
     ("pyetcd_client/transport/errors", "from ..recipes.locks import Lock", "must not know recipes"),
     ("pyetcd_client/recipes/locks", "from ..ctl.program import main", "must not know ctl"),
+    ("pyetcd_client/ctl/output", "from ..transport.calls import _Call", "must not know _Call"),
     *([("pyetcd/net/reactor", "import requests", "must not need requests"),
        ("pyetcd/net/reactor", "import typing_extensions", "must not need typing_extensions"),
        ("pyetcd/net/reactor", "if TYPE_CHECKING:\n    import numpy\n", "must not need numpy"),

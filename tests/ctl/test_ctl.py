@@ -86,7 +86,8 @@ auth enable x | auth disable x | --no-sync set D/v v | --no-sync get D/v | -C UR
 --no-sync --endpoints DEAD get D/v | --no-sync --endpoints DEAD user list
 --no-sync --endpoints DEAD member list | --debug set D/v 2 | --debug member list
 --debug --no-sync mkdir D/deb | --debug get D/v | --debug user list | bogus | member bogus
-get --bogus D/v | --bogus get D/v | --timeout x get D/v | import
+get --bogus D/v | --bogus get D/v | --timeout x get D/v | import | --timeout 0 get D/v
+--ca-file /none get D/v | --cert-file /none --key-file /none get D/v
 """,
     "auth": r"""
 auth disable | auth enable | role list | user list | user add root:pw | user add root:pw | user list
@@ -798,8 +799,11 @@ def test_ctl_cluster_health_forever_ends_with_sigint(_client_server, _ctl_progra
     assert outcome == (0, "", "")
 
 
-def test_ctl_settings_come_from_flags_then_environment(monkeypatch):
+def test_ctl_settings_come_from_flags_then_environment(monkeypatch, tmp_path):
     """ETCDCTL_* variables of certificates, user and SRV domain; a flag is stronger."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "c", "k"):
+        (tmp_path / name).touch()
     for name, value in (("CERT_FILE", "c"), ("KEY_FILE", "k"), ("CA_FILE", "a"),
                         ("USERNAME", "u:p:q"), ("DISCOVERY_SRV", "example.com")):
         monkeypatch.setenv(f"ETCDCTL_{name}", value)

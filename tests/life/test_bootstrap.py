@@ -132,7 +132,8 @@ def test_bootstrap_resolves_host_names_to_compare_urls(
      "--initial-cluster must include fixture=http://127.0.0.1:1 given"
      " --initial-advertise-peer-urls=http://127.0.0.1:1"),
     ({"initial_cluster": "fixture=http://127.0.0.1:31002,b=http://127.0.0.1:31002"},
-     "initial cluster b=http://127.0.0.1:31002,fixture=http://127.0.0.1:31002 has duplicate url"),
+     "initial cluster b=http://127.0.0.1:31002,fixture=http://127.0.0.1:31002 has duplicate url;"
+     " http://127.0.0.1:31002 is there more than once"),
     ({"initial_cluster": "fixture=http://127.0.0.1:31002,b=http://x:1/"},
      "error setting up initial cluster: URL must not contain a path: http://x:1/"),
     ({"initial_cluster": pyetcd.default_initial_cluster("fixture")},
@@ -246,7 +247,7 @@ def test_bootstrap_by_discovery_logs_in_the_order_of_the_article(
     ({}, lambda r: (r.put("b", "fixture=http://b:1"), r.put("c", "c=http://c:1")),
      "member with duplicated name has registered with discovery service token("),
     ({}, lambda r: (r.put("b", "b=http://127.0.0.1:31002"), r.put("c", "c=http://c:1")),
-     "has duplicate url"),
+     "has duplicate url: http://127.0.0.1:31002"),
     ({}, lambda r: r.put("%x" % pyetcd.member_id(("http://127.0.0.1:31002",), r.url), "x"),
      'member "fixture" has previously registered with discovery service token ('),
     ({}, lambda r: r.put("%x" % pyetcd.member_id(("http://127.0.0.1:31002",), r.url), "b=x"),

@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import random
 import re
@@ -1482,13 +1483,16 @@ class _RecipeWitness:
     def check(self, counter_value):
         for name, spans in self.spans.items():
             spans.sort()
-            limit = 2 if name == "semaphore" else 1
+            limit = {"semaphore": 2, "reader": math.inf}.get(name, 1)
             assert len({token for token, _, _ in spans}) == len(spans)
             for position, (_, entered, _) in enumerate(spans):
                 inside = [left for _, since, left in spans if since <= entered < left]
                 assert len(inside) <= limit, f"{name}: too many at the same time"
-                if limit == 1 and position:
+                if limit == 1 and position and name != "reader":
                     assert spans[position - 1][2] <= entered, f"{name}: tokens do not rise"
+        for _, entered, left in self.spans["reader"]:
+            assert not [token for token, since, until in self.spans["writer"]
+                        if since < left and entered < until], "a writer among readers"
         assert self.counted <= counter_value <= self.counted + self.in_doubt
         for out in (self.got, self.done):
             assert len(set(out)) == len(out), "items doubled"
@@ -1505,6 +1509,23 @@ def _recipe_worker(client, directory, name, witness, end):
     counter = pyetcd_client.Counter(client, directory + "/n")
     queue = pyetcd_client.Queue(client, directory + "/q", ttl=2)
     tasks = pyetcd_client.Queue(client, directory + "/tasks", ttl=2)
+    shared = pyetcd_client.RWLock(client, directory + "/rw", ttl=2)
+    reader, writer = shared.read_lock(), shared.write_lock()
+    barrier = pyetcd_client.DoubleBarrier(client, directory + "/double", 2, ttl=2)
+    party = pyetcd_client.Party(client, directory + "/party", str(name), ttl=2)
+    registry = pyetcd_client.ServiceRegistry(client, directory + "/services", ttl=2)
+
+    def meet():
+        """Be listed and counted for a moment, and pass a barrier if another one comes."""
+        witness.attempt(party.join)
+        listed = witness.attempt(registry.register, "storm", str(name))
+        witness.attempt(lambda: list(party))
+        witness.attempt(registry.resolve, "storm")
+        if witness.attempt(barrier.enter, timeout=0.5):
+            witness.attempt(barrier.leave, timeout=2)
+        party.leave()
+        if listed is not None:
+            listed.stop()
 
     def count():
         if witness.attempt(counter.add) is not None:
@@ -1536,6 +1557,10 @@ def _recipe_worker(client, directory, name, witness, end):
         witness.hold("rlock", again, nest)
         witness.hold("semaphore", semaphore)
         witness.hold("election", election)
+        witness.hold("reader", reader)
+        if number % 3 == 0:
+            witness.hold("writer", writer)
+            meet()
         hand_on(number)
 
 
@@ -1567,6 +1592,9 @@ def _recipe_storm(clients, directory, seconds, disturb=lambda end: None):
             with tasks.take(timeout=3) as task:     # what a worker could not give back
                 witness.done.append(task.value)
     witness.check(pyetcd_client.Counter(client, directory + "/n").value)
+    party = pyetcd_client.Party(client, directory + "/party")
+    registry = pyetcd_client.ServiceRegistry(client, directory + "/services")
+    _client_eventually(lambda: not len(party) and not registry.resolve("storm"))
     return len(witness.spans["lock"]), len(witness.got)
 
 

@@ -61,6 +61,7 @@ from .addresses import (
     fetch_cluster,
     is_elsewhere,
     same_urls,
+    url_given_twice,
 )
 from .discovery import (
     Discovery,
@@ -294,10 +295,10 @@ def _form(
         remove_dirs(fresh)              # a member that is ended while it waits leaves nothing
         initial = parse_initial_cluster(discovery.join())
         make_dirs(fresh)
-        urls = [url for urls in initial.values() for url in urls]
-        if len(set(urls)) != len(urls):
+        url = url_given_twice(initial)
+        if url:
             text = format_initial_cluster(initial)
-            raise DiscoveryError(f"discovery cluster {text} has duplicate url")
+            raise DiscoveryError(f"discovery cluster {text} has duplicate url: {url}")
         _check_reachable(config, initial)
         cluster = _new_cluster(token, initial)
         member = _own_member(config, cluster)

@@ -30,10 +30,10 @@ from ..transport.calls import (
     _SUCCESS,
     _backoff_s,
     _Call,
-    _clean_key,
     _Field,
-    _is_endpoint_failure,
     _keys_target,
+    clean_key,
+    is_endpoint_failure,
 )
 from ..transport.connections import Scope, _Exchange
 from ..transport.defaults import (
@@ -286,7 +286,7 @@ class Watch:
         relist: bool = True, timeout: Optional[float] = None,
     ) -> None:
         self._client = client
-        self._path = _clean_key(key)
+        self._path = clean_key(key)
         self._recursive = recursive
         self._timeout = timeout
         self._state = _WatchState(                  # 0 is "now" too
@@ -468,7 +468,7 @@ class Watch:
         When etcd clears its watchers (400) the same question may be asked again.
         """
         client = self._client
-        if _is_endpoint_failure(error):
+        if is_endpoint_failure(error):
             client._give_up(self._endpoint, error)
         elif not isinstance(error, WatcherCleared):
             raise error

@@ -37,7 +37,7 @@ from typing import (
 
 from ..client.client import Client
 from ..client.watching import Watch
-from ..transport.calls import _clean_key, _is_endpoint_failure
+from ..transport.calls import clean_key, is_endpoint_failure
 from ..transport.errors import EtcdError, HttpError
 from ..transport.results import Member, Result
 from .output import (
@@ -236,7 +236,7 @@ def _as_one_line(prefix: str = "", spoken: Optional[Container[int]] = None) -> I
         yield
     except EtcdError as error:
         line = error.message
-        if _is_endpoint_failure(error):
+        if is_endpoint_failure(error):
             line = _UNAVAILABLE
         elif spoken is not None and error.status not in spoken:
             line = f"unexpected status code {error.status}"
@@ -432,9 +432,9 @@ def _read_snapshot_04(path: str, hidden: Sequence[str]) -> List[Tuple[str, str, 
         found = list(_snapshot_files(root, "", hidden=False))
         for key in hidden:
             node = root
-            for name in _clean_key(key).strip("/").split("/"):
+            for name in clean_key(key).strip("/").split("/"):
                 node = node["Children"][name]
-            found += _snapshot_files(node, _clean_key(key), hidden=True)
+            found += _snapshot_files(node, clean_key(key), hidden=True)
     except OSError:
         raise _ExitError(f"cannot read snapshot file {path}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -502,7 +502,7 @@ def _is_there(ask: Callable[[str], Any], name: str) -> bool:
         try:
             ask(name)
         except EtcdError as error:
-            if _is_endpoint_failure(error):
+            if is_endpoint_failure(error):
                 raise
             return False
     return True
@@ -636,7 +636,7 @@ def _change_permission(
     path = run.options.text("path")
     if not path:
         raise _ExitError("No path specified; please use `-path`")
-    canonical = _clean_key(path) + ("/" if path.endswith("/") and path.strip("/") else "")
+    canonical = clean_key(path) + ("/" if path.endswith("/") and path.strip("/") else "")
     if path != canonical:
         raise _ExitError(f"Not canonical path; please use `-path={canonical}`")
     kinds = [kind for kind in ("read", "write", "readwrite") if run.options.on(kind)]

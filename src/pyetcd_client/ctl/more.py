@@ -25,7 +25,7 @@ from typing import (
 )
 
 from ..client.client import Client
-from ..transport.calls import _clean_key
+from ..transport.calls import clean_key
 from ..transport.errors import DirNotEmpty, EtcdError, KeyNotFound
 from ..transport.results import Member, Node
 from .etcdctl import _QUORUM, _spread
@@ -243,7 +243,7 @@ class _Bench:
         self.total = options.number("total", _BENCH_TOTAL)
         self.value = "x" * options.number("size", _BENCH_SIZE_BYTES)
         self._reads_percent = {"put": 0, "get": 100}.get(kind, options.number("reads", 90))
-        prefix = _clean_key(options.text("prefix") or _BENCH_PREFIX).rstrip("/")
+        prefix = clean_key(options.text("prefix") or _BENCH_PREFIX).rstrip("/")
         self.directory = f"{prefix}/{random.getrandbits(32):08x}"
         self._made = list(self._missing(prefix))
         self.latencies_s: List[float] = []          # append is atomic

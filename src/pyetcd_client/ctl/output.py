@@ -16,7 +16,7 @@ import time
 from typing import Any, Callable, Dict, Iterable, Iterator, Match, Optional, Sequence
 from urllib.parse import urlsplit
 
-from ..transport.calls import _is_endpoint_failure
+from ..transport.calls import is_endpoint_failure
 from ..transport.errors import ConnectionFailed, EtcdError, RequestTimeout, TransportError
 from ..transport.results import Node, Result
 
@@ -215,7 +215,7 @@ _HTTP_STATUSES = frozenset(int(status) for status in http.HTTPStatus)
 
 def _error_lines(error: EtcdError) -> str:
     """Return what etcdctl prints on stderr about `error`."""
-    if not _is_endpoint_failure(error):
+    if not is_endpoint_failure(error):
         return f"Error:  {error}"
     lines = [f"error #{number}: {_failure_line(failure)}"
              for number, failure in enumerate(error.failures)]

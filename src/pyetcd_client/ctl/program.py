@@ -12,12 +12,12 @@ import sys
 from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 from ..client.client import Client
-from ..transport.calls import _Call, _is_endpoint_failure
+from ..transport.calls import is_endpoint_failure
 from ..transport.connections import ConnectionState
 from ..transport.defaults import __version__
 from ..transport.endpoints import Endpoints
 from ..transport.errors import EtcdError
-from ..transport.results import _T, Result
+from ..transport.results import Result
 from .output import (
     _BOOLEANS,
     _NOT_TEXT,
@@ -190,14 +190,10 @@ def _about_unknown(word: str, name: str, known: Sequence[str], args: Sequence[st
 # -- the client of a command
 
 
-class _TalkingClient(Client):
-    """A client that shows each request on stderr as the curl command for it: --debug."""
-
-    def _perform(self, call: _Call[_T]) -> _T:
-        form = f' -d "{call.form.decode()}"' if call.form else ""
-        address = self.endpoints.current + call.target
-        _complain(f"cURL Command: curl -X {call.method} {address}{form}")
-        return super()._perform(call)
+def _show_request(method: str, url: str, form: Optional[bytes]) -> None:
+    """Show a request on stderr as the curl command for it: --debug."""
+    data = f' -d "{form.decode()}"' if form else ""
+    _complain(f"cURL Command: curl -X {method} {url}{data}")
 
 
 def _ask_password(prompt: str) -> str:
@@ -232,6 +228,13 @@ def _cluster_asked(settings: _Options) -> Dict[str, Any]:
     return {where: chosen if where == "srv_domain" else chosen.split(",")}
 
 
+def _check_readable(path: str) -> None:
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise _ExitError(f"open {path}: {str(error.strerror).lower()}") from error
+
+
 class _Access(NamedTuple):
     """How to reach a cluster, whichever of its members is asked."""
 
@@ -248,10 +251,12 @@ class _Access(NamedTuple):
             user += ":" + os.environ["ETCDCTL_PASSWORD"]
         if key and not certificate:
             raise _ExitError(f"pyetcdctl: the key {key} is of no use without --cert-file")
+        for path in filter(None, (certificate, key, authorities)):
+            _check_readable(path)                   # also for http, which would not look
         name, password = _split_user(user, "Password: ") if user else (None, None)
         request_s = settings.seconds("timeout", 1.0)
         return cls({
-            "connect_timeout": request_s, "read_timeout": request_s, "retry": False,
+            "connect_timeout": request_s or math.inf, "read_timeout": request_s, "retry": False,
             "total_timeout": settings.seconds("total-timeout", 5.0) or None,
             "cert": (certificate, key) if key else certificate or None,
             "ca_cert": authorities or None, "username": name, "password": password,
@@ -260,9 +265,12 @@ class _Access(NamedTuple):
     def client(self, **where: Any) -> Client:
         """Return a client for these endpoints, or for those that SRV records name."""
         try:
-            return (_TalkingClient if self.debug else Client)(**where, **self.options)
+            client = Client(**where, **self.options)
         except (ValueError, OSError) as error:      # an endpoint, a certificate, a DNS server
             raise _ExitError(str(error)) from error
+        if self.debug:
+            client.on_request = _show_request
+        return client
 
 
 def _given_client(settings: _Options, access: _Access) -> Client:
@@ -294,7 +302,7 @@ def _synced_client(settings: _Options, access: _Access) -> Client:
     try:
         urls = [url for member in client.member_list() for url in member.client_urls]
     except EtcdError as error:
-        code = EXIT_BAD_CONNECTION if _is_endpoint_failure(error) else EXIT_SERVER_ERROR
+        code = EXIT_BAD_CONNECTION if is_endpoint_failure(error) else EXIT_SERVER_ERROR
         raise _ExitError(_error_lines(error), code) from error
     if all(url.startswith("https:") for url in client.endpoints.urls):
         urls = [url for url in urls if url.startswith("https:")]    # no passwords in clear

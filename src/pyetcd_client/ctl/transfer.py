@@ -25,7 +25,7 @@ from typing import (
 )
 
 from ..client.client import Client
-from ..transport.calls import _clean_key, _is_endpoint_failure
+from ..transport.calls import clean_key, is_endpoint_failure
 from ..transport.errors import (
     ApiError,
     EtcdError,
@@ -171,8 +171,8 @@ def _moved(key: str, prefix: str, dest_prefix: str) -> Optional[str]:
 
 
 def _prefixes(options: _Options, prefix: str = "") -> Tuple[str, str]:
-    prefix = _clean_key(prefix or options.text("prefix"))
-    return prefix, _clean_key(options.text("dest-prefix") or prefix)
+    prefix = clean_key(prefix or options.text("prefix"))
+    return prefix, clean_key(options.text("dest-prefix") or prefix)
 
 
 @_command("export", "[key]", "print a tree, to be read by import",
@@ -295,7 +295,7 @@ def _cmd_import(run: _Run) -> int:
         _emit("no snapshot file provided (use --snap)")
         return EXIT_BAD_ARGS
     prefixes = _prefixes(run.options)
-    found = [(record, _moved(_clean_key(record.key), *prefixes))
+    found = [(record, _moved(clean_key(record.key), *prefixes))
              for record in _read_records(run.args[0])]
     records = [record._replace(key=key) for record, key in found if key is not None and key != "/"]
     importing = _Import(_patient(run.client, run.settings), run.options)
@@ -387,7 +387,7 @@ class _Mirror:
                     for event in changes:
                         self._repeat(event)
             except (ApiError, HttpError) as error:  # history gone, or the trees differ
-                if isinstance(error, Unauthorized) or _is_endpoint_failure(error):
+                if isinstance(error, Unauthorized) or is_endpoint_failure(error):
                     raise
                 index = self._insist(self.copy)
 
@@ -454,7 +454,7 @@ class _Mirror:
             try:
                 return action()
             except EtcdError as error:
-                if not _is_endpoint_failure(error):
+                if not is_endpoint_failure(error):
                     raise
                 _complain(f"{error}; trying again")
             time.sleep(wait_s * random.uniform(0.5, 1.0))

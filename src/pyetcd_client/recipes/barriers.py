@@ -9,7 +9,7 @@ import uuid
 from typing import Dict, Mapping, Optional, Tuple
 
 from ..client.client import Client
-from ..transport.calls import _is_endpoint_failure
+from ..transport.calls import is_endpoint_failure
 from ..transport.connections import Scope
 from ..transport.errors import (
     Cancelled,
@@ -295,7 +295,7 @@ class Counter(_Recipe):
                         return number + amount
                 except EtcdError as error:
                     unsure = error if error.maybe_applied else unsure
-                    if not _is_endpoint_failure(error) or _clock() >= deadline:
+                    if not is_endpoint_failure(error) or _clock() >= deadline:
                         raise
                 if not span.wait(random.uniform(0, pause_s)):
                     raise unsure or RequestTimeout("others were faster", endpoint="")

@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from ..client.client import Client
 from ..client.watching import _REMOVALS
-from ..transport.calls import _clean_key, _is_endpoint_failure
+from ..transport.calls import clean_key, is_endpoint_failure
 from ..transport.connections import Scope, _call_back, _here
 from ..transport.defaults import WAIT_MAX_S, _log
 from ..transport.errors import (
@@ -62,7 +62,7 @@ def _recipe_key(key: str) -> str:
     """Return the clean `key`.  Raises ValueError if it names no place below the root."""
     if "." in key.split("/") or ".." in key.split("/") or not key.strip("/"):
         raise ValueError(f"{key!r} names no key: it needs a part, and none that is . or ..")
-    return _clean_key(key)
+    return clean_key(key)
 
 
 def _checked_ttl(ttl: int) -> int:
@@ -189,7 +189,7 @@ def _insist(client: Client, attempt: Callable[[], _T], patience_s: Optional[floa
                 with Scope(CALL_TIMEOUT_S):
                     return attempt()
             except EtcdError as error:
-                may_pass = _is_endpoint_failure(error)
+                may_pass = is_endpoint_failure(error)
                 unsure = unsure or error.maybe_applied
                 pause_s = min(2 * pause_s, 1.0) or 0.05
                 if not may_pass or scope.cancelled or scope.left_s() <= pause_s:
@@ -347,7 +347,7 @@ def _await(
     except (WatchTimeout, EventIndexCleared):
         pass
     except EtcdError as error:
-        if not _is_endpoint_failure(error):
+        if not is_endpoint_failure(error):
             raise
         with Scope(wait_s) as scope:
             scope.wait(0.2)                         # then the look tells whether that lasts

@@ -23,7 +23,7 @@ from typing import (
 
 from ..client.client import Client
 from ..client.watching import _REMOVALS, Watch, _alone, _identity, _is_below
-from ..transport.calls import _clean_key
+from ..transport.calls import clean_key
 from ..transport.connections import Scope
 from ..transport.defaults import _log
 from ..transport.errors import Cancelled, EtcdError, KeyNotFound, NotDir
@@ -64,7 +64,7 @@ class CachedTree(_Recipe, Mapping[str, Node]):
 
     def __init__(self, client: Client, path: str, *, on_change: _ChangeCallback = None) -> None:
         super().__init__(client)
-        self.path = _clean_key(path)
+        self.path = clean_key(path)
         self._on_change = on_change
         self._nodes: Dict[str, Node] = {}
         self._index = 0
@@ -140,7 +140,7 @@ class CachedTree(_Recipe, Mapping[str, Node]):
     def __getitem__(self, key: str) -> Node:
         self._check_process()
         with self._changed:
-            return self._nodes[_clean_key(key)]
+            return self._nodes[clean_key(key)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.snapshot())
@@ -271,7 +271,7 @@ class _Follower(Generic[_T]):
 
     def __init__(self, client: Client, key: str, function: Optional[Callable[..., Any]]) -> None:
         self.client = client
-        self.path = _clean_key(key)
+        self.path = clean_key(key)
         self._observed = Observed(client, self._look)
         self._thread: Optional[threading.Thread] = None
         if function is not None:

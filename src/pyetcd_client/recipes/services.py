@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 from ..client.client import Client
-from ..transport.calls import _clean_key
+from ..transport.calls import clean_key
 from ..transport.connections import Scope
 from ..transport.errors import Cancelled, EtcdError
 from ..transport.results import Node
@@ -100,7 +100,7 @@ class ServiceRegistry:
     def __init__(self, client: Client, prefix: str = "/services", *,
                  ttl: int = LEASE_TTL_S) -> None:
         self.client = client
-        self.prefix = _clean_key(prefix)
+        self.prefix = clean_key(prefix)
         self.ttl = _checked_ttl(ttl)
 
     def register(

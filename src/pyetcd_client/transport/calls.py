@@ -96,7 +96,7 @@ _REDIRECTS: FrozenSet[int] = frozenset((301, 302, 303, 307, 308))
 _Field = Union[None, bool, int, str]                # a parameter; None leaves it out
 
 
-def _clean_key(key: str) -> str:
+def clean_key(key: str) -> str:
     """Return `key` as the server files it: one leading slash, no empty, `.` or `..` parts.
 
     Left to the server, such a key is answered by a redirect; left to urllib3, `..` would leave
@@ -155,7 +155,7 @@ def _target(path: str, query: Mapping[str, _Field]) -> str:
 
 
 def _keys_target(key: str, query: Mapping[str, _Field], endpoint: str = "/v2/keys") -> str:
-    return _target(endpoint + _clean_key(key), query)
+    return _target(endpoint + clean_key(key), query)
 
 
 class _NotGiven:
@@ -203,7 +203,7 @@ class _Call(Generic[_T]):
         return self.method not in _READS
 
 
-def _is_endpoint_failure(error: EtcdError) -> bool:
+def is_endpoint_failure(error: EtcdError) -> bool:
     """Whether another endpoint might do better: not after a refusal, which is an answer."""
     if isinstance(error, TransportError):
         return not isinstance(error, ClusterIdChanged)
@@ -263,7 +263,12 @@ def _with_settings_of(
 
 
 class _Caller:
-    """What all parts of a client share: endpoints, connections, and the way a call goes."""
+    """What all parts of a client share: endpoints, connections, and the way a call goes.
+
+    on_request  called with method, URL and form of each request before it is sent
+    """
+
+    on_request: Optional[Callable[[str, str, Optional[bytes]], object]] = None
 
     def __init__(
         self, host: Union[_Address, Sequence[_Address]] = "127.0.0.1", port: int = 2379,
@@ -441,7 +446,7 @@ class _Caller:
         if call.waits and isinstance(error, RequestTimeout):
             self._connectivity.report(True)
             raise WatchTimeout("no change in time", endpoint=endpoint) from error
-        if not _is_endpoint_failure(error):
+        if not is_endpoint_failure(error):
             self._connectivity.report(True)
             raise error
         self._give_up(endpoint, error)
@@ -548,6 +553,8 @@ class _Caller:
     ) -> _Reply:
         """Send one request and read its answer: the only place that does I/O."""
         exchange.sent = False
+        if self.on_request is not None:
+            self.on_request(call.method, base + target, call.form)
         headers = self._headers(base, call)
         began, outcome = time.monotonic(), "broken off"
         try:
