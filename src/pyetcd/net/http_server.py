@@ -220,16 +220,17 @@ class StreamReply:
         """Call once, as soon as the client has taken everything that is pending."""
         self._connection.on_drain = callback
 
-    def write(self, data: bytes) -> bool:
-        """Queue one piece; False if the reply has ended."""
+    def write(self, data: bytes, more: Sequence[bytes] = ()) -> bool:
+        """Queue one piece, with `more` of it that is never copied; False if the reply has ended."""
         if self.closed:
             return False
+        size = len(data) + sum(map(len, more))
         if not self._chunked:
-            self._connection.send(data)
-        elif len(data) < OUTPUT_SHARED_BYTES_MIN:
-            self._connection.send(b"%x\r\n%b\r\n" % (len(data), data))
+            self._connection.send(data, more)
+        elif size < OUTPUT_SHARED_BYTES_MIN:
+            self._connection.send(b"%x\r\n%b\r\n" % (size, b"".join((data, *more))))
         else:
-            self._connection.send(b"%x\r\n" % len(data), (data, b"\r\n"))
+            self._connection.send(b"%x\r\n" % size, (data, *more, b"\r\n"))
         return True
 
     def end(self) -> None:
