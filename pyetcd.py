@@ -19,7 +19,8 @@ Rooms and their modules, bottom up; each uses only names defined above it:
   raft:   progress, log, replication, core, node
   store:  events, walks, watchers, tree
   disk:   files, records, snapshots, wal
-  net:    http_messages, workers, reactor, budgets, tls, dns, http_calls, http_server
+  net:    http_messages, workers, reactor, budgets, http_requests, tls, dns, http_calls,
+            http_connections, http_server
   peer:   frames, compatibility, streams, links, transport
   member: cluster, applier, configuration, door, passwords, reconfiguration, statistics,
             journal, monitors, snapshots, waiting, server, auth
@@ -7277,6 +7278,234 @@ class HeldBytes:
 
 
 # ============================================================================
+# net/http_requests -- Requests, and the replies to them.
+# ============================================================================
+
+
+_STATUS_LINES = {
+    int(status): f"HTTP/1.1 {int(status)} {phrases[0]}\r\n"
+    for status, phrases in http.server.BaseHTTPRequestHandler.responses.items()
+}
+
+
+class Channel(Protocol):
+    """A connection, as far as its requests and their replies know it."""
+
+    reactor: Reactor
+    remote: str
+    on_close: Optional[Callable[[], None]]
+    on_drain: Optional[Callable[[], None]]
+    streaming: bool
+    pending: int
+    busy: bool
+    closed: bool
+
+    @property
+    def scheme(self) -> str:
+        """`https` under TLS, else `http`."""
+
+    def send(self, data: bytes, more: Sequence[bytes] = ()) -> None:
+        """Queue bytes for the end of this turn."""
+
+    def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
+        """Queue the end of a reply and go on with the next request, or close."""
+
+    def flush(self) -> None:
+        """Send what is queued."""
+
+    def close(self) -> None:
+        """Drop the socket; a waiting request's on_close is called."""
+
+
+class HttpRequest:
+    """One request, complete with its body, waiting for exactly one reply."""
+
+    __slots__ = ("head", "body", "connection", "body_too_large", "body_file")
+
+    def __init__(self, head: HttpHead, body: bytes, connection: Channel) -> None:
+        self.head = head
+        self.body = body
+        self.connection = connection
+        self.body_too_large = False
+        self.body_file: Optional[IO[bytes]] = None      # holds a body that is too large for memory
+
+    @property
+    def method(self) -> str:
+        """Method, as sent."""
+        return self.head.method
+
+    @property
+    def target(self) -> str:
+        """Request target, as sent, latin-1."""
+        return self.head.target
+
+    @property
+    def path(self) -> str:
+        """Percent-decoded path (text_of)."""
+        return self.head.path
+
+    @property
+    def query(self) -> str:
+        """Raw query without `?`, latin-1."""
+        return self.head.query
+
+    @property
+    def headers(self) -> Dict[str, str]:
+        """Lower-case name -> value."""
+        return self.head.headers
+
+    @property
+    def remote(self) -> str:
+        """Client address, `ip:port`."""
+        return self.connection.remote
+
+    @property
+    def scheme(self) -> str:
+        """`https` if the request came through TLS, else `http`."""
+        return self.connection.scheme
+
+    @property
+    def on_close(self) -> Optional[Callable[[], None]]:
+        """Called when the client goes away before the reply."""
+        return self.connection.on_close
+
+    @on_close.setter
+    def on_close(self, callback: Optional[Callable[[], None]]) -> None:
+        """Ask for that call; None: no more."""
+        self.connection.on_close = callback
+
+    def _head_bytes(
+        self, status: int, content_type: Optional[str], headers: str, framing: str
+    ) -> bytes:
+        head = self.head
+        kind = f"Content-Type: {content_type}\r\n" if content_type else ""
+        status_line = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} Status\r\n"
+        if head.minor:
+            closing = "" if head.keep_alive else "Connection: close\r\n"
+        else:
+            closing = "Connection: keep-alive\r\n" if head.keep_alive else ""
+            status_line = "HTTP/1.0" + status_line[8:]
+        date = self.connection.reactor.http_date()
+        return (
+            f"{status_line}{kind}{headers}Date: {date}\r\n{framing}{closing}\r\n".encode("latin-1")
+        )
+
+    def reply(
+        self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
+        headers: str = "", more: Sequence[bytes] = (),
+    ) -> None:
+        """Answer.  headers: more raw lines, each with its CRLF.  HEAD sends no body.
+
+        more  of the body, never copied
+        """
+        size = len(body) + sum(map(len, more))
+        framing = "" if status == 204 else f"Content-Length: {size}\r\n"
+        data = self._head_bytes(status, content_type if size else None, headers, framing)
+        if self.head.method == "HEAD":
+            more = ()
+        else:
+            data += body
+        self.connection.finish(data, self.head.keep_alive, more)
+
+    def reply_raw(self, data: bytes, more: Sequence[bytes] = ()) -> None:
+        """Answer with ready-made head and body; only if the head takes_raw.
+
+        more  of the body, never copied
+        """
+        self.connection.finish(data, True, more)
+
+    def start_stream(
+        self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
+        *, length: Optional[int] = None,
+    ) -> StreamReply:
+        """Send the head now; the body follows in pieces, of `length` bytes if that is known.
+
+        For an answer without body (HEAD, 204, 304) end() is all that follows.
+        """
+        bodyless = self.head.method == "HEAD" or status in (204, 304)
+        chunked = bool(self.head.minor) and length is None and not bodyless
+        framing = "Transfer-Encoding: chunked\r\n" if chunked else ""
+        if length is not None and status != 204:
+            framing = f"Content-Length: {length}\r\n"
+        if not (chunked or bodyless or length is not None):
+            self.head = closing_head(self.head)        # the end of the body is that of all
+        reply = StreamReply(self, chunked=chunked)
+        if not reply.closed:
+            self.connection.send(self._head_bytes(status, content_type, headers, framing))
+        return reply
+
+
+Handler = Callable[[HttpRequest], None]
+
+
+class StreamReply:
+    """A reply whose body is written piece by piece (chunked, or of a length that the head told;
+    HTTP/1.0: until close)."""
+
+    __slots__ = ("_connection", "_chunked", "_keep_alive", "closed", "on_close")
+
+    def __init__(self, request: HttpRequest, *, chunked: bool) -> None:
+        self._connection = request.connection
+        self._chunked = chunked
+        self._keep_alive = request.head.keep_alive
+        self.closed = not request.connection.busy
+        self.on_close: Optional[Callable[[], None]] = None
+        if not self.closed:
+            request.connection.streaming = True
+            request.connection.on_close = self._client_gone
+
+    @property
+    def pending(self) -> int:
+        """Bytes that the client has not taken yet."""
+        return self._connection.pending
+
+    def when_read(self, callback: Callable[[], None]) -> None:
+        """Call once, as soon as the client has taken everything that is pending."""
+        self._connection.on_drain = callback
+
+    def write(self, data: bytes, more: Sequence[bytes] = ()) -> bool:
+        """Queue one piece, with `more` of it that is never copied; False if the reply has ended."""
+        if self.closed:
+            return False
+        size = len(data) + sum(map(len, more))
+        if not self._chunked:
+            self._connection.send(data, more)
+        elif size < OUTPUT_SHARED_BYTES_MIN:
+            self._connection.send(b"%x\r\n%b\r\n" % (size, b"".join((data, *more))))
+        else:
+            self._connection.send(b"%x\r\n" % size, (data, *more, b"\r\n"))
+        return True
+
+    def end(self) -> None:
+        """Finish the body; the connection serves the next request."""
+        if not self.closed:
+            self.closed = True
+            self.on_close = None
+            self._connection.finish(b"0\r\n\r\n" if self._chunked else b"", self._keep_alive)
+
+    def abort(self) -> None:
+        """Drop the connection without finishing the body; on_close is not called."""
+        self.on_close = None
+        if not self.closed:
+            self.closed = True
+            self._connection.close()
+
+    def _client_gone(self) -> None:
+        self.closed = True
+        on_close, self.on_close = self.on_close, None
+        if on_close is not None:
+            on_close()
+
+
+def closing_head(head: HttpHead) -> HttpHead:
+    """A copy of `head` for a request whose body stays unread: the connection must end."""
+    closing = HttpHead(head.method, head.target, head.minor, head.headers)
+    closing.keep_alive = closing.takes_raw = False
+    closing.parsed = head.parsed
+    return closing
+
+
+# ============================================================================
 # net/tls -- TLS: certificates that may change, and handshakes that do not block the reactor.
 # ============================================================================
 
@@ -8130,194 +8359,104 @@ def _ignore(*args: object) -> None:
 
 
 # ============================================================================
-# net/http_server -- The HTTP server: requests in, replies out, in order.
+# net/http_connections -- Connections: bytes in, requests out, replies in order.
 # ============================================================================
 
 
-_STATUS_LINES = {
-    int(status): f"HTTP/1.1 {int(status)} {phrases[0]}\r\n"
-    for status, phrases in http.server.BaseHTTPRequestHandler.responses.items()
-}
+DRAIN_SECONDS = 2.0                 # how long a closing connection waits for the client's end
 
 
-class HttpRequest:
-    """One request, complete with its body, waiting for exactly one reply."""
+class Service:
+    """What the connections of a listener share, and may ask it for.
 
-    __slots__ = ("head", "body", "connection", "body_too_large", "body_file")
+    handler gets every complete request.  body_max in bytes: larger bodies arrive as
+    body_too_large.  body_limit(head) may allow less.  memory_max: from there on a body goes to the
+    file that open_spool(its first bytes) returns, if any, else it is too large.  held_max: of all
+    bodies in memory together.  patient: these are clients, who share a part of each turn; members
+    never wait for them.
+    """
 
-    def __init__(self, head: HttpHead, body: bytes, connection: Connection) -> None:
-        self.head = head
-        self.body = body
-        self.connection = connection
-        self.body_too_large = False
-        self.body_file: Optional[IO[bytes]] = None      # holds a body that is too large for memory
-
-    @property
-    def method(self) -> str:
-        """Method, as sent."""
-        return self.head.method
-
-    @property
-    def target(self) -> str:
-        """Request target, as sent, latin-1."""
-        return self.head.target
-
-    @property
-    def path(self) -> str:
-        """Percent-decoded path (text_of)."""
-        return self.head.path
-
-    @property
-    def query(self) -> str:
-        """Raw query without `?`, latin-1."""
-        return self.head.query
-
-    @property
-    def headers(self) -> Dict[str, str]:
-        """Lower-case name -> value."""
-        return self.head.headers
-
-    @property
-    def remote(self) -> str:
-        """Client address, `ip:port`."""
-        return self.connection.remote
-
-    @property
-    def scheme(self) -> str:
-        """`https` if the request came through TLS, else `http`."""
-        return self.connection.scheme
-
-    @property
-    def on_close(self) -> Optional[Callable[[], None]]:
-        """Called when the client goes away before the reply."""
-        return self.connection.on_close
-
-    @on_close.setter
-    def on_close(self, callback: Optional[Callable[[], None]]) -> None:
-        """Ask for that call; None: no more."""
-        self.connection.on_close = callback
-
-    def _head_bytes(
-        self, status: int, content_type: Optional[str], headers: str, framing: str
-    ) -> bytes:
-        head = self.head
-        kind = f"Content-Type: {content_type}\r\n" if content_type else ""
-        status_line = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} Status\r\n"
-        if head.minor:
-            closing = "" if head.keep_alive else "Connection: close\r\n"
-        else:
-            closing = "Connection: keep-alive\r\n" if head.keep_alive else ""
-            status_line = "HTTP/1.0" + status_line[8:]
-        date = self.connection.reactor.http_date()
-        return (
-            f"{status_line}{kind}{headers}Date: {date}\r\n{framing}{closing}\r\n".encode("latin-1")
-        )
-
-    def reply(
-        self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
-        headers: str = "", more: Sequence[bytes] = (),
+    def __init__(
+        self, reactor: Reactor, handler: Handler, body_max: int, tls: Optional[TlsContext],
+        held: Optional[HeldBytes], *, patient: bool,
     ) -> None:
-        """Answer.  headers: more raw lines, each with its CRLF.  HEAD sends no body.
+        self.reactor = reactor
+        self.handler = handler
+        self.body_max = body_max
+        self.tls = tls
+        self.held = held or HeldBytes(reactor)
+        self.patient = patient
+        self.flush_soon = reactor.flush_in_turn if patient else reactor.flush_soon
+        self.body_limit: Callable[[HttpHead], int] = lambda head: self.body_max
+        self.memory_max: float = math.inf
+        self.open_spool: Callable[[bytes], Optional[IO[bytes]]] = lambda first: None
+        self.held_max: float = math.inf
+        self.held_bytes = 0             # of bodies under way
+        self.heads: Dict[bytes, HttpHead] = {}
+        self.received_bytes = self.sent_bytes = 0   # of all connections so far
+        self.unread: Dict[Connection, float] = {}   # when they took some of their reply last
+        self._connections: Set[Connection] = set()
+        self._partial: Dict[Connection, float] = {}     # incomplete requests and their start
 
-        more  of the body, never copied
+    def serve(self, sock: socket.socket, remote: str) -> Connection:
+        """Serve HTTP on an accepted socket, whose handshake is done if there is one."""
+        connection = Connection(self, sock, remote)
+        self._connections.add(connection)
+        return connection
+
+    def dispatch(self, request: HttpRequest) -> None:
+        """Hand a request to the handler; a bug there costs this request, not the member.
+
+        Requests only read state or propose, so nothing is half done when one fails; what is
+        applied from the log is not protected like this.
         """
-        size = len(body) + sum(map(len, more))
-        framing = "" if status == 204 else f"Content-Length: {size}\r\n"
-        data = self._head_bytes(status, content_type if size else None, headers, framing)
-        if self.head.method == "HEAD":
-            more = ()
-        else:
-            data += body
-        self.connection.finish(data, self.head.keep_alive, more)
-
-    def reply_raw(self, data: bytes, more: Sequence[bytes] = ()) -> None:
-        """Answer with ready-made head and body; only if the head takes_raw.
-
-        more  of the body, never copied
-        """
-        self.connection.finish(data, True, more)
-
-    def start_stream(
-        self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
-        *, length: Optional[int] = None,
-    ) -> StreamReply:
-        """Send the head now; the body follows in pieces, of `length` bytes if that is known.
-
-        For an answer without body (HEAD, 204, 304) end() is all that follows.
-        """
-        bodyless = self.head.method == "HEAD" or status in (204, 304)
-        chunked = bool(self.head.minor) and length is None and not bodyless
-        framing = "Transfer-Encoding: chunked\r\n" if chunked else ""
-        if length is not None and status != 204:
-            framing = f"Content-Length: {length}\r\n"
-        if not (chunked or bodyless or length is not None):
-            self.head = _closing_head(self.head)        # the end of the body is that of all
-        reply = StreamReply(self, chunked=chunked)
-        if not reply.closed:
-            self.connection.send(self._head_bytes(status, content_type, headers, framing))
-        return reply
-
-
-Handler = Callable[[HttpRequest], None]
-
-
-class StreamReply:
-    """A reply whose body is written piece by piece (chunked, or of a length that the head told;
-    HTTP/1.0: until close)."""
-
-    __slots__ = ("_connection", "_chunked", "_keep_alive", "closed", "on_close")
-
-    def __init__(self, request: HttpRequest, *, chunked: bool) -> None:
-        self._connection = request.connection
-        self._chunked = chunked
-        self._keep_alive = request.head.keep_alive
-        self.closed = not request.connection.busy
-        self.on_close: Optional[Callable[[], None]] = None
-        if not self.closed:
-            request.connection.streaming = True
-            request.connection.on_close = self._client_gone
+        try:
+            self.handler(request)
+        except InvariantError:
+            raise
+        except Exception:
+            package_logger("http").exception("bug: %s %s", request.method, request.target[:200])
+            if request.connection.streaming:
+                request.connection.close()      # its reply has begun, and cannot be completed
+                return
+            request.head = closing_head(request.head)      # no second reply: see finish()
+            request.reply(500, b'{"message":"Internal Server Error"}')
 
     @property
-    def pending(self) -> int:
-        """Bytes that the client has not taken yet."""
-        return self._connection.pending
+    def has_partial(self) -> bool:
+        """True if any connection is known to watch_partial()."""
+        return bool(self._partial)
 
-    def when_read(self, callback: Callable[[], None]) -> None:
-        """Call once, as soon as the client has taken everything that is pending."""
-        self._connection.on_drain = callback
+    def watch_partial(self, connection: Connection, partial: bool, *, begun: bool) -> None:
+        """Remember since when a request is incomplete.  begun: it is another than before."""
+        if partial and begun:
+            self._partial[connection] = self.reactor.now()
+        elif partial:
+            self._partial.setdefault(connection, self.reactor.now())
+        elif self._partial:
+            self._partial.pop(connection, None)
 
-    def write(self, data: bytes, more: Sequence[bytes] = ()) -> bool:
-        """Queue one piece, with `more` of it that is never copied; False if the reply has ended."""
-        if self.closed:
-            return False
-        size = len(data) + sum(map(len, more))
-        if not self._chunked:
-            self._connection.send(data, more)
-        elif size < OUTPUT_SHARED_BYTES_MIN:
-            self._connection.send(b"%x\r\n%b\r\n" % (size, b"".join((data, *more))))
-        else:
-            self._connection.send(b"%x\r\n" % size, (data, *more, b"\r\n"))
-        return True
+    def watch_unread(self, connection: Connection, *, took: bool) -> None:
+        """Remember since when a client takes nothing.  took: it has just taken something."""
+        if took or connection not in self.unread:
+            self.unread[connection] = self.reactor.now()
 
-    def end(self) -> None:
-        """Finish the body; the connection serves the next request."""
-        if not self.closed:
-            self.closed = True
-            self.on_close = None
-            self._connection.finish(b"0\r\n\r\n" if self._chunked else b"", self._keep_alive)
+    def forget(self, connection: Connection) -> None:
+        """The connection is closed."""
+        self._connections.discard(connection)
+        self._partial.pop(connection, None)
+        self.unread.pop(connection, None)
+        self.held.forget(connection)
 
-    def abort(self) -> None:
-        """Drop the connection without finishing the body; on_close is not called."""
-        self.on_close = None
-        if not self.closed:
-            self.closed = True
-            self._connection.close()
-
-    def _client_gone(self) -> None:
-        self.closed = True
-        on_close, self.on_close = self.on_close, None
-        if on_close is not None:
-            on_close()
+    def close_slow(self) -> None:
+        """Close what has been on the way for too long."""
+        now = self.reactor.now()
+        for connection, since in list(self._partial.items()):
+            if since < now - REQUEST_SECONDS_MAX:
+                connection.refuse(BadRequest("408 Request Timeout", 408))
+        for connection, since in list(self.unread.items()):
+            if since < now - UNREAD_SECONDS_MAX:
+                connection.close()
 
 
 class Connection:
@@ -8325,13 +8464,13 @@ class Connection:
 
     __slots__ = (
         "reactor", "remote", "on_close", "on_drain", "streaming", "pending", "busy", "closed",
-        "_listener", "_sock", "_in", "_finder", "_head", "_chunks", "_body", "_body_bytes",
+        "_service", "_sock", "_in", "_finder", "_head", "_chunks", "_body", "_body_bytes",
         "_body_max", "_file", "_out", "_dirty", "_events", "_close_after", "_eof", "_draining",
         "_in_line", "_http2", "_goodbye",
     )
 
-    def __init__(self, listener: Listener, sock: socket.socket, remote: str) -> None:
-        self.reactor = listener.reactor
+    def __init__(self, service: Service, sock: socket.socket, remote: str) -> None:
+        self.reactor = service.reactor
         self.remote = remote
         self.on_close: Optional[Callable[[], None]] = None
         self.on_drain: Optional[Callable[[], None]] = None      # once, when nothing is pending
@@ -8339,7 +8478,7 @@ class Connection:
         self.pending = 0                # bytes in _out
         self.busy = False               # a request waits for its reply, or for the end of it
         self.closed = False
-        self._listener = listener
+        self._service = service
         self._sock = sock
         self._in = bytearray()          # received, not yet parsed
         self._finder = HeadFinder()     # looks for the end of the next head in it
@@ -8363,10 +8502,10 @@ class Connection:
     @property
     def scheme(self) -> str:
         """`https` under TLS, else `http`."""
-        return "https" if self._listener.tls else "http"
+        return "https" if self._service.tls else "http"
 
     def _register(self, events: int, callback: Callable[[int], None]) -> None:
-        self.reactor.register(self._sock, events, callback, patient=self._listener.patient)
+        self.reactor.register(self._sock, events, callback, patient=self._service.patient)
 
     def _on_event(self, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:
@@ -8388,12 +8527,12 @@ class Connection:
         elif not data:
             self._end_of_input()
         else:
-            self._listener.received_bytes += len(data)
+            self._service.received_bytes += len(data)
             if not (self._in or self.busy or self.pending or self._head or self._close_after):
                 request = self._whole_request(data)
                 if request is not None:
                     self.busy = True
-                    self._listener.dispatch(request)
+                    self._service.dispatch(request)
                     return
             self._in += data
             if not (self.busy or self._in_line) and self.pending <= OUTPUT_PAUSE_BYTES:
@@ -8401,7 +8540,7 @@ class Connection:
             elif len(self._in) > REQUEST_HEAD_BYTES_MAX:
                 self._watch(self._events & ~selectors.EVENT_READ)   # until _resume()
             if (self._in or self._body_bytes) and not self.closed:
-                self._listener.held.hold(self, len(data))
+                self._service.held.hold(self, len(data))
 
     def _end_of_input(self) -> None:
         """The client sends no more: it waits for its replies, but not for the end of a stream."""
@@ -8423,14 +8562,14 @@ class Connection:
             request = self._next_request() if self._in or self._head else None
             if request is not None:
                 self.busy = served = True
-                self._listener.dispatch(request)
+                self._service.dispatch(request)
         except BadRequest as error:
             self.refuse(error)
         if self.closed:
             return
         partial = bool(self._in or self._head or self._http2) and not self.busy
-        if partial or self._listener.has_partial:
-            self._listener.watch_partial(self, partial, begun=served)
+        if partial or self._service.has_partial:
+            self._service.watch_partial(self, partial, begun=served)
         if self._eof and not (self.busy or self._in_line or self._close_after):
             self._close_after = True        # what is left is no whole request
             self._flush_soon()
@@ -8444,7 +8583,7 @@ class Connection:
     def _whole_request(self, data: bytes) -> Optional[HttpRequest]:
         """The request if `data` is just one, whose head was seen before.  A hot path."""
         end = data.find(b"\r\n\r\n")
-        head = self._listener.heads.get(data[:end]) if end >= 0 else None
+        head = self._service.heads.get(data[:end]) if end >= 0 else None
         if head is not None and head.is_simple and len(data) == end + 4 + head.body_size:
             return HttpRequest(head, data[end + 4:], self)
         return None
@@ -8464,7 +8603,7 @@ class Connection:
         request.body_file, self._file = self._file, None
         if body is None:
             request.body_too_large = True
-            request.head = _closing_head(head)
+            request.head = closing_head(head)
         return request
 
     def _take_head(self) -> Optional[HttpHead]:
@@ -8478,7 +8617,7 @@ class Connection:
         end, stop = found
         raw = bytes(self._in[:end])
         del self._in[:stop]
-        heads = self._listener.heads
+        heads = self._service.heads
         head = heads.get(raw)
         if head is None:
             head = parse_head(raw)
@@ -8488,7 +8627,7 @@ class Connection:
                 heads[raw] = head
         self._head = head
         if head.chunked or head.body_size:
-            self._body_max = self._listener.body_limit(head)
+            self._body_max = self._service.body_limit(head)
         if head.expects and (head.chunked or head.body_size > len(self._in)):
             if head.body_size <= self._body_max:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -8523,27 +8662,27 @@ class Connection:
         self._body_bytes += len(piece)
         if self._file is not None:
             return _write_all(self._file, (piece,))
-        listener = self._listener
+        service = self._service
         self._body.append(piece)
-        listener.held_bytes += len(piece)
-        if self._body_bytes > listener.memory_max:
+        service.held_bytes += len(piece)
+        if self._body_bytes > service.memory_max:
             return self._spool()
-        return listener.held_bytes <= listener.held_max
+        return service.held_bytes <= service.held_max
 
     def _spool(self) -> bool:
         """From here on the body goes to a file; False if that cannot be."""
         first = b"".join([piece[:16] for piece in self._body[:16]])
-        file = self._listener.open_spool(first[:16])
+        file = self._service.open_spool(first[:16])
         if file is None or not _write_all(file, self._body):
             return False
-        self._listener.held_bytes -= self._body_bytes
+        self._service.held_bytes -= self._body_bytes
         self._body, self._file = [], file
         return True
 
     def _join(self) -> bytes:
         """Return what was kept, unless it is in _file."""
         data = b"".join(self._body)
-        self._listener.held_bytes -= len(data)
+        self._service.held_bytes -= len(data)
         self._body, self._body_bytes = [], 0
         return data
 
@@ -8608,13 +8747,13 @@ class Connection:
             size += sum(map(len, more))
         self.pending += size
         if self._events & selectors.EVENT_WRITE:
-            self._listener.held.hold(self, size)
+            self._service.held.hold(self, size)
         self._flush_soon()
 
     def _flush_soon(self) -> None:
         if not self._dirty:
             self._dirty = True
-            self._listener.flush_soon(self.flush)
+            self._service.flush_soon(self.flush)
 
     def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
         """Queue the end of a reply and go on with the next request, or close.
@@ -8630,7 +8769,7 @@ class Connection:
             self.pending = len(data)
             if not self._dirty:
                 self._dirty = True
-                self._listener.flush_soon(self.flush)
+                self._service.flush_soon(self.flush)
         elif data:
             self.send(data, more)
         if not keep_alive or self._eof and not self._in:
@@ -8653,13 +8792,13 @@ class Connection:
             except OSError:
                 self.close()
                 return
-            self._listener.sent_bytes += sent
+            self._service.sent_bytes += sent
             self.pending -= sent
             if self.pending:
                 self._drop_sent(sent)
-                self._listener.watch_unread(self, took=sent > 0)
+                self._service.watch_unread(self, took=sent > 0)
                 grown = 0 if self._events & selectors.EVENT_WRITE else self.pending
-                self._listener.held.hold(self, grown, moved=sent > 0)
+                self._service.held.hold(self, grown, moved=sent > 0)
             else:
                 self._out = []
         if self._out:
@@ -8668,7 +8807,7 @@ class Connection:
             self._drain()
         elif self._events & selectors.EVENT_WRITE:
             self._watch(self._events & ~selectors.EVENT_WRITE)
-            self._listener.unread.pop(self, None)
+            self._service.unread.pop(self, None)
         if self._in and not self.busy and self.pending <= OUTPUT_PAUSE_BYTES:
             self._line_up()
         if self.on_drain is not None and not self._out:
@@ -8679,7 +8818,7 @@ class Connection:
         """Send in one call; return how many bytes the socket took.  Large pieces are not copied:
         256 KB take 40 us less."""
         out = self._out
-        if self._listener.tls is not None:  # it knows no sendmsg(), and wants the same again
+        if self._service.tls is not None:  # it knows no sendmsg(), and wants the same again
             size, count = len(out[0]), 1    # after it was blocked, or more that begins so
             while count < len(out) and size + len(out[count]) <= OUTPUT_JOIN_BYTES_MAX:
                 size += len(out[count])
@@ -8756,7 +8895,7 @@ class Connection:
         self.on_drain = None
         if self._goodbye is not None:
             self._goodbye.cancel()
-        self._listener.forget(self)
+        self._service.forget(self)
         on_close, self.on_close = self.on_close, None
         if on_close is not None:
             on_close()
@@ -8771,15 +8910,9 @@ def _write_all(file: IO[bytes], pieces: Iterable[bytes]) -> bool:
     return True
 
 
-DRAIN_SECONDS = 2.0                 # how long a closing connection waits for the client's end
-
-
-def _closing_head(head: HttpHead) -> HttpHead:
-    """A copy of `head` for a request whose body stays unread: the connection must end."""
-    closing = HttpHead(head.method, head.target, head.minor, head.headers)
-    closing.keep_alive = closing.takes_raw = False
-    closing.parsed = head.parsed
-    return closing
+# ============================================================================
+# net/http_server -- Listeners: sockets that accept connections, in plain HTTP or by TLS.
+# ============================================================================
 
 
 class Arrival:
@@ -8871,52 +9004,32 @@ class Arrival:
         self._listener.complain(self._remote, why)
 
 
-class Listener(http.server.HTTPServer):
+class Listener(Service, http.server.HTTPServer):
     """A listening socket whose connections the reactor serves.
 
     Bound at construction (OSError if the port is taken), accepting after start().  handler gets
-    every complete request.  body_max in bytes: larger bodies arrive as body_too_large.
-    body_limit(head) may allow less.  memory_max: from there on a body goes to the file that
-    open_spool(its first bytes) returns, if any, else it is too large.  held_max: of all bodies in
-    memory together.  tls for an https URL; what is no TLS gets a sentence in plain HTTP.
-    patient: these are clients, who share a part of each turn; members never wait for them.
+    every complete request.  tls for an https URL; what is no TLS gets a sentence in plain HTTP.
     """
 
     allow_reuse_address = os.name == "posix"
     request_queue_size = 1024
 
     def __init__(
-        self, url: str, reactor: Reactor, handler: Callable[[HttpRequest], None], *,
+        self, url: str, reactor: Reactor, handler: Handler, *,
         body_max: int = REQUEST_BODY_BYTES_MAX, tls: Optional[TlsContext] = None,
         held: Optional[HeldBytes] = None, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4),
         patient: bool = True,
     ) -> None:
         self.url = url
-        self.patient = patient
-        self.flush_soon = reactor.flush_in_turn if patient else reactor.flush_soon
+        Service.__init__(self, reactor, handler, body_max, tls, held, patient=patient)
         self._kept = kept               # of the descriptors, for other purposes
-        self.held = held or HeldBytes(reactor)
-        self.tls = tls
-        self.reactor = reactor
-        self.handler = handler
-        self.body_max = body_max
-        self.body_limit: Callable[[HttpHead], int] = lambda head: self.body_max
-        self.memory_max: float = math.inf
-        self.open_spool: Callable[[bytes], Optional[IO[bytes]]] = lambda first: None
-        self.held_max: float = math.inf
-        self.held_bytes = 0             # of bodies under way
-        self.heads: Dict[bytes, HttpHead] = {}
-        self.received_bytes = self.sent_bytes = 0   # of all connections so far
-        self._connections: Set[Connection] = set()
         self._complaints = Complaints("http", reactor.now)
         self._arriving: Set[Arrival] = set()            # in the handshake of TLS
-        self._partial: Dict[Connection, float] = {}     # incomplete requests and their start
-        self.unread: Dict[Connection, float] = {}       # when they took some of their reply last
         self._sweep: Optional[Timer] = None
         self._started = False
         family, address = _listen_address(url)
         self.address_family = family
-        super().__init__(address, http.server.BaseHTTPRequestHandler)
+        http.server.HTTPServer.__init__(self, address, http.server.BaseHTTPRequestHandler)
         self.socket.setblocking(False)
 
     def server_bind(self) -> None:
@@ -8956,50 +9069,6 @@ class Listener(http.server.HTTPServer):
         for connection in list(self._connections):
             connection.flush()
             connection.close()
-
-    def dispatch(self, request: HttpRequest) -> None:
-        """Hand a request to the handler; a bug there costs this request, not the member.
-
-        Requests only read state or propose, so nothing is half done when one fails; what is
-        applied from the log is not protected like this.
-        """
-        try:
-            self.handler(request)
-        except InvariantError:
-            raise
-        except Exception:
-            package_logger("http").exception("bug: %s %s", request.method, request.target[:200])
-            if request.connection.streaming:
-                request.connection.close()      # its reply has begun, and cannot be completed
-                return
-            request.head = _closing_head(request.head)      # no second reply: see finish()
-            request.reply(500, b'{"message":"Internal Server Error"}')
-
-    @property
-    def has_partial(self) -> bool:
-        """True if any connection is known to watch_partial()."""
-        return bool(self._partial)
-
-    def watch_partial(self, connection: Connection, partial: bool, *, begun: bool) -> None:
-        """Remember since when a request is incomplete.  begun: it is another than before."""
-        if partial and begun:
-            self._partial[connection] = self.reactor.now()
-        elif partial:
-            self._partial.setdefault(connection, self.reactor.now())
-        elif self._partial:
-            self._partial.pop(connection, None)
-
-    def watch_unread(self, connection: Connection, *, took: bool) -> None:
-        """Remember since when a client takes nothing.  took: it has just taken something."""
-        if took or connection not in self.unread:
-            self.unread[connection] = self.reactor.now()
-
-    def forget(self, connection: Connection) -> None:
-        """The connection is closed."""
-        self._connections.discard(connection)
-        self._partial.pop(connection, None)
-        self.unread.pop(connection, None)
-        self.held.forget(connection)
 
     def _accept(self, mask: int) -> None:
         for _ in range(64):
@@ -9048,12 +9117,6 @@ class Listener(http.server.HTTPServer):
         else:
             sock.close()
 
-    def serve(self, sock: socket.socket, remote: str) -> Connection:
-        """Serve HTTP on an accepted socket, whose handshake is done if there is one."""
-        connection = Connection(self, sock, remote)
-        self._connections.add(connection)
-        return connection
-
     def arrived(self, arrival: Arrival) -> None:
         """The handshake has ended, one way or the other."""
         self._arriving.discard(arrival)
@@ -9083,13 +9146,7 @@ class Listener(http.server.HTTPServer):
             self._listen()
 
     def _close_slow(self) -> None:
-        now = self.reactor.now()
-        for connection, since in list(self._partial.items()):
-            if since < now - REQUEST_SECONDS_MAX:
-                connection.refuse(BadRequest("408 Request Timeout", 408))
-        for connection, since in list(self.unread.items()):
-            if since < now - UNREAD_SECONDS_MAX:
-                connection.close()
+        self.close_slow()
         self._sweep = self.reactor.call_later(SLOW_CHECK_SECONDS, self._close_slow)
 
 

@@ -29,7 +29,7 @@ from ..base.limits import (
 from ..base.messages import Request
 from ..base.text import go_quote, is_unicode, json_string, text_of, unquote
 from ..net.http_messages import HttpHead
-from ..net.http_server import HttpRequest, StreamReply
+from ..net.http_requests import HttpRequest, StreamReply
 from ..store.events import Event
 from ..store.tree import Store
 from ..store.watchers import Watcher

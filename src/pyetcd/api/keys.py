@@ -15,7 +15,7 @@ from ..member.cluster import format_id
 from ..member.server import EtcdServer
 from ..member.statistics import Histogram, Histograms, exponential_bounds
 from ..net.http_messages import HttpHead
-from ..net.http_server import Handler, HttpRequest
+from ..net.http_requests import Handler, HttpRequest
 from ..store.walks import Listing
 from .forms import FORM_SLICE_BYTES, KeyTarget, KeyWatch, refuse_method, write_error, write_message
 from .listings import Listings, Wanted

@@ -20,7 +20,7 @@ from ..base.limits import (
 from ..base.messages import Message, MsgType
 from ..base.text import format_duration, parse_time
 from ..net.http_calls import HttpCall
-from ..net.http_server import StreamReply
+from ..net.http_requests import StreamReply
 from ..net.workers import COMPLAINT_SECONDS
 from .compatibility import (
     _PIPELINE,

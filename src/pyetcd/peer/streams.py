@@ -21,7 +21,7 @@ from ..base.messages import Message
 from ..base.text import text_of
 from ..net.budgets import SlicedWork
 from ..net.http_calls import HttpCall
-from ..net.http_server import StreamReply
+from ..net.http_requests import StreamReply
 from ..net.workers import Timer
 from .compatibility import (
     _OLDEST_STREAM_VERSION,
