@@ -313,17 +313,23 @@ _SLOW_PARSERS = {
         "2020-01-01T00:00:00." + data.decode("latin-1")), (b"1", b"Z", b" ")),
     "_parse_id": (lambda data: pyetcd._parse_id(data.decode("latin-1")), (b"1", b"g")),
     "decode_varint": (lambda data: pyetcd.decode_varint(data, 0), _WIRE_BYTES),
+    "decode_message_steps": (
+        lambda data: pyetcd.finish(pyetcd.decode_message_steps(data)), _WIRE_BYTES),
+    "decode_long_request": (
+        lambda data: pyetcd.finish(pyetcd.decode_long_request(data)), _WIRE_BYTES),
     "decode_fields": (lambda data: list(pyetcd.decode_fields(data)), _WIRE_BYTES),
     **{name: (getattr(pyetcd, name), _WIRE_BYTES) for name in (
         "decode_hard_state", "decode_entry", "decode_conf_change", "decode_snapshot",
         "decode_message", "decode_request", "decode_metadata", "_decode_voters",
-        "_decode_plain_message", "_decode_any_message", "_decode_plain_put", "_decode_record",
+        "_decode_plain_message", "_decode_any_message",
+        "decode_request_head", "_decode_plain_put", "_decode_record",
         "_decode_walpb_snapshot", "decode_snapshot_file",
     )},
 }
 _PARSERS_OF_SETTINGS = {                # flags, environment and files of the user
     "parse_bool", "parse_uint", "parse_urls", "parse_initial_cluster", "_parse_origins",
-    "_parse_levels", "_parse_address", "_parse_discovery", "_parse_choice", "_parse_auto_tls",
+    "_parse_levels", "_parse_address",
+    "_parse_proxy", "_parse_domain", "_parse_discovery", "_parse_choice", "_parse_auto_tls",
     "Flag.parse", "_decode_known",      # the latter is a part of other decoders
 }
 
@@ -417,6 +423,140 @@ def test_attack_a_long_form_is_parsed_in_slices_as_in_one_piece():
 
 
 # -- bounded turns: what clients send together is served in parts --------------------
+
+
+# -- long values: done in steps, kept as they are sent, and never again looked at ------------
+
+_LONG_VALUES = {
+    "plain": b"a" * 700_001, "lt": b"<" * 700_001, "quotes": b'\\"' * 350_000,
+    "latin": "\u00e9<".encode() * 200_000, "astral": "\U0001f600".encode() * 150_000,
+    "separators": "\u2028".encode() * 200_000, "not-utf8": b"\xff\xe4\xb8<" * 150_000,
+}
+
+
+_NEEDS_NO_ESCAPE = ("plain", "astral")
+
+
+def _steps_of(work):
+    """(steps, result) of a generator."""
+    for count in range(1_000_000):
+        try:
+            next(work)
+        except StopIteration as stop:
+            return count + 1, stop.value
+    raise AssertionError("without end")
+
+
+@pytest.mark.parametrize("name", _LONG_VALUES)
+def test_attack_a_long_value_becomes_json_in_steps(name):
+    """Whatever is in it: each step is short, and the result is what one step would make."""
+    data = _LONG_VALUES[name]
+    steps, pieces = _steps_of(pyetcd.long_text_steps(data))
+    text = pyetcd.as_unicode(pyetcd.text_of(data))
+    assert b'"%b"' % b"".join(pieces) == pyetcd.json_string(text).encode()
+    assert pyetcd.text_of_long(pieces) == text
+    size = pyetcd.LONG_TEXT_STEP_BYTES
+    assert max(map(len, pieces)) <= 6 * size
+    assert steps > len(data) // size // (32 if name in _NEEDS_NO_ESCAPE else 3)
+
+
+@pytest.mark.parametrize("name", _LONG_VALUES)
+def test_attack_a_long_command_is_read_in_steps_as_in_one(name):
+    """A value, and a value to compare with: on every member the same."""
+    text = pyetcd.text_of(_LONG_VALUES[name])
+    for request in (pyetcd.Request(7, "PUT", "/1/a", text),
+                    pyetcd.Request(7, "PUT", "/1/a", "x", prev_value=text, prev_exist=True)):
+        data = pyetcd.encode_request(request)
+        assert _steps_of(pyetcd.encode_request_steps(request))[1] == data
+        steps, long = _steps_of(pyetcd.decode_long_request(data))
+        texts = [value if isinstance(value, str) else pyetcd.text_of_long(value)
+                 for value in (long.val, long.prev_value)]
+        again = long._replace(val=texts[0], prev_value=texts[1])
+        assert again == request.as_unicode() and (
+            steps > 5 or name in _NEEDS_NO_ESCAPE)
+        assert pyetcd.decode_request_head(data) == request._replace(val="", prev_value="")
+
+
+def test_attack_the_log_sums_a_long_entry_in_steps(tmp_path):
+    """10 MB, of which no piece is copied, as the plain way writes them."""
+    data = bytes(range(256)) * (10 << 12)
+    wals = [pyetcd.Wal.create(str(tmp_path / name), b"") for name in "ab"]
+    for index, entry in enumerate((b"x", data, b"y" * 5_000), 1):
+        entries = [pyetcd.Entry(0, 1, index, entry)]
+        steps, pieces = _steps_of(wals[0].encode_steps(None, entries))
+        assert b"".join(pieces) == wals[1]._encoder.batch(
+            [pyetcd.encode_entry(entries[0])], b"")
+        assert steps >= len(entry) >> 20 and (index == 1 or any(p is entry for p in pieces))
+    for wal in wals:
+        wal.close()
+
+
+def test_attack_a_long_message_is_not_copied():
+    """Neither on a stream nor in a POST, and the bytes are those of the plain way."""
+    data, snapshot = b"x" * (1 << 20), pyetcd.Snapshot(b"s" * (1 << 20), (1, 2), 3, 4)
+    entries = [pyetcd.Entry(0, 3, 5, b"a"), pyetcd.Entry(0, 3, 6, data), pyetcd.Entry(0, 3, 7, b"")]
+    message = pyetcd.Message(
+        pyetcd.MsgType.APP, to=2, sender=1, term=3, log_term=3, index=4, entries=entries)
+    encoder = pyetcd.AppV2Encoder(pyetcd.EntryListEncoder())
+    full, short = encoder.parts(message), None
+    message.index, message.entries = 7, [pyetcd.Entry(0, 3, 8, data)]
+    short = encoder.parts(message)
+    decoder = pyetcd.AppV2Decoder(2, 1)
+    found = decoder.feed(b"".join(full + short))
+    assert [message.entries for message in found] == [entries, message.entries]
+    posted = pyetcd.encode_message_parts(
+        pyetcd.Message(pyetcd.MsgType.SNAP, to=2, sender=1, term=5, snapshot=snapshot))
+    assert pyetcd.decode_message(b"".join(posted)).snapshot == snapshot
+    for parts, part in ((full, data), (short, data), (posted, snapshot.data)):
+        assert any(piece is part for piece in parts) and len(parts) <= 4
+
+
+def test_attack_answers_share_the_pieces_of_a_long_value():
+    """GET, listing, event, history and snapshot: none of them makes the JSON again."""
+    store, now_ns = pyetcd.Store(), 10 ** 18
+    event = store.set("/1/d/a", value="<" * 500_000, expires_ns=2 * now_ns, now_ns=now_ns)
+    pieces = event.node.json
+    event = store.update("/1/d/a", refresh=True, expires_ns=3 * now_ns, now_ns=now_ns)
+    listing = store.listing("/1", recursive=True, now_ns=now_ns)
+    while not listing.done:
+        listing.work()
+    for found in (store.file_json("/1/d/a", now_ns=now_ns), event.client_pieces(),
+                  listing.chunks, list(store.snapshot_chunks())):
+        ids = set(map(id, found))
+        assert all(id(piece) in ids for piece in pieces)
+
+
+def test_attack_a_comparison_with_a_long_value_shows_the_start_of_it():
+    """20 MB of error text would be escaped in one turn."""
+    store, now_ns = pyetcd.Store(), 10 ** 18
+    store.set("/1/a", value="<" * 500_000, now_ns=now_ns)
+    with pytest.raises(pyetcd.CompareFailed) as failure:
+        store.compare_and_swap("/1/a", prev_value=">" * 100_000, value="", now_ns=now_ns)
+    start = pyetcd.SHOWN_VALUE_CHARS
+    assert failure.value.cause == f"[{'>' * start}... != {'<' * start}...]"
+    same = pyetcd.long_text("<" * 500_000)
+    for previous in ("<" * 500_000, same, (same[0][:6], same[0][6:], *same[1:])):
+        store.compare_and_swap("/1/a", prev_value=previous, value="<" * 500_000, now_ns=now_ns)
+
+
+def test_attack_a_long_value_is_applied_over_many_turns(monkeypatch, tmp_path):
+    """A member goes on turning while it takes 3 MB that all have to be escaped."""
+    steps, prepare = [], pyetcd.Applier.prepare
+
+    def counted(applier, entry):
+        steps.append(len(entry.data))
+        return prepare(applier, entry)
+
+    monkeypatch.setattr(pyetcd.Applier, "prepare", counted)
+    with pyetcd.Server(data_dir=str(tmp_path / "data")) as server:
+        url = f"{server.client_urls[0]}/v2/keys/a"
+        body = b"value=" + b"<" * (3 << 20)
+        request = urllib.request.Request(url, body, method="PUT", headers={
+            "Content-Type": "application/x-www-form-urlencoded"})
+        assert urllib.request.urlopen(request, timeout=60).status == 201
+        answer = urllib.request.urlopen(url, timeout=60).read()
+    assert b'"value":"' + b"\\u003c" * (3 << 20) + b'"' in answer
+    assert sum(size > 1 << 20 for size in steps) > 40
 
 
 class _TurnRig:

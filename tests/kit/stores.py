@@ -12,8 +12,8 @@ def store_json(
 ) -> bytes:
     """The line that answers a GET, in one go."""
     body = store.file_json(path, recursive=recursive, now_ns=now_ns)
-    if body is not None:
-        return body
+    if body:
+        return b"".join(body)
     listing = store.listing(path, recursive=recursive, sorted=sorted, now_ns=now_ns)
     while not listing.done:
         listing.work()

@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import pytest
 
@@ -395,7 +395,8 @@ class _LinkFakeReply:
         self.closed = False
         self.on_close: Optional[Callable[[], None]] = None
 
-    def write(self, data: bytes) -> bool:
+    def write(self, data: bytes, more: Sequence[bytes] = ()) -> bool:
+        data = b"".join((data, *more))
         self.pieces.append(data)
         self.pending += len(data)
         return True

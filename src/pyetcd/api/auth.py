@@ -26,7 +26,7 @@ from ..member.passwords import (
 )
 from ..member.server import EtcdServer
 from ..net.http_messages import HttpHead
-from ..net.http_server import Handler, HttpRequest
+from ..net.http_requests import Handler, HttpRequest
 from .forms import not_found, refuse_method, write_error, write_message
 from .gojson import GoJson
 

@@ -11,7 +11,7 @@ from ..base.limits import REGISTRY_KEY, SHORT_HEADER_BYTES_MAX
 from ..base.messages import Request
 from ..base.text import json_string
 from ..net.http_messages import HttpHead
-from ..net.http_server import HttpRequest
+from ..net.http_requests import HttpRequest
 from .forms import parse_form
 from .routes import CorsRequest
 

@@ -29,7 +29,7 @@ from ..base.limits import (
 from ..base.messages import Request
 from ..base.text import go_quote, is_unicode, json_string, text_of, unquote
 from ..net.http_messages import HttpHead
-from ..net.http_server import HttpRequest, StreamReply
+from ..net.http_requests import HttpRequest, StreamReply
 from ..store.events import Event
 from ..store.tree import Store
 from ..store.watchers import Watcher
@@ -87,12 +87,19 @@ def form_steps(
         raise InvalidForm("invalid semicolon separator in query")
     if data.count(b"&") >= fields_max:
         raise InvalidForm(f"more than {fields_max} fields")
-    for count, field in enumerate(data.split(b"&"), 1):
-        name, _, value = field.partition(b"=")
-        if len(field) > FORM_SLICE_BYTES:
-            name_text = yield from _unescape_steps(name)
-            value_text = yield from _unescape_steps(value)
-        elif field:
+    if len(data) > FORM_SLICE_BYTES:
+        yield                           # to receive it took some ms, too
+    view, end = memoryview(data), -1
+    for count in range(1, data.count(b"&") + 2):
+        start, end = end + 1, data.find(b"&", end + 1)
+        end = end if end >= 0 else len(data)
+        if end - start > FORM_SLICE_BYTES:
+            middle = data.find(b"=", start, end)
+            middle = middle if middle >= 0 else end
+            name_text = yield from _unescape_steps(view[start:middle])
+            value_text = yield from _unescape_steps(view[middle + 1:end])
+        elif end > start:
+            name, _, value = data[start:end].partition(b"=")
             name_text, value_text = text_of(_unescape(name)), text_of(_unescape(value))
         else:
             continue
@@ -102,7 +109,7 @@ def form_steps(
     return fields
 
 
-def _unescape_steps(data: bytes) -> Generator[None, None, str]:
+def _unescape_steps(data: memoryview) -> Generator[None, None, str]:
     """Decode a long name or value, with pauses."""
     decode = codecs.getincrementaldecoder("utf-8")().decode
     pieces, start = [], 0
@@ -110,9 +117,10 @@ def _unescape_steps(data: bytes) -> Generator[None, None, str]:
         while start < len(data):
             yield
             end = start + FORM_SLICE_BYTES
-            if end < len(data) and b"%" in data[end - 2:end]:
-                end -= 2 - data[end - 2:end].rfind(b"%")        # no escape is cut in two
-            pieces.append(decode(_unescape(data[start:end]), end >= len(data)))
+            last = bytes(data[end - 2:end])
+            if end < len(data) and b"%" in last:
+                end -= 2 - last.rfind(b"%")     # no escape is cut in two
+            pieces.append(decode(_unescape(bytes(data[start:end])), end >= len(data)))
             start = end
     except UnicodeDecodeError:
         raise InvalidForm(f"more than {FORM_SLICE_BYTES} bytes that are not UTF-8") from None
@@ -243,7 +251,7 @@ def parse_key_request(
     prev_value = fields.get("prevValue")
     if prev_value == "":
         raise PrevValueRequired('"prevValue" cannot be empty')
-    if prev_value and not is_unicode(prev_value):
+    if prev_value and len(prev_value) <= FORM_SLICE_BYTES and not is_unicode(prev_value):
         raise InvalidForm('"prevValue" is not UTF-8: no value is')
     expiration = _expiration_field(fields, now_ns)
     prev_exist = _bool_field(fields, "prevExist", "prevExist")
@@ -394,15 +402,15 @@ class KeyWatch:
         if reply is None:
             self._early.append(event)
             return
-        data = event.client_json()
+        data = event.client_pieces()
         if self._stream and not reply.pending:
             self._owed.clear()
-        if reply.write(data):
+        if reply.write(data[0], data[1:]):
             if not self._stream:
                 self._end()
                 reply.end()
                 return
-            self._owed.append(len(data))
+            self._owed.append(sum(map(len, data)))
             if len(self._owed) > WATCHER_QUEUE_EVENTS_MAX:
                 self._check_pace(reply)
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Generator, List, Optional, Sequence, Union
+from typing import Any, Generator, List, Optional, Sequence, Tuple, Union
 
-from ..base.codec import encode_plain
+from ..base.codec import encode_plain, encode_request_steps
 from ..base.errors import EtcdError, EventIndexCleared, Unauthorized
 from ..base.limits import OUTPUT_JOIN_BYTES_MAX, WATCHED_BYTES_MAX, WATCHERS_MAX
 from ..base.messages import Request
-from ..base.text import is_unicode, text_of
+from ..base.text import as_unicode, is_unicode, text_of
 from ..member.auth import Guard
 from ..member.cluster import format_id
 from ..member.server import EtcdServer
 from ..member.statistics import Histogram, Histograms, exponential_bounds
 from ..net.http_messages import HttpHead
-from ..net.http_server import Handler, HttpRequest
+from ..net.http_requests import Handler, HttpRequest
 from ..store.walks import Listing
 from .forms import FORM_SLICE_BYTES, KeyTarget, KeyWatch, refuse_method, write_error, write_message
 from .listings import Listings, Wanted
@@ -93,7 +93,7 @@ class KeysApi:
         """Answer 401; what is wrong with the request itself is said before."""
         refuse = functools.partial(self._refuse, Unauthorized("Insufficient credentials"))
         if request.method in ("PUT", "POST"):
-            self._go_on(target.request(request, self._wall_ns()), request, refuse)
+            self._go_on(self._read(target, request), request, refuse)
         else:
             refuse(request)
 
@@ -109,10 +109,10 @@ class KeysApi:
         except EtcdError as error:
             self._fail(request, method, error)
             return
-        if body is None:
+        if not body:
             self._list(request, method, started, Wanted(path, recursive, sorted))
             return
-        self._send(request, 200, self._store.current_index, body)
+        self._send(request, 200, self._store.current_index, body[0], body[1:])
         durations = self._get_durations if method == "GET" else self._durations.child(method)
         durations.observe(self._now() - started)
 
@@ -143,10 +143,28 @@ class KeysApi:
                 command = Request(id, known.method, known.path, text)
                 self._propose(command, request, encode_plain(id, target.encoded, value))
                 return
-        self._go_on(target.request(request, self._wall_ns()), request)
+        self._go_on(self._read(target, request), request)
+
+    def _read(
+        self, target: KeyTarget, request: HttpRequest
+    ) -> Generator[None, None, Tuple[Request, bytes]]:
+        """Return the command of a PUT or POST, and itself encoded if it is long, with pauses."""
+        command = yield from target.request(request, self._wall_ns())
+        if len(request.body) < FORM_SLICE_BYTES:
+            return command, b""
+        # Longer texts were UTF-8, see form_steps(): to look at them again takes 1 ms per MB.
+        val, prev_value = (
+            text if len(text) > FORM_SLICE_BYTES else as_unicode(text)
+            for text in (command.val, command.prev_value)
+        )
+        command = command._replace(
+            id=self._server.ids.next(), path=as_unicode(command.path), val=val,
+            prev_value=prev_value,
+        )
+        return command, (yield from encode_request_steps(command))
 
     def _go_on(
-        self, steps: Generator[None, None, Request], request: HttpRequest,
+        self, steps: Generator[None, None, Tuple[Request, bytes]], request: HttpRequest,
         refuse: Optional[Handler] = None,
     ) -> None:
         """Parse a form as far as one turn goes; at its end, propose the command, or refuse it."""
@@ -154,7 +172,8 @@ class KeysApi:
             next(steps)
         except StopIteration as end:
             if refuse is None:
-                self._propose(end.value, request)
+                command, encoded = end.value
+                self._propose(command, request, encoded)
             else:
                 refuse(request)
         except EtcdError as error:
@@ -182,7 +201,9 @@ class KeysApi:
             wanted = Wanted(command.path, command.recursive, command.sorted)
             self._list(request, method, started, wanted)
             return
-        self._send(request, 201 if result.is_created else 200, result.index, result.client_json())
+        body = result.client_pieces()
+        status = 201 if result.is_created else 200
+        self._send(request, status, result.index, body[0], body[1:])
         elapsed_s = self._now() - started
         if method == "PUT":
             self._puts_s.append(elapsed_s)

@@ -6,7 +6,7 @@ import functools
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple, Union
 
 from ..base.errors import EtcdError
-from ..net.http_server import HttpRequest
+from ..net.http_requests import HttpRequest
 from ..net.reactor import Reactor
 from ..net.workers import Timer
 from ..store.events import LISTING_SLICE_WORK

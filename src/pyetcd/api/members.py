@@ -22,7 +22,7 @@ from ..base.text import utf8
 from ..base.urls import check_advertised_url, is_local, usable_urls
 from ..member.cluster import Member, format_id, member_id
 from ..member.server import EtcdServer
-from ..net.http_server import HttpRequest
+from ..net.http_requests import HttpRequest
 from .forms import _NOSNIFF, _TEXT, KEY_BYTES_MAX, canonical_path, write_message
 from .gojson import GoJson
 

@@ -14,7 +14,7 @@ from ..member.auth import Auth, Guard
 from ..member.cluster import format_id
 from ..member.server import EtcdServer
 from ..net.http_messages import HttpHead
-from ..net.http_server import Handler, HttpRequest, StreamReply
+from ..net.http_requests import Handler, HttpRequest, StreamReply
 from .auth import AuthApi, refuse_credentials
 from .forms import not_found, refuse_method
 from .keys import KeysApi

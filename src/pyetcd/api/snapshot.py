@@ -10,7 +10,7 @@ from ..disk.snapshots import SnapshotFile
 from ..member.cluster import format_id
 from ..member.server import EtcdServer
 from ..member.snapshots import Taker
-from ..net.http_server import HttpRequest, StreamReply
+from ..net.http_requests import HttpRequest, StreamReply
 from .forms import write_message
 
 DOWNLOADS_MAX = 4                   # at a time, and none beyond HELD_BYTES_MAX of their states

@@ -13,7 +13,7 @@ from ..base.ids import package_logger
 from ..base.limits import SERVER_VERSION, SHORT_HEADER_BYTES_MAX
 from ..base.text import json_string, json_text, utf8
 from ..member.server import EtcdServer
-from ..net.http_server import HttpRequest
+from ..net.http_requests import HttpRequest
 from .forms import _NOSNIFF, _TEXT, write_message
 from .gojson import GoJson, raft_state_name
 from .metrics import (

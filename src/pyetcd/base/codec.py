@@ -26,7 +26,7 @@ from typing import (
 from .errors import CodecError
 from .limits import FIELDS_MAX, MESSAGE_ENTRIES_MAX, UINT64_MAX, VOTERS_MAX
 from .messages import ConfChange, Entry, EntryID, HardState, Message, MsgType, Request, Snapshot
-from .text import text_of, utf8
+from .text import LongText, as_unicode, long_text_steps, text_of, utf8
 
 _BYTE = [bytes((value,)) for value in range(128)]
 _SMALL = _BYTE + [bytes((value & 127 | 128, value >> 7)) for value in range(128, 1_024)]
@@ -216,12 +216,17 @@ def decode_conf_change(data: Buffer) -> ConfChange:
 
 def encode_snapshot(snapshot: Optional[Snapshot]) -> bytes:
     """raftpb.Snapshot; None is the empty one that every Message carries."""
+    return b"".join(encode_snapshot_parts(snapshot))
+
+
+def encode_snapshot_parts(snapshot: Optional[Snapshot]) -> Tuple[bytes, ...]:
+    """Do encode_snapshot() without a copy of its data."""
     if snapshot is None:
-        return _EMPTY_SNAPSHOT
+        return (_EMPTY_SNAPSHOT,)
     before, after = encode_snapshot_around(
         len(snapshot.data), snapshot.voters, EntryID(snapshot.term, snapshot.index)
     )
-    return b"".join((before, snapshot.data, after))
+    return before, snapshot.data, after
 
 
 def encode_snapshot_around(
@@ -275,8 +280,30 @@ _SNAPSHOT_METADATA: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
 }
 
 
+SHARED_DATA_BYTES = 1 << 16         # of an entry or a snapshot; above: never copied
+
+
+def joined_parts(parts: Iterable[bytes]) -> List[bytes]:
+    """Join short parts that follow each other."""
+    joined: List[bytes] = []
+    short: List[bytes] = []
+    for part in parts:
+        if len(part) <= SHARED_DATA_BYTES:
+            short.append(part)
+        else:
+            joined += (b"".join(short), part)
+            short = []
+    joined.append(b"".join(short))
+    return joined
+
+
 def encode_message(message: Message) -> bytes:
     """raftpb.Message; the snapshot is written even when empty."""
+    return b"".join(encode_message_parts(message))
+
+
+def encode_message_parts(message: Message) -> List[bytes]:
+    """Do encode_message() without a copy of what is long."""
     parts = [
         b"\x08%b\x10%b\x18%b\x20%b\x28%b\x30%b" % (
             encode_varint(message.type), encode_varint(message.to),
@@ -284,13 +311,16 @@ def encode_message(message: Message) -> bytes:
             encode_varint(message.log_term), encode_varint(message.index),
         )
     ]
-    parts += [_bytes_field(b"\x3a", encode_entry(entry)) for entry in message.entries]
+    for entry in message.entries:
+        head = encode_entry_head(entry)
+        parts += (b"\x3a", encode_varint(len(head) + len(entry.data)), head, entry.data)
     parts.append(b"\x40" + encode_varint(message.commit))
-    parts.append(_bytes_field(b"\x4a", encode_snapshot(message.snapshot)))
+    snapshot = encode_snapshot_parts(message.snapshot)
+    parts += (b"\x4a", encode_varint(sum(map(len, snapshot))), *snapshot)
     parts.append(b"\x50%b\x58%b" % (_BYTE[message.reject], encode_varint(message.reject_hint)))
     if message.context is not None:
         parts.append(_bytes_field(b"\x62", message.context))
-    return b"".join(parts)
+    return joined_parts(parts)
 
 
 def _snapshot_or_none(data: Buffer) -> Optional[Snapshot]:
@@ -384,16 +414,23 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
     return Message(entries=entries, **values)
 
 
-def encode_request(request: Request) -> bytes:
-    """etcdserverpb.Request: all fields always, PrevExist and Refresh only when given."""
-    prev_exist, refresh, val = request.prev_exist, request.refresh, utf8(request.val)
+def encode_request(
+    request: Request, val: Optional[List[bytes]] = None, prev_value: Optional[List[bytes]] = None
+) -> bytes:
+    """etcdserverpb.Request: all fields always, PrevExist and Refresh only when given.
+
+    val, prev_value  the texts encoded, in pieces, where that is known
+    """
+    prev_exist, refresh = request.prev_exist, request.refresh
+    val = [utf8(request.val)] if val is None else val
+    prev_value = [utf8(request.prev_value)] if prev_value is None else prev_value
     return b"".join((
         b"\x08", encode_varint(request.id),
         _bytes_field(b"\x12", request.method.encode()),
         _bytes_field(b"\x1a", utf8(request.path)),
-        b"\x22", encode_varint(len(val)), val,     # may be long: no copy more than needed
+        b"\x22", encode_varint(sum(map(len, val))), *val,   # no copy more than needed
         b"\x28", _BYTE[request.dir],
-        _bytes_field(b"\x32", utf8(request.prev_value)),
+        b"\x32", encode_varint(sum(map(len, prev_value))), *prev_value,
         b"\x38", encode_varint(request.prev_index),
         b"" if prev_exist is None else b"\x40" + _BYTE[prev_exist],
         b"\x48", encode_varint(request.expiration),
@@ -475,6 +512,13 @@ def decode_request(data: Buffer) -> Optional[Request]:
     plain = _decode_plain_put(bytes(data))
     if plain is not None:
         return plain
+    values = _request_fields(data, _REQUEST)
+    return None if values is None else Request(**values)
+
+
+def _request_fields(
+    data: Buffer, schema: Mapping[int, Tuple[str, int, Callable[[Any], Any]]]
+) -> Optional[Dict[str, Any]]:
     nested = next((value for number, _, value in decode_fields(data) if number == 2), None)
     if nested is None:
         return None
@@ -482,7 +526,48 @@ def decode_request(data: Buffer) -> Optional[Request]:
         raise CodecError("Request: method is not a string")
     if bytes(nested[:1]) == b"\x08":
         data = nested
-    return Request(**_decode_known(data, _REQUEST, "Request"))
+    return _decode_known(data, schema, "Request")
+
+
+_LONG_TEXTS = {4: ("val", 2, memoryview), 6: ("prev_value", 2, memoryview)}
+LONG_REQUEST_BYTES = 1 << 17        # above: decoded in steps
+
+
+def decode_long_request(data: bytes) -> Generator[None, None, Optional[Request]]:
+    """Do decode_request() in steps of some ms; long texts become LongText, all are Unicode."""
+    values = _request_fields(memoryview(data), {**_REQUEST, **_LONG_TEXTS})
+    if values is None:
+        return None
+    for name in ("val", "prev_value"):
+        value: Buffer = values.get(name, b"")
+        if len(value) > LONG_REQUEST_BYTES // 4:        # more characters than are long, anyhow
+            text: LongText = yield from long_text_steps(value)
+            values[name] = text
+        else:
+            values[name] = as_unicode(_text(value))
+    values["path"] = as_unicode(values.get("path", ""))
+    return Request(**values)
+
+
+def decode_request_head(data: bytes) -> Optional[Request]:
+    """Do decode_request() without the texts, however long they are.  Raises CodecError."""
+    values = _request_fields(memoryview(data), {**_REQUEST, **_LONG_TEXTS})
+    if values is None:
+        return None
+    return Request(**{**values, "val": "", "prev_value": ""})
+
+
+def encode_request_steps(request: Request) -> Generator[None, None, bytes]:
+    """Do encode_request() of long texts in steps of some ms."""
+    texts: Dict[bytes, List[bytes]] = {}
+    for tag, text in ((b"\x22", request.val), (b"\x32", request.prev_value)):
+        pieces = []
+        for start in range(0, len(text), LONG_REQUEST_BYTES):
+            pieces.append(utf8(text[start:start + LONG_REQUEST_BYTES]))
+            if len(pieces) % 8 == 0:
+                yield
+        texts[tag] = pieces
+    return encode_request(request, texts[b"\x22"], texts[b"\x32"])
 
 
 def encode_metadata(member_id: int, cluster_id: int) -> bytes:

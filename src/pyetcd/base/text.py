@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import binascii
+import codecs
 import contextlib
 import json
 import re
 import socket
 import time
 from datetime import datetime, timedelta
-from typing import Any, Tuple, Union
+from typing import Any, Generator, Iterable, List, Tuple, Union
 
 from .limits import NS
 
@@ -45,10 +46,73 @@ def is_plain_json(text: str) -> bool:
 def json_string(text: str) -> str:
     """Encode `text` as etcd does: `<`, `>`, `&`, U+2028/9 and controls escaped, the rest raw."""
     if len(text) >= _JSON_LONG_CHARS:
-        return f'"{text if is_plain_json(text) else _escape_long(text)}"'
+        return f'"{_json_inside(text)}"'
     if _JSON_UNSAFE.search(text) is None:
         return f'"{text}"'
     return f'"{_JSON_UNSAFE.sub(_json_escape, text)}"'
+
+
+def _json_inside(text: str) -> str:
+    """What json_string() puts between the quotes; meant for long text."""
+    return text if is_plain_json(text) else _escape_long(text)
+
+
+# A long text as it is kept: what stands between the quotes of its JSON, in pieces of which each
+# is the JSON of some characters.  All answers, snapshots and listings share the pieces.
+LongText = Tuple[bytes, ...]
+Value = Union[str, LongText]
+LONG_TEXT_STEP_BYTES = 1 << 15      # one piece: 2 ms where every character has to be escaped
+_PLAIN_PIECES = 32                  # which take as long as two of those
+
+
+def long_text_steps(data: Union[bytes, bytearray, memoryview]) -> Generator[None, None, LongText]:
+    """Return as_unicode(text_of(data)) as it is kept, in steps of some ms."""
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    pieces: List[bytes] = []
+    work = 0
+    for start in range(0, len(data), LONG_TEXT_STEP_BYTES):
+        end = start + LONG_TEXT_STEP_BYTES
+        text = decode(data[start:end], end >= len(data))
+        inside = _json_inside(text)
+        pieces.append(inside.encode())
+        work += 1 if inside is text else _PLAIN_PIECES // 2
+        if work >= _PLAIN_PIECES:
+            work = 0
+            yield
+    return tuple(pieces)
+
+
+def long_text(text: str) -> LongText:
+    """Return `text`, which is Unicode, as it is kept if it is long; at once."""
+    steps = long_text_steps(text.encode())
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            pieces: LongText = end.value
+            return pieces
+
+
+def text_of_long(pieces: Iterable[bytes]) -> str:
+    """Inverse of long_text()."""
+    return "".join([json.loads(b'"%b"' % piece) for piece in pieces])
+
+
+def in_pieces(texts: Iterable[Union[str, bytes]]) -> List[bytes]:
+    """Encode texts, joined where they follow each other; what is bytes stays as it is."""
+    pieces: List[bytes] = []
+    strings: List[str] = []
+    for text in texts:
+        if isinstance(text, str):
+            strings.append(text)
+            continue
+        if strings:
+            pieces.append("".join(strings).encode())
+            strings = []
+        pieces.append(text)
+    if strings:
+        pieces.append("".join(strings).encode())
+    return pieces
 
 
 def _escape_long(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Generator, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base.checksums import CRC_BLOCK_BYTES, crc32c, crc32c_chain
 from ..base.codec import (
@@ -30,6 +30,7 @@ class WalContents(NamedTuple):
 
 
 LONG_ENTRY_BYTES = 4_096            # from here on it pays not to copy an entry
+CRC_STEP_BYTES = 1 << 20            # summed in one step: 3 ms
 _RECORD_HEADS: Dict[int, bytes] = {kind: b"\x08%b\x10" % _BYTE[kind] for kind in RecordType}
 _STATE_HEAD = _RECORD_HEADS[RecordType.STATE]
 
@@ -64,22 +65,33 @@ class WalEncoder:
         self.crc = crcs[-1] if crcs else self.crc
         return b"".join(parts)
 
-    def long_batch(self, entries: Sequence[Entry], state: bytes) -> bytes:
-        """The same of entries whose data is only copied when all is joined.
+    def long_batch(
+        self, entries: Sequence[Entry], state: bytes
+    ) -> Generator[None, None, List[bytes]]:
+        """Return the same in pieces, none of which is copied, in steps of CRC_STEP_BYTES.
 
         256 KB take 0.5 ms less than by batch().
         """
         parts: List[bytes] = []
+        summed = 0                      # bytes in this step
         for entry in entries:
             head = encode_entry_head(entry)
-            self.crc = crc32c(entry.data, crc32c(head, self.crc))
+            crc, view = crc32c(head, self.crc), memoryview(entry.data)
+            for offset in range(0, len(view), CRC_STEP_BYTES):
+                if summed >= CRC_STEP_BYTES:
+                    summed = 0
+                    yield
+                block = view[offset:offset + CRC_STEP_BYTES]
+                crc = crc32c(block, crc)
+                summed += len(block)
+            self.crc = crc
             size = len(head) + len(entry.data)
             start = b"%b%b\x1a%b" % (
                 _RECORD_HEADS[RecordType.ENTRY], encode_varint(self.crc), encode_varint(size))
             parts += (len(start) + size).to_bytes(8, "little"), start, head, entry.data
         if state:
             parts.append(self.record(RecordType.STATE, state))
-        return b"".join(parts)
+        return parts
 
     def chain(self) -> bytes:
         """Return the crc record that begins a file."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Generator, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base.basics import NO_DESCRIPTOR, _nothing
 from ..base.codec import (
@@ -17,6 +17,7 @@ from ..base.codec import (
     encode_entry,
     encode_hard_state,
     encode_varint,
+    finish,
 )
 from ..base.errors import CodecError, CrcMismatch, FileLocked, TornTail, WalError
 from ..base.ids import package_logger
@@ -163,6 +164,12 @@ class Wal:
 
     def encode(self, hard_state: Optional[HardState], entries: Sequence[Entry]) -> bytes:
         """Return the frames of entries, then of the hard state if it changed."""
+        return b"".join(finish(self.encode_steps(hard_state, entries)))
+
+    def encode_steps(
+        self, hard_state: Optional[HardState], entries: Sequence[Entry]
+    ) -> Generator[None, None, List[bytes]]:
+        """Do encode() in steps of some ms, into pieces; nothing else is encoded meanwhile."""
         state = b""
         if entries:
             self._last_index = entries[-1].index
@@ -170,12 +177,12 @@ class Wal:
             self._hard_state = hard_state
             state = encode_hard_state(hard_state)
         if max([len(entry.data) for entry in entries], default=0) < LONG_ENTRY_BYTES:
-            data = self._encoder.batch([e.encoded or encode_entry(e) for e in entries], state)
+            data = [self._encoder.batch([e.encoded or encode_entry(e) for e in entries], state)]
         else:
-            data = self._encoder.long_batch(entries, state)
+            data = yield from self._encoder.long_batch(entries, state)
         for entry in entries:
             entry.encoded = None
-        self._size += len(data)
+        self._size += sum(map(len, data))
         return data
 
     def encode_snapshot(self, snapshot_id: EntryID) -> bytes:
@@ -205,7 +212,7 @@ class Wal:
 
     # -- wal thread's side -------------------------------------------------
 
-    def write(self, data: bytes, *, sync: bool) -> None:
+    def write(self, *data: bytes, sync: bool) -> None:
         """Append to the newest segment.
 
         Raises DiskFull, after which it may be tried again, and OSError: then nothing may be
@@ -214,11 +221,12 @@ class Wal:
         name, handle = self._held[-1]
         path = os.path.join(self.directory, name)
         try:
-            self._disk.write(handle, data)
+            for piece in data:
+                self._disk.write(handle, piece)
         except OSError:
             with _needs_space(path, lambda: self._disk.truncate(handle, self._end)):
                 raise
-        self._end += len(data)
+        self._end += sum(map(len, data))
         if sync:
             self._disk.fdatasync(handle)
 

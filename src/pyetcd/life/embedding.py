@@ -23,7 +23,8 @@ from ..member.configuration import Bootstrap, ServerConfig
 from ..member.server import Departure, EtcdServer
 from ..member.statistics import Metrics
 from ..net.budgets import HeldBytes
-from ..net.http_server import HttpRequest, Listener
+from ..net.http_requests import HttpRequest
+from ..net.http_server import Listener
 from ..net.reactor import Reactor
 from ..net.tls import TlsContext
 from ..net.workers import outcome_of

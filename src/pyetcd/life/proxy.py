@@ -29,7 +29,7 @@ from ..member.statistics import Histograms, Metrics, exponential_bounds
 from ..net.dns import _reason
 from ..net.http_calls import HttpCall
 from ..net.http_messages import _content_length, _list_header
-from ..net.http_server import HttpRequest, StreamReply
+from ..net.http_requests import HttpRequest, StreamReply
 from ..net.reactor import Reactor
 from ..net.workers import PEER_WORK, Timer
 from .addresses import PROBE_ANSWER_SECONDS, fetch_cluster

@@ -14,7 +14,7 @@ from ..base.ids import package_logger
 from ..base.messages import Request
 from ..base.text import json_string, json_text, load_json, text_of, utf8
 from ..net.http_messages import HttpHead
-from ..net.http_server import Handler, HttpRequest
+from ..net.http_requests import Handler, HttpRequest
 from ..net.reactor import Reactor
 from ..net.workers import PASSWORD_WORK, Complaints
 from ..store.tree import Store

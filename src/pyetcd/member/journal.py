@@ -12,9 +12,10 @@ import functools
 import itertools
 import queue
 import threading
-from typing import Callable, Deque, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Deque, Generator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base.basics import _nothing
+from ..base.codec import finish
 from ..base.errors import DiskFull
 from ..base.ids import package_logger
 from ..base.messages import Entry, EntryID, HardState, Message, Snapshot
@@ -49,7 +50,7 @@ class WalJob(NamedTuple):
 
     record: bytes                       # of the snapshot
     snapshot: Optional[Snapshot]        # its file
-    data: bytes                         # frames to append
+    data: Sequence[bytes]               # frames to append
     cut: Optional[Cut]
     release_to: int                     # unlock segments before this index; 0: none
     done: Callable[[], None]            # called on the reactor when all of it is durable
@@ -134,10 +135,10 @@ class WalWriter:
             steps.append(functools.partial(self._wal.release_to, job.release_to))
         return steps
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: Sequence[bytes]) -> None:
         now = self._reactor.now
         started = now()
-        self._wal.write(data, sync=True)
+        self._wal.write(*data, sync=True)
         self.sync_durations.observe(now() - started)
 
     def _try(self, step: Callable[[], None]) -> bool:
@@ -168,6 +169,11 @@ def first_entries(entries: Sequence[Entry], bytes_max: int) -> int:
     return bisect.bisect_left(list(itertools.accumulate(sizes)), bytes_max) + 1
 
 
+def first_part(entries: Sequence[Entry]) -> int:
+    """Return how many of `entries` are the work of one turn."""
+    return min(first_entries(entries, WORK_BYTES_MAX), WORK_ENTRIES_MAX)
+
+
 class Journal:
     """What must reach the disk, in batches: while one is written the next one gathers.
 
@@ -188,14 +194,14 @@ class Journal:
         self._durable = durable
         self._batch = Batch()
         self._waiting: Deque[Batch] = collections.deque()   # complete ones, before _batch
-        self._long: Optional[Batch] = None                  # its first entries are written
+        self._steps: Optional[Generator[None, None, None]] = None   # the rest of a long batch
         self._release_to = 0
         self._record: Optional[Tuple[EntryID, Callable[[], None]]] = None   # waits for the writer
 
     @property
     def is_encoding(self) -> bool:
         """True if the rest of a long batch waits for submit() in the next turn."""
-        return self._long is not None
+        return self._steps is not None
 
     def add(self, ready: Ready) -> None:
         """Note what a Ready wants to be written, and what it holds back."""
@@ -222,8 +228,7 @@ class Journal:
 
     def submit(self) -> None:
         """Give the writer the next batch if it has none; a commit index alone waits for company."""
-        if self._long is not None:
-            self._write(self._long)
+        self._go_on()
         if self._record is not None and not self.busy:
             self._write_record(*self._record)
         while not self.busy:
@@ -252,7 +257,7 @@ class Journal:
 
         self._record = None
         record = self._wal.encode_snapshot(snapshot_id)
-        self._visit(WalJob(record, None, b"", None, 0, written))
+        self._visit(WalJob(record, None, (), None, 0, written))
 
     def release(self, index: int) -> None:
         """Unlock the segments that only hold entries before `index`, with the next batch."""
@@ -260,21 +265,32 @@ class Journal:
 
     def close(self) -> None:
         """Write what still waits, and end the writer.  Blocks for the last sync."""
-        long = () if self._long is None else (self._long,)
-        for batch in (*long, *self._waiting, self._batch):
-            self.writer.submit(self._job(batch, _nothing))
+        while self._steps is not None:
+            self._go_on()
+        for batch in (*self._waiting, self._batch):
+            self.writer.submit(finish(self._job(batch, _nothing)))
         self.writer.stop()
 
     def _write(self, batch: Batch) -> None:
-        """Write a batch; of a long one only some entries, while the next turn encodes more."""
-        count, self._long = first_entries(batch.entries, WORK_BYTES_MAX), None
-        count = min(count, WORK_ENTRIES_MAX)
-        self.batch_entries.observe(count)
-        if count < len(batch.entries) and batch.snapshot is None:
-            data, self._long = self._wal.encode(None, batch.entries[:count]), batch
-            del batch.entries[:count]
+        """Write a batch; a long one in parts, which the next turns encode."""
+        self.busy = True
+        self._steps = self._write_steps(batch)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._steps is not None and next(self._steps, self) is self:
+            self._steps = None
+
+    def _write_steps(self, batch: Batch) -> Generator[None, None, None]:
+        entries = batch.entries
+        count = first_part(entries)
+        while count < len(entries) and batch.snapshot is None:
+            self.batch_entries.observe(count)
+            data = yield from self._wal.encode_steps(None, entries[:count])
+            del entries[:count]
             self._visit(WalJob(b"", None, data, None, 0, _nothing))
-            return
+            yield
+            count = first_part(entries)
 
         def written() -> None:
             self.busy = False
@@ -282,18 +298,21 @@ class Journal:
                 self.durable_commit = batch.hard_state.commit
             self._durable(batch)
 
-        self._visit(self._job(batch, written))
+        self.batch_entries.observe(count)
+        self._visit((yield from self._job(batch, written)))
 
     def _visit(self, job: WalJob) -> None:
         self.busy = True
         self.visits += 1
         self.writer.submit(job)
 
-    def _job(self, batch: Batch, done: Callable[[], None]) -> WalJob:
+    def _job(
+        self, batch: Batch, done: Callable[[], None]
+    ) -> Generator[None, None, WalJob]:
         record = b""
         if batch.snapshot is not None:
             record = self._wal.encode_snapshot(EntryID(batch.snapshot.term, batch.snapshot.index))
-        data = self._wal.encode(batch.hard_state, batch.entries)
+        data = yield from self._wal.encode_steps(batch.hard_state, batch.entries)
         release_to, self._release_to = self._release_to, 0
         is_full = self._wal.segment_full(after_snapshot=release_to > 0)
         cut = self._wal.encode_cut() if is_full else None

@@ -52,15 +52,7 @@ from .applier import Applier, read_change
 from .cluster import FEATURE_PRE_VOTE, FEATURE_READ_INDEX, FEATURES, Member, format_id
 from .configuration import Bootstrap, ServerConfig
 from .door import MemberDoor
-from .journal import (
-    COMMIT_NEWS_SECONDS,
-    WORK_BYTES_MAX,
-    WORK_ENTRIES_MAX,
-    Batch,
-    Journal,
-    WalWriter,
-    first_entries,
-)
+from .journal import COMMIT_NEWS_SECONDS, WORK_ENTRIES_MAX, Batch, Journal, WalWriter, first_part
 from .monitors import Traffic, VersionMonitor
 from .reconfiguration import Handover, check_active
 from .snapshots import SnapshotKeeper
@@ -246,11 +238,8 @@ class EtcdServer:
 
         encoded  its encode_request, where that is known; then it has an id
         """
-        if self.stopping:
-            done(ServerStopped())
-            return
-        if self.no_space and request.method != "QGET":
-            done(NoSpace(self.no_space))
+        if self.stopping or self.no_space and request.method != "QGET":
+            done(ServerStopped() if self.stopping else NoSpace(self.no_space))
             return
         if not request.id:
             request = request._replace(id=self.ids.next())
@@ -411,10 +400,12 @@ class EtcdServer:
         entries = self.node.committed_entries(WORK_ENTRIES_MAX)
         if not entries:
             return
-        del entries[min(first_entries(entries, WORK_BYTES_MAX), WORK_ENTRIES_MAX):]
+        del entries[first_part(entries):]
         log = self.node.raft.log
         for entry in entries:
             if not entry.type:
+                if not self.applier.prepare(entry):
+                    break
                 self._apply_normal(entry)
                 continue
             log.applied_to(self.raft_index)

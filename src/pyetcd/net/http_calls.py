@@ -127,7 +127,7 @@ class HttpCall:
 
     def __init__(
         self, reactor: Reactor, url: str, method: str, target: str, headers: Dict[str, str],
-        body: bytes = b"", *, connect_timeout_s: float = 5.0,
+        body: bytes = b"", more: Sequence[bytes] = (), *, connect_timeout_s: float = 5.0,
         idle_timeout_s: Optional[float] = None, tls: Optional[TlsContext] = None,
         on_head: Callable[[int, Dict[str, str]], None] = lambda status, headers: None,
         on_data: Callable[[bytes], None] = lambda data: None,
@@ -144,8 +144,9 @@ class HttpCall:
             lines.append(f"Host: {urlsplit(url).netloc}")
         lines += [f"{name}: {value}" for name, value in headers.items()]
         if body or method in ("POST", "PUT"):
-            lines.append(f"Content-Length: {len(body)}")
-        self._out = memoryview("\r\n".join(lines + ["", ""]).encode("latin-1") + body)
+            lines.append(f"Content-Length: {len(body) + sum(map(len, more))}")
+        head = "\r\n".join(lines + ["", ""]).encode("latin-1")
+        self._out = [memoryview(piece) for piece in (head + body, *more) if piece]
         self._in = bytearray()
         self._finder = HeadFinder()
         self._interim = 0               # heads of status 1xx so far
@@ -176,7 +177,7 @@ class HttpCall:
         self._ended = True
         # Owners hold their call, and these lead back to them: what is over must not be a cycle.
         self._on_head = self._on_data = self._on_done = _ignore
-        self._out = memoryview(b"")
+        self._out = []
         self._timer.cancel()
         if self._dial is not None:
             self._dial.cancel()
@@ -198,7 +199,9 @@ class HttpCall:
             return
         try:
             if self._out:
-                self._out = self._out[self._sock.send(self._out):]
+                self._out[0] = self._out[0][self._sock.send(self._out[0]):]
+                if not self._out[0]:
+                    del self._out[0]
         except BlockingIOError:
             pass
         except OSError as error:

@@ -10,12 +10,16 @@ import struct
 from typing import Generator, Iterator, List, Optional, Sequence
 
 from ..base.codec import (
+    SHARED_DATA_BYTES,
     STEP_BYTES,
     STEP_ENTRIES,
     decode_entry,
     decode_message_steps,
     encode_entry,
+    encode_entry_head,
     encode_message,
+    encode_message_parts,
+    joined_parts,
 )
 from ..base.errors import CodecError
 from ..base.limits import MESSAGE_ENTRIES_MAX, RAFT_BODY_BYTES_MAX
@@ -35,23 +39,27 @@ class EntryListEncoder:
 
     def __init__(self) -> None:
         self._entries: Sequence[Entry] = ()
-        self._data = b""
+        self._data: List[bytes] = []
 
-    def encode(self, entries: Sequence[Entry]) -> bytes:
-        """Return the bytes of `entries`, which must not change until forget()."""
+    def encode(self, entries: Sequence[Entry]) -> List[bytes]:
+        """Return the bytes of `entries`, which must not change until forget(), in pieces."""
         if entries is not self._entries:
             parts: List[bytes] = []
             for entry in entries:
+                if len(entry.data) > SHARED_DATA_BYTES:
+                    head = encode_entry_head(entry)
+                    parts += (_pack_u64(len(head) + len(entry.data)) + head, entry.data)
+                    continue
                 data = entry.encoded or encode_entry(entry)
                 if entry.encoded is not None:       # the disk will want it, too
                     entry.encoded = data
                 parts += (_pack_u64(len(data)), data)
-            self._entries, self._data = entries, b"".join(parts)
+            self._entries, self._data = entries, joined_parts(parts)
         return self._data
 
     def forget(self) -> None:
         """Let go of the last list."""
-        self._entries, self._data = (), b""
+        self._entries, self._data = (), []
 
 
 class AppV2Encoder:
@@ -71,16 +79,21 @@ class AppV2Encoder:
 
     def encode(self, message: Message) -> bytes:
         """Return the frame of a MsgApp."""
+        return b"".join(self.parts(message))
+
+    def parts(self, message: Message) -> List[bytes]:
+        """Return the same in pieces, of which the long ones are not copied."""
         entries = message.entries
         if message.index == self._index and message.log_term == self._term == message.term:
             self._index += len(entries)
-            return b"\1%b%b%b" % (
-                _pack_u64(len(entries)), self._lists.encode(entries), _pack_u64(message.commit)
-            )
+            return joined_parts((
+                b"\1", _pack_u64(len(entries)), *self._lists.encode(entries),
+                _pack_u64(message.commit),
+            ))
         self._term = message.term
         self._index = entries[-1].index if entries else message.index
-        data = encode_message(message)
-        return b"\2%b%b" % (_pack_u64(len(data)), data)
+        data = encode_message_parts(message)
+        return joined_parts((b"\2", _pack_u64(sum(map(len, data))), *data))
 
 
 class MessageEncoder:
@@ -90,11 +103,16 @@ class MessageEncoder:
 
     heartbeat = _pack_u64(28) + encode_message(Message(MsgType.HEARTBEAT))
 
-    @staticmethod
-    def encode(message: Message) -> bytes:
+    @classmethod
+    def encode(cls, message: Message) -> bytes:
         """Return the frame of any message."""
-        data = encode_message(message)
-        return _pack_u64(len(data)) + data
+        return b"".join(cls.parts(message))
+
+    @staticmethod
+    def parts(message: Message) -> List[bytes]:
+        """Return the same in pieces, of which the long ones are not copied."""
+        data = encode_message_parts(message)
+        return joined_parts((_pack_u64(sum(map(len, data))), *data))
 
 
 class FrameDecoder:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import collections
 import re
-from typing import Deque, Iterable, Optional, Set
+from typing import Deque, Iterable, Optional, Sequence, Set
 
-from ..base.codec import encode_message
+from ..base.codec import encode_message_parts
 from ..base.ids import package_logger
 from ..base.limits import (
     LINK_TIMEOUT_SECONDS,
@@ -20,7 +20,7 @@ from ..base.limits import (
 from ..base.messages import Message, MsgType
 from ..base.text import format_duration, parse_time
 from ..net.http_calls import HttpCall
-from ..net.http_server import StreamReply
+from ..net.http_requests import StreamReply
 from ..net.workers import COMPLAINT_SECONDS
 from .compatibility import (
     _PIPELINE,
@@ -41,9 +41,10 @@ from .streams import Answer, StreamReader, StreamWriter
 class Post:
     """One message on its way by POST /raft."""
 
-    def __init__(self, message: Message, body: bytes) -> None:
+    def __init__(self, message: Message, body: Sequence[bytes]) -> None:
         self.message = message
-        self.body = body
+        self.body = body                # in pieces
+        self.size = sum(map(len, body))
         self.answer = Answer()
         self.url = ""
         self.started = 0.0
@@ -72,13 +73,13 @@ class Pipeline:
 
     def offer(self, message: Message) -> None:
         """Send, queue or drop a message; a drop is reported."""
-        size = sum(len(post.body) for post in self._waiting)
+        size = sum(post.size for post in self._waiting)
         if len(self._waiting) >= PIPELINE_QUEUE_MESSAGES_MAX or size > PIPELINE_QUEUE_BYTES_MAX:
             self._context.sent(Sent(self._member_id, _PIPELINE, message, 0, 0.0, False))
             self._full(message)
             return
         self._congested = False
-        self._waiting.append(Post(message, encode_message(message)))
+        self._waiting.append(Post(message, encode_message_parts(message)))
         self._begin()
 
     def stop(self) -> None:
@@ -117,7 +118,8 @@ class Pipeline:
             self._done(post, error)
 
         post.call = HttpCall(
-            context.reactor, post.url, "POST", "/raft", self._headers, post.body,
+            context.reactor, post.url, "POST", "/raft", self._headers, post.body[0],
+            post.body[1:],
             connect_timeout_s=context.dial_timeout_s,
             # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
             idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
@@ -131,7 +133,7 @@ class Pipeline:
         ok = error is None and post.answer.status == 204
         elapsed_s = context.reactor.now() - post.started
         context.sent(
-            Sent(self._member_id, _PIPELINE, post.message, len(post.body), elapsed_s, ok))
+            Sent(self._member_id, _PIPELINE, post.message, post.size, elapsed_s, ok))
         if ok:
             self._status.activate()
         else:

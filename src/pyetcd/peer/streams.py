@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Callable, Dict, Generator, Iterator, List, Optional, Tuple
 
 from ..base.basics import Backoff
+from ..base.codec import joined_parts
 from ..base.errors import CodecError
 from ..base.ids import package_logger
 from ..base.limits import (
@@ -20,7 +21,7 @@ from ..base.messages import Message
 from ..base.text import text_of
 from ..net.budgets import SlicedWork
 from ..net.http_calls import HttpCall
-from ..net.http_server import StreamReply
+from ..net.http_requests import StreamReply
 from ..net.workers import Timer
 from .compatibility import (
     _OLDEST_STREAM_VERSION,
@@ -273,10 +274,11 @@ class StreamWriter:
         if self._is_full(reply):
             self._context.sent(Sent(self._member_id, self._kind.channel, message, 0, 0.0, False))
             return False
-        frame = self._encoder.encode(message)
-        self._frames.append(frame)
-        self._frames_bytes += len(frame)
-        self._unsent.append((message, len(frame), self._context.reactor.now()))
+        parts = self._encoder.parts(message)
+        size = sum(map(len, parts))
+        self._frames += parts
+        self._frames_bytes += size
+        self._unsent.append((message, size, self._context.reactor.now()))
         return True
 
     def flush(self) -> None:
@@ -284,7 +286,7 @@ class StreamWriter:
         frames = self._frames
         if frames:
             self._frames, self._frames_bytes = [], 0
-            self._write(frames[0] if len(frames) == 1 else b"".join(frames))
+            self._write(*joined_parts(frames) if len(frames) > 1 else frames)
             self._context.reactor.flush_soon(self._flushed)
 
     def _flushed(self) -> None:
@@ -312,11 +314,11 @@ class StreamWriter:
             self._context.unreachable(self._member_id)
         return True
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes, *more: bytes) -> None:
         reply = self._reply
         if reply is not None:
             before = reply.pending
-            reply.write(data)
+            reply.write(data, more)
             self._queued_bytes += reply.pending - before
 
     def _beat(self) -> None:

@@ -28,7 +28,8 @@ from ..base.text import format_time
 from ..base.urls import parse_urls
 from ..net.budgets import SlicedWork
 from ..net.http_messages import HttpHead
-from ..net.http_server import HttpRequest, Listener
+from ..net.http_requests import HttpRequest
+from ..net.http_server import Listener
 from ..net.reactor import Reactor
 from ..net.tls import TlsContext
 from ..net.workers import FILE_WORK, Complaints

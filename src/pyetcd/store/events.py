@@ -5,14 +5,24 @@ Paths are internal and clean: `/1/foo` is the user's `/foo`.  Time is passed in.
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, Optional, Sequence, Tuple, Union
 
 from ..base.limits import NS
-from ..base.text import _JSON_UNSAFE, format_time, is_plain_json, json_string
+from ..base.text import (
+    _JSON_UNSAFE,
+    LongText,
+    Value,
+    format_time,
+    in_pieces,
+    json_string,
+    long_text,
+    text_of_long,
+)
 
 EXPIRES_NS_MIN = 946_684_800 * NS   # 2000-01-01; an earlier instant is permanent for set and create
 TTL_STALE_MIN = 64                  # stale heap entries always tolerated; above and > live: rebuilt
-LONG_VALUE_CHARS = 4_096            # of an event's values: from here on they are not copied
+LONG_VALUE_CHARS = 4_096            # of a value: above, it is kept as the JSON that is sent
+SHOWN_VALUE_CHARS = 4_096           # of a value in the text of an error; above: cut
 SNAPSHOT_SLICE_NODES = 500          # nodes per slice of a snapshot walk: 1 ms, all with ttl 3
 SNAPSHOT_SLICE_CHARS = 1 << 18      # ... and text, or more with the last of them
 SNAPSHOT_PROGRESS_NODES = 20_000    # read between two words about it
@@ -23,6 +33,7 @@ LISTING_SORT_RUN = 4_000            # children sorted at once: 2 ms
 LISTING_SLICE_WORK = 4_000          # nodes, or as much text, of a listing in one slice: 2 ms
 LISTING_NODE_CHARS = 500            # text that is as much work as a node
 
+Texts = Iterator[Union[str, bytes]]     # JSON in pieces, of which the long ones are shared
 _READ_ONLY = frozenset(("/", "/0", "/1"))
 _PERMANENT = "0001-01-01T00:00:00Z"     # Go's zero time
 
@@ -55,30 +66,53 @@ class Node:
 
 
 class LongNode(Node):
-    """A file that remembers whether its long value is plain JSON: 256 KB take 0.3 ms to look at,
-    and every value is shown twice, when it comes and when it goes.
+    """A file whose long value is kept as it is shown: as JSON, which every value becomes at least
+    once, but which takes up to 60 ns a character.
     """
 
-    __slots__ = ("_is_plain",)
+    __slots__ = ("json",)
 
     def __init__(
-        self, value: str, created_index: int, modified_index: int, expires_ns: int
+        self, json: LongText, created_index: int, modified_index: int, expires_ns: int
     ) -> None:
-        super().__init__(value, created_index, modified_index, expires_ns)
-        self._is_plain: Optional[bool] = None       # not looked at
+        self.json = json
+        self.created_index = created_index
+        self.modified_index = modified_index
+        self.expires_ns = expires_ns
 
     @property
-    def is_plain(self) -> bool:
-        """True if nothing in the value has to be escaped."""
-        if self._is_plain is None:
-            self._is_plain = is_plain_json(self.value or "")
-        return self._is_plain
+    def value(self) -> str:  # type: ignore[override]
+        """The text: 10 MB take some ms."""
+        return text_of_long(self.json)
+
+    def has_value(self, value: Value) -> bool:
+        """True if this is its value."""
+        if isinstance(value, str):
+            value = long_text(value) if len(value) > LONG_VALUE_CHARS else ()
+        if value == self.json or sum(map(len, value)) != sum(map(len, self.json)):
+            return value == self.json
+        return b"".join(value) == b"".join(self.json)       # perhaps in other pieces
 
 
-def file_node(value: str, created_index: int, modified_index: int, expires_ns: int) -> Node:
+def file_node(value: Value, created_index: int, modified_index: int, expires_ns: int) -> Node:
     """Return the node of a file."""
-    kind = LongNode if len(value) > LONG_VALUE_CHARS else Node
-    return kind(value, created_index, modified_index, expires_ns)
+    if isinstance(value, str):
+        if len(value) <= LONG_VALUE_CHARS:
+            return Node(value, created_index, modified_index, expires_ns)
+        value = long_text(value)
+    return LongNode(value, created_index, modified_index, expires_ns)
+
+
+def kept_value(node: Node) -> Value:
+    """The value of a file as it is kept."""
+    return node.json if isinstance(node, LongNode) else node.value or ""
+
+
+def shown_value(value: Value) -> str:
+    """A value in the text of an error.  Differs from etcd, which shows 20 MB."""
+    text = value if isinstance(value, str) else text_of_long(value[:1])
+    is_all = isinstance(value, str) and len(value) <= SHOWN_VALUE_CHARS
+    return text if is_all else text[:SHOWN_VALUE_CHARS] + "..."
 
 
 class Directory(Node):
@@ -117,14 +151,21 @@ def _node_ends(key: str, node: Node, ttl_s: int) -> Tuple[str, str]:
     return "{" + ",".join(members), tail + "}"
 
 
-def _node_texts(key: str, node: Node, ttl_s: int) -> List[str]:
-    """The JSON of a node in pieces, with no copy of a long value that needs no escapes."""
-    value = node.value
-    plain = node.is_plain if isinstance(node, LongNode) else is_plain_json(value or "")
-    if value is None or node.expires_ns or not plain:
-        return list(_node_ends(key, node, ttl_s))
-    tail = f'","modifiedIndex":{node.modified_index},"createdIndex":{node.created_index}}}'
-    return [f'{{"key":{key},"value":"', value, tail]
+def _node_texts(key: str, node: Node, ttl_s: int) -> Texts:
+    """The JSON of a file in pieces, with no copy of a long value."""
+    if not isinstance(node, LongNode):
+        yield _node_json(key, node, ttl_s)
+        return
+    expires = ""
+    if node.expires_ns:
+        ttl = f',"ttl":{ttl_s}' if ttl_s else ""
+        expires = f',"expiration":"{format_time(node.expires_ns)}"{ttl}'
+    yield f'{{"key":{key},"value":"'
+    yield from node.json
+    yield (
+        f'"{expires},"modifiedIndex":{node.modified_index}'
+        f',"createdIndex":{node.created_index}}}'
+    )
 
 
 def _node_json(key: str, node: Node, ttl_s: int) -> str:
@@ -156,7 +197,7 @@ class Event:
 
     def __init__(
         self, action: str, key: str, node: Node, prev: Optional[Node], index: int, now_ns: int,
-        refresh: bool = False, encoded: Optional[bytes] = None,
+        refresh: bool = False, encoded: Optional[Sequence[bytes]] = None,
     ) -> None:
         self.action = action
         self.key = key
@@ -173,24 +214,34 @@ class Event:
         """True if the key is new: HTTP answers 201 instead of 200."""
         return self.action == "create" or (self.action == "set" and self.prev is None)
 
-    def client_json(self) -> bytes:
+    @property
+    def _is_long(self) -> bool:
+        return isinstance(self.node, LongNode) or isinstance(self.prev, LongNode)
+
+    def client_pieces(self) -> Sequence[bytes]:
         """Return the line that clients get, ending in a newline: made once, shared by all.
 
         The namespace (`/1`) is taken off the keys.
         """
         if self._json is None:
-            if isinstance(self.node, LongNode) or isinstance(self.prev, LongNode):
-                self._json = "".join((*self._texts(self.key[2:]), "}\n")).encode()
+            if self._is_long:
+                self._json = in_pieces((*self._texts(self.key[2:]), "}\n"))
             else:
-                self._json = f"{self._text(self.key[2:])}}}\n".encode()
+                self._json = (f"{self._text(self.key[2:])}}}\n".encode(),)
         return self._json
 
-    def history_json(self) -> str:
-        """Return the form kept in snapshots: full keys, and the refresh mark."""
+    def client_json(self) -> bytes:
+        """Return the same in one piece."""
+        return b"".join(self.client_pieces())
+
+    def history_texts(self) -> Texts:
+        """Yield the form kept in snapshots: full keys, and the refresh mark."""
         end = ',"refresh":true}' if self.refresh else "}"
-        if isinstance(self.node, LongNode) or isinstance(self.prev, LongNode):
-            return "".join((*self._texts(self.key), end))
-        return self._text(self.key) + end
+        if self._is_long:
+            yield from self._texts(self.key)
+            yield end
+        else:
+            yield self._text(self.key) + end
 
     def _text(self, key: str) -> str:
         node, prev = self.node, self.prev
@@ -211,8 +262,8 @@ class Event:
             return text
         return f'{text},"prevNode":{_node_json(key, self.prev, self.prev_ttl_s)}'
 
-    def _texts(self, key: str) -> Iterator[str]:
-        """What _text() returns, in pieces: 256 KB take 0.5 ms less."""
+    def _texts(self, key: str) -> Texts:
+        """What _text() returns, in pieces."""
         key = json_string(key)
         yield f'{{"action":"{self.action}","node":'
         yield from _node_texts(key, self.node, self.ttl_s)

@@ -35,7 +35,7 @@ from ..base.errors import (
     RootReadOnly,
 )
 from ..base.limits import EXPIRED_KEYS_MAX, HISTORY_EVENTS_MAX
-from ..base.text import as_unicode, json_string, load_json, parse_time
+from ..base.text import Value, as_unicode, in_pieces, json_string, load_json, parse_time
 from .events import (
     _PERMANENT,
     _READ_ONLY,
@@ -43,9 +43,13 @@ from .events import (
     SNAPSHOT_PROGRESS_NODES,
     Directory,
     Event,
+    LongNode,
     Node,
     _node_json,
+    _node_texts,
     file_node,
+    kept_value,
+    shown_value,
 )
 from .walks import Listing, SnapshotWalk, TreeWalk, parent_path
 from .watchers import EventHistory, StoreStats, TtlHeap, Watcher, WatcherHub
@@ -237,13 +241,13 @@ class Store:
 
     def get(self, path: str, *, recursive: bool = False, now_ns: int) -> Event:
         """Return a get event, without the children of a directory.  Raises KeyNotFound, NotDir."""
-        encoded = self.file_json(path, recursive=recursive, now_ns=now_ns)
+        encoded = self.file_json(path, recursive=recursive, now_ns=now_ns) or None
         node = self._nodes[path]
         return Event("get", path, node, None, self.current_index, now_ns, encoded=encoded)
 
-    def file_json(self, path: str, *, recursive: bool = False, now_ns: int) -> Optional[bytes]:
-        """Return the line that answers the GET of a file; None for a directory: see listing().
-        A hot path.  recursive: as asked, to be counted.  Raises KeyNotFound, NotDir.
+    def file_json(self, path: str, *, recursive: bool = False, now_ns: int) -> Sequence[bytes]:
+        """Return the line that answers the GET of a file, in pieces; none for a directory: see
+        listing().  A hot path.  recursive: as asked, to be counted.  Raises KeyNotFound, NotDir.
         """
         node = self._nodes.get(path)
         if recursive:
@@ -252,9 +256,11 @@ class Store:
             raise self._failed("gets", self._missing(path))
         self.stats.gets_success += 1
         if node.children is not None:
-            return None
-        text = _node_json(json_string(path[2:]), node, node.ttl_s(now_ns))
-        return f'{{"action":"get","node":{text}}}\n'.encode()
+            return ()
+        key, ttl_s = json_string(path[2:]), node.ttl_s(now_ns)
+        if isinstance(node, LongNode):
+            return in_pieces(('{"action":"get","node":', *_node_texts(key, node, ttl_s), "}\n"))
+        return (f'{{"action":"get","node":{_node_json(key, node, ttl_s)}}}\n'.encode(),)
 
     def listing(
         self, path: str, *, recursive: bool = False, sorted: bool = False, now_ns: int
@@ -312,7 +318,7 @@ class Store:
         return watcher
 
     def set(
-        self, path: str, *, dir: bool = False, value: str = "", expires_ns: int = 0,
+        self, path: str, *, dir: bool = False, value: Value = "", expires_ns: int = 0,
         refresh: bool = False, now_ns: int,
     ) -> Event:
         """Put a new file, or with `dir` an empty directory, at `path`; a file there is replaced.
@@ -329,7 +335,7 @@ class Store:
         elif old.children is not None:
             raise self._failed("sets", NotFile(path[2:], self.current_index))
         elif refresh:
-            value = old.value or ""
+            value = kept_value(old)
         try:
             event = self._place(
                 "set", path, old, None if dir else value, expires_ns, now_ns, refresh
@@ -340,7 +346,7 @@ class Store:
         return event
 
     def create(
-        self, path: str, *, dir: bool = False, value: str = "", unique: bool = False,
+        self, path: str, *, dir: bool = False, value: Value = "", unique: bool = False,
         expires_ns: int = 0, now_ns: int,
     ) -> Event:
         """Make a new file or directory at `path`, or below it under a number (unique).
@@ -362,7 +368,7 @@ class Store:
         return event
 
     def update(
-        self, path: str, *, value: str = "", expires_ns: int = 0, refresh: bool = False,
+        self, path: str, *, value: Value = "", expires_ns: int = 0, refresh: bool = False,
         now_ns: int,
     ) -> Event:
         """Give a file a new value and TTL, keeping its created index; a directory a new TTL.
@@ -387,7 +393,7 @@ class Store:
         return self._done(Event("update", path, shown, old, index, now_ns, refresh))
 
     def compare_and_swap(
-        self, path: str, *, prev_value: str = "", prev_index: int = 0, value: str = "",
+        self, path: str, *, prev_value: Value = "", prev_index: int = 0, value: Value = "",
         expires_ns: int = 0, refresh: bool = False, now_ns: int,
     ) -> Event:
         """Update a file if its value and its modified index are those given; "" and 0: any.
@@ -425,7 +431,7 @@ class Store:
         return self._remove("delete", path, old, now_ns)
 
     def compare_and_delete(
-        self, path: str, *, prev_value: str = "", prev_index: int = 0, now_ns: int
+        self, path: str, *, prev_value: Value = "", prev_index: int = 0, now_ns: int
     ) -> Event:
         """Remove a file if its value and its modified index are those given; "" and 0: any.
         Raises CompareFailed, KeyNotFound, NotDir, NotFile (also for the root, with no cause).
@@ -523,7 +529,7 @@ class Store:
             self.hub.catch_up(seen)
 
     def _place(
-        self, action: str, path: str, old: Optional[Node], value: Optional[str],
+        self, action: str, path: str, old: Optional[Node], value: Optional[Value],
         expires_ns: int, now_ns: int, refresh: bool = False,
     ) -> Event:
         """Put a file, or a directory if value is None, where `old` or nothing is.  A hot path."""
@@ -543,12 +549,12 @@ class Store:
         return self._done(Event(action, path, node, old, index, now_ns, refresh))
 
     def _rewrite(
-        self, action: str, path: str, old: Node, value: str, expires_ns: int, now_ns: int,
+        self, action: str, path: str, old: Node, value: Value, expires_ns: int, now_ns: int,
         refresh: bool,
     ) -> Event:
         """Give the file `old` a value and a TTL; it stays the same key."""
         index = self.current_index + 1
-        text = (old.value or "") if refresh else value
+        text = kept_value(old) if refresh else value
         node = file_node(text, old.created_index, index, expires_ns)
         self._put(path, old, node)
         return self._done(Event(action, path, node, old, index, now_ns, refresh))
@@ -607,7 +613,7 @@ class Store:
         self.hub.notify(event, removed)
         return event
 
-    def _compared(self, path: str, prev_value: str, prev_index: int) -> Node:
+    def _compared(self, path: str, prev_value: Value, prev_index: int) -> Node:
         """Return the file at `path` if it is as given.  Raises as compare_and_swap."""
         node = self._nodes.get(path)
         if node is None:
@@ -615,8 +621,10 @@ class Store:
         if node.children is not None:
             raise NotFile(path[2:], self.current_index)
         wrong = []
-        if prev_value and prev_value != node.value:
-            wrong.append(f"[{prev_value} != {node.value}]")
+        if prev_value and not (
+            node.has_value(prev_value) if isinstance(node, LongNode) else node.value == prev_value
+        ):
+            wrong.append(f"[{shown_value(prev_value)} != {shown_value(kept_value(node))}]")
         if prev_index and prev_index != node.modified_index:
             wrong.append(f"[{prev_index} != {node.modified_index}]")
         if wrong:

@@ -6,7 +6,7 @@ import heapq
 import itertools
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
-from ..base.text import format_time, is_plain_json, json_string, utf8
+from ..base.text import format_time, in_pieces, is_plain_json, json_string, utf8
 from .events import (
     _PERMANENT,
     LISTING_BLOCK_CHARS,
@@ -17,8 +17,11 @@ from .events import (
     SNAPSHOT_SLICE_CHARS,
     SNAPSHOT_SLICE_NODES,
     SNAPSHOT_SORT_MAX,
+    LongNode,
     Node,
+    Texts,
     _node_ends,
+    _node_texts,
 )
 
 
@@ -42,6 +45,8 @@ def _files_json(paths: Sequence[str], nodes: Sequence[Node]) -> str:
 
     Looks once at the text of all: 0.4 us per node instead of 1.  A hot path.
     """
+    if LongNode in set(map(type, nodes)):
+        return ""
     values = [node.value for node in nodes]
     if not all(values) or sum([node.expires_ns for node in nodes]) > 0:
         return ""
@@ -103,9 +108,10 @@ class SnapshotWalk(TreeWalk):
 
     __slots__ = ()
 
-    def chunks(self, history: Iterator[str], end: str) -> Iterator[bytes]:
+    def chunks(self, history: Texts, end: str) -> Iterator[bytes]:
         """Yield the snapshot in slices of some ms.  history: pieces of JSON; end: what follows."""
-        slice, chars = [], 0
+        slice: List[Union[str, bytes]] = []
+        chars = 0
         for text in itertools.chain(
             ('{"Root":',), self._pieces(), (',"WatcherHub":{"EventHistory":', next(history)),
             history, ("}", end),
@@ -113,11 +119,11 @@ class SnapshotWalk(TreeWalk):
             slice.append(text)
             chars += len(text)
             if chars >= SNAPSHOT_SLICE_CHARS or len(slice) >= SNAPSHOT_SLICE_NODES:
-                yield "".join(slice).encode()
+                yield from in_pieces(slice)
                 slice, chars = [], 0
-        yield "".join(slice).encode()
+        yield from in_pieces(slice)
 
-    def _pieces(self) -> Iterator[str]:
+    def _pieces(self) -> Texts:
         """Yield the JSON of the root in pieces, one for each node and one for each end.
 
         Goes by a stack of its own: keys may be deeper than Python likes to call.
@@ -130,6 +136,10 @@ class SnapshotWalk(TreeWalk):
                 if node is None:
                     continue
                 text = comma + self._head(path, node)
+                if isinstance(node, LongNode):
+                    yield text
+                    yield from node.json
+                    text = '","Children":'
                 if node.children is None:
                     yield text + "null}"
                     comma = ","
@@ -150,11 +160,13 @@ class SnapshotWalk(TreeWalk):
     def _head(self, path: str, node: Node) -> str:
         name = "" if path == "/" else json_string(path[path.rfind("/") + 1:]) + ":"
         expires = format_time(node.expires_ns) if node.expires_ns else _PERMANENT
-        return (
+        text = (
             f'{name}{{"Path":{json_string(path)},"CreatedIndex":{node.created_index},'
-            f'"ModifiedIndex":{node.modified_index},"ExpireTime":"{expires}",'
-            f'"Value":{json_string(node.value or "")},"Children":'
+            f'"ModifiedIndex":{node.modified_index},"ExpireTime":"{expires}","Value":'
         )
+        if isinstance(node, LongNode):
+            return text + '"'
+        return f'{text}{json_string(node.value or "")},"Children":'
 
 
 class _Level:
@@ -206,7 +218,7 @@ class Listing(TreeWalk):
     def work(self, amount: int = LISTING_SLICE_WORK) -> None:
         """Go on for about `amount` nodes."""
         until = self.work_done + amount
-        texts = []
+        texts: List[Union[str, bytes]] = []
         for text in self._texts:
             texts.append(text)
             if self.work_done >= until:
@@ -214,9 +226,9 @@ class Listing(TreeWalk):
         else:
             self.done = True
             self.end()
-        self.chunks.append("".join(texts).encode())
+        self.chunks += in_pieces(texts) or [b""]
 
-    def _walk(self, path: str, node: Node) -> Iterator[str]:
+    def _walk(self, path: str, node: Node) -> Texts:
         """Yield the text in pieces, sometimes empty ones to allow a pause.
 
         Goes by a stack of its own: keys may be deeper than Python likes to call.
@@ -235,6 +247,11 @@ class Listing(TreeWalk):
                         yield ""
                     continue
                 path, node = item
+                if isinstance(node, LongNode):
+                    yield level.comma
+                    yield from self._long_texts(path, node)
+                    level.comma = ","
+                    continue
                 head, tail = self._ends(path, node)
                 text, level.comma = level.comma + head, ","
                 if node.children is None or not self._recursive:
@@ -247,6 +264,11 @@ class Listing(TreeWalk):
                 levels.pop()
                 yield level.end()
         yield "}\n"
+
+    def _long_texts(self, path: str, node: LongNode) -> Texts:
+        self.lasts = self.lasts and not node.expires_ns
+        self.work_done += 1 + len(node.json)
+        yield from _node_texts(json_string(path[2:]), node, node.ttl_s(self._now_ns))
 
     def _ends(self, path: str, node: Node) -> Tuple[str, str]:
         """What comes before and after the place of a node's children."""

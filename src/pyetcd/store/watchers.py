@@ -11,7 +11,7 @@ from typing import Callable, Deque, Dict, Iterator, List, Mapping, Optional, Seq
 from ..base.basics import _nothing
 from ..base.limits import WATCHERS_MAX, WATCHERS_TOLD_MAX
 from ..base.text import json_text
-from .events import TTL_STALE_MIN, Event
+from .events import TTL_STALE_MIN, Event, Texts
 
 
 class EventHistory:
@@ -67,7 +67,7 @@ class EventHistory:
             if recursive and not stream:
                 exact = below
 
-    def pieces(self) -> Iterator[str]:
+    def pieces(self) -> Texts:
         """Yield the EventHistory object of a snapshot; the events are those of the first next().
 
         Source: the ring of etcd 2.3 store/event_queue.go, unused slots null.
@@ -80,7 +80,9 @@ class EventHistory:
         comma = ""
         yield '{"Queue":{"Events":['
         for slot in slots:
-            yield f"{comma}null" if slot is None else comma + slot.history_json()
+            yield f"{comma}null" if slot is None else comma
+            if slot is not None:
+                yield from slot.history_texts()
             comma = ","
         yield f'],"Size":{len(events)},"Front":{front},"Back":{back},"Capacity":{self.capacity}}}'
         yield f',"StartIndex":{first},"LastIndex":{last}}}'

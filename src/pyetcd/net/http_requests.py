@@ -1,0 +1,232 @@
+"""Requests, and the replies to them."""
+
+from __future__ import annotations
+
+import http.server
+from typing import IO, Callable, Dict, Optional, Protocol, Sequence
+
+from ..base.limits import OUTPUT_SHARED_BYTES_MIN
+from .http_messages import HttpHead
+from .reactor import Reactor
+
+_STATUS_LINES = {
+    int(status): f"HTTP/1.1 {int(status)} {phrases[0]}\r\n"
+    for status, phrases in http.server.BaseHTTPRequestHandler.responses.items()
+}
+
+
+class Channel(Protocol):
+    """A connection, as far as its requests and their replies know it."""
+
+    reactor: Reactor
+    remote: str
+    on_close: Optional[Callable[[], None]]
+    on_drain: Optional[Callable[[], None]]
+    streaming: bool
+    pending: int
+    busy: bool
+    closed: bool
+
+    @property
+    def scheme(self) -> str:
+        """`https` under TLS, else `http`."""
+
+    def send(self, data: bytes, more: Sequence[bytes] = ()) -> None:
+        """Queue bytes for the end of this turn."""
+
+    def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
+        """Queue the end of a reply and go on with the next request, or close."""
+
+    def flush(self) -> None:
+        """Send what is queued."""
+
+    def close(self) -> None:
+        """Drop the socket; a waiting request's on_close is called."""
+
+
+class HttpRequest:
+    """One request, complete with its body, waiting for exactly one reply."""
+
+    __slots__ = ("head", "body", "connection", "body_too_large", "body_file")
+
+    def __init__(self, head: HttpHead, body: bytes, connection: Channel) -> None:
+        self.head = head
+        self.body = body
+        self.connection = connection
+        self.body_too_large = False
+        self.body_file: Optional[IO[bytes]] = None      # holds a body that is too large for memory
+
+    @property
+    def method(self) -> str:
+        """Method, as sent."""
+        return self.head.method
+
+    @property
+    def target(self) -> str:
+        """Request target, as sent, latin-1."""
+        return self.head.target
+
+    @property
+    def path(self) -> str:
+        """Percent-decoded path (text_of)."""
+        return self.head.path
+
+    @property
+    def query(self) -> str:
+        """Raw query without `?`, latin-1."""
+        return self.head.query
+
+    @property
+    def headers(self) -> Dict[str, str]:
+        """Lower-case name -> value."""
+        return self.head.headers
+
+    @property
+    def remote(self) -> str:
+        """Client address, `ip:port`."""
+        return self.connection.remote
+
+    @property
+    def scheme(self) -> str:
+        """`https` if the request came through TLS, else `http`."""
+        return self.connection.scheme
+
+    @property
+    def on_close(self) -> Optional[Callable[[], None]]:
+        """Called when the client goes away before the reply."""
+        return self.connection.on_close
+
+    @on_close.setter
+    def on_close(self, callback: Optional[Callable[[], None]]) -> None:
+        """Ask for that call; None: no more."""
+        self.connection.on_close = callback
+
+    def _head_bytes(
+        self, status: int, content_type: Optional[str], headers: str, framing: str
+    ) -> bytes:
+        head = self.head
+        kind = f"Content-Type: {content_type}\r\n" if content_type else ""
+        status_line = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} Status\r\n"
+        if head.minor:
+            closing = "" if head.keep_alive else "Connection: close\r\n"
+        else:
+            closing = "Connection: keep-alive\r\n" if head.keep_alive else ""
+            status_line = "HTTP/1.0" + status_line[8:]
+        date = self.connection.reactor.http_date()
+        return (
+            f"{status_line}{kind}{headers}Date: {date}\r\n{framing}{closing}\r\n".encode("latin-1")
+        )
+
+    def reply(
+        self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
+        headers: str = "", more: Sequence[bytes] = (),
+    ) -> None:
+        """Answer.  headers: more raw lines, each with its CRLF.  HEAD sends no body.
+
+        more  of the body, never copied
+        """
+        size = len(body) + sum(map(len, more))
+        framing = "" if status == 204 else f"Content-Length: {size}\r\n"
+        data = self._head_bytes(status, content_type if size else None, headers, framing)
+        if self.head.method == "HEAD":
+            more = ()
+        else:
+            data += body
+        self.connection.finish(data, self.head.keep_alive, more)
+
+    def reply_raw(self, data: bytes, more: Sequence[bytes] = ()) -> None:
+        """Answer with ready-made head and body; only if the head takes_raw.
+
+        more  of the body, never copied
+        """
+        self.connection.finish(data, True, more)
+
+    def start_stream(
+        self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
+        *, length: Optional[int] = None,
+    ) -> StreamReply:
+        """Send the head now; the body follows in pieces, of `length` bytes if that is known.
+
+        For an answer without body (HEAD, 204, 304) end() is all that follows.
+        """
+        bodyless = self.head.method == "HEAD" or status in (204, 304)
+        chunked = bool(self.head.minor) and length is None and not bodyless
+        framing = "Transfer-Encoding: chunked\r\n" if chunked else ""
+        if length is not None and status != 204:
+            framing = f"Content-Length: {length}\r\n"
+        if not (chunked or bodyless or length is not None):
+            self.head = closing_head(self.head)        # the end of the body is that of all
+        reply = StreamReply(self, chunked=chunked)
+        if not reply.closed:
+            self.connection.send(self._head_bytes(status, content_type, headers, framing))
+        return reply
+
+
+Handler = Callable[[HttpRequest], None]
+
+
+class StreamReply:
+    """A reply whose body is written piece by piece (chunked, or of a length that the head told;
+    HTTP/1.0: until close)."""
+
+    __slots__ = ("_connection", "_chunked", "_keep_alive", "closed", "on_close")
+
+    def __init__(self, request: HttpRequest, *, chunked: bool) -> None:
+        self._connection = request.connection
+        self._chunked = chunked
+        self._keep_alive = request.head.keep_alive
+        self.closed = not request.connection.busy
+        self.on_close: Optional[Callable[[], None]] = None
+        if not self.closed:
+            request.connection.streaming = True
+            request.connection.on_close = self._client_gone
+
+    @property
+    def pending(self) -> int:
+        """Bytes that the client has not taken yet."""
+        return self._connection.pending
+
+    def when_read(self, callback: Callable[[], None]) -> None:
+        """Call once, as soon as the client has taken everything that is pending."""
+        self._connection.on_drain = callback
+
+    def write(self, data: bytes, more: Sequence[bytes] = ()) -> bool:
+        """Queue one piece, with `more` of it that is never copied; False if the reply has ended."""
+        if self.closed:
+            return False
+        size = len(data) + sum(map(len, more))
+        if not self._chunked:
+            self._connection.send(data, more)
+        elif size < OUTPUT_SHARED_BYTES_MIN:
+            self._connection.send(b"%x\r\n%b\r\n" % (size, b"".join((data, *more))))
+        else:
+            self._connection.send(b"%x\r\n" % size, (data, *more, b"\r\n"))
+        return True
+
+    def end(self) -> None:
+        """Finish the body; the connection serves the next request."""
+        if not self.closed:
+            self.closed = True
+            self.on_close = None
+            self._connection.finish(b"0\r\n\r\n" if self._chunked else b"", self._keep_alive)
+
+    def abort(self) -> None:
+        """Drop the connection without finishing the body; on_close is not called."""
+        self.on_close = None
+        if not self.closed:
+            self.closed = True
+            self._connection.close()
+
+    def _client_gone(self) -> None:
+        self.closed = True
+        on_close, self.on_close = self.on_close, None
+        if on_close is not None:
+            on_close()
+
+
+def closing_head(head: HttpHead) -> HttpHead:
+    """A copy of `head` for a request whose body stays unread: the connection must end."""
+    closing = HttpHead(head.method, head.target, head.minor, head.headers)
+    closing.keep_alive = closing.takes_raw = False
+    closing.parsed = head.parsed
+    return closing
