@@ -5471,7 +5471,7 @@ class Snapshotter:
         return None
 
     def check_log(self, wal_dir: str, known: Iterable[EntryID]) -> None:
-        """Raise WalError if an intact file is newer than all snapshots that the log knows.
+        """Raise WalError if a file, be it damaged, is newer than all snapshots that the log knows.
 
         Its record was durable before its file was begun, so the end of the log is lost, and with
         it votes and entries that other members count on.  Differs from etcd, which starts in the
@@ -5483,16 +5483,18 @@ class Snapshotter:
             path = os.path.join(self.directory, name)
             if match is None or int(match.group(2), 16) <= newest:
                 continue
-            with contextlib.suppress(CodecError, FileNotFoundError):
+            state, way = "damaged", ""
+            with contextlib.suppress(CodecError):
                 decode_snapshot_file(self.disk.read(path))
-                segments = list(filter(_WAL_NAME.fullmatch, self.disk.listdir(wal_dir)))
-                last = os.path.join(wal_dir, segments[-1]) if segments else "no file"
-                raise WalError(
-                    f"wal: the end of the log is lost: {path} is intact, but the log in {wal_dir}"
-                    f" (its last: {last}) ends before it; a later .wal file is missing, or the last"
-                    f" one was cut: put it back; or {REPAIR_HINT}, or by `pyetcd restore {path}`,"
-                    f" without what came after it; or give the right -wal-dir"
-                )
+                way = f", or by `pyetcd restore {path}`, without what came after it"
+                state = "intact"
+            segments = list(filter(_WAL_NAME.fullmatch, self.disk.listdir(wal_dir)))
+            last = os.path.join(wal_dir, segments[-1]) if segments else "no file"
+            raise WalError(
+                f"wal: the end of the log is lost: {path} is {state}, but the log in {wal_dir}"
+                f" (its last: {last}) ends before it; a later .wal file is missing, or the last"
+                f" one was cut: put it back; or {REPAIR_HINT}{way}; or give the right -wal-dir"
+            )
 
     def _read(self, name: str) -> Optional[Snapshot]:
         path = os.path.join(self.directory, name)
@@ -7623,6 +7625,7 @@ class HttpCall:
     on_head(status, headers) once; on_data(bytes) per piece of the body; on_done(error) exactly
     once at the end, None if the body was complete; nothing after cancel().  connect_timeout_s
     bounds name look-up and connect, idle_timeout_s each silence after that (None: no limit).
+    A body of more than answer_max bytes, as they come, is cut there and counts as complete.
     A Host among the headers goes before that of the url.
     """
 
@@ -7630,12 +7633,14 @@ class HttpCall:
         "_reactor", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock", "_bodyless",
         "_out", "_in", "_finder", "_interim", "_left", "_chunks", "_timer", "_heard", "_ended",
         "connected", "_paused", "_events", "_tls", "_host", "_handshake", "_dial", "_look_up",
+        "_room",
     )
 
     def __init__(
         self, reactor: Reactor, url: str, method: str, target: str, headers: Dict[str, str],
         body: bytes = b"", *, connect_timeout_s: float = 5.0,
-        idle_timeout_s: Optional[float] = None, tls: Optional[TlsContext] = None,
+        idle_timeout_s: Optional[float] = None, answer_max: int = sys.maxsize,
+        tls: Optional[TlsContext] = None,
         on_head: Callable[[int, Dict[str, str]], None] = lambda status, headers: None,
         on_data: Callable[[bytes], None] = lambda data: None,
         on_done: Callable[[Optional[Exception]], None] = lambda error: None,
@@ -7658,6 +7663,7 @@ class HttpCall:
         self._interim = 0               # heads of status 1xx so far
         self._left: Optional[int] = None    # bytes of body to come; None: head not yet seen
         self._chunks: Optional[ChunkedDecoder] = None
+        self._room = answer_max         # bytes of body that are still wanted
         self._heard = 0.0
         self._ended = False
         self._bodyless = method == "HEAD"
@@ -7864,6 +7870,7 @@ class HttpCall:
 
     def _take_body(self, data: bytes) -> None:
         assert self._left is not None
+        self._room -= len(data)
         if self._chunks is not None:
             data = self._chunks.feed(data)
         else:
@@ -7871,7 +7878,8 @@ class HttpCall:
             self._left -= len(data)
         if data:
             self._on_data(data)
-        if not self._ended and (self._chunks.done if self._chunks else not self._left):
+        is_whole = self._chunks.done if self._chunks else not self._left
+        if not self._ended and (is_whole or self._room < 0):
             self._end(None)
 
     def _end_of_input(self) -> None:
@@ -9099,7 +9107,7 @@ class AppV2Decoder(FrameDecoder):
 
 
 _STREAM_PENDING_BYTES_MAX = OUTPUT_BYTES_MAX
-ANSWER_BYTES_MAX = 4_096            # kept of the body of an answer; the rest is ignored
+ANSWER_BYTES_MAX = 4_096            # of the body of an answer; above: cut
 CLOCK_DIFFERENCE_MAX_NS = NS        # of a peer's clock; above: a warning
 
 StreamEncoder = Union[AppV2Encoder, MessageEncoder]
@@ -9390,9 +9398,11 @@ class StreamReader:
     def _on_data(self, data: bytes) -> None:
         if self._decoder is None:
             self._answer.take_data(data)
+            if self._call is not None and len(self._answer.body) >= ANSWER_BYTES_MAX:
+                self._call.cancel()
+                self._on_done(None)
             return
         self._status.activate()
-        self._backoff.reset()
         call = self._call
         self._unread_bytes += len(data)
         is_read = False
@@ -9405,6 +9415,7 @@ class StreamReader:
             if error is not None:
                 self._drop(error)
             else:
+                self._backoff.reset()
                 call.resume()
 
         (self._context.work or SlicedWork(self._context.reactor)).add(
@@ -9668,8 +9679,8 @@ class Pipeline:
             connect_timeout_s=context.dial_timeout_s,
             # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
             idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
-            tls=context.tls, on_head=post.answer.take_head, on_data=post.answer.take_data,
-            on_done=done,
+            answer_max=ANSWER_BYTES_MAX, tls=context.tls, on_head=post.answer.take_head,
+            on_data=post.answer.take_data, on_done=done,
         )
 
     def _done(self, post: Post, error: Optional[Exception]) -> None:
@@ -9724,7 +9735,8 @@ class Prober:
         self._asked = reactor.now()
         self._call = HttpCall(
             reactor, self._picker.pick(), "GET", "/raft/probing", {},
-            connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS, tls=self._context.tls,
+            connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS,
+            answer_max=ANSWER_BYTES_MAX, tls=self._context.tls,
             on_head=self._answer.take_head, on_data=self._answer.take_data, on_done=self._done,
         )
 
@@ -12268,7 +12280,8 @@ class VersionMonitor:
 
         self._calls.append(HttpCall(
             self._reactor, url, "GET", "/version", {}, connect_timeout_s=1.0,
-            idle_timeout_s=2.0, tls=self._tls, on_data=answer.take_data, on_done=done,
+            idle_timeout_s=2.0, answer_max=ANSWER_BYTES_MAX, tls=self._tls,
+            on_data=answer.take_data, on_done=done,
         ))
 
     def _decide(self) -> None:
@@ -16117,10 +16130,30 @@ def _open_connection(
 ) -> http.client.HTTPConnection:
     parts = urlsplit(url)
     host = parts.hostname or "127.0.0.1"
+    look_up(host, timeout_s)
     if parts.scheme != "https":
         return http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
     context = tls.current if tls else None
     return http.client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=context)
+
+
+def look_up(host: str, timeout_s: float) -> None:
+    """Ask the name servers, so that whoever connects has the answer soon.
+
+    Raises OSError, also if they are silent: they may be for minutes, where no signal is heard.
+    """
+    answers: queue.SimpleQueue[Optional[Exception]] = queue.SimpleQueue()
+
+    def ask() -> None:
+        answers.put(outcome_of(socket.getaddrinfo, host, None)[0])
+
+    threading.Thread(target=ask, name="names", daemon=True).start()
+    try:
+        error = answers.get(timeout=timeout_s)
+    except queue.Empty:
+        error = OSError(f"lookup {host}: i/o timeout")
+    if error is not None:
+        raise error
 
 
 class Discovery:
@@ -17365,11 +17398,6 @@ def _check_log_is_not_missing(data_dir: DataDir) -> None:
             f" none; leave -wal-dir out, or stop the member and move the log there"
         )
     Snapshotter(data_dir.snap).check_log(data_dir.wal, ())
-    if any(name.endswith(".snap") for name in os.listdir(data_dir.snap)):
-        raise StartError(
-            f"{data_dir.snap} holds snapshots of a member, but {data_dir.wal} holds no log; name"
-            f" the log's directory with -wal-dir, or make a new cluster with `pyetcd restore`"
-        )
 
 
 def _forget_member_dir(data_dir: DataDir) -> None:
@@ -17726,7 +17754,7 @@ class FirstLife:
         self._asked[member.id] = HttpCall(
             self._etcd.reactor, url, "GET", "/members", {},
             connect_timeout_s=PROBE_ANSWER_SECONDS, idle_timeout_s=JOIN_ANSWER_SECONDS,
-            tls=self._tls, on_data=answer.take_data, on_done=done,
+            answer_max=CALL_BODY_BYTES_MAX, tls=self._tls, on_data=answer.take_data, on_done=done,
         )
 
     def _answered(self, member_id: int, body: bytes) -> None:
@@ -18247,7 +18275,8 @@ class ProxyDialer:
         """Ask for something that a member answers at once, within the write timeout."""
         return HttpCall(
             self._reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
-            idle_timeout_s=self._write_s, tls=self.tls, on_done=on_done,
+            idle_timeout_s=self._write_s, answer_max=ANSWER_BYTES_MAX, tls=self.tls,
+            on_done=on_done,
         )
 
 
