@@ -4967,7 +4967,9 @@ class RecordType(IntEnum):
     SNAPSHOT = 5
 
 
-_locked_paths: Set[str] = set()     # POSIX locks do not exclude others in the same process
+# POSIX locks do not exclude others in the same process.  By path as given, the real one: a link
+# may be moved, or the working directory changed, before the lock is freed.
+_locked_paths: Dict[str, str] = {}
 
 
 class OsDisk:
@@ -5052,7 +5054,7 @@ class OsDisk:
         this process, so a locked file must not be read again.
         """
         real = os.path.realpath(path)
-        if real in _locked_paths:
+        if real in _locked_paths.values():
             return False
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -5060,16 +5062,16 @@ class OsDisk:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
             raise
-        _locked_paths.add(real)
+        _locked_paths[path] = real
         return True
 
     def unlock(self, path: str) -> None:
         """Forget a lock; closing the handle has released it for other processes."""
-        _locked_paths.discard(os.path.realpath(path))
+        _locked_paths.pop(path, None)
 
     def is_locked(self, path: str) -> bool:
         """Tell whether this process holds the lock of a file."""
-        return os.path.realpath(path) in _locked_paths
+        return os.path.realpath(path) in _locked_paths.values()
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -7134,6 +7136,7 @@ class TlsContext:
         self._server = server
         self._now = now
         self._seen = self._signature()
+        self._refused = self._seen          # the last that could not be used, and was logged
         self._checked = now()
         self._context = self._load()
 
@@ -7145,8 +7148,7 @@ class TlsContext:
             self._checked = now
             signature = self._signature()
             if signature != self._seen:
-                self._seen = signature
-                self._reload()
+                self._reload(signature)
         return self._context
 
     def check_peer(self, sock: ssl.SSLSocket) -> None:
@@ -7176,13 +7178,17 @@ class TlsContext:
             found.append(None)
         return found
 
-    def _reload(self) -> None:
+    def _reload(self, signature: List[Optional[Tuple[int, int, int]]]) -> None:
+        """Use what there is now; what cannot be read, as nothing can be opened, is tried again."""
         log = package_logger("tls")
         try:
             self._context = self._load()
         except StartError as error:
-            log.error("certificates changed and cannot be used, the old ones stay: %s", error)
+            if signature != self._refused:
+                log.error("certificates changed and cannot be used, the old ones stay: %s", error)
+            self._refused = signature
         else:
+            self._seen = signature
             log.info("certificates changed, new connections use them: %s", self._files.cert_file)
 
     def _load(self) -> ssl.SSLContext:
@@ -7207,10 +7213,17 @@ class TlsContext:
         return context
 
 
-@functools.cache
+_default_tls: List[TlsContext] = []
+
+
 def default_tls() -> TlsContext:
     """Return how to reach others without settings: the system's authorities decide."""
-    return TlsContext(TlsFiles(), server=False)
+    if _default_tls:
+        return _default_tls[0]
+    context = TlsContext(TlsFiles(), server=False)
+    with contextlib.suppress(OSError), open(os.devnull, "rb"):
+        _default_tls.append(context)    # else its authorities could not be read either: not kept
+    return context
 
 
 def check_readable(path: str) -> None:
@@ -11246,9 +11259,17 @@ for name in ("libcrypt.so.1", "libcrypt.so.2"):
         continue
     crypt.restype = ctypes.c_char_p
     buffer = ctypes.create_string_buffer(1 << 18)       # larger than any struct crypt_data
-    sys.stdout.buffer.write(crypt(password, setting, buffer) or b"")
+    sys.stdout.buffer.write(crypt(password, setting, buffer) or b"*0")
     break
+else:
+    sys.stdout.buffer.write(b"*0")
 """
+
+
+def _python() -> str:
+    """Return the program that runs us; sys.executable is what `exec -a` says."""
+    program = os.path.realpath("/proc/self/exe")
+    return program if "python" in os.path.basename(program) else sys.executable or "python3"
 
 
 class Passwords:
@@ -11319,17 +11340,20 @@ class Passwords:
         bcrypt, None if the program that computes it has failed."""
         try:
             import subprocess
+            python = _python()
             done = subprocess.run(
-                [sys.executable or "python3", "-I", "-S", "-c", _BCRYPT_PROGRAM],
+                [python, "-I", "-S", "-c", _BCRYPT_PROGRAM],
                 input=utf8(password) + b"\0" + setting.encode(),
                 capture_output=True, timeout=PASSWORD_SECONDS_MAX, check=True,
             )
+            made = done.stdout.decode("latin-1")
+            if not made.startswith((setting[:4], "*")):
+                raise ValueError(f"{python} is no Python")
         except (OSError, ImportError, ValueError, MemoryError, subprocess.SubprocessError) as error:
             self._complaints.say(
                 f"passwords cannot be verified now, as the program for it has failed: {error}"
             )
             return None
-        made = done.stdout.decode("latin-1")
         return made if len(made) == 60 and made.startswith(setting[:4]) else ""
 
 
@@ -18021,14 +18045,24 @@ class Server(ServerThread):
         return self._ready.wait(timeout_s)
 
     def call(self, work: Callable[[EtcdServer], Any], timeout_s: float = 10.0) -> Any:
-        """Run work(etcd) on the reactor's thread and return its result."""
+        """Run work(etcd) on the reactor's thread and return its result.
+
+        Raises ServerStopped, also if the member ends meanwhile, and TimeoutError.
+        """
         if self.etcd is None or self._thread is None or not self._thread.is_alive():
             raise ServerStopped()
         answers: queue.SimpleQueue[Tuple[Optional[Exception], Any]] = queue.SimpleQueue()
         etcd = self.etcd
 
         self._reactor.call_soon_threadsafe(lambda: answers.put(outcome_of(work, etcd)))
-        error, result = answers.get(timeout=timeout_s)
+        for _ in range(max(round(timeout_s / 0.1), 1)):     # the reactor may end meanwhile
+            with contextlib.suppress(queue.Empty):
+                error, result = answers.get(timeout=min(0.1, timeout_s))
+                break
+            if not self._thread.is_alive() and answers.empty():
+                raise ServerStopped()
+        else:
+            raise TimeoutError(f"the member did not get to it within {timeout_s} s")
         if error is not None:
             raise error             # of the caller's code: it belongs to the caller
         return result
