@@ -10955,6 +10955,22 @@ def check_entry(entry: Entry) -> None:
                 raise CodecError(f"a key of {request.path.count('/')} path elements")
 
 
+def check_proposal(entry: Entry) -> None:
+    """Raise CodecError for what no API of a member lets in.  The entry has passed check_entry().
+
+    In a leader's log it would have to be taken: others have it already.
+    """
+    if entry.type == EntryType.CONF_CHANGE:
+        change = decode_conf_change(entry.data)
+        if change.type in (ConfChangeType.ADD_NODE, ConfChangeType.UPDATE_NODE):
+            member = parse_member(change.context or b"{}", change.node_id)
+            try:
+                if not list(map(check_advertised_url, member.peer_urls)):
+                    raise ValueError("no peer URL")
+            except ValueError as error:
+                raise CodecError(f"a change of member {change.node_id:x}: {error}") from None
+
+
 _PATH_CHARS_CHEAP = 4_096               # the key of a peer that no part of which can be costly
 
 
@@ -11070,6 +11086,8 @@ class MemberDoor(Door):
         for entry in message.entries:
             try:
                 check_entry(entry)
+                if message.type == MsgType.PROP:
+                    check_proposal(entry)
             except CodecError as error:
                 return str(error)
             work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
