@@ -5187,7 +5187,9 @@ class RecordType(IntEnum):
     SNAPSHOT = 5
 
 
-_locked_paths: Set[str] = set()     # POSIX locks do not exclude others in the same process
+# POSIX locks do not exclude others in the same process.  By path as given, the real one: a link
+# may be moved, or the working directory changed, before the lock is freed.
+_locked_paths: Dict[str, str] = {}
 
 
 class OsDisk:
@@ -5272,7 +5274,7 @@ class OsDisk:
         this process, so a locked file must not be read again.
         """
         real = os.path.realpath(path)
-        if real in _locked_paths:
+        if real in _locked_paths.values():
             return False
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -5280,16 +5282,16 @@ class OsDisk:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
             raise
-        _locked_paths.add(real)
+        _locked_paths[path] = real
         return True
 
     def unlock(self, path: str) -> None:
         """Forget a lock; closing the handle has released it for other processes."""
-        _locked_paths.discard(os.path.realpath(path))
+        _locked_paths.pop(path, None)
 
     def is_locked(self, path: str) -> bool:
         """Tell whether this process holds the lock of a file."""
-        return os.path.realpath(path) in _locked_paths
+        return os.path.realpath(path) in _locked_paths.values()
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -5703,7 +5705,7 @@ class Snapshotter:
         return None
 
     def check_log(self, wal_dir: str, known: Iterable[EntryID]) -> None:
-        """Raise WalError if an intact file is newer than all snapshots that the log knows.
+        """Raise WalError if a file, be it damaged, is newer than all snapshots that the log knows.
 
         Its record was durable before its file was begun, so the end of the log is lost, and with
         it votes and entries that other members count on.  Differs from etcd, which starts in the
@@ -5715,16 +5717,18 @@ class Snapshotter:
             path = os.path.join(self.directory, name)
             if match is None or int(match.group(2), 16) <= newest:
                 continue
-            with contextlib.suppress(CodecError, FileNotFoundError):
+            state, way = "damaged", ""
+            with contextlib.suppress(CodecError):
                 decode_snapshot_file(self.disk.read(path))
-                segments = list(filter(_WAL_NAME.fullmatch, self.disk.listdir(wal_dir)))
-                last = os.path.join(wal_dir, segments[-1]) if segments else "no file"
-                raise WalError(
-                    f"wal: the end of the log is lost: {path} is intact, but the log in {wal_dir}"
-                    f" (its last: {last}) ends before it; a later .wal file is missing, or the last"
-                    f" one was cut: put it back; or {REPAIR_HINT}, or by `pyetcd restore {path}`,"
-                    f" without what came after it; or give the right -wal-dir"
-                )
+                way = f", or by `pyetcd restore {path}`, without what came after it"
+                state = "intact"
+            segments = list(filter(_WAL_NAME.fullmatch, self.disk.listdir(wal_dir)))
+            last = os.path.join(wal_dir, segments[-1]) if segments else "no file"
+            raise WalError(
+                f"wal: the end of the log is lost: {path} is {state}, but the log in {wal_dir}"
+                f" (its last: {last}) ends before it; a later .wal file is missing, or the last"
+                f" one was cut: put it back; or {REPAIR_HINT}{way}; or give the right -wal-dir"
+            )
 
     def _read(self, name: str) -> Optional[Snapshot]:
         path = os.path.join(self.directory, name)
@@ -7599,6 +7603,7 @@ class TlsContext:
         self._server = server
         self._now = now
         self._seen = self._signature()
+        self._refused = self._seen          # the last that could not be used, and was logged
         self._checked = now()
         self._context = self._load()
 
@@ -7610,8 +7615,7 @@ class TlsContext:
             self._checked = now
             signature = self._signature()
             if signature != self._seen:
-                self._seen = signature
-                self._reload()
+                self._reload(signature)
         return self._context
 
     def check_peer(self, sock: ssl.SSLSocket) -> None:
@@ -7641,13 +7645,17 @@ class TlsContext:
             found.append(None)
         return found
 
-    def _reload(self) -> None:
+    def _reload(self, signature: List[Optional[Tuple[int, int, int]]]) -> None:
+        """Use what there is now; what cannot be read, as nothing can be opened, is tried again."""
         log = package_logger("tls")
         try:
             self._context = self._load()
         except StartError as error:
-            log.error("certificates changed and cannot be used, the old ones stay: %s", error)
+            if signature != self._refused:
+                log.error("certificates changed and cannot be used, the old ones stay: %s", error)
+            self._refused = signature
         else:
+            self._seen = signature
             log.info("certificates changed, new connections use them: %s", self._files.cert_file)
 
     def _load(self) -> ssl.SSLContext:
@@ -7672,10 +7680,17 @@ class TlsContext:
         return context
 
 
-@functools.cache
+_default_tls: List[TlsContext] = []
+
+
 def default_tls() -> TlsContext:
     """Return how to reach others without settings: the system's authorities decide."""
-    return TlsContext(TlsFiles(), server=False)
+    if _default_tls:
+        return _default_tls[0]
+    context = TlsContext(TlsFiles(), server=False)
+    with contextlib.suppress(OSError), open(os.devnull, "rb"):
+        _default_tls.append(context)    # else its authorities could not be read either: not kept
+    return context
 
 
 def check_readable(path: str) -> None:
@@ -8090,6 +8105,7 @@ class HttpCall:
     on_head(status, headers) once; on_data(bytes) per piece of the body; on_done(error) exactly
     once at the end, None if the body was complete; nothing after cancel().  connect_timeout_s
     bounds name look-up and connect, idle_timeout_s each silence after that (None: no limit).
+    A body of more than answer_max bytes, as they come, is cut there and counts as complete.
     A Host among the headers goes before that of the url.
     """
 
@@ -8097,12 +8113,14 @@ class HttpCall:
         "_reactor", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock", "_bodyless",
         "_out", "_in", "_finder", "_interim", "_left", "_chunks", "_timer", "_heard", "_ended",
         "connected", "_paused", "_events", "_tls", "_host", "_handshake", "_dial", "_look_up",
+        "_room",
     )
 
     def __init__(
         self, reactor: Reactor, url: str, method: str, target: str, headers: Dict[str, str],
         body: bytes = b"", more: Sequence[bytes] = (), *, connect_timeout_s: float = 5.0,
-        idle_timeout_s: Optional[float] = None, tls: Optional[TlsContext] = None,
+        idle_timeout_s: Optional[float] = None, answer_max: int = sys.maxsize,
+        tls: Optional[TlsContext] = None,
         on_head: Callable[[int, Dict[str, str]], None] = lambda status, headers: None,
         on_data: Callable[[bytes], None] = lambda data: None,
         on_done: Callable[[Optional[Exception]], None] = lambda error: None,
@@ -8126,6 +8144,7 @@ class HttpCall:
         self._interim = 0               # heads of status 1xx so far
         self._left: Optional[int] = None    # bytes of body to come; None: head not yet seen
         self._chunks: Optional[ChunkedDecoder] = None
+        self._room = answer_max         # bytes of body that are still wanted
         self._heard = 0.0
         self._ended = False
         self._bodyless = method == "HEAD"
@@ -8334,6 +8353,7 @@ class HttpCall:
 
     def _take_body(self, data: bytes) -> None:
         assert self._left is not None
+        self._room -= len(data)
         if self._chunks is not None:
             data = self._chunks.feed(data)
         else:
@@ -8341,7 +8361,8 @@ class HttpCall:
             self._left -= len(data)
         if data:
             self._on_data(data)
-        if not self._ended and (self._chunks.done if self._chunks else not self._left):
+        is_whole = self._chunks.done if self._chunks else not self._left
+        if not self._ended and (is_whole or self._room < 0):
             self._end(None)
 
     def _end_of_input(self) -> None:
@@ -9412,7 +9433,7 @@ class AppV2Decoder(FrameDecoder):
 
 
 _STREAM_PENDING_BYTES_MAX = OUTPUT_BYTES_MAX
-ANSWER_BYTES_MAX = 4_096            # kept of the body of an answer; the rest is ignored
+ANSWER_BYTES_MAX = 4_096            # of the body of an answer; above: cut
 CLOCK_DIFFERENCE_MAX_NS = NS        # of a peer's clock; above: a warning
 
 StreamEncoder = Union[AppV2Encoder, MessageEncoder]
@@ -9703,9 +9724,11 @@ class StreamReader:
     def _on_data(self, data: bytes) -> None:
         if self._decoder is None:
             self._answer.take_data(data)
+            if self._call is not None and len(self._answer.body) >= ANSWER_BYTES_MAX:
+                self._call.cancel()
+                self._on_done(None)
             return
         self._status.activate()
-        self._backoff.reset()
         call = self._call
         self._unread_bytes += len(data)
         is_read = False
@@ -9718,6 +9741,7 @@ class StreamReader:
             if error is not None:
                 self._drop(error)
             else:
+                self._backoff.reset()
                 call.resume()
 
         (self._context.work or SlicedWork(self._context.reactor)).add(
@@ -9984,8 +10008,8 @@ class Pipeline:
             connect_timeout_s=context.dial_timeout_s,
             # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
             idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
-            tls=context.tls, on_head=post.answer.take_head, on_data=post.answer.take_data,
-            on_done=done,
+            answer_max=ANSWER_BYTES_MAX, tls=context.tls, on_head=post.answer.take_head,
+            on_data=post.answer.take_data, on_done=done,
         )
 
     def _done(self, post: Post, error: Optional[Exception]) -> None:
@@ -10040,7 +10064,8 @@ class Prober:
         self._asked = reactor.now()
         self._call = HttpCall(
             reactor, self._picker.pick(), "GET", "/raft/probing", {},
-            connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS, tls=self._context.tls,
+            connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS,
+            answer_max=ANSWER_BYTES_MAX, tls=self._context.tls,
             on_head=self._answer.take_head, on_data=self._answer.take_data, on_done=self._done,
         )
 
@@ -11277,6 +11302,22 @@ def check_entry(entry: Entry) -> None:
                 raise CodecError(f"a key of {request.path.count('/')} path elements")
 
 
+def check_proposal(entry: Entry) -> None:
+    """Raise CodecError for what no API of a member lets in.  The entry has passed check_entry().
+
+    In a leader's log it would have to be taken: others have it already.
+    """
+    if entry.type == EntryType.CONF_CHANGE:
+        change = decode_conf_change(entry.data)
+        if change.type in (ConfChangeType.ADD_NODE, ConfChangeType.UPDATE_NODE):
+            member = parse_member(change.context or b"{}", change.node_id)
+            try:
+                if not list(map(check_advertised_url, member.peer_urls)):
+                    raise ValueError("no peer URL")
+            except ValueError as error:
+                raise CodecError(f"a change of member {change.node_id:x}: {error}") from None
+
+
 _PATH_CHARS_CHEAP = 4_096               # the key of a peer that no part of which can be costly
 
 
@@ -11435,6 +11476,8 @@ class MemberDoor(Door):
         for entry in message.entries:
             try:
                 check_entry(entry)
+                if message.type == MsgType.PROP:
+                    check_proposal(entry)
             except CodecError as error:
                 return str(error)
             work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
@@ -11624,9 +11667,17 @@ for name in ("libcrypt.so.1", "libcrypt.so.2"):
         continue
     crypt.restype = ctypes.c_char_p
     buffer = ctypes.create_string_buffer(1 << 18)       # larger than any struct crypt_data
-    sys.stdout.buffer.write(crypt(password, setting, buffer) or b"")
+    sys.stdout.buffer.write(crypt(password, setting, buffer) or b"*0")
     break
+else:
+    sys.stdout.buffer.write(b"*0")
 """
+
+
+def _python() -> str:
+    """Return the program that runs us; sys.executable is what `exec -a` says."""
+    program = os.path.realpath("/proc/self/exe")
+    return program if "python" in os.path.basename(program) else sys.executable or "python3"
 
 
 class Passwords:
@@ -11697,17 +11748,20 @@ class Passwords:
         bcrypt, None if the program that computes it has failed."""
         try:
             import subprocess
+            python = _python()
             done = subprocess.run(
-                [sys.executable or "python3", "-I", "-S", "-c", _BCRYPT_PROGRAM],
+                [python, "-I", "-S", "-c", _BCRYPT_PROGRAM],
                 input=utf8(password) + b"\0" + setting.encode(),
                 capture_output=True, timeout=PASSWORD_SECONDS_MAX, check=True,
             )
+            made = done.stdout.decode("latin-1")
+            if not made.startswith((setting[:4], "*")):
+                raise ValueError(f"{python} is no Python")
         except (OSError, ImportError, ValueError, MemoryError, subprocess.SubprocessError) as error:
             self._complaints.say(
                 f"passwords cannot be verified now, as the program for it has failed: {error}"
             )
             return None
-        made = done.stdout.decode("latin-1")
         return made if len(made) == 60 and made.startswith(setting[:4]) else ""
 
 
@@ -12676,7 +12730,8 @@ class VersionMonitor:
 
         self._calls.append(HttpCall(
             self._reactor, url, "GET", "/version", {}, connect_timeout_s=1.0,
-            idle_timeout_s=2.0, tls=self._tls, on_data=answer.take_data, on_done=done,
+            idle_timeout_s=2.0, answer_max=ANSWER_BYTES_MAX, tls=self._tls,
+            on_data=answer.take_data, on_done=done,
         ))
 
     def _decide(self) -> None:
@@ -16553,10 +16608,30 @@ def _open_connection(
 ) -> http.client.HTTPConnection:
     parts = urlsplit(url)
     host = parts.hostname or "127.0.0.1"
+    look_up(host, timeout_s)
     if parts.scheme != "https":
         return http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
     context = tls.current if tls else None
     return http.client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=context)
+
+
+def look_up(host: str, timeout_s: float) -> None:
+    """Ask the name servers, so that whoever connects has the answer soon.
+
+    Raises OSError, also if they are silent: they may be for minutes, where no signal is heard.
+    """
+    answers: queue.SimpleQueue[Optional[Exception]] = queue.SimpleQueue()
+
+    def ask() -> None:
+        answers.put(outcome_of(socket.getaddrinfo, host, None)[0])
+
+    threading.Thread(target=ask, name="names", daemon=True).start()
+    try:
+        error = answers.get(timeout=timeout_s)
+    except queue.Empty:
+        error = OSError(f"lookup {host}: i/o timeout")
+    if error is not None:
+        raise error
 
 
 class Discovery:
@@ -17807,11 +17882,6 @@ def _check_log_is_not_missing(data_dir: DataDir) -> None:
             f" none; leave -wal-dir out, or stop the member and move the log there"
         )
     Snapshotter(data_dir.snap).check_log(data_dir.wal, ())
-    if any(name.endswith(".snap") for name in os.listdir(data_dir.snap)):
-        raise StartError(
-            f"{data_dir.snap} holds snapshots of a member, but {data_dir.wal} holds no log; name"
-            f" the log's directory with -wal-dir, or make a new cluster with `pyetcd restore`"
-        )
 
 
 def _forget_member_dir(data_dir: DataDir) -> None:
@@ -18168,7 +18238,7 @@ class FirstLife:
         self._asked[member.id] = HttpCall(
             self._etcd.reactor, url, "GET", "/members", {},
             connect_timeout_s=PROBE_ANSWER_SECONDS, idle_timeout_s=JOIN_ANSWER_SECONDS,
-            tls=self._tls, on_data=answer.take_data, on_done=done,
+            answer_max=CALL_BODY_BYTES_MAX, tls=self._tls, on_data=answer.take_data, on_done=done,
         )
 
     def _answered(self, member_id: int, body: bytes) -> None:
@@ -18445,14 +18515,24 @@ class Server(ServerThread):
         return self._ready.wait(timeout_s)
 
     def call(self, work: Callable[[EtcdServer], Any], timeout_s: float = 10.0) -> Any:
-        """Run work(etcd) on the reactor's thread and return its result."""
+        """Run work(etcd) on the reactor's thread and return its result.
+
+        Raises ServerStopped, also if the member ends meanwhile, and TimeoutError.
+        """
         if self.etcd is None or self._thread is None or not self._thread.is_alive():
             raise ServerStopped()
         answers: queue.SimpleQueue[Tuple[Optional[Exception], Any]] = queue.SimpleQueue()
         etcd = self.etcd
 
         self._reactor.call_soon_threadsafe(lambda: answers.put(outcome_of(work, etcd)))
-        error, result = answers.get(timeout=timeout_s)
+        for _ in range(max(round(timeout_s / 0.1), 1)):     # the reactor may end meanwhile
+            with contextlib.suppress(queue.Empty):
+                error, result = answers.get(timeout=min(0.1, timeout_s))
+                break
+            if not self._thread.is_alive() and answers.empty():
+                raise ServerStopped()
+        else:
+            raise TimeoutError(f"the member did not get to it within {timeout_s} s")
         if error is not None:
             raise error             # of the caller's code: it belongs to the caller
         return result
@@ -18699,7 +18779,8 @@ class ProxyDialer:
         """Ask for something that a member answers at once, within the write timeout."""
         return HttpCall(
             self._reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
-            idle_timeout_s=self._write_s, tls=self.tls, on_done=on_done,
+            idle_timeout_s=self._write_s, answer_max=ANSWER_BYTES_MAX, tls=self.tls,
+            on_done=on_done,
         )
 
 

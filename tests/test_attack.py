@@ -780,7 +780,7 @@ def test_attack_trailers_that_come_byte_by_byte_are_looked_at_once():
     assert decoder.done and buffer.looked <= 8 * 3_000
 
 
-def _answers_of_call(data):
+def _answers_of_call(data, **options):
     """What a HttpCall makes of `data`: heads, body, error."""
     class Call(pyetcd.HttpCall):
         __slots__ = ()
@@ -792,7 +792,7 @@ def _answers_of_call(data):
     call = Call(
         _FuzzReactor(), "http://127.0.0.1:1", "GET", "/", {},
         on_head=lambda status, headers: heads.append(status), on_data=body.append,
-        on_done=ended.append,
+        on_done=ended.append, **options,
     )
     while not call.ended:
         call._receive()
@@ -807,6 +807,28 @@ def test_attack_interim_answers_are_passed_over_and_counted(interim):
     assert _answers_of_call(interim * 50 + answer) == ([200], b"ok", None)
     heads, body, error = _answers_of_call(interim * 16_000 + answer)
     assert not heads and not body and "interim answers" in str(error)
+
+
+@pytest.mark.parametrize("answer", [
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 20_000,
+    b"HTTP/1.1 200 OK\r\nContent-Length: 900000\r\n\r\n" + b"a" * 100_000,
+    b"HTTP/1.1 200 OK\r\n\r\n" + b"a" * 100_000])
+def test_attack_an_answer_without_end_is_cut(answer):
+    """A peer that never ends its answers kept both others of three busy with reading them."""
+    heads, body, error = _answers_of_call(answer, answer_max=1_000)
+    assert heads == [200] and error is None and body.startswith(b"a" * 500)
+    short = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b"a" * 1_000
+    assert _answers_of_call(short, answer_max=1_000) == ([200], b"a" * 1_000, None)
+
+
+def test_attack_every_call_but_streams_and_proxied_ones_has_an_end():
+    """Who calls says how much of an answer is wanted."""
+    calls = [node for path in Path(pyetcd.__file__).parent.glob("src/pyetcd/**/*.py")
+             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "HttpCall"]
+    endless = [call for call in calls
+               if not any(option.arg == "answer_max" for option in call.keywords)]
+    assert len(calls) >= 6 and len(endless) == 2
 
 
 def test_attack_pipelined_requests_before_a_half_close_are_all_answered(turn_rig):

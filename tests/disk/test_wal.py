@@ -707,3 +707,21 @@ def test_wal_recovers_from_power_loss_at_every_disk_operation(keep):
         wal.write(wal.encode(HardState(3, 0, last), _wal_entries(last + 1, last + 1, 3)), sync=True)
         assert Wal.open("/wal", start, disk=after)[1].entries[-1].index == last + 1
     assert operations > 50
+
+
+def test_wal_a_lock_is_freed_when_its_path_leads_elsewhere(tmp_path, monkeypatch):
+    """A link that was moved, or a relative path from another working directory."""
+    real = tmp_path / "real"
+    real.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(real)
+    wal = Wal.create(str(link), b"m")
+    link.unlink()
+    link.symlink_to(tmp_path)
+    wal.close()
+    monkeypatch.chdir(tmp_path)
+    wal, _ = Wal.open("real")
+    monkeypatch.chdir(real)
+    wal.close()
+    assert not pyetcd._locked_paths
+    Wal.open(str(real))[0].close()

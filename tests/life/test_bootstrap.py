@@ -618,7 +618,8 @@ def test_bootstrap_log_in_another_place_is_not_taken_for_none(tmp_path: Path) ->
     _boot_written(_boot_config(tmp_path / "y", wal_dir=str(tmp_path / "z")))
     snap = tmp_path / "y" / "d" / "member" / "snap" / "0000000000000001-0000000000000001.snap"
     snap.write_bytes(b"x")
-    assert "holds snapshots of a member, but" in _boot_fails(_boot_config(tmp_path / "y"))
+    text = _boot_fails(_boot_config(tmp_path / "y"))
+    assert f"{snap} is damaged" in text and "or give the right -wal-dir" in text
 
 
 def _boot_with_a_snapshot(config: pyetcd.ServerConfig) -> List[Path]:
@@ -683,15 +684,32 @@ def test_bootstrap_refuses_a_log_that_ends_before_an_intact_snapshot(
 
 
 def test_bootstrap_takes_snapshots_older_than_the_log_knows(tmp_path: Path) -> None:
-    """Their segments were purged; and a newer file that is broken proves nothing."""
+    """Their segments were purged; and one that was given up as broken is not looked at."""
     config = _boot_config(tmp_path)
     _boot_with_a_snapshot(config)
     snap = Path(config.data_dir) / "member" / "snap"
     good = (snap / "0000000000000001-000000000000000f.snap").read_bytes()
     (snap / "0000000000000001-0000000000000003.snap").write_bytes(good)
-    (snap / "0000000000000001-0000000000000063.snap").write_bytes(good[:-5])
+    (snap / "0000000000000001-0000000000000063.snap.broken").write_bytes(good[:-5])
     with _boot(config) as boot:
         assert boot.snapshot is not None and boot.snapshot.index == 15
+
+
+@pytest.mark.parametrize("content", [b"", b"x", None])
+def test_bootstrap_a_damaged_snapshot_proves_as_much(
+    tmp_path: Path, content: Any
+) -> None:
+    """Its record was durable before the file was begun; and no file is touched."""
+    config = _boot_config(tmp_path)
+    _boot_with_a_snapshot(config)
+    snap = Path(config.data_dir) / "member" / "snap"
+    good = (snap / "0000000000000001-000000000000000f.snap").read_bytes()
+    path = snap / "0000000000000001-0000000000000063.snap"
+    path.write_bytes(good[:-5] if content is None else content)
+    before = path.read_bytes()
+    text = _boot_fails(config)
+    assert "the end of the log is lost" in text and f"{path} is damaged" in text
+    assert "pyetcd restore" not in text and path.read_bytes() == before
 
 
 def test_bootstrap_crash_before_the_first_write_begins_again(tmp_path: Path) -> None:

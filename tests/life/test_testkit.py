@@ -470,3 +470,27 @@ def test_aid_plugin_can_be_left_out(tmp_path):
         tmp_path / "site", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:pyetcd", "-n", "0",
         "test_it.py")
     assert code == 0, output
+
+
+def test_embed_a_call_to_a_member_that_ends_meanwhile_is_told(tmp_path):
+    """ServerStopped, and not an error of a queue; TimeoutError if it is only slow."""
+    free = ["http://127.0.0.1:0"]
+    with pyetcd.Server(data_dir=str(tmp_path / "d"), listen_client_urls=free,
+                       listen_peer_urls=free) as server:
+        assert server.wait_ready(10)
+        entered, go_on = threading.Event(), threading.Event()
+        server._reactor.call_soon_threadsafe(lambda: (entered.set(), go_on.wait(20)))
+        entered.wait(10)
+        with pytest.raises(TimeoutError, match="within 0.05 s"):
+            server.call(lambda etcd: 1, timeout_s=0.05)
+        go_on.set()
+
+        entered.clear()
+        go_on.clear()
+        server._reactor.call_soon_threadsafe(
+            lambda: (entered.set(), go_on.wait(20), server._reactor._posted.clear()))
+        entered.wait(10)
+        server._reactor.stop()
+        threading.Timer(0.2, go_on.set).start()
+        with pytest.raises(pyetcd.ServerStopped):
+            server.call(lambda etcd: 1, timeout_s=10)

@@ -103,7 +103,7 @@ def test_auth_hashes_of_etcd_verify_and_ours_look_the_same():
 
 def test_auth_without_bcrypt_another_hash_serves(tmp_path, monkeypatch, caplog):
     """PBKDF2, marked as such; hashes made by etcd are refused with a line that says why."""
-    monkeypatch.setattr(pyetcd, "_BCRYPT_PROGRAM", "")
+    monkeypatch.setattr(pyetcd, "_BCRYPT_PROGRAM", "print('*0', end='')")
     passwords = pyetcd.Passwords(time.monotonic)
     assert not passwords.verify("wonderland", _AUTH_HASH_OF_ETCD)
     assert "libcrypt has no bcrypt" in caplog.text
@@ -116,7 +116,7 @@ def test_auth_without_bcrypt_another_hash_serves(tmp_path, monkeypatch, caplog):
         assert _auth_key(url, "GET", "/", auth=("root", "wrong")) == 401
 
 
-@pytest.mark.parametrize("program", ["/nowhere/python", "/bin/false"])
+@pytest.mark.parametrize("program", ["/nowhere/python", "/bin/false", "/bin/true", "/bin/echo"])
 def test_auth_a_failed_check_says_nothing_about_the_password(
     auth_server, monkeypatch, caplog, program
 ):
@@ -126,7 +126,7 @@ def test_auth_a_failed_check_says_nothing_about_the_password(
     assert _auth_key(url, "GET", "/", auth=_AUTH_ROOT) == 200
     before = server.call(lambda etcd: etcd.store.value("/2/users/alice"))
     with monkeypatch.context() as broken:
-        broken.setattr(sys, "executable", program)
+        broken.setattr(pyetcd, "_python", lambda: program)
         assert pyetcd.Passwords(time.monotonic).verify("a", json.loads(before)["password"]) is None
         with pytest.raises(pyetcd.AuthError, match="passwords cannot be hashed now"):
             pyetcd.Passwords(time.monotonic).hash("x")
@@ -140,6 +140,15 @@ def test_auth_a_failed_check_says_nothing_about_the_password(
     assert "passwords cannot be verified now" in caplog.text
     assert _auth_key(url, "GET", "/", auth=alice) == 200
     assert _auth_key(url, "GET", "/", auth=("alice", "wrong")) == 401
+
+
+@pytest.mark.parametrize("executable", ["", "/usr/local/bin/etcd", "/bin/true"])
+def test_auth_checks_need_no_right_name_of_the_program(monkeypatch, executable):
+    """`exec -a etcd python3 pyetcd.py` makes Python believe that it is another."""
+    monkeypatch.setattr(sys, "executable", executable)
+    passwords = pyetcd.Passwords(time.monotonic)
+    assert passwords.bcrypt("wonderland", _AUTH_HASH_OF_ETCD) in (_AUTH_HASH_OF_ETCD, "")
+    assert passwords.verify("wonderland", passwords.hash("wonderland"))
 
 
 def test_auth_half_a_surrogate_pair_is_a_wrong_password(auth_server, caplog):

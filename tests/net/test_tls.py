@@ -455,3 +455,31 @@ def test_tls_by_flags_as_operators_give_them(tmp_path, certificates):
             0, "1\n", "")
     finally:
         member.kill()
+
+
+def test_tls_files_that_cannot_be_opened_for_a_while_are_read_later(
+    certificates, monkeypatch, caplog
+):
+    """Out of descriptors when they changed; and one line says so, however often it is tried."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(pyetcd, "CERTIFICATE_CHECK_SECONDS", 0.0)
+    context = pyetcd.TlsContext(certificates.files("scarce"), server=True)
+    first = context.current
+    certificates.issue("scarce")
+    with monkeypatch.context() as full:
+        def fails(path):
+            raise pyetcd.StartError(f"open {path}: too many open files")
+        full.setattr(pyetcd, "check_readable", fails)
+        assert [context.current for _ in range(3)] == [first] * 3
+    assert context.current is not first
+    assert caplog.text.count("the old ones stay") == 1
+    assert caplog.text.count("new connections use them") == 1
+
+
+def test_tls_default_authorities_are_kept_if_they_could_be_read(monkeypatch):
+    """Where nothing can be opened there are none, which may not last."""
+    monkeypatch.setattr(pyetcd, "_default_tls", [])
+    with monkeypatch.context() as full:
+        full.setattr(pyetcd.os, "devnull", "/nowhere")
+        assert pyetcd.default_tls() is not pyetcd.default_tls()
+    assert pyetcd.default_tls() is pyetcd.default_tls()

@@ -1433,6 +1433,26 @@ def test_link_door_takes_no_proposal_from_strangers(door_member: _DoorMember, se
     assert (door_member.last(), door_member.files()) == (before, files)
 
 
+@pytest.mark.parametrize("entry", [
+    lambda: _door_change(context=b"{}"), lambda: _door_change(context=b'{"peerURLs":[5]}'),
+    lambda: _door_change(context=b'{"peerURLs":["http://h:1","http://${IP}:2380"]}'),
+    lambda: _door_change(context=b'{"peerURLs":["http://:2380"]}'),
+], ids=range(4))
+def test_link_door_takes_no_proposal_that_no_api_lets_in(
+    door_member: _DoorMember, entry: Any
+) -> None:
+    """From a member, too: one without URLs, or that nobody can reach, may cost the quorum."""
+    def propose(entry: Any) -> int:
+        message = Message(
+            MsgType.PROP, to=door_member.id, sender=door_member.id, entries=[entry])
+        return door_member.post(message, sender=door_member.peer)
+
+    before, files = door_member.last(), door_member.files()
+    assert propose(entry()) == 400
+    assert (door_member.last(), door_member.files()) == (before, files)
+    assert propose(_door_entry()) == 204
+
+
 def _door_snapshot(data: bytes, *, index: int = 1_000, term: int = 2, voters: Any = (7, 8)) -> Any:
     return pyetcd.Snapshot(data, voters, index, term)
 

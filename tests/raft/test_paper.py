@@ -1235,3 +1235,32 @@ def test_raft_pre_vote_of_an_earlier_term_is_rejected_with_ours():
     node = _raft_node(terms=[5])
     (answer,) = _raft_say(node, MsgType.PRE_VOTE, 3, term=4, index=9, log_term=4)
     assert (answer.type, answer.reject, answer.term) == (MsgType.PRE_VOTE_RESP, True, 5)
+
+
+def test_raft_read_index_is_believed_from_the_leader_only():
+    """Another could give a follower an index of the past, and it would read stale values."""
+    node = _raft_node(2, terms=(1,), commit=1)
+    node.step(pyetcd.Message(pyetcd.MsgType.HEARTBEAT, to=2, sender=1, term=1, commit=1))
+    answer = {"to": 2, "term": 1, "index": 1, "entries": [Entry(data=b"question")]}
+    for sender in (3, 9):
+        node.step(pyetcd.Message(pyetcd.MsgType.READ_INDEX_RESP, sender=sender, **answer))
+        assert not node.raft.reads.confirmed
+    node.step(pyetcd.Message(pyetcd.MsgType.READ_INDEX_RESP, sender=1, **answer))
+    assert node.raft.reads.confirmed == [(b"question", 1)]
+
+
+@pytest.mark.parametrize(("index", "term"), [(6, 2), (1_000, 2), (2, 1), (3, 9)])
+def test_raft_no_snapshot_leaves_that_is_not_of_the_leaders_log(index, term):
+    """Beyond its commit index, older than its log, or of another term at its place."""
+    node = pyetcd.RawNode(
+        _raft_config(1), hard_state=HardState(2, 0, 5), snapshot=Snapshot(b"", (1, 2, 3), 3, 2),
+        entries=[Entry(0, 2, 4, b""), Entry(0, 2, 5, b"")])
+    raft, sent = node.raft, []
+    progress = pyetcd.Progress(1, 8)
+    progress.recent_active = True
+    raft.replication._mail.send = lambda kind, peer, **fields: sent.append(kind)
+    for snapshot in (Snapshot(b"", (1, 2, 3), index, term), Snapshot(b"", (1, 2, 3), 3, 2)):
+        assert not sent
+        raft.replication.snapshot_source = lambda snapshot=snapshot: snapshot
+        raft.replication._send_snapshot(2, progress)
+    assert sent == [pyetcd.MsgType.SNAP]

@@ -8,7 +8,7 @@ import fcntl
 import os
 import re
 from enum import IntEnum
-from typing import Callable, Iterator, List, Set, Tuple
+from typing import Callable, Dict, Iterator, List, Tuple
 
 from ..base.basics import NO_DESCRIPTOR, fsync_dir
 from ..base.errors import DiskFull
@@ -34,7 +34,9 @@ class RecordType(IntEnum):
     SNAPSHOT = 5
 
 
-_locked_paths: Set[str] = set()     # POSIX locks do not exclude others in the same process
+# POSIX locks do not exclude others in the same process.  By path as given, the real one: a link
+# may be moved, or the working directory changed, before the lock is freed.
+_locked_paths: Dict[str, str] = {}
 
 
 class OsDisk:
@@ -119,7 +121,7 @@ class OsDisk:
         this process, so a locked file must not be read again.
         """
         real = os.path.realpath(path)
-        if real in _locked_paths:
+        if real in _locked_paths.values():
             return False
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,16 +129,16 @@ class OsDisk:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
             raise
-        _locked_paths.add(real)
+        _locked_paths[path] = real
         return True
 
     def unlock(self, path: str) -> None:
         """Forget a lock; closing the handle has released it for other processes."""
-        _locked_paths.discard(os.path.realpath(path))
+        _locked_paths.pop(path, None)
 
     def is_locked(self, path: str) -> bool:
         """Tell whether this process holds the lock of a file."""
-        return os.path.realpath(path) in _locked_paths
+        return os.path.realpath(path) in _locked_paths.values()
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

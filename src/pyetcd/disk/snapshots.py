@@ -97,7 +97,7 @@ class Snapshotter:
         return None
 
     def check_log(self, wal_dir: str, known: Iterable[EntryID]) -> None:
-        """Raise WalError if an intact file is newer than all snapshots that the log knows.
+        """Raise WalError if a file, be it damaged, is newer than all snapshots that the log knows.
 
         Its record was durable before its file was begun, so the end of the log is lost, and with
         it votes and entries that other members count on.  Differs from etcd, which starts in the
@@ -109,16 +109,18 @@ class Snapshotter:
             path = os.path.join(self.directory, name)
             if match is None or int(match.group(2), 16) <= newest:
                 continue
-            with contextlib.suppress(CodecError, FileNotFoundError):
+            state, way = "damaged", ""
+            with contextlib.suppress(CodecError):
                 decode_snapshot_file(self.disk.read(path))
-                segments = list(filter(_WAL_NAME.fullmatch, self.disk.listdir(wal_dir)))
-                last = os.path.join(wal_dir, segments[-1]) if segments else "no file"
-                raise WalError(
-                    f"wal: the end of the log is lost: {path} is intact, but the log in {wal_dir}"
-                    f" (its last: {last}) ends before it; a later .wal file is missing, or the last"
-                    f" one was cut: put it back; or {REPAIR_HINT}, or by `pyetcd restore {path}`,"
-                    f" without what came after it; or give the right -wal-dir"
-                )
+                way = f", or by `pyetcd restore {path}`, without what came after it"
+                state = "intact"
+            segments = list(filter(_WAL_NAME.fullmatch, self.disk.listdir(wal_dir)))
+            last = os.path.join(wal_dir, segments[-1]) if segments else "no file"
+            raise WalError(
+                f"wal: the end of the log is lost: {path} is {state}, but the log in {wal_dir}"
+                f" (its last: {last}) ends before it; a later .wal file is missing, or the last"
+                f" one was cut: put it back; or {REPAIR_HINT}{way}; or give the right -wal-dir"
+            )
 
     def _read(self, name: str) -> Optional[Snapshot]:
         path = os.path.join(self.directory, name)

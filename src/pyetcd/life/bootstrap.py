@@ -152,11 +152,6 @@ def _check_log_is_not_missing(data_dir: DataDir) -> None:
             f" none; leave -wal-dir out, or stop the member and move the log there"
         )
     Snapshotter(data_dir.snap).check_log(data_dir.wal, ())
-    if any(name.endswith(".snap") for name in os.listdir(data_dir.snap)):
-        raise StartError(
-            f"{data_dir.snap} holds snapshots of a member, but {data_dir.wal} holds no log; name"
-            f" the log's directory with -wal-dir, or make a new cluster with `pyetcd restore`"
-        )
 
 
 def _forget_member_dir(data_dir: DataDir) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import http.server
+import queue
 import re
 import shlex
 import socket
+import threading
 import time
 import urllib.parse
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -26,6 +28,7 @@ from ..base.urls import is_local, url_address
 from ..member.cluster import format_id, parse_initial_cluster
 from ..net.dns import _reason, lookup_srv
 from ..net.tls import TlsContext
+from ..net.workers import outcome_of
 
 DISCOVERY_DIAL_SECONDS = 30.0       # connecting to the registry; above: unreachable, tried again
 DISCOVERY_ANSWER_SECONDS = 5.0      # silence of the registry, watches excepted
@@ -95,10 +98,30 @@ def _open_connection(
 ) -> http.client.HTTPConnection:
     parts = urlsplit(url)
     host = parts.hostname or "127.0.0.1"
+    look_up(host, timeout_s)
     if parts.scheme != "https":
         return http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
     context = tls.current if tls else None
     return http.client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=context)
+
+
+def look_up(host: str, timeout_s: float) -> None:
+    """Ask the name servers, so that whoever connects has the answer soon.
+
+    Raises OSError, also if they are silent: they may be for minutes, where no signal is heard.
+    """
+    answers: queue.SimpleQueue[Optional[Exception]] = queue.SimpleQueue()
+
+    def ask() -> None:
+        answers.put(outcome_of(socket.getaddrinfo, host, None)[0])
+
+    threading.Thread(target=ask, name="names", daemon=True).start()
+    try:
+        error = answers.get(timeout=timeout_s)
+    except queue.Empty:
+        error = OSError(f"lookup {host}: i/o timeout")
+    if error is not None:
+        raise error
 
 
 class Discovery:

@@ -285,14 +285,24 @@ class Server(ServerThread):
         return self._ready.wait(timeout_s)
 
     def call(self, work: Callable[[EtcdServer], Any], timeout_s: float = 10.0) -> Any:
-        """Run work(etcd) on the reactor's thread and return its result."""
+        """Run work(etcd) on the reactor's thread and return its result.
+
+        Raises ServerStopped, also if the member ends meanwhile, and TimeoutError.
+        """
         if self.etcd is None or self._thread is None or not self._thread.is_alive():
             raise ServerStopped()
         answers: queue.SimpleQueue[Tuple[Optional[Exception], Any]] = queue.SimpleQueue()
         etcd = self.etcd
 
         self._reactor.call_soon_threadsafe(lambda: answers.put(outcome_of(work, etcd)))
-        error, result = answers.get(timeout=timeout_s)
+        for _ in range(max(round(timeout_s / 0.1), 1)):     # the reactor may end meanwhile
+            with contextlib.suppress(queue.Empty):
+                error, result = answers.get(timeout=min(0.1, timeout_s))
+                break
+            if not self._thread.is_alive() and answers.empty():
+                raise ServerStopped()
+        else:
+            raise TimeoutError(f"the member did not get to it within {timeout_s} s")
         if error is not None:
             raise error             # of the caller's code: it belongs to the caller
         return result

@@ -82,7 +82,7 @@ class FirstLife:
         self._asked[member.id] = HttpCall(
             self._etcd.reactor, url, "GET", "/members", {},
             connect_timeout_s=PROBE_ANSWER_SECONDS, idle_timeout_s=JOIN_ANSWER_SECONDS,
-            tls=self._tls, on_data=answer.take_data, on_done=done,
+            answer_max=CALL_BODY_BYTES_MAX, tls=self._tls, on_data=answer.take_data, on_done=done,
         )
 
     def _answered(self, member_id: int, body: bytes) -> None:

@@ -32,6 +32,7 @@ from ..net.http_messages import _content_length, _list_header
 from ..net.http_requests import HttpRequest, StreamReply
 from ..net.reactor import Reactor
 from ..net.workers import PEER_WORK, Timer
+from ..peer.compatibility import ANSWER_BYTES_MAX
 from .addresses import PROBE_ANSWER_SECONDS, fetch_cluster
 from .bootstrap import make_peer_tls
 from .embedding import ServerThread
@@ -91,7 +92,8 @@ class ProxyDialer:
         """Ask for something that a member answers at once, within the write timeout."""
         return HttpCall(
             self._reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
-            idle_timeout_s=self._write_s, tls=self.tls, on_done=on_done,
+            idle_timeout_s=self._write_s, answer_max=ANSWER_BYTES_MAX, tls=self.tls,
+            on_done=on_done,
         )
 
 

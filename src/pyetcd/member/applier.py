@@ -23,6 +23,7 @@ from ..base.ids import package_logger
 from ..base.limits import PATH_COST_MAX, SERVER_VERSION
 from ..base.messages import ConfChange, ConfChangeType, Entry, EntryType, Request
 from ..base.text import load_json, utf8
+from ..base.urls import check_advertised_url
 from ..store.events import Event
 from ..store.tree import Store
 from .cluster import Cluster, format_id, parse_member, version_key
@@ -260,6 +261,22 @@ def check_entry(entry: Entry) -> None:
         if request is not None and len(request.path) > _PATH_CHARS_CHEAP:
             if len(request.path) * request.path.count("/") > PATH_COST_MAX:
                 raise CodecError(f"a key of {request.path.count('/')} path elements")
+
+
+def check_proposal(entry: Entry) -> None:
+    """Raise CodecError for what no API of a member lets in.  The entry has passed check_entry().
+
+    In a leader's log it would have to be taken: others have it already.
+    """
+    if entry.type == EntryType.CONF_CHANGE:
+        change = decode_conf_change(entry.data)
+        if change.type in (ConfChangeType.ADD_NODE, ConfChangeType.UPDATE_NODE):
+            member = parse_member(change.context or b"{}", change.node_id)
+            try:
+                if not list(map(check_advertised_url, member.peer_urls)):
+                    raise ValueError("no peer URL")
+            except ValueError as error:
+                raise CodecError(f"a change of member {change.node_id:x}: {error}") from None
 
 
 _PATH_CHARS_CHEAP = 4_096               # the key of a peer that no part of which can be costly

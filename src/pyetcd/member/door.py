@@ -10,7 +10,7 @@ from ..base.limits import SERVER_VERSION
 from ..base.messages import Message, MsgType
 from ..peer.transport import Door
 from ..store.tree import StoreState
-from .applier import check_entry
+from .applier import check_entry, check_proposal
 from .cluster import Cluster, version_key
 
 
@@ -33,6 +33,8 @@ class MemberDoor(Door):
         for entry in message.entries:
             try:
                 check_entry(entry)
+                if message.type == MsgType.PROP:
+                    check_proposal(entry)
             except CodecError as error:
                 return str(error)
             work += STEP_BYTES // STEP_ENTRIES + len(entry.data)

@@ -13,7 +13,7 @@ from ..net.http_calls import HttpCall
 from ..net.reactor import Reactor
 from ..net.tls import TlsContext
 from ..net.workers import Timer
-from ..peer.compatibility import Sent
+from ..peer.compatibility import ANSWER_BYTES_MAX, Sent
 from ..peer.streams import Answer
 from ..peer.transport import REMOTES_MAX
 from .cluster import Cluster, Member, format_id, version_key
@@ -78,7 +78,8 @@ class VersionMonitor:
 
         self._calls.append(HttpCall(
             self._reactor, url, "GET", "/version", {}, connect_timeout_s=1.0,
-            idle_timeout_s=2.0, tls=self._tls, on_data=answer.take_data, on_done=done,
+            idle_timeout_s=2.0, answer_max=ANSWER_BYTES_MAX, tls=self._tls,
+            on_data=answer.take_data, on_done=done,
         ))
 
     def _decide(self) -> None:

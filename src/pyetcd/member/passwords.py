@@ -182,9 +182,17 @@ for name in ("libcrypt.so.1", "libcrypt.so.2"):
         continue
     crypt.restype = ctypes.c_char_p
     buffer = ctypes.create_string_buffer(1 << 18)       # larger than any struct crypt_data
-    sys.stdout.buffer.write(crypt(password, setting, buffer) or b"")
+    sys.stdout.buffer.write(crypt(password, setting, buffer) or b"*0")
     break
+else:
+    sys.stdout.buffer.write(b"*0")
 """
+
+
+def _python() -> str:
+    """Return the program that runs us; sys.executable is what `exec -a` says."""
+    program = os.path.realpath("/proc/self/exe")
+    return program if "python" in os.path.basename(program) else sys.executable or "python3"
 
 
 class Passwords:
@@ -255,17 +263,20 @@ class Passwords:
         bcrypt, None if the program that computes it has failed."""
         try:
             import subprocess
+            python = _python()
             done = subprocess.run(
-                [sys.executable or "python3", "-I", "-S", "-c", _BCRYPT_PROGRAM],
+                [python, "-I", "-S", "-c", _BCRYPT_PROGRAM],
                 input=utf8(password) + b"\0" + setting.encode(),
                 capture_output=True, timeout=PASSWORD_SECONDS_MAX, check=True,
             )
+            made = done.stdout.decode("latin-1")
+            if not made.startswith((setting[:4], "*")):
+                raise ValueError(f"{python} is no Python")
         except (OSError, ImportError, ValueError, MemoryError, subprocess.SubprocessError) as error:
             self._complaints.say(
                 f"passwords cannot be verified now, as the program for it has failed: {error}"
             )
             return None
-        made = done.stdout.decode("latin-1")
         return made if len(made) == 60 and made.startswith(setting[:4]) else ""
 
 

@@ -116,6 +116,7 @@ class HttpCall:
     on_head(status, headers) once; on_data(bytes) per piece of the body; on_done(error) exactly
     once at the end, None if the body was complete; nothing after cancel().  connect_timeout_s
     bounds name look-up and connect, idle_timeout_s each silence after that (None: no limit).
+    A body of more than answer_max bytes, as they come, is cut there and counts as complete.
     A Host among the headers goes before that of the url.
     """
 
@@ -123,12 +124,14 @@ class HttpCall:
         "_reactor", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock", "_bodyless",
         "_out", "_in", "_finder", "_interim", "_left", "_chunks", "_timer", "_heard", "_ended",
         "connected", "_paused", "_events", "_tls", "_host", "_handshake", "_dial", "_look_up",
+        "_room",
     )
 
     def __init__(
         self, reactor: Reactor, url: str, method: str, target: str, headers: Dict[str, str],
         body: bytes = b"", more: Sequence[bytes] = (), *, connect_timeout_s: float = 5.0,
-        idle_timeout_s: Optional[float] = None, tls: Optional[TlsContext] = None,
+        idle_timeout_s: Optional[float] = None, answer_max: int = sys.maxsize,
+        tls: Optional[TlsContext] = None,
         on_head: Callable[[int, Dict[str, str]], None] = lambda status, headers: None,
         on_data: Callable[[bytes], None] = lambda data: None,
         on_done: Callable[[Optional[Exception]], None] = lambda error: None,
@@ -152,6 +155,7 @@ class HttpCall:
         self._interim = 0               # heads of status 1xx so far
         self._left: Optional[int] = None    # bytes of body to come; None: head not yet seen
         self._chunks: Optional[ChunkedDecoder] = None
+        self._room = answer_max         # bytes of body that are still wanted
         self._heard = 0.0
         self._ended = False
         self._bodyless = method == "HEAD"
@@ -360,6 +364,7 @@ class HttpCall:
 
     def _take_body(self, data: bytes) -> None:
         assert self._left is not None
+        self._room -= len(data)
         if self._chunks is not None:
             data = self._chunks.feed(data)
         else:
@@ -367,7 +372,8 @@ class HttpCall:
             self._left -= len(data)
         if data:
             self._on_data(data)
-        if not self._ended and (self._chunks.done if self._chunks else not self._left):
+        is_whole = self._chunks.done if self._chunks else not self._left
+        if not self._ended and (is_whole or self._room < 0):
             self._end(None)
 
     def _end_of_input(self) -> None:

@@ -104,6 +104,7 @@ class TlsContext:
         self._server = server
         self._now = now
         self._seen = self._signature()
+        self._refused = self._seen          # the last that could not be used, and was logged
         self._checked = now()
         self._context = self._load()
 
@@ -115,8 +116,7 @@ class TlsContext:
             self._checked = now
             signature = self._signature()
             if signature != self._seen:
-                self._seen = signature
-                self._reload()
+                self._reload(signature)
         return self._context
 
     def check_peer(self, sock: ssl.SSLSocket) -> None:
@@ -146,13 +146,17 @@ class TlsContext:
             found.append(None)
         return found
 
-    def _reload(self) -> None:
+    def _reload(self, signature: List[Optional[Tuple[int, int, int]]]) -> None:
+        """Use what there is now; what cannot be read, as nothing can be opened, is tried again."""
         log = package_logger("tls")
         try:
             self._context = self._load()
         except StartError as error:
-            log.error("certificates changed and cannot be used, the old ones stay: %s", error)
+            if signature != self._refused:
+                log.error("certificates changed and cannot be used, the old ones stay: %s", error)
+            self._refused = signature
         else:
+            self._seen = signature
             log.info("certificates changed, new connections use them: %s", self._files.cert_file)
 
     def _load(self) -> ssl.SSLContext:
@@ -177,10 +181,17 @@ class TlsContext:
         return context
 
 
-@functools.cache
+_default_tls: List[TlsContext] = []
+
+
 def default_tls() -> TlsContext:
     """Return how to reach others without settings: the system's authorities decide."""
-    return TlsContext(TlsFiles(), server=False)
+    if _default_tls:
+        return _default_tls[0]
+    context = TlsContext(TlsFiles(), server=False)
+    with contextlib.suppress(OSError), open(os.devnull, "rb"):
+        _default_tls.append(context)    # else its authorities could not be read either: not kept
+    return context
 
 
 def check_readable(path: str) -> None:

@@ -27,7 +27,7 @@ from ..net.tls import TlsContext
 from .frames import AppV2Encoder, MessageEncoder
 
 _STREAM_PENDING_BYTES_MAX = OUTPUT_BYTES_MAX
-ANSWER_BYTES_MAX = 4_096            # kept of the body of an answer; the rest is ignored
+ANSWER_BYTES_MAX = 4_096            # of the body of an answer; above: cut
 CLOCK_DIFFERENCE_MAX_NS = NS        # of a peer's clock; above: a warning
 
 StreamEncoder = Union[AppV2Encoder, MessageEncoder]

@@ -24,6 +24,7 @@ from ..net.http_requests import StreamReply
 from ..net.workers import COMPLAINT_SECONDS
 from .compatibility import (
     _PIPELINE,
+    ANSWER_BYTES_MAX,
     APP_STREAM,
     CLOCK_DIFFERENCE_MAX_NS,
     MESSAGE_STREAM,
@@ -123,8 +124,8 @@ class Pipeline:
             connect_timeout_s=context.dial_timeout_s,
             # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
             idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
-            tls=context.tls, on_head=post.answer.take_head, on_data=post.answer.take_data,
-            on_done=done,
+            answer_max=ANSWER_BYTES_MAX, tls=context.tls, on_head=post.answer.take_head,
+            on_data=post.answer.take_data, on_done=done,
         )
 
     def _done(self, post: Post, error: Optional[Exception]) -> None:
@@ -179,7 +180,8 @@ class Prober:
         self._asked = reactor.now()
         self._call = HttpCall(
             reactor, self._picker.pick(), "GET", "/raft/probing", {},
-            connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS, tls=self._context.tls,
+            connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS,
+            answer_max=ANSWER_BYTES_MAX, tls=self._context.tls,
             on_head=self._answer.take_head, on_data=self._answer.take_data, on_done=self._done,
         )
 

@@ -155,9 +155,11 @@ class StreamReader:
     def _on_data(self, data: bytes) -> None:
         if self._decoder is None:
             self._answer.take_data(data)
+            if self._call is not None and len(self._answer.body) >= ANSWER_BYTES_MAX:
+                self._call.cancel()
+                self._on_done(None)
             return
         self._status.activate()
-        self._backoff.reset()
         call = self._call
         self._unread_bytes += len(data)
         is_read = False
@@ -170,6 +172,7 @@ class StreamReader:
             if error is not None:
                 self._drop(error)
             else:
+                self._backoff.reset()
                 call.resume()
 
         (self._context.work or SlicedWork(self._context.reactor)).add(
