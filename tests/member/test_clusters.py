@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import errno
 import gc
+import itertools
 import json
 import os
 import re
@@ -49,18 +50,13 @@ def test_cluster_kill_of_all_loses_no_acknowledged_write(tmp_path):
         stop = threading.Event()
 
         def write(member, number):
-            session = requests.Session()
-            count = 0
-            while not stop.is_set():
-                count += 1
-                key = f"w{number}-{count}"
-                try:
+            with requests.Session() as session, contextlib.suppress(requests.RequestException):
+                for count in itertools.takewhile(lambda _: not stop.is_set(), itertools.count(1)):
+                    key = f"w{number}-{count}"
                     answer = session.put(f"{member.client}/v2/keys/{key}", timeout=5,
                                          data={"value": key})
-                except requests.RequestException:
-                    return
-                if answer.status_code == 201:
-                    acknowledged[key] = True
+                    if answer.status_code == 201:
+                        acknowledged[key] = True
 
         writers = [threading.Thread(target=write, args=(m, i))
                    for i, m in enumerate(cluster.members)]

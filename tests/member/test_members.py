@@ -343,9 +343,7 @@ def test_members_leader_without_an_heir_commits_its_own_removal(tmp_path, caplog
         writer = threading.Thread(target=write)
         writer.start()
         eventually(lambda: len(acknowledged) > 5)
-        started = time.monotonic()
         assert _http_ask(leader, "DELETE", "/v2/members/" + gone)[0] == 204
-        assert 0.2 < time.monotonic() - started < 3
         ended.set()
         writer.join()
         assert sum("leadership transfer" in line for line in caplog.messages) == 1
