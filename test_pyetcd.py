@@ -159,7 +159,7 @@ def run(directory: Path, *arguments: str, **options: Any) -> Tuple[int, str, str
     options.setdefault("env", {k: v for k, v in os.environ.items()
                                if not k.startswith(("ETCD", "PYTHONPATH"))})
     done = subprocess.run([sys.executable, *arguments], cwd=directory, capture_output=True,
-                          text=True, timeout=240, check=False, **options)
+                          text=True, timeout=600, check=False, **options)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -605,8 +605,8 @@ def test_transcript_of_the_keys_api() -> None:
     """
     with contextlib.ExitStack() as members:
         urls = [members.enter_context(pyetcd.LocalMember()).client_url for _ in range(4)]
-        _, out, err = run(TESTDATA, "compare.py", ",".join(urls), "keys-cases.jsonl",
-                          "keys-etcd-2.3.8.jsonl")
+        _, out, err = run(TESTDATA, "compare.py", "--again", "3", ",".join(urls),
+                          "keys-cases.jsonl", "keys-etcd-2.3.8.jsonl")
     assert "TOTAL pass 919 fail 2" in out, out[-3000:] + err
     assert re.findall(r"^  #(\d+) ", out, re.M) == ["15", "17"]
     assert "watch-stream                 pass  16  fail   2" in out

@@ -62,9 +62,9 @@ def test_ops_a_follower_answers_like_a_member_that_is_alone(tmp_path):
         follower = next(member for member in cluster.members if member is not leader)
         eventually(lambda: follower.call(lambda etcd: etcd.cluster.version))
         replay = subprocess.run(
-            [sys.executable, "compare.py", "--only", _OPS_KEYS_SCENARIOS, follower.client_url,
-             "keys-cases.jsonl", "keys-etcd-2.3.8.jsonl"],
-            cwd=TESTDATA, capture_output=True, text=True, timeout=240)
+            [sys.executable, "compare.py", "--again", "3", "--only", _OPS_KEYS_SCENARIOS,
+             follower.client_url, "keys-cases.jsonl", "keys-etcd-2.3.8.jsonl"],
+            cwd=TESTDATA, capture_output=True, text=True, timeout=600)
         assert re.search(r"TOTAL pass [5-9]\d\d fail 0$", replay.stdout.strip()), replay.stdout
         recorded = _ops_recorded().Replay([
             (follower.client_url[len("http://"):], follower.peer_url[len("http://"):])])
