@@ -5,8 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import errno
-import http.client
-import http.server
 import json
 import logging
 import os
@@ -31,84 +29,42 @@ from tests.kit.basics import TESTDATA, eventually, free_port
 from tests.kit.http import _HTTP_FORM, _http_ask, _http_get, _http_keys, _http_member, _HttpSocket
 from tests.kit.processes import ClusterMember, Process, StaticCluster
 from tests.kit.registries import _disc_sleepless, _DiscNameServer, _DiscRegistry
+from tests.kit.servers import HttpStub
 
 
-class _ProxyUpstream:
-    """One port that is the peer and the client URL of a cluster's members, on threads.
+class _ProxyUpstream(HttpStub):
+    """One port that is the peer and the client URL of a cluster's members.
 
     answer(handler) replies to everything but /members and /version.  If `silent`, nothing more
     is answered, as by a process that is stopped.
     """
 
     def __init__(self) -> None:
-        self.members: List[Dict[str, Any]] = []
         self.requests: List[Tuple[str, str, Dict[str, str], bytes]] = []
         self.answer: Callable[[Any], None] = lambda handler: handler.reply(200, b"yes")
         self.silent = threading.Event()
-        upstream = self
+        super().__init__(self._serve, protocol="HTTP/1.1")
+        self.url = self.base
+        self.members: List[Dict[str, Any]] = [self.member(1, self.url)]
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_any(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
-                if upstream.silent.is_set():
-                    self.close_connection = True
-                    self.connection.recv(1)     # until the proxy gives up
-                elif self.path == "/members":
-                    self.reply(200, json.dumps(upstream.members).encode(),
-                               **{"X-Etcd-Cluster-Id": "c53239d6a4bed4f6"})
-                elif self.path == "/version":
-                    self.reply(200, b"{}")
-                else:
-                    upstream.requests.append(
-                        (self.command, self.path, dict(self.headers.items()), body))
-                    upstream.answer(self)
-
-            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any
-            do_PATCH = handle_any
-
-            def reply(self, status: int, body: bytes, **headers: str) -> None:
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
-
-            def hang_up(self) -> None:
-                self.close_connection = True
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self._handler = Handler
-        self._server: Any = None
-        self.url = ""
-        self.open()
-
-    def open(self) -> None:
-        """Listen, on the same port as before."""
-        port = urllib.parse.urlsplit(self.url).port or free_port()
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", port), self._handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{port}"
-        self.members = self.members or [self.member(1, self.url)]
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self._thread.start()
+    def _serve(self, handler: Any) -> None:
+        if self.silent.is_set():
+            handler.hang_up()
+            handler.connection.recv(1)          # until the proxy gives up
+        elif handler.path == "/members":
+            handler.reply(200, json.dumps(self.members).encode(),
+                          **{"X-Etcd-Cluster-Id": "c53239d6a4bed4f6"})
+        elif handler.path == "/version":
+            handler.reply(200, b"{}")
+        else:
+            self.requests.append((
+                handler.command, handler.path, dict(handler.headers.items()), handler.body))
+            self.answer(handler)
 
     @staticmethod
     def member(id: int, *client_urls: str, peer: str = "") -> Dict[str, Any]:
         return {"id": id, "peerURLs": [peer or client_urls[0]], "name": f"m{id}",
                 "clientURLs": client_urls}
-
-    def close(self) -> None:
-        """Listen no more; connections that are open go on."""
-        if self._thread.is_alive():
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
 
 
 @pytest.fixture
@@ -680,7 +636,7 @@ def test_proxy_without_peers_has_no_endpoints_until_one_is_there(
         assert "could not retrieve cluster information from the given urls" in caplog.messages
         assert not (tmp_path / "data" / "proxy" / "cluster").exists()
         proxy_upstream.open()
-        eventually(lambda: _http_ask(proxy, "GET", "/v2/keys/a")[0] == 200, 5)
+        eventually(lambda: _http_ask(proxy, "GET", "/v2/keys/a")[0] == 200, 20)
 
 
 @pytest.mark.parametrize("wrong", ["peers", "clients"])

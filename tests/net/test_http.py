@@ -47,7 +47,7 @@ def test_http_keys_that_expire_together_do_so_in_several_entries(http_server, mo
         form = b"value=1&ttl=1"
         assert _http_ask(http_server, "PUT", f"/v2/keys/{number}", form, _HTTP_FORM)[0] == 201
     before = http_server.call(lambda etcd: etcd.raft_index)
-    eventually(lambda: not http_server.call(lambda etcd: etcd.store.has_ttl), 5.0)
+    eventually(lambda: not http_server.call(lambda etcd: etcd.store.has_ttl))
     assert http_server.call(lambda etcd: etcd.raft_index) >= before + 12
     assert http_server.call(lambda etcd: etcd.store.stats.expire_count) == 24
 

@@ -462,7 +462,7 @@ set /a 1
 --no-sync member remove ID2
 --no-sync member list
 """)
-        theirs, ours = _walk_both(sides, lambda side: side.members[2].process.popen.wait(20))
+        theirs, ours = _walk_both(sides, lambda side: side.members[2].process.popen.wait(60))
         assert ours == theirs == 0
         _walk_both(sides, lambda side: side.members[1].process.kill())
         _walk_both(sides, lambda side: eventually(
