@@ -33,7 +33,7 @@ def _http_member(tmp_path, **settings):
     free = ["http://127.0.0.1:0"]
     settings = {"listen_client_urls": free, "listen_peer_urls": free, **settings}
     with pyetcd.Server(data_dir=str(tmp_path / "data"), **settings) as server:
-        assert server.wait_ready(10)
+        assert server.wait_ready(60)
         eventually(lambda: server.call(lambda etcd: etcd.cluster.version))
         yield server
 
