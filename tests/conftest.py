@@ -13,15 +13,22 @@ pytest.register_assert_rewrite("tests.kit")
 from tests.kit.certificates import certificates as certificates
 from tests.kit.clients import _client_dir_fixture as _client_dir_fixture
 from tests.kit.clients import _client_fixture as _client_fixture
+from tests.kit.clients import _client_own_server_fixture as _client_own_server_fixture
 from tests.kit.clients import _client_server_fixture as _client_server_fixture
 from tests.kit.clusters import cluster_log as cluster_log
 from tests.kit.files import wal_log as wal_log
 from tests.kit.flags import flags_logging as flags_logging
 from tests.kit.http import http_server as http_server
-from tests.kit.others import _lib_own_server_fixture as _lib_own_server_fixture
+from tests.kit.processes import compile_once
 from tests.kit.registries import disc_dns as disc_dns
 from tests.kit.registries import disc_registry as disc_registry
 from tests.kit.stores import store as store
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Once for all processes of a run."""
+    if not hasattr(config, "workerinput"):
+        compile_once()
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ def free_port() -> int:
             return port
 
 
-def eventually(condition, timeout_s=20.0, what="condition"):
+def eventually(condition, timeout_s=60.0, what="condition"):
     """Return condition()'s first true value; poll until timeout_s is over."""
     deadline = time.monotonic() + timeout_s
     while True:

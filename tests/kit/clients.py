@@ -20,10 +20,11 @@ import pytest
 
 import pyetcd_client
 from pyetcd_client import Client
-from tests.kit.basics import ROOT, free_port
+from tests.kit.basics import free_port
+from tests.kit.processes import PROCESS_TYPES, ClusterMember
 
 _CLIENT_KINDS = ("etcd", "pyetcd")
-_CLIENT_WAIT_S = 20.0
+_CLIENT_WAIT_S = 60.0
 
 
 def _client_eventually(condition, timeout_s=_CLIENT_WAIT_S):
@@ -37,64 +38,40 @@ def _client_eventually(condition, timeout_s=_CLIENT_WAIT_S):
     raise AssertionError(f"not true within {timeout_s} s")
 
 
-class _ClientMember:
-    """One real server process."""
-
-    def __init__(self, kind, directory):
-        self.kind = kind
-        self.url = f"http://127.0.0.1:{free_port()}"
-        self._peer_url = f"http://127.0.0.1:{free_port()}"
-        self._directory = Path(directory)
-        self._process = None
-
-    def command(self):
-        flags = [
-            "--name", "m1", "--data-dir", str(self._directory / "data"),
-            "--listen-client-urls", self.url, "--advertise-client-urls", self.url,
-            "--listen-peer-urls", self._peer_url, "--initial-advertise-peer-urls", self._peer_url,
-            "--initial-cluster", f"m1={self._peer_url}",
-        ]
-        if self.kind == "etcd":
-            return ["etcd", "--enable-v2", *flags]
-        return [sys.executable, str(ROOT / "pyetcd.py"), *flags]
-
-    def start(self):
-        with open(self._directory / "log", "ab") as log:
-            self._process = subprocess.Popen(
-                self.command(), stdout=log, stderr=log, cwd=str(self._directory))
-        with Client(self.url) as client:
-            _client_eventually(lambda: self._is_ready(client))
-        return self
-
-    def _is_ready(self, client):
-        code = self._process.poll()
-        assert code is None, f"{self.kind} ended with {code}, log: {self._directory / 'log'}"
-        try:
-            return client.leader_member() is not None and client.get("/", quorum=True)
-        except pyetcd_client.EtcdError:
-            return False
-
-    def kill(self):
-        self._process.kill()
-        self._process.wait(_CLIENT_WAIT_S)
-
-
 def _client_member(kind, directory):
+    """A process of its own; it also has `url` and `kind`."""
     if kind == "etcd" and shutil.which("etcd") is None:
         pytest.skip("etcd is not installed")
-    if kind == "pyetcd" and not (ROOT / "pyetcd.py").exists():
-        pytest.skip("no pyetcd.py beside this file")
-    return _ClientMember(kind, directory)
+    member = ClusterMember(directory, "m1", PROCESS_TYPES[kind])
+    member.url, member.kind = member.client, kind
+    return member
+
+
+@contextlib.contextmanager
+def _client_running(kind, directory):
+    """Such a member while it serves."""
+    member = _client_member(kind, directory)
+    try:
+        member.start_alone()
+        yield member
+    finally:
+        if member.process:
+            member.process.kill()
 
 
 @pytest.fixture(scope="module", params=_CLIENT_KINDS, name="_client_server")
 def _client_server_fixture(request, tmp_path_factory):
     """A running server; tests share it, each in a directory of its own (`_client_dir`)."""
-    member = _client_member(request.param, tmp_path_factory.mktemp(f"client-{request.param}"))
-    try:
-        yield member.start()
-    finally:
-        member.kill()
+    directory = tmp_path_factory.mktemp(f"client-{request.param}")
+    with _client_running(request.param, directory) as member:
+        yield member
+
+
+@pytest.fixture(params=_CLIENT_KINDS, name="_client_own_server")
+def _client_own_server_fixture(request, tmp_path):
+    """A server for one test, which may lock everybody out."""
+    with _client_running(request.param, tmp_path) as member:
+        yield member
 
 
 @pytest.fixture(name="_client_dir")

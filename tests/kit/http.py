@@ -33,7 +33,7 @@ def _http_member(tmp_path, **settings):
     free = ["http://127.0.0.1:0"]
     settings = {"listen_client_urls": free, "listen_peer_urls": free, **settings}
     with pyetcd.Server(data_dir=str(tmp_path / "data"), **settings) as server:
-        assert server.wait_ready(10)
+        assert server.wait_ready(60)
         eventually(lambda: server.call(lambda etcd: etcd.cluster.version))
         yield server
 
@@ -41,7 +41,7 @@ def _http_member(tmp_path, **settings):
 def _http_ask(server, method, path, body=None, headers=None, *, peer=False):
     """Return (status, headers, body bytes) of one request on a connection of its own."""
     url = (server.peer_urls if peer else server.client_urls)[0]
-    connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=15)
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=60)
     with contextlib.closing(connection):
         connection.request(method, path, body=body, headers=headers or {})
         answer = connection.getresponse()

@@ -1,9 +1,14 @@
-"""Clusters over real sockets, in processes of their own."""
+"""Members in processes of their own, of pyetcd and of etcd, alone and in clusters.
+
+In this process, members are those of our users: pyetcd.LocalMember and pyetcd.LocalCluster.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import py_compile
 import signal
 import subprocess
 import sys
@@ -14,13 +19,20 @@ import urllib.request
 import requests
 
 import pyetcd
+import pyetcd_client
 from tests.kit.basics import _ports, eventually, free_port
 
 
-class Process:
-    """`python pyetcd.py` with a log that can be read while it runs."""
+def compile_once():
+    """Keep the byte code of the two files: to compile them costs more than to start a member."""
+    for module in (pyetcd, pyetcd_client):
+        py_compile.compile(module.__file__, doraise=True)
 
-    program = (sys.executable, pyetcd.__file__)
+
+class Process:
+    """`python pyetcd.py`, compiled before, with a log that can be read while it runs."""
+
+    program = (sys.executable, importlib.util.cache_from_source(pyetcd.__file__))
 
     def __init__(self, directory, *arguments, env=None):
         self.directory = directory
@@ -35,7 +47,7 @@ class Process:
     def log(self):
         return self.log_path.read_text(errors="replace")
 
-    def wait_log(self, text, timeout_s=20.0):
+    def wait_log(self, text, timeout_s=60.0):
         def seen():
             if text not in self.log() and self.popen.poll() is not None:
                 raise AssertionError(f"exited {self.popen.returncode}:\n{self.log()}")
@@ -45,16 +57,24 @@ class Process:
     def kill(self, number=signal.SIGKILL):
         if self.popen.poll() is None:
             self.popen.send_signal(number)
-        return self.popen.wait(20)
+        return self.popen.wait(60)
+
+
+class EtcdProcess(Process):
+    """The same of Debian's etcd."""
+
+    program = ("etcd", "--enable-v2", "--strict-reconfig-check=false")    # off in etcd 2.3
+
+
+PROCESS_TYPES = {"etcd": EtcdProcess, "pyetcd": Process}
 
 
 class ClusterMember:
     """One member: its URLs, its flags, and its present process."""
 
-    process_type = Process
-
-    def __init__(self, directory, name):
+    def __init__(self, directory, name, process_type=Process):
         self.directory, self.name = directory, name
+        self.process_type = process_type
         self.client = f"http://127.0.0.1:{free_port()}"
         self.peer = f"http://127.0.0.1:{free_port()}"
         self.process = None
@@ -68,6 +88,16 @@ class ClusterMember:
 
     def start(self, *more):
         self.process = self.process_type(self.directory, *self.flags(), *more)
+
+    def start_alone(self):
+        """Start as a cluster of one; return when it serves."""
+        self.start("-initial-cluster", f"{self.name}={self.peer}")
+        eventually(self._serves, what=f"{self.name} serves")
+
+    def _serves(self):
+        assert self.process.popen.poll() is None, self.process.log()
+        leader = self.request("GET", "/v2/members/leader")
+        return leader and leader[0] == 200 and self.request("GET", "/v2/keys/", quorum="true")
 
     def request(self, method, path, data=None, timeout_s=10.0, **query):
         """Return (status, JSON or text, headers); None if nobody answers."""
@@ -102,9 +132,9 @@ class StaticCluster:
 
     member_type = ClusterMember
 
-    def __init__(self, directory, size=3, *flags):
+    def __init__(self, directory, size=3, *flags, process_type=Process):
         self.directory = directory
-        self.members = [self.member_type(directory, f"n{i}") for i in range(size)]
+        self.members = [self.member_type(directory, f"n{i}", process_type) for i in range(size)]
         self.flags = flags
         self.initial = ",".join(f"{m.name}={m.peer}" for m in self.members)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
-import http.server
 import json
 import random
 import socket
@@ -16,12 +14,13 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import pytest
 
 from tests.kit.basics import free_port
+from tests.kit.servers import HttpStub
 
 _DISC_TOKEN = "9dfd14389c921bdde47847f13b7f51cb"
 
 
-class _DiscRegistry:
-    """A v2 keys API just large enough for discovery, on a thread.
+class _DiscRegistry(HttpStub):
+    """A v2 keys API just large enough for discovery.
 
     answers    (status, body) to give to the next requests instead of the right ones
     requests   `METHOD target` of all requests so far
@@ -39,24 +38,8 @@ class _DiscRegistry:
         self._events: List[Dict[str, Any]] = []
         self._changed = threading.Condition()
         self._closing = False
-        registry = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                registry.serve(self)
-
-            def do_PUT(self) -> None:
-                registry.serve(self)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}{self.prefix}"
+        super().__init__(self.serve, port=port)
+        self.url = self.base + self.prefix
         if size:
             self.put("_config/size", size)
 
@@ -64,9 +47,7 @@ class _DiscRegistry:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().close()
 
     def put(self, name: str, value: str, action: str = "create") -> Dict[str, Any]:
         with self._changed:
@@ -80,20 +61,15 @@ class _DiscRegistry:
             self._changed.notify_all()
             return event
 
-    def serve(self, handler: http.server.BaseHTTPRequestHandler) -> None:
-        form = handler.rfile.read(int(handler.headers.get("Content-Length", 0))).decode()
+    def serve(self, handler: Any) -> None:
+        form = handler.body.decode()
         self.requests.append(f"{handler.command} {handler.path}")
         self.forms.append(form)
         status, body = self.answers.pop(0) if self.answers else self._answer(handler, form)
-        handler.send_response(status)
-        if 300 < status < 400:
-            handler.send_header("Location", body.decode())
-        handler.send_header("X-Etcd-Index", str(self.index))
-        handler.send_header("Content-Length", str(len(body)))
-        handler.end_headers()
-        handler.wfile.write(body)
+        headers = {"Location": body.decode()} if 300 < status < 400 else {}
+        handler.reply(status, body, **headers, **{"X-Etcd-Index": str(self.index)})
 
-    def _answer(self, handler: http.server.BaseHTTPRequestHandler, form: str) -> Tuple[int, bytes]:
+    def _answer(self, handler: Any, form: str) -> Tuple[int, bytes]:
         path, _, query = handler.path.partition("?")
         name = path[len(self.prefix):].strip("/")
         options = dict(urllib.parse.parse_qsl(query))

@@ -12,7 +12,7 @@ _AUTH_ROOT = ("root", "rootpw")
 def _auth_call(url, method, path, body=None, *, auth=_AUTH_ROOT):
     """Return (status, JSON or text) of a request to the auth API."""
     answer = requests.request(
-        method, f"{url}/v2/auth/{path}", auth=auth, timeout=20,
+        method, f"{url}/v2/auth/{path}", auth=auth, timeout=60,
         data=None if body is None else json.dumps(body))
     try:
         return answer.status_code, answer.json()
@@ -23,7 +23,7 @@ def _auth_call(url, method, path, body=None, *, auth=_AUTH_ROOT):
 def _auth_key(url, method, key, *, auth=None, **form):
     query = {name: form.pop(name) for name in ("recursive", "wait") if name in form}
     return requests.request(method, f"{url}/v2/keys{key}", params=query, data=form or None,
-                            auth=auth, timeout=20).status_code
+                            auth=auth, timeout=60).status_code
 
 
 def _auth_enable(url, *, guest=False):

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
-import http.server
 import json
 import logging
 import os
 import socket
 import tarfile
-import threading
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
@@ -21,6 +18,7 @@ from pyetcd import Entry, Request
 from tests.kit.basics import TESTDATA, free_port
 from tests.kit.flags import _flags_config, _flags_fails
 from tests.kit.registries import _disc_fill, _disc_set_size, _DiscNameServer, _DiscRegistry
+from tests.kit.servers import HttpStub
 
 # -- bootstrap: a new cluster ---------------------------------------------------------
 
@@ -372,45 +370,24 @@ def test_bootstrap_only_addresses_of_others_are_elsewhere() -> None:
 # -- bootstrap: an existing cluster -------------------------------------------------------
 
 
-class _BootPeer:
-    """The peer port of a running member: /members and /version, on a thread."""
+class _BootPeer(HttpStub):
+    """The peer port of a running member: /members and /version."""
 
     def __init__(self) -> None:
         self.members: List[Dict[str, Any]] = []
         self.version = "2.3.0"
         self.headers = {"X-Etcd-Cluster-Id": "c53239d6a4bed4f6"}
         self.status = 200
-        peer = self
+        super().__init__(self._answer)
+        self.url = self.base
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                value: Any = {"etcdserver": "2.3.8", "etcdcluster": peer.version}
-                body = json.dumps(peer.members if self.path == "/members" else value).encode()
-                self.send_response(peer.status)
-                for name, text in peer.headers.items():
-                    self.send_header(name, text)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+    def _answer(self, handler: Any) -> None:
+        version = {"etcdserver": "2.3.8", "etcdcluster": self.version}
+        value: Any = self.members if handler.path == "/members" else version
+        handler.reply(self.status, json.dumps(value).encode(), **self.headers)
 
     def add(self, id: int, url: str, **more: Any) -> None:
         self.members.append({"id": id, "peerURLs": [url], **more})
-
-    def close(self) -> None:
-        if self._thread.is_alive():
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
 
 
 @pytest.fixture

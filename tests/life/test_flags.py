@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import random
 import re
 import shutil
 import signal
@@ -1184,20 +1183,12 @@ def test_flags_ignored_interrupt_stays_ignored() -> None:
 def _flags_member(path: Path, *more: str, **environ: str) -> subprocess.Popen[str]:
     """`python pyetcd.py` in an empty directory, on ports of its own."""
     return subprocess.Popen(
-        [sys.executable, pyetcd.__file__, *more], cwd=path, stdout=subprocess.PIPE,
+        [*Process.program, *more], cwd=path, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, universal_newlines=True, env={**os.environ, **environ})
 
 
 def _flags_ports(count: int) -> List[int]:
-    """Free loopback ports below the ephemeral ones."""
-    rng = random.Random(os.getpid())
-    ports: List[int] = []
-    while len(ports) < count:
-        port = rng.randrange(20000, 32768)
-        with contextlib.suppress(OSError), socket.socket() as sock:
-            sock.bind(("127.0.0.1", port))
-            ports.append(port)
-    return ports
+    return [free_port() for _ in range(count)]
 
 
 def test_flags_member_runs_from_the_environment_alone(tmp_path: Path) -> None:
@@ -1296,7 +1287,7 @@ def test_flags_member_that_lost_its_data_directory_says_what_to_do(
         lost.process.kill()
         shutil.rmtree(tmp_path / "n2.etcd")
         cluster.start(lost, "-initial-cluster-state", state)
-        assert lost.process.popen.wait(20) == 1
+        assert lost.process.popen.wait(60) == 1
         line = lost.process.log().splitlines()[-1]
         assert "has already been bootstrapped; its data directory is lost" in line
         assert "DELETE /v2/members/" in line and "-initial-cluster-state existing" in line

@@ -253,9 +253,11 @@ def test_aid_partition_into_single_members_has_no_leader_to_offer():
         first, second, third = cluster.members
         cluster.partition([first], [second])
         cluster.leader().kill()
-        said = rf"no leader after 0.3 s: \[<etcd1 {first.client_url} .+ at term 2>, .+ down>\]"
-        with pytest.raises(TimeoutError, match=said):
+        said = rf"no leader after 0.3 s: \[<etcd1 {first.client_url} .+>, <etcd2 .+>, <etcd3 .+>\]"
+        with pytest.raises(TimeoutError, match=said) as caught:
             cluster.wait_leader(0.3)
+        states = str(caught.value)
+        assert (states.count(" down>"), len(re.findall(r" at term \d+>", states))) == (1, 2)
         with pytest.raises(TimeoutError, match="etcd3 is not ready after 0.1 s: .+ at term"):
             third.start(0.1)
 

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import errno
 import gc
+import itertools
 import json
 import os
 import re
@@ -13,8 +14,6 @@ import resource
 import select
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import urllib.parse
 import urllib.request
@@ -25,64 +24,8 @@ import requests
 
 import pyetcd
 from pyetcd import Cluster, Entry, InvariantError, Message, MsgType, Request, Wal
-from tests.kit.basics import TESTDATA, eventually, free_port
+from tests.kit.basics import eventually, free_port
 from tests.kit.processes import ClusterMember, StaticCluster
-
-
-def test_cluster_article_three_members_by_discovery(tmp_path):
-    """The article, step by step: own discovery service, three members, one key space."""
-    registry = ClusterMember(tmp_path, "registry")
-    members = [ClusterMember(tmp_path, f"machine{i}") for i in (1, 2, 3)]
-    try:
-        registry.start("-initial-cluster", f"registry={registry.peer}")
-        registry.process.wait_log("published")
-        url = requests.get(registry.client + "/new", params={"size": 3}, timeout=5).text
-        assert re.fullmatch(re.escape(registry.client) + "/[0-9a-f]{32}", url)
-        token = url.rpartition("/")[2]
-        size = registry.request("GET", f"/v2/keys/_etcd/registry/{token}/_config/size")
-        assert size[1]["node"]["value"] == "3"
-        members[0].start("-discovery", url)
-        members[0].process.wait_log("discovery: found 1 peer(s), waiting for 2 more")
-        assert f"etcd: no data-dir provided, using default data-dir ./{members[0].name}.etcd" in (
-            members[0].process.log())
-        for member in members[1:]:
-            member.start("-discovery", url)
-        for member in members:
-            member.process.wait_log(
-                f"published {{Name:{member.name} ClientURLs:[{member.client}]}}")
-            assert re.search(r"raft\.node: [0-9a-f]+ elected leader [0-9a-f]+ at term 2",
-                             member.process.log())
-            assert re.match(r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d etcd: ", member.process.log())
-        listing = requests.get(url, timeout=5).json()
-        values = {node["value"] for node in listing["node"]["nodes"]}
-        assert values == {f"{m.name}={m.peer}" for m in members}
-        assert listing["node"]["key"] == f"/_etcd/registry/{token}"
-        ids = {node["key"].rpartition("/")[2] for node in listing["node"]["nodes"]}
-        assert ids == {f"{pyetcd.member_id([m.peer], url):x}" for m in members}
-        assert members[0].put("foo", "bar")[0] == 201
-        for member in members:
-            assert eventually(lambda m=member: m.value("foo")) == "bar"
-        # A fourth one is too late: it becomes a proxy, and stays one.
-        members.append(ClusterMember(tmp_path, "machine4"))
-        late = members[-1]
-        late.start("-discovery", url)
-        late.process.wait_log("etcd: discovery cluster full, falling back to proxy")
-        late.process.wait_log("proxy: endpoints found [")
-        urls = " ".join(sorted(m.peer for m in members[:3]))
-        assert f"proxy: using peer urls [{urls}] " in late.process.log()
-        assert eventually(lambda: late.value("foo")) == "bar"
-        assert late.put("foo", "baz")[0] == 200
-        assert late.process.kill(signal.SIGTERM) == -signal.SIGTERM
-        late.start("-discovery", url)
-        late.process.wait_log("proxy: endpoints found [")
-        assert "already initialized as proxy before" in late.process.log()
-        assert ("discovery token ignored since the proxy has already been initialized. Valid "
-                'cluster file found at "machine4.etcd/proxy/cluster"') in late.process.log()
-        assert late.value("foo") == "baz"
-    finally:
-        for member in [registry, *members]:
-            if member.process:
-                member.process.kill()
 
 
 def test_cluster_survives_kill_of_each_member(tmp_path):
@@ -107,18 +50,13 @@ def test_cluster_kill_of_all_loses_no_acknowledged_write(tmp_path):
         stop = threading.Event()
 
         def write(member, number):
-            session = requests.Session()
-            count = 0
-            while not stop.is_set():
-                count += 1
-                key = f"w{number}-{count}"
-                try:
+            with requests.Session() as session, contextlib.suppress(requests.RequestException):
+                for count in itertools.takewhile(lambda _: not stop.is_set(), itertools.count(1)):
+                    key = f"w{number}-{count}"
                     answer = session.put(f"{member.client}/v2/keys/{key}", timeout=5,
                                          data={"value": key})
-                except requests.RequestException:
-                    return
-                if answer.status_code == 201:
-                    acknowledged[key] = True
+                    if answer.status_code == 201:
+                        acknowledged[key] = True
 
         writers = [threading.Thread(target=write, args=(m, i))
                    for i, m in enumerate(cluster.members)]
@@ -153,7 +91,7 @@ def test_cluster_member_catches_up_by_snapshot(tmp_path):
                               range(start, start + 1000)))
         leader.process.wait_log("compacted raft log at")
         cluster.start(away)
-        away.process.wait_log("recovered from incoming snapshot", 30)
+        away.process.wait_log("recovered from incoming snapshot")
         eventually(lambda: away.index() == leader.index(), what="equal indexes")
         assert away.request("GET", "/v2/keys/d", recursive="true", sorted="true")[1] == (
             leader.request("GET", "/v2/keys/d", recursive="true", sorted="true")[1])
@@ -178,7 +116,7 @@ def test_cluster_grows_and_shrinks(tmp_path):
             names = [f"{m.name}={m.peer}" for m in [first, *joined, member]]
             member.start("-initial-cluster", ",".join(names), "-initial-cluster-state", "existing")
             cluster.members.append(member)
-            member.process.wait_log("published", 30)
+            member.process.wait_log("published")
             eventually(lambda m=member: m.value("before") == "joined")
             joined.append(member)
         members = first.request("GET", "/v2/members")[1]["members"]
@@ -188,7 +126,7 @@ def test_cluster_grows_and_shrinks(tmp_path):
         gone = next(m for m in members if m["name"] == "j2")
         answer = requests.delete(f"{first.client}/v2/members/{gone['id']}", timeout=10)
         assert answer.status_code == 204
-        assert joined[1].process.popen.wait(20) == 0
+        assert joined[1].process.popen.wait(60) == 0
         assert "permanently removed" in joined[1].process.log()
         assert first.put("after", "removal")[0] == 201
         assert requests.delete(f"{first.client}/v2/members/{gone['id']}", timeout=10
@@ -221,7 +159,7 @@ def test_cluster_snapshots_segments_and_purge(tmp_path):
         only.process.wait_log("published")
         assert only.index() == index + 1            # the new publication
         assert only.value("k0") == "448"
-        eventually(lambda: len(list(snap.glob("*.snap"))) <= 2, 10, "purge at start")
+        eventually(lambda: len(list(snap.glob("*.snap"))) <= 2, 60, "purge at start")
 
 
 def _embed_open():
@@ -409,18 +347,6 @@ def test_cluster_embedded_members_form_a_cluster(tmp_path):
             server.stop()
     names = {thread.name for thread in threading.enumerate()}
     assert "reactor" not in names and "wal" not in names
-
-
-def test_cluster_of_one_answers_the_transcript_of_etcd_238(tmp_path):
-    """921 recorded steps of the keys API; the two that differ are in the manual."""
-    with StaticCluster(tmp_path, 1) as cluster:
-        replay = subprocess.run(
-            [sys.executable, "compare.py", cluster.members[0].client, "keys-cases.jsonl",
-             "keys-etcd-2.3.8.jsonl"], cwd=TESTDATA, capture_output=True, text=True, timeout=240)
-    differing = re.findall(r"^  #(\d+) ", replay.stdout, re.M)
-    assert "TOTAL pass 919 fail 2" in replay.stdout, replay.stdout[-3000:]
-    assert differing == ["15", "17"] and "watch-stream                 pass  16  fail   2" in (
-        replay.stdout)
 
 
 def test_cluster_first_write_follows_the_start_at_once(tmp_path):

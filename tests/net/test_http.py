@@ -48,7 +48,7 @@ def test_http_keys_that_expire_together_do_so_in_several_entries(http_server, mo
         form = b"value=1&ttl=1"
         assert _http_ask(http_server, "PUT", f"/v2/keys/{number}", form, _HTTP_FORM)[0] == 201
     before = http_server.call(lambda etcd: etcd.raft_index)
-    eventually(lambda: not http_server.call(lambda etcd: etcd.store.has_ttl), 5.0)
+    eventually(lambda: not http_server.call(lambda etcd: etcd.store.has_ttl))
     assert http_server.call(lambda etcd: etcd.raft_index) >= before + 12
     assert http_server.call(lambda etcd: etcd.store.stats.expire_count) == 24
 
@@ -293,11 +293,11 @@ def test_http_json_of_any_bytes_is_read_or_refused(data):
 
 @pytest.mark.parametrize("body", [b"[" * 100_000, b'{"peerURLs":' + b"9" * 100_000 + b"}"])
 def test_http_json_bombs_are_refused(body):
-    """Deep nesting and endless numbers cost an error, neither the stack nor a second."""
-    started = time.monotonic()
+    """Deep nesting and endless numbers cost an error, neither the stack nor a second of work."""
+    started = time.thread_time()
     with pytest.raises(ValueError):
         pyetcd.parse_peer_urls(body)
-    assert time.monotonic() - started < 1
+    assert time.thread_time() - started < 1         # of this thread's work, not of the clock
 
 
 @pytest.mark.parametrize(("body", "text"), [
@@ -1583,17 +1583,16 @@ def test_http_pipelined_requests_are_answered_in_order(http_server):
             assert json.loads(client.answer()[2])["node"]["value"] == str(number)
 
 
-def test_http_pipelined_writes_wait_for_no_timer(tmp_path):
+def test_http_pipelined_writes_wait_for_no_timer(tmp_path, monkeypatch):
     """A write that is read in the middle of a turn is proposed at once, not at the next tick."""
     put = (b"PUT /v2/keys/p HTTP/1.1\r\nHost: x\r\nContent-Length: 7\r\n"
            b"Content-Type: application/x-www-form-urlencoded\r\n\r\nvalue=1")
-    with _http_member(tmp_path, heartbeat_ms=2_000, election_ms=10_000) as server:
-        started = time.monotonic()
-        with _HttpSocket(server) as client:
+    monkeypatch.setattr(pyetcd, "SYNC_SECONDS", 3600.0)
+    with _http_member(tmp_path, heartbeat_ms=10_000, election_ms=50_000) as server:
+        with _HttpSocket(server) as client:         # which waits 10 s for an answer
             client.send(put * 30)
             for _ in range(30):
                 assert client.answer()[0] in (200, 201)
-        assert time.monotonic() - started < 3       # at each 500 ms SYNC timer: 15
 
 
 def test_http_chunked_bodies_and_expect_continue_work(http_server):

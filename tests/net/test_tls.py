@@ -49,11 +49,11 @@ def test_tls_serves_clients_with_all_sizes_of_requests_and_replies(tmp_path, cer
         keys = url + "/v2/keys"
         for size in (0, 1, 16_384, 400_000):
             value = "x" * size
-            assert session.put(f"{keys}/d/{size}", {"value": value}, timeout=10).status_code == 201
-            assert session.get(f"{keys}/d/{size}", timeout=10).json()["node"]["value"] == value
+            assert session.put(f"{keys}/d/{size}", {"value": value}, timeout=60).status_code == 201
+            assert session.get(f"{keys}/d/{size}", timeout=60).json()["node"]["value"] == value
         for i in range(10):
-            session.put(f"{keys}/d/more{i}", {"value": "y" * 400_000}, timeout=10)
-        nodes = session.get(f"{keys}/d?recursive=true", timeout=10).json()["node"]["nodes"]
+            session.put(f"{keys}/d/more{i}", {"value": "y" * 400_000}, timeout=60)
+        nodes = session.get(f"{keys}/d?recursive=true", timeout=60).json()["node"]["nodes"]
         assert sum(len(node["value"]) for node in nodes) == 4_000_000 + 416_385
         assert server.call(lambda etcd: etcd.store.current_index) > 10
 
@@ -62,7 +62,7 @@ def test_tls_discovery_urls_are_https(tmp_path, certificates):
     """A token made over TLS leads back to the port that it came from."""
     with _tls_member(tmp_path, certificates.files()) as (_, url), \
             _tls_session(certificates) as session:
-        assert session.get(url + "/new", timeout=10).text.startswith(url + "/")
+        assert session.get(url + "/new", timeout=60).text.startswith(url + "/")
 
 
 def test_tls_streams_events(tmp_path, certificates):
@@ -70,12 +70,12 @@ def test_tls_streams_events(tmp_path, certificates):
     with _tls_member(tmp_path, certificates.files()) as (server, url), \
             _tls_session(certificates) as session:
         stream = session.get(
-            f"{url}/v2/keys/w?wait=true&stream=true", stream=True, timeout=10
+            f"{url}/v2/keys/w?wait=true&stream=true", stream=True, timeout=60
         )
         lines = stream.iter_lines(chunk_size=1)
         for value in ("1", "2"):
             requests.put(f"{url}/v2/keys/w", {"value": value}, verify=certificates.ca_file,
-                         timeout=10)
+                         timeout=60)
             assert json.loads(next(lines))["node"]["value"] == value
         stream.close()
         eventually(lambda: server.call(lambda etcd: etcd.store.stats.watchers) == 0)
@@ -85,7 +85,7 @@ def test_tls_port_explains_itself_to_plain_http(tmp_path, certificates, caplog):
     """Go's sentence, and a line in the log."""
     caplog.set_level(logging.INFO)
     with _tls_member(tmp_path, certificates.files()) as (_, url):
-        answer = requests.get(url.replace("https:", "http:") + "/version", timeout=10)
+        answer = requests.get(url.replace("https:", "http:") + "/version", timeout=60)
         assert (answer.status_code, answer.text) == (
             400, "Client sent an HTTP request to an HTTPS server.\n")
         assert "client sent an HTTP request to an HTTPS server" in caplog.text
@@ -114,10 +114,10 @@ def test_tls_client_certificates_that_are_refused(tmp_path, certificates, caplog
         more["crl_file"] = _revocation_list(certificates, bad[0])
     files = certificates.files(client_cert_auth=True, **more)
     with _tls_member(tmp_path, files) as (_, url), _tls_session(certificates, good) as welcome:
-        assert welcome.get(url + "/version", timeout=10).status_code == 200
+        assert welcome.get(url + "/version", timeout=60).status_code == 200
         with pytest.raises(requests.ConnectionError), _tls_session(certificates, bad) as refused:
-            refused.get(url + "/version", timeout=10)
-        assert welcome.get(url + "/version", timeout=10).status_code == 200
+            refused.get(url + "/version", timeout=60)
+        assert welcome.get(url + "/version", timeout=60).status_code == 200
         eventually(lambda: line in caplog.text)
         assert "rejected connection from 127.0.0.1:" in caplog.text
 
@@ -204,7 +204,7 @@ def test_tls_stuck_handshakes_block_nobody_and_end(tmp_path, certificates, monke
                 sock.sendall(b"\x16\x03\x01\x02\x00\x01\x00")
             stuck.append(sock)
         with _tls_session(certificates) as session:
-            assert session.get(url + "/version", timeout=10).status_code == 200
+            assert session.get(url + "/version", timeout=60).status_code == 200
         assert all(sock.recv(100) == b"" for sock in stuck)
 
 
@@ -270,25 +270,25 @@ def test_tls_between_members_with_certificates_on_both_sides(tmp_path, certifica
     """Streams, votes, posts and a member that joins later, all with client certificates."""
     files = certificates.files("peer", client_cert_auth=True)
     with _tls_cluster(tmp_path, [files] * 3) as members:
-        assert all(member.wait_ready(20) for member in members)
+        assert all(member.wait_ready(60) for member in members)
         urls = [member.client_urls[0] for member in members]
-        requests.put(urls[0] + "/v2/keys/a", {"value": "1"}, timeout=10).raise_for_status()
+        requests.put(urls[0] + "/v2/keys/a", {"value": "1"}, timeout=60).raise_for_status()
         eventually(lambda: all(
-            requests.get(url + "/v2/keys/a", timeout=10).status_code == 200 for url in urls))
+            requests.get(url + "/v2/keys/a", timeout=60).status_code == 200 for url in urls))
         joining = pyetcd.Server(
             name="late", data_dir=str(tmp_path / "late"), peer_tls=files,
             listen_peer_urls=["https://127.0.0.1:0"], initial_cluster_state="existing",
         )
         joining.bind()
         requests.post(urls[0] + "/v2/members", json={"peerURLs": list(joining.peer_urls)},
-                      timeout=10).raise_for_status()
+                      timeout=60).raise_for_status()
         initial = [f"{m.config.name}={m.peer_urls[0]}" for m in (*members, joining)]
         joining.start(initial_cluster=",".join(initial))
         with contextlib.closing(contextlib.ExitStack()) as stack:
             stack.callback(joining.stop)
-            assert joining.wait_ready(20)
+            assert joining.wait_ready(60)
             late = joining.client_urls[0] + "/v2/keys/a"
-            eventually(lambda: requests.get(late, timeout=10).status_code == 200)
+            eventually(lambda: requests.get(late, timeout=60).status_code == 200)
 
 
 def test_tls_member_with_the_wrong_certificate_stays_outside(tmp_path, certificates, caplog):
@@ -299,10 +299,10 @@ def test_tls_member_with_the_wrong_certificate_stays_outside(tmp_path, certifica
         trusted_ca_file=certificates.ca_file, client_cert_auth=True,
     )
     with _tls_cluster(tmp_path, [good, good, foreign]) as members:
-        assert all(member.wait_ready(20) for member in members[:2])
+        assert all(member.wait_ready(60) for member in members[:2])
         eventually(lambda: "cannot be verified" in caplog.text)
         assert not members[2].wait_ready(0)
-        answer = requests.put(members[0].client_urls[0] + "/v2/keys/a", {"value": "1"}, timeout=10)
+        answer = requests.put(members[0].client_urls[0] + "/v2/keys/a", {"value": "1"}, timeout=60)
         assert answer.status_code == 201
 
 
@@ -415,8 +415,8 @@ def test_tls_through_a_proxy(tmp_path, certificates):
         url = proxy.client_urls[0] + "/v2/keys/a"
         for size in (1, 900_000):
             value = "x" * size
-            session.put(url, {"value": value}, timeout=10).raise_for_status()
-            assert session.get(url, timeout=10).json()["node"]["value"] == value
+            session.put(url, {"value": value}, timeout=60).raise_for_status()
+            assert session.get(url, timeout=60).json()["node"]["value"] == value
 
 
 def test_tls_by_flags_as_operators_give_them(tmp_path, certificates):
@@ -438,8 +438,8 @@ def test_tls_by_flags_as_operators_give_them(tmp_path, certificates):
         assert f"clientTLS: cert = {client[0]}, key = {client[1]}, ca = , trusted-ca = " in (
             member.log())
         with _tls_session(certificates, client) as session:
-            session.put(url + "/v2/keys/a", {"value": "1"}, timeout=10).raise_for_status()
-            peers = session.get(f"https://127.0.0.1:{peer}/members", timeout=10).json()
+            session.put(url + "/v2/keys/a", {"value": "1"}, timeout=60).raise_for_status()
+            peers = session.get(f"https://127.0.0.1:{peer}/members", timeout=60).json()
             assert peers[0]["clientURLs"] == [url]
         if not shutil.which("etcdctl"):
             pytest.skip("etcdctl (Debian: etcd-client) is not installed")

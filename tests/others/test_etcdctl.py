@@ -16,15 +16,8 @@ import pytest
 
 from tests.kit.basics import _ports, eventually, free_port
 from tests.kit.clients import _client_etcdctl
-from tests.kit.others import _WalkEtcdMember, _WalkEtcdProcess
-from tests.kit.processes import StaticCluster
+from tests.kit.processes import PROCESS_TYPES, EtcdProcess, StaticCluster
 
-
-class _WalkEtcdCluster(StaticCluster):
-    member_type = _WalkEtcdMember
-
-
-_WALK_CLUSTERS = {"etcd": _WalkEtcdCluster, "pyetcd": StaticCluster}
 _WALK_INDEX = re.compile(
     r'(?<=Index":)\d+|(?<=Index: )\d+|(?<=\[)\d+(?=\]| != )|(?<= != )\d+(?=\])|(?<=/)\d{20}')
 
@@ -149,9 +142,10 @@ def _walk_pair(directory, size=1, *flags):
             pytest.skip(f"{program} is not installed")
     with contextlib.ExitStack() as stack:
         clusters = []
-        for kind, cluster_type in _WALK_CLUSTERS.items():
+        for kind, process_type in PROCESS_TYPES.items():
             (directory / kind).mkdir()
-            clusters.append(stack.enter_context(cluster_type(directory / kind, size, *flags)))
+            clusters.append(stack.enter_context(StaticCluster(
+                directory / kind, size, *flags, process_type=process_type)))
         yield [_WalkSide(cluster) for cluster in clusters]
 
 
@@ -431,7 +425,7 @@ def test_walk_etcdctl_backup(tmp_path):
         _walk_compare(sides, "\n".join([
             *(f"set /a/{number % 4} {number}" for number in range(20)),
             "mkdir /a/c", "set --ttl 500 /a/t 2", "mk --in-order /q x"]))
-        for process_type in (None, _WalkEtcdProcess):
+        for process_type in (None, EtcdProcess):
             theirs, ours = _walk_both(sides, _WalkSide.restart_from_backup, process_type)
             assert ours == theirs == (0, "")
             _walk_compare(sides, """
@@ -468,7 +462,7 @@ set /a 1
 --no-sync member remove ID2
 --no-sync member list
 """)
-        theirs, ours = _walk_both(sides, lambda side: side.members[2].process.popen.wait(20))
+        theirs, ours = _walk_both(sides, lambda side: side.members[2].process.popen.wait(60))
         assert ours == theirs == 0
         _walk_both(sides, lambda side: side.members[1].process.kill())
         _walk_both(sides, lambda side: eventually(

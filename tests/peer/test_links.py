@@ -121,7 +121,7 @@ class _LinkNet:
         self.reactor = Reactor()
         self.closers: List[Callable[[], None]] = []
 
-    def until(self, condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
+    def until(self, condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
         """Turn until condition() is true."""
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -1908,7 +1908,7 @@ def test_link_real_etcd_leads_us(
             )
 
     put()
-    link_net.until(lambda: 201 in statuses, timeout_s=30.0)
+    link_net.until(lambda: 201 in statuses)
 
     assert transport.active_since(etcd_id) > 0
     assert transport._peers[etcd_id]._app_writer.attached

@@ -462,7 +462,7 @@ def test_recipe_semaphore_lets_in_as_many_as_its_limit(_recipe_client, _client_d
         for released in range(4):               # out of order: what counts is the number
             units[(1, 0, 3, 2)[released]].release()
             # Sooner than WAIT_SLICE_S, after which a waiter looks without having been woken.
-            _client_eventually(lambda n=released: outcomes[n] == [True], timeout_s=10)
+            _client_eventually(lambda n=released: outcomes[n] == [True])
             assert sum(unit.is_held for unit in units) == 2
     assert [unit.release() for unit in units[4:]] == [True, True]
 
