@@ -44,6 +44,11 @@ def test_sim_seeds():
           f" {refused} damaged disks refused")
 
 
+def test_sim_member_may_be_removed_before_its_publication_is_applied():
+    """Found by seed 388 of 5 members: what was said of its peer URLs ended the member."""
+    _sim_scenario(388, 5)
+
+
 def test_sim_lives_in_its_own_time(monkeypatch):
     """No clock of this machine is read: requests time out, and a seed always does the same."""
     def expire(proposals, now, error):

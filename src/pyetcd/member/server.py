@@ -597,14 +597,16 @@ class Publication:
             " ".join(etcd.config.advertise_client_urls), format_id(etcd.cluster.id),
         )
 
-
     def _check_peer_urls(self) -> None:
         """Warn if the flags have other peer URLs than the cluster: only the first start uses them.
 
         Not if they are the default, or those of a port that the system chose.
         """
         etcd, config = self._etcd, self._etcd.config
-        known = etcd.cluster.members[etcd.member_id].peer_urls
+        member = etcd.cluster.members.get(etcd.member_id)
+        if member is None:                  # removed before its publication was applied
+            return
+        known = member.peer_urls
         given = tuple(sorted(config.initial_advertise_peer_urls))
         is_chosen = given != tuple(DEFAULT_PEER_URLS.split(",")) and not any(
             url.endswith(":0") for url in config.listen_peer_urls
