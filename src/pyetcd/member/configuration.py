@@ -59,7 +59,7 @@ class ServerConfig(NamedTuple):
     cors: Tuple[str, ...] = ()
     client_tls: TlsFiles = TlsFiles()
     peer_tls: TlsFiles = TlsFiles()
-    proxy: str = "off"                  # `on` or `readonly`: no member, see section Proxy
+    proxy: str = "off"                  # `on` or `readonly`: no member, see life/proxy.py
     proxy_failure_wait_ms: int = 5000
     proxy_refresh_interval_ms: int = 30_000
     proxy_dial_timeout_ms: int = 1000   # this and the next two: 0 is no limit
