@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import pyetcd
 from pyetcd import Message, MsgType, Request, Store
+from tests.kit import fuzzing
 from tests.kit.basics import TESTDATA
 from tests.kit.flags import _FLAGS_FILE, _FLAGS_FILE_JSON
 from tests.kit.http import _http_ask, _http_keys
@@ -52,7 +53,7 @@ def _peer_door_seeds():
 
 
 FUZZ_TARGETS = {
-    name[5:]: target for name, target in list(globals().items()) if name.startswith("fuzz_")
+    name[5:]: target for name, target in vars(fuzzing).items() if name.startswith("fuzz_")
 }
 
 

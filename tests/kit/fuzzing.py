@@ -83,6 +83,7 @@ class _FuzzListener:
         self.reactor = _FuzzReactor()
         self.flush_soon = self.reactor.flush_soon
         self.heads, self.unread, self.requests = {}, {}, []
+        self.held = pyetcd.HeldBytes(self.reactor)
 
     def dispatch(self, request):
         self.requests.append((request.method, request.target, request.body,
