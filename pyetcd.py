@@ -19571,7 +19571,7 @@ def _quoting_advice(text: str) -> str:
     """What to do about quotes and line ends that came along with a value; "" without them."""
     if text and (text[0] in _TYPOGRAPHIC_QUOTES or text[-1] in _TYPOGRAPHIC_QUOTES):
         return "; it has typographic quotes: write it without quotes"
-    if re.fullmatch(r"([\"'])(.*)\1", text, re.DOTALL):
+    if len(text) > 1 and text[0] in "\"'" and text[-1] == text[0]:
         return (
             f"; the quotes are part of it, as docker's --env-file and lists in compose files leave"
             f" them there: write {text[1:-1]} without quotes"

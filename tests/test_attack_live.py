@@ -464,7 +464,8 @@ def test_live_without_descriptors(tmp_path, limit):
         program = ("sh", "-c", f'ulimit -n {limit}; exec "$0" "$@"', *Process.program)
 
     class Member(ClusterMember):
-        process_type = Limited
+        def __init__(self, directory, name):
+            super().__init__(directory, name, Limited)
 
     class Cluster(StaticCluster):
         member_type = Member

@@ -53,6 +53,7 @@ def test_sim_lives_in_its_own_time(monkeypatch):
     """No clock of this machine is read: requests time out, and a seed always does the same."""
     def expire(proposals, now, error):
         expired.append(expire_really(proposals, now, error))
+        return expired[-1]
 
     def run(seed):
         sim = _sim_scenario(seed)

@@ -1129,7 +1129,7 @@ for thing in (lock, rlock): assert thing.acquire()
 for thing in (lease, beat, tree): thing.start()
 counter.add(); queue.put_all("wxy"); queue.get(); party.join()
 guards = [lock._changed, rlock._changed, lease._lock, lease._renewing, beat._lock, tree._changed,
-          tree._control, counter._turn]
+          tree._control, counter._changed]
 ready, done = threading.Event(), threading.Event()
 def hold():                     # a thread that the child does not have holds every lock
     for guard in guards: guard.acquire()
