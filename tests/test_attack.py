@@ -244,7 +244,7 @@ def _patterns_of(module):
 
 
 _LOCAL_PATTERNS = {                     # made of local variables
-    "f'(?:{part})+'": r"(?:([0-9]+(?:\.[0-9]*)?)(h|ms|us|ns|m|s))+",
+    r"f'\\+?(?:{part})+'": r"\+?(?:([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(h|ms|us|µs|ns|m|s))+",
     "part": "",                         # only on text that the whole pattern has taken
 }
 
