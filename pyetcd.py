@@ -820,7 +820,8 @@ OUTPUT_JOIN_BYTES_MAX = 1 << 16     # unsent bytes that are joined, if they are 
 OUTPUT_SHARED_BYTES_MIN = 1 << 10   # of a piece; above: not copied, as others may have it too
 OUTPUT_PIECES_MAX = 16              # handed to the system in one call
 REQUEST_SECONDS_MAX = 300.0         # from a request's first byte to its last; above: 408, close
-UNREAD_SECONDS_MAX = 60.0           # that a client takes nothing of its reply; above: closed
+UNREAD_SECONDS_MAX = 60.0           # for the next UNREAD_BYTES_MIN, or the rest, of a reply to be
+UNREAD_BYTES_MIN = 64 << 10         # taken by the client; above: closed
 SLOW_CHECK_SECONDS = 10.0           # between two looks for such clients
 HEAD_CACHE_MAX = 4_096              # parsed request heads remembered; full: forgotten all at once
 
@@ -8419,7 +8420,7 @@ class Service:
         self.held_bytes = 0             # of bodies under way
         self.heads: Dict[bytes, HttpHead] = {}
         self.received_bytes = self.sent_bytes = 0   # of all connections so far
-        self.unread: Dict[Connection, float] = {}   # when they took some of their reply last
+        self.unread: Dict[Connection, Tuple[float, int]] = {}   # since when; taken since then
         self._connections: Set[Connection] = set()
         self._partial: Dict[Connection, float] = {}     # incomplete requests and their start
 
@@ -8461,10 +8462,12 @@ class Service:
         elif self._partial:
             self._partial.pop(connection, None)
 
-    def watch_unread(self, connection: Connection, *, took: bool) -> None:
-        """Remember since when a client takes nothing.  took: it has just taken something."""
-        if took or connection not in self.unread:
-            self.unread[connection] = self.reactor.now()
+    def watch_unread(self, connection: Connection, taken: int) -> None:
+        """Remember since when a client takes too little.  taken: so many bytes just now."""
+        since, before = self.unread.get(connection, (0.0, UNREAD_BYTES_MIN))
+        taken += before
+        is_enough = taken >= UNREAD_BYTES_MIN
+        self.unread[connection] = (self.reactor.now(), 0) if is_enough else (since, taken)
 
     def forget(self, connection: Connection) -> None:
         """The connection is closed."""
@@ -8479,7 +8482,7 @@ class Service:
         for connection, since in list(self._partial.items()):
             if since < now - REQUEST_SECONDS_MAX:
                 connection.refuse(BadRequest("408 Request Timeout", 408))
-        for connection, since in list(self.unread.items()):
+        for connection, (since, _) in list(self.unread.items()):
             if since < now - UNREAD_SECONDS_MAX:
                 connection.close()
 
@@ -8821,7 +8824,7 @@ class Connection:
             self.pending -= sent
             if self.pending:
                 self._drop_sent(sent)
-                self._service.watch_unread(self, took=sent > 0)
+                self._service.watch_unread(self, sent)
                 grown = 0 if self._events & selectors.EVENT_WRITE else self.pending
                 self._service.held.hold(self, grown, moved=sent > 0)
             else:
