@@ -1320,6 +1320,28 @@ def test_http_what_is_over_leaves_nothing(tmp_path, monkeypatch):
             gc.enable()
 
 
+def test_http_entries_applied_in_one_turn_are_bounded(tmp_path, monkeypatch):
+    """However many are committed together: WORK_ENTRIES_MAX of them, then the others' turn."""
+    turns, answered, apply_entry = [], [], pyetcd.Applier.apply_entry
+
+    def apply(self, entry):
+        turns.append(server._reactor.turns)
+        return apply_entry(self, entry)
+
+    def propose(etcd):
+        for number in range(3_000):
+            request = pyetcd.Request(method="PUT", path=f"/1/{number}", val="1")
+            etcd.do(request, answered.append)
+
+    with _http_member(tmp_path) as server:
+        assert _http_keys(server, "PUT", "/a", "value=1")[0] == 201
+        monkeypatch.setattr(pyetcd.Applier, "apply_entry", apply)
+        server.call(propose)
+        eventually(lambda: len(answered) == 3_000)
+    most = max(collections.Counter(turns).values())
+    assert 100 < most <= pyetcd.WORK_ENTRIES_MAX < 3_000
+
+
 def test_reactor_timers_that_are_cancelled_are_forgotten():
     """Long before they are due, however many; the others come in order."""
     reactor = pyetcd.Reactor()
