@@ -6493,9 +6493,9 @@ class HeadFinder:
 
 
 def _lines_of(raw: bytes) -> List[bytes]:
-    """Return the lines of a head, with or without CR at their ends."""
-    lines = raw.split(b"\n")
-    return [line[:-1] if line.endswith(b"\r") else line for line in lines]
+    """Return the lines of a head, with or without CR at their ends; the last one has none."""
+    *lines, last = raw.split(b"\n")
+    return [*(line[:-1] if line.endswith(b"\r") else line for line in lines), last]
 
 
 def parse_head(raw: bytes) -> HttpHead:
@@ -19247,7 +19247,7 @@ class ProxyApi:
 
     def handle(self, request: HttpRequest) -> None:
         """Answer a request of a client, now or when a member has."""
-        path = request.path
+        path, request = request.path, allow_origin(request, self._origins)
         if not path.startswith("/"):
             request.reply(400)
         elif not is_clean_path(path):
@@ -19258,7 +19258,7 @@ class ProxyApi:
         elif self._is_readonly and request.method != "GET":
             request.reply(501)
         else:
-            self._serve(allow_origin(request, self._origins))
+            self._serve(request)
 
     def stop(self) -> None:
         """Drop all requests that wait for a member."""

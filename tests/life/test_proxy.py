@@ -304,7 +304,11 @@ def test_proxy_answers_scripts_of_other_origins(
         status, head, body = _http_ask(
             proxy, "OPTIONS", "/v2/keys/a", headers={"Origin": "http://b"})
         assert (status, head.get("Access-Control-Allow-Origin"), body) == (200, None, b"")
-    assert len(proxy_upstream.requests) == 1
+        for path in ("/metrics", "//v2/keys", "/v2/config/local/proxy", "/v2/keys/a", "*"):
+            with _HttpSocket(proxy) as client:
+                client.send(_http_get(path))
+                assert b"\r\nVary: Origin\r\n" in client.until(b"\r\n\r\n"), path
+    assert len(proxy_upstream.requests) == 2
 
 
 # -- endpoints that fail ------------------------------------------------------------------
