@@ -886,7 +886,8 @@ def test_http_log_lines_of_requests_cannot_be_forged(tmp_path, caplog):
                 requests.get(door, headers={name: "7\x1b[31m\x9b\x0b\x85forged"})
     text = "\n".join(record.getMessage() for record in caplog.records)
     assert "forged" in text and "no such user: x\\n2026" in text
-    assert not set(text) & set("\x1b\x9b\x0b\x85") and not [line for line in text.split("\n") if line[:4] == "2026"]
+    assert not set(text) & set("\x1b\x9b\x0b\x85")
+    assert not [line for line in text.split("\n") if line[:4] == "2026"]
 
 
 def test_http_version_machines_and_health(http_server):
