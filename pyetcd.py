@@ -820,7 +820,8 @@ OUTPUT_JOIN_BYTES_MAX = 1 << 16     # unsent bytes that are joined, if they are 
 OUTPUT_SHARED_BYTES_MIN = 1 << 10   # of a piece; above: not copied, as others may have it too
 OUTPUT_PIECES_MAX = 16              # handed to the system in one call
 REQUEST_SECONDS_MAX = 300.0         # from a request's first byte to its last; above: 408, close
-UNREAD_SECONDS_MAX = 60.0           # that a client takes nothing of its reply; above: closed
+UNREAD_SECONDS_MAX = 60.0           # for the next UNREAD_BYTES_MIN, or the rest, of a reply to be
+UNREAD_BYTES_MIN = 64 << 10         # taken by the client; above: closed
 SLOW_CHECK_SECONDS = 10.0           # between two looks for such clients
 HEAD_CACHE_MAX = 4_096              # parsed request heads remembered; full: forgotten all at once
 
@@ -1242,10 +1243,10 @@ def split_address(address: str) -> Tuple[str, str]:
 
 def _is_name(host: str) -> bool:
     """True for a name that a resolver can be asked for, and for ""."""
-    if len(host) > HOST_CHARS_MAX:
+    if len(host) > HOST_CHARS_MAX or not host.isprintable():
         return False
     with contextlib.suppress(UnicodeError):     # an empty label, or one above 63 characters
-        return not host or bool(host.encode("idna"))
+        return _NOT_IN_HOSTS.search(host.encode("idna").decode("ascii")) is None
     return False
 
 
@@ -6492,9 +6493,9 @@ class HeadFinder:
 
 
 def _lines_of(raw: bytes) -> List[bytes]:
-    """Return the lines of a head, with or without CR at their ends."""
-    lines = raw.split(b"\n")
-    return [line[:-1] if line.endswith(b"\r") else line for line in lines]
+    """Return the lines of a head, with or without CR at their ends; the last one has none."""
+    *lines, last = raw.split(b"\n")
+    return [*(line[:-1] if line.endswith(b"\r") else line for line in lines), last]
 
 
 def parse_head(raw: bytes) -> HttpHead:
@@ -8419,7 +8420,7 @@ class Service:
         self.held_bytes = 0             # of bodies under way
         self.heads: Dict[bytes, HttpHead] = {}
         self.received_bytes = self.sent_bytes = 0   # of all connections so far
-        self.unread: Dict[Connection, float] = {}   # when they took some of their reply last
+        self.unread: Dict[Connection, Tuple[float, int]] = {}   # since when; taken since then
         self._connections: Set[Connection] = set()
         self._partial: Dict[Connection, float] = {}     # incomplete requests and their start
 
@@ -8461,10 +8462,12 @@ class Service:
         elif self._partial:
             self._partial.pop(connection, None)
 
-    def watch_unread(self, connection: Connection, *, took: bool) -> None:
-        """Remember since when a client takes nothing.  took: it has just taken something."""
-        if took or connection not in self.unread:
-            self.unread[connection] = self.reactor.now()
+    def watch_unread(self, connection: Connection, taken: int) -> None:
+        """Remember since when a client takes too little.  taken: so many bytes just now."""
+        since, before = self.unread.get(connection, (0.0, UNREAD_BYTES_MIN))
+        taken += before
+        is_enough = taken >= UNREAD_BYTES_MIN
+        self.unread[connection] = (self.reactor.now(), 0) if is_enough else (since, taken)
 
     def forget(self, connection: Connection) -> None:
         """The connection is closed."""
@@ -8479,7 +8482,7 @@ class Service:
         for connection, since in list(self._partial.items()):
             if since < now - REQUEST_SECONDS_MAX:
                 connection.refuse(BadRequest("408 Request Timeout", 408))
-        for connection, since in list(self.unread.items()):
+        for connection, (since, _) in list(self.unread.items()):
             if since < now - UNREAD_SECONDS_MAX:
                 connection.close()
 
@@ -8821,7 +8824,7 @@ class Connection:
             self.pending -= sent
             if self.pending:
                 self._drop_sent(sent)
-                self._service.watch_unread(self, took=sent > 0)
+                self._service.watch_unread(self, sent)
                 grown = 0 if self._events & selectors.EVENT_WRITE else self.pending
                 self._service.held.hold(self, grown, moved=sent > 0)
             else:
@@ -9859,14 +9862,11 @@ class StreamWriter:
         if frames:
             self._frames, self._frames_bytes = [], 0
             self._write(*joined_parts(frames) if len(frames) > 1 else frames)
-            self._context.reactor.flush_soon(self._flushed)
+            if self._reply is not None:
+                self._reply.when_read(self._report)
 
-    def _flushed(self) -> None:
-        """The connection has been flushed: if it took everything, our messages are sent."""
-        if self._reply is not None and not self._reply.pending:
-            self._report(ok=True)
-
-    def _report(self, *, ok: bool) -> None:
+    def _report(self, *, ok: bool = True) -> None:
+        """The connection has taken everything: our messages are sent.  Not ok: it is lost."""
         unsent, self._unsent = self._unsent, []
         now = self._context.reactor.now()
         for message, size, since in unsent:
@@ -11785,7 +11785,7 @@ class PasswordCheck:
         self.stored = stored
         self.password = password
         self.level = level
-        self.askers: List[Tuple[bytes, Callable[[bool], None]]] = []    # sender, done
+        self.askers: List[Tuple[Tuple[bytes, bytes], Callable[[bool], None]]] = []  # from; done
 
 
 class PasswordChecks:
@@ -11794,10 +11794,16 @@ class PasswordChecks:
     The more wrong ones a sender had lately, and the more of its own wait already, the later is
     the turn of the next (its level: the logarithm of both together).  A pause goes before all
     but those of level 0.  So guessing is slow, and nobody else waits for it.  What is known
-    already never waits.  Thread: reactor.
+    already never waits.
+
+    Its host counts as well, less strictly, as other users may share it: once a host has guessed
+    under many names, every check from there waits for the pause, so that an answer takes as long
+    for users that do not exist; but users that do exist, and were not wrong, go before the others.
+    Thread: reactor.
     """
 
-    LEVELS = 8
+    LEVELS = 9
+    HOST_LEVELS_FREE = 3            # so many of a host's levels count for none: 7 wrong or waiting
 
     def __init__(self, reactor: Reactor) -> None:
         self.passwords = Passwords(reactor.now)
@@ -11807,8 +11813,8 @@ class PasswordChecks:
         self._waiting: Dict[bytes, PasswordCheck] = {}      # by digest, with the one under way
         self._levels: List[Dict[bytes, None]] = [{} for _ in range(self.LEVELS)]    # without it
         self._under_way = b""           # its digest
-        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # by sender: how often, and when last
-        self._owing: Dict[bytes, int] = {}                  # by sender: how many wait
+        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # by sender, by host: how often; last
+        self._owing: Dict[bytes, int] = {}                  # by sender, by host: how many wait
         self._guess_at = 0.0            # not before that: one of level 1 or above
         self._timer: Optional[Timer] = None
 
@@ -11825,8 +11831,9 @@ class PasswordChecks:
         self, sender: Sender, stored: str, password: str, done: Callable[[bool], None]
     ) -> None:
         """Find out, then call done(True); done(False) if nobody can tell now, or too many wait."""
-        digest, origin = self._digest(sender.user, stored, password), self._digest(*sender)
-        level = self._level(origin)
+        digest = self._digest(sender.user, stored, password)
+        origin, host = self._digest(*sender), self._digest(sender.host)
+        level = self._level(origin, host, exists=stored != self.passwords.decoy(stored))
         check = self._waiting.get(digest)
         if check is None:
             check = self._waiting[digest] = PasswordCheck(stored, password, level)
@@ -11835,8 +11842,9 @@ class PasswordChecks:
             del self._levels[check.level][digest]
             check.level = level
             self._levels[level][digest] = None
-        check.askers.append((origin, done))
-        self._owing[origin] = self._owing.get(origin, 0) + 1
+        check.askers.append(((origin, host), done))
+        for place in (origin, host):
+            self._owing[place] = self._owing.get(place, 0) + 1
         if len(self._waiting) > PASSWORD_CHECKS_MAX:        # the last one of the worst level goes
             worst = next(level for level in reversed(self._levels) if level)
             self._end(worst.popitem()[0], known=False)
@@ -11848,11 +11856,19 @@ class PasswordChecks:
             text.encode("utf-8", "surrogatepass"), key=self._key, digest_size=16
         ).digest()
 
-    def _level(self, origin: bytes) -> int:
-        count, last = self._wrong.get(origin, (0, 0.0))
+    def _level(self, origin: bytes, host: bytes, *, exists: bool) -> int:
+        own = self._guesses(origin)
+        shared = max(self._guesses(host) - self.HOST_LEVELS_FREE, 0)
+        if own or shared and not exists:
+            return min(max(own, shared) + 1, self.LEVELS - 1)
+        return min(shared, 1)
+
+    def _guesses(self, place: bytes) -> int:
+        """Return the logarithm of how many are wrong or waiting, of a sender or host."""
+        count, last = self._wrong.get(place, (0, 0.0))
         if last < self._reactor.now() - WRONG_PASSWORD_SECONDS:
             count = 0
-        return min((count + self._owing.get(origin, 0)).bit_length(), self.LEVELS - 1)
+        return (count + self._owing.get(place, 0)).bit_length()
 
     def _next(self) -> None:
         """Begin the next check, unless one is under way."""
@@ -11891,20 +11907,24 @@ class PasswordChecks:
             known.clear()
         known[digest] = None
         now = self._reactor.now()
-        for origin in {origin for origin, _ in self._waiting[digest].askers}:
-            count, _ = self._wrong.pop(origin, (0, 0.0))
-            if not right:
-                if len(self._wrong) >= GUESSERS_MAX:
-                    del self._wrong[next(iter(self._wrong))]
-                self._wrong[origin] = count + 1, now
-        if not right:
-            self._guess_at = now + WRONG_PASSWORD_PAUSE_SECONDS
+        places = [places for places, _ in self._waiting[digest].askers]
+        if right:
+            for origin, _ in places:        # its host may guess other users' passwords
+                self._wrong.pop(origin, None)
+            return
+        self._guess_at = now + WRONG_PASSWORD_PAUSE_SECONDS
+        for place in {place for pair in places for place in pair}:
+            count, _ = self._wrong.pop(place, (0, 0.0))
+            if len(self._wrong) >= GUESSERS_MAX:
+                del self._wrong[next(iter(self._wrong))]
+            self._wrong[place] = count + 1, now
 
     def _end(self, digest: bytes, *, known: bool) -> None:
-        for origin, done in self._waiting.pop(digest).askers:
-            self._owing[origin] -= 1
-            if not self._owing[origin]:
-                del self._owing[origin]
+        for places, done in self._waiting.pop(digest).askers:
+            for place in places:
+                self._owing[place] -= 1
+                if not self._owing[place]:
+                    del self._owing[place]
             done(known)
 
 
@@ -16926,11 +16946,8 @@ def check_discovery_url(url: str) -> str:
         scheme, authority, rest = split_url(url)
     except ValueError as error:
         scheme, authority, rest, why = "", "", "", f"{error}; "
-    host, port = split_address(authority.rpartition("@")[2])
     path, _, query = rest.partition("?")
-    if scheme not in ("http", "https") or not host or not path.strip("/") or (
-        int(port[1:] or 1) == 0 or not re.fullmatch("[!-~]+", url)
-    ):
+    if not (_is_dialable(scheme, authority) and path.strip("/") and re.fullmatch("[!-~]+", url)):
         raise DiscoveryError(
             f"discovery: invalid URL {go_quote(url)}: {why}it must read"
             f" http://host:port/path/of/the/token"
@@ -16954,6 +16971,13 @@ def check_discovery_url(url: str) -> str:
     return f"{scheme}://{authority}{rest}"
 
 
+def _is_dialable(scheme: str, authority: str) -> bool:
+    """True if it names a host (an IPv6 address in brackets), and a port that is one, if any."""
+    host, port = split_address(authority.rpartition("@")[2])
+    is_host = bool(host) and (host.startswith("[") or ":" not in host)
+    return scheme in ("http", "https") and is_host and int(port[1:] or 1) != 0
+
+
 def check_proxy_url(proxy: str) -> str:
     """Return the URL of an HTTP proxy, given as one or as `host:port`; "" for "".
 
@@ -16966,7 +16990,7 @@ def check_proxy_url(proxy: str) -> str:
         scheme, authority, _ = split_url(url)
     except ValueError as error:
         raise DiscoveryError(str(error)) from None
-    if scheme not in ("http", "https") or not split_address(authority)[0]:
+    if not _is_dialable(scheme, authority):
         raise DiscoveryError(f"invalid proxy {go_quote(proxy)}: it must read http://host:port")
     return f"{scheme}://{authority}"
 
@@ -19227,7 +19251,7 @@ class ProxyApi:
 
     def handle(self, request: HttpRequest) -> None:
         """Answer a request of a client, now or when a member has."""
-        path = request.path
+        path, request = request.path, allow_origin(request, self._origins)
         if not path.startswith("/"):
             request.reply(400)
         elif not is_clean_path(path):
@@ -19238,7 +19262,7 @@ class ProxyApi:
         elif self._is_readonly and request.method != "GET":
             request.reply(501)
         else:
-            self._serve(allow_origin(request, self._origins))
+            self._serve(request)
 
     def stop(self) -> None:
         """Drop all requests that wait for a member."""

@@ -900,6 +900,8 @@ _CHUNKED = b"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     (b"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: \r\nContent-Length: 1\r\n\r\na", b"400"),
     (b"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding:\r\n\r\n", b"501"),
     (b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", b"400"),
+    (b"GET / HTTP/1.1\r\nHost: x\r\r\n\r\n", b"400"), (b"GET / HTTP/1.0\r\r\n\r\n", b"400"),
+    (b"GET / HTTP/1.1\r\r\nHost: x\r\n\r\n", b"400"),
     (b"GET / HTTP/1.1\r\nHost: x\r\nhost: x\r\n\r\n", b"400"),
     (_CHUNKED + b"1 \r\na\r\n0\r\n\r\n", b"400"), (_CHUNKED + b" 1\r\na\r\n0\r\n\r\n", b"400"),
     (_CHUNKED + b"1 ;x\r\na\r\n0\r\n\r\n", b"400"), (_CHUNKED + b"1\na\r\n0\r\n\r\n", b"400"),

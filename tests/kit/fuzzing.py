@@ -93,7 +93,7 @@ class _FuzzListener:
     has_partial = True
 
     def watch_partial(self, connection, partial, *, begun): pass
-    def watch_unread(self, connection, *, took): pass
+    def watch_unread(self, connection, taken): pass
     def forget(self, connection): pass
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import tarfile
+import types
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
@@ -277,6 +278,65 @@ def test_bootstrap_by_srv_records(
         data_dir=str(tmp_path / "other"), initial_advertise_peer_urls=("http://10.0.0.2:2380",))
     assert _boot_fails(other) == (
         'error setting up initial cluster: cannot find local etcd member "me" in SRV records')
+
+
+def test_boot_first_life_asks_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.1 s, 0.2 s, ... up to 1.6 s; it begins again when a member has answered."""
+    waits: List[float] = []
+    calls: List[Dict[str, Any]] = []
+
+    def call(*args: Any, **options: Any) -> Any:
+        calls.append(options)
+        return types.SimpleNamespace(cancel=lambda: None)
+
+    monkeypatch.setattr(pyetcd, "HttpCall", call)
+    members = {
+        number: pyetcd.Member(number, (f"http://10.0.0.{number}:2380",), f"m{number}", ())
+        for number in (1, 2, 3)
+    }
+    etcd = types.SimpleNamespace(
+        transport=types.SimpleNamespace(drop=None), stopping=False, member_id=1,
+        reactor=types.SimpleNamespace(call_later=lambda delay_s, ask: waits.append(delay_s)),
+        counts=types.SimpleNamespace(leader_changes=0),
+        cluster=types.SimpleNamespace(members=members),
+    )
+    first_life = pyetcd.FirstLife(etcd, lambda error: None, None)
+    for _ in range(7):
+        first_life._ask()
+    assert waits == pytest.approx([0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 1.6, 1.6])
+    assert len(calls) == 2, "one call to a member at a time"
+    assert {options["answer_max"] for options in calls} == {pyetcd.CALL_BODY_BYTES_MAX}
+    body = json.dumps([
+        {"id": "1", "peerURLs": ["http://10.0.0.1:2380"], "name": "m1", "clientURLs": []}])
+    calls[0]["on_data"](body.encode())
+    calls[0]["on_done"](None)
+    first_life._ask()
+    assert waits[-1] == pytest.approx(0.1)
+    assert len(calls) == 2, "who has answered is not asked again"
+
+
+def test_boot_answers_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a member or registry that sends without end, 4 MB are read."""
+    sent = 0
+
+    def serve(handler: Any) -> None:
+        nonlocal sent
+        handler.send_response(200)
+        handler.send_header("X-Etcd-Cluster-Id", "7")
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            while sent < 200_000_000:
+                handler.wfile.write(bytes(1 << 16))
+                sent += 1 << 16
+
+    sizes: List[int] = []
+    monkeypatch.setattr(pyetcd, "parse_members", lambda body: sizes.append(len(body)))
+    with contextlib.closing(HttpStub(serve)) as stub:
+        pyetcd.fetch_members(stub.base, 20.0, None)
+        registry = pyetcd.Discovery(f"{stub.base}/token", 1, "a=http://h:1")
+        sizes.append(len(registry._exchange("GET", f"{stub.base}/v2/keys/token", "", 20.0)[2]))
+    assert sizes == [4 << 20, 4 << 20]
+    assert sent < 100_000_000
 
 
 # -- bootstrap: addresses that nobody can reach ----------------------------------------------

@@ -304,7 +304,11 @@ def test_proxy_answers_scripts_of_other_origins(
         status, head, body = _http_ask(
             proxy, "OPTIONS", "/v2/keys/a", headers={"Origin": "http://b"})
         assert (status, head.get("Access-Control-Allow-Origin"), body) == (200, None, b"")
-    assert len(proxy_upstream.requests) == 1
+        for path in ("/metrics", "//v2/keys", "/v2/config/local/proxy", "/v2/keys/a", "*"):
+            with _HttpSocket(proxy) as client:
+                client.send(_http_get(path))
+                assert b"\r\nVary: Origin\r\n" in client.until(b"\r\n\r\n"), path
+    assert len(proxy_upstream.requests) == 2
 
 
 # -- endpoints that fail ------------------------------------------------------------------
@@ -637,6 +641,28 @@ def test_proxy_without_peers_has_no_endpoints_until_one_is_there(
         assert not (tmp_path / "data" / "proxy" / "cluster").exists()
         proxy_upstream.open()
         eventually(lambda: _http_ask(proxy, "GET", "/v2/keys/a")[0] == 200, 20)
+
+
+def test_proxy_asks_less_and_less_often_while_there_is_no_endpoint(tmp_path: Path) -> None:
+    """1 s, 2 s, 4 s, ... up to the interval of refreshes; at once again after one was found."""
+    waits: List[float] = []
+    reactor = types.SimpleNamespace(
+        call_later=lambda delay_s, callback: waits.append(delay_s),
+        run_blocking=lambda work, *args, kind, done: done(None, found),
+    )
+    endpoints = pyetcd.Endpoints(
+        pyetcd.ServerConfig(), reactor, None, ["http://10.0.0.1:2380"], str(tmp_path / "cluster"))
+    found = None
+    endpoints.start()
+    for _ in range(8):
+        endpoints._begin_refresh()
+    assert waits == [1, 2, 4, 8, 16, 30, 30, 30, 30]
+    found = (("http://10.0.0.1:2380",), ["http://10.0.0.1:2379"])
+    endpoints._begin_refresh()
+    endpoints._endpoints[0].available = False
+    found = None
+    endpoints._begin_refresh()
+    assert waits[-2:] == [30, 1]
 
 
 @pytest.mark.parametrize("wrong", ["peers", "clients"])

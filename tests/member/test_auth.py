@@ -273,6 +273,78 @@ def test_auth_guessers_slow_only_themselves(alike):
     assert not refused
 
 
+def _auth_guess_with_new_names(checks, guessers, refused):
+    """So many guess all the time from 10.0.0.1, each time as a user that does not exist."""
+    names, decoy = itertools.count(), pyetcd.Passwords.decoy("")
+
+    def guess():
+        sender = pyetcd.Sender(f"no {next(names)}", "10.0.0.1")
+        checks.check(sender, decoy, "guess", done)
+
+    def done(known):
+        refused.extend([] if known else [1])
+        guess()
+
+    for _ in range(guessers):
+        guess()
+
+
+@pytest.mark.parametrize("host", ["10.0.0.1", "10.0.0.2"])
+@pytest.mark.parametrize("guessers", [80, 1_000])
+def test_auth_guessers_with_new_names_slow_only_themselves(guessers, host):
+    """Eight others, of their host or another, wait for one check each, and one pause at most."""
+    reactor = _ChecksReactor()
+    checks = pyetcd.PasswordChecks(reactor)
+    refused, answered = [], []
+    _auth_guess_with_new_names(checks, guessers, refused)
+    for _ in range(160):
+        reactor.finish_check()
+    began = reactor.time
+    for number in range(8):
+        sender = pyetcd.Sender(f"other {number}", host)
+        checks.check(sender, f"hash {number}", "right", answered.append)
+    order = [reactor.finish_check() for _ in range(9)]
+    assert order.count("right") == 8 and answered == [True] * 8
+    assert reactor.time <= began + pyetcd.WRONG_PASSWORD_PAUSE_SECONDS and not refused
+    before = reactor.time
+    for _ in range(10):
+        reactor.finish_check()
+    assert reactor.time >= before + 9 * pyetcd.WRONG_PASSWORD_PAUSE_SECONDS, "a pause for each"
+
+
+def test_auth_a_host_that_guesses_learns_no_names_by_time():
+    """One request after the other: users that exist wait for the same pause as others."""
+    reactor = _ChecksReactor()
+    checks = pyetcd.PasswordChecks(reactor)
+    decoy, took = pyetcd.Passwords.decoy(""), []
+    for number in range(60):
+        sender, began = pyetcd.Sender(f"u{number}", "10.0.0.1"), reactor.time
+        checks.check(sender, decoy if number % 2 else f"hash {number}", "no", lambda known: None)
+        reactor.finish_check()
+        took.append(round(reactor.time - began, 3))
+    assert set(took[10:]) == {pyetcd.WRONG_PASSWORD_PAUSE_SECONDS}
+
+
+def test_auth_new_names_push_nobody_out_of_a_full_queue(monkeypatch):
+    """The guessers' own checks are refused; what was counted of them is forgotten."""
+    monkeypatch.setattr(pyetcd, "PASSWORD_CHECKS_MAX", 50)
+    monkeypatch.setattr(pyetcd, "GUESSERS_MAX", 20)
+    reactor = _ChecksReactor()
+    checks = pyetcd.PasswordChecks(reactor)
+    guessed, answered = [], []
+    for number in range(120):
+        sender = pyetcd.Sender(f"no {number}", "10.0.0.1")
+        checks.check(sender, pyetcd.Passwords.decoy(""), "guess", guessed.append)
+    assert guessed == [False] * 70
+    for number in range(8):
+        sender = pyetcd.Sender(f"other {number}", f"10.0.0.{number % 2 + 1}")
+        checks.check(sender, f"hash {number}", "right", answered.append)
+    for _ in range(50):
+        reactor.finish_check()
+    assert answered == [True] * 8 and guessed.count(True) == 42
+    assert len(checks._wrong) == 20 and not (checks._owing or checks._waiting)
+
+
 def test_auth_who_guesses_most_is_refused_first_when_too_many_wait(monkeypatch):
     """A full queue has room for a user that has not been wrong."""
     monkeypatch.setattr(pyetcd, "PASSWORD_CHECKS_MAX", 50)

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 import pyetcd
 from tests.kit.basics import eventually
+from tests.kit.fuzzing import _FuzzReactor, _FuzzSocket
 from tests.kit.http import (
     _BAD_HOSTS,
     _HTTP_FORM,
@@ -879,9 +880,14 @@ def test_http_log_lines_of_requests_cannot_be_forged(tmp_path, caplog):
                      json={"user": evil, "password": "q", "roles": ["guest"]})
         requests.get(url + "/v2/members", auth=(evil, "q"))
         requests.delete(url + "/v2/members/1", auth=(evil, "q"))
+        for name in ("X-Server-From", "X-Server-Version", "X-Min-Cluster-Version", "X-Raft-To",
+                     "X-Etcd-Cluster-ID", "X-PeerURLs", "X-Forwarded-For", "User-Agent", "Origin"):
+            for door in (url + "/v2/keys/", server.peer_urls[0] + "/raft/stream/msgapp/7"):
+                requests.get(door, headers={name: "7\x1b[31m\x9b\x0b\x85forged"})
     text = "\n".join(record.getMessage() for record in caplog.records)
     assert "forged" in text and "no such user: x\\n2026" in text
-    assert "\x1b" not in text and not [line for line in text.split("\n") if line[:4] == "2026"]
+    assert not set(text) & set("\x1b\x9b\x0b\x85")
+    assert not [line for line in text.split("\n") if line[:4] == "2026"]
 
 
 def test_http_version_machines_and_health(http_server):
@@ -1273,7 +1279,7 @@ def test_http_bytes_of_all_connections_are_bounded(tmp_path, monkeypatch, caplog
 
 
 def test_http_what_is_over_leaves_nothing(tmp_path, monkeypatch):
-    """5,000 watches, connections and proxied requests, without any collection of cycles."""
+    """10,000 watches, connections and proxied requests, without any collection of cycles."""
     def count():
         kinds = collections.Counter(type(thing).__name__ for thing in gc.get_objects())
         return sum(kinds[name] for name in (
@@ -1287,7 +1293,7 @@ def test_http_what_is_over_leaves_nothing(tmp_path, monkeypatch):
                 for number, client in enumerate(clients, first):
                     client.send(request.replace(b"NUMBER", str(number).encode()))
                 for client in clients:
-                    client.until(b"HTTP/1.1")
+                    client.until(b"HTTP/1.")
 
     def put(path):
         return (f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 7\r\n"
@@ -1312,11 +1318,33 @@ def test_http_what_is_over_leaves_nothing(tmp_path, monkeypatch):
             eventually(lambda: count() < 40)
             before = count()
             for request, share in cases:
-                go(server, request, int(400 * share))
-                go(proxy, request, int(100 * share))
+                go(server, request, int(800 * share))
+                go(proxy, request, int(200 * share))
             eventually(lambda: count() <= before + 5, what="nothing left")
         finally:
             gc.enable()
+
+
+def test_http_entries_applied_in_one_turn_are_bounded(tmp_path, monkeypatch):
+    """However many are committed together: WORK_ENTRIES_MAX of them, then the others' turn."""
+    turns, answered, apply_entry = [], [], pyetcd.Applier.apply_entry
+
+    def apply(self, entry):
+        turns.append(server._reactor.turns)
+        return apply_entry(self, entry)
+
+    def propose(etcd):
+        for number in range(3_000):
+            request = pyetcd.Request(method="PUT", path=f"/1/{number}", val="1")
+            etcd.do(request, answered.append)
+
+    with _http_member(tmp_path) as server:
+        assert _http_keys(server, "PUT", "/a", "value=1")[0] == 201
+        monkeypatch.setattr(pyetcd.Applier, "apply_entry", apply)
+        server.call(propose)
+        eventually(lambda: len(answered) == 3_000)
+    most = max(collections.Counter(turns).values())
+    assert 100 < most <= pyetcd.WORK_ENTRIES_MAX < 3_000
 
 
 def test_reactor_timers_that_are_cancelled_are_forgotten():
@@ -1528,6 +1556,26 @@ def test_http_clients_that_do_not_read_are_closed(tmp_path, monkeypatch):
         eventually(lambda: not listener.unread)
         _http_keys(server, "PUT", "/w", "value=1")
         assert json.loads(idle.chunk())["node"]["value"] == "1"
+
+
+@pytest.mark.parametrize(("piece", "is_kept"), [(1, False), (9_000, False), (12_000, True)])
+def test_http_clients_that_read_too_slowly_are_closed(piece, is_kept):
+    """Who takes so much every 10 s, all the time: 64 KB a minute are enough."""
+    reactor, sock = _FuzzReactor(), _FuzzSocket()
+    time_s = 1_000.0
+    reactor.now = lambda: time_s
+    sock.send = sock.sendmsg = lambda data: piece
+    service = pyetcd.Service(reactor, lambda request: None, 1_000, None, None, patient=False)
+    connection = service.serve(sock, "client")
+    connection.send(bytes(2_000_000))
+    for _ in range(60):
+        connection.flush()
+        service.close_slow()
+        time_s += 10
+    assert connection.closed is not is_kept
+    sock.send = len
+    connection.flush()
+    assert not service.unread
 
 
 def test_http_pipelined_replies_wait_for_a_slow_reader(http_server):

@@ -138,7 +138,7 @@ class _LinkNet:
         """A listener for the peer protocol on loopback."""
         listener = pyetcd.Listener(
             f"http://127.0.0.1:{port or free_port()}", self.reactor, handler,
-            body_max=pyetcd.PEER_BODY_BYTES_MAX,
+            body_max=pyetcd.PEER_BODY_BYTES_MAX, patient=False,
         )
         listener.start()
         self.closers.append(listener.stop)
@@ -374,9 +374,6 @@ class _LinkFakeReactor:
         heapq.heappush(self.heap, (self.time + delay_s, len(self.heap), timer))
         return timer
 
-    def flush_soon(self, flush: Callable[[], None]) -> None:
-        self.call_later(0.0, flush)
-
     def pass_time(self, seconds: float) -> None:
         end = self.time + seconds
         while self.heap and self.heap[0][0] <= end:
@@ -395,11 +392,19 @@ class _LinkFakeReply:
         self.closed = False
         self.on_close: Optional[Callable[[], None]] = None
 
+    def when_read(self, callback: Callable[[], None]) -> None:
+        self.on_drain = callback
+
     def write(self, data: bytes, more: Sequence[bytes] = ()) -> bool:
         data = b"".join((data, *more))
         self.pieces.append(data)
         self.pending += len(data)
         return True
+
+    def read(self) -> None:
+        """The other end takes everything."""
+        self.pending = 0
+        self.on_drain()
 
     def abort(self) -> None:
         self.closed = True
@@ -1671,6 +1676,22 @@ def test_link_offer_is_one_write() -> None:
     writer.flush()
 
     assert reply.pieces == [b"".join(MessageEncoder.encode(message) for message in messages)]
+
+
+def test_link_messages_count_as_sent_once_the_peer_takes_them() -> None:
+    """However late that is, and though nothing else is sent after them."""
+    fakes, reply = _LinkFakes(), _LinkFakeReply()
+    writer = fakes.writer()
+    writer.attach(reply, MessageEncoder())
+    writer.offer(_link_beat(1, 2))
+    writer.flush()
+    assert fakes.sent == []
+    reply.read()
+    assert [(sent.to, sent.ok) for sent in fakes.sent] == [(2, True)]
+    writer.offer(_link_beat(1, 2))
+    writer.flush()
+    writer.close()
+    assert [sent.ok for sent in fakes.sent] == [True, False]
 
 
 def test_link_slow_reader_loses_messages_and_is_reported_once() -> None:

@@ -70,7 +70,8 @@ OUTPUT_JOIN_BYTES_MAX = 1 << 16     # unsent bytes that are joined, if they are 
 OUTPUT_SHARED_BYTES_MIN = 1 << 10   # of a piece; above: not copied, as others may have it too
 OUTPUT_PIECES_MAX = 16              # handed to the system in one call
 REQUEST_SECONDS_MAX = 300.0         # from a request's first byte to its last; above: 408, close
-UNREAD_SECONDS_MAX = 60.0           # that a client takes nothing of its reply; above: closed
+UNREAD_SECONDS_MAX = 60.0           # for the next UNREAD_BYTES_MIN, or the rest, of a reply to be
+UNREAD_BYTES_MIN = 64 << 10         # taken by the client; above: closed
 SLOW_CHECK_SECONDS = 10.0           # between two looks for such clients
 HEAD_CACHE_MAX = 4_096              # parsed request heads remembered; full: forgotten all at once
 

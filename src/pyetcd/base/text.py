@@ -347,8 +347,8 @@ def split_address(address: str) -> Tuple[str, str]:
 
 def _is_name(host: str) -> bool:
     """True for a name that a resolver can be asked for, and for ""."""
-    if len(host) > HOST_CHARS_MAX:
+    if len(host) > HOST_CHARS_MAX or not host.isprintable():
         return False
     with contextlib.suppress(UnicodeError):     # an empty label, or one above 63 characters
-        return not host or bool(host.encode("idna"))
+        return _NOT_IN_HOSTS.search(host.encode("idna").decode("ascii")) is None
     return False

@@ -414,11 +414,8 @@ def check_discovery_url(url: str) -> str:
         scheme, authority, rest = split_url(url)
     except ValueError as error:
         scheme, authority, rest, why = "", "", "", f"{error}; "
-    host, port = split_address(authority.rpartition("@")[2])
     path, _, query = rest.partition("?")
-    if scheme not in ("http", "https") or not host or not path.strip("/") or (
-        int(port[1:] or 1) == 0 or not re.fullmatch("[!-~]+", url)
-    ):
+    if not (_is_dialable(scheme, authority) and path.strip("/") and re.fullmatch("[!-~]+", url)):
         raise DiscoveryError(
             f"discovery: invalid URL {go_quote(url)}: {why}it must read"
             f" http://host:port/path/of/the/token"
@@ -442,6 +439,13 @@ def check_discovery_url(url: str) -> str:
     return f"{scheme}://{authority}{rest}"
 
 
+def _is_dialable(scheme: str, authority: str) -> bool:
+    """True if it names a host (an IPv6 address in brackets), and a port that is one, if any."""
+    host, port = split_address(authority.rpartition("@")[2])
+    is_host = bool(host) and (host.startswith("[") or ":" not in host)
+    return scheme in ("http", "https") and is_host and int(port[1:] or 1) != 0
+
+
 def check_proxy_url(proxy: str) -> str:
     """Return the URL of an HTTP proxy, given as one or as `host:port`; "" for "".
 
@@ -454,7 +458,7 @@ def check_proxy_url(proxy: str) -> str:
         scheme, authority, _ = split_url(url)
     except ValueError as error:
         raise DiscoveryError(str(error)) from None
-    if scheme not in ("http", "https") or not split_address(authority)[0]:
+    if not _is_dialable(scheme, authority):
         raise DiscoveryError(f"invalid proxy {go_quote(proxy)}: it must read http://host:port")
     return f"{scheme}://{authority}"
 

@@ -538,7 +538,7 @@ class ProxyApi:
 
     def handle(self, request: HttpRequest) -> None:
         """Answer a request of a client, now or when a member has."""
-        path = request.path
+        path, request = request.path, allow_origin(request, self._origins)
         if not path.startswith("/"):
             request.reply(400)
         elif not is_clean_path(path):
@@ -549,7 +549,7 @@ class ProxyApi:
         elif self._is_readonly and request.method != "GET":
             request.reply(501)
         else:
-            self._serve(allow_origin(request, self._origins))
+            self._serve(request)
 
     def stop(self) -> None:
         """Drop all requests that wait for a member."""

@@ -300,7 +300,7 @@ class PasswordCheck:
         self.stored = stored
         self.password = password
         self.level = level
-        self.askers: List[Tuple[bytes, Callable[[bool], None]]] = []    # sender, done
+        self.askers: List[Tuple[Tuple[bytes, bytes], Callable[[bool], None]]] = []  # from; done
 
 
 class PasswordChecks:
@@ -309,10 +309,16 @@ class PasswordChecks:
     The more wrong ones a sender had lately, and the more of its own wait already, the later is
     the turn of the next (its level: the logarithm of both together).  A pause goes before all
     but those of level 0.  So guessing is slow, and nobody else waits for it.  What is known
-    already never waits.  Thread: reactor.
+    already never waits.
+
+    Its host counts as well, less strictly, as other users may share it: once a host has guessed
+    under many names, every check from there waits for the pause, so that an answer takes as long
+    for users that do not exist; but users that do exist, and were not wrong, go before the others.
+    Thread: reactor.
     """
 
-    LEVELS = 8
+    LEVELS = 9
+    HOST_LEVELS_FREE = 3            # so many of a host's levels count for none: 7 wrong or waiting
 
     def __init__(self, reactor: Reactor) -> None:
         self.passwords = Passwords(reactor.now)
@@ -322,8 +328,8 @@ class PasswordChecks:
         self._waiting: Dict[bytes, PasswordCheck] = {}      # by digest, with the one under way
         self._levels: List[Dict[bytes, None]] = [{} for _ in range(self.LEVELS)]    # without it
         self._under_way = b""           # its digest
-        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # by sender: how often, and when last
-        self._owing: Dict[bytes, int] = {}                  # by sender: how many wait
+        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # by sender, by host: how often; last
+        self._owing: Dict[bytes, int] = {}                  # by sender, by host: how many wait
         self._guess_at = 0.0            # not before that: one of level 1 or above
         self._timer: Optional[Timer] = None
 
@@ -340,8 +346,9 @@ class PasswordChecks:
         self, sender: Sender, stored: str, password: str, done: Callable[[bool], None]
     ) -> None:
         """Find out, then call done(True); done(False) if nobody can tell now, or too many wait."""
-        digest, origin = self._digest(sender.user, stored, password), self._digest(*sender)
-        level = self._level(origin)
+        digest = self._digest(sender.user, stored, password)
+        origin, host = self._digest(*sender), self._digest(sender.host)
+        level = self._level(origin, host, exists=stored != self.passwords.decoy(stored))
         check = self._waiting.get(digest)
         if check is None:
             check = self._waiting[digest] = PasswordCheck(stored, password, level)
@@ -350,8 +357,9 @@ class PasswordChecks:
             del self._levels[check.level][digest]
             check.level = level
             self._levels[level][digest] = None
-        check.askers.append((origin, done))
-        self._owing[origin] = self._owing.get(origin, 0) + 1
+        check.askers.append(((origin, host), done))
+        for place in (origin, host):
+            self._owing[place] = self._owing.get(place, 0) + 1
         if len(self._waiting) > PASSWORD_CHECKS_MAX:        # the last one of the worst level goes
             worst = next(level for level in reversed(self._levels) if level)
             self._end(worst.popitem()[0], known=False)
@@ -363,11 +371,19 @@ class PasswordChecks:
             text.encode("utf-8", "surrogatepass"), key=self._key, digest_size=16
         ).digest()
 
-    def _level(self, origin: bytes) -> int:
-        count, last = self._wrong.get(origin, (0, 0.0))
+    def _level(self, origin: bytes, host: bytes, *, exists: bool) -> int:
+        own = self._guesses(origin)
+        shared = max(self._guesses(host) - self.HOST_LEVELS_FREE, 0)
+        if own or shared and not exists:
+            return min(max(own, shared) + 1, self.LEVELS - 1)
+        return min(shared, 1)
+
+    def _guesses(self, place: bytes) -> int:
+        """Return the logarithm of how many are wrong or waiting, of a sender or host."""
+        count, last = self._wrong.get(place, (0, 0.0))
         if last < self._reactor.now() - WRONG_PASSWORD_SECONDS:
             count = 0
-        return min((count + self._owing.get(origin, 0)).bit_length(), self.LEVELS - 1)
+        return (count + self._owing.get(place, 0)).bit_length()
 
     def _next(self) -> None:
         """Begin the next check, unless one is under way."""
@@ -406,20 +422,24 @@ class PasswordChecks:
             known.clear()
         known[digest] = None
         now = self._reactor.now()
-        for origin in {origin for origin, _ in self._waiting[digest].askers}:
-            count, _ = self._wrong.pop(origin, (0, 0.0))
-            if not right:
-                if len(self._wrong) >= GUESSERS_MAX:
-                    del self._wrong[next(iter(self._wrong))]
-                self._wrong[origin] = count + 1, now
-        if not right:
-            self._guess_at = now + WRONG_PASSWORD_PAUSE_SECONDS
+        places = [places for places, _ in self._waiting[digest].askers]
+        if right:
+            for origin, _ in places:        # its host may guess other users' passwords
+                self._wrong.pop(origin, None)
+            return
+        self._guess_at = now + WRONG_PASSWORD_PAUSE_SECONDS
+        for place in {place for pair in places for place in pair}:
+            count, _ = self._wrong.pop(place, (0, 0.0))
+            if len(self._wrong) >= GUESSERS_MAX:
+                del self._wrong[next(iter(self._wrong))]
+            self._wrong[place] = count + 1, now
 
     def _end(self, digest: bytes, *, known: bool) -> None:
-        for origin, done in self._waiting.pop(digest).askers:
-            self._owing[origin] -= 1
-            if not self._owing[origin]:
-                del self._owing[origin]
+        for places, done in self._waiting.pop(digest).askers:
+            for place in places:
+                self._owing[place] -= 1
+                if not self._owing[place]:
+                    del self._owing[place]
             done(known)
 
 

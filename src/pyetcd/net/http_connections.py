@@ -15,6 +15,7 @@ from typing import (
     Optional,
     Sequence,
     Set,
+    Tuple,
     Union,
     cast,
 )
@@ -32,6 +33,7 @@ from ..base.limits import (
     REQUEST_HEAD_BYTES_MAX,
     REQUEST_SECONDS_MAX,
     SLICE_BYTES,
+    UNREAD_BYTES_MIN,
     UNREAD_SECONDS_MAX,
     V3_REFUSAL,
 )
@@ -82,7 +84,7 @@ class Service:
         self.held_bytes = 0             # of bodies under way
         self.heads: Dict[bytes, HttpHead] = {}
         self.received_bytes = self.sent_bytes = 0   # of all connections so far
-        self.unread: Dict[Connection, float] = {}   # when they took some of their reply last
+        self.unread: Dict[Connection, Tuple[float, int]] = {}   # since when; taken since then
         self._connections: Set[Connection] = set()
         self._partial: Dict[Connection, float] = {}     # incomplete requests and their start
 
@@ -124,10 +126,12 @@ class Service:
         elif self._partial:
             self._partial.pop(connection, None)
 
-    def watch_unread(self, connection: Connection, *, took: bool) -> None:
-        """Remember since when a client takes nothing.  took: it has just taken something."""
-        if took or connection not in self.unread:
-            self.unread[connection] = self.reactor.now()
+    def watch_unread(self, connection: Connection, taken: int) -> None:
+        """Remember since when a client takes too little.  taken: so many bytes just now."""
+        since, before = self.unread.get(connection, (0.0, UNREAD_BYTES_MIN))
+        taken += before
+        is_enough = taken >= UNREAD_BYTES_MIN
+        self.unread[connection] = (self.reactor.now(), 0) if is_enough else (since, taken)
 
     def forget(self, connection: Connection) -> None:
         """The connection is closed."""
@@ -142,7 +146,7 @@ class Service:
         for connection, since in list(self._partial.items()):
             if since < now - REQUEST_SECONDS_MAX:
                 connection.refuse(BadRequest("408 Request Timeout", 408))
-        for connection, since in list(self.unread.items()):
+        for connection, (since, _) in list(self.unread.items()):
             if since < now - UNREAD_SECONDS_MAX:
                 connection.close()
 
@@ -484,7 +488,7 @@ class Connection:
             self.pending -= sent
             if self.pending:
                 self._drop_sent(sent)
-                self._service.watch_unread(self, took=sent > 0)
+                self._service.watch_unread(self, sent)
                 grown = 0 if self._events & selectors.EVENT_WRITE else self.pending
                 self._service.held.hold(self, grown, moved=sent > 0)
             else:

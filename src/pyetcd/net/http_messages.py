@@ -161,9 +161,9 @@ class HeadFinder:
 
 
 def _lines_of(raw: bytes) -> List[bytes]:
-    """Return the lines of a head, with or without CR at their ends."""
-    lines = raw.split(b"\n")
-    return [line[:-1] if line.endswith(b"\r") else line for line in lines]
+    """Return the lines of a head, with or without CR at their ends; the last one has none."""
+    *lines, last = raw.split(b"\n")
+    return [*(line[:-1] if line.endswith(b"\r") else line for line in lines), last]
 
 
 def parse_head(raw: bytes) -> HttpHead:

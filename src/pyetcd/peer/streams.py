@@ -290,14 +290,11 @@ class StreamWriter:
         if frames:
             self._frames, self._frames_bytes = [], 0
             self._write(*joined_parts(frames) if len(frames) > 1 else frames)
-            self._context.reactor.flush_soon(self._flushed)
+            if self._reply is not None:
+                self._reply.when_read(self._report)
 
-    def _flushed(self) -> None:
-        """The connection has been flushed: if it took everything, our messages are sent."""
-        if self._reply is not None and not self._reply.pending:
-            self._report(ok=True)
-
-    def _report(self, *, ok: bool) -> None:
+    def _report(self, *, ok: bool = True) -> None:
+        """The connection has taken everything: our messages are sent.  Not ok: it is lost."""
         unsent, self._unsent = self._unsent, []
         now = self._context.reactor.now()
         for message, size, since in unsent:
