@@ -26,6 +26,7 @@ import pytest
 import pyetcd
 import pyetcd_client
 from pyetcd import Store
+from tests.kit.basics import eventually
 from tests.kit.fuzzing import _FuzzReactor, _FuzzSocket
 from tests.kit.http import _http_ask
 
@@ -557,6 +558,44 @@ def test_attack_a_long_value_is_applied_over_many_turns(monkeypatch, tmp_path):
         answer = urllib.request.urlopen(url, timeout=60).read()
     assert b'"value":"' + b"\\u003c" * (3 << 20) + b'"' in answer
     assert sum(size > 1 << 20 for size in steps) > 40
+
+
+def test_attack_a_large_directory_is_removed_over_many_turns(monkeypatch, tmp_path):
+    """By DELETE and by expiry; who writes into it at once waits for it, and nobody else."""
+    turns, drops, begin_turn, drop = [0], collections.Counter(), Store.begin_turn, Store._drop
+
+    def begun(store):
+        turns[0] += 1
+        begin_turn(store)
+
+    def counted(store, path):
+        drops[turns[0]] += 1
+        drop(store, path)
+
+    monkeypatch.setattr(pyetcd, "REMOVED_NODES_MAX", 50)
+    monkeypatch.setattr(Store, "begin_turn", begun)
+    monkeypatch.setattr(Store, "_drop", counted)
+    with pyetcd.Server(data_dir=str(tmp_path / "data")) as server:
+        url = f"{server.client_urls[0]}/v2/keys/d"
+
+        def ask(method, path, body=""):
+            request = urllib.request.Request(url + path, body.encode(), method=method, headers={
+                "Content-Type": "application/x-www-form-urlencoded"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status
+
+        def fill():
+            for number in range(300):
+                assert ask("PUT", f"/{number}", "value=1") == 201
+
+        fill()
+        assert ask("DELETE", "?recursive=true&dir=true") == 200
+        assert ask("PUT", "/7", "value=2") == 201
+        assert ask("DELETE", "?recursive=true&dir=true") == 200
+        fill()
+        assert ask("PUT", "", "dir=true&ttl=1&prevExist=true") == 200
+        eventually(lambda: sum(drops.values()) == 604, 30, "all removed")
+    assert max(drops.values()) <= 50 + 1
 
 
 class _TurnRig:
