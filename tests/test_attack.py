@@ -423,6 +423,18 @@ def test_attack_a_long_form_is_parsed_in_slices_as_in_one_piece():
         pyetcd.parse_form(b"value=" + b"%ff" * 400_000)
 
 
+def test_attack_the_fields_of_a_long_form_are_counted_in_slices():
+    """To look for 10,000,000 separators takes 8 ms; it ends at the first slice with too many."""
+    data = b"value=" + b"a" * 5_000_000
+    steps, fields = _steps_of(pyetcd.form_steps(data))
+    assert len(fields["value"]) == 5_000_000
+    assert steps >= 2 * (len(data) // pyetcd.FORM_SLICE_BYTES)
+    steps = pyetcd.form_steps(b"&" * 5_000_000)
+    with pytest.raises(pyetcd.InvalidForm, match="more than"):
+        for _ in range(2):
+            next(steps)
+
+
 # -- bounded turns: what clients send together is served in parts --------------------
 
 
@@ -468,7 +480,8 @@ def test_attack_a_long_command_is_read_in_steps_as_in_one(name):
     for request in (pyetcd.Request(7, "PUT", "/1/a", text),
                     pyetcd.Request(7, "PUT", "/1/a", "x", prev_value=text, prev_exist=True)):
         data = pyetcd.encode_request(request)
-        assert _steps_of(pyetcd.encode_request_steps(request))[1] == data
+        steps, encoded = _steps_of(pyetcd.encode_request_steps(request))
+        assert encoded == data and steps >= 1 + len(text) // (8 * pyetcd.LONG_REQUEST_BYTES)
         steps, long = _steps_of(pyetcd.decode_long_request(data))
         texts = [value if isinstance(value, str) else pyetcd.text_of_long(value)
                  for value in (long.val, long.prev_value)]
