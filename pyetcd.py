@@ -17,7 +17,7 @@ Rooms and their modules, bottom up; each uses only names defined above it:
 
   base:   checksums, basics, errors, limits, ids, text, messages, codec, urls
   raft:   progress, log, replication, core, node
-  store:  events, walks, watchers, tree
+  store:  events, walks, watchers, nodes, tree
   disk:   files, records, snapshots, wal
   net:    http_messages, workers, reactor, budgets, http_requests, tls, dns, http_calls,
             http_connections, http_server
@@ -842,6 +842,7 @@ WATCHER_QUEUE_EVENTS_MAX = 100      # events one slow watcher may owe (etcd's li
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
 PURGE_SECONDS = 30.0                # between two removals of old files
 SYNC_SECONDS = 0.5                  # the leader looks for expired keys this often
+REMOVED_NODES_MAX = 2_000           # of the key tree in one turn, 5 ms; above: in the next ones
 EXPIRED_KEYS_MAX = 200              # that one entry of the log expires, 4 ms; above: several
 REMOVED_SECONDS = 1.0               # a removed member ends so long after it knows
 
@@ -1990,7 +1991,9 @@ def encode_request_steps(request: Request) -> Generator[None, None, bytes]:
             if len(pieces) % 8 == 0:
                 yield
         texts[tag] = pieces
-    return encode_request(request, texts[b"\x22"], texts[b"\x32"])
+    data = encode_request(request, texts[b"\x22"], texts[b"\x32"])
+    yield                               # the copy took some ms
+    return data
 
 
 def encode_metadata(member_id: int, cluster_id: int) -> bytes:
@@ -4001,7 +4004,7 @@ class TreeWalk:
 
     def _children(self, path: str) -> List[str]:
         """The paths that may have been children at the start; later ones have the image None."""
-        node = self._nodes.get(path)
+        node = self._image(path)
         paths = list(node.children) if node is not None and node.children is not None else []
         if path in self._lost:
             paths = list(dict.fromkeys(paths + self._lost[path]))
@@ -4357,6 +4360,11 @@ class WatcherHub:
     owed = 0                            # watchers in _due
     watched_bytes = 0                   # of the paths of registered watchers
 
+    @property
+    def paths(self) -> Iterator[str]:
+        """What is watched."""
+        return iter(self._groups)
+
     def remove(self, watcher: Watcher) -> None:
         """Forget a registered watcher, also one that is about to be told."""
         watcher._hub = None
@@ -4562,6 +4570,108 @@ class StoreStats:
 
 
 # ============================================================================
+# store/nodes -- The nodes of a store: found by path, and removed in slices.
+# ============================================================================
+
+
+class NodeTree:
+    """One flat dict of path -> node, with the children of each directory.
+
+    Flat, because a lookup is one hash (0.05 us; a walk from the root takes 0.3) and costs no
+    second string: the dict and the parent's children hold the same path.  100,000 keys of 10
+    characters with 64-byte values take 370 bytes each.
+
+    A directory takes what is below it out of reach at once, but its nodes stay for a while, dead.
+    """
+
+    def __init__(self) -> None:
+        self._ttl = TtlHeap()
+        self._walks: List[TreeWalk] = []                # the snapshot and the listings under way
+        self._dead: Tuple[str, ...] = ()                # the directories, each with a slash
+        self._dying: List[Dict[str, None]] = []         # children of dead ones, yet to be removed
+        self._old: List[Tuple[Dict[str, Node], List[TreeWalk]]] = []    # trees before become()
+        self._room: float = math.inf                    # nodes that this turn may remove
+        self._nodes: Dict[str, Node] = {                # no path without its parents
+            "/": Directory(0, 0, 0, {"/0": None, "/1": None}),
+            "/0": Directory(0, 0, 0, {}),
+            "/1": Directory(0, 0, 0, {}),
+        }
+
+    def __len__(self) -> int:
+        """The number of nodes, directories included, and those out of reach."""
+        return len(self._nodes)
+
+    @property
+    def is_tidy(self) -> bool:
+        """True if a change may be applied in this turn; False: after the next tidy()."""
+        return not self._dead and self._room > 0
+
+    @property
+    def has_rubbish(self) -> bool:
+        """True if tidy() has something to do."""
+        return bool(self._dead) or bool(self._old) and not self._old[0][1]
+
+    def tidy(self) -> None:
+        """Remove REMOVED_NODES_MAX nodes at most until the next call.
+
+        More may go at one index, with a directory: what is below it is out of reach at once, but
+        removed in this call and those of the next turns.  As long as this was never called,
+        all is removed at once.
+        """
+        self._room = REMOVED_NODES_MAX
+        self._bury()
+        if self._old and not self._old[0][1]:       # and no walk reads it any more
+            nodes = self._old[0][0]
+            for _ in range(min(len(nodes), REMOVED_NODES_MAX)):
+                nodes.popitem()
+            if not nodes:
+                del self._old[0]
+
+    def _replace(self, nodes: Dict[str, Node], ttl: TtlHeap) -> None:
+        """Be another tree; tidy() frees this one."""
+        self._dead, self._dying = (), []
+        if len(self._nodes) > REMOVED_NODES_MAX:
+            self._old.append((self._nodes, self._walks))
+        self._walks = []                        # a walk under way keeps the tree it began with
+        self._nodes, self._ttl = nodes, ttl
+
+    def _drop(self, path: str) -> None:
+        """Remove one node; what was below it dies."""
+        node = self._nodes.pop(path)
+        self._room -= 1
+        for walk in self._walks:
+            walk.keep(path, node)
+        if node.expires_ns:
+            self._ttl.set(path, 0)
+        if node.children:
+            self._dying.append(node.children)   # emptied: events of the past must not hold it
+
+    def _bury(self) -> None:
+        """Remove dying nodes, as many as there is room for."""
+        dying = self._dying
+        while dying and self._room > 0:
+            children = dying[-1]
+            if children:
+                self._drop(children.popitem()[0])
+            else:
+                dying.pop()
+        if not dying:
+            self._dead = ()
+
+    def _found(self, path: str) -> Optional[Node]:
+        """The node at `path` that can be reached."""
+        return None if path.startswith(self._dead) else self._nodes.get(path)
+
+    def _to_change(self, path: str) -> Optional[Node]:
+        """The same; what is dead has gone before anything changes."""
+        if self._dead:
+            room, self._room = self._room, math.inf
+            self._bury()
+            self._room = room
+        return self._nodes.get(path)
+
+
+# ============================================================================
 # store/tree -- The store: the key tree and the operations on it.
 # ----------------------------------------------------------------------------
 # Time is passed in.
@@ -4720,12 +4830,8 @@ def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
     return slots, text[end:first] + text[at - 1:]
 
 
-class Store:
-    """The key tree: one flat dict of path -> node, with the children of each directory.
-
-    Flat, because a lookup is one hash (0.05 us; a walk from the root takes 0.3) and costs no
-    second string: the dict and the parent's children hold the same path.  100,000 keys of 10
-    characters with 64-byte values take 370 bytes each.
+class Store(NodeTree):
+    """The key tree and what changes it.
 
     now_ns      unix nanoseconds, only to show how much of a ttl is left
     expires_ns  unix nanoseconds; 0: permanent
@@ -4736,21 +4842,11 @@ class Store:
     """
 
     def __init__(self, *, history_capacity: int = HISTORY_EVENTS_MAX) -> None:
+        super().__init__()
         self.current_index = 0
         self.stats = StoreStats()
         self.hub = WatcherHub(EventHistory(history_capacity), self.stats)
         self.recursive_gets = {"success": 0, "fail": 0}     # part of the gets in stats
-        self._ttl = TtlHeap()
-        self._walks: List[TreeWalk] = []                # the snapshot and the listings under way
-        self._nodes: Dict[str, Node] = {                # no path without its parents
-            "/": Directory(0, 0, 0, {"/0": None, "/1": None}),
-            "/0": Directory(0, 0, 0, {}),
-            "/1": Directory(0, 0, 0, {}),
-        }
-
-    def __len__(self) -> int:
-        """The number of nodes, directories included."""
-        return len(self._nodes)
 
     def get(self, path: str, *, recursive: bool = False, now_ns: int) -> Event:
         """Return a get event, without the children of a directory.  Raises KeyNotFound, NotDir."""
@@ -4763,6 +4859,8 @@ class Store:
         listing().  A hot path.  recursive: as asked, to be counted.  Raises KeyNotFound, NotDir.
         """
         node = self._nodes.get(path)
+        if self._dead and path.startswith(self._dead):
+            node = None
         if recursive:
             self.recursive_gets["fail" if node is None else "success"] += 1
         if node is None:
@@ -4782,7 +4880,7 @@ class Store:
 
         Not counted.  Raises KeyNotFound, NotDir, also if it is a file.
         """
-        node = self._nodes.get(path)
+        node = self._found(path)
         if node is None:
             raise self._missing(path)
         if node.children is None:
@@ -4794,12 +4892,12 @@ class Store:
 
     def value(self, path: str) -> Optional[str]:
         """Return the value of a file, or None; not counted."""
-        node = self._nodes.get(path)
+        node = self._found(path)
         return None if node is None else node.value
 
     def children(self, path: str) -> List[Tuple[str, bool]]:
         """Return (name, is directory) of all children, hidden ones too; [] if there are none."""
-        node = self._nodes.get(path)
+        node = self._found(path)
         if node is None or not node.children:
             return []
         return [
@@ -4839,7 +4937,7 @@ class Store:
         refresh  keep the value of the file that must be there, and tell no watcher
         Raises NotFile, NotDir, RootReadOnly, KeyNotFound (refresh only).
         """
-        old = self._nodes.get(path)
+        old = self._to_change(path)
         if old is None:
             if refresh:
                 raise self._failed("sets", self._missing(path))
@@ -4870,7 +4968,7 @@ class Store:
             path = f"{path}/{self.current_index + 1:020d}"
         if path in _READ_ONLY:
             raise self._failed("create", RootReadOnly("/", self.current_index))
-        if path in self._nodes:
+        if self._to_change(path) is not None:
             raise self._failed("create", NodeExists(path[2:], self.current_index))
         try:
             event = self._place("create", path, None, None if dir else value, expires_ns, now_ns)
@@ -4889,7 +4987,7 @@ class Store:
         The event of a directory shows the new modified index, the stored one keeps the old.
         Raises KeyNotFound, NotDir, NotFile (value for a directory), RootReadOnly.
         """
-        old = self._nodes.get(path)
+        old = self._to_change(path)
         if old is None:
             raise self._failed("update", self._missing(path))
         self.stats.update_success += 1          # also of the two failures below, as in etcd
@@ -4932,7 +5030,7 @@ class Store:
         if path in _READ_ONLY:
             self.stats.delete_success += 1                  # as etcd counts
             raise RootReadOnly("/", self.current_index)
-        old = self._nodes.get(path)
+        old = self._to_change(path)
         if old is None:
             raise self._failed("delete", self._missing(path))
         if old.children is not None and not recursive:
@@ -4959,6 +5057,11 @@ class Store:
         self.stats.compare_and_delete_success += 1
         return self._remove("compareAndDelete", path, old, now_ns)
 
+    def begin_turn(self) -> None:
+        """Go on with what was left from the turns before; from now on a turn does a bit of it."""
+        self.hub.begin_turn()
+        self.tidy()
+
     def delete_expired(self, cutoff_ns: int) -> List[Event]:
         """Remove what expires at or before `cutoff_ns`, earliest first; one event each."""
         events: List[Event] = []
@@ -4966,6 +5069,9 @@ class Store:
             expires_ns, path = self._ttl.first()
             if not path or expires_ns > cutoff_ns:
                 return events
+            if path.startswith(self._dead):
+                self._ttl.set(path, 0)
+                continue
             self.stats.expire_count += 1
             events.append(self._remove("expire", path, self._nodes[path], cutoff_ns))
 
@@ -5032,9 +5138,7 @@ class Store:
         Nodes already over leave with the next delete_expired.
         Source: etcd 2.3 store/store.go, Recovery.
         """
-        self._ttl = state.ttl
-        self._walks = []                        # a walk under way keeps the tree it began with
-        self._nodes = state.nodes
+        self._replace(state.nodes, state.ttl)
         seen, self.current_index = self.current_index, state.current_index
         self.stats.load(state.stats)
         self.hub.history.load(state.events, state.back, state.capacity)
@@ -5102,24 +5206,33 @@ class Store:
         """Take `old` and all below it out of the tree: one event, at the top."""
         removed = [path]
         for below in removed:                   # grows under the loop: parents before children
-            removed += self._nodes[below].children or ()
-        for below in removed:
-            node = self._nodes.pop(below)
-            for walk in self._walks:
-                walk.keep(below, node)
-            if node.expires_ns:
-                self._ttl.set(below, 0)
-            if node.children:
-                node.children.clear()           # events of the past must not hold it
+            children = self._nodes[below].children or ()
+            if len(removed) + len(children) > self._room:
+                removed = self._watched_below(path)
+                break
+            removed += children
         siblings = self._nodes[parent_path(path)].children
         if siblings is not None:
             del siblings[path]
+        self._drop(path)
+        if old.children:
+            self._dead += (path + "/",)
+            self._bury()
         index = self.current_index + 1
         if old.children is None or action == "expire":      # etcd 2.3: expire never says dir
             shown = Node(None, old.created_index, index, 0)
         else:
             shown = Directory(old.created_index, index, 0, {})
         return self._done(Event(action, path, shown, old, index, now_ns), removed)
+
+    def _watched_below(self, path: str) -> List[str]:
+        """The nodes at and below `path` that somebody watches, parents first."""
+        below = path + "/"
+        watched = [
+            name for name in self.hub.paths
+            if (name == path or name.startswith(below)) and self._found(name) is not None
+        ]
+        return sorted(watched, key=lambda name: name.count("/"))
 
     def _done(self, event: Event, removed: Sequence[str] = ()) -> Event:
         self.current_index = event.index
@@ -5128,7 +5241,7 @@ class Store:
 
     def _compared(self, path: str, prev_value: Value, prev_index: int) -> Node:
         """Return the file at `path` if it is as given.  Raises as compare_and_swap."""
-        node = self._nodes.get(path)
+        node = self._to_change(path)
         if node is None:
             raise self._missing(path)
         if node.children is not None:
@@ -13501,7 +13614,7 @@ class EtcdServer:
         if node.has_ready():
             self._take(node.ready())
         self.journal.submit()
-        hub.begin_turn()
+        self.store.begin_turn()
         self.counts.time_apply(self._apply, self.reactor.now)
         if self.reads:
             self._serve_reads()
@@ -13510,7 +13623,7 @@ class EtcdServer:
         self.snapshots.work(self._compact)
         self._news.turn()
         waiting = hub.owed or not refused and (self._queue or self._changes)
-        if waiting or self.journal.is_encoding or node.has_ready():
+        if waiting or self.store.has_rubbish or self.journal.is_encoding or node.has_ready():
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
 
     def _propose(self) -> bool:
@@ -13574,9 +13687,9 @@ class EtcdServer:
         del entries[first_part(entries):]
         log = self.node.raft.log
         for entry in entries:
+            if not self.store.is_tidy or not entry.type and not self.applier.prepare(entry):
+                break
             if not entry.type:
-                if not self.applier.prepare(entry):
-                    break
                 self._apply_normal(entry)
                 continue
             log.applied_to(self.raft_index)
@@ -14414,12 +14527,15 @@ def form_steps(
         return fields
     if b";" in data:
         raise InvalidForm("invalid semicolon separator in query")
-    if data.count(b"&") >= fields_max:
-        raise InvalidForm(f"more than {fields_max} fields")
-    if len(data) > FORM_SLICE_BYTES:
-        yield                           # to receive it took some ms, too
+    found = 0
+    for start in range(0, len(data), FORM_SLICE_BYTES):
+        if len(data) > FORM_SLICE_BYTES:
+            yield                       # also at first: to receive it took some ms, too
+        found += data.count(b"&", start, start + FORM_SLICE_BYTES)
+        if found >= fields_max:
+            raise InvalidForm(f"more than {fields_max} fields")
     view, end = memoryview(data), -1
-    for count in range(1, data.count(b"&") + 2):
+    for count in range(1, found + 2):
         start, end = end + 1, data.find(b"&", end + 1)
         end = end if end >= 0 else len(data)
         if end - start > FORM_SLICE_BYTES:

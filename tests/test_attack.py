@@ -26,6 +26,7 @@ import pytest
 import pyetcd
 import pyetcd_client
 from pyetcd import Store
+from tests.kit.basics import eventually
 from tests.kit.fuzzing import _FuzzReactor, _FuzzSocket
 from tests.kit.http import _http_ask
 
@@ -422,6 +423,18 @@ def test_attack_a_long_form_is_parsed_in_slices_as_in_one_piece():
         pyetcd.parse_form(b"value=" + b"%ff" * 400_000)
 
 
+def test_attack_the_fields_of_a_long_form_are_counted_in_slices():
+    """To look for 10,000,000 separators takes 8 ms; it ends at the first slice with too many."""
+    data = b"value=" + b"a" * 5_000_000
+    steps, fields = _steps_of(pyetcd.form_steps(data))
+    assert len(fields["value"]) == 5_000_000
+    assert steps >= 2 * (len(data) // pyetcd.FORM_SLICE_BYTES)
+    steps = pyetcd.form_steps(b"&" * 5_000_000)
+    with pytest.raises(pyetcd.InvalidForm, match="more than"):
+        for _ in range(2):
+            next(steps)
+
+
 # -- bounded turns: what clients send together is served in parts --------------------
 
 
@@ -467,7 +480,8 @@ def test_attack_a_long_command_is_read_in_steps_as_in_one(name):
     for request in (pyetcd.Request(7, "PUT", "/1/a", text),
                     pyetcd.Request(7, "PUT", "/1/a", "x", prev_value=text, prev_exist=True)):
         data = pyetcd.encode_request(request)
-        assert _steps_of(pyetcd.encode_request_steps(request))[1] == data
+        steps, encoded = _steps_of(pyetcd.encode_request_steps(request))
+        assert encoded == data and steps >= 1 + len(text) // (8 * pyetcd.LONG_REQUEST_BYTES)
         steps, long = _steps_of(pyetcd.decode_long_request(data))
         texts = [value if isinstance(value, str) else pyetcd.text_of_long(value)
                  for value in (long.val, long.prev_value)]
@@ -557,6 +571,44 @@ def test_attack_a_long_value_is_applied_over_many_turns(monkeypatch, tmp_path):
         answer = urllib.request.urlopen(url, timeout=60).read()
     assert b'"value":"' + b"\\u003c" * (3 << 20) + b'"' in answer
     assert sum(size > 1 << 20 for size in steps) > 40
+
+
+def test_attack_a_large_directory_is_removed_over_many_turns(monkeypatch, tmp_path):
+    """By DELETE and by expiry; who writes into it at once waits for it, and nobody else."""
+    turns, drops, begin_turn, drop = [0], collections.Counter(), Store.begin_turn, Store._drop
+
+    def begun(store):
+        turns[0] += 1
+        begin_turn(store)
+
+    def counted(store, path):
+        drops[turns[0]] += 1
+        drop(store, path)
+
+    monkeypatch.setattr(pyetcd, "REMOVED_NODES_MAX", 50)
+    monkeypatch.setattr(Store, "begin_turn", begun)
+    monkeypatch.setattr(Store, "_drop", counted)
+    with pyetcd.Server(data_dir=str(tmp_path / "data")) as server:
+        url = f"{server.client_urls[0]}/v2/keys/d"
+
+        def ask(method, path, body=""):
+            request = urllib.request.Request(url + path, body.encode(), method=method, headers={
+                "Content-Type": "application/x-www-form-urlencoded"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status
+
+        def fill():
+            for number in range(300):
+                assert ask("PUT", f"/{number}", "value=1") == 201
+
+        fill()
+        assert ask("DELETE", "?recursive=true&dir=true") == 200
+        assert ask("PUT", "/7", "value=2") == 201
+        assert ask("DELETE", "?recursive=true&dir=true") == 200
+        fill()
+        assert ask("PUT", "", "dir=true&ttl=1&prevExist=true") == 200
+        eventually(lambda: sum(drops.values()) == 604, 30, "all removed")
+    assert max(drops.values()) <= 50 + 1
 
 
 class _TurnRig:

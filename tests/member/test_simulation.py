@@ -69,8 +69,9 @@ def test_sim_lives_in_its_own_time(monkeypatch):
 
 
 def test_sim_work_in_small_pieces(monkeypatch):
-    """Batches written, and entries applied, a few at a time over several turns."""
+    """Batches written, entries applied and keys removed, a few at a time over several turns."""
     monkeypatch.setattr(pyetcd, "WORK_BYTES_MAX", 150)
+    monkeypatch.setattr(pyetcd, "REMOVED_NODES_MAX", 1)
     pieces, write = [], pyetcd.Journal._write
 
     def count(journal, batch):

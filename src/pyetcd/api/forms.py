@@ -85,12 +85,15 @@ def form_steps(
         return fields
     if b";" in data:
         raise InvalidForm("invalid semicolon separator in query")
-    if data.count(b"&") >= fields_max:
-        raise InvalidForm(f"more than {fields_max} fields")
-    if len(data) > FORM_SLICE_BYTES:
-        yield                           # to receive it took some ms, too
+    found = 0
+    for start in range(0, len(data), FORM_SLICE_BYTES):
+        if len(data) > FORM_SLICE_BYTES:
+            yield                       # also at first: to receive it took some ms, too
+        found += data.count(b"&", start, start + FORM_SLICE_BYTES)
+        if found >= fields_max:
+            raise InvalidForm(f"more than {fields_max} fields")
     view, end = memoryview(data), -1
-    for count in range(1, data.count(b"&") + 2):
+    for count in range(1, found + 2):
         start, end = end + 1, data.find(b"&", end + 1)
         end = end if end >= 0 else len(data)
         if end - start > FORM_SLICE_BYTES:

@@ -567,7 +567,9 @@ def encode_request_steps(request: Request) -> Generator[None, None, bytes]:
             if len(pieces) % 8 == 0:
                 yield
         texts[tag] = pieces
-    return encode_request(request, texts[b"\x22"], texts[b"\x32"])
+    data = encode_request(request, texts[b"\x22"], texts[b"\x32"])
+    yield                               # the copy took some ms
+    return data
 
 
 def encode_metadata(member_id: int, cluster_id: int) -> bytes:

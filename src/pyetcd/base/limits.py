@@ -92,6 +92,7 @@ WATCHER_QUEUE_EVENTS_MAX = 100      # events one slow watcher may owe (etcd's li
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
 PURGE_SECONDS = 30.0                # between two removals of old files
 SYNC_SECONDS = 0.5                  # the leader looks for expired keys this often
+REMOVED_NODES_MAX = 2_000           # of the key tree in one turn, 5 ms; above: in the next ones
 EXPIRED_KEYS_MAX = 200              # that one entry of the log expires, 4 ms; above: several
 REMOVED_SECONDS = 1.0               # a removed member ends so long after it knows
 

@@ -330,7 +330,7 @@ class EtcdServer:
         if node.has_ready():
             self._take(node.ready())
         self.journal.submit()
-        hub.begin_turn()
+        self.store.begin_turn()
         self.counts.time_apply(self._apply, self.reactor.now)
         if self.reads:
             self._serve_reads()
@@ -339,7 +339,7 @@ class EtcdServer:
         self.snapshots.work(self._compact)
         self._news.turn()
         waiting = hub.owed or not refused and (self._queue or self._changes)
-        if waiting or self.journal.is_encoding or node.has_ready():
+        if waiting or self.store.has_rubbish or self.journal.is_encoding or node.has_ready():
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
 
     def _propose(self) -> bool:
@@ -403,9 +403,9 @@ class EtcdServer:
         del entries[first_part(entries):]
         log = self.node.raft.log
         for entry in entries:
+            if not self.store.is_tidy or not entry.type and not self.applier.prepare(entry):
+                break
             if not entry.type:
-                if not self.applier.prepare(entry):
-                    break
                 self._apply_normal(entry)
                 continue
             log.applied_to(self.raft_index)

@@ -51,7 +51,8 @@ from .events import (
     kept_value,
     shown_value,
 )
-from .walks import Listing, SnapshotWalk, TreeWalk, parent_path
+from .nodes import NodeTree
+from .walks import Listing, SnapshotWalk, parent_path
 from .watchers import EventHistory, StoreStats, TtlHeap, Watcher, WatcherHub
 
 
@@ -207,12 +208,8 @@ def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
     return slots, text[end:first] + text[at - 1:]
 
 
-class Store:
-    """The key tree: one flat dict of path -> node, with the children of each directory.
-
-    Flat, because a lookup is one hash (0.05 us; a walk from the root takes 0.3) and costs no
-    second string: the dict and the parent's children hold the same path.  100,000 keys of 10
-    characters with 64-byte values take 370 bytes each.
+class Store(NodeTree):
+    """The key tree and what changes it.
 
     now_ns      unix nanoseconds, only to show how much of a ttl is left
     expires_ns  unix nanoseconds; 0: permanent
@@ -223,21 +220,11 @@ class Store:
     """
 
     def __init__(self, *, history_capacity: int = HISTORY_EVENTS_MAX) -> None:
+        super().__init__()
         self.current_index = 0
         self.stats = StoreStats()
         self.hub = WatcherHub(EventHistory(history_capacity), self.stats)
         self.recursive_gets = {"success": 0, "fail": 0}     # part of the gets in stats
-        self._ttl = TtlHeap()
-        self._walks: List[TreeWalk] = []                # the snapshot and the listings under way
-        self._nodes: Dict[str, Node] = {                # no path without its parents
-            "/": Directory(0, 0, 0, {"/0": None, "/1": None}),
-            "/0": Directory(0, 0, 0, {}),
-            "/1": Directory(0, 0, 0, {}),
-        }
-
-    def __len__(self) -> int:
-        """The number of nodes, directories included."""
-        return len(self._nodes)
 
     def get(self, path: str, *, recursive: bool = False, now_ns: int) -> Event:
         """Return a get event, without the children of a directory.  Raises KeyNotFound, NotDir."""
@@ -250,6 +237,8 @@ class Store:
         listing().  A hot path.  recursive: as asked, to be counted.  Raises KeyNotFound, NotDir.
         """
         node = self._nodes.get(path)
+        if self._dead and path.startswith(self._dead):
+            node = None
         if recursive:
             self.recursive_gets["fail" if node is None else "success"] += 1
         if node is None:
@@ -269,7 +258,7 @@ class Store:
 
         Not counted.  Raises KeyNotFound, NotDir, also if it is a file.
         """
-        node = self._nodes.get(path)
+        node = self._found(path)
         if node is None:
             raise self._missing(path)
         if node.children is None:
@@ -281,12 +270,12 @@ class Store:
 
     def value(self, path: str) -> Optional[str]:
         """Return the value of a file, or None; not counted."""
-        node = self._nodes.get(path)
+        node = self._found(path)
         return None if node is None else node.value
 
     def children(self, path: str) -> List[Tuple[str, bool]]:
         """Return (name, is directory) of all children, hidden ones too; [] if there are none."""
-        node = self._nodes.get(path)
+        node = self._found(path)
         if node is None or not node.children:
             return []
         return [
@@ -326,7 +315,7 @@ class Store:
         refresh  keep the value of the file that must be there, and tell no watcher
         Raises NotFile, NotDir, RootReadOnly, KeyNotFound (refresh only).
         """
-        old = self._nodes.get(path)
+        old = self._to_change(path)
         if old is None:
             if refresh:
                 raise self._failed("sets", self._missing(path))
@@ -357,7 +346,7 @@ class Store:
             path = f"{path}/{self.current_index + 1:020d}"
         if path in _READ_ONLY:
             raise self._failed("create", RootReadOnly("/", self.current_index))
-        if path in self._nodes:
+        if self._to_change(path) is not None:
             raise self._failed("create", NodeExists(path[2:], self.current_index))
         try:
             event = self._place("create", path, None, None if dir else value, expires_ns, now_ns)
@@ -376,7 +365,7 @@ class Store:
         The event of a directory shows the new modified index, the stored one keeps the old.
         Raises KeyNotFound, NotDir, NotFile (value for a directory), RootReadOnly.
         """
-        old = self._nodes.get(path)
+        old = self._to_change(path)
         if old is None:
             raise self._failed("update", self._missing(path))
         self.stats.update_success += 1          # also of the two failures below, as in etcd
@@ -419,7 +408,7 @@ class Store:
         if path in _READ_ONLY:
             self.stats.delete_success += 1                  # as etcd counts
             raise RootReadOnly("/", self.current_index)
-        old = self._nodes.get(path)
+        old = self._to_change(path)
         if old is None:
             raise self._failed("delete", self._missing(path))
         if old.children is not None and not recursive:
@@ -446,6 +435,11 @@ class Store:
         self.stats.compare_and_delete_success += 1
         return self._remove("compareAndDelete", path, old, now_ns)
 
+    def begin_turn(self) -> None:
+        """Go on with what was left from the turns before; from now on a turn does a bit of it."""
+        self.hub.begin_turn()
+        self.tidy()
+
     def delete_expired(self, cutoff_ns: int) -> List[Event]:
         """Remove what expires at or before `cutoff_ns`, earliest first; one event each."""
         events: List[Event] = []
@@ -453,6 +447,9 @@ class Store:
             expires_ns, path = self._ttl.first()
             if not path or expires_ns > cutoff_ns:
                 return events
+            if path.startswith(self._dead):
+                self._ttl.set(path, 0)
+                continue
             self.stats.expire_count += 1
             events.append(self._remove("expire", path, self._nodes[path], cutoff_ns))
 
@@ -519,9 +516,7 @@ class Store:
         Nodes already over leave with the next delete_expired.
         Source: etcd 2.3 store/store.go, Recovery.
         """
-        self._ttl = state.ttl
-        self._walks = []                        # a walk under way keeps the tree it began with
-        self._nodes = state.nodes
+        self._replace(state.nodes, state.ttl)
         seen, self.current_index = self.current_index, state.current_index
         self.stats.load(state.stats)
         self.hub.history.load(state.events, state.back, state.capacity)
@@ -589,24 +584,33 @@ class Store:
         """Take `old` and all below it out of the tree: one event, at the top."""
         removed = [path]
         for below in removed:                   # grows under the loop: parents before children
-            removed += self._nodes[below].children or ()
-        for below in removed:
-            node = self._nodes.pop(below)
-            for walk in self._walks:
-                walk.keep(below, node)
-            if node.expires_ns:
-                self._ttl.set(below, 0)
-            if node.children:
-                node.children.clear()           # events of the past must not hold it
+            children = self._nodes[below].children or ()
+            if len(removed) + len(children) > self._room:
+                removed = self._watched_below(path)
+                break
+            removed += children
         siblings = self._nodes[parent_path(path)].children
         if siblings is not None:
             del siblings[path]
+        self._drop(path)
+        if old.children:
+            self._dead += (path + "/",)
+            self._bury()
         index = self.current_index + 1
         if old.children is None or action == "expire":      # etcd 2.3: expire never says dir
             shown = Node(None, old.created_index, index, 0)
         else:
             shown = Directory(old.created_index, index, 0, {})
         return self._done(Event(action, path, shown, old, index, now_ns), removed)
+
+    def _watched_below(self, path: str) -> List[str]:
+        """The nodes at and below `path` that somebody watches, parents first."""
+        below = path + "/"
+        watched = [
+            name for name in self.hub.paths
+            if (name == path or name.startswith(below)) and self._found(name) is not None
+        ]
+        return sorted(watched, key=lambda name: name.count("/"))
 
     def _done(self, event: Event, removed: Sequence[str] = ()) -> Event:
         self.current_index = event.index
@@ -615,7 +619,7 @@ class Store:
 
     def _compared(self, path: str, prev_value: Value, prev_index: int) -> Node:
         """Return the file at `path` if it is as given.  Raises as compare_and_swap."""
-        node = self._nodes.get(path)
+        node = self._to_change(path)
         if node is None:
             raise self._missing(path)
         if node.children is not None:

@@ -96,7 +96,7 @@ class TreeWalk:
 
     def _children(self, path: str) -> List[str]:
         """The paths that may have been children at the start; later ones have the image None."""
-        node = self._nodes.get(path)
+        node = self._image(path)
         paths = list(node.children) if node is not None and node.children is not None else []
         if path in self._lost:
             paths = list(dict.fromkeys(paths + self._lost[path]))

@@ -138,6 +138,11 @@ class WatcherHub:
     owed = 0                            # watchers in _due
     watched_bytes = 0                   # of the paths of registered watchers
 
+    @property
+    def paths(self) -> Iterator[str]:
+        """What is watched."""
+        return iter(self._groups)
+
     def remove(self, watcher: Watcher) -> None:
         """Forget a registered watcher, also one that is about to be told."""
         watcher._hub = None
