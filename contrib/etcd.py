@@ -28,6 +28,7 @@ from urllib3.exceptions import TimeoutError as UrllibTimeout
 import pyetcd_client as _pyetcd
 from pyetcd_client import *  # noqa: F403
 
+_log = _pyetcd._log             # programs set its level (Salt's cache does)
 _CLUSTER_ID = "x-etcd-cluster-id"
 _SENDING = frozenset(("request", "request_encode_body", "urlopen"))
 
@@ -121,7 +122,7 @@ def _module(name: str, **names: Any) -> types.ModuleType:
     return module
 
 
-client = _module("client", Client=Client, etcd=sys.modules[__name__])
+client = _module("client", Client=Client, _log=_log, etcd=sys.modules[__name__])
 lock = _module("lock", Lock=_pyetcd.Lock, etcd=sys.modules[__name__])
 auth = _module("auth", **{
     name: getattr(_pyetcd, name) for name in ("EtcdUser", "EtcdRole", "Auth")})

@@ -71,6 +71,33 @@ def test_client_net_a_trickling_answer_does_not_outlast_the_deadline(sent):
                 call()          # 30 s would be a whole answer
 
 
+@pytest.mark.parametrize("first, extra, connections", [
+    (b"HTTP/1.1 200 OK", b"", 1),
+    (b"HTTP/1.1 200", b"x-EMPTY:\r\nX-Folded: one\r\n two: 2\r\nno colon\r\n: no name\r\n", 1),
+    (b"HTTP/1.1 100 Continue\r\nX-Etcd-Index: 3\r\n\r\nHTTP/1.1 200 OK", b"", 1),
+    (b"HTTP/1.1 200 OK", b"connection: Close\r\n", 2),
+    (b"HTTP/1.0 200 OK", b"", 2),
+    (b"HTTP/1.0 200 OK", b"Connection: keep-alive\r\n", 1)])
+def test_client_net_heads_are_read_as_http_means_them(first, extra, connections):
+    body = _CLIENT_GOOD.partition(b"\r\n\r\n")[2]
+    head = first + (b"\r\nx-etcd-INDEX:  7 \r\nX-Etcd-Index: 8\r\n" + extra
+                    + b"content-length: %d\r\n\r\n" % len(body))
+    with _ClientRawServer(head + body, head + body) as server, Client(server.url) as client:
+        assert [client.get("k").etcd_index for _ in range(2)] == [7, 7]
+        assert server.connections == connections
+
+
+@pytest.mark.parametrize("head", [
+    b"HTTP/1.1 200 OK\r\n" + b"X-More: 1\r\n" * 101 + b"\r\n",
+    b"HTTP/1.1 200 OK\r\nX-Long: " + b"1" * 70_000,
+    b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+    b"HTTP/2.0 200 OK\r\n\r\n", b"HTTP/1.1 9 OK\r\n\r\n"])
+def test_client_net_heads_without_sense_are_errors(head):
+    with _ClientRawServer((head,)) as server, Client(server.url, retry=False) as client:
+        with pytest.raises(pyetcd_client.TransportError):
+            client.get("k")
+
+
 def test_client_net_reads_are_sent_again_until_a_server_answers():
     with _ClientRawServer((b"",), _CLIENT_TIMED_OUT, (_CLIENT_HALF,), _CLIENT_GOOD) as server:
         with Client(server.url) as client:

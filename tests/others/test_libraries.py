@@ -303,6 +303,12 @@ def test_lib_python_etcd_as_salt_uses_it(_lib_etcd, _client_server, _client_dir)
     assert not isinstance(caught.value, ValueError)
 
 
+def test_lib_python_etcd_log_is_where_salts_cache_looks_for_it(_lib_etcd):
+    log = _lib_etcd._log
+    log.setLevel(log.level)
+    assert log.name in ("etcd", "pyetcd_client")
+
+
 def test_lib_python_etcd_as_conftool_uses_it(_lib_etcd, _client_server, _client_dir):
     """The calls of conftool's driver: options from a file, objects as JSON, atomic updates."""
     host, port = _lib_address(_client_server.url)
