@@ -463,14 +463,7 @@ def test_live_without_descriptors(tmp_path, limit):
     class Limited(Process):
         program = ("sh", "-c", f'ulimit -n {limit}; exec "$0" "$@"', *Process.program)
 
-    class Member(ClusterMember):
-        def __init__(self, directory, name):
-            super().__init__(directory, name, Limited)
-
-    class Cluster(StaticCluster):
-        member_type = Member
-
-    with Cluster(tmp_path, 1, "-snapshot-count", "50") as cluster:
+    with StaticCluster(tmp_path, 1, "-snapshot-count", "50", process_type=Limited) as cluster:
         member = cluster.leader()
         cluster.put_through(member, "first", "1")
         victim = _Victim(member, cluster)
@@ -525,15 +518,11 @@ def test_live_names_whose_server_hangs(tmp_path):
     if subprocess.run([*probe, "true"], check=False, capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
 
-    class Member(ClusterMember):
-        class process_type(Process):
-            program = (*probe, *Process.program)
-
-    class Cluster(StaticCluster):
-        member_type = Member
+    class Silenced(Process):
+        program = (*probe, *Process.program)
 
     with silent:
-        cluster = Cluster(tmp_path, 3, "-snapshot-count", "50")
+        cluster = StaticCluster(tmp_path, 3, "-snapshot-count", "50", process_type=Silenced)
         cluster.initial += ",x=http://x.invalid:2380,y=http://y.invalid:2380"
         with cluster:
             leader = cluster.leader()

@@ -38,8 +38,8 @@ _TORTURE_FAST = ("-heartbeat-interval", "50", "-election-timeout", "300")
 class TortureMember(ClusterMember):
     """A member whose advertised peer URL may not be where it listens; its disk is named."""
 
-    def __init__(self, directory, name):
-        super().__init__(directory, name)
+    def __init__(self, directory, name, process_type=Process):
+        super().__init__(directory, name, process_type)
         self.listen = f"http://127.0.0.1:{free_port()}"
         self.disk = directory / f"disk-{name}"
 
