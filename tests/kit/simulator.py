@@ -1126,8 +1126,8 @@ _SIM_FAULTS = [
 # Bugs that the simulation must find: each takes one rule out of the program.
 
 def _bug_vote_not_persisted(patch):
-    encode = pyetcd.Wal.encode
-    patch.setattr(pyetcd.Wal, "encode", lambda self, state, entries: encode(
+    encode = pyetcd.Wal.encode_steps
+    patch.setattr(pyetcd.Wal, "encode_steps", lambda self, state, entries: encode(
         self, state and state._replace(vote=0), entries))
 
 
