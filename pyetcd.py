@@ -6588,7 +6588,7 @@ class HeadFinder:
         """
         start = max(self._seen - 2, 0)
         end, blank = data.find(b"\n\r\n", start), 3
-        bare = data.find(b"\n\n", start, len(data) if end < 0 else end)
+        bare = data.find(b"\n\n", start, len(data) if end < 0 else end + 1)
         if bare >= 0:
             end, blank = bare, 2
         size = len(data) if end < 0 else end

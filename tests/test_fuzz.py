@@ -99,6 +99,8 @@ def fuzz_seeds(name):
 
 # Inputs that once made something escape, with what it was.
 _FUZZ_FOUND: List[Tuple[str, bytes]] = [
+    # An empty line ended by the line feed with which another one begins.
+    ("http_requests", b"\x02\n\x04\tHEAD /a HTTP/1.0\n\n\r\n\r\n\n\r\n"),
     # An empty line without CR: 400 if it came in a piece of its own, 505 if not.
     ("http_requests", b"\t\t\t\tPRI * HTTP/2.0\r\n\nM\r\n\r\n\0\0\0\4\0\0\0\0"),
     # A cluster version that is none ended the member.
