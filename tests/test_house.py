@@ -34,7 +34,7 @@ MODULE_LINES_MAX = 750
 COLUMNS_MAX = 100
 BROAD_HANDLERS_MAX = 4
 # All lines below src/.  Raised only with the reason in the body of the commit.
-SOURCE_LINES_MAX = {"pyetcd": 23_200, "pyetcd_client": 9_100}
+SOURCE_LINES_MAX = {"pyetcd": 23_150, "pyetcd_client": 9_100}
 
 _Function = Union[ast.FunctionDef, ast.AsyncFunctionDef]
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
