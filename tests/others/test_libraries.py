@@ -457,6 +457,9 @@ def test_lib_python_etcd_members_are_found(_lib_etcd, tmp_path):
         host, port = _lib_address(first.client)
         client = _lib_etcd.Client(host=host, port=port, allow_reconnect=True, read_timeout=15)
         client.write("/k", "1")
+        # A follower answers 404 until it has applied the write.
+        eventually(lambda: all(member.value("k") == "1" for member in cluster.members),
+                   what="the write on all members")
         first.process.kill()
         eventually(lambda: client.read("/k").value == "1", what="a read from another member")
         assert client.base_uri != first.client
