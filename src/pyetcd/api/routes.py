@@ -19,8 +19,10 @@ from .auth import AuthApi, refuse_credentials
 from .forms import not_found, refuse_method
 from .keys import KeysApi
 from .members import MembersApi, redirect
+from .overview import reply_report
 from .snapshot import SnapshotApi
 from .status import StatusApi, version_json
+from .ui import UiApi
 
 
 class CorsRequest(HttpRequest):
@@ -95,6 +97,7 @@ class ClientApi:
         self._auth = AuthApi(server, auth, self._guard)
         self._keys = KeysApi(server, self._guard)
         self._members = MembersApi(server)
+        self._ui = UiApi(server, auth, self._guard, self._keys)
         status, snapshot = StatusApi(server), SnapshotApi(server)
         self._routes: Dict[str, Tuple[Tuple[str, ...], Handler]] = {
             "/v2/members": (MembersApi.METHODS, self._members.handle),
@@ -140,6 +143,12 @@ class ClientApi:
             return _bad_request
         if not is_clean_path(path):
             return redirect
+        origin = head.headers.get("origin", "")
+        own = self._ui.refusal(
+            head, is_allowed="*" in self._origins or origin in self._origins,
+        ) or self._ui.route(head)
+        if own is not None:
+            return own
         if path == "/v2/keys" or path.startswith("/v2/keys/"):
             return self._keys.route(head)
         if path.startswith("/v2/auth/"):
@@ -201,7 +210,7 @@ class PeerApi:
             _bad_request(request)
         elif not is_clean_path(path):
             redirect(request)
-        elif path in ("/members", "/version"):
+        elif path in ("/members", "/version", "/status"):
             self._about_us(request, path)
         elif not self._server.transport.handle(request):
             not_found(request)
@@ -211,6 +220,8 @@ class PeerApi:
             refuse_method("GET", request)
         elif path == "/version":
             request.reply(200, version_json(self._server))
+        elif path == "/status":             # for the page of another member
+            reply_report(self._server, request)
         else:
             cluster = self._server.cluster
             members = sorted(cluster.members.values())

@@ -15,7 +15,7 @@ import threading
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence
 
 from ..base.errors import ClusterFull, StartError
-from ..base.ids import one_line, package_logger
+from ..base.ids import RECENT_LINES, one_line, package_logger
 from ..base.limits import DEFAULT_SNAPSHOT_COUNT, SERVER_VERSION, __version__
 from ..member.configuration import ServerConfig
 from ..net.workers import SYSTEM_CLOCK
@@ -118,7 +118,7 @@ def set_up_logging(settings: Settings) -> None:
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter())
-    root.handlers[:] = [handler]
+    root.handlers[:] = [handler, RECENT_LINES]
     root.propagate = False
     root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
     for package, level in settings["log-package-levels"].items():

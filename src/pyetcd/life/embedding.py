@@ -266,7 +266,7 @@ class Server(ServerThread):
             self._first_life = FirstLife(self.etcd, self._refuse, boot.peer_tls)
         api = ClientApi(self.etcd)
         self._count_client_bytes(self.etcd.metrics)
-        api.fallback = DiscoveryService(self.etcd.do, api.serve).handle
+        api.fallback = DiscoveryService(self.etcd.do, api.serve, self._reactor.wall_ns).handle
         for listener in self._client_listeners:
             listener.handler = api.handler
         self._peer_api = PeerApi(self.etcd)

@@ -218,6 +218,10 @@ class Counter:
         """Count one more."""
         self._values[values] = self._values.get(values, 0) + 1
 
+    def value(self, *values: str) -> int:
+        """Return how often it happened with these label values."""
+        return self._values.get(values, 0)
+
     def samples(self) -> Iterator[Sample]:
         """Yield what Prometheus reads."""
         for values, count in self._values.items():
@@ -276,6 +280,16 @@ class Histogram:
             before = below
         self._counts[-1] += len(values) - before
         self._sum += sum(values)
+
+    @property
+    def totals(self) -> Tuple[List[int], float]:
+        """A copy of the counts by bucket, the last one for what is above all bounds; the sum."""
+        return self._counts[:], self._sum
+
+    @property
+    def bounds(self) -> Sequence[float]:
+        """The upper bounds of all buckets but the last."""
+        return self._bounds
 
     @property
     def count(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 from ..base.limits import REMOVED_NODES_MAX
 from .events import Directory, Node
@@ -63,6 +63,37 @@ class NodeTree:
                 nodes.popitem()
             if not nodes:
                 del self._old[0]
+
+    def below(
+        self, path: str, *, recursive: bool, hidden: bool
+    ) -> Optional[Iterator[Optional[Tuple[str, Node]]]]:
+        """Yield what is below a directory, each node as it is when its turn comes; not counted.
+
+        The tree may change meanwhile: what comes later is left out, and what has gone, too.
+        None stands for what is passed over, so that the caller can pause.  Returns None if
+        `path` is no directory.
+        """
+        node = self._found(path)
+        if node is None or node.children is None:
+            return None
+        return self._below(list(node.children), recursive=recursive, hidden=hidden)
+
+    def _below(
+        self, children: List[str], *, recursive: bool, hidden: bool
+    ) -> Iterator[Optional[Tuple[str, Node]]]:
+        """Goes by a stack of its own: keys may be deeper than Python likes to call."""
+        stack = [iter(children)]
+        while stack:
+            path = next(stack[-1], "")
+            node = self._found(path) if path else None
+            if not path:
+                stack.pop()
+            elif node is None or not hidden and path.startswith("_", path.rfind("/") + 1):
+                yield None
+            else:
+                yield path, node
+                if recursive and node.children:
+                    stack.append(iter(list(node.children)))
 
     def _replace(self, nodes: Dict[str, Node], ttl: TtlHeap) -> None:
         """Be another tree; tidy() frees this one."""
