@@ -214,7 +214,7 @@ def fuzz_peer_door(data):
     cluster.members = {2: pyetcd.Member(2, ("http://127.0.0.1:1",))}
     node = RawNode(pyetcd.RaftConfig(id=1, rng=random.Random(1), trace=lambda text: None),
                    snapshot=pyetcd.Snapshot(b"", (1, 2), 1, 1))
-    door = pyetcd.MemberDoor(cluster, node.fault)
+    door = pyetcd.MemberDoor(cluster, node.protocol_violation)
     applier = Applier(store, cluster, 1, clock=lambda: 1)
     at = 0
     while at < len(data):
@@ -240,7 +240,7 @@ def fuzz_peer_door(data):
             assert pyetcd.decode_hard_state(encoded) == ready.hard_state
         node.persisted(ready.mark)
         if ready.snapshot is not None:
-            store.become(ready.snapshot.state)
+            store.install(ready.snapshot.state)
             cluster.recover()
             node.applied_to(ready.snapshot.index)
         for entry in node.committed_entries():

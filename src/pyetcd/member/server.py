@@ -70,13 +70,13 @@ class CommitNews:
 
     def turn(self) -> None:
         """Look whether somebody has to be told; at the end of each turn."""
-        if self._node.commit_untold and not self._waiting:
+        if self._node.commit_unsent and not self._waiting:
             self._waiting = True
             self._reactor.call_later(COMMIT_NEWS_SECONDS, self._tell)
 
     def _tell(self) -> None:
         self._waiting = False
-        self._node.tell_commit()
+        self._node.broadcast_commit()
 
 
 class EtcdServer:
@@ -125,7 +125,8 @@ class EtcdServer:
             unreachable=lambda to: self.node.report_unreachable(to),
             snapshot_done=lambda to, ok: self.node.report_snapshot(to, ok),
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
-            tls=boot.peer_tls, door=MemberDoor(self.cluster, lambda m: self.node.fault(m)),
+            tls=boot.peer_tls, door=MemberDoor(
+                self.cluster, lambda message: self.node.protocol_violation(message)),
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
@@ -154,7 +155,7 @@ class EtcdServer:
             election_ticks=max(self.config.election_ms // self.config.heartbeat_ms, 1),
             rng=rng,
             trace=raft_log.info,
-            patient=True,
+            defer_commit=True,
         )
         if boot.bootstrap_entries:
             node = RawNode.bootstrap(config, boot.bootstrap_entries)
@@ -338,8 +339,8 @@ class EtcdServer:
             self._maybe_snapshot()
         self.snapshots.work(self._compact)
         self._news.turn()
-        waiting = hub.owed or not refused and (self._queue or self._changes)
-        if waiting or self.store.has_rubbish or self.journal.is_encoding or node.has_ready():
+        waiting = hub.backlog or not refused and (self._queue or self._changes)
+        if waiting or self.store.has_garbage or self.journal.is_encoding or node.has_ready():
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
 
     def _propose(self) -> bool:
@@ -403,7 +404,7 @@ class EtcdServer:
         del entries[first_part(entries):]
         log = self.node.raft.log
         for entry in entries:
-            if not self.store.is_tidy or not entry.type and not self.applier.prepare(entry):
+            if not self.store.accepts_changes or not entry.type and not self.applier.prepare(entry):
                 break
             if not entry.type:
                 self._apply_normal(entry)
@@ -519,7 +520,7 @@ class EtcdServer:
     def _recover(self, snapshot: Snapshot) -> None:
         """A snapshot of the leader is durable here: the store becomes what it says."""
         self.snapshots.received(snapshot.index)
-        self.store.become(snapshot.state or StoreState.read(snapshot.data))
+        self.store.install(snapshot.state or StoreState.read(snapshot.data))
         self.cluster.recover()
         self.applier.auth_changes += 1
         text = "recovered from incoming snapshot at index %d"
