@@ -3489,7 +3489,7 @@ class RawNode:
         if kind == MsgType.PROP:
             # Copies: the leader numbers the entries, and a duplicate may share them.
             entries = [Entry(e.type, 0, 0, e.data, e.request) for e in message.entries]
-            self._propose(message.sender, entries)
+            self.propose(*entries, sender=message.sender)
         elif (
             (not message.term and kind != MsgType.READ_INDEX)
             or kind in LOCAL_MESSAGES
@@ -3526,27 +3526,20 @@ class RawNode:
             )
         return ""
 
-    def propose(self, entry: Entry) -> None:
-        """Propose one entry.  A leader numbers and appends this very object.
+    def propose(self, *entries: Entry, sender: int = 0) -> None:
+        """Propose all of `entries` for member `sender` (0: this one).
 
-        Raises ProposalDropped without a leader, after the own removal, or while too much is
-        uncommitted.  No exception promises nothing: the entry may still be lost.
+        A leader numbers and appends these very objects.  Raises ProposalDropped, for all of them,
+        without a leader, after the own removal, or while too much is uncommitted.  Without an
+        exception an entry may be lost all the same.
         """
-        self._propose(0, (entry,))
-
-    def propose_many(self, entries: Sequence[Entry]) -> None:
-        """Propose all of `entries`, or raise ProposalDropped for all; cheaper than one by one."""
-        self._propose(0, entries)
-
-    def propose_conf_change(self, change: ConfChange) -> None:
-        """Propose a membership change; while another is pending it silently becomes a no-op."""
-        data = encode_conf_change(change)
-        self._propose(0, (Entry(EntryType.CONF_CHANGE, data=data),))
-
-    def _propose(self, sender: int, entries: Sequence[Entry]) -> None:
         if self.raft.removed:
             raise ProposalDropped(f"{self.raft.id:x} is removed from the cluster")
         self.raft.step(Message(MsgType.PROP, sender=sender, entries=entries))
+
+    def propose_conf_change(self, change: ConfChange) -> None:
+        """Propose a membership change, which becomes a no-op while another one is pending."""
+        self.propose(Entry(EntryType.CONF_CHANGE, data=encode_conf_change(change)))
 
     def apply_conf_change(self, change: ConfChange) -> Tuple[int, ...]:
         """Make an applied ConfChange entry count; return the voters.
@@ -13610,11 +13603,11 @@ class EtcdServer:
         node, hub, refused = self.node, self.store.hub, False
         if self._late_proposals and self.lead and not node.raft.transferee:
             with contextlib.suppress(ProposalDropped):  # again: as if the network had lost them
-                node.propose_many(self._late_proposals.take(self.reactor.now()))
+                node.propose(*self._late_proposals.take(self.reactor.now()))
         if self.reads:
             self._serve_reads()
         if self._queue or self._changes:
-            refused = not self._propose()
+            refused = not self._propose_queued()
         if node.has_ready():
             self._take(node.ready())
         self.journal.submit()
@@ -13630,7 +13623,7 @@ class EtcdServer:
         if waiting or self.store.has_rubbish or self.journal.is_encoding or node.has_ready():
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
 
-    def _propose(self) -> bool:
+    def _propose_queued(self) -> bool:
         """Hand the waiting proposals to Raft; False if they have to wait for a leader.
 
         Differs from etcd: they also wait while no link to the leader is up.  It may be dead, and
@@ -13642,7 +13635,7 @@ class EtcdServer:
         self.handover.before(self._changes)
         try:
             if queue:
-                self.node.propose_many(queue)
+                self.node.propose(*queue)
                 queue = []
             while self._changes:
                 self.node.propose_conf_change(self._changes[0])
@@ -15509,9 +15502,9 @@ class KeysApi:
         if head.method in ("PUT", "POST"):
             return functools.partial(self._write, target)
         if head.method == "DELETE":
-            return functools.partial(self._propose, command)
+            return functools.partial(self._submit, command)
         if head.method == "GET" and command.quorum:
-            return functools.partial(self._propose, command._replace(method="QGET"))
+            return functools.partial(self._submit, command._replace(method="QGET"))
         if command.wait:
             return functools.partial(self._watch, command)
         return functools.partial(self._get, command.path, command.recursive, command.sorted)
@@ -15571,7 +15564,7 @@ class KeysApi:
             if is_unicode(text):
                 id = self._server.ids.next()
                 command = Request(id, known.method, known.path, text)
-                self._propose(command, request, encode_plain(id, target.encoded, value))
+                self._submit(command, request, encode_plain(id, target.encoded, value))
                 return
         self._go_on(self._read(target, request), request)
 
@@ -15603,7 +15596,7 @@ class KeysApi:
         except StopIteration as end:
             if refuse is None:
                 command, encoded = end.value
-                self._propose(command, request, encoded)
+                self._submit(command, request, encoded)
             else:
                 refuse(request)
         except EtcdError as error:
@@ -15612,16 +15605,18 @@ class KeysApi:
             if not request.connection.closed:
                 self._reactor.call_in_turn(self._go_on, steps, request, refuse)
 
-    def _propose(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
-        """Everything that goes through consensus."""
+    def _submit(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
+        """Send a command through consensus."""
         method = command.method
         self._stats.gets_fail += 1              # as in _get
         self._received.inc(method)
-        done = functools.partial(self._done, request, command, self._now())
+        done = functools.partial(self._reply_applied, request, command, self._now())
         self._server.do(command, done, encoded)
 
-    def _done(self, request: HttpRequest, command: Request, started: float, result: Any) -> None:
-        """The command is applied, or has failed."""
+    def _reply_applied(
+        self, request: HttpRequest, command: Request, started: float, result: Any
+    ) -> None:
+        """Answer with the event of an applied command, or with the error."""
         method = command.method
         if isinstance(result, EtcdError):
             self._fail(request, method, result)

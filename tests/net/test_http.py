@@ -1472,7 +1472,8 @@ def test_http_bytes_that_wait_for_a_leader_are_limited(http_server, monkeypatch)
     """Large writes wait until there is as much as may; the next one gets 503 at once."""
     monkeypatch.setattr(pyetcd, "QUEUED_BYTES_MAX", 100_000)
     answers = []
-    monkeypatch.setattr(pyetcd.EtcdServer, "_propose", lambda etcd: False)     # as without a leader
+    # As without a leader.
+    monkeypatch.setattr(pyetcd.EtcdServer, "_propose_queued", lambda etcd: False)
 
     def put(etcd):
         for number in range(4):

@@ -325,11 +325,11 @@ class EtcdServer:
         node, hub, refused = self.node, self.store.hub, False
         if self._late_proposals and self.lead and not node.raft.transferee:
             with contextlib.suppress(ProposalDropped):  # again: as if the network had lost them
-                node.propose_many(self._late_proposals.take(self.reactor.now()))
+                node.propose(*self._late_proposals.take(self.reactor.now()))
         if self.reads:
             self._serve_reads()
         if self._queue or self._changes:
-            refused = not self._propose()
+            refused = not self._propose_queued()
         if node.has_ready():
             self._take(node.ready())
         self.journal.submit()
@@ -345,7 +345,7 @@ class EtcdServer:
         if waiting or self.store.has_rubbish or self.journal.is_encoding or node.has_ready():
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
 
-    def _propose(self) -> bool:
+    def _propose_queued(self) -> bool:
         """Hand the waiting proposals to Raft; False if they have to wait for a leader.
 
         Differs from etcd: they also wait while no link to the leader is up.  It may be dead, and
@@ -357,7 +357,7 @@ class EtcdServer:
         self.handover.before(self._changes)
         try:
             if queue:
-                self.node.propose_many(queue)
+                self.node.propose(*queue)
                 queue = []
             while self._changes:
                 self.node.propose_conf_change(self._changes[0])
