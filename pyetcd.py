@@ -22,11 +22,11 @@ Rooms and their modules, bottom up; each uses only names defined above it:
   net:    http_messages, workers, reactor, budgets, http_requests, tls, dns, http_calls,
             http_connections, http_server
   peer:   frames, compatibility, streams, links, transport
-  member: cluster, applier, configuration, door, passwords, reconfiguration, statistics,
+  member: cluster, applier, configuration, inspection, passwords, reconfiguration, statistics,
             journal, monitors, snapshots, waiting, server, auth
   api:    forms, gojson, auth, listings, keys, members, metrics, snapshot, status, routes,
             discovery
-  life:   discovery, addresses, flags, restart, bootstrap, first_life, embedding, proxy_files,
+  life:   discovery, addresses, flags, restart, bootstrap, data_loss, embedding, proxy_files,
             proxy, settings, checks, sources, backup, command_line, testkit
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
@@ -2570,9 +2570,9 @@ class RaftLog:
 class RaftConfig(NamedTuple):
     """What a Raft needs from outside.
 
-    rng    anything with randrange(n), e.g. a seeded random.Random
-    trace  receives the lines that etcd's raft package logs at info level
-    patient  a new commit index alone makes no message, until tell_commit()
+    rng      anything with randrange(n), e.g. a seeded random.Random
+    trace    receives the lines that etcd's raft package logs at info level
+    patient  a new commit index alone makes no message, until broadcast_commit()
     """
 
     id: int
@@ -2604,7 +2604,7 @@ class Replication:
         self._append_due = False                    # some progress is due
         self._broadcast_due = False                 # every progress is due
         self._patient = config.patient
-        self.commit_untold = False                  # some follower may not know our commit index
+        self.commit_unsent = False                  # some follower may not know our commit index
 
     def set_voters(self, voters: Iterable[int]) -> None:
         """Keep what is known of the voters, begin anew with new ones, forget the others."""
@@ -2616,7 +2616,7 @@ class Replication:
 
     def reset(self) -> None:
         """Forget everything but the ids: a new term begins."""
-        self._append_due = self._broadcast_due = self.commit_untold = False
+        self._append_due = self._broadcast_due = self.commit_unsent = False
         following = self._log.last_index + 1
         self.progress = {voter: Progress(following, self._window) for voter in self.progress}
 
@@ -2630,11 +2630,11 @@ class Replication:
         """True if send_due() may send something."""
         return self._append_due or self._broadcast_due
 
-    def owe(self, progress: Progress) -> None:
+    def mark_unsent(self, progress: Progress) -> None:
         """Let one follower have a MsgApp, an empty one if need be."""
         progress.due = self._append_due = True
 
-    def owe_all(self) -> None:
+    def mark_all_unsent(self) -> None:
         """Let every follower have a MsgApp: there are new entries, or a new commit index."""
         self._broadcast_due = True
 
@@ -2643,7 +2643,7 @@ class Replication:
         if member in self.progress:
             self.progress[member].asked = self._log.last_index
 
-    def owe_commit(self, index: int, *, at_once: bool) -> None:
+    def mark_commit_unsent(self, index: int, *, at_once: bool) -> None:
         """The commit index becomes `index`.  A patient leader only tells those whose clients wait.
 
         The others hear of it with the next entries, mostly within a millisecond: messages and
@@ -2652,12 +2652,12 @@ class Replication:
         at_once  tell all: voters change, and who leaves must hear of it while it gets messages
         """
         if at_once or not self._patient:
-            self.owe_all()
+            self.mark_all_unsent()
             return
-        self.commit_untold = len(self.progress) > 1
+        self.commit_unsent = len(self.progress) > 1
         for progress in self.progress.values():
             if progress.asked:
-                self.owe(progress)
+                self.mark_unsent(progress)
                 if progress.asked <= index:
                     progress.asked = 0
 
@@ -2665,7 +2665,7 @@ class Replication:
         """Send a MsgApp, or a MsgSnap, to every follower that is due and not paused."""
         everyone = self._broadcast_due
         self._append_due = self._broadcast_due = False
-        self.commit_untold = self.commit_untold and not everyone
+        self.commit_unsent = self.commit_unsent and not everyone
         batches: Dict[int, List[Entry]] = {}        # next index -> entries, shared by the peers
         for peer, progress in self.progress.items():
             if (everyone or progress.due) and peer != self._id:
@@ -2720,7 +2720,7 @@ class Replication:
         progress = self.progress[message.sender]
         progress.recent_active = True
         if progress.maybe_decrease(message.index, message.reject_hint):
-            self.owe(progress)
+            self.mark_unsent(progress)
 
     def handle_ack(self, message: Message) -> bool:
         """A follower has everything up to message.index; False if that is no news."""
@@ -2730,7 +2730,7 @@ class Replication:
         if message.index > last or not progress.acknowledge(message.index):
             return False                            # nobody can hold more than its leader
         if was_paused or progress.next_index <= last:
-            self.owe(progress)
+            self.mark_unsent(progress)
         return True
 
     def handle_heartbeat_resp(self, message: Message) -> None:
@@ -2741,7 +2741,7 @@ class Replication:
             progress.inflights.free_first()         # its answers may be lost: go on carefully
         if progress.match_index < self._log.last_index:
             # An empty MsgApp is wanted, too: if entries were lost, it will be rejected.
-            self.owe(progress)
+            self.mark_unsent(progress)
 
     def heard_quorum(self) -> bool:
         """True if a majority, ourselves included, has answered since the last call."""
@@ -2937,7 +2937,7 @@ class Raft:
             self.removed = False
         if member not in self.progress:
             self.replication.set_voters((*self.progress, member))
-            self.replication.owe(self.progress[member])
+            self.replication.mark_unsent(self.progress[member])
 
     def _remove_voter(self, member: int) -> None:
         if member == self.id:
@@ -3203,7 +3203,7 @@ class Raft:
         if appended:
             self.uncommitted_bytes += size
             self.log.append(appended)
-            self.replication.owe_all()
+            self.replication.mark_all_unsent()
 
     # -- replication: leader -------------------------------------------------
 
@@ -3237,7 +3237,7 @@ class Raft:
         if progress.match_index == self.log.last_index:
             self.mail.send(MsgType.TIMEOUT_NOW, message.sender)
         else:
-            self.replication.owe(progress)
+            self.replication.mark_unsent(progress)
 
     def on_stable(self) -> None:
         """The disk has more of our log.  A leader counts itself only now (thesis §10.2.1)."""
@@ -3252,7 +3252,8 @@ class Raft:
         if index <= log.commit or log.term(index) != self.term:
             return
         self.uncommitted_bytes -= log.data_bytes(log.commit + 1, index + 1)
-        self.replication.owe_commit(index, at_once=log.commit < self.pending_conf_index <= index)
+        is_change = log.commit < self.pending_conf_index <= index
+        self.replication.mark_commit_unsent(index, at_once=is_change)
         log.commit_to(index)
 
     # -- replication: follower -----------------------------------------------
@@ -3577,14 +3578,14 @@ class RawNode:
         self.raft.replication.snapshot_done(id, ok=ok)
 
     @property
-    def commit_untold(self) -> bool:
+    def commit_unsent(self) -> bool:
         """True if a patient leader has not told everybody of its commit index."""
-        return self.raft.replication.commit_untold
+        return self.raft.replication.commit_unsent
 
-    def tell_commit(self) -> None:
+    def broadcast_commit(self) -> None:
         """Tell everybody now."""
-        if self.raft.replication.commit_untold:
-            self.raft.replication.owe_all()
+        if self.raft.replication.commit_unsent:
+            self.raft.replication.mark_all_unsent()
 
     def has_ready(self) -> bool:
         """Tell whether ready() has something to hand out."""
@@ -10060,7 +10061,7 @@ class StreamWriter:
 # ============================================================================
 
 
-class Post:
+class PeerPost:
     """One message on its way by POST /raft."""
 
     def __init__(self, message: Message, body: Sequence[bytes]) -> None:
@@ -10088,8 +10089,8 @@ class Pipeline:
         self._member_id = member_id
         self._picker = picker
         self._status = status
-        self._waiting: Deque[Post] = collections.deque()
-        self._under_way: Set[Post] = set()
+        self._waiting: Deque[PeerPost] = collections.deque()
+        self._under_way: Set[PeerPost] = set()
         self._congested = False
         self._headers = {**context.headers, "Content-Type": "application/protobuf"}
 
@@ -10101,7 +10102,7 @@ class Pipeline:
             self._full(message)
             return
         self._congested = False
-        self._waiting.append(Post(message, encode_message_parts(message)))
+        self._waiting.append(PeerPost(message, encode_message_parts(message)))
         self._begin()
 
     def stop(self) -> None:
@@ -10131,7 +10132,7 @@ class Pipeline:
             self._under_way.add(post)
             self._send(post)
 
-    def _send(self, post: Post) -> None:
+    def _send(self, post: PeerPost) -> None:
         context = self._context
         post.url = self._picker.pick()
         post.started = context.reactor.now()
@@ -10149,7 +10150,7 @@ class Pipeline:
             on_data=post.answer.take_data, on_done=done,
         )
 
-    def _done(self, post: Post, error: Optional[Exception]) -> None:
+    def _done(self, post: PeerPost, error: Optional[Exception]) -> None:
         context = self._context
         self._under_way.discard(post)
         ok = error is None and post.answer.status == 204
@@ -10164,7 +10165,7 @@ class Pipeline:
             context.snapshot_done(self._member_id, ok)
         self._begin()
 
-    def _failed(self, post: Post, error: Optional[Exception]) -> None:
+    def _failed(self, post: PeerPost, error: Optional[Exception]) -> None:
         if post.answer.status == 403:
             self._context.removed()
         reason = error or post.answer.refusal(self._context, self._member_id)
@@ -10384,7 +10385,7 @@ def _ignore_round_trip(member_id: int, seconds: float) -> None:
     """Default of Transport's `round_trip`."""
 
 
-class Door:
+class MessageInspector:
     """What may pass from peers to this member: all.  What they send is never trusted."""
 
     def inspect(self, message: Message) -> Generator[None, None, str]:
@@ -10407,7 +10408,7 @@ class Transport:
     sent           gets a Sent for every message to a peer, when its fate is known
     received       (sender, message, bytes), before deliver
     round_trip     (member id, seconds) of every probe that a peer has answered
-    door           looks at every message before it is delivered
+    inspector      looks at every message before it is delivered
     `drop`, if set, loses the messages, sent and received, for which it returns true.
     The first three are called by the reactor, never from inside offer().  Thread: reactor.
     """
@@ -10420,7 +10421,7 @@ class Transport:
         sent: Callable[[Sent], None] = _ignore_sent,
         received: Callable[[int, Message, int], None] = _ignore_received,
         round_trip: Callable[[int, float], None] = _ignore_round_trip,
-        tls: Optional[TlsContext] = None, door: Optional[Door] = None,
+        tls: Optional[TlsContext] = None, inspector: Optional[MessageInspector] = None,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
         self._reactor = reactor
@@ -10430,7 +10431,7 @@ class Transport:
         self._deliver = deliver
         self._removed: Optional[Callable[[], None]] = removed
         self._received = received
-        self._door = door or Door()
+        self._inspector = inspector or MessageInspector()
         self._work = SlicedWork(reactor)
         self._is_reading = False            # a snapshot: one after the other
         self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # those that arrive
@@ -10607,7 +10608,7 @@ class Transport:
             return 500
         if message.type == MsgType.SNAP and message.snapshot is None:
             return 500
-        fault = yield from self._door.inspect(message)
+        fault = yield from self._inspector.inspect(message)
         if fault:
             name = "Msg" + MsgType(message.type).name.title().replace("_", "")
             self._complaints.say(f"refused a {name} of {message.sender:x}: {fault}")
@@ -10725,7 +10726,8 @@ class Transport:
 
         body, size = request.body_file or request.body, len(request.body)
         self._reactor.run_blocking(
-            _posted_snapshot, body, self._door.read_state, is_framed, kind=FILE_WORK, done=done)
+            _posted_snapshot, body, self._inspector.read_state, is_framed, kind=FILE_WORK,
+            done=done)
 
     def _handle_probing(self, request: HttpRequest) -> None:
         now = format_time(self._reactor.wall_ns())
@@ -11590,11 +11592,11 @@ class Bootstrap(NamedTuple):
 
 
 # ============================================================================
-# member/door -- The door for peers: what would harm this member when it is applied is refused.
+# member/inspection -- The door for peers: what would harm this member when it is applied is refused.
 # ============================================================================
 
 
-class MemberDoor(Door):
+class MemberInspector(MessageInspector):
     """Where a message ends that would be fatal when it is applied, or make our log unreadable."""
 
     def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
@@ -12101,7 +12103,7 @@ def check_active(
         raise NotEnoughActive(what, left, size)
 
 
-class Handover:
+class LeadershipTransfer:
     """Gives the lead to the member that can take it over best.  Thread: reactor.
 
     Source: Raft thesis §3.10; etcd 3 server.go, TransferLeadership.
@@ -12661,7 +12663,6 @@ class WalWriter:
         return True
 
 
-COMMIT_NEWS_SECONDS = 0.001         # a new commit index waits for entries to travel with
 WORK_ENTRIES_MAX = 400              # of the log, applied in one turn: 10 ms
 WORK_BYTES_MAX = 1 << 19            # of entries encoded, and of those applied, in one turn: 3 ms
 
@@ -13047,7 +13048,7 @@ class SnapshotJob:
         self._walk.close()
 
 
-Taker = Callable[[SnapshotFile, int], None]     # gets a snapshot and the store's index in it
+SnapshotReceiver = Callable[[SnapshotFile, int], None]  # gets a snapshot, and its etcd index
 
 
 SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms, however often; above, see is_due
@@ -13069,8 +13070,8 @@ class SnapshotKeeper:
         self._journal = journal
         self._failed = failed
         self._job: Optional[SnapshotJob] = None     # a walk over the store
-        self._takers: List[Taker] = []              # who gets it, instead of the disk
-        self._waiting: List[Taker] = []             # who gets the next one
+        self._receivers: List[SnapshotReceiver] = []              # who gets it, instead of the disk
+        self._waiting: List[SnapshotReceiver] = []             # who gets the next one
         self._saving = False                        # the walk is over, the file not yet there
         self._compact_to = 0                        # entries up to here are needed no more
         self._not_before = 0.0                      # the disk was full: begin no other (monotonic)
@@ -13102,7 +13103,7 @@ class SnapshotKeeper:
         lent  for all that wait for one, instead of the disk
         """
         if lent:
-            self._takers, self._waiting = self._waiting, []
+            self._receivers, self._waiting = self._waiting, []
         else:
             package_logger("etcdserver").info(
                 "start to snapshot (applied: %d, lastsnap: %d)", applied.index, self.index
@@ -13112,21 +13113,21 @@ class SnapshotKeeper:
         self._job.begin()               # now: the walk is of the state that its first step finds
 
     @property
-    def is_wanted(self) -> bool:
+    def is_requested(self) -> bool:
         """True if somebody waits for a snapshot, and none is in the making."""
         return bool(self._waiting) and not self.busy
 
-    def want(self, taker: Taker) -> None:
-        """Have taker called with the state of a moment from now on; the disk is not involved."""
-        self._waiting.append(taker)
+    def request(self, receiver: SnapshotReceiver) -> None:
+        """Have receiver called with the state of a moment from now on; the disk is not involved."""
+        self._waiting.append(receiver)
 
-    def unwant(self, taker: Taker) -> None:
-        """The taker is gone; a walk for nobody ends."""
-        if taker in self._waiting:
-            self._waiting.remove(taker)
-        elif taker in self._takers:
-            self._takers.remove(taker)
-            if self._job is not None and not self._takers:
+    def withdraw(self, receiver: SnapshotReceiver) -> None:
+        """The receiver is gone; a walk for nobody ends."""
+        if receiver in self._waiting:
+            self._waiting.remove(receiver)
+        elif receiver in self._receivers:
+            self._receivers.remove(receiver)
+            if self._job is not None and not self._receivers:
                 self._job.cancel()
                 self._job = None
 
@@ -13148,11 +13149,11 @@ class SnapshotKeeper:
         if file is None:
             self._reactor.call_soon(_nothing)   # the next slice: in the next turn, at once
             return
-        if self._takers:
-            takers, etcd_index = self._takers, self._job.etcd_index
-            self._takers, self._job = [], None
-            for taker in takers:
-                taker(file, etcd_index)
+        if self._receivers:
+            receivers, etcd_index = self._receivers, self._job.etcd_index
+            self._receivers, self._job = [], None
+            for receiver in receivers:
+                receiver(file, etcd_index)
             return
         started = self._job.started
         self.work_durations.observe(self._job.work_seconds)
@@ -13186,7 +13187,7 @@ class SnapshotKeeper:
         if self._job is not None:
             self._job.cancel()
             self._job = None
-            self._waiting, self._takers = self._takers + self._waiting, []
+            self._waiting, self._receivers = self._receivers + self._waiting, []
         self.index, self.nodes = index, 0       # not counted: the next file comes a bit sooner
         self._cache = None
 
@@ -13271,7 +13272,7 @@ class Proposals:
             self._done.popitem()[1](error)
 
 
-class Strays:
+class LateProposals:
     """Proposals of peers that came while there was no leader: kept for the next one.
 
     For two election timeouts; then their clients have given up.
@@ -13368,8 +13369,10 @@ class QuorumReads:
 # ============================================================================
 
 
-class CommitNews:
-    """Has the followers told of a commit index that no entries took along within a moment."""
+class CommitBroadcast:
+    """Sends the new commit index to followers when no entries follow within 1 ms to carry it."""
+
+    DELAY_SECONDS = 0.001
 
     def __init__(self, node: RawNode, reactor: Reactor) -> None:
         self._node = node
@@ -13378,13 +13381,13 @@ class CommitNews:
 
     def turn(self) -> None:
         """Look whether somebody has to be told; at the end of each turn."""
-        if self._node.commit_untold and not self._waiting:
+        if self._node.commit_unsent and not self._waiting:
             self._waiting = True
-            self._reactor.call_later(COMMIT_NEWS_SECONDS, self._tell)
+            self._reactor.call_later(self.DELAY_SECONDS, self._tell)
 
     def _tell(self) -> None:
         self._waiting = False
-        self._node.tell_commit()
+        self._node.broadcast_commit()
 
 
 class EtcdServer:
@@ -13433,22 +13436,23 @@ class EtcdServer:
             unreachable=lambda to: self.node.report_unreachable(to),
             snapshot_done=lambda to, ok: self.node.report_snapshot(to, ok),
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
-            tls=boot.peer_tls, door=MemberDoor(self.cluster, lambda m: self.node.fault(m)),
+            tls=boot.peer_tls,
+            inspector=MemberInspector(self.cluster, lambda m: self.node.fault(m)),
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
         )
         self.node: RawNode = self._make_node(boot, rng or random.Random())
-        self.handover = Handover(self.node, self.transport.active_since)
+        self.handover = LeadershipTransfer(self.node, self.transport.active_since)
         self._disk_watch = DiskWatch(self)
-        self._news = CommitNews(self.node, reactor)
+        self._news = CommitBroadcast(self.node, reactor)
         self._data_dir = boot.data_dir
         self._removed = removed
         self._tell_published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
         self._queued_bytes = 0                  # in them
         self._changes: List[ConfChange] = []    # likewise
-        self._strays = Strays(2 * config.election_ms / 1000)
+        self._late_proposals = LateProposals(2 * config.election_ms / 1000)
         self._lead = 0                          # as last seen by _watch_lead
         self.lead_since = 0.0                   # when it was elected (monotonic)
         for member in boot.remotes:
@@ -13600,7 +13604,7 @@ class EtcdServer:
         try:
             self.node.step(message)
         except ProposalDropped:
-            self._strays.add(message.entries, self.reactor.now())
+            self._late_proposals.add(message.entries, self.reactor.now())
 
     # -- clocks ------------------------------------------------------------
 
@@ -13612,7 +13616,7 @@ class EtcdServer:
         self.node.raft.pre_vote = self.cluster.all_have(FEATURE_PRE_VOTE)
         self.reads.enabled = self.cluster.all_have(FEATURE_READ_INDEX)
         self.reads.tick(self.proposals)
-        self._strays.expire(self.reactor.now())
+        self._late_proposals.expire(self.reactor.now())
         self.counts.tick(self.reactor.now(), self.is_leader * (len(self.node.raft.voters) - 1))
         self.node.tick()
         self._disk_watch.tick()
@@ -13628,9 +13632,9 @@ class EtcdServer:
         if self.stopping:
             return
         node, hub, refused = self.node, self.store.hub, False
-        if self._strays and self.lead and not node.raft.transferee:
+        if self._late_proposals and self.lead and not node.raft.transferee:
             with contextlib.suppress(ProposalDropped):  # again: as if the network had lost them
-                node.propose_many(self._strays.take(self.reactor.now()))
+                node.propose_many(self._late_proposals.take(self.reactor.now()))
         if self.reads:
             self._serve_reads()
         if self._queue or self._changes:
@@ -13642,7 +13646,7 @@ class EtcdServer:
         self.counts.time_apply(self._apply, self.reactor.now)
         if self.reads:
             self._serve_reads()
-        if self.snapshots.is_wanted:
+        if self.snapshots.is_requested:
             self._maybe_snapshot()
         self.snapshots.work(self._compact)
         self._news.turn()
@@ -13813,7 +13817,7 @@ class EtcdServer:
     def _maybe_snapshot(self) -> None:
         count = self.config.snapshot_count
         is_due = self.snapshots.is_due(self.raft_index, len(self.store), count)
-        if (is_due or self.snapshots.is_wanted) and not self.snapshots.busy:
+        if (is_due or self.snapshots.is_requested) and not self.snapshots.busy:
             applied = EntryID(self.raft_term, self.raft_index)
             self.snapshots.begin(self.store, applied, self.node.raft.voters, lent=not is_due)
 
@@ -14019,7 +14023,7 @@ class DiskWatch:
             )
 
 
-class Departure:
+class GracefulStop:
     """A planned end: the lead goes to another member, and waiting requests get their answer.
 
     Takes one election timeout at most, then done() is called.  Thread: reactor.
@@ -15300,7 +15304,7 @@ class AuthApi:
 # ============================================================================
 
 
-class Wanted(NamedTuple):
+class ListingRequest(NamedTuple):
     """What a GET of a directory asks for; path is internal."""
 
     path: str
@@ -15308,14 +15312,14 @@ class Wanted(NamedTuple):
     sorted: bool
 
 
-class ListingTaker:
+class ListingWaiter:
     """A request that waits for a listing; done(Listing, or EtcdError) is called once."""
 
     __slots__ = ("done", "group")
 
     def __init__(self, done: Callable[[Any], None]) -> None:
         self.done = done
-        self.group: Dict[ListingTaker, None] = {}       # of those that wait for the same
+        self.group: Dict[ListingWaiter, None] = {}      # of those that wait for the same
 
 
 class Listings:
@@ -15332,28 +15336,30 @@ class Listings:
     def __init__(self, store: Store, reactor: Reactor) -> None:
         self._store = store
         self._reactor = reactor
-        self._current: Optional[Tuple[Wanted, Listing]] = None
-        self._takers: Dict[ListingTaker, None] = {}             # of the current one
-        self._waiting: Dict[Wanted, Dict[ListingTaker, None]] = {}      # in order of arrival
-        self._kept: Dict[Wanted, Listing] = {}
+        self._current: Optional[Tuple[ListingRequest, Listing]] = None
+        self._waiters: Dict[ListingWaiter, None] = {}           # of the current one
+        self._waiting: Dict[ListingRequest, Dict[ListingWaiter, None]] = {}     # as they arrived
+        self._kept: Dict[ListingRequest, Listing] = {}
         self._kept_bytes = 0
         self._expiry: Optional[Timer] = None
         self._is_posted = False         # the next slice is on its way: never two in one turn
         self._turn = 0                  # of the reactor
         self._work_done = 0             # in that turn
 
-    def ask(self, wanted: Wanted, request: HttpRequest, done: Callable[[Any], None]) -> None:
+    def ask(
+        self, wanted: ListingRequest, request: HttpRequest, done: Callable[[Any], None]
+    ) -> None:
         """Call done(Listing, or EtcdError): at once if it is short, and not too many are."""
         kept = self._kept.get(wanted)
         if kept is not None and kept.index == self._store.current_index:
             done(kept)
             return
-        taker = ListingTaker(done)
-        request.on_close = functools.partial(self._leave, taker)
-        if self._join(wanted, taker):
+        waiter = ListingWaiter(done)
+        request.on_close = functools.partial(self._leave, waiter)
+        if self._join(wanted, waiter):
             return
         if self._work_left() <= 0 or wanted in self._waiting:
-            self._wait(wanted, taker)
+            self._wait(wanted, waiter)
             return
         try:
             listing = self._begin(wanted)
@@ -15363,37 +15369,37 @@ class Listings:
         if listing.done:
             done(listing)
         elif self._current is None:
-            self._current, self._takers = (wanted, listing), {}
-            self._enter(taker, self._takers)
+            self._current, self._waiters = (wanted, listing), {}
+            self._enter(waiter, self._waiters)
             self._post()
         else:
             listing.end()
-            self._wait(wanted, taker)
+            self._wait(wanted, waiter)
 
-    def _join(self, wanted: Wanted, taker: ListingTaker) -> bool:
+    def _join(self, wanted: ListingRequest, waiter: ListingWaiter) -> bool:
         """Have a share in the listing under way, if it is as good as a new one."""
         if self._current is None:
             return False
         its, listing = self._current
         if its != wanted or listing.index != self._store.current_index:
             return False
-        self._enter(taker, self._takers)
+        self._enter(waiter, self._waiters)
         return True
 
-    def _wait(self, wanted: Wanted, taker: ListingTaker) -> None:
+    def _wait(self, wanted: ListingRequest, waiter: ListingWaiter) -> None:
         if self._current is None and not self._waiting:
             self._post()
-        self._enter(taker, self._waiting.setdefault(wanted, {}))
+        self._enter(waiter, self._waiting.setdefault(wanted, {}))
 
     @staticmethod
-    def _enter(taker: ListingTaker, group: Dict[ListingTaker, None]) -> None:
-        group[taker] = None
-        taker.group = group
+    def _enter(waiter: ListingWaiter, group: Dict[ListingWaiter, None]) -> None:
+        group[waiter] = None
+        waiter.group = group
 
-    def _leave(self, taker: ListingTaker) -> None:
+    def _leave(self, waiter: ListingWaiter) -> None:
         """The client is gone; a listing for nobody ends, or is never begun."""
-        taker.group.pop(taker, None)
-        if self._current is not None and not self._takers:
+        waiter.group.pop(waiter, None)
+        if self._current is not None and not self._waiters:
             self._current[1].end()
             self._current = None
 
@@ -15403,7 +15409,7 @@ class Listings:
             self._turn, self._work_done = self._reactor.turns, 0
         return LISTING_SLICE_WORK - self._work_done
 
-    def _begin(self, wanted: Wanted) -> Listing:
+    def _begin(self, wanted: ListingRequest) -> Listing:
         listing = self._store.listing(
             wanted.path, recursive=wanted.recursive, sorted=wanted.sorted,
             now_ns=self._reactor.wall_ns(),
@@ -15411,7 +15417,7 @@ class Listings:
         self._work(wanted, listing)
         return listing
 
-    def _work(self, wanted: Wanted, listing: Listing) -> None:
+    def _work(self, wanted: ListingRequest, listing: Listing) -> None:
         before = listing.work_done
         listing.work(max(self._work_left(), 1))
         self._work_done += listing.work_done - before
@@ -15419,7 +15425,7 @@ class Listings:
         if size and self._kept_bytes + size <= self.KEPT_BYTES_MAX:
             self._keep(wanted, listing, size)
 
-    def _keep(self, wanted: Wanted, listing: Listing, size: int) -> None:
+    def _keep(self, wanted: ListingRequest, listing: Listing, size: int) -> None:
         if wanted in self._kept or listing.index != self._store.current_index:
             self._forget()
         self._kept[wanted] = listing
@@ -15442,10 +15448,10 @@ class Listings:
         """One slice: of the listing under way, or of the next."""
         self._is_posted = False
         if self._current is None:
-            while self._waiting and not self._takers:
+            while self._waiting and not self._waiters:
                 wanted = next(iter(self._waiting))
-                self._takers = self._waiting.pop(wanted)
-            if not self._takers:
+                self._waiters = self._waiting.pop(wanted)
+            if not self._waiters:
                 return                  # all have left
             try:
                 self._current = wanted, self._begin(wanted)
@@ -15459,9 +15465,9 @@ class Listings:
             self._post()
 
     def _finish(self, result: Union[Listing, EtcdError]) -> None:
-        takers, self._takers, self._current = self._takers, {}, None
-        for taker in takers:
-            self._reactor.call_in_turn(taker.done, result)
+        waiters, self._waiters, self._current = self._waiters, {}, None
+        for waiter in waiters:
+            self._reactor.call_in_turn(waiter.done, result)
 
 
 # ============================================================================
@@ -15558,14 +15564,14 @@ class KeysApi:
             self._fail(request, method, error)
             return
         if not body:
-            self._list(request, method, started, Wanted(path, recursive, sorted))
+            self._list(request, method, started, ListingRequest(path, recursive, sorted))
             return
         self._send(request, 200, self._store.current_index, body[0], body[1:])
         durations = self._get_durations if method == "GET" else self._durations.child(method)
         durations.observe(self._now() - started)
 
     def _list(
-        self, request: HttpRequest, method: str, started: float, wanted: Wanted
+        self, request: HttpRequest, method: str, started: float, wanted: ListingRequest
     ) -> None:
         """GET and HEAD of a directory."""
         def done(result: Union[Listing, EtcdError]) -> None:
@@ -15646,7 +15652,7 @@ class KeysApi:
             return
         if method == "QGET" and result.node.children is not None:
             self._proposals.observe(self._now() - started)
-            wanted = Wanted(command.path, command.recursive, command.sorted)
+            wanted = ListingRequest(command.path, command.recursive, command.sorted)
             self._list(request, method, started, wanted)
             return
         body = result.client_pieces()
@@ -16148,9 +16154,10 @@ class Download:
         self.file: Optional[SnapshotFile] = None        # as soon as the store has been walked
         self._reply: Optional[StreamReply] = None
         self._pieces: Iterator[bytes] = iter(())
-        self._taker: Optional[Taker] = self._start      # one object: the keeper compares
+        # One object, as the keeper compares.
+        self._receiver: Optional[SnapshotReceiver] = self._start
         request.on_close = self._gone
-        server.snapshots.want(self._taker)
+        server.snapshots.request(self._receiver)
 
     def _start(self, file: SnapshotFile, etcd_index: int) -> None:
         headers = (
@@ -16174,7 +16181,7 @@ class Download:
         piece = next(self._pieces, None)
         if piece is None:
             self._reply.end()
-            self._taker = None
+            self._receiver = None
             self._ended(self)
             return
         self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._go_on))
@@ -16182,9 +16189,9 @@ class Download:
 
     def _gone(self) -> None:
         self._pieces = iter(())
-        taker, self._taker = self._taker, None
-        if taker is not None:
-            self._server.snapshots.unwant(taker)
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            self._server.snapshots.withdraw(receiver)
         self._ended(self)
 
 
@@ -18337,7 +18344,7 @@ def _cluster_version(
 
 
 # ============================================================================
-# life/first_life -- First life: a member without a past asks the others whether that is so.
+# life/data_loss -- First life: a member without a past asks the others whether that is so.
 # ============================================================================
 
 
@@ -18345,7 +18352,7 @@ ASK_AGAIN_SECONDS = 0.1             # after a round that told nothing new, then 
 ASK_AGAIN_SECONDS_MAX = 1.6
 
 
-class FirstLife:
+class DataLossCheck:
     """Keeps a member whose log is empty from voting where its first life may have voted.
 
     Bootstrap asks the members too, but perhaps none of them was up.  Nobody's messages count here
@@ -18599,7 +18606,7 @@ class Server(ServerThread):
         super()._init(config)
         self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
         self._peer_api: Optional[PeerApi] = None
-        self._first_life: Optional[FirstLife] = None
+        self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
         self._leaving = False           # stop() was called
 
@@ -18658,8 +18665,8 @@ class Server(ServerThread):
             self.config, boot, self._reactor, failed=self._failed, removed=self._removed,
             published=self._ready.set, transport_type=self._transport_type,
         )
-        if FirstLife.is_due(boot):
-            self._first_life = FirstLife(self.etcd, self._refuse, boot.peer_tls)
+        if DataLossCheck.is_due(boot):
+            self._data_loss_check = DataLossCheck(self.etcd, self._refuse, boot.peer_tls)
         api = ClientApi(self.etcd)
         self._count_client_bytes(self.etcd.metrics)
         api.fallback = DiscoveryService(self.etcd.do, api.serve).handle
@@ -18731,8 +18738,8 @@ class Server(ServerThread):
         self.etcd.start()
 
     def _free(self) -> None:
-        if self._first_life is not None:
-            self._first_life.end()
+        if self._data_loss_check is not None:
+            self._data_loss_check.end()
         if self.etcd is not None:
             self.etcd.abandon()
 
@@ -18740,7 +18747,7 @@ class Server(ServerThread):
         assert self.etcd is not None
         if not self.etcd.stopping and not self._leaving:
             self._leaving = True
-            Departure(self.etcd, self._end)
+            GracefulStop(self.etcd, self._end)
 
     def _end(self) -> None:
         assert self.etcd is not None
@@ -21768,7 +21775,7 @@ def _campaign(etcd: EtcdServer) -> None:
 
 
 def _hear_each_other(one: LocalMember, other: LocalMember) -> bool:
-    """True if neither drops the other's messages: see FirstLife."""
+    """True if neither drops the other's messages: see DataLossCheck."""
     def hears(member: LocalMember, sender: LocalMember) -> bool:
         message = Message(MsgType.VOTE, sender=sender.member_id)
 

@@ -1172,7 +1172,7 @@ def _bug_older_term_committed_by_counting(patch):
         index = self.replication.quorum_index
         if index > self.log.commit:
             self.log.commit_to(index)
-            self.replication.owe_all()
+            self.replication.mark_all_unsent()
     patch.setattr(pyetcd.Raft, "_maybe_commit", commit)
 
 

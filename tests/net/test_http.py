@@ -1485,13 +1485,13 @@ def test_http_bytes_that_wait_for_a_leader_are_limited(http_server, monkeypatch)
     monkeypatch.undo()
     eventually(lambda: len(answers) == 4)
     assert http_server.call(lambda etcd: etcd._queued_bytes) == 0
-    strays = pyetcd.Strays(1.0)
+    late = pyetcd.LateProposals(1.0)
     for _ in range(300):
-        strays.add([pyetcd.Entry(0, data=bytes(1 << 20))], 1.0)
-    assert len(strays) == 65
-    strays.expire(9.0)
-    strays.add([pyetcd.Entry(0, data=b"x")], 9.0)
-    assert [entry.data for entry in strays.take(9.0)] == [b"x"]
+        late.add([pyetcd.Entry(0, data=bytes(1 << 20))], 1.0)
+    assert len(late) == 65
+    late.expire(9.0)
+    late.add([pyetcd.Entry(0, data=b"x")], 9.0)
+    assert [entry.data for entry in late.take(9.0)] == [b"x"]
 
 
 def test_http_pending_requests_are_limited(http_server, monkeypatch):

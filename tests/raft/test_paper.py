@@ -386,15 +386,15 @@ def test_raft_patient_leader_tells_of_a_commit_with_entries_or_when_told_to():
         _raft_say(node, MsgType.APP_RESP, follower, index=1)
     node.propose(Entry(data=b"a"))
     _raft_sync(node)
-    assert told(_raft_say(node, MsgType.APP_RESP, 2, index=2)) == [] and node.commit_untold
+    assert told(_raft_say(node, MsgType.APP_RESP, 2, index=2)) == [] and node.commit_unsent
     node.propose(Entry(data=b"b"))
-    assert told(_raft_sync(node).messages) == [(2, 2, 1), (3, 2, 1)] and not node.commit_untold
+    assert told(_raft_sync(node).messages) == [(2, 2, 1), (3, 2, 1)] and not node.commit_unsent
     assert told(_raft_say(node, MsgType.APP_RESP, 2, index=3)) == []
-    node.tell_commit()
-    assert told(_raft_sync(node).messages) == [(2, 3, 0), (3, 3, 0)] and not node.commit_untold
+    node.broadcast_commit()
+    assert told(_raft_sync(node).messages) == [(2, 3, 0), (3, 3, 0)] and not node.commit_unsent
     _raft_say(node, MsgType.PROP, 3, term=0, entries=[Entry(data=b"c")])
     assert told(_raft_say(node, MsgType.APP_RESP, 2, index=4)) == [(3, 4, 0)]
-    assert node.commit_untold
+    assert node.commit_unsent
 
 
 def test_raft_patient_leader_tells_a_member_of_its_removal_at_once():
@@ -412,7 +412,7 @@ def test_raft_patient_leader_tells_a_member_of_its_removal_at_once():
 def test_raft_patient_leader_alone_has_nobody_to_tell():
     node = _raft_lead(_raft_node(voters=(1,), patient=True))
     _raft_sync(node)
-    assert node.raft.log.commit == 1 and not node.commit_untold
+    assert node.raft.log.commit == 1 and not node.commit_unsent
 
 
 @pytest.mark.parametrize("terms", [[], [2], [1, 2], [1]])

@@ -18,7 +18,7 @@ from ..net.http_messages import HttpHead
 from ..net.http_requests import Handler, HttpRequest
 from ..store.walks import Listing
 from .forms import FORM_SLICE_BYTES, KeyTarget, KeyWatch, refuse_method, write_error, write_message
-from .listings import Listings, Wanted
+from .listings import ListingRequest, Listings
 
 
 class KeysApi:
@@ -110,14 +110,14 @@ class KeysApi:
             self._fail(request, method, error)
             return
         if not body:
-            self._list(request, method, started, Wanted(path, recursive, sorted))
+            self._list(request, method, started, ListingRequest(path, recursive, sorted))
             return
         self._send(request, 200, self._store.current_index, body[0], body[1:])
         durations = self._get_durations if method == "GET" else self._durations.child(method)
         durations.observe(self._now() - started)
 
     def _list(
-        self, request: HttpRequest, method: str, started: float, wanted: Wanted
+        self, request: HttpRequest, method: str, started: float, wanted: ListingRequest
     ) -> None:
         """GET and HEAD of a directory."""
         def done(result: Union[Listing, EtcdError]) -> None:
@@ -198,7 +198,7 @@ class KeysApi:
             return
         if method == "QGET" and result.node.children is not None:
             self._proposals.observe(self._now() - started)
-            wanted = Wanted(command.path, command.recursive, command.sorted)
+            wanted = ListingRequest(command.path, command.recursive, command.sorted)
             self._list(request, method, started, wanted)
             return
         body = result.client_pieces()

@@ -109,7 +109,7 @@ class Raft:
             self.removed = False
         if member not in self.progress:
             self.replication.set_voters((*self.progress, member))
-            self.replication.owe(self.progress[member])
+            self.replication.mark_unsent(self.progress[member])
 
     def _remove_voter(self, member: int) -> None:
         if member == self.id:
@@ -375,7 +375,7 @@ class Raft:
         if appended:
             self.uncommitted_bytes += size
             self.log.append(appended)
-            self.replication.owe_all()
+            self.replication.mark_all_unsent()
 
     # -- replication: leader -------------------------------------------------
 
@@ -409,7 +409,7 @@ class Raft:
         if progress.match_index == self.log.last_index:
             self.mail.send(MsgType.TIMEOUT_NOW, message.sender)
         else:
-            self.replication.owe(progress)
+            self.replication.mark_unsent(progress)
 
     def on_stable(self) -> None:
         """The disk has more of our log.  A leader counts itself only now (thesis §10.2.1)."""
@@ -424,7 +424,8 @@ class Raft:
         if index <= log.commit or log.term(index) != self.term:
             return
         self.uncommitted_bytes -= log.data_bytes(log.commit + 1, index + 1)
-        self.replication.owe_commit(index, at_once=log.commit < self.pending_conf_index <= index)
+        is_change = log.commit < self.pending_conf_index <= index
+        self.replication.mark_commit_unsent(index, at_once=is_change)
         log.commit_to(index)
 
     # -- replication: follower -----------------------------------------------

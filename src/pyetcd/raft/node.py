@@ -227,14 +227,14 @@ class RawNode:
         self.raft.replication.snapshot_done(id, ok=ok)
 
     @property
-    def commit_untold(self) -> bool:
+    def commit_unsent(self) -> bool:
         """True if a patient leader has not told everybody of its commit index."""
-        return self.raft.replication.commit_untold
+        return self.raft.replication.commit_unsent
 
-    def tell_commit(self) -> None:
+    def broadcast_commit(self) -> None:
         """Tell everybody now."""
-        if self.raft.replication.commit_untold:
-            self.raft.replication.owe_all()
+        if self.raft.replication.commit_unsent:
+            self.raft.replication.mark_all_unsent()
 
     def has_ready(self) -> bool:
         """Tell whether ready() has something to hand out."""

@@ -21,9 +21,9 @@ from .progress import Mailbox, Progress, ProgressState, quorum_index, quorum_siz
 class RaftConfig(NamedTuple):
     """What a Raft needs from outside.
 
-    rng    anything with randrange(n), e.g. a seeded random.Random
-    trace  receives the lines that etcd's raft package logs at info level
-    patient  a new commit index alone makes no message, until tell_commit()
+    rng      anything with randrange(n), e.g. a seeded random.Random
+    trace    receives the lines that etcd's raft package logs at info level
+    patient  a new commit index alone makes no message, until broadcast_commit()
     """
 
     id: int
@@ -55,7 +55,7 @@ class Replication:
         self._append_due = False                    # some progress is due
         self._broadcast_due = False                 # every progress is due
         self._patient = config.patient
-        self.commit_untold = False                  # some follower may not know our commit index
+        self.commit_unsent = False                  # some follower may not know our commit index
 
     def set_voters(self, voters: Iterable[int]) -> None:
         """Keep what is known of the voters, begin anew with new ones, forget the others."""
@@ -67,7 +67,7 @@ class Replication:
 
     def reset(self) -> None:
         """Forget everything but the ids: a new term begins."""
-        self._append_due = self._broadcast_due = self.commit_untold = False
+        self._append_due = self._broadcast_due = self.commit_unsent = False
         following = self._log.last_index + 1
         self.progress = {voter: Progress(following, self._window) for voter in self.progress}
 
@@ -81,11 +81,11 @@ class Replication:
         """True if send_due() may send something."""
         return self._append_due or self._broadcast_due
 
-    def owe(self, progress: Progress) -> None:
+    def mark_unsent(self, progress: Progress) -> None:
         """Let one follower have a MsgApp, an empty one if need be."""
         progress.due = self._append_due = True
 
-    def owe_all(self) -> None:
+    def mark_all_unsent(self) -> None:
         """Let every follower have a MsgApp: there are new entries, or a new commit index."""
         self._broadcast_due = True
 
@@ -94,7 +94,7 @@ class Replication:
         if member in self.progress:
             self.progress[member].asked = self._log.last_index
 
-    def owe_commit(self, index: int, *, at_once: bool) -> None:
+    def mark_commit_unsent(self, index: int, *, at_once: bool) -> None:
         """The commit index becomes `index`.  A patient leader only tells those whose clients wait.
 
         The others hear of it with the next entries, mostly within a millisecond: messages and
@@ -103,12 +103,12 @@ class Replication:
         at_once  tell all: voters change, and who leaves must hear of it while it gets messages
         """
         if at_once or not self._patient:
-            self.owe_all()
+            self.mark_all_unsent()
             return
-        self.commit_untold = len(self.progress) > 1
+        self.commit_unsent = len(self.progress) > 1
         for progress in self.progress.values():
             if progress.asked:
-                self.owe(progress)
+                self.mark_unsent(progress)
                 if progress.asked <= index:
                     progress.asked = 0
 
@@ -116,7 +116,7 @@ class Replication:
         """Send a MsgApp, or a MsgSnap, to every follower that is due and not paused."""
         everyone = self._broadcast_due
         self._append_due = self._broadcast_due = False
-        self.commit_untold = self.commit_untold and not everyone
+        self.commit_unsent = self.commit_unsent and not everyone
         batches: Dict[int, List[Entry]] = {}        # next index -> entries, shared by the peers
         for peer, progress in self.progress.items():
             if (everyone or progress.due) and peer != self._id:
@@ -171,7 +171,7 @@ class Replication:
         progress = self.progress[message.sender]
         progress.recent_active = True
         if progress.maybe_decrease(message.index, message.reject_hint):
-            self.owe(progress)
+            self.mark_unsent(progress)
 
     def handle_ack(self, message: Message) -> bool:
         """A follower has everything up to message.index; False if that is no news."""
@@ -181,7 +181,7 @@ class Replication:
         if message.index > last or not progress.acknowledge(message.index):
             return False                            # nobody can hold more than its leader
         if was_paused or progress.next_index <= last:
-            self.owe(progress)
+            self.mark_unsent(progress)
         return True
 
     def handle_heartbeat_resp(self, message: Message) -> None:
@@ -192,7 +192,7 @@ class Replication:
             progress.inflights.free_first()         # its answers may be lost: go on carefully
         if progress.match_index < self._log.last_index:
             # An empty MsgApp is wanted, too: if entries were lost, it will be rejected.
-            self.owe(progress)
+            self.mark_unsent(progress)
 
     def heard_quorum(self) -> bool:
         """True if a majority, ourselves included, has answered since the last call."""
