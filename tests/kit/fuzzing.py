@@ -18,6 +18,8 @@ from pyetcd import Applier, Cluster, CodecError, Entry, InvariantError, RawNode,
 class _FuzzReactor:
     """Does nothing by itself: what is posted runs in turn()."""
 
+    http_date = "now"
+
     def __init__(self):
         self.posted = collections.deque()
 
@@ -25,7 +27,6 @@ class _FuzzReactor:
     def modify(self, sock, events, callback): pass
     def unregister(self, sock): pass
     def now(self): return 0.0
-    def http_date(self): return "now"
     def call_later(self, delay_s, callback, *args): return pyetcd.Timer(callback, args)
 
     def call_soon(self, callback, *args):
