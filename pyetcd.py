@@ -14623,7 +14623,7 @@ def _check_media_params(text: str) -> None:
         raise InvalidForm("mime: invalid media parameter")
 
 
-_BOOLS = {
+GO_BOOLS = {
     **dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
     **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False),
 }
@@ -14634,7 +14634,7 @@ def _bool_field(fields: Mapping[str, str], name: str, shown: str = "") -> Option
     text = fields.get(name)
     if text is None:
         return None
-    value = _BOOLS.get(text)
+    value = GO_BOOLS.get(text)
     if value is None:
         raise InvalidField("invalid value for " + (shown or f'"{name}"'))
     return value
@@ -17369,26 +17369,33 @@ def _bootstrap_entries(cluster: Cluster) -> List[Entry]:
 
 
 # ============================================================================
-# life/flags -- Flags: what can be set, and how its text is read.
+# life/flags -- Flags: a row for each, with its parser, default, help and field of ServerConfig.
 # ============================================================================
 
 
 class FlagError(ValueError):
-    """A flag or variable that cannot be used.  The text is one line; etcd's words come first."""
+    """A flag or variable with a bad value.  The text is one line that begins with etcd's words."""
 
 
 class Flag(NamedTuple):
-    """One flag.  parse turns its text into the value, or raises ValueError with the reason."""
+    """One flag.
+
+    parse      turns the text into the value; raises ValueError with the reason
+    no_effect  why the flag does nothing here; logged when it is given
+    field      the field of ServerConfig that the value fills, or `client_tls.<field>` and
+               `peer_tls.<field>` of TlsFiles; "" if another function reads the flag
+    """
 
     name: str
     parse: Callable[[str], Any]
     default: Any
     help: str
-    no_effect: str = ""                 # why it does nothing here; told when it is given
+    no_effect: str = ""
+    field: str = ""
 
     @property
     def is_bool(self) -> bool:
-        """True if the flag may stand alone: `-debug`."""
+        """True if the flag may stand without a value: `-debug`."""
         return isinstance(self.default, bool)
 
     @property
@@ -17397,17 +17404,28 @@ class Flag(NamedTuple):
         return "ETCD_" + self.name.upper().replace("-", "_")
 
 
+def setting(name: str, parse: Callable[[str], Any], help: str, field: str = "") -> Flag:
+    """Return the flag that fills a field of ServerConfig and has the default of that field.
+
+    field  as in Flag; unless given, the name of the flag with _ for -, and _ms for a time
+    """
+    field = field or name.replace("-", "_")
+    field += "" if hasattr(_DEFAULTS, field.partition(".")[0]) else "_ms"
+    return Flag(name, parse, operator.attrgetter(field)(_DEFAULTS), help, field=field)
+
+
+_DEFAULTS = ServerConfig()
+
+
 def parse_bool(text: str) -> bool:
-    """The boolean words of Go."""
-    if text in ("1", "t", "T", "true", "TRUE", "True"):
-        return True
-    if text in ("0", "f", "F", "false", "FALSE", "False"):
-        return False
-    raise ValueError("parse error")
+    """Return the value of a boolean, in the words of Go.  Raises ValueError."""
+    if text not in GO_BOOLS:
+        raise ValueError("parse error")
+    return GO_BOOLS[text]
 
 
 def parse_uint(text: str) -> int:
-    """An unsigned integer; 0x, 0o, 0b and 0 prefixes as in Go."""
+    """Return an unsigned integer; the prefixes 0x, 0o, 0b and 0 are those of Go."""
     plain = re.fullmatch("0([0-7]+)", text)
     try:
         if not re.fullmatch("[0-9a-zA-Z]+", text):
@@ -17421,11 +17439,10 @@ def parse_uint(text: str) -> int:
 
 
 class Refusal(ValueError):
-    """Why a flag cannot be had at all, whatever its value, and what to do instead."""
+    """A flag that is not supported with any value.  The text says why, and what to do instead."""
 
 
 def _parse_domain(text: str) -> str:
-    """The domain of -discovery-srv."""
     try:
         authority = split_url(f"http://{text}")[1]
     except ValueError:
@@ -17435,17 +17452,17 @@ def _parse_domain(text: str) -> str:
     return text
 
 
-def _parse_choice(*choices: str) -> Callable[[str], str]:
+def _one_of(*choices: str, refusal: str = "") -> Callable[[str], str]:
+    """Return the parser that accepts `choices`; refusal: its reason for any other text."""
     def parse(text: str) -> str:
         if text not in choices:
-            raise ValueError(f"invalid value, use one of {', '.join(choices)}")
+            raise ValueError(refusal or f"invalid value, use one of {', '.join(choices)}")
         return text
 
     return parse
 
 
 def _parse_origins(text: str) -> Tuple[str, ...]:
-    """Origins for CORS: `*`, or URLs."""
     origins = tuple(origin.strip() for origin in text.split(",") if origin.strip())
     for origin in origins:
         if origin != "*" and not re.fullmatch(r"https?://[^\s/]+/?", origin):
@@ -17454,7 +17471,7 @@ def _parse_origins(text: str) -> Tuple[str, ...]:
 
 
 def _parse_levels(text: str) -> Dict[str, int]:
-    """`package=LEVEL,*=LEVEL` -> package -> level of the logging module; `*` is "" ."""
+    """Return package -> level of the logging module for `package=LEVEL,*=LEVEL`; `*` is ""."""
     levels: Dict[str, int] = {}
     for part in filter(None, text.split(",")):
         package, _, level = part.partition("=")
@@ -17476,7 +17493,7 @@ _LOG_LEVELS = {
 
 
 def _parse_address(text: str) -> str:
-    """`ip:port` of the flags of etcd 0.4, without a scheme."""
+    """Return `ip:port` as the flags of etcd 0.4 have it, without a scheme.  Raises ValueError."""
     host, colon, port = text.rpartition(":")
     if not colon or (":" in host and not re.fullmatch(r"\[.*\]", host)):
         raise ValueError(f"address {text}: missing port in address")
@@ -17502,18 +17519,8 @@ def _parse_proxy(text: str) -> str:
         raise ValueError(str(error)) from None
 
 
-def _refusing(reason: str, *harmless: str) -> Callable[[str], str]:
-    """A parser that takes "" and the `harmless` values, and raises ValueError for any other."""
-    def parse(text: str) -> str:
-        if text and text not in harmless:
-            raise ValueError(reason)
-        return text
-
-    return parse
-
-
 def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
-    """The parser of auto-tls or peer-auto-tls, which may only be false."""
+    """Return the parser of auto-tls or peer-auto-tls, which may only be false."""
     def parse(text: str) -> bool:
         if parse_bool(text):
             raise Refusal(
@@ -17528,107 +17535,114 @@ def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     return parse
 
 
+def _tls_flags(side: str) -> Tuple[Flag, ...]:
+    """Return the flags for TLS with clients or with peers.  side: `client` or `peer`."""
+    prefix, part = ("peer-" if side == "peer" else ""), side + "_tls."
+    cert_auth = f"-{prefix}trusted-ca-file with -{prefix}client-cert-auth."
+    common_name = (setting("peer-cert-allowed-cn", str, "common name that peers' certificates must"
+                           " have.", "peer_tls.allowed_cn"),) if side == "peer" else ()
+    return (
+        setting(prefix + "ca-file", str, "[DEPRECATED] " + cert_auth, part + "ca_file"),
+        setting(prefix + "cert-file", str, f"path to the {side} server TLS cert file.",
+                part + "cert_file"),
+        setting(prefix + "key-file", str, f"path to the {side} server TLS key file.",
+                part + "key_file"),
+        setting(prefix + "client-cert-auth", parse_bool, f"require certificates of {side}s.",
+                part + "client_cert_auth"),
+        setting(prefix + "trusted-ca-file", str, f"path to the {side} server TLS CA file.",
+                part + "trusted_ca_file"),
+        setting(side + "-crl-file", str, f"path to the {side} certificate revocation list.",
+                part + "crl_file"),
+        *common_name,
+        setting(side + "-cert-allowed-hostname", str,
+                f"host name that certificates of {side}s must have.", part + "allowed_name"),
+        Flag(prefix + "auto-tls", _parse_auto_tls(prefix), False,
+             f"not supported: give -{prefix}cert-file, -{prefix}key-file."),
+    )
+
+
+_PEER_CERTIFICATE = _one_of("", refusal=(
+    "peers are shown the certificate of -peer-cert-file; leave this out"))
+_NO_PEERS = 'flag "-{}" is no longer supported; use -initial-cluster or -discovery'
+
 FLAGS: Dict[str, Tuple[Flag, ...]] = {
     "member": (
-        Flag("name", str, DEFAULT_NAME, "human-readable name for this member."),
-        Flag("data-dir", str, "", "path to the data directory (default: <name>.etcd)."),
-        Flag("wal-dir", str, "", "path to the dedicated wal directory."),
-        Flag("snapshot-count", parse_uint, DEFAULT_SNAPSHOT_COUNT,
-             "number of committed transactions to trigger a snapshot to disk."),
-        Flag("heartbeat-interval", parse_uint, DEFAULT_HEARTBEAT_MS,
-             "time (in milliseconds) of a heartbeat interval."),
-        Flag("election-timeout", parse_uint, DEFAULT_ELECTION_MS,
-             "time (in milliseconds) for an election to timeout."),
-        Flag("listen-peer-urls", parse_urls, parse_urls(DEFAULT_PEER_URLS),
-             "list of URLs to listen on for peer traffic."),
-        Flag("listen-client-urls", parse_urls, parse_urls(DEFAULT_CLIENT_URLS),
-             "list of URLs to listen on for client traffic."),
-        Flag("max-snapshots", parse_uint, DEFAULT_SNAPSHOTS_KEPT,
-             "maximum number of snapshot files to retain (0 is unlimited)."),
-        Flag("max-wals", parse_uint, DEFAULT_WALS_KEPT,
-             "maximum number of wal files to retain (0 is unlimited)."),
-        Flag("cors", _parse_origins, (),
-             "comma-separated whitelist of origins for cross-origin resource sharing."),
+        setting("name", str, "human-readable name for this member."),
+        setting("data-dir", str, "path to the data directory (default: <name>.etcd)."),
+        setting("wal-dir", str, "path to the dedicated wal directory."),
+        setting("snapshot-count", parse_uint,
+                "number of committed transactions to trigger a snapshot to disk."),
+        setting("heartbeat-interval", parse_uint,
+                "time (in milliseconds) of a heartbeat interval.", "heartbeat_ms"),
+        setting("election-timeout", parse_uint,
+                "time (in milliseconds) for an election to timeout.", "election_ms"),
+        setting("listen-peer-urls", parse_urls, "list of URLs to listen on for peer traffic."),
+        setting("listen-client-urls", parse_urls, "list of URLs to listen on for client traffic."),
+        setting("max-snapshots", parse_uint,
+                "maximum number of snapshot files to retain (0 is unlimited)."),
+        setting("max-wals", parse_uint, "maximum number of wal files to retain (0 is unlimited)."),
+        setting("cors", _parse_origins,
+                "comma-separated whitelist of origins for cross-origin resource sharing."),
     ),
     "clustering": (
-        Flag("initial-advertise-peer-urls", parse_urls, parse_urls(DEFAULT_PEER_URLS),
-             "list of this member's peer URLs to advertise to the rest of the cluster."),
-        Flag("advertise-client-urls", parse_urls, parse_urls(DEFAULT_CLIENT_URLS),
-             "list of this member's client URLs to advertise to the rest of the cluster."),
-        Flag("initial-cluster", str, "",
-             "initial cluster, `name=url` pairs (default: this member alone)."),
-        Flag("initial-cluster-state", _parse_choice("new", "existing"), "new",
-             "initial cluster state: `new`, or `existing` to join a running cluster."),
-        Flag("initial-cluster-token", str, DEFAULT_CLUSTER_TOKEN,
-             "token of the cluster: clusters with different tokens do not mix."),
-        Flag("discovery", _parse_discovery, "", "discovery URL used to bootstrap the cluster."),
-        Flag("discovery-fallback", _parse_choice("exit", "proxy"), "proxy",
-             "behavior when the discovery cluster is full: `exit` or `proxy`."),
-        Flag("discovery-proxy", _parse_proxy, "",
-             "HTTP proxy to use for traffic to discovery service."),
-        Flag("discovery-srv", _parse_domain, "", "dns srv domain used to bootstrap the cluster."),
-        Flag("discovery-srv-name", _refusing(
+        setting("initial-advertise-peer-urls", parse_urls,
+                "list of this member's peer URLs to advertise to the rest of the cluster."),
+        setting("advertise-client-urls", parse_urls,
+                "list of this member's client URLs to advertise to the rest of the cluster."),
+        setting("initial-cluster", str,
+                "initial cluster, `name=url` pairs (default: this member alone)."),
+        setting("initial-cluster-state", _one_of("new", "existing"),
+                "initial cluster state: `new`, or `existing` to join a running cluster."),
+        setting("initial-cluster-token", str,
+                "token of the cluster: clusters with different tokens do not mix."),
+        setting("discovery", _parse_discovery, "discovery URL used to bootstrap the cluster."),
+        setting("discovery-fallback", _one_of("exit", "proxy"),
+                "behavior when the discovery cluster is full: `exit` or `proxy`."),
+        setting("discovery-proxy", _parse_proxy,
+                "HTTP proxy to use for traffic to discovery service."),
+        setting("discovery-srv", _parse_domain, "dns srv domain used to bootstrap the cluster."),
+        Flag("discovery-srv-name", _one_of("", refusal=(
             "a suffix of the SRV names is not supported; publish the records without it"
-        ), "", "not supported: suffix of the SRV names."),
-        Flag("strict-reconfig-check", parse_bool, True,
-             "reject reconfiguration requests that would cause quorum loss."),
+        )), "", "not supported: suffix of the SRV names."),
+        setting("strict-reconfig-check", parse_bool,
+                "reject reconfiguration requests that would cause quorum loss."),
     ),
     "proxy": (
-        Flag("proxy", _parse_choice("off", "readonly", "on"), "off",
-             "proxy mode: `off`, `readonly` or `on`."),
-        Flag("proxy-failure-wait", parse_uint, 5000,
-             "time (in milliseconds) an endpoint is held in a failed state."),
-        Flag("proxy-refresh-interval", parse_uint, 30000,
-             "time (in milliseconds) between two refreshes of the endpoints."),
-        Flag("proxy-dial-timeout", parse_uint, 1000,
-             "time (in milliseconds) for a dial to timeout, 0 is unlimited."),
-        Flag("proxy-write-timeout", parse_uint, 5000,
-             "time (in milliseconds) for a write to timeout, 0 is unlimited."),
-        Flag("proxy-read-timeout", parse_uint, 0,
-             "time (in milliseconds) for a read to timeout, 0 is unlimited."),
+        setting("proxy", _one_of("off", "readonly", "on"),
+                "proxy mode: `off`, `readonly` or `on`."),
+        setting("proxy-failure-wait", parse_uint,
+                "time (in milliseconds) an endpoint is held in a failed state."),
+        setting("proxy-refresh-interval", parse_uint,
+                "time (in milliseconds) between two refreshes of the endpoints."),
+        setting("proxy-dial-timeout", parse_uint,
+                "time (in milliseconds) for a dial to timeout, 0 is unlimited."),
+        setting("proxy-write-timeout", parse_uint,
+                "time (in milliseconds) for a write to timeout, 0 is unlimited."),
+        setting("proxy-read-timeout", parse_uint,
+                "time (in milliseconds) for a read to timeout, 0 is unlimited."),
     ),
     "security": (
-        Flag("ca-file", str, "", "[DEPRECATED] -trusted-ca-file with -client-cert-auth."),
-        Flag("cert-file", str, "", "path to the client server TLS cert file."),
-        Flag("key-file", str, "", "path to the client server TLS key file."),
-        Flag("client-cert-auth", parse_bool, False, "require client certificates."),
-        Flag("trusted-ca-file", str, "", "path to the client server TLS CA file."),
-        Flag("client-crl-file", str, "", "path to the client certificate revocation list."),
-        Flag("client-cert-allowed-hostname", str, "", "name that client certificates must have."),
-        Flag("auto-tls", _parse_auto_tls(""), False, "not supported: give -cert-file, -key-file."),
-        Flag("peer-ca-file", str, "",
-             "[DEPRECATED] -peer-trusted-ca-file with -peer-client-cert-auth."),
-        Flag("peer-cert-file", str, "", "path to the peer server TLS cert file."),
-        Flag("peer-key-file", str, "", "path to the peer server TLS key file."),
-        Flag("peer-client-cert-auth", parse_bool, False, "require certificates of peers."),
-        Flag("peer-trusted-ca-file", str, "", "path to the peer server TLS CA file."),
-        Flag("peer-crl-file", str, "", "path to the peer certificate revocation list."),
-        Flag("peer-cert-allowed-cn", str, "", "common name that peers' certificates must have."),
-        Flag("peer-cert-allowed-hostname", str, "",
-             "host name that peers' certificates must have."),
-        Flag("peer-auto-tls", _parse_auto_tls("peer-"), False,
-             "not supported: give -peer-cert-file, -peer-key-file."),
-        Flag("peer-client-cert-file", _refusing(
-            "peers are shown the certificate of -peer-cert-file; leave this out"
-        ), "", "not supported: -peer-cert-file serves for both directions."),
-        Flag("peer-client-key-file", _refusing(
-            "peers are shown the certificate of -peer-cert-file; leave this out"
-        ), "", "not supported: -peer-key-file serves for both directions."),
-        Flag("tls-min-version", _refusing("TLS 1.2 and later are accepted; use TLS1.2", "TLS1.2"),
-             "", "only TLS1.2, which is what holds without it too."),
-        Flag("host-whitelist", _refusing(
+        *_tls_flags("client"), *_tls_flags("peer"),
+        Flag("peer-client-cert-file", _PEER_CERTIFICATE, "",
+             "not supported: -peer-cert-file serves for both directions."),
+        Flag("peer-client-key-file", _PEER_CERTIFICATE, "",
+             "not supported: -peer-key-file serves for both directions."),
+        Flag("tls-min-version", _one_of(
+            "", "TLS1.2", refusal="TLS 1.2 and later are accepted; use TLS1.2"
+        ), "", "only TLS1.2, which is what holds without it too."),
+        Flag("host-whitelist", _one_of("", "*", refusal=(
             "requests are answered whatever their Host; use * and protect the port by"
-            " -client-cert-auth or a firewall", "*"
-        ), "*", "not supported: only `*`."),
+            " -client-cert-auth or a firewall"
+        )), "*", "not supported: only `*`."),
     ),
     "logging": (
-        Flag("debug", parse_bool, False, "enable debug-level logging."),
+        setting("debug", parse_bool, "enable debug-level logging."),
         Flag("log-package-levels", _parse_levels, {},
              "levels per package, such as `etcdserver=WARNING,*=INFO`."),
     ),
     "unsafe": (
-        Flag("force-new-cluster", parse_bool, False,
-             "make this member the only one of its cluster: after the loss of the others."),
+        setting("force-new-cluster", parse_bool,
+                "make this member the only one of its cluster: after the loss of the others."),
     ),
     "other": (
         Flag("version", parse_bool, False, "show the version and exit."),
@@ -17641,17 +17655,13 @@ FLAGS: Dict[str, Tuple[Flag, ...]] = {
         Flag("peer-addr", _parse_address, "", "[DEPRECATED] use -initial-advertise-peer-urls."),
         Flag("peer-bind-addr", _parse_address, "", "[DEPRECATED] use -listen-peer-urls."),
     ),
-    "of etcd 0.4, refused": (
-        Flag("peers", _refusing(
-            'flag "-peers" is no longer supported; use -initial-cluster or -discovery'
-        ), "", "no longer supported."),
-        Flag("peers-file", _refusing(
-            'flag "-peers-file" is no longer supported; use -initial-cluster or -discovery'
-        ), "", "no longer supported."),
+    "of etcd 0.4, refused": tuple(
+        Flag(name, _one_of("", refusal=_NO_PEERS.format(name)), "", "no longer supported.")
+        for name in ("peers", "peers-file")
     ),
 }
 
-# Of etcd 0.4: booleans that do nothing -> what to use instead.
+# Booleans of etcd 0.4 that do nothing -> the flag to use instead.
 IGNORED_BOOLS = {
     "cluster-active-size": "", "cluster-remove-delay": "", "cluster-sync-interval": "",
     "config": "a configuration file is given with -config-file FILE", "force": "",
@@ -17661,8 +17671,9 @@ IGNORED_BOOLS = {
     "snapshot": "snapshots are always made; -snapshot-count says how often",
     "v": "-version shows the version, -debug logs more", "vv": "-debug logs more",
 }
-# Of etcd 2.3's experiments and of etcd 3: accepted, so that units and scripts need no change.  Why
-# each does nothing -> etcd's default of each.  Nothing that protects something may stand here.
+# Of etcd 2.3's experiments and of etcd 3: accepted, so that units and scripts need no change.  The
+# reason why a flag does nothing -> flag -> etcd's default.  A flag that protects data or access
+# must not be listed: its user would rely on a protection that does not exist.
 NO_EFFECT: Dict[str, Dict[str, Any]] = {
     "the v2 API is always on": {"enable-v2": True, "v2-deprecation": "not-yet"},
     "there is no v3 API": {
@@ -18882,7 +18893,7 @@ _HOP_HEADERS = frozenset((
 _CORS_HEADERS = frozenset((
     "access-control-allow-headers", "access-control-allow-methods", "access-control-allow-origin",
 ))
-_WAITS = frozenset(f"wait={word}" for word, value in _BOOLS.items() if value)
+_WAITS = frozenset(f"wait={word}" for word, value in GO_BOOLS.items() if value)
 
 
 def read_kept_endpoints(path: str) -> Tuple[str, ...]:
@@ -19491,22 +19502,22 @@ class ProxyServer(ServerThread):
 
 
 # ============================================================================
-# life/settings -- Settings: command line, environment, configuration file.
+# life/settings -- Settings: the values of flags, from command line, environment or configuration file.
 # ============================================================================
 
 
-ENVIRONMENT_FILE = "/etc/environment"   # where CoreOS keeps COREOS_PRIVATE_IPV4
+ENVIRONMENT_FILE = "/etc/environment"   # of CoreOS, with COREOS_PRIVATE_IPV4
 
 
 class Settings:
-    """What the command line and the environment say, or the configuration file instead of both.
+    """Values of flags: from the command line and the environment, or from a configuration file.
 
-    values   flag name -> parsed value, for what was given
-    sources  flag name -> where: `-name`, `ETCD_NAME` or `<file>:<line>`
+    values   flag name -> parsed value, for the flags that were given
+    sources  flag name -> `-name`, `ETCD_NAME` or `<file>:<line>`
     lines    (level, package, text) to be logged once logging is set up
 
-    flags    those that there are, if not the member's
-    A flag goes before its variable.  Raises FlagError.
+    flags    the flags to accept; (): those of a member
+    A flag on the command line goes before its variable.  Raises FlagError.
     Source: Go's package flag; etcd 2.3 pkg/flags; etcd 3.4 etcdmain/config.go for the file.
     """
 
@@ -19525,20 +19536,18 @@ class Settings:
             pass
 
     def __getitem__(self, name: str) -> Any:
-        """The value of a flag, or its default."""
         return self.values.get(name, self._flags[name].default)
 
     def is_set(self, name: str) -> bool:
-        """True if the flag or its variable was given."""
         return name in self.values
 
     def where(self, name: str) -> str:
-        """What to call a setting in a message: by what the operator wrote."""
+        """Return the name of a setting for messages, with the place where it was set."""
         source = self.sources.get(name, f"-{name}")
         return source if source.startswith("-") else f"{name} (from {source})"
 
     def spell(self, name: str, like: str, text: str) -> str:
-        """Setting `name` to `text`, written as the operator wrote `like`."""
+        """Return the text that sets `name` to `text` in the place where `like` was set."""
         source = self.sources.get(like, "-")
         if source.startswith("-"):
             return f"-{name} {text}"
@@ -19546,11 +19555,10 @@ class Settings:
         return f"{name}: {text}" if is_file else f"{self._flags[name].variable}={text}"
 
     def warn(self, text: str) -> None:
-        """Have a warning logged at the start."""
         self.lines.append((logging.WARNING, "etcd", text))
 
     def _next_flag(self) -> bool:
-        """Take one flag off the command line; False at the end of the flags."""
+        """Take one flag off the command line; return False at the end of the flags."""
         if not self._rest or not self._rest[0].startswith("-") or self._rest[0] == "-":
             return False
         word = self._rest.pop(0)
@@ -19578,18 +19586,18 @@ class Settings:
         return True
 
     def take_word(self) -> str:
-        """Take the first word behind the flags; "" if there is none."""
+        """Take the first word after the flags; return "" if there is none."""
         return self._rest.pop(0) if self._rest else ""
 
     def check_leftover(self) -> None:
-        """Raise FlagError for a word behind the flags."""
+        """Raise FlagError if a word follows the flags."""
         if self._rest:
             word = self._rest[0]
             raise FlagError(f"error verifying flags, '{word}' is not a valid flag"
                             f"{self._leftover_advice(word)}")
 
     def _leftover_advice(self, word: str) -> str:
-        """How a word may have come behind the flags, and what to write instead."""
+        """Return what to write instead of a word that is no flag; "" if that is unknown."""
         bare = word.lstrip(_TYPOGRAPHIC_DASHES)
         switch, instead = self._switch, IGNORED_BOOLS.get(self._switch)
         if bare != word:
@@ -19598,8 +19606,8 @@ class Settings:
             return f"; write -{word}"
         if instead:
             return f"; {instead}"
-        if switch and _is_bool_word(word):
-            value = _YAML_BOOLS.get(word.lower(), word)
+        value = _YAML_BOOLS.get(word.lower(), word)
+        if switch and value in GO_BOOLS:
             return f"; -{switch} is a switch: write -{switch}, or -{switch}={value}"
         if "://" in word:
             return "; write a list as one word, its parts separated by commas without spaces"
@@ -19608,7 +19616,7 @@ class Settings:
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
     def _meant(self, prefix: str, name: str) -> str:
-        """The question whether another flag was meant; "" if none is like it."""
+        """Return `; did you mean <flag>?` if a flag has a similar name, else ""."""
         known = [
             flag.name for flag in self._flags.values()
             if flag.name != name and not flag.no_effect and flag.name not in IGNORED_BOOLS
@@ -19621,7 +19629,7 @@ class Settings:
         return f"; did you mean {prefix}{shown}?"
 
     def complete(self) -> None:
-        """Take the environment too; or, if a file is named, the file alone."""
+        """Read the environment; or, if a configuration file is named, that file instead."""
         path = self["config-file"] or self._environ.get(self._flags["config-file"].variable)
         if path:
             self.read_file(path)
@@ -19629,29 +19637,29 @@ class Settings:
             self.read_environment()
 
     def read_environment(self) -> None:
-        """Take the ETCD_* variables; an empty one counts as not set."""
+        """Read the ETCD_* variables; an empty variable counts as not set."""
         for name, flag in self._flags.items():
             text = self._environ.get(flag.variable, "")
             if not text:
                 continue
             if name in self.values:
-                self._say(f"recognized environment variable {flag.variable}, but unused: shadowed"
+                self._log(f"recognized environment variable {flag.variable}, but unused: shadowed"
                           f" by corresponding flag ")
                 continue
-            self._say(f"recognized and used environment variable {flag.variable}={text}")
+            self._log(f"recognized and used environment variable {flag.variable}={text}")
             self._set(flag, text, flag.variable)
         known = {flag.variable for flag in self._flags.values()}
         for variable in sorted(self._environ):
             if variable.startswith("ETCD_") and variable not in known:
                 text = self._environ[variable]
                 meant = self._meant("ETCD_", variable[len("ETCD_"):])
-                self._say(f"unrecognized environment variable {variable}={text}{meant}",
+                self._log(f"unrecognized environment variable {variable}={text}{meant}",
                           logging.WARNING)
 
     def read_file(self, path: str) -> None:
-        """Take the settings of a configuration file, and forget all others.
+        """Read a configuration file, and forget all other settings.
 
-        Differs from etcd, which ignores in silence what it does not know: here it is a warning.
+        Differs from etcd, which ignores an unknown setting in silence: here it is a warning.
         """
         self.values, self.sources = {}, {}
         self.lines = [(
@@ -19673,9 +19681,9 @@ class Settings:
     def _set(self, flag: Flag, text: str, source: str) -> None:
         name = flag.name
         if name in IGNORED_BOOLS:
-            self._say(f'flag "-{name}" is no longer supported - ignoring.', logging.WARNING)
+            self._log(f'flag "-{name}" is no longer supported - ignoring.', logging.WARNING)
         elif flag.no_effect:
-            self._say(f"flag -{name} has no effect: {flag.no_effect}", logging.WARNING)
+            self._log(f"flag -{name} has no effect: {flag.no_effect}", logging.WARNING)
         if name.endswith("-urls") or name.endswith("addr") or name == "initial-cluster":
             text = expand_addresses(text, self._environ, source)
         try:
@@ -19690,25 +19698,18 @@ class Settings:
         if _quoting_advice(text) and name != "initial-cluster":
             self.warn(f"the value of {source} is {text!r}{_quoting_advice(text)}")
 
-    def _say(self, text: str, level: int = logging.INFO) -> None:
+    def _log(self, text: str, level: int = logging.INFO) -> None:
         self.lines.append((level, "flags", text))
 
 
 _YAML_BOOLS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 _TYPOGRAPHIC_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 _TYPOGRAPHIC_QUOTES = "\u201c\u201d\u201e\u2018\u2019"
-_LIKENESS_MIN = 0.7                 # of a name to the one that was meant, 1.0: the same
-
-
-def _is_bool_word(word: str) -> bool:
-    with contextlib.suppress(ValueError):
-        parse_bool(_YAML_BOOLS.get(word.lower(), word))
-        return True
-    return False
+_LIKENESS_MIN = 0.7                 # of a misspelt name to the flag that is suggested; 1.0: equal
 
 
 def _quoting_advice(text: str) -> str:
-    """What to do about quotes and line ends that came along with a value; "" without them."""
+    """Return what to do about quotes or a line end around a value; "" if there are none."""
     if text and (text[0] in _TYPOGRAPHIC_QUOTES or text[-1] in _TYPOGRAPHIC_QUOTES):
         return "; it has typographic quotes: write it without quotes"
     if len(text) > 1 and text[0] in "\"'" and text[-1] == text[0]:
@@ -19722,13 +19723,12 @@ def _quoting_advice(text: str) -> str:
 
 
 def _advice(flag: Flag, text: str) -> str:
-    """What to write instead of a value that cannot be used; "" if that is not known."""
+    """Return what to write instead of a bad value; "" if that is unknown."""
     quoting = _quoting_advice(text)
     if quoting:
         return quoting
     if flag.is_bool:
-        word = _YAML_BOOLS.get(text.lower(), "true or false")
-        return f"; write {word}"
+        return f"; write {_YAML_BOOLS.get(text.lower(), 'true or false')}"
     if flag.parse is _parse_address:
         return f"; write {text.partition('://')[2]}" if "://" in text else "; write IP:PORT"
     if flag.parse is _parse_origins:
@@ -19740,16 +19740,13 @@ def _advice(flag: Flag, text: str) -> str:
 
 
 def url_advice(text: str, name: str) -> str:
-    """What to write instead of the first bad URL in a list, or in `name=url,name=url`."""
+    """Return what to write instead of the first bad URL of a list, or of `name=url,name=url`."""
     port = 2380 if "peer" in name or name == "initial-cluster" else 2379
     for item in text.split(","):
         pair, _, url = item.strip().rpartition("=")
         url = item.strip() if "://" in pair or name != "initial-cluster" else url
-        try:
-            check_url(url)
+        if usable_urls([url]):
             continue
-        except ValueError:
-            pass
         if not url:
             return "; there is a comma too many" if len(text) > 1 else "; write http://HOST:PORT"
         if re.search("[${}<>%]", url):
@@ -19761,7 +19758,7 @@ def url_advice(text: str, name: str) -> str:
 
 
 def _repaired(url: str, port: int) -> str:
-    """The URL that was probably meant, as advice; "" if that would be none either."""
+    """Return `; write <URL>` with the URL that was probably meant; "" if that is bad too."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         scheme, rest = "http", url
@@ -19778,7 +19775,7 @@ def _repaired(url: str, port: int) -> str:
 
 
 def _invalid(flag: Flag, text: str, source: str, reason: str) -> str:
-    """The sentence about a value that cannot be used; Go has one of its own for boolean flags."""
+    """Return the sentence about a bad value; Go's flag package words it by kind and source."""
     if source == flag.variable:
         return f'invalid value "{text}" for {source}: {reason}'
     if not source.startswith("-"):
@@ -19792,11 +19789,11 @@ def _invalid(flag: Flag, text: str, source: str, reason: str) -> str:
 
 
 class FileSetting(NamedTuple):
-    """One setting of a configuration file."""
+    """One setting of a configuration file.  text: as on the command line, never empty."""
 
-    line: int                           # where it stands, from 1
+    line: int                           # from 1
     name: str                           # of the flag
-    text: str                           # as on the command line; never empty
+    text: str
 
 
 _SECTIONS = {"client-transport-security": "", "peer-transport-security": "peer-"}
@@ -19812,11 +19809,11 @@ _CONFIG_FORM = "write `setting: value` on each line, lists as `a,b` or `[a, b]`,
 
 
 def read_config_file(path: str) -> List[FileSetting]:
-    """Return what a configuration file sets: a JSON object, or lines of `setting: value`.
+    """Return the settings in a configuration file: a JSON object, or lines of `setting: value`.
 
-    The names are those of the flags.  In client-transport-security and peer-transport-security,
-    as etcd 3 has them, the flags for TLS go without `peer-`.  What is empty is not set.
-    Of YAML this is what a flat file needs: comments, quotes, [a, b]; all else is an error.
+    The names are those of the flags.  In the sections client-transport-security and
+    peer-transport-security of etcd 3 the flags for TLS have no `peer-`.  An empty setting is
+    skipped.  Of YAML a flat file may have comments, quotes and [a, b]; anything else is an error.
     Raises FlagError with file and line.
     """
     try:
@@ -19936,7 +19933,7 @@ def _yaml_text(value: str) -> str:
 
 
 def _unquote_yaml(text: str) -> str:
-    """Return what a scalar means.  Raises ValueError for escapes that JSON does not have."""
+    """Return the text of a scalar.  Raises ValueError for escapes that JSON does not have."""
     if text.startswith("'"):
         return text[1:-1].replace("''", "'")
     if text.startswith('"'):
@@ -19951,11 +19948,11 @@ _ADDRESS_NAME = re.compile(r"\$\{?(private|public)_ipv4\b\}?")
 
 
 def expand_addresses(text: str, environ: Mapping[str, str], source: str) -> str:
-    """Replace $private_ipv4 and $public_ipv4, which only some clouds fill in, by addresses.
+    """Replace $private_ipv4 and $public_ipv4 by addresses, as cloud-config does on some clouds.
 
-    They come from COREOS_PRIVATE_IPV4 and COREOS_PUBLIC_IPV4 in the environment or in
-    /etc/environment; the private one otherwise from the interface with the default route.
-    Raises FlagError, naming `source`, if the address cannot be known.
+    The addresses are COREOS_PRIVATE_IPV4 and COREOS_PUBLIC_IPV4 in the environment, or in
+    /etc/environment.  Without a private one, the interface with the default route has it.
+    Raises FlagError, which names `source`, if an address is unknown.
     """
     def address(match: re.Match[str]) -> str:
         kind = match.group(1)
@@ -19984,41 +19981,36 @@ def read_environment_file(path: str) -> Dict[str, str]:
     return found
 
 
-_OLD_ADDRESSES = {
-    "addr": "advertise-client-urls", "bind-addr": "listen-client-urls",
-    "peer-addr": "initial-advertise-peer-urls", "peer-bind-addr": "listen-peer-urls",
-}
-
-
 def _take_old_addresses(settings: Settings) -> None:
     """Turn the IP:port flags of etcd 0.4 into URLs.  Raises FlagError."""
-    for old, bound in (("addr", "bind-addr"), ("peer-addr", "peer-bind-addr")):
-        if settings.is_set(old) and not settings.is_set(bound):
-            if not settings.is_set(_OLD_ADDRESSES[bound]):
-                port = settings[old].rpartition(":")[2]
-                settings.values[bound] = f"[::]:{port}"
-                settings.sources[bound] = settings.sources[old]
-    for old, new in _OLD_ADDRESSES.items():
-        if not settings.is_set(old):
-            continue
-        if settings.is_set(new):
-            raise FlagError(f"Set only one of flags -{new} and -{old}")
-        side = "peer-" if old.startswith("peer-") else ""
+    values, sources = settings.values, settings.sources
+    for side, advertise, listen in (
+        ("", "advertise-client-urls", "listen-client-urls"),
+        ("peer-", "initial-advertise-peer-urls", "listen-peer-urls"),
+    ):
+        addr, bind_addr = side + "addr", side + "bind-addr"
+        if addr in values and bind_addr not in values and listen not in values:
+            values[bind_addr] = "[::]:" + values[addr].rpartition(":")[2]
+            sources[bind_addr] = sources[addr]
         is_tls = settings[side + "cert-file"] or settings[side + "key-file"]
-        settings.values[new] = (f"{'https' if is_tls else 'http'}://{settings[old]}",)
-        settings.sources[new] = settings.sources[old]
+        for old, new in ((addr, advertise), (bind_addr, listen)):
+            if old in values and new in values:
+                raise FlagError(f"Set only one of flags -{new} and -{old}")
+            if old in values:
+                values[new] = (f"{'https' if is_tls else 'http'}://{values[old]}",)
+                sources[new] = sources[old]
 
 
 # ============================================================================
-# life/checks -- What settings do not go together, and the configuration that they make.
+# life/checks -- Checks of settings that contradict each other, and the configuration that settings make.
 # ============================================================================
 
 
-# -- what does not go together ---------------------------------------------------
+# -- settings that contradict each other -----------------------------------------
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise FlagError for settings that do not go together (etcd 2.3 config.go)."""
+    """Raise FlagError for settings that contradict each other.  Source: etcd 2.3 config.go."""
     ways = [
         name for name in ("initial-cluster", "discovery", "discovery-srv") if settings.is_set(name)
     ]
@@ -20033,8 +20025,8 @@ def check_settings(settings: Settings) -> None:
             settings.warn(f"{settings.where(name)} does nothing: {instead}")
     _check_name(settings)
     _check_log_packages(settings)
-    _check_clients_are_told(settings)
-    _check_peers_are_told(settings)
+    _check_advertised_to_clients(settings)
+    _check_advertised_to_peers(settings)
     _check_times(settings)
     _check_initial_cluster(settings)
     for name in ("initial-advertise-peer-urls", "advertise-client-urls"):
@@ -20050,7 +20042,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def _check_name(settings: Settings) -> None:
-    """Raise FlagError for a name that -initial-cluster could not name."""
+    """Raise FlagError for a name that -initial-cluster cannot hold."""
     name, where = settings["name"], settings.where("name")
     if not name:
         raise FlagError(
@@ -20065,7 +20057,7 @@ def _check_name(settings: Settings) -> None:
 
 
 def _check_log_packages(settings: Settings) -> None:
-    """Warn of packages that never log; etcd takes them without a word."""
+    """Warn of packages that never log; etcd accepts them without a word."""
     for package in settings["log-package-levels"]:
         if package and package.partition(".")[0] not in LOG_PACKAGES:
             near = difflib.get_close_matches(package, LOG_PACKAGES, 1)
@@ -20076,8 +20068,8 @@ def _check_log_packages(settings: Settings) -> None:
             )
 
 
-def _check_clients_are_told(settings: Settings) -> None:
-    """Who chooses where to listen must say how clients get there; a proxy advertises nothing."""
+def _check_advertised_to_clients(settings: Settings) -> None:
+    """Raise FlagError if -listen-client-urls has no advertised URLs; a proxy needs none."""
     listen, advertise = "listen-client-urls", "advertise-client-urls"
     falls_back = settings["discovery"] and settings["discovery-fallback"] == "proxy"
     if not settings.is_set(listen) or settings.is_set(advertise):
@@ -20092,10 +20084,10 @@ def _check_clients_are_told(settings: Settings) -> None:
         )
 
 
-def _check_peers_are_told(settings: Settings) -> None:
-    """Warn of a registration with the default peer URLs by a member that listens elsewhere.
+def _check_advertised_to_peers(settings: Settings) -> None:
+    """Warn if discovery would publish the default peer URLs of a member that listens elsewhere.
 
-    In -initial-cluster they would not match, which is an error later on.
+    With -initial-cluster this is an error later, as the URLs do not match.
     """
     listen, advertise = "listen-peer-urls", "initial-advertise-peer-urls"
     found = settings["discovery"] or settings["discovery-srv"]
@@ -20155,7 +20147,7 @@ def _check_initial_cluster(settings: Settings) -> None:
 
 
 def check_restore_settings(settings: Settings) -> None:
-    """Raise FlagError for peer URLs of a new cluster that cannot be used."""
+    """Raise FlagError for a bad name or bad peer URLs of a restored cluster."""
     _check_name(settings)
     _check_initial_cluster(settings)
     for url in settings["initial-advertise-peer-urls"]:
@@ -20163,10 +20155,10 @@ def check_restore_settings(settings: Settings) -> None:
 
 
 def _check_host(settings: Settings, name: str, url: str) -> None:
-    """Raise FlagError for an advertised URL without a host; warn of one that is a wildcard.
+    """Raise FlagError for an advertised URL without host or port; warn of a wildcard address.
 
-    Differs from etcd, which takes it, and then no member finds another: the failure that ends
-    many first attempts with cloud-config, when $private_ipv4 is empty.
+    Differs from etcd, which accepts such a URL, and whose members then never find each other.
+    Many first attempts with cloud-config end so, because $private_ipv4 was empty.
     """
     host, port = url_address(url)
     if not port:
@@ -20190,33 +20182,17 @@ def _check_host(settings: Settings, name: str, url: str) -> None:
 # -- TLS -------------------------------------------------------------------------
 
 
-def _tls_files(settings: Settings, side: str) -> TlsFiles:
-    """What the flags of one side, `client` or `peer`, say about TLS."""
-    prefix = _TLS_PREFIX[side]
-    hostname = {"client": "client-cert-allowed-hostname", "peer": "peer-cert-allowed-hostname"}
-    return TlsFiles(
-        cert_file=settings[prefix + "cert-file"],
-        key_file=settings[prefix + "key-file"],
-        trusted_ca_file=settings[prefix + "trusted-ca-file"],
-        ca_file=settings[prefix + "ca-file"],
-        client_cert_auth=settings[prefix + "client-cert-auth"],
-        crl_file=settings[side + "-crl-file"],
-        allowed_name=settings[hostname[side]],
-        allowed_cn=settings["peer-cert-allowed-cn"] if side == "peer" else "",
-    )
-
-
 _TLS_PREFIX = {"client": "", "peer": "peer-"}
 
 
 def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int, str]]:
     """Return (level, text) of the lines to log about TLS on one side, `client` or `peer`.
 
-    urls  where that side listens
+    urls  the -listen URLs of that side
 
-    Raises StartError for what could not work, or would protect less than it says.
-    Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go; the checks of names and
-    revocations are stricter than etcd 3, which leaves them out where nobody asks for certificates.
+    Raises StartError for files that cannot work, or that protect less than their flags promise.
+    Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go.  Differs from etcd 3, which
+    skips the checks of names and revocations if client certificates are not required.
     """
     prefix = _TLS_PREFIX[side]
     pair = f"-{prefix}cert-file and -{prefix}key-file"
@@ -20275,47 +20251,25 @@ def _check_readable(side: str, files: TlsFiles) -> None:
 
 
 def make_config(settings: Settings) -> ServerConfig:
-    """Return the member's configuration.  Raises FlagError."""
+    """Return the configuration of the member: each flag fills its field.  Raises FlagError."""
     try:
         check_settings(settings)
     except FlagError as error:
         raise FlagError(f"error verifying flags, {error}") from None
-    initial = settings["initial-cluster"]
-    if not initial and not settings["discovery"] and not settings["discovery-srv"]:
-        initial = default_initial_cluster(settings["name"])
-    return ServerConfig(
-        name=settings["name"],
-        data_dir=settings["data-dir"],
-        wal_dir=settings["wal-dir"],
-        snapshot_count=settings["snapshot-count"] or DEFAULT_SNAPSHOT_COUNT,
-        heartbeat_ms=settings["heartbeat-interval"],
-        election_ms=settings["election-timeout"],
-        max_snapshots=settings["max-snapshots"],
-        max_wals=settings["max-wals"],
-        initial_cluster=initial,
-        initial_cluster_token=settings["initial-cluster-token"],
-        initial_cluster_state=settings["initial-cluster-state"],
-        force_new_cluster=settings["force-new-cluster"],
-        listen_client_urls=settings["listen-client-urls"],
-        listen_peer_urls=settings["listen-peer-urls"],
-        advertise_client_urls=settings["advertise-client-urls"],
-        initial_advertise_peer_urls=settings["initial-advertise-peer-urls"],
-        discovery=settings["discovery"],
-        discovery_fallback=settings["discovery-fallback"],
-        discovery_proxy=settings["discovery-proxy"],
-        discovery_srv=settings["discovery-srv"],
-        strict_reconfig_check=settings["strict-reconfig-check"],
-        cors=settings["cors"],
-        client_tls=_tls_files(settings, "client"),
-        peer_tls=_tls_files(settings, "peer"),
-        proxy=settings["proxy"],
-        proxy_failure_wait_ms=settings["proxy-failure-wait"],
-        proxy_refresh_interval_ms=settings["proxy-refresh-interval"],
-        proxy_dial_timeout_ms=settings["proxy-dial-timeout"],
-        proxy_write_timeout_ms=settings["proxy-write-timeout"],
-        proxy_read_timeout_ms=settings["proxy-read-timeout"],
-        debug=settings["debug"],
+    parts: Dict[str, Dict[str, Any]] = {"": {}, "client_tls": {}, "peer_tls": {}}
+    for flag in itertools.chain.from_iterable(FLAGS.values()):
+        part, _, field = flag.field.rpartition(".")
+        if field:
+            parts[part][field] = settings[flag.name]
+    config = ServerConfig(
+        **parts[""], client_tls=TlsFiles(**parts["client_tls"]),
+        peer_tls=TlsFiles(**parts["peer_tls"]),
     )
+    initial = config.initial_cluster
+    if not initial and not config.discovery and not config.discovery_srv:
+        initial = default_initial_cluster(config.name)
+    count = config.snapshot_count or DEFAULT_SNAPSHOT_COUNT
+    return config._replace(initial_cluster=initial, snapshot_count=count)
 
 
 # ============================================================================
@@ -20867,7 +20821,6 @@ _SEE_HELP = "See 'pyetcd -help'."
 
 
 def usage() -> str:
-    """Return the text of -help."""
     lines = [
         "usage: pyetcd [flags]", "       start a pyetcd member", "",
         "       pyetcd backup [flags]",
@@ -20900,7 +20853,6 @@ def _flag_lines(flags: Sequence[Flag]) -> Iterator[str]:
 
 
 def tool_usage(tool: str) -> str:
-    """Return the text of `pyetcd backup -help` or `pyetcd restore -help`."""
     return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(TOOL_FLAGS[tool]), ""])
 
 
@@ -20920,7 +20872,6 @@ _TOOL_USAGE = {
 
 
 def version_text() -> str:
-    """Return the four lines of -version."""
     machine = platform.machine().lower()
     machine = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386"}.get(machine, machine)
     python = f"{platform.python_implementation()} {platform.python_version()}"
@@ -20937,19 +20888,19 @@ class LogFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """One line; the package is what follows `pyetcd.` in the logger's name."""
+        """Return one line; the package stands behind `pyetcd.` in the name of the logger."""
         package = record.name.partition(".")[2]
         prefix = f"{package}: " if package else ""
         return f"{record.asctime} {prefix}{record.message}"
 
     def formatException(self, ei: Any) -> str:
-        """The traceback, indented: what an exception says cannot be taken for a line of ours."""
+        """Return the traceback, indented: no text in it looks like a line of the log."""
         lines = super().formatException(ei).split("\n")
         return "\n".join("    " + one_line(line) for line in lines)
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Send the log to stderr, with the levels that the settings ask for."""
+    """Send the log to stderr, with the levels of the settings."""
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter())
@@ -20961,26 +20912,23 @@ def set_up_logging(settings: Settings) -> None:
 
 
 def check_data_dir(config: ServerConfig) -> str:
-    """Log which data directory it is, and return what it was used for: member, proxy, or "".
+    """Log the path of the data directory; return its kind: `member`, `proxy`, or "" if new.
 
-    What cannot be a data directory at all is refused later, by who makes it usable.
+    bootstrap() and prepare_proxy_dir() check later that the path can be a data directory.
     """
     log = package_logger("etcd")
     path = config.data_dir or config.name + ".etcd"
     if not config.data_dir:
         log.info("no data-dir provided, using default data-dir ./%s", path)
-    kind = ""
-    if os.path.isdir(os.path.join(path, "member")):
-        kind = "member"
-    elif os.path.isdir(os.path.join(path, "proxy")):
-        kind = "proxy"
-    if kind:
-        log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
-    return kind
+    for kind in ("member", "proxy"):
+        if os.path.isdir(os.path.join(path, kind)):
+            log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
+            return kind
+    return ""
 
 
 def raise_descriptor_limit() -> None:
-    """Allow as many open files as the system lets us.  Raises StartError if that is too few."""
+    """Raise the limit of open files to the maximum.  Raises StartError if that is too few."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
@@ -20994,10 +20942,10 @@ def raise_descriptor_limit() -> None:
 
 
 def notify_systemd(environ: Mapping[str, str]) -> None:
-    """Tell systemd, if it asked, that the member is up (sd_notify protocol)."""
+    """Report to systemd that the member is up, if NOTIFY_SOCKET is set (sd_notify protocol)."""
     path = environ.get("NOTIFY_SOCKET", "")
     if not path:
-        # etcd says so wherever systemd runs, from a terminal too.
+        # etcd logs this wherever systemd runs, from a terminal too.
         if os.getppid() == 1 and os.path.isdir("/run/systemd/system"):
             package_logger("etcd").error("forgot to set Type=notify in systemd service file?")
         return
@@ -21010,9 +20958,9 @@ def notify_systemd(environ: Mapping[str, str]) -> None:
 
 
 class SignalStop:
-    """SIGINT and SIGTERM stop the member in order, and then end the process as signals do.
+    """Stops the member in order at SIGINT or SIGTERM, and then ends the process by that signal.
 
-    Until install() the signals end it at once: nothing is served before the cluster is formed.
+    Before install() the signals end the process at once: the member serves nothing yet.
     """
 
     _SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}
@@ -21023,7 +20971,7 @@ class SignalStop:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def install(self, stop: Callable[[], None]) -> None:
-        """Call stop() on a thread of its own at the first signal; later ones are swallowed."""
+        """Call stop() on a thread of its own at the first signal; ignore later ones."""
         def received(number: int, frame: object) -> None:
             if self._received:
                 return
@@ -21037,14 +20985,14 @@ class SignalStop:
                 signal.signal(number, received)
 
     def end(self) -> None:
-        """After an orderly stop, die of the signal, so that the parent sees it; not as pid 1."""
+        """Die of the received signal, so that the parent process sees it; not as pid 1."""
         if self._received and os.getpid() != 1:
             signal.signal(self._received, signal.SIG_DFL)
             os.kill(os.getpid(), self._received)
 
 
 def log_sides(config: ServerConfig) -> None:
-    """Log how each side is protected, and who may ask from a browser.  Raises StartError."""
+    """Log the TLS settings of both ports and the CORS origins.  Raises StartError."""
     log = package_logger("etcd")
     peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
     for level, text in (
@@ -21057,22 +21005,17 @@ def log_sides(config: ServerConfig) -> None:
 
 
 def start_server(config: ServerConfig, kind: str) -> ServerThread:
-    """Start a member or a proxy: by what the data directory was used for, then by the flags.
+    """Start a member or a proxy: the kind of the data directory decides, then the flags.
 
     kind  as from check_data_dir
 
     Raises StartError.
     """
-    if kind == "proxy" or (config.proxy != "off" and kind != "member"):
-        return _start_proxy(config)
-    try:
-        return Server.from_config(config).__enter__()
-    except ClusterFull:
-        package_logger("etcd").info("discovery cluster full, falling back to proxy")
-    return _start_proxy(config)
-
-
-def _start_proxy(config: ServerConfig) -> ProxyServer:
+    if kind == "member" or (config.proxy == "off" and kind != "proxy"):
+        try:
+            return Server.from_config(config).__enter__()
+        except ClusterFull:
+            package_logger("etcd").info("discovery cluster full, falling back to proxy")
     return ProxyServer.from_config(config).__enter__()
 
 
@@ -21090,24 +21033,24 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
 
 
 class ProgressLine:
-    """`restore: 45% (123,456 keys)` on a terminal, if the work takes longer than a second."""
+    """Shows `restore: 45% (123,456 keys)` on a terminal for work of more than a second."""
 
     def __init__(self, tool: str, now: Callable[[], float] = SYSTEM_CLOCK.now) -> None:
         self._tool = tool
         self._now = now
         self._next = now() + 1.0
         self._keys = 0
-        self._text = ""                 # what stands on the line now
+        self._text = ""                 # on the terminal now
 
     def show(self, share: float, keys: int) -> None:
-        """A share of the work is done, 0.0 to 1.0, and so many keys."""
+        """Report progress.  share: done, 0.0 to 1.0; keys: read so far, 0 if unchanged."""
         self._keys = max(self._keys, keys)
         if sys.stderr.isatty() and self._now() >= self._next:
             self._next = self._now() + 0.1
             self._write(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
 
     def end(self) -> None:
-        """Leave a clean line."""
+        """Clear the line."""
         if self._text:
             self._write("")
             sys.stderr.write("\r")
@@ -21119,8 +21062,8 @@ class ProgressLine:
 
 
 def run_tool(tool: str, words: Sequence[str]) -> int:
-    """Run `pyetcd backup` or `pyetcd restore` with the words behind it; return the exit code."""
-    logging.getLogger("pyetcd").setLevel(logging.ERROR)     # what matters is in the report
+    """Run `pyetcd backup` or `pyetcd restore` with these words; return the exit code."""
+    logging.getLogger("pyetcd").setLevel(logging.ERROR)     # the report has all that matters
     line = ProgressLine(tool)
     try:
         report = _run_tool(tool, list(words), line)
@@ -21137,46 +21080,39 @@ def run_tool(tool: str, words: Sequence[str]) -> int:
 
 
 def _run_tool(tool: str, words: List[str], line: ProgressLine) -> str:
-    """Return what is to be said in the end.  Raises FlagError, BackupError."""
+    """Return the text to print at the end.  Raises FlagError, BackupError."""
     is_first = tool == "restore" and words and not words[0].startswith("-")
     source = words.pop(0) if is_first else ""
-    settings = Settings(words, os.environ, TOOL_FLAGS[tool])
+    flags = TOOL_FLAGS[tool]
+    settings = Settings(words, os.environ, flags)
     if settings.help:
         return tool_usage(tool)
     if tool == "restore":
         source = source or settings.take_word()
     settings.check_leftover()
     settings.read_environment()
-    dry_run = settings["dry-run"]
+    options = {flag.name.replace("-", "_"): settings[flag.name] for flag in flags}
     if tool == "backup":
         for name in ("data-dir", "backup-dir"):
             if not settings[name]:
                 raise FlagError(f"-{name} is missing")
-        report = backup(
-            settings["data-dir"], settings["backup-dir"], wal_dir=settings["wal-dir"],
-            backup_wal_dir=settings["backup-wal-dir"], dry_run=dry_run, progress=line.show,
-        )
+        report = backup(**options, progress=line.show)
     else:
         check_restore_settings(settings)
         if not source:
             raise FlagError("SOURCE is missing: a snapshot file, or a data directory")
-        report = restore(
-            source, settings["name"], initial_cluster=settings["initial-cluster"],
-            initial_cluster_token=settings["initial-cluster-token"],
-            initial_advertise_peer_urls=settings["initial-advertise-peer-urls"],
-            data_dir=settings["data-dir"], wal_dir=settings["wal-dir"], dry_run=dry_run,
-            progress=line.show,
-        )
-    return "\n".join(report.lines() if dry_run else [report.summary()]) + "\n"
+        report = restore(source, **options, progress=line.show)
+    return "\n".join(report.lines() if settings["dry-run"] else [report.summary()]) + "\n"
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `pyetcd` with these words after the command; return the exit code."""
-    # Threads of this process only wait for each other's short turns: 5 ms would be an eternity.
+    # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
+    # delay every write by that much beside a busy reactor.
     sys.setswitchinterval(0.0005)
-    # No collection of everything: it takes 0.2 s with a million keys, finds nothing (what is old
-    # here is in no cycle), and is most of a write's p99 (17 instead of 5 ms).
-    gc.set_threshold(2_000, 4, 1_000_000)       # the middle one takes 4 ms; with 5,000 and 5: 12
+    # No full collection: with a million keys it takes 0.2 s and makes the p99 of writes 17 ms
+    # instead of 5, and it frees nothing, as old objects of a member form no cycles.
+    gc.set_threshold(2_000, 4, 1_000_000)   # the middle generation takes 4 ms; with 5,000, 5: 12
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in TOOL_FLAGS:
         return run_tool(words[0], words[1:])

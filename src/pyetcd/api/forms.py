@@ -181,7 +181,7 @@ def _check_media_params(text: str) -> None:
         raise InvalidForm("mime: invalid media parameter")
 
 
-_BOOLS = {
+GO_BOOLS = {
     **dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
     **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False),
 }
@@ -192,7 +192,7 @@ def _bool_field(fields: Mapping[str, str], name: str, shown: str = "") -> Option
     text = fields.get(name)
     if text is None:
         return None
-    value = _BOOLS.get(text)
+    value = GO_BOOLS.get(text)
     if value is None:
         raise InvalidField("invalid value for " + (shown or f'"{name}"'))
     return value

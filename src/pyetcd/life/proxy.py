@@ -13,7 +13,7 @@ import random
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from urllib.parse import urlsplit
 
-from ..api.forms import _BOOLS, FORM_FIELDS_MAX, refuse_method, write_message
+from ..api.forms import FORM_FIELDS_MAX, GO_BOOLS, refuse_method, write_message
 from ..api.members import redirect
 from ..api.metrics import add_process_readings
 from ..api.routes import CorsRequest, allow_origin
@@ -53,7 +53,7 @@ _HOP_HEADERS = frozenset((
 _CORS_HEADERS = frozenset((
     "access-control-allow-headers", "access-control-allow-methods", "access-control-allow-origin",
 ))
-_WAITS = frozenset(f"wait={word}" for word, value in _BOOLS.items() if value)
+_WAITS = frozenset(f"wait={word}" for word, value in GO_BOOLS.items() if value)
 
 
 def read_kept_endpoints(path: str) -> Tuple[str, ...]:
