@@ -14487,12 +14487,11 @@ _NOSNIFF = "X-Content-Type-Options: nosniff\r\n"
 
 
 def refuse_method(allow: str, request: HttpRequest) -> None:
-    """Answer 405.  allow: the methods that there are, `A,B`."""
+    """Answer 405.  allow: the methods of the path, `A,B`."""
     request.reply(405, b"Method Not Allowed\n", _TEXT, f"Allow: {allow}\r\n{_NOSNIFF}")
 
 
 def not_found(request: HttpRequest) -> None:
-    """Answer 404."""
     request.reply(404, b"404 page not found\n", _TEXT, _NOSNIFF)
 
 
@@ -14506,8 +14505,8 @@ def parse_form(data: bytes, fields_max: int = FORM_FIELDS_MAX) -> Dict[str, str]
     """Return name -> first value of a query, or of a body in the same form.
 
     Raises InvalidForm.  Source: Go url.ParseQuery, as etcd 2.3 built with Go 1.17 or newer.
-    Differs from etcd: FORM_FIELDS_MAX, since millions of fields would stall everyone; and a part
-    of more than FORM_SLICE_BYTES must be UTF-8, as no answer could show it.
+    Differs from etcd: more than fields_max fields are refused, as they would stall all clients,
+    and so is a part of more than FORM_SLICE_BYTES that is not UTF-8, as no reply could hold it.
     """
     steps = form_steps(data, fields_max)
     while True:
@@ -14521,7 +14520,7 @@ def parse_form(data: bytes, fields_max: int = FORM_FIELDS_MAX) -> Dict[str, str]
 def form_steps(
     data: bytes, fields_max: int = FORM_FIELDS_MAX
 ) -> Generator[None, None, Dict[str, str]]:
-    """parse_form(), with pauses: nobody waits for a large form."""
+    """Do the work of parse_form() with pauses, so that a large form does not stall the reactor."""
     fields: Dict[str, str] = {}
     if not data:
         return fields
@@ -14530,7 +14529,7 @@ def form_steps(
     found = 0
     for start in range(0, len(data), FORM_SLICE_BYTES):
         if len(data) > FORM_SLICE_BYTES:
-            yield                       # also at first: to receive it took some ms, too
+            yield                       # before the first slice too: the receipt took some ms
         found += data.count(b"&", start, start + FORM_SLICE_BYTES)
         if found >= fields_max:
             raise InvalidForm(f"more than {fields_max} fields")
@@ -14564,7 +14563,7 @@ def _unescape_steps(data: memoryview) -> Generator[None, None, str]:
             end = start + FORM_SLICE_BYTES
             last = bytes(data[end - 2:end])
             if end < len(data) and b"%" in last:
-                end -= 2 - last.rfind(b"%")     # no escape is cut in two
+                end -= 2 - last.rfind(b"%")     # keep escapes whole
             pieces.append(decode(_unescape(bytes(data[start:end])), end >= len(data)))
             start = end
     except UnicodeDecodeError:
@@ -14579,7 +14578,7 @@ def _unescape(data: bytes) -> bytes:
         raise InvalidForm(f"invalid URL escape {go_quote(str(error))}") from None
 
 
-_MEDIA_TOKEN = r"[!#-'*+\-.0-9A-Z^-~]+"       # 7 ms less of start than by what is no token
+_MEDIA_TOKEN = r"[!#-'*+\-.0-9A-Z^-~]+"       # compiles 7 ms faster than the negated class
 _MEDIA_TYPE = re.compile(f"({_MEDIA_TOKEN})?(/?)({_MEDIA_TOKEN})?(.*)", re.DOTALL)
 _MEDIA_PARAM = re.compile(rf'\s*;\s*({_MEDIA_TOKEN})\s*=\s*({_MEDIA_TOKEN}|"(?:[^"\\\r\n]|\\.)*")')
 
@@ -14587,7 +14586,7 @@ _MEDIA_PARAM = re.compile(rf'\s*;\s*({_MEDIA_TOKEN})\s*=\s*({_MEDIA_TOKEN}|"(?:[
 def is_form_type(content_type: str) -> bool:
     """True if a body of this Content-Type is a form.
 
-    Raises InvalidForm for what is no media type.  Source: Go mime.ParseMediaType.
+    Raises InvalidForm for a bad media type.  Source: Go mime.ParseMediaType.
     """
     if not content_type:
         return False
@@ -14630,7 +14629,7 @@ GO_BOOLS = {
 
 
 def _bool_field(fields: Mapping[str, str], name: str, shown: str = "") -> Optional[bool]:
-    """The boolean `name`, None if absent.  Raises InvalidField."""
+    """Return the boolean `name`, None if absent.  Raises InvalidField."""
     text = fields.get(name)
     if text is None:
         return None
@@ -14641,7 +14640,7 @@ def _bool_field(fields: Mapping[str, str], name: str, shown: str = "") -> Option
 
 
 def _parse_uint64(text: str) -> Optional[int]:
-    """The decimal number in `text`, None if it is none or has more than 64 bits."""
+    """Return the decimal number in `text`; None for another text, or for more than 64 bits."""
     if not (text.isascii() and text.isdigit()):
         return None
     digits = text.lstrip("0")
@@ -14650,7 +14649,7 @@ def _parse_uint64(text: str) -> Optional[int]:
 
 
 def _index_field(fields: Mapping[str, str], name: str) -> int:
-    """The index `name`, 0 if absent.  Raises IndexNotANumber."""
+    """Return the index `name`, 0 if absent.  Raises IndexNotANumber."""
     text = fields.get(name)
     if text is None:
         return 0
@@ -14661,7 +14660,7 @@ def _index_field(fields: Mapping[str, str], name: str) -> int:
 
 
 def _expiration_field(fields: Mapping[str, str], now_ns: int) -> Optional[int]:
-    """When the key expires, in unix ns; None without a ttl.  Raises TtlNotANumber."""
+    """Return the expiry time in unix ns; None without a ttl.  Raises TtlNotANumber."""
     text = fields.get("ttl")
     if not text:
         return None
@@ -14678,8 +14677,8 @@ def parse_key_request(
 
     path  internal, clean
 
-    Raises EtcdError for the first bad parameter, in etcd's order, whether the method uses it or
-    not.  Source: etcd 2.3 etcdserver/etcdhttp/client.go, parseKeyRequest.
+    Raises EtcdError for the first bad parameter in etcd's order, also if the method ignores it.
+    Source: etcd 2.3 etcdserver/etcdhttp/client.go, parseKeyRequest.
     """
     if not fields:
         return Request(0, method, path)
@@ -14714,7 +14713,7 @@ def parse_key_request(
 
 
 def key_path(url_path: str) -> str:
-    """Return the store path of `/v2/keys...`; the user's key space lies below /1."""
+    """Return the store path of `/v2/keys...`: the keys of users lie below /1."""
     key = clean_path(url_path[len("/v2/keys"):])
     return "/1" if key == "/" else "/1" + key
 
@@ -14726,8 +14725,8 @@ def canonical_path(path: str) -> str:
 
 
 def _bad_key(path: str) -> str:
-    """Why no key with this internal path may be written; "" if it may."""
-    if not is_unicode(path):            # JSON cannot hold it: snapshots would lose it
+    """Return why no key with this internal path may be written; "" if it may."""
+    if not is_unicode(path):            # JSON cannot hold it, so snapshots would lose the key
         return "the key is not UTF-8"
     if path.count("/") > KEY_DEPTH_MAX + 1:     # the namespace
         return f"the key has more than {KEY_DEPTH_MAX} path elements"
@@ -14735,16 +14734,16 @@ def _bad_key(path: str) -> str:
 
 
 class KeyTarget:
-    """What a request's head alone says about the key: kept with the head, which is cached.
+    """The part of a key request that its head decides; kept with the head, which is cached.
 
-    command  of GET, HEAD and DELETE, whose body never counts; else a template
-    encoded  method and path of it
-    error    ends every such request
+    command  complete for GET, HEAD and DELETE, whose body is ignored; else a template
+    encoded  method and path of the command
+    error    the answer to every request with this head, or None
     fields   of the query, for PUT and POST
-    is_form  True if the body counts
-    plain    True if nothing but the body's fields is to be looked at
+    is_form  True if the body holds fields
+    plain    True if only the fields of the body remain to be read
     bad_key  why no such key may be written, or ""
-    bad_type, bad_query  causes of error 210 that come before and after those of the body
+    bad_type, bad_query  causes of error 210 that go before and after those of the body
     """
 
     __slots__ = (
@@ -14795,7 +14794,7 @@ class KeyTarget:
             self.is_form = is_form_type(content_type)
         except InvalidForm as error:
             self.bad_type = error.cause
-            form = "application/x-www-form-urlencoded"      # its size is judged all the same
+            form = "application/x-www-form-urlencoded"      # the limit of the body holds for it
             self.is_form = content_type.partition(";")[0].strip().lower() == form
 
     def _read_command(self) -> None:
@@ -14804,7 +14803,7 @@ class KeyTarget:
             return
         command = self.command
         if self.bad_key and (command.method == "DELETE" or not is_unicode(command.path)):
-            self.error = InvalidForm(self.bad_key)      # no such key can be
+            self.error = InvalidForm(self.bad_key)
             return
         try:
             self.command = parse_key_request(command.method, command.path, self.fields, 0)
@@ -14813,31 +14812,32 @@ class KeyTarget:
 
 
 class KeyWatch:
-    """One client waiting for events: each is a chunk of the reply; without `stream` one ends it.
+    """A watch of one client: each event is a chunk of the reply; the first ends a watch without
+    `stream`.
 
-    Differs from etcd: a client that owes more than WATCHER_QUEUE_EVENTS_MAX events is
-    disconnected, so that it notices; etcd leaves it connected and silent for ever.
+    Differs from etcd: a client that leaves more than WATCHER_QUEUE_EVENTS_MAX events unread is
+    disconnected, so that it notices; etcd keeps the connection and sends nothing more.
     """
 
-    __slots__ = ("_connection", "_stream", "_reply", "_early", "_owed", "_watcher")
+    __slots__ = ("_connection", "_stream", "_reply", "_early", "_unsent", "_watcher")
 
     def __init__(self, request: HttpRequest, *, stream: bool) -> None:
         self._connection = request.connection
         self._stream = stream
         self._reply: Optional[StreamReply] = None
-        self._early: List[Event] = []       # events found in the history, before the reply began
-        self._owed: List[int] = []          # sizes of events, a superset of those not yet sent
+        self._early: List[Event] = []       # events of the history, before the reply has started
+        self._unsent: List[int] = []        # sizes of events, a superset of those not yet sent
         self._watcher: Optional[Watcher] = None
 
     def start(self, store: Store, command: Request, request: HttpRequest, headers: str) -> None:
-        """Register, and send the head at once.  Raises EventIndexCleared, with nothing sent."""
+        """Register, and send the head at once.  Raises EventIndexCleared before it sends."""
         watcher = store.watch(
             command.path, recursive=command.recursive, stream=self._stream, since=command.since,
             deliver=self._deliver, lost=self._lost,
         )
         self._watcher = watcher
         self._reply = request.start_stream(200, "application/json", headers)
-        self._reply.on_close = self._end
+        self._reply.on_close = self._unregister
         early, self._early = self._early, []
         for event in early:
             self._deliver(event)
@@ -14849,43 +14849,43 @@ class KeyWatch:
             return
         data = event.client_pieces()
         if self._stream and not reply.pending:
-            self._owed.clear()
+            self._unsent.clear()
         if reply.write(data[0], data[1:]):
             if not self._stream:
-                self._end()
+                self._unregister()
                 reply.end()
                 return
-            self._owed.append(sum(map(len, data)))
-            if len(self._owed) > WATCHER_QUEUE_EVENTS_MAX:
+            self._unsent.append(sum(map(len, data)))
+            if len(self._unsent) > WATCHER_QUEUE_EVENTS_MAX:
                 self._check_pace(reply)
 
     def _lost(self) -> None:
-        """Events are gone: disconnect the client, so that it asks again, and learns of it."""
-        self._end()
+        """Disconnect the client, as events were lost: it asks again, and then learns of it."""
+        self._unregister()
         if self._reply is not None:
             self._reply.abort()
 
-    def _end(self) -> None:
-        """Let go of the watcher, which holds this."""
+    def _unregister(self) -> None:
+        """Cancel the watcher, which refers to this object."""
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
             watcher.cancel()
 
     def _check_pace(self, reply: StreamReply) -> None:
-        """Disconnect a client that leaves too many events in our buffer."""
+        """Disconnect a client that leaves too many events in the send buffer."""
         self._connection.flush()
         left, events = reply.pending, 0
-        for size in reversed(self._owed):
+        for size in reversed(self._unsent):
             if left <= 0:
                 break
             left -= size
             events += 1
-        del self._owed[:len(self._owed) - events]
+        del self._unsent[:len(self._unsent) - events]
         if events > WATCHER_QUEUE_EVENTS_MAX:
             package_logger("etcdhttp").warning(
                 "closed the watch of %s: it left %d events unread", self._connection.remote, events
             )
-            self._end()
+            self._unregister()
             reply.abort()
 
 
@@ -14908,12 +14908,12 @@ def write_error(request: HttpRequest, error: EtcdError, headers: str) -> None:
 
 
 JSON_BYTES_MAX = 1 << 20            # of a body; above: 400
-JSON_VALUES_MAX = 10_000            # in it, by its commas; above: 400
-JSON_BRACKETS_MAX = 500             # in it, so that it cannot be nested deeper; above: 400
+JSON_VALUES_MAX = 10_000            # of a body, counted by commas; above: 400
+JSON_BRACKETS_MAX = 500             # of a body, a bound of its depth; above: 400
 
 
 class GoJson:
-    """JSON in requests, with the error texts of Go's decoder.  Raises ValueError."""
+    """A decoder of JSON in requests, with the error texts of Go's.  Raises ValueError."""
 
     _CONTEXTS = (
         ("Expecting property name", "looking for beginning of object key string"),
@@ -14928,10 +14928,10 @@ class GoJson:
 
     @classmethod
     def loads(cls, data: bytes, *, partial: bool = False) -> Any:
-        """Return the value in `data`; partial: whatever follows the first value is ignored.
+        """Return the value in `data`; partial: ignore text after the first value.
 
-        Numbers become floats.  Raises ValueError.  Differs from Go: what would keep everyone
-        waiting is refused, and what is nested without end, before it is looked at.
+        Numbers become floats.  Raises ValueError.  Differs from Go: a body with too many values,
+        or nested too deeply, is refused before it is parsed, as it would stall all clients.
         """
         if len(data) > JSON_BYTES_MAX or data.count(b",") > JSON_VALUES_MAX:
             raise ValueError(f"more than {JSON_BYTES_MAX} bytes or {JSON_VALUES_MAX} values")
@@ -14981,7 +14981,7 @@ class GoJson:
 
     @classmethod
     def _reason(cls, text: str, error: json.JSONDecodeError) -> str:
-        """Go's words for Python's complaint."""
+        """Return the words of Go for an error of Python's decoder."""
         at = error.pos
         literal = {"n": "null", "t": "true", "f": "false"}.get(text[at:at + 1])
         if error.msg == "Expecting value" and literal:
@@ -15019,18 +15019,18 @@ def raft_state_name(role: RaftRole) -> str:
 # ============================================================================
 
 
-_AUTH_VERSION = (2, 1)              # of the cluster, from which on all members know users
+_AUTH_VERSION = (2, 1)              # of a cluster in which all members know users
 _ITEM_METHODS = ("GET", "PUT", "DELETE")
-ITEMS_IN_SLICE = 100                # users or roles of a listing, in one turn: 2 ms
+ITEMS_IN_SLICE = 100                # users or roles that one turn lists: 2 ms
 
 
 def refuse_credentials(request: HttpRequest) -> None:
-    """Answer 401 to who lacks the role root."""
+    """Answer 401: the request needs the role root."""
     write_message(request, 401, "Insufficient credentials")
 
 
 class UserBody(NamedTuple):
-    """What a PUT of a user says."""
+    """The body of a PUT of a user."""
 
     name: str
     password: str
@@ -15049,7 +15049,7 @@ class UserBody(NamedTuple):
 
 
 class RoleBody(NamedTuple):
-    """What a PUT of a role says."""
+    """The body of a PUT of a role."""
 
     name: str
     permissions: Permissions
@@ -15082,10 +15082,9 @@ class AuthApi:
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
 
     def route(self, head: HttpHead) -> Handler:
-        """Return what answers a request below /v2/auth/."""
-        version = self._server.cluster.version
-        if version is None or version_key(version) < _AUTH_VERSION:
-            # Not kept: the cluster may learn its version at any time.
+        """Return the handler of a request below /v2/auth/."""
+        if not self._is_capable:
+            # The decision is kept with the head, but the cluster may learn its version at any time.
             return lambda request: self.route(head)(request) if self._is_capable else write_message(
                 request, 500, "Not capable of accessing auth feature during rolling upgrades."
             )
@@ -15110,7 +15109,7 @@ class AuthApi:
     def _allow(
         self, head: HttpHead, methods: Sequence[str], handler: Handler, *, is_open: bool = False
     ) -> Handler:
-        """Check the method, then the credential."""
+        """Return `handler` behind checks of the method and the credentials."""
         if head.method not in methods:
             return functools.partial(refuse_method, ",".join(methods))
         return handler if is_open else self._guard.root(head, handler, refuse_credentials)
@@ -15132,7 +15131,7 @@ class AuthApi:
         self._reply_list(request, "users", "null", shown, [])
 
     def _with_roles(self, user: User, *, skip: bool) -> Dict[str, object]:
-        """The user with what its roles allow.  skip: pass over missing ones, else AuthError."""
+        """Return the user with its roles.  skip: omit missing roles instead of AuthError."""
         roles = []
         for name in user.roles or ():
             role = self._auth.role(name)
@@ -15215,7 +15214,7 @@ class AuthApi:
     def _parse(
         self, request: HttpRequest, parse: Callable[[bytes], Any], name: str, what: str
     ) -> Any:
-        """The parsed body; None if it is refused already."""
+        """Return the parsed body; None after an error, which is answered."""
         if request.body_too_large:
             self._message(request, 413, "Request Entity Too Large")
             return None
@@ -15230,7 +15229,7 @@ class AuthApi:
         return body
 
     def _run(self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None]) -> None:
-        """Carry out a change, then answer."""
+        """Make a change; then call reply(its result), or answer with its error."""
         def done(result: Any) -> None:
             if isinstance(result, (AuthError, EtcdError)):
                 self._fail(request, result)
@@ -15255,7 +15254,7 @@ class AuthApi:
         self, request: HttpRequest, name: str, empty: str, shown: Iterator[object],
         texts: List[str],
     ) -> None:
-        """Answer with all of `shown`, of which one turn makes ITEMS_IN_SLICE."""
+        """Answer with all of `shown`; one turn formats ITEMS_IN_SLICE of them."""
         some = [json_text(item) for item in itertools.islice(shown, ITEMS_IN_SLICE)]
         texts += some
         if request.connection.closed:
@@ -15272,64 +15271,66 @@ class AuthApi:
 
 
 # ============================================================================
-# api/listings -- Listings of directories, written in slices and shared.
+# api/listings -- Listings of directories: written in slices, and shared by requests.
 # ============================================================================
 
 
-class Wanted(NamedTuple):
-    """What a GET of a directory asks for; path is internal."""
+class ListingRequest(NamedTuple):
+    """The options of a GET of a directory; path is internal."""
 
     path: str
     recursive: bool
     sorted: bool
 
 
-class ListingTaker:
+class ListingWaiter:
     """A request that waits for a listing; done(Listing, or EtcdError) is called once."""
 
     __slots__ = ("done", "group")
 
     def __init__(self, done: Callable[[Any], None]) -> None:
         self.done = done
-        self.group: Dict[ListingTaker, None] = {}       # of those that wait for the same
+        self.group: Dict[ListingWaiter, None] = {}      # waits for the same listing
 
 
 class Listings:
-    """Directories as JSON, long ones in slices, a slice per turn: nobody waits for them.
+    """Makes listings as JSON: long ones in slices, one slice per turn, so that nothing stalls.
 
-    Listings are made one after the other, each of the state that its first slice finds.  All
-    that want the same while they wait share one, as do those that come before the store changes.
+    One listing is made after the other, each of the state at its first slice.  Equal requests
+    share a listing if they wait at the same time, or come before the store changes.
     Thread: reactor.
     """
 
-    KEPT_BYTES_MAX = 16 << 20       # of complete ones, as long as the store's index holds
+    KEPT_BYTES_MAX = 16 << 20       # of complete listings, kept until the store changes
     KEPT_SECONDS = 5.0
 
     def __init__(self, store: Store, reactor: Reactor) -> None:
         self._store = store
         self._reactor = reactor
-        self._current: Optional[Tuple[Wanted, Listing]] = None
-        self._takers: Dict[ListingTaker, None] = {}             # of the current one
-        self._waiting: Dict[Wanted, Dict[ListingTaker, None]] = {}      # in order of arrival
-        self._kept: Dict[Wanted, Listing] = {}
+        self._current: Optional[Tuple[ListingRequest, Listing]] = None
+        self._waiters: Dict[ListingWaiter, None] = {}           # for the current listing
+        self._queue: Dict[ListingRequest, Dict[ListingWaiter, None]] = {}     # by arrival
+        self._kept: Dict[ListingRequest, Listing] = {}
         self._kept_bytes = 0
         self._expiry: Optional[Timer] = None
-        self._is_posted = False         # the next slice is on its way: never two in one turn
-        self._turn = 0                  # of the reactor
-        self._work_done = 0             # in that turn
+        self._is_posted = False         # a slice is scheduled: never two in one turn
+        self._turn = 0                  # of the reactor, to which _work_done belongs
+        self._work_done = 0
 
-    def ask(self, wanted: Wanted, request: HttpRequest, done: Callable[[Any], None]) -> None:
-        """Call done(Listing, or EtcdError): at once if it is short, and not too many are."""
+    def ask(
+        self, wanted: ListingRequest, request: HttpRequest, done: Callable[[Any], None]
+    ) -> None:
+        """Call done(Listing, or EtcdError): at once for a short listing, if the turn has time."""
         kept = self._kept.get(wanted)
         if kept is not None and kept.index == self._store.current_index:
             done(kept)
             return
-        taker = ListingTaker(done)
-        request.on_close = functools.partial(self._leave, taker)
-        if self._join(wanted, taker):
+        waiter = ListingWaiter(done)
+        request.on_close = functools.partial(self._leave, waiter)
+        if self._join(wanted, waiter):
             return
-        if self._work_left() <= 0 or wanted in self._waiting:
-            self._wait(wanted, taker)
+        if self._work_left() <= 0 or wanted in self._queue:
+            self._enqueue(wanted, waiter)
             return
         try:
             listing = self._begin(wanted)
@@ -15339,47 +15340,47 @@ class Listings:
         if listing.done:
             done(listing)
         elif self._current is None:
-            self._current, self._takers = (wanted, listing), {}
-            self._enter(taker, self._takers)
-            self._post()
+            self._current, self._waiters = (wanted, listing), {}
+            self._enter(waiter, self._waiters)
+            self._schedule_slice()
         else:
             listing.end()
-            self._wait(wanted, taker)
+            self._enqueue(wanted, waiter)
 
-    def _join(self, wanted: Wanted, taker: ListingTaker) -> bool:
-        """Have a share in the listing under way, if it is as good as a new one."""
+    def _join(self, wanted: ListingRequest, waiter: ListingWaiter) -> bool:
+        """Share the listing under way if a new one would be the same; return whether it is."""
         if self._current is None:
             return False
         its, listing = self._current
         if its != wanted or listing.index != self._store.current_index:
             return False
-        self._enter(taker, self._takers)
+        self._enter(waiter, self._waiters)
         return True
 
-    def _wait(self, wanted: Wanted, taker: ListingTaker) -> None:
-        if self._current is None and not self._waiting:
-            self._post()
-        self._enter(taker, self._waiting.setdefault(wanted, {}))
+    def _enqueue(self, wanted: ListingRequest, waiter: ListingWaiter) -> None:
+        if self._current is None and not self._queue:
+            self._schedule_slice()
+        self._enter(waiter, self._queue.setdefault(wanted, {}))
 
     @staticmethod
-    def _enter(taker: ListingTaker, group: Dict[ListingTaker, None]) -> None:
-        group[taker] = None
-        taker.group = group
+    def _enter(waiter: ListingWaiter, group: Dict[ListingWaiter, None]) -> None:
+        group[waiter] = None
+        waiter.group = group
 
-    def _leave(self, taker: ListingTaker) -> None:
-        """The client is gone; a listing for nobody ends, or is never begun."""
-        taker.group.pop(taker, None)
-        if self._current is not None and not self._takers:
+    def _leave(self, waiter: ListingWaiter) -> None:
+        """Forget a waiter whose client is gone, and end a listing without waiters."""
+        waiter.group.pop(waiter, None)
+        if self._current is not None and not self._waiters:
             self._current[1].end()
             self._current = None
 
     def _work_left(self) -> int:
-        """How many more nodes this turn may look at."""
+        """Return the number of nodes that this turn may still visit."""
         if self._turn != self._reactor.turns:
             self._turn, self._work_done = self._reactor.turns, 0
         return LISTING_SLICE_WORK - self._work_done
 
-    def _begin(self, wanted: Wanted) -> Listing:
+    def _begin(self, wanted: ListingRequest) -> Listing:
         listing = self._store.listing(
             wanted.path, recursive=wanted.recursive, sorted=wanted.sorted,
             now_ns=self._reactor.wall_ns(),
@@ -15387,7 +15388,7 @@ class Listings:
         self._work(wanted, listing)
         return listing
 
-    def _work(self, wanted: Wanted, listing: Listing) -> None:
+    def _work(self, wanted: ListingRequest, listing: Listing) -> None:
         before = listing.work_done
         listing.work(max(self._work_left(), 1))
         self._work_done += listing.work_done - before
@@ -15395,7 +15396,7 @@ class Listings:
         if size and self._kept_bytes + size <= self.KEPT_BYTES_MAX:
             self._keep(wanted, listing, size)
 
-    def _keep(self, wanted: Wanted, listing: Listing, size: int) -> None:
+    def _keep(self, wanted: ListingRequest, listing: Listing, size: int) -> None:
         if wanted in self._kept or listing.index != self._store.current_index:
             self._forget()
         self._kept[wanted] = listing
@@ -15409,19 +15410,19 @@ class Listings:
             self._expiry.cancel()
             self._expiry = None
 
-    def _post(self) -> None:
+    def _schedule_slice(self) -> None:
         if not self._is_posted:
             self._is_posted = True
-            self._reactor.call_in_turn(self._go_on)
+            self._reactor.call_in_turn(self._make_slice)
 
-    def _go_on(self) -> None:
-        """One slice: of the listing under way, or of the next."""
+    def _make_slice(self) -> None:
+        """Make one slice of the listing under way, or of the next one."""
         self._is_posted = False
         if self._current is None:
-            while self._waiting and not self._takers:
-                wanted = next(iter(self._waiting))
-                self._takers = self._waiting.pop(wanted)
-            if not self._takers:
+            while self._queue and not self._waiters:
+                wanted = next(iter(self._queue))
+                self._waiters = self._queue.pop(wanted)
+            if not self._waiters:
                 return                  # all have left
             try:
                 self._current = wanted, self._begin(wanted)
@@ -15431,17 +15432,17 @@ class Listings:
             self._work(*self._current)
         if self._current is not None and self._current[1].done:
             self._finish(self._current[1])
-        if self._current is not None or self._waiting:
-            self._post()
+        if self._current is not None or self._queue:
+            self._schedule_slice()
 
     def _finish(self, result: Union[Listing, EtcdError]) -> None:
-        takers, self._takers, self._current = self._takers, {}, None
-        for taker in takers:
-            self._reactor.call_in_turn(taker.done, result)
+        waiters, self._waiters, self._current = self._waiters, {}, None
+        for waiter in waiters:
+            self._reactor.call_in_turn(waiter.done, result)
 
 
 # ============================================================================
-# api/keys -- The keys API: from an HTTP request to a command, and back.
+# api/keys -- The keys API: turns HTTP requests into commands, and their results into replies.
 # ============================================================================
 
 
@@ -15481,11 +15482,11 @@ class KeysApi:
             "etcd_store_watch_requests_total", "Watches that were asked for.")
         self._get_durations = self._durations.child("GET")
         self._put_durations = self._durations.child("PUT")
-        self._puts_s: List[float] = []      # what PUTs took that are not in there yet
+        self._puts_s: List[float] = []      # durations of PUTs that _put_durations lacks
         metrics.before_text = self._count_puts
 
     def route(self, head: HttpHead) -> Handler:
-        """Return what answers requests with this head."""
+        """Return the handler of requests with this head."""
         if head.method not in self.METHODS:
             return functools.partial(refuse_method, ",".join(self.METHODS))
         target = KeyTarget(head)
@@ -15514,17 +15515,17 @@ class KeysApi:
         write_error(request, error, self._cluster_line)
 
     def _unauthorized(self, target: KeyTarget, request: HttpRequest) -> None:
-        """Answer 401; what is wrong with the request itself is said before."""
+        """Answer 401; errors in the form of a PUT or POST go before."""
         refuse = functools.partial(self._refuse, Unauthorized("Insufficient credentials"))
         if request.method in ("PUT", "POST"):
-            self._go_on(self._read(target, request), request, refuse)
+            self._parse_slice(self._read(target, request), request, refuse)
         else:
             refuse(request)
 
     def _get(self, path: str, recursive: bool, sorted: bool, request: HttpRequest) -> None:
         """GET and HEAD from the local store.  A hot path."""
         started = self._now()
-        # etcd looks at every key request whether auth was enabled, and counts the miss.
+        # etcd reads the key that enables auth at every key request, and counts the miss.
         self._stats.gets_fail += 1
         method = request.head.method
         self._received.inc(method)
@@ -15534,14 +15535,14 @@ class KeysApi:
             self._fail(request, method, error)
             return
         if not body:
-            self._list(request, method, started, Wanted(path, recursive, sorted))
+            self._list(request, method, started, ListingRequest(path, recursive, sorted))
             return
         self._send(request, 200, self._store.current_index, body[0], body[1:])
         durations = self._get_durations if method == "GET" else self._durations.child(method)
         durations.observe(self._now() - started)
 
     def _list(
-        self, request: HttpRequest, method: str, started: float, wanted: Wanted
+        self, request: HttpRequest, method: str, started: float, wanted: ListingRequest
     ) -> None:
         """GET and HEAD of a directory."""
         def done(result: Union[Listing, EtcdError]) -> None:
@@ -15567,16 +15568,16 @@ class KeysApi:
                 command = Request(id, known.method, known.path, text)
                 self._propose(command, request, encode_plain(id, target.encoded, value))
                 return
-        self._go_on(self._read(target, request), request)
+        self._parse_slice(self._read(target, request), request)
 
     def _read(
         self, target: KeyTarget, request: HttpRequest
     ) -> Generator[None, None, Tuple[Request, bytes]]:
-        """Return the command of a PUT or POST, and itself encoded if it is long, with pauses."""
+        """Return the command of a PUT or POST, and its encoding if it is long, with pauses."""
         command = yield from target.request(request, self._wall_ns())
         if len(request.body) < FORM_SLICE_BYTES:
             return command, b""
-        # Longer texts were UTF-8, see form_steps(): to look at them again takes 1 ms per MB.
+        # Longer texts are UTF-8, see form_steps(); another check would take 1 ms per MB.
         val, prev_value = (
             text if len(text) > FORM_SLICE_BYTES else as_unicode(text)
             for text in (command.val, command.prev_value)
@@ -15587,11 +15588,11 @@ class KeysApi:
         )
         return command, (yield from encode_request_steps(command))
 
-    def _go_on(
+    def _parse_slice(
         self, steps: Generator[None, None, Tuple[Request, bytes]], request: HttpRequest,
         refuse: Optional[Handler] = None,
     ) -> None:
-        """Parse a form as far as one turn goes; at its end, propose the command, or refuse it."""
+        """Parse as much of a form as fits in a turn; at its end propose the command, or refuse."""
         try:
             next(steps)
         except StopIteration as end:
@@ -15604,25 +15605,27 @@ class KeysApi:
             self._refuse(error, request)
         else:
             if not request.connection.closed:
-                self._reactor.call_in_turn(self._go_on, steps, request, refuse)
+                self._reactor.call_in_turn(self._parse_slice, steps, request, refuse)
 
     def _propose(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
-        """Everything that goes through consensus."""
+        """Start a command that goes through consensus."""
         method = command.method
         self._stats.gets_fail += 1              # as in _get
         self._received.inc(method)
-        done = functools.partial(self._done, request, command, self._now())
+        done = functools.partial(self._reply_applied, request, command, self._now())
         self._server.do(command, done, encoded)
 
-    def _done(self, request: HttpRequest, command: Request, started: float, result: Any) -> None:
-        """The command is applied, or has failed."""
+    def _reply_applied(
+        self, request: HttpRequest, command: Request, started: float, result: Any
+    ) -> None:
+        """Answer after the command is applied or has failed."""
         method = command.method
         if isinstance(result, EtcdError):
             self._fail(request, method, result)
             return
         if method == "QGET" and result.node.children is not None:
             self._proposals.observe(self._now() - started)
-            wanted = Wanted(command.path, command.recursive, command.sorted)
+            wanted = ListingRequest(command.path, command.recursive, command.sorted)
             self._list(request, method, started, wanted)
             return
         body = result.client_pieces()
@@ -15678,7 +15681,7 @@ class KeysApi:
         self, request: HttpRequest, status: int, index: int, body: bytes,
         more: Sequence[bytes] = (),
     ) -> None:
-        """Answer with an event, by way of the shortest code where nothing is special."""
+        """Answer with an event; most requests take the short way, a ready-made head."""
         head, size = request.head, len(body)
         if not head.takes_raw:
             headers = self._cluster_line + self._index_lines(index)
@@ -15696,11 +15699,11 @@ class KeysApi:
 
 
 # ============================================================================
-# api/members -- The members API: who is in the cluster.
+# api/members -- The members API: the list of members, and its changes.
 # ============================================================================
 
 
-_PATH_SAFE = "/$&+,:;=@-_.~"        # what Go leaves as it is in a path
+_PATH_SAFE = "/$&+,:;=@-_.~"        # characters that Go does not escape in a path
 
 
 def redirect(request: HttpRequest) -> None:
@@ -15758,13 +15761,12 @@ class MembersApi:
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer any of METHODS."""
         rest = request.path[len("/v2/members"):]
         rest = rest[1:] if rest.startswith("/") else rest
         if request.method == "GET":
             self._get(request, rest)
         elif request.method == "POST":
-            self._add(request)
+            self._change_urls(request, ConfChangeType.ADD_NODE)
         elif not rest:
             request.reply(405, b"Method Not Allowed\n", _TEXT, self._cluster_line + _NOSNIFF)
         elif not re.fullmatch("[0-9A-Fa-f]+", rest) or len(rest.lstrip("0")) > 16:
@@ -15772,7 +15774,7 @@ class MembersApi:
         elif request.method == "DELETE":
             self._change(request, ConfChangeType.REMOVE_NODE, Member(int(rest, 16), ()))
         else:
-            self._update(request, int(rest, 16))
+            self._change_urls(request, ConfChangeType.UPDATE_NODE, int(rest, 16))
 
     def _get(self, request: HttpRequest, rest: str) -> None:
         if rest == "":
@@ -15788,21 +15790,16 @@ class MembersApi:
             else:
                 self._reply(request, 200, leader.client_json() + "\n")
 
-    def _add(self, request: HttpRequest) -> None:
+    def _change_urls(self, request: HttpRequest, change: ConfChangeType, id: int = 0) -> None:
+        """Add a member with the URLs in the body, or give them to member `id`."""
         urls = self._peer_urls(request)
         if urls:
-            self._check_reachable(urls)
-            new_id = member_id(urls, "", self._server.reactor.wall_ns() // NS)
-            self._change(request, ConfChangeType.ADD_NODE, Member(new_id, urls))
+            self._warn_of_local(urls)
+            id = id or member_id(urls, "", self._server.reactor.wall_ns() // NS)
+            self._change(request, change, Member(id, urls))
 
-    def _update(self, request: HttpRequest, id: int) -> None:
-        urls = self._peer_urls(request)
-        if urls:
-            self._check_reachable(urls)
-            self._change(request, ConfChangeType.UPDATE_NODE, Member(id, urls))
-
-    def _check_reachable(self, urls: Sequence[str]) -> None:
-        """Warn of URLs that mean this machine here, in a cluster of several machines."""
+    def _warn_of_local(self, urls: Sequence[str]) -> None:
+        """Warn of loopback URLs in a cluster of several machines."""
         known = usable_urls(self._cluster.peer_urls())
         near = [url for url in urls if is_local(url)]
         if near and not all(map(is_local, known)):
@@ -15812,7 +15809,7 @@ class MembersApi:
             )
 
     def _peer_urls(self, request: HttpRequest) -> Tuple[str, ...]:
-        """The URLs in the body; () if the request is answered already, with an error."""
+        """Return the URLs in the body; () after an error, which is answered."""
         content_type = request.headers.get("content-type", "")
         if content_type != "application/json":
             self._message(
@@ -15829,14 +15826,14 @@ class MembersApi:
             return ()
 
     def _change(self, request: HttpRequest, change: ConfChangeType, member: Member) -> None:
-        done = functools.partial(self._done, request, change, member)
+        done = functools.partial(self._reply_change, request, change, member)
         self._server.change_member(change, member, done)
 
-    def _done(
+    def _reply_change(
         self, request: HttpRequest, change: ConfChangeType, member: Member,
         error: Optional[Exception],
     ) -> None:
-        """The change is applied, or refused."""
+        """Answer after the change is applied or refused."""
         if error is None and change == ConfChangeType.ADD_NODE:
             self._reply(request, 201, member.client_json() + "\n")
         elif error is None:
@@ -15851,8 +15848,8 @@ class MembersApi:
         else:
             cause = error.cause if isinstance(error, EtcdError) else str(error)
             package_logger("etcdhttp").error("got unexpected response error (%s)", cause)
-            is_ours = isinstance(error, ReconfigurationRefused)     # etcd tells it the log only
-            self._message(request, 500, str(error) if is_ours else "Internal Server Error")
+            is_refused = isinstance(error, ReconfigurationRefused)  # etcd only logs the reason
+            self._message(request, 500, str(error) if is_refused else "Internal Server Error")
 
     def _reply(self, request: HttpRequest, status: int, body: str) -> None:
         request.reply(status, utf8(body), "application/json", self._cluster_line)
@@ -15862,29 +15859,199 @@ class MembersApi:
 
 
 # ============================================================================
-# api/metrics -- Metrics of one member.
+# api/metrics -- Metrics of one member, and the variables of /debug/vars.
 # ============================================================================
 
 
-def _raft_status(status: Status) -> Dict[str, object]:
-    """The variable raft.status."""
-    return {
-        "id": format_id(status.id), "term": status.term, "vote": format_id(status.vote),
-        "commit": status.commit, "lead": format_id(status.lead),
-        "raftState": raft_state_name(status.role),
-        "progress": {
-            format_id(each): {
-                "match": match, "next": next_, "state": "ProgressState" + state.capitalize(),
-            }
-            for each, (match, next_, state) in status.progress.items()
-        },
-    }
+_PROPOSALS_PENDING = "Proposals waiting for an answer."
+_PROPOSALS_FAILED = "Proposals without an answer in time."
+_SYNC = "Time to write a batch to the log and sync it."
+_LOST = "Messages lost or dropped."
+
+# Name, help, reading.  Names of etcd 2.3, and those that 3.x has for the same.
+_GAUGES: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
+    ("etcd_server_pending_proposal_total", _PROPOSALS_PENDING, lambda s: len(s.proposals)),
+    ("etcd_server_proposals_pending", _PROPOSALS_PENDING, lambda s: len(s.proposals)),
+    ("etcd_server_has_leader", "1 if a leader is known, else 0.", lambda s: int(s.lead != 0)),
+    ("etcd_server_is_leader", "1 if this member leads, else 0.", lambda s: int(s.is_leader)),
+    ("etcd_server_proposals_committed_total", "Raft index that is committed.",
+     lambda s: s.node.raft.log.commit),
+    ("etcd_server_proposals_applied_total", "Raft index that is applied.",
+     lambda s: s.raft_index),
+    ("etcd_store_watchers", "Registered watchers.", lambda s: s.store.stats.watchers),
+    ("etcd_wal_last_index_saved", "Last raft index on disk.", lambda s: s.node.raft.log.stable),
+)
+_COUNTERS: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
+    ("etcd_server_proposal_failed_total", _PROPOSALS_FAILED, lambda s: s.proposals.failed),
+    ("etcd_server_proposals_failed_total", _PROPOSALS_FAILED, lambda s: s.proposals.failed),
+    ("etcd_server_slow_apply_total", "Turns that applied for more than 100 ms.",
+     lambda s: s.counts.slow_applies),
+    ("etcd_server_leader_changes_seen_total", "Leaders that became known.",
+     lambda s: s.counts.leader_changes),
+    ("etcd_server_heartbeat_send_failures_total",
+     "Heartbeats to followers that left a period late or more.",
+     lambda s: s.counts.late_heartbeats),
+    ("etcd_store_expires_total", "Keys that expired.", lambda s: s.store.stats.expire_count),
+)
+# Name, help, label, its value: samples that are always 1.
+_FACTS: Tuple[Tuple[str, str, str, Callable[[EtcdServer], str]], ...] = (
+    ("etcd_server_id", "Id of this member, in hex.", "server_id",
+     lambda s: format_id(s.member_id)),
+    ("etcd_server_version", "The etcd version that this member acts as.", "server_version",
+     lambda s: SERVER_VERSION),
+    ("etcd_cluster_version", "The version that all members understand.", "cluster_version",
+     lambda s: s.cluster.version or "not_decided"),
+)
+_HISTOGRAMS: Tuple[Tuple[str, str, Callable[[EtcdServer], Family]], ...] = (
+    ("pyetcd_reactor_turn_seconds", "Time of one turn of the main loop.",
+     lambda s: s.counts.turn_durations),
+    ("etcd_wal_fsync_durations_seconds", _SYNC, lambda s: s.journal.writer.sync_durations),
+    ("etcd_disk_wal_fsync_duration_seconds", _SYNC, lambda s: s.journal.writer.sync_durations),
+    ("etcd_snapshot_save_total_durations_seconds",
+     "Time from the decision to snapshot until the file is there.",
+     lambda s: s.snapshots.save_durations),
+    ("etcd_snapshot_save_marshalling_durations_seconds",
+     "Time of the reactor to encode a snapshot.", lambda s: s.snapshots.work_durations),
+    ("pyetcd_wal_batch_entries", "Entries that one write and sync made durable.",
+     lambda s: s.journal.batch_entries),
+    ("etcd_rafthttp_message_sent_latency_seconds",
+     "Time until the system took a message; by pipeline: until it was answered.",
+     lambda s: s.traffic.latencies),
+    ("etcd_rafthttp_message_sent_failed_total", _LOST, lambda s: s.traffic.failures),
+    ("etcd_network_peer_round_trip_time_seconds", "Time of a probe to a peer and back.",
+     lambda s: s.traffic.round_trips),
+)
+# Name, help, label, counts by member id.
+_BY_PEER: Tuple[Tuple[str, str, str, Callable[[EtcdServer], Mapping[int, int]]], ...] = (
+    ("etcd_network_peer_sent_bytes_total", "Bytes of messages to a peer.", "To",
+     lambda s: s.traffic.sent_bytes),
+    ("etcd_network_peer_sent_failures_total", _LOST, "To", lambda s: s.traffic.sent_failures),
+    ("etcd_network_peer_received_bytes_total", "Bytes of messages from a peer.", "From",
+     lambda s: s.traffic.received_bytes),
+)
 
 
-def _where_time_goes(server: EtcdServer) -> Dict[str, object]:
-    """The variables reactor, journal and queues: seconds, and how much waits where."""
+def add_member_metrics(server: EtcdServer) -> None:
+    metrics, store, partial = server.metrics, server.store, functools.partial
+    for name, help, read in _GAUGES:
+        metrics.gauge(name, help, partial(read, server))
+    for name, help, read in _COUNTERS:
+        metrics.total(name, help, partial(_unlabelled, read, server))
+    for name, help, label, text in _FACTS:
+        metrics.fact(name, help, label, partial(text, server))
+    for name, help, family in _HISTOGRAMS:
+        metrics.add(name, help, family(server))
+    for name, help, label, counts in _BY_PEER:
+        metrics.total(name, help, partial(_by_peer, counts(server)), (label,))
+    for suffix, outcome, ended in (("", "success", "succeeded"), ("_failed", "fail", "failed")):
+        metrics.total(f"etcd_store_reads{suffix}_total", f"Store reads that {ended}.",
+                      partial(_read_counts, store, outcome), ("action",))
+        metrics.total(f"etcd_store_writes{suffix}_total", f"Store writes that {ended}.",
+                      partial(_write_counts, store, outcome), ("action",))
+    metrics.total("pyetcd_reactor_seconds_total", "Where the time of the main loop goes.",
+                  lambda: {(name,): s for name, s in server.reactor.phase_seconds.items()},
+                  ("phase",))
+    metrics.gauge("etcd_server_file_descriptors_used_total", "Open file descriptors.",
+                  _open_descriptors(server.reactor.now))
+    add_process_readings(metrics, server.stats.started_ns, server.reactor.now)
+
+
+def _unlabelled(
+    read: Callable[[EtcdServer], float], server: EtcdServer
+) -> Dict[Labels, float]:
+    return {(): read(server)}
+
+
+def _by_peer(counts: Mapping[int, int]) -> Dict[Labels, float]:
+    return {(format_id(peer),): count for peer, count in counts.items()}
+
+
+_WRITE_ACTIONS = {
+    "set": "sets", "create": "create", "update": "update", "delete": "delete",
+    "compareAndSwap": "compare_and_swap", "compareAndDelete": "compare_and_delete",
+}
+
+
+def _write_counts(store: Store, outcome: str) -> Dict[Labels, float]:
+    """Return the writes of the store's statistics by action, without actions at 0."""
+    counts = (
+        (action, getattr(store.stats, f"{name}_{outcome}"))
+        for action, name in _WRITE_ACTIONS.items()
+    )
+    return {(action,): count for action, count in counts if count}
+
+
+def _read_counts(store: Store, outcome: str) -> Dict[Labels, float]:
+    """Return the reads likewise; the store counts recursive ones beside its statistics."""
+    recursive = store.recursive_gets[outcome]
+    single = getattr(store.stats, f"gets_{outcome}") - recursive
+    counts = (("get", single), ("getRecursive", recursive))
+    return {(action,): count for action, count in counts if count}
+
+
+# -- the process -----------------------------------------------------------------
+
+
+def add_process_readings(
+    metrics: Metrics, started_ns: int, now: Callable[[], float]
+) -> None:
+    """Register readings of this process.  started_ns: unix nanoseconds."""
+    metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
+                  lambda: {(): sum(os.times()[:2])})
+    metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
+    metrics.gauge("process_max_fds", "Limit of open file descriptors.",
+                  lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
+    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
+    metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
+                  lambda: started_ns / NS)
+
+
+def _statm_bytes(field: int) -> int:
+    """Return a field of /proc/self/statm in bytes; 0 where that file does not exist."""
+    try:
+        with open("/proc/self/statm", encoding="ascii", errors="replace") as file:
+            return int(file.read().split()[field]) * resource.getpagesize()
+    except (OSError, IndexError):
+        return 0
+
+
+def _virtual_bytes() -> int:
+    return _statm_bytes(0)
+
+
+def _resident_bytes() -> int:
+    """Return the memory in use; without /proc, the most that was ever in use."""
+    return _statm_bytes(1) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _open_descriptors(now: Callable[[], float]) -> Callable[[], int]:
+    """Return a reading that counts once a second: the count takes 0.3 us per descriptor."""
+    return lambda: _count_descriptors(int(now()))
+
+
+@functools.lru_cache(maxsize=1)
+def _count_descriptors(second: int) -> int:
+    for directory in ("/proc/self/fd", "/dev/fd"):
+        with contextlib.suppress(OSError):
+            return len(os.listdir(directory)) - 1       # less the one of listdir itself
+    return 0
+
+
+# -- /debug/vars -----------------------------------------------------------------
+
+
+def debug_variables(server: EtcdServer) -> Dict[str, object]:
+    """Return the variables of etcd, then those that show where time is spent and work waits."""
     reactor, journal, log = server.reactor, server.journal, server.node.raft.log
     return {
+        "cmdline": [sys.executable, *sys.argv],
+        "file_descriptor_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "memstats": {
+            "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
+            "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
+        },
+        "raft.status": _raft_status(server.node.status()),
         "reactor": {
             "turns": reactor.turns, "mean_turn_s": server.counts.turn_durations.mean,
             "slowest_turn_s": reactor.slowest_turn_s, "seconds": reactor.phase_seconds,
@@ -15902,179 +16069,18 @@ def _where_time_goes(server: EtcdServer) -> Dict[str, object]:
     }
 
 
-def _proc_text(name: str) -> str:
-    """A file of this process in /proc; "" where there is none."""
-    try:
-        with open(f"/proc/self/{name}", encoding="ascii", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
-
-
-def _resident_bytes() -> int:
-    """Memory in use; where the system does not tell, the most ever used."""
-    pages = _proc_text("statm").split()
-    if len(pages) > 1:
-        return int(pages[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _virtual_bytes() -> int:
-    pages = _proc_text("statm").split()
-    return int(pages[0]) * resource.getpagesize() if pages else 0
-
-
-def _open_descriptors(now: Callable[[], float]) -> Callable[[], int]:
-    """Return what counts them, once a second: that takes 0.3 us for each."""
-    return lambda: _count_descriptors(int(now()))
-
-
-@functools.lru_cache(maxsize=1)
-def _count_descriptors(second: int) -> int:
-    for directory in ("/proc/self/fd", "/dev/fd"):
-        with contextlib.suppress(OSError):
-            return len(os.listdir(directory)) - 1       # less the one that lists them
-    return 0
-
-
-def _cpu_seconds() -> float:
-    times = os.times()
-    return times.user + times.system
-
-
-def _add_server(metrics: Metrics, server: EtcdServer) -> None:
-    """Names of etcd 2.3 first, then those that 3.x has for the same."""
-    proposals, counts = server.proposals, server.counts
-    metrics.gauge("etcd_server_file_descriptors_used_total", "Open file descriptors.",
-                  _open_descriptors(server.reactor.now))
-    metrics.gauge("etcd_server_pending_proposal_total", "Proposals waiting for an answer.",
-                  lambda: len(proposals))
-    metrics.total("etcd_server_proposal_failed_total", "Proposals without an answer in time.",
-                  lambda: {(): proposals.failed})
-    metrics.gauge("etcd_server_proposals_pending", "Proposals waiting for an answer.",
-                  lambda: len(proposals))
-    metrics.total("etcd_server_proposals_failed_total", "Proposals without an answer in time.",
-                  lambda: {(): proposals.failed})
-    metrics.total("etcd_server_slow_apply_total", "Turns that applied for more than 100 ms.",
-                  lambda: {(): counts.slow_applies})
-    metrics.add("pyetcd_reactor_turn_seconds", "Time of one turn of the main loop.",
-                counts.turn_durations)
-    metrics.total("pyetcd_reactor_seconds_total", "Where the time of the main loop goes.",
-                  lambda: {(name,): s for name, s in server.reactor.phase_seconds.items()},
-                  ("phase",))
-    metrics.fact("etcd_server_id", "Id of this member, in hex.", "server_id",
-                 lambda: format_id(server.member_id))
-    metrics.fact("etcd_server_version", "The etcd version that this member acts as.",
-                 "server_version", lambda: SERVER_VERSION)
-    metrics.fact("etcd_cluster_version", "The version that all members understand.",
-                 "cluster_version", lambda: server.cluster.version or "not_decided")
-
-
-def _add_raft(metrics: Metrics, server: EtcdServer) -> None:
-    """Names of etcd 3.x: what its dashboards and alerts ask first."""
-    log, counts = server.node.raft.log, server.counts
-    metrics.gauge("etcd_server_has_leader", "1 if a leader is known, else 0.",
-                  lambda: int(server.lead != 0))
-    metrics.gauge("etcd_server_is_leader", "1 if this member leads, else 0.",
-                  lambda: int(server.is_leader))
-    metrics.total("etcd_server_leader_changes_seen_total", "Leaders that became known.",
-                  lambda: {(): counts.leader_changes})
-    metrics.total("etcd_server_heartbeat_send_failures_total",
-                  "Heartbeats to followers that left a period late or more.",
-                  lambda: {(): counts.late_heartbeats})
-    metrics.gauge("etcd_server_proposals_committed_total", "Raft index that is committed.",
-                  lambda: log.commit)
-    metrics.gauge("etcd_server_proposals_applied_total", "Raft index that is applied.",
-                  lambda: server.raft_index)
-
-
-def _add_store(metrics: Metrics, server: EtcdServer) -> None:
-    store = server.store
-    metrics.total("etcd_store_expires_total", "Keys that expired.",
-                  lambda: {(): store.stats.expire_count})
-    metrics.gauge("etcd_store_watchers", "Registered watchers.", lambda: store.stats.watchers)
-    for suffix, outcome in (("", "success"), ("_failed", "fail")):
-        ended = "succeeded" if outcome == "success" else "failed"
-        metrics.total(f"etcd_store_reads{suffix}_total", f"Store reads that {ended}.",
-                      functools.partial(_read_counts, store, outcome), ("action",))
-        metrics.total(f"etcd_store_writes{suffix}_total", f"Store writes that {ended}.",
-                      functools.partial(_write_counts, store, outcome), ("action",))
-
-
-def _add_disk(metrics: Metrics, server: EtcdServer) -> None:
-    log, snapshots = server.node.raft.log, server.snapshots
-    syncs = server.journal.writer.sync_durations
-    help = "Time to write a batch to the log and sync it."
-    metrics.add("etcd_wal_fsync_durations_seconds", help, syncs)
-    metrics.add("etcd_disk_wal_fsync_duration_seconds", help, syncs)    # 3.x
-    metrics.gauge("etcd_wal_last_index_saved", "Last raft index on disk.", lambda: log.stable)
-    metrics.add("etcd_snapshot_save_total_durations_seconds",
-                "Time from the decision to snapshot until the file is there.",
-                snapshots.save_durations)
-    metrics.add("etcd_snapshot_save_marshalling_durations_seconds",
-                "Time of the reactor to encode a snapshot.", snapshots.work_durations)
-    metrics.add("pyetcd_wal_batch_entries", "Entries that one write and sync made durable.",
-                server.journal.batch_entries)
-
-
-def _add_peers(metrics: Metrics, server: EtcdServer) -> None:
-    """Two names of etcd 2.3, and those of 3.x."""
-    traffic = server.traffic
-
-    def by_peer(counts: Mapping[int, int]) -> Callable[[], Dict[Labels, float]]:
-        return lambda: {(format_id(peer),): count for peer, count in counts.items()}
-
-    metrics.add("etcd_rafthttp_message_sent_latency_seconds",
-                "Time until the system took a message; by pipeline: until it was answered.",
-                traffic.latencies)
-    metrics.add("etcd_rafthttp_message_sent_failed_total", "Messages lost or dropped.",
-                traffic.failures)
-    metrics.total("etcd_network_peer_sent_bytes_total", "Bytes of messages to a peer.",
-                  by_peer(traffic.sent_bytes), ("To",))
-    metrics.total("etcd_network_peer_sent_failures_total", "Messages lost or dropped.",
-                  by_peer(traffic.sent_failures), ("To",))
-    metrics.total("etcd_network_peer_received_bytes_total", "Bytes of messages from a peer.",
-                  by_peer(traffic.received_bytes), ("From",))
-    metrics.add("etcd_network_peer_round_trip_time_seconds",
-                "Time of a probe to a peer and back.", traffic.round_trips)
-
-
-def add_process_readings(
-    metrics: Metrics, started_ns: int, now: Callable[[], float]
-) -> None:
-    """Register what the system knows of this process.  started_ns: unix nanoseconds."""
-    metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
-                  lambda: {(): _cpu_seconds()})
-    metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
-    metrics.gauge("process_max_fds", "Limit of open file descriptors.",
-                  lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
-    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
-    metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
-                  lambda: started_ns / NS)
-
-
-_WRITE_ACTIONS = {
-    "set": "sets", "create": "create", "update": "update", "delete": "delete",
-    "compareAndSwap": "compare_and_swap", "compareAndDelete": "compare_and_delete",
-}
-
-
-def _write_counts(store: Store, outcome: str) -> Dict[Labels, float]:
-    """Counters of the store's statistics by action; what never happened is left out."""
-    counts = (
-        (action, getattr(store.stats, f"{name}_{outcome}"))
-        for action, name in _WRITE_ACTIONS.items()
-    )
-    return {(action,): count for action, count in counts if count}
-
-
-def _read_counts(store: Store, outcome: str) -> Dict[Labels, float]:
-    """Likewise; the store's statistics do not tell which gets were recursive."""
-    recursive = store.recursive_gets[outcome]
-    single = getattr(store.stats, f"gets_{outcome}") - recursive
-    counts = (("get", single), ("getRecursive", recursive))
-    return {(action,): count for action, count in counts if count}
+def _raft_status(status: Status) -> Dict[str, object]:
+    return {
+        "id": format_id(status.id), "term": status.term, "vote": format_id(status.vote),
+        "commit": status.commit, "lead": format_id(status.lead),
+        "raftState": raft_state_name(status.role),
+        "progress": {
+            format_id(each): {
+                "match": match, "next": next_, "state": "ProgressState" + state.capitalize(),
+            }
+            for each, (match, next_, state) in status.progress.items()
+        },
+    }
 
 
 # ============================================================================
@@ -16082,7 +16088,7 @@ def _read_counts(store: Store, outcome: str) -> Dict[Labels, float]:
 # ============================================================================
 
 
-DOWNLOADS_MAX = 4                   # at a time, and none beyond HELD_BYTES_MAX of their states
+DOWNLOADS_MAX = 4                   # at a time, with HELD_BYTES_MAX of snapshots; above: 503
 
 
 class SnapshotApi:
@@ -16098,7 +16104,7 @@ class SnapshotApi:
         self._downloads: Set[Download] = set()
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer as soon as the store has been walked."""
+        """Answer once the snapshot is complete."""
         if not self._server.raft_index:
             write_message(request, 503, "this member has no state yet; ask another one")
         elif len(self._downloads) >= DOWNLOADS_MAX or self._held_bytes() > HELD_BYTES_MAX:
@@ -16107,13 +16113,13 @@ class SnapshotApi:
             self._downloads.add(Download(request, self._server, self._downloads.discard))
 
     def _held_bytes(self) -> int:
-        """What the states take that are being sent; several may send the same."""
+        """Return the memory of the snapshots under way; several downloads may share one."""
         files = {id(each.file): each.file.size for each in self._downloads if each.file}
         return sum(files.values())
 
 
 class Download:
-    """One answer: it waits for the walk, then piece follows piece as fast as the client reads."""
+    """One answer: it waits for the snapshot, then sends its pieces as fast as the client reads."""
 
     def __init__(
         self, request: HttpRequest, server: EtcdServer, ended: Callable[[Download], None]
@@ -16121,11 +16127,11 @@ class Download:
         self._request = request
         self._server = server
         self._ended = ended
-        self.file: Optional[SnapshotFile] = None        # as soon as the store has been walked
+        self.file: Optional[SnapshotFile] = None        # once the snapshot is complete
         self._reply: Optional[StreamReply] = None
         self._pieces: Iterator[bytes] = iter(())
-        self._taker: Optional[Taker] = self._start      # one object: the keeper compares
-        request.on_close = self._gone
+        self._taker: Optional[Taker] = self._start      # kept, as unwant() needs the same object
+        request.on_close = self._client_gone
         server.snapshots.want(self._taker)
 
     def _start(self, file: SnapshotFile, etcd_index: int) -> None:
@@ -16140,11 +16146,11 @@ class Download:
         self._reply = self._request.start_stream(
             200, "application/octet-stream", headers, length=len(file.head) + file.size
         )
-        self._reply.on_close = self._gone
-        self._go_on()
+        self._reply.on_close = self._client_gone
+        self._send_piece()
 
-    def _go_on(self) -> None:
-        """Hand out the next piece: one in a turn, as others wait for theirs."""
+    def _send_piece(self) -> None:
+        """Send the next piece: one in a turn, so that other requests get theirs."""
         if self._reply is None or self._reply.closed:
             return
         piece = next(self._pieces, None)
@@ -16153,10 +16159,10 @@ class Download:
             self._taker = None
             self._ended(self)
             return
-        self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._go_on))
+        self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._send_piece))
         self._reply.write(piece)
 
-    def _gone(self) -> None:
+    def _client_gone(self) -> None:
         self._pieces = iter(())
         taker, self._taker = self._taker, None
         if taker is not None:
@@ -16165,7 +16171,7 @@ class Download:
 
 
 # ============================================================================
-# api/status -- The status API: version, health, statistics of one member.
+# api/status -- The status API: version, health, statistics and log level of one member.
 # ============================================================================
 
 
@@ -16176,7 +16182,7 @@ def version_json(server: EtcdServer) -> bytes:
 
 
 class StatusApi:
-    """What a member says about itself: version, machines, stats, health, metrics, log level."""
+    """Version, machines, stats, health, metrics and log level of a member."""
 
     CHECKS = {
         "/livez": ("serializable_read",), "/readyz": ("serializable_read", "linearizable_read"),
@@ -16189,37 +16195,32 @@ class StatusApi:
             "etcd_server_health_success", "Probes answered with good news.")
         self._unhealthy = metrics.counter(
             "etcd_server_health_failures", "Probes answered with bad news.")
-        for add in (_add_server, _add_raft, _add_store, _add_disk, _add_peers):
-            add(metrics, server)
-        add_process_readings(metrics, server.stats.started_ns, server.reactor.now)
+        add_member_metrics(server)
 
     def version(self, request: HttpRequest) -> None:
-        """GET /version."""
         request.reply(200, version_json(self._server))
 
     def machines(self, request: HttpRequest) -> None:
-        """GET /v2/machines: client URLs of all members."""
         urls = ", ".join(sorted(self._server.cluster.client_urls()))
-        self._text(request, 200, urls)
+        request.reply(200, utf8(urls), _TEXT)
 
     def health(self, request: HttpRequest) -> None:
-        """GET /health.
+        """Answer at once, from the known leader and the links to the other members.
 
-        Differs from etcd: answered at once from what is known of the leader and of the links to
-        the others; etcd waits up to 750 ms for the raft index to move.
+        Differs from etcd, which waits up to 750 ms for the raft index to move.
         """
         healthy = self._server.is_healthy
         (self._healthy if healthy else self._unhealthy).inc()
         if healthy:
-            self._text(request, 200, '{"health": "true"}')
+            request.reply(200, b'{"health": "true"}', _TEXT)
         else:
             request.reply(503, b'{"health": "false"}\n', _TEXT, _NOSNIFF)
 
     def probe(self, request: HttpRequest) -> None:
-        """GET /livez, /readyz, and single checks below them: `ok`, or 503 with what is wrong.
+        """Answer /livez, /readyz, or one check of them: `ok`, or 503 with the failed checks.
 
-        ?verbose tells of every check, ?exclude=NAME leaves one out.  A read from this member's
-        store needs nobody else; a linearizable one needs a leader and a quorum, as /health does.
+        ?verbose shows every check, ?exclude=NAME skips one.  A serializable read needs this
+        member's store only; a linearizable one needs a leader and a quorum, as /health does.
         Source: etcd 3.5 etcdhttp/health.go; 2.3 has no such paths.
         """
         path, _, single = request.path[1:].partition("/")
@@ -16243,18 +16244,16 @@ class StatusApi:
             request.reply(200, utf8(shown + "ok\n"), _TEXT, _NOSNIFF)
 
     def _problem(self) -> str:
-        """Why a linearizable read would fail; "" if it would not."""
+        """Return why a linearizable read would fail; "" if it would not."""
         if self._server.is_healthy:
             return ""
         return "no quorum of members is connected" if self._server.lead else "etcdserver: no leader"
 
     def stats_self(self, request: HttpRequest) -> None:
-        """GET /v2/stats/self."""
         state = raft_state_name(self._server.node.raft.role)
         request.reply(200, utf8(self._server.stats.json(state)))
 
     def stats_leader(self, request: HttpRequest) -> None:
-        """GET /v2/stats/leader."""
         server = self._server
         if not server.is_leader:
             write_message(request, 403, "not current leader")
@@ -16263,33 +16262,20 @@ class StatusApi:
         request.reply(200, server.leader_stats.json(followers).encode())
 
     def stats_store(self, request: HttpRequest) -> None:
-        """GET /v2/stats/store."""
         request.reply(200, self._server.store.stats.json().encode())
 
     def metrics(self, request: HttpRequest) -> None:
-        """/metrics for Prometheus, any method."""
         request.reply(200, utf8(self._server.metrics.text()), "text/plain; version=0.0.4")
 
     def debug_vars(self, request: HttpRequest) -> None:
-        """GET /debug/vars: etcd's variables, and where our time goes."""
-        server = self._server
-        variables: Dict[str, object] = {
-            "cmdline": [sys.executable, *sys.argv],
-            "file_descriptor_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-            "memstats": {
-                "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
-                "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
-            },
-            "raft.status": _raft_status(server.node.status()),
-            **_where_time_goes(server),
-        }
         lines = ",\n".join(
-            f"{json_string(name)}: {json_text(value)}" for name, value in variables.items()
+            f"{json_string(name)}: {json_text(value)}"
+            for name, value in debug_variables(self._server).items()
         )
         request.reply(200, utf8(f"{{\n{lines}\n}}\n"), "application/json; charset=utf-8")
 
     def log_level(self, request: HttpRequest) -> None:
-        """PUT /config/local/log: change the level of all our loggers, {"Level": "DEBUG"}."""
+        """Set the level of all loggers to that in the body, {"Level": "DEBUG"}."""
         if request.body_too_large:
             write_message(request, 413, "Request Entity Too Large")
             return
@@ -16305,10 +16291,6 @@ class StatusApi:
         package_logger("etcdhttp").info('globalLogLevel set to "%s"', level[0])
         logging.getLogger("pyetcd").setLevel(level[1])
         request.reply(204)
-
-    @staticmethod
-    def _text(request: HttpRequest, status: int, text: str) -> None:
-        request.reply(status, utf8(text), _TEXT)
 
 
 _LEVELS = {
@@ -16326,25 +16308,23 @@ _LEVELS = {
 
 
 class CorsRequest(HttpRequest):
-    """A request whose reply says which scripts of other origins may read it."""
+    """A request whose reply has the headers of CORS."""
 
     __slots__ = ("_lines", "is_allowed")
 
     def __init__(self, request: HttpRequest, lines: str, *, is_allowed: bool) -> None:
         super().__init__(request.head, request.body, request.connection)
         self.body_too_large = request.body_too_large
-        self.is_allowed = is_allowed    # may scripts of this request's origin use us?
+        self.is_allowed = is_allowed    # scripts of its origin may use the API
         self._lines = lines
 
     def reply(
         self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
         headers: str = "", more: Sequence[bytes] = (),
     ) -> None:
-        """Answer, with the lines of CORS."""
         super().reply(status, body, content_type, self._lines + headers, more)
 
     def reply_raw(self, data: bytes, more: Sequence[bytes] = ()) -> None:
-        """Answer with ready-made head and body, and the lines of CORS between."""
         status_line, _, rest = data.partition(b"\r\n")
         lines = self._lines.encode("latin-1")
         super().reply_raw(b"%b\r\n%b%b" % (status_line, lines, rest), more)
@@ -16353,14 +16333,13 @@ class CorsRequest(HttpRequest):
         self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
         *, length: Optional[int] = None,
     ) -> StreamReply:
-        """Send the head with the lines of CORS."""
         return super().start_stream(status, content_type, self._lines + headers, length=length)
 
 
 def allow_origin(request: HttpRequest, origins: FrozenSet[str]) -> HttpRequest:
-    """Return `request` so that its reply names the origin it comes from, if that is allowed.
+    """Return `request` so that its reply has the headers of CORS, if `origins` are configured.
 
-    With a list of origins every reply says that it depends on the origin, to caches between.
+    With a list of origins every reply has `Vary: Origin`, for caches on the way.
     """
     if not origins:
         return request
@@ -16378,12 +16357,12 @@ def allow_origin(request: HttpRequest, origins: FrozenSet[str]) -> HttpRequest:
 
 
 class ClientApi:
-    """Everything on the client port: a table from path to handler, after etcd's common rules.
+    """The client port: a table from path to handler.
 
-    fallback  asked for paths that etcd does not have; True: answered.  Set by the owner
+    fallback  handles paths that etcd does not have; returns True if it answered.  Set by the owner
 
-    What the head alone decides is decided once and kept with it (HttpHead.parsed, with the version
-    of users and roles that it was decided for), as heads are cached.  Thread: reactor.
+    The handler for a head is kept in HttpHead.parsed, with the version of users and roles for which
+    it was found: heads are cached, so most requests skip the search.  Thread: reactor.
     Source: etcd 2.3 etcdhttp/client.go, pkg/cors, Go http.ServeMux.
     """
 
@@ -16416,14 +16395,14 @@ class ClientApi:
 
     @property
     def handler(self) -> Handler:
-        """What answers a request of a client."""
-        return self._serve_scripts if self._origins else self.serve
+        """The handler of client requests, with CORS only if that is configured."""
+        return self._serve_with_cors if self._origins else self.serve
 
-    def _serve_scripts(self, request: HttpRequest) -> None:
+    def _serve_with_cors(self, request: HttpRequest) -> None:
         self.serve(allow_origin(request, self._origins))
 
     def serve(self, request: HttpRequest) -> None:
-        """Answer without regard to its origin: also for requests made from others."""
+        """Answer a request, or one that was made from it, such as that of the registry."""
         if self._log.isEnabledFor(logging.DEBUG):
             self._log.debug("[%s] %s remote:%s", request.method, request.target, request.remote)
         head = request.head
@@ -16434,7 +16413,7 @@ class ClientApi:
         decided[1](request)
 
     def _route(self, head: HttpHead) -> Handler:
-        """Return what answers requests with this head.  The order is that of keys-api §1.1."""
+        """Return the handler of requests with this head.  The order of the checks is etcd's."""
         path = head.path
         if head.method == "OPTIONS":
             return _reply_empty
@@ -16447,7 +16426,7 @@ class ClientApi:
         if path.startswith("/v2/auth/"):
             return self._auth.route(head)
         name = "/v2/members" if path.startswith("/v2/members/") else path
-        if path == "/new":              # a token of the discovery service: a write
+        if path == "/new":              # makes a discovery token, which is a write
             return self._guard.key(
                 head, REGISTRY_KEY + "/", write=True, recursive=False, passed=self._unknown,
                 refused=refuse_credentials,
@@ -16471,8 +16450,10 @@ class ClientApi:
 
 
 def _refuse_v3(request: HttpRequest) -> None:
-    """Answer a client of etcd 3's JSON gateway in its own words: 12 is gRPC's "unimplemented",
-    which the gateway maps to 501.  A mere 404 looks like a missing key."""
+    """Answer a client of etcd 3's JSON gateway with its 501 and gRPC's code 12, "unimplemented".
+
+    Such a client takes a 404 for a missing key.
+    """
     text = json_string(V3_REFUSAL)
     request.reply(501, f'{{"error":{text},"message":{text},"code":12}}'.encode())
 
@@ -16491,24 +16472,24 @@ def _bad_request(request: HttpRequest) -> None:
 
 
 class PeerApi:
-    """Everything on the peer port.  Source: etcd 2.3 etcdhttp/peer.go.  Thread: reactor."""
+    """The peer port.  Source: etcd 2.3 etcdhttp/peer.go.  Thread: reactor."""
 
     def __init__(self, server: EtcdServer) -> None:
         self._server = server
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer a request of a member, or of one that wants to be."""
+        """Answer a request of a member, or of one that is about to join."""
         path = request.path
         if not path.startswith("/"):
             _bad_request(request)
         elif not is_clean_path(path):
             redirect(request)
         elif path in ("/members", "/version"):
-            self._about_us(request, path)
+            self._describe_cluster(request, path)
         elif not self._server.transport.handle(request):
             not_found(request)
 
-    def _about_us(self, request: HttpRequest, path: str) -> None:
+    def _describe_cluster(self, request: HttpRequest, path: str) -> None:
         if request.method != "GET":
             refuse_method("GET", request)
         elif path == "/version":
@@ -16530,14 +16511,13 @@ DISCOVERY_DEFAULT_SIZE = 3          # of a cluster made by /new without size
 
 
 class DiscoveryService:
-    """The registry for other clusters that every member is: `/new` and `/<token>` on its clients'
-    port.
+    """The registry of other clusters on the client port of a member: `/new` and `/<token>`.
 
     do    EtcdServer.do
     keys  the handler of /v2/keys requests
 
-    Thread: reactor.  Source: discovery.etcd.io; operations notes, discovery service.
-    Differs from discovery.etcd.io: sizes below 1 are refused; no cluster can have them.
+    Thread: reactor.  Source: discovery.etcd.io.
+    Differs from discovery.etcd.io: sizes below 1 are refused, as no cluster can have them.
     """
 
     def __init__(
@@ -16548,7 +16528,7 @@ class DiscoveryService:
         self._keys = keys
 
     def handle(self, request: HttpRequest) -> bool:
-        """Answer a request for the registry; False if the path is none of ours."""
+        """Answer a request for the registry; return False for any other path."""
         path = request.path
         if path == "/new":
             self._new(request)
@@ -16563,7 +16543,7 @@ class DiscoveryService:
         return True
 
     def _new(self, request: HttpRequest) -> None:
-        """Make a token, and answer with the URL under which the client reached us."""
+        """Make a token; answer with its URL, below the host that the client asked."""
         host = request.headers.get("host", "")
         if is_from_browser(request.headers) and not (
             isinstance(request, CorsRequest) and request.is_allowed
@@ -16600,7 +16580,7 @@ class DiscoveryService:
     def _forward(self, request: HttpRequest) -> None:
         """Serve the request as one for the key below the registry."""
         old = request.head
-        # A head is shared by all requests with the same bytes, so a new one is made.
+        # All requests with the same bytes share a head, so this one needs a copy.
         head = HttpHead(
             old.method, f"/v2/keys{REGISTRY_KEY}{old.target}", old.minor, old.headers
         )
@@ -16616,11 +16596,11 @@ _NOT_FOR_PAGES = (
 
 
 def is_from_browser(headers: Mapping[str, str]) -> bool:
-    """True if a browser sends this, unless it says that its user has typed the address.
+    """True for a request of a web page; False for programs, and for an address that a user typed.
 
-    Browsers name the kind of a request in Sec-Fetch-Site where a connection is secure or local;
-    elsewhere, and for a page whose own name was bound to our address, only what every request
-    of theirs has tells them from programs.
+    On secure and local connections browsers send Sec-Fetch-Site.  On others, and for a page whose
+    own name resolves to this member (DNS rebinding), only headers that every browser sends tell
+    it from a program.
     """
     site = headers.get("sec-fetch-site")
     if site is not None:
@@ -16646,7 +16626,7 @@ def _token_route(rest: str) -> str:
 
 
 def _wanted_size(request: HttpRequest) -> int:
-    """The size that a /new request asks for.  Raises ValueError."""
+    """Return the cluster size in a /new request.  Raises ValueError."""
     query = request.query.encode("latin-1")
     body = request.body if request.method in ("POST", "PUT", "PATCH") else b""
     if len(query) + len(body) > SHORT_HEADER_BYTES_MAX:
@@ -16672,9 +16652,9 @@ def _reply_text(request: HttpRequest, status: int, text: str) -> None:
 
 
 # ============================================================================
-# life/discovery -- The discovery client: how members that start find each other.
+# life/discovery -- The discovery client: new members find each other at a registry, or by SRV records.
 # ----------------------------------------------------------------------------
-# Plain blocking code that runs before the reactor starts.
+# Blocks; runs before the reactor starts.
 # ============================================================================
 
 
@@ -16682,7 +16662,7 @@ DISCOVERY_DIAL_SECONDS = 30.0       # connecting to the registry; above: unreach
 DISCOVERY_ANSWER_SECONDS = 5.0      # silence of the registry, watches excepted
 DISCOVERY_RETRY_FIRST_SECONDS = 2.0
 DISCOVERY_RETRY_SECONDS_MAX = 256.0  # longest wait between two tries
-DISCOVERY_PAUSE_SECONDS = 0.25      # after a wait that the registry ended at once; then longer
+DISCOVERY_PAUSE_SECONDS = 0.25      # after a watch that the registry ended at once; then longer
 DISCOVERY_PAUSE_SECONDS_MAX = 32.0
 DISCOVERY_REDIRECTS_MAX = 10        # of one request; above: unreachable
 _SIZE_EXAMPLE = f"size={DISCOVERY_DEFAULT_SIZE}"
@@ -16690,11 +16670,11 @@ _PUBLIC_REGISTRY = "discovery.etcd.io"
 
 
 class DiscoveryUnreachable(DiscoveryError):
-    """The registry did not answer, or with 5xx: worth another try."""
+    """The registry did not answer, or answered 5xx: worth another try."""
 
 
 class DiscoveryFull(DiscoveryError):
-    """The wanted number of members has registered, and we are not among them."""
+    """Enough other members have registered: there is no place for this one."""
 
     def __init__(self, members: List[Registration]) -> None:
         super().__init__("discovery: cluster is full")
@@ -16702,7 +16682,7 @@ class DiscoveryFull(DiscoveryError):
 
 
 class DuplicateId(DiscoveryError):
-    """Our member id stands in the registry, yet our data directory is empty."""
+    """The registry has this member id already, but the data directory is empty."""
 
 
 class DuplicateName(DiscoveryError):
@@ -16712,13 +16692,13 @@ class DuplicateName(DiscoveryError):
 class Registration(NamedTuple):
     """One member in the registry."""
 
-    id: str                             # hex, last part of the key
+    id: str                             # hex: the last part of the key
     value: str                          # `name=url[,name=url]`
     created_index: int
 
 
 class RegistryState(NamedTuple):
-    """What one look at the registry showed."""
+    """The registry at one moment."""
 
     members: List[Registration]         # the first `size`, oldest first
     size: int
@@ -16754,9 +16734,9 @@ def _open_connection(
 
 
 def look_up(host: str, timeout_s: float) -> None:
-    """Ask the name servers, so that whoever connects has the answer soon.
+    """Resolve `host` on another thread, so that a connection then has the answer from a cache.
 
-    Raises OSError, also if they are silent: they may be for minutes, where no signal is heard.
+    Raises OSError, also after timeout_s: a lookup can block for minutes, and no signal ends it.
     """
     answers: queue.SimpleQueue[Optional[Exception]] = queue.SimpleQueue()
 
@@ -16773,18 +16753,18 @@ def look_up(host: str, timeout_s: float) -> None:
 
 
 class Discovery:
-    """One member's way through the registry of a discovery URL, to the initial cluster.
+    """Registers a member at a discovery URL, and waits for the initial cluster.
 
     url         scheme://host[:port]/<token key>, on any etcd v2 or discovery service
-    member_id   ours; its hex text is our key in the registry; 0 for who will not be a member
-    pairs       our `name=url[,name=url]`, sorted
+    member_id   its hex text is the key of this member in the registry; 0 for a proxy
+    pairs       `name=url[,name=url]` of this member, sorted
     proxy       URL of an HTTP proxy, or ""
     sleep       called with the seconds to wait before another try
 
-    Raises DiscoveryError for a URL that is none.
-    Thread: one, and it blocks.  Source: etcd 2.3 discovery; peer-and-disk notes on token discovery.
-    Differs from etcd: while waiting, only a new member's registration counts; etcd counts every
-    event, so that a changed or deleted key made a cluster with a member missing.
+    Raises DiscoveryError for a bad URL.
+    Thread: one, and it blocks.  Source: etcd 2.3 discovery.
+    Differs from etcd: only the registration of a new member ends the wait; etcd counts every
+    event, so a changed or deleted key leads to a cluster with a member missing.
     """
 
     def __init__(
@@ -16799,28 +16779,28 @@ class Discovery:
         self._proxy = check_proxy_url(proxy)
         self._sleep = sleep
         self._backoff = Backoff(DISCOVERY_RETRY_FIRST_SECONDS, DISCOVERY_RETRY_SECONDS_MAX)
-        self._retries = 0               # of this object; the first one gets advice
+        self._retries = 0               # of all steps; only the first one is logged with advice
         self.resumed = False            # join() found a registration of an earlier try
         self._log = package_logger("discovery")
         if self._proxy:
             self._log.info('using proxy "%s"', self._proxy)
 
     def join(self) -> str:
-        """Register, wait for the others, and return the initial cluster `name=url,...`.
+        """Register, wait for the other members, and return the initial cluster `name=url,...`.
 
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
-        self._check()
+        self._read_registry()
         self._register()
-        return self._initial_cluster(self._wait(self._check()))
+        return self._initial_cluster(self._wait_until_complete())
 
     def find(self) -> str:
-        """Wait for the members without becoming one; return the initial cluster.
+        """Wait for the members without registering; return the initial cluster.
 
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
         try:
-            return self._initial_cluster(self._wait(self._check()))
+            return self._initial_cluster(self._wait_until_complete())
         except DiscoveryFull as full:
             return self._initial_cluster(full.members)
 
@@ -16835,15 +16815,15 @@ class Discovery:
             raise DuplicateName("discovery: found duplicate name")
         return text
 
-    def _check(self) -> RegistryState:
-        """Look until the registry answers.  Raises DiscoveryFull if there is no place for us."""
+    def _read_registry(self) -> RegistryState:
+        """Return the state of the registry, once it answers.  Raises DiscoveryFull."""
         while True:
             try:
-                return self._look()
+                return self._get_state()
             except DiscoveryUnreachable as error:
-                self._wait_to_retry("cluster status check", error)
+                self._sleep_before_retry("cluster status check", error)
 
-    def _look(self) -> RegistryState:
+    def _get_state(self) -> RegistryState:
         options = "?quorum=false&recursive=false&sorted=false"
         size = self._size(self._get("/_config/size" + options)[1])
         index, body = self._get(options)
@@ -16865,30 +16845,28 @@ class Discovery:
         return int(text)
 
     def _register(self) -> None:
-        """Create our key, and wait until the registry shows it."""
+        """Create the key of this member, and wait until the registry shows it."""
         created, tries = 0, 0
         while not created:
             tries += 1
             try:
                 created = self._create(is_again=tries > 1)
             except DiscoveryUnreachable as error:
-                self._wait_to_retry("registration", error)
-        with contextlib.suppress(DiscoveryUnreachable):     # the next look tries again
-            self._request(
-                "GET", f"/{self._id}?recursive=false&wait=true&waitIndex={created}", "", None
-            )
+                self._sleep_before_retry("registration", error)
+        with contextlib.suppress(DiscoveryUnreachable):     # the next step tries again
+            self._request("GET", f"/{self._id}?recursive=false&wait=true&waitIndex={created}")
 
     def _create(self, *, is_again: bool) -> int:
-        """Create our key, or find the one that a lost answer was about; return its index.
+        """Create the key of this member, or find it from an earlier try; return its index.
 
-        A key with our value is ours if this process has tried before (is_again), and if no other
-        host can have written it.  Without the second rule a member that is restarted while it waits
-        would be locked out.  Whether it has lost a log since is for the other members to say.
-        Differs from etcd, which takes such a key for a sign that the log is lost.
+        A key with the same value is from an earlier try if this process tried before (is_again),
+        or if no other host can have written it.  The second case is a member that was restarted
+        while it waited.  Its peers report later whether it ran and lost its log since.
+        Differs from etcd, which concludes from such a key that the log is lost.
         """
         form = urllib.parse.urlencode({"value": self._pairs})
         suffix = f"/{self._id}?prevExist=false"
-        _, body = self._request("PUT", suffix, form, DISCOVERY_ANSWER_SECONDS)
+        _, body = self._request("PUT", suffix, DISCOVERY_ANSWER_SECONDS, form)
         if not (isinstance(body, dict) and body.get("errorCode") == NodeExists.code):
             return int(self._node(body).get("createdIndex", 0)) or 1
         node = self._node(self._get(f"/{self._id}?quorum=true")[1])
@@ -16899,33 +16877,33 @@ class Discovery:
         return int(node.get("createdIndex", 0)) or 1
 
     def _is_unmistakable(self) -> bool:
-        """False if another host may well have registered the same: `localhost`, elsewhere."""
+        """True unless other hosts may register the same URLs: `localhost`, on a remote registry."""
         initial = parse_initial_cluster(self._pairs)
         urls = [url for urls in initial.values() for url in urls]
         return is_local(self._endpoint) or not all(map(is_local, urls))
 
-    def _wait(self, state: RegistryState) -> List[Registration]:
-        """Return the first `size` members, when there are so many."""
+    def _wait_until_complete(self) -> List[Registration]:
+        """Return the first `size` members, once all have registered."""
         while True:
+            state = self._read_registry()
             for member in state.members:
-                self._found(member)
+                self._log_found(member)
             try:
-                members = self._wait_others(state)
+                members = self._watch_registrations(state)
             except DiscoveryUnreachable as error:
-                self._wait_to_retry("waiting for other nodes", error)
-                state = self._check()
+                self._sleep_before_retry("waiting for other nodes", error)
                 continue
             self._log.info("found %d needed peer(s)", len(members))
             return members
 
-    def _wait_others(self, state: RegistryState) -> List[Registration]:
-        """Watch until `size` members are there.
+    def _watch_registrations(self, state: RegistryState) -> List[Registration]:
+        """Watch the registry until `size` members have registered.
 
-        A registry that ends waits at once, or tells old news, is asked less and less often; once
-        may be the doing of a proxy in between.
+        The pauses grow while the registry ends watches at once or repeats old events.  The first
+        such watch has no pause: a proxy on the way may have ended it.
         """
         members, index = list(state.members), state.etcd_index
-        announced, idle = -1, 0         # idle: waits in a row that told nothing
+        announced, idle = -1, 0         # idle: watches in a row without a new event
         pause = Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
         while len(members) < state.size:
             if announced != len(members):
@@ -16944,13 +16922,13 @@ class Discovery:
                 self._sleep(pause.next())
             if body is None:
                 continue
-            if self._is_news(body.get("action"), str(node.get("key")), members):
+            if self._is_registration(body.get("action"), str(node.get("key")), members):
                 members.append(_registration(node))
-                self._found(members[-1])
+                self._log_found(members[-1])
         return members
 
-    def _is_news(self, action: Any, key: str, members: Sequence[Registration]) -> bool:
-        """True if the event is a registration that is not among `members`."""
+    def _is_registration(self, action: Any, key: str, members: Sequence[Registration]) -> bool:
+        """True if the event registers a member that is not among `members`."""
         token, _, name = key.rpartition("/")
         return (
             action in ("create", "set") and token.endswith(self._path.rpartition("/")[2])
@@ -16958,18 +16936,18 @@ class Discovery:
         )
 
     def _next_event(self, index: int) -> Optional[Dict[str, Any]]:
-        """Wait for the event at `index` or later; None if the registry ended the wait."""
-        _, body = self._request("GET", f"?recursive=true&wait=true&waitIndex={index}", "", None)
+        """Wait for the event at `index` or later; return None if the registry ends the watch."""
+        _, body = self._request("GET", f"?recursive=true&wait=true&waitIndex={index}")
         if isinstance(body, dict) and body.get("errorCode") == EventIndexCleared.code:
             raise DiscoveryUnreachable(f"the registry has forgotten the events from {index} on")
         return body if body else None
 
-    def _found(self, member: Registration) -> None:
+    def _log_found(self, member: Registration) -> None:
         who = "self" if member.id == self._id else "peer"
         self._log.info("found %s %s in the cluster", who, member.id)
 
     def _node(self, body: Any) -> Dict[str, Any]:
-        """The node of a keys API answer.  Raises DiscoveryError for an error or something else."""
+        """Return the node in an answer of the keys API.  Raises DiscoveryError if it has none."""
         if isinstance(body, dict) and isinstance(body.get("node"), dict):
             node: Dict[str, Any] = body["node"]
             return node
@@ -16978,7 +16956,7 @@ class Discovery:
             raise DiscoveryError(f"{body['errorCode']}: {body.get('message', '')}{cause}")
         raise DiscoveryError("discovery: bad discovery endpoint")
 
-    def _wait_to_retry(self, step: str, error: Exception) -> None:
+    def _sleep_before_retry(self, step: str, error: Exception) -> None:
         advice = "" if self._retries else "; " + _registry_advice(self._endpoint)
         self._retries += 1
         self._log.error("error #0: %s%s", error, advice)
@@ -16990,14 +16968,16 @@ class Discovery:
         self._sleep(wait_s)
 
     def _get(self, suffix: str) -> Tuple[int, Any]:
-        return self._request("GET", suffix, "", DISCOVERY_ANSWER_SECONDS)
+        return self._request("GET", suffix, DISCOVERY_ANSWER_SECONDS)
 
     def _request(
-        self, method: str, suffix: str, form: str, answer_s: Optional[float]
+        self, method: str, suffix: str, answer_s: Optional[float] = None, form: str = ""
     ) -> Tuple[int, Any]:
-        """Return (X-Etcd-Index or 0, decoded JSON; None for an empty body), redirects followed.
+        """Follow redirects; return (X-Etcd-Index or 0, decoded JSON or None for an empty body).
 
-        Raises DiscoveryUnreachable, and DiscoveryError for what is not JSON.
+        answer_s  longest silence of the registry; None: no limit, for watches
+
+        Raises DiscoveryUnreachable, and DiscoveryError for a body that is not JSON.
         """
         url = self._endpoint + self._path + suffix
         for _ in range(DISCOVERY_REDIRECTS_MAX):
@@ -17019,7 +16999,7 @@ class Discovery:
     def _exchange(
         self, method: str, url: str, form: str, answer_s: Optional[float]
     ) -> Tuple[int, http.client.HTTPMessage, bytes]:
-        """One request on a connection of its own.  Raises DiscoveryUnreachable."""
+        """Send one request on a connection of its own.  Raises DiscoveryUnreachable."""
         parts = urlsplit(url)
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         if self._proxy and parts.scheme == "http":
@@ -17040,11 +17020,10 @@ class Discovery:
             connection.close()
 
     def _connect(self, parts: urllib.parse.SplitResult) -> http.client.HTTPConnection:
-        if not self._proxy:
-            return _open_connection(f"{parts.scheme}://{parts.netloc}", DISCOVERY_DIAL_SECONDS)
+        if not self._proxy or parts.scheme == "http":
+            url = self._proxy or f"{parts.scheme}://{parts.netloc}"
+            return _open_connection(url, DISCOVERY_DIAL_SECONDS)
         proxy = urlsplit(self._proxy)
-        if parts.scheme == "http":
-            return _open_connection(self._proxy, DISCOVERY_DIAL_SECONDS)
         tunnel = http.client.HTTPSConnection(
             proxy.hostname or "", proxy.port or 80, timeout=DISCOVERY_DIAL_SECONDS
         )
@@ -17055,7 +17034,7 @@ class Discovery:
 def check_discovery_url(url: str) -> str:
     """Return `url` with its scheme in lower case.
 
-    Raises DiscoveryError if no registry can be there, or if it does not name one cluster's token.
+    Raises DiscoveryError for a bad URL, or for one that does not end with the token of a cluster.
     """
     why = ""
     try:
@@ -17088,17 +17067,14 @@ def check_discovery_url(url: str) -> str:
 
 
 def _is_dialable(scheme: str, authority: str) -> bool:
-    """True if it names a host (an IPv6 address in brackets), and a port that is one, if any."""
+    """True if `authority` has a host, IPv6 addresses in brackets, and no port 0."""
     host, port = split_address(authority.rpartition("@")[2])
     is_host = bool(host) and (host.startswith("[") or ":" not in host)
     return scheme in ("http", "https") and is_host and int(port[1:] or 1) != 0
 
 
 def check_proxy_url(proxy: str) -> str:
-    """Return the URL of an HTTP proxy, given as one or as `host:port`; "" for "".
-
-    Raises DiscoveryError.
-    """
+    """Return the URL of an HTTP proxy given as URL or `host:port`.  Raises DiscoveryError."""
     if not proxy:
         return ""
     url = proxy if "://" in proxy else "http://" + proxy
@@ -17112,7 +17088,7 @@ def check_proxy_url(proxy: str) -> str:
 
 
 def _registry_advice(endpoint: str) -> str:
-    """Say what to do about a registry that does not answer."""
+    """Return what to do about a registry that does not answer."""
     public = _PUBLIC_REGISTRY in endpoint
     what = "the public discovery service is out of use" if public else (
         f"no discovery service answers at {endpoint}, is it running there?"
@@ -17135,7 +17111,8 @@ def srv_cluster(
 ) -> str:
     """Return the initial cluster `name=url,...` that the SRV records of `domain` describe.
 
-    The record of one of our peer_urls gets own_name, the others `0`, `1`...
+    own_name   name for the record that leads to one of peer_urls; the others are `0`, `1`...
+    servers    (address, port) of the name servers
 
     Raises DiscoveryError.  Source: etcd 2.3 discovery/srv.go.
     """
@@ -17179,19 +17156,19 @@ def _resolve(url: str) -> Set[Tuple[str, int]]:
 
 
 # ============================================================================
-# life/addresses -- Addresses of this host, and what members say of themselves.
+# life/addresses -- Addresses of this host, and the lists of members that flags, peers and DNS give.
 # ============================================================================
 
 
-JOIN_ANSWER_SECONDS = 10.0          # for /members and /version of a cluster that we join
-PROBE_ANSWER_SECONDS = 1.0          # for /members of peers that may not be up yet
+JOIN_ANSWER_SECONDS = 10.0          # for /members and /version of the cluster to join
+PROBE_ANSWER_SECONDS = 1.0          # for /members of peers that may be down
 
 
 def is_elsewhere(url: str) -> bool:
-    """True if `url` has an address that is certainly none of this machine."""
+    """True if the address in `url` is certainly of another machine; False for any name."""
     host = url_address(url)[0]
     if not is_ip(host):
-        return False                # a name: it may be ours
+        return False
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as sock:
@@ -17204,15 +17181,15 @@ def is_elsewhere(url: str) -> bool:
 def default_route_address() -> str:
     """Return our IPv4 address on the interface with the default route, or ""."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(("192.0.2.1", 9))  # a datagram socket only looks up the route: nothing is sent
+        sock.connect(("192.0.2.1", 9))  # sends nothing: a datagram socket looks up the route
         return str(sock.getsockname()[0])
     return ""
 
 
 def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
-    """True if each URL of either list has an address of one in the other, host names resolved.
+    """True if each URL of one list shares an address with a URL of the other; names are resolved.
 
-    `localhost` is compared as text, as etcd does: it means another machine everywhere.
+    `localhost` is compared as text, as in etcd: it means another machine everywhere.
     """
     def resolved(urls: Sequence[str]) -> List[Set[Tuple[str, str, int]]]:
         found = []
@@ -17263,7 +17240,7 @@ def parse_members(body: bytes) -> List[Member]:
 def fetch_cluster(
     urls: Sequence[str], timeout_s: float, tls: Optional[TlsContext], *, quiet: bool = False
 ) -> Optional[Tuple[int, List[Member]]]:
-    """Return the first answer of fetch_members to any of `urls`; None if there is none."""
+    """Return fetch_members() of the first of `urls` that answers; None if none does."""
     for url in urls:
         try:
             return fetch_members(url, timeout_s, tls)
@@ -17276,7 +17253,6 @@ def fetch_cluster(
 
 
 def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> None:
-    """The start-up lines that say with what the member works."""
     log = package_logger("etcdserver")
     log.info("name = %s", config.name)
     if config.force_new_cluster:
@@ -17300,12 +17276,12 @@ def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> N
 
 
 def default_initial_cluster(name: str) -> str:
-    """Return -initial-cluster where it is not given: the member alone, on the default peer URLs."""
+    """Return the default of -initial-cluster: the member alone, on the default peer URLs."""
     return ",".join(f"{name}={url}" for url in DEFAULT_PEER_URLS.split(","))
 
 
 def url_given_twice(initial: Mapping[str, Tuple[str, ...]]) -> str:
-    """Return a peer URL that is in the list of members more than once; "" if there is none."""
+    """Return the first peer URL that `initial` holds twice; "" if there is none."""
     urls = [url for urls in initial.values() for url in urls]
     return next((url for url in urls if urls.count(url) > 1), "")
 
@@ -17344,22 +17320,23 @@ def _initial_members(config: ServerConfig) -> Dict[str, Tuple[str, ...]]:
     return initial
 
 
-def _new_cluster(token: str, initial: Mapping[str, Tuple[str, ...]]) -> Cluster:
+def _new_cluster(
+    config: ServerConfig, token: str, initial: Mapping[str, Tuple[str, ...]]
+) -> Tuple[Cluster, Member]:
+    """Return the cluster of these members and this member in it.  Raises StartError."""
     try:
-        return Cluster.from_initial(token, dict(initial))
+        cluster = Cluster.from_initial(token, dict(initial))
     except ValueError as error:
         raise StartError(f"error setting up initial cluster: {error}") from None
-
-
-def _own_member(config: ServerConfig, cluster: Cluster) -> Member:
     member = cluster.member_by_name(config.name)
     if member is None:
         raise StartError(f'member "{config.name}" is not in the cluster that discovery found')
-    return member
+    cluster.local_id = member.id
+    return cluster, member
 
 
 def _bootstrap_entries(cluster: Cluster) -> List[Entry]:
-    """One ConfChange per initial member, ascending by id: identical bytes on every member."""
+    """Return a ConfChange per initial member, ascending by id: the same bytes on every member."""
     entries = []
     for index, member in enumerate(sorted(cluster.members.values(), key=lambda m: m.id), 1):
         context = utf8(member.context_json())
@@ -17754,7 +17731,7 @@ def _all_flags() -> Dict[str, Flag]:
 
 
 # ============================================================================
-# life/restart -- Bootstrap of a member that was here before.
+# life/restart -- Bootstrap of a member that has a log: identity, log and snapshot come from the disk.
 # ============================================================================
 
 
@@ -17762,7 +17739,7 @@ _FORCED_FILE = "forced-new-cluster"     # in the member directory, after -force-
 
 
 def _check_not_forced(marker: str) -> None:
-    """Raise StartError if -force-new-cluster was done here before.
+    """Raise StartError if this data directory had a -force-new-cluster before.
 
     Differs from etcd, which removes the other members again at each restart with that flag.
     """
@@ -17776,7 +17753,7 @@ def _check_not_forced(marker: str) -> None:
 
 
 def _mark_forced(marker: str) -> None:
-    """Remember on disk that this member was made the only one.  Raises OSError."""
+    """Record a -force-new-cluster on the disk.  Raises OSError."""
     with open(marker, "wb") as file:
         os.fsync(file.fileno())
     fsync_dir(os.path.dirname(marker))
@@ -17787,7 +17764,7 @@ def _mark_forced(marker: str) -> None:
 
 
 def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
-    """Name the flags that an existing log makes void; etcd says it of discovery only."""
+    """Log the flags that an existing log makes void; etcd does so for discovery only."""
     log = package_logger("etcdserver")
     if config.discovery:
         log.warning(
@@ -17809,7 +17786,6 @@ def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
 
 
 def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
-    """A member that was here before: identity, log and snapshot come from the disk."""
     log = package_logger("etcdserver")
     marker = os.path.join(data_dir.member, _FORCED_FILE)
     if config.force_new_cluster:
@@ -17863,27 +17839,25 @@ def _recover(store: Store, snapshot: Snapshot) -> None:
 
 
 def _is_blank(boot: Bootstrap) -> bool:
-    """True if the log was created, but the member ended before its first write."""
+    """True if the member created its log, but ended before its first write."""
     contents = boot.contents
     return not contents.entries and boot.snapshot is None and contents.hard_state == HardState()
 
 
 def _begin_again(config: ServerConfig, boot: Bootstrap) -> Bootstrap:
-    """Give the first entries of a new cluster to a member that crashed before writing them.
+    """Give the first entries of a new cluster to a member that crashed before it wrote them.
 
-    Only if the flags lead to the same ids; otherwise, and after discovery or joining, the other
-    members have the log and will send it.  Differs from etcd, whose single member stays without
-    a voter for ever.
+    The flags must lead to the same ids.  Otherwise, and after discovery or joining, the other
+    members have the log and send it.  Differs from etcd, where a single member then has no voter
+    for ever.
     """
     if config.discovery or config.discovery_srv or config.initial_cluster_state == "existing":
         return boot
     initial = _initial_members(config)
-    cluster = _new_cluster(config.initial_cluster_token, initial)
-    own = cluster.member_by_name(config.name)
-    if own is None or (own.id, cluster.id) != (boot.member_id, boot.cluster.id):
+    cluster, own = _new_cluster(config, config.initial_cluster_token, initial)
+    if (own.id, cluster.id) != (boot.member_id, boot.cluster.id):
         return boot
     cluster.set_store(boot.store)
-    cluster.local_id = own.id
     return boot._replace(cluster=cluster, bootstrap_entries=_bootstrap_entries(cluster))
 
 
@@ -17891,13 +17865,12 @@ def _stand_alone(
     config: ServerConfig, member_id: int, cluster_id: int, wal: Wal, contents: WalContents,
     snapshot: Optional[Snapshot],
 ) -> WalContents:
-    """Make this member the only one, in its log: the others are lost (-force-new-cluster).
+    """Remove the lost members in the log of this one (-force-new-cluster); return its contents.
 
-    The entries behind the commit index stay, up to our own removal: the disk may not know yet that
-    they are committed.  Then every other voter is removed, by entries that count as committed.
-    Returns the contents as they are on disk now.
-    Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from it: etcd drops all
-    entries behind the commit index, and with them the last writes that were acknowledged.
+    The entries after the commit index are kept, up to the removal of this member: they may be
+    committed, as the commit index on disk lags.  Committed entries that remove every other voter
+    follow.  Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from etcd, which
+    drops all entries after the commit index, and with them the last acknowledged writes.
     """
     log = package_logger("etcdserver")
     state = contents.hard_state
@@ -17938,7 +17911,7 @@ def _removes(entry: Entry, member_id: int) -> bool:
 
 
 def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
-    """The voters after the conf changes among `entries`."""
+    """Return `voters` after the conf changes among `entries`."""
     ids = set(voters)
     for entry in entries:
         if entry.type == EntryType.CONF_CHANGE:
@@ -17951,20 +17924,19 @@ def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
 
 
 # ============================================================================
-# life/bootstrap -- Bootstrap: a new member, a joining one, or one that was here before.
+# life/bootstrap -- Bootstrap: a member of a new cluster, a joining member, or a restart.
 # ----------------------------------------------------------------------------
 # Blocks; runs before the reactor starts.
 # ============================================================================
 
 
 def bootstrap(config: ServerConfig) -> Bootstrap:
-    """Find the past of this member on its disk, or its cluster on the network.
+    """Restart from the log on disk, or form or join a cluster; return the state to start with.
 
-    A write-ahead log on disk decides against every flag; without one, a new cluster is formed
-    or an existing one joined.  The log is open and locked afterwards.
+    A log on disk goes before every flag.  The log is open and locked afterwards.
 
-    Raises StartError.  Thread: the caller's; blocks, with discovery until all members are there.
-    Source: etcd 2.3 etcdserver/server.go NewServer; peer-and-disk notes, decision tree.
+    Raises StartError.  Thread: the caller's; blocks, with discovery until all members registered.
+    Source: etcd 2.3 etcdserver/server.go NewServer.
     """
     root = config.data_dir or config.name + ".etcd"
     member = os.path.join(root, "member")
@@ -17979,7 +17951,7 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
 
 
 def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) -> Bootstrap:
-    """The same, with the errors of all layers turned into StartError.
+    """Do the work of bootstrap(), and turn the errors of all layers into StartError.
 
     fresh  the directories that this start has made
     """
@@ -17987,18 +17959,15 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
     try:
         tls = make_peer_tls(config)
         if Wal.exists(data_dir.wal):
-            boot = _restart(config, data_dir)
-            return boot._replace(peer_tls=tls)
+            return _restart(config, data_dir)._replace(peer_tls=tls)
         _check_log_is_not_missing(data_dir)
         if config.force_new_cluster:
             package_logger("etcdserver").warning(
                 "-force-new-cluster does nothing for a member without data; leave it out: at a"
                 " later start it would remove all other members"
             )
-        if config.initial_cluster_state == "existing":
-            boot = _join(config, data_dir, tls)
-        else:
-            boot = _form(config, data_dir, tls, fresh)
+        joins = config.initial_cluster_state == "existing"
+        boot = _join(config, data_dir, tls) if joins else _form(config, data_dir, tls, fresh)
         return boot._replace(peer_tls=tls)
     except (WalError, SnapshotError, CodecError, InvariantError) as error:
         raise StartError(str(error)) from error     # nothing runs yet: no state to protect
@@ -18006,7 +17975,8 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
         text = _discovery_failure(config, data_dir.root, error)
         if config.discovery_fallback != "proxy":
             raise StartError(text) from error
-        _forget_member_dir(data_dir)
+        # Empty directories of a member would stop the proxy that starts instead.
+        remove_dirs((os.path.join(data_dir.member, "wal"), data_dir.snap, data_dir.member))
         raise ClusterFull(text) from error
     except DiscoveryError as error:
         raise StartError(_discovery_failure(config, data_dir.root, error)) from error
@@ -18015,9 +17985,9 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
 
 
 def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
-    """Return how to speak TLS to other members; None if it seems that none asks for it.
+    """Return the TLS context for calls to other members; None if no flag speaks of TLS.
 
-    An https member that is added later is met with the system's authorities then.
+    Without a context, calls to https members that join later trust the system's authorities.
     Raises StartError.
     """
     urls = ",".join((*config.initial_advertise_peer_urls, config.initial_cluster))
@@ -18027,7 +17997,7 @@ def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
 
 
 def _check_log_is_not_missing(data_dir: DataDir) -> None:
-    """Raise StartError if a member without a log has left something here: it is not new."""
+    """Raise StartError if a member without a log has other files here: it is not new."""
     usual = os.path.join(data_dir.member, "wal")
     if Wal.exists(usual):
         raise StartError(
@@ -18037,13 +18007,8 @@ def _check_log_is_not_missing(data_dir: DataDir) -> None:
     Snapshotter(data_dir.snap).check_log(data_dir.wal, ())
 
 
-def _forget_member_dir(data_dir: DataDir) -> None:
-    """Remove the empty directories of a member that is none: they would stop a later proxy."""
-    remove_dirs((os.path.join(data_dir.member, "wal"), data_dir.snap, data_dir.member))
-
-
 def _discovery_failure(config: ServerConfig, data_dir: str, error: DiscoveryError) -> str:
-    """One line for the operator; the words are etcd's, which used up to four lines."""
+    """Return one line for the operator, in the words of etcd, which prints up to four lines."""
     url = config.discovery
     if isinstance(error, DuplicateId):
         return (
@@ -18080,7 +18045,7 @@ def _discovery_failure(config: ServerConfig, data_dir: str, error: DiscoveryErro
 
 
 def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]) -> None:
-    """Raise StartError unless the map gives us the URLs that we advertise."""
+    """Raise StartError unless `initial` has the advertised peer URLs under this member's name."""
     advertised = config.initial_advertise_peer_urls
     if same_urls(initial[config.name], advertised):
         return
@@ -18105,7 +18070,7 @@ def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]
 
 
 def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]]) -> None:
-    """Raise StartError if the other members can never connect to us; warn if perhaps not.
+    """Raise StartError if other members can never connect to this one; warn if they might not.
 
     Differs from etcd, which waits without end for members that talk to themselves.
     """
@@ -18141,7 +18106,7 @@ def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]])
 
 
 def _check_registration(config: ServerConfig) -> None:
-    """Warn of a registration, at a service elsewhere, that means another machine everywhere."""
+    """Warn if a loopback URL is registered at a discovery service on another machine."""
     urls = config.initial_advertise_peer_urls
     if all(map(is_local, urls)) and not is_local(config.discovery):
         package_logger("etcd").warning(
@@ -18155,22 +18120,21 @@ def _check_registration(config: ServerConfig) -> None:
 def _form(
     config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext], fresh: Sequence[str]
 ) -> Bootstrap:
-    """A new cluster: every member of it starts with the same entries, committed from the start."""
+    """Form a new cluster: all members start with the same entries, which count as committed."""
     initial = _initial_members(config)
     _check_advertised(config, initial)
     _check_reachable(config, initial)
     token = check_discovery_url(config.discovery) if config.discovery else ""
     token = token or config.initial_cluster_token
-    cluster = _new_cluster(token, initial)
-    member = _own_member(config, cluster)
-    _check_no_past(member.id, _peer_urls_of_others(cluster, member), tls)
+    cluster, member = _new_cluster(config, token, initial)
+    _check_no_past(member.id, cluster.members.values(), tls)
     if config.discovery:
         _check_registration(config)
         discovery = Discovery(
             config.discovery, member.id, format_initial_cluster(initial),
             proxy=config.discovery_proxy,
         )
-        remove_dirs(fresh)              # a member that is ended while it waits leaves nothing
+        remove_dirs(fresh)              # a member that ends while it waits leaves no directory
         initial = parse_initial_cluster(discovery.join())
         make_dirs(fresh)
         url = url_given_twice(initial)
@@ -18178,40 +18142,43 @@ def _form(
             text = format_initial_cluster(initial)
             raise DiscoveryError(f"discovery cluster {text} has duplicate url: {url}")
         _check_reachable(config, initial)
-        cluster = _new_cluster(token, initial)
-        member = _own_member(config, cluster)
+        cluster, member = _new_cluster(config, token, initial)
         if discovery.resumed:
-            _check_no_past(member.id, _peer_urls_of_others(cluster, member), tls)
+            _check_no_past(member.id, cluster.members.values(), tls)
+    boot = _create_log(config, data_dir, cluster, initial)
+    return boot._replace(bootstrap_entries=_bootstrap_entries(cluster))
+
+
+def _create_log(
+    config: ServerConfig, data_dir: DataDir, cluster: Cluster,
+    initial: Mapping[str, Sequence[str]],
+) -> Bootstrap:
+    """Create the log of the new member cluster.local_id, whose cluster has `initial` members."""
     store = Store(history_capacity=config.history_events)
     cluster.set_store(store)
-    cluster.local_id = member.id
     _log_config(config, data_dir, format_initial_cluster(initial))
-    metadata = encode_metadata(member.id, cluster.id)
+    metadata = encode_metadata(cluster.local_id, cluster.id)
     wal = Wal.create(data_dir.wal, metadata)
     package_logger("etcdserver").info(
-        "start member %s in cluster %s", format_id(member.id), format_id(cluster.id)
+        "start member %s in cluster %s", format_id(cluster.local_id), format_id(cluster.id)
     )
     return Bootstrap(
-        data_dir, member.id, cluster, store, wal, Snapshotter(data_dir.snap),
+        data_dir, cluster.local_id, cluster, store, wal, Snapshotter(data_dir.snap),
         WalContents(metadata, HardState(), [], []), None,
-        bootstrap_entries=_bootstrap_entries(cluster),
     )
 
 
-def _peer_urls_of_others(cluster: Cluster, member: Member) -> List[str]:
-    return sorted(
-        url for other in cluster.members.values() if other.id != member.id
-        for url in other.peer_urls
-    )
+def _peer_urls_of_others(members: Iterable[Member], id: int) -> List[str]:
+    return sorted(url for member in members if member.id != id for url in member.peer_urls)
 
 
 def is_published(id: int, members: Sequence[Member]) -> bool:
-    """True if a peer's list has this member with client URLs: it has been running."""
+    """True if a peer's list of members has client URLs for this member: it ran before."""
     return any(member.id == id and member.client_urls for member in members)
 
 
 def data_lost(id: int) -> StartError:
-    """Return what to say to a member that was here before, but whose log begins anew."""
+    """Return the error for a member that ran before, but whose log is empty."""
     return StartError(
         f"member {format_id(id)} has already been bootstrapped; its data directory is"
         f" lost or -data-dir is wrong: restore it, or remove the member with DELETE"
@@ -18220,29 +18187,29 @@ def data_lost(id: int) -> StartError:
     )
 
 
-def _check_no_past(id: int, others: Sequence[str], tls: Optional[TlsContext]) -> None:
-    """Raise StartError if a running peer knows that this member had a life before this one.
+def _check_no_past(id: int, members: Iterable[Member], tls: Optional[TlsContext]) -> None:
+    """Raise StartError if a running peer knows that this member, whose log is empty, ran before.
 
-    It would vote again in terms in which it has voted, and without the log for which its first
-    life has counted.  All peers are asked: one may have missed it.
+    Such a member could vote a second time in a term, and lacks entries that a quorum counted it
+    for.  All peers are asked: one may have missed its publication.
     """
-    for url in others:
+    for url in _peer_urls_of_others(members, id):
         found = fetch_cluster([url], PROBE_ANSWER_SECONDS, tls, quiet=True)
         if found is not None and is_published(id, found[1]):
             raise data_lost(id)
 
 
 def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) -> Bootstrap:
-    """An existing cluster, which has our peer URLs already: it will send us the log."""
+    """Join an existing cluster, which has these peer URLs already and will send the log."""
     if config.discovery:
         raise StartError(
             "discovery URL should not be set when joining existing initial cluster;"
             " remove -discovery (ETCD_DISCOVERY) and list the members in -initial-cluster"
         )
     initial = _initial_members(config)
-    local = _new_cluster(config.initial_cluster_token, initial)
-    own = _own_member(config, local)
-    found = fetch_cluster(_peer_urls_of_others(local, own), JOIN_ANSWER_SECONDS, tls)
+    local, own = _new_cluster(config, config.initial_cluster_token, initial)
+    urls = _peer_urls_of_others(local.members.values(), own.id)
+    found = fetch_cluster(urls, JOIN_ANSWER_SECONDS, tls)
     if found is None:
         raise StartError(
             "cannot fetch cluster info from peer urls: could not retrieve cluster information from"
@@ -18251,7 +18218,7 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
     cluster_id, existing = found
     members = _match_members(local, existing)
     own = next(member for member in members if member.name == config.name)
-    _check_no_past(own.id, [url for m in members if m.id != own.id for url in m.peer_urls], tls)
+    _check_no_past(own.id, members, tls)
     _check_reachable(config, initial)
     others = [member for member in members if member.id != own.id]
     if not _is_compatible(others, tls):
@@ -18259,20 +18226,9 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
             f"incompatible with current running cluster: its version must lie between"
             f" {MIN_CLUSTER_VERSION} and {SERVER_VERSION}; look at GET /version of its members"
         )
-    store = Store(history_capacity=config.history_events)
-    cluster = Cluster(config.initial_cluster_token, store)
-    cluster.id, cluster.local_id = cluster_id, own.id
-    cluster.members = {member.id: member for member in members}
-    _log_config(config, data_dir, format_initial_cluster(initial))
-    metadata = encode_metadata(own.id, cluster_id)
-    wal = Wal.create(data_dir.wal, metadata)
-    package_logger("etcdserver").info(
-        "start member %s in cluster %s", format_id(own.id), format_id(cluster_id)
-    )
-    return Bootstrap(
-        data_dir, own.id, cluster, store, wal, Snapshotter(data_dir.snap),
-        WalContents(metadata, HardState(), [], []), None, remotes=others,
-    )
+    local.id, local.local_id = cluster_id, own.id
+    local.members = {member.id: member for member in members}
+    return _create_log(config, data_dir, local, initial)._replace(remotes=others)
 
 
 def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
@@ -18294,23 +18250,14 @@ def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
 
 
 def _is_compatible(members: Sequence[Member], tls: Optional[TlsContext]) -> bool:
-    """True if the running cluster's version is one that we can live with."""
+    """True if this program can join a cluster of the version that the members report."""
+    versions = list(filter(None, (_cluster_version(member, tls) for member in members)))
     low, high = version_key(MIN_CLUSTER_VERSION), version_key(SERVER_VERSION)
-    good = False
-    for member in members:
-        version = _cluster_version(member, tls)
-        if version is None:
-            continue
-        if not low <= version <= high:
-            return False
-        good = True
-    return good
+    return bool(versions) and all(low <= version <= high for version in versions)
 
 
-def _cluster_version(
-    member: Member, tls: Optional[TlsContext]
-) -> Optional[Tuple[int, int]]:
-    """The cluster version as `member` knows it; None if it cannot be asked, or does not know."""
+def _cluster_version(member: Member, tls: Optional[TlsContext]) -> Optional[Tuple[int, int]]:
+    """Return the cluster version that `member` reports; None without an answer or a version."""
     for url in member.peer_urls:
         try:
             _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
@@ -18439,10 +18386,10 @@ def checked_settings(settings: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 class ServerThread:
-    """What a member and a proxy have in common: listeners, and a reactor on a thread of its own.
+    """The base of a member and a proxy: listeners, and a reactor on a thread of its own.
 
     settings are the fields of ServerConfig; URL lists may be any sequence.  Raises TypeError for
-    a setting that does not exist, ValueError for a URL that is none.  Thread: any.
+    an unknown setting, ValueError for a bad URL.  Thread: any.
     """
 
     def __init__(self, **settings: Unpack[ServerSettings]) -> None:
@@ -18481,11 +18428,11 @@ class ServerThread:
         if self._thread is None:
             self._close()
         elif self._thread.is_alive():
-            self._reactor.call_soon_threadsafe(self._stop)
+            self._reactor.call_soon_threadsafe(self._stop_in_order)
             self._thread.join()
 
     def wait(self) -> int:
-        """Block until the server ends; return the exit code: 0, or 1 after a failure."""
+        """Wait for the end of the server; return the exit code: 0, or 1 after a failure."""
         if self._thread is not None:
             self._thread.join()
         return 1 if self._error is not None else 0
@@ -18496,7 +18443,7 @@ class ServerThread:
         return tuple(listener.bound_url for listener in self._client_listeners)
 
     def _start_or_stop(self) -> None:
-        """Start; after a failure nothing stays open."""
+        """Start; close everything after a failure."""
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.stop)
             self.start()
@@ -18535,7 +18482,7 @@ class ServerThread:
 
     def _run(self) -> None:
         try:
-            self._begin()
+            self._start_work()
             self._reactor.run()
         except Exception as error:
             self._error = error
@@ -18543,21 +18490,21 @@ class ServerThread:
         finally:
             self._close()
 
-    def _begin(self) -> None:
-        """First thing on the reactor's thread."""
+    def _start_work(self) -> None:
+        """Start the parts of a subclass, on the reactor's thread."""
 
     def _free(self) -> None:
-        """Free what is there besides listeners and reactor, in whatever state it is."""
+        """Free the parts of a subclass, in any state: after a failed start too."""
 
     def _close(self) -> None:
-        """Free everything: in the end, however far the start came, and whatever has failed."""
+        """Free everything, in any state: after a failed start too."""
         with contextlib.ExitStack() as each:
             each.callback(self._reactor.close)
             each.callback(self._close_listeners)
             self._free()
 
-    def _stop(self) -> None:
-        """On the reactor's thread: end everything in order."""
+    def _stop_in_order(self) -> None:
+        """Stop, on the reactor's thread."""
         self._close_listeners()
         self._reactor.stop()
 
@@ -18574,10 +18521,9 @@ class Server(ServerThread):
         with pyetcd.Server(data_dir="/var/lib/x", listen_client_urls=["http://127.0.0.1:0"]) as s:
             print(s.client_urls[0])
 
-    settings are the fields of ServerConfig; URL lists may be any sequence.  Without them the
-    member listens on free loopback ports; what is not advertised explicitly is advertised as
-    bound.  Several members may live in one process.  Raises StartError from bind() and start().
-    Thread: any.
+    settings are the fields of ServerConfig; URL lists may be any sequence.  By default the member
+    listens on free loopback ports and advertises the bound URLs.  Several members may live in one
+    process.  Raises StartError from bind() and start().  Thread: any.
     """
 
     _transport_type: Type[Transport] = Transport
@@ -18588,7 +18534,7 @@ class Server(ServerThread):
         self._peer_api: Optional[PeerApi] = None
         self._first_life: Optional[FirstLife] = None
         self._ready = threading.Event()
-        self._leaving = False           # stop() was called
+        self._leaving = False           # stop() has begun
 
     # -- life --------------------------------------------------------------
 
@@ -18597,26 +18543,23 @@ class Server(ServerThread):
         return self
 
     def bind(self) -> None:
-        """Open the listening sockets, so that the ports are known; nothing is served yet."""
+        """Open the listening sockets, so that the ports are known; serve nothing yet."""
         if self._client_listeners:
             return
+        config, log = self.config, package_logger("etcd")
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._abandon_listeners)
-            for url in self.config.listen_peer_urls:
+            for url in config.listen_peer_urls:
                 self._peer_listeners.append(self._listen(
-                    url, self._serve_peer, PEER_BODY_BYTES_MAX, self.config.peer_tls,
+                    url, self._serve_peer, PEER_BODY_BYTES_MAX, config.peer_tls,
                     kept=(DESCRIPTORS_KEPT // 2, 8), patient=False,
                 ))
-                package_logger("etcd").info("listening for peers on %s", url)
-            for url in self.config.listen_client_urls:
+                log.info("listening for peers on %s", url)
+            for url in config.listen_client_urls:
                 self._client_listeners.append(
-                    self._listen(
-                        url, _bad_request, REQUEST_BODY_BYTES_MAX, self.config.client_tls
-                    )
-                )
-                package_logger("etcd").info("listening for client requests on %s", url)
+                    self._listen(url, _bad_request, REQUEST_BODY_BYTES_MAX, config.client_tls))
+                log.info("listening for client requests on %s", url)
             on_failure.pop_all()
-        config = self.config
         if not config.advertise_client_urls:
             config = config._replace(advertise_client_urls=self.client_urls)
         if not config.initial_advertise_peer_urls:
@@ -18624,9 +18567,9 @@ class Server(ServerThread):
         self.config = config
 
     def start(self, *, initial_cluster: str = "") -> None:
-        """Bind, join or form the cluster, and serve.  With discovery this waits for the others.
+        """Bind, form or join the cluster, and serve.  Discovery waits for the other members.
 
-        initial_cluster  replaces the configured one, for a caller who binds all members first
+        initial_cluster  replaces the configured one, if the caller binds all members first
         """
         self.bind()
         if initial_cluster:
@@ -18658,19 +18601,19 @@ class Server(ServerThread):
         self._reactor.on_turn = self.etcd.on_turn
 
     def kill(self) -> None:
-        """End at once, as by `kill -9`: nothing more is written or said.  For tests."""
+        """End at once, as `kill -9` does: write and send nothing more.  For tests."""
         if self._thread is not None and self.etcd is not None:
             self._reactor.call_soon_threadsafe(self._halt, ServerStopped("killed"))
             self._thread.join()
 
     def wait_ready(self, timeout_s: float = 10.0) -> bool:
-        """Block until this member has a leader and is published; False after timeout_s."""
+        """Wait until this member has a leader and is published; return False after timeout_s."""
         return self._ready.wait(timeout_s)
 
     def call(self, work: Callable[[EtcdServer], Any], timeout_s: float = 10.0) -> Any:
         """Run work(etcd) on the reactor's thread and return its result.
 
-        Raises ServerStopped, also if the member ends meanwhile, and TimeoutError.
+        Raises TimeoutError, and ServerStopped if the member has ended or ends meanwhile.
         """
         if self.etcd is None or self._thread is None or not self._thread.is_alive():
             raise ServerStopped()
@@ -18690,8 +18633,6 @@ class Server(ServerThread):
             raise error             # of the caller's code: it belongs to the caller
         return result
 
-    # -- facts -------------------------------------------------------------
-
     @property
     def peer_urls(self) -> Tuple[str, ...]:
         """Bound peer URLs, with the real ports."""
@@ -18700,7 +18641,7 @@ class Server(ServerThread):
     # -- inside ------------------------------------------------------------
 
     def _count_client_bytes(self, metrics: Metrics) -> None:
-        """Under the names of etcd 3.x, whose clients all speak gRPC."""
+        """Add the bytes of the client port, under the names of etcd 3.x, whose clients use gRPC."""
         listeners = self._client_listeners
         metrics.total("etcd_network_client_grpc_received_bytes_total",
                       "Bytes from clients, HTTP here, heads included.",
@@ -18713,7 +18654,7 @@ class Server(ServerThread):
         assert self._peer_api is not None
         self._peer_api.handle(request)
 
-    def _begin(self) -> None:
+    def _start_work(self) -> None:
         assert self.etcd is not None
         self.etcd.start()
 
@@ -18723,19 +18664,19 @@ class Server(ServerThread):
         if self.etcd is not None:
             self.etcd.abandon()
 
-    def _stop(self) -> None:
+    def _stop_in_order(self) -> None:
         assert self.etcd is not None
         if not self.etcd.stopping and not self._leaving:
             self._leaving = True
-            Departure(self.etcd, self._end)
+            Departure(self.etcd, self._stop_member)
 
-    def _end(self) -> None:
+    def _stop_member(self) -> None:
         assert self.etcd is not None
         self.etcd.stop()
-        super()._stop()
+        super()._stop_in_order()
 
     def _failed(self, error: BaseException) -> None:
-        """Durability is lost, or unknown: not one more byte leaves this member."""
+        """End the member, which sends nothing more: its data may no longer be durable."""
         hint = ""
         if isinstance(error, FileNotFoundError):
             hint = "; was the data directory renamed or removed while the member ran?"
@@ -18750,7 +18691,7 @@ class Server(ServerThread):
         self._reactor.stop()
 
     def _refuse(self, error: StartError) -> None:
-        """What bootstrap would have refused has come out only now."""
+        """End the member for a reason that bootstrap would have refused, had it known."""
         package_logger("etcd").critical("%s", error)
         self._halt(error)
 
@@ -18759,10 +18700,10 @@ class Server(ServerThread):
             log = package_logger("etcdserver")
             log.error("the member has been permanently removed from the cluster")
             log.error("the data-dir used by this member must be removed.")
-            self._end()
+            self._stop_member()
 
     def _abandon_listeners(self) -> None:
-        """The start has failed: say which ports are free again."""
+        """Close the listeners after a failed start, and log the ports that are free again."""
         log = package_logger("etcd")
         for listener in self._client_listeners:
             log.info("stopping listening for client requests on %s", listener.url)
@@ -18780,18 +18721,25 @@ _BIND_HINTS = {
 
 
 # ============================================================================
-# life/proxy_files -- What a proxy knows of its cluster: peer URLs, and the file that keeps them.
+# life/proxy_files -- The cluster file of a proxy: peer URLs of the members, and where they come from.
 # ============================================================================
 
 
-def find_peer_urls(config: ServerConfig, cluster_file: str) -> Tuple[str, ...]:
-    """Return the peer URLs to ask for members: of the cluster file, else of the bootstrap flags.
+class ClusterFile(NamedTuple):
+    """The contents of a cluster file."""
 
-    Raises StartError.  With discovery this waits for the members.  Source: etcd 2.3 startProxy.
+    peer_urls: Tuple[str, ...]
+    client_urls: Tuple[str, ...] = ()   # that worked when the published ones did not; not of etcd
+
+
+def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
+    """Return the URLs of the members, from the cluster file or else from bootstrap flags.
+
+    Raises StartError.  Discovery waits for the members.  Source: etcd 2.3 startProxy.
     """
     log = package_logger("proxy")
-    urls = read_cluster_file(cluster_file)
-    if urls is not None:
+    known = read_cluster_file(cluster_file)
+    if known is not None:
         for what, given in (
             ("discovery token", config.discovery), ("DNS SRV discovery", config.discovery_srv),
         ):
@@ -18800,9 +18748,9 @@ def find_peer_urls(config: ServerConfig, cluster_file: str) -> Tuple[str, ...]:
                     "%s ignored since the proxy has already been initialized. Valid cluster file"
                     " found at %s", what, go_quote(cluster_file),
                 )
-        log.info("using peer urls [%s] from cluster file %s", " ".join(urls),
+        log.info("using peer urls [%s] from cluster file %s", " ".join(known.peer_urls),
                  go_quote(cluster_file))
-        return urls
+        return known
     try:
         text = config.initial_cluster or default_initial_cluster(config.name)
         if config.discovery:
@@ -18817,15 +18765,19 @@ def find_peer_urls(config: ServerConfig, cluster_file: str) -> Tuple[str, ...]:
         raise StartError(f"error setting up initial cluster: {error}") from None
     urls = tuple(sorted(url for member in initial.values() for url in member))
     log.info("using peer urls [%s] ", " ".join(urls))
-    return urls
+    return ClusterFile(urls)
 
 
-def read_cluster_file(path: str) -> Optional[Tuple[str, ...]]:
-    """Return the peer URLs that a proxy has kept; None if there is no file.  Raises StartError."""
+def read_cluster_file(path: str) -> Optional[ClusterFile]:
+    """Return the contents of a cluster file; None if it does not exist.  Raises StartError."""
     try:
         with open(path, "rb") as file:
-            urls = json.load(file)["PeerURLs"]
-        return tuple(check_url(url) for url in urls)
+            content = json.load(file)
+        kept = content.get("ClientURLs")
+        return ClusterFile(
+            tuple(map(check_url, content["PeerURLs"])),
+            tuple(usable_urls(map(str, kept if isinstance(kept, list) else ()))),
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -18835,12 +18787,11 @@ def read_cluster_file(path: str) -> Optional[Tuple[str, ...]]:
         ) from None
 
 
-def write_cluster_file(path: str, urls: Sequence[str], endpoints: Sequence[str] = ()) -> None:
-    """Replace the file, whole or not at all.  Raises OSError.
-
-    endpoints  for read_kept_endpoints(); etcd reads over them
-    """
-    content = {"PeerURLs": list(urls), **({"ClientURLs": list(endpoints)} if endpoints else {})}
+def write_cluster_file(path: str, cluster: ClusterFile) -> None:
+    """Replace the cluster file atomically.  Raises OSError."""
+    content = {"PeerURLs": cluster.peer_urls}
+    if cluster.client_urls:
+        content["ClientURLs"] = cluster.client_urls
     descriptor = os.open(path + ".bak", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "wb") as file:
         file.write(utf8(json_text(content)))
@@ -18872,20 +18823,20 @@ def prepare_proxy_dir(config: ServerConfig) -> str:
 
 
 # ============================================================================
-# life/proxy -- The proxy: a door to a cluster on a machine that is no member of it.
+# life/proxy -- The proxy: forwards requests of clients to the members of a cluster.
 # ----------------------------------------------------------------------------
-# Threads: as for embedding.  What blocks runs before the reactor or on its helpers.
+# Threads: as for embedding.  Blocking calls run before the reactor starts, or on its worker threads.
 # ============================================================================
 
 
-PROXY_PROBE_SECONDS = 2.0           # silence of a member that owes answers; then it is asked
+PROXY_PROBE_SECONDS = 2.0           # silence of a member with requests; above: it is probed
 PROXY_RETRY_SECONDS = 1.0           # between refreshes while there is no endpoint
 PROXY_REFRESH_SECONDS_MIN = 0.1     # between refreshes, whatever the flag says
-PROXY_UNREAD_BYTES_MAX = 256 << 10  # reply bytes that a client leaves; above: the member waits
-PROXY_CONNECT_SECONDS_MAX = 3600.0  # with dial timeout 0; the system gives up long before
+PROXY_UNREAD_BYTES_MAX = 256 << 10  # reply bytes a client has not read; above: the call pauses
+PROXY_CONNECT_SECONDS_MAX = 3600.0  # with dial timeout 0; the system times out long before
 _DEFAULT_REFRESH_MS = ServerConfig().proxy_refresh_interval_ms
 
-# Headers that are for one connection only (RFC 2616 §13.5.1), and one that each side makes.
+# Headers of one connection (RFC 2616 §13.5.1), and Content-Length, which each side computes.
 _HOP_HEADERS = frozenset((
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailers",
     "transfer-encoding", "upgrade", "content-length",
@@ -18894,15 +18845,6 @@ _CORS_HEADERS = frozenset((
     "access-control-allow-headers", "access-control-allow-methods", "access-control-allow-origin",
 ))
 _WAITS = frozenset(f"wait={word}" for word, value in GO_BOOLS.items() if value)
-
-
-def read_kept_endpoints(path: str) -> Tuple[str, ...]:
-    """Return the client URLs that worked when those of the members' list did not; () without."""
-    try:
-        with open(path, "rb") as file:
-            return tuple(usable_urls(map(str, json.load(file).get("ClientURLs", ()))))
-    except (OSError, ValueError, TypeError, AttributeError):
-        return ()                       # read_cluster_file() has told
 
 
 class ProxyDialer:
@@ -18929,7 +18871,7 @@ class ProxyDialer:
         )
 
     def probe(self, url: str, on_done: Callable[[Optional[Exception]], None]) -> HttpCall:
-        """Ask for something that a member answers at once, within the write timeout."""
+        """Send a request that a member answers at once; it fails after the write timeout."""
         return HttpCall(
             self._reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
             idle_timeout_s=self._write_s, answer_max=ANSWER_BYTES_MAX, tls=self.tls,
@@ -18938,12 +18880,12 @@ class ProxyDialer:
 
 
 class Endpoint:
-    """A client URL of a member: whether requests go there, and which ones wait for it.
+    """A client URL of a member, its state, and the requests that wait for its answers.
 
-    A member that is stopped, or cut off, still accepts connections or says nothing at all, and
-    no limit but -proxy-read-timeout, which also ends watches, would tell.  So one that owes
-    answers and is silent for PROXY_PROBE_SECONDS is probed; if the probe gets no answer either,
-    the endpoint has failed, for all that wait for it.  Differs from etcd, which waits forever.
+    A suspended member accepts connections and sends nothing, and -proxy-read-timeout would end
+    watches too.  So an endpoint that is silent for PROXY_PROBE_SECONDS, while requests wait for
+    it, gets a probe.  Without an answer to the probe the endpoint has failed for all requests that
+    wait.  Differs from etcd, which waits for ever.
     """
 
     def __init__(
@@ -18952,24 +18894,21 @@ class Endpoint:
     ) -> None:
         self.url = url
         self.available = True
-        self.suspect = False            # failed, and has not answered since: others go first
+        self.suspect = False            # failed, and has not answered since: tried last
         self._reactor = reactor
         self._dialer = dialer
         self._failure_wait_s = failure_wait_s
         self._waiting: Dict[Forward, None] = {}
-        self._heard = 0.0               # monotonic seconds
+        self._heard = 0.0               # time of the last answer, monotonic seconds
         self._has_worked = has_worked
         self._timer: Optional[Timer] = None
         self._probe: Optional[HttpCall] = None
 
-    def expect(self, forward: Forward) -> None:
-        """`forward` waits for the end of an answer."""
+    def add_waiting(self, forward: Forward) -> None:
         self._waiting[forward] = None
-        if self._timer is None and self._probe is None:
-            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
+        self._start_timer()
 
-    def leave(self, forward: Forward) -> None:
-        """It does not wait any more."""
+    def remove_waiting(self, forward: Forward) -> None:
         self._waiting.pop(forward, None)
         if not self._waiting and self._probe is not None:
             self._probe.cancel()
@@ -18977,17 +18916,17 @@ class Endpoint:
 
     @property
     def works(self) -> bool:
-        """True if it answered the last request that was made of it."""
+        """True if the member answered the last request."""
         return self._has_worked and not self.suspect
 
     def answered(self) -> None:
-        """Something came from the member: it lives."""
+        """Note that data came from the member: it lives."""
         self._heard = self._reactor.now()
         self._has_worked = True
         self.suspect = False
 
     def failed(self) -> None:
-        """Send nothing there for the failure wait."""
+        """Send no requests to the member until the failure wait is over."""
         self.suspect = True
         if self.available:
             self.available = False
@@ -19000,16 +18939,16 @@ class Endpoint:
             "marked endpoint %s available, to retest connectivity", self.url
         )
 
-    def _look(self) -> None:
-        """Probe if somebody waits and nothing was heard; come back while somebody waits."""
+    def _start_timer(self) -> None:
+        if self._waiting and self._timer is None and self._probe is None:
+            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._probe_if_silent)
+
+    def _probe_if_silent(self) -> None:
         self._timer = None
-        if not self._waiting:
-            return
         asked = self._reactor.now()
-        if asked - self._heard < PROXY_PROBE_SECONDS:
-            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
-            return
-        self._probe = self._dialer.probe(self.url, lambda error: self._probed(asked, error))
+        if self._waiting and asked - self._heard >= PROXY_PROBE_SECONDS:
+            self._probe = self._dialer.probe(self.url, lambda error: self._probed(asked, error))
+        self._start_timer()
 
     def _probed(self, asked: float, error: Optional[Exception]) -> None:
         self._probe = None
@@ -19019,54 +18958,47 @@ class Endpoint:
             self.failed()
             for forward in list(self._waiting):
                 forward.lost(error)
-        # Any other error: what still waits has a connection that will tell of itself.
-        if self._waiting and self._timer is None:
-            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
+        # After any other error the connections of the waiting requests report errors of their own.
+        self._start_timer()
 
 
 class Endpoints:
-    """The members that requests can go to, by what the peers tell every refresh interval.
+    """The endpoints of a cluster, refreshed from a peer's list of members every interval.
 
     Source: etcd 2.3 proxy/director.go, etcdmain/etcd.go startProxy.
     """
 
     def __init__(
         self, config: ServerConfig, reactor: Reactor, dialer: ProxyDialer,
-        peer_urls: Sequence[str], cluster_file: str,
+        cluster: ClusterFile, cluster_file: str,
     ) -> None:
         self._config = config
         self._reactor = reactor
         self._dialer = dialer
-        self._peer_urls = tuple(peer_urls)
+        self._peer_urls = cluster.peer_urls
         self._cluster_file = cluster_file
         self._retry = Backoff(PROXY_RETRY_SECONDS, _DEFAULT_REFRESH_MS / 1000)
-        self._written: object = None                # what the file surely holds
-        self._endpoints = [
-            self._endpoint(url, has_worked=True) for url in read_kept_endpoints(cluster_file)
-        ]
+        self._written: Optional[ClusterFile] = None     # the contents of the file, once written
+        self._endpoints = [self._endpoint(url, has_worked=True) for url in cluster.client_urls]
         self._announced = False
         self._timer: Optional[Timer] = None
         self._log = package_logger("proxy")
 
     def available(self) -> List[Endpoint]:
-        """Those to try, in this order."""
+        """Return the endpoints to try, in this order."""
         usable = [endpoint for endpoint in self._endpoints if endpoint.available]
         return sorted(usable, key=lambda endpoint: endpoint.suspect)
 
     def refresh(self) -> None:
-        """Ask the peers now, and wait for it.  Thread: any, before the reactor runs."""
-        self._take(self._ask(self._peer_urls, self._working()))
-
-    def start(self) -> None:
-        """Go on refreshing.  Thread: reactor."""
-        self._wait()
+        """Refresh now; blocks.  Thread: any, before the reactor runs."""
+        self._update(self._fetch(self._peer_urls, self._working()))
 
     def stop(self) -> None:
-        """Refresh no more.  Thread: reactor."""
         if self._timer is not None:
             self._timer.cancel()
 
-    def _wait(self) -> None:
+    def schedule_refresh(self) -> None:
+        """Refresh after the interval, and again and again.  Thread: reactor."""
         interval_ms = self._config.proxy_refresh_interval_ms
         wait_s = max(interval_ms / 1000, PROXY_REFRESH_SECONDS_MIN)
         usable = self.available()
@@ -19078,32 +19010,32 @@ class Endpoints:
             self._announced = True
             urls = " ".join(go_quote(endpoint.url) for endpoint in usable)
             self._log.info("endpoints found [%s]", urls)
-        self._timer = self._reactor.call_later(wait_s, self._begin_refresh)
+        self._timer = self._reactor.call_later(wait_s, self._start_refresh)
 
-    def _begin_refresh(self) -> None:
+    def _start_refresh(self) -> None:
         self._reactor.run_blocking(
-            self._ask, self._peer_urls, self._working(), kind=PEER_WORK, done=self._refreshed
+            self._fetch, self._peer_urls, self._working(), kind=PEER_WORK, done=self._refreshed
         )
 
     def _refreshed(self, error: Optional[BaseException], found: Any) -> None:
         if error is None:
-            self._take(found)
+            self._update(found)
         else:
             self._log.warning("could not ask for the members: %s", error)
-        self._wait()
+        self.schedule_refresh()
 
     def _working(self) -> Tuple[str, ...]:
         return tuple(sorted(endpoint.url for endpoint in self._endpoints if endpoint.works))
 
-    def _ask(
-        self, peer_urls: Sequence[str], working: Sequence[str]
-    ) -> Optional[Tuple[Tuple[str, ...], List[str]]]:
-        """Return what the first peer that answers tells, kept in the file; None: nobody answers.
+    def _fetch(
+        self, peer_urls: Tuple[str, ...], working: Tuple[str, ...]
+    ) -> Optional[ClusterFile]:
+        """Return the URLs that the first peer to answer lists, and keep them in the file.
 
-        The result is (peer URLs, client URLs).  The peer URL that has answered stays behind those
-        that it tells, and the `working` client URLs stay in the file if none of them is told:
-        differs from etcd, which forgets them.  A list that is wrong here, such as `localhost`,
-        would end the service for good.
+        Returns None if no peer answers.  Differs from etcd: the peer URL that answered stays, last
+        in the list, and the `working` client URLs stay in the file if the peer lists none of them.
+        Otherwise a list with URLs that are wrong on this machine, such as `localhost`, would end
+        the service for good.
 
         Thread: any; blocks.
         """
@@ -19117,26 +19049,25 @@ class Endpoints:
             return None
         urls = tuple(sorted(usable_urls(url for m in found[1] for url in m.peer_urls)))
         urls = urls if url in urls else (*urls, url)
-        told = sorted(set(usable_urls(url for m in found[1] for url in m.client_urls)))
-        content = urls, () if set(told) & set(working) else tuple(working)
+        listed = tuple(sorted(set(usable_urls(url for m in found[1] for url in m.client_urls))))
+        content = ClusterFile(urls, () if set(listed) & set(working) else working)
         if content != self._written:
             try:
-                write_cluster_file(self._cluster_file, *content)
+                write_cluster_file(self._cluster_file, content)
                 self._written = content
             except OSError as error:
                 self._log.warning("error on writing urls %s", error)
-        return urls, told
+        return ClusterFile(urls, listed)
 
-    def _take(self, found: Optional[Tuple[Tuple[str, ...], List[str]]]) -> None:
-        """Replace the endpoints; those that stay keep what is known of them.
+    def _update(self, found: Optional[ClusterFile]) -> None:
+        """Replace the endpoints by those in `found`; endpoints in both keep their state.
 
-        Endpoints that work stay behind the new ones until one of those works, and all stay while
-        no peer answers.
+        Working endpoints stay, last in the list, until a new one works.  All stay if found is None.
         """
         if found is None:
             self._log.warning("could not retrieve cluster information from the given urls")
             return
-        urls, told = found
+        urls = found.peer_urls
         if urls != self._peer_urls:
             self._log.info(
                 "updated peer urls in cluster file from [%s] to [%s]", " ".join(self._peer_urls),
@@ -19144,9 +19075,9 @@ class Endpoints:
             )
             self._peer_urls = urls
         known = {endpoint.url: endpoint for endpoint in self._endpoints}
-        told = [url for url in told if not self._is_own(url)]
-        random.shuffle(told)
-        endpoints = [known.get(url) or self._endpoint(url) for url in told]
+        listed = [url for url in found.client_urls if not self._is_own(url)]
+        random.shuffle(listed)
+        endpoints = [known.get(url) or self._endpoint(url) for url in listed]
         if not any(endpoint.works for endpoint in endpoints):
             endpoints += [
                 endpoint for endpoint in self._endpoints
@@ -19155,7 +19086,7 @@ class Endpoints:
         self._endpoints = endpoints
 
     def _is_own(self, url: str) -> bool:
-        """True if `url` leads to this proxy itself: members that advertise `localhost`."""
+        """True if `url` leads to this proxy: some members advertise `localhost`."""
         port = url_address(url)[1]
         return is_local(url) and any(
             is_local(own) and url_address(own)[1] == port
@@ -19167,54 +19098,41 @@ class Endpoints:
         return Endpoint(url, self._reactor, self._dialer, wait_s, has_worked=has_worked)
 
 
-class ProxyMetrics:
-    """What a proxy counts.  Source: etcd 2.3 proxy/metrics.go."""
+class ProxyMetrics(Metrics):
+    """The metrics of a proxy.  Source: etcd 2.3 proxy/metrics.go."""
 
     def __init__(self, started_ns: int, now: Callable[[], float]) -> None:
-        self.metrics = Metrics()
-        add_process_readings(self.metrics, started_ns, now)
-        self._requests = self.metrics.counter(
+        super().__init__()
+        add_process_readings(self, started_ns, now)
+        self.requests = self.counter(
             "etcd_proxy_requests_total", "Requests that came in, by method.", ("method",))
-        self._handled = self.metrics.counter(
+        self.handled = self.counter(
             "etcd_proxy_handled_total", "Requests that a member answered.", ("method", "code"))
-        self._dropped = self.metrics.counter(
+        self.dropped = self.counter(
             "etcd_proxy_dropped_total", "Requests, or tries of one, that failed in the proxy.",
             ("method", "proxying_error"))
-        self._seconds = Histograms(exponential_bounds(0.0005, 13), ("method",))
-        self.metrics.add("etcd_proxy_handling_duration_seconds",
-                         "From a request to its answer, by method.", self._seconds)
-
-    def came(self, method: str) -> None:
-        """A request came in."""
-        self._requests.inc(_known_method(method))
-
-    def handled(self, method: str, status: int, seconds: float) -> None:
-        """A member has begun to answer."""
-        method = _known_method(method)
-        self._handled.inc(method, str(status))
-        self._seconds.child(method).observe(seconds)
-
-    def dropped(self, method: str, error: str) -> None:
-        """A try has failed: zero_endpoints, failed_sending_request, failed_getting_response."""
-        self._dropped.inc(_known_method(method), error)
+        self.seconds = Histograms(exponential_bounds(0.0005, 13), ("method",))
+        self.add("etcd_proxy_handling_duration_seconds",
+                 "From a request to its answer, by method.", self.seconds)
 
 
-def _known_method(method: str) -> str:
-    """A label for `method`; clients may not fill the memory with words of their own."""
-    return method if method in ("GET", "HEAD", "PUT", "POST", "DELETE", "PATCH") else "other"
+def _method_label(request: HttpRequest) -> str:
+    """Return the method as a label; unknown ones share `other`, so that labels stay few."""
+    known = ("GET", "HEAD", "PUT", "POST", "DELETE", "PATCH")
+    return request.method if request.method in known else "other"
 
 
 class Forward:
-    """One request on its way: to one endpoint after the other, then the answer back.
+    """One request: tries one endpoint after the other, and passes the answer to the client.
 
-    An endpoint that cannot be reached, or does not answer, is left for the next one.  Differs
-    from etcd: a request that is not GET or HEAD is tried elsewhere only if no connection was
-    made, as it may have been executed otherwise.  Thread: reactor.
+    After an endpoint that cannot be reached, or does not answer, the next one is tried.  Differs
+    from etcd: a request that is not GET or HEAD goes to the next endpoint only if no connection
+    was made, as the first member may have executed it.  Thread: reactor.
     """
 
     __slots__ = (
-        "_request", "_left", "_tried", "_dialer", "_metrics", "_ended", "_started", "_endpoint",
-        "_call", "_reply", "_is_empty", "_waits",
+        "_request", "_left", "_tried", "_dialer", "_metrics", "_method", "_ended", "_started",
+        "_endpoint", "_call", "_reply", "_is_empty", "_waits",
     )
 
     def __init__(
@@ -19226,6 +19144,7 @@ class Forward:
         self._tried = 0
         self._dialer = dialer
         self._metrics = metrics
+        self._method = _method_label(request)
         self._ended = ended
         self._started = dialer.now()
         self._endpoint: Optional[Endpoint] = None
@@ -19238,42 +19157,42 @@ class Forward:
     def start(self) -> None:
         """Send the request to the first endpoint."""
         self._request.on_close = self._client_gone
-        # Who ends his side of the connection does not wait for an event any more.
+        # A client that ends its side of the connection has ended its watch.
         self._request.connection.streaming = self._waits
         self._try_next()
 
     def cancel(self) -> None:
-        """Drop it, without an answer."""
+        """Drop the request without an answer."""
         self._request.on_close = None
         if self._call is not None:
             self._call.cancel()
         self._end()
 
     def lost(self, error: Exception) -> None:
-        """The endpoint has failed while this waited for it."""
+        """Try the next endpoint, as this one has failed a probe."""
         if self._call is not None:
             self._call.cancel()
-        self._done(error)
+        self._call_done(error)
 
     def _try_next(self) -> None:
         while self._left:
             endpoint = self._left.popleft()
-            if endpoint.available:      # another request may have found out meanwhile
+            if endpoint.available:      # another request may have marked it failed meanwhile
                 self._tried += 1
                 self._endpoint = endpoint
-                endpoint.expect(self)
+                endpoint.add_waiting(self)
                 self._call = self._dialer.call(
                     endpoint.url, self._request, self._headers(), self._head, self._data,
-                    self._done,
+                    self._call_done,
                 )
                 return
         self._give_up(502, f"unable to get response from {self._tried} endpoint(s)")
 
     def _headers(self) -> Dict[str, str]:
-        """The client's headers, as far as they are for the member."""
+        """Return the headers of the client for the member, and X-Forwarded-For."""
         request = self._request
         named = _list_header(request.headers, "connection")
-        dropped = _HOP_HEADERS.union(named, ("expect",))    # we have answered that
+        dropped = _HOP_HEADERS.union(named, ("expect",))    # the proxy has answered Expect
         headers = {
             _header_name(name): value for name, value in request.headers.items()
             if name not in dropped
@@ -19287,10 +19206,11 @@ class Forward:
         assert self._endpoint is not None
         request = self._request
         self._endpoint.answered()
-        self._metrics.handled(request.method, status, self._dialer.now() - self._started)
+        self._metrics.handled.inc(self._method, str(status))
+        self._metrics.seconds.child(self._method).observe(self._dialer.now() - self._started)
         dropped = _HOP_HEADERS.union(("date",))
         if isinstance(request, CorsRequest):
-            dropped = dropped.union(_CORS_HEADERS)      # the reply has ours
+            dropped = dropped.union(_CORS_HEADERS)      # the reply has those of the proxy
         lines = "".join(
             f"{_header_name(name)}: {value}\r\n" for name, value in headers.items()
             if name not in dropped
@@ -19311,38 +19231,38 @@ class Forward:
             self._call.pause()
             self._reply.when_read(self._call.resume)
 
-    def _done(self, error: Optional[Exception]) -> None:
+    def _call_done(self, error: Optional[Exception]) -> None:
         if self._reply is None:
-            self._failed(error or EOFError("unexpected EOF"))
+            self._try_failed(error or EOFError("unexpected EOF"))
             return
-        # A watch without events ends as if the member had ended it: clients begin a new one.
+        # A watch without events ends as if the member had ended it: clients start a new one.
         if error is None or self._waits and self._is_empty:
             self._reply.end()
         else:
             self._reply.abort()
         self._end()
 
-    def _failed(self, error: Exception) -> None:
-        """No answer from this endpoint."""
+    def _try_failed(self, error: Exception) -> None:
+        """Try the next endpoint, as this one did not answer."""
         assert self._endpoint is not None and self._call is not None
-        endpoint, method = self._endpoint, self._request.method
-        endpoint.leave(self)
-        if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:     # it is not the member
+        endpoint = self._endpoint
+        endpoint.remove_waiting(self)
+        if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:     # not the member's fault
             self._give_up(503, f"{_reason(error)}; raise the limit of open files (ulimit -n)")
             return
-        self._metrics.dropped(method, "failed_sending_request")
+        self._metrics.dropped.inc(self._method, "failed_sending_request")
         why = _reason(error)
         if isinstance(error, OSError) and error.errno and not self._call.connected:
             why = f"dial tcp {urlsplit(endpoint.url).netloc}: connect: {why}"
         package_logger("proxy").info("failed to direct request to %s: %s", endpoint.url, why)
         endpoint.failed()
-        if self._call.connected and method not in ("GET", "HEAD"):
-            self._left.clear()          # it may have been executed
+        if self._call.connected and self._method not in ("GET", "HEAD"):
+            self._left.clear()          # the member may have executed it
         self._try_next()
 
     def _give_up(self, status: int, text: str) -> None:
         package_logger("proxy").info(text)
-        self._metrics.dropped(self._request.method, "failed_getting_response")
+        self._metrics.dropped.inc(self._method, "failed_getting_response")
         self._end()
         write_message(self._request, status, f"proxy: {text}")
 
@@ -19352,17 +19272,17 @@ class Forward:
 
     def _end(self) -> None:
         if self._endpoint is not None:
-            self._endpoint.leave(self)
+            self._endpoint.remove_waiting(self)
         self._ended(self)
 
 
 def _header_name(name: str) -> str:
-    """`x-etcd-index` as servers written in Go spell it: `X-Etcd-Index`."""
+    """Return `x-etcd-index` as Go servers spell it: `X-Etcd-Index`."""
     return "-".join(part.capitalize() for part in name.split("-"))
 
 
 class ProxyApi:
-    """Everything on the client port of a proxy: two paths of its own, the rest is for a member.
+    """The client port of a proxy: answers two paths, and forwards the others to a member.
 
     Thread: reactor.  Source: etcd 2.3 proxy/proxy.go, reverse.go.
     """
@@ -19377,29 +19297,18 @@ class ProxyApi:
         self._body_bytes = 0                        # of all
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer a request of a client, now or when a member has."""
         path, request = request.path, allow_origin(request, self._origins)
         if not path.startswith("/"):
             request.reply(400)
         elif not is_clean_path(path):
             redirect(request)
         elif path == "/metrics":
-            body = utf8(self._metrics.metrics.text())
-            request.reply(200, body, "text/plain; version=0.0.4")
+            request.reply(200, utf8(self._metrics.text()), "text/plain; version=0.0.4")
         elif self._is_readonly and request.method != "GET":
             request.reply(501)
-        else:
-            self._serve(request)
-
-    def stop(self) -> None:
-        """Drop all requests that wait for a member."""
-        for forward in list(self._forwards):
-            forward.cancel()
-
-    def _serve(self, request: HttpRequest) -> None:
-        if request.method == "OPTIONS":
+        elif request.method == "OPTIONS":
             request.reply(200)
-        elif request.path != "/v2/config/local/proxy":
+        elif path != "/v2/config/local/proxy":
             self._forward(request)
         elif request.method != "GET":
             refuse_method("GET", request)
@@ -19408,8 +19317,14 @@ class ProxyApi:
             body = utf8(json_text({"endpoints": urls}) + "\n")
             request.reply(200, body, "text/plain; charset=utf-8")
 
+    def stop(self) -> None:
+        """Drop all requests that wait for a member."""
+        for forward in list(self._forwards):
+            forward.cancel()
+
     def _forward(self, request: HttpRequest) -> None:
-        self._metrics.came(request.method)
+        method = _method_label(request)
+        self._metrics.requests.inc(method)
         if request.body_too_large:
             write_message(
                 request, 500, "proxy: failed to read request body: http: request body too large"
@@ -19419,19 +19334,19 @@ class ProxyApi:
         if not endpoints:
             text = "zero endpoints currently available"
             package_logger("proxy").info(text)
-            self._metrics.dropped(request.method, "zero_endpoints")
+            self._metrics.dropped.inc(method, "zero_endpoints")
             write_message(request, 503, f"proxy: {text}")
             return
         if self._body_bytes > QUEUED_BYTES_MAX:
-            self._metrics.dropped(request.method, "failed_sending_request")
+            self._metrics.dropped.inc(method, "failed_sending_request")
             write_message(request, 503, "proxy: too many large requests wait for the members")
             return
-        forward = Forward(request, endpoints, self._dialer, self._metrics, self._ended)
+        forward = Forward(request, endpoints, self._dialer, self._metrics, self._forward_ended)
         self._forwards[forward] = len(request.body)
         self._body_bytes += len(request.body)
         forward.start()
 
-    def _ended(self, forward: Forward) -> None:
+    def _forward_ended(self, forward: Forward) -> None:
         self._body_bytes -= self._forwards.pop(forward)
 
 
@@ -19454,7 +19369,7 @@ class ProxyServer(ServerThread):
         return self
 
     def bind(self) -> None:
-        """Open the listening sockets, so that the ports are known; nothing is served yet."""
+        """Open the listening sockets, so that the ports are known; serve nothing yet."""
         if self._client_listeners:
             return
         with contextlib.ExitStack() as on_failure:
@@ -19462,24 +19377,24 @@ class ProxyServer(ServerThread):
             for url in self.config.listen_client_urls:
                 self._client_listeners.append(self._listen(
                     url, self._serve, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
-                    kept=(CONNECTIONS_MAX, 2),  # a request takes another one to a member
+                    kept=(CONNECTIONS_MAX, 2),  # a request needs a second one, to a member
                 ))
                 package_logger("proxy").info("listening for client requests on %s", url)
             on_failure.pop_all()
 
     def start(self) -> None:
-        """Find the members and serve.  With discovery this waits until all have registered."""
+        """Find the members and serve.  Discovery waits until all have registered."""
         config = self.config
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(self._close_listeners)
             fresh = absent_dirs(os.path.join(config.data_dir or config.name + ".etcd", "proxy"))
             cleanup.callback(remove_dirs, fresh)
             cluster_file = prepare_proxy_dir(config)
-            remove_dirs(fresh)          # a proxy that is ended while it waits leaves nothing
-            peer_urls = find_peer_urls(config, cluster_file)
+            remove_dirs(fresh)          # a proxy that ends while it waits leaves no directory
+            cluster = find_cluster(config, cluster_file)
             make_dirs(fresh)
             dialer = ProxyDialer(config, self._reactor)
-            self._endpoints = Endpoints(config, self._reactor, dialer, peer_urls, cluster_file)
+            self._endpoints = Endpoints(config, self._reactor, dialer, cluster, cluster_file)
             self._endpoints.refresh()
             self._api = ProxyApi(self._endpoints, dialer, config)
             self.bind()
@@ -19490,9 +19405,9 @@ class ProxyServer(ServerThread):
         assert self._api is not None
         self._api.handle(request)
 
-    def _begin(self) -> None:
+    def _start_work(self) -> None:
         assert self._endpoints is not None
-        self._endpoints.start()
+        self._endpoints.schedule_refresh()
 
     def _free(self) -> None:
         if self._endpoints is not None:
@@ -20273,7 +20188,7 @@ def make_config(settings: Settings) -> ServerConfig:
 
 
 # ============================================================================
-# life/sources -- A member's data as files, read without changing them.
+# life/sources -- Readers of the files of a member, which may be running; they change no file.
 # ============================================================================
 
 
@@ -20307,55 +20222,51 @@ OnProgress = Callable[[float, int], None]     # share that is done, keys so far 
 
 
 def _part(progress: OnProgress, low: float, high: float) -> OnProgress:
-    """Return who takes the share of a step that reaches from `low` to `high` of the whole."""
+    """Return the progress function of a step that takes the share from `low` to `high`."""
     return lambda share, keys: progress(low + share * (high - low), keys)
 
 
 class BackupError(Exception):
-    """What cannot be backed up or restored: one line, which says what to do."""
+    """A backup or restore failed.  The text is one line that says what to do."""
 
 
 class DataSource(NamedTuple):
-    """What the files of a member say."""
+    """The contents of the files of a member."""
 
     path: str
-    member_id: int                      # this and the next: 0 if there is only a snapshot
+    member_id: int                      # 0, as the next, for a snapshot file alone
     cluster_id: int
     snapshot: Optional[Snapshot]
     hard_state: HardState
-    entries: List[Entry]                # behind the snapshot
+    entries: List[Entry]                # after the snapshot
     committed: int                      # how many of them are known to be committed
 
     @property
     def last(self) -> EntryID:
         """The last entry that is known to be committed."""
-        if self.committed:
-            return EntryID(self.entries[self.committed - 1].term,
-                           self.entries[self.committed - 1].index)
-        snapshot = self.snapshot or Snapshot()
-        return EntryID(snapshot.term, snapshot.index)
+        last = self.entries[self.committed - 1] if self.committed else self.snapshot or Snapshot()
+        return EntryID(last.term, last.index)
 
     @property
     def voters(self) -> Set[int]:
-        """The voters after that entry."""
+        """The voters after the last committed entry."""
         before = self.snapshot.voters if self.snapshot else ()
         return _voters(before, self.entries[:self.committed])
 
 
 class CopyReport(NamedTuple):
-    """What backup() or restore() has made, or would make."""
+    """The result of backup() or restore(), or of their dry run."""
 
     source: DataSource
     etcd_index: int
     keys: int
-    size_bytes: int                     # of what is written: snapshot file and entries
+    size_bytes: int                     # of the new snapshot file and entries
     member_id: int                      # the new ids
     cluster_id: int
     members: Tuple[Member, ...]         # of the new cluster, those of the source in a backup
     paths: Tuple[str, ...]              # data directory, dedicated wal directory
 
     def lines(self) -> List[str]:
-        """The report for people."""
         source, last = self.source, self.source.last
         left_out = len(source.entries) - source.committed
         identity = "a snapshot file, without ids"
@@ -20387,41 +20298,39 @@ class CopyReport(NamedTuple):
 
 
 class ReadOnlyDisk(OsDisk):
-    """The files of a member that may be running: without a lock, and nothing is changed.
+    """The files of a member that may be running: it takes no lock and changes no file.
 
-    Of a member in this process nothing is read (FileLocked): to close a file frees its lock.
+    Files of a member in this process are refused (FileLocked), as closing one frees its lock.
     """
 
     read_only = True
 
     def open_append(self, path: str) -> int:
-        """Return a handle for reading."""
         return os.open(path, os.O_RDONLY)
 
     def lock(self, path: str, handle: int) -> bool:
-        """Allow."""
         return True
 
     def unlock(self, path: str) -> None:
-        """There is none."""
+        pass
 
 
 _READ_ONLY_DISK = ReadOnlyDisk()
 
 
 class _AnyVersionCluster(Cluster):
-    """Members of a cluster that may be newer than this program."""
+    """Members of a cluster whose version may be newer than this program."""
 
     @staticmethod
     def _check_version(version: str) -> None:
-        """Accept."""
+        pass
 
 
 # -- reading ---------------------------------------------------------------------
 
 
 def read_source(path: str, wal_dir: str = "") -> DataSource:
-    """Read a snapshot file, or the newest snapshot of a data directory and the log behind it.
+    """Read a snapshot file, or the newest snapshot of a data directory and the log after it.
 
     Raises BackupError.
     """
@@ -20470,7 +20379,7 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
     committed = sum(entry.index <= state.commit for entry in entries)
     source = DataSource(path, member_id, cluster_id, snapshot, state, entries, committed)
     if source.voters == {member_id}:
-        # Alone, a member commits what it has on disk; it need not have written that down.
+        # A single member commits each entry that is on its disk, and writes the commit index later.
         following = itertools.takewhile(
             lambda entry: entry.type == EntryType.NORMAL, entries[committed:]
         )
@@ -20479,7 +20388,7 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
 
 
 def _newest_snapshot(directory: str, known: Container[EntryID]) -> Optional[Snapshot]:
-    """Return the newest snapshot that the log knows.  Raises BackupError if it is damaged."""
+    """Return the newest snapshot in `known`.  Raises BackupError if it is damaged."""
     for name in reversed(_READ_ONLY_DISK.listdir(directory)):
         match = _SNAP_NAME.fullmatch(name)
         if match and EntryID(int(match.group(1), 16), int(match.group(2), 16)) in known:
@@ -20488,14 +20397,14 @@ def _newest_snapshot(directory: str, known: Container[EntryID]) -> Optional[Snap
 
 
 def _read_snapshot(path: str) -> Snapshot:
-    """Read a snapshot file.  Raises BackupError, which names an older one if there is one."""
+    """Read a snapshot file.  Raises BackupError, which names an older good file, if any."""
     content = _READ_ONLY_DISK.read(path)
     try:
         return decode_snapshot_file(content)
     except CodecError as error:
         if not _SNAP_NAME.fullmatch(os.path.basename(path)):
             raise BackupError(
-                f"{path} is damaged or no snapshot of etcd 2: {_what_it_is(path, content)}"
+                f"{path} is damaged or no snapshot of etcd 2: {_file_kind_advice(path, content)}"
             ) from None
         older = _newest_intact(os.path.dirname(path))
         advice = f"{older} is intact: move the damaged one away, or restore from that"
@@ -20504,8 +20413,8 @@ def _read_snapshot(path: str) -> Snapshot:
         ) from None
 
 
-def _what_it_is(path: str, content: bytes) -> str:
-    """Say what a file is that was named as a snapshot, and what to name instead."""
+def _file_kind_advice(path: str, content: bytes) -> str:
+    """Return the kind of a file that is no snapshot, and what to name instead."""
     advice = "take one with GET /v2/snapshot, or name a file of member/snap or a data directory"
     if content[16:20] in (b"\xed\xda\x0c\xed", b"\xed\x0c\xda\xed"):
         return f"it is a database of etcd 3, which holds no keys of v2; {advice}"
@@ -20532,7 +20441,7 @@ def _newest_intact(directory: str) -> str:
 
 
 def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster]:
-    """Return what the member knew at source.last.  Raises BackupError."""
+    """Return store and cluster as of source.last.  Raises BackupError."""
     store = Store()
     if not source.last.index:
         raise BackupError(f"{source.path} holds no data yet; name one of a member that has run")
@@ -20559,7 +20468,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
 
 
 # ============================================================================
-# life/backup -- Backup and restore: a member's data as files, and a cluster out of them.
+# life/backup -- Backup and restore: the data of a member as files, and a new cluster from them.
 # ============================================================================
 
 
@@ -20567,7 +20476,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
 
 
 class MemberFiles(NamedTuple):
-    """All that a member begins with."""
+    """The files that a member starts with."""
 
     member_id: int
     cluster_id: int
@@ -20577,7 +20486,7 @@ class MemberFiles(NamedTuple):
 
 
 def check_target(data_dir: str, wal_dir: str = "") -> None:
-    """Raise BackupError if there is something that would be mixed with new files."""
+    """Raise BackupError unless both directories are empty or absent."""
     for path in filter(None, (data_dir, wal_dir)):
         try:
             found = set(os.listdir(path)) - {_STAGE}
@@ -20590,9 +20499,9 @@ def check_target(data_dir: str, wal_dir: str = "") -> None:
 
 
 def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnProgress) -> None:
-    """Make a data directory, durably; `member` appears in it when all is complete.
+    """Make a data directory, durably; `member` appears in it when all files are complete.
 
-    Raises BackupError; what was begun is removed then.
+    Raises BackupError, and removes all new files then.
     """
     stage = os.path.join(data_dir, _STAGE)
     wal_stage = os.path.join(wal_dir or stage, _STAGE if wal_dir else "wal")
@@ -20605,7 +20514,8 @@ def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnPr
                 shutil.rmtree(path, ignore_errors=True)
             _fill_stage(stage, wal_stage, files, progress)
             if wal_dir:
-                # First: a log without its snapshot is refused, the other way round is forgotten.
+                # The log first: a start refuses a log without its snapshot, but would pass over a
+                # snapshot that its log does not know.
                 for name in os.listdir(wal_stage):
                     os.rename(os.path.join(wal_stage, name), os.path.join(wal_dir, name))
                 os.rmdir(wal_stage)
@@ -20623,7 +20533,7 @@ def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnPr
 
 
 def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProgress) -> None:
-    """Write all files.  In the log the entries come first, as etcdctl has it."""
+    """Write all files.  The entries come first in the log, as etcdctl writes it."""
     snap = os.path.join(stage, "snap")
     for path in (os.path.dirname(stage), stage, snap, os.path.dirname(wal_stage)):
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -20649,9 +20559,9 @@ def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProg
 
 
 def _write_bolt(path: str, raft_index: int) -> None:
-    """Write the database that etcd 3.4 wants beside a snapshot: without a key, up to raft_index.
+    """Write the database without keys that etcd 3.4 needs beside a snapshot up to raft_index.
 
-    Four pages: two heads, the free list, and the buckets.  Source: bbolt, page.go, bucket.go.
+    It has four pages: two heads, the free list, the buckets.  Source: bbolt, page.go, bucket.go.
     """
     def page(id: int, kind: int, items: Sequence[Tuple[int, bytes, bytes]]) -> bytes:
         head = struct.pack("<QHHI", id, kind, len(items), 0)
@@ -20688,17 +20598,17 @@ def _write_bolt(path: str, raft_index: int) -> None:
 
 
 def _no_progress(share: float, keys: int) -> None:
-    """Nobody looks."""
+    pass
 
 
 def backup(
     data_dir: str, backup_dir: str, *, wal_dir: str = "", backup_wal_dir: str = "",
     dry_run: bool = False, progress: OnProgress = _no_progress,
 ) -> CopyReport:
-    """Copy the data of a member that may be running, under new ids: as `etcdctl backup` does.
+    """Copy the data of a member, which may be running, under new ids, as `etcdctl backup` does.
 
-    The copy is for a start with -force-new-cluster.  Snapshot and log are as in the source, with
-    the changes of members in it, so every index stays; what was not committed is left out.
+    The copy is for a start with -force-new-cluster.  It has the snapshot and log of the source,
+    with all indexes and member changes, but without uncommitted entries.
     progress is called with the share that is done, 0.0 to 1.0, and a number of keys.
     Raises BackupError.  Source: etcd 2.3 etcdctl/command/backup_command.go.
     """
@@ -20737,13 +20647,13 @@ def restore(
     initial_advertise_peer_urls: Sequence[str] = (), data_dir: str = "", wal_dir: str = "",
     dry_run: bool = False, progress: OnProgress = _no_progress,
 ) -> CopyReport:
-    """Make the data directory of member `name` of a new cluster, which begins with old data.
+    """Make the data directory of member `name` of a new cluster, which starts with old data.
 
-    source  a snapshot file, or a data directory: its committed entries count
+    source  a snapshot file, or a data directory, of which the committed entries count
 
-    To be done for each member, with the same source.  Keys keep their indexes and expiry times,
-    users and roles stay; the members are those given, under ids of their own, and no id of the
-    past is known.  progress is called as by backup().  Raises BackupError.
+    Call it for each member, with the same source.  Keys keep their indexes and expiry times, and
+    users and roles are kept.  The members are those given, with new ids; the new cluster knows no
+    old id.  progress is called as by backup().  Raises BackupError.
     """
     data_dir = data_dir or name + ".etcd"
     wal_dir = _dedicated(data_dir, wal_dir)
@@ -20778,13 +20688,13 @@ def restore(
 
 
 def _dedicated(data_dir: str, wal_dir: str) -> str:
-    """Return wal_dir, or "" if that is where the log is anyhow."""
+    """Return wal_dir, or "" if it is the usual directory of the log."""
     usual = os.path.join(data_dir, "member", "wal")
     return "" if os.path.abspath(wal_dir) == os.path.abspath(usual) else wal_dir
 
 
 def _restored_cluster(config: ServerConfig) -> Tuple[Cluster, Member]:
-    """Return the new cluster and the member of it that the flags speak of."""
+    """Return the new cluster and its member config.name.  Raises BackupError."""
     advertised = config.initial_advertise_peer_urls
     if not advertised and not config.initial_cluster:
         config = config._replace(initial_advertise_peer_urls=parse_urls(DEFAULT_PEER_URLS))
@@ -20792,14 +20702,13 @@ def _restored_cluster(config: ServerConfig) -> Tuple[Cluster, Member]:
         initial = _initial_members(config)
         if advertised:
             _check_advertised(config, initial)
-        cluster = _new_cluster(config.initial_cluster_token, initial)
-        return cluster, _own_member(config, cluster)
+        return _new_cluster(config, config.initial_cluster_token, initial)
     except StartError as error:
         raise BackupError(str(error)) from None
 
 
 def _replace_members(store: Store, members: Sequence[Member]) -> None:
-    """Have the store know just these members; of a version above ours nobody has heard."""
+    """Replace the members in the store, and drop a cluster version that is above ours."""
     files = {
         f"/0/members/{format_id(member.id)}/raftAttributes": member.raft_attributes_json()
         for member in members
@@ -21253,11 +21162,11 @@ class _LocalServer(Server):
         """Publish the member again, which is harmless."""
         Publication(etcd, self._ready.set)
 
-    def _begin(self) -> None:
+    def _start_work(self) -> None:
         assert self.etcd is not None
         threading.current_thread().name = f"reactor-{self.config.name}"
         self.cut_links(self.etcd)
-        super()._begin()
+        super()._start_work()
         raft = self.etcd.node.raft
         if raft.term <= 1 and len(raft.voters) > 1:
             raft.election_elapsed = 0       # LocalCluster has a member of a new cluster campaign

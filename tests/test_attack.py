@@ -764,7 +764,7 @@ def test_attack_listings_ready_together_are_sent_in_parts(turn_rig):
     for number in range(12_000):
         store.set(f"/1/d/{number:05}", value="x", now_ns=1)
     listings = pyetcd.Listings(store, turn_rig.reactor)
-    wanted = pyetcd.Wanted("/1/d", False, True)
+    wanted = pyetcd.ListingRequest("/1/d", False, True)
     requests = [types.SimpleNamespace(on_close=None) for _ in range(2_000)]
     for request in requests:
         listings.ask(wanted, request, lambda listing: told.append(turn_rig.reactor.turns))

@@ -142,11 +142,11 @@ class _LocalServer(Server):
         """Publish the member again, which is harmless."""
         Publication(etcd, self._ready.set)
 
-    def _begin(self) -> None:
+    def _start_work(self) -> None:
         assert self.etcd is not None
         threading.current_thread().name = f"reactor-{self.config.name}"
         self.cut_links(self.etcd)
-        super()._begin()
+        super()._start_work()
         raft = self.etcd.node.raft
         if raft.term <= 1 and len(raft.voters) > 1:
             raft.election_elapsed = 0       # LocalCluster has a member of a new cluster campaign
