@@ -51,7 +51,7 @@ class Ring:
         self._server = server
         self._keys = keys
         self._before = self._totals()
-        server.reactor.call_later(SAMPLE_SECONDS, self._sample)
+        self._timer = server.reactor.every(SAMPLE_SECONDS, self._sample)
 
     def _totals(self) -> _Totals:
         server, keys = self._server, self._keys
@@ -66,8 +66,8 @@ class Ring:
     def _sample(self) -> None:
         server = self._server
         if server.stopping:
+            self._timer.cancel()
             return
-        server.reactor.call_later(SAMPLE_SECONDS, self._sample)
         before, now = self._before, self._totals()
         self._before = now
         seconds = max(now.at - before.at, 1e-3)
