@@ -4506,6 +4506,11 @@ class NodeTree:
             if not nodes:
                 del self._old[0]
 
+    def count_children(self, path: str) -> int:
+        """Return how many children a directory has, hidden ones too; 0 if there is none."""
+        node = self._found(path)
+        return 0 if node is None else len(node.children or ())
+
     def below(
         self, path: str, *, recursive: bool, hidden: bool
     ) -> Optional[Iterator[Optional[Tuple[str, Node]]]]:
@@ -12778,7 +12783,7 @@ class VersionMonitor:
         self._cluster = cluster
         self._member_id = member_id
         self._propose = propose
-        self._tls = tls
+        self.tls = tls
         self._calls: List[HttpCall] = []
         self._versions: Dict[int, str] = {}
         self._timer: Optional[Timer] = None
@@ -12820,7 +12825,7 @@ class VersionMonitor:
 
         self._calls.append(HttpCall(
             self._reactor, url, "GET", "/version", {}, connect_timeout_s=1.0,
-            idle_timeout_s=2.0, answer_max=ANSWER_BYTES_MAX, tls=self._tls,
+            idle_timeout_s=2.0, answer_max=ANSWER_BYTES_MAX, tls=self.tls,
             on_data=answer.take_data, on_done=done,
         ))
 
@@ -13374,7 +13379,6 @@ class EtcdServer:
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
         )
-        self.peer_tls = boot.peer_tls
         self.node: RawNode = self._make_node(boot, rng or random.Random())
         self.handover = LeadershipTransfer(self.node, self.transport.active_since)
         self._disk_watch = DiskWatch(self)
@@ -16127,11 +16131,17 @@ class Overview:
             if member.id != server.member_id and member.id not in self._calls and urls:
                 self._ask(member.id, urls[0])
 
+    def stop(self) -> None:
+        """Break off the questions under way."""
+        for call in self._calls.values():
+            call.cancel()
+        self._calls = {}
+
     def _ask(self, member_id: int, url: str) -> None:
         answer = Answer()
         self._calls[member_id] = HttpCall(
             self._server.reactor, url, "GET", "/status", {}, connect_timeout_s=1.0,
-            idle_timeout_s=1.0, answer_max=4_096, tls=self._server.peer_tls,
+            idle_timeout_s=1.0, answer_max=4_096, tls=self._server.versions.tls,
             on_head=answer.take_head, on_data=answer.take_data,
             on_done=functools.partial(self._answered, member_id, answer),
         )
@@ -16440,6 +16450,8 @@ dd { margin: 0; }
 .changed { background: var(--warn-bg); color: var(--warn); border-radius: 9px; padding: 7px 12px; display: flex; gap: 10px; align-items: center; flex-wrap: wrap; }
 .events { list-style: none; margin: 0; padding: 0; overflow: hidden; }
 .events:empty { display: none; }
+#history:empty { display: block; color: var(--soft); }
+#history:empty::before { content: "No change of it in the last 1,000."; }
 .events li { display: flex; gap: 11px; padding: 6px 14px; align-items: baseline; border-bottom: 1px solid var(--line); }
 .events li:last-child { border: 0; }
 .events time, .events .at { color: var(--soft); font-size: 12.5px; white-space: nowrap; }
@@ -16549,7 +16561,7 @@ function span(seconds) {
     if (seconds >= 2 * length) return Math.floor(seconds / length) + " " + unit;
   return Math.max(0, Math.round(seconds)) + " s";
 }
-let skew = 0, state = null, account = null;     // the server's clock; its status; who is logged in
+let skew = 0, state = null, account = null, declined = false;      // account: who is logged in
 const clock = () => Date.now() / 1000 + skew;
 const time = date => date.toLocaleTimeString("en-GB");
 const encoded = key => key.split("/").map(encodeURIComponent).join("/");
@@ -16579,7 +16591,7 @@ async function ask(method, path, {form, signal} = {}) {
   const text = await reply.text();
   let said = {message: text.trim()};
   try { said = JSON.parse(text); } catch { /* it is plain */ }
-  if (reply.status === 401 && !$("dialog").open) logIn(said.message);
+  if (reply.status === 401 && !$("dialog").open && !declined) logIn(said.message);
   throw new Refused(reply.status, said);
 }
 const json = async (...request) => (await ask(...request)).json();
@@ -16658,7 +16670,7 @@ async function logIn(why) {
     const password = h("input", {type: "password", autocomplete: "off", id: "password"});
     if (await choose("Log in", [why && h("p", why), field("User", user),
       field("Password", password), h("p.note", "Kept in the memory of this page only.")],
-    ["ok", "Log in", "primary"]) !== "ok") return;
+    ["ok", "Log in", "primary"]) !== "ok") { declined = true; return; }
     const bytes = new TextEncoder().encode(`${user.value}:${password.value}`);
     account = {user: user.value, secret: btoa(String.fromCharCode(...bytes))};
   }
@@ -16722,7 +16734,7 @@ function memberCard(member) {
     "knows no leader, or reaches no quorum");
   const facts = member.term == null ? [] : [
     ["Term · index", `${number(member.term)} · ${number(member.index)}`],
-    ["Behind", member.lag > 0 ? `${number(member.lag)} entries` : "nothing"],
+    ["Behind", member.lag > 0 ? number(member.lag) + (member.lag > 1 ? " entries" : " entry") : "nothing"],
     ["Version", `etcd ${member.version} · pyetcd ${member.pyetcd}`],
     ["Up for", span(clock() - member.since)]];
   facts.unshift(["Id", h("code", member.id)]);
@@ -16806,6 +16818,7 @@ const tree = {
     try {
       for await (const line of lines(
         `ui/keys${encoded(node.key)}${$("hidden").checked ? "?hidden" : ""}`, signal)) {
+        if (line.more) toast(`${node.key} has more than ${number(kids.length)} keys: search for the others.`);
         if (!Array.isArray(line)) continue;
         for (const row of line) kids.push(this.node(row, prefix + row[0], node.level + 1, known));
         if (!node.kids || node.kids.length < kids.length) node.kids = kids;
@@ -16895,6 +16908,7 @@ const tree = {
     if (!node) return;
     this.at = at;
     if (node.dir && !this.found) this.toggle(node);
+    this.stay = node.dir && node.key;
     visit(node.key);
     this.drawSoon();
   },
@@ -16979,7 +16993,7 @@ const openKey = guarded(async key => {
   if (opened) opened.stop.abort();
   const mine = opened = {key, stop: new AbortController()}, {signal} = mine.stop;
   const parts = key.split("/").slice(1);
-  $("keys").classList.toggle("open", key !== "/");
+  $("keys").classList.toggle("open", key !== "/" && key !== tree.stay);     // on a phone
   mine.head = [h("button.back.quiet", {click() { visit("/"); }}, "‹ Keys"),
     h("div.path", h("a", {href: link("/")}, "/"), parts.map((part, at) => [at ? "/" : "",
       at < parts.length - 1 ? h("a", {href: link("/" + parts.slice(0, at + 1).join("/"))}, part) : part]))];
@@ -17051,7 +17065,7 @@ function showFile(mine) {
     ? "; ef bf bd stands for what was no UTF-8." : ", as it has control characters.")),
   h("pre.hex", hex(value))] : area,
   h("div.bar", !binary && [save, format,
-    h("label.check.write", {title: "seconds to live"}, "TTL", ttl, "s")], common(mine, () => area.value)),
+    h("label.check.write", {title: "seconds to live"}, "TTL", ttl, "s")], common(mine, () => large ? value : area.value)),
   h("h3", "History"), history);
   judge();
   tick();
@@ -17324,6 +17338,7 @@ let logged = [];
 const loadLog = guarded(async () => {
   logged = (await json("GET", "ui/log")).lines;
   drawLog();
+  if (current === "log") timer = setTimeout(loadLog, 2000);
 });
 function drawLog() {
   const wanted = $("logfilter").value.toLowerCase(), box = $("lines");
@@ -17344,11 +17359,12 @@ try { saved = localStorage; } catch { /* the browser keeps nothing */ }
 function go(view) {
   if (view === current) return;
   current = view;
+  declined = false;
   for (const tab of $("tabs").children) {
     show(tab.dataset.view, tab.dataset.view === view);
     tab.ariaCurrent = tab.dataset.view === view ? "page" : null;
   }
-  clearInterval(timer);
+  clearTimeout(timer);
   if (discovery) discovery.abort();
   if (!state) return;
   if (view === "overview") showState();
@@ -17356,10 +17372,7 @@ function go(view) {
   if (view === "keys") tree.drawSoon();
   if (view === "discovery") watchTokens((discovery = new AbortController()).signal);
   if (view === "access") showAccess();
-  if (view === "log") {
-    loadLog();
-    timer = setInterval(() => { if (!document.hidden) loadLog(); }, 2000);
-  }
+  if (view === "log") loadLog();
 }
 function route() {
   const [, view, rest] = /^#\/(\w+)(.*)/.exec(location.hash) || [0, "overview", ""];
@@ -17549,12 +17562,16 @@ def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> fl
 
 
 def count_keys(store: Store) -> int:
-    """Return how many keys and directories users have: what is not theirs is little."""
-    others, found = 2, [f"/{name}" for name, _ in store.children("/") if name != "1"]  # "/", "/1"
-    for path in found:                  # grows under the loop
-        others += 1
-        found += [f"{path}/{name}" for name, _ in store.children(path)]
-    return max(len(store) - others, 0)
+    """Return how many keys and directories users have: all nodes but those of the cluster."""
+    members = [f"/0/members/{name}" for name, _ in store.children("/0/members")]
+    others = sum(map(store.count_children, (*_NOT_OF_USERS, *members)))
+    return max(len(store) - 1 - others, 0)
+
+
+# Where the cluster, users and roles lie; "/" itself has "/1", which is no key.
+_NOT_OF_USERS = (
+    "/", "/0", "/0/members", "/0/removed_members", "/2", "/2/users", "/2/roles",
+)
 
 
 # ============================================================================
@@ -17834,6 +17851,10 @@ class UiApi:
         self._ring = Ring(server, keys) if self._mode != "false" else None
         self._browses: Set[Browse] = set()
 
+    def stop(self) -> None:
+        """Ask the other members no more."""
+        self._overview.stop()
+
     def route(self, head: HttpHead) -> Optional[Handler]:
         """Return what answers a request with this head; None if it is no matter of the page."""
         path = head.path
@@ -18057,6 +18078,7 @@ class Browse:
     def _go_on(self) -> None:
         reply = self._reply
         if reply.closed:
+            self._ended(self)
             return
         looked = list(itertools.islice(self._rows, BROWSE_SLICE_NODES))
         self._looked += len(looked)
@@ -18170,6 +18192,10 @@ class ClientApi:
             **{path: (("GET",), status.probe) for root, checks in StatusApi.CHECKS.items()
                for path in (root, *(f"{root}/{check}" for check in checks))},
         }
+
+    def stop(self) -> None:
+        """End what was begun for clients."""
+        self._ui.stop()
 
     @property
     def handler(self) -> Handler:
@@ -20341,6 +20367,7 @@ class Server(ServerThread):
         super()._init(config)
         self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
         self._peer_api: Optional[PeerApi] = None
+        self._client_api: Optional[ClientApi] = None
         self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
         self._leaving = False           # stop() has begun
@@ -20399,7 +20426,7 @@ class Server(ServerThread):
         )
         if DataLossCheck.is_due(boot):
             self._data_loss_check = DataLossCheck(self.etcd, self._refuse, boot.peer_tls)
-        api = ClientApi(self.etcd)
+        self._client_api = api = ClientApi(self.etcd)
         self._count_client_bytes(self.etcd.metrics)
         api.fallback = DiscoveryService(self.etcd.do, api.serve, self._reactor.wall_ns).handle
         for listener in self._client_listeners:
@@ -20470,6 +20497,8 @@ class Server(ServerThread):
     def _free(self) -> None:
         if self._data_loss_check is not None:
             self._data_loss_check.end()
+        if self._client_api is not None:
+            self._client_api.stop()
         if self.etcd is not None:
             self.etcd.abandon()
 

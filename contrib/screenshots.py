@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import http.client
 import json
+import logging
 import math
 import random
 import struct
@@ -105,20 +106,20 @@ def start_chromium(width: int, height: int) -> webdriver.Chrome:
     return browser
 
 
-def take(browser: webdriver.Chrome, url: str, path: Path, *, dark: bool) -> None:
-    """Write one picture, as small as 256 colours are."""
+def take(browser: webdriver.Chrome, url: str, *, dark: bool) -> bytes:
+    """Return one picture."""
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    browser.get("about:blank")          # a hash alone would load nothing
     browser.get(url)
     WebDriverWait(browser, 30).until(
         lambda page: page.find_element(By.ID, "health").text)
     time.sleep(2.5)                     # the charts, and what the view loads
-    path.write_bytes(with_palette(browser.get_screenshot_as_png()))
-    print(f"{path}: {path.stat().st_size:,} bytes")
+    return browser.get_screenshot_as_png()
 
 
 def with_palette(png: bytes) -> bytes:
-    """Return an 8-bit RGB or RGBA picture with a palette: the colours that most pixels have.
+    """Return a small PNG: with a palette of the 256 colours that most pixels have.
 
     Any other pixel gets the colour that is nearest.
     """
@@ -178,24 +179,29 @@ def main() -> None:
     parser.add_argument("directory", nargs="?", type=Path, default=ROOT / "docs")
     parser.add_argument("-seconds", type=float, default=300)
     given = parser.parse_args()
-    with pyetcd.LocalCluster(3) as cluster:
+    logging.getLogger("pyetcd").setLevel(logging.INFO)
+    pictures = {}
+    with contextlib.ExitStack() as stack:
+        desk = stack.enter_context(contextlib.closing(start_chromium(1180, 800)))
+        phone = stack.enter_context(contextlib.closing(start_chromium(390, 780)))
+        cluster = stack.enter_context(pyetcd.LocalCluster(3))
         url = cluster.leader().client_url
         for key, value in KEYS.items():
             put(url, key, value=value)
         put(url, "/services/web/10.0.0.6", value='{"port": 8080, "zone": "c"}', ttl=3_000)
-        put(url, "/config/web/limits", value=KEYS["/config/web/limits"].replace("250", "300"))
-        load = Load(url)
+        stack.callback(Load(url).stop)
         time.sleep(given.seconds)
-        with contextlib.closing(start_chromium(1180, 800)) as browser:
-            for name, dark in (("light", False), ("dark", True)):
-                take(browser, f"{url}/ui", given.directory / f"page-{name}.png", dark=dark)
-                browser.get("about:blank")
-                take(browser, f"{url}/ui#/keys/config/web/limits",
-                     given.directory / f"page-keys-{name}.png", dark=dark)
-                browser.get("about:blank")
-        with contextlib.closing(start_chromium(390, 780)) as browser:
-            take(browser, f"{url}/ui", given.directory / "page-phone.png", dark=True)
-        load.stop()
+        for number in ("200", "250", "300"):        # the key has a history
+            put(url, "/config/web/limits", value=KEYS["/config/web/limits"].replace("250", number))
+        for name, dark in (("light", False), ("dark", True)):
+            pictures[f"page-{name}"] = take(desk, f"{url}/ui", dark=dark)
+            pictures[f"page-keys-{name}"] = take(
+                desk, f"{url}/ui#/keys/config/web/limits", dark=dark)
+        pictures["page-phone"] = take(phone, f"{url}/ui", dark=True)
+    for name, png in pictures.items():
+        path = given.directory / f"{name}.png"
+        path.write_bytes(with_palette(png))
+        print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

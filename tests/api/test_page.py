@@ -13,7 +13,7 @@ import pytest
 import requests
 
 import pyetcd
-from tests.kit.basics import eventually
+from tests.kit.basics import ROOT, eventually
 from tests.kit.browser import Page, start_browser
 from tests.kit.http import _http_ask, _http_keys, _http_member
 from tests.kit.users import _auth_call, _auth_enable
@@ -44,6 +44,13 @@ def test_page_is_one_small_file_that_may_run_its_own_script_only(http_server):
     assert "unsafe" not in policy and "default-src 'none'" in policy
     assert not re.search(rb'(?:src|href)="(?:https?:)?//', body)
     assert b" style=" not in body and not re.search(rb"\son\w+=", body.split(b"<script>")[0])
+
+
+@pytest.mark.parametrize("name", ["html", "css", "js"])
+def test_page_is_built_from_its_files(name):
+    """build.py puts them into the module as they are."""
+    source = ROOT / "src" / "pyetcd" / "api" / "page" / f"page.{name}"
+    assert getattr(pyetcd, f"PAGE_{name.upper()}") == source.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("accept, status", [
@@ -550,6 +557,8 @@ def test_page_in_a_browser_fits_a_phone(browser, member):
     assert not page.run("return document.getElementById('tree').offsetParent")
     page.click(".back")
     page.until("return document.getElementById('tree').offsetParent")
+    page.run("tree.open(0)")            # a directory opens in the tree
+    page.until("return opened.key === '/a' && document.getElementById('tree').offsetParent")
 
 
 def test_page_in_a_browser_makes_a_token_and_shows_who_is_missing(browser, member):
@@ -567,3 +576,9 @@ def test_page_in_a_browser_makes_a_token_and_shows_who_is_missing(browser, membe
     assert re.search(r"\d+ s old", page.text("#tokens"))
     page.click("summary", "The next member")
     page.shows(f"-discovery {url}", "#tokens")
+
+
+def test_page_pictures_are_small():
+    pictures = sorted((ROOT / "docs").glob("page-*.png"))
+    assert len(pictures) >= 4
+    assert all(picture.stat().st_size < 100_000 for picture in pictures)

@@ -82,11 +82,17 @@ class Overview:
             if member.id != server.member_id and member.id not in self._calls and urls:
                 self._ask(member.id, urls[0])
 
+    def stop(self) -> None:
+        """Break off the questions under way."""
+        for call in self._calls.values():
+            call.cancel()
+        self._calls = {}
+
     def _ask(self, member_id: int, url: str) -> None:
         answer = Answer()
         self._calls[member_id] = HttpCall(
             self._server.reactor, url, "GET", "/status", {}, connect_timeout_s=1.0,
-            idle_timeout_s=1.0, answer_max=4_096, tls=self._server.peer_tls,
+            idle_timeout_s=1.0, answer_max=4_096, tls=self._server.versions.tls,
             on_head=answer.take_head, on_data=answer.take_data,
             on_done=functools.partial(self._answered, member_id, answer),
         )

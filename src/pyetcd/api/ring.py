@@ -102,9 +102,13 @@ def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> fl
 
 
 def count_keys(store: Store) -> int:
-    """Return how many keys and directories users have: what is not theirs is little."""
-    others, found = 2, [f"/{name}" for name, _ in store.children("/") if name != "1"]  # "/", "/1"
-    for path in found:                  # grows under the loop
-        others += 1
-        found += [f"{path}/{name}" for name, _ in store.children(path)]
-    return max(len(store) - others, 0)
+    """Return how many keys and directories users have: all nodes but those of the cluster."""
+    members = [f"/0/members/{name}" for name, _ in store.children("/0/members")]
+    others = sum(map(store.count_children, (*_NOT_OF_USERS, *members)))
+    return max(len(store) - 1 - others, 0)
+
+
+# Where the cluster, users and roles lie; "/" itself has "/1", which is no key.
+_NOT_OF_USERS = (
+    "/", "/0", "/0/members", "/0/removed_members", "/2", "/2/users", "/2/roles",
+)

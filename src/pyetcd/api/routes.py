@@ -112,6 +112,10 @@ class ClientApi:
                for path in (root, *(f"{root}/{check}" for check in checks))},
         }
 
+    def stop(self) -> None:
+        """End what was begun for clients."""
+        self._ui.stop()
+
     @property
     def handler(self) -> Handler:
         """The handler of client requests, with CORS only if that is configured."""

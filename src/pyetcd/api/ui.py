@@ -79,6 +79,10 @@ class UiApi:
         self._ring = Ring(server, keys) if self._mode != "false" else None
         self._browses: Set[Browse] = set()
 
+    def stop(self) -> None:
+        """Ask the other members no more."""
+        self._overview.stop()
+
     def route(self, head: HttpHead) -> Optional[Handler]:
         """Return what answers a request with this head; None if it is no matter of the page."""
         path = head.path
@@ -302,6 +306,7 @@ class Browse:
     def _go_on(self) -> None:
         reply = self._reply
         if reply.closed:
+            self._ended(self)
             return
         looked = list(itertools.islice(self._rows, BROWSE_SLICE_NODES))
         self._looked += len(looked)

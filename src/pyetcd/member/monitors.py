@@ -36,7 +36,7 @@ class VersionMonitor:
         self._cluster = cluster
         self._member_id = member_id
         self._propose = propose
-        self._tls = tls
+        self.tls = tls
         self._calls: List[HttpCall] = []
         self._versions: Dict[int, str] = {}
         self._timer: Optional[Timer] = None
@@ -78,7 +78,7 @@ class VersionMonitor:
 
         self._calls.append(HttpCall(
             self._reactor, url, "GET", "/version", {}, connect_timeout_s=1.0,
-            idle_timeout_s=2.0, answer_max=ANSWER_BYTES_MAX, tls=self._tls,
+            idle_timeout_s=2.0, answer_max=ANSWER_BYTES_MAX, tls=self.tls,
             on_data=answer.take_data, on_done=done,
         ))
 

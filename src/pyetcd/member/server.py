@@ -133,7 +133,6 @@ class EtcdServer:
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
         )
-        self.peer_tls = boot.peer_tls
         self.node: RawNode = self._make_node(boot, rng or random.Random())
         self.handover = LeadershipTransfer(self.node, self.transport.active_since)
         self._disk_watch = DiskWatch(self)

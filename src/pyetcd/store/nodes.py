@@ -64,6 +64,11 @@ class NodeTree:
             if not nodes:
                 del self._old[0]
 
+    def count_children(self, path: str) -> int:
+        """Return how many children a directory has, hidden ones too; 0 if there is none."""
+        node = self._found(path)
+        return 0 if node is None else len(node.children or ())
+
     def below(
         self, path: str, *, recursive: bool, hidden: bool
     ) -> Optional[Iterator[Optional[Tuple[str, Node]]]]:

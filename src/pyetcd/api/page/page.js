@@ -45,7 +45,7 @@ function span(seconds) {
     if (seconds >= 2 * length) return Math.floor(seconds / length) + " " + unit;
   return Math.max(0, Math.round(seconds)) + " s";
 }
-let skew = 0, state = null, account = null;     // the server's clock; its status; who is logged in
+let skew = 0, state = null, account = null, declined = false;      // account: who is logged in
 const clock = () => Date.now() / 1000 + skew;
 const time = date => date.toLocaleTimeString("en-GB");
 const encoded = key => key.split("/").map(encodeURIComponent).join("/");
@@ -75,7 +75,7 @@ async function ask(method, path, {form, signal} = {}) {
   const text = await reply.text();
   let said = {message: text.trim()};
   try { said = JSON.parse(text); } catch { /* it is plain */ }
-  if (reply.status === 401 && !$("dialog").open) logIn(said.message);
+  if (reply.status === 401 && !$("dialog").open && !declined) logIn(said.message);
   throw new Refused(reply.status, said);
 }
 const json = async (...request) => (await ask(...request)).json();
@@ -154,7 +154,7 @@ async function logIn(why) {
     const password = h("input", {type: "password", autocomplete: "off", id: "password"});
     if (await choose("Log in", [why && h("p", why), field("User", user),
       field("Password", password), h("p.note", "Kept in the memory of this page only.")],
-    ["ok", "Log in", "primary"]) !== "ok") return;
+    ["ok", "Log in", "primary"]) !== "ok") { declined = true; return; }
     const bytes = new TextEncoder().encode(`${user.value}:${password.value}`);
     account = {user: user.value, secret: btoa(String.fromCharCode(...bytes))};
   }
@@ -218,7 +218,7 @@ function memberCard(member) {
     "knows no leader, or reaches no quorum");
   const facts = member.term == null ? [] : [
     ["Term · index", `${number(member.term)} · ${number(member.index)}`],
-    ["Behind", member.lag > 0 ? `${number(member.lag)} entries` : "nothing"],
+    ["Behind", member.lag > 0 ? number(member.lag) + (member.lag > 1 ? " entries" : " entry") : "nothing"],
     ["Version", `etcd ${member.version} · pyetcd ${member.pyetcd}`],
     ["Up for", span(clock() - member.since)]];
   facts.unshift(["Id", h("code", member.id)]);
@@ -302,6 +302,7 @@ const tree = {
     try {
       for await (const line of lines(
         `ui/keys${encoded(node.key)}${$("hidden").checked ? "?hidden" : ""}`, signal)) {
+        if (line.more) toast(`${node.key} has more than ${number(kids.length)} keys: search for the others.`);
         if (!Array.isArray(line)) continue;
         for (const row of line) kids.push(this.node(row, prefix + row[0], node.level + 1, known));
         if (!node.kids || node.kids.length < kids.length) node.kids = kids;
@@ -391,6 +392,7 @@ const tree = {
     if (!node) return;
     this.at = at;
     if (node.dir && !this.found) this.toggle(node);
+    this.stay = node.dir && node.key;
     visit(node.key);
     this.drawSoon();
   },
@@ -475,7 +477,7 @@ const openKey = guarded(async key => {
   if (opened) opened.stop.abort();
   const mine = opened = {key, stop: new AbortController()}, {signal} = mine.stop;
   const parts = key.split("/").slice(1);
-  $("keys").classList.toggle("open", key !== "/");
+  $("keys").classList.toggle("open", key !== "/" && key !== tree.stay);     // on a phone
   mine.head = [h("button.back.quiet", {click() { visit("/"); }}, "‹ Keys"),
     h("div.path", h("a", {href: link("/")}, "/"), parts.map((part, at) => [at ? "/" : "",
       at < parts.length - 1 ? h("a", {href: link("/" + parts.slice(0, at + 1).join("/"))}, part) : part]))];
@@ -547,7 +549,7 @@ function showFile(mine) {
     ? "; ef bf bd stands for what was no UTF-8." : ", as it has control characters.")),
   h("pre.hex", hex(value))] : area,
   h("div.bar", !binary && [save, format,
-    h("label.check.write", {title: "seconds to live"}, "TTL", ttl, "s")], common(mine, () => area.value)),
+    h("label.check.write", {title: "seconds to live"}, "TTL", ttl, "s")], common(mine, () => large ? value : area.value)),
   h("h3", "History"), history);
   judge();
   tick();
@@ -820,6 +822,7 @@ let logged = [];
 const loadLog = guarded(async () => {
   logged = (await json("GET", "ui/log")).lines;
   drawLog();
+  if (current === "log") timer = setTimeout(loadLog, 2000);
 });
 function drawLog() {
   const wanted = $("logfilter").value.toLowerCase(), box = $("lines");
@@ -840,11 +843,12 @@ try { saved = localStorage; } catch { /* the browser keeps nothing */ }
 function go(view) {
   if (view === current) return;
   current = view;
+  declined = false;
   for (const tab of $("tabs").children) {
     show(tab.dataset.view, tab.dataset.view === view);
     tab.ariaCurrent = tab.dataset.view === view ? "page" : null;
   }
-  clearInterval(timer);
+  clearTimeout(timer);
   if (discovery) discovery.abort();
   if (!state) return;
   if (view === "overview") showState();
@@ -852,10 +856,7 @@ function go(view) {
   if (view === "keys") tree.drawSoon();
   if (view === "discovery") watchTokens((discovery = new AbortController()).signal);
   if (view === "access") showAccess();
-  if (view === "log") {
-    loadLog();
-    timer = setInterval(() => { if (!document.hidden) loadLog(); }, 2000);
-  }
+  if (view === "log") loadLog();
 }
 function route() {
   const [, view, rest] = /^#\/(\w+)(.*)/.exec(location.hash) || [0, "overview", ""];
