@@ -16242,7 +16242,7 @@ PAGE_HTML = r'''<!DOCTYPE html>
     <svg viewBox="0 0 32 32" aria-hidden="true"><path d="M16 7 6.5 24h19z"/><circle cx="16" cy="7" r="4.6"/><circle cx="6.5" cy="24" r="4.6"/><circle cx="25.5" cy="24" r="4.6"/></svg>
     <b>pyetcd</b>
   </a>
-  <span id="member" class="chip" title="the member that serves this page"></span>
+  <span id="member" class="chip"></span>
   <span id="health" class="pill" role="status"></span>
   <span id="readonly" class="chip" hidden>read-only</span>
   <span class="grow"></span>
@@ -16276,7 +16276,7 @@ PAGE_HTML = r'''<!DOCTYPE html>
       </div>
       <div id="tree" class="tree" role="tree" tabindex="0" aria-label="Keys"><div id="space"><div id="rows"></div></div></div>
     </div>
-    <div id="detail" class="card detail" aria-live="off"></div>
+    <div id="detail" class="card detail"></div>
   </section>
 
   <section id="watch" class="view" hidden>
@@ -16499,7 +16499,8 @@ kbd { font-family: var(--mono); }
 
 @media (max-width: 760px) {
   :root { --row: 40px; }
-  header { padding: 10px 14px 6px; gap: 7px; flex-wrap: wrap; }
+  header { padding: 10px 14px 6px; gap: 7px; }
+  .brand b { display: none; }
   nav { padding: 0 8px; }
   main { padding: 14px 12px 26px; }
   #keys { display: block; }
@@ -16570,7 +16571,6 @@ const nameOf = key => key.slice(key.lastIndexOf("/") + 1);
 const cleaned = text => "/" + text.trim().split("/").filter(Boolean).join("/");
 const link = key => "#/keys" + encoded(key);
 const visit = key => { location.hash = link(key); };
-const wait = milliseconds => new Promise(done => setTimeout(done, milliseconds));
 
 // ---- requests
 
@@ -16628,7 +16628,7 @@ async function* changes(key, {since, recursive = false, signal, told = () => {}}
       if (first) since = Number(first[1]);
       else if (error instanceof Refused) return;
     }
-    await wait(pause);
+    await new Promise(done => setTimeout(done, pause));
   }
 }
 
@@ -16776,8 +16776,9 @@ class Chart {
   }
   draw() {
     if (!samples.length) return;
-    const last = samples[samples.length - 1], top = Math.max(1e-3,
-      ...samples.flatMap(sample => this.columns.map(([column]) => sample[column])));
+    const all = samples.flatMap(sample => this.columns.map(([column]) => sample[column])).sort((a, b) => a - b);
+    const last = samples[samples.length - 1], peak = all[all.length - 1], most = all[Math.floor(all.length * .97)];
+    const top = Math.max(1e-3, most ? Math.min(peak, 2 * most) : peak);       // a rare peak is cut
     const x = sample => WIDTH * (1 - (last[0] - sample[0]) / 299);
     this.columns.forEach(([column], at) => {
       const line = samples.map(sample => `${x(sample).toFixed(1)} ` +
@@ -16790,7 +16791,7 @@ class Chart {
       Math.abs(x(other) / WIDTH - this.hover) < Math.abs(x(best) / WIDTH - this.hover) ? other : best);
     this.cross.setAttribute("d", this.hover == null ? "" : `M${x(sample)} 0V${HEIGHT}`);
     this.values.forEach((value, at) => { value.textContent = this.write(sample[this.columns[at][0]]); });
-    this.peak.textContent = this.hover == null ? `peak ${this.write(top < .01 ? 0 : top)}`
+    this.peak.textContent = this.hover == null ? `peak ${this.write(peak)}`
       : time(new Date(sample[0] * 1000));
     this.picture.setAttribute("aria-label", `${this.title}: ${this.values[0].textContent}`);
   }

@@ -54,7 +54,6 @@ const nameOf = key => key.slice(key.lastIndexOf("/") + 1);
 const cleaned = text => "/" + text.trim().split("/").filter(Boolean).join("/");
 const link = key => "#/keys" + encoded(key);
 const visit = key => { location.hash = link(key); };
-const wait = milliseconds => new Promise(done => setTimeout(done, milliseconds));
 
 // ---- requests
 
@@ -112,7 +111,7 @@ async function* changes(key, {since, recursive = false, signal, told = () => {}}
       if (first) since = Number(first[1]);
       else if (error instanceof Refused) return;
     }
-    await wait(pause);
+    await new Promise(done => setTimeout(done, pause));
   }
 }
 
@@ -260,8 +259,9 @@ class Chart {
   }
   draw() {
     if (!samples.length) return;
-    const last = samples[samples.length - 1], top = Math.max(1e-3,
-      ...samples.flatMap(sample => this.columns.map(([column]) => sample[column])));
+    const all = samples.flatMap(sample => this.columns.map(([column]) => sample[column])).sort((a, b) => a - b);
+    const last = samples[samples.length - 1], peak = all[all.length - 1], most = all[Math.floor(all.length * .97)];
+    const top = Math.max(1e-3, most ? Math.min(peak, 2 * most) : peak);       // a rare peak is cut
     const x = sample => WIDTH * (1 - (last[0] - sample[0]) / 299);
     this.columns.forEach(([column], at) => {
       const line = samples.map(sample => `${x(sample).toFixed(1)} ` +
@@ -274,7 +274,7 @@ class Chart {
       Math.abs(x(other) / WIDTH - this.hover) < Math.abs(x(best) / WIDTH - this.hover) ? other : best);
     this.cross.setAttribute("d", this.hover == null ? "" : `M${x(sample)} 0V${HEIGHT}`);
     this.values.forEach((value, at) => { value.textContent = this.write(sample[this.columns[at][0]]); });
-    this.peak.textContent = this.hover == null ? `peak ${this.write(top < .01 ? 0 : top)}`
+    this.peak.textContent = this.hover == null ? `peak ${this.write(peak)}`
       : time(new Date(sample[0] * 1000));
     this.picture.setAttribute("aria-label", `${this.title}: ${this.values[0].textContent}`);
   }
