@@ -14673,7 +14673,7 @@ def _expiration_field(fields: Mapping[str, str], now_ns: int) -> Optional[int]:
 def parse_key_request(
     method: str, path: str, fields: Mapping[str, str], now_ns: int
 ) -> Request:
-    """Return the command in a request's merged fields; its id is still 0.
+    """Return the command, with id 0, that the merged fields of a request describe.
 
     path  internal, clean
 
@@ -15025,7 +15025,6 @@ ITEMS_IN_SLICE = 100                # users or roles that one turn lists: 2 ms
 
 
 def refuse_credentials(request: HttpRequest) -> None:
-    """Answer 401: the request needs the role root."""
     write_message(request, 401, "Insufficient credentials")
 
 
@@ -15098,8 +15097,7 @@ class AuthApi:
             return self._allow(head, ("GET",), listing)
         if "/" in name or len(utf8(name)) > AUTH_NAME_BYTES_MAX:
             return lambda request: write_message(request, 400, "Invalid path")
-        item = self._user if kind == "users" else self._role
-        return self._allow(head, _ITEM_METHODS, functools.partial(item, name))
+        return self._allow(head, _ITEM_METHODS, functools.partial(self._item, kind, name))
 
     @property
     def _is_capable(self) -> bool:
@@ -15123,38 +15121,47 @@ class AuthApi:
             steps = self._store.enable() if request.method == "PUT" else self._store.disable()
             self._run(request, steps, lambda _: self._reply_empty(request))
 
-    # -- users -------------------------------------------------------------
+    # -- users and roles ---------------------------------------------------
 
-    def _list_users(self, request: HttpRequest) -> None:
-        users = filter(None, map(self._auth.user, self._auth.names("users")))
-        shown = (self._with_roles(user, skip=True) for user in users)
-        self._reply_list(request, "users", "null", shown, [])
-
-    def _with_roles(self, user: User, *, skip: bool) -> Dict[str, object]:
-        """Return the user with its roles.  skip: omit missing roles instead of AuthError."""
-        roles = []
-        for name in user.roles or ():
-            role = self._auth.role(name)
-            if role is not None:
-                roles.append(role.json())
-            elif not skip:
-                raise AuthError(404, f"Role {name} does not exist.")
-        return {"user": user.name, **({"roles": roles} if roles else {})}
-
-    def _user(self, name: str, request: HttpRequest) -> None:
+    def _item(self, kind: str, name: str, request: HttpRequest) -> None:
+        """Answer a request for one user or role.  kind: `users` or `roles`."""
+        is_user = kind == "users"
         if request.method == "GET":
-            user = self._auth.user(name)
             try:
-                if user is None:
-                    raise AuthError(404, f"User {name} does not exist.")
-                self._reply(request, 200, self._with_roles(user, skip=False))
+                self._reply(request, 200, self._user(name) if is_user else self._role(name))
             except AuthError as error:
                 self._fail(request, error)
         elif request.method == "DELETE":
-            self._run(request, self._store.delete_user(name),
-                      lambda _: self._reply_empty(request))
+            delete = self._store.delete_user if is_user else self._store.delete_role
+            self._run(request, delete(name), lambda _: self._reply_empty(request))
         else:
-            self._put_user(name, request)
+            (self._put_user if is_user else self._put_role)(name, request)
+
+    def _user(self, name: str) -> Dict[str, object]:
+        user = self._auth.user(name)
+        if user is None:
+            raise AuthError(404, f"User {name} does not exist.")
+        return self._with_roles(user, map(self._role, user.roles or ()))
+
+    def _role(self, name: str) -> Dict[str, object]:
+        role = self._auth.role(name)
+        if role is None:
+            raise AuthError(404, f"Role {name} does not exist.")
+        return role.json()
+
+    def _list_users(self, request: HttpRequest) -> None:
+        users = filter(None, map(self._auth.user, self._auth.names("users")))
+        shown = (self._with_roles(user, self._known_roles(user)) for user in users)
+        self._reply_list(request, "users", "null", shown, [])
+
+    def _known_roles(self, user: User) -> Iterator[Dict[str, object]]:
+        found = filter(None, map(self._auth.role, user.roles or ()))
+        return (role.json() for role in found)
+
+    @staticmethod
+    def _with_roles(user: User, roles: Iterator[Dict[str, object]]) -> Dict[str, object]:
+        shown = list(roles)
+        return {"user": user.name, **({"roles": shown} if shown else {})}
 
     def _put_user(self, name: str, request: HttpRequest) -> None:
         body = self._parse(request, UserBody.parse, name, "User")
@@ -15180,19 +15187,6 @@ class AuthApi:
     def _list_roles(self, request: HttpRequest) -> None:
         roles = filter(None, map(self._auth.role, self._auth.names("roles")))
         self._reply_list(request, "roles", "[]", (role.json() for role in roles), [])
-
-    def _role(self, name: str, request: HttpRequest) -> None:
-        if request.method == "GET":
-            role = self._auth.role(name)
-            if role is None:
-                self._fail(request, AuthError(404, f"Role {name} does not exist."))
-            else:
-                self._reply(request, 200, role.json())
-        elif request.method == "DELETE":
-            self._run(request, self._store.delete_role(name),
-                      lambda _: self._reply_empty(request))
-        else:
-            self._put_role(name, request)
 
     def _put_role(self, name: str, request: HttpRequest) -> None:
         body = self._parse(request, RoleBody.parse, name, "Role")
@@ -15333,7 +15327,7 @@ class Listings:
             self._enqueue(wanted, waiter)
             return
         try:
-            listing = self._begin(wanted)
+            listing = self._start_listing(wanted)
         except EtcdError as error:
             done(error)
             return
@@ -15380,7 +15374,7 @@ class Listings:
             self._turn, self._work_done = self._reactor.turns, 0
         return LISTING_SLICE_WORK - self._work_done
 
-    def _begin(self, wanted: ListingRequest) -> Listing:
+    def _start_listing(self, wanted: ListingRequest) -> Listing:
         listing = self._store.listing(
             wanted.path, recursive=wanted.recursive, sorted=wanted.sorted,
             now_ns=self._reactor.wall_ns(),
@@ -15425,7 +15419,7 @@ class Listings:
             if not self._waiters:
                 return                  # all have left
             try:
-                self._current = wanted, self._begin(wanted)
+                self._current = wanted, self._start_listing(wanted)
             except EtcdError as error:
                 self._finish(error)
         else:
@@ -15486,7 +15480,6 @@ class KeysApi:
         metrics.before_text = self._count_puts
 
     def route(self, head: HttpHead) -> Handler:
-        """Return the handler of requests with this head."""
         if head.method not in self.METHODS:
             return functools.partial(refuse_method, ",".join(self.METHODS))
         target = KeyTarget(head)
@@ -15502,7 +15495,7 @@ class KeysApi:
     def _answer(self, head: HttpHead, target: KeyTarget) -> Handler:
         command = target.command
         if head.method in ("PUT", "POST"):
-            return functools.partial(self._write, target)
+            return functools.partial(self._put, target)
         if head.method == "DELETE":
             return functools.partial(self._propose, command)
         if head.method == "GET" and command.quorum:
@@ -15544,7 +15537,6 @@ class KeysApi:
     def _list(
         self, request: HttpRequest, method: str, started: float, wanted: ListingRequest
     ) -> None:
-        """GET and HEAD of a directory."""
         def done(result: Union[Listing, EtcdError]) -> None:
             if isinstance(result, EtcdError):
                 self._fail(request, method, result)
@@ -15555,7 +15547,7 @@ class KeysApi:
 
         self._listings.ask(wanted, request, done)
 
-    def _write(self, target: KeyTarget, request: HttpRequest) -> None:
+    def _put(self, target: KeyTarget, request: HttpRequest) -> None:
         """PUT and POST.  A hot path for bodies of the form `value=<nothing encoded>`."""
         body = request.body
         if target.plain and body.startswith(b"value=") and len(body) < FORM_SLICE_BYTES and not (
@@ -15608,7 +15600,6 @@ class KeysApi:
                 self._reactor.call_in_turn(self._parse_slice, steps, request, refuse)
 
     def _propose(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
-        """Start a command that goes through consensus."""
         method = command.method
         self._stats.gets_fail += 1              # as in _get
         self._received.inc(method)
@@ -15833,7 +15824,6 @@ class MembersApi:
         self, request: HttpRequest, change: ConfChangeType, member: Member,
         error: Optional[Exception],
     ) -> None:
-        """Answer after the change is applied or refused."""
         if error is None and change == ConfChangeType.ADD_NODE:
             self._reply(request, 201, member.client_json() + "\n")
         elif error is None:
@@ -16104,7 +16094,6 @@ class SnapshotApi:
         self._downloads: Set[Download] = set()
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer once the snapshot is complete."""
         if not self._server.raft_index:
             write_message(request, 503, "this member has no state yet; ask another one")
         elif len(self._downloads) >= DOWNLOADS_MAX or self._held_bytes() > HELD_BYTES_MAX:
@@ -16176,7 +16165,6 @@ class Download:
 
 
 def version_json(server: EtcdServer) -> bytes:
-    """Return the body of /version."""
     cluster = server.cluster.version or "not_decided"
     return f'{{"etcdserver":"{SERVER_VERSION}","etcdcluster":"{cluster}"}}'.encode()
 
@@ -16712,9 +16700,20 @@ def blocking_get(
 
     Raises OSError or http.client.HTTPException.
     """
-    connection = _open_connection(url, timeout_s, tls)
+    return _exchange(_open_connection(url, timeout_s, tls), "GET", target, timeout_s)
+
+
+def _exchange(
+    connection: http.client.HTTPConnection, method: str, target: str, answer_s: Optional[float],
+    form: str = "",
+) -> Tuple[int, http.client.HTTPMessage, bytes]:
+    """Connect, send one request and return (status, headers, body); answer_s: longest silence."""
     try:
-        connection.request("GET", target)
+        connection.connect()
+        connection.sock.settimeout(answer_s)
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        headers = {"Content-Type": "application/x-www-form-urlencoded"} if form else {}
+        connection.request(method, target, form or None, headers)
         response = connection.getresponse()
         return response.status, response.headers, response.read(CALL_BODY_BYTES_MAX)
     finally:
@@ -16981,7 +16980,7 @@ class Discovery:
         """
         url = self._endpoint + self._path + suffix
         for _ in range(DISCOVERY_REDIRECTS_MAX):
-            status, headers, body = self._exchange(method, url, form, answer_s)
+            status, headers, body = self._send(method, url, answer_s, form)
             if status >= 500:
                 raise DiscoveryUnreachable(f"unexpected status code {status} from {self._endpoint}")
             location = headers.get("Location", "")
@@ -16996,30 +16995,21 @@ class Discovery:
         except ValueError:
             raise DiscoveryError("discovery: bad discovery endpoint") from None
 
-    def _exchange(
-        self, method: str, url: str, form: str, answer_s: Optional[float]
+    def _send(
+        self, method: str, url: str, answer_s: Optional[float], form: str
     ) -> Tuple[int, http.client.HTTPMessage, bytes]:
         """Send one request on a connection of its own.  Raises DiscoveryUnreachable."""
         parts = urlsplit(url)
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         if self._proxy and parts.scheme == "http":
             target = url
-        connection = self._connect(parts)
         try:
-            connection.connect()
-            connection.sock.settimeout(answer_s)
-            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            headers = {"Content-Type": "application/x-www-form-urlencoded"} if form else {}
-            connection.request(method, target, form or None, headers)
-            response = connection.getresponse()
-            return response.status, response.headers, response.read(CALL_BODY_BYTES_MAX)
+            return _exchange(self._connection(parts), method, target, answer_s, form)
         except (OSError, http.client.HTTPException) as error:
             where = self._proxy or f"{parts.scheme}://{parts.netloc}"
             raise DiscoveryUnreachable(f"{method} {url}: {where}: {_reason(error)}") from None
-        finally:
-            connection.close()
 
-    def _connect(self, parts: urllib.parse.SplitResult) -> http.client.HTTPConnection:
+    def _connection(self, parts: urllib.parse.SplitResult) -> http.client.HTTPConnection:
         if not self._proxy or parts.scheme == "http":
             url = self._proxy or f"{parts.scheme}://{parts.netloc}"
             return _open_connection(url, DISCOVERY_DIAL_SECONDS)
@@ -17179,7 +17169,7 @@ def is_elsewhere(url: str) -> bool:
 
 
 def default_route_address() -> str:
-    """Return our IPv4 address on the interface with the default route, or ""."""
+    """Return the IPv4 address of the interface with the default route, or ""."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.connect(("192.0.2.1", 9))  # sends nothing: a datagram socket looks up the route
         return str(sock.getsockname()[0])
@@ -17377,21 +17367,7 @@ class Flag(NamedTuple):
 
     @property
     def variable(self) -> str:
-        """Name of the environment variable."""
         return "ETCD_" + self.name.upper().replace("-", "_")
-
-
-def setting(name: str, parse: Callable[[str], Any], help: str, field: str = "") -> Flag:
-    """Return the flag that fills a field of ServerConfig and has the default of that field.
-
-    field  as in Flag; unless given, the name of the flag with _ for -, and _ms for a time
-    """
-    field = field or name.replace("-", "_")
-    field += "" if hasattr(_DEFAULTS, field.partition(".")[0]) else "_ms"
-    return Flag(name, parse, operator.attrgetter(field)(_DEFAULTS), help, field=field)
-
-
-_DEFAULTS = ServerConfig()
 
 
 def parse_bool(text: str) -> bool:
@@ -17416,7 +17392,7 @@ def parse_uint(text: str) -> int:
 
 
 class Refusal(ValueError):
-    """A flag that is not supported with any value.  The text says why, and what to do instead."""
+    """A flag that is not supported with any value.  The text gives the reason and the remedy."""
 
 
 def _parse_domain(text: str) -> str:
@@ -17512,128 +17488,122 @@ def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     return parse
 
 
-def _tls_flags(side: str) -> Tuple[Flag, ...]:
-    """Return the flags for TLS with clients or with peers.  side: `client` or `peer`."""
-    prefix, part = ("peer-" if side == "peer" else ""), side + "_tls."
-    cert_auth = f"-{prefix}trusted-ca-file with -{prefix}client-cert-auth."
-    common_name = (setting("peer-cert-allowed-cn", str, "common name that peers' certificates must"
-                           " have.", "peer_tls.allowed_cn"),) if side == "peer" else ()
-    return (
-        setting(prefix + "ca-file", str, "[DEPRECATED] " + cert_auth, part + "ca_file"),
-        setting(prefix + "cert-file", str, f"path to the {side} server TLS cert file.",
-                part + "cert_file"),
-        setting(prefix + "key-file", str, f"path to the {side} server TLS key file.",
-                part + "key_file"),
-        setting(prefix + "client-cert-auth", parse_bool, f"require certificates of {side}s.",
-                part + "client_cert_auth"),
-        setting(prefix + "trusted-ca-file", str, f"path to the {side} server TLS CA file.",
-                part + "trusted_ca_file"),
-        setting(side + "-crl-file", str, f"path to the {side} certificate revocation list.",
-                part + "crl_file"),
-        *common_name,
-        setting(side + "-cert-allowed-hostname", str,
-                f"host name that certificates of {side}s must have.", part + "allowed_name"),
-        Flag(prefix + "auto-tls", _parse_auto_tls(prefix), False,
-             f"not supported: give -{prefix}cert-file, -{prefix}key-file."),
-    )
+def flag_rows(table: str) -> Tuple[Flag, ...]:
+    """Return the flags of a table with a row `name  kind  help` for each.
+
+    kind  a key of _KINDS, or the accepted words with | between; then, if the field has another
+          name than the flag, a colon and the field.  The default is that of the field.
+    """
+    flags = []
+    for row in table.strip().split("\n"):
+        name, kind, help = re.split(" {2,}", row, maxsplit=2)
+        kind, _, field = kind.partition(":")
+        field = field or name.replace("-", "_") + "_ms" * (kind == "ms")
+        parse, default = _KINDS[kind] if kind in _KINDS else (_one_of(*kind.split("|")), "")
+        if hasattr(_DEFAULTS, field.partition(".")[0]):
+            default = operator.attrgetter(field)(_DEFAULTS)
+        else:
+            field = ""
+        flags.append(Flag(name, parse, default, help, field=field))
+    return tuple(flags)
 
 
-_PEER_CERTIFICATE = _one_of("", refusal=(
-    "peers are shown the certificate of -peer-cert-file; leave this out"))
-_NO_PEERS = 'flag "-{}" is no longer supported; use -initial-cluster or -discovery'
+_DEFAULTS = ServerConfig()
+_KINDS: Dict[str, Tuple[Callable[[str], Any], Any]] = {     # parser, default without a field
+    "text": (str, ""), "bool": (parse_bool, False), "uint": (parse_uint, 0), "ms": (parse_uint, 0),
+    "urls": (parse_urls, ()), "origins": (_parse_origins, ()), "levels": (_parse_levels, {}),
+    "token": (_parse_discovery, ""), "http-proxy": (_parse_proxy, ""),
+    "domain": (_parse_domain, ""), "address": (_parse_address, ""),
+}
 
 FLAGS: Dict[str, Tuple[Flag, ...]] = {
-    "member": (
-        setting("name", str, "human-readable name for this member."),
-        setting("data-dir", str, "path to the data directory (default: <name>.etcd)."),
-        setting("wal-dir", str, "path to the dedicated wal directory."),
-        setting("snapshot-count", parse_uint,
-                "number of committed transactions to trigger a snapshot to disk."),
-        setting("heartbeat-interval", parse_uint,
-                "time (in milliseconds) of a heartbeat interval.", "heartbeat_ms"),
-        setting("election-timeout", parse_uint,
-                "time (in milliseconds) for an election to timeout.", "election_ms"),
-        setting("listen-peer-urls", parse_urls, "list of URLs to listen on for peer traffic."),
-        setting("listen-client-urls", parse_urls, "list of URLs to listen on for client traffic."),
-        setting("max-snapshots", parse_uint,
-                "maximum number of snapshot files to retain (0 is unlimited)."),
-        setting("max-wals", parse_uint, "maximum number of wal files to retain (0 is unlimited)."),
-        setting("cors", _parse_origins,
-                "comma-separated whitelist of origins for cross-origin resource sharing."),
-    ),
-    "clustering": (
-        setting("initial-advertise-peer-urls", parse_urls,
-                "list of this member's peer URLs to advertise to the rest of the cluster."),
-        setting("advertise-client-urls", parse_urls,
-                "list of this member's client URLs to advertise to the rest of the cluster."),
-        setting("initial-cluster", str,
-                "initial cluster, `name=url` pairs (default: this member alone)."),
-        setting("initial-cluster-state", _one_of("new", "existing"),
-                "initial cluster state: `new`, or `existing` to join a running cluster."),
-        setting("initial-cluster-token", str,
-                "token of the cluster: clusters with different tokens do not mix."),
-        setting("discovery", _parse_discovery, "discovery URL used to bootstrap the cluster."),
-        setting("discovery-fallback", _one_of("exit", "proxy"),
-                "behavior when the discovery cluster is full: `exit` or `proxy`."),
-        setting("discovery-proxy", _parse_proxy,
-                "HTTP proxy to use for traffic to discovery service."),
-        setting("discovery-srv", _parse_domain, "dns srv domain used to bootstrap the cluster."),
-        Flag("discovery-srv-name", _one_of("", refusal=(
-            "a suffix of the SRV names is not supported; publish the records without it"
-        )), "", "not supported: suffix of the SRV names."),
-        setting("strict-reconfig-check", parse_bool,
-                "reject reconfiguration requests that would cause quorum loss."),
-    ),
-    "proxy": (
-        setting("proxy", _one_of("off", "readonly", "on"),
-                "proxy mode: `off`, `readonly` or `on`."),
-        setting("proxy-failure-wait", parse_uint,
-                "time (in milliseconds) an endpoint is held in a failed state."),
-        setting("proxy-refresh-interval", parse_uint,
-                "time (in milliseconds) between two refreshes of the endpoints."),
-        setting("proxy-dial-timeout", parse_uint,
-                "time (in milliseconds) for a dial to timeout, 0 is unlimited."),
-        setting("proxy-write-timeout", parse_uint,
-                "time (in milliseconds) for a write to timeout, 0 is unlimited."),
-        setting("proxy-read-timeout", parse_uint,
-                "time (in milliseconds) for a read to timeout, 0 is unlimited."),
-    ),
-    "security": (
-        *_tls_flags("client"), *_tls_flags("peer"),
-        Flag("peer-client-cert-file", _PEER_CERTIFICATE, "",
-             "not supported: -peer-cert-file serves for both directions."),
-        Flag("peer-client-key-file", _PEER_CERTIFICATE, "",
-             "not supported: -peer-key-file serves for both directions."),
+    "member": flag_rows("""
+name  text  human-readable name for this member.
+data-dir  text  path to the data directory (default: <name>.etcd).
+wal-dir  text  path to the dedicated wal directory.
+snapshot-count  uint  number of committed transactions to trigger a snapshot to disk.
+heartbeat-interval  ms:heartbeat_ms  time (in milliseconds) of a heartbeat interval.
+election-timeout  ms:election_ms  time (in milliseconds) for an election to timeout.
+listen-peer-urls  urls  list of URLs to listen on for peer traffic.
+listen-client-urls  urls  list of URLs to listen on for client traffic.
+max-snapshots  uint  maximum number of snapshot files to retain (0 is unlimited).
+max-wals  uint  maximum number of wal files to retain (0 is unlimited).
+cors  origins  comma-separated whitelist of origins for cross-origin resource sharing.
+"""),
+    "clustering": (*flag_rows("""
+initial-advertise-peer-urls  urls  list of this member's peer URLs to advertise to other members.
+advertise-client-urls  urls  list of this member's client URLs to advertise to the cluster.
+initial-cluster  text  initial cluster, `name=url` pairs (default: this member alone).
+initial-cluster-state  new|existing  initial cluster state; `existing` joins a running cluster.
+initial-cluster-token  text  token of the cluster: clusters with different tokens do not mix.
+discovery  token  discovery URL used to bootstrap the cluster.
+discovery-fallback  exit|proxy  behavior when the discovery cluster is full: `exit` or `proxy`.
+discovery-proxy  http-proxy  HTTP proxy to use for traffic to discovery service.
+discovery-srv  domain  dns srv domain used to bootstrap the cluster.
+strict-reconfig-check  bool  reject reconfiguration requests that would cause quorum loss.
+"""), Flag("discovery-srv-name", _one_of("", refusal=(
+        "a suffix of the SRV names is not supported; publish the records without it"
+    )), "", "not supported: suffix of the SRV names.")),
+    "proxy": flag_rows("""
+proxy  off|readonly|on  proxy mode: `off`, `readonly` or `on`.
+proxy-failure-wait  ms  time (in milliseconds) an endpoint is held in a failed state.
+proxy-refresh-interval  ms  time (in milliseconds) between two refreshes of the endpoints.
+proxy-dial-timeout  ms  time (in milliseconds) for a dial to timeout, 0 is unlimited.
+proxy-write-timeout  ms  time (in milliseconds) for a write to timeout, 0 is unlimited.
+proxy-read-timeout  ms  time (in milliseconds) for a read to timeout, 0 is unlimited.
+"""),
+    "security": (*flag_rows("""
+ca-file  text:client_tls.ca_file  [DEPRECATED] -trusted-ca-file with -client-cert-auth.
+cert-file  text:client_tls.cert_file  path to the client server TLS cert file.
+key-file  text:client_tls.key_file  path to the client server TLS key file.
+client-cert-auth  bool:client_tls.client_cert_auth  require client certificates.
+trusted-ca-file  text:client_tls.trusted_ca_file  path to the client server TLS CA file.
+client-crl-file  text:client_tls.crl_file  path to the client certificate revocation list.
+client-cert-allowed-hostname  text:client_tls.allowed_name  host name in client certificates.
+peer-ca-file  text:peer_tls.ca_file  [DEPRECATED] -peer-trusted-ca-file with -peer-client-cert-auth.
+peer-cert-file  text:peer_tls.cert_file  path to the peer server TLS cert file.
+peer-key-file  text:peer_tls.key_file  path to the peer server TLS key file.
+peer-client-cert-auth  bool:peer_tls.client_cert_auth  require certificates of peers.
+peer-trusted-ca-file  text:peer_tls.trusted_ca_file  path to the peer server TLS CA file.
+peer-crl-file  text:peer_tls.crl_file  path to the peer certificate revocation list.
+peer-cert-allowed-cn  text:peer_tls.allowed_cn  common name that peers' certificates must have.
+peer-cert-allowed-hostname  text:peer_tls.allowed_name  host name in certificates of peers.
+"""),
+        *(Flag(prefix + "auto-tls", _parse_auto_tls(prefix), False,
+               f"not supported: give -{prefix}cert-file, -{prefix}key-file.")
+          for prefix in ("", "peer-")),
+        *(Flag(f"peer-client-{file}", _one_of("", refusal=(
+            "peers are shown the certificate of -peer-cert-file; leave this out"
+        )), "", f"not supported: -peer-{file} serves for both directions.")
+          for file in ("cert-file", "key-file")),
         Flag("tls-min-version", _one_of(
             "", "TLS1.2", refusal="TLS 1.2 and later are accepted; use TLS1.2"
         ), "", "only TLS1.2, which is what holds without it too."),
         Flag("host-whitelist", _one_of("", "*", refusal=(
             "requests are answered whatever their Host; use * and protect the port by"
             " -client-cert-auth or a firewall"
-        )), "*", "not supported: only `*`."),
-    ),
-    "logging": (
-        setting("debug", parse_bool, "enable debug-level logging."),
-        Flag("log-package-levels", _parse_levels, {},
-             "levels per package, such as `etcdserver=WARNING,*=INFO`."),
-    ),
-    "unsafe": (
-        setting("force-new-cluster", parse_bool,
-                "make this member the only one of its cluster: after the loss of the others."),
-    ),
-    "other": (
-        Flag("version", parse_bool, False, "show the version and exit."),
-        Flag("config-file", str, "",
-             "path to a configuration file, JSON or `flag: value` lines; it counts alone."),
-    ),
-    "of etcd 0.4, still working": (
-        Flag("addr", _parse_address, "", "[DEPRECATED] use -advertise-client-urls."),
-        Flag("bind-addr", _parse_address, "", "[DEPRECATED] use -listen-client-urls."),
-        Flag("peer-addr", _parse_address, "", "[DEPRECATED] use -initial-advertise-peer-urls."),
-        Flag("peer-bind-addr", _parse_address, "", "[DEPRECATED] use -listen-peer-urls."),
-    ),
+        )), "*", "not supported: only `*`.")),
+    "logging": flag_rows("""
+debug  bool  enable debug-level logging.
+log-package-levels  levels  levels per package, such as `etcdserver=WARNING,*=INFO`.
+"""),
+    "unsafe": flag_rows("""
+force-new-cluster  bool  make this member the only one of its cluster: after the loss of the others.
+"""),
+    "other": flag_rows("""
+version  bool  show the version and exit.
+config-file  text  path to a configuration file, JSON or `flag: value` lines; it counts alone.
+"""),
+    "of etcd 0.4, still working": flag_rows("""
+addr  address  [DEPRECATED] use -advertise-client-urls.
+bind-addr  address  [DEPRECATED] use -listen-client-urls.
+peer-addr  address  [DEPRECATED] use -initial-advertise-peer-urls.
+peer-bind-addr  address  [DEPRECATED] use -listen-peer-urls.
+"""),
     "of etcd 0.4, refused": tuple(
-        Flag(name, _one_of("", refusal=_NO_PEERS.format(name)), "", "no longer supported.")
+        Flag(name, _one_of("", refusal=(
+            f'flag "-{name}" is no longer supported; use -initial-cluster or -discovery'
+        )), "", "no longer supported.")
         for name in ("peers", "peers-file")
     ),
 }
@@ -18416,6 +18386,14 @@ class ServerThread:
         self._thread: Optional[threading.Thread] = None
         self._error: Optional[BaseException] = None
 
+    def __enter__(self: _Hosted) -> _Hosted:
+        """Start; close everything after a failure."""
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.stop)
+            self.start()
+            on_failure.pop_all()
+        return self
+
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
@@ -18441,13 +18419,6 @@ class ServerThread:
     def client_urls(self) -> Tuple[str, ...]:
         """Bound client URLs, with the real ports."""
         return tuple(listener.bound_url for listener in self._client_listeners)
-
-    def _start_or_stop(self) -> None:
-        """Start; close everything after a failure."""
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self.stop)
-            self.start()
-            on_failure.pop_all()
 
     def _listen(
         self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles,
@@ -18535,12 +18506,6 @@ class Server(ServerThread):
         self._first_life: Optional[FirstLife] = None
         self._ready = threading.Event()
         self._leaving = False           # stop() has begun
-
-    # -- life --------------------------------------------------------------
-
-    def __enter__(self) -> Server:
-        self._start_or_stop()
-        return self
 
     def bind(self) -> None:
         """Open the listening sockets, so that the ports are known; serve nothing yet."""
@@ -18637,8 +18602,6 @@ class Server(ServerThread):
     def peer_urls(self) -> Tuple[str, ...]:
         """Bound peer URLs, with the real ports."""
         return tuple(listener.bound_url for listener in self._peer_listeners)
-
-    # -- inside ------------------------------------------------------------
 
     def _count_client_bytes(self, metrics: Metrics) -> None:
         """Add the bytes of the client port, under the names of etcd 3.x, whose clients use gRPC."""
@@ -18863,7 +18826,6 @@ class ProxyDialer:
         on_head: Callable[[int, Dict[str, str]], None], on_data: Callable[[bytes], None],
         on_done: Callable[[Optional[Exception]], None],
     ) -> HttpCall:
-        """Send a client's request."""
         return HttpCall(
             self._reactor, url, request.method, request.target, headers, request.body,
             connect_timeout_s=self._connect_s, idle_timeout_s=self._read_s, tls=self.tls,
@@ -19155,7 +19117,6 @@ class Forward:
             request.query.split("&", FORM_FIELDS_MAX))
 
     def start(self) -> None:
-        """Send the request to the first endpoint."""
         self._request.on_close = self._client_gone
         # A client that ends its side of the connection has ended its watch.
         self._request.connection.streaming = self._waits
@@ -19318,7 +19279,6 @@ class ProxyApi:
             request.reply(200, body, "text/plain; charset=utf-8")
 
     def stop(self) -> None:
-        """Drop all requests that wait for a member."""
         for forward in list(self._forwards):
             forward.cancel()
 
@@ -19363,10 +19323,6 @@ class ProxyServer(ServerThread):
         super()._init(config)
         self._endpoints: Optional[Endpoints] = None
         self._api: Optional[ProxyApi] = None
-
-    def __enter__(self) -> ProxyServer:
-        self._start_or_stop()
-        return self
 
     def bind(self) -> None:
         """Open the listening sockets, so that the ports are known; serve nothing yet."""
@@ -19703,14 +19659,6 @@ def _invalid(flag: Flag, text: str, source: str, reason: str) -> str:
 # -- the configuration file ----------------------------------------------------
 
 
-class FileSetting(NamedTuple):
-    """One setting of a configuration file.  text: as on the command line, never empty."""
-
-    line: int                           # from 1
-    name: str                           # of the flag
-    text: str
-
-
 _SECTIONS = {"client-transport-security": "", "peer-transport-security": "peer-"}
 _SECTION_KEYS = (
     "cert-file", "key-file", "client-cert-auth", "trusted-ca-file", "ca-file", "auto-tls",
@@ -19723,8 +19671,8 @@ _CONFIG_ITEM = re.compile(rf"\s*({_QUOTED}|[^\s,\[\]{{}}&*!|>%@`\"'#][^,\[\]{{}}
 _CONFIG_FORM = "write `setting: value` on each line, lists as `a,b` or `[a, b]`, * in quotes"
 
 
-def read_config_file(path: str) -> List[FileSetting]:
-    """Return the settings in a configuration file: a JSON object, or lines of `setting: value`.
+def read_config_file(path: str) -> List[Tuple[int, str, str]]:
+    """Return (line, flag, text) for the settings in a JSON object, or lines of `setting: value`.
 
     The names are those of the flags.  In the sections client-transport-security and
     peer-transport-security of etcd 3 the flags for TLS have no `peer-`.  An empty setting is
@@ -19741,7 +19689,7 @@ def read_config_file(path: str) -> List[FileSetting]:
     except UnicodeDecodeError:
         raise FlagError(f"{path} is not text in UTF-8") from None
     read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
-    found: Dict[str, FileSetting] = {}
+    found: Dict[str, Tuple[int, str, str]] = {}
     for line, section, key, value in read(path, text):
         if not value:
             continue
@@ -19751,8 +19699,8 @@ def read_config_file(path: str) -> List[FileSetting]:
         name = _SECTIONS.get(section, "") + key
         if name in found:
             raise FlagError(f"{path}:{line}: {name} is set a second time, after line"
-                            f" {found[name].line}")
-        found[name] = FileSetting(line, name, value)
+                            f" {found[name][0]}")
+        found[name] = line, name, value
     return list(found.values())
 
 
@@ -20192,27 +20140,23 @@ def make_config(settings: Settings) -> ServerConfig:
 # ============================================================================
 
 
-_DRY_RUN = Flag("dry-run", parse_bool, False, "say what would be done, and change nothing.")
 TOOL_FLAGS: Dict[str, Tuple[Flag, ...]] = {
-    "backup": (
-        Flag("data-dir", str, "", "path to the data directory to copy; its member may run."),
-        Flag("wal-dir", str, "", "path to its dedicated wal directory, if it has one."),
-        Flag("backup-dir", str, "", "path to the copy; must be empty or absent."),
-        Flag("backup-wal-dir", str, "", "path to a dedicated wal directory of the copy."),
-        _DRY_RUN,
-    ),
-    "restore": (
-        Flag("name", str, DEFAULT_NAME, "name of the member whose data directory is made."),
-        Flag("initial-cluster", str, "",
-             "members of the new cluster, `name=url` pairs (default: this member alone)."),
-        Flag("initial-cluster-token", str, DEFAULT_CLUSTER_TOKEN,
-             "token of the new cluster: clusters with different tokens do not mix."),
-        Flag("initial-advertise-peer-urls", parse_urls, (),
-             "peer URLs of this member (default: those in -initial-cluster)."),
-        Flag("data-dir", str, "", "path to the new data directory (default: <name>.etcd)."),
-        Flag("wal-dir", str, "", "path to the new dedicated wal directory."),
-        _DRY_RUN,
-    ),
+    "backup": flag_rows("""
+data-dir  text  path to the data directory to copy; its member may run.
+wal-dir  text  path to its dedicated wal directory, if it has one.
+backup-dir  text  path to the copy; must be empty or absent.
+backup-wal-dir  text  path to a dedicated wal directory of the copy.
+dry-run  bool  say what would be done, and change nothing.
+"""),
+    "restore": (*flag_rows("""
+name  text  name of the member whose data directory is made.
+initial-cluster  text  members of the new cluster, `name=url` pairs (default: this member alone).
+initial-cluster-token  text  token of the new cluster: clusters with different tokens do not mix.
+data-dir  text  path to the new data directory (default: <name>.etcd).
+wal-dir  text  path to the new dedicated wal directory.
+dry-run  bool  say what would be done, and change nothing.
+"""), Flag("initial-advertise-peer-urls", parse_urls, (),
+           "peer URLs of this member (default: those in -initial-cluster).")),
 }
 _STAGE = "member.tmp"               # where a member directory grows until it is complete
 _ENTRIES_PER_WRITE = 1_000
@@ -20288,7 +20232,6 @@ class CopyReport(NamedTuple):
         ]
 
     def summary(self) -> str:
-        """The report in one line."""
         left_out = len(self.source.entries) - self.source.committed
         return (
             f"{self.paths[0]}: member {self.member_id:x} of cluster {self.cluster_id:x},"
@@ -20523,7 +20466,7 @@ def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnPr
             os.rename(stage, os.path.join(data_dir, "member"))
             fsync_dir(data_dir)
             for path in begun:
-                with contextlib.suppress(PermissionError):  # a parent that we may not list
+                with contextlib.suppress(PermissionError):  # a parent that this user cannot read
                     fsync_dir(os.path.dirname(os.path.abspath(path)))
         except (OSError, DiskFull) as error:
             raise BackupError(
@@ -20708,7 +20651,7 @@ def _restored_cluster(config: ServerConfig) -> Tuple[Cluster, Member]:
 
 
 def _replace_members(store: Store, members: Sequence[Member]) -> None:
-    """Replace the members in the store, and drop a cluster version that is above ours."""
+    """Replace the members in the store, and drop a cluster version above this program's."""
     files = {
         f"/0/members/{format_id(member.id)}/raftAttributes": member.raft_attributes_json()
         for member in members
@@ -20809,7 +20752,6 @@ class LogFormatter(logging.Formatter):
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Send the log to stderr, with the levels of the settings."""
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter())
@@ -20956,15 +20898,14 @@ class ProgressLine:
         self._keys = max(self._keys, keys)
         if sys.stderr.isatty() and self._now() >= self._next:
             self._next = self._now() + 0.1
-            self._write(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
+            self._show(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
 
-    def end(self) -> None:
-        """Clear the line."""
+    def clear(self) -> None:
         if self._text:
-            self._write("")
+            self._show("")
             sys.stderr.write("\r")
 
-    def _write(self, text: str) -> None:
+    def _show(self, text: str) -> None:
         sys.stderr.write("\r" + text.ljust(len(self._text)))
         sys.stderr.flush()
         self._text = text
@@ -20980,10 +20921,10 @@ def run_tool(tool: str, words: Sequence[str]) -> int:
         sys.stderr.write(f"{error}. See 'pyetcd {tool} -help'.\n")
         return 1
     except BackupError as error:
-        line.end()
+        line.clear()
         sys.stderr.write(f"{tool}: {error}\n")
         return 1
-    line.end()
+    line.clear()
     sys.stdout.write(report)
     return 0
 
@@ -21107,7 +21048,6 @@ class _CutTransport(Transport):
             self.add_peer(id, members[id].peer_urls)
 
     def add_peer(self, member_id: int, urls: Iterable[str]) -> None:
-        """Open the links to a member, unless they are cut."""
         super().add_peer(member_id, urls)
         if member_id in self._mute & self._deaf and member_id in self._peers:
             self._peers[member_id].stop()
@@ -21372,7 +21312,6 @@ class LocalMember:
         )
 
     def cut(self, mute: _Ids, deaf: _Ids) -> None:
-        """Drop messages to the members `mute` and from the members `deaf`."""
         self._cuts = mute, deaf
         if self._server is not None:
             self._server.cuts = self._cuts
@@ -21603,7 +21542,7 @@ def _etcd_server(tmp_path_factory: Any) -> Iterator[LocalMember]:
 
 
 class ClusterFactory:
-    """What `etcd_cluster_factory` is: each call starts a LocalCluster, ended after the test."""
+    """The fixture `etcd_cluster_factory`: each call starts a LocalCluster until the test ends."""
 
     def __init__(self, tmp_path_factory: Any, clusters: contextlib.ExitStack) -> None:
         self._tmp_path_factory = tmp_path_factory

@@ -231,7 +231,7 @@ def _expiration_field(fields: Mapping[str, str], now_ns: int) -> Optional[int]:
 def parse_key_request(
     method: str, path: str, fields: Mapping[str, str], now_ns: int
 ) -> Request:
-    """Return the command in a request's merged fields; its id is still 0.
+    """Return the command, with id 0, that the merged fields of a request describe.
 
     path  internal, clean
 

@@ -16,7 +16,6 @@ from .metrics import add_member_metrics, debug_variables
 
 
 def version_json(server: EtcdServer) -> bytes:
-    """Return the body of /version."""
     cluster = server.cluster.version or "not_decided"
     return f'{{"etcdserver":"{SERVER_VERSION}","etcdcluster":"{cluster}"}}'.encode()
 

@@ -94,7 +94,7 @@ def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnPr
             os.rename(stage, os.path.join(data_dir, "member"))
             fsync_dir(data_dir)
             for path in begun:
-                with contextlib.suppress(PermissionError):  # a parent that we may not list
+                with contextlib.suppress(PermissionError):  # a parent that this user cannot read
                     fsync_dir(os.path.dirname(os.path.abspath(path)))
         except (OSError, DiskFull) as error:
             raise BackupError(
@@ -279,7 +279,7 @@ def _restored_cluster(config: ServerConfig) -> Tuple[Cluster, Member]:
 
 
 def _replace_members(store: Store, members: Sequence[Member]) -> None:
-    """Replace the members in the store, and drop a cluster version that is above ours."""
+    """Replace the members in the store, and drop a cluster version above this program's."""
     files = {
         f"/0/members/{format_id(member.id)}/raftAttributes": member.raft_attributes_json()
         for member in members

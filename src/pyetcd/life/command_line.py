@@ -111,7 +111,6 @@ class LogFormatter(logging.Formatter):
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Send the log to stderr, with the levels of the settings."""
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter())
@@ -258,15 +257,14 @@ class ProgressLine:
         self._keys = max(self._keys, keys)
         if sys.stderr.isatty() and self._now() >= self._next:
             self._next = self._now() + 0.1
-            self._write(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
+            self._show(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
 
-    def end(self) -> None:
-        """Clear the line."""
+    def clear(self) -> None:
         if self._text:
-            self._write("")
+            self._show("")
             sys.stderr.write("\r")
 
-    def _write(self, text: str) -> None:
+    def _show(self, text: str) -> None:
         sys.stderr.write("\r" + text.ljust(len(self._text)))
         sys.stderr.flush()
         self._text = text
@@ -282,10 +280,10 @@ def run_tool(tool: str, words: Sequence[str]) -> int:
         sys.stderr.write(f"{error}. See 'pyetcd {tool} -help'.\n")
         return 1
     except BackupError as error:
-        line.end()
+        line.clear()
         sys.stderr.write(f"{tool}: {error}\n")
         return 1
-    line.end()
+    line.clear()
     sys.stdout.write(report)
     return 0
 

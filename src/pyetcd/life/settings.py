@@ -7,7 +7,7 @@ import difflib
 import json
 import logging
 import re
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 from ..api.forms import GO_BOOLS
 from ..base.text import is_ip, load_json, split_address
@@ -306,14 +306,6 @@ def _invalid(flag: Flag, text: str, source: str, reason: str) -> str:
 # -- the configuration file ----------------------------------------------------
 
 
-class FileSetting(NamedTuple):
-    """One setting of a configuration file.  text: as on the command line, never empty."""
-
-    line: int                           # from 1
-    name: str                           # of the flag
-    text: str
-
-
 _SECTIONS = {"client-transport-security": "", "peer-transport-security": "peer-"}
 _SECTION_KEYS = (
     "cert-file", "key-file", "client-cert-auth", "trusted-ca-file", "ca-file", "auto-tls",
@@ -326,8 +318,8 @@ _CONFIG_ITEM = re.compile(rf"\s*({_QUOTED}|[^\s,\[\]{{}}&*!|>%@`\"'#][^,\[\]{{}}
 _CONFIG_FORM = "write `setting: value` on each line, lists as `a,b` or `[a, b]`, * in quotes"
 
 
-def read_config_file(path: str) -> List[FileSetting]:
-    """Return the settings in a configuration file: a JSON object, or lines of `setting: value`.
+def read_config_file(path: str) -> List[Tuple[int, str, str]]:
+    """Return (line, flag, text) for the settings in a JSON object, or lines of `setting: value`.
 
     The names are those of the flags.  In the sections client-transport-security and
     peer-transport-security of etcd 3 the flags for TLS have no `peer-`.  An empty setting is
@@ -344,7 +336,7 @@ def read_config_file(path: str) -> List[FileSetting]:
     except UnicodeDecodeError:
         raise FlagError(f"{path} is not text in UTF-8") from None
     read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
-    found: Dict[str, FileSetting] = {}
+    found: Dict[str, Tuple[int, str, str]] = {}
     for line, section, key, value in read(path, text):
         if not value:
             continue
@@ -354,8 +346,8 @@ def read_config_file(path: str) -> List[FileSetting]:
         name = _SECTIONS.get(section, "") + key
         if name in found:
             raise FlagError(f"{path}:{line}: {name} is set a second time, after line"
-                            f" {found[name].line}")
-        found[name] = FileSetting(line, name, value)
+                            f" {found[name][0]}")
+        found[name] = line, name, value
     return list(found.values())
 
 
