@@ -78,9 +78,9 @@ class KeysApi:
         if head.method in ("PUT", "POST"):
             return functools.partial(self._put, target)
         if head.method == "DELETE":
-            return functools.partial(self._propose, command)
+            return functools.partial(self._submit, command)
         if head.method == "GET" and command.quorum:
-            return functools.partial(self._propose, command._replace(method="QGET"))
+            return functools.partial(self._submit, command._replace(method="QGET"))
         if command.wait:
             return functools.partial(self._watch, command)
         return functools.partial(self._get, command.path, command.recursive, command.sorted)
@@ -139,7 +139,7 @@ class KeysApi:
             if is_unicode(text):
                 id = self._server.ids.next()
                 command = Request(id, known.method, known.path, text)
-                self._propose(command, request, encode_plain(id, target.encoded, value))
+                self._submit(command, request, encode_plain(id, target.encoded, value))
                 return
         self._parse_slice(self._read(target, request), request)
 
@@ -171,7 +171,7 @@ class KeysApi:
         except StopIteration as end:
             if refuse is None:
                 command, encoded = end.value
-                self._propose(command, request, encoded)
+                self._submit(command, request, encoded)
             else:
                 refuse(request)
         except EtcdError as error:
@@ -180,7 +180,7 @@ class KeysApi:
             if not request.connection.closed:
                 self._reactor.call_in_turn(self._parse_slice, steps, request, refuse)
 
-    def _propose(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
+    def _submit(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
         method = command.method
         self._stats.gets_fail += 1              # as in _get
         self._received.inc(method)
@@ -265,6 +265,6 @@ class KeysApi:
         server = self._server
         request.reply_raw(
             f"{self._heads[status]}X-Etcd-Index: {index}\r\nX-Raft-Index: {server.raft_index}\r\n"
-            f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date()}\r\n"
+            f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date}\r\n"
             f"Content-Length: {size}\r\n\r\n".encode("latin-1") + body, more
         )

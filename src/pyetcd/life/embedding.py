@@ -20,7 +20,7 @@ from ..base.ids import package_logger
 from ..base.limits import DESCRIPTORS_KEPT, PEER_BODY_BYTES_MAX, REQUEST_BODY_BYTES_MAX
 from ..base.urls import check_url, is_https, url_address
 from ..member.configuration import Bootstrap, ServerConfig
-from ..member.server import Departure, EtcdServer
+from ..member.server import EtcdServer, GracefulStop
 from ..member.statistics import Metrics
 from ..net.budgets import HeldBytes
 from ..net.http_requests import HttpRequest
@@ -30,7 +30,7 @@ from ..net.tls import TlsContext
 from ..net.workers import outcome_of
 from ..peer.transport import Transport
 from .bootstrap import bootstrap
-from .first_life import FirstLife
+from .data_loss import DataLossCheck
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -203,7 +203,7 @@ class Server(ServerThread):
         super()._init(config)
         self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
         self._peer_api: Optional[PeerApi] = None
-        self._first_life: Optional[FirstLife] = None
+        self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
         self._leaving = False           # stop() has begun
 
@@ -253,8 +253,8 @@ class Server(ServerThread):
             self.config, boot, self._reactor, failed=self._failed, removed=self._removed,
             published=self._ready.set, transport_type=self._transport_type,
         )
-        if FirstLife.is_due(boot):
-            self._first_life = FirstLife(self.etcd, self._refuse, boot.peer_tls)
+        if DataLossCheck.is_due(boot):
+            self._data_loss_check = DataLossCheck(self.etcd, self._refuse, boot.peer_tls)
         api = ClientApi(self.etcd)
         self._count_client_bytes(self.etcd.metrics)
         api.fallback = DiscoveryService(self.etcd.do, api.serve).handle
@@ -322,8 +322,8 @@ class Server(ServerThread):
         self.etcd.start()
 
     def _free(self) -> None:
-        if self._first_life is not None:
-            self._first_life.end()
+        if self._data_loss_check is not None:
+            self._data_loss_check.end()
         if self.etcd is not None:
             self.etcd.abandon()
 
@@ -331,7 +331,7 @@ class Server(ServerThread):
         assert self.etcd is not None
         if not self.etcd.stopping and not self._leaving:
             self._leaving = True
-            Departure(self.etcd, self._stop_member)
+            GracefulStop(self.etcd, self._stop_member)
 
     def _stop_member(self) -> None:
         assert self.etcd is not None

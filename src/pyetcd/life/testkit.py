@@ -534,7 +534,7 @@ def _is_new(etcd: EtcdServer) -> bool:
 
 
 def _accepts(member: LocalMember, sender: LocalMember) -> bool:
-    """True if `member` does not drop messages from `sender`: see FirstLife."""
+    """True if `member` does not drop messages from `sender`: see DataLossCheck."""
     message = Message(MsgType.VOTE, sender=sender.member_id)
 
     def accepts(etcd: EtcdServer) -> bool:
