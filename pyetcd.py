@@ -14367,17 +14367,22 @@ FORM_SLICE_BYTES = 512 << 10        # of one field of a form that are decoded in
 FORM_SLICE_FIELDS = 1_000           # of a form that are decoded in one turn
 KEY_BYTES_MAX = 64 << 10            # of the path of a key that is written; above: error 210
 
-_TEXT = "text/plain; charset=utf-8"
 _NOSNIFF = "X-Content-Type-Options: nosniff\r\n"
+
+
+def write_text(request: HttpRequest, status: int, text: str, headers: str = "") -> None:
+    """Answer with plain text; errors have `nosniff`, as those of Go's http.Error."""
+    headers += _NOSNIFF if status >= 400 else ""
+    request.reply(status, utf8(text), "text/plain; charset=utf-8", headers)
 
 
 def refuse_method(allow: str, request: HttpRequest) -> None:
     """Answer 405.  allow: the methods of the path, `A,B`."""
-    request.reply(405, b"Method Not Allowed\n", _TEXT, f"Allow: {allow}\r\n{_NOSNIFF}")
+    write_text(request, 405, "Method Not Allowed\n", f"Allow: {allow}\r\n")
 
 
 def not_found(request: HttpRequest) -> None:
-    request.reply(404, b"404 page not found\n", _TEXT, _NOSNIFF)
+    write_text(request, 404, "404 page not found\n")
 
 
 def write_message(request: HttpRequest, status: int, message: str, headers: str = "") -> None:
@@ -15013,7 +15018,8 @@ class AuthApi:
         is_user = kind == "users"
         if request.method == "GET":
             try:
-                self._reply(request, 200, self._user(name) if is_user else self._role(name))
+                found = self._user(name) if is_user else self._role(name).json()
+                self._reply(request, 200, found)
             except AuthError as error:
                 self._fail(request, error)
         elif request.method == "DELETE":
@@ -15028,24 +15034,23 @@ class AuthApi:
             raise AuthError(404, f"User {name} does not exist.")
         return self._with_roles(user, map(self._role, user.roles or ()))
 
-    def _role(self, name: str) -> Dict[str, object]:
+    def _role(self, name: str) -> Role:
         role = self._auth.role(name)
         if role is None:
             raise AuthError(404, f"Role {name} does not exist.")
-        return role.json()
+        return role
 
     def _list_users(self, request: HttpRequest) -> None:
         users = filter(None, map(self._auth.user, self._auth.names("users")))
-        shown = (self._with_roles(user, self._known_roles(user)) for user in users)
+        shown = (
+            self._with_roles(user, filter(None, map(self._auth.role, user.roles or ())))
+            for user in users
+        )
         self._reply_list(request, "users", "null", shown, [])
 
-    def _known_roles(self, user: User) -> Iterator[Dict[str, object]]:
-        found = filter(None, map(self._auth.role, user.roles or ()))
-        return (role.json() for role in found)
-
     @staticmethod
-    def _with_roles(user: User, roles: Iterator[Dict[str, object]]) -> Dict[str, object]:
-        shown = list(roles)
+    def _with_roles(user: User, roles: Iterator[Role]) -> Dict[str, object]:
+        shown = [role.json() for role in roles]
         return {"user": user.name, **({"roles": shown} if shown else {})}
 
     def _put_user(self, name: str, request: HttpRequest) -> None:
@@ -15644,7 +15649,7 @@ class MembersApi:
         elif request.method == "POST":
             self._change_urls(request, ConfChangeType.ADD_NODE)
         elif not rest:
-            request.reply(405, b"Method Not Allowed\n", _TEXT, self._cluster_line + _NOSNIFF)
+            write_text(request, 405, "Method Not Allowed\n", self._cluster_line)
         elif not re.fullmatch("[0-9A-Fa-f]+", rest) or len(rest.lstrip("0")) > 16:
             self._message(request, 404, f"No such member: {rest}")
         elif request.method == "DELETE":
@@ -16075,8 +16080,7 @@ class StatusApi:
         request.reply(200, version_json(self._server))
 
     def machines(self, request: HttpRequest) -> None:
-        urls = ", ".join(sorted(self._server.cluster.client_urls()))
-        request.reply(200, utf8(urls), _TEXT)
+        write_text(request, 200, ", ".join(sorted(self._server.cluster.client_urls())))
 
     def health(self, request: HttpRequest) -> None:
         """Answer at once, from the known leader and the links to the other members.
@@ -16086,9 +16090,9 @@ class StatusApi:
         healthy = self._server.is_healthy
         (self._healthy if healthy else self._unhealthy).inc()
         if healthy:
-            request.reply(200, b'{"health": "true"}', _TEXT)
+            write_text(request, 200, '{"health": "true"}')
         else:
-            request.reply(503, b'{"health": "false"}\n', _TEXT, _NOSNIFF)
+            write_text(request, 503, '{"health": "false"}\n')
 
     def probe(self, request: HttpRequest) -> None:
         """Answer /livez, /readyz, or one check of them: `ok`, or 503 with the failed checks.
@@ -16112,10 +16116,9 @@ class StatusApi:
             lines += f"[-]{check} failed: {problem}\n" if problem else f"[+]{check} ok\n"
         (self._unhealthy if failed else self._healthy).inc()
         if failed:
-            request.reply(503, utf8(lines), _TEXT, _NOSNIFF)
+            write_text(request, 503, lines)
         else:
-            shown = lines if "verbose" in query else ""
-            request.reply(200, utf8(shown + "ok\n"), _TEXT, _NOSNIFF)
+            write_text(request, 200, (lines if "verbose" in query else "") + "ok\n", _NOSNIFF)
 
     def _problem(self) -> str:
         """Return why a linearizable read would fail; "" if it would not."""
@@ -16410,7 +16413,7 @@ class DiscoveryService:
         match = _TOKEN_PATH.fullmatch(path)
         if match is None:
             return False
-        if request.method in _TOKEN_METHODS[_token_route(match.group(1) or "")]:
+        if request.method in _TOKEN_METHODS.get(match.group(1), ("GET", "PUT", "DELETE")):
             self._forward(request)
         else:
             request.reply(405)
@@ -16422,26 +16425,26 @@ class DiscoveryService:
         if is_from_browser(request.headers) and not (
             isinstance(request, CorsRequest) and request.is_allowed
         ):
-            _reply_text(request, 403, _NOT_FOR_PAGES)
+            write_text(request, 403, _NOT_FOR_PAGES)
             return
         if request.body_too_large:
-            _reply_text(request, 413, "413 Request Entity Too Large\n")
+            write_text(request, 413, "413 Request Entity Too Large\n")
             return
         try:
             size = _wanted_size(request)
         except ValueError as error:
-            _reply_text(request, 400, f"{error}\n")
+            write_text(request, 400, f"{error}\n")
             return
         if not host:
-            _reply_text(request, 400, "missing Host header\n")
+            write_text(request, 400, "missing Host header\n")
             return
         token = os.urandom(16).hex()
 
         def done(result: Any) -> None:
             if isinstance(result, EtcdError):
-                _reply_text(request, 400, f"Unable to generate token: {result.cause}\n")
+                write_text(request, 400, f"Unable to generate token: {result.cause}\n")
             else:
-                _reply_text(request, 200, f"{request.scheme}://{host}/{token}")
+                write_text(request, 200, f"{request.scheme}://{host}/{token}")
 
         self._do(
             Request(
@@ -16488,15 +16491,7 @@ def is_from_browser(headers: Mapping[str, str]) -> bool:
 
 
 _TOKEN_PATH = re.compile("/[0-9a-f]{32}(/?|/_config/size|/[^/]+)")
-_TOKEN_METHODS = {
-    "token": ("GET", "PUT"), "size": ("GET",), "machine": ("GET", "PUT", "DELETE"),
-}
-
-
-def _token_route(rest: str) -> str:
-    if rest in ("", "/"):
-        return "token"
-    return "size" if rest == "/_config/size" else "machine"
+_TOKEN_METHODS = {"": ("GET", "PUT"), "/": ("GET", "PUT"), "/_config/size": ("GET",)}
 
 
 def _wanted_size(request: HttpRequest) -> int:
@@ -16516,13 +16511,6 @@ def _wanted_size(request: HttpRequest) -> int:
     if not 1 <= size < 1 << 63:
         raise ValueError(f"size={text[:20]}: a cluster has at least one member")
     return size
-
-
-def _reply_text(request: HttpRequest, status: int, text: str) -> None:
-    request.reply(
-        status, text.encode("utf-8"), "text/plain; charset=utf-8",
-        "X-Content-Type-Options: nosniff\r\n" if status != 200 else "",
-    )
 
 
 # ============================================================================
@@ -19161,8 +19149,7 @@ class ProxyApi:
             refuse_method("GET", request)
         else:
             urls = [endpoint.url for endpoint in self._endpoints.available()]
-            body = utf8(json_text({"endpoints": urls}) + "\n")
-            request.reply(200, body, "text/plain; charset=utf-8")
+            write_text(request, 200, json_text({"endpoints": urls}) + "\n")
 
     def stop(self) -> None:
         for forward in list(self._forwards):
@@ -20590,10 +20577,6 @@ def _flag_lines(flags: Sequence[Flag]) -> Iterator[str]:
         yield f"\t\t{flag.help}"
 
 
-def tool_usage(tool: str) -> str:
-    return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(TOOL_FLAGS[tool]), ""])
-
-
 _TOOL_USAGE = {
     "backup": (
         "usage: pyetcd backup -data-dir DIR -backup-dir COPY [flags]", "",
@@ -20822,7 +20805,7 @@ def _run_tool(tool: str, words: List[str], line: ProgressLine) -> str:
     flags = TOOL_FLAGS[tool]
     settings = Settings(words, os.environ, flags)
     if settings.help:
-        return tool_usage(tool)
+        return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(flags), ""])
     if tool == "restore":
         source = source or settings.take_word()
     settings.check_leftover()

@@ -139,7 +139,8 @@ class AuthApi:
         is_user = kind == "users"
         if request.method == "GET":
             try:
-                self._reply(request, 200, self._user(name) if is_user else self._role(name))
+                found = self._user(name) if is_user else self._role(name).json()
+                self._reply(request, 200, found)
             except AuthError as error:
                 self._fail(request, error)
         elif request.method == "DELETE":
@@ -154,24 +155,23 @@ class AuthApi:
             raise AuthError(404, f"User {name} does not exist.")
         return self._with_roles(user, map(self._role, user.roles or ()))
 
-    def _role(self, name: str) -> Dict[str, object]:
+    def _role(self, name: str) -> Role:
         role = self._auth.role(name)
         if role is None:
             raise AuthError(404, f"Role {name} does not exist.")
-        return role.json()
+        return role
 
     def _list_users(self, request: HttpRequest) -> None:
         users = filter(None, map(self._auth.user, self._auth.names("users")))
-        shown = (self._with_roles(user, self._known_roles(user)) for user in users)
+        shown = (
+            self._with_roles(user, filter(None, map(self._auth.role, user.roles or ())))
+            for user in users
+        )
         self._reply_list(request, "users", "null", shown, [])
 
-    def _known_roles(self, user: User) -> Iterator[Dict[str, object]]:
-        found = filter(None, map(self._auth.role, user.roles or ()))
-        return (role.json() for role in found)
-
     @staticmethod
-    def _with_roles(user: User, roles: Iterator[Dict[str, object]]) -> Dict[str, object]:
-        shown = list(roles)
+    def _with_roles(user: User, roles: Iterator[Role]) -> Dict[str, object]:
+        shown = [role.json() for role in roles]
         return {"user": user.name, **({"roles": shown} if shown else {})}
 
     def _put_user(self, name: str, request: HttpRequest) -> None:

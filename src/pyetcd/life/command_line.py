@@ -63,10 +63,6 @@ def _flag_lines(flags: Sequence[Flag]) -> Iterator[str]:
         yield f"\t\t{flag.help}"
 
 
-def tool_usage(tool: str) -> str:
-    return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(TOOL_FLAGS[tool]), ""])
-
-
 _TOOL_USAGE = {
     "backup": (
         "usage: pyetcd backup -data-dir DIR -backup-dir COPY [flags]", "",
@@ -295,7 +291,7 @@ def _run_tool(tool: str, words: List[str], line: ProgressLine) -> str:
     flags = TOOL_FLAGS[tool]
     settings = Settings(words, os.environ, flags)
     if settings.help:
-        return tool_usage(tool)
+        return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(flags), ""])
     if tool == "restore":
         source = source or settings.take_word()
     settings.check_leftover()

@@ -12,7 +12,7 @@ import random
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from urllib.parse import urlsplit
 
-from ..api.forms import FORM_FIELDS_MAX, GO_BOOLS, refuse_method, write_message
+from ..api.forms import FORM_FIELDS_MAX, GO_BOOLS, refuse_method, write_message, write_text
 from ..api.members import redirect
 from ..api.metrics import add_process_readings
 from ..api.routes import CorsRequest, allow_origin
@@ -520,8 +520,7 @@ class ProxyApi:
             refuse_method("GET", request)
         else:
             urls = [endpoint.url for endpoint in self._endpoints.available()]
-            body = utf8(json_text({"endpoints": urls}) + "\n")
-            request.reply(200, body, "text/plain; charset=utf-8")
+            write_text(request, 200, json_text({"endpoints": urls}) + "\n")
 
     def stop(self) -> None:
         for forward in list(self._forwards):
