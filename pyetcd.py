@@ -16743,13 +16743,13 @@ class Discovery:
         if not (isinstance(body, dict) and body.get("errorCode") == NodeExists.code):
             return int(self._node(body).get("createdIndex", 0)) or 1
         node = self._node(self._get(f"/{self._id}?quorum=true")[1])
-        if node.get("value") != self._pairs or not (is_again or self._is_unmistakable()):
+        if node.get("value") != self._pairs or not (is_again or self._is_unique_registration()):
             raise DuplicateId("discovery: found duplicate id")
         self.resumed = True
         self._log.info("found the registration of this member, which an earlier try has made")
         return int(node.get("createdIndex", 0)) or 1
 
-    def _is_unmistakable(self) -> bool:
+    def _is_unique_registration(self) -> bool:
         """True unless other hosts may register the same URLs: `localhost`, on a remote registry."""
         initial = parse_initial_cluster(self._pairs)
         urls = [url for urls in initial.values() for url in urls]
@@ -17265,7 +17265,7 @@ def parse_uint(text: str) -> int:
     return value
 
 
-class Refusal(ValueError):
+class UnsupportedFlag(ValueError):
     """A flag that is not supported with any value.  The text gives the reason and the remedy."""
 
 
@@ -17350,7 +17350,7 @@ def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     """Return the parser of auto-tls or peer-auto-tls, which may only be false."""
     def parse(text: str) -> bool:
         if parse_bool(text):
-            raise Refusal(
+            raise UnsupportedFlag(
                 f"is not supported: pyetcd cannot make certificates; make one with `openssl req"
                 f" -x509 -newkey rsa:2048 -nodes -days 365 -keyout key.pem -out cert.pem"
                 f" -subj /CN=etcd -addext subjectAltName=IP:127.0.0.1,IP:"
@@ -19290,7 +19290,7 @@ class Settings:
         source = self.sources.get(name, f"-{name}")
         return source if source.startswith("-") else f"{name} (from {source})"
 
-    def spell(self, name: str, like: str, text: str) -> str:
+    def example(self, name: str, like: str, text: str) -> str:
         """Return the text that sets `name` to `text` in the place where `like` was set."""
         source = self.sources.get(like, "-")
         if source.startswith("-"):
@@ -19316,7 +19316,7 @@ class Settings:
             return False
         flag = self._flags.get(name)
         if flag is None:
-            raise FlagError(f"flag provided but not defined: -{name}{self._meant('-', name)}")
+            raise FlagError(f"flag provided but not defined: -{name}{self._suggestion('-', name)}")
         self._switch = name if flag.is_bool and not has_value else ""
         if not has_value:
             if flag.is_bool:
@@ -19359,7 +19359,7 @@ class Settings:
             return f"; write `pyetcd {word}` first and its flags behind it"
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
-    def _meant(self, prefix: str, name: str) -> str:
+    def _suggestion(self, prefix: str, name: str) -> str:
         """Return `; did you mean <flag>?` if a flag has a similar name, else ""."""
         known = [
             flag.name for flag in self._flags.values()
@@ -19396,7 +19396,7 @@ class Settings:
         for variable in sorted(self._environ):
             if variable.startswith("ETCD_") and variable not in known:
                 text = self._environ[variable]
-                meant = self._meant("ETCD_", variable[len("ETCD_"):])
+                meant = self._suggestion("ETCD_", variable[len("ETCD_"):])
                 self._log(f"unrecognized environment variable {variable}={text}{meant}",
                           logging.WARNING)
 
@@ -19416,7 +19416,7 @@ class Settings:
             flag = self._flags.get(name)
             if flag is None or name in ("config-file", "version"):
                 self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
-                          f" those that are known{self._meant('', name)}")
+                          f" those that are known{self._suggestion('', name)}")
                 continue
             if flag.is_bool:
                 text = _YAML_BOOLS.get(text.lower(), text)
@@ -19432,7 +19432,7 @@ class Settings:
             text = expand_addresses(text, self._environ, source)
         try:
             self.values[name] = flag.parse(text)
-        except Refusal as error:
+        except UnsupportedFlag as error:
             where = source if source in (f"-{name}", flag.variable) else f"{source}: {name}"
             raise FlagError(f"{where} {error}") from None
         except ValueError as error:
@@ -19497,11 +19497,11 @@ def url_advice(text: str, name: str) -> str:
             return "; a variable or placeholder was not filled in: write the address itself"
         if re.search(r"\s", url):
             return "; separate URLs by commas without spaces"
-        return _repaired(url, port)
+        return _repaired_url(url, port)
     return ""
 
 
-def _repaired(url: str, port: int) -> str:
+def _repaired_url(url: str, port: int) -> str:
     """Return `; write <URL>` with the URL that was probably meant; "" if that is bad too."""
     scheme, separator, rest = url.partition("://")
     if not separator:
@@ -19816,7 +19816,7 @@ def _check_advertised_to_clients(settings: Settings) -> None:
             "-advertise-client-urls is required when -listen-client-urls is set explicitly;"
             " When listening on specific address(es), this etcd process must advertise"
             " accessible url(s) to each connected client; for example"
-            f" {settings.spell(advertise, listen, example)}"
+            f" {settings.example(advertise, listen, example)}"
         )
 
 
@@ -19832,7 +19832,7 @@ def _check_advertised_to_peers(settings: Settings) -> None:
         settings.warn(
             f"{settings.where(listen)} is set, but the other members are told"
             f" {','.join(settings[advertise])}; set"
-            f" {settings.spell(advertise, listen, example or 'http://10.0.0.5:2380')}"
+            f" {settings.example(advertise, listen, example or 'http://10.0.0.5:2380')}"
         )
 
 
@@ -20038,7 +20038,7 @@ _READ_RETRIES = 2                   # a running member may remove or finish a fi
 OnProgress = Callable[[float, int], None]     # share that is done, keys so far (0: as before)
 
 
-def _part(progress: OnProgress, low: float, high: float) -> OnProgress:
+def _step_progress(progress: OnProgress, low: float, high: float) -> OnProgress:
     """Return the progress function of a step that takes the share from `low` to `high`."""
     return lambda share, keys: progress(low + share * (high - low), keys)
 
@@ -20265,7 +20265,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
     applier = Applier(store, cluster, source.member_id, SYSTEM_CLOCK.wall_ns)
     try:
         if source.snapshot is not None:
-            store.recover(source.snapshot.data, _part(progress, 0.0, 0.8))
+            store.recover(source.snapshot.data, _step_progress(progress, 0.0, 0.8))
             cluster.recover()
         for number, entry in enumerate(source.entries[:source.committed]):
             if entry.type == EntryType.NORMAL:
@@ -20434,10 +20434,10 @@ def backup(
             f"{data_dir} {what}; name the data directory of a member, which its log shows as `data"
             f" dir =`, with -data-dir; a snapshot file is for `pyetcd restore`"
         )
-    backup_wal_dir = _dedicated(backup_dir, backup_wal_dir)
+    backup_wal_dir = _dedicated_wal_dir(backup_dir, backup_wal_dir)
     check_target(backup_dir, backup_wal_dir)
     source = read_source(data_dir, wal_dir)
-    store, cluster = load_state(source, _part(progress, 0.0, 0.7))
+    store, cluster = load_state(source, _step_progress(progress, 0.0, 0.7))
     file: Optional[SnapshotFile] = None
     if source.snapshot is not None:
         data, start = encode_snapshot(source.snapshot), source.snapshot
@@ -20453,7 +20453,7 @@ def backup(
     )
     if not dry_run:
         files = MemberFiles(*new_ids, file, state, entries)
-        write_member(backup_dir, backup_wal_dir, files, _part(progress, 0.7, 1.0))
+        write_member(backup_dir, backup_wal_dir, files, _step_progress(progress, 0.7, 1.0))
     return report
 
 
@@ -20472,7 +20472,7 @@ def restore(
     old id.  progress is called as by backup().  Raises BackupError.
     """
     data_dir = data_dir or name + ".etcd"
-    wal_dir = _dedicated(data_dir, wal_dir)
+    wal_dir = _dedicated_wal_dir(data_dir, wal_dir)
     check_target(data_dir, wal_dir)
     cluster, own = _restored_cluster(ServerConfig(
         name=name, initial_cluster=initial_cluster, initial_cluster_token=initial_cluster_token,
@@ -20484,7 +20484,7 @@ def restore(
             f"the new members would have ids of the old ones, and mix with them; name another"
             f" -initial-cluster-token than {initial_cluster_token}"
         )
-    store, _ = load_state(found, _part(progress, 0.0, 0.6))
+    store, _ = load_state(found, _step_progress(progress, 0.0, 0.6))
     members = tuple(sorted(cluster.members.values()))
     _replace_members(store, members)
     job = SnapshotJob(store, found.last, tuple(member.id for member in members), SYSTEM_CLOCK.now)
@@ -20499,11 +20499,11 @@ def restore(
     if not dry_run:
         state = HardState(found.last.term, 0, found.last.index)
         files = MemberFiles(own.id, cluster.id, job.done, state, ())
-        write_member(data_dir, wal_dir, files, _part(progress, 0.9, 1.0))
+        write_member(data_dir, wal_dir, files, _step_progress(progress, 0.9, 1.0))
     return report
 
 
-def _dedicated(data_dir: str, wal_dir: str) -> str:
+def _dedicated_wal_dir(data_dir: str, wal_dir: str) -> str:
     """Return wal_dir, or "" if it is the usual directory of the log."""
     usual = os.path.join(data_dir, "member", "wal")
     return "" if os.path.abspath(wal_dir) == os.path.abspath(usual) else wal_dir
@@ -20711,7 +20711,7 @@ class SignalStop:
             os.kill(os.getpid(), self._received)
 
 
-def log_sides(config: ServerConfig) -> None:
+def log_tls_and_cors(config: ServerConfig) -> None:
     """Log the TLS settings of both ports and the CORS origins.  Raises StartError."""
     log = package_logger("etcd")
     peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
@@ -20857,7 +20857,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             "set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT
         )
     try:
-        log_sides(config)
+        log_tls_and_cors(config)
         return run_member(config, os.environ)
     except StartError as error:
         package_logger("etcd").critical("%s", error)

@@ -1261,7 +1261,7 @@ def test_flags_start_lines_say_how_each_side_is_protected(
 ) -> None:
     caplog.set_level(logging.INFO, "pyetcd")
     pair = pyetcd.TlsFiles("c.pem", "k.pem")
-    pyetcd.log_sides(pyetcd.ServerConfig(
+    pyetcd.log_tls_and_cors(pyetcd.ServerConfig(
         listen_client_urls=("https://h:1",), client_tls=pair, listen_peer_urls=("http://h:2",),
         peer_tls=pair, cors=("http://a", "http://b")))
     assert [(r.name, r.levelname, r.getMessage()[:20]) for r in caplog.records] == [

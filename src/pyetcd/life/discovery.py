@@ -253,13 +253,13 @@ class Discovery:
         if not (isinstance(body, dict) and body.get("errorCode") == NodeExists.code):
             return int(self._node(body).get("createdIndex", 0)) or 1
         node = self._node(self._get(f"/{self._id}?quorum=true")[1])
-        if node.get("value") != self._pairs or not (is_again or self._is_unmistakable()):
+        if node.get("value") != self._pairs or not (is_again or self._is_unique_registration()):
             raise DuplicateId("discovery: found duplicate id")
         self.resumed = True
         self._log.info("found the registration of this member, which an earlier try has made")
         return int(node.get("createdIndex", 0)) or 1
 
-    def _is_unmistakable(self) -> bool:
+    def _is_unique_registration(self) -> bool:
         """True unless other hosts may register the same URLs: `localhost`, on a remote registry."""
         initial = parse_initial_cluster(self._pairs)
         urls = [url for urls in initial.values() for url in urls]

@@ -68,7 +68,7 @@ def parse_uint(text: str) -> int:
     return value
 
 
-class Refusal(ValueError):
+class UnsupportedFlag(ValueError):
     """A flag that is not supported with any value.  The text gives the reason and the remedy."""
 
 
@@ -153,7 +153,7 @@ def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     """Return the parser of auto-tls or peer-auto-tls, which may only be false."""
     def parse(text: str) -> bool:
         if parse_bool(text):
-            raise Refusal(
+            raise UnsupportedFlag(
                 f"is not supported: pyetcd cannot make certificates; make one with `openssl req"
                 f" -x509 -newkey rsa:2048 -nodes -days 365 -keyout key.pem -out cert.pem"
                 f" -subj /CN=etcd -addext subjectAltName=IP:127.0.0.1,IP:"

@@ -17,7 +17,7 @@ from .flags import (
     IGNORED_BOOLS,
     Flag,
     FlagError,
-    Refusal,
+    UnsupportedFlag,
     _all_flags,
     _parse_address,
     _parse_origins,
@@ -64,7 +64,7 @@ class Settings:
         source = self.sources.get(name, f"-{name}")
         return source if source.startswith("-") else f"{name} (from {source})"
 
-    def spell(self, name: str, like: str, text: str) -> str:
+    def example(self, name: str, like: str, text: str) -> str:
         """Return the text that sets `name` to `text` in the place where `like` was set."""
         source = self.sources.get(like, "-")
         if source.startswith("-"):
@@ -90,7 +90,7 @@ class Settings:
             return False
         flag = self._flags.get(name)
         if flag is None:
-            raise FlagError(f"flag provided but not defined: -{name}{self._meant('-', name)}")
+            raise FlagError(f"flag provided but not defined: -{name}{self._suggestion('-', name)}")
         self._switch = name if flag.is_bool and not has_value else ""
         if not has_value:
             if flag.is_bool:
@@ -133,7 +133,7 @@ class Settings:
             return f"; write `pyetcd {word}` first and its flags behind it"
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
-    def _meant(self, prefix: str, name: str) -> str:
+    def _suggestion(self, prefix: str, name: str) -> str:
         """Return `; did you mean <flag>?` if a flag has a similar name, else ""."""
         known = [
             flag.name for flag in self._flags.values()
@@ -170,7 +170,7 @@ class Settings:
         for variable in sorted(self._environ):
             if variable.startswith("ETCD_") and variable not in known:
                 text = self._environ[variable]
-                meant = self._meant("ETCD_", variable[len("ETCD_"):])
+                meant = self._suggestion("ETCD_", variable[len("ETCD_"):])
                 self._log(f"unrecognized environment variable {variable}={text}{meant}",
                           logging.WARNING)
 
@@ -190,7 +190,7 @@ class Settings:
             flag = self._flags.get(name)
             if flag is None or name in ("config-file", "version"):
                 self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
-                          f" those that are known{self._meant('', name)}")
+                          f" those that are known{self._suggestion('', name)}")
                 continue
             if flag.is_bool:
                 text = _YAML_BOOLS.get(text.lower(), text)
@@ -206,7 +206,7 @@ class Settings:
             text = expand_addresses(text, self._environ, source)
         try:
             self.values[name] = flag.parse(text)
-        except Refusal as error:
+        except UnsupportedFlag as error:
             where = source if source in (f"-{name}", flag.variable) else f"{source}: {name}"
             raise FlagError(f"{where} {error}") from None
         except ValueError as error:
@@ -271,11 +271,11 @@ def url_advice(text: str, name: str) -> str:
             return "; a variable or placeholder was not filled in: write the address itself"
         if re.search(r"\s", url):
             return "; separate URLs by commas without spaces"
-        return _repaired(url, port)
+        return _repaired_url(url, port)
     return ""
 
 
-def _repaired(url: str, port: int) -> str:
+def _repaired_url(url: str, port: int) -> str:
     """Return `; write <URL>` with the URL that was probably meant; "" if that is bad too."""
     scheme, separator, rest = url.partition("://")
     if not separator:
