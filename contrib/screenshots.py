@@ -191,10 +191,11 @@ def main() -> None:
         put(url, "/services/web/10.0.0.6", value='{"port": 8080, "zone": "c"}', ttl=3_000)
         stack.callback(Load(url).stop)
         time.sleep(given.seconds)
-        for number in ("200", "250", "300"):        # the key has a history
-            put(url, "/config/web/limits", value=KEYS["/config/web/limits"].replace("250", number))
         for name, dark in (("light", False), ("dark", True)):
             pictures[f"page-{name}"] = take(desk, f"{url}/ui", dark=dark)
+            for number in ("200", "250", "300"):        # the key has a history
+                value = KEYS["/config/web/limits"].replace("250", number)
+                put(url, "/config/web/limits", value=value)
             pictures[f"page-keys-{name}"] = take(
                 desk, f"{url}/ui#/keys/config/web/limits", dark=dark)
         pictures["page-phone"] = take(phone, f"{url}/ui", dark=True)
