@@ -17857,9 +17857,10 @@ class UiApi:
         if path == "/":
             is_browser = "text/html" in head.headers.get("accept", "")
             return _send_to_page if is_browser and head.method in ("GET", "HEAD") else None
-        if head.method != "GET":
-            return functools.partial(refuse_method, "GET")
-        if path.startswith("/ui/keys/") or path == "/ui/keys":
+        is_listing = path.startswith("/ui/keys/") or path == "/ui/keys"
+        if head.method != "GET" and (is_listing or head.method != "HEAD"):
+            return functools.partial(refuse_method, "GET" if is_listing else "GET,HEAD")
+        if is_listing:
             return self._route_keys(head)
         if path == "/ui/log":
             return self._guard.root(head, self._log, refuse_credentials)
@@ -17880,7 +17881,7 @@ class UiApi:
             return None if self._mode == "true" else _refuse_readonly
         if is_read:
             return None
-        if head.headers.get("referer", "").partition("?")[0].endswith("/ui"):
+        if head.headers.get("referer", "").endswith(f"://{head.headers.get('host')}/ui"):
             return _refuse_headerless
         is_form = head.method == "POST" and head.path.startswith("/v2/")
         return _refuse_foreign if is_form and not is_allowed and is_foreign(head) else None
@@ -17901,13 +17902,15 @@ class UiApi:
             if not since.isdecimal() or sample.unix_s > int(since)
         ]
         history = server.store.hub.history
-        request.reply(200, utf8(json_text({
+        text = json_text({
             "now": server.reactor.wall_ns() / NS, "ui": self._mode, "auth": self._auth.enabled,
             "cluster": format_id(server.cluster.id), "version": SERVER_VERSION,
             "pyetcd": __version__, "index": server.store.current_index,
             "history": history.first_index, "problems": overview.problems(rows),
-            "members": rows, "samples": samples,
-        })), headers=_NO_STORE)
+            "members": rows,
+        })
+        text = f'{text[:-1]},"samples":{json.dumps(samples)}}}'     # 0.5 ms instead of 4
+        request.reply(200, utf8(text), headers=_NO_STORE)
 
     def _log(self, request: HttpRequest) -> None:
         lines = list(RECENT_LINES.lines)
