@@ -17869,22 +17869,24 @@ class UiApi:
         }
         return handlers.get(path, not_found)
 
-    def refusal(self, head: HttpHead, *, is_allowed: bool) -> Optional[Handler]:
+    def refusal(self, head: HttpHead, origins: FrozenSet[str]) -> Optional[Handler]:
         """Return what refuses a write of a page; None if it is none, or may pass.
 
         A form on a page elsewhere can POST without that page's script being asked about.
 
-        is_allowed  the operator has named the origin in -cors
+        origins  those that the operator has named in -cors
         """
-        is_read = head.method in _READS
-        if PAGE_HEADER in head.headers and (not is_read or head.path == "/new"):
+        headers, is_read = head.headers, head.method in _READS
+        if PAGE_HEADER in headers and (not is_read or head.path == "/new"):
             return None if self._mode == "true" else _refuse_readonly
         if is_read:
             return None
-        if head.headers.get("referer", "").endswith(f"://{head.headers.get('host')}/ui"):
+        if "referer" in headers and headers["referer"].endswith(f"://{headers.get('host')}/ui"):
             return _refuse_headerless
-        is_form = head.method == "POST" and head.path.startswith("/v2/")
-        return _refuse_foreign if is_form and not is_allowed and is_foreign(head) else None
+        if head.method != "POST" or not head.path.startswith("/v2/"):
+            return None
+        is_allowed = "*" in origins or headers.get("origin", "") in origins
+        return _refuse_foreign if not is_allowed and is_foreign(head) else None
 
     def _send_page(self, request: HttpRequest) -> None:
         request.reply(200, self._page, "text/html; charset=utf-8", self._headers)
@@ -18220,16 +18222,16 @@ class ClientApi:
             return _bad_request
         if not is_clean_path(path):
             return redirect
-        origin = head.headers.get("origin", "")
-        own = self._ui.refusal(
-            head, is_allowed="*" in self._origins or origin in self._origins,
-        ) or self._ui.route(head)
-        if own is not None:
-            return own
+        refusal = self._ui.refusal(head, self._origins)
+        if refusal is not None:
+            return refusal
         if path == "/v2/keys" or path.startswith("/v2/keys/"):
             return self._keys.route(head)
         if path.startswith("/v2/auth/"):
             return self._auth.route(head)
+        of_page = self._ui.route(head)
+        if of_page is not None:
+            return of_page
         name = "/v2/members" if path.startswith("/v2/members/") else path
         if path == "/new":              # makes a discovery token, which is a write
             return self._guard.key(

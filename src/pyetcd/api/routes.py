@@ -144,16 +144,16 @@ class ClientApi:
             return _bad_request
         if not is_clean_path(path):
             return redirect
-        origin = head.headers.get("origin", "")
-        own = self._ui.refusal(
-            head, is_allowed="*" in self._origins or origin in self._origins,
-        ) or self._ui.route(head)
-        if own is not None:
-            return own
+        refusal = self._ui.refusal(head, self._origins)
+        if refusal is not None:
+            return refusal
         if path == "/v2/keys" or path.startswith("/v2/keys/"):
             return self._keys.route(head)
         if path.startswith("/v2/auth/"):
             return self._auth.route(head)
+        of_page = self._ui.route(head)
+        if of_page is not None:
+            return of_page
         name = "/v2/members" if path.startswith("/v2/members/") else path
         if path == "/new":              # makes a discovery token, which is a write
             return self._guard.key(

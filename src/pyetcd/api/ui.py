@@ -13,7 +13,7 @@ import functools
 import hashlib
 import itertools
 import json
-from typing import Callable, Dict, Generator, Iterator, Optional, Set, Tuple
+from typing import Callable, Dict, FrozenSet, Generator, Iterator, Optional, Set, Tuple
 
 from ..base.basics import clean_path
 from ..base.errors import EtcdError, InvalidForm
@@ -106,22 +106,24 @@ class UiApi:
         }
         return handlers.get(path, not_found)
 
-    def refusal(self, head: HttpHead, *, is_allowed: bool) -> Optional[Handler]:
+    def refusal(self, head: HttpHead, origins: FrozenSet[str]) -> Optional[Handler]:
         """Return what refuses a write of a page; None if it is none, or may pass.
 
         A form on a page elsewhere can POST without that page's script being asked about.
 
-        is_allowed  the operator has named the origin in -cors
+        origins  those that the operator has named in -cors
         """
-        is_read = head.method in _READS
-        if PAGE_HEADER in head.headers and (not is_read or head.path == "/new"):
+        headers, is_read = head.headers, head.method in _READS
+        if PAGE_HEADER in headers and (not is_read or head.path == "/new"):
             return None if self._mode == "true" else _refuse_readonly
         if is_read:
             return None
-        if head.headers.get("referer", "").endswith(f"://{head.headers.get('host')}/ui"):
+        if "referer" in headers and headers["referer"].endswith(f"://{headers.get('host')}/ui"):
             return _refuse_headerless
-        is_form = head.method == "POST" and head.path.startswith("/v2/")
-        return _refuse_foreign if is_form and not is_allowed and is_foreign(head) else None
+        if head.method != "POST" or not head.path.startswith("/v2/"):
+            return None
+        is_allowed = "*" in origins or headers.get("origin", "") in origins
+        return _refuse_foreign if not is_allowed and is_foreign(head) else None
 
     def _send_page(self, request: HttpRequest) -> None:
         request.reply(200, self._page, "text/html; charset=utf-8", self._headers)
