@@ -213,7 +213,13 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
     member_id, cluster_id = decode_metadata(contents.metadata)
     entries, state = contents.entries, contents.hard_state
     committed = sum(entry.index <= state.commit for entry in entries)
-    source = DataSource(path, member_id, cluster_id, snapshot, state, entries, committed)
+    return with_lone_commits(
+        DataSource(path, member_id, cluster_id, snapshot, state, entries, committed))
+
+
+def with_lone_commits(source: DataSource) -> DataSource:
+    """Return `source` with the entries that a member alone has committed without writing so."""
+    member_id, committed, entries = source.member_id, source.committed, source.entries
     if source.voters == {member_id}:
         # Alone, a member commits what it has on disk; it need not have written that down.
         following = itertools.takewhile(
