@@ -17,7 +17,7 @@ _DEPTH_MAX = 32                     # of a tree; one with 2^64 keys has less
 _INLINE_BYTES_MAX = PAGE_BYTES // 4     # a bucket up to this size stands in its parent's page
 _BRANCH, _LEAF, _META, _FREELIST = 1, 2, 4, 16      # kinds of pages
 _BUCKET = 1                         # flag of a leaf element: its value is a bucket
-_MAGIC, _VERSION = 0xED0CDAED, 2
+_BOLT_MAGIC, _BOLT_VERSION = 0xED0CDAED, 2
 _PAGE_HEAD = struct.Struct("<QHHI")         # id, kind, count of elements, overflow
 _LEAF_ELEMENT = struct.Struct("<IIII")      # flags, position, key bytes, value bytes
 _BRANCH_ELEMENT = struct.Struct("<IIQ")     # position, key bytes, page
@@ -44,6 +44,21 @@ def _checksum(data: bytes) -> int:
     for byte in data:
         result = (result ^ byte) * 0x100000001B3 & UINT64_MAX
     return result
+
+
+_BUCKET_NAMES = (                   # of etcd 3.0 to 3.4; later ones add theirs when they start
+    b"alarm", b"auth", b"authRoles", b"authUsers", b"cluster", b"key", b"lease", b"members",
+    b"members_removed", b"meta",
+)
+
+
+def v3_buckets(consistent_index: int) -> Dict[bytes, Items]:
+    """Return the buckets of a member of etcd 3 without keys, up to date with a raft index."""
+    return {
+        **dict.fromkeys(_BUCKET_NAMES, ()),
+        b"auth": [(b"authRevision", (1).to_bytes(8, "big"))],
+        b"meta": [(b"consistent_index", consistent_index.to_bytes(8, "big"))],
+    }
 
 
 # -- reading
@@ -107,7 +122,7 @@ class BoltReader:
             body = data[:_META_BODY.size]
             magic, version, page, _, root, _, _, pages, number = _META_BODY.unpack(body)
             intact = _checksum(body) == int.from_bytes(data[_META_BODY.size:], "little")
-            if magic == _MAGIC and version == _VERSION and intact and offset in (0, page):
+            if magic == _BOLT_MAGIC and version == _BOLT_VERSION and intact and offset in (0, page):
                 found.append(_Meta(page, root, pages, number))
         if not found or not 512 <= found[0].page_bytes <= _PAGE_BYTES_MAX:
             raise self._damage("it has no intact head: no database of etcd 3, or a damaged one")
@@ -228,7 +243,7 @@ class _BoltWriter:
         self._file.seek(0)
         for number in (0, 1):
             body = _META_BODY.pack(
-                _MAGIC, _VERSION, PAGE_BYTES, 0, root, 0, 2, self._next, number)
+                _BOLT_MAGIC, _BOLT_VERSION, PAGE_BYTES, 0, root, 0, 2, self._next, number)
             head = _PAGE_HEAD.pack(number, _META, 0, 0) + body
             self._file.write((head + _checksum(body).to_bytes(8, "little"))
                              .ljust(PAGE_BYTES, b"\0"))
@@ -268,7 +283,8 @@ def _head(number: int, kind: int, count: int, size: int) -> bytes:
 
 def _leaf_page(number: int, items: Sequence[Tuple[bytes, bytes]], flags: int) -> bytes:
     """Return a leaf; number 0: the page of an inline bucket."""
-    table, data = [], []
+    table: List[bytes] = []
+    data: List[bytes] = []
     at = len(items) * _LEAF_ELEMENT.size    # from the place of the present element
     for key, value in items:
         table.append(_LEAF_ELEMENT.pack(flags, at, len(key), len(value)))
@@ -280,7 +296,8 @@ def _leaf_page(number: int, items: Sequence[Tuple[bytes, bytes]], flags: int) ->
 
 def _branch_page(number: int, items: Sequence[Tuple[bytes, bytes]]) -> bytes:
     """Return a branch; the values are page numbers in 8 bytes."""
-    table, data = [], []
+    table: List[bytes] = []
+    data: List[bytes] = []
     at = len(items) * _BRANCH_ELEMENT.size
     for key, page in items:
         table.append(_BRANCH_ELEMENT.pack(at, len(key), int.from_bytes(page, "little")))

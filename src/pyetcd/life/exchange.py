@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.client
-import json
 import os
 import ssl
 import sys
@@ -118,8 +117,8 @@ class KeysClient:
             if not isinstance(answer, dict):
                 raise ValueError("no object")
         except ValueError:
-            raise BackupError(
-                f"{self._urls[0]} answered {status}, and not as etcd does: {data[:100]!r}") from None
+            raise BackupError(f"{self._urls[0]} answered {status}, and not as etcd does:"
+                              f" {data[:100]!r}") from None
         if status >= 400 and method == "GET" or status in (401, 403) or status >= 500:
             raise BackupError(f"{self._urls[0]} refuses {method} {key}: {answer.get('message')}")
         return answer
@@ -181,7 +180,8 @@ def export_keys(
         faults: Tuple[str, ...] = ()
         if source:
             found = inspect_dir(source, wal_dir, progress)
-            records, index, faults = records_of_store(found.store), found.store.current_index, found.faults
+            records, faults = records_of_store(found.store), found.faults
+            index = found.store.current_index
         else:
             client = KeysClient(access)
             cleanup.callback(client.close)
@@ -189,9 +189,11 @@ def export_keys(
             first = next(records, None)
             index = client.etcd_index
             records = _with_first(first, records)
-        shown = _shown(_moved(records, key_map), progress)
+        shown = _with_progress(_moved(records, key_map), progress)
         try:
             keys = _write(shown, form, target, leases, index)
+        except BrokenPipeError:         # a reader of stdout that has enough
+            raise
         except OSError as error:
             raise BackupError(f"cannot write {target or 'stdout'}: {error}") from error
     return ExportReport(keys, index, faults)
@@ -208,7 +210,7 @@ def _moved(records: Records, key_map: KeyMap) -> Iterator[Record]:
         yield record._replace(key=mapped(record.key, key_map)) if key_map else record
 
 
-def _shown(records: Records, progress: OnProgress) -> Iterator[Record]:
+def _with_progress(records: Records, progress: OnProgress) -> Iterator[Record]:
     for number, record in enumerate(records):
         if not number % _PROGRESS_KEYS:
             progress(1.0, number)
@@ -272,7 +274,7 @@ def import_keys(
     client = KeysClient(access)
     written = kept = expired = 0
     try:
-        for record in _shown(_moved(records, key_map), progress):
+        for record in _with_progress(_moved(records, key_map), progress):
             ttl_s = record.ttl_s(SYSTEM_CLOCK.wall_ns())
             if ttl_s < 0:
                 expired += record.value is not None
@@ -310,7 +312,3 @@ def _read_source(source: str, refused: List[str]) -> Iterator[Record]:
             yield from records_of_file(file, path)
     except (OSError, UnicodeDecodeError) as error:
         raise BackupError(f"cannot read {path}: {error}") from None
-
-
-def json_line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)

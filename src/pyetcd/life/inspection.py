@@ -15,8 +15,9 @@ from ..base.errors import CodecError, FileLocked, WalError
 from ..base.messages import Entry, EntryID, EntryType, Request, Snapshot
 from ..disk.bolt import BoltError, BoltReader
 from ..disk.files import _SNAP_NAME, _WAL_NAME
+from ..disk.records import WalContents
 from ..disk.snapshots import Snapshotter, decode_snapshot_file
-from ..disk.wal import Wal, WalContents
+from ..disk.wal import Wal
 from ..member.applier import Applier, read_command
 from ..member.cluster import Cluster
 from ..net.workers import SYSTEM_CLOCK
@@ -47,7 +48,7 @@ class Database(NamedTuple):
 class CommandEntry(NamedTuple):
     """An entry behind the snapshot that holds a command of v2."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     committed: bool
     request: Request
 
@@ -125,7 +126,7 @@ def _inspect(path: str, wal_dir: str, snap_dir: str, progress: OnProgress) -> In
         Snapshotter(snap_dir, disk=_READ_ONLY_DISK).check_log(wal_dir, known)
     except WalError as error:
         faults.append(str(error))
-    snapshot, name = _newest_snapshot(snap_dir, known, faults)
+    snapshot, name = _newest_intact_snapshot(snap_dir, known, faults)
     start = EntryID(snapshot.term, snapshot.index) if snapshot else EntryID(0, 0)
     contents, damage = Wal.read_until_damage(wal_dir, start, disk=_READ_ONLY_DISK)
     if damage:
@@ -145,7 +146,7 @@ def _inspect(path: str, wal_dir: str, snap_dir: str, progress: OnProgress) -> In
     )
 
 
-def _newest_snapshot(
+def _newest_intact_snapshot(
     directory: str, known: Container[EntryID], faults: List[str]
 ) -> Tuple[Optional[Snapshot], str]:
     """Return the newest intact snapshot that the log knows, and the name of its file."""

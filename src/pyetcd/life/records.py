@@ -7,9 +7,7 @@ record, so big data costs no more memory than its largest directory or what a me
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
 import shlex
 from typing import (
@@ -30,7 +28,7 @@ from ..base.codec import decode_fields, encode_varint
 from ..base.errors import CodecError
 from ..base.limits import NS
 from ..base.text import format_time, json_string, load_json, parse_time
-from ..disk.bolt import BoltError, BoltReader, write_bolt
+from ..disk.bolt import BoltError, BoltReader, v3_buckets, write_bolt
 from ..store.tree import Store
 from .sources import BackupError
 
@@ -39,7 +37,6 @@ COPY_BYTES = 1 << 20
 ARGUMENT_BYTES_MAX = 1 << 16        # of a value on a command line; a longer one comes by a pipe
 _LEASE_FIRST = 1 << 40              # ids of the leases that are made here
 _REVISION_FIRST = 2                 # of the first key; 1 is that of an empty store
-_BUCKETS = "alarm auth authRoles authUsers cluster key lease members members_removed meta".split()
 
 
 class Record(NamedTuple):
@@ -216,14 +213,7 @@ def write_database(records: Records, path: str, *, leases: bool, now_ns: int) ->
     `etcdctl snapshot restore` checks the digest at its end.  Raises OSError.
     """
     counted = _V3Keys(records, leases, now_ns)
-    meta = [(b"consistent_index", bytes(8))]
-    buckets: Dict[bytes, Iterable[Tuple[bytes, bytes]]] = {
-        name.encode(): () for name in _BUCKETS
-    }
-    buckets.update({
-        b"auth": [(b"authRevision", (1).to_bytes(8, "big"))], b"key": counted.keys(),
-        b"lease": counted.lease_items(), b"meta": meta,
-    })
+    buckets = {**v3_buckets(0), b"key": counted.keys(), b"lease": counted.lease_items()}
     with open(path, "w+b") as file:
         write_bolt(file, buckets)
         file.seek(0)

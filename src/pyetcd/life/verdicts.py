@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
-from ..base.text import format_time
+from ..base.text import format_time, json_text
 from ..member.cluster import format_id, version_key
 from .inspection import CommandEntry, Inspection
 
 BLAMED_MAX = 10                     # keys or entries that a report for people names
+VALUE_CHARS_MAX = 100               # of a value in dump for people
 _VERSIONS = ("2.3", "3.4", "3.5", "3.6", "3.7")
 _META_COMMAND = re.compile(r"/0/(members/[0-9a-fA-F]{1,16}/attributes|version)")
 _CONTENT_ERROR = (
@@ -180,7 +181,8 @@ def next_step(found: Inspection) -> str:
         return (f"`pyetcd export {path} -format script` saves the keys for v3; then remove them"
                 " and make a snapshot: docs/moving.md, \"Free a directory that blocks etcd 3.6\"")
     if not by_version["3.5"].starts and found.database is None:
-        return f"`pyetcd restore {path} -name NAME -data-dir NEW` makes a directory that etcd 3.4 takes"
+        return (f"`pyetcd restore {path} -name NAME -data-dir NEW` makes a directory that etcd 3.4"
+                " takes")
     if not by_version["3.7"].starts and by_version["3.6"].starts:
         return "start etcd 3.6 on it, and let it write a snapshot (--snapshot-count) before 3.7"
     return "nothing is in the way"
@@ -223,18 +225,20 @@ def _entry_json(entry: CommandEntry) -> Dict[str, Any]:
             "committed": entry.committed}
 
 
-def dump_nodes(found: Inspection) -> Iterator[Dict[str, Any]]:
-    """Yield each node of v2, users and roles too, with where it stands; no password."""
+def dump_json(found: Inspection) -> Iterator[Dict[str, Any]]:
+    """Yield an object for each node of v2, users and roles too, then for each command of the log.
+
+    No object holds a password.
+    """
     for space in ("/1", "/2"):
         for path, node in found.store.nodes_below(space):
-            at = found.place(node.modified_index)
+            entry = found.place(node.modified_index)
             row: Dict[str, Any] = {
-                "key": _shown(path),
-                "createdIndex": node.created_index, "modifiedIndex": node.modified_index,
-                "place": "log" if at else "snapshot",
+                "key": _shown(path), "createdIndex": node.created_index,
+                "modifiedIndex": node.modified_index, "place": "log" if entry else "snapshot",
             }
-            if at:
-                row["entry"] = at
+            if entry:
+                row["entry"] = entry
             if node.expires_ns:
                 row["expiration"] = format_time(node.expires_ns)
             if node.children is not None:
@@ -242,3 +246,24 @@ def dump_nodes(found: Inspection) -> Iterator[Dict[str, Any]]:
             elif not path.startswith("/2/users/"):
                 row["value"] = node.value
             yield row
+    for command in found.commands:
+        yield {"entry": command.index, "method": command.request.method,
+               "path": _shown(command.request.path), "committed": command.committed}
+
+
+def dump_lines(found: Inspection) -> Iterator[str]:
+    """Yield dump_json() for people, and for grep."""
+    for row in dump_json(found):
+        if "method" in row:
+            note = "" if row["committed"] else " (not known to be committed)"
+            yield f"entry {row['entry']}\t{row['method']} {row['path']}{note}"
+            continue
+        place = f"entry {row['entry']}" if "entry" in row else "snapshot"
+        kind = "directory" if "dir" in row else json_text(_cut(row.get("value", "(hidden)")))
+        expires = f"\texpires {row['expiration']}" if "expiration" in row else ""
+        yield (f"{row['key']}\tindex {row['createdIndex']}/{row['modifiedIndex']}\t{place}"
+               f"\t{kind}{expires}")
+
+
+def _cut(value: str) -> str:
+    return value if len(value) <= VALUE_CHARS_MAX else value[:VALUE_CHARS_MAX] + "..."
