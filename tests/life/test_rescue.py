@@ -257,6 +257,7 @@ def test_rescue_export_as_database_is_restored_by_etcd_3(_rescue_dir, tmp_path, 
             "import: bad//key: v2 cannot hold a key with an empty part"]
         assert target.value("new") == "3" and target.value("alpha") is None
         assert target.value("dir1/sub/deep") == "déjà vu 中文"
+        assert ("ttl" in target.request("GET", "/v2/keys/ttlfar")[1]["node"]) == (ttl == "lease")
     finally:
         target.process.kill()
 

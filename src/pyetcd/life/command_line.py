@@ -79,7 +79,6 @@ class LogFormatter(logging.Formatter):
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Send the log to stderr, with the levels of the settings."""
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter())
@@ -170,7 +169,7 @@ class SignalStop:
             os.kill(os.getpid(), self._received)
 
 
-def log_sides(config: ServerConfig) -> None:
+def log_tls_and_cors(config: ServerConfig) -> None:
     """Log the TLS settings of both ports and the CORS origins.  Raises StartError."""
     log = package_logger("etcd")
     peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
@@ -244,7 +243,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             "set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT
         )
     try:
-        log_sides(config)
+        log_tls_and_cors(config)
         return run_member(config, os.environ)
     except StartError as error:
         package_logger("etcd").critical("%s", error)

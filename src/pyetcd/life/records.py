@@ -29,6 +29,7 @@ from ..base.errors import CodecError
 from ..base.limits import NS
 from ..base.text import format_time, json_string, load_json, parse_time
 from ..disk.bolt import BoltError, BoltReader, v3_buckets, write_bolt
+from ..net.workers import SYSTEM_CLOCK
 from ..store.tree import Store
 from .sources import BackupError
 
@@ -117,13 +118,13 @@ def records_of_database(path: str, skipped: Callable[[bytes, str], None]) -> Ite
     """
     try:
         with BoltReader(path) as reader:
-            newest = _newest_revisions(reader)
+            newest, expires = _newest_revisions(reader), _lease_ends(reader)
             for revision, data in reader.items(b"key"):
                 key, value, lease = _key_value(data)
                 if newest.get(key) != revision:
                     continue
                 try:
-                    yield Record(_v2_key(key), value.decode("utf-8"), 0)
+                    yield Record(_v2_key(key), value.decode("utf-8"), expires.get(lease, 0))
                 except ValueError as error:
                     skipped(key, str(error))
     except (BoltError, CodecError) as error:
@@ -142,6 +143,17 @@ def _newest_revisions(reader: BoltReader) -> Dict[bytes, bytes]:
         else:                           # a mark of deletion: 17 bytes and "t"
             newest.pop(key, None)
     return newest
+
+
+def _lease_ends(reader: BoltReader) -> Dict[int, int]:
+    """Return lease -> unix nanoseconds: of the whole time, as after a restart of etcd 3."""
+    now_ns, ends = SYSTEM_CLOCK.wall_ns(), {}
+    for _, data in reader.items(b"lease"):
+        fields = {number: value for number, _, value in decode_fields(data)}
+        lease, ttl_s = fields.get(1), fields.get(2)
+        if isinstance(lease, int) and isinstance(ttl_s, int):
+            ends[lease] = now_ns + ttl_s * NS
+    return ends
 
 
 def _key_value(data: bytes) -> Tuple[bytes, bytes, int]:

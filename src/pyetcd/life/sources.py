@@ -26,7 +26,7 @@ _READ_RETRIES = 2                   # a running member may remove or finish a fi
 OnProgress = Callable[[float, int], None]     # share that is done, keys so far (0: as before)
 
 
-def _part(progress: OnProgress, low: float, high: float) -> OnProgress:
+def _step_progress(progress: OnProgress, low: float, high: float) -> OnProgress:
     """Return the progress function of a step that takes the share from `low` to `high`."""
     return lambda share, keys: progress(low + share * (high - low), keys)
 
@@ -93,7 +93,6 @@ class CopyReport(NamedTuple):
         ]
 
     def summary(self) -> str:
-        """The report in one line."""
         left_out = len(self.source.entries) - self.source.committed
         return (
             f"{self.paths[0]}: member {self.member_id:x} of cluster {self.cluster_id:x},"
@@ -260,7 +259,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
     applier = Applier(store, cluster, source.member_id, SYSTEM_CLOCK.wall_ns)
     try:
         if source.snapshot is not None:
-            store.recover(source.snapshot.data, _part(progress, 0.0, 0.8))
+            store.recover(source.snapshot.data, _step_progress(progress, 0.0, 0.8))
             cluster.recover()
         for number, entry in enumerate(source.entries[:source.committed]):
             if entry.type == EntryType.NORMAL:

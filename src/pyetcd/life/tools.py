@@ -8,13 +8,12 @@ import os
 import sys
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
-from ..base.limits import DEFAULT_CLUSTER_TOKEN, DEFAULT_NAME
 from ..base.urls import parse_urls
 from ..net.workers import SYSTEM_CLOCK
 from .backup import backup, restore
 from .checks import check_restore_settings
 from .exchange import FORMATS, Access, export_keys, import_keys
-from .flags import Flag, FlagError, one_of, parse_bool
+from .flags import Flag, FlagError, flag_rows, one_of
 from .inspection import inspect_dir
 from .records import parse_key_map
 from .settings import Settings
@@ -50,15 +49,14 @@ class ProgressLine:
         self._keys = max(self._keys, keys)
         if sys.stderr.isatty() and self._now() >= self._next:
             self._next = self._now() + 0.1
-            self._write(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
+            self._show(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
 
-    def end(self) -> None:
-        """Clear the line."""
+    def clear(self) -> None:
         if self._text:
-            self._write("")
+            self._show("")
             sys.stderr.write("\r")
 
-    def _write(self, text: str) -> None:
+    def _show(self, text: str) -> None:
         sys.stderr.write("\r" + text.ljust(len(self._text)))
         sys.stderr.flush()
         self._text = text
@@ -95,7 +93,7 @@ def run_tool(name: str, words: Sequence[str]) -> int:
     except FlagError as error:
         sys.stderr.write(f"{error}. See 'pyetcd {name} -help'.\n")
     except BackupError as error:
-        line.end()
+        line.clear()
         sys.stderr.write(f"{name}: {error}\n")
     except BrokenPipeError:             # of `| head`: nobody reads the rest
         sys.stdout = open(os.devnull, "w")
@@ -122,26 +120,22 @@ def _options(settings: Settings, flags: Sequence[Flag]) -> Dict[str, Any]:
 # -- backup and restore
 
 
-_DRY_RUN = Flag("dry-run", parse_bool, False, "say what would be done, and change nothing.")
-_BACKUP_FLAGS = (
-    Flag("data-dir", str, "", "path to the data directory to copy; its member may run."),
-    Flag("wal-dir", str, "", "path to its dedicated wal directory, if it has one."),
-    Flag("backup-dir", str, "", "path to the copy; must be empty or absent."),
-    Flag("backup-wal-dir", str, "", "path to a dedicated wal directory of the copy."),
-    _DRY_RUN,
-)
-_RESTORE_FLAGS = (
-    Flag("name", str, DEFAULT_NAME, "name of the member whose data directory is made."),
-    Flag("initial-cluster", str, "",
-         "members of the new cluster, `name=url` pairs (default: this member alone)."),
-    Flag("initial-cluster-token", str, DEFAULT_CLUSTER_TOKEN,
-         "token of the new cluster: clusters with different tokens do not mix."),
-    Flag("initial-advertise-peer-urls", parse_urls, (),
-         "peer URLs of this member (default: those in -initial-cluster)."),
-    Flag("data-dir", str, "", "path to the new data directory (default: <name>.etcd)."),
-    Flag("wal-dir", str, "", "path to the new dedicated wal directory."),
-    _DRY_RUN,
-)
+_BACKUP_FLAGS = flag_rows("""
+data-dir  text  path to the data directory to copy; its member may run.
+wal-dir  text  path to its dedicated wal directory, if it has one.
+backup-dir  text  path to the copy; must be empty or absent.
+backup-wal-dir  text  path to a dedicated wal directory of the copy.
+dry-run  bool  say what would be done, and change nothing.
+""")
+_RESTORE_FLAGS = (*flag_rows("""
+name  text  name of the member whose data directory is made.
+initial-cluster  text  members of the new cluster, `name=url` pairs (default: this member alone).
+initial-cluster-token  text  token of the new cluster: clusters with different tokens do not mix.
+data-dir  text  path to the new data directory (default: <name>.etcd).
+wal-dir  text  path to the new dedicated wal directory.
+dry-run  bool  say what would be done, and change nothing.
+"""), Flag("initial-advertise-peer-urls", parse_urls, (),
+           "peer URLs of this member (default: those in -initial-cluster)."))
 
 
 def _run_backup(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
@@ -151,7 +145,7 @@ def _run_backup(words: Sequence[str], settings: Settings, line: ProgressLine) ->
         if not settings[name]:
             raise FlagError(f"-{name} is missing")
     report = backup(**_options(settings, _BACKUP_FLAGS), progress=line.show)
-    line.end()
+    line.clear()
     _print(*(report.lines() if settings["dry-run"] else [report.summary()]))
     return 0
 
@@ -160,7 +154,7 @@ def _run_restore(words: Sequence[str], settings: Settings, line: ProgressLine) -
     check_restore_settings(settings)
     source = _one_word(words, "SOURCE", "a snapshot file, or a data directory")
     report = restore(source, **_options(settings, _RESTORE_FLAGS), progress=line.show)
-    line.end()
+    line.clear()
     _print(*(report.lines() if settings["dry-run"] else [report.summary()]))
     return 0
 
@@ -168,16 +162,16 @@ def _run_restore(words: Sequence[str], settings: Settings, line: ProgressLine) -
 # -- check and dump
 
 
-_WAL_DIR = Flag("wal-dir", str, "", "path to its dedicated wal directory, if it has one.")
-_READ_FLAGS = (
-    _WAL_DIR, Flag("json", parse_bool, False, "print JSON: one object, or one for each line."),
-)
+_READ_FLAGS = flag_rows("""
+wal-dir  text  path to its dedicated wal directory, if it has one.
+json  bool  print JSON: one object, or one for each line.
+""")
 
 
 def _run_check(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
     path = _one_word(words, "DIR", "a data directory")
     found = inspect_dir(path, settings["wal-dir"], line.show)
-    line.end()
+    line.clear()
     if settings["json"]:
         _print(json.dumps(check_json(found), indent=2, ensure_ascii=False))
     else:
@@ -191,7 +185,7 @@ def _run_check(words: Sequence[str], settings: Settings, line: ProgressLine) -> 
 def _run_dump(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
     path = _one_word(words, "DIR", "a data directory")
     found = inspect_dir(path, settings["wal-dir"], line.show)
-    line.end()
+    line.clear()
     if settings["json"]:
         for row in dump_json(found):
             _print(json.dumps(row, ensure_ascii=False))
@@ -208,24 +202,27 @@ def _run_dump(words: Sequence[str], settings: Settings, line: ProgressLine) -> i
 
 _CLUSTER_FLAGS = (
     Flag("endpoints", parse_urls, (), "client URLs of the cluster, comma between."),
-    Flag("ca-file", str, "", "certificates of authorities to check the cluster with."),
-    Flag("cert-file", str, "", "client certificate."),
-    Flag("key-file", str, "", "key of that certificate."),
-    Flag("username", str, "", "name:password of a user."),
-    Flag("map", parse_key_map, [], "prefixes of keys to replace: /old=/new, comma between."),
+    *flag_rows("""
+ca-file  text  certificates of authorities to check the cluster with.
+cert-file  text  client certificate.
+key-file  text  key of that certificate.
+username  text  name:password of a user.
+"""), Flag("map", parse_key_map, [], "prefixes of keys to replace: /old=/new, comma between."),
 )
 _EXPORT_FLAGS = (
     Flag("format", one_of(*FORMATS), "json",
          "json, as pyetcdctl writes; script, of etcdctl for etcd 3; or db, a snapshot of etcd 3."),
-    Flag("output", str, "", "file to write (default: print it)."),
     Flag("ttl", one_of("drop", "lease"), "drop",
          "what becomes of times to live in etcd 3: permanent keys, or leases of what is left."),
-    *_CLUSTER_FLAGS, _WAL_DIR,
+    *flag_rows("""
+output  text  file to write (default: print it).
+wal-dir  text  path to the dedicated wal directory of DIR, if it has one.
+"""), *_CLUSTER_FLAGS,
 )
-_IMPORT_FLAGS = (
-    *_CLUSTER_FLAGS, _DRY_RUN,
-    Flag("keep", parse_bool, False, "leave keys that exist as they are."),
-)
+_IMPORT_FLAGS = (*_CLUSTER_FLAGS, *flag_rows("""
+keep  bool  leave keys that exist as they are.
+dry-run  bool  read everything, count, and write nothing.
+"""))
 
 
 def _access(settings: Settings) -> Access:
@@ -245,7 +242,7 @@ def _run_export(words: Sequence[str], settings: Settings, line: ProgressLine) ->
         key_map=settings["map"], leases=settings["ttl"] == "lease", wal_dir=settings["wal-dir"],
         progress=line.show,
     )
-    line.end()
+    line.clear()
     for fault in report.faults:
         sys.stderr.write(f"export: {fault}\n")
     if settings["output"]:
@@ -260,7 +257,7 @@ def _run_import(words: Sequence[str], settings: Settings, line: ProgressLine) ->
         raise FlagError("-endpoints is missing: the cluster to write to")
     report = import_keys(source, access, key_map=settings["map"], keep=settings["keep"],
                          dry_run=settings["dry-run"], progress=line.show)
-    line.end()
+    line.clear()
     for key in report.refused:
         sys.stderr.write(f"import: {key}\n")
     _print(("would be: " if settings["dry-run"] else "") + report.summary())
