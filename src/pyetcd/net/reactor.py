@@ -30,7 +30,7 @@ class HasFileno(Protocol):
 
 
 _EPOLL_EVENTS = (0, select.EPOLLIN, select.EPOLLOUT, select.EPOLLIN | select.EPOLLOUT)
-# From epoll's events to EVENT_READ and EVENT_WRITE: errors and hang-ups are both.
+# What epoll says, in EVENT_READ and EVENT_WRITE: errors and hang-ups come up in either.
 _READY = tuple(
     (selectors.EVENT_READ if mask & ~select.EPOLLOUT else 0)
     | (selectors.EVENT_WRITE if mask & ~select.EPOLLIN else 0)
@@ -55,7 +55,7 @@ class Reactor:
         self.slowest_turn_s = 0.0
         self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # sums; waiting: for sockets
         self._turned_at = self.now()    # the end of the last turn
-        self._quick_waits = 0           # short ones in a row
+        self._quick_waits = 0           # so many in a row were short
         self._epoll = select.epoll()    # selectors would cost some 3 us more per event
         self._callbacks: Dict[int, Callable[[int], None]] = {}      # by descriptor
         self._gone: Set[int] = set()    # unregistered in this turn: their events are stale
@@ -72,6 +72,10 @@ class Reactor:
         self._late: OrderedDict[int, int] = collections.OrderedDict()   # of _patient -> event
         self._client_calls: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._client_flushes: List[Callable[[], None]] = []
+        # flush_soon(flush) calls it at the end of this turn; flush_in_turn(flush) then or at the
+        # end of a later one, within the time for clients.
+        self.flush_soon = self._flushes.append
+        self.flush_in_turn = self._client_flushes.append
         wake_in, wake_out = os.pipe()
         os.set_blocking(wake_in, False)
         os.set_blocking(wake_out, False)
@@ -198,14 +202,6 @@ class Reactor:
         """Call in this turn or a later one, in order, within the time for clients."""
         self._client_calls.append((callback, args))
 
-    def flush_soon(self, flush: Callable[[], None]) -> None:
-        """Call flush() at the end of this turn."""
-        self._flushes.append(flush)
-
-    def flush_in_turn(self, flush: Callable[[], None]) -> None:
-        """Call flush() at the end of this turn or a later one, within the time for clients."""
-        self._client_flushes.append(flush)
-
     def run(self) -> None:
         """Turn until stop()."""
         self._turned_at = self.now()
@@ -296,10 +292,9 @@ class Reactor:
             called = clock()
         self.on_turn()
         done = clock()
-        while self._flushes:
-            flushes, self._flushes = self._flushes, []
-            for flush in flushes:
-                flush()
+        for flush in self._flushes:     # and those added meanwhile
+            flush()
+        self._flushes.clear()
         if self._client_flushes:
             self._flush_clients(done + CLIENTS_SECONDS)
         self._turned_at = ended = clock()
