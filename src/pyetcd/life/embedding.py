@@ -20,7 +20,7 @@ from ..base.ids import package_logger
 from ..base.limits import DESCRIPTORS_KEPT, PEER_BODY_BYTES_MAX, REQUEST_BODY_BYTES_MAX
 from ..base.urls import check_url, is_https, url_address
 from ..member.configuration import Bootstrap, ServerConfig
-from ..member.server import EtcdServer, GracefulStop
+from ..member.server import EtcdServer
 from ..member.statistics import Metrics
 from ..net.budgets import HeldBytes
 from ..net.http_requests import HttpRequest
@@ -344,12 +344,13 @@ class Server(ServerThread):
         assert self.etcd is not None
         if not self.etcd.stopping and not self._leaving:
             self._leaving = True
-            GracefulStop(self.etcd, self._end)
+            self.etcd.leave(self._end)
 
     def _end(self) -> None:
         assert self.etcd is not None
-        self.etcd.stop()
-        super()._stop()
+        if not self.etcd.stopping:
+            self.etcd.stop()
+            super()._stop()
 
     def _failed(self, error: BaseException) -> None:
         """Durability is lost, or unknown: not one more byte leaves this member."""

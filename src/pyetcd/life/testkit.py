@@ -32,7 +32,7 @@ from ..base.errors import ServerStopped
 from ..base.messages import Message, MsgType
 from ..member.cluster import Member, format_id
 from ..member.configuration import ServerConfig
-from ..member.server import EtcdServer, Publication
+from ..member.server import EtcdServer
 from ..net.workers import SYSTEM_CLOCK
 from ..peer.transport import Transport
 from .embedding import Server, checked_settings
@@ -168,7 +168,7 @@ class _LocalServer(Server):
 
     def publish(self, etcd: EtcdServer) -> None:
         """Publish the member once more, which does no harm."""
-        Publication(etcd, self._ready.set)
+        etcd.publish(self._ready.set)
 
     def _begin(self) -> None:
         assert self.etcd is not None

@@ -1,13 +1,23 @@
-"""The cluster: who the members are.
-
-Members stand in the store below /0, as in etcd.
-"""
+"""The cluster: its members, which stand in the store below /0, as in etcd."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Dict,
+    Iterable,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 from ..base.errors import (
     CodecError,
@@ -15,6 +25,7 @@ from ..base.errors import (
     MemberExists,
     MemberNotFound,
     MemberRemoved,
+    NotEnoughActive,
     NotEnoughStarted,
     PeerUrlExists,
     UnknownChange,
@@ -43,11 +54,11 @@ class Member(NamedTuple):
 
     @property
     def started(self) -> bool:
-        """True once it has told its name."""
+        """True once the member has published its name."""
         return bool(self.name)
 
     def context_json(self) -> str:
-        """Its form in conf changes and in the peers' /members: decimal id, empty parts left out."""
+        """Return the JSON of conf changes and of the peers' /members: decimal id, no empty part."""
         fields: Dict[str, Any] = {"id": self.id, "peerURLs": self.peer_urls}
         if self.name:
             fields["name"] = self.name
@@ -56,26 +67,24 @@ class Member(NamedTuple):
         return json_text(fields)
 
     def client_json(self) -> str:
-        """Its form in /v2/members: hexadecimal id, all parts."""
+        """Return the JSON of /v2/members: hexadecimal id, all parts."""
         return json_text({
             "id": format_id(self.id), "name": self.name, "peerURLs": self.peer_urls,
             "clientURLs": self.client_urls,
         })
 
     def attributes_json(self) -> str:
-        """The value of /0/members/<id>/attributes."""
         fields = {"name": self.name, "clientURLs": self.client_urls}
         if self.features:
             fields["features"] = self.features
         return json_text(fields)
 
     def raft_attributes_json(self) -> str:
-        """The value of /0/members/<id>/raftAttributes."""
         return json_text({"peerURLs": self.peer_urls})
 
 
 def format_id(id: int) -> str:
-    """Return the hexadecimal text of a member or cluster id; etcd does not pad it."""
+    """Return the hexadecimal text of a member or cluster id, not padded, as in etcd."""
     return f"{id:x}"
 
 
@@ -135,7 +144,7 @@ class Cluster:
     def __init__(self, token: str = "", store: Optional[Store] = None) -> None:
         self.token = token
         self.id = 0
-        self.local_id = 0                           # whose lines say "local member"
+        self.local_id = 0                           # the log calls it "local member"
         self.members: Dict[int, Member] = {}
         self.removed: Set[int] = set()              # ids that can never come back
         self.version: Optional[str] = None          # "2.3.0"; None: not decided yet
@@ -154,12 +163,11 @@ class Cluster:
         return cluster
 
     def set_store(self, store: Store) -> None:
-        """Tell which store the changes go to."""
+        """Let changes go to `store`."""
         self._store = store
 
     @property
     def store(self) -> Store:
-        """The store."""
         if self._store is None:
             raise InvariantError("a cluster without a store cannot change")
         return self._store
@@ -186,7 +194,7 @@ class Cluster:
             )
 
     def _ids(self, path: str) -> List[str]:
-        """The names below `path` that are ids; nothing else belongs there."""
+        """Return the names below `path` that are ids; no others belong there."""
         children = self.store.children(path)
         return [name for name, _ in children if re.fullmatch("[0-9a-f]{1,16}", name)]
 
@@ -206,34 +214,30 @@ class Cluster:
         return all(feature in member.features for member in self.members.values())
 
     def member_by_name(self, name: str) -> Optional[Member]:
-        """Return the member of that name, or None."""
         return next((m for m in self.members.values() if m.name == name), None)
 
     def is_removed(self, id: int) -> bool:
-        """Tell whether this id was a member once and was removed."""
         return id in self.removed
 
     def is_known(self, id: int) -> bool:
-        """Tell whether the addition of this member is applied.
+        """True if the addition of this member is applied.
 
-        The store decides, the same everywhere; `members` also holds those of the flags.
+        The store decides, as it is the same everywhere; `members` also holds those of the flags.
         """
         return bool(self.store.children(f"/0/members/{format_id(id)}"))
 
     def client_urls(self) -> List[str]:
-        """Return the client URLs of all members."""
         return [url for member in self.members.values() for url in member.client_urls]
 
     def peer_urls(self) -> List[str]:
-        """Return the peer URLs of all members."""
         return [url for member in self.members.values() for url in member.peer_urls]
 
     # -- changes -----------------------------------------------------------
 
     def validate_change(self, change: ConfChange) -> Optional[Member]:
-        """Return the member that an add or update speaks of.  Raises MemberError.
+        """Return the member in an add or update, None for a removal.  Raises MemberError.
 
-        Decided by the applied state alone, so every member decides alike.
+        The applied state alone decides, so every member decides alike.
         """
         id = change.node_id
         if change.type not in _KNOWN_CHANGES:
@@ -265,7 +269,7 @@ class Cluster:
         self._log("added", member.id, " ".join(member.peer_urls), "to")
 
     def remove(self, id: int, *, now_ns: int = 0) -> None:
-        """Apply: a member leaves for ever.  Two store indexes."""
+        """Apply: a member leaves, and its id can never come back.  Two store indexes."""
         path = f"/0/members/{format_id(id)}"
         self.store.delete(path, dir=True, recursive=True, now_ns=now_ns)
         self.store.create(f"/0/removed_members/{format_id(id)}", now_ns=now_ns)
@@ -318,25 +322,17 @@ class Cluster:
 
     def check_strict(self, change_type: ConfChangeType, id: int) -> None:
         """Raise NotEnoughStarted if a change could leave too few started members for a quorum."""
+        members = self.members.values()
         if change_type == ConfChangeType.ADD_NODE:
-            self.check_strict_add()
+            what, size = "add", len(members) + 1
+            started = sum(member.started for member in members)
+            if started == 1 and size == 2:      # a cluster of one must be able to grow
+                return
         elif change_type == ConfChangeType.REMOVE_NODE:
-            self.check_strict_remove(id)
-
-    def check_strict_add(self) -> None:
-        """Raise NotEnoughStarted if one more member would leave too few started for a quorum."""
-        started = sum(member.started for member in self.members.values())
-        size = len(self.members) + 1
-        if not (started == 1 and size == 2):    # a cluster of one must be able to grow
-            self._check_started("add", started, size)
-
-    def check_strict_remove(self, id: int) -> None:
-        """Raise NotEnoughStarted if the rest would have too few started for a quorum."""
-        rest = [member for member in self.members.values() if member.id != id]
-        self._check_started("remove", sum(member.started for member in rest), len(rest))
-
-    @staticmethod
-    def _check_started(what: str, started: int, size: int) -> None:
+            rest = [member for member in members if member.id != id]
+            what, size, started = "remove", len(rest), sum(member.started for member in rest)
+        else:
+            return
         if started < size // 2 + 1:
             package_logger("etcdserver").warning(
                 "Reject %s member request: the number of started member (%d) will be less than"
@@ -352,6 +348,30 @@ class Cluster:
             "%s %smember %s [%s] %s cluster %s", verb, self._local(id), format_id(id), urls,
             preposition, format_id(self.id),
         )
+
+
+def check_active(
+    change_type: ConfChangeType, id: int, own_id: int, members: Collection[int],
+    active_since: Callable[[int], float],
+) -> None:
+    """Raise NotEnoughActive if a change leaves too few members that can be reached for a quorum.
+
+    A member that is down may always be removed.  Source: etcd 3 server.go, mayRemoveMember.
+    Differs from it: active now is enough, it needs no 5 s, and one more may be added while others
+    are down if all that are up will be a quorum.
+    """
+    active = {member for member in members if member == own_id or active_since(member) > 0}
+    if change_type == ConfChangeType.ADD_NODE:
+        what, left, size = "adding", len(active), len(members) + 1
+        is_risky = size > 2             # a cluster of one must be able to grow
+    else:
+        what, left, size = "removing", len(active) - 1, len(members) - 1
+        is_risky = change_type == ConfChangeType.REMOVE_NODE and id in active
+    if is_risky and left < size // 2 + 1:
+        package_logger("etcdserver").warning(
+            "not healthy for reconfigure: %s a member leaves %d of %d active", what, left, size
+        )
+        raise NotEnoughActive(what, left, size)
 
 
 def version_key(version: str) -> Tuple[int, int]:

@@ -90,13 +90,28 @@ class Reactor:
     def call_later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> Timer:
         """Call once, not before delay_s seconds have passed."""
         timer = Timer(callback, args)
+        self._schedule(delay_s, timer)
+        return timer
+
+    def every(self, period_s: float, callback: Callable[[], None]) -> Timer:
+        """Call period_s seconds from now, and again that long after each call has begun.
+
+        Calls missed in a stall are dropped, not made up for.
+        """
+        def call() -> None:
+            self._schedule(period_s, timer)
+            callback()
+
+        timer = self.call_later(period_s, call)
+        return timer
+
+    def _schedule(self, delay_s: float, timer: Timer) -> None:
         self._timer_count += 1
         if len(self._timers) >= self._timers_max:
             self._timers = [entry for entry in self._timers if entry[2].callback is not None]
             heapq.heapify(self._timers)
             self._timers_max = max(2 * len(self._timers), TIMERS_SWEPT_MIN)
         heapq.heappush(self._timers, (self.now() + delay_s, self._timer_count, timer))
-        return timer
 
     def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
         """Call in this turn, or in the next one."""
