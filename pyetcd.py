@@ -464,9 +464,9 @@ def _nothing() -> None:
 
 
 class EtcdError(Exception):
-    """An answer of the keys API: code, message and HTTP status come from the class.
+    """An error of the keys API: code, message and HTTP status come from the class.
 
-    cause  what exactly was wrong, or "" (then it is left out of the body)
+    cause  detail of this request, or "" (then it is left out of the body)
     index  store index for the body and X-Etcd-Index; 0 for errors of the request itself
 
     Source: etcd 2.3 API, errorcode.
@@ -487,92 +487,62 @@ class EtcdError(Exception):
 
 
 class KeyNotFound(EtcdError):
-    """A path component does not exist; the cause is its path."""
-
     code, message, status = 100, "Key not found", 404
 
 
 class CompareFailed(EtcdError):
-    """prevValue or prevIndex does not hold; the cause shows given and stored."""
-
     code, message, status = 101, "Compare failed", 412
 
 
 class NotFile(EtcdError):
-    """A directory stands where a file is needed."""
-
     code, message, status = 102, "Not a file", 403
 
 
 class NotDir(EtcdError):
-    """A file stands in the middle of the path."""
-
     code, message = 104, "Not a directory"
 
 
 class NodeExists(EtcdError):
-    """create found the key."""
-
     code, message, status = 105, "Key already exists", 412
 
 
 class RootReadOnly(EtcdError):
-    """The root cannot be changed."""
-
     code, message = 107, "Root is read only"
 
 
 class DirNotEmpty(EtcdError):
-    """Deleting a directory with children needs recursive=true."""
-
     code, message, status = 108, "Directory not empty", 403
 
 
 class Unauthorized(EtcdError):
-    """Auth is enabled and the request lacks the right."""
-
     code, message, status = 110, "The request requires user authentication", 401
 
 
 class PrevValueRequired(EtcdError):
-    """prevValue was given, but empty."""
-
     code, message = 201, "PrevValue is Required in POST form"
 
 
 class TtlNotANumber(EtcdError):
-    """ttl is not an unsigned integer."""
-
     code, message = 202, "The given TTL in POST form is not a number"
 
 
 class IndexNotANumber(EtcdError):
-    """prevIndex or waitIndex is not an unsigned integer."""
-
     code, message = 203, "The given index in POST form is not a number"
 
 
 class InvalidField(EtcdError):
-    """A boolean parameter has another value, or does not fit the method."""
-
     code, message = 209, "Invalid field"
 
 
 class InvalidForm(EtcdError):
-    """The query or the body cannot be parsed, or is too large."""
-
     code, message = 210, "Invalid POST form"
 
 
 class RefreshValue(EtcdError):
-    """refresh=true with a value."""
-
     code, message = 211, "Value provided on refresh"
 
 
 class RefreshTtlRequired(EtcdError):
-    """refresh=true without a ttl."""
-
     code, message = 212, "A TTL must be provided on refresh"
 
 
@@ -583,17 +553,17 @@ class RaftInternal(EtcdError):
 
 
 class TooManyRequests(RaftInternal):
-    """PROPOSALS_PENDING_MAX requests wait already; this one was not even tried."""
+    """PROPOSALS_PENDING_MAX requests wait already; this one was not proposed."""
 
     status = 503
 
 
 class RequestTimeout(RaftInternal):
-    """No answer within the request timeout; the write may still be applied later."""
+    """No answer within the request timeout; the write may be applied later."""
 
 
 class NoSpace(RaftInternal):
-    """The disk of this member is full: nothing was changed, or will be by this request."""
+    """The disk of this member is full: the request changes nothing."""
 
     def __init__(self, cause: str = "", index: int = 0) -> None:
         super().__init__(f"etcdserver: {cause}; nothing was changed", index)
@@ -607,8 +577,6 @@ class ServerStopped(RaftInternal):
 
 
 class EventIndexCleared(EtcdError):
-    """waitIndex lies before the event history."""
-
     code, message = 401, "The event in requested index is outdated and cleared"
 
 
@@ -622,8 +590,6 @@ class MemberError(Exception):
 
 
 class UnknownChange(MemberError):
-    """A kind of change that this program does not know."""
-
     text = "etcdserver: unknown kind of membership change"
 
 
@@ -634,82 +600,56 @@ class MemberRemoved(MemberError):
 
 
 class MemberExists(MemberError):
-    """The id is a member already."""
-
     text = "etcdserver: ID exists"
 
 
 class MemberNotFound(MemberError):
-    """No member has this id."""
-
     text = "etcdserver: ID not found"
 
 
 class PeerUrlExists(MemberError):
-    """Another member uses one of the peer URLs."""
-
     text = "etcdserver: peerURL exists"
 
 
 class ReconfigurationRefused(MemberError):
     """Strict reconfiguration check: the change could lose the quorum."""
 
-    detail = ""                         # the numbers, and what to do
+    counted = advice = ""
 
-    def __str__(self) -> str:
-        return f"{self.text}: {self.detail}"
+    def __init__(self, change: str, left: int, size: int) -> None:
+        super().__init__()
+        self.text += (
+            f": {change} a member leaves {self.counted.format(left, size)}, and {size // 2 + 1} are"
+            f" needed for a quorum; {self.advice}, and try again"
+        )
 
 
 class NotEnoughStarted(ReconfigurationRefused):
     """Too few members would have been started, as etcd 2.3 counts."""
 
     text = "etcdserver: re-configuration failed due to not enough started members"
-
-    def __init__(self, what: str, started: int, size: int) -> None:
-        super().__init__()
-        self.detail = (
-            f"{what} a member leaves {started} started of {size} members, and {size // 2 + 1} are"
-            f" needed for a quorum; start the members that were added and not started yet, or"
-            f" remove those, and try again"
-        )
+    counted = "{} started of {} members"
+    advice = "start the members that were added and not started yet, or remove those"
 
 
 class NotEnoughActive(ReconfigurationRefused):
     """Too few members would be up, as etcd 3 counts."""
 
     text = "etcdserver: unhealthy cluster"
-
-    def __init__(self, what: str, active: int, size: int) -> None:
-        super().__init__()
-        self.detail = (
-            f"{what} a member leaves {active} of {size} members that can be reached, and"
-            f" {size // 2 + 1} are needed for a quorum; start those that are down, or remove them"
-            f" first, and try again"
-        )
+    counted = "{} of {} members that can be reached"
+    advice = "start those that are down, or remove them first"
 
 
-class RaftError(Exception):
-    """The Raft core cannot do what was asked, now or ever; nothing is broken."""
-
-
-class ProposalDropped(RaftError):
-    """No leader is known, or this member may not propose."""
-
-
-class Compacted(RaftError):
-    """The wanted entries lie before the first index of the log."""
-
-
-class Unavailable(RaftError):
-    """The wanted entries lie after the last index of the log."""
+class ProposalDropped(Exception):
+    """Raft cannot take the proposal now: no leader, too much uncommitted, or removed."""
 
 
 class CodecError(ValueError):
-    """Bytes that are not what they should be: wrong wire type, cut varint, length past the end."""
+    """Malformed bytes: wrong wire type, cut varint, length past the end."""
 
 
 class WalError(Exception):
-    """The write-ahead log cannot be read or opened; the text says which file and what to do."""
+    """The write-ahead log cannot be read or opened; the text names the file and the remedy."""
 
 
 class CrcMismatch(WalError):
@@ -725,7 +665,7 @@ class FileLocked(WalError):
 
 
 class DiskFull(WalError):
-    """A file cannot grow; what was written of this visit is taken back, so it may be repeated."""
+    """A file cannot grow.  The partial write was taken back, so the write may be repeated."""
 
 
 class SnapshotError(Exception):
@@ -733,11 +673,11 @@ class SnapshotError(Exception):
 
 
 class DiscoveryError(Exception):
-    """Joining by discovery failed; the text says why (etcd's words)."""
+    """Joining by discovery failed; the text is etcd's."""
 
 
 class StartError(Exception):
-    """The member cannot start.  The text is one line that says what to do; exit code 1."""
+    """The member cannot start.  The text is one line with the remedy; exit code 1."""
 
 
 class ClusterFull(StartError):
@@ -745,7 +685,7 @@ class ClusterFull(StartError):
 
 
 class InvariantError(Exception):
-    """A bug: state that must never exist does.  The member ends rather than continue."""
+    """A bug: a state that must never exist.  The member ends rather than continue."""
 
 
 # ============================================================================
@@ -2078,7 +2018,7 @@ def is_local(url: str) -> bool:
 
 
 # ============================================================================
-# raft/progress -- Progress and quorum: what a leader knows of its followers.
+# raft/progress -- Progress and quorum: a leader's view of its followers, and the messages of one member.
 # ----------------------------------------------------------------------------
 # Knows neither the log's content nor time nor sockets.
 # ============================================================================
@@ -2092,45 +2032,6 @@ class ProgressState(IntEnum):
     SNAPSHOT = 2        # a snapshot is under way: send nothing
 
 
-class Inflights:
-    """The unanswered MsgApp of one follower: the last entry index of each, ascending."""
-
-    __slots__ = ("_indexes", "_limit")
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._indexes: Deque[int] = collections.deque()
-
-    @property
-    def full(self) -> bool:
-        """True if no further message may be sent."""
-        return len(self._indexes) >= self._limit
-
-    def add(self, index: int) -> None:
-        """Note a sent message that ends at `index`.  Raises InvariantError if full."""
-        if self.full:
-            raise InvariantError("cannot add a message to a full in-flight window")
-        self._indexes.append(index)
-
-    def free_to(self, index: int) -> None:
-        """Forget the messages that end at or before `index`."""
-        indexes = self._indexes
-        while indexes and indexes[0] <= index:
-            indexes.popleft()
-
-    def free_first(self) -> None:
-        """Forget the oldest message, if any."""
-        if self._indexes:
-            self._indexes.popleft()
-
-    def reset(self) -> None:
-        """Forget all."""
-        self._indexes.clear()
-
-    def __len__(self) -> int:
-        return len(self._indexes)
-
-
 class Progress:
     """A leader's view of one member, itself included.
 
@@ -2139,8 +2040,8 @@ class Progress:
     """
 
     __slots__ = (
-        "asked", "due", "inflights", "match_index", "next_index", "paused", "pending_snapshot",
-        "recent_active", "state",
+        "due", "inflights", "match_index", "next_index", "paused", "pending_snapshot",
+        "proposed_index", "recent_active", "state", "_window",
     )
 
     def __init__(self, next_index: int, window: int, *, match_index: int = 0) -> None:
@@ -2151,28 +2052,27 @@ class Progress:
         self.pending_snapshot = 0       # SNAPSHOT only: index of the snapshot under way
         self.recent_active = False      # answered since the last report_unreachable
         self.due = False                # gets a MsgApp, maybe an empty one, at the next ready()
-        self.asked = 0                  # index of its newest proposal that is not committed
-        self.inflights = Inflights(window)
+        self.proposed_index = 0         # index of its newest proposal that is not committed
+        self.inflights: Deque[int] = collections.deque()    # last index of each unanswered MsgApp
+        self._window = window
 
     @property
     def is_paused(self) -> bool:
         """True if no MsgApp may be sent now."""
         if self.state == ProgressState.REPLICATE:
-            return self.inflights.full
+            return len(self.inflights) >= self._window
         return self.paused or self.state == ProgressState.SNAPSHOT
 
     def become_probe(self) -> None:
-        """Ask where the logs match; after a snapshot, assume that it arrived."""
+        """Find out where the logs match; after a snapshot, assume that it arrived."""
         self.next_index = max(self.match_index, self.pending_snapshot) + 1
         self._enter(ProgressState.PROBE)
 
     def become_replicate(self) -> None:
-        """Send ahead, beginning behind the match."""
         self._enter(ProgressState.REPLICATE)
         self.next_index = self.match_index + 1
 
     def become_snapshot(self, index: int) -> None:
-        """Wait until the snapshot at `index` has arrived or failed."""
         self._enter(ProgressState.SNAPSHOT)
         self.pending_snapshot = index
 
@@ -2180,18 +2080,18 @@ class Progress:
         self.state = state
         self.paused = False
         self.pending_snapshot = 0
-        self.inflights.reset()
+        self.inflights.clear()
 
     def sent(self, last: int) -> None:
         """Note a MsgApp whose last entry is `last`."""
         if self.state == ProgressState.REPLICATE:
             self.next_index = last + 1
-            self.inflights.add(last)
+            self.inflights.append(last)
         else:
             self.paused = True
 
     def maybe_update(self, index: int) -> bool:
-        """Note that the member holds everything up to `index`; False if that is no news."""
+        """Note that the member holds everything up to `index`; False if that was known."""
         if self.next_index <= index:
             self.next_index = index + 1
         if index <= self.match_index:
@@ -2201,11 +2101,12 @@ class Progress:
         return True
 
     def acknowledge(self, index: int) -> bool:
-        """Handle a positive answer: update, and move on to REPLICATE; False if it is no news."""
+        """Handle a positive answer: update, and move on to REPLICATE; False if it was known."""
         if not self.maybe_update(index):
             return False
         if self.state == ProgressState.REPLICATE:
-            self.inflights.free_to(index)
+            while self.inflights and self.inflights[0] <= index:
+                self.inflights.popleft()
         elif self.match_index >= self.pending_snapshot:
             self.become_replicate()
         return True
@@ -2227,20 +2128,8 @@ class Progress:
         self.paused = False
         return True
 
-    def snapshot_failed(self) -> None:
-        """The snapshot under way did not arrive: probe again behind the match."""
-        self.pending_snapshot = 0
-        self.become_probe()
-
-    def __repr__(self) -> str:
-        return (
-            f"Progress({self.state.name} match={self.match_index} next={self.next_index}"
-            f" paused={self.is_paused} inflight={len(self.inflights)})"
-        )
-
 
 def quorum_size(voters: int) -> int:
-    """Return how many of `voters` members are a majority."""
     return voters // 2 + 1
 
 
@@ -2250,19 +2139,19 @@ def quorum_index(match_indexes: Iterable[int]) -> int:
     return ascending[(len(ascending) - 1) // 2] if ascending else 0
 
 
-_ENTRY_OVERHEAD = 40            # entry_size() of an entry without data
+_ENTRY_OVERHEAD = 40            # bytes of an encoded entry besides its data, at most
 
 
 class Mailbox:
     """The messages of one member until ready() takes them.
 
-    Promises (votes, answers to MsgApp) are held: they may leave only when the disk has what
-    they promise.  Everything else may leave at once.
+    Promises (votes, answers to MsgApp) are held until the state that they promise is durable.
+    All other messages may leave at once.
     """
 
     def __init__(self, id: int, forward_bytes_max: int) -> None:
         self.id = id
-        self.term = 0                               # stamped on what is sent; kept by Raft
+        self.term = 0                               # stamped on every message; kept by Raft
         self._forward_bytes_max = forward_bytes_max
         self._messages: List[Message] = []
         self._held: List[Message] = []
@@ -2284,10 +2173,10 @@ class Mailbox:
         self._held.append(self._message(kind, to, fields))
 
     def hold_ack(self, to: int, index: int) -> None:
-        """Answer that everything up to `index` is here; one such answer stands for all before.
+        """Acknowledge every entry up to `index`; one such answer stands for all before.
 
-        Of two answers to one leader the higher holds: within its term our log only grows.  An
-        answer to an earlier leader is dropped, as its entries may be gone by now.
+        Of two answers to one leader the higher holds: within a term the follower's log only
+        grows.  An answer to an earlier leader is dropped, as its entries may be gone by now.
         """
         ack = self._ack
         if ack is None or ack.to != to or ack.term != self.term or ack.index < index:
@@ -2304,7 +2193,6 @@ class Mailbox:
 
     @property
     def is_empty(self) -> bool:
-        """True if take() would return nothing."""
         return not (self._messages or self._held or self._ack)
 
     def take(self) -> Tuple[List[Message], List[Message]]:
@@ -2319,12 +2207,12 @@ class Mailbox:
 
 
 # ============================================================================
-# raft/log -- The Raft log: what is stable, what is not, what is committed.
+# raft/log -- The Raft log: its stable, committed and applied parts.
 # ============================================================================
 
 
 class Mark(NamedTuple):
-    """How far the log was handed out by one Ready.  Opaque to the server."""
+    """The end of the log at one Ready.  Opaque to the server."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index
     generation: int
@@ -2357,7 +2245,7 @@ class RaftLog:
         self._offset_term = offset.term
         self._entries: List[Entry] = []
         self.generation = 0
-        self.pending_snapshot: Optional[Snapshot] = None    # came in, not yet handed out
+        self.pending_snapshot: Optional[Snapshot] = None    # received, not yet handed out
         if entries:
             self.append(entries)
         for entry in entries:
@@ -2384,14 +2272,13 @@ class RaftLog:
 
     @property
     def last_id(self) -> EntryID:
-        """Where the log ends."""
         last = self._entries[-1].term if self._entries else self._offset_term
         return EntryID(last, self.last_index)
 
     def term(self, index: int) -> int:
         """Return the term of the entry at `index`, 0 above the last.
 
-        Raises Compacted below the snapshot point.
+        Raises InvariantError below the snapshot point.
         """
         position = index - self.offset
         if position > len(self._entries):
@@ -2399,11 +2286,11 @@ class RaftLog:
         if position > 0:
             return self._entries[position - 1].term
         if position < 0:
-            raise Compacted(f"entry {index} lies before the snapshot point {self.offset}")
+            raise InvariantError(f"entry {index} lies before the snapshot point {self.offset}")
         return self._offset_term
 
     def match_term(self, entry_id: EntryID) -> bool:
-        """Tell whether our log holds that entry; unknown above the last and when compacted."""
+        """Tell whether our log holds that entry; False above the last and when compacted."""
         position = entry_id.index - self.offset
         return 0 <= position <= len(self._entries) and self.term(entry_id.index) == entry_id.term
 
@@ -2414,12 +2301,13 @@ class RaftLog:
     def slice(self, low: int, high: int, max_bytes: Optional[int] = None) -> List[Entry]:
         """Return the entries low <= index < high, cut to `max_bytes` but at least one.
 
-        Raises Compacted if `low` is before the first entry, Unavailable if `high` passes the end.
+        Raises InvariantError if the log does not hold them all.
         """
-        if low <= self.offset:
-            raise Compacted(f"entry {low} lies before the first index {self.first_index}")
-        if high > self.last_index + 1:
-            raise Unavailable(f"entry {high - 1} lies after the last index {self.last_index}")
+        if low <= self.offset or high > self.last_index + 1:
+            raise InvariantError(
+                f"entries {low} to {high - 1} are not in the log, which has {self.first_index} to"
+                f" {self.last_index}"
+            )
         start, end = low - self.offset - 1, high - self.offset - 1
         if max_bytes is None:
             return self._entries[start:end]
@@ -2470,7 +2358,7 @@ class RaftLog:
         return last_new
 
     def append(self, entries: Sequence[Entry]) -> None:
-        """Put `entries` (at least one) at their indexes; what stood there and behind is dropped.
+        """Put `entries` (at least one) at their indexes; entries there and behind are dropped.
 
         Raises InvariantError for a gap and for a change at or below the commit index.
         """
@@ -2517,7 +2405,7 @@ class RaftLog:
         return self.slice(self.applied + 1, high + 1) if high > self.applied else []
 
     def compact(self, index: int) -> None:
-        """Move the snapshot point to `index`; nothing happens if it is there or further.
+        """Move the snapshot point to `index`, unless it is there or further.
 
         Raises InvariantError if that entry is not applied and durable.
         """
@@ -2530,7 +2418,7 @@ class RaftLog:
         self.offset = index
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Replace the whole log by a snapshot that came in.  It is handed out, then durable."""
+        """Replace the whole log by a received snapshot.  It is handed out, then durable."""
         if snapshot.index <= self.commit:
             raise InvariantError(f"snapshot {snapshot.index} is behind commit {self.commit}")
         self.offset = self.commit = self._handed = snapshot.index
@@ -2542,18 +2430,17 @@ class RaftLog:
 
     @property
     def has_unhanded(self) -> bool:
-        """True if hand_out() would return something."""
         return self._handed < self.last_index or self.pending_snapshot is not None
 
     def hand_out(self) -> Tuple[Optional[Snapshot], List[Entry], Mark]:
-        """Return what the disk has not been given yet, and the mark that stands for it."""
+        """Return the snapshot and the entries that the disk lacks, and the mark of their end."""
         snapshot, self.pending_snapshot = self.pending_snapshot, None
         entries = self._entries[self._handed - self.offset:]
         self._handed = self.last_index
         return snapshot, entries, Mark(self._handed, self.generation)
 
     def stable_to(self, mark: Mark) -> bool:
-        """Note that everything handed out up to `mark` is durable; False if that is no news."""
+        """Note that the log is durable up to `mark`; False if that was known, or is outdated."""
         if mark.generation != self.generation or mark.index <= self.stable:
             return False
         self.stable = mark.index
@@ -2561,18 +2448,18 @@ class RaftLog:
 
 
 # ============================================================================
-# raft/replication -- Replication: what a leader sends, and to which follower.
+# raft/replication -- Replication: the messages that a leader sends to its followers, and reads without an entry.
 # ----------------------------------------------------------------------------
 # Knows neither roles nor elections.
 # ============================================================================
 
 
 class RaftConfig(NamedTuple):
-    """What a Raft needs from outside.
+    """The settings of a Raft, and its ways to the outside.
 
-    rng      anything with randrange(n), e.g. a seeded random.Random
-    trace    receives the lines that etcd's raft package logs at info level
-    patient  a new commit index alone makes no message, until broadcast_commit()
+    rng    anything with randrange(n), e.g. a seeded random.Random
+    trace  receives the lines that etcd's raft package logs at info level
+    defer_commit  a new commit index alone makes no message before broadcast_commit()
     """
 
     id: int
@@ -2583,42 +2470,41 @@ class RaftConfig(NamedTuple):
     max_entries_bytes: int = ENTRIES_BYTES_MAX
     max_inflight: int = INFLIGHT_MSGAPP_MAX
     max_uncommitted_bytes: int = UNCOMMITTED_BYTES_MAX
-    patient: bool = False
+    defer_commit: bool = False
 
 
 class Replication:
-    """The sending side of a leader.  On other members only the ids in `progress` mean anything.
+    """The sending side of a leader.  On other members only the ids in `progress` are current.
 
-    Nothing is sent when it becomes due: send_due() sends one MsgApp per follower and ready(),
-    with everything proposed since, so the work per proposal does not grow with the cluster.
+    A MsgApp waits until send_due(): one per follower and ready(), with all entries proposed
+    since, so the work per proposal does not grow with the cluster.
     """
 
     def __init__(self, config: RaftConfig, log: RaftLog, mail: Mailbox) -> None:
         self.progress: Dict[int, Progress] = {}     # the voters, ascending by id
-        self.snapshot_source: Callable[[], Optional[Snapshot]] = _no_snapshot
-        self._id = config.id
-        self._max_bytes = config.max_entries_bytes
-        self._window = config.max_inflight
+        # Called for a follower whose entries are compacted; None: not ready, asked again later.
+        self.snapshot_source: Callable[[], Optional[Snapshot]] = lambda: None
+        self.commit_unsent = False                  # some follower may not know our commit index
+        self._config = config
         self._log = log
         self._mail = mail
         self._append_due = False                    # some progress is due
         self._broadcast_due = False                 # every progress is due
-        self._patient = config.patient
-        self.commit_unsent = False                  # some follower may not know our commit index
 
     def set_voters(self, voters: Iterable[int]) -> None:
-        """Keep what is known of the voters, begin anew with new ones, forget the others."""
-        known, following = self.progress, self._log.last_index + 1
+        """Keep the progress of known voters, begin anew with new ones, forget the others."""
+        known = self.progress
         self.progress = {
-            voter: known.get(voter) or Progress(following, self._window)
-            for voter in sorted(set(voters))
+            voter: known.get(voter) or self._new_progress() for voter in sorted(set(voters))
         }
 
+    def _new_progress(self) -> Progress:
+        return Progress(self._log.last_index + 1, self._config.max_inflight)
+
     def reset(self) -> None:
-        """Forget everything but the ids: a new term begins."""
+        """Begin a new term: forget everything but the ids."""
         self._append_due = self._broadcast_due = self.commit_unsent = False
-        following = self._log.last_index + 1
-        self.progress = {voter: Progress(following, self._window) for voter in self.progress}
+        self.progress = {voter: self._new_progress() for voter in self.progress}
 
     @property
     def quorum_index(self) -> int:
@@ -2627,39 +2513,38 @@ class Replication:
 
     @property
     def is_due(self) -> bool:
-        """True if send_due() may send something."""
         return self._append_due or self._broadcast_due
 
-    def mark_unsent(self, progress: Progress) -> None:
-        """Let one follower have a MsgApp, an empty one if need be."""
+    def mark_due(self, progress: Progress) -> None:
+        """Make the next send_due() send a MsgApp to one follower, an empty one if need be."""
         progress.due = self._append_due = True
 
-    def mark_all_unsent(self) -> None:
-        """Let every follower have a MsgApp: there are new entries, or a new commit index."""
+    def mark_all_due(self) -> None:
         self._broadcast_due = True
 
-    def asked_by(self, member: int) -> None:
-        """The last entries are of a member's clients: they wait until it knows of the commit."""
+    def note_proposer(self, member: int) -> None:
+        """The last entries come from a member's clients, which wait until it knows the commit."""
         if member in self.progress:
-            self.progress[member].asked = self._log.last_index
+            self.progress[member].proposed_index = self._log.last_index
 
-    def mark_commit_unsent(self, index: int, *, at_once: bool) -> None:
-        """The commit index becomes `index`.  A patient leader only tells those whose clients wait.
+    def mark_commit_due(self, index: int, *, at_once: bool) -> None:
+        """Send the new commit index `index` to all, or with defer_commit only to proposers.
 
-        The others hear of it with the next entries, mostly within a millisecond: messages and
-        answers for it alone are half of all where writes come one by one.
+        The other followers hear of it with the next entries, mostly within a millisecond: where
+        writes come one by one, half of all messages would carry nothing but a commit index.
 
-        at_once  tell all: voters change, and who leaves must hear of it while it gets messages
+        at_once  send it to all: voters change, and a member that leaves must hear of it while it
+                 gets messages
         """
-        if at_once or not self._patient:
-            self.mark_all_unsent()
+        if at_once or not self._config.defer_commit:
+            self.mark_all_due()
             return
         self.commit_unsent = len(self.progress) > 1
         for progress in self.progress.values():
-            if progress.asked:
-                self.mark_unsent(progress)
-                if progress.asked <= index:
-                    progress.asked = 0
+            if progress.proposed_index:
+                self.mark_due(progress)
+                if progress.proposed_index <= index:
+                    progress.proposed_index = 0
 
     def send_due(self) -> None:
         """Send a MsgApp, or a MsgSnap, to every follower that is due and not paused."""
@@ -2668,7 +2553,7 @@ class Replication:
         self.commit_unsent = self.commit_unsent and not everyone
         batches: Dict[int, List[Entry]] = {}        # next index -> entries, shared by the peers
         for peer, progress in self.progress.items():
-            if (everyone or progress.due) and peer != self._id:
+            if (everyone or progress.due) and peer != self._config.id:
                 progress.due = False
                 if not progress.is_paused:
                     self._send_append(peer, progress, batches)
@@ -2682,7 +2567,7 @@ class Replication:
             return
         entries = batches.get(following)
         if entries is None:
-            entries = log.slice(following, log.last_index + 1, self._max_bytes)
+            entries = log.slice(following, log.last_index + 1, self._config.max_entries_bytes)
             batches[following] = entries
         self._mail.send(
             MsgType.APP, peer, index=following - 1, log_term=log.term(following - 1),
@@ -2692,7 +2577,7 @@ class Replication:
             progress.sent(entries[-1].index)
 
     def _send_snapshot(self, peer: int, progress: Progress) -> None:
-        """Its next entries are compacted: send the state, if the peer answers and we have one."""
+        """Send the state instead of compacted entries, if the peer answers and a snapshot fits."""
         if not progress.recent_active:
             return
         snapshot, log = self.snapshot_source(), self._log
@@ -2704,133 +2589,124 @@ class Replication:
         progress.become_snapshot(snapshot.index)
 
     def send_heartbeats(self, context: Optional[bytes]) -> None:
-        """Keep every follower from campaigning, and let paused probes go on.
+        """Keep every follower from campaigning, and resume paused probes.
 
-        context  comes back with the answers (Reads)
+        context  comes back with the answers (PendingReads)
         """
         for peer, progress in self.progress.items():
-            if peer != self._id:
+            if peer != self._config.id:
                 # Not beyond its match: it may not hold those entries, or other ones there.
                 commit = min(progress.match_index, self._log.commit)
                 self._mail.send(MsgType.HEARTBEAT, peer, commit=commit, context=context)
                 progress.paused = False
 
     def handle_reject(self, message: Message) -> None:
-        """The entry before our MsgApp did not match: go back and try again."""
+        """Go back and try again: the entry before our MsgApp did not match."""
         progress = self.progress[message.sender]
         progress.recent_active = True
         if progress.maybe_decrease(message.index, message.reject_hint):
-            self.mark_unsent(progress)
+            self.mark_due(progress)
 
     def handle_ack(self, message: Message) -> bool:
-        """A follower has everything up to message.index; False if that is no news."""
+        """Note that a follower has everything up to message.index; False if that was known."""
         progress, last = self.progress[message.sender], self._log.last_index
         progress.recent_active = True
         was_paused = progress.is_paused
         if message.index > last or not progress.acknowledge(message.index):
-            return False                            # nobody can hold more than its leader
+            return False                            # no follower can hold more than its leader
         if was_paused or progress.next_index <= last:
-            self.mark_unsent(progress)
+            self.mark_due(progress)
         return True
 
     def handle_heartbeat_resp(self, message: Message) -> None:
-        """A follower lives: if it may lack something, send."""
+        """Note that a follower is alive; if it may lack entries, send."""
         progress = self.progress[message.sender]
         progress.recent_active = True
-        if progress.state == ProgressState.REPLICATE and progress.inflights.full:
-            progress.inflights.free_first()         # its answers may be lost: go on carefully
+        if progress.state == ProgressState.REPLICATE and progress.is_paused:
+            progress.inflights.popleft()            # its answers may be lost: go on carefully
         if progress.match_index < self._log.last_index:
-            # An empty MsgApp is wanted, too: if entries were lost, it will be rejected.
-            self.mark_unsent(progress)
+            # An empty MsgApp is useful, too: if entries were lost, it will be rejected.
+            self.mark_due(progress)
 
     def heard_quorum(self) -> bool:
         """True if a majority, ourselves included, has answered since the last call."""
-        heard = sum(p.recent_active or id == self._id for id, p in self.progress.items())
+        heard = sum(p.recent_active or id == self._config.id for id, p in self.progress.items())
         for progress in self.progress.values():
             progress.recent_active = False
         return heard >= quorum_size(len(self.progress))
 
     def unreachable(self, peer: int) -> None:
-        """A message to `peer` was lost: stop sending ahead."""
+        """Stop sending ahead: a message to `peer` was lost."""
         progress = self.progress.get(peer)
-        if progress is None:
-            return
-        progress.recent_active = False
-        if progress.state == ProgressState.REPLICATE:
-            progress.become_probe()
+        if progress is not None:
+            progress.recent_active = False
+            if progress.state == ProgressState.REPLICATE:
+                progress.become_probe()
 
     def snapshot_done(self, peer: int, *, ok: bool) -> None:
-        """The snapshot to `peer` left this member completely, or did not."""
+        """The snapshot to `peer` left this member completely (ok), or failed."""
         progress = self.progress.get(peer)
         if progress is None or progress.state != ProgressState.SNAPSHOT:
             return
-        if ok:
-            progress.become_probe()
-        else:
-            progress.snapshot_failed()
-        progress.paused = True                      # let it digest until the next heartbeat
+        if not ok:
+            progress.pending_snapshot = 0           # probe behind the match again
+        progress.become_probe()
+        progress.paused = True                      # until the next heartbeat: time to load it
 
 
-def _no_snapshot() -> Optional[Snapshot]:
-    return None
+class ReadRound(NamedTuple):
+    """One check that a leader still leads."""
+
+    commit: int             # its commit index when the read came
+    requester: int
+    heard: Set[int]         # voters that have confirmed
 
 
-class ReadRound:
-    """One question whether a leader still leads; index: its commit index when it was asked."""
-
-    __slots__ = ("index", "requester", "heard")
-
-    def __init__(self, index: int, requester: int, heard: Set[int]) -> None:
-        self.index = index
-        self.requester = requester
-        self.heard = heard              # voters that have confirmed
-
-
-class Reads:
+class PendingReads:
     """Reads that see every write acknowledged before them, without an entry in the log.
 
-    A leader notes its commit index, asks with a heartbeat whether it still leads, and when a
+    A leader notes its commit index, checks with a heartbeat whether it still leads, and when a
     majority has confirmed, everything up to that index may be read (thesis §6.4).
     """
 
     def __init__(self, id: int, mail: Mailbox) -> None:
-        self.confirmed: List[Tuple[bytes, int]] = []    # (context, index) asked for here
+        self.confirmed: List[Tuple[bytes, int]] = []    # (context, index) of this member's reads
         self._rounds: Dict[bytes, ReadRound] = {}       # leader only, oldest first
         self._id = id
         self._mail = mail
 
     @property
     def newest(self) -> Optional[bytes]:
-        """The context that a heartbeat has to carry; None: nobody asks."""
+        """The context that a heartbeat has to carry; None without a round."""
         return next(reversed(self._rounds), None) if self._rounds else None
 
     def clear(self) -> None:
-        """A new term: whoever asked asks again."""
+        """Begin a new term: requesters ask again."""
         self._rounds.clear()
 
     def begin(self, context: bytes, index: int, requester: int) -> None:
-        """Leader: member `requester` wants to read what is committed now."""
+        """Leader: begin the round of a read by member `requester`."""
         if len(self._rounds) < READ_ROUNDS_MAX:
             self._rounds[context] = ReadRound(index, requester, set())
 
     def confirm(self, context: bytes, voter: int, quorum: int) -> None:
-        """Leader: `voter` has heard us after the question `context` was asked."""
-        asked = self._rounds.get(context)
-        if asked is None:
+        """Leader: `voter` has answered a heartbeat that was sent after the round began."""
+        confirmed = self._rounds.get(context)
+        if confirmed is None:
             return
-        asked.heard.add(voter)
-        if len(asked.heard) >= quorum:
-            for earlier in list(self._rounds):      # what was asked before is answered as well
+        confirmed.heard.add(voter)
+        if len(confirmed.heard) >= quorum:
+            for earlier in list(self._rounds):      # a round confirms those before it as well
                 self._release(earlier, self._rounds.pop(earlier))
                 if earlier == context:
                     return
 
-    def _release(self, context: bytes, asked: ReadRound) -> None:
-        if asked.requester == self._id:
-            self.confirmed.append((context, asked.index))
+    def _release(self, context: bytes, confirmed: ReadRound) -> None:
+        if confirmed.requester == self._id:
+            self.confirmed.append((context, confirmed.commit))
         else:
             self._mail.send(
-                MsgType.READ_INDEX_RESP, asked.requester, index=asked.index,
+                MsgType.READ_INDEX_RESP, confirmed.requester, index=confirmed.commit,
                 entries=[Entry(data=context)],
             )
 
@@ -2848,7 +2724,7 @@ CAMPAIGN_TRANSFER = b"CampaignTransfer"     # context of a MsgVote that a leader
 
 
 class RaftRole(IntEnum):
-    """What a member is at its term."""
+    """The role of a member at its term."""
 
     FOLLOWER = 0
     CANDIDATE = 1
@@ -2857,7 +2733,7 @@ class RaftRole(IntEnum):
 
 
 class Status(NamedTuple):
-    """A copy of what a member knows.  progress: id -> (match, next, state name), leader only."""
+    """A copy of a member's state.  progress: id -> (match, next, state name), leader only."""
 
     id: int
     term: int
@@ -2870,9 +2746,9 @@ class Status(NamedTuple):
 
 
 class Raft:
-    """One member's protocol state.  Ids are 64-bit ints, 0 is nobody.
+    """One member's protocol state.  Ids are 64-bit ints, 0 is no member.
 
-    Nothing leaves at once: messages gather in `mail` until RawNode.ready() takes them.
+    Messages gather in `mail` until RawNode.ready() takes them.
     """
 
     def __init__(self, config: RaftConfig, log: RaftLog, term: int, vote: int,
@@ -2890,13 +2766,13 @@ class Raft:
         self.election_elapsed = 0       # ticks since the leader was heard; leader: since it checked
         self.heartbeat_elapsed = 0
         self.election_timeout = 0                   # redrawn at every reset
-        self.transferee = 0             # leader: who shall take over before the next check
+        self.transferee = 0             # leader: target of the leadership transfer under way
         self.pending_conf_index = 0                 # leader: last conf change in the log
         self.applied_conf_index = 0                 # last conf change that was applied
         self.uncommitted_bytes = 0                  # leader: data behind the commit index
         self.mail = Mailbox(config.id, config.max_entries_bytes)
         self.replication = Replication(config, log, self.mail)
-        self.reads = Reads(config.id, self.mail)
+        self.reads = PendingReads(config.id, self.mail)
         self._handlers = _FOLLOWER
         self.replication.set_voters(voters)
         self.become_follower(term, 0)
@@ -2905,21 +2781,19 @@ class Raft:
 
     @property
     def progress(self) -> Dict[int, Progress]:
-        """The voters, ascending by id; what it says of them is current on a leader only."""
+        """Id of each voter, ascending -> its progress, which is current on a leader only."""
         return self.replication.progress
 
     @property
     def voters(self) -> Tuple[int, ...]:
-        """Ids of the voting members, ascending."""
         return tuple(self.progress)
 
     @property
     def quorum(self) -> int:
-        """How many votes elect a leader."""
         return quorum_size(len(self.progress))
 
     def apply_conf_change(self, change: ConfChange) -> None:
-        """Let a committed change of the members count; node_id 0 only ends its pending time.
+        """Apply a committed change of the voters; node_id 0: refused, it only stops to be pending.
 
         Differs from etcd 3.4: learners are not tracked, so a leader sends them nothing.
         """
@@ -2937,7 +2811,7 @@ class Raft:
             self.removed = False
         if member not in self.progress:
             self.replication.set_voters((*self.progress, member))
-            self.replication.mark_unsent(self.progress[member])
+            self.replication.mark_due(self.progress[member])
 
     def _remove_voter(self, member: int) -> None:
         if member == self.id:
@@ -2947,10 +2821,6 @@ class Raft:
         if self.transferee == member:
             self.transferee = 0
         self._maybe_commit()            # a smaller quorum may have been reached already
-
-    @property
-    def _is_conf_change_pending(self) -> bool:
-        return self.pending_conf_index > max(self.applied_conf_index, self.log.applied)
 
     # -- roles ---------------------------------------------------------------
 
@@ -2969,14 +2839,13 @@ class Raft:
         self.reads.clear()
 
     def become_follower(self, term: int, lead: int) -> None:
-        """Follow `lead` (0: unknown) at `term`."""
         self._reset(term)
         self.lead = lead
         self.role, self._handlers = RaftRole.FOLLOWER, _FOLLOWER
         self.config.trace(f"{self.id:x} became follower at term {term}")
 
     def _become_pre_candidate(self) -> None:
-        """Ask whether an election could be won, before the term goes up (thesis §9.6)."""
+        """Find out whether an election could be won, before the term goes up (thesis §9.6)."""
         self.lead, self.votes, self.election_elapsed = 0, {}, 0
         self.role, self._handlers = RaftRole.PRE_CANDIDATE, _PRE_CANDIDATE
         self.config.trace(f"{self.id:x} became pre-candidate at term {self.term}")
@@ -2988,8 +2857,9 @@ class Raft:
         self.config.trace(f"{self.id:x} became candidate at term {self.term}")
 
     def _become_leader(self) -> None:
-        """Take the lead, with an empty entry of the own term: only by counting such entries may
-        older ones be committed (§5.4.2), so it must not wait for a client."""
+        """Take the lead, and append an empty entry of the own term: only by counting entries of
+        its own term may a leader commit older ones (§5.4.2), and a client's may be long in coming.
+        """
         self._reset(self.term)
         self.lead = self.id
         self.role, self._handlers = RaftRole.LEADER, _LEADER
@@ -3004,8 +2874,11 @@ class Raft:
     # -- time ----------------------------------------------------------------
 
     def tick(self) -> None:
-        """Let one tick of the logical clock pass."""
-        _TICK[self.role](self)
+        """Advance the logical clock by one tick."""
+        if self.role is RaftRole.LEADER:
+            self._tick_heartbeat()
+        else:
+            self._tick_election()
 
     def _tick_election(self) -> None:
         self.election_elapsed += 1
@@ -3019,7 +2892,7 @@ class Raft:
         if self.election_elapsed >= self.config.election_ticks:
             self.election_elapsed = 0
             if not self.replication.heard_quorum():
-                # Whoever is cut off from the majority must not keep clients waiting (§6.2).
+                # A leader without a quorum must not keep clients waiting (§6.2).
                 self.config.trace(f"{self.id:x} stepped down: no answer of a majority")
                 self.become_follower(self.term, 0)
                 return
@@ -3034,46 +2907,48 @@ class Raft:
     def _campaign(self, context: Optional[bytes]) -> None:
         """Start an election, unless this member may not lead.
 
-        A committed conf change that is not applied yet forbids it: counting votes by voters
-        two changes old could elect a second leader.
+        A committed conf change that is not applied yet forbids it: an election by the voters of
+        two changes before could give the term a second leader.
         """
         if self.id not in self.progress or self.log.conf_changes(self.log.commit + 1):
             return
         self.config.trace(f"{self.id:x} is starting a new election at term {self.term}")
         if self.pre_vote and context is None and self.quorum > 1:
             self._become_pre_candidate()
-            self._ask_for_votes(MsgType.PRE_VOTE, self.term + 1, None)
+            self._request_votes(MsgType.PRE_VOTE, self.term + 1, None)
         else:
-            self._run_for_leader(context)
+            self._start_election(context)
 
-    def _run_for_leader(self, context: Optional[bytes]) -> None:
+    def _start_election(self, context: Optional[bytes]) -> None:
         self._become_candidate()
-        self._ask_for_votes(MsgType.VOTE, self.term, context)
+        self._request_votes(MsgType.VOTE, self.term, context)
         if self.quorum == 1:
             self._become_leader()
 
-    def _ask_for_votes(self, kind: MsgType, term: int, context: Optional[bytes]) -> None:
-        """Give ourselves a vote, and ask the others for theirs at `term`."""
+    def _request_votes(self, kind: MsgType, term: int, context: Optional[bytes]) -> None:
+        """Vote for ourselves, and request the votes of the others at `term`."""
         self._count_vote(self.id, granted=True)
-        last, what = self.log.last_id, "pre-vote" if kind == MsgType.PRE_VOTE else "vote"
-        asked = f"[logterm: {last.term}, index: {last.index}] sent {what} request to"
+        last, name = self.log.last_id, "pre-vote" if kind == MsgType.PRE_VOTE else "vote"
         for peer in self.progress:
             if peer != self.id:
-                self.config.trace(f"{self.id:x} {asked} {peer:x} at term {self.term}")
+                self.config.trace(
+                    f"{self.id:x} [logterm: {last.term}, index: {last.index}] sent {name}"
+                    f" request to {peer:x} at term {self.term}"
+                )
                 self.mail.hold(
                     kind, peer, index=last.index, log_term=last.term, context=context, term=term
                 )
 
     def _count_vote(self, voter: int, *, granted: bool) -> None:
-        what = "vote" if granted else "vote rejection"
-        self.config.trace(f"{self.id:x} received {what} from {voter:x} at term {self.term}")
+        answer = "vote" if granted else "vote rejection"
+        self.config.trace(f"{self.id:x} received {answer} from {voter:x} at term {self.term}")
         self.votes.setdefault(voter, granted)       # a duplicate cannot change an answer
 
     def _hup(self, message: Message) -> None:
         self._campaign(CAMPAIGN_TRANSFER if message.type == MsgType.TIMEOUT_NOW else None)
 
     def _pre_candidate_resp(self, message: Message) -> None:
-        """An answer to MsgPreVote; a grant carries the term that we asked for."""
+        """Handle an answer to MsgPreVote; a grant carries the term of the request."""
         if message.reject or message.term == self.term + 1:
             self._candidate_vote_resp(message)
 
@@ -3085,7 +2960,7 @@ class Raft:
         self.config.trace(f"{self.id:x} [quorum:{self.quorum}] has received {tally}")
         if grants >= self.quorum and self.id in self.progress:
             if self.role is RaftRole.PRE_CANDIDATE:
-                self._run_for_leader(None)
+                self._start_election(None)
             else:
                 self._become_leader()
         elif rejections >= self.quorum:
@@ -3113,7 +2988,8 @@ class Raft:
     def _pre_vote(self, message: Message) -> None:
         """Tell a 3.x member whether an election makes sense; promises and changes nothing.
 
-        No while a leader is heard (thesis §9.6).  A grant carries the term asked for.
+        The answer is no while a leader is heard (thesis §9.6).  A grant carries the term of the
+        request.
         """
         hears_leader = self.lead and self.election_elapsed < self.config.election_ticks
         free = message.term > self.term or self.vote in (0, message.sender)
@@ -3135,15 +3011,15 @@ class Raft:
         if message.term > self.term and kind != MsgType.PRE_VOTE and (
             kind != MsgType.PRE_VOTE_RESP or message.reject
         ):
-            self._meet_higher_term(message)
+            self._handle_higher_term(message)
         elif 0 < message.term < self.term:
-            self._meet_lower_term(message)
+            self._handle_lower_term(message)
             return
         handler = self._handlers.get(kind)
         if handler is not None:
             handler(self, message)
 
-    def _meet_higher_term(self, message: Message) -> None:
+    def _handle_higher_term(self, message: Message) -> None:
         kind = MsgType(message.type).name.title().replace("_", "")
         self.config.trace(
             f"{self.id:x} [term: {self.term}] received a Msg{kind} message with higher term"
@@ -3152,11 +3028,11 @@ class Raft:
         lead = message.sender if message.type in _FROM_LEADER else 0
         self.become_follower(message.term, lead)
 
-    def _meet_lower_term(self, message: Message) -> None:
+    def _handle_lower_term(self, message: Message) -> None:
         """Tell a 3.x leader of an older term that it is deposed, else ignore the message.
 
-        Without this answer a member whose term ran ahead is shut out for ever by leaders that
-        check their quorum: they ignore its MsgVote.  Source: etcd 3.1 raft.go, Step.
+        Without this answer a member whose term ran ahead is shut out for ever: leaders that check
+        their quorum ignore its MsgVote.  Source: etcd 3.1 raft.go, Step.
         """
         if message.type == MsgType.APP or message.type == MsgType.HEARTBEAT:
             self.mail.hold(MsgType.APP_RESP, message.sender)
@@ -3165,35 +3041,32 @@ class Raft:
 
     # -- proposals -----------------------------------------------------------
 
-    def _follower_prop(self, message: Message) -> None:
-        """Forward to the leader, but never back to where it came from: two members that take
-        each other for the leader would play ball with it."""
+    def _forward_prop(self, message: Message) -> None:
+        """Forward to the leader, but never back to the sender: two members that take each other
+        for the leader would send it to and fro."""
         if not self.lead or message.sender == self.lead:
             raise ProposalDropped(f"{self.id:x} no leader at term {self.term}")
         self.mail.forward(self.lead, message.entries)
 
-    def _candidate_prop(self, message: Message) -> None:
-        raise ProposalDropped(f"{self.id:x} no leader at term {self.term}")
-
     def _leader_prop(self, message: Message) -> None:
         if self.transferee:
-            raise ProposalDropped(f"{self.id:x} is handing the lead to {self.transferee:x}")
+            raise ProposalDropped(f"{self.id:x} is transferring leadership to {self.transferee:x}")
         size = sum([len(entry.data) for entry in message.entries])
         uncommitted = self.uncommitted_bytes
         if uncommitted and size and uncommitted + size > self.config.max_uncommitted_bytes:
             raise ProposalDropped(f"{self.id:x} has {uncommitted} bytes that are not committed")
         self._append_own(message.entries)
-        self.replication.asked_by(message.sender)
+        self.replication.note_proposer(message.sender)
 
     def _append_own(self, entries: Sequence[Entry]) -> None:
-        """Append to the leader's log.  Peers get it at the next ready(), in one MsgApp."""
+        """Append to the leader's log; the next ready() sends the entries in one MsgApp."""
         term, index = self.term, self.log.last_index
         appended: List[Entry] = []
         size = 0
         for entry in entries:
             index += 1
             if entry.type:
-                if self._is_conf_change_pending:
+                if self.pending_conf_index > max(self.applied_conf_index, self.log.applied):
                     entry = Entry()     # one at a time: this one becomes a no-op (§4.1)
                 else:
                     self.pending_conf_index = index
@@ -3203,7 +3076,7 @@ class Raft:
         if appended:
             self.uncommitted_bytes += size
             self.log.append(appended)
-            self.replication.mark_all_unsent()
+            self.replication.mark_all_due()
 
     # -- replication: leader -------------------------------------------------
 
@@ -3220,7 +3093,8 @@ class Raft:
         self.reads.confirm(message.context or b"", message.sender, self.quorum)
 
     def _leader_read_index(self, message: Message) -> None:
-        """Before the first commit of its term a leader does not know how far others came."""
+        """Begin a read round.  Not before the first commit of its term, as until then a leader may
+        not know the newest commit index (thesis §6.4)."""
         if message.entries and self.log.term(self.log.commit) == self.term:
             context = message.entries[0].data
             self.reads.begin(context, self.log.commit, message.sender or self.id)
@@ -3229,7 +3103,7 @@ class Raft:
             self.replication.send_heartbeats(context)
 
     def _leader_transfer(self, message: Message) -> None:
-        """Hand the lead to message.sender as soon as its log is complete (thesis §3.10)."""
+        """Transfer leadership to message.sender as soon as its log is complete (thesis §3.10)."""
         progress = self.progress.get(message.sender)
         if progress is None or message.sender == self.id:
             return
@@ -3237,33 +3111,33 @@ class Raft:
         if progress.match_index == self.log.last_index:
             self.mail.send(MsgType.TIMEOUT_NOW, message.sender)
         else:
-            self.replication.mark_unsent(progress)
+            self.replication.mark_due(progress)
 
     def on_stable(self) -> None:
-        """The disk has more of our log.  A leader counts itself only now (thesis §10.2.1)."""
+        """More of our log is durable: only now does a leader count itself (thesis §10.2.1)."""
         if self.role is RaftRole.LEADER and self.id in self.progress:
             self.progress[self.id].maybe_update(self.log.stable)
             self._maybe_commit()
 
     def _maybe_commit(self) -> None:
-        """Commit what a majority holds, if it is of this term (§5.4.2); then all are told."""
+        """Commit the entries that a majority holds, if the last is of this term (§5.4.2)."""
         log = self.log
         index = self.replication.quorum_index
         if index <= log.commit or log.term(index) != self.term:
             return
         self.uncommitted_bytes -= log.data_bytes(log.commit + 1, index + 1)
-        is_change = log.commit < self.pending_conf_index <= index
-        self.replication.mark_commit_unsent(index, at_once=is_change)
+        changes_voters = log.commit < self.pending_conf_index <= index
+        self.replication.mark_commit_due(index, at_once=changes_voters)
         log.commit_to(index)
 
     # -- replication: follower -----------------------------------------------
 
-    def _hear_leader(self, message: Message) -> None:
+    def _follow_sender(self, message: Message) -> None:
         self.election_elapsed = 0
         self.lead = message.sender
 
     def _follower_app(self, message: Message) -> None:
-        self._hear_leader(message)
+        self._follow_sender(message)
         log = self.log
         if message.index < log.commit:
             self.mail.hold_ack(message.sender, log.commit)
@@ -3279,14 +3153,14 @@ class Raft:
             )
 
     def _follower_heartbeat(self, message: Message) -> None:
-        self._hear_leader(message)
+        self._follow_sender(message)
         if message.commit > self.log.commit:
             self.log.commit_to(message.commit)
-        # It promises nothing, so it need not wait for the disk.  3.x counts the context.
+        # The answer promises nothing, so it need not wait for the disk.  3.x counts the context.
         self.mail.send(MsgType.HEARTBEAT_RESP, message.sender, context=message.context)
 
     def _follower_read_index(self, message: Message) -> None:
-        if self.lead and not message.sender:        # our own question; others know the leader
+        if self.lead and not message.sender:        # our own; other members ask the leader
             self.mail.send(MsgType.READ_INDEX, self.lead, term=0, entries=message.entries)
 
     def _follower_read_index_resp(self, message: Message) -> None:
@@ -3294,30 +3168,26 @@ class Raft:
             self.reads.confirmed.append((message.entries[0].data, message.index))
 
     def _follower_snap(self, message: Message) -> None:
-        self._hear_leader(message)
-        if message.snapshot is not None and self._restore(message.snapshot):
-            self.mail.hold_ack(message.sender, self.log.last_index)
-        else:
-            self.mail.hold_ack(message.sender, self.log.commit)
+        self._follow_sender(message)
+        if message.snapshot is not None and message.snapshot.index > self.log.commit:
+            self._restore(message.snapshot)
+        self.mail.hold_ack(message.sender, self.log.commit)
 
-    def _restore(self, snapshot: Snapshot) -> bool:
-        """Take over a snapshot; False if our log is as far already."""
+    def _restore(self, snapshot: Snapshot) -> None:
+        """Replace the log by a snapshot, or commit up to it if the log holds its last entry."""
         log = self.log
-        if snapshot.index <= log.commit:
-            return False
         if log.match_term(EntryID(snapshot.term, snapshot.index)):
             log.commit_to(snapshot.index)
-            return False
+            return
         log.restore(snapshot)
         self.replication.set_voters(snapshot.voters)
         self.config.trace(
             f"{self.id:x} [commit: {log.commit}] restored snapshot"
             f" [index: {snapshot.index}, term: {snapshot.term}]"
         )
-        return True
 
     def _yield_to_leader(self, message: Message) -> None:
-        """A candidate hears the leader of its own term."""
+        """End the candidacy: another member leads this term."""
         self.become_follower(self.term, message.sender)
         _FOLLOWER[message.type](self, message)
 
@@ -3329,7 +3199,7 @@ _RESPONSES = frozenset((
 
 _FOLLOWER: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.HUP: Raft._hup,
-    MsgType.PROP: Raft._follower_prop,
+    MsgType.PROP: Raft._forward_prop,
     MsgType.APP: Raft._follower_app,
     MsgType.HEARTBEAT: Raft._follower_heartbeat,
     MsgType.SNAP: Raft._follower_snap,
@@ -3341,7 +3211,7 @@ _FOLLOWER: Dict[int, Callable[[Raft, Message], None]] = {
 }
 _CANDIDATE: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.HUP: Raft._hup,
-    MsgType.PROP: Raft._candidate_prop,
+    MsgType.PROP: Raft._forward_prop,     # refuses it: a candidate knows no leader
     MsgType.APP: Raft._yield_to_leader,
     MsgType.HEARTBEAT: Raft._yield_to_leader,
     MsgType.SNAP: Raft._yield_to_leader,
@@ -3361,12 +3231,6 @@ _LEADER: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.PRE_VOTE: Raft._pre_vote,
     MsgType.TRANSFER_LEADER: Raft._leader_transfer,
     MsgType.READ_INDEX: Raft._leader_read_index,
-}
-_TICK: Dict[RaftRole, Callable[[Raft], None]] = {
-    RaftRole.FOLLOWER: Raft._tick_election,
-    RaftRole.CANDIDATE: Raft._tick_election,
-    RaftRole.PRE_CANDIDATE: Raft._tick_election,
-    RaftRole.LEADER: Raft._tick_heartbeat,
 }
 
 
@@ -3500,7 +3364,7 @@ class RawNode:
         else:
             raft.step(message)
 
-    def fault(self, message: Message) -> str:
+    def protocol_violation(self, message: Message) -> str:
         """Say why no healthy member sends this message to us, or "".
 
         Whatever passes leaves a log that can be read, and a next term that can be written.
@@ -3515,9 +3379,9 @@ class RawNode:
         if max(message.index, message.commit, message.reject_hint) > INDEX_MAX:
             return "no log has such an index"
         if kind == MsgType.APP:
-            return _append_fault(message)
+            return _append_violation(message)
         if kind == MsgType.SNAP:
-            return _snapshot_fault(message)
+            return _snapshot_violation(message)
         last = raft.log.last_index
         if kind == MsgType.HEARTBEAT and message.term >= raft.term and message.commit > last:
             return (
@@ -3578,7 +3442,7 @@ class RawNode:
     def broadcast_commit(self) -> None:
         """Tell everybody now."""
         if self.raft.replication.commit_unsent:
-            self.raft.replication.mark_all_unsent()
+            self.raft.replication.mark_all_due()
 
     def has_ready(self) -> bool:
         """Tell whether ready() has something to hand out."""
@@ -3641,7 +3505,7 @@ def _is_contiguous(message: Message) -> bool:
     return indexes == list(range(first, first + len(indexes)))
 
 
-def _append_fault(message: Message) -> str:
+def _append_violation(message: Message) -> str:
     """Why the entries of a MsgApp make no log, or ""."""
     if not _is_contiguous(message):
         return f"the entries do not follow entry {message.index} one by one"
@@ -3651,7 +3515,7 @@ def _append_fault(message: Message) -> str:
     return ""
 
 
-def _snapshot_fault(message: Message) -> str:
+def _snapshot_violation(message: Message) -> str:
     snapshot = message.snapshot
     if snapshot is None or not 0 < snapshot.index <= INDEX_MAX:
         return "there is no snapshot in it"
@@ -3753,12 +3617,12 @@ def file_node(value: Value, created_index: int, modified_index: int, expires_ns:
     return LongNode(value, created_index, modified_index, expires_ns)
 
 
-def kept_value(node: Node) -> Value:
+def stored_value(node: Node) -> Value:
     """The value of a file as it is kept."""
     return node.json if isinstance(node, LongNode) else node.value or ""
 
 
-def shown_value(value: Value) -> str:
+def value_excerpt(value: Value) -> str:
     """A value in the text of an error.  Differs from etcd, which shows 20 MB."""
     text = value if isinstance(value, str) else text_of_long(value[:1])
     is_all = isinstance(value, str) and len(value) <= SHOWN_VALUE_CHARS
@@ -4092,13 +3956,13 @@ class Listing(TreeWalk):
     index   store index of the state that it shows
     chunks  of the answer so far, none of them huge
     done    all of it is there
-    lasts   the answer holds as long as the index does: nothing in it expires
+    cacheable  the answer holds as long as the index does: nothing in it expires
 
     With `recursive` all that is visible, all the way down, else the children.
     """
 
     __slots__ = (
-        "index", "chunks", "done", "lasts", "work_done", "_recursive", "_sorted", "_now_ns",
+        "index", "chunks", "done", "cacheable", "work_done", "_recursive", "_sorted", "_now_ns",
         "_texts",
     )
 
@@ -4110,7 +3974,7 @@ class Listing(TreeWalk):
         self.index = index
         self.chunks: List[bytes] = []
         self.done = False
-        self.lasts = True
+        self.cacheable = True
         self.work_done = 0              # nodes so far, and text in units of LISTING_NODE_CHARS
         self._recursive = recursive
         self._sorted = sorted
@@ -4168,13 +4032,13 @@ class Listing(TreeWalk):
         yield "}\n"
 
     def _long_texts(self, path: str, node: LongNode) -> Texts:
-        self.lasts = self.lasts and not node.expires_ns
+        self.cacheable = self.cacheable and not node.expires_ns
         self.work_done += 1 + len(node.json)
         yield from _node_texts(json_string(path[2:]), node, node.ttl_s(self._now_ns))
 
     def _ends(self, path: str, node: Node) -> Tuple[str, str]:
         """What comes before and after the place of a node's children."""
-        self.lasts = self.lasts and not node.expires_ns
+        self.cacheable = self.cacheable and not node.expires_ns
         self.work_done += 1 + len(node.value or "") // LISTING_NODE_CHARS
         return _node_ends(json_string(path[2:]), node, node.ttl_s(self._now_ns))
 
@@ -4351,7 +4215,7 @@ class WatcherHub:
         self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be told
         self._room: float = math.inf    # how many may be told in this turn
 
-    owed = 0                            # watchers in _due
+    backlog = 0                            # watchers in _due
     watched_bytes = 0                   # of the paths of registered watchers
 
     @property
@@ -4459,7 +4323,7 @@ class WatcherHub:
         self._stats.watchers -= len(once)
         self.watched_bytes -= len(once) * len(path)
         self._due.append((event, collections.deque(told)))
-        self.owed += len(told)
+        self.backlog += len(told)
         self._tell()
 
     def _tell(self) -> None:
@@ -4467,10 +4331,10 @@ class WatcherHub:
         while self._due:
             event, told = self._due[0]
             while told:
-                if self._room <= 0 and self.owed <= WATCHERS_MAX:
+                if self._room <= 0 and self.backlog <= WATCHERS_MAX:
                     return
                 watcher = told.popleft()
-                self.owed -= 1
+                self.backlog -= 1
                 if watcher._hub is not None:        # else cancelled, perhaps by an earlier deliver
                     self._room -= 1
                     if not watcher.stream:
@@ -4596,12 +4460,12 @@ class NodeTree:
         return len(self._nodes)
 
     @property
-    def is_tidy(self) -> bool:
+    def accepts_changes(self) -> bool:
         """True if a change may be applied in this turn; False: after the next tidy()."""
         return not self._dead and self._room > 0
 
     @property
-    def has_rubbish(self) -> bool:
+    def has_garbage(self) -> bool:
         """True if tidy() has something to do."""
         return bool(self._dead) or bool(self._old) and not self._old[0][1]
 
@@ -4940,7 +4804,7 @@ class Store(NodeTree):
         elif old.children is not None:
             raise self._failed("sets", NotFile(path[2:], self.current_index))
         elif refresh:
-            value = kept_value(old)
+            value = stored_value(old)
         try:
             event = self._place(
                 "set", path, old, None if dir else value, expires_ns, now_ns, refresh
@@ -5105,7 +4969,7 @@ class Store(NodeTree):
         below = directory + "/"
         return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
 
-    def replant(self, directory: str, files: Mapping[str, str]) -> None:
+    def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
         """Have only `files`, path -> value, below `directory`: without a new index or an event."""
         below = directory + "/"
         for path in [path for path in self._nodes if path.startswith(below)]:
@@ -5124,9 +4988,9 @@ class Store(NodeTree):
 
         Raises ValueError if it is no snapshot of a store, and then nothing has changed.
         """
-        self.become(StoreState.read(data, progress))
+        self.install(StoreState.read(data, progress))
 
-    def become(self, state: StoreState) -> None:
+    def install(self, state: StoreState) -> None:
         """Take over a state, whose only owner this store is from now on.
 
         Nodes already over leave with the next delete_expired.
@@ -5165,7 +5029,7 @@ class Store(NodeTree):
     ) -> Event:
         """Give the file `old` a value and a TTL; it stays the same key."""
         index = self.current_index + 1
-        text = kept_value(old) if refresh else value
+        text = stored_value(old) if refresh else value
         node = file_node(text, old.created_index, index, expires_ns)
         self._put(path, old, node)
         return self._done(Event(action, path, node, old, index, now_ns, refresh))
@@ -5244,7 +5108,7 @@ class Store(NodeTree):
         if prev_value and not (
             node.has_value(prev_value) if isinstance(node, LongNode) else node.value == prev_value
         ):
-            wrong.append(f"[{shown_value(prev_value)} != {shown_value(kept_value(node))}]")
+            wrong.append(f"[{value_excerpt(prev_value)} != {value_excerpt(stored_value(node))}]")
         if prev_index and prev_index != node.modified_index:
             wrong.append(f"[{prev_index} != {node.modified_index}]")
         if wrong:
@@ -6959,16 +6823,14 @@ QUICK_SECONDS = 0.000_200           # a wait, falling asleep and waking included
 QUICK_WAITS_MIN = 8                 # in a row: then the next waits begin awake
 AWAKE_SECONDS = 0.000_120           # of one wait; without an event by then, asleep again
 CLIENTS_SECONDS = 0.005             # for clients in each of three parts of a turn: their sockets,
-
-
-                                    # what waits in line, their replies; above: the next turn
+                                    # their queued calls, their replies; above: the next turn
+CLOCK_STRIDE = 4                    # callbacks of clients between two looks at the clock
 
 
 class HasFileno(Protocol):
     """A socket or a pipe."""
 
-    def fileno(self) -> int:
-        """Return its descriptor."""
+    def fileno(self) -> int: ...
 
 
 _EPOLL_EVENTS = (0, select.EPOLLIN, select.EPOLLOUT, select.EPOLLIN | select.EPOLLOUT)
@@ -7014,7 +6876,7 @@ class Reactor:
         self._urgent = select.epoll()           # all others: looked at while some are late
         self._late: OrderedDict[int, int] = collections.OrderedDict()   # of _patient -> event
         self._in_line: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
-        self._client_flushes: Deque[Callable[[], None]] = collections.deque()
+        self._client_flushes: List[Callable[[], None]] = []
         wake_in, wake_out = os.pipe()
         os.set_blocking(wake_in, False)
         os.set_blocking(wake_out, False)
@@ -7023,7 +6885,7 @@ class Reactor:
         self._wake_lock = threading.Lock()      # a leaf: nobody closes _wake_out under a writer
         self._workers: Dict[WorkKind, Workers] = {}
         self._look_ups: Dict[Tuple[str, int], List[Timer]] = {}     # under way: who waits
-        self._date = (0, "")
+        self._set_date(self._turned_at)
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
 
     def call_later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> Timer:
@@ -7033,15 +6895,16 @@ class Reactor:
         return timer
 
     def every(self, period_s: float, callback: Callable[[], None]) -> Timer:
-        """Call period_s seconds from now, and again that long after each call has begun.
+        """Call once per period_s, first after one period, until the Timer is cancelled.
 
-        Calls missed in a stall are dropped, not made up for.
+        A late call delays all later ones: calls missed in a stall are dropped.
         """
         def call() -> None:
             self._schedule(period_s, timer)
             callback()
 
-        timer = self.call_later(period_s, call)
+        timer = Timer(call, ())
+        self._schedule(period_s, timer)
         return timer
 
     def _schedule(self, delay_s: float, timer: Timer) -> None:
@@ -7149,15 +7012,9 @@ class Reactor:
         """Call flush() at the end of this turn or a later one, as call_in_turn() does."""
         self._client_flushes.append(flush)
 
-    def http_date(self) -> str:
-        """Return the Date header's value, made once a second."""
-        now = self.wall_ns() // NS
-        if now != self._date[0]:
-            self._date = (now, formatdate(now, usegmt=True))
-        return self._date[1]
-
     def run(self) -> None:
         """Turn until stop()."""
+        self._turned_at = self.now()
         while not self._stopping:
             self._turn(self._poll())
 
@@ -7178,8 +7035,10 @@ class Reactor:
 
     def _poll(self) -> List[Tuple[int, int]]:
         wait_s: Optional[float] = None
-        if self._timers:                # epoll counts milliseconds: rather late than early
-            wait_s = math.ceil(max(self._timers[0][0] - self.now(), 0.0) * 1e3) * 1e-3
+        if self._timers:                # epoll rounds up to milliseconds; below 0 it never ends
+            wait_s = self._timers[0][0] - self._turned_at
+            if wait_s < 0.0:
+                wait_s = 0.0
         self._polling = True            # first this, then the look at _posted: no lost wake-up
         if self._posted or self._flushes or self._late or self._in_line or self._client_flushes:
             wait_s = 0.0
@@ -7196,8 +7055,7 @@ class Reactor:
         To fall asleep and be woken takes 50 us, about as long as a client on this machine takes
         for its next request: GETs on one connection are answered at 1.8 times the rate.
         """
-        poll, clock = self._epoll.poll, self.now
-        began = clock()
+        poll, clock, began = self._epoll.poll, self.now, self._turned_at
         while self._quick_waits >= QUICK_WAITS_MIN:
             events = poll(0)
             if events or self._posted:
@@ -7212,28 +7070,35 @@ class Reactor:
         clock, phases = self.now, self.phase_seconds
         started = clock()
         phases["waiting"] += started - self._turned_at
+        if started >= self._date_until:
+            self._set_date(started)
         callbacks, gone = self._callbacks, self._gone
-        gone.clear()
-        until, now = started + CLIENTS_SECONDS, started
+        if gone:
+            gone.clear()
+        until, count, is_late = started + CLIENTS_SECONDS, 0, False
         for descriptor, mask in events:
-            if now > until and descriptor in self._patient:
+            if is_late and descriptor in self._patient:
                 self._late[descriptor] = mask
                 continue
             callback = callbacks.get(descriptor)
             if callback is not None and not (gone and descriptor in gone):
                 callback(_READY[mask])
-                now = clock()
-        if self._late and now <= until:
+                count += 1
+                if not count % CLOCK_STRIDE:
+                    is_late = clock() > until
+        if self._late:
             self._serve_late(until)
-        served = clock()
-        self._run_timers()
-        timed = clock()
-        for _ in range(len(self._posted)):
-            posted, args = self._posted.popleft()
-            posted(*args)
-        if self._in_line:
-            self._serve_line(clock() + CLIENTS_SECONDS)
-        called = clock()
+        served = timed = called = clock()
+        if self._timers and self._timers[0][0] <= served:
+            self._run_timers(served)
+            timed = called = clock()
+        if self._posted or self._in_line:
+            for _ in range(len(self._posted)):
+                posted, args = self._posted.popleft()
+                posted(*args)
+            if self._in_line:
+                self._serve_line(clock() + CLIENTS_SECONDS)
+            called = clock()
         self.on_turn()
         done = clock()
         while self._flushes:
@@ -7249,7 +7114,8 @@ class Reactor:
         phases["server"] += done - called
         phases["flush"] += ended - done
         self.turns += 1
-        self.slowest_turn_s = max(self.slowest_turn_s, ended - started)
+        if ended - started > self.slowest_turn_s:
+            self.slowest_turn_s = ended - started
         self.on_turned(ended - started)
 
     def _serve_late(self, until: float) -> None:
@@ -7268,18 +7134,25 @@ class Reactor:
                 return
 
     def _flush_clients(self, until: float) -> None:
-        flushes = self._client_flushes
-        while flushes:
-            flushes.popleft()()
-            if flushes and self.now() > until:
-                return
+        flushes, count = self._client_flushes, 0
+        for flush in flushes:           # what is added meanwhile belongs to this turn
+            flush()
+            count += 1
+            if not count % CLOCK_STRIDE and self.now() > until:
+                break
+        del flushes[:count]
 
-    def _run_timers(self) -> None:
-        now = self.now()
+    def _run_timers(self, now: float) -> None:
         while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)[2]
             if timer.callback is not None:
                 timer.callback(*timer.args)
+
+    def _set_date(self, now: float) -> None:
+        """Make the value of the Date header for the rest of this second."""
+        wall_ns = self.wall_ns()
+        self.http_date = formatdate(wall_ns // NS, usegmt=True)
+        self._date_until = now + 1.0 - wall_ns % NS / NS
 
     def _drain_wake(self, mask: int) -> None:
         self._wake_in.read(4096)        # what is left makes it ready again
@@ -7516,7 +7389,7 @@ class HttpRequest:
         else:
             closing = "Connection: keep-alive\r\n" if head.keep_alive else ""
             status_line = "HTTP/1.0" + status_line[8:]
-        date = self.connection.reactor.http_date()
+        date = self.connection.reactor.http_date
         return (
             f"{status_line}{kind}{headers}Date: {date}\r\n{framing}{closing}\r\n".encode("latin-1")
         )
@@ -14042,7 +13915,8 @@ class EtcdServer:
             deliver=self._deliver, removed=removed, round_trip=traffic.round_trip,
             unreachable=self.node.report_unreachable, snapshot_done=self.node.report_snapshot,
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
-            tls=boot.peer_tls, inspector=MemberInspector(self.cluster, self.node.fault),
+            tls=boot.peer_tls,
+            inspector=MemberInspector(self.cluster, self.node.protocol_violation),
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self.do, boot.peer_tls
@@ -14064,7 +13938,7 @@ class EtcdServer:
 
     def _make_node(self, boot: Bootstrap, rng: random.Random) -> RawNode:
         config = RaftConfig(
-            id=boot.member_id, rng=rng, trace=package_logger("raft").info, patient=True,
+            id=boot.member_id, rng=rng, trace=package_logger("raft").info, defer_commit=True,
             election_ticks=max(self.config.election_ms // self.config.heartbeat_ms, 1),
         )
         if boot.bootstrap_entries:
@@ -14260,8 +14134,8 @@ class EtcdServer:
             self._maybe_snapshot()
         self.snapshots.work(self._compact)
         self._leadership.schedule_commit_broadcast()
-        waiting = hub.owed or not refused and (self._queue or self._changes)
-        if waiting or self.store.has_rubbish or self.journal.is_encoding or node.has_ready():
+        waiting = hub.backlog or not refused and (self._queue or self._changes)
+        if waiting or self.store.has_garbage or self.journal.is_encoding or node.has_ready():
             self.reactor.call_soon(_nothing)    # turn again at once: there is more to do
 
     def _propose_queued(self) -> bool:
@@ -14330,7 +14204,7 @@ class EtcdServer:
         del entries[first_part(entries):]
         log = self.node.raft.log
         for entry in entries:
-            if not self.store.is_tidy or not entry.type and not self.applier.prepare(entry):
+            if not self.store.accepts_changes or not entry.type and not self.applier.prepare(entry):
                 break
             if not entry.type:
                 self._apply_normal(entry)
@@ -14430,7 +14304,7 @@ class EtcdServer:
     def _recover(self, snapshot: Snapshot) -> None:
         """A snapshot of the leader is durable here: the store becomes its state."""
         self.snapshots.received(snapshot.index)
-        self.store.become(snapshot.state or StoreState.read(snapshot.data))
+        self.store.install(snapshot.state or StoreState.read(snapshot.data))
         self.cluster.recover()
         self.applier.auth_changes += 1
         text = "recovered from incoming snapshot at index %d"
@@ -15363,7 +15237,7 @@ class Listings:
         before = listing.work_done
         listing.work(max(self._work_left(), 1))
         self._work_done += listing.work_done - before
-        size = sum(map(len, listing.chunks)) if listing.done and listing.lasts else 0
+        size = sum(map(len, listing.chunks)) if listing.done and listing.cacheable else 0
         if size and self._kept_bytes + size <= self.KEPT_BYTES_MAX:
             self._keep(wanted, listing, size)
 
@@ -15664,7 +15538,7 @@ class KeysApi:
         server = self._server
         request.reply_raw(
             f"{self._heads[status]}X-Etcd-Index: {index}\r\nX-Raft-Index: {server.raft_index}\r\n"
-            f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date()}\r\n"
+            f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date}\r\n"
             f"Content-Length: {size}\r\n\r\n".encode("latin-1") + body, more
         )
 
@@ -15871,7 +15745,7 @@ def _where_time_goes(server: EtcdServer) -> Dict[str, object]:
             "proposals_pending": len(server.proposals), "reads_pending": len(server.reads),
             "entries_not_durable": log.last_index - log.stable,
             "entries_not_applied": log.commit - log.applied,
-            "watchers_to_tell": server.store.hub.owed,
+            "watchers_to_tell": server.store.hub.backlog,
         },
     }
 
@@ -20832,7 +20706,7 @@ def _replace_members(store: Store, members: Sequence[Member]) -> None:
     with contextlib.suppress(ValueError):
         if version_key(version) <= version_key(SERVER_VERSION):
             files["/0/version"] = version
-    store.replant("/0", files)
+    store.replace_files("/0", files)
 
 
 # ============================================================================

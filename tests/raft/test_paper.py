@@ -380,7 +380,7 @@ def test_raft_patient_leader_tells_of_a_commit_with_entries_or_when_told_to():
     def told(messages):
         return [(m.to, m.commit, len(m.entries)) for m in messages]
 
-    node = _raft_lead(_raft_node(patient=True))
+    node = _raft_lead(_raft_node(defer_commit=True))
     _raft_sync(node)
     for follower in (2, 3):
         _raft_say(node, MsgType.APP_RESP, follower, index=1)
@@ -399,7 +399,7 @@ def test_raft_patient_leader_tells_of_a_commit_with_entries_or_when_told_to():
 
 def test_raft_patient_leader_tells_a_member_of_its_removal_at_once():
     """A millisecond later it would be no voter any more, and get no messages."""
-    node = _raft_lead(_raft_node(patient=True))
+    node = _raft_lead(_raft_node(defer_commit=True))
     _raft_sync(node)
     for follower in (2, 3):
         _raft_say(node, MsgType.APP_RESP, follower, index=1)
@@ -410,7 +410,7 @@ def test_raft_patient_leader_tells_a_member_of_its_removal_at_once():
 
 
 def test_raft_patient_leader_alone_has_nobody_to_tell():
-    node = _raft_lead(_raft_node(voters=(1,), patient=True))
+    node = _raft_lead(_raft_node(voters=(1,), defer_commit=True))
     _raft_sync(node)
     assert node.raft.log.commit == 1 and not node.commit_unsent
 

@@ -268,6 +268,6 @@ class KeysApi:
         server = self._server
         request.reply_raw(
             f"{self._heads[status]}X-Etcd-Index: {index}\r\nX-Raft-Index: {server.raft_index}\r\n"
-            f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date()}\r\n"
+            f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date}\r\n"
             f"Content-Length: {size}\r\n\r\n".encode("latin-1") + body, more
         )

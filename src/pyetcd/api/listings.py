@@ -131,7 +131,7 @@ class Listings:
         before = listing.work_done
         listing.work(max(self._work_left(), 1))
         self._work_done += listing.work_done - before
-        size = sum(map(len, listing.chunks)) if listing.done and listing.lasts else 0
+        size = sum(map(len, listing.chunks)) if listing.done and listing.cacheable else 0
         if size and self._kept_bytes + size <= self.KEPT_BYTES_MAX:
             self._keep(wanted, listing, size)
 

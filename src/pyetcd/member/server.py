@@ -138,7 +138,8 @@ class EtcdServer:
             deliver=self._deliver, removed=removed, round_trip=traffic.round_trip,
             unreachable=self.node.report_unreachable, snapshot_done=self.node.report_snapshot,
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
-            tls=boot.peer_tls, inspector=MemberInspector(self.cluster, self.node.fault),
+            tls=boot.peer_tls,
+            inspector=MemberInspector(self.cluster, self.node.protocol_violation),
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self.do, boot.peer_tls
@@ -160,7 +161,7 @@ class EtcdServer:
 
     def _make_node(self, boot: Bootstrap, rng: random.Random) -> RawNode:
         config = RaftConfig(
-            id=boot.member_id, rng=rng, trace=package_logger("raft").info, patient=True,
+            id=boot.member_id, rng=rng, trace=package_logger("raft").info, defer_commit=True,
             election_ticks=max(self.config.election_ms // self.config.heartbeat_ms, 1),
         )
         if boot.bootstrap_entries:
@@ -356,8 +357,8 @@ class EtcdServer:
             self._maybe_snapshot()
         self.snapshots.work(self._compact)
         self._leadership.schedule_commit_broadcast()
-        waiting = hub.owed or not refused and (self._queue or self._changes)
-        if waiting or self.store.has_rubbish or self.journal.is_encoding or node.has_ready():
+        waiting = hub.backlog or not refused and (self._queue or self._changes)
+        if waiting or self.store.has_garbage or self.journal.is_encoding or node.has_ready():
             self.reactor.call_soon(_nothing)    # turn again at once: there is more to do
 
     def _propose_queued(self) -> bool:
@@ -426,7 +427,7 @@ class EtcdServer:
         del entries[first_part(entries):]
         log = self.node.raft.log
         for entry in entries:
-            if not self.store.is_tidy or not entry.type and not self.applier.prepare(entry):
+            if not self.store.accepts_changes or not entry.type and not self.applier.prepare(entry):
                 break
             if not entry.type:
                 self._apply_normal(entry)
@@ -526,7 +527,7 @@ class EtcdServer:
     def _recover(self, snapshot: Snapshot) -> None:
         """A snapshot of the leader is durable here: the store becomes its state."""
         self.snapshots.received(snapshot.index)
-        self.store.become(snapshot.state or StoreState.read(snapshot.data))
+        self.store.install(snapshot.state or StoreState.read(snapshot.data))
         self.cluster.recover()
         self.applier.auth_changes += 1
         text = "recovered from incoming snapshot at index %d"

@@ -149,7 +149,7 @@ class RawNode:
         else:
             raft.step(message)
 
-    def fault(self, message: Message) -> str:
+    def protocol_violation(self, message: Message) -> str:
         """Say why no healthy member sends this message to us, or "".
 
         Whatever passes leaves a log that can be read, and a next term that can be written.
@@ -164,9 +164,9 @@ class RawNode:
         if max(message.index, message.commit, message.reject_hint) > INDEX_MAX:
             return "no log has such an index"
         if kind == MsgType.APP:
-            return _append_fault(message)
+            return _append_violation(message)
         if kind == MsgType.SNAP:
-            return _snapshot_fault(message)
+            return _snapshot_violation(message)
         last = raft.log.last_index
         if kind == MsgType.HEARTBEAT and message.term >= raft.term and message.commit > last:
             return (
@@ -227,7 +227,7 @@ class RawNode:
     def broadcast_commit(self) -> None:
         """Tell everybody now."""
         if self.raft.replication.commit_unsent:
-            self.raft.replication.mark_all_unsent()
+            self.raft.replication.mark_all_due()
 
     def has_ready(self) -> bool:
         """Tell whether ready() has something to hand out."""
@@ -290,7 +290,7 @@ def _is_contiguous(message: Message) -> bool:
     return indexes == list(range(first, first + len(indexes)))
 
 
-def _append_fault(message: Message) -> str:
+def _append_violation(message: Message) -> str:
     """Why the entries of a MsgApp make no log, or ""."""
     if not _is_contiguous(message):
         return f"the entries do not follow entry {message.index} one by one"
@@ -300,7 +300,7 @@ def _append_fault(message: Message) -> str:
     return ""
 
 
-def _snapshot_fault(message: Message) -> str:
+def _snapshot_violation(message: Message) -> str:
     snapshot = message.snapshot
     if snapshot is None or not 0 < snapshot.index <= INDEX_MAX:
         return "there is no snapshot in it"
