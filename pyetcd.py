@@ -10699,6 +10699,8 @@ def _reply_error(request: HttpRequest, status: int, text: str, headers: str = ""
 # ============================================================================
 
 
+SERVER_LOG = package_logger("etcdserver")
+
 _KNOWN_CHANGES = frozenset(map(int, ConfChangeType))
 FEATURE_PRE_VOTE = "prevote"        # answers MsgPreVote (3.x)
 FEATURE_READ_INDEX = "readindex"    # answers MsgReadIndex, returns the context of heartbeats
@@ -10846,12 +10848,12 @@ class Cluster:
         if self.version:
             self._check_version(self.version)
         for member in sorted(self.members.values()):
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "added %smember %s [%s] to cluster %s from store", self._local(member.id),
                 format_id(member.id), " ".join(member.peer_urls), format_id(self.id),
             )
         if self.version:
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "set the cluster version to %s from store", self.version.rpartition(".")[0]
             )
 
@@ -10867,7 +10869,7 @@ class Cluster:
         try:
             raft, attributes = (parse_member(utf8(part or "{}"), id) for part in parts)
         except CodecError as error:
-            package_logger("etcdserver").error("member %s is damaged: %s", name, error)
+            SERVER_LOG.error("member %s is damaged: %s", name, error)
             return Member(id, ())
         return attributes._replace(peer_urls=raft.peer_urls)
 
@@ -10937,9 +10939,7 @@ class Cluster:
         self.store.create(f"/0/removed_members/{format_id(id)}", now_ns=now_ns)
         self.members.pop(id, None)
         self.removed.add(id)
-        package_logger("etcdserver").info(
-            "removed member %s from cluster %s", format_id(id), format_id(self.id)
-        )
+        SERVER_LOG.info("removed member %s from cluster %s", format_id(id), format_id(self.id))
 
     def update_raft_attributes(
         self, id: int, peer_urls: Sequence[str], *, now_ns: int = 0
@@ -10962,11 +10962,11 @@ class Cluster:
         Raises InvariantError if this program is older than the cluster.
         """
         self._check_version(version)
-        log, short = package_logger("etcdserver"), version.rpartition(".")[0]
+        short = version.rpartition(".")[0]
         if self.version is None:
-            log.info("set the initial cluster version to %s", short)
+            SERVER_LOG.info("set the initial cluster version to %s", short)
         elif self.version != version:
-            log.info(
+            SERVER_LOG.info(
                 "updated the cluster version from %s to %s", self.version.rpartition(".")[0], short
             )
         self.version = version
@@ -10996,7 +10996,7 @@ class Cluster:
         else:
             return
         if started < size // 2 + 1:
-            package_logger("etcdserver").warning(
+            SERVER_LOG.warning(
                 "Reject %s member request: the number of started member (%d) will be less than"
                 " the quorum number of the cluster (%d)", what, started, size // 2 + 1,
             )
@@ -11006,7 +11006,7 @@ class Cluster:
         return "local " if id == self.local_id else ""
 
     def _log(self, verb: str, id: int, urls: str, preposition: str) -> None:
-        package_logger("etcdserver").info(
+        SERVER_LOG.info(
             "%s %smember %s [%s] %s cluster %s", verb, self._local(id), format_id(id), urls,
             preposition, format_id(self.id),
         )
@@ -11030,7 +11030,7 @@ def check_active(
         what, left, size = "removing", len(active) - 1, len(members) - 1
         is_risky = change_type == ConfChangeType.REMOVE_NODE and id in active
     if is_risky and left < size // 2 + 1:
-        package_logger("etcdserver").warning(
+        SERVER_LOG.warning(
             "not healthy for reconfigure: %s a member leaves %d of %d active", what, left, size
         )
         raise NotEnoughActive(what, left, size)
@@ -11127,7 +11127,7 @@ class Applier:
             try:
                 request = entry.request = read_command(entry.data)
             except CodecError as error:     # in a log from before check_entry(); etcd ends here
-                package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
+                SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
             if request is None:
                 return None
         return self.apply_request(request)
@@ -11200,8 +11200,7 @@ class Applier:
             return self._note_attributes(int(match.group(1), 16), r.val)
         if r.path == "/0/version":
             if not _VERSION_VALUE.fullmatch(r.val):
-                log = package_logger("etcdserver")
-                log.error("ignored a cluster version that is none: %s", r.val)
+                SERVER_LOG.error("ignored a cluster version that is none: %s", r.val)
                 return False            # etcd ends here
             self._cluster.set_version(r.val)
         return True
@@ -11209,14 +11208,12 @@ class Applier:
     def _note_attributes(self, id: int, value: str) -> bool:
         if not self._cluster.is_known(id):
             if not self._cluster.is_removed(id):    # etcd ends here; the store alone is harmless
-                package_logger("etcdserver").warning(
-                    "ignored the attributes of unknown member %s", format_id(id)
-                )
+                SERVER_LOG.warning("ignored the attributes of unknown member %s", format_id(id))
             return False
         try:
             member = parse_member(utf8(value), id)
         except CodecError as error:     # etcd ends here
-            package_logger("etcdserver").error("ignored attributes: %s", error)
+            SERVER_LOG.error("ignored attributes: %s", error)
             return False
         self._cluster.update_attributes(member)
         return True
@@ -11228,7 +11225,7 @@ class Applier:
         except MemberError as error:
             return error.with_traceback(None)       # its frames hold the request
         except (CodecError, EtcdError) as error:        # etcd ends here
-            package_logger("etcdserver").error("ignored a change of members: %s", error)
+            SERVER_LOG.error("ignored a change of members: %s", error)
             return UnknownChange()
         return None
 
@@ -11276,7 +11273,7 @@ def read_change(entry: Entry) -> ConfChange:
     try:
         return decode_conf_change(entry.data)
     except CodecError as error:         # etcd ends here
-        package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
+        SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
         return ConfChange(type=-1)
 
 
@@ -11499,6 +11496,7 @@ class Bootstrap(NamedTuple):
 # ============================================================================
 
 
+AUTH_LOG = package_logger("auth")
 AUTH_PREFIX = "/2"                  # where users and roles lie in the store
 ROOT, GUEST = "root", "guest"       # the user and role that may do all; requests without a name
 PASSWORD_COST = 10                  # of bcrypt: 2**10 rounds, as etcd
@@ -11842,8 +11840,8 @@ class PasswordChecks:
             self._owing[place] = self._owing.get(place, 0) + 1
         if len(self._waiting) > PASSWORD_CHECKS_MAX:        # the last one of the worst level goes
             worst = next(level for level in reversed(self._levels) if level)
-            self._end(worst.popitem()[0], known=False)
-        self._next()
+            self._finish(worst.popitem()[0], known=False)
+        self._start_next()
 
     def _digest(self, *texts: str) -> bytes:
         text = " ".join((*(str(len(text)) for text in texts), *texts))
@@ -11865,15 +11863,15 @@ class PasswordChecks:
             count = 0
         return (count + self._owing.get(place, 0)).bit_length()
 
-    def _next(self) -> None:
-        """Begin the next check, unless one is under way."""
+    def _start_next(self) -> None:
+        """Start the next check, unless one is under way."""
         best = next((number for number, level in enumerate(self._levels) if level), None)
         if self._under_way or best is None:
             return
         wait_s = self._guess_at - self._reactor.now()
         if best and wait_s > 0:
             if self._timer is None:
-                self._timer = self._reactor.call_later(wait_s, self._go_on)
+                self._timer = self._reactor.call_later(wait_s, self._pause_over)
             return
         digest = self._under_way = next(iter(self._levels[best]))
         del self._levels[best][digest]
@@ -11883,18 +11881,17 @@ class PasswordChecks:
             done=self._checked,
         )
 
-    def _go_on(self) -> None:
-        """The pause is over."""
+    def _pause_over(self) -> None:
         self._timer = None
-        self._next()
+        self._start_next()
 
     def _checked(self, error: Optional[BaseException], right: Any) -> None:
         digest, self._under_way = self._under_way, b""
         is_known = error is None and right is not None
         if is_known:
             self._remember(digest, right=right)
-        self._end(digest, known=is_known)
-        self._next()
+        self._finish(digest, known=is_known)
+        self._start_next()
 
     def _remember(self, digest: bytes, *, right: bool) -> None:
         known = self._known[right]
@@ -11914,7 +11911,7 @@ class PasswordChecks:
                 del self._wrong[next(iter(self._wrong))]
             self._wrong[place] = count + 1, now
 
-    def _end(self, digest: bytes, *, known: bool) -> None:
+    def _finish(self, digest: bytes, *, known: bool) -> None:
         for places, done in self._waiting.pop(digest).askers:
             for place in places:
                 self._owing[place] -= 1
@@ -12021,15 +12018,14 @@ class Auth:
             role = self.role(name)
             if role is not None and role.allow(key, write=write, recursive=recursive):
                 return True
-        log = package_logger("auth")
-        log.warning("invalid access for user %s on key %s.", user.name, key)
+        AUTH_LOG.warning("invalid access for user %s on key %s.", user.name, key)
         return False
 
     @staticmethod
     def is_root(user: Optional[User]) -> bool:
         """True if a verified user has the role root."""
         if user is not None and ROOT not in (user.roles or ()):
-            package_logger("auth").warning(
+            AUTH_LOG.warning(
                 "user %s does not have the %s role for this resource.", user.name, ROOT
             )
             return False
@@ -12043,7 +12039,7 @@ def parse_stored_user(name: str, text: str) -> Optional[User]:
         password = go_text(str(value["password"]))
         return User(name, password, string_list(value.get("roles"))).with_root()
     except (ValueError, KeyError, TypeError, AttributeError):
-        package_logger("auth").error("ignored user %s: what is stored is no user", name)
+        AUTH_LOG.error("ignored user %s: what is stored is no user", name)
         return None
 
 
@@ -12053,7 +12049,7 @@ def parse_stored_role(name: str, text: str) -> Optional[Role]:
         kv = load_json(text)["permissions"]["kv"]
         return Role(name, make_permissions(kv.get("read"), kv.get("write")))
     except (ValueError, KeyError, TypeError, AttributeError):
-        package_logger("auth").error("ignored role %s: what is stored is no role", name)
+        AUTH_LOG.error("ignored role %s: what is stored is no role", name)
         return None
 
 
@@ -12116,7 +12112,7 @@ class AuthStore:
         hashed = yield functools.partial(self._auth.checks.passwords.hash, user.password)
         user = user._replace(password=hashed).with_root()
         yield from self._create("user", user)
-        package_logger("auth").info("created user %s", user.name)
+        AUTH_LOG.info("created user %s", user.name)
         return user
 
     def update_user(self, name: str, password: str, grant: Names, revoke: Names) -> Steps:
@@ -12139,13 +12135,13 @@ class AuthStore:
             raise AuthError(403, "Cannot delete root user while auth is enabled.")
         missing = AuthError(404, f"User {name} does not exist")
         yield from self._write(f"/users/{name}", KeyNotFound, missing, method="DELETE")
-        package_logger("auth").info("deleted user %s", name)
+        AUTH_LOG.info("deleted user %s", name)
 
     def create_role(self, role: Role) -> Steps:
         """Return the new role."""
         self._check_role(role.name)
         yield from self._create("role", role)
-        package_logger("auth").info("created new role %s", role.name)
+        AUTH_LOG.info("created new role %s", role.name)
         return role
 
     def update_role(
@@ -12168,26 +12164,25 @@ class AuthStore:
         self._check_role(name)
         missing = AuthError(404, f"Role {name} doesn't exist.")
         yield from self._write(f"/roles/{name}", KeyNotFound, missing, method="DELETE")
-        package_logger("auth").info("deleted role %s", name)
+        AUTH_LOG.info("deleted role %s", name)
 
     def enable(self) -> Steps:
         """Check requests from now on; there must be a root."""
-        log = package_logger("auth")
         if self._auth.enabled:
             raise AuthError(409, "already enabled")
         no_root = AuthError(409, "No root user available, please create one")
         yield from self._read(f"/users/{ROOT}", no_root)
         if self._auth.role(GUEST) is None:
-            log.info("no guest role access found, creating default")
+            AUTH_LOG.info("no guest role access found, creating default")
             yield from self.create_role(Role(GUEST, EVERYTHING))
         yield from self._write("/enabled", val="true", prev_exist=True)
-        log.info("auth: enabled auth")
+        AUTH_LOG.info("auth: enabled auth")
 
     def disable(self) -> Steps:
         if not self._auth.enabled:
             raise AuthError(409, "already disabled")
         yield from self._write("/enabled", val="false", prev_exist=True)
-        package_logger("auth").info("auth: disabled auth")
+        AUTH_LOG.info("auth: disabled auth")
 
     @staticmethod
     def _check_role(name: str) -> None:
@@ -12221,7 +12216,7 @@ class AuthStore:
                 prev_index=index,
             ))
             if not isinstance(result, EtcdError):
-                package_logger("auth").info("updated %s %s", kind, name)
+                AUTH_LOG.info("updated %s %s", kind, name)
                 return new
 
     def _read(self, path: str, missing: AuthError) -> Steps:
@@ -12878,14 +12873,14 @@ class WalWriter:
         if job.snapshot is not None:
             steps.append(functools.partial(self._snapshotter.save, job.snapshot))
         if job.data:
-            steps.append(functools.partial(self._write, job.data))
+            steps.append(functools.partial(self._write_frames, job.data))
         if job.cut is not None:
             steps.append(functools.partial(self._wal.cut, job.cut))
         if job.release_to:
             steps.append(functools.partial(self._wal.release_to, job.release_to))
         return steps
 
-    def _write(self, data: Sequence[bytes]) -> None:
+    def _write_frames(self, data: Sequence[bytes]) -> None:
         now = self._reactor.now
         started = now()
         self._wal.write(*data, sync=True)
@@ -12977,7 +12972,7 @@ class Journal:
 
     def submit(self) -> None:
         """Give the writer the next batch if it is idle; a commit index alone waits for company."""
-        self._go_on()
+        self._encode_on()
         if self._record is not None and not self.busy:
             self._write_record(*self._record)
         while not self.busy:
@@ -12987,7 +12982,7 @@ class Journal:
                     return
                 self._batch = Batch()
             if batch.must_sync:
-                self._write(batch)
+                self._write_batch(batch)
                 return
             if self._batch.hard_state is None:      # it travels with the next one that syncs
                 self._batch.hard_state = batch.hard_state
@@ -13006,7 +13001,7 @@ class Journal:
 
         self._record = None
         record = self._wal.encode_snapshot(snapshot_id)
-        self._visit(WalJob(record, None, (), None, 0, written))
+        self._submit_job(WalJob(record, None, (), None, 0, written))
 
     def release(self, index: int) -> None:
         """Unlock the segments that only hold entries before `index`, with the next batch."""
@@ -13015,18 +13010,18 @@ class Journal:
     def close(self) -> None:
         """Write all batches, and end the writer.  Blocks for the last sync."""
         while self._steps is not None:
-            self._go_on()
+            self._encode_on()
         for batch in (*self._waiting, self._batch):
-            self.writer.submit(finish(self._job(batch, _nothing)))
+            self.writer.submit(finish(self._encode_job(batch, _nothing)))
         self.writer.stop()
 
-    def _write(self, batch: Batch) -> None:
+    def _write_batch(self, batch: Batch) -> None:
         """Write a batch; a long one in parts, which the next turns encode."""
         self.busy = True
         self._steps = self._write_steps(batch)
-        self._go_on()
+        self._encode_on()
 
-    def _go_on(self) -> None:
+    def _encode_on(self) -> None:
         if self._steps is not None and next(self._steps, self) is self:
             self._steps = None
 
@@ -13037,7 +13032,7 @@ class Journal:
             self.batch_entries.observe(count)
             data = yield from self._wal.encode_steps(None, entries[:count])
             del entries[:count]
-            self._visit(WalJob(b"", None, data, None, 0, _nothing))
+            self._submit_job(WalJob(b"", None, data, None, 0, _nothing))
             yield
             count = first_part(entries)
 
@@ -13048,14 +13043,14 @@ class Journal:
             self._durable(batch)
 
         self.batch_entries.observe(count)
-        self._visit((yield from self._job(batch, written)))
+        self._submit_job((yield from self._encode_job(batch, written)))
 
-    def _visit(self, job: WalJob) -> None:
+    def _submit_job(self, job: WalJob) -> None:
         self.busy = True
         self.visits += 1
         self.writer.submit(job)
 
-    def _job(
+    def _encode_job(
         self, batch: Batch, done: Callable[[], None]
     ) -> Generator[None, None, WalJob]:
         record = b""
@@ -13185,7 +13180,7 @@ class SnapshotKeeper:
         if lent:
             self._receivers, self._waiting = self._waiting, []
         else:
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "start to snapshot (applied: %d, lastsnap: %d)", applied.index, self.index
             )
             self.nodes = len(store)
@@ -13238,14 +13233,14 @@ class SnapshotKeeper:
         started = self._job.started
         self.work_durations.observe(self._job.work_seconds)
         self._job, self._saving = None, True
-        self._journal.record_snapshot(file.id, lambda: self._write(file, started))
+        self._journal.record_snapshot(file.id, lambda: self._write_file(file, started))
 
-    def _write(self, file: SnapshotFile, started: float) -> None:
+    def _write_file(self, file: SnapshotFile, started: float) -> None:
         """Write the file, after its record is in the log, on another thread: the log must go on."""
         def done(error: Optional[BaseException], _: Any) -> None:
             self._saving = False
             if isinstance(error, (DiskFull, WorkersBusy)):
-                package_logger("etcdserver").error("no snapshot could be saved: %s", error)
+                SERVER_LOG.error("no snapshot could be saved: %s", error)
                 self._not_before = self._reactor.now() + PURGE_SECONDS
                 return
             if error is not None:
@@ -13253,7 +13248,7 @@ class SnapshotKeeper:
                 return
             self.save_durations.observe(self._reactor.now() - started)
             index = file.id.index
-            package_logger("etcdserver").info("saved snapshot at index %d", index)
+            SERVER_LOG.info("saved snapshot at index %d", index)
             self._cache = None
             if index > self.index:
                 self.index = index
@@ -13281,14 +13276,14 @@ class SnapshotKeeper:
     def _loaded(self, error: Optional[BaseException], snapshot: Any) -> None:
         self._loading = False
         if error is not None:
-            package_logger("etcdserver").error("cannot read the snapshot file: %s", error)
+            SERVER_LOG.error("cannot read the snapshot file: %s", error)
             return
         self._cache = snapshot
         # A damaged file was put aside: the one read is older, and the next one is due sooner.
         self.index = min(self.index, snapshot.index if snapshot is not None else 0)
-        self._reactor.call_later(30.0, self._forget)
+        self._reactor.call_later(30.0, self._drop_cache)
 
-    def _forget(self) -> None:
+    def _drop_cache(self) -> None:
         self._cache = None
 
 
@@ -13306,27 +13301,27 @@ class Proposals:
     def __init__(self, timeout_s: float) -> None:
         self.failed = 0                 # timed out, or refused as one too many
         self.timeout_s = timeout_s
-        self._done: Dict[int, Done] = {}
+        self._callbacks: Dict[int, Done] = {}
         self._deadlines: Deque[Tuple[float, int]] = collections.deque()
 
     def __len__(self) -> int:
-        return len(self._done)
+        return len(self._callbacks)
 
     def __contains__(self, request_id: object) -> bool:
-        return request_id in self._done
+        return request_id in self._callbacks
 
     def add(self, request_id: int, done: Done, now: float) -> bool:
         """Call done(result) when the entry with this id is applied, or fails; False: too many."""
-        if len(self._done) >= PROPOSALS_PENDING_MAX:
+        if len(self._callbacks) >= PROPOSALS_PENDING_MAX:
             self.failed += 1
             return False
-        self._done[request_id] = done
+        self._callbacks[request_id] = done
         self._deadlines.append((now + self.timeout_s, request_id))
         return True
 
     def pop(self, request_id: int) -> Optional[Done]:
         """Forget a request and return its callback; None if it is no request of this member."""
-        return self._done.pop(request_id, None)
+        return self._callbacks.pop(request_id, None)
 
     def expire(self, now: float, error: Callable[[float], EtcdError]) -> int:
         """Fail requests that waited too long with error(start time); return how many.
@@ -13335,10 +13330,10 @@ class Proposals:
         """
         deadlines, expired = self._deadlines, 0
         while expired < WORK_ENTRIES_MAX and deadlines and (
-            deadlines[0][0] <= now or deadlines[0][1] not in self._done
+            deadlines[0][0] <= now or deadlines[0][1] not in self._callbacks
         ):
             deadline, request_id = deadlines.popleft()
-            done = self._done.pop(request_id, None)
+            done = self._callbacks.pop(request_id, None)
             if done is not None:
                 expired += 1
                 self.failed += 1
@@ -13347,8 +13342,8 @@ class Proposals:
 
     def fail_all(self, error: EtcdError) -> None:
         self._deadlines.clear()
-        while self._done:
-            self._done.popitem()[1](error)
+        while self._callbacks:
+            self._callbacks.popitem()[1](error)
 
 
 class LateProposals:
@@ -13545,7 +13540,7 @@ class Leadership:
             if id != raft.id and progress.match_index > beyond and self._active_since(id) > 0
         ), default=(0, 0))[1]
         if transferee:
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "leadership transfer %s -> %s", format_id(raft.id), format_id(transferee)
             )
             self._node.transfer_leader(transferee)
@@ -13585,7 +13580,7 @@ class Leadership:
         self._visit = visit
         if self._visit_ticks >= raft.config.election_ticks and not raft.transferee:
             if self.transfer(beyond=raft.log.stable):
-                package_logger("etcdserver").warning(
+                SERVER_LOG.warning(
                     "stepped aside: the disk has not answered for %d ms",
                     round(self._visit_ticks * self._heartbeat_s * 1000),
                 )
@@ -13626,20 +13621,19 @@ def publish(
     done: Callable[[], None],
 ) -> None:
     """Publish this member's name and client URLs, again until it is applied; then call done()."""
-    log = package_logger("etcdserver")
 
     def applied(result: Any) -> None:
         if isinstance(result, ServerStopped):
             return
         if isinstance(result, EtcdError):
-            log.error("publish error: %s", result.cause)
+            SERVER_LOG.error("publish error: %s", result.cause)
             reactor.call_later(
                 SYNC_SECONDS, publish, config, cluster, member_id, reactor, propose, done
             )
             return
         done()
         _check_peer_urls(config, cluster.members.get(member_id))
-        log.info(
+        SERVER_LOG.info(
             "published {Name:%s ClientURLs:[%s]} to cluster %s", config.name,
             " ".join(config.advertise_client_urls), format_id(cluster.id),
         )
@@ -13664,7 +13658,7 @@ def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:
         url.endswith(":0") for url in config.listen_peer_urls
     )
     if given != member.peer_urls and is_chosen:
-        package_logger("etcdserver").warning(
+        SERVER_LOG.warning(
             "-initial-advertise-peer-urls %s does nothing: the other members know this one by"
             " %s; change that with PUT /v2/members/%s", ",".join(given),
             ",".join(member.peer_urls), format_id(member.id),
@@ -13740,13 +13734,12 @@ class VersionMonitor:
             self._propose_version(MIN_CLUSTER_VERSION, current)
 
     def _propose_version(self, wanted: str, current: Optional[str]) -> None:
-        log = package_logger("etcdserver")
         short = wanted.rpartition(".")[0]
         if current:
             before = current.rpartition(".")[0]
-            log.info("updating the cluster version from %s to %s", before, short)
+            SERVER_LOG.info("updating the cluster version from %s to %s", before, short)
         else:
-            log.info("setting up the initial cluster version to %s", short)
+            SERVER_LOG.info("setting up the initial cluster version to %s", short)
         self.stop()
         self._propose(Request(method="PUT", path="/0/version", val=wanted), lambda result: None)
         self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
@@ -13816,7 +13809,7 @@ def purge_periodically(
     def purged(error: Optional[BaseException], _: Any) -> None:
         reactor.call_later(PURGE_SECONDS, purge_periodically, reactor, disk, kept)
         if error is not None:
-            package_logger("etcdserver").error("cannot remove old files: %s", error)
+            SERVER_LOG.error("cannot remove old files: %s", error)
 
     reactor.run_blocking(purge, kind=FILE_WORK, done=purged)
 
@@ -13836,7 +13829,7 @@ def purge_periodically(
 #       :
 #     EtcdServer._propose_queued
 #     RawNode.propose                 one MsgProp
-#     Raft.step  -- follower -->      Raft._follower_prop --> the leader's RawNode.step
+#     Raft.step  -- follower -->      Raft._forward_prop --> the leader's RawNode.step
 #       | leader
 #     Raft._leader_prop
 #     Raft._append_own                gives each Entry its term and index
@@ -14001,11 +13994,11 @@ class EtcdServer:
 
     def _disk_full(self, why: str) -> None:
         """The log cannot grow (`why`), or can again (""): reads go on, nothing is lost."""
-        self.no_space, log = why, package_logger("etcdserver")
+        self.no_space = why
         if not why:
-            log.warning("the log can be written again")
+            SERVER_LOG.warning("the log can be written again")
             return
-        log.error("%s; writes are refused until there is space again", why)
+        SERVER_LOG.error("%s; writes are refused until there is space again", why)
         cause = f"etcdserver: {why}; the change may still be made when there is space again"
         self.proposals.fail_all(RequestTimeout(cause))
 
@@ -14298,7 +14291,7 @@ class EtcdServer:
         log = self.node.raft.log
         self.node.compact(min(index, log.offset + COMPACT_SLICE_ENTRIES))
         if log.offset == index:
-            package_logger("etcdserver").info("compacted raft log at %d", index)
+            SERVER_LOG.info("compacted raft log at %d", index)
         return log.offset >= index
 
     def _recover(self, snapshot: Snapshot) -> None:
@@ -14307,8 +14300,7 @@ class EtcdServer:
         self.store.install(snapshot.state or StoreState.read(snapshot.data))
         self.cluster.recover()
         self.applier.auth_changes += 1
-        text = "recovered from incoming snapshot at index %d"
-        package_logger("etcdserver").info(text, snapshot.index)
+        SERVER_LOG.info("recovered from incoming snapshot at index %d", snapshot.index)
         self.transport.remove_all()
         self._connect_others()
         self.raft_index, self.raft_term = snapshot.index, snapshot.term

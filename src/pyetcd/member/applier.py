@@ -21,7 +21,6 @@ from ..base.codec import (
     decode_request_head,
 )
 from ..base.errors import CodecError, EtcdError, MemberError, RaftInternal, UnknownChange
-from ..base.ids import package_logger
 from ..base.limits import PATH_COST_MAX, SERVER_VERSION
 from ..base.messages import ConfChange, ConfChangeType, Entry, EntryType, Message, MsgType, Request
 from ..base.text import load_json, utf8
@@ -29,7 +28,7 @@ from ..base.urls import check_advertised_url
 from ..peer.transport import MessageInspector
 from ..store.events import Event
 from ..store.tree import Store, StoreState
-from .cluster import Cluster, format_id, parse_member, version_key
+from .cluster import SERVER_LOG, Cluster, format_id, parse_member, version_key
 
 _ATTRIBUTES_PATH = re.compile(r"/0/members/([0-9a-fA-F]{1,16})/attributes")
 _VERSION_VALUE = re.compile(r"[0-9]{1,9}\.[0-9]{1,9}\.[0-9]{1,9}")
@@ -88,7 +87,7 @@ class Applier:
             try:
                 request = entry.request = read_command(entry.data)
             except CodecError as error:     # in a log from before check_entry(); etcd ends here
-                package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
+                SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
             if request is None:
                 return None
         return self.apply_request(request)
@@ -161,8 +160,7 @@ class Applier:
             return self._note_attributes(int(match.group(1), 16), r.val)
         if r.path == "/0/version":
             if not _VERSION_VALUE.fullmatch(r.val):
-                log = package_logger("etcdserver")
-                log.error("ignored a cluster version that is none: %s", r.val)
+                SERVER_LOG.error("ignored a cluster version that is none: %s", r.val)
                 return False            # etcd ends here
             self._cluster.set_version(r.val)
         return True
@@ -170,14 +168,12 @@ class Applier:
     def _note_attributes(self, id: int, value: str) -> bool:
         if not self._cluster.is_known(id):
             if not self._cluster.is_removed(id):    # etcd ends here; the store alone is harmless
-                package_logger("etcdserver").warning(
-                    "ignored the attributes of unknown member %s", format_id(id)
-                )
+                SERVER_LOG.warning("ignored the attributes of unknown member %s", format_id(id))
             return False
         try:
             member = parse_member(utf8(value), id)
         except CodecError as error:     # etcd ends here
-            package_logger("etcdserver").error("ignored attributes: %s", error)
+            SERVER_LOG.error("ignored attributes: %s", error)
             return False
         self._cluster.update_attributes(member)
         return True
@@ -189,7 +185,7 @@ class Applier:
         except MemberError as error:
             return error.with_traceback(None)       # its frames hold the request
         except (CodecError, EtcdError) as error:        # etcd ends here
-            package_logger("etcdserver").error("ignored a change of members: %s", error)
+            SERVER_LOG.error("ignored a change of members: %s", error)
             return UnknownChange()
         return None
 
@@ -237,7 +233,7 @@ def read_change(entry: Entry) -> ConfChange:
     try:
         return decode_conf_change(entry.data)
     except CodecError as error:         # etcd ends here
-        package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
+        SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
         return ConfChange(type=-1)
 
 

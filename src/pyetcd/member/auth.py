@@ -10,7 +10,6 @@ import functools
 from typing import Any, Callable, Dict, Generator, List, NamedTuple, Optional, Tuple, Type, Union
 
 from ..base.errors import EtcdError, KeyNotFound, NodeExists, RaftInternal
-from ..base.ids import package_logger
 from ..base.messages import Request
 from ..base.text import json_string, json_text, load_json, text_of, utf8
 from ..net.http_messages import HttpHead
@@ -21,6 +20,7 @@ from ..store.tree import Store
 from .applier import Applier
 from .passwords import (
     _TRY_AGAIN,
+    AUTH_LOG,
     AUTH_NAME_BYTES_MAX,
     AUTH_PREFIX,
     EVERYTHING,
@@ -124,15 +124,14 @@ class Auth:
             role = self.role(name)
             if role is not None and role.allow(key, write=write, recursive=recursive):
                 return True
-        log = package_logger("auth")
-        log.warning("invalid access for user %s on key %s.", user.name, key)
+        AUTH_LOG.warning("invalid access for user %s on key %s.", user.name, key)
         return False
 
     @staticmethod
     def is_root(user: Optional[User]) -> bool:
         """True if a verified user has the role root."""
         if user is not None and ROOT not in (user.roles or ()):
-            package_logger("auth").warning(
+            AUTH_LOG.warning(
                 "user %s does not have the %s role for this resource.", user.name, ROOT
             )
             return False
@@ -146,7 +145,7 @@ def parse_stored_user(name: str, text: str) -> Optional[User]:
         password = go_text(str(value["password"]))
         return User(name, password, string_list(value.get("roles"))).with_root()
     except (ValueError, KeyError, TypeError, AttributeError):
-        package_logger("auth").error("ignored user %s: what is stored is no user", name)
+        AUTH_LOG.error("ignored user %s: what is stored is no user", name)
         return None
 
 
@@ -156,7 +155,7 @@ def parse_stored_role(name: str, text: str) -> Optional[Role]:
         kv = load_json(text)["permissions"]["kv"]
         return Role(name, make_permissions(kv.get("read"), kv.get("write")))
     except (ValueError, KeyError, TypeError, AttributeError):
-        package_logger("auth").error("ignored role %s: what is stored is no role", name)
+        AUTH_LOG.error("ignored role %s: what is stored is no role", name)
         return None
 
 
@@ -219,7 +218,7 @@ class AuthStore:
         hashed = yield functools.partial(self._auth.checks.passwords.hash, user.password)
         user = user._replace(password=hashed).with_root()
         yield from self._create("user", user)
-        package_logger("auth").info("created user %s", user.name)
+        AUTH_LOG.info("created user %s", user.name)
         return user
 
     def update_user(self, name: str, password: str, grant: Names, revoke: Names) -> Steps:
@@ -242,13 +241,13 @@ class AuthStore:
             raise AuthError(403, "Cannot delete root user while auth is enabled.")
         missing = AuthError(404, f"User {name} does not exist")
         yield from self._write(f"/users/{name}", KeyNotFound, missing, method="DELETE")
-        package_logger("auth").info("deleted user %s", name)
+        AUTH_LOG.info("deleted user %s", name)
 
     def create_role(self, role: Role) -> Steps:
         """Return the new role."""
         self._check_role(role.name)
         yield from self._create("role", role)
-        package_logger("auth").info("created new role %s", role.name)
+        AUTH_LOG.info("created new role %s", role.name)
         return role
 
     def update_role(
@@ -271,26 +270,25 @@ class AuthStore:
         self._check_role(name)
         missing = AuthError(404, f"Role {name} doesn't exist.")
         yield from self._write(f"/roles/{name}", KeyNotFound, missing, method="DELETE")
-        package_logger("auth").info("deleted role %s", name)
+        AUTH_LOG.info("deleted role %s", name)
 
     def enable(self) -> Steps:
         """Check requests from now on; there must be a root."""
-        log = package_logger("auth")
         if self._auth.enabled:
             raise AuthError(409, "already enabled")
         no_root = AuthError(409, "No root user available, please create one")
         yield from self._read(f"/users/{ROOT}", no_root)
         if self._auth.role(GUEST) is None:
-            log.info("no guest role access found, creating default")
+            AUTH_LOG.info("no guest role access found, creating default")
             yield from self.create_role(Role(GUEST, EVERYTHING))
         yield from self._write("/enabled", val="true", prev_exist=True)
-        log.info("auth: enabled auth")
+        AUTH_LOG.info("auth: enabled auth")
 
     def disable(self) -> Steps:
         if not self._auth.enabled:
             raise AuthError(409, "already disabled")
         yield from self._write("/enabled", val="false", prev_exist=True)
-        package_logger("auth").info("auth: disabled auth")
+        AUTH_LOG.info("auth: disabled auth")
 
     @staticmethod
     def _check_role(name: str) -> None:
@@ -324,7 +322,7 @@ class AuthStore:
                 prev_index=index,
             ))
             if not isinstance(result, EtcdError):
-                package_logger("auth").info("updated %s %s", kind, name)
+                AUTH_LOG.info("updated %s %s", kind, name)
                 return new
 
     def _read(self, path: str, missing: AuthError) -> Steps:

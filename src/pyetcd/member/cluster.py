@@ -37,6 +37,8 @@ from ..base.text import as_unicode, go_quote, json_text, load_json, utf8
 from ..base.urls import check_url
 from ..store.tree import Store
 
+SERVER_LOG = package_logger("etcdserver")
+
 _KNOWN_CHANGES = frozenset(map(int, ConfChangeType))
 FEATURE_PRE_VOTE = "prevote"        # answers MsgPreVote (3.x)
 FEATURE_READ_INDEX = "readindex"    # answers MsgReadIndex, returns the context of heartbeats
@@ -184,12 +186,12 @@ class Cluster:
         if self.version:
             self._check_version(self.version)
         for member in sorted(self.members.values()):
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "added %smember %s [%s] to cluster %s from store", self._local(member.id),
                 format_id(member.id), " ".join(member.peer_urls), format_id(self.id),
             )
         if self.version:
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "set the cluster version to %s from store", self.version.rpartition(".")[0]
             )
 
@@ -205,7 +207,7 @@ class Cluster:
         try:
             raft, attributes = (parse_member(utf8(part or "{}"), id) for part in parts)
         except CodecError as error:
-            package_logger("etcdserver").error("member %s is damaged: %s", name, error)
+            SERVER_LOG.error("member %s is damaged: %s", name, error)
             return Member(id, ())
         return attributes._replace(peer_urls=raft.peer_urls)
 
@@ -275,9 +277,7 @@ class Cluster:
         self.store.create(f"/0/removed_members/{format_id(id)}", now_ns=now_ns)
         self.members.pop(id, None)
         self.removed.add(id)
-        package_logger("etcdserver").info(
-            "removed member %s from cluster %s", format_id(id), format_id(self.id)
-        )
+        SERVER_LOG.info("removed member %s from cluster %s", format_id(id), format_id(self.id))
 
     def update_raft_attributes(
         self, id: int, peer_urls: Sequence[str], *, now_ns: int = 0
@@ -300,11 +300,11 @@ class Cluster:
         Raises InvariantError if this program is older than the cluster.
         """
         self._check_version(version)
-        log, short = package_logger("etcdserver"), version.rpartition(".")[0]
+        short = version.rpartition(".")[0]
         if self.version is None:
-            log.info("set the initial cluster version to %s", short)
+            SERVER_LOG.info("set the initial cluster version to %s", short)
         elif self.version != version:
-            log.info(
+            SERVER_LOG.info(
                 "updated the cluster version from %s to %s", self.version.rpartition(".")[0], short
             )
         self.version = version
@@ -334,7 +334,7 @@ class Cluster:
         else:
             return
         if started < size // 2 + 1:
-            package_logger("etcdserver").warning(
+            SERVER_LOG.warning(
                 "Reject %s member request: the number of started member (%d) will be less than"
                 " the quorum number of the cluster (%d)", what, started, size // 2 + 1,
             )
@@ -344,7 +344,7 @@ class Cluster:
         return "local " if id == self.local_id else ""
 
     def _log(self, verb: str, id: int, urls: str, preposition: str) -> None:
-        package_logger("etcdserver").info(
+        SERVER_LOG.info(
             "%s %smember %s [%s] %s cluster %s", verb, self._local(id), format_id(id), urls,
             preposition, format_id(self.id),
         )
@@ -368,7 +368,7 @@ def check_active(
         what, left, size = "removing", len(active) - 1, len(members) - 1
         is_risky = change_type == ConfChangeType.REMOVE_NODE and id in active
     if is_risky and left < size // 2 + 1:
-        package_logger("etcdserver").warning(
+        SERVER_LOG.warning(
             "not healthy for reconfigure: %s a member leaves %d of %d active", what, left, size
         )
         raise NotEnoughActive(what, left, size)

@@ -124,14 +124,14 @@ class WalWriter:
         if job.snapshot is not None:
             steps.append(functools.partial(self._snapshotter.save, job.snapshot))
         if job.data:
-            steps.append(functools.partial(self._write, job.data))
+            steps.append(functools.partial(self._write_frames, job.data))
         if job.cut is not None:
             steps.append(functools.partial(self._wal.cut, job.cut))
         if job.release_to:
             steps.append(functools.partial(self._wal.release_to, job.release_to))
         return steps
 
-    def _write(self, data: Sequence[bytes]) -> None:
+    def _write_frames(self, data: Sequence[bytes]) -> None:
         now = self._reactor.now
         started = now()
         self._wal.write(*data, sync=True)
@@ -223,7 +223,7 @@ class Journal:
 
     def submit(self) -> None:
         """Give the writer the next batch if it is idle; a commit index alone waits for company."""
-        self._go_on()
+        self._encode_on()
         if self._record is not None and not self.busy:
             self._write_record(*self._record)
         while not self.busy:
@@ -233,7 +233,7 @@ class Journal:
                     return
                 self._batch = Batch()
             if batch.must_sync:
-                self._write(batch)
+                self._write_batch(batch)
                 return
             if self._batch.hard_state is None:      # it travels with the next one that syncs
                 self._batch.hard_state = batch.hard_state
@@ -252,7 +252,7 @@ class Journal:
 
         self._record = None
         record = self._wal.encode_snapshot(snapshot_id)
-        self._visit(WalJob(record, None, (), None, 0, written))
+        self._submit_job(WalJob(record, None, (), None, 0, written))
 
     def release(self, index: int) -> None:
         """Unlock the segments that only hold entries before `index`, with the next batch."""
@@ -261,18 +261,18 @@ class Journal:
     def close(self) -> None:
         """Write all batches, and end the writer.  Blocks for the last sync."""
         while self._steps is not None:
-            self._go_on()
+            self._encode_on()
         for batch in (*self._waiting, self._batch):
-            self.writer.submit(finish(self._job(batch, _nothing)))
+            self.writer.submit(finish(self._encode_job(batch, _nothing)))
         self.writer.stop()
 
-    def _write(self, batch: Batch) -> None:
+    def _write_batch(self, batch: Batch) -> None:
         """Write a batch; a long one in parts, which the next turns encode."""
         self.busy = True
         self._steps = self._write_steps(batch)
-        self._go_on()
+        self._encode_on()
 
-    def _go_on(self) -> None:
+    def _encode_on(self) -> None:
         if self._steps is not None and next(self._steps, self) is self:
             self._steps = None
 
@@ -283,7 +283,7 @@ class Journal:
             self.batch_entries.observe(count)
             data = yield from self._wal.encode_steps(None, entries[:count])
             del entries[:count]
-            self._visit(WalJob(b"", None, data, None, 0, _nothing))
+            self._submit_job(WalJob(b"", None, data, None, 0, _nothing))
             yield
             count = first_part(entries)
 
@@ -294,14 +294,14 @@ class Journal:
             self._durable(batch)
 
         self.batch_entries.observe(count)
-        self._visit((yield from self._job(batch, written)))
+        self._submit_job((yield from self._encode_job(batch, written)))
 
-    def _visit(self, job: WalJob) -> None:
+    def _submit_job(self, job: WalJob) -> None:
         self.busy = True
         self.visits += 1
         self.writer.submit(job)
 
-    def _job(
+    def _encode_job(
         self, batch: Batch, done: Callable[[], None]
     ) -> Generator[None, None, WalJob]:
         record = b""

@@ -14,7 +14,7 @@ from ..base.messages import ConfChange, ConfChangeType, Entry, EntryType
 from ..net.reactor import Reactor
 from ..raft.core import RaftRole
 from ..raft.node import RawNode
-from .cluster import format_id
+from .cluster import SERVER_LOG, format_id
 from .configuration import ServerConfig
 from .journal import Journal
 from .waiting import Proposals
@@ -117,7 +117,7 @@ class Leadership:
             if id != raft.id and progress.match_index > beyond and self._active_since(id) > 0
         ), default=(0, 0))[1]
         if transferee:
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "leadership transfer %s -> %s", format_id(raft.id), format_id(transferee)
             )
             self._node.transfer_leader(transferee)
@@ -157,7 +157,7 @@ class Leadership:
         self._visit = visit
         if self._visit_ticks >= raft.config.election_ticks and not raft.transferee:
             if self.transfer(beyond=raft.log.stable):
-                package_logger("etcdserver").warning(
+                SERVER_LOG.warning(
                     "stepped aside: the disk has not answered for %d ms",
                     round(self._visit_ticks * self._heartbeat_s * 1000),
                 )

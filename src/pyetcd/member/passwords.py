@@ -12,10 +12,12 @@ import secrets
 import sys
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
+from ..base.ids import package_logger
 from ..base.text import utf8
 from ..net.reactor import Reactor
 from ..net.workers import PASSWORD_WORK, Complaints, Timer
 
+AUTH_LOG = package_logger("auth")
 AUTH_PREFIX = "/2"                  # where users and roles lie in the store
 ROOT, GUEST = "root", "guest"       # the user and role that may do all; requests without a name
 PASSWORD_COST = 10                  # of bcrypt: 2**10 rounds, as etcd
@@ -359,8 +361,8 @@ class PasswordChecks:
             self._owing[place] = self._owing.get(place, 0) + 1
         if len(self._waiting) > PASSWORD_CHECKS_MAX:        # the last one of the worst level goes
             worst = next(level for level in reversed(self._levels) if level)
-            self._end(worst.popitem()[0], known=False)
-        self._next()
+            self._finish(worst.popitem()[0], known=False)
+        self._start_next()
 
     def _digest(self, *texts: str) -> bytes:
         text = " ".join((*(str(len(text)) for text in texts), *texts))
@@ -382,15 +384,15 @@ class PasswordChecks:
             count = 0
         return (count + self._owing.get(place, 0)).bit_length()
 
-    def _next(self) -> None:
-        """Begin the next check, unless one is under way."""
+    def _start_next(self) -> None:
+        """Start the next check, unless one is under way."""
         best = next((number for number, level in enumerate(self._levels) if level), None)
         if self._under_way or best is None:
             return
         wait_s = self._guess_at - self._reactor.now()
         if best and wait_s > 0:
             if self._timer is None:
-                self._timer = self._reactor.call_later(wait_s, self._go_on)
+                self._timer = self._reactor.call_later(wait_s, self._pause_over)
             return
         digest = self._under_way = next(iter(self._levels[best]))
         del self._levels[best][digest]
@@ -400,18 +402,17 @@ class PasswordChecks:
             done=self._checked,
         )
 
-    def _go_on(self) -> None:
-        """The pause is over."""
+    def _pause_over(self) -> None:
         self._timer = None
-        self._next()
+        self._start_next()
 
     def _checked(self, error: Optional[BaseException], right: Any) -> None:
         digest, self._under_way = self._under_way, b""
         is_known = error is None and right is not None
         if is_known:
             self._remember(digest, right=right)
-        self._end(digest, known=is_known)
-        self._next()
+        self._finish(digest, known=is_known)
+        self._start_next()
 
     def _remember(self, digest: bytes, *, right: bool) -> None:
         known = self._known[right]
@@ -431,7 +432,7 @@ class PasswordChecks:
                 del self._wrong[next(iter(self._wrong))]
             self._wrong[place] = count + 1, now
 
-    def _end(self, digest: bytes, *, known: bool) -> None:
+    def _finish(self, digest: bytes, *, known: bool) -> None:
         for places, done in self._waiting.pop(digest).askers:
             for place in places:
                 self._owing[place] -= 1

@@ -12,7 +12,7 @@ The way of a PUT, from HTTP to the log, to the disk, to the store, and back:
       :
     EtcdServer._propose_queued
     RawNode.propose                 one MsgProp
-    Raft.step  -- follower -->      Raft._follower_prop --> the leader's RawNode.step
+    Raft.step  -- follower -->      Raft._forward_prop --> the leader's RawNode.step
       | leader
     Raft._leader_prop
     Raft._append_own                gives each Entry its term and index
@@ -78,7 +78,7 @@ from ..raft.node import RawNode, Ready
 from ..raft.replication import RaftConfig
 from ..store.tree import StoreState
 from .applier import Applier, MemberInspector, read_change
-from .cluster import FEATURE_PRE_VOTE, FEATURE_READ_INDEX, Member, check_active
+from .cluster import FEATURE_PRE_VOTE, FEATURE_READ_INDEX, SERVER_LOG, Member, check_active
 from .configuration import Bootstrap, ServerConfig
 from .journal import WORK_ENTRIES_MAX, Batch, Journal, WalWriter, first_part
 from .leadership import Leadership
@@ -224,11 +224,11 @@ class EtcdServer:
 
     def _disk_full(self, why: str) -> None:
         """The log cannot grow (`why`), or can again (""): reads go on, nothing is lost."""
-        self.no_space, log = why, package_logger("etcdserver")
+        self.no_space = why
         if not why:
-            log.warning("the log can be written again")
+            SERVER_LOG.warning("the log can be written again")
             return
-        log.error("%s; writes are refused until there is space again", why)
+        SERVER_LOG.error("%s; writes are refused until there is space again", why)
         cause = f"etcdserver: {why}; the change may still be made when there is space again"
         self.proposals.fail_all(RequestTimeout(cause))
 
@@ -521,7 +521,7 @@ class EtcdServer:
         log = self.node.raft.log
         self.node.compact(min(index, log.offset + COMPACT_SLICE_ENTRIES))
         if log.offset == index:
-            package_logger("etcdserver").info("compacted raft log at %d", index)
+            SERVER_LOG.info("compacted raft log at %d", index)
         return log.offset >= index
 
     def _recover(self, snapshot: Snapshot) -> None:
@@ -530,8 +530,7 @@ class EtcdServer:
         self.store.install(snapshot.state or StoreState.read(snapshot.data))
         self.cluster.recover()
         self.applier.auth_changes += 1
-        text = "recovered from incoming snapshot at index %d"
-        package_logger("etcdserver").info(text, snapshot.index)
+        SERVER_LOG.info("recovered from incoming snapshot at index %d", snapshot.index)
         self.transport.remove_all()
         self._connect_others()
         self.raft_index, self.raft_term = snapshot.index, snapshot.term

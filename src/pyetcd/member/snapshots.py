@@ -8,13 +8,13 @@ from ..base.basics import _nothing
 from ..base.checksums import CRC_BLOCK_BYTES, crc32c
 from ..base.codec import encode_snapshot_around
 from ..base.errors import DiskFull
-from ..base.ids import package_logger
 from ..base.limits import PURGE_SECONDS, SNAPSHOT_CATCHUP_ENTRIES
 from ..base.messages import EntryID, Snapshot
 from ..disk.snapshots import SnapshotFile, Snapshotter
 from ..net.reactor import Reactor
 from ..net.workers import FILE_WORK, WorkersBusy
 from ..store.tree import Store
+from .cluster import SERVER_LOG
 from .journal import Journal
 from .statistics import Histogram, exponential_bounds
 
@@ -131,7 +131,7 @@ class SnapshotKeeper:
         if lent:
             self._receivers, self._waiting = self._waiting, []
         else:
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "start to snapshot (applied: %d, lastsnap: %d)", applied.index, self.index
             )
             self.nodes = len(store)
@@ -184,14 +184,14 @@ class SnapshotKeeper:
         started = self._job.started
         self.work_durations.observe(self._job.work_seconds)
         self._job, self._saving = None, True
-        self._journal.record_snapshot(file.id, lambda: self._write(file, started))
+        self._journal.record_snapshot(file.id, lambda: self._write_file(file, started))
 
-    def _write(self, file: SnapshotFile, started: float) -> None:
+    def _write_file(self, file: SnapshotFile, started: float) -> None:
         """Write the file, after its record is in the log, on another thread: the log must go on."""
         def done(error: Optional[BaseException], _: Any) -> None:
             self._saving = False
             if isinstance(error, (DiskFull, WorkersBusy)):
-                package_logger("etcdserver").error("no snapshot could be saved: %s", error)
+                SERVER_LOG.error("no snapshot could be saved: %s", error)
                 self._not_before = self._reactor.now() + PURGE_SECONDS
                 return
             if error is not None:
@@ -199,7 +199,7 @@ class SnapshotKeeper:
                 return
             self.save_durations.observe(self._reactor.now() - started)
             index = file.id.index
-            package_logger("etcdserver").info("saved snapshot at index %d", index)
+            SERVER_LOG.info("saved snapshot at index %d", index)
             self._cache = None
             if index > self.index:
                 self.index = index
@@ -227,12 +227,12 @@ class SnapshotKeeper:
     def _loaded(self, error: Optional[BaseException], snapshot: Any) -> None:
         self._loading = False
         if error is not None:
-            package_logger("etcdserver").error("cannot read the snapshot file: %s", error)
+            SERVER_LOG.error("cannot read the snapshot file: %s", error)
             return
         self._cache = snapshot
         # A damaged file was put aside: the one read is older, and the next one is due sooner.
         self.index = min(self.index, snapshot.index if snapshot is not None else 0)
-        self._reactor.call_later(30.0, self._forget)
+        self._reactor.call_later(30.0, self._drop_cache)
 
-    def _forget(self) -> None:
+    def _drop_cache(self) -> None:
         self._cache = None

@@ -6,7 +6,6 @@ import functools
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from ..base.errors import EtcdError, ServerStopped
-from ..base.ids import package_logger
 from ..base.limits import (
     DEFAULT_PEER_URLS,
     MIN_CLUSTER_VERSION,
@@ -26,7 +25,7 @@ from ..net.workers import FILE_WORK, Timer
 from ..peer.compatibility import ANSWER_BYTES_MAX
 from ..peer.streams import Answer
 from ..store.tree import Store
-from .cluster import FEATURES, Cluster, Member, format_id, version_key
+from .cluster import FEATURES, SERVER_LOG, Cluster, Member, format_id, version_key
 from .configuration import ServerConfig
 from .waiting import Done
 
@@ -38,20 +37,19 @@ def publish(
     done: Callable[[], None],
 ) -> None:
     """Publish this member's name and client URLs, again until it is applied; then call done()."""
-    log = package_logger("etcdserver")
 
     def applied(result: Any) -> None:
         if isinstance(result, ServerStopped):
             return
         if isinstance(result, EtcdError):
-            log.error("publish error: %s", result.cause)
+            SERVER_LOG.error("publish error: %s", result.cause)
             reactor.call_later(
                 SYNC_SECONDS, publish, config, cluster, member_id, reactor, propose, done
             )
             return
         done()
         _check_peer_urls(config, cluster.members.get(member_id))
-        log.info(
+        SERVER_LOG.info(
             "published {Name:%s ClientURLs:[%s]} to cluster %s", config.name,
             " ".join(config.advertise_client_urls), format_id(cluster.id),
         )
@@ -76,7 +74,7 @@ def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:
         url.endswith(":0") for url in config.listen_peer_urls
     )
     if given != member.peer_urls and is_chosen:
-        package_logger("etcdserver").warning(
+        SERVER_LOG.warning(
             "-initial-advertise-peer-urls %s does nothing: the other members know this one by"
             " %s; change that with PUT /v2/members/%s", ",".join(given),
             ",".join(member.peer_urls), format_id(member.id),
@@ -152,13 +150,12 @@ class VersionMonitor:
             self._propose_version(MIN_CLUSTER_VERSION, current)
 
     def _propose_version(self, wanted: str, current: Optional[str]) -> None:
-        log = package_logger("etcdserver")
         short = wanted.rpartition(".")[0]
         if current:
             before = current.rpartition(".")[0]
-            log.info("updating the cluster version from %s to %s", before, short)
+            SERVER_LOG.info("updating the cluster version from %s to %s", before, short)
         else:
-            log.info("setting up the initial cluster version to %s", short)
+            SERVER_LOG.info("setting up the initial cluster version to %s", short)
         self.stop()
         self._propose(Request(method="PUT", path="/0/version", val=wanted), lambda result: None)
         self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
@@ -228,6 +225,6 @@ def purge_periodically(
     def purged(error: Optional[BaseException], _: Any) -> None:
         reactor.call_later(PURGE_SECONDS, purge_periodically, reactor, disk, kept)
         if error is not None:
-            package_logger("etcdserver").error("cannot remove old files: %s", error)
+            SERVER_LOG.error("cannot remove old files: %s", error)
 
     reactor.run_blocking(purge, kind=FILE_WORK, done=purged)

@@ -21,27 +21,27 @@ class Proposals:
     def __init__(self, timeout_s: float) -> None:
         self.failed = 0                 # timed out, or refused as one too many
         self.timeout_s = timeout_s
-        self._done: Dict[int, Done] = {}
+        self._callbacks: Dict[int, Done] = {}
         self._deadlines: Deque[Tuple[float, int]] = collections.deque()
 
     def __len__(self) -> int:
-        return len(self._done)
+        return len(self._callbacks)
 
     def __contains__(self, request_id: object) -> bool:
-        return request_id in self._done
+        return request_id in self._callbacks
 
     def add(self, request_id: int, done: Done, now: float) -> bool:
         """Call done(result) when the entry with this id is applied, or fails; False: too many."""
-        if len(self._done) >= PROPOSALS_PENDING_MAX:
+        if len(self._callbacks) >= PROPOSALS_PENDING_MAX:
             self.failed += 1
             return False
-        self._done[request_id] = done
+        self._callbacks[request_id] = done
         self._deadlines.append((now + self.timeout_s, request_id))
         return True
 
     def pop(self, request_id: int) -> Optional[Done]:
         """Forget a request and return its callback; None if it is no request of this member."""
-        return self._done.pop(request_id, None)
+        return self._callbacks.pop(request_id, None)
 
     def expire(self, now: float, error: Callable[[float], EtcdError]) -> int:
         """Fail requests that waited too long with error(start time); return how many.
@@ -50,10 +50,10 @@ class Proposals:
         """
         deadlines, expired = self._deadlines, 0
         while expired < WORK_ENTRIES_MAX and deadlines and (
-            deadlines[0][0] <= now or deadlines[0][1] not in self._done
+            deadlines[0][0] <= now or deadlines[0][1] not in self._callbacks
         ):
             deadline, request_id = deadlines.popleft()
-            done = self._done.pop(request_id, None)
+            done = self._callbacks.pop(request_id, None)
             if done is not None:
                 expired += 1
                 self.failed += 1
@@ -62,8 +62,8 @@ class Proposals:
 
     def fail_all(self, error: EtcdError) -> None:
         self._deadlines.clear()
-        while self._done:
-            self._done.popitem()[1](error)
+        while self._callbacks:
+            self._callbacks.popitem()[1](error)
 
 
 class LateProposals:
