@@ -159,7 +159,6 @@ from struct import unpack_from as _unpack_from
 from typing import (
     Any,
     Callable,
-    Collection,
     Container,
     Deque,
     Dict,
@@ -10704,7 +10703,7 @@ SERVER_LOG = package_logger("etcdserver")
 _KNOWN_CHANGES = frozenset(map(int, ConfChangeType))
 FEATURE_PRE_VOTE = "prevote"        # answers MsgPreVote (3.x)
 FEATURE_READ_INDEX = "readindex"    # answers MsgReadIndex, returns the context of heartbeats
-FEATURES = (FEATURE_PRE_VOTE, FEATURE_READ_INDEX)   # what this program publishes as a member
+FEATURES = (FEATURE_PRE_VOTE, FEATURE_READ_INDEX)   # that this program publishes
 
 
 class Member(NamedTuple):
@@ -10723,7 +10722,7 @@ class Member(NamedTuple):
 
     def context_json(self) -> str:
         """Return the JSON of conf changes and of the peers' /members: decimal id, no empty part."""
-        fields: Dict[str, Any] = {"id": self.id, "peerURLs": self.peer_urls}
+        fields: Dict[str, object] = {"id": self.id, "peerURLs": self.peer_urls}
         if self.name:
             fields["name"] = self.name
         if self.client_urls:
@@ -10815,7 +10814,7 @@ class Cluster:
         self._store = store
 
     @classmethod
-    def from_initial(cls, token: str, initial: Mapping[str, Sequence[str]]) -> Cluster:
+    def from_initial(cls, token: str, initial: Mapping[str, Iterable[str]]) -> Cluster:
         """Return a new cluster of the members in `initial`.  Raises ValueError if ids collide."""
         cluster = cls(token)
         for name, urls in initial.items():
@@ -10905,7 +10904,7 @@ class Cluster:
         """
         id = change.node_id
         if change.type not in _KNOWN_CHANGES:
-            raise UnknownChange()       # of a newer etcd; 2.3 ends here
+            raise UnknownChange()       # of a newer etcd; 2.3 exits here
         if id in self.removed:
             raise MemberRemoved()
         known = self.is_known(id)
@@ -10942,7 +10941,7 @@ class Cluster:
         SERVER_LOG.info("removed member %s from cluster %s", format_id(id), format_id(self.id))
 
     def update_raft_attributes(
-        self, id: int, peer_urls: Sequence[str], *, now_ns: int = 0
+        self, id: int, peer_urls: Iterable[str], *, now_ns: int = 0
     ) -> None:
         """Apply: a member has new peer URLs.  One store index."""
         member = self.members[id]._replace(peer_urls=tuple(peer_urls))
@@ -11002,6 +11001,28 @@ class Cluster:
             )
             raise NotEnoughStarted({"add": "adding", "remove": "removing"}[what], started, size)
 
+    def check_active(
+        self, change_type: ConfChangeType, id: int, active_since: Callable[[int], float]
+    ) -> None:
+        """Raise NotEnoughActive if a change leaves too few reachable members for a quorum.
+
+        A member that is down may always be removed.  Source: etcd 3 server.go, mayRemoveMember.
+        Differs from it: active now is enough, it needs no 5 s, and one more may be added while
+        others are down if all that are up will be a quorum.
+        """
+        active = {each for each in self.members if each == self.local_id or active_since(each) > 0}
+        if change_type == ConfChangeType.ADD_NODE:
+            what, left, size = "adding", len(active), len(self.members) + 1
+            is_risky = size > 2             # a cluster of one must be able to grow
+        else:
+            what, left, size = "removing", len(active) - 1, len(self.members) - 1
+            is_risky = change_type == ConfChangeType.REMOVE_NODE and id in active
+        if is_risky and left < size // 2 + 1:
+            SERVER_LOG.warning(
+                "not healthy for reconfigure: %s a member leaves %d of %d active", what, left, size
+            )
+            raise NotEnoughActive(what, left, size)
+
     def _local(self, id: int) -> str:
         return "local " if id == self.local_id else ""
 
@@ -11010,30 +11031,6 @@ class Cluster:
             "%s %smember %s [%s] %s cluster %s", verb, self._local(id), format_id(id), urls,
             preposition, format_id(self.id),
         )
-
-
-def check_active(
-    change_type: ConfChangeType, id: int, own_id: int, members: Collection[int],
-    active_since: Callable[[int], float],
-) -> None:
-    """Raise NotEnoughActive if a change leaves too few members that can be reached for a quorum.
-
-    A member that is down may always be removed.  Source: etcd 3 server.go, mayRemoveMember.
-    Differs from it: active now is enough, it needs no 5 s, and one more may be added while others
-    are down if all that are up will be a quorum.
-    """
-    active = {member for member in members if member == own_id or active_since(member) > 0}
-    if change_type == ConfChangeType.ADD_NODE:
-        what, left, size = "adding", len(active), len(members) + 1
-        is_risky = size > 2             # a cluster of one must be able to grow
-    else:
-        what, left, size = "removing", len(active) - 1, len(members) - 1
-        is_risky = change_type == ConfChangeType.REMOVE_NODE and id in active
-    if is_risky and left < size // 2 + 1:
-        SERVER_LOG.warning(
-            "not healthy for reconfigure: %s a member leaves %d of %d active", what, left, size
-        )
-        raise NotEnoughActive(what, left, size)
 
 
 def version_key(version: str) -> Tuple[int, int]:
@@ -11126,7 +11123,7 @@ class Applier:
                 return None
             try:
                 request = entry.request = read_command(entry.data)
-            except CodecError as error:     # in a log from before check_entry(); etcd ends here
+            except CodecError as error:     # in a log from before check_entry(); etcd exits here
                 SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
             if request is None:
                 return None
@@ -11201,18 +11198,18 @@ class Applier:
         if r.path == "/0/version":
             if not _VERSION_VALUE.fullmatch(r.val):
                 SERVER_LOG.error("ignored a cluster version that is none: %s", r.val)
-                return False            # etcd ends here
+                return False            # etcd exits here
             self._cluster.set_version(r.val)
         return True
 
     def _note_attributes(self, id: int, value: str) -> bool:
         if not self._cluster.is_known(id):
-            if not self._cluster.is_removed(id):    # etcd ends here; the store alone is harmless
+            if not self._cluster.is_removed(id):    # etcd exits here; the store alone is harmless
                 SERVER_LOG.warning("ignored the attributes of unknown member %s", format_id(id))
             return False
         try:
             member = parse_member(utf8(value), id)
-        except CodecError as error:     # etcd ends here
+        except CodecError as error:     # etcd exits here
             SERVER_LOG.error("ignored attributes: %s", error)
             return False
         self._cluster.update_attributes(member)
@@ -11224,7 +11221,7 @@ class Applier:
             self._change_cluster(change)
         except MemberError as error:
             return error.with_traceback(None)       # its frames hold the request
-        except (CodecError, EtcdError) as error:        # etcd ends here
+        except (CodecError, EtcdError) as error:        # etcd exits here
             SERVER_LOG.error("ignored a change of members: %s", error)
             return UnknownChange()
         return None
@@ -11272,7 +11269,7 @@ def read_change(entry: Entry) -> ConfChange:
     """Return the change in an entry; one of unknown type for garbage from before check_entry()."""
     try:
         return decode_conf_change(entry.data)
-    except CodecError as error:         # etcd ends here
+    except CodecError as error:         # etcd exits here
         SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
         return ConfChange(type=-1)
 
@@ -11505,8 +11502,8 @@ AUTH_NAME_BYTES_MAX = 1_024         # of a user or role; above: a bad request, a
 PASSWORD_CHECKS_MAX = 1_024         # waiting to be verified; above: 503 for the worst guesser
 PASSWORDS_KNOWN_MAX = 10_000        # right ones, and as many wrong ones; above: forgotten
 PASSWORD_SECONDS_MAX = 30.0         # for one check; above: given up, 503
-WRONG_PASSWORD_PAUSE_SECONDS = 0.1  # before the next check of a sender that was wrong lately
-WRONG_PASSWORD_SECONDS = 60.0       # without a wrong one; then a sender is as good as any
+WRONG_PASSWORD_PAUSE_SECONDS = 0.1  # before the next check of a sender with wrong ones lately
+WRONG_PASSWORD_SECONDS = 60.0       # without a wrong one; then a sender counts as new
 GUESSERS_MAX = 10_000               # remembered; above: the oldest is forgotten
 
 
@@ -11760,7 +11757,7 @@ class Passwords:
 
 
 _TRY_AGAIN = "; see the log of this member, and try again"
-_DECOY = "$2a$10$" + 53 * "."       # of a system whose users have no hash of ours
+_DECOY = "$2a$10$" + 53 * "."       # where root has no hash to imitate
 
 
 class Sender(NamedTuple):
@@ -11803,12 +11800,12 @@ class PasswordChecks:
         self._reactor = reactor
         self._key = os.urandom(32)
         self._known: Dict[bool, Dict[bytes, None]] = {True: {}, False: {}}
-        self._waiting: Dict[bytes, PasswordCheck] = {}      # by digest, with the one under way
-        self._levels: List[Dict[bytes, None]] = [{} for _ in range(self.LEVELS)]    # without it
-        self._under_way = b""           # its digest
-        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # by sender, by host: how often; last
-        self._owing: Dict[bytes, int] = {}                  # by sender, by host: how many wait
-        self._guess_at = 0.0            # not before that: one of level 1 or above
+        self._waiting: Dict[bytes, PasswordCheck] = {}      # by digest; also the one under way
+        self._levels: List[Dict[bytes, None]] = [{} for _ in range(self.LEVELS)]    # digests
+        self._under_way = b""           # the digest of the running check
+        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # sender or host -> number; last
+        self._pending: Dict[bytes, int] = {}                # sender or host -> its checks
+        self._guess_at = 0.0            # no check above level 0 starts before
         self._timer: Optional[Timer] = None
 
     def known(self, user: str, stored: str, password: str) -> Optional[bool]:
@@ -11837,8 +11834,8 @@ class PasswordChecks:
             self._levels[level][digest] = None
         check.askers.append(((origin, host), done))
         for place in (origin, host):
-            self._owing[place] = self._owing.get(place, 0) + 1
-        if len(self._waiting) > PASSWORD_CHECKS_MAX:        # the last one of the worst level goes
+            self._pending[place] = self._pending.get(place, 0) + 1
+        if len(self._waiting) > PASSWORD_CHECKS_MAX:        # drop the last of the worst level
             worst = next(level for level in reversed(self._levels) if level)
             self._finish(worst.popitem()[0], known=False)
         self._start_next()
@@ -11861,7 +11858,7 @@ class PasswordChecks:
         count, last = self._wrong.get(place, (0, 0.0))
         if last < self._reactor.now() - WRONG_PASSWORD_SECONDS:
             count = 0
-        return (count + self._owing.get(place, 0)).bit_length()
+        return (count + self._pending.get(place, 0)).bit_length()
 
     def _start_next(self) -> None:
         """Start the next check, unless one is under way."""
@@ -11914,9 +11911,9 @@ class PasswordChecks:
     def _finish(self, digest: bytes, *, known: bool) -> None:
         for places, done in self._waiting.pop(digest).askers:
             for place in places:
-                self._owing[place] -= 1
-                if not self._owing[place]:
-                    del self._owing[place]
+                self._pending[place] -= 1
+                if not self._pending[place]:
+                    del self._pending[place]
             done(known)
 
 
@@ -11971,7 +11968,7 @@ class Auth:
     def _record(self, kind: str, name: str, parse: Callable[[str, str], Any]) -> Any:
         self._refresh()
         key = kind, name
-        if key not in self._records:    # those that do not exist are not remembered
+        if key not in self._records:    # missing records are not remembered
             stored = self._store.value(f"{AUTH_PREFIX}/{kind}/{name}")
             if not stored:
                 return None
@@ -12347,7 +12344,7 @@ class Guard:
             answer(request)
             return
         credential = parse_credential(head.headers["authorization"])
-        assert credential is not None   # else there were a verdict
+        assert credential is not None   # without one there is a verdict
 
         def checked(known: bool) -> None:
             if known:
@@ -12366,7 +12363,7 @@ class Guard:
 # ============================================================================
 
 
-RATE_SAMPLES_MAX = 200              # append messages that the rates of /v2/stats/self look at
+RATE_SAMPLES_MAX = 200              # append messages behind the rates of /v2/stats/self
 RATE_SECONDS_MAX = 1.0              # after this long without a message the rates are 0
 
 
@@ -12459,7 +12456,7 @@ class FollowerStats:
     def __init__(self) -> None:
         self.successes = self.fails = 0
         self.current = self.total = self.squares = self.maximum = 0.0
-        self.minimum = float(1 << 63)   # what etcd shows before the first success
+        self.minimum = float(1 << 63)   # as etcd before the first success
 
     def json(self) -> str:
         count = self.successes or 1
@@ -12516,9 +12513,9 @@ class ServerCounts:
     SLOW_APPLY_SECONDS = 0.1            # etcd 3's limit
 
     def __init__(self, heartbeat_s: float) -> None:
-        self.leader_changes = 0         # a leader became known that was not the one before
+        self.leader_changes = 0         # leaders that became known
         self.slow_applies = 0
-        self.late_heartbeats = 0        # to each follower, sent a period late or more
+        self.late_heartbeats = 0        # to each follower, a period late or more
         self.turn_durations = Histogram(exponential_bounds(0.0001, 14))     # of the reactor, s
         self._heartbeat_s = heartbeat_s
         self._ticked_at = 0.0
@@ -12665,7 +12662,7 @@ class Metrics:
     """Named counters, readings and histograms, and their text for Prometheus (version 0.0.4)."""
 
     def __init__(self) -> None:
-        self.before_text: Callable[[], None] = _nothing     # counts what was not counted yet
+        self.before_text: Callable[[], None] = _nothing     # makes the counts complete
         self._families: Dict[str, Tuple[str, Family]] = {}
 
     def add(self, name: str, help: str, family: Family) -> None:
@@ -13124,7 +13121,7 @@ class SnapshotJob:
 SnapshotReceiver = Callable[[SnapshotFile, int], None]  # gets a snapshot, and its etcd index
 
 
-SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms, however often; above, see is_due
+SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms; more nodes: see is_due
 
 
 class SnapshotKeeper:
@@ -13149,8 +13146,8 @@ class SnapshotKeeper:
         self._receivers: List[SnapshotReceiver] = []    # that get it, instead of the disk
         self._waiting: List[SnapshotReceiver] = []      # that get the next one
         self._saving = False                        # the walk is over, the file not yet there
-        self._compact_to = 0                        # entries up to here are needed no more
-        self._not_before = 0.0                      # the disk was full: begin no other (monotonic)
+        self._compact_to = 0                        # entries up to here may be dropped
+        self._not_before = 0.0                      # no new one while the disk is full (monotonic)
         self._cache: Optional[Snapshot] = None      # the newest file, while followers want it
         self._loading = False
 
@@ -13354,8 +13351,8 @@ class LateProposals:
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
-        self._entries: Deque[Tuple[float, Entry]] = collections.deque()     # until when
-        self._bytes = 0                 # in them
+        self._entries: Deque[Tuple[float, Entry]] = collections.deque()     # with deadlines
+        self._bytes = 0                 # of their data
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -13391,12 +13388,12 @@ class QuorumReads:
     """
 
     def __init__(self, member_id: int, first_id: int) -> None:
-        self.enabled = False            # every member can answer; else the log must do
+        self.enabled = False            # every member can answer; else reads go through the log
         self._member_id = member_id
-        self._question = first_id       # number of the last one: no two of one member are equal
+        self._question = first_id       # number of the last one, unique for this member
         self._waiting: List[Request] = []
         self._asked: List[Request] = []     # those of the question under way
-        self._index = 0                 # its answer: served when so much is applied; 0: not known
+        self._index = 0                 # its answer: the index to apply before; 0: not known
         self._ticks = 0                 # since it was asked
 
     def __len__(self) -> int:
@@ -13921,8 +13918,8 @@ class EtcdServer:
         self._removed = removed
         self._published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
-        self._queued_bytes = 0                  # in them
-        self._changes: List[ConfChange] = []    # likewise
+        self._queued_bytes = 0                  # of their data
+        self._changes: List[ConfChange] = []    # proposed changes of members, likewise
         self._late_proposals = LateProposals(2 * config.election_ms / 1000)
         self._timers: List[Timer] = []
         for member in boot.remotes:
@@ -14054,8 +14051,7 @@ class EtcdServer:
         if self.config.strict_reconfig_check:
             try:
                 self.cluster.check_strict(change_type, member.id)
-                check_active(change_type, member.id, self.member_id, self.cluster.members,
-                             self.transport.active_since)
+                self.cluster.check_active(change_type, member.id, self.transport.active_since)
             except ReconfigurationRefused as error:
                 done(error)
                 return
@@ -14207,7 +14203,7 @@ class EtcdServer:
                 return
         log.applied_to(self.raft_index)
         if log.applied < log.commit:
-            self.reactor.call_soon(_nothing)    # more than one turn's worth: go on at once
+            self.reactor.call_soon(_nothing)    # more work than for one turn: turn again at once
         self._maybe_campaign_alone()
         self._maybe_snapshot()
 
@@ -14218,7 +14214,7 @@ class EtcdServer:
         request = entry.request
         if request is None:
             if not entry.data and self.is_leader:
-                self.versions.start()           # our term's first entry: we really lead
+                self.versions.start()           # the first entry of our term is committed
             return
         entry.request = None                    # the log keeps the bytes only
         done = self.proposals.pop(request.id)

@@ -86,7 +86,7 @@ class Applier:
                 return None
             try:
                 request = entry.request = read_command(entry.data)
-            except CodecError as error:     # in a log from before check_entry(); etcd ends here
+            except CodecError as error:     # in a log from before check_entry(); etcd exits here
                 SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
             if request is None:
                 return None
@@ -161,18 +161,18 @@ class Applier:
         if r.path == "/0/version":
             if not _VERSION_VALUE.fullmatch(r.val):
                 SERVER_LOG.error("ignored a cluster version that is none: %s", r.val)
-                return False            # etcd ends here
+                return False            # etcd exits here
             self._cluster.set_version(r.val)
         return True
 
     def _note_attributes(self, id: int, value: str) -> bool:
         if not self._cluster.is_known(id):
-            if not self._cluster.is_removed(id):    # etcd ends here; the store alone is harmless
+            if not self._cluster.is_removed(id):    # etcd exits here; the store alone is harmless
                 SERVER_LOG.warning("ignored the attributes of unknown member %s", format_id(id))
             return False
         try:
             member = parse_member(utf8(value), id)
-        except CodecError as error:     # etcd ends here
+        except CodecError as error:     # etcd exits here
             SERVER_LOG.error("ignored attributes: %s", error)
             return False
         self._cluster.update_attributes(member)
@@ -184,7 +184,7 @@ class Applier:
             self._change_cluster(change)
         except MemberError as error:
             return error.with_traceback(None)       # its frames hold the request
-        except (CodecError, EtcdError) as error:        # etcd ends here
+        except (CodecError, EtcdError) as error:        # etcd exits here
             SERVER_LOG.error("ignored a change of members: %s", error)
             return UnknownChange()
         return None
@@ -232,7 +232,7 @@ def read_change(entry: Entry) -> ConfChange:
     """Return the change in an entry; one of unknown type for garbage from before check_entry()."""
     try:
         return decode_conf_change(entry.data)
-    except CodecError as error:         # etcd ends here
+    except CodecError as error:         # etcd exits here
         SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
         return ConfChange(type=-1)
 

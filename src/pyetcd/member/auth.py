@@ -77,7 +77,7 @@ class Auth:
     def _record(self, kind: str, name: str, parse: Callable[[str, str], Any]) -> Any:
         self._refresh()
         key = kind, name
-        if key not in self._records:    # those that do not exist are not remembered
+        if key not in self._records:    # missing records are not remembered
             stored = self._store.value(f"{AUTH_PREFIX}/{kind}/{name}")
             if not stored:
                 return None
@@ -453,7 +453,7 @@ class Guard:
             answer(request)
             return
         credential = parse_credential(head.headers["authorization"])
-        assert credential is not None   # else there were a verdict
+        assert credential is not None   # without one there is a verdict
 
         def checked(known: bool) -> None:
             if known:

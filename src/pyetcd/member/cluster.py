@@ -4,20 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import (
-    Any,
-    Callable,
-    Collection,
-    Dict,
-    Iterable,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-)
+from typing import Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 from ..base.errors import (
     CodecError,
@@ -42,7 +29,7 @@ SERVER_LOG = package_logger("etcdserver")
 _KNOWN_CHANGES = frozenset(map(int, ConfChangeType))
 FEATURE_PRE_VOTE = "prevote"        # answers MsgPreVote (3.x)
 FEATURE_READ_INDEX = "readindex"    # answers MsgReadIndex, returns the context of heartbeats
-FEATURES = (FEATURE_PRE_VOTE, FEATURE_READ_INDEX)   # what this program publishes as a member
+FEATURES = (FEATURE_PRE_VOTE, FEATURE_READ_INDEX)   # that this program publishes
 
 
 class Member(NamedTuple):
@@ -61,7 +48,7 @@ class Member(NamedTuple):
 
     def context_json(self) -> str:
         """Return the JSON of conf changes and of the peers' /members: decimal id, no empty part."""
-        fields: Dict[str, Any] = {"id": self.id, "peerURLs": self.peer_urls}
+        fields: Dict[str, object] = {"id": self.id, "peerURLs": self.peer_urls}
         if self.name:
             fields["name"] = self.name
         if self.client_urls:
@@ -153,7 +140,7 @@ class Cluster:
         self._store = store
 
     @classmethod
-    def from_initial(cls, token: str, initial: Mapping[str, Sequence[str]]) -> Cluster:
+    def from_initial(cls, token: str, initial: Mapping[str, Iterable[str]]) -> Cluster:
         """Return a new cluster of the members in `initial`.  Raises ValueError if ids collide."""
         cluster = cls(token)
         for name, urls in initial.items():
@@ -243,7 +230,7 @@ class Cluster:
         """
         id = change.node_id
         if change.type not in _KNOWN_CHANGES:
-            raise UnknownChange()       # of a newer etcd; 2.3 ends here
+            raise UnknownChange()       # of a newer etcd; 2.3 exits here
         if id in self.removed:
             raise MemberRemoved()
         known = self.is_known(id)
@@ -280,7 +267,7 @@ class Cluster:
         SERVER_LOG.info("removed member %s from cluster %s", format_id(id), format_id(self.id))
 
     def update_raft_attributes(
-        self, id: int, peer_urls: Sequence[str], *, now_ns: int = 0
+        self, id: int, peer_urls: Iterable[str], *, now_ns: int = 0
     ) -> None:
         """Apply: a member has new peer URLs.  One store index."""
         member = self.members[id]._replace(peer_urls=tuple(peer_urls))
@@ -340,6 +327,28 @@ class Cluster:
             )
             raise NotEnoughStarted({"add": "adding", "remove": "removing"}[what], started, size)
 
+    def check_active(
+        self, change_type: ConfChangeType, id: int, active_since: Callable[[int], float]
+    ) -> None:
+        """Raise NotEnoughActive if a change leaves too few reachable members for a quorum.
+
+        A member that is down may always be removed.  Source: etcd 3 server.go, mayRemoveMember.
+        Differs from it: active now is enough, it needs no 5 s, and one more may be added while
+        others are down if all that are up will be a quorum.
+        """
+        active = {each for each in self.members if each == self.local_id or active_since(each) > 0}
+        if change_type == ConfChangeType.ADD_NODE:
+            what, left, size = "adding", len(active), len(self.members) + 1
+            is_risky = size > 2             # a cluster of one must be able to grow
+        else:
+            what, left, size = "removing", len(active) - 1, len(self.members) - 1
+            is_risky = change_type == ConfChangeType.REMOVE_NODE and id in active
+        if is_risky and left < size // 2 + 1:
+            SERVER_LOG.warning(
+                "not healthy for reconfigure: %s a member leaves %d of %d active", what, left, size
+            )
+            raise NotEnoughActive(what, left, size)
+
     def _local(self, id: int) -> str:
         return "local " if id == self.local_id else ""
 
@@ -348,30 +357,6 @@ class Cluster:
             "%s %smember %s [%s] %s cluster %s", verb, self._local(id), format_id(id), urls,
             preposition, format_id(self.id),
         )
-
-
-def check_active(
-    change_type: ConfChangeType, id: int, own_id: int, members: Collection[int],
-    active_since: Callable[[int], float],
-) -> None:
-    """Raise NotEnoughActive if a change leaves too few members that can be reached for a quorum.
-
-    A member that is down may always be removed.  Source: etcd 3 server.go, mayRemoveMember.
-    Differs from it: active now is enough, it needs no 5 s, and one more may be added while others
-    are down if all that are up will be a quorum.
-    """
-    active = {member for member in members if member == own_id or active_since(member) > 0}
-    if change_type == ConfChangeType.ADD_NODE:
-        what, left, size = "adding", len(active), len(members) + 1
-        is_risky = size > 2             # a cluster of one must be able to grow
-    else:
-        what, left, size = "removing", len(active) - 1, len(members) - 1
-        is_risky = change_type == ConfChangeType.REMOVE_NODE and id in active
-    if is_risky and left < size // 2 + 1:
-        SERVER_LOG.warning(
-            "not healthy for reconfigure: %s a member leaves %d of %d active", what, left, size
-        )
-        raise NotEnoughActive(what, left, size)
 
 
 def version_key(version: str) -> Tuple[int, int]:

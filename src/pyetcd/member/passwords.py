@@ -26,8 +26,8 @@ AUTH_NAME_BYTES_MAX = 1_024         # of a user or role; above: a bad request, a
 PASSWORD_CHECKS_MAX = 1_024         # waiting to be verified; above: 503 for the worst guesser
 PASSWORDS_KNOWN_MAX = 10_000        # right ones, and as many wrong ones; above: forgotten
 PASSWORD_SECONDS_MAX = 30.0         # for one check; above: given up, 503
-WRONG_PASSWORD_PAUSE_SECONDS = 0.1  # before the next check of a sender that was wrong lately
-WRONG_PASSWORD_SECONDS = 60.0       # without a wrong one; then a sender is as good as any
+WRONG_PASSWORD_PAUSE_SECONDS = 0.1  # before the next check of a sender with wrong ones lately
+WRONG_PASSWORD_SECONDS = 60.0       # without a wrong one; then a sender counts as new
 GUESSERS_MAX = 10_000               # remembered; above: the oldest is forgotten
 
 
@@ -281,7 +281,7 @@ class Passwords:
 
 
 _TRY_AGAIN = "; see the log of this member, and try again"
-_DECOY = "$2a$10$" + 53 * "."       # of a system whose users have no hash of ours
+_DECOY = "$2a$10$" + 53 * "."       # where root has no hash to imitate
 
 
 class Sender(NamedTuple):
@@ -324,12 +324,12 @@ class PasswordChecks:
         self._reactor = reactor
         self._key = os.urandom(32)
         self._known: Dict[bool, Dict[bytes, None]] = {True: {}, False: {}}
-        self._waiting: Dict[bytes, PasswordCheck] = {}      # by digest, with the one under way
-        self._levels: List[Dict[bytes, None]] = [{} for _ in range(self.LEVELS)]    # without it
-        self._under_way = b""           # its digest
-        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # by sender, by host: how often; last
-        self._owing: Dict[bytes, int] = {}                  # by sender, by host: how many wait
-        self._guess_at = 0.0            # not before that: one of level 1 or above
+        self._waiting: Dict[bytes, PasswordCheck] = {}      # by digest; also the one under way
+        self._levels: List[Dict[bytes, None]] = [{} for _ in range(self.LEVELS)]    # digests
+        self._under_way = b""           # the digest of the running check
+        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # sender or host -> number; last
+        self._pending: Dict[bytes, int] = {}                # sender or host -> its checks
+        self._guess_at = 0.0            # no check above level 0 starts before
         self._timer: Optional[Timer] = None
 
     def known(self, user: str, stored: str, password: str) -> Optional[bool]:
@@ -358,8 +358,8 @@ class PasswordChecks:
             self._levels[level][digest] = None
         check.askers.append(((origin, host), done))
         for place in (origin, host):
-            self._owing[place] = self._owing.get(place, 0) + 1
-        if len(self._waiting) > PASSWORD_CHECKS_MAX:        # the last one of the worst level goes
+            self._pending[place] = self._pending.get(place, 0) + 1
+        if len(self._waiting) > PASSWORD_CHECKS_MAX:        # drop the last of the worst level
             worst = next(level for level in reversed(self._levels) if level)
             self._finish(worst.popitem()[0], known=False)
         self._start_next()
@@ -382,7 +382,7 @@ class PasswordChecks:
         count, last = self._wrong.get(place, (0, 0.0))
         if last < self._reactor.now() - WRONG_PASSWORD_SECONDS:
             count = 0
-        return (count + self._owing.get(place, 0)).bit_length()
+        return (count + self._pending.get(place, 0)).bit_length()
 
     def _start_next(self) -> None:
         """Start the next check, unless one is under way."""
@@ -435,9 +435,9 @@ class PasswordChecks:
     def _finish(self, digest: bytes, *, known: bool) -> None:
         for places, done in self._waiting.pop(digest).askers:
             for place in places:
-                self._owing[place] -= 1
-                if not self._owing[place]:
-                    del self._owing[place]
+                self._pending[place] -= 1
+                if not self._pending[place]:
+                    del self._pending[place]
             done(known)
 
 

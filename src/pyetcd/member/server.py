@@ -78,7 +78,7 @@ from ..raft.node import RawNode, Ready
 from ..raft.replication import RaftConfig
 from ..store.tree import StoreState
 from .applier import Applier, MemberInspector, read_change
-from .cluster import FEATURE_PRE_VOTE, FEATURE_READ_INDEX, SERVER_LOG, Member, check_active
+from .cluster import FEATURE_PRE_VOTE, FEATURE_READ_INDEX, SERVER_LOG, Member
 from .configuration import Bootstrap, ServerConfig
 from .journal import WORK_ENTRIES_MAX, Batch, Journal, WalWriter, first_part
 from .leadership import Leadership
@@ -151,8 +151,8 @@ class EtcdServer:
         self._removed = removed
         self._published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
-        self._queued_bytes = 0                  # in them
-        self._changes: List[ConfChange] = []    # likewise
+        self._queued_bytes = 0                  # of their data
+        self._changes: List[ConfChange] = []    # proposed changes of members, likewise
         self._late_proposals = LateProposals(2 * config.election_ms / 1000)
         self._timers: List[Timer] = []
         for member in boot.remotes:
@@ -284,8 +284,7 @@ class EtcdServer:
         if self.config.strict_reconfig_check:
             try:
                 self.cluster.check_strict(change_type, member.id)
-                check_active(change_type, member.id, self.member_id, self.cluster.members,
-                             self.transport.active_since)
+                self.cluster.check_active(change_type, member.id, self.transport.active_since)
             except ReconfigurationRefused as error:
                 done(error)
                 return
@@ -437,7 +436,7 @@ class EtcdServer:
                 return
         log.applied_to(self.raft_index)
         if log.applied < log.commit:
-            self.reactor.call_soon(_nothing)    # more than one turn's worth: go on at once
+            self.reactor.call_soon(_nothing)    # more work than for one turn: turn again at once
         self._maybe_campaign_alone()
         self._maybe_snapshot()
 
@@ -448,7 +447,7 @@ class EtcdServer:
         request = entry.request
         if request is None:
             if not entry.data and self.is_leader:
-                self.versions.start()           # our term's first entry: we really lead
+                self.versions.start()           # the first entry of our term is committed
             return
         entry.request = None                    # the log keeps the bytes only
         done = self.proposals.pop(request.id)

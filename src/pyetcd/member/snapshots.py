@@ -75,7 +75,7 @@ class SnapshotJob:
 SnapshotReceiver = Callable[[SnapshotFile, int], None]  # gets a snapshot, and its etcd index
 
 
-SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms, however often; above, see is_due
+SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms; more nodes: see is_due
 
 
 class SnapshotKeeper:
@@ -100,8 +100,8 @@ class SnapshotKeeper:
         self._receivers: List[SnapshotReceiver] = []    # that get it, instead of the disk
         self._waiting: List[SnapshotReceiver] = []      # that get the next one
         self._saving = False                        # the walk is over, the file not yet there
-        self._compact_to = 0                        # entries up to here are needed no more
-        self._not_before = 0.0                      # the disk was full: begin no other (monotonic)
+        self._compact_to = 0                        # entries up to here may be dropped
+        self._not_before = 0.0                      # no new one while the disk is full (monotonic)
         self._cache: Optional[Snapshot] = None      # the newest file, while followers want it
         self._loading = False
 

@@ -15,7 +15,7 @@ from ..peer.compatibility import Sent
 from ..peer.transport import REMOTES_MAX
 from .cluster import format_id
 
-RATE_SAMPLES_MAX = 200              # append messages that the rates of /v2/stats/self look at
+RATE_SAMPLES_MAX = 200              # append messages behind the rates of /v2/stats/self
 RATE_SECONDS_MAX = 1.0              # after this long without a message the rates are 0
 
 
@@ -108,7 +108,7 @@ class FollowerStats:
     def __init__(self) -> None:
         self.successes = self.fails = 0
         self.current = self.total = self.squares = self.maximum = 0.0
-        self.minimum = float(1 << 63)   # what etcd shows before the first success
+        self.minimum = float(1 << 63)   # as etcd before the first success
 
     def json(self) -> str:
         count = self.successes or 1
@@ -165,9 +165,9 @@ class ServerCounts:
     SLOW_APPLY_SECONDS = 0.1            # etcd 3's limit
 
     def __init__(self, heartbeat_s: float) -> None:
-        self.leader_changes = 0         # a leader became known that was not the one before
+        self.leader_changes = 0         # leaders that became known
         self.slow_applies = 0
-        self.late_heartbeats = 0        # to each follower, sent a period late or more
+        self.late_heartbeats = 0        # to each follower, a period late or more
         self.turn_durations = Histogram(exponential_bounds(0.0001, 14))     # of the reactor, s
         self._heartbeat_s = heartbeat_s
         self._ticked_at = 0.0
@@ -314,7 +314,7 @@ class Metrics:
     """Named counters, readings and histograms, and their text for Prometheus (version 0.0.4)."""
 
     def __init__(self) -> None:
-        self.before_text: Callable[[], None] = _nothing     # counts what was not counted yet
+        self.before_text: Callable[[], None] = _nothing     # makes the counts complete
         self._families: Dict[str, Tuple[str, Family]] = {}
 
     def add(self, name: str, help: str, family: Family) -> None:

@@ -74,8 +74,8 @@ class LateProposals:
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
-        self._entries: Deque[Tuple[float, Entry]] = collections.deque()     # until when
-        self._bytes = 0                 # in them
+        self._entries: Deque[Tuple[float, Entry]] = collections.deque()     # with deadlines
+        self._bytes = 0                 # of their data
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -111,12 +111,12 @@ class QuorumReads:
     """
 
     def __init__(self, member_id: int, first_id: int) -> None:
-        self.enabled = False            # every member can answer; else the log must do
+        self.enabled = False            # every member can answer; else reads go through the log
         self._member_id = member_id
-        self._question = first_id       # number of the last one: no two of one member are equal
+        self._question = first_id       # number of the last one, unique for this member
         self._waiting: List[Request] = []
         self._asked: List[Request] = []     # those of the question under way
-        self._index = 0                 # its answer: served when so much is applied; 0: not known
+        self._index = 0                 # its answer: the index to apply before; 0: not known
         self._ticks = 0                 # since it was asked
 
     def __len__(self) -> int:
