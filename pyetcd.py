@@ -12545,24 +12545,6 @@ def _label_text(names: Labels, values: Labels) -> str:
     return ",".join(parts)
 
 
-class Counter:
-    """The number of events, per combination of label values."""
-
-    kind = "counter"
-    __slots__ = ("_labels", "_values")
-
-    def __init__(self, labels: Labels = ()) -> None:
-        self._labels = labels
-        self._values: Dict[Labels, int] = {} if labels else {(): 0}
-
-    def inc(self, *values: str) -> None:
-        self._values[values] = self._values.get(values, 0) + 1
-
-    def samples(self) -> Iterator[Sample]:
-        for values, count in self._values.items():
-            yield "", _label_text(self._labels, values), count
-
-
 class Reading:
     """A counter or gauge that is kept elsewhere, and read when Prometheus asks."""
 
@@ -12578,6 +12560,19 @@ class Reading:
     def samples(self) -> Iterator[Sample]:
         for values, value in self._read().items():
             yield "", _label_text(self._labels, values), value
+
+
+class Counter(Reading):
+    """The number of events, per combination of label values."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, labels: Labels = ()) -> None:
+        self._values: Dict[Labels, int] = {} if labels else {(): 0}
+        super().__init__("counter", labels, self._values.copy)
+
+    def inc(self, *values: str) -> None:
+        self._values[values] = self._values.get(values, 0) + 1
 
 
 def exponential_bounds(start: float, count: int) -> List[float]:
@@ -12655,7 +12650,7 @@ class Histograms:
                 yield from child.samples(_label_text(self._labels, values))
 
 
-Family = Union[Counter, Reading, Histogram, Histograms]
+Family = Union[Reading, Histogram, Histograms]
 
 
 class Metrics:
@@ -13467,8 +13462,8 @@ class Leadership:
         self._visit_ticks = 0           # that the visit has taken
         self._is_commit_scheduled = False
 
-    def has_changed(self) -> bool:
-        """True once for each change of the leader, which is logged in etcd's words."""
+    def observe(self) -> bool:
+        """Log a change of leader, in etcd's words; True if there was one since the last call."""
         raft, seen = self._node.raft, self._seen
         lead = raft.lead
         if lead == seen:
@@ -14165,7 +14160,7 @@ class EtcdServer:
 
     def _take(self, ready: Ready) -> None:
         """Send the messages that may leave at once, and give the rest to the journal."""
-        if self._leadership.has_changed():
+        if self._leadership.observe():
             if self.lead:
                 self.counts.leader_changes += 1
                 self.stats.became(self.lead)

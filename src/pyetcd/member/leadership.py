@@ -47,8 +47,8 @@ class Leadership:
         self._visit_ticks = 0           # that the visit has taken
         self._is_commit_scheduled = False
 
-    def has_changed(self) -> bool:
-        """True once for each change of the leader, which is logged in etcd's words."""
+    def observe(self) -> bool:
+        """Log a change of leader, in etcd's words; True if there was one since the last call."""
         raft, seen = self._node.raft, self._seen
         lead = raft.lead
         if lead == seen:

@@ -398,7 +398,7 @@ class EtcdServer:
 
     def _take(self, ready: Ready) -> None:
         """Send the messages that may leave at once, and give the rest to the journal."""
-        if self._leadership.has_changed():
+        if self._leadership.observe():
             if self.lead:
                 self.counts.leader_changes += 1
                 self.stats.became(self.lead)

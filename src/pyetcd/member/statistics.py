@@ -197,24 +197,6 @@ def _label_text(names: Labels, values: Labels) -> str:
     return ",".join(parts)
 
 
-class Counter:
-    """The number of events, per combination of label values."""
-
-    kind = "counter"
-    __slots__ = ("_labels", "_values")
-
-    def __init__(self, labels: Labels = ()) -> None:
-        self._labels = labels
-        self._values: Dict[Labels, int] = {} if labels else {(): 0}
-
-    def inc(self, *values: str) -> None:
-        self._values[values] = self._values.get(values, 0) + 1
-
-    def samples(self) -> Iterator[Sample]:
-        for values, count in self._values.items():
-            yield "", _label_text(self._labels, values), count
-
-
 class Reading:
     """A counter or gauge that is kept elsewhere, and read when Prometheus asks."""
 
@@ -230,6 +212,19 @@ class Reading:
     def samples(self) -> Iterator[Sample]:
         for values, value in self._read().items():
             yield "", _label_text(self._labels, values), value
+
+
+class Counter(Reading):
+    """The number of events, per combination of label values."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, labels: Labels = ()) -> None:
+        self._values: Dict[Labels, int] = {} if labels else {(): 0}
+        super().__init__("counter", labels, self._values.copy)
+
+    def inc(self, *values: str) -> None:
+        self._values[values] = self._values.get(values, 0) + 1
 
 
 def exponential_bounds(start: float, count: int) -> List[float]:
@@ -307,7 +302,7 @@ class Histograms:
                 yield from child.samples(_label_text(self._labels, values))
 
 
-Family = Union[Counter, Reading, Histogram, Histograms]
+Family = Union[Reading, Histogram, Histograms]
 
 
 class Metrics:
