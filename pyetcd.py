@@ -22,8 +22,8 @@ Rooms and their modules, bottom up; each uses only names defined above it:
   net:    http_messages, workers, reactor, budgets, http_requests, tls, dns, http_calls,
             http_connections, http_server
   peer:   compatibility, frames, streams, links, transport
-  member: cluster, applier, configuration, inspection, passwords, reconfiguration, statistics,
-            journal, monitors, snapshots, waiting, server, auth
+  member: cluster, applier, configuration, passwords, auth, statistics, journal, snapshots,
+            waiting, leadership, upkeep, server
   api:    forms, gojson, auth, listings, keys, members, metrics, snapshot, status, routes,
             discovery
   life:   discovery, addresses, flags, restart, bootstrap, data_loss, embedding, proxy_files,
@@ -160,7 +160,6 @@ from struct import unpack_from as _unpack_from
 from typing import (
     Any,
     Callable,
-    Collection,
     Container,
     Deque,
     Dict,
@@ -10449,16 +10448,16 @@ def _reply_error(request: HttpRequest, status: int, text: str, headers: str = ""
 
 
 # ============================================================================
-# member/cluster -- The cluster: who the members are.
-# ----------------------------------------------------------------------------
-# Members stand in the store below /0, as in etcd.
+# member/cluster -- The cluster: its members, which stand in the store below /0, as in etcd.
 # ============================================================================
 
+
+SERVER_LOG = package_logger("etcdserver")
 
 _KNOWN_CHANGES = frozenset(map(int, ConfChangeType))
 FEATURE_PRE_VOTE = "prevote"        # answers MsgPreVote (3.x)
 FEATURE_READ_INDEX = "readindex"    # answers MsgReadIndex, returns the context of heartbeats
-FEATURES = (FEATURE_PRE_VOTE, FEATURE_READ_INDEX)   # what this program publishes as a member
+FEATURES = (FEATURE_PRE_VOTE, FEATURE_READ_INDEX)   # that this program publishes
 
 
 class Member(NamedTuple):
@@ -10472,12 +10471,12 @@ class Member(NamedTuple):
 
     @property
     def started(self) -> bool:
-        """True once it has told its name."""
+        """True once the member has published its name."""
         return bool(self.name)
 
     def context_json(self) -> str:
-        """Its form in conf changes and in the peers' /members: decimal id, empty parts left out."""
-        fields: Dict[str, Any] = {"id": self.id, "peerURLs": self.peer_urls}
+        """Return the JSON of conf changes and of the peers' /members: decimal id, no empty part."""
+        fields: Dict[str, object] = {"id": self.id, "peerURLs": self.peer_urls}
         if self.name:
             fields["name"] = self.name
         if self.client_urls:
@@ -10485,26 +10484,24 @@ class Member(NamedTuple):
         return json_text(fields)
 
     def client_json(self) -> str:
-        """Its form in /v2/members: hexadecimal id, all parts."""
+        """Return the JSON of /v2/members: hexadecimal id, all parts."""
         return json_text({
             "id": format_id(self.id), "name": self.name, "peerURLs": self.peer_urls,
             "clientURLs": self.client_urls,
         })
 
     def attributes_json(self) -> str:
-        """The value of /0/members/<id>/attributes."""
         fields = {"name": self.name, "clientURLs": self.client_urls}
         if self.features:
             fields["features"] = self.features
         return json_text(fields)
 
     def raft_attributes_json(self) -> str:
-        """The value of /0/members/<id>/raftAttributes."""
         return json_text({"peerURLs": self.peer_urls})
 
 
 def format_id(id: int) -> str:
-    """Return the hexadecimal text of a member or cluster id; etcd does not pad it."""
+    """Return the hexadecimal text of a member or cluster id, not padded, as in etcd."""
     return f"{id:x}"
 
 
@@ -10564,14 +10561,14 @@ class Cluster:
     def __init__(self, token: str = "", store: Optional[Store] = None) -> None:
         self.token = token
         self.id = 0
-        self.local_id = 0                           # whose lines say "local member"
+        self.local_id = 0                           # the log calls it "local member"
         self.members: Dict[int, Member] = {}
         self.removed: Set[int] = set()              # ids that can never come back
         self.version: Optional[str] = None          # "2.3.0"; None: not decided yet
         self._store = store
 
     @classmethod
-    def from_initial(cls, token: str, initial: Mapping[str, Sequence[str]]) -> Cluster:
+    def from_initial(cls, token: str, initial: Mapping[str, Iterable[str]]) -> Cluster:
         """Return a new cluster of the members in `initial`.  Raises ValueError if ids collide."""
         cluster = cls(token)
         for name, urls in initial.items():
@@ -10583,12 +10580,11 @@ class Cluster:
         return cluster
 
     def set_store(self, store: Store) -> None:
-        """Tell which store the changes go to."""
+        """Let changes go to `store`."""
         self._store = store
 
     @property
     def store(self) -> Store:
-        """The store."""
         if self._store is None:
             raise InvariantError("a cluster without a store cannot change")
         return self._store
@@ -10605,17 +10601,17 @@ class Cluster:
         if self.version:
             self._check_version(self.version)
         for member in sorted(self.members.values()):
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "added %smember %s [%s] to cluster %s from store", self._local(member.id),
                 format_id(member.id), " ".join(member.peer_urls), format_id(self.id),
             )
         if self.version:
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "set the cluster version to %s from store", self.version.rpartition(".")[0]
             )
 
     def _ids(self, path: str) -> List[str]:
-        """The names below `path` that are ids; nothing else belongs there."""
+        """Return the names below `path` that are ids; no others belong there."""
         children = self.store.children(path)
         return [name for name, _ in children if re.fullmatch("[0-9a-f]{1,16}", name)]
 
@@ -10626,7 +10622,7 @@ class Cluster:
         try:
             raft, attributes = (parse_member(utf8(part or "{}"), id) for part in parts)
         except CodecError as error:
-            package_logger("etcdserver").error("member %s is damaged: %s", name, error)
+            SERVER_LOG.error("member %s is damaged: %s", name, error)
             return Member(id, ())
         return attributes._replace(peer_urls=raft.peer_urls)
 
@@ -10635,38 +10631,34 @@ class Cluster:
         return all(feature in member.features for member in self.members.values())
 
     def member_by_name(self, name: str) -> Optional[Member]:
-        """Return the member of that name, or None."""
         return next((m for m in self.members.values() if m.name == name), None)
 
     def is_removed(self, id: int) -> bool:
-        """Tell whether this id was a member once and was removed."""
         return id in self.removed
 
     def is_known(self, id: int) -> bool:
-        """Tell whether the addition of this member is applied.
+        """True if the addition of this member is applied.
 
-        The store decides, the same everywhere; `members` also holds those of the flags.
+        The store decides, as it is the same everywhere; `members` also holds those of the flags.
         """
         return bool(self.store.children(f"/0/members/{format_id(id)}"))
 
     def client_urls(self) -> List[str]:
-        """Return the client URLs of all members."""
         return [url for member in self.members.values() for url in member.client_urls]
 
     def peer_urls(self) -> List[str]:
-        """Return the peer URLs of all members."""
         return [url for member in self.members.values() for url in member.peer_urls]
 
     # -- changes -----------------------------------------------------------
 
     def validate_change(self, change: ConfChange) -> Optional[Member]:
-        """Return the member that an add or update speaks of.  Raises MemberError.
+        """Return the member in an add or update, None for a removal.  Raises MemberError.
 
-        Decided by the applied state alone, so every member decides alike.
+        The applied state alone decides, so every member decides alike.
         """
         id = change.node_id
         if change.type not in _KNOWN_CHANGES:
-            raise UnknownChange()       # of a newer etcd; 2.3 ends here
+            raise UnknownChange()       # of a newer etcd; 2.3 exits here
         if id in self.removed:
             raise MemberRemoved()
         known = self.is_known(id)
@@ -10694,18 +10686,16 @@ class Cluster:
         self._log("added", member.id, " ".join(member.peer_urls), "to")
 
     def remove(self, id: int, *, now_ns: int = 0) -> None:
-        """Apply: a member leaves for ever.  Two store indexes."""
+        """Apply: a member leaves, and its id can never come back.  Two store indexes."""
         path = f"/0/members/{format_id(id)}"
         self.store.delete(path, dir=True, recursive=True, now_ns=now_ns)
         self.store.create(f"/0/removed_members/{format_id(id)}", now_ns=now_ns)
         self.members.pop(id, None)
         self.removed.add(id)
-        package_logger("etcdserver").info(
-            "removed member %s from cluster %s", format_id(id), format_id(self.id)
-        )
+        SERVER_LOG.info("removed member %s from cluster %s", format_id(id), format_id(self.id))
 
     def update_raft_attributes(
-        self, id: int, peer_urls: Sequence[str], *, now_ns: int = 0
+        self, id: int, peer_urls: Iterable[str], *, now_ns: int = 0
     ) -> None:
         """Apply: a member has new peer URLs.  One store index."""
         member = self.members[id]._replace(peer_urls=tuple(peer_urls))
@@ -10725,11 +10715,11 @@ class Cluster:
         Raises InvariantError if this program is older than the cluster.
         """
         self._check_version(version)
-        log, short = package_logger("etcdserver"), version.rpartition(".")[0]
+        short = version.rpartition(".")[0]
         if self.version is None:
-            log.info("set the initial cluster version to %s", short)
+            SERVER_LOG.info("set the initial cluster version to %s", short)
         elif self.version != version:
-            log.info(
+            SERVER_LOG.info(
                 "updated the cluster version from %s to %s", self.version.rpartition(".")[0], short
             )
         self.version = version
@@ -10747,37 +10737,51 @@ class Cluster:
 
     def check_strict(self, change_type: ConfChangeType, id: int) -> None:
         """Raise NotEnoughStarted if a change could leave too few started members for a quorum."""
+        members = self.members.values()
         if change_type == ConfChangeType.ADD_NODE:
-            self.check_strict_add()
+            what, size = "add", len(members) + 1
+            started = sum(member.started for member in members)
+            if started == 1 and size == 2:      # a cluster of one must be able to grow
+                return
         elif change_type == ConfChangeType.REMOVE_NODE:
-            self.check_strict_remove(id)
-
-    def check_strict_add(self) -> None:
-        """Raise NotEnoughStarted if one more member would leave too few started for a quorum."""
-        started = sum(member.started for member in self.members.values())
-        size = len(self.members) + 1
-        if not (started == 1 and size == 2):    # a cluster of one must be able to grow
-            self._check_started("add", started, size)
-
-    def check_strict_remove(self, id: int) -> None:
-        """Raise NotEnoughStarted if the rest would have too few started for a quorum."""
-        rest = [member for member in self.members.values() if member.id != id]
-        self._check_started("remove", sum(member.started for member in rest), len(rest))
-
-    @staticmethod
-    def _check_started(what: str, started: int, size: int) -> None:
+            rest = [member for member in members if member.id != id]
+            what, size, started = "remove", len(rest), sum(member.started for member in rest)
+        else:
+            return
         if started < size // 2 + 1:
-            package_logger("etcdserver").warning(
+            SERVER_LOG.warning(
                 "Reject %s member request: the number of started member (%d) will be less than"
                 " the quorum number of the cluster (%d)", what, started, size // 2 + 1,
             )
             raise NotEnoughStarted({"add": "adding", "remove": "removing"}[what], started, size)
 
+    def check_active(
+        self, change_type: ConfChangeType, id: int, active_since: Callable[[int], float]
+    ) -> None:
+        """Raise NotEnoughActive if a change leaves too few reachable members for a quorum.
+
+        A member that is down may always be removed.  Source: etcd 3 server.go, mayRemoveMember.
+        Differs from it: active now is enough, it needs no 5 s, and one more may be added while
+        others are down if all that are up will be a quorum.
+        """
+        active = {each for each in self.members if each == self.local_id or active_since(each) > 0}
+        if change_type == ConfChangeType.ADD_NODE:
+            what, left, size = "adding", len(active), len(self.members) + 1
+            is_risky = size > 2             # a cluster of one must be able to grow
+        else:
+            what, left, size = "removing", len(active) - 1, len(self.members) - 1
+            is_risky = change_type == ConfChangeType.REMOVE_NODE and id in active
+        if is_risky and left < size // 2 + 1:
+            SERVER_LOG.warning(
+                "not healthy for reconfigure: %s a member leaves %d of %d active", what, left, size
+            )
+            raise NotEnoughActive(what, left, size)
+
     def _local(self, id: int) -> str:
         return "local " if id == self.local_id else ""
 
     def _log(self, verb: str, id: int, urls: str, preposition: str) -> None:
-        package_logger("etcdserver").info(
+        SERVER_LOG.info(
             "%s %smember %s [%s] %s cluster %s", verb, self._local(id), format_id(id), urls,
             preposition, format_id(self.id),
         )
@@ -10810,7 +10814,7 @@ def parse_member(context: bytes, id: int) -> Member:
 
 
 # ============================================================================
-# member/applier -- The applier: committed entries change store and cluster.
+# member/applier -- The applier: committed entries change store and cluster; peers' entries are inspected before.
 # ----------------------------------------------------------------------------
 # Deterministic: every member gets the same result from the same entry.  Only the shown ttl
 # depends on the clock.
@@ -10826,7 +10830,7 @@ Applied = Union[Event, EtcdError, None]
 class Applier:
     """Turns requests into changes of the store, and conf changes into changes of the cluster.
 
-    clock  returns unix nanoseconds; used for what is shown, never for what expires
+    clock  returns unix nanoseconds, for the ttl that is shown; never for what expires
     """
 
     def __init__(
@@ -10836,14 +10840,14 @@ class Applier:
         self.auth_changes = 0           # times that something below /2 may have changed
         self._store = store
         self._cluster = cluster
-        self._long: Optional[Entry] = None      # the entry that prepare() is at
+        self._long: Optional[Entry] = None      # the entry that prepare() is decoding
         self._steps: Generator[None, None, Optional[Request]] = decode_long_request(b"")
         cluster.local_id = local_id
 
     def prepare(self, entry: Entry) -> bool:
-        """Do a step of what takes long with a long entry; True when it is done, or is not long.
+        """Decode a slice of a long entry; True when it is decoded, or is not long.
 
-        Only a user's value becomes what the store keeps: 10 MB take 40 ms, or 0.5 s.
+        10 MB take 40 ms, or 0.5 s.
         """
         if len(entry.data) <= LONG_REQUEST_BYTES:
             return True
@@ -10856,7 +10860,7 @@ class Applier:
             request: Optional[Request] = end.value
             if request is not None and request.path.startswith("/1/"):
                 entry.request = _with_clean_path(request)
-        except CodecError:              # apply_entry() will say so
+        except CodecError:              # apply_entry() logs it
             pass
         self._long = None
         return True
@@ -10864,8 +10868,8 @@ class Applier:
     def apply_entry(self, entry: Entry) -> Applied:
         """Apply a normal entry, and leave its request in entry.request.
 
-        None for what has no result: a leader's first entry, operations of etcd 3's API, and what
-        is no command; they count as applied and do nothing here.
+        Returns None for entries without a result: a leader's first entry, operations of etcd 3's
+        API, and garbage; they count as applied and do nothing here.
         """
         request = entry.request
         if request is None:
@@ -10873,14 +10877,14 @@ class Applier:
                 return None
             try:
                 request = entry.request = read_command(entry.data)
-            except CodecError as error:     # in a log from before check_entry(); etcd ends here
-                package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
+            except CodecError as error:     # in a log from before check_entry(); etcd exits here
+                SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
             if request is None:
                 return None
         return self.apply_request(request)
 
     def apply_request(self, request: Request) -> Applied:
-        """Execute one command; an error of the store is returned, not raised."""
+        """Execute one command; errors of the store are returned, not raised."""
         path = request.path
         handler = _METHODS.get(request.method)
         if path.startswith("/2"):
@@ -10892,7 +10896,7 @@ class Applier:
         try:
             return handler(self, request)
         except EtcdError as error:
-            return error.with_traceback(None)       # whose frames hold what this goes to
+            return error.with_traceback(None)       # its frames hold the request
 
     def _put(self, r: Request) -> Applied:
         store, now_ns = self._store, self.clock()
@@ -10941,41 +10945,38 @@ class Applier:
         return None
 
     def _note_cluster(self, r: Request) -> bool:
-        """A member publishes itself, or the version is set; False if the store stays as it is."""
+        """Note a member's attributes or the cluster version; False if the store stays as it is."""
         match = _ATTRIBUTES_PATH.fullmatch(r.path)
         if match is not None:
             return self._note_attributes(int(match.group(1), 16), r.val)
         if r.path == "/0/version":
             if not _VERSION_VALUE.fullmatch(r.val):
-                log = package_logger("etcdserver")
-                log.error("ignored a cluster version that is none: %s", r.val)
-                return False            # etcd ends here
+                SERVER_LOG.error("ignored a cluster version that is none: %s", r.val)
+                return False            # etcd exits here
             self._cluster.set_version(r.val)
         return True
 
     def _note_attributes(self, id: int, value: str) -> bool:
         if not self._cluster.is_known(id):
-            if not self._cluster.is_removed(id):    # etcd ends here; the store alone is harmless
-                package_logger("etcdserver").warning(
-                    "ignored the attributes of unknown member %s", format_id(id)
-                )
+            if not self._cluster.is_removed(id):    # etcd exits here; the store alone is harmless
+                SERVER_LOG.warning("ignored the attributes of unknown member %s", format_id(id))
             return False
         try:
             member = parse_member(utf8(value), id)
-        except CodecError as error:     # etcd ends here
-            package_logger("etcdserver").error("ignored attributes: %s", error)
+        except CodecError as error:     # etcd exits here
+            SERVER_LOG.error("ignored attributes: %s", error)
             return False
         self._cluster.update_attributes(member)
         return True
 
     def apply_conf_change(self, change: ConfChange) -> Optional[MemberError]:
-        """Change the cluster, or return why not; then Raft must not change either."""
+        """Change the cluster, or return the reason against it; then Raft must not change either."""
         try:
             self._change_cluster(change)
         except MemberError as error:
-            return error.with_traceback(None)       # whose frames hold what this goes to
-        except (CodecError, EtcdError) as error:        # etcd ends here
-            package_logger("etcdserver").error("ignored a change of members: %s", error)
+            return error.with_traceback(None)       # its frames hold the request
+        except (CodecError, EtcdError) as error:        # etcd exits here
+            SERVER_LOG.error("ignored a change of members: %s", error)
             return UnknownChange()
         return None
 
@@ -11001,11 +11002,11 @@ _METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
 }
 
 
-# -- what a peer may have in the log -------------------------------------------
+# -- inspection of entries -----------------------------------------------------
 
 
 def read_command(data: Buffer) -> Optional[Request]:
-    """Return decode_request(data) as UTF-8, its path clean, as etcd's store makes it.
+    """Return decode_request(data) as UTF-8, with a clean path as in etcd's store.
 
     Raises CodecError.
     """
@@ -11019,11 +11020,11 @@ def _with_clean_path(request: Request) -> Request:
 
 
 def read_change(entry: Entry) -> ConfChange:
-    """Return what an entry changes; nobody, if it is garbage from before check_entry()."""
+    """Return the change in an entry; one of unknown type for garbage from before check_entry()."""
     try:
         return decode_conf_change(entry.data)
-    except CodecError as error:         # etcd ends here
-        package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
+    except CodecError as error:         # etcd exits here
+        SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
         return ConfChange(type=-1)
 
 
@@ -11053,9 +11054,9 @@ def check_entry(entry: Entry) -> None:
 
 
 def check_proposal(entry: Entry) -> None:
-    """Raise CodecError for what no API of a member lets in.  The entry has passed check_entry().
+    """Raise CodecError for a proposal that no API of a member lets in, after check_entry().
 
-    In a leader's log it would have to be taken: others have it already.
+    An entry in a leader's log would have to be accepted: other members have it already.
     """
     if entry.type == EntryType.CONF_CHANGE:
         change = decode_conf_change(entry.data)
@@ -11068,11 +11069,11 @@ def check_proposal(entry: Entry) -> None:
                 raise CodecError(f"a change of member {change.node_id:x}: {error}") from None
 
 
-_PATH_CHARS_CHEAP = 4_096               # the key of a peer that no part of which can be costly
+_PATH_CHARS_CHEAP = 4_096               # of a key; up to here no number of elements is costly
 
 
 def _check_own_path(request: Request) -> None:
-    """Below /0 only what members publish may be written."""
+    """Raise CodecError for a write below /0 other than members' attributes and the version."""
     path, value = request.path, request.val
     if request.method == "QGET" or not (path + "/").startswith("/0/"):
         return
@@ -11095,13 +11096,50 @@ def _check_change(data: bytes) -> None:
             raise CodecError(f"a change of member {change.node_id:x} that speaks of another one")
 
 
+class MemberInspector(MessageInspector):
+    """Refuses messages that would be fatal when they are applied, or make our log unreadable."""
+
+    def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
+        self._cluster = cluster
+        self._fault = fault             # by the rules of Raft alone
+
+    def inspect(self, message: Message) -> Generator[None, None, str]:
+        """Return, in steps, the reason against stepping `message`; "": none."""
+        if message.type == MsgType.PROP and message.sender not in self._cluster.members:
+            return "its sender is no member, and may propose nothing"
+        if message.type == MsgType.SNAP and not (message.snapshot and message.snapshot.state):
+            return "nobody has read the snapshot in it"
+        fault, work = self._fault(message), 0
+        if fault or message.type not in (MsgType.APP, MsgType.PROP):
+            return fault
+        for entry in message.entries:
+            try:
+                check_entry(entry)
+                if message.type == MsgType.PROP:
+                    check_proposal(entry)
+            except CodecError as error:
+                return str(error)
+            work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
+            if work > STEP_BYTES:
+                work = 0
+                yield
+        return ""
+
+    def read_state(self, data: bytes) -> StoreState:
+        """Return the state in a snapshot.  Raises ValueError if the store cannot become it."""
+        state = StoreState.read(data)
+        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
+            raise ValueError(f"cluster version {state.version} is newer than this program")
+        return state
+
+
 # ============================================================================
-# member/configuration -- What a member is started with.
+# member/configuration -- The settings of a member, and the state that it boots with.
 # ============================================================================
 
 
 class ServerConfig(NamedTuple):
-    """Everything a member is told; frozen after start.  URLs are checked; times in ms."""
+    """All settings of a member; frozen after start.  URLs are checked; times in ms."""
 
     name: str = DEFAULT_NAME
     data_dir: str = ""                  # "": <name>.etcd in the working directory
@@ -11139,7 +11177,7 @@ class ServerConfig(NamedTuple):
 
     @property
     def request_timeout_s(self) -> float:
-        """How long a client waits for a commit: 5 s and two elections (etcd 2.3)."""
+        """Time for a commit before a client gets an error: 5 s and two elections (etcd 2.3)."""
         return 5.0 + 2 * self.election_ms / 1000
 
 
@@ -11187,7 +11225,7 @@ if TYPE_CHECKING:
 
 
 class Bootstrap(NamedTuple):
-    """What bootstrap found or made on disk: all a member needs to start."""
+    """The state that bootstrap found or made on disk, for the start of a member."""
 
     data_dir: DataDir
     member_id: int
@@ -11203,69 +11241,28 @@ class Bootstrap(NamedTuple):
 
 
 # ============================================================================
-# member/inspection -- The door for peers: what would harm this member when it is applied is refused.
-# ============================================================================
-
-
-class MemberInspector(MessageInspector):
-    """Where a message ends that would be fatal when it is applied, or make our log unreadable."""
-
-    def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
-        self._cluster = cluster
-        self._fault = fault             # of Raft's rules alone
-
-    def inspect(self, message: Message) -> Generator[None, None, str]:
-        """Say, in steps, why `message` must not be stepped; "": it may."""
-        if message.type == MsgType.PROP and message.sender not in self._cluster.members:
-            return "its sender is no member, and may propose nothing"
-        if message.type == MsgType.SNAP and not (message.snapshot and message.snapshot.state):
-            return "nobody has read the snapshot in it"
-        fault, work = self._fault(message), 0
-        if fault or message.type not in (MsgType.APP, MsgType.PROP):
-            return fault
-        for entry in message.entries:
-            try:
-                check_entry(entry)
-                if message.type == MsgType.PROP:
-                    check_proposal(entry)
-            except CodecError as error:
-                return str(error)
-            work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
-            if work > STEP_BYTES:
-                work = 0
-                yield
-        return ""
-
-    def read_state(self, data: bytes) -> StoreState:
-        """Return the state in a snapshot.  Raises ValueError if we cannot become it."""
-        state = StoreState.read(data)
-        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
-            raise ValueError(f"cluster version {state.version} is newer than this program")
-        return state
-
-
-# ============================================================================
 # member/passwords -- Users, roles, permissions and passwords.
 # ----------------------------------------------------------------------------
 # Source: etcd 2.3 etcdserver/auth.
 # ============================================================================
 
 
+AUTH_LOG = package_logger("auth")
 AUTH_PREFIX = "/2"                  # where users and roles lie in the store
-ROOT, GUEST = "root", "guest"       # the user and role that may do all; who gives no name
+ROOT, GUEST = "root", "guest"       # the user and role that may do all; requests without a name
 PASSWORD_COST = 10                  # of bcrypt: 2**10 rounds, as etcd
 PASSWORD_BYTES_MAX = 4_096          # above: a bad request; bcrypt reads the first 72
 AUTH_NAME_BYTES_MAX = 1_024         # of a user or role; above: a bad request, and no such user
 PASSWORD_CHECKS_MAX = 1_024         # waiting to be verified; above: 503 for the worst guesser
 PASSWORDS_KNOWN_MAX = 10_000        # right ones, and as many wrong ones; above: forgotten
 PASSWORD_SECONDS_MAX = 30.0         # for one check; above: given up, 503
-WRONG_PASSWORD_PAUSE_SECONDS = 0.1  # before the next check of a sender that was wrong lately
-WRONG_PASSWORD_SECONDS = 60.0       # without a wrong one; then a sender is as good as any
+WRONG_PASSWORD_PAUSE_SECONDS = 0.1  # before the next check of a sender with wrong ones lately
+WRONG_PASSWORD_SECONDS = 60.0       # without a wrong one; then a sender counts as new
 GUESSERS_MAX = 10_000               # remembered; above: the oldest is forgotten
 
 
 class AuthError(Exception):
-    """A request of the auth API that cannot be done; the text is etcd's, status that of HTTP."""
+    """A refused request of the auth API, with etcd's text and the status of HTTP."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"auth: {text}")
@@ -11276,22 +11273,20 @@ Names = Optional[Tuple[str, ...]]   # roles or patterns; None: null in JSON
 
 
 class Permissions(NamedTuple):
-    """What a role may read and write: exact keys, or prefixes that end in `*`."""
+    """The keys that a role may read and write: exact keys, or prefixes that end in `*`."""
 
     read: Names = None
     write: Names = None
 
     @property
     def is_empty(self) -> bool:
-        """True if nothing is allowed."""
         return not self.read and not self.write
 
     def json(self) -> Dict[str, Dict[str, Names]]:
-        """Its form in the store and on the wire."""
         return {"kv": {"read": self.read, "write": self.write}}
 
     def allow(self, key: str, *, write: bool, recursive: bool) -> bool:
-        """True if a pattern covers `key`; recursive: one that covers what lies below as well."""
+        """True if a pattern covers `key`, and with `recursive` all keys below it, too."""
         for pattern in (self.write if write else self.read) or ():
             if pattern.endswith("*"):
                 if key.startswith(pattern[:-1]):
@@ -11301,14 +11296,14 @@ class Permissions(NamedTuple):
         return False
 
     def grant(self, more: Permissions) -> Permissions:
-        """Return both together, sorted.  Raises AuthError for what is there already."""
+        """Return both together, sorted.  Raises AuthError for a duplicate."""
         return Permissions(
             _granted(self.read, more.read, "Granting duplicate read permission {}"),
             _granted(self.write, more.write, "Granting duplicate write permission {}"),
         )
 
     def revoke(self, less: Permissions) -> Permissions:
-        """Return what is left, sorted; what was never granted is not missed."""
+        """Return the rest, sorted; permissions that were never granted are ignored."""
         return Permissions(*(
             tuple(sorted(set(ours or ()) - set(theirs or ())))
             for ours, theirs in zip(self, less)
@@ -11334,7 +11329,6 @@ class Role(NamedTuple):
     permissions: Permissions = Permissions()
 
     def json(self) -> Dict[str, object]:
-        """Its form in the store and on the wire."""
         return {"role": self.name, "permissions": self.permissions.json()}
 
     def allow(self, key: str, *, write: bool, recursive: bool) -> bool:
@@ -11343,21 +11337,20 @@ class Role(NamedTuple):
 
 
 class User(NamedTuple):
-    """A user; password is its hash, or in a request what the client sent ("": keep)."""
+    """A user; password is its hash, or in a request the client's text ("": keep)."""
 
     name: str
     password: str = ""
     roles: Names = None
 
     def json(self, *, hide_password: bool = False) -> Dict[str, object]:
-        """Its form in the store, or on the wire."""
         fields: Dict[str, object] = {"user": self.name}
         if self.password and not hide_password:
             fields["password"] = self.password
         return {**fields, "roles": self.roles}
 
     def with_root(self) -> User:
-        """The user root has the role root, whatever was stored."""
+        """Return the user, with the role root if its name is root."""
         if self.name != ROOT or ROOT in (self.roles or ()):
             return self
         return self._replace(roles=(*(self.roles or ()), ROOT))
@@ -11378,7 +11371,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def go_text(text: str) -> str:
-    """Return what Go reads where JSON has half a surrogate pair: U+FFFD instead."""
+    """Return `text` with U+FFFD for half a surrogate pair, as Go reads JSON."""
     return _SURROGATES.sub("\ufffd", text)
 
 
@@ -11402,8 +11395,8 @@ def make_permissions(read: object, write: object) -> Permissions:
     ))
 
 
-# A program of its own, behind all others: whatever computes in our process takes Python's lock, or
-# the processor, from the reactor (p99 of GET while guesses go on: 10 times its normal).
+# A program of its own with low priority: a thread of this process would take Python's lock, or the
+# processor, from the reactor (p99 of GET while guesses go on: 10 times its normal).
 _BCRYPT_PROGRAM = """
 import ctypes, os, sys
 os.nice(10)
@@ -11425,7 +11418,7 @@ else:
 
 
 def _python() -> str:
-    """Return the program that runs us; sys.executable is what `exec -a` says."""
+    """Return the path of our Python; sys.executable can be a name from `exec -a`."""
     program = os.path.realpath("/proc/self/exe")
     return program if "python" in os.path.basename(program) else sys.executable or "python3"
 
@@ -11460,12 +11453,12 @@ class Passwords:
         return f"$pbkdf2-sha256${self._ROUNDS}${salt}${self._pbkdf2(password, salt, self._ROUNDS)}"
 
     def verify(self, password: str, stored: str) -> Optional[bool]:
-        """True if `stored` is a hash of `password`, False if not, None: nobody can tell now."""
+        """True if `stored` is a hash of `password`; None: it cannot be computed now."""
         try:
-            if b"\0" in utf8(password):  # bcrypt would read what stands before it
+            if b"\0" in utf8(password):  # bcrypt would read only the part before it
                 return False
         except UnicodeEncodeError:
-            return False                # half a surrogate pair: what no client can send
+            return False                # half a surrogate pair: no client can send it
         if stored.startswith("$pbkdf2-sha256$"):
             parts = stored.split("$")
             if len(parts) != 5 or re.fullmatch("[0-9]{1,8}", parts[2]) is None:
@@ -11494,8 +11487,10 @@ class Passwords:
         return hashlib.pbkdf2_hmac("sha256", utf8(password), utf8(salt), max(rounds, 1)).hex()
 
     def bcrypt(self, password: str, setting: str) -> Optional[str]:
-        """Return the hash by algorithm, cost and salt of `setting`; "" if this system has no
-        bcrypt, None if the program that computes it has failed."""
+        """Return the hash by algorithm, cost and salt of `setting`.
+
+        "": this system has no bcrypt; None: the program that computes it has failed.
+        """
         try:
             import subprocess
             python = _python()
@@ -11516,18 +11511,18 @@ class Passwords:
 
 
 _TRY_AGAIN = "; see the log of this member, and try again"
-_DECOY = "$2a$10$" + 53 * "."       # of a system whose users have no hash of ours
+_DECOY = "$2a$10$" + 53 * "."       # where root has no hash to imitate
 
 
 class Sender(NamedTuple):
-    """Who gives a password: a name, and the address it comes from."""
+    """The sender of a password: a user's name, and the address that it comes from."""
 
     user: str
     host: str
 
 
 class PasswordCheck:
-    """One question, and all that wait for its answer.  level 0 goes first; see PasswordChecks."""
+    """One password to verify, and the requests that wait for it.  Level 0 goes first."""
 
     __slots__ = ("stored", "password", "level", "askers")
 
@@ -11539,33 +11534,32 @@ class PasswordCheck:
 
 
 class PasswordChecks:
-    """Which passwords are right: found out one at a time, and then remembered.
+    """Verifies passwords one at a time, and remembers the results.
 
-    The more wrong ones a sender had lately, and the more of its own wait already, the later is
-    the turn of the next (its level: the logarithm of both together).  A pause goes before all
-    but those of level 0.  So guessing is slow, and nobody else waits for it.  What is known
-    already never waits.
+    The level of a check is the logarithm of the wrong passwords that its sender had lately and
+    of its checks that wait.  Low levels go first, and a pause precedes each check above level 0.
+    So guessing is slow, and no other sender waits for it.  Known passwords never wait.
 
-    Its host counts as well, less strictly, as other users may share it: once a host has guessed
-    under many names, every check from there waits for the pause, so that an answer takes as long
-    for users that do not exist; but users that do exist, and were not wrong, go before the others.
-    Thread: reactor.
+    The wrong passwords of a host count as well, less strictly, as other users may share it.  Once
+    a host has guessed under many names, every check from there waits for the pause, so that an
+    answer takes as long for users that do not exist.  Existing users without a wrong password go
+    before the others.  Thread: reactor.
     """
 
     LEVELS = 9
-    HOST_LEVELS_FREE = 3            # so many of a host's levels count for none: 7 wrong or waiting
+    HOST_LEVELS_FREE = 3            # of a host's levels that do not count: 7 wrong or waiting
 
     def __init__(self, reactor: Reactor) -> None:
         self.passwords = Passwords(reactor.now)
         self._reactor = reactor
         self._key = os.urandom(32)
         self._known: Dict[bool, Dict[bytes, None]] = {True: {}, False: {}}
-        self._waiting: Dict[bytes, PasswordCheck] = {}      # by digest, with the one under way
-        self._levels: List[Dict[bytes, None]] = [{} for _ in range(self.LEVELS)]    # without it
-        self._under_way = b""           # its digest
-        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # by sender, by host: how often; last
-        self._owing: Dict[bytes, int] = {}                  # by sender, by host: how many wait
-        self._guess_at = 0.0            # not before that: one of level 1 or above
+        self._waiting: Dict[bytes, PasswordCheck] = {}      # by digest; also the one under way
+        self._levels: List[Dict[bytes, None]] = [{} for _ in range(self.LEVELS)]    # digests
+        self._under_way = b""           # the digest of the running check
+        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # sender or host -> number; last
+        self._pending: Dict[bytes, int] = {}                # sender or host -> its checks
+        self._guess_at = 0.0            # no check above level 0 starts before
         self._timer: Optional[Timer] = None
 
     def known(self, user: str, stored: str, password: str) -> Optional[bool]:
@@ -11580,7 +11574,7 @@ class PasswordChecks:
     def check(
         self, sender: Sender, stored: str, password: str, done: Callable[[bool], None]
     ) -> None:
-        """Find out, then call done(True); done(False) if nobody can tell now, or too many wait."""
+        """Verify, then call done(True); done(False) if that fails now, or too many wait."""
         digest = self._digest(sender.user, stored, password)
         origin, host = self._digest(*sender), self._digest(sender.host)
         level = self._level(origin, host, exists=stored != self.passwords.decoy(stored))
@@ -11594,11 +11588,11 @@ class PasswordChecks:
             self._levels[level][digest] = None
         check.askers.append(((origin, host), done))
         for place in (origin, host):
-            self._owing[place] = self._owing.get(place, 0) + 1
-        if len(self._waiting) > PASSWORD_CHECKS_MAX:        # the last one of the worst level goes
+            self._pending[place] = self._pending.get(place, 0) + 1
+        if len(self._waiting) > PASSWORD_CHECKS_MAX:        # drop the last of the worst level
             worst = next(level for level in reversed(self._levels) if level)
-            self._end(worst.popitem()[0], known=False)
-        self._next()
+            self._finish(worst.popitem()[0], known=False)
+        self._start_next()
 
     def _digest(self, *texts: str) -> bytes:
         text = " ".join((*(str(len(text)) for text in texts), *texts))
@@ -11614,21 +11608,21 @@ class PasswordChecks:
         return min(shared, 1)
 
     def _guesses(self, place: bytes) -> int:
-        """Return the logarithm of how many are wrong or waiting, of a sender or host."""
+        """Return the logarithm of the wrong and the waiting passwords of a sender or host."""
         count, last = self._wrong.get(place, (0, 0.0))
         if last < self._reactor.now() - WRONG_PASSWORD_SECONDS:
             count = 0
-        return (count + self._owing.get(place, 0)).bit_length()
+        return (count + self._pending.get(place, 0)).bit_length()
 
-    def _next(self) -> None:
-        """Begin the next check, unless one is under way."""
+    def _start_next(self) -> None:
+        """Start the next check, unless one is under way."""
         best = next((number for number, level in enumerate(self._levels) if level), None)
         if self._under_way or best is None:
             return
         wait_s = self._guess_at - self._reactor.now()
         if best and wait_s > 0:
             if self._timer is None:
-                self._timer = self._reactor.call_later(wait_s, self._go_on)
+                self._timer = self._reactor.call_later(wait_s, self._pause_over)
             return
         digest = self._under_way = next(iter(self._levels[best]))
         del self._levels[best][digest]
@@ -11638,18 +11632,17 @@ class PasswordChecks:
             done=self._checked,
         )
 
-    def _go_on(self) -> None:
-        """The pause is over."""
+    def _pause_over(self) -> None:
         self._timer = None
-        self._next()
+        self._start_next()
 
     def _checked(self, error: Optional[BaseException], right: Any) -> None:
         digest, self._under_way = self._under_way, b""
         is_known = error is None and right is not None
         if is_known:
             self._remember(digest, right=right)
-        self._end(digest, known=is_known)
-        self._next()
+        self._finish(digest, known=is_known)
+        self._start_next()
 
     def _remember(self, digest: bytes, *, right: bool) -> None:
         known = self._known[right]
@@ -11669,131 +11662,478 @@ class PasswordChecks:
                 del self._wrong[next(iter(self._wrong))]
             self._wrong[place] = count + 1, now
 
-    def _end(self, digest: bytes, *, known: bool) -> None:
+    def _finish(self, digest: bytes, *, known: bool) -> None:
         for places, done in self._waiting.pop(digest).askers:
             for place in places:
-                self._owing[place] -= 1
-                if not self._owing[place]:
-                    del self._owing[place]
+                self._pending[place] -= 1
+                if not self._pending[place]:
+                    del self._pending[place]
             done(known)
 
 
 class Credential(NamedTuple):
-    """What a request says of its sender."""
+    """User and password in a request."""
 
     user: str
     password: str
 
 
 # ============================================================================
-# member/reconfiguration -- Reconfiguration: a member leaves, and the others keep a leader and a quorum.
+# member/auth -- Auth records in the store, their changes through consensus, and the guard before a request.
+# ----------------------------------------------------------------------------
+# Source: etcd 2.3 etcdserver/auth, etcdhttp/client_security.go.
 # ============================================================================
 
 
-def check_active(
-    change_type: ConfChangeType, id: int, own_id: int, members: Collection[int],
-    active_since: Callable[[int], float],
-) -> None:
-    """Raise NotEnoughActive if a change leaves too few members that can be reached for a quorum.
+class Auth:
+    """Users and roles as the store has them, and the accesses that they allow.
 
-    A member that is down may always be removed.  Source: etcd 3 server.go, mayRemoveMember.
-    Differs from it: active now is enough, it needs no 5 s, and one more may be added while others
-    are down if all that are up will be a quorum.
-    """
-    active = {member for member in members if member == own_id or active_since(member) > 0}
-    if change_type == ConfChangeType.ADD_NODE:
-        what, left, size = "adding", len(active), len(members) + 1
-        is_risky = size > 2             # a cluster of one must be able to grow
-    else:
-        what, left, size = "removing", len(active) - 1, len(members) - 1
-        is_risky = change_type == ConfChangeType.REMOVE_NODE and id in active
-    if is_risky and left < size // 2 + 1:
-        package_logger("etcdserver").warning(
-            "not healthy for reconfigure: %s a member leaves %d of %d active", what, left, size
-        )
-        raise NotEnoughActive(what, left, size)
-
-
-class LeadershipTransfer:
-    """Gives the lead to the member that can take it over best.  Thread: reactor.
-
-    Source: Raft thesis §3.10; etcd 3 server.go, TransferLeadership.
+    Decisions hold until `version` changes.  Thread: reactor.
     """
 
-    def __init__(self, node: RawNode, active_since: Callable[[int], float]) -> None:
-        self._node = node
-        self._active_since = active_since
-        self._tried_term = 0            # in which we handed over because of a removal
+    def __init__(self, store: Store, applier: Applier, reactor: Reactor) -> None:
+        self.checks = PasswordChecks(reactor)
+        self._store = store
+        self._applier = applier
+        self._seen = -1
+        self._enabled = False
+        self._records: Dict[Tuple[str, str], Any] = {}      # kind and name -> User or Role
 
-    def begin(self, beyond: int = -1) -> int:
-        """Start to hand over; return the id of the heir, 0 if there is none or we do not lead.
+    @property
+    def version(self) -> int:
+        """A number that changes with every change of users, roles, or enabled."""
+        return self._applier.auth_changes
 
-        Proposals are refused until the heir leads, or has not done so for an election timeout.
+    @property
+    def enabled(self) -> bool:
+        self._refresh()
+        return self._enabled
 
-        beyond  the heir must have more of our log on its disk than this index
+    def user(self, name: str) -> Optional[User]:
+        """Return a user, with the role root if it is root."""
+        user: Optional[User] = self._record("users", name, parse_stored_user)
+        return user
+
+    def role(self, name: str) -> Optional[Role]:
+        """Return a role; root exists without being stored."""
+        role: Optional[Role] = Role(ROOT, EVERYTHING)
+        return role if name == ROOT else self._record("roles", name, parse_stored_role)
+
+    def _record(self, kind: str, name: str, parse: Callable[[str, str], Any]) -> Any:
+        self._refresh()
+        key = kind, name
+        if key not in self._records:    # missing records are not remembered
+            stored = self._store.value(f"{AUTH_PREFIX}/{kind}/{name}")
+            if not stored:
+                return None
+            self._records[key] = parse(name, stored)
+        return self._records[key]
+
+    def _refresh(self) -> None:
+        if self._seen != self._applier.auth_changes:
+            self._seen = self._applier.auth_changes
+            self._records = {}
+            self._enabled = self._store.value(AUTH_PREFIX + "/enabled") == "true"
+
+    def stored_hash(self, name: str) -> str:
+        """Return the password's hash of a user.
+
+        An unknown user gets one like root's, so that a refusal takes as long.
         """
-        raft = self._node.raft
-        heir = self._find_heir(beyond) if raft.role == RaftRole.LEADER else 0
-        if heir:
-            package_logger("etcdserver").info(
-                "leadership transfer %s -> %s", format_id(raft.id), format_id(heir)
+        user = self.user(name)
+        if user is not None:
+            return user.password
+        root = self.user(ROOT)
+        return self.checks.passwords.decoy(root.password if root is not None else "")
+
+    def names(self, kind: str) -> List[str]:
+        """Return the sorted names of all `users` or `roles`, the built-in role included.
+
+        Hidden ones, whose names begin with `_`, are left out, as the store of etcd does.
+        """
+        children = self._store.children(f"{AUTH_PREFIX}/{kind}")
+        names = [name for name, is_dir in children if not is_dir and not name.startswith("_")]
+        return sorted(names + [ROOT] if kind == "roles" else names)
+
+    @property
+    def has_users(self) -> bool:
+        """True if there are users, hidden ones included; auth may be off."""
+        return any(True for _ in self._store.children(AUTH_PREFIX + "/users"))
+
+    def may_access(self, user: Optional[User], key: str, *, write: bool, recursive: bool) -> bool:
+        """True if a verified user (None: a guest) may read or write `key`."""
+        if user is None:
+            role = self.role(GUEST)
+            return role is not None and role.allow(key, write=write, recursive=False)
+        for name in user.roles or ():
+            role = self.role(name)
+            if role is not None and role.allow(key, write=write, recursive=recursive):
+                return True
+        AUTH_LOG.warning("invalid access for user %s on key %s.", user.name, key)
+        return False
+
+    @staticmethod
+    def is_root(user: Optional[User]) -> bool:
+        """True if a verified user has the role root."""
+        if user is not None and ROOT not in (user.roles or ()):
+            AUTH_LOG.warning(
+                "user %s does not have the %s role for this resource.", user.name, ROOT
             )
-            self._node.transfer_leader(heir)
-        return heir
+            return False
+        return user is not None
 
-    def before(self, changes: Iterable[ConfChange]) -> None:
-        """Hand over if one of `changes`, about to be proposed, removes us; once in a term.
 
-        Who commits the own removal may be gone before the others hear that it is committed.  Of
-        two members the second one then waits for ever for the vote of the first (thesis §4.2.2).
-        If no other member takes over, the change has to be proposed here all the same.
+def parse_stored_user(name: str, text: str) -> Optional[User]:
+    """Return the user in a record of the store; None, with a log line, if it holds none."""
+    try:
+        value = load_json(text)
+        password = go_text(str(value["password"]))
+        return User(name, password, string_list(value.get("roles"))).with_root()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        AUTH_LOG.error("ignored user %s: what is stored is no user", name)
+        return None
+
+
+def parse_stored_role(name: str, text: str) -> Optional[Role]:
+    """Return the role in a record of the store; None, with a log line, if it holds none."""
+    try:
+        kv = load_json(text)["permissions"]["kv"]
+        return Role(name, make_permissions(kv.get("read"), kv.get("write")))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        AUTH_LOG.error("ignored role %s: what is stored is no role", name)
+        return None
+
+
+Step = Union[Request, Callable[[], Any]]
+Steps = Generator[Step, Any, Any]
+
+
+class StepsRunner(NamedTuple):
+    """Runs a change that waits several times; then done(its result, or its exception).
+
+    do     as EtcdServer.do
+    steps  yields a Request, and gets its Event or EtcdError; or a callable, which runs on another
+           thread, and gets its result
+    """
+
+    do: Callable[[Request, Callable[[Any], None]], None]
+    reactor: Reactor
+    steps: Steps
+    done: Callable[[Any], None]
+
+    def go_on(self, value: Any = None) -> None:
+        """Take the next step, with the result of the one before."""
+        try:
+            step = self.steps.send(value)
+        except StopIteration as stop:
+            self.done(stop.value)
+        except (AuthError, EtcdError) as error:
+            self.done(error.with_traceback(None))
+        else:
+            if isinstance(step, Request):
+                self.do(step, self.go_on)
+            else:
+                self.reactor.run_blocking(step, kind=PASSWORD_WORK, done=self._worked)
+
+    def _worked(self, error: Optional[BaseException], result: Any) -> None:
+        if error is None:
+            self.go_on(result)
+        elif isinstance(error, AuthError):
+            self.done(error)
+        else:
+            self.done(AuthError(503, f"{error}{_TRY_AGAIN}"))
+
+
+class AuthStore:
+    """Changes of users and roles, through consensus; each method returns Steps for StepsRunner.
+
+    A change reads its record through consensus, too, and is written only if the record is the
+    same then; otherwise it begins again.  Differs from etcd, where of two changes of one user at
+    the same time one is lost.  All methods raise AuthError.
+    """
+
+    def __init__(self, auth: Auth) -> None:
+        self._auth = auth
+        self._ensured = False
+
+    def create_user(self, user: User) -> Steps:
+        """Return the new user."""
+        if not user.password:
+            raise AuthError(400, f"Cannot create user {user.name} with an empty password")
+        hashed = yield functools.partial(self._auth.checks.passwords.hash, user.password)
+        user = user._replace(password=hashed).with_root()
+        yield from self._create("user", user)
+        AUTH_LOG.info("created user %s", user.name)
+        return user
+
+    def update_user(self, name: str, password: str, grant: Names, revoke: Names) -> Steps:
+        """Return the changed user."""
+        hashed = ""
+        if password:
+            hashed = yield functools.partial(self._auth.checks.passwords.hash, password)
+
+        def change(old: User) -> User:
+            new = old.change_roles(grant, revoke)
+            return new._replace(password=hashed) if hashed else new
+
+        user = yield from self._update(
+            "user", name, parse_stored_user, change, "grant/revoke/password"
+        )
+        return user
+
+    def delete_user(self, name: str) -> Steps:
+        if name == ROOT and self._auth.enabled:
+            raise AuthError(403, "Cannot delete root user while auth is enabled.")
+        missing = AuthError(404, f"User {name} does not exist")
+        yield from self._write(f"/users/{name}", KeyNotFound, missing, method="DELETE")
+        AUTH_LOG.info("deleted user %s", name)
+
+    def create_role(self, role: Role) -> Steps:
+        """Return the new role."""
+        self._check_role(role.name)
+        yield from self._create("role", role)
+        AUTH_LOG.info("created new role %s", role.name)
+        return role
+
+    def update_role(
+        self, name: str, grant: Optional[Permissions], revoke: Optional[Permissions]
+    ) -> Steps:
+        """Return the changed role."""
+        self._check_role(name)
+
+        def change(old: Role) -> Role:
+            permissions = old.permissions
+            if grant is not None:
+                permissions = permissions.grant(grant)
+            if revoke is not None:
+                permissions = permissions.revoke(revoke)
+            return old._replace(permissions=permissions)
+
+        return self._update("role", name, parse_stored_role, change, "grant/revoke")
+
+    def delete_role(self, name: str) -> Steps:
+        self._check_role(name)
+        missing = AuthError(404, f"Role {name} doesn't exist.")
+        yield from self._write(f"/roles/{name}", KeyNotFound, missing, method="DELETE")
+        AUTH_LOG.info("deleted role %s", name)
+
+    def enable(self) -> Steps:
+        """Check requests from now on; there must be a root."""
+        if self._auth.enabled:
+            raise AuthError(409, "already enabled")
+        no_root = AuthError(409, "No root user available, please create one")
+        yield from self._read(f"/users/{ROOT}", no_root)
+        if self._auth.role(GUEST) is None:
+            AUTH_LOG.info("no guest role access found, creating default")
+            yield from self.create_role(Role(GUEST, EVERYTHING))
+        yield from self._write("/enabled", val="true", prev_exist=True)
+        AUTH_LOG.info("auth: enabled auth")
+
+    def disable(self) -> Steps:
+        if not self._auth.enabled:
+            raise AuthError(409, "already disabled")
+        yield from self._write("/enabled", val="false", prev_exist=True)
+        AUTH_LOG.info("auth: disabled auth")
+
+    @staticmethod
+    def _check_role(name: str) -> None:
+        if name == ROOT:
+            raise AuthError(403, f"Cannot modify role {name}: is root role.")
+
+    def _create(self, kind: str, record: Union[User, Role]) -> Steps:
+        exists = AuthError(409, f"{kind.capitalize()} {record.name} already exists.")
+        yield from self._write(
+            f"/{kind}s/{record.name}", NodeExists, exists, val=json_text(record.json()),
+            prev_exist=False,
+        )
+
+    def _update(
+        self, kind: str, name: str, parse: Callable[[str, str], Any],
+        change: Callable[[Any], Any], options: str,
+    ) -> Steps:
+        """Return the changed record; begins again if another change was faster."""
+        path, what = f"/{kind}s/{name}", kind.capitalize()
+        missing = AuthError(404, f"{what} {name} does not exist.")
+        while True:
+            text, index = yield from self._read(path, missing)
+            old = parse(name, text)
+            if old is None:
+                raise missing
+            new = change(old)
+            if new == old:
+                raise AuthError(400, f"{what} not updated. Use {options} to update the {kind}.")
+            result = yield from self._do(Request(
+                method="PUT", path=path, val=json_text(new.json()), prev_exist=True,
+                prev_index=index,
+            ))
+            if not isinstance(result, EtcdError):
+                AUTH_LOG.info("updated %s %s", kind, name)
+                return new
+
+    def _read(self, path: str, missing: AuthError) -> Steps:
+        """Return (value, its index) as of now.  Raises `missing`."""
+        result = yield from self._do(Request(method="QGET", path=path))
+        if isinstance(result, EtcdError) or result.node.value is None:
+            raise missing
+        return result.node.value, result.node.modified_index
+
+    def _write(
+        self, path: str, error: Type[EtcdError] = EtcdError,
+        refusal: Optional[AuthError] = None, method: str = "PUT", **fields: Any,
+    ) -> Steps:
+        """Write or delete a record.  Raises `refusal` for an `error`, and others as they are."""
+        yield from self._ensure_directories()
+        result = yield from self._do(Request(method=method, path=path, **fields))
+        if isinstance(result, EtcdError):
+            raise refusal if refusal is not None and isinstance(result, error) else result
+
+    def _ensure_directories(self) -> Steps:
+        """Make the places before the first change: four indexes of the store, as in etcd."""
+        if not self._ensured:
+            for path in ("", "/users", "/roles"):
+                yield from self._do(Request(method="PUT", path=path, dir=True, prev_exist=False))
+            yield from self._do(
+                Request(method="PUT", path="/enabled", val="false", prev_exist=False)
+            )
+            self._ensured = True
+
+    @staticmethod
+    def _do(request: Request) -> Steps:
+        """Return the event, or the error of the store; raises those of consensus."""
+        result = yield request._replace(path=AUTH_PREFIX + request.path)
+        if isinstance(result, RaftInternal):
+            raise result
+        return result
+
+
+def parse_credential(header: str) -> Optional[Credential]:
+    """Return the credential of a well-formed Basic Authorization header (RFC 7617), else None."""
+    kind, _, encoded = header.partition(" ")
+    if kind.lower() != "basic":
+        return None
+    try:
+        user, colon, password = text_of(base64.b64decode(encoded, validate=True)).partition(":")
+    except ValueError:
+        return None
+    return Credential(user, password) if colon else None
+
+
+class Guard:
+    """Decides from its head whether a request may pass.
+
+    A decision is kept with the head until Auth.version changes: the requests of verified clients
+    cost no more than without auth.  Thread: reactor.
+    """
+
+    def __init__(self, auth: Auth, reactor: Reactor) -> None:
+        self._auth = auth
+        self._log = ThrottledLog("auth", reactor.now)
+
+    def key(
+        self, head: HttpHead, key: str, *, write: bool, recursive: bool, passed: Handler,
+        refused: Handler,
+    ) -> Handler:
+        """Return the handler for an access to `key`; without Authorization, that of a guest."""
+        def may(user: Optional[User]) -> bool:
+            return self._auth.may_access(user, key, write=write, recursive=recursive)
+
+        return self._decide(head, may, passed, refused)
+
+    def root(
+        self, head: HttpHead, passed: Handler, refused: Handler, *, hashes: bool = False
+    ) -> Handler:
+        """Return the handler for a request that only the role root may make.
+
+        hashes  the answer holds password hashes: needs root without auth, too, if there are users
         """
-        raft = self._node.raft
-        if raft.term != self._tried_term and any(
-            change.type == ConfChangeType.REMOVE_NODE and change.node_id == raft.id
-            for change in changes
-        ) and self.begin():
-            self._tried_term = raft.term
+        always = hashes and self._auth.has_users
+        return self._decide(head, self._auth.is_root, passed, refused, always=always)
 
-    def before_entries(self, entries: Iterable[Entry]) -> None:
-        """The same for proposals that come from another member."""
-        for entry in entries:
-            if entry.type == EntryType.CONF_CHANGE:
-                with contextlib.suppress(CodecError):
-                    self.before((decode_conf_change(entry.data),))
+    def _decide(
+        self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
+        refused: Handler, *, always: bool = False,
+    ) -> Handler:
+        if not (self._auth.enabled or always):
+            return passed
+        verdict = self._verdict(head, may)
+        if verdict is None:
+            return functools.partial(self._verify, head, may, passed, refused)
+        return passed if verdict else refused
 
-    def _find_heir(self, beyond: int) -> int:
-        """The member with the most of our log among those that can be reached; 0: none."""
-        raft = self._node.raft
-        reachable = [
-            (progress.match_index, id) for id, progress in raft.progress.items()
-            if id != raft.id and progress.match_index > beyond and self._active_since(id) > 0
-        ]
-        return max(reachable, default=(0, 0))[1]
+    def _verdict(
+        self, head: HttpHead, may: Callable[[Optional[User]], bool]
+    ) -> Optional[bool]:
+        """True if the request may pass; None: the password has not been verified yet."""
+        header = head.headers.get("authorization", "")
+        if not header:
+            return may(None)
+        credential = parse_credential(header)
+        if credential is None:
+            self._log.error("malformed basic auth encoding")
+            return False
+        name = credential.user
+        if len(utf8(name)) > AUTH_NAME_BYTES_MAX:
+            return False
+        right = self._auth.checks.known(name, self._auth.stored_hash(name), credential.password)
+        if right is None:
+            return None
+        user = self._auth.user(name)
+        if right and user is not None:
+            return may(user)
+        why = "no such user" if user is None else "incorrect password for user"
+        self._log.error(f"{why}: {name[:64]}.")
+        return False
+
+    def _verify(
+        self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
+        refused: Handler, request: HttpRequest,
+    ) -> None:
+        """Answer as soon as the password is verified."""
+        if request.connection.closed:
+            return
+        verdict = self._verdict(head, may)
+        if verdict is not None:
+            answer = passed if verdict else refused
+            head.parsed = self._auth.version, answer
+            answer(request)
+            return
+        credential = parse_credential(head.headers["authorization"])
+        assert credential is not None   # without one there is a verdict
+
+        def checked(known: bool) -> None:
+            if known:
+                self._verify(head, may, passed, refused, request)
+            elif not request.connection.closed:
+                text = json_string(f"the password could not be checked{_TRY_AGAIN}")
+                request.reply(503, f'{{"message":{text}}}'.encode())
+
+        sender = Sender(credential.user, request.remote.rpartition(":")[0])
+        stored = self._auth.stored_hash(credential.user)
+        self._auth.checks.check(sender, stored, credential.password, checked)
 
 
 # ============================================================================
-# member/statistics -- Statistics: what a member counts about itself, and how metrics are written.
+# member/statistics -- Statistics of /v2/stats and metrics of /metrics: counters, histograms, traffic.
 # ============================================================================
 
 
-RATE_SAMPLES_MAX = 200              # append messages that the rates of /v2/stats/self look at
+RATE_SAMPLES_MAX = 200              # append messages behind the rates of /v2/stats/self
 RATE_SECONDS_MAX = 1.0              # after this long without a message the rates are 0
 
 
 class RateWindow:
-    """The last messages and their sizes, for a rate per second.
+    """The last messages and their sizes.  Source: etcd 2.3 etcdserver/stats/queue.go.
 
-    Source: etcd 2.3 etcdserver/stats/queue.go.
     Differs from etcd: a single message gives 0; there the rate is infinite, which JSON lacks.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._samples: Deque[Tuple[float, int]] = collections.deque(maxlen=RATE_SAMPLES_MAX)
+        self.count = 0                  # of all messages
 
     def add(self, size: int) -> None:
-        """Count one message of `size` bytes."""
+        self.count += 1
         self._samples.append((self._now(), size))
 
     def rates(self) -> Tuple[float, float]:
@@ -11814,7 +12154,7 @@ def format_decimal(value: float) -> str:
 
 
 class ServerStats:
-    """What /v2/stats/self shows; times in unix ns.  Source: etcd 2.3 etcdserver/stats."""
+    """The statistics of /v2/stats/self; times in unix ns.  Source: etcd 2.3 etcdserver/stats."""
 
     def __init__(self, name: str, member_id: int, clock: Clock) -> None:
         self.name = name
@@ -11822,33 +12162,26 @@ class ServerStats:
         self._wall_ns = clock.wall_ns
         self.started_ns = clock.wall_ns()
         self.lead = 0                   # id of the leader last known
-        self.lead_since_ns = 0          # when it became that
-        self.received_appends = 0
-        self.sent_appends = 0
+        self.lead_since_ns = 0          # when it became leader
         self._received = RateWindow(clock.now)
         self._sent = RateWindow(clock.now)
+        self.send_append = self._sent.add       # counts a MsgApp of some size to a follower
 
     def became(self, lead: int) -> None:
-        """The member `lead` leads from now on."""
+        """Count the member `lead` as leader from now on."""
         if lead != self.lead:
             self.lead = lead
             self.lead_since_ns = self._wall_ns()
 
     def recv_append(self, sender: int, size: int) -> None:
-        """A MsgApp of `size` bytes has come from the leader `sender`."""
+        """Count a MsgApp of `size` bytes from the leader `sender`."""
         self.became(sender)
-        self.received_appends += 1
         self._received.add(size)
-
-    def send_append(self, size: int) -> None:
-        """A MsgApp of `size` bytes goes to a follower."""
-        self.sent_appends += 1
-        self._sent.add(size)
 
     def json(self, state: str) -> str:
         """Return the object of /v2/stats/self.  state: StateFollower, -Candidate or -Leader.
 
-        Differs from etcd: without a leader so far the uptime is 0s, not 292 years.
+        Differs from etcd: before the first leader the uptime is 0s, not 292 years.
         """
         uptime_s = (self._wall_ns() - self.lead_since_ns) / NS if self.lead else 0.0
         since = format_local_time(self.lead_since_ns) if self.lead else "0001-01-01T00:00:00Z"
@@ -11858,13 +12191,13 @@ class ServerStats:
             f',"state":"{state}","startTime":"{format_local_time(self.started_ns)}"'
             f',"leaderInfo":{{"leader":"{leader}","uptime":"{format_duration(max(uptime_s, 0.0))}"'
             f',"startTime":"{since}"}}'
-            f',"recvAppendRequestCnt":{self.received_appends}{_rates("recv", self._received)}'
-            f',"sendAppendRequestCnt":{self.sent_appends}{_rates("send", self._sent)}}}'
+            f',"recvAppendRequestCnt":{self._received.count}{_rates("recv", self._received)}'
+            f',"sendAppendRequestCnt":{self._sent.count}{_rates("send", self._sent)}}}'
         )
 
 
 def _rates(prefix: str, window: RateWindow) -> str:
-    """The two rates as JSON members; left out when 0."""
+    """Return the two rates as JSON members, without those that are 0."""
     parts = zip(("Pkg", "Bandwidth"), window.rates())
     return "".join(f',"{prefix}{what}Rate":{format_decimal(rate)}' for what, rate in parts if rate)
 
@@ -11877,10 +12210,9 @@ class FollowerStats:
     def __init__(self) -> None:
         self.successes = self.fails = 0
         self.current = self.total = self.squares = self.maximum = 0.0
-        self.minimum = float(1 << 63)   # what etcd shows before the first success
+        self.minimum = float(1 << 63)   # as etcd before the first success
 
     def json(self) -> str:
-        """Return this follower's part of /v2/stats/leader."""
         count = self.successes or 1
         average = self.total / count
         deviation = max(self.squares / count - average * average, 0.0) ** 0.5
@@ -11896,14 +12228,14 @@ class FollowerStats:
 
 
 class LeaderStats:
-    """What /v2/stats/leader shows: how sending to each follower goes."""
+    """The statistics of /v2/stats/leader: latency and losses of each follower."""
 
     def __init__(self, member_id: int) -> None:
         self.member_id = member_id
         self._followers: Dict[int, FollowerStats] = {}
 
     def success(self, member_id: int, seconds: float) -> None:
-        """A MsgApp reached this follower's connection after `seconds`."""
+        """Count a MsgApp that this follower answered after `seconds`."""
         stats = self._followers.setdefault(member_id, FollowerStats())
         latency = seconds * 1e3
         stats.successes += 1
@@ -11914,15 +12246,13 @@ class LeaderStats:
         stats.maximum = max(stats.maximum, latency)
 
     def fail(self, member_id: int) -> None:
-        """A MsgApp to this follower was lost."""
         self._followers.setdefault(member_id, FollowerStats()).fails += 1
 
     def remove(self, member_id: int) -> None:
-        """The member is one no more."""
         self._followers.pop(member_id, None)
 
     def json(self, followers: Iterable[int]) -> str:
-        """Return the object of /v2/stats/leader with these members, whether sent to or not."""
+        """Return the object of /v2/stats/leader, with members that no message went to as well."""
         unknown = FollowerStats()
         parts = [
             f'"{name}":{self._followers.get(member_id, unknown).json()}'
@@ -11932,26 +12262,26 @@ class LeaderStats:
 
 
 class ServerCounts:
-    """What happens to a member that only /metrics tells."""
+    """Counters of a member that only /metrics shows."""
 
     SLOW_APPLY_SECONDS = 0.1            # etcd 3's limit
 
     def __init__(self, heartbeat_s: float) -> None:
-        self.leader_changes = 0         # a leader became known that was not the one before
+        self.leader_changes = 0         # leaders that became known
         self.slow_applies = 0
-        self.late_heartbeats = 0        # to each follower, sent a period late or more
+        self.late_heartbeats = 0        # to each follower, a period late or more
         self.turn_durations = Histogram(exponential_bounds(0.0001, 14))     # of the reactor, s
         self._heartbeat_s = heartbeat_s
         self._ticked_at = 0.0
 
     def tick(self, now: float, followers: int) -> None:
-        """Raft's clock ticks, and with it heartbeats leave to `followers`; monotonic seconds."""
+        """Count late heartbeats: at each tick of Raft one leaves to each of `followers`."""
         if self._ticked_at and now - self._ticked_at > 2 * self._heartbeat_s:
             self.late_heartbeats += followers
         self._ticked_at = now
 
     def time_apply(self, apply: Callable[[], None], now: Callable[[], float]) -> None:
-        """Have one turn's entries applied."""
+        """Call apply(), and count it if it is slow."""
         started = now()
         apply()
         self.slow_applies += now() - started > self.SLOW_APPLY_SECONDS
@@ -11969,28 +12299,8 @@ def _label_text(names: Labels, values: Labels) -> str:
     return ",".join(parts)
 
 
-class Counter:
-    """How often something happened, per combination of label values."""
-
-    kind = "counter"
-    __slots__ = ("_labels", "_values")
-
-    def __init__(self, labels: Labels = ()) -> None:
-        self._labels = labels
-        self._values: Dict[Labels, int] = {} if labels else {(): 0}
-
-    def inc(self, *values: str) -> None:
-        """Count one more."""
-        self._values[values] = self._values.get(values, 0) + 1
-
-    def samples(self) -> Iterator[Sample]:
-        """Yield what Prometheus reads."""
-        for values, count in self._values.items():
-            yield "", _label_text(self._labels, values), count
-
-
 class Reading:
-    """A number that someone else keeps, asked for when Prometheus comes."""
+    """A counter or gauge that is kept elsewhere, and read when Prometheus asks."""
 
     __slots__ = ("kind", "_labels", "_read")
 
@@ -12002,9 +12312,21 @@ class Reading:
         self._read = read
 
     def samples(self) -> Iterator[Sample]:
-        """Yield what Prometheus reads."""
         for values, value in self._read().items():
             yield "", _label_text(self._labels, values), value
+
+
+class Counter(Reading):
+    """The number of events, per combination of label values."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, labels: Labels = ()) -> None:
+        self._values: Dict[Labels, int] = {} if labels else {(): 0}
+        super().__init__("counter", labels, self._values.copy)
+
+    def inc(self, *values: str) -> None:
+        self._values[values] = self._values.get(values, 0) + 1
 
 
 def exponential_bounds(start: float, count: int) -> List[float]:
@@ -12013,9 +12335,9 @@ def exponential_bounds(start: float, count: int) -> List[float]:
 
 
 class Histogram:
-    """How values spread over buckets.  bounds: upper, inclusive, ascending.
+    """The distribution of values over buckets.  bounds: upper, inclusive, ascending.
 
-    Thread: one that observes; any may read.
+    Thread: one observes; any may read.
     """
 
     kind = "histogram"
@@ -12027,12 +12349,11 @@ class Histogram:
         self._sum = 0.0
 
     def observe(self, value: float) -> None:
-        """Count one value."""
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
 
     def observe_many(self, values: List[float]) -> None:
-        """Count all of them: 0.04 us each instead of 0.17."""
+        """Count all values: 0.04 us each instead of 0.17."""
         values.sort()
         before = 0
         for position, bound in enumerate(self._bounds):
@@ -12044,16 +12365,13 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """Number of values."""
         return sum(self._counts)
 
     @property
     def mean(self) -> float:
-        """Their mean; 0 without any."""
         return self._sum / (self.count or 1)
 
     def samples(self, labels: str = "") -> Iterator[Sample]:
-        """Yield what Prometheus reads."""
         count = self.count
         comma, below = "," if labels else "", 0
         for bound, here in zip(self._bounds, self._counts):
@@ -12065,7 +12383,7 @@ class Histogram:
 
 
 class Histograms:
-    """One histogram per combination of label values."""
+    """One histogram per combination of label values, shown from its first value on."""
 
     kind = "histogram"
     __slots__ = ("_labels", "_bounds", "_children")
@@ -12076,30 +12394,28 @@ class Histograms:
         self._children: Dict[Labels, Histogram] = {}
 
     def child(self, *values: str) -> Histogram:
-        """Return the histogram of these label values."""
         if values not in self._children:
             self._children[values] = Histogram(self._bounds)
         return self._children[values]
 
     def samples(self) -> Iterator[Sample]:
-        """Yield what Prometheus reads; nothing of a child before its first value."""
         for values, child in self._children.items():
             if child.count:
                 yield from child.samples(_label_text(self._labels, values))
 
 
-Family = Union[Counter, Reading, Histogram, Histograms]
+Family = Union[Reading, Histogram, Histograms]
 
 
 class Metrics:
     """Named counters, readings and histograms, and their text for Prometheus (version 0.0.4)."""
 
     def __init__(self) -> None:
-        self.before_text: Callable[[], None] = _nothing     # counts what was not counted yet
+        self.before_text: Callable[[], None] = _nothing     # makes the counts complete
         self._families: Dict[str, Tuple[str, Family]] = {}
 
     def add(self, name: str, help: str, family: Family) -> None:
-        """Show what someone else fills; an older one of this name is replaced."""
+        """Show a family under `name`; replaces an older one."""
         self._families[name] = help, family
 
     def counter(self, name: str, help: str, labels: Labels = ()) -> Counter:
@@ -12124,7 +12440,7 @@ class Metrics:
         self.add(name, help, Reading("counter", labels, read))
 
     def text(self) -> str:
-        """Return everything that has a value, by name."""
+        """Return all families that have a value, by name."""
         self.before_text()
         lines: List[str] = []
         for name, (help, family) in sorted(self._families.items()):
@@ -12138,15 +12454,73 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
+class Traffic:
+    """Counts the messages that the transport sends and receives.
+
+    sent_bytes, sent_failures, received_bytes are by member id.
+    """
+
+    def __init__(
+        self, stats: ServerStats, leader_stats: LeaderStats, now: Callable[[], float]
+    ) -> None:
+        self.sent_bytes: Dict[int, int] = {}
+        self.sent_failures: Dict[int, int] = {}
+        self.received_bytes: Dict[int, int] = {}
+        labels = ("sendingType", "remoteID", "msgType")
+        self.latencies = Histograms(exponential_bounds(0.0005, 13), labels)
+        self.failures = Counter(labels)
+        self.round_trips = Histograms(exponential_bounds(0.0001, 16), ("To",))
+        self._stats = stats
+        self._leader_stats = leader_stats
+        self._now = now
+        self._sent_at: Dict[int, float] = {}    # follower -> when entries went to it
+        self._labels: Dict[Tuple[str, int, int], Labels] = {}
+
+    def sent(self, sent: Sent) -> None:
+        """Count a message that has left, or could not leave."""
+        to, message = sent.to, sent.message
+        key = (sent.channel, to, message.type)
+        labels = self._labels.get(key)
+        if labels is None:
+            name = "Msg" + MsgType(message.type).name.title().replace("_", "")
+            labels = self._labels[key] = (sent.channel, format_id(to), name)
+        if sent.ok:
+            self.sent_bytes[to] = self.sent_bytes.get(to, 0) + sent.size
+            self.latencies.child(*labels).observe(sent.seconds)
+        else:
+            self.sent_failures[to] = self.sent_failures.get(to, 0) + 1
+            self.failures.inc(*labels)
+        if message.type == MsgType.APP:
+            self._sent_append(sent)
+
+    def _sent_append(self, sent: Sent) -> None:
+        self._stats.send_append(sent.size)
+        if not sent.ok:
+            self._leader_stats.fail(sent.to)
+        elif sent.message.entries:
+            self._sent_at.setdefault(sent.to, self._now() - sent.seconds)
+
+    def received(self, sender: int, message: Message, size: int) -> None:
+        """Count a message; the latency of a follower is from entries to its next answer."""
+        if sender in self.received_bytes or len(self.received_bytes) < REMOTES_MAX:
+            self.received_bytes[sender] = self.received_bytes.get(sender, 0) + size
+        if message.type == MsgType.APP:
+            self._stats.recv_append(sender, size)
+        elif message.type == MsgType.APP_RESP and sender in self._sent_at:
+            self._leader_stats.success(sender, self._now() - self._sent_at.pop(sender))
+
+    def round_trip(self, member_id: int, seconds: float) -> None:
+        """Count the answer of a peer to a probe."""
+        self.round_trips.child(format_id(member_id)).observe(seconds)
+
+
 # ============================================================================
-# member/journal -- The journal: batches on their way to the disk, in order.
-# ----------------------------------------------------------------------------
-# Threads: the reactor's, and its own, `wal`.
+# member/journal -- The journal: batches on their way to the disk, in order; threads `reactor` and `wal`.
 # ============================================================================
 
 
 class Batch:
-    """What one visit to the disk makes durable, and what may be said only after it."""
+    """The state and entries of one visit to the disk, and the messages held back until then."""
 
     __slots__ = ("hard_state", "entries", "snapshot", "must_sync", "held", "mark")
 
@@ -12162,8 +12536,8 @@ class Batch:
 class WalJob(NamedTuple):
     """One visit to the disk, in this order; empty parts are left out.
 
-    A snapshot's file is complete before anything behind it is written: after a crash between
-    the two, the log still fits the snapshot before.
+    A snapshot's file is complete before any entry behind it is written: after a crash between
+    the two, the log fits the snapshot before.
     """
 
     record: bytes                       # of the snapshot
@@ -12177,8 +12551,8 @@ class WalJob(NamedTuple):
 class WalWriter:
     """The wal thread: one write and one fdatasync per job.
 
-    A failure is final: nobody knows which bytes are on disk, so no later job is touched and
-    nothing is acknowledged any more.  A full disk is no failure: the step that met it has left
+    A failure is final: nobody knows which bytes are on disk, so no later job is begun and no
+    write is acknowledged any more.  A full disk is no failure: the step that met it has left
     nothing, and is repeated until there is space.
     """
 
@@ -12192,7 +12566,7 @@ class WalWriter:
         self._snapshotter = snapshotter
         self._reactor = reactor
         self._failed = failed
-        self._full = full               # called on the reactor: with why, and with "" when over
+        self._full = full               # called on the reactor, with the reason, or "" when over
         self._is_full = False
         self._jobs: queue.SimpleQueue[Optional[WalJob]] = queue.SimpleQueue()
         self._stopping = threading.Event()
@@ -12200,7 +12574,6 @@ class WalWriter:
         self.sync_durations = Histogram(exponential_bounds(0.001, 14))  # write and fdatasync, s
 
     def start(self) -> None:
-        """Start the thread."""
         self._thread.start()
 
     def submit(self, job: WalJob) -> None:
@@ -12231,7 +12604,7 @@ class WalWriter:
             self._reactor.call_soon_threadsafe(self._failed, error)
 
     def _do(self, job: WalJob) -> bool:
-        """Do all of a job, however long it takes; False: given up, as the disk stayed full."""
+        """Do all of a job; False: given up by stop(), as the disk stayed full."""
         for step in self._steps(job):
             while not self._try(step):
                 if self._stopping.wait(self.FULL_SECONDS):
@@ -12239,28 +12612,28 @@ class WalWriter:
         return True
 
     def _steps(self, job: WalJob) -> List[Callable[[], None]]:
-        """What is to be done, in order; each leaves nothing behind when the disk is full."""
+        """Return the steps of a job, in order; none leaves anything behind on a full disk."""
         steps: List[Callable[[], None]] = []
         if job.record:
             steps.append(functools.partial(self._wal.write, job.record, sync=True))
         if job.snapshot is not None:
             steps.append(functools.partial(self._snapshotter.save, job.snapshot))
         if job.data:
-            steps.append(functools.partial(self._write, job.data))
+            steps.append(functools.partial(self._write_frames, job.data))
         if job.cut is not None:
             steps.append(functools.partial(self._wal.cut, job.cut))
         if job.release_to:
             steps.append(functools.partial(self._wal.release_to, job.release_to))
         return steps
 
-    def _write(self, data: Sequence[bytes]) -> None:
+    def _write_frames(self, data: Sequence[bytes]) -> None:
         now = self._reactor.now
         started = now()
         self._wal.write(*data, sync=True)
         self.sync_durations.observe(now() - started)
 
     def _try(self, step: Callable[[], None]) -> bool:
-        """Do a step; False if the disk is full.  The reactor is told when that changes."""
+        """Do a step; False if the disk is full.  Reports each change of that to the reactor."""
         try:
             step()
         except DiskFull as error:
@@ -12292,10 +12665,10 @@ def first_part(entries: Sequence[Entry]) -> int:
 
 
 class Journal:
-    """What must reach the disk, in batches: while one is written the next one gathers.
+    """Readys on their way to the disk, in batches: while one is written the next one gathers.
 
-    A batch becomes durable as a whole; then `durable` is called with it, which may send what
-    was held back, and count entries.  Thread: reactor.
+    A batch becomes durable as a whole; then durable(batch) sends the messages held back, and
+    counts the entries.  Thread: reactor.
     """
 
     def __init__(
@@ -12304,8 +12677,8 @@ class Journal:
     ) -> None:
         self.writer = writer
         self.durable_commit = hard_state.commit     # commit index that a crash cannot take back
-        self.busy = False                           # the writer has a job of ours
-        self.visits = 0                             # jobs that it was given
+        self.busy = False                           # the writer has a job
+        self.visits = 0                             # jobs given to the writer
         self.batch_entries = Histogram(exponential_bounds(1, 14))   # in one visit
         self._wal = wal
         self._durable = durable
@@ -12321,7 +12694,7 @@ class Journal:
         return self._steps is not None
 
     def add(self, ready: Ready) -> None:
-        """Note what a Ready wants to be written, and what it holds back."""
+        """Add a Ready's state and entries, and the messages that it holds back."""
         batch = self._batch
         if ready.snapshot is not None:
             if batch.entries or batch.held or batch.snapshot:
@@ -12336,7 +12709,7 @@ class Journal:
         batch.mark = ready.mark
 
     def sync_commit(self, state: HardState) -> None:
-        """Have the disk know this commit index soon; durable_commit tells when it does."""
+        """Write this commit index soon; durable_commit tells when it is on disk."""
         self._batch.hard_state = state
         self._batch.must_sync = True
         if self._batch.mark is None:
@@ -12344,8 +12717,8 @@ class Journal:
         self.submit()
 
     def submit(self) -> None:
-        """Give the writer the next batch if it has none; a commit index alone waits for company."""
-        self._go_on()
+        """Give the writer the next batch if it is idle; a commit index alone waits for company."""
+        self._encode_on()
         if self._record is not None and not self.busy:
             self._write_record(*self._record)
         while not self.busy:
@@ -12355,7 +12728,7 @@ class Journal:
                     return
                 self._batch = Batch()
             if batch.must_sync:
-                self._write(batch)
+                self._write_batch(batch)
                 return
             if self._batch.hard_state is None:      # it travels with the next one that syncs
                 self._batch.hard_state = batch.hard_state
@@ -12363,7 +12736,7 @@ class Journal:
             self._durable(batch)
 
     def record_snapshot(self, snapshot_id: EntryID, done: Callable[[], None]) -> None:
-        """Write that a snapshot file of ours will follow, before the next batch; then done()."""
+        """Write the record of a snapshot file to come, before the next batch; then done()."""
         self._record = (snapshot_id, done)
         self.submit()
 
@@ -12374,27 +12747,27 @@ class Journal:
 
         self._record = None
         record = self._wal.encode_snapshot(snapshot_id)
-        self._visit(WalJob(record, None, (), None, 0, written))
+        self._submit_job(WalJob(record, None, (), None, 0, written))
 
     def release(self, index: int) -> None:
         """Unlock the segments that only hold entries before `index`, with the next batch."""
         self._release_to = index
 
     def close(self) -> None:
-        """Write what still waits, and end the writer.  Blocks for the last sync."""
+        """Write all batches, and end the writer.  Blocks for the last sync."""
         while self._steps is not None:
-            self._go_on()
+            self._encode_on()
         for batch in (*self._waiting, self._batch):
-            self.writer.submit(finish(self._job(batch, _nothing)))
+            self.writer.submit(finish(self._encode_job(batch, _nothing)))
         self.writer.stop()
 
-    def _write(self, batch: Batch) -> None:
+    def _write_batch(self, batch: Batch) -> None:
         """Write a batch; a long one in parts, which the next turns encode."""
         self.busy = True
         self._steps = self._write_steps(batch)
-        self._go_on()
+        self._encode_on()
 
-    def _go_on(self) -> None:
+    def _encode_on(self) -> None:
         if self._steps is not None and next(self._steps, self) is self:
             self._steps = None
 
@@ -12405,7 +12778,7 @@ class Journal:
             self.batch_entries.observe(count)
             data = yield from self._wal.encode_steps(None, entries[:count])
             del entries[:count]
-            self._visit(WalJob(b"", None, data, None, 0, _nothing))
+            self._submit_job(WalJob(b"", None, data, None, 0, _nothing))
             yield
             count = first_part(entries)
 
@@ -12416,14 +12789,14 @@ class Journal:
             self._durable(batch)
 
         self.batch_entries.observe(count)
-        self._visit((yield from self._job(batch, written)))
+        self._submit_job((yield from self._encode_job(batch, written)))
 
-    def _visit(self, job: WalJob) -> None:
+    def _submit_job(self, job: WalJob) -> None:
         self.busy = True
         self.visits += 1
         self.writer.submit(job)
 
-    def _job(
+    def _encode_job(
         self, batch: Batch, done: Callable[[], None]
     ) -> Generator[None, None, WalJob]:
         record = b""
@@ -12437,174 +12810,12 @@ class Journal:
 
 
 # ============================================================================
-# member/monitors -- The cluster version, and counts of traffic.
-# ============================================================================
-
-
-class VersionMonitor:
-    """The leader's watch over the cluster version: the lowest version of any member, never lowered.
-
-    Source: etcd 2.3 etcdserver/cluster_util.go; peer-and-disk notes on the server loop.
-    """
-
-    PERIOD_S = 4.0
-
-    def __init__(
-        self, reactor: Reactor, cluster: Cluster, member_id: int,
-        propose: Callable[[str], None], tls: Optional[TlsContext] = None,
-    ) -> None:
-        self._reactor = reactor
-        self._cluster = cluster
-        self._member_id = member_id
-        self._propose = propose
-        self._tls = tls
-        self._calls: List[HttpCall] = []
-        self._versions: Dict[int, str] = {}
-        self._timer: Optional[Timer] = None
-
-    def start(self) -> None:
-        """Look now, and every few seconds until the version is as high as ours."""
-        self.stop()
-        self._look()
-
-    def stop(self) -> None:
-        """Look no more: we lead no more."""
-        for call in self._calls:
-            call.cancel()
-        self._calls = []
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _look(self) -> None:
-        self.stop()
-        if self._cluster.version and version_key(self._cluster.version) >= _OWN_VERSION_KEY:
-            return
-        self._versions = {self._member_id: SERVER_VERSION}
-        for member in list(self._cluster.members.values()):
-            urls = usable_urls(member.peer_urls)
-            if member.id != self._member_id and urls:
-                self._ask(member, urls[0])
-        self._timer = self._reactor.call_later(self.PERIOD_S, self._look)
-        self._decide()
-
-    def _ask(self, member: Member, url: str) -> None:
-        def done(error: Optional[Exception], answer: Answer) -> None:
-            version = _server_version(answer.body)
-            if error is None and version:
-                self._versions[member.id] = version
-            self._decide()
-
-        self._calls.append(fetch(
-            self._reactor, url, "/version", done, connect_timeout_s=1.0, idle_timeout_s=2.0,
-            tls=self._tls,
-        ))
-
-    def _decide(self) -> None:
-        """Propose the minimum when every member has answered; a first guess when one cannot."""
-        current = self._cluster.version
-        complete = self._versions.keys() >= self._cluster.members.keys()
-        if complete:
-            lowest = min(self._versions.values(), key=version_key)
-            wanted = ".".join(lowest.split(".")[:2]) + ".0"
-            if not current or version_key(wanted) > version_key(current):
-                self._announce(wanted, current)
-        elif not current and self._calls and all(call.ended for call in self._calls):
-            self._announce(MIN_CLUSTER_VERSION, current)
-
-    def _announce(self, wanted: str, current: Optional[str]) -> None:
-        log = package_logger("etcdserver")
-        short = wanted.rpartition(".")[0]
-        if current:
-            before = current.rpartition(".")[0]
-            log.info("updating the cluster version from %s to %s", before, short)
-        else:
-            log.info("setting up the initial cluster version to %s", short)
-        self.stop()
-        self._propose(wanted)
-        self._timer = self._reactor.call_later(self.PERIOD_S, self._look)
-
-
-_OWN_VERSION_KEY = version_key(SERVER_VERSION)
-
-
-def _server_version(body: bytes) -> str:
-    """The `etcdserver` of a /version answer, or "" if it is not one."""
-    try:
-        version = str(load_json(body)["etcdserver"])
-        version_key(version)
-    except (ValueError, KeyError, TypeError):
-        return ""
-    return version
-
-
-class Traffic:
-    """Counts the messages that the transport sends and receives.
-
-    sent_bytes, sent_failures, received_bytes are by member id.
-    """
-
-    def __init__(
-        self, stats: ServerStats, leader_stats: LeaderStats, now: Callable[[], float]
-    ) -> None:
-        self.sent_bytes: Dict[int, int] = {}
-        self.sent_failures: Dict[int, int] = {}
-        self.received_bytes: Dict[int, int] = {}
-        labels = ("sendingType", "remoteID", "msgType")
-        self.latencies = Histograms(exponential_bounds(0.0005, 13), labels)
-        self.failures = Counter(labels)
-        self.round_trips = Histograms(exponential_bounds(0.0001, 16), ("To",))
-        self._stats = stats
-        self._leader_stats = leader_stats
-        self._now = now
-        self._sent_at: Dict[int, float] = {}    # follower -> when entries went to it
-        self._labels: Dict[Tuple[str, int, int], Labels] = {}
-
-    def sent(self, sent: Sent) -> None:
-        """A message has left, or could not."""
-        to, message = sent.to, sent.message
-        key = (sent.channel, to, message.type)
-        labels = self._labels.get(key)
-        if labels is None:
-            name = "Msg" + MsgType(message.type).name.title().replace("_", "")
-            labels = self._labels[key] = (sent.channel, format_id(to), name)
-        if sent.ok:
-            self.sent_bytes[to] = self.sent_bytes.get(to, 0) + sent.size
-            self.latencies.child(*labels).observe(sent.seconds)
-        else:
-            self.sent_failures[to] = self.sent_failures.get(to, 0) + 1
-            self.failures.inc(*labels)
-        if message.type == MsgType.APP:
-            self._sent_append(sent)
-
-    def _sent_append(self, sent: Sent) -> None:
-        self._stats.send_append(sent.size)
-        if not sent.ok:
-            self._leader_stats.fail(sent.to)
-        elif sent.message.entries:
-            self._sent_at.setdefault(sent.to, self._now() - sent.seconds)
-
-    def received(self, sender: int, message: Message, size: int) -> None:
-        """A message came; a follower's latency is from entries to the answer that follows."""
-        if sender in self.received_bytes or len(self.received_bytes) < REMOTES_MAX:
-            self.received_bytes[sender] = self.received_bytes.get(sender, 0) + size
-        if message.type == MsgType.APP:
-            self._stats.recv_append(sender, size)
-        elif message.type == MsgType.APP_RESP and sender in self._sent_at:
-            self._leader_stats.success(sender, self._now() - self._sent_at.pop(sender))
-
-    def round_trip(self, member_id: int, seconds: float) -> None:
-        """A peer has answered a probe."""
-        self.round_trips.child(format_id(member_id)).observe(seconds)
-
-
-# ============================================================================
-# member/snapshots -- Snapshots of the store: written in slices, kept, and compacted behind.
+# member/snapshots -- Snapshots of the store: written in slices, then the log behind them is compacted.
 # ============================================================================
 
 
 class SnapshotJob:
-    """Writing the store to a snapshot file, in slices between other work (DESIGN §3)."""
+    """Encodes the store as a snapshot file, in slices between other work."""
 
     SLICE_S = 0.002
 
@@ -12624,11 +12835,11 @@ class SnapshotJob:
         self._steps = self._run()
 
     def begin(self) -> None:
-        """Take the first step, which fixes the state that is walked."""
+        """Take the first step, which fixes the state of the snapshot."""
         next(self._steps, None)
 
     def work(self) -> None:
-        """Go on for a few milliseconds; in the end `done` is the file to write."""
+        """Work for a few milliseconds; in the end `done` is the file to write."""
         started = self._now()
         for _ in self._steps:
             if self._now() >= started + self.SLICE_S:
@@ -12636,7 +12847,7 @@ class SnapshotJob:
         self.work_seconds += self._now() - started
 
     def _run(self) -> Iterator[None]:
-        """Walk, then sum: on a thread, the checksum would take the reactor's turns away."""
+        """Walk, then sum: a thread for the checksum would hold Python's lock most of the time."""
         pieces: List[bytes] = []
         for chunk in self._walk:
             pieces.append(chunk)
@@ -12652,18 +12863,21 @@ class SnapshotJob:
         self.done = SnapshotFile(self.id, pieces, sum(map(len, pieces)), crc)
 
     def cancel(self) -> None:
-        """Give the walk up: the store is replaced under it."""
+        """Give the walk up."""
         self._walk.close()
 
 
 SnapshotReceiver = Callable[[SnapshotFile, int], None]  # gets a snapshot, and its etcd index
 
 
-SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms, however often; above, see is_due
+SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms; more nodes: see is_due
 
 
 class SnapshotKeeper:
-    """When to write a snapshot, how, and which one a follower gets.  Thread: reactor."""
+    """Decides when to write a snapshot, writes it, and lends snapshots to followers and clients.
+
+    Thread: reactor.
+    """
 
     def __init__(
         self, reactor: Reactor, journal: Journal, snapshotter: Snapshotter, index: int,
@@ -12678,25 +12892,24 @@ class SnapshotKeeper:
         self._journal = journal
         self._failed = failed
         self._job: Optional[SnapshotJob] = None     # a walk over the store
-        self._receivers: List[SnapshotReceiver] = []              # who gets it, instead of the disk
-        self._waiting: List[SnapshotReceiver] = []             # who gets the next one
+        self._receivers: List[SnapshotReceiver] = []    # that get it, instead of the disk
+        self._waiting: List[SnapshotReceiver] = []      # that get the next one
         self._saving = False                        # the walk is over, the file not yet there
-        self._compact_to = 0                        # entries up to here are needed no more
-        self._not_before = 0.0                      # the disk was full: begin no other (monotonic)
+        self._compact_to = 0                        # entries up to here may be dropped
+        self._not_before = 0.0                      # no new one while the disk is full (monotonic)
         self._cache: Optional[Snapshot] = None      # the newest file, while followers want it
         self._loading = False
 
     @property
     def busy(self) -> bool:
-        """True while a snapshot is in the making."""
         return self._job is not None or self._saving
 
     def is_due(self, raft_index: int, nodes: int, count: int) -> bool:
         """True if the newest file is older than `count` entries, and the disk was not just full.
 
-        A walk takes 4 us per node, so that of a large store has to wait for as many entries: it
-        would cost more than they do.  They take less memory than the nodes.  It is the nodes of
-        the last snapshot that count: a store that only grows has one whenever it has doubled.
+        A walk takes 4 us per node.  That of a large store waits for as many entries as it has
+        nodes, as it would cost more than the entries do; they take less memory than the nodes.
+        The nodes of the last snapshot count: a store that only grows has one at each doubling.
         """
         behind = raft_index - self.index
         if behind <= count or behind <= min(nodes, self.nodes) - SNAPSHOT_CHEAP_NODES:
@@ -12706,31 +12919,31 @@ class SnapshotKeeper:
     def begin(
         self, store: Store, applied: EntryID, voters: Tuple[int, ...], *, lent: bool
     ) -> None:
-        """Begin to walk the store, which has applied just `applied`; work() goes on.
+        """Begin to walk the store, which has applied entries up to `applied`; work() goes on.
 
-        lent  for all that wait for one, instead of the disk
+        lent  for the receivers that wait, instead of the disk
         """
         if lent:
             self._receivers, self._waiting = self._waiting, []
         else:
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "start to snapshot (applied: %d, lastsnap: %d)", applied.index, self.index
             )
             self.nodes = len(store)
         self._job = SnapshotJob(store, applied, voters, self._reactor.now)
-        self._job.begin()               # now: the walk is of the state that its first step finds
+        self._job.begin()               # now: the first step fixes the state
 
     @property
     def is_requested(self) -> bool:
-        """True if somebody waits for a snapshot, and none is in the making."""
+        """True if a receiver waits for a snapshot, and none is in the making."""
         return bool(self._waiting) and not self.busy
 
     def request(self, receiver: SnapshotReceiver) -> None:
-        """Have receiver called with the state of a moment from now on; the disk is not involved."""
+        """Call receiver(file, etcd index) with the state of a later moment, without the disk."""
         self._waiting.append(receiver)
 
     def withdraw(self, receiver: SnapshotReceiver) -> None:
-        """The receiver is gone; a walk for nobody ends."""
+        """Forget a receiver; a walk without receivers ends."""
         if receiver in self._waiting:
             self._waiting.remove(receiver)
         elif receiver in self._receivers:
@@ -12740,7 +12953,7 @@ class SnapshotKeeper:
                 self._job = None
 
     def work(self, compact: Callable[[int], bool]) -> None:
-        """Do a slice of the walk; at its end have record and file written.
+        """Do a slice of the walk; at its end write record and file.
 
         compact  drops a slice of the log up to an index; True when all of it is dropped
         """
@@ -12766,14 +12979,14 @@ class SnapshotKeeper:
         started = self._job.started
         self.work_durations.observe(self._job.work_seconds)
         self._job, self._saving = None, True
-        self._journal.record_snapshot(file.id, lambda: self._write(file, started))
+        self._journal.record_snapshot(file.id, lambda: self._write_file(file, started))
 
-    def _write(self, file: SnapshotFile, started: float) -> None:
-        """The log has the record: write the file on another thread, the log must go on."""
+    def _write_file(self, file: SnapshotFile, started: float) -> None:
+        """Write the file, after its record is in the log, on another thread: the log must go on."""
         def done(error: Optional[BaseException], _: Any) -> None:
             self._saving = False
             if isinstance(error, (DiskFull, WorkersBusy)):
-                package_logger("etcdserver").error("no snapshot could be saved: %s", error)
+                SERVER_LOG.error("no snapshot could be saved: %s", error)
                 self._not_before = self._reactor.now() + PURGE_SECONDS
                 return
             if error is not None:
@@ -12781,7 +12994,7 @@ class SnapshotKeeper:
                 return
             self.save_durations.observe(self._reactor.now() - started)
             index = file.id.index
-            package_logger("etcdserver").info("saved snapshot at index %d", index)
+            SERVER_LOG.info("saved snapshot at index %d", index)
             self._cache = None
             if index > self.index:
                 self.index = index
@@ -12791,12 +13004,12 @@ class SnapshotKeeper:
         self._reactor.run_blocking(self.snapshotter.write, file, kind=FILE_WORK, done=done)
 
     def received(self, index: int) -> None:
-        """The leader's snapshot has replaced the store: a walk over the old one is void."""
+        """Give up a walk over the old store, which the leader's snapshot has replaced."""
         if self._job is not None:
             self._job.cancel()
             self._job = None
             self._waiting, self._receivers = self._receivers + self._waiting, []
-        self.index, self.nodes = index, 0       # not counted: the next file comes a bit sooner
+        self.index, self.nodes = index, 0       # not counted: the next file comes sooner
         self._cache = None
 
     def newest(self) -> Optional[Snapshot]:
@@ -12809,19 +13022,19 @@ class SnapshotKeeper:
     def _loaded(self, error: Optional[BaseException], snapshot: Any) -> None:
         self._loading = False
         if error is not None:
-            package_logger("etcdserver").error("cannot read the snapshot file: %s", error)
+            SERVER_LOG.error("cannot read the snapshot file: %s", error)
             return
         self._cache = snapshot
-        # A damaged file was put aside: what we have is older, and the next one is due sooner.
+        # A damaged file was put aside: the one read is older, and the next one is due sooner.
         self.index = min(self.index, snapshot.index if snapshot is not None else 0)
-        self._reactor.call_later(30.0, self._forget)
+        self._reactor.call_later(30.0, self._drop_cache)
 
-    def _forget(self) -> None:
+    def _drop_cache(self) -> None:
         self._cache = None
 
 
 # ============================================================================
-# member/waiting -- Waiting requests: proposals and quorum reads on their way through consensus.
+# member/waiting -- Requests that wait for consensus: callbacks of proposals, late proposals, quorum reads.
 # ============================================================================
 
 
@@ -12829,44 +13042,44 @@ Done = Callable[[Any], None]
 
 
 class Proposals:
-    """Requests on their way through consensus: who waits for which id, and until when."""
+    """The callbacks of requests on their way through consensus, by request id."""
 
     def __init__(self, timeout_s: float) -> None:
+        self.failed = 0                 # timed out, or refused as one too many
         self.timeout_s = timeout_s
-        self.failed = 0                 # got no answer in time, or were one too many
-        self._done: Dict[int, Done] = {}
+        self._callbacks: Dict[int, Done] = {}
         self._deadlines: Deque[Tuple[float, int]] = collections.deque()
 
     def __len__(self) -> int:
-        return len(self._done)
+        return len(self._callbacks)
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._callbacks
 
     def add(self, request_id: int, done: Done, now: float) -> bool:
         """Call done(result) when the entry with this id is applied, or fails; False: too many."""
-        if len(self._done) >= PROPOSALS_PENDING_MAX:
+        if len(self._callbacks) >= PROPOSALS_PENDING_MAX:
             self.failed += 1
             return False
-        self._done[request_id] = done
+        self._callbacks[request_id] = done
         self._deadlines.append((now + self.timeout_s, request_id))
         return True
 
     def pop(self, request_id: int) -> Optional[Done]:
-        """Return who waits for this id, who then waits no more; None if nobody here does."""
-        return self._done.pop(request_id, None)
-
-    def __contains__(self, request_id: object) -> bool:
-        return request_id in self._done
+        """Forget a request and return its callback; None if it is no request of this member."""
+        return self._callbacks.pop(request_id, None)
 
     def expire(self, now: float, error: Callable[[float], EtcdError]) -> int:
-        """Fail what has waited too long with error(start time); return how many.
+        """Fail requests that waited too long with error(start time); return how many.
 
         WORK_ENTRIES_MAX at most: then call again.
         """
         deadlines, expired = self._deadlines, 0
         while expired < WORK_ENTRIES_MAX and deadlines and (
-            deadlines[0][0] <= now or deadlines[0][1] not in self._done
+            deadlines[0][0] <= now or deadlines[0][1] not in self._callbacks
         ):
             deadline, request_id = deadlines.popleft()
-            done = self._done.pop(request_id, None)
+            done = self._callbacks.pop(request_id, None)
             if done is not None:
                 expired += 1
                 self.failed += 1
@@ -12874,22 +13087,21 @@ class Proposals:
         return expired
 
     def fail_all(self, error: EtcdError) -> None:
-        """Fail everything that waits."""
         self._deadlines.clear()
-        while self._done:
-            self._done.popitem()[1](error)
+        while self._callbacks:
+            self._callbacks.popitem()[1](error)
 
 
 class LateProposals:
-    """Proposals of peers that came while there was no leader: kept for the next one.
+    """Proposals that peers forwarded while there was no leader, kept for the next one.
 
-    For two election timeouts; then their clients have given up.
+    After two election timeouts the clients have given up, and the proposals are dropped.
     """
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
-        self._entries: Deque[Tuple[float, Entry]] = collections.deque()     # until when
-        self._bytes = 0                 # in them
+        self._entries: Deque[Tuple[float, Entry]] = collections.deque()     # with deadlines
+        self._bytes = 0                 # of their data
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -12903,12 +13115,11 @@ class LateProposals:
                 self._bytes += len(entry.data)
 
     def expire(self, now: float) -> None:
-        """Drop what has waited too long."""
         while self._entries and self._entries[0][0] < now:
             self._bytes -= len(self._entries.popleft()[1].data)
 
     def take(self, now: float) -> List[Entry]:
-        """Return what is still wanted; nothing is kept any more."""
+        """Return the entries that have not expired; none is kept any more."""
         self.expire(now)
         entries = [entry for _, entry in self._entries]
         self._entries.clear()
@@ -12919,18 +13130,19 @@ class LateProposals:
 class QuorumReads:
     """GET with quorum=true by MsgReadIndex: all that wait share one question to the leader.
 
-    One question at a time; what arrives meanwhile shares the next.  A question without an answer
-    is asked again after two ticks: its leader is gone, or not ready.  Thread: reactor.
-    Source: Raft thesis §6.4.  Differs from etcd 2.3, which writes each such read into its log.
+    One question is under way at a time; requests that arrive meanwhile share the next.  A question
+    without an answer is asked again after two ticks: its leader is gone, or not ready.
+    Thread: reactor.  Source: Raft thesis §6.4.
+    Differs from etcd 2.3, which writes each such read into its log.
     """
 
     def __init__(self, member_id: int, first_id: int) -> None:
-        self.enabled = False            # every member can answer; else the log must do
+        self.enabled = False            # every member can answer; else reads go through the log
         self._member_id = member_id
-        self._question = first_id       # number of the last one: no two of one member are equal
+        self._question = first_id       # number of the last one, unique for this member
         self._waiting: List[Request] = []
         self._asked: List[Request] = []     # those of the question under way
-        self._index = 0                 # its answer: served when so much is applied; 0: not known
+        self._index = 0                 # its answer: the index to apply before; 0: not known
         self._ticks = 0                 # since it was asked
 
     def __len__(self) -> int:
@@ -12941,14 +13153,14 @@ class QuorumReads:
         self._waiting.append(request)
 
     def tick(self, proposals: Container[int]) -> None:
-        """Give up a question that nobody answers, and the requests that nobody waits for."""
+        """Give up an unanswered question, and requests that are not among `proposals` any more."""
         self._ticks += 1
         if self._asked and not self._index and self._ticks > 2:
             again, self._asked = self._asked + self._waiting, []
             self._waiting = [request for request in again if request.id in proposals]
 
     def take(self, node: RawNode, applied: int) -> List[Request]:
-        """Ask if there is something to ask; return the requests that can be served now."""
+        """Ask the leader if requests wait; return the requests that can be served now."""
         served: List[Request] = []
         while True:
             if not self._asked and self._waiting:
@@ -12973,37 +13185,432 @@ class QuorumReads:
 
 
 # ============================================================================
-# member/server -- The server: consensus, disk and store brought together.
+# member/leadership -- Leadership: which member leads, and how a leader gives leadership to another member.
 # ============================================================================
 
 
-class CommitBroadcast:
-    """Sends the new commit index to followers when no entries follow within 1 ms to carry it."""
+class Leadership:
+    """The leader as this member sees it, and the transfer of leadership from this member.
 
-    DELAY_SECONDS = 0.001
+    active_since  member id -> unix seconds since when its links are up; 0: down
 
-    def __init__(self, node: RawNode, reactor: Reactor) -> None:
+    Source: Raft thesis §3.10; etcd 3 server.go, TransferLeadership (2.3 has none).
+    """
+
+    COMMIT_DELAY_SECONDS = 0.001
+
+    def __init__(
+        self, node: RawNode, journal: Journal, reactor: Reactor, config: ServerConfig,
+        active_since: Callable[[int], float],
+    ) -> None:
         self._node = node
+        self._journal = journal
         self._reactor = reactor
-        self._waiting = False
+        self._active_since = active_since
+        self._heartbeat_s = config.heartbeat_ms / 1000
+        self._election_s = config.election_ms / 1000
+        self._seen = 0                  # the leader at the last look
+        self._since = 0.0               # when a leader became known (monotonic); 0: never
+        self._removal_term = 0          # the term of the last transfer before a removal
+        self._visit = 0                 # of the journal, at the last tick; 0: it was idle
+        self._visit_ticks = 0           # that the visit has taken
+        self._is_commit_scheduled = False
 
-    def turn(self) -> None:
-        """Look whether somebody has to be told; at the end of each turn."""
-        if self._node.commit_unsent and not self._waiting:
-            self._waiting = True
-            self._reactor.call_later(self.DELAY_SECONDS, self._tell)
+    def observe(self) -> bool:
+        """Log a change of leader, in etcd's words; True if there was one since the last call."""
+        raft, seen = self._node.raft, self._seen
+        lead = raft.lead
+        if lead == seen:
+            return False
+        log, me, old, new = package_logger("raft.node"), *map(format_id, (raft.id, seen, lead))
+        if not lead:
+            log.info("%s lost leader %s at term %d", me, old, raft.term)
+        elif not seen:
+            log.info("%s elected leader %s at term %d", me, new, raft.term)
+        else:
+            log.info("%s changed leader from %s to %s at term %d", me, old, new, raft.term)
+        self._seen = lead
+        if lead:
+            self._since = self._reactor.now()
+        return True
 
-    def _tell(self) -> None:
-        self._waiting = False
+    def has_links(self, since_s: float = math.inf) -> bool:
+        """Leader: True if links to a quorum are up; others: True if the one to the leader is.
+
+        since_s  the links have been up since this time at the latest, unix seconds
+        """
+        raft = self._node.raft
+        if raft.role is not RaftRole.LEADER:
+            return 0 < self._active_since(raft.lead) <= since_s
+        up = sum(v == raft.id or 0 < self._active_since(v) <= since_s for v in raft.voters)
+        return up > len(raft.voters) // 2
+
+    def explain_timeout(self, started: float) -> EtcdError:
+        """Say why a request got no answer (etcd 2.3: the same three sentences).
+
+        started  when the request came, monotonic
+        """
+        cause = "etcdserver: request timed out"
+        started_s = self._reactor.wall_ns() / NS - (self._reactor.now() - started)
+        if self._since and self._since - 2 * self._election_s < started < self._since:
+            cause += ", possibly due to previous leader failure"
+        elif self._node.raft.lead and not self.has_links(started_s):
+            cause += ", possibly due to connection lost"
+        return RequestTimeout(cause)
+
+    def schedule_commit_broadcast(self) -> None:
+        """Send the new commit index to followers if no entries follow within 1 ms to carry it."""
+        if self._node.commit_unsent and not self._is_commit_scheduled:
+            self._is_commit_scheduled = True
+            self._reactor.call_later(self.COMMIT_DELAY_SECONDS, self._broadcast_commit)
+
+    def _broadcast_commit(self) -> None:
+        self._is_commit_scheduled = False
         self._node.broadcast_commit()
+
+    # -- leadership transfer -------------------------------------------------
+
+    def transfer(self, beyond: int = -1) -> int:
+        """Leader: transfer leadership to the reachable member with the most of our log.
+
+        Returns its id, 0 if there is none or we do not lead.  Proposals are refused until the
+        transferee leads, or has not done so for an election timeout.
+
+        beyond  the transferee must have more of our log on its disk than this index
+        """
+        raft = self._node.raft
+        if raft.role is not RaftRole.LEADER:
+            return 0
+        transferee = max((
+            (progress.match_index, id) for id, progress in raft.progress.items()
+            if id != raft.id and progress.match_index > beyond and self._active_since(id) > 0
+        ), default=(0, 0))[1]
+        if transferee:
+            SERVER_LOG.info(
+                "leadership transfer %s -> %s", format_id(raft.id), format_id(transferee)
+            )
+            self._node.transfer_leader(transferee)
+        return transferee
+
+    def transfer_before_removal(self, changes: Iterable[ConfChange]) -> None:
+        """Transfer leadership if one of `changes`, about to be proposed, removes us; once a term.
+
+        A leader that removes itself may exit before its followers learn that the entry is
+        committed.  Of two members the second one then waits for ever for the vote of the first
+        (thesis §4.2.2).  If no other member takes over, this one proposes the change all the same.
+        """
+        raft = self._node.raft
+        if raft.term != self._removal_term and any(
+            change.type == ConfChangeType.REMOVE_NODE and change.node_id == raft.id
+            for change in changes
+        ) and self.transfer():
+            self._removal_term = raft.term
+
+    def transfer_before_entries(self, entries: Iterable[Entry]) -> None:
+        """Do the same for the proposals of another member."""
+        for entry in entries:
+            if entry.type == EntryType.CONF_CHANGE:
+                with contextlib.suppress(CodecError):
+                    self.transfer_before_removal((decode_conf_change(entry.data),))
+
+    def watch_disk(self) -> None:
+        """Transfer leadership if our disk has not answered for an election timeout; every tick.
+
+        Heartbeats do not need the disk, so no follower would notice.  The transferee must have
+        more on its disk than we have on ours: where all members share one slow disk, a transfer
+        would win nothing.
+        """
+        journal, raft = self._journal, self._node.raft
+        visit = journal.visits if journal.busy else 0
+        self._visit_ticks = self._visit_ticks + 1 if visit and visit == self._visit else 0
+        self._visit = visit
+        if self._visit_ticks >= raft.config.election_ticks and not raft.transferee:
+            if self.transfer(beyond=raft.log.stable):
+                SERVER_LOG.warning(
+                    "stepped aside: the disk has not answered for %d ms",
+                    round(self._visit_ticks * self._heartbeat_s * 1000),
+                )
+
+    def leave(self, proposals: Proposals, done: Callable[[], None]) -> None:
+        """Transfer leadership and let `proposals` get their answer; then call done().
+
+        Takes one election timeout at most.
+        """
+        deadline = self._reactor.now() + self._election_s
+        self._wait_to_leave(proposals, self.transfer(), deadline, done)
+
+    def _wait_to_leave(
+        self, proposals: Proposals, transferee: int, deadline: float, done: Callable[[], None]
+    ) -> None:
+        raft, call_later = self._node.raft, self._reactor.call_later
+        is_unled = raft.lead in (0, raft.id)
+        is_waiting = is_unled if transferee else raft.lead and len(proposals)
+        if is_waiting and self._reactor.now() < deadline:
+            call_later(0.005, self._wait_to_leave, proposals, transferee, deadline, done)
+        elif transferee and not is_unled:
+            # Followers may forward proposals to us until they hear the new leader: pass them on.
+            call_later(2 * self._heartbeat_s, self._wait_to_leave, proposals, 0, deadline, done)
+        else:
+            done()
+
+
+# ============================================================================
+# member/upkeep -- Upkeep: publication, cluster version, expiry of keys, removal of old files.
+# ============================================================================
+
+
+Propose = Callable[[Request, Done], None]       # as EtcdServer.do
+
+
+def publish(
+    config: ServerConfig, cluster: Cluster, member_id: int, reactor: Reactor, propose: Propose,
+    done: Callable[[], None],
+) -> None:
+    """Publish this member's name and client URLs, again until it is applied; then call done()."""
+
+    def applied(result: Any) -> None:
+        if isinstance(result, ServerStopped):
+            return
+        if isinstance(result, EtcdError):
+            SERVER_LOG.error("publish error: %s", result.cause)
+            reactor.call_later(
+                SYNC_SECONDS, publish, config, cluster, member_id, reactor, propose, done
+            )
+            return
+        done()
+        _check_peer_urls(config, cluster.members.get(member_id))
+        SERVER_LOG.info(
+            "published {Name:%s ClientURLs:[%s]} to cluster %s", config.name,
+            " ".join(config.advertise_client_urls), format_id(cluster.id),
+        )
+
+    member = Member(
+        member_id, config.initial_advertise_peer_urls, config.name, config.advertise_client_urls,
+        FEATURES,
+    )
+    path = f"/0/members/{format_id(member_id)}/attributes"
+    propose(Request(method="PUT", path=path, val=member.attributes_json()), applied)
+
+
+def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:
+    """Warn if the flags have other peer URLs than the cluster: only the first start uses them.
+
+    Says nothing of default URLs, nor of those of a port that the system chose.
+    """
+    if member is None:                  # removed before its publication was applied
+        return
+    given = tuple(sorted(config.initial_advertise_peer_urls))
+    is_chosen = given != tuple(DEFAULT_PEER_URLS.split(",")) and not any(
+        url.endswith(":0") for url in config.listen_peer_urls
+    )
+    if given != member.peer_urls and is_chosen:
+        SERVER_LOG.warning(
+            "-initial-advertise-peer-urls %s does nothing: the other members know this one by"
+            " %s; change that with PUT /v2/members/%s", ",".join(given),
+            ",".join(member.peer_urls), format_id(member.id),
+        )
+
+
+class VersionMonitor:
+    """Raises the cluster version to the lowest version of any member.  For a leader.
+
+    Source: etcd 2.3 etcdserver/cluster_util.go.
+    """
+
+    PERIOD_S = 4.0
+
+    def __init__(
+        self, reactor: Reactor, cluster: Cluster, member_id: int, propose: Propose,
+        tls: Optional[TlsContext] = None,
+    ) -> None:
+        self._reactor = reactor
+        self._cluster = cluster
+        self._member_id = member_id
+        self._propose = propose
+        self._tls = tls
+        self._calls: List[HttpCall] = []
+        self._versions: Dict[int, str] = {}
+        self._timer: Optional[Timer] = None
+
+    def start(self) -> None:
+        """Ask all members, now and every few seconds until the version is as high as ours."""
+        self.stop()
+        if self._cluster.version and version_key(self._cluster.version) >= _OWN_VERSION_KEY:
+            return
+        self._versions = {self._member_id: SERVER_VERSION}
+        for member in list(self._cluster.members.values()):
+            urls = usable_urls(member.peer_urls)
+            if member.id != self._member_id and urls:
+                self._ask(member, urls[0])
+        self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
+        self._decide()
+
+    def stop(self) -> None:
+        for call in self._calls:
+            call.cancel()
+        self._calls = []
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _ask(self, member: Member, url: str) -> None:
+        def done(error: Optional[Exception], answer: Answer) -> None:
+            version = _server_version(answer.body)
+            if error is None and version:
+                self._versions[member.id] = version
+            self._decide()
+
+        self._calls.append(fetch(
+            self._reactor, url, "/version", done, connect_timeout_s=1.0, idle_timeout_s=2.0,
+            tls=self._tls,
+        ))
+
+    def _decide(self) -> None:
+        """Propose the minimum when every member has answered; a first guess when one cannot."""
+        current = self._cluster.version
+        if self._versions.keys() >= self._cluster.members.keys():
+            lowest = min(self._versions.values(), key=version_key)
+            wanted = ".".join(lowest.split(".")[:2]) + ".0"
+            if not current or version_key(wanted) > version_key(current):
+                self._propose_version(wanted, current)
+        elif not current and self._calls and all(call.ended for call in self._calls):
+            self._propose_version(MIN_CLUSTER_VERSION, current)
+
+    def _propose_version(self, wanted: str, current: Optional[str]) -> None:
+        short = wanted.rpartition(".")[0]
+        if current:
+            before = current.rpartition(".")[0]
+            SERVER_LOG.info("updating the cluster version from %s to %s", before, short)
+        else:
+            SERVER_LOG.info("setting up the initial cluster version to %s", short)
+        self.stop()
+        self._propose(Request(method="PUT", path="/0/version", val=wanted), lambda result: None)
+        self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
+
+
+_OWN_VERSION_KEY = version_key(SERVER_VERSION)
+
+
+def _server_version(body: bytes) -> str:
+    """Return the `etcdserver` of a /version answer, or "" if it is not one."""
+    try:
+        version = str(load_json(body)["etcdserver"])
+        version_key(version)
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return version
+
+
+class ExpirySync:
+    """Puts the leader's clock into the log, where every member expires keys alike.
+
+    Differs from etcd: if many keys are over, the time in the log catches up with the clock in
+    steps, each after the one before is applied, so that no other request waits for all of them.
+    """
+
+    def __init__(
+        self, store: Store, wall_ns: Callable[[], int], propose: Propose,
+        may_propose: Callable[[], bool],
+    ) -> None:
+        self._store = store
+        self._wall_ns = wall_ns
+        self._propose = propose
+        self._may_propose = may_propose
+        self._is_under_way = False
+
+    def tick(self) -> None:
+        """Propose the time if keys have a TTL; every SYNC_SECONDS."""
+        if self._store.has_ttl and not self._is_under_way:
+            self._propose_step()
+
+    def _propose_step(self) -> None:
+        if not self._may_propose():
+            return
+        now_ns = self._wall_ns()
+        time_ns = self._store.expiry_step_ns(now_ns)
+        self._is_under_way = True
+        applied = functools.partial(self._step_applied, time_ns == now_ns)
+        self._propose(Request(method="SYNC", time=time_ns), applied)
+
+    def _step_applied(self, is_last: bool, result: Any) -> None:
+        self._is_under_way = False
+        if result is None and not is_last:      # a step that failed is repeated by tick()
+            self._propose_step()
+
+
+def purge_periodically(
+    reactor: Reactor, disk: OsDisk, kept: Sequence[Tuple[str, str, int]]
+) -> None:
+    """Remove old files now, and again 30 s after each time.
+
+    kept  (directory, suffix, number of its newest files to keep), ...
+    """
+    def purge() -> None:
+        for directory, suffix, keep in kept:
+            purge_files(directory, suffix, keep, disk=disk)
+
+    def purged(error: Optional[BaseException], _: Any) -> None:
+        reactor.call_later(PURGE_SECONDS, purge_periodically, reactor, disk, kept)
+        if error is not None:
+            SERVER_LOG.error("cannot remove old files: %s", error)
+
+    reactor.run_blocking(purge, kind=FILE_WORK, done=purged)
+
+
+# ============================================================================
+# member/server -- The server: Raft, disk and store of one member, brought together.
+# ----------------------------------------------------------------------------
+# The way of a PUT, from HTTP to the log, to the disk, to the store, and back:
+#
+#     PUT /v2/keys/a
+#       |
+#     KeysApi._write                  reads the form: a Request
+#     KeysApi._submit                 notes which HTTP request waits for the answer
+#     EtcdServer.do                   registers the callback, queues an Entry
+#       :
+#       :  end of the turn            all entries of the turn together
+#       :
+#     EtcdServer._propose_queued
+#     RawNode.propose                 one MsgProp
+#     Raft.step  -- follower -->      Raft._forward_prop --> the leader's RawNode.step
+#       | leader
+#     Raft._leader_prop
+#     Raft._append_own                gives each Entry its term and index
+#     RaftLog.append
+#       |
+#     RawNode.ready  ------------->   Transport.offer --> MsgApp to the followers
+#     Journal.add
+#     Journal.submit                  one batch at a time
+#       :
+#       :  thread `wal`               WalWriter._run: one write, one fdatasync
+#       :
+#     EtcdServer._durable             followers: their answers may leave
+#     RawNode.persisted
+#     Raft._maybe_commit  <--------   Raft._leader_app_resp <-- answers of the followers
+#       |
+#     EtcdServer._apply
+#     Applier.apply_entry
+#     Store.set  ----------------->   WatcherHub.notify --> watchers
+#       |
+#     Proposals.pop                   the callback that EtcdServer.do registered
+#     KeysApi._reply_applied
+#       |
+#     201 Created
+#
+# EtcdServer.on_turn makes the steps between the dotted lines, once per turn of the reactor.
+# ============================================================================
 
 
 class EtcdServer:
-    """One member.  Owns the Raft node, the log on disk and what is applied; knows no HTTP.
+    """One member: its Raft node, its journal on disk, and the store that entries change.
 
-    do() and change_member() are the ways in; every answer comes through the callback given, on
-    the reactor's thread, after the change is durable on a quorum and applied here.
-    Thread: reactor.  transport_type, wal_writer_type and rng are the seams of the simulator.
+    do() and change_member() are the ways in.  Every answer comes through the callback given,
+    after the change is durable on a quorum and applied here.  Knows no HTTP.  Thread: reactor.
+
+    failed     called when the disk has failed: what is durable is unknown from then on
+    removed    called a while after the removal of this member is applied
+    published  called when the cluster knows this member's name and client URLs
+    transport_type, wal_writer_type, rng  seams of the simulator
     """
 
     def __init__(
@@ -13037,44 +13644,38 @@ class EtcdServer:
         )
         self.counts = ServerCounts(config.heartbeat_ms / 1000)
         self.traffic = traffic = Traffic(self.stats, self.leader_stats, reactor.now)
+        self.node: RawNode = self._make_node(boot, rng or random.Random())
         self.transport: Transport = (transport_type or Transport)(
             reactor, member_id=boot.member_id, cluster_id=boot.cluster.id,
             peer_urls=config.initial_advertise_peer_urls, is_removed=boot.cluster.is_removed,
             deliver=self._deliver, removed=removed, round_trip=traffic.round_trip,
-            unreachable=lambda to: self.node.report_unreachable(to),
-            snapshot_done=lambda to, ok: self.node.report_snapshot(to, ok),
+            unreachable=self.node.report_unreachable, snapshot_done=self.node.report_snapshot,
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
             tls=boot.peer_tls,
-            inspector=MemberInspector(self.cluster, lambda m: self.node.protocol_violation(m)),
+            inspector=MemberInspector(self.cluster, self.node.protocol_violation),
         )
         self.versions = VersionMonitor(
-            reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
+            reactor, self.cluster, self.member_id, self.do, boot.peer_tls
         )
-        self.node: RawNode = self._make_node(boot, rng or random.Random())
-        self.handover = LeadershipTransfer(self.node, self.transport.active_since)
-        self._disk_watch = DiskWatch(self)
-        self._news = CommitBroadcast(self.node, reactor)
+        self._leadership = Leadership(
+            self.node, self.journal, reactor, config, self.transport.active_since
+        )
         self._data_dir = boot.data_dir
         self._removed = removed
-        self._tell_published = published
+        self._published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
-        self._queued_bytes = 0                  # in them
-        self._changes: List[ConfChange] = []    # likewise
+        self._queued_bytes = 0                  # of their data
+        self._changes: List[ConfChange] = []    # proposed changes of members, likewise
         self._late_proposals = LateProposals(2 * config.election_ms / 1000)
-        self._lead = 0                          # as last seen by _watch_lead
-        self.lead_since = 0.0                   # when it was elected (monotonic)
+        self._timers: List[Timer] = []
         for member in boot.remotes:
             self.transport.add_remote(member.id, member.peer_urls)
-        _connect_others(self)
+        self._connect_others()
 
     def _make_node(self, boot: Bootstrap, rng: random.Random) -> RawNode:
-        raft_log = package_logger("raft")
         config = RaftConfig(
-            id=boot.member_id,
+            id=boot.member_id, rng=rng, trace=package_logger("raft").info, defer_commit=True,
             election_ticks=max(self.config.election_ms // self.config.heartbeat_ms, 1),
-            rng=rng,
-            trace=raft_log.info,
-            defer_commit=True,
         )
         if boot.bootstrap_entries:
             node = RawNode.bootstrap(config, boot.bootstrap_entries)
@@ -13090,17 +13691,34 @@ class EtcdServer:
 
     def start(self) -> None:
         """Begin to take part.  The reactor must call on_turn() from now on."""
-        self.reactor.on_turned = self.counts.turn_durations.observe
+        config, reactor = self.config, self.reactor
+        reactor.on_turned = self.counts.turn_durations.observe
         self.journal.writer.start()
         if len(self.node.raft.voters) > 1:
             self.node.advance_ticks(self.node.raft.config.election_ticks - 1)
-        self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
-        Expiry(self)
-        Purge(self, self._data_dir)
-        Publication(self, self._tell_published)
+        expiry = ExpirySync(
+            self.store, reactor.wall_ns, self.do, lambda: self.is_leader and not self.no_space
+        )
+        self._timers = [
+            reactor.every(config.heartbeat_ms / 1000, self._tick),
+            reactor.every(SYNC_SECONDS, expiry.tick),
+        ]
+        purge_periodically(reactor, self.snapshots.snapshotter.disk, (
+            (self._data_dir.snap, ".snap", config.max_snapshots),
+            (self._data_dir.wal, ".wal", config.max_wals),
+        ))
+        self.publish(self._published)
+
+    def publish(self, done: Callable[[], None]) -> None:
+        """Tell the cluster this member's name and client URLs; done() when it knows them."""
+        publish(self.config, self.cluster, self.member_id, self.reactor, self.do, done)
+
+    def leave(self, done: Callable[[], None]) -> None:
+        """Prepare a planned stop: done() when another member leads, and no request waits here."""
+        self._leadership.leave(self.proposals, done)
 
     def stop(self) -> None:
-        """Reject what waits, write the last batch, close the log.  Blocks for one sync."""
+        """Reject waiting requests, write the last batch, close the log.  Blocks for one sync."""
         self.stopping = True
         self.proposals.fail_all(ServerStopped())
         if self.node.has_ready():
@@ -13108,48 +13726,42 @@ class EtcdServer:
         self.journal.close()
         self.abandon()
 
-    def _disk_full(self, why: str) -> None:
-        """The log cannot grow (`why`), or can again (""): reads go on, nothing is lost."""
-        self.no_space, log = why, package_logger("etcdserver")
-        if not why:
-            log.warning("the log can be written again")
-            return
-        log.error("%s; writes are refused until there is space again", why)
-        cause = f"etcdserver: {why}; the change may still be made when there is space again"
-        self.proposals.fail_all(RequestTimeout(cause))
-
     def abandon(self) -> None:
-        """Stop saying anything, as a crash would, and free all; harmless after stop()."""
+        """Free everything and send nothing more, as a crash would; harmless after stop()."""
         self.stopping = True
+        for timer in self._timers:
+            timer.cancel()
         with contextlib.ExitStack() as each:
             for free in (self.journal.writer.stop, self.transport.stop, self.versions.stop):
                 each.callback(free)
+
+    def _disk_full(self, why: str) -> None:
+        """The log cannot grow (`why`), or can again (""): reads go on, nothing is lost."""
+        self.no_space = why
+        if not why:
+            SERVER_LOG.warning("the log can be written again")
+            return
+        SERVER_LOG.error("%s; writes are refused until there is space again", why)
+        cause = f"etcdserver: {why}; the change may still be made when there is space again"
+        self.proposals.fail_all(RequestTimeout(cause))
 
     # -- ways in -----------------------------------------------------------
 
     @property
     def lead(self) -> int:
-        """Member id of the known leader, 0 if none."""
+        """The known leader's id, 0 if none."""
         return self.node.raft.lead
 
     @property
     def is_leader(self) -> bool:
-        """True if this member leads."""
         return self.node.raft.role == RaftRole.LEADER
 
     @property
     def is_healthy(self) -> bool:
-        """True if a leader is known and, when that is us, a quorum of streams is up.
-
-        False while the disk is full.
-        """
+        """True if the disk has space, and this member leads a quorum or knows a leader."""
         if self.no_space:
             return False
-        if not self.is_leader:
-            return self.lead != 0
-        voters = self.node.raft.voters
-        active = sum(v == self.member_id or self.transport.active_since(v) > 0 for v in voters)
-        return active > len(voters) // 2
+        return self._leadership.has_links() if self.is_leader else self.lead != 0
 
     def do(self, request: Request, done: Done, encoded: bytes = b"") -> None:
         """Send a command through consensus; done(Event, or EtcdError) when it is applied here.
@@ -13185,8 +13797,7 @@ class EtcdServer:
         if self.config.strict_reconfig_check:
             try:
                 self.cluster.check_strict(change_type, member.id)
-                check_active(change_type, member.id, self.member_id, self.cluster.members,
-                             self.transport.active_since)
+                self.cluster.check_active(change_type, member.id, self.transport.active_since)
             except ReconfigurationRefused as error:
                 done(error)
                 return
@@ -13200,7 +13811,7 @@ class EtcdServer:
             done(TooManyRequests("etcdserver: too many requests"))
 
     def _deliver(self, message: Message) -> None:
-        """A message of a peer has arrived; its proposals wait for the next leader if need be.
+        """Step a peer's message into Raft; proposals without a leader wait for the next one.
 
         Differs from etcd, which drops them, so that the peer's client waits for its timeout.
         While the disk is full entries are dropped: they would fill the memory instead.
@@ -13208,32 +13819,32 @@ class EtcdServer:
         if self.no_space and message.type == MsgType.APP and message.entries:
             return
         if message.type == MsgType.PROP:
-            self.handover.before_entries(message.entries)
+            self._leadership.transfer_before_entries(message.entries)
         try:
             self.node.step(message)
         except ProposalDropped:
             self._late_proposals.add(message.entries, self.reactor.now())
 
-    # -- clocks ------------------------------------------------------------
+    # -- clock -------------------------------------------------------------
 
     def _tick(self) -> None:
         """One tick of Raft, however late: ticks missed in a stall are dropped, not replayed."""
-        if self.stopping:
-            return
-        self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
+        now = self.reactor.now()
         self.node.raft.pre_vote = self.cluster.all_have(FEATURE_PRE_VOTE)
         self.reads.enabled = self.cluster.all_have(FEATURE_READ_INDEX)
         self.reads.tick(self.proposals)
-        self._late_proposals.expire(self.reactor.now())
-        self.counts.tick(self.reactor.now(), self.is_leader * (len(self.node.raft.voters) - 1))
+        self._late_proposals.expire(now)
+        self.counts.tick(now, self.is_leader * (len(self.node.raft.voters) - 1))
         self.node.tick()
-        self._disk_watch.tick()
-        expire_requests(self)
+        self._leadership.watch_disk()
+        self._expire_proposals()
 
-    def _propose_version(self, version: str) -> None:
-        self.do(Request(method="PUT", path="/0/version", val=version), lambda result: None)
+    def _expire_proposals(self) -> None:
+        explain = self._leadership.explain_timeout
+        if self.proposals.expire(self.reactor.now(), explain) >= WORK_ENTRIES_MAX:
+            self.reactor.call_soon(self._expire_proposals)
 
-    # -- one turn (DESIGN: order inside one turn, steps 5 to 7) -------------
+    # -- one turn ----------------------------------------------------------
 
     def on_turn(self) -> None:
         """Propose, hand out, write, apply.  Called once per turn of the reactor."""
@@ -13241,7 +13852,7 @@ class EtcdServer:
             return
         node, hub, refused = self.node, self.store.hub, False
         if self._late_proposals and self.lead and not node.raft.transferee:
-            with contextlib.suppress(ProposalDropped):  # again: as if the network had lost them
+            with contextlib.suppress(ProposalDropped):  # as if the network had lost them
                 node.propose(*self._late_proposals.take(self.reactor.now()))
         if self.reads:
             self._serve_reads()
@@ -13257,21 +13868,21 @@ class EtcdServer:
         if self.snapshots.is_requested:
             self._maybe_snapshot()
         self.snapshots.work(self._compact)
-        self._news.turn()
+        self._leadership.schedule_commit_broadcast()
         waiting = hub.backlog or not refused and (self._queue or self._changes)
         if waiting or self.store.has_garbage or self.journal.is_encoding or node.has_ready():
-            self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
+            self.reactor.call_soon(_nothing)    # turn again at once: there is more to do
 
     def _propose_queued(self) -> bool:
-        """Hand the waiting proposals to Raft; False if they have to wait for a leader.
+        """Propose the queued entries; False if they have to wait for a leader.
 
-        Differs from etcd: they also wait while no link to the leader is up.  It may be dead, and
-        what is sent to a dead leader is lost: its client would wait for the whole timeout.
+        Differs from etcd: proposals also wait while no link to the leader is up.  It may be dead,
+        and a message to a dead leader is lost: its client would wait for the whole timeout.
         """
         if self.lead and not self.is_leader and not self.transport.active_since(self.lead):
             return False
         queue, self._queue, self._queued_bytes = self._queue, [], 0
-        self.handover.before(self._changes)
+        self._leadership.transfer_before_removal(self._changes)
         try:
             if queue:
                 self.node.propose(*queue)
@@ -13287,26 +13898,31 @@ class EtcdServer:
             return False
         return True
 
+    def _repeat(self, change: ConfChange) -> None:
+        """Propose a change again that was lost, or that met another pending one at the leader."""
+        if change.id in self.proposals:     # a change that is applied already has no effect
+            self._changes.append(change)
+
     def _serve_reads(self) -> None:
         for request in self.reads.take(self.node, self.raft_index):
             done = self.proposals.pop(request.id)
             if done is not None:
                 done(self.applier.apply_request(request))
 
-    def _repeat(self, change: ConfChange) -> None:
-        """Propose a change again that was lost, or met another one under way at the leader."""
-        if change.id in self.proposals:     # applied twice it does nothing the second time
-            self._changes.append(change)
-
     def _take(self, ready: Ready) -> None:
-        """Send what may leave at once, and keep the rest for the disk."""
-        self._watch_lead()
+        """Send the messages that may leave at once, and give the rest to the journal."""
+        if self._leadership.observe():
+            if self.lead:
+                self.counts.leader_changes += 1
+                self.stats.became(self.lead)
+            if self.lead != self.member_id:
+                self.versions.stop()
         if ready.messages:
             self.transport.offer(ready.messages)
         self.journal.add(ready)
 
     def _durable(self, batch: Batch) -> None:
-        """Everything of this batch is on disk: now it may be said, and counted."""
+        """A batch is on disk: count its entries, become its snapshot, send what it held back."""
         if self.stopping:
             return
         if batch.mark is not None:
@@ -13333,20 +13949,20 @@ class EtcdServer:
                 return
         log.applied_to(self.raft_index)
         if log.applied < log.commit:
-            self.reactor.call_soon(_nothing)    # more than one turn's worth: go on at once
+            self.reactor.call_soon(_nothing)    # more work than for one turn: turn again at once
         self._maybe_campaign_alone()
         self._maybe_snapshot()
 
     def _apply_normal(self, entry: Entry) -> None:
-        """Apply a command and answer it; the log is told by _apply().  A hot path."""
+        """Apply a command and answer it; _apply() tells the log.  A hot path."""
         result = self.applier.apply_entry(entry)
         self.raft_index, self.raft_term = entry.index, entry.term
         request = entry.request
         if request is None:
             if not entry.data and self.is_leader:
-                self.versions.start()           # our term's first entry: we really lead
+                self.versions.start()           # the first entry of our term is committed
             return
-        entry.request = None                    # the log keeps the bytes; this was for us alone
+        entry.request = None                    # the log keeps the bytes only
         done = self.proposals.pop(request.id)
         if done is not None:
             done(result)
@@ -13354,8 +13970,8 @@ class EtcdServer:
     def _apply_conf_change(self, entry: Entry) -> bool:
         """Apply a membership change; False if its commit must first be on disk.
 
-        A crash could otherwise bring back a member that knows fewer voters than it has already
-        dealt with, and let it commit alone what the others never saw.
+        A crash could otherwise bring back a member that knows fewer voters than it had counted
+        before, and let it commit alone an entry that the others never saw.
         """
         if self.journal.durable_commit < entry.index:
             raft = self.node.raft
@@ -13387,38 +14003,22 @@ class EtcdServer:
         else:
             self.transport.update_peer(member.id, member.peer_urls)
 
-    def _maybe_campaign_alone(self) -> None:
-        """A cluster of one need not wait for a timeout: nobody else can lead.
+    def _connect_others(self) -> None:
+        for member in self.cluster.members.values():
+            if member.id != self.member_id:
+                self.transport.add_peer(member.id, member.peer_urls)
 
-        Only once everything known to be committed is applied: before that the voters are those
-        of an earlier time.
+    def _maybe_campaign_alone(self) -> None:
+        """Campaign at once in a cluster of one, where no other member can lead.
+
+        All entries known to be committed must be applied: before that the voters are those of an
+        earlier time.
         """
         raft = self.node.raft
         if raft.lead or raft.voters != (self.member_id,) or raft.role != RaftRole.FOLLOWER:
             return
         if raft.log.applied >= raft.log.commit:
             self.node.campaign()
-
-    def _watch_lead(self) -> None:
-        """Log a change of leader, in etcd's words, and act on it."""
-        lead = self.node.raft.lead
-        if lead == self._lead:
-            return
-        term, log = self.node.raft.term, package_logger("raft.node")
-        me, old, new = (format_id(i) for i in (self.member_id, self._lead, lead))
-        if not lead:
-            log.info("%s lost leader %s at term %d", me, old, term)
-        elif not self._lead:
-            log.info("%s elected leader %s at term %d", me, new, term)
-        else:
-            log.info("%s changed leader from %s to %s at term %d", me, old, new, term)
-        self._lead = lead
-        if lead:
-            self.lead_since = self.reactor.now()
-            self.counts.leader_changes += 1
-            self.stats.became(lead)
-        if lead != self.member_id:
-            self.versions.stop()
 
     # -- snapshots ---------------------------------------------------------
 
@@ -13433,678 +14033,20 @@ class EtcdServer:
         log = self.node.raft.log
         self.node.compact(min(index, log.offset + COMPACT_SLICE_ENTRIES))
         if log.offset == index:
-            package_logger("etcdserver").info("compacted raft log at %d", index)
+            SERVER_LOG.info("compacted raft log at %d", index)
         return log.offset >= index
 
     def _recover(self, snapshot: Snapshot) -> None:
-        """A snapshot of the leader is durable here: the store becomes what it says."""
+        """A snapshot of the leader is durable here: the store becomes its state."""
         self.snapshots.received(snapshot.index)
         self.store.install(snapshot.state or StoreState.read(snapshot.data))
         self.cluster.recover()
         self.applier.auth_changes += 1
-        text = "recovered from incoming snapshot at index %d"
-        package_logger("etcdserver").info(text, snapshot.index)
+        SERVER_LOG.info("recovered from incoming snapshot at index %d", snapshot.index)
         self.transport.remove_all()
-        _connect_others(self)
+        self._connect_others()
         self.raft_index, self.raft_term = snapshot.index, snapshot.term
         self.node.applied_to(snapshot.index)
-
-
-def _connect_others(etcd: EtcdServer) -> None:
-    for member in etcd.cluster.members.values():
-        if member.id != etcd.member_id:
-            etcd.transport.add_peer(member.id, member.peer_urls)
-
-
-def explain_timeout(etcd: EtcdServer, started: float) -> EtcdError:
-    """Say why a request got no answer (etcd 2.3: the same three sentences)."""
-    cause = "etcdserver: request timed out"
-    election_s = etcd.config.election_ms / 1000
-    if etcd.lead_since and etcd.lead_since - 2 * election_s < started < etcd.lead_since:
-        cause += ", possibly due to previous leader failure"
-    elif etcd.lead and not _was_connected_since(etcd, started):
-        cause += ", possibly due to connection lost"
-    return RequestTimeout(cause)
-
-
-def expire_requests(etcd: EtcdServer) -> None:
-    """Fail what has waited too long, WORK_ENTRIES_MAX requests in a turn."""
-    error = functools.partial(explain_timeout, etcd)
-    if etcd.proposals.expire(etcd.reactor.now(), error) >= WORK_ENTRIES_MAX:
-        etcd.reactor.call_soon(expire_requests, etcd)
-
-
-def _was_connected_since(etcd: EtcdServer, started: float) -> bool:
-    since = etcd.reactor.wall_ns() / NS - (etcd.reactor.now() - started)
-    if not etcd.is_leader:
-        return 0 < etcd.transport.active_since(etcd.lead) <= since
-    voters = etcd.node.raft.voters
-    connected = 1 + sum(0 < etcd.transport.active_since(v) <= since for v in voters)
-    return connected > len(voters) // 2
-
-
-class Publication:
-    """Tells the cluster our name and client URLs, until it is applied; then calls done()."""
-
-    def __init__(self, etcd: EtcdServer, done: Callable[[], None]) -> None:
-        self._etcd = etcd
-        self._done = done
-        self._propose()
-
-    def _propose(self) -> None:
-        etcd, config = self._etcd, self._etcd.config
-        if etcd.stopping:
-            return
-        member = Member(
-            etcd.member_id, config.initial_advertise_peer_urls, config.name,
-            config.advertise_client_urls, FEATURES,
-        )
-        path = f"/0/members/{format_id(etcd.member_id)}/attributes"
-        etcd.do(Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
-
-    def _applied(self, result: Any) -> None:
-        etcd, log = self._etcd, package_logger("etcdserver")
-        if etcd.stopping:
-            return
-        if isinstance(result, EtcdError):
-            log.error("publish error: %s", result.cause)
-            etcd.reactor.call_later(SYNC_SECONDS, self._propose)
-            return
-        self._done()
-        self._check_peer_urls()
-        log.info(
-            "published {Name:%s ClientURLs:[%s]} to cluster %s", etcd.config.name,
-            " ".join(etcd.config.advertise_client_urls), format_id(etcd.cluster.id),
-        )
-
-    def _check_peer_urls(self) -> None:
-        """Warn if the flags have other peer URLs than the cluster: only the first start uses them.
-
-        Not if they are the default, or those of a port that the system chose.
-        """
-        etcd, config = self._etcd, self._etcd.config
-        member = etcd.cluster.members.get(etcd.member_id)
-        if member is None:                  # removed before its publication was applied
-            return
-        known = member.peer_urls
-        given = tuple(sorted(config.initial_advertise_peer_urls))
-        is_chosen = given != tuple(DEFAULT_PEER_URLS.split(",")) and not any(
-            url.endswith(":0") for url in config.listen_peer_urls
-        )
-        if given != known and is_chosen:
-            package_logger("etcdserver").warning(
-                "-initial-advertise-peer-urls %s does nothing: the other members know this one by"
-                " %s; change that with PUT /v2/members/%s", ",".join(given), ",".join(known),
-                format_id(etcd.member_id),
-            )
-
-
-class Expiry:
-    """The leader's clock reaches the log, where every member expires keys alike.
-
-    Differs from etcd: if many keys are over, the time in the log catches up with the clock in
-    steps, each when the one before is applied, so that nobody else has to wait for all of them.
-    """
-
-    def __init__(self, etcd: EtcdServer) -> None:
-        self._etcd = etcd
-        self._is_under_way = False
-        self._wait()
-
-    def _wait(self) -> None:
-        if not self._etcd.stopping:
-            self._etcd.reactor.call_later(SYNC_SECONDS, self._sync)
-
-    def _sync(self) -> None:
-        self._wait()
-        if self._etcd.store.has_ttl and not self._is_under_way:
-            self._step()
-
-    def _step(self) -> None:
-        etcd = self._etcd
-        if etcd.stopping or etcd.no_space or not etcd.is_leader:
-            return
-        now_ns = etcd.reactor.wall_ns()
-        time_ns = etcd.store.expiry_step_ns(now_ns)
-        self._is_under_way = True
-        request = Request(method="SYNC", time=time_ns)
-        etcd.do(request, functools.partial(self._done, time_ns == now_ns))
-
-    def _done(self, is_last: bool, result: Any) -> None:
-        self._is_under_way = False
-        if result is None and not is_last:      # else it failed, and may be tried in a while
-            self._step()
-
-
-class Purge:
-    """Removes snapshots and segments beyond the number to keep, every 30 s."""
-
-    def __init__(self, etcd: EtcdServer, data_dir: DataDir) -> None:
-        self._etcd = etcd
-        config = etcd.config
-        self._kept = (
-            (data_dir.snap, ".snap", config.max_snapshots), (data_dir.wal, ".wal", config.max_wals)
-        )
-        self._begin()
-
-    def _begin(self) -> None:
-        if not self._etcd.stopping:
-            self._etcd.reactor.run_blocking(self._remove, kind=FILE_WORK, done=self._done)
-
-    def _remove(self) -> None:
-        disk = self._etcd.snapshots.snapshotter.disk
-        for directory, suffix, keep in self._kept:
-            purge_files(directory, suffix, keep, disk=disk)
-
-    def _done(self, error: Optional[BaseException], _: Any) -> None:
-        self._etcd.reactor.call_later(PURGE_SECONDS, self._begin)
-        if error is not None:
-            package_logger("etcdserver").error("cannot remove old files: %s", error)
-
-
-class DiskWatch:
-    """Has a leader step aside whose disk has not answered for an election timeout.
-
-    Heartbeats do not need the disk, so nobody else would notice.  The heir must have more on its
-    disk than we have on ours: where all members share one slow disk, nothing would be won.
-    Thread: reactor.
-    """
-
-    def __init__(self, etcd: EtcdServer) -> None:
-        self._etcd = etcd
-        self._visit = 0                 # of the journal, when it was last looked at; 0: none
-        self._ticks = 0                 # that it has taken
-
-    def tick(self) -> None:
-        """Look whether the same job is still under way."""
-        etcd = self._etcd
-        journal, raft = etcd.journal, etcd.node.raft
-        visit = journal.visits if journal.busy else 0
-        self._ticks = self._ticks + 1 if visit and visit == self._visit else 0
-        self._visit = visit
-        if self._ticks < raft.config.election_ticks or not etcd.is_leader or raft.transferee:
-            return
-        if etcd.handover.begin(beyond=raft.log.stable):
-            package_logger("etcdserver").warning(
-                "stepped aside: the disk has not answered for %d ms",
-                self._ticks * etcd.config.heartbeat_ms,
-            )
-
-
-class GracefulStop:
-    """A planned end: the lead goes to another member, and waiting requests get their answer.
-
-    Takes one election timeout at most, then done() is called.  Thread: reactor.
-    Source: Raft thesis §3.10; etcd 3 server.go, TransferLeadership (2.3 lets the others time out).
-    """
-
-    def __init__(self, etcd: EtcdServer, done: Callable[[], None]) -> None:
-        self._etcd = etcd
-        self._done = done
-        self._deadline = etcd.reactor.now() + etcd.config.election_ms / 1000
-        self._heir = etcd.handover.begin()
-        self._wait()
-
-    def _wait(self) -> None:
-        etcd = self._etcd
-        if etcd.stopping:
-            return                      # ended by something else
-        unled = etcd.lead in (0, etcd.member_id)
-        waiting = unled if self._heir else etcd.lead and len(etcd.proposals)
-        if waiting and etcd.reactor.now() < self._deadline:
-            etcd.reactor.call_later(0.005, self._wait)
-        elif self._heir and not unled:
-            # Others may still send us their proposals: pass them on until they know better.
-            self._heir = 0
-            etcd.reactor.call_later(2 * etcd.config.heartbeat_ms / 1000, self._wait)
-        else:
-            self._done()
-
-
-# ============================================================================
-# member/auth -- Auth records in the store, and the guard before a request.
-# ----------------------------------------------------------------------------
-# Source: etcd 2.3 etcdserver/auth, etcdhttp/client_security.go.
-# ============================================================================
-
-
-class Auth:
-    """Users and roles as the store has them, and the question whether somebody may do something.
-
-    `version` changes whenever any of it may have changed; what was decided before is void then.
-    Thread: reactor.
-    """
-
-    def __init__(self, store: Store, applier: Applier, reactor: Reactor) -> None:
-        self.checks = PasswordChecks(reactor)
-        self._store = store
-        self._applier = applier
-        self._seen = -1
-        self._enabled = False
-        self._users: Dict[str, Optional[User]] = {}
-        self._roles: Dict[str, Optional[Role]] = {}
-
-    @property
-    def version(self) -> int:
-        """A number that changes with every change of users, roles, or enabled."""
-        return self._applier.auth_changes
-
-    @property
-    def enabled(self) -> bool:
-        """True if requests are checked."""
-        self._look()
-        return self._enabled
-
-    def user(self, name: str) -> Optional[User]:
-        """Return a user, with the role root if it is root."""
-        self._look()
-        if name not in self._users:     # those that do not exist are not remembered
-            stored = self._stored("users", name)
-            if not stored:
-                return None
-            self._users[name] = parse_stored_user(name, stored)
-        return self._users[name]
-
-    def role(self, name: str) -> Optional[Role]:
-        """Return a role; root exists without being stored."""
-        self._look()
-        if name == ROOT:
-            return Role(ROOT, EVERYTHING)
-        if name not in self._roles:
-            stored = self._stored("roles", name)
-            if not stored:
-                return None
-            self._roles[name] = parse_stored_role(name, stored)
-        return self._roles[name]
-
-    def stored_hash(self, name: str) -> str:
-        """Return the password's hash of a user; of one that does not exist, one like root's:
-        to refuse it takes as long."""
-        user = self.user(name)
-        if user is not None:
-            return user.password
-        root = self.user(ROOT)
-        return self.checks.passwords.decoy(root.password if root is not None else "")
-
-    def names(self, kind: str) -> List[str]:
-        """Return the sorted names of all `users` or `roles`, the built-in role included.
-
-        Hidden ones, whose names begin with `_`, are left out, as the store of etcd does.
-        """
-        children = self._store.children(f"{AUTH_PREFIX}/{kind}")
-        names = [name for name, is_dir in children if not is_dir and not name.startswith("_")]
-        return sorted(names + [ROOT] if kind == "roles" else names)
-
-    @property
-    def has_users(self) -> bool:
-        """True if there are users, hidden ones included; auth may be off."""
-        return any(True for _ in self._store.children(AUTH_PREFIX + "/users"))
-
-    def may_access(self, user: Optional[User], key: str, *, write: bool, recursive: bool) -> bool:
-        """True if a verified user (None: a guest) may read or write `key`."""
-        log = package_logger("auth")
-        if user is None:
-            role = self.role(GUEST)
-            return role is not None and role.allow(key, write=write, recursive=False)
-        for name in user.roles or ():
-            role = self.role(name)
-            if role is not None and role.allow(key, write=write, recursive=recursive):
-                return True
-        log.warning("invalid access for user %s on key %s.", user.name, key)
-        return False
-
-    @staticmethod
-    def is_root(user: Optional[User]) -> bool:
-        """True if a verified user has the role root."""
-        if user is not None and ROOT not in (user.roles or ()):
-            package_logger("auth").warning(
-                "user %s does not have the %s role for this resource.", user.name, ROOT
-            )
-            return False
-        return user is not None
-
-    def _stored(self, kind: str, name: str) -> Optional[str]:
-        return self._store.value(f"{AUTH_PREFIX}/{kind}/{name}")
-
-    def _look(self) -> None:
-        if self._seen != self._applier.auth_changes:
-            self._seen = self._applier.auth_changes
-            self._users, self._roles = {}, {}
-            self._enabled = self._store.value(AUTH_PREFIX + "/enabled") == "true"
-
-
-def parse_stored_user(name: str, text: str) -> Optional[User]:
-    """Return the user that lies in the store; None, with a log line, if it is none."""
-    try:
-        value = load_json(text)
-        password = go_text(str(value["password"]))
-        return User(name, password, string_list(value.get("roles"))).with_root()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        package_logger("auth").error("ignored user %s: what is stored is no user", name)
-        return None
-
-
-def parse_stored_role(name: str, text: str) -> Optional[Role]:
-    """Return the role that lies in the store; None, with a log line, if it is none."""
-    try:
-        kv = load_json(text)["permissions"]["kv"]
-        return Role(name, make_permissions(kv.get("read"), kv.get("write")))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        package_logger("auth").error("ignored role %s: what is stored is no role", name)
-        return None
-
-
-Step = Union[Request, Callable[[], Any]]
-Steps = Generator[Step, Any, Any]
-
-
-class StepsRun:
-    """A change under way that waits several times; then done(its result, or its exception).
-
-    steps  yields a Request, and gets its Event or EtcdError; or a callable, which runs on another
-           thread, and gets its result
-    """
-
-    __slots__ = ("_server", "_steps", "_done")
-
-    def __init__(self, server: EtcdServer, steps: Steps, done: Callable[[Any], None]) -> None:
-        self._server = server
-        self._steps = steps
-        self._done = done
-
-    def go_on(self, value: Any = None) -> None:
-        """Take the next step, with what the one before has brought."""
-        try:
-            step = self._steps.send(value)
-        except StopIteration as stop:
-            self._done(stop.value)
-        except (AuthError, EtcdError) as error:
-            self._done(error.with_traceback(None))
-        else:
-            if isinstance(step, Request):
-                self._server.do(step, self.go_on)
-            else:
-                self._server.reactor.run_blocking(step, kind=PASSWORD_WORK, done=self._worked)
-
-    def _worked(self, error: Optional[BaseException], result: Any) -> None:
-        if error is None:
-            self.go_on(result)
-        elif isinstance(error, AuthError):
-            self._done(error)
-        else:
-            self._done(AuthError(503, f"{error}{_TRY_AGAIN}"))
-
-
-class AuthStore:
-    """Changes of users and roles, through consensus; each method returns Steps for StepsRun.
-
-    What a change is based on is read through consensus, too, and written only if it is still the
-    same then; otherwise it begins again.  Differs from etcd, where of two changes of one user at
-    the same time one is lost.
-    """
-
-    def __init__(self, auth: Auth) -> None:
-        self._auth = auth
-        self._ensured = False
-
-    def create_user(self, user: User) -> Steps:
-        """Return the new user.  Raises AuthError."""
-        if not user.password:
-            raise AuthError(400, f"Cannot create user {user.name} with an empty password")
-        hashed = yield functools.partial(self._auth.checks.passwords.hash, user.password)
-        user = user._replace(password=hashed).with_root()
-        yield from self._create(f"/users/{user.name}", user.json(),
-                                f"User {user.name} already exists.")
-        package_logger("auth").info("created user %s", user.name)
-        return user
-
-    def update_user(self, name: str, password: str, grant: Names, revoke: Names) -> Steps:
-        """Return the changed user.  Raises AuthError."""
-        missing = AuthError(404, f"User {name} does not exist.")
-        hashed = ""
-        while True:
-            text, index = yield from self._read(f"/users/{name}", missing)
-            old = parse_stored_user(name, text)
-            if old is None:
-                raise missing
-            new = old.change_roles(grant, revoke)
-            if password:
-                hash_it = functools.partial(self._auth.checks.passwords.hash, password)
-                hashed = hashed or (yield hash_it)
-                new = new._replace(password=hashed)
-            if new == old:
-                raise AuthError(400, "User not updated. Use grant/revoke/password to update the"
-                                     " user.")
-            if (yield from self._replace(f"/users/{name}", new.json(), index)):
-                package_logger("auth").info("updated user %s", name)
-                return new
-
-    def delete_user(self, name: str) -> Steps:
-        """Raises AuthError."""
-        if name == ROOT and self._auth.enabled:
-            raise AuthError(403, "Cannot delete root user while auth is enabled.")
-        yield from self._delete(f"/users/{name}", f"User {name} does not exist")
-        package_logger("auth").info("deleted user %s", name)
-
-    def create_role(self, role: Role) -> Steps:
-        """Return the new role.  Raises AuthError."""
-        self._check_role(role.name)
-        yield from self._create(f"/roles/{role.name}", role.json(),
-                                f"Role {role.name} already exists.")
-        package_logger("auth").info("created new role %s", role.name)
-        return role
-
-    def update_role(
-        self, name: str, grant: Optional[Permissions], revoke: Optional[Permissions]
-    ) -> Steps:
-        """Return the changed role.  Raises AuthError."""
-        self._check_role(name)
-        missing = AuthError(404, f"Role {name} does not exist.")
-        while True:
-            text, index = yield from self._read(f"/roles/{name}", missing)
-            old = parse_stored_role(name, text)
-            if old is None:
-                raise missing
-            permissions = old.permissions
-            if grant is not None:
-                permissions = permissions.grant(grant)
-            if revoke is not None:
-                permissions = permissions.revoke(revoke)
-            new = old._replace(permissions=permissions)
-            if new == old:
-                raise AuthError(400, "Role not updated. Use grant/revoke to update the role.")
-            if (yield from self._replace(f"/roles/{name}", new.json(), index)):
-                package_logger("auth").info("updated role %s", name)
-                return new
-
-    def delete_role(self, name: str) -> Steps:
-        """Raises AuthError."""
-        self._check_role(name)
-        yield from self._delete(f"/roles/{name}", f"Role {name} doesn't exist.")
-        package_logger("auth").info("deleted role %s", name)
-
-    def enable(self) -> Steps:
-        """Check requests from now on; there must be a root.  Raises AuthError."""
-        log = package_logger("auth")
-        if self._auth.enabled:
-            raise AuthError(409, "already enabled")
-        no_root = AuthError(409, "No root user available, please create one")
-        yield from self._read(f"/users/{ROOT}", no_root)
-        if self._auth.role(GUEST) is None:
-            log.info("no guest role access found, creating default")
-            yield from self.create_role(Role(GUEST, EVERYTHING))
-        yield from self._set_enabled("true")
-        log.info("auth: enabled auth")
-
-    def disable(self) -> Steps:
-        """Check no more.  Raises AuthError."""
-        if not self._auth.enabled:
-            raise AuthError(409, "already disabled")
-        yield from self._set_enabled("false")
-        package_logger("auth").info("auth: disabled auth")
-
-    @staticmethod
-    def _check_role(name: str) -> None:
-        if name == ROOT:
-            raise AuthError(403, f"Cannot modify role {name}: is root role.")
-
-    @staticmethod
-    def _do(request: Request) -> Steps:
-        """Return the event, or the error of the store; raises those of consensus."""
-        result = yield request._replace(path=AUTH_PREFIX + request.path)
-        if isinstance(result, RaftInternal):
-            raise result
-        return result
-
-    def _ensure_directories(self) -> Steps:
-        """The first change ever makes the places: four indexes of the store, as in etcd."""
-        if not self._ensured:
-            for path in ("", "/users", "/roles"):
-                yield from self._do(Request(method="PUT", path=path, dir=True, prev_exist=False))
-            yield from self._do(
-                Request(method="PUT", path="/enabled", val="false", prev_exist=False)
-            )
-            self._ensured = True
-
-    def _read(self, path: str, missing: AuthError) -> Steps:
-        """Return (value, its index) as of now.  Raises `missing`."""
-        result = yield from self._do(Request(method="QGET", path=path))
-        if isinstance(result, EtcdError) or result.node.value is None:
-            raise missing
-        return result.node.value, result.node.modified_index
-
-    def _create(self, path: str, value: object, exists: str) -> Steps:
-        yield from self._ensure_directories()
-        result = yield from self._do(
-            Request(method="PUT", path=path, val=json_text(value), prev_exist=False)
-        )
-        if isinstance(result, EtcdError):
-            raise AuthError(409, exists) if isinstance(result, NodeExists) else result
-
-    def _replace(self, path: str, value: object, index: int) -> Steps:
-        """Write if nobody was faster; False if somebody was."""
-        yield from self._ensure_directories()
-        result = yield from self._do(Request(
-            method="PUT", path=path, val=json_text(value), prev_exist=True, prev_index=index,
-        ))
-        return not isinstance(result, EtcdError)
-
-    def _delete(self, path: str, missing: str) -> Steps:
-        yield from self._ensure_directories()
-        result = yield from self._do(Request(method="DELETE", path=path))
-        if isinstance(result, EtcdError):
-            raise AuthError(404, missing) if isinstance(result, KeyNotFound) else result
-
-    def _set_enabled(self, value: str) -> Steps:
-        yield from self._ensure_directories()
-        result = yield from self._do(
-            Request(method="PUT", path="/enabled", val=value, prev_exist=True)
-        )
-        if isinstance(result, EtcdError):
-            raise result
-
-
-def parse_credential(header: str) -> Optional[Credential]:
-    """Return what an Authorization header says; None unless it is well-formed Basic (RFC 7617)."""
-    kind, _, encoded = header.partition(" ")
-    if kind.lower() != "basic":
-        return None
-    try:
-        user, colon, password = text_of(base64.b64decode(encoded, validate=True)).partition(":")
-    except ValueError:
-        return None
-    return Credential(user, password) if colon else None
-
-
-class Guard:
-    """Decides from its head whether a request may pass.  A decision is kept with the head until
-    Auth.version changes: verified clients cost no more than without auth.  Thread: reactor."""
-
-    def __init__(self, auth: Auth, reactor: Reactor) -> None:
-        self._auth = auth
-        self._log = ThrottledLog("auth", reactor.now)
-
-    def key(
-        self, head: HttpHead, key: str, *, write: bool, recursive: bool, passed: Handler,
-        refused: Handler,
-    ) -> Handler:
-        """Return who answers an access to `key`: a guest's too, if there is no Authorization."""
-        def may(user: Optional[User]) -> bool:
-            return self._auth.may_access(user, key, write=write, recursive=recursive)
-
-        return self._decide(head, may, passed, refused)
-
-    def root(
-        self, head: HttpHead, passed: Handler, refused: Handler, *, hashes: bool = False
-    ) -> Handler:
-        """Return who answers what only the role root may do.
-
-        hashes  the answer holds password hashes: also without auth, if there are users
-        """
-        always = hashes and self._auth.has_users
-        return self._decide(head, self._auth.is_root, passed, refused, always=always)
-
-    def _decide(
-        self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
-        refused: Handler, *, always: bool = False,
-    ) -> Handler:
-        if not (self._auth.enabled or always):
-            return passed
-        verdict = self._verdict(head, may)
-        if verdict is None:
-            return functools.partial(self._verify, head, may, passed, refused)
-        return passed if verdict else refused
-
-    def _verdict(
-        self, head: HttpHead, may: Callable[[Optional[User]], bool]
-    ) -> Optional[bool]:
-        """May it pass?  None: the password has not been verified yet."""
-        header = head.headers.get("authorization", "")
-        if not header:
-            return may(None)
-        credential = parse_credential(header)
-        if credential is None:
-            self._log.error("malformed basic auth encoding")
-            return False
-        name = credential.user
-        if len(utf8(name)) > AUTH_NAME_BYTES_MAX:
-            return False
-        right = self._auth.checks.known(name, self._auth.stored_hash(name), credential.password)
-        if right is None:
-            return None
-        user = self._auth.user(name)
-        if right and user is not None:
-            return may(user)
-        why = "no such user" if user is None else "incorrect password for user"
-        self._log.error(f"{why}: {name[:64]}.")
-        return False
-
-    def _verify(
-        self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
-        refused: Handler, request: HttpRequest,
-    ) -> None:
-        """Answer as soon as it is known whether the password is right."""
-        if request.connection.closed:
-            return
-        verdict = self._verdict(head, may)
-        if verdict is not None:
-            answer = passed if verdict else refused
-            head.parsed = self._auth.version, answer
-            answer(request)
-            return
-        credential = parse_credential(head.headers["authorization"])
-        assert credential is not None   # else there were a verdict
-
-        def checked(known: bool) -> None:
-            if known:
-                self._verify(head, may, passed, refused, request)
-            elif not request.connection.closed:
-                text = json_string(f"the password could not be checked{_TRY_AGAIN}")
-                request.reply(503, f'{{"message":{text}}}'.encode())
-
-        sender = Sender(credential.user, request.remote.rpartition(":")[0])
-        stored = self._auth.stored_hash(credential.user)
-        self._auth.checks.check(sender, stored, credential.password, checked)
 
 
 # ============================================================================
@@ -14872,7 +14814,7 @@ class AuthApi:
             else:
                 reply(result)
 
-        StepsRun(self._server, steps, done).go_on()
+        StepsRunner(self._server.do, self._server.reactor, steps, done).go_on()
 
     def _fail(self, request: HttpRequest, error: Union[AuthError, EtcdError]) -> None:
         if isinstance(error, EtcdError):
@@ -15766,7 +15708,7 @@ class Download:
         self.file: Optional[SnapshotFile] = None        # once the snapshot is complete
         self._reply: Optional[StreamReply] = None
         self._pieces: Iterator[bytes] = iter(())
-        # One object, as the keeper compares.
+        # Kept, as withdraw() needs the same object.
         self._receiver: Optional[SnapshotReceiver] = self._start
         request.on_close = self._client_gone
         server.snapshots.request(self._receiver)
@@ -17908,35 +17850,40 @@ def _cluster_version(member: Member, tls: Optional[TlsContext]) -> Optional[Tupl
 
 
 # ============================================================================
-# life/data_loss -- First life: a member without a past asks the others whether that is so.
+# life/data_loss -- The check for lost data: a member without a log asks whether it ever had one.
 # ============================================================================
 
 
-ASK_AGAIN_SECONDS = 0.1             # after a round that told nothing new, then twice as long, ...
+ASK_AGAIN_SECONDS = 0.1             # after a round without news; doubles with each round
 ASK_AGAIN_SECONDS_MAX = 1.6
 
 
 class DataLossCheck:
-    """Keeps a member whose log is empty from voting where its first life may have voted.
+    """Keeps a member whose log is empty from voting twice in a term.
 
-    Bootstrap asks the members too, but perhaps none of them was up.  Nobody's messages count here
-    until he has said that our client URLs were never published; who says that they were ends this
-    member with refuse().  It is over when there is a leader: before, we have published nothing.
+    Bootstrap asks the members too, but perhaps none of them was up.  Ignores a peer's messages
+    until that peer confirms that this member's client URLs were never published.  If a peer
+    reports that they were, the data directory was lost and refuse() ends the member.  The check
+    ends with the first leader: before, this member has published nothing.
     Thread: reactor.  Differs from etcd, whose member votes as if it were new.
     """
 
     def __init__(
         self, etcd: EtcdServer, refuse: Callable[[StartError], None], tls: Optional[TlsContext]
     ) -> None:
-        self._etcd = etcd
+        self._reactor = etcd.reactor
+        self._transport = etcd.transport
+        self._cluster = etcd.cluster
+        self._counts = etcd.counts
+        self._member_id = etcd.member_id
         self._refuse = refuse
         self._tls = tls
-        self._heard: Set[int] = set()           # members that know no past of ours
+        self._confirmed: Set[int] = {etcd.member_id}    # members that know no past of ours
         self._asked: Dict[int, HttpCall] = {}
         self._rounds = 0
         self._backoff = Backoff(ASK_AGAIN_SECONDS, ASK_AGAIN_SECONDS_MAX)
-        etcd.transport.drop = self._drops
-        etcd.reactor.call_later(0.0, self._ask)
+        self._transport.drop = self._drops
+        self._timer: Timer = self._reactor.call_later(0.0, self._ask)
 
     @staticmethod
     def is_due(boot: Bootstrap) -> bool:
@@ -17944,25 +17891,22 @@ class DataLossCheck:
         return boot.snapshot is None and all(entry.term <= 1 for entry in boot.contents.entries)
 
     def _drops(self, message: Message) -> bool:
-        is_heard = message.sender == self._etcd.member_id or message.sender in self._heard
-        return not (is_heard or self._is_over)
+        return message.sender not in self._confirmed and not self._is_over
 
     @property
     def _is_over(self) -> bool:
-        return self._etcd.counts.leader_changes > 0
+        return self._counts.leader_changes > 0
 
     def _ask(self) -> None:
-        etcd = self._etcd
-        if self._is_over or etcd.stopping:
+        if self._is_over:
             self.end()
             return
-        for member in etcd.cluster.members.values():
-            is_known = member.id in self._heard or member.id == etcd.member_id
+        for member in self._cluster.members.values():
             urls = usable_urls(member.peer_urls)
-            if urls and not is_known and member.id not in self._asked:
+            if urls and member.id not in self._confirmed and member.id not in self._asked:
                 self._ask_one(member, urls[self._rounds % len(urls)])
         self._rounds += 1
-        etcd.reactor.call_later(self._backoff.next(), self._ask)
+        self._timer = self._reactor.call_later(self._backoff.next(), self._ask)
 
     def _ask_one(self, member: Member, url: str) -> None:
         def done(error: Optional[Exception], answer: Answer) -> None:
@@ -17971,24 +17915,24 @@ class DataLossCheck:
                 self._answered(member.id, answer.body)
 
         self._asked[member.id] = fetch(
-            self._etcd.reactor, url, "/members", done, connect_timeout_s=PROBE_ANSWER_SECONDS,
+            self._reactor, url, "/members", done, connect_timeout_s=PROBE_ANSWER_SECONDS,
             idle_timeout_s=JOIN_ANSWER_SECONDS, body_max=CALL_BODY_BYTES_MAX, tls=self._tls,
         )
 
-    def _answered(self, member_id: int, body: bytes) -> None:
-        etcd = self._etcd
+    def _answered(self, peer_id: int, body: bytes) -> None:
         with contextlib.suppress(ValueError):       # a list without us: it is not up to date
             members = parse_members(body)
-            if is_published(etcd.member_id, members) and not self._is_over:
-                self._refuse(data_lost(etcd.member_id))
-            elif any(member.id == etcd.member_id for member in members):
-                self._heard.add(member_id)
+            if is_published(self._member_id, members) and not self._is_over:
+                self._refuse(data_lost(self._member_id))
+            elif any(member.id == self._member_id for member in members):
+                self._confirmed.add(peer_id)
                 self._backoff.reset()
 
     def end(self) -> None:
-        """Ask no more, and believe everybody."""
-        if self._etcd.transport.drop == self._drops:
-            self._etcd.transport.drop = None
+        """Ask no more, and accept the messages of all peers."""
+        if self._transport.drop == self._drops:
+            self._transport.drop = None
+        self._timer.cancel()
         for call in self._asked.values():
             call.cancel()
         self._asked.clear()
@@ -18302,12 +18246,13 @@ class Server(ServerThread):
         assert self.etcd is not None
         if not self.etcd.stopping and not self._leaving:
             self._leaving = True
-            GracefulStop(self.etcd, self._stop_member)
+            self.etcd.leave(self._stop_member)
 
     def _stop_member(self) -> None:
         assert self.etcd is not None
-        self.etcd.stop()
-        super()._stop_in_order()
+        if not self.etcd.stopping:
+            self.etcd.stop()
+            super()._stop_in_order()
 
     def _failed(self, error: BaseException) -> None:
         """End the member, which sends nothing more: its data may no longer be durable."""
@@ -20794,7 +20739,7 @@ class _LocalServer(Server):
 
     def publish(self, etcd: EtcdServer) -> None:
         """Publish the member again, which is harmless."""
-        Publication(etcd, self._ready.set)
+        etcd.publish(self._ready.set)
 
     def _start_work(self) -> None:
         assert self.etcd is not None

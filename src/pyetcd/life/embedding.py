@@ -20,7 +20,7 @@ from ..base.ids import package_logger
 from ..base.limits import DESCRIPTORS_KEPT, PEER_BODY_BYTES_MAX, REQUEST_BODY_BYTES_MAX
 from ..base.urls import check_url, is_https, url_address
 from ..member.configuration import Bootstrap, ServerConfig
-from ..member.server import EtcdServer, GracefulStop
+from ..member.server import EtcdServer
 from ..member.statistics import Metrics
 from ..net.budgets import BufferBudget
 from ..net.http_requests import HttpRequest
@@ -338,12 +338,13 @@ class Server(ServerThread):
         assert self.etcd is not None
         if not self.etcd.stopping and not self._leaving:
             self._leaving = True
-            GracefulStop(self.etcd, self._stop_member)
+            self.etcd.leave(self._stop_member)
 
     def _stop_member(self) -> None:
         assert self.etcd is not None
-        self.etcd.stop()
-        super()._stop_in_order()
+        if not self.etcd.stopping:
+            self.etcd.stop()
+            super()._stop_in_order()
 
     def _failed(self, error: BaseException) -> None:
         """End the member, which sends nothing more: its data may no longer be durable."""

@@ -32,7 +32,7 @@ from typing import (
 from ..base.errors import ServerStopped
 from ..base.messages import Message, MsgType
 from ..member.cluster import Member, format_id
-from ..member.server import EtcdServer, Publication
+from ..member.server import EtcdServer
 from ..net.workers import SYSTEM_CLOCK
 from ..peer.transport import Transport
 from .embedding import Server, checked_settings
@@ -140,7 +140,7 @@ class _LocalServer(Server):
 
     def publish(self, etcd: EtcdServer) -> None:
         """Publish the member again, which is harmless."""
-        Publication(etcd, self._ready.set)
+        etcd.publish(self._ready.set)
 
     def _start_work(self) -> None:
         assert self.etcd is not None
