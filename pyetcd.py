@@ -15,7 +15,7 @@ One thread, the reactor, owns all state; a second one, `wal`, writes and syncs:
 
 Rooms and their modules, bottom up; each uses only names defined above it:
 
-  base:   checksums, basics, errors, limits, ids, text, messages, codec, urls
+  base:   basics, checksums, errors, limits, ids, text, messages, codec, urls
   raft:   progress, log, replication, core, node
   store:  events, walks, watchers, nodes, tree
   disk:   files, records, snapshots, wal
@@ -198,12 +198,99 @@ if not hasattr(select, "epoll"):
 
 
 # ============================================================================
+# base/basics -- Paths, back-off, TLS file names, and fsync of a directory.
+# ============================================================================
+
+
+_DOTS = re.compile(r"/\.{1,2}(?:/|\Z)")
+
+
+def is_clean_path(path: str) -> bool:
+    """True if clean_path() removes at most a trailing slash from an absolute path."""
+    return path.startswith("/") and not (
+        "//" in path or "/." in path and _DOTS.search(path) is not None
+    )
+
+
+def clean_path(path: str) -> str:
+    """Return the shortest equivalent absolute path: no `.`, `..`, `//` and no trailing slash.
+
+    Source: Go path.Clean, for a rooted path.
+    """
+    if is_clean_path(path):
+        return path.rstrip("/") or "/"
+    parts: List[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            if parts:
+                parts.pop()
+        elif part and part != ".":
+            parts.append(part)
+    return "/" + "/".join(parts)
+
+
+class TlsFiles(NamedTuple):
+    """The TLS settings of one side, client or peer; "" where not given.
+
+    The files are PEM, and read again when one of them changes.
+    """
+
+    cert_file: str = ""
+    key_file: str = ""
+    trusted_ca_file: str = ""           # "": the system's authorities
+    ca_file: str = ""                   # etcd 2.0's: trusted as well, and implies client_cert_auth
+    client_cert_auth: bool = False      # refuse clients without a certificate of the trusted CA
+    crl_file: str = ""                  # revoked certificates
+    allowed_name: str = ""              # host that a client certificate must be for
+    allowed_cn: str = ""                # common name that it must have
+
+
+class Backoff:
+    """Exponential back-off: next() returns first_s, then twice the last wait, up to max_s."""
+
+    def __init__(self, first_s: float, max_s: float) -> None:
+        self._first_s = first_s
+        self._max_s = max_s
+        self._next_s = first_s
+
+    def next(self) -> float:
+        wait_s = self._next_s
+        self._next_s = min(wait_s * 2, self._max_s)
+        return wait_s
+
+    def reset(self) -> None:
+        self._next_s = self._first_s
+
+
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open files
+
+
+def descriptors_max(kept: int, part: int) -> int:
+    """Return the limit of open descriptors, less a reserve of `kept` or one `part` of them."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(kept, soft // part)
+
+
+def fsync_dir(path: str) -> None:
+    """Make names created, renamed or removed in directory `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _nothing() -> None:
+    """A callback without effect; posted, it makes the reactor turn."""
+
+
+# ============================================================================
 # base/checksums -- CRC-32C, the checksum of etcd's files.
 # ============================================================================
 
 
 def _crc_table(zeros: int) -> List[int]:
-    """The CRC-32C of each byte followed by so many zero bytes.
+    """Return the CRC-32C of each byte followed by so many zero bytes.
 
     The CRC is linear over XOR, so eight single-bit values give all 256.
     """
@@ -224,9 +311,9 @@ _CRC_TABLES = tuple(map(_crc_table, (3, 2, 1, 0)))
 def crc32c(data: Union[bytes, bytearray, memoryview], crc: int = 0) -> int:
     """Continue the CRC-32C (Castagnoli) `crc` over `data`; start with 0.
 
-    zlib has another polynomial.  Four bytes a step take 50-60 ns per byte here, one a step 110;
-    tables of 64 K entries only win while nothing else uses the cache.  Long data are folded
-    first: 1 KB takes 19 us instead of 55, 64 KB 160 us.
+    zlib has another polynomial.  Four bytes a step take 50-60 ns per byte, one a step 110; tables
+    of 64 K entries win only if they have the cache alone.  Long data are folded first: 1 KB takes
+    19 us instead of 55, 64 KB 160 us.
     """
     if len(data) >= CRC_FOLD_BYTES_MIN:
         view = memoryview(data)
@@ -282,8 +369,8 @@ CRC_LANE_BYTES_MAX = 1_024          # longer ones are folded
 def crc32c_chain(pieces: Sequence[bytes], crc: int) -> List[int]:
     """Return the CRC-32C after each of `pieces`, continued from `crc`.
 
-    Many short ones of about one length are summed side by side: 30 of 140 bytes in 2.7 us each
-    instead of 6.1, 130 in 1.8.
+    Many short pieces of about one length are summed side by side: 30 of 140 bytes take 2.7 us
+    each instead of 6.1, 130 take 1.8.
     """
     longest = max(map(len, pieces), default=0)
     state, crcs = crc ^ 0xFFFFFFFF, []
@@ -304,7 +391,7 @@ def crc32c_chain(pieces: Sequence[bytes], crc: int) -> List[int]:
 
 
 def _crc_lanes(pieces: Sequence[bytes], longest: int) -> Sequence[int]:
-    """Return the remainders of `pieces`, each begun with 0, before which zeros do not count.
+    """Return the remainder of each of `pieces`, with the start value 0: leading zeros do not count.
 
     All first words lie together, then all second ones, ..., as four planes of bytes: one
     operation on integers and strings of that length works on all pieces.  The first half of the
@@ -348,7 +435,7 @@ def _crc_times(planes: Sequence[bytes], zeros: int) -> List[int]:
 
 @functools.lru_cache(maxsize=CRC_LANE_BYTES_MAX)
 def _crc_powers(zeros: int) -> List[array[int]]:
-    """For each byte of a CRC's state: what becomes of its values after so many zero bytes."""
+    """Return for each byte of a CRC's state a table: the state after so many zero bytes."""
     tables, data = [], bytes(zeros)
     for shift in range(0, 32, 8):
         table = [0]
@@ -361,101 +448,11 @@ def _crc_powers(zeros: int) -> List[array[int]]:
 
 @functools.lru_cache(maxsize=CRC_LANE_BYTES_MAX)
 def _crc_plane_powers(zeros: int) -> List[List[bytes]]:
-    """The same for each byte of the result, as tables of bytes.translate."""
+    """Return _crc_powers() for each byte of the result, as tables of bytes.translate."""
     return [
         [bytes([value >> shift & 255 for value in table]) for table in _crc_powers(zeros)]
         for shift in range(0, 32, 8)
     ]
-
-
-_DOTS = re.compile(r"/\.{1,2}(?:/|\Z)")
-
-
-def is_clean_path(path: str) -> bool:
-    """True if clean_path() takes nothing but a trailing slash off an absolute path."""
-    return path.startswith("/") and not (
-        "//" in path or "/." in path and _DOTS.search(path) is not None
-    )
-
-
-# ============================================================================
-# base/basics -- Paths, back-off, TLS file names, and fsync of a directory.
-# ============================================================================
-
-
-def clean_path(path: str) -> str:
-    """Return the shortest equivalent absolute path: no `.`, `..`, `//` and no trailing slash.
-
-    Source: Go path.Clean, for a rooted path.
-    """
-    if is_clean_path(path):
-        return path.rstrip("/") or "/"
-    parts: List[str] = []
-    for part in path.split("/"):
-        if part == "..":
-            if parts:
-                parts.pop()
-        elif part and part != ".":
-            parts.append(part)
-    return "/" + "/".join(parts)
-
-
-class TlsFiles(NamedTuple):
-    """What one side, client or peer, is told about TLS: paths of PEM files, "" where not given.
-
-    Read by section TLS, again whenever one of the files changes.
-    """
-
-    cert_file: str = ""
-    key_file: str = ""
-    trusted_ca_file: str = ""           # "": the system's authorities
-    ca_file: str = ""                   # of etcd 2.0: trusted as well, and implies client_cert_auth
-    client_cert_auth: bool = False      # refuse clients without a certificate of the trusted CA
-    crl_file: str = ""                  # revoked certificates
-    allowed_name: str = ""              # host that a client certificate must be for
-    allowed_cn: str = ""                # common name that it must have
-
-
-class Backoff:
-    """Growing waits: next() returns first_s, then twice the last one, up to max_s."""
-
-    def __init__(self, first_s: float, max_s: float) -> None:
-        self._first_s = first_s
-        self._max_s = max_s
-        self._next_s = first_s
-
-    def next(self) -> float:
-        """Return the seconds to wait now."""
-        wait_s = self._next_s
-        self._next_s = min(wait_s * 2, self._max_s)
-        return wait_s
-
-    def reset(self) -> None:
-        """Begin again with first_s."""
-        self._next_s = self._first_s
-
-
-NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open files
-
-
-def descriptors_max(kept: int, part: int) -> int:
-    """Return how many descriptors may be open if `kept` of those that the system allows must be
-    left, or one `part` of them."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(kept, soft // part)
-
-
-def fsync_dir(path: str) -> None:
-    """Make names created, renamed or removed in directory `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _nothing() -> None:
-    """What a callback does where nothing is to be done; posted, it makes the reactor turn."""
 
 
 # ============================================================================
@@ -697,11 +694,11 @@ class InvariantError(Exception):
 
 __version__ = "0.4.0"
 
-SERVER_VERSION = "2.3.8"            # what peers and /version see (etcd 2.3 compatibility identity)
+SERVER_VERSION = "2.3.8"            # shown to peers and by /version: the etcd to be compatible with
 MIN_CLUSTER_VERSION = "2.2.0"       # oldest cluster version this member can live with
 ARTICLE_VERSION = "2.0.1"           # data directory format named by etcd 2.0's start-up line
 
-REGISTRY_KEY = "/_etcd/registry"    # where the discovery service keeps its tokens
+REGISTRY_KEY = "/_etcd/registry"    # tokens of the discovery service
 V3_REFUSAL = "pyetcd has the v2 API only: set ETCDCTL_API=2, or use HTTP/1.1 below /v2/keys"
 
 DEFAULT_NAME = "default"
@@ -722,10 +719,10 @@ SNAPSHOT_CATCHUP_ENTRIES = 5_000    # entries kept in memory behind a snapshot f
 
 ENTRIES_BYTES_MAX = 1 << 20         # entries in one MsgApp; always at least one entry
 INFLIGHT_MSGAPP_MAX = 512           # unanswered MsgApp per follower; above: wait for an answer
-READ_ROUNDS_MAX = 1_024             # questions at a leader; above: dropped, and asked again
+READ_ROUNDS_MAX = 1_024             # read rounds of a leader; above: dropped, and tried again
 UNCOMMITTED_BYTES_MAX = 256 << 20   # log tail not yet committed; above: proposals are refused
-QUEUED_BYTES_MAX = 64 << 20         # of requests that wait for a leader, or in a proxy for
-                                    # members; above: 503
+QUEUED_BYTES_MAX = 64 << 20         # of requests that wait for a leader, in a proxy for a member;
+                                    # above: 503
 PROPOSALS_PENDING_MAX = 65_536      # requests waiting for apply; above: error 300 with 503
 
 REQUEST_HEAD_BYTES_MAX = 1_052_672  # request line and headers (Go's limit); above: 431, close
@@ -736,7 +733,7 @@ REQUEST_BODY_BYTES_MAX = 10 << 20   # one byte more: error 210 if it is a form, 
 CHUNKS_MAX = 65_536                 # of one request body; above: as if the body were too large
 PEER_BODY_BYTES_MAX = 512 << 20     # a snapshot of a peer; above: 413, close
 RAFT_BODY_BYTES_MAX = 16 << 20      # any other message of a peer; above: 413, close
-CALL_BODY_BYTES_MAX = 4 << 20       # kept of what a registry or member answers us; then: cut
+CALL_BODY_BYTES_MAX = 4 << 20       # of an answer of a registry or member; above: cut
 PEER_BODIES_BYTES_MAX = 64 << 20    # of all messages that peers are sending; above: 413, close
 MESSAGE_ENTRIES_MAX = 1 << 15       # in one message of a peer; above: refused
 FIELDS_MAX = 512                    # of a protobuf message, entries not counted; above: refused
@@ -750,19 +747,19 @@ CHUNKED_SLICE_BYTES = 16 << 10      # of it decoded, if it is chunked: 2,700 chu
 CONNECTIONS_MAX = 50_000            # open sockets per listener; above: 503, close
 DESCRIPTORS_KEPT = 256              # below the system's limit, or a quarter of it: for files and
                                     # calls, half of it for peers too; above: as CONNECTIONS_MAX
-REFUSALS_MAX = 256                  # connections being told so at a time; above: only closed
+REFUSALS_MAX = 256                  # 503 answers being sent at a time; above: closed without one
 REFUSALS_TOLD_MAX = 16              # likewise, of descriptors
 OUTPUT_BYTES_MAX = 64 << 20         # unsent reply bytes of one connection; above: it is closed
 HELD_BYTES_MAX = 256 << 20          # unsent and unread, of all connections; above: the most idle
-                                    # ones are closed
+                                    # are closed
 OUTPUT_PAUSE_BYTES = 1 << 20        # above: its next requests wait until the client has read
 OUTPUT_JOIN_BYTES_MAX = 1 << 16     # unsent bytes that are joined, if they are in pieces
-OUTPUT_SHARED_BYTES_MIN = 1 << 10   # of a piece; above: not copied, as others may have it too
+OUTPUT_SHARED_BYTES_MIN = 1 << 10   # of a piece; above: shared with other replies, not copied
 OUTPUT_PIECES_MAX = 16              # handed to the system in one call
 REQUEST_SECONDS_MAX = 300.0         # from a request's first byte to its last; above: 408, close
-UNREAD_SECONDS_MAX = 60.0           # for the next UNREAD_BYTES_MIN, or the rest, of a reply to be
-UNREAD_BYTES_MIN = 64 << 10         # taken by the client; above: closed
-SLOW_CHECK_SECONDS = 10.0           # between two looks for such clients
+UNREAD_SECONDS_MAX = 60.0           # in which a client reads UNREAD_BYTES_MIN of a reply, or the
+UNREAD_BYTES_MIN = 64 << 10         # rest; above: closed
+SLOW_CHECK_SECONDS = 10.0           # between two searches for such clients
 HEAD_CACHE_MAX = 4_096              # parsed request heads remembered; full: forgotten all at once
 
 PIPELINE_QUEUE_MESSAGES_MAX = 64    # messages waiting for a POST; above: dropped, peer unreachable
@@ -777,14 +774,14 @@ PROBE_SECONDS = 4.0                 # between two health probes of a peer
 HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answer 401
 WATCHERS_MAX = 100_000              # of one member, some 3 KB each; above: 503
 WATCHED_BYTES_MAX = 64 << 20        # of the paths of all watchers; above: 503
-WATCHERS_TOLD_MAX = 400             # in one turn, 4 ms; above: the next turns tell the others
-WATCHER_QUEUE_EVENTS_MAX = 100      # events one slow watcher may owe (etcd's limit)
+WATCHERS_TOLD_MAX = 400             # notified in one turn, 4 ms; the others: in the next turns
+WATCHER_QUEUE_EVENTS_MAX = 100      # backlog of one slow watcher (etcd's limit); above: closed
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
 PURGE_SECONDS = 30.0                # between two removals of old files
-SYNC_SECONDS = 0.5                  # the leader looks for expired keys this often
+SYNC_SECONDS = 0.5                  # between two searches of the leader for expired keys
 REMOVED_NODES_MAX = 2_000           # of the key tree in one turn, 5 ms; above: in the next ones
 EXPIRED_KEYS_MAX = 200              # that one entry of the log expires, 4 ms; above: several
-REMOVED_SECONDS = 1.0               # a removed member ends so long after it knows
+REMOVED_SECONDS = 1.0               # from the removal of a member, as it learns of it, to its end
 
 LOG_LINE_CHARS_MAX = 16_384         # above: cut off; journald would make several lines of it
 
@@ -804,19 +801,19 @@ REPAIR_HINT = (
 logging.getLogger("pyetcd").addHandler(logging.NullHandler())   # silent unless the program logs
 
 
-# What ends a line, moves the cursor or reverses what follows, and halves of characters.
+# Characters that end a line, move the cursor or reverse the text, and surrogates.
 _UNPRINTABLE = re.compile(
     "[\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 
 
 def one_line(text: str) -> str:
-    """Return `text` so that it cannot be taken for two lines, or for another one."""
+    """Escape `text` so that it cannot pass for two lines, or for another line."""
     text = _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
     return text if len(text) <= LOG_LINE_CHARS_MAX else text[:LOG_LINE_CHARS_MAX] + "..."
 
 
 def _make_one_line(record: logging.LogRecord) -> bool:
-    """A filter: names, keys, headers and what peers say may hold anything."""
+    """Filter a record: names, keys, headers and texts of peers may hold any character."""
     record.msg, record.args = one_line(record.getMessage()), None
     return True
 
@@ -824,7 +821,7 @@ def _make_one_line(record: logging.LogRecord) -> bool:
 def package_logger(package: str) -> logging.Logger:
     """Return the logger whose lines read `<package>: message` in etcd's format."""
     logger = logging.getLogger("pyetcd." + package)
-    logger.addFilter(_make_one_line)            # once, however often
+    logger.addFilter(_make_one_line)            # no effect if it has it
     return logger
 
 
@@ -841,7 +838,6 @@ class IdGenerator:
         self._low = (now_ms & ((1 << 40) - 1)) << 8
 
     def next(self) -> int:
-        """Return the next id, a 64-bit int."""
         self._low = (self._low + 1) & ((1 << 48) - 1)
         return self._high | self._low
 
@@ -851,27 +847,32 @@ class IdGenerator:
 # ============================================================================
 
 
+_Result = TypeVar("_Result")
+
+
+def finish(steps: Generator[None, None, _Result]) -> _Result:
+    """Run a generator of steps to its end; return its result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            result: _Result = stop.value
+            return result
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")     # a byte that is not UTF-8, by surrogateescape
 _JSON_UNSAFE = re.compile('[\x00-\x1f"\\\\<>&\u2028\u2029\ud800-\udfff]')
 _JSON_SHORT = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-
-
-def _json_escape(match: re.Match[str]) -> str:
-    char = match.group()
-    if "\ud800" <= char <= "\udfff":
-        return "\\ufffd"            # one byte that is not UTF-8, kept by surrogateescape
-    return _JSON_SHORT.get(char) or "\\u%04x" % ord(char)
-
-
 _JSON_ESCAPES = {
     char: _JSON_SHORT.get(char) or f"\\u{ord(char):04x}"
     for char in ("\\", '"', *map(chr, range(0x20)), *"<>&\u2028\u2029")
 }
 _JSON_MARKS = bytes(byte < 0x20 or byte in b'"\\<>&' for byte in range(128)).ljust(256, b"\1")
-_JSON_LONG_CHARS = 200              # from here on the table is faster than the expression
+_JSON_LONG_CHARS = 200              # from this length the table is faster than the expression
 
 
 def is_plain_json(text: str) -> bool:
-    """True if nothing in `text` has to be escaped; meant for long text.
+    """True if no character of `text` has to be escaped; meant for long text.
 
     A table takes 0.4 ns per character of ASCII, the expression 3 (and 0.2 us for 64).
     """
@@ -883,36 +884,45 @@ def is_plain_json(text: str) -> bool:
 def json_string(text: str) -> str:
     """Encode `text` as etcd does: `<`, `>`, `&`, U+2028/9 and controls escaped, the rest raw."""
     if len(text) >= _JSON_LONG_CHARS:
-        return f'"{_json_inside(text)}"'
+        return f'"{_escape_long(text)}"'
     if _JSON_UNSAFE.search(text) is None:
         return f'"{text}"'
-    return f'"{_JSON_UNSAFE.sub(_json_escape, text)}"'
+    escaped = _JSON_UNSAFE.sub(lambda match: _JSON_ESCAPES.get(match[0], "\\ufffd"), text)
+    return f'"{escaped}"'
 
 
-def _json_inside(text: str) -> str:
-    """What json_string() puts between the quotes; meant for long text."""
-    return text if is_plain_json(text) else _escape_long(text)
+def _escape_long(text: str) -> str:
+    """Escape as json_string() does, in one pass per character: 10 MB of quotes take 0.1 s, not 3.
+
+    Returns the same object if `text` is plain.
+    """
+    if is_plain_json(text):
+        return text
+    for char, escape in _JSON_ESCAPES.items():      # the backslash first: the others bring some
+        if char in text:
+            text = text.replace(char, escape)
+    return text if is_unicode(text) else _SURROGATE.sub(r"\\ufffd", text)
 
 
-# A long text as it is kept: what stands between the quotes of its JSON, in pieces of which each
-# is the JSON of some characters.  All answers, snapshots and listings share the pieces.
+# The stored form of a long text: its JSON without the quotes, in pieces of which each is the JSON
+# of some characters.  All answers, snapshots and listings share the pieces.
 LongText = Tuple[bytes, ...]
 Value = Union[str, LongText]
 LONG_TEXT_STEP_BYTES = 1 << 15      # one piece: 2 ms where every character has to be escaped
-_PLAIN_PIECES = 32                  # which take as long as two of those
+_PLAIN_PIECES = 32                  # pieces without an escape that take as long as two with
 
 
 def long_text_steps(data: Union[bytes, bytearray, memoryview]) -> Generator[None, None, LongText]:
-    """Return as_unicode(text_of(data)) as it is kept, in steps of some ms."""
+    """Return the stored form of as_unicode(text_of(data)), in steps of some ms."""
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     pieces: List[bytes] = []
     work = 0
     for start in range(0, len(data), LONG_TEXT_STEP_BYTES):
         end = start + LONG_TEXT_STEP_BYTES
         text = decode(data[start:end], end >= len(data))
-        inside = _json_inside(text)
-        pieces.append(inside.encode())
-        work += 1 if inside is text else _PLAIN_PIECES // 2
+        escaped = _escape_long(text)
+        pieces.append(escaped.encode())
+        work += 1 if escaped is text else _PLAIN_PIECES // 2
         if work >= _PLAIN_PIECES:
             work = 0
             yield
@@ -920,14 +930,8 @@ def long_text_steps(data: Union[bytes, bytearray, memoryview]) -> Generator[None
 
 
 def long_text(text: str) -> LongText:
-    """Return `text`, which is Unicode, as it is kept if it is long; at once."""
-    steps = long_text_steps(text.encode())
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            pieces: LongText = end.value
-            return pieces
+    """Return the stored form of `text`, which is Unicode."""
+    return finish(long_text_steps(text.encode()))
 
 
 def text_of_long(pieces: Iterable[bytes]) -> str:
@@ -936,7 +940,7 @@ def text_of_long(pieces: Iterable[bytes]) -> str:
 
 
 def in_pieces(texts: Iterable[Union[str, bytes]]) -> List[bytes]:
-    """Encode texts, joined where they follow each other; what is bytes stays as it is."""
+    """Encode texts, joined where they follow each other; bytes stay as they are."""
     pieces: List[bytes] = []
     strings: List[str] = []
     for text in texts:
@@ -950,14 +954,6 @@ def in_pieces(texts: Iterable[Union[str, bytes]]) -> List[bytes]:
     if strings:
         pieces.append("".join(strings).encode())
     return pieces
-
-
-def _escape_long(text: str) -> str:
-    """What the expression does, in one pass per character: 10 MB of quotes take 0.1 s, not 3 s."""
-    for char, escape in _JSON_ESCAPES.items():      # the backslash first: the others bring some
-        if char in text:
-            text = text.replace(char, escape)
-    return text if is_unicode(text) else _JSON_UNSAFE_SURROGATE.sub(r"\\ufffd", text)
 
 
 def json_text(value: object) -> str:
@@ -994,16 +990,13 @@ def is_unicode(text: str) -> bool:
 
 
 def as_unicode(text: str) -> str:
-    """Return `text` with U+FFFD for what is not UTF-8: JSON, and a snapshot, hold no more."""
+    """Return `text` with U+FFFD for bytes that are not UTF-8: no JSON or snapshot can hold them."""
     if is_unicode(text):
         return text
     try:
         return utf8(text).decode("utf-8", "replace")
     except UnicodeEncodeError:          # half of a surrogate pair, escaped in JSON
-        return _JSON_UNSAFE_SURROGATE.sub("\ufffd", text)
-
-
-_JSON_UNSAFE_SURROGATE = re.compile("[\ud800-\udfff]")
+        return _SURROGATE.sub("\ufffd", text)
 
 
 _ESCAPE_MARKS = bytes(
@@ -1017,7 +1010,7 @@ def unquote(data: bytes, *, plus: bool = False) -> bytes:
 
     plus  a `+` is a space, as in forms
     Raises ValueError with the first three bytes that look like an escape and are none.
-    urllib takes 400 ns for an escape, and 100 bytes of memory, while nothing else runs.
+    urllib takes 400 ns and 100 bytes of memory for an escape, and holds the GIL.
     """
     if b"%" not in data:
         return data.replace(b"+", b" ") if plus else data
@@ -1030,6 +1023,9 @@ def unquote(data: bytes, *, plus: bool = False) -> bytes:
     return binascii.a2b_qp(data.replace(b"=", b"=3D").replace(b"%", b"="))
 
 
+_EPOCH = datetime(1970, 1, 1)
+
+
 def format_time(unix_ns: int) -> str:
     """Return RFC 3339 in UTC with up to 9 fraction digits, trailing zeros removed."""
     seconds, nanos = divmod(unix_ns, NS)
@@ -1038,7 +1034,7 @@ def format_time(unix_ns: int) -> str:
 
 
 def format_local_time(unix_ns: int) -> str:
-    """Return RFC 3339 in the zone of this machine, as Go shows what it read from the clock."""
+    """Return RFC 3339 in the zone of this machine, as Go shows a reading of the clock."""
     offset_s = time.localtime(unix_ns // NS).tm_gmtoff
     if not offset_s:
         return format_time(unix_ns)
@@ -1047,16 +1043,13 @@ def format_local_time(unix_ns: int) -> str:
     return f"{format_time(unix_ns + offset_s * NS)[:-1]}{sign}{hours:02d}:{minutes:02d}"
 
 
-_EPOCH = datetime(1970, 1, 1)
-
-
 _RFC3339 = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d+))?(?:Z|([+-])(\d\d):(\d\d))\Z"
 )
 
 
 def load_json(text: Union[str, bytes]) -> Any:
-    """Return the value of JSON that another has written.  Raises ValueError, for depth as well."""
+    """Return the value of foreign JSON.  Raises ValueError, for depth as well."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -1069,7 +1062,7 @@ def parse_time(text: str) -> int:
     if match is None:
         raise ValueError(f"not an RFC 3339 time: {text!r}")
     moment = datetime.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")
-    seconds = (moment - datetime(1970, 1, 1)) // timedelta(seconds=1)
+    seconds = (moment - _EPOCH) // timedelta(seconds=1)
     if match.group(8):
         offset = int(match.group(9)) * 3600 + int(match.group(10)) * 60
         seconds += -offset if match.group(8) == "+" else offset
@@ -1091,20 +1084,17 @@ def format_duration(seconds: float) -> str:
     return f"{minutes}m{text}" if minutes else text
 
 
+_UNQUOTABLE = re.compile(r'["\\\x00-\x1f\x7f-\xa0\xad\u2028\u2029\udc80-\udcff]')
+_GO_SHORT = {**_JSON_SHORT, "\a": "\\a", "\b": "\\b", "\f": "\\f", "\v": "\\v"}
+
+
 def go_quote(text: str) -> str:
     """Return `text` in double quotes as Go's %q shows it."""
     return f'"{_UNQUOTABLE.sub(_go_escape, text)}"'
 
 
-_UNQUOTABLE = re.compile(r'["\\\x00-\x1f\x7f-\xa0\xad\u2028\u2029\udc80-\udcff]')
-_GO_SHORT = {
-    '"': '\\"', "\\": "\\\\", "\a": "\\a", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r",
-    "\t": "\\t", "\v": "\\v",
-}
-
-
 def _go_escape(match: re.Match[str]) -> str:
-    char = match.group()
+    char = match[0]
     code = ord(char)
     if char in _GO_SHORT:
         return _GO_SHORT[char]
@@ -1120,7 +1110,6 @@ HOST_CHARS_MAX = 253                # of a name (RFC 1035 §2.3.4); above: refus
 
 
 def is_ip(text: str) -> bool:
-    """True for a literal IPv4 or IPv6 address."""
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError, UnicodeError, ValueError):
             socket.inet_pton(family, text)
@@ -1129,7 +1118,7 @@ def is_ip(text: str) -> bool:
 
 
 def split_url(url: str) -> Tuple[str, str, str]:
-    """Return (scheme in lower case, authority, what follows) of a URL; parts may be empty.
+    """Return (scheme in lower case, authority, rest) of a URL; parts may be empty.
 
     Raises ValueError with the words of Go's url.Parse, also for a host that no machine can have:
     `${IP}`, `{{ip}}`, `a b`, `%41`, `10.0.0.256`, a zone.  Differs from Go, which takes some of
@@ -1149,7 +1138,7 @@ def split_url(url: str) -> Tuple[str, str, str]:
 
 
 def _authority_error(authority: str) -> str:
-    """Say what is wrong with `user@host:port`; "" if nothing is."""
+    """Return the error of `user@host:port`, or ""."""
     user, _, address = authority.rpartition("@")
     host, port = split_address(address)
     plain = host[1:-1] if host.startswith("[") else host
@@ -1183,7 +1172,7 @@ def split_address(address: str) -> Tuple[str, str]:
 
 
 def _is_name(host: str) -> bool:
-    """True for a name that a resolver can be asked for, and for ""."""
+    """True for a name that a resolver can look up, and for ""."""
     if len(host) > HOST_CHARS_MAX or not host.isprintable():
         return False
     with contextlib.suppress(UnicodeError):     # an empty label, or one above 63 characters
@@ -1243,14 +1232,14 @@ class ConfChangeType(IntEnum):
 
 
 class EntryID(NamedTuple):
-    """Where an entry stands: its term and its index."""
+    """The place of an entry in the log."""
 
     term: int
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: int  # type: ignore[assignment]  # hides tuple.index
 
 
 class HardState(NamedTuple):
-    """What a member must remember across a crash (Raft thesis fig. 3.1)."""
+    """The state that survives a crash (Raft thesis fig. 3.1)."""
 
     term: int = 0
     vote: int = 0
@@ -1283,7 +1272,7 @@ class Request(NamedTuple):
     refresh: Optional[bool] = None
 
     def as_unicode(self) -> Request:
-        """Return the command as every member applies it: without what a snapshot would replace."""
+        """Return the command as every member applies it: with U+FFFD where a snapshot has it."""
         path, value, prev_value = self.path, self.val, self.prev_value
         if path.isascii() and value.isascii() and prev_value.isascii():
             return self
@@ -1305,8 +1294,8 @@ class Entry:
     """One log entry.
 
     request  caches the decoded payload where the proposer knows it
-    encoded  caches encode_entry, for peers and disk; b"": not known; None: the disk has it, so it
-             is not kept any more
+    encoded  caches encode_entry, for peers and disk; b"": not known; None: it is on disk, and the
+             cache is dropped
     """
 
     __slots__ = ("type", "term", "index", "data", "request", "encoded")
@@ -1324,7 +1313,6 @@ class Entry:
 
     @property
     def id(self) -> EntryID:
-        """Where this entry stands."""
         return EntryID(self.term, self.index)
 
     def __eq__(self, other: object) -> bool:
@@ -1339,7 +1327,7 @@ class Entry:
 class Snapshot(NamedTuple):
     """raftpb.Snapshot: the store's JSON at (term, index) and the voters then, ascending.
 
-    state  what a store reads in `data`, where that was done already; never encoded
+    state  the decoded `data`, if known (StoreState); never encoded
     """
 
     data: bytes = b""
@@ -1387,7 +1375,8 @@ class Message:
 # ============================================================================
 # base/codec -- The wire codec: etcd's protobuf messages, byte for byte.
 # ----------------------------------------------------------------------------
-# Fields ascend, and a non-nullable field is written even when zero.
+# Fields ascend, and a non-nullable field is written even when zero.  Every decode_x is the inverse
+# of encode_x and raises CodecError.
 # Source: etcd 2.3 raft/raftpb, wal/walpb, snap/snappb, etcdserver/etcdserverpb.
 # ============================================================================
 
@@ -1395,6 +1384,7 @@ class Message:
 _BYTE = [bytes((value,)) for value in range(128)]
 _SMALL = _BYTE + [bytes((value & 127 | 128, value >> 7)) for value in range(128, 1_024)]
 Buffer = Union[bytes, bytearray, memoryview]
+Schema = Mapping[int, Tuple[str, int, Callable[[Any], Any]]]    # number: name, wire type, convert
 
 
 def encode_varint(value: int) -> bytes:
@@ -1445,8 +1435,7 @@ def decode_fields(data: Buffer, limit: int = FIELDS_MAX) -> Iterator[Tuple[int, 
     """Yield (field number, wire type, value): int for varint and fixed, a slice for bytes.
 
     Raises CodecError for anything that is not protobuf, and for more than `limit` fields: a
-    later one replaces an earlier one, so millions are only work.  Unknown fields are yielded like
-    known ones and skipped by the callers.
+    later one replaces an earlier one, so millions are only work.  Callers skip unknown fields.
     """
     offset, end = 0, len(data)
     for _ in range(limit + 1):
@@ -1476,21 +1465,19 @@ def decode_fields(data: Buffer, limit: int = FIELDS_MAX) -> Iterator[Tuple[int, 
     raise CodecError(f"more than {limit} fields")
 
 
-def _want(wire_type: int, expected: int, what: str) -> None:
+def check_wire_type(wire_type: int, expected: int, owner: str) -> None:
     if wire_type != expected:
-        raise CodecError(f"{what}: wire type {wire_type}, expected {expected}")
+        raise CodecError(f"{owner}: wire type {wire_type}, expected {expected}")
 
 
-def _decode_known(
-    data: Buffer, schema: Mapping[int, Tuple[str, int, Callable[[Any], Any]]], what: str
-) -> Dict[str, Any]:
-    """Decode the single-valued fields that `schema` names: number -> (name, wire type, convert)."""
+def decode_known(data: Buffer, schema: Schema, owner: str) -> Dict[str, Any]:
+    """Decode the single-valued fields of `schema`."""
     values: Dict[str, Any] = {}
     for number, wire_type, value in decode_fields(data):
         known = schema.get(number)
         if known is not None:
             name, expected, convert = known
-            _want(wire_type, expected, what)
+            check_wire_type(wire_type, expected, owner)
             values[name] = convert(value)
     return values
 
@@ -1500,7 +1487,6 @@ def _bytes_field(tag: bytes, data: bytes) -> bytes:
 
 
 def encode_hard_state(state: HardState) -> bytes:
-    """raftpb.HardState."""
     return b"\x08%b\x10%b\x18%b" % (
         encode_varint(state.term), encode_varint(state.vote), encode_varint(state.commit)
     )
@@ -1510,12 +1496,11 @@ _HARD_STATE = {1: ("term", 0, int), 2: ("vote", 0, int), 3: ("commit", 0, int)}
 
 
 def decode_hard_state(data: Buffer) -> HardState:
-    """Inverse of encode_hard_state.  Raises CodecError."""
-    return HardState(**_decode_known(data, _HARD_STATE, "HardState"))
+    return HardState(**decode_known(data, _HARD_STATE, "HardState"))
 
 
 def encode_entry(entry: Entry) -> bytes:
-    """raftpb.Entry; Data is left out when empty, as etcd 2.3 does."""
+    """Data is left out when empty, as etcd 2.3 does."""
     data, term = entry.data, entry.term     # a hot path
     size = len(data)
     if not size:
@@ -1528,7 +1513,7 @@ def encode_entry(entry: Entry) -> bytes:
 
 
 def encode_entry_head(entry: Entry) -> bytes:
-    """What comes before the data in encode_entry()."""
+    """Return the part of encode_entry() before the data."""
     head = encode_entry(Entry(entry.type, entry.term, entry.index))
     return b'%b"%b' % (head, encode_varint(len(entry.data))) if entry.data else head
 
@@ -1539,15 +1524,14 @@ _PLAIN_ENTRY = re.compile(b'\x08\0\x10%b\x18%b"%b' % ((_VARINT,) * 3))
 
 
 def decode_entry(data: Buffer) -> Entry:
-    """Inverse of encode_entry.  Raises CodecError."""
-    plain = _PLAIN_ENTRY.match(data)    # what most are: 2 us instead of 7
+    plain = _PLAIN_ENTRY.match(data)    # the usual form: 2 us instead of 7
     if plain is not None:
         term, index, size = map(_varint_value, plain.groups())
         if size == len(data) - plain.end():
             entry = Entry(0, term, index, bytes(data[plain.end():]))
             entry.encoded = bytes(data)
             return entry
-    return Entry(**_decode_known(data, _ENTRY, "Entry"))
+    return Entry(**decode_known(data, _ENTRY, "Entry"))
 
 
 @functools.lru_cache(maxsize=1_024)     # of terms and sizes
@@ -1555,13 +1539,7 @@ def _varint_value(data: bytes) -> int:
     return decode_varint(data, 0)[0]
 
 
-def entry_size(entry: Entry) -> int:
-    """Bytes of encode_entry(entry), close enough for flow control (never less)."""
-    return len(entry.data) + 40
-
-
 def encode_conf_change(change: ConfChange) -> bytes:
-    """raftpb.ConfChange."""
     head = b"\x08%b\x10%b\x18%b" % (
         encode_varint(change.id), encode_varint(change.type), encode_varint(change.node_id)
     )
@@ -1574,17 +1552,16 @@ _CONF_CHANGE = {
 
 
 def decode_conf_change(data: Buffer) -> ConfChange:
-    """Inverse of encode_conf_change.  Raises CodecError."""
-    return ConfChange(**_decode_known(data, _CONF_CHANGE, "ConfChange"))
+    return ConfChange(**decode_known(data, _CONF_CHANGE, "ConfChange"))
 
 
 def encode_snapshot(snapshot: Optional[Snapshot]) -> bytes:
-    """raftpb.Snapshot; None is the empty one that every Message carries."""
+    """None is the empty snapshot that every Message carries."""
     return b"".join(encode_snapshot_parts(snapshot))
 
 
 def encode_snapshot_parts(snapshot: Optional[Snapshot]) -> Tuple[bytes, ...]:
-    """Do encode_snapshot() without a copy of its data."""
+    """Encode a snapshot without a copy of its data."""
     if snapshot is None:
         return (_EMPTY_SNAPSHOT,)
     before, after = encode_snapshot_around(
@@ -1596,7 +1573,7 @@ def encode_snapshot_parts(snapshot: Optional[Snapshot]) -> Tuple[bytes, ...]:
 def encode_snapshot_around(
     size: int, voters: Iterable[int], snapshot_id: EntryID
 ) -> Tuple[bytes, bytes]:
-    """Return what stands before and after the `size` bytes of data in a raftpb.Snapshot."""
+    """Return the parts of a raftpb.Snapshot before and after its `size` bytes of data."""
     conf_state = b"".join(b"\x08" + encode_varint(voter) for voter in voters)
     metadata = b"%b\x10%b\x18%b" % (
         _bytes_field(b"\x0a", conf_state), encode_varint(snapshot_id.index),
@@ -1610,16 +1587,10 @@ _EMPTY_SNAPSHOT = b"\x12\x06\x0a\x00\x10\x00\x18\x00"
 
 
 def decode_snapshot(data: Buffer) -> Snapshot:
-    """Inverse of encode_snapshot; the fields that etcd 3.x adds are skipped.  Raises CodecError."""
-    values: Dict[str, Any] = {}
-    for number, wire_type, value in decode_fields(data):
-        if number == 1:
-            _want(wire_type, 2, "Snapshot")
-            values["data"] = bytes(value)
-        elif number == 2:
-            _want(wire_type, 2, "Snapshot")
-            values.update(_decode_known(value, _SNAPSHOT_METADATA, "SnapshotMetadata"))
-    return Snapshot(**values)
+    """Inverse of encode_snapshot; the fields that etcd 3.x adds are skipped."""
+    values = decode_known(data, _SNAPSHOT, "Snapshot")
+    metadata = values.pop("metadata", b"")
+    return Snapshot(**values, **decode_known(metadata, _SNAPSHOT_METADATA, "SnapshotMetadata"))
 
 
 def _decode_voters(data: Buffer) -> Tuple[int, ...]:
@@ -1629,7 +1600,7 @@ def _decode_voters(data: Buffer) -> Tuple[int, ...]:
         if number == 1 and wire_type == 0:
             voters.append(value)
         elif number == 1:
-            _want(wire_type, 2, "ConfState")
+            check_wire_type(wire_type, 2, "ConfState")
             offset = 0
             while offset < len(value):
                 voter, offset = decode_varint(value, offset)
@@ -1639,10 +1610,10 @@ def _decode_voters(data: Buffer) -> Tuple[int, ...]:
     return tuple(voters)
 
 
-_SNAPSHOT_METADATA: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
+_SNAPSHOT: Schema = {1: ("data", 2, bytes), 2: ("metadata", 2, bytes)}
+_SNAPSHOT_METADATA: Schema = {
     1: ("voters", 2, _decode_voters), 2: ("index", 0, int), 3: ("term", 0, int),
 }
-
 
 SHARED_DATA_BYTES = 1 << 16         # of an entry or a snapshot; above: never copied
 
@@ -1662,12 +1633,11 @@ def joined_parts(parts: Iterable[bytes]) -> List[bytes]:
 
 
 def encode_message(message: Message) -> bytes:
-    """raftpb.Message; the snapshot is written even when empty."""
     return b"".join(encode_message_parts(message))
 
 
 def encode_message_parts(message: Message) -> List[bytes]:
-    """Do encode_message() without a copy of what is long."""
+    """Encode a message, with no copy of long data; the snapshot is written even when empty."""
     parts = [
         b"\x08%b\x10%b\x18%b\x20%b\x28%b\x30%b" % (
             encode_varint(message.type), encode_varint(message.to),
@@ -1692,14 +1662,12 @@ def _snapshot_or_none(data: Buffer) -> Optional[Snapshot]:
     return snapshot if snapshot.index else None
 
 
-_MESSAGE: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
+_MESSAGE: Schema = {
     1: ("type", 0, int), 2: ("to", 0, int), 3: ("sender", 0, int), 4: ("term", 0, int),
     5: ("log_term", 0, int), 6: ("index", 0, int), 8: ("commit", 0, int),
     9: ("snapshot", 2, _snapshot_or_none), 10: ("reject", 0, bool), 11: ("reject_hint", 0, int),
     12: ("context", 2, bytes),
 }
-
-
 _PLAIN_MESSAGE = re.compile(
     b"%b%b%b%b" % (
         b"".join([re.escape(bytes((tag,))) + _VARINT for tag in (8, 16, 24, 32, 40, 48, 64)]),
@@ -1709,7 +1677,7 @@ _PLAIN_MESSAGE = re.compile(
 
 
 def _decode_plain_message(data: Buffer) -> Optional[Message]:
-    """Return the message if it is one of numbers alone, as most answers are: 3 us, not 13."""
+    """Decode a message of numbers alone, as most answers are: 3 us, not 13.  None: another form."""
     plain = _PLAIN_MESSAGE.fullmatch(data)
     if plain is None or plain.group(8) == b"\1":
         return None
@@ -1722,26 +1690,15 @@ def _decode_plain_message(data: Buffer) -> Optional[Message]:
     )
 
 
-_Result = TypeVar("_Result")
-
-
-def finish(steps: Generator[None, None, _Result]) -> _Result:
-    """Do all of a work in steps at once; return its result."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            result: _Result = stop.value
-            return result
-
-
 def decode_message(data: Buffer) -> Message:
-    """Inverse of encode_message.  Raises CodecError, also for a type no etcd knows."""
     return finish(decode_message_steps(data))
 
 
 def decode_message_steps(data: Buffer) -> Generator[None, None, Message]:
-    """Do decode_message() in steps of 1 ms at most, or of one entry."""
+    """Decode a message in steps of 1 ms at most, or of one entry.
+
+    Raises CodecError, also for a type that no etcd knows.
+    """
     message = _decode_plain_message(data)
     if message is None:
         message = yield from _decode_any_message(data)
@@ -1751,7 +1708,7 @@ def decode_message_steps(data: Buffer) -> Generator[None, None, Message]:
 
 
 STEP_ENTRIES = 200                  # of a peer's message, decoded or checked in one step
-STEP_BYTES = 1 << 18                # ... or as much data, or more with the last of them
+STEP_BYTES = 1 << 18                # of data in one step, or more with the last entry
 
 
 def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
@@ -1760,7 +1717,7 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
     others = work = 0
     for number, wire_type, value in decode_fields(data, MESSAGE_ENTRIES_MAX + FIELDS_MAX):
         if number == 7:
-            _want(wire_type, 2, "Message")
+            check_wire_type(wire_type, 2, "Message")
             entries.append(decode_entry(value))
             work += STEP_BYTES // STEP_ENTRIES + len(value)
             if work > STEP_BYTES:
@@ -1773,7 +1730,7 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
         known = _MESSAGE.get(number)
         if known is not None:
             name, expected, convert = known
-            _want(wire_type, expected, "Message")
+            check_wire_type(wire_type, expected, "Message")
             values[name] = convert(value)
     return Message(entries=entries, **values)
 
@@ -1781,7 +1738,7 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
 def encode_request(
     request: Request, val: Optional[List[bytes]] = None, prev_value: Optional[List[bytes]] = None
 ) -> bytes:
-    """etcdserverpb.Request: all fields always, PrevExist and Refresh only when given.
+    """All fields are written, PrevExist and Refresh only when given.
 
     val, prev_value  the texts encoded, in pieces, where that is known
     """
@@ -1792,7 +1749,7 @@ def encode_request(
         b"\x08", encode_varint(request.id),
         _bytes_field(b"\x12", request.method.encode()),
         _bytes_field(b"\x1a", utf8(request.path)),
-        b"\x22", encode_varint(sum(map(len, val))), *val,   # no copy more than needed
+        b"\x22", encode_varint(sum(map(len, val))), *val,
         b"\x28", _BYTE[request.dir],
         b"\x32", encode_varint(sum(map(len, prev_value))), *prev_value,
         b"\x38", encode_varint(request.prev_index),
@@ -1810,7 +1767,7 @@ def encode_request(
 
 
 def encode_target(method: str, path: str) -> bytes:
-    """The part of encode_request that says what is done to which key."""
+    """Return method and path as encode_request() does."""
     return _bytes_field(b"\x12", method.encode()) + _bytes_field(b"\x1a", utf8(path))
 
 
@@ -1818,9 +1775,9 @@ _NO_OPTIONS = encode_request(Request())[len(b"\x08\0\x12\0\x1a\0\x22\0"):]
 
 
 def encode_plain(id: int, target: bytes, value: bytes) -> bytes:
-    """encode_request of a Request with nothing but a value: 0.8 us instead of 2.3.
+    """Encode a Request with a value and no option: 0.8 us instead of 2.3.
 
-    target  its encode_target
+    target  encode_target() of it
     """
     size = len(value)
     return b'\x08%b%b"%b%b%b' % (
@@ -1830,7 +1787,7 @@ def encode_plain(id: int, target: bytes, value: bytes) -> bytes:
 
 
 def wrap_int64(value: int) -> int:
-    """Return `value` as 64-bit signed arithmetic leaves it: wrapped around."""
+    """Wrap `value` around as 64-bit signed arithmetic does."""
     return (value + (1 << 63) & UINT64_MAX) - (1 << 63)
 
 
@@ -1838,7 +1795,7 @@ def _text(value: Buffer) -> str:
     return text_of(bytes(value))
 
 
-_REQUEST: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
+_REQUEST: Schema = {
     1: ("id", 0, int), 2: ("method", 2, _text), 3: ("path", 2, _text), 4: ("val", 2, _text),
     5: ("dir", 0, bool), 6: ("prev_value", 2, _text), 7: ("prev_index", 0, int),
     8: ("prev_exist", 0, bool), 9: ("expiration", 0, wrap_int64), 10: ("wait", 0, bool),
@@ -1846,14 +1803,17 @@ _REQUEST: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
     14: ("quorum", 0, bool), 15: ("time", 0, wrap_int64), 16: ("stream", 0, bool),
     17: ("refresh", 0, bool),
 }
-
+_LONG_REQUEST: Schema = {
+    **_REQUEST, 4: ("val", 2, memoryview), 6: ("prev_value", 2, memoryview)
+}
+LONG_REQUEST_BYTES = 1 << 17        # above: decoded in steps
 
 _PLAIN_REST = b"(\x002\x008\x00H\x00P\x00X\x00`\x00h\x00p\x00x\x00\x80\x01\x00"
 _PUT_HEAD = re.compile(rb"\x08([\x80-\xff]{0,9}[\x00-\x7f])\x12\x03PUT\x1a")
 
 
 def _decode_plain_put(data: bytes) -> Optional[Request]:
-    """Return the command if it is a PUT of a value and nothing else: 2 us instead of 12."""
+    """Decode a PUT of a value without options: 2 us instead of 12.  None: another form."""
     head = _PUT_HEAD.match(data)
     if head is None or not data.endswith(_PLAIN_REST):
         return None
@@ -1871,7 +1831,7 @@ def decode_request(data: Buffer) -> Optional[Request]:
     """Return the command in a normal entry's data, or None if it is an operation of etcd 3's API.
 
     A v2 command is a bare Request, or one nested in field 2 of InternalRaftRequest; only a bare
-    Request has an upper-case method name there.  Raises CodecError.
+    Request has an upper-case method name there.
     """
     plain = _decode_plain_put(bytes(data))
     if plain is not None:
@@ -1880,9 +1840,7 @@ def decode_request(data: Buffer) -> Optional[Request]:
     return None if values is None else Request(**values)
 
 
-def _request_fields(
-    data: Buffer, schema: Mapping[int, Tuple[str, int, Callable[[Any], Any]]]
-) -> Optional[Dict[str, Any]]:
+def _request_fields(data: Buffer, schema: Schema) -> Optional[Dict[str, Any]]:
     nested = next((value for number, _, value in decode_fields(data) if number == 2), None)
     if nested is None:
         return None
@@ -1890,21 +1848,17 @@ def _request_fields(
         raise CodecError("Request: method is not a string")
     if bytes(nested[:1]) == b"\x08":
         data = nested
-    return _decode_known(data, schema, "Request")
-
-
-_LONG_TEXTS = {4: ("val", 2, memoryview), 6: ("prev_value", 2, memoryview)}
-LONG_REQUEST_BYTES = 1 << 17        # above: decoded in steps
+    return decode_known(data, schema, "Request")
 
 
 def decode_long_request(data: bytes) -> Generator[None, None, Optional[Request]]:
     """Do decode_request() in steps of some ms; long texts become LongText, all are Unicode."""
-    values = _request_fields(memoryview(data), {**_REQUEST, **_LONG_TEXTS})
+    values = _request_fields(memoryview(data), _LONG_REQUEST)
     if values is None:
         return None
     for name in ("val", "prev_value"):
         value: Buffer = values.get(name, b"")
-        if len(value) > LONG_REQUEST_BYTES // 4:        # more characters than are long, anyhow
+        if len(value) > LONG_REQUEST_BYTES // 4:        # even if all have four bytes, it is long
             text: LongText = yield from long_text_steps(value)
             values[name] = text
         else:
@@ -1914,37 +1868,33 @@ def decode_long_request(data: bytes) -> Generator[None, None, Optional[Request]]
 
 
 def decode_request_head(data: bytes) -> Optional[Request]:
-    """Do decode_request() without the texts, however long they are.  Raises CodecError."""
-    values = _request_fields(memoryview(data), {**_REQUEST, **_LONG_TEXTS})
-    if values is None:
-        return None
-    return Request(**{**values, "val": "", "prev_value": ""})
+    """Do decode_request() without the texts, at once even if they are long."""
+    values = _request_fields(memoryview(data), _LONG_REQUEST)
+    return None if values is None else Request(**{**values, "val": "", "prev_value": ""})
 
 
 def encode_request_steps(request: Request) -> Generator[None, None, bytes]:
     """Do encode_request() of long texts in steps of some ms."""
-    texts: Dict[bytes, List[bytes]] = {}
-    for tag, text in ((b"\x22", request.val), (b"\x32", request.prev_value)):
-        pieces = []
+    texts: List[List[bytes]] = [[], []]
+    for pieces, text in zip(texts, (request.val, request.prev_value)):
         for start in range(0, len(text), LONG_REQUEST_BYTES):
             pieces.append(utf8(text[start:start + LONG_REQUEST_BYTES]))
             if len(pieces) % 8 == 0:
                 yield
-        texts[tag] = pieces
-    data = encode_request(request, texts[b"\x22"], texts[b"\x32"])
+    data = encode_request(request, *texts)
     yield                               # the copy took some ms
     return data
 
 
 def encode_metadata(member_id: int, cluster_id: int) -> bytes:
-    """etcdserverpb.Metadata, the identity in every WAL file."""
+    """Encode the identity in every WAL file (etcdserverpb.Metadata)."""
     return b"\x08%b\x10%b" % (encode_varint(member_id), encode_varint(cluster_id))
 
 
 def decode_metadata(data: Buffer) -> Tuple[int, int]:
-    """Return (member_id, cluster_id).  Raises CodecError."""
+    """Return (member_id, cluster_id)."""
     schema = {1: ("member_id", 0, int), 2: ("cluster_id", 0, int)}
-    values = _decode_known(data, schema, "Metadata")
+    values = decode_known(data, schema, "Metadata")
     return values.get("member_id", 0), values.get("cluster_id", 0)
 
 
@@ -1971,7 +1921,7 @@ def check_url(url: str) -> str:
 
 
 def usable_urls(urls: Iterable[str]) -> List[str]:
-    """Return those of `urls` that check_url takes; they may come from an older or other program."""
+    """Return the `urls` that check_url accepts; an older or another program may have sent them."""
     usable: List[str] = []
     for url in urls:
         with contextlib.suppress(ValueError):
@@ -1980,7 +1930,7 @@ def usable_urls(urls: Iterable[str]) -> List[str]:
 
 
 def check_advertised_url(url: str) -> str:
-    """Return check_url(url), or raise ValueError if nobody could connect to it."""
+    """Return check_url(url), or raise ValueError if no client could connect to it."""
     checked = check_url(url)
     host, port = url_address(checked)
     if not host or not port:
@@ -1994,7 +1944,6 @@ def parse_urls(text: str) -> Tuple[str, ...]:
 
 
 def is_https(url: str) -> bool:
-    """True if the URL asks for TLS."""
     return url.startswith("https:")
 
 
@@ -2011,7 +1960,7 @@ WILDCARD_HOSTS = ("0.0.0.0", "::")
 
 
 def is_local(url: str) -> bool:
-    """True if whoever uses `url` gets to his own machine: loopback, or a wildcard."""
+    """True if `url` leads each client to its own machine: loopback, or a wildcard."""
     host = url_address(url)[0]
     is_loopback = host in ("localhost", "::1") or host.startswith("127.") and is_ip(host)
     return is_loopback or host in WILDCARD_HOSTS
@@ -3240,15 +3189,15 @@ _LEADER: Dict[int, Callable[[Raft, Message], None]] = {
 
 
 class Ready(NamedTuple):
-    """What the server must do now, in this order where the order matters.
+    """The next work of the server, in this order where the order matters.
 
-    snapshot    came in: save it, then give it to the state machine
+    snapshot    received: save it, then give it to the state machine
     entries     append to the WAL; they may rewrite a suffix that was handed out before
     hard_state  write it behind the entries; None if unchanged since the last Ready
     must_sync   the above needs an fsync before `held` may leave
     messages    may be sent at once, before anything is written
     held        may be sent only when this Ready and all before it are durable
-    mark        give it back to persisted() when this Ready is durable
+    mark        goes to persisted() when this Ready is durable
     """
 
     hard_state: Optional[HardState]
@@ -3264,7 +3213,7 @@ _FRESH = HardState()
 
 
 class RawNode:
-    """The face of a Raft for the server and the simulator.  Thread: reactor.
+    """The interface of a Raft for the server and the simulator.  Thread: reactor.
 
     The cycle: step, tick, propose -> ready() -> write and sync -> persisted(mark) ->
     committed_entries() -> apply (apply_conf_change for conf changes) -> applied_to(index).
@@ -3275,10 +3224,10 @@ class RawNode:
         self, config: RaftConfig, *, hard_state: HardState = _FRESH,
         snapshot: Optional[Snapshot] = None, entries: Sequence[Entry] = (), applied: int = 0,
     ) -> None:
-        """Restart from what the disk holds; without arguments: a joiner that knows nobody.
+        """Restart from the state on disk; without arguments: a joiner that knows no other member.
 
         snapshot  only its index, term and voters are used
-        applied   the state machine is there already (0: at the snapshot)
+        applied   index of the state machine (0: at the snapshot)
 
         Raises InvariantError if hard_state.commit lies behind the last entry.
         """
@@ -3312,18 +3261,7 @@ class RawNode:
         raft.replication.set_voters(decode_conf_change(entry.data).node_id for entry in entries)
         return node
 
-    @property
-    def snapshot_source(self) -> Callable[[], Optional[Snapshot]]:
-        """Called for a follower whose entries are compacted; None: not ready, asked again."""
-        return self.raft.replication.snapshot_source
-
-    @snapshot_source.setter
-    def snapshot_source(self, source: Callable[[], Optional[Snapshot]]) -> None:
-        """Set by the server before the first tick."""
-        self.raft.replication.snapshot_source = source
-
     def tick(self, count: int = 1) -> None:
-        """Let `count` ticks pass: election timer, or heartbeats of a leader."""
         for _ in range(count):
             self.raft.tick()
 
@@ -3336,9 +3274,9 @@ class RawNode:
         self.raft.step(Message(MsgType.HUP))
 
     def transfer_leader(self, to: int) -> None:
-        """Leader: have `to` campaign once its log is complete; gives up after E ticks.
+        """Leader: let `to` campaign once its log is complete, and refuse proposals meanwhile.
 
-        Proposals are refused meanwhile.
+        Gives up after election_ticks.
         """
         self.raft.step(Message(MsgType.TRANSFER_LEADER, sender=to))
 
@@ -3365,9 +3303,9 @@ class RawNode:
             raft.step(message)
 
     def protocol_violation(self, message: Message) -> str:
-        """Say why no healthy member sends this message to us, or "".
+        """Return the reason why no healthy member sends this message to us, or "".
 
-        Whatever passes leaves a log that can be read, and a next term that can be written.
+        A message without one leaves a log that can be read, and a next term that can be written.
         """
         raft, kind = self.raft, message.type
         if kind in LOCAL_MESSAGES:
@@ -3390,16 +3328,12 @@ class RawNode:
             )
         return ""
 
-    def propose(self, entry: Entry) -> None:
-        """Propose one entry.  A leader numbers and appends this very object.
+    def propose(self, *entries: Entry) -> None:
+        """Propose entries together.  A leader numbers and appends these very objects.
 
-        Raises ProposalDropped without a leader, after the own removal, or while too much is
-        uncommitted.  No exception promises nothing: the entry may still be lost.
+        Raises ProposalDropped, for all of them, without a leader, after the own removal, or while
+        too much is uncommitted.  An accepted entry may be lost, too.
         """
-        self._propose(0, (entry,))
-
-    def propose_many(self, entries: Sequence[Entry]) -> None:
-        """Propose all of `entries`, or raise ProposalDropped for all; cheaper than one by one."""
         self._propose(0, entries)
 
     def propose_conf_change(self, change: ConfChange) -> None:
@@ -3413,46 +3347,40 @@ class RawNode:
         self.raft.step(Message(MsgType.PROP, sender=sender, entries=entries))
 
     def apply_conf_change(self, change: ConfChange) -> Tuple[int, ...]:
-        """Make an applied ConfChange entry count; return the voters.
-
-        To be called once for each such entry before applied_to() passes it, with node_id=0 if
-        the state machine refused it.
+        """Apply a ConfChange entry, with node_id=0 if the state machine refused it; return the
+        voters.  To be called once for each such entry before applied_to() passes it.
         """
         self.raft.apply_conf_change(change)
         return self.raft.voters
 
     def read_index(self, context: bytes) -> None:
-        """Ask how far the store must be for a read to see all that is acknowledged now.
+        """Request the index at which a read sees every write that is acknowledged now.
 
-        The answer comes through confirmed_reads(), or never: then ask again with another context.
+        The answer comes through confirmed_reads(), or never: then try again with another context.
         """
         self.raft.step(Message(MsgType.READ_INDEX, entries=[Entry(data=context)]))
 
     def confirmed_reads(self) -> List[Tuple[bytes, int]]:
-        """Return (context, index) of the questions that were answered since the last call."""
+        """Return (context, index) of the reads that were confirmed since the last call."""
         confirmed, self.raft.reads.confirmed = self.raft.reads.confirmed, []
         return confirmed
 
     def report_unreachable(self, id: int) -> None:
-        """A message to member `id` could not be delivered."""
         self.raft.replication.unreachable(id)
 
     def report_snapshot(self, id: int, ok: bool) -> None:
-        """The MsgSnap to member `id` was sent completely (`ok`), or failed."""
         self.raft.replication.snapshot_done(id, ok=ok)
 
     @property
     def commit_unsent(self) -> bool:
-        """True if a patient leader has not told everybody of its commit index."""
+        """True if a follower may not know the commit index (RaftConfig.defer_commit)."""
         return self.raft.replication.commit_unsent
 
     def broadcast_commit(self) -> None:
-        """Tell everybody now."""
         if self.raft.replication.commit_unsent:
             self.raft.replication.mark_all_due()
 
     def has_ready(self) -> bool:
-        """Tell whether ready() has something to hand out."""
         raft, known = self.raft, self._hard_state
         return (
             raft.log.has_unhanded or raft.log.commit != known.commit or not raft.mail.is_empty
@@ -3464,21 +3392,20 @@ class RawNode:
         return self.raft.role is RaftRole.LEADER and self.raft.replication.is_due
 
     def ready(self) -> Ready:
-        """Hand out what is to be written and sent, and move on."""
+        """Hand out the entries to write and the messages to send."""
         raft = self.raft
         if self._is_append_due:
-            raft.replication.send_due()     # one MsgApp for all who are due, with all since
+            raft.replication.send_due()
         messages, held = raft.mail.take()
         snapshot, entries, mark = raft.log.hand_out()
         before, now = self._hard_state, HardState(raft.term, raft.vote, raft.log.commit)
         must_sync = bool(entries) or snapshot is not None or now[:2] != before[:2]
-        if now == before:
-            return Ready(None, entries, snapshot, must_sync, messages, held, mark)
         self._hard_state = now
-        return Ready(now, entries, snapshot, must_sync, messages, held, mark)
+        changed = now if now != before else None
+        return Ready(changed, entries, snapshot, must_sync, messages, held, mark)
 
     def persisted(self, mark: Mark) -> None:
-        """The Ready with this mark and all before it are durable."""
+        """Note that the Ready with this mark and all before it are durable."""
         if self.raft.log.stable_to(mark):
             self.raft.on_stable()
 
@@ -3487,7 +3414,6 @@ class RawNode:
         return self.raft.log.committed(max_entries)
 
     def applied_to(self, index: int) -> None:
-        """The state machine has everything up to `index`."""
         self.raft.log.applied_to(index)
 
     def compact(self, index: int) -> None:
@@ -3495,15 +3421,11 @@ class RawNode:
         self.raft.log.compact(index)
 
     def status(self) -> Status:
-        """Return a copy of what this member knows, for statistics."""
         raft = self.raft
         progress = raft.progress if raft.role is RaftRole.LEADER else {}
         return Status(
             raft.id, raft.term, raft.vote, raft.log.commit, raft.log.applied, raft.role, raft.lead,
-            {
-                member: (seen.match_index, seen.next_index, seen.state.name)
-                for member, seen in progress.items()
-            },
+            {id: (p.match_index, p.next_index, p.state.name) for id, p in progress.items()},
         )
 
 
@@ -3513,7 +3435,6 @@ def _is_contiguous(message: Message) -> bool:
 
 
 def _append_violation(message: Message) -> str:
-    """Why the entries of a MsgApp make no log, or ""."""
     if not _is_contiguous(message):
         return f"the entries do not follow entry {message.index} one by one"
     terms = [message.log_term, *[entry.term for entry in message.entries], message.term]
@@ -5551,10 +5472,10 @@ def _decode_record(data: bytes) -> Tuple[int, int, bytes]:
     payload = b""
     for number, wire_type, value in decode_fields(data):
         if number in (1, 2):
-            _want(wire_type, 0, "Record")
+            check_wire_type(wire_type, 0, "Record")
             kind, crc = (value, crc) if number == 1 else (kind, value)
         elif number == 3:
-            _want(wire_type, 2, "Record")
+            check_wire_type(wire_type, 2, "Record")
             payload = value
     if not RecordType.METADATA <= kind <= RecordType.SNAPSHOT:
         raise CodecError(f"unknown record type {kind}")
@@ -5726,7 +5647,7 @@ class Snapshotter:
 
 def decode_snapshot_file(content: bytes) -> Snapshot:
     """Return the snapshot in a file.  Raises CodecError if it is damaged."""
-    values = _decode_known(content, {1: ("crc", 0, int), 2: ("data", 2, bytes)}, "snappb.Snapshot")
+    values = decode_known(content, {1: ("crc", 0, int), 2: ("data", 2, bytes)}, "snappb.Snapshot")
     data = values.get("data", b"")
     if not data:
         raise CodecError("unexpected empty snapshot")
@@ -6312,7 +6233,7 @@ def _encode_walpb_snapshot(snapshot_id: EntryID) -> bytes:
 
 def _decode_walpb_snapshot(data: bytes) -> EntryID:
     """Inverse of _encode_walpb_snapshot; etcd 3.5 adds the voters as field 3."""
-    values = _decode_known(data, {1: ("index", 0, int), 2: ("term", 0, int)}, "walpb.Snapshot")
+    values = decode_known(data, {1: ("index", 0, int), 2: ("term", 0, int)}, "walpb.Snapshot")
     snapshot_id = EntryID(values.get("term", 0), values.get("index", 0))
     known = _encode_walpb_snapshot(snapshot_id)
     if data[:len(known)] != known or data[len(known):len(known) + 1] not in (b"", b"\x1a"):
@@ -13313,7 +13234,7 @@ class EtcdServer:
                 config, hard_state=boot.contents.hard_state, snapshot=boot.snapshot,
                 entries=boot.contents.entries, applied=self.raft_index,
             )
-        node.snapshot_source = self.snapshots.newest
+        node.raft.replication.snapshot_source = self.snapshots.newest
         return node
 
     # -- life --------------------------------------------------------------
@@ -13472,7 +13393,7 @@ class EtcdServer:
         node, hub, refused = self.node, self.store.hub, False
         if self._strays and self.lead and not node.raft.transferee:
             with contextlib.suppress(ProposalDropped):  # again: as if the network had lost them
-                node.propose_many(self._strays.take(self.reactor.now()))
+                node.propose(*self._strays.take(self.reactor.now()))
         if self.reads:
             self._serve_reads()
         if self._queue or self._changes:
@@ -13504,7 +13425,7 @@ class EtcdServer:
         self.handover.before(self._changes)
         try:
             if queue:
-                self.node.propose_many(queue)
+                self.node.propose(*queue)
                 queue = []
             while self._changes:
                 self.node.propose_conf_change(self._changes[0])
@@ -14375,13 +14296,7 @@ def parse_form(data: bytes, fields_max: int = FORM_FIELDS_MAX) -> Dict[str, str]
     Differs from etcd: FORM_FIELDS_MAX, since millions of fields would stall everyone; and a part
     of more than FORM_SLICE_BYTES must be UTF-8, as no answer could show it.
     """
-    steps = form_steps(data, fields_max)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            fields: Dict[str, str] = end.value
-            return fields
+    return finish(form_steps(data, fields_max))
 
 
 def form_steps(

@@ -71,7 +71,7 @@ class _RaftNetwork:
         member = node.raft.id
         self.nodes[member] = node
         self.applied[member] = []
-        node.snapshot_source = lambda: self.snapshots.get(member)
+        node.raft.replication.snapshot_source = lambda: self.snapshots.get(member)
 
     def cut(self, one: int, other: int) -> None:
         self.cuts |= {(one, other), (other, one)}
@@ -718,7 +718,7 @@ def test_raft_follower_forwards_proposals_of_a_turn_together():
     node = _raft_node(term=1)
     _raft_say(node, MsgType.HEARTBEAT)
     node.propose(Entry(data=b"a"))
-    node.propose_many([Entry(data=b"b"), Entry(data=b"c")])
+    node.propose(Entry(data=b"b"), Entry(data=b"c"))
     (message,) = node.ready().messages
     assert (message.type, message.to, message.sender, message.term) == (MsgType.PROP, 2, 1, 0)
     assert [entry.data for entry in message.entries] == [b"a", b"b", b"c"]
@@ -805,7 +805,7 @@ def test_raft_messages_are_cut_by_size_and_acks_pull_the_rest():
     """One MsgApp per turn; a backlog follows as fast as it is answered."""
     net = _RaftNetwork(3, max_entries_bytes=100)
     node = net.elect(1)
-    node.propose_many([Entry(data=b"x") for _ in range(6)])
+    node.propose(*[Entry(data=b"x") for _ in range(6)])
     ready = _raft_sync(node)
     assert [len(m.entries) for m in ready.messages] == [2, 2]
     for message in ready.messages + ready.held:

@@ -321,7 +321,8 @@ class _RaftStormMember:
         self.node = node
         self.unsynced: List[Ready] = []
         self.seen_commit = self.disk.snapshot.index
-        node.snapshot_source = lambda: self.disk.snapshot if self.disk.snapshot.index else None
+        node.raft.replication.snapshot_source = lambda: (
+            self.disk.snapshot if self.disk.snapshot.index else None)
 
     def crash(self) -> None:
         disk = self.disk
@@ -421,7 +422,7 @@ class _RaftStorm:
             self.proposed += 1
             entries.append(Entry(data=b"%d" % self.proposed))
         with contextlib.suppress(ProposalDropped):
-            member.node.propose_many(entries)
+            member.node.propose(*entries)
 
     def apply(self, member: _RaftStormMember) -> None:
         for entry in member.node.committed_entries(self.rng.randint(1, 5)):

@@ -8,7 +8,7 @@ from ..base.checksums import CRC_BLOCK_BYTES, crc32c, crc32c_chain
 from ..base.codec import (
     _BYTE,
     _SMALL,
-    _want,
+    check_wire_type,
     decode_fields,
     decode_varint,
     encode_entry_head,
@@ -266,10 +266,10 @@ def _decode_record(data: bytes) -> Tuple[int, int, bytes]:
     payload = b""
     for number, wire_type, value in decode_fields(data):
         if number in (1, 2):
-            _want(wire_type, 0, "Record")
+            check_wire_type(wire_type, 0, "Record")
             kind, crc = (value, crc) if number == 1 else (kind, value)
         elif number == 3:
-            _want(wire_type, 2, "Record")
+            check_wire_type(wire_type, 2, "Record")
             payload = value
     if not RecordType.METADATA <= kind <= RecordType.SNAPSHOT:
         raise CodecError(f"unknown record type {kind}")

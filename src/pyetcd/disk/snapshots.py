@@ -11,7 +11,7 @@ from typing import Container, Iterable, List, NamedTuple, Optional, Sequence, Se
 
 from ..base.basics import NO_DESCRIPTOR, _nothing, fsync_dir
 from ..base.checksums import crc32c
-from ..base.codec import _decode_known, decode_snapshot, encode_snapshot, encode_varint
+from ..base.codec import decode_known, decode_snapshot, encode_snapshot, encode_varint
 from ..base.errors import CodecError, StartError, WalError
 from ..base.ids import package_logger
 from ..base.limits import REPAIR_HINT
@@ -139,7 +139,7 @@ class Snapshotter:
 
 def decode_snapshot_file(content: bytes) -> Snapshot:
     """Return the snapshot in a file.  Raises CodecError if it is damaged."""
-    values = _decode_known(content, {1: ("crc", 0, int), 2: ("data", 2, bytes)}, "snappb.Snapshot")
+    values = decode_known(content, {1: ("crc", 0, int), 2: ("data", 2, bytes)}, "snappb.Snapshot")
     data = values.get("data", b"")
     if not data:
         raise CodecError("unexpected empty snapshot")

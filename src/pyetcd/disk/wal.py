@@ -11,18 +11,18 @@ from typing import Generator, Iterator, List, NamedTuple, Optional, Sequence, Tu
 
 from ..base.basics import NO_DESCRIPTOR, _nothing
 from ..base.codec import (
-    _decode_known,
     decode_entry,
     decode_hard_state,
+    decode_known,
     encode_entry,
     encode_hard_state,
     encode_varint,
-    finish,
 )
 from ..base.errors import CodecError, CrcMismatch, FileLocked, TornTail, WalError
 from ..base.ids import package_logger
 from ..base.limits import REPAIR_HINT, SEGMENT_BYTES_MAX, SEGMENT_PARTS
 from ..base.messages import Entry, EntryID, EntryType, HardState
+from ..base.text import finish
 from .files import _LOG_START, _WAL_NAME, OS_DISK, OsDisk, RecordType, _needs_space
 from .records import (
     LONG_ENTRY_BYTES,
@@ -469,7 +469,7 @@ def _encode_walpb_snapshot(snapshot_id: EntryID) -> bytes:
 
 def _decode_walpb_snapshot(data: bytes) -> EntryID:
     """Inverse of _encode_walpb_snapshot; etcd 3.5 adds the voters as field 3."""
-    values = _decode_known(data, {1: ("index", 0, int), 2: ("term", 0, int)}, "walpb.Snapshot")
+    values = decode_known(data, {1: ("index", 0, int), 2: ("term", 0, int)}, "walpb.Snapshot")
     snapshot_id = EntryID(values.get("term", 0), values.get("index", 0))
     known = _encode_walpb_snapshot(snapshot_id)
     if data[:len(known)] != known or data[len(known):len(known) + 1] not in (b"", b"\x1a"):

@@ -164,7 +164,7 @@ class EtcdServer:
                 config, hard_state=boot.contents.hard_state, snapshot=boot.snapshot,
                 entries=boot.contents.entries, applied=self.raft_index,
             )
-        node.snapshot_source = self.snapshots.newest
+        node.raft.replication.snapshot_source = self.snapshots.newest
         return node
 
     # -- life --------------------------------------------------------------
@@ -323,7 +323,7 @@ class EtcdServer:
         node, hub, refused = self.node, self.store.hub, False
         if self._strays and self.lead and not node.raft.transferee:
             with contextlib.suppress(ProposalDropped):  # again: as if the network had lost them
-                node.propose_many(self._strays.take(self.reactor.now()))
+                node.propose(*self._strays.take(self.reactor.now()))
         if self.reads:
             self._serve_reads()
         if self._queue or self._changes:
@@ -355,7 +355,7 @@ class EtcdServer:
         self.handover.before(self._changes)
         try:
             if queue:
-                self.node.propose_many(queue)
+                self.node.propose(*queue)
                 queue = []
             while self._changes:
                 self.node.propose_conf_change(self._changes[0])
