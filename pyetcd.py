@@ -774,7 +774,7 @@ PROBE_SECONDS = 4.0                 # between two health probes of a peer
 HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answer 401
 WATCHERS_MAX = 100_000              # of one member, some 3 KB each; above: 503
 WATCHED_BYTES_MAX = 64 << 20        # of the paths of all watchers; above: 503
-WATCHERS_TOLD_MAX = 400             # notified in one turn, 4 ms; the others: in the next turns
+WATCHERS_NOTIFIED_MAX = 400             # notified in one turn, 4 ms; the others: in the next turns
 WATCHER_QUEUE_EVENTS_MAX = 100      # backlog of one slow watcher (etcd's limit); above: closed
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
 PURGE_SECONDS = 30.0                # between two removals of old files
@@ -1767,7 +1767,6 @@ def encode_request(
 
 
 def encode_target(method: str, path: str) -> bytes:
-    """Return method and path as encode_request() does."""
     return _bytes_field(b"\x12", method.encode()) + _bytes_field(b"\x1a", utf8(path))
 
 
@@ -1787,7 +1786,6 @@ def encode_plain(id: int, target: bytes, value: bytes) -> bytes:
 
 
 def wrap_int64(value: int) -> int:
-    """Wrap `value` around as 64-bit signed arithmetic does."""
     return (value + (1 << 63) & UINT64_MAX) - (1 << 63)
 
 
@@ -2007,7 +2005,6 @@ class Progress:
 
     @property
     def is_paused(self) -> bool:
-        """True if no MsgApp may be sent now."""
         if self.state == ProgressState.REPLICATE:
             return len(self.inflights) >= self._window
         return self.paused or self.state == ProgressState.SNAPSHOT
@@ -2032,7 +2029,6 @@ class Progress:
         self.inflights.clear()
 
     def sent(self, last: int) -> None:
-        """Note a MsgApp whose last entry is `last`."""
         if self.state == ProgressState.REPLICATE:
             self.next_index = last + 1
             self.inflights.append(last)
@@ -2269,7 +2265,6 @@ class RaftLog:
         return entries
 
     def data_bytes(self, low: int, high: int) -> int:
-        """Return the bytes of data in the entries low <= index < high."""
         return sum([len(entry.data) for entry in self.slice(low, high)])
 
     def conf_changes(self, high: int) -> List[int]:
@@ -2339,7 +2334,6 @@ class RaftLog:
         self.commit = index
 
     def applied_to(self, index: int) -> None:
-        """Note that the state machine has everything up to `index`."""
         if not self.applied <= index <= self.commit:
             raise InvariantError(
                 f"applied {index} is out of range [{self.applied}, commit {self.commit}]"
@@ -2630,11 +2624,9 @@ class PendingReads:
         return next(reversed(self._rounds), None) if self._rounds else None
 
     def clear(self) -> None:
-        """Begin a new term: requesters ask again."""
         self._rounds.clear()
 
     def begin(self, context: bytes, index: int, requester: int) -> None:
-        """Leader: begin the round of a read by member `requester`."""
         if len(self._rounds) < READ_ROUNDS_MAX:
             self._rounds[context] = ReadRound(index, requester, set())
 
@@ -2823,7 +2815,6 @@ class Raft:
     # -- time ----------------------------------------------------------------
 
     def tick(self) -> None:
-        """Advance the logical clock by one tick."""
         if self.role is RaftRole.LEADER:
             self._tick_heartbeat()
         else:
@@ -3392,7 +3383,6 @@ class RawNode:
         return self.raft.role is RaftRole.LEADER and self.raft.replication.is_due
 
     def ready(self) -> Ready:
-        """Hand out the entries to write and the messages to send."""
         raft = self.raft
         if self._is_append_due:
             raft.replication.send_due()
@@ -3455,40 +3445,28 @@ def _snapshot_violation(message: Message) -> str:
 
 
 # ============================================================================
-# store/events -- Nodes of the key tree, and events: what a change is.
+# store/events -- Nodes of the key tree, events, and their JSON.
 # ----------------------------------------------------------------------------
 # Paths are internal and clean: `/1/foo` is the user's `/foo`.  Time is passed in.
 # ============================================================================
 
 
-EXPIRES_NS_MIN = 946_684_800 * NS   # 2000-01-01; an earlier instant is permanent for set and create
-TTL_STALE_MIN = 64                  # stale heap entries always tolerated; above and > live: rebuilt
 LONG_VALUE_CHARS = 4_096            # of a value: above, it is kept as the JSON that is sent
 SHOWN_VALUE_CHARS = 4_096           # of a value in the text of an error; above: cut
-SNAPSHOT_SLICE_NODES = 500          # nodes per slice of a snapshot walk: 1 ms, all with ttl 3
-SNAPSHOT_SLICE_CHARS = 1 << 18      # ... and text, or more with the last of them
-SNAPSHOT_PROGRESS_NODES = 20_000    # read between two words about it
-SNAPSHOT_SORT_MAX = 1_000           # children of larger directories stay in insertion order
-LISTING_BLOCK_NODES = 100           # encoded at once
-LISTING_BLOCK_CHARS = 1 << 16       # ... unless their values are longer together
-LISTING_SORT_RUN = 4_000            # children sorted at once: 2 ms
-LISTING_SLICE_WORK = 4_000          # nodes, or as much text, of a listing in one slice: 2 ms
-LISTING_NODE_CHARS = 500            # text that is as much work as a node
 
 Texts = Iterator[Union[str, bytes]]     # JSON in pieces, of which the long ones are shared
-_READ_ONLY = frozenset(("/", "/0", "/1"))
 _PERMANENT = "0001-01-01T00:00:00Z"     # Go's zero time
 
 
 class Node:
-    """A file, replaced as a whole by every write: who holds one may keep it.
+    """A file.  Immutable: every write replaces it as a whole.
 
     value           the text; None only in the node of a delete or expire event
     created_index,
     modified_index  store indexes
     expires_ns      unix nanoseconds; 0: permanent
 
-    The store knows a node by its path; the node does not.  64 bytes on CPython 3.11.
+    The store knows the path of a node; the node does not.  64 bytes on CPython 3.11.
     """
 
     __slots__ = ("value", "created_index", "modified_index", "expires_ns")
@@ -3503,13 +3481,13 @@ class Node:
         self.expires_ns = expires_ns
 
     def ttl_s(self, now_ns: int) -> int:
-        """Return the seconds left, rounded up; 0 or less once it is over, 0 if permanent."""
+        """Return the seconds left, rounded up; 0 or less when expired, 0 if permanent."""
         return -((now_ns - self.expires_ns) // NS) if self.expires_ns else 0
 
 
 class LongNode(Node):
-    """A file whose long value is kept as it is shown: as JSON, which every value becomes at least
-    once, but which takes up to 60 ns a character.
+    """A file with a long value, stored as JSON: every value is shown as JSON at least once, and
+    the encoding takes up to 60 ns a character.
     """
 
     __slots__ = ("json",)
@@ -3524,11 +3502,10 @@ class LongNode(Node):
 
     @property
     def value(self) -> str:  # type: ignore[override]
-        """The text: 10 MB take some ms."""
+        """The text; 10 MB take some ms."""
         return text_of_long(self.json)
 
     def has_value(self, value: Value) -> bool:
-        """True if this is its value."""
         if isinstance(value, str):
             value = long_text(value) if len(value) > LONG_VALUE_CHARS else ()
         if value == self.json or sum(map(len, value)) != sum(map(len, self.json)):
@@ -3537,7 +3514,6 @@ class LongNode(Node):
 
 
 def file_node(value: Value, created_index: int, modified_index: int, expires_ns: int) -> Node:
-    """Return the node of a file."""
     if isinstance(value, str):
         if len(value) <= LONG_VALUE_CHARS:
             return Node(value, created_index, modified_index, expires_ns)
@@ -3546,12 +3522,11 @@ def file_node(value: Value, created_index: int, modified_index: int, expires_ns:
 
 
 def stored_value(node: Node) -> Value:
-    """The value of a file as it is kept."""
     return node.json if isinstance(node, LongNode) else node.value or ""
 
 
 def value_excerpt(value: Value) -> str:
-    """A value in the text of an error.  Differs from etcd, which shows 20 MB."""
+    """Return a value for the text of an error.  Differs from etcd, which shows 20 MB."""
     text = value if isinstance(value, str) else text_of_long(value[:1])
     is_all = isinstance(value, str) and len(value) <= SHOWN_VALUE_CHARS
     return text if is_all else text[:SHOWN_VALUE_CHARS] + "..."
@@ -3574,53 +3549,46 @@ class Directory(Node):
 
 
 def _node_ends(key: str, node: Node, ttl_s: int) -> Tuple[str, str]:
-    """Return the JSON of a node in an event before and after the place of its `nodes`.
+    """Return the JSON of a node in an event before and after its `nodes`, or its long value.
 
     key  already encoded; `""` is the root, which has neither key nor indexes
     """
-    members = [] if key == '""' else [f'"key":{key}']
-    if node.value is not None:
-        members.append(f'"value":{json_string(node.value)}')
-    if node.children is not None:
-        members.append('"dir":true')
-    if node.expires_ns:
-        members.append(f'"expiration":"{format_time(node.expires_ns)}"')
+    members = "" if key == '""' else f',"key":{key}'
+    expires = f',"expiration":"{format_time(node.expires_ns)}"' if node.expires_ns else ""
     if ttl_s:
-        members.append(f'"ttl":{ttl_s}')
-    tail = f',"modifiedIndex":{node.modified_index}' if node.modified_index else ""
+        expires += f',"ttl":{ttl_s}'
+    indexes = f',"modifiedIndex":{node.modified_index}' if node.modified_index else ""
     if node.created_index:
-        tail += f',"createdIndex":{node.created_index}'
-    return "{" + ",".join(members), tail + "}"
+        indexes += f',"createdIndex":{node.created_index}'
+    if isinstance(node, LongNode):
+        return f'{{{members[1:]},"value":"', f'"{expires}{indexes}}}'
+    if node.value is not None:
+        members += f',"value":{json_string(node.value)}'
+    if node.children is not None:
+        members += ',"dir":true'
+    return f"{{{(members + expires)[1:]}", indexes + "}"
 
 
 def _node_texts(key: str, node: Node, ttl_s: int) -> Texts:
-    """The JSON of a file in pieces, with no copy of a long value."""
-    if not isinstance(node, LongNode):
-        yield _node_json(key, node, ttl_s)
-        return
-    expires = ""
-    if node.expires_ns:
-        ttl = f',"ttl":{ttl_s}' if ttl_s else ""
-        expires = f',"expiration":"{format_time(node.expires_ns)}"{ttl}'
-    yield f'{{"key":{key},"value":"'
-    yield from node.json
-    yield (
-        f'"{expires},"modifiedIndex":{node.modified_index}'
-        f',"createdIndex":{node.created_index}}}'
-    )
+    """Yield the JSON of a file in pieces, with no copy of a long value."""
+    head, tail = _node_ends(key, node, ttl_s)
+    yield head
+    if isinstance(node, LongNode):
+        yield from node.json
+    yield tail
 
 
 def _node_json(key: str, node: Node, ttl_s: int) -> str:
     if node.value is None or node.expires_ns:
         return "".join(_node_ends(key, node, ttl_s))
-    return (                            # what most nodes are: 0.7 us instead of 1.7
+    return (                            # the usual node: 0.7 us instead of 1.7
         f'{{"key":{key},"value":{json_string(node.value)},'
         f'"modifiedIndex":{node.modified_index},"createdIndex":{node.created_index}}}'
     )
 
 
 class Event:
-    """What one operation did to one key; never changed after it was made.
+    """The effect of one operation on one key.  Immutable.
 
     action    get, set, create, update, compareAndSwap, delete, compareAndDelete or expire
     key       full internal path
@@ -3628,8 +3596,8 @@ class Event:
     prev      as it was before, or None
     index     store index of the change; for a get, the current one
     ttl_s,
-    prev_ttl_s  seconds left of both when it happened; 0: permanent or just over
-    refresh   True: kept in the history, but announced to nobody
+    prev_ttl_s  seconds left of both when it happened; 0: permanent or expired
+    refresh   True: kept in the history, without a notification of watchers
     Source: etcd 2.3 store/event.go.
     """
 
@@ -3661,9 +3629,9 @@ class Event:
         return isinstance(self.node, LongNode) or isinstance(self.prev, LongNode)
 
     def client_pieces(self) -> Sequence[bytes]:
-        """Return the line that clients get, ending in a newline: made once, shared by all.
+        """Return the line for clients, ending in a newline: encoded once, shared by all.
 
-        The namespace (`/1`) is taken off the keys.
+        The keys are without the namespace (`/1`).
         """
         if self._json is None:
             if self._is_long:
@@ -3673,7 +3641,6 @@ class Event:
         return self._json
 
     def client_json(self) -> bytes:
-        """Return the same in one piece."""
         return b"".join(self.client_pieces())
 
     def history_texts(self) -> Texts:
@@ -3687,7 +3654,7 @@ class Event:
 
     def _text(self, key: str) -> str:
         node, prev = self.node, self.prev
-        if (                            # what most events are: 1.6 us instead of 2.3
+        if (                            # the usual event: 1.6 us instead of 2.3
             prev is not None and prev.value is not None and node.value is not None
             and not (node.expires_ns or prev.expires_ns)
             and _JSON_UNSAFE.search(f"{key}{node.value}{prev.value}") is None
@@ -3705,7 +3672,6 @@ class Event:
         return f'{text},"prevNode":{_node_json(key, self.prev, self.prev_ttl_s)}'
 
     def _texts(self, key: str) -> Texts:
-        """What _text() returns, in pieces."""
         key = json_string(key)
         yield f'{{"action":"{self.action}","node":'
         yield from _node_texts(key, self.node, self.ttl_s)
@@ -3719,10 +3685,20 @@ class Event:
 # ============================================================================
 
 
-def _sort_bytewise(paths: List[str]) -> bool:
-    """Sort as Go does; only surrogates (bytes that are no UTF-8) make code points differ.
+SNAPSHOT_SLICE_NODES = 500          # nodes per slice of a snapshot walk: 1 ms, all with ttl 3
+SNAPSHOT_SLICE_CHARS = 1 << 18      # of text in a slice, or more with the last node
+SNAPSHOT_SORT_MAX = 1_000           # children of larger directories stay in insertion order
+LISTING_BLOCK_NODES = 100           # encoded at once
+LISTING_BLOCK_CHARS = 1 << 16       # of the values of a block; above: node by node
+LISTING_SORT_RUN = 4_000            # children sorted at once: 2 ms
+LISTING_SLICE_WORK = 4_000          # nodes, or as much text, of a listing in one slice: 2 ms
+LISTING_NODE_CHARS = 500            # text that is as much work as a node
 
-    True if there may have been some.
+
+def _sort_bytewise(paths: List[str]) -> bool:
+    """Sort as Go does; True if not all is ASCII.
+
+    Only surrogates (bytes that are not UTF-8) sort differently as code points.
     """
     is_plain = all(map(str.isascii, paths))
     paths.sort(key=None if is_plain else utf8)
@@ -3730,14 +3706,13 @@ def _sort_bytewise(paths: List[str]) -> bool:
 
 
 def parent_path(path: str) -> str:
-    """Return the directory that `path` lies in."""
     return path[:path.rfind("/")] or "/"
 
 
 def _files_json(paths: Sequence[str], nodes: Sequence[Node]) -> str:
-    """The JSON of nodes, commas between; "" if one of them is more than a file with plain text.
+    """Return the JSON of nodes, joined by commas; "" if one is not a file with plain text.
 
-    Looks once at the text of all: 0.4 us per node instead of 1.  A hot path.
+    Checks the text of all at once: 0.4 us per node instead of 1.  A hot path.
     """
     if LongNode in set(map(type, nodes)):
         return ""
@@ -3754,46 +3729,45 @@ def _files_json(paths: Sequence[str], nodes: Sequence[Node]) -> str:
 
 
 class TreeWalk:
-    """A walk over the tree as it was when the walk began, while the tree goes on changing.
+    """A walk over the tree as of the start of the walk, while the tree goes on changing.
 
-    The store calls keep() before the first change of a path; the walk then takes that image
-    instead of the node it finds.  Nothing is copied but what changes.
+    The store calls keep() before each change of a path; the walk then takes that image instead
+    of the node in the tree.  Only changed nodes cost memory.
 
-    walks  all that are under way; this one is among them until end()
+    walks  the walks under way; this one is among them until end()
     """
 
-    __slots__ = ("_nodes", "_walks", "_before", "_lost")
+    __slots__ = ("_nodes", "_walks", "_images", "_kept")
 
     def __init__(self, nodes: Dict[str, Node], walks: List[TreeWalk]) -> None:
         self._nodes = nodes
         self._walks = walks
-        self._before: Dict[str, Optional[Node]] = {}    # path -> node at the start; None: absent
-        self._lost: Dict[str, List[str]] = {}           # directory -> kept children, maybe removed
+        self._images: Dict[str, Optional[Node]] = {}    # path -> node at the start; None: absent
+        self._kept: Dict[str, List[str]] = {}           # directory -> children with an image
         walks.append(self)
 
     def keep(self, path: str, node: Optional[Node]) -> None:
         """Remember `node` as the image of `path`, unless an earlier change did."""
-        if path not in self._before:
-            self._before[path] = node
+        if path not in self._images:
+            self._images[path] = node
             if node is not None:
-                self._lost.setdefault(parent_path(path), []).append(path)
+                self._kept.setdefault(parent_path(path), []).append(path)
 
     def end(self) -> None:
-        """Be complete, or give up: the changes of the tree are of no interest any more."""
+        """Stop to keep images: the walk is complete, or given up."""
         if self in self._walks:
             self._walks.remove(self)
-        self._before, self._lost = {}, {}
+        self._images, self._kept = {}, {}
 
     def _image(self, path: str) -> Optional[Node]:
-        """The node at the start of the walk."""
-        return self._before[path] if path in self._before else self._nodes[path]
+        return self._images[path] if path in self._images else self._nodes[path]
 
     def _children(self, path: str) -> List[str]:
-        """The paths that may have been children at the start; later ones have the image None."""
+        """Return the children at the start, and perhaps later ones, whose image is None."""
         node = self._image(path)
         paths = list(node.children) if node is not None and node.children is not None else []
-        if path in self._lost:
-            paths = list(dict.fromkeys(paths + self._lost[path]))
+        if path in self._kept:
+            paths = list(dict.fromkeys(paths + self._kept[path]))
         return paths
 
 
@@ -3803,7 +3777,7 @@ class SnapshotWalk(TreeWalk):
     __slots__ = ()
 
     def chunks(self, history: Texts, end: str) -> Iterator[bytes]:
-        """Yield the snapshot in slices of some ms.  history: pieces of JSON; end: what follows."""
+        """Yield the snapshot in slices of some ms.  history: pieces of JSON; end: the rest."""
         slice: List[Union[str, bytes]] = []
         chars = 0
         for text in itertools.chain(
@@ -3820,7 +3794,7 @@ class SnapshotWalk(TreeWalk):
     def _pieces(self) -> Texts:
         """Yield the JSON of the root in pieces, one for each node and one for each end.
 
-        Goes by a stack of its own: keys may be deeper than Python likes to call.
+        With a stack of its own: keys may be deeper than Python's.
         """
         stack = [iter(("/",))]
         comma = ""
@@ -3864,29 +3838,25 @@ class SnapshotWalk(TreeWalk):
 
 
 class _Level:
-    """A directory of which a listing has begun: what follows, and what comes before and after."""
+    """A directory whose listing has begun: its remaining items, and the JSON around them."""
 
     __slots__ = ("items", "comma", "tail")
 
     def __init__(self, items: Iterator[Union[str, Tuple[str, Node]]], tail: str) -> None:
         self.items = items
-        self.comma = ',"nodes":['
+        self.comma = ',"nodes":['       # "," behind the first visible child
         self.tail = tail
-
-    def end(self) -> str:
-        """Return the end of the directory's JSON; one without visible children has no `nodes`."""
-        return "]" + self.tail if self.comma == "," else self.tail
 
 
 class Listing(TreeWalk):
     """The answer to the GET of a directory at one index, made in slices while the tree changes.
 
-    index   store index of the state that it shows
+    index   store index of the state in it
     chunks  of the answer so far, none of them huge
-    done    all of it is there
+    done    the answer is complete
     cacheable  the answer holds as long as the index does: nothing in it expires
 
-    With `recursive` all that is visible, all the way down, else the children.
+    Shows the visible children, with `recursive` all visible nodes below.
     """
 
     __slots__ = (
@@ -3910,7 +3880,6 @@ class Listing(TreeWalk):
         self._texts = self._walk(path, nodes[path])
 
     def work(self, amount: int = LISTING_SLICE_WORK) -> None:
-        """Go on for about `amount` nodes."""
         until = self.work_done + amount
         texts: List[Union[str, bytes]] = []
         for text in self._texts:
@@ -3925,7 +3894,7 @@ class Listing(TreeWalk):
     def _walk(self, path: str, node: Node) -> Texts:
         """Yield the text in pieces, sometimes empty ones to allow a pause.
 
-        Goes by a stack of its own: keys may be deeper than Python likes to call.
+        With a stack of its own: keys may be deeper than Python's.
         """
         head, tail = self._ends(path, node)
         yield '{"action":"get","node":' + head
@@ -3934,52 +3903,45 @@ class Listing(TreeWalk):
             level = levels[-1]
             for item in level.items:
                 if isinstance(item, str):
-                    if item:
-                        yield level.comma + item
-                        level.comma = ","
-                    else:
-                        yield ""
+                    yield level.comma + item if item else ""
+                    level.comma = "," if item else level.comma
                     continue
                 path, node = item
-                if isinstance(node, LongNode):
-                    yield level.comma
-                    yield from self._long_texts(path, node)
-                    level.comma = ","
-                    continue
                 head, tail = self._ends(path, node)
                 text, level.comma = level.comma + head, ","
-                if node.children is None or not self._recursive:
-                    yield text + tail
-                    continue
-                yield text
-                levels.append(_Level(self._items(path), tail))
-                break
+                if node.children is not None and self._recursive:
+                    yield text
+                    levels.append(_Level(self._items(path), tail))
+                    break
+                if isinstance(node, LongNode):
+                    yield text
+                    yield from node.json
+                    text = ""
+                yield text + tail
             else:
-                levels.pop()
-                yield level.end()
+                levels.pop()            # without visible children there is no `nodes`
+                yield "]" + level.tail if level.comma == "," else level.tail
         yield "}\n"
 
-    def _long_texts(self, path: str, node: LongNode) -> Texts:
-        self.cacheable = self.cacheable and not node.expires_ns
-        self.work_done += 1 + len(node.json)
-        yield from _node_texts(json_string(path[2:]), node, node.ttl_s(self._now_ns))
-
     def _ends(self, path: str, node: Node) -> Tuple[str, str]:
-        """What comes before and after the place of a node's children."""
+        """Return the JSON of a node before and after its children, or its long value."""
         self.cacheable = self.cacheable and not node.expires_ns
-        self.work_done += 1 + len(node.value or "") // LISTING_NODE_CHARS
+        if isinstance(node, LongNode):
+            self.work_done += 1 + len(node.json)
+        else:
+            self.work_done += 1 + len(node.value or "") // LISTING_NODE_CHARS
         return _node_ends(json_string(path[2:]), node, node.ttl_s(self._now_ns))
 
     def _items(self, path: str) -> Iterator[Union[str, Tuple[str, Node]]]:
-        """Yield what is visible in a directory: the text of a block of files, else one node.
+        """Yield the visible children: the text of a block of files, else single nodes.
 
-        Some text may be empty, to allow a pause.
+        A text may be empty, to allow a pause.
         """
         name_at = len(path) + 1
         for block in self._blocks(path):
             if "/_" in "".join(block):
                 block = [child for child in block if not child.startswith("_", name_at)]
-            if self._before:
+            if self._images:
                 block = [child for child in block if self._image(child) is not None]
                 nodes = [self._image(child) for child in block]
             else:
@@ -3993,7 +3955,7 @@ class Listing(TreeWalk):
                 yield from zip(block, files)
 
     def _blocks(self, path: str) -> Iterator[List[str]]:
-        """Yield the children of a directory, hidden ones too, a few at a time."""
+        """Yield the children of a directory, hidden ones too, in blocks."""
         paths: Iterator[str]
         children = self._children(path)
         if self._sorted and len(children) > LISTING_SORT_RUN:
@@ -4022,6 +3984,9 @@ class Listing(TreeWalk):
 # ============================================================================
 
 
+TTL_STALE_MIN = 64                  # stale heap entries always tolerated; above and > live: rebuilt
+
+
 class EventHistory:
     """The last `capacity` events, one per store index, for watches that begin in the past.
 
@@ -4044,14 +4009,13 @@ class EventHistory:
         return self.events[-1].index if self.events else 0
 
     def append(self, event: Event) -> None:
-        """Add the newest event; a full history forgets its oldest."""
         self.events.append(event)
         self._back += 1
         if self._back == self.capacity:
             self._back = 0
 
     def matches(self, path: str, *, recursive: bool, stream: bool, since: int) -> Iterator[Event]:
-        """Yield the events from index `since` on that a watch of `path` would be told.
+        """Yield the events from index `since` on for a watch of `path`.
 
         Three oddities are etcd's, and kept because clients see them: hidden keys are not
         filtered; the deletion of a directory counts for every path that begins with its name
@@ -4076,7 +4040,7 @@ class EventHistory:
                 exact = below
 
     def pieces(self) -> Texts:
-        """Yield the EventHistory object of a snapshot; the events are those of the first next().
+        """Yield the EventHistory object of a snapshot, as of the first next().
 
         Source: the ring of etcd 2.3 store/event_queue.go, unused slots null.
         """
@@ -4088,24 +4052,23 @@ class EventHistory:
         comma = ""
         yield '{"Queue":{"Events":['
         for slot in slots:
-            yield f"{comma}null" if slot is None else comma
-            if slot is not None:
-                yield from slot.history_texts()
+            yield comma
+            yield from ("null",) if slot is None else slot.history_texts()
             comma = ","
         yield f'],"Size":{len(events)},"Front":{front},"Back":{back},"Capacity":{self.capacity}}}'
         yield f',"StartIndex":{first},"LastIndex":{last}}}'
 
     def load(self, events: List[Event], back: int, capacity: int) -> None:
-        """Take over the events of a ring, oldest first, as far as there is room."""
+        """Take over the events of another ring, oldest first."""
         self.events = collections.deque(events, maxlen=self.capacity)
         same = capacity == self.capacity        # then every event keeps its slot
         self._back = (back if same else len(self.events)) % self.capacity
 
 
 class Watcher:
-    """One watch; deliver(event) is called for each event it is told: for one, or a stream.
+    """One watch: deliver(event) is called for one event, or with `stream` for each.
 
-    lost  called instead when the watch ends because events are gone that it should have had
+    lost  called instead if the history has lost events for this watch, which ends it
     """
 
     __slots__ = ("path", "recursive", "stream", "since", "deliver", "lost", "_hub")
@@ -4123,36 +4086,33 @@ class Watcher:
         self._hub: Optional[WatcherHub] = None      # None: not registered
 
     def cancel(self) -> None:
-        """Deliver nothing more.  At any time, also from deliver; twice does no harm."""
+        """Stop delivery, now.  May be called from deliver, and twice."""
         if self._hub is not None:
             self._hub.remove(self)
 
 
 class WatcherHub:
-    """Who watches what, and the history of events.
+    """The registered watchers, and the history of events.
 
     Source: etcd 2.3 store/watcher_hub.go.
     """
 
     def __init__(self, history: EventHistory, stats: StoreStats) -> None:
         self.history = history
-        self._stats = stats             # its `watchers` is ours
+        self._stats = stats             # the hub keeps its `watchers`
         # Path -> watchers in order of registration (a dict as ordered set: 10,000 watchers of
         # one key come and go in O(1) each).  No empty groups.
         self._groups: Dict[str, Dict[Watcher, None]] = {}
-        self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be told
-        self._room: float = math.inf    # how many may be told in this turn
-
-    backlog = 0                            # watchers in _due
-    watched_bytes = 0                   # of the paths of registered watchers
+        self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be notified
+        self._budget: float = math.inf  # notifications left in this turn
+        self.backlog = 0                # watchers in _due
+        self.watched_bytes = 0          # of the paths of registered watchers
 
     @property
     def paths(self) -> Iterator[str]:
-        """What is watched."""
         return iter(self._groups)
 
     def remove(self, watcher: Watcher) -> None:
-        """Forget a registered watcher, also one that is about to be told."""
         watcher._hub = None
         group = self._groups.get(watcher.path)
         if group is not None and watcher in group:
@@ -4163,10 +4123,10 @@ class WatcherHub:
                 del self._groups[watcher.path]
 
     def watch(self, watcher: Watcher) -> None:
-        """Serve `watcher` from the history, then register it if it wants more.
+        """Serve `watcher` from the history; register it if it is a stream, or not served.
 
-        Differs from etcd: a stream that finds something in the history gets all of it and is
-        then told of new events; etcd sends one event and then nothing, ever.
+        Differs from etcd: a stream gets all its events of the history and then new ones; etcd
+        sends one event of the history, and no other event ever.
         """
         history = self.history
         if watcher.since <= history.last_index:
@@ -4186,21 +4146,21 @@ class WatcherHub:
         watcher._hub = self
 
     def begin_turn(self) -> None:
-        """Tell WATCHERS_TOLD_MAX watchers at most until the next call, in the order of events.
+        """Notify WATCHERS_NOTIFIED_MAX watchers at most until the next call, in order of events.
 
-        `owed` others wait for it.  As long as this was never called, nobody has to wait.
+        Before the first call there is no limit.
         """
-        self._room = WATCHERS_TOLD_MAX
+        self._budget = WATCHERS_NOTIFIED_MAX
         if self._due:
-            self._tell()
+            self._notify_due()
 
     def catch_up(self, seen: int) -> None:
-        """The events after index `seen` came with a snapshot: tell the watchers of them.
+        """Notify the watchers of the events after index `seen`, which came with a snapshot.
 
-        Whoever would miss some is ended instead.  Differs from etcd, which tells nobody.
+        A watcher that would miss events is closed.  Differs from etcd, which notifies no watcher.
         """
-        self._room = math.inf           # first what they were told of before
-        self._tell()
+        self._budget = math.inf         # first the backlog
+        self._notify_due()
         history = self.history
         for watcher in [watcher for group in self._groups.values() for watcher in group]:
             if watcher._hub is None:
@@ -4213,10 +4173,10 @@ class WatcherHub:
                 self.watch(watcher)
 
     def notify(self, event: Event, removed: Sequence[str] = ()) -> None:
-        """Record `event`; unless it is a refresh, tell the watchers of its key and all above.
+        """Record `event`; unless it is a refresh, notify the watchers of its key and all above.
 
-        removed  paths that the event took away, parents first: theirs are told before, deepest
-                 first, so a stream on exactly the key is told twice; clients of etcd know it so
+        removed  paths that the event removed, parents first: their watchers come first, deepest
+                 path first, so a stream on exactly the key gets the event twice, as in etcd
         """
         self.history.append(event)
         if not self._groups or event.refresh:
@@ -4239,10 +4199,10 @@ class WatcherHub:
         if not exact and "/_" in "/" + event.key[len(path):]:
             return                      # hidden from here; a path below the key is never
         index, every = event.index, exact or forced
-        told = [w for w in group if index >= w.since and (every or w.recursive)]
-        if not told:
+        notified = [w for w in group if index >= w.since and (every or w.recursive)]
+        if not notified:
             return
-        once = [watcher for watcher in told if not watcher.stream]
+        once = [watcher for watcher in notified if not watcher.stream]
         if len(once) == len(group):
             del self._groups[path]
         else:
@@ -4250,43 +4210,42 @@ class WatcherHub:
                 del group[watcher]
         self._stats.watchers -= len(once)
         self.watched_bytes -= len(once) * len(path)
-        self._due.append((event, collections.deque(told)))
-        self.backlog += len(told)
-        self._tell()
+        self._due.append((event, collections.deque(notified)))
+        self.backlog += len(notified)
+        self._notify_due()
 
-    def _tell(self) -> None:
-        """Tell whom there is room for; more if events come faster than that."""
+    def _notify_due(self) -> None:
+        """Notify watchers within the budget, and beyond it while the backlog is too long."""
         while self._due:
-            event, told = self._due[0]
-            while told:
-                if self._room <= 0 and self.backlog <= WATCHERS_MAX:
+            event, watchers = self._due[0]
+            while watchers:
+                if self._budget <= 0 and self.backlog <= WATCHERS_MAX:
                     return
-                watcher = told.popleft()
+                watcher = watchers.popleft()
                 self.backlog -= 1
                 if watcher._hub is not None:        # else cancelled, perhaps by an earlier deliver
-                    self._room -= 1
+                    self._budget -= 1
                     if not watcher.stream:
                         watcher._hub = None
                     watcher.deliver(event)
-            if self._due and self._due[0][1] is told:
+            if self._due and self._due[0][1] is watchers:
                 self._due.popleft()
 
 
 class TtlHeap:
-    """Which path expires next; entries that no longer hold are dropped when they come up.
+    """The paths that expire, soonest first; stale entries are dropped when they reach the top.
 
-    Ties go by path, so that every member expires keys in the same order (etcd leaves it open).
+    Ties go by path, so that every member expires keys in the same order (in etcd it varies).
     """
 
     def __init__(self) -> None:
-        self._expires_ns: Dict[str, int] = {}           # the truth: path -> unix ns
-        self._heap: List[Tuple[int, str]] = []          # every pair of the truth, and stale ones
+        self._expires_ns: Dict[str, int] = {}           # path -> unix ns
+        self._heap: List[Tuple[int, str]] = []          # all of these, and stale ones
 
     def __len__(self) -> int:
         return len(self._expires_ns)
 
     def set(self, path: str, expires_ns: int) -> None:
-        """Let `path` expire at `expires_ns`; 0: never."""
         if not expires_ns:
             self._expires_ns.pop(path, None)
         elif self._expires_ns.get(path) != expires_ns:
@@ -4298,9 +4257,9 @@ class TtlHeap:
             heapq.heapify(self._heap)
 
     def nth_ns(self, count: int, until_ns: int) -> int:
-        """Return when entry number `count` is due, stale ones included, or `until_ns` if earlier.
+        """Return the time of entry number `count`, stale ones included, or `until_ns` if earlier.
 
-        Looks at about as many entries, in the order of the heap.
+        Visits about as many entries, in the order of the heap.
         """
         heap = self._heap
         reached = [(entry, place) for place, entry in enumerate(heap[:1])]
@@ -4323,9 +4282,9 @@ class TtlHeap:
 
 
 class StoreStats:
-    """Counters of operations on this member; they travel with the snapshot.
+    """Counters of operations on this member; snapshots contain them.
 
-    Attributes are the JSON members in snake_case, made in their order.
+    Attributes are the JSON members in snake_case, and in their order.
     Source: etcd 2.3 store/stats.go.
     """
 
@@ -4341,11 +4300,10 @@ class StoreStats:
         self.watchers = 0               # registered now; kept by WatcherHub
 
     def json(self) -> str:
-        """Return the object of /v2/stats/store."""
         return json_text({self._member(name): count for name, count in vars(self).items()})
 
     def load(self, counters: Mapping[str, int]) -> None:
-        """Take over the counters of a snapshot; watchers stay as they are."""
+        """Take over the counters of a snapshot, but not `watchers`."""
         for name in vars(self).keys() - {"watchers"}:
             setattr(self, name, counters.get(self._member(name), 0))
 
@@ -4367,16 +4325,16 @@ class NodeTree:
     second string: the dict and the parent's children hold the same path.  100,000 keys of 10
     characters with 64-byte values take 370 bytes each.
 
-    A directory takes what is below it out of reach at once, but its nodes stay for a while, dead.
+    The removal of a directory detaches the nodes below it at once, and frees them over many turns.
     """
 
     def __init__(self) -> None:
         self._ttl = TtlHeap()
         self._walks: List[TreeWalk] = []                # the snapshot and the listings under way
-        self._dead: Tuple[str, ...] = ()                # the directories, each with a slash
-        self._dying: List[Dict[str, None]] = []         # children of dead ones, yet to be removed
-        self._old: List[Tuple[Dict[str, Node], List[TreeWalk]]] = []    # trees before become()
-        self._room: float = math.inf                    # nodes that this turn may remove
+        self._detached: Tuple[str, ...] = ()            # removed directories, each with a slash
+        self._unfreed: List[Dict[str, None]] = []       # children of removed directories
+        self._replaced: List[Tuple[Dict[str, Node], List[TreeWalk]]] = []   # earlier trees
+        self._budget: float = math.inf                  # nodes that this turn may free
         self._nodes: Dict[str, Node] = {                # no path without its parents
             "/": Directory(0, 0, 0, {"/0": None, "/1": None}),
             "/0": Directory(0, 0, 0, {}),
@@ -4384,84 +4342,82 @@ class NodeTree:
         }
 
     def __len__(self) -> int:
-        """The number of nodes, directories included, and those out of reach."""
         return len(self._nodes)
 
     @property
     def accepts_changes(self) -> bool:
-        """True if a change may be applied in this turn; False: after the next tidy()."""
-        return not self._dead and self._room > 0
+        """True if a change may be applied in this turn; False: after the next collect_garbage()."""
+        return not self._detached and self._budget > 0
 
     @property
     def has_garbage(self) -> bool:
-        """True if tidy() has something to do."""
-        return bool(self._dead) or bool(self._old) and not self._old[0][1]
+        return bool(self._detached) or bool(self._replaced) and not self._replaced[0][1]
 
-    def tidy(self) -> None:
-        """Remove REMOVED_NODES_MAX nodes at most until the next call.
+    def collect_garbage(self) -> None:
+        """Free REMOVED_NODES_MAX nodes at most until the next call.
 
-        More may go at one index, with a directory: what is below it is out of reach at once, but
-        removed in this call and those of the next turns.  As long as this was never called,
-        all is removed at once.
+        A removed directory with more is freed in this call and those of the next turns.  Before
+        the first call there is no limit.
         """
-        self._room = REMOVED_NODES_MAX
-        self._bury()
-        if self._old and not self._old[0][1]:       # and no walk reads it any more
-            nodes = self._old[0][0]
+        self._budget = REMOVED_NODES_MAX
+        self._free_detached()
+        if self._replaced and not self._replaced[0][1]:     # and no walk reads it any more
+            nodes = self._replaced[0][0]
             for _ in range(min(len(nodes), REMOVED_NODES_MAX)):
                 nodes.popitem()
             if not nodes:
-                del self._old[0]
+                del self._replaced[0]
 
-    def _replace(self, nodes: Dict[str, Node], ttl: TtlHeap) -> None:
-        """Be another tree; tidy() frees this one."""
-        self._dead, self._dying = (), []
+    def _replace_tree(self, nodes: Dict[str, Node], ttl: TtlHeap) -> None:
+        self._detached, self._unfreed = (), []
         if len(self._nodes) > REMOVED_NODES_MAX:
-            self._old.append((self._nodes, self._walks))
+            self._replaced.append((self._nodes, self._walks))
         self._walks = []                        # a walk under way keeps the tree it began with
         self._nodes, self._ttl = nodes, ttl
 
-    def _drop(self, path: str) -> None:
-        """Remove one node; what was below it dies."""
+    def _free(self, path: str) -> None:
+        """Remove one node; its children are freed later."""
         node = self._nodes.pop(path)
-        self._room -= 1
+        self._budget -= 1
         for walk in self._walks:
             walk.keep(path, node)
         if node.expires_ns:
             self._ttl.set(path, 0)
         if node.children:
-            self._dying.append(node.children)   # emptied: events of the past must not hold it
+            self._unfreed.append(node.children)     # emptied: no event of the past may hold it
 
-    def _bury(self) -> None:
-        """Remove dying nodes, as many as there is room for."""
-        dying = self._dying
-        while dying and self._room > 0:
-            children = dying[-1]
+    def _free_detached(self) -> None:
+        while self._unfreed and self._budget > 0:
+            children = self._unfreed[-1]
             if children:
-                self._drop(children.popitem()[0])
+                self._free(children.popitem()[0])
             else:
-                dying.pop()
-        if not dying:
-            self._dead = ()
+                self._unfreed.pop()
+        if not self._unfreed:
+            self._detached = ()
 
-    def _found(self, path: str) -> Optional[Node]:
-        """The node at `path` that can be reached."""
-        return None if path.startswith(self._dead) else self._nodes.get(path)
+    def _reachable(self, path: str) -> Optional[Node]:
+        return None if path.startswith(self._detached) else self._nodes.get(path)
 
     def _to_change(self, path: str) -> Optional[Node]:
-        """The same; what is dead has gone before anything changes."""
-        if self._dead:
-            room, self._room = self._room, math.inf
-            self._bury()
-            self._room = room
+        """Return the node at `path`, after all detached nodes are freed."""
+        if self._detached:
+            budget, self._budget = self._budget, math.inf
+            self._free_detached()
+            self._budget = budget
         return self._nodes.get(path)
 
 
 # ============================================================================
-# store/tree -- The store: the key tree and the operations on it.
+# store/tree -- The store: the operations on the key tree.
 # ----------------------------------------------------------------------------
 # Time is passed in.
 # ============================================================================
+
+
+EXPIRES_NS_MIN = 946_684_800 * NS   # 2000-01-01; an earlier instant is permanent for set and create
+SNAPSHOT_PROGRESS_NODES = 20_000    # read between two reports of progress
+_READ_ONLY = frozenset(("/", "/0", "/1"))
 
 
 def _number(members: Mapping[str, Any], name: str) -> int:
@@ -4487,11 +4443,11 @@ def _unquote(string: str) -> str:
 def _read_tree(
     text: str, progress: Callable[[float, int], None]
 ) -> Tuple[Dict[str, Node], int]:
-    """Return the nodes of a snapshot by path, and where in `text` their JSON ends.
+    """Return the nodes of a snapshot by path, and the end of their JSON in `text`.
 
-    Reads node after node, which Go writes in one order of members, instead of the nested
-    objects: keys may be deeper than json.loads goes, and its 100,000 dicts would take four
-    times the memory of the nodes.  A quote inside a string is escaped, so none looks like a node.
+    Reads node after node, as Go writes their members in one order, instead of the nested objects:
+    keys may be deeper than json.loads goes, and its 100,000 dicts would take four times the memory
+    of the nodes.  A quote inside a string is escaped, so no string looks like a node.
     """
     nodes: Dict[str, Node] = {}
     end = len('{"Root":')
@@ -4500,7 +4456,7 @@ def _read_tree(
         end = match.end()
         _, path, created, modified, expires, _, value, children = match.groups()
         path, created_index = _unquote(path), int(created)
-        modified_index = created_index if modified == created else int(modified)    # one int, if so
+        modified_index = created_index if modified == created else int(modified)    # share the int
         expires_ns = 0 if expires == _PERMANENT else parse_time(expires)
         if children is None:
             nodes[path] = file_node(_unquote(value), created_index, modified_index, expires_ns)
@@ -4544,21 +4500,21 @@ def _read_event_node(members: Mapping[str, Any]) -> Node:
 
 
 class StoreState(NamedTuple):
-    """What a snapshot says, read and checked: to become it takes a store no time."""
+    """A decoded and checked snapshot, which a store installs in no time."""
 
     nodes: Dict[str, Node]
     ttl: TtlHeap
     current_index: int
     stats: Dict[str, int]
     events: List[Event]                 # the history, oldest first
-    back: int                           # of its ring
+    back: int                           # of the history's ring
     capacity: int
 
     @classmethod
     def read(
         cls, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
     ) -> StoreState:
-        """Return the state in a snapshot's data.  Raises ValueError if it holds none."""
+        """Decode a snapshot's data.  Raises ValueError if it is not of a store."""
         try:
             text = data.decode("utf-8", "replace")
             nodes, end = _read_tree(text, progress)
@@ -4587,7 +4543,6 @@ class StoreState(NamedTuple):
 
     @property
     def version(self) -> str:
-        """The cluster version in it; "": not decided."""
         node = self.nodes.get("/0/version")
         return (node.value if node is not None else None) or ""
 
@@ -4599,7 +4554,7 @@ _SLOT_END = re.compile(r"\s*([,\]])")
 def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
     """Return the slots of the history's ring, and the text from `end` on without them.
 
-    One after the other: all together, 1,000 events of 100 KB would stop every thread for 0.5 s.
+    One by one: json.loads of 1,000 events of 100 KB would stop every thread for 0.5 s.
     """
     slots: List[Optional[Event]] = []
     first = text.find(_SLOTS, end) + len(_SLOTS)
@@ -4617,9 +4572,9 @@ def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
 
 
 class Store(NodeTree):
-    """The key tree and what changes it.
+    """The key tree, its watchers and counters.
 
-    now_ns      unix nanoseconds, only to show how much of a ttl is left
+    now_ns      unix nanoseconds, to show the rest of a ttl
     expires_ns  unix nanoseconds; 0: permanent
     current_index  number of changes so far; every change makes one event
 
@@ -4641,16 +4596,17 @@ class Store(NodeTree):
         return Event("get", path, node, None, self.current_index, now_ns, encoded=encoded)
 
     def file_json(self, path: str, *, recursive: bool = False, now_ns: int) -> Sequence[bytes]:
-        """Return the line that answers the GET of a file, in pieces; none for a directory: see
-        listing().  A hot path.  recursive: as asked, to be counted.  Raises KeyNotFound, NotDir.
+        """Return the answer to the GET of a file, in pieces; () for a directory: see listing().
+
+        A hot path.  recursive is only counted.  Raises KeyNotFound, NotDir.
         """
         node = self._nodes.get(path)
-        if self._dead and path.startswith(self._dead):
+        if self._detached and path.startswith(self._detached):
             node = None
         if recursive:
             self.recursive_gets["fail" if node is None else "success"] += 1
         if node is None:
-            raise self._failed("gets", self._missing(path))
+            raise self._count_failure("gets", self._not_found(path))
         self.stats.gets_success += 1
         if node.children is not None:
             return ()
@@ -4662,13 +4618,13 @@ class Store(NodeTree):
     def listing(
         self, path: str, *, recursive: bool = False, sorted: bool = False, now_ns: int
     ) -> Listing:
-        """Begin the answer to the GET of a directory: of this moment, to be made in slices.
+        """Begin the answer to the GET of a directory, as of now; its work() makes it in slices.
 
-        Not counted.  Raises KeyNotFound, NotDir, also if it is a file.
+        Not counted.  Raises KeyNotFound, NotDir, also for a file.
         """
-        node = self._found(path)
+        node = self._reachable(path)
         if node is None:
-            raise self._missing(path)
+            raise self._not_found(path)
         if node.children is None:
             raise NotDir(path[2:], self.current_index)
         return Listing(
@@ -4678,12 +4634,12 @@ class Store(NodeTree):
 
     def value(self, path: str) -> Optional[str]:
         """Return the value of a file, or None; not counted."""
-        node = self._found(path)
+        node = self._reachable(path)
         return None if node is None else node.value
 
     def children(self, path: str) -> List[Tuple[str, bool]]:
-        """Return (name, is directory) of all children, hidden ones too; [] if there are none."""
-        node = self._found(path)
+        """Return (name, is directory) of each child, hidden ones too."""
+        node = self._reachable(path)
         if node is None or not node.children:
             return []
         return [
@@ -4698,7 +4654,7 @@ class Store(NodeTree):
         """Call deliver(event) for the first event on `path` with index >= since; stream: for each.
 
         since  0: from the next change on
-        lost   called if a recover() leaves out events that this watch should have had; it is over
+        lost   called at the end of the watch if a snapshot skips events for it
 
         Events of the history are delivered before this returns.  Raises EventIndexCleared.
         Source: etcd 2.3 store/watcher_hub.go, watch.
@@ -4720,25 +4676,22 @@ class Store(NodeTree):
     ) -> Event:
         """Put a new file, or with `dir` an empty directory, at `path`; a file there is replaced.
 
-        refresh  keep the value of the file that must be there, and tell no watcher
+        refresh  keep the value of the file, which must exist, and notify no watcher
         Raises NotFile, NotDir, RootReadOnly, KeyNotFound (refresh only).
         """
         old = self._to_change(path)
         if old is None:
             if refresh:
-                raise self._failed("sets", self._missing(path))
+                raise self._count_failure("sets", self._not_found(path))
         elif path in _READ_ONLY:
-            raise self._failed("sets", RootReadOnly("/", self.current_index))
+            raise self._count_failure("sets", RootReadOnly("/", self.current_index))
         elif old.children is not None:
-            raise self._failed("sets", NotFile(path[2:], self.current_index))
+            raise self._count_failure("sets", NotFile(path[2:], self.current_index))
         elif refresh:
             value = stored_value(old)
-        try:
-            event = self._place(
-                "set", path, old, None if dir else value, expires_ns, now_ns, refresh
-            )
-        except NotDir as error:
-            raise self._failed("sets", error) from None
+        event = self._put_new(
+            "set", path, old, None if dir else value, expires_ns, now_ns, refresh
+        )
         self.stats.sets_success += 1
         return event
 
@@ -4746,21 +4699,17 @@ class Store(NodeTree):
         self, path: str, *, dir: bool = False, value: Value = "", unique: bool = False,
         expires_ns: int = 0, now_ns: int,
     ) -> Event:
-        """Make a new file or directory at `path`, or below it under a number (unique).
+        """Make a new file or directory at `path`, or with `unique` below it under a number.
 
         Raises NodeExists, NotDir, RootReadOnly.
         """
         if unique:
             path = f"{path}/{self.current_index + 1:020d}"
         if path in _READ_ONLY:
-            raise self._failed("create", RootReadOnly("/", self.current_index))
+            raise self._count_failure("create", RootReadOnly("/", self.current_index))
         if self._to_change(path) is not None:
-            raise self._failed("create", NodeExists(path[2:], self.current_index))
-        try:
-            event = self._place("create", path, None, None if dir else value, expires_ns, now_ns)
-        except NotDir as error:
-            self.stats.sets_fail += 1           # etcd counts this one in both
-            raise self._failed("create", error) from None
+            raise self._count_failure("create", NodeExists(path[2:], self.current_index))
+        event = self._put_new("create", path, None, None if dir else value, expires_ns, now_ns)
         self.stats.create_success += 1
         return event
 
@@ -4775,7 +4724,7 @@ class Store(NodeTree):
         """
         old = self._to_change(path)
         if old is None:
-            raise self._failed("update", self._missing(path))
+            raise self._count_failure("update", self._not_found(path))
         self.stats.update_success += 1          # also of the two failures below, as in etcd
         if path in _READ_ONLY:
             raise RootReadOnly("/", self.current_index)
@@ -4786,8 +4735,8 @@ class Store(NodeTree):
         index, children = self.current_index + 1, old.children
         stored = Directory(old.created_index, old.modified_index, expires_ns, children)
         shown = Directory(old.created_index, index, expires_ns, children)
-        self._put(path, old, stored)
-        return self._done(Event("update", path, shown, old, index, now_ns, refresh))
+        self._put_node(path, old, stored)
+        return self._publish(Event("update", path, shown, old, index, now_ns, refresh))
 
     def compare_and_swap(
         self, path: str, *, prev_value: Value = "", prev_index: int = 0, value: Value = "",
@@ -4800,9 +4749,9 @@ class Store(NodeTree):
             self.stats.compare_and_swap_success += 1        # as etcd counts
             raise RootReadOnly("/", self.current_index)
         try:
-            old = self._compared(path, prev_value, prev_index)
+            old = self._checked_file(path, prev_value, prev_index)
         except EtcdError as error:
-            raise self._failed("compare_and_swap", error) from None
+            raise self._count_failure("compare_and_swap", error) from None
         self.stats.compare_and_swap_success += 1
         return self._rewrite("compareAndSwap", path, old, value, expires_ns, now_ns, refresh)
 
@@ -4818,12 +4767,12 @@ class Store(NodeTree):
             raise RootReadOnly("/", self.current_index)
         old = self._to_change(path)
         if old is None:
-            raise self._failed("delete", self._missing(path))
+            raise self._count_failure("delete", self._not_found(path))
         if old.children is not None and not recursive:
             if not dir:
-                raise self._failed("delete", NotFile(path[2:], self.current_index))
+                raise self._count_failure("delete", NotFile(path[2:], self.current_index))
             if old.children:
-                raise self._failed("delete", DirNotEmpty(path[2:], self.current_index))
+                raise self._count_failure("delete", DirNotEmpty(path[2:], self.current_index))
         self.stats.delete_success += 1
         return self._remove("delete", path, old, now_ns)
 
@@ -4834,28 +4783,28 @@ class Store(NodeTree):
         Raises CompareFailed, KeyNotFound, NotDir, NotFile (also for the root, with no cause).
         """
         try:
-            old = self._compared(path, prev_value, prev_index)
+            old = self._checked_file(path, prev_value, prev_index)
         except (CompareFailed, NotFile):
             self.stats.compare_and_delete_success += 1      # as etcd counts
             raise
         except EtcdError as error:
-            raise self._failed("compare_and_delete", error) from None
+            raise self._count_failure("compare_and_delete", error) from None
         self.stats.compare_and_delete_success += 1
         return self._remove("compareAndDelete", path, old, now_ns)
 
     def begin_turn(self) -> None:
-        """Go on with what was left from the turns before; from now on a turn does a bit of it."""
+        """Go on with notifications and removals; from now on they are spread over turns."""
         self.hub.begin_turn()
-        self.tidy()
+        self.collect_garbage()
 
     def delete_expired(self, cutoff_ns: int) -> List[Event]:
-        """Remove what expires at or before `cutoff_ns`, earliest first; one event each."""
+        """Remove the nodes that expire at or before `cutoff_ns`, earliest first; one event each."""
         events: List[Event] = []
         while True:
             expires_ns, path = self._ttl.first()
             if not path or expires_ns > cutoff_ns:
                 return events
-            if path.startswith(self._dead):
+            if path.startswith(self._detached):
                 self._ttl.set(path, 0)
                 continue
             self.stats.expire_count += 1
@@ -4863,25 +4812,24 @@ class Store(NodeTree):
 
     @property
     def has_ttl(self) -> bool:
-        """True if any node expires."""
         return len(self._ttl) > 0
 
     def expiry_step_ns(self, until_ns: int) -> int:
-        """Return a time up to `until_ns` by which few keys are over, but one if any is by then."""
+        """Return a time up to `until_ns` by which some keys expire, but not too many at once."""
         return self._ttl.nth_ns(EXPIRED_KEYS_MAX, until_ns)
 
     def snapshot_chunks(self) -> Generator[bytes, None, None]:
-        """Yield the snapshot of this moment, of the first next(), in slices of some ms.
+        """Yield the snapshot as of the first next(), in slices of some ms.
 
-        The store may change between slices; the snapshot does not see it.  Close the generator
-        to give up.  Raises InvariantError if another walk is under way.
+        Changes between slices are not in it.  Close the generator to give up.  Raises
+        InvariantError if another snapshot is under way.
         Source: etcd 2.3 store/store.go, Save.
         """
         if any(isinstance(walk, SnapshotWalk) for walk in self._walks):
             raise InvariantError("a snapshot walk is under way")
         walk = SnapshotWalk(self._nodes, self._walks)
         stats = copy.copy(self.stats)
-        stats.watchers = 0                      # they are no part of the state
+        stats.watchers = 0                      # not a part of the state
         end = f',"CurrentIndex":{self.current_index},"Stats":{stats.json()},"CurrentVersion":2}}'
         try:
             yield from walk.chunks(self.hub.history.pieces(), end)
@@ -4889,56 +4837,57 @@ class Store(NodeTree):
             walk.end()
 
     def save(self) -> bytes:
-        """Return a whole snapshot at once."""
         return b"".join(self.snapshot_chunks())
 
     def count_files(self, directory: str) -> int:
-        """Return how many files there are below `directory`, at any depth; looks at every node."""
+        """Return the number of files below `directory`, at any depth; reads every node."""
         below = directory + "/"
         return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
 
     def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
-        """Have only `files`, path -> value, below `directory`: without a new index or an event."""
+        """Put `files`, path -> value, in the place of all below `directory`, without an event."""
         below = directory + "/"
         for path in [path for path in self._nodes if path.startswith(below)]:
             del self._nodes[path]
         (self._nodes[directory].children or {}).clear()
         for path, value in files.items():
             self._make_parents(path, self.current_index)
-            self._put(path, None, file_node(value, self.current_index, self.current_index, 0))
+            self._put_node(path, None, file_node(value, self.current_index, self.current_index, 0))
 
     def recover(
         self, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
     ) -> None:
-        """Become what the snapshot `data` says; watchers are told what has happened meanwhile.
+        """Install the snapshot `data`.  Raises ValueError, before any change, if it is not one.
 
         progress  called now and then with the share that is read, 0.0 to 1.0, and the nodes in it
-
-        Raises ValueError if it is no snapshot of a store, and then nothing has changed.
         """
         self.install(StoreState.read(data, progress))
 
     def install(self, state: StoreState) -> None:
-        """Take over a state, whose only owner this store is from now on.
+        """Take ownership of a snapshot's state, and notify the watchers of its events.
 
-        Nodes already over leave with the next delete_expired.
-        Source: etcd 2.3 store/store.go, Recovery.
+        Expired nodes go with the next delete_expired.  Source: etcd 2.3 store/store.go, Recovery.
         """
-        self._replace(state.nodes, state.ttl)
+        self._replace_tree(state.nodes, state.ttl)
         seen, self.current_index = self.current_index, state.current_index
         self.stats.load(state.stats)
         self.hub.history.load(state.events, state.back, state.capacity)
         if self.current_index > seen:
             self.hub.catch_up(seen)
 
-    def _place(
+    def _put_new(
         self, action: str, path: str, old: Optional[Node], value: Optional[Value],
         expires_ns: int, now_ns: int, refresh: bool = False,
     ) -> Event:
-        """Put a file, or a directory if value is None, where `old` or nothing is.  A hot path."""
+        """Put a file, or a directory if value is None, in the place of `old`.  A hot path."""
         index = self.current_index + 1
         if old is None:
-            self._make_parents(path, index)
+            try:
+                self._make_parents(path, index)
+            except NotDir:
+                self.stats.sets_fail += 1
+                self.stats.create_fail += action == "create"    # etcd counts it in both
+                raise
         if expires_ns < EXPIRES_NS_MIN:
             expires_ns = 0
         node = (
@@ -4946,23 +4895,23 @@ class Store(NodeTree):
             else file_node(value, index, index, expires_ns)
         )
         if self._walks or expires_ns or (old is not None and old.expires_ns):
-            self._put(path, old, node)
+            self._put_node(path, old, node)
         else:
             self._nodes[path] = node
-        return self._done(Event(action, path, node, old, index, now_ns, refresh))
+        return self._publish(Event(action, path, node, old, index, now_ns, refresh))
 
     def _rewrite(
         self, action: str, path: str, old: Node, value: Value, expires_ns: int, now_ns: int,
         refresh: bool,
     ) -> Event:
-        """Give the file `old` a value and a TTL; it stays the same key."""
+        """Give the file `old` a value and a TTL, keeping its created index."""
         index = self.current_index + 1
         text = stored_value(old) if refresh else value
         node = file_node(text, old.created_index, index, expires_ns)
-        self._put(path, old, node)
-        return self._done(Event(action, path, node, old, index, now_ns, refresh))
+        self._put_node(path, old, node)
+        return self._publish(Event(action, path, node, old, index, now_ns, refresh))
 
-    def _put(self, path: str, old: Optional[Node], node: Node) -> None:
+    def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
         for walk in self._walks:
             walk.keep(path, old)
         self._nodes[path] = node
@@ -4970,7 +4919,7 @@ class Store(NodeTree):
             self._ttl.set(path, node.expires_ns)
 
     def _make_parents(self, path: str, index: int) -> None:
-        """Enter `path` in its directory, made if need be.  Raises NotDir before any change."""
+        """Enter `path` in its directory, with all missing parents.  Raises NotDir before that."""
         missing = [path]
         while True:
             path = parent_path(path)
@@ -4985,7 +4934,7 @@ class Store(NodeTree):
             path = missing.pop()
             children[path] = None
             children = {}
-            self._put(path, None, Directory(index, index, 0, children))
+            self._put_node(path, None, Directory(index, index, 0, children))
         children[missing[0]] = None
 
     def _remove(self, action: str, path: str, old: Node, now_ns: int) -> Event:
@@ -4993,43 +4942,43 @@ class Store(NodeTree):
         removed = [path]
         for below in removed:                   # grows under the loop: parents before children
             children = self._nodes[below].children or ()
-            if len(removed) + len(children) > self._room:
+            if len(removed) + len(children) > self._budget:
                 removed = self._watched_below(path)
                 break
             removed += children
         siblings = self._nodes[parent_path(path)].children
         if siblings is not None:
             del siblings[path]
-        self._drop(path)
+        self._free(path)
         if old.children:
-            self._dead += (path + "/",)
-            self._bury()
+            self._detached += (path + "/",)
+            self._free_detached()
         index = self.current_index + 1
         if old.children is None or action == "expire":      # etcd 2.3: expire never says dir
             shown = Node(None, old.created_index, index, 0)
         else:
             shown = Directory(old.created_index, index, 0, {})
-        return self._done(Event(action, path, shown, old, index, now_ns), removed)
+        return self._publish(Event(action, path, shown, old, index, now_ns), removed)
 
     def _watched_below(self, path: str) -> List[str]:
-        """The nodes at and below `path` that somebody watches, parents first."""
+        """Return the watched nodes at and below `path`, parents first."""
         below = path + "/"
         watched = [
             name for name in self.hub.paths
-            if (name == path or name.startswith(below)) and self._found(name) is not None
+            if (name == path or name.startswith(below)) and self._reachable(name) is not None
         ]
         return sorted(watched, key=lambda name: name.count("/"))
 
-    def _done(self, event: Event, removed: Sequence[str] = ()) -> Event:
+    def _publish(self, event: Event, removed: Sequence[str] = ()) -> Event:
         self.current_index = event.index
         self.hub.notify(event, removed)
         return event
 
-    def _compared(self, path: str, prev_value: Value, prev_index: int) -> Node:
-        """Return the file at `path` if it is as given.  Raises as compare_and_swap."""
+    def _checked_file(self, path: str, prev_value: Value, prev_index: int) -> Node:
+        """Return the file at `path` if it passes the comparison.  Raises as compare_and_swap."""
         node = self._to_change(path)
         if node is None:
-            raise self._missing(path)
+            raise self._not_found(path)
         if node.children is not None:
             raise NotFile(path[2:], self.current_index)
         wrong = []
@@ -5043,8 +4992,8 @@ class Store(NodeTree):
             raise CompareFailed(" ".join(wrong), self.current_index)
         return node
 
-    def _missing(self, path: str) -> EtcdError:
-        """The error for a path that is not there: names its first missing part, or a file."""
+    def _not_found(self, path: str) -> EtcdError:
+        """Return the error for a missing path; it names the first missing part, or a file."""
         end = path.find("/", 1)
         while end > 0:
             node = self._nodes.get(path[:end])
@@ -5055,54 +5004,35 @@ class Store(NodeTree):
             end = path.find("/", end + 1)
         return KeyNotFound((path[2:end] if end > 0 else path[2:]) or "/", self.current_index)
 
-    def _failed(self, verb: str, error: EtcdError) -> EtcdError:
-        """Count a failure of `verb` and hand the error back."""
+    def _count_failure(self, verb: str, error: EtcdError) -> EtcdError:
         name = verb + "_fail"
         setattr(self.stats, name, getattr(self.stats, name) + 1)
         return error
 
 
 # ============================================================================
-# disk/files -- Files and directories as the log and the snapshots use them.
+# disk/files -- File operations of the log and the snapshots.
 # ============================================================================
 
 
 _WAL_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.wal")
 _SNAP_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.snap")
-_RECORD_START = re.compile(rb"\x08[\x01-\x05]\x10")
-_PLAIN_RECORD = re.compile(             # the head of a normal entry with data, or a hard state
-    rb"(?s:.{7})\0\x08(?:\x02\x10(%b)\x1a(%b)\x08\0\x10(%b)\x18(%b)\"(%b)|"
-    rb"\x03\x10(%b)\x1a(%b)(\x08%b\x10%b\x18%b))".replace(
-        b"%b", rb"[\x80-\xff]{0,9}[\x00-\x7f]")
-)
 
-
-class RecordType(IntEnum):
-    """walpb.Record types."""
-
-    METADATA = 1
-    ENTRY = 2
-    STATE = 3
-    CRC = 4
-    SNAPSHOT = 5
-
-
-# POSIX locks do not exclude others in the same process.  By path as given, the real one: a link
-# may be moved, or the working directory changed, before the lock is freed.
+# Path as given -> real path, which a moved link or another working directory may change later.
+# POSIX locks do not exclude other members of the same process.
 _locked_paths: Dict[str, str] = {}
 
 
 class OsDisk:
     """Every file operation of log and snapshots; the simulator has another one.
 
-    A handle is what create and open_append return.  Nothing is durable before fsync or
-    fdatasync of the handle, no name before fsync_dir of its directory.  Raises OSError.
+    Data are durable after fsync or fdatasync of the handle, names after fsync_dir of their
+    directory.  Raises OSError.
     """
 
-    read_only = False           # True: a log is read as it is, and not repaired
+    read_only = False           # True: a log is read without repairs
 
     def makedirs(self, path: str) -> None:
-        """Make a directory and its parents, mode 0700."""
         os.makedirs(path, mode=0o700, exist_ok=True)
 
     def listdir(self, path: str) -> List[str]:
@@ -5113,41 +5043,36 @@ class OsDisk:
             return []
 
     def read(self, path: str) -> bytes:
-        """Return a whole file."""
         with open(path, "rb") as file:
             return file.read()
 
     def create(self, path: str, mode: int = 0o600) -> int:
-        """Make an empty file, replacing one that is there; return a handle for appending."""
+        """Make an empty file, or empty the existing one; return a handle for appending."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, mode)
 
     def open_append(self, path: str) -> int:
-        """Return a handle for reading and appending to a file that is there."""
+        """Return a handle for reading and appending to an existing file."""
         return os.open(path, os.O_RDWR | os.O_APPEND)
 
     def read_open(self, handle: int) -> bytes:
-        """Return the whole file of a handle; its lock stays, as nothing is closed."""
+        """Return the whole file of a handle; as no descriptor is closed, the lock stays."""
         with open(handle, "rb", closefd=False) as file:
             file.seek(0)
             return file.read()
 
     def write(self, handle: int, data: bytes) -> None:
-        """Append all of `data`."""
         written = os.write(handle, data)
         while written < len(data):
             data = data[written:]
             written = os.write(handle, data)
 
     def fdatasync(self, handle: int) -> None:
-        """Make the contents durable."""
         _fdatasync(handle)
 
     def fsync(self, handle: int) -> None:
-        """Make contents and attributes durable."""
         os.fsync(handle)
 
     def close(self, handle: int) -> None:
-        """Close a handle."""
         os.close(handle)
 
     def truncate(self, handle: int, size: int) -> None:
@@ -5156,22 +5081,19 @@ class OsDisk:
         os.fsync(handle)
 
     def rename(self, old: str, new: str) -> None:
-        """Rename a file over whatever has the new name."""
         os.replace(old, new)
 
     def unlink(self, path: str) -> None:
-        """Remove a file."""
         os.unlink(path)
 
     def fsync_dir(self, path: str) -> None:
-        """Make the names in a directory durable."""
         fsync_dir(path)
 
     def lock(self, path: str, handle: int) -> bool:
         """Lock a file against other processes and other members in this one; False if taken.
 
-        A POSIX lock, as etcd 2 takes: it is lost when any descriptor of the file is closed in
-        this process, so a locked file must not be read again.
+        A POSIX lock, as in etcd 2: it is lost when any descriptor of the file is closed in this
+        process, so a locked file must not be opened again.
         """
         real = os.path.realpath(path)
         if real in _locked_paths.values():
@@ -5190,7 +5112,6 @@ class OsDisk:
         _locked_paths.pop(path, None)
 
     def is_locked(self, path: str) -> bool:
-        """Tell whether this process holds the lock of a file."""
         return os.path.realpath(path) in _locked_paths.values()
 
 
@@ -5198,13 +5119,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def _needs_space(
-    path: str, undo: Callable[[], None], codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR)
+def disk_full_as_error(
+    path: str, undo: Callable[[], None] = _nothing,
+    codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR),
 ) -> Iterator[None]:
-    """Run what writes; if the disk is full, or no file can be opened, undo() it and raise
-    DiskFull: it can be repeated.
+    """Turn a full disk, or a lack of descriptors, into DiskFull after undo(): it can be repeated.
 
-    Not for syncs: after one has failed nobody knows what is on disk, whatever the reason.
+    Not for syncs: after one has failed the contents of the disk are unknown, for any reason.
     """
     try:
         yield
@@ -5216,7 +5137,6 @@ def _needs_space(
         raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error
 
 
-_LOG_START = EntryID(0, 0)
 _fdatasync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 OS_DISK = OsDisk()
 
@@ -5226,16 +5146,34 @@ OS_DISK = OsDisk()
 # ============================================================================
 
 
+_RECORD_START = re.compile(rb"\x08[\x01-\x05]\x10")
+_PLAIN_RECORD = re.compile(             # the head of a normal entry with data, or a hard state
+    rb"(?s:.{7})\0\x08(?:\x02\x10(%b)\x1a(%b)\x08\0\x10(%b)\x18(%b)\"(%b)|"
+    rb"\x03\x10(%b)\x1a(%b)(\x08%b\x10%b\x18%b))".replace(
+        b"%b", rb"[\x80-\xff]{0,9}[\x00-\x7f]")
+)
+
+
+class RecordType(IntEnum):
+    """walpb.Record types."""
+
+    METADATA = 1
+    ENTRY = 2
+    STATE = 3
+    CRC = 4
+    SNAPSHOT = 5
+
+
 class WalContents(NamedTuple):
-    """What a log holds behind its snapshot: entries ascend and have no gap."""
+    """The contents of a log behind its snapshot: entries ascend and have no gap."""
 
     metadata: bytes
     hard_state: HardState
     entries: List[Entry]
-    snapshots: List[EntryID]            # of every snapshot record seen, {0, 0} included
+    snapshots: List[EntryID]            # of every snapshot record, {0, 0} included
 
 
-LONG_ENTRY_BYTES = 4_096            # from here on it pays not to copy an entry
+LONG_ENTRY_BYTES = 4_096            # longer entries are not copied
 CRC_STEP_BYTES = 1 << 20            # summed in one step: 3 ms
 _RECORD_HEADS: Dict[int, bytes] = {kind: b"\x08%b\x10" % _BYTE[kind] for kind in RecordType}
 _STATE_HEAD = _RECORD_HEADS[RecordType.STATE]
@@ -5251,9 +5189,8 @@ class WalEncoder:
 
     def record(self, kind: int, data: bytes) -> bytes:
         """Return the frame of one record; the chain includes its data."""
-        self.crc = crc = crc32c(data, self.crc)
-        head = b"%b%b\x1a%b" % (_RECORD_HEADS[kind], encode_varint(crc), encode_varint(len(data)))
-        return self._frame(head + data)
+        self.crc = crc32c(data, self.crc)
+        return self._frame_head(kind, len(data)) + data
 
     def batch(self, entries: Sequence[bytes], state: bytes) -> bytes:
         """Return the frames of entries and, unless it is empty, a hard state."""
@@ -5274,7 +5211,7 @@ class WalEncoder:
     def long_batch(
         self, entries: Sequence[Entry], state: bytes
     ) -> Generator[None, None, List[bytes]]:
-        """Return the same in pieces, none of which is copied, in steps of CRC_STEP_BYTES.
+        """Do batch() in pieces, without copies, in steps of CRC_STEP_BYTES.
 
         256 KB take 0.5 ms less than by batch().
         """
@@ -5291,25 +5228,25 @@ class WalEncoder:
                 crc = crc32c(block, crc)
                 summed += len(block)
             self.crc = crc
-            size = len(head) + len(entry.data)
-            start = b"%b%b\x1a%b" % (
-                _RECORD_HEADS[RecordType.ENTRY], encode_varint(self.crc), encode_varint(size))
-            parts += (len(start) + size).to_bytes(8, "little"), start, head, entry.data
+            start = self._frame_head(RecordType.ENTRY, len(head) + len(entry.data))
+            parts += start, head, entry.data
         if state:
             parts.append(self.record(RecordType.STATE, state))
         return parts
 
+    def _frame_head(self, kind: int, size: int) -> bytes:
+        """Return the frame of a record up to its `size` bytes of data."""
+        head = b"%b%b\x1a%b" % (_RECORD_HEADS[kind], encode_varint(self.crc), encode_varint(size))
+        return (len(head) + size).to_bytes(8, "little") + head
+
     def chain(self) -> bytes:
         """Return the crc record that begins a file."""
-        return self._frame(b"\x08\x04\x10" + encode_varint(self.crc))
-
-    @staticmethod
-    def _frame(record: bytes) -> bytes:
+        record = _RECORD_HEADS[RecordType.CRC] + encode_varint(self.crc)
         return len(record).to_bytes(8, "little") + record
 
 
 class WalRecord(NamedTuple):
-    """One record of a file: kind (RecordType), stored checksum, data, and where it ends."""
+    """One record of a file: kind (RecordType), stored checksum, data, and its end."""
 
     kind: int
     crc: int
@@ -5317,47 +5254,46 @@ class WalRecord(NamedTuple):
     end: int
 
 
-RunTaker = Callable[["WalDecoder", List[Entry], bytes], None]   # entries; hard state, or b""
+RunHandler = Callable[["WalDecoder", List[Entry], bytes], None]     # entries; hard state, or b""
 
 
 class WalDecoder:
     """The records of one file, checked against the chain of checksums.
 
     Reads 2.x frames and the padded ones of 3.x, also mixed.  `end` is the offset behind the last
-    record that its reader has taken.  Raises TornTail if the file ends as a crash during a write
-    leaves it, CrcMismatch for everything else that is wrong.
+    record that its reader has handled.  Raises TornTail if the file ends as a crash during a write
+    leaves it, CrcMismatch for any other damage.
 
     The checksum covers neither lengths nor types: a wrong length shows as the record is whole
     without it, a wrong type in the shape of the data (see _WalReader).
     """
 
     def __init__(
-        self, path: str, data: bytes, crc: int,
-        take_run: Optional[RunTaker] = None,
+        self, path: str, data: bytes, crc: int, handle_run: Optional[RunHandler] = None
     ) -> None:
         self.path = path
         self.data = data
         self.crc = crc
         self.end = 0
-        self._take_run = take_run       # gets the plain records in a row that _run finds
+        self._handle_run = handle_run   # gets each run of plain records that _run finds
 
     def __iter__(self) -> Iterator[WalRecord]:
         size = len(self.data)
         while self.end < size:
-            if self._take_run is not None and self._run(self._take_run):
+            if self._handle_run is not None and self._run(self._handle_run):
                 continue
-            record = self._record(self.end)
+            record = self._record()
             if record is None:
                 return
             self._check(record)
             yield record
             self.end = record.end
 
-    def _run(self, take: RunTaker) -> bool:
-        """Hand out normal entries in a row, and the last hard state between them; False: none.
+    def _run(self, handle: RunHandler) -> bool:
+        """Decode normal entries in a row, and the last hard state between them; False: none.
 
-        They share one checksum: that of the last record continues all before.  3 us an entry
-        instead of 15.  What is not exactly as expected is left to the way of single records.
+        One checksum is compared: that of the last record continues all before.  3 us an entry
+        instead of 15.  Any other form is left to _record().
         """
         data, offset = self.data, self.end
         stop = offset + CRC_BLOCK_BYTES
@@ -5392,22 +5328,22 @@ class WalDecoder:
         if not parts or crc32c(b"".join(parts), self.crc) != decode_varint(crc, 0)[0]:
             return False
         try:
-            take(self, entries, state)
+            handle(self, entries, state)
         except CodecError as error:
             raise self.damage(str(error)) from None
         self.crc, self.end = decode_varint(crc, 0)[0], offset
         return True
 
-    def damage(self, what: str) -> CrcMismatch:
-        """Return the error for a record at `end` that is not what was written."""
+    def damage(self, reason: str) -> CrcMismatch:
+        """Return the error for a damaged record at `end`."""
         return CrcMismatch(
-            f"read wal error ({what}) and cannot be repaired: {self.path} is damaged at offset"
+            f"read wal error ({reason}) and cannot be repaired: {self.path} is damaged at offset"
             f" {self.end}; {REPAIR_HINT}"
         )
 
-    def _record(self, offset: int) -> Optional[WalRecord]:
-        """Return the record at `offset`; None for the zeros of a preallocated tail."""
-        data = self.data
+    def _record(self) -> Optional[WalRecord]:
+        """Return the record at `end`; None for the zeros of a preallocated tail."""
+        data, offset = self.data, self.end
         if offset + 8 > len(data):
             raise self._torn("inside a length")
         length, padding = _wal_frame(data, offset)
@@ -5415,12 +5351,12 @@ class WalDecoder:
             raise self.damage("impossible length")
         end = offset + 8 + length + padding
         if not length or end > len(data):
-            self._bad_length(offset, length)
+            self._check_tail(length)
             return None
         try:
             return WalRecord(*_decode_record(data[offset + 8:offset + 8 + length]), end)
         except CodecError as error:
-            raise self._bad_record(offset, end, str(error)) from None
+            raise self._bad_record(end, str(error)) from None
 
     def _check(self, record: WalRecord) -> None:
         if record.kind == RecordType.CRC:
@@ -5430,15 +5366,15 @@ class WalDecoder:
             return
         crc = crc32c(record.data, self.crc)
         if crc != record.crc:
-            raise self._bad_record(self.end, record.end, "walpb: crc mismatch")
+            raise self._bad_record(record.end, "walpb: crc mismatch")
         self.crc = crc
 
-    def _bad_length(self, offset: int, length: int) -> None:
-        """A length that is 0 or points past the end: is this the tail, or damage?
+    def _check_tail(self, length: int) -> None:
+        """Tell the tail from damage, after a length that is 0 or points past the end.
 
-        To cut where acknowledged records follow would lose them.
+        A cut before acknowledged records would lose them.
         """
-        data = self.data
+        data, offset = self.data, self.end
         if not data[offset:].strip(b"\0"):
             return
         whole = _intact_length(data, offset + 8, self.crc)
@@ -5446,13 +5382,13 @@ class WalDecoder:
             raise self.damage("impossible length")
         raise self._torn("inside a record")
 
-    def _bad_record(self, offset: int, end: int, what: str) -> WalError:
-        """A wrong record: torn if it is the last, and a sector of it was never written (3.4)."""
+    def _bad_record(self, end: int, reason: str) -> WalError:
+        """Return the error of a bad record: torn if it is the last and lacks a sector (3.4)."""
         if not self.data[end:].strip(b"\0"):
-            for sector in range(-(-offset // 512) * 512, end, 512):
+            for sector in range(-(-self.end // 512) * 512, end, 512):
                 if not self.data[sector:min(sector + 512, end)].strip(b"\0"):
                     return self._torn("in a sector that was never written")
-        return self.damage(what)
+        return self.damage(reason)
 
     def _torn(self, where: str) -> TornTail:
         return TornTail(f"unexpected EOF: {self.path} ends {where} at offset {self.end}")
@@ -5467,19 +5403,15 @@ def _wal_frame(data: bytes, offset: int) -> Tuple[int, int]:
     return length, top & 7 if top == 0x80 | -length % 8 else -1
 
 
+_RECORD = {1: ("kind", 0, int), 2: ("crc", 0, int), 3: ("data", 2, bytes)}
+
+
 def _decode_record(data: bytes) -> Tuple[int, int, bytes]:
-    kind = crc = 0
-    payload = b""
-    for number, wire_type, value in decode_fields(data):
-        if number in (1, 2):
-            check_wire_type(wire_type, 0, "Record")
-            kind, crc = (value, crc) if number == 1 else (kind, value)
-        elif number == 3:
-            check_wire_type(wire_type, 2, "Record")
-            payload = value
+    values = decode_known(data, _RECORD, "Record")
+    kind = values.get("kind", 0)
     if not RecordType.METADATA <= kind <= RecordType.SNAPSHOT:
         raise CodecError(f"unknown record type {kind}")
-    return kind, crc, payload
+    return kind, values.get("crc", 0), values.get("data", b"")
 
 
 def _intact_length(data: bytes, start: int, crc: int) -> int:
@@ -5498,18 +5430,18 @@ def _intact_length(data: bytes, start: int, crc: int) -> int:
 
 
 def _has_records(data: bytes, start: int, crc: int) -> bool:
-    """Tell whether, behind `start`, a record continues the chain at `crc`, or one another."""
+    """Tell whether, behind `start`, a record continues the chain at `crc`, or another record."""
     for match in _RECORD_START.finditer(data, start):
         if _intact_length(data, match.start(), crc):
             return True
-        record = _loose_record(data, match.start() - 8)
-        following = record and _loose_record(data, record.end)
+        record = _unchecked_record(data, match.start() - 8)
+        following = record and _unchecked_record(data, record.end)
         if record and following and crc32c(following.data, record.crc) == following.crc:
             return True
     return False
 
 
-def _loose_record(data: bytes, offset: int) -> Optional[WalRecord]:
+def _unchecked_record(data: bytes, offset: int) -> Optional[WalRecord]:
     length, padding = _wal_frame(data, offset)
     end = offset + 8 + length
     if length < 4 or padding < 0 or end + padding > len(data):
@@ -5537,12 +5469,11 @@ class SnapshotFile(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the file is called."""
         return f"{self.id.term:016x}-{self.id.index:016x}.snap"
 
     @property
     def head(self) -> bytes:
-        """What stands in the file before the pieces."""
+        """The bytes of the file before the pieces."""
         return b"\x08%b\x12%b" % (encode_varint(self.crc), encode_varint(self.size))
 
 
@@ -5563,30 +5494,30 @@ class Snapshotter:
         self.write(SnapshotFile(snapshot_id, (data,), len(data), crc32c(data)))
 
     def write(self, file: SnapshotFile) -> None:
-        """Write a snapshot whose checksum is known, like save().
+        """Do save() for a snapshot with a known checksum.
 
-        Differs from etcd: it has another name until it is complete, so load() on another thread
-        never sees half of it.
+        Differs from etcd: an incomplete file has another name, so load() on another thread never
+        reads half of it.
         """
         path = os.path.join(self.directory, file.name)
         disk, temporary = self.disk, path + ".tmp"
-        with _needs_space(path, _nothing):
+        with disk_full_as_error(path):
             handle = disk.create(temporary)
         try:
-            with _needs_space(path, lambda: disk.unlink(temporary)):
+            with disk_full_as_error(path, lambda: disk.unlink(temporary)):
                 for piece in (file.head, *file.pieces):
                     disk.write(handle, piece)
             disk.fsync(handle)
         finally:
             disk.close(handle)
         disk.rename(temporary, path)
-        with _needs_space(path, _nothing, NO_DESCRIPTOR):
+        with disk_full_as_error(path, codes=NO_DESCRIPTOR):
             disk.fsync_dir(self.directory)      # opens it
 
     def load(self, valid: Optional[Container[EntryID]] = None) -> Optional[Snapshot]:
         """Return the newest good snapshot, or None.  A bad file is renamed to `.broken`.
 
-        valid  the snapshots that the log knows; files of others are passed over
+        valid  the snapshots in the log; other files are skipped
         """
         log = package_logger("snap")
         for name in reversed(self.disk.listdir(self.directory)):
@@ -5605,7 +5536,7 @@ class Snapshotter:
         return None
 
     def check_log(self, wal_dir: str, known: Iterable[EntryID]) -> None:
-        """Raise WalError if a file, be it damaged, is newer than all snapshots that the log knows.
+        """Raise WalError if a file, intact or damaged, is newer than all snapshots in the log.
 
         Its record was durable before its file was begun, so the end of the log is lost, and with
         it votes and entries that other members count on.  Differs from etcd, which starts in the
@@ -5635,7 +5566,7 @@ class Snapshotter:
         try:
             return decode_snapshot_file(self.disk.read(path))
         except FileNotFoundError:
-            return None                 # purged meanwhile
+            return None                 # purged in the meantime
         except CodecError as error:
             package_logger("snap").error(
                 "cannot read snapshot file %s (%s); renamed to %s.broken, using the one before",
@@ -5659,9 +5590,9 @@ def decode_snapshot_file(content: bytes) -> Snapshot:
 def purge_files(
     directory: str, suffix: str, keep: int, *, disk: OsDisk = OS_DISK
 ) -> List[str]:
-    """Remove the oldest files beyond `keep` (0: none), up to the first that is still locked.
+    """Remove the oldest files beyond `keep` (0: none), up to the first locked one.
 
-    Also what a crash left under a temporary name.  Returns the paths removed.  Raises OSError.
+    Also temporary files of a crash.  Returns the paths removed.  Raises OSError.
     """
     if not keep:
         return []
@@ -5691,9 +5622,9 @@ class DataDir(NamedTuple):
 
 
 def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
-    """Make a data directory usable: layout, modes, a test write; move the layout of 2.0.0.
+    """Make a data directory usable: layout, modes, a test write; migrate the layout of 2.0.0.
 
-    Raises StartError if it is not ours, not a directory, or not writable.
+    Raises StartError if it is another program's, not a directory, or not writable.
     """
     member = os.path.join(data_dir, "member")
     paths = DataDir(
@@ -5707,31 +5638,27 @@ def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
             f"error listing data dir: {data_dir} ({error.strerror}); -data-dir must name a"
             " directory that this user may read and write"
         ) from None
-    _classify(data_dir, names)
-    what = "member"
+    check_layout(data_dir, names)
+    kind = "member"
     try:
-        os.makedirs(data_dir, mode=0o700, exist_ok=True)
-        os.makedirs(member, mode=0o700, exist_ok=True)
-        _touch(data_dir)
-        _touch(member)
+        make_dirs((member, data_dir))
+        check_writable(data_dir)
+        check_writable(member)
         _migrate(paths, names)
-        os.makedirs(paths.snap, mode=0o700, exist_ok=True)
-        what = "WAL"
-        os.makedirs(paths.wal, mode=0o700, exist_ok=True)
-        _touch(paths.wal)
-        for path in (paths.wal, paths.snap, member, data_dir):
-            with contextlib.suppress(PermissionError):  # a parent that we may not list
-                fsync_dir(os.path.dirname(path) or ".")
+        make_dirs((paths.snap,))
+        kind = "WAL"
+        make_dirs((paths.wal,))
+        check_writable(paths.wal)
     except OSError as error:
         raise StartError(
-            f"cannot write to {what} directory: {error}; give the directory to this user, or"
+            f"cannot write to {kind} directory: {error}; give the directory to this user, or"
             " choose another -data-dir"
         ) from None
     return paths
 
 
 def absent_dirs(*paths: str) -> List[str]:
-    """Return those of `paths` and of the directories above that do not exist, deepest first."""
+    """Return the missing ones of `paths` and of the directories above, deepest first."""
     found: Set[str] = set()
     for path in paths:
         while path and not os.path.exists(path):
@@ -5741,7 +5668,7 @@ def absent_dirs(*paths: str) -> List[str]:
 
 
 def make_dirs(paths: Sequence[str]) -> None:
-    """Make what absent_dirs() returned, as data directories.  Raises OSError."""
+    """Make data directories, given deepest first as by absent_dirs().  Raises OSError."""
     for path in reversed(paths):
         os.makedirs(path, mode=0o700, exist_ok=True)
         with contextlib.suppress(PermissionError):  # a parent that we may not list
@@ -5749,13 +5676,13 @@ def make_dirs(paths: Sequence[str]) -> None:
 
 
 def remove_dirs(paths: Iterable[str]) -> None:
-    """Remove those of `paths`, deepest first, that are empty."""
+    """Remove the empty ones of `paths`, given deepest first."""
     for path in paths:
         with contextlib.suppress(OSError):
             os.rmdir(path)
 
 
-def _classify(data_dir: str, names: Set[str]) -> None:
+def check_layout(data_dir: str, names: Set[str]) -> None:
     if {"member", "proxy"} <= names:
         raise StartError(
             f"invalid datadir. Both member and proxy directories exist. Remove the one in"
@@ -5768,7 +5695,7 @@ def _classify(data_dir: str, names: Set[str]) -> None:
         )
 
 
-def _touch(path: str) -> None:
+def check_writable(path: str) -> None:
     probe = os.path.join(path, ".touch")
     with open(probe, "wb"):
         pass
@@ -5776,9 +5703,9 @@ def _touch(path: str) -> None:
 
 
 def _migrate(paths: DataDir, names: Set[str]) -> None:
-    """etcd 2.0.0 kept wal and snap at the top.
+    """Move wal and snap from the top, their place in etcd 2.0.0, to member.
 
-    The log moves last: as long as it is at the top, a crash leaves work for the next start.
+    The log moves last: as long as it is at the top, the next start continues after a crash.
     """
     old = os.path.join(paths.root, "wal")
     if "wal" not in names or not os.listdir(old):
@@ -5799,6 +5726,9 @@ def _migrate(paths: DataDir, names: Set[str]) -> None:
 # ============================================================================
 
 
+_LOG_START = EntryID(0, 0)
+
+
 class Cut(NamedTuple):
     """The next segment: its file name and the bytes it begins with."""
 
@@ -5810,7 +5740,7 @@ class Wal:
     """The write-ahead log: a directory of segments, each continuing the checksum of the last.
 
     encode, encode_snapshot, segment_full and encode_cut belong to the reactor's thread and touch
-    no file; write, cut, release_to and close to the wal thread and touch nothing else.
+    no file; write, cut, release_to and close belong to the wal thread and touch only files.
     Source: etcd 2.3 wal/wal.go; file formats in wal/walpb.
     """
 
@@ -5823,8 +5753,8 @@ class Wal:
         self._segment_bytes = segment_bytes
         self._encoder = WalEncoder()
         self._hard_state = HardState()          # as last encoded
-        self._last_index = 0                    # of the last entry encoded
-        self._sequence = 0                      # of the segment that encode() fills
+        self._last_index = -1                   # of the last entry encoded; -1: no segment yet
+        self._sequence = -1                     # of the segment that encode() fills
         self._size = 0                          # bytes handed out for it
         self._held: List[Tuple[str, int]] = []  # locked segments, oldest first: name, handle
         self._end = 0                           # bytes written to the newest of them
@@ -5841,11 +5771,8 @@ class Wal:
             raise WalError(f"wal: file already exists: {directory} holds a log")
         wal = cls(directory, metadata, disk=disk, segment_bytes=segment_bytes)
         disk.makedirs(directory)
-        encoder = wal._encoder
-        head = encoder.chain() + encoder.record(RecordType.METADATA, metadata)
-        head += encoder.record(RecordType.SNAPSHOT, _encode_walpb_snapshot(EntryID(0, 0)))
-        wal._size = len(head)
-        wal.cut(Cut(_wal_name(0, 0), head))
+        name, head = wal.encode_cut()
+        wal.cut(Cut(name, head + wal.encode_snapshot(_LOG_START)))
         return wal
 
     @classmethod
@@ -5855,15 +5782,14 @@ class Wal:
     ) -> Tuple[Wal, WalContents]:
         """Read the log behind the snapshot `start`, and get ready to append.
 
-        A torn tail is cut off once, as nothing in it was ever acknowledged; a copy stays as
-        `.broken`.  Raises CrcMismatch, FileLocked and WalError; the text says what to do.
+        A torn tail is cut off, as no entry in it was ever acknowledged; a copy stays as
+        `.broken`.  Raises CrcMismatch, FileLocked and WalError; the text names the remedy.
         """
         names = _segments_from(directory, start.index, disk)
         reader = _WalReader(directory, start, disk)
-        held = cls._lock(directory, names, disk)
+        size = 0
         with contextlib.ExitStack() as cleanup:
-            cleanup.callback(cls._unlock, directory, held, disk)
-            size = 0
+            held = cls._lock(directory, names, disk, cleanup)
             for name, handle in held:
                 size = reader.read(name, handle, last=name == names[-1])
             contents = reader.contents()
@@ -5878,27 +5804,26 @@ class Wal:
 
     @classmethod
     def _lock(
-        cls, directory: str, names: List[str], disk: OsDisk
+        cls, directory: str, names: List[str], disk: OsDisk, cleanup: contextlib.ExitStack
     ) -> List[Tuple[str, int]]:
+        """Open and lock segments, which `cleanup` unlocks."""
         held: List[Tuple[str, int]] = []
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(cls._unlock, directory, held, disk)
-            for name in names:
-                path = os.path.join(directory, name)
-                # To close a descriptor frees the lock of a member in this process: do not open one.
-                handle = None if disk.is_locked(path) else disk.open_append(path)
-                if handle is None or not _lock_or_close(disk, path, handle):
-                    raise FileLocked(
-                        f"open wal error: file already locked: {path} belongs to a running member;"
-                        " stop it, or give this one another -data-dir"
-                    )
-                held.append((name, handle))
-            on_failure.pop_all()
+        cleanup.callback(cls._unlock, directory, held, disk)
+        for name in names:
+            path = os.path.join(directory, name)
+            # To close a descriptor frees the lock of a member in this process: do not open one.
+            handle = None if disk.is_locked(path) else disk.open_append(path)
+            if handle is None or not _lock_or_close(disk, path, handle):
+                raise FileLocked(
+                    f"open wal error: file already locked: {path} belongs to a running member;"
+                    " stop it, or give this one another -data-dir"
+                )
+            held.append((name, handle))
         return held
 
     @staticmethod
     def _unlock(directory: str, held: List[Tuple[str, int]], disk: OsDisk) -> None:
-        """Free each of the files, also when one of them cannot be closed without an error."""
+        """Free each of the files, even if the close of one of them fails."""
         with contextlib.ExitStack() as each:
             for name, handle in held:
                 each.callback(disk.unlock, os.path.join(directory, name))
@@ -5906,23 +5831,18 @@ class Wal:
 
     @staticmethod
     def exists(directory: str, *, disk: OsDisk = OS_DISK) -> bool:
-        """Tell whether a log was begun there."""
         return any(map(_WAL_NAME.fullmatch, disk.listdir(directory)))
 
     @staticmethod
     def snapshots(directory: str, *, disk: OsDisk = OS_DISK) -> List[EntryID]:
-        """Return the snapshots that the log knows of; only their files may be used.
+        """Return the snapshots in the log; only their files may be used.
 
-        Looks at frames only: open() checks all it needs.  Raises FileLocked if it is in use.
+        Reads frames without their checksums, which open() checks.  Raises FileLocked.
         """
         names = [name for name in disk.listdir(directory) if _WAL_NAME.fullmatch(name)]
-        held = Wal._lock(directory, names, disk)
-        try:
-            return [
-                found for _, handle in held for found in _scan_snapshots(disk.read_open(handle))
-            ]
-        finally:
-            Wal._unlock(directory, held, disk)
+        with contextlib.ExitStack() as cleanup:
+            held = Wal._lock(directory, names, disk, cleanup)
+            return [id for _, handle in held for id in _scan_snapshots(disk.read_open(handle))]
 
     # -- reactor's side ----------------------------------------------------
 
@@ -5933,7 +5853,7 @@ class Wal:
     def encode_steps(
         self, hard_state: Optional[HardState], entries: Sequence[Entry]
     ) -> Generator[None, None, List[bytes]]:
-        """Do encode() in steps of some ms, into pieces; nothing else is encoded meanwhile."""
+        """Do encode() in steps of some ms, into pieces; no other encode may come between."""
         state = b""
         if entries:
             self._last_index = entries[-1].index
@@ -5950,22 +5870,20 @@ class Wal:
         return data
 
     def encode_snapshot(self, snapshot_id: EntryID) -> bytes:
-        """Return the frame that makes a snapshot's file usable; to be synced before it exists."""
+        """Return the frame that makes a snapshot's file usable; it is synced before the file."""
         data = self._encoder.record(RecordType.SNAPSHOT, _encode_walpb_snapshot(snapshot_id))
         self._size += len(data)
         self._last_index = max(self._last_index, snapshot_id.index)
         return data
 
     def segment_full(self, *, after_snapshot: bool = False) -> bool:
-        """Tell whether the next batch belongs into a new segment.
+        """Tell whether the next batch belongs into a new segment, in most cases after a snapshot.
 
-        Also once there is a new snapshot: a start reads from the segment that holds its index,
-        some 3 us an entry.
+        A start reads from the segment that holds the snapshot's index, some 3 us an entry.
         """
         return self._size >= self._segment_bytes // (SEGMENT_PARTS if after_snapshot else 1)
 
     def encode_cut(self) -> Cut:
-        """Begin the next segment: everything encoded from now on belongs into it."""
         self._sequence += 1
         encoder = self._encoder
         head = encoder.chain() + encoder.record(RecordType.METADATA, self._metadata)
@@ -5979,23 +5897,19 @@ class Wal:
     def write(self, *data: bytes, sync: bool) -> None:
         """Append to the newest segment.
 
-        Raises DiskFull, after which it may be tried again, and OSError: then nothing may be
-        written any more.
+        Raises DiskFull, then try again later, or OSError, then never write again.
         """
         name, handle = self._held[-1]
         path = os.path.join(self.directory, name)
-        try:
+        with disk_full_as_error(path, lambda: self._disk.truncate(handle, self._end)):
             for piece in data:
                 self._disk.write(handle, piece)
-        except OSError:
-            with _needs_space(path, lambda: self._disk.truncate(handle, self._end)):
-                raise
         self._end += sum(map(len, data))
         if sync:
             self._disk.fdatasync(handle)
 
     def cut(self, cut: Cut) -> None:
-        """Sync the present segment and begin the next; it gets its name when it is durable.
+        """Sync the current segment and begin the next, which gets its name when it is durable.
 
         Raises as write() does.
         """
@@ -6003,15 +5917,15 @@ class Wal:
         if self._held:
             disk.fsync(self._held[-1][1])
         path = os.path.join(directory, cut.name)
-        with _needs_space(path, _nothing):
+        with disk_full_as_error(path):
             handle = disk.create(path + ".tmp")
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(disk.close, handle)
-            with _needs_space(path, _nothing):
+            with disk_full_as_error(path):
                 disk.write(handle, cut.head)
             disk.fsync(handle)
             disk.rename(path + ".tmp", path)
-            with _needs_space(path, _nothing, NO_DESCRIPTOR):
+            with disk_full_as_error(path, codes=NO_DESCRIPTOR):
                 disk.fsync_dir(directory)   # opens it
             if not disk.lock(path, handle):
                 raise FileLocked(f"open wal error: file already locked: {path}")
@@ -6022,21 +5936,19 @@ class Wal:
         self._end = len(cut.head)
 
     def release_to(self, index: int) -> None:
-        """Unlock the segments that a snapshot at `index` makes needless, so they can be purged."""
-        firsts = [_wal_position(name)[1] for name, _ in self._held]
-        following = next((i for i, first in enumerate(firsts) if first >= index), len(firsts))
-        keep_from = max(following - 1, 0)
+        """Unlock the segments that a snapshot at `index` replaces, so that they can be purged."""
+        earlier = sum(_wal_position(name)[1] < index for name, _ in self._held)
+        keep_from = max(earlier - 1, 0)         # the last of them holds `index`
         self._unlock(self.directory, self._held[:keep_from], self._disk)
         del self._held[:keep_from]
 
     def close(self) -> None:
-        """Release all files; harmless a second time."""
+        """Release all files; has no effect a second time."""
         held, self._held = self._held, []
         self._unlock(self.directory, held, self._disk)
 
 
 def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
-    """Lock a file; if that fails, close its handle."""
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(disk.close, handle)
         if disk.lock(path, handle):
@@ -6046,7 +5958,7 @@ def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
 
 
 def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
-    """Yield what the snapshot records of a segment say, up to the first impossible frame."""
+    """Yield the ids in the snapshot records of a segment, up to the first impossible frame."""
     offset = 0
     while offset + 8 <= len(data):
         length, padding = _wal_frame(data, offset)
@@ -6060,7 +5972,7 @@ def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
 
 
 class _WalReader:
-    """Collects what the segments say, in order."""
+    """Collects the contents of the segments, in order."""
 
     def __init__(self, directory: str, start: EntryID, disk: OsDisk) -> None:
         self.crc = 0
@@ -6068,7 +5980,7 @@ class _WalReader:
         self._start = start
         self._disk = disk
         self._metadata = b""
-        self._headed = False                # the present file has its metadata
+        self._headed = False                # the current file has its metadata
         self._hard_state = HardState()
         self._entries: List[Entry] = []
         self._snapshots: List[EntryID] = []
@@ -6077,11 +5989,11 @@ class _WalReader:
     def read(self, name: str, handle: int, *, last: bool) -> int:
         """Read one segment; return its size after a repair."""
         path = os.path.join(self._directory, name)
-        decoder = WalDecoder(path, self._disk.read_open(handle), self.crc, self._take_run)
+        decoder = WalDecoder(path, self._disk.read_open(handle), self.crc, self._add_run)
         self._headed, torn = False, ""
         try:
             for record in decoder:
-                self._take(decoder, record)
+                self._add_record(decoder, record)
         except TornTail as error:
             torn = str(error)
         if not self._headed:
@@ -6100,10 +6012,10 @@ class _WalReader:
         return decoder.end
 
     def contents(self) -> WalContents:
-        """Return what was read.  Raises WalError if it does not fit the snapshot.
+        """Return the log behind the snapshot.  Raises WalError if they do not fit.
 
-        The state may be older than the snapshot: a crash came between the file of a received
-        snapshot and the frames behind it.  No vote of the snapshot's term was given then.
+        The state may be older than the snapshot: after a crash between the file of a received
+        snapshot and the frames behind it.  Then this member has not voted in the snapshot's term.
         """
         start = self._start
         if start not in self._snapshots:
@@ -6134,39 +6046,38 @@ class _WalReader:
         self._disk.close(broken)
         log.warning("repaired WAL error (unexpected EOF): cut %s at offset %d", path, decoder.end)
 
-    def _take(self, decoder: WalDecoder, record: WalRecord) -> None:
+    def _add_record(self, decoder: WalDecoder, record: WalRecord) -> None:
         data = record.data
         try:
             if record.kind == RecordType.ENTRY:
-                self._take_entry(decoder, _wal_entry(data))
+                self._add_entry(decoder, _wal_entry(data))
             elif record.kind == RecordType.STATE:
-                self._take_state(data)
+                self._set_state(data)
             elif record.kind == RecordType.METADATA:
                 if not data or (self._metadata and self._metadata != data):
                     raise decoder.damage("wal: conflicting metadata found")
                 self._metadata, self._headed = data, True
             elif record.kind == RecordType.SNAPSHOT:
-                self._take_snapshot(_decode_walpb_snapshot(data))
+                self._add_snapshot(_decode_walpb_snapshot(data))
         except CodecError as error:
             raise decoder.damage(str(error)) from None
 
-    def _take_run(self, decoder: WalDecoder, entries: List[Entry], state: bytes) -> None:
-        first = entries[0].index - self._start.index if entries else 0
-        if first > 0:                   # the usual case: behind the snapshot
-            self._take_entry(decoder, entries[0])
+    def _add_run(self, decoder: WalDecoder, entries: List[Entry], state: bytes) -> None:
+        if entries and entries[0].index > self._start.index:    # the usual case
+            self._add_entry(decoder, entries[0])
             self._entries += entries[1:]
         else:
             for entry in entries:
-                self._take_entry(decoder, entry)
+                self._add_entry(decoder, entry)
         if state:
-            self._take_state(state)
+            self._set_state(state)
 
-    def _take_state(self, data: bytes) -> None:
+    def _set_state(self, data: bytes) -> None:
         self._hard_state = decode_hard_state(data)
         if not self._hard_state.term or encode_hard_state(self._hard_state) != data:
             raise CodecError("not a hard state")
 
-    def _take_entry(self, decoder: WalDecoder, entry: Entry) -> None:
+    def _add_entry(self, decoder: WalDecoder, entry: Entry) -> None:
         start = self._start.index
         if entry.index <= start:
             self._start_term = entry.term if entry.index == start else 0
@@ -6180,10 +6091,10 @@ class _WalReader:
         del self._entries[position:]
         self._entries.append(entry)
 
-    def _take_snapshot(self, snapshot_id: EntryID) -> None:
-        """A snapshot that came from a leader replaces a log that has another entry in its place.
+    def _add_snapshot(self, snapshot_id: EntryID) -> None:
+        """Note a snapshot.  It replaces a log with another entry in its place: a leader sent it.
 
-        A log that begins behind it is a backup by etcdctl, which writes the entries first.
+        Entries before the record of their snapshot come from a backup by etcdctl.
         """
         self._snapshots.append(snapshot_id)
         if snapshot_id == self._start and self._start_term not in (0, snapshot_id.term):
@@ -6209,7 +6120,7 @@ def _wal_position(name: str) -> Tuple[int, int]:
 
 
 def _segments_from(directory: str, index: int, disk: OsDisk) -> List[str]:
-    """Return the names of the segments that hold what follows `index`, in order."""
+    """Return the names of the segments that hold the entries behind `index`, in order."""
     names = []
     for name in disk.listdir(directory):
         if _WAL_NAME.fullmatch(name):
@@ -18628,10 +18539,10 @@ def prepare_proxy_dir(config: ServerConfig) -> str:
         names = set(os.listdir(root)) if os.path.exists(root) else set()
         if "member" in names and "proxy" not in names:
             raise StartError(f"{root} belongs to a member; choose another -data-dir for a proxy")
-        _classify(root, names)
+        check_layout(root, names)
         os.makedirs(root, mode=0o700, exist_ok=True)
         os.makedirs(path, mode=0o700, exist_ok=True)
-        _touch(path)
+        check_writable(path)
         fsync_dir(root)
     except OSError as error:
         raise StartError(

@@ -414,7 +414,6 @@ def encode_request(
 
 
 def encode_target(method: str, path: str) -> bytes:
-    """Return method and path as encode_request() does."""
     return _bytes_field(b"\x12", method.encode()) + _bytes_field(b"\x1a", utf8(path))
 
 
@@ -434,7 +433,6 @@ def encode_plain(id: int, target: bytes, value: bytes) -> bytes:
 
 
 def wrap_int64(value: int) -> int:
-    """Wrap `value` around as 64-bit signed arithmetic does."""
     return (value + (1 << 63) & UINT64_MAX) - (1 << 63)
 
 

@@ -228,7 +228,6 @@ class RawNode:
         return self.raft.role is RaftRole.LEADER and self.raft.replication.is_due
 
     def ready(self) -> Ready:
-        """Hand out the entries to write and the messages to send."""
         raft = self.raft
         if self._is_append_due:
             raft.replication.send_due()
