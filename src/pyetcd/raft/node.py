@@ -127,7 +127,7 @@ class RawNode:
         if kind == MsgType.PROP:
             # Copies: the leader numbers the entries, and a duplicate may share them.
             entries = [Entry(e.type, 0, 0, e.data, e.request) for e in message.entries]
-            self._propose(message.sender, entries)
+            self.propose(*entries, sender=message.sender)
         elif (
             (not message.term and kind != MsgType.READ_INDEX)
             or kind in LOCAL_MESSAGES
@@ -164,23 +164,20 @@ class RawNode:
             )
         return ""
 
-    def propose(self, *entries: Entry) -> None:
-        """Propose entries together.  A leader numbers and appends these very objects.
+    def propose(self, *entries: Entry, sender: int = 0) -> None:
+        """Propose all of `entries` for member `sender` (0: this one).
 
-        Raises ProposalDropped, for all of them, without a leader, after the own removal, or while
-        too much is uncommitted.  An accepted entry may be lost, too.
+        A leader numbers and appends these very objects.  Raises ProposalDropped, for all of them,
+        without a leader, after the own removal, or while too much is uncommitted.  Without an
+        exception an entry may be lost all the same.
         """
-        self._propose(0, entries)
-
-    def propose_conf_change(self, change: ConfChange) -> None:
-        """Propose a membership change; while another is pending it silently becomes a no-op."""
-        data = encode_conf_change(change)
-        self._propose(0, (Entry(EntryType.CONF_CHANGE, data=data),))
-
-    def _propose(self, sender: int, entries: Sequence[Entry]) -> None:
         if self.raft.removed:
             raise ProposalDropped(f"{self.raft.id:x} is removed from the cluster")
         self.raft.step(Message(MsgType.PROP, sender=sender, entries=entries))
+
+    def propose_conf_change(self, change: ConfChange) -> None:
+        """Propose a membership change, which becomes a no-op while another one is pending."""
+        self.propose(Entry(EntryType.CONF_CHANGE, data=encode_conf_change(change)))
 
     def apply_conf_change(self, change: ConfChange) -> Tuple[int, ...]:
         """Apply a ConfChange entry, with node_id=0 if the state machine refused it; return the
