@@ -21,7 +21,7 @@ Rooms and their modules, bottom up; each uses only names defined above it:
   disk:   files, records, snapshots, wal
   net:    http_messages, workers, reactor, budgets, http_requests, tls, dns, http_calls,
             http_connections, http_server
-  peer:   frames, compatibility, streams, links, transport
+  peer:   compatibility, frames, streams, links, transport
   member: cluster, applier, configuration, passwords, auth, statistics, journal, snapshots,
             waiting, leadership, upkeep, server
   api:    forms, gojson, auth, listings, keys, members, metrics, snapshot, status, routes,
@@ -155,6 +155,7 @@ from array import array
 from datetime import datetime, timedelta
 from email.utils import formatdate
 from enum import IntEnum
+from operator import attrgetter
 from struct import unpack_from as _unpack_from
 from typing import (
     Any,
@@ -6318,20 +6319,22 @@ def _decode_walpb_snapshot(data: bytes) -> EntryID:
 
 
 class BadRequest(ValueError):
-    """A request that is not HTTP; the text is the body of the answer, status says which."""
+    """A message that is not HTTP; the answer has this status, and the text for its body."""
 
     def __init__(self, text: str = "400 Bad Request", status: int = 400) -> None:
         super().__init__(text)
         self.status = status
 
 
-class Http2Knock(BadRequest):
-    """The client speaks HTTP/2 without having asked whether we do: a gRPC client, most likely."""
+class Http2Preface(BadRequest):
+    """The connection begins with the preface of HTTP/2: most likely a gRPC client."""
 
 
 class HttpHead:
-    """The parsed request line and headers.  Shared by all requests with the same head bytes:
-    `parsed` is where a handler may keep what it derived from them."""
+    """The parsed request line and headers, shared by all requests with the same head bytes.
+
+    `parsed` holds the parameters that a handler has derived from them.
+    """
 
     __slots__ = (
         "method", "target", "path", "query", "headers", "minor", "keep_alive", "body_size",
@@ -6358,12 +6361,14 @@ class HttpHead:
         self.parsed: Any = None
 
 
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([^\x00-\x20\x7f]+) HTTP/(\d)\.(\d)")
-_HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\x00\r\n]*)")
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
+_REQUEST_LINE = re.compile(rb"(%b+) ([^\x00-\x20\x7f]+) HTTP/(\d)\.(\d)" % _TOKEN)
+_REQUEST_START = re.compile(rb"%b{1,32}( |\Z)" % _TOKEN)
+_HEADER = re.compile(rb"(%b+):([^\x00\r\n]*)" % _TOKEN)
 
 
 def _list_header(headers: Dict[str, str], name: str) -> List[str]:
-    """Return the elements of a header that is a list, in lower case; [] if it is absent."""
+    """Return the elements of a list header in lower case; [] without that header."""
     text = headers.get(name, "")
     if len(text) > SHORT_HEADER_BYTES_MAX:
         raise BadRequest("431 Request Header Fields Too Large", 431)
@@ -6394,8 +6399,8 @@ def _content_length(headers: Dict[str, str]) -> int:
 def parse_header_lines(lines: Iterable[bytes]) -> Dict[str, str]:
     """Return lower-case name -> value; repeated headers are joined by a comma.
 
-    Raises BadRequest for anything else than `token: value` (no folding, RFC 9112 §5), and for
-    two Hosts: a proxy before us may have looked at the other one (§3.2).
+    Raises BadRequest for a line that is not `token: value` (no folding, RFC 9112 §5), and for
+    two Hosts: a proxy before this server may have routed by the other one (§3.2).
     """
     headers: Dict[str, str] = {}
     repeated: Dict[str, List[str]] = {}
@@ -6416,18 +6421,15 @@ def parse_header_lines(lines: Iterable[bytes]) -> Dict[str, str]:
     return headers
 
 
-_REQUEST_START = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}( |\Z)")
-
-
 def check_start(data: Union[bytes, bytearray]) -> None:
-    """Raise BadRequest if no head can begin like this, however it goes on."""
+    """Raise BadRequest if no request line begins with `data`."""
     line = data[:64].lstrip(b"\r\n")
     if line and not _REQUEST_START.match(line):
         raise BadRequest()
 
 
 class HeadFinder:
-    """Finds the end of a head in a buffer that grows, and looks at no byte of it twice.
+    """Finds the end of a head in a growing buffer, in linear time.
 
     Lines may end without CR, as those of simple health checks do (RFC 9112 §2.2).
     """
@@ -6439,9 +6441,9 @@ class HeadFinder:
         self._has_line = False          # a request line that is not too long is among them
 
     def find(self, data: bytearray) -> Optional[Tuple[int, int]]:
-        """Return the end of the head in `data`, and where what follows it begins; None: not yet.
+        """Return the end of the head and the start of the body in `data`; None: not complete.
 
-        Raises BadRequest if the head is too long.  After a result, the next head is looked for.
+        Raises BadRequest if the head is too long.  After a result the search begins again.
         """
         start = max(self._seen - 2, 0)
         end, blank = data.find(b"\n\r\n", start), 3
@@ -6463,13 +6465,13 @@ class HeadFinder:
 
 
 def _lines_of(raw: bytes) -> List[bytes]:
-    """Return the lines of a head, with or without CR at their ends; the last one has none."""
+    """Return the lines of a head, whose line ends have a CR or not."""
     *lines, last = raw.split(b"\n")
     return [*(line[:-1] if line.endswith(b"\r") else line for line in lines), last]
 
 
 def parse_head(raw: bytes) -> HttpHead:
-    """Parse a request's head without its final empty line.  Raises BadRequest."""
+    """Parse the head of a request, without its final empty line.  Raises BadRequest."""
     check_start(raw)
     if raw.count(b"\n") >= HEADER_LINES_MAX:
         raise BadRequest("431 Request Header Fields Too Large", 431)
@@ -6482,7 +6484,7 @@ def parse_head(raw: bytes) -> HttpHead:
     method, target, major, minor = match.groups()
     if major != b"1" or minor not in (b"0", b"1"):
         if raw == b"PRI * HTTP/2.0":
-            raise Http2Knock()
+            raise Http2Preface()
         raise BadRequest("505 HTTP Version Not Supported: unsupported protocol version", 505)
     headers = parse_header_lines(lines[1:])
     if minor == b"1" and "host" not in headers:
@@ -6496,7 +6498,10 @@ def parse_head(raw: bytes) -> HttpHead:
 
 
 def parse_answer_head(raw: bytes) -> Tuple[int, Dict[str, str]]:
-    """Parse an answer's head without its final empty line: status, headers.  Raises BadRequest."""
+    """Return (status, headers) of the head of an answer, without its final empty line.
+
+    Raises BadRequest.
+    """
     if raw.count(b"\n") > HEADER_LINES_MAX:
         raise BadRequest("head too large")
     lines = _lines_of(raw)
@@ -6508,25 +6513,27 @@ def parse_answer_head(raw: bytes) -> Tuple[int, Dict[str, str]]:
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.[0-9] ([1-9][0-9]{2})(?: |\Z)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
-_CHUNK_SIZE_BYTES_MAX = 4_096       # of that line, extensions and all
+_CHUNK_SIZE_BYTES_MAX = 4_096       # of a chunk's size line with its extensions; above: refused
 
 
 class ChunkedDecoder:
     """Chunked transfer coding, fed piecewise (RFC 9112 §7.1)."""
 
-    __slots__ = ("done", "chunks", "_buffer", "_left", "_trailers")
+    __slots__ = ("done", "chunks", "rest", "_left", "_trailers")
 
     def __init__(self) -> None:
         self.done = False
         self.chunks = 0                 # begun so far
-        self._buffer = bytearray()
+        self.rest = bytearray()         # input not decoded yet; when done: behind the body
         self._left = 0                  # bytes left of the chunk and its CRLF; 0: size line next
         self._trailers: Optional[HeadFinder] = None     # looks for their end, after the last chunk
 
     def feed(self, data: bytes) -> bytes:
-        """Return the body bytes now known; after the last chunk `done` is set and the rest of
-        the input waits in `rest`.  Raises BadRequest."""
-        buffer, body, at = self._buffer, [], 0
+        """Return the next bytes of the body.  Raises BadRequest.
+
+        After the last chunk and the trailers `done` is set, and `rest` is the input behind them.
+        """
+        buffer, body, at = self.rest, [], 0
         buffer += data
         while self._trailers is None and at < len(buffer):
             if not self._left:
@@ -6550,17 +6557,12 @@ class ChunkedDecoder:
             self._skip_trailers(self._trailers)
         return b"".join(body)
 
-    @property
-    def rest(self) -> bytes:
-        """Input behind the end of the body."""
-        return bytes(self._buffer)
-
     def _size_line(self, at: int) -> int:
-        """Begin the chunk whose size stands at `at`; return how long that line is, 0: not all."""
-        line = _CHUNK_SIZE.match(self._buffer, at, at + _CHUNK_SIZE_BYTES_MAX)
+        """Begin the chunk whose size line is at `at`; return the line's length, 0: incomplete."""
+        line = _CHUNK_SIZE.match(self.rest, at, at + _CHUNK_SIZE_BYTES_MAX)
         if line is None:
             until = at + _CHUNK_SIZE_BYTES_MAX
-            if self._buffer.find(b"\n", at, until) >= 0 or len(self._buffer) >= until:
+            if self.rest.find(b"\n", at, until) >= 0 or len(self.rest) >= until:
                 raise BadRequest()
             return 0
         size = int(line.group(1), 16)
@@ -6572,117 +6574,105 @@ class ChunkedDecoder:
         return line.end() - at
 
     def _skip_trailers(self, finder: HeadFinder) -> None:
-        """Check them, and forget them."""
-        found = finder.find(self._buffer)
+        """Check the trailers and drop them."""
+        found = finder.find(self.rest)
         if found is None:
             return
         end, stop = found
-        trailers = bytes(self._buffer[:end])
+        trailers = bytes(self.rest[:end])
         if stop - end != 4 or trailers.count(b"\n") > HEADER_LINES_MAX:
             raise BadRequest()
         parse_header_lines(trailers.split(b"\r\n")[1:])
-        del self._buffer[:stop]
+        del self.rest[:stop]
         self.done = True
 
 
 class Http2Refusal:
     """As much HTTP/2 as it takes to answer one request of a gRPC client with a sentence.
 
-    The answer is an error of gRPC, which its user gets to see; only then GOAWAY asks for
-    HTTP/1.1.  Sent alone, that would be one failed connection more to try again, and silence.
+    The answer is an error of gRPC, which the client shows to its user; then GOAWAY asks for
+    HTTP/1.1.  GOAWAY alone would be a failed connection that the client retries in silence.
     Source: RFC 9113; RFC 7541 §6; the gRPC documents, "gRPC over HTTP2".
     """
 
-    _PREFACE_END = b"SM\r\n\r\n"        # what follows the empty line of `PRI * HTTP/2.0`
-    _FRAME_BYTES_MAX = 1 << 14          # nobody may send larger ones unasked; above: the end
+    _PREFACE_END = b"SM\r\n\r\n"        # follows the empty line of `PRI * HTTP/2.0`
+    _FRAME_BYTES_MAX = 1 << 14          # the protocol's default; above: GOAWAY
     _HEADERS, _SETTINGS, _PING, _GOAWAY = 1, 4, 6, 7
-    _UNIMPLEMENTED = b"12"              # a status of gRPC
-    _HTTP_1_1_REQUIRED = 0xD
 
     __slots__ = ("done", "_buffer", "_greeted", "_sentence")
 
     def __init__(self, sentence: str) -> None:
-        self.done = False               # all is said: close
+        self.done = False               # the connection is to be closed
         self._buffer = b""
         self._greeted = False
         self._sentence = sentence.encode("ascii")
 
     def feed(self, data: bytes) -> bytes:
-        """Return what to send, after `data` has come."""
+        """Return the bytes to send after `data` has arrived."""
         self._buffer += data
-        answers = []
+        answer = b""
         if not self._greeted and len(self._buffer) >= len(self._PREFACE_END):
             self._greeted = True
-            answers.append(self._frame(self._SETTINGS, 0, 0, b""))
+            answer = self._frame(self._SETTINGS, 0, 0)
             if not self._buffer.startswith(self._PREFACE_END):
-                answers.append(self._goodbye(0))
+                answer += self._goodbye(0)
             self._buffer = self._buffer[len(self._PREFACE_END):]
         while self._greeted and not self.done and len(self._buffer) >= 9:
             size = int.from_bytes(self._buffer[:3], "big")
             if size > self._FRAME_BYTES_MAX:
-                answers.append(self._goodbye(0))
-            elif len(self._buffer) >= 9 + size:
-                frame, self._buffer = self._buffer[:9 + size], self._buffer[9 + size:]
-                answers.append(self._answer(frame))
-            else:
+                return answer + self._goodbye(0)
+            if len(self._buffer) < 9 + size:
                 break
-        return b"".join(answers)
+            frame, self._buffer = self._buffer[:9 + size], self._buffer[9 + size:]
+            answer += self._answer(frame)
+        return answer
 
     def _answer(self, frame: bytes) -> bytes:
-        kind, is_ack = frame[3], frame[4] & 1
-        stream = int.from_bytes(frame[5:9], "big") & 0x7FFF_FFFF
-        if kind == self._HEADERS:
-            return self._refuse(stream) + self._goodbye(stream)
+        kind, flags, stream = struct.unpack_from(">BBI", frame, 3)
+        if kind == self._HEADERS:       # the answer: `:status 200` and, as trailers, error 12
+            return self._frame(kind, 0x4 | 0x1, stream & 0x7FFF_FFFF, (     # END_HEADERS | _STREAM
+                b"\x88\0\x0ccontent-type\x10application/grpc\0\x0bgrpc-status\x0212"
+                b"\0\x0cgrpc-message%c%b" % (len(self._sentence), self._sentence)
+            )) + self._goodbye(stream & 0x7FFF_FFFF)
         if kind == self._GOAWAY:
             return self._goodbye(0)
-        if kind in (self._SETTINGS, self._PING) and not is_ack:
+        if kind in (self._SETTINGS, self._PING) and not flags & 1:      # 1: acknowledgement
             return self._frame(kind, 1, 0, frame[9:] if kind == self._PING else b"")
-        return b""                      # of a request that is answered, or of no interest
-
-    def _refuse(self, stream: int) -> bytes:
-        """Headers that are trailers as well: `:status 200`, as gRPC wants it, and the error."""
-        block = b"\x88" + b"".join(
-            b"\0%c%b%c%b" % (len(name), name, len(value), value) for name, value in (
-                (b"content-type", b"application/grpc"), (b"grpc-status", self._UNIMPLEMENTED),
-                (b"grpc-message", self._sentence),
-            )
-        )
-        return self._frame(self._HEADERS, 0x4 | 0x1, stream, block)    # END_HEADERS, END_STREAM
+        return b""
 
     def _goodbye(self, last_stream: int) -> bytes:
         self.done = True
-        payload = struct.pack(">II", last_stream, self._HTTP_1_1_REQUIRED) + self._sentence
-        return self._frame(self._GOAWAY, 0, 0, payload)
+        http_1_1_required = 0xD
+        return self._frame(self._GOAWAY, 0, 0, struct.pack(
+            ">II", last_stream, http_1_1_required) + self._sentence)
 
     @staticmethod
-    def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
         return struct.pack(">I", len(payload))[1:] + struct.pack(
             ">BBI", kind, flags, stream) + payload
 
 
 # ============================================================================
-# net/workers -- Clocks, timers, complaints, and threads for work that may block.
+# net/workers -- Clocks, timers, a throttled log, and threads for calls that block.
 # ============================================================================
 
 
-COMPLAINT_SECONDS = 30.0            # the same complaint is not logged again within this time
-
-
-TIMERS_SWEPT_MIN = 256              # waiting; from then on cancelled ones are looked for
+REPEAT_SECONDS = 30.0               # between two log lines about the same fault
+TIMERS_SWEPT_MIN = 256              # waiting timers; above: cancelled ones are removed
 
 
 class Clock(NamedTuple):
-    """Where time comes from.  No other code reads a clock, so that a test can pass its own time."""
+    """The source of time.  No other code reads a clock: a test can pass its own."""
 
     now: Callable[[], float]            # monotonic seconds, for deadlines and durations
-    wall_ns: Callable[[], int]          # unix nanoseconds, for what clients see and for expiry
+    wall_ns: Callable[[], int]          # unix nanoseconds, for clients and for expiry
 
 
 SYSTEM_CLOCK = Clock(time.monotonic, time.time_ns)
 
 
 class Timer:
-    """One call at a later time; cancel() makes it do nothing."""
+    """A call at a later time, unless it is cancelled before."""
 
     __slots__ = ("callback", "args")
 
@@ -6691,60 +6681,50 @@ class Timer:
         self.args = args
 
     def cancel(self) -> None:
-        """Forget the call; harmless when it was made already."""
         self.callback = None
         self.args = ()
 
 
-class Complaints:
-    """Logs errors that would repeat with every attempt, each at most once in 30 s."""
+class ThrottledLog:
+    """Logs the errors that every attempt would repeat, each at most once in 30 s."""
 
     def __init__(self, package: str, now: Callable[[], float]) -> None:
         self._log = package_logger(package)
         self._now = now
-        self._said: Dict[str, float] = {}
+        self._logged: Dict[str, float] = {}     # fault -> monotonic time
 
-    def say(self, text: str, about: str = "") -> None:
-        """Log `text` as an error, unless as much was said a short time ago.
-
-        about  what makes two texts the same; "": the text itself
-        """
-        now, about = self._now(), (about or text)[:256]
-        if now - self._said.get(about, -COMPLAINT_SECONDS) < COMPLAINT_SECONDS:
+    def error(self, text: str, fault: str = "") -> None:
+        """Log `text`, unless an error with the same `fault` (default: text) is recent."""
+        now, fault = self._now(), (fault or text)[:256]
+        if now - self._logged.get(fault, -REPEAT_SECONDS) < REPEAT_SECONDS:
             return
-        if len(self._said) >= 1_000:
-            self._said.clear()
-        self._said[about] = now
+        if len(self._logged) >= 1_000:
+            self._logged.clear()
+        self._logged[fault] = now
         self._log.error("%s", text)
 
 
 class WorkKind(NamedTuple):
-    """One kind of calls that block.  Each kind has threads of its own, so that one that hangs
-    holds up no other.
-
-    threads      at work at a time
-    waiting_max  calls that wait for a thread; above: refused with WorkersBusy
-    is_awaited   True: close() waits for the calls under way.  False: it leaves them behind
-    """
+    """A kind of blocking calls with its own threads, so that a hanging kind delays no other."""
 
     name: str
-    threads: int
-    waiting_max: int
-    is_awaited: bool
+    threads: int                        # at most
+    waiting_max: int                    # calls that wait for a thread; above: WorkersBusy
+    is_awaited: bool                    # stop() waits for the calls under way
 
 
 FILE_WORK = WorkKind("files", 2, 16, True)              # snapshots, removal of old files
 NAME_WORK = WorkKind("names", 16, 64, False)            # a name server may hang for a minute
 PASSWORD_WORK = WorkKind("passwords", 2, 64, False)     # 0.1 s each, of another process
-PEER_WORK = WorkKind("peers", 1, 1, False)              # a proxy's questions to the members
+PEER_WORK = WorkKind("peers", 1, 1, False)              # a proxy's requests to the members
 
 
 class WorkersBusy(OSError):
-    """As many calls of this kind wait as may."""
+    """Too many calls of this kind wait."""
 
 
 def outcome_of(work: Callable[..., Any], *args: Any) -> Tuple[Optional[Exception], Any]:
-    """Return (None, result) of work(*args), or (what it raised, None), for another thread."""
+    """Return (None, result) of work(*args), or (its exception, None)."""
     try:
         return None, work(*args)
     except Exception as error:
@@ -6754,7 +6734,7 @@ def outcome_of(work: Callable[..., Any], *args: Any) -> Tuple[Optional[Exception
 class Workers:
     """The threads for one kind of calls that block.
 
-    They are daemons: a call that hangs ends with the process.  Thread: reactor.
+    They are daemons: a hanging call ends with the process.  Thread: reactor.
     """
 
     def __init__(self, kind: WorkKind, post: Callable[..., None]) -> None:
@@ -6768,7 +6748,7 @@ class Workers:
         self, work: Callable[..., Any], args: Tuple[Any, ...],
         done: Callable[[Optional[BaseException], Any], None],
     ) -> None:
-        """Have work(*args) called; then done(error, result) on the reactor's thread."""
+        """Call work(*args) on a thread; then done(error, result) on the reactor's."""
         kind = self._kind
         if self._unfinished >= kind.threads + kind.waiting_max:
             self._post(done, WorkersBusy(f"too many calls wait ({kind.name})"), None)
@@ -6787,7 +6767,7 @@ class Workers:
                     self._post(self._finish, done, WorkersBusy(f"{kind.name}: {error}"), None)
 
     def stop(self) -> None:
-        """Take no more calls; those that are awaited are finished first."""
+        """Take no more calls; wait for those under way if their kind is awaited."""
         for _ in self._threads:
             self._calls.put(None)
         for thread in self._threads if self._kind.is_awaited else ():
@@ -6798,7 +6778,7 @@ class Workers:
             pass
 
     def _serve(self, call: Any) -> bool:
-        """Make one call, and keep nothing of it; False: it was the last."""
+        """Make one call; False: stop().  In its own frame, which keeps nothing of the call."""
         if call is None:
             return False
         work, args, done = call
@@ -6818,9 +6798,9 @@ class Workers:
 # ============================================================================
 
 
-QUICK_SECONDS = 0.000_200           # a wait, falling asleep and waking included
-QUICK_WAITS_MIN = 8                 # in a row: then the next waits begin awake
-AWAKE_SECONDS = 0.000_120           # of one wait; without an event by then, asleep again
+QUICK_SECONDS = 0.000_200           # a short wait, falling asleep and waking included
+QUICK_WAITS_MIN = 8                 # short ones in a row, after which waits begin awake
+AWAKE_SECONDS = 0.000_120           # of one wait; without an event by then, asleep
 CLIENTS_SECONDS = 0.005             # for clients in each of three parts of a turn: their sockets,
                                     # their queued calls, their replies; above: the next turn
 CLOCK_STRIDE = 4                    # callbacks of clients between two looks at the clock
@@ -6842,11 +6822,10 @@ _READY = tuple(
 
 
 class Reactor:
-    """The loop that owns all state: sockets, timers, and what other threads post.
+    """The loop whose thread owns all state, with its sockets, timers and posted calls.
 
-    One turn: poll, serve ready sockets, run due timers, run what was posted, on_turn(), flush
-    (DESIGN: order inside one turn).  Thread: all methods from the reactor's own, except
-    call_soon_threadsafe and stop.
+    One turn: poll, serve ready sockets, run due timers, run posted calls, on_turn(), flush.
+    Thread: the reactor's own, except for call_soon_threadsafe and stop.
     """
 
     PHASES = ("waiting", "sockets", "timers", "posted", "server", "flush")
@@ -6854,36 +6833,40 @@ class Reactor:
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self.now, self.wall_ns = clock
         self.on_turn: Callable[[], None] = lambda: None
-        self.on_turned: Callable[[float], None] = lambda seconds: None  # gets what it took
+        self.on_turned: Callable[[float], None] = lambda seconds: None
         self.turns = 0
         self.slowest_turn_s = 0.0
-        self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # so far; waiting: for sockets
+        self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # sums; waiting: for sockets
         self._turned_at = self.now()    # the end of the last turn
         self._quick_waits = 0           # so many in a row were short
         self._epoll = select.epoll()    # selectors would cost some 3 us more per event
         self._callbacks: Dict[int, Callable[[int], None]] = {}      # by descriptor
-        self._gone: Set[int] = set()    # unregistered in this turn: their events are of others
+        self._gone: Set[int] = set()    # unregistered in this turn: their events are stale
         self._timers: List[Tuple[float, int, Timer]] = []
         self._timer_count = 0
-        self._timers_max = TIMERS_SWEPT_MIN     # so many: forget those that are cancelled
+        self._timers_max = TIMERS_SWEPT_MIN     # above: remove the cancelled ones
         self._posted: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._polling = False           # True: a poster must write to the wake socket
         self._stopping = False
         self._flushes: List[Callable[[], None]] = []
-        # What clients cause: it gets CLIENTS_SECONDS of each part of a turn, then has to wait.
+        # Work for clients gets CLIENTS_SECONDS of each part of a turn; the rest has to wait.
         self._patient: Set[int] = set()         # descriptors
         self._urgent = select.epoll()           # all others: looked at while some are late
         self._late: OrderedDict[int, int] = collections.OrderedDict()   # of _patient -> event
-        self._in_line: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
+        self._client_calls: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._client_flushes: List[Callable[[], None]] = []
+        # flush_soon(flush) calls it at the end of this turn; flush_in_turn(flush) then or at the
+        # end of a later one, within the time for clients.
+        self.flush_soon = self._flushes.append
+        self.flush_in_turn = self._client_flushes.append
         wake_in, wake_out = os.pipe()
         os.set_blocking(wake_in, False)
         os.set_blocking(wake_out, False)
         self._wake_in = open(wake_in, "rb", buffering=0)
         self._wake_out = open(wake_out, "wb", buffering=0)
-        self._wake_lock = threading.Lock()      # a leaf: nobody closes _wake_out under a writer
+        self._wake_lock = threading.Lock()      # a leaf: _wake_out is open during a write
         self._workers: Dict[WorkKind, Workers] = {}
-        self._look_ups: Dict[Tuple[str, int], List[Timer]] = {}     # under way: who waits
+        self._look_ups: Dict[Tuple[str, int], List[Timer]] = {}     # (host, port) -> callbacks
         self._set_date(self._turned_at)
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
 
@@ -6925,13 +6908,13 @@ class Reactor:
             self._polling = False
             with self._wake_lock:
                 if not self._wake_out.closed:
-                    self._wake_out.write(b"\0")     # None if it is full: that wakes it as well
+                    self._wake_out.write(b"\0")     # a full pipe wakes the reactor as well
 
     def run_blocking(
         self, work: Callable[..., Any], *args: Any, kind: WorkKind,
         done: Callable[[Optional[BaseException], Any], None],
     ) -> None:
-        """Run `work(*args)` on a thread for this kind; then call done(error, result) on ours."""
+        """Run `work(*args)` on a thread for its kind, then done(error, result) in the reactor."""
         if kind not in self._workers:
             self._workers[kind] = Workers(kind, self.call_soon_threadsafe)
         self._workers[kind].submit(work, args, done)
@@ -6939,10 +6922,9 @@ class Reactor:
     def look_up(
         self, host: str, port: int, done: Callable[[Optional[BaseException], Any], None]
     ) -> Timer:
-        """Call done(error, what getaddrinfo found), unless the Timer returned is cancelled.
+        """Call done(error, result of getaddrinfo), unless the returned Timer is cancelled.
 
-        All that want the same at a time share one question: a name whose server hangs takes one
-        thread, however often it is asked for.
+        Simultaneous look-ups of a name share one thread, which a name server may keep waiting.
         """
         waiter = Timer(done, ())
         waiters = self._look_ups.get((host, port))
@@ -6968,8 +6950,8 @@ class Reactor:
     ) -> None:
         """Call callback(mask) whenever `sock` is ready for any of `events`, selectors.EVENT_*.
 
-        A socket must be unregistered before it is closed.  patient: if many are ready, this one
-        may have to wait for a later turn, but not longer than others that may.
+        A socket must be unregistered before it is closed.  patient: if many sockets are ready,
+        this one may wait for a later turn, in the order in which they became ready.
         """
         descriptor = sock.fileno()
         self._epoll.register(descriptor, _EPOLL_EVENTS[events])
@@ -6980,7 +6962,7 @@ class Reactor:
             self._urgent.register(descriptor, _EPOLL_EVENTS[events])
 
     def modify(self, sock: HasFileno, events: int, callback: Callable[[int], None]) -> None:
-        """Change what a registered socket waits for."""
+        """Change the events and the callback of a registered socket."""
         descriptor = sock.fileno()
         self._epoll.modify(descriptor, _EPOLL_EVENTS[events])
         self._callbacks[descriptor] = callback
@@ -6988,7 +6970,7 @@ class Reactor:
             self._urgent.modify(descriptor, _EPOLL_EVENTS[events])
 
     def unregister(self, sock: HasFileno) -> None:
-        """Stop watching `sock`."""
+        """Call back for `sock` no more."""
         descriptor = sock.fileno()
         del self._callbacks[descriptor]
         if descriptor in self._patient:
@@ -7000,16 +6982,8 @@ class Reactor:
         self._epoll.unregister(descriptor)
 
     def call_in_turn(self, callback: Callable[..., None], *args: Any) -> None:
-        """Call in this turn or a later one, in order, as far as the time for clients goes."""
-        self._in_line.append((callback, args))
-
-    def flush_soon(self, flush: Callable[[], None]) -> None:
-        """Call flush() at the end of this turn."""
-        self._flushes.append(flush)
-
-    def flush_in_turn(self, flush: Callable[[], None]) -> None:
-        """Call flush() at the end of this turn or a later one, as call_in_turn() does."""
-        self._client_flushes.append(flush)
+        """Call in this turn or a later one, in order, within the time for clients."""
+        self._client_calls.append((callback, args))
 
     def run(self) -> None:
         """Turn until stop()."""
@@ -7018,7 +6992,7 @@ class Reactor:
             self._turn(self._poll())
 
     def close(self) -> None:
-        """Release threads and sockets, when all others are closed."""
+        """Release threads and pipes; all sockets are closed before."""
         for workers in self._workers.values():
             workers.stop()
         self._epoll.close()
@@ -7038,8 +7012,9 @@ class Reactor:
             wait_s = self._timers[0][0] - self._turned_at
             if wait_s < 0.0:
                 wait_s = 0.0
-        self._polling = True            # first this, then the look at _posted: no lost wake-up
-        if self._posted or self._flushes or self._late or self._in_line or self._client_flushes:
+        self._polling = True            # set before _posted is read: no wake-up is lost
+        if (self._posted or self._flushes or self._late or self._client_calls
+                or self._client_flushes):
             wait_s = 0.0
         if self._late:
             events = self._urgent.poll(0.0)
@@ -7049,7 +7024,7 @@ class Reactor:
         return events
 
     def _wait(self, wait_s: Optional[float]) -> List[Tuple[int, int]]:
-        """Wait for a socket; awake at first, where that has paid lately.
+        """Wait for a socket: awake for a short time if the last waits were short, then asleep.
 
         To fall asleep and be woken takes 50 us, about as long as a client on this machine takes
         for its next request: GETs on one connection are answered at 1.8 times the rate.
@@ -7091,19 +7066,18 @@ class Reactor:
         if self._timers and self._timers[0][0] <= served:
             self._run_timers(served)
             timed = called = clock()
-        if self._posted or self._in_line:
+        if self._posted or self._client_calls:
             for _ in range(len(self._posted)):
                 posted, args = self._posted.popleft()
                 posted(*args)
-            if self._in_line:
-                self._serve_line(clock() + CLIENTS_SECONDS)
+            if self._client_calls:
+                self._run_client_calls(clock() + CLIENTS_SECONDS)
             called = clock()
         self.on_turn()
         done = clock()
-        while self._flushes:
-            flushes, self._flushes = self._flushes, []
-            for flush in flushes:
-                flush()
+        for flush in self._flushes:     # and those added meanwhile
+            flush()
+        self._flushes.clear()
         if self._client_flushes:
             self._flush_clients(done + CLIENTS_SECONDS)
         self._turned_at = ended = clock()
@@ -7118,23 +7092,23 @@ class Reactor:
         self.on_turned(ended - started)
 
     def _serve_late(self, until: float) -> None:
-        """Serve the sockets that the last turn had no time for, before any other is looked at."""
+        """Serve the sockets that the last turn had no time for."""
         late = self._late
         while late and self.now() <= until:
             descriptor, mask = late.popitem(last=False)
             self._callbacks[descriptor](_READY[mask])
 
-    def _serve_line(self, until: float) -> None:
-        line = self._in_line
-        for _ in range(len(line)):      # what is added meanwhile is for the next turn
-            callback, args = line.popleft()
+    def _run_client_calls(self, until: float) -> None:
+        calls = self._client_calls
+        for _ in range(len(calls)):     # those added meanwhile belong to the next turn
+            callback, args = calls.popleft()
             callback(*args)
             if self.now() > until:
                 return
 
     def _flush_clients(self, until: float) -> None:
         flushes, count = self._client_flushes, 0
-        for flush in flushes:           # what is added meanwhile belongs to this turn
+        for flush in flushes:           # and those added meanwhile
             flush()
             count += 1
             if not count % CLOCK_STRIDE and self.now() > until:
@@ -7154,32 +7128,32 @@ class Reactor:
         self._date_until = now + 1.0 - wall_ns % NS / NS
 
     def _drain_wake(self, mask: int) -> None:
-        self._wake_in.read(4096)        # what is left makes it ready again
+        self._wake_in.read(4096)        # the rest makes it ready again
 
 
 # ============================================================================
-# net/budgets -- Budgets: the time of long works in a turn, and the memory of connections.
+# net/budgets -- Budgets: time for long work in a turn, and memory for the buffers of connections.
 # ============================================================================
 
 
 class SlicedWork:
-    """Long works in steps, all together for TURN_S of a turn, each for a while in its turn.
+    """Long work in steps: TURN_S of each turn in all, shared by round robin.
 
-    What is short is done at once.  Thread: reactor.
+    Short work is done at once.  Thread: reactor.
     """
 
     TURN_S = 0.005
 
     def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
-        self._works: Deque[Tuple[Iterator[None], Callable[[Any], None]]] = collections.deque()
-        self._turn = -1                 # of the reactor, and what was spent in it
-        self._spent_s = 0.0
+        self._queue: Deque[Tuple[Iterator[None], Callable[[Any], None]]] = collections.deque()
+        self._turn = -1                 # of the reactor
+        self._spent_s = 0.0             # in that turn
         self._is_posted = False
 
     def add(self, steps: Generator[None, None, Any], done: Callable[[Any], None]) -> None:
-        """Do a work; then call done(result of the generator), which may be before add() returns."""
-        self._works.append((steps, done))
+        """Run the generator, then done(its result), perhaps before add() returns."""
+        self._queue.append((steps, done))
         if not self._is_posted:
             self._go()
 
@@ -7188,78 +7162,74 @@ class SlicedWork:
         reactor = self._reactor
         if self._turn != reactor.turns:
             self._turn, self._spent_s = reactor.turns, 0.0
-        while self._works and self._spent_s < self.TURN_S:
-            steps, done = self._works.popleft()
+        while self._queue and self._spent_s < self.TURN_S:
+            steps, done = self._queue.popleft()
             started = reactor.now()
             try:
                 next(steps)
-                self._works.append((steps, done))
+                self._queue.append((steps, done))
             except StopIteration as stop:
                 done(stop.value)
             self._spent_s += reactor.now() - started
-        if self._works and not self._is_posted:
+        if self._queue and not self._is_posted:
             self._is_posted = True
             reactor.call_soon(self._go)
 
 
-class Holder(Protocol):
-    """A connection, as far as HeldBytes knows it."""
+class BufferOwner(Protocol):
+    """A connection with buffers in memory."""
 
-    def pieces(self) -> Iterator[Union[bytes, bytearray]]:
-        """What it holds in memory; a piece may be of several at a time."""
-
-    def close(self) -> None:
-        """Let go of all."""
+    def pieces(self) -> Iterator[Union[bytes, bytearray]]: ...
+    def close(self) -> None: ...
 
 
-class HeldBytes:
-    """What the connections of a member hold together: replies that nobody takes, and requests of
-    which bytes are missing.
+class BufferBudget:
+    """A limit on the memory of all connections: unsent replies and incomplete requests.
 
-    Pieces that several share count once, so it takes a look at all to know; that is due when as
-    much has come as there was room for.  If it is too much, the connections go that have not
-    moved for the longest.  Thread: reactor.
+    Connections may share buffers, and a shared one counts once, so only a walk over all of them
+    finds the sum.  A walk begins when the connections have received as many bytes as there was
+    room for after the last.  Above the limit it closes those with the longest time since their
+    last progress.  Thread: reactor.
     """
 
-    LOOK_PIECES = 10_000                # in one turn: 3 ms
+    TURN_PIECES = 10_000                # of a walk in one turn: 3 ms
 
     def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
-        self._holders: Dict[Holder, float] = {}     # and when they moved last (monotonic)
-        self._grown = 0                 # bytes since the last look
-        self._room = HELD_BYTES_MAX     # as of the last look
-        self._look: Iterator[None] = iter(())
-        self._looking = False
-        self._complaints = Complaints("http", reactor.now)
+        self._owners: Dict[BufferOwner, float] = {}     # and their last progress (monotonic)
+        self._grown = 0                 # bytes since the begin of the last walk
+        self._room = HELD_BYTES_MAX     # after the last walk
+        self._walk: Iterator[None] = iter(())
+        self._is_walking = False
+        self._log = ThrottledLog("http", reactor.now)
 
-    def hold(self, connection: Holder, grown: int, *, moved: bool = False) -> None:
-        """The connection keeps `grown` bytes more.  moved: its client has taken some."""
-        if moved or connection not in self._holders:
-            self._holders[connection] = self._reactor.now()
+    def grow(self, connection: BufferOwner, grown: int, *, moved: bool = False) -> None:
+        """Count bytes that a connection keeps.  moved: its client has read some."""
+        if moved or connection not in self._owners:
+            self._owners[connection] = self._reactor.now()
         self._grown += grown
-        if self._grown >= self._room and not self._looking:
-            self._looking, self._grown = True, 0
-            self._look = self._look_at_all()
+        if self._grown >= self._room and not self._is_walking:
+            self._is_walking, self._grown = True, 0
+            self._walk = self._close_excess()
             self._reactor.call_soon(self._go_on)
 
-    def forget(self, connection: Holder) -> None:
-        """The connection is closed."""
-        self._holders.pop(connection, None)
+    def forget(self, connection: BufferOwner) -> None:
+        self._owners.pop(connection, None)
 
     def _go_on(self) -> None:
-        for _ in self._look:
+        for _ in self._walk:
             self._reactor.call_soon(self._go_on)
             return
-        self._looking = False
+        self._is_walking = False
 
-    def _look_at_all(self) -> Iterator[None]:
-        """Close what is too much; those that moved last are kept, one of them in any case."""
-        kept = closed = looked = 0
+    def _close_excess(self) -> Iterator[None]:
+        """Keep the connections with the latest progress, at least one; close the others."""
+        kept = closed = walked = 0
         seen: Set[int] = set()
-        for connection in sorted(self._holders, key=self._holders.__getitem__, reverse=True):
+        for connection in sorted(self._owners, key=self._owners.__getitem__, reverse=True):
             pieces = {id(piece): len(piece) for piece in connection.pieces()}
             if not pieces:
-                self._holders.pop(connection, None)
+                self._owners.pop(connection, None)
                 continue
             size = sum(pieces[piece] for piece in pieces if piece not in seen)
             if kept and kept + size > HELD_BYTES_MAX:
@@ -7268,14 +7238,14 @@ class HeldBytes:
             else:
                 kept += size
                 seen.update(pieces)
-            looked += len(pieces)
-            if looked > self.LOOK_PIECES:
-                looked = 0
+            walked += len(pieces)
+            if walked > self.TURN_PIECES:
+                walked = 0
                 yield
         self._room = max(HELD_BYTES_MAX - kept, HELD_BYTES_MAX // 8)
         if closed:
             text = f"closed connections that held more than {HELD_BYTES_MAX >> 20} MB together"
-            self._complaints.say(
+            self._log.error(
                 f"{text}: {closed}, whose clients did not read replies or finish requests", text
             )
 
@@ -7292,7 +7262,7 @@ _STATUS_LINES = {
 
 
 class Channel(Protocol):
-    """A connection, as far as its requests and their replies know it."""
+    """The part of a connection that its requests and their replies use."""
 
     reactor: Reactor
     remote: str
@@ -7304,20 +7274,11 @@ class Channel(Protocol):
     closed: bool
 
     @property
-    def scheme(self) -> str:
-        """`https` under TLS, else `http`."""
-
-    def send(self, data: bytes, more: Sequence[bytes] = ()) -> None:
-        """Queue bytes for the end of this turn."""
-
-    def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
-        """Queue the end of a reply and go on with the next request, or close."""
-
-    def flush(self) -> None:
-        """Send what is queued."""
-
-    def close(self) -> None:
-        """Drop the socket; a waiting request's on_close is called."""
+    def scheme(self) -> str: ...
+    def send(self, data: bytes, more: Sequence[bytes] = ()) -> None: ...
+    def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class HttpRequest:
@@ -7330,51 +7291,24 @@ class HttpRequest:
         self.body = body
         self.connection = connection
         self.body_too_large = False
-        self.body_file: Optional[IO[bytes]] = None      # holds a body that is too large for memory
+        self.body_file: Optional[IO[bytes]] = None      # with a body that is too large for memory
 
-    @property
-    def method(self) -> str:
-        """Method, as sent."""
-        return self.head.method
-
-    @property
-    def target(self) -> str:
-        """Request target, as sent, latin-1."""
-        return self.head.target
-
-    @property
-    def path(self) -> str:
-        """Percent-decoded path (text_of)."""
-        return self.head.path
-
-    @property
-    def query(self) -> str:
-        """Raw query without `?`, latin-1."""
-        return self.head.query
-
-    @property
-    def headers(self) -> Dict[str, str]:
-        """Lower-case name -> value."""
-        return self.head.headers
-
-    @property
-    def remote(self) -> str:
-        """Client address, `ip:port`."""
-        return self.connection.remote
-
-    @property
-    def scheme(self) -> str:
-        """`https` if the request came through TLS, else `http`."""
-        return self.connection.scheme
+    # Attributes of the head and the connection, read in C: a GET reads four of them.
+    method = cast(str, property(attrgetter("head.method")))
+    target = cast(str, property(attrgetter("head.target")))     # as sent, latin-1
+    path = cast(str, property(attrgetter("head.path")))         # percent-decoded (text_of)
+    query = cast(str, property(attrgetter("head.query")))       # as sent, without `?`, latin-1
+    headers = cast(Dict[str, str], property(attrgetter("head.headers")))    # lower-case names
+    remote = cast(str, property(attrgetter("connection.remote")))       # client's `ip:port`
+    scheme = cast(str, property(attrgetter("connection.scheme")))
 
     @property
     def on_close(self) -> Optional[Callable[[], None]]:
-        """Called when the client goes away before the reply."""
+        """Called when the client closes the connection before the reply."""
         return self.connection.on_close
 
     @on_close.setter
     def on_close(self, callback: Optional[Callable[[], None]]) -> None:
-        """Ask for that call; None: no more."""
         self.connection.on_close = callback
 
     def _head_bytes(
@@ -7388,18 +7322,17 @@ class HttpRequest:
         else:
             closing = "Connection: keep-alive\r\n" if head.keep_alive else ""
             status_line = "HTTP/1.0" + status_line[8:]
-        date = self.connection.reactor.http_date
-        return (
-            f"{status_line}{kind}{headers}Date: {date}\r\n{framing}{closing}\r\n".encode("latin-1")
-        )
+        date = f"Date: {self.connection.reactor.http_date}\r\n"
+        return f"{status_line}{kind}{headers}{date}{framing}{closing}\r\n".encode("latin-1")
 
     def reply(
         self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
         headers: str = "", more: Sequence[bytes] = (),
     ) -> None:
-        """Answer.  headers: more raw lines, each with its CRLF.  HEAD sends no body.
+        """Send a reply; to HEAD without its body.
 
-        more  of the body, never copied
+        headers  further raw lines, each with its CRLF
+        more     pieces of the body that are never copied
         """
         size = len(body) + sum(map(len, more))
         framing = "" if status == 204 else f"Content-Length: {size}\r\n"
@@ -7411,10 +7344,7 @@ class HttpRequest:
         self.connection.finish(data, self.head.keep_alive, more)
 
     def reply_raw(self, data: bytes, more: Sequence[bytes] = ()) -> None:
-        """Answer with ready-made head and body; only if the head takes_raw.
-
-        more  of the body, never copied
-        """
+        """Send a ready-made head and body; only if the head takes_raw."""
         self.connection.finish(data, True, more)
 
     def start_stream(
@@ -7423,7 +7353,7 @@ class HttpRequest:
     ) -> StreamReply:
         """Send the head now; the body follows in pieces, of `length` bytes if that is known.
 
-        For an answer without body (HEAD, 204, 304) end() is all that follows.
+        A reply without body (HEAD, 204, 304) is completed by end().
         """
         bodyless = self.head.method == "HEAD" or status in (204, 304)
         chunked = bool(self.head.minor) and length is None and not bodyless
@@ -7431,7 +7361,7 @@ class HttpRequest:
         if length is not None and status != 204:
             framing = f"Content-Length: {length}\r\n"
         if not (chunked or bodyless or length is not None):
-            self.head = closing_head(self.head)        # the end of the body is that of all
+            self.head = closing_head(self.head)        # the connection's end is the body's end
         reply = StreamReply(self, chunked=chunked)
         if not reply.closed:
             self.connection.send(self._head_bytes(status, content_type, headers, framing))
@@ -7442,8 +7372,7 @@ Handler = Callable[[HttpRequest], None]
 
 
 class StreamReply:
-    """A reply whose body is written piece by piece (chunked, or of a length that the head told;
-    HTTP/1.0: until close)."""
+    """A reply whose body is written in pieces: chunked, of known length, or until close."""
 
     __slots__ = ("_connection", "_chunked", "_keep_alive", "closed", "on_close")
 
@@ -7459,15 +7388,15 @@ class StreamReply:
 
     @property
     def pending(self) -> int:
-        """Bytes that the client has not taken yet."""
+        """Bytes that the socket has not taken yet."""
         return self._connection.pending
 
     def when_read(self, callback: Callable[[], None]) -> None:
-        """Call once, as soon as the client has taken everything that is pending."""
+        """Call once, as soon as the socket has taken all pending bytes."""
         self._connection.on_drain = callback
 
     def write(self, data: bytes, more: Sequence[bytes] = ()) -> bool:
-        """Queue one piece, with `more` of it that is never copied; False if the reply has ended."""
+        """Queue one piece, of which `more` is never copied; False: the reply has ended."""
         if self.closed:
             return False
         size = len(data) + sum(map(len, more))
@@ -7501,7 +7430,7 @@ class StreamReply:
 
 
 def closing_head(head: HttpHead) -> HttpHead:
-    """A copy of `head` for a request whose body stays unread: the connection must end."""
+    """Return a copy of `head` for the last request of its connection."""
     closing = HttpHead(head.method, head.target, head.minor, head.headers)
     closing.keep_alive = closing.takes_raw = False
     closing.parsed = head.parsed
@@ -7513,32 +7442,28 @@ def closing_head(head: HttpHead) -> HttpHead:
 # ============================================================================
 
 
-HANDSHAKE_SECONDS_MAX = 10.0        # until its first byte, and from then to its end; then closed
-CERTIFICATE_CHECK_SECONDS = 1.0     # between two looks whether a file of TLS has changed
+HANDSHAKE_SECONDS_MAX = 10.0        # to its first byte, and from there to its end; then closed
+CERTIFICATE_CHECK_SECONDS = 1.0     # between two checks of the files for changes
 
 
 class TlsSocket(ssl.SSLSocket):
-    """A TLS connection that waits as a plain non-blocking socket does: by BlockingIOError."""
+    """A non-blocking TLS socket that raises BlockingIOError, as a plain one does."""
 
     def do_handshake(self, block: bool = False) -> None:
-        """Raise SSLCertVerificationError with the names in the certificate as `names`."""
+        """Add the names in a refused certificate to the error, as `names`."""
         try:
             super().do_handshake(block)
         except ssl.SSLCertVerificationError as error:
-            error.names = self._names_shown()       # type: ignore[attr-defined]
+            # Python 3.9 does not tell them: names is None.
+            chain: Any = getattr(self._sslobj, "get_unverified_chain", list)()   # type: ignore
+            error.names = [str(name) for _, name in    # type: ignore[attr-defined]
+                           chain[0].get_info().get("subjectAltName", ())] if chain else None
             raise
 
-    def _names_shown(self) -> Optional[List[str]]:
-        """The names in the certificate that was refused; None: Python 3.9 does not tell them."""
-        chain: Any = getattr(self._sslobj, "get_unverified_chain", list)()   # type: ignore
-        if not chain:
-            return None
-        return [str(name) for _, name in chain[0].get_info().get("subjectAltName", ())]
-
     def recv(self, size: int = 16_384, flags: int = 0) -> bytes:
-        """Return what has arrived, up to about `size` bytes; b"" at the end.
+        """Return up to about `size` received bytes; b"" at the end.
 
-        All that OpenSSL has decrypted is taken, since no selector would tell of the rest.
+        This includes all bytes that OpenSSL has decrypted, as no selector reports those.
         """
         data = b""
         pieces: List[bytes] = []
@@ -7556,21 +7481,21 @@ class TlsSocket(ssl.SSLSocket):
         return b"".join(pieces)
 
     def send(self, data: Any, flags: int = 0) -> int:
-        """Send as much as goes at once; after BlockingIOError, send at least the same again."""
+        """Send without blocking; after BlockingIOError, repeat with at least the same bytes."""
         try:
             return super().send(data, flags)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise BlockingIOError(errno.EAGAIN, "cannot send yet") from None
 
     def shutdown(self, how: int) -> None:
-        """Say goodbye in TLS first: a reply that ends without it might have been cut off."""
+        """End TLS first: without its close_notify a reply might have been cut off."""
         with contextlib.suppress(OSError, ValueError):
             self.unwrap()
         super().shutdown(how)
 
 
 def _covers(kind: str, name: str, host: str) -> bool:
-    """Tell whether a name of a certificate, perhaps with `*` for its first label, is of `host`."""
+    """Tell whether a name of a certificate, perhaps a wildcard, covers `host`."""
     if kind == "IP Address":
         for family in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(OSError):
@@ -7582,13 +7507,13 @@ def _covers(kind: str, name: str, host: str) -> bool:
 
 
 class TlsContext:
-    """How one side of this member speaks TLS; certificates are read again when they change.
+    """The TLS settings of one side; certificates are read again when they change.
 
     server  True to accept connections, False to make them
     now     monotonic seconds
 
     Differs from etcd: TLS 1.2 and newer only (etcd 2.3: 1.0), and etcd reads its files once.
-    Raises StartError if the files cannot be used; later, the last usable ones stay in use.
+    Raises StartError for unusable files; later, the last usable ones stay in use.
     """
 
     def __init__(
@@ -7598,7 +7523,7 @@ class TlsContext:
         self._server = server
         self._now = now
         self._seen = self._signature()
-        self._refused = self._seen          # the last that could not be used, and was logged
+        self._refused = self._seen          # the last that was logged as unusable
         self._checked = now()
         self._context = self._load()
 
@@ -7629,7 +7554,7 @@ class TlsContext:
             raise ssl.SSLError(0, f"the client certificate is for {shown}, not for {host}")
 
     def _signature(self) -> List[Optional[Tuple[int, int, int]]]:
-        """What tells that a file was changed or replaced."""
+        """Return time, inode and size of each file, which change with it."""
         found: List[Optional[Tuple[int, int, int]]] = []
         for path in self._files:
             if isinstance(path, str) and path and path not in self._files[-2:]:
@@ -7641,7 +7566,7 @@ class TlsContext:
         return found
 
     def _reload(self, signature: List[Optional[Tuple[int, int, int]]]) -> None:
-        """Use what there is now; what cannot be read, as nothing can be opened, is tried again."""
+        """Use the changed files; retry unreadable ones later, as descriptors may be short."""
         log = package_logger("tls")
         try:
             self._context = self._load()
@@ -7679,12 +7604,12 @@ _default_tls: List[TlsContext] = []
 
 
 def default_tls() -> TlsContext:
-    """Return how to reach others without settings: the system's authorities decide."""
+    """Return the client settings for all other cases: the system's authorities decide."""
     if _default_tls:
         return _default_tls[0]
     context = TlsContext(TlsFiles(), server=False)
     with contextlib.suppress(OSError), open(os.devnull, "rb"):
-        _default_tls.append(context)    # else its authorities could not be read either: not kept
+        _default_tls.append(context)    # without a free descriptor it has no authorities: not kept
     return context
 
 
@@ -7717,7 +7642,7 @@ def _ssl_words(error: Exception) -> str:
 
 
 def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
-    """Have `context` show this certificate.  Raises StartError."""
+    """Load a certificate and its key into `context`.  Raises StartError."""
     check_readable(cert_file)
     check_readable(key_file)
     asked: List[bool] = []
@@ -7729,20 +7654,19 @@ def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
     try:
         context.load_cert_chain(cert_file, key_file, password=passphrase)
     except (OSError, ValueError) as error:
-        what = _encrypted_key(key_file) if asked else _pair_error(cert_file, key_file, error)
-        raise StartError(f"cannot use {cert_file} and its key {key_file}: {what}") from None
-
-
-def _encrypted_key(path: str) -> str:
-    plain = f"{os.path.splitext(path)[0]}-plain.pem"
-    return (
-        f"the key is encrypted, and nobody can be asked for the passphrase; write it without one"
-        f" with `openssl pkey -in {shlex.quote(path)} -out {shlex.quote(plain)}` and name {plain}"
-    )
+        fault = _pair_error(cert_file, key_file, error)
+        if asked:
+            plain = f"{os.path.splitext(key_file)[0]}-plain.pem"
+            fault = (
+                f"the key is encrypted, and nobody can be asked for the passphrase; write it"
+                f" without one with `openssl pkey -in {shlex.quote(key_file)}"
+                f" -out {shlex.quote(plain)}` and name {plain}"
+            )
+        raise StartError(f"cannot use {cert_file} and its key {key_file}: {fault}") from None
 
 
 def _pair_error(cert_file: str, key_file: str, error: Exception) -> str:
-    """Say why OpenSSL could not load a certificate and its key, by what the files hold."""
+    """Return why OpenSSL cannot load a certificate and its key, from their content."""
     for path, label, kind in (
         (cert_file, b"CERTIFICATE-----", "x509"), (key_file, b"PRIVATE KEY-----", "pkey"),
     ):
@@ -7767,32 +7691,27 @@ def _pair_error(cert_file: str, key_file: str, error: Exception) -> str:
     return f"{_ssl_words(error)}; the files must hold PEM text, whole and unchanged"
 
 
-PEM_BYTES_MAX = 1 << 20             # of a file that is looked at for its labels
-# What OpenSSL says where key and certificate do not fit; the last: they are of different kinds.
+PEM_BYTES_MAX = 1 << 20             # of a file that are searched for labels
+# OpenSSL's reasons for a key of another certificate; the last: they are of different kinds.
 _MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 
 
 def tls_reason(error: Exception) -> str:
-    """Return one line that says why a TLS connection failed, and what to do where that is known."""
+    """Return one line: why a TLS connection failed, and the remedy if it is known."""
     reason = str(getattr(error, "reason", None) or "")
     verify = getattr(error, "verify_message", "")
     if verify:
         hint = _VERIFY_HINTS.get(verify, "")
         if "mismatch" in verify:
-            hint = _names_hint(getattr(error, "names", None))
+            names: Optional[List[str]] = getattr(error, "names", None)
+            shown = ", ".join(map(go_quote, (names or [])[:NAMES_SHOWN_MAX]))
+            has = f" it has {shown or 'no names, and a CN does not count'};"
+            hint = (f"{has if names is not None else ''} issue one whose subjectAltName has the"
+                    " host of the URL that leads to it")
         return f"the other side's certificate cannot be verified: {verify}{hint}"
     if reason in _TLS_REASONS:
         return _TLS_REASONS[reason]
     return f"tls: {reason.lower().replace('_', ' ')}" if reason else f"tls: {error}"
-
-
-def _names_hint(names: Optional[List[str]]) -> str:
-    """What to do about a certificate for other names than the one that was wanted."""
-    has = ""
-    if names is not None:
-        shown = ", ".join(map(go_quote, names[:NAMES_SHOWN_MAX]))
-        has = f" it has {shown or 'no names, and a CN does not count'};"
-    return f"{has} issue one whose subjectAltName has the host of the URL that leads to it"
 
 
 NAMES_SHOWN_MAX = 10                # of a certificate, in a log line
@@ -7827,9 +7746,9 @@ _TLS_REASONS = {
 
 
 class Handshake:
-    """A TLS handshake under way; done(error) when it ended, None: `sock` may be used.
+    """A TLS handshake under way; calls done(error) at its end, None: `sock` may be used.
 
-    The socket is not registered with the reactor before and after.  Thread: reactor.
+    The socket is registered with the reactor only for this time.  Thread: reactor.
     """
 
     def __init__(
@@ -7839,12 +7758,13 @@ class Handshake:
         self.sock = sock
         self._reactor = reactor
         self._done = done
-        self._timer = reactor.call_later(HANDSHAKE_SECONDS_MAX, self._late)
+        late = TimeoutError("TLS handshake timeout")
+        self._timer = reactor.call_later(HANDSHAKE_SECONDS_MAX, self._end, late)
         reactor.register(
             sock, selectors.EVENT_READ | selectors.EVENT_WRITE, self._step, patient=patient)
 
     def cancel(self) -> None:
-        """Stop without calling done(); the socket stays open.  Once only, before the end."""
+        """Stop without a call of done(); the socket stays open.  Once only, before the end."""
         self._timer.cancel()
         self._reactor.unregister(self.sock)
 
@@ -7859,9 +7779,6 @@ class Handshake:
             self._end(error if isinstance(error, OSError) else OSError(str(error)))
         else:
             self._end(None)
-
-    def _late(self) -> None:
-        self._end(TimeoutError("TLS handshake timeout"))
 
     def _end(self, error: Optional[OSError]) -> None:
         self.cancel()
@@ -7880,7 +7797,7 @@ RESOLV_CONF = "/etc/resolv.conf"
 
 
 def _reason(error: Exception) -> str:
-    """The error's words without Python's decoration."""
+    """Return the text of an error without Python's decoration."""
     if isinstance(error, ssl.SSLError):
         return tls_reason(error)
     if isinstance(error, OSError) and error.strerror:
@@ -7898,7 +7815,7 @@ class SrvRecord(NamedTuple):
 
 
 def name_servers(path: str = RESOLV_CONF) -> List[Tuple[str, int]]:
-    """Return the addresses of the system's name servers; without any, the local one."""
+    """Return the addresses of the system's name servers; the local one if there are none."""
     found: List[Tuple[str, int]] = []
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for words in map(str.split, file):
@@ -7908,12 +7825,12 @@ def name_servers(path: str = RESOLV_CONF) -> List[Tuple[str, int]]:
 
 
 def lookup_srv(name: str, servers: Sequence[Tuple[str, int]]) -> List[SrvRecord]:
-    """Ask the name servers for the SRV records of `name`, in order until one has a good answer.
+    """Return the SRV records of `name` from the first name server with a good answer.
 
-    Sorted by priority, then heavier ones first: the order only numbers the unnamed members, so
-    the random choice of RFC 2782 would be of no use.  Raises OSError.
+    Sorted by priority, then by falling weight: the order numbers the unnamed members, so the
+    random choice of RFC 2782 would be of no use.  Raises OSError.
     """
-    last: OSError = OSError("no name server to ask")
+    fault = "no name server to ask"
     for address in list(servers) * DNS_TRIES:
         query_id = random.randrange(1 << 16)
         query = _srv_query(query_id, name)
@@ -7923,18 +7840,16 @@ def lookup_srv(name: str, servers: Sequence[Tuple[str, int]]) -> List[SrvRecord]
                 answer = _ask_tcp(address, query)
             records = _srv_answer(answer)
         except socket.timeout:
-            last = OSError(f"lookup {name} on {address[0]}: i/o timeout")
-            continue
+            fault = f"lookup {name} on {address[0]}: i/o timeout"
         except OSError as error:
-            last = OSError(f"lookup {name} on {address[0]}: {_reason(error)}")
-            continue
+            fault = f"lookup {name} on {address[0]}: {_reason(error)}"
         except (IndexError, struct.error):
-            last = OSError(f"lookup {name} on {address[0]}: malformed answer")
-            continue
-        if not records:
-            raise OSError(f"lookup {name}: no such host")
-        return sorted(records, key=lambda r: (r.priority, -r.weight, r.target, r.port))
-    raise last
+            fault = f"lookup {name} on {address[0]}: malformed answer"
+        else:
+            if not records:
+                raise OSError(f"lookup {name}: no such host")
+            return sorted(records, key=lambda r: (r.priority, -r.weight, r.target, r.port))
+    raise OSError(fault)
 
 
 def _srv_query(query_id: int, name: str) -> bytes:
@@ -7946,7 +7861,7 @@ def _srv_query(query_id: int, name: str) -> bytes:
 def _ask_udp(address: Tuple[str, int], query: bytes) -> bytes:
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.connect(address)           # the kernel drops what comes from anyone else
+        sock.connect(address)           # the kernel drops datagrams from other addresses
         sock.send(query)
         deadline = time.monotonic() + DNS_ANSWER_SECONDS
         while True:
@@ -7964,13 +7879,13 @@ def _ask_tcp(address: Tuple[str, int], query: bytes) -> bytes:
 
 
 def _srv_answer(message: bytes) -> List[SrvRecord]:
-    """The SRV records of a DNS message; [] also if there is no such name.
+    """Return the SRV records of a DNS message; [] for a name that does not exist.
 
     Raises OSError, IndexError or struct.error.
     """
     code = message[3] & 15
     questions, answers = struct.unpack_from(">2H", message, 4)
-    if code not in (0, 3):              # 3: there is no such name
+    if code not in (0, 3):              # 3: the name does not exist
         words = {2: "server misbehaving", 5: "query refused"}
         raise OSError(words.get(code, f"DNS error {code}"))
     offset = 12
@@ -8011,12 +7926,13 @@ def _dns_name(message: bytes, offset: int) -> Tuple[str, int]:
 # ============================================================================
 
 
-DIAL_SECONDS = 0.25                 # the next address is tried beside one that has not answered
-DIAL_ADDRESSES_MAX = 16             # of one name; more are not tried
+DIAL_SECONDS = 0.25                 # for an address; then the next is tried beside it
+DIAL_ADDRESSES_MAX = 16             # of one name; the others are not tried
+ANSWER_BYTES_MAX = 4_096            # of the body of an answer, by default; above: cut
 
 
 def dial_order(found: Sequence[Any]) -> List[Any]:
-    """Order what getaddrinfo found: the families take turns, the first begins (RFC 8305 §4)."""
+    """Order addresses of getaddrinfo: the families alternate, the first begins (RFC 8305 §4)."""
     first = [info for info in found if info[0] == found[0][0]]
     others = [info for info in found if info[0] != found[0][0]]
     turns = itertools.zip_longest(first, others)
@@ -8024,10 +7940,10 @@ def dial_order(found: Sequence[Any]) -> List[Any]:
 
 
 class Dial:
-    """Connects to one of several addresses, whichever answers first (RFC 8305 §5, without DNS).
+    """Connects to the first of several addresses that answers (RFC 8305 §5, without DNS).
 
-    Once done(socket, None); or done(None, error of the first address) when all have failed.
-    Neither inside the constructor, nor after cancel().  The socket is not registered.
+    Calls done(socket, None) once, or done(None, error of the first address) when all have
+    failed; never inside the constructor or after cancel().  The socket is not registered.
     """
 
     def __init__(
@@ -8043,7 +7959,7 @@ class Dial:
         self._next()
 
     def cancel(self) -> None:
-        """Give all attempts up."""
+        """Close the sockets of all attempts."""
         self._timer.cancel()
         self._left.clear()
         for sock in self._open:
@@ -8052,7 +7968,7 @@ class Dial:
         self._open.clear()
 
     def _next(self) -> None:
-        """Try the next address; beside the attempts under way, if there are any."""
+        """Try the next address, beside the attempts under way."""
         self._timer.cancel()
         if self._left:
             delay_s = DIAL_SECONDS if self._try(*self._left.popleft()) else 0.0
@@ -8062,7 +7978,7 @@ class Dial:
             self._done(None, self._error)
 
     def _try(self, family: int, kind: int, protocol: int, _: str, address: Any) -> bool:
-        """Begin to connect; False if that has failed already."""
+        """Begin to connect; False: it has failed already."""
         try:
             sock = socket.socket(family, kind, protocol)
         except OSError as error:            # no descriptor left, or no such family here
@@ -8072,13 +7988,13 @@ class Dial:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         code = sock.connect_ex(address)
         if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-            self._fail(sock, code)
+            self._note_failure(sock, code)
             return False
         self._open.add(sock)
         self._reactor.register(sock, selectors.EVENT_WRITE, lambda mask: self._answered(sock))
         return True
 
-    def _fail(self, sock: socket.socket, code: int) -> None:
+    def _note_failure(self, sock: socket.socket, code: int) -> None:
         sock.close()
         self._error = self._error or OSError(code, os.strerror(code))
 
@@ -8087,7 +8003,7 @@ class Dial:
         self._open.discard(sock)
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            self._fail(sock, code)
+            self._note_failure(sock, code)
             self._next()
         else:
             self.cancel()
@@ -8095,20 +8011,22 @@ class Dial:
 
 
 class HttpCall:
-    """One outgoing request on a connection of its own, without blocking.
+    """One outgoing request on its own connection, without blocking.
 
-    on_head(status, headers) once; on_data(bytes) per piece of the body; on_done(error) exactly
-    once at the end, None if the body was complete; nothing after cancel().  connect_timeout_s
-    bounds name look-up and connect, idle_timeout_s each silence after that (None: no limit).
-    A body of more than answer_max bytes, as they come, is cut there and counts as complete.
-    A Host among the headers goes before that of the url.
+    on_head            (status, headers) once
+    on_data            (bytes) per piece of the body
+    on_done            (error) once at the end, None for a complete body; not after cancel()
+    headers            a Host here replaces that of the url
+    more               further pieces of the body
+    connect_timeout_s  for name look-up and connect
+    idle_timeout_s     for each silence after that; None: no limit
+    answer_max         received bytes of the body; above: cut, and complete
     """
 
     __slots__ = (
         "_reactor", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock", "_bodyless",
-        "_out", "_in", "_finder", "_interim", "_left", "_chunks", "_timer", "_heard", "_ended",
-        "connected", "_paused", "_events", "_tls", "_host", "_handshake", "_dial", "_look_up",
-        "_room",
+        "_out", "_in", "_finder", "_interim", "_left", "_chunks", "_timer", "_heard", "ended",
+        "connected", "_paused", "_events", "_tls", "_host", "_connecting", "_room",
     )
 
     def __init__(
@@ -8136,54 +8054,43 @@ class HttpCall:
         self._out = [memoryview(piece) for piece in (head + body, *more) if piece]
         self._in = bytearray()
         self._finder = HeadFinder()
-        self._interim = 0               # heads of status 1xx so far
-        self._left: Optional[int] = None    # bytes of body to come; None: head not yet seen
+        self._interim = 0               # answers of status 1xx so far
+        self._left: Optional[int] = None    # bytes of body to come; None: no head yet
         self._chunks: Optional[ChunkedDecoder] = None
-        self._room = answer_max         # bytes of body that are still wanted
+        self._room = answer_max         # bytes of body until it is cut
         self._heard = 0.0
-        self._ended = False
+        self.ended = False              # True after on_done() or cancel()
         self._bodyless = method == "HEAD"
         self._paused = False
         self._events = 0                # that the reactor waits for
         self.connected = False          # from then on the other side may have seen the request
         self._tls = (tls or default_tls()) if is_https(url) else None
         self._host = urlsplit(url).hostname or ""
-        self._handshake: Optional[Handshake] = None
-        self._dial: Optional[Dial] = None
-        self._look_up: Optional[Timer] = None       # a question to the name servers
+        self._connecting: Union[Timer, Dial, Handshake, None] = None    # the step under way
         late = TimeoutError(f"dial tcp {urlsplit(url).netloc}: i/o timeout")
         self._timer = reactor.call_later(connect_timeout_s, self._fail, late)
         self._resolve(*url_address(url))
 
-    @property
-    def ended(self) -> bool:
-        """True after on_done, or cancel()."""
-        return self._ended
-
     def cancel(self) -> None:
-        """Drop the connection; no callback comes any more."""
-        self._ended = True
-        # Owners hold their call, and these lead back to them: what is over must not be a cycle.
+        """Close the connection; no callback comes any more."""
+        self.ended = True
+        # Owners refer to their call, and these to the owner: that cycle must end.
         self._on_head = self._on_data = self._on_done = _ignore
         self._out = []
         self._timer.cancel()
-        if self._dial is not None:
-            self._dial.cancel()
-        if self._look_up is not None:
-            self._look_up.cancel()
+        if self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
         if self._sock is None:
             return
-        if self._handshake is not None:
-            self._handshake.cancel()
-            self._handshake = None
-        elif self._events:
+        if self._events:
             self._reactor.unregister(self._sock)
         self._sock.close()
         self._sock = None
 
     def flush(self) -> None:
-        """Send what is left of the request."""
-        if self._ended or self._sock is None:
+        """Send the rest of the request, as much as the socket takes."""
+        if self.ended or self._sock is None:
             return
         try:
             if self._out:
@@ -8198,20 +8105,19 @@ class HttpCall:
         self._watch()
 
     def pause(self) -> None:
-        """Read no more until resume(); the idle time does not count meanwhile."""
-        if not self._ended and not self._paused:
+        """Read no more until resume(); the idle timeout is suspended."""
+        if not self.ended and not self._paused:
             self._paused = True
             self._watch()
 
     def resume(self) -> None:
-        """Read again."""
-        if not self._ended and self._paused:
+        if not self.ended and self._paused:
             self._paused = False
             self._heard = self._reactor.now()
             self._watch()
 
     def _watch(self) -> None:
-        """Wait for what comes next: room for the request, or the answer."""
+        """Wait for room for the request, and for the answer."""
         assert self._sock is not None
         events = 0 if self._paused else selectors.EVENT_READ
         if self._out:
@@ -8225,55 +8131,42 @@ class HttpCall:
         self._events = events
 
     def _resolve(self, host: str, port: int) -> None:
-        """Literal addresses at once; names on a thread, a name server may be slow."""
+        """Dial a literal address at once; look a name up on a thread, as DNS may be slow."""
         hosts = ("127.0.0.1", "::1") if host == "localhost" else (host,)
         try:
             found = [info for host in hosts for info in socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)]
         except (socket.gaierror, UnicodeError):
-            self._look_up = self._reactor.look_up(host, port, self._resolved)
+            self._connecting = self._reactor.look_up(host, port, self._resolved)
         else:
-            self._dial = Dial(self._reactor, found, self._connected)
+            self._resolved(None, found)
 
     def _resolved(self, error: Optional[BaseException], found: Any) -> None:
-        if self._ended:
-            return
         if error is not None:
             self._fail(error if isinstance(error, Exception) else OSError(str(error)))
         else:
-            self._dial = Dial(self._reactor, found, self._connected)
+            self._connecting = Dial(self._reactor, found, self._dialed)
 
-    def _connected(self, sock: Optional[socket.socket], error: Optional[OSError]) -> None:
-        self._dial, self._sock = None, sock
-        if sock is None:
-            self._fail(error or OSError("no address"))
-        elif self._tls is None:
-            self._begin()
-        else:
-            self._shake_hands(self._tls)
-
-    def _shake_hands(self, tls: TlsContext) -> None:
-        assert self._sock is not None
-        try:
-            sock = tls.current.wrap_socket(
-                self._sock, server_hostname=self._host, do_handshake_on_connect=False
-            )
-        except (OSError, ValueError) as error:      # gone already, or a name that cannot be
-            self._fail(OSError(f"cannot speak TLS to {self._host!r}: {error}"))
+    def _dialed(self, sock: Optional[socket.socket], error: Optional[OSError]) -> None:
+        self._connecting, self._sock = None, sock
+        if sock is None or self._tls is None:
+            self._send_request(None if sock else error or OSError("no address"))
             return
-        self._sock = sock
-        self._handshake = Handshake(self._reactor, sock, self._secured)
+        try:
+            secured = self._tls.current.wrap_socket(
+                sock, server_hostname=self._host, do_handshake_on_connect=False
+            )
+        except (OSError, ValueError) as fault:      # closed already, or an invalid name
+            self._fail(OSError(f"cannot speak TLS to {self._host!r}: {fault}"))
+            return
+        self._sock = secured
+        self._connecting = Handshake(self._reactor, secured, self._send_request)
 
-    def _secured(self, error: Optional[OSError]) -> None:
-        assert self._sock is not None
-        self._handshake = None
-        if error is None:
-            self._begin()
-        else:
+    def _send_request(self, error: Optional[OSError]) -> None:
+        self._connecting = None
+        if error is not None:
             self._fail(error)
-
-    def _begin(self) -> None:
-        """The connection stands: send the request."""
+            return
         self.connected = True
         self._heard = self._reactor.now()
         self._timer.cancel()
@@ -8283,7 +8176,7 @@ class HttpCall:
     def _on_event(self, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:
             self.flush()
-        if mask & selectors.EVENT_READ and not self._ended:
+        if mask & selectors.EVENT_READ and not self.ended:
             self._receive()
 
     def _watch_idle(self) -> None:
@@ -8319,7 +8212,7 @@ class HttpCall:
             self._fail(OSError(f"malformed HTTP response: {error}"))
 
     def _take_head(self) -> None:
-        """Look for the head of the answer; any number of interim ones may come before it."""
+        """Parse the head of the answer, behind any interim answers."""
         while True:
             found = self._finder.find(self._in)
             if found is None:
@@ -8343,7 +8236,7 @@ class HttpCall:
         else:
             self._left = length if "content-length" in headers else sys.maxsize
         self._on_head(status, headers)
-        if not self._ended:
+        if not self.ended:
             self._take_body(data)
 
     def _take_body(self, data: bytes) -> None:
@@ -8357,7 +8250,7 @@ class HttpCall:
         if data:
             self._on_data(data)
         is_whole = self._chunks.done if self._chunks else not self._left
-        if not self._ended and (is_whole or self._room < 0):
+        if not self.ended and (is_whole or self._room < 0):
             self._end(None)
 
     def _end_of_input(self) -> None:
@@ -8365,7 +8258,7 @@ class HttpCall:
         self._end(None if until_close and self._chunks is None else EOFError("unexpected EOF"))
 
     def _fail(self, error: Exception) -> None:
-        if not self._ended:
+        if not self.ended:
             self._end(OSError(tls_reason(error)) if isinstance(error, ssl.SSLError) else error)
 
     def _end(self, error: Optional[Exception]) -> None:
@@ -8375,7 +8268,42 @@ class HttpCall:
 
 
 def _ignore(*args: object) -> None:
-    """What a call that is over tells nobody."""
+    """The callback of a call that is over."""
+
+
+class Answer:
+    """The answer to a call: status, headers, and the first body_max bytes of the body."""
+
+    __slots__ = ("status", "headers", "body", "_body_max")
+
+    def __init__(self, body_max: int = ANSWER_BYTES_MAX) -> None:
+        self._body_max = body_max
+        self.status = 0                 # 0: none has arrived
+        self.headers: Dict[str, str] = {}
+        self.body = b""
+
+    def take_head(self, status: int, headers: Dict[str, str]) -> None:
+        self.status, self.headers = status, headers
+
+    def take_data(self, data: bytes) -> None:
+        if len(self.body) < self._body_max:
+            self.body += data[:self._body_max - len(self.body)]
+
+
+def fetch(
+    reactor: Reactor, url: str, target: str, done: Callable[[Optional[Exception], Answer], None],
+    *, method: str = "GET", headers: Optional[Dict[str, str]] = None, body: Sequence[bytes] = (),
+    connect_timeout_s: float, idle_timeout_s: float, body_max: int = ANSWER_BYTES_MAX,
+    tls: Optional[TlsContext] = None,
+) -> HttpCall:
+    """Make a call; done(error, answer) once at its end, unless it is cancelled."""
+    answer = Answer(body_max)
+    return HttpCall(
+        reactor, url, method, target, headers or {}, body=b"".join(body[:1]), more=body[1:],
+        connect_timeout_s=connect_timeout_s, idle_timeout_s=idle_timeout_s, answer_max=body_max,
+        tls=tls, on_head=answer.take_head, on_data=answer.take_data,
+        on_done=lambda error: done(error, answer),
+    )
 
 
 # ============================================================================
@@ -8383,28 +8311,31 @@ def _ignore(*args: object) -> None:
 # ============================================================================
 
 
-DRAIN_SECONDS = 2.0                 # how long a closing connection waits for the client's end
+DRAIN_SECONDS = 2.0                 # until a client has closed its end too; above: closed
 
 
 class Service:
-    """What the connections of a listener share, and may ask it for.
+    """The handler, the limits and the state that the connections of a listener share.
 
-    handler gets every complete request.  body_max in bytes: larger bodies arrive as
-    body_too_large.  body_limit(head) may allow less.  memory_max: from there on a body goes to the
-    file that open_spool(its first bytes) returns, if any, else it is too large.  held_max: of all
-    bodies in memory together.  patient: these are clients, who share a part of each turn; members
-    never wait for them.
+    handler     gets every complete request
+    body_max    bytes of a body; a longer one arrives as body_too_large
+    body_limit  (head) -> its own limit, body_max by default
+    memory_max  bytes of a body in memory; a longer one goes to the file that
+                open_spool(first bytes) returns, and is too large without one
+    held_max    bytes of all incomplete bodies in memory
+    patient     the connections are of clients, which share a part of each turn; members never
+                wait for them
     """
 
     def __init__(
         self, reactor: Reactor, handler: Handler, body_max: int, tls: Optional[TlsContext],
-        held: Optional[HeldBytes], *, patient: bool,
+        budget: Optional[BufferBudget], *, patient: bool,
     ) -> None:
         self.reactor = reactor
         self.handler = handler
         self.body_max = body_max
         self.tls = tls
-        self.held = held or HeldBytes(reactor)
+        self.budget = budget or BufferBudget(reactor)
         self.patient = patient
         self.flush_soon = reactor.flush_in_turn if patient else reactor.flush_soon
         self.body_limit: Callable[[HttpHead], int] = lambda head: self.body_max
@@ -8415,11 +8346,11 @@ class Service:
         self.heads: Dict[bytes, HttpHead] = {}
         self.received_bytes = self.sent_bytes = 0   # of all connections so far
         self.unread: Dict[Connection, Tuple[float, int]] = {}   # since when; taken since then
+        self.partial: Dict[Connection, float] = {}      # start of their incomplete requests
         self._connections: Set[Connection] = set()
-        self._partial: Dict[Connection, float] = {}     # incomplete requests and their start
 
     def serve(self, sock: socket.socket, remote: str) -> Connection:
-        """Serve HTTP on an accepted socket, whose handshake is done if there is one."""
+        """Serve HTTP on an accepted socket, after its TLS handshake."""
         connection = Connection(self, sock, remote)
         self._connections.add(connection)
         return connection
@@ -8427,8 +8358,8 @@ class Service:
     def dispatch(self, request: HttpRequest) -> None:
         """Hand a request to the handler; a bug there costs this request, not the member.
 
-        Requests only read state or propose, so nothing is half done when one fails; what is
-        applied from the log is not protected like this.
+        Requests only read state or propose, so a failure leaves nothing half done.  Applying
+        entries of the log has no such protection.
         """
         try:
             self.handler(request)
@@ -8437,43 +8368,36 @@ class Service:
         except Exception:
             package_logger("http").exception("bug: %s %s", request.method, request.target[:200])
             if request.connection.streaming:
-                request.connection.close()      # its reply has begun, and cannot be completed
+                request.connection.close()      # its reply cannot be completed
                 return
             request.head = closing_head(request.head)      # no second reply: see finish()
             request.reply(500, b'{"message":"Internal Server Error"}')
 
-    @property
-    def has_partial(self) -> bool:
-        """True if any connection is known to watch_partial()."""
-        return bool(self._partial)
-
     def watch_partial(self, connection: Connection, partial: bool, *, begun: bool) -> None:
-        """Remember since when a request is incomplete.  begun: it is another than before."""
-        if partial and begun:
-            self._partial[connection] = self.reactor.now()
-        elif partial:
-            self._partial.setdefault(connection, self.reactor.now())
-        elif self._partial:
-            self._partial.pop(connection, None)
+        """Note the start of an incomplete request.  begun: it is another than before."""
+        if not partial:
+            self.partial.pop(connection, None)
+        elif begun or connection not in self.partial:
+            self.partial[connection] = self.reactor.now()
 
     def watch_unread(self, connection: Connection, taken: int) -> None:
-        """Remember since when a client takes too little.  taken: so many bytes just now."""
+        """Note since when a client reads too slowly.  taken: bytes by this send."""
         since, before = self.unread.get(connection, (0.0, UNREAD_BYTES_MIN))
         taken += before
         is_enough = taken >= UNREAD_BYTES_MIN
         self.unread[connection] = (self.reactor.now(), 0) if is_enough else (since, taken)
 
     def forget(self, connection: Connection) -> None:
-        """The connection is closed."""
+        """Drop all that is known of a closed connection."""
         self._connections.discard(connection)
-        self._partial.pop(connection, None)
+        self.partial.pop(connection, None)
         self.unread.pop(connection, None)
-        self.held.forget(connection)
+        self.budget.forget(connection)
 
     def close_slow(self) -> None:
-        """Close what has been on the way for too long."""
+        """Close connections with a request or a reply that takes too long."""
         now = self.reactor.now()
-        for connection, since in list(self._partial.items()):
+        for connection, since in list(self.partial.items()):
             if since < now - REQUEST_SECONDS_MAX:
                 connection.refuse(BadRequest("408 Request Timeout", 408))
         for connection, (since, _) in list(self.unread.items()):
@@ -8488,7 +8412,7 @@ class Connection:
         "reactor", "remote", "on_close", "on_drain", "streaming", "pending", "busy", "closed",
         "_service", "_sock", "_in", "_finder", "_head", "_chunks", "_body", "_body_bytes",
         "_body_max", "_file", "_out", "_dirty", "_events", "_close_after", "_eof", "_draining",
-        "_in_line", "_http2", "_goodbye",
+        "_in_line", "_http2", "_drain_timer",
     )
 
     def __init__(self, service: Service, sock: socket.socket, remote: str) -> None:
@@ -8498,17 +8422,17 @@ class Connection:
         self.on_drain: Optional[Callable[[], None]] = None      # once, when nothing is pending
         self.streaming = False
         self.pending = 0                # bytes in _out
-        self.busy = False               # a request waits for its reply, or for the end of it
+        self.busy = False               # the reply to a request is not complete
         self.closed = False
         self._service = service
         self._sock = sock
         self._in = bytearray()          # received, not yet parsed
-        self._finder = HeadFinder()     # looks for the end of the next head in it
+        self._finder = HeadFinder()     # of the next head in _in
         self._head: Optional[HttpHead] = None       # parsed, its body still incomplete
         self._chunks: Optional[ChunkedDecoder] = None
         self._body: List[bytes] = []    # pieces of a chunked or large body
         self._body_bytes = 0            # in them, or in _file
-        self._body_max = 0              # of the request under way, as its head deserves
+        self._body_max = 0              # limit for the request under way
         self._file: Optional[IO[bytes]] = None      # instead of _body
         self._out: List[Union[bytes, memoryview]] = []
         self._dirty = False
@@ -8516,14 +8440,13 @@ class Connection:
         self._close_after = False       # close when _out is sent
         self._eof = False               # the client will send no more
         self._draining = False          # reply sent, input thrown away until the client closes
-        self._in_line = False           # what is in _in is parsed after the others' turn
+        self._in_line = False           # _resume() is queued behind other connections
         self._http2: Optional[Http2Refusal] = None
-        self._goodbye: Optional[Timer] = None       # ends _draining
+        self._drain_timer: Optional[Timer] = None
         self._register(selectors.EVENT_READ, self._receive)
 
     @property
     def scheme(self) -> str:
-        """`https` under TLS, else `http`."""
         return "https" if self._service.tls else "http"
 
     def _register(self, events: int, callback: Callable[[int], None]) -> None:
@@ -8562,23 +8485,23 @@ class Connection:
             elif len(self._in) > REQUEST_HEAD_BYTES_MAX:
                 self._watch(self._events & ~selectors.EVENT_READ)   # until _resume()
             if (self._in or self._body_bytes) and not self.closed:
-                self._service.held.hold(self, len(data))
+                self._service.budget.grow(self, len(data))
 
     def _end_of_input(self) -> None:
-        """The client sends no more: it waits for its replies, but not for the end of a stream."""
+        """Serve the remaining requests of a client that sends no more; end its streams."""
         self._eof = True
         if self.busy and self.streaming:
             self.close()
         elif self.busy or self._in_line or self._out:
             self._watch(self._events & ~selectors.EVENT_READ)
-            # Requests that wait for room in the output are served when there is some.
+            # Requests that wait for room in the output are served later.
             waits = self.busy or self._in_line or self.pending > OUTPUT_PAUSE_BYTES and self._in
             self._close_after = self._close_after or not waits
         else:
             self.close()
 
     def _process(self) -> None:
-        """Serve the next request, if it is all there; finish() sees to those behind it."""
+        """Serve the next request if it is complete; finish() goes on with those behind it."""
         served = False
         try:
             request = self._next_request() if self._in or self._head else None
@@ -8590,20 +8513,20 @@ class Connection:
         if self.closed:
             return
         partial = bool(self._in or self._head or self._http2) and not self.busy
-        if partial or self._service.has_partial:
+        if partial or self._service.partial:
             self._service.watch_partial(self, partial, begun=served)
         if self._eof and not (self.busy or self._in_line or self._close_after):
-            self._close_after = True        # what is left is no whole request
+            self._close_after = True        # the rest is an incomplete request
             self._flush_soon()
 
     def _line_up(self) -> None:
-        """Parse what is in _in after the others' turn: nobody is served twice before them."""
+        """Parse the rest of _in after all other connections: one request of each in turn."""
         if not self._in_line:
             self._in_line = True
             self.reactor.call_in_turn(self._resume)
 
     def _whole_request(self, data: bytes) -> Optional[HttpRequest]:
-        """The request if `data` is just one, whose head was seen before.  A hot path."""
+        """Return the request if `data` is exactly one with a cached head.  A hot path."""
         end = data.find(b"\r\n\r\n")
         head = self._service.heads.get(data[:end]) if end >= 0 else None
         if head is not None and head.is_simple and len(data) == end + 4 + head.body_size:
@@ -8634,7 +8557,7 @@ class Connection:
             return None
         found = self._finder.find(self._in)
         if found is None:
-            check_start(self._in)       # say so at once instead of waiting for an end
+            check_start(self._in)       # refuse at once instead of waiting for an end
             return None
         end, stop = found
         raw = bytes(self._in[:end])
@@ -8656,22 +8579,18 @@ class Connection:
         return head
 
     def _take_sized(self, head: HttpHead) -> Optional[bytes]:
-        """Return the body; None with _head cleared if it is too large, with _head if not all."""
+        """Return the body; None: incomplete, or too large and then _head is cleared."""
         size = head.body_size
         if size > self._body_max:
             self._refuse_body()
             return None
-        if self._body or len(self._in) < size:
-            if size > 1 << 16:
-                return self._gather(size)
+        if not self._body_bytes and len(self._in) >= size:
+            body = bytes(self._in[:size])
+            del self._in[:size]
+            return body
+        if size <= 1 << 16:
             return None
-        body = bytes(self._in[:size])
-        del self._in[:size]
-        return body
-
-    def _gather(self, size: int) -> Optional[bytes]:
-        """Collect a large body in a list: appending to bytes would copy it each time."""
-        left = size - self._body_bytes
+        left = size - self._body_bytes      # to a list: appending to bytes would copy them
         piece = bytes(self._in[:left])
         del self._in[:left]
         if piece and not self._keep(piece):
@@ -8680,36 +8599,35 @@ class Connection:
         return self._join() if self._body_bytes == size else None
 
     def _keep(self, piece: bytes) -> bool:
-        """Keep a piece of a body, not empty; False if there is no room."""
-        self._body_bytes += len(piece)
-        if self._file is not None:
-            return _write_all(self._file, (piece,))
+        """Keep a piece of a body in memory, or all of it in a file; False: there is no room."""
         service = self._service
         self._body.append(piece)
+        self._body_bytes += len(piece)
         service.held_bytes += len(piece)
-        if self._body_bytes > service.memory_max:
-            return self._spool()
-        return service.held_bytes <= service.held_max
-
-    def _spool(self) -> bool:
-        """From here on the body goes to a file; False if that cannot be."""
-        first = b"".join([piece[:16] for piece in self._body[:16]])
-        file = self._service.open_spool(first[:16])
-        if file is None or not _write_all(file, self._body):
+        if self._file is None:
+            if self._body_bytes <= service.memory_max:
+                return service.held_bytes <= service.held_max
+            first = b"".join([piece[:16] for piece in self._body[:16]])
+            self._file = service.open_spool(first[:16])
+            if self._file is None:
+                return False
+        try:
+            self._file.writelines(self._body)
+        except OSError:
             return False
-        self._service.held_bytes -= self._body_bytes
-        self._body, self._file = [], file
+        service.held_bytes -= sum(map(len, self._body))
+        self._body = []
         return True
 
     def _join(self) -> bytes:
-        """Return what was kept, unless it is in _file."""
+        """Return the body that was kept in memory."""
         data = b"".join(self._body)
         self._service.held_bytes -= len(data)
         self._body, self._body_bytes = [], 0
         return data
 
     def _refuse_body(self) -> None:
-        """Forget the body: its request is answered at once."""
+        """Drop the body: its request is answered at once."""
         self._head = self._chunks = self._file = None
         self._join()
 
@@ -8733,8 +8651,8 @@ class Connection:
         return self._join()
 
     def refuse(self, error: BadRequest) -> None:
-        """Answer what is not HTTP, and close."""
-        if isinstance(error, Http2Knock):
+        """Answer a message that is not HTTP, and close."""
+        if isinstance(error, Http2Preface):
             self._http2 = Http2Refusal(V3_REFUSAL)
             self._refuse_http2(self._http2)
             return
@@ -8769,7 +8687,7 @@ class Connection:
             size += sum(map(len, more))
         self.pending += size
         if self._events & selectors.EVENT_WRITE:
-            self._service.held.hold(self, size)
+            self._service.budget.grow(self, size)
         self._flush_soon()
 
     def _flush_soon(self) -> None:
@@ -8780,7 +8698,7 @@ class Connection:
     def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
         """Queue the end of a reply and go on with the next request, or close.
 
-        Does nothing if no reply is due: a handler that failed has been answered for already.
+        Does nothing if no reply is due: dispatch() has replied for a handler that failed.
         """
         if self.closed or not self.busy:
             return
@@ -8802,7 +8720,7 @@ class Connection:
             self._watch(self._events | selectors.EVENT_READ)
 
     def flush(self) -> None:
-        """Send what is queued, in one call; what the socket does not take waits for it."""
+        """Send the queued bytes in one call; the rest waits until the socket takes more."""
         self._dirty = False
         if self.closed:
             return
@@ -8820,7 +8738,7 @@ class Connection:
                 self._drop_sent(sent)
                 self._service.watch_unread(self, sent)
                 grown = 0 if self._events & selectors.EVENT_WRITE else self.pending
-                self._service.held.hold(self, grown, moved=sent > 0)
+                self._service.budget.grow(self, grown, moved=sent > 0)
             else:
                 self._out = []
         if self._out:
@@ -8840,8 +8758,9 @@ class Connection:
         """Send in one call; return how many bytes the socket took.  Large pieces are not copied:
         256 KB take 40 us less."""
         out = self._out
-        if self._service.tls is not None:  # it knows no sendmsg(), and wants the same again
-            size, count = len(out[0]), 1    # after it was blocked, or more that begins so
+        # TLS has no sendmsg(), and a blocked send must be repeated with the same first bytes.
+        if self._service.tls is not None:
+            size, count = len(out[0]), 1
             while count < len(out) and size + len(out[count]) <= OUTPUT_JOIN_BYTES_MAX:
                 size += len(out[count])
                 count += 1
@@ -8853,13 +8772,13 @@ class Connection:
         return self._sock.sendmsg(out[:OUTPUT_PIECES_MAX])
 
     def pieces(self) -> Iterator[Union[bytes, bytearray]]:
-        """What it holds; a piece may be of several connections at a time."""
+        """Yield the buffers in memory; several connections may share one."""
         for piece in (*self._out, self._in, *self._body):
             if piece:
                 yield cast(bytes, piece.obj) if isinstance(piece, memoryview) else piece
 
     def _drop_sent(self, sent: int) -> None:
-        """Forget what the socket has taken; more is left."""
+        """Remove the bytes that the socket has taken; more are left."""
         first = 0
         while sent >= len(self._out[first]):
             sent -= len(self._out[first])
@@ -8869,7 +8788,7 @@ class Connection:
             self._out[0] = memoryview(self._out[0])[sent:]      # no copy of the rest
 
     def _resume(self) -> None:
-        """Go on with input that waited for its turn, or for room in the output."""
+        """Go on with input that waited for other connections, or for room in the output."""
         self._in_line = False
         if self.closed or self.busy or self._close_after or self.pending > OUTPUT_PAUSE_BYTES:
             return
@@ -8878,7 +8797,7 @@ class Connection:
         self._process()
 
     def _drain(self) -> None:
-        """Say goodbye, then read what the client still sends: a reset would destroy the reply."""
+        """End the output, then read until the client closes: a reset would destroy the reply."""
         if self._draining:
             return
         self._draining = True
@@ -8889,7 +8808,7 @@ class Connection:
             return
         self._in.clear()
         self._watch(selectors.EVENT_READ)
-        self._goodbye = self.reactor.call_later(DRAIN_SECONDS, self.close)
+        self._drain_timer = self.reactor.call_later(DRAIN_SECONDS, self.close)
 
     def _watch(self, events: int) -> None:
         if events == self._events:
@@ -8915,21 +8834,12 @@ class Connection:
         self._in.clear()
         self._refuse_body()
         self.on_drain = None
-        if self._goodbye is not None:
-            self._goodbye.cancel()
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
         self._service.forget(self)
         on_close, self.on_close = self.on_close, None
         if on_close is not None:
             on_close()
-
-
-def _write_all(file: IO[bytes], pieces: Iterable[bytes]) -> bool:
-    """Append to a file; False if the disk does not take it."""
-    try:
-        file.writelines(pieces)
-    except OSError:
-        return False
-    return True
 
 
 # ============================================================================
@@ -8937,8 +8847,8 @@ def _write_all(file: IO[bytes], pieces: Iterable[bytes]) -> bool:
 # ============================================================================
 
 
-class Arrival:
-    """An accepted connection until its TLS handshake is done; a slow one delays nobody else."""
+class PendingConnection:
+    """An accepted connection until its TLS handshake is done, which may take its time."""
 
     def __init__(
         self, listener: Listener, tls: TlsContext, sock: socket.socket, remote: str
@@ -8948,89 +8858,85 @@ class Arrival:
         self._sock = sock
         self._remote = remote
         self._handshake: Optional[Handshake] = None
-        self._timer = listener.reactor.call_later(HANDSHAKE_SECONDS_MAX, self._silent)
+        self._timer = listener.reactor.call_later(HANDSHAKE_SECONDS_MAX, self._expire)
         listener.reactor.register(
-            sock, selectors.EVENT_READ, self._first_bytes, patient=listener.patient)
+            sock, selectors.EVENT_READ, self._read_first_byte, patient=listener.patient)
 
     def close(self) -> None:
-        """Drop the connection."""
-        self._leave()
+        self._detach()
         self._sock.close()
 
-    def _leave(self) -> None:
-        """End the part of this object in the connection's life."""
+    def _detach(self) -> None:
+        """Leave the socket to others."""
         self._timer.cancel()
         if self._handshake is not None:
             self._handshake.cancel()
             self._handshake = None
         else:
             self._listener.reactor.unregister(self._sock)
-        self._listener.arrived(self)
+        self._listener.pending.discard(self)
 
-    def _silent(self) -> None:
-        self._log("client sent nothing: TLS handshake timeout")
-        self.close()
+    def _expire(self) -> None:
+        self._detach()
+        self._refuse("client sent nothing: TLS handshake timeout")
 
-    def _first_bytes(self, mask: int) -> None:
-        """Plain HTTP gets an answer that it understands; TLS begins with a byte of 22."""
+    def _refuse(self, why: str) -> None:
+        self._listener.log_refusal(self._remote, why)
+        self._sock.close()
+
+    def _read_first_byte(self, mask: int) -> None:
+        """Begin the handshake after a byte of 22; answer a request in plain HTTP as such."""
         try:
             first = self._sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return
         except OSError:
             first = b""
-        if not first:
-            self.close()
-        elif first != b"\x16":
-            self._log(_TLS_REASONS["HTTP_REQUEST"])
-            self._leave()
+        self._detach()
+        if first == b"\x16":
+            self._shake_hands()
+        elif first:
+            self._listener.log_refusal(self._remote, _TLS_REASONS["HTTP_REQUEST"])
             connection = self._listener.serve(self._sock, self._remote)
             connection.refuse(BadRequest("Client sent an HTTP request to an HTTPS server.\n"))
         else:
-            self._begin()
+            self._sock.close()
 
-    def _begin(self) -> None:
-        reactor = self._listener.reactor
-        self._timer.cancel()
-        reactor.unregister(self._sock)
+    def _shake_hands(self) -> None:
         try:
             sock = self._tls.current.wrap_socket(
                 self._sock, server_side=True, do_handshake_on_connect=False
             )
-        except OSError:                 # the client is gone: no handshake to wait for
-            self._listener.arrived(self)
+        except OSError:                 # the client has closed the connection
             self._sock.close()
             return
         self._sock = sock
+        self._listener.pending.add(self)
         self._handshake = Handshake(
-            reactor, sock, self._secured, patient=self._listener.patient)
+            self._listener.reactor, sock, self._serve, patient=self._listener.patient)
 
-    def _secured(self, error: Optional[OSError]) -> None:
+    def _serve(self, error: Optional[OSError]) -> None:
         self._handshake = None
-        self._listener.arrived(self)
+        self._listener.pending.discard(self)
         assert isinstance(self._sock, ssl.SSLSocket)
         try:
             if error is not None:
                 raise error
             self._tls.check_peer(self._sock)
-        except ssl.SSLError as refusal:
-            self._log(tls_reason(refusal))
-            self._sock.close()
         except OSError as failure:
-            self._log(str(failure))
-            self._sock.close()
+            is_tls = isinstance(failure, ssl.SSLError)
+            self._refuse(tls_reason(failure) if is_tls else str(failure))
         else:
             self._listener.serve(self._sock, self._remote)
-
-    def _log(self, why: str) -> None:
-        self._listener.complain(self._remote, why)
 
 
 class Listener(Service, http.server.HTTPServer):
     """A listening socket whose connections the reactor serves.
 
-    Bound at construction (OSError if the port is taken), accepting after start().  handler gets
-    every complete request.  tls for an https URL; what is no TLS gets a sentence in plain HTTP.
+    Bound at construction (OSError if the port is taken), accepting after start().
+
+    tls   for an https URL; a request in plain HTTP is refused with a sentence
+    kept  descriptors for other purposes: a number, or one part in so many of all, if that is less
     """
 
     allow_reuse_address = os.name == "posix"
@@ -9039,14 +8945,14 @@ class Listener(Service, http.server.HTTPServer):
     def __init__(
         self, url: str, reactor: Reactor, handler: Handler, *,
         body_max: int = REQUEST_BODY_BYTES_MAX, tls: Optional[TlsContext] = None,
-        held: Optional[HeldBytes] = None, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4),
+        budget: Optional[BufferBudget] = None, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4),
         patient: bool = True,
     ) -> None:
         self.url = url
-        Service.__init__(self, reactor, handler, body_max, tls, held, patient=patient)
-        self._kept = kept               # of the descriptors, for other purposes
-        self._complaints = Complaints("http", reactor.now)
-        self._arriving: Set[Arrival] = set()            # in the handshake of TLS
+        Service.__init__(self, reactor, handler, body_max, tls, budget, patient=patient)
+        self.pending: Set[PendingConnection] = set()
+        self._kept = kept
+        self._log = ThrottledLog("http", reactor.now)
         self._sweep: Optional[Timer] = None
         self._started = False
         family, address = _listen_address(url)
@@ -9055,7 +8961,7 @@ class Listener(Service, http.server.HTTPServer):
         self.socket.setblocking(False)
 
     def server_bind(self) -> None:
-        """Bind without HTTPServer's look-up of our own name, which may ask a name server."""
+        """Bind without HTTPServer's look-up of the own host name, which may ask a name server."""
         if self.address_family == socket.AF_INET6:
             with contextlib.suppress(OSError, AttributeError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -9063,18 +8969,18 @@ class Listener(Service, http.server.HTTPServer):
 
     @property
     def bound_url(self) -> str:
-        """The URL with the port that the system chose, if it was 0."""
+        """The URL with the port that the system chose for port 0."""
         parts = urlsplit(self.url)
         host = parts.netloc.rpartition(":")[0]
         return f"{parts.scheme}://{host}:{self.server_address[1]}"
 
     def start(self) -> None:
         """Accept from now on.  Thread: reactor, or before it runs."""
-        self._started = True
         self._listen()
-        self._sweep = self.reactor.call_later(SLOW_CHECK_SECONDS, self._close_slow)
+        self._sweep = self.reactor.every(SLOW_CHECK_SECONDS, self.close_slow)
 
     def _listen(self) -> None:
+        self._started = True
         self.reactor.register(
             self.socket, selectors.EVENT_READ, self._accept, patient=self.patient)
 
@@ -9086,8 +8992,8 @@ class Listener(Service, http.server.HTTPServer):
             self._sweep.cancel()
         self._started = False
         self.server_close()
-        for arrival in list(self._arriving):
-            arrival.close()
+        for pending in list(self.pending):
+            pending.close()
         for connection in list(self._connections):
             connection.flush()
             connection.close()
@@ -9103,14 +9009,14 @@ class Listener(Service, http.server.HTTPServer):
                 return
             try:
                 self._admit(sock, f"{address[0]}:{address[1]}")
-            except OSError:             # the client is gone, or the system has no room for it
+            except OSError:             # the client has left, or the system has no room for it
                 sock.close()
 
     def _admit(self, sock: socket.socket, remote: str) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        room = CONNECTIONS_MAX - len(self._connections) - len(self._arriving)
+        room = CONNECTIONS_MAX - len(self._connections) - len(self.pending)
         # A new descriptor is the lowest that is free: its number tells how many are in use.
         descriptors = descriptors_max(*self._kept)
         free = descriptors - sock.fileno()
@@ -9126,11 +9032,11 @@ class Listener(Service, http.server.HTTPServer):
         elif self.tls is None:
             self.serve(sock, remote)
         else:
-            self._arriving.add(Arrival(self, self.tls, sock, remote))
+            self.pending.add(PendingConnection(self, self.tls, sock, remote))
 
     def _turn_away(self, sock: socket.socket, remote: str, why: str, *, told: bool) -> None:
-        """There are too many connections.  told: say so, where that needs no handshake."""
-        self._complaints.say(f"{why}: turned {remote.rpartition(':')[0]} away", why)
+        """Close one connection too many; `told`: after a 503, where that needs no handshake."""
+        self._log.error(f"{why}: turned {remote.rpartition(':')[0]} away", why)
         if told and self.tls is None:
             self.serve(sock, remote).refuse(BadRequest(
                 "503 Service Unavailable: too many connections; close some, or use another member",
@@ -9139,21 +9045,17 @@ class Listener(Service, http.server.HTTPServer):
         else:
             sock.close()
 
-    def arrived(self, arrival: Arrival) -> None:
-        """The handshake has ended, one way or the other."""
-        self._arriving.discard(arrival)
-
-    def complain(self, remote: str, why: str) -> None:
-        """Log why a connection was refused; the same about one host not again and again."""
+    def log_refusal(self, remote: str, why: str) -> None:
+        """Log why a connection was refused, at most twice a minute per host and reason."""
         host = remote.rpartition(":")[0]
-        self._complaints.say(
+        self._log.error(
             f"rejected connection from {remote} to {self.url}: {why}", f"{host} {why}"
         )
 
     def _pause(self, error: OSError) -> None:
-        """No descriptor left, most likely: accept again in a second, when some may be free."""
+        """Accept again in a second if the system has no descriptor left."""
         if error.errno not in (*NO_DESCRIPTOR, errno.ENOBUFS, errno.ENOMEM):
-            return                      # the client is gone already
+            return                      # the client has left already
         package_logger("http").error(
             "cannot accept connections on %s: %s; raise the open files limit (ulimit -n)",
             self.url, error.strerror,
@@ -9164,16 +9066,11 @@ class Listener(Service, http.server.HTTPServer):
 
     def _resume(self) -> None:
         if self.socket.fileno() >= 0 and not self._started:
-            self._started = True
             self._listen()
-
-    def _close_slow(self) -> None:
-        self.close_slow()
-        self._sweep = self.reactor.call_later(SLOW_CHECK_SECONDS, self._close_slow)
 
 
 def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
-    """Return the address family and address to bind for `url`; an empty host is every interface."""
+    """Return the address family and the address to bind for `url`; without host: all."""
     host, port = url_address(url)
     if not host:
         return (socket.AF_INET6, ("::", port)) if socket.has_dualstack_ipv6() else (
@@ -9185,10 +9082,173 @@ def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
 
 
 # ============================================================================
+# peer/compatibility -- Peers as this member sees them: versions, ids, URLs, reachability.
+# ============================================================================
+
+
+CLOCK_DIFFERENCE_MAX_NS = NS        # between a peer's clock and ours; above: a warning
+
+
+class StreamKind(NamedTuple):
+    """One of the two streams that each member holds open to each peer."""
+
+    path: str       # last but one element of the URL path
+    title: str      # its name in the log
+    channel: str    # its name in statistics
+
+
+APP_STREAM = StreamKind("msgapp", "stream MsgApp v2", "msgappv2")
+MESSAGE_STREAM = StreamKind("message", "stream Message", "message")
+STREAM_KINDS = {kind.path: kind for kind in (APP_STREAM, MESSAGE_STREAM)}
+_PIPELINE = "pipeline"
+
+_VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})\.\d{1,9}(?:[-+].*)?")
+
+
+def major_minor(version: str) -> Optional[Tuple[int, int]]:
+    """Return (major, minor) of a semantic version `a.b.c`; None for any other text."""
+    match = _VERSION.fullmatch(version)
+    return (int(match.group(1)), int(match.group(2))) if match else None
+
+
+_OWN_VERSION = major_minor(SERVER_VERSION) or (0, 0)
+_OLDEST_PEER_VERSION = major_minor(MIN_CLUSTER_VERSION) or (0, 0)
+_OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
+_UNKNOWN_VERSION = "2.0.0"          # of a peer without the header
+
+
+def _parse_id(text: str) -> Optional[int]:
+    """Return the member id of a hex number; None for any other text."""
+    if not re.fullmatch("[0-9a-fA-F]{1,32}", text):
+        return None
+    value = int(text, 16)
+    return value if value <= UINT64_MAX else None
+
+
+def _compatibility_error(headers: Mapping[str, str]) -> str:
+    """Return why the two versions in a peer's headers do not fit ours; "": they do.
+
+    Source: etcd 2.3 rafthttp/http.go, checkClusterCompatibilityFromHeader.
+    """
+    name = headers.get("x-server-from", "")
+    version = headers.get("x-server-version", _UNKNOWN_VERSION)
+    key = major_minor(version)
+    least = major_minor(headers.get("x-min-cluster-version", _UNKNOWN_VERSION))
+    if key is None or least is None:
+        return f"not a version: remote[{name}]={version}"
+    if key < _OLDEST_PEER_VERSION:
+        return f"remote version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
+    if least > _OWN_VERSION:
+        return f"local version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
+    return ""
+
+
+class PeerStatus:
+    """The result of the last attempt to reach a peer, and the version that it announced last."""
+
+    def __init__(self, member_id: int, wall_ns: Callable[[], int]) -> None:
+        self.version = ""               # "": none yet
+        self.active = False
+        self.active_since = 0.0         # unix seconds; 0: inactive
+        self._id = f"{member_id:x}"
+        self._wall_ns = wall_ns
+
+    def activate(self) -> None:
+        """Note that a message went through."""
+        if not self.active:
+            self.active = True
+            self.active_since = self._wall_ns() / NS
+            package_logger("rafthttp").info("the connection with %s became active", self._id)
+
+    def deactivate(self, action: str, source: str, reason: object) -> None:
+        """Note that an action (dial, read, write) on `source` failed; the first is an error."""
+        if isinstance(reason, OSError) and reason.strerror:     # etcd's words: no `[Errno 111]`
+            reason = reason.strerror.lower()
+        log = package_logger("rafthttp")
+        level = logging.ERROR if self.active else logging.DEBUG
+        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, reason)
+        if self.active:
+            self.active = False
+            self.active_since = 0.0
+            log.info("the connection with %s became inactive", self._id)
+
+
+class UrlPicker:
+    """The URLs of a peer.  One is in use until it fails; then the next."""
+
+    def __init__(self, urls: Iterable[str]) -> None:
+        self.update(urls)
+
+    def update(self, urls: Iterable[str]) -> None:
+        """Replace the URLs and begin with the first in order.
+
+        Invalid ones are left out: the log of a Go member may hold a port of 99999.
+        """
+        self.urls: List[str] = []               # sorted
+        self._picked = 0
+        for url in sorted(urls):
+            try:
+                self.urls.append(check_url(url))
+            except ValueError as error:
+                package_logger("rafthttp").error("ignored a peer URL: %s", error)
+        if not self.urls:
+            self.urls.append("http://127.0.0.1:0")      # every dial fails
+
+    def pick(self) -> str:
+        return self.urls[self._picked]
+
+    def failed(self, url: str) -> None:
+        """Go on to the next URL if `url` is in use."""
+        if url == self.urls[self._picked]:
+            self._picked = (self._picked + 1) % len(self.urls)
+
+
+class Sent(NamedTuple):
+    """The fate of one message to a peer."""
+
+    to: int
+    channel: str                        # msgappv2, message or pipeline
+    message: Message
+    size: int                           # bytes
+    seconds: float                      # until the system took it; pipeline: until the answer
+    ok: bool                            # False: lost, or dropped
+
+
+class LinkContext(NamedTuple):
+    """The identity and the callbacks that all links of this member share."""
+
+    reactor: Reactor
+    member_id: int
+    cluster_id: str                                 # hex, as in the header
+    headers: Dict[str, str]                         # of every request to a peer
+    dial_timeout_s: float
+    log_error: Callable[[str], None]
+    receive: Callable[[Message, int], Generator[None, None, object]]    # a message; its bytes
+    unreachable: Callable[[int], None]
+    snapshot_done: Callable[[int, bool], None]
+    removed: Callable[[], None]
+    sent: Callable[[Sent], None]
+    round_trip: Callable[[int, float], None]        # of a probe to a peer, in seconds
+    tls: Optional[TlsContext]                       # None: the defaults, for https peers
+    decoding: SlicedWork
+
+
+ID_IN_USE = "member ID in use"      # refusal of a second process with the id of a peer
+FOREIGN_HINT = (
+    "; two clusters use one peer URL: the member that does not belong there was started with the"
+    " data directory of another one: stop it and correct its -data-dir"
+)
+DOUBLE_HINT = (
+    ": one of the two was started with a copy of the other's data directory; stop it, move that"
+    " directory away, and add it as a member of its own (POST /v2/members,"
+    " -initial-cluster-state existing)"
+)
+
+
+# ============================================================================
 # peer/frames -- Peer frames: messages as bytes on a stream.
 # ----------------------------------------------------------------------------
-# What a peer sends is never trusted: anything but a frame is a CodecError, and no frame is
-# without limit.
+# The bytes of a peer are never trusted: an invalid or too long frame is a CodecError.
 # ============================================================================
 
 
@@ -9199,7 +9259,7 @@ _pack_u64 = _U64.pack
 class EntryListEncoder:
     """Encodes lists of entries for msgappv2: each as big-endian uint64 length, then its bytes.
 
-    The last list is remembered: a leader hands one list to all of its followers.
+    The result for the last list is cached: a leader sends one list to all of its followers.
     """
 
     __slots__ = ("_entries", "_data")
@@ -9209,7 +9269,7 @@ class EntryListEncoder:
         self._data: List[bytes] = []
 
     def encode(self, entries: Sequence[Entry]) -> List[bytes]:
-        """Return the bytes of `entries`, which must not change until forget(), in pieces."""
+        """Return the bytes of `entries` in pieces; the list must not change until forget()."""
         if entries is not self._entries:
             parts: List[bytes] = []
             for entry in entries:
@@ -9218,19 +9278,18 @@ class EntryListEncoder:
                     parts += (_pack_u64(len(head) + len(entry.data)) + head, entry.data)
                     continue
                 data = entry.encoded or encode_entry(entry)
-                if entry.encoded is not None:       # the disk will want it, too
+                if entry.encoded is not None:       # the log will be written from it, too
                     entry.encoded = data
                 parts += (_pack_u64(len(data)), data)
             self._entries, self._data = entries, joined_parts(parts)
         return self._data
 
     def forget(self) -> None:
-        """Let go of the last list."""
         self._entries, self._data = (), []
 
 
 class AppV2Encoder:
-    """msgappv2 frames of one connection: what follows from the last frame is left out.
+    """Frames of one msgappv2 stream: short where the fields follow from the last frame.
 
     Source: etcd 2.3 rafthttp/msgappv2.go.
     """
@@ -9244,12 +9303,8 @@ class AppV2Encoder:
         self._term = 0
         self._index = 0                 # of the last entry sent
 
-    def encode(self, message: Message) -> bytes:
-        """Return the frame of a MsgApp."""
-        return b"".join(self.parts(message))
-
-    def parts(self, message: Message) -> List[bytes]:
-        """Return the same in pieces, of which the long ones are not copied."""
+    def encode(self, message: Message) -> List[bytes]:
+        """Return the frame of a MsgApp in pieces, of which the long ones are not copied."""
         entries = message.entries
         if message.index == self._index and message.log_term == self._term == message.term:
             self._index += len(entries)
@@ -9270,34 +9325,31 @@ class MessageEncoder:
 
     heartbeat = _pack_u64(28) + encode_message(Message(MsgType.HEARTBEAT))
 
-    @classmethod
-    def encode(cls, message: Message) -> bytes:
-        """Return the frame of any message."""
-        return b"".join(cls.parts(message))
-
     @staticmethod
-    def parts(message: Message) -> List[bytes]:
-        """Return the same in pieces, of which the long ones are not copied."""
+    def encode(message: Message) -> List[bytes]:
+        """Return the frame in pieces, of which the long ones are not copied."""
         data = encode_message_parts(message)
         return joined_parts((_pack_u64(sum(map(len, data))), *data))
 
 
 class FrameDecoder:
-    """Cuts a stream, fed in any pieces, into frames; what is incomplete waits for more."""
+    """Cuts a stream, fed in any pieces, into frames."""
 
     __slots__ = ("_partial", "_need")
 
     def __init__(self) -> None:
         self._partial = bytearray()
-        self._need = 0                  # bytes in _partial before another look is worth it
+        self._need = 0                  # bytes in _partial for the next step
 
     def feed(self, data: bytes) -> List[Message]:
         """Return the messages now complete.  Raises CodecError; then the stream is lost."""
         return [message for message in self.messages(data) if message is not None]
 
     def messages(self, data: bytes) -> Iterator[Optional[Message]]:
-        """Do feed() in steps of 1 ms at most, or of one entry: yields a message or, in between,
-        None.  To be exhausted before the next data."""
+        """Do feed() in steps of 1 ms at most, or of one entry; exhaust it before the next data.
+
+        Yields a message, or None between two steps of one.
+        """
         if self._partial:
             self._partial += data
             if len(self._partial) < self._need:
@@ -9318,12 +9370,12 @@ class FrameDecoder:
         self._partial = bytearray(data[offset:])
 
     def _frame(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
-        """Consume one frame at `offset`; return its size, or a larger one than data holds."""
+        """Consume one frame at `offset`; return its size, which may exceed the data."""
         raise NotImplementedError
 
 
 def _frame_size(data: bytes, offset: int) -> int:
-    """The uint64 at `offset`, which announces that many bytes; 0 if it is not all there."""
+    """Return the length at `offset`; 0 if it is incomplete."""
     if len(data) < offset + 8:
         return 0
     size: int = _U64.unpack_from(data, offset)[0]
@@ -9333,7 +9385,7 @@ def _frame_size(data: bytes, offset: int) -> int:
 
 
 class MessageDecoder(FrameDecoder):
-    """Inverse of MessageEncoder; link heartbeats are dropped."""
+    """Decodes the message stream without its link heartbeats."""
 
     __slots__ = ()
 
@@ -9348,10 +9400,7 @@ class MessageDecoder(FrameDecoder):
 
 
 class AppV2Decoder(FrameDecoder):
-    """Inverse of AppV2Encoder; heartbeats are dropped.
-
-    local_id, remote_id  members at this end and at the sending end of the stream
-    """
+    """Decodes a msgappv2 stream from member `remote_id` to `local_id` without its heartbeats."""
 
     __slots__ = ("_local_id", "_remote_id", "_term", "_index", "_entries", "_left", "_bytes")
 
@@ -9374,12 +9423,12 @@ class AppV2Decoder(FrameDecoder):
         if kind == 0:
             return 1
         if kind == 1:
-            return self._begin(data, offset)
+            return self._short_head(data, offset)
         if kind == 2:
             return (yield from self._full(data, offset, found))
         raise CodecError(f"unknown frame {kind} on msgappv2")
 
-    def _begin(self, data: bytes, offset: int) -> int:
+    def _short_head(self, data: bytes, offset: int) -> int:
         if len(data) >= offset + 9:
             (count,) = _U64.unpack_from(data, offset + 1)
             if count > MESSAGE_ENTRIES_MAX:
@@ -9425,249 +9474,48 @@ class AppV2Decoder(FrameDecoder):
 
 
 # ============================================================================
-# peer/compatibility -- What peers must agree on: versions, ids, URLs and their state as seen from here.
-# ============================================================================
-
-
-_STREAM_PENDING_BYTES_MAX = OUTPUT_BYTES_MAX
-ANSWER_BYTES_MAX = 4_096            # of the body of an answer; above: cut
-CLOCK_DIFFERENCE_MAX_NS = NS        # of a peer's clock; above: a warning
-
-StreamEncoder = Union[AppV2Encoder, MessageEncoder]
-
-
-class StreamKind(NamedTuple):
-    """One of the two streams that each member holds open to each peer."""
-
-    path: str       # last but one element of the URL path
-    title: str      # etcd's name of it in the log
-    channel: str    # and in statistics
-
-
-APP_STREAM = StreamKind("msgapp", "stream MsgApp v2", "msgappv2")
-MESSAGE_STREAM = StreamKind("message", "stream Message", "message")
-STREAM_KINDS = {kind.path: kind for kind in (APP_STREAM, MESSAGE_STREAM)}
-_PIPELINE = "pipeline"
-
-_VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})\.\d{1,9}(?:[-+].*)?")
-
-
-def major_minor(version: str) -> Optional[Tuple[int, int]]:
-    """Return (major, minor) of a semantic version `a.b.c`, or None if it is not one."""
-    match = _VERSION.fullmatch(version)
-    return (int(match.group(1)), int(match.group(2))) if match else None
-
-
-_OWN_VERSION = major_minor(SERVER_VERSION) or (0, 0)
-_OLDEST_PEER_VERSION = major_minor(MIN_CLUSTER_VERSION) or (0, 0)
-_OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
-_UNKNOWN_VERSION = "2.0.0"          # of a peer that announces none
-
-
-def _parse_id(text: str) -> Optional[int]:
-    """A member id in hex; None if it is not one."""
-    if not re.fullmatch("[0-9a-fA-F]{1,32}", text):
-        return None
-    value = int(text, 16)
-    return value if value <= UINT64_MAX else None
-
-
-def _compatibility_error(headers: Mapping[str, str]) -> str:
-    """Why the two versions in a peer's headers do not fit ours, or "".
-
-    Source: etcd 2.3 rafthttp/http.go, checkClusterCompatibilityFromHeader.
-    """
-    name = headers.get("x-server-from", "")
-    version = headers.get("x-server-version", _UNKNOWN_VERSION)
-    key = major_minor(version)
-    least = major_minor(headers.get("x-min-cluster-version", _UNKNOWN_VERSION))
-    if key is None or least is None:
-        return f"not a version: remote[{name}]={version}"
-    if key < _OLDEST_PEER_VERSION:
-        return f"remote version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
-    if least > _OWN_VERSION:
-        return f"local version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
-    return ""
-
-
-def _cause(reason: object) -> str:
-    """An error as etcd words it: `connection refused`, not `[Errno 111] Connection refused`."""
-    if isinstance(reason, OSError) and reason.strerror:
-        return reason.strerror.lower()
-    return str(reason)
-
-
-class PeerStatus:
-    """Whether a peer can be reached, as far as the last attempt tells."""
-
-    def __init__(self, member_id: int, wall_ns: Callable[[], int]) -> None:
-        self.active = False
-        self.active_since = 0.0         # unix seconds; 0: inactive
-        self._id = f"{member_id:x}"
-        self._wall_ns = wall_ns
-
-    def activate(self) -> None:
-        """Something went through."""
-        if not self.active:
-            self.active = True
-            self.active_since = self._wall_ns() / NS
-            package_logger("rafthttp").info("the connection with %s became active", self._id)
-
-    def deactivate(self, action: str, source: str, reason: object) -> None:
-        """`action` (dial, read, write, heartbeat) on `source` failed; an error the first time."""
-        log = package_logger("rafthttp")
-        level = logging.ERROR if self.active else logging.DEBUG
-        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, _cause(reason))
-        if self.active:
-            self.active = False
-            self.active_since = 0.0
-            log.info("the connection with %s became inactive", self._id)
-
-
-class UrlPicker:
-    """A peer's URLs, of which one is used until it fails.
-
-    Those that cannot be dialed are left out: the log of a Go member may hold a port of 99999.
-    """
-
-    def __init__(self, urls: Iterable[str]) -> None:
-        self.urls = _usable_urls(urls)          # sorted
-        self._picked = 0
-
-    def pick(self) -> str:
-        """Return the URL to use now."""
-        return self.urls[self._picked]
-
-    def failed(self, url: str) -> None:
-        """Go on to the next URL, if `url` is still the picked one."""
-        if url == self.urls[self._picked]:
-            self._picked = (self._picked + 1) % len(self.urls)
-
-    def update(self, urls: Iterable[str]) -> None:
-        """Replace the URLs and begin with the first."""
-        self.urls = _usable_urls(urls)
-        self._picked = 0
-
-
-def _usable_urls(urls: Iterable[str]) -> List[str]:
-    """The valid ones of `urls`, sorted; if there is none, one where every dial fails."""
-    usable: List[str] = []
-    for url in sorted(urls):
-        try:
-            usable.append(check_url(url))
-        except ValueError as error:
-            package_logger("rafthttp").error("ignored a peer URL: %s", error)
-    return usable or ["http://127.0.0.1:0"]
-
-
-class Sent(NamedTuple):
-    """What became of one message to a peer."""
-
-    to: int
-    channel: str                        # msgappv2, message or pipeline
-    message: Message
-    size: int                           # bytes
-    seconds: float                      # until the system took it; pipeline: until the answer
-    ok: bool                            # False: lost, or dropped
-
-
-class LinkContext(NamedTuple):
-    """What all links of this member share: who we are, and whom to tell."""
-
-    reactor: Reactor
-    member_id: int
-    cluster_id: str                                 # hex, as in the header
-    headers: Dict[str, str]                         # of every request to a peer
-    dial_timeout_s: float
-    complain: Callable[[str], None]
-    take: Callable[[Message, int], Generator[None, None, object]]   # a message; its bytes
-    unreachable: Callable[[int], None]
-    snapshot_done: Callable[[int, bool], None]
-    removed: Callable[[], None]
-    sent: Callable[[Sent], None]
-    round_trip: Callable[[int, float], None]        # a peer has answered a probe, in seconds
-    tls: Optional[TlsContext] = None                # None: the defaults, should a peer ask for it
-    work: Optional[SlicedWork] = None               # where messages are decoded
-
-
-ID_IN_USE = "member ID in use"       # the refusal of a second process with the id of a peer
-FOREIGN_HINT = (
-    "; two clusters use one peer URL: the member that does not belong there was started with the"
-    " data directory of another one: stop it and correct its -data-dir"
-)
-DOUBLE_HINT = (
-    ": one of the two was started with a copy of the other's data directory; stop it, move that"
-    " directory away, and add it as a member of its own (POST /v2/members,"
-    " -initial-cluster-state existing)"
-)
-
-
-# ============================================================================
-# peer/streams -- Streams between members: the ones that we answer and the ones that we dial.
+# peer/streams -- The streams between two members: the one that this member dials and the one that it answers.
 # ----------------------------------------------------------------------------
 # A link may lose, repeat and reorder messages: Raft tolerates it.
 # ============================================================================
 
 
-class Answer:
-    """What is worth keeping of the answer to an HttpCall: body_max bytes, and no more."""
-
-    __slots__ = ("status", "headers", "body", "_body_max")
-
-    def __init__(self, body_max: int = ANSWER_BYTES_MAX) -> None:
-        self._body_max = body_max
-        self.status = 0
-        self.headers: Dict[str, str] = {}
-        self.body = b""
-
-    def take_head(self, status: int, headers: Dict[str, str]) -> None:
-        """For on_head."""
-        self.status, self.headers = status, headers
-
-    def take_data(self, data: bytes) -> None:
-        """For on_data."""
-        if len(self.body) < self._body_max:
-            self.body += data[:self._body_max - len(self.body)]
-
-    def refusal(self, context: LinkContext, member_id: int) -> str:
-        """Why the peer refused a request of ours; what an operator must change is logged."""
-        text = text_of(self.body).strip()
-        if self.status == 404:
-            return f"remote member {member_id:x} could not recognize local member"
-        if self.status == 412 and text == "incompatible version":
-            context.complain(
-                f"request sent was ignored by peer {member_id:x} (server version incompatible)"
-            )
-            return text
-        if self.status == 412 and text in ("cluster ID mismatch", "clusterID mismatch"):
-            theirs = self.headers.get("x-etcd-cluster-id", "")
-            context.complain(
-                f"request sent was ignored (cluster ID mismatch: remote[{member_id:x}]={theirs},"
-                f" local={context.cluster_id}){FOREIGN_HINT}"
-            )
-            return text
-        if self.status == 412 and text == ID_IN_USE:
-            context.complain(
-                f"request sent was refused by peer {member_id:x}: another process uses our member"
-                f" id {context.member_id:x}{DOUBLE_HINT}"
-            )
-            return text
-        return f"unhandled http status {self.status}"
+def refusal_of(answer: Answer, context: LinkContext, member_id: int) -> str:
+    """Return why the peer refused a request; log the reasons that an operator must remove."""
+    text = text_of(answer.body).strip()
+    if answer.status == 404:
+        return f"remote member {member_id:x} could not recognize local member"
+    if answer.status == 412 and text == "incompatible version":
+        fault = f"ignored by peer {member_id:x} (server version incompatible)"
+    elif answer.status == 412 and text in ("cluster ID mismatch", "clusterID mismatch"):
+        theirs = answer.headers.get("x-etcd-cluster-id", "")
+        fault = (
+            f"ignored (cluster ID mismatch: remote[{member_id:x}]={theirs},"
+            f" local={context.cluster_id}){FOREIGN_HINT}"
+        )
+    elif answer.status == 412 and text == ID_IN_USE:
+        fault = (
+            f"refused by peer {member_id:x}: another process uses our member"
+            f" id {context.member_id:x}{DOUBLE_HINT}"
+        )
+    else:
+        return f"unhandled http status {answer.status}"
+    context.log_error(f"request sent was {fault}")
+    return text
 
 
 class StreamReader:
-    """A stream that we dial: on it the peer sends to us.  Dials again whenever it ends."""
+    """A stream from a peer, dialed by this member, and dialed again whenever it ends."""
 
     def __init__(
         self, context: LinkContext, member_id: int, kind: StreamKind, picker: UrlPicker,
-        status: PeerStatus, heard_version: Callable[[str], None],
+        status: PeerStatus,
     ) -> None:
         self._context = context
         self._member_id = member_id
         self._kind = kind
         self._picker = picker
         self._status = status
-        self._heard_version = heard_version
         self._target = f"/raft/stream/{kind.path}/{context.member_id:x}"
         self._headers = {**context.headers, "X-Raft-To": f"{member_id:x}"}
         self._call: Optional[HttpCall] = None
@@ -9678,8 +9526,8 @@ class StreamReader:
         self._backoff = Backoff(STREAM_RETRY_SECONDS, STREAM_RETRY_SECONDS_MAX)
         self._retry = context.reactor.call_later(0.0, self._dial)
 
-    def hurry(self) -> None:
-        """The peer has just dialed us: it can be reached again."""
+    def retry_soon(self) -> None:
+        """Dial again without back-off: the peer has dialed this member, and so can be reached."""
         if self._call is None and self._retry.callback is not None:
             self._retry.cancel()
             self._backoff.reset()
@@ -9708,66 +9556,57 @@ class StreamReader:
         self._answer.take_head(status, headers)
         version = headers.get("x-server-version", _UNKNOWN_VERSION)
         if "x-server-version" in headers:
-            self._heard_version(version)
+            self._status.version = version
         if status == 200 and (major_minor(version) or (0, 0)) >= _OLDEST_STREAM_VERSION:
-            self._decoder = self._new_decoder()
+            self._decoder = MessageDecoder() if self._kind is not APP_STREAM else AppV2Decoder(
+                self._context.member_id, self._member_id)
             self._status.activate()
 
-    def _new_decoder(self) -> FrameDecoder:
-        if self._kind is APP_STREAM:
-            return AppV2Decoder(self._context.member_id, self._member_id)
-        return MessageDecoder()
-
     def _on_data(self, data: bytes) -> None:
+        call = self._call
+        assert call is not None
         if self._decoder is None:
             self._answer.take_data(data)
-            if self._call is not None and len(self._answer.body) >= ANSWER_BYTES_MAX:
-                self._call.cancel()
+            if len(self._answer.body) >= ANSWER_BYTES_MAX:
+                call.cancel()
                 self._on_done(None)
             return
         self._status.activate()
-        call = self._call
         self._unread_bytes += len(data)
-        is_read = False
+        is_decoded = False
 
-        def read(error: Optional[CodecError]) -> None:
-            nonlocal is_read
-            is_read = True
-            if call is None or call is not self._call:
-                return                              # another stream by now
-            if error is not None:
-                self._drop(error)
-            else:
+        def decoded(error: Optional[CodecError]) -> None:
+            nonlocal is_decoded
+            is_decoded = True
+            if call is not self._call:
+                return                              # the stream was closed meanwhile
+            if error is None:
                 self._backoff.reset()
                 call.resume()
+            else:
+                call.cancel()
+                self._on_done(error)
 
-        (self._context.work or SlicedWork(self._context.reactor)).add(
-            self._take(call, self._decoder.messages(data)), read)
-        if not is_read and call is not None:
-            call.pause()                            # until all of this is done
+        self._context.decoding.add(self._receive(call, self._decoder.messages(data)), decoded)
+        if not is_decoded:
+            call.pause()                            # back-pressure, until all of it is decoded
 
-    def _take(
-        self, call: Optional[HttpCall], messages: Iterator[Optional[Message]]
+    def _receive(
+        self, call: HttpCall, messages: Iterator[Optional[Message]]
     ) -> Generator[None, None, Optional[CodecError]]:
-        """Hand on the messages; return what was wrong with the stream."""
+        """Hand the messages on; return the error that makes the rest of the stream useless."""
         try:
             for message in messages:
                 if message is not None:
                     size, self._unread_bytes = self._unread_bytes, 0
-                    yield from self._context.take(message, size)
+                    yield from self._context.receive(message, size)
                 else:
                     yield
                 if self._call is not call:
-                    return None                     # stopped, perhaps by what the message caused
+                    return None                     # closed, perhaps because of the message
         except CodecError as error:
             return error
         return None
-
-    def _drop(self, error: CodecError) -> None:
-        """The peer sends nonsense: a new stream may do better."""
-        if self._call is not None:
-            self._call.cancel()
-        self._on_done(error)
 
     def _on_done(self, error: Optional[Exception]) -> None:
         self._call = None
@@ -9778,17 +9617,15 @@ class StreamReader:
         self._picker.failed(self._url)
         if self._answer.status == 410:
             self._context.removed()
-        reason = error or self._reason()
+        reason = error or ("unsupported stream type" if self._answer.status == 200 else
+                           refusal_of(self._answer, self._context, self._member_id))
         self._status.deactivate("dial", self._kind.title, reason)
-
-    def _reason(self) -> str:
-        if self._answer.status == 200:
-            return "unsupported stream type"
-        return self._answer.refusal(self._context, self._member_id)
 
 
 class StreamWriter:
-    """A stream that the peer has dialed, if it has: on it we send to the peer."""
+    """A stream to a peer, attached while the peer has dialed it."""
+
+    PENDING_BYTES_MAX = OUTPUT_BYTES_MAX    # unsent; above: messages are dropped
 
     def __init__(
         self, context: LinkContext, member_id: int, kind: StreamKind, status: PeerStatus
@@ -9798,34 +9635,33 @@ class StreamWriter:
         self._kind = kind
         self._status = status
         self._reply: Optional[StreamReply] = None
-        self._encoder: StreamEncoder = MessageEncoder()
-        self._frames: List[bytes] = []      # of the offer under way
+        self._encoder: Union[AppV2Encoder, MessageEncoder] = MessageEncoder()
+        self._frames: List[bytes] = []      # since the last flush
         self._frames_bytes = 0
         self._unsent: List[Tuple[Message, int, float]] = []     # size; since when: monotonic
         self._congested = False             # messages are dropped until the peer reads on
         self._queued_bytes = 0              # given to the connection so far
-        self._taken_bytes = 0               # of these, taken by the socket, as last seen
-        self._taken_at = 0.0                # when that number was last seen growing
+        self._taken_bytes = 0               # of these, taken by the socket at the last heartbeat
+        self._taken_at = 0.0                # last heartbeat at which that number had grown
         self._heartbeat: Optional[Timer] = None
 
     @property
     def attached(self) -> bool:
-        """True if the peer has dialed this stream."""
         return self._reply is not None
 
-    def attach(self, reply: StreamReply, encoder: StreamEncoder) -> None:
-        """Use the stream just opened; it replaces the one before."""
+    def attach(self, reply: StreamReply, encoder: Union[AppV2Encoder, MessageEncoder]) -> None:
+        """Use the stream that the peer has opened; it replaces the one before."""
         self.close()
         self._reply = reply
         self._encoder = encoder
         self._queued_bytes, self._taken_bytes = reply.pending, 0    # so far the reply's head
         self._taken_at = self._context.reactor.now()
-        reply.on_close = self._on_close
+        reply.on_close = lambda: self._lost("closed by the peer")
         self._status.activate()
+        self._heartbeat = self._context.reactor.every(LINK_HEARTBEAT_SECONDS, self._beat)
         self._beat()
 
     def close(self) -> None:
-        """Drop the stream, if there is one."""
         reply, self._reply = self._reply, None
         self._frames, self._frames_bytes = [], 0
         self._congested = False
@@ -9836,14 +9672,14 @@ class StreamWriter:
             reply.abort()
 
     def offer(self, message: Message) -> bool:
-        """Queue a message until flush(); False if the peer reads too slowly: it is dropped."""
+        """Queue a message until flush(); False: it is dropped, as the peer reads too slowly."""
         reply = self._reply
         if reply is None:
             return False
-        if self._is_full(reply):
+        if self._is_congested(reply):
             self._context.sent(Sent(self._member_id, self._kind.channel, message, 0, 0.0, False))
             return False
-        parts = self._encoder.parts(message)
+        parts = self._encoder.encode(message)
         size = sum(map(len, parts))
         self._frames += parts
         self._frames_bytes += size
@@ -9860,15 +9696,15 @@ class StreamWriter:
                 self._reply.when_read(self._report)
 
     def _report(self, *, ok: bool = True) -> None:
-        """The connection has taken everything: our messages are sent.  Not ok: it is lost."""
+        """Report the messages as sent, since the socket has taken them; not ok: as lost."""
         unsent, self._unsent = self._unsent, []
         now = self._context.reactor.now()
         for message, size, since in unsent:
             self._context.sent(
                 Sent(self._member_id, self._kind.channel, message, size, now - since, ok))
 
-    def _is_full(self, reply: StreamReply) -> bool:
-        if reply.pending + self._frames_bytes <= _STREAM_PENDING_BYTES_MAX:
+    def _is_congested(self, reply: StreamReply) -> bool:
+        if reply.pending + self._frames_bytes <= self.PENDING_BYTES_MAX:
             self._congested = False
             return False
         if not self._congested:
@@ -9888,7 +9724,7 @@ class StreamWriter:
             self._queued_bytes += reply.pending - before
 
     def _beat(self) -> None:
-        """Keep the stream alive, or give it up when the peer has taken nothing for 5 s."""
+        """Send a heartbeat, or give the stream up when the peer has taken nothing for 5 s."""
         reply = self._reply
         if reply is None:
             return
@@ -9898,13 +9734,8 @@ class StreamWriter:
             self._taken_bytes, self._taken_at = taken, now
         if now - self._taken_at > LINK_TIMEOUT_SECONDS:
             self._lost("i/o timeout")
-            return
-        if reply.pending <= _STREAM_PENDING_BYTES_MAX:
+        elif reply.pending <= self.PENDING_BYTES_MAX:
             self._write(self._encoder.heartbeat)
-        self._heartbeat = self._context.reactor.call_later(LINK_HEARTBEAT_SECONDS, self._beat)
-
-    def _on_close(self) -> None:
-        self._lost("closed by the peer")
 
     def _lost(self, reason: str) -> None:
         self.close()
@@ -9913,7 +9744,7 @@ class StreamWriter:
 
 
 # ============================================================================
-# peer/links -- Posts, probes, and a peer as the sum of its links.
+# peer/links -- A peer as the sum of its links: streams, pipeline, prober.
 # ============================================================================
 
 
@@ -9924,26 +9755,21 @@ class PeerPost:
         self.message = message
         self.body = body                # in pieces
         self.size = sum(map(len, body))
-        self.answer = Answer()
         self.url = ""
         self.started = 0.0
         self.call: Optional[HttpCall] = None
-
-    @property
-    def is_snapshot(self) -> bool:
-        """True if the outcome matters to more than reachability."""
-        return self.message.type == MsgType.SNAP
+        self.is_snapshot = message.type == MsgType.SNAP     # its outcome is reported
 
 
 class Pipeline:
-    """Messages that no stream takes: each in a POST of its own, a few at a time."""
+    """Messages to a member by POST: of a peer without streams, and all snapshots."""
 
     def __init__(
         self, context: LinkContext, member_id: int, picker: UrlPicker, status: PeerStatus
     ) -> None:
+        self.picker = picker
         self._context = context
         self._member_id = member_id
-        self._picker = picker
         self._status = status
         self._waiting: Deque[PeerPost] = collections.deque()
         self._under_way: Set[PeerPost] = set()
@@ -9954,15 +9780,14 @@ class Pipeline:
         """Send, queue or drop a message; a drop is reported."""
         size = sum(post.size for post in self._waiting)
         if len(self._waiting) >= PIPELINE_QUEUE_MESSAGES_MAX or size > PIPELINE_QUEUE_BYTES_MAX:
-            self._context.sent(Sent(self._member_id, _PIPELINE, message, 0, 0.0, False))
-            self._full(message)
+            self._drop(message)
             return
         self._congested = False
         self._waiting.append(PeerPost(message, encode_message_parts(message)))
-        self._begin()
+        self._send_waiting()
 
     def stop(self) -> None:
-        """Forget what waits and break off what is under way; a snapshot counts as failed."""
+        """Drop the waiting messages and cancel the calls; a snapshot counts as failed."""
         posts = [*self._under_way, *self._waiting]
         self._waiting.clear()
         self._under_way.clear()
@@ -9972,7 +9797,8 @@ class Pipeline:
             if post.is_snapshot:
                 self._context.snapshot_done(self._member_id, False)
 
-    def _full(self, message: Message) -> None:
+    def _drop(self, message: Message) -> None:
+        self._context.sent(Sent(self._member_id, _PIPELINE, message, 0, 0.0, False))
         if not self._congested:
             self._congested = True
             package_logger("rafthttp").warning(
@@ -9982,7 +9808,7 @@ class Pipeline:
         if message.type == MsgType.SNAP:
             self._context.snapshot_done(self._member_id, False)
 
-    def _begin(self) -> None:
+    def _send_waiting(self) -> None:
         while self._waiting and len(self._under_way) < PIPELINE_WORKERS:
             post = self._waiting.popleft()
             self._under_way.add(post)
@@ -9990,44 +9816,37 @@ class Pipeline:
 
     def _send(self, post: PeerPost) -> None:
         context = self._context
-        post.url = self._picker.pick()
+        post.url = self.picker.pick()
         post.started = context.reactor.now()
 
-        def done(error: Optional[Exception]) -> None:
-            self._done(post, error)
+        def done(error: Optional[Exception], answer: Answer) -> None:
+            self._answered(post, error, answer)
 
-        post.call = HttpCall(
-            context.reactor, post.url, "POST", "/raft", self._headers, post.body[0],
-            post.body[1:],
-            connect_timeout_s=context.dial_timeout_s,
+        post.call = fetch(
+            context.reactor, post.url, "/raft", done, method="POST", headers=self._headers,
+            body=post.body, connect_timeout_s=context.dial_timeout_s, tls=context.tls,
             # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
             idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
-            answer_max=ANSWER_BYTES_MAX, tls=context.tls, on_head=post.answer.take_head,
-            on_data=post.answer.take_data, on_done=done,
         )
 
-    def _done(self, post: PeerPost, error: Optional[Exception]) -> None:
+    def _answered(self, post: PeerPost, error: Optional[Exception], answer: Answer) -> None:
         context = self._context
         self._under_way.discard(post)
-        ok = error is None and post.answer.status == 204
+        ok = error is None and answer.status == 204
         elapsed_s = context.reactor.now() - post.started
-        context.sent(
-            Sent(self._member_id, _PIPELINE, post.message, post.size, elapsed_s, ok))
+        context.sent(Sent(self._member_id, _PIPELINE, post.message, post.size, elapsed_s, ok))
         if ok:
             self._status.activate()
         else:
-            self._failed(post, error)
+            if answer.status == 403:
+                context.removed()
+            reason = error or refusal_of(answer, context, self._member_id)
+            self.picker.failed(post.url)
+            self._status.deactivate("write", _PIPELINE, reason)
+            context.unreachable(self._member_id)
         if post.is_snapshot:
             context.snapshot_done(self._member_id, ok)
-        self._begin()
-
-    def _failed(self, post: PeerPost, error: Optional[Exception]) -> None:
-        if post.answer.status == 403:
-            self._context.removed()
-        reason = error or post.answer.refusal(self._context, self._member_id)
-        self._picker.failed(post.url)
-        self._status.deactivate("write", _PIPELINE, reason)
-        self._context.unreachable(self._member_id)
+        self._send_waiting()
 
 
 class Prober:
@@ -10040,43 +9859,37 @@ class Prober:
         self._context = context
         self._member_id = member_id
         self._picker = picker
-        self._answer = Answer()
-        self._asked = 0.0                           # when the probe was sent
         self._call: Optional[HttpCall] = None
-        self._warn_at = context.reactor.now() + COMPLAINT_SECONDS
-        self._timer = context.reactor.call_later(PROBE_SECONDS, self._probe)
+        self._warn_at = context.reactor.now() + REPEAT_SECONDS
+        self._timer = context.reactor.every(PROBE_SECONDS, self._probe)
 
     def stop(self) -> None:
-        """Ask no more."""
         self._timer.cancel()
         if self._call is not None:
             self._call.cancel()
 
     def _probe(self) -> None:
-        reactor = self._context.reactor
-        self._answer = Answer()
-        self._asked = reactor.now()
-        self._call = HttpCall(
-            reactor, self._picker.pick(), "GET", "/raft/probing", {},
+        context, asked_at = self._context, self._context.reactor.now()
+        if self._call is not None and not self._call.ended:
+            return
+
+        def done(error: Optional[Exception], answer: Answer) -> None:
+            self._probed(asked_at, None if error else _probed_time(answer))
+
+        self._call = fetch(
+            context.reactor, self._picker.pick(), "/raft/probing", done, tls=context.tls,
             connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS,
-            answer_max=ANSWER_BYTES_MAX, tls=self._context.tls,
-            on_head=self._answer.take_head, on_data=self._answer.take_data, on_done=self._done,
         )
 
-    def _done(self, error: Optional[Exception]) -> None:
+    def _probed(self, asked_at: float, theirs_ns: Optional[int]) -> None:
         reactor = self._context.reactor
-        self._call = None
-        self._timer = reactor.call_later(PROBE_SECONDS, self._probe)
-        theirs_ns = None if error else _probed_time(self._answer)
-        now = reactor.now()
+        elapsed_s = reactor.now() - asked_at
         if theirs_ns is None:
-            if now >= self._warn_at:
-                self._warn("the connection to peer %x is unhealthy", self._member_id)
+            self._warn("the connection to peer %x is unhealthy", self._member_id)
             return
-        self._context.round_trip(self._member_id, now - self._asked)
-        one_way_ns = int((now - self._asked) * NS) // 2
-        difference_ns = reactor.wall_ns() - one_way_ns - theirs_ns
-        if abs(difference_ns) > CLOCK_DIFFERENCE_MAX_NS and now >= self._warn_at:
+        self._context.round_trip(self._member_id, elapsed_s)
+        difference_ns = reactor.wall_ns() - int(elapsed_s * NS) // 2 - theirs_ns
+        if abs(difference_ns) > CLOCK_DIFFERENCE_MAX_NS:
             sign = "-" if difference_ns < 0 else ""
             self._warn(
                 "the clock difference against peer %x is too high [%s > 1s]", self._member_id,
@@ -10084,15 +9897,17 @@ class Prober:
             )
 
     def _warn(self, text: str, *args: object) -> None:
-        self._warn_at = self._context.reactor.now() + COMPLAINT_SECONDS
-        package_logger("rafthttp").warning(text, *args)
+        now = self._context.reactor.now()
+        if now >= self._warn_at:
+            self._warn_at = now + REPEAT_SECONDS
+            package_logger("rafthttp").warning(text, *args)
 
 
 _PROBED_NOW = re.compile(rb'"Now"\s*:\s*"([0-9TZ:.+-]{1,64})"')
 
 
 def _probed_time(answer: Answer) -> Optional[int]:
-    """The peer's clock in unix ns, or None if the answer is not that of a healthy peer."""
+    """Return the peer's clock in unix ns; None: it is not the answer of a healthy peer."""
     match = _PROBED_NOW.search(answer.body)
     if answer.status != 200 or match is None:
         return None
@@ -10108,21 +9923,20 @@ class Peer:
     def __init__(
         self, context: LinkContext, member_id: int, urls: Iterable[str], lists: EntryListEncoder
     ) -> None:
-        self.id = member_id
+        self.picker = UrlPicker(urls)
         self.status = PeerStatus(member_id, context.reactor.wall_ns)
-        self.version = ""               # as the peer announced it last; "": never
+        self._id = member_id
         self._advertised = ""           # peer URLs, by the process that dialed the streams
         self._context = context
         self._lists = lists
-        self._picker = UrlPicker(urls)
         self._app_writer = StreamWriter(context, member_id, APP_STREAM, self.status)
         self._message_writer = StreamWriter(context, member_id, MESSAGE_STREAM, self.status)
-        self._pipeline = Pipeline(context, member_id, self._picker, self.status)
+        self._pipeline = Pipeline(context, member_id, self.picker, self.status)
         self._readers = [
-            StreamReader(context, member_id, kind, self._picker, self.status, self.heard_version)
+            StreamReader(context, member_id, kind, self.picker, self.status)
             for kind in (APP_STREAM, MESSAGE_STREAM)
         ]
-        self._prober = Prober(context, member_id, self._picker)
+        self._prober = Prober(context, member_id, self.picker)
 
     def offer(self, message: Message) -> None:
         """Send by the channel that fits, or drop and report; complete with flush()."""
@@ -10136,44 +9950,37 @@ class Peer:
             self._pipeline.offer(message)
 
     def flush(self) -> None:
-        """Write what was offered."""
+        """Write the offered messages."""
         self._app_writer.flush()
         self._message_writer.flush()
 
-    def heard_version(self, version: str) -> None:
-        """The peer announced its version."""
-        self.version = version
-
     def other_process(self, advertised: str) -> str:
-        """Return the peer URLs of the process with the peer's streams if they are others, or "".
+        """Return the peer URLs of another process that has this peer's streams, or "".
 
-        `advertised` are those of a process that says it is this peer.  Both may hold what the
-        other does not, and each would count for both.  Who has the URLs that the cluster knows is
-        right: the peer has moved, and the streams are left from before.  Differs from etcd, where
-        streams of the one replace those of the other in turn.
+        advertised  the peer URLs of a process that sends as this peer
+
+        Each of the two may hold entries that the other lacks, and each would count for both.  A
+        process with the URLs that the cluster knows is accepted: the peer has moved, and the
+        streams are those of its old place.  Differs from etcd, where streams of one process
+        replace those of the other in turn.
         """
         is_attached = self._app_writer.attached or self._message_writer.attached
-        is_right = sorted(advertised.split(",")) == self._picker.urls
+        is_right = sorted(advertised.split(",")) == self.picker.urls
         return "" if is_right or advertised == self._advertised or not is_attached else (
             self._advertised
         )
 
     def attach(self, kind: StreamKind, reply: StreamReply, advertised: str) -> None:
-        """The peer has dialed one of its streams."""
+        """Use a stream that the peer has dialed."""
         self._advertised = advertised
         for reader in self._readers:
-            reader.hurry()
+            reader.retry_soon()
         if kind is APP_STREAM:
             self._app_writer.attach(reply, AppV2Encoder(self._lists))
         else:
             self._message_writer.attach(reply, MessageEncoder())
 
-    def update(self, urls: Iterable[str]) -> None:
-        """Use other URLs from the next dial on."""
-        self._picker.update(urls)
-
     def stop(self) -> None:
-        """Close everything."""
         for reader in self._readers:
             reader.stop()
         self._app_writer.close()
@@ -10182,91 +9989,57 @@ class Peer:
         self._prober.stop()
 
     def _offer_snapshot(self, message: Message) -> None:
-        """Send a snapshot, unless it would kill the receiver.
+        """Send a snapshot, unless the receiver is etcd 3.x.
 
-        etcd 3.x needs a bolt database with it and ends itself when it gets none.
+        That needs a bolt database with it, and exits when it gets none.
         """
-        if (major_minor(self.version) or (0, 0)) < (3, 0):
+        version = self.status.version
+        if (major_minor(version) or (0, 0)) < (3, 0):
             self._pipeline.offer(message)
             return
-        self._context.complain(
-            f"cannot send a snapshot to {self.id:x}: etcd {self.version} needs a database that"
+        self._context.log_error(
+            f"cannot send a snapshot to {self._id:x}: etcd {version} needs a database that"
             " this member does not have; start it with a copy of another 3.x member's data"
             " directory, or replace it by a 2.3 member"
         )
-        self._context.unreachable(self.id)
-        self._context.snapshot_done(self.id, False)
-
-
-class Remote:
-    """A member of the cluster that our own view of it does not know yet: only POSTs."""
-
-    def __init__(self, context: LinkContext, member_id: int, urls: Iterable[str]) -> None:
-        status = PeerStatus(member_id, context.reactor.wall_ns)
-        self._picker = UrlPicker(urls)
-        self._pipeline = Pipeline(context, member_id, self._picker, status)
-
-    def offer(self, message: Message) -> None:
-        """Send by POST, or drop and report."""
-        self._pipeline.offer(message)
-
-    def update(self, urls: Iterable[str]) -> None:
-        """Use other URLs from the next POST on."""
-        self._picker.update(urls)
-
-    def stop(self) -> None:
-        """Break off what is under way."""
-        self._pipeline.stop()
+        self._context.unreachable(self._id)
+        self._context.snapshot_done(self._id, False)
 
 
 # ============================================================================
-# peer/transport -- The transport: all links, and raft's part of the peer listener.
-# ----------------------------------------------------------------------------
-# Hands every message to a callable.
+# peer/transport -- The transport: the links to all peers, and the paths below /raft of the peer listener.
 # ============================================================================
 
 
 REMOTES_MAX = 256                   # members remembered that are no peers; above: ignored
 
 
-def _ignore_sent(sent: Sent) -> None:
-    """Default of Transport's `sent`."""
-
-
-def _ignore_received(sender: int, message: Message, size: int) -> None:
-    """Default of Transport's `received`."""
-
-
-def _ignore_round_trip(member_id: int, seconds: float) -> None:
-    """Default of Transport's `round_trip`."""
-
-
 class MessageInspector:
-    """What may pass from peers to this member: all.  What they send is never trusted."""
+    """The check of messages that peers send; this one lets all of them pass."""
 
     def inspect(self, message: Message) -> Generator[None, None, str]:
-        """Say, in steps, why `message` must not be delivered; "": it may."""
+        """Return, in steps, why `message` must not be delivered; "": it may."""
         yield from ()
         return ""
 
     def read_state(self, data: bytes) -> Any:
-        """Return what the store makes of a snapshot's data.  Raises ValueError.  Thread: any."""
+        """Return the store state in the data of a snapshot.  Raises ValueError.  Thread: any."""
         return None
 
 
 class Transport:
-    """All links to other members, and the raft part of the peer listener.
+    """The links to all other members, and the paths below /raft of the peer listener.
 
-    deliver        gets every message of the peers; may call the transport
-    unreachable    gets the id of a member to which messages were lost
-    snapshot_done  gets the id of the receiver and whether it has taken a snapshot
-    removed        called once, a second after a peer says that we were removed from the cluster
-    sent           gets a Sent for every message to a peer, when its fate is known
+    deliver        (message) of a peer; may call the transport
+    unreachable    (member id) after the loss of messages to it
+    snapshot_done  (member id, ok) of the receiver of a snapshot
+    removed        () once, a second after a peer says that the cluster has removed this member
+    sent           (Sent) for every message to a peer, when its fate is known
     received       (sender, message, bytes), before deliver
     round_trip     (member id, seconds) of every probe that a peer has answered
     inspector      looks at every message before it is delivered
     `drop`, if set, loses the messages, sent and received, for which it returns true.
-    The first three are called by the reactor, never from inside offer().  Thread: reactor.
+    The reactor calls the first three, outside of offer().  Thread: reactor.
     """
 
     def __init__(
@@ -10274,9 +10047,9 @@ class Transport:
         is_removed: Callable[[int], bool], deliver: Callable[[Message], None],
         unreachable: Callable[[int], None], snapshot_done: Callable[[int, bool], None],
         removed: Callable[[], None], election_s: float,
-        sent: Callable[[Sent], None] = _ignore_sent,
-        received: Callable[[int, Message, int], None] = _ignore_received,
-        round_trip: Callable[[int, float], None] = _ignore_round_trip,
+        sent: Callable[[Sent], None] = _ignore,
+        received: Callable[[int, Message, int], None] = _ignore,
+        round_trip: Callable[[int, float], None] = _ignore,
         tls: Optional[TlsContext] = None, inspector: Optional[MessageInspector] = None,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
@@ -10288,24 +10061,26 @@ class Transport:
         self._removed: Optional[Callable[[], None]] = removed
         self._received = received
         self._inspector = inspector or MessageInspector()
-        self._work = SlicedWork(reactor)
-        self._is_reading = False            # a snapshot: one after the other
-        self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # those that arrive
-        self._complaints = Complaints("rafthttp", reactor.now)
+        self._decoding = SlicedWork(reactor)
+        self._is_reading_snapshot = False   # one after the other
+        self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # snapshots that arrive
+        self._log = ThrottledLog("rafthttp", reactor.now)
         self._lists = EntryListEncoder()
         self._peers: Dict[int, Peer] = {}
-        self._remotes: Dict[int, Remote] = {}
+        self._remotes: Dict[int, Pipeline] = {}     # to members that are no peers yet
         self._stopped = False
-        self._routes: Dict[str, Callable[[HttpRequest], None]] = {
-            "/raft": self._handle_post, "/raft/snapshot": self._handle_snapshot,
-            "/raft/probing": self._handle_probing, "/raft/stream": self._redirect_stream,
+        self._routes: Dict[str, Tuple[str, Callable[[HttpRequest], None]]] = {
+            "/raft": ("POST", self._handle_post), "/raft/snapshot": ("POST", self._handle_post),
+            "/raft/stream/": ("GET", self._handle_stream),
+            "/raft/stream": ("", self._redirect_stream),
+            "/raft/probing": ("", self._handle_probing),
         }
         self._context = LinkContext(
             reactor, member_id, self._cluster_id, self._request_headers(peer_urls),
-            1.0 + election_s / 5, self._complaints.say, self._take,
-            lambda to: self._soon(unreachable, to),
-            lambda to, ok: self._soon(snapshot_done, to, ok), self._we_are_removed, sent,
-            round_trip, tls, self._work,
+            1.0 + election_s / 5, self._log.error, self._receive,
+            lambda to: self._report_soon(unreachable, to),
+            lambda to, ok: self._report_soon(snapshot_done, to, ok), self._report_removal, sent,
+            round_trip, tls, self._decoding,
         )
 
     # -- members -----------------------------------------------------------
@@ -10318,47 +10093,44 @@ class Transport:
             self._peers[member_id] = Peer(self._context, member_id, urls, self._lists)
 
     def add_remote(self, member_id: int, urls: Iterable[str]) -> None:
-        """Remember where a member is that is no peer yet; a peer of that id wins."""
+        """Answer a member by POST while it is no peer yet: its addition is not applied here."""
         if member_id in (0, self._member_id) or member_id in self._peers or self._stopped:
             return
         if member_id in self._remotes:
-            self._remotes[member_id].update(urls)
+            self._remotes[member_id].picker.update(urls)
         elif len(self._remotes) < REMOTES_MAX:
-            self._remotes[member_id] = Remote(self._context, member_id, urls)
+            status = PeerStatus(member_id, self._reactor.wall_ns)
+            self._remotes[member_id] = Pipeline(
+                self._context, member_id, UrlPicker(urls), status)
 
     def update_peer(self, member_id: int, urls: Iterable[str]) -> None:
         """Use other URLs for a member; unknown ids are ignored."""
         peer = self._peers.get(member_id)
         if peer is not None:
-            peer.update(urls)
+            peer.picker.update(urls)
 
     def remove_peer(self, member_id: int) -> None:
         """Close the links to a member; unknown ids are ignored."""
-        peer = self._peers.pop(member_id, None)
-        remote = self._remotes.pop(member_id, None)
-        if peer is not None:
-            peer.stop()
-        if remote is not None:
-            remote.stop()
+        for link in (self._peers.pop(member_id, None), self._remotes.pop(member_id, None)):
+            if link is not None:
+                link.stop()
 
     def remove_all(self) -> None:
         """Close the links to all peers; remotes stay."""
-        peers, self._peers = self._peers, {}
-        for peer in peers.values():
-            peer.stop()
+        while self._peers:
+            self._peers.popitem()[1].stop()
 
     def active_since(self, member_id: int) -> float:
-        """Unix seconds since when a peer can be reached, 0 if it cannot."""
+        """Return since when a peer can be reached, in unix seconds; 0: it cannot."""
         peer = self._peers.get(member_id)
         return peer.status.active_since if peer is not None else 0.0
 
     def stop(self) -> None:
-        """Close everything and call nobody any more."""
+        """Close all links; no callback comes any more."""
         self._stopped = True
         self.remove_all()
-        for remote in self._remotes.values():
-            remote.stop()
-        self._remotes = {}
+        while self._remotes:
+            self._remotes.popitem()[1].stop()
 
     # -- sending -----------------------------------------------------------
 
@@ -10377,19 +10149,19 @@ class Transport:
             peer.flush()
         self._lists.forget()
 
-    def _soon(self, report: Callable[..., None], *args: Any) -> None:
-        """Report outside of the call that found out, which may come from Raft itself."""
-        self._reactor.call_soon(self._report, report, args)
+    def _report_soon(self, report: Callable[..., None], *args: Any) -> None:
+        """Report in this turn, but outside of the call, which may come from Raft itself."""
+        self._reactor.call_soon(self._report, report, *args)
 
-    def _report(self, report: Callable[..., None], args: Tuple[Any, ...]) -> None:
+    def _report(self, report: Callable[..., None], *args: Any) -> None:
         if not self._stopped:
             report(*args)
 
-    def _we_are_removed(self) -> None:
-        """Wait a moment: our removal may be on its way to our disk, and its client for that."""
+    def _report_removal(self) -> None:
+        """Wait before the report: the entry may be on its way to our disk, a reply to a client."""
         removed, self._removed = self._removed, None
         if removed is not None:
-            self._reactor.call_later(REMOVED_SECONDS, self._report, removed, ())
+            self._reactor.call_later(REMOVED_SECONDS, self._report, removed)
 
     def _request_headers(self, peer_urls: Sequence[str]) -> Dict[str, str]:
         return {
@@ -10403,23 +10175,24 @@ class Transport:
     # -- receiving ---------------------------------------------------------
 
     def handle(self, request: HttpRequest) -> bool:
-        """Answer a request of the peer listener; False if its path is none of raft's."""
-        path = request.path
-        route = self._routes.get(path)
-        if route is None and path.startswith("/raft/stream/"):
-            route = self._handle_stream
+        """Answer a request of the peer listener; False: its path is not below /raft."""
+        is_stream = request.path.startswith("/raft/stream/")
+        route = self._routes.get("/raft/stream/" if is_stream else request.path)
         if route is None:
             return False
+        method, handle = route
         if self._stopped:
             _reply_error(request, 503, "etcdserver: server stopped")
-        else:
-            route(request)
+        elif method and request.method != method:
+            _reply_error(request, 405, "Method Not Allowed", f"Allow: {method}\r\n")
+        elif not method or self._is_compatible(request):
+            handle(request)
         return True
 
     def guard(self, listener: Listener, directory: str) -> None:
-        """Have a listener read bodies only of those from whom we expect one, and only so many.
+        """Make a listener read only the bodies that members may send, up to the limits.
 
-        directory  where snapshots are kept until they are complete
+        directory  for snapshots until they are complete
         """
         listener.body_limit = self._body_max
         listener.memory_max = RAFT_BODY_BYTES_MAX
@@ -10427,38 +10200,37 @@ class Transport:
         listener.open_spool = functools.partial(self._open_spool, directory)
 
     def _open_spool(self, directory: str, first: bytes) -> Optional[IO[bytes]]:
-        """A file for the body that begins so: only snapshots may be so large, and few at a time."""
+        """Return a file for a large body that begins with `first`; None: refuse it.
+
+        Only snapshots may be so large, and few at a time.
+        """
         is_snapshot = _SNAPSHOT_START in (first[:2], first[8:10])
         if not is_snapshot or len(self._spools) >= _SPOOLS_MAX:
             return None
         try:
             file = tempfile.TemporaryFile(dir=directory)
         except OSError as error:
-            self._complaints.say(f"cannot keep a snapshot that a peer sends: {error}")
+            self._log.error(f"cannot keep a snapshot that a peer sends: {error}")
             return None
         self._spools.add(file)
         return file
 
     def _body_max(self, head: HttpHead) -> int:
-        """How many bytes of body are wanted from the sender of this head.
-
-        Only members have something to tell that is more than a few numbers.
-        """
+        """Return how long a body behind this head may be: members may send the most."""
         if head.method != "POST" or head.path not in ("/raft", "/raft/snapshot"):
             return 0
         sender = _parse_id(head.headers.get("x-server-from", "")) or 0
         theirs = head.headers.get("x-etcd-cluster-id", "")
-        if theirs != self._cluster_id or self._is_removed(sender) or self._stopped:
-            return 0
-        if _compatibility_error(head.headers):
+        if (theirs != self._cluster_id or self._is_removed(sender) or self._stopped
+                or _compatibility_error(head.headers)):
             return 0
         is_known = sender in self._peers or sender in self._remotes
-        return PEER_BODY_BYTES_MAX if is_known else _STRANGER_BODY_BYTES_MAX
+        return PEER_BODY_BYTES_MAX if is_known else _UNKNOWN_BODY_BYTES_MAX
 
-    def _take(self, message: Message, size: int) -> Generator[None, None, int]:
-        """Hand a message on, in steps; return the status that says what became of it.
+    def _receive(self, message: Message, size: int) -> Generator[None, None, int]:
+        """Check and deliver a message, in steps; return the HTTP status of the outcome.
 
-        A removed member may not disturb the others any more: it does not know yet.
+        A removed member may not know it yet, and must not disturb the others.
         """
         if message.to != self._member_id or self._is_removed(message.sender):
             return 500
@@ -10467,7 +10239,7 @@ class Transport:
         fault = yield from self._inspector.inspect(message)
         if fault:
             name = "Msg" + MsgType(message.type).name.title().replace("_", "")
-            self._complaints.say(f"refused a {name} of {message.sender:x}: {fault}")
+            self._log.error(f"refused a {name} of {message.sender:x}: {fault}")
             return 400
         if not self._stopped and (self.drop is None or not self.drop(message)):
             self._received(message.sender, message, size)
@@ -10475,110 +10247,102 @@ class Transport:
         return 204
 
     def _handle_stream(self, request: HttpRequest) -> None:
-        """GET /raft/stream/<kind>/<dialer>: answer with our messages to the dialer, for ever."""
-        headers = f"{self._cluster_header()}X-Server-Version: {SERVER_VERSION}\r\n"
-        if not self._is_welcome(request, "GET", headers):
-            return
+        """GET /raft/stream/<kind>/<dialer>: answer with all messages to the dialer."""
         directory, _, name = request.path.rpartition("/")
         kind = STREAM_KINDS.get(directory[len("/raft/stream/"):])
         dialer = _parse_id(name)
-        if kind is None:
-            _reply_error(request, 404, "invalid path", headers)
-        elif dialer is None:
-            _reply_error(request, 404, "invalid from", headers)
+        if kind is None or dialer is None:
+            self._refuse(request, 404, "invalid path" if kind is None else "invalid from")
         elif self._is_removed(dialer):
             package_logger("rafthttp").warning(
                 "rejected the stream from peer %x since it was removed", dialer
             )
-            _reply_error(request, 410, "removed member", headers)
+            self._refuse(request, 410, "removed member")
         elif dialer not in self._peers:
             self._remember_sender(request, dialer)
-            self._complaints.say(
-                f"failed to find remote peer {dialer:x} in cluster {self._cluster_id}"
+            self._refuse(
+                request, 404, "error sender not found",
+                f"failed to find remote peer {dialer:x} in cluster {self._cluster_id}",
             )
-            _reply_error(request, 404, "error sender not found", headers)
         elif request.headers.get("x-raft-to", "") != f"{self._member_id:x}":
-            self._complaints.say(
+            self._refuse(
+                request, 412, "to field mismatch",
                 f"streaming request ignored (ID mismatch got {request.headers.get('x-raft-to')}"
                 f" want {self._member_id:x}); our peer URL is that of another member: if it was not"
-                " moved, this process was started with a wrong -data-dir"
+                " moved, this process was started with a wrong -data-dir",
             )
-            _reply_error(request, 412, "to field mismatch", headers)
         else:
             advertised = request.headers.get("x-peerurls", "")
-            stream = request.start_stream(200, None, headers)
+            stream = request.start_stream(200, None, self._headers_for(request))
             self._peers[dialer].attach(kind, stream, advertised)
 
     def _handle_post(self, request: HttpRequest) -> None:
-        """POST /raft: one message."""
-        headers = self._cluster_header()
-        if not self._is_welcome(request, "POST", headers):
-            return
+        """POST /raft: one message.  POST /raft/snapshot: the form of 3.x for a snapshot."""
         self._remember_sender(request, _parse_id(request.headers.get("x-server-from", "")))
+        is_framed = request.path == "/raft/snapshot"
+        is_long = request.body_file is not None or request.body.startswith(_SNAPSHOT_START)
         if request.body_too_large:
-            self._reply_too_large(request, headers)
-        elif request.body_file is not None or request.body.startswith(_SNAPSHOT_START):
-            self._read_snapshot(request, headers, is_framed=False)
+            self._refuse(
+                request, 413, "error reading raft message",
+                f"refused a message from {request.remote}: its sender is not known here, or it is"
+                " too large",
+            )
+        elif is_framed or is_long:
+            self._read_snapshot(request, is_framed=is_framed)
         else:
-            steps = self._posted_steps(memoryview(request.body))
-            self._work.add(steps, lambda status: self._answer(request, status, headers))
+            steps = self._receive_body(memoryview(request.body))
+            self._decoding.add(steps, lambda status: self._answer(request, status))
 
-    def _posted_steps(self, body: memoryview) -> Generator[None, None, int]:
-        """Decode and take one message; return the status for its sender."""
+    def _receive_body(self, body: memoryview) -> Generator[None, None, int]:
+        """Decode and receive one message; return the status for its sender."""
         try:
             message = yield from decode_message_steps(body)
         except CodecError as error:
-            self._complaints.say(f"failed to unmarshal raft message ({error})")
+            self._log.error(f"failed to unmarshal raft message ({error})")
             return 422
         if self._is_removed(message.sender):
             return 403
-        return (yield from self._take(message, len(body)))
+        return (yield from self._receive(message, len(body)))
 
-    def _answer(self, request: HttpRequest, status: int, headers: str) -> None:
+    def _answer(self, request: HttpRequest, status: int) -> None:
         if status == 204:
-            request.reply(204, headers=headers)
+            request.reply(204, headers=self._headers_for(request))
         elif status == 403:
             text = b'{"message":"cannot process message from removed member"}'
-            request.reply(403, text, headers=headers)
+            request.reply(403, text, headers=self._headers_for(request))
         elif status == 422:
-            _reply_error(request, 400, "error unmarshaling raft message", headers)
+            self._refuse(request, 400, "error unmarshaling raft message")
         else:
-            _reply_error(request, status, "error processing raft message", headers)
+            self._refuse(request, status, "error processing raft message")
 
-    def _reply_too_large(self, request: HttpRequest, headers: str) -> None:
-        self._complaints.say(
-            f"refused a message from {request.remote}: its sender is not known here, or it is"
-            " too large"
-        )
-        _reply_error(request, 413, "error reading raft message", headers)
+    def _headers_for(self, request: HttpRequest) -> str:
+        is_stream = request.path.startswith("/raft/stream/")
+        version = f"X-Server-Version: {SERVER_VERSION}\r\n" if is_stream else ""
+        return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n{version}"
 
-    def _handle_snapshot(self, request: HttpRequest) -> None:
-        """POST /raft/snapshot, the form of 3.x: a length, a MsgSnap, and a database we ignore."""
-        headers = self._cluster_header()
-        if not self._is_welcome(request, "POST", headers):
+    def _refuse(self, request: HttpRequest, status: int, text: str, why: str = "") -> None:
+        """Answer with an error; log `why` for the operator."""
+        if why:
+            self._log.error(why)
+        _reply_error(request, status, text, self._headers_for(request))
+
+    def _read_snapshot(self, request: HttpRequest, *, is_framed: bool) -> None:
+        """Read a posted snapshot on a thread: it is checked before any of it is written."""
+        if self._is_reading_snapshot:
+            self._refuse(request, 503, "another snapshot is being read")
             return
-        if request.body_too_large:
-            self._reply_too_large(request, headers)
-        else:
-            self._read_snapshot(request, headers, is_framed=True)
-
-    def _read_snapshot(self, request: HttpRequest, headers: str, *, is_framed: bool) -> None:
-        """Read a posted snapshot on a thread: it is checked before anything of it is written."""
-        if self._is_reading:
-            _reply_error(request, 503, "another snapshot is being read", headers)
-            return
-        self._is_reading = True
+        self._is_reading_snapshot = True
 
         def done(error: Optional[BaseException], message: Any) -> None:
-            self._is_reading = False
+            self._is_reading_snapshot = False
             if error is not None:
-                self._complaints.say(f"refused a snapshot from {request.remote}: {error}")
-                _reply_error(request, 400, str(error), headers)
+                why = f"refused a snapshot from {request.remote}: {error}"
+                self._refuse(request, 400, str(error), why)
             elif self._is_removed(message.sender):
-                self._answer(request, 403, headers)
+                self._answer(request, 403)
             else:
-                steps = self._take(message, size)
-                self._work.add(steps, lambda status: self._answer(request, status, headers))
+                steps = self._receive(message, size)
+                self._decoding.add(steps, lambda status: self._answer(request, status))
 
         body, size = request.body_file or request.body, len(request.body)
         self._reactor.run_blocking(
@@ -10596,51 +10360,41 @@ class Transport:
             "text/html; charset=utf-8", "Location: /raft/stream/\r\n",
         )
 
-    def _cluster_header(self) -> str:
-        return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n"
-
-    def _is_welcome(self, request: HttpRequest, method: str, headers: str) -> bool:
-        """Check method, versions, cluster and id, in this order; answer what does not fit."""
-        if request.method != method:
-            _reply_error(request, 405, "Method Not Allowed", f"Allow: {method}\r\n")
-            return False
-        error = _compatibility_error(request.headers)
-        if error:
-            self._complaints.say(f"request version incompatibility ({error})")
-            _reply_error(request, 412, "incompatible version", headers)
-            return False
-        theirs = request.headers.get("x-etcd-cluster-id", "")
-        if theirs != self._cluster_id:
-            self._complaints.say(
-                f"request cluster ID mismatch (got {theirs} want {self._cluster_id}){FOREIGN_HINT}"
+    def _is_compatible(self, request: HttpRequest) -> bool:
+        """Check versions, cluster and id, in this order; refuse at the first fault."""
+        headers = request.headers
+        fault = _compatibility_error(headers)
+        theirs, advertised = headers.get("x-etcd-cluster-id", ""), headers.get("x-peerurls", "")
+        id = _parse_id(headers.get("x-server-from", "")) or 0
+        other = self._other_process(id, advertised)
+        if fault:
+            self._refuse(
+                request, 412, "incompatible version", f"request version incompatibility ({fault})")
+        elif theirs != self._cluster_id:
+            self._refuse(
+                request, 412, "cluster ID mismatch",
+                f"request cluster ID mismatch (got {theirs} want {self._cluster_id}){FOREIGN_HINT}",
             )
-            _reply_error(request, 412, "cluster ID mismatch", headers)
-            return False
-        id = _parse_id(request.headers.get("x-server-from", "")) or 0
-        if self._is_double(id, request.headers.get("x-peerurls", "")):
-            _reply_error(request, 412, ID_IN_USE, headers)
-            return False
-        sender = self._peers.get(id)
-        if sender is not None:
-            sender.heard_version(request.headers.get("x-server-version", ""))
-        return True
-
-    def _is_double(self, id: int, advertised: str) -> bool:
-        """Tell whether this id belongs to another process, ours perhaps; say so in the log."""
-        sender = self._peers.get(id)
-        if sender is not None:
-            other = sender.other_process(advertised)
-        else:
-            other = self._context.headers["X-Peerurls"] if id == self._member_id else ""
-        if other:
-            self._complaints.say(
+        elif other:
+            self._refuse(
+                request, 412, ID_IN_USE,
                 f"two processes use member id {id:x}, with the peer URLs [{other}] and"
-                f" [{advertised}]{DOUBLE_HINT}"
+                f" [{advertised}]{DOUBLE_HINT}",
             )
-        return bool(other)
+        else:
+            if id in self._peers:
+                self._peers[id].status.version = headers.get("x-server-version", "")
+            return True
+        return False
+
+    def _other_process(self, id: int, advertised: str) -> str:
+        """Return the peer URLs of another process with this id, perhaps of this one, or ""."""
+        if id in self._peers:
+            return self._peers[id].other_process(advertised)
+        return self._context.headers["X-Peerurls"] if id == self._member_id else ""
 
     def _remember_sender(self, request: HttpRequest, sender: Optional[int]) -> None:
-        """A member that we do not know yet says where it can be answered."""
+        """Note the peer URLs of a member that is not known here yet, to answer it."""
         urls = request.headers.get("x-peerurls", "")
         if not urls or sender is None or sender in self._remotes or self._is_removed(sender):
             return
@@ -10649,16 +10403,16 @@ class Transport:
 
 
 _SPOOLS_MAX = 2                     # snapshots that arrive at a time; above: 413
-_STRANGER_BODY_BYTES_MAX = 1 << 16      # of a sender that no one has told us of
+_UNKNOWN_BODY_BYTES_MAX = 1 << 16   # of a sender that is not known here; above: 413
 _SNAPSHOT_START = b"\x08%c" % MsgType.SNAP      # of an encoded MsgSnap
 
 
 def _posted_snapshot(
     body: Union[bytes, IO[bytes]], read_state: Callable[[bytes], Any], is_framed: bool
 ) -> Message:
-    """Return the MsgSnap in a POST, with the state of its store.  Raises CodecError, OSError.
+    """Return the MsgSnap in a POST, with its store state.  Raises CodecError, OSError.
 
-    is_framed  the form of 3.x: a length, the message, and a database of which we know nothing
+    is_framed  the form of 3.x: a length, the message, and a database, which is ignored
     """
     with io.BytesIO(body) if isinstance(body, bytes) else body as file:
         file.seek(0)
@@ -11680,7 +11434,7 @@ class Passwords:
     _BCRYPT = re.compile(r"\$2[aby]\$(?:0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{53}")
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self._complaints = Complaints("auth", now)
+        self._log = ThrottledLog("auth", now)
 
     def hash(self, password: str) -> str:
         """Return a salted hash for the store.  Raises AuthError if it cannot be made now."""
@@ -11691,7 +11445,7 @@ class Passwords:
             raise AuthError(503, f"passwords cannot be hashed now{_TRY_AGAIN}")
         if made:
             return made
-        self._complaints.say(
+        self._log.error(
             "passwords are hashed with PBKDF2, which etcd cannot verify: this system's libcrypt"
             " has no bcrypt; install libxcrypt (Debian: libcrypt1), and set the passwords again"
         )
@@ -11715,7 +11469,7 @@ class Passwords:
             return False
         found = self.bcrypt(password, stored)
         if found == "":
-            self._complaints.say(
+            self._log.error(
                 "a password hash made by etcd cannot be verified: this system's libcrypt has no"
                 " bcrypt; install libxcrypt (Debian: libcrypt1), or set the password again here"
             )
@@ -11749,7 +11503,7 @@ class Passwords:
             if not made.startswith((setting[:4], "*")):
                 raise ValueError(f"{python} is no Python")
         except (OSError, ImportError, ValueError, MemoryError, subprocess.SubprocessError) as error:
-            self._complaints.say(
+            self._log.error(
                 f"passwords cannot be verified now, as the program for it has failed: {error}"
             )
             return None
@@ -12275,7 +12029,7 @@ class Guard:
 
     def __init__(self, auth: Auth, reactor: Reactor) -> None:
         self._auth = auth
-        self._complaints = Complaints("auth", reactor.now)
+        self._log = ThrottledLog("auth", reactor.now)
 
     def key(
         self, head: HttpHead, key: str, *, write: bool, recursive: bool, passed: Handler,
@@ -12317,7 +12071,7 @@ class Guard:
             return may(None)
         credential = parse_credential(header)
         if credential is None:
-            self._complaints.say("malformed basic auth encoding")
+            self._log.error("malformed basic auth encoding")
             return False
         name = credential.user
         if len(utf8(name)) > AUTH_NAME_BYTES_MAX:
@@ -12329,7 +12083,7 @@ class Guard:
         if right and user is not None:
             return may(user)
         why = "no such user" if user is None else "incorrect password for user"
-        self._complaints.say(f"{why}: {name[:64]}.")
+        self._log.error(f"{why}: {name[:64]}.")
         return False
 
     def _verify(
@@ -13702,18 +13456,15 @@ class VersionMonitor:
             self._timer = None
 
     def _ask(self, member: Member, url: str) -> None:
-        answer = Answer()
-
-        def done(error: Optional[Exception]) -> None:
+        def done(error: Optional[Exception], answer: Answer) -> None:
             version = _server_version(answer.body)
             if error is None and version:
                 self._versions[member.id] = version
             self._decide()
 
-        self._calls.append(HttpCall(
-            self._reactor, url, "GET", "/version", {}, connect_timeout_s=1.0,
-            idle_timeout_s=2.0, answer_max=ANSWER_BYTES_MAX, tls=self._tls,
-            on_data=answer.take_data, on_done=done,
+        self._calls.append(fetch(
+            self._reactor, url, "/version", done, connect_timeout_s=1.0, idle_timeout_s=2.0,
+            tls=self._tls,
         ))
 
     def _decide(self) -> None:
@@ -18160,17 +17911,14 @@ class DataLossCheck:
         self._timer = self._reactor.call_later(self._backoff.next(), self._ask)
 
     def _ask_one(self, member: Member, url: str) -> None:
-        answer = Answer(CALL_BODY_BYTES_MAX)
-
-        def done(error: Optional[Exception]) -> None:
+        def done(error: Optional[Exception], answer: Answer) -> None:
             del self._asked[member.id]
             if error is None:
                 self._answered(member.id, answer.body)
 
-        self._asked[member.id] = HttpCall(
-            self._reactor, url, "GET", "/members", {},
-            connect_timeout_s=PROBE_ANSWER_SECONDS, idle_timeout_s=JOIN_ANSWER_SECONDS,
-            answer_max=CALL_BODY_BYTES_MAX, tls=self._tls, on_data=answer.take_data, on_done=done,
+        self._asked[member.id] = fetch(
+            self._reactor, url, "/members", done, connect_timeout_s=PROBE_ANSWER_SECONDS,
+            idle_timeout_s=JOIN_ANSWER_SECONDS, body_max=CALL_BODY_BYTES_MAX, tls=self._tls,
         )
 
     def _answered(self, peer_id: int, body: bytes) -> None:
@@ -18242,7 +17990,7 @@ class ServerThread:
     def _init(self, config: ServerConfig) -> None:
         self.config = config
         self._reactor = Reactor()       # its sockets are closed by stop(), also without start()
-        self._held = HeldBytes(self._reactor)
+        self._budget = BufferBudget(self._reactor)
         self._client_listeners: List[Listener] = []
         self._peer_listeners: List[Listener] = []
         self._thread: Optional[threading.Thread] = None
@@ -18295,7 +18043,7 @@ class ServerThread:
             tls = TlsContext(files, server=True, now=self._reactor.now)
         try:
             return Listener(
-                url, self._reactor, handler, body_max=body_max, tls=tls, held=self._held,
+                url, self._reactor, handler, body_max=body_max, tls=tls, budget=self._budget,
                 kept=kept, patient=patient,
             )
         except OSError as error:
@@ -20957,8 +20705,8 @@ class _CutTransport(Transport):
                 self._context.snapshot_done(message.to, False)
         super().offer(passed)
 
-    def _take(self, message: Message, size: int) -> Generator[None, None, int]:
-        return 500 if message.sender in self._deaf else (yield from super()._take(message, size))
+    def _receive(self, message: Message, size: int) -> Generator[None, None, int]:
+        return 500 if message.sender in self._deaf else (yield from super()._receive(message, size))
 
 
 class _LocalServer(Server):

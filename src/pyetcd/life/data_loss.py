@@ -13,10 +13,9 @@ from ..base.urls import usable_urls
 from ..member.cluster import Member
 from ..member.configuration import Bootstrap
 from ..member.server import EtcdServer
-from ..net.http_calls import HttpCall
+from ..net.http_calls import Answer, HttpCall, fetch
 from ..net.tls import TlsContext
 from ..net.workers import Timer
-from ..peer.streams import Answer
 from .addresses import JOIN_ANSWER_SECONDS, PROBE_ANSWER_SECONDS, parse_members
 from .bootstrap import data_lost, is_published
 
@@ -75,17 +74,14 @@ class DataLossCheck:
         self._timer = self._reactor.call_later(self._backoff.next(), self._ask)
 
     def _ask_one(self, member: Member, url: str) -> None:
-        answer = Answer(CALL_BODY_BYTES_MAX)
-
-        def done(error: Optional[Exception]) -> None:
+        def done(error: Optional[Exception], answer: Answer) -> None:
             del self._asked[member.id]
             if error is None:
                 self._answered(member.id, answer.body)
 
-        self._asked[member.id] = HttpCall(
-            self._reactor, url, "GET", "/members", {},
-            connect_timeout_s=PROBE_ANSWER_SECONDS, idle_timeout_s=JOIN_ANSWER_SECONDS,
-            answer_max=CALL_BODY_BYTES_MAX, tls=self._tls, on_data=answer.take_data, on_done=done,
+        self._asked[member.id] = fetch(
+            self._reactor, url, "/members", done, connect_timeout_s=PROBE_ANSWER_SECONDS,
+            idle_timeout_s=JOIN_ANSWER_SECONDS, body_max=CALL_BODY_BYTES_MAX, tls=self._tls,
         )
 
     def _answered(self, peer_id: int, body: bytes) -> None:

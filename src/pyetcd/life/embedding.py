@@ -22,7 +22,7 @@ from ..base.urls import check_url, is_https, url_address
 from ..member.configuration import Bootstrap, ServerConfig
 from ..member.server import EtcdServer
 from ..member.statistics import Metrics
-from ..net.budgets import HeldBytes
+from ..net.budgets import BufferBudget
 from ..net.http_requests import HttpRequest
 from ..net.http_server import Listener
 from ..net.reactor import Reactor
@@ -80,7 +80,7 @@ class ServerThread:
     def _init(self, config: ServerConfig) -> None:
         self.config = config
         self._reactor = Reactor()       # its sockets are closed by stop(), also without start()
-        self._held = HeldBytes(self._reactor)
+        self._budget = BufferBudget(self._reactor)
         self._client_listeners: List[Listener] = []
         self._peer_listeners: List[Listener] = []
         self._thread: Optional[threading.Thread] = None
@@ -133,7 +133,7 @@ class ServerThread:
             tls = TlsContext(files, server=True, now=self._reactor.now)
         try:
             return Listener(
-                url, self._reactor, handler, body_max=body_max, tls=tls, held=self._held,
+                url, self._reactor, handler, body_max=body_max, tls=tls, budget=self._budget,
                 kept=kept, patient=patient,
             )
         except OSError as error:

@@ -15,7 +15,7 @@ from ..base.text import json_string, json_text, load_json, text_of, utf8
 from ..net.http_messages import HttpHead
 from ..net.http_requests import Handler, HttpRequest
 from ..net.reactor import Reactor
-from ..net.workers import PASSWORD_WORK, Complaints
+from ..net.workers import PASSWORD_WORK, ThrottledLog
 from ..store.tree import Store
 from .applier import Applier
 from .passwords import (
@@ -384,7 +384,7 @@ class Guard:
 
     def __init__(self, auth: Auth, reactor: Reactor) -> None:
         self._auth = auth
-        self._complaints = Complaints("auth", reactor.now)
+        self._log = ThrottledLog("auth", reactor.now)
 
     def key(
         self, head: HttpHead, key: str, *, write: bool, recursive: bool, passed: Handler,
@@ -426,7 +426,7 @@ class Guard:
             return may(None)
         credential = parse_credential(header)
         if credential is None:
-            self._complaints.say("malformed basic auth encoding")
+            self._log.error("malformed basic auth encoding")
             return False
         name = credential.user
         if len(utf8(name)) > AUTH_NAME_BYTES_MAX:
@@ -438,7 +438,7 @@ class Guard:
         if right and user is not None:
             return may(user)
         why = "no such user" if user is None else "incorrect password for user"
-        self._complaints.say(f"{why}: {name[:64]}.")
+        self._log.error(f"{why}: {name[:64]}.")
         return False
 
     def _verify(

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 from ..base.ids import package_logger
 from ..base.text import utf8
 from ..net.reactor import Reactor
-from ..net.workers import PASSWORD_WORK, Complaints, Timer
+from ..net.workers import PASSWORD_WORK, ThrottledLog, Timer
 
 AUTH_LOG = package_logger("auth")
 AUTH_PREFIX = "/2"                  # where users and roles lie in the store
@@ -204,7 +204,7 @@ class Passwords:
     _BCRYPT = re.compile(r"\$2[aby]\$(?:0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{53}")
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self._complaints = Complaints("auth", now)
+        self._log = ThrottledLog("auth", now)
 
     def hash(self, password: str) -> str:
         """Return a salted hash for the store.  Raises AuthError if it cannot be made now."""
@@ -215,7 +215,7 @@ class Passwords:
             raise AuthError(503, f"passwords cannot be hashed now{_TRY_AGAIN}")
         if made:
             return made
-        self._complaints.say(
+        self._log.error(
             "passwords are hashed with PBKDF2, which etcd cannot verify: this system's libcrypt"
             " has no bcrypt; install libxcrypt (Debian: libcrypt1), and set the passwords again"
         )
@@ -239,7 +239,7 @@ class Passwords:
             return False
         found = self.bcrypt(password, stored)
         if found == "":
-            self._complaints.say(
+            self._log.error(
                 "a password hash made by etcd cannot be verified: this system's libcrypt has no"
                 " bcrypt; install libxcrypt (Debian: libcrypt1), or set the password again here"
             )
@@ -273,7 +273,7 @@ class Passwords:
             if not made.startswith((setting[:4], "*")):
                 raise ValueError(f"{python} is no Python")
         except (OSError, ImportError, ValueError, MemoryError, subprocess.SubprocessError) as error:
-            self._complaints.say(
+            self._log.error(
                 f"passwords cannot be verified now, as the program for it has failed: {error}"
             )
             return None

@@ -18,12 +18,10 @@ from ..base.text import load_json
 from ..base.urls import usable_urls
 from ..disk.files import OsDisk
 from ..disk.snapshots import purge_files
-from ..net.http_calls import HttpCall
+from ..net.http_calls import Answer, HttpCall, fetch
 from ..net.reactor import Reactor
 from ..net.tls import TlsContext
 from ..net.workers import FILE_WORK, Timer
-from ..peer.compatibility import ANSWER_BYTES_MAX
-from ..peer.streams import Answer
 from ..store.tree import Store
 from .cluster import FEATURES, SERVER_LOG, Cluster, Member, format_id, version_key
 from .configuration import ServerConfig
@@ -124,18 +122,15 @@ class VersionMonitor:
             self._timer = None
 
     def _ask(self, member: Member, url: str) -> None:
-        answer = Answer()
-
-        def done(error: Optional[Exception]) -> None:
+        def done(error: Optional[Exception], answer: Answer) -> None:
             version = _server_version(answer.body)
             if error is None and version:
                 self._versions[member.id] = version
             self._decide()
 
-        self._calls.append(HttpCall(
-            self._reactor, url, "GET", "/version", {}, connect_timeout_s=1.0,
-            idle_timeout_s=2.0, answer_max=ANSWER_BYTES_MAX, tls=self._tls,
-            on_data=answer.take_data, on_done=done,
+        self._calls.append(fetch(
+            self._reactor, url, "/version", done, connect_timeout_s=1.0, idle_timeout_s=2.0,
+            tls=self._tls,
         ))
 
     def _decide(self) -> None:
