@@ -1256,7 +1256,7 @@ def _bug_log_checksum_ignored(patch):
 
 def _bug_snapshot_checksum_ignored(patch):
     def decode(content):
-        values = pyetcd._decode_known(
+        values = pyetcd.decode_known(
             content, {1: ("crc", 0, int), 2: ("data", 2, bytes)}, "snappb.Snapshot")
         return pyetcd.decode_snapshot(values.get("data", b""))
     patch.setattr(pyetcd, "decode_snapshot_file", decode)

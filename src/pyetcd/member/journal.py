@@ -12,10 +12,10 @@ import threading
 from typing import Callable, Deque, Generator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base.basics import _nothing
-from ..base.codec import finish
 from ..base.errors import DiskFull
 from ..base.ids import package_logger
 from ..base.messages import Entry, EntryID, HardState, Message, Snapshot
+from ..base.text import finish
 from ..disk.snapshots import Snapshotter
 from ..disk.wal import Cut, Wal
 from ..net.reactor import Reactor

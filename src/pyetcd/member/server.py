@@ -171,7 +171,7 @@ class EtcdServer:
                 config, hard_state=boot.contents.hard_state, snapshot=boot.snapshot,
                 entries=boot.contents.entries, applied=self.raft_index,
             )
-        node.snapshot_source = self.snapshots.newest
+        node.raft.replication.snapshot_source = self.snapshots.newest
         return node
 
     # -- life --------------------------------------------------------------
