@@ -12,7 +12,7 @@ import random
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from urllib.parse import urlsplit
 
-from ..api.forms import FORM_FIELDS_MAX, GO_BOOLS, refuse_method, write_message
+from ..api.forms import FORM_FIELDS_MAX, GO_BOOLS, refuse_method, write_message, write_text
 from ..api.members import redirect
 from ..api.metrics import add_process_readings
 from ..api.routes import CorsRequest, allow_origin
@@ -69,7 +69,6 @@ class ProxyDialer:
         on_head: Callable[[int, Dict[str, str]], None], on_data: Callable[[bytes], None],
         on_done: Callable[[Optional[Exception]], None],
     ) -> HttpCall:
-        """Send a client's request."""
         return HttpCall(
             self._reactor, url, request.method, request.target, headers, request.body,
             connect_timeout_s=self._connect_s, idle_timeout_s=self._read_s, tls=self.tls,
@@ -361,7 +360,6 @@ class Forward:
             request.query.split("&", FORM_FIELDS_MAX))
 
     def start(self) -> None:
-        """Send the request to the first endpoint."""
         self._request.on_close = self._client_gone
         # A client that ends its side of the connection has ended its watch.
         self._request.connection.streaming = self._waits
@@ -520,11 +518,9 @@ class ProxyApi:
             refuse_method("GET", request)
         else:
             urls = [endpoint.url for endpoint in self._endpoints.available()]
-            body = utf8(json_text({"endpoints": urls}) + "\n")
-            request.reply(200, body, "text/plain; charset=utf-8")
+            write_text(request, 200, json_text({"endpoints": urls}) + "\n")
 
     def stop(self) -> None:
-        """Drop all requests that wait for a member."""
         for forward in list(self._forwards):
             forward.cancel()
 
@@ -569,10 +565,6 @@ class ProxyServer(ServerThread):
         super()._init(config)
         self._endpoints: Optional[Endpoints] = None
         self._api: Optional[ProxyApi] = None
-
-    def __enter__(self) -> ProxyServer:
-        self._start_or_stop()
-        return self
 
     def bind(self) -> None:
         """Open the listening sockets, so that the ports are known; serve nothing yet."""
