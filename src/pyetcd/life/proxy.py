@@ -65,14 +65,12 @@ class ProxyDialer:
         self.tls = make_peer_tls(config)
 
     def call(
-        self, url: str, request: HttpRequest, headers: Dict[str, str],
-        on_head: Callable[[int, Dict[str, str]], None], on_data: Callable[[bytes], None],
-        on_done: Callable[[Optional[Exception]], None],
+        self, url: str, request: HttpRequest, headers: Dict[str, str], forward: Forward
     ) -> HttpCall:
         return HttpCall(
             self._reactor, url, request.method, request.target, headers, request.body,
             connect_timeout_s=self._connect_s, idle_timeout_s=self._read_s, tls=self.tls,
-            on_head=on_head, on_data=on_data, on_done=on_done,
+            on_head=forward.on_head, on_data=forward.on_data, on_done=forward.on_done,
         )
 
     def probe(self, url: str, on_done: Callable[[Optional[Exception]], None]) -> HttpCall:
@@ -376,7 +374,7 @@ class Forward:
         """Try the next endpoint, as this one has failed a probe."""
         if self._call is not None:
             self._call.cancel()
-        self._call_done(error)
+        self.on_done(error)
 
     def _try_next(self) -> None:
         while self._left:
@@ -386,9 +384,7 @@ class Forward:
                 self._endpoint = endpoint
                 endpoint.add_waiting(self)
                 self._call = self._dialer.call(
-                    endpoint.url, self._request, self._headers(), self._head, self._data,
-                    self._call_done,
-                )
+                    endpoint.url, self._request, self._headers(), self)
                 return
         self._give_up(502, f"unable to get response from {self._tried} endpoint(s)")
 
@@ -406,7 +402,7 @@ class Forward:
         headers["X-Forwarded-For"] = f"{came_by}, {client}" if came_by else client
         return headers
 
-    def _head(self, status: int, headers: Dict[str, str]) -> None:
+    def on_head(self, status: int, headers: Dict[str, str]) -> None:
         assert self._endpoint is not None
         request = self._request
         self._endpoint.answered()
@@ -426,7 +422,7 @@ class Forward:
         self._reply = request.start_stream(status, None, lines, length=length)
         self._reply.on_close = self._client_gone
 
-    def _data(self, data: bytes) -> None:
+    def on_data(self, data: bytes) -> None:
         assert self._reply is not None and self._call is not None and self._endpoint is not None
         self._endpoint.answered()
         self._is_empty = False
@@ -435,7 +431,7 @@ class Forward:
             self._call.pause()
             self._reply.when_read(self._call.resume)
 
-    def _call_done(self, error: Optional[Exception]) -> None:
+    def on_done(self, error: Optional[Exception]) -> None:
         if self._reply is None:
             self._try_failed(error or EOFError("unexpected EOF"))
             return
