@@ -1673,7 +1673,8 @@ if TYPE_CHECKING:
 _ClientType = TypeVar("_ClientType")
 _CallerType = TypeVar("_CallerType", bound="_Caller")
 _USER_AGENT = f"pyetcd-client/{__version__}"
-_PERMANENT = (ssl.SSLError, FileNotFoundError, PermissionError, UrllibError)
+_PERMANENT = (
+    ssl.SSLError, FileNotFoundError, PermissionError, UrllibError, http.client.InvalidURL)
 
 
 def _is_permanent(error: EtcdError) -> bool:
@@ -7430,10 +7431,10 @@ class _Import:
     def write(self, records: Sequence[_Record]) -> None:
         """Write directories in order, then files on many connections."""
         for record in _needed_dirs(records):
-            self._make_dir(record)
+            self._write_one(record)
         files = [record for record in records if record.value is not None]
         with _Progress("import", len(files)) as progress:
-            _run_parallel(files, self._workers, self._write_file, progress)
+            _run_parallel(files, self._workers, self._write_one, progress)
 
     def ttl(self, record: _Record) -> int | None:
         """Return the new ttl of a record; None: permanent; 0 or less: expired."""
@@ -7443,25 +7444,22 @@ class _Import:
         ttl = self.ttl(record)
         return ttl is not None and ttl <= 0
 
-    def _make_dir(self, record: _Record) -> None:
+    def _write_one(self, record: _Record) -> None:
         ttl = self.ttl(record)
         if ttl is not None and ttl <= 0:            # expired meanwhile
             return
         try:
-            self._client.mkdir(record.key, ttl=ttl)
+            if record.value is None:
+                self._client.mkdir(record.key, ttl=ttl)
+            else:
+                write = self._client.create if self._keep else self._client.set
+                write(record.key, record.value, ttl=ttl)
         except NodeExists:
-            if ttl and not self._keep:
+            if record.value is not None:
+                with self._lock:
+                    self.kept += 1
+            elif ttl and not self._keep:
                 _set_dir(self._client, record.key, ttl, prevExist=True)
-
-    def _write_file(self, record: _Record) -> None:
-        write, ttl = self._client.create if self._keep else self._client.set, self.ttl(record)
-        if ttl is not None and ttl <= 0:            # expired meanwhile
-            return
-        try:
-            write(record.key, record.value or "", ttl=ttl)
-        except NodeExists:
-            with self._lock:
-                self.kept += 1
 
 
 def _needed_dirs(records: Sequence[_Record]) -> list[_Record]:

@@ -236,6 +236,21 @@ def test_client_net_srv_domain_without_dnspython_says_how_to_get_it(monkeypatch)
         client.get("k")
 
 
+def test_client_net_a_redirect_to_a_malformed_target_is_not_followed():
+    with _ClientRawServer(_client_reply(b"", 307, extra="Location: /v2/a b\r\n")) as server:
+        with Client(server.url) as client, pytest.raises(
+                pyetcd_client.TransportError, match="not percent-encoded"):
+            client.get("k", timeout=1)
+        assert {target for _, target, _ in server.requests} == {"/v2/keys/k"}
+
+
+@pytest.mark.parametrize("option", ["ca_cert", "cert"])
+def test_client_net_a_missing_certificate_file_is_named(option):
+    with Client("https://127.0.0.1:9", **{option: "/no/Such"}) as client, pytest.raises(
+            pyetcd_client.ConnectionFailed, match="there is no file /no/Such"):
+        client.get("k")
+
+
 def test_client_net_passwords_go_to_endpoints_only():
     with _ClientRawServer(_CLIENT_GOOD) as server:
         with Client(server.url, username="root", password="pä:ss") as client:

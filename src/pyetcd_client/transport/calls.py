@@ -200,7 +200,8 @@ if TYPE_CHECKING:
 _ClientType = TypeVar("_ClientType")
 _CallerType = TypeVar("_CallerType", bound="_Caller")
 _USER_AGENT = f"pyetcd-client/{__version__}"
-_PERMANENT = (ssl.SSLError, FileNotFoundError, PermissionError, UrllibError)
+_PERMANENT = (
+    ssl.SSLError, FileNotFoundError, PermissionError, UrllibError, http.client.InvalidURL)
 
 
 def _is_permanent(error: EtcdError) -> bool:
