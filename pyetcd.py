@@ -22,11 +22,11 @@ Rooms and their modules, bottom up; each uses only names defined above it:
   net:    http_messages, workers, reactor, budgets, http_requests, tls, dns, http_calls,
             http_connections, http_server
   peer:   frames, compatibility, streams, links, transport
-  member: cluster, applier, configuration, door, passwords, reconfiguration, statistics,
+  member: cluster, applier, configuration, inspection, passwords, reconfiguration, statistics,
             journal, monitors, snapshots, waiting, server, auth
   api:    forms, gojson, auth, listings, keys, members, metrics, snapshot, status, routes,
             discovery
-  life:   discovery, addresses, flags, restart, bootstrap, first_life, embedding, proxy_files,
+  life:   discovery, addresses, flags, restart, bootstrap, data_loss, embedding, proxy_files,
             proxy, settings, checks, sources, backup, command_line, testkit
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
@@ -464,9 +464,9 @@ def _nothing() -> None:
 
 
 class EtcdError(Exception):
-    """An answer of the keys API: code, message and HTTP status come from the class.
+    """An error of the keys API: code, message and HTTP status come from the class.
 
-    cause  what exactly was wrong, or "" (then it is left out of the body)
+    cause  detail of this request, or "" (then it is left out of the body)
     index  store index for the body and X-Etcd-Index; 0 for errors of the request itself
 
     Source: etcd 2.3 API, errorcode.
@@ -487,92 +487,62 @@ class EtcdError(Exception):
 
 
 class KeyNotFound(EtcdError):
-    """A path component does not exist; the cause is its path."""
-
     code, message, status = 100, "Key not found", 404
 
 
 class CompareFailed(EtcdError):
-    """prevValue or prevIndex does not hold; the cause shows given and stored."""
-
     code, message, status = 101, "Compare failed", 412
 
 
 class NotFile(EtcdError):
-    """A directory stands where a file is needed."""
-
     code, message, status = 102, "Not a file", 403
 
 
 class NotDir(EtcdError):
-    """A file stands in the middle of the path."""
-
     code, message = 104, "Not a directory"
 
 
 class NodeExists(EtcdError):
-    """create found the key."""
-
     code, message, status = 105, "Key already exists", 412
 
 
 class RootReadOnly(EtcdError):
-    """The root cannot be changed."""
-
     code, message = 107, "Root is read only"
 
 
 class DirNotEmpty(EtcdError):
-    """Deleting a directory with children needs recursive=true."""
-
     code, message, status = 108, "Directory not empty", 403
 
 
 class Unauthorized(EtcdError):
-    """Auth is enabled and the request lacks the right."""
-
     code, message, status = 110, "The request requires user authentication", 401
 
 
 class PrevValueRequired(EtcdError):
-    """prevValue was given, but empty."""
-
     code, message = 201, "PrevValue is Required in POST form"
 
 
 class TtlNotANumber(EtcdError):
-    """ttl is not an unsigned integer."""
-
     code, message = 202, "The given TTL in POST form is not a number"
 
 
 class IndexNotANumber(EtcdError):
-    """prevIndex or waitIndex is not an unsigned integer."""
-
     code, message = 203, "The given index in POST form is not a number"
 
 
 class InvalidField(EtcdError):
-    """A boolean parameter has another value, or does not fit the method."""
-
     code, message = 209, "Invalid field"
 
 
 class InvalidForm(EtcdError):
-    """The query or the body cannot be parsed, or is too large."""
-
     code, message = 210, "Invalid POST form"
 
 
 class RefreshValue(EtcdError):
-    """refresh=true with a value."""
-
     code, message = 211, "Value provided on refresh"
 
 
 class RefreshTtlRequired(EtcdError):
-    """refresh=true without a ttl."""
-
     code, message = 212, "A TTL must be provided on refresh"
 
 
@@ -583,17 +553,17 @@ class RaftInternal(EtcdError):
 
 
 class TooManyRequests(RaftInternal):
-    """PROPOSALS_PENDING_MAX requests wait already; this one was not even tried."""
+    """PROPOSALS_PENDING_MAX requests wait already; this one was not proposed."""
 
     status = 503
 
 
 class RequestTimeout(RaftInternal):
-    """No answer within the request timeout; the write may still be applied later."""
+    """No answer within the request timeout; the write may be applied later."""
 
 
 class NoSpace(RaftInternal):
-    """The disk of this member is full: nothing was changed, or will be by this request."""
+    """The disk of this member is full: the request changes nothing."""
 
     def __init__(self, cause: str = "", index: int = 0) -> None:
         super().__init__(f"etcdserver: {cause}; nothing was changed", index)
@@ -607,8 +577,6 @@ class ServerStopped(RaftInternal):
 
 
 class EventIndexCleared(EtcdError):
-    """waitIndex lies before the event history."""
-
     code, message = 401, "The event in requested index is outdated and cleared"
 
 
@@ -622,8 +590,6 @@ class MemberError(Exception):
 
 
 class UnknownChange(MemberError):
-    """A kind of change that this program does not know."""
-
     text = "etcdserver: unknown kind of membership change"
 
 
@@ -634,82 +600,56 @@ class MemberRemoved(MemberError):
 
 
 class MemberExists(MemberError):
-    """The id is a member already."""
-
     text = "etcdserver: ID exists"
 
 
 class MemberNotFound(MemberError):
-    """No member has this id."""
-
     text = "etcdserver: ID not found"
 
 
 class PeerUrlExists(MemberError):
-    """Another member uses one of the peer URLs."""
-
     text = "etcdserver: peerURL exists"
 
 
 class ReconfigurationRefused(MemberError):
     """Strict reconfiguration check: the change could lose the quorum."""
 
-    detail = ""                         # the numbers, and what to do
+    counted = advice = ""
 
-    def __str__(self) -> str:
-        return f"{self.text}: {self.detail}"
+    def __init__(self, change: str, left: int, size: int) -> None:
+        super().__init__()
+        self.text += (
+            f": {change} a member leaves {self.counted.format(left, size)}, and {size // 2 + 1} are"
+            f" needed for a quorum; {self.advice}, and try again"
+        )
 
 
 class NotEnoughStarted(ReconfigurationRefused):
     """Too few members would have been started, as etcd 2.3 counts."""
 
     text = "etcdserver: re-configuration failed due to not enough started members"
-
-    def __init__(self, what: str, started: int, size: int) -> None:
-        super().__init__()
-        self.detail = (
-            f"{what} a member leaves {started} started of {size} members, and {size // 2 + 1} are"
-            f" needed for a quorum; start the members that were added and not started yet, or"
-            f" remove those, and try again"
-        )
+    counted = "{} started of {} members"
+    advice = "start the members that were added and not started yet, or remove those"
 
 
 class NotEnoughActive(ReconfigurationRefused):
     """Too few members would be up, as etcd 3 counts."""
 
     text = "etcdserver: unhealthy cluster"
-
-    def __init__(self, what: str, active: int, size: int) -> None:
-        super().__init__()
-        self.detail = (
-            f"{what} a member leaves {active} of {size} members that can be reached, and"
-            f" {size // 2 + 1} are needed for a quorum; start those that are down, or remove them"
-            f" first, and try again"
-        )
+    counted = "{} of {} members that can be reached"
+    advice = "start those that are down, or remove them first"
 
 
-class RaftError(Exception):
-    """The Raft core cannot do what was asked, now or ever; nothing is broken."""
-
-
-class ProposalDropped(RaftError):
-    """No leader is known, or this member may not propose."""
-
-
-class Compacted(RaftError):
-    """The wanted entries lie before the first index of the log."""
-
-
-class Unavailable(RaftError):
-    """The wanted entries lie after the last index of the log."""
+class ProposalDropped(Exception):
+    """Raft cannot take the proposal now: no leader, too much uncommitted, or removed."""
 
 
 class CodecError(ValueError):
-    """Bytes that are not what they should be: wrong wire type, cut varint, length past the end."""
+    """Malformed bytes: wrong wire type, cut varint, length past the end."""
 
 
 class WalError(Exception):
-    """The write-ahead log cannot be read or opened; the text says which file and what to do."""
+    """The write-ahead log cannot be read or opened; the text names the file and the remedy."""
 
 
 class CrcMismatch(WalError):
@@ -725,7 +665,7 @@ class FileLocked(WalError):
 
 
 class DiskFull(WalError):
-    """A file cannot grow; what was written of this visit is taken back, so it may be repeated."""
+    """A file cannot grow.  The partial write was taken back, so the write may be repeated."""
 
 
 class SnapshotError(Exception):
@@ -733,11 +673,11 @@ class SnapshotError(Exception):
 
 
 class DiscoveryError(Exception):
-    """Joining by discovery failed; the text says why (etcd's words)."""
+    """Joining by discovery failed; the text is etcd's."""
 
 
 class StartError(Exception):
-    """The member cannot start.  The text is one line that says what to do; exit code 1."""
+    """The member cannot start.  The text is one line with the remedy; exit code 1."""
 
 
 class ClusterFull(StartError):
@@ -745,7 +685,7 @@ class ClusterFull(StartError):
 
 
 class InvariantError(Exception):
-    """A bug: state that must never exist does.  The member ends rather than continue."""
+    """A bug: a state that must never exist.  The member ends rather than continue."""
 
 
 # ============================================================================
@@ -2078,7 +2018,7 @@ def is_local(url: str) -> bool:
 
 
 # ============================================================================
-# raft/progress -- Progress and quorum: what a leader knows of its followers.
+# raft/progress -- Progress and quorum: a leader's view of its followers, and the messages of one member.
 # ----------------------------------------------------------------------------
 # Knows neither the log's content nor time nor sockets.
 # ============================================================================
@@ -2092,45 +2032,6 @@ class ProgressState(IntEnum):
     SNAPSHOT = 2        # a snapshot is under way: send nothing
 
 
-class Inflights:
-    """The unanswered MsgApp of one follower: the last entry index of each, ascending."""
-
-    __slots__ = ("_indexes", "_limit")
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._indexes: Deque[int] = collections.deque()
-
-    @property
-    def full(self) -> bool:
-        """True if no further message may be sent."""
-        return len(self._indexes) >= self._limit
-
-    def add(self, index: int) -> None:
-        """Note a sent message that ends at `index`.  Raises InvariantError if full."""
-        if self.full:
-            raise InvariantError("cannot add a message to a full in-flight window")
-        self._indexes.append(index)
-
-    def free_to(self, index: int) -> None:
-        """Forget the messages that end at or before `index`."""
-        indexes = self._indexes
-        while indexes and indexes[0] <= index:
-            indexes.popleft()
-
-    def free_first(self) -> None:
-        """Forget the oldest message, if any."""
-        if self._indexes:
-            self._indexes.popleft()
-
-    def reset(self) -> None:
-        """Forget all."""
-        self._indexes.clear()
-
-    def __len__(self) -> int:
-        return len(self._indexes)
-
-
 class Progress:
     """A leader's view of one member, itself included.
 
@@ -2139,8 +2040,8 @@ class Progress:
     """
 
     __slots__ = (
-        "asked", "due", "inflights", "match_index", "next_index", "paused", "pending_snapshot",
-        "recent_active", "state",
+        "due", "inflights", "match_index", "next_index", "paused", "pending_snapshot",
+        "proposed_index", "recent_active", "state", "_window",
     )
 
     def __init__(self, next_index: int, window: int, *, match_index: int = 0) -> None:
@@ -2151,28 +2052,27 @@ class Progress:
         self.pending_snapshot = 0       # SNAPSHOT only: index of the snapshot under way
         self.recent_active = False      # answered since the last report_unreachable
         self.due = False                # gets a MsgApp, maybe an empty one, at the next ready()
-        self.asked = 0                  # index of its newest proposal that is not committed
-        self.inflights = Inflights(window)
+        self.proposed_index = 0         # index of its newest proposal that is not committed
+        self.inflights: Deque[int] = collections.deque()    # last index of each unanswered MsgApp
+        self._window = window
 
     @property
     def is_paused(self) -> bool:
         """True if no MsgApp may be sent now."""
         if self.state == ProgressState.REPLICATE:
-            return self.inflights.full
+            return len(self.inflights) >= self._window
         return self.paused or self.state == ProgressState.SNAPSHOT
 
     def become_probe(self) -> None:
-        """Ask where the logs match; after a snapshot, assume that it arrived."""
+        """Find out where the logs match; after a snapshot, assume that it arrived."""
         self.next_index = max(self.match_index, self.pending_snapshot) + 1
         self._enter(ProgressState.PROBE)
 
     def become_replicate(self) -> None:
-        """Send ahead, beginning behind the match."""
         self._enter(ProgressState.REPLICATE)
         self.next_index = self.match_index + 1
 
     def become_snapshot(self, index: int) -> None:
-        """Wait until the snapshot at `index` has arrived or failed."""
         self._enter(ProgressState.SNAPSHOT)
         self.pending_snapshot = index
 
@@ -2180,18 +2080,18 @@ class Progress:
         self.state = state
         self.paused = False
         self.pending_snapshot = 0
-        self.inflights.reset()
+        self.inflights.clear()
 
     def sent(self, last: int) -> None:
         """Note a MsgApp whose last entry is `last`."""
         if self.state == ProgressState.REPLICATE:
             self.next_index = last + 1
-            self.inflights.add(last)
+            self.inflights.append(last)
         else:
             self.paused = True
 
     def maybe_update(self, index: int) -> bool:
-        """Note that the member holds everything up to `index`; False if that is no news."""
+        """Note that the member holds everything up to `index`; False if that was known."""
         if self.next_index <= index:
             self.next_index = index + 1
         if index <= self.match_index:
@@ -2201,11 +2101,12 @@ class Progress:
         return True
 
     def acknowledge(self, index: int) -> bool:
-        """Handle a positive answer: update, and move on to REPLICATE; False if it is no news."""
+        """Handle a positive answer: update, and move on to REPLICATE; False if it was known."""
         if not self.maybe_update(index):
             return False
         if self.state == ProgressState.REPLICATE:
-            self.inflights.free_to(index)
+            while self.inflights and self.inflights[0] <= index:
+                self.inflights.popleft()
         elif self.match_index >= self.pending_snapshot:
             self.become_replicate()
         return True
@@ -2227,20 +2128,8 @@ class Progress:
         self.paused = False
         return True
 
-    def snapshot_failed(self) -> None:
-        """The snapshot under way did not arrive: probe again behind the match."""
-        self.pending_snapshot = 0
-        self.become_probe()
-
-    def __repr__(self) -> str:
-        return (
-            f"Progress({self.state.name} match={self.match_index} next={self.next_index}"
-            f" paused={self.is_paused} inflight={len(self.inflights)})"
-        )
-
 
 def quorum_size(voters: int) -> int:
-    """Return how many of `voters` members are a majority."""
     return voters // 2 + 1
 
 
@@ -2250,19 +2139,19 @@ def quorum_index(match_indexes: Iterable[int]) -> int:
     return ascending[(len(ascending) - 1) // 2] if ascending else 0
 
 
-_ENTRY_OVERHEAD = 40            # entry_size() of an entry without data
+_ENTRY_OVERHEAD = 40            # bytes of an encoded entry besides its data, at most
 
 
 class Mailbox:
     """The messages of one member until ready() takes them.
 
-    Promises (votes, answers to MsgApp) are held: they may leave only when the disk has what
-    they promise.  Everything else may leave at once.
+    Promises (votes, answers to MsgApp) are held until the state that they promise is durable.
+    All other messages may leave at once.
     """
 
     def __init__(self, id: int, forward_bytes_max: int) -> None:
         self.id = id
-        self.term = 0                               # stamped on what is sent; kept by Raft
+        self.term = 0                               # stamped on every message; kept by Raft
         self._forward_bytes_max = forward_bytes_max
         self._messages: List[Message] = []
         self._held: List[Message] = []
@@ -2284,10 +2173,10 @@ class Mailbox:
         self._held.append(self._message(kind, to, fields))
 
     def hold_ack(self, to: int, index: int) -> None:
-        """Answer that everything up to `index` is here; one such answer stands for all before.
+        """Acknowledge every entry up to `index`; one such answer stands for all before.
 
-        Of two answers to one leader the higher holds: within its term our log only grows.  An
-        answer to an earlier leader is dropped, as its entries may be gone by now.
+        Of two answers to one leader the higher holds: within a term the follower's log only
+        grows.  An answer to an earlier leader is dropped, as its entries may be gone by now.
         """
         ack = self._ack
         if ack is None or ack.to != to or ack.term != self.term or ack.index < index:
@@ -2304,7 +2193,6 @@ class Mailbox:
 
     @property
     def is_empty(self) -> bool:
-        """True if take() would return nothing."""
         return not (self._messages or self._held or self._ack)
 
     def take(self) -> Tuple[List[Message], List[Message]]:
@@ -2319,12 +2207,12 @@ class Mailbox:
 
 
 # ============================================================================
-# raft/log -- The Raft log: what is stable, what is not, what is committed.
+# raft/log -- The Raft log: its stable, committed and applied parts.
 # ============================================================================
 
 
 class Mark(NamedTuple):
-    """How far the log was handed out by one Ready.  Opaque to the server."""
+    """The end of the log at one Ready.  Opaque to the server."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index
     generation: int
@@ -2357,7 +2245,7 @@ class RaftLog:
         self._offset_term = offset.term
         self._entries: List[Entry] = []
         self.generation = 0
-        self.pending_snapshot: Optional[Snapshot] = None    # came in, not yet handed out
+        self.pending_snapshot: Optional[Snapshot] = None    # received, not yet handed out
         if entries:
             self.append(entries)
         for entry in entries:
@@ -2384,14 +2272,13 @@ class RaftLog:
 
     @property
     def last_id(self) -> EntryID:
-        """Where the log ends."""
         last = self._entries[-1].term if self._entries else self._offset_term
         return EntryID(last, self.last_index)
 
     def term(self, index: int) -> int:
         """Return the term of the entry at `index`, 0 above the last.
 
-        Raises Compacted below the snapshot point.
+        Raises InvariantError below the snapshot point.
         """
         position = index - self.offset
         if position > len(self._entries):
@@ -2399,11 +2286,11 @@ class RaftLog:
         if position > 0:
             return self._entries[position - 1].term
         if position < 0:
-            raise Compacted(f"entry {index} lies before the snapshot point {self.offset}")
+            raise InvariantError(f"entry {index} lies before the snapshot point {self.offset}")
         return self._offset_term
 
     def match_term(self, entry_id: EntryID) -> bool:
-        """Tell whether our log holds that entry; unknown above the last and when compacted."""
+        """Tell whether our log holds that entry; False above the last and when compacted."""
         position = entry_id.index - self.offset
         return 0 <= position <= len(self._entries) and self.term(entry_id.index) == entry_id.term
 
@@ -2414,12 +2301,13 @@ class RaftLog:
     def slice(self, low: int, high: int, max_bytes: Optional[int] = None) -> List[Entry]:
         """Return the entries low <= index < high, cut to `max_bytes` but at least one.
 
-        Raises Compacted if `low` is before the first entry, Unavailable if `high` passes the end.
+        Raises InvariantError if the log does not hold them all.
         """
-        if low <= self.offset:
-            raise Compacted(f"entry {low} lies before the first index {self.first_index}")
-        if high > self.last_index + 1:
-            raise Unavailable(f"entry {high - 1} lies after the last index {self.last_index}")
+        if low <= self.offset or high > self.last_index + 1:
+            raise InvariantError(
+                f"entries {low} to {high - 1} are not in the log, which has {self.first_index} to"
+                f" {self.last_index}"
+            )
         start, end = low - self.offset - 1, high - self.offset - 1
         if max_bytes is None:
             return self._entries[start:end]
@@ -2470,7 +2358,7 @@ class RaftLog:
         return last_new
 
     def append(self, entries: Sequence[Entry]) -> None:
-        """Put `entries` (at least one) at their indexes; what stood there and behind is dropped.
+        """Put `entries` (at least one) at their indexes; entries there and behind are dropped.
 
         Raises InvariantError for a gap and for a change at or below the commit index.
         """
@@ -2517,7 +2405,7 @@ class RaftLog:
         return self.slice(self.applied + 1, high + 1) if high > self.applied else []
 
     def compact(self, index: int) -> None:
-        """Move the snapshot point to `index`; nothing happens if it is there or further.
+        """Move the snapshot point to `index`, unless it is there or further.
 
         Raises InvariantError if that entry is not applied and durable.
         """
@@ -2530,7 +2418,7 @@ class RaftLog:
         self.offset = index
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Replace the whole log by a snapshot that came in.  It is handed out, then durable."""
+        """Replace the whole log by a received snapshot.  It is handed out, then durable."""
         if snapshot.index <= self.commit:
             raise InvariantError(f"snapshot {snapshot.index} is behind commit {self.commit}")
         self.offset = self.commit = self._handed = snapshot.index
@@ -2542,18 +2430,17 @@ class RaftLog:
 
     @property
     def has_unhanded(self) -> bool:
-        """True if hand_out() would return something."""
         return self._handed < self.last_index or self.pending_snapshot is not None
 
     def hand_out(self) -> Tuple[Optional[Snapshot], List[Entry], Mark]:
-        """Return what the disk has not been given yet, and the mark that stands for it."""
+        """Return the snapshot and the entries that the disk lacks, and the mark of their end."""
         snapshot, self.pending_snapshot = self.pending_snapshot, None
         entries = self._entries[self._handed - self.offset:]
         self._handed = self.last_index
         return snapshot, entries, Mark(self._handed, self.generation)
 
     def stable_to(self, mark: Mark) -> bool:
-        """Note that everything handed out up to `mark` is durable; False if that is no news."""
+        """Note that the log is durable up to `mark`; False if that was known, or is outdated."""
         if mark.generation != self.generation or mark.index <= self.stable:
             return False
         self.stable = mark.index
@@ -2561,18 +2448,18 @@ class RaftLog:
 
 
 # ============================================================================
-# raft/replication -- Replication: what a leader sends, and to which follower.
+# raft/replication -- Replication: the messages that a leader sends to its followers, and reads without an entry.
 # ----------------------------------------------------------------------------
 # Knows neither roles nor elections.
 # ============================================================================
 
 
 class RaftConfig(NamedTuple):
-    """What a Raft needs from outside.
+    """The settings of a Raft, and its ways to the outside.
 
     rng    anything with randrange(n), e.g. a seeded random.Random
     trace  receives the lines that etcd's raft package logs at info level
-    patient  a new commit index alone makes no message, until tell_commit()
+    defer_commit  a new commit index alone makes no message before broadcast_commit()
     """
 
     id: int
@@ -2583,42 +2470,41 @@ class RaftConfig(NamedTuple):
     max_entries_bytes: int = ENTRIES_BYTES_MAX
     max_inflight: int = INFLIGHT_MSGAPP_MAX
     max_uncommitted_bytes: int = UNCOMMITTED_BYTES_MAX
-    patient: bool = False
+    defer_commit: bool = False
 
 
 class Replication:
-    """The sending side of a leader.  On other members only the ids in `progress` mean anything.
+    """The sending side of a leader.  On other members only the ids in `progress` are current.
 
-    Nothing is sent when it becomes due: send_due() sends one MsgApp per follower and ready(),
-    with everything proposed since, so the work per proposal does not grow with the cluster.
+    A MsgApp waits until send_due(): one per follower and ready(), with all entries proposed
+    since, so the work per proposal does not grow with the cluster.
     """
 
     def __init__(self, config: RaftConfig, log: RaftLog, mail: Mailbox) -> None:
         self.progress: Dict[int, Progress] = {}     # the voters, ascending by id
-        self.snapshot_source: Callable[[], Optional[Snapshot]] = _no_snapshot
-        self._id = config.id
-        self._max_bytes = config.max_entries_bytes
-        self._window = config.max_inflight
+        # Called for a follower whose entries are compacted; None: not ready, asked again later.
+        self.snapshot_source: Callable[[], Optional[Snapshot]] = lambda: None
+        self.commit_unsent = False                  # some follower may not know our commit index
+        self._config = config
         self._log = log
         self._mail = mail
         self._append_due = False                    # some progress is due
         self._broadcast_due = False                 # every progress is due
-        self._patient = config.patient
-        self.commit_untold = False                  # some follower may not know our commit index
 
     def set_voters(self, voters: Iterable[int]) -> None:
-        """Keep what is known of the voters, begin anew with new ones, forget the others."""
-        known, following = self.progress, self._log.last_index + 1
+        """Keep the progress of known voters, begin anew with new ones, forget the others."""
+        known = self.progress
         self.progress = {
-            voter: known.get(voter) or Progress(following, self._window)
-            for voter in sorted(set(voters))
+            voter: known.get(voter) or self._new_progress() for voter in sorted(set(voters))
         }
 
+    def _new_progress(self) -> Progress:
+        return Progress(self._log.last_index + 1, self._config.max_inflight)
+
     def reset(self) -> None:
-        """Forget everything but the ids: a new term begins."""
-        self._append_due = self._broadcast_due = self.commit_untold = False
-        following = self._log.last_index + 1
-        self.progress = {voter: Progress(following, self._window) for voter in self.progress}
+        """Begin a new term: forget everything but the ids."""
+        self._append_due = self._broadcast_due = self.commit_unsent = False
+        self.progress = {voter: self._new_progress() for voter in self.progress}
 
     @property
     def quorum_index(self) -> int:
@@ -2627,48 +2513,47 @@ class Replication:
 
     @property
     def is_due(self) -> bool:
-        """True if send_due() may send something."""
         return self._append_due or self._broadcast_due
 
-    def owe(self, progress: Progress) -> None:
-        """Let one follower have a MsgApp, an empty one if need be."""
+    def mark_due(self, progress: Progress) -> None:
+        """Make the next send_due() send a MsgApp to one follower, an empty one if need be."""
         progress.due = self._append_due = True
 
-    def owe_all(self) -> None:
-        """Let every follower have a MsgApp: there are new entries, or a new commit index."""
+    def mark_all_due(self) -> None:
         self._broadcast_due = True
 
-    def asked_by(self, member: int) -> None:
-        """The last entries are of a member's clients: they wait until it knows of the commit."""
+    def note_proposer(self, member: int) -> None:
+        """The last entries come from a member's clients, which wait until it knows the commit."""
         if member in self.progress:
-            self.progress[member].asked = self._log.last_index
+            self.progress[member].proposed_index = self._log.last_index
 
-    def owe_commit(self, index: int, *, at_once: bool) -> None:
-        """The commit index becomes `index`.  A patient leader only tells those whose clients wait.
+    def mark_commit_due(self, index: int, *, at_once: bool) -> None:
+        """Send the new commit index `index` to all, or with defer_commit only to proposers.
 
-        The others hear of it with the next entries, mostly within a millisecond: messages and
-        answers for it alone are half of all where writes come one by one.
+        The other followers hear of it with the next entries, mostly within a millisecond: where
+        writes come one by one, half of all messages would carry nothing but a commit index.
 
-        at_once  tell all: voters change, and who leaves must hear of it while it gets messages
+        at_once  send it to all: voters change, and a member that leaves must hear of it while it
+                 gets messages
         """
-        if at_once or not self._patient:
-            self.owe_all()
+        if at_once or not self._config.defer_commit:
+            self.mark_all_due()
             return
-        self.commit_untold = len(self.progress) > 1
+        self.commit_unsent = len(self.progress) > 1
         for progress in self.progress.values():
-            if progress.asked:
-                self.owe(progress)
-                if progress.asked <= index:
-                    progress.asked = 0
+            if progress.proposed_index:
+                self.mark_due(progress)
+                if progress.proposed_index <= index:
+                    progress.proposed_index = 0
 
     def send_due(self) -> None:
         """Send a MsgApp, or a MsgSnap, to every follower that is due and not paused."""
         everyone = self._broadcast_due
         self._append_due = self._broadcast_due = False
-        self.commit_untold = self.commit_untold and not everyone
+        self.commit_unsent = self.commit_unsent and not everyone
         batches: Dict[int, List[Entry]] = {}        # next index -> entries, shared by the peers
         for peer, progress in self.progress.items():
-            if (everyone or progress.due) and peer != self._id:
+            if (everyone or progress.due) and peer != self._config.id:
                 progress.due = False
                 if not progress.is_paused:
                     self._send_append(peer, progress, batches)
@@ -2682,7 +2567,7 @@ class Replication:
             return
         entries = batches.get(following)
         if entries is None:
-            entries = log.slice(following, log.last_index + 1, self._max_bytes)
+            entries = log.slice(following, log.last_index + 1, self._config.max_entries_bytes)
             batches[following] = entries
         self._mail.send(
             MsgType.APP, peer, index=following - 1, log_term=log.term(following - 1),
@@ -2692,7 +2577,7 @@ class Replication:
             progress.sent(entries[-1].index)
 
     def _send_snapshot(self, peer: int, progress: Progress) -> None:
-        """Its next entries are compacted: send the state, if the peer answers and we have one."""
+        """Send the state instead of compacted entries, if the peer answers and a snapshot fits."""
         if not progress.recent_active:
             return
         snapshot, log = self.snapshot_source(), self._log
@@ -2704,133 +2589,124 @@ class Replication:
         progress.become_snapshot(snapshot.index)
 
     def send_heartbeats(self, context: Optional[bytes]) -> None:
-        """Keep every follower from campaigning, and let paused probes go on.
+        """Keep every follower from campaigning, and resume paused probes.
 
-        context  comes back with the answers (Reads)
+        context  comes back with the answers (PendingReads)
         """
         for peer, progress in self.progress.items():
-            if peer != self._id:
+            if peer != self._config.id:
                 # Not beyond its match: it may not hold those entries, or other ones there.
                 commit = min(progress.match_index, self._log.commit)
                 self._mail.send(MsgType.HEARTBEAT, peer, commit=commit, context=context)
                 progress.paused = False
 
     def handle_reject(self, message: Message) -> None:
-        """The entry before our MsgApp did not match: go back and try again."""
+        """Go back and try again: the entry before our MsgApp did not match."""
         progress = self.progress[message.sender]
         progress.recent_active = True
         if progress.maybe_decrease(message.index, message.reject_hint):
-            self.owe(progress)
+            self.mark_due(progress)
 
     def handle_ack(self, message: Message) -> bool:
-        """A follower has everything up to message.index; False if that is no news."""
+        """Note that a follower has everything up to message.index; False if that was known."""
         progress, last = self.progress[message.sender], self._log.last_index
         progress.recent_active = True
         was_paused = progress.is_paused
         if message.index > last or not progress.acknowledge(message.index):
-            return False                            # nobody can hold more than its leader
+            return False                            # no follower can hold more than its leader
         if was_paused or progress.next_index <= last:
-            self.owe(progress)
+            self.mark_due(progress)
         return True
 
     def handle_heartbeat_resp(self, message: Message) -> None:
-        """A follower lives: if it may lack something, send."""
+        """Note that a follower is alive; if it may lack entries, send."""
         progress = self.progress[message.sender]
         progress.recent_active = True
-        if progress.state == ProgressState.REPLICATE and progress.inflights.full:
-            progress.inflights.free_first()         # its answers may be lost: go on carefully
+        if progress.state == ProgressState.REPLICATE and progress.is_paused:
+            progress.inflights.popleft()            # its answers may be lost: go on carefully
         if progress.match_index < self._log.last_index:
-            # An empty MsgApp is wanted, too: if entries were lost, it will be rejected.
-            self.owe(progress)
+            # An empty MsgApp is useful, too: if entries were lost, it will be rejected.
+            self.mark_due(progress)
 
     def heard_quorum(self) -> bool:
         """True if a majority, ourselves included, has answered since the last call."""
-        heard = sum(p.recent_active or id == self._id for id, p in self.progress.items())
+        heard = sum(p.recent_active or id == self._config.id for id, p in self.progress.items())
         for progress in self.progress.values():
             progress.recent_active = False
         return heard >= quorum_size(len(self.progress))
 
     def unreachable(self, peer: int) -> None:
-        """A message to `peer` was lost: stop sending ahead."""
+        """Stop sending ahead: a message to `peer` was lost."""
         progress = self.progress.get(peer)
-        if progress is None:
-            return
-        progress.recent_active = False
-        if progress.state == ProgressState.REPLICATE:
-            progress.become_probe()
+        if progress is not None:
+            progress.recent_active = False
+            if progress.state == ProgressState.REPLICATE:
+                progress.become_probe()
 
     def snapshot_done(self, peer: int, *, ok: bool) -> None:
-        """The snapshot to `peer` left this member completely, or did not."""
+        """The snapshot to `peer` left this member completely (ok), or failed."""
         progress = self.progress.get(peer)
         if progress is None or progress.state != ProgressState.SNAPSHOT:
             return
-        if ok:
-            progress.become_probe()
-        else:
-            progress.snapshot_failed()
-        progress.paused = True                      # let it digest until the next heartbeat
+        if not ok:
+            progress.pending_snapshot = 0           # probe behind the match again
+        progress.become_probe()
+        progress.paused = True                      # until the next heartbeat: time to load it
 
 
-def _no_snapshot() -> Optional[Snapshot]:
-    return None
+class ReadRound(NamedTuple):
+    """One check that a leader still leads."""
+
+    commit: int             # its commit index when the read came
+    requester: int
+    heard: Set[int]         # voters that have confirmed
 
 
-class ReadRound:
-    """One question whether a leader still leads; index: its commit index when it was asked."""
-
-    __slots__ = ("index", "requester", "heard")
-
-    def __init__(self, index: int, requester: int, heard: Set[int]) -> None:
-        self.index = index
-        self.requester = requester
-        self.heard = heard              # voters that have confirmed
-
-
-class Reads:
+class PendingReads:
     """Reads that see every write acknowledged before them, without an entry in the log.
 
-    A leader notes its commit index, asks with a heartbeat whether it still leads, and when a
+    A leader notes its commit index, checks with a heartbeat whether it still leads, and when a
     majority has confirmed, everything up to that index may be read (thesis §6.4).
     """
 
     def __init__(self, id: int, mail: Mailbox) -> None:
-        self.confirmed: List[Tuple[bytes, int]] = []    # (context, index) asked for here
+        self.confirmed: List[Tuple[bytes, int]] = []    # (context, index) of this member's reads
         self._rounds: Dict[bytes, ReadRound] = {}       # leader only, oldest first
         self._id = id
         self._mail = mail
 
     @property
     def newest(self) -> Optional[bytes]:
-        """The context that a heartbeat has to carry; None: nobody asks."""
+        """The context that a heartbeat has to carry; None without a round."""
         return next(reversed(self._rounds), None) if self._rounds else None
 
     def clear(self) -> None:
-        """A new term: whoever asked asks again."""
+        """Begin a new term: requesters ask again."""
         self._rounds.clear()
 
     def begin(self, context: bytes, index: int, requester: int) -> None:
-        """Leader: member `requester` wants to read what is committed now."""
+        """Leader: begin the round of a read by member `requester`."""
         if len(self._rounds) < READ_ROUNDS_MAX:
             self._rounds[context] = ReadRound(index, requester, set())
 
     def confirm(self, context: bytes, voter: int, quorum: int) -> None:
-        """Leader: `voter` has heard us after the question `context` was asked."""
-        asked = self._rounds.get(context)
-        if asked is None:
+        """Leader: `voter` has answered a heartbeat that was sent after the round began."""
+        confirmed = self._rounds.get(context)
+        if confirmed is None:
             return
-        asked.heard.add(voter)
-        if len(asked.heard) >= quorum:
-            for earlier in list(self._rounds):      # what was asked before is answered as well
+        confirmed.heard.add(voter)
+        if len(confirmed.heard) >= quorum:
+            for earlier in list(self._rounds):      # a round confirms those before it as well
                 self._release(earlier, self._rounds.pop(earlier))
                 if earlier == context:
                     return
 
-    def _release(self, context: bytes, asked: ReadRound) -> None:
-        if asked.requester == self._id:
-            self.confirmed.append((context, asked.index))
+    def _release(self, context: bytes, confirmed: ReadRound) -> None:
+        if confirmed.requester == self._id:
+            self.confirmed.append((context, confirmed.commit))
         else:
             self._mail.send(
-                MsgType.READ_INDEX_RESP, asked.requester, index=asked.index,
+                MsgType.READ_INDEX_RESP, confirmed.requester, index=confirmed.commit,
                 entries=[Entry(data=context)],
             )
 
@@ -2848,7 +2724,7 @@ CAMPAIGN_TRANSFER = b"CampaignTransfer"     # context of a MsgVote that a leader
 
 
 class RaftRole(IntEnum):
-    """What a member is at its term."""
+    """The role of a member at its term."""
 
     FOLLOWER = 0
     CANDIDATE = 1
@@ -2857,7 +2733,7 @@ class RaftRole(IntEnum):
 
 
 class Status(NamedTuple):
-    """A copy of what a member knows.  progress: id -> (match, next, state name), leader only."""
+    """A copy of a member's state.  progress: id -> (match, next, state name), leader only."""
 
     id: int
     term: int
@@ -2870,9 +2746,9 @@ class Status(NamedTuple):
 
 
 class Raft:
-    """One member's protocol state.  Ids are 64-bit ints, 0 is nobody.
+    """One member's protocol state.  Ids are 64-bit ints, 0 is no member.
 
-    Nothing leaves at once: messages gather in `mail` until RawNode.ready() takes them.
+    Messages gather in `mail` until RawNode.ready() takes them.
     """
 
     def __init__(self, config: RaftConfig, log: RaftLog, term: int, vote: int,
@@ -2890,13 +2766,13 @@ class Raft:
         self.election_elapsed = 0       # ticks since the leader was heard; leader: since it checked
         self.heartbeat_elapsed = 0
         self.election_timeout = 0                   # redrawn at every reset
-        self.transferee = 0             # leader: who shall take over before the next check
+        self.transferee = 0             # leader: target of the leadership transfer under way
         self.pending_conf_index = 0                 # leader: last conf change in the log
         self.applied_conf_index = 0                 # last conf change that was applied
         self.uncommitted_bytes = 0                  # leader: data behind the commit index
         self.mail = Mailbox(config.id, config.max_entries_bytes)
         self.replication = Replication(config, log, self.mail)
-        self.reads = Reads(config.id, self.mail)
+        self.reads = PendingReads(config.id, self.mail)
         self._handlers = _FOLLOWER
         self.replication.set_voters(voters)
         self.become_follower(term, 0)
@@ -2905,21 +2781,19 @@ class Raft:
 
     @property
     def progress(self) -> Dict[int, Progress]:
-        """The voters, ascending by id; what it says of them is current on a leader only."""
+        """Id of each voter, ascending -> its progress, which is current on a leader only."""
         return self.replication.progress
 
     @property
     def voters(self) -> Tuple[int, ...]:
-        """Ids of the voting members, ascending."""
         return tuple(self.progress)
 
     @property
     def quorum(self) -> int:
-        """How many votes elect a leader."""
         return quorum_size(len(self.progress))
 
     def apply_conf_change(self, change: ConfChange) -> None:
-        """Let a committed change of the members count; node_id 0 only ends its pending time.
+        """Apply a committed change of the voters; node_id 0: refused, it only stops to be pending.
 
         Differs from etcd 3.4: learners are not tracked, so a leader sends them nothing.
         """
@@ -2937,7 +2811,7 @@ class Raft:
             self.removed = False
         if member not in self.progress:
             self.replication.set_voters((*self.progress, member))
-            self.replication.owe(self.progress[member])
+            self.replication.mark_due(self.progress[member])
 
     def _remove_voter(self, member: int) -> None:
         if member == self.id:
@@ -2947,10 +2821,6 @@ class Raft:
         if self.transferee == member:
             self.transferee = 0
         self._maybe_commit()            # a smaller quorum may have been reached already
-
-    @property
-    def _is_conf_change_pending(self) -> bool:
-        return self.pending_conf_index > max(self.applied_conf_index, self.log.applied)
 
     # -- roles ---------------------------------------------------------------
 
@@ -2969,14 +2839,13 @@ class Raft:
         self.reads.clear()
 
     def become_follower(self, term: int, lead: int) -> None:
-        """Follow `lead` (0: unknown) at `term`."""
         self._reset(term)
         self.lead = lead
         self.role, self._handlers = RaftRole.FOLLOWER, _FOLLOWER
         self.config.trace(f"{self.id:x} became follower at term {term}")
 
     def _become_pre_candidate(self) -> None:
-        """Ask whether an election could be won, before the term goes up (thesis §9.6)."""
+        """Find out whether an election could be won, before the term goes up (thesis §9.6)."""
         self.lead, self.votes, self.election_elapsed = 0, {}, 0
         self.role, self._handlers = RaftRole.PRE_CANDIDATE, _PRE_CANDIDATE
         self.config.trace(f"{self.id:x} became pre-candidate at term {self.term}")
@@ -2988,8 +2857,9 @@ class Raft:
         self.config.trace(f"{self.id:x} became candidate at term {self.term}")
 
     def _become_leader(self) -> None:
-        """Take the lead, with an empty entry of the own term: only by counting such entries may
-        older ones be committed (§5.4.2), so it must not wait for a client."""
+        """Take the lead, and append an empty entry of the own term: only by counting entries of
+        its own term may a leader commit older ones (§5.4.2), and a client's may be long in coming.
+        """
         self._reset(self.term)
         self.lead = self.id
         self.role, self._handlers = RaftRole.LEADER, _LEADER
@@ -3004,8 +2874,11 @@ class Raft:
     # -- time ----------------------------------------------------------------
 
     def tick(self) -> None:
-        """Let one tick of the logical clock pass."""
-        _TICK[self.role](self)
+        """Advance the logical clock by one tick."""
+        if self.role is RaftRole.LEADER:
+            self._tick_heartbeat()
+        else:
+            self._tick_election()
 
     def _tick_election(self) -> None:
         self.election_elapsed += 1
@@ -3019,7 +2892,7 @@ class Raft:
         if self.election_elapsed >= self.config.election_ticks:
             self.election_elapsed = 0
             if not self.replication.heard_quorum():
-                # Whoever is cut off from the majority must not keep clients waiting (§6.2).
+                # A leader without a quorum must not keep clients waiting (§6.2).
                 self.config.trace(f"{self.id:x} stepped down: no answer of a majority")
                 self.become_follower(self.term, 0)
                 return
@@ -3034,46 +2907,48 @@ class Raft:
     def _campaign(self, context: Optional[bytes]) -> None:
         """Start an election, unless this member may not lead.
 
-        A committed conf change that is not applied yet forbids it: counting votes by voters
-        two changes old could elect a second leader.
+        A committed conf change that is not applied yet forbids it: an election by the voters of
+        two changes before could give the term a second leader.
         """
         if self.id not in self.progress or self.log.conf_changes(self.log.commit + 1):
             return
         self.config.trace(f"{self.id:x} is starting a new election at term {self.term}")
         if self.pre_vote and context is None and self.quorum > 1:
             self._become_pre_candidate()
-            self._ask_for_votes(MsgType.PRE_VOTE, self.term + 1, None)
+            self._request_votes(MsgType.PRE_VOTE, self.term + 1, None)
         else:
-            self._run_for_leader(context)
+            self._start_election(context)
 
-    def _run_for_leader(self, context: Optional[bytes]) -> None:
+    def _start_election(self, context: Optional[bytes]) -> None:
         self._become_candidate()
-        self._ask_for_votes(MsgType.VOTE, self.term, context)
+        self._request_votes(MsgType.VOTE, self.term, context)
         if self.quorum == 1:
             self._become_leader()
 
-    def _ask_for_votes(self, kind: MsgType, term: int, context: Optional[bytes]) -> None:
-        """Give ourselves a vote, and ask the others for theirs at `term`."""
+    def _request_votes(self, kind: MsgType, term: int, context: Optional[bytes]) -> None:
+        """Vote for ourselves, and request the votes of the others at `term`."""
         self._count_vote(self.id, granted=True)
-        last, what = self.log.last_id, "pre-vote" if kind == MsgType.PRE_VOTE else "vote"
-        asked = f"[logterm: {last.term}, index: {last.index}] sent {what} request to"
+        last, name = self.log.last_id, "pre-vote" if kind == MsgType.PRE_VOTE else "vote"
         for peer in self.progress:
             if peer != self.id:
-                self.config.trace(f"{self.id:x} {asked} {peer:x} at term {self.term}")
+                self.config.trace(
+                    f"{self.id:x} [logterm: {last.term}, index: {last.index}] sent {name}"
+                    f" request to {peer:x} at term {self.term}"
+                )
                 self.mail.hold(
                     kind, peer, index=last.index, log_term=last.term, context=context, term=term
                 )
 
     def _count_vote(self, voter: int, *, granted: bool) -> None:
-        what = "vote" if granted else "vote rejection"
-        self.config.trace(f"{self.id:x} received {what} from {voter:x} at term {self.term}")
+        answer = "vote" if granted else "vote rejection"
+        self.config.trace(f"{self.id:x} received {answer} from {voter:x} at term {self.term}")
         self.votes.setdefault(voter, granted)       # a duplicate cannot change an answer
 
     def _hup(self, message: Message) -> None:
         self._campaign(CAMPAIGN_TRANSFER if message.type == MsgType.TIMEOUT_NOW else None)
 
     def _pre_candidate_resp(self, message: Message) -> None:
-        """An answer to MsgPreVote; a grant carries the term that we asked for."""
+        """Handle an answer to MsgPreVote; a grant carries the term of the request."""
         if message.reject or message.term == self.term + 1:
             self._candidate_vote_resp(message)
 
@@ -3085,7 +2960,7 @@ class Raft:
         self.config.trace(f"{self.id:x} [quorum:{self.quorum}] has received {tally}")
         if grants >= self.quorum and self.id in self.progress:
             if self.role is RaftRole.PRE_CANDIDATE:
-                self._run_for_leader(None)
+                self._start_election(None)
             else:
                 self._become_leader()
         elif rejections >= self.quorum:
@@ -3113,7 +2988,8 @@ class Raft:
     def _pre_vote(self, message: Message) -> None:
         """Tell a 3.x member whether an election makes sense; promises and changes nothing.
 
-        No while a leader is heard (thesis §9.6).  A grant carries the term asked for.
+        The answer is no while a leader is heard (thesis §9.6).  A grant carries the term of the
+        request.
         """
         hears_leader = self.lead and self.election_elapsed < self.config.election_ticks
         free = message.term > self.term or self.vote in (0, message.sender)
@@ -3135,15 +3011,15 @@ class Raft:
         if message.term > self.term and kind != MsgType.PRE_VOTE and (
             kind != MsgType.PRE_VOTE_RESP or message.reject
         ):
-            self._meet_higher_term(message)
+            self._handle_higher_term(message)
         elif 0 < message.term < self.term:
-            self._meet_lower_term(message)
+            self._handle_lower_term(message)
             return
         handler = self._handlers.get(kind)
         if handler is not None:
             handler(self, message)
 
-    def _meet_higher_term(self, message: Message) -> None:
+    def _handle_higher_term(self, message: Message) -> None:
         kind = MsgType(message.type).name.title().replace("_", "")
         self.config.trace(
             f"{self.id:x} [term: {self.term}] received a Msg{kind} message with higher term"
@@ -3152,11 +3028,11 @@ class Raft:
         lead = message.sender if message.type in _FROM_LEADER else 0
         self.become_follower(message.term, lead)
 
-    def _meet_lower_term(self, message: Message) -> None:
+    def _handle_lower_term(self, message: Message) -> None:
         """Tell a 3.x leader of an older term that it is deposed, else ignore the message.
 
-        Without this answer a member whose term ran ahead is shut out for ever by leaders that
-        check their quorum: they ignore its MsgVote.  Source: etcd 3.1 raft.go, Step.
+        Without this answer a member whose term ran ahead is shut out for ever: leaders that check
+        their quorum ignore its MsgVote.  Source: etcd 3.1 raft.go, Step.
         """
         if message.type == MsgType.APP or message.type == MsgType.HEARTBEAT:
             self.mail.hold(MsgType.APP_RESP, message.sender)
@@ -3165,35 +3041,32 @@ class Raft:
 
     # -- proposals -----------------------------------------------------------
 
-    def _follower_prop(self, message: Message) -> None:
-        """Forward to the leader, but never back to where it came from: two members that take
-        each other for the leader would play ball with it."""
+    def _forward_prop(self, message: Message) -> None:
+        """Forward to the leader, but never back to the sender: two members that take each other
+        for the leader would send it to and fro."""
         if not self.lead or message.sender == self.lead:
             raise ProposalDropped(f"{self.id:x} no leader at term {self.term}")
         self.mail.forward(self.lead, message.entries)
 
-    def _candidate_prop(self, message: Message) -> None:
-        raise ProposalDropped(f"{self.id:x} no leader at term {self.term}")
-
     def _leader_prop(self, message: Message) -> None:
         if self.transferee:
-            raise ProposalDropped(f"{self.id:x} is handing the lead to {self.transferee:x}")
+            raise ProposalDropped(f"{self.id:x} is transferring leadership to {self.transferee:x}")
         size = sum([len(entry.data) for entry in message.entries])
         uncommitted = self.uncommitted_bytes
         if uncommitted and size and uncommitted + size > self.config.max_uncommitted_bytes:
             raise ProposalDropped(f"{self.id:x} has {uncommitted} bytes that are not committed")
         self._append_own(message.entries)
-        self.replication.asked_by(message.sender)
+        self.replication.note_proposer(message.sender)
 
     def _append_own(self, entries: Sequence[Entry]) -> None:
-        """Append to the leader's log.  Peers get it at the next ready(), in one MsgApp."""
+        """Append to the leader's log; the next ready() sends the entries in one MsgApp."""
         term, index = self.term, self.log.last_index
         appended: List[Entry] = []
         size = 0
         for entry in entries:
             index += 1
             if entry.type:
-                if self._is_conf_change_pending:
+                if self.pending_conf_index > max(self.applied_conf_index, self.log.applied):
                     entry = Entry()     # one at a time: this one becomes a no-op (§4.1)
                 else:
                     self.pending_conf_index = index
@@ -3203,7 +3076,7 @@ class Raft:
         if appended:
             self.uncommitted_bytes += size
             self.log.append(appended)
-            self.replication.owe_all()
+            self.replication.mark_all_due()
 
     # -- replication: leader -------------------------------------------------
 
@@ -3220,7 +3093,8 @@ class Raft:
         self.reads.confirm(message.context or b"", message.sender, self.quorum)
 
     def _leader_read_index(self, message: Message) -> None:
-        """Before the first commit of its term a leader does not know how far others came."""
+        """Begin a read round.  Not before the first commit of its term, as until then a leader may
+        not know the newest commit index (thesis §6.4)."""
         if message.entries and self.log.term(self.log.commit) == self.term:
             context = message.entries[0].data
             self.reads.begin(context, self.log.commit, message.sender or self.id)
@@ -3229,7 +3103,7 @@ class Raft:
             self.replication.send_heartbeats(context)
 
     def _leader_transfer(self, message: Message) -> None:
-        """Hand the lead to message.sender as soon as its log is complete (thesis §3.10)."""
+        """Transfer leadership to message.sender as soon as its log is complete (thesis §3.10)."""
         progress = self.progress.get(message.sender)
         if progress is None or message.sender == self.id:
             return
@@ -3237,32 +3111,33 @@ class Raft:
         if progress.match_index == self.log.last_index:
             self.mail.send(MsgType.TIMEOUT_NOW, message.sender)
         else:
-            self.replication.owe(progress)
+            self.replication.mark_due(progress)
 
     def on_stable(self) -> None:
-        """The disk has more of our log.  A leader counts itself only now (thesis §10.2.1)."""
+        """More of our log is durable: only now does a leader count itself (thesis §10.2.1)."""
         if self.role is RaftRole.LEADER and self.id in self.progress:
             self.progress[self.id].maybe_update(self.log.stable)
             self._maybe_commit()
 
     def _maybe_commit(self) -> None:
-        """Commit what a majority holds, if it is of this term (§5.4.2); then all are told."""
+        """Commit the entries that a majority holds, if the last is of this term (§5.4.2)."""
         log = self.log
         index = self.replication.quorum_index
         if index <= log.commit or log.term(index) != self.term:
             return
         self.uncommitted_bytes -= log.data_bytes(log.commit + 1, index + 1)
-        self.replication.owe_commit(index, at_once=log.commit < self.pending_conf_index <= index)
+        changes_voters = log.commit < self.pending_conf_index <= index
+        self.replication.mark_commit_due(index, at_once=changes_voters)
         log.commit_to(index)
 
     # -- replication: follower -----------------------------------------------
 
-    def _hear_leader(self, message: Message) -> None:
+    def _follow_sender(self, message: Message) -> None:
         self.election_elapsed = 0
         self.lead = message.sender
 
     def _follower_app(self, message: Message) -> None:
-        self._hear_leader(message)
+        self._follow_sender(message)
         log = self.log
         if message.index < log.commit:
             self.mail.hold_ack(message.sender, log.commit)
@@ -3278,14 +3153,14 @@ class Raft:
             )
 
     def _follower_heartbeat(self, message: Message) -> None:
-        self._hear_leader(message)
+        self._follow_sender(message)
         if message.commit > self.log.commit:
             self.log.commit_to(message.commit)
-        # It promises nothing, so it need not wait for the disk.  3.x counts the context.
+        # The answer promises nothing, so it need not wait for the disk.  3.x counts the context.
         self.mail.send(MsgType.HEARTBEAT_RESP, message.sender, context=message.context)
 
     def _follower_read_index(self, message: Message) -> None:
-        if self.lead and not message.sender:        # our own question; others know the leader
+        if self.lead and not message.sender:        # our own; other members ask the leader
             self.mail.send(MsgType.READ_INDEX, self.lead, term=0, entries=message.entries)
 
     def _follower_read_index_resp(self, message: Message) -> None:
@@ -3293,30 +3168,26 @@ class Raft:
             self.reads.confirmed.append((message.entries[0].data, message.index))
 
     def _follower_snap(self, message: Message) -> None:
-        self._hear_leader(message)
-        if message.snapshot is not None and self._restore(message.snapshot):
-            self.mail.hold_ack(message.sender, self.log.last_index)
-        else:
-            self.mail.hold_ack(message.sender, self.log.commit)
+        self._follow_sender(message)
+        if message.snapshot is not None and message.snapshot.index > self.log.commit:
+            self._restore(message.snapshot)
+        self.mail.hold_ack(message.sender, self.log.commit)
 
-    def _restore(self, snapshot: Snapshot) -> bool:
-        """Take over a snapshot; False if our log is as far already."""
+    def _restore(self, snapshot: Snapshot) -> None:
+        """Replace the log by a snapshot, or commit up to it if the log holds its last entry."""
         log = self.log
-        if snapshot.index <= log.commit:
-            return False
         if log.match_term(EntryID(snapshot.term, snapshot.index)):
             log.commit_to(snapshot.index)
-            return False
+            return
         log.restore(snapshot)
         self.replication.set_voters(snapshot.voters)
         self.config.trace(
             f"{self.id:x} [commit: {log.commit}] restored snapshot"
             f" [index: {snapshot.index}, term: {snapshot.term}]"
         )
-        return True
 
     def _yield_to_leader(self, message: Message) -> None:
-        """A candidate hears the leader of its own term."""
+        """End the candidacy: another member leads this term."""
         self.become_follower(self.term, message.sender)
         _FOLLOWER[message.type](self, message)
 
@@ -3328,7 +3199,7 @@ _RESPONSES = frozenset((
 
 _FOLLOWER: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.HUP: Raft._hup,
-    MsgType.PROP: Raft._follower_prop,
+    MsgType.PROP: Raft._forward_prop,
     MsgType.APP: Raft._follower_app,
     MsgType.HEARTBEAT: Raft._follower_heartbeat,
     MsgType.SNAP: Raft._follower_snap,
@@ -3340,7 +3211,7 @@ _FOLLOWER: Dict[int, Callable[[Raft, Message], None]] = {
 }
 _CANDIDATE: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.HUP: Raft._hup,
-    MsgType.PROP: Raft._candidate_prop,
+    MsgType.PROP: Raft._forward_prop,     # refuses it: a candidate knows no leader
     MsgType.APP: Raft._yield_to_leader,
     MsgType.HEARTBEAT: Raft._yield_to_leader,
     MsgType.SNAP: Raft._yield_to_leader,
@@ -3360,12 +3231,6 @@ _LEADER: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.PRE_VOTE: Raft._pre_vote,
     MsgType.TRANSFER_LEADER: Raft._leader_transfer,
     MsgType.READ_INDEX: Raft._leader_read_index,
-}
-_TICK: Dict[RaftRole, Callable[[Raft], None]] = {
-    RaftRole.FOLLOWER: Raft._tick_election,
-    RaftRole.CANDIDATE: Raft._tick_election,
-    RaftRole.PRE_CANDIDATE: Raft._tick_election,
-    RaftRole.LEADER: Raft._tick_heartbeat,
 }
 
 
@@ -3488,7 +3353,7 @@ class RawNode:
         if kind == MsgType.PROP:
             # Copies: the leader numbers the entries, and a duplicate may share them.
             entries = [Entry(e.type, 0, 0, e.data, e.request) for e in message.entries]
-            self._propose(message.sender, entries)
+            self.propose(*entries, sender=message.sender)
         elif (
             (not message.term and kind != MsgType.READ_INDEX)
             or kind in LOCAL_MESSAGES
@@ -3499,7 +3364,7 @@ class RawNode:
         else:
             raft.step(message)
 
-    def fault(self, message: Message) -> str:
+    def protocol_violation(self, message: Message) -> str:
         """Say why no healthy member sends this message to us, or "".
 
         Whatever passes leaves a log that can be read, and a next term that can be written.
@@ -3514,9 +3379,9 @@ class RawNode:
         if max(message.index, message.commit, message.reject_hint) > INDEX_MAX:
             return "no log has such an index"
         if kind == MsgType.APP:
-            return _append_fault(message)
+            return _append_violation(message)
         if kind == MsgType.SNAP:
-            return _snapshot_fault(message)
+            return _snapshot_violation(message)
         last = raft.log.last_index
         if kind == MsgType.HEARTBEAT and message.term >= raft.term and message.commit > last:
             return (
@@ -3525,27 +3390,20 @@ class RawNode:
             )
         return ""
 
-    def propose(self, entry: Entry) -> None:
-        """Propose one entry.  A leader numbers and appends this very object.
+    def propose(self, *entries: Entry, sender: int = 0) -> None:
+        """Propose all of `entries` for member `sender` (0: this one).
 
-        Raises ProposalDropped without a leader, after the own removal, or while too much is
-        uncommitted.  No exception promises nothing: the entry may still be lost.
+        A leader numbers and appends these very objects.  Raises ProposalDropped, for all of them,
+        without a leader, after the own removal, or while too much is uncommitted.  Without an
+        exception an entry may be lost all the same.
         """
-        self._propose(0, (entry,))
-
-    def propose_many(self, entries: Sequence[Entry]) -> None:
-        """Propose all of `entries`, or raise ProposalDropped for all; cheaper than one by one."""
-        self._propose(0, entries)
-
-    def propose_conf_change(self, change: ConfChange) -> None:
-        """Propose a membership change; while another is pending it silently becomes a no-op."""
-        data = encode_conf_change(change)
-        self._propose(0, (Entry(EntryType.CONF_CHANGE, data=data),))
-
-    def _propose(self, sender: int, entries: Sequence[Entry]) -> None:
         if self.raft.removed:
             raise ProposalDropped(f"{self.raft.id:x} is removed from the cluster")
         self.raft.step(Message(MsgType.PROP, sender=sender, entries=entries))
+
+    def propose_conf_change(self, change: ConfChange) -> None:
+        """Propose a membership change, which becomes a no-op while another one is pending."""
+        self.propose(Entry(EntryType.CONF_CHANGE, data=encode_conf_change(change)))
 
     def apply_conf_change(self, change: ConfChange) -> Tuple[int, ...]:
         """Make an applied ConfChange entry count; return the voters.
@@ -3577,14 +3435,14 @@ class RawNode:
         self.raft.replication.snapshot_done(id, ok=ok)
 
     @property
-    def commit_untold(self) -> bool:
+    def commit_unsent(self) -> bool:
         """True if a patient leader has not told everybody of its commit index."""
-        return self.raft.replication.commit_untold
+        return self.raft.replication.commit_unsent
 
-    def tell_commit(self) -> None:
+    def broadcast_commit(self) -> None:
         """Tell everybody now."""
-        if self.raft.replication.commit_untold:
-            self.raft.replication.owe_all()
+        if self.raft.replication.commit_unsent:
+            self.raft.replication.mark_all_due()
 
     def has_ready(self) -> bool:
         """Tell whether ready() has something to hand out."""
@@ -3647,7 +3505,7 @@ def _is_contiguous(message: Message) -> bool:
     return indexes == list(range(first, first + len(indexes)))
 
 
-def _append_fault(message: Message) -> str:
+def _append_violation(message: Message) -> str:
     """Why the entries of a MsgApp make no log, or ""."""
     if not _is_contiguous(message):
         return f"the entries do not follow entry {message.index} one by one"
@@ -3657,7 +3515,7 @@ def _append_fault(message: Message) -> str:
     return ""
 
 
-def _snapshot_fault(message: Message) -> str:
+def _snapshot_violation(message: Message) -> str:
     snapshot = message.snapshot
     if snapshot is None or not 0 < snapshot.index <= INDEX_MAX:
         return "there is no snapshot in it"
@@ -3759,12 +3617,12 @@ def file_node(value: Value, created_index: int, modified_index: int, expires_ns:
     return LongNode(value, created_index, modified_index, expires_ns)
 
 
-def kept_value(node: Node) -> Value:
+def stored_value(node: Node) -> Value:
     """The value of a file as it is kept."""
     return node.json if isinstance(node, LongNode) else node.value or ""
 
 
-def shown_value(value: Value) -> str:
+def value_excerpt(value: Value) -> str:
     """A value in the text of an error.  Differs from etcd, which shows 20 MB."""
     text = value if isinstance(value, str) else text_of_long(value[:1])
     is_all = isinstance(value, str) and len(value) <= SHOWN_VALUE_CHARS
@@ -4098,13 +3956,13 @@ class Listing(TreeWalk):
     index   store index of the state that it shows
     chunks  of the answer so far, none of them huge
     done    all of it is there
-    lasts   the answer holds as long as the index does: nothing in it expires
+    cacheable  the answer holds as long as the index does: nothing in it expires
 
     With `recursive` all that is visible, all the way down, else the children.
     """
 
     __slots__ = (
-        "index", "chunks", "done", "lasts", "work_done", "_recursive", "_sorted", "_now_ns",
+        "index", "chunks", "done", "cacheable", "work_done", "_recursive", "_sorted", "_now_ns",
         "_texts",
     )
 
@@ -4116,7 +3974,7 @@ class Listing(TreeWalk):
         self.index = index
         self.chunks: List[bytes] = []
         self.done = False
-        self.lasts = True
+        self.cacheable = True
         self.work_done = 0              # nodes so far, and text in units of LISTING_NODE_CHARS
         self._recursive = recursive
         self._sorted = sorted
@@ -4174,13 +4032,13 @@ class Listing(TreeWalk):
         yield "}\n"
 
     def _long_texts(self, path: str, node: LongNode) -> Texts:
-        self.lasts = self.lasts and not node.expires_ns
+        self.cacheable = self.cacheable and not node.expires_ns
         self.work_done += 1 + len(node.json)
         yield from _node_texts(json_string(path[2:]), node, node.ttl_s(self._now_ns))
 
     def _ends(self, path: str, node: Node) -> Tuple[str, str]:
         """What comes before and after the place of a node's children."""
-        self.lasts = self.lasts and not node.expires_ns
+        self.cacheable = self.cacheable and not node.expires_ns
         self.work_done += 1 + len(node.value or "") // LISTING_NODE_CHARS
         return _node_ends(json_string(path[2:]), node, node.ttl_s(self._now_ns))
 
@@ -4357,7 +4215,7 @@ class WatcherHub:
         self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be told
         self._room: float = math.inf    # how many may be told in this turn
 
-    owed = 0                            # watchers in _due
+    backlog = 0                            # watchers in _due
     watched_bytes = 0                   # of the paths of registered watchers
 
     @property
@@ -4465,7 +4323,7 @@ class WatcherHub:
         self._stats.watchers -= len(once)
         self.watched_bytes -= len(once) * len(path)
         self._due.append((event, collections.deque(told)))
-        self.owed += len(told)
+        self.backlog += len(told)
         self._tell()
 
     def _tell(self) -> None:
@@ -4473,10 +4331,10 @@ class WatcherHub:
         while self._due:
             event, told = self._due[0]
             while told:
-                if self._room <= 0 and self.owed <= WATCHERS_MAX:
+                if self._room <= 0 and self.backlog <= WATCHERS_MAX:
                     return
                 watcher = told.popleft()
-                self.owed -= 1
+                self.backlog -= 1
                 if watcher._hub is not None:        # else cancelled, perhaps by an earlier deliver
                     self._room -= 1
                     if not watcher.stream:
@@ -4602,12 +4460,12 @@ class NodeTree:
         return len(self._nodes)
 
     @property
-    def is_tidy(self) -> bool:
+    def accepts_changes(self) -> bool:
         """True if a change may be applied in this turn; False: after the next tidy()."""
         return not self._dead and self._room > 0
 
     @property
-    def has_rubbish(self) -> bool:
+    def has_garbage(self) -> bool:
         """True if tidy() has something to do."""
         return bool(self._dead) or bool(self._old) and not self._old[0][1]
 
@@ -4946,7 +4804,7 @@ class Store(NodeTree):
         elif old.children is not None:
             raise self._failed("sets", NotFile(path[2:], self.current_index))
         elif refresh:
-            value = kept_value(old)
+            value = stored_value(old)
         try:
             event = self._place(
                 "set", path, old, None if dir else value, expires_ns, now_ns, refresh
@@ -5111,7 +4969,7 @@ class Store(NodeTree):
         below = directory + "/"
         return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
 
-    def replant(self, directory: str, files: Mapping[str, str]) -> None:
+    def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
         """Have only `files`, path -> value, below `directory`: without a new index or an event."""
         below = directory + "/"
         for path in [path for path in self._nodes if path.startswith(below)]:
@@ -5130,9 +4988,9 @@ class Store(NodeTree):
 
         Raises ValueError if it is no snapshot of a store, and then nothing has changed.
         """
-        self.become(StoreState.read(data, progress))
+        self.install(StoreState.read(data, progress))
 
-    def become(self, state: StoreState) -> None:
+    def install(self, state: StoreState) -> None:
         """Take over a state, whose only owner this store is from now on.
 
         Nodes already over leave with the next delete_expired.
@@ -5171,7 +5029,7 @@ class Store(NodeTree):
     ) -> Event:
         """Give the file `old` a value and a TTL; it stays the same key."""
         index = self.current_index + 1
-        text = kept_value(old) if refresh else value
+        text = stored_value(old) if refresh else value
         node = file_node(text, old.created_index, index, expires_ns)
         self._put(path, old, node)
         return self._done(Event(action, path, node, old, index, now_ns, refresh))
@@ -5250,7 +5108,7 @@ class Store(NodeTree):
         if prev_value and not (
             node.has_value(prev_value) if isinstance(node, LongNode) else node.value == prev_value
         ):
-            wrong.append(f"[{shown_value(prev_value)} != {shown_value(kept_value(node))}]")
+            wrong.append(f"[{value_excerpt(prev_value)} != {value_excerpt(stored_value(node))}]")
         if prev_index and prev_index != node.modified_index:
             wrong.append(f"[{prev_index} != {node.modified_index}]")
         if wrong:
@@ -6965,16 +6823,14 @@ QUICK_SECONDS = 0.000_200           # a wait, falling asleep and waking included
 QUICK_WAITS_MIN = 8                 # in a row: then the next waits begin awake
 AWAKE_SECONDS = 0.000_120           # of one wait; without an event by then, asleep again
 CLIENTS_SECONDS = 0.005             # for clients in each of three parts of a turn: their sockets,
-
-
-                                    # what waits in line, their replies; above: the next turn
+                                    # their queued calls, their replies; above: the next turn
+CLOCK_STRIDE = 4                    # callbacks of clients between two looks at the clock
 
 
 class HasFileno(Protocol):
     """A socket or a pipe."""
 
-    def fileno(self) -> int:
-        """Return its descriptor."""
+    def fileno(self) -> int: ...
 
 
 _EPOLL_EVENTS = (0, select.EPOLLIN, select.EPOLLOUT, select.EPOLLIN | select.EPOLLOUT)
@@ -7020,7 +6876,7 @@ class Reactor:
         self._urgent = select.epoll()           # all others: looked at while some are late
         self._late: OrderedDict[int, int] = collections.OrderedDict()   # of _patient -> event
         self._in_line: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
-        self._client_flushes: Deque[Callable[[], None]] = collections.deque()
+        self._client_flushes: List[Callable[[], None]] = []
         wake_in, wake_out = os.pipe()
         os.set_blocking(wake_in, False)
         os.set_blocking(wake_out, False)
@@ -7029,19 +6885,35 @@ class Reactor:
         self._wake_lock = threading.Lock()      # a leaf: nobody closes _wake_out under a writer
         self._workers: Dict[WorkKind, Workers] = {}
         self._look_ups: Dict[Tuple[str, int], List[Timer]] = {}     # under way: who waits
-        self._date = (0, "")
+        self._set_date(self._turned_at)
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
 
     def call_later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> Timer:
         """Call once, not before delay_s seconds have passed."""
         timer = Timer(callback, args)
+        self._schedule(delay_s, timer)
+        return timer
+
+    def every(self, period_s: float, callback: Callable[[], None]) -> Timer:
+        """Call once per period_s, first after one period, until the Timer is cancelled.
+
+        A late call delays all later ones: calls missed in a stall are dropped.
+        """
+        def call() -> None:
+            self._schedule(period_s, timer)
+            callback()
+
+        timer = Timer(call, ())
+        self._schedule(period_s, timer)
+        return timer
+
+    def _schedule(self, delay_s: float, timer: Timer) -> None:
         self._timer_count += 1
         if len(self._timers) >= self._timers_max:
             self._timers = [entry for entry in self._timers if entry[2].callback is not None]
             heapq.heapify(self._timers)
             self._timers_max = max(2 * len(self._timers), TIMERS_SWEPT_MIN)
         heapq.heappush(self._timers, (self.now() + delay_s, self._timer_count, timer))
-        return timer
 
     def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
         """Call in this turn, or in the next one."""
@@ -7140,15 +7012,9 @@ class Reactor:
         """Call flush() at the end of this turn or a later one, as call_in_turn() does."""
         self._client_flushes.append(flush)
 
-    def http_date(self) -> str:
-        """Return the Date header's value, made once a second."""
-        now = self.wall_ns() // NS
-        if now != self._date[0]:
-            self._date = (now, formatdate(now, usegmt=True))
-        return self._date[1]
-
     def run(self) -> None:
         """Turn until stop()."""
+        self._turned_at = self.now()
         while not self._stopping:
             self._turn(self._poll())
 
@@ -7169,8 +7035,10 @@ class Reactor:
 
     def _poll(self) -> List[Tuple[int, int]]:
         wait_s: Optional[float] = None
-        if self._timers:                # epoll counts milliseconds: rather late than early
-            wait_s = math.ceil(max(self._timers[0][0] - self.now(), 0.0) * 1e3) * 1e-3
+        if self._timers:                # epoll rounds up to milliseconds; below 0 it never ends
+            wait_s = self._timers[0][0] - self._turned_at
+            if wait_s < 0.0:
+                wait_s = 0.0
         self._polling = True            # first this, then the look at _posted: no lost wake-up
         if self._posted or self._flushes or self._late or self._in_line or self._client_flushes:
             wait_s = 0.0
@@ -7187,8 +7055,7 @@ class Reactor:
         To fall asleep and be woken takes 50 us, about as long as a client on this machine takes
         for its next request: GETs on one connection are answered at 1.8 times the rate.
         """
-        poll, clock = self._epoll.poll, self.now
-        began = clock()
+        poll, clock, began = self._epoll.poll, self.now, self._turned_at
         while self._quick_waits >= QUICK_WAITS_MIN:
             events = poll(0)
             if events or self._posted:
@@ -7203,28 +7070,35 @@ class Reactor:
         clock, phases = self.now, self.phase_seconds
         started = clock()
         phases["waiting"] += started - self._turned_at
+        if started >= self._date_until:
+            self._set_date(started)
         callbacks, gone = self._callbacks, self._gone
-        gone.clear()
-        until, now = started + CLIENTS_SECONDS, started
+        if gone:
+            gone.clear()
+        until, count, is_late = started + CLIENTS_SECONDS, 0, False
         for descriptor, mask in events:
-            if now > until and descriptor in self._patient:
+            if is_late and descriptor in self._patient:
                 self._late[descriptor] = mask
                 continue
             callback = callbacks.get(descriptor)
             if callback is not None and not (gone and descriptor in gone):
                 callback(_READY[mask])
-                now = clock()
-        if self._late and now <= until:
+                count += 1
+                if not count % CLOCK_STRIDE:
+                    is_late = clock() > until
+        if self._late:
             self._serve_late(until)
-        served = clock()
-        self._run_timers()
-        timed = clock()
-        for _ in range(len(self._posted)):
-            posted, args = self._posted.popleft()
-            posted(*args)
-        if self._in_line:
-            self._serve_line(clock() + CLIENTS_SECONDS)
-        called = clock()
+        served = timed = called = clock()
+        if self._timers and self._timers[0][0] <= served:
+            self._run_timers(served)
+            timed = called = clock()
+        if self._posted or self._in_line:
+            for _ in range(len(self._posted)):
+                posted, args = self._posted.popleft()
+                posted(*args)
+            if self._in_line:
+                self._serve_line(clock() + CLIENTS_SECONDS)
+            called = clock()
         self.on_turn()
         done = clock()
         while self._flushes:
@@ -7240,7 +7114,8 @@ class Reactor:
         phases["server"] += done - called
         phases["flush"] += ended - done
         self.turns += 1
-        self.slowest_turn_s = max(self.slowest_turn_s, ended - started)
+        if ended - started > self.slowest_turn_s:
+            self.slowest_turn_s = ended - started
         self.on_turned(ended - started)
 
     def _serve_late(self, until: float) -> None:
@@ -7259,18 +7134,25 @@ class Reactor:
                 return
 
     def _flush_clients(self, until: float) -> None:
-        flushes = self._client_flushes
-        while flushes:
-            flushes.popleft()()
-            if flushes and self.now() > until:
-                return
+        flushes, count = self._client_flushes, 0
+        for flush in flushes:           # what is added meanwhile belongs to this turn
+            flush()
+            count += 1
+            if not count % CLOCK_STRIDE and self.now() > until:
+                break
+        del flushes[:count]
 
-    def _run_timers(self) -> None:
-        now = self.now()
+    def _run_timers(self, now: float) -> None:
         while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)[2]
             if timer.callback is not None:
                 timer.callback(*timer.args)
+
+    def _set_date(self, now: float) -> None:
+        """Make the value of the Date header for the rest of this second."""
+        wall_ns = self.wall_ns()
+        self.http_date = formatdate(wall_ns // NS, usegmt=True)
+        self._date_until = now + 1.0 - wall_ns % NS / NS
 
     def _drain_wake(self, mask: int) -> None:
         self._wake_in.read(4096)        # what is left makes it ready again
@@ -7507,7 +7389,7 @@ class HttpRequest:
         else:
             closing = "Connection: keep-alive\r\n" if head.keep_alive else ""
             status_line = "HTTP/1.0" + status_line[8:]
-        date = self.connection.reactor.http_date()
+        date = self.connection.reactor.http_date
         return (
             f"{status_line}{kind}{headers}Date: {date}\r\n{framing}{closing}\r\n".encode("latin-1")
         )
@@ -10036,7 +9918,7 @@ class StreamWriter:
 # ============================================================================
 
 
-class Post:
+class PeerPost:
     """One message on its way by POST /raft."""
 
     def __init__(self, message: Message, body: Sequence[bytes]) -> None:
@@ -10064,8 +9946,8 @@ class Pipeline:
         self._member_id = member_id
         self._picker = picker
         self._status = status
-        self._waiting: Deque[Post] = collections.deque()
-        self._under_way: Set[Post] = set()
+        self._waiting: Deque[PeerPost] = collections.deque()
+        self._under_way: Set[PeerPost] = set()
         self._congested = False
         self._headers = {**context.headers, "Content-Type": "application/protobuf"}
 
@@ -10077,7 +9959,7 @@ class Pipeline:
             self._full(message)
             return
         self._congested = False
-        self._waiting.append(Post(message, encode_message_parts(message)))
+        self._waiting.append(PeerPost(message, encode_message_parts(message)))
         self._begin()
 
     def stop(self) -> None:
@@ -10107,7 +9989,7 @@ class Pipeline:
             self._under_way.add(post)
             self._send(post)
 
-    def _send(self, post: Post) -> None:
+    def _send(self, post: PeerPost) -> None:
         context = self._context
         post.url = self._picker.pick()
         post.started = context.reactor.now()
@@ -10125,7 +10007,7 @@ class Pipeline:
             on_data=post.answer.take_data, on_done=done,
         )
 
-    def _done(self, post: Post, error: Optional[Exception]) -> None:
+    def _done(self, post: PeerPost, error: Optional[Exception]) -> None:
         context = self._context
         self._under_way.discard(post)
         ok = error is None and post.answer.status == 204
@@ -10140,7 +10022,7 @@ class Pipeline:
             context.snapshot_done(self._member_id, ok)
         self._begin()
 
-    def _failed(self, post: Post, error: Optional[Exception]) -> None:
+    def _failed(self, post: PeerPost, error: Optional[Exception]) -> None:
         if post.answer.status == 403:
             self._context.removed()
         reason = error or post.answer.refusal(self._context, self._member_id)
@@ -10360,7 +10242,7 @@ def _ignore_round_trip(member_id: int, seconds: float) -> None:
     """Default of Transport's `round_trip`."""
 
 
-class Door:
+class MessageInspector:
     """What may pass from peers to this member: all.  What they send is never trusted."""
 
     def inspect(self, message: Message) -> Generator[None, None, str]:
@@ -10383,7 +10265,7 @@ class Transport:
     sent           gets a Sent for every message to a peer, when its fate is known
     received       (sender, message, bytes), before deliver
     round_trip     (member id, seconds) of every probe that a peer has answered
-    door           looks at every message before it is delivered
+    inspector      looks at every message before it is delivered
     `drop`, if set, loses the messages, sent and received, for which it returns true.
     The first three are called by the reactor, never from inside offer().  Thread: reactor.
     """
@@ -10396,7 +10278,7 @@ class Transport:
         sent: Callable[[Sent], None] = _ignore_sent,
         received: Callable[[int, Message, int], None] = _ignore_received,
         round_trip: Callable[[int, float], None] = _ignore_round_trip,
-        tls: Optional[TlsContext] = None, door: Optional[Door] = None,
+        tls: Optional[TlsContext] = None, inspector: Optional[MessageInspector] = None,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
         self._reactor = reactor
@@ -10406,7 +10288,7 @@ class Transport:
         self._deliver = deliver
         self._removed: Optional[Callable[[], None]] = removed
         self._received = received
-        self._door = door or Door()
+        self._inspector = inspector or MessageInspector()
         self._work = SlicedWork(reactor)
         self._is_reading = False            # a snapshot: one after the other
         self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # those that arrive
@@ -10583,7 +10465,7 @@ class Transport:
             return 500
         if message.type == MsgType.SNAP and message.snapshot is None:
             return 500
-        fault = yield from self._door.inspect(message)
+        fault = yield from self._inspector.inspect(message)
         if fault:
             name = "Msg" + MsgType(message.type).name.title().replace("_", "")
             self._complaints.say(f"refused a {name} of {message.sender:x}: {fault}")
@@ -10701,7 +10583,8 @@ class Transport:
 
         body, size = request.body_file or request.body, len(request.body)
         self._reactor.run_blocking(
-            _posted_snapshot, body, self._door.read_state, is_framed, kind=FILE_WORK, done=done)
+            _posted_snapshot, body, self._inspector.read_state, is_framed, kind=FILE_WORK,
+            done=done)
 
     def _handle_probing(self, request: HttpRequest) -> None:
         now = format_time(self._reactor.wall_ns())
@@ -11566,11 +11449,11 @@ class Bootstrap(NamedTuple):
 
 
 # ============================================================================
-# member/door -- The door for peers: what would harm this member when it is applied is refused.
+# member/inspection -- The door for peers: what would harm this member when it is applied is refused.
 # ============================================================================
 
 
-class MemberDoor(Door):
+class MemberInspector(MessageInspector):
     """Where a message ends that would be fatal when it is applied, or make our log unreadable."""
 
     def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
@@ -12077,7 +11960,7 @@ def check_active(
         raise NotEnoughActive(what, left, size)
 
 
-class Handover:
+class LeadershipTransfer:
     """Gives the lead to the member that can take it over best.  Thread: reactor.
 
     Source: Raft thesis §3.10; etcd 3 server.go, TransferLeadership.
@@ -12637,7 +12520,6 @@ class WalWriter:
         return True
 
 
-COMMIT_NEWS_SECONDS = 0.001         # a new commit index waits for entries to travel with
 WORK_ENTRIES_MAX = 400              # of the log, applied in one turn: 10 ms
 WORK_BYTES_MAX = 1 << 19            # of entries encoded, and of those applied, in one turn: 3 ms
 
@@ -13023,7 +12905,7 @@ class SnapshotJob:
         self._walk.close()
 
 
-Taker = Callable[[SnapshotFile, int], None]     # gets a snapshot and the store's index in it
+SnapshotReceiver = Callable[[SnapshotFile, int], None]  # gets a snapshot, and its etcd index
 
 
 SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms, however often; above, see is_due
@@ -13045,8 +12927,8 @@ class SnapshotKeeper:
         self._journal = journal
         self._failed = failed
         self._job: Optional[SnapshotJob] = None     # a walk over the store
-        self._takers: List[Taker] = []              # who gets it, instead of the disk
-        self._waiting: List[Taker] = []             # who gets the next one
+        self._receivers: List[SnapshotReceiver] = []              # who gets it, instead of the disk
+        self._waiting: List[SnapshotReceiver] = []             # who gets the next one
         self._saving = False                        # the walk is over, the file not yet there
         self._compact_to = 0                        # entries up to here are needed no more
         self._not_before = 0.0                      # the disk was full: begin no other (monotonic)
@@ -13078,7 +12960,7 @@ class SnapshotKeeper:
         lent  for all that wait for one, instead of the disk
         """
         if lent:
-            self._takers, self._waiting = self._waiting, []
+            self._receivers, self._waiting = self._waiting, []
         else:
             package_logger("etcdserver").info(
                 "start to snapshot (applied: %d, lastsnap: %d)", applied.index, self.index
@@ -13088,21 +12970,21 @@ class SnapshotKeeper:
         self._job.begin()               # now: the walk is of the state that its first step finds
 
     @property
-    def is_wanted(self) -> bool:
+    def is_requested(self) -> bool:
         """True if somebody waits for a snapshot, and none is in the making."""
         return bool(self._waiting) and not self.busy
 
-    def want(self, taker: Taker) -> None:
-        """Have taker called with the state of a moment from now on; the disk is not involved."""
-        self._waiting.append(taker)
+    def request(self, receiver: SnapshotReceiver) -> None:
+        """Have receiver called with the state of a moment from now on; the disk is not involved."""
+        self._waiting.append(receiver)
 
-    def unwant(self, taker: Taker) -> None:
-        """The taker is gone; a walk for nobody ends."""
-        if taker in self._waiting:
-            self._waiting.remove(taker)
-        elif taker in self._takers:
-            self._takers.remove(taker)
-            if self._job is not None and not self._takers:
+    def withdraw(self, receiver: SnapshotReceiver) -> None:
+        """The receiver is gone; a walk for nobody ends."""
+        if receiver in self._waiting:
+            self._waiting.remove(receiver)
+        elif receiver in self._receivers:
+            self._receivers.remove(receiver)
+            if self._job is not None and not self._receivers:
                 self._job.cancel()
                 self._job = None
 
@@ -13124,11 +13006,11 @@ class SnapshotKeeper:
         if file is None:
             self._reactor.call_soon(_nothing)   # the next slice: in the next turn, at once
             return
-        if self._takers:
-            takers, etcd_index = self._takers, self._job.etcd_index
-            self._takers, self._job = [], None
-            for taker in takers:
-                taker(file, etcd_index)
+        if self._receivers:
+            receivers, etcd_index = self._receivers, self._job.etcd_index
+            self._receivers, self._job = [], None
+            for receiver in receivers:
+                receiver(file, etcd_index)
             return
         started = self._job.started
         self.work_durations.observe(self._job.work_seconds)
@@ -13162,7 +13044,7 @@ class SnapshotKeeper:
         if self._job is not None:
             self._job.cancel()
             self._job = None
-            self._waiting, self._takers = self._takers + self._waiting, []
+            self._waiting, self._receivers = self._receivers + self._waiting, []
         self.index, self.nodes = index, 0       # not counted: the next file comes a bit sooner
         self._cache = None
 
@@ -13247,7 +13129,7 @@ class Proposals:
             self._done.popitem()[1](error)
 
 
-class Strays:
+class LateProposals:
     """Proposals of peers that came while there was no leader: kept for the next one.
 
     For two election timeouts; then their clients have given up.
@@ -13344,8 +13226,10 @@ class QuorumReads:
 # ============================================================================
 
 
-class CommitNews:
-    """Has the followers told of a commit index that no entries took along within a moment."""
+class CommitBroadcast:
+    """Sends the new commit index to followers when no entries follow within 1 ms to carry it."""
+
+    DELAY_SECONDS = 0.001
 
     def __init__(self, node: RawNode, reactor: Reactor) -> None:
         self._node = node
@@ -13354,13 +13238,13 @@ class CommitNews:
 
     def turn(self) -> None:
         """Look whether somebody has to be told; at the end of each turn."""
-        if self._node.commit_untold and not self._waiting:
+        if self._node.commit_unsent and not self._waiting:
             self._waiting = True
-            self._reactor.call_later(COMMIT_NEWS_SECONDS, self._tell)
+            self._reactor.call_later(self.DELAY_SECONDS, self._tell)
 
     def _tell(self) -> None:
         self._waiting = False
-        self._node.tell_commit()
+        self._node.broadcast_commit()
 
 
 class EtcdServer:
@@ -13409,22 +13293,23 @@ class EtcdServer:
             unreachable=lambda to: self.node.report_unreachable(to),
             snapshot_done=lambda to, ok: self.node.report_snapshot(to, ok),
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
-            tls=boot.peer_tls, door=MemberDoor(self.cluster, lambda m: self.node.fault(m)),
+            tls=boot.peer_tls,
+            inspector=MemberInspector(self.cluster, lambda m: self.node.protocol_violation(m)),
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
         )
         self.node: RawNode = self._make_node(boot, rng or random.Random())
-        self.handover = Handover(self.node, self.transport.active_since)
+        self.handover = LeadershipTransfer(self.node, self.transport.active_since)
         self._disk_watch = DiskWatch(self)
-        self._news = CommitNews(self.node, reactor)
+        self._news = CommitBroadcast(self.node, reactor)
         self._data_dir = boot.data_dir
         self._removed = removed
         self._tell_published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
         self._queued_bytes = 0                  # in them
         self._changes: List[ConfChange] = []    # likewise
-        self._strays = Strays(2 * config.election_ms / 1000)
+        self._late_proposals = LateProposals(2 * config.election_ms / 1000)
         self._lead = 0                          # as last seen by _watch_lead
         self.lead_since = 0.0                   # when it was elected (monotonic)
         for member in boot.remotes:
@@ -13438,7 +13323,7 @@ class EtcdServer:
             election_ticks=max(self.config.election_ms // self.config.heartbeat_ms, 1),
             rng=rng,
             trace=raft_log.info,
-            patient=True,
+            defer_commit=True,
         )
         if boot.bootstrap_entries:
             node = RawNode.bootstrap(config, boot.bootstrap_entries)
@@ -13576,7 +13461,7 @@ class EtcdServer:
         try:
             self.node.step(message)
         except ProposalDropped:
-            self._strays.add(message.entries, self.reactor.now())
+            self._late_proposals.add(message.entries, self.reactor.now())
 
     # -- clocks ------------------------------------------------------------
 
@@ -13588,7 +13473,7 @@ class EtcdServer:
         self.node.raft.pre_vote = self.cluster.all_have(FEATURE_PRE_VOTE)
         self.reads.enabled = self.cluster.all_have(FEATURE_READ_INDEX)
         self.reads.tick(self.proposals)
-        self._strays.expire(self.reactor.now())
+        self._late_proposals.expire(self.reactor.now())
         self.counts.tick(self.reactor.now(), self.is_leader * (len(self.node.raft.voters) - 1))
         self.node.tick()
         self._disk_watch.tick()
@@ -13604,13 +13489,13 @@ class EtcdServer:
         if self.stopping:
             return
         node, hub, refused = self.node, self.store.hub, False
-        if self._strays and self.lead and not node.raft.transferee:
+        if self._late_proposals and self.lead and not node.raft.transferee:
             with contextlib.suppress(ProposalDropped):  # again: as if the network had lost them
-                node.propose_many(self._strays.take(self.reactor.now()))
+                node.propose(*self._late_proposals.take(self.reactor.now()))
         if self.reads:
             self._serve_reads()
         if self._queue or self._changes:
-            refused = not self._propose()
+            refused = not self._propose_queued()
         if node.has_ready():
             self._take(node.ready())
         self.journal.submit()
@@ -13618,15 +13503,15 @@ class EtcdServer:
         self.counts.time_apply(self._apply, self.reactor.now)
         if self.reads:
             self._serve_reads()
-        if self.snapshots.is_wanted:
+        if self.snapshots.is_requested:
             self._maybe_snapshot()
         self.snapshots.work(self._compact)
         self._news.turn()
-        waiting = hub.owed or not refused and (self._queue or self._changes)
-        if waiting or self.store.has_rubbish or self.journal.is_encoding or node.has_ready():
+        waiting = hub.backlog or not refused and (self._queue or self._changes)
+        if waiting or self.store.has_garbage or self.journal.is_encoding or node.has_ready():
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
 
-    def _propose(self) -> bool:
+    def _propose_queued(self) -> bool:
         """Hand the waiting proposals to Raft; False if they have to wait for a leader.
 
         Differs from etcd: they also wait while no link to the leader is up.  It may be dead, and
@@ -13638,7 +13523,7 @@ class EtcdServer:
         self.handover.before(self._changes)
         try:
             if queue:
-                self.node.propose_many(queue)
+                self.node.propose(*queue)
                 queue = []
             while self._changes:
                 self.node.propose_conf_change(self._changes[0])
@@ -13687,7 +13572,7 @@ class EtcdServer:
         del entries[first_part(entries):]
         log = self.node.raft.log
         for entry in entries:
-            if not self.store.is_tidy or not entry.type and not self.applier.prepare(entry):
+            if not self.store.accepts_changes or not entry.type and not self.applier.prepare(entry):
                 break
             if not entry.type:
                 self._apply_normal(entry)
@@ -13789,7 +13674,7 @@ class EtcdServer:
     def _maybe_snapshot(self) -> None:
         count = self.config.snapshot_count
         is_due = self.snapshots.is_due(self.raft_index, len(self.store), count)
-        if (is_due or self.snapshots.is_wanted) and not self.snapshots.busy:
+        if (is_due or self.snapshots.is_requested) and not self.snapshots.busy:
             applied = EntryID(self.raft_term, self.raft_index)
             self.snapshots.begin(self.store, applied, self.node.raft.voters, lent=not is_due)
 
@@ -13803,7 +13688,7 @@ class EtcdServer:
     def _recover(self, snapshot: Snapshot) -> None:
         """A snapshot of the leader is durable here: the store becomes what it says."""
         self.snapshots.received(snapshot.index)
-        self.store.become(snapshot.state or StoreState.read(snapshot.data))
+        self.store.install(snapshot.state or StoreState.read(snapshot.data))
         self.cluster.recover()
         self.applier.auth_changes += 1
         text = "recovered from incoming snapshot at index %d"
@@ -13995,7 +13880,7 @@ class DiskWatch:
             )
 
 
-class Departure:
+class GracefulStop:
     """A planned end: the lead goes to another member, and waiting requests get their answer.
 
     Takes one election timeout at most, then done() is called.  Thread: reactor.
@@ -14482,18 +14367,22 @@ FORM_SLICE_BYTES = 512 << 10        # of one field of a form that are decoded in
 FORM_SLICE_FIELDS = 1_000           # of a form that are decoded in one turn
 KEY_BYTES_MAX = 64 << 10            # of the path of a key that is written; above: error 210
 
-_TEXT = "text/plain; charset=utf-8"
 _NOSNIFF = "X-Content-Type-Options: nosniff\r\n"
 
 
+def write_text(request: HttpRequest, status: int, text: str, headers: str = "") -> None:
+    """Answer with plain text; errors have `nosniff`, as those of Go's http.Error."""
+    headers += _NOSNIFF if status >= 400 else ""
+    request.reply(status, utf8(text), "text/plain; charset=utf-8", headers)
+
+
 def refuse_method(allow: str, request: HttpRequest) -> None:
-    """Answer 405.  allow: the methods that there are, `A,B`."""
-    request.reply(405, b"Method Not Allowed\n", _TEXT, f"Allow: {allow}\r\n{_NOSNIFF}")
+    """Answer 405.  allow: the methods of the path, `A,B`."""
+    write_text(request, 405, "Method Not Allowed\n", f"Allow: {allow}\r\n")
 
 
 def not_found(request: HttpRequest) -> None:
-    """Answer 404."""
-    request.reply(404, b"404 page not found\n", _TEXT, _NOSNIFF)
+    write_text(request, 404, "404 page not found\n")
 
 
 def write_message(request: HttpRequest, status: int, message: str, headers: str = "") -> None:
@@ -14506,8 +14395,8 @@ def parse_form(data: bytes, fields_max: int = FORM_FIELDS_MAX) -> Dict[str, str]
     """Return name -> first value of a query, or of a body in the same form.
 
     Raises InvalidForm.  Source: Go url.ParseQuery, as etcd 2.3 built with Go 1.17 or newer.
-    Differs from etcd: FORM_FIELDS_MAX, since millions of fields would stall everyone; and a part
-    of more than FORM_SLICE_BYTES must be UTF-8, as no answer could show it.
+    Differs from etcd: more than fields_max fields are refused, as they would stall all clients,
+    and so is a part of more than FORM_SLICE_BYTES that is not UTF-8, as no reply could hold it.
     """
     steps = form_steps(data, fields_max)
     while True:
@@ -14521,7 +14410,7 @@ def parse_form(data: bytes, fields_max: int = FORM_FIELDS_MAX) -> Dict[str, str]
 def form_steps(
     data: bytes, fields_max: int = FORM_FIELDS_MAX
 ) -> Generator[None, None, Dict[str, str]]:
-    """parse_form(), with pauses: nobody waits for a large form."""
+    """Do the work of parse_form() with pauses, so that a large form does not stall the reactor."""
     fields: Dict[str, str] = {}
     if not data:
         return fields
@@ -14530,7 +14419,7 @@ def form_steps(
     found = 0
     for start in range(0, len(data), FORM_SLICE_BYTES):
         if len(data) > FORM_SLICE_BYTES:
-            yield                       # also at first: to receive it took some ms, too
+            yield                       # before the first slice too: the receipt took some ms
         found += data.count(b"&", start, start + FORM_SLICE_BYTES)
         if found >= fields_max:
             raise InvalidForm(f"more than {fields_max} fields")
@@ -14564,7 +14453,7 @@ def _unescape_steps(data: memoryview) -> Generator[None, None, str]:
             end = start + FORM_SLICE_BYTES
             last = bytes(data[end - 2:end])
             if end < len(data) and b"%" in last:
-                end -= 2 - last.rfind(b"%")     # no escape is cut in two
+                end -= 2 - last.rfind(b"%")     # keep escapes whole
             pieces.append(decode(_unescape(bytes(data[start:end])), end >= len(data)))
             start = end
     except UnicodeDecodeError:
@@ -14579,7 +14468,7 @@ def _unescape(data: bytes) -> bytes:
         raise InvalidForm(f"invalid URL escape {go_quote(str(error))}") from None
 
 
-_MEDIA_TOKEN = r"[!#-'*+\-.0-9A-Z^-~]+"       # 7 ms less of start than by what is no token
+_MEDIA_TOKEN = r"[!#-'*+\-.0-9A-Z^-~]+"       # compiles 7 ms faster than the negated class
 _MEDIA_TYPE = re.compile(f"({_MEDIA_TOKEN})?(/?)({_MEDIA_TOKEN})?(.*)", re.DOTALL)
 _MEDIA_PARAM = re.compile(rf'\s*;\s*({_MEDIA_TOKEN})\s*=\s*({_MEDIA_TOKEN}|"(?:[^"\\\r\n]|\\.)*")')
 
@@ -14587,7 +14476,7 @@ _MEDIA_PARAM = re.compile(rf'\s*;\s*({_MEDIA_TOKEN})\s*=\s*({_MEDIA_TOKEN}|"(?:[
 def is_form_type(content_type: str) -> bool:
     """True if a body of this Content-Type is a form.
 
-    Raises InvalidForm for what is no media type.  Source: Go mime.ParseMediaType.
+    Raises InvalidForm for a bad media type.  Source: Go mime.ParseMediaType.
     """
     if not content_type:
         return False
@@ -14623,25 +14512,25 @@ def _check_media_params(text: str) -> None:
         raise InvalidForm("mime: invalid media parameter")
 
 
-_BOOLS = {
+GO_BOOLS = {
     **dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
     **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False),
 }
 
 
 def _bool_field(fields: Mapping[str, str], name: str, shown: str = "") -> Optional[bool]:
-    """The boolean `name`, None if absent.  Raises InvalidField."""
+    """Return the boolean `name`, None if absent.  Raises InvalidField."""
     text = fields.get(name)
     if text is None:
         return None
-    value = _BOOLS.get(text)
+    value = GO_BOOLS.get(text)
     if value is None:
         raise InvalidField("invalid value for " + (shown or f'"{name}"'))
     return value
 
 
 def _parse_uint64(text: str) -> Optional[int]:
-    """The decimal number in `text`, None if it is none or has more than 64 bits."""
+    """Return the decimal number in `text`; None for another text, or for more than 64 bits."""
     if not (text.isascii() and text.isdigit()):
         return None
     digits = text.lstrip("0")
@@ -14650,7 +14539,7 @@ def _parse_uint64(text: str) -> Optional[int]:
 
 
 def _index_field(fields: Mapping[str, str], name: str) -> int:
-    """The index `name`, 0 if absent.  Raises IndexNotANumber."""
+    """Return the index `name`, 0 if absent.  Raises IndexNotANumber."""
     text = fields.get(name)
     if text is None:
         return 0
@@ -14661,7 +14550,7 @@ def _index_field(fields: Mapping[str, str], name: str) -> int:
 
 
 def _expiration_field(fields: Mapping[str, str], now_ns: int) -> Optional[int]:
-    """When the key expires, in unix ns; None without a ttl.  Raises TtlNotANumber."""
+    """Return the expiry time in unix ns; None without a ttl.  Raises TtlNotANumber."""
     text = fields.get("ttl")
     if not text:
         return None
@@ -14674,12 +14563,12 @@ def _expiration_field(fields: Mapping[str, str], now_ns: int) -> Optional[int]:
 def parse_key_request(
     method: str, path: str, fields: Mapping[str, str], now_ns: int
 ) -> Request:
-    """Return the command in a request's merged fields; its id is still 0.
+    """Return the command, with id 0, that the merged fields of a request describe.
 
     path  internal, clean
 
-    Raises EtcdError for the first bad parameter, in etcd's order, whether the method uses it or
-    not.  Source: etcd 2.3 etcdserver/etcdhttp/client.go, parseKeyRequest.
+    Raises EtcdError for the first bad parameter in etcd's order, also if the method ignores it.
+    Source: etcd 2.3 etcdserver/etcdhttp/client.go, parseKeyRequest.
     """
     if not fields:
         return Request(0, method, path)
@@ -14714,7 +14603,7 @@ def parse_key_request(
 
 
 def key_path(url_path: str) -> str:
-    """Return the store path of `/v2/keys...`; the user's key space lies below /1."""
+    """Return the store path of `/v2/keys...`: the keys of users lie below /1."""
     key = clean_path(url_path[len("/v2/keys"):])
     return "/1" if key == "/" else "/1" + key
 
@@ -14726,8 +14615,8 @@ def canonical_path(path: str) -> str:
 
 
 def _bad_key(path: str) -> str:
-    """Why no key with this internal path may be written; "" if it may."""
-    if not is_unicode(path):            # JSON cannot hold it: snapshots would lose it
+    """Return why no key with this internal path may be written; "" if it may."""
+    if not is_unicode(path):            # JSON cannot hold it, so snapshots would lose the key
         return "the key is not UTF-8"
     if path.count("/") > KEY_DEPTH_MAX + 1:     # the namespace
         return f"the key has more than {KEY_DEPTH_MAX} path elements"
@@ -14735,16 +14624,16 @@ def _bad_key(path: str) -> str:
 
 
 class KeyTarget:
-    """What a request's head alone says about the key: kept with the head, which is cached.
+    """The part of a key request that its head decides; kept with the head, which is cached.
 
-    command  of GET, HEAD and DELETE, whose body never counts; else a template
-    encoded  method and path of it
-    error    ends every such request
+    command  complete for GET, HEAD and DELETE, whose body is ignored; else a template
+    encoded  method and path of the command
+    error    the answer to every request with this head, or None
     fields   of the query, for PUT and POST
-    is_form  True if the body counts
-    plain    True if nothing but the body's fields is to be looked at
+    is_form  True if the body holds fields
+    plain    True if only the fields of the body remain to be read
     bad_key  why no such key may be written, or ""
-    bad_type, bad_query  causes of error 210 that come before and after those of the body
+    bad_type, bad_query  causes of error 210 that go before and after those of the body
     """
 
     __slots__ = (
@@ -14795,7 +14684,7 @@ class KeyTarget:
             self.is_form = is_form_type(content_type)
         except InvalidForm as error:
             self.bad_type = error.cause
-            form = "application/x-www-form-urlencoded"      # its size is judged all the same
+            form = "application/x-www-form-urlencoded"      # the limit of the body holds for it
             self.is_form = content_type.partition(";")[0].strip().lower() == form
 
     def _read_command(self) -> None:
@@ -14804,7 +14693,7 @@ class KeyTarget:
             return
         command = self.command
         if self.bad_key and (command.method == "DELETE" or not is_unicode(command.path)):
-            self.error = InvalidForm(self.bad_key)      # no such key can be
+            self.error = InvalidForm(self.bad_key)
             return
         try:
             self.command = parse_key_request(command.method, command.path, self.fields, 0)
@@ -14813,31 +14702,32 @@ class KeyTarget:
 
 
 class KeyWatch:
-    """One client waiting for events: each is a chunk of the reply; without `stream` one ends it.
+    """A watch of one client: each event is a chunk of the reply; the first ends a watch without
+    `stream`.
 
-    Differs from etcd: a client that owes more than WATCHER_QUEUE_EVENTS_MAX events is
-    disconnected, so that it notices; etcd leaves it connected and silent for ever.
+    Differs from etcd: a client that leaves more than WATCHER_QUEUE_EVENTS_MAX events unread is
+    disconnected, so that it notices; etcd keeps the connection and sends nothing more.
     """
 
-    __slots__ = ("_connection", "_stream", "_reply", "_early", "_owed", "_watcher")
+    __slots__ = ("_connection", "_stream", "_reply", "_early", "_unsent", "_watcher")
 
     def __init__(self, request: HttpRequest, *, stream: bool) -> None:
         self._connection = request.connection
         self._stream = stream
         self._reply: Optional[StreamReply] = None
-        self._early: List[Event] = []       # events found in the history, before the reply began
-        self._owed: List[int] = []          # sizes of events, a superset of those not yet sent
+        self._early: List[Event] = []       # events of the history, before the reply has started
+        self._unsent: List[int] = []        # sizes of events, a superset of those not yet sent
         self._watcher: Optional[Watcher] = None
 
     def start(self, store: Store, command: Request, request: HttpRequest, headers: str) -> None:
-        """Register, and send the head at once.  Raises EventIndexCleared, with nothing sent."""
+        """Register, and send the head at once.  Raises EventIndexCleared before it sends."""
         watcher = store.watch(
             command.path, recursive=command.recursive, stream=self._stream, since=command.since,
             deliver=self._deliver, lost=self._lost,
         )
         self._watcher = watcher
         self._reply = request.start_stream(200, "application/json", headers)
-        self._reply.on_close = self._end
+        self._reply.on_close = self._unregister
         early, self._early = self._early, []
         for event in early:
             self._deliver(event)
@@ -14849,43 +14739,43 @@ class KeyWatch:
             return
         data = event.client_pieces()
         if self._stream and not reply.pending:
-            self._owed.clear()
+            self._unsent.clear()
         if reply.write(data[0], data[1:]):
             if not self._stream:
-                self._end()
+                self._unregister()
                 reply.end()
                 return
-            self._owed.append(sum(map(len, data)))
-            if len(self._owed) > WATCHER_QUEUE_EVENTS_MAX:
+            self._unsent.append(sum(map(len, data)))
+            if len(self._unsent) > WATCHER_QUEUE_EVENTS_MAX:
                 self._check_pace(reply)
 
     def _lost(self) -> None:
-        """Events are gone: disconnect the client, so that it asks again, and learns of it."""
-        self._end()
+        """Disconnect the client, as events were lost: it asks again, and then learns of it."""
+        self._unregister()
         if self._reply is not None:
             self._reply.abort()
 
-    def _end(self) -> None:
-        """Let go of the watcher, which holds this."""
+    def _unregister(self) -> None:
+        """Cancel the watcher, which refers to this object."""
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
             watcher.cancel()
 
     def _check_pace(self, reply: StreamReply) -> None:
-        """Disconnect a client that leaves too many events in our buffer."""
+        """Disconnect a client that leaves too many events in the send buffer."""
         self._connection.flush()
         left, events = reply.pending, 0
-        for size in reversed(self._owed):
+        for size in reversed(self._unsent):
             if left <= 0:
                 break
             left -= size
             events += 1
-        del self._owed[:len(self._owed) - events]
+        del self._unsent[:len(self._unsent) - events]
         if events > WATCHER_QUEUE_EVENTS_MAX:
             package_logger("etcdhttp").warning(
                 "closed the watch of %s: it left %d events unread", self._connection.remote, events
             )
-            self._end()
+            self._unregister()
             reply.abort()
 
 
@@ -14908,12 +14798,12 @@ def write_error(request: HttpRequest, error: EtcdError, headers: str) -> None:
 
 
 JSON_BYTES_MAX = 1 << 20            # of a body; above: 400
-JSON_VALUES_MAX = 10_000            # in it, by its commas; above: 400
-JSON_BRACKETS_MAX = 500             # in it, so that it cannot be nested deeper; above: 400
+JSON_VALUES_MAX = 10_000            # of a body, counted by commas; above: 400
+JSON_BRACKETS_MAX = 500             # of a body, a bound of its depth; above: 400
 
 
 class GoJson:
-    """JSON in requests, with the error texts of Go's decoder.  Raises ValueError."""
+    """A decoder of JSON in requests, with the error texts of Go's.  Raises ValueError."""
 
     _CONTEXTS = (
         ("Expecting property name", "looking for beginning of object key string"),
@@ -14928,10 +14818,10 @@ class GoJson:
 
     @classmethod
     def loads(cls, data: bytes, *, partial: bool = False) -> Any:
-        """Return the value in `data`; partial: whatever follows the first value is ignored.
+        """Return the value in `data`; partial: ignore text after the first value.
 
-        Numbers become floats.  Raises ValueError.  Differs from Go: what would keep everyone
-        waiting is refused, and what is nested without end, before it is looked at.
+        Numbers become floats.  Raises ValueError.  Differs from Go: a body with too many values,
+        or nested too deeply, is refused before it is parsed, as it would stall all clients.
         """
         if len(data) > JSON_BYTES_MAX or data.count(b",") > JSON_VALUES_MAX:
             raise ValueError(f"more than {JSON_BYTES_MAX} bytes or {JSON_VALUES_MAX} values")
@@ -14981,7 +14871,7 @@ class GoJson:
 
     @classmethod
     def _reason(cls, text: str, error: json.JSONDecodeError) -> str:
-        """Go's words for Python's complaint."""
+        """Return the words of Go for an error of Python's decoder."""
         at = error.pos
         literal = {"n": "null", "t": "true", "f": "false"}.get(text[at:at + 1])
         if error.msg == "Expecting value" and literal:
@@ -15019,18 +14909,17 @@ def raft_state_name(role: RaftRole) -> str:
 # ============================================================================
 
 
-_AUTH_VERSION = (2, 1)              # of the cluster, from which on all members know users
+_AUTH_VERSION = (2, 1)              # of a cluster in which all members know users
 _ITEM_METHODS = ("GET", "PUT", "DELETE")
-ITEMS_IN_SLICE = 100                # users or roles of a listing, in one turn: 2 ms
+ITEMS_IN_SLICE = 100                # users or roles that one turn lists: 2 ms
 
 
 def refuse_credentials(request: HttpRequest) -> None:
-    """Answer 401 to who lacks the role root."""
     write_message(request, 401, "Insufficient credentials")
 
 
 class UserBody(NamedTuple):
-    """What a PUT of a user says."""
+    """The body of a PUT of a user."""
 
     name: str
     password: str
@@ -15049,7 +14938,7 @@ class UserBody(NamedTuple):
 
 
 class RoleBody(NamedTuple):
-    """What a PUT of a role says."""
+    """The body of a PUT of a role."""
 
     name: str
     permissions: Permissions
@@ -15082,10 +14971,9 @@ class AuthApi:
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
 
     def route(self, head: HttpHead) -> Handler:
-        """Return what answers a request below /v2/auth/."""
-        version = self._server.cluster.version
-        if version is None or version_key(version) < _AUTH_VERSION:
-            # Not kept: the cluster may learn its version at any time.
+        """Return the handler of a request below /v2/auth/."""
+        if not self._is_capable:
+            # The decision is kept with the head, but the cluster may learn its version at any time.
             return lambda request: self.route(head)(request) if self._is_capable else write_message(
                 request, 500, "Not capable of accessing auth feature during rolling upgrades."
             )
@@ -15099,8 +14987,7 @@ class AuthApi:
             return self._allow(head, ("GET",), listing)
         if "/" in name or len(utf8(name)) > AUTH_NAME_BYTES_MAX:
             return lambda request: write_message(request, 400, "Invalid path")
-        item = self._user if kind == "users" else self._role
-        return self._allow(head, _ITEM_METHODS, functools.partial(item, name))
+        return self._allow(head, _ITEM_METHODS, functools.partial(self._item, kind, name))
 
     @property
     def _is_capable(self) -> bool:
@@ -15110,7 +14997,7 @@ class AuthApi:
     def _allow(
         self, head: HttpHead, methods: Sequence[str], handler: Handler, *, is_open: bool = False
     ) -> Handler:
-        """Check the method, then the credential."""
+        """Return `handler` behind checks of the method and the credentials."""
         if head.method not in methods:
             return functools.partial(refuse_method, ",".join(methods))
         return handler if is_open else self._guard.root(head, handler, refuse_credentials)
@@ -15124,38 +15011,47 @@ class AuthApi:
             steps = self._store.enable() if request.method == "PUT" else self._store.disable()
             self._run(request, steps, lambda _: self._reply_empty(request))
 
-    # -- users -------------------------------------------------------------
+    # -- users and roles ---------------------------------------------------
 
-    def _list_users(self, request: HttpRequest) -> None:
-        users = filter(None, map(self._auth.user, self._auth.names("users")))
-        shown = (self._with_roles(user, skip=True) for user in users)
-        self._reply_list(request, "users", "null", shown, [])
-
-    def _with_roles(self, user: User, *, skip: bool) -> Dict[str, object]:
-        """The user with what its roles allow.  skip: pass over missing ones, else AuthError."""
-        roles = []
-        for name in user.roles or ():
-            role = self._auth.role(name)
-            if role is not None:
-                roles.append(role.json())
-            elif not skip:
-                raise AuthError(404, f"Role {name} does not exist.")
-        return {"user": user.name, **({"roles": roles} if roles else {})}
-
-    def _user(self, name: str, request: HttpRequest) -> None:
+    def _item(self, kind: str, name: str, request: HttpRequest) -> None:
+        """Answer a request for one user or role.  kind: `users` or `roles`."""
+        is_user = kind == "users"
         if request.method == "GET":
-            user = self._auth.user(name)
             try:
-                if user is None:
-                    raise AuthError(404, f"User {name} does not exist.")
-                self._reply(request, 200, self._with_roles(user, skip=False))
+                found = self._user(name) if is_user else self._role(name).json()
+                self._reply(request, 200, found)
             except AuthError as error:
                 self._fail(request, error)
         elif request.method == "DELETE":
-            self._run(request, self._store.delete_user(name),
-                      lambda _: self._reply_empty(request))
+            delete = self._store.delete_user if is_user else self._store.delete_role
+            self._run(request, delete(name), lambda _: self._reply_empty(request))
         else:
-            self._put_user(name, request)
+            (self._put_user if is_user else self._put_role)(name, request)
+
+    def _user(self, name: str) -> Dict[str, object]:
+        user = self._auth.user(name)
+        if user is None:
+            raise AuthError(404, f"User {name} does not exist.")
+        return self._with_roles(user, map(self._role, user.roles or ()))
+
+    def _role(self, name: str) -> Role:
+        role = self._auth.role(name)
+        if role is None:
+            raise AuthError(404, f"Role {name} does not exist.")
+        return role
+
+    def _list_users(self, request: HttpRequest) -> None:
+        users = filter(None, map(self._auth.user, self._auth.names("users")))
+        shown = (
+            self._with_roles(user, filter(None, map(self._auth.role, user.roles or ())))
+            for user in users
+        )
+        self._reply_list(request, "users", "null", shown, [])
+
+    @staticmethod
+    def _with_roles(user: User, roles: Iterator[Role]) -> Dict[str, object]:
+        shown = [role.json() for role in roles]
+        return {"user": user.name, **({"roles": shown} if shown else {})}
 
     def _put_user(self, name: str, request: HttpRequest) -> None:
         body = self._parse(request, UserBody.parse, name, "User")
@@ -15182,19 +15078,6 @@ class AuthApi:
         roles = filter(None, map(self._auth.role, self._auth.names("roles")))
         self._reply_list(request, "roles", "[]", (role.json() for role in roles), [])
 
-    def _role(self, name: str, request: HttpRequest) -> None:
-        if request.method == "GET":
-            role = self._auth.role(name)
-            if role is None:
-                self._fail(request, AuthError(404, f"Role {name} does not exist."))
-            else:
-                self._reply(request, 200, role.json())
-        elif request.method == "DELETE":
-            self._run(request, self._store.delete_role(name),
-                      lambda _: self._reply_empty(request))
-        else:
-            self._put_role(name, request)
-
     def _put_role(self, name: str, request: HttpRequest) -> None:
         body = self._parse(request, RoleBody.parse, name, "Role")
         if body is None:
@@ -15215,7 +15098,7 @@ class AuthApi:
     def _parse(
         self, request: HttpRequest, parse: Callable[[bytes], Any], name: str, what: str
     ) -> Any:
-        """The parsed body; None if it is refused already."""
+        """Return the parsed body; None after an error, which is answered."""
         if request.body_too_large:
             self._message(request, 413, "Request Entity Too Large")
             return None
@@ -15230,7 +15113,7 @@ class AuthApi:
         return body
 
     def _run(self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None]) -> None:
-        """Carry out a change, then answer."""
+        """Make a change; then call reply(its result), or answer with its error."""
         def done(result: Any) -> None:
             if isinstance(result, (AuthError, EtcdError)):
                 self._fail(request, result)
@@ -15255,7 +15138,7 @@ class AuthApi:
         self, request: HttpRequest, name: str, empty: str, shown: Iterator[object],
         texts: List[str],
     ) -> None:
-        """Answer with all of `shown`, of which one turn makes ITEMS_IN_SLICE."""
+        """Answer with all of `shown`; one turn formats ITEMS_IN_SLICE of them."""
         some = [json_text(item) for item in itertools.islice(shown, ITEMS_IN_SLICE)]
         texts += some
         if request.connection.closed:
@@ -15272,114 +15155,116 @@ class AuthApi:
 
 
 # ============================================================================
-# api/listings -- Listings of directories, written in slices and shared.
+# api/listings -- Listings of directories: written in slices, and shared by requests.
 # ============================================================================
 
 
-class Wanted(NamedTuple):
-    """What a GET of a directory asks for; path is internal."""
+class ListingRequest(NamedTuple):
+    """The options of a GET of a directory; path is internal."""
 
     path: str
     recursive: bool
     sorted: bool
 
 
-class ListingTaker:
+class ListingWaiter:
     """A request that waits for a listing; done(Listing, or EtcdError) is called once."""
 
     __slots__ = ("done", "group")
 
     def __init__(self, done: Callable[[Any], None]) -> None:
         self.done = done
-        self.group: Dict[ListingTaker, None] = {}       # of those that wait for the same
+        self.group: Dict[ListingWaiter, None] = {}      # waits for the same listing
 
 
 class Listings:
-    """Directories as JSON, long ones in slices, a slice per turn: nobody waits for them.
+    """Makes listings as JSON: long ones in slices, one slice per turn, so that nothing stalls.
 
-    Listings are made one after the other, each of the state that its first slice finds.  All
-    that want the same while they wait share one, as do those that come before the store changes.
+    One listing is made after the other, each of the state at its first slice.  Equal requests
+    share a listing if they wait at the same time, or come before the store changes.
     Thread: reactor.
     """
 
-    KEPT_BYTES_MAX = 16 << 20       # of complete ones, as long as the store's index holds
+    KEPT_BYTES_MAX = 16 << 20       # of complete listings, kept until the store changes
     KEPT_SECONDS = 5.0
 
     def __init__(self, store: Store, reactor: Reactor) -> None:
         self._store = store
         self._reactor = reactor
-        self._current: Optional[Tuple[Wanted, Listing]] = None
-        self._takers: Dict[ListingTaker, None] = {}             # of the current one
-        self._waiting: Dict[Wanted, Dict[ListingTaker, None]] = {}      # in order of arrival
-        self._kept: Dict[Wanted, Listing] = {}
+        self._current: Optional[Tuple[ListingRequest, Listing]] = None
+        self._waiters: Dict[ListingWaiter, None] = {}           # for the current listing
+        self._queue: Dict[ListingRequest, Dict[ListingWaiter, None]] = {}     # by arrival
+        self._kept: Dict[ListingRequest, Listing] = {}
         self._kept_bytes = 0
         self._expiry: Optional[Timer] = None
-        self._is_posted = False         # the next slice is on its way: never two in one turn
-        self._turn = 0                  # of the reactor
-        self._work_done = 0             # in that turn
+        self._is_posted = False         # a slice is scheduled: never two in one turn
+        self._turn = 0                  # of the reactor, to which _work_done belongs
+        self._work_done = 0
 
-    def ask(self, wanted: Wanted, request: HttpRequest, done: Callable[[Any], None]) -> None:
-        """Call done(Listing, or EtcdError): at once if it is short, and not too many are."""
+    def ask(
+        self, wanted: ListingRequest, request: HttpRequest, done: Callable[[Any], None]
+    ) -> None:
+        """Call done(Listing, or EtcdError): at once for a short listing, if the turn has time."""
         kept = self._kept.get(wanted)
         if kept is not None and kept.index == self._store.current_index:
             done(kept)
             return
-        taker = ListingTaker(done)
-        request.on_close = functools.partial(self._leave, taker)
-        if self._join(wanted, taker):
+        waiter = ListingWaiter(done)
+        request.on_close = functools.partial(self._leave, waiter)
+        if self._join(wanted, waiter):
             return
-        if self._work_left() <= 0 or wanted in self._waiting:
-            self._wait(wanted, taker)
+        if self._work_left() <= 0 or wanted in self._queue:
+            self._enqueue(wanted, waiter)
             return
         try:
-            listing = self._begin(wanted)
+            listing = self._start_listing(wanted)
         except EtcdError as error:
             done(error)
             return
         if listing.done:
             done(listing)
         elif self._current is None:
-            self._current, self._takers = (wanted, listing), {}
-            self._enter(taker, self._takers)
-            self._post()
+            self._current, self._waiters = (wanted, listing), {}
+            self._enter(waiter, self._waiters)
+            self._schedule_slice()
         else:
             listing.end()
-            self._wait(wanted, taker)
+            self._enqueue(wanted, waiter)
 
-    def _join(self, wanted: Wanted, taker: ListingTaker) -> bool:
-        """Have a share in the listing under way, if it is as good as a new one."""
+    def _join(self, wanted: ListingRequest, waiter: ListingWaiter) -> bool:
+        """Share the listing under way if a new one would be the same; return whether it is."""
         if self._current is None:
             return False
         its, listing = self._current
         if its != wanted or listing.index != self._store.current_index:
             return False
-        self._enter(taker, self._takers)
+        self._enter(waiter, self._waiters)
         return True
 
-    def _wait(self, wanted: Wanted, taker: ListingTaker) -> None:
-        if self._current is None and not self._waiting:
-            self._post()
-        self._enter(taker, self._waiting.setdefault(wanted, {}))
+    def _enqueue(self, wanted: ListingRequest, waiter: ListingWaiter) -> None:
+        if self._current is None and not self._queue:
+            self._schedule_slice()
+        self._enter(waiter, self._queue.setdefault(wanted, {}))
 
     @staticmethod
-    def _enter(taker: ListingTaker, group: Dict[ListingTaker, None]) -> None:
-        group[taker] = None
-        taker.group = group
+    def _enter(waiter: ListingWaiter, group: Dict[ListingWaiter, None]) -> None:
+        group[waiter] = None
+        waiter.group = group
 
-    def _leave(self, taker: ListingTaker) -> None:
-        """The client is gone; a listing for nobody ends, or is never begun."""
-        taker.group.pop(taker, None)
-        if self._current is not None and not self._takers:
+    def _leave(self, waiter: ListingWaiter) -> None:
+        """Forget a waiter whose client is gone, and end a listing without waiters."""
+        waiter.group.pop(waiter, None)
+        if self._current is not None and not self._waiters:
             self._current[1].end()
             self._current = None
 
     def _work_left(self) -> int:
-        """How many more nodes this turn may look at."""
+        """Return the number of nodes that this turn may still visit."""
         if self._turn != self._reactor.turns:
             self._turn, self._work_done = self._reactor.turns, 0
         return LISTING_SLICE_WORK - self._work_done
 
-    def _begin(self, wanted: Wanted) -> Listing:
+    def _start_listing(self, wanted: ListingRequest) -> Listing:
         listing = self._store.listing(
             wanted.path, recursive=wanted.recursive, sorted=wanted.sorted,
             now_ns=self._reactor.wall_ns(),
@@ -15387,15 +15272,15 @@ class Listings:
         self._work(wanted, listing)
         return listing
 
-    def _work(self, wanted: Wanted, listing: Listing) -> None:
+    def _work(self, wanted: ListingRequest, listing: Listing) -> None:
         before = listing.work_done
         listing.work(max(self._work_left(), 1))
         self._work_done += listing.work_done - before
-        size = sum(map(len, listing.chunks)) if listing.done and listing.lasts else 0
+        size = sum(map(len, listing.chunks)) if listing.done and listing.cacheable else 0
         if size and self._kept_bytes + size <= self.KEPT_BYTES_MAX:
             self._keep(wanted, listing, size)
 
-    def _keep(self, wanted: Wanted, listing: Listing, size: int) -> None:
+    def _keep(self, wanted: ListingRequest, listing: Listing, size: int) -> None:
         if wanted in self._kept or listing.index != self._store.current_index:
             self._forget()
         self._kept[wanted] = listing
@@ -15409,39 +15294,39 @@ class Listings:
             self._expiry.cancel()
             self._expiry = None
 
-    def _post(self) -> None:
+    def _schedule_slice(self) -> None:
         if not self._is_posted:
             self._is_posted = True
-            self._reactor.call_in_turn(self._go_on)
+            self._reactor.call_in_turn(self._make_slice)
 
-    def _go_on(self) -> None:
-        """One slice: of the listing under way, or of the next."""
+    def _make_slice(self) -> None:
+        """Make one slice of the listing under way, or of the next one."""
         self._is_posted = False
         if self._current is None:
-            while self._waiting and not self._takers:
-                wanted = next(iter(self._waiting))
-                self._takers = self._waiting.pop(wanted)
-            if not self._takers:
+            while self._queue and not self._waiters:
+                wanted = next(iter(self._queue))
+                self._waiters = self._queue.pop(wanted)
+            if not self._waiters:
                 return                  # all have left
             try:
-                self._current = wanted, self._begin(wanted)
+                self._current = wanted, self._start_listing(wanted)
             except EtcdError as error:
                 self._finish(error)
         else:
             self._work(*self._current)
         if self._current is not None and self._current[1].done:
             self._finish(self._current[1])
-        if self._current is not None or self._waiting:
-            self._post()
+        if self._current is not None or self._queue:
+            self._schedule_slice()
 
     def _finish(self, result: Union[Listing, EtcdError]) -> None:
-        takers, self._takers, self._current = self._takers, {}, None
-        for taker in takers:
-            self._reactor.call_in_turn(taker.done, result)
+        waiters, self._waiters, self._current = self._waiters, {}, None
+        for waiter in waiters:
+            self._reactor.call_in_turn(waiter.done, result)
 
 
 # ============================================================================
-# api/keys -- The keys API: from an HTTP request to a command, and back.
+# api/keys -- The keys API: turns HTTP requests into commands, and their results into replies.
 # ============================================================================
 
 
@@ -15481,11 +15366,10 @@ class KeysApi:
             "etcd_store_watch_requests_total", "Watches that were asked for.")
         self._get_durations = self._durations.child("GET")
         self._put_durations = self._durations.child("PUT")
-        self._puts_s: List[float] = []      # what PUTs took that are not in there yet
+        self._puts_s: List[float] = []      # durations of PUTs that _put_durations lacks
         metrics.before_text = self._count_puts
 
     def route(self, head: HttpHead) -> Handler:
-        """Return what answers requests with this head."""
         if head.method not in self.METHODS:
             return functools.partial(refuse_method, ",".join(self.METHODS))
         target = KeyTarget(head)
@@ -15501,11 +15385,11 @@ class KeysApi:
     def _answer(self, head: HttpHead, target: KeyTarget) -> Handler:
         command = target.command
         if head.method in ("PUT", "POST"):
-            return functools.partial(self._write, target)
+            return functools.partial(self._put, target)
         if head.method == "DELETE":
-            return functools.partial(self._propose, command)
+            return functools.partial(self._submit, command)
         if head.method == "GET" and command.quorum:
-            return functools.partial(self._propose, command._replace(method="QGET"))
+            return functools.partial(self._submit, command._replace(method="QGET"))
         if command.wait:
             return functools.partial(self._watch, command)
         return functools.partial(self._get, command.path, command.recursive, command.sorted)
@@ -15514,17 +15398,17 @@ class KeysApi:
         write_error(request, error, self._cluster_line)
 
     def _unauthorized(self, target: KeyTarget, request: HttpRequest) -> None:
-        """Answer 401; what is wrong with the request itself is said before."""
+        """Answer 401; errors in the form of a PUT or POST go before."""
         refuse = functools.partial(self._refuse, Unauthorized("Insufficient credentials"))
         if request.method in ("PUT", "POST"):
-            self._go_on(self._read(target, request), request, refuse)
+            self._parse_slice(self._read(target, request), request, refuse)
         else:
             refuse(request)
 
     def _get(self, path: str, recursive: bool, sorted: bool, request: HttpRequest) -> None:
         """GET and HEAD from the local store.  A hot path."""
         started = self._now()
-        # etcd looks at every key request whether auth was enabled, and counts the miss.
+        # etcd reads the key that enables auth at every key request, and counts the miss.
         self._stats.gets_fail += 1
         method = request.head.method
         self._received.inc(method)
@@ -15534,16 +15418,15 @@ class KeysApi:
             self._fail(request, method, error)
             return
         if not body:
-            self._list(request, method, started, Wanted(path, recursive, sorted))
+            self._list(request, method, started, ListingRequest(path, recursive, sorted))
             return
         self._send(request, 200, self._store.current_index, body[0], body[1:])
         durations = self._get_durations if method == "GET" else self._durations.child(method)
         durations.observe(self._now() - started)
 
     def _list(
-        self, request: HttpRequest, method: str, started: float, wanted: Wanted
+        self, request: HttpRequest, method: str, started: float, wanted: ListingRequest
     ) -> None:
-        """GET and HEAD of a directory."""
         def done(result: Union[Listing, EtcdError]) -> None:
             if isinstance(result, EtcdError):
                 self._fail(request, method, result)
@@ -15554,7 +15437,7 @@ class KeysApi:
 
         self._listings.ask(wanted, request, done)
 
-    def _write(self, target: KeyTarget, request: HttpRequest) -> None:
+    def _put(self, target: KeyTarget, request: HttpRequest) -> None:
         """PUT and POST.  A hot path for bodies of the form `value=<nothing encoded>`."""
         body = request.body
         if target.plain and body.startswith(b"value=") and len(body) < FORM_SLICE_BYTES and not (
@@ -15565,18 +15448,18 @@ class KeysApi:
             if is_unicode(text):
                 id = self._server.ids.next()
                 command = Request(id, known.method, known.path, text)
-                self._propose(command, request, encode_plain(id, target.encoded, value))
+                self._submit(command, request, encode_plain(id, target.encoded, value))
                 return
-        self._go_on(self._read(target, request), request)
+        self._parse_slice(self._read(target, request), request)
 
     def _read(
         self, target: KeyTarget, request: HttpRequest
     ) -> Generator[None, None, Tuple[Request, bytes]]:
-        """Return the command of a PUT or POST, and itself encoded if it is long, with pauses."""
+        """Return the command of a PUT or POST, and its encoding if it is long, with pauses."""
         command = yield from target.request(request, self._wall_ns())
         if len(request.body) < FORM_SLICE_BYTES:
             return command, b""
-        # Longer texts were UTF-8, see form_steps(): to look at them again takes 1 ms per MB.
+        # Longer texts are UTF-8, see form_steps(); another check would take 1 ms per MB.
         val, prev_value = (
             text if len(text) > FORM_SLICE_BYTES else as_unicode(text)
             for text in (command.val, command.prev_value)
@@ -15587,42 +15470,43 @@ class KeysApi:
         )
         return command, (yield from encode_request_steps(command))
 
-    def _go_on(
+    def _parse_slice(
         self, steps: Generator[None, None, Tuple[Request, bytes]], request: HttpRequest,
         refuse: Optional[Handler] = None,
     ) -> None:
-        """Parse a form as far as one turn goes; at its end, propose the command, or refuse it."""
+        """Parse as much of a form as fits in a turn; at its end propose the command, or refuse."""
         try:
             next(steps)
         except StopIteration as end:
             if refuse is None:
                 command, encoded = end.value
-                self._propose(command, request, encoded)
+                self._submit(command, request, encoded)
             else:
                 refuse(request)
         except EtcdError as error:
             self._refuse(error, request)
         else:
             if not request.connection.closed:
-                self._reactor.call_in_turn(self._go_on, steps, request, refuse)
+                self._reactor.call_in_turn(self._parse_slice, steps, request, refuse)
 
-    def _propose(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
-        """Everything that goes through consensus."""
+    def _submit(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
         method = command.method
         self._stats.gets_fail += 1              # as in _get
         self._received.inc(method)
-        done = functools.partial(self._done, request, command, self._now())
+        done = functools.partial(self._reply_applied, request, command, self._now())
         self._server.do(command, done, encoded)
 
-    def _done(self, request: HttpRequest, command: Request, started: float, result: Any) -> None:
-        """The command is applied, or has failed."""
+    def _reply_applied(
+        self, request: HttpRequest, command: Request, started: float, result: Any
+    ) -> None:
+        """Answer after the command is applied or has failed."""
         method = command.method
         if isinstance(result, EtcdError):
             self._fail(request, method, result)
             return
         if method == "QGET" and result.node.children is not None:
             self._proposals.observe(self._now() - started)
-            wanted = Wanted(command.path, command.recursive, command.sorted)
+            wanted = ListingRequest(command.path, command.recursive, command.sorted)
             self._list(request, method, started, wanted)
             return
         body = result.client_pieces()
@@ -15678,7 +15562,7 @@ class KeysApi:
         self, request: HttpRequest, status: int, index: int, body: bytes,
         more: Sequence[bytes] = (),
     ) -> None:
-        """Answer with an event, by way of the shortest code where nothing is special."""
+        """Answer with an event; most requests take the short way, a ready-made head."""
         head, size = request.head, len(body)
         if not head.takes_raw:
             headers = self._cluster_line + self._index_lines(index)
@@ -15690,17 +15574,17 @@ class KeysApi:
         server = self._server
         request.reply_raw(
             f"{self._heads[status]}X-Etcd-Index: {index}\r\nX-Raft-Index: {server.raft_index}\r\n"
-            f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date()}\r\n"
+            f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date}\r\n"
             f"Content-Length: {size}\r\n\r\n".encode("latin-1") + body, more
         )
 
 
 # ============================================================================
-# api/members -- The members API: who is in the cluster.
+# api/members -- The members API: the list of members, and its changes.
 # ============================================================================
 
 
-_PATH_SAFE = "/$&+,:;=@-_.~"        # what Go leaves as it is in a path
+_PATH_SAFE = "/$&+,:;=@-_.~"        # characters that Go does not escape in a path
 
 
 def redirect(request: HttpRequest) -> None:
@@ -15758,21 +15642,20 @@ class MembersApi:
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer any of METHODS."""
         rest = request.path[len("/v2/members"):]
         rest = rest[1:] if rest.startswith("/") else rest
         if request.method == "GET":
             self._get(request, rest)
         elif request.method == "POST":
-            self._add(request)
+            self._change_urls(request, ConfChangeType.ADD_NODE)
         elif not rest:
-            request.reply(405, b"Method Not Allowed\n", _TEXT, self._cluster_line + _NOSNIFF)
+            write_text(request, 405, "Method Not Allowed\n", self._cluster_line)
         elif not re.fullmatch("[0-9A-Fa-f]+", rest) or len(rest.lstrip("0")) > 16:
             self._message(request, 404, f"No such member: {rest}")
         elif request.method == "DELETE":
             self._change(request, ConfChangeType.REMOVE_NODE, Member(int(rest, 16), ()))
         else:
-            self._update(request, int(rest, 16))
+            self._change_urls(request, ConfChangeType.UPDATE_NODE, int(rest, 16))
 
     def _get(self, request: HttpRequest, rest: str) -> None:
         if rest == "":
@@ -15788,21 +15671,16 @@ class MembersApi:
             else:
                 self._reply(request, 200, leader.client_json() + "\n")
 
-    def _add(self, request: HttpRequest) -> None:
+    def _change_urls(self, request: HttpRequest, change: ConfChangeType, id: int = 0) -> None:
+        """Add a member with the URLs in the body, or give them to member `id`."""
         urls = self._peer_urls(request)
         if urls:
-            self._check_reachable(urls)
-            new_id = member_id(urls, "", self._server.reactor.wall_ns() // NS)
-            self._change(request, ConfChangeType.ADD_NODE, Member(new_id, urls))
+            self._warn_of_local(urls)
+            id = id or member_id(urls, "", self._server.reactor.wall_ns() // NS)
+            self._change(request, change, Member(id, urls))
 
-    def _update(self, request: HttpRequest, id: int) -> None:
-        urls = self._peer_urls(request)
-        if urls:
-            self._check_reachable(urls)
-            self._change(request, ConfChangeType.UPDATE_NODE, Member(id, urls))
-
-    def _check_reachable(self, urls: Sequence[str]) -> None:
-        """Warn of URLs that mean this machine here, in a cluster of several machines."""
+    def _warn_of_local(self, urls: Sequence[str]) -> None:
+        """Warn of loopback URLs in a cluster of several machines."""
         known = usable_urls(self._cluster.peer_urls())
         near = [url for url in urls if is_local(url)]
         if near and not all(map(is_local, known)):
@@ -15812,7 +15690,7 @@ class MembersApi:
             )
 
     def _peer_urls(self, request: HttpRequest) -> Tuple[str, ...]:
-        """The URLs in the body; () if the request is answered already, with an error."""
+        """Return the URLs in the body; () after an error, which is answered."""
         content_type = request.headers.get("content-type", "")
         if content_type != "application/json":
             self._message(
@@ -15829,14 +15707,13 @@ class MembersApi:
             return ()
 
     def _change(self, request: HttpRequest, change: ConfChangeType, member: Member) -> None:
-        done = functools.partial(self._done, request, change, member)
+        done = functools.partial(self._reply_change, request, change, member)
         self._server.change_member(change, member, done)
 
-    def _done(
+    def _reply_change(
         self, request: HttpRequest, change: ConfChangeType, member: Member,
         error: Optional[Exception],
     ) -> None:
-        """The change is applied, or refused."""
         if error is None and change == ConfChangeType.ADD_NODE:
             self._reply(request, 201, member.client_json() + "\n")
         elif error is None:
@@ -15851,8 +15728,8 @@ class MembersApi:
         else:
             cause = error.cause if isinstance(error, EtcdError) else str(error)
             package_logger("etcdhttp").error("got unexpected response error (%s)", cause)
-            is_ours = isinstance(error, ReconfigurationRefused)     # etcd tells it the log only
-            self._message(request, 500, str(error) if is_ours else "Internal Server Error")
+            is_refused = isinstance(error, ReconfigurationRefused)  # etcd only logs the reason
+            self._message(request, 500, str(error) if is_refused else "Internal Server Error")
 
     def _reply(self, request: HttpRequest, status: int, body: str) -> None:
         request.reply(status, utf8(body), "application/json", self._cluster_line)
@@ -15862,12 +15739,217 @@ class MembersApi:
 
 
 # ============================================================================
-# api/metrics -- Metrics of one member.
+# api/metrics -- Metrics of one member, and the variables of /debug/vars.
 # ============================================================================
 
 
+_PROPOSALS_PENDING = "Proposals waiting for an answer."
+_PROPOSALS_FAILED = "Proposals without an answer in time."
+_SYNC = "Time to write a batch to the log and sync it."
+_LOST = "Messages lost or dropped."
+
+# Name, help, reading.  Names of etcd 2.3, and those that 3.x has for the same.
+_GAUGES: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
+    ("etcd_server_pending_proposal_total", _PROPOSALS_PENDING, lambda s: len(s.proposals)),
+    ("etcd_server_proposals_pending", _PROPOSALS_PENDING, lambda s: len(s.proposals)),
+    ("etcd_server_has_leader", "1 if a leader is known, else 0.", lambda s: int(s.lead != 0)),
+    ("etcd_server_is_leader", "1 if this member leads, else 0.", lambda s: int(s.is_leader)),
+    ("etcd_server_proposals_committed_total", "Raft index that is committed.",
+     lambda s: s.node.raft.log.commit),
+    ("etcd_server_proposals_applied_total", "Raft index that is applied.",
+     lambda s: s.raft_index),
+    ("etcd_store_watchers", "Registered watchers.", lambda s: s.store.stats.watchers),
+    ("etcd_wal_last_index_saved", "Last raft index on disk.", lambda s: s.node.raft.log.stable),
+)
+_COUNTERS: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
+    ("etcd_server_proposal_failed_total", _PROPOSALS_FAILED, lambda s: s.proposals.failed),
+    ("etcd_server_proposals_failed_total", _PROPOSALS_FAILED, lambda s: s.proposals.failed),
+    ("etcd_server_slow_apply_total", "Turns that applied for more than 100 ms.",
+     lambda s: s.counts.slow_applies),
+    ("etcd_server_leader_changes_seen_total", "Leaders that became known.",
+     lambda s: s.counts.leader_changes),
+    ("etcd_server_heartbeat_send_failures_total",
+     "Heartbeats to followers that left a period late or more.",
+     lambda s: s.counts.late_heartbeats),
+    ("etcd_store_expires_total", "Keys that expired.", lambda s: s.store.stats.expire_count),
+)
+# Name, help, label, its value: samples that are always 1.
+_FACTS: Tuple[Tuple[str, str, str, Callable[[EtcdServer], str]], ...] = (
+    ("etcd_server_id", "Id of this member, in hex.", "server_id",
+     lambda s: format_id(s.member_id)),
+    ("etcd_server_version", "The etcd version that this member acts as.", "server_version",
+     lambda s: SERVER_VERSION),
+    ("etcd_cluster_version", "The version that all members understand.", "cluster_version",
+     lambda s: s.cluster.version or "not_decided"),
+)
+_HISTOGRAMS: Tuple[Tuple[str, str, Callable[[EtcdServer], Family]], ...] = (
+    ("pyetcd_reactor_turn_seconds", "Time of one turn of the main loop.",
+     lambda s: s.counts.turn_durations),
+    ("etcd_wal_fsync_durations_seconds", _SYNC, lambda s: s.journal.writer.sync_durations),
+    ("etcd_disk_wal_fsync_duration_seconds", _SYNC, lambda s: s.journal.writer.sync_durations),
+    ("etcd_snapshot_save_total_durations_seconds",
+     "Time from the decision to snapshot until the file is there.",
+     lambda s: s.snapshots.save_durations),
+    ("etcd_snapshot_save_marshalling_durations_seconds",
+     "Time of the reactor to encode a snapshot.", lambda s: s.snapshots.work_durations),
+    ("pyetcd_wal_batch_entries", "Entries that one write and sync made durable.",
+     lambda s: s.journal.batch_entries),
+    ("etcd_rafthttp_message_sent_latency_seconds",
+     "Time until the system took a message; by pipeline: until it was answered.",
+     lambda s: s.traffic.latencies),
+    ("etcd_rafthttp_message_sent_failed_total", _LOST, lambda s: s.traffic.failures),
+    ("etcd_network_peer_round_trip_time_seconds", "Time of a probe to a peer and back.",
+     lambda s: s.traffic.round_trips),
+)
+# Name, help, label, counts by member id.
+_BY_PEER: Tuple[Tuple[str, str, str, Callable[[EtcdServer], Mapping[int, int]]], ...] = (
+    ("etcd_network_peer_sent_bytes_total", "Bytes of messages to a peer.", "To",
+     lambda s: s.traffic.sent_bytes),
+    ("etcd_network_peer_sent_failures_total", _LOST, "To", lambda s: s.traffic.sent_failures),
+    ("etcd_network_peer_received_bytes_total", "Bytes of messages from a peer.", "From",
+     lambda s: s.traffic.received_bytes),
+)
+
+
+def add_member_metrics(server: EtcdServer) -> None:
+    metrics, store, partial = server.metrics, server.store, functools.partial
+    for name, help, read in _GAUGES:
+        metrics.gauge(name, help, partial(read, server))
+    for name, help, read in _COUNTERS:
+        metrics.total(name, help, partial(_unlabelled, read, server))
+    for name, help, label, text in _FACTS:
+        metrics.fact(name, help, label, partial(text, server))
+    for name, help, family in _HISTOGRAMS:
+        metrics.add(name, help, family(server))
+    for name, help, label, counts in _BY_PEER:
+        metrics.total(name, help, partial(_by_peer, counts(server)), (label,))
+    for suffix, outcome, ended in (("", "success", "succeeded"), ("_failed", "fail", "failed")):
+        metrics.total(f"etcd_store_reads{suffix}_total", f"Store reads that {ended}.",
+                      partial(_read_counts, store, outcome), ("action",))
+        metrics.total(f"etcd_store_writes{suffix}_total", f"Store writes that {ended}.",
+                      partial(_write_counts, store, outcome), ("action",))
+    metrics.total("pyetcd_reactor_seconds_total", "Where the time of the main loop goes.",
+                  lambda: {(name,): s for name, s in server.reactor.phase_seconds.items()},
+                  ("phase",))
+    metrics.gauge("etcd_server_file_descriptors_used_total", "Open file descriptors.",
+                  _open_descriptors(server.reactor.now))
+    add_process_readings(metrics, server.stats.started_ns, server.reactor.now)
+
+
+def _unlabelled(
+    read: Callable[[EtcdServer], float], server: EtcdServer
+) -> Dict[Labels, float]:
+    return {(): read(server)}
+
+
+def _by_peer(counts: Mapping[int, int]) -> Dict[Labels, float]:
+    return {(format_id(peer),): count for peer, count in counts.items()}
+
+
+_WRITE_ACTIONS = {
+    "set": "sets", "create": "create", "update": "update", "delete": "delete",
+    "compareAndSwap": "compare_and_swap", "compareAndDelete": "compare_and_delete",
+}
+
+
+def _write_counts(store: Store, outcome: str) -> Dict[Labels, float]:
+    """Return the writes of the store's statistics by action, without actions at 0."""
+    counts = (
+        (action, getattr(store.stats, f"{name}_{outcome}"))
+        for action, name in _WRITE_ACTIONS.items()
+    )
+    return {(action,): count for action, count in counts if count}
+
+
+def _read_counts(store: Store, outcome: str) -> Dict[Labels, float]:
+    """Return the reads likewise; the store counts recursive ones beside its statistics."""
+    recursive = store.recursive_gets[outcome]
+    single = getattr(store.stats, f"gets_{outcome}") - recursive
+    counts = (("get", single), ("getRecursive", recursive))
+    return {(action,): count for action, count in counts if count}
+
+
+# -- the process -----------------------------------------------------------------
+
+
+def add_process_readings(
+    metrics: Metrics, started_ns: int, now: Callable[[], float]
+) -> None:
+    """Register readings of this process.  started_ns: unix nanoseconds."""
+    metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
+                  lambda: {(): sum(os.times()[:2])})
+    metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
+    metrics.gauge("process_max_fds", "Limit of open file descriptors.",
+                  lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
+    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
+    metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
+                  lambda: started_ns / NS)
+
+
+def _statm_bytes(field: int) -> int:
+    """Return a field of /proc/self/statm in bytes; 0 where that file does not exist."""
+    try:
+        with open("/proc/self/statm", encoding="ascii", errors="replace") as file:
+            return int(file.read().split()[field]) * resource.getpagesize()
+    except (OSError, IndexError):
+        return 0
+
+
+def _virtual_bytes() -> int:
+    return _statm_bytes(0)
+
+
+def _resident_bytes() -> int:
+    """Return the memory in use; without /proc, the most that was ever in use."""
+    return _statm_bytes(1) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _open_descriptors(now: Callable[[], float]) -> Callable[[], int]:
+    """Return a reading that counts once a second: the count takes 0.3 us per descriptor."""
+    return lambda: _count_descriptors(int(now()))
+
+
+@functools.lru_cache(maxsize=1)
+def _count_descriptors(second: int) -> int:
+    for directory in ("/proc/self/fd", "/dev/fd"):
+        with contextlib.suppress(OSError):
+            return len(os.listdir(directory)) - 1       # less the one of listdir itself
+    return 0
+
+
+# -- /debug/vars -----------------------------------------------------------------
+
+
+def debug_variables(server: EtcdServer) -> Dict[str, object]:
+    """Return the variables of etcd, then those that show where time is spent and work waits."""
+    reactor, journal, log = server.reactor, server.journal, server.node.raft.log
+    return {
+        "cmdline": [sys.executable, *sys.argv],
+        "file_descriptor_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "memstats": {
+            "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
+            "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
+        },
+        "raft.status": _raft_status(server.node.status()),
+        "reactor": {
+            "turns": reactor.turns, "mean_turn_s": server.counts.turn_durations.mean,
+            "slowest_turn_s": reactor.slowest_turn_s, "seconds": reactor.phase_seconds,
+        },
+        "journal": {
+            "visits": journal.visits, "mean_batch_entries": journal.batch_entries.mean,
+            "mean_sync_s": journal.writer.sync_durations.mean, "busy": journal.busy,
+        },
+        "queues": {
+            "proposals_pending": len(server.proposals), "reads_pending": len(server.reads),
+            "entries_not_durable": log.last_index - log.stable,
+            "entries_not_applied": log.commit - log.applied,
+            "watchers_to_tell": server.store.hub.backlog,
+        },
+    }
+
+
 def _raft_status(status: Status) -> Dict[str, object]:
-    """The variable raft.status."""
     return {
         "id": format_id(status.id), "term": status.term, "vote": format_id(status.vote),
         "commit": status.commit, "lead": format_id(status.lead),
@@ -15881,208 +15963,12 @@ def _raft_status(status: Status) -> Dict[str, object]:
     }
 
 
-def _where_time_goes(server: EtcdServer) -> Dict[str, object]:
-    """The variables reactor, journal and queues: seconds, and how much waits where."""
-    reactor, journal, log = server.reactor, server.journal, server.node.raft.log
-    return {
-        "reactor": {
-            "turns": reactor.turns, "mean_turn_s": server.counts.turn_durations.mean,
-            "slowest_turn_s": reactor.slowest_turn_s, "seconds": reactor.phase_seconds,
-        },
-        "journal": {
-            "visits": journal.visits, "mean_batch_entries": journal.batch_entries.mean,
-            "mean_sync_s": journal.writer.sync_durations.mean, "busy": journal.busy,
-        },
-        "queues": {
-            "proposals_pending": len(server.proposals), "reads_pending": len(server.reads),
-            "entries_not_durable": log.last_index - log.stable,
-            "entries_not_applied": log.commit - log.applied,
-            "watchers_to_tell": server.store.hub.owed,
-        },
-    }
-
-
-def _proc_text(name: str) -> str:
-    """A file of this process in /proc; "" where there is none."""
-    try:
-        with open(f"/proc/self/{name}", encoding="ascii", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
-
-
-def _resident_bytes() -> int:
-    """Memory in use; where the system does not tell, the most ever used."""
-    pages = _proc_text("statm").split()
-    if len(pages) > 1:
-        return int(pages[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _virtual_bytes() -> int:
-    pages = _proc_text("statm").split()
-    return int(pages[0]) * resource.getpagesize() if pages else 0
-
-
-def _open_descriptors(now: Callable[[], float]) -> Callable[[], int]:
-    """Return what counts them, once a second: that takes 0.3 us for each."""
-    return lambda: _count_descriptors(int(now()))
-
-
-@functools.lru_cache(maxsize=1)
-def _count_descriptors(second: int) -> int:
-    for directory in ("/proc/self/fd", "/dev/fd"):
-        with contextlib.suppress(OSError):
-            return len(os.listdir(directory)) - 1       # less the one that lists them
-    return 0
-
-
-def _cpu_seconds() -> float:
-    times = os.times()
-    return times.user + times.system
-
-
-def _add_server(metrics: Metrics, server: EtcdServer) -> None:
-    """Names of etcd 2.3 first, then those that 3.x has for the same."""
-    proposals, counts = server.proposals, server.counts
-    metrics.gauge("etcd_server_file_descriptors_used_total", "Open file descriptors.",
-                  _open_descriptors(server.reactor.now))
-    metrics.gauge("etcd_server_pending_proposal_total", "Proposals waiting for an answer.",
-                  lambda: len(proposals))
-    metrics.total("etcd_server_proposal_failed_total", "Proposals without an answer in time.",
-                  lambda: {(): proposals.failed})
-    metrics.gauge("etcd_server_proposals_pending", "Proposals waiting for an answer.",
-                  lambda: len(proposals))
-    metrics.total("etcd_server_proposals_failed_total", "Proposals without an answer in time.",
-                  lambda: {(): proposals.failed})
-    metrics.total("etcd_server_slow_apply_total", "Turns that applied for more than 100 ms.",
-                  lambda: {(): counts.slow_applies})
-    metrics.add("pyetcd_reactor_turn_seconds", "Time of one turn of the main loop.",
-                counts.turn_durations)
-    metrics.total("pyetcd_reactor_seconds_total", "Where the time of the main loop goes.",
-                  lambda: {(name,): s for name, s in server.reactor.phase_seconds.items()},
-                  ("phase",))
-    metrics.fact("etcd_server_id", "Id of this member, in hex.", "server_id",
-                 lambda: format_id(server.member_id))
-    metrics.fact("etcd_server_version", "The etcd version that this member acts as.",
-                 "server_version", lambda: SERVER_VERSION)
-    metrics.fact("etcd_cluster_version", "The version that all members understand.",
-                 "cluster_version", lambda: server.cluster.version or "not_decided")
-
-
-def _add_raft(metrics: Metrics, server: EtcdServer) -> None:
-    """Names of etcd 3.x: what its dashboards and alerts ask first."""
-    log, counts = server.node.raft.log, server.counts
-    metrics.gauge("etcd_server_has_leader", "1 if a leader is known, else 0.",
-                  lambda: int(server.lead != 0))
-    metrics.gauge("etcd_server_is_leader", "1 if this member leads, else 0.",
-                  lambda: int(server.is_leader))
-    metrics.total("etcd_server_leader_changes_seen_total", "Leaders that became known.",
-                  lambda: {(): counts.leader_changes})
-    metrics.total("etcd_server_heartbeat_send_failures_total",
-                  "Heartbeats to followers that left a period late or more.",
-                  lambda: {(): counts.late_heartbeats})
-    metrics.gauge("etcd_server_proposals_committed_total", "Raft index that is committed.",
-                  lambda: log.commit)
-    metrics.gauge("etcd_server_proposals_applied_total", "Raft index that is applied.",
-                  lambda: server.raft_index)
-
-
-def _add_store(metrics: Metrics, server: EtcdServer) -> None:
-    store = server.store
-    metrics.total("etcd_store_expires_total", "Keys that expired.",
-                  lambda: {(): store.stats.expire_count})
-    metrics.gauge("etcd_store_watchers", "Registered watchers.", lambda: store.stats.watchers)
-    for suffix, outcome in (("", "success"), ("_failed", "fail")):
-        ended = "succeeded" if outcome == "success" else "failed"
-        metrics.total(f"etcd_store_reads{suffix}_total", f"Store reads that {ended}.",
-                      functools.partial(_read_counts, store, outcome), ("action",))
-        metrics.total(f"etcd_store_writes{suffix}_total", f"Store writes that {ended}.",
-                      functools.partial(_write_counts, store, outcome), ("action",))
-
-
-def _add_disk(metrics: Metrics, server: EtcdServer) -> None:
-    log, snapshots = server.node.raft.log, server.snapshots
-    syncs = server.journal.writer.sync_durations
-    help = "Time to write a batch to the log and sync it."
-    metrics.add("etcd_wal_fsync_durations_seconds", help, syncs)
-    metrics.add("etcd_disk_wal_fsync_duration_seconds", help, syncs)    # 3.x
-    metrics.gauge("etcd_wal_last_index_saved", "Last raft index on disk.", lambda: log.stable)
-    metrics.add("etcd_snapshot_save_total_durations_seconds",
-                "Time from the decision to snapshot until the file is there.",
-                snapshots.save_durations)
-    metrics.add("etcd_snapshot_save_marshalling_durations_seconds",
-                "Time of the reactor to encode a snapshot.", snapshots.work_durations)
-    metrics.add("pyetcd_wal_batch_entries", "Entries that one write and sync made durable.",
-                server.journal.batch_entries)
-
-
-def _add_peers(metrics: Metrics, server: EtcdServer) -> None:
-    """Two names of etcd 2.3, and those of 3.x."""
-    traffic = server.traffic
-
-    def by_peer(counts: Mapping[int, int]) -> Callable[[], Dict[Labels, float]]:
-        return lambda: {(format_id(peer),): count for peer, count in counts.items()}
-
-    metrics.add("etcd_rafthttp_message_sent_latency_seconds",
-                "Time until the system took a message; by pipeline: until it was answered.",
-                traffic.latencies)
-    metrics.add("etcd_rafthttp_message_sent_failed_total", "Messages lost or dropped.",
-                traffic.failures)
-    metrics.total("etcd_network_peer_sent_bytes_total", "Bytes of messages to a peer.",
-                  by_peer(traffic.sent_bytes), ("To",))
-    metrics.total("etcd_network_peer_sent_failures_total", "Messages lost or dropped.",
-                  by_peer(traffic.sent_failures), ("To",))
-    metrics.total("etcd_network_peer_received_bytes_total", "Bytes of messages from a peer.",
-                  by_peer(traffic.received_bytes), ("From",))
-    metrics.add("etcd_network_peer_round_trip_time_seconds",
-                "Time of a probe to a peer and back.", traffic.round_trips)
-
-
-def add_process_readings(
-    metrics: Metrics, started_ns: int, now: Callable[[], float]
-) -> None:
-    """Register what the system knows of this process.  started_ns: unix nanoseconds."""
-    metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
-                  lambda: {(): _cpu_seconds()})
-    metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
-    metrics.gauge("process_max_fds", "Limit of open file descriptors.",
-                  lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
-    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
-    metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
-                  lambda: started_ns / NS)
-
-
-_WRITE_ACTIONS = {
-    "set": "sets", "create": "create", "update": "update", "delete": "delete",
-    "compareAndSwap": "compare_and_swap", "compareAndDelete": "compare_and_delete",
-}
-
-
-def _write_counts(store: Store, outcome: str) -> Dict[Labels, float]:
-    """Counters of the store's statistics by action; what never happened is left out."""
-    counts = (
-        (action, getattr(store.stats, f"{name}_{outcome}"))
-        for action, name in _WRITE_ACTIONS.items()
-    )
-    return {(action,): count for action, count in counts if count}
-
-
-def _read_counts(store: Store, outcome: str) -> Dict[Labels, float]:
-    """Likewise; the store's statistics do not tell which gets were recursive."""
-    recursive = store.recursive_gets[outcome]
-    single = getattr(store.stats, f"gets_{outcome}") - recursive
-    counts = (("get", single), ("getRecursive", recursive))
-    return {(action,): count for action, count in counts if count}
-
-
 # ============================================================================
 # api/snapshot -- The snapshot API: the whole state, over HTTP.
 # ============================================================================
 
 
-DOWNLOADS_MAX = 4                   # at a time, and none beyond HELD_BYTES_MAX of their states
+DOWNLOADS_MAX = 4                   # at a time, with HELD_BYTES_MAX of snapshots; above: 503
 
 
 class SnapshotApi:
@@ -16098,7 +15984,6 @@ class SnapshotApi:
         self._downloads: Set[Download] = set()
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer as soon as the store has been walked."""
         if not self._server.raft_index:
             write_message(request, 503, "this member has no state yet; ask another one")
         elif len(self._downloads) >= DOWNLOADS_MAX or self._held_bytes() > HELD_BYTES_MAX:
@@ -16107,13 +15992,13 @@ class SnapshotApi:
             self._downloads.add(Download(request, self._server, self._downloads.discard))
 
     def _held_bytes(self) -> int:
-        """What the states take that are being sent; several may send the same."""
+        """Return the memory of the snapshots under way; several downloads may share one."""
         files = {id(each.file): each.file.size for each in self._downloads if each.file}
         return sum(files.values())
 
 
 class Download:
-    """One answer: it waits for the walk, then piece follows piece as fast as the client reads."""
+    """One answer: it waits for the snapshot, then sends its pieces as fast as the client reads."""
 
     def __init__(
         self, request: HttpRequest, server: EtcdServer, ended: Callable[[Download], None]
@@ -16121,12 +16006,13 @@ class Download:
         self._request = request
         self._server = server
         self._ended = ended
-        self.file: Optional[SnapshotFile] = None        # as soon as the store has been walked
+        self.file: Optional[SnapshotFile] = None        # once the snapshot is complete
         self._reply: Optional[StreamReply] = None
         self._pieces: Iterator[bytes] = iter(())
-        self._taker: Optional[Taker] = self._start      # one object: the keeper compares
-        request.on_close = self._gone
-        server.snapshots.want(self._taker)
+        # One object, as the keeper compares.
+        self._receiver: Optional[SnapshotReceiver] = self._start
+        request.on_close = self._client_gone
+        server.snapshots.request(self._receiver)
 
     def _start(self, file: SnapshotFile, etcd_index: int) -> None:
         headers = (
@@ -16140,43 +16026,42 @@ class Download:
         self._reply = self._request.start_stream(
             200, "application/octet-stream", headers, length=len(file.head) + file.size
         )
-        self._reply.on_close = self._gone
-        self._go_on()
+        self._reply.on_close = self._client_gone
+        self._send_piece()
 
-    def _go_on(self) -> None:
-        """Hand out the next piece: one in a turn, as others wait for theirs."""
+    def _send_piece(self) -> None:
+        """Send the next piece: one in a turn, so that other requests get theirs."""
         if self._reply is None or self._reply.closed:
             return
         piece = next(self._pieces, None)
         if piece is None:
             self._reply.end()
-            self._taker = None
+            self._receiver = None
             self._ended(self)
             return
-        self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._go_on))
+        self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._send_piece))
         self._reply.write(piece)
 
-    def _gone(self) -> None:
+    def _client_gone(self) -> None:
         self._pieces = iter(())
-        taker, self._taker = self._taker, None
-        if taker is not None:
-            self._server.snapshots.unwant(taker)
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            self._server.snapshots.withdraw(receiver)
         self._ended(self)
 
 
 # ============================================================================
-# api/status -- The status API: version, health, statistics of one member.
+# api/status -- The status API: version, health, statistics and log level of one member.
 # ============================================================================
 
 
 def version_json(server: EtcdServer) -> bytes:
-    """Return the body of /version."""
     cluster = server.cluster.version or "not_decided"
     return f'{{"etcdserver":"{SERVER_VERSION}","etcdcluster":"{cluster}"}}'.encode()
 
 
 class StatusApi:
-    """What a member says about itself: version, machines, stats, health, metrics, log level."""
+    """Version, machines, stats, health, metrics and log level of a member."""
 
     CHECKS = {
         "/livez": ("serializable_read",), "/readyz": ("serializable_read", "linearizable_read"),
@@ -16189,37 +16074,31 @@ class StatusApi:
             "etcd_server_health_success", "Probes answered with good news.")
         self._unhealthy = metrics.counter(
             "etcd_server_health_failures", "Probes answered with bad news.")
-        for add in (_add_server, _add_raft, _add_store, _add_disk, _add_peers):
-            add(metrics, server)
-        add_process_readings(metrics, server.stats.started_ns, server.reactor.now)
+        add_member_metrics(server)
 
     def version(self, request: HttpRequest) -> None:
-        """GET /version."""
         request.reply(200, version_json(self._server))
 
     def machines(self, request: HttpRequest) -> None:
-        """GET /v2/machines: client URLs of all members."""
-        urls = ", ".join(sorted(self._server.cluster.client_urls()))
-        self._text(request, 200, urls)
+        write_text(request, 200, ", ".join(sorted(self._server.cluster.client_urls())))
 
     def health(self, request: HttpRequest) -> None:
-        """GET /health.
+        """Answer at once, from the known leader and the links to the other members.
 
-        Differs from etcd: answered at once from what is known of the leader and of the links to
-        the others; etcd waits up to 750 ms for the raft index to move.
+        Differs from etcd, which waits up to 750 ms for the raft index to move.
         """
         healthy = self._server.is_healthy
         (self._healthy if healthy else self._unhealthy).inc()
         if healthy:
-            self._text(request, 200, '{"health": "true"}')
+            write_text(request, 200, '{"health": "true"}')
         else:
-            request.reply(503, b'{"health": "false"}\n', _TEXT, _NOSNIFF)
+            write_text(request, 503, '{"health": "false"}\n')
 
     def probe(self, request: HttpRequest) -> None:
-        """GET /livez, /readyz, and single checks below them: `ok`, or 503 with what is wrong.
+        """Answer /livez, /readyz, or one check of them: `ok`, or 503 with the failed checks.
 
-        ?verbose tells of every check, ?exclude=NAME leaves one out.  A read from this member's
-        store needs nobody else; a linearizable one needs a leader and a quorum, as /health does.
+        ?verbose shows every check, ?exclude=NAME skips one.  A serializable read needs this
+        member's store only; a linearizable one needs a leader and a quorum, as /health does.
         Source: etcd 3.5 etcdhttp/health.go; 2.3 has no such paths.
         """
         path, _, single = request.path[1:].partition("/")
@@ -16237,24 +16116,21 @@ class StatusApi:
             lines += f"[-]{check} failed: {problem}\n" if problem else f"[+]{check} ok\n"
         (self._unhealthy if failed else self._healthy).inc()
         if failed:
-            request.reply(503, utf8(lines), _TEXT, _NOSNIFF)
+            write_text(request, 503, lines)
         else:
-            shown = lines if "verbose" in query else ""
-            request.reply(200, utf8(shown + "ok\n"), _TEXT, _NOSNIFF)
+            write_text(request, 200, (lines if "verbose" in query else "") + "ok\n", _NOSNIFF)
 
     def _problem(self) -> str:
-        """Why a linearizable read would fail; "" if it would not."""
+        """Return why a linearizable read would fail; "" if it would not."""
         if self._server.is_healthy:
             return ""
         return "no quorum of members is connected" if self._server.lead else "etcdserver: no leader"
 
     def stats_self(self, request: HttpRequest) -> None:
-        """GET /v2/stats/self."""
         state = raft_state_name(self._server.node.raft.role)
         request.reply(200, utf8(self._server.stats.json(state)))
 
     def stats_leader(self, request: HttpRequest) -> None:
-        """GET /v2/stats/leader."""
         server = self._server
         if not server.is_leader:
             write_message(request, 403, "not current leader")
@@ -16263,33 +16139,20 @@ class StatusApi:
         request.reply(200, server.leader_stats.json(followers).encode())
 
     def stats_store(self, request: HttpRequest) -> None:
-        """GET /v2/stats/store."""
         request.reply(200, self._server.store.stats.json().encode())
 
     def metrics(self, request: HttpRequest) -> None:
-        """/metrics for Prometheus, any method."""
         request.reply(200, utf8(self._server.metrics.text()), "text/plain; version=0.0.4")
 
     def debug_vars(self, request: HttpRequest) -> None:
-        """GET /debug/vars: etcd's variables, and where our time goes."""
-        server = self._server
-        variables: Dict[str, object] = {
-            "cmdline": [sys.executable, *sys.argv],
-            "file_descriptor_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-            "memstats": {
-                "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
-                "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
-            },
-            "raft.status": _raft_status(server.node.status()),
-            **_where_time_goes(server),
-        }
         lines = ",\n".join(
-            f"{json_string(name)}: {json_text(value)}" for name, value in variables.items()
+            f"{json_string(name)}: {json_text(value)}"
+            for name, value in debug_variables(self._server).items()
         )
         request.reply(200, utf8(f"{{\n{lines}\n}}\n"), "application/json; charset=utf-8")
 
     def log_level(self, request: HttpRequest) -> None:
-        """PUT /config/local/log: change the level of all our loggers, {"Level": "DEBUG"}."""
+        """Set the level of all loggers to that in the body, {"Level": "DEBUG"}."""
         if request.body_too_large:
             write_message(request, 413, "Request Entity Too Large")
             return
@@ -16305,10 +16168,6 @@ class StatusApi:
         package_logger("etcdhttp").info('globalLogLevel set to "%s"', level[0])
         logging.getLogger("pyetcd").setLevel(level[1])
         request.reply(204)
-
-    @staticmethod
-    def _text(request: HttpRequest, status: int, text: str) -> None:
-        request.reply(status, utf8(text), _TEXT)
 
 
 _LEVELS = {
@@ -16326,25 +16185,23 @@ _LEVELS = {
 
 
 class CorsRequest(HttpRequest):
-    """A request whose reply says which scripts of other origins may read it."""
+    """A request whose reply has the headers of CORS."""
 
     __slots__ = ("_lines", "is_allowed")
 
     def __init__(self, request: HttpRequest, lines: str, *, is_allowed: bool) -> None:
         super().__init__(request.head, request.body, request.connection)
         self.body_too_large = request.body_too_large
-        self.is_allowed = is_allowed    # may scripts of this request's origin use us?
+        self.is_allowed = is_allowed    # scripts of its origin may use the API
         self._lines = lines
 
     def reply(
         self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
         headers: str = "", more: Sequence[bytes] = (),
     ) -> None:
-        """Answer, with the lines of CORS."""
         super().reply(status, body, content_type, self._lines + headers, more)
 
     def reply_raw(self, data: bytes, more: Sequence[bytes] = ()) -> None:
-        """Answer with ready-made head and body, and the lines of CORS between."""
         status_line, _, rest = data.partition(b"\r\n")
         lines = self._lines.encode("latin-1")
         super().reply_raw(b"%b\r\n%b%b" % (status_line, lines, rest), more)
@@ -16353,14 +16210,13 @@ class CorsRequest(HttpRequest):
         self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
         *, length: Optional[int] = None,
     ) -> StreamReply:
-        """Send the head with the lines of CORS."""
         return super().start_stream(status, content_type, self._lines + headers, length=length)
 
 
 def allow_origin(request: HttpRequest, origins: FrozenSet[str]) -> HttpRequest:
-    """Return `request` so that its reply names the origin it comes from, if that is allowed.
+    """Return `request` so that its reply has the headers of CORS, if `origins` are configured.
 
-    With a list of origins every reply says that it depends on the origin, to caches between.
+    With a list of origins every reply has `Vary: Origin`, for caches on the way.
     """
     if not origins:
         return request
@@ -16378,12 +16234,12 @@ def allow_origin(request: HttpRequest, origins: FrozenSet[str]) -> HttpRequest:
 
 
 class ClientApi:
-    """Everything on the client port: a table from path to handler, after etcd's common rules.
+    """The client port: a table from path to handler.
 
-    fallback  asked for paths that etcd does not have; True: answered.  Set by the owner
+    fallback  handles paths that etcd does not have; returns True if it answered.  Set by the owner
 
-    What the head alone decides is decided once and kept with it (HttpHead.parsed, with the version
-    of users and roles that it was decided for), as heads are cached.  Thread: reactor.
+    The handler for a head is kept in HttpHead.parsed, with the version of users and roles for which
+    it was found: heads are cached, so most requests skip the search.  Thread: reactor.
     Source: etcd 2.3 etcdhttp/client.go, pkg/cors, Go http.ServeMux.
     """
 
@@ -16416,14 +16272,14 @@ class ClientApi:
 
     @property
     def handler(self) -> Handler:
-        """What answers a request of a client."""
-        return self._serve_scripts if self._origins else self.serve
+        """The handler of client requests, with CORS only if that is configured."""
+        return self._serve_with_cors if self._origins else self.serve
 
-    def _serve_scripts(self, request: HttpRequest) -> None:
+    def _serve_with_cors(self, request: HttpRequest) -> None:
         self.serve(allow_origin(request, self._origins))
 
     def serve(self, request: HttpRequest) -> None:
-        """Answer without regard to its origin: also for requests made from others."""
+        """Answer a request, or one that was made from it, such as that of the registry."""
         if self._log.isEnabledFor(logging.DEBUG):
             self._log.debug("[%s] %s remote:%s", request.method, request.target, request.remote)
         head = request.head
@@ -16434,7 +16290,7 @@ class ClientApi:
         decided[1](request)
 
     def _route(self, head: HttpHead) -> Handler:
-        """Return what answers requests with this head.  The order is that of keys-api §1.1."""
+        """Return the handler of requests with this head.  The order of the checks is etcd's."""
         path = head.path
         if head.method == "OPTIONS":
             return _reply_empty
@@ -16447,7 +16303,7 @@ class ClientApi:
         if path.startswith("/v2/auth/"):
             return self._auth.route(head)
         name = "/v2/members" if path.startswith("/v2/members/") else path
-        if path == "/new":              # a token of the discovery service: a write
+        if path == "/new":              # makes a discovery token, which is a write
             return self._guard.key(
                 head, REGISTRY_KEY + "/", write=True, recursive=False, passed=self._unknown,
                 refused=refuse_credentials,
@@ -16471,8 +16327,10 @@ class ClientApi:
 
 
 def _refuse_v3(request: HttpRequest) -> None:
-    """Answer a client of etcd 3's JSON gateway in its own words: 12 is gRPC's "unimplemented",
-    which the gateway maps to 501.  A mere 404 looks like a missing key."""
+    """Answer a client of etcd 3's JSON gateway with its 501 and gRPC's code 12, "unimplemented".
+
+    Such a client takes a 404 for a missing key.
+    """
     text = json_string(V3_REFUSAL)
     request.reply(501, f'{{"error":{text},"message":{text},"code":12}}'.encode())
 
@@ -16491,24 +16349,24 @@ def _bad_request(request: HttpRequest) -> None:
 
 
 class PeerApi:
-    """Everything on the peer port.  Source: etcd 2.3 etcdhttp/peer.go.  Thread: reactor."""
+    """The peer port.  Source: etcd 2.3 etcdhttp/peer.go.  Thread: reactor."""
 
     def __init__(self, server: EtcdServer) -> None:
         self._server = server
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer a request of a member, or of one that wants to be."""
+        """Answer a request of a member, or of one that is about to join."""
         path = request.path
         if not path.startswith("/"):
             _bad_request(request)
         elif not is_clean_path(path):
             redirect(request)
         elif path in ("/members", "/version"):
-            self._about_us(request, path)
+            self._describe_cluster(request, path)
         elif not self._server.transport.handle(request):
             not_found(request)
 
-    def _about_us(self, request: HttpRequest, path: str) -> None:
+    def _describe_cluster(self, request: HttpRequest, path: str) -> None:
         if request.method != "GET":
             refuse_method("GET", request)
         elif path == "/version":
@@ -16530,14 +16388,13 @@ DISCOVERY_DEFAULT_SIZE = 3          # of a cluster made by /new without size
 
 
 class DiscoveryService:
-    """The registry for other clusters that every member is: `/new` and `/<token>` on its clients'
-    port.
+    """The registry of other clusters on the client port of a member: `/new` and `/<token>`.
 
     do    EtcdServer.do
     keys  the handler of /v2/keys requests
 
-    Thread: reactor.  Source: discovery.etcd.io; operations notes, discovery service.
-    Differs from discovery.etcd.io: sizes below 1 are refused; no cluster can have them.
+    Thread: reactor.  Source: discovery.etcd.io.
+    Differs from discovery.etcd.io: sizes below 1 are refused, as no cluster can have them.
     """
 
     def __init__(
@@ -16548,7 +16405,7 @@ class DiscoveryService:
         self._keys = keys
 
     def handle(self, request: HttpRequest) -> bool:
-        """Answer a request for the registry; False if the path is none of ours."""
+        """Answer a request for the registry; return False for any other path."""
         path = request.path
         if path == "/new":
             self._new(request)
@@ -16556,38 +16413,38 @@ class DiscoveryService:
         match = _TOKEN_PATH.fullmatch(path)
         if match is None:
             return False
-        if request.method in _TOKEN_METHODS[_token_route(match.group(1) or "")]:
+        if request.method in _TOKEN_METHODS.get(match.group(1), ("GET", "PUT", "DELETE")):
             self._forward(request)
         else:
             request.reply(405)
         return True
 
     def _new(self, request: HttpRequest) -> None:
-        """Make a token, and answer with the URL under which the client reached us."""
+        """Make a token; answer with its URL, below the host that the client asked."""
         host = request.headers.get("host", "")
         if is_from_browser(request.headers) and not (
             isinstance(request, CorsRequest) and request.is_allowed
         ):
-            _reply_text(request, 403, _NOT_FOR_PAGES)
+            write_text(request, 403, _NOT_FOR_PAGES)
             return
         if request.body_too_large:
-            _reply_text(request, 413, "413 Request Entity Too Large\n")
+            write_text(request, 413, "413 Request Entity Too Large\n")
             return
         try:
             size = _wanted_size(request)
         except ValueError as error:
-            _reply_text(request, 400, f"{error}\n")
+            write_text(request, 400, f"{error}\n")
             return
         if not host:
-            _reply_text(request, 400, "missing Host header\n")
+            write_text(request, 400, "missing Host header\n")
             return
         token = os.urandom(16).hex()
 
         def done(result: Any) -> None:
             if isinstance(result, EtcdError):
-                _reply_text(request, 400, f"Unable to generate token: {result.cause}\n")
+                write_text(request, 400, f"Unable to generate token: {result.cause}\n")
             else:
-                _reply_text(request, 200, f"{request.scheme}://{host}/{token}")
+                write_text(request, 200, f"{request.scheme}://{host}/{token}")
 
         self._do(
             Request(
@@ -16600,7 +16457,7 @@ class DiscoveryService:
     def _forward(self, request: HttpRequest) -> None:
         """Serve the request as one for the key below the registry."""
         old = request.head
-        # A head is shared by all requests with the same bytes, so a new one is made.
+        # All requests with the same bytes share a head, so this one needs a copy.
         head = HttpHead(
             old.method, f"/v2/keys{REGISTRY_KEY}{old.target}", old.minor, old.headers
         )
@@ -16616,11 +16473,11 @@ _NOT_FOR_PAGES = (
 
 
 def is_from_browser(headers: Mapping[str, str]) -> bool:
-    """True if a browser sends this, unless it says that its user has typed the address.
+    """True for a request of a web page; False for programs, and for an address that a user typed.
 
-    Browsers name the kind of a request in Sec-Fetch-Site where a connection is secure or local;
-    elsewhere, and for a page whose own name was bound to our address, only what every request
-    of theirs has tells them from programs.
+    On secure and local connections browsers send Sec-Fetch-Site.  On others, and for a page whose
+    own name resolves to this member (DNS rebinding), only headers that every browser sends tell
+    it from a program.
     """
     site = headers.get("sec-fetch-site")
     if site is not None:
@@ -16634,19 +16491,11 @@ def is_from_browser(headers: Mapping[str, str]) -> bool:
 
 
 _TOKEN_PATH = re.compile("/[0-9a-f]{32}(/?|/_config/size|/[^/]+)")
-_TOKEN_METHODS = {
-    "token": ("GET", "PUT"), "size": ("GET",), "machine": ("GET", "PUT", "DELETE"),
-}
-
-
-def _token_route(rest: str) -> str:
-    if rest in ("", "/"):
-        return "token"
-    return "size" if rest == "/_config/size" else "machine"
+_TOKEN_METHODS = {"": ("GET", "PUT"), "/": ("GET", "PUT"), "/_config/size": ("GET",)}
 
 
 def _wanted_size(request: HttpRequest) -> int:
-    """The size that a /new request asks for.  Raises ValueError."""
+    """Return the cluster size in a /new request.  Raises ValueError."""
     query = request.query.encode("latin-1")
     body = request.body if request.method in ("POST", "PUT", "PATCH") else b""
     if len(query) + len(body) > SHORT_HEADER_BYTES_MAX:
@@ -16664,17 +16513,10 @@ def _wanted_size(request: HttpRequest) -> int:
     return size
 
 
-def _reply_text(request: HttpRequest, status: int, text: str) -> None:
-    request.reply(
-        status, text.encode("utf-8"), "text/plain; charset=utf-8",
-        "X-Content-Type-Options: nosniff\r\n" if status != 200 else "",
-    )
-
-
 # ============================================================================
-# life/discovery -- The discovery client: how members that start find each other.
+# life/discovery -- The discovery client: new members find each other at a registry, or by SRV records.
 # ----------------------------------------------------------------------------
-# Plain blocking code that runs before the reactor starts.
+# Blocks; runs before the reactor starts.
 # ============================================================================
 
 
@@ -16682,7 +16524,7 @@ DISCOVERY_DIAL_SECONDS = 30.0       # connecting to the registry; above: unreach
 DISCOVERY_ANSWER_SECONDS = 5.0      # silence of the registry, watches excepted
 DISCOVERY_RETRY_FIRST_SECONDS = 2.0
 DISCOVERY_RETRY_SECONDS_MAX = 256.0  # longest wait between two tries
-DISCOVERY_PAUSE_SECONDS = 0.25      # after a wait that the registry ended at once; then longer
+DISCOVERY_PAUSE_SECONDS = 0.25      # after a watch that the registry ended at once; then longer
 DISCOVERY_PAUSE_SECONDS_MAX = 32.0
 DISCOVERY_REDIRECTS_MAX = 10        # of one request; above: unreachable
 _SIZE_EXAMPLE = f"size={DISCOVERY_DEFAULT_SIZE}"
@@ -16690,11 +16532,11 @@ _PUBLIC_REGISTRY = "discovery.etcd.io"
 
 
 class DiscoveryUnreachable(DiscoveryError):
-    """The registry did not answer, or with 5xx: worth another try."""
+    """The registry did not answer, or answered 5xx: worth another try."""
 
 
 class DiscoveryFull(DiscoveryError):
-    """The wanted number of members has registered, and we are not among them."""
+    """Enough other members have registered: there is no place for this one."""
 
     def __init__(self, members: List[Registration]) -> None:
         super().__init__("discovery: cluster is full")
@@ -16702,7 +16544,7 @@ class DiscoveryFull(DiscoveryError):
 
 
 class DuplicateId(DiscoveryError):
-    """Our member id stands in the registry, yet our data directory is empty."""
+    """The registry has this member id already, but the data directory is empty."""
 
 
 class DuplicateName(DiscoveryError):
@@ -16712,13 +16554,13 @@ class DuplicateName(DiscoveryError):
 class Registration(NamedTuple):
     """One member in the registry."""
 
-    id: str                             # hex, last part of the key
+    id: str                             # hex: the last part of the key
     value: str                          # `name=url[,name=url]`
     created_index: int
 
 
 class RegistryState(NamedTuple):
-    """What one look at the registry showed."""
+    """The registry at one moment."""
 
     members: List[Registration]         # the first `size`, oldest first
     size: int
@@ -16732,9 +16574,20 @@ def blocking_get(
 
     Raises OSError or http.client.HTTPException.
     """
-    connection = _open_connection(url, timeout_s, tls)
+    return _exchange(_open_connection(url, timeout_s, tls), "GET", target, timeout_s)
+
+
+def _exchange(
+    connection: http.client.HTTPConnection, method: str, target: str, answer_s: Optional[float],
+    form: str = "",
+) -> Tuple[int, http.client.HTTPMessage, bytes]:
+    """Connect, send one request and return (status, headers, body); answer_s: longest silence."""
     try:
-        connection.request("GET", target)
+        connection.connect()
+        connection.sock.settimeout(answer_s)
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        headers = {"Content-Type": "application/x-www-form-urlencoded"} if form else {}
+        connection.request(method, target, form or None, headers)
         response = connection.getresponse()
         return response.status, response.headers, response.read(CALL_BODY_BYTES_MAX)
     finally:
@@ -16754,9 +16607,9 @@ def _open_connection(
 
 
 def look_up(host: str, timeout_s: float) -> None:
-    """Ask the name servers, so that whoever connects has the answer soon.
+    """Resolve `host` on another thread, so that a connection then has the answer from a cache.
 
-    Raises OSError, also if they are silent: they may be for minutes, where no signal is heard.
+    Raises OSError, also after timeout_s: a lookup can block for minutes, and no signal ends it.
     """
     answers: queue.SimpleQueue[Optional[Exception]] = queue.SimpleQueue()
 
@@ -16773,18 +16626,18 @@ def look_up(host: str, timeout_s: float) -> None:
 
 
 class Discovery:
-    """One member's way through the registry of a discovery URL, to the initial cluster.
+    """Registers a member at a discovery URL, and waits for the initial cluster.
 
     url         scheme://host[:port]/<token key>, on any etcd v2 or discovery service
-    member_id   ours; its hex text is our key in the registry; 0 for who will not be a member
-    pairs       our `name=url[,name=url]`, sorted
+    member_id   its hex text is the key of this member in the registry; 0 for a proxy
+    pairs       `name=url[,name=url]` of this member, sorted
     proxy       URL of an HTTP proxy, or ""
     sleep       called with the seconds to wait before another try
 
-    Raises DiscoveryError for a URL that is none.
-    Thread: one, and it blocks.  Source: etcd 2.3 discovery; peer-and-disk notes on token discovery.
-    Differs from etcd: while waiting, only a new member's registration counts; etcd counts every
-    event, so that a changed or deleted key made a cluster with a member missing.
+    Raises DiscoveryError for a bad URL.
+    Thread: one, and it blocks.  Source: etcd 2.3 discovery.
+    Differs from etcd: only the registration of a new member ends the wait; etcd counts every
+    event, so a changed or deleted key leads to a cluster with a member missing.
     """
 
     def __init__(
@@ -16799,28 +16652,28 @@ class Discovery:
         self._proxy = check_proxy_url(proxy)
         self._sleep = sleep
         self._backoff = Backoff(DISCOVERY_RETRY_FIRST_SECONDS, DISCOVERY_RETRY_SECONDS_MAX)
-        self._retries = 0               # of this object; the first one gets advice
+        self._retries = 0               # of all steps; only the first one is logged with advice
         self.resumed = False            # join() found a registration of an earlier try
         self._log = package_logger("discovery")
         if self._proxy:
             self._log.info('using proxy "%s"', self._proxy)
 
     def join(self) -> str:
-        """Register, wait for the others, and return the initial cluster `name=url,...`.
+        """Register, wait for the other members, and return the initial cluster `name=url,...`.
 
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
-        self._check()
+        self._read_registry()
         self._register()
-        return self._initial_cluster(self._wait(self._check()))
+        return self._initial_cluster(self._wait_until_complete())
 
     def find(self) -> str:
-        """Wait for the members without becoming one; return the initial cluster.
+        """Wait for the members without registering; return the initial cluster.
 
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
         try:
-            return self._initial_cluster(self._wait(self._check()))
+            return self._initial_cluster(self._wait_until_complete())
         except DiscoveryFull as full:
             return self._initial_cluster(full.members)
 
@@ -16835,15 +16688,15 @@ class Discovery:
             raise DuplicateName("discovery: found duplicate name")
         return text
 
-    def _check(self) -> RegistryState:
-        """Look until the registry answers.  Raises DiscoveryFull if there is no place for us."""
+    def _read_registry(self) -> RegistryState:
+        """Return the state of the registry, once it answers.  Raises DiscoveryFull."""
         while True:
             try:
-                return self._look()
+                return self._get_state()
             except DiscoveryUnreachable as error:
-                self._wait_to_retry("cluster status check", error)
+                self._sleep_before_retry("cluster status check", error)
 
-    def _look(self) -> RegistryState:
+    def _get_state(self) -> RegistryState:
         options = "?quorum=false&recursive=false&sorted=false"
         size = self._size(self._get("/_config/size" + options)[1])
         index, body = self._get(options)
@@ -16865,67 +16718,65 @@ class Discovery:
         return int(text)
 
     def _register(self) -> None:
-        """Create our key, and wait until the registry shows it."""
+        """Create the key of this member, and wait until the registry shows it."""
         created, tries = 0, 0
         while not created:
             tries += 1
             try:
                 created = self._create(is_again=tries > 1)
             except DiscoveryUnreachable as error:
-                self._wait_to_retry("registration", error)
-        with contextlib.suppress(DiscoveryUnreachable):     # the next look tries again
-            self._request(
-                "GET", f"/{self._id}?recursive=false&wait=true&waitIndex={created}", "", None
-            )
+                self._sleep_before_retry("registration", error)
+        with contextlib.suppress(DiscoveryUnreachable):     # the next step tries again
+            self._request("GET", f"/{self._id}?recursive=false&wait=true&waitIndex={created}")
 
     def _create(self, *, is_again: bool) -> int:
-        """Create our key, or find the one that a lost answer was about; return its index.
+        """Create the key of this member, or find it from an earlier try; return its index.
 
-        A key with our value is ours if this process has tried before (is_again), and if no other
-        host can have written it.  Without the second rule a member that is restarted while it waits
-        would be locked out.  Whether it has lost a log since is for the other members to say.
-        Differs from etcd, which takes such a key for a sign that the log is lost.
+        A key with the same value is from an earlier try if this process tried before (is_again),
+        or if no other host can have written it.  The second case is a member that was restarted
+        while it waited.  Its peers report later whether it ran and lost its log since.
+        Differs from etcd, which concludes from such a key that the log is lost.
         """
         form = urllib.parse.urlencode({"value": self._pairs})
         suffix = f"/{self._id}?prevExist=false"
-        _, body = self._request("PUT", suffix, form, DISCOVERY_ANSWER_SECONDS)
+        _, body = self._request("PUT", suffix, DISCOVERY_ANSWER_SECONDS, form)
         if not (isinstance(body, dict) and body.get("errorCode") == NodeExists.code):
             return int(self._node(body).get("createdIndex", 0)) or 1
         node = self._node(self._get(f"/{self._id}?quorum=true")[1])
-        if node.get("value") != self._pairs or not (is_again or self._is_unmistakable()):
+        if node.get("value") != self._pairs or not (is_again or self._is_unique_registration()):
             raise DuplicateId("discovery: found duplicate id")
         self.resumed = True
         self._log.info("found the registration of this member, which an earlier try has made")
         return int(node.get("createdIndex", 0)) or 1
 
-    def _is_unmistakable(self) -> bool:
-        """False if another host may well have registered the same: `localhost`, elsewhere."""
+    def _is_unique_registration(self) -> bool:
+        """True unless other hosts may register the same URLs: `localhost`, on a remote registry."""
         initial = parse_initial_cluster(self._pairs)
         urls = [url for urls in initial.values() for url in urls]
         return is_local(self._endpoint) or not all(map(is_local, urls))
 
-    def _wait(self, state: RegistryState) -> List[Registration]:
-        """Return the first `size` members, when there are so many."""
+    def _wait_until_complete(self) -> List[Registration]:
+        """Return the first `size` members, once all have registered."""
         while True:
+            state = self._read_registry()
             for member in state.members:
-                self._found(member)
+                self._log_found(member)
             try:
-                members = self._wait_others(state)
+                members = self._watch_registrations(state)
             except DiscoveryUnreachable as error:
-                self._wait_to_retry("waiting for other nodes", error)
-                state = self._check()
+                self._sleep_before_retry("waiting for other nodes", error)
                 continue
             self._log.info("found %d needed peer(s)", len(members))
             return members
 
-    def _wait_others(self, state: RegistryState) -> List[Registration]:
-        """Watch until `size` members are there.
+    def _watch_registrations(self, state: RegistryState) -> List[Registration]:
+        """Watch the registry until `size` members have registered.
 
-        A registry that ends waits at once, or tells old news, is asked less and less often; once
-        may be the doing of a proxy in between.
+        The pauses grow while the registry ends watches at once or repeats old events.  The first
+        such watch has no pause: a proxy on the way may have ended it.
         """
         members, index = list(state.members), state.etcd_index
-        announced, idle = -1, 0         # idle: waits in a row that told nothing
+        announced, idle = -1, 0         # idle: watches in a row without a new event
         pause = Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
         while len(members) < state.size:
             if announced != len(members):
@@ -16944,13 +16795,13 @@ class Discovery:
                 self._sleep(pause.next())
             if body is None:
                 continue
-            if self._is_news(body.get("action"), str(node.get("key")), members):
+            if self._is_registration(body.get("action"), str(node.get("key")), members):
                 members.append(_registration(node))
-                self._found(members[-1])
+                self._log_found(members[-1])
         return members
 
-    def _is_news(self, action: Any, key: str, members: Sequence[Registration]) -> bool:
-        """True if the event is a registration that is not among `members`."""
+    def _is_registration(self, action: Any, key: str, members: Sequence[Registration]) -> bool:
+        """True if the event registers a member that is not among `members`."""
         token, _, name = key.rpartition("/")
         return (
             action in ("create", "set") and token.endswith(self._path.rpartition("/")[2])
@@ -16958,18 +16809,18 @@ class Discovery:
         )
 
     def _next_event(self, index: int) -> Optional[Dict[str, Any]]:
-        """Wait for the event at `index` or later; None if the registry ended the wait."""
-        _, body = self._request("GET", f"?recursive=true&wait=true&waitIndex={index}", "", None)
+        """Wait for the event at `index` or later; return None if the registry ends the watch."""
+        _, body = self._request("GET", f"?recursive=true&wait=true&waitIndex={index}")
         if isinstance(body, dict) and body.get("errorCode") == EventIndexCleared.code:
             raise DiscoveryUnreachable(f"the registry has forgotten the events from {index} on")
         return body if body else None
 
-    def _found(self, member: Registration) -> None:
+    def _log_found(self, member: Registration) -> None:
         who = "self" if member.id == self._id else "peer"
         self._log.info("found %s %s in the cluster", who, member.id)
 
     def _node(self, body: Any) -> Dict[str, Any]:
-        """The node of a keys API answer.  Raises DiscoveryError for an error or something else."""
+        """Return the node in an answer of the keys API.  Raises DiscoveryError if it has none."""
         if isinstance(body, dict) and isinstance(body.get("node"), dict):
             node: Dict[str, Any] = body["node"]
             return node
@@ -16978,7 +16829,7 @@ class Discovery:
             raise DiscoveryError(f"{body['errorCode']}: {body.get('message', '')}{cause}")
         raise DiscoveryError("discovery: bad discovery endpoint")
 
-    def _wait_to_retry(self, step: str, error: Exception) -> None:
+    def _sleep_before_retry(self, step: str, error: Exception) -> None:
         advice = "" if self._retries else "; " + _registry_advice(self._endpoint)
         self._retries += 1
         self._log.error("error #0: %s%s", error, advice)
@@ -16990,18 +16841,20 @@ class Discovery:
         self._sleep(wait_s)
 
     def _get(self, suffix: str) -> Tuple[int, Any]:
-        return self._request("GET", suffix, "", DISCOVERY_ANSWER_SECONDS)
+        return self._request("GET", suffix, DISCOVERY_ANSWER_SECONDS)
 
     def _request(
-        self, method: str, suffix: str, form: str, answer_s: Optional[float]
+        self, method: str, suffix: str, answer_s: Optional[float] = None, form: str = ""
     ) -> Tuple[int, Any]:
-        """Return (X-Etcd-Index or 0, decoded JSON; None for an empty body), redirects followed.
+        """Follow redirects; return (X-Etcd-Index or 0, decoded JSON or None for an empty body).
 
-        Raises DiscoveryUnreachable, and DiscoveryError for what is not JSON.
+        answer_s  longest silence of the registry; None: no limit, for watches
+
+        Raises DiscoveryUnreachable, and DiscoveryError for a body that is not JSON.
         """
         url = self._endpoint + self._path + suffix
         for _ in range(DISCOVERY_REDIRECTS_MAX):
-            status, headers, body = self._exchange(method, url, form, answer_s)
+            status, headers, body = self._send(method, url, answer_s, form)
             if status >= 500:
                 raise DiscoveryUnreachable(f"unexpected status code {status} from {self._endpoint}")
             location = headers.get("Location", "")
@@ -17016,35 +16869,25 @@ class Discovery:
         except ValueError:
             raise DiscoveryError("discovery: bad discovery endpoint") from None
 
-    def _exchange(
-        self, method: str, url: str, form: str, answer_s: Optional[float]
+    def _send(
+        self, method: str, url: str, answer_s: Optional[float], form: str
     ) -> Tuple[int, http.client.HTTPMessage, bytes]:
-        """One request on a connection of its own.  Raises DiscoveryUnreachable."""
+        """Send one request on a connection of its own.  Raises DiscoveryUnreachable."""
         parts = urlsplit(url)
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         if self._proxy and parts.scheme == "http":
             target = url
-        connection = self._connect(parts)
         try:
-            connection.connect()
-            connection.sock.settimeout(answer_s)
-            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            headers = {"Content-Type": "application/x-www-form-urlencoded"} if form else {}
-            connection.request(method, target, form or None, headers)
-            response = connection.getresponse()
-            return response.status, response.headers, response.read(CALL_BODY_BYTES_MAX)
+            return _exchange(self._connection(parts), method, target, answer_s, form)
         except (OSError, http.client.HTTPException) as error:
             where = self._proxy or f"{parts.scheme}://{parts.netloc}"
             raise DiscoveryUnreachable(f"{method} {url}: {where}: {_reason(error)}") from None
-        finally:
-            connection.close()
 
-    def _connect(self, parts: urllib.parse.SplitResult) -> http.client.HTTPConnection:
-        if not self._proxy:
-            return _open_connection(f"{parts.scheme}://{parts.netloc}", DISCOVERY_DIAL_SECONDS)
+    def _connection(self, parts: urllib.parse.SplitResult) -> http.client.HTTPConnection:
+        if not self._proxy or parts.scheme == "http":
+            url = self._proxy or f"{parts.scheme}://{parts.netloc}"
+            return _open_connection(url, DISCOVERY_DIAL_SECONDS)
         proxy = urlsplit(self._proxy)
-        if parts.scheme == "http":
-            return _open_connection(self._proxy, DISCOVERY_DIAL_SECONDS)
         tunnel = http.client.HTTPSConnection(
             proxy.hostname or "", proxy.port or 80, timeout=DISCOVERY_DIAL_SECONDS
         )
@@ -17055,7 +16898,7 @@ class Discovery:
 def check_discovery_url(url: str) -> str:
     """Return `url` with its scheme in lower case.
 
-    Raises DiscoveryError if no registry can be there, or if it does not name one cluster's token.
+    Raises DiscoveryError for a bad URL, or for one that does not end with the token of a cluster.
     """
     why = ""
     try:
@@ -17088,17 +16931,14 @@ def check_discovery_url(url: str) -> str:
 
 
 def _is_dialable(scheme: str, authority: str) -> bool:
-    """True if it names a host (an IPv6 address in brackets), and a port that is one, if any."""
+    """True if `authority` has a host, IPv6 addresses in brackets, and no port 0."""
     host, port = split_address(authority.rpartition("@")[2])
     is_host = bool(host) and (host.startswith("[") or ":" not in host)
     return scheme in ("http", "https") and is_host and int(port[1:] or 1) != 0
 
 
 def check_proxy_url(proxy: str) -> str:
-    """Return the URL of an HTTP proxy, given as one or as `host:port`; "" for "".
-
-    Raises DiscoveryError.
-    """
+    """Return the URL of an HTTP proxy given as URL or `host:port`.  Raises DiscoveryError."""
     if not proxy:
         return ""
     url = proxy if "://" in proxy else "http://" + proxy
@@ -17112,7 +16952,7 @@ def check_proxy_url(proxy: str) -> str:
 
 
 def _registry_advice(endpoint: str) -> str:
-    """Say what to do about a registry that does not answer."""
+    """Return what to do about a registry that does not answer."""
     public = _PUBLIC_REGISTRY in endpoint
     what = "the public discovery service is out of use" if public else (
         f"no discovery service answers at {endpoint}, is it running there?"
@@ -17135,7 +16975,8 @@ def srv_cluster(
 ) -> str:
     """Return the initial cluster `name=url,...` that the SRV records of `domain` describe.
 
-    The record of one of our peer_urls gets own_name, the others `0`, `1`...
+    own_name   name for the record that leads to one of peer_urls; the others are `0`, `1`...
+    servers    (address, port) of the name servers
 
     Raises DiscoveryError.  Source: etcd 2.3 discovery/srv.go.
     """
@@ -17179,19 +17020,19 @@ def _resolve(url: str) -> Set[Tuple[str, int]]:
 
 
 # ============================================================================
-# life/addresses -- Addresses of this host, and what members say of themselves.
+# life/addresses -- Addresses of this host, and the lists of members that flags, peers and DNS give.
 # ============================================================================
 
 
-JOIN_ANSWER_SECONDS = 10.0          # for /members and /version of a cluster that we join
-PROBE_ANSWER_SECONDS = 1.0          # for /members of peers that may not be up yet
+JOIN_ANSWER_SECONDS = 10.0          # for /members and /version of the cluster to join
+PROBE_ANSWER_SECONDS = 1.0          # for /members of peers that may be down
 
 
 def is_elsewhere(url: str) -> bool:
-    """True if `url` has an address that is certainly none of this machine."""
+    """True if the address in `url` is certainly of another machine; False for any name."""
     host = url_address(url)[0]
     if not is_ip(host):
-        return False                # a name: it may be ours
+        return False
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as sock:
@@ -17202,17 +17043,17 @@ def is_elsewhere(url: str) -> bool:
 
 
 def default_route_address() -> str:
-    """Return our IPv4 address on the interface with the default route, or ""."""
+    """Return the IPv4 address of the interface with the default route, or ""."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(("192.0.2.1", 9))  # a datagram socket only looks up the route: nothing is sent
+        sock.connect(("192.0.2.1", 9))  # sends nothing: a datagram socket looks up the route
         return str(sock.getsockname()[0])
     return ""
 
 
 def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
-    """True if each URL of either list has an address of one in the other, host names resolved.
+    """True if each URL of one list shares an address with a URL of the other; names are resolved.
 
-    `localhost` is compared as text, as etcd does: it means another machine everywhere.
+    `localhost` is compared as text, as in etcd: it means another machine everywhere.
     """
     def resolved(urls: Sequence[str]) -> List[Set[Tuple[str, str, int]]]:
         found = []
@@ -17263,7 +17104,7 @@ def parse_members(body: bytes) -> List[Member]:
 def fetch_cluster(
     urls: Sequence[str], timeout_s: float, tls: Optional[TlsContext], *, quiet: bool = False
 ) -> Optional[Tuple[int, List[Member]]]:
-    """Return the first answer of fetch_members to any of `urls`; None if there is none."""
+    """Return fetch_members() of the first of `urls` that answers; None if none does."""
     for url in urls:
         try:
             return fetch_members(url, timeout_s, tls)
@@ -17276,7 +17117,6 @@ def fetch_cluster(
 
 
 def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> None:
-    """The start-up lines that say with what the member works."""
     log = package_logger("etcdserver")
     log.info("name = %s", config.name)
     if config.force_new_cluster:
@@ -17300,12 +17140,12 @@ def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> N
 
 
 def default_initial_cluster(name: str) -> str:
-    """Return -initial-cluster where it is not given: the member alone, on the default peer URLs."""
+    """Return the default of -initial-cluster: the member alone, on the default peer URLs."""
     return ",".join(f"{name}={url}" for url in DEFAULT_PEER_URLS.split(","))
 
 
 def url_given_twice(initial: Mapping[str, Tuple[str, ...]]) -> str:
-    """Return a peer URL that is in the list of members more than once; "" if there is none."""
+    """Return the first peer URL that `initial` holds twice; "" if there is none."""
     urls = [url for urls in initial.values() for url in urls]
     return next((url for url in urls if urls.count(url) > 1), "")
 
@@ -17344,22 +17184,23 @@ def _initial_members(config: ServerConfig) -> Dict[str, Tuple[str, ...]]:
     return initial
 
 
-def _new_cluster(token: str, initial: Mapping[str, Tuple[str, ...]]) -> Cluster:
+def _new_cluster(
+    config: ServerConfig, token: str, initial: Mapping[str, Tuple[str, ...]]
+) -> Tuple[Cluster, Member]:
+    """Return the cluster of these members and this member in it.  Raises StartError."""
     try:
-        return Cluster.from_initial(token, dict(initial))
+        cluster = Cluster.from_initial(token, dict(initial))
     except ValueError as error:
         raise StartError(f"error setting up initial cluster: {error}") from None
-
-
-def _own_member(config: ServerConfig, cluster: Cluster) -> Member:
     member = cluster.member_by_name(config.name)
     if member is None:
         raise StartError(f'member "{config.name}" is not in the cluster that discovery found')
-    return member
+    cluster.local_id = member.id
+    return cluster, member
 
 
 def _bootstrap_entries(cluster: Cluster) -> List[Entry]:
-    """One ConfChange per initial member, ascending by id: identical bytes on every member."""
+    """Return a ConfChange per initial member, ascending by id: the same bytes on every member."""
     entries = []
     for index, member in enumerate(sorted(cluster.members.values(), key=lambda m: m.id), 1):
         context = utf8(member.context_json())
@@ -17369,45 +17210,49 @@ def _bootstrap_entries(cluster: Cluster) -> List[Entry]:
 
 
 # ============================================================================
-# life/flags -- Flags: what can be set, and how its text is read.
+# life/flags -- Flags: a row for each, with its parser, default, help and field of ServerConfig.
 # ============================================================================
 
 
 class FlagError(ValueError):
-    """A flag or variable that cannot be used.  The text is one line; etcd's words come first."""
+    """A flag or variable with a bad value.  The text is one line that begins with etcd's words."""
 
 
 class Flag(NamedTuple):
-    """One flag.  parse turns its text into the value, or raises ValueError with the reason."""
+    """One flag.
+
+    parse      turns the text into the value; raises ValueError with the reason
+    no_effect  why the flag does nothing here; logged when it is given
+    field      the field of ServerConfig that the value fills, or `client_tls.<field>` and
+               `peer_tls.<field>` of TlsFiles; "" if another function reads the flag
+    """
 
     name: str
     parse: Callable[[str], Any]
     default: Any
     help: str
-    no_effect: str = ""                 # why it does nothing here; told when it is given
+    no_effect: str = ""
+    field: str = ""
 
     @property
     def is_bool(self) -> bool:
-        """True if the flag may stand alone: `-debug`."""
+        """True if the flag may stand without a value: `-debug`."""
         return isinstance(self.default, bool)
 
     @property
     def variable(self) -> str:
-        """Name of the environment variable."""
         return "ETCD_" + self.name.upper().replace("-", "_")
 
 
 def parse_bool(text: str) -> bool:
-    """The boolean words of Go."""
-    if text in ("1", "t", "T", "true", "TRUE", "True"):
-        return True
-    if text in ("0", "f", "F", "false", "FALSE", "False"):
-        return False
-    raise ValueError("parse error")
+    """Return the value of a boolean, in the words of Go.  Raises ValueError."""
+    if text not in GO_BOOLS:
+        raise ValueError("parse error")
+    return GO_BOOLS[text]
 
 
 def parse_uint(text: str) -> int:
-    """An unsigned integer; 0x, 0o, 0b and 0 prefixes as in Go."""
+    """Return an unsigned integer; the prefixes 0x, 0o, 0b and 0 are those of Go."""
     plain = re.fullmatch("0([0-7]+)", text)
     try:
         if not re.fullmatch("[0-9a-zA-Z]+", text):
@@ -17420,12 +17265,11 @@ def parse_uint(text: str) -> int:
     return value
 
 
-class Refusal(ValueError):
-    """Why a flag cannot be had at all, whatever its value, and what to do instead."""
+class UnsupportedFlag(ValueError):
+    """A flag that is not supported with any value.  The text gives the reason and the remedy."""
 
 
 def _parse_domain(text: str) -> str:
-    """The domain of -discovery-srv."""
     try:
         authority = split_url(f"http://{text}")[1]
     except ValueError:
@@ -17435,17 +17279,17 @@ def _parse_domain(text: str) -> str:
     return text
 
 
-def _parse_choice(*choices: str) -> Callable[[str], str]:
+def _one_of(*choices: str, refusal: str = "") -> Callable[[str], str]:
+    """Return the parser that accepts `choices`; refusal: its reason for any other text."""
     def parse(text: str) -> str:
         if text not in choices:
-            raise ValueError(f"invalid value, use one of {', '.join(choices)}")
+            raise ValueError(refusal or f"invalid value, use one of {', '.join(choices)}")
         return text
 
     return parse
 
 
 def _parse_origins(text: str) -> Tuple[str, ...]:
-    """Origins for CORS: `*`, or URLs."""
     origins = tuple(origin.strip() for origin in text.split(",") if origin.strip())
     for origin in origins:
         if origin != "*" and not re.fullmatch(r"https?://[^\s/]+/?", origin):
@@ -17454,7 +17298,7 @@ def _parse_origins(text: str) -> Tuple[str, ...]:
 
 
 def _parse_levels(text: str) -> Dict[str, int]:
-    """`package=LEVEL,*=LEVEL` -> package -> level of the logging module; `*` is "" ."""
+    """Return package -> level of the logging module for `package=LEVEL,*=LEVEL`; `*` is ""."""
     levels: Dict[str, int] = {}
     for part in filter(None, text.split(",")):
         package, _, level = part.partition("=")
@@ -17476,7 +17320,7 @@ _LOG_LEVELS = {
 
 
 def _parse_address(text: str) -> str:
-    """`ip:port` of the flags of etcd 0.4, without a scheme."""
+    """Return `ip:port` as the flags of etcd 0.4 have it, without a scheme.  Raises ValueError."""
     host, colon, port = text.rpartition(":")
     if not colon or (":" in host and not re.fullmatch(r"\[.*\]", host)):
         raise ValueError(f"address {text}: missing port in address")
@@ -17502,21 +17346,11 @@ def _parse_proxy(text: str) -> str:
         raise ValueError(str(error)) from None
 
 
-def _refusing(reason: str, *harmless: str) -> Callable[[str], str]:
-    """A parser that takes "" and the `harmless` values, and raises ValueError for any other."""
-    def parse(text: str) -> str:
-        if text and text not in harmless:
-            raise ValueError(reason)
-        return text
-
-    return parse
-
-
 def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
-    """The parser of auto-tls or peer-auto-tls, which may only be false."""
+    """Return the parser of auto-tls or peer-auto-tls, which may only be false."""
     def parse(text: str) -> bool:
         if parse_bool(text):
-            raise Refusal(
+            raise UnsupportedFlag(
                 f"is not supported: pyetcd cannot make certificates; make one with `openssl req"
                 f" -x509 -newkey rsa:2048 -nodes -days 365 -keyout key.pem -out cert.pem"
                 f" -subj /CN=etcd -addext subjectAltName=IP:127.0.0.1,IP:"
@@ -17528,130 +17362,127 @@ def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     return parse
 
 
+def flag_rows(table: str) -> Tuple[Flag, ...]:
+    """Return the flags of a table with a row `name  kind  help` for each.
+
+    kind  a key of _KINDS, or the accepted words with | between; then, if the field has another
+          name than the flag, a colon and the field.  The default is that of the field.
+    """
+    flags = []
+    for row in table.strip().split("\n"):
+        name, kind, help = re.split(" {2,}", row, maxsplit=2)
+        kind, _, field = kind.partition(":")
+        field = field or name.replace("-", "_") + "_ms" * (kind == "ms")
+        parse, default = _KINDS[kind] if kind in _KINDS else (_one_of(*kind.split("|")), "")
+        if hasattr(_DEFAULTS, field.partition(".")[0]):
+            default = operator.attrgetter(field)(_DEFAULTS)
+        else:
+            field = ""
+        flags.append(Flag(name, parse, default, help, field=field))
+    return tuple(flags)
+
+
+_DEFAULTS = ServerConfig()
+_KINDS: Dict[str, Tuple[Callable[[str], Any], Any]] = {     # parser, default without a field
+    "text": (str, ""), "bool": (parse_bool, False), "uint": (parse_uint, 0), "ms": (parse_uint, 0),
+    "urls": (parse_urls, ()), "origins": (_parse_origins, ()), "levels": (_parse_levels, {}),
+    "token": (_parse_discovery, ""), "http-proxy": (_parse_proxy, ""),
+    "domain": (_parse_domain, ""), "address": (_parse_address, ""),
+}
+
 FLAGS: Dict[str, Tuple[Flag, ...]] = {
-    "member": (
-        Flag("name", str, DEFAULT_NAME, "human-readable name for this member."),
-        Flag("data-dir", str, "", "path to the data directory (default: <name>.etcd)."),
-        Flag("wal-dir", str, "", "path to the dedicated wal directory."),
-        Flag("snapshot-count", parse_uint, DEFAULT_SNAPSHOT_COUNT,
-             "number of committed transactions to trigger a snapshot to disk."),
-        Flag("heartbeat-interval", parse_uint, DEFAULT_HEARTBEAT_MS,
-             "time (in milliseconds) of a heartbeat interval."),
-        Flag("election-timeout", parse_uint, DEFAULT_ELECTION_MS,
-             "time (in milliseconds) for an election to timeout."),
-        Flag("listen-peer-urls", parse_urls, parse_urls(DEFAULT_PEER_URLS),
-             "list of URLs to listen on for peer traffic."),
-        Flag("listen-client-urls", parse_urls, parse_urls(DEFAULT_CLIENT_URLS),
-             "list of URLs to listen on for client traffic."),
-        Flag("max-snapshots", parse_uint, DEFAULT_SNAPSHOTS_KEPT,
-             "maximum number of snapshot files to retain (0 is unlimited)."),
-        Flag("max-wals", parse_uint, DEFAULT_WALS_KEPT,
-             "maximum number of wal files to retain (0 is unlimited)."),
-        Flag("cors", _parse_origins, (),
-             "comma-separated whitelist of origins for cross-origin resource sharing."),
-    ),
-    "clustering": (
-        Flag("initial-advertise-peer-urls", parse_urls, parse_urls(DEFAULT_PEER_URLS),
-             "list of this member's peer URLs to advertise to the rest of the cluster."),
-        Flag("advertise-client-urls", parse_urls, parse_urls(DEFAULT_CLIENT_URLS),
-             "list of this member's client URLs to advertise to the rest of the cluster."),
-        Flag("initial-cluster", str, "",
-             "initial cluster, `name=url` pairs (default: this member alone)."),
-        Flag("initial-cluster-state", _parse_choice("new", "existing"), "new",
-             "initial cluster state: `new`, or `existing` to join a running cluster."),
-        Flag("initial-cluster-token", str, DEFAULT_CLUSTER_TOKEN,
-             "token of the cluster: clusters with different tokens do not mix."),
-        Flag("discovery", _parse_discovery, "", "discovery URL used to bootstrap the cluster."),
-        Flag("discovery-fallback", _parse_choice("exit", "proxy"), "proxy",
-             "behavior when the discovery cluster is full: `exit` or `proxy`."),
-        Flag("discovery-proxy", _parse_proxy, "",
-             "HTTP proxy to use for traffic to discovery service."),
-        Flag("discovery-srv", _parse_domain, "", "dns srv domain used to bootstrap the cluster."),
-        Flag("discovery-srv-name", _refusing(
-            "a suffix of the SRV names is not supported; publish the records without it"
-        ), "", "not supported: suffix of the SRV names."),
-        Flag("strict-reconfig-check", parse_bool, True,
-             "reject reconfiguration requests that would cause quorum loss."),
-    ),
-    "proxy": (
-        Flag("proxy", _parse_choice("off", "readonly", "on"), "off",
-             "proxy mode: `off`, `readonly` or `on`."),
-        Flag("proxy-failure-wait", parse_uint, 5000,
-             "time (in milliseconds) an endpoint is held in a failed state."),
-        Flag("proxy-refresh-interval", parse_uint, 30000,
-             "time (in milliseconds) between two refreshes of the endpoints."),
-        Flag("proxy-dial-timeout", parse_uint, 1000,
-             "time (in milliseconds) for a dial to timeout, 0 is unlimited."),
-        Flag("proxy-write-timeout", parse_uint, 5000,
-             "time (in milliseconds) for a write to timeout, 0 is unlimited."),
-        Flag("proxy-read-timeout", parse_uint, 0,
-             "time (in milliseconds) for a read to timeout, 0 is unlimited."),
-    ),
-    "security": (
-        Flag("ca-file", str, "", "[DEPRECATED] -trusted-ca-file with -client-cert-auth."),
-        Flag("cert-file", str, "", "path to the client server TLS cert file."),
-        Flag("key-file", str, "", "path to the client server TLS key file."),
-        Flag("client-cert-auth", parse_bool, False, "require client certificates."),
-        Flag("trusted-ca-file", str, "", "path to the client server TLS CA file."),
-        Flag("client-crl-file", str, "", "path to the client certificate revocation list."),
-        Flag("client-cert-allowed-hostname", str, "", "name that client certificates must have."),
-        Flag("auto-tls", _parse_auto_tls(""), False, "not supported: give -cert-file, -key-file."),
-        Flag("peer-ca-file", str, "",
-             "[DEPRECATED] -peer-trusted-ca-file with -peer-client-cert-auth."),
-        Flag("peer-cert-file", str, "", "path to the peer server TLS cert file."),
-        Flag("peer-key-file", str, "", "path to the peer server TLS key file."),
-        Flag("peer-client-cert-auth", parse_bool, False, "require certificates of peers."),
-        Flag("peer-trusted-ca-file", str, "", "path to the peer server TLS CA file."),
-        Flag("peer-crl-file", str, "", "path to the peer certificate revocation list."),
-        Flag("peer-cert-allowed-cn", str, "", "common name that peers' certificates must have."),
-        Flag("peer-cert-allowed-hostname", str, "",
-             "host name that peers' certificates must have."),
-        Flag("peer-auto-tls", _parse_auto_tls("peer-"), False,
-             "not supported: give -peer-cert-file, -peer-key-file."),
-        Flag("peer-client-cert-file", _refusing(
+    "member": flag_rows("""
+name  text  human-readable name for this member.
+data-dir  text  path to the data directory (default: <name>.etcd).
+wal-dir  text  path to the dedicated wal directory.
+snapshot-count  uint  number of committed transactions to trigger a snapshot to disk.
+heartbeat-interval  ms:heartbeat_ms  time (in milliseconds) of a heartbeat interval.
+election-timeout  ms:election_ms  time (in milliseconds) for an election to timeout.
+listen-peer-urls  urls  list of URLs to listen on for peer traffic.
+listen-client-urls  urls  list of URLs to listen on for client traffic.
+max-snapshots  uint  maximum number of snapshot files to retain (0 is unlimited).
+max-wals  uint  maximum number of wal files to retain (0 is unlimited).
+cors  origins  comma-separated whitelist of origins for cross-origin resource sharing.
+"""),
+    "clustering": (*flag_rows("""
+initial-advertise-peer-urls  urls  list of this member's peer URLs to advertise to other members.
+advertise-client-urls  urls  list of this member's client URLs to advertise to the cluster.
+initial-cluster  text  initial cluster, `name=url` pairs (default: this member alone).
+initial-cluster-state  new|existing  initial cluster state; `existing` joins a running cluster.
+initial-cluster-token  text  token of the cluster: clusters with different tokens do not mix.
+discovery  token  discovery URL used to bootstrap the cluster.
+discovery-fallback  exit|proxy  behavior when the discovery cluster is full: `exit` or `proxy`.
+discovery-proxy  http-proxy  HTTP proxy to use for traffic to discovery service.
+discovery-srv  domain  dns srv domain used to bootstrap the cluster.
+strict-reconfig-check  bool  reject reconfiguration requests that would cause quorum loss.
+"""), Flag("discovery-srv-name", _one_of("", refusal=(
+        "a suffix of the SRV names is not supported; publish the records without it"
+    )), "", "not supported: suffix of the SRV names.")),
+    "proxy": flag_rows("""
+proxy  off|readonly|on  proxy mode: `off`, `readonly` or `on`.
+proxy-failure-wait  ms  time (in milliseconds) an endpoint is held in a failed state.
+proxy-refresh-interval  ms  time (in milliseconds) between two refreshes of the endpoints.
+proxy-dial-timeout  ms  time (in milliseconds) for a dial to timeout, 0 is unlimited.
+proxy-write-timeout  ms  time (in milliseconds) for a write to timeout, 0 is unlimited.
+proxy-read-timeout  ms  time (in milliseconds) for a read to timeout, 0 is unlimited.
+"""),
+    "security": (*flag_rows("""
+ca-file  text:client_tls.ca_file  [DEPRECATED] -trusted-ca-file with -client-cert-auth.
+cert-file  text:client_tls.cert_file  path to the client server TLS cert file.
+key-file  text:client_tls.key_file  path to the client server TLS key file.
+client-cert-auth  bool:client_tls.client_cert_auth  require client certificates.
+trusted-ca-file  text:client_tls.trusted_ca_file  path to the client server TLS CA file.
+client-crl-file  text:client_tls.crl_file  path to the client certificate revocation list.
+client-cert-allowed-hostname  text:client_tls.allowed_name  host name in client certificates.
+peer-ca-file  text:peer_tls.ca_file  [DEPRECATED] -peer-trusted-ca-file with -peer-client-cert-auth.
+peer-cert-file  text:peer_tls.cert_file  path to the peer server TLS cert file.
+peer-key-file  text:peer_tls.key_file  path to the peer server TLS key file.
+peer-client-cert-auth  bool:peer_tls.client_cert_auth  require certificates of peers.
+peer-trusted-ca-file  text:peer_tls.trusted_ca_file  path to the peer server TLS CA file.
+peer-crl-file  text:peer_tls.crl_file  path to the peer certificate revocation list.
+peer-cert-allowed-cn  text:peer_tls.allowed_cn  common name that peers' certificates must have.
+peer-cert-allowed-hostname  text:peer_tls.allowed_name  host name in certificates of peers.
+"""),
+        *(Flag(prefix + "auto-tls", _parse_auto_tls(prefix), False,
+               f"not supported: give -{prefix}cert-file, -{prefix}key-file.")
+          for prefix in ("", "peer-")),
+        *(Flag(f"peer-client-{file}", _one_of("", refusal=(
             "peers are shown the certificate of -peer-cert-file; leave this out"
-        ), "", "not supported: -peer-cert-file serves for both directions."),
-        Flag("peer-client-key-file", _refusing(
-            "peers are shown the certificate of -peer-cert-file; leave this out"
-        ), "", "not supported: -peer-key-file serves for both directions."),
-        Flag("tls-min-version", _refusing("TLS 1.2 and later are accepted; use TLS1.2", "TLS1.2"),
-             "", "only TLS1.2, which is what holds without it too."),
-        Flag("host-whitelist", _refusing(
+        )), "", f"not supported: -peer-{file} serves for both directions.")
+          for file in ("cert-file", "key-file")),
+        Flag("tls-min-version", _one_of(
+            "", "TLS1.2", refusal="TLS 1.2 and later are accepted; use TLS1.2"
+        ), "", "only TLS1.2, which is what holds without it too."),
+        Flag("host-whitelist", _one_of("", "*", refusal=(
             "requests are answered whatever their Host; use * and protect the port by"
-            " -client-cert-auth or a firewall", "*"
-        ), "*", "not supported: only `*`."),
-    ),
-    "logging": (
-        Flag("debug", parse_bool, False, "enable debug-level logging."),
-        Flag("log-package-levels", _parse_levels, {},
-             "levels per package, such as `etcdserver=WARNING,*=INFO`."),
-    ),
-    "unsafe": (
-        Flag("force-new-cluster", parse_bool, False,
-             "make this member the only one of its cluster: after the loss of the others."),
-    ),
-    "other": (
-        Flag("version", parse_bool, False, "show the version and exit."),
-        Flag("config-file", str, "",
-             "path to a configuration file, JSON or `flag: value` lines; it counts alone."),
-    ),
-    "of etcd 0.4, still working": (
-        Flag("addr", _parse_address, "", "[DEPRECATED] use -advertise-client-urls."),
-        Flag("bind-addr", _parse_address, "", "[DEPRECATED] use -listen-client-urls."),
-        Flag("peer-addr", _parse_address, "", "[DEPRECATED] use -initial-advertise-peer-urls."),
-        Flag("peer-bind-addr", _parse_address, "", "[DEPRECATED] use -listen-peer-urls."),
-    ),
-    "of etcd 0.4, refused": (
-        Flag("peers", _refusing(
-            'flag "-peers" is no longer supported; use -initial-cluster or -discovery'
-        ), "", "no longer supported."),
-        Flag("peers-file", _refusing(
-            'flag "-peers-file" is no longer supported; use -initial-cluster or -discovery'
-        ), "", "no longer supported."),
+            " -client-cert-auth or a firewall"
+        )), "*", "not supported: only `*`.")),
+    "logging": flag_rows("""
+debug  bool  enable debug-level logging.
+log-package-levels  levels  levels per package, such as `etcdserver=WARNING,*=INFO`.
+"""),
+    "unsafe": flag_rows("""
+force-new-cluster  bool  make this member the only one of its cluster: after the loss of the others.
+"""),
+    "other": flag_rows("""
+version  bool  show the version and exit.
+config-file  text  path to a configuration file, JSON or `flag: value` lines; it counts alone.
+"""),
+    "of etcd 0.4, still working": flag_rows("""
+addr  address  [DEPRECATED] use -advertise-client-urls.
+bind-addr  address  [DEPRECATED] use -listen-client-urls.
+peer-addr  address  [DEPRECATED] use -initial-advertise-peer-urls.
+peer-bind-addr  address  [DEPRECATED] use -listen-peer-urls.
+"""),
+    "of etcd 0.4, refused": tuple(
+        Flag(name, _one_of("", refusal=(
+            f'flag "-{name}" is no longer supported; use -initial-cluster or -discovery'
+        )), "", "no longer supported.")
+        for name in ("peers", "peers-file")
     ),
 }
 
-# Of etcd 0.4: booleans that do nothing -> what to use instead.
+# Booleans of etcd 0.4 that do nothing -> the flag to use instead.
 IGNORED_BOOLS = {
     "cluster-active-size": "", "cluster-remove-delay": "", "cluster-sync-interval": "",
     "config": "a configuration file is given with -config-file FILE", "force": "",
@@ -17661,8 +17492,9 @@ IGNORED_BOOLS = {
     "snapshot": "snapshots are always made; -snapshot-count says how often",
     "v": "-version shows the version, -debug logs more", "vv": "-debug logs more",
 }
-# Of etcd 2.3's experiments and of etcd 3: accepted, so that units and scripts need no change.  Why
-# each does nothing -> etcd's default of each.  Nothing that protects something may stand here.
+# Of etcd 2.3's experiments and of etcd 3: accepted, so that units and scripts need no change.  The
+# reason why a flag does nothing -> flag -> etcd's default.  A flag that protects data or access
+# must not be listed: its user would rely on a protection that does not exist.
 NO_EFFECT: Dict[str, Dict[str, Any]] = {
     "the v2 API is always on": {"enable-v2": True, "v2-deprecation": "not-yet"},
     "there is no v3 API": {
@@ -17743,7 +17575,7 @@ def _all_flags() -> Dict[str, Flag]:
 
 
 # ============================================================================
-# life/restart -- Bootstrap of a member that was here before.
+# life/restart -- Bootstrap of a member that has a log: identity, log and snapshot come from the disk.
 # ============================================================================
 
 
@@ -17751,7 +17583,7 @@ _FORCED_FILE = "forced-new-cluster"     # in the member directory, after -force-
 
 
 def _check_not_forced(marker: str) -> None:
-    """Raise StartError if -force-new-cluster was done here before.
+    """Raise StartError if this data directory had a -force-new-cluster before.
 
     Differs from etcd, which removes the other members again at each restart with that flag.
     """
@@ -17765,7 +17597,7 @@ def _check_not_forced(marker: str) -> None:
 
 
 def _mark_forced(marker: str) -> None:
-    """Remember on disk that this member was made the only one.  Raises OSError."""
+    """Record a -force-new-cluster on the disk.  Raises OSError."""
     with open(marker, "wb") as file:
         os.fsync(file.fileno())
     fsync_dir(os.path.dirname(marker))
@@ -17776,7 +17608,7 @@ def _mark_forced(marker: str) -> None:
 
 
 def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
-    """Name the flags that an existing log makes void; etcd says it of discovery only."""
+    """Log the flags that an existing log makes void; etcd does so for discovery only."""
     log = package_logger("etcdserver")
     if config.discovery:
         log.warning(
@@ -17798,7 +17630,6 @@ def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
 
 
 def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
-    """A member that was here before: identity, log and snapshot come from the disk."""
     log = package_logger("etcdserver")
     marker = os.path.join(data_dir.member, _FORCED_FILE)
     if config.force_new_cluster:
@@ -17852,27 +17683,25 @@ def _recover(store: Store, snapshot: Snapshot) -> None:
 
 
 def _is_blank(boot: Bootstrap) -> bool:
-    """True if the log was created, but the member ended before its first write."""
+    """True if the member created its log, but ended before its first write."""
     contents = boot.contents
     return not contents.entries and boot.snapshot is None and contents.hard_state == HardState()
 
 
 def _begin_again(config: ServerConfig, boot: Bootstrap) -> Bootstrap:
-    """Give the first entries of a new cluster to a member that crashed before writing them.
+    """Give the first entries of a new cluster to a member that crashed before it wrote them.
 
-    Only if the flags lead to the same ids; otherwise, and after discovery or joining, the other
-    members have the log and will send it.  Differs from etcd, whose single member stays without
-    a voter for ever.
+    The flags must lead to the same ids.  Otherwise, and after discovery or joining, the other
+    members have the log and send it.  Differs from etcd, where a single member then has no voter
+    for ever.
     """
     if config.discovery or config.discovery_srv or config.initial_cluster_state == "existing":
         return boot
     initial = _initial_members(config)
-    cluster = _new_cluster(config.initial_cluster_token, initial)
-    own = cluster.member_by_name(config.name)
-    if own is None or (own.id, cluster.id) != (boot.member_id, boot.cluster.id):
+    cluster, own = _new_cluster(config, config.initial_cluster_token, initial)
+    if (own.id, cluster.id) != (boot.member_id, boot.cluster.id):
         return boot
     cluster.set_store(boot.store)
-    cluster.local_id = own.id
     return boot._replace(cluster=cluster, bootstrap_entries=_bootstrap_entries(cluster))
 
 
@@ -17880,13 +17709,12 @@ def _stand_alone(
     config: ServerConfig, member_id: int, cluster_id: int, wal: Wal, contents: WalContents,
     snapshot: Optional[Snapshot],
 ) -> WalContents:
-    """Make this member the only one, in its log: the others are lost (-force-new-cluster).
+    """Remove the lost members in the log of this one (-force-new-cluster); return its contents.
 
-    The entries behind the commit index stay, up to our own removal: the disk may not know yet that
-    they are committed.  Then every other voter is removed, by entries that count as committed.
-    Returns the contents as they are on disk now.
-    Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from it: etcd drops all
-    entries behind the commit index, and with them the last writes that were acknowledged.
+    The entries after the commit index are kept, up to the removal of this member: they may be
+    committed, as the commit index on disk lags.  Committed entries that remove every other voter
+    follow.  Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from etcd, which
+    drops all entries after the commit index, and with them the last acknowledged writes.
     """
     log = package_logger("etcdserver")
     state = contents.hard_state
@@ -17927,7 +17755,7 @@ def _removes(entry: Entry, member_id: int) -> bool:
 
 
 def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
-    """The voters after the conf changes among `entries`."""
+    """Return `voters` after the conf changes among `entries`."""
     ids = set(voters)
     for entry in entries:
         if entry.type == EntryType.CONF_CHANGE:
@@ -17940,20 +17768,19 @@ def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
 
 
 # ============================================================================
-# life/bootstrap -- Bootstrap: a new member, a joining one, or one that was here before.
+# life/bootstrap -- Bootstrap: a member of a new cluster, a joining member, or a restart.
 # ----------------------------------------------------------------------------
 # Blocks; runs before the reactor starts.
 # ============================================================================
 
 
 def bootstrap(config: ServerConfig) -> Bootstrap:
-    """Find the past of this member on its disk, or its cluster on the network.
+    """Restart from the log on disk, or form or join a cluster; return the state to start with.
 
-    A write-ahead log on disk decides against every flag; without one, a new cluster is formed
-    or an existing one joined.  The log is open and locked afterwards.
+    A log on disk goes before every flag.  The log is open and locked afterwards.
 
-    Raises StartError.  Thread: the caller's; blocks, with discovery until all members are there.
-    Source: etcd 2.3 etcdserver/server.go NewServer; peer-and-disk notes, decision tree.
+    Raises StartError.  Thread: the caller's; blocks, with discovery until all members registered.
+    Source: etcd 2.3 etcdserver/server.go NewServer.
     """
     root = config.data_dir or config.name + ".etcd"
     member = os.path.join(root, "member")
@@ -17968,7 +17795,7 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
 
 
 def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) -> Bootstrap:
-    """The same, with the errors of all layers turned into StartError.
+    """Do the work of bootstrap(), and turn the errors of all layers into StartError.
 
     fresh  the directories that this start has made
     """
@@ -17976,18 +17803,15 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
     try:
         tls = make_peer_tls(config)
         if Wal.exists(data_dir.wal):
-            boot = _restart(config, data_dir)
-            return boot._replace(peer_tls=tls)
+            return _restart(config, data_dir)._replace(peer_tls=tls)
         _check_log_is_not_missing(data_dir)
         if config.force_new_cluster:
             package_logger("etcdserver").warning(
                 "-force-new-cluster does nothing for a member without data; leave it out: at a"
                 " later start it would remove all other members"
             )
-        if config.initial_cluster_state == "existing":
-            boot = _join(config, data_dir, tls)
-        else:
-            boot = _form(config, data_dir, tls, fresh)
+        joins = config.initial_cluster_state == "existing"
+        boot = _join(config, data_dir, tls) if joins else _form(config, data_dir, tls, fresh)
         return boot._replace(peer_tls=tls)
     except (WalError, SnapshotError, CodecError, InvariantError) as error:
         raise StartError(str(error)) from error     # nothing runs yet: no state to protect
@@ -17995,7 +17819,8 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
         text = _discovery_failure(config, data_dir.root, error)
         if config.discovery_fallback != "proxy":
             raise StartError(text) from error
-        _forget_member_dir(data_dir)
+        # Empty directories of a member would stop the proxy that starts instead.
+        remove_dirs((os.path.join(data_dir.member, "wal"), data_dir.snap, data_dir.member))
         raise ClusterFull(text) from error
     except DiscoveryError as error:
         raise StartError(_discovery_failure(config, data_dir.root, error)) from error
@@ -18004,9 +17829,9 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
 
 
 def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
-    """Return how to speak TLS to other members; None if it seems that none asks for it.
+    """Return the TLS context for calls to other members; None if no flag speaks of TLS.
 
-    An https member that is added later is met with the system's authorities then.
+    Without a context, calls to https members that join later trust the system's authorities.
     Raises StartError.
     """
     urls = ",".join((*config.initial_advertise_peer_urls, config.initial_cluster))
@@ -18016,7 +17841,7 @@ def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
 
 
 def _check_log_is_not_missing(data_dir: DataDir) -> None:
-    """Raise StartError if a member without a log has left something here: it is not new."""
+    """Raise StartError if a member without a log has other files here: it is not new."""
     usual = os.path.join(data_dir.member, "wal")
     if Wal.exists(usual):
         raise StartError(
@@ -18026,13 +17851,8 @@ def _check_log_is_not_missing(data_dir: DataDir) -> None:
     Snapshotter(data_dir.snap).check_log(data_dir.wal, ())
 
 
-def _forget_member_dir(data_dir: DataDir) -> None:
-    """Remove the empty directories of a member that is none: they would stop a later proxy."""
-    remove_dirs((os.path.join(data_dir.member, "wal"), data_dir.snap, data_dir.member))
-
-
 def _discovery_failure(config: ServerConfig, data_dir: str, error: DiscoveryError) -> str:
-    """One line for the operator; the words are etcd's, which used up to four lines."""
+    """Return one line for the operator, in the words of etcd, which prints up to four lines."""
     url = config.discovery
     if isinstance(error, DuplicateId):
         return (
@@ -18069,7 +17889,7 @@ def _discovery_failure(config: ServerConfig, data_dir: str, error: DiscoveryErro
 
 
 def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]) -> None:
-    """Raise StartError unless the map gives us the URLs that we advertise."""
+    """Raise StartError unless `initial` has the advertised peer URLs under this member's name."""
     advertised = config.initial_advertise_peer_urls
     if same_urls(initial[config.name], advertised):
         return
@@ -18094,7 +17914,7 @@ def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]
 
 
 def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]]) -> None:
-    """Raise StartError if the other members can never connect to us; warn if perhaps not.
+    """Raise StartError if other members can never connect to this one; warn if they might not.
 
     Differs from etcd, which waits without end for members that talk to themselves.
     """
@@ -18130,7 +17950,7 @@ def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]])
 
 
 def _check_registration(config: ServerConfig) -> None:
-    """Warn of a registration, at a service elsewhere, that means another machine everywhere."""
+    """Warn if a loopback URL is registered at a discovery service on another machine."""
     urls = config.initial_advertise_peer_urls
     if all(map(is_local, urls)) and not is_local(config.discovery):
         package_logger("etcd").warning(
@@ -18144,22 +17964,21 @@ def _check_registration(config: ServerConfig) -> None:
 def _form(
     config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext], fresh: Sequence[str]
 ) -> Bootstrap:
-    """A new cluster: every member of it starts with the same entries, committed from the start."""
+    """Form a new cluster: all members start with the same entries, which count as committed."""
     initial = _initial_members(config)
     _check_advertised(config, initial)
     _check_reachable(config, initial)
     token = check_discovery_url(config.discovery) if config.discovery else ""
     token = token or config.initial_cluster_token
-    cluster = _new_cluster(token, initial)
-    member = _own_member(config, cluster)
-    _check_no_past(member.id, _peer_urls_of_others(cluster, member), tls)
+    cluster, member = _new_cluster(config, token, initial)
+    _check_no_past(member.id, cluster.members.values(), tls)
     if config.discovery:
         _check_registration(config)
         discovery = Discovery(
             config.discovery, member.id, format_initial_cluster(initial),
             proxy=config.discovery_proxy,
         )
-        remove_dirs(fresh)              # a member that is ended while it waits leaves nothing
+        remove_dirs(fresh)              # a member that ends while it waits leaves no directory
         initial = parse_initial_cluster(discovery.join())
         make_dirs(fresh)
         url = url_given_twice(initial)
@@ -18167,40 +17986,43 @@ def _form(
             text = format_initial_cluster(initial)
             raise DiscoveryError(f"discovery cluster {text} has duplicate url: {url}")
         _check_reachable(config, initial)
-        cluster = _new_cluster(token, initial)
-        member = _own_member(config, cluster)
+        cluster, member = _new_cluster(config, token, initial)
         if discovery.resumed:
-            _check_no_past(member.id, _peer_urls_of_others(cluster, member), tls)
+            _check_no_past(member.id, cluster.members.values(), tls)
+    boot = _create_log(config, data_dir, cluster, initial)
+    return boot._replace(bootstrap_entries=_bootstrap_entries(cluster))
+
+
+def _create_log(
+    config: ServerConfig, data_dir: DataDir, cluster: Cluster,
+    initial: Mapping[str, Sequence[str]],
+) -> Bootstrap:
+    """Create the log of the new member cluster.local_id, whose cluster has `initial` members."""
     store = Store(history_capacity=config.history_events)
     cluster.set_store(store)
-    cluster.local_id = member.id
     _log_config(config, data_dir, format_initial_cluster(initial))
-    metadata = encode_metadata(member.id, cluster.id)
+    metadata = encode_metadata(cluster.local_id, cluster.id)
     wal = Wal.create(data_dir.wal, metadata)
     package_logger("etcdserver").info(
-        "start member %s in cluster %s", format_id(member.id), format_id(cluster.id)
+        "start member %s in cluster %s", format_id(cluster.local_id), format_id(cluster.id)
     )
     return Bootstrap(
-        data_dir, member.id, cluster, store, wal, Snapshotter(data_dir.snap),
+        data_dir, cluster.local_id, cluster, store, wal, Snapshotter(data_dir.snap),
         WalContents(metadata, HardState(), [], []), None,
-        bootstrap_entries=_bootstrap_entries(cluster),
     )
 
 
-def _peer_urls_of_others(cluster: Cluster, member: Member) -> List[str]:
-    return sorted(
-        url for other in cluster.members.values() if other.id != member.id
-        for url in other.peer_urls
-    )
+def _peer_urls_of_others(members: Iterable[Member], id: int) -> List[str]:
+    return sorted(url for member in members if member.id != id for url in member.peer_urls)
 
 
 def is_published(id: int, members: Sequence[Member]) -> bool:
-    """True if a peer's list has this member with client URLs: it has been running."""
+    """True if a peer's list of members has client URLs for this member: it ran before."""
     return any(member.id == id and member.client_urls for member in members)
 
 
 def data_lost(id: int) -> StartError:
-    """Return what to say to a member that was here before, but whose log begins anew."""
+    """Return the error for a member that ran before, but whose log is empty."""
     return StartError(
         f"member {format_id(id)} has already been bootstrapped; its data directory is"
         f" lost or -data-dir is wrong: restore it, or remove the member with DELETE"
@@ -18209,29 +18031,29 @@ def data_lost(id: int) -> StartError:
     )
 
 
-def _check_no_past(id: int, others: Sequence[str], tls: Optional[TlsContext]) -> None:
-    """Raise StartError if a running peer knows that this member had a life before this one.
+def _check_no_past(id: int, members: Iterable[Member], tls: Optional[TlsContext]) -> None:
+    """Raise StartError if a running peer knows that this member, whose log is empty, ran before.
 
-    It would vote again in terms in which it has voted, and without the log for which its first
-    life has counted.  All peers are asked: one may have missed it.
+    Such a member could vote a second time in a term, and lacks entries that a quorum counted it
+    for.  All peers are asked: one may have missed its publication.
     """
-    for url in others:
+    for url in _peer_urls_of_others(members, id):
         found = fetch_cluster([url], PROBE_ANSWER_SECONDS, tls, quiet=True)
         if found is not None and is_published(id, found[1]):
             raise data_lost(id)
 
 
 def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) -> Bootstrap:
-    """An existing cluster, which has our peer URLs already: it will send us the log."""
+    """Join an existing cluster, which has these peer URLs already and will send the log."""
     if config.discovery:
         raise StartError(
             "discovery URL should not be set when joining existing initial cluster;"
             " remove -discovery (ETCD_DISCOVERY) and list the members in -initial-cluster"
         )
     initial = _initial_members(config)
-    local = _new_cluster(config.initial_cluster_token, initial)
-    own = _own_member(config, local)
-    found = fetch_cluster(_peer_urls_of_others(local, own), JOIN_ANSWER_SECONDS, tls)
+    local, own = _new_cluster(config, config.initial_cluster_token, initial)
+    urls = _peer_urls_of_others(local.members.values(), own.id)
+    found = fetch_cluster(urls, JOIN_ANSWER_SECONDS, tls)
     if found is None:
         raise StartError(
             "cannot fetch cluster info from peer urls: could not retrieve cluster information from"
@@ -18240,7 +18062,7 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
     cluster_id, existing = found
     members = _match_members(local, existing)
     own = next(member for member in members if member.name == config.name)
-    _check_no_past(own.id, [url for m in members if m.id != own.id for url in m.peer_urls], tls)
+    _check_no_past(own.id, members, tls)
     _check_reachable(config, initial)
     others = [member for member in members if member.id != own.id]
     if not _is_compatible(others, tls):
@@ -18248,20 +18070,9 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
             f"incompatible with current running cluster: its version must lie between"
             f" {MIN_CLUSTER_VERSION} and {SERVER_VERSION}; look at GET /version of its members"
         )
-    store = Store(history_capacity=config.history_events)
-    cluster = Cluster(config.initial_cluster_token, store)
-    cluster.id, cluster.local_id = cluster_id, own.id
-    cluster.members = {member.id: member for member in members}
-    _log_config(config, data_dir, format_initial_cluster(initial))
-    metadata = encode_metadata(own.id, cluster_id)
-    wal = Wal.create(data_dir.wal, metadata)
-    package_logger("etcdserver").info(
-        "start member %s in cluster %s", format_id(own.id), format_id(cluster_id)
-    )
-    return Bootstrap(
-        data_dir, own.id, cluster, store, wal, Snapshotter(data_dir.snap),
-        WalContents(metadata, HardState(), [], []), None, remotes=others,
-    )
+    local.id, local.local_id = cluster_id, own.id
+    local.members = {member.id: member for member in members}
+    return _create_log(config, data_dir, local, initial)._replace(remotes=others)
 
 
 def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
@@ -18283,23 +18094,14 @@ def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
 
 
 def _is_compatible(members: Sequence[Member], tls: Optional[TlsContext]) -> bool:
-    """True if the running cluster's version is one that we can live with."""
+    """True if this program can join a cluster of the version that the members report."""
+    versions = list(filter(None, (_cluster_version(member, tls) for member in members)))
     low, high = version_key(MIN_CLUSTER_VERSION), version_key(SERVER_VERSION)
-    good = False
-    for member in members:
-        version = _cluster_version(member, tls)
-        if version is None:
-            continue
-        if not low <= version <= high:
-            return False
-        good = True
-    return good
+    return bool(versions) and all(low <= version <= high for version in versions)
 
 
-def _cluster_version(
-    member: Member, tls: Optional[TlsContext]
-) -> Optional[Tuple[int, int]]:
-    """The cluster version as `member` knows it; None if it cannot be asked, or does not know."""
+def _cluster_version(member: Member, tls: Optional[TlsContext]) -> Optional[Tuple[int, int]]:
+    """Return the cluster version that `member` reports; None without an answer or a version."""
     for url in member.peer_urls:
         try:
             _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
@@ -18313,7 +18115,7 @@ def _cluster_version(
 
 
 # ============================================================================
-# life/first_life -- First life: a member without a past asks the others whether that is so.
+# life/data_loss -- First life: a member without a past asks the others whether that is so.
 # ============================================================================
 
 
@@ -18321,7 +18123,7 @@ ASK_AGAIN_SECONDS = 0.1             # after a round that told nothing new, then 
 ASK_AGAIN_SECONDS_MAX = 1.6
 
 
-class FirstLife:
+class DataLossCheck:
     """Keeps a member whose log is empty from voting where its first life may have voted.
 
     Bootstrap asks the members too, but perhaps none of them was up.  Nobody's messages count here
@@ -18428,10 +18230,10 @@ def checked_settings(settings: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 class ServerThread:
-    """What a member and a proxy have in common: listeners, and a reactor on a thread of its own.
+    """The base of a member and a proxy: listeners, and a reactor on a thread of its own.
 
     settings are the fields of ServerConfig; URL lists may be any sequence.  Raises TypeError for
-    a setting that does not exist, ValueError for a URL that is none.  Thread: any.
+    an unknown setting, ValueError for a bad URL.  Thread: any.
     """
 
     def __init__(self, **settings: Unpack[ServerSettings]) -> None:
@@ -18458,6 +18260,14 @@ class ServerThread:
         self._thread: Optional[threading.Thread] = None
         self._error: Optional[BaseException] = None
 
+    def __enter__(self: _Hosted) -> _Hosted:
+        """Start; close everything after a failure."""
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.stop)
+            self.start()
+            on_failure.pop_all()
+        return self
+
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
@@ -18470,11 +18280,11 @@ class ServerThread:
         if self._thread is None:
             self._close()
         elif self._thread.is_alive():
-            self._reactor.call_soon_threadsafe(self._stop)
+            self._reactor.call_soon_threadsafe(self._stop_in_order)
             self._thread.join()
 
     def wait(self) -> int:
-        """Block until the server ends; return the exit code: 0, or 1 after a failure."""
+        """Wait for the end of the server; return the exit code: 0, or 1 after a failure."""
         if self._thread is not None:
             self._thread.join()
         return 1 if self._error is not None else 0
@@ -18483,13 +18293,6 @@ class ServerThread:
     def client_urls(self) -> Tuple[str, ...]:
         """Bound client URLs, with the real ports."""
         return tuple(listener.bound_url for listener in self._client_listeners)
-
-    def _start_or_stop(self) -> None:
-        """Start; after a failure nothing stays open."""
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self.stop)
-            self.start()
-            on_failure.pop_all()
 
     def _listen(
         self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles,
@@ -18524,7 +18327,7 @@ class ServerThread:
 
     def _run(self) -> None:
         try:
-            self._begin()
+            self._start_work()
             self._reactor.run()
         except Exception as error:
             self._error = error
@@ -18532,21 +18335,21 @@ class ServerThread:
         finally:
             self._close()
 
-    def _begin(self) -> None:
-        """First thing on the reactor's thread."""
+    def _start_work(self) -> None:
+        """Start the parts of a subclass, on the reactor's thread."""
 
     def _free(self) -> None:
-        """Free what is there besides listeners and reactor, in whatever state it is."""
+        """Free the parts of a subclass, in any state: after a failed start too."""
 
     def _close(self) -> None:
-        """Free everything: in the end, however far the start came, and whatever has failed."""
+        """Free everything, in any state: after a failed start too."""
         with contextlib.ExitStack() as each:
             each.callback(self._reactor.close)
             each.callback(self._close_listeners)
             self._free()
 
-    def _stop(self) -> None:
-        """On the reactor's thread: end everything in order."""
+    def _stop_in_order(self) -> None:
+        """Stop, on the reactor's thread."""
         self._close_listeners()
         self._reactor.stop()
 
@@ -18563,10 +18366,9 @@ class Server(ServerThread):
         with pyetcd.Server(data_dir="/var/lib/x", listen_client_urls=["http://127.0.0.1:0"]) as s:
             print(s.client_urls[0])
 
-    settings are the fields of ServerConfig; URL lists may be any sequence.  Without them the
-    member listens on free loopback ports; what is not advertised explicitly is advertised as
-    bound.  Several members may live in one process.  Raises StartError from bind() and start().
-    Thread: any.
+    settings are the fields of ServerConfig; URL lists may be any sequence.  By default the member
+    listens on free loopback ports and advertises the bound URLs.  Several members may live in one
+    process.  Raises StartError from bind() and start().  Thread: any.
     """
 
     _transport_type: Type[Transport] = Transport
@@ -18575,37 +18377,28 @@ class Server(ServerThread):
         super()._init(config)
         self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
         self._peer_api: Optional[PeerApi] = None
-        self._first_life: Optional[FirstLife] = None
+        self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
-        self._leaving = False           # stop() was called
-
-    # -- life --------------------------------------------------------------
-
-    def __enter__(self) -> Server:
-        self._start_or_stop()
-        return self
+        self._leaving = False           # stop() has begun
 
     def bind(self) -> None:
-        """Open the listening sockets, so that the ports are known; nothing is served yet."""
+        """Open the listening sockets, so that the ports are known; serve nothing yet."""
         if self._client_listeners:
             return
+        config, log = self.config, package_logger("etcd")
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._abandon_listeners)
-            for url in self.config.listen_peer_urls:
+            for url in config.listen_peer_urls:
                 self._peer_listeners.append(self._listen(
-                    url, self._serve_peer, PEER_BODY_BYTES_MAX, self.config.peer_tls,
+                    url, self._serve_peer, PEER_BODY_BYTES_MAX, config.peer_tls,
                     kept=(DESCRIPTORS_KEPT // 2, 8), patient=False,
                 ))
-                package_logger("etcd").info("listening for peers on %s", url)
-            for url in self.config.listen_client_urls:
+                log.info("listening for peers on %s", url)
+            for url in config.listen_client_urls:
                 self._client_listeners.append(
-                    self._listen(
-                        url, _bad_request, REQUEST_BODY_BYTES_MAX, self.config.client_tls
-                    )
-                )
-                package_logger("etcd").info("listening for client requests on %s", url)
+                    self._listen(url, _bad_request, REQUEST_BODY_BYTES_MAX, config.client_tls))
+                log.info("listening for client requests on %s", url)
             on_failure.pop_all()
-        config = self.config
         if not config.advertise_client_urls:
             config = config._replace(advertise_client_urls=self.client_urls)
         if not config.initial_advertise_peer_urls:
@@ -18613,9 +18406,9 @@ class Server(ServerThread):
         self.config = config
 
     def start(self, *, initial_cluster: str = "") -> None:
-        """Bind, join or form the cluster, and serve.  With discovery this waits for the others.
+        """Bind, form or join the cluster, and serve.  Discovery waits for the other members.
 
-        initial_cluster  replaces the configured one, for a caller who binds all members first
+        initial_cluster  replaces the configured one, if the caller binds all members first
         """
         self.bind()
         if initial_cluster:
@@ -18634,8 +18427,8 @@ class Server(ServerThread):
             self.config, boot, self._reactor, failed=self._failed, removed=self._removed,
             published=self._ready.set, transport_type=self._transport_type,
         )
-        if FirstLife.is_due(boot):
-            self._first_life = FirstLife(self.etcd, self._refuse, boot.peer_tls)
+        if DataLossCheck.is_due(boot):
+            self._data_loss_check = DataLossCheck(self.etcd, self._refuse, boot.peer_tls)
         api = ClientApi(self.etcd)
         self._count_client_bytes(self.etcd.metrics)
         api.fallback = DiscoveryService(self.etcd.do, api.serve).handle
@@ -18647,19 +18440,19 @@ class Server(ServerThread):
         self._reactor.on_turn = self.etcd.on_turn
 
     def kill(self) -> None:
-        """End at once, as by `kill -9`: nothing more is written or said.  For tests."""
+        """End at once, as `kill -9` does: write and send nothing more.  For tests."""
         if self._thread is not None and self.etcd is not None:
             self._reactor.call_soon_threadsafe(self._halt, ServerStopped("killed"))
             self._thread.join()
 
     def wait_ready(self, timeout_s: float = 10.0) -> bool:
-        """Block until this member has a leader and is published; False after timeout_s."""
+        """Wait until this member has a leader and is published; return False after timeout_s."""
         return self._ready.wait(timeout_s)
 
     def call(self, work: Callable[[EtcdServer], Any], timeout_s: float = 10.0) -> Any:
         """Run work(etcd) on the reactor's thread and return its result.
 
-        Raises ServerStopped, also if the member ends meanwhile, and TimeoutError.
+        Raises TimeoutError, and ServerStopped if the member has ended or ends meanwhile.
         """
         if self.etcd is None or self._thread is None or not self._thread.is_alive():
             raise ServerStopped()
@@ -18679,17 +18472,13 @@ class Server(ServerThread):
             raise error             # of the caller's code: it belongs to the caller
         return result
 
-    # -- facts -------------------------------------------------------------
-
     @property
     def peer_urls(self) -> Tuple[str, ...]:
         """Bound peer URLs, with the real ports."""
         return tuple(listener.bound_url for listener in self._peer_listeners)
 
-    # -- inside ------------------------------------------------------------
-
     def _count_client_bytes(self, metrics: Metrics) -> None:
-        """Under the names of etcd 3.x, whose clients all speak gRPC."""
+        """Add the bytes of the client port, under the names of etcd 3.x, whose clients use gRPC."""
         listeners = self._client_listeners
         metrics.total("etcd_network_client_grpc_received_bytes_total",
                       "Bytes from clients, HTTP here, heads included.",
@@ -18702,29 +18491,29 @@ class Server(ServerThread):
         assert self._peer_api is not None
         self._peer_api.handle(request)
 
-    def _begin(self) -> None:
+    def _start_work(self) -> None:
         assert self.etcd is not None
         self.etcd.start()
 
     def _free(self) -> None:
-        if self._first_life is not None:
-            self._first_life.end()
+        if self._data_loss_check is not None:
+            self._data_loss_check.end()
         if self.etcd is not None:
             self.etcd.abandon()
 
-    def _stop(self) -> None:
+    def _stop_in_order(self) -> None:
         assert self.etcd is not None
         if not self.etcd.stopping and not self._leaving:
             self._leaving = True
-            Departure(self.etcd, self._end)
+            GracefulStop(self.etcd, self._stop_member)
 
-    def _end(self) -> None:
+    def _stop_member(self) -> None:
         assert self.etcd is not None
         self.etcd.stop()
-        super()._stop()
+        super()._stop_in_order()
 
     def _failed(self, error: BaseException) -> None:
-        """Durability is lost, or unknown: not one more byte leaves this member."""
+        """End the member, which sends nothing more: its data may no longer be durable."""
         hint = ""
         if isinstance(error, FileNotFoundError):
             hint = "; was the data directory renamed or removed while the member ran?"
@@ -18739,7 +18528,7 @@ class Server(ServerThread):
         self._reactor.stop()
 
     def _refuse(self, error: StartError) -> None:
-        """What bootstrap would have refused has come out only now."""
+        """End the member for a reason that bootstrap would have refused, had it known."""
         package_logger("etcd").critical("%s", error)
         self._halt(error)
 
@@ -18748,10 +18537,10 @@ class Server(ServerThread):
             log = package_logger("etcdserver")
             log.error("the member has been permanently removed from the cluster")
             log.error("the data-dir used by this member must be removed.")
-            self._end()
+            self._stop_member()
 
     def _abandon_listeners(self) -> None:
-        """The start has failed: say which ports are free again."""
+        """Close the listeners after a failed start, and log the ports that are free again."""
         log = package_logger("etcd")
         for listener in self._client_listeners:
             log.info("stopping listening for client requests on %s", listener.url)
@@ -18769,18 +18558,25 @@ _BIND_HINTS = {
 
 
 # ============================================================================
-# life/proxy_files -- What a proxy knows of its cluster: peer URLs, and the file that keeps them.
+# life/proxy_files -- The cluster file of a proxy: peer URLs of the members, and where they come from.
 # ============================================================================
 
 
-def find_peer_urls(config: ServerConfig, cluster_file: str) -> Tuple[str, ...]:
-    """Return the peer URLs to ask for members: of the cluster file, else of the bootstrap flags.
+class ClusterFile(NamedTuple):
+    """The contents of a cluster file."""
 
-    Raises StartError.  With discovery this waits for the members.  Source: etcd 2.3 startProxy.
+    peer_urls: Tuple[str, ...]
+    client_urls: Tuple[str, ...] = ()   # that worked when the published ones did not; not of etcd
+
+
+def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
+    """Return the URLs of the members, from the cluster file or else from bootstrap flags.
+
+    Raises StartError.  Discovery waits for the members.  Source: etcd 2.3 startProxy.
     """
     log = package_logger("proxy")
-    urls = read_cluster_file(cluster_file)
-    if urls is not None:
+    known = read_cluster_file(cluster_file)
+    if known is not None:
         for what, given in (
             ("discovery token", config.discovery), ("DNS SRV discovery", config.discovery_srv),
         ):
@@ -18789,9 +18585,9 @@ def find_peer_urls(config: ServerConfig, cluster_file: str) -> Tuple[str, ...]:
                     "%s ignored since the proxy has already been initialized. Valid cluster file"
                     " found at %s", what, go_quote(cluster_file),
                 )
-        log.info("using peer urls [%s] from cluster file %s", " ".join(urls),
+        log.info("using peer urls [%s] from cluster file %s", " ".join(known.peer_urls),
                  go_quote(cluster_file))
-        return urls
+        return known
     try:
         text = config.initial_cluster or default_initial_cluster(config.name)
         if config.discovery:
@@ -18806,15 +18602,19 @@ def find_peer_urls(config: ServerConfig, cluster_file: str) -> Tuple[str, ...]:
         raise StartError(f"error setting up initial cluster: {error}") from None
     urls = tuple(sorted(url for member in initial.values() for url in member))
     log.info("using peer urls [%s] ", " ".join(urls))
-    return urls
+    return ClusterFile(urls)
 
 
-def read_cluster_file(path: str) -> Optional[Tuple[str, ...]]:
-    """Return the peer URLs that a proxy has kept; None if there is no file.  Raises StartError."""
+def read_cluster_file(path: str) -> Optional[ClusterFile]:
+    """Return the contents of a cluster file; None if it does not exist.  Raises StartError."""
     try:
         with open(path, "rb") as file:
-            urls = json.load(file)["PeerURLs"]
-        return tuple(check_url(url) for url in urls)
+            content = json.load(file)
+        kept = content.get("ClientURLs")
+        return ClusterFile(
+            tuple(map(check_url, content["PeerURLs"])),
+            tuple(usable_urls(map(str, kept if isinstance(kept, list) else ()))),
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -18824,12 +18624,11 @@ def read_cluster_file(path: str) -> Optional[Tuple[str, ...]]:
         ) from None
 
 
-def write_cluster_file(path: str, urls: Sequence[str], endpoints: Sequence[str] = ()) -> None:
-    """Replace the file, whole or not at all.  Raises OSError.
-
-    endpoints  for read_kept_endpoints(); etcd reads over them
-    """
-    content = {"PeerURLs": list(urls), **({"ClientURLs": list(endpoints)} if endpoints else {})}
+def write_cluster_file(path: str, cluster: ClusterFile) -> None:
+    """Replace the cluster file atomically.  Raises OSError."""
+    content = {"PeerURLs": cluster.peer_urls}
+    if cluster.client_urls:
+        content["ClientURLs"] = cluster.client_urls
     descriptor = os.open(path + ".bak", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "wb") as file:
         file.write(utf8(json_text(content)))
@@ -18861,20 +18660,20 @@ def prepare_proxy_dir(config: ServerConfig) -> str:
 
 
 # ============================================================================
-# life/proxy -- The proxy: a door to a cluster on a machine that is no member of it.
+# life/proxy -- The proxy: forwards requests of clients to the members of a cluster.
 # ----------------------------------------------------------------------------
-# Threads: as for embedding.  What blocks runs before the reactor or on its helpers.
+# Threads: as for embedding.  Blocking calls run before the reactor starts, or on its worker threads.
 # ============================================================================
 
 
-PROXY_PROBE_SECONDS = 2.0           # silence of a member that owes answers; then it is asked
+PROXY_PROBE_SECONDS = 2.0           # silence of a member with requests; above: it is probed
 PROXY_RETRY_SECONDS = 1.0           # between refreshes while there is no endpoint
 PROXY_REFRESH_SECONDS_MIN = 0.1     # between refreshes, whatever the flag says
-PROXY_UNREAD_BYTES_MAX = 256 << 10  # reply bytes that a client leaves; above: the member waits
-PROXY_CONNECT_SECONDS_MAX = 3600.0  # with dial timeout 0; the system gives up long before
+PROXY_UNREAD_BYTES_MAX = 256 << 10  # reply bytes a client has not read; above: the call pauses
+PROXY_CONNECT_SECONDS_MAX = 3600.0  # with dial timeout 0; the system times out long before
 _DEFAULT_REFRESH_MS = ServerConfig().proxy_refresh_interval_ms
 
-# Headers that are for one connection only (RFC 2616 §13.5.1), and one that each side makes.
+# Headers of one connection (RFC 2616 §13.5.1), and Content-Length, which each side computes.
 _HOP_HEADERS = frozenset((
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailers",
     "transfer-encoding", "upgrade", "content-length",
@@ -18882,16 +18681,7 @@ _HOP_HEADERS = frozenset((
 _CORS_HEADERS = frozenset((
     "access-control-allow-headers", "access-control-allow-methods", "access-control-allow-origin",
 ))
-_WAITS = frozenset(f"wait={word}" for word, value in _BOOLS.items() if value)
-
-
-def read_kept_endpoints(path: str) -> Tuple[str, ...]:
-    """Return the client URLs that worked when those of the members' list did not; () without."""
-    try:
-        with open(path, "rb") as file:
-            return tuple(usable_urls(map(str, json.load(file).get("ClientURLs", ()))))
-    except (OSError, ValueError, TypeError, AttributeError):
-        return ()                       # read_cluster_file() has told
+_WAITS = frozenset(f"wait={word}" for word, value in GO_BOOLS.items() if value)
 
 
 class ProxyDialer:
@@ -18906,19 +18696,16 @@ class ProxyDialer:
         self.tls = make_peer_tls(config)
 
     def call(
-        self, url: str, request: HttpRequest, headers: Dict[str, str],
-        on_head: Callable[[int, Dict[str, str]], None], on_data: Callable[[bytes], None],
-        on_done: Callable[[Optional[Exception]], None],
+        self, url: str, request: HttpRequest, headers: Dict[str, str], forward: Forward
     ) -> HttpCall:
-        """Send a client's request."""
         return HttpCall(
             self._reactor, url, request.method, request.target, headers, request.body,
             connect_timeout_s=self._connect_s, idle_timeout_s=self._read_s, tls=self.tls,
-            on_head=on_head, on_data=on_data, on_done=on_done,
+            on_head=forward.on_head, on_data=forward.on_data, on_done=forward.on_done,
         )
 
     def probe(self, url: str, on_done: Callable[[Optional[Exception]], None]) -> HttpCall:
-        """Ask for something that a member answers at once, within the write timeout."""
+        """Send a request that a member answers at once; it fails after the write timeout."""
         return HttpCall(
             self._reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
             idle_timeout_s=self._write_s, answer_max=ANSWER_BYTES_MAX, tls=self.tls,
@@ -18927,12 +18714,12 @@ class ProxyDialer:
 
 
 class Endpoint:
-    """A client URL of a member: whether requests go there, and which ones wait for it.
+    """A client URL of a member, its state, and the requests that wait for its answers.
 
-    A member that is stopped, or cut off, still accepts connections or says nothing at all, and
-    no limit but -proxy-read-timeout, which also ends watches, would tell.  So one that owes
-    answers and is silent for PROXY_PROBE_SECONDS is probed; if the probe gets no answer either,
-    the endpoint has failed, for all that wait for it.  Differs from etcd, which waits forever.
+    A suspended member accepts connections and sends nothing, and -proxy-read-timeout would end
+    watches too.  So an endpoint that is silent for PROXY_PROBE_SECONDS, while requests wait for
+    it, gets a probe.  Without an answer to the probe the endpoint has failed for all requests that
+    wait.  Differs from etcd, which waits for ever.
     """
 
     def __init__(
@@ -18941,24 +18728,21 @@ class Endpoint:
     ) -> None:
         self.url = url
         self.available = True
-        self.suspect = False            # failed, and has not answered since: others go first
+        self.suspect = False            # failed, and has not answered since: tried last
         self._reactor = reactor
         self._dialer = dialer
         self._failure_wait_s = failure_wait_s
         self._waiting: Dict[Forward, None] = {}
-        self._heard = 0.0               # monotonic seconds
+        self._heard = 0.0               # time of the last answer, monotonic seconds
         self._has_worked = has_worked
         self._timer: Optional[Timer] = None
         self._probe: Optional[HttpCall] = None
 
-    def expect(self, forward: Forward) -> None:
-        """`forward` waits for the end of an answer."""
+    def add_waiting(self, forward: Forward) -> None:
         self._waiting[forward] = None
-        if self._timer is None and self._probe is None:
-            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
+        self._start_timer()
 
-    def leave(self, forward: Forward) -> None:
-        """It does not wait any more."""
+    def remove_waiting(self, forward: Forward) -> None:
         self._waiting.pop(forward, None)
         if not self._waiting and self._probe is not None:
             self._probe.cancel()
@@ -18966,17 +18750,17 @@ class Endpoint:
 
     @property
     def works(self) -> bool:
-        """True if it answered the last request that was made of it."""
+        """True if the member answered the last request."""
         return self._has_worked and not self.suspect
 
     def answered(self) -> None:
-        """Something came from the member: it lives."""
+        """Note that data came from the member: it lives."""
         self._heard = self._reactor.now()
         self._has_worked = True
         self.suspect = False
 
     def failed(self) -> None:
-        """Send nothing there for the failure wait."""
+        """Send no requests to the member until the failure wait is over."""
         self.suspect = True
         if self.available:
             self.available = False
@@ -18989,16 +18773,16 @@ class Endpoint:
             "marked endpoint %s available, to retest connectivity", self.url
         )
 
-    def _look(self) -> None:
-        """Probe if somebody waits and nothing was heard; come back while somebody waits."""
+    def _start_timer(self) -> None:
+        if self._waiting and self._timer is None and self._probe is None:
+            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._probe_if_silent)
+
+    def _probe_if_silent(self) -> None:
         self._timer = None
-        if not self._waiting:
-            return
         asked = self._reactor.now()
-        if asked - self._heard < PROXY_PROBE_SECONDS:
-            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
-            return
-        self._probe = self._dialer.probe(self.url, lambda error: self._probed(asked, error))
+        if self._waiting and asked - self._heard >= PROXY_PROBE_SECONDS:
+            self._probe = self._dialer.probe(self.url, lambda error: self._probed(asked, error))
+        self._start_timer()
 
     def _probed(self, asked: float, error: Optional[Exception]) -> None:
         self._probe = None
@@ -19008,54 +18792,47 @@ class Endpoint:
             self.failed()
             for forward in list(self._waiting):
                 forward.lost(error)
-        # Any other error: what still waits has a connection that will tell of itself.
-        if self._waiting and self._timer is None:
-            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
+        # After any other error the connections of the waiting requests report errors of their own.
+        self._start_timer()
 
 
 class Endpoints:
-    """The members that requests can go to, by what the peers tell every refresh interval.
+    """The endpoints of a cluster, refreshed from a peer's list of members every interval.
 
     Source: etcd 2.3 proxy/director.go, etcdmain/etcd.go startProxy.
     """
 
     def __init__(
         self, config: ServerConfig, reactor: Reactor, dialer: ProxyDialer,
-        peer_urls: Sequence[str], cluster_file: str,
+        cluster: ClusterFile, cluster_file: str,
     ) -> None:
         self._config = config
         self._reactor = reactor
         self._dialer = dialer
-        self._peer_urls = tuple(peer_urls)
+        self._peer_urls = cluster.peer_urls
         self._cluster_file = cluster_file
         self._retry = Backoff(PROXY_RETRY_SECONDS, _DEFAULT_REFRESH_MS / 1000)
-        self._written: object = None                # what the file surely holds
-        self._endpoints = [
-            self._endpoint(url, has_worked=True) for url in read_kept_endpoints(cluster_file)
-        ]
+        self._written: Optional[ClusterFile] = None     # the contents of the file, once written
+        self._endpoints = [self._endpoint(url, has_worked=True) for url in cluster.client_urls]
         self._announced = False
         self._timer: Optional[Timer] = None
         self._log = package_logger("proxy")
 
     def available(self) -> List[Endpoint]:
-        """Those to try, in this order."""
+        """Return the endpoints to try, in this order."""
         usable = [endpoint for endpoint in self._endpoints if endpoint.available]
         return sorted(usable, key=lambda endpoint: endpoint.suspect)
 
     def refresh(self) -> None:
-        """Ask the peers now, and wait for it.  Thread: any, before the reactor runs."""
-        self._take(self._ask(self._peer_urls, self._working()))
-
-    def start(self) -> None:
-        """Go on refreshing.  Thread: reactor."""
-        self._wait()
+        """Refresh now; blocks.  Thread: any, before the reactor runs."""
+        self._update(self._fetch(self._peer_urls, self._working()))
 
     def stop(self) -> None:
-        """Refresh no more.  Thread: reactor."""
         if self._timer is not None:
             self._timer.cancel()
 
-    def _wait(self) -> None:
+    def schedule_refresh(self) -> None:
+        """Refresh after the interval, and again and again.  Thread: reactor."""
         interval_ms = self._config.proxy_refresh_interval_ms
         wait_s = max(interval_ms / 1000, PROXY_REFRESH_SECONDS_MIN)
         usable = self.available()
@@ -19067,32 +18844,32 @@ class Endpoints:
             self._announced = True
             urls = " ".join(go_quote(endpoint.url) for endpoint in usable)
             self._log.info("endpoints found [%s]", urls)
-        self._timer = self._reactor.call_later(wait_s, self._begin_refresh)
+        self._timer = self._reactor.call_later(wait_s, self._start_refresh)
 
-    def _begin_refresh(self) -> None:
+    def _start_refresh(self) -> None:
         self._reactor.run_blocking(
-            self._ask, self._peer_urls, self._working(), kind=PEER_WORK, done=self._refreshed
+            self._fetch, self._peer_urls, self._working(), kind=PEER_WORK, done=self._refreshed
         )
 
     def _refreshed(self, error: Optional[BaseException], found: Any) -> None:
         if error is None:
-            self._take(found)
+            self._update(found)
         else:
             self._log.warning("could not ask for the members: %s", error)
-        self._wait()
+        self.schedule_refresh()
 
     def _working(self) -> Tuple[str, ...]:
         return tuple(sorted(endpoint.url for endpoint in self._endpoints if endpoint.works))
 
-    def _ask(
-        self, peer_urls: Sequence[str], working: Sequence[str]
-    ) -> Optional[Tuple[Tuple[str, ...], List[str]]]:
-        """Return what the first peer that answers tells, kept in the file; None: nobody answers.
+    def _fetch(
+        self, peer_urls: Tuple[str, ...], working: Tuple[str, ...]
+    ) -> Optional[ClusterFile]:
+        """Return the URLs that the first peer to answer lists, and keep them in the file.
 
-        The result is (peer URLs, client URLs).  The peer URL that has answered stays behind those
-        that it tells, and the `working` client URLs stay in the file if none of them is told:
-        differs from etcd, which forgets them.  A list that is wrong here, such as `localhost`,
-        would end the service for good.
+        Returns None if no peer answers.  Differs from etcd: the peer URL that answered stays, last
+        in the list, and the `working` client URLs stay in the file if the peer lists none of them.
+        Otherwise a list with URLs that are wrong on this machine, such as `localhost`, would end
+        the service for good.
 
         Thread: any; blocks.
         """
@@ -19106,26 +18883,25 @@ class Endpoints:
             return None
         urls = tuple(sorted(usable_urls(url for m in found[1] for url in m.peer_urls)))
         urls = urls if url in urls else (*urls, url)
-        told = sorted(set(usable_urls(url for m in found[1] for url in m.client_urls)))
-        content = urls, () if set(told) & set(working) else tuple(working)
+        listed = tuple(sorted(set(usable_urls(url for m in found[1] for url in m.client_urls))))
+        content = ClusterFile(urls, () if set(listed) & set(working) else working)
         if content != self._written:
             try:
-                write_cluster_file(self._cluster_file, *content)
+                write_cluster_file(self._cluster_file, content)
                 self._written = content
             except OSError as error:
                 self._log.warning("error on writing urls %s", error)
-        return urls, told
+        return ClusterFile(urls, listed)
 
-    def _take(self, found: Optional[Tuple[Tuple[str, ...], List[str]]]) -> None:
-        """Replace the endpoints; those that stay keep what is known of them.
+    def _update(self, found: Optional[ClusterFile]) -> None:
+        """Replace the endpoints by those in `found`; endpoints in both keep their state.
 
-        Endpoints that work stay behind the new ones until one of those works, and all stay while
-        no peer answers.
+        Working endpoints stay, last in the list, until a new one works.  All stay if found is None.
         """
         if found is None:
             self._log.warning("could not retrieve cluster information from the given urls")
             return
-        urls, told = found
+        urls = found.peer_urls
         if urls != self._peer_urls:
             self._log.info(
                 "updated peer urls in cluster file from [%s] to [%s]", " ".join(self._peer_urls),
@@ -19133,9 +18909,9 @@ class Endpoints:
             )
             self._peer_urls = urls
         known = {endpoint.url: endpoint for endpoint in self._endpoints}
-        told = [url for url in told if not self._is_own(url)]
-        random.shuffle(told)
-        endpoints = [known.get(url) or self._endpoint(url) for url in told]
+        listed = [url for url in found.client_urls if not self._is_own(url)]
+        random.shuffle(listed)
+        endpoints = [known.get(url) or self._endpoint(url) for url in listed]
         if not any(endpoint.works for endpoint in endpoints):
             endpoints += [
                 endpoint for endpoint in self._endpoints
@@ -19144,7 +18920,7 @@ class Endpoints:
         self._endpoints = endpoints
 
     def _is_own(self, url: str) -> bool:
-        """True if `url` leads to this proxy itself: members that advertise `localhost`."""
+        """True if `url` leads to this proxy: some members advertise `localhost`."""
         port = url_address(url)[1]
         return is_local(url) and any(
             is_local(own) and url_address(own)[1] == port
@@ -19156,54 +18932,41 @@ class Endpoints:
         return Endpoint(url, self._reactor, self._dialer, wait_s, has_worked=has_worked)
 
 
-class ProxyMetrics:
-    """What a proxy counts.  Source: etcd 2.3 proxy/metrics.go."""
+class ProxyMetrics(Metrics):
+    """The metrics of a proxy.  Source: etcd 2.3 proxy/metrics.go."""
 
     def __init__(self, started_ns: int, now: Callable[[], float]) -> None:
-        self.metrics = Metrics()
-        add_process_readings(self.metrics, started_ns, now)
-        self._requests = self.metrics.counter(
+        super().__init__()
+        add_process_readings(self, started_ns, now)
+        self.requests = self.counter(
             "etcd_proxy_requests_total", "Requests that came in, by method.", ("method",))
-        self._handled = self.metrics.counter(
+        self.handled = self.counter(
             "etcd_proxy_handled_total", "Requests that a member answered.", ("method", "code"))
-        self._dropped = self.metrics.counter(
+        self.dropped = self.counter(
             "etcd_proxy_dropped_total", "Requests, or tries of one, that failed in the proxy.",
             ("method", "proxying_error"))
-        self._seconds = Histograms(exponential_bounds(0.0005, 13), ("method",))
-        self.metrics.add("etcd_proxy_handling_duration_seconds",
-                         "From a request to its answer, by method.", self._seconds)
-
-    def came(self, method: str) -> None:
-        """A request came in."""
-        self._requests.inc(_known_method(method))
-
-    def handled(self, method: str, status: int, seconds: float) -> None:
-        """A member has begun to answer."""
-        method = _known_method(method)
-        self._handled.inc(method, str(status))
-        self._seconds.child(method).observe(seconds)
-
-    def dropped(self, method: str, error: str) -> None:
-        """A try has failed: zero_endpoints, failed_sending_request, failed_getting_response."""
-        self._dropped.inc(_known_method(method), error)
+        self.seconds = Histograms(exponential_bounds(0.0005, 13), ("method",))
+        self.add("etcd_proxy_handling_duration_seconds",
+                 "From a request to its answer, by method.", self.seconds)
 
 
-def _known_method(method: str) -> str:
-    """A label for `method`; clients may not fill the memory with words of their own."""
-    return method if method in ("GET", "HEAD", "PUT", "POST", "DELETE", "PATCH") else "other"
+def _method_label(request: HttpRequest) -> str:
+    """Return the method as a label; unknown ones share `other`, so that labels stay few."""
+    known = ("GET", "HEAD", "PUT", "POST", "DELETE", "PATCH")
+    return request.method if request.method in known else "other"
 
 
 class Forward:
-    """One request on its way: to one endpoint after the other, then the answer back.
+    """One request: tries one endpoint after the other, and passes the answer to the client.
 
-    An endpoint that cannot be reached, or does not answer, is left for the next one.  Differs
-    from etcd: a request that is not GET or HEAD is tried elsewhere only if no connection was
-    made, as it may have been executed otherwise.  Thread: reactor.
+    After an endpoint that cannot be reached, or does not answer, the next one is tried.  Differs
+    from etcd: a request that is not GET or HEAD goes to the next endpoint only if no connection
+    was made, as the first member may have executed it.  Thread: reactor.
     """
 
     __slots__ = (
-        "_request", "_left", "_tried", "_dialer", "_metrics", "_ended", "_started", "_endpoint",
-        "_call", "_reply", "_is_empty", "_waits",
+        "_request", "_left", "_tried", "_dialer", "_metrics", "_method", "_ended", "_started",
+        "_endpoint", "_call", "_reply", "_is_empty", "_waits",
     )
 
     def __init__(
@@ -19215,6 +18978,7 @@ class Forward:
         self._tried = 0
         self._dialer = dialer
         self._metrics = metrics
+        self._method = _method_label(request)
         self._ended = ended
         self._started = dialer.now()
         self._endpoint: Optional[Endpoint] = None
@@ -19225,44 +18989,41 @@ class Forward:
             request.query.split("&", FORM_FIELDS_MAX))
 
     def start(self) -> None:
-        """Send the request to the first endpoint."""
         self._request.on_close = self._client_gone
-        # Who ends his side of the connection does not wait for an event any more.
+        # A client that ends its side of the connection has ended its watch.
         self._request.connection.streaming = self._waits
         self._try_next()
 
     def cancel(self) -> None:
-        """Drop it, without an answer."""
+        """Drop the request without an answer."""
         self._request.on_close = None
         if self._call is not None:
             self._call.cancel()
         self._end()
 
     def lost(self, error: Exception) -> None:
-        """The endpoint has failed while this waited for it."""
+        """Try the next endpoint, as this one has failed a probe."""
         if self._call is not None:
             self._call.cancel()
-        self._done(error)
+        self.on_done(error)
 
     def _try_next(self) -> None:
         while self._left:
             endpoint = self._left.popleft()
-            if endpoint.available:      # another request may have found out meanwhile
+            if endpoint.available:      # another request may have marked it failed meanwhile
                 self._tried += 1
                 self._endpoint = endpoint
-                endpoint.expect(self)
+                endpoint.add_waiting(self)
                 self._call = self._dialer.call(
-                    endpoint.url, self._request, self._headers(), self._head, self._data,
-                    self._done,
-                )
+                    endpoint.url, self._request, self._headers(), self)
                 return
         self._give_up(502, f"unable to get response from {self._tried} endpoint(s)")
 
     def _headers(self) -> Dict[str, str]:
-        """The client's headers, as far as they are for the member."""
+        """Return the headers of the client for the member, and X-Forwarded-For."""
         request = self._request
         named = _list_header(request.headers, "connection")
-        dropped = _HOP_HEADERS.union(named, ("expect",))    # we have answered that
+        dropped = _HOP_HEADERS.union(named, ("expect",))    # the proxy has answered Expect
         headers = {
             _header_name(name): value for name, value in request.headers.items()
             if name not in dropped
@@ -19272,14 +19033,15 @@ class Forward:
         headers["X-Forwarded-For"] = f"{came_by}, {client}" if came_by else client
         return headers
 
-    def _head(self, status: int, headers: Dict[str, str]) -> None:
+    def on_head(self, status: int, headers: Dict[str, str]) -> None:
         assert self._endpoint is not None
         request = self._request
         self._endpoint.answered()
-        self._metrics.handled(request.method, status, self._dialer.now() - self._started)
+        self._metrics.handled.inc(self._method, str(status))
+        self._metrics.seconds.child(self._method).observe(self._dialer.now() - self._started)
         dropped = _HOP_HEADERS.union(("date",))
         if isinstance(request, CorsRequest):
-            dropped = dropped.union(_CORS_HEADERS)      # the reply has ours
+            dropped = dropped.union(_CORS_HEADERS)      # the reply has those of the proxy
         lines = "".join(
             f"{_header_name(name)}: {value}\r\n" for name, value in headers.items()
             if name not in dropped
@@ -19291,7 +19053,7 @@ class Forward:
         self._reply = request.start_stream(status, None, lines, length=length)
         self._reply.on_close = self._client_gone
 
-    def _data(self, data: bytes) -> None:
+    def on_data(self, data: bytes) -> None:
         assert self._reply is not None and self._call is not None and self._endpoint is not None
         self._endpoint.answered()
         self._is_empty = False
@@ -19300,38 +19062,38 @@ class Forward:
             self._call.pause()
             self._reply.when_read(self._call.resume)
 
-    def _done(self, error: Optional[Exception]) -> None:
+    def on_done(self, error: Optional[Exception]) -> None:
         if self._reply is None:
-            self._failed(error or EOFError("unexpected EOF"))
+            self._try_failed(error or EOFError("unexpected EOF"))
             return
-        # A watch without events ends as if the member had ended it: clients begin a new one.
+        # A watch without events ends as if the member had ended it: clients start a new one.
         if error is None or self._waits and self._is_empty:
             self._reply.end()
         else:
             self._reply.abort()
         self._end()
 
-    def _failed(self, error: Exception) -> None:
-        """No answer from this endpoint."""
+    def _try_failed(self, error: Exception) -> None:
+        """Try the next endpoint, as this one did not answer."""
         assert self._endpoint is not None and self._call is not None
-        endpoint, method = self._endpoint, self._request.method
-        endpoint.leave(self)
-        if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:     # it is not the member
+        endpoint = self._endpoint
+        endpoint.remove_waiting(self)
+        if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:     # not the member's fault
             self._give_up(503, f"{_reason(error)}; raise the limit of open files (ulimit -n)")
             return
-        self._metrics.dropped(method, "failed_sending_request")
+        self._metrics.dropped.inc(self._method, "failed_sending_request")
         why = _reason(error)
         if isinstance(error, OSError) and error.errno and not self._call.connected:
             why = f"dial tcp {urlsplit(endpoint.url).netloc}: connect: {why}"
         package_logger("proxy").info("failed to direct request to %s: %s", endpoint.url, why)
         endpoint.failed()
-        if self._call.connected and method not in ("GET", "HEAD"):
-            self._left.clear()          # it may have been executed
+        if self._call.connected and self._method not in ("GET", "HEAD"):
+            self._left.clear()          # the member may have executed it
         self._try_next()
 
     def _give_up(self, status: int, text: str) -> None:
         package_logger("proxy").info(text)
-        self._metrics.dropped(self._request.method, "failed_getting_response")
+        self._metrics.dropped.inc(self._method, "failed_getting_response")
         self._end()
         write_message(self._request, status, f"proxy: {text}")
 
@@ -19341,17 +19103,17 @@ class Forward:
 
     def _end(self) -> None:
         if self._endpoint is not None:
-            self._endpoint.leave(self)
+            self._endpoint.remove_waiting(self)
         self._ended(self)
 
 
 def _header_name(name: str) -> str:
-    """`x-etcd-index` as servers written in Go spell it: `X-Etcd-Index`."""
+    """Return `x-etcd-index` as Go servers spell it: `X-Etcd-Index`."""
     return "-".join(part.capitalize() for part in name.split("-"))
 
 
 class ProxyApi:
-    """Everything on the client port of a proxy: two paths of its own, the rest is for a member.
+    """The client port of a proxy: answers two paths, and forwards the others to a member.
 
     Thread: reactor.  Source: etcd 2.3 proxy/proxy.go, reverse.go.
     """
@@ -19366,39 +19128,32 @@ class ProxyApi:
         self._body_bytes = 0                        # of all
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer a request of a client, now or when a member has."""
         path, request = request.path, allow_origin(request, self._origins)
         if not path.startswith("/"):
             request.reply(400)
         elif not is_clean_path(path):
             redirect(request)
         elif path == "/metrics":
-            body = utf8(self._metrics.metrics.text())
-            request.reply(200, body, "text/plain; version=0.0.4")
+            request.reply(200, utf8(self._metrics.text()), "text/plain; version=0.0.4")
         elif self._is_readonly and request.method != "GET":
             request.reply(501)
-        else:
-            self._serve(request)
-
-    def stop(self) -> None:
-        """Drop all requests that wait for a member."""
-        for forward in list(self._forwards):
-            forward.cancel()
-
-    def _serve(self, request: HttpRequest) -> None:
-        if request.method == "OPTIONS":
+        elif request.method == "OPTIONS":
             request.reply(200)
-        elif request.path != "/v2/config/local/proxy":
+        elif path != "/v2/config/local/proxy":
             self._forward(request)
         elif request.method != "GET":
             refuse_method("GET", request)
         else:
             urls = [endpoint.url for endpoint in self._endpoints.available()]
-            body = utf8(json_text({"endpoints": urls}) + "\n")
-            request.reply(200, body, "text/plain; charset=utf-8")
+            write_text(request, 200, json_text({"endpoints": urls}) + "\n")
+
+    def stop(self) -> None:
+        for forward in list(self._forwards):
+            forward.cancel()
 
     def _forward(self, request: HttpRequest) -> None:
-        self._metrics.came(request.method)
+        method = _method_label(request)
+        self._metrics.requests.inc(method)
         if request.body_too_large:
             write_message(
                 request, 500, "proxy: failed to read request body: http: request body too large"
@@ -19408,19 +19163,19 @@ class ProxyApi:
         if not endpoints:
             text = "zero endpoints currently available"
             package_logger("proxy").info(text)
-            self._metrics.dropped(request.method, "zero_endpoints")
+            self._metrics.dropped.inc(method, "zero_endpoints")
             write_message(request, 503, f"proxy: {text}")
             return
         if self._body_bytes > QUEUED_BYTES_MAX:
-            self._metrics.dropped(request.method, "failed_sending_request")
+            self._metrics.dropped.inc(method, "failed_sending_request")
             write_message(request, 503, "proxy: too many large requests wait for the members")
             return
-        forward = Forward(request, endpoints, self._dialer, self._metrics, self._ended)
+        forward = Forward(request, endpoints, self._dialer, self._metrics, self._forward_ended)
         self._forwards[forward] = len(request.body)
         self._body_bytes += len(request.body)
         forward.start()
 
-    def _ended(self, forward: Forward) -> None:
+    def _forward_ended(self, forward: Forward) -> None:
         self._body_bytes -= self._forwards.pop(forward)
 
 
@@ -19438,12 +19193,8 @@ class ProxyServer(ServerThread):
         self._endpoints: Optional[Endpoints] = None
         self._api: Optional[ProxyApi] = None
 
-    def __enter__(self) -> ProxyServer:
-        self._start_or_stop()
-        return self
-
     def bind(self) -> None:
-        """Open the listening sockets, so that the ports are known; nothing is served yet."""
+        """Open the listening sockets, so that the ports are known; serve nothing yet."""
         if self._client_listeners:
             return
         with contextlib.ExitStack() as on_failure:
@@ -19451,24 +19202,24 @@ class ProxyServer(ServerThread):
             for url in self.config.listen_client_urls:
                 self._client_listeners.append(self._listen(
                     url, self._serve, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
-                    kept=(CONNECTIONS_MAX, 2),  # a request takes another one to a member
+                    kept=(CONNECTIONS_MAX, 2),  # a request needs a second one, to a member
                 ))
                 package_logger("proxy").info("listening for client requests on %s", url)
             on_failure.pop_all()
 
     def start(self) -> None:
-        """Find the members and serve.  With discovery this waits until all have registered."""
+        """Find the members and serve.  Discovery waits until all have registered."""
         config = self.config
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(self._close_listeners)
             fresh = absent_dirs(os.path.join(config.data_dir or config.name + ".etcd", "proxy"))
             cleanup.callback(remove_dirs, fresh)
             cluster_file = prepare_proxy_dir(config)
-            remove_dirs(fresh)          # a proxy that is ended while it waits leaves nothing
-            peer_urls = find_peer_urls(config, cluster_file)
+            remove_dirs(fresh)          # a proxy that ends while it waits leaves no directory
+            cluster = find_cluster(config, cluster_file)
             make_dirs(fresh)
             dialer = ProxyDialer(config, self._reactor)
-            self._endpoints = Endpoints(config, self._reactor, dialer, peer_urls, cluster_file)
+            self._endpoints = Endpoints(config, self._reactor, dialer, cluster, cluster_file)
             self._endpoints.refresh()
             self._api = ProxyApi(self._endpoints, dialer, config)
             self.bind()
@@ -19479,9 +19230,9 @@ class ProxyServer(ServerThread):
         assert self._api is not None
         self._api.handle(request)
 
-    def _begin(self) -> None:
+    def _start_work(self) -> None:
         assert self._endpoints is not None
-        self._endpoints.start()
+        self._endpoints.schedule_refresh()
 
     def _free(self) -> None:
         if self._endpoints is not None:
@@ -19491,22 +19242,22 @@ class ProxyServer(ServerThread):
 
 
 # ============================================================================
-# life/settings -- Settings: command line, environment, configuration file.
+# life/settings -- Settings: the values of flags, from command line, environment or configuration file.
 # ============================================================================
 
 
-ENVIRONMENT_FILE = "/etc/environment"   # where CoreOS keeps COREOS_PRIVATE_IPV4
+ENVIRONMENT_FILE = "/etc/environment"   # of CoreOS, with COREOS_PRIVATE_IPV4
 
 
 class Settings:
-    """What the command line and the environment say, or the configuration file instead of both.
+    """Values of flags: from the command line and the environment, or from a configuration file.
 
-    values   flag name -> parsed value, for what was given
-    sources  flag name -> where: `-name`, `ETCD_NAME` or `<file>:<line>`
+    values   flag name -> parsed value, for the flags that were given
+    sources  flag name -> `-name`, `ETCD_NAME` or `<file>:<line>`
     lines    (level, package, text) to be logged once logging is set up
 
-    flags    those that there are, if not the member's
-    A flag goes before its variable.  Raises FlagError.
+    flags    the flags to accept; (): those of a member
+    A flag on the command line goes before its variable.  Raises FlagError.
     Source: Go's package flag; etcd 2.3 pkg/flags; etcd 3.4 etcdmain/config.go for the file.
     """
 
@@ -19525,20 +19276,18 @@ class Settings:
             pass
 
     def __getitem__(self, name: str) -> Any:
-        """The value of a flag, or its default."""
         return self.values.get(name, self._flags[name].default)
 
     def is_set(self, name: str) -> bool:
-        """True if the flag or its variable was given."""
         return name in self.values
 
     def where(self, name: str) -> str:
-        """What to call a setting in a message: by what the operator wrote."""
+        """Return the name of a setting for messages, with the place where it was set."""
         source = self.sources.get(name, f"-{name}")
         return source if source.startswith("-") else f"{name} (from {source})"
 
-    def spell(self, name: str, like: str, text: str) -> str:
-        """Setting `name` to `text`, written as the operator wrote `like`."""
+    def example(self, name: str, like: str, text: str) -> str:
+        """Return the text that sets `name` to `text` in the place where `like` was set."""
         source = self.sources.get(like, "-")
         if source.startswith("-"):
             return f"-{name} {text}"
@@ -19546,11 +19295,10 @@ class Settings:
         return f"{name}: {text}" if is_file else f"{self._flags[name].variable}={text}"
 
     def warn(self, text: str) -> None:
-        """Have a warning logged at the start."""
         self.lines.append((logging.WARNING, "etcd", text))
 
     def _next_flag(self) -> bool:
-        """Take one flag off the command line; False at the end of the flags."""
+        """Take one flag off the command line; return False at the end of the flags."""
         if not self._rest or not self._rest[0].startswith("-") or self._rest[0] == "-":
             return False
         word = self._rest.pop(0)
@@ -19564,7 +19312,7 @@ class Settings:
             return False
         flag = self._flags.get(name)
         if flag is None:
-            raise FlagError(f"flag provided but not defined: -{name}{self._meant('-', name)}")
+            raise FlagError(f"flag provided but not defined: -{name}{self._suggestion('-', name)}")
         self._switch = name if flag.is_bool and not has_value else ""
         if not has_value:
             if flag.is_bool:
@@ -19578,18 +19326,18 @@ class Settings:
         return True
 
     def take_word(self) -> str:
-        """Take the first word behind the flags; "" if there is none."""
+        """Take the first word after the flags; return "" if there is none."""
         return self._rest.pop(0) if self._rest else ""
 
     def check_leftover(self) -> None:
-        """Raise FlagError for a word behind the flags."""
+        """Raise FlagError if a word follows the flags."""
         if self._rest:
             word = self._rest[0]
             raise FlagError(f"error verifying flags, '{word}' is not a valid flag"
                             f"{self._leftover_advice(word)}")
 
     def _leftover_advice(self, word: str) -> str:
-        """How a word may have come behind the flags, and what to write instead."""
+        """Return what to write instead of a word that is no flag; "" if that is unknown."""
         bare = word.lstrip(_TYPOGRAPHIC_DASHES)
         switch, instead = self._switch, IGNORED_BOOLS.get(self._switch)
         if bare != word:
@@ -19598,8 +19346,8 @@ class Settings:
             return f"; write -{word}"
         if instead:
             return f"; {instead}"
-        if switch and _is_bool_word(word):
-            value = _YAML_BOOLS.get(word.lower(), word)
+        value = _YAML_BOOLS.get(word.lower(), word)
+        if switch and value in GO_BOOLS:
             return f"; -{switch} is a switch: write -{switch}, or -{switch}={value}"
         if "://" in word:
             return "; write a list as one word, its parts separated by commas without spaces"
@@ -19607,8 +19355,8 @@ class Settings:
             return f"; write `pyetcd {word}` first and its flags behind it"
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
-    def _meant(self, prefix: str, name: str) -> str:
-        """The question whether another flag was meant; "" if none is like it."""
+    def _suggestion(self, prefix: str, name: str) -> str:
+        """Return `; did you mean <flag>?` if a flag has a similar name, else ""."""
         known = [
             flag.name for flag in self._flags.values()
             if flag.name != name and not flag.no_effect and flag.name not in IGNORED_BOOLS
@@ -19621,7 +19369,7 @@ class Settings:
         return f"; did you mean {prefix}{shown}?"
 
     def complete(self) -> None:
-        """Take the environment too; or, if a file is named, the file alone."""
+        """Read the environment; or, if a configuration file is named, that file instead."""
         path = self["config-file"] or self._environ.get(self._flags["config-file"].variable)
         if path:
             self.read_file(path)
@@ -19629,29 +19377,29 @@ class Settings:
             self.read_environment()
 
     def read_environment(self) -> None:
-        """Take the ETCD_* variables; an empty one counts as not set."""
+        """Read the ETCD_* variables; an empty variable counts as not set."""
         for name, flag in self._flags.items():
             text = self._environ.get(flag.variable, "")
             if not text:
                 continue
             if name in self.values:
-                self._say(f"recognized environment variable {flag.variable}, but unused: shadowed"
+                self._log(f"recognized environment variable {flag.variable}, but unused: shadowed"
                           f" by corresponding flag ")
                 continue
-            self._say(f"recognized and used environment variable {flag.variable}={text}")
+            self._log(f"recognized and used environment variable {flag.variable}={text}")
             self._set(flag, text, flag.variable)
         known = {flag.variable for flag in self._flags.values()}
         for variable in sorted(self._environ):
             if variable.startswith("ETCD_") and variable not in known:
                 text = self._environ[variable]
-                meant = self._meant("ETCD_", variable[len("ETCD_"):])
-                self._say(f"unrecognized environment variable {variable}={text}{meant}",
+                meant = self._suggestion("ETCD_", variable[len("ETCD_"):])
+                self._log(f"unrecognized environment variable {variable}={text}{meant}",
                           logging.WARNING)
 
     def read_file(self, path: str) -> None:
-        """Take the settings of a configuration file, and forget all others.
+        """Read a configuration file, and forget all other settings.
 
-        Differs from etcd, which ignores in silence what it does not know: here it is a warning.
+        Differs from etcd, which ignores an unknown setting in silence: here it is a warning.
         """
         self.values, self.sources = {}, {}
         self.lines = [(
@@ -19664,7 +19412,7 @@ class Settings:
             flag = self._flags.get(name)
             if flag is None or name in ("config-file", "version"):
                 self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
-                          f" those that are known{self._meant('', name)}")
+                          f" those that are known{self._suggestion('', name)}")
                 continue
             if flag.is_bool:
                 text = _YAML_BOOLS.get(text.lower(), text)
@@ -19673,14 +19421,14 @@ class Settings:
     def _set(self, flag: Flag, text: str, source: str) -> None:
         name = flag.name
         if name in IGNORED_BOOLS:
-            self._say(f'flag "-{name}" is no longer supported - ignoring.', logging.WARNING)
+            self._log(f'flag "-{name}" is no longer supported - ignoring.', logging.WARNING)
         elif flag.no_effect:
-            self._say(f"flag -{name} has no effect: {flag.no_effect}", logging.WARNING)
+            self._log(f"flag -{name} has no effect: {flag.no_effect}", logging.WARNING)
         if name.endswith("-urls") or name.endswith("addr") or name == "initial-cluster":
             text = expand_addresses(text, self._environ, source)
         try:
             self.values[name] = flag.parse(text)
-        except Refusal as error:
+        except UnsupportedFlag as error:
             where = source if source in (f"-{name}", flag.variable) else f"{source}: {name}"
             raise FlagError(f"{where} {error}") from None
         except ValueError as error:
@@ -19690,25 +19438,18 @@ class Settings:
         if _quoting_advice(text) and name != "initial-cluster":
             self.warn(f"the value of {source} is {text!r}{_quoting_advice(text)}")
 
-    def _say(self, text: str, level: int = logging.INFO) -> None:
+    def _log(self, text: str, level: int = logging.INFO) -> None:
         self.lines.append((level, "flags", text))
 
 
 _YAML_BOOLS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 _TYPOGRAPHIC_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 _TYPOGRAPHIC_QUOTES = "\u201c\u201d\u201e\u2018\u2019"
-_LIKENESS_MIN = 0.7                 # of a name to the one that was meant, 1.0: the same
-
-
-def _is_bool_word(word: str) -> bool:
-    with contextlib.suppress(ValueError):
-        parse_bool(_YAML_BOOLS.get(word.lower(), word))
-        return True
-    return False
+_LIKENESS_MIN = 0.7                 # of a misspelt name to the flag that is suggested; 1.0: equal
 
 
 def _quoting_advice(text: str) -> str:
-    """What to do about quotes and line ends that came along with a value; "" without them."""
+    """Return what to do about quotes or a line end around a value; "" if there are none."""
     if text and (text[0] in _TYPOGRAPHIC_QUOTES or text[-1] in _TYPOGRAPHIC_QUOTES):
         return "; it has typographic quotes: write it without quotes"
     if len(text) > 1 and text[0] in "\"'" and text[-1] == text[0]:
@@ -19722,13 +19463,12 @@ def _quoting_advice(text: str) -> str:
 
 
 def _advice(flag: Flag, text: str) -> str:
-    """What to write instead of a value that cannot be used; "" if that is not known."""
+    """Return what to write instead of a bad value; "" if that is unknown."""
     quoting = _quoting_advice(text)
     if quoting:
         return quoting
     if flag.is_bool:
-        word = _YAML_BOOLS.get(text.lower(), "true or false")
-        return f"; write {word}"
+        return f"; write {_YAML_BOOLS.get(text.lower(), 'true or false')}"
     if flag.parse is _parse_address:
         return f"; write {text.partition('://')[2]}" if "://" in text else "; write IP:PORT"
     if flag.parse is _parse_origins:
@@ -19740,28 +19480,25 @@ def _advice(flag: Flag, text: str) -> str:
 
 
 def url_advice(text: str, name: str) -> str:
-    """What to write instead of the first bad URL in a list, or in `name=url,name=url`."""
+    """Return what to write instead of the first bad URL of a list, or of `name=url,name=url`."""
     port = 2380 if "peer" in name or name == "initial-cluster" else 2379
     for item in text.split(","):
         pair, _, url = item.strip().rpartition("=")
         url = item.strip() if "://" in pair or name != "initial-cluster" else url
-        try:
-            check_url(url)
+        if usable_urls([url]):
             continue
-        except ValueError:
-            pass
         if not url:
             return "; there is a comma too many" if len(text) > 1 else "; write http://HOST:PORT"
         if re.search("[${}<>%]", url):
             return "; a variable or placeholder was not filled in: write the address itself"
         if re.search(r"\s", url):
             return "; separate URLs by commas without spaces"
-        return _repaired(url, port)
+        return _repaired_url(url, port)
     return ""
 
 
-def _repaired(url: str, port: int) -> str:
-    """The URL that was probably meant, as advice; "" if that would be none either."""
+def _repaired_url(url: str, port: int) -> str:
+    """Return `; write <URL>` with the URL that was probably meant; "" if that is bad too."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         scheme, rest = "http", url
@@ -19778,7 +19515,7 @@ def _repaired(url: str, port: int) -> str:
 
 
 def _invalid(flag: Flag, text: str, source: str, reason: str) -> str:
-    """The sentence about a value that cannot be used; Go has one of its own for boolean flags."""
+    """Return the sentence about a bad value; Go's flag package words it by kind and source."""
     if source == flag.variable:
         return f'invalid value "{text}" for {source}: {reason}'
     if not source.startswith("-"):
@@ -19789,14 +19526,6 @@ def _invalid(flag: Flag, text: str, source: str, reason: str) -> str:
 
 
 # -- the configuration file ----------------------------------------------------
-
-
-class FileSetting(NamedTuple):
-    """One setting of a configuration file."""
-
-    line: int                           # where it stands, from 1
-    name: str                           # of the flag
-    text: str                           # as on the command line; never empty
 
 
 _SECTIONS = {"client-transport-security": "", "peer-transport-security": "peer-"}
@@ -19811,12 +19540,12 @@ _CONFIG_ITEM = re.compile(rf"\s*({_QUOTED}|[^\s,\[\]{{}}&*!|>%@`\"'#][^,\[\]{{}}
 _CONFIG_FORM = "write `setting: value` on each line, lists as `a,b` or `[a, b]`, * in quotes"
 
 
-def read_config_file(path: str) -> List[FileSetting]:
-    """Return what a configuration file sets: a JSON object, or lines of `setting: value`.
+def read_config_file(path: str) -> List[Tuple[int, str, str]]:
+    """Return (line, flag, text) for the settings in a JSON object, or lines of `setting: value`.
 
-    The names are those of the flags.  In client-transport-security and peer-transport-security,
-    as etcd 3 has them, the flags for TLS go without `peer-`.  What is empty is not set.
-    Of YAML this is what a flat file needs: comments, quotes, [a, b]; all else is an error.
+    The names are those of the flags.  In the sections client-transport-security and
+    peer-transport-security of etcd 3 the flags for TLS have no `peer-`.  An empty setting is
+    skipped.  Of YAML a flat file may have comments, quotes and [a, b]; anything else is an error.
     Raises FlagError with file and line.
     """
     try:
@@ -19829,7 +19558,7 @@ def read_config_file(path: str) -> List[FileSetting]:
     except UnicodeDecodeError:
         raise FlagError(f"{path} is not text in UTF-8") from None
     read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
-    found: Dict[str, FileSetting] = {}
+    found: Dict[str, Tuple[int, str, str]] = {}
     for line, section, key, value in read(path, text):
         if not value:
             continue
@@ -19839,8 +19568,8 @@ def read_config_file(path: str) -> List[FileSetting]:
         name = _SECTIONS.get(section, "") + key
         if name in found:
             raise FlagError(f"{path}:{line}: {name} is set a second time, after line"
-                            f" {found[name].line}")
-        found[name] = FileSetting(line, name, value)
+                            f" {found[name][0]}")
+        found[name] = line, name, value
     return list(found.values())
 
 
@@ -19936,7 +19665,7 @@ def _yaml_text(value: str) -> str:
 
 
 def _unquote_yaml(text: str) -> str:
-    """Return what a scalar means.  Raises ValueError for escapes that JSON does not have."""
+    """Return the text of a scalar.  Raises ValueError for escapes that JSON does not have."""
     if text.startswith("'"):
         return text[1:-1].replace("''", "'")
     if text.startswith('"'):
@@ -19951,11 +19680,11 @@ _ADDRESS_NAME = re.compile(r"\$\{?(private|public)_ipv4\b\}?")
 
 
 def expand_addresses(text: str, environ: Mapping[str, str], source: str) -> str:
-    """Replace $private_ipv4 and $public_ipv4, which only some clouds fill in, by addresses.
+    """Replace $private_ipv4 and $public_ipv4 by addresses, as cloud-config does on some clouds.
 
-    They come from COREOS_PRIVATE_IPV4 and COREOS_PUBLIC_IPV4 in the environment or in
-    /etc/environment; the private one otherwise from the interface with the default route.
-    Raises FlagError, naming `source`, if the address cannot be known.
+    The addresses are COREOS_PRIVATE_IPV4 and COREOS_PUBLIC_IPV4 in the environment, or in
+    /etc/environment.  Without a private one, the interface with the default route has it.
+    Raises FlagError, which names `source`, if an address is unknown.
     """
     def address(match: re.Match[str]) -> str:
         kind = match.group(1)
@@ -19984,41 +19713,36 @@ def read_environment_file(path: str) -> Dict[str, str]:
     return found
 
 
-_OLD_ADDRESSES = {
-    "addr": "advertise-client-urls", "bind-addr": "listen-client-urls",
-    "peer-addr": "initial-advertise-peer-urls", "peer-bind-addr": "listen-peer-urls",
-}
-
-
 def _take_old_addresses(settings: Settings) -> None:
     """Turn the IP:port flags of etcd 0.4 into URLs.  Raises FlagError."""
-    for old, bound in (("addr", "bind-addr"), ("peer-addr", "peer-bind-addr")):
-        if settings.is_set(old) and not settings.is_set(bound):
-            if not settings.is_set(_OLD_ADDRESSES[bound]):
-                port = settings[old].rpartition(":")[2]
-                settings.values[bound] = f"[::]:{port}"
-                settings.sources[bound] = settings.sources[old]
-    for old, new in _OLD_ADDRESSES.items():
-        if not settings.is_set(old):
-            continue
-        if settings.is_set(new):
-            raise FlagError(f"Set only one of flags -{new} and -{old}")
-        side = "peer-" if old.startswith("peer-") else ""
+    values, sources = settings.values, settings.sources
+    for side, advertise, listen in (
+        ("", "advertise-client-urls", "listen-client-urls"),
+        ("peer-", "initial-advertise-peer-urls", "listen-peer-urls"),
+    ):
+        addr, bind_addr = side + "addr", side + "bind-addr"
+        if addr in values and bind_addr not in values and listen not in values:
+            values[bind_addr] = "[::]:" + values[addr].rpartition(":")[2]
+            sources[bind_addr] = sources[addr]
         is_tls = settings[side + "cert-file"] or settings[side + "key-file"]
-        settings.values[new] = (f"{'https' if is_tls else 'http'}://{settings[old]}",)
-        settings.sources[new] = settings.sources[old]
+        for old, new in ((addr, advertise), (bind_addr, listen)):
+            if old in values and new in values:
+                raise FlagError(f"Set only one of flags -{new} and -{old}")
+            if old in values:
+                values[new] = (f"{'https' if is_tls else 'http'}://{values[old]}",)
+                sources[new] = sources[old]
 
 
 # ============================================================================
-# life/checks -- What settings do not go together, and the configuration that they make.
+# life/checks -- Checks of settings that contradict each other, and the configuration that settings make.
 # ============================================================================
 
 
-# -- what does not go together ---------------------------------------------------
+# -- settings that contradict each other -----------------------------------------
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise FlagError for settings that do not go together (etcd 2.3 config.go)."""
+    """Raise FlagError for settings that contradict each other.  Source: etcd 2.3 config.go."""
     ways = [
         name for name in ("initial-cluster", "discovery", "discovery-srv") if settings.is_set(name)
     ]
@@ -20033,8 +19757,8 @@ def check_settings(settings: Settings) -> None:
             settings.warn(f"{settings.where(name)} does nothing: {instead}")
     _check_name(settings)
     _check_log_packages(settings)
-    _check_clients_are_told(settings)
-    _check_peers_are_told(settings)
+    _check_advertised_to_clients(settings)
+    _check_advertised_to_peers(settings)
     _check_times(settings)
     _check_initial_cluster(settings)
     for name in ("initial-advertise-peer-urls", "advertise-client-urls"):
@@ -20050,7 +19774,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def _check_name(settings: Settings) -> None:
-    """Raise FlagError for a name that -initial-cluster could not name."""
+    """Raise FlagError for a name that -initial-cluster cannot hold."""
     name, where = settings["name"], settings.where("name")
     if not name:
         raise FlagError(
@@ -20065,7 +19789,7 @@ def _check_name(settings: Settings) -> None:
 
 
 def _check_log_packages(settings: Settings) -> None:
-    """Warn of packages that never log; etcd takes them without a word."""
+    """Warn of packages that never log; etcd accepts them without a word."""
     for package in settings["log-package-levels"]:
         if package and package.partition(".")[0] not in LOG_PACKAGES:
             near = difflib.get_close_matches(package, LOG_PACKAGES, 1)
@@ -20076,8 +19800,8 @@ def _check_log_packages(settings: Settings) -> None:
             )
 
 
-def _check_clients_are_told(settings: Settings) -> None:
-    """Who chooses where to listen must say how clients get there; a proxy advertises nothing."""
+def _check_advertised_to_clients(settings: Settings) -> None:
+    """Raise FlagError if -listen-client-urls has no advertised URLs; a proxy needs none."""
     listen, advertise = "listen-client-urls", "advertise-client-urls"
     falls_back = settings["discovery"] and settings["discovery-fallback"] == "proxy"
     if not settings.is_set(listen) or settings.is_set(advertise):
@@ -20088,14 +19812,14 @@ def _check_clients_are_told(settings: Settings) -> None:
             "-advertise-client-urls is required when -listen-client-urls is set explicitly;"
             " When listening on specific address(es), this etcd process must advertise"
             " accessible url(s) to each connected client; for example"
-            f" {settings.spell(advertise, listen, example)}"
+            f" {settings.example(advertise, listen, example)}"
         )
 
 
-def _check_peers_are_told(settings: Settings) -> None:
-    """Warn of a registration with the default peer URLs by a member that listens elsewhere.
+def _check_advertised_to_peers(settings: Settings) -> None:
+    """Warn if discovery would publish the default peer URLs of a member that listens elsewhere.
 
-    In -initial-cluster they would not match, which is an error later on.
+    With -initial-cluster this is an error later, as the URLs do not match.
     """
     listen, advertise = "listen-peer-urls", "initial-advertise-peer-urls"
     found = settings["discovery"] or settings["discovery-srv"]
@@ -20104,7 +19828,7 @@ def _check_peers_are_told(settings: Settings) -> None:
         settings.warn(
             f"{settings.where(listen)} is set, but the other members are told"
             f" {','.join(settings[advertise])}; set"
-            f" {settings.spell(advertise, listen, example or 'http://10.0.0.5:2380')}"
+            f" {settings.example(advertise, listen, example or 'http://10.0.0.5:2380')}"
         )
 
 
@@ -20155,7 +19879,7 @@ def _check_initial_cluster(settings: Settings) -> None:
 
 
 def check_restore_settings(settings: Settings) -> None:
-    """Raise FlagError for peer URLs of a new cluster that cannot be used."""
+    """Raise FlagError for a bad name or bad peer URLs of a restored cluster."""
     _check_name(settings)
     _check_initial_cluster(settings)
     for url in settings["initial-advertise-peer-urls"]:
@@ -20163,10 +19887,10 @@ def check_restore_settings(settings: Settings) -> None:
 
 
 def _check_host(settings: Settings, name: str, url: str) -> None:
-    """Raise FlagError for an advertised URL without a host; warn of one that is a wildcard.
+    """Raise FlagError for an advertised URL without host or port; warn of a wildcard address.
 
-    Differs from etcd, which takes it, and then no member finds another: the failure that ends
-    many first attempts with cloud-config, when $private_ipv4 is empty.
+    Differs from etcd, which accepts such a URL, and whose members then never find each other.
+    Many first attempts with cloud-config end so, because $private_ipv4 was empty.
     """
     host, port = url_address(url)
     if not port:
@@ -20190,33 +19914,17 @@ def _check_host(settings: Settings, name: str, url: str) -> None:
 # -- TLS -------------------------------------------------------------------------
 
 
-def _tls_files(settings: Settings, side: str) -> TlsFiles:
-    """What the flags of one side, `client` or `peer`, say about TLS."""
-    prefix = _TLS_PREFIX[side]
-    hostname = {"client": "client-cert-allowed-hostname", "peer": "peer-cert-allowed-hostname"}
-    return TlsFiles(
-        cert_file=settings[prefix + "cert-file"],
-        key_file=settings[prefix + "key-file"],
-        trusted_ca_file=settings[prefix + "trusted-ca-file"],
-        ca_file=settings[prefix + "ca-file"],
-        client_cert_auth=settings[prefix + "client-cert-auth"],
-        crl_file=settings[side + "-crl-file"],
-        allowed_name=settings[hostname[side]],
-        allowed_cn=settings["peer-cert-allowed-cn"] if side == "peer" else "",
-    )
-
-
 _TLS_PREFIX = {"client": "", "peer": "peer-"}
 
 
 def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int, str]]:
     """Return (level, text) of the lines to log about TLS on one side, `client` or `peer`.
 
-    urls  where that side listens
+    urls  the -listen URLs of that side
 
-    Raises StartError for what could not work, or would protect less than it says.
-    Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go; the checks of names and
-    revocations are stricter than etcd 3, which leaves them out where nobody asks for certificates.
+    Raises StartError for files that cannot work, or that protect less than their flags promise.
+    Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go.  Differs from etcd 3, which
+    skips the checks of names and revocations if client certificates are not required.
     """
     prefix = _TLS_PREFIX[side]
     pair = f"-{prefix}cert-file and -{prefix}key-file"
@@ -20275,75 +19983,49 @@ def _check_readable(side: str, files: TlsFiles) -> None:
 
 
 def make_config(settings: Settings) -> ServerConfig:
-    """Return the member's configuration.  Raises FlagError."""
+    """Return the configuration of the member: each flag fills its field.  Raises FlagError."""
     try:
         check_settings(settings)
     except FlagError as error:
         raise FlagError(f"error verifying flags, {error}") from None
-    initial = settings["initial-cluster"]
-    if not initial and not settings["discovery"] and not settings["discovery-srv"]:
-        initial = default_initial_cluster(settings["name"])
-    return ServerConfig(
-        name=settings["name"],
-        data_dir=settings["data-dir"],
-        wal_dir=settings["wal-dir"],
-        snapshot_count=settings["snapshot-count"] or DEFAULT_SNAPSHOT_COUNT,
-        heartbeat_ms=settings["heartbeat-interval"],
-        election_ms=settings["election-timeout"],
-        max_snapshots=settings["max-snapshots"],
-        max_wals=settings["max-wals"],
-        initial_cluster=initial,
-        initial_cluster_token=settings["initial-cluster-token"],
-        initial_cluster_state=settings["initial-cluster-state"],
-        force_new_cluster=settings["force-new-cluster"],
-        listen_client_urls=settings["listen-client-urls"],
-        listen_peer_urls=settings["listen-peer-urls"],
-        advertise_client_urls=settings["advertise-client-urls"],
-        initial_advertise_peer_urls=settings["initial-advertise-peer-urls"],
-        discovery=settings["discovery"],
-        discovery_fallback=settings["discovery-fallback"],
-        discovery_proxy=settings["discovery-proxy"],
-        discovery_srv=settings["discovery-srv"],
-        strict_reconfig_check=settings["strict-reconfig-check"],
-        cors=settings["cors"],
-        client_tls=_tls_files(settings, "client"),
-        peer_tls=_tls_files(settings, "peer"),
-        proxy=settings["proxy"],
-        proxy_failure_wait_ms=settings["proxy-failure-wait"],
-        proxy_refresh_interval_ms=settings["proxy-refresh-interval"],
-        proxy_dial_timeout_ms=settings["proxy-dial-timeout"],
-        proxy_write_timeout_ms=settings["proxy-write-timeout"],
-        proxy_read_timeout_ms=settings["proxy-read-timeout"],
-        debug=settings["debug"],
+    parts: Dict[str, Dict[str, Any]] = {"": {}, "client_tls": {}, "peer_tls": {}}
+    for flag in itertools.chain.from_iterable(FLAGS.values()):
+        part, _, field = flag.field.rpartition(".")
+        if field:
+            parts[part][field] = settings[flag.name]
+    config = ServerConfig(
+        **parts[""], client_tls=TlsFiles(**parts["client_tls"]),
+        peer_tls=TlsFiles(**parts["peer_tls"]),
     )
+    initial = config.initial_cluster
+    if not initial and not config.discovery and not config.discovery_srv:
+        initial = default_initial_cluster(config.name)
+    count = config.snapshot_count or DEFAULT_SNAPSHOT_COUNT
+    return config._replace(initial_cluster=initial, snapshot_count=count)
 
 
 # ============================================================================
-# life/sources -- A member's data as files, read without changing them.
+# life/sources -- Readers of the files of a member, which may be running; they change no file.
 # ============================================================================
 
 
-_DRY_RUN = Flag("dry-run", parse_bool, False, "say what would be done, and change nothing.")
 TOOL_FLAGS: Dict[str, Tuple[Flag, ...]] = {
-    "backup": (
-        Flag("data-dir", str, "", "path to the data directory to copy; its member may run."),
-        Flag("wal-dir", str, "", "path to its dedicated wal directory, if it has one."),
-        Flag("backup-dir", str, "", "path to the copy; must be empty or absent."),
-        Flag("backup-wal-dir", str, "", "path to a dedicated wal directory of the copy."),
-        _DRY_RUN,
-    ),
-    "restore": (
-        Flag("name", str, DEFAULT_NAME, "name of the member whose data directory is made."),
-        Flag("initial-cluster", str, "",
-             "members of the new cluster, `name=url` pairs (default: this member alone)."),
-        Flag("initial-cluster-token", str, DEFAULT_CLUSTER_TOKEN,
-             "token of the new cluster: clusters with different tokens do not mix."),
-        Flag("initial-advertise-peer-urls", parse_urls, (),
-             "peer URLs of this member (default: those in -initial-cluster)."),
-        Flag("data-dir", str, "", "path to the new data directory (default: <name>.etcd)."),
-        Flag("wal-dir", str, "", "path to the new dedicated wal directory."),
-        _DRY_RUN,
-    ),
+    "backup": flag_rows("""
+data-dir  text  path to the data directory to copy; its member may run.
+wal-dir  text  path to its dedicated wal directory, if it has one.
+backup-dir  text  path to the copy; must be empty or absent.
+backup-wal-dir  text  path to a dedicated wal directory of the copy.
+dry-run  bool  say what would be done, and change nothing.
+"""),
+    "restore": (*flag_rows("""
+name  text  name of the member whose data directory is made.
+initial-cluster  text  members of the new cluster, `name=url` pairs (default: this member alone).
+initial-cluster-token  text  token of the new cluster: clusters with different tokens do not mix.
+data-dir  text  path to the new data directory (default: <name>.etcd).
+wal-dir  text  path to the new dedicated wal directory.
+dry-run  bool  say what would be done, and change nothing.
+"""), Flag("initial-advertise-peer-urls", parse_urls, (),
+           "peer URLs of this member (default: those in -initial-cluster).")),
 }
 _STAGE = "member.tmp"               # where a member directory grows until it is complete
 _ENTRIES_PER_WRITE = 1_000
@@ -20352,56 +20034,52 @@ _READ_RETRIES = 2                   # a running member may remove or finish a fi
 OnProgress = Callable[[float, int], None]     # share that is done, keys so far (0: as before)
 
 
-def _part(progress: OnProgress, low: float, high: float) -> OnProgress:
-    """Return who takes the share of a step that reaches from `low` to `high` of the whole."""
+def _step_progress(progress: OnProgress, low: float, high: float) -> OnProgress:
+    """Return the progress function of a step that takes the share from `low` to `high`."""
     return lambda share, keys: progress(low + share * (high - low), keys)
 
 
 class BackupError(Exception):
-    """What cannot be backed up or restored: one line, which says what to do."""
+    """A backup or restore failed.  The text is one line that says what to do."""
 
 
 class DataSource(NamedTuple):
-    """What the files of a member say."""
+    """The contents of the files of a member."""
 
     path: str
-    member_id: int                      # this and the next: 0 if there is only a snapshot
+    member_id: int                      # 0, as the next, for a snapshot file alone
     cluster_id: int
     snapshot: Optional[Snapshot]
     hard_state: HardState
-    entries: List[Entry]                # behind the snapshot
+    entries: List[Entry]                # after the snapshot
     committed: int                      # how many of them are known to be committed
 
     @property
     def last(self) -> EntryID:
         """The last entry that is known to be committed."""
-        if self.committed:
-            return EntryID(self.entries[self.committed - 1].term,
-                           self.entries[self.committed - 1].index)
-        snapshot = self.snapshot or Snapshot()
-        return EntryID(snapshot.term, snapshot.index)
+        last = self.entries[self.committed - 1] if self.committed else self.snapshot or Snapshot()
+        return EntryID(last.term, last.index)
 
     @property
     def voters(self) -> Set[int]:
-        """The voters after that entry."""
+        """The voters after the last committed entry."""
         before = self.snapshot.voters if self.snapshot else ()
         return _voters(before, self.entries[:self.committed])
 
 
 class CopyReport(NamedTuple):
-    """What backup() or restore() has made, or would make."""
+    """The result of backup() or restore(), or of their dry run."""
 
     source: DataSource
     etcd_index: int
     keys: int
-    size_bytes: int                     # of what is written: snapshot file and entries
+    size_bytes: int                     # of the new snapshot file and entries
     member_id: int                      # the new ids
     cluster_id: int
     members: Tuple[Member, ...]         # of the new cluster, those of the source in a backup
     paths: Tuple[str, ...]              # data directory, dedicated wal directory
 
     def lines(self) -> List[str]:
-        """The report for people."""
         source, last = self.source, self.source.last
         left_out = len(source.entries) - source.committed
         identity = "a snapshot file, without ids"
@@ -20423,7 +20101,6 @@ class CopyReport(NamedTuple):
         ]
 
     def summary(self) -> str:
-        """The report in one line."""
         left_out = len(self.source.entries) - self.source.committed
         return (
             f"{self.paths[0]}: member {self.member_id:x} of cluster {self.cluster_id:x},"
@@ -20433,41 +20110,39 @@ class CopyReport(NamedTuple):
 
 
 class ReadOnlyDisk(OsDisk):
-    """The files of a member that may be running: without a lock, and nothing is changed.
+    """The files of a member that may be running: it takes no lock and changes no file.
 
-    Of a member in this process nothing is read (FileLocked): to close a file frees its lock.
+    Files of a member in this process are refused (FileLocked), as closing one frees its lock.
     """
 
     read_only = True
 
     def open_append(self, path: str) -> int:
-        """Return a handle for reading."""
         return os.open(path, os.O_RDONLY)
 
     def lock(self, path: str, handle: int) -> bool:
-        """Allow."""
         return True
 
     def unlock(self, path: str) -> None:
-        """There is none."""
+        pass
 
 
 _READ_ONLY_DISK = ReadOnlyDisk()
 
 
 class _AnyVersionCluster(Cluster):
-    """Members of a cluster that may be newer than this program."""
+    """Members of a cluster whose version may be newer than this program."""
 
     @staticmethod
     def _check_version(version: str) -> None:
-        """Accept."""
+        pass
 
 
 # -- reading ---------------------------------------------------------------------
 
 
 def read_source(path: str, wal_dir: str = "") -> DataSource:
-    """Read a snapshot file, or the newest snapshot of a data directory and the log behind it.
+    """Read a snapshot file, or the newest snapshot of a data directory and the log after it.
 
     Raises BackupError.
     """
@@ -20516,7 +20191,7 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
     committed = sum(entry.index <= state.commit for entry in entries)
     source = DataSource(path, member_id, cluster_id, snapshot, state, entries, committed)
     if source.voters == {member_id}:
-        # Alone, a member commits what it has on disk; it need not have written that down.
+        # A single member commits each entry that is on its disk, and writes the commit index later.
         following = itertools.takewhile(
             lambda entry: entry.type == EntryType.NORMAL, entries[committed:]
         )
@@ -20525,7 +20200,7 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
 
 
 def _newest_snapshot(directory: str, known: Container[EntryID]) -> Optional[Snapshot]:
-    """Return the newest snapshot that the log knows.  Raises BackupError if it is damaged."""
+    """Return the newest snapshot in `known`.  Raises BackupError if it is damaged."""
     for name in reversed(_READ_ONLY_DISK.listdir(directory)):
         match = _SNAP_NAME.fullmatch(name)
         if match and EntryID(int(match.group(1), 16), int(match.group(2), 16)) in known:
@@ -20534,14 +20209,14 @@ def _newest_snapshot(directory: str, known: Container[EntryID]) -> Optional[Snap
 
 
 def _read_snapshot(path: str) -> Snapshot:
-    """Read a snapshot file.  Raises BackupError, which names an older one if there is one."""
+    """Read a snapshot file.  Raises BackupError, which names an older good file, if any."""
     content = _READ_ONLY_DISK.read(path)
     try:
         return decode_snapshot_file(content)
     except CodecError as error:
         if not _SNAP_NAME.fullmatch(os.path.basename(path)):
             raise BackupError(
-                f"{path} is damaged or no snapshot of etcd 2: {_what_it_is(path, content)}"
+                f"{path} is damaged or no snapshot of etcd 2: {_file_kind_advice(path, content)}"
             ) from None
         older = _newest_intact(os.path.dirname(path))
         advice = f"{older} is intact: move the damaged one away, or restore from that"
@@ -20550,8 +20225,8 @@ def _read_snapshot(path: str) -> Snapshot:
         ) from None
 
 
-def _what_it_is(path: str, content: bytes) -> str:
-    """Say what a file is that was named as a snapshot, and what to name instead."""
+def _file_kind_advice(path: str, content: bytes) -> str:
+    """Return the kind of a file that is no snapshot, and what to name instead."""
     advice = "take one with GET /v2/snapshot, or name a file of member/snap or a data directory"
     if content[16:20] in (b"\xed\xda\x0c\xed", b"\xed\x0c\xda\xed"):
         return f"it is a database of etcd 3, which holds no keys of v2; {advice}"
@@ -20578,7 +20253,7 @@ def _newest_intact(directory: str) -> str:
 
 
 def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster]:
-    """Return what the member knew at source.last.  Raises BackupError."""
+    """Return store and cluster as of source.last.  Raises BackupError."""
     store = Store()
     if not source.last.index:
         raise BackupError(f"{source.path} holds no data yet; name one of a member that has run")
@@ -20586,7 +20261,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
     applier = Applier(store, cluster, source.member_id, SYSTEM_CLOCK.wall_ns)
     try:
         if source.snapshot is not None:
-            store.recover(source.snapshot.data, _part(progress, 0.0, 0.8))
+            store.recover(source.snapshot.data, _step_progress(progress, 0.0, 0.8))
             cluster.recover()
         for number, entry in enumerate(source.entries[:source.committed]):
             if entry.type == EntryType.NORMAL:
@@ -20605,7 +20280,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
 
 
 # ============================================================================
-# life/backup -- Backup and restore: a member's data as files, and a cluster out of them.
+# life/backup -- Backup and restore: the data of a member as files, and a new cluster from them.
 # ============================================================================
 
 
@@ -20613,7 +20288,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
 
 
 class MemberFiles(NamedTuple):
-    """All that a member begins with."""
+    """The files that a member starts with."""
 
     member_id: int
     cluster_id: int
@@ -20623,7 +20298,7 @@ class MemberFiles(NamedTuple):
 
 
 def check_target(data_dir: str, wal_dir: str = "") -> None:
-    """Raise BackupError if there is something that would be mixed with new files."""
+    """Raise BackupError unless both directories are empty or absent."""
     for path in filter(None, (data_dir, wal_dir)):
         try:
             found = set(os.listdir(path)) - {_STAGE}
@@ -20636,9 +20311,9 @@ def check_target(data_dir: str, wal_dir: str = "") -> None:
 
 
 def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnProgress) -> None:
-    """Make a data directory, durably; `member` appears in it when all is complete.
+    """Make a data directory, durably; `member` appears in it when all files are complete.
 
-    Raises BackupError; what was begun is removed then.
+    Raises BackupError, and removes all new files then.
     """
     stage = os.path.join(data_dir, _STAGE)
     wal_stage = os.path.join(wal_dir or stage, _STAGE if wal_dir else "wal")
@@ -20651,7 +20326,8 @@ def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnPr
                 shutil.rmtree(path, ignore_errors=True)
             _fill_stage(stage, wal_stage, files, progress)
             if wal_dir:
-                # First: a log without its snapshot is refused, the other way round is forgotten.
+                # The log first: a start refuses a log without its snapshot, but would pass over a
+                # snapshot that its log does not know.
                 for name in os.listdir(wal_stage):
                     os.rename(os.path.join(wal_stage, name), os.path.join(wal_dir, name))
                 os.rmdir(wal_stage)
@@ -20659,7 +20335,7 @@ def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnPr
             os.rename(stage, os.path.join(data_dir, "member"))
             fsync_dir(data_dir)
             for path in begun:
-                with contextlib.suppress(PermissionError):  # a parent that we may not list
+                with contextlib.suppress(PermissionError):  # a parent that this user cannot read
                     fsync_dir(os.path.dirname(os.path.abspath(path)))
         except (OSError, DiskFull) as error:
             raise BackupError(
@@ -20669,7 +20345,7 @@ def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnPr
 
 
 def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProgress) -> None:
-    """Write all files.  In the log the entries come first, as etcdctl has it."""
+    """Write all files.  The entries come first in the log, as etcdctl writes it."""
     snap = os.path.join(stage, "snap")
     for path in (os.path.dirname(stage), stage, snap, os.path.dirname(wal_stage)):
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -20695,9 +20371,9 @@ def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProg
 
 
 def _write_bolt(path: str, raft_index: int) -> None:
-    """Write the database that etcd 3.4 wants beside a snapshot: without a key, up to raft_index.
+    """Write the database without keys that etcd 3.4 needs beside a snapshot up to raft_index.
 
-    Four pages: two heads, the free list, and the buckets.  Source: bbolt, page.go, bucket.go.
+    It has four pages: two heads, the free list, the buckets.  Source: bbolt, page.go, bucket.go.
     """
     def page(id: int, kind: int, items: Sequence[Tuple[int, bytes, bytes]]) -> bytes:
         head = struct.pack("<QHHI", id, kind, len(items), 0)
@@ -20734,17 +20410,17 @@ def _write_bolt(path: str, raft_index: int) -> None:
 
 
 def _no_progress(share: float, keys: int) -> None:
-    """Nobody looks."""
+    pass
 
 
 def backup(
     data_dir: str, backup_dir: str, *, wal_dir: str = "", backup_wal_dir: str = "",
     dry_run: bool = False, progress: OnProgress = _no_progress,
 ) -> CopyReport:
-    """Copy the data of a member that may be running, under new ids: as `etcdctl backup` does.
+    """Copy the data of a member, which may be running, under new ids, as `etcdctl backup` does.
 
-    The copy is for a start with -force-new-cluster.  Snapshot and log are as in the source, with
-    the changes of members in it, so every index stays; what was not committed is left out.
+    The copy is for a start with -force-new-cluster.  It has the snapshot and log of the source,
+    with all indexes and member changes, but without uncommitted entries.
     progress is called with the share that is done, 0.0 to 1.0, and a number of keys.
     Raises BackupError.  Source: etcd 2.3 etcdctl/command/backup_command.go.
     """
@@ -20754,10 +20430,10 @@ def backup(
             f"{data_dir} {what}; name the data directory of a member, which its log shows as `data"
             f" dir =`, with -data-dir; a snapshot file is for `pyetcd restore`"
         )
-    backup_wal_dir = _dedicated(backup_dir, backup_wal_dir)
+    backup_wal_dir = _dedicated_wal_dir(backup_dir, backup_wal_dir)
     check_target(backup_dir, backup_wal_dir)
     source = read_source(data_dir, wal_dir)
-    store, cluster = load_state(source, _part(progress, 0.0, 0.7))
+    store, cluster = load_state(source, _step_progress(progress, 0.0, 0.7))
     file: Optional[SnapshotFile] = None
     if source.snapshot is not None:
         data, start = encode_snapshot(source.snapshot), source.snapshot
@@ -20773,7 +20449,7 @@ def backup(
     )
     if not dry_run:
         files = MemberFiles(*new_ids, file, state, entries)
-        write_member(backup_dir, backup_wal_dir, files, _part(progress, 0.7, 1.0))
+        write_member(backup_dir, backup_wal_dir, files, _step_progress(progress, 0.7, 1.0))
     return report
 
 
@@ -20783,16 +20459,16 @@ def restore(
     initial_advertise_peer_urls: Sequence[str] = (), data_dir: str = "", wal_dir: str = "",
     dry_run: bool = False, progress: OnProgress = _no_progress,
 ) -> CopyReport:
-    """Make the data directory of member `name` of a new cluster, which begins with old data.
+    """Make the data directory of member `name` of a new cluster, which starts with old data.
 
-    source  a snapshot file, or a data directory: its committed entries count
+    source  a snapshot file, or a data directory, of which the committed entries count
 
-    To be done for each member, with the same source.  Keys keep their indexes and expiry times,
-    users and roles stay; the members are those given, under ids of their own, and no id of the
-    past is known.  progress is called as by backup().  Raises BackupError.
+    Call it for each member, with the same source.  Keys keep their indexes and expiry times, and
+    users and roles are kept.  The members are those given, with new ids; the new cluster knows no
+    old id.  progress is called as by backup().  Raises BackupError.
     """
     data_dir = data_dir or name + ".etcd"
-    wal_dir = _dedicated(data_dir, wal_dir)
+    wal_dir = _dedicated_wal_dir(data_dir, wal_dir)
     check_target(data_dir, wal_dir)
     cluster, own = _restored_cluster(ServerConfig(
         name=name, initial_cluster=initial_cluster, initial_cluster_token=initial_cluster_token,
@@ -20804,7 +20480,7 @@ def restore(
             f"the new members would have ids of the old ones, and mix with them; name another"
             f" -initial-cluster-token than {initial_cluster_token}"
         )
-    store, _ = load_state(found, _part(progress, 0.0, 0.6))
+    store, _ = load_state(found, _step_progress(progress, 0.0, 0.6))
     members = tuple(sorted(cluster.members.values()))
     _replace_members(store, members)
     job = SnapshotJob(store, found.last, tuple(member.id for member in members), SYSTEM_CLOCK.now)
@@ -20819,18 +20495,18 @@ def restore(
     if not dry_run:
         state = HardState(found.last.term, 0, found.last.index)
         files = MemberFiles(own.id, cluster.id, job.done, state, ())
-        write_member(data_dir, wal_dir, files, _part(progress, 0.9, 1.0))
+        write_member(data_dir, wal_dir, files, _step_progress(progress, 0.9, 1.0))
     return report
 
 
-def _dedicated(data_dir: str, wal_dir: str) -> str:
-    """Return wal_dir, or "" if that is where the log is anyhow."""
+def _dedicated_wal_dir(data_dir: str, wal_dir: str) -> str:
+    """Return wal_dir, or "" if it is the usual directory of the log."""
     usual = os.path.join(data_dir, "member", "wal")
     return "" if os.path.abspath(wal_dir) == os.path.abspath(usual) else wal_dir
 
 
 def _restored_cluster(config: ServerConfig) -> Tuple[Cluster, Member]:
-    """Return the new cluster and the member of it that the flags speak of."""
+    """Return the new cluster and its member config.name.  Raises BackupError."""
     advertised = config.initial_advertise_peer_urls
     if not advertised and not config.initial_cluster:
         config = config._replace(initial_advertise_peer_urls=parse_urls(DEFAULT_PEER_URLS))
@@ -20838,14 +20514,13 @@ def _restored_cluster(config: ServerConfig) -> Tuple[Cluster, Member]:
         initial = _initial_members(config)
         if advertised:
             _check_advertised(config, initial)
-        cluster = _new_cluster(config.initial_cluster_token, initial)
-        return cluster, _own_member(config, cluster)
+        return _new_cluster(config, config.initial_cluster_token, initial)
     except StartError as error:
         raise BackupError(str(error)) from None
 
 
 def _replace_members(store: Store, members: Sequence[Member]) -> None:
-    """Have the store know just these members; of a version above ours nobody has heard."""
+    """Replace the members in the store, and drop a cluster version above this program's."""
     files = {
         f"/0/members/{format_id(member.id)}/raftAttributes": member.raft_attributes_json()
         for member in members
@@ -20854,7 +20529,7 @@ def _replace_members(store: Store, members: Sequence[Member]) -> None:
     with contextlib.suppress(ValueError):
         if version_key(version) <= version_key(SERVER_VERSION):
             files["/0/version"] = version
-    store.replant("/0", files)
+    store.replace_files("/0", files)
 
 
 # ============================================================================
@@ -20867,7 +20542,6 @@ _SEE_HELP = "See 'pyetcd -help'."
 
 
 def usage() -> str:
-    """Return the text of -help."""
     lines = [
         "usage: pyetcd [flags]", "       start a pyetcd member", "",
         "       pyetcd backup [flags]",
@@ -20899,11 +20573,6 @@ def _flag_lines(flags: Sequence[Flag]) -> Iterator[str]:
         yield f"\t\t{flag.help}"
 
 
-def tool_usage(tool: str) -> str:
-    """Return the text of `pyetcd backup -help` or `pyetcd restore -help`."""
-    return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(TOOL_FLAGS[tool]), ""])
-
-
 _TOOL_USAGE = {
     "backup": (
         "usage: pyetcd backup -data-dir DIR -backup-dir COPY [flags]", "",
@@ -20920,7 +20589,6 @@ _TOOL_USAGE = {
 
 
 def version_text() -> str:
-    """Return the four lines of -version."""
     machine = platform.machine().lower()
     machine = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386"}.get(machine, machine)
     python = f"{platform.python_implementation()} {platform.python_version()}"
@@ -20937,19 +20605,18 @@ class LogFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """One line; the package is what follows `pyetcd.` in the logger's name."""
+        """Return one line; the package stands behind `pyetcd.` in the name of the logger."""
         package = record.name.partition(".")[2]
         prefix = f"{package}: " if package else ""
         return f"{record.asctime} {prefix}{record.message}"
 
     def formatException(self, ei: Any) -> str:
-        """The traceback, indented: what an exception says cannot be taken for a line of ours."""
+        """Return the traceback, indented: no text in it looks like a line of the log."""
         lines = super().formatException(ei).split("\n")
         return "\n".join("    " + one_line(line) for line in lines)
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Send the log to stderr, with the levels that the settings ask for."""
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter())
@@ -20961,26 +20628,23 @@ def set_up_logging(settings: Settings) -> None:
 
 
 def check_data_dir(config: ServerConfig) -> str:
-    """Log which data directory it is, and return what it was used for: member, proxy, or "".
+    """Log the path of the data directory; return its kind: `member`, `proxy`, or "" if new.
 
-    What cannot be a data directory at all is refused later, by who makes it usable.
+    bootstrap() and prepare_proxy_dir() check later that the path can be a data directory.
     """
     log = package_logger("etcd")
     path = config.data_dir or config.name + ".etcd"
     if not config.data_dir:
         log.info("no data-dir provided, using default data-dir ./%s", path)
-    kind = ""
-    if os.path.isdir(os.path.join(path, "member")):
-        kind = "member"
-    elif os.path.isdir(os.path.join(path, "proxy")):
-        kind = "proxy"
-    if kind:
-        log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
-    return kind
+    for kind in ("member", "proxy"):
+        if os.path.isdir(os.path.join(path, kind)):
+            log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
+            return kind
+    return ""
 
 
 def raise_descriptor_limit() -> None:
-    """Allow as many open files as the system lets us.  Raises StartError if that is too few."""
+    """Raise the limit of open files to the maximum.  Raises StartError if that is too few."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
@@ -20994,10 +20658,10 @@ def raise_descriptor_limit() -> None:
 
 
 def notify_systemd(environ: Mapping[str, str]) -> None:
-    """Tell systemd, if it asked, that the member is up (sd_notify protocol)."""
+    """Report to systemd that the member is up, if NOTIFY_SOCKET is set (sd_notify protocol)."""
     path = environ.get("NOTIFY_SOCKET", "")
     if not path:
-        # etcd says so wherever systemd runs, from a terminal too.
+        # etcd logs this wherever systemd runs, from a terminal too.
         if os.getppid() == 1 and os.path.isdir("/run/systemd/system"):
             package_logger("etcd").error("forgot to set Type=notify in systemd service file?")
         return
@@ -21010,9 +20674,9 @@ def notify_systemd(environ: Mapping[str, str]) -> None:
 
 
 class SignalStop:
-    """SIGINT and SIGTERM stop the member in order, and then end the process as signals do.
+    """Stops the member in order at SIGINT or SIGTERM, and then ends the process by that signal.
 
-    Until install() the signals end it at once: nothing is served before the cluster is formed.
+    Before install() the signals end the process at once: the member serves nothing yet.
     """
 
     _SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}
@@ -21023,7 +20687,7 @@ class SignalStop:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def install(self, stop: Callable[[], None]) -> None:
-        """Call stop() on a thread of its own at the first signal; later ones are swallowed."""
+        """Call stop() on a thread of its own at the first signal; ignore later ones."""
         def received(number: int, frame: object) -> None:
             if self._received:
                 return
@@ -21037,14 +20701,14 @@ class SignalStop:
                 signal.signal(number, received)
 
     def end(self) -> None:
-        """After an orderly stop, die of the signal, so that the parent sees it; not as pid 1."""
+        """Die of the received signal, so that the parent process sees it; not as pid 1."""
         if self._received and os.getpid() != 1:
             signal.signal(self._received, signal.SIG_DFL)
             os.kill(os.getpid(), self._received)
 
 
-def log_sides(config: ServerConfig) -> None:
-    """Log how each side is protected, and who may ask from a browser.  Raises StartError."""
+def log_tls_and_cors(config: ServerConfig) -> None:
+    """Log the TLS settings of both ports and the CORS origins.  Raises StartError."""
     log = package_logger("etcd")
     peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
     for level, text in (
@@ -21057,22 +20721,17 @@ def log_sides(config: ServerConfig) -> None:
 
 
 def start_server(config: ServerConfig, kind: str) -> ServerThread:
-    """Start a member or a proxy: by what the data directory was used for, then by the flags.
+    """Start a member or a proxy: the kind of the data directory decides, then the flags.
 
     kind  as from check_data_dir
 
     Raises StartError.
     """
-    if kind == "proxy" or (config.proxy != "off" and kind != "member"):
-        return _start_proxy(config)
-    try:
-        return Server.from_config(config).__enter__()
-    except ClusterFull:
-        package_logger("etcd").info("discovery cluster full, falling back to proxy")
-    return _start_proxy(config)
-
-
-def _start_proxy(config: ServerConfig) -> ProxyServer:
+    if kind == "member" or (config.proxy == "off" and kind != "proxy"):
+        try:
+            return Server.from_config(config).__enter__()
+        except ClusterFull:
+            package_logger("etcd").info("discovery cluster full, falling back to proxy")
     return ProxyServer.from_config(config).__enter__()
 
 
@@ -21090,37 +20749,36 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
 
 
 class ProgressLine:
-    """`restore: 45% (123,456 keys)` on a terminal, if the work takes longer than a second."""
+    """Shows `restore: 45% (123,456 keys)` on a terminal for work of more than a second."""
 
     def __init__(self, tool: str, now: Callable[[], float] = SYSTEM_CLOCK.now) -> None:
         self._tool = tool
         self._now = now
         self._next = now() + 1.0
         self._keys = 0
-        self._text = ""                 # what stands on the line now
+        self._text = ""                 # on the terminal now
 
     def show(self, share: float, keys: int) -> None:
-        """A share of the work is done, 0.0 to 1.0, and so many keys."""
+        """Report progress.  share: done, 0.0 to 1.0; keys: read so far, 0 if unchanged."""
         self._keys = max(self._keys, keys)
         if sys.stderr.isatty() and self._now() >= self._next:
             self._next = self._now() + 0.1
-            self._write(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
+            self._show(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
 
-    def end(self) -> None:
-        """Leave a clean line."""
+    def clear(self) -> None:
         if self._text:
-            self._write("")
+            self._show("")
             sys.stderr.write("\r")
 
-    def _write(self, text: str) -> None:
+    def _show(self, text: str) -> None:
         sys.stderr.write("\r" + text.ljust(len(self._text)))
         sys.stderr.flush()
         self._text = text
 
 
 def run_tool(tool: str, words: Sequence[str]) -> int:
-    """Run `pyetcd backup` or `pyetcd restore` with the words behind it; return the exit code."""
-    logging.getLogger("pyetcd").setLevel(logging.ERROR)     # what matters is in the report
+    """Run `pyetcd backup` or `pyetcd restore` with these words; return the exit code."""
+    logging.getLogger("pyetcd").setLevel(logging.ERROR)     # the report has all that matters
     line = ProgressLine(tool)
     try:
         report = _run_tool(tool, list(words), line)
@@ -21128,55 +20786,48 @@ def run_tool(tool: str, words: Sequence[str]) -> int:
         sys.stderr.write(f"{error}. See 'pyetcd {tool} -help'.\n")
         return 1
     except BackupError as error:
-        line.end()
+        line.clear()
         sys.stderr.write(f"{tool}: {error}\n")
         return 1
-    line.end()
+    line.clear()
     sys.stdout.write(report)
     return 0
 
 
 def _run_tool(tool: str, words: List[str], line: ProgressLine) -> str:
-    """Return what is to be said in the end.  Raises FlagError, BackupError."""
+    """Return the text to print at the end.  Raises FlagError, BackupError."""
     is_first = tool == "restore" and words and not words[0].startswith("-")
     source = words.pop(0) if is_first else ""
-    settings = Settings(words, os.environ, TOOL_FLAGS[tool])
+    flags = TOOL_FLAGS[tool]
+    settings = Settings(words, os.environ, flags)
     if settings.help:
-        return tool_usage(tool)
+        return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(flags), ""])
     if tool == "restore":
         source = source or settings.take_word()
     settings.check_leftover()
     settings.read_environment()
-    dry_run = settings["dry-run"]
+    options = {flag.name.replace("-", "_"): settings[flag.name] for flag in flags}
     if tool == "backup":
         for name in ("data-dir", "backup-dir"):
             if not settings[name]:
                 raise FlagError(f"-{name} is missing")
-        report = backup(
-            settings["data-dir"], settings["backup-dir"], wal_dir=settings["wal-dir"],
-            backup_wal_dir=settings["backup-wal-dir"], dry_run=dry_run, progress=line.show,
-        )
+        report = backup(**options, progress=line.show)
     else:
         check_restore_settings(settings)
         if not source:
             raise FlagError("SOURCE is missing: a snapshot file, or a data directory")
-        report = restore(
-            source, settings["name"], initial_cluster=settings["initial-cluster"],
-            initial_cluster_token=settings["initial-cluster-token"],
-            initial_advertise_peer_urls=settings["initial-advertise-peer-urls"],
-            data_dir=settings["data-dir"], wal_dir=settings["wal-dir"], dry_run=dry_run,
-            progress=line.show,
-        )
-    return "\n".join(report.lines() if dry_run else [report.summary()]) + "\n"
+        report = restore(source, **options, progress=line.show)
+    return "\n".join(report.lines() if settings["dry-run"] else [report.summary()]) + "\n"
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `pyetcd` with these words after the command; return the exit code."""
-    # Threads of this process only wait for each other's short turns: 5 ms would be an eternity.
+    # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
+    # delay every write by that much beside a busy reactor.
     sys.setswitchinterval(0.0005)
-    # No collection of everything: it takes 0.2 s with a million keys, finds nothing (what is old
-    # here is in no cycle), and is most of a write's p99 (17 instead of 5 ms).
-    gc.set_threshold(2_000, 4, 1_000_000)       # the middle one takes 4 ms; with 5,000 and 5: 12
+    # No full collection: with a million keys it takes 0.2 s and makes the p99 of writes 17 ms
+    # instead of 5, and it frees nothing, as old objects of a member form no cycles.
+    gc.set_threshold(2_000, 4, 1_000_000)   # the middle generation takes 4 ms; with 5,000, 5: 12
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in TOOL_FLAGS:
         return run_tool(words[0], words[1:])
@@ -21202,7 +20853,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             "set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT
         )
     try:
-        log_sides(config)
+        log_tls_and_cors(config)
         return run_member(config, os.environ)
     except StartError as error:
         package_logger("etcd").critical("%s", error)
@@ -21212,35 +20863,49 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 # ============================================================================
 # life/testkit -- The test kit: members that a test kills, freezes and cuts off.
 # ----------------------------------------------------------------------------
-# Threads: the test's, and those of the members.  Does not import pytest: a program that loads the
-# fixtures has done it.
+# Threads: the test's, and those of the members.  Does not import pytest: pytest itself loads the
+# fixtures.
 # ============================================================================
 
 
-# Whatever stalls one of these members, a full machine or a debugger, stalls all others with it,
-# and late ticks are dropped: such short times cause no elections that nobody wanted.
+# All members of a test share one process: a stall of the machine or of a debugger stops them
+# together, and late ticks are dropped.  So even these short times cause no needless elections.
 LOCAL_HEARTBEAT_MS = 20
 LOCAL_ELECTION_MS = 200
 LOCAL_READY_SECONDS = 10.0          # for a start to be complete; above: TimeoutError
 LOCAL_POLL_SECONDS = 0.002
-REPUBLISH_SECONDS = 0.5             # a change of leader may have lost the publication
+REPUBLISH_SECONDS = 0.5             # then publish once more: a change of leader may have lost it
+
+_Polled = TypeVar("_Polled")
+_Ids = FrozenSet[int]               # of members
+_NO_CUTS: Tuple[_Ids, _Ids] = (frozenset(), frozenset())
+
+
+def _poll(look: Callable[[], _Polled], timeout_s: float, failure: Callable[[], str]) -> _Polled:
+    """Return the first true result of look().  Raises TimeoutError(failure()) after timeout_s."""
+    deadline = SYSTEM_CLOCK.now() + timeout_s
+    while True:
+        found = look()
+        if found:
+            return found
+        if SYSTEM_CLOCK.now() > deadline:
+            raise TimeoutError(failure())
+        time.sleep(LOCAL_POLL_SECONDS)
 
 
 class _CutTransport(Transport):
     """A transport whose links to other members can be cut, in one direction or in both.
 
-    Both ends lose the messages, so that none arrives that was under way.  Links that are cut in
-    both directions are closed, and opened no more.  What members ask each other besides, when
-    they start for the first time (/members, /version), still passes.
+    Sender and receiver both drop the messages, so messages on their way are lost too.  A link
+    that is cut in both directions is closed.  Requests for /members and /version, which members
+    send at their first start, pass.
     """
 
-    _mute: FrozenSet[int] = frozenset()     # members that get nothing from us
-    _deaf: FrozenSet[int] = frozenset()     # members from which we take nothing
+    _mute: _Ids = frozenset()           # members to which nothing is sent
+    _deaf: _Ids = frozenset()           # members from which nothing is received
 
-    def cut(
-        self, mute: FrozenSet[int], deaf: FrozenSet[int], members: Mapping[int, Member]
-    ) -> None:
-        """Lose what goes to `mute` and comes from `deaf`, and nothing else any more."""
+    def cut(self, mute: _Ids, deaf: _Ids, members: Mapping[int, Member]) -> None:
+        """Drop messages to `mute` and from `deaf` from now on, and no others."""
         before, closed = self._mute & self._deaf, mute & deaf
         self._mute, self._deaf = mute, deaf
         for id in (before ^ closed) & members.keys():
@@ -21248,13 +20913,12 @@ class _CutTransport(Transport):
             self.add_peer(id, members[id].peer_urls)
 
     def add_peer(self, member_id: int, urls: Iterable[str]) -> None:
-        """Open the links to a member, unless they are cut."""
         super().add_peer(member_id, urls)
         if member_id in self._mute & self._deaf and member_id in self._peers:
             self._peers[member_id].stop()
 
     def offer(self, messages: Iterable[Message]) -> None:
-        """Send messages, or lose them, as to members that are down."""
+        """Send messages; report those to cut members as lost, as if these members were down."""
         passed = []
         for message in messages:
             if message.to not in self._mute:
@@ -21270,70 +20934,28 @@ class _CutTransport(Transport):
 
 
 class _LocalServer(Server):
-    """The server of a LocalMember: it can be frozen, and comes up with its links cut."""
+    """The server of a LocalMember, which starts with its links cut."""
 
     _transport_type = _CutTransport
-
-    def _init(self, config: ServerConfig) -> None:
-        super()._init(config)
-        self.cuts: Tuple[FrozenSet[int], FrozenSet[int]] = (frozenset(), frozenset())
-        self._thaw: Optional[threading.Event] = None    # the reactor's thread waits for it
+    cuts = _NO_CUTS                     # members to which it sends nothing, and hears nothing from
 
     @property
     def is_alive(self) -> bool:
-        """True from start() until it has ended, in whichever way."""
         return self._thread is not None and self._thread.is_alive()
 
-    @property
-    def is_frozen(self) -> bool:
-        """True between freeze() and thaw()."""
-        return self._thaw is not None
-
-    def freeze(self) -> None:
-        """Have the reactor do nothing until thaw(), from the end of this turn on."""
-        frozen, thaw = threading.Event(), threading.Event()
-
+    def hold(self, held: threading.Event, release: threading.Event) -> None:
+        """Stop the reactor after its current turn: set `held`, then wait for `release`."""
         def wait() -> None:
-            frozen.set()
-            thaw.wait()
+            held.set()
+            release.wait()
 
         self._reactor.call_soon_threadsafe(wait)
-        while not frozen.wait(LOCAL_POLL_SECONDS):
-            if not self.is_alive:
-                raise ServerStopped()
-        self._thaw = thaw
 
-    def thaw(self) -> None:
-        """Let the reactor go on."""
-        thaw, self._thaw = self._thaw, None
-        if thaw is not None:
-            thaw.set()
+    def abandon(self) -> None:
+        """End the member while its reactor is held, before it does anything else."""
+        self._failed(ServerStopped("killed"))
 
-    def call(self, work: Callable[[EtcdServer], Any], timeout_s: float = 10.0) -> Any:
-        """Run work(etcd) on the reactor's thread, or in its place while that is frozen."""
-        if self.is_frozen and self.etcd is not None:
-            return work(self.etcd)
-        return super().call(work, timeout_s)
-
-    def kill(self) -> None:
-        """End at once, also while frozen."""
-        if self.is_frozen:
-            self._failed(ServerStopped("killed"))       # before the thread does anything else
-        self.thaw()
-        super().kill()
-
-    def stop(self) -> None:
-        """Stop in order; a frozen one goes on for that."""
-        self.thaw()
-        super().stop()
-
-    def cut(self, mute: FrozenSet[int], deaf: FrozenSet[int]) -> None:
-        """Cut the links to other members, now or at the start; see _CutTransport."""
-        self.cuts = mute, deaf
-        if self.is_alive:
-            self.call(self._cut)
-
-    def _cut(self, etcd: EtcdServer) -> None:
+    def cut_links(self, etcd: EtcdServer) -> None:
         assert isinstance(etcd.transport, _CutTransport)
         etcd.transport.cut(*self.cuts, etcd.cluster.members)
 
@@ -21342,33 +20964,29 @@ class _LocalServer(Server):
         return self._ready.is_set() and bool(etcd.cluster.version)
 
     def publish(self, etcd: EtcdServer) -> None:
-        """Publish the member once more, which does no harm."""
+        """Publish the member again, which is harmless."""
         Publication(etcd, self._ready.set)
 
-    def _begin(self) -> None:
+    def _start_work(self) -> None:
         assert self.etcd is not None
         threading.current_thread().name = f"reactor-{self.config.name}"
-        self._cut(self.etcd)
-        super()._begin()
+        self.cut_links(self.etcd)
+        super()._start_work()
         raft = self.etcd.node.raft
         if raft.term <= 1 and len(raft.voters) > 1:
             raft.election_elapsed = 0       # LocalCluster has a member of a new cluster campaign
 
 
 def _reserve_port() -> socket.socket:
-    """Return a socket that keeps a free loopback port for whoever listens on it in this process.
+    """Return a socket that reserves a free loopback port for a later listener in this process.
 
-    Nobody else gets the port while the member is down, no outgoing connection either, and who
-    dials it then is refused.
+    While the member is down no other program and no outgoing connection gets the port, and
+    connections to it are refused.
     """
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not before: it must be free now
     return sock
-
-
-def _url_of(sock: socket.socket) -> str:
-    return f"http://127.0.0.1:{sock.getsockname()[1]}"
 
 
 class LocalMember:
@@ -21377,12 +20995,12 @@ class LocalMember:
         with pyetcd.LocalMember() as member:
             print(member.client_url)
 
-    directory  where its data directory is made; "": a temporary one, removed by close()
+    directory  the parent of its data directory; "": a temporary one, removed by close()
     settings   fields of ServerConfig; heartbeat and election are 20 and 200 ms unless given
 
-    It keeps its ports on 127.0.0.1, and its data, until close().  Its lines go to the loggers
+    The member keeps its ports on 127.0.0.1, and its data, until close().  It logs to the loggers
     below `pyetcd`, on a thread called `reactor-<name>`.  Guarantee: after a kill it finds on its
-    disk what a process would find after `kill -9`.  Limit: a power cut is not imitated.
+    disk the same as a process after `kill -9`.  Limit: a power cut is not imitated.
     Thread: any, one at a time.
     """
 
@@ -21397,7 +21015,8 @@ class LocalMember:
         self._data_dir = ""
         self._settings = checked_settings(settings)
         self._server: Optional[_LocalServer] = None
-        self._cuts: Tuple[FrozenSet[int], FrozenSet[int]] = (frozenset(), frozenset())
+        self._cuts = _NO_CUTS
+        self._release: Optional[threading.Event] = None     # the held reactor waits for it
         self._owned = contextlib.ExitStack()    # ports and temporary directory
 
     def __enter__(self) -> LocalMember:
@@ -21416,7 +21035,7 @@ class LocalMember:
     # -- life --------------------------------------------------------------
 
     def start(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
-        """Start, or start again, and wait until it is ready; nothing if it runs.
+        """Start the member unless it runs, and wait until it is ready.
 
         timeout_s  0: do not wait, as without a quorum it cannot become ready
 
@@ -21431,67 +21050,75 @@ class LocalMember:
                 "initial_cluster": self.initial_cluster, **self._settings,
             }
             server = _LocalServer(**settings)
-            server.cut(*self._cuts)
-            with contextlib.ExitStack() as on_failure:
-                on_failure.callback(server.stop)
-                server.start()
-                on_failure.pop_all()
+            server.cuts = self._cuts
+            server.__enter__()
             self._server = server
         if timeout_s:
             self.wait_ready(timeout_s)
 
     def wait_ready(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
-        """Wait until it has a leader and the log of before, and the others know its URLs.
+        """Wait until the member has a leader, its log, and has published its URLs to the others.
 
-        Raises TimeoutError, and ServerStopped if it does not run.
+        Raises TimeoutError, and ServerStopped if the member does not run.
         """
-        deadline = SYSTEM_CLOCK.now() + timeout_s
-        republish_at = SYSTEM_CLOCK.now() + REPUBLISH_SECONDS
         server = self._running()
-        while self.is_paused or not server.call(server.is_ready):
-            now = SYSTEM_CLOCK.now()
-            if now > deadline:
-                raise TimeoutError(f"{self.name} is not ready after {timeout_s} s: {self._state()}")
-            if now > republish_at and not self.is_paused:
-                republish_at = now + REPUBLISH_SECONDS
+        republish_at = SYSTEM_CLOCK.now() + REPUBLISH_SECONDS
+
+        def is_ready() -> bool:
+            nonlocal republish_at
+            if self.is_paused or server.call(server.is_ready):
+                return not self.is_paused
+            if SYSTEM_CLOCK.now() > republish_at:
+                republish_at += REPUBLISH_SECONDS
                 server.call(server.publish)
-            time.sleep(LOCAL_POLL_SECONDS)
+            return False
+
+        _poll(is_ready, timeout_s,
+              lambda: f"{self.name} is not ready after {timeout_s} s: {self._state()}")
 
     def kill(self) -> None:
-        """End at once, as by `kill -9`: nothing more is written or said.
+        """End the member at once, as `kill -9` does: it writes and sends nothing more.
 
-        Of what was on its way to the disk just then, nobody knows whether it got there.
+        A write that was under way may or may not have reached the disk.
         """
         if self._server is not None:
+            if self.is_paused:
+                self._server.abandon()
+            self.resume()
             self._server.kill()
 
     def stop(self) -> None:
-        """End in order, as by SIGTERM: a leader hands over, what waits is answered."""
+        """Stop in order, as at SIGTERM: transfer the leadership, answer waiting requests."""
+        self.resume()
         if self._server is not None:
             self._server.stop()
 
     def restart(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
-        """Kill it if it runs, and start it with the same ports and data; see start()."""
+        """Kill the member and start it with the same ports and data; see start()."""
         self.kill()
         self.start(timeout_s)
 
     def pause(self) -> None:
-        """Have it do nothing until resume(), as by SIGSTOP; its sockets stay open.
+        """Stop all work until resume(), as at SIGSTOP; sockets stay open.
 
-        Only what its disk thread was given just before is still written.
-
-        Raises ServerStopped if it does not run.
+        Only the batch that the disk thread has already received is written.
+        Raises ServerStopped if the member does not run.
         """
         if not self.is_paused:
-            self._running().freeze()
+            held, release = threading.Event(), threading.Event()
+            self._running().hold(held, release)
+            while not held.wait(LOCAL_POLL_SECONDS):
+                self._running()
+            self._release = release
 
     def resume(self) -> None:
-        """Let it go on, as by SIGCONT; late clock ticks are dropped, as in any member."""
-        if self._server is not None:
-            self._server.thaw()
+        """Continue, as at SIGCONT; late clock ticks are dropped, as in any member."""
+        release, self._release = self._release, None
+        if release is not None:
+            release.set()
 
     def close(self) -> None:
-        """Kill it, give its ports back, and remove the temporary directory."""
+        """Kill the member, release its ports, and remove the temporary directory."""
         self.kill()
         self._owned.close()
         self.client_url = self.peer_url = ""
@@ -21510,13 +21137,13 @@ class LocalMember:
 
     @property
     def is_running(self) -> bool:
-        """True if it was started and has not ended; also while it is paused."""
+        """True from start() to the end of the member, also while it is paused."""
         return self._server is not None and self._server.is_alive
 
     @property
     def is_paused(self) -> bool:
         """True between pause() and resume()."""
-        return self._server is not None and self._server.is_frozen
+        return self._release is not None
 
     @property
     def id(self) -> str:
@@ -21526,14 +21153,17 @@ class LocalMember:
     def call(self, work: Callable[[EtcdServer], Any]) -> Any:
         """Run work(etcd_server) on the member's thread and return its result, also while paused.
 
-        Raises ServerStopped if it does not run, and what work raises.
+        Raises ServerStopped if the member does not run, and any exception of work.
         """
-        return self._running().call(work)
+        server = self._running()
+        if self.is_paused and server.etcd is not None:
+            return work(server.etcd)            # on this thread: the reactor is held
+        return server.call(work)
 
     # -- inside ------------------------------------------------------------
 
     def reserve(self) -> None:
-        """Take the ports, so that the URLs are known; nothing if it has them."""
+        """Reserve the two ports, unless that is done, so that the URLs are known."""
         if self.client_url:
             return
         directory = self._directory
@@ -21541,21 +21171,24 @@ class LocalMember:
             import tempfile
             directory = self._owned.enter_context(tempfile.TemporaryDirectory("-pyetcd"))
         self._data_dir = os.path.join(directory, self.name)
-        ports = [self._owned.enter_context(_reserve_port()) for _ in range(2)]
-        self.client_url, self.peer_url = map(_url_of, ports)
+        self.client_url, self.peer_url = (
+            f"http://127.0.0.1:{self._owned.enter_context(_reserve_port()).getsockname()[1]}"
+            for _ in range(2)
+        )
 
-    def cut(self, mute: FrozenSet[int], deaf: FrozenSet[int]) -> None:
-        """Lose what it sends to the members with these ids, and what comes from those."""
+    def cut(self, mute: _Ids, deaf: _Ids) -> None:
         self._cuts = mute, deaf
         if self._server is not None:
-            self._server.cut(mute, deaf)
+            self._server.cuts = self._cuts
+            if self.is_running:
+                self.call(self._server.cut_links)
 
     def leading_term(self) -> int:
-        """Return the term in which it leads and has committed; 0 if it does not, or is paused."""
-        if self._server is None or self.is_paused:
+        """Return the term in which the member leads and has committed; 0 if paused or no leader."""
+        if self.is_paused:
             return 0
         try:
-            return int(self._server.call(_leading_term))
+            return int(self.call(_leading_term))
         except ServerStopped:
             return 0
 
@@ -21571,21 +21204,16 @@ class LocalMember:
         return self._server
 
     def _state(self) -> str:
-        """One word or a few, for messages."""
+        """Return role and term for messages, or `down`."""
         if not self.is_running:
             return "down"
-        state = str(self.call(_role))
-        return "paused, " + state if self.is_paused else state
+        raft = self.call(lambda etcd: etcd.node.raft)
+        return f"{'paused, ' * self.is_paused}{raft.role.name.lower()} at term {raft.term}"
 
 
 def _leading_term(etcd: EtcdServer) -> int:
     term = etcd.node.raft.term
     return term if etcd.is_leader and etcd.raft_term == term else 0
-
-
-def _role(etcd: EtcdServer) -> str:
-    raft = etcd.node.raft
-    return f"{raft.role.name.lower()} at term {raft.term}"
 
 
 class LocalCluster:
@@ -21605,7 +21233,7 @@ class LocalCluster:
         self.members = [
             LocalMember(f"etcd{number}", directory, **settings) for number in range(1, size + 1)
         ]
-        self._cuts: Set[Tuple[int, int]] = set()    # (from, to): places in `members`
+        self._cuts: Set[Tuple[int, int]] = set()    # (sender, receiver), as indexes of members
 
     def __enter__(self) -> LocalCluster:
         with contextlib.ExitStack() as on_failure:
@@ -21627,47 +21255,44 @@ class LocalCluster:
             member.start(timeout_s=0)
         if timeout_s:
             deadline = SYSTEM_CLOCK.now() + timeout_s
-            self._elect(deadline)
+            with contextlib.suppress(TimeoutError):
+                _poll(self._campaign_in_new_cluster, timeout_s, str)
             for member in self.members:
                 member.wait_ready(max(deadline - SYSTEM_CLOCK.now(), 0.0))
 
     def close(self) -> None:
-        """Kill all members, give their ports back, and remove the temporary directories."""
+        """Kill all members, release their ports, and remove the temporary directories."""
         for member in self.members:
             member.close()
 
     @property
     def client_urls(self) -> Tuple[str, ...]:
-        """One client URL of each member, also of those that are down."""
+        """One client URL of each member, running or not."""
         return tuple(member.client_url for member in self.members)
 
-    # -- who leads ---------------------------------------------------------
+    # -- the leader --------------------------------------------------------
 
     def leader(self) -> Optional[LocalMember]:
-        """Return the member that leads, in the newest term if several believe it; None: none.
+        """Return the running member that leads in the newest term; None if there is none.
 
-        Paused members and those that are down do not count.
+        Paused members do not count.
         """
         return self._leader_of(self.members)
 
     def wait_leader(
         self, timeout_s: float = LOCAL_READY_SECONDS, among: Iterable[LocalMember] = ()
     ) -> LocalMember:
-        """Wait for a leader that has committed something in its term, and return it.
+        """Wait for a leader that has committed an entry in its term, and return it.
 
-        among  only these count, as those on one side of a partition; (): all
+        among  the members that count, such as one side of a partition; (): all
 
-        Raises TimeoutError, which says what each member does.
+        Raises TimeoutError, which names the state of each member.
         """
-        deadline = SYSTEM_CLOCK.now() + timeout_s
         candidates = list(among) or self.members
-        while True:
-            leader = self._leader_of(candidates)
-            if leader is not None:
-                return leader
-            if SYSTEM_CLOCK.now() > deadline:
-                raise TimeoutError(f"no leader after {timeout_s} s: {candidates}")
-            time.sleep(LOCAL_POLL_SECONDS)
+        leader = _poll(lambda: self._leader_of(candidates), timeout_s,
+                       lambda: f"no leader after {timeout_s} s: {candidates}")
+        assert leader is not None
+        return leader
 
     @staticmethod
     def _leader_of(members: Iterable[LocalMember]) -> Optional[LocalMember]:
@@ -21678,33 +21303,29 @@ class LocalCluster:
     # -- the network between the members -----------------------------------
 
     def partition(self, *groups: Iterable[LocalMember]) -> None:
-        """Divide the network between the members, in place of any cut of before.
+        """Divide the network between the members, in place of any earlier partition() and cut().
 
-        Members of different groups hear nothing of each other; those that no group names form one
-        more.  Connections that were open are closed.  Clients still reach every member, and so
-        does restart(): the cut stays.  ValueError: a member is in two groups, or not of this
-        cluster.
+        Members of different groups cannot reach each other; members in no group form one more.
+        Open connections between groups are closed.  Clients reach every member, and restart()
+        keeps the cuts.  ValueError: a member is in two groups, or not of this cluster.
         """
-        places = [sorted(map(self._place, group)) for group in groups]
-        named = [place for group in places for place in group]
+        sides = [sorted(map(self.members.index, group)) for group in groups]
+        named = [place for side in sides for place in side]
         if len(set(named)) < len(named):
             raise ValueError("a member is in two groups")
-        places.append([p for p in range(len(self.members)) if p not in named])
+        sides.append([place for place in range(len(self.members)) if place not in named])
         self._set_cuts({
-            (a, b) for ours in places for theirs in places if ours is not theirs
+            (a, b) for ours in sides for theirs in sides if ours is not theirs
             for a in ours for b in theirs
         })
 
     def cut(self, source: LocalMember, target: LocalMember) -> None:
-        """Lose from now on what `source` sends to `target`; the other direction stays as it is."""
-        self._set_cuts(self._cuts | {(self._place(source), self._place(target))})
+        """Lose all messages from `source` to `target`; the other direction is unchanged."""
+        self._set_cuts(self._cuts | {(self.members.index(source), self.members.index(target))})
 
     def heal(self) -> None:
         """Undo every partition() and cut()."""
         self._set_cuts(set())
-
-    def _place(self, member: LocalMember) -> int:
-        return self.members.index(member)
 
     def _set_cuts(self, cuts: Set[Tuple[int, int]]) -> None:
         self._cuts = cuts
@@ -21717,43 +21338,35 @@ class LocalCluster:
 
     # -- the first election ------------------------------------------------
 
-    def _elect(self, deadline: float) -> None:
-        """Have the last member of a new cluster campaign as soon as the others listen to it.
+    def _campaign_in_new_cluster(self) -> bool:
+        """Let the last member of a new cluster campaign as soon as the others accept its messages.
 
-        Nobody has to wait for an election timeout, and nobody else campaigns at the same time.
+        So the first election starts without an election timeout, and without rivals.  Returns
+        True when the campaign has begun, or if the cluster had an election before.
         """
         candidate = self.members[-1]
-        while not candidate.call(_has_past):
-            voters = [m for m in self.members if m is not candidate]
-            if all(_hear_each_other(candidate, voter) for voter in voters):
-                candidate.call(_campaign)
-                return
-            if SYSTEM_CLOCK.now() > deadline:
-                return
-            time.sleep(LOCAL_POLL_SECONDS)
+        if not candidate.call(_is_new) or all(
+            _accepts(one, other) and _accepts(other, one)
+            for one in [candidate] for other in self.members if other is not candidate
+        ):
+            candidate.call(lambda etcd: etcd.node.campaign() if _is_new(etcd) else None)
+            return True
+        return False
 
 
-def _has_past(etcd: EtcdServer) -> bool:
-    """True if it has heard of an election; after it they come by themselves."""
-    return etcd.node.raft.term > 1
+def _is_new(etcd: EtcdServer) -> bool:
+    """True before the first election of a cluster; later ones need no help."""
+    return etcd.node.raft.term <= 1
 
 
-def _campaign(etcd: EtcdServer) -> None:
-    if not _has_past(etcd):
-        etcd.node.campaign()
+def _accepts(member: LocalMember, sender: LocalMember) -> bool:
+    """True if `member` does not drop messages from `sender`: see DataLossCheck."""
+    message = Message(MsgType.VOTE, sender=sender.member_id)
 
+    def accepts(etcd: EtcdServer) -> bool:
+        return etcd.transport.drop is None or not etcd.transport.drop(message)
 
-def _hear_each_other(one: LocalMember, other: LocalMember) -> bool:
-    """True if neither drops the other's messages: see FirstLife."""
-    def hears(member: LocalMember, sender: LocalMember) -> bool:
-        message = Message(MsgType.VOTE, sender=sender.member_id)
-
-        def takes(etcd: EtcdServer) -> bool:
-            return etcd.transport.drop is None or not etcd.transport.drop(message)
-
-        return bool(member.call(takes))
-
-    return hears(one, other) and hears(other, one)
+    return bool(member.call(accepts))
 
 
 # -- pytest: loaded through the entry point `pytest11` -----------------------
@@ -21794,7 +21407,7 @@ def _etcd_server(tmp_path_factory: Any) -> Iterator[LocalMember]:
 
 
 class ClusterFactory:
-    """What `etcd_cluster_factory` is: each call starts a LocalCluster, ended after the test."""
+    """The fixture `etcd_cluster_factory`: each call starts a LocalCluster until the test ends."""
 
     def __init__(self, tmp_path_factory: Any, clusters: contextlib.ExitStack) -> None:
         self._tmp_path_factory = tmp_path_factory

@@ -300,9 +300,9 @@ def test_boot_first_life_asks_less_and_less_often(monkeypatch: pytest.MonkeyPatc
         counts=types.SimpleNamespace(leader_changes=0),
         cluster=types.SimpleNamespace(members=members),
     )
-    first_life = pyetcd.FirstLife(etcd, lambda error: None, None)
+    check = pyetcd.DataLossCheck(etcd, lambda error: None, None)
     for _ in range(7):
-        first_life._ask()
+        check._ask()
     assert waits == pytest.approx([0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 1.6, 1.6])
     assert len(calls) == 2, "one call to a member at a time"
     assert {options["answer_max"] for options in calls} == {pyetcd.CALL_BODY_BYTES_MAX}
@@ -310,7 +310,7 @@ def test_boot_first_life_asks_less_and_less_often(monkeypatch: pytest.MonkeyPatc
         {"id": "1", "peerURLs": ["http://10.0.0.1:2380"], "name": "m1", "clientURLs": []}])
     calls[0]["on_data"](body.encode())
     calls[0]["on_done"](None)
-    first_life._ask()
+    check._ask()
     assert waits[-1] == pytest.approx(0.1)
     assert len(calls) == 2, "who has answered is not asked again"
 
@@ -334,7 +334,7 @@ def test_boot_answers_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(HttpStub(serve)) as stub:
         pyetcd.fetch_members(stub.base, 20.0, None)
         registry = pyetcd.Discovery(f"{stub.base}/token", 1, "a=http://h:1")
-        sizes.append(len(registry._exchange("GET", f"{stub.base}/v2/keys/token", "", 20.0)[2]))
+        sizes.append(len(registry._send("GET", f"{stub.base}/v2/keys/token", 20.0, "")[2]))
     assert sizes == [4 << 20, 4 << 20]
     assert sent < 100_000_000
 

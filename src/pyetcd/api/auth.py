@@ -30,18 +30,17 @@ from ..net.http_requests import Handler, HttpRequest
 from .forms import not_found, refuse_method, write_error, write_message
 from .gojson import GoJson
 
-_AUTH_VERSION = (2, 1)              # of the cluster, from which on all members know users
+_AUTH_VERSION = (2, 1)              # of a cluster in which all members know users
 _ITEM_METHODS = ("GET", "PUT", "DELETE")
-ITEMS_IN_SLICE = 100                # users or roles of a listing, in one turn: 2 ms
+ITEMS_IN_SLICE = 100                # users or roles that one turn lists: 2 ms
 
 
 def refuse_credentials(request: HttpRequest) -> None:
-    """Answer 401 to who lacks the role root."""
     write_message(request, 401, "Insufficient credentials")
 
 
 class UserBody(NamedTuple):
-    """What a PUT of a user says."""
+    """The body of a PUT of a user."""
 
     name: str
     password: str
@@ -60,7 +59,7 @@ class UserBody(NamedTuple):
 
 
 class RoleBody(NamedTuple):
-    """What a PUT of a role says."""
+    """The body of a PUT of a role."""
 
     name: str
     permissions: Permissions
@@ -93,10 +92,9 @@ class AuthApi:
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
 
     def route(self, head: HttpHead) -> Handler:
-        """Return what answers a request below /v2/auth/."""
-        version = self._server.cluster.version
-        if version is None or version_key(version) < _AUTH_VERSION:
-            # Not kept: the cluster may learn its version at any time.
+        """Return the handler of a request below /v2/auth/."""
+        if not self._is_capable:
+            # The decision is kept with the head, but the cluster may learn its version at any time.
             return lambda request: self.route(head)(request) if self._is_capable else write_message(
                 request, 500, "Not capable of accessing auth feature during rolling upgrades."
             )
@@ -110,8 +108,7 @@ class AuthApi:
             return self._allow(head, ("GET",), listing)
         if "/" in name or len(utf8(name)) > AUTH_NAME_BYTES_MAX:
             return lambda request: write_message(request, 400, "Invalid path")
-        item = self._user if kind == "users" else self._role
-        return self._allow(head, _ITEM_METHODS, functools.partial(item, name))
+        return self._allow(head, _ITEM_METHODS, functools.partial(self._item, kind, name))
 
     @property
     def _is_capable(self) -> bool:
@@ -121,7 +118,7 @@ class AuthApi:
     def _allow(
         self, head: HttpHead, methods: Sequence[str], handler: Handler, *, is_open: bool = False
     ) -> Handler:
-        """Check the method, then the credential."""
+        """Return `handler` behind checks of the method and the credentials."""
         if head.method not in methods:
             return functools.partial(refuse_method, ",".join(methods))
         return handler if is_open else self._guard.root(head, handler, refuse_credentials)
@@ -135,38 +132,47 @@ class AuthApi:
             steps = self._store.enable() if request.method == "PUT" else self._store.disable()
             self._run(request, steps, lambda _: self._reply_empty(request))
 
-    # -- users -------------------------------------------------------------
+    # -- users and roles ---------------------------------------------------
 
-    def _list_users(self, request: HttpRequest) -> None:
-        users = filter(None, map(self._auth.user, self._auth.names("users")))
-        shown = (self._with_roles(user, skip=True) for user in users)
-        self._reply_list(request, "users", "null", shown, [])
-
-    def _with_roles(self, user: User, *, skip: bool) -> Dict[str, object]:
-        """The user with what its roles allow.  skip: pass over missing ones, else AuthError."""
-        roles = []
-        for name in user.roles or ():
-            role = self._auth.role(name)
-            if role is not None:
-                roles.append(role.json())
-            elif not skip:
-                raise AuthError(404, f"Role {name} does not exist.")
-        return {"user": user.name, **({"roles": roles} if roles else {})}
-
-    def _user(self, name: str, request: HttpRequest) -> None:
+    def _item(self, kind: str, name: str, request: HttpRequest) -> None:
+        """Answer a request for one user or role.  kind: `users` or `roles`."""
+        is_user = kind == "users"
         if request.method == "GET":
-            user = self._auth.user(name)
             try:
-                if user is None:
-                    raise AuthError(404, f"User {name} does not exist.")
-                self._reply(request, 200, self._with_roles(user, skip=False))
+                found = self._user(name) if is_user else self._role(name).json()
+                self._reply(request, 200, found)
             except AuthError as error:
                 self._fail(request, error)
         elif request.method == "DELETE":
-            self._run(request, self._store.delete_user(name),
-                      lambda _: self._reply_empty(request))
+            delete = self._store.delete_user if is_user else self._store.delete_role
+            self._run(request, delete(name), lambda _: self._reply_empty(request))
         else:
-            self._put_user(name, request)
+            (self._put_user if is_user else self._put_role)(name, request)
+
+    def _user(self, name: str) -> Dict[str, object]:
+        user = self._auth.user(name)
+        if user is None:
+            raise AuthError(404, f"User {name} does not exist.")
+        return self._with_roles(user, map(self._role, user.roles or ()))
+
+    def _role(self, name: str) -> Role:
+        role = self._auth.role(name)
+        if role is None:
+            raise AuthError(404, f"Role {name} does not exist.")
+        return role
+
+    def _list_users(self, request: HttpRequest) -> None:
+        users = filter(None, map(self._auth.user, self._auth.names("users")))
+        shown = (
+            self._with_roles(user, filter(None, map(self._auth.role, user.roles or ())))
+            for user in users
+        )
+        self._reply_list(request, "users", "null", shown, [])
+
+    @staticmethod
+    def _with_roles(user: User, roles: Iterator[Role]) -> Dict[str, object]:
+        shown = [role.json() for role in roles]
+        return {"user": user.name, **({"roles": shown} if shown else {})}
 
     def _put_user(self, name: str, request: HttpRequest) -> None:
         body = self._parse(request, UserBody.parse, name, "User")
@@ -193,19 +199,6 @@ class AuthApi:
         roles = filter(None, map(self._auth.role, self._auth.names("roles")))
         self._reply_list(request, "roles", "[]", (role.json() for role in roles), [])
 
-    def _role(self, name: str, request: HttpRequest) -> None:
-        if request.method == "GET":
-            role = self._auth.role(name)
-            if role is None:
-                self._fail(request, AuthError(404, f"Role {name} does not exist."))
-            else:
-                self._reply(request, 200, role.json())
-        elif request.method == "DELETE":
-            self._run(request, self._store.delete_role(name),
-                      lambda _: self._reply_empty(request))
-        else:
-            self._put_role(name, request)
-
     def _put_role(self, name: str, request: HttpRequest) -> None:
         body = self._parse(request, RoleBody.parse, name, "Role")
         if body is None:
@@ -226,7 +219,7 @@ class AuthApi:
     def _parse(
         self, request: HttpRequest, parse: Callable[[bytes], Any], name: str, what: str
     ) -> Any:
-        """The parsed body; None if it is refused already."""
+        """Return the parsed body; None after an error, which is answered."""
         if request.body_too_large:
             self._message(request, 413, "Request Entity Too Large")
             return None
@@ -241,7 +234,7 @@ class AuthApi:
         return body
 
     def _run(self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None]) -> None:
-        """Carry out a change, then answer."""
+        """Make a change; then call reply(its result), or answer with its error."""
         def done(result: Any) -> None:
             if isinstance(result, (AuthError, EtcdError)):
                 self._fail(request, result)
@@ -266,7 +259,7 @@ class AuthApi:
         self, request: HttpRequest, name: str, empty: str, shown: Iterator[object],
         texts: List[str],
     ) -> None:
-        """Answer with all of `shown`, of which one turn makes ITEMS_IN_SLICE."""
+        """Answer with all of `shown`; one turn formats ITEMS_IN_SLICE of them."""
         some = [json_text(item) for item in itertools.islice(shown, ITEMS_IN_SLICE)]
         texts += some
         if request.connection.closed:

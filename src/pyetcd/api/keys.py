@@ -1,4 +1,4 @@
-"""The keys API: from an HTTP request to a command, and back."""
+"""The keys API: turns HTTP requests into commands, and their results into replies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..net.http_messages import HttpHead
 from ..net.http_requests import Handler, HttpRequest
 from ..store.walks import Listing
 from .forms import FORM_SLICE_BYTES, KeyTarget, KeyWatch, refuse_method, write_error, write_message
-from .listings import Listings, Wanted
+from .listings import ListingRequest, Listings
 
 
 class KeysApi:
@@ -57,11 +57,10 @@ class KeysApi:
             "etcd_store_watch_requests_total", "Watches that were asked for.")
         self._get_durations = self._durations.child("GET")
         self._put_durations = self._durations.child("PUT")
-        self._puts_s: List[float] = []      # what PUTs took that are not in there yet
+        self._puts_s: List[float] = []      # durations of PUTs that _put_durations lacks
         metrics.before_text = self._count_puts
 
     def route(self, head: HttpHead) -> Handler:
-        """Return what answers requests with this head."""
         if head.method not in self.METHODS:
             return functools.partial(refuse_method, ",".join(self.METHODS))
         target = KeyTarget(head)
@@ -77,11 +76,11 @@ class KeysApi:
     def _answer(self, head: HttpHead, target: KeyTarget) -> Handler:
         command = target.command
         if head.method in ("PUT", "POST"):
-            return functools.partial(self._write, target)
+            return functools.partial(self._put, target)
         if head.method == "DELETE":
-            return functools.partial(self._propose, command)
+            return functools.partial(self._submit, command)
         if head.method == "GET" and command.quorum:
-            return functools.partial(self._propose, command._replace(method="QGET"))
+            return functools.partial(self._submit, command._replace(method="QGET"))
         if command.wait:
             return functools.partial(self._watch, command)
         return functools.partial(self._get, command.path, command.recursive, command.sorted)
@@ -90,17 +89,17 @@ class KeysApi:
         write_error(request, error, self._cluster_line)
 
     def _unauthorized(self, target: KeyTarget, request: HttpRequest) -> None:
-        """Answer 401; what is wrong with the request itself is said before."""
+        """Answer 401; errors in the form of a PUT or POST go before."""
         refuse = functools.partial(self._refuse, Unauthorized("Insufficient credentials"))
         if request.method in ("PUT", "POST"):
-            self._go_on(self._read(target, request), request, refuse)
+            self._parse_slice(self._read(target, request), request, refuse)
         else:
             refuse(request)
 
     def _get(self, path: str, recursive: bool, sorted: bool, request: HttpRequest) -> None:
         """GET and HEAD from the local store.  A hot path."""
         started = self._now()
-        # etcd looks at every key request whether auth was enabled, and counts the miss.
+        # etcd reads the key that enables auth at every key request, and counts the miss.
         self._stats.gets_fail += 1
         method = request.head.method
         self._received.inc(method)
@@ -110,16 +109,15 @@ class KeysApi:
             self._fail(request, method, error)
             return
         if not body:
-            self._list(request, method, started, Wanted(path, recursive, sorted))
+            self._list(request, method, started, ListingRequest(path, recursive, sorted))
             return
         self._send(request, 200, self._store.current_index, body[0], body[1:])
         durations = self._get_durations if method == "GET" else self._durations.child(method)
         durations.observe(self._now() - started)
 
     def _list(
-        self, request: HttpRequest, method: str, started: float, wanted: Wanted
+        self, request: HttpRequest, method: str, started: float, wanted: ListingRequest
     ) -> None:
-        """GET and HEAD of a directory."""
         def done(result: Union[Listing, EtcdError]) -> None:
             if isinstance(result, EtcdError):
                 self._fail(request, method, result)
@@ -130,7 +128,7 @@ class KeysApi:
 
         self._listings.ask(wanted, request, done)
 
-    def _write(self, target: KeyTarget, request: HttpRequest) -> None:
+    def _put(self, target: KeyTarget, request: HttpRequest) -> None:
         """PUT and POST.  A hot path for bodies of the form `value=<nothing encoded>`."""
         body = request.body
         if target.plain and body.startswith(b"value=") and len(body) < FORM_SLICE_BYTES and not (
@@ -141,18 +139,18 @@ class KeysApi:
             if is_unicode(text):
                 id = self._server.ids.next()
                 command = Request(id, known.method, known.path, text)
-                self._propose(command, request, encode_plain(id, target.encoded, value))
+                self._submit(command, request, encode_plain(id, target.encoded, value))
                 return
-        self._go_on(self._read(target, request), request)
+        self._parse_slice(self._read(target, request), request)
 
     def _read(
         self, target: KeyTarget, request: HttpRequest
     ) -> Generator[None, None, Tuple[Request, bytes]]:
-        """Return the command of a PUT or POST, and itself encoded if it is long, with pauses."""
+        """Return the command of a PUT or POST, and its encoding if it is long, with pauses."""
         command = yield from target.request(request, self._wall_ns())
         if len(request.body) < FORM_SLICE_BYTES:
             return command, b""
-        # Longer texts were UTF-8, see form_steps(): to look at them again takes 1 ms per MB.
+        # Longer texts are UTF-8, see form_steps(); another check would take 1 ms per MB.
         val, prev_value = (
             text if len(text) > FORM_SLICE_BYTES else as_unicode(text)
             for text in (command.val, command.prev_value)
@@ -163,42 +161,43 @@ class KeysApi:
         )
         return command, (yield from encode_request_steps(command))
 
-    def _go_on(
+    def _parse_slice(
         self, steps: Generator[None, None, Tuple[Request, bytes]], request: HttpRequest,
         refuse: Optional[Handler] = None,
     ) -> None:
-        """Parse a form as far as one turn goes; at its end, propose the command, or refuse it."""
+        """Parse as much of a form as fits in a turn; at its end propose the command, or refuse."""
         try:
             next(steps)
         except StopIteration as end:
             if refuse is None:
                 command, encoded = end.value
-                self._propose(command, request, encoded)
+                self._submit(command, request, encoded)
             else:
                 refuse(request)
         except EtcdError as error:
             self._refuse(error, request)
         else:
             if not request.connection.closed:
-                self._reactor.call_in_turn(self._go_on, steps, request, refuse)
+                self._reactor.call_in_turn(self._parse_slice, steps, request, refuse)
 
-    def _propose(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
-        """Everything that goes through consensus."""
+    def _submit(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
         method = command.method
         self._stats.gets_fail += 1              # as in _get
         self._received.inc(method)
-        done = functools.partial(self._done, request, command, self._now())
+        done = functools.partial(self._reply_applied, request, command, self._now())
         self._server.do(command, done, encoded)
 
-    def _done(self, request: HttpRequest, command: Request, started: float, result: Any) -> None:
-        """The command is applied, or has failed."""
+    def _reply_applied(
+        self, request: HttpRequest, command: Request, started: float, result: Any
+    ) -> None:
+        """Answer after the command is applied or has failed."""
         method = command.method
         if isinstance(result, EtcdError):
             self._fail(request, method, result)
             return
         if method == "QGET" and result.node.children is not None:
             self._proposals.observe(self._now() - started)
-            wanted = Wanted(command.path, command.recursive, command.sorted)
+            wanted = ListingRequest(command.path, command.recursive, command.sorted)
             self._list(request, method, started, wanted)
             return
         body = result.client_pieces()
@@ -254,7 +253,7 @@ class KeysApi:
         self, request: HttpRequest, status: int, index: int, body: bytes,
         more: Sequence[bytes] = (),
     ) -> None:
-        """Answer with an event, by way of the shortest code where nothing is special."""
+        """Answer with an event; most requests take the short way, a ready-made head."""
         head, size = request.head, len(body)
         if not head.takes_raw:
             headers = self._cluster_line + self._index_lines(index)
@@ -266,6 +265,6 @@ class KeysApi:
         server = self._server
         request.reply_raw(
             f"{self._heads[status]}X-Etcd-Index: {index}\r\nX-Raft-Index: {server.raft_index}\r\n"
-            f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date()}\r\n"
+            f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date}\r\n"
             f"Content-Length: {size}\r\n\r\n".encode("latin-1") + body, more
         )

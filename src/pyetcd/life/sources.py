@@ -1,4 +1,4 @@
-"""A member's data as files, read without changing them."""
+"""Readers of the files of a member, which may be running; they change no file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Callable, Container, Dict, List, NamedTuple, Optional, Set, T
 
 from ..base.codec import decode_conf_change, decode_metadata
 from ..base.errors import CodecError, FileLocked, WalError
-from ..base.limits import DEFAULT_CLUSTER_TOKEN, DEFAULT_NAME
 from ..base.messages import Entry, EntryID, EntryType, HardState, Snapshot
 from ..base.urls import parse_urls
 from ..disk.files import _SNAP_NAME, OsDisk
@@ -19,30 +18,26 @@ from ..member.applier import Applier
 from ..member.cluster import Cluster, Member
 from ..net.workers import SYSTEM_CLOCK
 from ..store.tree import Store
-from .flags import Flag, parse_bool
+from .flags import Flag, flag_rows
 from .restart import _voters
 
-_DRY_RUN = Flag("dry-run", parse_bool, False, "say what would be done, and change nothing.")
 TOOL_FLAGS: Dict[str, Tuple[Flag, ...]] = {
-    "backup": (
-        Flag("data-dir", str, "", "path to the data directory to copy; its member may run."),
-        Flag("wal-dir", str, "", "path to its dedicated wal directory, if it has one."),
-        Flag("backup-dir", str, "", "path to the copy; must be empty or absent."),
-        Flag("backup-wal-dir", str, "", "path to a dedicated wal directory of the copy."),
-        _DRY_RUN,
-    ),
-    "restore": (
-        Flag("name", str, DEFAULT_NAME, "name of the member whose data directory is made."),
-        Flag("initial-cluster", str, "",
-             "members of the new cluster, `name=url` pairs (default: this member alone)."),
-        Flag("initial-cluster-token", str, DEFAULT_CLUSTER_TOKEN,
-             "token of the new cluster: clusters with different tokens do not mix."),
-        Flag("initial-advertise-peer-urls", parse_urls, (),
-             "peer URLs of this member (default: those in -initial-cluster)."),
-        Flag("data-dir", str, "", "path to the new data directory (default: <name>.etcd)."),
-        Flag("wal-dir", str, "", "path to the new dedicated wal directory."),
-        _DRY_RUN,
-    ),
+    "backup": flag_rows("""
+data-dir  text  path to the data directory to copy; its member may run.
+wal-dir  text  path to its dedicated wal directory, if it has one.
+backup-dir  text  path to the copy; must be empty or absent.
+backup-wal-dir  text  path to a dedicated wal directory of the copy.
+dry-run  bool  say what would be done, and change nothing.
+"""),
+    "restore": (*flag_rows("""
+name  text  name of the member whose data directory is made.
+initial-cluster  text  members of the new cluster, `name=url` pairs (default: this member alone).
+initial-cluster-token  text  token of the new cluster: clusters with different tokens do not mix.
+data-dir  text  path to the new data directory (default: <name>.etcd).
+wal-dir  text  path to the new dedicated wal directory.
+dry-run  bool  say what would be done, and change nothing.
+"""), Flag("initial-advertise-peer-urls", parse_urls, (),
+           "peer URLs of this member (default: those in -initial-cluster).")),
 }
 _STAGE = "member.tmp"               # where a member directory grows until it is complete
 _ENTRIES_PER_WRITE = 1_000
@@ -51,56 +46,52 @@ _READ_RETRIES = 2                   # a running member may remove or finish a fi
 OnProgress = Callable[[float, int], None]     # share that is done, keys so far (0: as before)
 
 
-def _part(progress: OnProgress, low: float, high: float) -> OnProgress:
-    """Return who takes the share of a step that reaches from `low` to `high` of the whole."""
+def _step_progress(progress: OnProgress, low: float, high: float) -> OnProgress:
+    """Return the progress function of a step that takes the share from `low` to `high`."""
     return lambda share, keys: progress(low + share * (high - low), keys)
 
 
 class BackupError(Exception):
-    """What cannot be backed up or restored: one line, which says what to do."""
+    """A backup or restore failed.  The text is one line that says what to do."""
 
 
 class DataSource(NamedTuple):
-    """What the files of a member say."""
+    """The contents of the files of a member."""
 
     path: str
-    member_id: int                      # this and the next: 0 if there is only a snapshot
+    member_id: int                      # 0, as the next, for a snapshot file alone
     cluster_id: int
     snapshot: Optional[Snapshot]
     hard_state: HardState
-    entries: List[Entry]                # behind the snapshot
+    entries: List[Entry]                # after the snapshot
     committed: int                      # how many of them are known to be committed
 
     @property
     def last(self) -> EntryID:
         """The last entry that is known to be committed."""
-        if self.committed:
-            return EntryID(self.entries[self.committed - 1].term,
-                           self.entries[self.committed - 1].index)
-        snapshot = self.snapshot or Snapshot()
-        return EntryID(snapshot.term, snapshot.index)
+        last = self.entries[self.committed - 1] if self.committed else self.snapshot or Snapshot()
+        return EntryID(last.term, last.index)
 
     @property
     def voters(self) -> Set[int]:
-        """The voters after that entry."""
+        """The voters after the last committed entry."""
         before = self.snapshot.voters if self.snapshot else ()
         return _voters(before, self.entries[:self.committed])
 
 
 class CopyReport(NamedTuple):
-    """What backup() or restore() has made, or would make."""
+    """The result of backup() or restore(), or of their dry run."""
 
     source: DataSource
     etcd_index: int
     keys: int
-    size_bytes: int                     # of what is written: snapshot file and entries
+    size_bytes: int                     # of the new snapshot file and entries
     member_id: int                      # the new ids
     cluster_id: int
     members: Tuple[Member, ...]         # of the new cluster, those of the source in a backup
     paths: Tuple[str, ...]              # data directory, dedicated wal directory
 
     def lines(self) -> List[str]:
-        """The report for people."""
         source, last = self.source, self.source.last
         left_out = len(source.entries) - source.committed
         identity = "a snapshot file, without ids"
@@ -122,7 +113,6 @@ class CopyReport(NamedTuple):
         ]
 
     def summary(self) -> str:
-        """The report in one line."""
         left_out = len(self.source.entries) - self.source.committed
         return (
             f"{self.paths[0]}: member {self.member_id:x} of cluster {self.cluster_id:x},"
@@ -132,41 +122,39 @@ class CopyReport(NamedTuple):
 
 
 class ReadOnlyDisk(OsDisk):
-    """The files of a member that may be running: without a lock, and nothing is changed.
+    """The files of a member that may be running: it takes no lock and changes no file.
 
-    Of a member in this process nothing is read (FileLocked): to close a file frees its lock.
+    Files of a member in this process are refused (FileLocked), as closing one frees its lock.
     """
 
     read_only = True
 
     def open_append(self, path: str) -> int:
-        """Return a handle for reading."""
         return os.open(path, os.O_RDONLY)
 
     def lock(self, path: str, handle: int) -> bool:
-        """Allow."""
         return True
 
     def unlock(self, path: str) -> None:
-        """There is none."""
+        pass
 
 
 _READ_ONLY_DISK = ReadOnlyDisk()
 
 
 class _AnyVersionCluster(Cluster):
-    """Members of a cluster that may be newer than this program."""
+    """Members of a cluster whose version may be newer than this program."""
 
     @staticmethod
     def _check_version(version: str) -> None:
-        """Accept."""
+        pass
 
 
 # -- reading ---------------------------------------------------------------------
 
 
 def read_source(path: str, wal_dir: str = "") -> DataSource:
-    """Read a snapshot file, or the newest snapshot of a data directory and the log behind it.
+    """Read a snapshot file, or the newest snapshot of a data directory and the log after it.
 
     Raises BackupError.
     """
@@ -215,7 +203,7 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
     committed = sum(entry.index <= state.commit for entry in entries)
     source = DataSource(path, member_id, cluster_id, snapshot, state, entries, committed)
     if source.voters == {member_id}:
-        # Alone, a member commits what it has on disk; it need not have written that down.
+        # A single member commits each entry that is on its disk, and writes the commit index later.
         following = itertools.takewhile(
             lambda entry: entry.type == EntryType.NORMAL, entries[committed:]
         )
@@ -224,7 +212,7 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
 
 
 def _newest_snapshot(directory: str, known: Container[EntryID]) -> Optional[Snapshot]:
-    """Return the newest snapshot that the log knows.  Raises BackupError if it is damaged."""
+    """Return the newest snapshot in `known`.  Raises BackupError if it is damaged."""
     for name in reversed(_READ_ONLY_DISK.listdir(directory)):
         match = _SNAP_NAME.fullmatch(name)
         if match and EntryID(int(match.group(1), 16), int(match.group(2), 16)) in known:
@@ -233,14 +221,14 @@ def _newest_snapshot(directory: str, known: Container[EntryID]) -> Optional[Snap
 
 
 def _read_snapshot(path: str) -> Snapshot:
-    """Read a snapshot file.  Raises BackupError, which names an older one if there is one."""
+    """Read a snapshot file.  Raises BackupError, which names an older good file, if any."""
     content = _READ_ONLY_DISK.read(path)
     try:
         return decode_snapshot_file(content)
     except CodecError as error:
         if not _SNAP_NAME.fullmatch(os.path.basename(path)):
             raise BackupError(
-                f"{path} is damaged or no snapshot of etcd 2: {_what_it_is(path, content)}"
+                f"{path} is damaged or no snapshot of etcd 2: {_file_kind_advice(path, content)}"
             ) from None
         older = _newest_intact(os.path.dirname(path))
         advice = f"{older} is intact: move the damaged one away, or restore from that"
@@ -249,8 +237,8 @@ def _read_snapshot(path: str) -> Snapshot:
         ) from None
 
 
-def _what_it_is(path: str, content: bytes) -> str:
-    """Say what a file is that was named as a snapshot, and what to name instead."""
+def _file_kind_advice(path: str, content: bytes) -> str:
+    """Return the kind of a file that is no snapshot, and what to name instead."""
     advice = "take one with GET /v2/snapshot, or name a file of member/snap or a data directory"
     if content[16:20] in (b"\xed\xda\x0c\xed", b"\xed\x0c\xda\xed"):
         return f"it is a database of etcd 3, which holds no keys of v2; {advice}"
@@ -277,7 +265,7 @@ def _newest_intact(directory: str) -> str:
 
 
 def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster]:
-    """Return what the member knew at source.last.  Raises BackupError."""
+    """Return store and cluster as of source.last.  Raises BackupError."""
     store = Store()
     if not source.last.index:
         raise BackupError(f"{source.path} holds no data yet; name one of a member that has run")
@@ -285,7 +273,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
     applier = Applier(store, cluster, source.member_id, SYSTEM_CLOCK.wall_ns)
     try:
         if source.snapshot is not None:
-            store.recover(source.snapshot.data, _part(progress, 0.0, 0.8))
+            store.recover(source.snapshot.data, _step_progress(progress, 0.0, 0.8))
             cluster.recover()
         for number, entry in enumerate(source.entries[:source.committed]):
             if entry.type == EntryType.NORMAL:

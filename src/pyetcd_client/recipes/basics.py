@@ -314,18 +314,17 @@ def _create_once(client: Client, key: str, value: str, ttl: int | None) -> tuple
     """Create a file with a unique value.  Raises NodeExists for a file with another value.
 
     Repeating a creation is harmless: if an earlier attempt succeeded, the value shows it, and the
-    second result is False.
+    second result is False.  A file that expires before it can be read is created again.
     """
-    try:
-        return _with_retries(client, lambda: client.create(key, value, ttl=ttl)).node, True
-    except NodeExists as exists:
+    while True:
         try:
-            node = _read(client, key).node
-        except KeyNotFound:                         # removed meanwhile
-            raise exists from None
-        if node.value != value:
-            raise
-        return node, False
+            return _with_retries(client, lambda: client.create(key, value, ttl=ttl)).node, True
+        except NodeExists:
+            with contextlib.suppress(KeyNotFound):  # expired meanwhile: create it again
+                node = _read(client, key).node
+                if node.value == value:
+                    return node, False
+                raise
 
 
 def _append_once(
