@@ -56,6 +56,7 @@ class Reactor:
         self.on_turn: Callable[[], None] = lambda: None
         self.on_turned: Callable[[float], None] = lambda seconds: None  # gets what it took
         self.turns = 0
+        self.ready_sockets = 0          # in this turn
         self.slowest_turn_s = 0.0
         self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # so far; waiting: for sockets
         self._turned_at = self.now()    # the end of the last turn
@@ -256,6 +257,7 @@ class Reactor:
 
     def _turn(self, events: List[Tuple[int, int]]) -> None:
         clock, phases = self.now, self.phase_seconds
+        self.ready_sockets = len(events)
         started = clock()
         phases["waiting"] += started - self._turned_at
         callbacks, gone = self._callbacks, self._gone
