@@ -1688,6 +1688,7 @@ def test_recipe_storm_survives_kills_and_pauses_of_members(monkeypatch):
                 member.pause()
                 end.wait(rng.uniform(0.0, 3.0))     # longer than a ttl: locks are lost
                 member.resume()
+        monkeypatch.setattr(pyetcd_client, "CALL_TIMEOUT_S", _CLIENT_WAIT_S)    # for the checks
 
     with pyetcd.LocalCluster(3) as cluster, _recipe_no_threads():
         urls = [member.client_url for member in cluster.members]
