@@ -12814,7 +12814,7 @@ class WalWriter:
             return
         job = self._deferred
         try:
-            self._write(job.data)
+            self._write_frames(job.data)
         except DiskFull:
             self._queue_deferred()      # the thread repeats it until there is space
         except Exception as error:
@@ -13817,7 +13817,7 @@ def purge_periodically(
 #
 #     PUT /v2/keys/a
 #       |
-#     KeysApi._write                  reads the form: a Request
+#     KeysApi._put                    reads the form: a Request
 #     KeysApi._submit                 notes which HTTP request waits for the answer
 #     EtcdServer.do                   registers the callback, queues an Entry
 #       :
