@@ -13817,7 +13817,7 @@ def purge_periodically(
 #
 #     PUT /v2/keys/a
 #       |
-#     KeysApi._write                  reads the form: a Request
+#     KeysApi._put                    reads the form: a Request
 #     KeysApi._submit                 notes which HTTP request waits for the answer
 #     EtcdServer.do                   registers the callback, queues an Entry
 #       :
