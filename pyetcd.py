@@ -12814,7 +12814,7 @@ class WalWriter:
             return
         job = self._deferred
         try:
-            self._write(job.data)
+            self._write_frames(job.data)
         except DiskFull:
             self._queue_deferred()      # the thread repeats it until there is space
         except Exception as error:
