@@ -10,9 +10,8 @@ from ..base.text import json_text, load_json, utf8
 from ..base.urls import usable_urls
 from ..member.cluster import Member, format_id
 from ..member.server import EtcdServer
-from ..net.http_calls import HttpCall
+from ..net.http_calls import Answer, HttpCall
 from ..net.http_requests import HttpRequest
-from ..peer.streams import Answer
 from ..raft.core import RaftRole
 
 ASK_SECONDS = 0.9                   # between two questions to a member, however many pages look
