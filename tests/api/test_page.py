@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import logging
 import re
+import threading
 import urllib.parse
 
 import pytest
@@ -99,7 +101,8 @@ def test_page_writes_with_its_header_and_where_it_may(tmp_path, ui, headers, sta
     ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403),
     ({"Sec-Fetch-Site": "same-origin"}, 201), ({"Sec-Fetch-Site": "none"}, 201),
     ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403),
-    ({"Referer": "http://other/ui"}, 201), ({"Origin": "http://a.example"}, 201), ({"Origin": "http://x", "Host": "x"}, 201), ({}, 201),
+    ({"Referer": "http://other/ui"}, 201), ({"Origin": "http://a.example"}, 201),
+    ({"Origin": "http://x", "Host": "x"}, 201), ({}, 201),
 ], ids=str)
 def test_page_elsewhere_cannot_post_a_form(tmp_path, headers, status):
     """No browser asks us before it sends one; -cors names who may."""
@@ -331,6 +334,29 @@ def test_page_in_a_browser_edits_a_key(browser, member):
     eventually(lambda: _value(member, "/conf/web") == '{"a":1}')
 
 
+def test_page_in_a_browser_shows_a_history_that_moves_on(browser, tmp_path):
+    """The oldest events leave the history between two requests of the page."""
+    with pyetcd.LocalMember(directory=str(tmp_path), history_events=40) as member:
+        _put(member, "/a", "0")
+        stopped = threading.Event()
+
+        def write():
+            for number in itertools.count(1):
+                if stopped.is_set():
+                    return
+                _put(member, "/noise" if number % 5 else "/a", str(number))
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            eventually(lambda: member.call(lambda etcd: etcd.store.current_index) > 100)
+            page = Page(browser, member.client_url, "keys/a")
+            page.shows("set", "#history")
+        finally:
+            stopped.set()
+            writer.join()
+
+
 def test_page_in_a_browser_keeps_what_another_wrote_first(browser, member):
     _put(member, "/a", "one\ntwo\nthree", ttl=1_000)
     page = Page(browser, member.client_url, "keys/a")
@@ -449,7 +475,7 @@ def test_page_in_a_browser_tells_of_a_leader_that_was_killed(browser, tmp_path):
     """On another member: who is silent, and who leads now.  On its own: where else to look."""
     with pyetcd.LocalCluster(3, str(tmp_path)) as cluster:
         leader = cluster.leader()
-        other = next(member for member in cluster.members if member is not leader)
+        other, third = (member for member in cluster.members if member is not leader)
         page = Page(browser, other.client_url)
         page.shows("3 of 3 members", "#health")
         leader.kill()
@@ -459,7 +485,7 @@ def test_page_in_a_browser_tells_of_a_leader_that_was_killed(browser, tmp_path):
         page.shows("silent", ".member.bad")
         other.kill()
         page.shows("This member has not answered for", "#offline")
-        assert new.client_url + "/ui" in page.run(
+        assert third.client_url + "/ui" in page.run(
             "return [...document.querySelectorAll('#offline a')].map(link => link.href)")
         other.start(0)
         page.until("return document.getElementById('offline').hidden")

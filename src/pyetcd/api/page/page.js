@@ -94,6 +94,7 @@ async function* lines(path, signal) {
 }
 /** Yield the events of a key, or all below it, from an index on; connect again if need be. */
 async function* changes(key, {since, recursive = false, signal, told = () => {}}) {
+  let skip = 10;                // events that may leave the history before the next request comes
   for (let pause = 250; !signal.aborted; pause = Math.min(2 * pause, 4000)) {
     try {
       const query = `wait=true&stream=true&recursive=${recursive}&waitIndex=${since}`;
@@ -108,8 +109,11 @@ async function* changes(key, {since, recursive = false, signal, told = () => {}}
       if (signal.aborted) return;
       const first = /\[(\d+)\//.exec(error.message);      // of a history that is too short
       told(first ? "Some changes were missed." : error.message);
-      if (first) since = Number(first[1]);
-      else if (error instanceof Refused) return;
+      if (first) {
+        since = Number(first[1]) + (skip *= 2);
+        continue;
+      }
+      if (error instanceof Refused) return;
     }
     await new Promise(done => setTimeout(done, pause));
   }
