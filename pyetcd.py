@@ -5083,12 +5083,11 @@ class BoltReader:
     def __init__(self, path: str) -> None:
         self.path = path
         self._file: BinaryIO = open(path, "rb")
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.close)
             self._meta = self._newest_meta()
             self._buckets = self._top_buckets()
-        except BaseException:
-            self.close()
-            raise
+            on_failure.pop_all()
 
     def __enter__(self) -> BoltReader:
         return self
@@ -12817,7 +12816,7 @@ class WalWriter:
             self._write_frames(job.data)
         except DiskFull:
             self._queue_deferred()      # the thread repeats it until there is space
-        except Exception as error:
+        except OSError as error:
             self._deferred = None
             self._fail(error)
         else:
@@ -20740,7 +20739,9 @@ def records_of_file(file: TextIO, path: str) -> Iterator[Record]:
     raise BackupError(f"{path} is cut: its last line, ]}}, is missing")
 
 
-def records_of_database(path: str, skipped: Callable[[bytes, str], None]) -> Iterator[Record]:
+def records_of_database(
+    path: str, skipped: Callable[[bytes, str], None], now_ns: int
+) -> Iterator[Record]:
     """Yield the present keys of a database of etcd 3: a snapshot, or member/snap/db.
 
     skipped is called with keys that v2 cannot hold, and why.  Takes 30 bytes and the key in
@@ -20748,7 +20749,7 @@ def records_of_database(path: str, skipped: Callable[[bytes, str], None]) -> Ite
     """
     try:
         with BoltReader(path) as reader:
-            newest, expires = _newest_revisions(reader), _lease_ends(reader)
+            newest, expires = _newest_revisions(reader), _lease_ends(reader, now_ns)
             for revision, data in reader.items(b"key"):
                 key, value, lease = _key_value(data)
                 if newest.get(key) != revision:
@@ -20775,9 +20776,9 @@ def _newest_revisions(reader: BoltReader) -> Dict[bytes, bytes]:
     return newest
 
 
-def _lease_ends(reader: BoltReader) -> Dict[int, int]:
+def _lease_ends(reader: BoltReader, now_ns: int) -> Dict[int, int]:
     """Return lease -> unix nanoseconds: of the whole time, as after a restart of etcd 3."""
-    now_ns, ends = SYSTEM_CLOCK.wall_ns(), {}
+    ends: Dict[int, int] = {}
     for _, data in reader.items(b"lease"):
         fields = {number: value for number, _, value in decode_fields(data)}
         lease, ttl_s = fields.get(1), fields.get(2)
@@ -21193,7 +21194,7 @@ def _read_source(source: str, refused: List[str]) -> Iterator[Record]:
         with open(path, "rb") as head:
             is_text = head.read(1) == b"{"
         if not is_text:
-            yield from records_of_database(path, skipped)
+            yield from records_of_database(path, skipped, SYSTEM_CLOCK.wall_ns())
             return
         with open(path, encoding="utf-8") as file:
             yield from records_of_file(file, path)
