@@ -27,7 +27,7 @@ Rooms and their modules, bottom up; each uses only names defined above it:
   api:    forms, gojson, auth, listings, keys, members, metrics, snapshot, status, routes,
             discovery
   life:   discovery, addresses, flags, restart, bootstrap, data_loss, embedding, proxy_files,
-            proxy, settings, checks, sources, backup, command_line, testkit
+            proxy, settings, checks, sources, backup, testkit, dev, command_line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in docs/differences.md.
@@ -18472,7 +18472,7 @@ class Server(ServerThread):
     def _assemble(self, boot: Bootstrap) -> None:
         self.etcd = EtcdServer(
             self.config, boot, self._reactor, failed=self._failed, removed=self._removed,
-            published=self._ready.set, transport_type=self._transport_type,
+            published=self.set_ready, transport_type=self._transport_type,
         )
         if DataLossCheck.is_due(boot):
             self._data_loss_check = DataLossCheck(self.etcd, self._refuse, boot.peer_tls)
@@ -18525,6 +18525,12 @@ class Server(ServerThread):
         return tuple(listener.bound_url for listener in self._peer_listeners)
 
     # -- inside ------------------------------------------------------------
+
+    def set_ready(self) -> None:
+        """Note that this member is published; programs that start an `etcd` wait for the line."""
+        if not self._ready.is_set():
+            package_logger("etcd").info("ready to serve client requests")
+        self._ready.set()
 
     def _count_client_bytes(self, metrics: Metrics) -> None:
         """Add the bytes of the client port, under the names of etcd 3.x, whose clients use gRPC."""
@@ -20607,6 +20613,841 @@ def _replace_members(store: Store, members: Sequence[Member]) -> None:
 
 
 # ============================================================================
+# life/testkit -- The test kit: members that a test kills, freezes and cuts off.
+# ----------------------------------------------------------------------------
+# Threads: the test's, and those of the members.  Does not import pytest: pytest itself loads the
+# fixtures.
+# ============================================================================
+
+
+# All members of a test share one process: a stall of the machine or of a debugger stops them
+# together, and late ticks are dropped.  So even these short times cause no needless elections.
+LOCAL_HEARTBEAT_MS = 20
+LOCAL_ELECTION_MS = 200
+LOCAL_READY_SECONDS = 10.0          # for a start to be complete; above: TimeoutError
+LOCAL_POLL_SECONDS = 0.002
+REPUBLISH_SECONDS = 0.5             # then publish once more: a change of leader may have lost it
+
+_Polled = TypeVar("_Polled")
+_Ids = FrozenSet[int]               # of members
+_NO_CUTS: Tuple[_Ids, _Ids] = (frozenset(), frozenset())
+
+
+def _poll(look: Callable[[], _Polled], timeout_s: float, failure: Callable[[], str]) -> _Polled:
+    """Return the first true result of look().  Raises TimeoutError(failure()) after timeout_s."""
+    deadline = SYSTEM_CLOCK.now() + timeout_s
+    while True:
+        found = look()
+        if found:
+            return found
+        if SYSTEM_CLOCK.now() > deadline:
+            raise TimeoutError(failure())
+        time.sleep(LOCAL_POLL_SECONDS)
+
+
+class _CutTransport(Transport):
+    """A transport whose links to other members can be cut, in one direction or in both.
+
+    Sender and receiver both drop the messages, so messages on their way are lost too.  A link
+    that is cut in both directions is closed.  Requests for /members and /version, which members
+    send at their first start, pass.
+    """
+
+    _mute: _Ids = frozenset()           # members to which nothing is sent
+    _deaf: _Ids = frozenset()           # members from which nothing is received
+
+    def cut(self, mute: _Ids, deaf: _Ids, members: Mapping[int, Member]) -> None:
+        """Drop messages to `mute` and from `deaf` from now on, and no others."""
+        before, closed = self._mute & self._deaf, mute & deaf
+        self._mute, self._deaf = mute, deaf
+        for id in (before ^ closed) & members.keys():
+            self.remove_peer(id)
+            self.add_peer(id, members[id].peer_urls)
+
+    def add_peer(self, member_id: int, urls: Iterable[str]) -> None:
+        """Open the links to a member, unless they are cut."""
+        super().add_peer(member_id, urls)
+        if member_id in self._mute & self._deaf and member_id in self._peers:
+            self._peers[member_id].stop()
+
+    def offer(self, messages: Iterable[Message]) -> None:
+        """Send messages; report those to cut members as lost, as if these members were down."""
+        passed = []
+        for message in messages:
+            if message.to not in self._mute:
+                passed.append(message)
+                continue
+            self._context.unreachable(message.to)
+            if message.type == MsgType.SNAP:
+                self._context.snapshot_done(message.to, False)
+        super().offer(passed)
+
+    def _take(self, message: Message, size: int) -> Generator[None, None, int]:
+        return 500 if message.sender in self._deaf else (yield from super()._take(message, size))
+
+
+class _LocalServer(Server):
+    """The server of a LocalMember, which starts with its links cut."""
+
+    _transport_type = _CutTransport
+    cuts = _NO_CUTS                     # members to which it sends nothing, and hears nothing from
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def hold(self, held: threading.Event, release: threading.Event) -> None:
+        """Stop the reactor after its current turn: set `held`, then wait for `release`."""
+        def wait() -> None:
+            held.set()
+            release.wait()
+
+        self._reactor.call_soon_threadsafe(wait)
+
+    def abandon(self) -> None:
+        """End the member while its reactor is held, before it does anything else."""
+        self._failed(ServerStopped("killed"))
+
+    def cut_links(self, etcd: EtcdServer) -> None:
+        assert isinstance(etcd.transport, _CutTransport)
+        etcd.transport.cut(*self.cuts, etcd.cluster.members)
+
+    def is_ready(self, etcd: EtcdServer) -> bool:
+        """True if the member is published, and the cluster has agreed on its version."""
+        return self._ready.is_set() and bool(etcd.cluster.version)
+
+    def publish(self, etcd: EtcdServer) -> None:
+        """Publish the member again, which is harmless."""
+        Publication(etcd, self.set_ready)
+
+    def _start_work(self) -> None:
+        assert self.etcd is not None
+        threading.current_thread().name = f"reactor-{self.config.name}"
+        self.cut_links(self.etcd)
+        super()._start_work()
+        raft = self.etcd.node.raft
+        if raft.term <= 1 and len(raft.voters) > 1:
+            raft.election_elapsed = 0       # LocalCluster has a member of a new cluster campaign
+
+
+def _reserve_port(host: str, port: int) -> socket.socket:
+    """Return a socket that reserves a port for a later listener in this process; 0: a free port.
+
+    While the member is down no other program and no outgoing connection gets the port, and
+    connections to it are refused.  Raises OSError.
+    """
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(sock.close)
+        if port:                        # despite old connections, but not beside a listener
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a free one must be free now
+        on_failure.pop_all()
+    return sock
+
+
+class LocalMember:
+    """A member in this process, for tests: it can be killed, frozen and started again.
+
+        with pyetcd.LocalMember() as member:
+            print(member.client_url)
+
+    directory  the parent of its data directory; "": a temporary one, removed by close()
+    settings   fields of ServerConfig; heartbeat and election are 20 and 200 ms unless given
+
+    The member keeps its ports on 127.0.0.1, and its data, until close().  It logs to the loggers
+    below `pyetcd`, on a thread called `reactor-<name>`.  Guarantee: after a kill it finds on its
+    disk the same as a process after `kill -9`.  Limit: a power cut is not imitated.
+    Thread: any, one at a time.
+    """
+
+    def __init__(
+        self, name: str = "etcd1", directory: str = "", **settings: Unpack[MemberSettings]
+    ) -> None:
+        self.name = name
+        self.client_url = ""            # of the first listener; the same after a restart
+        self.peer_url = ""
+        self.initial_cluster = ""       # as the flag; "": this member alone
+        self._directory = directory
+        self._data_dir = ""
+        self._settings = checked_settings(settings)
+        self._server: Optional[_LocalServer] = None
+        self._cuts = _NO_CUTS
+        self._release: Optional[threading.Event] = None     # the held reactor waits for it
+        self._owned = contextlib.ExitStack()    # ports and temporary directory
+
+    def __enter__(self) -> LocalMember:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.close)
+            self.start()
+            on_failure.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{self.name} {self.client_url} {self._state()}>"
+
+    # -- life --------------------------------------------------------------
+
+    def start(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
+        """Start the member unless it runs, and wait until it is ready.
+
+        timeout_s  0: do not wait, as without a quorum it cannot become ready
+
+        Raises TimeoutError, StartError.
+        """
+        if not self.is_running:
+            self.reserve()
+            settings = {
+                "name": self.name, "data_dir": self._data_dir,
+                "listen_client_urls": [self.client_url], "listen_peer_urls": [self.peer_url],
+                "heartbeat_ms": LOCAL_HEARTBEAT_MS, "election_ms": LOCAL_ELECTION_MS,
+                "initial_cluster": self.initial_cluster, **self._settings,
+            }
+            server = _LocalServer(**settings)
+            server.cuts = self._cuts
+            server.__enter__()
+            self._server = server
+        if timeout_s:
+            self.wait_ready(timeout_s)
+
+    def wait_ready(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
+        """Wait until the member has a leader, its log, and has published its URLs to the others.
+
+        Raises TimeoutError, and ServerStopped if the member does not run.
+        """
+        server = self._running()
+        republish_at = SYSTEM_CLOCK.now() + REPUBLISH_SECONDS
+
+        def is_ready() -> bool:
+            nonlocal republish_at
+            if self.is_paused or server.call(server.is_ready):
+                return not self.is_paused
+            if SYSTEM_CLOCK.now() > republish_at:
+                republish_at += REPUBLISH_SECONDS
+                server.call(server.publish)
+            return False
+
+        _poll(is_ready, timeout_s,
+              lambda: f"{self.name} is not ready after {timeout_s} s: {self._state()}")
+
+    def kill(self) -> None:
+        """End the member at once, as `kill -9` does: it writes and sends nothing more.
+
+        A write that was under way may or may not have reached the disk.
+        """
+        if self._server is not None:
+            if self.is_paused:
+                self._server.abandon()
+            self.resume()
+            self._server.kill()
+
+    def stop(self) -> None:
+        """Stop in order, as at SIGTERM: transfer the leadership, answer waiting requests."""
+        self.resume()
+        if self._server is not None:
+            self._server.stop()
+
+    def restart(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
+        """Kill the member and start it with the same ports and data; see start()."""
+        self.kill()
+        self.start(timeout_s)
+
+    def pause(self) -> None:
+        """Stop all work until resume(), as at SIGSTOP; sockets stay open.
+
+        Only the batch that the disk thread has already received is written.
+        Raises ServerStopped if the member does not run.
+        """
+        if not self.is_paused:
+            held, release = threading.Event(), threading.Event()
+            self._running().hold(held, release)
+            while not held.wait(LOCAL_POLL_SECONDS):
+                self._running()
+            self._release = release
+
+    def resume(self) -> None:
+        """Continue, as at SIGCONT; late clock ticks are dropped, as in any member."""
+        release, self._release = self._release, None
+        if release is not None:
+            release.set()
+
+    def close(self) -> None:
+        """Kill the member, release its ports, and remove the temporary directory."""
+        self.kill()
+        self._owned.close()
+        self.client_url = self.peer_url = ""
+
+    # -- facts -------------------------------------------------------------
+
+    @property
+    def client_urls(self) -> Tuple[str, ...]:
+        """The client URL, as Server has it; () before the first start."""
+        return (self.client_url,) if self.client_url else ()
+
+    @property
+    def peer_urls(self) -> Tuple[str, ...]:
+        """The peer URL, as Server has it; () before the first start."""
+        return (self.peer_url,) if self.peer_url else ()
+
+    @property
+    def is_running(self) -> bool:
+        """True from start() to the end of the member, also while it is paused."""
+        return self._server is not None and self._server.is_alive
+
+    @property
+    def is_paused(self) -> bool:
+        """True between pause() and resume()."""
+        return self._release is not None
+
+    @property
+    def id(self) -> str:
+        """The member id as the API and the log write it; "" before the first start."""
+        return format_id(self.member_id) if self.member_id else ""
+
+    def call(self, work: Callable[[EtcdServer], Any]) -> Any:
+        """Run work(etcd_server) on the member's thread and return its result, also while paused.
+
+        Raises ServerStopped if the member does not run, and any exception of work.
+        """
+        server = self._running()
+        if self.is_paused and server.etcd is not None:
+            return work(server.etcd)            # on this thread: the reactor is held
+        return server.call(work)
+
+    # -- inside ------------------------------------------------------------
+
+    def reserve(
+        self, host: str = "127.0.0.1", client_port: int = 0, peer_port: int = 0
+    ) -> None:
+        """Reserve the two ports, unless that is done, so that the URLs are known.
+
+        client_port, peer_port  0: a free port
+
+        Raises OSError.
+        """
+        if self.client_url:
+            return
+        directory = self._directory
+        if not directory:
+            import tempfile
+            directory = self._owned.enter_context(tempfile.TemporaryDirectory("-pyetcd"))
+        self._data_dir = os.path.join(directory, self.name)
+        shown = f"[{host}]" if ":" in host else host
+        self.client_url, self.peer_url = (
+            f"http://{shown}:"
+            f"{self._owned.enter_context(_reserve_port(host, port)).getsockname()[1]}"
+            for port in (client_port, peer_port)
+        )
+
+    def cut(self, mute: _Ids, deaf: _Ids) -> None:
+        """Drop messages to the members `mute` and from the members `deaf`."""
+        self._cuts = mute, deaf
+        if self._server is not None:
+            self._server.cuts = self._cuts
+            if self.is_running:
+                self.call(self._server.cut_links)
+
+    def leading_term(self) -> int:
+        """Return the term in which the member leads and has committed; 0 if paused or no leader."""
+        if self.is_paused:
+            return 0
+        try:
+            return int(self.call(_leading_term))
+        except ServerStopped:
+            return 0
+
+    @property
+    def member_id(self) -> int:
+        """The id as a number; 0 before the first start."""
+        etcd = self._server.etcd if self._server is not None else None
+        return etcd.member_id if etcd is not None else 0
+
+    def _running(self) -> _LocalServer:
+        if self._server is None or not self._server.is_alive:
+            raise ServerStopped()
+        return self._server
+
+    def _state(self) -> str:
+        """Return role and term for messages, or `down`."""
+        if not self.is_running:
+            return "down"
+        raft = self.call(lambda etcd: etcd.node.raft)
+        return f"{'paused, ' * self.is_paused}{raft.role.name.lower()} at term {raft.term}"
+
+
+def _leading_term(etcd: EtcdServer) -> int:
+    term = etcd.node.raft.term
+    return term if etcd.is_leader and etcd.raft_term == term else 0
+
+
+class LocalCluster:
+    """Members in this process, for tests: their links can be cut, and each is a LocalMember.
+
+        with pyetcd.LocalCluster(3) as cluster:
+            cluster.wait_leader().kill()
+            print(cluster.wait_leader().client_url)
+
+    size, directory, settings: see LocalMember; the members are called etcd1, etcd2, …
+    Thread: any, one at a time.
+    """
+
+    def __init__(
+        self, size: int = 3, directory: str = "", **settings: Unpack[MemberSettings]
+    ) -> None:
+        self.members = [
+            LocalMember(f"etcd{number}", directory, **settings) for number in range(1, size + 1)
+        ]
+        self._cuts: Set[Tuple[int, int]] = set()    # (sender, receiver), as indexes of members
+
+    def __enter__(self) -> LocalCluster:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.close)
+            self.start()
+            on_failure.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def start(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
+        """Start the members that are down, and wait until all are ready; see LocalMember.start."""
+        for member in self.members:
+            member.reserve()
+        initial = ",".join(f"{member.name}={member.peer_url}" for member in self.members)
+        for member in self.members:
+            member.initial_cluster = initial
+            member.start(timeout_s=0)
+        if timeout_s:
+            deadline = SYSTEM_CLOCK.now() + timeout_s
+            with contextlib.suppress(TimeoutError):
+                _poll(self._campaign_in_new_cluster, timeout_s, str)
+            for member in self.members:
+                member.wait_ready(max(deadline - SYSTEM_CLOCK.now(), 0.0))
+
+    def close(self) -> None:
+        """Kill all members, release their ports, and remove the temporary directories."""
+        for member in self.members:
+            member.close()
+
+    @property
+    def client_urls(self) -> Tuple[str, ...]:
+        """One client URL of each member, running or not."""
+        return tuple(member.client_url for member in self.members)
+
+    # -- the leader --------------------------------------------------------
+
+    def leader(self) -> Optional[LocalMember]:
+        """Return the running member that leads in the newest term; None if there is none.
+
+        Paused members do not count.
+        """
+        return self._leader_of(self.members)
+
+    def wait_leader(
+        self, timeout_s: float = LOCAL_READY_SECONDS, among: Iterable[LocalMember] = ()
+    ) -> LocalMember:
+        """Wait for a leader that has committed an entry in its term, and return it.
+
+        among  the members that count, such as one side of a partition; (): all
+
+        Raises TimeoutError, which names the state of each member.
+        """
+        candidates = list(among) or self.members
+        leader = _poll(lambda: self._leader_of(candidates), timeout_s,
+                       lambda: f"no leader after {timeout_s} s: {candidates}")
+        assert leader is not None
+        return leader
+
+    @staticmethod
+    def _leader_of(members: Iterable[LocalMember]) -> Optional[LocalMember]:
+        terms = [(member.leading_term(), member) for member in members]
+        term, leader = max(terms, key=lambda pair: pair[0])
+        return leader if term else None
+
+    # -- the network between the members -----------------------------------
+
+    def partition(self, *groups: Iterable[LocalMember]) -> None:
+        """Divide the network between the members, in place of any earlier partition() and cut().
+
+        Members of different groups cannot reach each other; members in no group form one more.
+        Open connections between groups are closed.  Clients reach every member, and restart()
+        keeps the cuts.  ValueError: a member is in two groups, or not of this cluster.
+        """
+        sides = [sorted(map(self.members.index, group)) for group in groups]
+        named = [place for side in sides for place in side]
+        if len(set(named)) < len(named):
+            raise ValueError("a member is in two groups")
+        sides.append([place for place in range(len(self.members)) if place not in named])
+        self._set_cuts({
+            (a, b) for ours in sides for theirs in sides if ours is not theirs
+            for a in ours for b in theirs
+        })
+
+    def cut(self, source: LocalMember, target: LocalMember) -> None:
+        """Lose all messages from `source` to `target`; the other direction is unchanged."""
+        self._set_cuts(self._cuts | {(self.members.index(source), self.members.index(target))})
+
+    def heal(self) -> None:
+        """Undo every partition() and cut()."""
+        self._set_cuts(set())
+
+    def _set_cuts(self, cuts: Set[Tuple[int, int]]) -> None:
+        self._cuts = cuts
+        ids = [member.member_id for member in self.members]
+        for place, member in enumerate(self.members):
+            member.cut(
+                frozenset(ids[target] for source, target in cuts if source == place),
+                frozenset(ids[source] for source, target in cuts if target == place),
+            )
+
+    # -- the first election ------------------------------------------------
+
+    def _campaign_in_new_cluster(self) -> bool:
+        """Let the last member of a new cluster campaign as soon as the others accept its messages.
+
+        So the first election starts without an election timeout, and without rivals.  Returns
+        True when the campaign has begun, or if the cluster had an election before.
+        """
+        candidate = self.members[-1]
+        if not candidate.call(_is_new) or all(
+            _accepts(one, other) and _accepts(other, one)
+            for one in [candidate] for other in self.members if other is not candidate
+        ):
+            candidate.call(lambda etcd: etcd.node.campaign() if _is_new(etcd) else None)
+            return True
+        return False
+
+
+def _is_new(etcd: EtcdServer) -> bool:
+    """True before the first election of a cluster; later ones need no help."""
+    return etcd.node.raft.term <= 1
+
+
+def _accepts(member: LocalMember, sender: LocalMember) -> bool:
+    """True if `member` does not drop messages from `sender`: see DataLossCheck."""
+    message = Message(MsgType.VOTE, sender=sender.member_id)
+
+    def accepts(etcd: EtcdServer) -> bool:
+        return etcd.transport.drop is None or not etcd.transport.drop(message)
+
+    return bool(member.call(accepts))
+
+
+# -- pytest: loaded through the entry point `pytest11` -----------------------
+
+
+class PytestPlugin:
+    """The fixtures `etcd_server`, `etcd_cluster` and `etcd_cluster_factory`."""
+
+    @staticmethod
+    def pytest_configure(config: Any) -> None:
+        """Define the fixtures, with the pytest that has loaded this."""
+        fixture = sys.modules["pytest"].fixture
+        holder = types.ModuleType("pyetcd_fixtures")
+        for function in (_etcd_server, _etcd_cluster_factory, _etcd_cluster):
+            name = function.__name__[1:]
+            setattr(holder, name, fixture(name=name)(function))
+        config.pluginmanager.register(holder, "pyetcd_fixtures")
+
+
+@contextlib.contextmanager
+def _shown_logs() -> Iterator[None]:
+    """Let pytest capture the members' lines, and show them if the test fails."""
+    log = logging.getLogger("pyetcd")
+    before = log.level
+    if before == logging.NOTSET:
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _etcd_server(tmp_path_factory: Any) -> Iterator[LocalMember]:
+    """A member alone, ready, in this process: pyetcd.LocalMember."""
+    directory = str(tmp_path_factory.mktemp("etcd"))
+    with _shown_logs(), LocalMember(directory=directory) as member:
+        yield member
+
+
+class ClusterFactory:
+    """What `etcd_cluster_factory` is: each call starts a LocalCluster, ended after the test."""
+
+    def __init__(self, tmp_path_factory: Any, clusters: contextlib.ExitStack) -> None:
+        self._tmp_path_factory = tmp_path_factory
+        self._clusters = clusters
+
+    def __call__(self, size: int = 3, **settings: Unpack[MemberSettings]) -> LocalCluster:
+        directory = str(self._tmp_path_factory.mktemp("etcd"))
+        return self._clusters.enter_context(LocalCluster(size, directory, **settings))
+
+
+def _etcd_cluster_factory(tmp_path_factory: Any) -> Iterator[ClusterFactory]:
+    """A function (size=3, **settings) that starts a pyetcd.LocalCluster: pyetcd.ClusterFactory."""
+    with _shown_logs(), contextlib.ExitStack() as clusters:
+        yield ClusterFactory(tmp_path_factory, clusters)
+
+
+def _etcd_cluster(etcd_cluster_factory: ClusterFactory) -> LocalCluster:
+    """Three members, ready, in this process: pyetcd.LocalCluster."""
+    return etcd_cluster_factory()
+
+
+# ============================================================================
+# life/dev -- `pyetcd dev`: a cluster in this process, to try things on.
+# ----------------------------------------------------------------------------
+# The members are those of LocalCluster, each with its own log on disk and its own thread.  One
+# process starts them in a fraction of a second, and none is left behind when it ends.
+# ============================================================================
+
+
+DEV_SIZES = (1, 3, 5, 7, 9)
+_DISCOVERY_SIZE = 3                 # members of the cluster that -discovery-url is for
+_LOOK_SECONDS = 0.5                 # between two looks whether all members run
+_ANSWER_SECONDS = 5.0               # for /new of a member in this process
+_RECORD = "dev.json"                # in a kept data directory: the URLs of its members
+
+Address = Tuple[str, int, int]      # host, client port, peer port; port 0: a free one
+
+
+def _parse_port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= 65535:
+        raise ValueError("a port is a number from 1 to 65535")
+    return int(text)
+
+
+def _parse_host(text: str) -> str:
+    if not is_ip(text):
+        raise ValueError("an IP address of this machine is wanted, without a port")
+    if text in WILDCARD_HOSTS:
+        raise ValueError("the URLs need one address of this machine, such as"
+                         f" {default_route_address() or '10.0.0.5'}")
+    return text
+
+
+DEV_FLAGS = (
+    Flag("port", _parse_port, 0,
+         "client port of the first member; its peer port is the next one, then come those of the"
+         " second member, and so on (default: free ports)."),
+    Flag("host", _parse_host, "",
+         "address of this machine to listen on (default: 127.0.0.1, which only this machine"
+         " reaches)."),
+    Flag("data-dir", str, "",
+         "directory that keeps data, number of members and ports for the next `pyetcd dev`"
+         " (default: a temporary one, removed at the end)."),
+    Flag("discovery-url", parse_bool, False,
+         "print a fresh discovery URL for three members elsewhere; without -host this listens on"
+         " this machine's address on the default route."),
+    *FLAGS["logging"],
+)
+DEV_USAGE = (
+    "usage: pyetcd dev [N] [flags]", "",
+    "Start a cluster of N members, 1 unless N is given, in this process, to try things on.  It",
+    "prints where it serves.  Ctrl-C ends it and removes its data, unless -data-dir is given.",
+)
+
+
+def dev_size(word: str) -> int:
+    """Return the number of members that a word asks for; 0 for "".  Raises FlagError."""
+    if not word:
+        return 0
+    sizes = ", ".join(map(str, DEV_SIZES[:-1])) + f" or {DEV_SIZES[-1]}"
+    if not (word.isascii() and word.isdecimal()):
+        raise FlagError(f"'{word}' is not a number of members; use {sizes}")
+    size = int(word[:9])
+    if size in DEV_SIZES:
+        return size
+    if not size:
+        raise FlagError(f"a cluster has at least one member; use {sizes}")
+    if size > DEV_SIZES[-1]:
+        raise FlagError(f"{word} members are too many for one process; use {sizes}")
+    raise FlagError(
+        f"{size} members survive no more failures than {size - 1}: both need a majority; use"
+        f" {sizes}"
+    )
+
+
+class EndSignals:
+    """SIGINT, SIGTERM and SIGHUP wake wait(); later ones do not disturb the removal of data."""
+
+    def __enter__(self) -> EndSignals:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._before: Dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:      # as nohup leaves it
+                self._before[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        # A late signal must not change the exit code of a process that has cleaned up.
+        is_over = self.wait(0.0)
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_IGN if is_over else before)
+        self._reader.close()
+        self._writer.close()
+
+    def _received(self, number: int, frame: object) -> None:
+        with contextlib.suppress(BlockingIOError):      # full: wait() is awake
+            self._writer.send(b"x")
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until a signal has come, for at most timeout_s; tell whether one has."""
+        return bool(select.select([self._reader], [], [], timeout_s)[0])
+
+
+# -- where the members live ------------------------------------------------------
+
+
+def plan_addresses(settings: Settings, size: int) -> List[Address]:
+    """Return the addresses of all members: those of a kept data directory, or new ones.
+
+    size  0: as many as the data directory has, or one
+
+    Raises FlagError for what does not go together.
+    """
+    port, host, data_dir = settings["port"], settings["host"], settings["data-dir"]
+    recorded = _read_record(data_dir) if data_dir else []
+    if recorded:
+        count, (own_host, own_port, _) = len(recorded), recorded[0]
+        if size not in (0, count) or port not in (0, own_port) or host not in ("", own_host):
+            raise FlagError(
+                f"{data_dir} keeps a cluster of {count} on {own_host}, ports from {own_port};"
+                f" leave N, -port and -host out, or name another -data-dir"
+            )
+        return recorded
+    if not host and settings["discovery-url"]:
+        host = default_route_address()
+    last = port + 2 * (size or 1) - 1
+    if last > 65535:
+        raise FlagError(f"-port {port} leaves too few ports for {size} members; use one up to"
+                        f" {65536 - 2 * size}")
+    return [
+        (host or "127.0.0.1", port and port + 2 * place, port and port + 2 * place + 1)
+        for place in range(size or 1)
+    ]
+
+
+def _read_record(data_dir: str) -> List[Address]:
+    """Return the addresses that a data directory was used with; none for a new one."""
+    path = os.path.join(data_dir, _RECORD)
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)["members"]
+        return [(*url_address(client), url_address(peer)[1]) for client, peer in found]
+    except FileNotFoundError:
+        if os.path.isdir(data_dir) and os.listdir(data_dir):
+            raise FlagError(
+                f"{data_dir} is not empty and has no {_RECORD}: it is no directory of `pyetcd"
+                f" dev`; name a new one"
+            ) from None
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FlagError(f"cannot use {path}: {error}; name another -data-dir") from None
+
+
+def _write_record(data_dir: str, cluster: LocalCluster) -> None:
+    urls = [[member.client_url, member.peer_url] for member in cluster.members]
+    with open(os.path.join(data_dir, _RECORD), "w", encoding="utf-8") as file:
+        json.dump({"members": urls}, file)
+
+
+_PORT_HINTS = {
+    errno.EADDRINUSE: "another program uses it; choose another -port, or leave it out for free"
+                      " ports",
+    errno.EADDRNOTAVAIL: "this machine does not have that address; see `ip addr`",
+    errno.EACCES: "ports below 1024 need root; choose a higher one",
+}
+
+
+def start_cluster(cluster: LocalCluster, addresses: List[Address]) -> None:
+    """Start the members on their addresses, and wait until all serve.  Raises StartError."""
+    for member, (host, client_port, peer_port) in zip(cluster.members, addresses):
+        try:
+            member.reserve(host, client_port, peer_port)
+        except OSError as error:
+            ports = f" port {client_port} or {peer_port}" if client_port else ""
+            hint = _PORT_HINTS.get(error.errno or 0, error.strerror or str(error))
+            raise StartError(f"cannot listen on {host}{ports}: {hint}") from None
+    try:
+        cluster.start()
+    except (TimeoutError, ServerStopped) as error:
+        raise StartError(f"the cluster did not start: {error}") from None
+
+
+# -- what it prints --------------------------------------------------------------
+
+
+def describe_cluster(cluster: LocalCluster, data_dir: str) -> List[str]:
+    """Return the lines that say where the members serve and what to try."""
+    first, last, leader = cluster.members[0], cluster.members[-1], cluster.leader()
+    count = len(cluster.members)
+    kept = "is kept" if data_dir else "is removed then"
+    lines = [f"{count} member{'s' * (count > 1)} in this process. Ctrl-C ends it; the data"
+             f" {kept}.", ""]
+    for member in cluster.members:
+        lines.append(f"  {member.name}  {member.client_url}{'  leader' * (member is leader)}")
+    return [
+        *lines, "", f"page: {first.client_url}/ui", *([f"data: {data_dir}"] * bool(data_dir)), "",
+        "Try next:",
+        f"  curl {first.client_url}/v2/keys/foo -XPUT -d value=bar",
+        f"  curl {last.client_url}/v2/keys/foo",
+        f"  curl '{last.client_url}/v2/keys/?wait=true&recursive=true'    # prints the next change",
+    ]
+
+
+def discovery_lines(client_url: str) -> List[str]:
+    """Return the lines about a new discovery URL of this cluster.  Raises StartError."""
+    try:
+        status, _, body = blocking_get(
+            client_url, _ANSWER_SECONDS, f"/new?size={_DISCOVERY_SIZE}"
+        )
+    except (OSError, http.client.HTTPException) as error:
+        raise StartError(f"no discovery URL from {client_url}: {error}") from None
+    text = body.decode("utf-8", "replace").strip()
+    if status != 200:
+        raise StartError(f"no discovery URL from {client_url}: {text}")
+    reach = "   (reached from this machine only; see -host)" if is_local(client_url) else ""
+    return [
+        f"discovery URL for {_DISCOVERY_SIZE} members elsewhere:{reach}", f"  {text}",
+        "  give it to each as -discovery; for another number of members:",
+        f"  curl '{client_url}/new?size=5'",
+    ]
+
+
+def run_dev(settings: Settings, size: int) -> int:
+    """Run a cluster until a signal ends it; return the exit code.  Raises FlagError, StartError."""
+    data_dir = settings["data-dir"]
+    addresses = plan_addresses(settings, size)
+    with contextlib.ExitStack() as owned:
+        signals = owned.enter_context(EndSignals())
+        directory = data_dir or owned.enter_context(
+            tempfile.TemporaryDirectory(prefix="pyetcd-dev-"))
+        cluster = LocalCluster(
+            len(addresses), directory, heartbeat_ms=DEFAULT_HEARTBEAT_MS,
+            election_ms=DEFAULT_ELECTION_MS,            # those for tests keep a laptop busy
+        )
+        owned.callback(cluster.close)
+        start_cluster(cluster, addresses)
+        lines = describe_cluster(cluster, data_dir)
+        if data_dir:
+            _write_record(data_dir, cluster)
+        if settings["discovery-url"]:
+            lines += ["", *discovery_lines(cluster.members[0].client_url)]
+        print("\n".join(lines), flush=True)
+        while not signals.wait(_LOOK_SECONDS):
+            ended = [member.name for member in cluster.members if not member.is_running]
+            if ended:
+                raise StartError(f"{', '.join(ended)} ended by itself, and so does the rest")
+        logging.getLogger("pyetcd").setLevel(logging.CRITICAL)      # each loses the others now
+    return 0
+
+
+# ============================================================================
 # life/command_line -- The command line: the one module that prints, and touches signals and process limits.
 # ============================================================================
 
@@ -20618,6 +21459,8 @@ _SEE_HELP = "See 'pyetcd -help'."
 def usage() -> str:
     lines = [
         "usage: pyetcd [flags]", "       start a pyetcd member", "",
+        "       pyetcd dev [N] [flags]",
+        "       start a cluster of N members to try things on: see pyetcd dev -help", "",
         "       pyetcd backup [flags]",
         "       copy the data of a member: see pyetcd backup -help", "",
         "       pyetcd restore SOURCE [flags]",
@@ -20900,6 +21743,28 @@ def _run_tool(tool: str, words: List[str], line: ProgressLine) -> str:
     return "\n".join(report.lines() if settings["dry-run"] else [report.summary()]) + "\n"
 
 
+def run_dev_words(words: List[str]) -> int:
+    """Run `pyetcd dev` with the words behind it; return the exit code."""
+    is_first = bool(words) and not words[0].startswith("-")
+    try:
+        size = dev_size(words.pop(0) if is_first else "")
+        settings = Settings(words, {}, DEV_FLAGS)       # ETCD_* variables are a real member's
+        if settings.help:
+            sys.stdout.write("\n".join([*DEV_USAGE, "", *_flag_lines(DEV_FLAGS), ""]))
+            return 0
+        size = size or dev_size(settings.take_word())
+        settings.check_leftover()
+        set_up_logging(settings)
+        if not settings["debug"] and not settings["log-package-levels"]:
+            logging.getLogger("pyetcd").setLevel(logging.WARNING)
+        return run_dev(settings, size)
+    except FlagError as error:
+        sys.stderr.write(f"{error}. See 'pyetcd dev -help'.\n")
+    except StartError as error:
+        sys.stderr.write(f"dev: {error}\n")
+    return 1
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `pyetcd` with these words after the command; return the exit code."""
     # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
@@ -20909,6 +21774,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     # instead of 5, and it frees nothing, as old objects of a member form no cycles.
     gc.set_threshold(2_000, 4, 1_000_000)   # the middle generation takes 4 ms; with 5,000, 5: 12
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] == "dev":
+        return run_dev_words(words[1:])
     if words and words[0] in TOOL_FLAGS:
         return run_tool(words[0], words[1:])
     try:
@@ -20938,577 +21805,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except StartError as error:
         package_logger("etcd").critical("%s", error)
         return 1
-
-
-# ============================================================================
-# life/testkit -- The test kit: members that a test kills, freezes and cuts off.
-# ----------------------------------------------------------------------------
-# Threads: the test's, and those of the members.  Does not import pytest: pytest itself loads the
-# fixtures.
-# ============================================================================
-
-
-# All members of a test share one process: a stall of the machine or of a debugger stops them
-# together, and late ticks are dropped.  So even these short times cause no needless elections.
-LOCAL_HEARTBEAT_MS = 20
-LOCAL_ELECTION_MS = 200
-LOCAL_READY_SECONDS = 10.0          # for a start to be complete; above: TimeoutError
-LOCAL_POLL_SECONDS = 0.002
-REPUBLISH_SECONDS = 0.5             # then publish once more: a change of leader may have lost it
-
-_Polled = TypeVar("_Polled")
-_Ids = FrozenSet[int]               # of members
-_NO_CUTS: Tuple[_Ids, _Ids] = (frozenset(), frozenset())
-
-
-def _poll(look: Callable[[], _Polled], timeout_s: float, failure: Callable[[], str]) -> _Polled:
-    """Return the first true result of look().  Raises TimeoutError(failure()) after timeout_s."""
-    deadline = SYSTEM_CLOCK.now() + timeout_s
-    while True:
-        found = look()
-        if found:
-            return found
-        if SYSTEM_CLOCK.now() > deadline:
-            raise TimeoutError(failure())
-        time.sleep(LOCAL_POLL_SECONDS)
-
-
-class _CutTransport(Transport):
-    """A transport whose links to other members can be cut, in one direction or in both.
-
-    Sender and receiver both drop the messages, so messages on their way are lost too.  A link
-    that is cut in both directions is closed.  Requests for /members and /version, which members
-    send at their first start, pass.
-    """
-
-    _mute: _Ids = frozenset()           # members to which nothing is sent
-    _deaf: _Ids = frozenset()           # members from which nothing is received
-
-    def cut(self, mute: _Ids, deaf: _Ids, members: Mapping[int, Member]) -> None:
-        """Drop messages to `mute` and from `deaf` from now on, and no others."""
-        before, closed = self._mute & self._deaf, mute & deaf
-        self._mute, self._deaf = mute, deaf
-        for id in (before ^ closed) & members.keys():
-            self.remove_peer(id)
-            self.add_peer(id, members[id].peer_urls)
-
-    def add_peer(self, member_id: int, urls: Iterable[str]) -> None:
-        """Open the links to a member, unless they are cut."""
-        super().add_peer(member_id, urls)
-        if member_id in self._mute & self._deaf and member_id in self._peers:
-            self._peers[member_id].stop()
-
-    def offer(self, messages: Iterable[Message]) -> None:
-        """Send messages; report those to cut members as lost, as if these members were down."""
-        passed = []
-        for message in messages:
-            if message.to not in self._mute:
-                passed.append(message)
-                continue
-            self._context.unreachable(message.to)
-            if message.type == MsgType.SNAP:
-                self._context.snapshot_done(message.to, False)
-        super().offer(passed)
-
-    def _take(self, message: Message, size: int) -> Generator[None, None, int]:
-        return 500 if message.sender in self._deaf else (yield from super()._take(message, size))
-
-
-class _LocalServer(Server):
-    """The server of a LocalMember, which starts with its links cut."""
-
-    _transport_type = _CutTransport
-    cuts = _NO_CUTS                     # members to which it sends nothing, and hears nothing from
-
-    @property
-    def is_alive(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
-    def hold(self, held: threading.Event, release: threading.Event) -> None:
-        """Stop the reactor after its current turn: set `held`, then wait for `release`."""
-        def wait() -> None:
-            held.set()
-            release.wait()
-
-        self._reactor.call_soon_threadsafe(wait)
-
-    def abandon(self) -> None:
-        """End the member while its reactor is held, before it does anything else."""
-        self._failed(ServerStopped("killed"))
-
-    def cut_links(self, etcd: EtcdServer) -> None:
-        assert isinstance(etcd.transport, _CutTransport)
-        etcd.transport.cut(*self.cuts, etcd.cluster.members)
-
-    def is_ready(self, etcd: EtcdServer) -> bool:
-        """True if the member is published, and the cluster has agreed on its version."""
-        return self._ready.is_set() and bool(etcd.cluster.version)
-
-    def publish(self, etcd: EtcdServer) -> None:
-        """Publish the member again, which is harmless."""
-        Publication(etcd, self._ready.set)
-
-    def _start_work(self) -> None:
-        assert self.etcd is not None
-        threading.current_thread().name = f"reactor-{self.config.name}"
-        self.cut_links(self.etcd)
-        super()._start_work()
-        raft = self.etcd.node.raft
-        if raft.term <= 1 and len(raft.voters) > 1:
-            raft.election_elapsed = 0       # LocalCluster has a member of a new cluster campaign
-
-
-def _reserve_port() -> socket.socket:
-    """Return a socket that reserves a free loopback port for a later listener in this process.
-
-    While the member is down no other program and no outgoing connection gets the port, and
-    connections to it are refused.
-    """
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not before: it must be free now
-    return sock
-
-
-class LocalMember:
-    """A member in this process, for tests: it can be killed, frozen and started again.
-
-        with pyetcd.LocalMember() as member:
-            print(member.client_url)
-
-    directory  the parent of its data directory; "": a temporary one, removed by close()
-    settings   fields of ServerConfig; heartbeat and election are 20 and 200 ms unless given
-
-    The member keeps its ports on 127.0.0.1, and its data, until close().  It logs to the loggers
-    below `pyetcd`, on a thread called `reactor-<name>`.  Guarantee: after a kill it finds on its
-    disk the same as a process after `kill -9`.  Limit: a power cut is not imitated.
-    Thread: any, one at a time.
-    """
-
-    def __init__(
-        self, name: str = "etcd1", directory: str = "", **settings: Unpack[MemberSettings]
-    ) -> None:
-        self.name = name
-        self.client_url = ""            # of the first listener; the same after a restart
-        self.peer_url = ""
-        self.initial_cluster = ""       # as the flag; "": this member alone
-        self._directory = directory
-        self._data_dir = ""
-        self._settings = checked_settings(settings)
-        self._server: Optional[_LocalServer] = None
-        self._cuts = _NO_CUTS
-        self._release: Optional[threading.Event] = None     # the held reactor waits for it
-        self._owned = contextlib.ExitStack()    # ports and temporary directory
-
-    def __enter__(self) -> LocalMember:
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self.close)
-            self.start()
-            on_failure.pop_all()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"<{self.name} {self.client_url} {self._state()}>"
-
-    # -- life --------------------------------------------------------------
-
-    def start(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
-        """Start the member unless it runs, and wait until it is ready.
-
-        timeout_s  0: do not wait, as without a quorum it cannot become ready
-
-        Raises TimeoutError, StartError.
-        """
-        if not self.is_running:
-            self.reserve()
-            settings = {
-                "name": self.name, "data_dir": self._data_dir,
-                "listen_client_urls": [self.client_url], "listen_peer_urls": [self.peer_url],
-                "heartbeat_ms": LOCAL_HEARTBEAT_MS, "election_ms": LOCAL_ELECTION_MS,
-                "initial_cluster": self.initial_cluster, **self._settings,
-            }
-            server = _LocalServer(**settings)
-            server.cuts = self._cuts
-            server.__enter__()
-            self._server = server
-        if timeout_s:
-            self.wait_ready(timeout_s)
-
-    def wait_ready(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
-        """Wait until the member has a leader, its log, and has published its URLs to the others.
-
-        Raises TimeoutError, and ServerStopped if the member does not run.
-        """
-        server = self._running()
-        republish_at = SYSTEM_CLOCK.now() + REPUBLISH_SECONDS
-
-        def is_ready() -> bool:
-            nonlocal republish_at
-            if self.is_paused or server.call(server.is_ready):
-                return not self.is_paused
-            if SYSTEM_CLOCK.now() > republish_at:
-                republish_at += REPUBLISH_SECONDS
-                server.call(server.publish)
-            return False
-
-        _poll(is_ready, timeout_s,
-              lambda: f"{self.name} is not ready after {timeout_s} s: {self._state()}")
-
-    def kill(self) -> None:
-        """End the member at once, as `kill -9` does: it writes and sends nothing more.
-
-        A write that was under way may or may not have reached the disk.
-        """
-        if self._server is not None:
-            if self.is_paused:
-                self._server.abandon()
-            self.resume()
-            self._server.kill()
-
-    def stop(self) -> None:
-        """Stop in order, as at SIGTERM: transfer the leadership, answer waiting requests."""
-        self.resume()
-        if self._server is not None:
-            self._server.stop()
-
-    def restart(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
-        """Kill the member and start it with the same ports and data; see start()."""
-        self.kill()
-        self.start(timeout_s)
-
-    def pause(self) -> None:
-        """Stop all work until resume(), as at SIGSTOP; sockets stay open.
-
-        Only the batch that the disk thread has already received is written.
-        Raises ServerStopped if the member does not run.
-        """
-        if not self.is_paused:
-            held, release = threading.Event(), threading.Event()
-            self._running().hold(held, release)
-            while not held.wait(LOCAL_POLL_SECONDS):
-                self._running()
-            self._release = release
-
-    def resume(self) -> None:
-        """Continue, as at SIGCONT; late clock ticks are dropped, as in any member."""
-        release, self._release = self._release, None
-        if release is not None:
-            release.set()
-
-    def close(self) -> None:
-        """Kill the member, release its ports, and remove the temporary directory."""
-        self.kill()
-        self._owned.close()
-        self.client_url = self.peer_url = ""
-
-    # -- facts -------------------------------------------------------------
-
-    @property
-    def client_urls(self) -> Tuple[str, ...]:
-        """The client URL, as Server has it; () before the first start."""
-        return (self.client_url,) if self.client_url else ()
-
-    @property
-    def peer_urls(self) -> Tuple[str, ...]:
-        """The peer URL, as Server has it; () before the first start."""
-        return (self.peer_url,) if self.peer_url else ()
-
-    @property
-    def is_running(self) -> bool:
-        """True from start() to the end of the member, also while it is paused."""
-        return self._server is not None and self._server.is_alive
-
-    @property
-    def is_paused(self) -> bool:
-        """True between pause() and resume()."""
-        return self._release is not None
-
-    @property
-    def id(self) -> str:
-        """The member id as the API and the log write it; "" before the first start."""
-        return format_id(self.member_id) if self.member_id else ""
-
-    def call(self, work: Callable[[EtcdServer], Any]) -> Any:
-        """Run work(etcd_server) on the member's thread and return its result, also while paused.
-
-        Raises ServerStopped if the member does not run, and any exception of work.
-        """
-        server = self._running()
-        if self.is_paused and server.etcd is not None:
-            return work(server.etcd)            # on this thread: the reactor is held
-        return server.call(work)
-
-    # -- inside ------------------------------------------------------------
-
-    def reserve(self) -> None:
-        """Reserve the two ports, unless that is done, so that the URLs are known."""
-        if self.client_url:
-            return
-        directory = self._directory
-        if not directory:
-            import tempfile
-            directory = self._owned.enter_context(tempfile.TemporaryDirectory("-pyetcd"))
-        self._data_dir = os.path.join(directory, self.name)
-        self.client_url, self.peer_url = (
-            f"http://127.0.0.1:{self._owned.enter_context(_reserve_port()).getsockname()[1]}"
-            for _ in range(2)
-        )
-
-    def cut(self, mute: _Ids, deaf: _Ids) -> None:
-        """Drop messages to the members `mute` and from the members `deaf`."""
-        self._cuts = mute, deaf
-        if self._server is not None:
-            self._server.cuts = self._cuts
-            if self.is_running:
-                self.call(self._server.cut_links)
-
-    def leading_term(self) -> int:
-        """Return the term in which the member leads and has committed; 0 if paused or no leader."""
-        if self.is_paused:
-            return 0
-        try:
-            return int(self.call(_leading_term))
-        except ServerStopped:
-            return 0
-
-    @property
-    def member_id(self) -> int:
-        """The id as a number; 0 before the first start."""
-        etcd = self._server.etcd if self._server is not None else None
-        return etcd.member_id if etcd is not None else 0
-
-    def _running(self) -> _LocalServer:
-        if self._server is None or not self._server.is_alive:
-            raise ServerStopped()
-        return self._server
-
-    def _state(self) -> str:
-        """Return role and term for messages, or `down`."""
-        if not self.is_running:
-            return "down"
-        raft = self.call(lambda etcd: etcd.node.raft)
-        return f"{'paused, ' * self.is_paused}{raft.role.name.lower()} at term {raft.term}"
-
-
-def _leading_term(etcd: EtcdServer) -> int:
-    term = etcd.node.raft.term
-    return term if etcd.is_leader and etcd.raft_term == term else 0
-
-
-class LocalCluster:
-    """Members in this process, for tests: their links can be cut, and each is a LocalMember.
-
-        with pyetcd.LocalCluster(3) as cluster:
-            cluster.wait_leader().kill()
-            print(cluster.wait_leader().client_url)
-
-    size, directory, settings: see LocalMember; the members are called etcd1, etcd2, …
-    Thread: any, one at a time.
-    """
-
-    def __init__(
-        self, size: int = 3, directory: str = "", **settings: Unpack[MemberSettings]
-    ) -> None:
-        self.members = [
-            LocalMember(f"etcd{number}", directory, **settings) for number in range(1, size + 1)
-        ]
-        self._cuts: Set[Tuple[int, int]] = set()    # (sender, receiver), as indexes of members
-
-    def __enter__(self) -> LocalCluster:
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self.close)
-            self.start()
-            on_failure.pop_all()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def start(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
-        """Start the members that are down, and wait until all are ready; see LocalMember.start."""
-        for member in self.members:
-            member.reserve()
-        initial = ",".join(f"{member.name}={member.peer_url}" for member in self.members)
-        for member in self.members:
-            member.initial_cluster = initial
-            member.start(timeout_s=0)
-        if timeout_s:
-            deadline = SYSTEM_CLOCK.now() + timeout_s
-            with contextlib.suppress(TimeoutError):
-                _poll(self._campaign_in_new_cluster, timeout_s, str)
-            for member in self.members:
-                member.wait_ready(max(deadline - SYSTEM_CLOCK.now(), 0.0))
-
-    def close(self) -> None:
-        """Kill all members, release their ports, and remove the temporary directories."""
-        for member in self.members:
-            member.close()
-
-    @property
-    def client_urls(self) -> Tuple[str, ...]:
-        """One client URL of each member, running or not."""
-        return tuple(member.client_url for member in self.members)
-
-    # -- the leader --------------------------------------------------------
-
-    def leader(self) -> Optional[LocalMember]:
-        """Return the running member that leads in the newest term; None if there is none.
-
-        Paused members do not count.
-        """
-        return self._leader_of(self.members)
-
-    def wait_leader(
-        self, timeout_s: float = LOCAL_READY_SECONDS, among: Iterable[LocalMember] = ()
-    ) -> LocalMember:
-        """Wait for a leader that has committed an entry in its term, and return it.
-
-        among  the members that count, such as one side of a partition; (): all
-
-        Raises TimeoutError, which names the state of each member.
-        """
-        candidates = list(among) or self.members
-        leader = _poll(lambda: self._leader_of(candidates), timeout_s,
-                       lambda: f"no leader after {timeout_s} s: {candidates}")
-        assert leader is not None
-        return leader
-
-    @staticmethod
-    def _leader_of(members: Iterable[LocalMember]) -> Optional[LocalMember]:
-        terms = [(member.leading_term(), member) for member in members]
-        term, leader = max(terms, key=lambda pair: pair[0])
-        return leader if term else None
-
-    # -- the network between the members -----------------------------------
-
-    def partition(self, *groups: Iterable[LocalMember]) -> None:
-        """Divide the network between the members, in place of any earlier partition() and cut().
-
-        Members of different groups cannot reach each other; members in no group form one more.
-        Open connections between groups are closed.  Clients reach every member, and restart()
-        keeps the cuts.  ValueError: a member is in two groups, or not of this cluster.
-        """
-        sides = [sorted(map(self.members.index, group)) for group in groups]
-        named = [place for side in sides for place in side]
-        if len(set(named)) < len(named):
-            raise ValueError("a member is in two groups")
-        sides.append([place for place in range(len(self.members)) if place not in named])
-        self._set_cuts({
-            (a, b) for ours in sides for theirs in sides if ours is not theirs
-            for a in ours for b in theirs
-        })
-
-    def cut(self, source: LocalMember, target: LocalMember) -> None:
-        """Lose all messages from `source` to `target`; the other direction is unchanged."""
-        self._set_cuts(self._cuts | {(self.members.index(source), self.members.index(target))})
-
-    def heal(self) -> None:
-        """Undo every partition() and cut()."""
-        self._set_cuts(set())
-
-    def _set_cuts(self, cuts: Set[Tuple[int, int]]) -> None:
-        self._cuts = cuts
-        ids = [member.member_id for member in self.members]
-        for place, member in enumerate(self.members):
-            member.cut(
-                frozenset(ids[target] for source, target in cuts if source == place),
-                frozenset(ids[source] for source, target in cuts if target == place),
-            )
-
-    # -- the first election ------------------------------------------------
-
-    def _campaign_in_new_cluster(self) -> bool:
-        """Let the last member of a new cluster campaign as soon as the others accept its messages.
-
-        So the first election starts without an election timeout, and without rivals.  Returns
-        True when the campaign has begun, or if the cluster had an election before.
-        """
-        candidate = self.members[-1]
-        if not candidate.call(_is_new) or all(
-            _accepts(one, other) and _accepts(other, one)
-            for one in [candidate] for other in self.members if other is not candidate
-        ):
-            candidate.call(lambda etcd: etcd.node.campaign() if _is_new(etcd) else None)
-            return True
-        return False
-
-
-def _is_new(etcd: EtcdServer) -> bool:
-    """True before the first election of a cluster; later ones need no help."""
-    return etcd.node.raft.term <= 1
-
-
-def _accepts(member: LocalMember, sender: LocalMember) -> bool:
-    """True if `member` does not drop messages from `sender`: see DataLossCheck."""
-    message = Message(MsgType.VOTE, sender=sender.member_id)
-
-    def accepts(etcd: EtcdServer) -> bool:
-        return etcd.transport.drop is None or not etcd.transport.drop(message)
-
-    return bool(member.call(accepts))
-
-
-# -- pytest: loaded through the entry point `pytest11` -----------------------
-
-
-class PytestPlugin:
-    """The fixtures `etcd_server`, `etcd_cluster` and `etcd_cluster_factory`."""
-
-    @staticmethod
-    def pytest_configure(config: Any) -> None:
-        """Define the fixtures, with the pytest that has loaded this."""
-        fixture = sys.modules["pytest"].fixture
-        holder = types.ModuleType("pyetcd_fixtures")
-        for function in (_etcd_server, _etcd_cluster_factory, _etcd_cluster):
-            name = function.__name__[1:]
-            setattr(holder, name, fixture(name=name)(function))
-        config.pluginmanager.register(holder, "pyetcd_fixtures")
-
-
-@contextlib.contextmanager
-def _shown_logs() -> Iterator[None]:
-    """Let pytest capture the members' lines, and show them if the test fails."""
-    log = logging.getLogger("pyetcd")
-    before = log.level
-    if before == logging.NOTSET:
-        log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
-def _etcd_server(tmp_path_factory: Any) -> Iterator[LocalMember]:
-    """A member alone, ready, in this process: pyetcd.LocalMember."""
-    directory = str(tmp_path_factory.mktemp("etcd"))
-    with _shown_logs(), LocalMember(directory=directory) as member:
-        yield member
-
-
-class ClusterFactory:
-    """What `etcd_cluster_factory` is: each call starts a LocalCluster, ended after the test."""
-
-    def __init__(self, tmp_path_factory: Any, clusters: contextlib.ExitStack) -> None:
-        self._tmp_path_factory = tmp_path_factory
-        self._clusters = clusters
-
-    def __call__(self, size: int = 3, **settings: Unpack[MemberSettings]) -> LocalCluster:
-        directory = str(self._tmp_path_factory.mktemp("etcd"))
-        return self._clusters.enter_context(LocalCluster(size, directory, **settings))
-
-
-def _etcd_cluster_factory(tmp_path_factory: Any) -> Iterator[ClusterFactory]:
-    """A function (size=3, **settings) that starts a pyetcd.LocalCluster: pyetcd.ClusterFactory."""
-    with _shown_logs(), contextlib.ExitStack() as clusters:
-        yield ClusterFactory(tmp_path_factory, clusters)
-
-
-def _etcd_cluster(etcd_cluster_factory: ClusterFactory) -> LocalCluster:
-    """Three members, ready, in this process: pyetcd.LocalCluster."""
-    return etcd_cluster_factory()
 
 
 if __name__ == "__main__":
