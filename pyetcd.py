@@ -26,8 +26,8 @@ Rooms and their modules, bottom up; each uses only names defined above it:
             journal, monitors, snapshots, waiting, server, auth
   api:    forms, gojson, auth, listings, keys, members, metrics, snapshot, status, routes,
             discovery
-  life:   discovery, addresses, flags, restart, bootstrap, data_loss, embedding, proxy_files,
-            proxy, settings, checks, sources, backup, testkit, dev, command_line
+  life:   discovery, addresses, flags, cloud_config, restart, bootstrap, data_loss, embedding,
+            proxy_files, proxy, settings, checks, sources, backup, testkit, dev, command_line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in docs/differences.md.
@@ -17161,9 +17161,14 @@ def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> N
         log.info("initial cluster = %s", initial)
 
 
-def default_initial_cluster(name: str) -> str:
-    """Return the default of -initial-cluster: the member alone, on the default peer URLs."""
-    return ",".join(f"{name}={url}" for url in DEFAULT_PEER_URLS.split(","))
+def default_initial_cluster(config: ServerConfig) -> str:
+    """Return the default of -initial-cluster: the member alone, on the peer URLs it advertises.
+
+    Source: etcd 3.  Differs from etcd 2.3, which puts the default peer URLs there, and then
+    refuses a member that advertises others.
+    """
+    urls = config.initial_advertise_peer_urls or DEFAULT_PEER_URLS.split(",")
+    return ",".join(f"{config.name}={url}" for url in urls)
 
 
 def url_given_twice(initial: Mapping[str, Tuple[str, ...]]) -> str:
@@ -17511,6 +17516,9 @@ FLAGS: Dict[str, Tuple[Flag, ...]] = {
         Flag("version", parse_bool, False, "show the version and exit."),
         Flag("config-file", str, "",
              "path to a configuration file, JSON or `flag: value` lines; it counts alone."),
+        Flag("cloud-config", str, "",
+             "path to a cloud-config of CoreOS: its section coreos.etcd2 counts where neither a"
+             " flag nor a variable is given."),
     ),
     "of etcd 0.4, still working": (
         Flag("addr", _parse_address, "", "[DEPRECATED] use -advertise-client-urls."),
@@ -17617,6 +17625,82 @@ def _all_flags() -> Dict[str, Flag]:
 
 
 # ============================================================================
+# life/cloud_config -- The section for etcd2 in a cloud-config, which is YAML for several programs.
+# ----------------------------------------------------------------------------
+# Source: coreos-cloudinit, config/etcd2.go: the names are those of the flags, with _ or -.
+# ============================================================================
+
+
+_KEY = re.compile(r"""(["']?)([\w.-]+)\1\s*:(?:\s+(.*))?""", re.DOTALL)
+_PATH = ("coreos", "etcd2")
+
+
+class _Row(NamedTuple):
+    """A line with something on it."""
+
+    line: int                           # from 1
+    indent: int                         # spaces before the text
+    text: str
+
+
+def etcd2_section(path: str, text: str) -> str:
+    """Return `text` with the settings below coreos.etcd2 at the left, and other lines empty.
+
+    All other sections are for other programs.  They are skipped by their indentation, so that
+    they may be any YAML.
+
+    path  of the file, for messages
+
+    Raises FlagError with file and line.
+    """
+    rows = [
+        _Row(line, len(row) - len(row.lstrip(" ")), row.strip(" "))
+        for line, row in enumerate(text.splitlines(), 1)
+        if row.strip() and not row.lstrip().startswith("#") and row.rstrip() not in ("---", "...")
+    ]
+    for depth, name in enumerate(_PATH):
+        rows = _below(path, rows, name, ".".join(_PATH[:depth]))
+    lines = [""] * len(text.splitlines())
+    left = min((row.indent for row in rows), default=0)
+    for row in rows:
+        lines[row.line - 1] = " " * (row.indent - left) + row.text
+    return "\n".join(lines)
+
+
+def _below(path: str, rows: Sequence[_Row], name: str, parent: str) -> List[_Row]:
+    """Return the rows of the value of `name`, one of the keys that begin at the left of `rows`."""
+    found: List[List[_Row]] = []
+    level = rows[0].indent if rows else 0
+    for place, row in enumerate(rows):
+        if row.indent > level or (place and row.text.startswith("- ") or row.text == "-"):
+            continue                    # of the key before
+        match = _KEY.fullmatch(row.text)
+        if match is None or row.indent < level:
+            raise FlagError(f"{path}:{row.line}: {row.text!r} is not understood;"
+                            f" {_form_advice(row)}")
+        if match.group(2) != name:
+            continue
+        if found:
+            raise FlagError(f"{path}:{row.line}: {name} is there a second time; keep one of them")
+        if match.group(3) and not match.group(3).startswith("#"):
+            raise FlagError(f"{path}:{row.line}: {name} is a section: its settings stand indented"
+                            f" below, one on each line")
+        found.append(list(itertools.takewhile(
+            lambda below: below.indent > level, rows[place + 1:])))
+    if not found:
+        inside = f" below {parent}" if parent else ""
+        raise FlagError(f"{path}: there is no section {name}{inside}; -cloud-config reads"
+                        f" coreos.etcd2, as coreos-cloudinit does")
+    return found[0]
+
+
+def _form_advice(row: _Row) -> str:
+    if row.text.startswith("\t"):
+        return "it is indented by a tab: use spaces"
+    return "write `key:` or `key: value`, as far to the right as the keys beside it"
+
+
+# ============================================================================
 # life/restart -- Bootstrap of a member that has a log: identity, log and snapshot come from the disk.
 # ============================================================================
 
@@ -17657,9 +17741,8 @@ def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
             "discovery token ignored since a cluster has already been initialized."
             ' Valid log found at "%s"', data_dir.wal,
         )
-    alone = default_initial_cluster(config.name)
     void = [name for name, is_given in (
-        ("initial-cluster", config.initial_cluster not in ("", alone)),
+        ("initial-cluster", config.initial_cluster not in ("", default_initial_cluster(config))),
         ("initial-cluster-token", config.initial_cluster_token != DEFAULT_CLUSTER_TOKEN),
         ("initial-cluster-state", config.initial_cluster_state == "existing"),
         ("discovery-srv", bool(config.discovery_srv)), ("proxy", config.proxy != "off"),
@@ -17944,9 +18027,6 @@ def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]
             f" {' and '.join(sorted(listed))}: give each member a name of its own; if all these are"
             f" URLs of {config.name}, set --initial-advertise-peer-urls={','.join(sorted(listed))}"
         )
-    if config.initial_cluster == default_initial_cluster(config.name):
-        hints += "; forgot to set --initial-cluster flag?"
-        hints += " if you want to use discovery service, please set --discovery flag."
     if ",".join(advertised) == DEFAULT_PEER_URLS:
         hints += "; forgot to set --initial-advertise-peer-urls flag?"
     raise StartError(
@@ -18644,7 +18724,7 @@ def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
                  go_quote(cluster_file))
         return known
     try:
-        text = config.initial_cluster or default_initial_cluster(config.name)
+        text = config.initial_cluster or default_initial_cluster(config)
         if config.discovery:
             text = Discovery(config.discovery, 0, "", proxy=config.discovery_proxy).find()
         elif config.discovery_srv:
@@ -19418,7 +19498,7 @@ class Settings:
             return f"; -{switch} is a switch: write -{switch}, or -{switch}={value}"
         if "://" in word:
             return "; write a list as one word, its parts separated by commas without spaces"
-        if word in ("backup", "restore"):
+        if word in ("backup", "dev", "restore"):
             return f"; write `pyetcd {word}` first and its flags behind it"
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
@@ -19442,6 +19522,20 @@ class Settings:
             self.read_file(path)
         else:
             self.read_environment()
+            if self["cloud-config"]:
+                self.read_cloud_config(self["cloud-config"])
+
+    def read_cloud_config(self, path: str) -> None:
+        """Read coreos.etcd2 of a cloud-config; flags and variables go before its settings."""
+        self.lines.append((logging.INFO, "etcd", f'reading coreos.etcd2 from "{path}"'))
+        given = set(self.values)
+        for line, name, text in read_cloud_config(path):
+            source = f"{path}:{line}"
+            if name in given:
+                self._log(f"{source}: {name} is unused: {self.sources[name]} goes before it")
+            else:           # coreos-cloudinit replaces addresses in the whole file
+                text = expand_addresses(text, self._environ, source)
+                self._set_from_file(name, text, source)
 
     def read_environment(self) -> None:
         """Read the ETCD_* variables; an empty variable counts as not set."""
@@ -19475,15 +19569,17 @@ class Settings:
             f" provided."
         )]
         for line, name, text in read_config_file(path):
-            source = f"{path}:{line}"
-            flag = self._flags.get(name)
-            if flag is None or name in ("config-file", "version"):
-                self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
-                          f" those that are known{self._meant('', name)}")
-                continue
-            if flag.is_bool:
-                text = _YAML_BOOLS.get(text.lower(), text)
-            self._set(flag, text, source)
+            self._set_from_file(name, text, f"{path}:{line}")
+
+    def _set_from_file(self, name: str, text: str, source: str) -> None:
+        flag = self._flags.get(name)
+        if flag is None or name in ("config-file", "cloud-config", "version"):
+            self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
+                      f" those that are known{self._meant('', name)}")
+            return
+        if flag.is_bool:
+            text = _YAML_BOOLS.get(text.lower(), text)
+        self._set(flag, text, source)
 
     def _set(self, flag: Flag, text: str, source: str) -> None:
         name = flag.name
@@ -19623,18 +19719,41 @@ def read_config_file(path: str) -> List[FileSetting]:
     skipped.  Of YAML a flat file may have comments, quotes and [a, b]; anything else is an error.
     Raises FlagError with file and line.
     """
+    text = _read_text(path)
+    read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
+    return _checked_settings(path, read(path, text))
+
+
+def read_cloud_config(path: str) -> List[FileSetting]:
+    """Return the settings below coreos.etcd2 in a cloud-config; a name may have _ for -.
+
+    Its lines are as those of a configuration file.  Raises FlagError with file and line.
+    """
+    section = _yaml_settings(path, etcd2_section(path, _read_text(path)))
+    return _checked_settings(path, (
+        (line, inside, key.replace("_", "-"), value) for line, inside, key, value in section
+    ))
+
+
+def _read_text(path: str) -> str:
     try:
         with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+            return file.read()
     except OSError as error:
         raise FlagError(
             f"error verifying flags, open {path}: {(error.strerror or str(error)).lower()}"
         ) from None
     except UnicodeDecodeError:
         raise FlagError(f"{path} is not text in UTF-8") from None
-    read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
+
+
+_Found = Tuple[int, str, str, str]      # line, section or "", key, text
+
+
+def _checked_settings(path: str, settings: Iterable[_Found]) -> List[FileSetting]:
+    """Return the settings that are not empty.  Raises FlagError for a setting given twice."""
     found: Dict[str, FileSetting] = {}
-    for line, section, key, value in read(path, text):
+    for line, section, key, value in settings:
         if not value:
             continue
         if section and key not in _SECTION_KEYS:
@@ -19646,9 +19765,6 @@ def read_config_file(path: str) -> List[FileSetting]:
                             f" {found[name].line}")
         found[name] = FileSetting(line, name, value)
     return list(found.values())
-
-
-_Found = Tuple[int, str, str, str]      # line, section or "", key, text
 
 
 def _json_settings(path: str, text: str) -> Iterator[_Found]:
@@ -20074,7 +20190,7 @@ def make_config(settings: Settings) -> ServerConfig:
     )
     initial = config.initial_cluster
     if not initial and not config.discovery and not config.discovery_srv:
-        initial = default_initial_cluster(config.name)
+        initial = default_initial_cluster(config)
     count = config.snapshot_count or DEFAULT_SNAPSHOT_COUNT
     return config._replace(initial_cluster=initial, snapshot_count=count)
 

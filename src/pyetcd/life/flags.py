@@ -292,6 +292,9 @@ FLAGS: Dict[str, Tuple[Flag, ...]] = {
         Flag("version", parse_bool, False, "show the version and exit."),
         Flag("config-file", str, "",
              "path to a configuration file, JSON or `flag: value` lines; it counts alone."),
+        Flag("cloud-config", str, "",
+             "path to a cloud-config of CoreOS: its section coreos.etcd2 counts where neither a"
+             " flag nor a variable is given."),
     ),
     "of etcd 0.4, still working": (
         Flag("addr", _parse_address, "", "[DEPRECATED] use -advertise-client-urls."),
