@@ -13759,12 +13759,12 @@ class Publication:
             log.error("publish error: %s", result.cause)
             etcd.reactor.call_later(SYNC_SECONDS, self._propose)
             return
-        self._done()
         self._check_peer_urls()
         log.info(
             "published {Name:%s ClientURLs:[%s]} to cluster %s", etcd.config.name,
             " ".join(etcd.config.advertise_client_urls), format_id(etcd.cluster.id),
         )
+        self._done()
 
     def _check_peer_urls(self) -> None:
         """Warn if the flags have other peer URLs than the cluster: only the first start uses them.
