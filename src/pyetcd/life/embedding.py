@@ -86,6 +86,14 @@ class ServerThread:
         self._thread: Optional[threading.Thread] = None
         self._error: Optional[BaseException] = None
 
+    def __enter__(self: _Hosted) -> _Hosted:
+        """Start; close everything after a failure."""
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.stop)
+            self.start()
+            on_failure.pop_all()
+        return self
+
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
@@ -111,13 +119,6 @@ class ServerThread:
     def client_urls(self) -> Tuple[str, ...]:
         """Bound client URLs, with the real ports."""
         return tuple(listener.bound_url for listener in self._client_listeners)
-
-    def _start_or_stop(self) -> None:
-        """Start; close everything after a failure."""
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self.stop)
-            self.start()
-            on_failure.pop_all()
 
     def _listen(
         self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles,
@@ -205,12 +206,6 @@ class Server(ServerThread):
         self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
         self._leaving = False           # stop() has begun
-
-    # -- life --------------------------------------------------------------
-
-    def __enter__(self) -> Server:
-        self._start_or_stop()
-        return self
 
     def bind(self) -> None:
         """Open the listening sockets, so that the ports are known; serve nothing yet."""
@@ -307,8 +302,6 @@ class Server(ServerThread):
     def peer_urls(self) -> Tuple[str, ...]:
         """Bound peer URLs, with the real ports."""
         return tuple(listener.bound_url for listener in self._peer_listeners)
-
-    # -- inside ------------------------------------------------------------
 
     def set_ready(self) -> None:
         """Note that this member is published; programs that start an `etcd` wait for the line."""
