@@ -32,7 +32,7 @@ DEV_SIZES = (1, 3, 5, 7, 9)
 _DISCOVERY_SIZE = 3                 # members of the cluster that -discovery-url is for
 _LOOK_SECONDS = 0.5                 # between two looks whether all members run
 _ANSWER_SECONDS = 5.0               # for /new of a member in this process
-_RECORD = "dev.json"                # in a kept data directory: the URLs of its members
+_KEPT_FILE = "dev.json"                # in a kept data directory: the URLs of its members
 
 Address = Tuple[str, int, int]      # host, client port, peer port; port 0: a free one
 
@@ -134,7 +134,7 @@ def plan_addresses(settings: Settings, size: int) -> List[Address]:
     Raises FlagError for what does not go together.
     """
     port, host, data_dir = settings["port"], settings["host"], settings["data-dir"]
-    recorded = _read_record(data_dir) if data_dir else []
+    recorded = _read_kept(data_dir) if data_dir else []
     if recorded:
         count, (own_host, own_port, _) = len(recorded), recorded[0]
         if size not in (0, count) or port not in (0, own_port) or host not in ("", own_host):
@@ -155,9 +155,9 @@ def plan_addresses(settings: Settings, size: int) -> List[Address]:
     ]
 
 
-def _read_record(data_dir: str) -> List[Address]:
+def _read_kept(data_dir: str) -> List[Address]:
     """Return the addresses that a data directory was used with; none for a new one."""
-    path = os.path.join(data_dir, _RECORD)
+    path = os.path.join(data_dir, _KEPT_FILE)
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)["members"]
@@ -165,7 +165,7 @@ def _read_record(data_dir: str) -> List[Address]:
     except FileNotFoundError:
         if os.path.isdir(data_dir) and os.listdir(data_dir):
             raise FlagError(
-                f"{data_dir} is not empty and has no {_RECORD}: it is no directory of `pyetcd"
+                f"{data_dir} is not empty and has no {_KEPT_FILE}: it is no directory of `pyetcd"
                 f" dev`; name a new one"
             ) from None
         return []
@@ -173,9 +173,9 @@ def _read_record(data_dir: str) -> List[Address]:
         raise FlagError(f"cannot use {path}: {error}; name another -data-dir") from None
 
 
-def _write_record(data_dir: str, cluster: LocalCluster) -> None:
+def _write_kept(data_dir: str, cluster: LocalCluster) -> None:
     urls = [[member.client_url, member.peer_url] for member in cluster.members]
-    with open(os.path.join(data_dir, _RECORD), "w", encoding="utf-8") as file:
+    with open(os.path.join(data_dir, _KEPT_FILE), "w", encoding="utf-8") as file:
         json.dump({"members": urls}, file)
 
 
@@ -258,7 +258,7 @@ def run_dev(settings: Settings, size: int) -> int:
         start_cluster(cluster, addresses)
         lines = describe_cluster(cluster, data_dir)
         if data_dir:
-            _write_record(data_dir, cluster)
+            _write_kept(data_dir, cluster)
         if settings["discovery-url"]:
             lines += ["", *discovery_lines(cluster.members[0].client_url)]
         print("\n".join(lines), flush=True)
