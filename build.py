@@ -35,7 +35,7 @@ ROOMS: Dict[str, Dict[str, str]] = {
         "peer": "frames, links, transport",
         "member": "cluster, applier, journal, auth records, statistics, the server object",
         "api": "keys, members, status, auth, snapshot, discovery service, the table of paths",
-        "life": "discovery, bootstrap, embedding, proxy, flags, backup, test kit, command line",
+        "life": "discovery, bootstrap, embedding, proxy, flags, tools, dev, test kit, command line",
     },
     "pyetcd_client": {
         "transport": "errors, results, endpoints, connections, calls",

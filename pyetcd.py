@@ -26,9 +26,9 @@ Rooms and their modules, bottom up; each uses only names defined above it:
             waiting, leadership, upkeep, server
   api:    forms, gojson, auth, listings, keys, members, metrics, snapshot, status, routes,
             discovery
-  life:   discovery, addresses, flags, restart, bootstrap, data_loss, embedding, proxy_files,
-            proxy, settings, checks, sources, backup, inspection, records, exchange, testkit,
-            verdicts, tools, command_line
+  life:   discovery, addresses, flags, cloud_config, restart, bootstrap, data_loss, embedding,
+            proxy_files, proxy, settings, checks, sources, backup, inspection, records,
+            exchange, testkit, dev, verdicts, tools, command_line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in docs/differences.md.
@@ -13629,12 +13629,12 @@ def publish(
                 SYNC_SECONDS, publish, config, cluster, member_id, reactor, propose, done
             )
             return
-        done()
         _check_peer_urls(config, cluster.members.get(member_id))
         SERVER_LOG.info(
             "published {Name:%s ClientURLs:[%s]} to cluster %s", config.name,
             " ".join(config.advertise_client_urls), format_id(cluster.id),
         )
+        done()
 
     member = Member(
         member_id, config.initial_advertise_peer_urls, config.name, config.advertise_client_urls,
@@ -17078,9 +17078,14 @@ def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> N
         log.info("initial cluster = %s", initial)
 
 
-def default_initial_cluster(name: str) -> str:
-    """Return the default of -initial-cluster: the member alone, on the default peer URLs."""
-    return ",".join(f"{name}={url}" for url in DEFAULT_PEER_URLS.split(","))
+def default_initial_cluster(config: ServerConfig) -> str:
+    """Return the default of -initial-cluster: the member alone, on the peer URLs it advertises.
+
+    Source: etcd 3.  Differs from etcd 2.3, which puts the default peer URLs there, and then
+    refuses a member that advertises others.
+    """
+    urls = config.initial_advertise_peer_urls or DEFAULT_PEER_URLS.split(",")
+    return ",".join(f"{config.name}={url}" for url in urls)
 
 
 def url_given_twice(initial: Mapping[str, Tuple[str, ...]]) -> str:
@@ -17406,6 +17411,7 @@ force-new-cluster  bool  make this member the only one of its cluster: after the
     "other": flag_rows("""
 version  bool  show the version and exit.
 config-file  text  path to a configuration file, JSON or `flag: value` lines; it counts alone.
+cloud-config  text  path to a cloud-config: flags and variables go before its section coreos.etcd2.
 """),
     "of etcd 0.4, still working": flag_rows("""
 addr  address  [DEPRECATED] use -advertise-client-urls.
@@ -17514,6 +17520,82 @@ def _all_flags() -> Dict[str, Flag]:
 
 
 # ============================================================================
+# life/cloud_config -- The section for etcd2 in a cloud-config, which is YAML for several programs.
+# ----------------------------------------------------------------------------
+# Source: coreos-cloudinit, config/etcd2.go: the names are those of the flags, with _ or -.
+# ============================================================================
+
+
+_KEY = re.compile(r"""(["']?)([\w.-]+)\1\s*:(?:\s+(.*))?""", re.DOTALL)
+_PATH = ("coreos", "etcd2")
+
+
+class _Row(NamedTuple):
+    """A line with something on it."""
+
+    line: int                           # from 1
+    indent: int                         # spaces before the text
+    text: str
+
+
+def etcd2_section(path: str, text: str) -> str:
+    """Return `text` with the settings below coreos.etcd2 at the left, and other lines empty.
+
+    All other sections are for other programs.  They are skipped by their indentation, so that
+    they may be any YAML.
+
+    path  of the file, for messages
+
+    Raises FlagError with file and line.
+    """
+    rows = [
+        _Row(line, len(row) - len(row.lstrip(" ")), row.strip(" "))
+        for line, row in enumerate(text.splitlines(), 1)
+        if row.strip() and not row.lstrip().startswith("#") and row.rstrip() not in ("---", "...")
+    ]
+    for depth, name in enumerate(_PATH):
+        rows = _below(path, rows, name, ".".join(_PATH[:depth]))
+    lines = [""] * len(text.splitlines())
+    left = min((row.indent for row in rows), default=0)
+    for row in rows:
+        lines[row.line - 1] = " " * (row.indent - left) + row.text
+    return "\n".join(lines)
+
+
+def _below(path: str, rows: Sequence[_Row], name: str, parent: str) -> List[_Row]:
+    """Return the rows of the value of `name`, one of the keys that begin at the left of `rows`."""
+    found: List[List[_Row]] = []
+    level = rows[0].indent if rows else 0
+    for place, row in enumerate(rows):
+        if row.indent > level or (place and row.text.startswith("- ") or row.text == "-"):
+            continue                    # of the key before
+        match = _KEY.fullmatch(row.text)
+        if match is None or row.indent < level:
+            raise FlagError(f"{path}:{row.line}: {row.text!r} is not understood;"
+                            f" {_form_advice(row)}")
+        if match.group(2) != name:
+            continue
+        if found:
+            raise FlagError(f"{path}:{row.line}: {name} is there a second time; keep one of them")
+        if match.group(3) and not match.group(3).startswith("#"):
+            raise FlagError(f"{path}:{row.line}: {name} is a section: its settings stand indented"
+                            f" below, one on each line")
+        found.append(list(itertools.takewhile(
+            lambda below: below.indent > level, rows[place + 1:])))
+    if not found:
+        inside = f" below {parent}" if parent else ""
+        raise FlagError(f"{path}: there is no section {name}{inside}; -cloud-config reads"
+                        f" coreos.etcd2, as coreos-cloudinit does")
+    return found[0]
+
+
+def _form_advice(row: _Row) -> str:
+    if row.text.startswith("\t"):
+        return "it is indented by a tab: use spaces"
+    return "write `key:` or `key: value`, as far to the right as the keys beside it"
+
+
+# ============================================================================
 # life/restart -- Bootstrap of a member that has a log: identity, log and snapshot come from the disk.
 # ============================================================================
 
@@ -17554,9 +17636,8 @@ def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
             "discovery token ignored since a cluster has already been initialized."
             ' Valid log found at "%s"', data_dir.wal,
         )
-    alone = default_initial_cluster(config.name)
     void = [name for name, is_given in (
-        ("initial-cluster", config.initial_cluster not in ("", alone)),
+        ("initial-cluster", config.initial_cluster not in ("", default_initial_cluster(config))),
         ("initial-cluster-token", config.initial_cluster_token != DEFAULT_CLUSTER_TOKEN),
         ("initial-cluster-state", config.initial_cluster_state == "existing"),
         ("discovery-srv", bool(config.discovery_srv)), ("proxy", config.proxy != "off"),
@@ -17841,9 +17922,6 @@ def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]
             f" {' and '.join(sorted(listed))}: give each member a name of its own; if all these are"
             f" URLs of {config.name}, set --initial-advertise-peer-urls={','.join(sorted(listed))}"
         )
-    if config.initial_cluster == default_initial_cluster(config.name):
-        hints += "; forgot to set --initial-cluster flag?"
-        hints += " if you want to use discovery service, please set --discovery flag."
     if ",".join(advertised) == DEFAULT_PEER_URLS:
         hints += "; forgot to set --initial-advertise-peer-urls flag?"
     raise StartError(
@@ -18363,7 +18441,7 @@ class Server(ServerThread):
     def _assemble(self, boot: Bootstrap) -> None:
         self.etcd = EtcdServer(
             self.config, boot, self._reactor, failed=self._failed, removed=self._removed,
-            published=self._ready.set, transport_type=self._transport_type,
+            published=self.set_ready, transport_type=self._transport_type,
         )
         if DataLossCheck.is_due(boot):
             self._data_loss_check = DataLossCheck(self.etcd, self._refuse, boot.peer_tls)
@@ -18414,6 +18492,12 @@ class Server(ServerThread):
     def peer_urls(self) -> Tuple[str, ...]:
         """Bound peer URLs, with the real ports."""
         return tuple(listener.bound_url for listener in self._peer_listeners)
+
+    def set_ready(self) -> None:
+        """Note that this member is published; programs that start an `etcd` wait for the line."""
+        if not self._ready.is_set():
+            package_logger("etcd").info("ready to serve client requests")
+        self._ready.set()
 
     def _count_client_bytes(self, metrics: Metrics) -> None:
         """Add the bytes of the client port, under the names of etcd 3.x, whose clients use gRPC."""
@@ -18528,7 +18612,7 @@ def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
                  go_quote(cluster_file))
         return known
     try:
-        text = config.initial_cluster or default_initial_cluster(config.name)
+        text = config.initial_cluster or default_initial_cluster(config)
         if config.discovery:
             text = Discovery(config.discovery, 0, "", proxy=config.discovery_proxy).find()
         elif config.discovery_srv:
@@ -19290,7 +19374,7 @@ class Settings:
             return f"; -{switch} is a switch: write -{switch}, or -{switch}={value}"
         if "://" in word:
             return "; write a list as one word, its parts separated by commas without spaces"
-        if word in ("backup", "restore", "check", "dump", "export", "import"):
+        if word in ("dev", "backup", "restore", "check", "dump", "export", "import"):
             return f"; write `pyetcd {word}` first and its flags behind it"
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
@@ -19314,6 +19398,20 @@ class Settings:
             self.read_file(path)
         else:
             self.read_environment()
+            if self["cloud-config"]:
+                self.read_cloud_config(self["cloud-config"])
+
+    def read_cloud_config(self, path: str) -> None:
+        """Read coreos.etcd2 of a cloud-config; flags and variables go before its settings."""
+        self.lines.append((logging.INFO, "etcd", f'reading coreos.etcd2 from "{path}"'))
+        given = set(self.values)
+        for line, name, text in read_cloud_config(path):
+            source = f"{path}:{line}"
+            if name in given:
+                self._log(f"{source}: {name} is unused: {self.sources[name]} goes before it")
+            else:           # coreos-cloudinit replaces addresses in the whole file
+                text = expand_addresses(text, self._environ, source)
+                self._set_from_file(name, text, source)
 
     def read_environment(self) -> None:
         """Read the ETCD_* variables; an empty variable counts as not set."""
@@ -19347,15 +19445,17 @@ class Settings:
             f" provided."
         )]
         for line, name, text in read_config_file(path):
-            source = f"{path}:{line}"
-            flag = self._flags.get(name)
-            if flag is None or name in ("config-file", "version"):
-                self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
-                          f" those that are known{self._suggestion('', name)}")
-                continue
-            if flag.is_bool:
-                text = _YAML_BOOLS.get(text.lower(), text)
-            self._set(flag, text, source)
+            self._set_from_file(name, text, f"{path}:{line}")
+
+    def _set_from_file(self, name: str, text: str, source: str) -> None:
+        flag = self._flags.get(name)
+        if flag is None or name in ("config-file", "cloud-config", "version"):
+            self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
+                      f" those that are known{self._suggestion('', name)}")
+            return
+        if flag.is_bool:
+            text = _YAML_BOOLS.get(text.lower(), text)
+        self._set(flag, text, source)
 
     def _set(self, flag: Flag, text: str, source: str) -> None:
         name = flag.name
@@ -19487,18 +19587,41 @@ def read_config_file(path: str) -> List[Tuple[int, str, str]]:
     skipped.  Of YAML a flat file may have comments, quotes and [a, b]; anything else is an error.
     Raises FlagError with file and line.
     """
+    text = _read_text(path)
+    read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
+    return _checked_settings(path, read(path, text))
+
+
+def read_cloud_config(path: str) -> List[Tuple[int, str, str]]:
+    """Return (line, flag, text) for the settings below coreos.etcd2; a name may have _ for -.
+
+    Its lines are as those of a configuration file.  Raises FlagError with file and line.
+    """
+    section = _yaml_settings(path, etcd2_section(path, _read_text(path)))
+    return _checked_settings(path, (
+        (line, inside, key.replace("_", "-"), value) for line, inside, key, value in section
+    ))
+
+
+def _read_text(path: str) -> str:
     try:
         with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+            return file.read()
     except OSError as error:
         raise FlagError(
             f"error verifying flags, open {path}: {(error.strerror or str(error)).lower()}"
         ) from None
     except UnicodeDecodeError:
         raise FlagError(f"{path} is not text in UTF-8") from None
-    read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
+
+
+_Found = Tuple[int, str, str, str]      # line, section or "", key, text
+
+
+def _checked_settings(path: str, settings: Iterable[_Found]) -> List[Tuple[int, str, str]]:
+    """Return the settings that are not empty.  Raises FlagError for a setting given twice."""
     found: Dict[str, Tuple[int, str, str]] = {}
-    for line, section, key, value in read(path, text):
+    for line, section, key, value in settings:
         if not value:
             continue
         if section and key not in _SECTION_KEYS:
@@ -19510,9 +19633,6 @@ def read_config_file(path: str) -> List[Tuple[int, str, str]]:
                             f" {found[name][0]}")
         found[name] = line, name, value
     return list(found.values())
-
-
-_Found = Tuple[int, str, str, str]      # line, section or "", key, text
 
 
 def _json_settings(path: str, text: str) -> Iterator[_Found]:
@@ -19938,7 +20058,7 @@ def make_config(settings: Settings) -> ServerConfig:
     )
     initial = config.initial_cluster
     if not initial and not config.discovery and not config.discovery_srv:
-        initial = default_initial_cluster(config.name)
+        initial = default_initial_cluster(config)
     count = config.snapshot_count or DEFAULT_SNAPSHOT_COUNT
     return config._replace(initial_cluster=initial, snapshot_count=count)
 
@@ -21307,7 +21427,7 @@ class _LocalServer(Server):
 
     def publish(self, etcd: EtcdServer) -> None:
         """Publish the member again, which is harmless."""
-        etcd.publish(self._ready.set)
+        etcd.publish(self.set_ready)
 
     def _start_work(self) -> None:
         assert self.etcd is not None
@@ -21319,15 +21439,20 @@ class _LocalServer(Server):
             raft.election_elapsed = 0       # LocalCluster has a member of a new cluster campaign
 
 
-def _reserve_port() -> socket.socket:
-    """Return a socket that reserves a free loopback port for a later listener in this process.
+def _reserve_port(host: str, port: int) -> socket.socket:
+    """Return a socket that reserves a port for a later listener in this process; 0: a free port.
 
     While the member is down no other program and no outgoing connection gets the port, and
-    connections to it are refused.
+    connections to it are refused.  Raises OSError.
     """
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not before: it must be free now
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(sock.close)
+        if port:                        # despite old connections, but not beside a listener
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a free one must be free now
+        on_failure.pop_all()
     return sock
 
 
@@ -21504,8 +21629,15 @@ class LocalMember:
 
     # -- inside ------------------------------------------------------------
 
-    def reserve(self) -> None:
-        """Reserve the two ports, unless that is done, so that the URLs are known."""
+    def reserve(
+        self, host: str = "127.0.0.1", client_port: int = 0, peer_port: int = 0
+    ) -> None:
+        """Reserve the two ports, unless that is done, so that the URLs are known.
+
+        client_port, peer_port  0: a free port
+
+        Raises OSError.
+        """
         if self.client_url:
             return
         directory = self._directory
@@ -21513,9 +21645,11 @@ class LocalMember:
             import tempfile
             directory = self._owned.enter_context(tempfile.TemporaryDirectory("-pyetcd"))
         self._data_dir = os.path.join(directory, self.name)
+        shown = f"[{host}]" if ":" in host else host
         self.client_url, self.peer_url = (
-            f"http://127.0.0.1:{self._owned.enter_context(_reserve_port()).getsockname()[1]}"
-            for _ in range(2)
+            f"http://{shown}:"
+            f"{self._owned.enter_context(_reserve_port(host, port)).getsockname()[1]}"
+            for port in (client_port, peer_port)
         )
 
     def cut(self, mute: _Ids, deaf: _Ids) -> None:
@@ -21769,6 +21903,256 @@ def _etcd_cluster_factory(tmp_path_factory: Any) -> Iterator[ClusterFactory]:
 def _etcd_cluster(etcd_cluster_factory: ClusterFactory) -> LocalCluster:
     """Three members, ready, in this process: pyetcd.LocalCluster."""
     return etcd_cluster_factory()
+
+
+# ============================================================================
+# life/dev -- `pyetcd dev`: a cluster in this process, to try things on.
+# ----------------------------------------------------------------------------
+# The members are those of LocalCluster, each with its own log on disk and its own thread.  One
+# process starts them in a fraction of a second, and none is left behind when it ends.
+# ============================================================================
+
+
+DEV_SIZES = (1, 3, 5, 7, 9)
+_DISCOVERY_SIZE = 3                 # members of the cluster that -discovery-url is for
+_LOOK_SECONDS = 0.5                 # between two looks whether all members run
+_ANSWER_SECONDS = 5.0               # for /new of a member in this process
+_KEPT_FILE = "dev.json"                # in a kept data directory: the URLs of its members
+
+Address = Tuple[str, int, int]      # host, client port, peer port; port 0: a free one
+
+
+def _parse_port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= 65535:
+        raise ValueError("a port is a number from 1 to 65535")
+    return int(text)
+
+
+def _parse_host(text: str) -> str:
+    if not is_ip(text):
+        raise ValueError("an IP address of this machine is wanted, without a port")
+    if text in WILDCARD_HOSTS:
+        raise ValueError("the URLs need one address of this machine, such as"
+                         f" {default_route_address() or '10.0.0.5'}")
+    return text
+
+
+DEV_FLAGS = (
+    Flag("port", _parse_port, 0,
+         "client port of the first member; its peer port is the next one, then come those of the"
+         " second member, and so on (default: free ports)."),
+    Flag("host", _parse_host, "",
+         "address of this machine to listen on (default: 127.0.0.1, which only this machine"
+         " reaches)."),
+    Flag("data-dir", str, "",
+         "directory that keeps data, number of members and ports for the next `pyetcd dev`"
+         " (default: a temporary one, removed at the end)."),
+    Flag("discovery-url", parse_bool, False,
+         "print a fresh discovery URL for three members elsewhere; without -host this listens on"
+         " this machine's address on the default route."),
+    *FLAGS["logging"],
+)
+DEV_USAGE = (
+    "usage: pyetcd dev [N] [flags]", "",
+    "Start a cluster of N members, 1 unless N is given, in this process, to try things on.  It",
+    "prints where it serves.  Ctrl-C ends it and removes its data, unless -data-dir is given.",
+)
+
+
+def dev_size(word: str) -> int:
+    """Return the number of members that a word asks for; 0 for "".  Raises FlagError."""
+    if not word:
+        return 0
+    sizes = ", ".join(map(str, DEV_SIZES[:-1])) + f" or {DEV_SIZES[-1]}"
+    if not (word.isascii() and word.isdecimal()):
+        raise FlagError(f"'{word}' is not a number of members; use {sizes}")
+    size = int(word[:9])
+    if size in DEV_SIZES:
+        return size
+    if not size:
+        raise FlagError(f"a cluster has at least one member; use {sizes}")
+    if size > DEV_SIZES[-1]:
+        raise FlagError(f"{word} members are too many for one process; use {sizes}")
+    raise FlagError(
+        f"{size} members survive no more failures than {size - 1}: both need a majority; use"
+        f" {sizes}"
+    )
+
+
+class EndSignals:
+    """SIGINT, SIGTERM and SIGHUP wake wait(); later ones do not disturb the removal of data."""
+
+    def __enter__(self) -> EndSignals:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._before: Dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:      # as nohup leaves it
+                self._before[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        # A late signal must not change the exit code of a process that has cleaned up.
+        is_over = self.wait(0.0)
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_IGN if is_over else before)
+        self._reader.close()
+        self._writer.close()
+
+    def _received(self, number: int, frame: object) -> None:
+        with contextlib.suppress(BlockingIOError):      # full: wait() is awake
+            self._writer.send(b"x")
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until a signal has come, for at most timeout_s; tell whether one has."""
+        return bool(select.select([self._reader], [], [], timeout_s)[0])
+
+
+# -- where the members live ------------------------------------------------------
+
+
+def plan_addresses(settings: Settings, size: int) -> List[Address]:
+    """Return the addresses of all members: those of a kept data directory, or new ones.
+
+    size  0: as many as the data directory has, or one
+
+    Raises FlagError for what does not go together.
+    """
+    port, host, data_dir = settings["port"], settings["host"], settings["data-dir"]
+    recorded = _read_kept(data_dir) if data_dir else []
+    if recorded:
+        count, (own_host, own_port, _) = len(recorded), recorded[0]
+        if size not in (0, count) or port not in (0, own_port) or host not in ("", own_host):
+            raise FlagError(
+                f"{data_dir} keeps a cluster of {count} on {own_host}, ports from {own_port};"
+                f" leave N, -port and -host out, or name another -data-dir"
+            )
+        return recorded
+    if not host and settings["discovery-url"]:
+        host = default_route_address()
+    last = port + 2 * (size or 1) - 1
+    if last > 65535:
+        raise FlagError(f"-port {port} leaves too few ports for {size} members; use one up to"
+                        f" {65536 - 2 * size}")
+    return [
+        (host or "127.0.0.1", port and port + 2 * place, port and port + 2 * place + 1)
+        for place in range(size or 1)
+    ]
+
+
+def _read_kept(data_dir: str) -> List[Address]:
+    """Return the addresses that a data directory was used with; none for a new one."""
+    path = os.path.join(data_dir, _KEPT_FILE)
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)["members"]
+        return [(*url_address(client), url_address(peer)[1]) for client, peer in found]
+    except FileNotFoundError:
+        if os.path.isdir(data_dir) and os.listdir(data_dir):
+            raise FlagError(
+                f"{data_dir} is not empty and has no {_KEPT_FILE}: it is no directory of `pyetcd"
+                f" dev`; name a new one"
+            ) from None
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FlagError(f"cannot use {path}: {error}; name another -data-dir") from None
+
+
+def _write_kept(data_dir: str, cluster: LocalCluster) -> None:
+    urls = [[member.client_url, member.peer_url] for member in cluster.members]
+    with open(os.path.join(data_dir, _KEPT_FILE), "w", encoding="utf-8") as file:
+        json.dump({"members": urls}, file)
+
+
+_PORT_HINTS = {
+    errno.EADDRINUSE: "another program uses it; choose another -port, or leave it out for free"
+                      " ports",
+    errno.EADDRNOTAVAIL: "this machine does not have that address; see `ip addr`",
+    errno.EACCES: "ports below 1024 need root; choose a higher one",
+}
+
+
+def start_cluster(cluster: LocalCluster, addresses: List[Address]) -> None:
+    """Start the members on their addresses, and wait until all serve.  Raises StartError."""
+    for member, (host, client_port, peer_port) in zip(cluster.members, addresses):
+        try:
+            member.reserve(host, client_port, peer_port)
+        except OSError as error:
+            ports = f" port {client_port} or {peer_port}" if client_port else ""
+            hint = _PORT_HINTS.get(error.errno or 0, error.strerror or str(error))
+            raise StartError(f"cannot listen on {host}{ports}: {hint}") from None
+    try:
+        cluster.start()
+    except (TimeoutError, ServerStopped) as error:
+        raise StartError(f"the cluster did not start: {error}") from None
+
+
+# -- what it prints --------------------------------------------------------------
+
+
+def describe_cluster(cluster: LocalCluster, data_dir: str) -> List[str]:
+    """Return the lines that say where the members serve and what to try."""
+    first, last, leader = cluster.members[0], cluster.members[-1], cluster.leader()
+    count = len(cluster.members)
+    kept = "is kept" if data_dir else "is removed then"
+    lines = [f"{count} member{'s' * (count > 1)} in this process. Ctrl-C ends it; the data"
+             f" {kept}.", ""]
+    for member in cluster.members:
+        lines.append(f"  {member.name}  {member.client_url}{'  leader' * (member is leader)}")
+    return [
+        *lines, "", f"page: {first.client_url}/ui", *([f"data: {data_dir}"] * bool(data_dir)), "",
+        "Try next:",
+        f"  curl {first.client_url}/v2/keys/foo -XPUT -d value=bar",
+        f"  curl {last.client_url}/v2/keys/foo",
+        f"  curl '{last.client_url}/v2/keys/?wait=true&recursive=true'    # prints the next change",
+    ]
+
+
+def discovery_lines(client_url: str) -> List[str]:
+    """Return the lines about a new discovery URL of this cluster.  Raises StartError."""
+    try:
+        status, _, body = blocking_get(
+            client_url, _ANSWER_SECONDS, f"/new?size={_DISCOVERY_SIZE}"
+        )
+    except (OSError, http.client.HTTPException) as error:
+        raise StartError(f"no discovery URL from {client_url}: {error}") from None
+    text = body.decode("utf-8", "replace").strip()
+    if status != 200:
+        raise StartError(f"no discovery URL from {client_url}: {text}")
+    reach = "   (reached from this machine only; see -host)" if is_local(client_url) else ""
+    return [
+        f"discovery URL for {_DISCOVERY_SIZE} members elsewhere:{reach}", f"  {text}",
+        "  give it to each as -discovery; for another number of members:",
+        f"  curl '{client_url}/new?size=5'",
+    ]
+
+
+def run_dev(settings: Settings, size: int) -> int:
+    """Run a cluster until a signal ends it; return the exit code.  Raises FlagError, StartError."""
+    data_dir = settings["data-dir"]
+    addresses = plan_addresses(settings, size)
+    with contextlib.ExitStack() as owned:
+        signals = owned.enter_context(EndSignals())
+        directory = data_dir or owned.enter_context(
+            tempfile.TemporaryDirectory(prefix="pyetcd-dev-"))
+        cluster = LocalCluster(
+            len(addresses), directory, heartbeat_ms=DEFAULT_HEARTBEAT_MS,
+            election_ms=DEFAULT_ELECTION_MS,            # those for tests keep a laptop busy
+        )
+        owned.callback(cluster.close)
+        start_cluster(cluster, addresses)
+        lines = describe_cluster(cluster, data_dir)
+        if data_dir:
+            _write_kept(data_dir, cluster)
+        if settings["discovery-url"]:
+            lines += ["", *discovery_lines(cluster.members[0].client_url)]
+        print("\n".join(lines), flush=True)
+        while not signals.wait(_LOOK_SECONDS):
+            ended = [member.name for member in cluster.members if not member.is_running]
+            if ended:
+                raise StartError(f"{', '.join(ended)} ended by itself, and so does the rest")
+        logging.getLogger("pyetcd").setLevel(logging.CRITICAL)      # each loses the others now
+    return 0
 
 
 # ============================================================================
@@ -22332,6 +22716,8 @@ _SEE_HELP = "See 'pyetcd -help'."
 def usage() -> str:
     lines = [
         "usage: pyetcd [flags]", "       start a pyetcd member", "",
+        "       pyetcd dev [N] [flags]",
+        "       start a cluster of N members to try things on: see pyetcd dev -help", "",
         *(line for name, tool in TOOLS.items() for line in (
             f"       pyetcd {name} {tool.words}",
             f"       {tool.brief}: see pyetcd {name} -help", "")),
@@ -22510,6 +22896,28 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
     return code
 
 
+def run_dev_words(words: Sequence[str]) -> int:
+    """Run `pyetcd dev` with the words behind it; return the exit code."""
+    is_first = bool(words) and not words[0].startswith("-")
+    try:
+        size = dev_size(words[0] if is_first else "")
+        settings = Settings(words[is_first:], {}, DEV_FLAGS)    # ETCD_*: of a real member
+        if settings.help:
+            sys.stdout.write("\n".join([*DEV_USAGE, "", *flag_lines(DEV_FLAGS), ""]))
+            return 0
+        size = size or dev_size(settings.take_word())
+        settings.check_leftover()
+        set_up_logging(settings)
+        if not settings["debug"] and not settings["log-package-levels"]:
+            logging.getLogger("pyetcd").setLevel(logging.WARNING)
+        return run_dev(settings, size)
+    except FlagError as error:
+        sys.stderr.write(f"{error}. See 'pyetcd dev -help'.\n")
+    except StartError as error:
+        sys.stderr.write(f"dev: {error}\n")
+    return 1
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `pyetcd` with these words after the command; return the exit code."""
     # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
@@ -22519,6 +22927,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     # instead of 5, and it frees nothing, as old objects of a member form no cycles.
     gc.set_threshold(2_000, 4, 1_000_000)   # the middle generation takes 4 ms; with 5,000, 5: 12
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] == "dev":
+        return run_dev_words(words[1:])
     if words and words[0] in TOOLS:
         return run_tool(words[0], words[1:])
     try:

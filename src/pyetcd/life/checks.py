@@ -281,6 +281,6 @@ def make_config(settings: Settings) -> ServerConfig:
     )
     initial = config.initial_cluster
     if not initial and not config.discovery and not config.discovery_srv:
-        initial = default_initial_cluster(config.name)
+        initial = default_initial_cluster(config)
     count = config.snapshot_count or DEFAULT_SNAPSHOT_COUNT
     return config._replace(initial_cluster=initial, snapshot_count=count)

@@ -19,6 +19,7 @@ from ..base.ids import one_line, package_logger
 from ..base.limits import DEFAULT_SNAPSHOT_COUNT, SERVER_VERSION, __version__
 from ..member.configuration import ServerConfig
 from .checks import check_tls, make_config
+from .dev import DEV_FLAGS, DEV_USAGE, dev_size, run_dev
 from .embedding import Server, ServerThread
 from .flags import FLAGS, IGNORED_BOOLS, NO_EFFECT, FlagError
 from .proxy import ProxyServer
@@ -32,6 +33,8 @@ _SEE_HELP = "See 'pyetcd -help'."
 def usage() -> str:
     lines = [
         "usage: pyetcd [flags]", "       start a pyetcd member", "",
+        "       pyetcd dev [N] [flags]",
+        "       start a cluster of N members to try things on: see pyetcd dev -help", "",
         *(line for name, tool in TOOLS.items() for line in (
             f"       pyetcd {name} {tool.words}",
             f"       {tool.brief}: see pyetcd {name} -help", "")),
@@ -210,6 +213,28 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
     return code
 
 
+def run_dev_words(words: Sequence[str]) -> int:
+    """Run `pyetcd dev` with the words behind it; return the exit code."""
+    is_first = bool(words) and not words[0].startswith("-")
+    try:
+        size = dev_size(words[0] if is_first else "")
+        settings = Settings(words[is_first:], {}, DEV_FLAGS)    # ETCD_*: of a real member
+        if settings.help:
+            sys.stdout.write("\n".join([*DEV_USAGE, "", *flag_lines(DEV_FLAGS), ""]))
+            return 0
+        size = size or dev_size(settings.take_word())
+        settings.check_leftover()
+        set_up_logging(settings)
+        if not settings["debug"] and not settings["log-package-levels"]:
+            logging.getLogger("pyetcd").setLevel(logging.WARNING)
+        return run_dev(settings, size)
+    except FlagError as error:
+        sys.stderr.write(f"{error}. See 'pyetcd dev -help'.\n")
+    except StartError as error:
+        sys.stderr.write(f"dev: {error}\n")
+    return 1
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `pyetcd` with these words after the command; return the exit code."""
     # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
@@ -219,6 +244,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     # instead of 5, and it frees nothing, as old objects of a member form no cycles.
     gc.set_threshold(2_000, 4, 1_000_000)   # the middle generation takes 4 ms; with 5,000, 5: 12
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] == "dev":
+        return run_dev_words(words[1:])
     if words and words[0] in TOOLS:
         return run_tool(words[0], words[1:])
     try:

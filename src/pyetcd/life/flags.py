@@ -270,6 +270,7 @@ force-new-cluster  bool  make this member the only one of its cluster: after the
     "other": flag_rows("""
 version  bool  show the version and exit.
 config-file  text  path to a configuration file, JSON or `flag: value` lines; it counts alone.
+cloud-config  text  path to a cloud-config: flags and variables go before its section coreos.etcd2.
 """),
     "of etcd 0.4, still working": flag_rows("""
 addr  address  [DEPRECATED] use -advertise-client-urls.

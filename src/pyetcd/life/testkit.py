@@ -139,7 +139,7 @@ class _LocalServer(Server):
 
     def publish(self, etcd: EtcdServer) -> None:
         """Publish the member again, which is harmless."""
-        etcd.publish(self._ready.set)
+        etcd.publish(self.set_ready)
 
     def _start_work(self) -> None:
         assert self.etcd is not None
@@ -151,15 +151,20 @@ class _LocalServer(Server):
             raft.election_elapsed = 0       # LocalCluster has a member of a new cluster campaign
 
 
-def _reserve_port() -> socket.socket:
-    """Return a socket that reserves a free loopback port for a later listener in this process.
+def _reserve_port(host: str, port: int) -> socket.socket:
+    """Return a socket that reserves a port for a later listener in this process; 0: a free port.
 
     While the member is down no other program and no outgoing connection gets the port, and
-    connections to it are refused.
+    connections to it are refused.  Raises OSError.
     """
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not before: it must be free now
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(sock.close)
+        if port:                        # despite old connections, but not beside a listener
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a free one must be free now
+        on_failure.pop_all()
     return sock
 
 
@@ -336,8 +341,15 @@ class LocalMember:
 
     # -- inside ------------------------------------------------------------
 
-    def reserve(self) -> None:
-        """Reserve the two ports, unless that is done, so that the URLs are known."""
+    def reserve(
+        self, host: str = "127.0.0.1", client_port: int = 0, peer_port: int = 0
+    ) -> None:
+        """Reserve the two ports, unless that is done, so that the URLs are known.
+
+        client_port, peer_port  0: a free port
+
+        Raises OSError.
+        """
         if self.client_url:
             return
         directory = self._directory
@@ -345,9 +357,11 @@ class LocalMember:
             import tempfile
             directory = self._owned.enter_context(tempfile.TemporaryDirectory("-pyetcd"))
         self._data_dir = os.path.join(directory, self.name)
+        shown = f"[{host}]" if ":" in host else host
         self.client_url, self.peer_url = (
-            f"http://127.0.0.1:{self._owned.enter_context(_reserve_port()).getsockname()[1]}"
-            for _ in range(2)
+            f"http://{shown}:"
+            f"{self._owned.enter_context(_reserve_port(host, port)).getsockname()[1]}"
+            for port in (client_port, peer_port)
         )
 
     def cut(self, mute: _Ids, deaf: _Ids) -> None:

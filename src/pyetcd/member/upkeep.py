@@ -45,12 +45,12 @@ def publish(
                 SYNC_SECONDS, publish, config, cluster, member_id, reactor, propose, done
             )
             return
-        done()
         _check_peer_urls(config, cluster.members.get(member_id))
         SERVER_LOG.info(
             "published {Name:%s ClientURLs:[%s]} to cluster %s", config.name,
             " ".join(config.advertise_client_urls), format_id(cluster.id),
         )
+        done()
 
     member = Member(
         member_id, config.initial_advertise_peer_urls, config.name, config.advertise_client_urls,
