@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """pyetcd: etcd v2 in one Python file, with the standard library only.
 A member, a whole cluster in one process, or a discovery service: same flags, same HTTP API, same
 peer protocol and same files on disk as etcd 2.3.8.  Run it (`python pyetcd.py -h`), or embed it:
@@ -35,11 +36,16 @@ Sources: the Raft paper and Ongaro's thesis; the documents and the observed beha
 
 # Built from src/ by build.py: change it there.
 
-from __future__ import annotations
+import sys
+
+if sys.version_info < (3, 9):
+    _why = "pyetcd needs Python 3.9 or later, and this is " + sys.version.split()[0]
+    if __name__ == "__main__":
+        sys.exit(_why)
+    raise ImportError(_why) from None   # pyetcd needs Python 3.9 or later
 
 import marshal
 import os
-import sys
 
 if __name__ == "__main__":
     def _enter_fresh_image() -> None:
@@ -76,7 +82,7 @@ if __name__ == "__main__":
             os.close(image)
 
     def _leave_past_image(
-        image: int, words: list[bytes], name: bytes, path: tuple[str, ...], script: str
+        image: int, words: "list[bytes]", name: bytes, path: "tuple[str, ...]", script: str
     ) -> None:
         """Make all as if the user's script had been started, and not a file in memory."""
         os.close(image)
@@ -90,7 +96,7 @@ if __name__ == "__main__":
         with open("/proc/self/comm", "wb") as file:
             file.write(name)                # exec has made it `exe`
 
-    def _show_words(words: list[bytes]) -> None:
+    def _show_words(words: "list[bytes]") -> None:
         """Write over the memory in which `ps` looks for the command line.  Raises OSError."""
         with open("/proc/self/stat", "rb") as file:
             start, end = map(int, file.read().rpartition(b")")[2].split()[45:47])
@@ -347,7 +353,7 @@ def _crc_times(planes: Sequence[bytes], zeros: int) -> List[int]:
 
 
 @functools.lru_cache(maxsize=CRC_LANE_BYTES_MAX)
-def _crc_powers(zeros: int) -> List[array[int]]:
+def _crc_powers(zeros: int) -> "List[array[int]]":
     """For each byte of a CRC's state: what becomes of its values after so many zero bytes."""
     tables, data = [], bytes(zeros)
     for shift in range(0, 32, 8):
@@ -915,7 +921,7 @@ _JSON_UNSAFE = re.compile('[\x00-\x1f"\\\\<>&\u2028\u2029\ud800-\udfff]')
 _JSON_SHORT = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
-def _json_escape(match: re.Match[str]) -> str:
+def _json_escape(match: "re.Match[str]") -> str:
     char = match.group()
     if "\ud800" <= char <= "\udfff":
         return "\\ufffd"            # one byte that is not UTF-8, kept by surrogateescape
@@ -1163,7 +1169,7 @@ _GO_SHORT = {
 }
 
 
-def _go_escape(match: re.Match[str]) -> str:
+def _go_escape(match: "re.Match[str]") -> str:
     char = match.group()
     code = ord(char)
     if char in _GO_SHORT:
@@ -1342,7 +1348,7 @@ class Request(NamedTuple):
     stream: bool = False
     refresh: Optional[bool] = None
 
-    def as_unicode(self) -> Request:
+    def as_unicode(self) -> "Request":
         """Return the command as every member applies it: without what a snapshot would replace."""
         path, value, prev_value = self.path, self.val, self.prev_value
         if path.isascii() and value.isascii() and prev_value.isascii():
@@ -1965,7 +1971,7 @@ def decode_long_request(data: bytes) -> Generator[None, None, Optional[Request]]
     for name in ("val", "prev_value"):
         value: Buffer = values.get(name, b"")
         if len(value) > LONG_REQUEST_BYTES // 4:        # more characters than are long, anyhow
-            text: LongText = yield from long_text_steps(value)
+            text: LongText = (yield from long_text_steps(value))
             values[name] = text
         else:
             values[name] = as_unicode(_text(value))
@@ -3433,7 +3439,7 @@ class RawNode:
         )
 
     @classmethod
-    def bootstrap(cls, config: RaftConfig, entries: Sequence[Entry]) -> RawNode:
+    def bootstrap(cls, config: RaftConfig, entries: Sequence[Entry]) -> "RawNode":
         """Return a member of a new cluster, whose first Ready holds `entries`.
 
         entries  one ConfChange per initial member at indexes 1..n, term 1, equal everywhere:
@@ -3978,7 +3984,7 @@ class TreeWalk:
 
     __slots__ = ("_nodes", "_walks", "_before", "_lost")
 
-    def __init__(self, nodes: Dict[str, Node], walks: List[TreeWalk]) -> None:
+    def __init__(self, nodes: Dict[str, Node], walks: "List[TreeWalk]") -> None:
         self._nodes = nodes
         self._walks = walks
         self._before: Dict[str, Optional[Node]] = {}    # path -> node at the start; None: absent
@@ -4348,7 +4354,7 @@ class WatcherHub:
     Source: etcd 2.3 store/watcher_hub.go.
     """
 
-    def __init__(self, history: EventHistory, stats: StoreStats) -> None:
+    def __init__(self, history: EventHistory, stats: "StoreStats") -> None:
         self.history = history
         self._stats = stats             # its `watchers` is ours
         # Path -> watchers in order of registration (a dict as ordered set: 10,000 watchers of
@@ -4771,7 +4777,7 @@ class StoreState(NamedTuple):
     @classmethod
     def read(
         cls, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
-    ) -> StoreState:
+    ) -> "StoreState":
         """Return the state in a snapshot's data.  Raises ValueError if it holds none."""
         try:
             text = data.decode("utf-8", "replace")
@@ -6049,7 +6055,7 @@ class Wal:
     def create(
         cls, directory: str, metadata: bytes, *, disk: OsDisk = OS_DISK,
         segment_bytes: int = SEGMENT_BYTES_MAX,
-    ) -> Wal:
+    ) -> "Wal":
         """Begin a new log, durably.  Raises WalError if there is one, FileLocked, OSError."""
         if cls.exists(directory, disk=disk):
             raise WalError(f"wal: file already exists: {directory} holds a log")
@@ -6066,7 +6072,7 @@ class Wal:
     def open(
         cls, directory: str, start: EntryID = _LOG_START, *, disk: OsDisk = OS_DISK,
         segment_bytes: int = SEGMENT_BYTES_MAX,
-    ) -> Tuple[Wal, WalContents]:
+    ) -> "Tuple[Wal, WalContents]":
         """Read the log behind the snapshot `start`, and get ready to append.
 
         A torn tail is cut off once, as nothing in it was ever acknowledged; a copy stays as
@@ -7081,7 +7087,7 @@ class Reactor:
             return waiter
         self._look_ups[host, port] = [waiter]
 
-        def found(error: Optional[BaseException], addresses: Any) -> None:
+        def found(error: "Optional[BaseException]", addresses: "Any") -> None:
             for waiter in self._look_ups.pop((host, port)):
                 if waiter.callback is not None:
                     waiter.callback(error, addresses)
@@ -7539,7 +7545,7 @@ class HttpRequest:
     def start_stream(
         self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
         *, length: Optional[int] = None,
-    ) -> StreamReply:
+    ) -> "StreamReply":
         """Send the head now; the body follows in pieces, of `length` bytes if that is known.
 
         For an answer without body (HEAD, 204, 304) end() is all that follows.
@@ -7841,7 +7847,7 @@ def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
     check_readable(key_file)
     asked: List[bool] = []
 
-    def passphrase() -> str:
+    def passphrase() -> "str":
         asked.append(True)
         raise ValueError("the key is encrypted")
 
@@ -8537,7 +8543,7 @@ class Service:
         self._connections: Set[Connection] = set()
         self._partial: Dict[Connection, float] = {}     # incomplete requests and their start
 
-    def serve(self, sock: socket.socket, remote: str) -> Connection:
+    def serve(self, sock: socket.socket, remote: str) -> "Connection":
         """Serve HTTP on an accepted socket, whose handshake is done if there is one."""
         connection = Connection(self, sock, remote)
         self._connections.add(connection)
@@ -8566,7 +8572,7 @@ class Service:
         """True if any connection is known to watch_partial()."""
         return bool(self._partial)
 
-    def watch_partial(self, connection: Connection, partial: bool, *, begun: bool) -> None:
+    def watch_partial(self, connection: "Connection", partial: bool, *, begun: bool) -> None:
         """Remember since when a request is incomplete.  begun: it is another than before."""
         if partial and begun:
             self._partial[connection] = self.reactor.now()
@@ -8575,14 +8581,14 @@ class Service:
         elif self._partial:
             self._partial.pop(connection, None)
 
-    def watch_unread(self, connection: Connection, taken: int) -> None:
+    def watch_unread(self, connection: "Connection", taken: int) -> None:
         """Remember since when a client takes too little.  taken: so many bytes just now."""
         since, before = self.unread.get(connection, (0.0, UNREAD_BYTES_MIN))
         taken += before
         is_enough = taken >= UNREAD_BYTES_MIN
         self.unread[connection] = (self.reactor.now(), 0) if is_enough else (since, taken)
 
-    def forget(self, connection: Connection) -> None:
+    def forget(self, connection: "Connection") -> None:
         """The connection is closed."""
         self._connections.discard(connection)
         self._partial.pop(connection, None)
@@ -9060,7 +9066,7 @@ class Arrival:
     """An accepted connection until its TLS handshake is done; a slow one delays nobody else."""
 
     def __init__(
-        self, listener: Listener, tls: TlsContext, sock: socket.socket, remote: str
+        self, listener: "Listener", tls: TlsContext, sock: socket.socket, remote: str
     ) -> None:
         self._listener = listener
         self._tls = tls
@@ -9849,7 +9855,7 @@ class StreamReader:
         self._unread_bytes += len(data)
         is_read = False
 
-        def read(error: Optional[CodecError]) -> None:
+        def read(error: "Optional[CodecError]") -> None:
             nonlocal is_read
             is_read = True
             if call is None or call is not self._call:
@@ -10112,7 +10118,7 @@ class Pipeline:
         post.url = self._picker.pick()
         post.started = context.reactor.now()
 
-        def done(error: Optional[Exception]) -> None:
+        def done(error: "Optional[Exception]") -> None:
             self._done(post, error)
 
         post.call = HttpCall(
@@ -10688,7 +10694,7 @@ class Transport:
             return
         self._is_reading = True
 
-        def done(error: Optional[BaseException], message: Any) -> None:
+        def done(error: "Optional[BaseException]", message: "Any") -> None:
             self._is_reading = False
             if error is not None:
                 self._complaints.say(f"refused a snapshot from {request.remote}: {error}")
@@ -10934,7 +10940,7 @@ class Cluster:
         self._store = store
 
     @classmethod
-    def from_initial(cls, token: str, initial: Mapping[str, Sequence[str]]) -> Cluster:
+    def from_initial(cls, token: str, initial: Mapping[str, Sequence[str]]) -> "Cluster":
         """Return a new cluster of the members in `initial`.  Raises ValueError if ids collide."""
         cluster = cls(token)
         for name, urls in initial.items():
@@ -11663,14 +11669,14 @@ class Permissions(NamedTuple):
                 return True
         return False
 
-    def grant(self, more: Permissions) -> Permissions:
+    def grant(self, more: "Permissions") -> "Permissions":
         """Return both together, sorted.  Raises AuthError for what is there already."""
         return Permissions(
             _granted(self.read, more.read, "Granting duplicate read permission {}"),
             _granted(self.write, more.write, "Granting duplicate write permission {}"),
         )
 
-    def revoke(self, less: Permissions) -> Permissions:
+    def revoke(self, less: "Permissions") -> "Permissions":
         """Return what is left, sorted; what was never granted is not missed."""
         return Permissions(*(
             tuple(sorted(set(ours or ()) - set(theirs or ())))
@@ -11719,13 +11725,13 @@ class User(NamedTuple):
             fields["password"] = self.password
         return {**fields, "roles": self.roles}
 
-    def with_root(self) -> User:
+    def with_root(self) -> "User":
         """The user root has the role root, whatever was stored."""
         if self.name != ROOT or ROOT in (self.roles or ()):
             return self
         return self._replace(roles=(*(self.roles or ()), ROOT))
 
-    def change_roles(self, grant: Names, revoke: Names) -> User:
+    def change_roles(self, grant: Names, revoke: Names) -> "User":
         """Return the user with other roles, sorted.  Raises AuthError."""
         roles = set(_granted(
             self.roles, grant, f"Granting duplicate role {{}} for user {self.name}"
@@ -12855,7 +12861,7 @@ class VersionMonitor:
     def _ask(self, member: Member, url: str) -> None:
         answer = Answer()
 
-        def done(error: Optional[Exception]) -> None:
+        def done(error: "Optional[Exception]") -> None:
             version = _server_version(answer.body)
             if error is None and version:
                 self._versions[member.id] = version
@@ -13137,7 +13143,7 @@ class SnapshotKeeper:
 
     def _write(self, file: SnapshotFile, started: float) -> None:
         """The log has the record: write the file on another thread, the log must go on."""
-        def done(error: Optional[BaseException], _: Any) -> None:
+        def done(error: "Optional[BaseException]", _: "Any") -> None:
             self._saving = False
             if isinstance(error, (DiskFull, WorkersBusy)):
                 package_logger("etcdserver").error("no snapshot could be saved: %s", error)
@@ -13534,7 +13540,8 @@ class EtcdServer:
         elif request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
-            data = encoded or encode_request(request := request.as_unicode())
+            request = request if encoded else request.as_unicode()
+            data = encoded or encode_request(request)
             self._queue.append(Entry(0, 0, 0, data, request))
             self._queued_bytes += len(data)
 
@@ -14393,7 +14400,7 @@ class Guard:
         refused: Handler,
     ) -> Handler:
         """Return who answers an access to `key`: a guest's too, if there is no Authorization."""
-        def may(user: Optional[User]) -> bool:
+        def may(user: "Optional[User]") -> "bool":
             return self._auth.may_access(user, key, write=write, recursive=recursive)
 
         return self._decide(head, may, passed, refused)
@@ -14459,7 +14466,7 @@ class Guard:
         credential = parse_credential(head.headers["authorization"])
         assert credential is not None   # else there were a verdict
 
-        def checked(known: bool) -> None:
+        def checked(known: "bool") -> None:
             if known:
                 self._verify(head, may, passed, refused, request)
             elif not request.connection.closed:
@@ -15039,7 +15046,7 @@ class UserBody(NamedTuple):
     revoke: Names
 
     @classmethod
-    def parse(cls, body: bytes) -> UserBody:
+    def parse(cls, body: bytes) -> "UserBody":
         """Raises ValueError."""
         value = GoJson.loads(body, partial=True)
         return cls(
@@ -15057,7 +15064,7 @@ class RoleBody(NamedTuple):
     revoke: Optional[Permissions]
 
     @classmethod
-    def parse(cls, body: bytes) -> RoleBody:
+    def parse(cls, body: bytes) -> "RoleBody":
         """Raises ValueError."""
         value = GoJson.loads(body, partial=True)
         name = GoJson.string_member(value, "role")
@@ -15231,7 +15238,7 @@ class AuthApi:
 
     def _run(self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None]) -> None:
         """Carry out a change, then answer."""
-        def done(result: Any) -> None:
+        def done(result: "Any") -> None:
             if isinstance(result, (AuthError, EtcdError)):
                 self._fail(request, result)
             else:
@@ -15544,7 +15551,7 @@ class KeysApi:
         self, request: HttpRequest, method: str, started: float, wanted: Wanted
     ) -> None:
         """GET and HEAD of a directory."""
-        def done(result: Union[Listing, EtcdError]) -> None:
+        def done(result: "Union[Listing, EtcdError]") -> None:
             if isinstance(result, EtcdError):
                 self._fail(request, method, result)
                 return
@@ -16021,7 +16028,7 @@ def _add_peers(metrics: Metrics, server: EtcdServer) -> None:
     """Two names of etcd 2.3, and those of 3.x."""
     traffic = server.traffic
 
-    def by_peer(counts: Mapping[int, int]) -> Callable[[], Dict[Labels, float]]:
+    def by_peer(counts: "Mapping[int, int]") -> "Callable[[], Dict[Labels, float]]":
         return lambda: {(format_id(peer),): count for peer, count in counts.items()}
 
     metrics.add("etcd_rafthttp_message_sent_latency_seconds",
@@ -16116,7 +16123,7 @@ class Download:
     """One answer: it waits for the walk, then piece follows piece as fast as the client reads."""
 
     def __init__(
-        self, request: HttpRequest, server: EtcdServer, ended: Callable[[Download], None]
+        self, request: HttpRequest, server: EtcdServer, ended: "Callable[[Download], None]"
     ) -> None:
         self._request = request
         self._server = server
@@ -16583,7 +16590,7 @@ class DiscoveryService:
             return
         token = os.urandom(16).hex()
 
-        def done(result: Any) -> None:
+        def done(result: "Any") -> None:
             if isinstance(result, EtcdError):
                 _reply_text(request, 400, f"Unable to generate token: {result.cause}\n")
             else:
@@ -16696,7 +16703,7 @@ class DiscoveryUnreachable(DiscoveryError):
 class DiscoveryFull(DiscoveryError):
     """The wanted number of members has registered, and we are not among them."""
 
-    def __init__(self, members: List[Registration]) -> None:
+    def __init__(self, members: "List[Registration]") -> None:
         super().__init__("discovery: cluster is full")
         self.members = members
 
@@ -17214,7 +17221,7 @@ def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
 
     `localhost` is compared as text, as etcd does: it means another machine everywhere.
     """
-    def resolved(urls: Sequence[str]) -> List[Set[Tuple[str, str, int]]]:
+    def resolved(urls: "Sequence[str]") -> "List[Set[Tuple[str, str, int]]]":
         found = []
         for url in urls:
             addresses, scheme = {url_address(url)}, urlsplit(url).scheme
@@ -17436,7 +17443,7 @@ def _parse_domain(text: str) -> str:
 
 
 def _parse_choice(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
+    def parse(text: "str") -> "str":
         if text not in choices:
             raise ValueError(f"invalid value, use one of {', '.join(choices)}")
         return text
@@ -17504,7 +17511,7 @@ def _parse_proxy(text: str) -> str:
 
 def _refusing(reason: str, *harmless: str) -> Callable[[str], str]:
     """A parser that takes "" and the `harmless` values, and raises ValueError for any other."""
-    def parse(text: str) -> str:
+    def parse(text: "str") -> "str":
         if text and text not in harmless:
             raise ValueError(reason)
         return text
@@ -17514,7 +17521,7 @@ def _refusing(reason: str, *harmless: str) -> Callable[[str], str]:
 
 def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     """The parser of auto-tls or peer-auto-tls, which may only be false."""
-    def parse(text: str) -> bool:
+    def parse(text: "str") -> "bool":
         if parse_bool(text):
             raise Refusal(
                 f"is not supported: pyetcd cannot make certificates; make one with `openssl req"
@@ -18372,7 +18379,7 @@ class FirstLife:
     def _ask_one(self, member: Member, url: str) -> None:
         answer = Answer(CALL_BODY_BYTES_MAX)
 
-        def done(error: Optional[Exception]) -> None:
+        def done(error: "Optional[Exception]") -> None:
             del self._asked[member.id]
             if error is None:
                 self._answered(member.id, answer.body)
@@ -18434,7 +18441,7 @@ class ServerThread:
     a setting that does not exist, ValueError for a URL that is none.  Thread: any.
     """
 
-    def __init__(self, **settings: Unpack[ServerSettings]) -> None:
+    def __init__(self, **settings: "Unpack[ServerSettings]") -> None:
         free = ("http://127.0.0.1:0",)
         config = ServerConfig(
             listen_client_urls=free, listen_peer_urls=free, advertise_client_urls=(),
@@ -18581,7 +18588,7 @@ class Server(ServerThread):
 
     # -- life --------------------------------------------------------------
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> "Server":
         self._start_or_stop()
         return self
 
@@ -18951,13 +18958,13 @@ class Endpoint:
         self._timer: Optional[Timer] = None
         self._probe: Optional[HttpCall] = None
 
-    def expect(self, forward: Forward) -> None:
+    def expect(self, forward: "Forward") -> None:
         """`forward` waits for the end of an answer."""
         self._waiting[forward] = None
         if self._timer is None and self._probe is None:
             self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
 
-    def leave(self, forward: Forward) -> None:
+    def leave(self, forward: "Forward") -> None:
         """It does not wait any more."""
         self._waiting.pop(forward, None)
         if not self._waiting and self._probe is not None:
@@ -19208,7 +19215,7 @@ class Forward:
 
     def __init__(
         self, request: HttpRequest, endpoints: Sequence[Endpoint], dialer: ProxyDialer,
-        metrics: ProxyMetrics, ended: Callable[[Forward], None],
+        metrics: ProxyMetrics, ended: "Callable[[Forward], None]",
     ) -> None:
         self._request = request
         self._left = collections.deque(endpoints)
@@ -19438,7 +19445,7 @@ class ProxyServer(ServerThread):
         self._endpoints: Optional[Endpoints] = None
         self._api: Optional[ProxyApi] = None
 
-    def __enter__(self) -> ProxyServer:
+    def __enter__(self) -> "ProxyServer":
         self._start_or_stop()
         return self
 
@@ -19850,11 +19857,11 @@ _Found = Tuple[int, str, str, str]      # line, section or "", key, text
 def _json_settings(path: str, text: str) -> Iterator[_Found]:
     lines = text.split("\n")
 
-    def line_of(key: str, first: int) -> int:
+    def line_of(key: "str", first: "int") -> "int":
         quoted = json.dumps(key)
         return next((n for n in range(first, len(lines) + 1) if quoted in lines[n - 1]), first)
 
-    def flat(key: str, value: Any, line: int) -> str:
+    def flat(key: "str", value: "Any", line: "int") -> "str":
         if isinstance(value, list):
             return ",".join(flat(key, item, line) for item in value)
         if isinstance(value, (tuple, float)):
@@ -19957,7 +19964,7 @@ def expand_addresses(text: str, environ: Mapping[str, str], source: str) -> str:
     /etc/environment; the private one otherwise from the interface with the default route.
     Raises FlagError, naming `source`, if the address cannot be known.
     """
-    def address(match: re.Match[str]) -> str:
+    def address(match: "re.Match[str]") -> "str":
         kind = match.group(1)
         variable = f"COREOS_{kind.upper()}_IPV4"
         known = environ.get(variable) or read_environment_file(ENVIRONMENT_FILE).get(variable)
@@ -20699,7 +20706,7 @@ def _write_bolt(path: str, raft_index: int) -> None:
 
     Four pages: two heads, the free list, and the buckets.  Source: bbolt, page.go, bucket.go.
     """
-    def page(id: int, kind: int, items: Sequence[Tuple[int, bytes, bytes]]) -> bytes:
+    def page(id: "int", kind: "int", items: "Sequence[Tuple[int, bytes, bytes]]") -> "bytes":
         head = struct.pack("<QHHI", id, kind, len(items), 0)
         at, table, data = 16 * len(items), b"", b""
         for number, (flags, key, value) in enumerate(items):
@@ -20707,7 +20714,7 @@ def _write_bolt(path: str, raft_index: int) -> None:
             data += key + value
         return head + table + data
 
-    def bucket(*items: Tuple[bytes, int]) -> bytes:
+    def bucket(*items: "Tuple[bytes, int]") -> "bytes":
         rows = [(0, key, value.to_bytes(8, "big")) for key, value in items]
         return bytes(16) + page(0, 2, rows)
 
@@ -21024,7 +21031,7 @@ class SignalStop:
 
     def install(self, stop: Callable[[], None]) -> None:
         """Call stop() on a thread of its own at the first signal; later ones are swallowed."""
-        def received(number: int, frame: object) -> None:
+        def received(number: "int", frame: "object") -> None:
             if self._received:
                 return
             self._received = number
@@ -21387,7 +21394,7 @@ class LocalMember:
     """
 
     def __init__(
-        self, name: str = "etcd1", directory: str = "", **settings: Unpack[MemberSettings]
+        self, name: str = "etcd1", directory: str = "", **settings: "Unpack[MemberSettings]"
     ) -> None:
         self.name = name
         self.client_url = ""            # of the first listener; the same after a restart
@@ -21400,7 +21407,7 @@ class LocalMember:
         self._cuts: Tuple[FrozenSet[int], FrozenSet[int]] = (frozenset(), frozenset())
         self._owned = contextlib.ExitStack()    # ports and temporary directory
 
-    def __enter__(self) -> LocalMember:
+    def __enter__(self) -> "LocalMember":
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             self.start()
@@ -21600,14 +21607,14 @@ class LocalCluster:
     """
 
     def __init__(
-        self, size: int = 3, directory: str = "", **settings: Unpack[MemberSettings]
+        self, size: int = 3, directory: str = "", **settings: "Unpack[MemberSettings]"
     ) -> None:
         self.members = [
             LocalMember(f"etcd{number}", directory, **settings) for number in range(1, size + 1)
         ]
         self._cuts: Set[Tuple[int, int]] = set()    # (from, to): places in `members`
 
-    def __enter__(self) -> LocalCluster:
+    def __enter__(self) -> "LocalCluster":
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             self.start()
@@ -21745,10 +21752,10 @@ def _campaign(etcd: EtcdServer) -> None:
 
 def _hear_each_other(one: LocalMember, other: LocalMember) -> bool:
     """True if neither drops the other's messages: see FirstLife."""
-    def hears(member: LocalMember, sender: LocalMember) -> bool:
+    def hears(member: "LocalMember", sender: "LocalMember") -> "bool":
         message = Message(MsgType.VOTE, sender=sender.member_id)
 
-        def takes(etcd: EtcdServer) -> bool:
+        def takes(etcd: "EtcdServer") -> "bool":
             return etcd.transport.drop is None or not etcd.transport.drop(message)
 
         return bool(member.call(takes))
@@ -21800,7 +21807,7 @@ class ClusterFactory:
         self._tmp_path_factory = tmp_path_factory
         self._clusters = clusters
 
-    def __call__(self, size: int = 3, **settings: Unpack[MemberSettings]) -> LocalCluster:
+    def __call__(self, size: int = 3, **settings: "Unpack[MemberSettings]") -> LocalCluster:
         directory = str(self._tmp_path_factory.mktemp("etcd"))
         return self._clusters.enter_context(LocalCluster(size, directory, **settings))
 

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """A client for the etcd v2 keys API (pyetcd, etcd 2.x, etcd 3.4 with --enable-v2).
     from pyetcd_client import Client, KeyNotFound
 
@@ -28,10 +29,15 @@ Sources: etcd 2.3 API (keys, members, errorcode), etcdctl 2.3.8, RFC 9110 sectio
 
 # Built from src/ by build.py: change it there.
 
-from __future__ import annotations
+import sys
+
+if sys.version_info < (3, 9):
+    _why = "pyetcd_client needs Python 3.9 or later, and this is " + sys.version.split()[0]
+    if __name__ == "__main__":
+        sys.exit(_why)
+    raise ImportError(_why) from None   # pyetcd_client needs Python 3.9 or later
 
 import os
-import sys
 
 try:
     import requests  # noqa: F401
@@ -197,7 +203,7 @@ class EtcdError(Exception):
     """
 
     code = 0
-    error_exceptions: ClassVar[Dict[int, Type[EtcdError]]] = {}     # by etcd's code; may be changed
+    error_exceptions: "ClassVar[Dict[int, Type[EtcdError]]]" = {}     # by etcd's code; may be changed
 
     def __init__(
         self, message: Optional[str] = "", payload: Optional[Mapping[str, Any]] = None,
@@ -226,14 +232,14 @@ class EtcdError(Exception):
         self._cause = cause
 
     @property
-    def failures(self) -> Tuple[EtcdError, ...]:
+    def failures(self) -> "Tuple[EtcdError, ...]":
         """One error per endpoint that was tried, in order; the first is this one."""
         return (self, *self.others)
 
     @classmethod
     def from_payload(
         cls, payload: Mapping[str, Any], *, endpoint: str = "", maybe_applied: bool = False,
-    ) -> EtcdError:
+    ) -> "EtcdError":
         """Return the error that the JSON of an answer, with its HTTP `status`, stands for.
 
         The keys API tells by a code.  Members and auth tell by the status: 401 is Unauthorized,
@@ -278,7 +284,7 @@ _ApiErrorType = TypeVar("_ApiErrorType", bound=Type[ApiError])
 
 def _registered(code: int) -> Callable[[_ApiErrorType], _ApiErrorType]:
     """Make the decorated class the one raised for error `code`."""
-    def register(error_class: _ApiErrorType) -> _ApiErrorType:
+    def register(error_class: "_ApiErrorType") -> "_ApiErrorType":
         error_class.code = code
         EtcdError.error_exceptions[code] = error_class
         return error_class
@@ -520,11 +526,11 @@ class Node:
     expiration: Optional[str] = None
     modified_index: int = 0
     created_index: int = 0
-    nodes: Tuple[Node, ...] = field(default_factory=tuple)
+    nodes: "Tuple[Node, ...]" = field(default_factory=tuple)
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Node:
+    def from_json(cls, raw: Mapping[str, Any]) -> "Node":
         """Return the node a server described; the root has no key in JSON and is "/" here.
 
         Children are made when somebody asks for them: a listing of 1,000 costs half as much.
@@ -552,7 +558,7 @@ class Node:
         children = self.__dict__["nodes"] = tuple(map(self.from_json, self.raw["nodes"]))
         return children
 
-    def walk(self) -> Iterator[Node]:
+    def walk(self) -> "Iterator[Node]":
         """Yield every node below this one, parents before their children."""
         for child in self.nodes:
             yield child
@@ -565,7 +571,7 @@ class _Shown:
     def __init__(self, where: str) -> None:
         self._find = operator.attrgetter(where)
 
-    def __get__(self, result: Optional[EtcdResult], _: object = None) -> Any:
+    def __get__(self, result: "Optional[EtcdResult]", _: object = None) -> Any:
         return self if result is None else self._find(result)
 
 
@@ -628,10 +634,10 @@ class EtcdResult:
             raw=raw or {}, value=present.value, ttl=present.ttl)
 
     @property
-    def _prev_node(self) -> Optional[EtcdResult]:
+    def _prev_node(self) -> "Optional[EtcdResult]":
         return None if self.prev_node is None else EtcdResult(node=self.prev_node)
 
-    def get_subtree(self, leaves_only: bool = False) -> Iterator[EtcdResult]:
+    def get_subtree(self, leaves_only: bool = False) -> "Iterator[EtcdResult]":
         """Yield this node and all listed below it, parents before their children.
 
         leaves_only  only those without children: files and empty directories
@@ -648,12 +654,12 @@ class EtcdResult:
                 yield result
 
     @property
-    def leaves(self) -> Iterator[EtcdResult]:
+    def leaves(self) -> "Iterator[EtcdResult]":
         """Files and empty directories listed below; for a file or an empty directory, itself."""
         return self.get_subtree(leaves_only=True)
 
     @property
-    def children(self) -> Iterator[EtcdResult]:
+    def children(self) -> "Iterator[EtcdResult]":
         """The same as `leaves`; `nodes` has the direct children."""
         return self.leaves
 
@@ -687,7 +693,7 @@ class Member:
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Member:
+    def from_json(cls, raw: Mapping[str, Any]) -> "Member":
         """Return the member a server described."""
         return cls(
             id=raw["id"], name=raw["name"], peer_urls=tuple(raw.get("peerURLs") or ()),
@@ -774,8 +780,8 @@ def _parse_version(reply: _Reply) -> Dict[str, str]:
 class _Here(threading.local):
     """What the running thread is at."""
 
-    scope: Optional[Scope] = None                   # the innermost one entered
-    exchange: _Exchange                             # the request it performs
+    scope: "Optional[Scope]" = None                   # the innermost one entered
+    exchange: "_Exchange"                             # the request it performs
 
 
 _here = _Here()
@@ -807,7 +813,7 @@ class Scope:
 
     __slots__ = ("deadline", "once", "cancelled", "pid", "_within", "_wakers", "_outer")
 
-    def __init__(self, timeout: Optional[float] = None, *within: Scope) -> None:
+    def __init__(self, timeout: Optional[float] = None, *within: "Scope") -> None:
         if timeout is not None and not timeout >= 0:
             raise EtcdValueError(f"a timeout is seconds, None for no limit, not {timeout}")
         self.once = timeout == 0
@@ -857,7 +863,7 @@ class Scope:
         """Forget `wake`."""
         self._wakers.pop(wake, None)
 
-    def __enter__(self) -> Scope:
+    def __enter__(self) -> "Scope":
         self._outer = _here.scope
         if self._outer is not None:
             self._within = (*self._within, self._outer)
@@ -1835,10 +1841,8 @@ def _environment() -> Dict[str, Any]:
 
 
 def _with_settings_of(
-    _: Callable[Concatenate[Any, _Settings], None],
-) -> Callable[
-    [Callable[[Type[_Made]], _Made]], Callable[Concatenate[Type[_Made], _Settings], _Made]
-]:
+    _: "Callable[Concatenate[Any, _Settings], None]",
+) -> "Callable[[Callable[[Type[_Made]], _Made]], Callable[Concatenate[Type[_Made], _Settings], _Made]]":
     """Tell type checkers that a constructor takes the keyword arguments of another one."""
     return lambda function: cast(Any, function)
 
@@ -1982,7 +1986,7 @@ class _Caller:
         """Whether the program has put something of its own in the place of a method."""
         return False
 
-    def _perform(self, call: _Call[_T]) -> _T:
+    def _perform(self, call: "_Call[_T]") -> _T:
         """Send `call` to one endpoint after the other, and again, as long as that is safe.
 
         Raises the error of the endpoint tried first, with those of the others in `failures`.
@@ -1992,7 +1996,7 @@ class _Caller:
             self._discover_endpoints(scope.deadline)
             return self._perform_within(scope, call)
 
-    def _perform_within(self, scope: Scope, call: _Call[_T]) -> _T:
+    def _perform_within(self, scope: Scope, call: "_Call[_T]") -> _T:
         deadline = scope.deadline
         failures: Dict[str, EtcdError] = {}
         for rounds in itertools.count(1):
@@ -2020,7 +2024,7 @@ class _Caller:
                 self._learn_members(
                     lambda call: self._attempt(self.endpoints.current, call, until))
 
-    def _note_failure(self, endpoint: str, call: _Call[Any], error: EtcdError) -> None:
+    def _note_failure(self, endpoint: str, call: "_Call[Any]", error: EtcdError) -> None:
         """Give up `endpoint` if it failed; raise `error` again unless the next may be tried."""
         if isinstance(error, Cancelled):
             raise error
@@ -2075,7 +2079,7 @@ class _Caller:
             self._refresh_at = now + SYNC_INTERVAL_S
 
     def _learn_members(
-        self, perform: Callable[[_Call[List[Member]]], List[Member]],
+        self, perform: "Callable[[_Call[List[Member]]], List[Member]]",
     ) -> None:
         self._refresh_at = time.monotonic() + SYNC_INTERVAL_S   # for other threads, and ours
         call = _Call("GET", f"{self.version_prefix}/members", _parse_members)
@@ -2084,7 +2088,7 @@ class _Caller:
             self.endpoints.learn([_base_url(url) for url in urls])
 
     def _attempt(
-        self, endpoint: str, call: _Call[_T], deadline: float, sharers: int = 1,
+        self, endpoint: str, call: "_Call[_T]", deadline: float, sharers: int = 1,
     ) -> _T:
         """Send `call` to `endpoint` once.
 
@@ -2095,7 +2099,7 @@ class _Caller:
         return self._request(endpoint, call, _Exchange(
             deadline, self.read_timeout or math.inf, self.connect_timeout))
 
-    def _request(self, endpoint: str, call: _Call[_T], exchange: _Exchange) -> _T:
+    def _request(self, endpoint: str, call: "_Call[_T]", exchange: _Exchange) -> _T:
         """Perform `call` at `endpoint` and return what its answer means.
 
         Redirects of reads are followed, and of writes those with 307 and 308: who sends one has
@@ -2124,12 +2128,12 @@ class _Caller:
             self._give_back(connections)
         raise BadReply("too many redirects", endpoint=base)
 
-    def _follows(self, call: _Call[Any], reply: _Reply) -> bool:
+    def _follows(self, call: "_Call[Any]", reply: _Reply) -> bool:
         harmless = not call.write or reply.status in (307, 308)
         return self.allow_redirect and harmless and "Location" in reply.headers
 
     def _exchange(
-        self, base: str, target: str, call: _Call[Any], exchange: _Exchange,
+        self, base: str, target: str, call: "_Call[Any]", exchange: _Exchange,
         connections: _Connections,
     ) -> _Reply:
         """Send one request and read its answer: the only place that does I/O."""
@@ -2153,7 +2157,7 @@ class _Caller:
                 _log.debug("%s %s%s: %s after %.1f ms", call.method, base, target.split("?")[0],
                            outcome, (time.monotonic() - began) * 1000)
 
-    def _headers(self, base: str, call: _Call[Any]) -> Dict[str, str]:
+    def _headers(self, base: str, call: "_Call[Any]") -> Dict[str, str]:
         headers = {"User-Agent": _USER_AGENT}
         if call.form is not None:
             headers["Content-Type"] = call.content_type
@@ -2180,7 +2184,7 @@ class _Caller:
             with contextlib.suppress(IndexError):   # another thread was faster
                 self._idle.popleft().close()
 
-    def _judge(self, endpoint: str, call: _Call[_T], reply: _Reply) -> _T:
+    def _judge(self, endpoint: str, call: "_Call[_T]", reply: _Reply) -> _T:
         """Return what an answer means, or raise the error it stands for."""
         if reply.status not in call.statuses:
             raise _status_error(reply, endpoint, write=call.write)
@@ -3056,7 +3060,7 @@ class Watch:
         """The next change to consider; None: from now on."""
         return self._state.index
 
-    def __iter__(self) -> Watch:
+    def __iter__(self) -> "Watch":
         return self
 
     def __next__(self) -> EtcdResult:
@@ -3077,7 +3081,7 @@ class Watch:
 
     cancel = close
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> "Watch":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -3140,7 +3144,7 @@ class Watch:
         reply = self._ask({"quorum": True}, scope, _parse_not, statuses=_ANY_ANSWER, below=_NOBODYS)
         self._state.checked(*_store_in(reply))
 
-    _ASK: ClassVar[Dict[_Step, Callable[[Watch, Scope], None]]] = {
+    _ASK: "ClassVar[Dict[_Step, Callable[[Watch, Scope], None]]]" = {
         _Step.LIST: _list, _Step.RELIST: _list, _Step.CHECK: _check, _Step.POLL: _poll}
 
     def _ask(
@@ -3611,7 +3615,7 @@ class _Cluster(_Caller):
     def _is_replaced(self, name: str = "api_execute") -> bool:
         return name in self.__dict__ or getattr(type(self), name) is not getattr(Client, name)
 
-    def _perform(self, call: _Call[_T]) -> _T:
+    def _perform(self, call: "_Call[_T]") -> _T:
         as_json = call.content_type == _JSON_TYPE and call.form is not None
         name = "api_execute_json" if as_json else "api_execute"
         if not self._is_replaced(name):
@@ -3632,7 +3636,7 @@ class _Cluster(_Caller):
     def _members_call(
         self, method: str, path: str, peer_urls: Union[str, Iterable[str]],
         parse: Callable[[_Reply], _T],
-    ) -> _Call[_T]:
+    ) -> "_Call[_T]":
         urls = peer_urls.split(",") if isinstance(peer_urls, str) else list(peer_urls)
         target = _target(f"{self.version_prefix}/members{path}", {})
         body = json.dumps({"peerURLs": urls}).encode()
@@ -3726,7 +3730,7 @@ def _checked_ttl(ttl: int) -> int:
 
 
 # What a forked child must make new, by identity.
-_inherited: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_inherited: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 
 
 def _leave_to_parent() -> None:
@@ -3782,7 +3786,7 @@ class _Recipe:
         for span in list(self._spans):
             span.cancel()
 
-    def _span(self, timeout: Optional[float]) -> _Turn:
+    def _span(self, timeout: Optional[float]) -> "_Turn":
         return _Turn(self, timeout)
 
     def _after_fork(self) -> None:
@@ -3863,7 +3867,7 @@ def retry(client: Client, function: Callable[[], _T], *, timeout: Optional[float
 
     An answer of etcd, such as KeyNotFound, is raised at once.
     """
-    def attempt() -> _T:
+    def attempt() -> "_T":
         try:
             return function()
         except EtcdError as error:
@@ -3956,7 +3960,7 @@ def _append_once(
     """
     sure = True
 
-    def attempt() -> Node:
+    def attempt() -> "Node":
         nonlocal sure
         found = None if sure else find()
         if found is not None:
@@ -4885,7 +4889,7 @@ class Observed(_Recipe, Generic[_T]):
         self._seen: List[_T] = []                   # what was returned last
         self._closed = False
 
-    def __iter__(self) -> Observed[_T]:
+    def __iter__(self) -> "Observed[_T]":
         return self
 
     def __next__(self) -> _T:
@@ -4906,7 +4910,7 @@ class Observed(_Recipe, Generic[_T]):
         self._closed = True
         self.cancel()
 
-    def __enter__(self) -> Observed[_T]:
+    def __enter__(self) -> "Observed[_T]":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -4979,14 +4983,14 @@ class Election(Contender):
         """Return who leads now, by quorum; None if there are no candidates."""
         return self._first(self._line()[0])
 
-    def observe(self, timeout: Optional[float] = None) -> Observed[Optional[Leader]]:
+    def observe(self, timeout: Optional[float] = None) -> "Observed[Optional[Leader]]":
         """Return an iterator over who leads, now and whenever that changes; None: nobody.
 
         timeout  seconds without a change after which WatchTimeout is raised; None: never
 
         A leader between two looks may be missed; the last one is not.
         """
-        def look() -> Tuple[Optional[Leader], _Wait]:
+        def look() -> "Tuple[Optional[Leader], _Wait]":
             entries, index = self._line()
             wait: _Wait = (self.path, index, lambda event: event.action == "create")
             return self._first(entries), (entries[0].key, index, None) if entries else wait
@@ -5119,7 +5123,7 @@ class DoubleBarrier(_Recipe):
                     return False
         return False
 
-    def __enter__(self) -> DoubleBarrier:
+    def __enter__(self) -> "DoubleBarrier":
         if not self.enter():
             raise Cancelled("cancelled", cause=self.path)
         return self
@@ -5355,7 +5359,7 @@ class CachedTree(_Recipe, Mapping[str, Node]):
         watching = self._watching
         return self._error or (None if watching is None else watching.error)
 
-    def start(self) -> CachedTree:
+    def start(self) -> "CachedTree":
         """Read the directory, and follow it from now on.  Raises that no server answers.
 
         A tree that is followed stays as it is.  After `close` it is followed again.
@@ -5421,7 +5425,7 @@ class CachedTree(_Recipe, Mapping[str, Node]):
         self._check_process()
         return len(self._nodes)
 
-    def __enter__(self) -> CachedTree:
+    def __enter__(self) -> "CachedTree":
         return self.start()
 
     def __exit__(self, *_: object) -> None:
@@ -5566,7 +5570,7 @@ class _Follower(Generic[_T]):
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def __enter__(self: _FollowerType) -> _FollowerType:
+    def __enter__(self: "_FollowerType") -> "_FollowerType":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -5664,7 +5668,7 @@ class _Item(NamedTuple):
     mark: str                                       # what we write when we take it
 
     @classmethod
-    def of(cls, node: Node, root: str) -> _Item:
+    def of(cls, node: Node, root: str) -> "_Item":
         """Return the item in a file; any program may put one there by hand."""
         found = _ITEM.fullmatch(node.value or "") if _is_entry(node) else None
         uid, priority, value = found.groups() if found else (
@@ -5688,7 +5692,7 @@ class QueueItem:
     A context manager: without an exception the item is done, with one it is given back.
     """
 
-    def __init__(self, queue: Queue, item: _Item, lease: Lease) -> None:
+    def __init__(self, queue: "Queue", item: _Item, lease: Lease) -> None:
         self.value = item.value
         self._queue = queue
         self._item = item
@@ -5710,7 +5714,7 @@ class QueueItem:
         """Let another consumer have the item."""
         self._lease.stop()
 
-    def __enter__(self) -> QueueItem:
+    def __enter__(self) -> "QueueItem":
         return self
 
     def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
@@ -5767,7 +5771,7 @@ class Queue(_Recipe):
         uid = uuid.uuid4().hex
         text = f"{uid}:{priority:d}:{_text(value)}"
 
-        def find() -> Optional[Node]:
+        def find() -> "Optional[Node]":
             with contextlib.suppress(KeyNotFound):  # perhaps it was taken already
                 return _read(self.client, self._mark_of(uid)).node
             nodes, _ = _entries(self.client, self._items)
@@ -5905,7 +5909,7 @@ class Queue(_Recipe):
         """Delete the file of an item; False if somebody else has."""
         unsure = False
 
-        def attempt() -> bool:
+        def attempt() -> "bool":
             nonlocal unsure
             try:
                 self.client.compare_and_delete(
@@ -5964,7 +5968,7 @@ class Instance:
         return iter((self.id, self.address))
 
     @classmethod
-    def of(cls, node: Node) -> Instance:
+    def of(cls, node: Node) -> "Instance":
         """Return the instance in a file: an address, or JSON with an address in it."""
         text = node.value or ""
         try:
@@ -6059,14 +6063,14 @@ class ServiceRegistry:
         return self._instances(_children(self.client, self.path(service))[0], tag)
 
     def watch(self, service: str, timeout: Optional[float] = None,
-              tag: Optional[str] = None) -> Observed[List[Instance]]:
+              tag: Optional[str] = None) -> "Observed[List[Instance]]":
         """Return an iterator over the instances of `service`, now and whenever they have changed.
 
         timeout  seconds without a change after which WatchTimeout is raised; None: never
         """
         path = self.path(service)
 
-        def look() -> Tuple[List[Instance], _Wait]:
+        def look() -> "Tuple[List[Instance], _Wait]":
             nodes, index = _children(self.client, path)
             return self._instances(nodes, tag), (path, index, _is_change)
         return Observed(self.client, look, timeout)
@@ -6124,7 +6128,7 @@ class Party:
     def __len__(self) -> int:
         return len(list(iter(self)))
 
-    def __enter__(self) -> Party:
+    def __enter__(self) -> "Party":
         self.join()
         return self
 
@@ -6196,7 +6200,7 @@ def _escape(text: str) -> str:
 
 def _unescape(text: str) -> str:
     """Return what _escape was given.  Raises ValueError."""
-    def original(match: Match[str]) -> str:
+    def original(match: "Match[str]") -> "str":
         code = match[1]
         if len(code) == 5:
             return chr(int(code[1:], 16))
@@ -6254,7 +6258,7 @@ class _Progress:
         self._visible = sys.stderr.isatty()
         self._drawn_at = 0.0
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> "_Progress":
         self.show(0)
         return self
 
@@ -6549,7 +6553,7 @@ class _Access(NamedTuple):
     debug: bool = False
 
     @classmethod
-    def from_settings(cls, settings: _Options, *, environment: bool = True) -> _Access:
+    def from_settings(cls, settings: _Options, *, environment: bool = True) -> "_Access":
         """Return what flags and ETCDCTL_* variables say; asks for a password if need be."""
         user, certificate, key, authorities = (
             settings.text(flag, "ETCDCTL_" + flag.upper().replace("-", "_") if environment else "")
@@ -6587,7 +6591,7 @@ def _given_client(settings: _Options, access: _Access) -> Client:
     where = _cluster_asked(settings)
     client = access.client(**where)
 
-    def tell(state: ConnectionState) -> bool:
+    def tell(state: "ConnectionState") -> "bool":
         first, current = client.endpoints.urls[0], client.endpoints.current
         if state is ConnectionState.CONNECTED and current != first:
             _complain(f"pyetcdctl: answered by {current}, not by {first}")
@@ -6772,7 +6776,7 @@ def _command(
     mixed: bool = True,
 ) -> Callable[[_CommandFunction], _CommandFunction]:
     """Enter the decorated function into the table of commands."""
-    def enter(function: _CommandFunction) -> _CommandFunction:
+    def enter(function: "_CommandFunction") -> "_CommandFunction":
         usage = " ".join(filter(None, (name, "[options]" if flags else "", arguments)))
         _COMMANDS[name] = _Command(usage, help, flags, function, formats, wrong, own, mixed)
         return function
@@ -7110,7 +7114,7 @@ def _cmd_exec_watch(run: _Run) -> None:
                     children.append(_start_for(change, command))
 
 
-def _start_for(change: Result, command: Sequence[str]) -> subprocess.Popen[bytes]:
+def _start_for(change: Result, command: Sequence[str]) -> "subprocess.Popen[bytes]":
     """Start a command with a change in its environment; like etcdctl, do not wait for its end."""
     added = {"ACTION": change.action, "MODIFIED_INDEX": str(change.modified_index),
              "KEY": change.key, "VALUE": change.value or ""}
@@ -7370,7 +7374,7 @@ def _import_snapshot_04(run: _Run) -> int:
     files = _read_snapshot_04(path, run.options.texts("hidden"))
     client = run.client
 
-    def write(record: Tuple[str, str, Optional[int]]) -> None:
+    def write(record: "Tuple[str, str, Optional[int]]") -> None:
         key, value, ttl = record
         client.set(key, value, ttl=max(ttl, _SNAP_TTL_MIN_S) if ttl else None)
 
@@ -7411,7 +7415,7 @@ def _call_command(
 ) -> None:
     """Enter a command that makes one call and says that this was done."""
     @_command(name, arguments, help, wrong=wrong)
-    def run_it(run: _Run) -> None:
+    def run_it(run: "_Run") -> None:
         _ask(call, run.client, *run.args)
         _emit(done.format(*run.args))
 
@@ -7594,12 +7598,12 @@ class _Record(NamedTuple):
     expiration: Optional[str] = None                # RFC 3339 instant
 
     @classmethod
-    def from_node(cls, node: Node) -> _Record:
+    def from_node(cls, node: Node) -> "_Record":
         """Return the record of a node."""
         return cls(node.key, None if node.dir else node.value or "", node.expiration)
 
     @classmethod
-    def from_line(cls, line: str) -> _Record:
+    def from_line(cls, line: str) -> "_Record":
         """Return the record of a line of the text form.  Raises ValueError."""
         name, *fields = line.split("\t")
         is_dir = name.endswith("/")
@@ -7613,7 +7617,7 @@ class _Record(NamedTuple):
                    expiration)
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> _Record:
+    def from_json(cls, raw: Mapping[str, Any]) -> "_Record":
         """Return the record of an object of the JSON form.  Raises ValueError."""
         key, value, expiration = raw["key"], raw.get("value"), raw.get("expiration")
         if raw.get("dir", False) != (value is None) or not isinstance(key, str):
@@ -8104,7 +8108,7 @@ class _Top:
         before = self._samples.get(member.id, sample)
         elapsed_s = sample.taken_at - before.taken_at
 
-        def rate(*names: str) -> str:
+        def rate(*names: "str") -> "str":
             return f"{(sample.count(*names) - before.count(*names)) / elapsed_s:.1f}" \
                 if elapsed_s > 0 else "-"
 
@@ -8125,7 +8129,7 @@ def _screen() -> Iterator[Callable[[float], bool]]:
     import termios
     import tty
 
-    def wait(seconds: float) -> bool:
+    def wait(seconds: "float") -> "bool":
         return (bool(select.select([sys.stdin], [], [], seconds)[0])
                 and os.read(sys.stdin.fileno(), 16)[:1] in (b"q", b"Q", b""))
 

@@ -250,7 +250,8 @@ class EtcdServer:
         elif request.method == "QGET" and self.reads.enabled:
             self.reads.add(request)
         else:
-            data = encoded or encode_request(request := request.as_unicode())
+            request = request if encoded else request.as_unicode()
+            data = encoded or encode_request(request)
             self._queue.append(Entry(0, 0, 0, data, request))
             self._queued_bytes += len(data)
 
