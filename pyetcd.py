@@ -16,7 +16,7 @@ One thread, the reactor, owns all state; a second one, `wal`, writes and syncs:
 
 Rooms and their modules, bottom up; each uses only names defined above it:
 
-  base:   checksums, basics, errors, limits, ids, text, messages, codec, urls
+  base:   checksums, errors, limits, ids, system, basics, text, messages, codec, urls
   raft:   progress, log, replication, core, node
   store:  events, walks, watchers, nodes, tree
   disk:   files, records, snapshots, wal
@@ -123,7 +123,6 @@ import contextlib
 import copy
 import difflib
 import errno
-import fcntl
 import functools
 import gc
 import hashlib
@@ -140,7 +139,6 @@ import platform
 import queue
 import random
 import re
-import resource
 import secrets
 import select
 import selectors
@@ -154,7 +152,6 @@ import struct
 import tempfile
 import threading
 import time
-import types
 import urllib.parse
 import weakref
 from array import array
@@ -198,9 +195,6 @@ __all__ = [
     "__version__", "Server", "ProxyServer", "StartError", "EtcdError", "backup", "restore",
     "BackupError", "LocalMember", "LocalCluster", "ClusterFactory", "main",
 ]
-
-if not hasattr(select, "epoll"):
-    raise ImportError("pyetcd needs epoll: it runs on Linux only")
 
 
 # ============================================================================
@@ -382,86 +376,6 @@ def is_clean_path(path: str) -> bool:
     return path.startswith("/") and not (
         "//" in path or "/." in path and _DOTS.search(path) is not None
     )
-
-
-# ============================================================================
-# base/basics -- Paths, back-off, TLS file names, and fsync of a directory.
-# ============================================================================
-
-
-def clean_path(path: str) -> str:
-    """Return the shortest equivalent absolute path: no `.`, `..`, `//` and no trailing slash.
-
-    Source: Go path.Clean, for a rooted path.
-    """
-    if is_clean_path(path):
-        return path.rstrip("/") or "/"
-    parts: List[str] = []
-    for part in path.split("/"):
-        if part == "..":
-            if parts:
-                parts.pop()
-        elif part and part != ".":
-            parts.append(part)
-    return "/" + "/".join(parts)
-
-
-class TlsFiles(NamedTuple):
-    """What one side, client or peer, is told about TLS: paths of PEM files, "" where not given.
-
-    Read by section TLS, again whenever one of the files changes.
-    """
-
-    cert_file: str = ""
-    key_file: str = ""
-    trusted_ca_file: str = ""           # "": the system's authorities
-    ca_file: str = ""                   # of etcd 2.0: trusted as well, and implies client_cert_auth
-    client_cert_auth: bool = False      # refuse clients without a certificate of the trusted CA
-    crl_file: str = ""                  # revoked certificates
-    allowed_name: str = ""              # host that a client certificate must be for
-    allowed_cn: str = ""                # common name that it must have
-
-
-class Backoff:
-    """Growing waits: next() returns first_s, then twice the last one, up to max_s."""
-
-    def __init__(self, first_s: float, max_s: float) -> None:
-        self._first_s = first_s
-        self._max_s = max_s
-        self._next_s = first_s
-
-    def next(self) -> float:
-        """Return the seconds to wait now."""
-        wait_s = self._next_s
-        self._next_s = min(wait_s * 2, self._max_s)
-        return wait_s
-
-    def reset(self) -> None:
-        """Begin again with first_s."""
-        self._next_s = self._first_s
-
-
-NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open files
-
-
-def descriptors_max(kept: int, part: int) -> int:
-    """Return how many descriptors may be open if `kept` of those that the system allows must be
-    left, or one `part` of them."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(kept, soft // part)
-
-
-def fsync_dir(path: str) -> None:
-    """Make names created, renamed or removed in directory `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _nothing() -> None:
-    """What a callback does where nothing is to be done; posted, it makes the reactor turn."""
 
 
 # ============================================================================
@@ -910,6 +824,187 @@ class IdGenerator:
         """Return the next id, a 64-bit int."""
         self._low = (self._low + 1) & ((1 << 48) - 1)
         return self._high | self._low
+
+
+# ============================================================================
+# base/system -- What systems other than Linux lack, or do otherwise.
+# ----------------------------------------------------------------------------
+# macOS has no epoll, no fdatasync and no /proc.  Windows has none of what a member needs, but
+# imports this file.
+# ============================================================================
+
+
+try:
+    import fcntl
+    import resource
+except ImportError:                     # Windows
+    fcntl = resource = None  # type: ignore[assignment]
+
+
+def check_system() -> None:
+    """Raise StartError with what a member needs and this system lacks."""
+    lacks = [what for what, is_there in (
+        ("file locks (fcntl)", fcntl is not None),
+        ("poll", hasattr(select, "epoll") or hasattr(select, "poll")),
+    ) if not is_there]
+    if lacks:
+        raise StartError(
+            f"pyetcd does not run on {sys.platform}, which lacks {' and '.join(lacks)}: use Linux"
+            " or macOS, or on Windows WSL or a container; pyetcd_client runs here"
+        )
+
+
+class Poll:
+    """What select.epoll does, by poll(), whose bits are the same."""
+
+    def __init__(self) -> None:
+        poll = select.poll()
+        self.register, self.modify, self.unregister = poll.register, poll.modify, poll.unregister
+        self._poll = poll.poll
+
+    def poll(self, timeout_s: Optional[float] = None) -> List[Tuple[int, int]]:
+        """Return (descriptor, events) of what is ready; wait for it timeout_s at most."""
+        return self._poll(None if timeout_s is None else math.ceil(timeout_s * 1e3))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def make_poll() -> Poll:
+    """Return epoll where the system has it: that takes as long with many sockets as with few."""
+    return select.epoll() if hasattr(select, "epoll") else Poll()  # type: ignore[return-value]
+
+
+def lock_file(handle: int) -> bool:
+    """Take the POSIX lock of a file; False if another process has it."""
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
+    return True
+
+
+def sync_file(handle: int) -> None:
+    """Make contents and attributes of a file durable.
+
+    macOS's fsync leaves them in the drive, which forgets them without power; what its F_FULLFSYNC
+    does not work on (a network's file system) gets fsync.
+    """
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        try:
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
+                raise
+    os.fsync(handle)
+
+
+sync_data: Callable[[int], None] = getattr(os, "fdatasync", sync_file)      # contents only
+
+
+def open_files_limit() -> int:
+    """Return how many descriptors this process may open."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+def resident_bytes_max() -> int:
+    """Return the most memory that this process has ever used."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def raise_files_limit() -> None:
+    """Allow as many open files as the system lets us; macOS says no limit, and takes 10,240."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    for limit in (hard, 10_240):
+        if limit == hard or open_files_limit() < limit:
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+                return
+
+
+# ============================================================================
+# base/basics -- Paths, back-off, TLS file names, and fsync of a directory.
+# ============================================================================
+
+
+def clean_path(path: str) -> str:
+    """Return the shortest equivalent absolute path: no `.`, `..`, `//` and no trailing slash.
+
+    Source: Go path.Clean, for a rooted path.
+    """
+    if is_clean_path(path):
+        return path.rstrip("/") or "/"
+    parts: List[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            if parts:
+                parts.pop()
+        elif part and part != ".":
+            parts.append(part)
+    return "/" + "/".join(parts)
+
+
+class TlsFiles(NamedTuple):
+    """What one side, client or peer, is told about TLS: paths of PEM files, "" where not given.
+
+    Read by section TLS, again whenever one of the files changes.
+    """
+
+    cert_file: str = ""
+    key_file: str = ""
+    trusted_ca_file: str = ""           # "": the system's authorities
+    ca_file: str = ""                   # of etcd 2.0: trusted as well, and implies client_cert_auth
+    client_cert_auth: bool = False      # refuse clients without a certificate of the trusted CA
+    crl_file: str = ""                  # revoked certificates
+    allowed_name: str = ""              # host that a client certificate must be for
+    allowed_cn: str = ""                # common name that it must have
+
+
+class Backoff:
+    """Growing waits: next() returns first_s, then twice the last one, up to max_s."""
+
+    def __init__(self, first_s: float, max_s: float) -> None:
+        self._first_s = first_s
+        self._max_s = max_s
+        self._next_s = first_s
+
+    def next(self) -> float:
+        """Return the seconds to wait now."""
+        wait_s = self._next_s
+        self._next_s = min(wait_s * 2, self._max_s)
+        return wait_s
+
+    def reset(self) -> None:
+        """Begin again with first_s."""
+        self._next_s = self._first_s
+
+
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open files
+
+
+def descriptors_max(kept: int, part: int) -> int:
+    """Return how many descriptors may be open if `kept` of those that the system allows must be
+    left, or one `part` of them."""
+    limit = open_files_limit()
+    return limit - min(kept, limit // part)
+
+
+def fsync_dir(path: str) -> None:
+    """Make names created, renamed or removed in directory `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        sync_file(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _nothing() -> None:
+    """What a callback does where nothing is to be done; posted, it makes the reactor turn."""
 
 
 # ============================================================================
@@ -5364,7 +5459,7 @@ class OsDisk:
 
     def fsync(self, handle: int) -> None:
         """Make contents and attributes durable."""
-        os.fsync(handle)
+        sync_file(handle)
 
     def close(self, handle: int) -> None:
         """Close a handle."""
@@ -5373,7 +5468,7 @@ class OsDisk:
     def truncate(self, handle: int, size: int) -> None:
         """Cut a file to `size` bytes, durably."""
         os.ftruncate(handle, size)
-        os.fsync(handle)
+        sync_file(handle)
 
     def rename(self, old: str, new: str) -> None:
         """Rename a file over whatever has the new name."""
@@ -5396,14 +5491,10 @@ class OsDisk:
         real = os.path.realpath(path)
         if real in _locked_paths.values():
             return False
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
-            raise
-        _locked_paths[path] = real
-        return True
+        if lock_file(handle):
+            _locked_paths[path] = real
+            return True
+        return False
 
     def unlock(self, path: str) -> None:
         """Forget a lock; closing the handle has released it for other processes."""
@@ -5437,7 +5528,7 @@ def _needs_space(
 
 
 _LOG_START = EntryID(0, 0)
-_fdatasync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+_fdatasync: Callable[[int], None] = sync_data
 OS_DISK = OsDisk()
 
 
@@ -6983,12 +7074,12 @@ class HasFileno(Protocol):
         """Return its descriptor."""
 
 
-_EPOLL_EVENTS = (0, select.EPOLLIN, select.EPOLLOUT, select.EPOLLIN | select.EPOLLOUT)
+_IN, _OUT, _INVALID = 1, 4, 32      # EPOLLIN and POLLIN, EPOLLOUT and POLLOUT, POLLNVAL
+_EPOLL_EVENTS = (0, _IN, _OUT, _IN | _OUT)
 # What epoll says, in EVENT_READ and EVENT_WRITE: errors and hang-ups come up in either.
 _READY = tuple(
-    (selectors.EVENT_READ if mask & ~select.EPOLLOUT else 0)
-    | (selectors.EVENT_WRITE if mask & ~select.EPOLLIN else 0)
-    for mask in range(2 * select.EPOLLHUP)
+    (selectors.EVENT_READ if mask & ~_OUT else 0) | (selectors.EVENT_WRITE if mask & ~_IN else 0)
+    for mask in range(2 * _INVALID)
 )
 
 
@@ -7011,7 +7102,7 @@ class Reactor:
         self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # so far; waiting: for sockets
         self._turned_at = self.now()    # the end of the last turn
         self._quick_waits = 0           # so many in a row were short
-        self._epoll = select.epoll()    # selectors would cost some 3 us more per event
+        self._epoll = make_poll()       # selectors would cost some 3 us more per event
         self._callbacks: Dict[int, Callable[[int], None]] = {}      # by descriptor
         self._gone: Set[int] = set()    # unregistered in this turn: their events are of others
         self._timers: List[Tuple[float, int, Timer]] = []
@@ -7023,7 +7114,7 @@ class Reactor:
         self._flushes: List[Callable[[], None]] = []
         # What clients cause: it gets CLIENTS_SECONDS of each part of a turn, then has to wait.
         self._patient: Set[int] = set()         # descriptors
-        self._urgent = select.epoll()           # all others: looked at while some are late
+        self._urgent = make_poll()              # all others: looked at while some are late
         self._late: OrderedDict[int, int] = collections.OrderedDict()   # of _patient -> event
         self._in_line: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._client_flushes: Deque[Callable[[], None]] = collections.deque()
@@ -15922,13 +16013,13 @@ def _resident_bytes() -> int:
     """Memory in use; where the system does not tell, the most ever used."""
     pages = _proc_text("statm").split()
     if len(pages) > 1:
-        return int(pages[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(pages[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident_bytes_max()
 
 
 def _virtual_bytes() -> int:
     pages = _proc_text("statm").split()
-    return int(pages[0]) * resource.getpagesize() if pages else 0
+    return int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
 
 
 def _open_descriptors(now: Callable[[], float]) -> Callable[[], int]:
@@ -16053,8 +16144,7 @@ def add_process_readings(
     metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
                   lambda: {(): _cpu_seconds()})
     metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
-    metrics.gauge("process_max_fds", "Limit of open file descriptors.",
-                  lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    metrics.gauge("process_max_fds", "Limit of open file descriptors.", open_files_limit)
     metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
     metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
     metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
@@ -16282,7 +16372,7 @@ class StatusApi:
         server = self._server
         variables: Dict[str, object] = {
             "cmdline": [sys.executable, *sys.argv],
-            "file_descriptor_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            "file_descriptor_limit": open_files_limit(),
             "memstats": {
                 "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
                 "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
@@ -18457,6 +18547,7 @@ class ServerThread:
         return server
 
     def _init(self, config: ServerConfig) -> None:
+        check_system()
         self.config = config
         self._reactor = Reactor()       # its sockets are closed by stop(), also without start()
         self._held = HeldBytes(self._reactor)
@@ -20988,14 +21079,11 @@ def check_data_dir(config: ServerConfig) -> str:
 
 def raise_descriptor_limit() -> None:
     """Allow as many open files as the system lets us.  Raises StartError if that is too few."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-    if soft != resource.RLIM_INFINITY and soft <= DESCRIPTORS_MIN:
+    raise_files_limit()
+    limit = open_files_limit()
+    if limit <= DESCRIPTORS_MIN:
         raise StartError(
-            f"file descriptor limit[{soft}] of etcd process is too low, and should be set higher"
+            f"file descriptor limit[{limit}] of etcd process is too low, and should be set higher"
             f" than {DESCRIPTORS_MIN} to ensure internal usage; raise it with ulimit -n"
         )
 
@@ -21185,6 +21273,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     # here is in no cycle), and is most of a write's p99 (17 instead of 5 ms).
     gc.set_threshold(2_000, 4, 1_000_000)       # the middle one takes 4 ms; with 5,000 and 5: 12
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        check_system()
+    except StartError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
     if words and words[0] in TOOL_FLAGS:
         return run_tool(words[0], words[1:])
     try:
@@ -21219,8 +21312,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 # ============================================================================
 # life/testkit -- The test kit: members that a test kills, freezes and cuts off.
 # ----------------------------------------------------------------------------
-# Threads: the test's, and those of the members.  Does not import pytest: a program that loads the
-# fixtures has done it.
+# Threads: the test's, and those of the members.
 # ============================================================================
 
 
@@ -21362,20 +21454,21 @@ class _LocalServer(Server):
             raft.election_elapsed = 0       # LocalCluster has a member of a new cluster campaign
 
 
-def _reserve_port() -> socket.socket:
-    """Return a socket that keeps a free loopback port for whoever listens on it in this process.
+def _reserve_url(owned: contextlib.ExitStack) -> str:
+    """Return the URL of a free loopback port; a socket, closed with `owned`, keeps it free.
 
-    Nobody else gets the port while the member is down, no outgoing connection either, and who
-    dials it then is refused.
+    No other process gets the port while the member is down, no outgoing connection either, and
+    a client that dials it then is refused.  macOS allows one socket per port: nothing keeps it.
     """
-    sock = socket.socket()
+    sock = owned.enter_context(socket.socket())
     sock.bind(("127.0.0.1", 0))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not before: it must be free now
-    return sock
-
-
-def _url_of(sock: socket.socket) -> str:
-    return f"http://127.0.0.1:{sock.getsockname()[1]}"
+    address = sock.getsockname()
+    try:
+        socket.create_server(address).close()
+    except OSError:
+        sock.close()
+    return f"http://127.0.0.1:{address[1]}"
 
 
 class LocalMember:
@@ -21548,8 +21641,7 @@ class LocalMember:
             import tempfile
             directory = self._owned.enter_context(tempfile.TemporaryDirectory("-pyetcd"))
         self._data_dir = os.path.join(directory, self.name)
-        ports = [self._owned.enter_context(_reserve_port()) for _ in range(2)]
-        self.client_url, self.peer_url = map(_url_of, ports)
+        self.client_url, self.peer_url = (_reserve_url(self._owned) for _ in range(2))
 
     def cut(self, mute: FrozenSet[int], deaf: FrozenSet[int]) -> None:
         """Lose what it sends to the members with these ids, and what comes from those."""
@@ -21763,43 +21855,6 @@ def _hear_each_other(one: LocalMember, other: LocalMember) -> bool:
     return hears(one, other) and hears(other, one)
 
 
-# -- pytest: loaded through the entry point `pytest11` -----------------------
-
-
-class PytestPlugin:
-    """The fixtures `etcd_server`, `etcd_cluster` and `etcd_cluster_factory`."""
-
-    @staticmethod
-    def pytest_configure(config: Any) -> None:
-        """Define the fixtures, with the pytest that has loaded this."""
-        fixture = sys.modules["pytest"].fixture
-        holder = types.ModuleType("pyetcd_fixtures")
-        for function in (_etcd_server, _etcd_cluster_factory, _etcd_cluster):
-            name = function.__name__[1:]
-            setattr(holder, name, fixture(name=name)(function))
-        config.pluginmanager.register(holder, "pyetcd_fixtures")
-
-
-@contextlib.contextmanager
-def _shown_logs() -> Iterator[None]:
-    """Let pytest capture the members' lines, and show them if the test fails."""
-    log = logging.getLogger("pyetcd")
-    before = log.level
-    if before == logging.NOTSET:
-        log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
-def _etcd_server(tmp_path_factory: Any) -> Iterator[LocalMember]:
-    """A member alone, ready, in this process: pyetcd.LocalMember."""
-    directory = str(tmp_path_factory.mktemp("etcd"))
-    with _shown_logs(), LocalMember(directory=directory) as member:
-        yield member
-
-
 class ClusterFactory:
     """What `etcd_cluster_factory` is: each call starts a LocalCluster, ended after the test."""
 
@@ -21812,15 +21867,13 @@ class ClusterFactory:
         return self._clusters.enter_context(LocalCluster(size, directory, **settings))
 
 
-def _etcd_cluster_factory(tmp_path_factory: Any) -> Iterator[ClusterFactory]:
-    """A function (size=3, **settings) that starts a pyetcd.LocalCluster: pyetcd.ClusterFactory."""
-    with _shown_logs(), contextlib.ExitStack() as clusters:
-        yield ClusterFactory(tmp_path_factory, clusters)
+class PytestPlugin:
+    """The fixtures of pyetcd_pytest, for installations that name this class as the plugin."""
 
-
-def _etcd_cluster(etcd_cluster_factory: ClusterFactory) -> LocalCluster:
-    """Three members, ready, in this process: pyetcd.LocalCluster."""
-    return etcd_cluster_factory()
+    @staticmethod
+    def pytest_configure(config: Any) -> None:
+        """Load the file beside this one."""
+        config.pluginmanager.import_plugin("pyetcd_pytest")
 
 
 if __name__ == "__main__":

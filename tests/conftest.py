@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
+import runpy
+from pathlib import Path
 from typing import Iterator
 
 import pytest
+
+if os.environ.get("PYETCD_TEST_SYSTEM"):        # before any of our modules, and for children too
+    _lacking = Path(__file__).parent / "kit" / os.environ["PYETCD_TEST_SYSTEM"]
+    runpy.run_path(str(_lacking / "sitecustomize.py"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(_lacking), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 pytest.register_assert_rewrite("tests.kit")
 

@@ -404,7 +404,8 @@ def _aid_project(path):
     """A project with the tests above, beside this checkout's module as pip would install it."""
     info = path / "site" / "pyetcd_server-0.dist-info"
     info.mkdir(parents=True)
-    shutil.copy(ROOT / "pyetcd.py", path / "site")
+    for name in ("pyetcd.py", "pyetcd_pytest.py"):
+        shutil.copy(ROOT / name, path / "site")
     project = (ROOT / "pyproject.toml").read_text()
     entry = re.search(r'^\[project.entry-points.pytest11\]\npyetcd = "(\S+)"', project, re.M)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pyetcd-server\nVersion: 0\n")
@@ -464,14 +465,31 @@ def test_aid_examples_of_embedding_run(tmp_path, monkeypatch, capsys):
     assert sorted(os.listdir(tmp_path)) == ["a.etcd", "b.etcd", "c.etcd", "one.etcd"]
 
 
-def test_aid_plugin_can_be_left_out(tmp_path):
+@pytest.mark.parametrize("is_loaded", [True, False], ids=["loaded", "left out"])
+def test_aid_plugin_costs_nothing_where_no_test_uses_it(tmp_path, is_loaded):
+    """The module of the fixtures imports nothing that pytest has not; `-p no:pyetcd` works too."""
     _aid_project(tmp_path)
     (tmp_path / "test_it.py").write_text(
-        "import sys\ndef test_it():\n    assert 'pyetcd' not in sys.modules\n")
-    code, output = _aid_python(
-        tmp_path / "site", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:pyetcd", "-n", "0",
-        "test_it.py")
+        "import sys\ndef test_it():\n    assert 'pyetcd' not in sys.modules\n"
+        f"    assert ('pyetcd_pytest' in sys.modules) is {is_loaded}\n")
+    words = [] if is_loaded else ["-p", "no:pyetcd"]
+    code, output = _aid_python(tmp_path / "site", "-m", "pytest", "-p", "no:cacheprovider", *words,
+                               "-n", "0", "test_it.py")
     assert code == 0, output
+
+
+def test_aid_fixtures_work_where_both_files_are_copied(tmp_path):
+    """No installation: conftest.py names the plugin, or the class of before."""
+    for name in ("pyetcd.py", "pyetcd_pytest.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "test_it.py").write_text("def test_it(etcd_server):\n    assert etcd_server.id\n")
+    for line in ("pytest_plugins = ['pyetcd_pytest']", "from pyetcd import PytestPlugin\n"
+                 "def pytest_configure(config):\n    PytestPlugin.pytest_configure(config)"):
+        (tmp_path / "conftest.py").write_text(line + "\n")
+        code, output = _aid_python(tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "-p",
+                                   "no:pyetcd", "-n", "0", str(tmp_path / "test_it.py"))
+        assert code == 0, output
 
 
 def test_embed_a_call_to_a_member_that_ends_meanwhile_is_told(tmp_path):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import resource
 from typing import Callable, Dict, Mapping
 
 from ..base.limits import NS, SERVER_VERSION
+from ..base.system import open_files_limit, resident_bytes_max
 from ..member.cluster import format_id
 from ..member.server import EtcdServer
 from ..member.statistics import Labels, Metrics
@@ -66,13 +66,13 @@ def _resident_bytes() -> int:
     """Memory in use; where the system does not tell, the most ever used."""
     pages = _proc_text("statm").split()
     if len(pages) > 1:
-        return int(pages[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(pages[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident_bytes_max()
 
 
 def _virtual_bytes() -> int:
     pages = _proc_text("statm").split()
-    return int(pages[0]) * resource.getpagesize() if pages else 0
+    return int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
 
 
 def _open_descriptors(now: Callable[[], float]) -> Callable[[], int]:
@@ -197,8 +197,7 @@ def add_process_readings(
     metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
                   lambda: {(): _cpu_seconds()})
     metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
-    metrics.gauge("process_max_fds", "Limit of open file descriptors.",
-                  lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    metrics.gauge("process_max_fds", "Limit of open file descriptors.", open_files_limit)
     metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
     metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
     metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",

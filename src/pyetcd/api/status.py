@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
-import resource
 import sys
 import urllib.parse
 from typing import Dict
 
 from ..base.ids import package_logger
 from ..base.limits import SERVER_VERSION, SHORT_HEADER_BYTES_MAX
+from ..base.system import open_files_limit
 from ..base.text import json_string, json_text, utf8
 from ..member.server import EtcdServer
 from ..net.http_requests import HttpRequest
@@ -136,7 +136,7 @@ class StatusApi:
         server = self._server
         variables: Dict[str, object] = {
             "cmdline": [sys.executable, *sys.argv],
-            "file_descriptor_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            "file_descriptor_limit": open_files_limit(),
             "memstats": {
                 "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
                 "NumGC": sum(generation["collections"] for generation in gc.get_stats()),

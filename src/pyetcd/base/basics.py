@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
-import sys
 from typing import List, NamedTuple
 
 from .checksums import is_clean_path
+from .system import open_files_limit, sync_file
 
 
 def clean_path(path: str) -> str:
@@ -69,15 +68,15 @@ NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open file
 def descriptors_max(kept: int, part: int) -> int:
     """Return how many descriptors may be open if `kept` of those that the system allows must be
     left, or one `part` of them."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(kept, soft // part)
+    limit = open_files_limit()
+    return limit - min(kept, limit // part)
 
 
 def fsync_dir(path: str) -> None:
     """Make names created, renamed or removed in directory `path` durable."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     try:
-        os.fsync(descriptor)
+        sync_file(descriptor)
     finally:
         os.close(descriptor)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 from enum import IntEnum
@@ -13,6 +12,7 @@ from typing import Callable, Dict, Iterator, List, Tuple
 from ..base.basics import NO_DESCRIPTOR, fsync_dir
 from ..base.errors import DiskFull
 from ..base.messages import EntryID
+from ..base.system import lock_file, sync_data, sync_file
 
 _WAL_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.wal")
 _SNAP_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.snap")
@@ -91,7 +91,7 @@ class OsDisk:
 
     def fsync(self, handle: int) -> None:
         """Make contents and attributes durable."""
-        os.fsync(handle)
+        sync_file(handle)
 
     def close(self, handle: int) -> None:
         """Close a handle."""
@@ -100,7 +100,7 @@ class OsDisk:
     def truncate(self, handle: int, size: int) -> None:
         """Cut a file to `size` bytes, durably."""
         os.ftruncate(handle, size)
-        os.fsync(handle)
+        sync_file(handle)
 
     def rename(self, old: str, new: str) -> None:
         """Rename a file over whatever has the new name."""
@@ -123,14 +123,10 @@ class OsDisk:
         real = os.path.realpath(path)
         if real in _locked_paths.values():
             return False
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
-            raise
-        _locked_paths[path] = real
-        return True
+        if lock_file(handle):
+            _locked_paths[path] = real
+            return True
+        return False
 
     def unlock(self, path: str) -> None:
         """Forget a lock; closing the handle has released it for other processes."""
@@ -164,5 +160,5 @@ def _needs_space(
 
 
 _LOG_START = EntryID(0, 0)
-_fdatasync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+_fdatasync: Callable[[int], None] = sync_data
 OS_DISK = OsDisk()

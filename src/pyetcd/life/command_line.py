@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
 import platform
-import resource
 import signal
 import socket
 import sys
@@ -17,6 +15,7 @@ from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence
 from ..base.errors import ClusterFull, StartError
 from ..base.ids import one_line, package_logger
 from ..base.limits import DEFAULT_SNAPSHOT_COUNT, SERVER_VERSION, __version__
+from ..base.system import check_system, open_files_limit, raise_files_limit
 from ..member.configuration import ServerConfig
 from ..net.workers import SYSTEM_CLOCK
 from .backup import backup, restore
@@ -146,14 +145,11 @@ def check_data_dir(config: ServerConfig) -> str:
 
 def raise_descriptor_limit() -> None:
     """Allow as many open files as the system lets us.  Raises StartError if that is too few."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-    if soft != resource.RLIM_INFINITY and soft <= DESCRIPTORS_MIN:
+    raise_files_limit()
+    limit = open_files_limit()
+    if limit <= DESCRIPTORS_MIN:
         raise StartError(
-            f"file descriptor limit[{soft}] of etcd process is too low, and should be set higher"
+            f"file descriptor limit[{limit}] of etcd process is too low, and should be set higher"
             f" than {DESCRIPTORS_MIN} to ensure internal usage; raise it with ulimit -n"
         )
 
@@ -343,6 +339,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     # here is in no cycle), and is most of a write's p99 (17 instead of 5 ms).
     gc.set_threshold(2_000, 4, 1_000_000)       # the middle one takes 4 ms; with 5,000 and 5: 12
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        check_system()
+    except StartError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
     if words and words[0] in TOOL_FLAGS:
         return run_tool(words[0], words[1:])
     try:

@@ -1,19 +1,15 @@
 """The test kit: members that a test kills, freezes and cuts off.
 
-Threads: the test's, and those of the members.  Does not import pytest: a program that loads the
-fixtures has done it.
+Threads: the test's, and those of the members.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
-import sys
 import threading
 import time
-import types
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -21,7 +17,6 @@ from typing import (
     FrozenSet,
     Generator,
     Iterable,
-    Iterator,
     Mapping,
     Optional,
     Set,
@@ -180,20 +175,21 @@ class _LocalServer(Server):
             raft.election_elapsed = 0       # LocalCluster has a member of a new cluster campaign
 
 
-def _reserve_port() -> socket.socket:
-    """Return a socket that keeps a free loopback port for whoever listens on it in this process.
+def _reserve_url(owned: contextlib.ExitStack) -> str:
+    """Return the URL of a free loopback port; a socket, closed with `owned`, keeps it free.
 
-    Nobody else gets the port while the member is down, no outgoing connection either, and who
-    dials it then is refused.
+    No other process gets the port while the member is down, no outgoing connection either, and
+    a client that dials it then is refused.  macOS allows one socket per port: nothing keeps it.
     """
-    sock = socket.socket()
+    sock = owned.enter_context(socket.socket())
     sock.bind(("127.0.0.1", 0))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not before: it must be free now
-    return sock
-
-
-def _url_of(sock: socket.socket) -> str:
-    return f"http://127.0.0.1:{sock.getsockname()[1]}"
+    address = sock.getsockname()
+    try:
+        socket.create_server(address).close()
+    except OSError:
+        sock.close()
+    return f"http://127.0.0.1:{address[1]}"
 
 
 class LocalMember:
@@ -366,8 +362,7 @@ class LocalMember:
             import tempfile
             directory = self._owned.enter_context(tempfile.TemporaryDirectory("-pyetcd"))
         self._data_dir = os.path.join(directory, self.name)
-        ports = [self._owned.enter_context(_reserve_port()) for _ in range(2)]
-        self.client_url, self.peer_url = map(_url_of, ports)
+        self.client_url, self.peer_url = (_reserve_url(self._owned) for _ in range(2))
 
     def cut(self, mute: FrozenSet[int], deaf: FrozenSet[int]) -> None:
         """Lose what it sends to the members with these ids, and what comes from those."""
@@ -581,43 +576,6 @@ def _hear_each_other(one: LocalMember, other: LocalMember) -> bool:
     return hears(one, other) and hears(other, one)
 
 
-# -- pytest: loaded through the entry point `pytest11` -----------------------
-
-
-class PytestPlugin:
-    """The fixtures `etcd_server`, `etcd_cluster` and `etcd_cluster_factory`."""
-
-    @staticmethod
-    def pytest_configure(config: Any) -> None:
-        """Define the fixtures, with the pytest that has loaded this."""
-        fixture = sys.modules["pytest"].fixture
-        holder = types.ModuleType("pyetcd_fixtures")
-        for function in (_etcd_server, _etcd_cluster_factory, _etcd_cluster):
-            name = function.__name__[1:]
-            setattr(holder, name, fixture(name=name)(function))
-        config.pluginmanager.register(holder, "pyetcd_fixtures")
-
-
-@contextlib.contextmanager
-def _shown_logs() -> Iterator[None]:
-    """Let pytest capture the members' lines, and show them if the test fails."""
-    log = logging.getLogger("pyetcd")
-    before = log.level
-    if before == logging.NOTSET:
-        log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
-def _etcd_server(tmp_path_factory: Any) -> Iterator[LocalMember]:
-    """A member alone, ready, in this process: pyetcd.LocalMember."""
-    directory = str(tmp_path_factory.mktemp("etcd"))
-    with _shown_logs(), LocalMember(directory=directory) as member:
-        yield member
-
-
 class ClusterFactory:
     """What `etcd_cluster_factory` is: each call starts a LocalCluster, ended after the test."""
 
@@ -630,12 +588,10 @@ class ClusterFactory:
         return self._clusters.enter_context(LocalCluster(size, directory, **settings))
 
 
-def _etcd_cluster_factory(tmp_path_factory: Any) -> Iterator[ClusterFactory]:
-    """A function (size=3, **settings) that starts a pyetcd.LocalCluster: pyetcd.ClusterFactory."""
-    with _shown_logs(), contextlib.ExitStack() as clusters:
-        yield ClusterFactory(tmp_path_factory, clusters)
+class PytestPlugin:
+    """The fixtures of pyetcd_pytest, for installations that name this class as the plugin."""
 
-
-def _etcd_cluster(etcd_cluster_factory: ClusterFactory) -> LocalCluster:
-    """Three members, ready, in this process: pyetcd.LocalCluster."""
-    return etcd_cluster_factory()
+    @staticmethod
+    def pytest_configure(config: Any) -> None:
+        """Load the file beside this one."""
+        config.pluginmanager.import_plugin("pyetcd_pytest")
