@@ -23,11 +23,11 @@ Rooms and their modules, bottom up; each uses only names defined above it:
   net:    http_messages, workers, reactor, budgets, http_requests, tls, dns, http_calls,
             http_connections, http_server
   peer:   frames, compatibility, streams, links, transport
-  member: cluster, applier, configuration, door, passwords, reconfiguration, statistics,
+  member: cluster, applier, configuration, inspection, passwords, reconfiguration, statistics,
             journal, monitors, snapshots, waiting, server, auth
   api:    forms, gojson, auth, listings, keys, members, metrics, snapshot, status, routes,
             discovery
-  life:   discovery, addresses, flags, restart, bootstrap, first_life, embedding, proxy_files,
+  life:   discovery, addresses, flags, restart, bootstrap, data_loss, embedding, proxy_files,
             proxy, settings, checks, sources, backup, command_line, testkit
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
@@ -384,9 +384,9 @@ def is_clean_path(path: str) -> bool:
 
 
 class EtcdError(Exception):
-    """An answer of the keys API: code, message and HTTP status come from the class.
+    """An error of the keys API: code, message and HTTP status come from the class.
 
-    cause  what exactly was wrong, or "" (then it is left out of the body)
+    cause  detail of this request, or "" (then it is left out of the body)
     index  store index for the body and X-Etcd-Index; 0 for errors of the request itself
 
     Source: etcd 2.3 API, errorcode.
@@ -407,92 +407,62 @@ class EtcdError(Exception):
 
 
 class KeyNotFound(EtcdError):
-    """A path component does not exist; the cause is its path."""
-
     code, message, status = 100, "Key not found", 404
 
 
 class CompareFailed(EtcdError):
-    """prevValue or prevIndex does not hold; the cause shows given and stored."""
-
     code, message, status = 101, "Compare failed", 412
 
 
 class NotFile(EtcdError):
-    """A directory stands where a file is needed."""
-
     code, message, status = 102, "Not a file", 403
 
 
 class NotDir(EtcdError):
-    """A file stands in the middle of the path."""
-
     code, message = 104, "Not a directory"
 
 
 class NodeExists(EtcdError):
-    """create found the key."""
-
     code, message, status = 105, "Key already exists", 412
 
 
 class RootReadOnly(EtcdError):
-    """The root cannot be changed."""
-
     code, message = 107, "Root is read only"
 
 
 class DirNotEmpty(EtcdError):
-    """Deleting a directory with children needs recursive=true."""
-
     code, message, status = 108, "Directory not empty", 403
 
 
 class Unauthorized(EtcdError):
-    """Auth is enabled and the request lacks the right."""
-
     code, message, status = 110, "The request requires user authentication", 401
 
 
 class PrevValueRequired(EtcdError):
-    """prevValue was given, but empty."""
-
     code, message = 201, "PrevValue is Required in POST form"
 
 
 class TtlNotANumber(EtcdError):
-    """ttl is not an unsigned integer."""
-
     code, message = 202, "The given TTL in POST form is not a number"
 
 
 class IndexNotANumber(EtcdError):
-    """prevIndex or waitIndex is not an unsigned integer."""
-
     code, message = 203, "The given index in POST form is not a number"
 
 
 class InvalidField(EtcdError):
-    """A boolean parameter has another value, or does not fit the method."""
-
     code, message = 209, "Invalid field"
 
 
 class InvalidForm(EtcdError):
-    """The query or the body cannot be parsed, or is too large."""
-
     code, message = 210, "Invalid POST form"
 
 
 class RefreshValue(EtcdError):
-    """refresh=true with a value."""
-
     code, message = 211, "Value provided on refresh"
 
 
 class RefreshTtlRequired(EtcdError):
-    """refresh=true without a ttl."""
-
     code, message = 212, "A TTL must be provided on refresh"
 
 
@@ -503,17 +473,17 @@ class RaftInternal(EtcdError):
 
 
 class TooManyRequests(RaftInternal):
-    """PROPOSALS_PENDING_MAX requests wait already; this one was not even tried."""
+    """PROPOSALS_PENDING_MAX requests wait already; this one was not proposed."""
 
     status = 503
 
 
 class RequestTimeout(RaftInternal):
-    """No answer within the request timeout; the write may still be applied later."""
+    """No answer within the request timeout; the write may be applied later."""
 
 
 class NoSpace(RaftInternal):
-    """The disk of this member is full: nothing was changed, or will be by this request."""
+    """The disk of this member is full: the request changes nothing."""
 
     def __init__(self, cause: str = "", index: int = 0) -> None:
         super().__init__(f"etcdserver: {cause}; nothing was changed", index)
@@ -527,8 +497,6 @@ class ServerStopped(RaftInternal):
 
 
 class EventIndexCleared(EtcdError):
-    """waitIndex lies before the event history."""
-
     code, message = 401, "The event in requested index is outdated and cleared"
 
 
@@ -542,8 +510,6 @@ class MemberError(Exception):
 
 
 class UnknownChange(MemberError):
-    """A kind of change that this program does not know."""
-
     text = "etcdserver: unknown kind of membership change"
 
 
@@ -554,82 +520,56 @@ class MemberRemoved(MemberError):
 
 
 class MemberExists(MemberError):
-    """The id is a member already."""
-
     text = "etcdserver: ID exists"
 
 
 class MemberNotFound(MemberError):
-    """No member has this id."""
-
     text = "etcdserver: ID not found"
 
 
 class PeerUrlExists(MemberError):
-    """Another member uses one of the peer URLs."""
-
     text = "etcdserver: peerURL exists"
 
 
 class ReconfigurationRefused(MemberError):
     """Strict reconfiguration check: the change could lose the quorum."""
 
-    detail = ""                         # the numbers, and what to do
+    counted = advice = ""
 
-    def __str__(self) -> str:
-        return f"{self.text}: {self.detail}"
+    def __init__(self, change: str, left: int, size: int) -> None:
+        super().__init__()
+        self.text += (
+            f": {change} a member leaves {self.counted.format(left, size)}, and {size // 2 + 1} are"
+            f" needed for a quorum; {self.advice}, and try again"
+        )
 
 
 class NotEnoughStarted(ReconfigurationRefused):
     """Too few members would have been started, as etcd 2.3 counts."""
 
     text = "etcdserver: re-configuration failed due to not enough started members"
-
-    def __init__(self, what: str, started: int, size: int) -> None:
-        super().__init__()
-        self.detail = (
-            f"{what} a member leaves {started} started of {size} members, and {size // 2 + 1} are"
-            f" needed for a quorum; start the members that were added and not started yet, or"
-            f" remove those, and try again"
-        )
+    counted = "{} started of {} members"
+    advice = "start the members that were added and not started yet, or remove those"
 
 
 class NotEnoughActive(ReconfigurationRefused):
     """Too few members would be up, as etcd 3 counts."""
 
     text = "etcdserver: unhealthy cluster"
-
-    def __init__(self, what: str, active: int, size: int) -> None:
-        super().__init__()
-        self.detail = (
-            f"{what} a member leaves {active} of {size} members that can be reached, and"
-            f" {size // 2 + 1} are needed for a quorum; start those that are down, or remove them"
-            f" first, and try again"
-        )
+    counted = "{} of {} members that can be reached"
+    advice = "start those that are down, or remove them first"
 
 
-class RaftError(Exception):
-    """The Raft core cannot do what was asked, now or ever; nothing is broken."""
-
-
-class ProposalDropped(RaftError):
-    """No leader is known, or this member may not propose."""
-
-
-class Compacted(RaftError):
-    """The wanted entries lie before the first index of the log."""
-
-
-class Unavailable(RaftError):
-    """The wanted entries lie after the last index of the log."""
+class ProposalDropped(Exception):
+    """Raft cannot take the proposal now: no leader, too much uncommitted, or removed."""
 
 
 class CodecError(ValueError):
-    """Bytes that are not what they should be: wrong wire type, cut varint, length past the end."""
+    """Malformed bytes: wrong wire type, cut varint, length past the end."""
 
 
 class WalError(Exception):
-    """The write-ahead log cannot be read or opened; the text says which file and what to do."""
+    """The write-ahead log cannot be read or opened; the text names the file and the remedy."""
 
 
 class CrcMismatch(WalError):
@@ -645,7 +585,7 @@ class FileLocked(WalError):
 
 
 class DiskFull(WalError):
-    """A file cannot grow; what was written of this visit is taken back, so it may be repeated."""
+    """A file cannot grow.  The partial write was taken back, so the write may be repeated."""
 
 
 class SnapshotError(Exception):
@@ -653,11 +593,11 @@ class SnapshotError(Exception):
 
 
 class DiscoveryError(Exception):
-    """Joining by discovery failed; the text says why (etcd's words)."""
+    """Joining by discovery failed; the text is etcd's."""
 
 
 class StartError(Exception):
-    """The member cannot start.  The text is one line that says what to do; exit code 1."""
+    """The member cannot start.  The text is one line with the remedy; exit code 1."""
 
 
 class ClusterFull(StartError):
@@ -665,7 +605,7 @@ class ClusterFull(StartError):
 
 
 class InvariantError(Exception):
-    """A bug: state that must never exist does.  The member ends rather than continue."""
+    """A bug: a state that must never exist.  The member ends rather than continue."""
 
 
 # ============================================================================
@@ -2179,7 +2119,7 @@ def is_local(url: str) -> bool:
 
 
 # ============================================================================
-# raft/progress -- Progress and quorum: what a leader knows of its followers.
+# raft/progress -- Progress and quorum: a leader's view of its followers, and the messages of one member.
 # ----------------------------------------------------------------------------
 # Knows neither the log's content nor time nor sockets.
 # ============================================================================
@@ -2193,45 +2133,6 @@ class ProgressState(IntEnum):
     SNAPSHOT = 2        # a snapshot is under way: send nothing
 
 
-class Inflights:
-    """The unanswered MsgApp of one follower: the last entry index of each, ascending."""
-
-    __slots__ = ("_indexes", "_limit")
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._indexes: Deque[int] = collections.deque()
-
-    @property
-    def full(self) -> bool:
-        """True if no further message may be sent."""
-        return len(self._indexes) >= self._limit
-
-    def add(self, index: int) -> None:
-        """Note a sent message that ends at `index`.  Raises InvariantError if full."""
-        if self.full:
-            raise InvariantError("cannot add a message to a full in-flight window")
-        self._indexes.append(index)
-
-    def free_to(self, index: int) -> None:
-        """Forget the messages that end at or before `index`."""
-        indexes = self._indexes
-        while indexes and indexes[0] <= index:
-            indexes.popleft()
-
-    def free_first(self) -> None:
-        """Forget the oldest message, if any."""
-        if self._indexes:
-            self._indexes.popleft()
-
-    def reset(self) -> None:
-        """Forget all."""
-        self._indexes.clear()
-
-    def __len__(self) -> int:
-        return len(self._indexes)
-
-
 class Progress:
     """A leader's view of one member, itself included.
 
@@ -2240,8 +2141,8 @@ class Progress:
     """
 
     __slots__ = (
-        "asked", "due", "inflights", "match_index", "next_index", "paused", "pending_snapshot",
-        "recent_active", "state",
+        "due", "inflights", "match_index", "next_index", "paused", "pending_snapshot",
+        "proposed_index", "recent_active", "state", "_window",
     )
 
     def __init__(self, next_index: int, window: int, *, match_index: int = 0) -> None:
@@ -2252,28 +2153,27 @@ class Progress:
         self.pending_snapshot = 0       # SNAPSHOT only: index of the snapshot under way
         self.recent_active = False      # answered since the last report_unreachable
         self.due = False                # gets a MsgApp, maybe an empty one, at the next ready()
-        self.asked = 0                  # index of its newest proposal that is not committed
-        self.inflights = Inflights(window)
+        self.proposed_index = 0         # index of its newest proposal that is not committed
+        self.inflights: Deque[int] = collections.deque()    # last index of each unanswered MsgApp
+        self._window = window
 
     @property
     def is_paused(self) -> bool:
         """True if no MsgApp may be sent now."""
         if self.state == ProgressState.REPLICATE:
-            return self.inflights.full
+            return len(self.inflights) >= self._window
         return self.paused or self.state == ProgressState.SNAPSHOT
 
     def become_probe(self) -> None:
-        """Ask where the logs match; after a snapshot, assume that it arrived."""
+        """Find out where the logs match; after a snapshot, assume that it arrived."""
         self.next_index = max(self.match_index, self.pending_snapshot) + 1
         self._enter(ProgressState.PROBE)
 
     def become_replicate(self) -> None:
-        """Send ahead, beginning behind the match."""
         self._enter(ProgressState.REPLICATE)
         self.next_index = self.match_index + 1
 
     def become_snapshot(self, index: int) -> None:
-        """Wait until the snapshot at `index` has arrived or failed."""
         self._enter(ProgressState.SNAPSHOT)
         self.pending_snapshot = index
 
@@ -2281,18 +2181,18 @@ class Progress:
         self.state = state
         self.paused = False
         self.pending_snapshot = 0
-        self.inflights.reset()
+        self.inflights.clear()
 
     def sent(self, last: int) -> None:
         """Note a MsgApp whose last entry is `last`."""
         if self.state == ProgressState.REPLICATE:
             self.next_index = last + 1
-            self.inflights.add(last)
+            self.inflights.append(last)
         else:
             self.paused = True
 
     def maybe_update(self, index: int) -> bool:
-        """Note that the member holds everything up to `index`; False if that is no news."""
+        """Note that the member holds everything up to `index`; False if that was known."""
         if self.next_index <= index:
             self.next_index = index + 1
         if index <= self.match_index:
@@ -2302,11 +2202,12 @@ class Progress:
         return True
 
     def acknowledge(self, index: int) -> bool:
-        """Handle a positive answer: update, and move on to REPLICATE; False if it is no news."""
+        """Handle a positive answer: update, and move on to REPLICATE; False if it was known."""
         if not self.maybe_update(index):
             return False
         if self.state == ProgressState.REPLICATE:
-            self.inflights.free_to(index)
+            while self.inflights and self.inflights[0] <= index:
+                self.inflights.popleft()
         elif self.match_index >= self.pending_snapshot:
             self.become_replicate()
         return True
@@ -2328,20 +2229,8 @@ class Progress:
         self.paused = False
         return True
 
-    def snapshot_failed(self) -> None:
-        """The snapshot under way did not arrive: probe again behind the match."""
-        self.pending_snapshot = 0
-        self.become_probe()
-
-    def __repr__(self) -> str:
-        return (
-            f"Progress({self.state.name} match={self.match_index} next={self.next_index}"
-            f" paused={self.is_paused} inflight={len(self.inflights)})"
-        )
-
 
 def quorum_size(voters: int) -> int:
-    """Return how many of `voters` members are a majority."""
     return voters // 2 + 1
 
 
@@ -2351,19 +2240,19 @@ def quorum_index(match_indexes: Iterable[int]) -> int:
     return ascending[(len(ascending) - 1) // 2] if ascending else 0
 
 
-_ENTRY_OVERHEAD = 40            # entry_size() of an entry without data
+_ENTRY_OVERHEAD = 40            # bytes of an encoded entry besides its data, at most
 
 
 class Mailbox:
     """The messages of one member until ready() takes them.
 
-    Promises (votes, answers to MsgApp) are held: they may leave only when the disk has what
-    they promise.  Everything else may leave at once.
+    Promises (votes, answers to MsgApp) are held until the state that they promise is durable.
+    All other messages may leave at once.
     """
 
     def __init__(self, id: int, forward_bytes_max: int) -> None:
         self.id = id
-        self.term = 0                               # stamped on what is sent; kept by Raft
+        self.term = 0                               # stamped on every message; kept by Raft
         self._forward_bytes_max = forward_bytes_max
         self._messages: List[Message] = []
         self._held: List[Message] = []
@@ -2385,10 +2274,10 @@ class Mailbox:
         self._held.append(self._message(kind, to, fields))
 
     def hold_ack(self, to: int, index: int) -> None:
-        """Answer that everything up to `index` is here; one such answer stands for all before.
+        """Acknowledge every entry up to `index`; one such answer stands for all before.
 
-        Of two answers to one leader the higher holds: within its term our log only grows.  An
-        answer to an earlier leader is dropped, as its entries may be gone by now.
+        Of two answers to one leader the higher holds: within a term the follower's log only
+        grows.  An answer to an earlier leader is dropped, as its entries may be gone by now.
         """
         ack = self._ack
         if ack is None or ack.to != to or ack.term != self.term or ack.index < index:
@@ -2405,7 +2294,6 @@ class Mailbox:
 
     @property
     def is_empty(self) -> bool:
-        """True if take() would return nothing."""
         return not (self._messages or self._held or self._ack)
 
     def take(self) -> Tuple[List[Message], List[Message]]:
@@ -2420,12 +2308,12 @@ class Mailbox:
 
 
 # ============================================================================
-# raft/log -- The Raft log: what is stable, what is not, what is committed.
+# raft/log -- The Raft log: its stable, committed and applied parts.
 # ============================================================================
 
 
 class Mark(NamedTuple):
-    """How far the log was handed out by one Ready.  Opaque to the server."""
+    """The end of the log at one Ready.  Opaque to the server."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index
     generation: int
@@ -2458,7 +2346,7 @@ class RaftLog:
         self._offset_term = offset.term
         self._entries: List[Entry] = []
         self.generation = 0
-        self.pending_snapshot: Optional[Snapshot] = None    # came in, not yet handed out
+        self.pending_snapshot: Optional[Snapshot] = None    # received, not yet handed out
         if entries:
             self.append(entries)
         for entry in entries:
@@ -2485,14 +2373,13 @@ class RaftLog:
 
     @property
     def last_id(self) -> EntryID:
-        """Where the log ends."""
         last = self._entries[-1].term if self._entries else self._offset_term
         return EntryID(last, self.last_index)
 
     def term(self, index: int) -> int:
         """Return the term of the entry at `index`, 0 above the last.
 
-        Raises Compacted below the snapshot point.
+        Raises InvariantError below the snapshot point.
         """
         position = index - self.offset
         if position > len(self._entries):
@@ -2500,11 +2387,11 @@ class RaftLog:
         if position > 0:
             return self._entries[position - 1].term
         if position < 0:
-            raise Compacted(f"entry {index} lies before the snapshot point {self.offset}")
+            raise InvariantError(f"entry {index} lies before the snapshot point {self.offset}")
         return self._offset_term
 
     def match_term(self, entry_id: EntryID) -> bool:
-        """Tell whether our log holds that entry; unknown above the last and when compacted."""
+        """Tell whether our log holds that entry; False above the last and when compacted."""
         position = entry_id.index - self.offset
         return 0 <= position <= len(self._entries) and self.term(entry_id.index) == entry_id.term
 
@@ -2515,12 +2402,13 @@ class RaftLog:
     def slice(self, low: int, high: int, max_bytes: Optional[int] = None) -> List[Entry]:
         """Return the entries low <= index < high, cut to `max_bytes` but at least one.
 
-        Raises Compacted if `low` is before the first entry, Unavailable if `high` passes the end.
+        Raises InvariantError if the log does not hold them all.
         """
-        if low <= self.offset:
-            raise Compacted(f"entry {low} lies before the first index {self.first_index}")
-        if high > self.last_index + 1:
-            raise Unavailable(f"entry {high - 1} lies after the last index {self.last_index}")
+        if low <= self.offset or high > self.last_index + 1:
+            raise InvariantError(
+                f"entries {low} to {high - 1} are not in the log, which has {self.first_index} to"
+                f" {self.last_index}"
+            )
         start, end = low - self.offset - 1, high - self.offset - 1
         if max_bytes is None:
             return self._entries[start:end]
@@ -2571,7 +2459,7 @@ class RaftLog:
         return last_new
 
     def append(self, entries: Sequence[Entry]) -> None:
-        """Put `entries` (at least one) at their indexes; what stood there and behind is dropped.
+        """Put `entries` (at least one) at their indexes; entries there and behind are dropped.
 
         Raises InvariantError for a gap and for a change at or below the commit index.
         """
@@ -2618,7 +2506,7 @@ class RaftLog:
         return self.slice(self.applied + 1, high + 1) if high > self.applied else []
 
     def compact(self, index: int) -> None:
-        """Move the snapshot point to `index`; nothing happens if it is there or further.
+        """Move the snapshot point to `index`, unless it is there or further.
 
         Raises InvariantError if that entry is not applied and durable.
         """
@@ -2631,7 +2519,7 @@ class RaftLog:
         self.offset = index
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Replace the whole log by a snapshot that came in.  It is handed out, then durable."""
+        """Replace the whole log by a received snapshot.  It is handed out, then durable."""
         if snapshot.index <= self.commit:
             raise InvariantError(f"snapshot {snapshot.index} is behind commit {self.commit}")
         self.offset = self.commit = self._handed = snapshot.index
@@ -2643,18 +2531,17 @@ class RaftLog:
 
     @property
     def has_unhanded(self) -> bool:
-        """True if hand_out() would return something."""
         return self._handed < self.last_index or self.pending_snapshot is not None
 
     def hand_out(self) -> Tuple[Optional[Snapshot], List[Entry], Mark]:
-        """Return what the disk has not been given yet, and the mark that stands for it."""
+        """Return the snapshot and the entries that the disk lacks, and the mark of their end."""
         snapshot, self.pending_snapshot = self.pending_snapshot, None
         entries = self._entries[self._handed - self.offset:]
         self._handed = self.last_index
         return snapshot, entries, Mark(self._handed, self.generation)
 
     def stable_to(self, mark: Mark) -> bool:
-        """Note that everything handed out up to `mark` is durable; False if that is no news."""
+        """Note that the log is durable up to `mark`; False if that was known, or is outdated."""
         if mark.generation != self.generation or mark.index <= self.stable:
             return False
         self.stable = mark.index
@@ -2662,18 +2549,18 @@ class RaftLog:
 
 
 # ============================================================================
-# raft/replication -- Replication: what a leader sends, and to which follower.
+# raft/replication -- Replication: the messages that a leader sends to its followers, and reads without an entry.
 # ----------------------------------------------------------------------------
 # Knows neither roles nor elections.
 # ============================================================================
 
 
 class RaftConfig(NamedTuple):
-    """What a Raft needs from outside.
+    """The settings of a Raft, and its ways to the outside.
 
     rng    anything with randrange(n), e.g. a seeded random.Random
     trace  receives the lines that etcd's raft package logs at info level
-    patient  a new commit index alone makes no message, until tell_commit()
+    defer_commit  a new commit index alone makes no message before broadcast_commit()
     """
 
     id: int
@@ -2684,42 +2571,41 @@ class RaftConfig(NamedTuple):
     max_entries_bytes: int = ENTRIES_BYTES_MAX
     max_inflight: int = INFLIGHT_MSGAPP_MAX
     max_uncommitted_bytes: int = UNCOMMITTED_BYTES_MAX
-    patient: bool = False
+    defer_commit: bool = False
 
 
 class Replication:
-    """The sending side of a leader.  On other members only the ids in `progress` mean anything.
+    """The sending side of a leader.  On other members only the ids in `progress` are current.
 
-    Nothing is sent when it becomes due: send_due() sends one MsgApp per follower and ready(),
-    with everything proposed since, so the work per proposal does not grow with the cluster.
+    A MsgApp waits until send_due(): one per follower and ready(), with all entries proposed
+    since, so the work per proposal does not grow with the cluster.
     """
 
     def __init__(self, config: RaftConfig, log: RaftLog, mail: Mailbox) -> None:
         self.progress: Dict[int, Progress] = {}     # the voters, ascending by id
-        self.snapshot_source: Callable[[], Optional[Snapshot]] = _no_snapshot
-        self._id = config.id
-        self._max_bytes = config.max_entries_bytes
-        self._window = config.max_inflight
+        # Called for a follower whose entries are compacted; None: not ready, asked again later.
+        self.snapshot_source: Callable[[], Optional[Snapshot]] = lambda: None
+        self.commit_unsent = False                  # some follower may not know our commit index
+        self._config = config
         self._log = log
         self._mail = mail
         self._append_due = False                    # some progress is due
         self._broadcast_due = False                 # every progress is due
-        self._patient = config.patient
-        self.commit_untold = False                  # some follower may not know our commit index
 
     def set_voters(self, voters: Iterable[int]) -> None:
-        """Keep what is known of the voters, begin anew with new ones, forget the others."""
-        known, following = self.progress, self._log.last_index + 1
+        """Keep the progress of known voters, begin anew with new ones, forget the others."""
+        known = self.progress
         self.progress = {
-            voter: known.get(voter) or Progress(following, self._window)
-            for voter in sorted(set(voters))
+            voter: known.get(voter) or self._new_progress() for voter in sorted(set(voters))
         }
 
+    def _new_progress(self) -> Progress:
+        return Progress(self._log.last_index + 1, self._config.max_inflight)
+
     def reset(self) -> None:
-        """Forget everything but the ids: a new term begins."""
-        self._append_due = self._broadcast_due = self.commit_untold = False
-        following = self._log.last_index + 1
-        self.progress = {voter: Progress(following, self._window) for voter in self.progress}
+        """Begin a new term: forget everything but the ids."""
+        self._append_due = self._broadcast_due = self.commit_unsent = False
+        self.progress = {voter: self._new_progress() for voter in self.progress}
 
     @property
     def quorum_index(self) -> int:
@@ -2728,48 +2614,47 @@ class Replication:
 
     @property
     def is_due(self) -> bool:
-        """True if send_due() may send something."""
         return self._append_due or self._broadcast_due
 
-    def owe(self, progress: Progress) -> None:
-        """Let one follower have a MsgApp, an empty one if need be."""
+    def mark_due(self, progress: Progress) -> None:
+        """Make the next send_due() send a MsgApp to one follower, an empty one if need be."""
         progress.due = self._append_due = True
 
-    def owe_all(self) -> None:
-        """Let every follower have a MsgApp: there are new entries, or a new commit index."""
+    def mark_all_due(self) -> None:
         self._broadcast_due = True
 
-    def asked_by(self, member: int) -> None:
-        """The last entries are of a member's clients: they wait until it knows of the commit."""
+    def note_proposer(self, member: int) -> None:
+        """The last entries come from a member's clients, which wait until it knows the commit."""
         if member in self.progress:
-            self.progress[member].asked = self._log.last_index
+            self.progress[member].proposed_index = self._log.last_index
 
-    def owe_commit(self, index: int, *, at_once: bool) -> None:
-        """The commit index becomes `index`.  A patient leader only tells those whose clients wait.
+    def mark_commit_due(self, index: int, *, at_once: bool) -> None:
+        """Send the new commit index `index` to all, or with defer_commit only to proposers.
 
-        The others hear of it with the next entries, mostly within a millisecond: messages and
-        answers for it alone are half of all where writes come one by one.
+        The other followers hear of it with the next entries, mostly within a millisecond: where
+        writes come one by one, half of all messages would carry nothing but a commit index.
 
-        at_once  tell all: voters change, and who leaves must hear of it while it gets messages
+        at_once  send it to all: voters change, and a member that leaves must hear of it while it
+                 gets messages
         """
-        if at_once or not self._patient:
-            self.owe_all()
+        if at_once or not self._config.defer_commit:
+            self.mark_all_due()
             return
-        self.commit_untold = len(self.progress) > 1
+        self.commit_unsent = len(self.progress) > 1
         for progress in self.progress.values():
-            if progress.asked:
-                self.owe(progress)
-                if progress.asked <= index:
-                    progress.asked = 0
+            if progress.proposed_index:
+                self.mark_due(progress)
+                if progress.proposed_index <= index:
+                    progress.proposed_index = 0
 
     def send_due(self) -> None:
         """Send a MsgApp, or a MsgSnap, to every follower that is due and not paused."""
         everyone = self._broadcast_due
         self._append_due = self._broadcast_due = False
-        self.commit_untold = self.commit_untold and not everyone
+        self.commit_unsent = self.commit_unsent and not everyone
         batches: Dict[int, List[Entry]] = {}        # next index -> entries, shared by the peers
         for peer, progress in self.progress.items():
-            if (everyone or progress.due) and peer != self._id:
+            if (everyone or progress.due) and peer != self._config.id:
                 progress.due = False
                 if not progress.is_paused:
                     self._send_append(peer, progress, batches)
@@ -2783,7 +2668,7 @@ class Replication:
             return
         entries = batches.get(following)
         if entries is None:
-            entries = log.slice(following, log.last_index + 1, self._max_bytes)
+            entries = log.slice(following, log.last_index + 1, self._config.max_entries_bytes)
             batches[following] = entries
         self._mail.send(
             MsgType.APP, peer, index=following - 1, log_term=log.term(following - 1),
@@ -2793,7 +2678,7 @@ class Replication:
             progress.sent(entries[-1].index)
 
     def _send_snapshot(self, peer: int, progress: Progress) -> None:
-        """Its next entries are compacted: send the state, if the peer answers and we have one."""
+        """Send the state instead of compacted entries, if the peer answers and a snapshot fits."""
         if not progress.recent_active:
             return
         snapshot, log = self.snapshot_source(), self._log
@@ -2805,133 +2690,124 @@ class Replication:
         progress.become_snapshot(snapshot.index)
 
     def send_heartbeats(self, context: Optional[bytes]) -> None:
-        """Keep every follower from campaigning, and let paused probes go on.
+        """Keep every follower from campaigning, and resume paused probes.
 
-        context  comes back with the answers (Reads)
+        context  comes back with the answers (PendingReads)
         """
         for peer, progress in self.progress.items():
-            if peer != self._id:
+            if peer != self._config.id:
                 # Not beyond its match: it may not hold those entries, or other ones there.
                 commit = min(progress.match_index, self._log.commit)
                 self._mail.send(MsgType.HEARTBEAT, peer, commit=commit, context=context)
                 progress.paused = False
 
     def handle_reject(self, message: Message) -> None:
-        """The entry before our MsgApp did not match: go back and try again."""
+        """Go back and try again: the entry before our MsgApp did not match."""
         progress = self.progress[message.sender]
         progress.recent_active = True
         if progress.maybe_decrease(message.index, message.reject_hint):
-            self.owe(progress)
+            self.mark_due(progress)
 
     def handle_ack(self, message: Message) -> bool:
-        """A follower has everything up to message.index; False if that is no news."""
+        """Note that a follower has everything up to message.index; False if that was known."""
         progress, last = self.progress[message.sender], self._log.last_index
         progress.recent_active = True
         was_paused = progress.is_paused
         if message.index > last or not progress.acknowledge(message.index):
-            return False                            # nobody can hold more than its leader
+            return False                            # no follower can hold more than its leader
         if was_paused or progress.next_index <= last:
-            self.owe(progress)
+            self.mark_due(progress)
         return True
 
     def handle_heartbeat_resp(self, message: Message) -> None:
-        """A follower lives: if it may lack something, send."""
+        """Note that a follower is alive; if it may lack entries, send."""
         progress = self.progress[message.sender]
         progress.recent_active = True
-        if progress.state == ProgressState.REPLICATE and progress.inflights.full:
-            progress.inflights.free_first()         # its answers may be lost: go on carefully
+        if progress.state == ProgressState.REPLICATE and progress.is_paused:
+            progress.inflights.popleft()            # its answers may be lost: go on carefully
         if progress.match_index < self._log.last_index:
-            # An empty MsgApp is wanted, too: if entries were lost, it will be rejected.
-            self.owe(progress)
+            # An empty MsgApp is useful, too: if entries were lost, it will be rejected.
+            self.mark_due(progress)
 
     def heard_quorum(self) -> bool:
         """True if a majority, ourselves included, has answered since the last call."""
-        heard = sum(p.recent_active or id == self._id for id, p in self.progress.items())
+        heard = sum(p.recent_active or id == self._config.id for id, p in self.progress.items())
         for progress in self.progress.values():
             progress.recent_active = False
         return heard >= quorum_size(len(self.progress))
 
     def unreachable(self, peer: int) -> None:
-        """A message to `peer` was lost: stop sending ahead."""
+        """Stop sending ahead: a message to `peer` was lost."""
         progress = self.progress.get(peer)
-        if progress is None:
-            return
-        progress.recent_active = False
-        if progress.state == ProgressState.REPLICATE:
-            progress.become_probe()
+        if progress is not None:
+            progress.recent_active = False
+            if progress.state == ProgressState.REPLICATE:
+                progress.become_probe()
 
     def snapshot_done(self, peer: int, *, ok: bool) -> None:
-        """The snapshot to `peer` left this member completely, or did not."""
+        """The snapshot to `peer` left this member completely (ok), or failed."""
         progress = self.progress.get(peer)
         if progress is None or progress.state != ProgressState.SNAPSHOT:
             return
-        if ok:
-            progress.become_probe()
-        else:
-            progress.snapshot_failed()
-        progress.paused = True                      # let it digest until the next heartbeat
+        if not ok:
+            progress.pending_snapshot = 0           # probe behind the match again
+        progress.become_probe()
+        progress.paused = True                      # until the next heartbeat: time to load it
 
 
-def _no_snapshot() -> Optional[Snapshot]:
-    return None
+class ReadRound(NamedTuple):
+    """One check that a leader still leads."""
+
+    commit: int             # its commit index when the read came
+    requester: int
+    heard: Set[int]         # voters that have confirmed
 
 
-class ReadRound:
-    """One question whether a leader still leads; index: its commit index when it was asked."""
-
-    __slots__ = ("index", "requester", "heard")
-
-    def __init__(self, index: int, requester: int, heard: Set[int]) -> None:
-        self.index = index
-        self.requester = requester
-        self.heard = heard              # voters that have confirmed
-
-
-class Reads:
+class PendingReads:
     """Reads that see every write acknowledged before them, without an entry in the log.
 
-    A leader notes its commit index, asks with a heartbeat whether it still leads, and when a
+    A leader notes its commit index, checks with a heartbeat whether it still leads, and when a
     majority has confirmed, everything up to that index may be read (thesis §6.4).
     """
 
     def __init__(self, id: int, mail: Mailbox) -> None:
-        self.confirmed: List[Tuple[bytes, int]] = []    # (context, index) asked for here
+        self.confirmed: List[Tuple[bytes, int]] = []    # (context, index) of this member's reads
         self._rounds: Dict[bytes, ReadRound] = {}       # leader only, oldest first
         self._id = id
         self._mail = mail
 
     @property
     def newest(self) -> Optional[bytes]:
-        """The context that a heartbeat has to carry; None: nobody asks."""
+        """The context that a heartbeat has to carry; None without a round."""
         return next(reversed(self._rounds), None) if self._rounds else None
 
     def clear(self) -> None:
-        """A new term: whoever asked asks again."""
+        """Begin a new term: requesters ask again."""
         self._rounds.clear()
 
     def begin(self, context: bytes, index: int, requester: int) -> None:
-        """Leader: member `requester` wants to read what is committed now."""
+        """Leader: begin the round of a read by member `requester`."""
         if len(self._rounds) < READ_ROUNDS_MAX:
             self._rounds[context] = ReadRound(index, requester, set())
 
     def confirm(self, context: bytes, voter: int, quorum: int) -> None:
-        """Leader: `voter` has heard us after the question `context` was asked."""
-        asked = self._rounds.get(context)
-        if asked is None:
+        """Leader: `voter` has answered a heartbeat that was sent after the round began."""
+        confirmed = self._rounds.get(context)
+        if confirmed is None:
             return
-        asked.heard.add(voter)
-        if len(asked.heard) >= quorum:
-            for earlier in list(self._rounds):      # what was asked before is answered as well
+        confirmed.heard.add(voter)
+        if len(confirmed.heard) >= quorum:
+            for earlier in list(self._rounds):      # a round confirms those before it as well
                 self._release(earlier, self._rounds.pop(earlier))
                 if earlier == context:
                     return
 
-    def _release(self, context: bytes, asked: ReadRound) -> None:
-        if asked.requester == self._id:
-            self.confirmed.append((context, asked.index))
+    def _release(self, context: bytes, confirmed: ReadRound) -> None:
+        if confirmed.requester == self._id:
+            self.confirmed.append((context, confirmed.commit))
         else:
             self._mail.send(
-                MsgType.READ_INDEX_RESP, asked.requester, index=asked.index,
+                MsgType.READ_INDEX_RESP, confirmed.requester, index=confirmed.commit,
                 entries=[Entry(data=context)],
             )
 
@@ -2949,7 +2825,7 @@ CAMPAIGN_TRANSFER = b"CampaignTransfer"     # context of a MsgVote that a leader
 
 
 class RaftRole(IntEnum):
-    """What a member is at its term."""
+    """The role of a member at its term."""
 
     FOLLOWER = 0
     CANDIDATE = 1
@@ -2958,7 +2834,7 @@ class RaftRole(IntEnum):
 
 
 class Status(NamedTuple):
-    """A copy of what a member knows.  progress: id -> (match, next, state name), leader only."""
+    """A copy of a member's state.  progress: id -> (match, next, state name), leader only."""
 
     id: int
     term: int
@@ -2971,9 +2847,9 @@ class Status(NamedTuple):
 
 
 class Raft:
-    """One member's protocol state.  Ids are 64-bit ints, 0 is nobody.
+    """One member's protocol state.  Ids are 64-bit ints, 0 is no member.
 
-    Nothing leaves at once: messages gather in `mail` until RawNode.ready() takes them.
+    Messages gather in `mail` until RawNode.ready() takes them.
     """
 
     def __init__(self, config: RaftConfig, log: RaftLog, term: int, vote: int,
@@ -2991,13 +2867,13 @@ class Raft:
         self.election_elapsed = 0       # ticks since the leader was heard; leader: since it checked
         self.heartbeat_elapsed = 0
         self.election_timeout = 0                   # redrawn at every reset
-        self.transferee = 0             # leader: who shall take over before the next check
+        self.transferee = 0             # leader: target of the leadership transfer under way
         self.pending_conf_index = 0                 # leader: last conf change in the log
         self.applied_conf_index = 0                 # last conf change that was applied
         self.uncommitted_bytes = 0                  # leader: data behind the commit index
         self.mail = Mailbox(config.id, config.max_entries_bytes)
         self.replication = Replication(config, log, self.mail)
-        self.reads = Reads(config.id, self.mail)
+        self.reads = PendingReads(config.id, self.mail)
         self._handlers = _FOLLOWER
         self.replication.set_voters(voters)
         self.become_follower(term, 0)
@@ -3006,21 +2882,19 @@ class Raft:
 
     @property
     def progress(self) -> Dict[int, Progress]:
-        """The voters, ascending by id; what it says of them is current on a leader only."""
+        """Id of each voter, ascending -> its progress, which is current on a leader only."""
         return self.replication.progress
 
     @property
     def voters(self) -> Tuple[int, ...]:
-        """Ids of the voting members, ascending."""
         return tuple(self.progress)
 
     @property
     def quorum(self) -> int:
-        """How many votes elect a leader."""
         return quorum_size(len(self.progress))
 
     def apply_conf_change(self, change: ConfChange) -> None:
-        """Let a committed change of the members count; node_id 0 only ends its pending time.
+        """Apply a committed change of the voters; node_id 0: refused, it only stops to be pending.
 
         Differs from etcd 3.4: learners are not tracked, so a leader sends them nothing.
         """
@@ -3038,7 +2912,7 @@ class Raft:
             self.removed = False
         if member not in self.progress:
             self.replication.set_voters((*self.progress, member))
-            self.replication.owe(self.progress[member])
+            self.replication.mark_due(self.progress[member])
 
     def _remove_voter(self, member: int) -> None:
         if member == self.id:
@@ -3048,10 +2922,6 @@ class Raft:
         if self.transferee == member:
             self.transferee = 0
         self._maybe_commit()            # a smaller quorum may have been reached already
-
-    @property
-    def _is_conf_change_pending(self) -> bool:
-        return self.pending_conf_index > max(self.applied_conf_index, self.log.applied)
 
     # -- roles ---------------------------------------------------------------
 
@@ -3070,14 +2940,13 @@ class Raft:
         self.reads.clear()
 
     def become_follower(self, term: int, lead: int) -> None:
-        """Follow `lead` (0: unknown) at `term`."""
         self._reset(term)
         self.lead = lead
         self.role, self._handlers = RaftRole.FOLLOWER, _FOLLOWER
         self.config.trace(f"{self.id:x} became follower at term {term}")
 
     def _become_pre_candidate(self) -> None:
-        """Ask whether an election could be won, before the term goes up (thesis §9.6)."""
+        """Find out whether an election could be won, before the term goes up (thesis §9.6)."""
         self.lead, self.votes, self.election_elapsed = 0, {}, 0
         self.role, self._handlers = RaftRole.PRE_CANDIDATE, _PRE_CANDIDATE
         self.config.trace(f"{self.id:x} became pre-candidate at term {self.term}")
@@ -3089,8 +2958,9 @@ class Raft:
         self.config.trace(f"{self.id:x} became candidate at term {self.term}")
 
     def _become_leader(self) -> None:
-        """Take the lead, with an empty entry of the own term: only by counting such entries may
-        older ones be committed (§5.4.2), so it must not wait for a client."""
+        """Take the lead, and append an empty entry of the own term: only by counting entries of
+        its own term may a leader commit older ones (§5.4.2), and a client's may be long in coming.
+        """
         self._reset(self.term)
         self.lead = self.id
         self.role, self._handlers = RaftRole.LEADER, _LEADER
@@ -3105,8 +2975,11 @@ class Raft:
     # -- time ----------------------------------------------------------------
 
     def tick(self) -> None:
-        """Let one tick of the logical clock pass."""
-        _TICK[self.role](self)
+        """Advance the logical clock by one tick."""
+        if self.role is RaftRole.LEADER:
+            self._tick_heartbeat()
+        else:
+            self._tick_election()
 
     def _tick_election(self) -> None:
         self.election_elapsed += 1
@@ -3120,7 +2993,7 @@ class Raft:
         if self.election_elapsed >= self.config.election_ticks:
             self.election_elapsed = 0
             if not self.replication.heard_quorum():
-                # Whoever is cut off from the majority must not keep clients waiting (§6.2).
+                # A leader without a quorum must not keep clients waiting (§6.2).
                 self.config.trace(f"{self.id:x} stepped down: no answer of a majority")
                 self.become_follower(self.term, 0)
                 return
@@ -3135,46 +3008,48 @@ class Raft:
     def _campaign(self, context: Optional[bytes]) -> None:
         """Start an election, unless this member may not lead.
 
-        A committed conf change that is not applied yet forbids it: counting votes by voters
-        two changes old could elect a second leader.
+        A committed conf change that is not applied yet forbids it: an election by the voters of
+        two changes before could give the term a second leader.
         """
         if self.id not in self.progress or self.log.conf_changes(self.log.commit + 1):
             return
         self.config.trace(f"{self.id:x} is starting a new election at term {self.term}")
         if self.pre_vote and context is None and self.quorum > 1:
             self._become_pre_candidate()
-            self._ask_for_votes(MsgType.PRE_VOTE, self.term + 1, None)
+            self._request_votes(MsgType.PRE_VOTE, self.term + 1, None)
         else:
-            self._run_for_leader(context)
+            self._start_election(context)
 
-    def _run_for_leader(self, context: Optional[bytes]) -> None:
+    def _start_election(self, context: Optional[bytes]) -> None:
         self._become_candidate()
-        self._ask_for_votes(MsgType.VOTE, self.term, context)
+        self._request_votes(MsgType.VOTE, self.term, context)
         if self.quorum == 1:
             self._become_leader()
 
-    def _ask_for_votes(self, kind: MsgType, term: int, context: Optional[bytes]) -> None:
-        """Give ourselves a vote, and ask the others for theirs at `term`."""
+    def _request_votes(self, kind: MsgType, term: int, context: Optional[bytes]) -> None:
+        """Vote for ourselves, and request the votes of the others at `term`."""
         self._count_vote(self.id, granted=True)
-        last, what = self.log.last_id, "pre-vote" if kind == MsgType.PRE_VOTE else "vote"
-        asked = f"[logterm: {last.term}, index: {last.index}] sent {what} request to"
+        last, name = self.log.last_id, "pre-vote" if kind == MsgType.PRE_VOTE else "vote"
         for peer in self.progress:
             if peer != self.id:
-                self.config.trace(f"{self.id:x} {asked} {peer:x} at term {self.term}")
+                self.config.trace(
+                    f"{self.id:x} [logterm: {last.term}, index: {last.index}] sent {name}"
+                    f" request to {peer:x} at term {self.term}"
+                )
                 self.mail.hold(
                     kind, peer, index=last.index, log_term=last.term, context=context, term=term
                 )
 
     def _count_vote(self, voter: int, *, granted: bool) -> None:
-        what = "vote" if granted else "vote rejection"
-        self.config.trace(f"{self.id:x} received {what} from {voter:x} at term {self.term}")
+        answer = "vote" if granted else "vote rejection"
+        self.config.trace(f"{self.id:x} received {answer} from {voter:x} at term {self.term}")
         self.votes.setdefault(voter, granted)       # a duplicate cannot change an answer
 
     def _hup(self, message: Message) -> None:
         self._campaign(CAMPAIGN_TRANSFER if message.type == MsgType.TIMEOUT_NOW else None)
 
     def _pre_candidate_resp(self, message: Message) -> None:
-        """An answer to MsgPreVote; a grant carries the term that we asked for."""
+        """Handle an answer to MsgPreVote; a grant carries the term of the request."""
         if message.reject or message.term == self.term + 1:
             self._candidate_vote_resp(message)
 
@@ -3186,7 +3061,7 @@ class Raft:
         self.config.trace(f"{self.id:x} [quorum:{self.quorum}] has received {tally}")
         if grants >= self.quorum and self.id in self.progress:
             if self.role is RaftRole.PRE_CANDIDATE:
-                self._run_for_leader(None)
+                self._start_election(None)
             else:
                 self._become_leader()
         elif rejections >= self.quorum:
@@ -3214,7 +3089,8 @@ class Raft:
     def _pre_vote(self, message: Message) -> None:
         """Tell a 3.x member whether an election makes sense; promises and changes nothing.
 
-        No while a leader is heard (thesis §9.6).  A grant carries the term asked for.
+        The answer is no while a leader is heard (thesis §9.6).  A grant carries the term of the
+        request.
         """
         hears_leader = self.lead and self.election_elapsed < self.config.election_ticks
         free = message.term > self.term or self.vote in (0, message.sender)
@@ -3236,15 +3112,15 @@ class Raft:
         if message.term > self.term and kind != MsgType.PRE_VOTE and (
             kind != MsgType.PRE_VOTE_RESP or message.reject
         ):
-            self._meet_higher_term(message)
+            self._handle_higher_term(message)
         elif 0 < message.term < self.term:
-            self._meet_lower_term(message)
+            self._handle_lower_term(message)
             return
         handler = self._handlers.get(kind)
         if handler is not None:
             handler(self, message)
 
-    def _meet_higher_term(self, message: Message) -> None:
+    def _handle_higher_term(self, message: Message) -> None:
         kind = MsgType(message.type).name.title().replace("_", "")
         self.config.trace(
             f"{self.id:x} [term: {self.term}] received a Msg{kind} message with higher term"
@@ -3253,11 +3129,11 @@ class Raft:
         lead = message.sender if message.type in _FROM_LEADER else 0
         self.become_follower(message.term, lead)
 
-    def _meet_lower_term(self, message: Message) -> None:
+    def _handle_lower_term(self, message: Message) -> None:
         """Tell a 3.x leader of an older term that it is deposed, else ignore the message.
 
-        Without this answer a member whose term ran ahead is shut out for ever by leaders that
-        check their quorum: they ignore its MsgVote.  Source: etcd 3.1 raft.go, Step.
+        Without this answer a member whose term ran ahead is shut out for ever: leaders that check
+        their quorum ignore its MsgVote.  Source: etcd 3.1 raft.go, Step.
         """
         if message.type == MsgType.APP or message.type == MsgType.HEARTBEAT:
             self.mail.hold(MsgType.APP_RESP, message.sender)
@@ -3266,35 +3142,32 @@ class Raft:
 
     # -- proposals -----------------------------------------------------------
 
-    def _follower_prop(self, message: Message) -> None:
-        """Forward to the leader, but never back to where it came from: two members that take
-        each other for the leader would play ball with it."""
+    def _forward_prop(self, message: Message) -> None:
+        """Forward to the leader, but never back to the sender: two members that take each other
+        for the leader would send it to and fro."""
         if not self.lead or message.sender == self.lead:
             raise ProposalDropped(f"{self.id:x} no leader at term {self.term}")
         self.mail.forward(self.lead, message.entries)
 
-    def _candidate_prop(self, message: Message) -> None:
-        raise ProposalDropped(f"{self.id:x} no leader at term {self.term}")
-
     def _leader_prop(self, message: Message) -> None:
         if self.transferee:
-            raise ProposalDropped(f"{self.id:x} is handing the lead to {self.transferee:x}")
+            raise ProposalDropped(f"{self.id:x} is transferring leadership to {self.transferee:x}")
         size = sum([len(entry.data) for entry in message.entries])
         uncommitted = self.uncommitted_bytes
         if uncommitted and size and uncommitted + size > self.config.max_uncommitted_bytes:
             raise ProposalDropped(f"{self.id:x} has {uncommitted} bytes that are not committed")
         self._append_own(message.entries)
-        self.replication.asked_by(message.sender)
+        self.replication.note_proposer(message.sender)
 
     def _append_own(self, entries: Sequence[Entry]) -> None:
-        """Append to the leader's log.  Peers get it at the next ready(), in one MsgApp."""
+        """Append to the leader's log; the next ready() sends the entries in one MsgApp."""
         term, index = self.term, self.log.last_index
         appended: List[Entry] = []
         size = 0
         for entry in entries:
             index += 1
             if entry.type:
-                if self._is_conf_change_pending:
+                if self.pending_conf_index > max(self.applied_conf_index, self.log.applied):
                     entry = Entry()     # one at a time: this one becomes a no-op (§4.1)
                 else:
                     self.pending_conf_index = index
@@ -3304,7 +3177,7 @@ class Raft:
         if appended:
             self.uncommitted_bytes += size
             self.log.append(appended)
-            self.replication.owe_all()
+            self.replication.mark_all_due()
 
     # -- replication: leader -------------------------------------------------
 
@@ -3321,7 +3194,8 @@ class Raft:
         self.reads.confirm(message.context or b"", message.sender, self.quorum)
 
     def _leader_read_index(self, message: Message) -> None:
-        """Before the first commit of its term a leader does not know how far others came."""
+        """Begin a read round.  Not before the first commit of its term, as until then a leader may
+        not know the newest commit index (thesis §6.4)."""
         if message.entries and self.log.term(self.log.commit) == self.term:
             context = message.entries[0].data
             self.reads.begin(context, self.log.commit, message.sender or self.id)
@@ -3330,7 +3204,7 @@ class Raft:
             self.replication.send_heartbeats(context)
 
     def _leader_transfer(self, message: Message) -> None:
-        """Hand the lead to message.sender as soon as its log is complete (thesis §3.10)."""
+        """Transfer leadership to message.sender as soon as its log is complete (thesis §3.10)."""
         progress = self.progress.get(message.sender)
         if progress is None or message.sender == self.id:
             return
@@ -3338,32 +3212,33 @@ class Raft:
         if progress.match_index == self.log.last_index:
             self.mail.send(MsgType.TIMEOUT_NOW, message.sender)
         else:
-            self.replication.owe(progress)
+            self.replication.mark_due(progress)
 
     def on_stable(self) -> None:
-        """The disk has more of our log.  A leader counts itself only now (thesis §10.2.1)."""
+        """More of our log is durable: only now does a leader count itself (thesis §10.2.1)."""
         if self.role is RaftRole.LEADER and self.id in self.progress:
             self.progress[self.id].maybe_update(self.log.stable)
             self._maybe_commit()
 
     def _maybe_commit(self) -> None:
-        """Commit what a majority holds, if it is of this term (§5.4.2); then all are told."""
+        """Commit the entries that a majority holds, if the last is of this term (§5.4.2)."""
         log = self.log
         index = self.replication.quorum_index
         if index <= log.commit or log.term(index) != self.term:
             return
         self.uncommitted_bytes -= log.data_bytes(log.commit + 1, index + 1)
-        self.replication.owe_commit(index, at_once=log.commit < self.pending_conf_index <= index)
+        changes_voters = log.commit < self.pending_conf_index <= index
+        self.replication.mark_commit_due(index, at_once=changes_voters)
         log.commit_to(index)
 
     # -- replication: follower -----------------------------------------------
 
-    def _hear_leader(self, message: Message) -> None:
+    def _follow_sender(self, message: Message) -> None:
         self.election_elapsed = 0
         self.lead = message.sender
 
     def _follower_app(self, message: Message) -> None:
-        self._hear_leader(message)
+        self._follow_sender(message)
         log = self.log
         if message.index < log.commit:
             self.mail.hold_ack(message.sender, log.commit)
@@ -3379,14 +3254,14 @@ class Raft:
             )
 
     def _follower_heartbeat(self, message: Message) -> None:
-        self._hear_leader(message)
+        self._follow_sender(message)
         if message.commit > self.log.commit:
             self.log.commit_to(message.commit)
-        # It promises nothing, so it need not wait for the disk.  3.x counts the context.
+        # The answer promises nothing, so it need not wait for the disk.  3.x counts the context.
         self.mail.send(MsgType.HEARTBEAT_RESP, message.sender, context=message.context)
 
     def _follower_read_index(self, message: Message) -> None:
-        if self.lead and not message.sender:        # our own question; others know the leader
+        if self.lead and not message.sender:        # our own; other members ask the leader
             self.mail.send(MsgType.READ_INDEX, self.lead, term=0, entries=message.entries)
 
     def _follower_read_index_resp(self, message: Message) -> None:
@@ -3394,30 +3269,26 @@ class Raft:
             self.reads.confirmed.append((message.entries[0].data, message.index))
 
     def _follower_snap(self, message: Message) -> None:
-        self._hear_leader(message)
-        if message.snapshot is not None and self._restore(message.snapshot):
-            self.mail.hold_ack(message.sender, self.log.last_index)
-        else:
-            self.mail.hold_ack(message.sender, self.log.commit)
+        self._follow_sender(message)
+        if message.snapshot is not None and message.snapshot.index > self.log.commit:
+            self._restore(message.snapshot)
+        self.mail.hold_ack(message.sender, self.log.commit)
 
-    def _restore(self, snapshot: Snapshot) -> bool:
-        """Take over a snapshot; False if our log is as far already."""
+    def _restore(self, snapshot: Snapshot) -> None:
+        """Replace the log by a snapshot, or commit up to it if the log holds its last entry."""
         log = self.log
-        if snapshot.index <= log.commit:
-            return False
         if log.match_term(EntryID(snapshot.term, snapshot.index)):
             log.commit_to(snapshot.index)
-            return False
+            return
         log.restore(snapshot)
         self.replication.set_voters(snapshot.voters)
         self.config.trace(
             f"{self.id:x} [commit: {log.commit}] restored snapshot"
             f" [index: {snapshot.index}, term: {snapshot.term}]"
         )
-        return True
 
     def _yield_to_leader(self, message: Message) -> None:
-        """A candidate hears the leader of its own term."""
+        """End the candidacy: another member leads this term."""
         self.become_follower(self.term, message.sender)
         _FOLLOWER[message.type](self, message)
 
@@ -3429,7 +3300,7 @@ _RESPONSES = frozenset((
 
 _FOLLOWER: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.HUP: Raft._hup,
-    MsgType.PROP: Raft._follower_prop,
+    MsgType.PROP: Raft._forward_prop,
     MsgType.APP: Raft._follower_app,
     MsgType.HEARTBEAT: Raft._follower_heartbeat,
     MsgType.SNAP: Raft._follower_snap,
@@ -3441,7 +3312,7 @@ _FOLLOWER: Dict[int, Callable[[Raft, Message], None]] = {
 }
 _CANDIDATE: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.HUP: Raft._hup,
-    MsgType.PROP: Raft._candidate_prop,
+    MsgType.PROP: Raft._forward_prop,     # refuses it: a candidate knows no leader
     MsgType.APP: Raft._yield_to_leader,
     MsgType.HEARTBEAT: Raft._yield_to_leader,
     MsgType.SNAP: Raft._yield_to_leader,
@@ -3461,12 +3332,6 @@ _LEADER: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.PRE_VOTE: Raft._pre_vote,
     MsgType.TRANSFER_LEADER: Raft._leader_transfer,
     MsgType.READ_INDEX: Raft._leader_read_index,
-}
-_TICK: Dict[RaftRole, Callable[[Raft], None]] = {
-    RaftRole.FOLLOWER: Raft._tick_election,
-    RaftRole.CANDIDATE: Raft._tick_election,
-    RaftRole.PRE_CANDIDATE: Raft._tick_election,
-    RaftRole.LEADER: Raft._tick_heartbeat,
 }
 
 
@@ -3589,7 +3454,7 @@ class RawNode:
         if kind == MsgType.PROP:
             # Copies: the leader numbers the entries, and a duplicate may share them.
             entries = [Entry(e.type, 0, 0, e.data, e.request) for e in message.entries]
-            self._propose(message.sender, entries)
+            self.propose(*entries, sender=message.sender)
         elif (
             (not message.term and kind != MsgType.READ_INDEX)
             or kind in LOCAL_MESSAGES
@@ -3600,7 +3465,7 @@ class RawNode:
         else:
             raft.step(message)
 
-    def fault(self, message: Message) -> str:
+    def protocol_violation(self, message: Message) -> str:
         """Say why no healthy member sends this message to us, or "".
 
         Whatever passes leaves a log that can be read, and a next term that can be written.
@@ -3615,9 +3480,9 @@ class RawNode:
         if max(message.index, message.commit, message.reject_hint) > INDEX_MAX:
             return "no log has such an index"
         if kind == MsgType.APP:
-            return _append_fault(message)
+            return _append_violation(message)
         if kind == MsgType.SNAP:
-            return _snapshot_fault(message)
+            return _snapshot_violation(message)
         last = raft.log.last_index
         if kind == MsgType.HEARTBEAT and message.term >= raft.term and message.commit > last:
             return (
@@ -3626,27 +3491,20 @@ class RawNode:
             )
         return ""
 
-    def propose(self, entry: Entry) -> None:
-        """Propose one entry.  A leader numbers and appends this very object.
+    def propose(self, *entries: Entry, sender: int = 0) -> None:
+        """Propose all of `entries` for member `sender` (0: this one).
 
-        Raises ProposalDropped without a leader, after the own removal, or while too much is
-        uncommitted.  No exception promises nothing: the entry may still be lost.
+        A leader numbers and appends these very objects.  Raises ProposalDropped, for all of them,
+        without a leader, after the own removal, or while too much is uncommitted.  Without an
+        exception an entry may be lost all the same.
         """
-        self._propose(0, (entry,))
-
-    def propose_many(self, entries: Sequence[Entry]) -> None:
-        """Propose all of `entries`, or raise ProposalDropped for all; cheaper than one by one."""
-        self._propose(0, entries)
-
-    def propose_conf_change(self, change: ConfChange) -> None:
-        """Propose a membership change; while another is pending it silently becomes a no-op."""
-        data = encode_conf_change(change)
-        self._propose(0, (Entry(EntryType.CONF_CHANGE, data=data),))
-
-    def _propose(self, sender: int, entries: Sequence[Entry]) -> None:
         if self.raft.removed:
             raise ProposalDropped(f"{self.raft.id:x} is removed from the cluster")
         self.raft.step(Message(MsgType.PROP, sender=sender, entries=entries))
+
+    def propose_conf_change(self, change: ConfChange) -> None:
+        """Propose a membership change, which becomes a no-op while another one is pending."""
+        self.propose(Entry(EntryType.CONF_CHANGE, data=encode_conf_change(change)))
 
     def apply_conf_change(self, change: ConfChange) -> Tuple[int, ...]:
         """Make an applied ConfChange entry count; return the voters.
@@ -3678,14 +3536,14 @@ class RawNode:
         self.raft.replication.snapshot_done(id, ok=ok)
 
     @property
-    def commit_untold(self) -> bool:
+    def commit_unsent(self) -> bool:
         """True if a patient leader has not told everybody of its commit index."""
-        return self.raft.replication.commit_untold
+        return self.raft.replication.commit_unsent
 
-    def tell_commit(self) -> None:
+    def broadcast_commit(self) -> None:
         """Tell everybody now."""
-        if self.raft.replication.commit_untold:
-            self.raft.replication.owe_all()
+        if self.raft.replication.commit_unsent:
+            self.raft.replication.mark_all_due()
 
     def has_ready(self) -> bool:
         """Tell whether ready() has something to hand out."""
@@ -3748,7 +3606,7 @@ def _is_contiguous(message: Message) -> bool:
     return indexes == list(range(first, first + len(indexes)))
 
 
-def _append_fault(message: Message) -> str:
+def _append_violation(message: Message) -> str:
     """Why the entries of a MsgApp make no log, or ""."""
     if not _is_contiguous(message):
         return f"the entries do not follow entry {message.index} one by one"
@@ -3758,7 +3616,7 @@ def _append_fault(message: Message) -> str:
     return ""
 
 
-def _snapshot_fault(message: Message) -> str:
+def _snapshot_violation(message: Message) -> str:
     snapshot = message.snapshot
     if snapshot is None or not 0 < snapshot.index <= INDEX_MAX:
         return "there is no snapshot in it"
@@ -3860,12 +3718,12 @@ def file_node(value: Value, created_index: int, modified_index: int, expires_ns:
     return LongNode(value, created_index, modified_index, expires_ns)
 
 
-def kept_value(node: Node) -> Value:
+def stored_value(node: Node) -> Value:
     """The value of a file as it is kept."""
     return node.json if isinstance(node, LongNode) else node.value or ""
 
 
-def shown_value(value: Value) -> str:
+def value_excerpt(value: Value) -> str:
     """A value in the text of an error.  Differs from etcd, which shows 20 MB."""
     text = value if isinstance(value, str) else text_of_long(value[:1])
     is_all = isinstance(value, str) and len(value) <= SHOWN_VALUE_CHARS
@@ -4199,13 +4057,13 @@ class Listing(TreeWalk):
     index   store index of the state that it shows
     chunks  of the answer so far, none of them huge
     done    all of it is there
-    lasts   the answer holds as long as the index does: nothing in it expires
+    cacheable  the answer holds as long as the index does: nothing in it expires
 
     With `recursive` all that is visible, all the way down, else the children.
     """
 
     __slots__ = (
-        "index", "chunks", "done", "lasts", "work_done", "_recursive", "_sorted", "_now_ns",
+        "index", "chunks", "done", "cacheable", "work_done", "_recursive", "_sorted", "_now_ns",
         "_texts",
     )
 
@@ -4217,7 +4075,7 @@ class Listing(TreeWalk):
         self.index = index
         self.chunks: List[bytes] = []
         self.done = False
-        self.lasts = True
+        self.cacheable = True
         self.work_done = 0              # nodes so far, and text in units of LISTING_NODE_CHARS
         self._recursive = recursive
         self._sorted = sorted
@@ -4275,13 +4133,13 @@ class Listing(TreeWalk):
         yield "}\n"
 
     def _long_texts(self, path: str, node: LongNode) -> Texts:
-        self.lasts = self.lasts and not node.expires_ns
+        self.cacheable = self.cacheable and not node.expires_ns
         self.work_done += 1 + len(node.json)
         yield from _node_texts(json_string(path[2:]), node, node.ttl_s(self._now_ns))
 
     def _ends(self, path: str, node: Node) -> Tuple[str, str]:
         """What comes before and after the place of a node's children."""
-        self.lasts = self.lasts and not node.expires_ns
+        self.cacheable = self.cacheable and not node.expires_ns
         self.work_done += 1 + len(node.value or "") // LISTING_NODE_CHARS
         return _node_ends(json_string(path[2:]), node, node.ttl_s(self._now_ns))
 
@@ -4458,7 +4316,7 @@ class WatcherHub:
         self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be told
         self._room: float = math.inf    # how many may be told in this turn
 
-    owed = 0                            # watchers in _due
+    backlog = 0                            # watchers in _due
     watched_bytes = 0                   # of the paths of registered watchers
 
     @property
@@ -4566,7 +4424,7 @@ class WatcherHub:
         self._stats.watchers -= len(once)
         self.watched_bytes -= len(once) * len(path)
         self._due.append((event, collections.deque(told)))
-        self.owed += len(told)
+        self.backlog += len(told)
         self._tell()
 
     def _tell(self) -> None:
@@ -4574,10 +4432,10 @@ class WatcherHub:
         while self._due:
             event, told = self._due[0]
             while told:
-                if self._room <= 0 and self.owed <= WATCHERS_MAX:
+                if self._room <= 0 and self.backlog <= WATCHERS_MAX:
                     return
                 watcher = told.popleft()
-                self.owed -= 1
+                self.backlog -= 1
                 if watcher._hub is not None:        # else cancelled, perhaps by an earlier deliver
                     self._room -= 1
                     if not watcher.stream:
@@ -4703,12 +4561,12 @@ class NodeTree:
         return len(self._nodes)
 
     @property
-    def is_tidy(self) -> bool:
+    def accepts_changes(self) -> bool:
         """True if a change may be applied in this turn; False: after the next tidy()."""
         return not self._dead and self._room > 0
 
     @property
-    def has_rubbish(self) -> bool:
+    def has_garbage(self) -> bool:
         """True if tidy() has something to do."""
         return bool(self._dead) or bool(self._old) and not self._old[0][1]
 
@@ -5047,7 +4905,7 @@ class Store(NodeTree):
         elif old.children is not None:
             raise self._failed("sets", NotFile(path[2:], self.current_index))
         elif refresh:
-            value = kept_value(old)
+            value = stored_value(old)
         try:
             event = self._place(
                 "set", path, old, None if dir else value, expires_ns, now_ns, refresh
@@ -5212,7 +5070,7 @@ class Store(NodeTree):
         below = directory + "/"
         return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
 
-    def replant(self, directory: str, files: Mapping[str, str]) -> None:
+    def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
         """Have only `files`, path -> value, below `directory`: without a new index or an event."""
         below = directory + "/"
         for path in [path for path in self._nodes if path.startswith(below)]:
@@ -5231,9 +5089,9 @@ class Store(NodeTree):
 
         Raises ValueError if it is no snapshot of a store, and then nothing has changed.
         """
-        self.become(StoreState.read(data, progress))
+        self.install(StoreState.read(data, progress))
 
-    def become(self, state: StoreState) -> None:
+    def install(self, state: StoreState) -> None:
         """Take over a state, whose only owner this store is from now on.
 
         Nodes already over leave with the next delete_expired.
@@ -5272,7 +5130,7 @@ class Store(NodeTree):
     ) -> Event:
         """Give the file `old` a value and a TTL; it stays the same key."""
         index = self.current_index + 1
-        text = kept_value(old) if refresh else value
+        text = stored_value(old) if refresh else value
         node = file_node(text, old.created_index, index, expires_ns)
         self._put(path, old, node)
         return self._done(Event(action, path, node, old, index, now_ns, refresh))
@@ -5351,7 +5209,7 @@ class Store(NodeTree):
         if prev_value and not (
             node.has_value(prev_value) if isinstance(node, LongNode) else node.value == prev_value
         ):
-            wrong.append(f"[{shown_value(prev_value)} != {shown_value(kept_value(node))}]")
+            wrong.append(f"[{value_excerpt(prev_value)} != {value_excerpt(stored_value(node))}]")
         if prev_index and prev_index != node.modified_index:
             wrong.append(f"[{prev_index} != {node.modified_index}]")
         if wrong:
@@ -7062,16 +6920,14 @@ QUICK_SECONDS = 0.000_200           # a wait, falling asleep and waking included
 QUICK_WAITS_MIN = 8                 # in a row: then the next waits begin awake
 AWAKE_SECONDS = 0.000_120           # of one wait; without an event by then, asleep again
 CLIENTS_SECONDS = 0.005             # for clients in each of three parts of a turn: their sockets,
-
-
-                                    # what waits in line, their replies; above: the next turn
+                                    # their queued calls, their replies; above: the next turn
+CLOCK_STRIDE = 4                    # callbacks of clients between two looks at the clock
 
 
 class HasFileno(Protocol):
     """A socket or a pipe."""
 
-    def fileno(self) -> int:
-        """Return its descriptor."""
+    def fileno(self) -> int: ...
 
 
 _IN, _OUT, _INVALID = 1, 4, 32      # EPOLLIN and POLLIN, EPOLLOUT and POLLOUT, POLLNVAL
@@ -7117,7 +6973,7 @@ class Reactor:
         self._urgent = make_poll()              # all others: looked at while some are late
         self._late: OrderedDict[int, int] = collections.OrderedDict()   # of _patient -> event
         self._in_line: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
-        self._client_flushes: Deque[Callable[[], None]] = collections.deque()
+        self._client_flushes: List[Callable[[], None]] = []
         wake_in, wake_out = os.pipe()
         os.set_blocking(wake_in, False)
         os.set_blocking(wake_out, False)
@@ -7126,19 +6982,35 @@ class Reactor:
         self._wake_lock = threading.Lock()      # a leaf: nobody closes _wake_out under a writer
         self._workers: Dict[WorkKind, Workers] = {}
         self._look_ups: Dict[Tuple[str, int], List[Timer]] = {}     # under way: who waits
-        self._date = (0, "")
+        self._set_date(self._turned_at)
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
 
     def call_later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> Timer:
         """Call once, not before delay_s seconds have passed."""
         timer = Timer(callback, args)
+        self._schedule(delay_s, timer)
+        return timer
+
+    def every(self, period_s: float, callback: Callable[[], None]) -> Timer:
+        """Call once per period_s, first after one period, until the Timer is cancelled.
+
+        A late call delays all later ones: calls missed in a stall are dropped.
+        """
+        def call() -> None:
+            self._schedule(period_s, timer)
+            callback()
+
+        timer = Timer(call, ())
+        self._schedule(period_s, timer)
+        return timer
+
+    def _schedule(self, delay_s: float, timer: Timer) -> None:
         self._timer_count += 1
         if len(self._timers) >= self._timers_max:
             self._timers = [entry for entry in self._timers if entry[2].callback is not None]
             heapq.heapify(self._timers)
             self._timers_max = max(2 * len(self._timers), TIMERS_SWEPT_MIN)
         heapq.heappush(self._timers, (self.now() + delay_s, self._timer_count, timer))
-        return timer
 
     def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
         """Call in this turn, or in the next one."""
@@ -7237,15 +7109,9 @@ class Reactor:
         """Call flush() at the end of this turn or a later one, as call_in_turn() does."""
         self._client_flushes.append(flush)
 
-    def http_date(self) -> str:
-        """Return the Date header's value, made once a second."""
-        now = self.wall_ns() // NS
-        if now != self._date[0]:
-            self._date = (now, formatdate(now, usegmt=True))
-        return self._date[1]
-
     def run(self) -> None:
         """Turn until stop()."""
+        self._turned_at = self.now()
         while not self._stopping:
             self._turn(self._poll())
 
@@ -7266,8 +7132,10 @@ class Reactor:
 
     def _poll(self) -> List[Tuple[int, int]]:
         wait_s: Optional[float] = None
-        if self._timers:                # epoll counts milliseconds: rather late than early
-            wait_s = math.ceil(max(self._timers[0][0] - self.now(), 0.0) * 1e3) * 1e-3
+        if self._timers:                # epoll rounds up to milliseconds; below 0 it never ends
+            wait_s = self._timers[0][0] - self._turned_at
+            if wait_s < 0.0:
+                wait_s = 0.0
         self._polling = True            # first this, then the look at _posted: no lost wake-up
         if self._posted or self._flushes or self._late or self._in_line or self._client_flushes:
             wait_s = 0.0
@@ -7284,8 +7152,7 @@ class Reactor:
         To fall asleep and be woken takes 50 us, about as long as a client on this machine takes
         for its next request: GETs on one connection are answered at 1.8 times the rate.
         """
-        poll, clock = self._epoll.poll, self.now
-        began = clock()
+        poll, clock, began = self._epoll.poll, self.now, self._turned_at
         while self._quick_waits >= QUICK_WAITS_MIN:
             events = poll(0)
             if events or self._posted:
@@ -7300,28 +7167,35 @@ class Reactor:
         clock, phases = self.now, self.phase_seconds
         started = clock()
         phases["waiting"] += started - self._turned_at
+        if started >= self._date_until:
+            self._set_date(started)
         callbacks, gone = self._callbacks, self._gone
-        gone.clear()
-        until, now = started + CLIENTS_SECONDS, started
+        if gone:
+            gone.clear()
+        until, count, is_late = started + CLIENTS_SECONDS, 0, False
         for descriptor, mask in events:
-            if now > until and descriptor in self._patient:
+            if is_late and descriptor in self._patient:
                 self._late[descriptor] = mask
                 continue
             callback = callbacks.get(descriptor)
             if callback is not None and not (gone and descriptor in gone):
                 callback(_READY[mask])
-                now = clock()
-        if self._late and now <= until:
+                count += 1
+                if not count % CLOCK_STRIDE:
+                    is_late = clock() > until
+        if self._late:
             self._serve_late(until)
-        served = clock()
-        self._run_timers()
-        timed = clock()
-        for _ in range(len(self._posted)):
-            posted, args = self._posted.popleft()
-            posted(*args)
-        if self._in_line:
-            self._serve_line(clock() + CLIENTS_SECONDS)
-        called = clock()
+        served = timed = called = clock()
+        if self._timers and self._timers[0][0] <= served:
+            self._run_timers(served)
+            timed = called = clock()
+        if self._posted or self._in_line:
+            for _ in range(len(self._posted)):
+                posted, args = self._posted.popleft()
+                posted(*args)
+            if self._in_line:
+                self._serve_line(clock() + CLIENTS_SECONDS)
+            called = clock()
         self.on_turn()
         done = clock()
         while self._flushes:
@@ -7337,7 +7211,8 @@ class Reactor:
         phases["server"] += done - called
         phases["flush"] += ended - done
         self.turns += 1
-        self.slowest_turn_s = max(self.slowest_turn_s, ended - started)
+        if ended - started > self.slowest_turn_s:
+            self.slowest_turn_s = ended - started
         self.on_turned(ended - started)
 
     def _serve_late(self, until: float) -> None:
@@ -7356,18 +7231,25 @@ class Reactor:
                 return
 
     def _flush_clients(self, until: float) -> None:
-        flushes = self._client_flushes
-        while flushes:
-            flushes.popleft()()
-            if flushes and self.now() > until:
-                return
+        flushes, count = self._client_flushes, 0
+        for flush in flushes:           # what is added meanwhile belongs to this turn
+            flush()
+            count += 1
+            if not count % CLOCK_STRIDE and self.now() > until:
+                break
+        del flushes[:count]
 
-    def _run_timers(self) -> None:
-        now = self.now()
+    def _run_timers(self, now: float) -> None:
         while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)[2]
             if timer.callback is not None:
                 timer.callback(*timer.args)
+
+    def _set_date(self, now: float) -> None:
+        """Make the value of the Date header for the rest of this second."""
+        wall_ns = self.wall_ns()
+        self.http_date = formatdate(wall_ns // NS, usegmt=True)
+        self._date_until = now + 1.0 - wall_ns % NS / NS
 
     def _drain_wake(self, mask: int) -> None:
         self._wake_in.read(4096)        # what is left makes it ready again
@@ -7604,7 +7486,7 @@ class HttpRequest:
         else:
             closing = "Connection: keep-alive\r\n" if head.keep_alive else ""
             status_line = "HTTP/1.0" + status_line[8:]
-        date = self.connection.reactor.http_date()
+        date = self.connection.reactor.http_date
         return (
             f"{status_line}{kind}{headers}Date: {date}\r\n{framing}{closing}\r\n".encode("latin-1")
         )
@@ -10133,7 +10015,7 @@ class StreamWriter:
 # ============================================================================
 
 
-class Post:
+class PeerPost:
     """One message on its way by POST /raft."""
 
     def __init__(self, message: Message, body: Sequence[bytes]) -> None:
@@ -10161,8 +10043,8 @@ class Pipeline:
         self._member_id = member_id
         self._picker = picker
         self._status = status
-        self._waiting: Deque[Post] = collections.deque()
-        self._under_way: Set[Post] = set()
+        self._waiting: Deque[PeerPost] = collections.deque()
+        self._under_way: Set[PeerPost] = set()
         self._congested = False
         self._headers = {**context.headers, "Content-Type": "application/protobuf"}
 
@@ -10174,7 +10056,7 @@ class Pipeline:
             self._full(message)
             return
         self._congested = False
-        self._waiting.append(Post(message, encode_message_parts(message)))
+        self._waiting.append(PeerPost(message, encode_message_parts(message)))
         self._begin()
 
     def stop(self) -> None:
@@ -10204,7 +10086,7 @@ class Pipeline:
             self._under_way.add(post)
             self._send(post)
 
-    def _send(self, post: Post) -> None:
+    def _send(self, post: PeerPost) -> None:
         context = self._context
         post.url = self._picker.pick()
         post.started = context.reactor.now()
@@ -10222,7 +10104,7 @@ class Pipeline:
             on_data=post.answer.take_data, on_done=done,
         )
 
-    def _done(self, post: Post, error: Optional[Exception]) -> None:
+    def _done(self, post: PeerPost, error: Optional[Exception]) -> None:
         context = self._context
         self._under_way.discard(post)
         ok = error is None and post.answer.status == 204
@@ -10237,7 +10119,7 @@ class Pipeline:
             context.snapshot_done(self._member_id, ok)
         self._begin()
 
-    def _failed(self, post: Post, error: Optional[Exception]) -> None:
+    def _failed(self, post: PeerPost, error: Optional[Exception]) -> None:
         if post.answer.status == 403:
             self._context.removed()
         reason = error or post.answer.refusal(self._context, self._member_id)
@@ -10457,7 +10339,7 @@ def _ignore_round_trip(member_id: int, seconds: float) -> None:
     """Default of Transport's `round_trip`."""
 
 
-class Door:
+class MessageInspector:
     """What may pass from peers to this member: all.  What they send is never trusted."""
 
     def inspect(self, message: Message) -> Generator[None, None, str]:
@@ -10480,7 +10362,7 @@ class Transport:
     sent           gets a Sent for every message to a peer, when its fate is known
     received       (sender, message, bytes), before deliver
     round_trip     (member id, seconds) of every probe that a peer has answered
-    door           looks at every message before it is delivered
+    inspector      looks at every message before it is delivered
     `drop`, if set, loses the messages, sent and received, for which it returns true.
     The first three are called by the reactor, never from inside offer().  Thread: reactor.
     """
@@ -10493,7 +10375,7 @@ class Transport:
         sent: Callable[[Sent], None] = _ignore_sent,
         received: Callable[[int, Message, int], None] = _ignore_received,
         round_trip: Callable[[int, float], None] = _ignore_round_trip,
-        tls: Optional[TlsContext] = None, door: Optional[Door] = None,
+        tls: Optional[TlsContext] = None, inspector: Optional[MessageInspector] = None,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
         self._reactor = reactor
@@ -10503,7 +10385,7 @@ class Transport:
         self._deliver = deliver
         self._removed: Optional[Callable[[], None]] = removed
         self._received = received
-        self._door = door or Door()
+        self._inspector = inspector or MessageInspector()
         self._work = SlicedWork(reactor)
         self._is_reading = False            # a snapshot: one after the other
         self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # those that arrive
@@ -10680,7 +10562,7 @@ class Transport:
             return 500
         if message.type == MsgType.SNAP and message.snapshot is None:
             return 500
-        fault = yield from self._door.inspect(message)
+        fault = yield from self._inspector.inspect(message)
         if fault:
             name = "Msg" + MsgType(message.type).name.title().replace("_", "")
             self._complaints.say(f"refused a {name} of {message.sender:x}: {fault}")
@@ -10798,7 +10680,8 @@ class Transport:
 
         body, size = request.body_file or request.body, len(request.body)
         self._reactor.run_blocking(
-            _posted_snapshot, body, self._door.read_state, is_framed, kind=FILE_WORK, done=done)
+            _posted_snapshot, body, self._inspector.read_state, is_framed, kind=FILE_WORK,
+            done=done)
 
     def _handle_probing(self, request: HttpRequest) -> None:
         now = format_time(self._reactor.wall_ns())
@@ -11663,11 +11546,11 @@ class Bootstrap(NamedTuple):
 
 
 # ============================================================================
-# member/door -- The door for peers: what would harm this member when it is applied is refused.
+# member/inspection -- The door for peers: what would harm this member when it is applied is refused.
 # ============================================================================
 
 
-class MemberDoor(Door):
+class MemberInspector(MessageInspector):
     """Where a message ends that would be fatal when it is applied, or make our log unreadable."""
 
     def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
@@ -12174,7 +12057,7 @@ def check_active(
         raise NotEnoughActive(what, left, size)
 
 
-class Handover:
+class LeadershipTransfer:
     """Gives the lead to the member that can take it over best.  Thread: reactor.
 
     Source: Raft thesis §3.10; etcd 3 server.go, TransferLeadership.
@@ -12734,7 +12617,6 @@ class WalWriter:
         return True
 
 
-COMMIT_NEWS_SECONDS = 0.001         # a new commit index waits for entries to travel with
 WORK_ENTRIES_MAX = 400              # of the log, applied in one turn: 10 ms
 WORK_BYTES_MAX = 1 << 19            # of entries encoded, and of those applied, in one turn: 3 ms
 
@@ -13120,7 +13002,7 @@ class SnapshotJob:
         self._walk.close()
 
 
-Taker = Callable[[SnapshotFile, int], None]     # gets a snapshot and the store's index in it
+SnapshotReceiver = Callable[[SnapshotFile, int], None]  # gets a snapshot, and its etcd index
 
 
 SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms, however often; above, see is_due
@@ -13142,8 +13024,8 @@ class SnapshotKeeper:
         self._journal = journal
         self._failed = failed
         self._job: Optional[SnapshotJob] = None     # a walk over the store
-        self._takers: List[Taker] = []              # who gets it, instead of the disk
-        self._waiting: List[Taker] = []             # who gets the next one
+        self._receivers: List[SnapshotReceiver] = []              # who gets it, instead of the disk
+        self._waiting: List[SnapshotReceiver] = []             # who gets the next one
         self._saving = False                        # the walk is over, the file not yet there
         self._compact_to = 0                        # entries up to here are needed no more
         self._not_before = 0.0                      # the disk was full: begin no other (monotonic)
@@ -13175,7 +13057,7 @@ class SnapshotKeeper:
         lent  for all that wait for one, instead of the disk
         """
         if lent:
-            self._takers, self._waiting = self._waiting, []
+            self._receivers, self._waiting = self._waiting, []
         else:
             package_logger("etcdserver").info(
                 "start to snapshot (applied: %d, lastsnap: %d)", applied.index, self.index
@@ -13185,21 +13067,21 @@ class SnapshotKeeper:
         self._job.begin()               # now: the walk is of the state that its first step finds
 
     @property
-    def is_wanted(self) -> bool:
+    def is_requested(self) -> bool:
         """True if somebody waits for a snapshot, and none is in the making."""
         return bool(self._waiting) and not self.busy
 
-    def want(self, taker: Taker) -> None:
-        """Have taker called with the state of a moment from now on; the disk is not involved."""
-        self._waiting.append(taker)
+    def request(self, receiver: SnapshotReceiver) -> None:
+        """Have receiver called with the state of a moment from now on; the disk is not involved."""
+        self._waiting.append(receiver)
 
-    def unwant(self, taker: Taker) -> None:
-        """The taker is gone; a walk for nobody ends."""
-        if taker in self._waiting:
-            self._waiting.remove(taker)
-        elif taker in self._takers:
-            self._takers.remove(taker)
-            if self._job is not None and not self._takers:
+    def withdraw(self, receiver: SnapshotReceiver) -> None:
+        """The receiver is gone; a walk for nobody ends."""
+        if receiver in self._waiting:
+            self._waiting.remove(receiver)
+        elif receiver in self._receivers:
+            self._receivers.remove(receiver)
+            if self._job is not None and not self._receivers:
                 self._job.cancel()
                 self._job = None
 
@@ -13221,11 +13103,11 @@ class SnapshotKeeper:
         if file is None:
             self._reactor.call_soon(_nothing)   # the next slice: in the next turn, at once
             return
-        if self._takers:
-            takers, etcd_index = self._takers, self._job.etcd_index
-            self._takers, self._job = [], None
-            for taker in takers:
-                taker(file, etcd_index)
+        if self._receivers:
+            receivers, etcd_index = self._receivers, self._job.etcd_index
+            self._receivers, self._job = [], None
+            for receiver in receivers:
+                receiver(file, etcd_index)
             return
         started = self._job.started
         self.work_durations.observe(self._job.work_seconds)
@@ -13259,7 +13141,7 @@ class SnapshotKeeper:
         if self._job is not None:
             self._job.cancel()
             self._job = None
-            self._waiting, self._takers = self._takers + self._waiting, []
+            self._waiting, self._receivers = self._receivers + self._waiting, []
         self.index, self.nodes = index, 0       # not counted: the next file comes a bit sooner
         self._cache = None
 
@@ -13344,7 +13226,7 @@ class Proposals:
             self._done.popitem()[1](error)
 
 
-class Strays:
+class LateProposals:
     """Proposals of peers that came while there was no leader: kept for the next one.
 
     For two election timeouts; then their clients have given up.
@@ -13441,8 +13323,10 @@ class QuorumReads:
 # ============================================================================
 
 
-class CommitNews:
-    """Has the followers told of a commit index that no entries took along within a moment."""
+class CommitBroadcast:
+    """Sends the new commit index to followers when no entries follow within 1 ms to carry it."""
+
+    DELAY_SECONDS = 0.001
 
     def __init__(self, node: RawNode, reactor: Reactor) -> None:
         self._node = node
@@ -13451,13 +13335,13 @@ class CommitNews:
 
     def turn(self) -> None:
         """Look whether somebody has to be told; at the end of each turn."""
-        if self._node.commit_untold and not self._waiting:
+        if self._node.commit_unsent and not self._waiting:
             self._waiting = True
-            self._reactor.call_later(COMMIT_NEWS_SECONDS, self._tell)
+            self._reactor.call_later(self.DELAY_SECONDS, self._tell)
 
     def _tell(self) -> None:
         self._waiting = False
-        self._node.tell_commit()
+        self._node.broadcast_commit()
 
 
 class EtcdServer:
@@ -13506,22 +13390,23 @@ class EtcdServer:
             unreachable=lambda to: self.node.report_unreachable(to),
             snapshot_done=lambda to, ok: self.node.report_snapshot(to, ok),
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
-            tls=boot.peer_tls, door=MemberDoor(self.cluster, lambda m: self.node.fault(m)),
+            tls=boot.peer_tls,
+            inspector=MemberInspector(self.cluster, lambda m: self.node.protocol_violation(m)),
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
         )
         self.node: RawNode = self._make_node(boot, rng or random.Random())
-        self.handover = Handover(self.node, self.transport.active_since)
+        self.handover = LeadershipTransfer(self.node, self.transport.active_since)
         self._disk_watch = DiskWatch(self)
-        self._news = CommitNews(self.node, reactor)
+        self._news = CommitBroadcast(self.node, reactor)
         self._data_dir = boot.data_dir
         self._removed = removed
         self._tell_published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
         self._queued_bytes = 0                  # in them
         self._changes: List[ConfChange] = []    # likewise
-        self._strays = Strays(2 * config.election_ms / 1000)
+        self._late_proposals = LateProposals(2 * config.election_ms / 1000)
         self._lead = 0                          # as last seen by _watch_lead
         self.lead_since = 0.0                   # when it was elected (monotonic)
         for member in boot.remotes:
@@ -13535,7 +13420,7 @@ class EtcdServer:
             election_ticks=max(self.config.election_ms // self.config.heartbeat_ms, 1),
             rng=rng,
             trace=raft_log.info,
-            patient=True,
+            defer_commit=True,
         )
         if boot.bootstrap_entries:
             node = RawNode.bootstrap(config, boot.bootstrap_entries)
@@ -13674,7 +13559,7 @@ class EtcdServer:
         try:
             self.node.step(message)
         except ProposalDropped:
-            self._strays.add(message.entries, self.reactor.now())
+            self._late_proposals.add(message.entries, self.reactor.now())
 
     # -- clocks ------------------------------------------------------------
 
@@ -13686,7 +13571,7 @@ class EtcdServer:
         self.node.raft.pre_vote = self.cluster.all_have(FEATURE_PRE_VOTE)
         self.reads.enabled = self.cluster.all_have(FEATURE_READ_INDEX)
         self.reads.tick(self.proposals)
-        self._strays.expire(self.reactor.now())
+        self._late_proposals.expire(self.reactor.now())
         self.counts.tick(self.reactor.now(), self.is_leader * (len(self.node.raft.voters) - 1))
         self.node.tick()
         self._disk_watch.tick()
@@ -13702,13 +13587,13 @@ class EtcdServer:
         if self.stopping:
             return
         node, hub, refused = self.node, self.store.hub, False
-        if self._strays and self.lead and not node.raft.transferee:
+        if self._late_proposals and self.lead and not node.raft.transferee:
             with contextlib.suppress(ProposalDropped):  # again: as if the network had lost them
-                node.propose_many(self._strays.take(self.reactor.now()))
+                node.propose(*self._late_proposals.take(self.reactor.now()))
         if self.reads:
             self._serve_reads()
         if self._queue or self._changes:
-            refused = not self._propose()
+            refused = not self._propose_queued()
         if node.has_ready():
             self._take(node.ready())
         self.journal.submit()
@@ -13716,15 +13601,15 @@ class EtcdServer:
         self.counts.time_apply(self._apply, self.reactor.now)
         if self.reads:
             self._serve_reads()
-        if self.snapshots.is_wanted:
+        if self.snapshots.is_requested:
             self._maybe_snapshot()
         self.snapshots.work(self._compact)
         self._news.turn()
-        waiting = hub.owed or not refused and (self._queue or self._changes)
-        if waiting or self.store.has_rubbish or self.journal.is_encoding or node.has_ready():
+        waiting = hub.backlog or not refused and (self._queue or self._changes)
+        if waiting or self.store.has_garbage or self.journal.is_encoding or node.has_ready():
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
 
-    def _propose(self) -> bool:
+    def _propose_queued(self) -> bool:
         """Hand the waiting proposals to Raft; False if they have to wait for a leader.
 
         Differs from etcd: they also wait while no link to the leader is up.  It may be dead, and
@@ -13736,7 +13621,7 @@ class EtcdServer:
         self.handover.before(self._changes)
         try:
             if queue:
-                self.node.propose_many(queue)
+                self.node.propose(*queue)
                 queue = []
             while self._changes:
                 self.node.propose_conf_change(self._changes[0])
@@ -13785,7 +13670,7 @@ class EtcdServer:
         del entries[first_part(entries):]
         log = self.node.raft.log
         for entry in entries:
-            if not self.store.is_tidy or not entry.type and not self.applier.prepare(entry):
+            if not self.store.accepts_changes or not entry.type and not self.applier.prepare(entry):
                 break
             if not entry.type:
                 self._apply_normal(entry)
@@ -13887,7 +13772,7 @@ class EtcdServer:
     def _maybe_snapshot(self) -> None:
         count = self.config.snapshot_count
         is_due = self.snapshots.is_due(self.raft_index, len(self.store), count)
-        if (is_due or self.snapshots.is_wanted) and not self.snapshots.busy:
+        if (is_due or self.snapshots.is_requested) and not self.snapshots.busy:
             applied = EntryID(self.raft_term, self.raft_index)
             self.snapshots.begin(self.store, applied, self.node.raft.voters, lent=not is_due)
 
@@ -13901,7 +13786,7 @@ class EtcdServer:
     def _recover(self, snapshot: Snapshot) -> None:
         """A snapshot of the leader is durable here: the store becomes what it says."""
         self.snapshots.received(snapshot.index)
-        self.store.become(snapshot.state or StoreState.read(snapshot.data))
+        self.store.install(snapshot.state or StoreState.read(snapshot.data))
         self.cluster.recover()
         self.applier.auth_changes += 1
         text = "recovered from incoming snapshot at index %d"
@@ -14093,7 +13978,7 @@ class DiskWatch:
             )
 
 
-class Departure:
+class GracefulStop:
     """A planned end: the lead goes to another member, and waiting requests get their answer.
 
     Takes one election timeout at most, then done() is called.  Thread: reactor.
@@ -15374,7 +15259,7 @@ class AuthApi:
 # ============================================================================
 
 
-class Wanted(NamedTuple):
+class ListingRequest(NamedTuple):
     """What a GET of a directory asks for; path is internal."""
 
     path: str
@@ -15382,14 +15267,14 @@ class Wanted(NamedTuple):
     sorted: bool
 
 
-class ListingTaker:
+class ListingWaiter:
     """A request that waits for a listing; done(Listing, or EtcdError) is called once."""
 
     __slots__ = ("done", "group")
 
     def __init__(self, done: Callable[[Any], None]) -> None:
         self.done = done
-        self.group: Dict[ListingTaker, None] = {}       # of those that wait for the same
+        self.group: Dict[ListingWaiter, None] = {}      # of those that wait for the same
 
 
 class Listings:
@@ -15406,28 +15291,30 @@ class Listings:
     def __init__(self, store: Store, reactor: Reactor) -> None:
         self._store = store
         self._reactor = reactor
-        self._current: Optional[Tuple[Wanted, Listing]] = None
-        self._takers: Dict[ListingTaker, None] = {}             # of the current one
-        self._waiting: Dict[Wanted, Dict[ListingTaker, None]] = {}      # in order of arrival
-        self._kept: Dict[Wanted, Listing] = {}
+        self._current: Optional[Tuple[ListingRequest, Listing]] = None
+        self._waiters: Dict[ListingWaiter, None] = {}           # of the current one
+        self._waiting: Dict[ListingRequest, Dict[ListingWaiter, None]] = {}     # as they arrived
+        self._kept: Dict[ListingRequest, Listing] = {}
         self._kept_bytes = 0
         self._expiry: Optional[Timer] = None
         self._is_posted = False         # the next slice is on its way: never two in one turn
         self._turn = 0                  # of the reactor
         self._work_done = 0             # in that turn
 
-    def ask(self, wanted: Wanted, request: HttpRequest, done: Callable[[Any], None]) -> None:
+    def ask(
+        self, wanted: ListingRequest, request: HttpRequest, done: Callable[[Any], None]
+    ) -> None:
         """Call done(Listing, or EtcdError): at once if it is short, and not too many are."""
         kept = self._kept.get(wanted)
         if kept is not None and kept.index == self._store.current_index:
             done(kept)
             return
-        taker = ListingTaker(done)
-        request.on_close = functools.partial(self._leave, taker)
-        if self._join(wanted, taker):
+        waiter = ListingWaiter(done)
+        request.on_close = functools.partial(self._leave, waiter)
+        if self._join(wanted, waiter):
             return
         if self._work_left() <= 0 or wanted in self._waiting:
-            self._wait(wanted, taker)
+            self._wait(wanted, waiter)
             return
         try:
             listing = self._begin(wanted)
@@ -15437,37 +15324,37 @@ class Listings:
         if listing.done:
             done(listing)
         elif self._current is None:
-            self._current, self._takers = (wanted, listing), {}
-            self._enter(taker, self._takers)
+            self._current, self._waiters = (wanted, listing), {}
+            self._enter(waiter, self._waiters)
             self._post()
         else:
             listing.end()
-            self._wait(wanted, taker)
+            self._wait(wanted, waiter)
 
-    def _join(self, wanted: Wanted, taker: ListingTaker) -> bool:
+    def _join(self, wanted: ListingRequest, waiter: ListingWaiter) -> bool:
         """Have a share in the listing under way, if it is as good as a new one."""
         if self._current is None:
             return False
         its, listing = self._current
         if its != wanted or listing.index != self._store.current_index:
             return False
-        self._enter(taker, self._takers)
+        self._enter(waiter, self._waiters)
         return True
 
-    def _wait(self, wanted: Wanted, taker: ListingTaker) -> None:
+    def _wait(self, wanted: ListingRequest, waiter: ListingWaiter) -> None:
         if self._current is None and not self._waiting:
             self._post()
-        self._enter(taker, self._waiting.setdefault(wanted, {}))
+        self._enter(waiter, self._waiting.setdefault(wanted, {}))
 
     @staticmethod
-    def _enter(taker: ListingTaker, group: Dict[ListingTaker, None]) -> None:
-        group[taker] = None
-        taker.group = group
+    def _enter(waiter: ListingWaiter, group: Dict[ListingWaiter, None]) -> None:
+        group[waiter] = None
+        waiter.group = group
 
-    def _leave(self, taker: ListingTaker) -> None:
+    def _leave(self, waiter: ListingWaiter) -> None:
         """The client is gone; a listing for nobody ends, or is never begun."""
-        taker.group.pop(taker, None)
-        if self._current is not None and not self._takers:
+        waiter.group.pop(waiter, None)
+        if self._current is not None and not self._waiters:
             self._current[1].end()
             self._current = None
 
@@ -15477,7 +15364,7 @@ class Listings:
             self._turn, self._work_done = self._reactor.turns, 0
         return LISTING_SLICE_WORK - self._work_done
 
-    def _begin(self, wanted: Wanted) -> Listing:
+    def _begin(self, wanted: ListingRequest) -> Listing:
         listing = self._store.listing(
             wanted.path, recursive=wanted.recursive, sorted=wanted.sorted,
             now_ns=self._reactor.wall_ns(),
@@ -15485,15 +15372,15 @@ class Listings:
         self._work(wanted, listing)
         return listing
 
-    def _work(self, wanted: Wanted, listing: Listing) -> None:
+    def _work(self, wanted: ListingRequest, listing: Listing) -> None:
         before = listing.work_done
         listing.work(max(self._work_left(), 1))
         self._work_done += listing.work_done - before
-        size = sum(map(len, listing.chunks)) if listing.done and listing.lasts else 0
+        size = sum(map(len, listing.chunks)) if listing.done and listing.cacheable else 0
         if size and self._kept_bytes + size <= self.KEPT_BYTES_MAX:
             self._keep(wanted, listing, size)
 
-    def _keep(self, wanted: Wanted, listing: Listing, size: int) -> None:
+    def _keep(self, wanted: ListingRequest, listing: Listing, size: int) -> None:
         if wanted in self._kept or listing.index != self._store.current_index:
             self._forget()
         self._kept[wanted] = listing
@@ -15516,10 +15403,10 @@ class Listings:
         """One slice: of the listing under way, or of the next."""
         self._is_posted = False
         if self._current is None:
-            while self._waiting and not self._takers:
+            while self._waiting and not self._waiters:
                 wanted = next(iter(self._waiting))
-                self._takers = self._waiting.pop(wanted)
-            if not self._takers:
+                self._waiters = self._waiting.pop(wanted)
+            if not self._waiters:
                 return                  # all have left
             try:
                 self._current = wanted, self._begin(wanted)
@@ -15533,9 +15420,9 @@ class Listings:
             self._post()
 
     def _finish(self, result: Union[Listing, EtcdError]) -> None:
-        takers, self._takers, self._current = self._takers, {}, None
-        for taker in takers:
-            self._reactor.call_in_turn(taker.done, result)
+        waiters, self._waiters, self._current = self._waiters, {}, None
+        for waiter in waiters:
+            self._reactor.call_in_turn(waiter.done, result)
 
 
 # ============================================================================
@@ -15601,9 +15488,9 @@ class KeysApi:
         if head.method in ("PUT", "POST"):
             return functools.partial(self._write, target)
         if head.method == "DELETE":
-            return functools.partial(self._propose, command)
+            return functools.partial(self._submit, command)
         if head.method == "GET" and command.quorum:
-            return functools.partial(self._propose, command._replace(method="QGET"))
+            return functools.partial(self._submit, command._replace(method="QGET"))
         if command.wait:
             return functools.partial(self._watch, command)
         return functools.partial(self._get, command.path, command.recursive, command.sorted)
@@ -15632,14 +15519,14 @@ class KeysApi:
             self._fail(request, method, error)
             return
         if not body:
-            self._list(request, method, started, Wanted(path, recursive, sorted))
+            self._list(request, method, started, ListingRequest(path, recursive, sorted))
             return
         self._send(request, 200, self._store.current_index, body[0], body[1:])
         durations = self._get_durations if method == "GET" else self._durations.child(method)
         durations.observe(self._now() - started)
 
     def _list(
-        self, request: HttpRequest, method: str, started: float, wanted: Wanted
+        self, request: HttpRequest, method: str, started: float, wanted: ListingRequest
     ) -> None:
         """GET and HEAD of a directory."""
         def done(result: "Union[Listing, EtcdError]") -> None:
@@ -15663,7 +15550,7 @@ class KeysApi:
             if is_unicode(text):
                 id = self._server.ids.next()
                 command = Request(id, known.method, known.path, text)
-                self._propose(command, request, encode_plain(id, target.encoded, value))
+                self._submit(command, request, encode_plain(id, target.encoded, value))
                 return
         self._go_on(self._read(target, request), request)
 
@@ -15695,7 +15582,7 @@ class KeysApi:
         except StopIteration as end:
             if refuse is None:
                 command, encoded = end.value
-                self._propose(command, request, encoded)
+                self._submit(command, request, encoded)
             else:
                 refuse(request)
         except EtcdError as error:
@@ -15704,23 +15591,25 @@ class KeysApi:
             if not request.connection.closed:
                 self._reactor.call_in_turn(self._go_on, steps, request, refuse)
 
-    def _propose(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
-        """Everything that goes through consensus."""
+    def _submit(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
+        """Send a command through consensus."""
         method = command.method
         self._stats.gets_fail += 1              # as in _get
         self._received.inc(method)
-        done = functools.partial(self._done, request, command, self._now())
+        done = functools.partial(self._reply_applied, request, command, self._now())
         self._server.do(command, done, encoded)
 
-    def _done(self, request: HttpRequest, command: Request, started: float, result: Any) -> None:
-        """The command is applied, or has failed."""
+    def _reply_applied(
+        self, request: HttpRequest, command: Request, started: float, result: Any
+    ) -> None:
+        """Answer with the event of an applied command, or with the error."""
         method = command.method
         if isinstance(result, EtcdError):
             self._fail(request, method, result)
             return
         if method == "QGET" and result.node.children is not None:
             self._proposals.observe(self._now() - started)
-            wanted = Wanted(command.path, command.recursive, command.sorted)
+            wanted = ListingRequest(command.path, command.recursive, command.sorted)
             self._list(request, method, started, wanted)
             return
         body = result.client_pieces()
@@ -15788,7 +15677,7 @@ class KeysApi:
         server = self._server
         request.reply_raw(
             f"{self._heads[status]}X-Etcd-Index: {index}\r\nX-Raft-Index: {server.raft_index}\r\n"
-            f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date()}\r\n"
+            f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date}\r\n"
             f"Content-Length: {size}\r\n\r\n".encode("latin-1") + body, more
         )
 
@@ -15995,7 +15884,7 @@ def _where_time_goes(server: EtcdServer) -> Dict[str, object]:
             "proposals_pending": len(server.proposals), "reads_pending": len(server.reads),
             "entries_not_durable": log.last_index - log.stable,
             "entries_not_applied": log.commit - log.applied,
-            "watchers_to_tell": server.store.hub.owed,
+            "watchers_to_tell": server.store.hub.backlog,
         },
     }
 
@@ -16221,9 +16110,10 @@ class Download:
         self.file: Optional[SnapshotFile] = None        # as soon as the store has been walked
         self._reply: Optional[StreamReply] = None
         self._pieces: Iterator[bytes] = iter(())
-        self._taker: Optional[Taker] = self._start      # one object: the keeper compares
+        # One object, as the keeper compares.
+        self._receiver: Optional[SnapshotReceiver] = self._start
         request.on_close = self._gone
-        server.snapshots.want(self._taker)
+        server.snapshots.request(self._receiver)
 
     def _start(self, file: SnapshotFile, etcd_index: int) -> None:
         headers = (
@@ -16247,7 +16137,7 @@ class Download:
         piece = next(self._pieces, None)
         if piece is None:
             self._reply.end()
-            self._taker = None
+            self._receiver = None
             self._ended(self)
             return
         self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._go_on))
@@ -16255,9 +16145,9 @@ class Download:
 
     def _gone(self) -> None:
         self._pieces = iter(())
-        taker, self._taker = self._taker, None
-        if taker is not None:
-            self._server.snapshots.unwant(taker)
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            self._server.snapshots.withdraw(receiver)
         self._ended(self)
 
 
@@ -18410,7 +18300,7 @@ def _cluster_version(
 
 
 # ============================================================================
-# life/first_life -- First life: a member without a past asks the others whether that is so.
+# life/data_loss -- First life: a member without a past asks the others whether that is so.
 # ============================================================================
 
 
@@ -18418,7 +18308,7 @@ ASK_AGAIN_SECONDS = 0.1             # after a round that told nothing new, then 
 ASK_AGAIN_SECONDS_MAX = 1.6
 
 
-class FirstLife:
+class DataLossCheck:
     """Keeps a member whose log is empty from voting where its first life may have voted.
 
     Bootstrap asks the members too, but perhaps none of them was up.  Nobody's messages count here
@@ -18673,7 +18563,7 @@ class Server(ServerThread):
         super()._init(config)
         self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
         self._peer_api: Optional[PeerApi] = None
-        self._first_life: Optional[FirstLife] = None
+        self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
         self._leaving = False           # stop() was called
 
@@ -18732,8 +18622,8 @@ class Server(ServerThread):
             self.config, boot, self._reactor, failed=self._failed, removed=self._removed,
             published=self._ready.set, transport_type=self._transport_type,
         )
-        if FirstLife.is_due(boot):
-            self._first_life = FirstLife(self.etcd, self._refuse, boot.peer_tls)
+        if DataLossCheck.is_due(boot):
+            self._data_loss_check = DataLossCheck(self.etcd, self._refuse, boot.peer_tls)
         api = ClientApi(self.etcd)
         self._count_client_bytes(self.etcd.metrics)
         api.fallback = DiscoveryService(self.etcd.do, api.serve).handle
@@ -18805,8 +18695,8 @@ class Server(ServerThread):
         self.etcd.start()
 
     def _free(self) -> None:
-        if self._first_life is not None:
-            self._first_life.end()
+        if self._data_loss_check is not None:
+            self._data_loss_check.end()
         if self.etcd is not None:
             self.etcd.abandon()
 
@@ -18814,7 +18704,7 @@ class Server(ServerThread):
         assert self.etcd is not None
         if not self.etcd.stopping and not self._leaving:
             self._leaving = True
-            Departure(self.etcd, self._end)
+            GracefulStop(self.etcd, self._end)
 
     def _end(self) -> None:
         assert self.etcd is not None
@@ -20952,7 +20842,7 @@ def _replace_members(store: Store, members: Sequence[Member]) -> None:
     with contextlib.suppress(ValueError):
         if version_key(version) <= version_key(SERVER_VERSION):
             files["/0/version"] = version
-    store.replant("/0", files)
+    store.replace_files("/0", files)
 
 
 # ============================================================================
@@ -21843,7 +21733,7 @@ def _campaign(etcd: EtcdServer) -> None:
 
 
 def _hear_each_other(one: LocalMember, other: LocalMember) -> bool:
-    """True if neither drops the other's messages: see FirstLife."""
+    """True if neither drops the other's messages: see DataLossCheck."""
     def hears(member: "LocalMember", sender: "LocalMember") -> "bool":
         message = Message(MsgType.VOTE, sender=sender.member_id)
 

@@ -3935,18 +3935,17 @@ def _create_once(client: Client, key: str, value: str, ttl: Optional[int]) -> Tu
     """Create a file whose value nobody else writes there; raise NodeExists if another did.
 
     Repeating a creation is harmless: if an earlier attempt is in, the value says so, and the
-    second result is False.
+    second result is False.  A file that expires between creation and reading is created again.
     """
-    try:
-        return _insist(client, lambda: client.create(key, value, ttl=ttl)).node, True
-    except NodeExists as exists:
+    while True:
         try:
-            node = _read(client, key).node
-        except KeyNotFound:                         # gone since
-            raise exists from None
-        if node.value != value:
-            raise
-        return node, False
+            return _insist(client, lambda: client.create(key, value, ttl=ttl)).node, True
+        except NodeExists:
+            with contextlib.suppress(KeyNotFound):      # gone since: it can be created
+                node = _read(client, key).node
+                if node.value == value:
+                    return node, False
+                raise
 
 
 def _append_once(

@@ -731,6 +731,8 @@ def test_attack_a_late_socket_that_is_gone_is_not_served(turn_rig):
     def handler(request):
         _busy(0.006)                    # all that a turn has for clients
         request.reply(200)
+        if len(turn_rig.served) <= pyetcd.CLOCK_STRIDE:
+            return
         for connection in list(turn_rig.listeners[0]._connections):
             if connection is not request.connection:
                 connection.close()
@@ -739,7 +741,7 @@ def test_attack_a_late_socket_that_is_gone_is_not_served(turn_rig):
     for client in clients:
         client.sendall(_TURN_GET % 1)
     turn_rig.turn(10)
-    assert len(turn_rig.served) == 1
+    assert len(turn_rig.served) == pyetcd.CLOCK_STRIDE + 1
 
 
 def test_attack_what_becomes_ready_together_is_done_in_parts(turn_rig):
@@ -764,7 +766,7 @@ def test_attack_listings_ready_together_are_sent_in_parts(turn_rig):
     for number in range(12_000):
         store.set(f"/1/d/{number:05}", value="x", now_ns=1)
     listings = pyetcd.Listings(store, turn_rig.reactor)
-    wanted = pyetcd.Wanted("/1/d", False, True)
+    wanted = pyetcd.ListingRequest("/1/d", False, True)
     requests = [types.SimpleNamespace(on_close=None) for _ in range(2_000)]
     for request in requests:
         listings.ask(wanted, request, lambda listing: told.append(turn_rig.reactor.turns))

@@ -18,6 +18,8 @@ from pyetcd import Applier, Cluster, CodecError, Entry, InvariantError, RawNode,
 class _FuzzReactor:
     """Does nothing by itself: what is posted runs in turn()."""
 
+    http_date = "now"
+
     def __init__(self):
         self.posted = collections.deque()
 
@@ -25,7 +27,6 @@ class _FuzzReactor:
     def modify(self, sock, events, callback): pass
     def unregister(self, sock): pass
     def now(self): return 0.0
-    def http_date(self): return "now"
     def call_later(self, delay_s, callback, *args): return pyetcd.Timer(callback, args)
 
     def call_soon(self, callback, *args):
@@ -214,7 +215,7 @@ def fuzz_peer_door(data):
     cluster.members = {2: pyetcd.Member(2, ("http://127.0.0.1:1",))}
     node = RawNode(pyetcd.RaftConfig(id=1, rng=random.Random(1), trace=lambda text: None),
                    snapshot=pyetcd.Snapshot(b"", (1, 2), 1, 1))
-    door = pyetcd.MemberDoor(cluster, node.fault)
+    inspector = pyetcd.MemberInspector(cluster, node.protocol_violation)
     applier = Applier(store, cluster, 1, clock=lambda: 1)
     at = 0
     while at < len(data):
@@ -223,12 +224,12 @@ def fuzz_peer_door(data):
             message = pyetcd.decode_message(data[at + 1:at + 1 + size])
             message.to = 1
             if message.snapshot is not None:
-                state = door.read_state(message.snapshot.data)
+                state = inspector.read_state(message.snapshot.data)
                 message.snapshot = message.snapshot._replace(state=state)
         except (CodecError, ValueError):
             message = None
         at += 1 + size
-        if message is None or pyetcd.finish(door.inspect(message)):
+        if message is None or pyetcd.finish(inspector.inspect(message)):
             continue
         with contextlib.suppress(pyetcd.ProposalDropped):
             node.step(message)
@@ -240,7 +241,7 @@ def fuzz_peer_door(data):
             assert pyetcd.decode_hard_state(encoded) == ready.hard_state
         node.persisted(ready.mark)
         if ready.snapshot is not None:
-            store.become(ready.snapshot.state)
+            store.install(ready.snapshot.state)
             cluster.recover()
             node.applied_to(ready.snapshot.index)
         for entry in node.committed_entries():

@@ -1172,7 +1172,7 @@ def _bug_older_term_committed_by_counting(patch):
         index = self.replication.quorum_index
         if index > self.log.commit:
             self.log.commit_to(index)
-            self.replication.owe_all()
+            self.replication.mark_all_due()
     patch.setattr(pyetcd.Raft, "_maybe_commit", commit)
 
 
@@ -1212,7 +1212,7 @@ def _bug_old_duplicate_shortens_the_log(patch):
 def _bug_heartbeat_commits_what_may_differ(patch):
     def heartbeats(self, context):
         for peer in self.progress:
-            if peer != self._id:
+            if peer != self._config.id:
                 self._mail.send(MsgType.HEARTBEAT, peer, commit=self._log.commit, context=context)
     patch.setattr(pyetcd.Replication, "send_heartbeats", heartbeats)
 
@@ -1220,7 +1220,7 @@ def _bug_heartbeat_commits_what_may_differ(patch):
 def _bug_read_without_asking_the_others(patch):
     def begin(self, context, index, requester):
         self._release(context, pyetcd.ReadRound(index, requester, set()))
-    patch.setattr(pyetcd.Reads, "begin", begin)
+    patch.setattr(pyetcd.PendingReads, "begin", begin)
 
 
 def _bug_read_before_the_first_commit(patch):
@@ -1233,12 +1233,7 @@ def _bug_read_before_the_first_commit(patch):
 
 
 def _bug_received_snapshot_keeps_the_voters(patch):
-    def restore(self, snapshot):
-        if snapshot.index <= self.log.commit:
-            return False
-        self.log.restore(snapshot)
-        return True
-    patch.setattr(pyetcd.Raft, "_restore", restore)
+    patch.setattr(pyetcd.Raft, "_restore", lambda self, snapshot: self.log.restore(snapshot))
 
 
 def _bug_keys_expire_by_the_local_clock(patch):

@@ -300,9 +300,9 @@ def test_boot_first_life_asks_less_and_less_often(monkeypatch: pytest.MonkeyPatc
         counts=types.SimpleNamespace(leader_changes=0),
         cluster=types.SimpleNamespace(members=members),
     )
-    first_life = pyetcd.FirstLife(etcd, lambda error: None, None)
+    check = pyetcd.DataLossCheck(etcd, lambda error: None, None)
     for _ in range(7):
-        first_life._ask()
+        check._ask()
     assert waits == pytest.approx([0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 1.6, 1.6])
     assert len(calls) == 2, "one call to a member at a time"
     assert {options["answer_max"] for options in calls} == {pyetcd.CALL_BODY_BYTES_MAX}
@@ -310,7 +310,7 @@ def test_boot_first_life_asks_less_and_less_often(monkeypatch: pytest.MonkeyPatc
         {"id": "1", "peerURLs": ["http://10.0.0.1:2380"], "name": "m1", "clientURLs": []}])
     calls[0]["on_data"](body.encode())
     calls[0]["on_done"](None)
-    first_life._ask()
+    check._ask()
     assert waits[-1] == pytest.approx(0.1)
     assert len(calls) == 2, "who has answered is not asked again"
 

@@ -241,7 +241,7 @@ def test_embed_failed_member_of_a_cluster_closes_its_links(tmp_path, monkeypatch
         other = f"http://127.0.0.1:{silent.getsockname()[1]}"
         server.start(initial_cluster=f"a={server.peer_urls[0]},b={other}")
         monkeypatch.setattr(pyetcd, "PROBE_ANSWER_SECONDS", 5.0)
-        eventually(lambda: server.call(lambda etcd: bool(server._first_life._asked)))
+        eventually(lambda: server.call(lambda etcd: bool(server._data_loss_check._asked)))
         _fail_reactor(server, monkeypatch)
         assert server.wait() == 1
     assert _embed_open() == before
@@ -502,11 +502,11 @@ def test_cluster_proposals_of_peers_wait_for_a_leader_only_so_long(tmp_path):
             other = next(id for id in etcd.cluster.members if id != etcd.member_id)
             etcd._deliver(Message(
                 MsgType.PROP, to=etcd.member_id, sender=other, entries=[Entry(data=b"x")]))
-            return len(etcd._strays)
+            return len(etcd._late_proposals)
 
         eventually(lambda: server.call(lambda etcd: len(etcd.node.raft.voters)) == 2)
         assert server.call(receive) == 1
-        eventually(lambda: server.call(lambda etcd: not etcd._strays))
+        eventually(lambda: server.call(lambda etcd: not etcd._late_proposals))
     finally:
         server.stop()
 

@@ -1472,7 +1472,8 @@ def test_http_bytes_that_wait_for_a_leader_are_limited(http_server, monkeypatch)
     """Large writes wait until there is as much as may; the next one gets 503 at once."""
     monkeypatch.setattr(pyetcd, "QUEUED_BYTES_MAX", 100_000)
     answers = []
-    monkeypatch.setattr(pyetcd.EtcdServer, "_propose", lambda etcd: False)     # as without a leader
+    # As without a leader.
+    monkeypatch.setattr(pyetcd.EtcdServer, "_propose_queued", lambda etcd: False)
 
     def put(etcd):
         for number in range(4):
@@ -1485,13 +1486,13 @@ def test_http_bytes_that_wait_for_a_leader_are_limited(http_server, monkeypatch)
     monkeypatch.undo()
     eventually(lambda: len(answers) == 4)
     assert http_server.call(lambda etcd: etcd._queued_bytes) == 0
-    strays = pyetcd.Strays(1.0)
+    late = pyetcd.LateProposals(1.0)
     for _ in range(300):
-        strays.add([pyetcd.Entry(0, data=bytes(1 << 20))], 1.0)
-    assert len(strays) == 65
-    strays.expire(9.0)
-    strays.add([pyetcd.Entry(0, data=b"x")], 9.0)
-    assert [entry.data for entry in strays.take(9.0)] == [b"x"]
+        late.add([pyetcd.Entry(0, data=bytes(1 << 20))], 1.0)
+    assert len(late) == 65
+    late.expire(9.0)
+    late.add([pyetcd.Entry(0, data=b"x")], 9.0)
+    assert [entry.data for entry in late.take(9.0)] == [b"x"]
 
 
 def test_http_pending_requests_are_limited(http_server, monkeypatch):

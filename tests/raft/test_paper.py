@@ -380,26 +380,26 @@ def test_raft_patient_leader_tells_of_a_commit_with_entries_or_when_told_to():
     def told(messages):
         return [(m.to, m.commit, len(m.entries)) for m in messages]
 
-    node = _raft_lead(_raft_node(patient=True))
+    node = _raft_lead(_raft_node(defer_commit=True))
     _raft_sync(node)
     for follower in (2, 3):
         _raft_say(node, MsgType.APP_RESP, follower, index=1)
     node.propose(Entry(data=b"a"))
     _raft_sync(node)
-    assert told(_raft_say(node, MsgType.APP_RESP, 2, index=2)) == [] and node.commit_untold
+    assert told(_raft_say(node, MsgType.APP_RESP, 2, index=2)) == [] and node.commit_unsent
     node.propose(Entry(data=b"b"))
-    assert told(_raft_sync(node).messages) == [(2, 2, 1), (3, 2, 1)] and not node.commit_untold
+    assert told(_raft_sync(node).messages) == [(2, 2, 1), (3, 2, 1)] and not node.commit_unsent
     assert told(_raft_say(node, MsgType.APP_RESP, 2, index=3)) == []
-    node.tell_commit()
-    assert told(_raft_sync(node).messages) == [(2, 3, 0), (3, 3, 0)] and not node.commit_untold
+    node.broadcast_commit()
+    assert told(_raft_sync(node).messages) == [(2, 3, 0), (3, 3, 0)] and not node.commit_unsent
     _raft_say(node, MsgType.PROP, 3, term=0, entries=[Entry(data=b"c")])
     assert told(_raft_say(node, MsgType.APP_RESP, 2, index=4)) == [(3, 4, 0)]
-    assert node.commit_untold
+    assert node.commit_unsent
 
 
 def test_raft_patient_leader_tells_a_member_of_its_removal_at_once():
     """A millisecond later it would be no voter any more, and get no messages."""
-    node = _raft_lead(_raft_node(patient=True))
+    node = _raft_lead(_raft_node(defer_commit=True))
     _raft_sync(node)
     for follower in (2, 3):
         _raft_say(node, MsgType.APP_RESP, follower, index=1)
@@ -410,9 +410,9 @@ def test_raft_patient_leader_tells_a_member_of_its_removal_at_once():
 
 
 def test_raft_patient_leader_alone_has_nobody_to_tell():
-    node = _raft_lead(_raft_node(voters=(1,), patient=True))
+    node = _raft_lead(_raft_node(voters=(1,), defer_commit=True))
     _raft_sync(node)
-    assert node.raft.log.commit == 1 and not node.commit_untold
+    assert node.raft.log.commit == 1 and not node.commit_unsent
 
 
 @pytest.mark.parametrize("terms", [[], [2], [1, 2], [1]])
@@ -718,7 +718,7 @@ def test_raft_follower_forwards_proposals_of_a_turn_together():
     node = _raft_node(term=1)
     _raft_say(node, MsgType.HEARTBEAT)
     node.propose(Entry(data=b"a"))
-    node.propose_many([Entry(data=b"b"), Entry(data=b"c")])
+    node.propose(Entry(data=b"b"), Entry(data=b"c"))
     (message,) = node.ready().messages
     assert (message.type, message.to, message.sender, message.term) == (MsgType.PROP, 2, 1, 0)
     assert [entry.data for entry in message.entries] == [b"a", b"b", b"c"]
@@ -805,7 +805,7 @@ def test_raft_messages_are_cut_by_size_and_acks_pull_the_rest():
     """One MsgApp per turn; a backlog follows as fast as it is answered."""
     net = _RaftNetwork(3, max_entries_bytes=100)
     node = net.elect(1)
-    node.propose_many([Entry(data=b"x") for _ in range(6)])
+    node.propose(*[Entry(data=b"x") for _ in range(6)])
     ready = _raft_sync(node)
     assert [len(m.entries) for m in ready.messages] == [2, 2]
     for message in ready.messages + ready.held:

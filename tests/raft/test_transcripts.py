@@ -421,7 +421,7 @@ class _RaftStorm:
             self.proposed += 1
             entries.append(Entry(data=b"%d" % self.proposed))
         with contextlib.suppress(ProposalDropped):
-            member.node.propose_many(entries)
+            member.node.propose(*entries)
 
     def apply(self, member: _RaftStormMember) -> None:
         for entry in member.node.committed_entries(self.rng.randint(1, 5)):

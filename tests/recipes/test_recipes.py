@@ -177,6 +177,23 @@ def test_recipe_lease_is_made_once_whatever_becomes_of_the_answer(
         assert _recipe_client.get(_client_dir).etcd_index >= lease._index
 
 
+def test_recipe_lease_is_made_again_when_the_first_file_expires_unseen(_recipe_client, _client_dir):
+    """A lost answer, and a member that pauses: the file is gone before the lease can read it."""
+    key, create = _client_dir + "/k", _recipe_client.create
+
+    def create_and_expire(*args, **kwargs):
+        _recipe_client.create = create
+        create(*args, **kwargs)
+        try:
+            return create(*args, **kwargs)          # the repetition finds the file ...
+        finally:
+            _recipe_client.delete(key)              # ... which expires then
+
+    _recipe_client.create = create_and_expire
+    with pyetcd_client.Lease(_recipe_client, key, ttl=5) as lease:
+        assert lease.alive and _recipe_client.get(key).value == lease.value
+
+
 @pytest.mark.parametrize("fate", (*_RECIPE_FATES, "late"))
 def test_recipe_renewals_with_lost_answers_keep_the_file(_recipe_client, _client_dir, fate):
     with pyetcd_client.Lease(_recipe_client, _client_dir + "/k", ttl=30) as lease:

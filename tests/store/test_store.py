@@ -744,7 +744,7 @@ def test_store_tells_many_watchers_over_several_turns(store: Store) -> None:
     _store_call(store, "set", "/a")
     _store_call(store, "set", "/a")
     assert told == [(1, number) for number in range(limit)]
-    assert store.hub.owed == 2 * limit and store.stats.watchers == limit
+    assert store.hub.backlog == 2 * limit and store.stats.watchers == limit
     watchers[limit].cancel()
     watchers[limit + 1].cancel()
     store.hub.begin_turn()
@@ -753,7 +753,7 @@ def test_store_tells_many_watchers_over_several_turns(store: Store) -> None:
         *((1, n) for n in range(2 * limit) if n not in (limit, limit + 1)),
         *((2, n) for n in range(1, 2 * limit, 2) if n != limit + 1),
     ]
-    assert store.hub.owed == 0 and store.stats.watchers == limit - 1
+    assert store.hub.backlog == 0 and store.stats.watchers == limit - 1
 
 
 def test_store_tells_watchers_at_once_if_events_come_too_fast(
@@ -765,7 +765,7 @@ def test_store_tells_watchers_at_once_if_events_come_too_fast(
     _, seen = _store_watch(store, "/a", stream=True)
     for _ in range(20):
         _store_call(store, "set", "/a")
-    assert len(seen) == 15 and store.hub.owed == 5
+    assert len(seen) == 15 and store.hub.backlog == 5
 
 
 def test_store_tells_the_owed_before_a_snapshot_replaces_it(
@@ -1510,7 +1510,7 @@ def test_store_removes_in_slices_like_at_once(
             rng.setstate(state)
             for _ in range(rng.choice((0, 5))):
                 _store_mutate(each, rng)
-        while store.has_rubbish and rng.random() < 0.7:
+        while store.has_garbage and rng.random() < 0.7:
             store.begin_turn()
         assert b"".join([*chunks, *walk]) == expected
         for listing in listings:
@@ -1540,7 +1540,7 @@ def test_store_removal_of_many_is_a_bounded_amount_of_work_in_a_turn(
     before, index = len(store), store.current_index
     _store_call(store, "delete", "/d", recursive=True)
     assert before - len(store) <= 100 and store.current_index == index + 1
-    assert not store.is_tidy and store.has_rubbish
+    assert not store.accepts_changes and store.has_garbage
     assert [len(told[path]) for path in ("/d", "/d/s", "/d/s/7", "/e/s/8")] == [1, 1, 1, 0]
     with pytest.raises(pyetcd.KeyNotFound):
         store.get("/1/d/s/7", now_ns=_STORE_NOW)
@@ -1552,14 +1552,14 @@ def test_store_removal_of_many_is_a_bounded_amount_of_work_in_a_turn(
     assert [event.key for event in events] == ["/1/e", "/1/f"]
     assert len(told["/e/s/8"]) == 1 and silent == []
     turns = 0
-    while store.has_rubbish:
+    while store.has_garbage:
         before = len(store)
         store.begin_turn()
         turns += 1
         assert before - len(store) <= 100
     assert turns >= 29 and len(store) == 3 and not store.has_ttl
     store.begin_turn()
-    assert store.is_tidy
+    assert store.accepts_changes
 
 
 def test_store_writes_find_what_is_dead_gone(
@@ -1571,9 +1571,9 @@ def test_store_writes_find_what_is_dead_gone(
     for number in range(100):
         _store_call(store, "set", f"/d/{number}", expires_ns=_store_in(1))
     _store_call(store, "delete", "/d", recursive=True)
-    assert store.has_rubbish
+    assert store.has_garbage
     event = _store_call(store, "create", "/d/5")
-    assert event.prev is None and event.is_created and not store.has_rubbish
+    assert event.prev is None and event.is_created and not store.has_garbage
     assert store.children("/1/d") == [("5", False)] and store.delete_expired(_STORE_LATER) == []
 
 
@@ -1590,10 +1590,10 @@ def test_store_frees_the_tree_before_a_recover_in_slices(
     nodes = store._nodes
     store.recover(Store().save())
     store.begin_turn()
-    assert not store.has_rubbish and len(nodes) > 300
+    assert not store.has_garbage and len(nodes) > 300
     assert b"".join([*chunks, *walk]) == expected
     sizes = [len(nodes)]
-    while store.has_rubbish:
+    while store.has_garbage:
         store.begin_turn()
         sizes.append(len(nodes))
     assert sizes[-1] == 0 and max(a - b for a, b in zip(sizes, sizes[1:])) <= 50

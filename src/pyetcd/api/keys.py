@@ -18,7 +18,7 @@ from ..net.http_messages import HttpHead
 from ..net.http_requests import Handler, HttpRequest
 from ..store.walks import Listing
 from .forms import FORM_SLICE_BYTES, KeyTarget, KeyWatch, refuse_method, write_error, write_message
-from .listings import Listings, Wanted
+from .listings import ListingRequest, Listings
 
 
 class KeysApi:
@@ -79,9 +79,9 @@ class KeysApi:
         if head.method in ("PUT", "POST"):
             return functools.partial(self._write, target)
         if head.method == "DELETE":
-            return functools.partial(self._propose, command)
+            return functools.partial(self._submit, command)
         if head.method == "GET" and command.quorum:
-            return functools.partial(self._propose, command._replace(method="QGET"))
+            return functools.partial(self._submit, command._replace(method="QGET"))
         if command.wait:
             return functools.partial(self._watch, command)
         return functools.partial(self._get, command.path, command.recursive, command.sorted)
@@ -110,14 +110,14 @@ class KeysApi:
             self._fail(request, method, error)
             return
         if not body:
-            self._list(request, method, started, Wanted(path, recursive, sorted))
+            self._list(request, method, started, ListingRequest(path, recursive, sorted))
             return
         self._send(request, 200, self._store.current_index, body[0], body[1:])
         durations = self._get_durations if method == "GET" else self._durations.child(method)
         durations.observe(self._now() - started)
 
     def _list(
-        self, request: HttpRequest, method: str, started: float, wanted: Wanted
+        self, request: HttpRequest, method: str, started: float, wanted: ListingRequest
     ) -> None:
         """GET and HEAD of a directory."""
         def done(result: Union[Listing, EtcdError]) -> None:
@@ -141,7 +141,7 @@ class KeysApi:
             if is_unicode(text):
                 id = self._server.ids.next()
                 command = Request(id, known.method, known.path, text)
-                self._propose(command, request, encode_plain(id, target.encoded, value))
+                self._submit(command, request, encode_plain(id, target.encoded, value))
                 return
         self._go_on(self._read(target, request), request)
 
@@ -173,7 +173,7 @@ class KeysApi:
         except StopIteration as end:
             if refuse is None:
                 command, encoded = end.value
-                self._propose(command, request, encoded)
+                self._submit(command, request, encoded)
             else:
                 refuse(request)
         except EtcdError as error:
@@ -182,23 +182,25 @@ class KeysApi:
             if not request.connection.closed:
                 self._reactor.call_in_turn(self._go_on, steps, request, refuse)
 
-    def _propose(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
-        """Everything that goes through consensus."""
+    def _submit(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
+        """Send a command through consensus."""
         method = command.method
         self._stats.gets_fail += 1              # as in _get
         self._received.inc(method)
-        done = functools.partial(self._done, request, command, self._now())
+        done = functools.partial(self._reply_applied, request, command, self._now())
         self._server.do(command, done, encoded)
 
-    def _done(self, request: HttpRequest, command: Request, started: float, result: Any) -> None:
-        """The command is applied, or has failed."""
+    def _reply_applied(
+        self, request: HttpRequest, command: Request, started: float, result: Any
+    ) -> None:
+        """Answer with the event of an applied command, or with the error."""
         method = command.method
         if isinstance(result, EtcdError):
             self._fail(request, method, result)
             return
         if method == "QGET" and result.node.children is not None:
             self._proposals.observe(self._now() - started)
-            wanted = Wanted(command.path, command.recursive, command.sorted)
+            wanted = ListingRequest(command.path, command.recursive, command.sorted)
             self._list(request, method, started, wanted)
             return
         body = result.client_pieces()
@@ -266,6 +268,6 @@ class KeysApi:
         server = self._server
         request.reply_raw(
             f"{self._heads[status]}X-Etcd-Index: {index}\r\nX-Raft-Index: {server.raft_index}\r\n"
-            f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date()}\r\n"
+            f"X-Raft-Term: {server.raft_term}\r\nDate: {self._reactor.http_date}\r\n"
             f"Content-Length: {size}\r\n\r\n".encode("latin-1") + body, more
         )

@@ -14,7 +14,7 @@ from ..store.tree import Store
 from ..store.walks import Listing
 
 
-class Wanted(NamedTuple):
+class ListingRequest(NamedTuple):
     """What a GET of a directory asks for; path is internal."""
 
     path: str
@@ -22,14 +22,14 @@ class Wanted(NamedTuple):
     sorted: bool
 
 
-class ListingTaker:
+class ListingWaiter:
     """A request that waits for a listing; done(Listing, or EtcdError) is called once."""
 
     __slots__ = ("done", "group")
 
     def __init__(self, done: Callable[[Any], None]) -> None:
         self.done = done
-        self.group: Dict[ListingTaker, None] = {}       # of those that wait for the same
+        self.group: Dict[ListingWaiter, None] = {}      # of those that wait for the same
 
 
 class Listings:
@@ -46,28 +46,30 @@ class Listings:
     def __init__(self, store: Store, reactor: Reactor) -> None:
         self._store = store
         self._reactor = reactor
-        self._current: Optional[Tuple[Wanted, Listing]] = None
-        self._takers: Dict[ListingTaker, None] = {}             # of the current one
-        self._waiting: Dict[Wanted, Dict[ListingTaker, None]] = {}      # in order of arrival
-        self._kept: Dict[Wanted, Listing] = {}
+        self._current: Optional[Tuple[ListingRequest, Listing]] = None
+        self._waiters: Dict[ListingWaiter, None] = {}           # of the current one
+        self._waiting: Dict[ListingRequest, Dict[ListingWaiter, None]] = {}     # as they arrived
+        self._kept: Dict[ListingRequest, Listing] = {}
         self._kept_bytes = 0
         self._expiry: Optional[Timer] = None
         self._is_posted = False         # the next slice is on its way: never two in one turn
         self._turn = 0                  # of the reactor
         self._work_done = 0             # in that turn
 
-    def ask(self, wanted: Wanted, request: HttpRequest, done: Callable[[Any], None]) -> None:
+    def ask(
+        self, wanted: ListingRequest, request: HttpRequest, done: Callable[[Any], None]
+    ) -> None:
         """Call done(Listing, or EtcdError): at once if it is short, and not too many are."""
         kept = self._kept.get(wanted)
         if kept is not None and kept.index == self._store.current_index:
             done(kept)
             return
-        taker = ListingTaker(done)
-        request.on_close = functools.partial(self._leave, taker)
-        if self._join(wanted, taker):
+        waiter = ListingWaiter(done)
+        request.on_close = functools.partial(self._leave, waiter)
+        if self._join(wanted, waiter):
             return
         if self._work_left() <= 0 or wanted in self._waiting:
-            self._wait(wanted, taker)
+            self._wait(wanted, waiter)
             return
         try:
             listing = self._begin(wanted)
@@ -77,37 +79,37 @@ class Listings:
         if listing.done:
             done(listing)
         elif self._current is None:
-            self._current, self._takers = (wanted, listing), {}
-            self._enter(taker, self._takers)
+            self._current, self._waiters = (wanted, listing), {}
+            self._enter(waiter, self._waiters)
             self._post()
         else:
             listing.end()
-            self._wait(wanted, taker)
+            self._wait(wanted, waiter)
 
-    def _join(self, wanted: Wanted, taker: ListingTaker) -> bool:
+    def _join(self, wanted: ListingRequest, waiter: ListingWaiter) -> bool:
         """Have a share in the listing under way, if it is as good as a new one."""
         if self._current is None:
             return False
         its, listing = self._current
         if its != wanted or listing.index != self._store.current_index:
             return False
-        self._enter(taker, self._takers)
+        self._enter(waiter, self._waiters)
         return True
 
-    def _wait(self, wanted: Wanted, taker: ListingTaker) -> None:
+    def _wait(self, wanted: ListingRequest, waiter: ListingWaiter) -> None:
         if self._current is None and not self._waiting:
             self._post()
-        self._enter(taker, self._waiting.setdefault(wanted, {}))
+        self._enter(waiter, self._waiting.setdefault(wanted, {}))
 
     @staticmethod
-    def _enter(taker: ListingTaker, group: Dict[ListingTaker, None]) -> None:
-        group[taker] = None
-        taker.group = group
+    def _enter(waiter: ListingWaiter, group: Dict[ListingWaiter, None]) -> None:
+        group[waiter] = None
+        waiter.group = group
 
-    def _leave(self, taker: ListingTaker) -> None:
+    def _leave(self, waiter: ListingWaiter) -> None:
         """The client is gone; a listing for nobody ends, or is never begun."""
-        taker.group.pop(taker, None)
-        if self._current is not None and not self._takers:
+        waiter.group.pop(waiter, None)
+        if self._current is not None and not self._waiters:
             self._current[1].end()
             self._current = None
 
@@ -117,7 +119,7 @@ class Listings:
             self._turn, self._work_done = self._reactor.turns, 0
         return LISTING_SLICE_WORK - self._work_done
 
-    def _begin(self, wanted: Wanted) -> Listing:
+    def _begin(self, wanted: ListingRequest) -> Listing:
         listing = self._store.listing(
             wanted.path, recursive=wanted.recursive, sorted=wanted.sorted,
             now_ns=self._reactor.wall_ns(),
@@ -125,15 +127,15 @@ class Listings:
         self._work(wanted, listing)
         return listing
 
-    def _work(self, wanted: Wanted, listing: Listing) -> None:
+    def _work(self, wanted: ListingRequest, listing: Listing) -> None:
         before = listing.work_done
         listing.work(max(self._work_left(), 1))
         self._work_done += listing.work_done - before
-        size = sum(map(len, listing.chunks)) if listing.done and listing.lasts else 0
+        size = sum(map(len, listing.chunks)) if listing.done and listing.cacheable else 0
         if size and self._kept_bytes + size <= self.KEPT_BYTES_MAX:
             self._keep(wanted, listing, size)
 
-    def _keep(self, wanted: Wanted, listing: Listing, size: int) -> None:
+    def _keep(self, wanted: ListingRequest, listing: Listing, size: int) -> None:
         if wanted in self._kept or listing.index != self._store.current_index:
             self._forget()
         self._kept[wanted] = listing
@@ -156,10 +158,10 @@ class Listings:
         """One slice: of the listing under way, or of the next."""
         self._is_posted = False
         if self._current is None:
-            while self._waiting and not self._takers:
+            while self._waiting and not self._waiters:
                 wanted = next(iter(self._waiting))
-                self._takers = self._waiting.pop(wanted)
-            if not self._takers:
+                self._waiters = self._waiting.pop(wanted)
+            if not self._waiters:
                 return                  # all have left
             try:
                 self._current = wanted, self._begin(wanted)
@@ -173,6 +175,6 @@ class Listings:
             self._post()
 
     def _finish(self, result: Union[Listing, EtcdError]) -> None:
-        takers, self._takers, self._current = self._takers, {}, None
-        for taker in takers:
-            self._reactor.call_in_turn(taker.done, result)
+        waiters, self._waiters, self._current = self._waiters, {}, None
+        for waiter in waiters:
+            self._reactor.call_in_turn(waiter.done, result)

@@ -48,7 +48,7 @@ def _where_time_goes(server: EtcdServer) -> Dict[str, object]:
             "proposals_pending": len(server.proposals), "reads_pending": len(server.reads),
             "entries_not_durable": log.last_index - log.stable,
             "entries_not_applied": log.commit - log.applied,
-            "watchers_to_tell": server.store.hub.owed,
+            "watchers_to_tell": server.store.hub.backlog,
         },
     }
 

@@ -9,7 +9,7 @@ from ..base.limits import HELD_BYTES_MAX
 from ..disk.snapshots import SnapshotFile
 from ..member.cluster import format_id
 from ..member.server import EtcdServer
-from ..member.snapshots import Taker
+from ..member.snapshots import SnapshotReceiver
 from ..net.http_requests import HttpRequest, StreamReply
 from .forms import write_message
 
@@ -55,9 +55,10 @@ class Download:
         self.file: Optional[SnapshotFile] = None        # as soon as the store has been walked
         self._reply: Optional[StreamReply] = None
         self._pieces: Iterator[bytes] = iter(())
-        self._taker: Optional[Taker] = self._start      # one object: the keeper compares
+        # One object, as the keeper compares.
+        self._receiver: Optional[SnapshotReceiver] = self._start
         request.on_close = self._gone
-        server.snapshots.want(self._taker)
+        server.snapshots.request(self._receiver)
 
     def _start(self, file: SnapshotFile, etcd_index: int) -> None:
         headers = (
@@ -81,7 +82,7 @@ class Download:
         piece = next(self._pieces, None)
         if piece is None:
             self._reply.end()
-            self._taker = None
+            self._receiver = None
             self._ended(self)
             return
         self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._go_on))
@@ -89,7 +90,7 @@ class Download:
 
     def _gone(self) -> None:
         self._pieces = iter(())
-        taker, self._taker = self._taker, None
-        if taker is not None:
-            self._server.snapshots.unwant(taker)
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            self._server.snapshots.withdraw(receiver)
         self._ended(self)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 
 class EtcdError(Exception):
-    """An answer of the keys API: code, message and HTTP status come from the class.
+    """An error of the keys API: code, message and HTTP status come from the class.
 
-    cause  what exactly was wrong, or "" (then it is left out of the body)
+    cause  detail of this request, or "" (then it is left out of the body)
     index  store index for the body and X-Etcd-Index; 0 for errors of the request itself
 
     Source: etcd 2.3 API, errorcode.
@@ -27,92 +27,62 @@ class EtcdError(Exception):
 
 
 class KeyNotFound(EtcdError):
-    """A path component does not exist; the cause is its path."""
-
     code, message, status = 100, "Key not found", 404
 
 
 class CompareFailed(EtcdError):
-    """prevValue or prevIndex does not hold; the cause shows given and stored."""
-
     code, message, status = 101, "Compare failed", 412
 
 
 class NotFile(EtcdError):
-    """A directory stands where a file is needed."""
-
     code, message, status = 102, "Not a file", 403
 
 
 class NotDir(EtcdError):
-    """A file stands in the middle of the path."""
-
     code, message = 104, "Not a directory"
 
 
 class NodeExists(EtcdError):
-    """create found the key."""
-
     code, message, status = 105, "Key already exists", 412
 
 
 class RootReadOnly(EtcdError):
-    """The root cannot be changed."""
-
     code, message = 107, "Root is read only"
 
 
 class DirNotEmpty(EtcdError):
-    """Deleting a directory with children needs recursive=true."""
-
     code, message, status = 108, "Directory not empty", 403
 
 
 class Unauthorized(EtcdError):
-    """Auth is enabled and the request lacks the right."""
-
     code, message, status = 110, "The request requires user authentication", 401
 
 
 class PrevValueRequired(EtcdError):
-    """prevValue was given, but empty."""
-
     code, message = 201, "PrevValue is Required in POST form"
 
 
 class TtlNotANumber(EtcdError):
-    """ttl is not an unsigned integer."""
-
     code, message = 202, "The given TTL in POST form is not a number"
 
 
 class IndexNotANumber(EtcdError):
-    """prevIndex or waitIndex is not an unsigned integer."""
-
     code, message = 203, "The given index in POST form is not a number"
 
 
 class InvalidField(EtcdError):
-    """A boolean parameter has another value, or does not fit the method."""
-
     code, message = 209, "Invalid field"
 
 
 class InvalidForm(EtcdError):
-    """The query or the body cannot be parsed, or is too large."""
-
     code, message = 210, "Invalid POST form"
 
 
 class RefreshValue(EtcdError):
-    """refresh=true with a value."""
-
     code, message = 211, "Value provided on refresh"
 
 
 class RefreshTtlRequired(EtcdError):
-    """refresh=true without a ttl."""
-
     code, message = 212, "A TTL must be provided on refresh"
 
 
@@ -123,17 +93,17 @@ class RaftInternal(EtcdError):
 
 
 class TooManyRequests(RaftInternal):
-    """PROPOSALS_PENDING_MAX requests wait already; this one was not even tried."""
+    """PROPOSALS_PENDING_MAX requests wait already; this one was not proposed."""
 
     status = 503
 
 
 class RequestTimeout(RaftInternal):
-    """No answer within the request timeout; the write may still be applied later."""
+    """No answer within the request timeout; the write may be applied later."""
 
 
 class NoSpace(RaftInternal):
-    """The disk of this member is full: nothing was changed, or will be by this request."""
+    """The disk of this member is full: the request changes nothing."""
 
     def __init__(self, cause: str = "", index: int = 0) -> None:
         super().__init__(f"etcdserver: {cause}; nothing was changed", index)
@@ -147,8 +117,6 @@ class ServerStopped(RaftInternal):
 
 
 class EventIndexCleared(EtcdError):
-    """waitIndex lies before the event history."""
-
     code, message = 401, "The event in requested index is outdated and cleared"
 
 
@@ -162,8 +130,6 @@ class MemberError(Exception):
 
 
 class UnknownChange(MemberError):
-    """A kind of change that this program does not know."""
-
     text = "etcdserver: unknown kind of membership change"
 
 
@@ -174,82 +140,56 @@ class MemberRemoved(MemberError):
 
 
 class MemberExists(MemberError):
-    """The id is a member already."""
-
     text = "etcdserver: ID exists"
 
 
 class MemberNotFound(MemberError):
-    """No member has this id."""
-
     text = "etcdserver: ID not found"
 
 
 class PeerUrlExists(MemberError):
-    """Another member uses one of the peer URLs."""
-
     text = "etcdserver: peerURL exists"
 
 
 class ReconfigurationRefused(MemberError):
     """Strict reconfiguration check: the change could lose the quorum."""
 
-    detail = ""                         # the numbers, and what to do
+    counted = advice = ""
 
-    def __str__(self) -> str:
-        return f"{self.text}: {self.detail}"
+    def __init__(self, change: str, left: int, size: int) -> None:
+        super().__init__()
+        self.text += (
+            f": {change} a member leaves {self.counted.format(left, size)}, and {size // 2 + 1} are"
+            f" needed for a quorum; {self.advice}, and try again"
+        )
 
 
 class NotEnoughStarted(ReconfigurationRefused):
     """Too few members would have been started, as etcd 2.3 counts."""
 
     text = "etcdserver: re-configuration failed due to not enough started members"
-
-    def __init__(self, what: str, started: int, size: int) -> None:
-        super().__init__()
-        self.detail = (
-            f"{what} a member leaves {started} started of {size} members, and {size // 2 + 1} are"
-            f" needed for a quorum; start the members that were added and not started yet, or"
-            f" remove those, and try again"
-        )
+    counted = "{} started of {} members"
+    advice = "start the members that were added and not started yet, or remove those"
 
 
 class NotEnoughActive(ReconfigurationRefused):
     """Too few members would be up, as etcd 3 counts."""
 
     text = "etcdserver: unhealthy cluster"
-
-    def __init__(self, what: str, active: int, size: int) -> None:
-        super().__init__()
-        self.detail = (
-            f"{what} a member leaves {active} of {size} members that can be reached, and"
-            f" {size // 2 + 1} are needed for a quorum; start those that are down, or remove them"
-            f" first, and try again"
-        )
+    counted = "{} of {} members that can be reached"
+    advice = "start those that are down, or remove them first"
 
 
-class RaftError(Exception):
-    """The Raft core cannot do what was asked, now or ever; nothing is broken."""
-
-
-class ProposalDropped(RaftError):
-    """No leader is known, or this member may not propose."""
-
-
-class Compacted(RaftError):
-    """The wanted entries lie before the first index of the log."""
-
-
-class Unavailable(RaftError):
-    """The wanted entries lie after the last index of the log."""
+class ProposalDropped(Exception):
+    """Raft cannot take the proposal now: no leader, too much uncommitted, or removed."""
 
 
 class CodecError(ValueError):
-    """Bytes that are not what they should be: wrong wire type, cut varint, length past the end."""
+    """Malformed bytes: wrong wire type, cut varint, length past the end."""
 
 
 class WalError(Exception):
-    """The write-ahead log cannot be read or opened; the text says which file and what to do."""
+    """The write-ahead log cannot be read or opened; the text names the file and the remedy."""
 
 
 class CrcMismatch(WalError):
@@ -265,7 +205,7 @@ class FileLocked(WalError):
 
 
 class DiskFull(WalError):
-    """A file cannot grow; what was written of this visit is taken back, so it may be repeated."""
+    """A file cannot grow.  The partial write was taken back, so the write may be repeated."""
 
 
 class SnapshotError(Exception):
@@ -273,11 +213,11 @@ class SnapshotError(Exception):
 
 
 class DiscoveryError(Exception):
-    """Joining by discovery failed; the text says why (etcd's words)."""
+    """Joining by discovery failed; the text is etcd's."""
 
 
 class StartError(Exception):
-    """The member cannot start.  The text is one line that says what to do; exit code 1."""
+    """The member cannot start.  The text is one line with the remedy; exit code 1."""
 
 
 class ClusterFull(StartError):
@@ -285,4 +225,4 @@ class ClusterFull(StartError):
 
 
 class InvariantError(Exception):
-    """A bug: state that must never exist does.  The member ends rather than continue."""
+    """A bug: a state that must never exist.  The member ends rather than continue."""

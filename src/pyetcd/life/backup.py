@@ -288,4 +288,4 @@ def _replace_members(store: Store, members: Sequence[Member]) -> None:
     with contextlib.suppress(ValueError):
         if version_key(version) <= version_key(SERVER_VERSION):
             files["/0/version"] = version
-    store.replant("/0", files)
+    store.replace_files("/0", files)

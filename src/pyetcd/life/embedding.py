@@ -21,7 +21,7 @@ from ..base.limits import DESCRIPTORS_KEPT, PEER_BODY_BYTES_MAX, REQUEST_BODY_BY
 from ..base.system import check_system
 from ..base.urls import check_url, is_https, url_address
 from ..member.configuration import Bootstrap, ServerConfig
-from ..member.server import Departure, EtcdServer
+from ..member.server import EtcdServer, GracefulStop
 from ..member.statistics import Metrics
 from ..net.budgets import HeldBytes
 from ..net.http_requests import HttpRequest
@@ -31,7 +31,7 @@ from ..net.tls import TlsContext
 from ..net.workers import outcome_of
 from ..peer.transport import Transport
 from .bootstrap import bootstrap
-from .first_life import FirstLife
+from .data_loss import DataLossCheck
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -205,7 +205,7 @@ class Server(ServerThread):
         super()._init(config)
         self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
         self._peer_api: Optional[PeerApi] = None
-        self._first_life: Optional[FirstLife] = None
+        self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
         self._leaving = False           # stop() was called
 
@@ -264,8 +264,8 @@ class Server(ServerThread):
             self.config, boot, self._reactor, failed=self._failed, removed=self._removed,
             published=self._ready.set, transport_type=self._transport_type,
         )
-        if FirstLife.is_due(boot):
-            self._first_life = FirstLife(self.etcd, self._refuse, boot.peer_tls)
+        if DataLossCheck.is_due(boot):
+            self._data_loss_check = DataLossCheck(self.etcd, self._refuse, boot.peer_tls)
         api = ClientApi(self.etcd)
         self._count_client_bytes(self.etcd.metrics)
         api.fallback = DiscoveryService(self.etcd.do, api.serve).handle
@@ -337,8 +337,8 @@ class Server(ServerThread):
         self.etcd.start()
 
     def _free(self) -> None:
-        if self._first_life is not None:
-            self._first_life.end()
+        if self._data_loss_check is not None:
+            self._data_loss_check.end()
         if self.etcd is not None:
             self.etcd.abandon()
 
@@ -346,7 +346,7 @@ class Server(ServerThread):
         assert self.etcd is not None
         if not self.etcd.stopping and not self._leaving:
             self._leaving = True
-            Departure(self.etcd, self._end)
+            GracefulStop(self.etcd, self._end)
 
     def _end(self) -> None:
         assert self.etcd is not None

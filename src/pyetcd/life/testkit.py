@@ -564,7 +564,7 @@ def _campaign(etcd: EtcdServer) -> None:
 
 
 def _hear_each_other(one: LocalMember, other: LocalMember) -> bool:
-    """True if neither drops the other's messages: see FirstLife."""
+    """True if neither drops the other's messages: see DataLossCheck."""
     def hears(member: LocalMember, sender: LocalMember) -> bool:
         message = Message(MsgType.VOTE, sender=sender.member_id)
 

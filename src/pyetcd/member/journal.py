@@ -156,7 +156,6 @@ class WalWriter:
         return True
 
 
-COMMIT_NEWS_SECONDS = 0.001         # a new commit index waits for entries to travel with
 WORK_ENTRIES_MAX = 400              # of the log, applied in one turn: 10 ms
 WORK_BYTES_MAX = 1 << 19            # of entries encoded, and of those applied, in one turn: 3 ms
 

@@ -38,7 +38,7 @@ def check_active(
         raise NotEnoughActive(what, left, size)
 
 
-class Handover:
+class LeadershipTransfer:
     """Gives the lead to the member that can take it over best.  Thread: reactor.
 
     Source: Raft thesis §3.10; etcd 3 server.go, TransferLeadership.

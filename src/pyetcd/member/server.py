@@ -51,17 +51,19 @@ from ..store.tree import StoreState
 from .applier import Applier, read_change
 from .cluster import FEATURE_PRE_VOTE, FEATURE_READ_INDEX, FEATURES, Member, format_id
 from .configuration import Bootstrap, ServerConfig
-from .door import MemberDoor
-from .journal import COMMIT_NEWS_SECONDS, WORK_ENTRIES_MAX, Batch, Journal, WalWriter, first_part
+from .inspection import MemberInspector
+from .journal import WORK_ENTRIES_MAX, Batch, Journal, WalWriter, first_part
 from .monitors import Traffic, VersionMonitor
-from .reconfiguration import Handover, check_active
+from .reconfiguration import LeadershipTransfer, check_active
 from .snapshots import SnapshotKeeper
 from .statistics import LeaderStats, Metrics, ServerCounts, ServerStats
-from .waiting import Done, Proposals, QuorumReads, Strays
+from .waiting import Done, LateProposals, Proposals, QuorumReads
 
 
-class CommitNews:
-    """Has the followers told of a commit index that no entries took along within a moment."""
+class CommitBroadcast:
+    """Sends the new commit index to followers when no entries follow within 1 ms to carry it."""
+
+    DELAY_SECONDS = 0.001
 
     def __init__(self, node: RawNode, reactor: Reactor) -> None:
         self._node = node
@@ -70,13 +72,13 @@ class CommitNews:
 
     def turn(self) -> None:
         """Look whether somebody has to be told; at the end of each turn."""
-        if self._node.commit_untold and not self._waiting:
+        if self._node.commit_unsent and not self._waiting:
             self._waiting = True
-            self._reactor.call_later(COMMIT_NEWS_SECONDS, self._tell)
+            self._reactor.call_later(self.DELAY_SECONDS, self._tell)
 
     def _tell(self) -> None:
         self._waiting = False
-        self._node.tell_commit()
+        self._node.broadcast_commit()
 
 
 class EtcdServer:
@@ -125,22 +127,23 @@ class EtcdServer:
             unreachable=lambda to: self.node.report_unreachable(to),
             snapshot_done=lambda to, ok: self.node.report_snapshot(to, ok),
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
-            tls=boot.peer_tls, door=MemberDoor(self.cluster, lambda m: self.node.fault(m)),
+            tls=boot.peer_tls,
+            inspector=MemberInspector(self.cluster, lambda m: self.node.protocol_violation(m)),
         )
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
         )
         self.node: RawNode = self._make_node(boot, rng or random.Random())
-        self.handover = Handover(self.node, self.transport.active_since)
+        self.handover = LeadershipTransfer(self.node, self.transport.active_since)
         self._disk_watch = DiskWatch(self)
-        self._news = CommitNews(self.node, reactor)
+        self._news = CommitBroadcast(self.node, reactor)
         self._data_dir = boot.data_dir
         self._removed = removed
         self._tell_published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
         self._queued_bytes = 0                  # in them
         self._changes: List[ConfChange] = []    # likewise
-        self._strays = Strays(2 * config.election_ms / 1000)
+        self._late_proposals = LateProposals(2 * config.election_ms / 1000)
         self._lead = 0                          # as last seen by _watch_lead
         self.lead_since = 0.0                   # when it was elected (monotonic)
         for member in boot.remotes:
@@ -154,7 +157,7 @@ class EtcdServer:
             election_ticks=max(self.config.election_ms // self.config.heartbeat_ms, 1),
             rng=rng,
             trace=raft_log.info,
-            patient=True,
+            defer_commit=True,
         )
         if boot.bootstrap_entries:
             node = RawNode.bootstrap(config, boot.bootstrap_entries)
@@ -293,7 +296,7 @@ class EtcdServer:
         try:
             self.node.step(message)
         except ProposalDropped:
-            self._strays.add(message.entries, self.reactor.now())
+            self._late_proposals.add(message.entries, self.reactor.now())
 
     # -- clocks ------------------------------------------------------------
 
@@ -305,7 +308,7 @@ class EtcdServer:
         self.node.raft.pre_vote = self.cluster.all_have(FEATURE_PRE_VOTE)
         self.reads.enabled = self.cluster.all_have(FEATURE_READ_INDEX)
         self.reads.tick(self.proposals)
-        self._strays.expire(self.reactor.now())
+        self._late_proposals.expire(self.reactor.now())
         self.counts.tick(self.reactor.now(), self.is_leader * (len(self.node.raft.voters) - 1))
         self.node.tick()
         self._disk_watch.tick()
@@ -321,13 +324,13 @@ class EtcdServer:
         if self.stopping:
             return
         node, hub, refused = self.node, self.store.hub, False
-        if self._strays and self.lead and not node.raft.transferee:
+        if self._late_proposals and self.lead and not node.raft.transferee:
             with contextlib.suppress(ProposalDropped):  # again: as if the network had lost them
-                node.propose_many(self._strays.take(self.reactor.now()))
+                node.propose(*self._late_proposals.take(self.reactor.now()))
         if self.reads:
             self._serve_reads()
         if self._queue or self._changes:
-            refused = not self._propose()
+            refused = not self._propose_queued()
         if node.has_ready():
             self._take(node.ready())
         self.journal.submit()
@@ -335,15 +338,15 @@ class EtcdServer:
         self.counts.time_apply(self._apply, self.reactor.now)
         if self.reads:
             self._serve_reads()
-        if self.snapshots.is_wanted:
+        if self.snapshots.is_requested:
             self._maybe_snapshot()
         self.snapshots.work(self._compact)
         self._news.turn()
-        waiting = hub.owed or not refused and (self._queue or self._changes)
-        if waiting or self.store.has_rubbish or self.journal.is_encoding or node.has_ready():
+        waiting = hub.backlog or not refused and (self._queue or self._changes)
+        if waiting or self.store.has_garbage or self.journal.is_encoding or node.has_ready():
             self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
 
-    def _propose(self) -> bool:
+    def _propose_queued(self) -> bool:
         """Hand the waiting proposals to Raft; False if they have to wait for a leader.
 
         Differs from etcd: they also wait while no link to the leader is up.  It may be dead, and
@@ -355,7 +358,7 @@ class EtcdServer:
         self.handover.before(self._changes)
         try:
             if queue:
-                self.node.propose_many(queue)
+                self.node.propose(*queue)
                 queue = []
             while self._changes:
                 self.node.propose_conf_change(self._changes[0])
@@ -404,7 +407,7 @@ class EtcdServer:
         del entries[first_part(entries):]
         log = self.node.raft.log
         for entry in entries:
-            if not self.store.is_tidy or not entry.type and not self.applier.prepare(entry):
+            if not self.store.accepts_changes or not entry.type and not self.applier.prepare(entry):
                 break
             if not entry.type:
                 self._apply_normal(entry)
@@ -506,7 +509,7 @@ class EtcdServer:
     def _maybe_snapshot(self) -> None:
         count = self.config.snapshot_count
         is_due = self.snapshots.is_due(self.raft_index, len(self.store), count)
-        if (is_due or self.snapshots.is_wanted) and not self.snapshots.busy:
+        if (is_due or self.snapshots.is_requested) and not self.snapshots.busy:
             applied = EntryID(self.raft_term, self.raft_index)
             self.snapshots.begin(self.store, applied, self.node.raft.voters, lent=not is_due)
 
@@ -520,7 +523,7 @@ class EtcdServer:
     def _recover(self, snapshot: Snapshot) -> None:
         """A snapshot of the leader is durable here: the store becomes what it says."""
         self.snapshots.received(snapshot.index)
-        self.store.become(snapshot.state or StoreState.read(snapshot.data))
+        self.store.install(snapshot.state or StoreState.read(snapshot.data))
         self.cluster.recover()
         self.applier.auth_changes += 1
         text = "recovered from incoming snapshot at index %d"
@@ -712,7 +715,7 @@ class DiskWatch:
             )
 
 
-class Departure:
+class GracefulStop:
     """A planned end: the lead goes to another member, and waiting requests get their answer.
 
     Takes one election timeout at most, then done() is called.  Thread: reactor.

@@ -72,7 +72,7 @@ class SnapshotJob:
         self._walk.close()
 
 
-Taker = Callable[[SnapshotFile, int], None]     # gets a snapshot and the store's index in it
+SnapshotReceiver = Callable[[SnapshotFile, int], None]  # gets a snapshot, and its etcd index
 
 
 SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms, however often; above, see is_due
@@ -94,8 +94,8 @@ class SnapshotKeeper:
         self._journal = journal
         self._failed = failed
         self._job: Optional[SnapshotJob] = None     # a walk over the store
-        self._takers: List[Taker] = []              # who gets it, instead of the disk
-        self._waiting: List[Taker] = []             # who gets the next one
+        self._receivers: List[SnapshotReceiver] = []              # who gets it, instead of the disk
+        self._waiting: List[SnapshotReceiver] = []             # who gets the next one
         self._saving = False                        # the walk is over, the file not yet there
         self._compact_to = 0                        # entries up to here are needed no more
         self._not_before = 0.0                      # the disk was full: begin no other (monotonic)
@@ -127,7 +127,7 @@ class SnapshotKeeper:
         lent  for all that wait for one, instead of the disk
         """
         if lent:
-            self._takers, self._waiting = self._waiting, []
+            self._receivers, self._waiting = self._waiting, []
         else:
             package_logger("etcdserver").info(
                 "start to snapshot (applied: %d, lastsnap: %d)", applied.index, self.index
@@ -137,21 +137,21 @@ class SnapshotKeeper:
         self._job.begin()               # now: the walk is of the state that its first step finds
 
     @property
-    def is_wanted(self) -> bool:
+    def is_requested(self) -> bool:
         """True if somebody waits for a snapshot, and none is in the making."""
         return bool(self._waiting) and not self.busy
 
-    def want(self, taker: Taker) -> None:
-        """Have taker called with the state of a moment from now on; the disk is not involved."""
-        self._waiting.append(taker)
+    def request(self, receiver: SnapshotReceiver) -> None:
+        """Have receiver called with the state of a moment from now on; the disk is not involved."""
+        self._waiting.append(receiver)
 
-    def unwant(self, taker: Taker) -> None:
-        """The taker is gone; a walk for nobody ends."""
-        if taker in self._waiting:
-            self._waiting.remove(taker)
-        elif taker in self._takers:
-            self._takers.remove(taker)
-            if self._job is not None and not self._takers:
+    def withdraw(self, receiver: SnapshotReceiver) -> None:
+        """The receiver is gone; a walk for nobody ends."""
+        if receiver in self._waiting:
+            self._waiting.remove(receiver)
+        elif receiver in self._receivers:
+            self._receivers.remove(receiver)
+            if self._job is not None and not self._receivers:
                 self._job.cancel()
                 self._job = None
 
@@ -173,11 +173,11 @@ class SnapshotKeeper:
         if file is None:
             self._reactor.call_soon(_nothing)   # the next slice: in the next turn, at once
             return
-        if self._takers:
-            takers, etcd_index = self._takers, self._job.etcd_index
-            self._takers, self._job = [], None
-            for taker in takers:
-                taker(file, etcd_index)
+        if self._receivers:
+            receivers, etcd_index = self._receivers, self._job.etcd_index
+            self._receivers, self._job = [], None
+            for receiver in receivers:
+                receiver(file, etcd_index)
             return
         started = self._job.started
         self.work_durations.observe(self._job.work_seconds)
@@ -211,7 +211,7 @@ class SnapshotKeeper:
         if self._job is not None:
             self._job.cancel()
             self._job = None
-            self._waiting, self._takers = self._takers + self._waiting, []
+            self._waiting, self._receivers = self._receivers + self._waiting, []
         self.index, self.nodes = index, 0       # not counted: the next file comes a bit sooner
         self._cache = None
 

@@ -67,7 +67,7 @@ class Proposals:
             self._done.popitem()[1](error)
 
 
-class Strays:
+class LateProposals:
     """Proposals of peers that came while there was no leader: kept for the next one.
 
     For two election timeouts; then their clients have given up.

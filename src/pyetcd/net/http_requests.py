@@ -112,7 +112,7 @@ class HttpRequest:
         else:
             closing = "Connection: keep-alive\r\n" if head.keep_alive else ""
             status_line = "HTTP/1.0" + status_line[8:]
-        date = self.connection.reactor.http_date()
+        date = self.connection.reactor.http_date
         return (
             f"{status_line}{kind}{headers}Date: {date}\r\n{framing}{closing}\r\n".encode("latin-1")
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import heapq
-import math
 import os
 import selectors
 import socket
@@ -20,16 +19,14 @@ QUICK_SECONDS = 0.000_200           # a wait, falling asleep and waking included
 QUICK_WAITS_MIN = 8                 # in a row: then the next waits begin awake
 AWAKE_SECONDS = 0.000_120           # of one wait; without an event by then, asleep again
 CLIENTS_SECONDS = 0.005             # for clients in each of three parts of a turn: their sockets,
-
-
-                                    # what waits in line, their replies; above: the next turn
+                                    # their queued calls, their replies; above: the next turn
+CLOCK_STRIDE = 4                    # callbacks of clients between two looks at the clock
 
 
 class HasFileno(Protocol):
     """A socket or a pipe."""
 
-    def fileno(self) -> int:
-        """Return its descriptor."""
+    def fileno(self) -> int: ...
 
 
 _IN, _OUT, _INVALID = 1, 4, 32      # EPOLLIN and POLLIN, EPOLLOUT and POLLOUT, POLLNVAL
@@ -75,7 +72,7 @@ class Reactor:
         self._urgent = make_poll()              # all others: looked at while some are late
         self._late: OrderedDict[int, int] = collections.OrderedDict()   # of _patient -> event
         self._in_line: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
-        self._client_flushes: Deque[Callable[[], None]] = collections.deque()
+        self._client_flushes: List[Callable[[], None]] = []
         wake_in, wake_out = os.pipe()
         os.set_blocking(wake_in, False)
         os.set_blocking(wake_out, False)
@@ -84,19 +81,35 @@ class Reactor:
         self._wake_lock = threading.Lock()      # a leaf: nobody closes _wake_out under a writer
         self._workers: Dict[WorkKind, Workers] = {}
         self._look_ups: Dict[Tuple[str, int], List[Timer]] = {}     # under way: who waits
-        self._date = (0, "")
+        self._set_date(self._turned_at)
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
 
     def call_later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> Timer:
         """Call once, not before delay_s seconds have passed."""
         timer = Timer(callback, args)
+        self._schedule(delay_s, timer)
+        return timer
+
+    def every(self, period_s: float, callback: Callable[[], None]) -> Timer:
+        """Call once per period_s, first after one period, until the Timer is cancelled.
+
+        A late call delays all later ones: calls missed in a stall are dropped.
+        """
+        def call() -> None:
+            self._schedule(period_s, timer)
+            callback()
+
+        timer = Timer(call, ())
+        self._schedule(period_s, timer)
+        return timer
+
+    def _schedule(self, delay_s: float, timer: Timer) -> None:
         self._timer_count += 1
         if len(self._timers) >= self._timers_max:
             self._timers = [entry for entry in self._timers if entry[2].callback is not None]
             heapq.heapify(self._timers)
             self._timers_max = max(2 * len(self._timers), TIMERS_SWEPT_MIN)
         heapq.heappush(self._timers, (self.now() + delay_s, self._timer_count, timer))
-        return timer
 
     def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
         """Call in this turn, or in the next one."""
@@ -195,15 +208,9 @@ class Reactor:
         """Call flush() at the end of this turn or a later one, as call_in_turn() does."""
         self._client_flushes.append(flush)
 
-    def http_date(self) -> str:
-        """Return the Date header's value, made once a second."""
-        now = self.wall_ns() // NS
-        if now != self._date[0]:
-            self._date = (now, formatdate(now, usegmt=True))
-        return self._date[1]
-
     def run(self) -> None:
         """Turn until stop()."""
+        self._turned_at = self.now()
         while not self._stopping:
             self._turn(self._poll())
 
@@ -224,8 +231,10 @@ class Reactor:
 
     def _poll(self) -> List[Tuple[int, int]]:
         wait_s: Optional[float] = None
-        if self._timers:                # epoll counts milliseconds: rather late than early
-            wait_s = math.ceil(max(self._timers[0][0] - self.now(), 0.0) * 1e3) * 1e-3
+        if self._timers:                # epoll rounds up to milliseconds; below 0 it never ends
+            wait_s = self._timers[0][0] - self._turned_at
+            if wait_s < 0.0:
+                wait_s = 0.0
         self._polling = True            # first this, then the look at _posted: no lost wake-up
         if self._posted or self._flushes or self._late or self._in_line or self._client_flushes:
             wait_s = 0.0
@@ -242,8 +251,7 @@ class Reactor:
         To fall asleep and be woken takes 50 us, about as long as a client on this machine takes
         for its next request: GETs on one connection are answered at 1.8 times the rate.
         """
-        poll, clock = self._epoll.poll, self.now
-        began = clock()
+        poll, clock, began = self._epoll.poll, self.now, self._turned_at
         while self._quick_waits >= QUICK_WAITS_MIN:
             events = poll(0)
             if events or self._posted:
@@ -258,28 +266,35 @@ class Reactor:
         clock, phases = self.now, self.phase_seconds
         started = clock()
         phases["waiting"] += started - self._turned_at
+        if started >= self._date_until:
+            self._set_date(started)
         callbacks, gone = self._callbacks, self._gone
-        gone.clear()
-        until, now = started + CLIENTS_SECONDS, started
+        if gone:
+            gone.clear()
+        until, count, is_late = started + CLIENTS_SECONDS, 0, False
         for descriptor, mask in events:
-            if now > until and descriptor in self._patient:
+            if is_late and descriptor in self._patient:
                 self._late[descriptor] = mask
                 continue
             callback = callbacks.get(descriptor)
             if callback is not None and not (gone and descriptor in gone):
                 callback(_READY[mask])
-                now = clock()
-        if self._late and now <= until:
+                count += 1
+                if not count % CLOCK_STRIDE:
+                    is_late = clock() > until
+        if self._late:
             self._serve_late(until)
-        served = clock()
-        self._run_timers()
-        timed = clock()
-        for _ in range(len(self._posted)):
-            posted, args = self._posted.popleft()
-            posted(*args)
-        if self._in_line:
-            self._serve_line(clock() + CLIENTS_SECONDS)
-        called = clock()
+        served = timed = called = clock()
+        if self._timers and self._timers[0][0] <= served:
+            self._run_timers(served)
+            timed = called = clock()
+        if self._posted or self._in_line:
+            for _ in range(len(self._posted)):
+                posted, args = self._posted.popleft()
+                posted(*args)
+            if self._in_line:
+                self._serve_line(clock() + CLIENTS_SECONDS)
+            called = clock()
         self.on_turn()
         done = clock()
         while self._flushes:
@@ -295,7 +310,8 @@ class Reactor:
         phases["server"] += done - called
         phases["flush"] += ended - done
         self.turns += 1
-        self.slowest_turn_s = max(self.slowest_turn_s, ended - started)
+        if ended - started > self.slowest_turn_s:
+            self.slowest_turn_s = ended - started
         self.on_turned(ended - started)
 
     def _serve_late(self, until: float) -> None:
@@ -314,18 +330,25 @@ class Reactor:
                 return
 
     def _flush_clients(self, until: float) -> None:
-        flushes = self._client_flushes
-        while flushes:
-            flushes.popleft()()
-            if flushes and self.now() > until:
-                return
+        flushes, count = self._client_flushes, 0
+        for flush in flushes:           # what is added meanwhile belongs to this turn
+            flush()
+            count += 1
+            if not count % CLOCK_STRIDE and self.now() > until:
+                break
+        del flushes[:count]
 
-    def _run_timers(self) -> None:
-        now = self.now()
+    def _run_timers(self, now: float) -> None:
         while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)[2]
             if timer.callback is not None:
                 timer.callback(*timer.args)
+
+    def _set_date(self, now: float) -> None:
+        """Make the value of the Date header for the rest of this second."""
+        wall_ns = self.wall_ns()
+        self.http_date = formatdate(wall_ns // NS, usegmt=True)
+        self._date_until = now + 1.0 - wall_ns % NS / NS
 
     def _drain_wake(self, mask: int) -> None:
         self._wake_in.read(4096)        # what is left makes it ready again

@@ -39,7 +39,7 @@ from .frames import AppV2Encoder, EntryListEncoder, MessageEncoder
 from .streams import Answer, StreamReader, StreamWriter
 
 
-class Post:
+class PeerPost:
     """One message on its way by POST /raft."""
 
     def __init__(self, message: Message, body: Sequence[bytes]) -> None:
@@ -67,8 +67,8 @@ class Pipeline:
         self._member_id = member_id
         self._picker = picker
         self._status = status
-        self._waiting: Deque[Post] = collections.deque()
-        self._under_way: Set[Post] = set()
+        self._waiting: Deque[PeerPost] = collections.deque()
+        self._under_way: Set[PeerPost] = set()
         self._congested = False
         self._headers = {**context.headers, "Content-Type": "application/protobuf"}
 
@@ -80,7 +80,7 @@ class Pipeline:
             self._full(message)
             return
         self._congested = False
-        self._waiting.append(Post(message, encode_message_parts(message)))
+        self._waiting.append(PeerPost(message, encode_message_parts(message)))
         self._begin()
 
     def stop(self) -> None:
@@ -110,7 +110,7 @@ class Pipeline:
             self._under_way.add(post)
             self._send(post)
 
-    def _send(self, post: Post) -> None:
+    def _send(self, post: PeerPost) -> None:
         context = self._context
         post.url = self._picker.pick()
         post.started = context.reactor.now()
@@ -128,7 +128,7 @@ class Pipeline:
             on_data=post.answer.take_data, on_done=done,
         )
 
-    def _done(self, post: Post, error: Optional[Exception]) -> None:
+    def _done(self, post: PeerPost, error: Optional[Exception]) -> None:
         context = self._context
         self._under_way.discard(post)
         ok = error is None and post.answer.status == 204
@@ -143,7 +143,7 @@ class Pipeline:
             context.snapshot_done(self._member_id, ok)
         self._begin()
 
-    def _failed(self, post: Post, error: Optional[Exception]) -> None:
+    def _failed(self, post: PeerPost, error: Optional[Exception]) -> None:
         if post.answer.status == 403:
             self._context.removed()
         reason = error or post.answer.refusal(self._context, self._member_id)

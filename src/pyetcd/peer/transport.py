@@ -61,7 +61,7 @@ def _ignore_round_trip(member_id: int, seconds: float) -> None:
     """Default of Transport's `round_trip`."""
 
 
-class Door:
+class MessageInspector:
     """What may pass from peers to this member: all.  What they send is never trusted."""
 
     def inspect(self, message: Message) -> Generator[None, None, str]:
@@ -84,7 +84,7 @@ class Transport:
     sent           gets a Sent for every message to a peer, when its fate is known
     received       (sender, message, bytes), before deliver
     round_trip     (member id, seconds) of every probe that a peer has answered
-    door           looks at every message before it is delivered
+    inspector      looks at every message before it is delivered
     `drop`, if set, loses the messages, sent and received, for which it returns true.
     The first three are called by the reactor, never from inside offer().  Thread: reactor.
     """
@@ -97,7 +97,7 @@ class Transport:
         sent: Callable[[Sent], None] = _ignore_sent,
         received: Callable[[int, Message, int], None] = _ignore_received,
         round_trip: Callable[[int, float], None] = _ignore_round_trip,
-        tls: Optional[TlsContext] = None, door: Optional[Door] = None,
+        tls: Optional[TlsContext] = None, inspector: Optional[MessageInspector] = None,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
         self._reactor = reactor
@@ -107,7 +107,7 @@ class Transport:
         self._deliver = deliver
         self._removed: Optional[Callable[[], None]] = removed
         self._received = received
-        self._door = door or Door()
+        self._inspector = inspector or MessageInspector()
         self._work = SlicedWork(reactor)
         self._is_reading = False            # a snapshot: one after the other
         self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # those that arrive
@@ -284,7 +284,7 @@ class Transport:
             return 500
         if message.type == MsgType.SNAP and message.snapshot is None:
             return 500
-        fault = yield from self._door.inspect(message)
+        fault = yield from self._inspector.inspect(message)
         if fault:
             name = "Msg" + MsgType(message.type).name.title().replace("_", "")
             self._complaints.say(f"refused a {name} of {message.sender:x}: {fault}")
@@ -402,7 +402,8 @@ class Transport:
 
         body, size = request.body_file or request.body, len(request.body)
         self._reactor.run_blocking(
-            _posted_snapshot, body, self._door.read_state, is_framed, kind=FILE_WORK, done=done)
+            _posted_snapshot, body, self._inspector.read_state, is_framed, kind=FILE_WORK,
+            done=done)
 
     def _handle_probing(self, request: HttpRequest) -> None:
         now = format_time(self._reactor.wall_ns())

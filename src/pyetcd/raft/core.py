@@ -14,13 +14,13 @@ from ..base.errors import ProposalDropped
 from ..base.messages import ConfChange, ConfChangeType, Entry, EntryID, Message, MsgType, Snapshot
 from .log import RaftLog
 from .progress import Mailbox, Progress, quorum_size
-from .replication import RaftConfig, Reads, Replication
+from .replication import PendingReads, RaftConfig, Replication
 
 CAMPAIGN_TRANSFER = b"CampaignTransfer"     # context of a MsgVote that a leader asked for (3.x)
 
 
 class RaftRole(IntEnum):
-    """What a member is at its term."""
+    """The role of a member at its term."""
 
     FOLLOWER = 0
     CANDIDATE = 1
@@ -29,7 +29,7 @@ class RaftRole(IntEnum):
 
 
 class Status(NamedTuple):
-    """A copy of what a member knows.  progress: id -> (match, next, state name), leader only."""
+    """A copy of a member's state.  progress: id -> (match, next, state name), leader only."""
 
     id: int
     term: int
@@ -42,9 +42,9 @@ class Status(NamedTuple):
 
 
 class Raft:
-    """One member's protocol state.  Ids are 64-bit ints, 0 is nobody.
+    """One member's protocol state.  Ids are 64-bit ints, 0 is no member.
 
-    Nothing leaves at once: messages gather in `mail` until RawNode.ready() takes them.
+    Messages gather in `mail` until RawNode.ready() takes them.
     """
 
     def __init__(self, config: RaftConfig, log: RaftLog, term: int, vote: int,
@@ -62,13 +62,13 @@ class Raft:
         self.election_elapsed = 0       # ticks since the leader was heard; leader: since it checked
         self.heartbeat_elapsed = 0
         self.election_timeout = 0                   # redrawn at every reset
-        self.transferee = 0             # leader: who shall take over before the next check
+        self.transferee = 0             # leader: target of the leadership transfer under way
         self.pending_conf_index = 0                 # leader: last conf change in the log
         self.applied_conf_index = 0                 # last conf change that was applied
         self.uncommitted_bytes = 0                  # leader: data behind the commit index
         self.mail = Mailbox(config.id, config.max_entries_bytes)
         self.replication = Replication(config, log, self.mail)
-        self.reads = Reads(config.id, self.mail)
+        self.reads = PendingReads(config.id, self.mail)
         self._handlers = _FOLLOWER
         self.replication.set_voters(voters)
         self.become_follower(term, 0)
@@ -77,21 +77,19 @@ class Raft:
 
     @property
     def progress(self) -> Dict[int, Progress]:
-        """The voters, ascending by id; what it says of them is current on a leader only."""
+        """Id of each voter, ascending -> its progress, which is current on a leader only."""
         return self.replication.progress
 
     @property
     def voters(self) -> Tuple[int, ...]:
-        """Ids of the voting members, ascending."""
         return tuple(self.progress)
 
     @property
     def quorum(self) -> int:
-        """How many votes elect a leader."""
         return quorum_size(len(self.progress))
 
     def apply_conf_change(self, change: ConfChange) -> None:
-        """Let a committed change of the members count; node_id 0 only ends its pending time.
+        """Apply a committed change of the voters; node_id 0: refused, it only stops to be pending.
 
         Differs from etcd 3.4: learners are not tracked, so a leader sends them nothing.
         """
@@ -109,7 +107,7 @@ class Raft:
             self.removed = False
         if member not in self.progress:
             self.replication.set_voters((*self.progress, member))
-            self.replication.owe(self.progress[member])
+            self.replication.mark_due(self.progress[member])
 
     def _remove_voter(self, member: int) -> None:
         if member == self.id:
@@ -119,10 +117,6 @@ class Raft:
         if self.transferee == member:
             self.transferee = 0
         self._maybe_commit()            # a smaller quorum may have been reached already
-
-    @property
-    def _is_conf_change_pending(self) -> bool:
-        return self.pending_conf_index > max(self.applied_conf_index, self.log.applied)
 
     # -- roles ---------------------------------------------------------------
 
@@ -141,14 +135,13 @@ class Raft:
         self.reads.clear()
 
     def become_follower(self, term: int, lead: int) -> None:
-        """Follow `lead` (0: unknown) at `term`."""
         self._reset(term)
         self.lead = lead
         self.role, self._handlers = RaftRole.FOLLOWER, _FOLLOWER
         self.config.trace(f"{self.id:x} became follower at term {term}")
 
     def _become_pre_candidate(self) -> None:
-        """Ask whether an election could be won, before the term goes up (thesis §9.6)."""
+        """Find out whether an election could be won, before the term goes up (thesis §9.6)."""
         self.lead, self.votes, self.election_elapsed = 0, {}, 0
         self.role, self._handlers = RaftRole.PRE_CANDIDATE, _PRE_CANDIDATE
         self.config.trace(f"{self.id:x} became pre-candidate at term {self.term}")
@@ -160,8 +153,9 @@ class Raft:
         self.config.trace(f"{self.id:x} became candidate at term {self.term}")
 
     def _become_leader(self) -> None:
-        """Take the lead, with an empty entry of the own term: only by counting such entries may
-        older ones be committed (§5.4.2), so it must not wait for a client."""
+        """Take the lead, and append an empty entry of the own term: only by counting entries of
+        its own term may a leader commit older ones (§5.4.2), and a client's may be long in coming.
+        """
         self._reset(self.term)
         self.lead = self.id
         self.role, self._handlers = RaftRole.LEADER, _LEADER
@@ -176,8 +170,11 @@ class Raft:
     # -- time ----------------------------------------------------------------
 
     def tick(self) -> None:
-        """Let one tick of the logical clock pass."""
-        _TICK[self.role](self)
+        """Advance the logical clock by one tick."""
+        if self.role is RaftRole.LEADER:
+            self._tick_heartbeat()
+        else:
+            self._tick_election()
 
     def _tick_election(self) -> None:
         self.election_elapsed += 1
@@ -191,7 +188,7 @@ class Raft:
         if self.election_elapsed >= self.config.election_ticks:
             self.election_elapsed = 0
             if not self.replication.heard_quorum():
-                # Whoever is cut off from the majority must not keep clients waiting (§6.2).
+                # A leader without a quorum must not keep clients waiting (§6.2).
                 self.config.trace(f"{self.id:x} stepped down: no answer of a majority")
                 self.become_follower(self.term, 0)
                 return
@@ -206,46 +203,48 @@ class Raft:
     def _campaign(self, context: Optional[bytes]) -> None:
         """Start an election, unless this member may not lead.
 
-        A committed conf change that is not applied yet forbids it: counting votes by voters
-        two changes old could elect a second leader.
+        A committed conf change that is not applied yet forbids it: an election by the voters of
+        two changes before could give the term a second leader.
         """
         if self.id not in self.progress or self.log.conf_changes(self.log.commit + 1):
             return
         self.config.trace(f"{self.id:x} is starting a new election at term {self.term}")
         if self.pre_vote and context is None and self.quorum > 1:
             self._become_pre_candidate()
-            self._ask_for_votes(MsgType.PRE_VOTE, self.term + 1, None)
+            self._request_votes(MsgType.PRE_VOTE, self.term + 1, None)
         else:
-            self._run_for_leader(context)
+            self._start_election(context)
 
-    def _run_for_leader(self, context: Optional[bytes]) -> None:
+    def _start_election(self, context: Optional[bytes]) -> None:
         self._become_candidate()
-        self._ask_for_votes(MsgType.VOTE, self.term, context)
+        self._request_votes(MsgType.VOTE, self.term, context)
         if self.quorum == 1:
             self._become_leader()
 
-    def _ask_for_votes(self, kind: MsgType, term: int, context: Optional[bytes]) -> None:
-        """Give ourselves a vote, and ask the others for theirs at `term`."""
+    def _request_votes(self, kind: MsgType, term: int, context: Optional[bytes]) -> None:
+        """Vote for ourselves, and request the votes of the others at `term`."""
         self._count_vote(self.id, granted=True)
-        last, what = self.log.last_id, "pre-vote" if kind == MsgType.PRE_VOTE else "vote"
-        asked = f"[logterm: {last.term}, index: {last.index}] sent {what} request to"
+        last, name = self.log.last_id, "pre-vote" if kind == MsgType.PRE_VOTE else "vote"
         for peer in self.progress:
             if peer != self.id:
-                self.config.trace(f"{self.id:x} {asked} {peer:x} at term {self.term}")
+                self.config.trace(
+                    f"{self.id:x} [logterm: {last.term}, index: {last.index}] sent {name}"
+                    f" request to {peer:x} at term {self.term}"
+                )
                 self.mail.hold(
                     kind, peer, index=last.index, log_term=last.term, context=context, term=term
                 )
 
     def _count_vote(self, voter: int, *, granted: bool) -> None:
-        what = "vote" if granted else "vote rejection"
-        self.config.trace(f"{self.id:x} received {what} from {voter:x} at term {self.term}")
+        answer = "vote" if granted else "vote rejection"
+        self.config.trace(f"{self.id:x} received {answer} from {voter:x} at term {self.term}")
         self.votes.setdefault(voter, granted)       # a duplicate cannot change an answer
 
     def _hup(self, message: Message) -> None:
         self._campaign(CAMPAIGN_TRANSFER if message.type == MsgType.TIMEOUT_NOW else None)
 
     def _pre_candidate_resp(self, message: Message) -> None:
-        """An answer to MsgPreVote; a grant carries the term that we asked for."""
+        """Handle an answer to MsgPreVote; a grant carries the term of the request."""
         if message.reject or message.term == self.term + 1:
             self._candidate_vote_resp(message)
 
@@ -257,7 +256,7 @@ class Raft:
         self.config.trace(f"{self.id:x} [quorum:{self.quorum}] has received {tally}")
         if grants >= self.quorum and self.id in self.progress:
             if self.role is RaftRole.PRE_CANDIDATE:
-                self._run_for_leader(None)
+                self._start_election(None)
             else:
                 self._become_leader()
         elif rejections >= self.quorum:
@@ -285,7 +284,8 @@ class Raft:
     def _pre_vote(self, message: Message) -> None:
         """Tell a 3.x member whether an election makes sense; promises and changes nothing.
 
-        No while a leader is heard (thesis §9.6).  A grant carries the term asked for.
+        The answer is no while a leader is heard (thesis §9.6).  A grant carries the term of the
+        request.
         """
         hears_leader = self.lead and self.election_elapsed < self.config.election_ticks
         free = message.term > self.term or self.vote in (0, message.sender)
@@ -307,15 +307,15 @@ class Raft:
         if message.term > self.term and kind != MsgType.PRE_VOTE and (
             kind != MsgType.PRE_VOTE_RESP or message.reject
         ):
-            self._meet_higher_term(message)
+            self._handle_higher_term(message)
         elif 0 < message.term < self.term:
-            self._meet_lower_term(message)
+            self._handle_lower_term(message)
             return
         handler = self._handlers.get(kind)
         if handler is not None:
             handler(self, message)
 
-    def _meet_higher_term(self, message: Message) -> None:
+    def _handle_higher_term(self, message: Message) -> None:
         kind = MsgType(message.type).name.title().replace("_", "")
         self.config.trace(
             f"{self.id:x} [term: {self.term}] received a Msg{kind} message with higher term"
@@ -324,11 +324,11 @@ class Raft:
         lead = message.sender if message.type in _FROM_LEADER else 0
         self.become_follower(message.term, lead)
 
-    def _meet_lower_term(self, message: Message) -> None:
+    def _handle_lower_term(self, message: Message) -> None:
         """Tell a 3.x leader of an older term that it is deposed, else ignore the message.
 
-        Without this answer a member whose term ran ahead is shut out for ever by leaders that
-        check their quorum: they ignore its MsgVote.  Source: etcd 3.1 raft.go, Step.
+        Without this answer a member whose term ran ahead is shut out for ever: leaders that check
+        their quorum ignore its MsgVote.  Source: etcd 3.1 raft.go, Step.
         """
         if message.type == MsgType.APP or message.type == MsgType.HEARTBEAT:
             self.mail.hold(MsgType.APP_RESP, message.sender)
@@ -337,35 +337,32 @@ class Raft:
 
     # -- proposals -----------------------------------------------------------
 
-    def _follower_prop(self, message: Message) -> None:
-        """Forward to the leader, but never back to where it came from: two members that take
-        each other for the leader would play ball with it."""
+    def _forward_prop(self, message: Message) -> None:
+        """Forward to the leader, but never back to the sender: two members that take each other
+        for the leader would send it to and fro."""
         if not self.lead or message.sender == self.lead:
             raise ProposalDropped(f"{self.id:x} no leader at term {self.term}")
         self.mail.forward(self.lead, message.entries)
 
-    def _candidate_prop(self, message: Message) -> None:
-        raise ProposalDropped(f"{self.id:x} no leader at term {self.term}")
-
     def _leader_prop(self, message: Message) -> None:
         if self.transferee:
-            raise ProposalDropped(f"{self.id:x} is handing the lead to {self.transferee:x}")
+            raise ProposalDropped(f"{self.id:x} is transferring leadership to {self.transferee:x}")
         size = sum([len(entry.data) for entry in message.entries])
         uncommitted = self.uncommitted_bytes
         if uncommitted and size and uncommitted + size > self.config.max_uncommitted_bytes:
             raise ProposalDropped(f"{self.id:x} has {uncommitted} bytes that are not committed")
         self._append_own(message.entries)
-        self.replication.asked_by(message.sender)
+        self.replication.note_proposer(message.sender)
 
     def _append_own(self, entries: Sequence[Entry]) -> None:
-        """Append to the leader's log.  Peers get it at the next ready(), in one MsgApp."""
+        """Append to the leader's log; the next ready() sends the entries in one MsgApp."""
         term, index = self.term, self.log.last_index
         appended: List[Entry] = []
         size = 0
         for entry in entries:
             index += 1
             if entry.type:
-                if self._is_conf_change_pending:
+                if self.pending_conf_index > max(self.applied_conf_index, self.log.applied):
                     entry = Entry()     # one at a time: this one becomes a no-op (§4.1)
                 else:
                     self.pending_conf_index = index
@@ -375,7 +372,7 @@ class Raft:
         if appended:
             self.uncommitted_bytes += size
             self.log.append(appended)
-            self.replication.owe_all()
+            self.replication.mark_all_due()
 
     # -- replication: leader -------------------------------------------------
 
@@ -392,7 +389,8 @@ class Raft:
         self.reads.confirm(message.context or b"", message.sender, self.quorum)
 
     def _leader_read_index(self, message: Message) -> None:
-        """Before the first commit of its term a leader does not know how far others came."""
+        """Begin a read round.  Not before the first commit of its term, as until then a leader may
+        not know the newest commit index (thesis §6.4)."""
         if message.entries and self.log.term(self.log.commit) == self.term:
             context = message.entries[0].data
             self.reads.begin(context, self.log.commit, message.sender or self.id)
@@ -401,7 +399,7 @@ class Raft:
             self.replication.send_heartbeats(context)
 
     def _leader_transfer(self, message: Message) -> None:
-        """Hand the lead to message.sender as soon as its log is complete (thesis §3.10)."""
+        """Transfer leadership to message.sender as soon as its log is complete (thesis §3.10)."""
         progress = self.progress.get(message.sender)
         if progress is None or message.sender == self.id:
             return
@@ -409,32 +407,33 @@ class Raft:
         if progress.match_index == self.log.last_index:
             self.mail.send(MsgType.TIMEOUT_NOW, message.sender)
         else:
-            self.replication.owe(progress)
+            self.replication.mark_due(progress)
 
     def on_stable(self) -> None:
-        """The disk has more of our log.  A leader counts itself only now (thesis §10.2.1)."""
+        """More of our log is durable: only now does a leader count itself (thesis §10.2.1)."""
         if self.role is RaftRole.LEADER and self.id in self.progress:
             self.progress[self.id].maybe_update(self.log.stable)
             self._maybe_commit()
 
     def _maybe_commit(self) -> None:
-        """Commit what a majority holds, if it is of this term (§5.4.2); then all are told."""
+        """Commit the entries that a majority holds, if the last is of this term (§5.4.2)."""
         log = self.log
         index = self.replication.quorum_index
         if index <= log.commit or log.term(index) != self.term:
             return
         self.uncommitted_bytes -= log.data_bytes(log.commit + 1, index + 1)
-        self.replication.owe_commit(index, at_once=log.commit < self.pending_conf_index <= index)
+        changes_voters = log.commit < self.pending_conf_index <= index
+        self.replication.mark_commit_due(index, at_once=changes_voters)
         log.commit_to(index)
 
     # -- replication: follower -----------------------------------------------
 
-    def _hear_leader(self, message: Message) -> None:
+    def _follow_sender(self, message: Message) -> None:
         self.election_elapsed = 0
         self.lead = message.sender
 
     def _follower_app(self, message: Message) -> None:
-        self._hear_leader(message)
+        self._follow_sender(message)
         log = self.log
         if message.index < log.commit:
             self.mail.hold_ack(message.sender, log.commit)
@@ -450,14 +449,14 @@ class Raft:
             )
 
     def _follower_heartbeat(self, message: Message) -> None:
-        self._hear_leader(message)
+        self._follow_sender(message)
         if message.commit > self.log.commit:
             self.log.commit_to(message.commit)
-        # It promises nothing, so it need not wait for the disk.  3.x counts the context.
+        # The answer promises nothing, so it need not wait for the disk.  3.x counts the context.
         self.mail.send(MsgType.HEARTBEAT_RESP, message.sender, context=message.context)
 
     def _follower_read_index(self, message: Message) -> None:
-        if self.lead and not message.sender:        # our own question; others know the leader
+        if self.lead and not message.sender:        # our own; other members ask the leader
             self.mail.send(MsgType.READ_INDEX, self.lead, term=0, entries=message.entries)
 
     def _follower_read_index_resp(self, message: Message) -> None:
@@ -465,30 +464,26 @@ class Raft:
             self.reads.confirmed.append((message.entries[0].data, message.index))
 
     def _follower_snap(self, message: Message) -> None:
-        self._hear_leader(message)
-        if message.snapshot is not None and self._restore(message.snapshot):
-            self.mail.hold_ack(message.sender, self.log.last_index)
-        else:
-            self.mail.hold_ack(message.sender, self.log.commit)
+        self._follow_sender(message)
+        if message.snapshot is not None and message.snapshot.index > self.log.commit:
+            self._restore(message.snapshot)
+        self.mail.hold_ack(message.sender, self.log.commit)
 
-    def _restore(self, snapshot: Snapshot) -> bool:
-        """Take over a snapshot; False if our log is as far already."""
+    def _restore(self, snapshot: Snapshot) -> None:
+        """Replace the log by a snapshot, or commit up to it if the log holds its last entry."""
         log = self.log
-        if snapshot.index <= log.commit:
-            return False
         if log.match_term(EntryID(snapshot.term, snapshot.index)):
             log.commit_to(snapshot.index)
-            return False
+            return
         log.restore(snapshot)
         self.replication.set_voters(snapshot.voters)
         self.config.trace(
             f"{self.id:x} [commit: {log.commit}] restored snapshot"
             f" [index: {snapshot.index}, term: {snapshot.term}]"
         )
-        return True
 
     def _yield_to_leader(self, message: Message) -> None:
-        """A candidate hears the leader of its own term."""
+        """End the candidacy: another member leads this term."""
         self.become_follower(self.term, message.sender)
         _FOLLOWER[message.type](self, message)
 
@@ -500,7 +495,7 @@ _RESPONSES = frozenset((
 
 _FOLLOWER: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.HUP: Raft._hup,
-    MsgType.PROP: Raft._follower_prop,
+    MsgType.PROP: Raft._forward_prop,
     MsgType.APP: Raft._follower_app,
     MsgType.HEARTBEAT: Raft._follower_heartbeat,
     MsgType.SNAP: Raft._follower_snap,
@@ -512,7 +507,7 @@ _FOLLOWER: Dict[int, Callable[[Raft, Message], None]] = {
 }
 _CANDIDATE: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.HUP: Raft._hup,
-    MsgType.PROP: Raft._candidate_prop,
+    MsgType.PROP: Raft._forward_prop,     # refuses it: a candidate knows no leader
     MsgType.APP: Raft._yield_to_leader,
     MsgType.HEARTBEAT: Raft._yield_to_leader,
     MsgType.SNAP: Raft._yield_to_leader,
@@ -532,10 +527,4 @@ _LEADER: Dict[int, Callable[[Raft, Message], None]] = {
     MsgType.PRE_VOTE: Raft._pre_vote,
     MsgType.TRANSFER_LEADER: Raft._leader_transfer,
     MsgType.READ_INDEX: Raft._leader_read_index,
-}
-_TICK: Dict[RaftRole, Callable[[Raft], None]] = {
-    RaftRole.FOLLOWER: Raft._tick_election,
-    RaftRole.CANDIDATE: Raft._tick_election,
-    RaftRole.PRE_CANDIDATE: Raft._tick_election,
-    RaftRole.LEADER: Raft._tick_heartbeat,
 }

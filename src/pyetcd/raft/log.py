@@ -1,16 +1,16 @@
-"""The Raft log: what is stable, what is not, what is committed."""
+"""The Raft log: its stable, committed and applied parts."""
 
 from __future__ import annotations
 
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
-from ..base.errors import Compacted, InvariantError, Unavailable
+from ..base.errors import InvariantError
 from ..base.messages import Entry, EntryID, Snapshot
 from .progress import _ENTRY_OVERHEAD
 
 
 class Mark(NamedTuple):
-    """How far the log was handed out by one Ready.  Opaque to the server."""
+    """The end of the log at one Ready.  Opaque to the server."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index
     generation: int
@@ -43,7 +43,7 @@ class RaftLog:
         self._offset_term = offset.term
         self._entries: List[Entry] = []
         self.generation = 0
-        self.pending_snapshot: Optional[Snapshot] = None    # came in, not yet handed out
+        self.pending_snapshot: Optional[Snapshot] = None    # received, not yet handed out
         if entries:
             self.append(entries)
         for entry in entries:
@@ -70,14 +70,13 @@ class RaftLog:
 
     @property
     def last_id(self) -> EntryID:
-        """Where the log ends."""
         last = self._entries[-1].term if self._entries else self._offset_term
         return EntryID(last, self.last_index)
 
     def term(self, index: int) -> int:
         """Return the term of the entry at `index`, 0 above the last.
 
-        Raises Compacted below the snapshot point.
+        Raises InvariantError below the snapshot point.
         """
         position = index - self.offset
         if position > len(self._entries):
@@ -85,11 +84,11 @@ class RaftLog:
         if position > 0:
             return self._entries[position - 1].term
         if position < 0:
-            raise Compacted(f"entry {index} lies before the snapshot point {self.offset}")
+            raise InvariantError(f"entry {index} lies before the snapshot point {self.offset}")
         return self._offset_term
 
     def match_term(self, entry_id: EntryID) -> bool:
-        """Tell whether our log holds that entry; unknown above the last and when compacted."""
+        """Tell whether our log holds that entry; False above the last and when compacted."""
         position = entry_id.index - self.offset
         return 0 <= position <= len(self._entries) and self.term(entry_id.index) == entry_id.term
 
@@ -100,12 +99,13 @@ class RaftLog:
     def slice(self, low: int, high: int, max_bytes: Optional[int] = None) -> List[Entry]:
         """Return the entries low <= index < high, cut to `max_bytes` but at least one.
 
-        Raises Compacted if `low` is before the first entry, Unavailable if `high` passes the end.
+        Raises InvariantError if the log does not hold them all.
         """
-        if low <= self.offset:
-            raise Compacted(f"entry {low} lies before the first index {self.first_index}")
-        if high > self.last_index + 1:
-            raise Unavailable(f"entry {high - 1} lies after the last index {self.last_index}")
+        if low <= self.offset or high > self.last_index + 1:
+            raise InvariantError(
+                f"entries {low} to {high - 1} are not in the log, which has {self.first_index} to"
+                f" {self.last_index}"
+            )
         start, end = low - self.offset - 1, high - self.offset - 1
         if max_bytes is None:
             return self._entries[start:end]
@@ -156,7 +156,7 @@ class RaftLog:
         return last_new
 
     def append(self, entries: Sequence[Entry]) -> None:
-        """Put `entries` (at least one) at their indexes; what stood there and behind is dropped.
+        """Put `entries` (at least one) at their indexes; entries there and behind are dropped.
 
         Raises InvariantError for a gap and for a change at or below the commit index.
         """
@@ -203,7 +203,7 @@ class RaftLog:
         return self.slice(self.applied + 1, high + 1) if high > self.applied else []
 
     def compact(self, index: int) -> None:
-        """Move the snapshot point to `index`; nothing happens if it is there or further.
+        """Move the snapshot point to `index`, unless it is there or further.
 
         Raises InvariantError if that entry is not applied and durable.
         """
@@ -216,7 +216,7 @@ class RaftLog:
         self.offset = index
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Replace the whole log by a snapshot that came in.  It is handed out, then durable."""
+        """Replace the whole log by a received snapshot.  It is handed out, then durable."""
         if snapshot.index <= self.commit:
             raise InvariantError(f"snapshot {snapshot.index} is behind commit {self.commit}")
         self.offset = self.commit = self._handed = snapshot.index
@@ -228,18 +228,17 @@ class RaftLog:
 
     @property
     def has_unhanded(self) -> bool:
-        """True if hand_out() would return something."""
         return self._handed < self.last_index or self.pending_snapshot is not None
 
     def hand_out(self) -> Tuple[Optional[Snapshot], List[Entry], Mark]:
-        """Return what the disk has not been given yet, and the mark that stands for it."""
+        """Return the snapshot and the entries that the disk lacks, and the mark of their end."""
         snapshot, self.pending_snapshot = self.pending_snapshot, None
         entries = self._entries[self._handed - self.offset:]
         self._handed = self.last_index
         return snapshot, entries, Mark(self._handed, self.generation)
 
     def stable_to(self, mark: Mark) -> bool:
-        """Note that everything handed out up to `mark` is durable; False if that is no news."""
+        """Note that the log is durable up to `mark`; False if that was known, or is outdated."""
         if mark.generation != self.generation or mark.index <= self.stable:
             return False
         self.stable = mark.index

@@ -138,7 +138,7 @@ class RawNode:
         if kind == MsgType.PROP:
             # Copies: the leader numbers the entries, and a duplicate may share them.
             entries = [Entry(e.type, 0, 0, e.data, e.request) for e in message.entries]
-            self._propose(message.sender, entries)
+            self.propose(*entries, sender=message.sender)
         elif (
             (not message.term and kind != MsgType.READ_INDEX)
             or kind in LOCAL_MESSAGES
@@ -149,7 +149,7 @@ class RawNode:
         else:
             raft.step(message)
 
-    def fault(self, message: Message) -> str:
+    def protocol_violation(self, message: Message) -> str:
         """Say why no healthy member sends this message to us, or "".
 
         Whatever passes leaves a log that can be read, and a next term that can be written.
@@ -164,9 +164,9 @@ class RawNode:
         if max(message.index, message.commit, message.reject_hint) > INDEX_MAX:
             return "no log has such an index"
         if kind == MsgType.APP:
-            return _append_fault(message)
+            return _append_violation(message)
         if kind == MsgType.SNAP:
-            return _snapshot_fault(message)
+            return _snapshot_violation(message)
         last = raft.log.last_index
         if kind == MsgType.HEARTBEAT and message.term >= raft.term and message.commit > last:
             return (
@@ -175,27 +175,20 @@ class RawNode:
             )
         return ""
 
-    def propose(self, entry: Entry) -> None:
-        """Propose one entry.  A leader numbers and appends this very object.
+    def propose(self, *entries: Entry, sender: int = 0) -> None:
+        """Propose all of `entries` for member `sender` (0: this one).
 
-        Raises ProposalDropped without a leader, after the own removal, or while too much is
-        uncommitted.  No exception promises nothing: the entry may still be lost.
+        A leader numbers and appends these very objects.  Raises ProposalDropped, for all of them,
+        without a leader, after the own removal, or while too much is uncommitted.  Without an
+        exception an entry may be lost all the same.
         """
-        self._propose(0, (entry,))
-
-    def propose_many(self, entries: Sequence[Entry]) -> None:
-        """Propose all of `entries`, or raise ProposalDropped for all; cheaper than one by one."""
-        self._propose(0, entries)
-
-    def propose_conf_change(self, change: ConfChange) -> None:
-        """Propose a membership change; while another is pending it silently becomes a no-op."""
-        data = encode_conf_change(change)
-        self._propose(0, (Entry(EntryType.CONF_CHANGE, data=data),))
-
-    def _propose(self, sender: int, entries: Sequence[Entry]) -> None:
         if self.raft.removed:
             raise ProposalDropped(f"{self.raft.id:x} is removed from the cluster")
         self.raft.step(Message(MsgType.PROP, sender=sender, entries=entries))
+
+    def propose_conf_change(self, change: ConfChange) -> None:
+        """Propose a membership change, which becomes a no-op while another one is pending."""
+        self.propose(Entry(EntryType.CONF_CHANGE, data=encode_conf_change(change)))
 
     def apply_conf_change(self, change: ConfChange) -> Tuple[int, ...]:
         """Make an applied ConfChange entry count; return the voters.
@@ -227,14 +220,14 @@ class RawNode:
         self.raft.replication.snapshot_done(id, ok=ok)
 
     @property
-    def commit_untold(self) -> bool:
+    def commit_unsent(self) -> bool:
         """True if a patient leader has not told everybody of its commit index."""
-        return self.raft.replication.commit_untold
+        return self.raft.replication.commit_unsent
 
-    def tell_commit(self) -> None:
+    def broadcast_commit(self) -> None:
         """Tell everybody now."""
-        if self.raft.replication.commit_untold:
-            self.raft.replication.owe_all()
+        if self.raft.replication.commit_unsent:
+            self.raft.replication.mark_all_due()
 
     def has_ready(self) -> bool:
         """Tell whether ready() has something to hand out."""
@@ -297,7 +290,7 @@ def _is_contiguous(message: Message) -> bool:
     return indexes == list(range(first, first + len(indexes)))
 
 
-def _append_fault(message: Message) -> str:
+def _append_violation(message: Message) -> str:
     """Why the entries of a MsgApp make no log, or ""."""
     if not _is_contiguous(message):
         return f"the entries do not follow entry {message.index} one by one"
@@ -307,7 +300,7 @@ def _append_fault(message: Message) -> str:
     return ""
 
 
-def _snapshot_fault(message: Message) -> str:
+def _snapshot_violation(message: Message) -> str:
     snapshot = message.snapshot
     if snapshot is None or not 0 < snapshot.index <= INDEX_MAX:
         return "there is no snapshot in it"

@@ -1,4 +1,4 @@
-"""Progress and quorum: what a leader knows of its followers.
+"""Progress and quorum: a leader's view of its followers, and the messages of one member.
 
 Knows neither the log's content nor time nor sockets.
 """
@@ -9,7 +9,6 @@ import collections
 from enum import IntEnum
 from typing import Any, Deque, Dict, Iterable, List, Optional, Sequence, Tuple
 
-from ..base.errors import InvariantError
 from ..base.messages import Entry, Message, MsgType
 
 
@@ -21,45 +20,6 @@ class ProgressState(IntEnum):
     SNAPSHOT = 2        # a snapshot is under way: send nothing
 
 
-class Inflights:
-    """The unanswered MsgApp of one follower: the last entry index of each, ascending."""
-
-    __slots__ = ("_indexes", "_limit")
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._indexes: Deque[int] = collections.deque()
-
-    @property
-    def full(self) -> bool:
-        """True if no further message may be sent."""
-        return len(self._indexes) >= self._limit
-
-    def add(self, index: int) -> None:
-        """Note a sent message that ends at `index`.  Raises InvariantError if full."""
-        if self.full:
-            raise InvariantError("cannot add a message to a full in-flight window")
-        self._indexes.append(index)
-
-    def free_to(self, index: int) -> None:
-        """Forget the messages that end at or before `index`."""
-        indexes = self._indexes
-        while indexes and indexes[0] <= index:
-            indexes.popleft()
-
-    def free_first(self) -> None:
-        """Forget the oldest message, if any."""
-        if self._indexes:
-            self._indexes.popleft()
-
-    def reset(self) -> None:
-        """Forget all."""
-        self._indexes.clear()
-
-    def __len__(self) -> int:
-        return len(self._indexes)
-
-
 class Progress:
     """A leader's view of one member, itself included.
 
@@ -68,8 +28,8 @@ class Progress:
     """
 
     __slots__ = (
-        "asked", "due", "inflights", "match_index", "next_index", "paused", "pending_snapshot",
-        "recent_active", "state",
+        "due", "inflights", "match_index", "next_index", "paused", "pending_snapshot",
+        "proposed_index", "recent_active", "state", "_window",
     )
 
     def __init__(self, next_index: int, window: int, *, match_index: int = 0) -> None:
@@ -80,28 +40,27 @@ class Progress:
         self.pending_snapshot = 0       # SNAPSHOT only: index of the snapshot under way
         self.recent_active = False      # answered since the last report_unreachable
         self.due = False                # gets a MsgApp, maybe an empty one, at the next ready()
-        self.asked = 0                  # index of its newest proposal that is not committed
-        self.inflights = Inflights(window)
+        self.proposed_index = 0         # index of its newest proposal that is not committed
+        self.inflights: Deque[int] = collections.deque()    # last index of each unanswered MsgApp
+        self._window = window
 
     @property
     def is_paused(self) -> bool:
         """True if no MsgApp may be sent now."""
         if self.state == ProgressState.REPLICATE:
-            return self.inflights.full
+            return len(self.inflights) >= self._window
         return self.paused or self.state == ProgressState.SNAPSHOT
 
     def become_probe(self) -> None:
-        """Ask where the logs match; after a snapshot, assume that it arrived."""
+        """Find out where the logs match; after a snapshot, assume that it arrived."""
         self.next_index = max(self.match_index, self.pending_snapshot) + 1
         self._enter(ProgressState.PROBE)
 
     def become_replicate(self) -> None:
-        """Send ahead, beginning behind the match."""
         self._enter(ProgressState.REPLICATE)
         self.next_index = self.match_index + 1
 
     def become_snapshot(self, index: int) -> None:
-        """Wait until the snapshot at `index` has arrived or failed."""
         self._enter(ProgressState.SNAPSHOT)
         self.pending_snapshot = index
 
@@ -109,18 +68,18 @@ class Progress:
         self.state = state
         self.paused = False
         self.pending_snapshot = 0
-        self.inflights.reset()
+        self.inflights.clear()
 
     def sent(self, last: int) -> None:
         """Note a MsgApp whose last entry is `last`."""
         if self.state == ProgressState.REPLICATE:
             self.next_index = last + 1
-            self.inflights.add(last)
+            self.inflights.append(last)
         else:
             self.paused = True
 
     def maybe_update(self, index: int) -> bool:
-        """Note that the member holds everything up to `index`; False if that is no news."""
+        """Note that the member holds everything up to `index`; False if that was known."""
         if self.next_index <= index:
             self.next_index = index + 1
         if index <= self.match_index:
@@ -130,11 +89,12 @@ class Progress:
         return True
 
     def acknowledge(self, index: int) -> bool:
-        """Handle a positive answer: update, and move on to REPLICATE; False if it is no news."""
+        """Handle a positive answer: update, and move on to REPLICATE; False if it was known."""
         if not self.maybe_update(index):
             return False
         if self.state == ProgressState.REPLICATE:
-            self.inflights.free_to(index)
+            while self.inflights and self.inflights[0] <= index:
+                self.inflights.popleft()
         elif self.match_index >= self.pending_snapshot:
             self.become_replicate()
         return True
@@ -156,20 +116,8 @@ class Progress:
         self.paused = False
         return True
 
-    def snapshot_failed(self) -> None:
-        """The snapshot under way did not arrive: probe again behind the match."""
-        self.pending_snapshot = 0
-        self.become_probe()
-
-    def __repr__(self) -> str:
-        return (
-            f"Progress({self.state.name} match={self.match_index} next={self.next_index}"
-            f" paused={self.is_paused} inflight={len(self.inflights)})"
-        )
-
 
 def quorum_size(voters: int) -> int:
-    """Return how many of `voters` members are a majority."""
     return voters // 2 + 1
 
 
@@ -179,19 +127,19 @@ def quorum_index(match_indexes: Iterable[int]) -> int:
     return ascending[(len(ascending) - 1) // 2] if ascending else 0
 
 
-_ENTRY_OVERHEAD = 40            # entry_size() of an entry without data
+_ENTRY_OVERHEAD = 40            # bytes of an encoded entry besides its data, at most
 
 
 class Mailbox:
     """The messages of one member until ready() takes them.
 
-    Promises (votes, answers to MsgApp) are held: they may leave only when the disk has what
-    they promise.  Everything else may leave at once.
+    Promises (votes, answers to MsgApp) are held until the state that they promise is durable.
+    All other messages may leave at once.
     """
 
     def __init__(self, id: int, forward_bytes_max: int) -> None:
         self.id = id
-        self.term = 0                               # stamped on what is sent; kept by Raft
+        self.term = 0                               # stamped on every message; kept by Raft
         self._forward_bytes_max = forward_bytes_max
         self._messages: List[Message] = []
         self._held: List[Message] = []
@@ -213,10 +161,10 @@ class Mailbox:
         self._held.append(self._message(kind, to, fields))
 
     def hold_ack(self, to: int, index: int) -> None:
-        """Answer that everything up to `index` is here; one such answer stands for all before.
+        """Acknowledge every entry up to `index`; one such answer stands for all before.
 
-        Of two answers to one leader the higher holds: within its term our log only grows.  An
-        answer to an earlier leader is dropped, as its entries may be gone by now.
+        Of two answers to one leader the higher holds: within a term the follower's log only
+        grows.  An answer to an earlier leader is dropped, as its entries may be gone by now.
         """
         ack = self._ack
         if ack is None or ack.to != to or ack.term != self.term or ack.index < index:
@@ -233,7 +181,6 @@ class Mailbox:
 
     @property
     def is_empty(self) -> bool:
-        """True if take() would return nothing."""
         return not (self._messages or self._held or self._ack)
 
     def take(self) -> Tuple[List[Message], List[Message]]:

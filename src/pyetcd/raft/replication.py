@@ -1,4 +1,4 @@
-"""Replication: what a leader sends, and to which follower.
+"""Replication: the messages that a leader sends to its followers, and reads without an entry.
 
 Knows neither roles nor elections.
 """
@@ -19,11 +19,11 @@ from .progress import Mailbox, Progress, ProgressState, quorum_index, quorum_siz
 
 
 class RaftConfig(NamedTuple):
-    """What a Raft needs from outside.
+    """The settings of a Raft, and its ways to the outside.
 
     rng    anything with randrange(n), e.g. a seeded random.Random
     trace  receives the lines that etcd's raft package logs at info level
-    patient  a new commit index alone makes no message, until tell_commit()
+    defer_commit  a new commit index alone makes no message before broadcast_commit()
     """
 
     id: int
@@ -34,42 +34,41 @@ class RaftConfig(NamedTuple):
     max_entries_bytes: int = ENTRIES_BYTES_MAX
     max_inflight: int = INFLIGHT_MSGAPP_MAX
     max_uncommitted_bytes: int = UNCOMMITTED_BYTES_MAX
-    patient: bool = False
+    defer_commit: bool = False
 
 
 class Replication:
-    """The sending side of a leader.  On other members only the ids in `progress` mean anything.
+    """The sending side of a leader.  On other members only the ids in `progress` are current.
 
-    Nothing is sent when it becomes due: send_due() sends one MsgApp per follower and ready(),
-    with everything proposed since, so the work per proposal does not grow with the cluster.
+    A MsgApp waits until send_due(): one per follower and ready(), with all entries proposed
+    since, so the work per proposal does not grow with the cluster.
     """
 
     def __init__(self, config: RaftConfig, log: RaftLog, mail: Mailbox) -> None:
         self.progress: Dict[int, Progress] = {}     # the voters, ascending by id
-        self.snapshot_source: Callable[[], Optional[Snapshot]] = _no_snapshot
-        self._id = config.id
-        self._max_bytes = config.max_entries_bytes
-        self._window = config.max_inflight
+        # Called for a follower whose entries are compacted; None: not ready, asked again later.
+        self.snapshot_source: Callable[[], Optional[Snapshot]] = lambda: None
+        self.commit_unsent = False                  # some follower may not know our commit index
+        self._config = config
         self._log = log
         self._mail = mail
         self._append_due = False                    # some progress is due
         self._broadcast_due = False                 # every progress is due
-        self._patient = config.patient
-        self.commit_untold = False                  # some follower may not know our commit index
 
     def set_voters(self, voters: Iterable[int]) -> None:
-        """Keep what is known of the voters, begin anew with new ones, forget the others."""
-        known, following = self.progress, self._log.last_index + 1
+        """Keep the progress of known voters, begin anew with new ones, forget the others."""
+        known = self.progress
         self.progress = {
-            voter: known.get(voter) or Progress(following, self._window)
-            for voter in sorted(set(voters))
+            voter: known.get(voter) or self._new_progress() for voter in sorted(set(voters))
         }
 
+    def _new_progress(self) -> Progress:
+        return Progress(self._log.last_index + 1, self._config.max_inflight)
+
     def reset(self) -> None:
-        """Forget everything but the ids: a new term begins."""
-        self._append_due = self._broadcast_due = self.commit_untold = False
-        following = self._log.last_index + 1
-        self.progress = {voter: Progress(following, self._window) for voter in self.progress}
+        """Begin a new term: forget everything but the ids."""
+        self._append_due = self._broadcast_due = self.commit_unsent = False
+        self.progress = {voter: self._new_progress() for voter in self.progress}
 
     @property
     def quorum_index(self) -> int:
@@ -78,48 +77,47 @@ class Replication:
 
     @property
     def is_due(self) -> bool:
-        """True if send_due() may send something."""
         return self._append_due or self._broadcast_due
 
-    def owe(self, progress: Progress) -> None:
-        """Let one follower have a MsgApp, an empty one if need be."""
+    def mark_due(self, progress: Progress) -> None:
+        """Make the next send_due() send a MsgApp to one follower, an empty one if need be."""
         progress.due = self._append_due = True
 
-    def owe_all(self) -> None:
-        """Let every follower have a MsgApp: there are new entries, or a new commit index."""
+    def mark_all_due(self) -> None:
         self._broadcast_due = True
 
-    def asked_by(self, member: int) -> None:
-        """The last entries are of a member's clients: they wait until it knows of the commit."""
+    def note_proposer(self, member: int) -> None:
+        """The last entries come from a member's clients, which wait until it knows the commit."""
         if member in self.progress:
-            self.progress[member].asked = self._log.last_index
+            self.progress[member].proposed_index = self._log.last_index
 
-    def owe_commit(self, index: int, *, at_once: bool) -> None:
-        """The commit index becomes `index`.  A patient leader only tells those whose clients wait.
+    def mark_commit_due(self, index: int, *, at_once: bool) -> None:
+        """Send the new commit index `index` to all, or with defer_commit only to proposers.
 
-        The others hear of it with the next entries, mostly within a millisecond: messages and
-        answers for it alone are half of all where writes come one by one.
+        The other followers hear of it with the next entries, mostly within a millisecond: where
+        writes come one by one, half of all messages would carry nothing but a commit index.
 
-        at_once  tell all: voters change, and who leaves must hear of it while it gets messages
+        at_once  send it to all: voters change, and a member that leaves must hear of it while it
+                 gets messages
         """
-        if at_once or not self._patient:
-            self.owe_all()
+        if at_once or not self._config.defer_commit:
+            self.mark_all_due()
             return
-        self.commit_untold = len(self.progress) > 1
+        self.commit_unsent = len(self.progress) > 1
         for progress in self.progress.values():
-            if progress.asked:
-                self.owe(progress)
-                if progress.asked <= index:
-                    progress.asked = 0
+            if progress.proposed_index:
+                self.mark_due(progress)
+                if progress.proposed_index <= index:
+                    progress.proposed_index = 0
 
     def send_due(self) -> None:
         """Send a MsgApp, or a MsgSnap, to every follower that is due and not paused."""
         everyone = self._broadcast_due
         self._append_due = self._broadcast_due = False
-        self.commit_untold = self.commit_untold and not everyone
+        self.commit_unsent = self.commit_unsent and not everyone
         batches: Dict[int, List[Entry]] = {}        # next index -> entries, shared by the peers
         for peer, progress in self.progress.items():
-            if (everyone or progress.due) and peer != self._id:
+            if (everyone or progress.due) and peer != self._config.id:
                 progress.due = False
                 if not progress.is_paused:
                     self._send_append(peer, progress, batches)
@@ -133,7 +131,7 @@ class Replication:
             return
         entries = batches.get(following)
         if entries is None:
-            entries = log.slice(following, log.last_index + 1, self._max_bytes)
+            entries = log.slice(following, log.last_index + 1, self._config.max_entries_bytes)
             batches[following] = entries
         self._mail.send(
             MsgType.APP, peer, index=following - 1, log_term=log.term(following - 1),
@@ -143,7 +141,7 @@ class Replication:
             progress.sent(entries[-1].index)
 
     def _send_snapshot(self, peer: int, progress: Progress) -> None:
-        """Its next entries are compacted: send the state, if the peer answers and we have one."""
+        """Send the state instead of compacted entries, if the peer answers and a snapshot fits."""
         if not progress.recent_active:
             return
         snapshot, log = self.snapshot_source(), self._log
@@ -155,132 +153,123 @@ class Replication:
         progress.become_snapshot(snapshot.index)
 
     def send_heartbeats(self, context: Optional[bytes]) -> None:
-        """Keep every follower from campaigning, and let paused probes go on.
+        """Keep every follower from campaigning, and resume paused probes.
 
-        context  comes back with the answers (Reads)
+        context  comes back with the answers (PendingReads)
         """
         for peer, progress in self.progress.items():
-            if peer != self._id:
+            if peer != self._config.id:
                 # Not beyond its match: it may not hold those entries, or other ones there.
                 commit = min(progress.match_index, self._log.commit)
                 self._mail.send(MsgType.HEARTBEAT, peer, commit=commit, context=context)
                 progress.paused = False
 
     def handle_reject(self, message: Message) -> None:
-        """The entry before our MsgApp did not match: go back and try again."""
+        """Go back and try again: the entry before our MsgApp did not match."""
         progress = self.progress[message.sender]
         progress.recent_active = True
         if progress.maybe_decrease(message.index, message.reject_hint):
-            self.owe(progress)
+            self.mark_due(progress)
 
     def handle_ack(self, message: Message) -> bool:
-        """A follower has everything up to message.index; False if that is no news."""
+        """Note that a follower has everything up to message.index; False if that was known."""
         progress, last = self.progress[message.sender], self._log.last_index
         progress.recent_active = True
         was_paused = progress.is_paused
         if message.index > last or not progress.acknowledge(message.index):
-            return False                            # nobody can hold more than its leader
+            return False                            # no follower can hold more than its leader
         if was_paused or progress.next_index <= last:
-            self.owe(progress)
+            self.mark_due(progress)
         return True
 
     def handle_heartbeat_resp(self, message: Message) -> None:
-        """A follower lives: if it may lack something, send."""
+        """Note that a follower is alive; if it may lack entries, send."""
         progress = self.progress[message.sender]
         progress.recent_active = True
-        if progress.state == ProgressState.REPLICATE and progress.inflights.full:
-            progress.inflights.free_first()         # its answers may be lost: go on carefully
+        if progress.state == ProgressState.REPLICATE and progress.is_paused:
+            progress.inflights.popleft()            # its answers may be lost: go on carefully
         if progress.match_index < self._log.last_index:
-            # An empty MsgApp is wanted, too: if entries were lost, it will be rejected.
-            self.owe(progress)
+            # An empty MsgApp is useful, too: if entries were lost, it will be rejected.
+            self.mark_due(progress)
 
     def heard_quorum(self) -> bool:
         """True if a majority, ourselves included, has answered since the last call."""
-        heard = sum(p.recent_active or id == self._id for id, p in self.progress.items())
+        heard = sum(p.recent_active or id == self._config.id for id, p in self.progress.items())
         for progress in self.progress.values():
             progress.recent_active = False
         return heard >= quorum_size(len(self.progress))
 
     def unreachable(self, peer: int) -> None:
-        """A message to `peer` was lost: stop sending ahead."""
+        """Stop sending ahead: a message to `peer` was lost."""
         progress = self.progress.get(peer)
-        if progress is None:
-            return
-        progress.recent_active = False
-        if progress.state == ProgressState.REPLICATE:
-            progress.become_probe()
+        if progress is not None:
+            progress.recent_active = False
+            if progress.state == ProgressState.REPLICATE:
+                progress.become_probe()
 
     def snapshot_done(self, peer: int, *, ok: bool) -> None:
-        """The snapshot to `peer` left this member completely, or did not."""
+        """The snapshot to `peer` left this member completely (ok), or failed."""
         progress = self.progress.get(peer)
         if progress is None or progress.state != ProgressState.SNAPSHOT:
             return
-        if ok:
-            progress.become_probe()
-        else:
-            progress.snapshot_failed()
-        progress.paused = True                      # let it digest until the next heartbeat
+        if not ok:
+            progress.pending_snapshot = 0           # probe behind the match again
+        progress.become_probe()
+        progress.paused = True                      # until the next heartbeat: time to load it
 
 
-def _no_snapshot() -> Optional[Snapshot]:
-    return None
+class ReadRound(NamedTuple):
+    """One check that a leader still leads."""
+
+    commit: int             # its commit index when the read came
+    requester: int
+    heard: Set[int]         # voters that have confirmed
 
 
-class ReadRound:
-    """One question whether a leader still leads; index: its commit index when it was asked."""
-
-    __slots__ = ("index", "requester", "heard")
-
-    def __init__(self, index: int, requester: int, heard: Set[int]) -> None:
-        self.index = index
-        self.requester = requester
-        self.heard = heard              # voters that have confirmed
-
-
-class Reads:
+class PendingReads:
     """Reads that see every write acknowledged before them, without an entry in the log.
 
-    A leader notes its commit index, asks with a heartbeat whether it still leads, and when a
+    A leader notes its commit index, checks with a heartbeat whether it still leads, and when a
     majority has confirmed, everything up to that index may be read (thesis §6.4).
     """
 
     def __init__(self, id: int, mail: Mailbox) -> None:
-        self.confirmed: List[Tuple[bytes, int]] = []    # (context, index) asked for here
+        self.confirmed: List[Tuple[bytes, int]] = []    # (context, index) of this member's reads
         self._rounds: Dict[bytes, ReadRound] = {}       # leader only, oldest first
         self._id = id
         self._mail = mail
 
     @property
     def newest(self) -> Optional[bytes]:
-        """The context that a heartbeat has to carry; None: nobody asks."""
+        """The context that a heartbeat has to carry; None without a round."""
         return next(reversed(self._rounds), None) if self._rounds else None
 
     def clear(self) -> None:
-        """A new term: whoever asked asks again."""
+        """Begin a new term: requesters ask again."""
         self._rounds.clear()
 
     def begin(self, context: bytes, index: int, requester: int) -> None:
-        """Leader: member `requester` wants to read what is committed now."""
+        """Leader: begin the round of a read by member `requester`."""
         if len(self._rounds) < READ_ROUNDS_MAX:
             self._rounds[context] = ReadRound(index, requester, set())
 
     def confirm(self, context: bytes, voter: int, quorum: int) -> None:
-        """Leader: `voter` has heard us after the question `context` was asked."""
-        asked = self._rounds.get(context)
-        if asked is None:
+        """Leader: `voter` has answered a heartbeat that was sent after the round began."""
+        confirmed = self._rounds.get(context)
+        if confirmed is None:
             return
-        asked.heard.add(voter)
-        if len(asked.heard) >= quorum:
-            for earlier in list(self._rounds):      # what was asked before is answered as well
+        confirmed.heard.add(voter)
+        if len(confirmed.heard) >= quorum:
+            for earlier in list(self._rounds):      # a round confirms those before it as well
                 self._release(earlier, self._rounds.pop(earlier))
                 if earlier == context:
                     return
 
-    def _release(self, context: bytes, asked: ReadRound) -> None:
-        if asked.requester == self._id:
-            self.confirmed.append((context, asked.index))
+    def _release(self, context: bytes, confirmed: ReadRound) -> None:
+        if confirmed.requester == self._id:
+            self.confirmed.append((context, confirmed.commit))
         else:
             self._mail.send(
-                MsgType.READ_INDEX_RESP, asked.requester, index=asked.index,
+                MsgType.READ_INDEX_RESP, confirmed.requester, index=confirmed.commit,
                 entries=[Entry(data=context)],
             )

@@ -103,12 +103,12 @@ def file_node(value: Value, created_index: int, modified_index: int, expires_ns:
     return LongNode(value, created_index, modified_index, expires_ns)
 
 
-def kept_value(node: Node) -> Value:
+def stored_value(node: Node) -> Value:
     """The value of a file as it is kept."""
     return node.json if isinstance(node, LongNode) else node.value or ""
 
 
-def shown_value(value: Value) -> str:
+def value_excerpt(value: Value) -> str:
     """A value in the text of an error.  Differs from etcd, which shows 20 MB."""
     text = value if isinstance(value, str) else text_of_long(value[:1])
     is_all = isinstance(value, str) and len(value) <= SHOWN_VALUE_CHARS

@@ -39,12 +39,12 @@ class NodeTree:
         return len(self._nodes)
 
     @property
-    def is_tidy(self) -> bool:
+    def accepts_changes(self) -> bool:
         """True if a change may be applied in this turn; False: after the next tidy()."""
         return not self._dead and self._room > 0
 
     @property
-    def has_rubbish(self) -> bool:
+    def has_garbage(self) -> bool:
         """True if tidy() has something to do."""
         return bool(self._dead) or bool(self._old) and not self._old[0][1]
 

@@ -48,8 +48,8 @@ from .events import (
     _node_json,
     _node_texts,
     file_node,
-    kept_value,
-    shown_value,
+    stored_value,
+    value_excerpt,
 )
 from .nodes import NodeTree
 from .walks import Listing, SnapshotWalk, parent_path
@@ -324,7 +324,7 @@ class Store(NodeTree):
         elif old.children is not None:
             raise self._failed("sets", NotFile(path[2:], self.current_index))
         elif refresh:
-            value = kept_value(old)
+            value = stored_value(old)
         try:
             event = self._place(
                 "set", path, old, None if dir else value, expires_ns, now_ns, refresh
@@ -489,7 +489,7 @@ class Store(NodeTree):
         below = directory + "/"
         return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
 
-    def replant(self, directory: str, files: Mapping[str, str]) -> None:
+    def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
         """Have only `files`, path -> value, below `directory`: without a new index or an event."""
         below = directory + "/"
         for path in [path for path in self._nodes if path.startswith(below)]:
@@ -508,9 +508,9 @@ class Store(NodeTree):
 
         Raises ValueError if it is no snapshot of a store, and then nothing has changed.
         """
-        self.become(StoreState.read(data, progress))
+        self.install(StoreState.read(data, progress))
 
-    def become(self, state: StoreState) -> None:
+    def install(self, state: StoreState) -> None:
         """Take over a state, whose only owner this store is from now on.
 
         Nodes already over leave with the next delete_expired.
@@ -549,7 +549,7 @@ class Store(NodeTree):
     ) -> Event:
         """Give the file `old` a value and a TTL; it stays the same key."""
         index = self.current_index + 1
-        text = kept_value(old) if refresh else value
+        text = stored_value(old) if refresh else value
         node = file_node(text, old.created_index, index, expires_ns)
         self._put(path, old, node)
         return self._done(Event(action, path, node, old, index, now_ns, refresh))
@@ -628,7 +628,7 @@ class Store(NodeTree):
         if prev_value and not (
             node.has_value(prev_value) if isinstance(node, LongNode) else node.value == prev_value
         ):
-            wrong.append(f"[{shown_value(prev_value)} != {shown_value(kept_value(node))}]")
+            wrong.append(f"[{value_excerpt(prev_value)} != {value_excerpt(stored_value(node))}]")
         if prev_index and prev_index != node.modified_index:
             wrong.append(f"[{prev_index} != {node.modified_index}]")
         if wrong:

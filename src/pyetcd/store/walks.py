@@ -190,13 +190,13 @@ class Listing(TreeWalk):
     index   store index of the state that it shows
     chunks  of the answer so far, none of them huge
     done    all of it is there
-    lasts   the answer holds as long as the index does: nothing in it expires
+    cacheable  the answer holds as long as the index does: nothing in it expires
 
     With `recursive` all that is visible, all the way down, else the children.
     """
 
     __slots__ = (
-        "index", "chunks", "done", "lasts", "work_done", "_recursive", "_sorted", "_now_ns",
+        "index", "chunks", "done", "cacheable", "work_done", "_recursive", "_sorted", "_now_ns",
         "_texts",
     )
 
@@ -208,7 +208,7 @@ class Listing(TreeWalk):
         self.index = index
         self.chunks: List[bytes] = []
         self.done = False
-        self.lasts = True
+        self.cacheable = True
         self.work_done = 0              # nodes so far, and text in units of LISTING_NODE_CHARS
         self._recursive = recursive
         self._sorted = sorted
@@ -266,13 +266,13 @@ class Listing(TreeWalk):
         yield "}\n"
 
     def _long_texts(self, path: str, node: LongNode) -> Texts:
-        self.lasts = self.lasts and not node.expires_ns
+        self.cacheable = self.cacheable and not node.expires_ns
         self.work_done += 1 + len(node.json)
         yield from _node_texts(json_string(path[2:]), node, node.ttl_s(self._now_ns))
 
     def _ends(self, path: str, node: Node) -> Tuple[str, str]:
         """What comes before and after the place of a node's children."""
-        self.lasts = self.lasts and not node.expires_ns
+        self.cacheable = self.cacheable and not node.expires_ns
         self.work_done += 1 + len(node.value or "") // LISTING_NODE_CHARS
         return _node_ends(json_string(path[2:]), node, node.ttl_s(self._now_ns))
 

@@ -135,7 +135,7 @@ class WatcherHub:
         self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be told
         self._room: float = math.inf    # how many may be told in this turn
 
-    owed = 0                            # watchers in _due
+    backlog = 0                            # watchers in _due
     watched_bytes = 0                   # of the paths of registered watchers
 
     @property
@@ -243,7 +243,7 @@ class WatcherHub:
         self._stats.watchers -= len(once)
         self.watched_bytes -= len(once) * len(path)
         self._due.append((event, collections.deque(told)))
-        self.owed += len(told)
+        self.backlog += len(told)
         self._tell()
 
     def _tell(self) -> None:
@@ -251,10 +251,10 @@ class WatcherHub:
         while self._due:
             event, told = self._due[0]
             while told:
-                if self._room <= 0 and self.owed <= WATCHERS_MAX:
+                if self._room <= 0 and self.backlog <= WATCHERS_MAX:
                     return
                 watcher = told.popleft()
-                self.owed -= 1
+                self.backlog -= 1
                 if watcher._hub is not None:        # else cancelled, perhaps by an earlier deliver
                     self._room -= 1
                     if not watcher.stream:

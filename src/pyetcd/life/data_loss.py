@@ -23,7 +23,7 @@ ASK_AGAIN_SECONDS = 0.1             # after a round that told nothing new, then 
 ASK_AGAIN_SECONDS_MAX = 1.6
 
 
-class FirstLife:
+class DataLossCheck:
     """Keeps a member whose log is empty from voting where its first life may have voted.
 
     Bootstrap asks the members too, but perhaps none of them was up.  Nobody's messages count here

@@ -8,13 +8,13 @@ from ..base.codec import STEP_BYTES, STEP_ENTRIES
 from ..base.errors import CodecError
 from ..base.limits import SERVER_VERSION
 from ..base.messages import Message, MsgType
-from ..peer.transport import Door
+from ..peer.transport import MessageInspector
 from ..store.tree import StoreState
 from .applier import check_entry, check_proposal
 from .cluster import Cluster, version_key
 
 
-class MemberDoor(Door):
+class MemberInspector(MessageInspector):
     """Where a message ends that would be fatal when it is applied, or make our log unreadable."""
 
     def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
