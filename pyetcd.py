@@ -25,10 +25,11 @@ Rooms and their modules, bottom up; each uses only names defined above it:
   peer:   frames, compatibility, streams, links, transport
   member: cluster, applier, configuration, inspection, passwords, reconfiguration, statistics,
             journal, monitors, snapshots, waiting, server, auth
-  api:    forms, gojson, auth, listings, keys, members, metrics, snapshot, status, routes,
-            discovery
-  life:   discovery, addresses, flags, restart, bootstrap, data_loss, embedding, proxy_files,
-            proxy, settings, checks, sources, backup, command_line, testkit
+  api:    forms, gojson, auth, listings, keys, members, metrics, request_log, snapshot, status,
+            routes, discovery
+  life:   logs, wait_report, discovery, addresses, flags, restart, bootstrap, data_loss,
+            embedding, proxy_files, proxy, settings, checks, sources, backup, command_line,
+            testkit
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in docs/differences.md.
@@ -155,6 +156,7 @@ import time
 import urllib.parse
 import weakref
 from array import array
+from collections import OrderedDict
 from datetime import datetime, timedelta
 from email.utils import formatdate
 from enum import IntEnum
@@ -737,8 +739,43 @@ def one_line(text: str) -> str:
 
 def _make_one_line(record: logging.LogRecord) -> bool:
     """A filter: names, keys, headers and what peers say may hold anything."""
+    record.fields = _fields(record)
     record.msg, record.args = one_line(record.getMessage()), None
     return True
+
+
+LOG_PACKAGES = (
+    "auth", "discovery", "etcd", "etcdhttp", "etcdserver", "flags", "http", "proxy", "raft",
+    "rafthttp", "snap", "tls", "wal",
+)
+_PLACE = re.compile(r"(?:(connection with|\w+)[ :])?%[.\d]*([a-z])")
+_RAFT_FIELD = re.compile(r"(?:^|\b(term|index|to|from) )([0-9a-f]+)\b")
+_FIELDS = {                             # what is named so in front of a value is this field
+    "cluster": "cluster", "duration": "duration_ms", "index": "index", "leader": "leader",
+    "member": "member", "peer": "peer", "remote": "remote", "status": "status", "term": "term",
+    "connection with": "peer",
+}
+
+
+def _fields(record: logging.LogRecord) -> Dict[str, object]:
+    """Return what a log of JSON shows beside the message: `member %s` is the field member.
+
+    Names come from our own texts, never from what is put into them.
+    """
+    fields: Dict[str, object] = {}
+    if record.args and isinstance(record.args, tuple):
+        for place, value in zip(_PLACE.finditer(str(record.msg)), record.args):
+            name = _FIELDS.get(place[1] or "", "")
+            if record.name == "pyetcd.raft.node" and not place.start():
+                name = "member"
+            if name:
+                fields[name] = f"{value:x}" if place[2] == "x" else value
+    elif record.name == "pyetcd.raft":  # whose texts hold nothing but ids and numbers
+        for found in _RAFT_FIELD.finditer(str(record.msg)):
+            name, is_number = found[1] or "member", found[1] in ("term", "index")
+            fields["peer" if name in ("to", "from") else name] = (
+                int(found[2]) if is_number else found[2])
+    return fields
 
 
 def package_logger(package: str) -> logging.Logger:
@@ -9601,6 +9638,7 @@ class PeerStatus:
     def __init__(self, member_id: int, wall_ns: Callable[[], int]) -> None:
         self.active = False
         self.active_since = 0.0         # unix seconds; 0: inactive
+        self.problem = "not connected yet"      # why it is inactive
         self._id = f"{member_id:x}"
         self._wall_ns = wall_ns
 
@@ -9615,7 +9653,8 @@ class PeerStatus:
         """`action` (dial, read, write, heartbeat) on `source` failed; an error the first time."""
         log = package_logger("rafthttp")
         level = logging.ERROR if self.active else logging.DEBUG
-        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, _cause(reason))
+        self.problem = _cause(reason)
+        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, self.problem)
         if self.active:
             self.active = False
             self.active_since = 0.0
@@ -10238,6 +10277,11 @@ class Peer:
         self._app_writer.flush()
         self._message_writer.flush()
 
+    @property
+    def problem(self) -> str:
+        """Where the peer is dialed and what fails; "" if it can be reached."""
+        return "" if self.status.active else f"{self._picker.pick()}: {self.status.problem}"
+
     def heard_version(self, version: str) -> None:
         """The peer announced its version."""
         self.version = version
@@ -10449,6 +10493,11 @@ class Transport:
         """Unix seconds since when a peer can be reached, 0 if it cannot."""
         peer = self._peers.get(member_id)
         return peer.status.active_since if peer is not None else 0.0
+
+    def problem(self, member_id: int) -> str:
+        """Say where a peer is dialed and what fails; "" if it can be reached, or is no peer."""
+        peer = self._peers.get(member_id)
+        return peer.problem if peer is not None else ""
 
     def stop(self) -> None:
         """Close everything and call nobody any more."""
@@ -12884,6 +12933,52 @@ def _server_version(body: bytes) -> str:
     return version
 
 
+class LeaderWait:
+    """Says every ten seconds which members a member without a leader waits for.
+
+    problem  says of a peer's id where it is dialed and what fails; "" if it can be reached
+    """
+
+    PERIOD_S = 10.0
+
+    def __init__(
+        self, reactor: Reactor, cluster: Cluster, member_id: int, problem: Callable[[int], str]
+    ) -> None:
+        self._reactor = reactor
+        self._cluster = cluster
+        self._member_id = member_id
+        self._problem = problem
+        self._since = 0.0               # monotonic: without a leader
+        self._timer: Optional[Timer] = None
+
+    def watch(self, lead: int) -> None:
+        """The leader is `lead` now; 0: nobody."""
+        if lead:
+            self.stop()
+        elif self._timer is None:
+            self._since = self._reactor.now()
+            self._timer = self._reactor.call_later(self.PERIOD_S, self._say)
+
+    def stop(self) -> None:
+        """Say no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _say(self) -> None:
+        self._timer = self._reactor.call_later(self.PERIOD_S, self._say)
+        members = self._cluster.members
+        missing = [
+            f"{member.name or format_id(member.id)} at {problem}"
+            for member in sorted(members.values()) if member.id != self._member_id
+            for problem in (self._problem(member.id),) if problem
+        ]
+        package_logger("etcdserver").warning(
+            "waiting for %s, %d of %d needed, %.0f s", ", ".join(missing) or "a leader",
+            len(members) // 2 + 1, len(members), self._reactor.now() - self._since,
+        )
+
+
 class Traffic:
     """Counts the messages that the transport sends and receives.
 
@@ -13396,6 +13491,9 @@ class EtcdServer:
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
         )
+        self._leader_wait = LeaderWait(
+            reactor, self.cluster, self.member_id, lambda peer: self.transport.problem(peer)
+        )
         self.node: RawNode = self._make_node(boot, rng or random.Random())
         self.handover = LeadershipTransfer(self.node, self.transport.active_since)
         self._disk_watch = DiskWatch(self)
@@ -13438,6 +13536,7 @@ class EtcdServer:
         """Begin to take part.  The reactor must call on_turn() from now on."""
         self.reactor.on_turned = self.counts.turn_durations.observe
         self.journal.writer.start()
+        self._leader_wait.watch(self.lead)
         if len(self.node.raft.voters) > 1:
             self.node.advance_ticks(self.node.raft.config.election_ticks - 1)
         self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
@@ -13468,8 +13567,8 @@ class EtcdServer:
         """Stop saying anything, as a crash would, and free all; harmless after stop()."""
         self.stopping = True
         with contextlib.ExitStack() as each:
-            for free in (self.journal.writer.stop, self.transport.stop, self.versions.stop):
-                each.callback(free)
+            for part in (self.journal.writer, self.transport, self.versions, self._leader_wait):
+                each.callback(part.stop)
 
     # -- ways in -----------------------------------------------------------
 
@@ -13760,6 +13859,7 @@ class EtcdServer:
         else:
             log.info("%s changed leader from %s to %s at term %d", me, old, new, term)
         self._lead = lead
+        self._leader_wait.watch(lead)
         if lead:
             self.lead_since = self.reactor.now()
             self.counts.leader_changes += 1
@@ -16064,6 +16164,51 @@ def _read_counts(store: Store, outcome: str) -> Dict[Labels, float]:
 
 
 # ============================================================================
+# api/request_log -- The line of a request at level DEBUG.
+# ============================================================================
+
+
+def log_reply(request: HttpRequest, log: logging.Logger) -> None:
+    """Have a request logged when its reply begins, with status and duration.
+
+    Source: etcd 2.3 etcdhttp/client.go, which logs it when it comes, without either.
+    """
+    request.connection = cast(Connection, _Logged(request, log))
+
+
+class _Logged:
+    """The connection of one request, which looks at the first bytes of the reply."""
+
+    def __init__(self, request: HttpRequest, log: logging.Logger) -> None:
+        connection = request.connection
+        line = request.method, request.target, connection.remote
+        vars(self).update(connection=connection, line=line, log=log, since=connection.reactor.now())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.connection, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.connection, name, value)
+
+    def send(self, data: bytes, more: Sequence[bytes] = ()) -> None:
+        """Send a part of the reply."""
+        self._look(data)
+        self.connection.send(data, more)
+
+    def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
+        """Send the end of the reply."""
+        self._look(data)
+        self.connection.finish(data, keep_alive, more)
+
+    def _look(self, data: bytes) -> None:
+        if self.line:
+            seconds = self.connection.reactor.now() - self.since
+            self.log.debug("[%s] %s remote:%s status:%d duration:%.3f ms", *self.line,
+                           int(data[9:12]), round(seconds * 1e3, 3))
+            vars(self)["line"] = ()
+
+
+# ============================================================================
 # api/snapshot -- The snapshot API: the whole state, over HTTP.
 # ============================================================================
 
@@ -16276,12 +16421,18 @@ class StatusApi:
         request.reply(200, utf8(f"{{\n{lines}\n}}\n"), "application/json; charset=utf-8")
 
     def log_level(self, request: HttpRequest) -> None:
-        """PUT /config/local/log: change the level of all our loggers, {"Level": "DEBUG"}."""
+        """PUT /config/local/log: change the level of the log, {"Level": "DEBUG"}.
+
+        With "Package": "raft" that of one package; without it, that of all, also of those whose
+        level was set before, as in etcd.
+        """
         if request.body_too_large:
             write_message(request, 413, "Request Entity Too Large")
             return
         try:
-            name = GoJson.string_member(GoJson.loads(request.body, partial=True), "Level")
+            members = GoJson.loads(request.body, partial=True)
+            name = GoJson.string_member(members, "Level")
+            package = GoJson.string_member(members, "Package")
         except ValueError:
             write_message(request, 400, "Invalid json body")
             return
@@ -16289,8 +16440,17 @@ class StatusApi:
         if level is None:
             write_message(request, 400, f"Invalid log level {name}")
             return
-        package_logger("etcdhttp").info('globalLogLevel set to "%s"', level[0])
-        logging.getLogger("pyetcd").setLevel(level[1])
+        if package and package.partition(".")[0] not in LOG_PACKAGES:
+            write_message(request, 400, f"Invalid log package {package}")
+            return
+        if package:
+            package_logger("etcdhttp").info('log level of %s set to "%s"', package, level[0])
+            package_logger(package).setLevel(level[1])
+        else:
+            package_logger("etcdhttp").info('globalLogLevel set to "%s"', level[0])
+            for each in [n for n in logging.root.manager.loggerDict if n.startswith("pyetcd.")]:
+                logging.getLogger(each).setLevel(logging.NOTSET)
+            logging.getLogger("pyetcd").setLevel(level[1])
         request.reply(204)
 
     @staticmethod
@@ -16412,7 +16572,7 @@ class ClientApi:
     def serve(self, request: HttpRequest) -> None:
         """Answer without regard to its origin: also for requests made from others."""
         if self._log.isEnabledFor(logging.DEBUG):
-            self._log.debug("[%s] %s remote:%s", request.method, request.target, request.remote)
+            log_reply(request, self._log)
         head = request.head
         decided: Optional[Tuple[int, Handler]] = head.parsed
         version = self._applier.auth_changes
@@ -16659,6 +16819,152 @@ def _reply_text(request: HttpRequest, status: int, text: str) -> None:
 
 
 # ============================================================================
+# life/logs -- The log of a program: lines of text or of JSON; lines that repeat are counted.
+# ============================================================================
+
+
+REPEAT_SECONDS = 10.0               # a line is logged again after this time, with its count
+REPEATS_MAX = 256                   # lines that are remembered; above: the oldest is forgotten
+
+_Key = Tuple[int, str, str]         # level, logger, text
+
+
+class LogFormatter(logging.Formatter):
+    """`2015/08/31 22:03:06 package: message`, in local time, as etcd 2.0 writes it."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """One line; the package is what follows `pyetcd.` in the logger's name."""
+        package = record.name.partition(".")[2]
+        prefix = f"{package}: " if package else ""
+        repeated = getattr(record, "repeated", 0)
+        often = "once" if repeated == 1 else f"{repeated} times"
+        count = f" (repeated {often} in {REPEAT_SECONDS:.0f} s)" if repeated else ""
+        return f"{record.asctime} {prefix}{record.message}{count}"
+
+    def formatException(self, ei: Any) -> str:
+        """The traceback, indented: what an exception says cannot be taken for a line of ours."""
+        lines = super().formatException(ei).split("\n")
+        return "\n".join("    " + one_line(line) for line in lines)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, package, message, and the fields of the record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The time is local, with microseconds and zone (RFC 3339)."""
+        time = datetime.fromtimestamp(record.created).astimezone()
+        shown = {
+            "time": time.isoformat(timespec="microseconds"), "level": record.levelname.lower(),
+            "package": record.name.partition(".")[2] or "pyetcd", "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if getattr(record, "repeated", 0):
+            shown["repeated"] = record.repeated  # type: ignore[attr-defined]
+        if record.exc_info:
+            shown["exception"] = self.formatException(record.exc_info)
+        return json.dumps(shown)
+
+
+class _Repeats:
+    """A line that was logged, and how often it has come since."""
+
+    __slots__ = ("since", "count", "last")
+
+    def __init__(self, since: float, last: logging.LogRecord) -> None:
+        self.since = since
+        self.count = 0
+        self.last = last
+
+
+class RepeatHandler(logging.Handler):
+    """Hands records to another handler; counts those that come again within REPEAT_SECONDS.
+
+    A line that goes on repeating is logged every REPEAT_SECONDS, with its count.  There is no
+    timer: the next line of the log, whichever it is, brings the counts that are due, and close()
+    all others.  Lines of raft that differ only in the term are the same line.
+    """
+
+    def __init__(self, target: logging.Handler, now: Callable[[], float]) -> None:
+        super().__init__()
+        self._target = target
+        self._now = now
+        self._logged: OrderedDict[_Key, _Repeats] = OrderedDict()       # the oldest first
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand on a record, or count it; those with a traceback and of DEBUG are never counted."""
+        now = self._now()
+        while self._logged and now - next(iter(self._logged.values())).since >= REPEAT_SECONDS:
+            key, repeats = self._logged.popitem(last=False)
+            if self._tell(repeats):
+                self._logged[key] = _Repeats(now, repeats.last)
+        if record.exc_info or record.levelno <= logging.DEBUG:
+            self._target.handle(record)
+            return
+        text = record.getMessage()
+        if record.name == "pyetcd.raft":
+            text = re.sub(r"term \d+", "term", text)
+        key = record.levelno, record.name, text
+        if key in self._logged:
+            self._logged[key].count += 1
+            self._logged[key].last = record
+            return
+        if len(self._logged) >= REPEATS_MAX:
+            self._tell(self._logged.popitem(last=False)[1])
+        self._logged[key] = _Repeats(now, record)
+        self._target.handle(record)
+
+    def _tell(self, repeats: _Repeats) -> bool:
+        """Log the last line with its count; False if it has not come again."""
+        if repeats.count:
+            record = copy.copy(repeats.last)
+            record.repeated = repeats.count
+            self._target.handle(record)
+        return repeats.count > 0
+
+    def close(self) -> None:
+        """Log what was counted so far."""
+        while self._logged:
+            self._tell(self._logged.popitem(last=False)[1])
+        super().close()
+
+
+# ============================================================================
+# life/wait_report -- What a member waits for before it serves, said in the log.
+# ============================================================================
+
+
+WAIT_REPORT_SECONDS = 10.0
+
+
+class WaitReport:
+    """Logs every ten seconds what the block of a `with` waits for, and for how long.
+
+    what  of it now; "": nothing worth a line.  Thread: one, beside that of the block.
+    """
+
+    def __init__(self, package: str) -> None:
+        self.what = ""
+        self._log = package_logger(package)
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "WaitReport":
+        threading.Thread(target=self._run, name="wait-report", daemon=True).start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        since = SYSTEM_CLOCK.now()
+        while not self._ended.wait(WAIT_REPORT_SECONDS):
+            if self.what:
+                self._log.info("waiting for %s, %.0f s", self.what, SYSTEM_CLOCK.now() - since)
+
+
+# ============================================================================
 # life/discovery -- The discovery client: how members that start find each other.
 # ----------------------------------------------------------------------------
 # Plain blocking code that runs before the reactor starts.
@@ -16789,6 +17095,7 @@ class Discovery:
         self._retries = 0               # of this object; the first one gets advice
         self.resumed = False            # join() found a registration of an earlier try
         self._log = package_logger("discovery")
+        self._report = WaitReport("discovery")
         if self._proxy:
             self._log.info('using proxy "%s"', self._proxy)
 
@@ -16797,9 +17104,10 @@ class Discovery:
 
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
-        self._check()
-        self._register()
-        return self._initial_cluster(self._wait(self._check()))
+        with self._report:
+            self._check()
+            self._register()
+            return self._initial_cluster(self._wait(self._check()))
 
     def find(self) -> str:
         """Wait for the members without becoming one; return the initial cluster.
@@ -16807,7 +17115,8 @@ class Discovery:
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
         try:
-            return self._initial_cluster(self._wait(self._check()))
+            with self._report:
+                return self._initial_cluster(self._wait(self._check()))
         except DiscoveryFull as full:
             return self._initial_cluster(full.members)
 
@@ -16915,6 +17224,11 @@ class Discovery:
         announced, idle = -1, 0         # idle: waits in a row that told nothing
         pause = Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
         while len(members) < state.size:
+            names = ", ".join(member.value.partition("=")[0] for member in members)
+            self._report.what = (
+                f"{state.size - len(members)} more member(s) at {self._endpoint}{self._path}:"
+                f" {len(members)} of {state.size} registered ({names})"
+            )
             if announced != len(members):
                 announced = len(members)
                 missing = state.size - announced
@@ -16968,6 +17282,7 @@ class Discovery:
     def _wait_to_retry(self, step: str, error: Exception) -> None:
         advice = "" if self._retries else "; " + _registry_advice(self._endpoint)
         self._retries += 1
+        self._report.what = f"the discovery service: {error}"
         self._log.error("error #0: %s%s", error, advice)
         wait_s = self._backoff.next()
         self._log.info(
@@ -17452,10 +17767,6 @@ def _parse_levels(text: str) -> Dict[str, int]:
     return levels
 
 
-LOG_PACKAGES = (
-    "auth", "discovery", "etcd", "etcdhttp", "etcdserver", "flags", "http", "proxy", "raft",
-    "rafthttp", "snap", "tls", "wal",
-)
 _LOG_LEVELS = {
     "CRITICAL": logging.CRITICAL, "ERROR": logging.ERROR, "WARNING": logging.WARNING,
     "NOTICE": logging.INFO, "INFO": logging.INFO, "DEBUG": logging.DEBUG, "TRACE": logging.DEBUG,
@@ -17612,6 +17923,8 @@ FLAGS: Dict[str, Tuple[Flag, ...]] = {
         Flag("debug", parse_bool, False, "enable debug-level logging."),
         Flag("log-package-levels", _parse_levels, {},
              "levels per package, such as `etcdserver=WARNING,*=INFO`."),
+        Flag("log-format", _parse_choice("text", "json", "console"), "text",
+             "`text`, as etcd 2.3 writes it (`console` is the same), or `json`: an object a line."),
     ),
     "unsafe": (
         Flag("force-new-cluster", parse_bool, False,
@@ -17696,7 +18009,7 @@ NO_EFFECT: Dict[str, Dict[str, Any]] = {
     },
     "the log goes to stderr; its level is set by -debug and -log-package-levels": {
         "logger": "capnslog", "log-output": "default", "log-outputs": "default",
-        "log-level": "info", "log-format": "json", "enable-log-rotation": False,
+        "log-level": "info", "enable-log-rotation": False,
         "log-rotation-config-json": "",
     },
     "the log has no such warnings": {
@@ -20918,30 +21231,12 @@ def version_text() -> str:
     )
 
 
-class LogFormatter(logging.Formatter):
-    """`2015/08/31 22:03:06 package: message`, in local time, as etcd 2.0 writes it."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """One line; the package is what follows `pyetcd.` in the logger's name."""
-        package = record.name.partition(".")[2]
-        prefix = f"{package}: " if package else ""
-        return f"{record.asctime} {prefix}{record.message}"
-
-    def formatException(self, ei: Any) -> str:
-        """The traceback, indented: what an exception says cannot be taken for a line of ours."""
-        lines = super().formatException(ei).split("\n")
-        return "\n".join("    " + one_line(line) for line in lines)
-
-
 def set_up_logging(settings: Settings) -> None:
-    """Send the log to stderr, with the levels that the settings ask for."""
+    """Send the log to stderr, in the format and with the levels that the settings ask for."""
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter())
-    root.handlers[:] = [handler]
+    handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
+    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now)]
     root.propagate = False
     root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
     for package, level in settings["log-package-levels"].items():
@@ -21024,6 +21319,7 @@ class SignalStop:
     def end(self) -> None:
         """After an orderly stop, die of the signal, so that the parent sees it; not as pid 1."""
         if self._received and os.getpid() != 1:
+            logging.shutdown()
             signal.signal(self._received, signal.SIG_DFL)
             os.kill(os.getpid(), self._received)
 

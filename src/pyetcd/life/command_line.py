@@ -10,10 +10,10 @@ import signal
 import socket
 import sys
 import threading
-from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence
+from typing import Callable, Iterator, List, Mapping, Optional, Sequence
 
 from ..base.errors import ClusterFull, StartError
-from ..base.ids import one_line, package_logger
+from ..base.ids import package_logger
 from ..base.limits import DEFAULT_SNAPSHOT_COUNT, SERVER_VERSION, __version__
 from ..base.system import check_system, open_files_limit, raise_files_limit
 from ..member.configuration import ServerConfig
@@ -22,6 +22,7 @@ from .backup import backup, restore
 from .checks import check_restore_settings, check_tls, make_config
 from .embedding import Server, ServerThread
 from .flags import FLAGS, IGNORED_BOOLS, NO_EFFECT, Flag, FlagError
+from .logs import JsonFormatter, LogFormatter, RepeatHandler
 from .proxy import ProxyServer
 from .settings import Settings
 from .sources import TOOL_FLAGS, BackupError
@@ -94,30 +95,12 @@ def version_text() -> str:
     )
 
 
-class LogFormatter(logging.Formatter):
-    """`2015/08/31 22:03:06 package: message`, in local time, as etcd 2.0 writes it."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """One line; the package is what follows `pyetcd.` in the logger's name."""
-        package = record.name.partition(".")[2]
-        prefix = f"{package}: " if package else ""
-        return f"{record.asctime} {prefix}{record.message}"
-
-    def formatException(self, ei: Any) -> str:
-        """The traceback, indented: what an exception says cannot be taken for a line of ours."""
-        lines = super().formatException(ei).split("\n")
-        return "\n".join("    " + one_line(line) for line in lines)
-
-
 def set_up_logging(settings: Settings) -> None:
-    """Send the log to stderr, with the levels that the settings ask for."""
+    """Send the log to stderr, in the format and with the levels that the settings ask for."""
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter())
-    root.handlers[:] = [handler]
+    handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
+    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now)]
     root.propagate = False
     root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
     for package, level in settings["log-package-levels"].items():
@@ -200,6 +183,7 @@ class SignalStop:
     def end(self) -> None:
         """After an orderly stop, die of the signal, so that the parent sees it; not as pid 1."""
         if self._received and os.getpid() != 1:
+            logging.shutdown()
             signal.signal(self._received, signal.SIG_DFL)
             os.kill(os.getpid(), self._received)
 

@@ -117,10 +117,6 @@ def _parse_levels(text: str) -> Dict[str, int]:
     return levels
 
 
-LOG_PACKAGES = (
-    "auth", "discovery", "etcd", "etcdhttp", "etcdserver", "flags", "http", "proxy", "raft",
-    "rafthttp", "snap", "tls", "wal",
-)
 _LOG_LEVELS = {
     "CRITICAL": logging.CRITICAL, "ERROR": logging.ERROR, "WARNING": logging.WARNING,
     "NOTICE": logging.INFO, "INFO": logging.INFO, "DEBUG": logging.DEBUG, "TRACE": logging.DEBUG,
@@ -277,6 +273,8 @@ FLAGS: Dict[str, Tuple[Flag, ...]] = {
         Flag("debug", parse_bool, False, "enable debug-level logging."),
         Flag("log-package-levels", _parse_levels, {},
              "levels per package, such as `etcdserver=WARNING,*=INFO`."),
+        Flag("log-format", _parse_choice("text", "json", "console"), "text",
+             "`text`, as etcd 2.3 writes it (`console` is the same), or `json`: an object a line."),
     ),
     "unsafe": (
         Flag("force-new-cluster", parse_bool, False,
@@ -361,7 +359,7 @@ NO_EFFECT: Dict[str, Dict[str, Any]] = {
     },
     "the log goes to stderr; its level is set by -debug and -log-package-levels": {
         "logger": "capnslog", "log-output": "default", "log-outputs": "default",
-        "log-level": "info", "log-format": "json", "enable-log-rotation": False,
+        "log-level": "info", "enable-log-rotation": False,
         "log-rotation-config-json": "",
     },
     "the log has no such warnings": {

@@ -120,6 +120,52 @@ def _server_version(body: bytes) -> str:
     return version
 
 
+class LeaderWait:
+    """Says every ten seconds which members a member without a leader waits for.
+
+    problem  says of a peer's id where it is dialed and what fails; "" if it can be reached
+    """
+
+    PERIOD_S = 10.0
+
+    def __init__(
+        self, reactor: Reactor, cluster: Cluster, member_id: int, problem: Callable[[int], str]
+    ) -> None:
+        self._reactor = reactor
+        self._cluster = cluster
+        self._member_id = member_id
+        self._problem = problem
+        self._since = 0.0               # monotonic: without a leader
+        self._timer: Optional[Timer] = None
+
+    def watch(self, lead: int) -> None:
+        """The leader is `lead` now; 0: nobody."""
+        if lead:
+            self.stop()
+        elif self._timer is None:
+            self._since = self._reactor.now()
+            self._timer = self._reactor.call_later(self.PERIOD_S, self._say)
+
+    def stop(self) -> None:
+        """Say no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _say(self) -> None:
+        self._timer = self._reactor.call_later(self.PERIOD_S, self._say)
+        members = self._cluster.members
+        missing = [
+            f"{member.name or format_id(member.id)} at {problem}"
+            for member in sorted(members.values()) if member.id != self._member_id
+            for problem in (self._problem(member.id),) if problem
+        ]
+        package_logger("etcdserver").warning(
+            "waiting for %s, %d of %d needed, %.0f s", ", ".join(missing) or "a leader",
+            len(members) // 2 + 1, len(members), self._reactor.now() - self._since,
+        )
+
+
 class Traffic:
     """Counts the messages that the transport sends and receives.
 

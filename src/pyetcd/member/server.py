@@ -53,7 +53,7 @@ from .cluster import FEATURE_PRE_VOTE, FEATURE_READ_INDEX, FEATURES, Member, for
 from .configuration import Bootstrap, ServerConfig
 from .inspection import MemberInspector
 from .journal import WORK_ENTRIES_MAX, Batch, Journal, WalWriter, first_part
-from .monitors import Traffic, VersionMonitor
+from .monitors import LeaderWait, Traffic, VersionMonitor
 from .reconfiguration import LeadershipTransfer, check_active
 from .snapshots import SnapshotKeeper
 from .statistics import LeaderStats, Metrics, ServerCounts, ServerStats
@@ -133,6 +133,9 @@ class EtcdServer:
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
         )
+        self._leader_wait = LeaderWait(
+            reactor, self.cluster, self.member_id, lambda peer: self.transport.problem(peer)
+        )
         self.node: RawNode = self._make_node(boot, rng or random.Random())
         self.handover = LeadershipTransfer(self.node, self.transport.active_since)
         self._disk_watch = DiskWatch(self)
@@ -175,6 +178,7 @@ class EtcdServer:
         """Begin to take part.  The reactor must call on_turn() from now on."""
         self.reactor.on_turned = self.counts.turn_durations.observe
         self.journal.writer.start()
+        self._leader_wait.watch(self.lead)
         if len(self.node.raft.voters) > 1:
             self.node.advance_ticks(self.node.raft.config.election_ticks - 1)
         self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
@@ -205,8 +209,8 @@ class EtcdServer:
         """Stop saying anything, as a crash would, and free all; harmless after stop()."""
         self.stopping = True
         with contextlib.ExitStack() as each:
-            for free in (self.journal.writer.stop, self.transport.stop, self.versions.stop):
-                each.callback(free)
+            for part in (self.journal.writer, self.transport, self.versions, self._leader_wait):
+                each.callback(part.stop)
 
     # -- ways in -----------------------------------------------------------
 
@@ -497,6 +501,7 @@ class EtcdServer:
         else:
             log.info("%s changed leader from %s to %s at term %d", me, old, new, term)
         self._lead = lead
+        self._leader_wait.watch(lead)
         if lead:
             self.lead_since = self.reactor.now()
             self.counts.leader_changes += 1

@@ -100,6 +100,7 @@ class PeerStatus:
     def __init__(self, member_id: int, wall_ns: Callable[[], int]) -> None:
         self.active = False
         self.active_since = 0.0         # unix seconds; 0: inactive
+        self.problem = "not connected yet"      # why it is inactive
         self._id = f"{member_id:x}"
         self._wall_ns = wall_ns
 
@@ -114,7 +115,8 @@ class PeerStatus:
         """`action` (dial, read, write, heartbeat) on `source` failed; an error the first time."""
         log = package_logger("rafthttp")
         level = logging.ERROR if self.active else logging.DEBUG
-        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, _cause(reason))
+        self.problem = _cause(reason)
+        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, self.problem)
         if self.active:
             self.active = False
             self.active_since = 0.0

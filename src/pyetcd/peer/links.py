@@ -262,6 +262,11 @@ class Peer:
         self._app_writer.flush()
         self._message_writer.flush()
 
+    @property
+    def problem(self) -> str:
+        """Where the peer is dialed and what fails; "" if it can be reached."""
+        return "" if self.status.active else f"{self._picker.pick()}: {self.status.problem}"
+
     def heard_version(self, version: str) -> None:
         """The peer announced its version."""
         self.version = version
