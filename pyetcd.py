@@ -12942,11 +12942,10 @@ class LeaderWait:
     PERIOD_S = 10.0
 
     def __init__(
-        self, reactor: Reactor, cluster: Cluster, member_id: int, problem: Callable[[int], str]
+        self, reactor: Reactor, cluster: Cluster, problem: Callable[[int], str]
     ) -> None:
         self._reactor = reactor
         self._cluster = cluster
-        self._member_id = member_id
         self._problem = problem
         self._since = 0.0               # monotonic: without a leader
         self._timer: Optional[Timer] = None
@@ -12968,11 +12967,10 @@ class LeaderWait:
     def _say(self) -> None:
         self._timer = self._reactor.call_later(self.PERIOD_S, self._say)
         members = self._cluster.members
-        missing = [
-            f"{member.name or format_id(member.id)} at {problem}"
-            for member in sorted(members.values()) if member.id != self._member_id
-            for problem in (self._problem(member.id),) if problem
-        ]
+        missing = sorted(
+            f"{member.name or format_id(id)} at {problem}" for id, member in members.items()
+            for problem in (self._problem(id),) if problem
+        )
         package_logger("etcdserver").warning(
             "waiting for %s, %d of %d needed, %.0f s", ", ".join(missing) or "a leader",
             len(members) // 2 + 1, len(members), self._reactor.now() - self._since,
@@ -13491,9 +13489,7 @@ class EtcdServer:
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
         )
-        self._leader_wait = LeaderWait(
-            reactor, self.cluster, self.member_id, lambda peer: self.transport.problem(peer)
-        )
+        self._leader_wait = LeaderWait(reactor, self.cluster, self.transport.problem)
         self.node: RawNode = self._make_node(boot, rng or random.Random())
         self.handover = LeadershipTransfer(self.node, self.transport.active_since)
         self._disk_watch = DiskWatch(self)

@@ -133,9 +133,7 @@ class EtcdServer:
         self.versions = VersionMonitor(
             reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
         )
-        self._leader_wait = LeaderWait(
-            reactor, self.cluster, self.member_id, lambda peer: self.transport.problem(peer)
-        )
+        self._leader_wait = LeaderWait(reactor, self.cluster, self.transport.problem)
         self.node: RawNode = self._make_node(boot, rng or random.Random())
         self.handover = LeadershipTransfer(self.node, self.transport.active_since)
         self._disk_watch = DiskWatch(self)
