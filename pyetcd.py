@@ -14566,12 +14566,11 @@ _NOSNIFF = "X-Content-Type-Options: nosniff\r\n"
 
 
 def refuse_method(allow: str, request: HttpRequest) -> None:
-    """Answer 405.  allow: the methods that there are, `A,B`."""
+    """Answer 405.  allow: the methods of the path, `A,B`."""
     request.reply(405, b"Method Not Allowed\n", _TEXT, f"Allow: {allow}\r\n{_NOSNIFF}")
 
 
 def not_found(request: HttpRequest) -> None:
-    """Answer 404."""
     request.reply(404, b"404 page not found\n", _TEXT, _NOSNIFF)
 
 
@@ -14585,8 +14584,8 @@ def parse_form(data: bytes, fields_max: int = FORM_FIELDS_MAX) -> Dict[str, str]
     """Return name -> first value of a query, or of a body in the same form.
 
     Raises InvalidForm.  Source: Go url.ParseQuery, as etcd 2.3 built with Go 1.17 or newer.
-    Differs from etcd: FORM_FIELDS_MAX, since millions of fields would stall everyone; and a part
-    of more than FORM_SLICE_BYTES must be UTF-8, as no answer could show it.
+    Differs from etcd: more than fields_max fields are refused, as they would stall all clients,
+    and so is a part of more than FORM_SLICE_BYTES that is not UTF-8, as no reply could hold it.
     """
     steps = form_steps(data, fields_max)
     while True:
@@ -14600,7 +14599,7 @@ def parse_form(data: bytes, fields_max: int = FORM_FIELDS_MAX) -> Dict[str, str]
 def form_steps(
     data: bytes, fields_max: int = FORM_FIELDS_MAX
 ) -> Generator[None, None, Dict[str, str]]:
-    """parse_form(), with pauses: nobody waits for a large form."""
+    """Do the work of parse_form() with pauses, so that a large form does not stall the reactor."""
     fields: Dict[str, str] = {}
     if not data:
         return fields
@@ -14609,7 +14608,7 @@ def form_steps(
     found = 0
     for start in range(0, len(data), FORM_SLICE_BYTES):
         if len(data) > FORM_SLICE_BYTES:
-            yield                       # also at first: to receive it took some ms, too
+            yield                       # before the first slice too: the receipt took some ms
         found += data.count(b"&", start, start + FORM_SLICE_BYTES)
         if found >= fields_max:
             raise InvalidForm(f"more than {fields_max} fields")
@@ -14643,7 +14642,7 @@ def _unescape_steps(data: memoryview) -> Generator[None, None, str]:
             end = start + FORM_SLICE_BYTES
             last = bytes(data[end - 2:end])
             if end < len(data) and b"%" in last:
-                end -= 2 - last.rfind(b"%")     # no escape is cut in two
+                end -= 2 - last.rfind(b"%")     # keep escapes whole
             pieces.append(decode(_unescape(bytes(data[start:end])), end >= len(data)))
             start = end
     except UnicodeDecodeError:
@@ -14658,7 +14657,7 @@ def _unescape(data: bytes) -> bytes:
         raise InvalidForm(f"invalid URL escape {go_quote(str(error))}") from None
 
 
-_MEDIA_TOKEN = r"[!#-'*+\-.0-9A-Z^-~]+"       # 7 ms less of start than by what is no token
+_MEDIA_TOKEN = r"[!#-'*+\-.0-9A-Z^-~]+"       # compiles 7 ms faster than the negated class
 _MEDIA_TYPE = re.compile(f"({_MEDIA_TOKEN})?(/?)({_MEDIA_TOKEN})?(.*)", re.DOTALL)
 _MEDIA_PARAM = re.compile(rf'\s*;\s*({_MEDIA_TOKEN})\s*=\s*({_MEDIA_TOKEN}|"(?:[^"\\\r\n]|\\.)*")')
 
@@ -14666,7 +14665,7 @@ _MEDIA_PARAM = re.compile(rf'\s*;\s*({_MEDIA_TOKEN})\s*=\s*({_MEDIA_TOKEN}|"(?:[
 def is_form_type(content_type: str) -> bool:
     """True if a body of this Content-Type is a form.
 
-    Raises InvalidForm for what is no media type.  Source: Go mime.ParseMediaType.
+    Raises InvalidForm for a bad media type.  Source: Go mime.ParseMediaType.
     """
     if not content_type:
         return False
@@ -14702,25 +14701,25 @@ def _check_media_params(text: str) -> None:
         raise InvalidForm("mime: invalid media parameter")
 
 
-_BOOLS = {
+GO_BOOLS = {
     **dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
     **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False),
 }
 
 
 def _bool_field(fields: Mapping[str, str], name: str, shown: str = "") -> Optional[bool]:
-    """The boolean `name`, None if absent.  Raises InvalidField."""
+    """Return the boolean `name`, None if absent.  Raises InvalidField."""
     text = fields.get(name)
     if text is None:
         return None
-    value = _BOOLS.get(text)
+    value = GO_BOOLS.get(text)
     if value is None:
         raise InvalidField("invalid value for " + (shown or f'"{name}"'))
     return value
 
 
 def _parse_uint64(text: str) -> Optional[int]:
-    """The decimal number in `text`, None if it is none or has more than 64 bits."""
+    """Return the decimal number in `text`; None for another text, or for more than 64 bits."""
     if not (text.isascii() and text.isdigit()):
         return None
     digits = text.lstrip("0")
@@ -14729,7 +14728,7 @@ def _parse_uint64(text: str) -> Optional[int]:
 
 
 def _index_field(fields: Mapping[str, str], name: str) -> int:
-    """The index `name`, 0 if absent.  Raises IndexNotANumber."""
+    """Return the index `name`, 0 if absent.  Raises IndexNotANumber."""
     text = fields.get(name)
     if text is None:
         return 0
@@ -14740,7 +14739,7 @@ def _index_field(fields: Mapping[str, str], name: str) -> int:
 
 
 def _expiration_field(fields: Mapping[str, str], now_ns: int) -> Optional[int]:
-    """When the key expires, in unix ns; None without a ttl.  Raises TtlNotANumber."""
+    """Return the expiry time in unix ns; None without a ttl.  Raises TtlNotANumber."""
     text = fields.get("ttl")
     if not text:
         return None
@@ -14757,8 +14756,8 @@ def parse_key_request(
 
     path  internal, clean
 
-    Raises EtcdError for the first bad parameter, in etcd's order, whether the method uses it or
-    not.  Source: etcd 2.3 etcdserver/etcdhttp/client.go, parseKeyRequest.
+    Raises EtcdError for the first bad parameter in etcd's order, also if the method ignores it.
+    Source: etcd 2.3 etcdserver/etcdhttp/client.go, parseKeyRequest.
     """
     if not fields:
         return Request(0, method, path)
@@ -14793,7 +14792,7 @@ def parse_key_request(
 
 
 def key_path(url_path: str) -> str:
-    """Return the store path of `/v2/keys...`; the user's key space lies below /1."""
+    """Return the store path of `/v2/keys...`: the keys of users lie below /1."""
     key = clean_path(url_path[len("/v2/keys"):])
     return "/1" if key == "/" else "/1" + key
 
@@ -14805,8 +14804,8 @@ def canonical_path(path: str) -> str:
 
 
 def _bad_key(path: str) -> str:
-    """Why no key with this internal path may be written; "" if it may."""
-    if not is_unicode(path):            # JSON cannot hold it: snapshots would lose it
+    """Return why no key with this internal path may be written; "" if it may."""
+    if not is_unicode(path):            # JSON cannot hold it, so snapshots would lose the key
         return "the key is not UTF-8"
     if path.count("/") > KEY_DEPTH_MAX + 1:     # the namespace
         return f"the key has more than {KEY_DEPTH_MAX} path elements"
@@ -14814,16 +14813,16 @@ def _bad_key(path: str) -> str:
 
 
 class KeyTarget:
-    """What a request's head alone says about the key: kept with the head, which is cached.
+    """The part of a key request that its head decides; kept with the head, which is cached.
 
-    command  of GET, HEAD and DELETE, whose body never counts; else a template
-    encoded  method and path of it
-    error    ends every such request
+    command  complete for GET, HEAD and DELETE, whose body is ignored; else a template
+    encoded  method and path of the command
+    error    the answer to every request with this head, or None
     fields   of the query, for PUT and POST
-    is_form  True if the body counts
-    plain    True if nothing but the body's fields is to be looked at
+    is_form  True if the body holds fields
+    plain    True if only the fields of the body remain to be read
     bad_key  why no such key may be written, or ""
-    bad_type, bad_query  causes of error 210 that come before and after those of the body
+    bad_type, bad_query  causes of error 210 that go before and after those of the body
     """
 
     __slots__ = (
@@ -14874,7 +14873,7 @@ class KeyTarget:
             self.is_form = is_form_type(content_type)
         except InvalidForm as error:
             self.bad_type = error.cause
-            form = "application/x-www-form-urlencoded"      # its size is judged all the same
+            form = "application/x-www-form-urlencoded"      # the limit of the body holds for it
             self.is_form = content_type.partition(";")[0].strip().lower() == form
 
     def _read_command(self) -> None:
@@ -14883,7 +14882,7 @@ class KeyTarget:
             return
         command = self.command
         if self.bad_key and (command.method == "DELETE" or not is_unicode(command.path)):
-            self.error = InvalidForm(self.bad_key)      # no such key can be
+            self.error = InvalidForm(self.bad_key)
             return
         try:
             self.command = parse_key_request(command.method, command.path, self.fields, 0)
@@ -14892,31 +14891,32 @@ class KeyTarget:
 
 
 class KeyWatch:
-    """One client waiting for events: each is a chunk of the reply; without `stream` one ends it.
+    """A watch of one client: each event is a chunk of the reply; the first ends a watch without
+    `stream`.
 
-    Differs from etcd: a client that owes more than WATCHER_QUEUE_EVENTS_MAX events is
-    disconnected, so that it notices; etcd leaves it connected and silent for ever.
+    Differs from etcd: a client that leaves more than WATCHER_QUEUE_EVENTS_MAX events unread is
+    disconnected, so that it notices; etcd keeps the connection and sends nothing more.
     """
 
-    __slots__ = ("_connection", "_stream", "_reply", "_early", "_owed", "_watcher")
+    __slots__ = ("_connection", "_stream", "_reply", "_early", "_unsent", "_watcher")
 
     def __init__(self, request: HttpRequest, *, stream: bool) -> None:
         self._connection = request.connection
         self._stream = stream
         self._reply: Optional[StreamReply] = None
-        self._early: List[Event] = []       # events found in the history, before the reply began
-        self._owed: List[int] = []          # sizes of events, a superset of those not yet sent
+        self._early: List[Event] = []       # events of the history, before the reply has started
+        self._unsent: List[int] = []        # sizes of events, a superset of those not yet sent
         self._watcher: Optional[Watcher] = None
 
     def start(self, store: Store, command: Request, request: HttpRequest, headers: str) -> None:
-        """Register, and send the head at once.  Raises EventIndexCleared, with nothing sent."""
+        """Register, and send the head at once.  Raises EventIndexCleared before it sends."""
         watcher = store.watch(
             command.path, recursive=command.recursive, stream=self._stream, since=command.since,
             deliver=self._deliver, lost=self._lost,
         )
         self._watcher = watcher
         self._reply = request.start_stream(200, "application/json", headers)
-        self._reply.on_close = self._end
+        self._reply.on_close = self._unregister
         early, self._early = self._early, []
         for event in early:
             self._deliver(event)
@@ -14928,43 +14928,43 @@ class KeyWatch:
             return
         data = event.client_pieces()
         if self._stream and not reply.pending:
-            self._owed.clear()
+            self._unsent.clear()
         if reply.write(data[0], data[1:]):
             if not self._stream:
-                self._end()
+                self._unregister()
                 reply.end()
                 return
-            self._owed.append(sum(map(len, data)))
-            if len(self._owed) > WATCHER_QUEUE_EVENTS_MAX:
+            self._unsent.append(sum(map(len, data)))
+            if len(self._unsent) > WATCHER_QUEUE_EVENTS_MAX:
                 self._check_pace(reply)
 
     def _lost(self) -> None:
-        """Events are gone: disconnect the client, so that it asks again, and learns of it."""
-        self._end()
+        """Disconnect the client, as events were lost: it asks again, and then learns of it."""
+        self._unregister()
         if self._reply is not None:
             self._reply.abort()
 
-    def _end(self) -> None:
-        """Let go of the watcher, which holds this."""
+    def _unregister(self) -> None:
+        """Cancel the watcher, which refers to this object."""
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
             watcher.cancel()
 
     def _check_pace(self, reply: StreamReply) -> None:
-        """Disconnect a client that leaves too many events in our buffer."""
+        """Disconnect a client that leaves too many events in the send buffer."""
         self._connection.flush()
         left, events = reply.pending, 0
-        for size in reversed(self._owed):
+        for size in reversed(self._unsent):
             if left <= 0:
                 break
             left -= size
             events += 1
-        del self._owed[:len(self._owed) - events]
+        del self._unsent[:len(self._unsent) - events]
         if events > WATCHER_QUEUE_EVENTS_MAX:
             package_logger("etcdhttp").warning(
                 "closed the watch of %s: it left %d events unread", self._connection.remote, events
             )
-            self._end()
+            self._unregister()
             reply.abort()
 
 
@@ -14987,12 +14987,12 @@ def write_error(request: HttpRequest, error: EtcdError, headers: str) -> None:
 
 
 JSON_BYTES_MAX = 1 << 20            # of a body; above: 400
-JSON_VALUES_MAX = 10_000            # in it, by its commas; above: 400
-JSON_BRACKETS_MAX = 500             # in it, so that it cannot be nested deeper; above: 400
+JSON_VALUES_MAX = 10_000            # of a body, counted by commas; above: 400
+JSON_BRACKETS_MAX = 500             # of a body, a bound of its depth; above: 400
 
 
 class GoJson:
-    """JSON in requests, with the error texts of Go's decoder.  Raises ValueError."""
+    """A decoder of JSON in requests, with the error texts of Go's.  Raises ValueError."""
 
     _CONTEXTS = (
         ("Expecting property name", "looking for beginning of object key string"),
@@ -15007,10 +15007,10 @@ class GoJson:
 
     @classmethod
     def loads(cls, data: bytes, *, partial: bool = False) -> Any:
-        """Return the value in `data`; partial: whatever follows the first value is ignored.
+        """Return the value in `data`; partial: ignore text after the first value.
 
-        Numbers become floats.  Raises ValueError.  Differs from Go: what would keep everyone
-        waiting is refused, and what is nested without end, before it is looked at.
+        Numbers become floats.  Raises ValueError.  Differs from Go: a body with too many values,
+        or nested too deeply, is refused before it is parsed, as it would stall all clients.
         """
         if len(data) > JSON_BYTES_MAX or data.count(b",") > JSON_VALUES_MAX:
             raise ValueError(f"more than {JSON_BYTES_MAX} bytes or {JSON_VALUES_MAX} values")
@@ -15060,7 +15060,7 @@ class GoJson:
 
     @classmethod
     def _reason(cls, text: str, error: json.JSONDecodeError) -> str:
-        """Go's words for Python's complaint."""
+        """Return the words of Go for an error of Python's decoder."""
         at = error.pos
         literal = {"n": "null", "t": "true", "f": "false"}.get(text[at:at + 1])
         if error.msg == "Expecting value" and literal:
@@ -15098,18 +15098,18 @@ def raft_state_name(role: RaftRole) -> str:
 # ============================================================================
 
 
-_AUTH_VERSION = (2, 1)              # of the cluster, from which on all members know users
+_AUTH_VERSION = (2, 1)              # of a cluster in which all members know users
 _ITEM_METHODS = ("GET", "PUT", "DELETE")
-ITEMS_IN_SLICE = 100                # users or roles of a listing, in one turn: 2 ms
+ITEMS_IN_SLICE = 100                # users or roles that one turn lists: 2 ms
 
 
 def refuse_credentials(request: HttpRequest) -> None:
-    """Answer 401 to who lacks the role root."""
+    """Answer 401: the request needs the role root."""
     write_message(request, 401, "Insufficient credentials")
 
 
 class UserBody(NamedTuple):
-    """What a PUT of a user says."""
+    """The body of a PUT of a user."""
 
     name: str
     password: str
@@ -15128,7 +15128,7 @@ class UserBody(NamedTuple):
 
 
 class RoleBody(NamedTuple):
-    """What a PUT of a role says."""
+    """The body of a PUT of a role."""
 
     name: str
     permissions: Permissions
@@ -15161,10 +15161,9 @@ class AuthApi:
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
 
     def route(self, head: HttpHead) -> Handler:
-        """Return what answers a request below /v2/auth/."""
-        version = self._server.cluster.version
-        if version is None or version_key(version) < _AUTH_VERSION:
-            # Not kept: the cluster may learn its version at any time.
+        """Return the handler of a request below /v2/auth/."""
+        if not self._is_capable:
+            # The decision is kept with the head, but the cluster may learn its version at any time.
             return lambda request: self.route(head)(request) if self._is_capable else write_message(
                 request, 500, "Not capable of accessing auth feature during rolling upgrades."
             )
@@ -15189,7 +15188,7 @@ class AuthApi:
     def _allow(
         self, head: HttpHead, methods: Sequence[str], handler: Handler, *, is_open: bool = False
     ) -> Handler:
-        """Check the method, then the credential."""
+        """Return `handler` behind checks of the method and the credentials."""
         if head.method not in methods:
             return functools.partial(refuse_method, ",".join(methods))
         return handler if is_open else self._guard.root(head, handler, refuse_credentials)
@@ -15211,7 +15210,7 @@ class AuthApi:
         self._reply_list(request, "users", "null", shown, [])
 
     def _with_roles(self, user: User, *, skip: bool) -> Dict[str, object]:
-        """The user with what its roles allow.  skip: pass over missing ones, else AuthError."""
+        """Return the user with its roles.  skip: omit missing roles instead of AuthError."""
         roles = []
         for name in user.roles or ():
             role = self._auth.role(name)
@@ -15294,7 +15293,7 @@ class AuthApi:
     def _parse(
         self, request: HttpRequest, parse: Callable[[bytes], Any], name: str, what: str
     ) -> Any:
-        """The parsed body; None if it is refused already."""
+        """Return the parsed body; None after an error, which is answered."""
         if request.body_too_large:
             self._message(request, 413, "Request Entity Too Large")
             return None
@@ -15309,7 +15308,7 @@ class AuthApi:
         return body
 
     def _run(self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None]) -> None:
-        """Carry out a change, then answer."""
+        """Make a change; then call reply(its result), or answer with its error."""
         def done(result: "Any") -> None:
             if isinstance(result, (AuthError, EtcdError)):
                 self._fail(request, result)
@@ -15334,7 +15333,7 @@ class AuthApi:
         self, request: HttpRequest, name: str, empty: str, shown: Iterator[object],
         texts: List[str],
     ) -> None:
-        """Answer with all of `shown`, of which one turn makes ITEMS_IN_SLICE."""
+        """Answer with all of `shown`; one turn formats ITEMS_IN_SLICE of them."""
         some = [json_text(item) for item in itertools.islice(shown, ITEMS_IN_SLICE)]
         texts += some
         if request.connection.closed:
@@ -15351,12 +15350,12 @@ class AuthApi:
 
 
 # ============================================================================
-# api/listings -- Listings of directories, written in slices and shared.
+# api/listings -- Listings of directories: written in slices, and shared by requests.
 # ============================================================================
 
 
 class ListingRequest(NamedTuple):
-    """What a GET of a directory asks for; path is internal."""
+    """The options of a GET of a directory; path is internal."""
 
     path: str
     recursive: bool
@@ -15370,37 +15369,37 @@ class ListingWaiter:
 
     def __init__(self, done: Callable[[Any], None]) -> None:
         self.done = done
-        self.group: Dict[ListingWaiter, None] = {}      # of those that wait for the same
+        self.group: Dict[ListingWaiter, None] = {}      # waits for the same listing
 
 
 class Listings:
-    """Directories as JSON, long ones in slices, a slice per turn: nobody waits for them.
+    """Makes listings as JSON: long ones in slices, one slice per turn, so that nothing stalls.
 
-    Listings are made one after the other, each of the state that its first slice finds.  All
-    that want the same while they wait share one, as do those that come before the store changes.
+    One listing is made after the other, each of the state at its first slice.  Equal requests
+    share a listing if they wait at the same time, or come before the store changes.
     Thread: reactor.
     """
 
-    KEPT_BYTES_MAX = 16 << 20       # of complete ones, as long as the store's index holds
+    KEPT_BYTES_MAX = 16 << 20       # of complete listings, kept until the store changes
     KEPT_SECONDS = 5.0
 
     def __init__(self, store: Store, reactor: Reactor) -> None:
         self._store = store
         self._reactor = reactor
         self._current: Optional[Tuple[ListingRequest, Listing]] = None
-        self._waiters: Dict[ListingWaiter, None] = {}           # of the current one
-        self._waiting: Dict[ListingRequest, Dict[ListingWaiter, None]] = {}     # as they arrived
+        self._waiters: Dict[ListingWaiter, None] = {}           # for the current listing
+        self._queue: Dict[ListingRequest, Dict[ListingWaiter, None]] = {}     # by arrival
         self._kept: Dict[ListingRequest, Listing] = {}
         self._kept_bytes = 0
         self._expiry: Optional[Timer] = None
-        self._is_posted = False         # the next slice is on its way: never two in one turn
-        self._turn = 0                  # of the reactor
-        self._work_done = 0             # in that turn
+        self._is_posted = False         # a slice is scheduled: never two in one turn
+        self._turn = 0                  # of the reactor, to which _work_done belongs
+        self._work_done = 0
 
     def ask(
         self, wanted: ListingRequest, request: HttpRequest, done: Callable[[Any], None]
     ) -> None:
-        """Call done(Listing, or EtcdError): at once if it is short, and not too many are."""
+        """Call done(Listing, or EtcdError): at once for a short listing, if the turn has time."""
         kept = self._kept.get(wanted)
         if kept is not None and kept.index == self._store.current_index:
             done(kept)
@@ -15409,8 +15408,8 @@ class Listings:
         request.on_close = functools.partial(self._leave, waiter)
         if self._join(wanted, waiter):
             return
-        if self._work_left() <= 0 or wanted in self._waiting:
-            self._wait(wanted, waiter)
+        if self._work_left() <= 0 or wanted in self._queue:
+            self._enqueue(wanted, waiter)
             return
         try:
             listing = self._begin(wanted)
@@ -15422,13 +15421,13 @@ class Listings:
         elif self._current is None:
             self._current, self._waiters = (wanted, listing), {}
             self._enter(waiter, self._waiters)
-            self._post()
+            self._schedule_slice()
         else:
             listing.end()
-            self._wait(wanted, waiter)
+            self._enqueue(wanted, waiter)
 
     def _join(self, wanted: ListingRequest, waiter: ListingWaiter) -> bool:
-        """Have a share in the listing under way, if it is as good as a new one."""
+        """Share the listing under way if a new one would be the same; return whether it is."""
         if self._current is None:
             return False
         its, listing = self._current
@@ -15437,10 +15436,10 @@ class Listings:
         self._enter(waiter, self._waiters)
         return True
 
-    def _wait(self, wanted: ListingRequest, waiter: ListingWaiter) -> None:
-        if self._current is None and not self._waiting:
-            self._post()
-        self._enter(waiter, self._waiting.setdefault(wanted, {}))
+    def _enqueue(self, wanted: ListingRequest, waiter: ListingWaiter) -> None:
+        if self._current is None and not self._queue:
+            self._schedule_slice()
+        self._enter(waiter, self._queue.setdefault(wanted, {}))
 
     @staticmethod
     def _enter(waiter: ListingWaiter, group: Dict[ListingWaiter, None]) -> None:
@@ -15448,14 +15447,14 @@ class Listings:
         waiter.group = group
 
     def _leave(self, waiter: ListingWaiter) -> None:
-        """The client is gone; a listing for nobody ends, or is never begun."""
+        """Forget a waiter whose client is gone, and end a listing without waiters."""
         waiter.group.pop(waiter, None)
         if self._current is not None and not self._waiters:
             self._current[1].end()
             self._current = None
 
     def _work_left(self) -> int:
-        """How many more nodes this turn may look at."""
+        """Return the number of nodes that this turn may still visit."""
         if self._turn != self._reactor.turns:
             self._turn, self._work_done = self._reactor.turns, 0
         return LISTING_SLICE_WORK - self._work_done
@@ -15490,18 +15489,18 @@ class Listings:
             self._expiry.cancel()
             self._expiry = None
 
-    def _post(self) -> None:
+    def _schedule_slice(self) -> None:
         if not self._is_posted:
             self._is_posted = True
-            self._reactor.call_in_turn(self._go_on)
+            self._reactor.call_in_turn(self._make_slice)
 
-    def _go_on(self) -> None:
-        """One slice: of the listing under way, or of the next."""
+    def _make_slice(self) -> None:
+        """Make one slice of the listing under way, or of the next one."""
         self._is_posted = False
         if self._current is None:
-            while self._waiting and not self._waiters:
-                wanted = next(iter(self._waiting))
-                self._waiters = self._waiting.pop(wanted)
+            while self._queue and not self._waiters:
+                wanted = next(iter(self._queue))
+                self._waiters = self._queue.pop(wanted)
             if not self._waiters:
                 return                  # all have left
             try:
@@ -15512,8 +15511,8 @@ class Listings:
             self._work(*self._current)
         if self._current is not None and self._current[1].done:
             self._finish(self._current[1])
-        if self._current is not None or self._waiting:
-            self._post()
+        if self._current is not None or self._queue:
+            self._schedule_slice()
 
     def _finish(self, result: Union[Listing, EtcdError]) -> None:
         waiters, self._waiters, self._current = self._waiters, {}, None
@@ -15522,7 +15521,7 @@ class Listings:
 
 
 # ============================================================================
-# api/keys -- The keys API: from an HTTP request to a command, and back.
+# api/keys -- The keys API: turns HTTP requests into commands, and their results into replies.
 # ============================================================================
 
 
@@ -15562,11 +15561,11 @@ class KeysApi:
             "etcd_store_watch_requests_total", "Watches that were asked for.")
         self._get_durations = self._durations.child("GET")
         self._put_durations = self._durations.child("PUT")
-        self._puts_s: List[float] = []      # what PUTs took that are not in there yet
+        self._puts_s: List[float] = []      # durations of PUTs that _put_durations lacks
         metrics.before_text = self._count_puts
 
     def route(self, head: HttpHead) -> Handler:
-        """Return what answers requests with this head."""
+        """Return the handler of requests with this head."""
         if head.method not in self.METHODS:
             return functools.partial(refuse_method, ",".join(self.METHODS))
         target = KeyTarget(head)
@@ -15595,17 +15594,17 @@ class KeysApi:
         write_error(request, error, self._cluster_line)
 
     def _unauthorized(self, target: KeyTarget, request: HttpRequest) -> None:
-        """Answer 401; what is wrong with the request itself is said before."""
+        """Answer 401; errors in the form of a PUT or POST go before."""
         refuse = functools.partial(self._refuse, Unauthorized("Insufficient credentials"))
         if request.method in ("PUT", "POST"):
-            self._go_on(self._read(target, request), request, refuse)
+            self._parse_slice(self._read(target, request), request, refuse)
         else:
             refuse(request)
 
     def _get(self, path: str, recursive: bool, sorted: bool, request: HttpRequest) -> None:
         """GET and HEAD from the local store.  A hot path."""
         started = self._now()
-        # etcd looks at every key request whether auth was enabled, and counts the miss.
+        # etcd reads the key that enables auth at every key request, and counts the miss.
         self._stats.gets_fail += 1
         method = request.head.method
         self._received.inc(method)
@@ -15648,16 +15647,16 @@ class KeysApi:
                 command = Request(id, known.method, known.path, text)
                 self._submit(command, request, encode_plain(id, target.encoded, value))
                 return
-        self._go_on(self._read(target, request), request)
+        self._parse_slice(self._read(target, request), request)
 
     def _read(
         self, target: KeyTarget, request: HttpRequest
     ) -> Generator[None, None, Tuple[Request, bytes]]:
-        """Return the command of a PUT or POST, and itself encoded if it is long, with pauses."""
+        """Return the command of a PUT or POST, and its encoding if it is long, with pauses."""
         command = yield from target.request(request, self._wall_ns())
         if len(request.body) < FORM_SLICE_BYTES:
             return command, b""
-        # Longer texts were UTF-8, see form_steps(): to look at them again takes 1 ms per MB.
+        # Longer texts are UTF-8, see form_steps(); another check would take 1 ms per MB.
         val, prev_value = (
             text if len(text) > FORM_SLICE_BYTES else as_unicode(text)
             for text in (command.val, command.prev_value)
@@ -15668,11 +15667,11 @@ class KeysApi:
         )
         return command, (yield from encode_request_steps(command))
 
-    def _go_on(
+    def _parse_slice(
         self, steps: Generator[None, None, Tuple[Request, bytes]], request: HttpRequest,
         refuse: Optional[Handler] = None,
     ) -> None:
-        """Parse a form as far as one turn goes; at its end, propose the command, or refuse it."""
+        """Parse as much of a form as fits in a turn; at its end propose the command, or refuse."""
         try:
             next(steps)
         except StopIteration as end:
@@ -15685,10 +15684,10 @@ class KeysApi:
             self._refuse(error, request)
         else:
             if not request.connection.closed:
-                self._reactor.call_in_turn(self._go_on, steps, request, refuse)
+                self._reactor.call_in_turn(self._parse_slice, steps, request, refuse)
 
     def _submit(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
-        """Send a command through consensus."""
+        """Start a command that goes through consensus."""
         method = command.method
         self._stats.gets_fail += 1              # as in _get
         self._received.inc(method)
@@ -15698,7 +15697,7 @@ class KeysApi:
     def _reply_applied(
         self, request: HttpRequest, command: Request, started: float, result: Any
     ) -> None:
-        """Answer with the event of an applied command, or with the error."""
+        """Answer after the command is applied or has failed."""
         method = command.method
         if isinstance(result, EtcdError):
             self._fail(request, method, result)
@@ -15761,7 +15760,7 @@ class KeysApi:
         self, request: HttpRequest, status: int, index: int, body: bytes,
         more: Sequence[bytes] = (),
     ) -> None:
-        """Answer with an event, by way of the shortest code where nothing is special."""
+        """Answer with an event; most requests take the short way, a ready-made head."""
         head, size = request.head, len(body)
         if not head.takes_raw:
             headers = self._cluster_line + self._index_lines(index)
@@ -15779,11 +15778,11 @@ class KeysApi:
 
 
 # ============================================================================
-# api/members -- The members API: who is in the cluster.
+# api/members -- The members API: the list of members, and its changes.
 # ============================================================================
 
 
-_PATH_SAFE = "/$&+,:;=@-_.~"        # what Go leaves as it is in a path
+_PATH_SAFE = "/$&+,:;=@-_.~"        # characters that Go does not escape in a path
 
 
 def redirect(request: HttpRequest) -> None:
@@ -15841,13 +15840,12 @@ class MembersApi:
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer any of METHODS."""
         rest = request.path[len("/v2/members"):]
         rest = rest[1:] if rest.startswith("/") else rest
         if request.method == "GET":
             self._get(request, rest)
         elif request.method == "POST":
-            self._add(request)
+            self._change_urls(request, ConfChangeType.ADD_NODE)
         elif not rest:
             request.reply(405, b"Method Not Allowed\n", _TEXT, self._cluster_line + _NOSNIFF)
         elif not re.fullmatch("[0-9A-Fa-f]+", rest) or len(rest.lstrip("0")) > 16:
@@ -15855,7 +15853,7 @@ class MembersApi:
         elif request.method == "DELETE":
             self._change(request, ConfChangeType.REMOVE_NODE, Member(int(rest, 16), ()))
         else:
-            self._update(request, int(rest, 16))
+            self._change_urls(request, ConfChangeType.UPDATE_NODE, int(rest, 16))
 
     def _get(self, request: HttpRequest, rest: str) -> None:
         if rest == "":
@@ -15871,21 +15869,16 @@ class MembersApi:
             else:
                 self._reply(request, 200, leader.client_json() + "\n")
 
-    def _add(self, request: HttpRequest) -> None:
+    def _change_urls(self, request: HttpRequest, change: ConfChangeType, id: int = 0) -> None:
+        """Add a member with the URLs in the body, or give them to member `id`."""
         urls = self._peer_urls(request)
         if urls:
-            self._check_reachable(urls)
-            new_id = member_id(urls, "", self._server.reactor.wall_ns() // NS)
-            self._change(request, ConfChangeType.ADD_NODE, Member(new_id, urls))
+            self._warn_of_local(urls)
+            id = id or member_id(urls, "", self._server.reactor.wall_ns() // NS)
+            self._change(request, change, Member(id, urls))
 
-    def _update(self, request: HttpRequest, id: int) -> None:
-        urls = self._peer_urls(request)
-        if urls:
-            self._check_reachable(urls)
-            self._change(request, ConfChangeType.UPDATE_NODE, Member(id, urls))
-
-    def _check_reachable(self, urls: Sequence[str]) -> None:
-        """Warn of URLs that mean this machine here, in a cluster of several machines."""
+    def _warn_of_local(self, urls: Sequence[str]) -> None:
+        """Warn of loopback URLs in a cluster of several machines."""
         known = usable_urls(self._cluster.peer_urls())
         near = [url for url in urls if is_local(url)]
         if near and not all(map(is_local, known)):
@@ -15895,7 +15888,7 @@ class MembersApi:
             )
 
     def _peer_urls(self, request: HttpRequest) -> Tuple[str, ...]:
-        """The URLs in the body; () if the request is answered already, with an error."""
+        """Return the URLs in the body; () after an error, which is answered."""
         content_type = request.headers.get("content-type", "")
         if content_type != "application/json":
             self._message(
@@ -15912,14 +15905,14 @@ class MembersApi:
             return ()
 
     def _change(self, request: HttpRequest, change: ConfChangeType, member: Member) -> None:
-        done = functools.partial(self._done, request, change, member)
+        done = functools.partial(self._reply_change, request, change, member)
         self._server.change_member(change, member, done)
 
-    def _done(
+    def _reply_change(
         self, request: HttpRequest, change: ConfChangeType, member: Member,
         error: Optional[Exception],
     ) -> None:
-        """The change is applied, or refused."""
+        """Answer after the change is applied or refused."""
         if error is None and change == ConfChangeType.ADD_NODE:
             self._reply(request, 201, member.client_json() + "\n")
         elif error is None:
@@ -15934,8 +15927,8 @@ class MembersApi:
         else:
             cause = error.cause if isinstance(error, EtcdError) else str(error)
             package_logger("etcdhttp").error("got unexpected response error (%s)", cause)
-            is_ours = isinstance(error, ReconfigurationRefused)     # etcd tells it the log only
-            self._message(request, 500, str(error) if is_ours else "Internal Server Error")
+            is_refused = isinstance(error, ReconfigurationRefused)  # etcd only logs the reason
+            self._message(request, 500, str(error) if is_refused else "Internal Server Error")
 
     def _reply(self, request: HttpRequest, status: int, body: str) -> None:
         request.reply(status, utf8(body), "application/json", self._cluster_line)
@@ -15945,29 +15938,198 @@ class MembersApi:
 
 
 # ============================================================================
-# api/metrics -- Metrics of one member.
+# api/metrics -- Metrics of one member, and the variables of /debug/vars.
 # ============================================================================
 
 
-def _raft_status(status: Status) -> Dict[str, object]:
-    """The variable raft.status."""
-    return {
-        "id": format_id(status.id), "term": status.term, "vote": format_id(status.vote),
-        "commit": status.commit, "lead": format_id(status.lead),
-        "raftState": raft_state_name(status.role),
-        "progress": {
-            format_id(each): {
-                "match": match, "next": next_, "state": "ProgressState" + state.capitalize(),
-            }
-            for each, (match, next_, state) in status.progress.items()
-        },
-    }
+_PROPOSALS_PENDING = "Proposals waiting for an answer."
+_PROPOSALS_FAILED = "Proposals without an answer in time."
+_SYNC = "Time to write a batch to the log and sync it."
+_LOST = "Messages lost or dropped."
+
+# Name, help, reading.  Names of etcd 2.3, and those that 3.x has for the same.
+_GAUGES: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
+    ("etcd_server_pending_proposal_total", _PROPOSALS_PENDING, lambda s: len(s.proposals)),
+    ("etcd_server_proposals_pending", _PROPOSALS_PENDING, lambda s: len(s.proposals)),
+    ("etcd_server_has_leader", "1 if a leader is known, else 0.", lambda s: int(s.lead != 0)),
+    ("etcd_server_is_leader", "1 if this member leads, else 0.", lambda s: int(s.is_leader)),
+    ("etcd_server_proposals_committed_total", "Raft index that is committed.",
+     lambda s: s.node.raft.log.commit),
+    ("etcd_server_proposals_applied_total", "Raft index that is applied.",
+     lambda s: s.raft_index),
+    ("etcd_store_watchers", "Registered watchers.", lambda s: s.store.stats.watchers),
+    ("etcd_wal_last_index_saved", "Last raft index on disk.", lambda s: s.node.raft.log.stable),
+)
+_COUNTERS: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
+    ("etcd_server_proposal_failed_total", _PROPOSALS_FAILED, lambda s: s.proposals.failed),
+    ("etcd_server_proposals_failed_total", _PROPOSALS_FAILED, lambda s: s.proposals.failed),
+    ("etcd_server_slow_apply_total", "Turns that applied for more than 100 ms.",
+     lambda s: s.counts.slow_applies),
+    ("etcd_server_leader_changes_seen_total", "Leaders that became known.",
+     lambda s: s.counts.leader_changes),
+    ("etcd_server_heartbeat_send_failures_total",
+     "Heartbeats to followers that left a period late or more.",
+     lambda s: s.counts.late_heartbeats),
+    ("etcd_store_expires_total", "Keys that expired.", lambda s: s.store.stats.expire_count),
+)
+# Name, help, label, its value: samples that are always 1.
+_FACTS: Tuple[Tuple[str, str, str, Callable[[EtcdServer], str]], ...] = (
+    ("etcd_server_id", "Id of this member, in hex.", "server_id",
+     lambda s: format_id(s.member_id)),
+    ("etcd_server_version", "The etcd version that this member acts as.", "server_version",
+     lambda s: SERVER_VERSION),
+    ("etcd_cluster_version", "The version that all members understand.", "cluster_version",
+     lambda s: s.cluster.version or "not_decided"),
+)
+_HISTOGRAMS: Tuple[Tuple[str, str, Callable[[EtcdServer], Family]], ...] = (
+    ("pyetcd_reactor_turn_seconds", "Time of one turn of the main loop.",
+     lambda s: s.counts.turn_durations),
+    ("etcd_wal_fsync_durations_seconds", _SYNC, lambda s: s.journal.writer.sync_durations),
+    ("etcd_disk_wal_fsync_duration_seconds", _SYNC, lambda s: s.journal.writer.sync_durations),
+    ("etcd_snapshot_save_total_durations_seconds",
+     "Time from the decision to snapshot until the file is there.",
+     lambda s: s.snapshots.save_durations),
+    ("etcd_snapshot_save_marshalling_durations_seconds",
+     "Time of the reactor to encode a snapshot.", lambda s: s.snapshots.work_durations),
+    ("pyetcd_wal_batch_entries", "Entries that one write and sync made durable.",
+     lambda s: s.journal.batch_entries),
+    ("etcd_rafthttp_message_sent_latency_seconds",
+     "Time until the system took a message; by pipeline: until it was answered.",
+     lambda s: s.traffic.latencies),
+    ("etcd_rafthttp_message_sent_failed_total", _LOST, lambda s: s.traffic.failures),
+    ("etcd_network_peer_round_trip_time_seconds", "Time of a probe to a peer and back.",
+     lambda s: s.traffic.round_trips),
+)
+# Name, help, label, counts by member id.
+_BY_PEER: Tuple[Tuple[str, str, str, Callable[[EtcdServer], Mapping[int, int]]], ...] = (
+    ("etcd_network_peer_sent_bytes_total", "Bytes of messages to a peer.", "To",
+     lambda s: s.traffic.sent_bytes),
+    ("etcd_network_peer_sent_failures_total", _LOST, "To", lambda s: s.traffic.sent_failures),
+    ("etcd_network_peer_received_bytes_total", "Bytes of messages from a peer.", "From",
+     lambda s: s.traffic.received_bytes),
+)
 
 
-def _where_time_goes(server: EtcdServer) -> Dict[str, object]:
-    """The variables reactor, journal and queues: seconds, and how much waits where."""
+def add_member_metrics(server: EtcdServer) -> None:
+    metrics, store, partial = server.metrics, server.store, functools.partial
+    for name, help, read in _GAUGES:
+        metrics.gauge(name, help, partial(read, server))
+    for name, help, read in _COUNTERS:
+        metrics.total(name, help, partial(_unlabelled, read, server))
+    for name, help, label, text in _FACTS:
+        metrics.fact(name, help, label, partial(text, server))
+    for name, help, family in _HISTOGRAMS:
+        metrics.add(name, help, family(server))
+    for name, help, label, counts in _BY_PEER:
+        metrics.total(name, help, partial(_by_peer, counts(server)), (label,))
+    for suffix, outcome, ended in (("", "success", "succeeded"), ("_failed", "fail", "failed")):
+        metrics.total(f"etcd_store_reads{suffix}_total", f"Store reads that {ended}.",
+                      partial(_read_counts, store, outcome), ("action",))
+        metrics.total(f"etcd_store_writes{suffix}_total", f"Store writes that {ended}.",
+                      partial(_write_counts, store, outcome), ("action",))
+    metrics.total("pyetcd_reactor_seconds_total", "Where the time of the main loop goes.",
+                  lambda: {(name,): s for name, s in server.reactor.phase_seconds.items()},
+                  ("phase",))
+    metrics.gauge("etcd_server_file_descriptors_used_total", "Open file descriptors.",
+                  _open_descriptors(server.reactor.now))
+    add_process_readings(metrics, server.stats.started_ns, server.reactor.now)
+
+
+def _unlabelled(
+    read: Callable[[EtcdServer], float], server: EtcdServer
+) -> Dict[Labels, float]:
+    return {(): read(server)}
+
+
+def _by_peer(counts: Mapping[int, int]) -> Dict[Labels, float]:
+    return {(format_id(peer),): count for peer, count in counts.items()}
+
+
+_WRITE_ACTIONS = {
+    "set": "sets", "create": "create", "update": "update", "delete": "delete",
+    "compareAndSwap": "compare_and_swap", "compareAndDelete": "compare_and_delete",
+}
+
+
+def _write_counts(store: Store, outcome: str) -> Dict[Labels, float]:
+    """Return the writes of the store's statistics by action, without actions at 0."""
+    counts = (
+        (action, getattr(store.stats, f"{name}_{outcome}"))
+        for action, name in _WRITE_ACTIONS.items()
+    )
+    return {(action,): count for action, count in counts if count}
+
+
+def _read_counts(store: Store, outcome: str) -> Dict[Labels, float]:
+    """Return the reads likewise; the store counts recursive ones beside its statistics."""
+    recursive = store.recursive_gets[outcome]
+    single = getattr(store.stats, f"gets_{outcome}") - recursive
+    counts = (("get", single), ("getRecursive", recursive))
+    return {(action,): count for action, count in counts if count}
+
+
+# -- the process -----------------------------------------------------------------
+
+
+def add_process_readings(
+    metrics: Metrics, started_ns: int, now: Callable[[], float]
+) -> None:
+    """Register readings of this process.  started_ns: unix nanoseconds."""
+    metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
+                  lambda: {(): sum(os.times()[:2])})
+    metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
+    metrics.gauge("process_max_fds", "Limit of open file descriptors.", open_files_limit)
+    metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
+    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
+    metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
+                  lambda: started_ns / NS)
+
+
+def _statm_bytes(field: int) -> int:
+    """Return a field of /proc/self/statm in bytes; 0 where that file does not exist."""
+    try:
+        with open("/proc/self/statm", encoding="ascii", errors="replace") as file:
+            return int(file.read().split()[field]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0
+
+
+def _virtual_bytes() -> int:
+    return _statm_bytes(0)
+
+
+def _resident_bytes() -> int:
+    """Return the memory in use; without /proc, the most that was ever in use."""
+    return _statm_bytes(1) or resident_bytes_max()
+
+
+def _open_descriptors(now: Callable[[], float]) -> Callable[[], int]:
+    """Return a reading that counts once a second: the count takes 0.3 us per descriptor."""
+    return lambda: _count_descriptors(int(now()))
+
+
+@functools.lru_cache(maxsize=1)
+def _count_descriptors(second: int) -> int:
+    for directory in ("/proc/self/fd", "/dev/fd"):
+        with contextlib.suppress(OSError):
+            return len(os.listdir(directory)) - 1       # less the one of listdir itself
+    return 0
+
+
+# -- /debug/vars -----------------------------------------------------------------
+
+
+def debug_variables(server: EtcdServer) -> Dict[str, object]:
+    """Return the variables of etcd, then those that show where time is spent and work waits."""
     reactor, journal, log = server.reactor, server.journal, server.node.raft.log
     return {
+        "cmdline": [sys.executable, *sys.argv],
+        "file_descriptor_limit": open_files_limit(),
+        "memstats": {
+            "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
+            "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
+        },
+        "raft.status": _raft_status(server.node.status()),
         "reactor": {
             "turns": reactor.turns, "mean_turn_s": server.counts.turn_durations.mean,
             "slowest_turn_s": reactor.slowest_turn_s, "seconds": reactor.phase_seconds,
@@ -15985,178 +16147,18 @@ def _where_time_goes(server: EtcdServer) -> Dict[str, object]:
     }
 
 
-def _proc_text(name: str) -> str:
-    """A file of this process in /proc; "" where there is none."""
-    try:
-        with open(f"/proc/self/{name}", encoding="ascii", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
-
-
-def _resident_bytes() -> int:
-    """Memory in use; where the system does not tell, the most ever used."""
-    pages = _proc_text("statm").split()
-    if len(pages) > 1:
-        return int(pages[1]) * os.sysconf("SC_PAGE_SIZE")
-    return resident_bytes_max()
-
-
-def _virtual_bytes() -> int:
-    pages = _proc_text("statm").split()
-    return int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
-
-
-def _open_descriptors(now: Callable[[], float]) -> Callable[[], int]:
-    """Return what counts them, once a second: that takes 0.3 us for each."""
-    return lambda: _count_descriptors(int(now()))
-
-
-@functools.lru_cache(maxsize=1)
-def _count_descriptors(second: int) -> int:
-    for directory in ("/proc/self/fd", "/dev/fd"):
-        with contextlib.suppress(OSError):
-            return len(os.listdir(directory)) - 1       # less the one that lists them
-    return 0
-
-
-def _cpu_seconds() -> float:
-    times = os.times()
-    return times.user + times.system
-
-
-def _add_server(metrics: Metrics, server: EtcdServer) -> None:
-    """Names of etcd 2.3 first, then those that 3.x has for the same."""
-    proposals, counts = server.proposals, server.counts
-    metrics.gauge("etcd_server_file_descriptors_used_total", "Open file descriptors.",
-                  _open_descriptors(server.reactor.now))
-    metrics.gauge("etcd_server_pending_proposal_total", "Proposals waiting for an answer.",
-                  lambda: len(proposals))
-    metrics.total("etcd_server_proposal_failed_total", "Proposals without an answer in time.",
-                  lambda: {(): proposals.failed})
-    metrics.gauge("etcd_server_proposals_pending", "Proposals waiting for an answer.",
-                  lambda: len(proposals))
-    metrics.total("etcd_server_proposals_failed_total", "Proposals without an answer in time.",
-                  lambda: {(): proposals.failed})
-    metrics.total("etcd_server_slow_apply_total", "Turns that applied for more than 100 ms.",
-                  lambda: {(): counts.slow_applies})
-    metrics.add("pyetcd_reactor_turn_seconds", "Time of one turn of the main loop.",
-                counts.turn_durations)
-    metrics.total("pyetcd_reactor_seconds_total", "Where the time of the main loop goes.",
-                  lambda: {(name,): s for name, s in server.reactor.phase_seconds.items()},
-                  ("phase",))
-    metrics.fact("etcd_server_id", "Id of this member, in hex.", "server_id",
-                 lambda: format_id(server.member_id))
-    metrics.fact("etcd_server_version", "The etcd version that this member acts as.",
-                 "server_version", lambda: SERVER_VERSION)
-    metrics.fact("etcd_cluster_version", "The version that all members understand.",
-                 "cluster_version", lambda: server.cluster.version or "not_decided")
-
-
-def _add_raft(metrics: Metrics, server: EtcdServer) -> None:
-    """Names of etcd 3.x: what its dashboards and alerts ask first."""
-    log, counts = server.node.raft.log, server.counts
-    metrics.gauge("etcd_server_has_leader", "1 if a leader is known, else 0.",
-                  lambda: int(server.lead != 0))
-    metrics.gauge("etcd_server_is_leader", "1 if this member leads, else 0.",
-                  lambda: int(server.is_leader))
-    metrics.total("etcd_server_leader_changes_seen_total", "Leaders that became known.",
-                  lambda: {(): counts.leader_changes})
-    metrics.total("etcd_server_heartbeat_send_failures_total",
-                  "Heartbeats to followers that left a period late or more.",
-                  lambda: {(): counts.late_heartbeats})
-    metrics.gauge("etcd_server_proposals_committed_total", "Raft index that is committed.",
-                  lambda: log.commit)
-    metrics.gauge("etcd_server_proposals_applied_total", "Raft index that is applied.",
-                  lambda: server.raft_index)
-
-
-def _add_store(metrics: Metrics, server: EtcdServer) -> None:
-    store = server.store
-    metrics.total("etcd_store_expires_total", "Keys that expired.",
-                  lambda: {(): store.stats.expire_count})
-    metrics.gauge("etcd_store_watchers", "Registered watchers.", lambda: store.stats.watchers)
-    for suffix, outcome in (("", "success"), ("_failed", "fail")):
-        ended = "succeeded" if outcome == "success" else "failed"
-        metrics.total(f"etcd_store_reads{suffix}_total", f"Store reads that {ended}.",
-                      functools.partial(_read_counts, store, outcome), ("action",))
-        metrics.total(f"etcd_store_writes{suffix}_total", f"Store writes that {ended}.",
-                      functools.partial(_write_counts, store, outcome), ("action",))
-
-
-def _add_disk(metrics: Metrics, server: EtcdServer) -> None:
-    log, snapshots = server.node.raft.log, server.snapshots
-    syncs = server.journal.writer.sync_durations
-    help = "Time to write a batch to the log and sync it."
-    metrics.add("etcd_wal_fsync_durations_seconds", help, syncs)
-    metrics.add("etcd_disk_wal_fsync_duration_seconds", help, syncs)    # 3.x
-    metrics.gauge("etcd_wal_last_index_saved", "Last raft index on disk.", lambda: log.stable)
-    metrics.add("etcd_snapshot_save_total_durations_seconds",
-                "Time from the decision to snapshot until the file is there.",
-                snapshots.save_durations)
-    metrics.add("etcd_snapshot_save_marshalling_durations_seconds",
-                "Time of the reactor to encode a snapshot.", snapshots.work_durations)
-    metrics.add("pyetcd_wal_batch_entries", "Entries that one write and sync made durable.",
-                server.journal.batch_entries)
-
-
-def _add_peers(metrics: Metrics, server: EtcdServer) -> None:
-    """Two names of etcd 2.3, and those of 3.x."""
-    traffic = server.traffic
-
-    def by_peer(counts: "Mapping[int, int]") -> "Callable[[], Dict[Labels, float]]":
-        return lambda: {(format_id(peer),): count for peer, count in counts.items()}
-
-    metrics.add("etcd_rafthttp_message_sent_latency_seconds",
-                "Time until the system took a message; by pipeline: until it was answered.",
-                traffic.latencies)
-    metrics.add("etcd_rafthttp_message_sent_failed_total", "Messages lost or dropped.",
-                traffic.failures)
-    metrics.total("etcd_network_peer_sent_bytes_total", "Bytes of messages to a peer.",
-                  by_peer(traffic.sent_bytes), ("To",))
-    metrics.total("etcd_network_peer_sent_failures_total", "Messages lost or dropped.",
-                  by_peer(traffic.sent_failures), ("To",))
-    metrics.total("etcd_network_peer_received_bytes_total", "Bytes of messages from a peer.",
-                  by_peer(traffic.received_bytes), ("From",))
-    metrics.add("etcd_network_peer_round_trip_time_seconds",
-                "Time of a probe to a peer and back.", traffic.round_trips)
-
-
-def add_process_readings(
-    metrics: Metrics, started_ns: int, now: Callable[[], float]
-) -> None:
-    """Register what the system knows of this process.  started_ns: unix nanoseconds."""
-    metrics.total("process_cpu_seconds_total", "CPU time in seconds.",
-                  lambda: {(): _cpu_seconds()})
-    metrics.gauge("process_open_fds", "Open file descriptors.", _open_descriptors(now))
-    metrics.gauge("process_max_fds", "Limit of open file descriptors.", open_files_limit)
-    metrics.gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
-    metrics.gauge("process_virtual_memory_bytes", "Virtual memory.", _virtual_bytes)
-    metrics.gauge("process_start_time_seconds", "Start of this member, unix seconds.",
-                  lambda: started_ns / NS)
-
-
-_WRITE_ACTIONS = {
-    "set": "sets", "create": "create", "update": "update", "delete": "delete",
-    "compareAndSwap": "compare_and_swap", "compareAndDelete": "compare_and_delete",
-}
-
-
-def _write_counts(store: Store, outcome: str) -> Dict[Labels, float]:
-    """Counters of the store's statistics by action; what never happened is left out."""
-    counts = (
-        (action, getattr(store.stats, f"{name}_{outcome}"))
-        for action, name in _WRITE_ACTIONS.items()
-    )
-    return {(action,): count for action, count in counts if count}
-
-
-def _read_counts(store: Store, outcome: str) -> Dict[Labels, float]:
-    """Likewise; the store's statistics do not tell which gets were recursive."""
-    recursive = store.recursive_gets[outcome]
-    single = getattr(store.stats, f"gets_{outcome}") - recursive
-    counts = (("get", single), ("getRecursive", recursive))
-    return {(action,): count for action, count in counts if count}
+def _raft_status(status: Status) -> Dict[str, object]:
+    return {
+        "id": format_id(status.id), "term": status.term, "vote": format_id(status.vote),
+        "commit": status.commit, "lead": format_id(status.lead),
+        "raftState": raft_state_name(status.role),
+        "progress": {
+            format_id(each): {
+                "match": match, "next": next_, "state": "ProgressState" + state.capitalize(),
+            }
+            for each, (match, next_, state) in status.progress.items()
+        },
+    }
 
 
 # ============================================================================
@@ -16209,7 +16211,7 @@ class _Logged:
 # ============================================================================
 
 
-DOWNLOADS_MAX = 4                   # at a time, and none beyond HELD_BYTES_MAX of their states
+DOWNLOADS_MAX = 4                   # at a time, with HELD_BYTES_MAX of snapshots; above: 503
 
 
 class SnapshotApi:
@@ -16225,7 +16227,7 @@ class SnapshotApi:
         self._downloads: Set[Download] = set()
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer as soon as the store has been walked."""
+        """Answer once the snapshot is complete."""
         if not self._server.raft_index:
             write_message(request, 503, "this member has no state yet; ask another one")
         elif len(self._downloads) >= DOWNLOADS_MAX or self._held_bytes() > HELD_BYTES_MAX:
@@ -16234,13 +16236,13 @@ class SnapshotApi:
             self._downloads.add(Download(request, self._server, self._downloads.discard))
 
     def _held_bytes(self) -> int:
-        """What the states take that are being sent; several may send the same."""
+        """Return the memory of the snapshots under way; several downloads may share one."""
         files = {id(each.file): each.file.size for each in self._downloads if each.file}
         return sum(files.values())
 
 
 class Download:
-    """One answer: it waits for the walk, then piece follows piece as fast as the client reads."""
+    """One answer: it waits for the snapshot, then sends its pieces as fast as the client reads."""
 
     def __init__(
         self, request: HttpRequest, server: EtcdServer, ended: "Callable[[Download], None]"
@@ -16248,12 +16250,12 @@ class Download:
         self._request = request
         self._server = server
         self._ended = ended
-        self.file: Optional[SnapshotFile] = None        # as soon as the store has been walked
+        self.file: Optional[SnapshotFile] = None        # once the snapshot is complete
         self._reply: Optional[StreamReply] = None
         self._pieces: Iterator[bytes] = iter(())
         # One object, as the keeper compares.
         self._receiver: Optional[SnapshotReceiver] = self._start
-        request.on_close = self._gone
+        request.on_close = self._client_gone
         server.snapshots.request(self._receiver)
 
     def _start(self, file: SnapshotFile, etcd_index: int) -> None:
@@ -16268,11 +16270,11 @@ class Download:
         self._reply = self._request.start_stream(
             200, "application/octet-stream", headers, length=len(file.head) + file.size
         )
-        self._reply.on_close = self._gone
-        self._go_on()
+        self._reply.on_close = self._client_gone
+        self._send_piece()
 
-    def _go_on(self) -> None:
-        """Hand out the next piece: one in a turn, as others wait for theirs."""
+    def _send_piece(self) -> None:
+        """Send the next piece: one in a turn, so that other requests get theirs."""
         if self._reply is None or self._reply.closed:
             return
         piece = next(self._pieces, None)
@@ -16281,10 +16283,10 @@ class Download:
             self._receiver = None
             self._ended(self)
             return
-        self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._go_on))
+        self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._send_piece))
         self._reply.write(piece)
 
-    def _gone(self) -> None:
+    def _client_gone(self) -> None:
         self._pieces = iter(())
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
@@ -16293,7 +16295,7 @@ class Download:
 
 
 # ============================================================================
-# api/status -- The status API: version, health, statistics of one member.
+# api/status -- The status API: version, health, statistics and log level of one member.
 # ============================================================================
 
 
@@ -16304,7 +16306,7 @@ def version_json(server: EtcdServer) -> bytes:
 
 
 class StatusApi:
-    """What a member says about itself: version, machines, stats, health, metrics, log level."""
+    """Version, machines, stats, health, metrics and log level of a member."""
 
     CHECKS = {
         "/livez": ("serializable_read",), "/readyz": ("serializable_read", "linearizable_read"),
@@ -16317,37 +16319,32 @@ class StatusApi:
             "etcd_server_health_success", "Probes answered with good news.")
         self._unhealthy = metrics.counter(
             "etcd_server_health_failures", "Probes answered with bad news.")
-        for add in (_add_server, _add_raft, _add_store, _add_disk, _add_peers):
-            add(metrics, server)
-        add_process_readings(metrics, server.stats.started_ns, server.reactor.now)
+        add_member_metrics(server)
 
     def version(self, request: HttpRequest) -> None:
-        """GET /version."""
         request.reply(200, version_json(self._server))
 
     def machines(self, request: HttpRequest) -> None:
-        """GET /v2/machines: client URLs of all members."""
         urls = ", ".join(sorted(self._server.cluster.client_urls()))
-        self._text(request, 200, urls)
+        request.reply(200, utf8(urls), _TEXT)
 
     def health(self, request: HttpRequest) -> None:
-        """GET /health.
+        """Answer at once, from the known leader and the links to the other members.
 
-        Differs from etcd: answered at once from what is known of the leader and of the links to
-        the others; etcd waits up to 750 ms for the raft index to move.
+        Differs from etcd, which waits up to 750 ms for the raft index to move.
         """
         healthy = self._server.is_healthy
         (self._healthy if healthy else self._unhealthy).inc()
         if healthy:
-            self._text(request, 200, '{"health": "true"}')
+            request.reply(200, b'{"health": "true"}', _TEXT)
         else:
             request.reply(503, b'{"health": "false"}\n', _TEXT, _NOSNIFF)
 
     def probe(self, request: HttpRequest) -> None:
-        """GET /livez, /readyz, and single checks below them: `ok`, or 503 with what is wrong.
+        """Answer /livez, /readyz, or one check of them: `ok`, or 503 with the failed checks.
 
-        ?verbose tells of every check, ?exclude=NAME leaves one out.  A read from this member's
-        store needs nobody else; a linearizable one needs a leader and a quorum, as /health does.
+        ?verbose shows every check, ?exclude=NAME skips one.  A serializable read needs this
+        member's store only; a linearizable one needs a leader and a quorum, as /health does.
         Source: etcd 3.5 etcdhttp/health.go; 2.3 has no such paths.
         """
         path, _, single = request.path[1:].partition("/")
@@ -16371,18 +16368,16 @@ class StatusApi:
             request.reply(200, utf8(shown + "ok\n"), _TEXT, _NOSNIFF)
 
     def _problem(self) -> str:
-        """Why a linearizable read would fail; "" if it would not."""
+        """Return why a linearizable read would fail; "" if it would not."""
         if self._server.is_healthy:
             return ""
         return "no quorum of members is connected" if self._server.lead else "etcdserver: no leader"
 
     def stats_self(self, request: HttpRequest) -> None:
-        """GET /v2/stats/self."""
         state = raft_state_name(self._server.node.raft.role)
         request.reply(200, utf8(self._server.stats.json(state)))
 
     def stats_leader(self, request: HttpRequest) -> None:
-        """GET /v2/stats/leader."""
         server = self._server
         if not server.is_leader:
             write_message(request, 403, "not current leader")
@@ -16391,35 +16386,22 @@ class StatusApi:
         request.reply(200, server.leader_stats.json(followers).encode())
 
     def stats_store(self, request: HttpRequest) -> None:
-        """GET /v2/stats/store."""
         request.reply(200, self._server.store.stats.json().encode())
 
     def metrics(self, request: HttpRequest) -> None:
-        """/metrics for Prometheus, any method."""
         request.reply(200, utf8(self._server.metrics.text()), "text/plain; version=0.0.4")
 
     def debug_vars(self, request: HttpRequest) -> None:
-        """GET /debug/vars: etcd's variables, and where our time goes."""
-        server = self._server
-        variables: Dict[str, object] = {
-            "cmdline": [sys.executable, *sys.argv],
-            "file_descriptor_limit": open_files_limit(),
-            "memstats": {
-                "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
-                "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
-            },
-            "raft.status": _raft_status(server.node.status()),
-            **_where_time_goes(server),
-        }
         lines = ",\n".join(
-            f"{json_string(name)}: {json_text(value)}" for name, value in variables.items()
+            f"{json_string(name)}: {json_text(value)}"
+            for name, value in debug_variables(self._server).items()
         )
         request.reply(200, utf8(f"{{\n{lines}\n}}\n"), "application/json; charset=utf-8")
 
     def log_level(self, request: HttpRequest) -> None:
-        """PUT /config/local/log: change the level of the log, {"Level": "DEBUG"}.
+        """Set the level of all loggers to that in the body, {"Level": "DEBUG"}.
 
-        With "Package": "raft" that of one package; without it, that of all, also of those whose
+        With "Package": "raft" only that of one package.  Without it also that of packages whose
         level was set before, as in etcd.
         """
         if request.body_too_large:
@@ -16449,10 +16431,6 @@ class StatusApi:
             logging.getLogger("pyetcd").setLevel(level[1])
         request.reply(204)
 
-    @staticmethod
-    def _text(request: HttpRequest, status: int, text: str) -> None:
-        request.reply(status, utf8(text), _TEXT)
-
 
 _LEVELS = {
     word: (name, level) for name, number, level in (
@@ -16469,25 +16447,23 @@ _LEVELS = {
 
 
 class CorsRequest(HttpRequest):
-    """A request whose reply says which scripts of other origins may read it."""
+    """A request whose reply has the headers of CORS."""
 
     __slots__ = ("_lines", "is_allowed")
 
     def __init__(self, request: HttpRequest, lines: str, *, is_allowed: bool) -> None:
         super().__init__(request.head, request.body, request.connection)
         self.body_too_large = request.body_too_large
-        self.is_allowed = is_allowed    # may scripts of this request's origin use us?
+        self.is_allowed = is_allowed    # scripts of its origin may use the API
         self._lines = lines
 
     def reply(
         self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
         headers: str = "", more: Sequence[bytes] = (),
     ) -> None:
-        """Answer, with the lines of CORS."""
         super().reply(status, body, content_type, self._lines + headers, more)
 
     def reply_raw(self, data: bytes, more: Sequence[bytes] = ()) -> None:
-        """Answer with ready-made head and body, and the lines of CORS between."""
         status_line, _, rest = data.partition(b"\r\n")
         lines = self._lines.encode("latin-1")
         super().reply_raw(b"%b\r\n%b%b" % (status_line, lines, rest), more)
@@ -16496,14 +16472,13 @@ class CorsRequest(HttpRequest):
         self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
         *, length: Optional[int] = None,
     ) -> StreamReply:
-        """Send the head with the lines of CORS."""
         return super().start_stream(status, content_type, self._lines + headers, length=length)
 
 
 def allow_origin(request: HttpRequest, origins: FrozenSet[str]) -> HttpRequest:
-    """Return `request` so that its reply names the origin it comes from, if that is allowed.
+    """Return `request` so that its reply has the headers of CORS, if `origins` are configured.
 
-    With a list of origins every reply says that it depends on the origin, to caches between.
+    With a list of origins every reply has `Vary: Origin`, for caches on the way.
     """
     if not origins:
         return request
@@ -16521,12 +16496,12 @@ def allow_origin(request: HttpRequest, origins: FrozenSet[str]) -> HttpRequest:
 
 
 class ClientApi:
-    """Everything on the client port: a table from path to handler, after etcd's common rules.
+    """The client port: a table from path to handler.
 
-    fallback  asked for paths that etcd does not have; True: answered.  Set by the owner
+    fallback  handles paths that etcd does not have; returns True if it answered.  Set by the owner
 
-    What the head alone decides is decided once and kept with it (HttpHead.parsed, with the version
-    of users and roles that it was decided for), as heads are cached.  Thread: reactor.
+    The handler for a head is kept in HttpHead.parsed, with the version of users and roles for which
+    it was found: heads are cached, so most requests skip the search.  Thread: reactor.
     Source: etcd 2.3 etcdhttp/client.go, pkg/cors, Go http.ServeMux.
     """
 
@@ -16559,14 +16534,14 @@ class ClientApi:
 
     @property
     def handler(self) -> Handler:
-        """What answers a request of a client."""
-        return self._serve_scripts if self._origins else self.serve
+        """The handler of client requests, with CORS only if that is configured."""
+        return self._serve_with_cors if self._origins else self.serve
 
-    def _serve_scripts(self, request: HttpRequest) -> None:
+    def _serve_with_cors(self, request: HttpRequest) -> None:
         self.serve(allow_origin(request, self._origins))
 
     def serve(self, request: HttpRequest) -> None:
-        """Answer without regard to its origin: also for requests made from others."""
+        """Answer a request, or one that was made from it, such as that of the registry."""
         if self._log.isEnabledFor(logging.DEBUG):
             log_reply(request, self._log)
         head = request.head
@@ -16577,7 +16552,7 @@ class ClientApi:
         decided[1](request)
 
     def _route(self, head: HttpHead) -> Handler:
-        """Return what answers requests with this head.  The order is that of keys-api §1.1."""
+        """Return the handler of requests with this head.  The order of the checks is etcd's."""
         path = head.path
         if head.method == "OPTIONS":
             return _reply_empty
@@ -16590,7 +16565,7 @@ class ClientApi:
         if path.startswith("/v2/auth/"):
             return self._auth.route(head)
         name = "/v2/members" if path.startswith("/v2/members/") else path
-        if path == "/new":              # a token of the discovery service: a write
+        if path == "/new":              # makes a discovery token, which is a write
             return self._guard.key(
                 head, REGISTRY_KEY + "/", write=True, recursive=False, passed=self._unknown,
                 refused=refuse_credentials,
@@ -16614,8 +16589,10 @@ class ClientApi:
 
 
 def _refuse_v3(request: HttpRequest) -> None:
-    """Answer a client of etcd 3's JSON gateway in its own words: 12 is gRPC's "unimplemented",
-    which the gateway maps to 501.  A mere 404 looks like a missing key."""
+    """Answer a client of etcd 3's JSON gateway with its 501 and gRPC's code 12, "unimplemented".
+
+    Such a client takes a 404 for a missing key.
+    """
     text = json_string(V3_REFUSAL)
     request.reply(501, f'{{"error":{text},"message":{text},"code":12}}'.encode())
 
@@ -16634,24 +16611,24 @@ def _bad_request(request: HttpRequest) -> None:
 
 
 class PeerApi:
-    """Everything on the peer port.  Source: etcd 2.3 etcdhttp/peer.go.  Thread: reactor."""
+    """The peer port.  Source: etcd 2.3 etcdhttp/peer.go.  Thread: reactor."""
 
     def __init__(self, server: EtcdServer) -> None:
         self._server = server
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer a request of a member, or of one that wants to be."""
+        """Answer a request of a member, or of one that is about to join."""
         path = request.path
         if not path.startswith("/"):
             _bad_request(request)
         elif not is_clean_path(path):
             redirect(request)
         elif path in ("/members", "/version"):
-            self._about_us(request, path)
+            self._describe_cluster(request, path)
         elif not self._server.transport.handle(request):
             not_found(request)
 
-    def _about_us(self, request: HttpRequest, path: str) -> None:
+    def _describe_cluster(self, request: HttpRequest, path: str) -> None:
         if request.method != "GET":
             refuse_method("GET", request)
         elif path == "/version":
@@ -16673,14 +16650,13 @@ DISCOVERY_DEFAULT_SIZE = 3          # of a cluster made by /new without size
 
 
 class DiscoveryService:
-    """The registry for other clusters that every member is: `/new` and `/<token>` on its clients'
-    port.
+    """The registry of other clusters on the client port of a member: `/new` and `/<token>`.
 
     do    EtcdServer.do
     keys  the handler of /v2/keys requests
 
-    Thread: reactor.  Source: discovery.etcd.io; operations notes, discovery service.
-    Differs from discovery.etcd.io: sizes below 1 are refused; no cluster can have them.
+    Thread: reactor.  Source: discovery.etcd.io.
+    Differs from discovery.etcd.io: sizes below 1 are refused, as no cluster can have them.
     """
 
     def __init__(
@@ -16691,7 +16667,7 @@ class DiscoveryService:
         self._keys = keys
 
     def handle(self, request: HttpRequest) -> bool:
-        """Answer a request for the registry; False if the path is none of ours."""
+        """Answer a request for the registry; return False for any other path."""
         path = request.path
         if path == "/new":
             self._new(request)
@@ -16706,7 +16682,7 @@ class DiscoveryService:
         return True
 
     def _new(self, request: HttpRequest) -> None:
-        """Make a token, and answer with the URL under which the client reached us."""
+        """Make a token; answer with its URL, below the host that the client asked."""
         host = request.headers.get("host", "")
         if is_from_browser(request.headers) and not (
             isinstance(request, CorsRequest) and request.is_allowed
@@ -16743,7 +16719,7 @@ class DiscoveryService:
     def _forward(self, request: HttpRequest) -> None:
         """Serve the request as one for the key below the registry."""
         old = request.head
-        # A head is shared by all requests with the same bytes, so a new one is made.
+        # All requests with the same bytes share a head, so this one needs a copy.
         head = HttpHead(
             old.method, f"/v2/keys{REGISTRY_KEY}{old.target}", old.minor, old.headers
         )
@@ -16759,11 +16735,11 @@ _NOT_FOR_PAGES = (
 
 
 def is_from_browser(headers: Mapping[str, str]) -> bool:
-    """True if a browser sends this, unless it says that its user has typed the address.
+    """True for a request of a web page; False for programs, and for an address that a user typed.
 
-    Browsers name the kind of a request in Sec-Fetch-Site where a connection is secure or local;
-    elsewhere, and for a page whose own name was bound to our address, only what every request
-    of theirs has tells them from programs.
+    On secure and local connections browsers send Sec-Fetch-Site.  On others, and for a page whose
+    own name resolves to this member (DNS rebinding), only headers that every browser sends tell
+    it from a program.
     """
     site = headers.get("sec-fetch-site")
     if site is not None:
@@ -16789,7 +16765,7 @@ def _token_route(rest: str) -> str:
 
 
 def _wanted_size(request: HttpRequest) -> int:
-    """The size that a /new request asks for.  Raises ValueError."""
+    """Return the cluster size in a /new request.  Raises ValueError."""
     query = request.query.encode("latin-1")
     body = request.body if request.method in ("POST", "PUT", "PATCH") else b""
     if len(query) + len(body) > SHORT_HEADER_BYTES_MAX:
@@ -16832,7 +16808,7 @@ class LogFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """One line; the package is what follows `pyetcd.` in the logger's name."""
+        """Return one line; the package stands behind `pyetcd.` in the name of the logger."""
         package = record.name.partition(".")[2]
         prefix = f"{package}: " if package else ""
         repeated = getattr(record, "repeated", 0)
@@ -16841,7 +16817,7 @@ class LogFormatter(logging.Formatter):
         return f"{record.asctime} {prefix}{record.message}{count}"
 
     def formatException(self, ei: Any) -> str:
-        """The traceback, indented: what an exception says cannot be taken for a line of ours."""
+        """Return the traceback, indented: no text in it looks like a line of the log."""
         lines = super().formatException(ei).split("\n")
         return "\n".join("    " + one_line(line) for line in lines)
 
@@ -16961,9 +16937,9 @@ class WaitReport:
 
 
 # ============================================================================
-# life/discovery -- The discovery client: how members that start find each other.
+# life/discovery -- The discovery client: new members find each other at a registry, or by SRV records.
 # ----------------------------------------------------------------------------
-# Plain blocking code that runs before the reactor starts.
+# Blocks; runs before the reactor starts.
 # ============================================================================
 
 
@@ -16971,7 +16947,7 @@ DISCOVERY_DIAL_SECONDS = 30.0       # connecting to the registry; above: unreach
 DISCOVERY_ANSWER_SECONDS = 5.0      # silence of the registry, watches excepted
 DISCOVERY_RETRY_FIRST_SECONDS = 2.0
 DISCOVERY_RETRY_SECONDS_MAX = 256.0  # longest wait between two tries
-DISCOVERY_PAUSE_SECONDS = 0.25      # after a wait that the registry ended at once; then longer
+DISCOVERY_PAUSE_SECONDS = 0.25      # after a watch that the registry ended at once; then longer
 DISCOVERY_PAUSE_SECONDS_MAX = 32.0
 DISCOVERY_REDIRECTS_MAX = 10        # of one request; above: unreachable
 _SIZE_EXAMPLE = f"size={DISCOVERY_DEFAULT_SIZE}"
@@ -16979,11 +16955,11 @@ _PUBLIC_REGISTRY = "discovery.etcd.io"
 
 
 class DiscoveryUnreachable(DiscoveryError):
-    """The registry did not answer, or with 5xx: worth another try."""
+    """The registry did not answer, or answered 5xx: worth another try."""
 
 
 class DiscoveryFull(DiscoveryError):
-    """The wanted number of members has registered, and we are not among them."""
+    """Enough other members have registered: there is no place for this one."""
 
     def __init__(self, members: "List[Registration]") -> None:
         super().__init__("discovery: cluster is full")
@@ -16991,7 +16967,7 @@ class DiscoveryFull(DiscoveryError):
 
 
 class DuplicateId(DiscoveryError):
-    """Our member id stands in the registry, yet our data directory is empty."""
+    """The registry has this member id already, but the data directory is empty."""
 
 
 class DuplicateName(DiscoveryError):
@@ -17001,13 +16977,13 @@ class DuplicateName(DiscoveryError):
 class Registration(NamedTuple):
     """One member in the registry."""
 
-    id: str                             # hex, last part of the key
+    id: str                             # hex: the last part of the key
     value: str                          # `name=url[,name=url]`
     created_index: int
 
 
 class RegistryState(NamedTuple):
-    """What one look at the registry showed."""
+    """The registry at one moment."""
 
     members: List[Registration]         # the first `size`, oldest first
     size: int
@@ -17043,9 +17019,9 @@ def _open_connection(
 
 
 def look_up(host: str, timeout_s: float) -> None:
-    """Ask the name servers, so that whoever connects has the answer soon.
+    """Resolve `host` on another thread, so that a connection then has the answer from a cache.
 
-    Raises OSError, also if they are silent: they may be for minutes, where no signal is heard.
+    Raises OSError, also after timeout_s: a lookup can block for minutes, and no signal ends it.
     """
     answers: queue.SimpleQueue[Optional[Exception]] = queue.SimpleQueue()
 
@@ -17062,18 +17038,18 @@ def look_up(host: str, timeout_s: float) -> None:
 
 
 class Discovery:
-    """One member's way through the registry of a discovery URL, to the initial cluster.
+    """Registers a member at a discovery URL, and waits for the initial cluster.
 
     url         scheme://host[:port]/<token key>, on any etcd v2 or discovery service
-    member_id   ours; its hex text is our key in the registry; 0 for who will not be a member
-    pairs       our `name=url[,name=url]`, sorted
+    member_id   its hex text is the key of this member in the registry; 0 for a proxy
+    pairs       `name=url[,name=url]` of this member, sorted
     proxy       URL of an HTTP proxy, or ""
     sleep       called with the seconds to wait before another try
 
-    Raises DiscoveryError for a URL that is none.
-    Thread: one, and it blocks.  Source: etcd 2.3 discovery; peer-and-disk notes on token discovery.
-    Differs from etcd: while waiting, only a new member's registration counts; etcd counts every
-    event, so that a changed or deleted key made a cluster with a member missing.
+    Raises DiscoveryError for a bad URL.
+    Thread: one, and it blocks.  Source: etcd 2.3 discovery.
+    Differs from etcd: only the registration of a new member ends the wait; etcd counts every
+    event, so a changed or deleted key leads to a cluster with a member missing.
     """
 
     def __init__(
@@ -17088,7 +17064,7 @@ class Discovery:
         self._proxy = check_proxy_url(proxy)
         self._sleep = sleep
         self._backoff = Backoff(DISCOVERY_RETRY_FIRST_SECONDS, DISCOVERY_RETRY_SECONDS_MAX)
-        self._retries = 0               # of this object; the first one gets advice
+        self._retries = 0               # of all steps; only the first one is logged with advice
         self.resumed = False            # join() found a registration of an earlier try
         self._log = package_logger("discovery")
         self._report = WaitReport("discovery")
@@ -17096,23 +17072,23 @@ class Discovery:
             self._log.info('using proxy "%s"', self._proxy)
 
     def join(self) -> str:
-        """Register, wait for the others, and return the initial cluster `name=url,...`.
+        """Register, wait for the other members, and return the initial cluster `name=url,...`.
 
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
         with self._report:
-            self._check()
+            self._read_registry()
             self._register()
-            return self._initial_cluster(self._wait(self._check()))
+            return self._initial_cluster(self._wait_until_complete())
 
     def find(self) -> str:
-        """Wait for the members without becoming one; return the initial cluster.
+        """Wait for the members without registering; return the initial cluster.
 
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
         try:
             with self._report:
-                return self._initial_cluster(self._wait(self._check()))
+                return self._initial_cluster(self._wait_until_complete())
         except DiscoveryFull as full:
             return self._initial_cluster(full.members)
 
@@ -17127,15 +17103,15 @@ class Discovery:
             raise DuplicateName("discovery: found duplicate name")
         return text
 
-    def _check(self) -> RegistryState:
-        """Look until the registry answers.  Raises DiscoveryFull if there is no place for us."""
+    def _read_registry(self) -> RegistryState:
+        """Return the state of the registry, once it answers.  Raises DiscoveryFull."""
         while True:
             try:
-                return self._look()
+                return self._get_state()
             except DiscoveryUnreachable as error:
-                self._wait_to_retry("cluster status check", error)
+                self._sleep_before_retry("cluster status check", error)
 
-    def _look(self) -> RegistryState:
+    def _get_state(self) -> RegistryState:
         options = "?quorum=false&recursive=false&sorted=false"
         size = self._size(self._get("/_config/size" + options)[1])
         index, body = self._get(options)
@@ -17157,30 +17133,28 @@ class Discovery:
         return int(text)
 
     def _register(self) -> None:
-        """Create our key, and wait until the registry shows it."""
+        """Create the key of this member, and wait until the registry shows it."""
         created, tries = 0, 0
         while not created:
             tries += 1
             try:
                 created = self._create(is_again=tries > 1)
             except DiscoveryUnreachable as error:
-                self._wait_to_retry("registration", error)
-        with contextlib.suppress(DiscoveryUnreachable):     # the next look tries again
-            self._request(
-                "GET", f"/{self._id}?recursive=false&wait=true&waitIndex={created}", "", None
-            )
+                self._sleep_before_retry("registration", error)
+        with contextlib.suppress(DiscoveryUnreachable):     # the next step tries again
+            self._request("GET", f"/{self._id}?recursive=false&wait=true&waitIndex={created}")
 
     def _create(self, *, is_again: bool) -> int:
-        """Create our key, or find the one that a lost answer was about; return its index.
+        """Create the key of this member, or find it from an earlier try; return its index.
 
-        A key with our value is ours if this process has tried before (is_again), and if no other
-        host can have written it.  Without the second rule a member that is restarted while it waits
-        would be locked out.  Whether it has lost a log since is for the other members to say.
-        Differs from etcd, which takes such a key for a sign that the log is lost.
+        A key with the same value is from an earlier try if this process tried before (is_again),
+        or if no other host can have written it.  The second case is a member that was restarted
+        while it waited.  Its peers report later whether it ran and lost its log since.
+        Differs from etcd, which concludes from such a key that the log is lost.
         """
         form = urllib.parse.urlencode({"value": self._pairs})
         suffix = f"/{self._id}?prevExist=false"
-        _, body = self._request("PUT", suffix, form, DISCOVERY_ANSWER_SECONDS)
+        _, body = self._request("PUT", suffix, DISCOVERY_ANSWER_SECONDS, form)
         if not (isinstance(body, dict) and body.get("errorCode") == NodeExists.code):
             return int(self._node(body).get("createdIndex", 0)) or 1
         node = self._node(self._get(f"/{self._id}?quorum=true")[1])
@@ -17191,33 +17165,33 @@ class Discovery:
         return int(node.get("createdIndex", 0)) or 1
 
     def _is_unmistakable(self) -> bool:
-        """False if another host may well have registered the same: `localhost`, elsewhere."""
+        """True unless other hosts may register the same URLs: `localhost`, on a remote registry."""
         initial = parse_initial_cluster(self._pairs)
         urls = [url for urls in initial.values() for url in urls]
         return is_local(self._endpoint) or not all(map(is_local, urls))
 
-    def _wait(self, state: RegistryState) -> List[Registration]:
-        """Return the first `size` members, when there are so many."""
+    def _wait_until_complete(self) -> List[Registration]:
+        """Return the first `size` members, once all have registered."""
         while True:
+            state = self._read_registry()
             for member in state.members:
-                self._found(member)
+                self._log_found(member)
             try:
-                members = self._wait_others(state)
+                members = self._watch_registrations(state)
             except DiscoveryUnreachable as error:
-                self._wait_to_retry("waiting for other nodes", error)
-                state = self._check()
+                self._sleep_before_retry("waiting for other nodes", error)
                 continue
             self._log.info("found %d needed peer(s)", len(members))
             return members
 
-    def _wait_others(self, state: RegistryState) -> List[Registration]:
-        """Watch until `size` members are there.
+    def _watch_registrations(self, state: RegistryState) -> List[Registration]:
+        """Watch the registry until `size` members have registered.
 
-        A registry that ends waits at once, or tells old news, is asked less and less often; once
-        may be the doing of a proxy in between.
+        The pauses grow while the registry ends watches at once or repeats old events.  The first
+        such watch has no pause: a proxy on the way may have ended it.
         """
         members, index = list(state.members), state.etcd_index
-        announced, idle = -1, 0         # idle: waits in a row that told nothing
+        announced, idle = -1, 0         # idle: watches in a row without a new event
         pause = Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
         while len(members) < state.size:
             names = ", ".join(member.value.partition("=")[0] for member in members)
@@ -17241,13 +17215,13 @@ class Discovery:
                 self._sleep(pause.next())
             if body is None:
                 continue
-            if self._is_news(body.get("action"), str(node.get("key")), members):
+            if self._is_registration(body.get("action"), str(node.get("key")), members):
                 members.append(_registration(node))
-                self._found(members[-1])
+                self._log_found(members[-1])
         return members
 
-    def _is_news(self, action: Any, key: str, members: Sequence[Registration]) -> bool:
-        """True if the event is a registration that is not among `members`."""
+    def _is_registration(self, action: Any, key: str, members: Sequence[Registration]) -> bool:
+        """True if the event registers a member that is not among `members`."""
         token, _, name = key.rpartition("/")
         return (
             action in ("create", "set") and token.endswith(self._path.rpartition("/")[2])
@@ -17255,18 +17229,18 @@ class Discovery:
         )
 
     def _next_event(self, index: int) -> Optional[Dict[str, Any]]:
-        """Wait for the event at `index` or later; None if the registry ended the wait."""
-        _, body = self._request("GET", f"?recursive=true&wait=true&waitIndex={index}", "", None)
+        """Wait for the event at `index` or later; return None if the registry ends the watch."""
+        _, body = self._request("GET", f"?recursive=true&wait=true&waitIndex={index}")
         if isinstance(body, dict) and body.get("errorCode") == EventIndexCleared.code:
             raise DiscoveryUnreachable(f"the registry has forgotten the events from {index} on")
         return body if body else None
 
-    def _found(self, member: Registration) -> None:
+    def _log_found(self, member: Registration) -> None:
         who = "self" if member.id == self._id else "peer"
         self._log.info("found %s %s in the cluster", who, member.id)
 
     def _node(self, body: Any) -> Dict[str, Any]:
-        """The node of a keys API answer.  Raises DiscoveryError for an error or something else."""
+        """Return the node in an answer of the keys API.  Raises DiscoveryError if it has none."""
         if isinstance(body, dict) and isinstance(body.get("node"), dict):
             node: Dict[str, Any] = body["node"]
             return node
@@ -17275,7 +17249,7 @@ class Discovery:
             raise DiscoveryError(f"{body['errorCode']}: {body.get('message', '')}{cause}")
         raise DiscoveryError("discovery: bad discovery endpoint")
 
-    def _wait_to_retry(self, step: str, error: Exception) -> None:
+    def _sleep_before_retry(self, step: str, error: Exception) -> None:
         advice = "" if self._retries else "; " + _registry_advice(self._endpoint)
         self._retries += 1
         self._report.what = f"the discovery service: {error}"
@@ -17288,14 +17262,16 @@ class Discovery:
         self._sleep(wait_s)
 
     def _get(self, suffix: str) -> Tuple[int, Any]:
-        return self._request("GET", suffix, "", DISCOVERY_ANSWER_SECONDS)
+        return self._request("GET", suffix, DISCOVERY_ANSWER_SECONDS)
 
     def _request(
-        self, method: str, suffix: str, form: str, answer_s: Optional[float]
+        self, method: str, suffix: str, answer_s: Optional[float] = None, form: str = ""
     ) -> Tuple[int, Any]:
-        """Return (X-Etcd-Index or 0, decoded JSON; None for an empty body), redirects followed.
+        """Follow redirects; return (X-Etcd-Index or 0, decoded JSON or None for an empty body).
 
-        Raises DiscoveryUnreachable, and DiscoveryError for what is not JSON.
+        answer_s  longest silence of the registry; None: no limit, for watches
+
+        Raises DiscoveryUnreachable, and DiscoveryError for a body that is not JSON.
         """
         url = self._endpoint + self._path + suffix
         for _ in range(DISCOVERY_REDIRECTS_MAX):
@@ -17317,7 +17293,7 @@ class Discovery:
     def _exchange(
         self, method: str, url: str, form: str, answer_s: Optional[float]
     ) -> Tuple[int, http.client.HTTPMessage, bytes]:
-        """One request on a connection of its own.  Raises DiscoveryUnreachable."""
+        """Send one request on a connection of its own.  Raises DiscoveryUnreachable."""
         parts = urlsplit(url)
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         if self._proxy and parts.scheme == "http":
@@ -17338,11 +17314,10 @@ class Discovery:
             connection.close()
 
     def _connect(self, parts: urllib.parse.SplitResult) -> http.client.HTTPConnection:
-        if not self._proxy:
-            return _open_connection(f"{parts.scheme}://{parts.netloc}", DISCOVERY_DIAL_SECONDS)
+        if not self._proxy or parts.scheme == "http":
+            url = self._proxy or f"{parts.scheme}://{parts.netloc}"
+            return _open_connection(url, DISCOVERY_DIAL_SECONDS)
         proxy = urlsplit(self._proxy)
-        if parts.scheme == "http":
-            return _open_connection(self._proxy, DISCOVERY_DIAL_SECONDS)
         tunnel = http.client.HTTPSConnection(
             proxy.hostname or "", proxy.port or 80, timeout=DISCOVERY_DIAL_SECONDS
         )
@@ -17353,7 +17328,7 @@ class Discovery:
 def check_discovery_url(url: str) -> str:
     """Return `url` with its scheme in lower case.
 
-    Raises DiscoveryError if no registry can be there, or if it does not name one cluster's token.
+    Raises DiscoveryError for a bad URL, or for one that does not end with the token of a cluster.
     """
     why = ""
     try:
@@ -17386,17 +17361,14 @@ def check_discovery_url(url: str) -> str:
 
 
 def _is_dialable(scheme: str, authority: str) -> bool:
-    """True if it names a host (an IPv6 address in brackets), and a port that is one, if any."""
+    """True if `authority` has a host, IPv6 addresses in brackets, and no port 0."""
     host, port = split_address(authority.rpartition("@")[2])
     is_host = bool(host) and (host.startswith("[") or ":" not in host)
     return scheme in ("http", "https") and is_host and int(port[1:] or 1) != 0
 
 
 def check_proxy_url(proxy: str) -> str:
-    """Return the URL of an HTTP proxy, given as one or as `host:port`; "" for "".
-
-    Raises DiscoveryError.
-    """
+    """Return the URL of an HTTP proxy given as URL or `host:port`.  Raises DiscoveryError."""
     if not proxy:
         return ""
     url = proxy if "://" in proxy else "http://" + proxy
@@ -17410,7 +17382,7 @@ def check_proxy_url(proxy: str) -> str:
 
 
 def _registry_advice(endpoint: str) -> str:
-    """Say what to do about a registry that does not answer."""
+    """Return what to do about a registry that does not answer."""
     public = _PUBLIC_REGISTRY in endpoint
     what = "the public discovery service is out of use" if public else (
         f"no discovery service answers at {endpoint}, is it running there?"
@@ -17433,7 +17405,8 @@ def srv_cluster(
 ) -> str:
     """Return the initial cluster `name=url,...` that the SRV records of `domain` describe.
 
-    The record of one of our peer_urls gets own_name, the others `0`, `1`...
+    own_name   name for the record that leads to one of peer_urls; the others are `0`, `1`...
+    servers    (address, port) of the name servers
 
     Raises DiscoveryError.  Source: etcd 2.3 discovery/srv.go.
     """
@@ -17477,19 +17450,19 @@ def _resolve(url: str) -> Set[Tuple[str, int]]:
 
 
 # ============================================================================
-# life/addresses -- Addresses of this host, and what members say of themselves.
+# life/addresses -- Addresses of this host, and the lists of members that flags, peers and DNS give.
 # ============================================================================
 
 
-JOIN_ANSWER_SECONDS = 10.0          # for /members and /version of a cluster that we join
-PROBE_ANSWER_SECONDS = 1.0          # for /members of peers that may not be up yet
+JOIN_ANSWER_SECONDS = 10.0          # for /members and /version of the cluster to join
+PROBE_ANSWER_SECONDS = 1.0          # for /members of peers that may be down
 
 
 def is_elsewhere(url: str) -> bool:
-    """True if `url` has an address that is certainly none of this machine."""
+    """True if the address in `url` is certainly of another machine; False for any name."""
     host = url_address(url)[0]
     if not is_ip(host):
-        return False                # a name: it may be ours
+        return False
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as sock:
@@ -17502,15 +17475,15 @@ def is_elsewhere(url: str) -> bool:
 def default_route_address() -> str:
     """Return our IPv4 address on the interface with the default route, or ""."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(("192.0.2.1", 9))  # a datagram socket only looks up the route: nothing is sent
+        sock.connect(("192.0.2.1", 9))  # sends nothing: a datagram socket looks up the route
         return str(sock.getsockname()[0])
     return ""
 
 
 def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
-    """True if each URL of either list has an address of one in the other, host names resolved.
+    """True if each URL of one list shares an address with a URL of the other; names are resolved.
 
-    `localhost` is compared as text, as etcd does: it means another machine everywhere.
+    `localhost` is compared as text, as in etcd: it means another machine everywhere.
     """
     def resolved(urls: "Sequence[str]") -> "List[Set[Tuple[str, str, int]]]":
         found = []
@@ -17561,7 +17534,7 @@ def parse_members(body: bytes) -> List[Member]:
 def fetch_cluster(
     urls: Sequence[str], timeout_s: float, tls: Optional[TlsContext], *, quiet: bool = False
 ) -> Optional[Tuple[int, List[Member]]]:
-    """Return the first answer of fetch_members to any of `urls`; None if there is none."""
+    """Return fetch_members() of the first of `urls` that answers; None if none does."""
     for url in urls:
         try:
             return fetch_members(url, timeout_s, tls)
@@ -17574,7 +17547,6 @@ def fetch_cluster(
 
 
 def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> None:
-    """The start-up lines that say with what the member works."""
     log = package_logger("etcdserver")
     log.info("name = %s", config.name)
     if config.force_new_cluster:
@@ -17598,12 +17570,12 @@ def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> N
 
 
 def default_initial_cluster(name: str) -> str:
-    """Return -initial-cluster where it is not given: the member alone, on the default peer URLs."""
+    """Return the default of -initial-cluster: the member alone, on the default peer URLs."""
     return ",".join(f"{name}={url}" for url in DEFAULT_PEER_URLS.split(","))
 
 
 def url_given_twice(initial: Mapping[str, Tuple[str, ...]]) -> str:
-    """Return a peer URL that is in the list of members more than once; "" if there is none."""
+    """Return the first peer URL that `initial` holds twice; "" if there is none."""
     urls = [url for urls in initial.values() for url in urls]
     return next((url for url in urls if urls.count(url) > 1), "")
 
@@ -17642,22 +17614,23 @@ def _initial_members(config: ServerConfig) -> Dict[str, Tuple[str, ...]]:
     return initial
 
 
-def _new_cluster(token: str, initial: Mapping[str, Tuple[str, ...]]) -> Cluster:
+def _new_cluster(
+    config: ServerConfig, token: str, initial: Mapping[str, Tuple[str, ...]]
+) -> Tuple[Cluster, Member]:
+    """Return the cluster of these members and this member in it.  Raises StartError."""
     try:
-        return Cluster.from_initial(token, dict(initial))
+        cluster = Cluster.from_initial(token, dict(initial))
     except ValueError as error:
         raise StartError(f"error setting up initial cluster: {error}") from None
-
-
-def _own_member(config: ServerConfig, cluster: Cluster) -> Member:
     member = cluster.member_by_name(config.name)
     if member is None:
         raise StartError(f'member "{config.name}" is not in the cluster that discovery found')
-    return member
+    cluster.local_id = member.id
+    return cluster, member
 
 
 def _bootstrap_entries(cluster: Cluster) -> List[Entry]:
-    """One ConfChange per initial member, ascending by id: identical bytes on every member."""
+    """Return a ConfChange per initial member, ascending by id: the same bytes on every member."""
     entries = []
     for index, member in enumerate(sorted(cluster.members.values(), key=lambda m: m.id), 1):
         context = utf8(member.context_json())
@@ -17667,26 +17640,33 @@ def _bootstrap_entries(cluster: Cluster) -> List[Entry]:
 
 
 # ============================================================================
-# life/flags -- Flags: what can be set, and how its text is read.
+# life/flags -- Flags: a row for each, with its parser, default, help and field of ServerConfig.
 # ============================================================================
 
 
 class FlagError(ValueError):
-    """A flag or variable that cannot be used.  The text is one line; etcd's words come first."""
+    """A flag or variable with a bad value.  The text is one line that begins with etcd's words."""
 
 
 class Flag(NamedTuple):
-    """One flag.  parse turns its text into the value, or raises ValueError with the reason."""
+    """One flag.
+
+    parse      turns the text into the value; raises ValueError with the reason
+    no_effect  why the flag does nothing here; logged when it is given
+    field      the field of ServerConfig that the value fills, or `client_tls.<field>` and
+               `peer_tls.<field>` of TlsFiles; "" if another function reads the flag
+    """
 
     name: str
     parse: Callable[[str], Any]
     default: Any
     help: str
-    no_effect: str = ""                 # why it does nothing here; told when it is given
+    no_effect: str = ""
+    field: str = ""
 
     @property
     def is_bool(self) -> bool:
-        """True if the flag may stand alone: `-debug`."""
+        """True if the flag may stand without a value: `-debug`."""
         return isinstance(self.default, bool)
 
     @property
@@ -17695,17 +17675,28 @@ class Flag(NamedTuple):
         return "ETCD_" + self.name.upper().replace("-", "_")
 
 
+def setting(name: str, parse: Callable[[str], Any], help: str, field: str = "") -> Flag:
+    """Return the flag that fills a field of ServerConfig and has the default of that field.
+
+    field  as in Flag; unless given, the name of the flag with _ for -, and _ms for a time
+    """
+    field = field or name.replace("-", "_")
+    field += "" if hasattr(_DEFAULTS, field.partition(".")[0]) else "_ms"
+    return Flag(name, parse, operator.attrgetter(field)(_DEFAULTS), help, field=field)
+
+
+_DEFAULTS = ServerConfig()
+
+
 def parse_bool(text: str) -> bool:
-    """The boolean words of Go."""
-    if text in ("1", "t", "T", "true", "TRUE", "True"):
-        return True
-    if text in ("0", "f", "F", "false", "FALSE", "False"):
-        return False
-    raise ValueError("parse error")
+    """Return the value of a boolean, in the words of Go.  Raises ValueError."""
+    if text not in GO_BOOLS:
+        raise ValueError("parse error")
+    return GO_BOOLS[text]
 
 
 def parse_uint(text: str) -> int:
-    """An unsigned integer; 0x, 0o, 0b and 0 prefixes as in Go."""
+    """Return an unsigned integer; the prefixes 0x, 0o, 0b and 0 are those of Go."""
     plain = re.fullmatch("0([0-7]+)", text)
     try:
         if not re.fullmatch("[0-9a-zA-Z]+", text):
@@ -17719,11 +17710,10 @@ def parse_uint(text: str) -> int:
 
 
 class Refusal(ValueError):
-    """Why a flag cannot be had at all, whatever its value, and what to do instead."""
+    """A flag that is not supported with any value.  The text says why, and what to do instead."""
 
 
 def _parse_domain(text: str) -> str:
-    """The domain of -discovery-srv."""
     try:
         authority = split_url(f"http://{text}")[1]
     except ValueError:
@@ -17733,17 +17723,17 @@ def _parse_domain(text: str) -> str:
     return text
 
 
-def _parse_choice(*choices: str) -> Callable[[str], str]:
+def _one_of(*choices: str, refusal: str = "") -> Callable[[str], str]:
+    """Return the parser that accepts `choices`; refusal: its reason for any other text."""
     def parse(text: "str") -> "str":
         if text not in choices:
-            raise ValueError(f"invalid value, use one of {', '.join(choices)}")
+            raise ValueError(refusal or f"invalid value, use one of {', '.join(choices)}")
         return text
 
     return parse
 
 
 def _parse_origins(text: str) -> Tuple[str, ...]:
-    """Origins for CORS: `*`, or URLs."""
     origins = tuple(origin.strip() for origin in text.split(",") if origin.strip())
     for origin in origins:
         if origin != "*" and not re.fullmatch(r"https?://[^\s/]+/?", origin):
@@ -17752,7 +17742,7 @@ def _parse_origins(text: str) -> Tuple[str, ...]:
 
 
 def _parse_levels(text: str) -> Dict[str, int]:
-    """`package=LEVEL,*=LEVEL` -> package -> level of the logging module; `*` is "" ."""
+    """Return package -> level of the logging module for `package=LEVEL,*=LEVEL`; `*` is ""."""
     levels: Dict[str, int] = {}
     for part in filter(None, text.split(",")):
         package, _, level = part.partition("=")
@@ -17770,7 +17760,7 @@ _LOG_LEVELS = {
 
 
 def _parse_address(text: str) -> str:
-    """`ip:port` of the flags of etcd 0.4, without a scheme."""
+    """Return `ip:port` as the flags of etcd 0.4 have it, without a scheme.  Raises ValueError."""
     host, colon, port = text.rpartition(":")
     if not colon or (":" in host and not re.fullmatch(r"\[.*\]", host)):
         raise ValueError(f"address {text}: missing port in address")
@@ -17796,18 +17786,8 @@ def _parse_proxy(text: str) -> str:
         raise ValueError(str(error)) from None
 
 
-def _refusing(reason: str, *harmless: str) -> Callable[[str], str]:
-    """A parser that takes "" and the `harmless` values, and raises ValueError for any other."""
-    def parse(text: "str") -> "str":
-        if text and text not in harmless:
-            raise ValueError(reason)
-        return text
-
-    return parse
-
-
 def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
-    """The parser of auto-tls or peer-auto-tls, which may only be false."""
+    """Return the parser of auto-tls or peer-auto-tls, which may only be false."""
     def parse(text: "str") -> "bool":
         if parse_bool(text):
             raise Refusal(
@@ -17822,109 +17802,116 @@ def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     return parse
 
 
+def _tls_flags(side: str) -> Tuple[Flag, ...]:
+    """Return the flags for TLS with clients or with peers.  side: `client` or `peer`."""
+    prefix, part = ("peer-" if side == "peer" else ""), side + "_tls."
+    cert_auth = f"-{prefix}trusted-ca-file with -{prefix}client-cert-auth."
+    common_name = (setting("peer-cert-allowed-cn", str, "common name that peers' certificates must"
+                           " have.", "peer_tls.allowed_cn"),) if side == "peer" else ()
+    return (
+        setting(prefix + "ca-file", str, "[DEPRECATED] " + cert_auth, part + "ca_file"),
+        setting(prefix + "cert-file", str, f"path to the {side} server TLS cert file.",
+                part + "cert_file"),
+        setting(prefix + "key-file", str, f"path to the {side} server TLS key file.",
+                part + "key_file"),
+        setting(prefix + "client-cert-auth", parse_bool, f"require certificates of {side}s.",
+                part + "client_cert_auth"),
+        setting(prefix + "trusted-ca-file", str, f"path to the {side} server TLS CA file.",
+                part + "trusted_ca_file"),
+        setting(side + "-crl-file", str, f"path to the {side} certificate revocation list.",
+                part + "crl_file"),
+        *common_name,
+        setting(side + "-cert-allowed-hostname", str,
+                f"host name that certificates of {side}s must have.", part + "allowed_name"),
+        Flag(prefix + "auto-tls", _parse_auto_tls(prefix), False,
+             f"not supported: give -{prefix}cert-file, -{prefix}key-file."),
+    )
+
+
+_PEER_CERTIFICATE = _one_of("", refusal=(
+    "peers are shown the certificate of -peer-cert-file; leave this out"))
+_NO_PEERS = 'flag "-{}" is no longer supported; use -initial-cluster or -discovery'
+
 FLAGS: Dict[str, Tuple[Flag, ...]] = {
     "member": (
-        Flag("name", str, DEFAULT_NAME, "human-readable name for this member."),
-        Flag("data-dir", str, "", "path to the data directory (default: <name>.etcd)."),
-        Flag("wal-dir", str, "", "path to the dedicated wal directory."),
-        Flag("snapshot-count", parse_uint, DEFAULT_SNAPSHOT_COUNT,
-             "number of committed transactions to trigger a snapshot to disk."),
-        Flag("heartbeat-interval", parse_uint, DEFAULT_HEARTBEAT_MS,
-             "time (in milliseconds) of a heartbeat interval."),
-        Flag("election-timeout", parse_uint, DEFAULT_ELECTION_MS,
-             "time (in milliseconds) for an election to timeout."),
-        Flag("listen-peer-urls", parse_urls, parse_urls(DEFAULT_PEER_URLS),
-             "list of URLs to listen on for peer traffic."),
-        Flag("listen-client-urls", parse_urls, parse_urls(DEFAULT_CLIENT_URLS),
-             "list of URLs to listen on for client traffic."),
-        Flag("max-snapshots", parse_uint, DEFAULT_SNAPSHOTS_KEPT,
-             "maximum number of snapshot files to retain (0 is unlimited)."),
-        Flag("max-wals", parse_uint, DEFAULT_WALS_KEPT,
-             "maximum number of wal files to retain (0 is unlimited)."),
-        Flag("cors", _parse_origins, (),
-             "comma-separated whitelist of origins for cross-origin resource sharing."),
+        setting("name", str, "human-readable name for this member."),
+        setting("data-dir", str, "path to the data directory (default: <name>.etcd)."),
+        setting("wal-dir", str, "path to the dedicated wal directory."),
+        setting("snapshot-count", parse_uint,
+                "number of committed transactions to trigger a snapshot to disk."),
+        setting("heartbeat-interval", parse_uint,
+                "time (in milliseconds) of a heartbeat interval.", "heartbeat_ms"),
+        setting("election-timeout", parse_uint,
+                "time (in milliseconds) for an election to timeout.", "election_ms"),
+        setting("listen-peer-urls", parse_urls, "list of URLs to listen on for peer traffic."),
+        setting("listen-client-urls", parse_urls, "list of URLs to listen on for client traffic."),
+        setting("max-snapshots", parse_uint,
+                "maximum number of snapshot files to retain (0 is unlimited)."),
+        setting("max-wals", parse_uint, "maximum number of wal files to retain (0 is unlimited)."),
+        setting("cors", _parse_origins,
+                "comma-separated whitelist of origins for cross-origin resource sharing."),
     ),
     "clustering": (
-        Flag("initial-advertise-peer-urls", parse_urls, parse_urls(DEFAULT_PEER_URLS),
-             "list of this member's peer URLs to advertise to the rest of the cluster."),
-        Flag("advertise-client-urls", parse_urls, parse_urls(DEFAULT_CLIENT_URLS),
-             "list of this member's client URLs to advertise to the rest of the cluster."),
-        Flag("initial-cluster", str, "",
-             "initial cluster, `name=url` pairs (default: this member alone)."),
-        Flag("initial-cluster-state", _parse_choice("new", "existing"), "new",
-             "initial cluster state: `new`, or `existing` to join a running cluster."),
-        Flag("initial-cluster-token", str, DEFAULT_CLUSTER_TOKEN,
-             "token of the cluster: clusters with different tokens do not mix."),
-        Flag("discovery", _parse_discovery, "", "discovery URL used to bootstrap the cluster."),
-        Flag("discovery-fallback", _parse_choice("exit", "proxy"), "proxy",
-             "behavior when the discovery cluster is full: `exit` or `proxy`."),
-        Flag("discovery-proxy", _parse_proxy, "",
-             "HTTP proxy to use for traffic to discovery service."),
-        Flag("discovery-srv", _parse_domain, "", "dns srv domain used to bootstrap the cluster."),
-        Flag("discovery-srv-name", _refusing(
+        setting("initial-advertise-peer-urls", parse_urls,
+                "list of this member's peer URLs to advertise to the rest of the cluster."),
+        setting("advertise-client-urls", parse_urls,
+                "list of this member's client URLs to advertise to the rest of the cluster."),
+        setting("initial-cluster", str,
+                "initial cluster, `name=url` pairs (default: this member alone)."),
+        setting("initial-cluster-state", _one_of("new", "existing"),
+                "initial cluster state: `new`, or `existing` to join a running cluster."),
+        setting("initial-cluster-token", str,
+                "token of the cluster: clusters with different tokens do not mix."),
+        setting("discovery", _parse_discovery, "discovery URL used to bootstrap the cluster."),
+        setting("discovery-fallback", _one_of("exit", "proxy"),
+                "behavior when the discovery cluster is full: `exit` or `proxy`."),
+        setting("discovery-proxy", _parse_proxy,
+                "HTTP proxy to use for traffic to discovery service."),
+        setting("discovery-srv", _parse_domain, "dns srv domain used to bootstrap the cluster."),
+        Flag("discovery-srv-name", _one_of("", refusal=(
             "a suffix of the SRV names is not supported; publish the records without it"
-        ), "", "not supported: suffix of the SRV names."),
-        Flag("strict-reconfig-check", parse_bool, True,
-             "reject reconfiguration requests that would cause quorum loss."),
+        )), "", "not supported: suffix of the SRV names."),
+        setting("strict-reconfig-check", parse_bool,
+                "reject reconfiguration requests that would cause quorum loss."),
     ),
     "proxy": (
-        Flag("proxy", _parse_choice("off", "readonly", "on"), "off",
-             "proxy mode: `off`, `readonly` or `on`."),
-        Flag("proxy-failure-wait", parse_uint, 5000,
-             "time (in milliseconds) an endpoint is held in a failed state."),
-        Flag("proxy-refresh-interval", parse_uint, 30000,
-             "time (in milliseconds) between two refreshes of the endpoints."),
-        Flag("proxy-dial-timeout", parse_uint, 1000,
-             "time (in milliseconds) for a dial to timeout, 0 is unlimited."),
-        Flag("proxy-write-timeout", parse_uint, 5000,
-             "time (in milliseconds) for a write to timeout, 0 is unlimited."),
-        Flag("proxy-read-timeout", parse_uint, 0,
-             "time (in milliseconds) for a read to timeout, 0 is unlimited."),
+        setting("proxy", _one_of("off", "readonly", "on"),
+                "proxy mode: `off`, `readonly` or `on`."),
+        setting("proxy-failure-wait", parse_uint,
+                "time (in milliseconds) an endpoint is held in a failed state."),
+        setting("proxy-refresh-interval", parse_uint,
+                "time (in milliseconds) between two refreshes of the endpoints."),
+        setting("proxy-dial-timeout", parse_uint,
+                "time (in milliseconds) for a dial to timeout, 0 is unlimited."),
+        setting("proxy-write-timeout", parse_uint,
+                "time (in milliseconds) for a write to timeout, 0 is unlimited."),
+        setting("proxy-read-timeout", parse_uint,
+                "time (in milliseconds) for a read to timeout, 0 is unlimited."),
     ),
     "security": (
-        Flag("ca-file", str, "", "[DEPRECATED] -trusted-ca-file with -client-cert-auth."),
-        Flag("cert-file", str, "", "path to the client server TLS cert file."),
-        Flag("key-file", str, "", "path to the client server TLS key file."),
-        Flag("client-cert-auth", parse_bool, False, "require client certificates."),
-        Flag("trusted-ca-file", str, "", "path to the client server TLS CA file."),
-        Flag("client-crl-file", str, "", "path to the client certificate revocation list."),
-        Flag("client-cert-allowed-hostname", str, "", "name that client certificates must have."),
-        Flag("auto-tls", _parse_auto_tls(""), False, "not supported: give -cert-file, -key-file."),
-        Flag("peer-ca-file", str, "",
-             "[DEPRECATED] -peer-trusted-ca-file with -peer-client-cert-auth."),
-        Flag("peer-cert-file", str, "", "path to the peer server TLS cert file."),
-        Flag("peer-key-file", str, "", "path to the peer server TLS key file."),
-        Flag("peer-client-cert-auth", parse_bool, False, "require certificates of peers."),
-        Flag("peer-trusted-ca-file", str, "", "path to the peer server TLS CA file."),
-        Flag("peer-crl-file", str, "", "path to the peer certificate revocation list."),
-        Flag("peer-cert-allowed-cn", str, "", "common name that peers' certificates must have."),
-        Flag("peer-cert-allowed-hostname", str, "",
-             "host name that peers' certificates must have."),
-        Flag("peer-auto-tls", _parse_auto_tls("peer-"), False,
-             "not supported: give -peer-cert-file, -peer-key-file."),
-        Flag("peer-client-cert-file", _refusing(
-            "peers are shown the certificate of -peer-cert-file; leave this out"
-        ), "", "not supported: -peer-cert-file serves for both directions."),
-        Flag("peer-client-key-file", _refusing(
-            "peers are shown the certificate of -peer-cert-file; leave this out"
-        ), "", "not supported: -peer-key-file serves for both directions."),
-        Flag("tls-min-version", _refusing("TLS 1.2 and later are accepted; use TLS1.2", "TLS1.2"),
-             "", "only TLS1.2, which is what holds without it too."),
-        Flag("host-whitelist", _refusing(
+        *_tls_flags("client"), *_tls_flags("peer"),
+        Flag("peer-client-cert-file", _PEER_CERTIFICATE, "",
+             "not supported: -peer-cert-file serves for both directions."),
+        Flag("peer-client-key-file", _PEER_CERTIFICATE, "",
+             "not supported: -peer-key-file serves for both directions."),
+        Flag("tls-min-version", _one_of(
+            "", "TLS1.2", refusal="TLS 1.2 and later are accepted; use TLS1.2"
+        ), "", "only TLS1.2, which is what holds without it too."),
+        Flag("host-whitelist", _one_of("", "*", refusal=(
             "requests are answered whatever their Host; use * and protect the port by"
-            " -client-cert-auth or a firewall", "*"
-        ), "*", "not supported: only `*`."),
+            " -client-cert-auth or a firewall"
+        )), "*", "not supported: only `*`."),
     ),
     "logging": (
-        Flag("debug", parse_bool, False, "enable debug-level logging."),
+        setting("debug", parse_bool, "enable debug-level logging."),
         Flag("log-package-levels", _parse_levels, {},
              "levels per package, such as `etcdserver=WARNING,*=INFO`."),
-        Flag("log-format", _parse_choice("text", "json", "console"), "text",
+        Flag("log-format", _one_of("text", "json", "console"), "text",
              "`text`, as etcd 2.3 writes it (`console` is the same), or `json`: an object a line."),
     ),
     "unsafe": (
-        Flag("force-new-cluster", parse_bool, False,
-             "make this member the only one of its cluster: after the loss of the others."),
+        setting("force-new-cluster", parse_bool,
+                "make this member the only one of its cluster: after the loss of the others."),
     ),
     "other": (
         Flag("version", parse_bool, False, "show the version and exit."),
@@ -17937,17 +17924,13 @@ FLAGS: Dict[str, Tuple[Flag, ...]] = {
         Flag("peer-addr", _parse_address, "", "[DEPRECATED] use -initial-advertise-peer-urls."),
         Flag("peer-bind-addr", _parse_address, "", "[DEPRECATED] use -listen-peer-urls."),
     ),
-    "of etcd 0.4, refused": (
-        Flag("peers", _refusing(
-            'flag "-peers" is no longer supported; use -initial-cluster or -discovery'
-        ), "", "no longer supported."),
-        Flag("peers-file", _refusing(
-            'flag "-peers-file" is no longer supported; use -initial-cluster or -discovery'
-        ), "", "no longer supported."),
+    "of etcd 0.4, refused": tuple(
+        Flag(name, _one_of("", refusal=_NO_PEERS.format(name)), "", "no longer supported.")
+        for name in ("peers", "peers-file")
     ),
 }
 
-# Of etcd 0.4: booleans that do nothing -> what to use instead.
+# Booleans of etcd 0.4 that do nothing -> the flag to use instead.
 IGNORED_BOOLS = {
     "cluster-active-size": "", "cluster-remove-delay": "", "cluster-sync-interval": "",
     "config": "a configuration file is given with -config-file FILE", "force": "",
@@ -17957,8 +17940,9 @@ IGNORED_BOOLS = {
     "snapshot": "snapshots are always made; -snapshot-count says how often",
     "v": "-version shows the version, -debug logs more", "vv": "-debug logs more",
 }
-# Of etcd 2.3's experiments and of etcd 3: accepted, so that units and scripts need no change.  Why
-# each does nothing -> etcd's default of each.  Nothing that protects something may stand here.
+# Of etcd 2.3's experiments and of etcd 3: accepted, so that units and scripts need no change.  The
+# reason why a flag does nothing -> flag -> etcd's default.  A flag that protects data or access
+# must not be listed: its user would rely on a protection that does not exist.
 NO_EFFECT: Dict[str, Dict[str, Any]] = {
     "the v2 API is always on": {"enable-v2": True, "v2-deprecation": "not-yet"},
     "there is no v3 API": {
@@ -18039,7 +18023,7 @@ def _all_flags() -> Dict[str, Flag]:
 
 
 # ============================================================================
-# life/restart -- Bootstrap of a member that was here before.
+# life/restart -- Bootstrap of a member that has a log: identity, log and snapshot come from the disk.
 # ============================================================================
 
 
@@ -18047,7 +18031,7 @@ _FORCED_FILE = "forced-new-cluster"     # in the member directory, after -force-
 
 
 def _check_not_forced(marker: str) -> None:
-    """Raise StartError if -force-new-cluster was done here before.
+    """Raise StartError if this data directory had a -force-new-cluster before.
 
     Differs from etcd, which removes the other members again at each restart with that flag.
     """
@@ -18061,7 +18045,7 @@ def _check_not_forced(marker: str) -> None:
 
 
 def _mark_forced(marker: str) -> None:
-    """Remember on disk that this member was made the only one.  Raises OSError."""
+    """Record a -force-new-cluster on the disk.  Raises OSError."""
     with open(marker, "wb") as file:
         os.fsync(file.fileno())
     fsync_dir(os.path.dirname(marker))
@@ -18072,7 +18056,7 @@ def _mark_forced(marker: str) -> None:
 
 
 def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
-    """Name the flags that an existing log makes void; etcd says it of discovery only."""
+    """Log the flags that an existing log makes void; etcd does so for discovery only."""
     log = package_logger("etcdserver")
     if config.discovery:
         log.warning(
@@ -18094,7 +18078,6 @@ def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
 
 
 def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
-    """A member that was here before: identity, log and snapshot come from the disk."""
     log = package_logger("etcdserver")
     marker = os.path.join(data_dir.member, _FORCED_FILE)
     if config.force_new_cluster:
@@ -18148,27 +18131,25 @@ def _recover(store: Store, snapshot: Snapshot) -> None:
 
 
 def _is_blank(boot: Bootstrap) -> bool:
-    """True if the log was created, but the member ended before its first write."""
+    """True if the member created its log, but ended before its first write."""
     contents = boot.contents
     return not contents.entries and boot.snapshot is None and contents.hard_state == HardState()
 
 
 def _begin_again(config: ServerConfig, boot: Bootstrap) -> Bootstrap:
-    """Give the first entries of a new cluster to a member that crashed before writing them.
+    """Give the first entries of a new cluster to a member that crashed before it wrote them.
 
-    Only if the flags lead to the same ids; otherwise, and after discovery or joining, the other
-    members have the log and will send it.  Differs from etcd, whose single member stays without
-    a voter for ever.
+    The flags must lead to the same ids.  Otherwise, and after discovery or joining, the other
+    members have the log and send it.  Differs from etcd, where a single member then has no voter
+    for ever.
     """
     if config.discovery or config.discovery_srv or config.initial_cluster_state == "existing":
         return boot
     initial = _initial_members(config)
-    cluster = _new_cluster(config.initial_cluster_token, initial)
-    own = cluster.member_by_name(config.name)
-    if own is None or (own.id, cluster.id) != (boot.member_id, boot.cluster.id):
+    cluster, own = _new_cluster(config, config.initial_cluster_token, initial)
+    if (own.id, cluster.id) != (boot.member_id, boot.cluster.id):
         return boot
     cluster.set_store(boot.store)
-    cluster.local_id = own.id
     return boot._replace(cluster=cluster, bootstrap_entries=_bootstrap_entries(cluster))
 
 
@@ -18176,13 +18157,12 @@ def _stand_alone(
     config: ServerConfig, member_id: int, cluster_id: int, wal: Wal, contents: WalContents,
     snapshot: Optional[Snapshot],
 ) -> WalContents:
-    """Make this member the only one, in its log: the others are lost (-force-new-cluster).
+    """Remove the lost members in the log of this one (-force-new-cluster); return its contents.
 
-    The entries behind the commit index stay, up to our own removal: the disk may not know yet that
-    they are committed.  Then every other voter is removed, by entries that count as committed.
-    Returns the contents as they are on disk now.
-    Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from it: etcd drops all
-    entries behind the commit index, and with them the last writes that were acknowledged.
+    The entries after the commit index are kept, up to the removal of this member: they may be
+    committed, as the commit index on disk lags.  Committed entries that remove every other voter
+    follow.  Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from etcd, which
+    drops all entries after the commit index, and with them the last acknowledged writes.
     """
     log = package_logger("etcdserver")
     state = contents.hard_state
@@ -18223,7 +18203,7 @@ def _removes(entry: Entry, member_id: int) -> bool:
 
 
 def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
-    """The voters after the conf changes among `entries`."""
+    """Return `voters` after the conf changes among `entries`."""
     ids = set(voters)
     for entry in entries:
         if entry.type == EntryType.CONF_CHANGE:
@@ -18236,20 +18216,19 @@ def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
 
 
 # ============================================================================
-# life/bootstrap -- Bootstrap: a new member, a joining one, or one that was here before.
+# life/bootstrap -- Bootstrap: a member of a new cluster, a joining member, or a restart.
 # ----------------------------------------------------------------------------
 # Blocks; runs before the reactor starts.
 # ============================================================================
 
 
 def bootstrap(config: ServerConfig) -> Bootstrap:
-    """Find the past of this member on its disk, or its cluster on the network.
+    """Restart from the log on disk, or form or join a cluster; return the state to start with.
 
-    A write-ahead log on disk decides against every flag; without one, a new cluster is formed
-    or an existing one joined.  The log is open and locked afterwards.
+    A log on disk goes before every flag.  The log is open and locked afterwards.
 
-    Raises StartError.  Thread: the caller's; blocks, with discovery until all members are there.
-    Source: etcd 2.3 etcdserver/server.go NewServer; peer-and-disk notes, decision tree.
+    Raises StartError.  Thread: the caller's; blocks, with discovery until all members registered.
+    Source: etcd 2.3 etcdserver/server.go NewServer.
     """
     root = config.data_dir or config.name + ".etcd"
     member = os.path.join(root, "member")
@@ -18264,7 +18243,7 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
 
 
 def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) -> Bootstrap:
-    """The same, with the errors of all layers turned into StartError.
+    """Do the work of bootstrap(), and turn the errors of all layers into StartError.
 
     fresh  the directories that this start has made
     """
@@ -18272,18 +18251,15 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
     try:
         tls = make_peer_tls(config)
         if Wal.exists(data_dir.wal):
-            boot = _restart(config, data_dir)
-            return boot._replace(peer_tls=tls)
+            return _restart(config, data_dir)._replace(peer_tls=tls)
         _check_log_is_not_missing(data_dir)
         if config.force_new_cluster:
             package_logger("etcdserver").warning(
                 "-force-new-cluster does nothing for a member without data; leave it out: at a"
                 " later start it would remove all other members"
             )
-        if config.initial_cluster_state == "existing":
-            boot = _join(config, data_dir, tls)
-        else:
-            boot = _form(config, data_dir, tls, fresh)
+        joins = config.initial_cluster_state == "existing"
+        boot = _join(config, data_dir, tls) if joins else _form(config, data_dir, tls, fresh)
         return boot._replace(peer_tls=tls)
     except (WalError, SnapshotError, CodecError, InvariantError) as error:
         raise StartError(str(error)) from error     # nothing runs yet: no state to protect
@@ -18291,7 +18267,8 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
         text = _discovery_failure(config, data_dir.root, error)
         if config.discovery_fallback != "proxy":
             raise StartError(text) from error
-        _forget_member_dir(data_dir)
+        # Empty directories of a member would stop the proxy that starts instead.
+        remove_dirs((os.path.join(data_dir.member, "wal"), data_dir.snap, data_dir.member))
         raise ClusterFull(text) from error
     except DiscoveryError as error:
         raise StartError(_discovery_failure(config, data_dir.root, error)) from error
@@ -18300,9 +18277,9 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
 
 
 def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
-    """Return how to speak TLS to other members; None if it seems that none asks for it.
+    """Return the TLS context for calls to other members; None if no flag speaks of TLS.
 
-    An https member that is added later is met with the system's authorities then.
+    Without a context, calls to https members that join later trust the system's authorities.
     Raises StartError.
     """
     urls = ",".join((*config.initial_advertise_peer_urls, config.initial_cluster))
@@ -18312,7 +18289,7 @@ def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
 
 
 def _check_log_is_not_missing(data_dir: DataDir) -> None:
-    """Raise StartError if a member without a log has left something here: it is not new."""
+    """Raise StartError if a member without a log has other files here: it is not new."""
     usual = os.path.join(data_dir.member, "wal")
     if Wal.exists(usual):
         raise StartError(
@@ -18322,13 +18299,8 @@ def _check_log_is_not_missing(data_dir: DataDir) -> None:
     Snapshotter(data_dir.snap).check_log(data_dir.wal, ())
 
 
-def _forget_member_dir(data_dir: DataDir) -> None:
-    """Remove the empty directories of a member that is none: they would stop a later proxy."""
-    remove_dirs((os.path.join(data_dir.member, "wal"), data_dir.snap, data_dir.member))
-
-
 def _discovery_failure(config: ServerConfig, data_dir: str, error: DiscoveryError) -> str:
-    """One line for the operator; the words are etcd's, which used up to four lines."""
+    """Return one line for the operator, in the words of etcd, which prints up to four lines."""
     url = config.discovery
     if isinstance(error, DuplicateId):
         return (
@@ -18365,7 +18337,7 @@ def _discovery_failure(config: ServerConfig, data_dir: str, error: DiscoveryErro
 
 
 def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]) -> None:
-    """Raise StartError unless the map gives us the URLs that we advertise."""
+    """Raise StartError unless `initial` has the advertised peer URLs under this member's name."""
     advertised = config.initial_advertise_peer_urls
     if same_urls(initial[config.name], advertised):
         return
@@ -18390,7 +18362,7 @@ def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]
 
 
 def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]]) -> None:
-    """Raise StartError if the other members can never connect to us; warn if perhaps not.
+    """Raise StartError if other members can never connect to this one; warn if they might not.
 
     Differs from etcd, which waits without end for members that talk to themselves.
     """
@@ -18426,7 +18398,7 @@ def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]])
 
 
 def _check_registration(config: ServerConfig) -> None:
-    """Warn of a registration, at a service elsewhere, that means another machine everywhere."""
+    """Warn if a loopback URL is registered at a discovery service on another machine."""
     urls = config.initial_advertise_peer_urls
     if all(map(is_local, urls)) and not is_local(config.discovery):
         package_logger("etcd").warning(
@@ -18440,22 +18412,21 @@ def _check_registration(config: ServerConfig) -> None:
 def _form(
     config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext], fresh: Sequence[str]
 ) -> Bootstrap:
-    """A new cluster: every member of it starts with the same entries, committed from the start."""
+    """Form a new cluster: all members start with the same entries, which count as committed."""
     initial = _initial_members(config)
     _check_advertised(config, initial)
     _check_reachable(config, initial)
     token = check_discovery_url(config.discovery) if config.discovery else ""
     token = token or config.initial_cluster_token
-    cluster = _new_cluster(token, initial)
-    member = _own_member(config, cluster)
-    _check_no_past(member.id, _peer_urls_of_others(cluster, member), tls)
+    cluster, member = _new_cluster(config, token, initial)
+    _check_no_past(member.id, cluster.members.values(), tls)
     if config.discovery:
         _check_registration(config)
         discovery = Discovery(
             config.discovery, member.id, format_initial_cluster(initial),
             proxy=config.discovery_proxy,
         )
-        remove_dirs(fresh)              # a member that is ended while it waits leaves nothing
+        remove_dirs(fresh)              # a member that ends while it waits leaves no directory
         initial = parse_initial_cluster(discovery.join())
         make_dirs(fresh)
         url = url_given_twice(initial)
@@ -18463,40 +18434,43 @@ def _form(
             text = format_initial_cluster(initial)
             raise DiscoveryError(f"discovery cluster {text} has duplicate url: {url}")
         _check_reachable(config, initial)
-        cluster = _new_cluster(token, initial)
-        member = _own_member(config, cluster)
+        cluster, member = _new_cluster(config, token, initial)
         if discovery.resumed:
-            _check_no_past(member.id, _peer_urls_of_others(cluster, member), tls)
+            _check_no_past(member.id, cluster.members.values(), tls)
+    boot = _create_log(config, data_dir, cluster, initial)
+    return boot._replace(bootstrap_entries=_bootstrap_entries(cluster))
+
+
+def _create_log(
+    config: ServerConfig, data_dir: DataDir, cluster: Cluster,
+    initial: Mapping[str, Sequence[str]],
+) -> Bootstrap:
+    """Create the log of the new member cluster.local_id, whose cluster has `initial` members."""
     store = Store(history_capacity=config.history_events)
     cluster.set_store(store)
-    cluster.local_id = member.id
     _log_config(config, data_dir, format_initial_cluster(initial))
-    metadata = encode_metadata(member.id, cluster.id)
+    metadata = encode_metadata(cluster.local_id, cluster.id)
     wal = Wal.create(data_dir.wal, metadata)
     package_logger("etcdserver").info(
-        "start member %s in cluster %s", format_id(member.id), format_id(cluster.id)
+        "start member %s in cluster %s", format_id(cluster.local_id), format_id(cluster.id)
     )
     return Bootstrap(
-        data_dir, member.id, cluster, store, wal, Snapshotter(data_dir.snap),
+        data_dir, cluster.local_id, cluster, store, wal, Snapshotter(data_dir.snap),
         WalContents(metadata, HardState(), [], []), None,
-        bootstrap_entries=_bootstrap_entries(cluster),
     )
 
 
-def _peer_urls_of_others(cluster: Cluster, member: Member) -> List[str]:
-    return sorted(
-        url for other in cluster.members.values() if other.id != member.id
-        for url in other.peer_urls
-    )
+def _peer_urls_of_others(members: Iterable[Member], id: int) -> List[str]:
+    return sorted(url for member in members if member.id != id for url in member.peer_urls)
 
 
 def is_published(id: int, members: Sequence[Member]) -> bool:
-    """True if a peer's list has this member with client URLs: it has been running."""
+    """True if a peer's list of members has client URLs for this member: it ran before."""
     return any(member.id == id and member.client_urls for member in members)
 
 
 def data_lost(id: int) -> StartError:
-    """Return what to say to a member that was here before, but whose log begins anew."""
+    """Return the error for a member that ran before, but whose log is empty."""
     return StartError(
         f"member {format_id(id)} has already been bootstrapped; its data directory is"
         f" lost or -data-dir is wrong: restore it, or remove the member with DELETE"
@@ -18505,29 +18479,29 @@ def data_lost(id: int) -> StartError:
     )
 
 
-def _check_no_past(id: int, others: Sequence[str], tls: Optional[TlsContext]) -> None:
-    """Raise StartError if a running peer knows that this member had a life before this one.
+def _check_no_past(id: int, members: Iterable[Member], tls: Optional[TlsContext]) -> None:
+    """Raise StartError if a running peer knows that this member, whose log is empty, ran before.
 
-    It would vote again in terms in which it has voted, and without the log for which its first
-    life has counted.  All peers are asked: one may have missed it.
+    Such a member could vote a second time in a term, and lacks entries that a quorum counted it
+    for.  All peers are asked: one may have missed its publication.
     """
-    for url in others:
+    for url in _peer_urls_of_others(members, id):
         found = fetch_cluster([url], PROBE_ANSWER_SECONDS, tls, quiet=True)
         if found is not None and is_published(id, found[1]):
             raise data_lost(id)
 
 
 def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) -> Bootstrap:
-    """An existing cluster, which has our peer URLs already: it will send us the log."""
+    """Join an existing cluster, which has these peer URLs already and will send the log."""
     if config.discovery:
         raise StartError(
             "discovery URL should not be set when joining existing initial cluster;"
             " remove -discovery (ETCD_DISCOVERY) and list the members in -initial-cluster"
         )
     initial = _initial_members(config)
-    local = _new_cluster(config.initial_cluster_token, initial)
-    own = _own_member(config, local)
-    found = fetch_cluster(_peer_urls_of_others(local, own), JOIN_ANSWER_SECONDS, tls)
+    local, own = _new_cluster(config, config.initial_cluster_token, initial)
+    urls = _peer_urls_of_others(local.members.values(), own.id)
+    found = fetch_cluster(urls, JOIN_ANSWER_SECONDS, tls)
     if found is None:
         raise StartError(
             "cannot fetch cluster info from peer urls: could not retrieve cluster information from"
@@ -18536,7 +18510,7 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
     cluster_id, existing = found
     members = _match_members(local, existing)
     own = next(member for member in members if member.name == config.name)
-    _check_no_past(own.id, [url for m in members if m.id != own.id for url in m.peer_urls], tls)
+    _check_no_past(own.id, members, tls)
     _check_reachable(config, initial)
     others = [member for member in members if member.id != own.id]
     if not _is_compatible(others, tls):
@@ -18544,20 +18518,9 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
             f"incompatible with current running cluster: its version must lie between"
             f" {MIN_CLUSTER_VERSION} and {SERVER_VERSION}; look at GET /version of its members"
         )
-    store = Store(history_capacity=config.history_events)
-    cluster = Cluster(config.initial_cluster_token, store)
-    cluster.id, cluster.local_id = cluster_id, own.id
-    cluster.members = {member.id: member for member in members}
-    _log_config(config, data_dir, format_initial_cluster(initial))
-    metadata = encode_metadata(own.id, cluster_id)
-    wal = Wal.create(data_dir.wal, metadata)
-    package_logger("etcdserver").info(
-        "start member %s in cluster %s", format_id(own.id), format_id(cluster_id)
-    )
-    return Bootstrap(
-        data_dir, own.id, cluster, store, wal, Snapshotter(data_dir.snap),
-        WalContents(metadata, HardState(), [], []), None, remotes=others,
-    )
+    local.id, local.local_id = cluster_id, own.id
+    local.members = {member.id: member for member in members}
+    return _create_log(config, data_dir, local, initial)._replace(remotes=others)
 
 
 def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
@@ -18579,23 +18542,14 @@ def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
 
 
 def _is_compatible(members: Sequence[Member], tls: Optional[TlsContext]) -> bool:
-    """True if the running cluster's version is one that we can live with."""
+    """True if this program can join a cluster of the version that the members report."""
+    versions = list(filter(None, (_cluster_version(member, tls) for member in members)))
     low, high = version_key(MIN_CLUSTER_VERSION), version_key(SERVER_VERSION)
-    good = False
-    for member in members:
-        version = _cluster_version(member, tls)
-        if version is None:
-            continue
-        if not low <= version <= high:
-            return False
-        good = True
-    return good
+    return bool(versions) and all(low <= version <= high for version in versions)
 
 
-def _cluster_version(
-    member: Member, tls: Optional[TlsContext]
-) -> Optional[Tuple[int, int]]:
-    """The cluster version as `member` knows it; None if it cannot be asked, or does not know."""
+def _cluster_version(member: Member, tls: Optional[TlsContext]) -> Optional[Tuple[int, int]]:
+    """Return the cluster version that `member` reports; None without an answer or a version."""
     for url in member.peer_urls:
         try:
             _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)
@@ -18724,10 +18678,10 @@ def checked_settings(settings: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 class ServerThread:
-    """What a member and a proxy have in common: listeners, and a reactor on a thread of its own.
+    """The base of a member and a proxy: listeners, and a reactor on a thread of its own.
 
     settings are the fields of ServerConfig; URL lists may be any sequence.  Raises TypeError for
-    a setting that does not exist, ValueError for a URL that is none.  Thread: any.
+    an unknown setting, ValueError for a bad URL.  Thread: any.
     """
 
     def __init__(self, **settings: "Unpack[ServerSettings]") -> None:
@@ -18767,11 +18721,11 @@ class ServerThread:
         if self._thread is None:
             self._close()
         elif self._thread.is_alive():
-            self._reactor.call_soon_threadsafe(self._stop)
+            self._reactor.call_soon_threadsafe(self._stop_in_order)
             self._thread.join()
 
     def wait(self) -> int:
-        """Block until the server ends; return the exit code: 0, or 1 after a failure."""
+        """Wait for the end of the server; return the exit code: 0, or 1 after a failure."""
         if self._thread is not None:
             self._thread.join()
         return 1 if self._error is not None else 0
@@ -18782,7 +18736,7 @@ class ServerThread:
         return tuple(listener.bound_url for listener in self._client_listeners)
 
     def _start_or_stop(self) -> None:
-        """Start; after a failure nothing stays open."""
+        """Start; close everything after a failure."""
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.stop)
             self.start()
@@ -18821,7 +18775,7 @@ class ServerThread:
 
     def _run(self) -> None:
         try:
-            self._begin()
+            self._start_work()
             self._reactor.run()
         except Exception as error:
             self._error = error
@@ -18829,21 +18783,21 @@ class ServerThread:
         finally:
             self._close()
 
-    def _begin(self) -> None:
-        """First thing on the reactor's thread."""
+    def _start_work(self) -> None:
+        """Start the parts of a subclass, on the reactor's thread."""
 
     def _free(self) -> None:
-        """Free what is there besides listeners and reactor, in whatever state it is."""
+        """Free the parts of a subclass, in any state: after a failed start too."""
 
     def _close(self) -> None:
-        """Free everything: in the end, however far the start came, and whatever has failed."""
+        """Free everything, in any state: after a failed start too."""
         with contextlib.ExitStack() as each:
             each.callback(self._reactor.close)
             each.callback(self._close_listeners)
             self._free()
 
-    def _stop(self) -> None:
-        """On the reactor's thread: end everything in order."""
+    def _stop_in_order(self) -> None:
+        """Stop, on the reactor's thread."""
         self._close_listeners()
         self._reactor.stop()
 
@@ -18860,10 +18814,9 @@ class Server(ServerThread):
         with pyetcd.Server(data_dir="/var/lib/x", listen_client_urls=["http://127.0.0.1:0"]) as s:
             print(s.client_urls[0])
 
-    settings are the fields of ServerConfig; URL lists may be any sequence.  Without them the
-    member listens on free loopback ports; what is not advertised explicitly is advertised as
-    bound.  Several members may live in one process.  Raises StartError from bind() and start().
-    Thread: any.
+    settings are the fields of ServerConfig; URL lists may be any sequence.  By default the member
+    listens on free loopback ports and advertises the bound URLs.  Several members may live in one
+    process.  Raises StartError from bind() and start().  Thread: any.
     """
 
     _transport_type: Type[Transport] = Transport
@@ -18874,7 +18827,7 @@ class Server(ServerThread):
         self._peer_api: Optional[PeerApi] = None
         self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
-        self._leaving = False           # stop() was called
+        self._leaving = False           # stop() has begun
 
     # -- life --------------------------------------------------------------
 
@@ -18883,26 +18836,23 @@ class Server(ServerThread):
         return self
 
     def bind(self) -> None:
-        """Open the listening sockets, so that the ports are known; nothing is served yet."""
+        """Open the listening sockets, so that the ports are known; serve nothing yet."""
         if self._client_listeners:
             return
+        config, log = self.config, package_logger("etcd")
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._abandon_listeners)
-            for url in self.config.listen_peer_urls:
+            for url in config.listen_peer_urls:
                 self._peer_listeners.append(self._listen(
-                    url, self._serve_peer, PEER_BODY_BYTES_MAX, self.config.peer_tls,
+                    url, self._serve_peer, PEER_BODY_BYTES_MAX, config.peer_tls,
                     kept=(DESCRIPTORS_KEPT // 2, 8), patient=False,
                 ))
-                package_logger("etcd").info("listening for peers on %s", url)
-            for url in self.config.listen_client_urls:
+                log.info("listening for peers on %s", url)
+            for url in config.listen_client_urls:
                 self._client_listeners.append(
-                    self._listen(
-                        url, _bad_request, REQUEST_BODY_BYTES_MAX, self.config.client_tls
-                    )
-                )
-                package_logger("etcd").info("listening for client requests on %s", url)
+                    self._listen(url, _bad_request, REQUEST_BODY_BYTES_MAX, config.client_tls))
+                log.info("listening for client requests on %s", url)
             on_failure.pop_all()
-        config = self.config
         if not config.advertise_client_urls:
             config = config._replace(advertise_client_urls=self.client_urls)
         if not config.initial_advertise_peer_urls:
@@ -18910,9 +18860,9 @@ class Server(ServerThread):
         self.config = config
 
     def start(self, *, initial_cluster: str = "") -> None:
-        """Bind, join or form the cluster, and serve.  With discovery this waits for the others.
+        """Bind, form or join the cluster, and serve.  Discovery waits for the other members.
 
-        initial_cluster  replaces the configured one, for a caller who binds all members first
+        initial_cluster  replaces the configured one, if the caller binds all members first
         """
         self.bind()
         if initial_cluster:
@@ -18944,19 +18894,19 @@ class Server(ServerThread):
         self._reactor.on_turn = self.etcd.on_turn
 
     def kill(self) -> None:
-        """End at once, as by `kill -9`: nothing more is written or said.  For tests."""
+        """End at once, as `kill -9` does: write and send nothing more.  For tests."""
         if self._thread is not None and self.etcd is not None:
             self._reactor.call_soon_threadsafe(self._halt, ServerStopped("killed"))
             self._thread.join()
 
     def wait_ready(self, timeout_s: float = 10.0) -> bool:
-        """Block until this member has a leader and is published; False after timeout_s."""
+        """Wait until this member has a leader and is published; return False after timeout_s."""
         return self._ready.wait(timeout_s)
 
     def call(self, work: Callable[[EtcdServer], Any], timeout_s: float = 10.0) -> Any:
         """Run work(etcd) on the reactor's thread and return its result.
 
-        Raises ServerStopped, also if the member ends meanwhile, and TimeoutError.
+        Raises TimeoutError, and ServerStopped if the member has ended or ends meanwhile.
         """
         if self.etcd is None or self._thread is None or not self._thread.is_alive():
             raise ServerStopped()
@@ -18976,8 +18926,6 @@ class Server(ServerThread):
             raise error             # of the caller's code: it belongs to the caller
         return result
 
-    # -- facts -------------------------------------------------------------
-
     @property
     def peer_urls(self) -> Tuple[str, ...]:
         """Bound peer URLs, with the real ports."""
@@ -18986,7 +18934,7 @@ class Server(ServerThread):
     # -- inside ------------------------------------------------------------
 
     def _count_client_bytes(self, metrics: Metrics) -> None:
-        """Under the names of etcd 3.x, whose clients all speak gRPC."""
+        """Add the bytes of the client port, under the names of etcd 3.x, whose clients use gRPC."""
         listeners = self._client_listeners
         metrics.total("etcd_network_client_grpc_received_bytes_total",
                       "Bytes from clients, HTTP here, heads included.",
@@ -18999,7 +18947,7 @@ class Server(ServerThread):
         assert self._peer_api is not None
         self._peer_api.handle(request)
 
-    def _begin(self) -> None:
+    def _start_work(self) -> None:
         assert self.etcd is not None
         self.etcd.start()
 
@@ -19009,19 +18957,19 @@ class Server(ServerThread):
         if self.etcd is not None:
             self.etcd.abandon()
 
-    def _stop(self) -> None:
+    def _stop_in_order(self) -> None:
         assert self.etcd is not None
         if not self.etcd.stopping and not self._leaving:
             self._leaving = True
-            GracefulStop(self.etcd, self._end)
+            GracefulStop(self.etcd, self._stop_member)
 
-    def _end(self) -> None:
+    def _stop_member(self) -> None:
         assert self.etcd is not None
         self.etcd.stop()
-        super()._stop()
+        super()._stop_in_order()
 
     def _failed(self, error: BaseException) -> None:
-        """Durability is lost, or unknown: not one more byte leaves this member."""
+        """End the member, which sends nothing more: its data may no longer be durable."""
         hint = ""
         if isinstance(error, FileNotFoundError):
             hint = "; was the data directory renamed or removed while the member ran?"
@@ -19036,7 +18984,7 @@ class Server(ServerThread):
         self._reactor.stop()
 
     def _refuse(self, error: StartError) -> None:
-        """What bootstrap would have refused has come out only now."""
+        """End the member for a reason that bootstrap would have refused, had it known."""
         package_logger("etcd").critical("%s", error)
         self._halt(error)
 
@@ -19045,10 +18993,10 @@ class Server(ServerThread):
             log = package_logger("etcdserver")
             log.error("the member has been permanently removed from the cluster")
             log.error("the data-dir used by this member must be removed.")
-            self._end()
+            self._stop_member()
 
     def _abandon_listeners(self) -> None:
-        """The start has failed: say which ports are free again."""
+        """Close the listeners after a failed start, and log the ports that are free again."""
         log = package_logger("etcd")
         for listener in self._client_listeners:
             log.info("stopping listening for client requests on %s", listener.url)
@@ -19066,18 +19014,25 @@ _BIND_HINTS = {
 
 
 # ============================================================================
-# life/proxy_files -- What a proxy knows of its cluster: peer URLs, and the file that keeps them.
+# life/proxy_files -- The cluster file of a proxy: peer URLs of the members, and where they come from.
 # ============================================================================
 
 
-def find_peer_urls(config: ServerConfig, cluster_file: str) -> Tuple[str, ...]:
-    """Return the peer URLs to ask for members: of the cluster file, else of the bootstrap flags.
+class ClusterFile(NamedTuple):
+    """The contents of a cluster file."""
 
-    Raises StartError.  With discovery this waits for the members.  Source: etcd 2.3 startProxy.
+    peer_urls: Tuple[str, ...]
+    client_urls: Tuple[str, ...] = ()   # that worked when the published ones did not; not of etcd
+
+
+def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
+    """Return the URLs of the members, from the cluster file or else from bootstrap flags.
+
+    Raises StartError.  Discovery waits for the members.  Source: etcd 2.3 startProxy.
     """
     log = package_logger("proxy")
-    urls = read_cluster_file(cluster_file)
-    if urls is not None:
+    known = read_cluster_file(cluster_file)
+    if known is not None:
         for what, given in (
             ("discovery token", config.discovery), ("DNS SRV discovery", config.discovery_srv),
         ):
@@ -19086,9 +19041,9 @@ def find_peer_urls(config: ServerConfig, cluster_file: str) -> Tuple[str, ...]:
                     "%s ignored since the proxy has already been initialized. Valid cluster file"
                     " found at %s", what, go_quote(cluster_file),
                 )
-        log.info("using peer urls [%s] from cluster file %s", " ".join(urls),
+        log.info("using peer urls [%s] from cluster file %s", " ".join(known.peer_urls),
                  go_quote(cluster_file))
-        return urls
+        return known
     try:
         text = config.initial_cluster or default_initial_cluster(config.name)
         if config.discovery:
@@ -19103,15 +19058,19 @@ def find_peer_urls(config: ServerConfig, cluster_file: str) -> Tuple[str, ...]:
         raise StartError(f"error setting up initial cluster: {error}") from None
     urls = tuple(sorted(url for member in initial.values() for url in member))
     log.info("using peer urls [%s] ", " ".join(urls))
-    return urls
+    return ClusterFile(urls)
 
 
-def read_cluster_file(path: str) -> Optional[Tuple[str, ...]]:
-    """Return the peer URLs that a proxy has kept; None if there is no file.  Raises StartError."""
+def read_cluster_file(path: str) -> Optional[ClusterFile]:
+    """Return the contents of a cluster file; None if it does not exist.  Raises StartError."""
     try:
         with open(path, "rb") as file:
-            urls = json.load(file)["PeerURLs"]
-        return tuple(check_url(url) for url in urls)
+            content = json.load(file)
+        kept = content.get("ClientURLs")
+        return ClusterFile(
+            tuple(map(check_url, content["PeerURLs"])),
+            tuple(usable_urls(map(str, kept if isinstance(kept, list) else ()))),
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -19121,12 +19080,11 @@ def read_cluster_file(path: str) -> Optional[Tuple[str, ...]]:
         ) from None
 
 
-def write_cluster_file(path: str, urls: Sequence[str], endpoints: Sequence[str] = ()) -> None:
-    """Replace the file, whole or not at all.  Raises OSError.
-
-    endpoints  for read_kept_endpoints(); etcd reads over them
-    """
-    content = {"PeerURLs": list(urls), **({"ClientURLs": list(endpoints)} if endpoints else {})}
+def write_cluster_file(path: str, cluster: ClusterFile) -> None:
+    """Replace the cluster file atomically.  Raises OSError."""
+    content = {"PeerURLs": cluster.peer_urls}
+    if cluster.client_urls:
+        content["ClientURLs"] = cluster.client_urls
     descriptor = os.open(path + ".bak", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "wb") as file:
         file.write(utf8(json_text(content)))
@@ -19158,20 +19116,20 @@ def prepare_proxy_dir(config: ServerConfig) -> str:
 
 
 # ============================================================================
-# life/proxy -- The proxy: a door to a cluster on a machine that is no member of it.
+# life/proxy -- The proxy: forwards requests of clients to the members of a cluster.
 # ----------------------------------------------------------------------------
-# Threads: as for embedding.  What blocks runs before the reactor or on its helpers.
+# Threads: as for embedding.  Blocking calls run before the reactor starts, or on its worker threads.
 # ============================================================================
 
 
-PROXY_PROBE_SECONDS = 2.0           # silence of a member that owes answers; then it is asked
+PROXY_PROBE_SECONDS = 2.0           # silence of a member with requests; above: it is probed
 PROXY_RETRY_SECONDS = 1.0           # between refreshes while there is no endpoint
 PROXY_REFRESH_SECONDS_MIN = 0.1     # between refreshes, whatever the flag says
-PROXY_UNREAD_BYTES_MAX = 256 << 10  # reply bytes that a client leaves; above: the member waits
-PROXY_CONNECT_SECONDS_MAX = 3600.0  # with dial timeout 0; the system gives up long before
+PROXY_UNREAD_BYTES_MAX = 256 << 10  # reply bytes a client has not read; above: the call pauses
+PROXY_CONNECT_SECONDS_MAX = 3600.0  # with dial timeout 0; the system times out long before
 _DEFAULT_REFRESH_MS = ServerConfig().proxy_refresh_interval_ms
 
-# Headers that are for one connection only (RFC 2616 §13.5.1), and one that each side makes.
+# Headers of one connection (RFC 2616 §13.5.1), and Content-Length, which each side computes.
 _HOP_HEADERS = frozenset((
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailers",
     "transfer-encoding", "upgrade", "content-length",
@@ -19179,16 +19137,7 @@ _HOP_HEADERS = frozenset((
 _CORS_HEADERS = frozenset((
     "access-control-allow-headers", "access-control-allow-methods", "access-control-allow-origin",
 ))
-_WAITS = frozenset(f"wait={word}" for word, value in _BOOLS.items() if value)
-
-
-def read_kept_endpoints(path: str) -> Tuple[str, ...]:
-    """Return the client URLs that worked when those of the members' list did not; () without."""
-    try:
-        with open(path, "rb") as file:
-            return tuple(usable_urls(map(str, json.load(file).get("ClientURLs", ()))))
-    except (OSError, ValueError, TypeError, AttributeError):
-        return ()                       # read_cluster_file() has told
+_WAITS = frozenset(f"wait={word}" for word, value in GO_BOOLS.items() if value)
 
 
 class ProxyDialer:
@@ -19215,7 +19164,7 @@ class ProxyDialer:
         )
 
     def probe(self, url: str, on_done: Callable[[Optional[Exception]], None]) -> HttpCall:
-        """Ask for something that a member answers at once, within the write timeout."""
+        """Send a request that a member answers at once; it fails after the write timeout."""
         return HttpCall(
             self._reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
             idle_timeout_s=self._write_s, answer_max=ANSWER_BYTES_MAX, tls=self.tls,
@@ -19224,12 +19173,12 @@ class ProxyDialer:
 
 
 class Endpoint:
-    """A client URL of a member: whether requests go there, and which ones wait for it.
+    """A client URL of a member, its state, and the requests that wait for its answers.
 
-    A member that is stopped, or cut off, still accepts connections or says nothing at all, and
-    no limit but -proxy-read-timeout, which also ends watches, would tell.  So one that owes
-    answers and is silent for PROXY_PROBE_SECONDS is probed; if the probe gets no answer either,
-    the endpoint has failed, for all that wait for it.  Differs from etcd, which waits forever.
+    A suspended member accepts connections and sends nothing, and -proxy-read-timeout would end
+    watches too.  So an endpoint that is silent for PROXY_PROBE_SECONDS, while requests wait for
+    it, gets a probe.  Without an answer to the probe the endpoint has failed for all requests that
+    wait.  Differs from etcd, which waits for ever.
     """
 
     def __init__(
@@ -19238,24 +19187,21 @@ class Endpoint:
     ) -> None:
         self.url = url
         self.available = True
-        self.suspect = False            # failed, and has not answered since: others go first
+        self.suspect = False            # failed, and has not answered since: tried last
         self._reactor = reactor
         self._dialer = dialer
         self._failure_wait_s = failure_wait_s
         self._waiting: Dict[Forward, None] = {}
-        self._heard = 0.0               # monotonic seconds
+        self._heard = 0.0               # time of the last answer, monotonic seconds
         self._has_worked = has_worked
         self._timer: Optional[Timer] = None
         self._probe: Optional[HttpCall] = None
 
-    def expect(self, forward: "Forward") -> None:
-        """`forward` waits for the end of an answer."""
+    def add_waiting(self, forward: "Forward") -> None:
         self._waiting[forward] = None
-        if self._timer is None and self._probe is None:
-            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
+        self._start_timer()
 
-    def leave(self, forward: "Forward") -> None:
-        """It does not wait any more."""
+    def remove_waiting(self, forward: "Forward") -> None:
         self._waiting.pop(forward, None)
         if not self._waiting and self._probe is not None:
             self._probe.cancel()
@@ -19263,17 +19209,17 @@ class Endpoint:
 
     @property
     def works(self) -> bool:
-        """True if it answered the last request that was made of it."""
+        """True if the member answered the last request."""
         return self._has_worked and not self.suspect
 
     def answered(self) -> None:
-        """Something came from the member: it lives."""
+        """Note that data came from the member: it lives."""
         self._heard = self._reactor.now()
         self._has_worked = True
         self.suspect = False
 
     def failed(self) -> None:
-        """Send nothing there for the failure wait."""
+        """Send no requests to the member until the failure wait is over."""
         self.suspect = True
         if self.available:
             self.available = False
@@ -19286,16 +19232,16 @@ class Endpoint:
             "marked endpoint %s available, to retest connectivity", self.url
         )
 
-    def _look(self) -> None:
-        """Probe if somebody waits and nothing was heard; come back while somebody waits."""
+    def _start_timer(self) -> None:
+        if self._waiting and self._timer is None and self._probe is None:
+            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._probe_if_silent)
+
+    def _probe_if_silent(self) -> None:
         self._timer = None
-        if not self._waiting:
-            return
         asked = self._reactor.now()
-        if asked - self._heard < PROXY_PROBE_SECONDS:
-            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
-            return
-        self._probe = self._dialer.probe(self.url, lambda error: self._probed(asked, error))
+        if self._waiting and asked - self._heard >= PROXY_PROBE_SECONDS:
+            self._probe = self._dialer.probe(self.url, lambda error: self._probed(asked, error))
+        self._start_timer()
 
     def _probed(self, asked: float, error: Optional[Exception]) -> None:
         self._probe = None
@@ -19305,54 +19251,47 @@ class Endpoint:
             self.failed()
             for forward in list(self._waiting):
                 forward.lost(error)
-        # Any other error: what still waits has a connection that will tell of itself.
-        if self._waiting and self._timer is None:
-            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
+        # After any other error the connections of the waiting requests report errors of their own.
+        self._start_timer()
 
 
 class Endpoints:
-    """The members that requests can go to, by what the peers tell every refresh interval.
+    """The endpoints of a cluster, refreshed from a peer's list of members every interval.
 
     Source: etcd 2.3 proxy/director.go, etcdmain/etcd.go startProxy.
     """
 
     def __init__(
         self, config: ServerConfig, reactor: Reactor, dialer: ProxyDialer,
-        peer_urls: Sequence[str], cluster_file: str,
+        cluster: ClusterFile, cluster_file: str,
     ) -> None:
         self._config = config
         self._reactor = reactor
         self._dialer = dialer
-        self._peer_urls = tuple(peer_urls)
+        self._peer_urls = cluster.peer_urls
         self._cluster_file = cluster_file
         self._retry = Backoff(PROXY_RETRY_SECONDS, _DEFAULT_REFRESH_MS / 1000)
-        self._written: object = None                # what the file surely holds
-        self._endpoints = [
-            self._endpoint(url, has_worked=True) for url in read_kept_endpoints(cluster_file)
-        ]
+        self._written: Optional[ClusterFile] = None     # the contents of the file, once written
+        self._endpoints = [self._endpoint(url, has_worked=True) for url in cluster.client_urls]
         self._announced = False
         self._timer: Optional[Timer] = None
         self._log = package_logger("proxy")
 
     def available(self) -> List[Endpoint]:
-        """Those to try, in this order."""
+        """Return the endpoints to try, in this order."""
         usable = [endpoint for endpoint in self._endpoints if endpoint.available]
         return sorted(usable, key=lambda endpoint: endpoint.suspect)
 
     def refresh(self) -> None:
-        """Ask the peers now, and wait for it.  Thread: any, before the reactor runs."""
-        self._take(self._ask(self._peer_urls, self._working()))
-
-    def start(self) -> None:
-        """Go on refreshing.  Thread: reactor."""
-        self._wait()
+        """Refresh now; blocks.  Thread: any, before the reactor runs."""
+        self._update(self._fetch(self._peer_urls, self._working()))
 
     def stop(self) -> None:
-        """Refresh no more.  Thread: reactor."""
         if self._timer is not None:
             self._timer.cancel()
 
-    def _wait(self) -> None:
+    def schedule_refresh(self) -> None:
+        """Refresh after the interval, and again and again.  Thread: reactor."""
         interval_ms = self._config.proxy_refresh_interval_ms
         wait_s = max(interval_ms / 1000, PROXY_REFRESH_SECONDS_MIN)
         usable = self.available()
@@ -19364,32 +19303,32 @@ class Endpoints:
             self._announced = True
             urls = " ".join(go_quote(endpoint.url) for endpoint in usable)
             self._log.info("endpoints found [%s]", urls)
-        self._timer = self._reactor.call_later(wait_s, self._begin_refresh)
+        self._timer = self._reactor.call_later(wait_s, self._start_refresh)
 
-    def _begin_refresh(self) -> None:
+    def _start_refresh(self) -> None:
         self._reactor.run_blocking(
-            self._ask, self._peer_urls, self._working(), kind=PEER_WORK, done=self._refreshed
+            self._fetch, self._peer_urls, self._working(), kind=PEER_WORK, done=self._refreshed
         )
 
     def _refreshed(self, error: Optional[BaseException], found: Any) -> None:
         if error is None:
-            self._take(found)
+            self._update(found)
         else:
             self._log.warning("could not ask for the members: %s", error)
-        self._wait()
+        self.schedule_refresh()
 
     def _working(self) -> Tuple[str, ...]:
         return tuple(sorted(endpoint.url for endpoint in self._endpoints if endpoint.works))
 
-    def _ask(
-        self, peer_urls: Sequence[str], working: Sequence[str]
-    ) -> Optional[Tuple[Tuple[str, ...], List[str]]]:
-        """Return what the first peer that answers tells, kept in the file; None: nobody answers.
+    def _fetch(
+        self, peer_urls: Tuple[str, ...], working: Tuple[str, ...]
+    ) -> Optional[ClusterFile]:
+        """Return the URLs that the first peer to answer lists, and keep them in the file.
 
-        The result is (peer URLs, client URLs).  The peer URL that has answered stays behind those
-        that it tells, and the `working` client URLs stay in the file if none of them is told:
-        differs from etcd, which forgets them.  A list that is wrong here, such as `localhost`,
-        would end the service for good.
+        Returns None if no peer answers.  Differs from etcd: the peer URL that answered stays, last
+        in the list, and the `working` client URLs stay in the file if the peer lists none of them.
+        Otherwise a list with URLs that are wrong on this machine, such as `localhost`, would end
+        the service for good.
 
         Thread: any; blocks.
         """
@@ -19403,26 +19342,25 @@ class Endpoints:
             return None
         urls = tuple(sorted(usable_urls(url for m in found[1] for url in m.peer_urls)))
         urls = urls if url in urls else (*urls, url)
-        told = sorted(set(usable_urls(url for m in found[1] for url in m.client_urls)))
-        content = urls, () if set(told) & set(working) else tuple(working)
+        listed = tuple(sorted(set(usable_urls(url for m in found[1] for url in m.client_urls))))
+        content = ClusterFile(urls, () if set(listed) & set(working) else working)
         if content != self._written:
             try:
-                write_cluster_file(self._cluster_file, *content)
+                write_cluster_file(self._cluster_file, content)
                 self._written = content
             except OSError as error:
                 self._log.warning("error on writing urls %s", error)
-        return urls, told
+        return ClusterFile(urls, listed)
 
-    def _take(self, found: Optional[Tuple[Tuple[str, ...], List[str]]]) -> None:
-        """Replace the endpoints; those that stay keep what is known of them.
+    def _update(self, found: Optional[ClusterFile]) -> None:
+        """Replace the endpoints by those in `found`; endpoints in both keep their state.
 
-        Endpoints that work stay behind the new ones until one of those works, and all stay while
-        no peer answers.
+        Working endpoints stay, last in the list, until a new one works.  All stay if found is None.
         """
         if found is None:
             self._log.warning("could not retrieve cluster information from the given urls")
             return
-        urls, told = found
+        urls = found.peer_urls
         if urls != self._peer_urls:
             self._log.info(
                 "updated peer urls in cluster file from [%s] to [%s]", " ".join(self._peer_urls),
@@ -19430,9 +19368,9 @@ class Endpoints:
             )
             self._peer_urls = urls
         known = {endpoint.url: endpoint for endpoint in self._endpoints}
-        told = [url for url in told if not self._is_own(url)]
-        random.shuffle(told)
-        endpoints = [known.get(url) or self._endpoint(url) for url in told]
+        listed = [url for url in found.client_urls if not self._is_own(url)]
+        random.shuffle(listed)
+        endpoints = [known.get(url) or self._endpoint(url) for url in listed]
         if not any(endpoint.works for endpoint in endpoints):
             endpoints += [
                 endpoint for endpoint in self._endpoints
@@ -19441,7 +19379,7 @@ class Endpoints:
         self._endpoints = endpoints
 
     def _is_own(self, url: str) -> bool:
-        """True if `url` leads to this proxy itself: members that advertise `localhost`."""
+        """True if `url` leads to this proxy: some members advertise `localhost`."""
         port = url_address(url)[1]
         return is_local(url) and any(
             is_local(own) and url_address(own)[1] == port
@@ -19453,54 +19391,41 @@ class Endpoints:
         return Endpoint(url, self._reactor, self._dialer, wait_s, has_worked=has_worked)
 
 
-class ProxyMetrics:
-    """What a proxy counts.  Source: etcd 2.3 proxy/metrics.go."""
+class ProxyMetrics(Metrics):
+    """The metrics of a proxy.  Source: etcd 2.3 proxy/metrics.go."""
 
     def __init__(self, started_ns: int, now: Callable[[], float]) -> None:
-        self.metrics = Metrics()
-        add_process_readings(self.metrics, started_ns, now)
-        self._requests = self.metrics.counter(
+        super().__init__()
+        add_process_readings(self, started_ns, now)
+        self.requests = self.counter(
             "etcd_proxy_requests_total", "Requests that came in, by method.", ("method",))
-        self._handled = self.metrics.counter(
+        self.handled = self.counter(
             "etcd_proxy_handled_total", "Requests that a member answered.", ("method", "code"))
-        self._dropped = self.metrics.counter(
+        self.dropped = self.counter(
             "etcd_proxy_dropped_total", "Requests, or tries of one, that failed in the proxy.",
             ("method", "proxying_error"))
-        self._seconds = Histograms(exponential_bounds(0.0005, 13), ("method",))
-        self.metrics.add("etcd_proxy_handling_duration_seconds",
-                         "From a request to its answer, by method.", self._seconds)
-
-    def came(self, method: str) -> None:
-        """A request came in."""
-        self._requests.inc(_known_method(method))
-
-    def handled(self, method: str, status: int, seconds: float) -> None:
-        """A member has begun to answer."""
-        method = _known_method(method)
-        self._handled.inc(method, str(status))
-        self._seconds.child(method).observe(seconds)
-
-    def dropped(self, method: str, error: str) -> None:
-        """A try has failed: zero_endpoints, failed_sending_request, failed_getting_response."""
-        self._dropped.inc(_known_method(method), error)
+        self.seconds = Histograms(exponential_bounds(0.0005, 13), ("method",))
+        self.add("etcd_proxy_handling_duration_seconds",
+                 "From a request to its answer, by method.", self.seconds)
 
 
-def _known_method(method: str) -> str:
-    """A label for `method`; clients may not fill the memory with words of their own."""
-    return method if method in ("GET", "HEAD", "PUT", "POST", "DELETE", "PATCH") else "other"
+def _method_label(request: HttpRequest) -> str:
+    """Return the method as a label; unknown ones share `other`, so that labels stay few."""
+    known = ("GET", "HEAD", "PUT", "POST", "DELETE", "PATCH")
+    return request.method if request.method in known else "other"
 
 
 class Forward:
-    """One request on its way: to one endpoint after the other, then the answer back.
+    """One request: tries one endpoint after the other, and passes the answer to the client.
 
-    An endpoint that cannot be reached, or does not answer, is left for the next one.  Differs
-    from etcd: a request that is not GET or HEAD is tried elsewhere only if no connection was
-    made, as it may have been executed otherwise.  Thread: reactor.
+    After an endpoint that cannot be reached, or does not answer, the next one is tried.  Differs
+    from etcd: a request that is not GET or HEAD goes to the next endpoint only if no connection
+    was made, as the first member may have executed it.  Thread: reactor.
     """
 
     __slots__ = (
-        "_request", "_left", "_tried", "_dialer", "_metrics", "_ended", "_started", "_endpoint",
-        "_call", "_reply", "_is_empty", "_waits",
+        "_request", "_left", "_tried", "_dialer", "_metrics", "_method", "_ended", "_started",
+        "_endpoint", "_call", "_reply", "_is_empty", "_waits",
     )
 
     def __init__(
@@ -19512,6 +19437,7 @@ class Forward:
         self._tried = 0
         self._dialer = dialer
         self._metrics = metrics
+        self._method = _method_label(request)
         self._ended = ended
         self._started = dialer.now()
         self._endpoint: Optional[Endpoint] = None
@@ -19524,42 +19450,42 @@ class Forward:
     def start(self) -> None:
         """Send the request to the first endpoint."""
         self._request.on_close = self._client_gone
-        # Who ends his side of the connection does not wait for an event any more.
+        # A client that ends its side of the connection has ended its watch.
         self._request.connection.streaming = self._waits
         self._try_next()
 
     def cancel(self) -> None:
-        """Drop it, without an answer."""
+        """Drop the request without an answer."""
         self._request.on_close = None
         if self._call is not None:
             self._call.cancel()
         self._end()
 
     def lost(self, error: Exception) -> None:
-        """The endpoint has failed while this waited for it."""
+        """Try the next endpoint, as this one has failed a probe."""
         if self._call is not None:
             self._call.cancel()
-        self._done(error)
+        self._call_done(error)
 
     def _try_next(self) -> None:
         while self._left:
             endpoint = self._left.popleft()
-            if endpoint.available:      # another request may have found out meanwhile
+            if endpoint.available:      # another request may have marked it failed meanwhile
                 self._tried += 1
                 self._endpoint = endpoint
-                endpoint.expect(self)
+                endpoint.add_waiting(self)
                 self._call = self._dialer.call(
                     endpoint.url, self._request, self._headers(), self._head, self._data,
-                    self._done,
+                    self._call_done,
                 )
                 return
         self._give_up(502, f"unable to get response from {self._tried} endpoint(s)")
 
     def _headers(self) -> Dict[str, str]:
-        """The client's headers, as far as they are for the member."""
+        """Return the headers of the client for the member, and X-Forwarded-For."""
         request = self._request
         named = _list_header(request.headers, "connection")
-        dropped = _HOP_HEADERS.union(named, ("expect",))    # we have answered that
+        dropped = _HOP_HEADERS.union(named, ("expect",))    # the proxy has answered Expect
         headers = {
             _header_name(name): value for name, value in request.headers.items()
             if name not in dropped
@@ -19573,10 +19499,11 @@ class Forward:
         assert self._endpoint is not None
         request = self._request
         self._endpoint.answered()
-        self._metrics.handled(request.method, status, self._dialer.now() - self._started)
+        self._metrics.handled.inc(self._method, str(status))
+        self._metrics.seconds.child(self._method).observe(self._dialer.now() - self._started)
         dropped = _HOP_HEADERS.union(("date",))
         if isinstance(request, CorsRequest):
-            dropped = dropped.union(_CORS_HEADERS)      # the reply has ours
+            dropped = dropped.union(_CORS_HEADERS)      # the reply has those of the proxy
         lines = "".join(
             f"{_header_name(name)}: {value}\r\n" for name, value in headers.items()
             if name not in dropped
@@ -19597,38 +19524,38 @@ class Forward:
             self._call.pause()
             self._reply.when_read(self._call.resume)
 
-    def _done(self, error: Optional[Exception]) -> None:
+    def _call_done(self, error: Optional[Exception]) -> None:
         if self._reply is None:
-            self._failed(error or EOFError("unexpected EOF"))
+            self._try_failed(error or EOFError("unexpected EOF"))
             return
-        # A watch without events ends as if the member had ended it: clients begin a new one.
+        # A watch without events ends as if the member had ended it: clients start a new one.
         if error is None or self._waits and self._is_empty:
             self._reply.end()
         else:
             self._reply.abort()
         self._end()
 
-    def _failed(self, error: Exception) -> None:
-        """No answer from this endpoint."""
+    def _try_failed(self, error: Exception) -> None:
+        """Try the next endpoint, as this one did not answer."""
         assert self._endpoint is not None and self._call is not None
-        endpoint, method = self._endpoint, self._request.method
-        endpoint.leave(self)
-        if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:     # it is not the member
+        endpoint = self._endpoint
+        endpoint.remove_waiting(self)
+        if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:     # not the member's fault
             self._give_up(503, f"{_reason(error)}; raise the limit of open files (ulimit -n)")
             return
-        self._metrics.dropped(method, "failed_sending_request")
+        self._metrics.dropped.inc(self._method, "failed_sending_request")
         why = _reason(error)
         if isinstance(error, OSError) and error.errno and not self._call.connected:
             why = f"dial tcp {urlsplit(endpoint.url).netloc}: connect: {why}"
         package_logger("proxy").info("failed to direct request to %s: %s", endpoint.url, why)
         endpoint.failed()
-        if self._call.connected and method not in ("GET", "HEAD"):
-            self._left.clear()          # it may have been executed
+        if self._call.connected and self._method not in ("GET", "HEAD"):
+            self._left.clear()          # the member may have executed it
         self._try_next()
 
     def _give_up(self, status: int, text: str) -> None:
         package_logger("proxy").info(text)
-        self._metrics.dropped(self._request.method, "failed_getting_response")
+        self._metrics.dropped.inc(self._method, "failed_getting_response")
         self._end()
         write_message(self._request, status, f"proxy: {text}")
 
@@ -19638,17 +19565,17 @@ class Forward:
 
     def _end(self) -> None:
         if self._endpoint is not None:
-            self._endpoint.leave(self)
+            self._endpoint.remove_waiting(self)
         self._ended(self)
 
 
 def _header_name(name: str) -> str:
-    """`x-etcd-index` as servers written in Go spell it: `X-Etcd-Index`."""
+    """Return `x-etcd-index` as Go servers spell it: `X-Etcd-Index`."""
     return "-".join(part.capitalize() for part in name.split("-"))
 
 
 class ProxyApi:
-    """Everything on the client port of a proxy: two paths of its own, the rest is for a member.
+    """The client port of a proxy: answers two paths, and forwards the others to a member.
 
     Thread: reactor.  Source: etcd 2.3 proxy/proxy.go, reverse.go.
     """
@@ -19663,29 +19590,18 @@ class ProxyApi:
         self._body_bytes = 0                        # of all
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer a request of a client, now or when a member has."""
         path, request = request.path, allow_origin(request, self._origins)
         if not path.startswith("/"):
             request.reply(400)
         elif not is_clean_path(path):
             redirect(request)
         elif path == "/metrics":
-            body = utf8(self._metrics.metrics.text())
-            request.reply(200, body, "text/plain; version=0.0.4")
+            request.reply(200, utf8(self._metrics.text()), "text/plain; version=0.0.4")
         elif self._is_readonly and request.method != "GET":
             request.reply(501)
-        else:
-            self._serve(request)
-
-    def stop(self) -> None:
-        """Drop all requests that wait for a member."""
-        for forward in list(self._forwards):
-            forward.cancel()
-
-    def _serve(self, request: HttpRequest) -> None:
-        if request.method == "OPTIONS":
+        elif request.method == "OPTIONS":
             request.reply(200)
-        elif request.path != "/v2/config/local/proxy":
+        elif path != "/v2/config/local/proxy":
             self._forward(request)
         elif request.method != "GET":
             refuse_method("GET", request)
@@ -19694,8 +19610,14 @@ class ProxyApi:
             body = utf8(json_text({"endpoints": urls}) + "\n")
             request.reply(200, body, "text/plain; charset=utf-8")
 
+    def stop(self) -> None:
+        """Drop all requests that wait for a member."""
+        for forward in list(self._forwards):
+            forward.cancel()
+
     def _forward(self, request: HttpRequest) -> None:
-        self._metrics.came(request.method)
+        method = _method_label(request)
+        self._metrics.requests.inc(method)
         if request.body_too_large:
             write_message(
                 request, 500, "proxy: failed to read request body: http: request body too large"
@@ -19705,19 +19627,19 @@ class ProxyApi:
         if not endpoints:
             text = "zero endpoints currently available"
             package_logger("proxy").info(text)
-            self._metrics.dropped(request.method, "zero_endpoints")
+            self._metrics.dropped.inc(method, "zero_endpoints")
             write_message(request, 503, f"proxy: {text}")
             return
         if self._body_bytes > QUEUED_BYTES_MAX:
-            self._metrics.dropped(request.method, "failed_sending_request")
+            self._metrics.dropped.inc(method, "failed_sending_request")
             write_message(request, 503, "proxy: too many large requests wait for the members")
             return
-        forward = Forward(request, endpoints, self._dialer, self._metrics, self._ended)
+        forward = Forward(request, endpoints, self._dialer, self._metrics, self._forward_ended)
         self._forwards[forward] = len(request.body)
         self._body_bytes += len(request.body)
         forward.start()
 
-    def _ended(self, forward: Forward) -> None:
+    def _forward_ended(self, forward: Forward) -> None:
         self._body_bytes -= self._forwards.pop(forward)
 
 
@@ -19740,7 +19662,7 @@ class ProxyServer(ServerThread):
         return self
 
     def bind(self) -> None:
-        """Open the listening sockets, so that the ports are known; nothing is served yet."""
+        """Open the listening sockets, so that the ports are known; serve nothing yet."""
         if self._client_listeners:
             return
         with contextlib.ExitStack() as on_failure:
@@ -19748,24 +19670,24 @@ class ProxyServer(ServerThread):
             for url in self.config.listen_client_urls:
                 self._client_listeners.append(self._listen(
                     url, self._serve, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
-                    kept=(CONNECTIONS_MAX, 2),  # a request takes another one to a member
+                    kept=(CONNECTIONS_MAX, 2),  # a request needs a second one, to a member
                 ))
                 package_logger("proxy").info("listening for client requests on %s", url)
             on_failure.pop_all()
 
     def start(self) -> None:
-        """Find the members and serve.  With discovery this waits until all have registered."""
+        """Find the members and serve.  Discovery waits until all have registered."""
         config = self.config
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(self._close_listeners)
             fresh = absent_dirs(os.path.join(config.data_dir or config.name + ".etcd", "proxy"))
             cleanup.callback(remove_dirs, fresh)
             cluster_file = prepare_proxy_dir(config)
-            remove_dirs(fresh)          # a proxy that is ended while it waits leaves nothing
-            peer_urls = find_peer_urls(config, cluster_file)
+            remove_dirs(fresh)          # a proxy that ends while it waits leaves no directory
+            cluster = find_cluster(config, cluster_file)
             make_dirs(fresh)
             dialer = ProxyDialer(config, self._reactor)
-            self._endpoints = Endpoints(config, self._reactor, dialer, peer_urls, cluster_file)
+            self._endpoints = Endpoints(config, self._reactor, dialer, cluster, cluster_file)
             self._endpoints.refresh()
             self._api = ProxyApi(self._endpoints, dialer, config)
             self.bind()
@@ -19776,9 +19698,9 @@ class ProxyServer(ServerThread):
         assert self._api is not None
         self._api.handle(request)
 
-    def _begin(self) -> None:
+    def _start_work(self) -> None:
         assert self._endpoints is not None
-        self._endpoints.start()
+        self._endpoints.schedule_refresh()
 
     def _free(self) -> None:
         if self._endpoints is not None:
@@ -19788,22 +19710,22 @@ class ProxyServer(ServerThread):
 
 
 # ============================================================================
-# life/settings -- Settings: command line, environment, configuration file.
+# life/settings -- Settings: the values of flags, from command line, environment or configuration file.
 # ============================================================================
 
 
-ENVIRONMENT_FILE = "/etc/environment"   # where CoreOS keeps COREOS_PRIVATE_IPV4
+ENVIRONMENT_FILE = "/etc/environment"   # of CoreOS, with COREOS_PRIVATE_IPV4
 
 
 class Settings:
-    """What the command line and the environment say, or the configuration file instead of both.
+    """Values of flags: from the command line and the environment, or from a configuration file.
 
-    values   flag name -> parsed value, for what was given
-    sources  flag name -> where: `-name`, `ETCD_NAME` or `<file>:<line>`
+    values   flag name -> parsed value, for the flags that were given
+    sources  flag name -> `-name`, `ETCD_NAME` or `<file>:<line>`
     lines    (level, package, text) to be logged once logging is set up
 
-    flags    those that there are, if not the member's
-    A flag goes before its variable.  Raises FlagError.
+    flags    the flags to accept; (): those of a member
+    A flag on the command line goes before its variable.  Raises FlagError.
     Source: Go's package flag; etcd 2.3 pkg/flags; etcd 3.4 etcdmain/config.go for the file.
     """
 
@@ -19822,20 +19744,18 @@ class Settings:
             pass
 
     def __getitem__(self, name: str) -> Any:
-        """The value of a flag, or its default."""
         return self.values.get(name, self._flags[name].default)
 
     def is_set(self, name: str) -> bool:
-        """True if the flag or its variable was given."""
         return name in self.values
 
     def where(self, name: str) -> str:
-        """What to call a setting in a message: by what the operator wrote."""
+        """Return the name of a setting for messages, with the place where it was set."""
         source = self.sources.get(name, f"-{name}")
         return source if source.startswith("-") else f"{name} (from {source})"
 
     def spell(self, name: str, like: str, text: str) -> str:
-        """Setting `name` to `text`, written as the operator wrote `like`."""
+        """Return the text that sets `name` to `text` in the place where `like` was set."""
         source = self.sources.get(like, "-")
         if source.startswith("-"):
             return f"-{name} {text}"
@@ -19843,11 +19763,10 @@ class Settings:
         return f"{name}: {text}" if is_file else f"{self._flags[name].variable}={text}"
 
     def warn(self, text: str) -> None:
-        """Have a warning logged at the start."""
         self.lines.append((logging.WARNING, "etcd", text))
 
     def _next_flag(self) -> bool:
-        """Take one flag off the command line; False at the end of the flags."""
+        """Take one flag off the command line; return False at the end of the flags."""
         if not self._rest or not self._rest[0].startswith("-") or self._rest[0] == "-":
             return False
         word = self._rest.pop(0)
@@ -19875,18 +19794,18 @@ class Settings:
         return True
 
     def take_word(self) -> str:
-        """Take the first word behind the flags; "" if there is none."""
+        """Take the first word after the flags; return "" if there is none."""
         return self._rest.pop(0) if self._rest else ""
 
     def check_leftover(self) -> None:
-        """Raise FlagError for a word behind the flags."""
+        """Raise FlagError if a word follows the flags."""
         if self._rest:
             word = self._rest[0]
             raise FlagError(f"error verifying flags, '{word}' is not a valid flag"
                             f"{self._leftover_advice(word)}")
 
     def _leftover_advice(self, word: str) -> str:
-        """How a word may have come behind the flags, and what to write instead."""
+        """Return what to write instead of a word that is no flag; "" if that is unknown."""
         bare = word.lstrip(_TYPOGRAPHIC_DASHES)
         switch, instead = self._switch, IGNORED_BOOLS.get(self._switch)
         if bare != word:
@@ -19895,8 +19814,8 @@ class Settings:
             return f"; write -{word}"
         if instead:
             return f"; {instead}"
-        if switch and _is_bool_word(word):
-            value = _YAML_BOOLS.get(word.lower(), word)
+        value = _YAML_BOOLS.get(word.lower(), word)
+        if switch and value in GO_BOOLS:
             return f"; -{switch} is a switch: write -{switch}, or -{switch}={value}"
         if "://" in word:
             return "; write a list as one word, its parts separated by commas without spaces"
@@ -19905,7 +19824,7 @@ class Settings:
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
     def _meant(self, prefix: str, name: str) -> str:
-        """The question whether another flag was meant; "" if none is like it."""
+        """Return `; did you mean <flag>?` if a flag has a similar name, else ""."""
         known = [
             flag.name for flag in self._flags.values()
             if flag.name != name and not flag.no_effect and flag.name not in IGNORED_BOOLS
@@ -19918,7 +19837,7 @@ class Settings:
         return f"; did you mean {prefix}{shown}?"
 
     def complete(self) -> None:
-        """Take the environment too; or, if a file is named, the file alone."""
+        """Read the environment; or, if a configuration file is named, that file instead."""
         path = self["config-file"] or self._environ.get(self._flags["config-file"].variable)
         if path:
             self.read_file(path)
@@ -19926,29 +19845,29 @@ class Settings:
             self.read_environment()
 
     def read_environment(self) -> None:
-        """Take the ETCD_* variables; an empty one counts as not set."""
+        """Read the ETCD_* variables; an empty variable counts as not set."""
         for name, flag in self._flags.items():
             text = self._environ.get(flag.variable, "")
             if not text:
                 continue
             if name in self.values:
-                self._say(f"recognized environment variable {flag.variable}, but unused: shadowed"
+                self._log(f"recognized environment variable {flag.variable}, but unused: shadowed"
                           f" by corresponding flag ")
                 continue
-            self._say(f"recognized and used environment variable {flag.variable}={text}")
+            self._log(f"recognized and used environment variable {flag.variable}={text}")
             self._set(flag, text, flag.variable)
         known = {flag.variable for flag in self._flags.values()}
         for variable in sorted(self._environ):
             if variable.startswith("ETCD_") and variable not in known:
                 text = self._environ[variable]
                 meant = self._meant("ETCD_", variable[len("ETCD_"):])
-                self._say(f"unrecognized environment variable {variable}={text}{meant}",
+                self._log(f"unrecognized environment variable {variable}={text}{meant}",
                           logging.WARNING)
 
     def read_file(self, path: str) -> None:
-        """Take the settings of a configuration file, and forget all others.
+        """Read a configuration file, and forget all other settings.
 
-        Differs from etcd, which ignores in silence what it does not know: here it is a warning.
+        Differs from etcd, which ignores an unknown setting in silence: here it is a warning.
         """
         self.values, self.sources = {}, {}
         self.lines = [(
@@ -19970,9 +19889,9 @@ class Settings:
     def _set(self, flag: Flag, text: str, source: str) -> None:
         name = flag.name
         if name in IGNORED_BOOLS:
-            self._say(f'flag "-{name}" is no longer supported - ignoring.', logging.WARNING)
+            self._log(f'flag "-{name}" is no longer supported - ignoring.', logging.WARNING)
         elif flag.no_effect:
-            self._say(f"flag -{name} has no effect: {flag.no_effect}", logging.WARNING)
+            self._log(f"flag -{name} has no effect: {flag.no_effect}", logging.WARNING)
         if name.endswith("-urls") or name.endswith("addr") or name == "initial-cluster":
             text = expand_addresses(text, self._environ, source)
         try:
@@ -19987,25 +19906,18 @@ class Settings:
         if _quoting_advice(text) and name != "initial-cluster":
             self.warn(f"the value of {source} is {text!r}{_quoting_advice(text)}")
 
-    def _say(self, text: str, level: int = logging.INFO) -> None:
+    def _log(self, text: str, level: int = logging.INFO) -> None:
         self.lines.append((level, "flags", text))
 
 
 _YAML_BOOLS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 _TYPOGRAPHIC_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 _TYPOGRAPHIC_QUOTES = "\u201c\u201d\u201e\u2018\u2019"
-_LIKENESS_MIN = 0.7                 # of a name to the one that was meant, 1.0: the same
-
-
-def _is_bool_word(word: str) -> bool:
-    with contextlib.suppress(ValueError):
-        parse_bool(_YAML_BOOLS.get(word.lower(), word))
-        return True
-    return False
+_LIKENESS_MIN = 0.7                 # of a misspelt name to the flag that is suggested; 1.0: equal
 
 
 def _quoting_advice(text: str) -> str:
-    """What to do about quotes and line ends that came along with a value; "" without them."""
+    """Return what to do about quotes or a line end around a value; "" if there are none."""
     if text and (text[0] in _TYPOGRAPHIC_QUOTES or text[-1] in _TYPOGRAPHIC_QUOTES):
         return "; it has typographic quotes: write it without quotes"
     if len(text) > 1 and text[0] in "\"'" and text[-1] == text[0]:
@@ -20019,13 +19931,12 @@ def _quoting_advice(text: str) -> str:
 
 
 def _advice(flag: Flag, text: str) -> str:
-    """What to write instead of a value that cannot be used; "" if that is not known."""
+    """Return what to write instead of a bad value; "" if that is unknown."""
     quoting = _quoting_advice(text)
     if quoting:
         return quoting
     if flag.is_bool:
-        word = _YAML_BOOLS.get(text.lower(), "true or false")
-        return f"; write {word}"
+        return f"; write {_YAML_BOOLS.get(text.lower(), 'true or false')}"
     if flag.parse is _parse_address:
         return f"; write {text.partition('://')[2]}" if "://" in text else "; write IP:PORT"
     if flag.parse is _parse_origins:
@@ -20037,16 +19948,13 @@ def _advice(flag: Flag, text: str) -> str:
 
 
 def url_advice(text: str, name: str) -> str:
-    """What to write instead of the first bad URL in a list, or in `name=url,name=url`."""
+    """Return what to write instead of the first bad URL of a list, or of `name=url,name=url`."""
     port = 2380 if "peer" in name or name == "initial-cluster" else 2379
     for item in text.split(","):
         pair, _, url = item.strip().rpartition("=")
         url = item.strip() if "://" in pair or name != "initial-cluster" else url
-        try:
-            check_url(url)
+        if usable_urls([url]):
             continue
-        except ValueError:
-            pass
         if not url:
             return "; there is a comma too many" if len(text) > 1 else "; write http://HOST:PORT"
         if re.search("[${}<>%]", url):
@@ -20058,7 +19966,7 @@ def url_advice(text: str, name: str) -> str:
 
 
 def _repaired(url: str, port: int) -> str:
-    """The URL that was probably meant, as advice; "" if that would be none either."""
+    """Return `; write <URL>` with the URL that was probably meant; "" if that is bad too."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         scheme, rest = "http", url
@@ -20075,7 +19983,7 @@ def _repaired(url: str, port: int) -> str:
 
 
 def _invalid(flag: Flag, text: str, source: str, reason: str) -> str:
-    """The sentence about a value that cannot be used; Go has one of its own for boolean flags."""
+    """Return the sentence about a bad value; Go's flag package words it by kind and source."""
     if source == flag.variable:
         return f'invalid value "{text}" for {source}: {reason}'
     if not source.startswith("-"):
@@ -20089,11 +19997,11 @@ def _invalid(flag: Flag, text: str, source: str, reason: str) -> str:
 
 
 class FileSetting(NamedTuple):
-    """One setting of a configuration file."""
+    """One setting of a configuration file.  text: as on the command line, never empty."""
 
-    line: int                           # where it stands, from 1
+    line: int                           # from 1
     name: str                           # of the flag
-    text: str                           # as on the command line; never empty
+    text: str
 
 
 _SECTIONS = {"client-transport-security": "", "peer-transport-security": "peer-"}
@@ -20109,11 +20017,11 @@ _CONFIG_FORM = "write `setting: value` on each line, lists as `a,b` or `[a, b]`,
 
 
 def read_config_file(path: str) -> List[FileSetting]:
-    """Return what a configuration file sets: a JSON object, or lines of `setting: value`.
+    """Return the settings in a configuration file: a JSON object, or lines of `setting: value`.
 
-    The names are those of the flags.  In client-transport-security and peer-transport-security,
-    as etcd 3 has them, the flags for TLS go without `peer-`.  What is empty is not set.
-    Of YAML this is what a flat file needs: comments, quotes, [a, b]; all else is an error.
+    The names are those of the flags.  In the sections client-transport-security and
+    peer-transport-security of etcd 3 the flags for TLS have no `peer-`.  An empty setting is
+    skipped.  Of YAML a flat file may have comments, quotes and [a, b]; anything else is an error.
     Raises FlagError with file and line.
     """
     try:
@@ -20233,7 +20141,7 @@ def _yaml_text(value: str) -> str:
 
 
 def _unquote_yaml(text: str) -> str:
-    """Return what a scalar means.  Raises ValueError for escapes that JSON does not have."""
+    """Return the text of a scalar.  Raises ValueError for escapes that JSON does not have."""
     if text.startswith("'"):
         return text[1:-1].replace("''", "'")
     if text.startswith('"'):
@@ -20248,11 +20156,11 @@ _ADDRESS_NAME = re.compile(r"\$\{?(private|public)_ipv4\b\}?")
 
 
 def expand_addresses(text: str, environ: Mapping[str, str], source: str) -> str:
-    """Replace $private_ipv4 and $public_ipv4, which only some clouds fill in, by addresses.
+    """Replace $private_ipv4 and $public_ipv4 by addresses, as cloud-config does on some clouds.
 
-    They come from COREOS_PRIVATE_IPV4 and COREOS_PUBLIC_IPV4 in the environment or in
-    /etc/environment; the private one otherwise from the interface with the default route.
-    Raises FlagError, naming `source`, if the address cannot be known.
+    The addresses are COREOS_PRIVATE_IPV4 and COREOS_PUBLIC_IPV4 in the environment, or in
+    /etc/environment.  Without a private one, the interface with the default route has it.
+    Raises FlagError, which names `source`, if an address is unknown.
     """
     def address(match: "re.Match[str]") -> "str":
         kind = match.group(1)
@@ -20281,41 +20189,36 @@ def read_environment_file(path: str) -> Dict[str, str]:
     return found
 
 
-_OLD_ADDRESSES = {
-    "addr": "advertise-client-urls", "bind-addr": "listen-client-urls",
-    "peer-addr": "initial-advertise-peer-urls", "peer-bind-addr": "listen-peer-urls",
-}
-
-
 def _take_old_addresses(settings: Settings) -> None:
     """Turn the IP:port flags of etcd 0.4 into URLs.  Raises FlagError."""
-    for old, bound in (("addr", "bind-addr"), ("peer-addr", "peer-bind-addr")):
-        if settings.is_set(old) and not settings.is_set(bound):
-            if not settings.is_set(_OLD_ADDRESSES[bound]):
-                port = settings[old].rpartition(":")[2]
-                settings.values[bound] = f"[::]:{port}"
-                settings.sources[bound] = settings.sources[old]
-    for old, new in _OLD_ADDRESSES.items():
-        if not settings.is_set(old):
-            continue
-        if settings.is_set(new):
-            raise FlagError(f"Set only one of flags -{new} and -{old}")
-        side = "peer-" if old.startswith("peer-") else ""
+    values, sources = settings.values, settings.sources
+    for side, advertise, listen in (
+        ("", "advertise-client-urls", "listen-client-urls"),
+        ("peer-", "initial-advertise-peer-urls", "listen-peer-urls"),
+    ):
+        addr, bind_addr = side + "addr", side + "bind-addr"
+        if addr in values and bind_addr not in values and listen not in values:
+            values[bind_addr] = "[::]:" + values[addr].rpartition(":")[2]
+            sources[bind_addr] = sources[addr]
         is_tls = settings[side + "cert-file"] or settings[side + "key-file"]
-        settings.values[new] = (f"{'https' if is_tls else 'http'}://{settings[old]}",)
-        settings.sources[new] = settings.sources[old]
+        for old, new in ((addr, advertise), (bind_addr, listen)):
+            if old in values and new in values:
+                raise FlagError(f"Set only one of flags -{new} and -{old}")
+            if old in values:
+                values[new] = (f"{'https' if is_tls else 'http'}://{values[old]}",)
+                sources[new] = sources[old]
 
 
 # ============================================================================
-# life/checks -- What settings do not go together, and the configuration that they make.
+# life/checks -- Checks of settings that contradict each other, and the configuration that settings make.
 # ============================================================================
 
 
-# -- what does not go together ---------------------------------------------------
+# -- settings that contradict each other -----------------------------------------
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise FlagError for settings that do not go together (etcd 2.3 config.go)."""
+    """Raise FlagError for settings that contradict each other.  Source: etcd 2.3 config.go."""
     ways = [
         name for name in ("initial-cluster", "discovery", "discovery-srv") if settings.is_set(name)
     ]
@@ -20330,8 +20233,8 @@ def check_settings(settings: Settings) -> None:
             settings.warn(f"{settings.where(name)} does nothing: {instead}")
     _check_name(settings)
     _check_log_packages(settings)
-    _check_clients_are_told(settings)
-    _check_peers_are_told(settings)
+    _check_advertised_to_clients(settings)
+    _check_advertised_to_peers(settings)
     _check_times(settings)
     _check_initial_cluster(settings)
     for name in ("initial-advertise-peer-urls", "advertise-client-urls"):
@@ -20347,7 +20250,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def _check_name(settings: Settings) -> None:
-    """Raise FlagError for a name that -initial-cluster could not name."""
+    """Raise FlagError for a name that -initial-cluster cannot hold."""
     name, where = settings["name"], settings.where("name")
     if not name:
         raise FlagError(
@@ -20362,7 +20265,7 @@ def _check_name(settings: Settings) -> None:
 
 
 def _check_log_packages(settings: Settings) -> None:
-    """Warn of packages that never log; etcd takes them without a word."""
+    """Warn of packages that never log; etcd accepts them without a word."""
     for package in settings["log-package-levels"]:
         if package and package.partition(".")[0] not in LOG_PACKAGES:
             near = difflib.get_close_matches(package, LOG_PACKAGES, 1)
@@ -20373,8 +20276,8 @@ def _check_log_packages(settings: Settings) -> None:
             )
 
 
-def _check_clients_are_told(settings: Settings) -> None:
-    """Who chooses where to listen must say how clients get there; a proxy advertises nothing."""
+def _check_advertised_to_clients(settings: Settings) -> None:
+    """Raise FlagError if -listen-client-urls has no advertised URLs; a proxy needs none."""
     listen, advertise = "listen-client-urls", "advertise-client-urls"
     falls_back = settings["discovery"] and settings["discovery-fallback"] == "proxy"
     if not settings.is_set(listen) or settings.is_set(advertise):
@@ -20389,10 +20292,10 @@ def _check_clients_are_told(settings: Settings) -> None:
         )
 
 
-def _check_peers_are_told(settings: Settings) -> None:
-    """Warn of a registration with the default peer URLs by a member that listens elsewhere.
+def _check_advertised_to_peers(settings: Settings) -> None:
+    """Warn if discovery would publish the default peer URLs of a member that listens elsewhere.
 
-    In -initial-cluster they would not match, which is an error later on.
+    With -initial-cluster this is an error later, as the URLs do not match.
     """
     listen, advertise = "listen-peer-urls", "initial-advertise-peer-urls"
     found = settings["discovery"] or settings["discovery-srv"]
@@ -20452,7 +20355,7 @@ def _check_initial_cluster(settings: Settings) -> None:
 
 
 def check_restore_settings(settings: Settings) -> None:
-    """Raise FlagError for peer URLs of a new cluster that cannot be used."""
+    """Raise FlagError for a bad name or bad peer URLs of a restored cluster."""
     _check_name(settings)
     _check_initial_cluster(settings)
     for url in settings["initial-advertise-peer-urls"]:
@@ -20460,10 +20363,10 @@ def check_restore_settings(settings: Settings) -> None:
 
 
 def _check_host(settings: Settings, name: str, url: str) -> None:
-    """Raise FlagError for an advertised URL without a host; warn of one that is a wildcard.
+    """Raise FlagError for an advertised URL without host or port; warn of a wildcard address.
 
-    Differs from etcd, which takes it, and then no member finds another: the failure that ends
-    many first attempts with cloud-config, when $private_ipv4 is empty.
+    Differs from etcd, which accepts such a URL, and whose members then never find each other.
+    Many first attempts with cloud-config end so, because $private_ipv4 was empty.
     """
     host, port = url_address(url)
     if not port:
@@ -20487,33 +20390,17 @@ def _check_host(settings: Settings, name: str, url: str) -> None:
 # -- TLS -------------------------------------------------------------------------
 
 
-def _tls_files(settings: Settings, side: str) -> TlsFiles:
-    """What the flags of one side, `client` or `peer`, say about TLS."""
-    prefix = _TLS_PREFIX[side]
-    hostname = {"client": "client-cert-allowed-hostname", "peer": "peer-cert-allowed-hostname"}
-    return TlsFiles(
-        cert_file=settings[prefix + "cert-file"],
-        key_file=settings[prefix + "key-file"],
-        trusted_ca_file=settings[prefix + "trusted-ca-file"],
-        ca_file=settings[prefix + "ca-file"],
-        client_cert_auth=settings[prefix + "client-cert-auth"],
-        crl_file=settings[side + "-crl-file"],
-        allowed_name=settings[hostname[side]],
-        allowed_cn=settings["peer-cert-allowed-cn"] if side == "peer" else "",
-    )
-
-
 _TLS_PREFIX = {"client": "", "peer": "peer-"}
 
 
 def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int, str]]:
     """Return (level, text) of the lines to log about TLS on one side, `client` or `peer`.
 
-    urls  where that side listens
+    urls  the -listen URLs of that side
 
-    Raises StartError for what could not work, or would protect less than it says.
-    Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go; the checks of names and
-    revocations are stricter than etcd 3, which leaves them out where nobody asks for certificates.
+    Raises StartError for files that cannot work, or that protect less than their flags promise.
+    Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go.  Differs from etcd 3, which
+    skips the checks of names and revocations if client certificates are not required.
     """
     prefix = _TLS_PREFIX[side]
     pair = f"-{prefix}cert-file and -{prefix}key-file"
@@ -20572,51 +20459,29 @@ def _check_readable(side: str, files: TlsFiles) -> None:
 
 
 def make_config(settings: Settings) -> ServerConfig:
-    """Return the member's configuration.  Raises FlagError."""
+    """Return the configuration of the member: each flag fills its field.  Raises FlagError."""
     try:
         check_settings(settings)
     except FlagError as error:
         raise FlagError(f"error verifying flags, {error}") from None
-    initial = settings["initial-cluster"]
-    if not initial and not settings["discovery"] and not settings["discovery-srv"]:
-        initial = default_initial_cluster(settings["name"])
-    return ServerConfig(
-        name=settings["name"],
-        data_dir=settings["data-dir"],
-        wal_dir=settings["wal-dir"],
-        snapshot_count=settings["snapshot-count"] or DEFAULT_SNAPSHOT_COUNT,
-        heartbeat_ms=settings["heartbeat-interval"],
-        election_ms=settings["election-timeout"],
-        max_snapshots=settings["max-snapshots"],
-        max_wals=settings["max-wals"],
-        initial_cluster=initial,
-        initial_cluster_token=settings["initial-cluster-token"],
-        initial_cluster_state=settings["initial-cluster-state"],
-        force_new_cluster=settings["force-new-cluster"],
-        listen_client_urls=settings["listen-client-urls"],
-        listen_peer_urls=settings["listen-peer-urls"],
-        advertise_client_urls=settings["advertise-client-urls"],
-        initial_advertise_peer_urls=settings["initial-advertise-peer-urls"],
-        discovery=settings["discovery"],
-        discovery_fallback=settings["discovery-fallback"],
-        discovery_proxy=settings["discovery-proxy"],
-        discovery_srv=settings["discovery-srv"],
-        strict_reconfig_check=settings["strict-reconfig-check"],
-        cors=settings["cors"],
-        client_tls=_tls_files(settings, "client"),
-        peer_tls=_tls_files(settings, "peer"),
-        proxy=settings["proxy"],
-        proxy_failure_wait_ms=settings["proxy-failure-wait"],
-        proxy_refresh_interval_ms=settings["proxy-refresh-interval"],
-        proxy_dial_timeout_ms=settings["proxy-dial-timeout"],
-        proxy_write_timeout_ms=settings["proxy-write-timeout"],
-        proxy_read_timeout_ms=settings["proxy-read-timeout"],
-        debug=settings["debug"],
+    parts: Dict[str, Dict[str, Any]] = {"": {}, "client_tls": {}, "peer_tls": {}}
+    for flag in itertools.chain.from_iterable(FLAGS.values()):
+        part, _, field = flag.field.rpartition(".")
+        if field:
+            parts[part][field] = settings[flag.name]
+    config = ServerConfig(
+        **parts[""], client_tls=TlsFiles(**parts["client_tls"]),
+        peer_tls=TlsFiles(**parts["peer_tls"]),
     )
+    initial = config.initial_cluster
+    if not initial and not config.discovery and not config.discovery_srv:
+        initial = default_initial_cluster(config.name)
+    count = config.snapshot_count or DEFAULT_SNAPSHOT_COUNT
+    return config._replace(initial_cluster=initial, snapshot_count=count)
 
 
 # ============================================================================
-# life/sources -- A member's data as files, read without changing them.
+# life/sources -- Readers of the files of a member, which may be running; they change no file.
 # ============================================================================
 
 
@@ -20650,55 +20515,51 @@ OnProgress = Callable[[float, int], None]     # share that is done, keys so far 
 
 
 def _part(progress: OnProgress, low: float, high: float) -> OnProgress:
-    """Return who takes the share of a step that reaches from `low` to `high` of the whole."""
+    """Return the progress function of a step that takes the share from `low` to `high`."""
     return lambda share, keys: progress(low + share * (high - low), keys)
 
 
 class BackupError(Exception):
-    """What cannot be backed up or restored: one line, which says what to do."""
+    """A backup or restore failed.  The text is one line that says what to do."""
 
 
 class DataSource(NamedTuple):
-    """What the files of a member say."""
+    """The contents of the files of a member."""
 
     path: str
-    member_id: int                      # this and the next: 0 if there is only a snapshot
+    member_id: int                      # 0, as the next, for a snapshot file alone
     cluster_id: int
     snapshot: Optional[Snapshot]
     hard_state: HardState
-    entries: List[Entry]                # behind the snapshot
+    entries: List[Entry]                # after the snapshot
     committed: int                      # how many of them are known to be committed
 
     @property
     def last(self) -> EntryID:
         """The last entry that is known to be committed."""
-        if self.committed:
-            return EntryID(self.entries[self.committed - 1].term,
-                           self.entries[self.committed - 1].index)
-        snapshot = self.snapshot or Snapshot()
-        return EntryID(snapshot.term, snapshot.index)
+        last = self.entries[self.committed - 1] if self.committed else self.snapshot or Snapshot()
+        return EntryID(last.term, last.index)
 
     @property
     def voters(self) -> Set[int]:
-        """The voters after that entry."""
+        """The voters after the last committed entry."""
         before = self.snapshot.voters if self.snapshot else ()
         return _voters(before, self.entries[:self.committed])
 
 
 class CopyReport(NamedTuple):
-    """What backup() or restore() has made, or would make."""
+    """The result of backup() or restore(), or of their dry run."""
 
     source: DataSource
     etcd_index: int
     keys: int
-    size_bytes: int                     # of what is written: snapshot file and entries
+    size_bytes: int                     # of the new snapshot file and entries
     member_id: int                      # the new ids
     cluster_id: int
     members: Tuple[Member, ...]         # of the new cluster, those of the source in a backup
     paths: Tuple[str, ...]              # data directory, dedicated wal directory
 
     def lines(self) -> List[str]:
-        """The report for people."""
         source, last = self.source, self.source.last
         left_out = len(source.entries) - source.committed
         identity = "a snapshot file, without ids"
@@ -20730,41 +20591,39 @@ class CopyReport(NamedTuple):
 
 
 class ReadOnlyDisk(OsDisk):
-    """The files of a member that may be running: without a lock, and nothing is changed.
+    """The files of a member that may be running: it takes no lock and changes no file.
 
-    Of a member in this process nothing is read (FileLocked): to close a file frees its lock.
+    Files of a member in this process are refused (FileLocked), as closing one frees its lock.
     """
 
     read_only = True
 
     def open_append(self, path: str) -> int:
-        """Return a handle for reading."""
         return os.open(path, os.O_RDONLY)
 
     def lock(self, path: str, handle: int) -> bool:
-        """Allow."""
         return True
 
     def unlock(self, path: str) -> None:
-        """There is none."""
+        pass
 
 
 _READ_ONLY_DISK = ReadOnlyDisk()
 
 
 class _AnyVersionCluster(Cluster):
-    """Members of a cluster that may be newer than this program."""
+    """Members of a cluster whose version may be newer than this program."""
 
     @staticmethod
     def _check_version(version: str) -> None:
-        """Accept."""
+        pass
 
 
 # -- reading ---------------------------------------------------------------------
 
 
 def read_source(path: str, wal_dir: str = "") -> DataSource:
-    """Read a snapshot file, or the newest snapshot of a data directory and the log behind it.
+    """Read a snapshot file, or the newest snapshot of a data directory and the log after it.
 
     Raises BackupError.
     """
@@ -20813,7 +20672,7 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
     committed = sum(entry.index <= state.commit for entry in entries)
     source = DataSource(path, member_id, cluster_id, snapshot, state, entries, committed)
     if source.voters == {member_id}:
-        # Alone, a member commits what it has on disk; it need not have written that down.
+        # A single member commits each entry that is on its disk, and writes the commit index later.
         following = itertools.takewhile(
             lambda entry: entry.type == EntryType.NORMAL, entries[committed:]
         )
@@ -20822,7 +20681,7 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
 
 
 def _newest_snapshot(directory: str, known: Container[EntryID]) -> Optional[Snapshot]:
-    """Return the newest snapshot that the log knows.  Raises BackupError if it is damaged."""
+    """Return the newest snapshot in `known`.  Raises BackupError if it is damaged."""
     for name in reversed(_READ_ONLY_DISK.listdir(directory)):
         match = _SNAP_NAME.fullmatch(name)
         if match and EntryID(int(match.group(1), 16), int(match.group(2), 16)) in known:
@@ -20831,14 +20690,14 @@ def _newest_snapshot(directory: str, known: Container[EntryID]) -> Optional[Snap
 
 
 def _read_snapshot(path: str) -> Snapshot:
-    """Read a snapshot file.  Raises BackupError, which names an older one if there is one."""
+    """Read a snapshot file.  Raises BackupError, which names an older good file, if any."""
     content = _READ_ONLY_DISK.read(path)
     try:
         return decode_snapshot_file(content)
     except CodecError as error:
         if not _SNAP_NAME.fullmatch(os.path.basename(path)):
             raise BackupError(
-                f"{path} is damaged or no snapshot of etcd 2: {_what_it_is(path, content)}"
+                f"{path} is damaged or no snapshot of etcd 2: {_file_kind_advice(path, content)}"
             ) from None
         older = _newest_intact(os.path.dirname(path))
         advice = f"{older} is intact: move the damaged one away, or restore from that"
@@ -20847,8 +20706,8 @@ def _read_snapshot(path: str) -> Snapshot:
         ) from None
 
 
-def _what_it_is(path: str, content: bytes) -> str:
-    """Say what a file is that was named as a snapshot, and what to name instead."""
+def _file_kind_advice(path: str, content: bytes) -> str:
+    """Return the kind of a file that is no snapshot, and what to name instead."""
     advice = "take one with GET /v2/snapshot, or name a file of member/snap or a data directory"
     if content[16:20] in (b"\xed\xda\x0c\xed", b"\xed\x0c\xda\xed"):
         return f"it is a database of etcd 3, which holds no keys of v2; {advice}"
@@ -20875,7 +20734,7 @@ def _newest_intact(directory: str) -> str:
 
 
 def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster]:
-    """Return what the member knew at source.last.  Raises BackupError."""
+    """Return store and cluster as of source.last.  Raises BackupError."""
     store = Store()
     if not source.last.index:
         raise BackupError(f"{source.path} holds no data yet; name one of a member that has run")
@@ -20902,7 +20761,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
 
 
 # ============================================================================
-# life/backup -- Backup and restore: a member's data as files, and a cluster out of them.
+# life/backup -- Backup and restore: the data of a member as files, and a new cluster from them.
 # ============================================================================
 
 
@@ -20910,7 +20769,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
 
 
 class MemberFiles(NamedTuple):
-    """All that a member begins with."""
+    """The files that a member starts with."""
 
     member_id: int
     cluster_id: int
@@ -20920,7 +20779,7 @@ class MemberFiles(NamedTuple):
 
 
 def check_target(data_dir: str, wal_dir: str = "") -> None:
-    """Raise BackupError if there is something that would be mixed with new files."""
+    """Raise BackupError unless both directories are empty or absent."""
     for path in filter(None, (data_dir, wal_dir)):
         try:
             found = set(os.listdir(path)) - {_STAGE}
@@ -20933,9 +20792,9 @@ def check_target(data_dir: str, wal_dir: str = "") -> None:
 
 
 def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnProgress) -> None:
-    """Make a data directory, durably; `member` appears in it when all is complete.
+    """Make a data directory, durably; `member` appears in it when all files are complete.
 
-    Raises BackupError; what was begun is removed then.
+    Raises BackupError, and removes all new files then.
     """
     stage = os.path.join(data_dir, _STAGE)
     wal_stage = os.path.join(wal_dir or stage, _STAGE if wal_dir else "wal")
@@ -20948,7 +20807,8 @@ def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnPr
                 shutil.rmtree(path, ignore_errors=True)
             _fill_stage(stage, wal_stage, files, progress)
             if wal_dir:
-                # First: a log without its snapshot is refused, the other way round is forgotten.
+                # The log first: a start refuses a log without its snapshot, but would pass over a
+                # snapshot that its log does not know.
                 for name in os.listdir(wal_stage):
                     os.rename(os.path.join(wal_stage, name), os.path.join(wal_dir, name))
                 os.rmdir(wal_stage)
@@ -20966,7 +20826,7 @@ def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnPr
 
 
 def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProgress) -> None:
-    """Write all files.  In the log the entries come first, as etcdctl has it."""
+    """Write all files.  The entries come first in the log, as etcdctl writes it."""
     snap = os.path.join(stage, "snap")
     for path in (os.path.dirname(stage), stage, snap, os.path.dirname(wal_stage)):
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -20992,9 +20852,9 @@ def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProg
 
 
 def _write_bolt(path: str, raft_index: int) -> None:
-    """Write the database that etcd 3.4 wants beside a snapshot: without a key, up to raft_index.
+    """Write the database without keys that etcd 3.4 needs beside a snapshot up to raft_index.
 
-    Four pages: two heads, the free list, and the buckets.  Source: bbolt, page.go, bucket.go.
+    It has four pages: two heads, the free list, the buckets.  Source: bbolt, page.go, bucket.go.
     """
     def page(id: "int", kind: "int", items: "Sequence[Tuple[int, bytes, bytes]]") -> "bytes":
         head = struct.pack("<QHHI", id, kind, len(items), 0)
@@ -21031,17 +20891,17 @@ def _write_bolt(path: str, raft_index: int) -> None:
 
 
 def _no_progress(share: float, keys: int) -> None:
-    """Nobody looks."""
+    pass
 
 
 def backup(
     data_dir: str, backup_dir: str, *, wal_dir: str = "", backup_wal_dir: str = "",
     dry_run: bool = False, progress: OnProgress = _no_progress,
 ) -> CopyReport:
-    """Copy the data of a member that may be running, under new ids: as `etcdctl backup` does.
+    """Copy the data of a member, which may be running, under new ids, as `etcdctl backup` does.
 
-    The copy is for a start with -force-new-cluster.  Snapshot and log are as in the source, with
-    the changes of members in it, so every index stays; what was not committed is left out.
+    The copy is for a start with -force-new-cluster.  It has the snapshot and log of the source,
+    with all indexes and member changes, but without uncommitted entries.
     progress is called with the share that is done, 0.0 to 1.0, and a number of keys.
     Raises BackupError.  Source: etcd 2.3 etcdctl/command/backup_command.go.
     """
@@ -21080,13 +20940,13 @@ def restore(
     initial_advertise_peer_urls: Sequence[str] = (), data_dir: str = "", wal_dir: str = "",
     dry_run: bool = False, progress: OnProgress = _no_progress,
 ) -> CopyReport:
-    """Make the data directory of member `name` of a new cluster, which begins with old data.
+    """Make the data directory of member `name` of a new cluster, which starts with old data.
 
-    source  a snapshot file, or a data directory: its committed entries count
+    source  a snapshot file, or a data directory, of which the committed entries count
 
-    To be done for each member, with the same source.  Keys keep their indexes and expiry times,
-    users and roles stay; the members are those given, under ids of their own, and no id of the
-    past is known.  progress is called as by backup().  Raises BackupError.
+    Call it for each member, with the same source.  Keys keep their indexes and expiry times, and
+    users and roles are kept.  The members are those given, with new ids; the new cluster knows no
+    old id.  progress is called as by backup().  Raises BackupError.
     """
     data_dir = data_dir or name + ".etcd"
     wal_dir = _dedicated(data_dir, wal_dir)
@@ -21121,13 +20981,13 @@ def restore(
 
 
 def _dedicated(data_dir: str, wal_dir: str) -> str:
-    """Return wal_dir, or "" if that is where the log is anyhow."""
+    """Return wal_dir, or "" if it is the usual directory of the log."""
     usual = os.path.join(data_dir, "member", "wal")
     return "" if os.path.abspath(wal_dir) == os.path.abspath(usual) else wal_dir
 
 
 def _restored_cluster(config: ServerConfig) -> Tuple[Cluster, Member]:
-    """Return the new cluster and the member of it that the flags speak of."""
+    """Return the new cluster and its member config.name.  Raises BackupError."""
     advertised = config.initial_advertise_peer_urls
     if not advertised and not config.initial_cluster:
         config = config._replace(initial_advertise_peer_urls=parse_urls(DEFAULT_PEER_URLS))
@@ -21135,14 +20995,13 @@ def _restored_cluster(config: ServerConfig) -> Tuple[Cluster, Member]:
         initial = _initial_members(config)
         if advertised:
             _check_advertised(config, initial)
-        cluster = _new_cluster(config.initial_cluster_token, initial)
-        return cluster, _own_member(config, cluster)
+        return _new_cluster(config, config.initial_cluster_token, initial)
     except StartError as error:
         raise BackupError(str(error)) from None
 
 
 def _replace_members(store: Store, members: Sequence[Member]) -> None:
-    """Have the store know just these members; of a version above ours nobody has heard."""
+    """Replace the members in the store, and drop a cluster version that is above ours."""
     files = {
         f"/0/members/{format_id(member.id)}/raftAttributes": member.raft_attributes_json()
         for member in members
@@ -21164,7 +21023,6 @@ _SEE_HELP = "See 'pyetcd -help'."
 
 
 def usage() -> str:
-    """Return the text of -help."""
     lines = [
         "usage: pyetcd [flags]", "       start a pyetcd member", "",
         "       pyetcd backup [flags]",
@@ -21197,7 +21055,6 @@ def _flag_lines(flags: Sequence[Flag]) -> Iterator[str]:
 
 
 def tool_usage(tool: str) -> str:
-    """Return the text of `pyetcd backup -help` or `pyetcd restore -help`."""
     return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(TOOL_FLAGS[tool]), ""])
 
 
@@ -21217,7 +21074,6 @@ _TOOL_USAGE = {
 
 
 def version_text() -> str:
-    """Return the four lines of -version."""
     machine = platform.machine().lower()
     machine = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386"}.get(machine, machine)
     python = f"{platform.python_implementation()} {platform.python_version()}"
@@ -21228,7 +21084,7 @@ def version_text() -> str:
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Send the log to stderr, in the format and with the levels that the settings ask for."""
+    """Send the log to stderr, in the format and with the levels of the settings."""
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
@@ -21240,26 +21096,23 @@ def set_up_logging(settings: Settings) -> None:
 
 
 def check_data_dir(config: ServerConfig) -> str:
-    """Log which data directory it is, and return what it was used for: member, proxy, or "".
+    """Log the path of the data directory; return its kind: `member`, `proxy`, or "" if new.
 
-    What cannot be a data directory at all is refused later, by who makes it usable.
+    bootstrap() and prepare_proxy_dir() check later that the path can be a data directory.
     """
     log = package_logger("etcd")
     path = config.data_dir or config.name + ".etcd"
     if not config.data_dir:
         log.info("no data-dir provided, using default data-dir ./%s", path)
-    kind = ""
-    if os.path.isdir(os.path.join(path, "member")):
-        kind = "member"
-    elif os.path.isdir(os.path.join(path, "proxy")):
-        kind = "proxy"
-    if kind:
-        log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
-    return kind
+    for kind in ("member", "proxy"):
+        if os.path.isdir(os.path.join(path, kind)):
+            log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
+            return kind
+    return ""
 
 
 def raise_descriptor_limit() -> None:
-    """Allow as many open files as the system lets us.  Raises StartError if that is too few."""
+    """Raise the limit of open files to the maximum.  Raises StartError if that is too few."""
     raise_files_limit()
     limit = open_files_limit()
     if limit <= DESCRIPTORS_MIN:
@@ -21270,10 +21123,10 @@ def raise_descriptor_limit() -> None:
 
 
 def notify_systemd(environ: Mapping[str, str]) -> None:
-    """Tell systemd, if it asked, that the member is up (sd_notify protocol)."""
+    """Report to systemd that the member is up, if NOTIFY_SOCKET is set (sd_notify protocol)."""
     path = environ.get("NOTIFY_SOCKET", "")
     if not path:
-        # etcd says so wherever systemd runs, from a terminal too.
+        # etcd logs this wherever systemd runs, from a terminal too.
         if os.getppid() == 1 and os.path.isdir("/run/systemd/system"):
             package_logger("etcd").error("forgot to set Type=notify in systemd service file?")
         return
@@ -21286,9 +21139,9 @@ def notify_systemd(environ: Mapping[str, str]) -> None:
 
 
 class SignalStop:
-    """SIGINT and SIGTERM stop the member in order, and then end the process as signals do.
+    """Stops the member in order at SIGINT or SIGTERM, and then ends the process by that signal.
 
-    Until install() the signals end it at once: nothing is served before the cluster is formed.
+    Before install() the signals end the process at once: the member serves nothing yet.
     """
 
     _SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}
@@ -21299,7 +21152,7 @@ class SignalStop:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def install(self, stop: Callable[[], None]) -> None:
-        """Call stop() on a thread of its own at the first signal; later ones are swallowed."""
+        """Call stop() on a thread of its own at the first signal; ignore later ones."""
         def received(number: "int", frame: "object") -> None:
             if self._received:
                 return
@@ -21313,7 +21166,7 @@ class SignalStop:
                 signal.signal(number, received)
 
     def end(self) -> None:
-        """After an orderly stop, die of the signal, so that the parent sees it; not as pid 1."""
+        """Die of the received signal, so that the parent process sees it; not as pid 1."""
         if self._received and os.getpid() != 1:
             logging.shutdown()
             signal.signal(self._received, signal.SIG_DFL)
@@ -21321,7 +21174,7 @@ class SignalStop:
 
 
 def log_sides(config: ServerConfig) -> None:
-    """Log how each side is protected, and who may ask from a browser.  Raises StartError."""
+    """Log the TLS settings of both ports and the CORS origins.  Raises StartError."""
     log = package_logger("etcd")
     peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
     for level, text in (
@@ -21334,22 +21187,17 @@ def log_sides(config: ServerConfig) -> None:
 
 
 def start_server(config: ServerConfig, kind: str) -> ServerThread:
-    """Start a member or a proxy: by what the data directory was used for, then by the flags.
+    """Start a member or a proxy: the kind of the data directory decides, then the flags.
 
     kind  as from check_data_dir
 
     Raises StartError.
     """
-    if kind == "proxy" or (config.proxy != "off" and kind != "member"):
-        return _start_proxy(config)
-    try:
-        return Server.from_config(config).__enter__()
-    except ClusterFull:
-        package_logger("etcd").info("discovery cluster full, falling back to proxy")
-    return _start_proxy(config)
-
-
-def _start_proxy(config: ServerConfig) -> ProxyServer:
+    if kind == "member" or (config.proxy == "off" and kind != "proxy"):
+        try:
+            return Server.from_config(config).__enter__()
+        except ClusterFull:
+            package_logger("etcd").info("discovery cluster full, falling back to proxy")
     return ProxyServer.from_config(config).__enter__()
 
 
@@ -21367,24 +21215,24 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
 
 
 class ProgressLine:
-    """`restore: 45% (123,456 keys)` on a terminal, if the work takes longer than a second."""
+    """Shows `restore: 45% (123,456 keys)` on a terminal for work of more than a second."""
 
     def __init__(self, tool: str, now: Callable[[], float] = SYSTEM_CLOCK.now) -> None:
         self._tool = tool
         self._now = now
         self._next = now() + 1.0
         self._keys = 0
-        self._text = ""                 # what stands on the line now
+        self._text = ""                 # on the terminal now
 
     def show(self, share: float, keys: int) -> None:
-        """A share of the work is done, 0.0 to 1.0, and so many keys."""
+        """Report progress.  share: done, 0.0 to 1.0; keys: read so far, 0 if unchanged."""
         self._keys = max(self._keys, keys)
         if sys.stderr.isatty() and self._now() >= self._next:
             self._next = self._now() + 0.1
             self._write(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
 
     def end(self) -> None:
-        """Leave a clean line."""
+        """Clear the line."""
         if self._text:
             self._write("")
             sys.stderr.write("\r")
@@ -21396,8 +21244,8 @@ class ProgressLine:
 
 
 def run_tool(tool: str, words: Sequence[str]) -> int:
-    """Run `pyetcd backup` or `pyetcd restore` with the words behind it; return the exit code."""
-    logging.getLogger("pyetcd").setLevel(logging.ERROR)     # what matters is in the report
+    """Run `pyetcd backup` or `pyetcd restore` with these words; return the exit code."""
+    logging.getLogger("pyetcd").setLevel(logging.ERROR)     # the report has all that matters
     line = ProgressLine(tool)
     try:
         report = _run_tool(tool, list(words), line)
@@ -21414,46 +21262,39 @@ def run_tool(tool: str, words: Sequence[str]) -> int:
 
 
 def _run_tool(tool: str, words: List[str], line: ProgressLine) -> str:
-    """Return what is to be said in the end.  Raises FlagError, BackupError."""
+    """Return the text to print at the end.  Raises FlagError, BackupError."""
     is_first = tool == "restore" and words and not words[0].startswith("-")
     source = words.pop(0) if is_first else ""
-    settings = Settings(words, os.environ, TOOL_FLAGS[tool])
+    flags = TOOL_FLAGS[tool]
+    settings = Settings(words, os.environ, flags)
     if settings.help:
         return tool_usage(tool)
     if tool == "restore":
         source = source or settings.take_word()
     settings.check_leftover()
     settings.read_environment()
-    dry_run = settings["dry-run"]
+    options = {flag.name.replace("-", "_"): settings[flag.name] for flag in flags}
     if tool == "backup":
         for name in ("data-dir", "backup-dir"):
             if not settings[name]:
                 raise FlagError(f"-{name} is missing")
-        report = backup(
-            settings["data-dir"], settings["backup-dir"], wal_dir=settings["wal-dir"],
-            backup_wal_dir=settings["backup-wal-dir"], dry_run=dry_run, progress=line.show,
-        )
+        report = backup(**options, progress=line.show)
     else:
         check_restore_settings(settings)
         if not source:
             raise FlagError("SOURCE is missing: a snapshot file, or a data directory")
-        report = restore(
-            source, settings["name"], initial_cluster=settings["initial-cluster"],
-            initial_cluster_token=settings["initial-cluster-token"],
-            initial_advertise_peer_urls=settings["initial-advertise-peer-urls"],
-            data_dir=settings["data-dir"], wal_dir=settings["wal-dir"], dry_run=dry_run,
-            progress=line.show,
-        )
-    return "\n".join(report.lines() if dry_run else [report.summary()]) + "\n"
+        report = restore(source, **options, progress=line.show)
+    return "\n".join(report.lines() if settings["dry-run"] else [report.summary()]) + "\n"
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `pyetcd` with these words after the command; return the exit code."""
-    # Threads of this process only wait for each other's short turns: 5 ms would be an eternity.
+    # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
+    # delay every write by that much beside a busy reactor.
     sys.setswitchinterval(0.0005)
-    # No collection of everything: it takes 0.2 s with a million keys, finds nothing (what is old
-    # here is in no cycle), and is most of a write's p99 (17 instead of 5 ms).
-    gc.set_threshold(2_000, 4, 1_000_000)       # the middle one takes 4 ms; with 5,000 and 5: 12
+    # No full collection: with a million keys it takes 0.2 s and makes the p99 of writes 17 ms
+    # instead of 5, and it frees nothing, as old objects of a member form no cycles.
+    gc.set_threshold(2_000, 4, 1_000_000)   # the middle generation takes 4 ms; with 5,000, 5: 12
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         check_system()
@@ -21498,30 +21339,44 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 # ============================================================================
 
 
-# Whatever stalls one of these members, a full machine or a debugger, stalls all others with it,
-# and late ticks are dropped: such short times cause no elections that nobody wanted.
+# All members of a test share one process: a stall of the machine or of a debugger stops them
+# together, and late ticks are dropped.  So even these short times cause no needless elections.
 LOCAL_HEARTBEAT_MS = 20
 LOCAL_ELECTION_MS = 200
 LOCAL_READY_SECONDS = 10.0          # for a start to be complete; above: TimeoutError
 LOCAL_POLL_SECONDS = 0.002
-REPUBLISH_SECONDS = 0.5             # a change of leader may have lost the publication
+REPUBLISH_SECONDS = 0.5             # then publish once more: a change of leader may have lost it
+
+_Polled = TypeVar("_Polled")
+_Ids = FrozenSet[int]               # of members
+_NO_CUTS: Tuple[_Ids, _Ids] = (frozenset(), frozenset())
+
+
+def _poll(look: Callable[[], _Polled], timeout_s: float, failure: Callable[[], str]) -> _Polled:
+    """Return the first true result of look().  Raises TimeoutError(failure()) after timeout_s."""
+    deadline = SYSTEM_CLOCK.now() + timeout_s
+    while True:
+        found = look()
+        if found:
+            return found
+        if SYSTEM_CLOCK.now() > deadline:
+            raise TimeoutError(failure())
+        time.sleep(LOCAL_POLL_SECONDS)
 
 
 class _CutTransport(Transport):
     """A transport whose links to other members can be cut, in one direction or in both.
 
-    Both ends lose the messages, so that none arrives that was under way.  Links that are cut in
-    both directions are closed, and opened no more.  What members ask each other besides, when
-    they start for the first time (/members, /version), still passes.
+    Sender and receiver both drop the messages, so messages on their way are lost too.  A link
+    that is cut in both directions is closed.  Requests for /members and /version, which members
+    send at their first start, pass.
     """
 
-    _mute: FrozenSet[int] = frozenset()     # members that get nothing from us
-    _deaf: FrozenSet[int] = frozenset()     # members from which we take nothing
+    _mute: _Ids = frozenset()           # members to which nothing is sent
+    _deaf: _Ids = frozenset()           # members from which nothing is received
 
-    def cut(
-        self, mute: FrozenSet[int], deaf: FrozenSet[int], members: Mapping[int, Member]
-    ) -> None:
-        """Lose what goes to `mute` and comes from `deaf`, and nothing else any more."""
+    def cut(self, mute: _Ids, deaf: _Ids, members: Mapping[int, Member]) -> None:
+        """Drop messages to `mute` and from `deaf` from now on, and no others."""
         before, closed = self._mute & self._deaf, mute & deaf
         self._mute, self._deaf = mute, deaf
         for id in (before ^ closed) & members.keys():
@@ -21535,7 +21390,7 @@ class _CutTransport(Transport):
             self._peers[member_id].stop()
 
     def offer(self, messages: Iterable[Message]) -> None:
-        """Send messages, or lose them, as to members that are down."""
+        """Send messages; report those to cut members as lost, as if these members were down."""
         passed = []
         for message in messages:
             if message.to not in self._mute:
@@ -21551,70 +21406,28 @@ class _CutTransport(Transport):
 
 
 class _LocalServer(Server):
-    """The server of a LocalMember: it can be frozen, and comes up with its links cut."""
+    """The server of a LocalMember, which starts with its links cut."""
 
     _transport_type = _CutTransport
-
-    def _init(self, config: ServerConfig) -> None:
-        super()._init(config)
-        self.cuts: Tuple[FrozenSet[int], FrozenSet[int]] = (frozenset(), frozenset())
-        self._thaw: Optional[threading.Event] = None    # the reactor's thread waits for it
+    cuts = _NO_CUTS                     # members to which it sends nothing, and hears nothing from
 
     @property
     def is_alive(self) -> bool:
-        """True from start() until it has ended, in whichever way."""
         return self._thread is not None and self._thread.is_alive()
 
-    @property
-    def is_frozen(self) -> bool:
-        """True between freeze() and thaw()."""
-        return self._thaw is not None
-
-    def freeze(self) -> None:
-        """Have the reactor do nothing until thaw(), from the end of this turn on."""
-        frozen, thaw = threading.Event(), threading.Event()
-
+    def hold(self, held: threading.Event, release: threading.Event) -> None:
+        """Stop the reactor after its current turn: set `held`, then wait for `release`."""
         def wait() -> None:
-            frozen.set()
-            thaw.wait()
+            held.set()
+            release.wait()
 
         self._reactor.call_soon_threadsafe(wait)
-        while not frozen.wait(LOCAL_POLL_SECONDS):
-            if not self.is_alive:
-                raise ServerStopped()
-        self._thaw = thaw
 
-    def thaw(self) -> None:
-        """Let the reactor go on."""
-        thaw, self._thaw = self._thaw, None
-        if thaw is not None:
-            thaw.set()
+    def abandon(self) -> None:
+        """End the member while its reactor is held, before it does anything else."""
+        self._failed(ServerStopped("killed"))
 
-    def call(self, work: Callable[[EtcdServer], Any], timeout_s: float = 10.0) -> Any:
-        """Run work(etcd) on the reactor's thread, or in its place while that is frozen."""
-        if self.is_frozen and self.etcd is not None:
-            return work(self.etcd)
-        return super().call(work, timeout_s)
-
-    def kill(self) -> None:
-        """End at once, also while frozen."""
-        if self.is_frozen:
-            self._failed(ServerStopped("killed"))       # before the thread does anything else
-        self.thaw()
-        super().kill()
-
-    def stop(self) -> None:
-        """Stop in order; a frozen one goes on for that."""
-        self.thaw()
-        super().stop()
-
-    def cut(self, mute: FrozenSet[int], deaf: FrozenSet[int]) -> None:
-        """Cut the links to other members, now or at the start; see _CutTransport."""
-        self.cuts = mute, deaf
-        if self.is_alive:
-            self.call(self._cut)
-
-    def _cut(self, etcd: EtcdServer) -> None:
+    def cut_links(self, etcd: EtcdServer) -> None:
         assert isinstance(etcd.transport, _CutTransport)
         etcd.transport.cut(*self.cuts, etcd.cluster.members)
 
@@ -21623,14 +21436,14 @@ class _LocalServer(Server):
         return self._ready.is_set() and bool(etcd.cluster.version)
 
     def publish(self, etcd: EtcdServer) -> None:
-        """Publish the member once more, which does no harm."""
+        """Publish the member again, which is harmless."""
         Publication(etcd, self._ready.set)
 
-    def _begin(self) -> None:
+    def _start_work(self) -> None:
         assert self.etcd is not None
         threading.current_thread().name = f"reactor-{self.config.name}"
-        self._cut(self.etcd)
-        super()._begin()
+        self.cut_links(self.etcd)
+        super()._start_work()
         raft = self.etcd.node.raft
         if raft.term <= 1 and len(raft.voters) > 1:
             raft.election_elapsed = 0       # LocalCluster has a member of a new cluster campaign
@@ -21639,8 +21452,8 @@ class _LocalServer(Server):
 def _reserve_url(owned: contextlib.ExitStack) -> str:
     """Return the URL of a free loopback port; a socket, closed with `owned`, keeps it free.
 
-    No other process gets the port while the member is down, no outgoing connection either, and
-    a client that dials it then is refused.  macOS allows one socket per port: nothing keeps it.
+    While the member is down no other program and no outgoing connection gets the port, and
+    connections to it are refused.  macOS allows one socket per port: there nothing keeps it.
     """
     sock = owned.enter_context(socket.socket())
     sock.bind(("127.0.0.1", 0))
@@ -21659,12 +21472,12 @@ class LocalMember:
         with pyetcd.LocalMember() as member:
             print(member.client_url)
 
-    directory  where its data directory is made; "": a temporary one, removed by close()
+    directory  the parent of its data directory; "": a temporary one, removed by close()
     settings   fields of ServerConfig; heartbeat and election are 20 and 200 ms unless given
 
-    It keeps its ports on 127.0.0.1, and its data, until close().  Its lines go to the loggers
+    The member keeps its ports on 127.0.0.1, and its data, until close().  It logs to the loggers
     below `pyetcd`, on a thread called `reactor-<name>`.  Guarantee: after a kill it finds on its
-    disk what a process would find after `kill -9`.  Limit: a power cut is not imitated.
+    disk the same as a process after `kill -9`.  Limit: a power cut is not imitated.
     Thread: any, one at a time.
     """
 
@@ -21679,7 +21492,8 @@ class LocalMember:
         self._data_dir = ""
         self._settings = checked_settings(settings)
         self._server: Optional[_LocalServer] = None
-        self._cuts: Tuple[FrozenSet[int], FrozenSet[int]] = (frozenset(), frozenset())
+        self._cuts = _NO_CUTS
+        self._release: Optional[threading.Event] = None     # the held reactor waits for it
         self._owned = contextlib.ExitStack()    # ports and temporary directory
 
     def __enter__(self) -> "LocalMember":
@@ -21698,7 +21512,7 @@ class LocalMember:
     # -- life --------------------------------------------------------------
 
     def start(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
-        """Start, or start again, and wait until it is ready; nothing if it runs.
+        """Start the member unless it runs, and wait until it is ready.
 
         timeout_s  0: do not wait, as without a quorum it cannot become ready
 
@@ -21713,67 +21527,75 @@ class LocalMember:
                 "initial_cluster": self.initial_cluster, **self._settings,
             }
             server = _LocalServer(**settings)
-            server.cut(*self._cuts)
-            with contextlib.ExitStack() as on_failure:
-                on_failure.callback(server.stop)
-                server.start()
-                on_failure.pop_all()
+            server.cuts = self._cuts
+            server.__enter__()
             self._server = server
         if timeout_s:
             self.wait_ready(timeout_s)
 
     def wait_ready(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
-        """Wait until it has a leader and the log of before, and the others know its URLs.
+        """Wait until the member has a leader, its log, and has published its URLs to the others.
 
-        Raises TimeoutError, and ServerStopped if it does not run.
+        Raises TimeoutError, and ServerStopped if the member does not run.
         """
-        deadline = SYSTEM_CLOCK.now() + timeout_s
-        republish_at = SYSTEM_CLOCK.now() + REPUBLISH_SECONDS
         server = self._running()
-        while self.is_paused or not server.call(server.is_ready):
-            now = SYSTEM_CLOCK.now()
-            if now > deadline:
-                raise TimeoutError(f"{self.name} is not ready after {timeout_s} s: {self._state()}")
-            if now > republish_at and not self.is_paused:
-                republish_at = now + REPUBLISH_SECONDS
+        republish_at = SYSTEM_CLOCK.now() + REPUBLISH_SECONDS
+
+        def is_ready() -> "bool":
+            nonlocal republish_at
+            if self.is_paused or server.call(server.is_ready):
+                return not self.is_paused
+            if SYSTEM_CLOCK.now() > republish_at:
+                republish_at += REPUBLISH_SECONDS
                 server.call(server.publish)
-            time.sleep(LOCAL_POLL_SECONDS)
+            return False
+
+        _poll(is_ready, timeout_s,
+              lambda: f"{self.name} is not ready after {timeout_s} s: {self._state()}")
 
     def kill(self) -> None:
-        """End at once, as by `kill -9`: nothing more is written or said.
+        """End the member at once, as `kill -9` does: it writes and sends nothing more.
 
-        Of what was on its way to the disk just then, nobody knows whether it got there.
+        A write that was under way may or may not have reached the disk.
         """
         if self._server is not None:
+            if self.is_paused:
+                self._server.abandon()
+            self.resume()
             self._server.kill()
 
     def stop(self) -> None:
-        """End in order, as by SIGTERM: a leader hands over, what waits is answered."""
+        """Stop in order, as at SIGTERM: transfer the leadership, answer waiting requests."""
+        self.resume()
         if self._server is not None:
             self._server.stop()
 
     def restart(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
-        """Kill it if it runs, and start it with the same ports and data; see start()."""
+        """Kill the member and start it with the same ports and data; see start()."""
         self.kill()
         self.start(timeout_s)
 
     def pause(self) -> None:
-        """Have it do nothing until resume(), as by SIGSTOP; its sockets stay open.
+        """Stop all work until resume(), as at SIGSTOP; sockets stay open.
 
-        Only what its disk thread was given just before is still written.
-
-        Raises ServerStopped if it does not run.
+        Only the batch that the disk thread has already received is written.
+        Raises ServerStopped if the member does not run.
         """
         if not self.is_paused:
-            self._running().freeze()
+            held, release = threading.Event(), threading.Event()
+            self._running().hold(held, release)
+            while not held.wait(LOCAL_POLL_SECONDS):
+                self._running()
+            self._release = release
 
     def resume(self) -> None:
-        """Let it go on, as by SIGCONT; late clock ticks are dropped, as in any member."""
-        if self._server is not None:
-            self._server.thaw()
+        """Continue, as at SIGCONT; late clock ticks are dropped, as in any member."""
+        release, self._release = self._release, None
+        if release is not None:
+            release.set()
 
     def close(self) -> None:
-        """Kill it, give its ports back, and remove the temporary directory."""
+        """Kill the member, release its ports, and remove the temporary directory."""
         self.kill()
         self._owned.close()
         self.client_url = self.peer_url = ""
@@ -21792,13 +21614,13 @@ class LocalMember:
 
     @property
     def is_running(self) -> bool:
-        """True if it was started and has not ended; also while it is paused."""
+        """True from start() to the end of the member, also while it is paused."""
         return self._server is not None and self._server.is_alive
 
     @property
     def is_paused(self) -> bool:
         """True between pause() and resume()."""
-        return self._server is not None and self._server.is_frozen
+        return self._release is not None
 
     @property
     def id(self) -> str:
@@ -21808,14 +21630,17 @@ class LocalMember:
     def call(self, work: Callable[[EtcdServer], Any]) -> Any:
         """Run work(etcd_server) on the member's thread and return its result, also while paused.
 
-        Raises ServerStopped if it does not run, and what work raises.
+        Raises ServerStopped if the member does not run, and any exception of work.
         """
-        return self._running().call(work)
+        server = self._running()
+        if self.is_paused and server.etcd is not None:
+            return work(server.etcd)            # on this thread: the reactor is held
+        return server.call(work)
 
     # -- inside ------------------------------------------------------------
 
     def reserve(self) -> None:
-        """Take the ports, so that the URLs are known; nothing if it has them."""
+        """Reserve the two ports, unless that is done, so that the URLs are known."""
         if self.client_url:
             return
         directory = self._directory
@@ -21825,18 +21650,20 @@ class LocalMember:
         self._data_dir = os.path.join(directory, self.name)
         self.client_url, self.peer_url = (_reserve_url(self._owned) for _ in range(2))
 
-    def cut(self, mute: FrozenSet[int], deaf: FrozenSet[int]) -> None:
-        """Lose what it sends to the members with these ids, and what comes from those."""
+    def cut(self, mute: _Ids, deaf: _Ids) -> None:
+        """Drop messages to the members `mute` and from the members `deaf`."""
         self._cuts = mute, deaf
         if self._server is not None:
-            self._server.cut(mute, deaf)
+            self._server.cuts = self._cuts
+            if self.is_running:
+                self.call(self._server.cut_links)
 
     def leading_term(self) -> int:
-        """Return the term in which it leads and has committed; 0 if it does not, or is paused."""
-        if self._server is None or self.is_paused:
+        """Return the term in which the member leads and has committed; 0 if paused or no leader."""
+        if self.is_paused:
             return 0
         try:
-            return int(self._server.call(_leading_term))
+            return int(self.call(_leading_term))
         except ServerStopped:
             return 0
 
@@ -21852,21 +21679,16 @@ class LocalMember:
         return self._server
 
     def _state(self) -> str:
-        """One word or a few, for messages."""
+        """Return role and term for messages, or `down`."""
         if not self.is_running:
             return "down"
-        state = str(self.call(_role))
-        return "paused, " + state if self.is_paused else state
+        raft = self.call(lambda etcd: etcd.node.raft)
+        return f"{'paused, ' * self.is_paused}{raft.role.name.lower()} at term {raft.term}"
 
 
 def _leading_term(etcd: EtcdServer) -> int:
     term = etcd.node.raft.term
     return term if etcd.is_leader and etcd.raft_term == term else 0
-
-
-def _role(etcd: EtcdServer) -> str:
-    raft = etcd.node.raft
-    return f"{raft.role.name.lower()} at term {raft.term}"
 
 
 class LocalCluster:
@@ -21886,7 +21708,7 @@ class LocalCluster:
         self.members = [
             LocalMember(f"etcd{number}", directory, **settings) for number in range(1, size + 1)
         ]
-        self._cuts: Set[Tuple[int, int]] = set()    # (from, to): places in `members`
+        self._cuts: Set[Tuple[int, int]] = set()    # (sender, receiver), as indexes of members
 
     def __enter__(self) -> "LocalCluster":
         with contextlib.ExitStack() as on_failure:
@@ -21908,47 +21730,44 @@ class LocalCluster:
             member.start(timeout_s=0)
         if timeout_s:
             deadline = SYSTEM_CLOCK.now() + timeout_s
-            self._elect(deadline)
+            with contextlib.suppress(TimeoutError):
+                _poll(self._campaign_in_new_cluster, timeout_s, str)
             for member in self.members:
                 member.wait_ready(max(deadline - SYSTEM_CLOCK.now(), 0.0))
 
     def close(self) -> None:
-        """Kill all members, give their ports back, and remove the temporary directories."""
+        """Kill all members, release their ports, and remove the temporary directories."""
         for member in self.members:
             member.close()
 
     @property
     def client_urls(self) -> Tuple[str, ...]:
-        """One client URL of each member, also of those that are down."""
+        """One client URL of each member, running or not."""
         return tuple(member.client_url for member in self.members)
 
-    # -- who leads ---------------------------------------------------------
+    # -- the leader --------------------------------------------------------
 
     def leader(self) -> Optional[LocalMember]:
-        """Return the member that leads, in the newest term if several believe it; None: none.
+        """Return the running member that leads in the newest term; None if there is none.
 
-        Paused members and those that are down do not count.
+        Paused members do not count.
         """
         return self._leader_of(self.members)
 
     def wait_leader(
         self, timeout_s: float = LOCAL_READY_SECONDS, among: Iterable[LocalMember] = ()
     ) -> LocalMember:
-        """Wait for a leader that has committed something in its term, and return it.
+        """Wait for a leader that has committed an entry in its term, and return it.
 
-        among  only these count, as those on one side of a partition; (): all
+        among  the members that count, such as one side of a partition; (): all
 
-        Raises TimeoutError, which says what each member does.
+        Raises TimeoutError, which names the state of each member.
         """
-        deadline = SYSTEM_CLOCK.now() + timeout_s
         candidates = list(among) or self.members
-        while True:
-            leader = self._leader_of(candidates)
-            if leader is not None:
-                return leader
-            if SYSTEM_CLOCK.now() > deadline:
-                raise TimeoutError(f"no leader after {timeout_s} s: {candidates}")
-            time.sleep(LOCAL_POLL_SECONDS)
+        leader = _poll(lambda: self._leader_of(candidates), timeout_s,
+                       lambda: f"no leader after {timeout_s} s: {candidates}")
+        assert leader is not None
+        return leader
 
     @staticmethod
     def _leader_of(members: Iterable[LocalMember]) -> Optional[LocalMember]:
@@ -21959,33 +21778,29 @@ class LocalCluster:
     # -- the network between the members -----------------------------------
 
     def partition(self, *groups: Iterable[LocalMember]) -> None:
-        """Divide the network between the members, in place of any cut of before.
+        """Divide the network between the members, in place of any earlier partition() and cut().
 
-        Members of different groups hear nothing of each other; those that no group names form one
-        more.  Connections that were open are closed.  Clients still reach every member, and so
-        does restart(): the cut stays.  ValueError: a member is in two groups, or not of this
-        cluster.
+        Members of different groups cannot reach each other; members in no group form one more.
+        Open connections between groups are closed.  Clients reach every member, and restart()
+        keeps the cuts.  ValueError: a member is in two groups, or not of this cluster.
         """
-        places = [sorted(map(self._place, group)) for group in groups]
-        named = [place for group in places for place in group]
+        sides = [sorted(map(self.members.index, group)) for group in groups]
+        named = [place for side in sides for place in side]
         if len(set(named)) < len(named):
             raise ValueError("a member is in two groups")
-        places.append([p for p in range(len(self.members)) if p not in named])
+        sides.append([place for place in range(len(self.members)) if place not in named])
         self._set_cuts({
-            (a, b) for ours in places for theirs in places if ours is not theirs
+            (a, b) for ours in sides for theirs in sides if ours is not theirs
             for a in ours for b in theirs
         })
 
     def cut(self, source: LocalMember, target: LocalMember) -> None:
-        """Lose from now on what `source` sends to `target`; the other direction stays as it is."""
-        self._set_cuts(self._cuts | {(self._place(source), self._place(target))})
+        """Lose all messages from `source` to `target`; the other direction is unchanged."""
+        self._set_cuts(self._cuts | {(self.members.index(source), self.members.index(target))})
 
     def heal(self) -> None:
         """Undo every partition() and cut()."""
         self._set_cuts(set())
-
-    def _place(self, member: LocalMember) -> int:
-        return self.members.index(member)
 
     def _set_cuts(self, cuts: Set[Tuple[int, int]]) -> None:
         self._cuts = cuts
@@ -21998,43 +21813,35 @@ class LocalCluster:
 
     # -- the first election ------------------------------------------------
 
-    def _elect(self, deadline: float) -> None:
-        """Have the last member of a new cluster campaign as soon as the others listen to it.
+    def _campaign_in_new_cluster(self) -> bool:
+        """Let the last member of a new cluster campaign as soon as the others accept its messages.
 
-        Nobody has to wait for an election timeout, and nobody else campaigns at the same time.
+        So the first election starts without an election timeout, and without rivals.  Returns
+        True when the campaign has begun, or if the cluster had an election before.
         """
         candidate = self.members[-1]
-        while not candidate.call(_has_past):
-            voters = [m for m in self.members if m is not candidate]
-            if all(_hear_each_other(candidate, voter) for voter in voters):
-                candidate.call(_campaign)
-                return
-            if SYSTEM_CLOCK.now() > deadline:
-                return
-            time.sleep(LOCAL_POLL_SECONDS)
+        if not candidate.call(_is_new) or all(
+            _accepts(one, other) and _accepts(other, one)
+            for one in [candidate] for other in self.members if other is not candidate
+        ):
+            candidate.call(lambda etcd: etcd.node.campaign() if _is_new(etcd) else None)
+            return True
+        return False
 
 
-def _has_past(etcd: EtcdServer) -> bool:
-    """True if it has heard of an election; after it they come by themselves."""
-    return etcd.node.raft.term > 1
+def _is_new(etcd: EtcdServer) -> bool:
+    """True before the first election of a cluster; later ones need no help."""
+    return etcd.node.raft.term <= 1
 
 
-def _campaign(etcd: EtcdServer) -> None:
-    if not _has_past(etcd):
-        etcd.node.campaign()
+def _accepts(member: LocalMember, sender: LocalMember) -> bool:
+    """True if `member` does not drop messages from `sender`: see DataLossCheck."""
+    message = Message(MsgType.VOTE, sender=sender.member_id)
 
+    def accepts(etcd: "EtcdServer") -> "bool":
+        return etcd.transport.drop is None or not etcd.transport.drop(message)
 
-def _hear_each_other(one: LocalMember, other: LocalMember) -> bool:
-    """True if neither drops the other's messages: see DataLossCheck."""
-    def hears(member: "LocalMember", sender: "LocalMember") -> "bool":
-        message = Message(MsgType.VOTE, sender=sender.member_id)
-
-        def takes(etcd: "EtcdServer") -> "bool":
-            return etcd.transport.drop is None or not etcd.transport.drop(message)
-
-        return bool(member.call(takes))
-
-    return hears(one, other) and hears(other, one)
+    return bool(member.call(accepts))
 
 
 class ClusterFactory:

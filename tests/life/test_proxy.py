@@ -545,7 +545,7 @@ def test_proxy_without_descriptors_blames_no_member(
                 body=b"", body_too_large=False, remote="h:1", on_close=None, connection=(
                     types.SimpleNamespace(streaming=False)),
                 reply=lambda *args: answers.append(args))
-            proxy._reactor.call_soon_threadsafe(proxy._api._serve, call)
+            proxy._reactor.call_soon_threadsafe(proxy._api._forward, call)
             eventually(lambda: answers)
             assert answers[0][0] == 503 and b"ulimit -n" in answers[0][1]
         assert _http_ask(proxy, "GET", "/v2/keys/a")[0] == 200
@@ -651,17 +651,18 @@ def test_proxy_asks_less_and_less_often_while_there_is_no_endpoint(tmp_path: Pat
         run_blocking=lambda work, *args, kind, done: done(None, found),
     )
     endpoints = pyetcd.Endpoints(
-        pyetcd.ServerConfig(), reactor, None, ["http://10.0.0.1:2380"], str(tmp_path / "cluster"))
+        pyetcd.ServerConfig(), reactor, None, pyetcd.ClusterFile(("http://10.0.0.1:2380",)),
+        str(tmp_path / "cluster"))
     found = None
-    endpoints.start()
+    endpoints.schedule_refresh()
     for _ in range(8):
-        endpoints._begin_refresh()
+        endpoints._start_refresh()
     assert waits == [1, 2, 4, 8, 16, 30, 30, 30, 30]
-    found = (("http://10.0.0.1:2380",), ["http://10.0.0.1:2379"])
-    endpoints._begin_refresh()
+    found = pyetcd.ClusterFile(("http://10.0.0.1:2380",), ("http://10.0.0.1:2379",))
+    endpoints._start_refresh()
     endpoints._endpoints[0].available = False
     found = None
-    endpoints._begin_refresh()
+    endpoints._start_refresh()
     assert waits[-2:] == [30, 1]
 
 
@@ -806,7 +807,8 @@ def test_proxy_by_srv_records_needs_no_own_entry(
     monkeypatch.setattr(pyetcd, "name_servers", lambda: [disc_dns.address])
     config = pyetcd.ServerConfig(
         discovery_srv="example.test", initial_advertise_peer_urls=("http://10.0.0.9:2380",))
-    assert pyetcd.find_peer_urls(config, str(tmp_path / "none")) == ("http://n1.example.test:2380",)
+    assert pyetcd.find_cluster(config, str(tmp_path / "none")).peer_urls == (
+        "http://n1.example.test:2380",)
 
 
 # -- whole processes ----------------------------------------------------------------------

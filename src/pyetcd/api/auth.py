@@ -30,18 +30,18 @@ from ..net.http_requests import Handler, HttpRequest
 from .forms import not_found, refuse_method, write_error, write_message
 from .gojson import GoJson
 
-_AUTH_VERSION = (2, 1)              # of the cluster, from which on all members know users
+_AUTH_VERSION = (2, 1)              # of a cluster in which all members know users
 _ITEM_METHODS = ("GET", "PUT", "DELETE")
-ITEMS_IN_SLICE = 100                # users or roles of a listing, in one turn: 2 ms
+ITEMS_IN_SLICE = 100                # users or roles that one turn lists: 2 ms
 
 
 def refuse_credentials(request: HttpRequest) -> None:
-    """Answer 401 to who lacks the role root."""
+    """Answer 401: the request needs the role root."""
     write_message(request, 401, "Insufficient credentials")
 
 
 class UserBody(NamedTuple):
-    """What a PUT of a user says."""
+    """The body of a PUT of a user."""
 
     name: str
     password: str
@@ -60,7 +60,7 @@ class UserBody(NamedTuple):
 
 
 class RoleBody(NamedTuple):
-    """What a PUT of a role says."""
+    """The body of a PUT of a role."""
 
     name: str
     permissions: Permissions
@@ -93,10 +93,9 @@ class AuthApi:
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
 
     def route(self, head: HttpHead) -> Handler:
-        """Return what answers a request below /v2/auth/."""
-        version = self._server.cluster.version
-        if version is None or version_key(version) < _AUTH_VERSION:
-            # Not kept: the cluster may learn its version at any time.
+        """Return the handler of a request below /v2/auth/."""
+        if not self._is_capable:
+            # The decision is kept with the head, but the cluster may learn its version at any time.
             return lambda request: self.route(head)(request) if self._is_capable else write_message(
                 request, 500, "Not capable of accessing auth feature during rolling upgrades."
             )
@@ -121,7 +120,7 @@ class AuthApi:
     def _allow(
         self, head: HttpHead, methods: Sequence[str], handler: Handler, *, is_open: bool = False
     ) -> Handler:
-        """Check the method, then the credential."""
+        """Return `handler` behind checks of the method and the credentials."""
         if head.method not in methods:
             return functools.partial(refuse_method, ",".join(methods))
         return handler if is_open else self._guard.root(head, handler, refuse_credentials)
@@ -143,7 +142,7 @@ class AuthApi:
         self._reply_list(request, "users", "null", shown, [])
 
     def _with_roles(self, user: User, *, skip: bool) -> Dict[str, object]:
-        """The user with what its roles allow.  skip: pass over missing ones, else AuthError."""
+        """Return the user with its roles.  skip: omit missing roles instead of AuthError."""
         roles = []
         for name in user.roles or ():
             role = self._auth.role(name)
@@ -226,7 +225,7 @@ class AuthApi:
     def _parse(
         self, request: HttpRequest, parse: Callable[[bytes], Any], name: str, what: str
     ) -> Any:
-        """The parsed body; None if it is refused already."""
+        """Return the parsed body; None after an error, which is answered."""
         if request.body_too_large:
             self._message(request, 413, "Request Entity Too Large")
             return None
@@ -241,7 +240,7 @@ class AuthApi:
         return body
 
     def _run(self, request: HttpRequest, steps: Steps, reply: Callable[[Any], None]) -> None:
-        """Carry out a change, then answer."""
+        """Make a change; then call reply(its result), or answer with its error."""
         def done(result: Any) -> None:
             if isinstance(result, (AuthError, EtcdError)):
                 self._fail(request, result)
@@ -266,7 +265,7 @@ class AuthApi:
         self, request: HttpRequest, name: str, empty: str, shown: Iterator[object],
         texts: List[str],
     ) -> None:
-        """Answer with all of `shown`, of which one turn makes ITEMS_IN_SLICE."""
+        """Answer with all of `shown`; one turn formats ITEMS_IN_SLICE of them."""
         some = [json_text(item) for item in itertools.islice(shown, ITEMS_IN_SLICE)]
         texts += some
         if request.connection.closed:

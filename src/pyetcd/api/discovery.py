@@ -19,14 +19,13 @@ DISCOVERY_DEFAULT_SIZE = 3          # of a cluster made by /new without size
 
 
 class DiscoveryService:
-    """The registry for other clusters that every member is: `/new` and `/<token>` on its clients'
-    port.
+    """The registry of other clusters on the client port of a member: `/new` and `/<token>`.
 
     do    EtcdServer.do
     keys  the handler of /v2/keys requests
 
-    Thread: reactor.  Source: discovery.etcd.io; operations notes, discovery service.
-    Differs from discovery.etcd.io: sizes below 1 are refused; no cluster can have them.
+    Thread: reactor.  Source: discovery.etcd.io.
+    Differs from discovery.etcd.io: sizes below 1 are refused, as no cluster can have them.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class DiscoveryService:
         self._keys = keys
 
     def handle(self, request: HttpRequest) -> bool:
-        """Answer a request for the registry; False if the path is none of ours."""
+        """Answer a request for the registry; return False for any other path."""
         path = request.path
         if path == "/new":
             self._new(request)
@@ -52,7 +51,7 @@ class DiscoveryService:
         return True
 
     def _new(self, request: HttpRequest) -> None:
-        """Make a token, and answer with the URL under which the client reached us."""
+        """Make a token; answer with its URL, below the host that the client asked."""
         host = request.headers.get("host", "")
         if is_from_browser(request.headers) and not (
             isinstance(request, CorsRequest) and request.is_allowed
@@ -89,7 +88,7 @@ class DiscoveryService:
     def _forward(self, request: HttpRequest) -> None:
         """Serve the request as one for the key below the registry."""
         old = request.head
-        # A head is shared by all requests with the same bytes, so a new one is made.
+        # All requests with the same bytes share a head, so this one needs a copy.
         head = HttpHead(
             old.method, f"/v2/keys{REGISTRY_KEY}{old.target}", old.minor, old.headers
         )
@@ -105,11 +104,11 @@ _NOT_FOR_PAGES = (
 
 
 def is_from_browser(headers: Mapping[str, str]) -> bool:
-    """True if a browser sends this, unless it says that its user has typed the address.
+    """True for a request of a web page; False for programs, and for an address that a user typed.
 
-    Browsers name the kind of a request in Sec-Fetch-Site where a connection is secure or local;
-    elsewhere, and for a page whose own name was bound to our address, only what every request
-    of theirs has tells them from programs.
+    On secure and local connections browsers send Sec-Fetch-Site.  On others, and for a page whose
+    own name resolves to this member (DNS rebinding), only headers that every browser sends tell
+    it from a program.
     """
     site = headers.get("sec-fetch-site")
     if site is not None:
@@ -135,7 +134,7 @@ def _token_route(rest: str) -> str:
 
 
 def _wanted_size(request: HttpRequest) -> int:
-    """The size that a /new request asks for.  Raises ValueError."""
+    """Return the cluster size in a /new request.  Raises ValueError."""
     query = request.query.encode("latin-1")
     body = request.body if request.method in ("POST", "PUT", "PATCH") else b""
     if len(query) + len(body) > SHORT_HEADER_BYTES_MAX:

@@ -10,12 +10,12 @@ from ..member.passwords import go_text
 from ..raft.core import RaftRole
 
 JSON_BYTES_MAX = 1 << 20            # of a body; above: 400
-JSON_VALUES_MAX = 10_000            # in it, by its commas; above: 400
-JSON_BRACKETS_MAX = 500             # in it, so that it cannot be nested deeper; above: 400
+JSON_VALUES_MAX = 10_000            # of a body, counted by commas; above: 400
+JSON_BRACKETS_MAX = 500             # of a body, a bound of its depth; above: 400
 
 
 class GoJson:
-    """JSON in requests, with the error texts of Go's decoder.  Raises ValueError."""
+    """A decoder of JSON in requests, with the error texts of Go's.  Raises ValueError."""
 
     _CONTEXTS = (
         ("Expecting property name", "looking for beginning of object key string"),
@@ -30,10 +30,10 @@ class GoJson:
 
     @classmethod
     def loads(cls, data: bytes, *, partial: bool = False) -> Any:
-        """Return the value in `data`; partial: whatever follows the first value is ignored.
+        """Return the value in `data`; partial: ignore text after the first value.
 
-        Numbers become floats.  Raises ValueError.  Differs from Go: what would keep everyone
-        waiting is refused, and what is nested without end, before it is looked at.
+        Numbers become floats.  Raises ValueError.  Differs from Go: a body with too many values,
+        or nested too deeply, is refused before it is parsed, as it would stall all clients.
         """
         if len(data) > JSON_BYTES_MAX or data.count(b",") > JSON_VALUES_MAX:
             raise ValueError(f"more than {JSON_BYTES_MAX} bytes or {JSON_VALUES_MAX} values")
@@ -83,7 +83,7 @@ class GoJson:
 
     @classmethod
     def _reason(cls, text: str, error: json.JSONDecodeError) -> str:
-        """Go's words for Python's complaint."""
+        """Return the words of Go for an error of Python's decoder."""
         at = error.pos
         literal = {"n": "null", "t": "true", "f": "false"}.get(text[at:at + 1])
         if error.msg == "Expecting value" and literal:

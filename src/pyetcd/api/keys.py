@@ -1,4 +1,4 @@
-"""The keys API: from an HTTP request to a command, and back."""
+"""The keys API: turns HTTP requests into commands, and their results into replies."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class KeysApi:
             "etcd_store_watch_requests_total", "Watches that were asked for.")
         self._get_durations = self._durations.child("GET")
         self._put_durations = self._durations.child("PUT")
-        self._puts_s: List[float] = []      # what PUTs took that are not in there yet
+        self._puts_s: List[float] = []      # durations of PUTs that _put_durations lacks
         metrics.before_text = self._count_puts
 
     def route(self, head: HttpHead) -> Handler:
-        """Return what answers requests with this head."""
+        """Return the handler of requests with this head."""
         if head.method not in self.METHODS:
             return functools.partial(refuse_method, ",".join(self.METHODS))
         target = KeyTarget(head)
@@ -90,17 +90,17 @@ class KeysApi:
         write_error(request, error, self._cluster_line)
 
     def _unauthorized(self, target: KeyTarget, request: HttpRequest) -> None:
-        """Answer 401; what is wrong with the request itself is said before."""
+        """Answer 401; errors in the form of a PUT or POST go before."""
         refuse = functools.partial(self._refuse, Unauthorized("Insufficient credentials"))
         if request.method in ("PUT", "POST"):
-            self._go_on(self._read(target, request), request, refuse)
+            self._parse_slice(self._read(target, request), request, refuse)
         else:
             refuse(request)
 
     def _get(self, path: str, recursive: bool, sorted: bool, request: HttpRequest) -> None:
         """GET and HEAD from the local store.  A hot path."""
         started = self._now()
-        # etcd looks at every key request whether auth was enabled, and counts the miss.
+        # etcd reads the key that enables auth at every key request, and counts the miss.
         self._stats.gets_fail += 1
         method = request.head.method
         self._received.inc(method)
@@ -143,16 +143,16 @@ class KeysApi:
                 command = Request(id, known.method, known.path, text)
                 self._submit(command, request, encode_plain(id, target.encoded, value))
                 return
-        self._go_on(self._read(target, request), request)
+        self._parse_slice(self._read(target, request), request)
 
     def _read(
         self, target: KeyTarget, request: HttpRequest
     ) -> Generator[None, None, Tuple[Request, bytes]]:
-        """Return the command of a PUT or POST, and itself encoded if it is long, with pauses."""
+        """Return the command of a PUT or POST, and its encoding if it is long, with pauses."""
         command = yield from target.request(request, self._wall_ns())
         if len(request.body) < FORM_SLICE_BYTES:
             return command, b""
-        # Longer texts were UTF-8, see form_steps(): to look at them again takes 1 ms per MB.
+        # Longer texts are UTF-8, see form_steps(); another check would take 1 ms per MB.
         val, prev_value = (
             text if len(text) > FORM_SLICE_BYTES else as_unicode(text)
             for text in (command.val, command.prev_value)
@@ -163,11 +163,11 @@ class KeysApi:
         )
         return command, (yield from encode_request_steps(command))
 
-    def _go_on(
+    def _parse_slice(
         self, steps: Generator[None, None, Tuple[Request, bytes]], request: HttpRequest,
         refuse: Optional[Handler] = None,
     ) -> None:
-        """Parse a form as far as one turn goes; at its end, propose the command, or refuse it."""
+        """Parse as much of a form as fits in a turn; at its end propose the command, or refuse."""
         try:
             next(steps)
         except StopIteration as end:
@@ -180,10 +180,10 @@ class KeysApi:
             self._refuse(error, request)
         else:
             if not request.connection.closed:
-                self._reactor.call_in_turn(self._go_on, steps, request, refuse)
+                self._reactor.call_in_turn(self._parse_slice, steps, request, refuse)
 
     def _submit(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
-        """Send a command through consensus."""
+        """Start a command that goes through consensus."""
         method = command.method
         self._stats.gets_fail += 1              # as in _get
         self._received.inc(method)
@@ -193,7 +193,7 @@ class KeysApi:
     def _reply_applied(
         self, request: HttpRequest, command: Request, started: float, result: Any
     ) -> None:
-        """Answer with the event of an applied command, or with the error."""
+        """Answer after the command is applied or has failed."""
         method = command.method
         if isinstance(result, EtcdError):
             self._fail(request, method, result)
@@ -256,7 +256,7 @@ class KeysApi:
         self, request: HttpRequest, status: int, index: int, body: bytes,
         more: Sequence[bytes] = (),
     ) -> None:
-        """Answer with an event, by way of the shortest code where nothing is special."""
+        """Answer with an event; most requests take the short way, a ready-made head."""
         head, size = request.head, len(body)
         if not head.takes_raw:
             headers = self._cluster_line + self._index_lines(index)

@@ -1,4 +1,4 @@
-"""Listings of directories, written in slices and shared."""
+"""Listings of directories: written in slices, and shared by requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..store.walks import Listing
 
 
 class ListingRequest(NamedTuple):
-    """What a GET of a directory asks for; path is internal."""
+    """The options of a GET of a directory; path is internal."""
 
     path: str
     recursive: bool
@@ -29,37 +29,37 @@ class ListingWaiter:
 
     def __init__(self, done: Callable[[Any], None]) -> None:
         self.done = done
-        self.group: Dict[ListingWaiter, None] = {}      # of those that wait for the same
+        self.group: Dict[ListingWaiter, None] = {}      # waits for the same listing
 
 
 class Listings:
-    """Directories as JSON, long ones in slices, a slice per turn: nobody waits for them.
+    """Makes listings as JSON: long ones in slices, one slice per turn, so that nothing stalls.
 
-    Listings are made one after the other, each of the state that its first slice finds.  All
-    that want the same while they wait share one, as do those that come before the store changes.
+    One listing is made after the other, each of the state at its first slice.  Equal requests
+    share a listing if they wait at the same time, or come before the store changes.
     Thread: reactor.
     """
 
-    KEPT_BYTES_MAX = 16 << 20       # of complete ones, as long as the store's index holds
+    KEPT_BYTES_MAX = 16 << 20       # of complete listings, kept until the store changes
     KEPT_SECONDS = 5.0
 
     def __init__(self, store: Store, reactor: Reactor) -> None:
         self._store = store
         self._reactor = reactor
         self._current: Optional[Tuple[ListingRequest, Listing]] = None
-        self._waiters: Dict[ListingWaiter, None] = {}           # of the current one
-        self._waiting: Dict[ListingRequest, Dict[ListingWaiter, None]] = {}     # as they arrived
+        self._waiters: Dict[ListingWaiter, None] = {}           # for the current listing
+        self._queue: Dict[ListingRequest, Dict[ListingWaiter, None]] = {}     # by arrival
         self._kept: Dict[ListingRequest, Listing] = {}
         self._kept_bytes = 0
         self._expiry: Optional[Timer] = None
-        self._is_posted = False         # the next slice is on its way: never two in one turn
-        self._turn = 0                  # of the reactor
-        self._work_done = 0             # in that turn
+        self._is_posted = False         # a slice is scheduled: never two in one turn
+        self._turn = 0                  # of the reactor, to which _work_done belongs
+        self._work_done = 0
 
     def ask(
         self, wanted: ListingRequest, request: HttpRequest, done: Callable[[Any], None]
     ) -> None:
-        """Call done(Listing, or EtcdError): at once if it is short, and not too many are."""
+        """Call done(Listing, or EtcdError): at once for a short listing, if the turn has time."""
         kept = self._kept.get(wanted)
         if kept is not None and kept.index == self._store.current_index:
             done(kept)
@@ -68,8 +68,8 @@ class Listings:
         request.on_close = functools.partial(self._leave, waiter)
         if self._join(wanted, waiter):
             return
-        if self._work_left() <= 0 or wanted in self._waiting:
-            self._wait(wanted, waiter)
+        if self._work_left() <= 0 or wanted in self._queue:
+            self._enqueue(wanted, waiter)
             return
         try:
             listing = self._begin(wanted)
@@ -81,13 +81,13 @@ class Listings:
         elif self._current is None:
             self._current, self._waiters = (wanted, listing), {}
             self._enter(waiter, self._waiters)
-            self._post()
+            self._schedule_slice()
         else:
             listing.end()
-            self._wait(wanted, waiter)
+            self._enqueue(wanted, waiter)
 
     def _join(self, wanted: ListingRequest, waiter: ListingWaiter) -> bool:
-        """Have a share in the listing under way, if it is as good as a new one."""
+        """Share the listing under way if a new one would be the same; return whether it is."""
         if self._current is None:
             return False
         its, listing = self._current
@@ -96,10 +96,10 @@ class Listings:
         self._enter(waiter, self._waiters)
         return True
 
-    def _wait(self, wanted: ListingRequest, waiter: ListingWaiter) -> None:
-        if self._current is None and not self._waiting:
-            self._post()
-        self._enter(waiter, self._waiting.setdefault(wanted, {}))
+    def _enqueue(self, wanted: ListingRequest, waiter: ListingWaiter) -> None:
+        if self._current is None and not self._queue:
+            self._schedule_slice()
+        self._enter(waiter, self._queue.setdefault(wanted, {}))
 
     @staticmethod
     def _enter(waiter: ListingWaiter, group: Dict[ListingWaiter, None]) -> None:
@@ -107,14 +107,14 @@ class Listings:
         waiter.group = group
 
     def _leave(self, waiter: ListingWaiter) -> None:
-        """The client is gone; a listing for nobody ends, or is never begun."""
+        """Forget a waiter whose client is gone, and end a listing without waiters."""
         waiter.group.pop(waiter, None)
         if self._current is not None and not self._waiters:
             self._current[1].end()
             self._current = None
 
     def _work_left(self) -> int:
-        """How many more nodes this turn may look at."""
+        """Return the number of nodes that this turn may still visit."""
         if self._turn != self._reactor.turns:
             self._turn, self._work_done = self._reactor.turns, 0
         return LISTING_SLICE_WORK - self._work_done
@@ -149,18 +149,18 @@ class Listings:
             self._expiry.cancel()
             self._expiry = None
 
-    def _post(self) -> None:
+    def _schedule_slice(self) -> None:
         if not self._is_posted:
             self._is_posted = True
-            self._reactor.call_in_turn(self._go_on)
+            self._reactor.call_in_turn(self._make_slice)
 
-    def _go_on(self) -> None:
-        """One slice: of the listing under way, or of the next."""
+    def _make_slice(self) -> None:
+        """Make one slice of the listing under way, or of the next one."""
         self._is_posted = False
         if self._current is None:
-            while self._waiting and not self._waiters:
-                wanted = next(iter(self._waiting))
-                self._waiters = self._waiting.pop(wanted)
+            while self._queue and not self._waiters:
+                wanted = next(iter(self._queue))
+                self._waiters = self._queue.pop(wanted)
             if not self._waiters:
                 return                  # all have left
             try:
@@ -171,8 +171,8 @@ class Listings:
             self._work(*self._current)
         if self._current is not None and self._current[1].done:
             self._finish(self._current[1])
-        if self._current is not None or self._waiting:
-            self._post()
+        if self._current is not None or self._queue:
+            self._schedule_slice()
 
     def _finish(self, result: Union[Listing, EtcdError]) -> None:
         waiters, self._waiters, self._current = self._waiters, {}, None

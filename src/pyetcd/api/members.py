@@ -1,4 +1,4 @@
-"""The members API: who is in the cluster."""
+"""The members API: the list of members, and its changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..net.http_requests import HttpRequest
 from .forms import _NOSNIFF, _TEXT, KEY_BYTES_MAX, canonical_path, write_message
 from .gojson import GoJson
 
-_PATH_SAFE = "/$&+,:;=@-_.~"        # what Go leaves as it is in a path
+_PATH_SAFE = "/$&+,:;=@-_.~"        # characters that Go does not escape in a path
 
 
 def redirect(request: HttpRequest) -> None:
@@ -84,13 +84,12 @@ class MembersApi:
         self._cluster_line = f"X-Etcd-Cluster-Id: {format_id(server.cluster.id)}\r\n"
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer any of METHODS."""
         rest = request.path[len("/v2/members"):]
         rest = rest[1:] if rest.startswith("/") else rest
         if request.method == "GET":
             self._get(request, rest)
         elif request.method == "POST":
-            self._add(request)
+            self._change_urls(request, ConfChangeType.ADD_NODE)
         elif not rest:
             request.reply(405, b"Method Not Allowed\n", _TEXT, self._cluster_line + _NOSNIFF)
         elif not re.fullmatch("[0-9A-Fa-f]+", rest) or len(rest.lstrip("0")) > 16:
@@ -98,7 +97,7 @@ class MembersApi:
         elif request.method == "DELETE":
             self._change(request, ConfChangeType.REMOVE_NODE, Member(int(rest, 16), ()))
         else:
-            self._update(request, int(rest, 16))
+            self._change_urls(request, ConfChangeType.UPDATE_NODE, int(rest, 16))
 
     def _get(self, request: HttpRequest, rest: str) -> None:
         if rest == "":
@@ -114,21 +113,16 @@ class MembersApi:
             else:
                 self._reply(request, 200, leader.client_json() + "\n")
 
-    def _add(self, request: HttpRequest) -> None:
+    def _change_urls(self, request: HttpRequest, change: ConfChangeType, id: int = 0) -> None:
+        """Add a member with the URLs in the body, or give them to member `id`."""
         urls = self._peer_urls(request)
         if urls:
-            self._check_reachable(urls)
-            new_id = member_id(urls, "", self._server.reactor.wall_ns() // NS)
-            self._change(request, ConfChangeType.ADD_NODE, Member(new_id, urls))
+            self._warn_of_local(urls)
+            id = id or member_id(urls, "", self._server.reactor.wall_ns() // NS)
+            self._change(request, change, Member(id, urls))
 
-    def _update(self, request: HttpRequest, id: int) -> None:
-        urls = self._peer_urls(request)
-        if urls:
-            self._check_reachable(urls)
-            self._change(request, ConfChangeType.UPDATE_NODE, Member(id, urls))
-
-    def _check_reachable(self, urls: Sequence[str]) -> None:
-        """Warn of URLs that mean this machine here, in a cluster of several machines."""
+    def _warn_of_local(self, urls: Sequence[str]) -> None:
+        """Warn of loopback URLs in a cluster of several machines."""
         known = usable_urls(self._cluster.peer_urls())
         near = [url for url in urls if is_local(url)]
         if near and not all(map(is_local, known)):
@@ -138,7 +132,7 @@ class MembersApi:
             )
 
     def _peer_urls(self, request: HttpRequest) -> Tuple[str, ...]:
-        """The URLs in the body; () if the request is answered already, with an error."""
+        """Return the URLs in the body; () after an error, which is answered."""
         content_type = request.headers.get("content-type", "")
         if content_type != "application/json":
             self._message(
@@ -155,14 +149,14 @@ class MembersApi:
             return ()
 
     def _change(self, request: HttpRequest, change: ConfChangeType, member: Member) -> None:
-        done = functools.partial(self._done, request, change, member)
+        done = functools.partial(self._reply_change, request, change, member)
         self._server.change_member(change, member, done)
 
-    def _done(
+    def _reply_change(
         self, request: HttpRequest, change: ConfChangeType, member: Member,
         error: Optional[Exception],
     ) -> None:
-        """The change is applied, or refused."""
+        """Answer after the change is applied or refused."""
         if error is None and change == ConfChangeType.ADD_NODE:
             self._reply(request, 201, member.client_json() + "\n")
         elif error is None:
@@ -177,8 +171,8 @@ class MembersApi:
         else:
             cause = error.cause if isinstance(error, EtcdError) else str(error)
             package_logger("etcdhttp").error("got unexpected response error (%s)", cause)
-            is_ours = isinstance(error, ReconfigurationRefused)     # etcd tells it the log only
-            self._message(request, 500, str(error) if is_ours else "Internal Server Error")
+            is_refused = isinstance(error, ReconfigurationRefused)  # etcd only logs the reason
+            self._message(request, 500, str(error) if is_refused else "Internal Server Error")
 
     def _reply(self, request: HttpRequest, status: int, body: str) -> None:
         request.reply(status, utf8(body), "application/json", self._cluster_line)

@@ -25,25 +25,23 @@ from .status import StatusApi, version_json
 
 
 class CorsRequest(HttpRequest):
-    """A request whose reply says which scripts of other origins may read it."""
+    """A request whose reply has the headers of CORS."""
 
     __slots__ = ("_lines", "is_allowed")
 
     def __init__(self, request: HttpRequest, lines: str, *, is_allowed: bool) -> None:
         super().__init__(request.head, request.body, request.connection)
         self.body_too_large = request.body_too_large
-        self.is_allowed = is_allowed    # may scripts of this request's origin use us?
+        self.is_allowed = is_allowed    # scripts of its origin may use the API
         self._lines = lines
 
     def reply(
         self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
         headers: str = "", more: Sequence[bytes] = (),
     ) -> None:
-        """Answer, with the lines of CORS."""
         super().reply(status, body, content_type, self._lines + headers, more)
 
     def reply_raw(self, data: bytes, more: Sequence[bytes] = ()) -> None:
-        """Answer with ready-made head and body, and the lines of CORS between."""
         status_line, _, rest = data.partition(b"\r\n")
         lines = self._lines.encode("latin-1")
         super().reply_raw(b"%b\r\n%b%b" % (status_line, lines, rest), more)
@@ -52,14 +50,13 @@ class CorsRequest(HttpRequest):
         self, status: int, content_type: Optional[str] = "application/json", headers: str = "",
         *, length: Optional[int] = None,
     ) -> StreamReply:
-        """Send the head with the lines of CORS."""
         return super().start_stream(status, content_type, self._lines + headers, length=length)
 
 
 def allow_origin(request: HttpRequest, origins: FrozenSet[str]) -> HttpRequest:
-    """Return `request` so that its reply names the origin it comes from, if that is allowed.
+    """Return `request` so that its reply has the headers of CORS, if `origins` are configured.
 
-    With a list of origins every reply says that it depends on the origin, to caches between.
+    With a list of origins every reply has `Vary: Origin`, for caches on the way.
     """
     if not origins:
         return request
@@ -77,12 +74,12 @@ def allow_origin(request: HttpRequest, origins: FrozenSet[str]) -> HttpRequest:
 
 
 class ClientApi:
-    """Everything on the client port: a table from path to handler, after etcd's common rules.
+    """The client port: a table from path to handler.
 
-    fallback  asked for paths that etcd does not have; True: answered.  Set by the owner
+    fallback  handles paths that etcd does not have; returns True if it answered.  Set by the owner
 
-    What the head alone decides is decided once and kept with it (HttpHead.parsed, with the version
-    of users and roles that it was decided for), as heads are cached.  Thread: reactor.
+    The handler for a head is kept in HttpHead.parsed, with the version of users and roles for which
+    it was found: heads are cached, so most requests skip the search.  Thread: reactor.
     Source: etcd 2.3 etcdhttp/client.go, pkg/cors, Go http.ServeMux.
     """
 
@@ -115,14 +112,14 @@ class ClientApi:
 
     @property
     def handler(self) -> Handler:
-        """What answers a request of a client."""
-        return self._serve_scripts if self._origins else self.serve
+        """The handler of client requests, with CORS only if that is configured."""
+        return self._serve_with_cors if self._origins else self.serve
 
-    def _serve_scripts(self, request: HttpRequest) -> None:
+    def _serve_with_cors(self, request: HttpRequest) -> None:
         self.serve(allow_origin(request, self._origins))
 
     def serve(self, request: HttpRequest) -> None:
-        """Answer without regard to its origin: also for requests made from others."""
+        """Answer a request, or one that was made from it, such as that of the registry."""
         if self._log.isEnabledFor(logging.DEBUG):
             log_reply(request, self._log)
         head = request.head
@@ -133,7 +130,7 @@ class ClientApi:
         decided[1](request)
 
     def _route(self, head: HttpHead) -> Handler:
-        """Return what answers requests with this head.  The order is that of keys-api §1.1."""
+        """Return the handler of requests with this head.  The order of the checks is etcd's."""
         path = head.path
         if head.method == "OPTIONS":
             return _reply_empty
@@ -146,7 +143,7 @@ class ClientApi:
         if path.startswith("/v2/auth/"):
             return self._auth.route(head)
         name = "/v2/members" if path.startswith("/v2/members/") else path
-        if path == "/new":              # a token of the discovery service: a write
+        if path == "/new":              # makes a discovery token, which is a write
             return self._guard.key(
                 head, REGISTRY_KEY + "/", write=True, recursive=False, passed=self._unknown,
                 refused=refuse_credentials,
@@ -170,8 +167,10 @@ class ClientApi:
 
 
 def _refuse_v3(request: HttpRequest) -> None:
-    """Answer a client of etcd 3's JSON gateway in its own words: 12 is gRPC's "unimplemented",
-    which the gateway maps to 501.  A mere 404 looks like a missing key."""
+    """Answer a client of etcd 3's JSON gateway with its 501 and gRPC's code 12, "unimplemented".
+
+    Such a client takes a 404 for a missing key.
+    """
     text = json_string(V3_REFUSAL)
     request.reply(501, f'{{"error":{text},"message":{text},"code":12}}'.encode())
 
@@ -190,24 +189,24 @@ def _bad_request(request: HttpRequest) -> None:
 
 
 class PeerApi:
-    """Everything on the peer port.  Source: etcd 2.3 etcdhttp/peer.go.  Thread: reactor."""
+    """The peer port.  Source: etcd 2.3 etcdhttp/peer.go.  Thread: reactor."""
 
     def __init__(self, server: EtcdServer) -> None:
         self._server = server
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer a request of a member, or of one that wants to be."""
+        """Answer a request of a member, or of one that is about to join."""
         path = request.path
         if not path.startswith("/"):
             _bad_request(request)
         elif not is_clean_path(path):
             redirect(request)
         elif path in ("/members", "/version"):
-            self._about_us(request, path)
+            self._describe_cluster(request, path)
         elif not self._server.transport.handle(request):
             not_found(request)
 
-    def _about_us(self, request: HttpRequest, path: str) -> None:
+    def _describe_cluster(self, request: HttpRequest, path: str) -> None:
         if request.method != "GET":
             refuse_method("GET", request)
         elif path == "/version":

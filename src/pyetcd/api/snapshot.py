@@ -13,7 +13,7 @@ from ..member.snapshots import SnapshotReceiver
 from ..net.http_requests import HttpRequest, StreamReply
 from .forms import write_message
 
-DOWNLOADS_MAX = 4                   # at a time, and none beyond HELD_BYTES_MAX of their states
+DOWNLOADS_MAX = 4                   # at a time, with HELD_BYTES_MAX of snapshots; above: 503
 
 
 class SnapshotApi:
@@ -29,7 +29,7 @@ class SnapshotApi:
         self._downloads: Set[Download] = set()
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer as soon as the store has been walked."""
+        """Answer once the snapshot is complete."""
         if not self._server.raft_index:
             write_message(request, 503, "this member has no state yet; ask another one")
         elif len(self._downloads) >= DOWNLOADS_MAX or self._held_bytes() > HELD_BYTES_MAX:
@@ -38,13 +38,13 @@ class SnapshotApi:
             self._downloads.add(Download(request, self._server, self._downloads.discard))
 
     def _held_bytes(self) -> int:
-        """What the states take that are being sent; several may send the same."""
+        """Return the memory of the snapshots under way; several downloads may share one."""
         files = {id(each.file): each.file.size for each in self._downloads if each.file}
         return sum(files.values())
 
 
 class Download:
-    """One answer: it waits for the walk, then piece follows piece as fast as the client reads."""
+    """One answer: it waits for the snapshot, then sends its pieces as fast as the client reads."""
 
     def __init__(
         self, request: HttpRequest, server: EtcdServer, ended: Callable[[Download], None]
@@ -52,12 +52,12 @@ class Download:
         self._request = request
         self._server = server
         self._ended = ended
-        self.file: Optional[SnapshotFile] = None        # as soon as the store has been walked
+        self.file: Optional[SnapshotFile] = None        # once the snapshot is complete
         self._reply: Optional[StreamReply] = None
         self._pieces: Iterator[bytes] = iter(())
         # One object, as the keeper compares.
         self._receiver: Optional[SnapshotReceiver] = self._start
-        request.on_close = self._gone
+        request.on_close = self._client_gone
         server.snapshots.request(self._receiver)
 
     def _start(self, file: SnapshotFile, etcd_index: int) -> None:
@@ -72,11 +72,11 @@ class Download:
         self._reply = self._request.start_stream(
             200, "application/octet-stream", headers, length=len(file.head) + file.size
         )
-        self._reply.on_close = self._gone
-        self._go_on()
+        self._reply.on_close = self._client_gone
+        self._send_piece()
 
-    def _go_on(self) -> None:
-        """Hand out the next piece: one in a turn, as others wait for theirs."""
+    def _send_piece(self) -> None:
+        """Send the next piece: one in a turn, so that other requests get theirs."""
         if self._reply is None or self._reply.closed:
             return
         piece = next(self._pieces, None)
@@ -85,10 +85,10 @@ class Download:
             self._receiver = None
             self._ended(self)
             return
-        self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._go_on))
+        self._reply.when_read(functools.partial(self._server.reactor.call_soon, self._send_piece))
         self._reply.write(piece)
 
-    def _gone(self) -> None:
+    def _client_gone(self) -> None:
         self._pieces = iter(())
         receiver, self._receiver = self._receiver, None
         if receiver is not None:

@@ -1,33 +1,18 @@
-"""The status API: version, health, statistics of one member."""
+"""The status API: version, health, statistics and log level of one member."""
 
 from __future__ import annotations
 
-import gc
 import logging
-import sys
 import urllib.parse
-from typing import Dict
 
 from ..base.ids import LOG_PACKAGES, package_logger
 from ..base.limits import SERVER_VERSION, SHORT_HEADER_BYTES_MAX
-from ..base.system import open_files_limit
 from ..base.text import json_string, json_text, utf8
 from ..member.server import EtcdServer
 from ..net.http_requests import HttpRequest
 from .forms import _NOSNIFF, _TEXT, write_message
 from .gojson import GoJson, raft_state_name
-from .metrics import (
-    _add_disk,
-    _add_peers,
-    _add_raft,
-    _add_server,
-    _add_store,
-    _raft_status,
-    _resident_bytes,
-    _virtual_bytes,
-    _where_time_goes,
-    add_process_readings,
-)
+from .metrics import add_member_metrics, debug_variables
 
 
 def version_json(server: EtcdServer) -> bytes:
@@ -37,7 +22,7 @@ def version_json(server: EtcdServer) -> bytes:
 
 
 class StatusApi:
-    """What a member says about itself: version, machines, stats, health, metrics, log level."""
+    """Version, machines, stats, health, metrics and log level of a member."""
 
     CHECKS = {
         "/livez": ("serializable_read",), "/readyz": ("serializable_read", "linearizable_read"),
@@ -50,37 +35,32 @@ class StatusApi:
             "etcd_server_health_success", "Probes answered with good news.")
         self._unhealthy = metrics.counter(
             "etcd_server_health_failures", "Probes answered with bad news.")
-        for add in (_add_server, _add_raft, _add_store, _add_disk, _add_peers):
-            add(metrics, server)
-        add_process_readings(metrics, server.stats.started_ns, server.reactor.now)
+        add_member_metrics(server)
 
     def version(self, request: HttpRequest) -> None:
-        """GET /version."""
         request.reply(200, version_json(self._server))
 
     def machines(self, request: HttpRequest) -> None:
-        """GET /v2/machines: client URLs of all members."""
         urls = ", ".join(sorted(self._server.cluster.client_urls()))
-        self._text(request, 200, urls)
+        request.reply(200, utf8(urls), _TEXT)
 
     def health(self, request: HttpRequest) -> None:
-        """GET /health.
+        """Answer at once, from the known leader and the links to the other members.
 
-        Differs from etcd: answered at once from what is known of the leader and of the links to
-        the others; etcd waits up to 750 ms for the raft index to move.
+        Differs from etcd, which waits up to 750 ms for the raft index to move.
         """
         healthy = self._server.is_healthy
         (self._healthy if healthy else self._unhealthy).inc()
         if healthy:
-            self._text(request, 200, '{"health": "true"}')
+            request.reply(200, b'{"health": "true"}', _TEXT)
         else:
             request.reply(503, b'{"health": "false"}\n', _TEXT, _NOSNIFF)
 
     def probe(self, request: HttpRequest) -> None:
-        """GET /livez, /readyz, and single checks below them: `ok`, or 503 with what is wrong.
+        """Answer /livez, /readyz, or one check of them: `ok`, or 503 with the failed checks.
 
-        ?verbose tells of every check, ?exclude=NAME leaves one out.  A read from this member's
-        store needs nobody else; a linearizable one needs a leader and a quorum, as /health does.
+        ?verbose shows every check, ?exclude=NAME skips one.  A serializable read needs this
+        member's store only; a linearizable one needs a leader and a quorum, as /health does.
         Source: etcd 3.5 etcdhttp/health.go; 2.3 has no such paths.
         """
         path, _, single = request.path[1:].partition("/")
@@ -104,18 +84,16 @@ class StatusApi:
             request.reply(200, utf8(shown + "ok\n"), _TEXT, _NOSNIFF)
 
     def _problem(self) -> str:
-        """Why a linearizable read would fail; "" if it would not."""
+        """Return why a linearizable read would fail; "" if it would not."""
         if self._server.is_healthy:
             return ""
         return "no quorum of members is connected" if self._server.lead else "etcdserver: no leader"
 
     def stats_self(self, request: HttpRequest) -> None:
-        """GET /v2/stats/self."""
         state = raft_state_name(self._server.node.raft.role)
         request.reply(200, utf8(self._server.stats.json(state)))
 
     def stats_leader(self, request: HttpRequest) -> None:
-        """GET /v2/stats/leader."""
         server = self._server
         if not server.is_leader:
             write_message(request, 403, "not current leader")
@@ -124,35 +102,22 @@ class StatusApi:
         request.reply(200, server.leader_stats.json(followers).encode())
 
     def stats_store(self, request: HttpRequest) -> None:
-        """GET /v2/stats/store."""
         request.reply(200, self._server.store.stats.json().encode())
 
     def metrics(self, request: HttpRequest) -> None:
-        """/metrics for Prometheus, any method."""
         request.reply(200, utf8(self._server.metrics.text()), "text/plain; version=0.0.4")
 
     def debug_vars(self, request: HttpRequest) -> None:
-        """GET /debug/vars: etcd's variables, and where our time goes."""
-        server = self._server
-        variables: Dict[str, object] = {
-            "cmdline": [sys.executable, *sys.argv],
-            "file_descriptor_limit": open_files_limit(),
-            "memstats": {
-                "Alloc": _resident_bytes(), "Sys": _virtual_bytes(),
-                "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
-            },
-            "raft.status": _raft_status(server.node.status()),
-            **_where_time_goes(server),
-        }
         lines = ",\n".join(
-            f"{json_string(name)}: {json_text(value)}" for name, value in variables.items()
+            f"{json_string(name)}: {json_text(value)}"
+            for name, value in debug_variables(self._server).items()
         )
         request.reply(200, utf8(f"{{\n{lines}\n}}\n"), "application/json; charset=utf-8")
 
     def log_level(self, request: HttpRequest) -> None:
-        """PUT /config/local/log: change the level of the log, {"Level": "DEBUG"}.
+        """Set the level of all loggers to that in the body, {"Level": "DEBUG"}.
 
-        With "Package": "raft" that of one package; without it, that of all, also of those whose
+        With "Package": "raft" only that of one package.  Without it also that of packages whose
         level was set before, as in etcd.
         """
         if request.body_too_large:
@@ -181,10 +146,6 @@ class StatusApi:
                 logging.getLogger(each).setLevel(logging.NOTSET)
             logging.getLogger("pyetcd").setLevel(level[1])
         request.reply(204)
-
-    @staticmethod
-    def _text(request: HttpRequest, status: int, text: str) -> None:
-        request.reply(status, utf8(text), _TEXT)
 
 
 _LEVELS = {

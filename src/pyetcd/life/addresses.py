@@ -1,4 +1,4 @@
-"""Addresses of this host, and what members say of themselves."""
+"""Addresses of this host, and the lists of members that flags, peers and DNS give."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from ..net.dns import _reason, name_servers
 from ..net.tls import TlsContext
 from .discovery import _resolve, blocking_get, srv_cluster
 
-JOIN_ANSWER_SECONDS = 10.0          # for /members and /version of a cluster that we join
-PROBE_ANSWER_SECONDS = 1.0          # for /members of peers that may not be up yet
+JOIN_ANSWER_SECONDS = 10.0          # for /members and /version of the cluster to join
+PROBE_ANSWER_SECONDS = 1.0          # for /members of peers that may be down
 
 
 def is_elsewhere(url: str) -> bool:
-    """True if `url` has an address that is certainly none of this machine."""
+    """True if the address in `url` is certainly of another machine; False for any name."""
     host = url_address(url)[0]
     if not is_ip(host):
-        return False                # a name: it may be ours
+        return False
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as sock:
@@ -45,15 +45,15 @@ def is_elsewhere(url: str) -> bool:
 def default_route_address() -> str:
     """Return our IPv4 address on the interface with the default route, or ""."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(("192.0.2.1", 9))  # a datagram socket only looks up the route: nothing is sent
+        sock.connect(("192.0.2.1", 9))  # sends nothing: a datagram socket looks up the route
         return str(sock.getsockname()[0])
     return ""
 
 
 def same_urls(ours: Sequence[str], theirs: Sequence[str]) -> bool:
-    """True if each URL of either list has an address of one in the other, host names resolved.
+    """True if each URL of one list shares an address with a URL of the other; names are resolved.
 
-    `localhost` is compared as text, as etcd does: it means another machine everywhere.
+    `localhost` is compared as text, as in etcd: it means another machine everywhere.
     """
     def resolved(urls: Sequence[str]) -> List[Set[Tuple[str, str, int]]]:
         found = []
@@ -104,7 +104,7 @@ def parse_members(body: bytes) -> List[Member]:
 def fetch_cluster(
     urls: Sequence[str], timeout_s: float, tls: Optional[TlsContext], *, quiet: bool = False
 ) -> Optional[Tuple[int, List[Member]]]:
-    """Return the first answer of fetch_members to any of `urls`; None if there is none."""
+    """Return fetch_members() of the first of `urls` that answers; None if none does."""
     for url in urls:
         try:
             return fetch_members(url, timeout_s, tls)
@@ -117,7 +117,6 @@ def fetch_cluster(
 
 
 def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> None:
-    """The start-up lines that say with what the member works."""
     log = package_logger("etcdserver")
     log.info("name = %s", config.name)
     if config.force_new_cluster:
@@ -141,12 +140,12 @@ def _log_config(config: ServerConfig, data_dir: DataDir, initial: str = "") -> N
 
 
 def default_initial_cluster(name: str) -> str:
-    """Return -initial-cluster where it is not given: the member alone, on the default peer URLs."""
+    """Return the default of -initial-cluster: the member alone, on the default peer URLs."""
     return ",".join(f"{name}={url}" for url in DEFAULT_PEER_URLS.split(","))
 
 
 def url_given_twice(initial: Mapping[str, Tuple[str, ...]]) -> str:
-    """Return a peer URL that is in the list of members more than once; "" if there is none."""
+    """Return the first peer URL that `initial` holds twice; "" if there is none."""
     urls = [url for urls in initial.values() for url in urls]
     return next((url for url in urls if urls.count(url) > 1), "")
 
@@ -185,22 +184,23 @@ def _initial_members(config: ServerConfig) -> Dict[str, Tuple[str, ...]]:
     return initial
 
 
-def _new_cluster(token: str, initial: Mapping[str, Tuple[str, ...]]) -> Cluster:
+def _new_cluster(
+    config: ServerConfig, token: str, initial: Mapping[str, Tuple[str, ...]]
+) -> Tuple[Cluster, Member]:
+    """Return the cluster of these members and this member in it.  Raises StartError."""
     try:
-        return Cluster.from_initial(token, dict(initial))
+        cluster = Cluster.from_initial(token, dict(initial))
     except ValueError as error:
         raise StartError(f"error setting up initial cluster: {error}") from None
-
-
-def _own_member(config: ServerConfig, cluster: Cluster) -> Member:
     member = cluster.member_by_name(config.name)
     if member is None:
         raise StartError(f'member "{config.name}" is not in the cluster that discovery found')
-    return member
+    cluster.local_id = member.id
+    return cluster, member
 
 
 def _bootstrap_entries(cluster: Cluster) -> List[Entry]:
-    """One ConfChange per initial member, ascending by id: identical bytes on every member."""
+    """Return a ConfChange per initial member, ascending by id: the same bytes on every member."""
     entries = []
     for index, member in enumerate(sorted(cluster.members.values(), key=lambda m: m.id), 1):
         context = utf8(member.context_json())

@@ -1,4 +1,4 @@
-"""Backup and restore: a member's data as files, and a cluster out of them."""
+"""Backup and restore: the data of a member as files, and a new cluster from them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..member.configuration import ServerConfig
 from ..member.snapshots import SnapshotJob
 from ..net.workers import SYSTEM_CLOCK
 from ..store.tree import Store
-from .addresses import _initial_members, _new_cluster, _own_member
+from .addresses import _initial_members, _new_cluster
 from .bootstrap import _check_advertised
 from .sources import (
     _ENTRIES_PER_WRITE,
@@ -47,7 +47,7 @@ from .sources import (
 
 
 class MemberFiles(NamedTuple):
-    """All that a member begins with."""
+    """The files that a member starts with."""
 
     member_id: int
     cluster_id: int
@@ -57,7 +57,7 @@ class MemberFiles(NamedTuple):
 
 
 def check_target(data_dir: str, wal_dir: str = "") -> None:
-    """Raise BackupError if there is something that would be mixed with new files."""
+    """Raise BackupError unless both directories are empty or absent."""
     for path in filter(None, (data_dir, wal_dir)):
         try:
             found = set(os.listdir(path)) - {_STAGE}
@@ -70,9 +70,9 @@ def check_target(data_dir: str, wal_dir: str = "") -> None:
 
 
 def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnProgress) -> None:
-    """Make a data directory, durably; `member` appears in it when all is complete.
+    """Make a data directory, durably; `member` appears in it when all files are complete.
 
-    Raises BackupError; what was begun is removed then.
+    Raises BackupError, and removes all new files then.
     """
     stage = os.path.join(data_dir, _STAGE)
     wal_stage = os.path.join(wal_dir or stage, _STAGE if wal_dir else "wal")
@@ -85,7 +85,8 @@ def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnPr
                 shutil.rmtree(path, ignore_errors=True)
             _fill_stage(stage, wal_stage, files, progress)
             if wal_dir:
-                # First: a log without its snapshot is refused, the other way round is forgotten.
+                # The log first: a start refuses a log without its snapshot, but would pass over a
+                # snapshot that its log does not know.
                 for name in os.listdir(wal_stage):
                     os.rename(os.path.join(wal_stage, name), os.path.join(wal_dir, name))
                 os.rmdir(wal_stage)
@@ -103,7 +104,7 @@ def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnPr
 
 
 def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProgress) -> None:
-    """Write all files.  In the log the entries come first, as etcdctl has it."""
+    """Write all files.  The entries come first in the log, as etcdctl writes it."""
     snap = os.path.join(stage, "snap")
     for path in (os.path.dirname(stage), stage, snap, os.path.dirname(wal_stage)):
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -129,9 +130,9 @@ def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProg
 
 
 def _write_bolt(path: str, raft_index: int) -> None:
-    """Write the database that etcd 3.4 wants beside a snapshot: without a key, up to raft_index.
+    """Write the database without keys that etcd 3.4 needs beside a snapshot up to raft_index.
 
-    Four pages: two heads, the free list, and the buckets.  Source: bbolt, page.go, bucket.go.
+    It has four pages: two heads, the free list, the buckets.  Source: bbolt, page.go, bucket.go.
     """
     def page(id: int, kind: int, items: Sequence[Tuple[int, bytes, bytes]]) -> bytes:
         head = struct.pack("<QHHI", id, kind, len(items), 0)
@@ -168,17 +169,17 @@ def _write_bolt(path: str, raft_index: int) -> None:
 
 
 def _no_progress(share: float, keys: int) -> None:
-    """Nobody looks."""
+    pass
 
 
 def backup(
     data_dir: str, backup_dir: str, *, wal_dir: str = "", backup_wal_dir: str = "",
     dry_run: bool = False, progress: OnProgress = _no_progress,
 ) -> CopyReport:
-    """Copy the data of a member that may be running, under new ids: as `etcdctl backup` does.
+    """Copy the data of a member, which may be running, under new ids, as `etcdctl backup` does.
 
-    The copy is for a start with -force-new-cluster.  Snapshot and log are as in the source, with
-    the changes of members in it, so every index stays; what was not committed is left out.
+    The copy is for a start with -force-new-cluster.  It has the snapshot and log of the source,
+    with all indexes and member changes, but without uncommitted entries.
     progress is called with the share that is done, 0.0 to 1.0, and a number of keys.
     Raises BackupError.  Source: etcd 2.3 etcdctl/command/backup_command.go.
     """
@@ -217,13 +218,13 @@ def restore(
     initial_advertise_peer_urls: Sequence[str] = (), data_dir: str = "", wal_dir: str = "",
     dry_run: bool = False, progress: OnProgress = _no_progress,
 ) -> CopyReport:
-    """Make the data directory of member `name` of a new cluster, which begins with old data.
+    """Make the data directory of member `name` of a new cluster, which starts with old data.
 
-    source  a snapshot file, or a data directory: its committed entries count
+    source  a snapshot file, or a data directory, of which the committed entries count
 
-    To be done for each member, with the same source.  Keys keep their indexes and expiry times,
-    users and roles stay; the members are those given, under ids of their own, and no id of the
-    past is known.  progress is called as by backup().  Raises BackupError.
+    Call it for each member, with the same source.  Keys keep their indexes and expiry times, and
+    users and roles are kept.  The members are those given, with new ids; the new cluster knows no
+    old id.  progress is called as by backup().  Raises BackupError.
     """
     data_dir = data_dir or name + ".etcd"
     wal_dir = _dedicated(data_dir, wal_dir)
@@ -258,13 +259,13 @@ def restore(
 
 
 def _dedicated(data_dir: str, wal_dir: str) -> str:
-    """Return wal_dir, or "" if that is where the log is anyhow."""
+    """Return wal_dir, or "" if it is the usual directory of the log."""
     usual = os.path.join(data_dir, "member", "wal")
     return "" if os.path.abspath(wal_dir) == os.path.abspath(usual) else wal_dir
 
 
 def _restored_cluster(config: ServerConfig) -> Tuple[Cluster, Member]:
-    """Return the new cluster and the member of it that the flags speak of."""
+    """Return the new cluster and its member config.name.  Raises BackupError."""
     advertised = config.initial_advertise_peer_urls
     if not advertised and not config.initial_cluster:
         config = config._replace(initial_advertise_peer_urls=parse_urls(DEFAULT_PEER_URLS))
@@ -272,14 +273,13 @@ def _restored_cluster(config: ServerConfig) -> Tuple[Cluster, Member]:
         initial = _initial_members(config)
         if advertised:
             _check_advertised(config, initial)
-        cluster = _new_cluster(config.initial_cluster_token, initial)
-        return cluster, _own_member(config, cluster)
+        return _new_cluster(config, config.initial_cluster_token, initial)
     except StartError as error:
         raise BackupError(str(error)) from None
 
 
 def _replace_members(store: Store, members: Sequence[Member]) -> None:
-    """Have the store know just these members; of a version above ours nobody has heard."""
+    """Replace the members in the store, and drop a cluster version that is above ours."""
     files = {
         f"/0/members/{format_id(member.id)}/raftAttributes": member.raft_attributes_json()
         for member in members

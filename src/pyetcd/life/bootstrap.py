@@ -1,4 +1,4 @@
-"""Bootstrap: a new member, a joining one, or one that was here before.
+"""Bootstrap: a member of a new cluster, a joining member, or a restart.
 
 Blocks; runs before the reactor starts.
 """
@@ -9,7 +9,7 @@ import contextlib
 import http.client
 import http.server
 import os
-from typing import List, Mapping, Optional, Sequence, Tuple
+from typing import Iterable, List, Mapping, Optional, Sequence, Tuple
 
 from ..base.codec import encode_metadata
 from ..base.errors import (
@@ -55,7 +55,6 @@ from .addresses import (
     _initial_members,
     _log_config,
     _new_cluster,
-    _own_member,
     default_initial_cluster,
     default_route_address,
     fetch_cluster,
@@ -75,13 +74,12 @@ from .restart import _restart
 
 
 def bootstrap(config: ServerConfig) -> Bootstrap:
-    """Find the past of this member on its disk, or its cluster on the network.
+    """Restart from the log on disk, or form or join a cluster; return the state to start with.
 
-    A write-ahead log on disk decides against every flag; without one, a new cluster is formed
-    or an existing one joined.  The log is open and locked afterwards.
+    A log on disk goes before every flag.  The log is open and locked afterwards.
 
-    Raises StartError.  Thread: the caller's; blocks, with discovery until all members are there.
-    Source: etcd 2.3 etcdserver/server.go NewServer; peer-and-disk notes, decision tree.
+    Raises StartError.  Thread: the caller's; blocks, with discovery until all members registered.
+    Source: etcd 2.3 etcdserver/server.go NewServer.
     """
     root = config.data_dir or config.name + ".etcd"
     member = os.path.join(root, "member")
@@ -96,7 +94,7 @@ def bootstrap(config: ServerConfig) -> Bootstrap:
 
 
 def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) -> Bootstrap:
-    """The same, with the errors of all layers turned into StartError.
+    """Do the work of bootstrap(), and turn the errors of all layers into StartError.
 
     fresh  the directories that this start has made
     """
@@ -104,18 +102,15 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
     try:
         tls = make_peer_tls(config)
         if Wal.exists(data_dir.wal):
-            boot = _restart(config, data_dir)
-            return boot._replace(peer_tls=tls)
+            return _restart(config, data_dir)._replace(peer_tls=tls)
         _check_log_is_not_missing(data_dir)
         if config.force_new_cluster:
             package_logger("etcdserver").warning(
                 "-force-new-cluster does nothing for a member without data; leave it out: at a"
                 " later start it would remove all other members"
             )
-        if config.initial_cluster_state == "existing":
-            boot = _join(config, data_dir, tls)
-        else:
-            boot = _form(config, data_dir, tls, fresh)
+        joins = config.initial_cluster_state == "existing"
+        boot = _join(config, data_dir, tls) if joins else _form(config, data_dir, tls, fresh)
         return boot._replace(peer_tls=tls)
     except (WalError, SnapshotError, CodecError, InvariantError) as error:
         raise StartError(str(error)) from error     # nothing runs yet: no state to protect
@@ -123,7 +118,8 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
         text = _discovery_failure(config, data_dir.root, error)
         if config.discovery_fallback != "proxy":
             raise StartError(text) from error
-        _forget_member_dir(data_dir)
+        # Empty directories of a member would stop the proxy that starts instead.
+        remove_dirs((os.path.join(data_dir.member, "wal"), data_dir.snap, data_dir.member))
         raise ClusterFull(text) from error
     except DiscoveryError as error:
         raise StartError(_discovery_failure(config, data_dir.root, error)) from error
@@ -132,9 +128,9 @@ def _bootstrap(config: ServerConfig, data_dir: DataDir, fresh: Sequence[str]) ->
 
 
 def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
-    """Return how to speak TLS to other members; None if it seems that none asks for it.
+    """Return the TLS context for calls to other members; None if no flag speaks of TLS.
 
-    An https member that is added later is met with the system's authorities then.
+    Without a context, calls to https members that join later trust the system's authorities.
     Raises StartError.
     """
     urls = ",".join((*config.initial_advertise_peer_urls, config.initial_cluster))
@@ -144,7 +140,7 @@ def make_peer_tls(config: ServerConfig) -> Optional[TlsContext]:
 
 
 def _check_log_is_not_missing(data_dir: DataDir) -> None:
-    """Raise StartError if a member without a log has left something here: it is not new."""
+    """Raise StartError if a member without a log has other files here: it is not new."""
     usual = os.path.join(data_dir.member, "wal")
     if Wal.exists(usual):
         raise StartError(
@@ -154,13 +150,8 @@ def _check_log_is_not_missing(data_dir: DataDir) -> None:
     Snapshotter(data_dir.snap).check_log(data_dir.wal, ())
 
 
-def _forget_member_dir(data_dir: DataDir) -> None:
-    """Remove the empty directories of a member that is none: they would stop a later proxy."""
-    remove_dirs((os.path.join(data_dir.member, "wal"), data_dir.snap, data_dir.member))
-
-
 def _discovery_failure(config: ServerConfig, data_dir: str, error: DiscoveryError) -> str:
-    """One line for the operator; the words are etcd's, which used up to four lines."""
+    """Return one line for the operator, in the words of etcd, which prints up to four lines."""
     url = config.discovery
     if isinstance(error, DuplicateId):
         return (
@@ -197,7 +188,7 @@ def _discovery_failure(config: ServerConfig, data_dir: str, error: DiscoveryErro
 
 
 def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]) -> None:
-    """Raise StartError unless the map gives us the URLs that we advertise."""
+    """Raise StartError unless `initial` has the advertised peer URLs under this member's name."""
     advertised = config.initial_advertise_peer_urls
     if same_urls(initial[config.name], advertised):
         return
@@ -222,7 +213,7 @@ def _check_advertised(config: ServerConfig, initial: Mapping[str, Sequence[str]]
 
 
 def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]]) -> None:
-    """Raise StartError if the other members can never connect to us; warn if perhaps not.
+    """Raise StartError if other members can never connect to this one; warn if they might not.
 
     Differs from etcd, which waits without end for members that talk to themselves.
     """
@@ -258,7 +249,7 @@ def _check_reachable(config: ServerConfig, initial: Mapping[str, Sequence[str]])
 
 
 def _check_registration(config: ServerConfig) -> None:
-    """Warn of a registration, at a service elsewhere, that means another machine everywhere."""
+    """Warn if a loopback URL is registered at a discovery service on another machine."""
     urls = config.initial_advertise_peer_urls
     if all(map(is_local, urls)) and not is_local(config.discovery):
         package_logger("etcd").warning(
@@ -272,22 +263,21 @@ def _check_registration(config: ServerConfig) -> None:
 def _form(
     config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext], fresh: Sequence[str]
 ) -> Bootstrap:
-    """A new cluster: every member of it starts with the same entries, committed from the start."""
+    """Form a new cluster: all members start with the same entries, which count as committed."""
     initial = _initial_members(config)
     _check_advertised(config, initial)
     _check_reachable(config, initial)
     token = check_discovery_url(config.discovery) if config.discovery else ""
     token = token or config.initial_cluster_token
-    cluster = _new_cluster(token, initial)
-    member = _own_member(config, cluster)
-    _check_no_past(member.id, _peer_urls_of_others(cluster, member), tls)
+    cluster, member = _new_cluster(config, token, initial)
+    _check_no_past(member.id, cluster.members.values(), tls)
     if config.discovery:
         _check_registration(config)
         discovery = Discovery(
             config.discovery, member.id, format_initial_cluster(initial),
             proxy=config.discovery_proxy,
         )
-        remove_dirs(fresh)              # a member that is ended while it waits leaves nothing
+        remove_dirs(fresh)              # a member that ends while it waits leaves no directory
         initial = parse_initial_cluster(discovery.join())
         make_dirs(fresh)
         url = url_given_twice(initial)
@@ -295,40 +285,43 @@ def _form(
             text = format_initial_cluster(initial)
             raise DiscoveryError(f"discovery cluster {text} has duplicate url: {url}")
         _check_reachable(config, initial)
-        cluster = _new_cluster(token, initial)
-        member = _own_member(config, cluster)
+        cluster, member = _new_cluster(config, token, initial)
         if discovery.resumed:
-            _check_no_past(member.id, _peer_urls_of_others(cluster, member), tls)
+            _check_no_past(member.id, cluster.members.values(), tls)
+    boot = _create_log(config, data_dir, cluster, initial)
+    return boot._replace(bootstrap_entries=_bootstrap_entries(cluster))
+
+
+def _create_log(
+    config: ServerConfig, data_dir: DataDir, cluster: Cluster,
+    initial: Mapping[str, Sequence[str]],
+) -> Bootstrap:
+    """Create the log of the new member cluster.local_id, whose cluster has `initial` members."""
     store = Store(history_capacity=config.history_events)
     cluster.set_store(store)
-    cluster.local_id = member.id
     _log_config(config, data_dir, format_initial_cluster(initial))
-    metadata = encode_metadata(member.id, cluster.id)
+    metadata = encode_metadata(cluster.local_id, cluster.id)
     wal = Wal.create(data_dir.wal, metadata)
     package_logger("etcdserver").info(
-        "start member %s in cluster %s", format_id(member.id), format_id(cluster.id)
+        "start member %s in cluster %s", format_id(cluster.local_id), format_id(cluster.id)
     )
     return Bootstrap(
-        data_dir, member.id, cluster, store, wal, Snapshotter(data_dir.snap),
+        data_dir, cluster.local_id, cluster, store, wal, Snapshotter(data_dir.snap),
         WalContents(metadata, HardState(), [], []), None,
-        bootstrap_entries=_bootstrap_entries(cluster),
     )
 
 
-def _peer_urls_of_others(cluster: Cluster, member: Member) -> List[str]:
-    return sorted(
-        url for other in cluster.members.values() if other.id != member.id
-        for url in other.peer_urls
-    )
+def _peer_urls_of_others(members: Iterable[Member], id: int) -> List[str]:
+    return sorted(url for member in members if member.id != id for url in member.peer_urls)
 
 
 def is_published(id: int, members: Sequence[Member]) -> bool:
-    """True if a peer's list has this member with client URLs: it has been running."""
+    """True if a peer's list of members has client URLs for this member: it ran before."""
     return any(member.id == id and member.client_urls for member in members)
 
 
 def data_lost(id: int) -> StartError:
-    """Return what to say to a member that was here before, but whose log begins anew."""
+    """Return the error for a member that ran before, but whose log is empty."""
     return StartError(
         f"member {format_id(id)} has already been bootstrapped; its data directory is"
         f" lost or -data-dir is wrong: restore it, or remove the member with DELETE"
@@ -337,29 +330,29 @@ def data_lost(id: int) -> StartError:
     )
 
 
-def _check_no_past(id: int, others: Sequence[str], tls: Optional[TlsContext]) -> None:
-    """Raise StartError if a running peer knows that this member had a life before this one.
+def _check_no_past(id: int, members: Iterable[Member], tls: Optional[TlsContext]) -> None:
+    """Raise StartError if a running peer knows that this member, whose log is empty, ran before.
 
-    It would vote again in terms in which it has voted, and without the log for which its first
-    life has counted.  All peers are asked: one may have missed it.
+    Such a member could vote a second time in a term, and lacks entries that a quorum counted it
+    for.  All peers are asked: one may have missed its publication.
     """
-    for url in others:
+    for url in _peer_urls_of_others(members, id):
         found = fetch_cluster([url], PROBE_ANSWER_SECONDS, tls, quiet=True)
         if found is not None and is_published(id, found[1]):
             raise data_lost(id)
 
 
 def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) -> Bootstrap:
-    """An existing cluster, which has our peer URLs already: it will send us the log."""
+    """Join an existing cluster, which has these peer URLs already and will send the log."""
     if config.discovery:
         raise StartError(
             "discovery URL should not be set when joining existing initial cluster;"
             " remove -discovery (ETCD_DISCOVERY) and list the members in -initial-cluster"
         )
     initial = _initial_members(config)
-    local = _new_cluster(config.initial_cluster_token, initial)
-    own = _own_member(config, local)
-    found = fetch_cluster(_peer_urls_of_others(local, own), JOIN_ANSWER_SECONDS, tls)
+    local, own = _new_cluster(config, config.initial_cluster_token, initial)
+    urls = _peer_urls_of_others(local.members.values(), own.id)
+    found = fetch_cluster(urls, JOIN_ANSWER_SECONDS, tls)
     if found is None:
         raise StartError(
             "cannot fetch cluster info from peer urls: could not retrieve cluster information from"
@@ -368,7 +361,7 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
     cluster_id, existing = found
     members = _match_members(local, existing)
     own = next(member for member in members if member.name == config.name)
-    _check_no_past(own.id, [url for m in members if m.id != own.id for url in m.peer_urls], tls)
+    _check_no_past(own.id, members, tls)
     _check_reachable(config, initial)
     others = [member for member in members if member.id != own.id]
     if not _is_compatible(others, tls):
@@ -376,20 +369,9 @@ def _join(config: ServerConfig, data_dir: DataDir, tls: Optional[TlsContext]) ->
             f"incompatible with current running cluster: its version must lie between"
             f" {MIN_CLUSTER_VERSION} and {SERVER_VERSION}; look at GET /version of its members"
         )
-    store = Store(history_capacity=config.history_events)
-    cluster = Cluster(config.initial_cluster_token, store)
-    cluster.id, cluster.local_id = cluster_id, own.id
-    cluster.members = {member.id: member for member in members}
-    _log_config(config, data_dir, format_initial_cluster(initial))
-    metadata = encode_metadata(own.id, cluster_id)
-    wal = Wal.create(data_dir.wal, metadata)
-    package_logger("etcdserver").info(
-        "start member %s in cluster %s", format_id(own.id), format_id(cluster_id)
-    )
-    return Bootstrap(
-        data_dir, own.id, cluster, store, wal, Snapshotter(data_dir.snap),
-        WalContents(metadata, HardState(), [], []), None, remotes=others,
-    )
+    local.id, local.local_id = cluster_id, own.id
+    local.members = {member.id: member for member in members}
+    return _create_log(config, data_dir, local, initial)._replace(remotes=others)
 
 
 def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
@@ -411,23 +393,14 @@ def _match_members(local: Cluster, existing: Sequence[Member]) -> List[Member]:
 
 
 def _is_compatible(members: Sequence[Member], tls: Optional[TlsContext]) -> bool:
-    """True if the running cluster's version is one that we can live with."""
+    """True if this program can join a cluster of the version that the members report."""
+    versions = list(filter(None, (_cluster_version(member, tls) for member in members)))
     low, high = version_key(MIN_CLUSTER_VERSION), version_key(SERVER_VERSION)
-    good = False
-    for member in members:
-        version = _cluster_version(member, tls)
-        if version is None:
-            continue
-        if not low <= version <= high:
-            return False
-        good = True
-    return good
+    return bool(versions) and all(low <= version <= high for version in versions)
 
 
-def _cluster_version(
-    member: Member, tls: Optional[TlsContext]
-) -> Optional[Tuple[int, int]]:
-    """The cluster version as `member` knows it; None if it cannot be asked, or does not know."""
+def _cluster_version(member: Member, tls: Optional[TlsContext]) -> Optional[Tuple[int, int]]:
+    """Return the cluster version that `member` reports; None without an answer or a version."""
     for url in member.peer_urls:
         try:
             _, _, body = blocking_get(url, JOIN_ANSWER_SECONDS, "/version", tls)

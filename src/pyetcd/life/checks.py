@@ -1,11 +1,12 @@
-"""What settings do not go together, and the configuration that they make."""
+"""Checks of settings that contradict each other, and the configuration that settings make."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import logging
 import re
-from typing import List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 from urllib.parse import urlsplit
 
 from ..base.basics import TlsFiles
@@ -17,14 +18,14 @@ from ..base.urls import WILDCARD_HOSTS, url_address
 from ..member.cluster import parse_initial_cluster
 from ..member.configuration import ServerConfig
 from .addresses import default_initial_cluster, default_route_address
-from .flags import IGNORED_BOOLS, FlagError
+from .flags import FLAGS, IGNORED_BOOLS, FlagError
 from .settings import ENVIRONMENT_FILE, Settings, _quoting_advice, _take_old_addresses, url_advice
 
-# -- what does not go together ---------------------------------------------------
+# -- settings that contradict each other -----------------------------------------
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise FlagError for settings that do not go together (etcd 2.3 config.go)."""
+    """Raise FlagError for settings that contradict each other.  Source: etcd 2.3 config.go."""
     ways = [
         name for name in ("initial-cluster", "discovery", "discovery-srv") if settings.is_set(name)
     ]
@@ -39,8 +40,8 @@ def check_settings(settings: Settings) -> None:
             settings.warn(f"{settings.where(name)} does nothing: {instead}")
     _check_name(settings)
     _check_log_packages(settings)
-    _check_clients_are_told(settings)
-    _check_peers_are_told(settings)
+    _check_advertised_to_clients(settings)
+    _check_advertised_to_peers(settings)
     _check_times(settings)
     _check_initial_cluster(settings)
     for name in ("initial-advertise-peer-urls", "advertise-client-urls"):
@@ -56,7 +57,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def _check_name(settings: Settings) -> None:
-    """Raise FlagError for a name that -initial-cluster could not name."""
+    """Raise FlagError for a name that -initial-cluster cannot hold."""
     name, where = settings["name"], settings.where("name")
     if not name:
         raise FlagError(
@@ -71,7 +72,7 @@ def _check_name(settings: Settings) -> None:
 
 
 def _check_log_packages(settings: Settings) -> None:
-    """Warn of packages that never log; etcd takes them without a word."""
+    """Warn of packages that never log; etcd accepts them without a word."""
     for package in settings["log-package-levels"]:
         if package and package.partition(".")[0] not in LOG_PACKAGES:
             near = difflib.get_close_matches(package, LOG_PACKAGES, 1)
@@ -82,8 +83,8 @@ def _check_log_packages(settings: Settings) -> None:
             )
 
 
-def _check_clients_are_told(settings: Settings) -> None:
-    """Who chooses where to listen must say how clients get there; a proxy advertises nothing."""
+def _check_advertised_to_clients(settings: Settings) -> None:
+    """Raise FlagError if -listen-client-urls has no advertised URLs; a proxy needs none."""
     listen, advertise = "listen-client-urls", "advertise-client-urls"
     falls_back = settings["discovery"] and settings["discovery-fallback"] == "proxy"
     if not settings.is_set(listen) or settings.is_set(advertise):
@@ -98,10 +99,10 @@ def _check_clients_are_told(settings: Settings) -> None:
         )
 
 
-def _check_peers_are_told(settings: Settings) -> None:
-    """Warn of a registration with the default peer URLs by a member that listens elsewhere.
+def _check_advertised_to_peers(settings: Settings) -> None:
+    """Warn if discovery would publish the default peer URLs of a member that listens elsewhere.
 
-    In -initial-cluster they would not match, which is an error later on.
+    With -initial-cluster this is an error later, as the URLs do not match.
     """
     listen, advertise = "listen-peer-urls", "initial-advertise-peer-urls"
     found = settings["discovery"] or settings["discovery-srv"]
@@ -161,7 +162,7 @@ def _check_initial_cluster(settings: Settings) -> None:
 
 
 def check_restore_settings(settings: Settings) -> None:
-    """Raise FlagError for peer URLs of a new cluster that cannot be used."""
+    """Raise FlagError for a bad name or bad peer URLs of a restored cluster."""
     _check_name(settings)
     _check_initial_cluster(settings)
     for url in settings["initial-advertise-peer-urls"]:
@@ -169,10 +170,10 @@ def check_restore_settings(settings: Settings) -> None:
 
 
 def _check_host(settings: Settings, name: str, url: str) -> None:
-    """Raise FlagError for an advertised URL without a host; warn of one that is a wildcard.
+    """Raise FlagError for an advertised URL without host or port; warn of a wildcard address.
 
-    Differs from etcd, which takes it, and then no member finds another: the failure that ends
-    many first attempts with cloud-config, when $private_ipv4 is empty.
+    Differs from etcd, which accepts such a URL, and whose members then never find each other.
+    Many first attempts with cloud-config end so, because $private_ipv4 was empty.
     """
     host, port = url_address(url)
     if not port:
@@ -196,33 +197,17 @@ def _check_host(settings: Settings, name: str, url: str) -> None:
 # -- TLS -------------------------------------------------------------------------
 
 
-def _tls_files(settings: Settings, side: str) -> TlsFiles:
-    """What the flags of one side, `client` or `peer`, say about TLS."""
-    prefix = _TLS_PREFIX[side]
-    hostname = {"client": "client-cert-allowed-hostname", "peer": "peer-cert-allowed-hostname"}
-    return TlsFiles(
-        cert_file=settings[prefix + "cert-file"],
-        key_file=settings[prefix + "key-file"],
-        trusted_ca_file=settings[prefix + "trusted-ca-file"],
-        ca_file=settings[prefix + "ca-file"],
-        client_cert_auth=settings[prefix + "client-cert-auth"],
-        crl_file=settings[side + "-crl-file"],
-        allowed_name=settings[hostname[side]],
-        allowed_cn=settings["peer-cert-allowed-cn"] if side == "peer" else "",
-    )
-
-
 _TLS_PREFIX = {"client": "", "peer": "peer-"}
 
 
 def check_tls(side: str, files: TlsFiles, urls: Sequence[str]) -> List[Tuple[int, str]]:
     """Return (level, text) of the lines to log about TLS on one side, `client` or `peer`.
 
-    urls  where that side listens
+    urls  the -listen URLs of that side
 
-    Raises StartError for what could not work, or would protect less than it says.
-    Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go; the checks of names and
-    revocations are stricter than etcd 3, which leaves them out where nobody asks for certificates.
+    Raises StartError for files that cannot work, or that protect less than their flags promise.
+    Source: etcd 2.3 pkg/transport/listener.go, etcdmain/etcd.go.  Differs from etcd 3, which
+    skips the checks of names and revocations if client certificates are not required.
     """
     prefix = _TLS_PREFIX[side]
     pair = f"-{prefix}cert-file and -{prefix}key-file"
@@ -281,44 +266,22 @@ def _check_readable(side: str, files: TlsFiles) -> None:
 
 
 def make_config(settings: Settings) -> ServerConfig:
-    """Return the member's configuration.  Raises FlagError."""
+    """Return the configuration of the member: each flag fills its field.  Raises FlagError."""
     try:
         check_settings(settings)
     except FlagError as error:
         raise FlagError(f"error verifying flags, {error}") from None
-    initial = settings["initial-cluster"]
-    if not initial and not settings["discovery"] and not settings["discovery-srv"]:
-        initial = default_initial_cluster(settings["name"])
-    return ServerConfig(
-        name=settings["name"],
-        data_dir=settings["data-dir"],
-        wal_dir=settings["wal-dir"],
-        snapshot_count=settings["snapshot-count"] or DEFAULT_SNAPSHOT_COUNT,
-        heartbeat_ms=settings["heartbeat-interval"],
-        election_ms=settings["election-timeout"],
-        max_snapshots=settings["max-snapshots"],
-        max_wals=settings["max-wals"],
-        initial_cluster=initial,
-        initial_cluster_token=settings["initial-cluster-token"],
-        initial_cluster_state=settings["initial-cluster-state"],
-        force_new_cluster=settings["force-new-cluster"],
-        listen_client_urls=settings["listen-client-urls"],
-        listen_peer_urls=settings["listen-peer-urls"],
-        advertise_client_urls=settings["advertise-client-urls"],
-        initial_advertise_peer_urls=settings["initial-advertise-peer-urls"],
-        discovery=settings["discovery"],
-        discovery_fallback=settings["discovery-fallback"],
-        discovery_proxy=settings["discovery-proxy"],
-        discovery_srv=settings["discovery-srv"],
-        strict_reconfig_check=settings["strict-reconfig-check"],
-        cors=settings["cors"],
-        client_tls=_tls_files(settings, "client"),
-        peer_tls=_tls_files(settings, "peer"),
-        proxy=settings["proxy"],
-        proxy_failure_wait_ms=settings["proxy-failure-wait"],
-        proxy_refresh_interval_ms=settings["proxy-refresh-interval"],
-        proxy_dial_timeout_ms=settings["proxy-dial-timeout"],
-        proxy_write_timeout_ms=settings["proxy-write-timeout"],
-        proxy_read_timeout_ms=settings["proxy-read-timeout"],
-        debug=settings["debug"],
+    parts: Dict[str, Dict[str, Any]] = {"": {}, "client_tls": {}, "peer_tls": {}}
+    for flag in itertools.chain.from_iterable(FLAGS.values()):
+        part, _, field = flag.field.rpartition(".")
+        if field:
+            parts[part][field] = settings[flag.name]
+    config = ServerConfig(
+        **parts[""], client_tls=TlsFiles(**parts["client_tls"]),
+        peer_tls=TlsFiles(**parts["peer_tls"]),
     )
+    initial = config.initial_cluster
+    if not initial and not config.discovery and not config.discovery_srv:
+        initial = default_initial_cluster(config.name)
+    count = config.snapshot_count or DEFAULT_SNAPSHOT_COUNT
+    return config._replace(initial_cluster=initial, snapshot_count=count)

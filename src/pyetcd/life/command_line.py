@@ -32,7 +32,6 @@ _SEE_HELP = "See 'pyetcd -help'."
 
 
 def usage() -> str:
-    """Return the text of -help."""
     lines = [
         "usage: pyetcd [flags]", "       start a pyetcd member", "",
         "       pyetcd backup [flags]",
@@ -65,7 +64,6 @@ def _flag_lines(flags: Sequence[Flag]) -> Iterator[str]:
 
 
 def tool_usage(tool: str) -> str:
-    """Return the text of `pyetcd backup -help` or `pyetcd restore -help`."""
     return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(TOOL_FLAGS[tool]), ""])
 
 
@@ -85,7 +83,6 @@ _TOOL_USAGE = {
 
 
 def version_text() -> str:
-    """Return the four lines of -version."""
     machine = platform.machine().lower()
     machine = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386"}.get(machine, machine)
     python = f"{platform.python_implementation()} {platform.python_version()}"
@@ -96,7 +93,7 @@ def version_text() -> str:
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Send the log to stderr, in the format and with the levels that the settings ask for."""
+    """Send the log to stderr, in the format and with the levels of the settings."""
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
@@ -108,26 +105,23 @@ def set_up_logging(settings: Settings) -> None:
 
 
 def check_data_dir(config: ServerConfig) -> str:
-    """Log which data directory it is, and return what it was used for: member, proxy, or "".
+    """Log the path of the data directory; return its kind: `member`, `proxy`, or "" if new.
 
-    What cannot be a data directory at all is refused later, by who makes it usable.
+    bootstrap() and prepare_proxy_dir() check later that the path can be a data directory.
     """
     log = package_logger("etcd")
     path = config.data_dir or config.name + ".etcd"
     if not config.data_dir:
         log.info("no data-dir provided, using default data-dir ./%s", path)
-    kind = ""
-    if os.path.isdir(os.path.join(path, "member")):
-        kind = "member"
-    elif os.path.isdir(os.path.join(path, "proxy")):
-        kind = "proxy"
-    if kind:
-        log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
-    return kind
+    for kind in ("member", "proxy"):
+        if os.path.isdir(os.path.join(path, kind)):
+            log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
+            return kind
+    return ""
 
 
 def raise_descriptor_limit() -> None:
-    """Allow as many open files as the system lets us.  Raises StartError if that is too few."""
+    """Raise the limit of open files to the maximum.  Raises StartError if that is too few."""
     raise_files_limit()
     limit = open_files_limit()
     if limit <= DESCRIPTORS_MIN:
@@ -138,10 +132,10 @@ def raise_descriptor_limit() -> None:
 
 
 def notify_systemd(environ: Mapping[str, str]) -> None:
-    """Tell systemd, if it asked, that the member is up (sd_notify protocol)."""
+    """Report to systemd that the member is up, if NOTIFY_SOCKET is set (sd_notify protocol)."""
     path = environ.get("NOTIFY_SOCKET", "")
     if not path:
-        # etcd says so wherever systemd runs, from a terminal too.
+        # etcd logs this wherever systemd runs, from a terminal too.
         if os.getppid() == 1 and os.path.isdir("/run/systemd/system"):
             package_logger("etcd").error("forgot to set Type=notify in systemd service file?")
         return
@@ -154,9 +148,9 @@ def notify_systemd(environ: Mapping[str, str]) -> None:
 
 
 class SignalStop:
-    """SIGINT and SIGTERM stop the member in order, and then end the process as signals do.
+    """Stops the member in order at SIGINT or SIGTERM, and then ends the process by that signal.
 
-    Until install() the signals end it at once: nothing is served before the cluster is formed.
+    Before install() the signals end the process at once: the member serves nothing yet.
     """
 
     _SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}
@@ -167,7 +161,7 @@ class SignalStop:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def install(self, stop: Callable[[], None]) -> None:
-        """Call stop() on a thread of its own at the first signal; later ones are swallowed."""
+        """Call stop() on a thread of its own at the first signal; ignore later ones."""
         def received(number: int, frame: object) -> None:
             if self._received:
                 return
@@ -181,7 +175,7 @@ class SignalStop:
                 signal.signal(number, received)
 
     def end(self) -> None:
-        """After an orderly stop, die of the signal, so that the parent sees it; not as pid 1."""
+        """Die of the received signal, so that the parent process sees it; not as pid 1."""
         if self._received and os.getpid() != 1:
             logging.shutdown()
             signal.signal(self._received, signal.SIG_DFL)
@@ -189,7 +183,7 @@ class SignalStop:
 
 
 def log_sides(config: ServerConfig) -> None:
-    """Log how each side is protected, and who may ask from a browser.  Raises StartError."""
+    """Log the TLS settings of both ports and the CORS origins.  Raises StartError."""
     log = package_logger("etcd")
     peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
     for level, text in (
@@ -202,22 +196,17 @@ def log_sides(config: ServerConfig) -> None:
 
 
 def start_server(config: ServerConfig, kind: str) -> ServerThread:
-    """Start a member or a proxy: by what the data directory was used for, then by the flags.
+    """Start a member or a proxy: the kind of the data directory decides, then the flags.
 
     kind  as from check_data_dir
 
     Raises StartError.
     """
-    if kind == "proxy" or (config.proxy != "off" and kind != "member"):
-        return _start_proxy(config)
-    try:
-        return Server.from_config(config).__enter__()
-    except ClusterFull:
-        package_logger("etcd").info("discovery cluster full, falling back to proxy")
-    return _start_proxy(config)
-
-
-def _start_proxy(config: ServerConfig) -> ProxyServer:
+    if kind == "member" or (config.proxy == "off" and kind != "proxy"):
+        try:
+            return Server.from_config(config).__enter__()
+        except ClusterFull:
+            package_logger("etcd").info("discovery cluster full, falling back to proxy")
     return ProxyServer.from_config(config).__enter__()
 
 
@@ -235,24 +224,24 @@ def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
 
 
 class ProgressLine:
-    """`restore: 45% (123,456 keys)` on a terminal, if the work takes longer than a second."""
+    """Shows `restore: 45% (123,456 keys)` on a terminal for work of more than a second."""
 
     def __init__(self, tool: str, now: Callable[[], float] = SYSTEM_CLOCK.now) -> None:
         self._tool = tool
         self._now = now
         self._next = now() + 1.0
         self._keys = 0
-        self._text = ""                 # what stands on the line now
+        self._text = ""                 # on the terminal now
 
     def show(self, share: float, keys: int) -> None:
-        """A share of the work is done, 0.0 to 1.0, and so many keys."""
+        """Report progress.  share: done, 0.0 to 1.0; keys: read so far, 0 if unchanged."""
         self._keys = max(self._keys, keys)
         if sys.stderr.isatty() and self._now() >= self._next:
             self._next = self._now() + 0.1
             self._write(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
 
     def end(self) -> None:
-        """Leave a clean line."""
+        """Clear the line."""
         if self._text:
             self._write("")
             sys.stderr.write("\r")
@@ -264,8 +253,8 @@ class ProgressLine:
 
 
 def run_tool(tool: str, words: Sequence[str]) -> int:
-    """Run `pyetcd backup` or `pyetcd restore` with the words behind it; return the exit code."""
-    logging.getLogger("pyetcd").setLevel(logging.ERROR)     # what matters is in the report
+    """Run `pyetcd backup` or `pyetcd restore` with these words; return the exit code."""
+    logging.getLogger("pyetcd").setLevel(logging.ERROR)     # the report has all that matters
     line = ProgressLine(tool)
     try:
         report = _run_tool(tool, list(words), line)
@@ -282,46 +271,39 @@ def run_tool(tool: str, words: Sequence[str]) -> int:
 
 
 def _run_tool(tool: str, words: List[str], line: ProgressLine) -> str:
-    """Return what is to be said in the end.  Raises FlagError, BackupError."""
+    """Return the text to print at the end.  Raises FlagError, BackupError."""
     is_first = tool == "restore" and words and not words[0].startswith("-")
     source = words.pop(0) if is_first else ""
-    settings = Settings(words, os.environ, TOOL_FLAGS[tool])
+    flags = TOOL_FLAGS[tool]
+    settings = Settings(words, os.environ, flags)
     if settings.help:
         return tool_usage(tool)
     if tool == "restore":
         source = source or settings.take_word()
     settings.check_leftover()
     settings.read_environment()
-    dry_run = settings["dry-run"]
+    options = {flag.name.replace("-", "_"): settings[flag.name] for flag in flags}
     if tool == "backup":
         for name in ("data-dir", "backup-dir"):
             if not settings[name]:
                 raise FlagError(f"-{name} is missing")
-        report = backup(
-            settings["data-dir"], settings["backup-dir"], wal_dir=settings["wal-dir"],
-            backup_wal_dir=settings["backup-wal-dir"], dry_run=dry_run, progress=line.show,
-        )
+        report = backup(**options, progress=line.show)
     else:
         check_restore_settings(settings)
         if not source:
             raise FlagError("SOURCE is missing: a snapshot file, or a data directory")
-        report = restore(
-            source, settings["name"], initial_cluster=settings["initial-cluster"],
-            initial_cluster_token=settings["initial-cluster-token"],
-            initial_advertise_peer_urls=settings["initial-advertise-peer-urls"],
-            data_dir=settings["data-dir"], wal_dir=settings["wal-dir"], dry_run=dry_run,
-            progress=line.show,
-        )
-    return "\n".join(report.lines() if dry_run else [report.summary()]) + "\n"
+        report = restore(source, **options, progress=line.show)
+    return "\n".join(report.lines() if settings["dry-run"] else [report.summary()]) + "\n"
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run `pyetcd` with these words after the command; return the exit code."""
-    # Threads of this process only wait for each other's short turns: 5 ms would be an eternity.
+    # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
+    # delay every write by that much beside a busy reactor.
     sys.setswitchinterval(0.0005)
-    # No collection of everything: it takes 0.2 s with a million keys, finds nothing (what is old
-    # here is in no cycle), and is most of a write's p99 (17 instead of 5 ms).
-    gc.set_threshold(2_000, 4, 1_000_000)       # the middle one takes 4 ms; with 5,000 and 5: 12
+    # No full collection: with a million keys it takes 0.2 s and makes the p99 of writes 17 ms
+    # instead of 5, and it frees nothing, as old objects of a member form no cycles.
+    gc.set_threshold(2_000, 4, 1_000_000)   # the middle generation takes 4 ms; with 5,000, 5: 12
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         check_system()

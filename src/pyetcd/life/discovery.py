@@ -1,6 +1,6 @@
-"""The discovery client: how members that start find each other.
+"""The discovery client: new members find each other at a registry, or by SRV records.
 
-Plain blocking code that runs before the reactor starts.
+Blocks; runs before the reactor starts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DISCOVERY_DIAL_SECONDS = 30.0       # connecting to the registry; above: unreach
 DISCOVERY_ANSWER_SECONDS = 5.0      # silence of the registry, watches excepted
 DISCOVERY_RETRY_FIRST_SECONDS = 2.0
 DISCOVERY_RETRY_SECONDS_MAX = 256.0  # longest wait between two tries
-DISCOVERY_PAUSE_SECONDS = 0.25      # after a wait that the registry ended at once; then longer
+DISCOVERY_PAUSE_SECONDS = 0.25      # after a watch that the registry ended at once; then longer
 DISCOVERY_PAUSE_SECONDS_MAX = 32.0
 DISCOVERY_REDIRECTS_MAX = 10        # of one request; above: unreachable
 _SIZE_EXAMPLE = f"size={DISCOVERY_DEFAULT_SIZE}"
@@ -43,11 +43,11 @@ _PUBLIC_REGISTRY = "discovery.etcd.io"
 
 
 class DiscoveryUnreachable(DiscoveryError):
-    """The registry did not answer, or with 5xx: worth another try."""
+    """The registry did not answer, or answered 5xx: worth another try."""
 
 
 class DiscoveryFull(DiscoveryError):
-    """The wanted number of members has registered, and we are not among them."""
+    """Enough other members have registered: there is no place for this one."""
 
     def __init__(self, members: List[Registration]) -> None:
         super().__init__("discovery: cluster is full")
@@ -55,7 +55,7 @@ class DiscoveryFull(DiscoveryError):
 
 
 class DuplicateId(DiscoveryError):
-    """Our member id stands in the registry, yet our data directory is empty."""
+    """The registry has this member id already, but the data directory is empty."""
 
 
 class DuplicateName(DiscoveryError):
@@ -65,13 +65,13 @@ class DuplicateName(DiscoveryError):
 class Registration(NamedTuple):
     """One member in the registry."""
 
-    id: str                             # hex, last part of the key
+    id: str                             # hex: the last part of the key
     value: str                          # `name=url[,name=url]`
     created_index: int
 
 
 class RegistryState(NamedTuple):
-    """What one look at the registry showed."""
+    """The registry at one moment."""
 
     members: List[Registration]         # the first `size`, oldest first
     size: int
@@ -107,9 +107,9 @@ def _open_connection(
 
 
 def look_up(host: str, timeout_s: float) -> None:
-    """Ask the name servers, so that whoever connects has the answer soon.
+    """Resolve `host` on another thread, so that a connection then has the answer from a cache.
 
-    Raises OSError, also if they are silent: they may be for minutes, where no signal is heard.
+    Raises OSError, also after timeout_s: a lookup can block for minutes, and no signal ends it.
     """
     answers: queue.SimpleQueue[Optional[Exception]] = queue.SimpleQueue()
 
@@ -126,18 +126,18 @@ def look_up(host: str, timeout_s: float) -> None:
 
 
 class Discovery:
-    """One member's way through the registry of a discovery URL, to the initial cluster.
+    """Registers a member at a discovery URL, and waits for the initial cluster.
 
     url         scheme://host[:port]/<token key>, on any etcd v2 or discovery service
-    member_id   ours; its hex text is our key in the registry; 0 for who will not be a member
-    pairs       our `name=url[,name=url]`, sorted
+    member_id   its hex text is the key of this member in the registry; 0 for a proxy
+    pairs       `name=url[,name=url]` of this member, sorted
     proxy       URL of an HTTP proxy, or ""
     sleep       called with the seconds to wait before another try
 
-    Raises DiscoveryError for a URL that is none.
-    Thread: one, and it blocks.  Source: etcd 2.3 discovery; peer-and-disk notes on token discovery.
-    Differs from etcd: while waiting, only a new member's registration counts; etcd counts every
-    event, so that a changed or deleted key made a cluster with a member missing.
+    Raises DiscoveryError for a bad URL.
+    Thread: one, and it blocks.  Source: etcd 2.3 discovery.
+    Differs from etcd: only the registration of a new member ends the wait; etcd counts every
+    event, so a changed or deleted key leads to a cluster with a member missing.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Discovery:
         self._proxy = check_proxy_url(proxy)
         self._sleep = sleep
         self._backoff = Backoff(DISCOVERY_RETRY_FIRST_SECONDS, DISCOVERY_RETRY_SECONDS_MAX)
-        self._retries = 0               # of this object; the first one gets advice
+        self._retries = 0               # of all steps; only the first one is logged with advice
         self.resumed = False            # join() found a registration of an earlier try
         self._log = package_logger("discovery")
         self._report = WaitReport("discovery")
@@ -160,23 +160,23 @@ class Discovery:
             self._log.info('using proxy "%s"', self._proxy)
 
     def join(self) -> str:
-        """Register, wait for the others, and return the initial cluster `name=url,...`.
+        """Register, wait for the other members, and return the initial cluster `name=url,...`.
 
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
         with self._report:
-            self._check()
+            self._read_registry()
             self._register()
-            return self._initial_cluster(self._wait(self._check()))
+            return self._initial_cluster(self._wait_until_complete())
 
     def find(self) -> str:
-        """Wait for the members without becoming one; return the initial cluster.
+        """Wait for the members without registering; return the initial cluster.
 
         Waits without end for an unreachable registry.  Raises DiscoveryError.
         """
         try:
             with self._report:
-                return self._initial_cluster(self._wait(self._check()))
+                return self._initial_cluster(self._wait_until_complete())
         except DiscoveryFull as full:
             return self._initial_cluster(full.members)
 
@@ -191,15 +191,15 @@ class Discovery:
             raise DuplicateName("discovery: found duplicate name")
         return text
 
-    def _check(self) -> RegistryState:
-        """Look until the registry answers.  Raises DiscoveryFull if there is no place for us."""
+    def _read_registry(self) -> RegistryState:
+        """Return the state of the registry, once it answers.  Raises DiscoveryFull."""
         while True:
             try:
-                return self._look()
+                return self._get_state()
             except DiscoveryUnreachable as error:
-                self._wait_to_retry("cluster status check", error)
+                self._sleep_before_retry("cluster status check", error)
 
-    def _look(self) -> RegistryState:
+    def _get_state(self) -> RegistryState:
         options = "?quorum=false&recursive=false&sorted=false"
         size = self._size(self._get("/_config/size" + options)[1])
         index, body = self._get(options)
@@ -221,30 +221,28 @@ class Discovery:
         return int(text)
 
     def _register(self) -> None:
-        """Create our key, and wait until the registry shows it."""
+        """Create the key of this member, and wait until the registry shows it."""
         created, tries = 0, 0
         while not created:
             tries += 1
             try:
                 created = self._create(is_again=tries > 1)
             except DiscoveryUnreachable as error:
-                self._wait_to_retry("registration", error)
-        with contextlib.suppress(DiscoveryUnreachable):     # the next look tries again
-            self._request(
-                "GET", f"/{self._id}?recursive=false&wait=true&waitIndex={created}", "", None
-            )
+                self._sleep_before_retry("registration", error)
+        with contextlib.suppress(DiscoveryUnreachable):     # the next step tries again
+            self._request("GET", f"/{self._id}?recursive=false&wait=true&waitIndex={created}")
 
     def _create(self, *, is_again: bool) -> int:
-        """Create our key, or find the one that a lost answer was about; return its index.
+        """Create the key of this member, or find it from an earlier try; return its index.
 
-        A key with our value is ours if this process has tried before (is_again), and if no other
-        host can have written it.  Without the second rule a member that is restarted while it waits
-        would be locked out.  Whether it has lost a log since is for the other members to say.
-        Differs from etcd, which takes such a key for a sign that the log is lost.
+        A key with the same value is from an earlier try if this process tried before (is_again),
+        or if no other host can have written it.  The second case is a member that was restarted
+        while it waited.  Its peers report later whether it ran and lost its log since.
+        Differs from etcd, which concludes from such a key that the log is lost.
         """
         form = urllib.parse.urlencode({"value": self._pairs})
         suffix = f"/{self._id}?prevExist=false"
-        _, body = self._request("PUT", suffix, form, DISCOVERY_ANSWER_SECONDS)
+        _, body = self._request("PUT", suffix, DISCOVERY_ANSWER_SECONDS, form)
         if not (isinstance(body, dict) and body.get("errorCode") == NodeExists.code):
             return int(self._node(body).get("createdIndex", 0)) or 1
         node = self._node(self._get(f"/{self._id}?quorum=true")[1])
@@ -255,33 +253,33 @@ class Discovery:
         return int(node.get("createdIndex", 0)) or 1
 
     def _is_unmistakable(self) -> bool:
-        """False if another host may well have registered the same: `localhost`, elsewhere."""
+        """True unless other hosts may register the same URLs: `localhost`, on a remote registry."""
         initial = parse_initial_cluster(self._pairs)
         urls = [url for urls in initial.values() for url in urls]
         return is_local(self._endpoint) or not all(map(is_local, urls))
 
-    def _wait(self, state: RegistryState) -> List[Registration]:
-        """Return the first `size` members, when there are so many."""
+    def _wait_until_complete(self) -> List[Registration]:
+        """Return the first `size` members, once all have registered."""
         while True:
+            state = self._read_registry()
             for member in state.members:
-                self._found(member)
+                self._log_found(member)
             try:
-                members = self._wait_others(state)
+                members = self._watch_registrations(state)
             except DiscoveryUnreachable as error:
-                self._wait_to_retry("waiting for other nodes", error)
-                state = self._check()
+                self._sleep_before_retry("waiting for other nodes", error)
                 continue
             self._log.info("found %d needed peer(s)", len(members))
             return members
 
-    def _wait_others(self, state: RegistryState) -> List[Registration]:
-        """Watch until `size` members are there.
+    def _watch_registrations(self, state: RegistryState) -> List[Registration]:
+        """Watch the registry until `size` members have registered.
 
-        A registry that ends waits at once, or tells old news, is asked less and less often; once
-        may be the doing of a proxy in between.
+        The pauses grow while the registry ends watches at once or repeats old events.  The first
+        such watch has no pause: a proxy on the way may have ended it.
         """
         members, index = list(state.members), state.etcd_index
-        announced, idle = -1, 0         # idle: waits in a row that told nothing
+        announced, idle = -1, 0         # idle: watches in a row without a new event
         pause = Backoff(DISCOVERY_PAUSE_SECONDS, DISCOVERY_PAUSE_SECONDS_MAX)
         while len(members) < state.size:
             names = ", ".join(member.value.partition("=")[0] for member in members)
@@ -305,13 +303,13 @@ class Discovery:
                 self._sleep(pause.next())
             if body is None:
                 continue
-            if self._is_news(body.get("action"), str(node.get("key")), members):
+            if self._is_registration(body.get("action"), str(node.get("key")), members):
                 members.append(_registration(node))
-                self._found(members[-1])
+                self._log_found(members[-1])
         return members
 
-    def _is_news(self, action: Any, key: str, members: Sequence[Registration]) -> bool:
-        """True if the event is a registration that is not among `members`."""
+    def _is_registration(self, action: Any, key: str, members: Sequence[Registration]) -> bool:
+        """True if the event registers a member that is not among `members`."""
         token, _, name = key.rpartition("/")
         return (
             action in ("create", "set") and token.endswith(self._path.rpartition("/")[2])
@@ -319,18 +317,18 @@ class Discovery:
         )
 
     def _next_event(self, index: int) -> Optional[Dict[str, Any]]:
-        """Wait for the event at `index` or later; None if the registry ended the wait."""
-        _, body = self._request("GET", f"?recursive=true&wait=true&waitIndex={index}", "", None)
+        """Wait for the event at `index` or later; return None if the registry ends the watch."""
+        _, body = self._request("GET", f"?recursive=true&wait=true&waitIndex={index}")
         if isinstance(body, dict) and body.get("errorCode") == EventIndexCleared.code:
             raise DiscoveryUnreachable(f"the registry has forgotten the events from {index} on")
         return body if body else None
 
-    def _found(self, member: Registration) -> None:
+    def _log_found(self, member: Registration) -> None:
         who = "self" if member.id == self._id else "peer"
         self._log.info("found %s %s in the cluster", who, member.id)
 
     def _node(self, body: Any) -> Dict[str, Any]:
-        """The node of a keys API answer.  Raises DiscoveryError for an error or something else."""
+        """Return the node in an answer of the keys API.  Raises DiscoveryError if it has none."""
         if isinstance(body, dict) and isinstance(body.get("node"), dict):
             node: Dict[str, Any] = body["node"]
             return node
@@ -339,7 +337,7 @@ class Discovery:
             raise DiscoveryError(f"{body['errorCode']}: {body.get('message', '')}{cause}")
         raise DiscoveryError("discovery: bad discovery endpoint")
 
-    def _wait_to_retry(self, step: str, error: Exception) -> None:
+    def _sleep_before_retry(self, step: str, error: Exception) -> None:
         advice = "" if self._retries else "; " + _registry_advice(self._endpoint)
         self._retries += 1
         self._report.what = f"the discovery service: {error}"
@@ -352,14 +350,16 @@ class Discovery:
         self._sleep(wait_s)
 
     def _get(self, suffix: str) -> Tuple[int, Any]:
-        return self._request("GET", suffix, "", DISCOVERY_ANSWER_SECONDS)
+        return self._request("GET", suffix, DISCOVERY_ANSWER_SECONDS)
 
     def _request(
-        self, method: str, suffix: str, form: str, answer_s: Optional[float]
+        self, method: str, suffix: str, answer_s: Optional[float] = None, form: str = ""
     ) -> Tuple[int, Any]:
-        """Return (X-Etcd-Index or 0, decoded JSON; None for an empty body), redirects followed.
+        """Follow redirects; return (X-Etcd-Index or 0, decoded JSON or None for an empty body).
 
-        Raises DiscoveryUnreachable, and DiscoveryError for what is not JSON.
+        answer_s  longest silence of the registry; None: no limit, for watches
+
+        Raises DiscoveryUnreachable, and DiscoveryError for a body that is not JSON.
         """
         url = self._endpoint + self._path + suffix
         for _ in range(DISCOVERY_REDIRECTS_MAX):
@@ -381,7 +381,7 @@ class Discovery:
     def _exchange(
         self, method: str, url: str, form: str, answer_s: Optional[float]
     ) -> Tuple[int, http.client.HTTPMessage, bytes]:
-        """One request on a connection of its own.  Raises DiscoveryUnreachable."""
+        """Send one request on a connection of its own.  Raises DiscoveryUnreachable."""
         parts = urlsplit(url)
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         if self._proxy and parts.scheme == "http":
@@ -402,11 +402,10 @@ class Discovery:
             connection.close()
 
     def _connect(self, parts: urllib.parse.SplitResult) -> http.client.HTTPConnection:
-        if not self._proxy:
-            return _open_connection(f"{parts.scheme}://{parts.netloc}", DISCOVERY_DIAL_SECONDS)
+        if not self._proxy or parts.scheme == "http":
+            url = self._proxy or f"{parts.scheme}://{parts.netloc}"
+            return _open_connection(url, DISCOVERY_DIAL_SECONDS)
         proxy = urlsplit(self._proxy)
-        if parts.scheme == "http":
-            return _open_connection(self._proxy, DISCOVERY_DIAL_SECONDS)
         tunnel = http.client.HTTPSConnection(
             proxy.hostname or "", proxy.port or 80, timeout=DISCOVERY_DIAL_SECONDS
         )
@@ -417,7 +416,7 @@ class Discovery:
 def check_discovery_url(url: str) -> str:
     """Return `url` with its scheme in lower case.
 
-    Raises DiscoveryError if no registry can be there, or if it does not name one cluster's token.
+    Raises DiscoveryError for a bad URL, or for one that does not end with the token of a cluster.
     """
     why = ""
     try:
@@ -450,17 +449,14 @@ def check_discovery_url(url: str) -> str:
 
 
 def _is_dialable(scheme: str, authority: str) -> bool:
-    """True if it names a host (an IPv6 address in brackets), and a port that is one, if any."""
+    """True if `authority` has a host, IPv6 addresses in brackets, and no port 0."""
     host, port = split_address(authority.rpartition("@")[2])
     is_host = bool(host) and (host.startswith("[") or ":" not in host)
     return scheme in ("http", "https") and is_host and int(port[1:] or 1) != 0
 
 
 def check_proxy_url(proxy: str) -> str:
-    """Return the URL of an HTTP proxy, given as one or as `host:port`; "" for "".
-
-    Raises DiscoveryError.
-    """
+    """Return the URL of an HTTP proxy given as URL or `host:port`.  Raises DiscoveryError."""
     if not proxy:
         return ""
     url = proxy if "://" in proxy else "http://" + proxy
@@ -474,7 +470,7 @@ def check_proxy_url(proxy: str) -> str:
 
 
 def _registry_advice(endpoint: str) -> str:
-    """Say what to do about a registry that does not answer."""
+    """Return what to do about a registry that does not answer."""
     public = _PUBLIC_REGISTRY in endpoint
     what = "the public discovery service is out of use" if public else (
         f"no discovery service answers at {endpoint}, is it running there?"
@@ -497,7 +493,8 @@ def srv_cluster(
 ) -> str:
     """Return the initial cluster `name=url,...` that the SRV records of `domain` describe.
 
-    The record of one of our peer_urls gets own_name, the others `0`, `1`...
+    own_name   name for the record that leads to one of peer_urls; the others are `0`, `1`...
+    servers    (address, port) of the name servers
 
     Raises DiscoveryError.  Source: etcd 2.3 discovery/srv.go.
     """

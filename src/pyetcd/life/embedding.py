@@ -57,10 +57,10 @@ def checked_settings(settings: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 class ServerThread:
-    """What a member and a proxy have in common: listeners, and a reactor on a thread of its own.
+    """The base of a member and a proxy: listeners, and a reactor on a thread of its own.
 
     settings are the fields of ServerConfig; URL lists may be any sequence.  Raises TypeError for
-    a setting that does not exist, ValueError for a URL that is none.  Thread: any.
+    an unknown setting, ValueError for a bad URL.  Thread: any.
     """
 
     def __init__(self, **settings: Unpack[ServerSettings]) -> None:
@@ -100,11 +100,11 @@ class ServerThread:
         if self._thread is None:
             self._close()
         elif self._thread.is_alive():
-            self._reactor.call_soon_threadsafe(self._stop)
+            self._reactor.call_soon_threadsafe(self._stop_in_order)
             self._thread.join()
 
     def wait(self) -> int:
-        """Block until the server ends; return the exit code: 0, or 1 after a failure."""
+        """Wait for the end of the server; return the exit code: 0, or 1 after a failure."""
         if self._thread is not None:
             self._thread.join()
         return 1 if self._error is not None else 0
@@ -115,7 +115,7 @@ class ServerThread:
         return tuple(listener.bound_url for listener in self._client_listeners)
 
     def _start_or_stop(self) -> None:
-        """Start; after a failure nothing stays open."""
+        """Start; close everything after a failure."""
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.stop)
             self.start()
@@ -154,7 +154,7 @@ class ServerThread:
 
     def _run(self) -> None:
         try:
-            self._begin()
+            self._start_work()
             self._reactor.run()
         except Exception as error:
             self._error = error
@@ -162,21 +162,21 @@ class ServerThread:
         finally:
             self._close()
 
-    def _begin(self) -> None:
-        """First thing on the reactor's thread."""
+    def _start_work(self) -> None:
+        """Start the parts of a subclass, on the reactor's thread."""
 
     def _free(self) -> None:
-        """Free what is there besides listeners and reactor, in whatever state it is."""
+        """Free the parts of a subclass, in any state: after a failed start too."""
 
     def _close(self) -> None:
-        """Free everything: in the end, however far the start came, and whatever has failed."""
+        """Free everything, in any state: after a failed start too."""
         with contextlib.ExitStack() as each:
             each.callback(self._reactor.close)
             each.callback(self._close_listeners)
             self._free()
 
-    def _stop(self) -> None:
-        """On the reactor's thread: end everything in order."""
+    def _stop_in_order(self) -> None:
+        """Stop, on the reactor's thread."""
         self._close_listeners()
         self._reactor.stop()
 
@@ -193,10 +193,9 @@ class Server(ServerThread):
         with pyetcd.Server(data_dir="/var/lib/x", listen_client_urls=["http://127.0.0.1:0"]) as s:
             print(s.client_urls[0])
 
-    settings are the fields of ServerConfig; URL lists may be any sequence.  Without them the
-    member listens on free loopback ports; what is not advertised explicitly is advertised as
-    bound.  Several members may live in one process.  Raises StartError from bind() and start().
-    Thread: any.
+    settings are the fields of ServerConfig; URL lists may be any sequence.  By default the member
+    listens on free loopback ports and advertises the bound URLs.  Several members may live in one
+    process.  Raises StartError from bind() and start().  Thread: any.
     """
 
     _transport_type: Type[Transport] = Transport
@@ -207,7 +206,7 @@ class Server(ServerThread):
         self._peer_api: Optional[PeerApi] = None
         self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
-        self._leaving = False           # stop() was called
+        self._leaving = False           # stop() has begun
 
     # -- life --------------------------------------------------------------
 
@@ -216,26 +215,23 @@ class Server(ServerThread):
         return self
 
     def bind(self) -> None:
-        """Open the listening sockets, so that the ports are known; nothing is served yet."""
+        """Open the listening sockets, so that the ports are known; serve nothing yet."""
         if self._client_listeners:
             return
+        config, log = self.config, package_logger("etcd")
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._abandon_listeners)
-            for url in self.config.listen_peer_urls:
+            for url in config.listen_peer_urls:
                 self._peer_listeners.append(self._listen(
-                    url, self._serve_peer, PEER_BODY_BYTES_MAX, self.config.peer_tls,
+                    url, self._serve_peer, PEER_BODY_BYTES_MAX, config.peer_tls,
                     kept=(DESCRIPTORS_KEPT // 2, 8), patient=False,
                 ))
-                package_logger("etcd").info("listening for peers on %s", url)
-            for url in self.config.listen_client_urls:
+                log.info("listening for peers on %s", url)
+            for url in config.listen_client_urls:
                 self._client_listeners.append(
-                    self._listen(
-                        url, _bad_request, REQUEST_BODY_BYTES_MAX, self.config.client_tls
-                    )
-                )
-                package_logger("etcd").info("listening for client requests on %s", url)
+                    self._listen(url, _bad_request, REQUEST_BODY_BYTES_MAX, config.client_tls))
+                log.info("listening for client requests on %s", url)
             on_failure.pop_all()
-        config = self.config
         if not config.advertise_client_urls:
             config = config._replace(advertise_client_urls=self.client_urls)
         if not config.initial_advertise_peer_urls:
@@ -243,9 +239,9 @@ class Server(ServerThread):
         self.config = config
 
     def start(self, *, initial_cluster: str = "") -> None:
-        """Bind, join or form the cluster, and serve.  With discovery this waits for the others.
+        """Bind, form or join the cluster, and serve.  Discovery waits for the other members.
 
-        initial_cluster  replaces the configured one, for a caller who binds all members first
+        initial_cluster  replaces the configured one, if the caller binds all members first
         """
         self.bind()
         if initial_cluster:
@@ -277,19 +273,19 @@ class Server(ServerThread):
         self._reactor.on_turn = self.etcd.on_turn
 
     def kill(self) -> None:
-        """End at once, as by `kill -9`: nothing more is written or said.  For tests."""
+        """End at once, as `kill -9` does: write and send nothing more.  For tests."""
         if self._thread is not None and self.etcd is not None:
             self._reactor.call_soon_threadsafe(self._halt, ServerStopped("killed"))
             self._thread.join()
 
     def wait_ready(self, timeout_s: float = 10.0) -> bool:
-        """Block until this member has a leader and is published; False after timeout_s."""
+        """Wait until this member has a leader and is published; return False after timeout_s."""
         return self._ready.wait(timeout_s)
 
     def call(self, work: Callable[[EtcdServer], Any], timeout_s: float = 10.0) -> Any:
         """Run work(etcd) on the reactor's thread and return its result.
 
-        Raises ServerStopped, also if the member ends meanwhile, and TimeoutError.
+        Raises TimeoutError, and ServerStopped if the member has ended or ends meanwhile.
         """
         if self.etcd is None or self._thread is None or not self._thread.is_alive():
             raise ServerStopped()
@@ -309,8 +305,6 @@ class Server(ServerThread):
             raise error             # of the caller's code: it belongs to the caller
         return result
 
-    # -- facts -------------------------------------------------------------
-
     @property
     def peer_urls(self) -> Tuple[str, ...]:
         """Bound peer URLs, with the real ports."""
@@ -319,7 +313,7 @@ class Server(ServerThread):
     # -- inside ------------------------------------------------------------
 
     def _count_client_bytes(self, metrics: Metrics) -> None:
-        """Under the names of etcd 3.x, whose clients all speak gRPC."""
+        """Add the bytes of the client port, under the names of etcd 3.x, whose clients use gRPC."""
         listeners = self._client_listeners
         metrics.total("etcd_network_client_grpc_received_bytes_total",
                       "Bytes from clients, HTTP here, heads included.",
@@ -332,7 +326,7 @@ class Server(ServerThread):
         assert self._peer_api is not None
         self._peer_api.handle(request)
 
-    def _begin(self) -> None:
+    def _start_work(self) -> None:
         assert self.etcd is not None
         self.etcd.start()
 
@@ -342,19 +336,19 @@ class Server(ServerThread):
         if self.etcd is not None:
             self.etcd.abandon()
 
-    def _stop(self) -> None:
+    def _stop_in_order(self) -> None:
         assert self.etcd is not None
         if not self.etcd.stopping and not self._leaving:
             self._leaving = True
-            GracefulStop(self.etcd, self._end)
+            GracefulStop(self.etcd, self._stop_member)
 
-    def _end(self) -> None:
+    def _stop_member(self) -> None:
         assert self.etcd is not None
         self.etcd.stop()
-        super()._stop()
+        super()._stop_in_order()
 
     def _failed(self, error: BaseException) -> None:
-        """Durability is lost, or unknown: not one more byte leaves this member."""
+        """End the member, which sends nothing more: its data may no longer be durable."""
         hint = ""
         if isinstance(error, FileNotFoundError):
             hint = "; was the data directory renamed or removed while the member ran?"
@@ -369,7 +363,7 @@ class Server(ServerThread):
         self._reactor.stop()
 
     def _refuse(self, error: StartError) -> None:
-        """What bootstrap would have refused has come out only now."""
+        """End the member for a reason that bootstrap would have refused, had it known."""
         package_logger("etcd").critical("%s", error)
         self._halt(error)
 
@@ -378,10 +372,10 @@ class Server(ServerThread):
             log = package_logger("etcdserver")
             log.error("the member has been permanently removed from the cluster")
             log.error("the data-dir used by this member must be removed.")
-            self._end()
+            self._stop_member()
 
     def _abandon_listeners(self) -> None:
-        """The start has failed: say which ports are free again."""
+        """Close the listeners after a failed start, and log the ports that are free again."""
         log = package_logger("etcd")
         for listener in self._client_listeners:
             log.info("stopping listening for client requests on %s", listener.url)

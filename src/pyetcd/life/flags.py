@@ -1,46 +1,45 @@
-"""Flags: what can be set, and how its text is read."""
+"""Flags: a row for each, with its parser, default, help and field of ServerConfig."""
 
 from __future__ import annotations
 
 import logging
+import operator
 import re
 from typing import Any, Callable, Dict, NamedTuple, Tuple
 
+from ..api.forms import GO_BOOLS
 from ..base.errors import DiscoveryError
-from ..base.limits import (
-    DEFAULT_CLIENT_URLS,
-    DEFAULT_CLUSTER_TOKEN,
-    DEFAULT_ELECTION_MS,
-    DEFAULT_HEARTBEAT_MS,
-    DEFAULT_NAME,
-    DEFAULT_PEER_URLS,
-    DEFAULT_SNAPSHOT_COUNT,
-    DEFAULT_SNAPSHOTS_KEPT,
-    DEFAULT_WALS_KEPT,
-    UINT64_MAX,
-)
+from ..base.limits import UINT64_MAX
 from ..base.text import is_ip, split_url
 from ..base.urls import parse_urls
+from ..member.configuration import ServerConfig
 from .addresses import default_route_address
 from .discovery import check_discovery_url, check_proxy_url
 
 
 class FlagError(ValueError):
-    """A flag or variable that cannot be used.  The text is one line; etcd's words come first."""
+    """A flag or variable with a bad value.  The text is one line that begins with etcd's words."""
 
 
 class Flag(NamedTuple):
-    """One flag.  parse turns its text into the value, or raises ValueError with the reason."""
+    """One flag.
+
+    parse      turns the text into the value; raises ValueError with the reason
+    no_effect  why the flag does nothing here; logged when it is given
+    field      the field of ServerConfig that the value fills, or `client_tls.<field>` and
+               `peer_tls.<field>` of TlsFiles; "" if another function reads the flag
+    """
 
     name: str
     parse: Callable[[str], Any]
     default: Any
     help: str
-    no_effect: str = ""                 # why it does nothing here; told when it is given
+    no_effect: str = ""
+    field: str = ""
 
     @property
     def is_bool(self) -> bool:
-        """True if the flag may stand alone: `-debug`."""
+        """True if the flag may stand without a value: `-debug`."""
         return isinstance(self.default, bool)
 
     @property
@@ -49,17 +48,28 @@ class Flag(NamedTuple):
         return "ETCD_" + self.name.upper().replace("-", "_")
 
 
+def setting(name: str, parse: Callable[[str], Any], help: str, field: str = "") -> Flag:
+    """Return the flag that fills a field of ServerConfig and has the default of that field.
+
+    field  as in Flag; unless given, the name of the flag with _ for -, and _ms for a time
+    """
+    field = field or name.replace("-", "_")
+    field += "" if hasattr(_DEFAULTS, field.partition(".")[0]) else "_ms"
+    return Flag(name, parse, operator.attrgetter(field)(_DEFAULTS), help, field=field)
+
+
+_DEFAULTS = ServerConfig()
+
+
 def parse_bool(text: str) -> bool:
-    """The boolean words of Go."""
-    if text in ("1", "t", "T", "true", "TRUE", "True"):
-        return True
-    if text in ("0", "f", "F", "false", "FALSE", "False"):
-        return False
-    raise ValueError("parse error")
+    """Return the value of a boolean, in the words of Go.  Raises ValueError."""
+    if text not in GO_BOOLS:
+        raise ValueError("parse error")
+    return GO_BOOLS[text]
 
 
 def parse_uint(text: str) -> int:
-    """An unsigned integer; 0x, 0o, 0b and 0 prefixes as in Go."""
+    """Return an unsigned integer; the prefixes 0x, 0o, 0b and 0 are those of Go."""
     plain = re.fullmatch("0([0-7]+)", text)
     try:
         if not re.fullmatch("[0-9a-zA-Z]+", text):
@@ -73,11 +83,10 @@ def parse_uint(text: str) -> int:
 
 
 class Refusal(ValueError):
-    """Why a flag cannot be had at all, whatever its value, and what to do instead."""
+    """A flag that is not supported with any value.  The text says why, and what to do instead."""
 
 
 def _parse_domain(text: str) -> str:
-    """The domain of -discovery-srv."""
     try:
         authority = split_url(f"http://{text}")[1]
     except ValueError:
@@ -87,17 +96,17 @@ def _parse_domain(text: str) -> str:
     return text
 
 
-def _parse_choice(*choices: str) -> Callable[[str], str]:
+def _one_of(*choices: str, refusal: str = "") -> Callable[[str], str]:
+    """Return the parser that accepts `choices`; refusal: its reason for any other text."""
     def parse(text: str) -> str:
         if text not in choices:
-            raise ValueError(f"invalid value, use one of {', '.join(choices)}")
+            raise ValueError(refusal or f"invalid value, use one of {', '.join(choices)}")
         return text
 
     return parse
 
 
 def _parse_origins(text: str) -> Tuple[str, ...]:
-    """Origins for CORS: `*`, or URLs."""
     origins = tuple(origin.strip() for origin in text.split(",") if origin.strip())
     for origin in origins:
         if origin != "*" and not re.fullmatch(r"https?://[^\s/]+/?", origin):
@@ -106,7 +115,7 @@ def _parse_origins(text: str) -> Tuple[str, ...]:
 
 
 def _parse_levels(text: str) -> Dict[str, int]:
-    """`package=LEVEL,*=LEVEL` -> package -> level of the logging module; `*` is "" ."""
+    """Return package -> level of the logging module for `package=LEVEL,*=LEVEL`; `*` is ""."""
     levels: Dict[str, int] = {}
     for part in filter(None, text.split(",")):
         package, _, level = part.partition("=")
@@ -124,7 +133,7 @@ _LOG_LEVELS = {
 
 
 def _parse_address(text: str) -> str:
-    """`ip:port` of the flags of etcd 0.4, without a scheme."""
+    """Return `ip:port` as the flags of etcd 0.4 have it, without a scheme.  Raises ValueError."""
     host, colon, port = text.rpartition(":")
     if not colon or (":" in host and not re.fullmatch(r"\[.*\]", host)):
         raise ValueError(f"address {text}: missing port in address")
@@ -150,18 +159,8 @@ def _parse_proxy(text: str) -> str:
         raise ValueError(str(error)) from None
 
 
-def _refusing(reason: str, *harmless: str) -> Callable[[str], str]:
-    """A parser that takes "" and the `harmless` values, and raises ValueError for any other."""
-    def parse(text: str) -> str:
-        if text and text not in harmless:
-            raise ValueError(reason)
-        return text
-
-    return parse
-
-
 def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
-    """The parser of auto-tls or peer-auto-tls, which may only be false."""
+    """Return the parser of auto-tls or peer-auto-tls, which may only be false."""
     def parse(text: str) -> bool:
         if parse_bool(text):
             raise Refusal(
@@ -176,109 +175,116 @@ def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     return parse
 
 
+def _tls_flags(side: str) -> Tuple[Flag, ...]:
+    """Return the flags for TLS with clients or with peers.  side: `client` or `peer`."""
+    prefix, part = ("peer-" if side == "peer" else ""), side + "_tls."
+    cert_auth = f"-{prefix}trusted-ca-file with -{prefix}client-cert-auth."
+    common_name = (setting("peer-cert-allowed-cn", str, "common name that peers' certificates must"
+                           " have.", "peer_tls.allowed_cn"),) if side == "peer" else ()
+    return (
+        setting(prefix + "ca-file", str, "[DEPRECATED] " + cert_auth, part + "ca_file"),
+        setting(prefix + "cert-file", str, f"path to the {side} server TLS cert file.",
+                part + "cert_file"),
+        setting(prefix + "key-file", str, f"path to the {side} server TLS key file.",
+                part + "key_file"),
+        setting(prefix + "client-cert-auth", parse_bool, f"require certificates of {side}s.",
+                part + "client_cert_auth"),
+        setting(prefix + "trusted-ca-file", str, f"path to the {side} server TLS CA file.",
+                part + "trusted_ca_file"),
+        setting(side + "-crl-file", str, f"path to the {side} certificate revocation list.",
+                part + "crl_file"),
+        *common_name,
+        setting(side + "-cert-allowed-hostname", str,
+                f"host name that certificates of {side}s must have.", part + "allowed_name"),
+        Flag(prefix + "auto-tls", _parse_auto_tls(prefix), False,
+             f"not supported: give -{prefix}cert-file, -{prefix}key-file."),
+    )
+
+
+_PEER_CERTIFICATE = _one_of("", refusal=(
+    "peers are shown the certificate of -peer-cert-file; leave this out"))
+_NO_PEERS = 'flag "-{}" is no longer supported; use -initial-cluster or -discovery'
+
 FLAGS: Dict[str, Tuple[Flag, ...]] = {
     "member": (
-        Flag("name", str, DEFAULT_NAME, "human-readable name for this member."),
-        Flag("data-dir", str, "", "path to the data directory (default: <name>.etcd)."),
-        Flag("wal-dir", str, "", "path to the dedicated wal directory."),
-        Flag("snapshot-count", parse_uint, DEFAULT_SNAPSHOT_COUNT,
-             "number of committed transactions to trigger a snapshot to disk."),
-        Flag("heartbeat-interval", parse_uint, DEFAULT_HEARTBEAT_MS,
-             "time (in milliseconds) of a heartbeat interval."),
-        Flag("election-timeout", parse_uint, DEFAULT_ELECTION_MS,
-             "time (in milliseconds) for an election to timeout."),
-        Flag("listen-peer-urls", parse_urls, parse_urls(DEFAULT_PEER_URLS),
-             "list of URLs to listen on for peer traffic."),
-        Flag("listen-client-urls", parse_urls, parse_urls(DEFAULT_CLIENT_URLS),
-             "list of URLs to listen on for client traffic."),
-        Flag("max-snapshots", parse_uint, DEFAULT_SNAPSHOTS_KEPT,
-             "maximum number of snapshot files to retain (0 is unlimited)."),
-        Flag("max-wals", parse_uint, DEFAULT_WALS_KEPT,
-             "maximum number of wal files to retain (0 is unlimited)."),
-        Flag("cors", _parse_origins, (),
-             "comma-separated whitelist of origins for cross-origin resource sharing."),
+        setting("name", str, "human-readable name for this member."),
+        setting("data-dir", str, "path to the data directory (default: <name>.etcd)."),
+        setting("wal-dir", str, "path to the dedicated wal directory."),
+        setting("snapshot-count", parse_uint,
+                "number of committed transactions to trigger a snapshot to disk."),
+        setting("heartbeat-interval", parse_uint,
+                "time (in milliseconds) of a heartbeat interval.", "heartbeat_ms"),
+        setting("election-timeout", parse_uint,
+                "time (in milliseconds) for an election to timeout.", "election_ms"),
+        setting("listen-peer-urls", parse_urls, "list of URLs to listen on for peer traffic."),
+        setting("listen-client-urls", parse_urls, "list of URLs to listen on for client traffic."),
+        setting("max-snapshots", parse_uint,
+                "maximum number of snapshot files to retain (0 is unlimited)."),
+        setting("max-wals", parse_uint, "maximum number of wal files to retain (0 is unlimited)."),
+        setting("cors", _parse_origins,
+                "comma-separated whitelist of origins for cross-origin resource sharing."),
     ),
     "clustering": (
-        Flag("initial-advertise-peer-urls", parse_urls, parse_urls(DEFAULT_PEER_URLS),
-             "list of this member's peer URLs to advertise to the rest of the cluster."),
-        Flag("advertise-client-urls", parse_urls, parse_urls(DEFAULT_CLIENT_URLS),
-             "list of this member's client URLs to advertise to the rest of the cluster."),
-        Flag("initial-cluster", str, "",
-             "initial cluster, `name=url` pairs (default: this member alone)."),
-        Flag("initial-cluster-state", _parse_choice("new", "existing"), "new",
-             "initial cluster state: `new`, or `existing` to join a running cluster."),
-        Flag("initial-cluster-token", str, DEFAULT_CLUSTER_TOKEN,
-             "token of the cluster: clusters with different tokens do not mix."),
-        Flag("discovery", _parse_discovery, "", "discovery URL used to bootstrap the cluster."),
-        Flag("discovery-fallback", _parse_choice("exit", "proxy"), "proxy",
-             "behavior when the discovery cluster is full: `exit` or `proxy`."),
-        Flag("discovery-proxy", _parse_proxy, "",
-             "HTTP proxy to use for traffic to discovery service."),
-        Flag("discovery-srv", _parse_domain, "", "dns srv domain used to bootstrap the cluster."),
-        Flag("discovery-srv-name", _refusing(
+        setting("initial-advertise-peer-urls", parse_urls,
+                "list of this member's peer URLs to advertise to the rest of the cluster."),
+        setting("advertise-client-urls", parse_urls,
+                "list of this member's client URLs to advertise to the rest of the cluster."),
+        setting("initial-cluster", str,
+                "initial cluster, `name=url` pairs (default: this member alone)."),
+        setting("initial-cluster-state", _one_of("new", "existing"),
+                "initial cluster state: `new`, or `existing` to join a running cluster."),
+        setting("initial-cluster-token", str,
+                "token of the cluster: clusters with different tokens do not mix."),
+        setting("discovery", _parse_discovery, "discovery URL used to bootstrap the cluster."),
+        setting("discovery-fallback", _one_of("exit", "proxy"),
+                "behavior when the discovery cluster is full: `exit` or `proxy`."),
+        setting("discovery-proxy", _parse_proxy,
+                "HTTP proxy to use for traffic to discovery service."),
+        setting("discovery-srv", _parse_domain, "dns srv domain used to bootstrap the cluster."),
+        Flag("discovery-srv-name", _one_of("", refusal=(
             "a suffix of the SRV names is not supported; publish the records without it"
-        ), "", "not supported: suffix of the SRV names."),
-        Flag("strict-reconfig-check", parse_bool, True,
-             "reject reconfiguration requests that would cause quorum loss."),
+        )), "", "not supported: suffix of the SRV names."),
+        setting("strict-reconfig-check", parse_bool,
+                "reject reconfiguration requests that would cause quorum loss."),
     ),
     "proxy": (
-        Flag("proxy", _parse_choice("off", "readonly", "on"), "off",
-             "proxy mode: `off`, `readonly` or `on`."),
-        Flag("proxy-failure-wait", parse_uint, 5000,
-             "time (in milliseconds) an endpoint is held in a failed state."),
-        Flag("proxy-refresh-interval", parse_uint, 30000,
-             "time (in milliseconds) between two refreshes of the endpoints."),
-        Flag("proxy-dial-timeout", parse_uint, 1000,
-             "time (in milliseconds) for a dial to timeout, 0 is unlimited."),
-        Flag("proxy-write-timeout", parse_uint, 5000,
-             "time (in milliseconds) for a write to timeout, 0 is unlimited."),
-        Flag("proxy-read-timeout", parse_uint, 0,
-             "time (in milliseconds) for a read to timeout, 0 is unlimited."),
+        setting("proxy", _one_of("off", "readonly", "on"),
+                "proxy mode: `off`, `readonly` or `on`."),
+        setting("proxy-failure-wait", parse_uint,
+                "time (in milliseconds) an endpoint is held in a failed state."),
+        setting("proxy-refresh-interval", parse_uint,
+                "time (in milliseconds) between two refreshes of the endpoints."),
+        setting("proxy-dial-timeout", parse_uint,
+                "time (in milliseconds) for a dial to timeout, 0 is unlimited."),
+        setting("proxy-write-timeout", parse_uint,
+                "time (in milliseconds) for a write to timeout, 0 is unlimited."),
+        setting("proxy-read-timeout", parse_uint,
+                "time (in milliseconds) for a read to timeout, 0 is unlimited."),
     ),
     "security": (
-        Flag("ca-file", str, "", "[DEPRECATED] -trusted-ca-file with -client-cert-auth."),
-        Flag("cert-file", str, "", "path to the client server TLS cert file."),
-        Flag("key-file", str, "", "path to the client server TLS key file."),
-        Flag("client-cert-auth", parse_bool, False, "require client certificates."),
-        Flag("trusted-ca-file", str, "", "path to the client server TLS CA file."),
-        Flag("client-crl-file", str, "", "path to the client certificate revocation list."),
-        Flag("client-cert-allowed-hostname", str, "", "name that client certificates must have."),
-        Flag("auto-tls", _parse_auto_tls(""), False, "not supported: give -cert-file, -key-file."),
-        Flag("peer-ca-file", str, "",
-             "[DEPRECATED] -peer-trusted-ca-file with -peer-client-cert-auth."),
-        Flag("peer-cert-file", str, "", "path to the peer server TLS cert file."),
-        Flag("peer-key-file", str, "", "path to the peer server TLS key file."),
-        Flag("peer-client-cert-auth", parse_bool, False, "require certificates of peers."),
-        Flag("peer-trusted-ca-file", str, "", "path to the peer server TLS CA file."),
-        Flag("peer-crl-file", str, "", "path to the peer certificate revocation list."),
-        Flag("peer-cert-allowed-cn", str, "", "common name that peers' certificates must have."),
-        Flag("peer-cert-allowed-hostname", str, "",
-             "host name that peers' certificates must have."),
-        Flag("peer-auto-tls", _parse_auto_tls("peer-"), False,
-             "not supported: give -peer-cert-file, -peer-key-file."),
-        Flag("peer-client-cert-file", _refusing(
-            "peers are shown the certificate of -peer-cert-file; leave this out"
-        ), "", "not supported: -peer-cert-file serves for both directions."),
-        Flag("peer-client-key-file", _refusing(
-            "peers are shown the certificate of -peer-cert-file; leave this out"
-        ), "", "not supported: -peer-key-file serves for both directions."),
-        Flag("tls-min-version", _refusing("TLS 1.2 and later are accepted; use TLS1.2", "TLS1.2"),
-             "", "only TLS1.2, which is what holds without it too."),
-        Flag("host-whitelist", _refusing(
+        *_tls_flags("client"), *_tls_flags("peer"),
+        Flag("peer-client-cert-file", _PEER_CERTIFICATE, "",
+             "not supported: -peer-cert-file serves for both directions."),
+        Flag("peer-client-key-file", _PEER_CERTIFICATE, "",
+             "not supported: -peer-key-file serves for both directions."),
+        Flag("tls-min-version", _one_of(
+            "", "TLS1.2", refusal="TLS 1.2 and later are accepted; use TLS1.2"
+        ), "", "only TLS1.2, which is what holds without it too."),
+        Flag("host-whitelist", _one_of("", "*", refusal=(
             "requests are answered whatever their Host; use * and protect the port by"
-            " -client-cert-auth or a firewall", "*"
-        ), "*", "not supported: only `*`."),
+            " -client-cert-auth or a firewall"
+        )), "*", "not supported: only `*`."),
     ),
     "logging": (
-        Flag("debug", parse_bool, False, "enable debug-level logging."),
+        setting("debug", parse_bool, "enable debug-level logging."),
         Flag("log-package-levels", _parse_levels, {},
              "levels per package, such as `etcdserver=WARNING,*=INFO`."),
-        Flag("log-format", _parse_choice("text", "json", "console"), "text",
+        Flag("log-format", _one_of("text", "json", "console"), "text",
              "`text`, as etcd 2.3 writes it (`console` is the same), or `json`: an object a line."),
     ),
     "unsafe": (
-        Flag("force-new-cluster", parse_bool, False,
-             "make this member the only one of its cluster: after the loss of the others."),
+        setting("force-new-cluster", parse_bool,
+                "make this member the only one of its cluster: after the loss of the others."),
     ),
     "other": (
         Flag("version", parse_bool, False, "show the version and exit."),
@@ -291,17 +297,13 @@ FLAGS: Dict[str, Tuple[Flag, ...]] = {
         Flag("peer-addr", _parse_address, "", "[DEPRECATED] use -initial-advertise-peer-urls."),
         Flag("peer-bind-addr", _parse_address, "", "[DEPRECATED] use -listen-peer-urls."),
     ),
-    "of etcd 0.4, refused": (
-        Flag("peers", _refusing(
-            'flag "-peers" is no longer supported; use -initial-cluster or -discovery'
-        ), "", "no longer supported."),
-        Flag("peers-file", _refusing(
-            'flag "-peers-file" is no longer supported; use -initial-cluster or -discovery'
-        ), "", "no longer supported."),
+    "of etcd 0.4, refused": tuple(
+        Flag(name, _one_of("", refusal=_NO_PEERS.format(name)), "", "no longer supported.")
+        for name in ("peers", "peers-file")
     ),
 }
 
-# Of etcd 0.4: booleans that do nothing -> what to use instead.
+# Booleans of etcd 0.4 that do nothing -> the flag to use instead.
 IGNORED_BOOLS = {
     "cluster-active-size": "", "cluster-remove-delay": "", "cluster-sync-interval": "",
     "config": "a configuration file is given with -config-file FILE", "force": "",
@@ -311,8 +313,9 @@ IGNORED_BOOLS = {
     "snapshot": "snapshots are always made; -snapshot-count says how often",
     "v": "-version shows the version, -debug logs more", "vv": "-debug logs more",
 }
-# Of etcd 2.3's experiments and of etcd 3: accepted, so that units and scripts need no change.  Why
-# each does nothing -> etcd's default of each.  Nothing that protects something may stand here.
+# Of etcd 2.3's experiments and of etcd 3: accepted, so that units and scripts need no change.  The
+# reason why a flag does nothing -> flag -> etcd's default.  A flag that protects data or access
+# must not be listed: its user would rely on a protection that does not exist.
 NO_EFFECT: Dict[str, Dict[str, Any]] = {
     "the v2 API is always on": {"enable-v2": True, "v2-deprecation": "not-yet"},
     "there is no v3 API": {

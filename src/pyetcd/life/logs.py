@@ -25,7 +25,7 @@ class LogFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """One line; the package is what follows `pyetcd.` in the logger's name."""
+        """Return one line; the package stands behind `pyetcd.` in the name of the logger."""
         package = record.name.partition(".")[2]
         prefix = f"{package}: " if package else ""
         repeated = getattr(record, "repeated", 0)
@@ -34,7 +34,7 @@ class LogFormatter(logging.Formatter):
         return f"{record.asctime} {prefix}{record.message}{count}"
 
     def formatException(self, ei: Any) -> str:
-        """The traceback, indented: what an exception says cannot be taken for a line of ours."""
+        """Return the traceback, indented: no text in it looks like a line of the log."""
         lines = super().formatException(ei).split("\n")
         return "\n".join("    " + one_line(line) for line in lines)
 

@@ -1,19 +1,18 @@
-"""The proxy: a door to a cluster on a machine that is no member of it.
+"""The proxy: forwards requests of clients to the members of a cluster.
 
-Threads: as for embedding.  What blocks runs before the reactor or on its helpers.
+Threads: as for embedding.  Blocking calls run before the reactor starts, or on its worker threads.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import os
 import random
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from urllib.parse import urlsplit
 
-from ..api.forms import _BOOLS, FORM_FIELDS_MAX, refuse_method, write_message
+from ..api.forms import FORM_FIELDS_MAX, GO_BOOLS, refuse_method, write_message
 from ..api.members import redirect
 from ..api.metrics import add_process_readings
 from ..api.routes import CorsRequest, allow_origin
@@ -36,16 +35,16 @@ from ..peer.compatibility import ANSWER_BYTES_MAX
 from .addresses import PROBE_ANSWER_SECONDS, fetch_cluster
 from .bootstrap import make_peer_tls
 from .embedding import ServerThread
-from .proxy_files import find_peer_urls, prepare_proxy_dir, write_cluster_file
+from .proxy_files import ClusterFile, find_cluster, prepare_proxy_dir, write_cluster_file
 
-PROXY_PROBE_SECONDS = 2.0           # silence of a member that owes answers; then it is asked
+PROXY_PROBE_SECONDS = 2.0           # silence of a member with requests; above: it is probed
 PROXY_RETRY_SECONDS = 1.0           # between refreshes while there is no endpoint
 PROXY_REFRESH_SECONDS_MIN = 0.1     # between refreshes, whatever the flag says
-PROXY_UNREAD_BYTES_MAX = 256 << 10  # reply bytes that a client leaves; above: the member waits
-PROXY_CONNECT_SECONDS_MAX = 3600.0  # with dial timeout 0; the system gives up long before
+PROXY_UNREAD_BYTES_MAX = 256 << 10  # reply bytes a client has not read; above: the call pauses
+PROXY_CONNECT_SECONDS_MAX = 3600.0  # with dial timeout 0; the system times out long before
 _DEFAULT_REFRESH_MS = ServerConfig().proxy_refresh_interval_ms
 
-# Headers that are for one connection only (RFC 2616 §13.5.1), and one that each side makes.
+# Headers of one connection (RFC 2616 §13.5.1), and Content-Length, which each side computes.
 _HOP_HEADERS = frozenset((
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailers",
     "transfer-encoding", "upgrade", "content-length",
@@ -53,16 +52,7 @@ _HOP_HEADERS = frozenset((
 _CORS_HEADERS = frozenset((
     "access-control-allow-headers", "access-control-allow-methods", "access-control-allow-origin",
 ))
-_WAITS = frozenset(f"wait={word}" for word, value in _BOOLS.items() if value)
-
-
-def read_kept_endpoints(path: str) -> Tuple[str, ...]:
-    """Return the client URLs that worked when those of the members' list did not; () without."""
-    try:
-        with open(path, "rb") as file:
-            return tuple(usable_urls(map(str, json.load(file).get("ClientURLs", ()))))
-    except (OSError, ValueError, TypeError, AttributeError):
-        return ()                       # read_cluster_file() has told
+_WAITS = frozenset(f"wait={word}" for word, value in GO_BOOLS.items() if value)
 
 
 class ProxyDialer:
@@ -89,7 +79,7 @@ class ProxyDialer:
         )
 
     def probe(self, url: str, on_done: Callable[[Optional[Exception]], None]) -> HttpCall:
-        """Ask for something that a member answers at once, within the write timeout."""
+        """Send a request that a member answers at once; it fails after the write timeout."""
         return HttpCall(
             self._reactor, url, "GET", "/version", {}, connect_timeout_s=self._connect_s,
             idle_timeout_s=self._write_s, answer_max=ANSWER_BYTES_MAX, tls=self.tls,
@@ -98,12 +88,12 @@ class ProxyDialer:
 
 
 class Endpoint:
-    """A client URL of a member: whether requests go there, and which ones wait for it.
+    """A client URL of a member, its state, and the requests that wait for its answers.
 
-    A member that is stopped, or cut off, still accepts connections or says nothing at all, and
-    no limit but -proxy-read-timeout, which also ends watches, would tell.  So one that owes
-    answers and is silent for PROXY_PROBE_SECONDS is probed; if the probe gets no answer either,
-    the endpoint has failed, for all that wait for it.  Differs from etcd, which waits forever.
+    A suspended member accepts connections and sends nothing, and -proxy-read-timeout would end
+    watches too.  So an endpoint that is silent for PROXY_PROBE_SECONDS, while requests wait for
+    it, gets a probe.  Without an answer to the probe the endpoint has failed for all requests that
+    wait.  Differs from etcd, which waits for ever.
     """
 
     def __init__(
@@ -112,24 +102,21 @@ class Endpoint:
     ) -> None:
         self.url = url
         self.available = True
-        self.suspect = False            # failed, and has not answered since: others go first
+        self.suspect = False            # failed, and has not answered since: tried last
         self._reactor = reactor
         self._dialer = dialer
         self._failure_wait_s = failure_wait_s
         self._waiting: Dict[Forward, None] = {}
-        self._heard = 0.0               # monotonic seconds
+        self._heard = 0.0               # time of the last answer, monotonic seconds
         self._has_worked = has_worked
         self._timer: Optional[Timer] = None
         self._probe: Optional[HttpCall] = None
 
-    def expect(self, forward: Forward) -> None:
-        """`forward` waits for the end of an answer."""
+    def add_waiting(self, forward: Forward) -> None:
         self._waiting[forward] = None
-        if self._timer is None and self._probe is None:
-            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
+        self._start_timer()
 
-    def leave(self, forward: Forward) -> None:
-        """It does not wait any more."""
+    def remove_waiting(self, forward: Forward) -> None:
         self._waiting.pop(forward, None)
         if not self._waiting and self._probe is not None:
             self._probe.cancel()
@@ -137,17 +124,17 @@ class Endpoint:
 
     @property
     def works(self) -> bool:
-        """True if it answered the last request that was made of it."""
+        """True if the member answered the last request."""
         return self._has_worked and not self.suspect
 
     def answered(self) -> None:
-        """Something came from the member: it lives."""
+        """Note that data came from the member: it lives."""
         self._heard = self._reactor.now()
         self._has_worked = True
         self.suspect = False
 
     def failed(self) -> None:
-        """Send nothing there for the failure wait."""
+        """Send no requests to the member until the failure wait is over."""
         self.suspect = True
         if self.available:
             self.available = False
@@ -160,16 +147,16 @@ class Endpoint:
             "marked endpoint %s available, to retest connectivity", self.url
         )
 
-    def _look(self) -> None:
-        """Probe if somebody waits and nothing was heard; come back while somebody waits."""
+    def _start_timer(self) -> None:
+        if self._waiting and self._timer is None and self._probe is None:
+            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._probe_if_silent)
+
+    def _probe_if_silent(self) -> None:
         self._timer = None
-        if not self._waiting:
-            return
         asked = self._reactor.now()
-        if asked - self._heard < PROXY_PROBE_SECONDS:
-            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
-            return
-        self._probe = self._dialer.probe(self.url, lambda error: self._probed(asked, error))
+        if self._waiting and asked - self._heard >= PROXY_PROBE_SECONDS:
+            self._probe = self._dialer.probe(self.url, lambda error: self._probed(asked, error))
+        self._start_timer()
 
     def _probed(self, asked: float, error: Optional[Exception]) -> None:
         self._probe = None
@@ -179,54 +166,47 @@ class Endpoint:
             self.failed()
             for forward in list(self._waiting):
                 forward.lost(error)
-        # Any other error: what still waits has a connection that will tell of itself.
-        if self._waiting and self._timer is None:
-            self._timer = self._reactor.call_later(PROXY_PROBE_SECONDS, self._look)
+        # After any other error the connections of the waiting requests report errors of their own.
+        self._start_timer()
 
 
 class Endpoints:
-    """The members that requests can go to, by what the peers tell every refresh interval.
+    """The endpoints of a cluster, refreshed from a peer's list of members every interval.
 
     Source: etcd 2.3 proxy/director.go, etcdmain/etcd.go startProxy.
     """
 
     def __init__(
         self, config: ServerConfig, reactor: Reactor, dialer: ProxyDialer,
-        peer_urls: Sequence[str], cluster_file: str,
+        cluster: ClusterFile, cluster_file: str,
     ) -> None:
         self._config = config
         self._reactor = reactor
         self._dialer = dialer
-        self._peer_urls = tuple(peer_urls)
+        self._peer_urls = cluster.peer_urls
         self._cluster_file = cluster_file
         self._retry = Backoff(PROXY_RETRY_SECONDS, _DEFAULT_REFRESH_MS / 1000)
-        self._written: object = None                # what the file surely holds
-        self._endpoints = [
-            self._endpoint(url, has_worked=True) for url in read_kept_endpoints(cluster_file)
-        ]
+        self._written: Optional[ClusterFile] = None     # the contents of the file, once written
+        self._endpoints = [self._endpoint(url, has_worked=True) for url in cluster.client_urls]
         self._announced = False
         self._timer: Optional[Timer] = None
         self._log = package_logger("proxy")
 
     def available(self) -> List[Endpoint]:
-        """Those to try, in this order."""
+        """Return the endpoints to try, in this order."""
         usable = [endpoint for endpoint in self._endpoints if endpoint.available]
         return sorted(usable, key=lambda endpoint: endpoint.suspect)
 
     def refresh(self) -> None:
-        """Ask the peers now, and wait for it.  Thread: any, before the reactor runs."""
-        self._take(self._ask(self._peer_urls, self._working()))
-
-    def start(self) -> None:
-        """Go on refreshing.  Thread: reactor."""
-        self._wait()
+        """Refresh now; blocks.  Thread: any, before the reactor runs."""
+        self._update(self._fetch(self._peer_urls, self._working()))
 
     def stop(self) -> None:
-        """Refresh no more.  Thread: reactor."""
         if self._timer is not None:
             self._timer.cancel()
 
-    def _wait(self) -> None:
+    def schedule_refresh(self) -> None:
+        """Refresh after the interval, and again and again.  Thread: reactor."""
         interval_ms = self._config.proxy_refresh_interval_ms
         wait_s = max(interval_ms / 1000, PROXY_REFRESH_SECONDS_MIN)
         usable = self.available()
@@ -238,32 +218,32 @@ class Endpoints:
             self._announced = True
             urls = " ".join(go_quote(endpoint.url) for endpoint in usable)
             self._log.info("endpoints found [%s]", urls)
-        self._timer = self._reactor.call_later(wait_s, self._begin_refresh)
+        self._timer = self._reactor.call_later(wait_s, self._start_refresh)
 
-    def _begin_refresh(self) -> None:
+    def _start_refresh(self) -> None:
         self._reactor.run_blocking(
-            self._ask, self._peer_urls, self._working(), kind=PEER_WORK, done=self._refreshed
+            self._fetch, self._peer_urls, self._working(), kind=PEER_WORK, done=self._refreshed
         )
 
     def _refreshed(self, error: Optional[BaseException], found: Any) -> None:
         if error is None:
-            self._take(found)
+            self._update(found)
         else:
             self._log.warning("could not ask for the members: %s", error)
-        self._wait()
+        self.schedule_refresh()
 
     def _working(self) -> Tuple[str, ...]:
         return tuple(sorted(endpoint.url for endpoint in self._endpoints if endpoint.works))
 
-    def _ask(
-        self, peer_urls: Sequence[str], working: Sequence[str]
-    ) -> Optional[Tuple[Tuple[str, ...], List[str]]]:
-        """Return what the first peer that answers tells, kept in the file; None: nobody answers.
+    def _fetch(
+        self, peer_urls: Tuple[str, ...], working: Tuple[str, ...]
+    ) -> Optional[ClusterFile]:
+        """Return the URLs that the first peer to answer lists, and keep them in the file.
 
-        The result is (peer URLs, client URLs).  The peer URL that has answered stays behind those
-        that it tells, and the `working` client URLs stay in the file if none of them is told:
-        differs from etcd, which forgets them.  A list that is wrong here, such as `localhost`,
-        would end the service for good.
+        Returns None if no peer answers.  Differs from etcd: the peer URL that answered stays, last
+        in the list, and the `working` client URLs stay in the file if the peer lists none of them.
+        Otherwise a list with URLs that are wrong on this machine, such as `localhost`, would end
+        the service for good.
 
         Thread: any; blocks.
         """
@@ -277,26 +257,25 @@ class Endpoints:
             return None
         urls = tuple(sorted(usable_urls(url for m in found[1] for url in m.peer_urls)))
         urls = urls if url in urls else (*urls, url)
-        told = sorted(set(usable_urls(url for m in found[1] for url in m.client_urls)))
-        content = urls, () if set(told) & set(working) else tuple(working)
+        listed = tuple(sorted(set(usable_urls(url for m in found[1] for url in m.client_urls))))
+        content = ClusterFile(urls, () if set(listed) & set(working) else working)
         if content != self._written:
             try:
-                write_cluster_file(self._cluster_file, *content)
+                write_cluster_file(self._cluster_file, content)
                 self._written = content
             except OSError as error:
                 self._log.warning("error on writing urls %s", error)
-        return urls, told
+        return ClusterFile(urls, listed)
 
-    def _take(self, found: Optional[Tuple[Tuple[str, ...], List[str]]]) -> None:
-        """Replace the endpoints; those that stay keep what is known of them.
+    def _update(self, found: Optional[ClusterFile]) -> None:
+        """Replace the endpoints by those in `found`; endpoints in both keep their state.
 
-        Endpoints that work stay behind the new ones until one of those works, and all stay while
-        no peer answers.
+        Working endpoints stay, last in the list, until a new one works.  All stay if found is None.
         """
         if found is None:
             self._log.warning("could not retrieve cluster information from the given urls")
             return
-        urls, told = found
+        urls = found.peer_urls
         if urls != self._peer_urls:
             self._log.info(
                 "updated peer urls in cluster file from [%s] to [%s]", " ".join(self._peer_urls),
@@ -304,9 +283,9 @@ class Endpoints:
             )
             self._peer_urls = urls
         known = {endpoint.url: endpoint for endpoint in self._endpoints}
-        told = [url for url in told if not self._is_own(url)]
-        random.shuffle(told)
-        endpoints = [known.get(url) or self._endpoint(url) for url in told]
+        listed = [url for url in found.client_urls if not self._is_own(url)]
+        random.shuffle(listed)
+        endpoints = [known.get(url) or self._endpoint(url) for url in listed]
         if not any(endpoint.works for endpoint in endpoints):
             endpoints += [
                 endpoint for endpoint in self._endpoints
@@ -315,7 +294,7 @@ class Endpoints:
         self._endpoints = endpoints
 
     def _is_own(self, url: str) -> bool:
-        """True if `url` leads to this proxy itself: members that advertise `localhost`."""
+        """True if `url` leads to this proxy: some members advertise `localhost`."""
         port = url_address(url)[1]
         return is_local(url) and any(
             is_local(own) and url_address(own)[1] == port
@@ -327,54 +306,41 @@ class Endpoints:
         return Endpoint(url, self._reactor, self._dialer, wait_s, has_worked=has_worked)
 
 
-class ProxyMetrics:
-    """What a proxy counts.  Source: etcd 2.3 proxy/metrics.go."""
+class ProxyMetrics(Metrics):
+    """The metrics of a proxy.  Source: etcd 2.3 proxy/metrics.go."""
 
     def __init__(self, started_ns: int, now: Callable[[], float]) -> None:
-        self.metrics = Metrics()
-        add_process_readings(self.metrics, started_ns, now)
-        self._requests = self.metrics.counter(
+        super().__init__()
+        add_process_readings(self, started_ns, now)
+        self.requests = self.counter(
             "etcd_proxy_requests_total", "Requests that came in, by method.", ("method",))
-        self._handled = self.metrics.counter(
+        self.handled = self.counter(
             "etcd_proxy_handled_total", "Requests that a member answered.", ("method", "code"))
-        self._dropped = self.metrics.counter(
+        self.dropped = self.counter(
             "etcd_proxy_dropped_total", "Requests, or tries of one, that failed in the proxy.",
             ("method", "proxying_error"))
-        self._seconds = Histograms(exponential_bounds(0.0005, 13), ("method",))
-        self.metrics.add("etcd_proxy_handling_duration_seconds",
-                         "From a request to its answer, by method.", self._seconds)
-
-    def came(self, method: str) -> None:
-        """A request came in."""
-        self._requests.inc(_known_method(method))
-
-    def handled(self, method: str, status: int, seconds: float) -> None:
-        """A member has begun to answer."""
-        method = _known_method(method)
-        self._handled.inc(method, str(status))
-        self._seconds.child(method).observe(seconds)
-
-    def dropped(self, method: str, error: str) -> None:
-        """A try has failed: zero_endpoints, failed_sending_request, failed_getting_response."""
-        self._dropped.inc(_known_method(method), error)
+        self.seconds = Histograms(exponential_bounds(0.0005, 13), ("method",))
+        self.add("etcd_proxy_handling_duration_seconds",
+                 "From a request to its answer, by method.", self.seconds)
 
 
-def _known_method(method: str) -> str:
-    """A label for `method`; clients may not fill the memory with words of their own."""
-    return method if method in ("GET", "HEAD", "PUT", "POST", "DELETE", "PATCH") else "other"
+def _method_label(request: HttpRequest) -> str:
+    """Return the method as a label; unknown ones share `other`, so that labels stay few."""
+    known = ("GET", "HEAD", "PUT", "POST", "DELETE", "PATCH")
+    return request.method if request.method in known else "other"
 
 
 class Forward:
-    """One request on its way: to one endpoint after the other, then the answer back.
+    """One request: tries one endpoint after the other, and passes the answer to the client.
 
-    An endpoint that cannot be reached, or does not answer, is left for the next one.  Differs
-    from etcd: a request that is not GET or HEAD is tried elsewhere only if no connection was
-    made, as it may have been executed otherwise.  Thread: reactor.
+    After an endpoint that cannot be reached, or does not answer, the next one is tried.  Differs
+    from etcd: a request that is not GET or HEAD goes to the next endpoint only if no connection
+    was made, as the first member may have executed it.  Thread: reactor.
     """
 
     __slots__ = (
-        "_request", "_left", "_tried", "_dialer", "_metrics", "_ended", "_started", "_endpoint",
-        "_call", "_reply", "_is_empty", "_waits",
+        "_request", "_left", "_tried", "_dialer", "_metrics", "_method", "_ended", "_started",
+        "_endpoint", "_call", "_reply", "_is_empty", "_waits",
     )
 
     def __init__(
@@ -386,6 +352,7 @@ class Forward:
         self._tried = 0
         self._dialer = dialer
         self._metrics = metrics
+        self._method = _method_label(request)
         self._ended = ended
         self._started = dialer.now()
         self._endpoint: Optional[Endpoint] = None
@@ -398,42 +365,42 @@ class Forward:
     def start(self) -> None:
         """Send the request to the first endpoint."""
         self._request.on_close = self._client_gone
-        # Who ends his side of the connection does not wait for an event any more.
+        # A client that ends its side of the connection has ended its watch.
         self._request.connection.streaming = self._waits
         self._try_next()
 
     def cancel(self) -> None:
-        """Drop it, without an answer."""
+        """Drop the request without an answer."""
         self._request.on_close = None
         if self._call is not None:
             self._call.cancel()
         self._end()
 
     def lost(self, error: Exception) -> None:
-        """The endpoint has failed while this waited for it."""
+        """Try the next endpoint, as this one has failed a probe."""
         if self._call is not None:
             self._call.cancel()
-        self._done(error)
+        self._call_done(error)
 
     def _try_next(self) -> None:
         while self._left:
             endpoint = self._left.popleft()
-            if endpoint.available:      # another request may have found out meanwhile
+            if endpoint.available:      # another request may have marked it failed meanwhile
                 self._tried += 1
                 self._endpoint = endpoint
-                endpoint.expect(self)
+                endpoint.add_waiting(self)
                 self._call = self._dialer.call(
                     endpoint.url, self._request, self._headers(), self._head, self._data,
-                    self._done,
+                    self._call_done,
                 )
                 return
         self._give_up(502, f"unable to get response from {self._tried} endpoint(s)")
 
     def _headers(self) -> Dict[str, str]:
-        """The client's headers, as far as they are for the member."""
+        """Return the headers of the client for the member, and X-Forwarded-For."""
         request = self._request
         named = _list_header(request.headers, "connection")
-        dropped = _HOP_HEADERS.union(named, ("expect",))    # we have answered that
+        dropped = _HOP_HEADERS.union(named, ("expect",))    # the proxy has answered Expect
         headers = {
             _header_name(name): value for name, value in request.headers.items()
             if name not in dropped
@@ -447,10 +414,11 @@ class Forward:
         assert self._endpoint is not None
         request = self._request
         self._endpoint.answered()
-        self._metrics.handled(request.method, status, self._dialer.now() - self._started)
+        self._metrics.handled.inc(self._method, str(status))
+        self._metrics.seconds.child(self._method).observe(self._dialer.now() - self._started)
         dropped = _HOP_HEADERS.union(("date",))
         if isinstance(request, CorsRequest):
-            dropped = dropped.union(_CORS_HEADERS)      # the reply has ours
+            dropped = dropped.union(_CORS_HEADERS)      # the reply has those of the proxy
         lines = "".join(
             f"{_header_name(name)}: {value}\r\n" for name, value in headers.items()
             if name not in dropped
@@ -471,38 +439,38 @@ class Forward:
             self._call.pause()
             self._reply.when_read(self._call.resume)
 
-    def _done(self, error: Optional[Exception]) -> None:
+    def _call_done(self, error: Optional[Exception]) -> None:
         if self._reply is None:
-            self._failed(error or EOFError("unexpected EOF"))
+            self._try_failed(error or EOFError("unexpected EOF"))
             return
-        # A watch without events ends as if the member had ended it: clients begin a new one.
+        # A watch without events ends as if the member had ended it: clients start a new one.
         if error is None or self._waits and self._is_empty:
             self._reply.end()
         else:
             self._reply.abort()
         self._end()
 
-    def _failed(self, error: Exception) -> None:
-        """No answer from this endpoint."""
+    def _try_failed(self, error: Exception) -> None:
+        """Try the next endpoint, as this one did not answer."""
         assert self._endpoint is not None and self._call is not None
-        endpoint, method = self._endpoint, self._request.method
-        endpoint.leave(self)
-        if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:     # it is not the member
+        endpoint = self._endpoint
+        endpoint.remove_waiting(self)
+        if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:     # not the member's fault
             self._give_up(503, f"{_reason(error)}; raise the limit of open files (ulimit -n)")
             return
-        self._metrics.dropped(method, "failed_sending_request")
+        self._metrics.dropped.inc(self._method, "failed_sending_request")
         why = _reason(error)
         if isinstance(error, OSError) and error.errno and not self._call.connected:
             why = f"dial tcp {urlsplit(endpoint.url).netloc}: connect: {why}"
         package_logger("proxy").info("failed to direct request to %s: %s", endpoint.url, why)
         endpoint.failed()
-        if self._call.connected and method not in ("GET", "HEAD"):
-            self._left.clear()          # it may have been executed
+        if self._call.connected and self._method not in ("GET", "HEAD"):
+            self._left.clear()          # the member may have executed it
         self._try_next()
 
     def _give_up(self, status: int, text: str) -> None:
         package_logger("proxy").info(text)
-        self._metrics.dropped(self._request.method, "failed_getting_response")
+        self._metrics.dropped.inc(self._method, "failed_getting_response")
         self._end()
         write_message(self._request, status, f"proxy: {text}")
 
@@ -512,17 +480,17 @@ class Forward:
 
     def _end(self) -> None:
         if self._endpoint is not None:
-            self._endpoint.leave(self)
+            self._endpoint.remove_waiting(self)
         self._ended(self)
 
 
 def _header_name(name: str) -> str:
-    """`x-etcd-index` as servers written in Go spell it: `X-Etcd-Index`."""
+    """Return `x-etcd-index` as Go servers spell it: `X-Etcd-Index`."""
     return "-".join(part.capitalize() for part in name.split("-"))
 
 
 class ProxyApi:
-    """Everything on the client port of a proxy: two paths of its own, the rest is for a member.
+    """The client port of a proxy: answers two paths, and forwards the others to a member.
 
     Thread: reactor.  Source: etcd 2.3 proxy/proxy.go, reverse.go.
     """
@@ -537,29 +505,18 @@ class ProxyApi:
         self._body_bytes = 0                        # of all
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer a request of a client, now or when a member has."""
         path, request = request.path, allow_origin(request, self._origins)
         if not path.startswith("/"):
             request.reply(400)
         elif not is_clean_path(path):
             redirect(request)
         elif path == "/metrics":
-            body = utf8(self._metrics.metrics.text())
-            request.reply(200, body, "text/plain; version=0.0.4")
+            request.reply(200, utf8(self._metrics.text()), "text/plain; version=0.0.4")
         elif self._is_readonly and request.method != "GET":
             request.reply(501)
-        else:
-            self._serve(request)
-
-    def stop(self) -> None:
-        """Drop all requests that wait for a member."""
-        for forward in list(self._forwards):
-            forward.cancel()
-
-    def _serve(self, request: HttpRequest) -> None:
-        if request.method == "OPTIONS":
+        elif request.method == "OPTIONS":
             request.reply(200)
-        elif request.path != "/v2/config/local/proxy":
+        elif path != "/v2/config/local/proxy":
             self._forward(request)
         elif request.method != "GET":
             refuse_method("GET", request)
@@ -568,8 +525,14 @@ class ProxyApi:
             body = utf8(json_text({"endpoints": urls}) + "\n")
             request.reply(200, body, "text/plain; charset=utf-8")
 
+    def stop(self) -> None:
+        """Drop all requests that wait for a member."""
+        for forward in list(self._forwards):
+            forward.cancel()
+
     def _forward(self, request: HttpRequest) -> None:
-        self._metrics.came(request.method)
+        method = _method_label(request)
+        self._metrics.requests.inc(method)
         if request.body_too_large:
             write_message(
                 request, 500, "proxy: failed to read request body: http: request body too large"
@@ -579,19 +542,19 @@ class ProxyApi:
         if not endpoints:
             text = "zero endpoints currently available"
             package_logger("proxy").info(text)
-            self._metrics.dropped(request.method, "zero_endpoints")
+            self._metrics.dropped.inc(method, "zero_endpoints")
             write_message(request, 503, f"proxy: {text}")
             return
         if self._body_bytes > QUEUED_BYTES_MAX:
-            self._metrics.dropped(request.method, "failed_sending_request")
+            self._metrics.dropped.inc(method, "failed_sending_request")
             write_message(request, 503, "proxy: too many large requests wait for the members")
             return
-        forward = Forward(request, endpoints, self._dialer, self._metrics, self._ended)
+        forward = Forward(request, endpoints, self._dialer, self._metrics, self._forward_ended)
         self._forwards[forward] = len(request.body)
         self._body_bytes += len(request.body)
         forward.start()
 
-    def _ended(self, forward: Forward) -> None:
+    def _forward_ended(self, forward: Forward) -> None:
         self._body_bytes -= self._forwards.pop(forward)
 
 
@@ -614,7 +577,7 @@ class ProxyServer(ServerThread):
         return self
 
     def bind(self) -> None:
-        """Open the listening sockets, so that the ports are known; nothing is served yet."""
+        """Open the listening sockets, so that the ports are known; serve nothing yet."""
         if self._client_listeners:
             return
         with contextlib.ExitStack() as on_failure:
@@ -622,24 +585,24 @@ class ProxyServer(ServerThread):
             for url in self.config.listen_client_urls:
                 self._client_listeners.append(self._listen(
                     url, self._serve, REQUEST_BODY_BYTES_MAX, self.config.client_tls,
-                    kept=(CONNECTIONS_MAX, 2),  # a request takes another one to a member
+                    kept=(CONNECTIONS_MAX, 2),  # a request needs a second one, to a member
                 ))
                 package_logger("proxy").info("listening for client requests on %s", url)
             on_failure.pop_all()
 
     def start(self) -> None:
-        """Find the members and serve.  With discovery this waits until all have registered."""
+        """Find the members and serve.  Discovery waits until all have registered."""
         config = self.config
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(self._close_listeners)
             fresh = absent_dirs(os.path.join(config.data_dir or config.name + ".etcd", "proxy"))
             cleanup.callback(remove_dirs, fresh)
             cluster_file = prepare_proxy_dir(config)
-            remove_dirs(fresh)          # a proxy that is ended while it waits leaves nothing
-            peer_urls = find_peer_urls(config, cluster_file)
+            remove_dirs(fresh)          # a proxy that ends while it waits leaves no directory
+            cluster = find_cluster(config, cluster_file)
             make_dirs(fresh)
             dialer = ProxyDialer(config, self._reactor)
-            self._endpoints = Endpoints(config, self._reactor, dialer, peer_urls, cluster_file)
+            self._endpoints = Endpoints(config, self._reactor, dialer, cluster, cluster_file)
             self._endpoints.refresh()
             self._api = ProxyApi(self._endpoints, dialer, config)
             self.bind()
@@ -650,9 +613,9 @@ class ProxyServer(ServerThread):
         assert self._api is not None
         self._api.handle(request)
 
-    def _begin(self) -> None:
+    def _start_work(self) -> None:
         assert self._endpoints is not None
-        self._endpoints.start()
+        self._endpoints.schedule_refresh()
 
     def _free(self) -> None:
         if self._endpoints is not None:

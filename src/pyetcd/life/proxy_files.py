@@ -1,16 +1,16 @@
-"""What a proxy knows of its cluster: peer URLs, and the file that keeps them."""
+"""The cluster file of a proxy: peer URLs of the members, and where they come from."""
 
 from __future__ import annotations
 
 import json
 import os
-from typing import Optional, Sequence, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 from ..base.basics import fsync_dir
 from ..base.errors import DiscoveryError, StartError
 from ..base.ids import package_logger
 from ..base.text import go_quote, json_text, utf8
-from ..base.urls import check_url
+from ..base.urls import check_url, usable_urls
 from ..disk.snapshots import _classify, _touch
 from ..member.cluster import parse_initial_cluster
 from ..member.configuration import ServerConfig
@@ -20,14 +20,21 @@ from .bootstrap import _discovery_failure
 from .discovery import Discovery, srv_cluster
 
 
-def find_peer_urls(config: ServerConfig, cluster_file: str) -> Tuple[str, ...]:
-    """Return the peer URLs to ask for members: of the cluster file, else of the bootstrap flags.
+class ClusterFile(NamedTuple):
+    """The contents of a cluster file."""
 
-    Raises StartError.  With discovery this waits for the members.  Source: etcd 2.3 startProxy.
+    peer_urls: Tuple[str, ...]
+    client_urls: Tuple[str, ...] = ()   # that worked when the published ones did not; not of etcd
+
+
+def find_cluster(config: ServerConfig, cluster_file: str) -> ClusterFile:
+    """Return the URLs of the members, from the cluster file or else from bootstrap flags.
+
+    Raises StartError.  Discovery waits for the members.  Source: etcd 2.3 startProxy.
     """
     log = package_logger("proxy")
-    urls = read_cluster_file(cluster_file)
-    if urls is not None:
+    known = read_cluster_file(cluster_file)
+    if known is not None:
         for what, given in (
             ("discovery token", config.discovery), ("DNS SRV discovery", config.discovery_srv),
         ):
@@ -36,9 +43,9 @@ def find_peer_urls(config: ServerConfig, cluster_file: str) -> Tuple[str, ...]:
                     "%s ignored since the proxy has already been initialized. Valid cluster file"
                     " found at %s", what, go_quote(cluster_file),
                 )
-        log.info("using peer urls [%s] from cluster file %s", " ".join(urls),
+        log.info("using peer urls [%s] from cluster file %s", " ".join(known.peer_urls),
                  go_quote(cluster_file))
-        return urls
+        return known
     try:
         text = config.initial_cluster or default_initial_cluster(config.name)
         if config.discovery:
@@ -53,15 +60,19 @@ def find_peer_urls(config: ServerConfig, cluster_file: str) -> Tuple[str, ...]:
         raise StartError(f"error setting up initial cluster: {error}") from None
     urls = tuple(sorted(url for member in initial.values() for url in member))
     log.info("using peer urls [%s] ", " ".join(urls))
-    return urls
+    return ClusterFile(urls)
 
 
-def read_cluster_file(path: str) -> Optional[Tuple[str, ...]]:
-    """Return the peer URLs that a proxy has kept; None if there is no file.  Raises StartError."""
+def read_cluster_file(path: str) -> Optional[ClusterFile]:
+    """Return the contents of a cluster file; None if it does not exist.  Raises StartError."""
     try:
         with open(path, "rb") as file:
-            urls = json.load(file)["PeerURLs"]
-        return tuple(check_url(url) for url in urls)
+            content = json.load(file)
+        kept = content.get("ClientURLs")
+        return ClusterFile(
+            tuple(map(check_url, content["PeerURLs"])),
+            tuple(usable_urls(map(str, kept if isinstance(kept, list) else ()))),
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -71,12 +82,11 @@ def read_cluster_file(path: str) -> Optional[Tuple[str, ...]]:
         ) from None
 
 
-def write_cluster_file(path: str, urls: Sequence[str], endpoints: Sequence[str] = ()) -> None:
-    """Replace the file, whole or not at all.  Raises OSError.
-
-    endpoints  for read_kept_endpoints(); etcd reads over them
-    """
-    content = {"PeerURLs": list(urls), **({"ClientURLs": list(endpoints)} if endpoints else {})}
+def write_cluster_file(path: str, cluster: ClusterFile) -> None:
+    """Replace the cluster file atomically.  Raises OSError."""
+    content = {"PeerURLs": cluster.peer_urls}
+    if cluster.client_urls:
+        content["ClientURLs"] = cluster.client_urls
     descriptor = os.open(path + ".bak", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "wb") as file:
         file.write(utf8(json_text(content)))

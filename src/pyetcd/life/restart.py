@@ -1,4 +1,4 @@
-"""Bootstrap of a member that was here before."""
+"""Bootstrap of a member that has a log: identity, log and snapshot come from the disk."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _FORCED_FILE = "forced-new-cluster"     # in the member directory, after -force-
 
 
 def _check_not_forced(marker: str) -> None:
-    """Raise StartError if -force-new-cluster was done here before.
+    """Raise StartError if this data directory had a -force-new-cluster before.
 
     Differs from etcd, which removes the other members again at each restart with that flag.
     """
@@ -54,7 +54,7 @@ def _check_not_forced(marker: str) -> None:
 
 
 def _mark_forced(marker: str) -> None:
-    """Remember on disk that this member was made the only one.  Raises OSError."""
+    """Record a -force-new-cluster on the disk.  Raises OSError."""
     with open(marker, "wb") as file:
         os.fsync(file.fileno())
     fsync_dir(os.path.dirname(marker))
@@ -65,7 +65,7 @@ def _mark_forced(marker: str) -> None:
 
 
 def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
-    """Name the flags that an existing log makes void; etcd says it of discovery only."""
+    """Log the flags that an existing log makes void; etcd does so for discovery only."""
     log = package_logger("etcdserver")
     if config.discovery:
         log.warning(
@@ -87,7 +87,6 @@ def _log_void_flags(config: ServerConfig, data_dir: DataDir) -> None:
 
 
 def _restart(config: ServerConfig, data_dir: DataDir) -> Bootstrap:
-    """A member that was here before: identity, log and snapshot come from the disk."""
     log = package_logger("etcdserver")
     marker = os.path.join(data_dir.member, _FORCED_FILE)
     if config.force_new_cluster:
@@ -141,27 +140,25 @@ def _recover(store: Store, snapshot: Snapshot) -> None:
 
 
 def _is_blank(boot: Bootstrap) -> bool:
-    """True if the log was created, but the member ended before its first write."""
+    """True if the member created its log, but ended before its first write."""
     contents = boot.contents
     return not contents.entries and boot.snapshot is None and contents.hard_state == HardState()
 
 
 def _begin_again(config: ServerConfig, boot: Bootstrap) -> Bootstrap:
-    """Give the first entries of a new cluster to a member that crashed before writing them.
+    """Give the first entries of a new cluster to a member that crashed before it wrote them.
 
-    Only if the flags lead to the same ids; otherwise, and after discovery or joining, the other
-    members have the log and will send it.  Differs from etcd, whose single member stays without
-    a voter for ever.
+    The flags must lead to the same ids.  Otherwise, and after discovery or joining, the other
+    members have the log and send it.  Differs from etcd, where a single member then has no voter
+    for ever.
     """
     if config.discovery or config.discovery_srv or config.initial_cluster_state == "existing":
         return boot
     initial = _initial_members(config)
-    cluster = _new_cluster(config.initial_cluster_token, initial)
-    own = cluster.member_by_name(config.name)
-    if own is None or (own.id, cluster.id) != (boot.member_id, boot.cluster.id):
+    cluster, own = _new_cluster(config, config.initial_cluster_token, initial)
+    if (own.id, cluster.id) != (boot.member_id, boot.cluster.id):
         return boot
     cluster.set_store(boot.store)
-    cluster.local_id = own.id
     return boot._replace(cluster=cluster, bootstrap_entries=_bootstrap_entries(cluster))
 
 
@@ -169,13 +166,12 @@ def _stand_alone(
     config: ServerConfig, member_id: int, cluster_id: int, wal: Wal, contents: WalContents,
     snapshot: Optional[Snapshot],
 ) -> WalContents:
-    """Make this member the only one, in its log: the others are lost (-force-new-cluster).
+    """Remove the lost members in the log of this one (-force-new-cluster); return its contents.
 
-    The entries behind the commit index stay, up to our own removal: the disk may not know yet that
-    they are committed.  Then every other voter is removed, by entries that count as committed.
-    Returns the contents as they are on disk now.
-    Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from it: etcd drops all
-    entries behind the commit index, and with them the last writes that were acknowledged.
+    The entries after the commit index are kept, up to the removal of this member: they may be
+    committed, as the commit index on disk lags.  Committed entries that remove every other voter
+    follow.  Source: etcd 2.3 etcdserver/raft.go restartAsStandaloneNode.  Differs from etcd, which
+    drops all entries after the commit index, and with them the last acknowledged writes.
     """
     log = package_logger("etcdserver")
     state = contents.hard_state
@@ -216,7 +212,7 @@ def _removes(entry: Entry, member_id: int) -> bool:
 
 
 def _voters(voters: Sequence[int], entries: Sequence[Entry]) -> Set[int]:
-    """The voters after the conf changes among `entries`."""
+    """Return `voters` after the conf changes among `entries`."""
     ids = set(voters)
     for entry in entries:
         if entry.type == EntryType.CONF_CHANGE:

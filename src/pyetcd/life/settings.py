@@ -1,4 +1,4 @@
-"""Settings: command line, environment, configuration file."""
+"""Settings: the values of flags, from command line, environment or configuration file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import logging
 import re
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
+from ..api.forms import GO_BOOLS
 from ..base.text import is_ip, load_json, split_address
-from ..base.urls import check_advertised_url, check_url, parse_urls
+from ..base.urls import check_advertised_url, parse_urls, usable_urls
 from .addresses import default_route_address
 from .flags import (
     IGNORED_BOOLS,
@@ -20,22 +21,21 @@ from .flags import (
     _all_flags,
     _parse_address,
     _parse_origins,
-    parse_bool,
     parse_uint,
 )
 
-ENVIRONMENT_FILE = "/etc/environment"   # where CoreOS keeps COREOS_PRIVATE_IPV4
+ENVIRONMENT_FILE = "/etc/environment"   # of CoreOS, with COREOS_PRIVATE_IPV4
 
 
 class Settings:
-    """What the command line and the environment say, or the configuration file instead of both.
+    """Values of flags: from the command line and the environment, or from a configuration file.
 
-    values   flag name -> parsed value, for what was given
-    sources  flag name -> where: `-name`, `ETCD_NAME` or `<file>:<line>`
+    values   flag name -> parsed value, for the flags that were given
+    sources  flag name -> `-name`, `ETCD_NAME` or `<file>:<line>`
     lines    (level, package, text) to be logged once logging is set up
 
-    flags    those that there are, if not the member's
-    A flag goes before its variable.  Raises FlagError.
+    flags    the flags to accept; (): those of a member
+    A flag on the command line goes before its variable.  Raises FlagError.
     Source: Go's package flag; etcd 2.3 pkg/flags; etcd 3.4 etcdmain/config.go for the file.
     """
 
@@ -54,20 +54,18 @@ class Settings:
             pass
 
     def __getitem__(self, name: str) -> Any:
-        """The value of a flag, or its default."""
         return self.values.get(name, self._flags[name].default)
 
     def is_set(self, name: str) -> bool:
-        """True if the flag or its variable was given."""
         return name in self.values
 
     def where(self, name: str) -> str:
-        """What to call a setting in a message: by what the operator wrote."""
+        """Return the name of a setting for messages, with the place where it was set."""
         source = self.sources.get(name, f"-{name}")
         return source if source.startswith("-") else f"{name} (from {source})"
 
     def spell(self, name: str, like: str, text: str) -> str:
-        """Setting `name` to `text`, written as the operator wrote `like`."""
+        """Return the text that sets `name` to `text` in the place where `like` was set."""
         source = self.sources.get(like, "-")
         if source.startswith("-"):
             return f"-{name} {text}"
@@ -75,11 +73,10 @@ class Settings:
         return f"{name}: {text}" if is_file else f"{self._flags[name].variable}={text}"
 
     def warn(self, text: str) -> None:
-        """Have a warning logged at the start."""
         self.lines.append((logging.WARNING, "etcd", text))
 
     def _next_flag(self) -> bool:
-        """Take one flag off the command line; False at the end of the flags."""
+        """Take one flag off the command line; return False at the end of the flags."""
         if not self._rest or not self._rest[0].startswith("-") or self._rest[0] == "-":
             return False
         word = self._rest.pop(0)
@@ -107,18 +104,18 @@ class Settings:
         return True
 
     def take_word(self) -> str:
-        """Take the first word behind the flags; "" if there is none."""
+        """Take the first word after the flags; return "" if there is none."""
         return self._rest.pop(0) if self._rest else ""
 
     def check_leftover(self) -> None:
-        """Raise FlagError for a word behind the flags."""
+        """Raise FlagError if a word follows the flags."""
         if self._rest:
             word = self._rest[0]
             raise FlagError(f"error verifying flags, '{word}' is not a valid flag"
                             f"{self._leftover_advice(word)}")
 
     def _leftover_advice(self, word: str) -> str:
-        """How a word may have come behind the flags, and what to write instead."""
+        """Return what to write instead of a word that is no flag; "" if that is unknown."""
         bare = word.lstrip(_TYPOGRAPHIC_DASHES)
         switch, instead = self._switch, IGNORED_BOOLS.get(self._switch)
         if bare != word:
@@ -127,8 +124,8 @@ class Settings:
             return f"; write -{word}"
         if instead:
             return f"; {instead}"
-        if switch and _is_bool_word(word):
-            value = _YAML_BOOLS.get(word.lower(), word)
+        value = _YAML_BOOLS.get(word.lower(), word)
+        if switch and value in GO_BOOLS:
             return f"; -{switch} is a switch: write -{switch}, or -{switch}={value}"
         if "://" in word:
             return "; write a list as one word, its parts separated by commas without spaces"
@@ -137,7 +134,7 @@ class Settings:
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
     def _meant(self, prefix: str, name: str) -> str:
-        """The question whether another flag was meant; "" if none is like it."""
+        """Return `; did you mean <flag>?` if a flag has a similar name, else ""."""
         known = [
             flag.name for flag in self._flags.values()
             if flag.name != name and not flag.no_effect and flag.name not in IGNORED_BOOLS
@@ -150,7 +147,7 @@ class Settings:
         return f"; did you mean {prefix}{shown}?"
 
     def complete(self) -> None:
-        """Take the environment too; or, if a file is named, the file alone."""
+        """Read the environment; or, if a configuration file is named, that file instead."""
         path = self["config-file"] or self._environ.get(self._flags["config-file"].variable)
         if path:
             self.read_file(path)
@@ -158,29 +155,29 @@ class Settings:
             self.read_environment()
 
     def read_environment(self) -> None:
-        """Take the ETCD_* variables; an empty one counts as not set."""
+        """Read the ETCD_* variables; an empty variable counts as not set."""
         for name, flag in self._flags.items():
             text = self._environ.get(flag.variable, "")
             if not text:
                 continue
             if name in self.values:
-                self._say(f"recognized environment variable {flag.variable}, but unused: shadowed"
+                self._log(f"recognized environment variable {flag.variable}, but unused: shadowed"
                           f" by corresponding flag ")
                 continue
-            self._say(f"recognized and used environment variable {flag.variable}={text}")
+            self._log(f"recognized and used environment variable {flag.variable}={text}")
             self._set(flag, text, flag.variable)
         known = {flag.variable for flag in self._flags.values()}
         for variable in sorted(self._environ):
             if variable.startswith("ETCD_") and variable not in known:
                 text = self._environ[variable]
                 meant = self._meant("ETCD_", variable[len("ETCD_"):])
-                self._say(f"unrecognized environment variable {variable}={text}{meant}",
+                self._log(f"unrecognized environment variable {variable}={text}{meant}",
                           logging.WARNING)
 
     def read_file(self, path: str) -> None:
-        """Take the settings of a configuration file, and forget all others.
+        """Read a configuration file, and forget all other settings.
 
-        Differs from etcd, which ignores in silence what it does not know: here it is a warning.
+        Differs from etcd, which ignores an unknown setting in silence: here it is a warning.
         """
         self.values, self.sources = {}, {}
         self.lines = [(
@@ -202,9 +199,9 @@ class Settings:
     def _set(self, flag: Flag, text: str, source: str) -> None:
         name = flag.name
         if name in IGNORED_BOOLS:
-            self._say(f'flag "-{name}" is no longer supported - ignoring.', logging.WARNING)
+            self._log(f'flag "-{name}" is no longer supported - ignoring.', logging.WARNING)
         elif flag.no_effect:
-            self._say(f"flag -{name} has no effect: {flag.no_effect}", logging.WARNING)
+            self._log(f"flag -{name} has no effect: {flag.no_effect}", logging.WARNING)
         if name.endswith("-urls") or name.endswith("addr") or name == "initial-cluster":
             text = expand_addresses(text, self._environ, source)
         try:
@@ -219,25 +216,18 @@ class Settings:
         if _quoting_advice(text) and name != "initial-cluster":
             self.warn(f"the value of {source} is {text!r}{_quoting_advice(text)}")
 
-    def _say(self, text: str, level: int = logging.INFO) -> None:
+    def _log(self, text: str, level: int = logging.INFO) -> None:
         self.lines.append((level, "flags", text))
 
 
 _YAML_BOOLS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 _TYPOGRAPHIC_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 _TYPOGRAPHIC_QUOTES = "\u201c\u201d\u201e\u2018\u2019"
-_LIKENESS_MIN = 0.7                 # of a name to the one that was meant, 1.0: the same
-
-
-def _is_bool_word(word: str) -> bool:
-    with contextlib.suppress(ValueError):
-        parse_bool(_YAML_BOOLS.get(word.lower(), word))
-        return True
-    return False
+_LIKENESS_MIN = 0.7                 # of a misspelt name to the flag that is suggested; 1.0: equal
 
 
 def _quoting_advice(text: str) -> str:
-    """What to do about quotes and line ends that came along with a value; "" without them."""
+    """Return what to do about quotes or a line end around a value; "" if there are none."""
     if text and (text[0] in _TYPOGRAPHIC_QUOTES or text[-1] in _TYPOGRAPHIC_QUOTES):
         return "; it has typographic quotes: write it without quotes"
     if len(text) > 1 and text[0] in "\"'" and text[-1] == text[0]:
@@ -251,13 +241,12 @@ def _quoting_advice(text: str) -> str:
 
 
 def _advice(flag: Flag, text: str) -> str:
-    """What to write instead of a value that cannot be used; "" if that is not known."""
+    """Return what to write instead of a bad value; "" if that is unknown."""
     quoting = _quoting_advice(text)
     if quoting:
         return quoting
     if flag.is_bool:
-        word = _YAML_BOOLS.get(text.lower(), "true or false")
-        return f"; write {word}"
+        return f"; write {_YAML_BOOLS.get(text.lower(), 'true or false')}"
     if flag.parse is _parse_address:
         return f"; write {text.partition('://')[2]}" if "://" in text else "; write IP:PORT"
     if flag.parse is _parse_origins:
@@ -269,16 +258,13 @@ def _advice(flag: Flag, text: str) -> str:
 
 
 def url_advice(text: str, name: str) -> str:
-    """What to write instead of the first bad URL in a list, or in `name=url,name=url`."""
+    """Return what to write instead of the first bad URL of a list, or of `name=url,name=url`."""
     port = 2380 if "peer" in name or name == "initial-cluster" else 2379
     for item in text.split(","):
         pair, _, url = item.strip().rpartition("=")
         url = item.strip() if "://" in pair or name != "initial-cluster" else url
-        try:
-            check_url(url)
+        if usable_urls([url]):
             continue
-        except ValueError:
-            pass
         if not url:
             return "; there is a comma too many" if len(text) > 1 else "; write http://HOST:PORT"
         if re.search("[${}<>%]", url):
@@ -290,7 +276,7 @@ def url_advice(text: str, name: str) -> str:
 
 
 def _repaired(url: str, port: int) -> str:
-    """The URL that was probably meant, as advice; "" if that would be none either."""
+    """Return `; write <URL>` with the URL that was probably meant; "" if that is bad too."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         scheme, rest = "http", url
@@ -307,7 +293,7 @@ def _repaired(url: str, port: int) -> str:
 
 
 def _invalid(flag: Flag, text: str, source: str, reason: str) -> str:
-    """The sentence about a value that cannot be used; Go has one of its own for boolean flags."""
+    """Return the sentence about a bad value; Go's flag package words it by kind and source."""
     if source == flag.variable:
         return f'invalid value "{text}" for {source}: {reason}'
     if not source.startswith("-"):
@@ -321,11 +307,11 @@ def _invalid(flag: Flag, text: str, source: str, reason: str) -> str:
 
 
 class FileSetting(NamedTuple):
-    """One setting of a configuration file."""
+    """One setting of a configuration file.  text: as on the command line, never empty."""
 
-    line: int                           # where it stands, from 1
+    line: int                           # from 1
     name: str                           # of the flag
-    text: str                           # as on the command line; never empty
+    text: str
 
 
 _SECTIONS = {"client-transport-security": "", "peer-transport-security": "peer-"}
@@ -341,11 +327,11 @@ _CONFIG_FORM = "write `setting: value` on each line, lists as `a,b` or `[a, b]`,
 
 
 def read_config_file(path: str) -> List[FileSetting]:
-    """Return what a configuration file sets: a JSON object, or lines of `setting: value`.
+    """Return the settings in a configuration file: a JSON object, or lines of `setting: value`.
 
-    The names are those of the flags.  In client-transport-security and peer-transport-security,
-    as etcd 3 has them, the flags for TLS go without `peer-`.  What is empty is not set.
-    Of YAML this is what a flat file needs: comments, quotes, [a, b]; all else is an error.
+    The names are those of the flags.  In the sections client-transport-security and
+    peer-transport-security of etcd 3 the flags for TLS have no `peer-`.  An empty setting is
+    skipped.  Of YAML a flat file may have comments, quotes and [a, b]; anything else is an error.
     Raises FlagError with file and line.
     """
     try:
@@ -465,7 +451,7 @@ def _yaml_text(value: str) -> str:
 
 
 def _unquote_yaml(text: str) -> str:
-    """Return what a scalar means.  Raises ValueError for escapes that JSON does not have."""
+    """Return the text of a scalar.  Raises ValueError for escapes that JSON does not have."""
     if text.startswith("'"):
         return text[1:-1].replace("''", "'")
     if text.startswith('"'):
@@ -480,11 +466,11 @@ _ADDRESS_NAME = re.compile(r"\$\{?(private|public)_ipv4\b\}?")
 
 
 def expand_addresses(text: str, environ: Mapping[str, str], source: str) -> str:
-    """Replace $private_ipv4 and $public_ipv4, which only some clouds fill in, by addresses.
+    """Replace $private_ipv4 and $public_ipv4 by addresses, as cloud-config does on some clouds.
 
-    They come from COREOS_PRIVATE_IPV4 and COREOS_PUBLIC_IPV4 in the environment or in
-    /etc/environment; the private one otherwise from the interface with the default route.
-    Raises FlagError, naming `source`, if the address cannot be known.
+    The addresses are COREOS_PRIVATE_IPV4 and COREOS_PUBLIC_IPV4 in the environment, or in
+    /etc/environment.  Without a private one, the interface with the default route has it.
+    Raises FlagError, which names `source`, if an address is unknown.
     """
     def address(match: re.Match[str]) -> str:
         kind = match.group(1)
@@ -513,26 +499,21 @@ def read_environment_file(path: str) -> Dict[str, str]:
     return found
 
 
-_OLD_ADDRESSES = {
-    "addr": "advertise-client-urls", "bind-addr": "listen-client-urls",
-    "peer-addr": "initial-advertise-peer-urls", "peer-bind-addr": "listen-peer-urls",
-}
-
-
 def _take_old_addresses(settings: Settings) -> None:
     """Turn the IP:port flags of etcd 0.4 into URLs.  Raises FlagError."""
-    for old, bound in (("addr", "bind-addr"), ("peer-addr", "peer-bind-addr")):
-        if settings.is_set(old) and not settings.is_set(bound):
-            if not settings.is_set(_OLD_ADDRESSES[bound]):
-                port = settings[old].rpartition(":")[2]
-                settings.values[bound] = f"[::]:{port}"
-                settings.sources[bound] = settings.sources[old]
-    for old, new in _OLD_ADDRESSES.items():
-        if not settings.is_set(old):
-            continue
-        if settings.is_set(new):
-            raise FlagError(f"Set only one of flags -{new} and -{old}")
-        side = "peer-" if old.startswith("peer-") else ""
+    values, sources = settings.values, settings.sources
+    for side, advertise, listen in (
+        ("", "advertise-client-urls", "listen-client-urls"),
+        ("peer-", "initial-advertise-peer-urls", "listen-peer-urls"),
+    ):
+        addr, bind_addr = side + "addr", side + "bind-addr"
+        if addr in values and bind_addr not in values and listen not in values:
+            values[bind_addr] = "[::]:" + values[addr].rpartition(":")[2]
+            sources[bind_addr] = sources[addr]
         is_tls = settings[side + "cert-file"] or settings[side + "key-file"]
-        settings.values[new] = (f"{'https' if is_tls else 'http'}://{settings[old]}",)
-        settings.sources[new] = settings.sources[old]
+        for old, new in ((addr, advertise), (bind_addr, listen)):
+            if old in values and new in values:
+                raise FlagError(f"Set only one of flags -{new} and -{old}")
+            if old in values:
+                values[new] = (f"{'https' if is_tls else 'http'}://{values[old]}",)
+                sources[new] = sources[old]

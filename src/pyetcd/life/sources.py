@@ -1,4 +1,4 @@
-"""A member's data as files, read without changing them."""
+"""Readers of the files of a member, which may be running; they change no file."""
 
 from __future__ import annotations
 
@@ -52,55 +52,51 @@ OnProgress = Callable[[float, int], None]     # share that is done, keys so far 
 
 
 def _part(progress: OnProgress, low: float, high: float) -> OnProgress:
-    """Return who takes the share of a step that reaches from `low` to `high` of the whole."""
+    """Return the progress function of a step that takes the share from `low` to `high`."""
     return lambda share, keys: progress(low + share * (high - low), keys)
 
 
 class BackupError(Exception):
-    """What cannot be backed up or restored: one line, which says what to do."""
+    """A backup or restore failed.  The text is one line that says what to do."""
 
 
 class DataSource(NamedTuple):
-    """What the files of a member say."""
+    """The contents of the files of a member."""
 
     path: str
-    member_id: int                      # this and the next: 0 if there is only a snapshot
+    member_id: int                      # 0, as the next, for a snapshot file alone
     cluster_id: int
     snapshot: Optional[Snapshot]
     hard_state: HardState
-    entries: List[Entry]                # behind the snapshot
+    entries: List[Entry]                # after the snapshot
     committed: int                      # how many of them are known to be committed
 
     @property
     def last(self) -> EntryID:
         """The last entry that is known to be committed."""
-        if self.committed:
-            return EntryID(self.entries[self.committed - 1].term,
-                           self.entries[self.committed - 1].index)
-        snapshot = self.snapshot or Snapshot()
-        return EntryID(snapshot.term, snapshot.index)
+        last = self.entries[self.committed - 1] if self.committed else self.snapshot or Snapshot()
+        return EntryID(last.term, last.index)
 
     @property
     def voters(self) -> Set[int]:
-        """The voters after that entry."""
+        """The voters after the last committed entry."""
         before = self.snapshot.voters if self.snapshot else ()
         return _voters(before, self.entries[:self.committed])
 
 
 class CopyReport(NamedTuple):
-    """What backup() or restore() has made, or would make."""
+    """The result of backup() or restore(), or of their dry run."""
 
     source: DataSource
     etcd_index: int
     keys: int
-    size_bytes: int                     # of what is written: snapshot file and entries
+    size_bytes: int                     # of the new snapshot file and entries
     member_id: int                      # the new ids
     cluster_id: int
     members: Tuple[Member, ...]         # of the new cluster, those of the source in a backup
     paths: Tuple[str, ...]              # data directory, dedicated wal directory
 
     def lines(self) -> List[str]:
-        """The report for people."""
         source, last = self.source, self.source.last
         left_out = len(source.entries) - source.committed
         identity = "a snapshot file, without ids"
@@ -132,41 +128,39 @@ class CopyReport(NamedTuple):
 
 
 class ReadOnlyDisk(OsDisk):
-    """The files of a member that may be running: without a lock, and nothing is changed.
+    """The files of a member that may be running: it takes no lock and changes no file.
 
-    Of a member in this process nothing is read (FileLocked): to close a file frees its lock.
+    Files of a member in this process are refused (FileLocked), as closing one frees its lock.
     """
 
     read_only = True
 
     def open_append(self, path: str) -> int:
-        """Return a handle for reading."""
         return os.open(path, os.O_RDONLY)
 
     def lock(self, path: str, handle: int) -> bool:
-        """Allow."""
         return True
 
     def unlock(self, path: str) -> None:
-        """There is none."""
+        pass
 
 
 _READ_ONLY_DISK = ReadOnlyDisk()
 
 
 class _AnyVersionCluster(Cluster):
-    """Members of a cluster that may be newer than this program."""
+    """Members of a cluster whose version may be newer than this program."""
 
     @staticmethod
     def _check_version(version: str) -> None:
-        """Accept."""
+        pass
 
 
 # -- reading ---------------------------------------------------------------------
 
 
 def read_source(path: str, wal_dir: str = "") -> DataSource:
-    """Read a snapshot file, or the newest snapshot of a data directory and the log behind it.
+    """Read a snapshot file, or the newest snapshot of a data directory and the log after it.
 
     Raises BackupError.
     """
@@ -215,7 +209,7 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
     committed = sum(entry.index <= state.commit for entry in entries)
     source = DataSource(path, member_id, cluster_id, snapshot, state, entries, committed)
     if source.voters == {member_id}:
-        # Alone, a member commits what it has on disk; it need not have written that down.
+        # A single member commits each entry that is on its disk, and writes the commit index later.
         following = itertools.takewhile(
             lambda entry: entry.type == EntryType.NORMAL, entries[committed:]
         )
@@ -224,7 +218,7 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
 
 
 def _newest_snapshot(directory: str, known: Container[EntryID]) -> Optional[Snapshot]:
-    """Return the newest snapshot that the log knows.  Raises BackupError if it is damaged."""
+    """Return the newest snapshot in `known`.  Raises BackupError if it is damaged."""
     for name in reversed(_READ_ONLY_DISK.listdir(directory)):
         match = _SNAP_NAME.fullmatch(name)
         if match and EntryID(int(match.group(1), 16), int(match.group(2), 16)) in known:
@@ -233,14 +227,14 @@ def _newest_snapshot(directory: str, known: Container[EntryID]) -> Optional[Snap
 
 
 def _read_snapshot(path: str) -> Snapshot:
-    """Read a snapshot file.  Raises BackupError, which names an older one if there is one."""
+    """Read a snapshot file.  Raises BackupError, which names an older good file, if any."""
     content = _READ_ONLY_DISK.read(path)
     try:
         return decode_snapshot_file(content)
     except CodecError as error:
         if not _SNAP_NAME.fullmatch(os.path.basename(path)):
             raise BackupError(
-                f"{path} is damaged or no snapshot of etcd 2: {_what_it_is(path, content)}"
+                f"{path} is damaged or no snapshot of etcd 2: {_file_kind_advice(path, content)}"
             ) from None
         older = _newest_intact(os.path.dirname(path))
         advice = f"{older} is intact: move the damaged one away, or restore from that"
@@ -249,8 +243,8 @@ def _read_snapshot(path: str) -> Snapshot:
         ) from None
 
 
-def _what_it_is(path: str, content: bytes) -> str:
-    """Say what a file is that was named as a snapshot, and what to name instead."""
+def _file_kind_advice(path: str, content: bytes) -> str:
+    """Return the kind of a file that is no snapshot, and what to name instead."""
     advice = "take one with GET /v2/snapshot, or name a file of member/snap or a data directory"
     if content[16:20] in (b"\xed\xda\x0c\xed", b"\xed\x0c\xda\xed"):
         return f"it is a database of etcd 3, which holds no keys of v2; {advice}"
@@ -277,7 +271,7 @@ def _newest_intact(directory: str) -> str:
 
 
 def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster]:
-    """Return what the member knew at source.last.  Raises BackupError."""
+    """Return store and cluster as of source.last.  Raises BackupError."""
     store = Store()
     if not source.last.index:
         raise BackupError(f"{source.path} holds no data yet; name one of a member that has run")

@@ -21,12 +21,12 @@ from typing import (
     Optional,
     Set,
     Tuple,
+    TypeVar,
 )
 
 from ..base.errors import ServerStopped
 from ..base.messages import Message, MsgType
 from ..member.cluster import Member, format_id
-from ..member.configuration import ServerConfig
 from ..member.server import EtcdServer, Publication
 from ..net.workers import SYSTEM_CLOCK
 from ..peer.transport import Transport
@@ -37,30 +37,44 @@ if TYPE_CHECKING:
 
     from ..member.configuration import MemberSettings
 
-# Whatever stalls one of these members, a full machine or a debugger, stalls all others with it,
-# and late ticks are dropped: such short times cause no elections that nobody wanted.
+# All members of a test share one process: a stall of the machine or of a debugger stops them
+# together, and late ticks are dropped.  So even these short times cause no needless elections.
 LOCAL_HEARTBEAT_MS = 20
 LOCAL_ELECTION_MS = 200
 LOCAL_READY_SECONDS = 10.0          # for a start to be complete; above: TimeoutError
 LOCAL_POLL_SECONDS = 0.002
-REPUBLISH_SECONDS = 0.5             # a change of leader may have lost the publication
+REPUBLISH_SECONDS = 0.5             # then publish once more: a change of leader may have lost it
+
+_Polled = TypeVar("_Polled")
+_Ids = FrozenSet[int]               # of members
+_NO_CUTS: Tuple[_Ids, _Ids] = (frozenset(), frozenset())
+
+
+def _poll(look: Callable[[], _Polled], timeout_s: float, failure: Callable[[], str]) -> _Polled:
+    """Return the first true result of look().  Raises TimeoutError(failure()) after timeout_s."""
+    deadline = SYSTEM_CLOCK.now() + timeout_s
+    while True:
+        found = look()
+        if found:
+            return found
+        if SYSTEM_CLOCK.now() > deadline:
+            raise TimeoutError(failure())
+        time.sleep(LOCAL_POLL_SECONDS)
 
 
 class _CutTransport(Transport):
     """A transport whose links to other members can be cut, in one direction or in both.
 
-    Both ends lose the messages, so that none arrives that was under way.  Links that are cut in
-    both directions are closed, and opened no more.  What members ask each other besides, when
-    they start for the first time (/members, /version), still passes.
+    Sender and receiver both drop the messages, so messages on their way are lost too.  A link
+    that is cut in both directions is closed.  Requests for /members and /version, which members
+    send at their first start, pass.
     """
 
-    _mute: FrozenSet[int] = frozenset()     # members that get nothing from us
-    _deaf: FrozenSet[int] = frozenset()     # members from which we take nothing
+    _mute: _Ids = frozenset()           # members to which nothing is sent
+    _deaf: _Ids = frozenset()           # members from which nothing is received
 
-    def cut(
-        self, mute: FrozenSet[int], deaf: FrozenSet[int], members: Mapping[int, Member]
-    ) -> None:
-        """Lose what goes to `mute` and comes from `deaf`, and nothing else any more."""
+    def cut(self, mute: _Ids, deaf: _Ids, members: Mapping[int, Member]) -> None:
+        """Drop messages to `mute` and from `deaf` from now on, and no others."""
         before, closed = self._mute & self._deaf, mute & deaf
         self._mute, self._deaf = mute, deaf
         for id in (before ^ closed) & members.keys():
@@ -74,7 +88,7 @@ class _CutTransport(Transport):
             self._peers[member_id].stop()
 
     def offer(self, messages: Iterable[Message]) -> None:
-        """Send messages, or lose them, as to members that are down."""
+        """Send messages; report those to cut members as lost, as if these members were down."""
         passed = []
         for message in messages:
             if message.to not in self._mute:
@@ -90,70 +104,28 @@ class _CutTransport(Transport):
 
 
 class _LocalServer(Server):
-    """The server of a LocalMember: it can be frozen, and comes up with its links cut."""
+    """The server of a LocalMember, which starts with its links cut."""
 
     _transport_type = _CutTransport
-
-    def _init(self, config: ServerConfig) -> None:
-        super()._init(config)
-        self.cuts: Tuple[FrozenSet[int], FrozenSet[int]] = (frozenset(), frozenset())
-        self._thaw: Optional[threading.Event] = None    # the reactor's thread waits for it
+    cuts = _NO_CUTS                     # members to which it sends nothing, and hears nothing from
 
     @property
     def is_alive(self) -> bool:
-        """True from start() until it has ended, in whichever way."""
         return self._thread is not None and self._thread.is_alive()
 
-    @property
-    def is_frozen(self) -> bool:
-        """True between freeze() and thaw()."""
-        return self._thaw is not None
-
-    def freeze(self) -> None:
-        """Have the reactor do nothing until thaw(), from the end of this turn on."""
-        frozen, thaw = threading.Event(), threading.Event()
-
+    def hold(self, held: threading.Event, release: threading.Event) -> None:
+        """Stop the reactor after its current turn: set `held`, then wait for `release`."""
         def wait() -> None:
-            frozen.set()
-            thaw.wait()
+            held.set()
+            release.wait()
 
         self._reactor.call_soon_threadsafe(wait)
-        while not frozen.wait(LOCAL_POLL_SECONDS):
-            if not self.is_alive:
-                raise ServerStopped()
-        self._thaw = thaw
 
-    def thaw(self) -> None:
-        """Let the reactor go on."""
-        thaw, self._thaw = self._thaw, None
-        if thaw is not None:
-            thaw.set()
+    def abandon(self) -> None:
+        """End the member while its reactor is held, before it does anything else."""
+        self._failed(ServerStopped("killed"))
 
-    def call(self, work: Callable[[EtcdServer], Any], timeout_s: float = 10.0) -> Any:
-        """Run work(etcd) on the reactor's thread, or in its place while that is frozen."""
-        if self.is_frozen and self.etcd is not None:
-            return work(self.etcd)
-        return super().call(work, timeout_s)
-
-    def kill(self) -> None:
-        """End at once, also while frozen."""
-        if self.is_frozen:
-            self._failed(ServerStopped("killed"))       # before the thread does anything else
-        self.thaw()
-        super().kill()
-
-    def stop(self) -> None:
-        """Stop in order; a frozen one goes on for that."""
-        self.thaw()
-        super().stop()
-
-    def cut(self, mute: FrozenSet[int], deaf: FrozenSet[int]) -> None:
-        """Cut the links to other members, now or at the start; see _CutTransport."""
-        self.cuts = mute, deaf
-        if self.is_alive:
-            self.call(self._cut)
-
-    def _cut(self, etcd: EtcdServer) -> None:
+    def cut_links(self, etcd: EtcdServer) -> None:
         assert isinstance(etcd.transport, _CutTransport)
         etcd.transport.cut(*self.cuts, etcd.cluster.members)
 
@@ -162,14 +134,14 @@ class _LocalServer(Server):
         return self._ready.is_set() and bool(etcd.cluster.version)
 
     def publish(self, etcd: EtcdServer) -> None:
-        """Publish the member once more, which does no harm."""
+        """Publish the member again, which is harmless."""
         Publication(etcd, self._ready.set)
 
-    def _begin(self) -> None:
+    def _start_work(self) -> None:
         assert self.etcd is not None
         threading.current_thread().name = f"reactor-{self.config.name}"
-        self._cut(self.etcd)
-        super()._begin()
+        self.cut_links(self.etcd)
+        super()._start_work()
         raft = self.etcd.node.raft
         if raft.term <= 1 and len(raft.voters) > 1:
             raft.election_elapsed = 0       # LocalCluster has a member of a new cluster campaign
@@ -178,8 +150,8 @@ class _LocalServer(Server):
 def _reserve_url(owned: contextlib.ExitStack) -> str:
     """Return the URL of a free loopback port; a socket, closed with `owned`, keeps it free.
 
-    No other process gets the port while the member is down, no outgoing connection either, and
-    a client that dials it then is refused.  macOS allows one socket per port: nothing keeps it.
+    While the member is down no other program and no outgoing connection gets the port, and
+    connections to it are refused.  macOS allows one socket per port: there nothing keeps it.
     """
     sock = owned.enter_context(socket.socket())
     sock.bind(("127.0.0.1", 0))
@@ -198,12 +170,12 @@ class LocalMember:
         with pyetcd.LocalMember() as member:
             print(member.client_url)
 
-    directory  where its data directory is made; "": a temporary one, removed by close()
+    directory  the parent of its data directory; "": a temporary one, removed by close()
     settings   fields of ServerConfig; heartbeat and election are 20 and 200 ms unless given
 
-    It keeps its ports on 127.0.0.1, and its data, until close().  Its lines go to the loggers
+    The member keeps its ports on 127.0.0.1, and its data, until close().  It logs to the loggers
     below `pyetcd`, on a thread called `reactor-<name>`.  Guarantee: after a kill it finds on its
-    disk what a process would find after `kill -9`.  Limit: a power cut is not imitated.
+    disk the same as a process after `kill -9`.  Limit: a power cut is not imitated.
     Thread: any, one at a time.
     """
 
@@ -218,7 +190,8 @@ class LocalMember:
         self._data_dir = ""
         self._settings = checked_settings(settings)
         self._server: Optional[_LocalServer] = None
-        self._cuts: Tuple[FrozenSet[int], FrozenSet[int]] = (frozenset(), frozenset())
+        self._cuts = _NO_CUTS
+        self._release: Optional[threading.Event] = None     # the held reactor waits for it
         self._owned = contextlib.ExitStack()    # ports and temporary directory
 
     def __enter__(self) -> LocalMember:
@@ -237,7 +210,7 @@ class LocalMember:
     # -- life --------------------------------------------------------------
 
     def start(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
-        """Start, or start again, and wait until it is ready; nothing if it runs.
+        """Start the member unless it runs, and wait until it is ready.
 
         timeout_s  0: do not wait, as without a quorum it cannot become ready
 
@@ -252,67 +225,75 @@ class LocalMember:
                 "initial_cluster": self.initial_cluster, **self._settings,
             }
             server = _LocalServer(**settings)
-            server.cut(*self._cuts)
-            with contextlib.ExitStack() as on_failure:
-                on_failure.callback(server.stop)
-                server.start()
-                on_failure.pop_all()
+            server.cuts = self._cuts
+            server.__enter__()
             self._server = server
         if timeout_s:
             self.wait_ready(timeout_s)
 
     def wait_ready(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
-        """Wait until it has a leader and the log of before, and the others know its URLs.
+        """Wait until the member has a leader, its log, and has published its URLs to the others.
 
-        Raises TimeoutError, and ServerStopped if it does not run.
+        Raises TimeoutError, and ServerStopped if the member does not run.
         """
-        deadline = SYSTEM_CLOCK.now() + timeout_s
-        republish_at = SYSTEM_CLOCK.now() + REPUBLISH_SECONDS
         server = self._running()
-        while self.is_paused or not server.call(server.is_ready):
-            now = SYSTEM_CLOCK.now()
-            if now > deadline:
-                raise TimeoutError(f"{self.name} is not ready after {timeout_s} s: {self._state()}")
-            if now > republish_at and not self.is_paused:
-                republish_at = now + REPUBLISH_SECONDS
+        republish_at = SYSTEM_CLOCK.now() + REPUBLISH_SECONDS
+
+        def is_ready() -> bool:
+            nonlocal republish_at
+            if self.is_paused or server.call(server.is_ready):
+                return not self.is_paused
+            if SYSTEM_CLOCK.now() > republish_at:
+                republish_at += REPUBLISH_SECONDS
                 server.call(server.publish)
-            time.sleep(LOCAL_POLL_SECONDS)
+            return False
+
+        _poll(is_ready, timeout_s,
+              lambda: f"{self.name} is not ready after {timeout_s} s: {self._state()}")
 
     def kill(self) -> None:
-        """End at once, as by `kill -9`: nothing more is written or said.
+        """End the member at once, as `kill -9` does: it writes and sends nothing more.
 
-        Of what was on its way to the disk just then, nobody knows whether it got there.
+        A write that was under way may or may not have reached the disk.
         """
         if self._server is not None:
+            if self.is_paused:
+                self._server.abandon()
+            self.resume()
             self._server.kill()
 
     def stop(self) -> None:
-        """End in order, as by SIGTERM: a leader hands over, what waits is answered."""
+        """Stop in order, as at SIGTERM: transfer the leadership, answer waiting requests."""
+        self.resume()
         if self._server is not None:
             self._server.stop()
 
     def restart(self, timeout_s: float = LOCAL_READY_SECONDS) -> None:
-        """Kill it if it runs, and start it with the same ports and data; see start()."""
+        """Kill the member and start it with the same ports and data; see start()."""
         self.kill()
         self.start(timeout_s)
 
     def pause(self) -> None:
-        """Have it do nothing until resume(), as by SIGSTOP; its sockets stay open.
+        """Stop all work until resume(), as at SIGSTOP; sockets stay open.
 
-        Only what its disk thread was given just before is still written.
-
-        Raises ServerStopped if it does not run.
+        Only the batch that the disk thread has already received is written.
+        Raises ServerStopped if the member does not run.
         """
         if not self.is_paused:
-            self._running().freeze()
+            held, release = threading.Event(), threading.Event()
+            self._running().hold(held, release)
+            while not held.wait(LOCAL_POLL_SECONDS):
+                self._running()
+            self._release = release
 
     def resume(self) -> None:
-        """Let it go on, as by SIGCONT; late clock ticks are dropped, as in any member."""
-        if self._server is not None:
-            self._server.thaw()
+        """Continue, as at SIGCONT; late clock ticks are dropped, as in any member."""
+        release, self._release = self._release, None
+        if release is not None:
+            release.set()
 
     def close(self) -> None:
-        """Kill it, give its ports back, and remove the temporary directory."""
+        """Kill the member, release its ports, and remove the temporary directory."""
         self.kill()
         self._owned.close()
         self.client_url = self.peer_url = ""
@@ -331,13 +312,13 @@ class LocalMember:
 
     @property
     def is_running(self) -> bool:
-        """True if it was started and has not ended; also while it is paused."""
+        """True from start() to the end of the member, also while it is paused."""
         return self._server is not None and self._server.is_alive
 
     @property
     def is_paused(self) -> bool:
         """True between pause() and resume()."""
-        return self._server is not None and self._server.is_frozen
+        return self._release is not None
 
     @property
     def id(self) -> str:
@@ -347,14 +328,17 @@ class LocalMember:
     def call(self, work: Callable[[EtcdServer], Any]) -> Any:
         """Run work(etcd_server) on the member's thread and return its result, also while paused.
 
-        Raises ServerStopped if it does not run, and what work raises.
+        Raises ServerStopped if the member does not run, and any exception of work.
         """
-        return self._running().call(work)
+        server = self._running()
+        if self.is_paused and server.etcd is not None:
+            return work(server.etcd)            # on this thread: the reactor is held
+        return server.call(work)
 
     # -- inside ------------------------------------------------------------
 
     def reserve(self) -> None:
-        """Take the ports, so that the URLs are known; nothing if it has them."""
+        """Reserve the two ports, unless that is done, so that the URLs are known."""
         if self.client_url:
             return
         directory = self._directory
@@ -364,18 +348,20 @@ class LocalMember:
         self._data_dir = os.path.join(directory, self.name)
         self.client_url, self.peer_url = (_reserve_url(self._owned) for _ in range(2))
 
-    def cut(self, mute: FrozenSet[int], deaf: FrozenSet[int]) -> None:
-        """Lose what it sends to the members with these ids, and what comes from those."""
+    def cut(self, mute: _Ids, deaf: _Ids) -> None:
+        """Drop messages to the members `mute` and from the members `deaf`."""
         self._cuts = mute, deaf
         if self._server is not None:
-            self._server.cut(mute, deaf)
+            self._server.cuts = self._cuts
+            if self.is_running:
+                self.call(self._server.cut_links)
 
     def leading_term(self) -> int:
-        """Return the term in which it leads and has committed; 0 if it does not, or is paused."""
-        if self._server is None or self.is_paused:
+        """Return the term in which the member leads and has committed; 0 if paused or no leader."""
+        if self.is_paused:
             return 0
         try:
-            return int(self._server.call(_leading_term))
+            return int(self.call(_leading_term))
         except ServerStopped:
             return 0
 
@@ -391,21 +377,16 @@ class LocalMember:
         return self._server
 
     def _state(self) -> str:
-        """One word or a few, for messages."""
+        """Return role and term for messages, or `down`."""
         if not self.is_running:
             return "down"
-        state = str(self.call(_role))
-        return "paused, " + state if self.is_paused else state
+        raft = self.call(lambda etcd: etcd.node.raft)
+        return f"{'paused, ' * self.is_paused}{raft.role.name.lower()} at term {raft.term}"
 
 
 def _leading_term(etcd: EtcdServer) -> int:
     term = etcd.node.raft.term
     return term if etcd.is_leader and etcd.raft_term == term else 0
-
-
-def _role(etcd: EtcdServer) -> str:
-    raft = etcd.node.raft
-    return f"{raft.role.name.lower()} at term {raft.term}"
 
 
 class LocalCluster:
@@ -425,7 +406,7 @@ class LocalCluster:
         self.members = [
             LocalMember(f"etcd{number}", directory, **settings) for number in range(1, size + 1)
         ]
-        self._cuts: Set[Tuple[int, int]] = set()    # (from, to): places in `members`
+        self._cuts: Set[Tuple[int, int]] = set()    # (sender, receiver), as indexes of members
 
     def __enter__(self) -> LocalCluster:
         with contextlib.ExitStack() as on_failure:
@@ -447,47 +428,44 @@ class LocalCluster:
             member.start(timeout_s=0)
         if timeout_s:
             deadline = SYSTEM_CLOCK.now() + timeout_s
-            self._elect(deadline)
+            with contextlib.suppress(TimeoutError):
+                _poll(self._campaign_in_new_cluster, timeout_s, str)
             for member in self.members:
                 member.wait_ready(max(deadline - SYSTEM_CLOCK.now(), 0.0))
 
     def close(self) -> None:
-        """Kill all members, give their ports back, and remove the temporary directories."""
+        """Kill all members, release their ports, and remove the temporary directories."""
         for member in self.members:
             member.close()
 
     @property
     def client_urls(self) -> Tuple[str, ...]:
-        """One client URL of each member, also of those that are down."""
+        """One client URL of each member, running or not."""
         return tuple(member.client_url for member in self.members)
 
-    # -- who leads ---------------------------------------------------------
+    # -- the leader --------------------------------------------------------
 
     def leader(self) -> Optional[LocalMember]:
-        """Return the member that leads, in the newest term if several believe it; None: none.
+        """Return the running member that leads in the newest term; None if there is none.
 
-        Paused members and those that are down do not count.
+        Paused members do not count.
         """
         return self._leader_of(self.members)
 
     def wait_leader(
         self, timeout_s: float = LOCAL_READY_SECONDS, among: Iterable[LocalMember] = ()
     ) -> LocalMember:
-        """Wait for a leader that has committed something in its term, and return it.
+        """Wait for a leader that has committed an entry in its term, and return it.
 
-        among  only these count, as those on one side of a partition; (): all
+        among  the members that count, such as one side of a partition; (): all
 
-        Raises TimeoutError, which says what each member does.
+        Raises TimeoutError, which names the state of each member.
         """
-        deadline = SYSTEM_CLOCK.now() + timeout_s
         candidates = list(among) or self.members
-        while True:
-            leader = self._leader_of(candidates)
-            if leader is not None:
-                return leader
-            if SYSTEM_CLOCK.now() > deadline:
-                raise TimeoutError(f"no leader after {timeout_s} s: {candidates}")
-            time.sleep(LOCAL_POLL_SECONDS)
+        leader = _poll(lambda: self._leader_of(candidates), timeout_s,
+                       lambda: f"no leader after {timeout_s} s: {candidates}")
+        assert leader is not None
+        return leader
 
     @staticmethod
     def _leader_of(members: Iterable[LocalMember]) -> Optional[LocalMember]:
@@ -498,33 +476,29 @@ class LocalCluster:
     # -- the network between the members -----------------------------------
 
     def partition(self, *groups: Iterable[LocalMember]) -> None:
-        """Divide the network between the members, in place of any cut of before.
+        """Divide the network between the members, in place of any earlier partition() and cut().
 
-        Members of different groups hear nothing of each other; those that no group names form one
-        more.  Connections that were open are closed.  Clients still reach every member, and so
-        does restart(): the cut stays.  ValueError: a member is in two groups, or not of this
-        cluster.
+        Members of different groups cannot reach each other; members in no group form one more.
+        Open connections between groups are closed.  Clients reach every member, and restart()
+        keeps the cuts.  ValueError: a member is in two groups, or not of this cluster.
         """
-        places = [sorted(map(self._place, group)) for group in groups]
-        named = [place for group in places for place in group]
+        sides = [sorted(map(self.members.index, group)) for group in groups]
+        named = [place for side in sides for place in side]
         if len(set(named)) < len(named):
             raise ValueError("a member is in two groups")
-        places.append([p for p in range(len(self.members)) if p not in named])
+        sides.append([place for place in range(len(self.members)) if place not in named])
         self._set_cuts({
-            (a, b) for ours in places for theirs in places if ours is not theirs
+            (a, b) for ours in sides for theirs in sides if ours is not theirs
             for a in ours for b in theirs
         })
 
     def cut(self, source: LocalMember, target: LocalMember) -> None:
-        """Lose from now on what `source` sends to `target`; the other direction stays as it is."""
-        self._set_cuts(self._cuts | {(self._place(source), self._place(target))})
+        """Lose all messages from `source` to `target`; the other direction is unchanged."""
+        self._set_cuts(self._cuts | {(self.members.index(source), self.members.index(target))})
 
     def heal(self) -> None:
         """Undo every partition() and cut()."""
         self._set_cuts(set())
-
-    def _place(self, member: LocalMember) -> int:
-        return self.members.index(member)
 
     def _set_cuts(self, cuts: Set[Tuple[int, int]]) -> None:
         self._cuts = cuts
@@ -537,43 +511,35 @@ class LocalCluster:
 
     # -- the first election ------------------------------------------------
 
-    def _elect(self, deadline: float) -> None:
-        """Have the last member of a new cluster campaign as soon as the others listen to it.
+    def _campaign_in_new_cluster(self) -> bool:
+        """Let the last member of a new cluster campaign as soon as the others accept its messages.
 
-        Nobody has to wait for an election timeout, and nobody else campaigns at the same time.
+        So the first election starts without an election timeout, and without rivals.  Returns
+        True when the campaign has begun, or if the cluster had an election before.
         """
         candidate = self.members[-1]
-        while not candidate.call(_has_past):
-            voters = [m for m in self.members if m is not candidate]
-            if all(_hear_each_other(candidate, voter) for voter in voters):
-                candidate.call(_campaign)
-                return
-            if SYSTEM_CLOCK.now() > deadline:
-                return
-            time.sleep(LOCAL_POLL_SECONDS)
+        if not candidate.call(_is_new) or all(
+            _accepts(one, other) and _accepts(other, one)
+            for one in [candidate] for other in self.members if other is not candidate
+        ):
+            candidate.call(lambda etcd: etcd.node.campaign() if _is_new(etcd) else None)
+            return True
+        return False
 
 
-def _has_past(etcd: EtcdServer) -> bool:
-    """True if it has heard of an election; after it they come by themselves."""
-    return etcd.node.raft.term > 1
+def _is_new(etcd: EtcdServer) -> bool:
+    """True before the first election of a cluster; later ones need no help."""
+    return etcd.node.raft.term <= 1
 
 
-def _campaign(etcd: EtcdServer) -> None:
-    if not _has_past(etcd):
-        etcd.node.campaign()
+def _accepts(member: LocalMember, sender: LocalMember) -> bool:
+    """True if `member` does not drop messages from `sender`: see DataLossCheck."""
+    message = Message(MsgType.VOTE, sender=sender.member_id)
 
+    def accepts(etcd: EtcdServer) -> bool:
+        return etcd.transport.drop is None or not etcd.transport.drop(message)
 
-def _hear_each_other(one: LocalMember, other: LocalMember) -> bool:
-    """True if neither drops the other's messages: see DataLossCheck."""
-    def hears(member: LocalMember, sender: LocalMember) -> bool:
-        message = Message(MsgType.VOTE, sender=sender.member_id)
-
-        def takes(etcd: EtcdServer) -> bool:
-            return etcd.transport.drop is None or not etcd.transport.drop(message)
-
-        return bool(member.call(takes))
-
-    return hears(one, other) and hears(other, one)
+    return bool(member.call(accepts))
 
 
 class ClusterFactory:
