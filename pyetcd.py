@@ -3746,6 +3746,11 @@ class LongNode(Node):
         return b"".join(value) == b"".join(self.json)       # perhaps in other pieces
 
 
+def node_chars(node: Node) -> int:
+    """Return the characters of a file's value, of a long one as it is kept; 0 for a directory."""
+    return sum(map(len, node.json)) if type(node) is LongNode else len(node.value or "")
+
+
 def file_node(value: Value, created_index: int, modified_index: int, expires_ns: int) -> Node:
     """Return the node of a file."""
     if isinstance(value, str):
@@ -4581,6 +4586,7 @@ class NodeTree:
     """
 
     def __init__(self) -> None:
+        self.chars = 0                                  # of all paths and values
         self._ttl = TtlHeap()
         self._walks: List[TreeWalk] = []                # the snapshot and the listings under way
         self._dead: Tuple[str, ...] = ()                # the directories, each with a slash
@@ -4635,6 +4641,7 @@ class NodeTree:
         """Remove one node; what was below it dies."""
         node = self._nodes.pop(path)
         self._room -= 1
+        self.chars -= len(path) + node_chars(node)
         for walk in self._walks:
             walk.keep(path, node)
         if node.expires_ns:
@@ -4763,6 +4770,7 @@ class StoreState(NamedTuple):
     events: List[Event]                 # the history, oldest first
     back: int                           # of its ring
     capacity: int
+    chars: int                          # as NodeTree has them
 
     @classmethod
     def read(
@@ -4782,15 +4790,16 @@ class StoreState(NamedTuple):
             ring = slots[front:] + slots[:front]        # oldest first, then the unused
             if nodes["/0"].children is None or nodes["/1"].children is None:
                 raise ValueError("/0 and /1 must be directories")
-            ttl = TtlHeap()
+            ttl, chars = TtlHeap(), -len("/" + "/0" + "/1")
             for path, node in nodes.items():
+                chars += len(path) + node_chars(node)
                 if node.expires_ns:
                     ttl.set(path, node.expires_ns)
             return cls(
                 nodes, ttl, _number(state, "CurrentIndex"),
                 {name: _number(counters, name) for name in counters},
                 [event for event in ring if event is not None],
-                _number(queue, "Back"), _number(queue, "Capacity"),
+                _number(queue, "Back"), _number(queue, "Capacity"), chars,
             )
         except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise ValueError(f"not a snapshot of a store: {error!r}") from None
@@ -5135,6 +5144,7 @@ class Store(NodeTree):
         Source: etcd 2.3 store/store.go, Recovery.
         """
         self._replace(state.nodes, state.ttl)
+        self.chars = state.chars
         seen, self.current_index = self.current_index, state.current_index
         self.stats.load(state.stats)
         self.hub.history.load(state.events, state.back, state.capacity)
@@ -5155,6 +5165,7 @@ class Store(NodeTree):
             Directory(index, index, expires_ns, {}) if value is None
             else file_node(value, index, index, expires_ns)
         )
+        self.chars += node_chars(node) + (len(path) if old is None else -node_chars(old))
         if self._walks or expires_ns or (old is not None and old.expires_ns):
             self._put(path, old, node)
         else:
@@ -5169,6 +5180,7 @@ class Store(NodeTree):
         index = self.current_index + 1
         text = stored_value(old) if refresh else value
         node = file_node(text, old.created_index, index, expires_ns)
+        self.chars += node_chars(node) - node_chars(old)
         self._put(path, old, node)
         return self._done(Event(action, path, node, old, index, now_ns, refresh))
 
@@ -5195,6 +5207,7 @@ class Store(NodeTree):
             path = missing.pop()
             children[path] = None
             children = {}
+            self.chars += len(path)
             self._put(path, None, Directory(index, index, 0, children))
         children[missing[0]] = None
 
@@ -15958,6 +15971,10 @@ _GAUGES: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
     ("etcd_server_proposals_applied_total", "Raft index that is applied.",
      lambda s: s.raft_index),
     ("etcd_store_watchers", "Registered watchers.", lambda s: s.store.stats.watchers),
+    ("pyetcd_store_keys", "Keys and directories, those of the cluster itself included.",
+     lambda s: len(s.store)),
+    ("pyetcd_store_bytes", "Characters of keys and values: bytes, where they are ASCII.",
+     lambda s: s.store.chars),
     ("etcd_wal_last_index_saved", "Last raft index on disk.", lambda s: s.node.raft.log.stable),
 )
 _COUNTERS: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (

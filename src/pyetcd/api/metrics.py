@@ -34,6 +34,10 @@ _GAUGES: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (
     ("etcd_server_proposals_applied_total", "Raft index that is applied.",
      lambda s: s.raft_index),
     ("etcd_store_watchers", "Registered watchers.", lambda s: s.store.stats.watchers),
+    ("pyetcd_store_keys", "Keys and directories, those of the cluster itself included.",
+     lambda s: len(s.store)),
+    ("pyetcd_store_bytes", "Characters of keys and values: bytes, where they are ASCII.",
+     lambda s: s.store.chars),
     ("etcd_wal_last_index_saved", "Last raft index on disk.", lambda s: s.node.raft.log.stable),
 )
 _COUNTERS: Tuple[Tuple[str, str, Callable[[EtcdServer], float]], ...] = (

@@ -6,7 +6,7 @@ import math
 from typing import Dict, List, Optional, Tuple
 
 from ..base.limits import REMOVED_NODES_MAX
-from .events import Directory, Node
+from .events import Directory, Node, node_chars
 from .walks import TreeWalk
 from .watchers import TtlHeap
 
@@ -22,6 +22,7 @@ class NodeTree:
     """
 
     def __init__(self) -> None:
+        self.chars = 0                                  # of all paths and values
         self._ttl = TtlHeap()
         self._walks: List[TreeWalk] = []                # the snapshot and the listings under way
         self._dead: Tuple[str, ...] = ()                # the directories, each with a slash
@@ -76,6 +77,7 @@ class NodeTree:
         """Remove one node; what was below it dies."""
         node = self._nodes.pop(path)
         self._room -= 1
+        self.chars -= len(path) + node_chars(node)
         for walk in self._walks:
             walk.keep(path, node)
         if node.expires_ns:

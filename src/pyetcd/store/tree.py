@@ -48,6 +48,7 @@ from .events import (
     _node_json,
     _node_texts,
     file_node,
+    node_chars,
     stored_value,
     value_excerpt,
 )
@@ -145,6 +146,7 @@ class StoreState(NamedTuple):
     events: List[Event]                 # the history, oldest first
     back: int                           # of its ring
     capacity: int
+    chars: int                          # as NodeTree has them
 
     @classmethod
     def read(
@@ -164,15 +166,16 @@ class StoreState(NamedTuple):
             ring = slots[front:] + slots[:front]        # oldest first, then the unused
             if nodes["/0"].children is None or nodes["/1"].children is None:
                 raise ValueError("/0 and /1 must be directories")
-            ttl = TtlHeap()
+            ttl, chars = TtlHeap(), -len("/" + "/0" + "/1")
             for path, node in nodes.items():
+                chars += len(path) + node_chars(node)
                 if node.expires_ns:
                     ttl.set(path, node.expires_ns)
             return cls(
                 nodes, ttl, _number(state, "CurrentIndex"),
                 {name: _number(counters, name) for name in counters},
                 [event for event in ring if event is not None],
-                _number(queue, "Back"), _number(queue, "Capacity"),
+                _number(queue, "Back"), _number(queue, "Capacity"), chars,
             )
         except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise ValueError(f"not a snapshot of a store: {error!r}") from None
@@ -517,6 +520,7 @@ class Store(NodeTree):
         Source: etcd 2.3 store/store.go, Recovery.
         """
         self._replace(state.nodes, state.ttl)
+        self.chars = state.chars
         seen, self.current_index = self.current_index, state.current_index
         self.stats.load(state.stats)
         self.hub.history.load(state.events, state.back, state.capacity)
@@ -537,6 +541,7 @@ class Store(NodeTree):
             Directory(index, index, expires_ns, {}) if value is None
             else file_node(value, index, index, expires_ns)
         )
+        self.chars += node_chars(node) + (len(path) if old is None else -node_chars(old))
         if self._walks or expires_ns or (old is not None and old.expires_ns):
             self._put(path, old, node)
         else:
@@ -551,6 +556,7 @@ class Store(NodeTree):
         index = self.current_index + 1
         text = stored_value(old) if refresh else value
         node = file_node(text, old.created_index, index, expires_ns)
+        self.chars += node_chars(node) - node_chars(old)
         self._put(path, old, node)
         return self._done(Event(action, path, node, old, index, now_ns, refresh))
 
@@ -577,6 +583,7 @@ class Store(NodeTree):
             path = missing.pop()
             children[path] = None
             children = {}
+            self.chars += len(path)
             self._put(path, None, Directory(index, index, 0, children))
         children[missing[0]] = None
 
