@@ -14574,17 +14574,22 @@ FORM_SLICE_BYTES = 512 << 10        # of one field of a form that are decoded in
 FORM_SLICE_FIELDS = 1_000           # of a form that are decoded in one turn
 KEY_BYTES_MAX = 64 << 10            # of the path of a key that is written; above: error 210
 
-_TEXT = "text/plain; charset=utf-8"
 _NOSNIFF = "X-Content-Type-Options: nosniff\r\n"
+
+
+def write_text(request: HttpRequest, status: int, text: str, headers: str = "") -> None:
+    """Answer with plain text; errors have `nosniff`, as those of Go's http.Error."""
+    headers += _NOSNIFF if status >= 400 else ""
+    request.reply(status, utf8(text), "text/plain; charset=utf-8", headers)
 
 
 def refuse_method(allow: str, request: HttpRequest) -> None:
     """Answer 405.  allow: the methods of the path, `A,B`."""
-    request.reply(405, b"Method Not Allowed\n", _TEXT, f"Allow: {allow}\r\n{_NOSNIFF}")
+    write_text(request, 405, "Method Not Allowed\n", f"Allow: {allow}\r\n")
 
 
 def not_found(request: HttpRequest) -> None:
-    request.reply(404, b"404 page not found\n", _TEXT, _NOSNIFF)
+    write_text(request, 404, "404 page not found\n")
 
 
 def write_message(request: HttpRequest, status: int, message: str, headers: str = "") -> None:
@@ -14765,7 +14770,7 @@ def _expiration_field(fields: Mapping[str, str], now_ns: int) -> Optional[int]:
 def parse_key_request(
     method: str, path: str, fields: Mapping[str, str], now_ns: int
 ) -> Request:
-    """Return the command in a request's merged fields; its id is still 0.
+    """Return the command, with id 0, that the merged fields of a request describe.
 
     path  internal, clean
 
@@ -15117,7 +15122,6 @@ ITEMS_IN_SLICE = 100                # users or roles that one turn lists: 2 ms
 
 
 def refuse_credentials(request: HttpRequest) -> None:
-    """Answer 401: the request needs the role root."""
     write_message(request, 401, "Insufficient credentials")
 
 
@@ -15190,8 +15194,7 @@ class AuthApi:
             return self._allow(head, ("GET",), listing)
         if "/" in name or len(utf8(name)) > AUTH_NAME_BYTES_MAX:
             return lambda request: write_message(request, 400, "Invalid path")
-        item = self._user if kind == "users" else self._role
-        return self._allow(head, _ITEM_METHODS, functools.partial(item, name))
+        return self._allow(head, _ITEM_METHODS, functools.partial(self._item, kind, name))
 
     @property
     def _is_capable(self) -> bool:
@@ -15215,38 +15218,47 @@ class AuthApi:
             steps = self._store.enable() if request.method == "PUT" else self._store.disable()
             self._run(request, steps, lambda _: self._reply_empty(request))
 
-    # -- users -------------------------------------------------------------
+    # -- users and roles ---------------------------------------------------
 
-    def _list_users(self, request: HttpRequest) -> None:
-        users = filter(None, map(self._auth.user, self._auth.names("users")))
-        shown = (self._with_roles(user, skip=True) for user in users)
-        self._reply_list(request, "users", "null", shown, [])
-
-    def _with_roles(self, user: User, *, skip: bool) -> Dict[str, object]:
-        """Return the user with its roles.  skip: omit missing roles instead of AuthError."""
-        roles = []
-        for name in user.roles or ():
-            role = self._auth.role(name)
-            if role is not None:
-                roles.append(role.json())
-            elif not skip:
-                raise AuthError(404, f"Role {name} does not exist.")
-        return {"user": user.name, **({"roles": roles} if roles else {})}
-
-    def _user(self, name: str, request: HttpRequest) -> None:
+    def _item(self, kind: str, name: str, request: HttpRequest) -> None:
+        """Answer a request for one user or role.  kind: `users` or `roles`."""
+        is_user = kind == "users"
         if request.method == "GET":
-            user = self._auth.user(name)
             try:
-                if user is None:
-                    raise AuthError(404, f"User {name} does not exist.")
-                self._reply(request, 200, self._with_roles(user, skip=False))
+                found = self._user(name) if is_user else self._role(name).json()
+                self._reply(request, 200, found)
             except AuthError as error:
                 self._fail(request, error)
         elif request.method == "DELETE":
-            self._run(request, self._store.delete_user(name),
-                      lambda _: self._reply_empty(request))
+            delete = self._store.delete_user if is_user else self._store.delete_role
+            self._run(request, delete(name), lambda _: self._reply_empty(request))
         else:
-            self._put_user(name, request)
+            (self._put_user if is_user else self._put_role)(name, request)
+
+    def _user(self, name: str) -> Dict[str, object]:
+        user = self._auth.user(name)
+        if user is None:
+            raise AuthError(404, f"User {name} does not exist.")
+        return self._with_roles(user, map(self._role, user.roles or ()))
+
+    def _role(self, name: str) -> Role:
+        role = self._auth.role(name)
+        if role is None:
+            raise AuthError(404, f"Role {name} does not exist.")
+        return role
+
+    def _list_users(self, request: HttpRequest) -> None:
+        users = filter(None, map(self._auth.user, self._auth.names("users")))
+        shown = (
+            self._with_roles(user, filter(None, map(self._auth.role, user.roles or ())))
+            for user in users
+        )
+        self._reply_list(request, "users", "null", shown, [])
+
+    @staticmethod
+    def _with_roles(user: User, roles: Iterator[Role]) -> Dict[str, object]:
+        shown = [role.json() for role in roles]
+        return {"user": user.name, **({"roles": shown} if shown else {})}
 
     def _put_user(self, name: str, request: HttpRequest) -> None:
         body = self._parse(request, UserBody.parse, name, "User")
@@ -15272,19 +15284,6 @@ class AuthApi:
     def _list_roles(self, request: HttpRequest) -> None:
         roles = filter(None, map(self._auth.role, self._auth.names("roles")))
         self._reply_list(request, "roles", "[]", (role.json() for role in roles), [])
-
-    def _role(self, name: str, request: HttpRequest) -> None:
-        if request.method == "GET":
-            role = self._auth.role(name)
-            if role is None:
-                self._fail(request, AuthError(404, f"Role {name} does not exist."))
-            else:
-                self._reply(request, 200, role.json())
-        elif request.method == "DELETE":
-            self._run(request, self._store.delete_role(name),
-                      lambda _: self._reply_empty(request))
-        else:
-            self._put_role(name, request)
 
     def _put_role(self, name: str, request: HttpRequest) -> None:
         body = self._parse(request, RoleBody.parse, name, "Role")
@@ -15425,7 +15424,7 @@ class Listings:
             self._enqueue(wanted, waiter)
             return
         try:
-            listing = self._begin(wanted)
+            listing = self._start_listing(wanted)
         except EtcdError as error:
             done(error)
             return
@@ -15472,7 +15471,7 @@ class Listings:
             self._turn, self._work_done = self._reactor.turns, 0
         return LISTING_SLICE_WORK - self._work_done
 
-    def _begin(self, wanted: ListingRequest) -> Listing:
+    def _start_listing(self, wanted: ListingRequest) -> Listing:
         listing = self._store.listing(
             wanted.path, recursive=wanted.recursive, sorted=wanted.sorted,
             now_ns=self._reactor.wall_ns(),
@@ -15517,7 +15516,7 @@ class Listings:
             if not self._waiters:
                 return                  # all have left
             try:
-                self._current = wanted, self._begin(wanted)
+                self._current = wanted, self._start_listing(wanted)
             except EtcdError as error:
                 self._finish(error)
         else:
@@ -15578,7 +15577,6 @@ class KeysApi:
         metrics.before_text = self._count_puts
 
     def route(self, head: HttpHead) -> Handler:
-        """Return the handler of requests with this head."""
         if head.method not in self.METHODS:
             return functools.partial(refuse_method, ",".join(self.METHODS))
         target = KeyTarget(head)
@@ -15594,7 +15592,7 @@ class KeysApi:
     def _answer(self, head: HttpHead, target: KeyTarget) -> Handler:
         command = target.command
         if head.method in ("PUT", "POST"):
-            return functools.partial(self._write, target)
+            return functools.partial(self._put, target)
         if head.method == "DELETE":
             return functools.partial(self._submit, command)
         if head.method == "GET" and command.quorum:
@@ -15636,7 +15634,6 @@ class KeysApi:
     def _list(
         self, request: HttpRequest, method: str, started: float, wanted: ListingRequest
     ) -> None:
-        """GET and HEAD of a directory."""
         def done(result: "Union[Listing, EtcdError]") -> None:
             if isinstance(result, EtcdError):
                 self._fail(request, method, result)
@@ -15647,7 +15644,7 @@ class KeysApi:
 
         self._listings.ask(wanted, request, done)
 
-    def _write(self, target: KeyTarget, request: HttpRequest) -> None:
+    def _put(self, target: KeyTarget, request: HttpRequest) -> None:
         """PUT and POST.  A hot path for bodies of the form `value=<nothing encoded>`."""
         body = request.body
         if target.plain and body.startswith(b"value=") and len(body) < FORM_SLICE_BYTES and not (
@@ -15700,7 +15697,6 @@ class KeysApi:
                 self._reactor.call_in_turn(self._parse_slice, steps, request, refuse)
 
     def _submit(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
-        """Start a command that goes through consensus."""
         method = command.method
         self._stats.gets_fail += 1              # as in _get
         self._received.inc(method)
@@ -15860,7 +15856,7 @@ class MembersApi:
         elif request.method == "POST":
             self._change_urls(request, ConfChangeType.ADD_NODE)
         elif not rest:
-            request.reply(405, b"Method Not Allowed\n", _TEXT, self._cluster_line + _NOSNIFF)
+            write_text(request, 405, "Method Not Allowed\n", self._cluster_line)
         elif not re.fullmatch("[0-9A-Fa-f]+", rest) or len(rest.lstrip("0")) > 16:
             self._message(request, 404, f"No such member: {rest}")
         elif request.method == "DELETE":
@@ -15925,7 +15921,6 @@ class MembersApi:
         self, request: HttpRequest, change: ConfChangeType, member: Member,
         error: Optional[Exception],
     ) -> None:
-        """Answer after the change is applied or refused."""
         if error is None and change == ConfChangeType.ADD_NODE:
             self._reply(request, 201, member.client_json() + "\n")
         elif error is None:
@@ -16244,7 +16239,6 @@ class SnapshotApi:
         self._downloads: Set[Download] = set()
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer once the snapshot is complete."""
         if not self._server.raft_index:
             write_message(request, 503, "this member has no state yet; ask another one")
         elif len(self._downloads) >= DOWNLOADS_MAX or self._held_bytes() > HELD_BYTES_MAX:
@@ -16317,7 +16311,6 @@ class Download:
 
 
 def version_json(server: EtcdServer) -> bytes:
-    """Return the body of /version."""
     cluster = server.cluster.version or "not_decided"
     return f'{{"etcdserver":"{SERVER_VERSION}","etcdcluster":"{cluster}"}}'.encode()
 
@@ -16342,8 +16335,7 @@ class StatusApi:
         request.reply(200, version_json(self._server))
 
     def machines(self, request: HttpRequest) -> None:
-        urls = ", ".join(sorted(self._server.cluster.client_urls()))
-        request.reply(200, utf8(urls), _TEXT)
+        write_text(request, 200, ", ".join(sorted(self._server.cluster.client_urls())))
 
     def health(self, request: HttpRequest) -> None:
         """Answer at once, from the known leader and the links to the other members.
@@ -16353,9 +16345,9 @@ class StatusApi:
         healthy = self._server.is_healthy
         (self._healthy if healthy else self._unhealthy).inc()
         if healthy:
-            request.reply(200, b'{"health": "true"}', _TEXT)
+            write_text(request, 200, '{"health": "true"}')
         else:
-            request.reply(503, b'{"health": "false"}\n', _TEXT, _NOSNIFF)
+            write_text(request, 503, '{"health": "false"}\n')
 
     def probe(self, request: HttpRequest) -> None:
         """Answer /livez, /readyz, or one check of them: `ok`, or 503 with the failed checks.
@@ -16379,10 +16371,9 @@ class StatusApi:
             lines += f"[-]{check} failed: {problem}\n" if problem else f"[+]{check} ok\n"
         (self._unhealthy if failed else self._healthy).inc()
         if failed:
-            request.reply(503, utf8(lines), _TEXT, _NOSNIFF)
+            write_text(request, 503, lines)
         else:
-            shown = lines if "verbose" in query else ""
-            request.reply(200, utf8(shown + "ok\n"), _TEXT, _NOSNIFF)
+            write_text(request, 200, (lines if "verbose" in query else "") + "ok\n", _NOSNIFF)
 
     def _problem(self) -> str:
         """Return why a linearizable read would fail; "" if it would not."""
@@ -16692,7 +16683,7 @@ class DiscoveryService:
         match = _TOKEN_PATH.fullmatch(path)
         if match is None:
             return False
-        if request.method in _TOKEN_METHODS[_token_route(match.group(1) or "")]:
+        if request.method in _TOKEN_METHODS.get(match.group(1), ("GET", "PUT", "DELETE")):
             self._forward(request)
         else:
             request.reply(405)
@@ -16704,26 +16695,26 @@ class DiscoveryService:
         if is_from_browser(request.headers) and not (
             isinstance(request, CorsRequest) and request.is_allowed
         ):
-            _reply_text(request, 403, _NOT_FOR_PAGES)
+            write_text(request, 403, _NOT_FOR_PAGES)
             return
         if request.body_too_large:
-            _reply_text(request, 413, "413 Request Entity Too Large\n")
+            write_text(request, 413, "413 Request Entity Too Large\n")
             return
         try:
             size = _wanted_size(request)
         except ValueError as error:
-            _reply_text(request, 400, f"{error}\n")
+            write_text(request, 400, f"{error}\n")
             return
         if not host:
-            _reply_text(request, 400, "missing Host header\n")
+            write_text(request, 400, "missing Host header\n")
             return
         token = os.urandom(16).hex()
 
         def done(result: "Any") -> None:
             if isinstance(result, EtcdError):
-                _reply_text(request, 400, f"Unable to generate token: {result.cause}\n")
+                write_text(request, 400, f"Unable to generate token: {result.cause}\n")
             else:
-                _reply_text(request, 200, f"{request.scheme}://{host}/{token}")
+                write_text(request, 200, f"{request.scheme}://{host}/{token}")
 
         self._do(
             Request(
@@ -16770,15 +16761,7 @@ def is_from_browser(headers: Mapping[str, str]) -> bool:
 
 
 _TOKEN_PATH = re.compile("/[0-9a-f]{32}(/?|/_config/size|/[^/]+)")
-_TOKEN_METHODS = {
-    "token": ("GET", "PUT"), "size": ("GET",), "machine": ("GET", "PUT", "DELETE"),
-}
-
-
-def _token_route(rest: str) -> str:
-    if rest in ("", "/"):
-        return "token"
-    return "size" if rest == "/_config/size" else "machine"
+_TOKEN_METHODS = {"": ("GET", "PUT"), "/": ("GET", "PUT"), "/_config/size": ("GET",)}
 
 
 def _wanted_size(request: HttpRequest) -> int:
@@ -16798,13 +16781,6 @@ def _wanted_size(request: HttpRequest) -> int:
     if not 1 <= size < 1 << 63:
         raise ValueError(f"size={text[:20]}: a cluster has at least one member")
     return size
-
-
-def _reply_text(request: HttpRequest, status: int, text: str) -> None:
-    request.reply(
-        status, text.encode("utf-8"), "text/plain; charset=utf-8",
-        "X-Content-Type-Options: nosniff\r\n" if status != 200 else "",
-    )
 
 
 # ============================================================================
@@ -17014,9 +16990,20 @@ def blocking_get(
 
     Raises OSError or http.client.HTTPException.
     """
-    connection = _open_connection(url, timeout_s, tls)
+    return _exchange(_open_connection(url, timeout_s, tls), "GET", target, timeout_s)
+
+
+def _exchange(
+    connection: http.client.HTTPConnection, method: str, target: str, answer_s: Optional[float],
+    form: str = "",
+) -> Tuple[int, http.client.HTTPMessage, bytes]:
+    """Connect, send one request and return (status, headers, body); answer_s: longest silence."""
     try:
-        connection.request("GET", target)
+        connection.connect()
+        connection.sock.settimeout(answer_s)
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        headers = {"Content-Type": "application/x-www-form-urlencoded"} if form else {}
+        connection.request(method, target, form or None, headers)
         response = connection.getresponse()
         return response.status, response.headers, response.read(CALL_BODY_BYTES_MAX)
     finally:
@@ -17175,13 +17162,13 @@ class Discovery:
         if not (isinstance(body, dict) and body.get("errorCode") == NodeExists.code):
             return int(self._node(body).get("createdIndex", 0)) or 1
         node = self._node(self._get(f"/{self._id}?quorum=true")[1])
-        if node.get("value") != self._pairs or not (is_again or self._is_unmistakable()):
+        if node.get("value") != self._pairs or not (is_again or self._is_unique_registration()):
             raise DuplicateId("discovery: found duplicate id")
         self.resumed = True
         self._log.info("found the registration of this member, which an earlier try has made")
         return int(node.get("createdIndex", 0)) or 1
 
-    def _is_unmistakable(self) -> bool:
+    def _is_unique_registration(self) -> bool:
         """True unless other hosts may register the same URLs: `localhost`, on a remote registry."""
         initial = parse_initial_cluster(self._pairs)
         urls = [url for urls in initial.values() for url in urls]
@@ -17292,7 +17279,7 @@ class Discovery:
         """
         url = self._endpoint + self._path + suffix
         for _ in range(DISCOVERY_REDIRECTS_MAX):
-            status, headers, body = self._exchange(method, url, form, answer_s)
+            status, headers, body = self._send(method, url, answer_s, form)
             if status >= 500:
                 raise DiscoveryUnreachable(f"unexpected status code {status} from {self._endpoint}")
             location = headers.get("Location", "")
@@ -17307,30 +17294,21 @@ class Discovery:
         except ValueError:
             raise DiscoveryError("discovery: bad discovery endpoint") from None
 
-    def _exchange(
-        self, method: str, url: str, form: str, answer_s: Optional[float]
+    def _send(
+        self, method: str, url: str, answer_s: Optional[float], form: str
     ) -> Tuple[int, http.client.HTTPMessage, bytes]:
         """Send one request on a connection of its own.  Raises DiscoveryUnreachable."""
         parts = urlsplit(url)
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         if self._proxy and parts.scheme == "http":
             target = url
-        connection = self._connect(parts)
         try:
-            connection.connect()
-            connection.sock.settimeout(answer_s)
-            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            headers = {"Content-Type": "application/x-www-form-urlencoded"} if form else {}
-            connection.request(method, target, form or None, headers)
-            response = connection.getresponse()
-            return response.status, response.headers, response.read(CALL_BODY_BYTES_MAX)
+            return _exchange(self._connection(parts), method, target, answer_s, form)
         except (OSError, http.client.HTTPException) as error:
             where = self._proxy or f"{parts.scheme}://{parts.netloc}"
             raise DiscoveryUnreachable(f"{method} {url}: {where}: {_reason(error)}") from None
-        finally:
-            connection.close()
 
-    def _connect(self, parts: urllib.parse.SplitResult) -> http.client.HTTPConnection:
+    def _connection(self, parts: urllib.parse.SplitResult) -> http.client.HTTPConnection:
         if not self._proxy or parts.scheme == "http":
             url = self._proxy or f"{parts.scheme}://{parts.netloc}"
             return _open_connection(url, DISCOVERY_DIAL_SECONDS)
@@ -17490,7 +17468,7 @@ def is_elsewhere(url: str) -> bool:
 
 
 def default_route_address() -> str:
-    """Return our IPv4 address on the interface with the default route, or ""."""
+    """Return the IPv4 address of the interface with the default route, or ""."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.connect(("192.0.2.1", 9))  # sends nothing: a datagram socket looks up the route
         return str(sock.getsockname()[0])
@@ -17688,21 +17666,7 @@ class Flag(NamedTuple):
 
     @property
     def variable(self) -> str:
-        """Name of the environment variable."""
         return "ETCD_" + self.name.upper().replace("-", "_")
-
-
-def setting(name: str, parse: Callable[[str], Any], help: str, field: str = "") -> Flag:
-    """Return the flag that fills a field of ServerConfig and has the default of that field.
-
-    field  as in Flag; unless given, the name of the flag with _ for -, and _ms for a time
-    """
-    field = field or name.replace("-", "_")
-    field += "" if hasattr(_DEFAULTS, field.partition(".")[0]) else "_ms"
-    return Flag(name, parse, operator.attrgetter(field)(_DEFAULTS), help, field=field)
-
-
-_DEFAULTS = ServerConfig()
 
 
 def parse_bool(text: str) -> bool:
@@ -17726,8 +17690,8 @@ def parse_uint(text: str) -> int:
     return value
 
 
-class Refusal(ValueError):
-    """A flag that is not supported with any value.  The text says why, and what to do instead."""
+class UnsupportedFlag(ValueError):
+    """A flag that is not supported with any value.  The text gives the reason and the remedy."""
 
 
 def _parse_domain(text: str) -> str:
@@ -17807,7 +17771,7 @@ def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     """Return the parser of auto-tls or peer-auto-tls, which may only be false."""
     def parse(text: "str") -> "bool":
         if parse_bool(text):
-            raise Refusal(
+            raise UnsupportedFlag(
                 f"is not supported: pyetcd cannot make certificates; make one with `openssl req"
                 f" -x509 -newkey rsa:2048 -nodes -days 365 -keyout key.pem -out cert.pem"
                 f" -subj /CN=etcd -addext subjectAltName=IP:127.0.0.1,IP:"
@@ -17819,130 +17783,124 @@ def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     return parse
 
 
-def _tls_flags(side: str) -> Tuple[Flag, ...]:
-    """Return the flags for TLS with clients or with peers.  side: `client` or `peer`."""
-    prefix, part = ("peer-" if side == "peer" else ""), side + "_tls."
-    cert_auth = f"-{prefix}trusted-ca-file with -{prefix}client-cert-auth."
-    common_name = (setting("peer-cert-allowed-cn", str, "common name that peers' certificates must"
-                           " have.", "peer_tls.allowed_cn"),) if side == "peer" else ()
-    return (
-        setting(prefix + "ca-file", str, "[DEPRECATED] " + cert_auth, part + "ca_file"),
-        setting(prefix + "cert-file", str, f"path to the {side} server TLS cert file.",
-                part + "cert_file"),
-        setting(prefix + "key-file", str, f"path to the {side} server TLS key file.",
-                part + "key_file"),
-        setting(prefix + "client-cert-auth", parse_bool, f"require certificates of {side}s.",
-                part + "client_cert_auth"),
-        setting(prefix + "trusted-ca-file", str, f"path to the {side} server TLS CA file.",
-                part + "trusted_ca_file"),
-        setting(side + "-crl-file", str, f"path to the {side} certificate revocation list.",
-                part + "crl_file"),
-        *common_name,
-        setting(side + "-cert-allowed-hostname", str,
-                f"host name that certificates of {side}s must have.", part + "allowed_name"),
-        Flag(prefix + "auto-tls", _parse_auto_tls(prefix), False,
-             f"not supported: give -{prefix}cert-file, -{prefix}key-file."),
-    )
+def flag_rows(table: str) -> Tuple[Flag, ...]:
+    """Return the flags of a table with a row `name  kind  help` for each.
+
+    kind  a key of _KINDS, or the accepted words with | between; then, if the field has another
+          name than the flag, a colon and the field.  The default is that of the field.
+    """
+    flags = []
+    for row in table.strip().split("\n"):
+        name, kind, help = re.split(" {2,}", row, maxsplit=2)
+        kind, _, field = kind.partition(":")
+        field = field or name.replace("-", "_") + "_ms" * (kind == "ms")
+        parse, default = _KINDS[kind] if kind in _KINDS else (_one_of(*kind.split("|")), "")
+        if hasattr(_DEFAULTS, field.partition(".")[0]):
+            default = operator.attrgetter(field)(_DEFAULTS)
+        else:
+            field = ""
+        flags.append(Flag(name, parse, default, help, field=field))
+    return tuple(flags)
 
 
-_PEER_CERTIFICATE = _one_of("", refusal=(
-    "peers are shown the certificate of -peer-cert-file; leave this out"))
-_NO_PEERS = 'flag "-{}" is no longer supported; use -initial-cluster or -discovery'
+_DEFAULTS = ServerConfig()
+_KINDS: Dict[str, Tuple[Callable[[str], Any], Any]] = {     # parser, default without a field
+    "text": (str, ""), "bool": (parse_bool, False), "uint": (parse_uint, 0), "ms": (parse_uint, 0),
+    "urls": (parse_urls, ()), "origins": (_parse_origins, ()), "levels": (_parse_levels, {}),
+    "token": (_parse_discovery, ""), "http-proxy": (_parse_proxy, ""),
+    "domain": (_parse_domain, ""), "address": (_parse_address, ""),
+    "format": (_one_of("text", "json", "console"), "text"),
+}
 
 FLAGS: Dict[str, Tuple[Flag, ...]] = {
-    "member": (
-        setting("name", str, "human-readable name for this member."),
-        setting("data-dir", str, "path to the data directory (default: <name>.etcd)."),
-        setting("wal-dir", str, "path to the dedicated wal directory."),
-        setting("snapshot-count", parse_uint,
-                "number of committed transactions to trigger a snapshot to disk."),
-        setting("heartbeat-interval", parse_uint,
-                "time (in milliseconds) of a heartbeat interval.", "heartbeat_ms"),
-        setting("election-timeout", parse_uint,
-                "time (in milliseconds) for an election to timeout.", "election_ms"),
-        setting("listen-peer-urls", parse_urls, "list of URLs to listen on for peer traffic."),
-        setting("listen-client-urls", parse_urls, "list of URLs to listen on for client traffic."),
-        setting("max-snapshots", parse_uint,
-                "maximum number of snapshot files to retain (0 is unlimited)."),
-        setting("max-wals", parse_uint, "maximum number of wal files to retain (0 is unlimited)."),
-        setting("cors", _parse_origins,
-                "comma-separated whitelist of origins for cross-origin resource sharing."),
-    ),
-    "clustering": (
-        setting("initial-advertise-peer-urls", parse_urls,
-                "list of this member's peer URLs to advertise to the rest of the cluster."),
-        setting("advertise-client-urls", parse_urls,
-                "list of this member's client URLs to advertise to the rest of the cluster."),
-        setting("initial-cluster", str,
-                "initial cluster, `name=url` pairs (default: this member alone)."),
-        setting("initial-cluster-state", _one_of("new", "existing"),
-                "initial cluster state: `new`, or `existing` to join a running cluster."),
-        setting("initial-cluster-token", str,
-                "token of the cluster: clusters with different tokens do not mix."),
-        setting("discovery", _parse_discovery, "discovery URL used to bootstrap the cluster."),
-        setting("discovery-fallback", _one_of("exit", "proxy"),
-                "behavior when the discovery cluster is full: `exit` or `proxy`."),
-        setting("discovery-proxy", _parse_proxy,
-                "HTTP proxy to use for traffic to discovery service."),
-        setting("discovery-srv", _parse_domain, "dns srv domain used to bootstrap the cluster."),
-        Flag("discovery-srv-name", _one_of("", refusal=(
-            "a suffix of the SRV names is not supported; publish the records without it"
-        )), "", "not supported: suffix of the SRV names."),
-        setting("strict-reconfig-check", parse_bool,
-                "reject reconfiguration requests that would cause quorum loss."),
-    ),
-    "proxy": (
-        setting("proxy", _one_of("off", "readonly", "on"),
-                "proxy mode: `off`, `readonly` or `on`."),
-        setting("proxy-failure-wait", parse_uint,
-                "time (in milliseconds) an endpoint is held in a failed state."),
-        setting("proxy-refresh-interval", parse_uint,
-                "time (in milliseconds) between two refreshes of the endpoints."),
-        setting("proxy-dial-timeout", parse_uint,
-                "time (in milliseconds) for a dial to timeout, 0 is unlimited."),
-        setting("proxy-write-timeout", parse_uint,
-                "time (in milliseconds) for a write to timeout, 0 is unlimited."),
-        setting("proxy-read-timeout", parse_uint,
-                "time (in milliseconds) for a read to timeout, 0 is unlimited."),
-    ),
-    "security": (
-        *_tls_flags("client"), *_tls_flags("peer"),
-        Flag("peer-client-cert-file", _PEER_CERTIFICATE, "",
-             "not supported: -peer-cert-file serves for both directions."),
-        Flag("peer-client-key-file", _PEER_CERTIFICATE, "",
-             "not supported: -peer-key-file serves for both directions."),
+    "member": flag_rows("""
+name  text  human-readable name for this member.
+data-dir  text  path to the data directory (default: <name>.etcd).
+wal-dir  text  path to the dedicated wal directory.
+snapshot-count  uint  number of committed transactions to trigger a snapshot to disk.
+heartbeat-interval  ms:heartbeat_ms  time (in milliseconds) of a heartbeat interval.
+election-timeout  ms:election_ms  time (in milliseconds) for an election to timeout.
+listen-peer-urls  urls  list of URLs to listen on for peer traffic.
+listen-client-urls  urls  list of URLs to listen on for client traffic.
+max-snapshots  uint  maximum number of snapshot files to retain (0 is unlimited).
+max-wals  uint  maximum number of wal files to retain (0 is unlimited).
+cors  origins  comma-separated whitelist of origins for cross-origin resource sharing.
+"""),
+    "clustering": (*flag_rows("""
+initial-advertise-peer-urls  urls  list of this member's peer URLs to advertise to other members.
+advertise-client-urls  urls  list of this member's client URLs to advertise to the cluster.
+initial-cluster  text  initial cluster, `name=url` pairs (default: this member alone).
+initial-cluster-state  new|existing  initial cluster state; `existing` joins a running cluster.
+initial-cluster-token  text  token of the cluster: clusters with different tokens do not mix.
+discovery  token  discovery URL used to bootstrap the cluster.
+discovery-fallback  exit|proxy  behavior when the discovery cluster is full: `exit` or `proxy`.
+discovery-proxy  http-proxy  HTTP proxy to use for traffic to discovery service.
+discovery-srv  domain  dns srv domain used to bootstrap the cluster.
+strict-reconfig-check  bool  reject reconfiguration requests that would cause quorum loss.
+"""), Flag("discovery-srv-name", _one_of("", refusal=(
+        "a suffix of the SRV names is not supported; publish the records without it"
+    )), "", "not supported: suffix of the SRV names.")),
+    "proxy": flag_rows("""
+proxy  off|readonly|on  proxy mode: `off`, `readonly` or `on`.
+proxy-failure-wait  ms  time (in milliseconds) an endpoint is held in a failed state.
+proxy-refresh-interval  ms  time (in milliseconds) between two refreshes of the endpoints.
+proxy-dial-timeout  ms  time (in milliseconds) for a dial to timeout, 0 is unlimited.
+proxy-write-timeout  ms  time (in milliseconds) for a write to timeout, 0 is unlimited.
+proxy-read-timeout  ms  time (in milliseconds) for a read to timeout, 0 is unlimited.
+"""),
+    "security": (*flag_rows("""
+ca-file  text:client_tls.ca_file  [DEPRECATED] -trusted-ca-file with -client-cert-auth.
+cert-file  text:client_tls.cert_file  path to the client server TLS cert file.
+key-file  text:client_tls.key_file  path to the client server TLS key file.
+client-cert-auth  bool:client_tls.client_cert_auth  require client certificates.
+trusted-ca-file  text:client_tls.trusted_ca_file  path to the client server TLS CA file.
+client-crl-file  text:client_tls.crl_file  path to the client certificate revocation list.
+client-cert-allowed-hostname  text:client_tls.allowed_name  host name in client certificates.
+peer-ca-file  text:peer_tls.ca_file  [DEPRECATED] -peer-trusted-ca-file with -peer-client-cert-auth.
+peer-cert-file  text:peer_tls.cert_file  path to the peer server TLS cert file.
+peer-key-file  text:peer_tls.key_file  path to the peer server TLS key file.
+peer-client-cert-auth  bool:peer_tls.client_cert_auth  require certificates of peers.
+peer-trusted-ca-file  text:peer_tls.trusted_ca_file  path to the peer server TLS CA file.
+peer-crl-file  text:peer_tls.crl_file  path to the peer certificate revocation list.
+peer-cert-allowed-cn  text:peer_tls.allowed_cn  common name that peers' certificates must have.
+peer-cert-allowed-hostname  text:peer_tls.allowed_name  host name in certificates of peers.
+"""),
+        *(Flag(prefix + "auto-tls", _parse_auto_tls(prefix), False,
+               f"not supported: give -{prefix}cert-file, -{prefix}key-file.")
+          for prefix in ("", "peer-")),
+        *(Flag(f"peer-client-{file}", _one_of("", refusal=(
+            "peers are shown the certificate of -peer-cert-file; leave this out"
+        )), "", f"not supported: -peer-{file} serves for both directions.")
+          for file in ("cert-file", "key-file")),
         Flag("tls-min-version", _one_of(
             "", "TLS1.2", refusal="TLS 1.2 and later are accepted; use TLS1.2"
         ), "", "only TLS1.2, which is what holds without it too."),
         Flag("host-whitelist", _one_of("", "*", refusal=(
             "requests are answered whatever their Host; use * and protect the port by"
             " -client-cert-auth or a firewall"
-        )), "*", "not supported: only `*`."),
-    ),
-    "logging": (
-        setting("debug", parse_bool, "enable debug-level logging."),
-        Flag("log-package-levels", _parse_levels, {},
-             "levels per package, such as `etcdserver=WARNING,*=INFO`."),
-        Flag("log-format", _one_of("text", "json", "console"), "text",
-             "`text`, as etcd 2.3 writes it (`console` is the same), or `json`: an object a line."),
-    ),
-    "unsafe": (
-        setting("force-new-cluster", parse_bool,
-                "make this member the only one of its cluster: after the loss of the others."),
-    ),
-    "other": (
-        Flag("version", parse_bool, False, "show the version and exit."),
-        Flag("config-file", str, "",
-             "path to a configuration file, JSON or `flag: value` lines; it counts alone."),
-    ),
-    "of etcd 0.4, still working": (
-        Flag("addr", _parse_address, "", "[DEPRECATED] use -advertise-client-urls."),
-        Flag("bind-addr", _parse_address, "", "[DEPRECATED] use -listen-client-urls."),
-        Flag("peer-addr", _parse_address, "", "[DEPRECATED] use -initial-advertise-peer-urls."),
-        Flag("peer-bind-addr", _parse_address, "", "[DEPRECATED] use -listen-peer-urls."),
-    ),
+        )), "*", "not supported: only `*`.")),
+    "logging": flag_rows("""
+debug  bool  enable debug-level logging.
+log-package-levels  levels  levels per package, such as `etcdserver=WARNING,*=INFO`.
+log-format  format  `text` (or `console`), as etcd 2.3 writes it, or `json`: an object a line.
+"""),
+    "unsafe": flag_rows("""
+force-new-cluster  bool  make this member the only one of its cluster: after the loss of the others.
+"""),
+    "other": flag_rows("""
+version  bool  show the version and exit.
+config-file  text  path to a configuration file, JSON or `flag: value` lines; it counts alone.
+"""),
+    "of etcd 0.4, still working": flag_rows("""
+addr  address  [DEPRECATED] use -advertise-client-urls.
+bind-addr  address  [DEPRECATED] use -listen-client-urls.
+peer-addr  address  [DEPRECATED] use -initial-advertise-peer-urls.
+peer-bind-addr  address  [DEPRECATED] use -listen-peer-urls.
+"""),
     "of etcd 0.4, refused": tuple(
-        Flag(name, _one_of("", refusal=_NO_PEERS.format(name)), "", "no longer supported.")
+        Flag(name, _one_of("", refusal=(
+            f'flag "-{name}" is no longer supported; use -initial-cluster or -discovery'
+        )), "", "no longer supported.")
         for name in ("peers", "peers-file")
     ),
 }
@@ -18726,6 +18684,14 @@ class ServerThread:
         self._thread: Optional[threading.Thread] = None
         self._error: Optional[BaseException] = None
 
+    def __enter__(self: _Hosted) -> _Hosted:
+        """Start; close everything after a failure."""
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.stop)
+            self.start()
+            on_failure.pop_all()
+        return self
+
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
@@ -18751,13 +18717,6 @@ class ServerThread:
     def client_urls(self) -> Tuple[str, ...]:
         """Bound client URLs, with the real ports."""
         return tuple(listener.bound_url for listener in self._client_listeners)
-
-    def _start_or_stop(self) -> None:
-        """Start; close everything after a failure."""
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self.stop)
-            self.start()
-            on_failure.pop_all()
 
     def _listen(
         self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles,
@@ -18845,12 +18804,6 @@ class Server(ServerThread):
         self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
         self._leaving = False           # stop() has begun
-
-    # -- life --------------------------------------------------------------
-
-    def __enter__(self) -> "Server":
-        self._start_or_stop()
-        return self
 
     def bind(self) -> None:
         """Open the listening sockets, so that the ports are known; serve nothing yet."""
@@ -18947,8 +18900,6 @@ class Server(ServerThread):
     def peer_urls(self) -> Tuple[str, ...]:
         """Bound peer URLs, with the real ports."""
         return tuple(listener.bound_url for listener in self._peer_listeners)
-
-    # -- inside ------------------------------------------------------------
 
     def _count_client_bytes(self, metrics: Metrics) -> None:
         """Add the bytes of the client port, under the names of etcd 3.x, whose clients use gRPC."""
@@ -19169,15 +19120,12 @@ class ProxyDialer:
         self.tls = make_peer_tls(config)
 
     def call(
-        self, url: str, request: HttpRequest, headers: Dict[str, str],
-        on_head: Callable[[int, Dict[str, str]], None], on_data: Callable[[bytes], None],
-        on_done: Callable[[Optional[Exception]], None],
+        self, url: str, request: HttpRequest, headers: Dict[str, str], forward: "Forward"
     ) -> HttpCall:
-        """Send a client's request."""
         return HttpCall(
             self._reactor, url, request.method, request.target, headers, request.body,
             connect_timeout_s=self._connect_s, idle_timeout_s=self._read_s, tls=self.tls,
-            on_head=on_head, on_data=on_data, on_done=on_done,
+            on_head=forward.on_head, on_data=forward.on_data, on_done=forward.on_done,
         )
 
     def probe(self, url: str, on_done: Callable[[Optional[Exception]], None]) -> HttpCall:
@@ -19465,7 +19413,6 @@ class Forward:
             request.query.split("&", FORM_FIELDS_MAX))
 
     def start(self) -> None:
-        """Send the request to the first endpoint."""
         self._request.on_close = self._client_gone
         # A client that ends its side of the connection has ended its watch.
         self._request.connection.streaming = self._waits
@@ -19482,7 +19429,7 @@ class Forward:
         """Try the next endpoint, as this one has failed a probe."""
         if self._call is not None:
             self._call.cancel()
-        self._call_done(error)
+        self.on_done(error)
 
     def _try_next(self) -> None:
         while self._left:
@@ -19492,9 +19439,7 @@ class Forward:
                 self._endpoint = endpoint
                 endpoint.add_waiting(self)
                 self._call = self._dialer.call(
-                    endpoint.url, self._request, self._headers(), self._head, self._data,
-                    self._call_done,
-                )
+                    endpoint.url, self._request, self._headers(), self)
                 return
         self._give_up(502, f"unable to get response from {self._tried} endpoint(s)")
 
@@ -19512,7 +19457,7 @@ class Forward:
         headers["X-Forwarded-For"] = f"{came_by}, {client}" if came_by else client
         return headers
 
-    def _head(self, status: int, headers: Dict[str, str]) -> None:
+    def on_head(self, status: int, headers: Dict[str, str]) -> None:
         assert self._endpoint is not None
         request = self._request
         self._endpoint.answered()
@@ -19532,7 +19477,7 @@ class Forward:
         self._reply = request.start_stream(status, None, lines, length=length)
         self._reply.on_close = self._client_gone
 
-    def _data(self, data: bytes) -> None:
+    def on_data(self, data: bytes) -> None:
         assert self._reply is not None and self._call is not None and self._endpoint is not None
         self._endpoint.answered()
         self._is_empty = False
@@ -19541,7 +19486,7 @@ class Forward:
             self._call.pause()
             self._reply.when_read(self._call.resume)
 
-    def _call_done(self, error: Optional[Exception]) -> None:
+    def on_done(self, error: Optional[Exception]) -> None:
         if self._reply is None:
             self._try_failed(error or EOFError("unexpected EOF"))
             return
@@ -19624,11 +19569,9 @@ class ProxyApi:
             refuse_method("GET", request)
         else:
             urls = [endpoint.url for endpoint in self._endpoints.available()]
-            body = utf8(json_text({"endpoints": urls}) + "\n")
-            request.reply(200, body, "text/plain; charset=utf-8")
+            write_text(request, 200, json_text({"endpoints": urls}) + "\n")
 
     def stop(self) -> None:
-        """Drop all requests that wait for a member."""
         for forward in list(self._forwards):
             forward.cancel()
 
@@ -19673,10 +19616,6 @@ class ProxyServer(ServerThread):
         super()._init(config)
         self._endpoints: Optional[Endpoints] = None
         self._api: Optional[ProxyApi] = None
-
-    def __enter__(self) -> "ProxyServer":
-        self._start_or_stop()
-        return self
 
     def bind(self) -> None:
         """Open the listening sockets, so that the ports are known; serve nothing yet."""
@@ -19771,7 +19710,7 @@ class Settings:
         source = self.sources.get(name, f"-{name}")
         return source if source.startswith("-") else f"{name} (from {source})"
 
-    def spell(self, name: str, like: str, text: str) -> str:
+    def example(self, name: str, like: str, text: str) -> str:
         """Return the text that sets `name` to `text` in the place where `like` was set."""
         source = self.sources.get(like, "-")
         if source.startswith("-"):
@@ -19797,7 +19736,7 @@ class Settings:
             return False
         flag = self._flags.get(name)
         if flag is None:
-            raise FlagError(f"flag provided but not defined: -{name}{self._meant('-', name)}")
+            raise FlagError(f"flag provided but not defined: -{name}{self._suggestion('-', name)}")
         self._switch = name if flag.is_bool and not has_value else ""
         if not has_value:
             if flag.is_bool:
@@ -19840,7 +19779,7 @@ class Settings:
             return f"; write `pyetcd {word}` first and its flags behind it"
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
-    def _meant(self, prefix: str, name: str) -> str:
+    def _suggestion(self, prefix: str, name: str) -> str:
         """Return `; did you mean <flag>?` if a flag has a similar name, else ""."""
         known = [
             flag.name for flag in self._flags.values()
@@ -19877,7 +19816,7 @@ class Settings:
         for variable in sorted(self._environ):
             if variable.startswith("ETCD_") and variable not in known:
                 text = self._environ[variable]
-                meant = self._meant("ETCD_", variable[len("ETCD_"):])
+                meant = self._suggestion("ETCD_", variable[len("ETCD_"):])
                 self._log(f"unrecognized environment variable {variable}={text}{meant}",
                           logging.WARNING)
 
@@ -19897,7 +19836,7 @@ class Settings:
             flag = self._flags.get(name)
             if flag is None or name in ("config-file", "version"):
                 self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
-                          f" those that are known{self._meant('', name)}")
+                          f" those that are known{self._suggestion('', name)}")
                 continue
             if flag.is_bool:
                 text = _YAML_BOOLS.get(text.lower(), text)
@@ -19913,7 +19852,7 @@ class Settings:
             text = expand_addresses(text, self._environ, source)
         try:
             self.values[name] = flag.parse(text)
-        except Refusal as error:
+        except UnsupportedFlag as error:
             where = source if source in (f"-{name}", flag.variable) else f"{source}: {name}"
             raise FlagError(f"{where} {error}") from None
         except ValueError as error:
@@ -19978,11 +19917,11 @@ def url_advice(text: str, name: str) -> str:
             return "; a variable or placeholder was not filled in: write the address itself"
         if re.search(r"\s", url):
             return "; separate URLs by commas without spaces"
-        return _repaired(url, port)
+        return _repaired_url(url, port)
     return ""
 
 
-def _repaired(url: str, port: int) -> str:
+def _repaired_url(url: str, port: int) -> str:
     """Return `; write <URL>` with the URL that was probably meant; "" if that is bad too."""
     scheme, separator, rest = url.partition("://")
     if not separator:
@@ -20013,14 +19952,6 @@ def _invalid(flag: Flag, text: str, source: str, reason: str) -> str:
 # -- the configuration file ----------------------------------------------------
 
 
-class FileSetting(NamedTuple):
-    """One setting of a configuration file.  text: as on the command line, never empty."""
-
-    line: int                           # from 1
-    name: str                           # of the flag
-    text: str
-
-
 _SECTIONS = {"client-transport-security": "", "peer-transport-security": "peer-"}
 _SECTION_KEYS = (
     "cert-file", "key-file", "client-cert-auth", "trusted-ca-file", "ca-file", "auto-tls",
@@ -20033,8 +19964,8 @@ _CONFIG_ITEM = re.compile(rf"\s*({_QUOTED}|[^\s,\[\]{{}}&*!|>%@`\"'#][^,\[\]{{}}
 _CONFIG_FORM = "write `setting: value` on each line, lists as `a,b` or `[a, b]`, * in quotes"
 
 
-def read_config_file(path: str) -> List[FileSetting]:
-    """Return the settings in a configuration file: a JSON object, or lines of `setting: value`.
+def read_config_file(path: str) -> List[Tuple[int, str, str]]:
+    """Return (line, flag, text) for the settings in a JSON object, or lines of `setting: value`.
 
     The names are those of the flags.  In the sections client-transport-security and
     peer-transport-security of etcd 3 the flags for TLS have no `peer-`.  An empty setting is
@@ -20051,7 +19982,7 @@ def read_config_file(path: str) -> List[FileSetting]:
     except UnicodeDecodeError:
         raise FlagError(f"{path} is not text in UTF-8") from None
     read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
-    found: Dict[str, FileSetting] = {}
+    found: Dict[str, Tuple[int, str, str]] = {}
     for line, section, key, value in read(path, text):
         if not value:
             continue
@@ -20061,8 +19992,8 @@ def read_config_file(path: str) -> List[FileSetting]:
         name = _SECTIONS.get(section, "") + key
         if name in found:
             raise FlagError(f"{path}:{line}: {name} is set a second time, after line"
-                            f" {found[name].line}")
-        found[name] = FileSetting(line, name, value)
+                            f" {found[name][0]}")
+        found[name] = line, name, value
     return list(found.values())
 
 
@@ -20305,7 +20236,7 @@ def _check_advertised_to_clients(settings: Settings) -> None:
             "-advertise-client-urls is required when -listen-client-urls is set explicitly;"
             " When listening on specific address(es), this etcd process must advertise"
             " accessible url(s) to each connected client; for example"
-            f" {settings.spell(advertise, listen, example)}"
+            f" {settings.example(advertise, listen, example)}"
         )
 
 
@@ -20321,7 +20252,7 @@ def _check_advertised_to_peers(settings: Settings) -> None:
         settings.warn(
             f"{settings.where(listen)} is set, but the other members are told"
             f" {','.join(settings[advertise])}; set"
-            f" {settings.spell(advertise, listen, example or 'http://10.0.0.5:2380')}"
+            f" {settings.example(advertise, listen, example or 'http://10.0.0.5:2380')}"
         )
 
 
@@ -20502,27 +20433,23 @@ def make_config(settings: Settings) -> ServerConfig:
 # ============================================================================
 
 
-_DRY_RUN = Flag("dry-run", parse_bool, False, "say what would be done, and change nothing.")
 TOOL_FLAGS: Dict[str, Tuple[Flag, ...]] = {
-    "backup": (
-        Flag("data-dir", str, "", "path to the data directory to copy; its member may run."),
-        Flag("wal-dir", str, "", "path to its dedicated wal directory, if it has one."),
-        Flag("backup-dir", str, "", "path to the copy; must be empty or absent."),
-        Flag("backup-wal-dir", str, "", "path to a dedicated wal directory of the copy."),
-        _DRY_RUN,
-    ),
-    "restore": (
-        Flag("name", str, DEFAULT_NAME, "name of the member whose data directory is made."),
-        Flag("initial-cluster", str, "",
-             "members of the new cluster, `name=url` pairs (default: this member alone)."),
-        Flag("initial-cluster-token", str, DEFAULT_CLUSTER_TOKEN,
-             "token of the new cluster: clusters with different tokens do not mix."),
-        Flag("initial-advertise-peer-urls", parse_urls, (),
-             "peer URLs of this member (default: those in -initial-cluster)."),
-        Flag("data-dir", str, "", "path to the new data directory (default: <name>.etcd)."),
-        Flag("wal-dir", str, "", "path to the new dedicated wal directory."),
-        _DRY_RUN,
-    ),
+    "backup": flag_rows("""
+data-dir  text  path to the data directory to copy; its member may run.
+wal-dir  text  path to its dedicated wal directory, if it has one.
+backup-dir  text  path to the copy; must be empty or absent.
+backup-wal-dir  text  path to a dedicated wal directory of the copy.
+dry-run  bool  say what would be done, and change nothing.
+"""),
+    "restore": (*flag_rows("""
+name  text  name of the member whose data directory is made.
+initial-cluster  text  members of the new cluster, `name=url` pairs (default: this member alone).
+initial-cluster-token  text  token of the new cluster: clusters with different tokens do not mix.
+data-dir  text  path to the new data directory (default: <name>.etcd).
+wal-dir  text  path to the new dedicated wal directory.
+dry-run  bool  say what would be done, and change nothing.
+"""), Flag("initial-advertise-peer-urls", parse_urls, (),
+           "peer URLs of this member (default: those in -initial-cluster).")),
 }
 _STAGE = "member.tmp"               # where a member directory grows until it is complete
 _ENTRIES_PER_WRITE = 1_000
@@ -20531,7 +20458,7 @@ _READ_RETRIES = 2                   # a running member may remove or finish a fi
 OnProgress = Callable[[float, int], None]     # share that is done, keys so far (0: as before)
 
 
-def _part(progress: OnProgress, low: float, high: float) -> OnProgress:
+def _step_progress(progress: OnProgress, low: float, high: float) -> OnProgress:
     """Return the progress function of a step that takes the share from `low` to `high`."""
     return lambda share, keys: progress(low + share * (high - low), keys)
 
@@ -20598,7 +20525,6 @@ class CopyReport(NamedTuple):
         ]
 
     def summary(self) -> str:
-        """The report in one line."""
         left_out = len(self.source.entries) - self.source.committed
         return (
             f"{self.paths[0]}: member {self.member_id:x} of cluster {self.cluster_id:x},"
@@ -20759,7 +20685,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
     applier = Applier(store, cluster, source.member_id, SYSTEM_CLOCK.wall_ns)
     try:
         if source.snapshot is not None:
-            store.recover(source.snapshot.data, _part(progress, 0.0, 0.8))
+            store.recover(source.snapshot.data, _step_progress(progress, 0.0, 0.8))
             cluster.recover()
         for number, entry in enumerate(source.entries[:source.committed]):
             if entry.type == EntryType.NORMAL:
@@ -20833,7 +20759,7 @@ def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnPr
             os.rename(stage, os.path.join(data_dir, "member"))
             fsync_dir(data_dir)
             for path in begun:
-                with contextlib.suppress(PermissionError):  # a parent that we may not list
+                with contextlib.suppress(PermissionError):  # a parent that this user cannot read
                     fsync_dir(os.path.dirname(os.path.abspath(path)))
         except (OSError, DiskFull) as error:
             raise BackupError(
@@ -20928,10 +20854,10 @@ def backup(
             f"{data_dir} {what}; name the data directory of a member, which its log shows as `data"
             f" dir =`, with -data-dir; a snapshot file is for `pyetcd restore`"
         )
-    backup_wal_dir = _dedicated(backup_dir, backup_wal_dir)
+    backup_wal_dir = _dedicated_wal_dir(backup_dir, backup_wal_dir)
     check_target(backup_dir, backup_wal_dir)
     source = read_source(data_dir, wal_dir)
-    store, cluster = load_state(source, _part(progress, 0.0, 0.7))
+    store, cluster = load_state(source, _step_progress(progress, 0.0, 0.7))
     file: Optional[SnapshotFile] = None
     if source.snapshot is not None:
         data, start = encode_snapshot(source.snapshot), source.snapshot
@@ -20947,7 +20873,7 @@ def backup(
     )
     if not dry_run:
         files = MemberFiles(*new_ids, file, state, entries)
-        write_member(backup_dir, backup_wal_dir, files, _part(progress, 0.7, 1.0))
+        write_member(backup_dir, backup_wal_dir, files, _step_progress(progress, 0.7, 1.0))
     return report
 
 
@@ -20966,7 +20892,7 @@ def restore(
     old id.  progress is called as by backup().  Raises BackupError.
     """
     data_dir = data_dir or name + ".etcd"
-    wal_dir = _dedicated(data_dir, wal_dir)
+    wal_dir = _dedicated_wal_dir(data_dir, wal_dir)
     check_target(data_dir, wal_dir)
     cluster, own = _restored_cluster(ServerConfig(
         name=name, initial_cluster=initial_cluster, initial_cluster_token=initial_cluster_token,
@@ -20978,7 +20904,7 @@ def restore(
             f"the new members would have ids of the old ones, and mix with them; name another"
             f" -initial-cluster-token than {initial_cluster_token}"
         )
-    store, _ = load_state(found, _part(progress, 0.0, 0.6))
+    store, _ = load_state(found, _step_progress(progress, 0.0, 0.6))
     members = tuple(sorted(cluster.members.values()))
     _replace_members(store, members)
     job = SnapshotJob(store, found.last, tuple(member.id for member in members), SYSTEM_CLOCK.now)
@@ -20993,11 +20919,11 @@ def restore(
     if not dry_run:
         state = HardState(found.last.term, 0, found.last.index)
         files = MemberFiles(own.id, cluster.id, job.done, state, ())
-        write_member(data_dir, wal_dir, files, _part(progress, 0.9, 1.0))
+        write_member(data_dir, wal_dir, files, _step_progress(progress, 0.9, 1.0))
     return report
 
 
-def _dedicated(data_dir: str, wal_dir: str) -> str:
+def _dedicated_wal_dir(data_dir: str, wal_dir: str) -> str:
     """Return wal_dir, or "" if it is the usual directory of the log."""
     usual = os.path.join(data_dir, "member", "wal")
     return "" if os.path.abspath(wal_dir) == os.path.abspath(usual) else wal_dir
@@ -21018,7 +20944,7 @@ def _restored_cluster(config: ServerConfig) -> Tuple[Cluster, Member]:
 
 
 def _replace_members(store: Store, members: Sequence[Member]) -> None:
-    """Replace the members in the store, and drop a cluster version that is above ours."""
+    """Replace the members in the store, and drop a cluster version above this program's."""
     files = {
         f"/0/members/{format_id(member.id)}/raftAttributes": member.raft_attributes_json()
         for member in members
@@ -21071,10 +20997,6 @@ def _flag_lines(flags: Sequence[Flag]) -> Iterator[str]:
         yield f"\t\t{flag.help}"
 
 
-def tool_usage(tool: str) -> str:
-    return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(TOOL_FLAGS[tool]), ""])
-
-
 _TOOL_USAGE = {
     "backup": (
         "usage: pyetcd backup -data-dir DIR -backup-dir COPY [flags]", "",
@@ -21101,7 +21023,6 @@ def version_text() -> str:
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Send the log to stderr, in the format and with the levels of the settings."""
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
@@ -21190,7 +21111,7 @@ class SignalStop:
             os.kill(os.getpid(), self._received)
 
 
-def log_sides(config: ServerConfig) -> None:
+def log_tls_and_cors(config: ServerConfig) -> None:
     """Log the TLS settings of both ports and the CORS origins.  Raises StartError."""
     log = package_logger("etcd")
     peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
@@ -21246,15 +21167,14 @@ class ProgressLine:
         self._keys = max(self._keys, keys)
         if sys.stderr.isatty() and self._now() >= self._next:
             self._next = self._now() + 0.1
-            self._write(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
+            self._show(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
 
-    def end(self) -> None:
-        """Clear the line."""
+    def clear(self) -> None:
         if self._text:
-            self._write("")
+            self._show("")
             sys.stderr.write("\r")
 
-    def _write(self, text: str) -> None:
+    def _show(self, text: str) -> None:
         sys.stderr.write("\r" + text.ljust(len(self._text)))
         sys.stderr.flush()
         self._text = text
@@ -21270,10 +21190,10 @@ def run_tool(tool: str, words: Sequence[str]) -> int:
         sys.stderr.write(f"{error}. See 'pyetcd {tool} -help'.\n")
         return 1
     except BackupError as error:
-        line.end()
+        line.clear()
         sys.stderr.write(f"{tool}: {error}\n")
         return 1
-    line.end()
+    line.clear()
     sys.stdout.write(report)
     return 0
 
@@ -21285,7 +21205,7 @@ def _run_tool(tool: str, words: List[str], line: ProgressLine) -> str:
     flags = TOOL_FLAGS[tool]
     settings = Settings(words, os.environ, flags)
     if settings.help:
-        return tool_usage(tool)
+        return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(flags), ""])
     if tool == "restore":
         source = source or settings.take_word()
     settings.check_leftover()
@@ -21342,7 +21262,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             "set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT
         )
     try:
-        log_sides(config)
+        log_tls_and_cors(config)
         return run_member(config, os.environ)
     except StartError as error:
         package_logger("etcd").critical("%s", error)
@@ -21401,7 +21321,6 @@ class _CutTransport(Transport):
             self.add_peer(id, members[id].peer_urls)
 
     def add_peer(self, member_id: int, urls: Iterable[str]) -> None:
-        """Open the links to a member, unless they are cut."""
         super().add_peer(member_id, urls)
         if member_id in self._mute & self._deaf and member_id in self._peers:
             self._peers[member_id].stop()
@@ -21668,7 +21587,6 @@ class LocalMember:
         self.client_url, self.peer_url = (_reserve_url(self._owned) for _ in range(2))
 
     def cut(self, mute: _Ids, deaf: _Ids) -> None:
-        """Drop messages to the members `mute` and from the members `deaf`."""
         self._cuts = mute, deaf
         if self._server is not None:
             self._server.cuts = self._cuts
@@ -21862,7 +21780,7 @@ def _accepts(member: LocalMember, sender: LocalMember) -> bool:
 
 
 class ClusterFactory:
-    """What `etcd_cluster_factory` is: each call starts a LocalCluster, ended after the test."""
+    """The fixture `etcd_cluster_factory`: each call starts a LocalCluster until the test ends."""
 
     def __init__(self, tmp_path_factory: Any, clusters: contextlib.ExitStack) -> None:
         self._tmp_path_factory = tmp_path_factory

@@ -465,5 +465,5 @@ def test_backup_progress_is_one_line_on_a_terminal_after_a_second(monkeypatch):
     line.show(0.1, 100)
     assert sys.stderr.getvalue() == ""
     line.show(0.45, 123_456)
-    line.end()
+    line.clear()
     assert sys.stderr.getvalue() == "\rrestore: 45% (123,456 keys)\r" + " " * 27 + "\r"

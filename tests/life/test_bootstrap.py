@@ -334,7 +334,7 @@ def test_boot_answers_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(HttpStub(serve)) as stub:
         pyetcd.fetch_members(stub.base, 20.0, None)
         registry = pyetcd.Discovery(f"{stub.base}/token", 1, "a=http://h:1")
-        sizes.append(len(registry._exchange("GET", f"{stub.base}/v2/keys/token", "", 20.0)[2]))
+        sizes.append(len(registry._send("GET", f"{stub.base}/v2/keys/token", 20.0, "")[2]))
     assert sizes == [4 << 20, 4 << 20]
     assert sent < 100_000_000
 

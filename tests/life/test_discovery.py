@@ -115,6 +115,26 @@ def test_discovery_takes_the_oldest_registrations(disc_registry: _DiscRegistry) 
         "b=http://h:2,c=http://h:3,a=http://h:1")
 
 
+def test_discovery_name_that_does_not_resolve_is_tried_again(
+    disc_registry: _DiscRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name server that fails for a moment is no reason to end the start."""
+    resolve = socket.getaddrinfo
+    waits: List[float] = []
+
+    def flaky(host: Any, *args: Any, **options: Any) -> Any:
+        if host == "registry.test" and not waits:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return resolve("127.0.0.1" if host == "registry.test" else host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", flaky)
+    url = disc_registry.url.replace("127.0.0.1", "registry.test")
+    for name in ("bbb", "ccc"):
+        disc_registry.put(name, f"{name}=http://{name}:1")
+    found = pyetcd.Discovery(url, 0xAAA, "a=http://h:1", sleep=waits.append).join()
+    assert "a=http://h:1" in found and waits == [2.0]
+
+
 def test_discovery_retries_while_unreachable_with_growing_waits(
     caplog: pytest.LogCaptureFixture
 ) -> None:

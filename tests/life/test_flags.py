@@ -962,6 +962,15 @@ def test_flags_help_lists_every_flag(argv: List[str], capsys: pytest.CaptureFixt
     assert "\t--pre-vote\n" in out
 
 
+def test_flags_fill_every_field_that_is_not_for_programs_only() -> None:
+    """A row whose field is misspelt would leave the field at its default in silence."""
+    filled = {flag.field for group in pyetcd.FLAGS.values() for flag in group if flag.field}
+    fields = {*pyetcd.ServerConfig._fields} - {"client_tls", "peer_tls"}
+    fields |= {f"{side}_tls.{name}" for side in ("client", "peer")
+               for name in pyetcd.TlsFiles._fields}
+    assert fields - filled == {"segment_bytes", "history_events", "client_tls.allowed_cn"}
+
+
 def test_flags_page_of_the_manual_names_every_flag_that_works() -> None:
     """And none that does not exist; where it says "and the same with peer-", it lists them."""
     named = set(re.findall(r"`-?([a-z][a-z-]+)`", manual("configuration")))
@@ -1252,7 +1261,7 @@ def test_flags_start_lines_say_how_each_side_is_protected(
 ) -> None:
     caplog.set_level(logging.INFO, "pyetcd")
     pair = pyetcd.TlsFiles("c.pem", "k.pem")
-    pyetcd.log_sides(pyetcd.ServerConfig(
+    pyetcd.log_tls_and_cors(pyetcd.ServerConfig(
         listen_client_urls=("https://h:1",), client_tls=pair, listen_peer_urls=("http://h:2",),
         peer_tls=pair, cors=("http://a", "http://b")))
     assert [(r.name, r.levelname, r.getMessage()[:20]) for r in caplog.records] == [

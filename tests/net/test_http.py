@@ -377,7 +377,7 @@ def test_http_member_at_localhost_of_a_cluster_of_several_machines_is_warned(cap
     ):
         cluster.members = {1: pyetcd.Member(1, (known,))}
         caplog.clear()
-        api._check_reachable((url,))
+        api._warn_of_local((url,))
         assert ("each member takes for its own machine" in caplog.text) is warned
 
 

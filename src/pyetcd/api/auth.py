@@ -36,7 +36,6 @@ ITEMS_IN_SLICE = 100                # users or roles that one turn lists: 2 ms
 
 
 def refuse_credentials(request: HttpRequest) -> None:
-    """Answer 401: the request needs the role root."""
     write_message(request, 401, "Insufficient credentials")
 
 
@@ -109,8 +108,7 @@ class AuthApi:
             return self._allow(head, ("GET",), listing)
         if "/" in name or len(utf8(name)) > AUTH_NAME_BYTES_MAX:
             return lambda request: write_message(request, 400, "Invalid path")
-        item = self._user if kind == "users" else self._role
-        return self._allow(head, _ITEM_METHODS, functools.partial(item, name))
+        return self._allow(head, _ITEM_METHODS, functools.partial(self._item, kind, name))
 
     @property
     def _is_capable(self) -> bool:
@@ -134,38 +132,47 @@ class AuthApi:
             steps = self._store.enable() if request.method == "PUT" else self._store.disable()
             self._run(request, steps, lambda _: self._reply_empty(request))
 
-    # -- users -------------------------------------------------------------
+    # -- users and roles ---------------------------------------------------
 
-    def _list_users(self, request: HttpRequest) -> None:
-        users = filter(None, map(self._auth.user, self._auth.names("users")))
-        shown = (self._with_roles(user, skip=True) for user in users)
-        self._reply_list(request, "users", "null", shown, [])
-
-    def _with_roles(self, user: User, *, skip: bool) -> Dict[str, object]:
-        """Return the user with its roles.  skip: omit missing roles instead of AuthError."""
-        roles = []
-        for name in user.roles or ():
-            role = self._auth.role(name)
-            if role is not None:
-                roles.append(role.json())
-            elif not skip:
-                raise AuthError(404, f"Role {name} does not exist.")
-        return {"user": user.name, **({"roles": roles} if roles else {})}
-
-    def _user(self, name: str, request: HttpRequest) -> None:
+    def _item(self, kind: str, name: str, request: HttpRequest) -> None:
+        """Answer a request for one user or role.  kind: `users` or `roles`."""
+        is_user = kind == "users"
         if request.method == "GET":
-            user = self._auth.user(name)
             try:
-                if user is None:
-                    raise AuthError(404, f"User {name} does not exist.")
-                self._reply(request, 200, self._with_roles(user, skip=False))
+                found = self._user(name) if is_user else self._role(name).json()
+                self._reply(request, 200, found)
             except AuthError as error:
                 self._fail(request, error)
         elif request.method == "DELETE":
-            self._run(request, self._store.delete_user(name),
-                      lambda _: self._reply_empty(request))
+            delete = self._store.delete_user if is_user else self._store.delete_role
+            self._run(request, delete(name), lambda _: self._reply_empty(request))
         else:
-            self._put_user(name, request)
+            (self._put_user if is_user else self._put_role)(name, request)
+
+    def _user(self, name: str) -> Dict[str, object]:
+        user = self._auth.user(name)
+        if user is None:
+            raise AuthError(404, f"User {name} does not exist.")
+        return self._with_roles(user, map(self._role, user.roles or ()))
+
+    def _role(self, name: str) -> Role:
+        role = self._auth.role(name)
+        if role is None:
+            raise AuthError(404, f"Role {name} does not exist.")
+        return role
+
+    def _list_users(self, request: HttpRequest) -> None:
+        users = filter(None, map(self._auth.user, self._auth.names("users")))
+        shown = (
+            self._with_roles(user, filter(None, map(self._auth.role, user.roles or ())))
+            for user in users
+        )
+        self._reply_list(request, "users", "null", shown, [])
+
+    @staticmethod
+    def _with_roles(user: User, roles: Iterator[Role]) -> Dict[str, object]:
+        shown = [role.json() for role in roles]
+        return {"user": user.name, **({"roles": shown} if shown else {})}
 
     def _put_user(self, name: str, request: HttpRequest) -> None:
         body = self._parse(request, UserBody.parse, name, "User")
@@ -191,19 +198,6 @@ class AuthApi:
     def _list_roles(self, request: HttpRequest) -> None:
         roles = filter(None, map(self._auth.role, self._auth.names("roles")))
         self._reply_list(request, "roles", "[]", (role.json() for role in roles), [])
-
-    def _role(self, name: str, request: HttpRequest) -> None:
-        if request.method == "GET":
-            role = self._auth.role(name)
-            if role is None:
-                self._fail(request, AuthError(404, f"Role {name} does not exist."))
-            else:
-                self._reply(request, 200, role.json())
-        elif request.method == "DELETE":
-            self._run(request, self._store.delete_role(name),
-                      lambda _: self._reply_empty(request))
-        else:
-            self._put_role(name, request)
 
     def _put_role(self, name: str, request: HttpRequest) -> None:
         body = self._parse(request, RoleBody.parse, name, "Role")

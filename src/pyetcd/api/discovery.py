@@ -12,7 +12,7 @@ from ..base.messages import Request
 from ..base.text import json_string
 from ..net.http_messages import HttpHead
 from ..net.http_requests import HttpRequest
-from .forms import parse_form
+from .forms import parse_form, write_text
 from .routes import CorsRequest
 
 DISCOVERY_DEFAULT_SIZE = 3          # of a cluster made by /new without size
@@ -44,7 +44,7 @@ class DiscoveryService:
         match = _TOKEN_PATH.fullmatch(path)
         if match is None:
             return False
-        if request.method in _TOKEN_METHODS[_token_route(match.group(1) or "")]:
+        if request.method in _TOKEN_METHODS.get(match.group(1), ("GET", "PUT", "DELETE")):
             self._forward(request)
         else:
             request.reply(405)
@@ -56,26 +56,26 @@ class DiscoveryService:
         if is_from_browser(request.headers) and not (
             isinstance(request, CorsRequest) and request.is_allowed
         ):
-            _reply_text(request, 403, _NOT_FOR_PAGES)
+            write_text(request, 403, _NOT_FOR_PAGES)
             return
         if request.body_too_large:
-            _reply_text(request, 413, "413 Request Entity Too Large\n")
+            write_text(request, 413, "413 Request Entity Too Large\n")
             return
         try:
             size = _wanted_size(request)
         except ValueError as error:
-            _reply_text(request, 400, f"{error}\n")
+            write_text(request, 400, f"{error}\n")
             return
         if not host:
-            _reply_text(request, 400, "missing Host header\n")
+            write_text(request, 400, "missing Host header\n")
             return
         token = os.urandom(16).hex()
 
         def done(result: Any) -> None:
             if isinstance(result, EtcdError):
-                _reply_text(request, 400, f"Unable to generate token: {result.cause}\n")
+                write_text(request, 400, f"Unable to generate token: {result.cause}\n")
             else:
-                _reply_text(request, 200, f"{request.scheme}://{host}/{token}")
+                write_text(request, 200, f"{request.scheme}://{host}/{token}")
 
         self._do(
             Request(
@@ -122,15 +122,7 @@ def is_from_browser(headers: Mapping[str, str]) -> bool:
 
 
 _TOKEN_PATH = re.compile("/[0-9a-f]{32}(/?|/_config/size|/[^/]+)")
-_TOKEN_METHODS = {
-    "token": ("GET", "PUT"), "size": ("GET",), "machine": ("GET", "PUT", "DELETE"),
-}
-
-
-def _token_route(rest: str) -> str:
-    if rest in ("", "/"):
-        return "token"
-    return "size" if rest == "/_config/size" else "machine"
+_TOKEN_METHODS = {"": ("GET", "PUT"), "/": ("GET", "PUT"), "/_config/size": ("GET",)}
 
 
 def _wanted_size(request: HttpRequest) -> int:
@@ -150,10 +142,3 @@ def _wanted_size(request: HttpRequest) -> int:
     if not 1 <= size < 1 << 63:
         raise ValueError(f"size={text[:20]}: a cluster has at least one member")
     return size
-
-
-def _reply_text(request: HttpRequest, status: int, text: str) -> None:
-    request.reply(
-        status, text.encode("utf-8"), "text/plain; charset=utf-8",
-        "X-Content-Type-Options: nosniff\r\n" if status != 200 else "",
-    )

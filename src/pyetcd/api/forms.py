@@ -27,7 +27,7 @@ from ..base.limits import (
     WATCHER_QUEUE_EVENTS_MAX,
 )
 from ..base.messages import Request
-from ..base.text import go_quote, is_unicode, json_string, text_of, unquote
+from ..base.text import go_quote, is_unicode, json_string, text_of, unquote, utf8
 from ..net.http_messages import HttpHead
 from ..net.http_requests import HttpRequest, StreamReply
 from ..store.events import Event
@@ -40,17 +40,22 @@ FORM_SLICE_BYTES = 512 << 10        # of one field of a form that are decoded in
 FORM_SLICE_FIELDS = 1_000           # of a form that are decoded in one turn
 KEY_BYTES_MAX = 64 << 10            # of the path of a key that is written; above: error 210
 
-_TEXT = "text/plain; charset=utf-8"
 _NOSNIFF = "X-Content-Type-Options: nosniff\r\n"
+
+
+def write_text(request: HttpRequest, status: int, text: str, headers: str = "") -> None:
+    """Answer with plain text; errors have `nosniff`, as those of Go's http.Error."""
+    headers += _NOSNIFF if status >= 400 else ""
+    request.reply(status, utf8(text), "text/plain; charset=utf-8", headers)
 
 
 def refuse_method(allow: str, request: HttpRequest) -> None:
     """Answer 405.  allow: the methods of the path, `A,B`."""
-    request.reply(405, b"Method Not Allowed\n", _TEXT, f"Allow: {allow}\r\n{_NOSNIFF}")
+    write_text(request, 405, "Method Not Allowed\n", f"Allow: {allow}\r\n")
 
 
 def not_found(request: HttpRequest) -> None:
-    request.reply(404, b"404 page not found\n", _TEXT, _NOSNIFF)
+    write_text(request, 404, "404 page not found\n")
 
 
 def write_message(request: HttpRequest, status: int, message: str, headers: str = "") -> None:
@@ -231,7 +236,7 @@ def _expiration_field(fields: Mapping[str, str], now_ns: int) -> Optional[int]:
 def parse_key_request(
     method: str, path: str, fields: Mapping[str, str], now_ns: int
 ) -> Request:
-    """Return the command in a request's merged fields; its id is still 0.
+    """Return the command, with id 0, that the merged fields of a request describe.
 
     path  internal, clean
 

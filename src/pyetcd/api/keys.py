@@ -61,7 +61,6 @@ class KeysApi:
         metrics.before_text = self._count_puts
 
     def route(self, head: HttpHead) -> Handler:
-        """Return the handler of requests with this head."""
         if head.method not in self.METHODS:
             return functools.partial(refuse_method, ",".join(self.METHODS))
         target = KeyTarget(head)
@@ -77,7 +76,7 @@ class KeysApi:
     def _answer(self, head: HttpHead, target: KeyTarget) -> Handler:
         command = target.command
         if head.method in ("PUT", "POST"):
-            return functools.partial(self._write, target)
+            return functools.partial(self._put, target)
         if head.method == "DELETE":
             return functools.partial(self._submit, command)
         if head.method == "GET" and command.quorum:
@@ -119,7 +118,6 @@ class KeysApi:
     def _list(
         self, request: HttpRequest, method: str, started: float, wanted: ListingRequest
     ) -> None:
-        """GET and HEAD of a directory."""
         def done(result: Union[Listing, EtcdError]) -> None:
             if isinstance(result, EtcdError):
                 self._fail(request, method, result)
@@ -130,7 +128,7 @@ class KeysApi:
 
         self._listings.ask(wanted, request, done)
 
-    def _write(self, target: KeyTarget, request: HttpRequest) -> None:
+    def _put(self, target: KeyTarget, request: HttpRequest) -> None:
         """PUT and POST.  A hot path for bodies of the form `value=<nothing encoded>`."""
         body = request.body
         if target.plain and body.startswith(b"value=") and len(body) < FORM_SLICE_BYTES and not (
@@ -183,7 +181,6 @@ class KeysApi:
                 self._reactor.call_in_turn(self._parse_slice, steps, request, refuse)
 
     def _submit(self, command: Request, request: HttpRequest, encoded: bytes = b"") -> None:
-        """Start a command that goes through consensus."""
         method = command.method
         self._stats.gets_fail += 1              # as in _get
         self._received.inc(method)

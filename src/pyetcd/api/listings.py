@@ -72,7 +72,7 @@ class Listings:
             self._enqueue(wanted, waiter)
             return
         try:
-            listing = self._begin(wanted)
+            listing = self._start_listing(wanted)
         except EtcdError as error:
             done(error)
             return
@@ -119,7 +119,7 @@ class Listings:
             self._turn, self._work_done = self._reactor.turns, 0
         return LISTING_SLICE_WORK - self._work_done
 
-    def _begin(self, wanted: ListingRequest) -> Listing:
+    def _start_listing(self, wanted: ListingRequest) -> Listing:
         listing = self._store.listing(
             wanted.path, recursive=wanted.recursive, sorted=wanted.sorted,
             now_ns=self._reactor.wall_ns(),
@@ -164,7 +164,7 @@ class Listings:
             if not self._waiters:
                 return                  # all have left
             try:
-                self._current = wanted, self._begin(wanted)
+                self._current = wanted, self._start_listing(wanted)
             except EtcdError as error:
                 self._finish(error)
         else:

@@ -23,7 +23,7 @@ from ..base.urls import check_advertised_url, is_local, usable_urls
 from ..member.cluster import Member, format_id, member_id
 from ..member.server import EtcdServer
 from ..net.http_requests import HttpRequest
-from .forms import _NOSNIFF, _TEXT, KEY_BYTES_MAX, canonical_path, write_message
+from .forms import KEY_BYTES_MAX, canonical_path, write_message, write_text
 from .gojson import GoJson
 
 _PATH_SAFE = "/$&+,:;=@-_.~"        # characters that Go does not escape in a path
@@ -91,7 +91,7 @@ class MembersApi:
         elif request.method == "POST":
             self._change_urls(request, ConfChangeType.ADD_NODE)
         elif not rest:
-            request.reply(405, b"Method Not Allowed\n", _TEXT, self._cluster_line + _NOSNIFF)
+            write_text(request, 405, "Method Not Allowed\n", self._cluster_line)
         elif not re.fullmatch("[0-9A-Fa-f]+", rest) or len(rest.lstrip("0")) > 16:
             self._message(request, 404, f"No such member: {rest}")
         elif request.method == "DELETE":
@@ -156,7 +156,6 @@ class MembersApi:
         self, request: HttpRequest, change: ConfChangeType, member: Member,
         error: Optional[Exception],
     ) -> None:
-        """Answer after the change is applied or refused."""
         if error is None and change == ConfChangeType.ADD_NODE:
             self._reply(request, 201, member.client_json() + "\n")
         elif error is None:

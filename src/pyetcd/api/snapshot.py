@@ -29,7 +29,6 @@ class SnapshotApi:
         self._downloads: Set[Download] = set()
 
     def handle(self, request: HttpRequest) -> None:
-        """Answer once the snapshot is complete."""
         if not self._server.raft_index:
             write_message(request, 503, "this member has no state yet; ask another one")
         elif len(self._downloads) >= DOWNLOADS_MAX or self._held_bytes() > HELD_BYTES_MAX:

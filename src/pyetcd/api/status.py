@@ -10,13 +10,12 @@ from ..base.limits import SERVER_VERSION, SHORT_HEADER_BYTES_MAX
 from ..base.text import json_string, json_text, utf8
 from ..member.server import EtcdServer
 from ..net.http_requests import HttpRequest
-from .forms import _NOSNIFF, _TEXT, write_message
+from .forms import _NOSNIFF, write_message, write_text
 from .gojson import GoJson, raft_state_name
 from .metrics import add_member_metrics, debug_variables
 
 
 def version_json(server: EtcdServer) -> bytes:
-    """Return the body of /version."""
     cluster = server.cluster.version or "not_decided"
     return f'{{"etcdserver":"{SERVER_VERSION}","etcdcluster":"{cluster}"}}'.encode()
 
@@ -41,8 +40,7 @@ class StatusApi:
         request.reply(200, version_json(self._server))
 
     def machines(self, request: HttpRequest) -> None:
-        urls = ", ".join(sorted(self._server.cluster.client_urls()))
-        request.reply(200, utf8(urls), _TEXT)
+        write_text(request, 200, ", ".join(sorted(self._server.cluster.client_urls())))
 
     def health(self, request: HttpRequest) -> None:
         """Answer at once, from the known leader and the links to the other members.
@@ -52,9 +50,9 @@ class StatusApi:
         healthy = self._server.is_healthy
         (self._healthy if healthy else self._unhealthy).inc()
         if healthy:
-            request.reply(200, b'{"health": "true"}', _TEXT)
+            write_text(request, 200, '{"health": "true"}')
         else:
-            request.reply(503, b'{"health": "false"}\n', _TEXT, _NOSNIFF)
+            write_text(request, 503, '{"health": "false"}\n')
 
     def probe(self, request: HttpRequest) -> None:
         """Answer /livez, /readyz, or one check of them: `ok`, or 503 with the failed checks.
@@ -78,10 +76,9 @@ class StatusApi:
             lines += f"[-]{check} failed: {problem}\n" if problem else f"[+]{check} ok\n"
         (self._unhealthy if failed else self._healthy).inc()
         if failed:
-            request.reply(503, utf8(lines), _TEXT, _NOSNIFF)
+            write_text(request, 503, lines)
         else:
-            shown = lines if "verbose" in query else ""
-            request.reply(200, utf8(shown + "ok\n"), _TEXT, _NOSNIFF)
+            write_text(request, 200, (lines if "verbose" in query else "") + "ok\n", _NOSNIFF)
 
     def _problem(self) -> str:
         """Return why a linearizable read would fail; "" if it would not."""

@@ -43,7 +43,7 @@ def is_elsewhere(url: str) -> bool:
 
 
 def default_route_address() -> str:
-    """Return our IPv4 address on the interface with the default route, or ""."""
+    """Return the IPv4 address of the interface with the default route, or ""."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.connect(("192.0.2.1", 9))  # sends nothing: a datagram socket looks up the route
         return str(sock.getsockname()[0])

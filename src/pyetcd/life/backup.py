@@ -38,7 +38,7 @@ from .sources import (
     BackupError,
     CopyReport,
     OnProgress,
-    _part,
+    _step_progress,
     load_state,
     read_source,
 )
@@ -94,7 +94,7 @@ def write_member(data_dir: str, wal_dir: str, files: MemberFiles, progress: OnPr
             os.rename(stage, os.path.join(data_dir, "member"))
             fsync_dir(data_dir)
             for path in begun:
-                with contextlib.suppress(PermissionError):  # a parent that we may not list
+                with contextlib.suppress(PermissionError):  # a parent that this user cannot read
                     fsync_dir(os.path.dirname(os.path.abspath(path)))
         except (OSError, DiskFull) as error:
             raise BackupError(
@@ -189,10 +189,10 @@ def backup(
             f"{data_dir} {what}; name the data directory of a member, which its log shows as `data"
             f" dir =`, with -data-dir; a snapshot file is for `pyetcd restore`"
         )
-    backup_wal_dir = _dedicated(backup_dir, backup_wal_dir)
+    backup_wal_dir = _dedicated_wal_dir(backup_dir, backup_wal_dir)
     check_target(backup_dir, backup_wal_dir)
     source = read_source(data_dir, wal_dir)
-    store, cluster = load_state(source, _part(progress, 0.0, 0.7))
+    store, cluster = load_state(source, _step_progress(progress, 0.0, 0.7))
     file: Optional[SnapshotFile] = None
     if source.snapshot is not None:
         data, start = encode_snapshot(source.snapshot), source.snapshot
@@ -208,7 +208,7 @@ def backup(
     )
     if not dry_run:
         files = MemberFiles(*new_ids, file, state, entries)
-        write_member(backup_dir, backup_wal_dir, files, _part(progress, 0.7, 1.0))
+        write_member(backup_dir, backup_wal_dir, files, _step_progress(progress, 0.7, 1.0))
     return report
 
 
@@ -227,7 +227,7 @@ def restore(
     old id.  progress is called as by backup().  Raises BackupError.
     """
     data_dir = data_dir or name + ".etcd"
-    wal_dir = _dedicated(data_dir, wal_dir)
+    wal_dir = _dedicated_wal_dir(data_dir, wal_dir)
     check_target(data_dir, wal_dir)
     cluster, own = _restored_cluster(ServerConfig(
         name=name, initial_cluster=initial_cluster, initial_cluster_token=initial_cluster_token,
@@ -239,7 +239,7 @@ def restore(
             f"the new members would have ids of the old ones, and mix with them; name another"
             f" -initial-cluster-token than {initial_cluster_token}"
         )
-    store, _ = load_state(found, _part(progress, 0.0, 0.6))
+    store, _ = load_state(found, _step_progress(progress, 0.0, 0.6))
     members = tuple(sorted(cluster.members.values()))
     _replace_members(store, members)
     job = SnapshotJob(store, found.last, tuple(member.id for member in members), SYSTEM_CLOCK.now)
@@ -254,11 +254,11 @@ def restore(
     if not dry_run:
         state = HardState(found.last.term, 0, found.last.index)
         files = MemberFiles(own.id, cluster.id, job.done, state, ())
-        write_member(data_dir, wal_dir, files, _part(progress, 0.9, 1.0))
+        write_member(data_dir, wal_dir, files, _step_progress(progress, 0.9, 1.0))
     return report
 
 
-def _dedicated(data_dir: str, wal_dir: str) -> str:
+def _dedicated_wal_dir(data_dir: str, wal_dir: str) -> str:
     """Return wal_dir, or "" if it is the usual directory of the log."""
     usual = os.path.join(data_dir, "member", "wal")
     return "" if os.path.abspath(wal_dir) == os.path.abspath(usual) else wal_dir
@@ -279,7 +279,7 @@ def _restored_cluster(config: ServerConfig) -> Tuple[Cluster, Member]:
 
 
 def _replace_members(store: Store, members: Sequence[Member]) -> None:
-    """Replace the members in the store, and drop a cluster version that is above ours."""
+    """Replace the members in the store, and drop a cluster version above this program's."""
     files = {
         f"/0/members/{format_id(member.id)}/raftAttributes": member.raft_attributes_json()
         for member in members

@@ -95,7 +95,7 @@ def _check_advertised_to_clients(settings: Settings) -> None:
             "-advertise-client-urls is required when -listen-client-urls is set explicitly;"
             " When listening on specific address(es), this etcd process must advertise"
             " accessible url(s) to each connected client; for example"
-            f" {settings.spell(advertise, listen, example)}"
+            f" {settings.example(advertise, listen, example)}"
         )
 
 
@@ -111,7 +111,7 @@ def _check_advertised_to_peers(settings: Settings) -> None:
         settings.warn(
             f"{settings.where(listen)} is set, but the other members are told"
             f" {','.join(settings[advertise])}; set"
-            f" {settings.spell(advertise, listen, example or 'http://10.0.0.5:2380')}"
+            f" {settings.example(advertise, listen, example or 'http://10.0.0.5:2380')}"
         )
 
 

@@ -63,10 +63,6 @@ def _flag_lines(flags: Sequence[Flag]) -> Iterator[str]:
         yield f"\t\t{flag.help}"
 
 
-def tool_usage(tool: str) -> str:
-    return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(TOOL_FLAGS[tool]), ""])
-
-
 _TOOL_USAGE = {
     "backup": (
         "usage: pyetcd backup -data-dir DIR -backup-dir COPY [flags]", "",
@@ -93,7 +89,6 @@ def version_text() -> str:
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Send the log to stderr, in the format and with the levels of the settings."""
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
@@ -182,7 +177,7 @@ class SignalStop:
             os.kill(os.getpid(), self._received)
 
 
-def log_sides(config: ServerConfig) -> None:
+def log_tls_and_cors(config: ServerConfig) -> None:
     """Log the TLS settings of both ports and the CORS origins.  Raises StartError."""
     log = package_logger("etcd")
     peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
@@ -238,15 +233,14 @@ class ProgressLine:
         self._keys = max(self._keys, keys)
         if sys.stderr.isatty() and self._now() >= self._next:
             self._next = self._now() + 0.1
-            self._write(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
+            self._show(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
 
-    def end(self) -> None:
-        """Clear the line."""
+    def clear(self) -> None:
         if self._text:
-            self._write("")
+            self._show("")
             sys.stderr.write("\r")
 
-    def _write(self, text: str) -> None:
+    def _show(self, text: str) -> None:
         sys.stderr.write("\r" + text.ljust(len(self._text)))
         sys.stderr.flush()
         self._text = text
@@ -262,10 +256,10 @@ def run_tool(tool: str, words: Sequence[str]) -> int:
         sys.stderr.write(f"{error}. See 'pyetcd {tool} -help'.\n")
         return 1
     except BackupError as error:
-        line.end()
+        line.clear()
         sys.stderr.write(f"{tool}: {error}\n")
         return 1
-    line.end()
+    line.clear()
     sys.stdout.write(report)
     return 0
 
@@ -277,7 +271,7 @@ def _run_tool(tool: str, words: List[str], line: ProgressLine) -> str:
     flags = TOOL_FLAGS[tool]
     settings = Settings(words, os.environ, flags)
     if settings.help:
-        return tool_usage(tool)
+        return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(flags), ""])
     if tool == "restore":
         source = source or settings.take_word()
     settings.check_leftover()
@@ -334,7 +328,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             "set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT
         )
     try:
-        log_sides(config)
+        log_tls_and_cors(config)
         return run_member(config, os.environ)
     except StartError as error:
         package_logger("etcd").critical("%s", error)

@@ -85,9 +85,20 @@ def blocking_get(
 
     Raises OSError or http.client.HTTPException.
     """
-    connection = _open_connection(url, timeout_s, tls)
+    return _exchange(_open_connection(url, timeout_s, tls), "GET", target, timeout_s)
+
+
+def _exchange(
+    connection: http.client.HTTPConnection, method: str, target: str, answer_s: Optional[float],
+    form: str = "",
+) -> Tuple[int, http.client.HTTPMessage, bytes]:
+    """Connect, send one request and return (status, headers, body); answer_s: longest silence."""
     try:
-        connection.request("GET", target)
+        connection.connect()
+        connection.sock.settimeout(answer_s)
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        headers = {"Content-Type": "application/x-www-form-urlencoded"} if form else {}
+        connection.request(method, target, form or None, headers)
         response = connection.getresponse()
         return response.status, response.headers, response.read(CALL_BODY_BYTES_MAX)
     finally:
@@ -246,13 +257,13 @@ class Discovery:
         if not (isinstance(body, dict) and body.get("errorCode") == NodeExists.code):
             return int(self._node(body).get("createdIndex", 0)) or 1
         node = self._node(self._get(f"/{self._id}?quorum=true")[1])
-        if node.get("value") != self._pairs or not (is_again or self._is_unmistakable()):
+        if node.get("value") != self._pairs or not (is_again or self._is_unique_registration()):
             raise DuplicateId("discovery: found duplicate id")
         self.resumed = True
         self._log.info("found the registration of this member, which an earlier try has made")
         return int(node.get("createdIndex", 0)) or 1
 
-    def _is_unmistakable(self) -> bool:
+    def _is_unique_registration(self) -> bool:
         """True unless other hosts may register the same URLs: `localhost`, on a remote registry."""
         initial = parse_initial_cluster(self._pairs)
         urls = [url for urls in initial.values() for url in urls]
@@ -363,7 +374,7 @@ class Discovery:
         """
         url = self._endpoint + self._path + suffix
         for _ in range(DISCOVERY_REDIRECTS_MAX):
-            status, headers, body = self._exchange(method, url, form, answer_s)
+            status, headers, body = self._send(method, url, answer_s, form)
             if status >= 500:
                 raise DiscoveryUnreachable(f"unexpected status code {status} from {self._endpoint}")
             location = headers.get("Location", "")
@@ -378,30 +389,21 @@ class Discovery:
         except ValueError:
             raise DiscoveryError("discovery: bad discovery endpoint") from None
 
-    def _exchange(
-        self, method: str, url: str, form: str, answer_s: Optional[float]
+    def _send(
+        self, method: str, url: str, answer_s: Optional[float], form: str
     ) -> Tuple[int, http.client.HTTPMessage, bytes]:
         """Send one request on a connection of its own.  Raises DiscoveryUnreachable."""
         parts = urlsplit(url)
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         if self._proxy and parts.scheme == "http":
             target = url
-        connection = self._connect(parts)
         try:
-            connection.connect()
-            connection.sock.settimeout(answer_s)
-            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            headers = {"Content-Type": "application/x-www-form-urlencoded"} if form else {}
-            connection.request(method, target, form or None, headers)
-            response = connection.getresponse()
-            return response.status, response.headers, response.read(CALL_BODY_BYTES_MAX)
+            return _exchange(self._connection(parts), method, target, answer_s, form)
         except (OSError, http.client.HTTPException) as error:
             where = self._proxy or f"{parts.scheme}://{parts.netloc}"
             raise DiscoveryUnreachable(f"{method} {url}: {where}: {_reason(error)}") from None
-        finally:
-            connection.close()
 
-    def _connect(self, parts: urllib.parse.SplitResult) -> http.client.HTTPConnection:
+    def _connection(self, parts: urllib.parse.SplitResult) -> http.client.HTTPConnection:
         if not self._proxy or parts.scheme == "http":
             url = self._proxy or f"{parts.scheme}://{parts.netloc}"
             return _open_connection(url, DISCOVERY_DIAL_SECONDS)

@@ -88,6 +88,14 @@ class ServerThread:
         self._thread: Optional[threading.Thread] = None
         self._error: Optional[BaseException] = None
 
+    def __enter__(self: _Hosted) -> _Hosted:
+        """Start; close everything after a failure."""
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.stop)
+            self.start()
+            on_failure.pop_all()
+        return self
+
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
@@ -113,13 +121,6 @@ class ServerThread:
     def client_urls(self) -> Tuple[str, ...]:
         """Bound client URLs, with the real ports."""
         return tuple(listener.bound_url for listener in self._client_listeners)
-
-    def _start_or_stop(self) -> None:
-        """Start; close everything after a failure."""
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self.stop)
-            self.start()
-            on_failure.pop_all()
 
     def _listen(
         self, url: str, handler: Callable[[HttpRequest], None], body_max: int, files: TlsFiles,
@@ -207,12 +208,6 @@ class Server(ServerThread):
         self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
         self._leaving = False           # stop() has begun
-
-    # -- life --------------------------------------------------------------
-
-    def __enter__(self) -> Server:
-        self._start_or_stop()
-        return self
 
     def bind(self) -> None:
         """Open the listening sockets, so that the ports are known; serve nothing yet."""
@@ -309,8 +304,6 @@ class Server(ServerThread):
     def peer_urls(self) -> Tuple[str, ...]:
         """Bound peer URLs, with the real ports."""
         return tuple(listener.bound_url for listener in self._peer_listeners)
-
-    # -- inside ------------------------------------------------------------
 
     def _count_client_bytes(self, metrics: Metrics) -> None:
         """Add the bytes of the client port, under the names of etcd 3.x, whose clients use gRPC."""

@@ -44,21 +44,7 @@ class Flag(NamedTuple):
 
     @property
     def variable(self) -> str:
-        """Name of the environment variable."""
         return "ETCD_" + self.name.upper().replace("-", "_")
-
-
-def setting(name: str, parse: Callable[[str], Any], help: str, field: str = "") -> Flag:
-    """Return the flag that fills a field of ServerConfig and has the default of that field.
-
-    field  as in Flag; unless given, the name of the flag with _ for -, and _ms for a time
-    """
-    field = field or name.replace("-", "_")
-    field += "" if hasattr(_DEFAULTS, field.partition(".")[0]) else "_ms"
-    return Flag(name, parse, operator.attrgetter(field)(_DEFAULTS), help, field=field)
-
-
-_DEFAULTS = ServerConfig()
 
 
 def parse_bool(text: str) -> bool:
@@ -82,8 +68,8 @@ def parse_uint(text: str) -> int:
     return value
 
 
-class Refusal(ValueError):
-    """A flag that is not supported with any value.  The text says why, and what to do instead."""
+class UnsupportedFlag(ValueError):
+    """A flag that is not supported with any value.  The text gives the reason and the remedy."""
 
 
 def _parse_domain(text: str) -> str:
@@ -163,7 +149,7 @@ def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     """Return the parser of auto-tls or peer-auto-tls, which may only be false."""
     def parse(text: str) -> bool:
         if parse_bool(text):
-            raise Refusal(
+            raise UnsupportedFlag(
                 f"is not supported: pyetcd cannot make certificates; make one with `openssl req"
                 f" -x509 -newkey rsa:2048 -nodes -days 365 -keyout key.pem -out cert.pem"
                 f" -subj /CN=etcd -addext subjectAltName=IP:127.0.0.1,IP:"
@@ -175,130 +161,124 @@ def _parse_auto_tls(prefix: str) -> Callable[[str], bool]:
     return parse
 
 
-def _tls_flags(side: str) -> Tuple[Flag, ...]:
-    """Return the flags for TLS with clients or with peers.  side: `client` or `peer`."""
-    prefix, part = ("peer-" if side == "peer" else ""), side + "_tls."
-    cert_auth = f"-{prefix}trusted-ca-file with -{prefix}client-cert-auth."
-    common_name = (setting("peer-cert-allowed-cn", str, "common name that peers' certificates must"
-                           " have.", "peer_tls.allowed_cn"),) if side == "peer" else ()
-    return (
-        setting(prefix + "ca-file", str, "[DEPRECATED] " + cert_auth, part + "ca_file"),
-        setting(prefix + "cert-file", str, f"path to the {side} server TLS cert file.",
-                part + "cert_file"),
-        setting(prefix + "key-file", str, f"path to the {side} server TLS key file.",
-                part + "key_file"),
-        setting(prefix + "client-cert-auth", parse_bool, f"require certificates of {side}s.",
-                part + "client_cert_auth"),
-        setting(prefix + "trusted-ca-file", str, f"path to the {side} server TLS CA file.",
-                part + "trusted_ca_file"),
-        setting(side + "-crl-file", str, f"path to the {side} certificate revocation list.",
-                part + "crl_file"),
-        *common_name,
-        setting(side + "-cert-allowed-hostname", str,
-                f"host name that certificates of {side}s must have.", part + "allowed_name"),
-        Flag(prefix + "auto-tls", _parse_auto_tls(prefix), False,
-             f"not supported: give -{prefix}cert-file, -{prefix}key-file."),
-    )
+def flag_rows(table: str) -> Tuple[Flag, ...]:
+    """Return the flags of a table with a row `name  kind  help` for each.
+
+    kind  a key of _KINDS, or the accepted words with | between; then, if the field has another
+          name than the flag, a colon and the field.  The default is that of the field.
+    """
+    flags = []
+    for row in table.strip().split("\n"):
+        name, kind, help = re.split(" {2,}", row, maxsplit=2)
+        kind, _, field = kind.partition(":")
+        field = field or name.replace("-", "_") + "_ms" * (kind == "ms")
+        parse, default = _KINDS[kind] if kind in _KINDS else (_one_of(*kind.split("|")), "")
+        if hasattr(_DEFAULTS, field.partition(".")[0]):
+            default = operator.attrgetter(field)(_DEFAULTS)
+        else:
+            field = ""
+        flags.append(Flag(name, parse, default, help, field=field))
+    return tuple(flags)
 
 
-_PEER_CERTIFICATE = _one_of("", refusal=(
-    "peers are shown the certificate of -peer-cert-file; leave this out"))
-_NO_PEERS = 'flag "-{}" is no longer supported; use -initial-cluster or -discovery'
+_DEFAULTS = ServerConfig()
+_KINDS: Dict[str, Tuple[Callable[[str], Any], Any]] = {     # parser, default without a field
+    "text": (str, ""), "bool": (parse_bool, False), "uint": (parse_uint, 0), "ms": (parse_uint, 0),
+    "urls": (parse_urls, ()), "origins": (_parse_origins, ()), "levels": (_parse_levels, {}),
+    "token": (_parse_discovery, ""), "http-proxy": (_parse_proxy, ""),
+    "domain": (_parse_domain, ""), "address": (_parse_address, ""),
+    "format": (_one_of("text", "json", "console"), "text"),
+}
 
 FLAGS: Dict[str, Tuple[Flag, ...]] = {
-    "member": (
-        setting("name", str, "human-readable name for this member."),
-        setting("data-dir", str, "path to the data directory (default: <name>.etcd)."),
-        setting("wal-dir", str, "path to the dedicated wal directory."),
-        setting("snapshot-count", parse_uint,
-                "number of committed transactions to trigger a snapshot to disk."),
-        setting("heartbeat-interval", parse_uint,
-                "time (in milliseconds) of a heartbeat interval.", "heartbeat_ms"),
-        setting("election-timeout", parse_uint,
-                "time (in milliseconds) for an election to timeout.", "election_ms"),
-        setting("listen-peer-urls", parse_urls, "list of URLs to listen on for peer traffic."),
-        setting("listen-client-urls", parse_urls, "list of URLs to listen on for client traffic."),
-        setting("max-snapshots", parse_uint,
-                "maximum number of snapshot files to retain (0 is unlimited)."),
-        setting("max-wals", parse_uint, "maximum number of wal files to retain (0 is unlimited)."),
-        setting("cors", _parse_origins,
-                "comma-separated whitelist of origins for cross-origin resource sharing."),
-    ),
-    "clustering": (
-        setting("initial-advertise-peer-urls", parse_urls,
-                "list of this member's peer URLs to advertise to the rest of the cluster."),
-        setting("advertise-client-urls", parse_urls,
-                "list of this member's client URLs to advertise to the rest of the cluster."),
-        setting("initial-cluster", str,
-                "initial cluster, `name=url` pairs (default: this member alone)."),
-        setting("initial-cluster-state", _one_of("new", "existing"),
-                "initial cluster state: `new`, or `existing` to join a running cluster."),
-        setting("initial-cluster-token", str,
-                "token of the cluster: clusters with different tokens do not mix."),
-        setting("discovery", _parse_discovery, "discovery URL used to bootstrap the cluster."),
-        setting("discovery-fallback", _one_of("exit", "proxy"),
-                "behavior when the discovery cluster is full: `exit` or `proxy`."),
-        setting("discovery-proxy", _parse_proxy,
-                "HTTP proxy to use for traffic to discovery service."),
-        setting("discovery-srv", _parse_domain, "dns srv domain used to bootstrap the cluster."),
-        Flag("discovery-srv-name", _one_of("", refusal=(
-            "a suffix of the SRV names is not supported; publish the records without it"
-        )), "", "not supported: suffix of the SRV names."),
-        setting("strict-reconfig-check", parse_bool,
-                "reject reconfiguration requests that would cause quorum loss."),
-    ),
-    "proxy": (
-        setting("proxy", _one_of("off", "readonly", "on"),
-                "proxy mode: `off`, `readonly` or `on`."),
-        setting("proxy-failure-wait", parse_uint,
-                "time (in milliseconds) an endpoint is held in a failed state."),
-        setting("proxy-refresh-interval", parse_uint,
-                "time (in milliseconds) between two refreshes of the endpoints."),
-        setting("proxy-dial-timeout", parse_uint,
-                "time (in milliseconds) for a dial to timeout, 0 is unlimited."),
-        setting("proxy-write-timeout", parse_uint,
-                "time (in milliseconds) for a write to timeout, 0 is unlimited."),
-        setting("proxy-read-timeout", parse_uint,
-                "time (in milliseconds) for a read to timeout, 0 is unlimited."),
-    ),
-    "security": (
-        *_tls_flags("client"), *_tls_flags("peer"),
-        Flag("peer-client-cert-file", _PEER_CERTIFICATE, "",
-             "not supported: -peer-cert-file serves for both directions."),
-        Flag("peer-client-key-file", _PEER_CERTIFICATE, "",
-             "not supported: -peer-key-file serves for both directions."),
+    "member": flag_rows("""
+name  text  human-readable name for this member.
+data-dir  text  path to the data directory (default: <name>.etcd).
+wal-dir  text  path to the dedicated wal directory.
+snapshot-count  uint  number of committed transactions to trigger a snapshot to disk.
+heartbeat-interval  ms:heartbeat_ms  time (in milliseconds) of a heartbeat interval.
+election-timeout  ms:election_ms  time (in milliseconds) for an election to timeout.
+listen-peer-urls  urls  list of URLs to listen on for peer traffic.
+listen-client-urls  urls  list of URLs to listen on for client traffic.
+max-snapshots  uint  maximum number of snapshot files to retain (0 is unlimited).
+max-wals  uint  maximum number of wal files to retain (0 is unlimited).
+cors  origins  comma-separated whitelist of origins for cross-origin resource sharing.
+"""),
+    "clustering": (*flag_rows("""
+initial-advertise-peer-urls  urls  list of this member's peer URLs to advertise to other members.
+advertise-client-urls  urls  list of this member's client URLs to advertise to the cluster.
+initial-cluster  text  initial cluster, `name=url` pairs (default: this member alone).
+initial-cluster-state  new|existing  initial cluster state; `existing` joins a running cluster.
+initial-cluster-token  text  token of the cluster: clusters with different tokens do not mix.
+discovery  token  discovery URL used to bootstrap the cluster.
+discovery-fallback  exit|proxy  behavior when the discovery cluster is full: `exit` or `proxy`.
+discovery-proxy  http-proxy  HTTP proxy to use for traffic to discovery service.
+discovery-srv  domain  dns srv domain used to bootstrap the cluster.
+strict-reconfig-check  bool  reject reconfiguration requests that would cause quorum loss.
+"""), Flag("discovery-srv-name", _one_of("", refusal=(
+        "a suffix of the SRV names is not supported; publish the records without it"
+    )), "", "not supported: suffix of the SRV names.")),
+    "proxy": flag_rows("""
+proxy  off|readonly|on  proxy mode: `off`, `readonly` or `on`.
+proxy-failure-wait  ms  time (in milliseconds) an endpoint is held in a failed state.
+proxy-refresh-interval  ms  time (in milliseconds) between two refreshes of the endpoints.
+proxy-dial-timeout  ms  time (in milliseconds) for a dial to timeout, 0 is unlimited.
+proxy-write-timeout  ms  time (in milliseconds) for a write to timeout, 0 is unlimited.
+proxy-read-timeout  ms  time (in milliseconds) for a read to timeout, 0 is unlimited.
+"""),
+    "security": (*flag_rows("""
+ca-file  text:client_tls.ca_file  [DEPRECATED] -trusted-ca-file with -client-cert-auth.
+cert-file  text:client_tls.cert_file  path to the client server TLS cert file.
+key-file  text:client_tls.key_file  path to the client server TLS key file.
+client-cert-auth  bool:client_tls.client_cert_auth  require client certificates.
+trusted-ca-file  text:client_tls.trusted_ca_file  path to the client server TLS CA file.
+client-crl-file  text:client_tls.crl_file  path to the client certificate revocation list.
+client-cert-allowed-hostname  text:client_tls.allowed_name  host name in client certificates.
+peer-ca-file  text:peer_tls.ca_file  [DEPRECATED] -peer-trusted-ca-file with -peer-client-cert-auth.
+peer-cert-file  text:peer_tls.cert_file  path to the peer server TLS cert file.
+peer-key-file  text:peer_tls.key_file  path to the peer server TLS key file.
+peer-client-cert-auth  bool:peer_tls.client_cert_auth  require certificates of peers.
+peer-trusted-ca-file  text:peer_tls.trusted_ca_file  path to the peer server TLS CA file.
+peer-crl-file  text:peer_tls.crl_file  path to the peer certificate revocation list.
+peer-cert-allowed-cn  text:peer_tls.allowed_cn  common name that peers' certificates must have.
+peer-cert-allowed-hostname  text:peer_tls.allowed_name  host name in certificates of peers.
+"""),
+        *(Flag(prefix + "auto-tls", _parse_auto_tls(prefix), False,
+               f"not supported: give -{prefix}cert-file, -{prefix}key-file.")
+          for prefix in ("", "peer-")),
+        *(Flag(f"peer-client-{file}", _one_of("", refusal=(
+            "peers are shown the certificate of -peer-cert-file; leave this out"
+        )), "", f"not supported: -peer-{file} serves for both directions.")
+          for file in ("cert-file", "key-file")),
         Flag("tls-min-version", _one_of(
             "", "TLS1.2", refusal="TLS 1.2 and later are accepted; use TLS1.2"
         ), "", "only TLS1.2, which is what holds without it too."),
         Flag("host-whitelist", _one_of("", "*", refusal=(
             "requests are answered whatever their Host; use * and protect the port by"
             " -client-cert-auth or a firewall"
-        )), "*", "not supported: only `*`."),
-    ),
-    "logging": (
-        setting("debug", parse_bool, "enable debug-level logging."),
-        Flag("log-package-levels", _parse_levels, {},
-             "levels per package, such as `etcdserver=WARNING,*=INFO`."),
-        Flag("log-format", _one_of("text", "json", "console"), "text",
-             "`text`, as etcd 2.3 writes it (`console` is the same), or `json`: an object a line."),
-    ),
-    "unsafe": (
-        setting("force-new-cluster", parse_bool,
-                "make this member the only one of its cluster: after the loss of the others."),
-    ),
-    "other": (
-        Flag("version", parse_bool, False, "show the version and exit."),
-        Flag("config-file", str, "",
-             "path to a configuration file, JSON or `flag: value` lines; it counts alone."),
-    ),
-    "of etcd 0.4, still working": (
-        Flag("addr", _parse_address, "", "[DEPRECATED] use -advertise-client-urls."),
-        Flag("bind-addr", _parse_address, "", "[DEPRECATED] use -listen-client-urls."),
-        Flag("peer-addr", _parse_address, "", "[DEPRECATED] use -initial-advertise-peer-urls."),
-        Flag("peer-bind-addr", _parse_address, "", "[DEPRECATED] use -listen-peer-urls."),
-    ),
+        )), "*", "not supported: only `*`.")),
+    "logging": flag_rows("""
+debug  bool  enable debug-level logging.
+log-package-levels  levels  levels per package, such as `etcdserver=WARNING,*=INFO`.
+log-format  format  `text` (or `console`), as etcd 2.3 writes it, or `json`: an object a line.
+"""),
+    "unsafe": flag_rows("""
+force-new-cluster  bool  make this member the only one of its cluster: after the loss of the others.
+"""),
+    "other": flag_rows("""
+version  bool  show the version and exit.
+config-file  text  path to a configuration file, JSON or `flag: value` lines; it counts alone.
+"""),
+    "of etcd 0.4, still working": flag_rows("""
+addr  address  [DEPRECATED] use -advertise-client-urls.
+bind-addr  address  [DEPRECATED] use -listen-client-urls.
+peer-addr  address  [DEPRECATED] use -initial-advertise-peer-urls.
+peer-bind-addr  address  [DEPRECATED] use -listen-peer-urls.
+"""),
     "of etcd 0.4, refused": tuple(
-        Flag(name, _one_of("", refusal=_NO_PEERS.format(name)), "", "no longer supported.")
+        Flag(name, _one_of("", refusal=(
+            f'flag "-{name}" is no longer supported; use -initial-cluster or -discovery'
+        )), "", "no longer supported.")
         for name in ("peers", "peers-file")
     ),
 }

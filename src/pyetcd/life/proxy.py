@@ -12,7 +12,7 @@ import random
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from urllib.parse import urlsplit
 
-from ..api.forms import FORM_FIELDS_MAX, GO_BOOLS, refuse_method, write_message
+from ..api.forms import FORM_FIELDS_MAX, GO_BOOLS, refuse_method, write_message, write_text
 from ..api.members import redirect
 from ..api.metrics import add_process_readings
 from ..api.routes import CorsRequest, allow_origin
@@ -67,15 +67,12 @@ class ProxyDialer:
         self.tls = make_peer_tls(config)
 
     def call(
-        self, url: str, request: HttpRequest, headers: Dict[str, str],
-        on_head: Callable[[int, Dict[str, str]], None], on_data: Callable[[bytes], None],
-        on_done: Callable[[Optional[Exception]], None],
+        self, url: str, request: HttpRequest, headers: Dict[str, str], forward: Forward
     ) -> HttpCall:
-        """Send a client's request."""
         return HttpCall(
             self._reactor, url, request.method, request.target, headers, request.body,
             connect_timeout_s=self._connect_s, idle_timeout_s=self._read_s, tls=self.tls,
-            on_head=on_head, on_data=on_data, on_done=on_done,
+            on_head=forward.on_head, on_data=forward.on_data, on_done=forward.on_done,
         )
 
     def probe(self, url: str, on_done: Callable[[Optional[Exception]], None]) -> HttpCall:
@@ -363,7 +360,6 @@ class Forward:
             request.query.split("&", FORM_FIELDS_MAX))
 
     def start(self) -> None:
-        """Send the request to the first endpoint."""
         self._request.on_close = self._client_gone
         # A client that ends its side of the connection has ended its watch.
         self._request.connection.streaming = self._waits
@@ -380,7 +376,7 @@ class Forward:
         """Try the next endpoint, as this one has failed a probe."""
         if self._call is not None:
             self._call.cancel()
-        self._call_done(error)
+        self.on_done(error)
 
     def _try_next(self) -> None:
         while self._left:
@@ -390,9 +386,7 @@ class Forward:
                 self._endpoint = endpoint
                 endpoint.add_waiting(self)
                 self._call = self._dialer.call(
-                    endpoint.url, self._request, self._headers(), self._head, self._data,
-                    self._call_done,
-                )
+                    endpoint.url, self._request, self._headers(), self)
                 return
         self._give_up(502, f"unable to get response from {self._tried} endpoint(s)")
 
@@ -410,7 +404,7 @@ class Forward:
         headers["X-Forwarded-For"] = f"{came_by}, {client}" if came_by else client
         return headers
 
-    def _head(self, status: int, headers: Dict[str, str]) -> None:
+    def on_head(self, status: int, headers: Dict[str, str]) -> None:
         assert self._endpoint is not None
         request = self._request
         self._endpoint.answered()
@@ -430,7 +424,7 @@ class Forward:
         self._reply = request.start_stream(status, None, lines, length=length)
         self._reply.on_close = self._client_gone
 
-    def _data(self, data: bytes) -> None:
+    def on_data(self, data: bytes) -> None:
         assert self._reply is not None and self._call is not None and self._endpoint is not None
         self._endpoint.answered()
         self._is_empty = False
@@ -439,7 +433,7 @@ class Forward:
             self._call.pause()
             self._reply.when_read(self._call.resume)
 
-    def _call_done(self, error: Optional[Exception]) -> None:
+    def on_done(self, error: Optional[Exception]) -> None:
         if self._reply is None:
             self._try_failed(error or EOFError("unexpected EOF"))
             return
@@ -522,11 +516,9 @@ class ProxyApi:
             refuse_method("GET", request)
         else:
             urls = [endpoint.url for endpoint in self._endpoints.available()]
-            body = utf8(json_text({"endpoints": urls}) + "\n")
-            request.reply(200, body, "text/plain; charset=utf-8")
+            write_text(request, 200, json_text({"endpoints": urls}) + "\n")
 
     def stop(self) -> None:
-        """Drop all requests that wait for a member."""
         for forward in list(self._forwards):
             forward.cancel()
 
@@ -571,10 +563,6 @@ class ProxyServer(ServerThread):
         super()._init(config)
         self._endpoints: Optional[Endpoints] = None
         self._api: Optional[ProxyApi] = None
-
-    def __enter__(self) -> ProxyServer:
-        self._start_or_stop()
-        return self
 
     def bind(self) -> None:
         """Open the listening sockets, so that the ports are known; serve nothing yet."""

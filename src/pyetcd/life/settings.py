@@ -7,7 +7,7 @@ import difflib
 import json
 import logging
 import re
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 from ..api.forms import GO_BOOLS
 from ..base.text import is_ip, load_json, split_address
@@ -17,7 +17,7 @@ from .flags import (
     IGNORED_BOOLS,
     Flag,
     FlagError,
-    Refusal,
+    UnsupportedFlag,
     _all_flags,
     _parse_address,
     _parse_origins,
@@ -64,7 +64,7 @@ class Settings:
         source = self.sources.get(name, f"-{name}")
         return source if source.startswith("-") else f"{name} (from {source})"
 
-    def spell(self, name: str, like: str, text: str) -> str:
+    def example(self, name: str, like: str, text: str) -> str:
         """Return the text that sets `name` to `text` in the place where `like` was set."""
         source = self.sources.get(like, "-")
         if source.startswith("-"):
@@ -90,7 +90,7 @@ class Settings:
             return False
         flag = self._flags.get(name)
         if flag is None:
-            raise FlagError(f"flag provided but not defined: -{name}{self._meant('-', name)}")
+            raise FlagError(f"flag provided but not defined: -{name}{self._suggestion('-', name)}")
         self._switch = name if flag.is_bool and not has_value else ""
         if not has_value:
             if flag.is_bool:
@@ -133,7 +133,7 @@ class Settings:
             return f"; write `pyetcd {word}` first and its flags behind it"
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
-    def _meant(self, prefix: str, name: str) -> str:
+    def _suggestion(self, prefix: str, name: str) -> str:
         """Return `; did you mean <flag>?` if a flag has a similar name, else ""."""
         known = [
             flag.name for flag in self._flags.values()
@@ -170,7 +170,7 @@ class Settings:
         for variable in sorted(self._environ):
             if variable.startswith("ETCD_") and variable not in known:
                 text = self._environ[variable]
-                meant = self._meant("ETCD_", variable[len("ETCD_"):])
+                meant = self._suggestion("ETCD_", variable[len("ETCD_"):])
                 self._log(f"unrecognized environment variable {variable}={text}{meant}",
                           logging.WARNING)
 
@@ -190,7 +190,7 @@ class Settings:
             flag = self._flags.get(name)
             if flag is None or name in ("config-file", "version"):
                 self.warn(f'{source}: unknown setting "{name}" is ignored; `pyetcd -help` lists'
-                          f" those that are known{self._meant('', name)}")
+                          f" those that are known{self._suggestion('', name)}")
                 continue
             if flag.is_bool:
                 text = _YAML_BOOLS.get(text.lower(), text)
@@ -206,7 +206,7 @@ class Settings:
             text = expand_addresses(text, self._environ, source)
         try:
             self.values[name] = flag.parse(text)
-        except Refusal as error:
+        except UnsupportedFlag as error:
             where = source if source in (f"-{name}", flag.variable) else f"{source}: {name}"
             raise FlagError(f"{where} {error}") from None
         except ValueError as error:
@@ -271,11 +271,11 @@ def url_advice(text: str, name: str) -> str:
             return "; a variable or placeholder was not filled in: write the address itself"
         if re.search(r"\s", url):
             return "; separate URLs by commas without spaces"
-        return _repaired(url, port)
+        return _repaired_url(url, port)
     return ""
 
 
-def _repaired(url: str, port: int) -> str:
+def _repaired_url(url: str, port: int) -> str:
     """Return `; write <URL>` with the URL that was probably meant; "" if that is bad too."""
     scheme, separator, rest = url.partition("://")
     if not separator:
@@ -306,14 +306,6 @@ def _invalid(flag: Flag, text: str, source: str, reason: str) -> str:
 # -- the configuration file ----------------------------------------------------
 
 
-class FileSetting(NamedTuple):
-    """One setting of a configuration file.  text: as on the command line, never empty."""
-
-    line: int                           # from 1
-    name: str                           # of the flag
-    text: str
-
-
 _SECTIONS = {"client-transport-security": "", "peer-transport-security": "peer-"}
 _SECTION_KEYS = (
     "cert-file", "key-file", "client-cert-auth", "trusted-ca-file", "ca-file", "auto-tls",
@@ -326,8 +318,8 @@ _CONFIG_ITEM = re.compile(rf"\s*({_QUOTED}|[^\s,\[\]{{}}&*!|>%@`\"'#][^,\[\]{{}}
 _CONFIG_FORM = "write `setting: value` on each line, lists as `a,b` or `[a, b]`, * in quotes"
 
 
-def read_config_file(path: str) -> List[FileSetting]:
-    """Return the settings in a configuration file: a JSON object, or lines of `setting: value`.
+def read_config_file(path: str) -> List[Tuple[int, str, str]]:
+    """Return (line, flag, text) for the settings in a JSON object, or lines of `setting: value`.
 
     The names are those of the flags.  In the sections client-transport-security and
     peer-transport-security of etcd 3 the flags for TLS have no `peer-`.  An empty setting is
@@ -344,7 +336,7 @@ def read_config_file(path: str) -> List[FileSetting]:
     except UnicodeDecodeError:
         raise FlagError(f"{path} is not text in UTF-8") from None
     read = _json_settings if text.lstrip().startswith("{") else _yaml_settings
-    found: Dict[str, FileSetting] = {}
+    found: Dict[str, Tuple[int, str, str]] = {}
     for line, section, key, value in read(path, text):
         if not value:
             continue
@@ -354,8 +346,8 @@ def read_config_file(path: str) -> List[FileSetting]:
         name = _SECTIONS.get(section, "") + key
         if name in found:
             raise FlagError(f"{path}:{line}: {name} is set a second time, after line"
-                            f" {found[name].line}")
-        found[name] = FileSetting(line, name, value)
+                            f" {found[name][0]}")
+        found[name] = line, name, value
     return list(found.values())
 
 

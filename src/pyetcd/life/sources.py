@@ -9,7 +9,6 @@ from typing import Callable, Container, Dict, List, NamedTuple, Optional, Set, T
 
 from ..base.codec import decode_conf_change, decode_metadata
 from ..base.errors import CodecError, FileLocked, WalError
-from ..base.limits import DEFAULT_CLUSTER_TOKEN, DEFAULT_NAME
 from ..base.messages import Entry, EntryID, EntryType, HardState, Snapshot
 from ..base.urls import parse_urls
 from ..disk.files import _SNAP_NAME, OsDisk
@@ -19,30 +18,26 @@ from ..member.applier import Applier
 from ..member.cluster import Cluster, Member
 from ..net.workers import SYSTEM_CLOCK
 from ..store.tree import Store
-from .flags import Flag, parse_bool
+from .flags import Flag, flag_rows
 from .restart import _voters
 
-_DRY_RUN = Flag("dry-run", parse_bool, False, "say what would be done, and change nothing.")
 TOOL_FLAGS: Dict[str, Tuple[Flag, ...]] = {
-    "backup": (
-        Flag("data-dir", str, "", "path to the data directory to copy; its member may run."),
-        Flag("wal-dir", str, "", "path to its dedicated wal directory, if it has one."),
-        Flag("backup-dir", str, "", "path to the copy; must be empty or absent."),
-        Flag("backup-wal-dir", str, "", "path to a dedicated wal directory of the copy."),
-        _DRY_RUN,
-    ),
-    "restore": (
-        Flag("name", str, DEFAULT_NAME, "name of the member whose data directory is made."),
-        Flag("initial-cluster", str, "",
-             "members of the new cluster, `name=url` pairs (default: this member alone)."),
-        Flag("initial-cluster-token", str, DEFAULT_CLUSTER_TOKEN,
-             "token of the new cluster: clusters with different tokens do not mix."),
-        Flag("initial-advertise-peer-urls", parse_urls, (),
-             "peer URLs of this member (default: those in -initial-cluster)."),
-        Flag("data-dir", str, "", "path to the new data directory (default: <name>.etcd)."),
-        Flag("wal-dir", str, "", "path to the new dedicated wal directory."),
-        _DRY_RUN,
-    ),
+    "backup": flag_rows("""
+data-dir  text  path to the data directory to copy; its member may run.
+wal-dir  text  path to its dedicated wal directory, if it has one.
+backup-dir  text  path to the copy; must be empty or absent.
+backup-wal-dir  text  path to a dedicated wal directory of the copy.
+dry-run  bool  say what would be done, and change nothing.
+"""),
+    "restore": (*flag_rows("""
+name  text  name of the member whose data directory is made.
+initial-cluster  text  members of the new cluster, `name=url` pairs (default: this member alone).
+initial-cluster-token  text  token of the new cluster: clusters with different tokens do not mix.
+data-dir  text  path to the new data directory (default: <name>.etcd).
+wal-dir  text  path to the new dedicated wal directory.
+dry-run  bool  say what would be done, and change nothing.
+"""), Flag("initial-advertise-peer-urls", parse_urls, (),
+           "peer URLs of this member (default: those in -initial-cluster).")),
 }
 _STAGE = "member.tmp"               # where a member directory grows until it is complete
 _ENTRIES_PER_WRITE = 1_000
@@ -51,7 +46,7 @@ _READ_RETRIES = 2                   # a running member may remove or finish a fi
 OnProgress = Callable[[float, int], None]     # share that is done, keys so far (0: as before)
 
 
-def _part(progress: OnProgress, low: float, high: float) -> OnProgress:
+def _step_progress(progress: OnProgress, low: float, high: float) -> OnProgress:
     """Return the progress function of a step that takes the share from `low` to `high`."""
     return lambda share, keys: progress(low + share * (high - low), keys)
 
@@ -118,7 +113,6 @@ class CopyReport(NamedTuple):
         ]
 
     def summary(self) -> str:
-        """The report in one line."""
         left_out = len(self.source.entries) - self.source.committed
         return (
             f"{self.paths[0]}: member {self.member_id:x} of cluster {self.cluster_id:x},"
@@ -279,7 +273,7 @@ def load_state(source: DataSource, progress: OnProgress) -> Tuple[Store, Cluster
     applier = Applier(store, cluster, source.member_id, SYSTEM_CLOCK.wall_ns)
     try:
         if source.snapshot is not None:
-            store.recover(source.snapshot.data, _part(progress, 0.0, 0.8))
+            store.recover(source.snapshot.data, _step_progress(progress, 0.0, 0.8))
             cluster.recover()
         for number, entry in enumerate(source.entries[:source.committed]):
             if entry.type == EntryType.NORMAL:

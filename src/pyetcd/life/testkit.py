@@ -82,7 +82,6 @@ class _CutTransport(Transport):
             self.add_peer(id, members[id].peer_urls)
 
     def add_peer(self, member_id: int, urls: Iterable[str]) -> None:
-        """Open the links to a member, unless they are cut."""
         super().add_peer(member_id, urls)
         if member_id in self._mute & self._deaf and member_id in self._peers:
             self._peers[member_id].stop()
@@ -349,7 +348,6 @@ class LocalMember:
         self.client_url, self.peer_url = (_reserve_url(self._owned) for _ in range(2))
 
     def cut(self, mute: _Ids, deaf: _Ids) -> None:
-        """Drop messages to the members `mute` and from the members `deaf`."""
         self._cuts = mute, deaf
         if self._server is not None:
             self._server.cuts = self._cuts
@@ -543,7 +541,7 @@ def _accepts(member: LocalMember, sender: LocalMember) -> bool:
 
 
 class ClusterFactory:
-    """What `etcd_cluster_factory` is: each call starts a LocalCluster, ended after the test."""
+    """The fixture `etcd_cluster_factory`: each call starts a LocalCluster until the test ends."""
 
     def __init__(self, tmp_path_factory: Any, clusters: contextlib.ExitStack) -> None:
         self._tmp_path_factory = tmp_path_factory
