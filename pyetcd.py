@@ -19,17 +19,17 @@ Rooms and their modules, bottom up; each uses only names defined above it:
   base:   checksums, errors, limits, ids, system, basics, text, messages, codec, urls
   raft:   progress, log, replication, core, node
   store:  events, walks, watchers, nodes, tree
-  disk:   files, records, snapshots, wal
+  disk:   bolt, files, records, snapshots, wal
   net:    http_messages, workers, reactor, budgets, http_requests, tls, dns, http_calls,
             http_connections, http_server
-  peer:   frames, compatibility, streams, links, transport
-  member: cluster, applier, configuration, inspection, passwords, reconfiguration, statistics,
-            journal, monitors, snapshots, waiting, server, auth
+  peer:   compatibility, frames, streams, links, transport
+  member: cluster, applier, configuration, passwords, auth, statistics, journal, snapshots,
+            waiting, leadership, upkeep, server
   api:    forms, gojson, auth, listings, keys, members, metrics, request_log, snapshot, status,
             routes, discovery
   life:   logs, wait_report, discovery, addresses, flags, restart, bootstrap, data_loss,
-            embedding, proxy_files, proxy, settings, checks, sources, backup, command_line,
-            testkit
+            embedding, proxy_files, proxy, settings, checks, sources, backup, inspection,
+            records, exchange, testkit, verdicts, tools, command_line
 
 Sources: the Raft paper and Ongaro's thesis; the documents and the observed behaviour of etcd 2.0,
 2.3 and 3.4.  Differences from etcd are listed in docs/differences.md.
@@ -160,11 +160,12 @@ from collections import OrderedDict
 from datetime import datetime, timedelta
 from email.utils import formatdate
 from enum import IntEnum
+from operator import attrgetter
 from struct import unpack_from as _unpack_from
 from typing import (
     Any,
+    BinaryIO,
     Callable,
-    Collection,
     Container,
     Deque,
     Dict,
@@ -182,6 +183,7 @@ from typing import (
     Sequence,
     Set,
     TYPE_CHECKING,
+    TextIO,
     Tuple,
     Type,
     TypeVar,
@@ -5116,6 +5118,12 @@ class Store(NodeTree):
         below = directory + "/"
         return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
 
+    def nodes_below(self, directory: str) -> List[Tuple[str, Node]]:
+        """Return all nodes below `directory` with their paths, sorted; looks at every node."""
+        below = directory + "/"
+        return sorted(((p, n) for p, n in self._nodes.items() if p.startswith(below)),
+                      key=lambda item: item[0])
+
     def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
         """Have only `files`, path -> value, below `directory`: without a new index or an event."""
         below = directory + "/"
@@ -5283,6 +5291,309 @@ class Store(NodeTree):
         name = verb + "_fail"
         setattr(self.stats, name, getattr(self.stats, name) + 1)
         return error
+
+
+# ============================================================================
+# disk/bolt -- Database files of etcd 3 (bbolt): read page by page, and written in one pass.
+# ----------------------------------------------------------------------------
+# Source: bbolt, doc of the file format (page.go, bucket.go, node.go).
+# ============================================================================
+
+
+PAGE_BYTES = 4_096                  # of the files that are written here
+_PAGE_BYTES_MAX = 1 << 16
+_DEPTH_MAX = 32                     # of a tree; one with 2^64 keys has less
+_INLINE_BYTES_MAX = PAGE_BYTES // 4     # a bucket up to this size stands in its parent's page
+_BRANCH, _LEAF, _META, _FREELIST = 1, 2, 4, 16      # kinds of pages
+_BUCKET = 1                         # flag of a leaf element: its value is a bucket
+_BOLT_MAGIC, _BOLT_VERSION = 0xED0CDAED, 2
+_PAGE_HEAD = struct.Struct("<QHHI")         # id, kind, count of elements, overflow
+_LEAF_ELEMENT = struct.Struct("<IIII")      # flags, position, key bytes, value bytes
+_BRANCH_ELEMENT = struct.Struct("<IIQ")     # position, key bytes, page
+_BUCKET_HEAD = struct.Struct("<QQ")         # root page (0: inline), sequence
+_META_BODY = struct.Struct("<IIIIQQQQQ")    # magic, version, page size, flags, root page,
+                                            # sequence, freelist page, pages, transaction
+Items = Iterable[Tuple[bytes, bytes]]
+
+
+class BoltError(Exception):
+    """A file that is no intact database of etcd 3.  The text is one line."""
+
+
+class _Meta(NamedTuple):
+    page_bytes: int
+    root: int
+    pages: int
+    transaction: int
+
+
+def _checksum(data: bytes) -> int:
+    """FNV-1a, 64 bits."""
+    result = 0xCBF29CE484222325
+    for byte in data:
+        result = (result ^ byte) * 0x100000001B3 & UINT64_MAX
+    return result
+
+
+_BUCKET_NAMES = (                   # of etcd 3.0 to 3.4; later ones add theirs when they start
+    b"alarm", b"auth", b"authRoles", b"authUsers", b"cluster", b"key", b"lease", b"members",
+    b"members_removed", b"meta",
+)
+
+
+def v3_buckets(consistent_index: int) -> Dict[bytes, Items]:
+    """Return the buckets of a member of etcd 3 without keys, up to date with a raft index."""
+    return {
+        **dict.fromkeys(_BUCKET_NAMES, ()),
+        b"auth": [(b"authRevision", (1).to_bytes(8, "big"))],
+        b"meta": [(b"consistent_index", consistent_index.to_bytes(8, "big"))],
+    }
+
+
+# -- reading
+
+
+class BoltReader:
+    """The buckets of a database file, as of its last complete transaction.
+
+    Reads one page at a time, so a file of any size costs little memory.  The file may belong to
+    a running member: its pages are replaced, never changed, until the next transactions.
+    All methods raise BoltError and OSError.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._file: BinaryIO = open(path, "rb")
+        try:
+            self._meta = self._newest_meta()
+            self._buckets = self._top_buckets()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "BoltReader":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def names(self) -> List[bytes]:
+        """The names of the buckets, sorted."""
+        return list(self._buckets)
+
+    def items(self, bucket: bytes) -> Iterator[Tuple[bytes, bytes]]:
+        """Yield the keys and values of a bucket in the order of keys; nothing if it is absent."""
+        value = self._buckets.get(bucket)
+        if value is None:
+            return
+        if len(value) < _BUCKET_HEAD.size:
+            raise self._damage(f"bucket {bucket!r} is cut")
+        root = _BUCKET_HEAD.unpack_from(value)[0]
+        if root:
+            for _, key, content in self._walk(root):
+                yield key, content
+        else:
+            for _, key, content in self._leaf(value[_BUCKET_HEAD.size:], "an inline bucket"):
+                yield key, content
+
+    def _newest_meta(self) -> _Meta:
+        found = []
+        sizes = (PAGE_BYTES, 1 << 13, 1 << 14, 1 << 15, _PAGE_BYTES_MAX)
+        for offset in (0, *sizes):      # the second one stands one page behind the first
+            self._file.seek(offset)
+            data = self._file.read(_PAGE_HEAD.size + _META_BODY.size + 8)[_PAGE_HEAD.size:]
+            if len(data) < _META_BODY.size + 8:
+                continue
+            body = data[:_META_BODY.size]
+            magic, version, page, _, root, _, _, pages, number = _META_BODY.unpack(body)
+            intact = _checksum(body) == int.from_bytes(data[_META_BODY.size:], "little")
+            if magic == _BOLT_MAGIC and version == _BOLT_VERSION and intact and offset in (0, page):
+                found.append(_Meta(page, root, pages, number))
+        if not found or not 512 <= found[0].page_bytes <= _PAGE_BYTES_MAX:
+            raise self._damage("it has no intact head: no database of etcd 3, or a damaged one")
+        return max(found, key=lambda meta: meta.transaction)
+
+    def _top_buckets(self) -> Dict[bytes, bytes]:
+        return {key: value for flags, key, value in self._walk(self._meta.root)
+                if flags & _BUCKET}
+
+    def _walk(self, root: int) -> Iterator[Tuple[int, bytes, bytes]]:
+        """Yield (flags, key, value) of all leaves below a page."""
+        waiting = [[root]]              # pages to come, of each level
+        seen = 0
+        while waiting:
+            if not waiting[-1]:
+                waiting.pop()
+                continue
+            page = waiting[-1].pop()
+            kind, data = self._page(page)
+            seen += 1
+            if seen > self._meta.pages or len(waiting) > _DEPTH_MAX:
+                raise self._damage("its pages form a circle")
+            if kind == _LEAF:
+                yield from self._leaf(data, f"page {page}")
+            else:
+                waiting.append(self._children(data, page)[::-1])
+
+    def _page(self, number: int) -> Tuple[int, bytes]:
+        """Return the kind (branch or leaf) and all bytes of a page."""
+        size = self._meta.page_bytes
+        if not 2 <= number < self._meta.pages:
+            raise self._damage(f"page {number} is none of its {self._meta.pages}")
+        self._file.seek(number * size)
+        data = self._file.read(size)
+        if len(data) < size:
+            raise self._damage(f"the file ends before page {number}")
+        id, kind, _, overflow = _PAGE_HEAD.unpack_from(data)
+        if id != number or kind not in (_BRANCH, _LEAF) or overflow >= self._meta.pages:
+            raise self._damage(f"page {number} is damaged")
+        if overflow:
+            data += self._file.read(size * overflow)
+        return kind, data
+
+    def _leaf(self, data: bytes, what: str) -> Iterator[Tuple[int, bytes, bytes]]:
+        for at in self._places(data, _LEAF_ELEMENT.size, what):
+            flags, position, key_bytes, value_bytes = _LEAF_ELEMENT.unpack_from(data, at)
+            key = at + position
+            end = key + key_bytes + value_bytes
+            if end > len(data):
+                raise self._damage(f"{what} is damaged")
+            yield flags, data[key:key + key_bytes], data[key + key_bytes:end]
+
+    def _children(self, data: bytes, page: int) -> List[int]:
+        places = self._places(data, _BRANCH_ELEMENT.size, f"page {page}")
+        return [_BRANCH_ELEMENT.unpack_from(data, at)[2] for at in places]
+
+    def _places(self, data: bytes, size: int, what: str) -> Sequence[int]:
+        """Return the offsets of the elements of a page."""
+        if len(data) < _PAGE_HEAD.size:
+            raise self._damage(f"{what} is cut")
+        count = _PAGE_HEAD.unpack_from(data)[2]
+        end = _PAGE_HEAD.size + count * size
+        if end > len(data):
+            raise self._damage(f"{what} is damaged")
+        return range(_PAGE_HEAD.size, end, size)
+
+    def _damage(self, what: str) -> BoltError:
+        return BoltError(f"{self.path}: {what}")
+
+
+# -- writing
+
+
+def write_bolt(file: BinaryIO, buckets: Dict[bytes, Items]) -> None:
+    """Write a database with these buckets into an empty file.  Raises OSError.
+
+    buckets  name -> items in ascending order of keys; they are taken one by one, so a bucket of
+             any size costs the memory of one page, and of one key for each page
+    """
+    writer = _BoltWriter(file)
+    rows = [(name, writer.bucket(items)) for name, items in sorted(buckets.items())]
+    root = writer.tree(((name, value) for name, value in rows), _BUCKET)
+    writer.finish(root)
+
+
+class _BoltWriter:
+    """Pages 0 and 1 are the heads and page 2 the empty free list; trees grow behind them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._next = 3                  # page
+        file.write(bytes(3 * PAGE_BYTES))
+
+    def bucket(self, items: Items) -> bytes:
+        """Write a bucket; return its value in the tree of buckets."""
+        source = iter(items)
+        first: List[Tuple[bytes, bytes]] = []
+        size = _PAGE_HEAD.size
+        for key, value in source:
+            first.append((key, value))
+            size += _LEAF_ELEMENT.size + len(key) + len(value)
+            if size > _INLINE_BYTES_MAX:
+                return _BUCKET_HEAD.pack(self.tree(_chain(first, source), 0), 0)
+        return _BUCKET_HEAD.pack(0, 0) + _leaf_page(0, first, 0)
+
+    def tree(self, items: Items, flags: int) -> int:
+        """Write the leaves, then each level of branches above them; return the root page."""
+        level = [(chunk[0][0] if chunk else b"", self._write(_leaf_page(self._next, chunk, flags)))
+                 for chunk in _chunks(items, _LEAF_ELEMENT.size)]
+        while len(level) > 1:
+            rows = ((key, page.to_bytes(8, "little")) for key, page in level)
+            level = [(chunk[0][0], self._write(_branch_page(self._next, chunk)))
+                     for chunk in _chunks(rows, _BRANCH_ELEMENT.size - 8)]
+        return level[0][1]
+
+    def finish(self, root: int) -> None:
+        """Write the heads and the free list."""
+        self._file.seek(0)
+        for number in (0, 1):
+            body = _META_BODY.pack(
+                _BOLT_MAGIC, _BOLT_VERSION, PAGE_BYTES, 0, root, 0, 2, self._next, number)
+            head = _PAGE_HEAD.pack(number, _META, 0, 0) + body
+            self._file.write((head + _checksum(body).to_bytes(8, "little"))
+                             .ljust(PAGE_BYTES, b"\0"))
+        self._file.write(_PAGE_HEAD.pack(2, _FREELIST, 0, 0))
+        self._file.seek(0, os.SEEK_END)
+
+    def _write(self, page: bytes) -> int:
+        number = self._next
+        self._file.write(page.ljust(-(-len(page) // PAGE_BYTES) * PAGE_BYTES, b"\0"))
+        self._next += -(-len(page) // PAGE_BYTES)
+        return number
+
+
+def _chain(first: List[Tuple[bytes, bytes]], rest: Iterator[Tuple[bytes, bytes]]) -> Items:
+    yield from first
+    yield from rest
+
+
+def _chunks(items: Items, element_bytes: int) -> Iterator[List[Tuple[bytes, bytes]]]:
+    """Yield the items of one page after the other; one empty page if there are none."""
+    chunk: List[Tuple[bytes, bytes]] = []
+    size = _PAGE_HEAD.size
+    for key, value in items:
+        item_bytes = element_bytes + len(key) + len(value)
+        if chunk and size + item_bytes > PAGE_BYTES:
+            yield chunk
+            chunk, size = [], _PAGE_HEAD.size
+        chunk.append((key, value))
+        size += item_bytes
+    yield chunk
+
+
+def _head(number: int, kind: int, count: int, size: int) -> bytes:
+    overflow = max(-(-size // PAGE_BYTES) - 1, 0) if number else 0
+    return _PAGE_HEAD.pack(number, kind, count, overflow)
+
+
+def _leaf_page(number: int, items: Sequence[Tuple[bytes, bytes]], flags: int) -> bytes:
+    """Return a leaf; number 0: the page of an inline bucket."""
+    table: List[bytes] = []
+    data: List[bytes] = []
+    at = len(items) * _LEAF_ELEMENT.size    # from the place of the present element
+    for key, value in items:
+        table.append(_LEAF_ELEMENT.pack(flags, at, len(key), len(value)))
+        data += key, value
+        at += len(key) + len(value) - _LEAF_ELEMENT.size
+    body = b"".join(table + data)
+    return _head(number, _LEAF, len(items), _PAGE_HEAD.size + len(body)) + body
+
+
+def _branch_page(number: int, items: Sequence[Tuple[bytes, bytes]]) -> bytes:
+    """Return a branch; the values are page numbers in 8 bytes."""
+    table: List[bytes] = []
+    data: List[bytes] = []
+    at = len(items) * _BRANCH_ELEMENT.size
+    for key, page in items:
+        table.append(_BRANCH_ELEMENT.pack(at, len(key), int.from_bytes(page, "little")))
+        data.append(key)
+        at += len(key) - _BRANCH_ELEMENT.size
+    body = b"".join(table + data)
+    return _head(number, _BRANCH, len(items), _PAGE_HEAD.size + len(body)) + body
 
 
 # ============================================================================
@@ -6143,6 +6454,40 @@ class Wal:
         finally:
             Wal._unlock(directory, held, disk)
 
+    @staticmethod
+    def read_until_damage(
+        directory: str, start: EntryID, *, disk: OsDisk
+    ) -> Tuple[WalContents, str]:
+        """Return what the log holds behind the snapshot `start` up to the first damage, and what
+        the damage is; "" if all is well.  Raises FileLocked, OSError.
+        """
+        reader = _WalReader(directory, start, disk)
+        try:
+            names = _segments_from(directory, start.index, disk)
+            held = Wal._lock(directory, names, disk)
+            try:
+                for name, handle in held:
+                    reader.read(name, handle, last=name == names[-1])
+            finally:
+                Wal._unlock(directory, held, disk)
+            return reader.contents(), ""
+        except FileLocked:
+            raise
+        except WalError as error:
+            return reader.contents_so_far(), str(error)
+
+    @staticmethod
+    def voters_recorded(directory: str, *, disk: OsDisk) -> Set[EntryID]:
+        """Return the snapshots whose records in the log carry the voters, as etcd 3.5 writes."""
+        found: Set[EntryID] = set()
+        for name in filter(_WAL_NAME.fullmatch, disk.listdir(directory)):
+            for data in _snapshot_records(disk.read(os.path.join(directory, name))):
+                with contextlib.suppress(CodecError):
+                    snapshot_id = _decode_walpb_snapshot(data)
+                    if data != _encode_walpb_snapshot(snapshot_id):
+                        found.add(snapshot_id)
+        return found
+
     # -- reactor's side ----------------------------------------------------
 
     def encode(self, hard_state: Optional[HardState], entries: Sequence[Entry]) -> bytes:
@@ -6266,6 +6611,12 @@ def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
 
 def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
     """Yield what the snapshot records of a segment say, up to the first impossible frame."""
+    for record in _snapshot_records(data):
+        with contextlib.suppress(CodecError):
+            yield _decode_walpb_snapshot(record)
+
+
+def _snapshot_records(data: bytes) -> Iterator[bytes]:
     offset = 0
     while offset + 8 <= len(data):
         length, padding = _wal_frame(data, offset)
@@ -6275,7 +6626,7 @@ def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
             return
         if data[body:body + 2] == b"\x08\x05":
             with contextlib.suppress(CodecError):
-                yield _decode_walpb_snapshot(_decode_record(data[body:body + length])[2])
+                yield _decode_record(data[body:body + length])[2]
 
 
 class _WalReader:
@@ -6317,6 +6668,10 @@ class _WalReader:
         if last and repairs and decoder.end < len(decoder.data):
             self._disk.truncate(handle, decoder.end)    # zeros of preallocation, or torn bytes
         return decoder.end
+
+    def contents_so_far(self) -> WalContents:
+        """Return what was read before the damage."""
+        return WalContents(self._metadata, self._hard_state, self._entries, self._snapshots)
 
     def contents(self) -> WalContents:
         """Return what was read.  Raises WalError if it does not fit the snapshot.
@@ -6466,20 +6821,22 @@ def _decode_walpb_snapshot(data: bytes) -> EntryID:
 
 
 class BadRequest(ValueError):
-    """A request that is not HTTP; the text is the body of the answer, status says which."""
+    """A message that is not HTTP; the answer has this status, and the text for its body."""
 
     def __init__(self, text: str = "400 Bad Request", status: int = 400) -> None:
         super().__init__(text)
         self.status = status
 
 
-class Http2Knock(BadRequest):
-    """The client speaks HTTP/2 without having asked whether we do: a gRPC client, most likely."""
+class Http2Preface(BadRequest):
+    """The connection begins with the preface of HTTP/2: most likely a gRPC client."""
 
 
 class HttpHead:
-    """The parsed request line and headers.  Shared by all requests with the same head bytes:
-    `parsed` is where a handler may keep what it derived from them."""
+    """The parsed request line and headers, shared by all requests with the same head bytes.
+
+    `parsed` holds the parameters that a handler has derived from them.
+    """
 
     __slots__ = (
         "method", "target", "path", "query", "headers", "minor", "keep_alive", "body_size",
@@ -6506,12 +6863,14 @@ class HttpHead:
         self.parsed: Any = None
 
 
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([^\x00-\x20\x7f]+) HTTP/(\d)\.(\d)")
-_HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\x00\r\n]*)")
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
+_REQUEST_LINE = re.compile(rb"(%b+) ([^\x00-\x20\x7f]+) HTTP/(\d)\.(\d)" % _TOKEN)
+_REQUEST_START = re.compile(rb"%b{1,32}( |\Z)" % _TOKEN)
+_HEADER = re.compile(rb"(%b+):([^\x00\r\n]*)" % _TOKEN)
 
 
 def _list_header(headers: Dict[str, str], name: str) -> List[str]:
-    """Return the elements of a header that is a list, in lower case; [] if it is absent."""
+    """Return the elements of a list header in lower case; [] without that header."""
     text = headers.get(name, "")
     if len(text) > SHORT_HEADER_BYTES_MAX:
         raise BadRequest("431 Request Header Fields Too Large", 431)
@@ -6542,8 +6901,8 @@ def _content_length(headers: Dict[str, str]) -> int:
 def parse_header_lines(lines: Iterable[bytes]) -> Dict[str, str]:
     """Return lower-case name -> value; repeated headers are joined by a comma.
 
-    Raises BadRequest for anything else than `token: value` (no folding, RFC 9112 §5), and for
-    two Hosts: a proxy before us may have looked at the other one (§3.2).
+    Raises BadRequest for a line that is not `token: value` (no folding, RFC 9112 §5), and for
+    two Hosts: a proxy before this server may have routed by the other one (§3.2).
     """
     headers: Dict[str, str] = {}
     repeated: Dict[str, List[str]] = {}
@@ -6564,18 +6923,15 @@ def parse_header_lines(lines: Iterable[bytes]) -> Dict[str, str]:
     return headers
 
 
-_REQUEST_START = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}( |\Z)")
-
-
 def check_start(data: Union[bytes, bytearray]) -> None:
-    """Raise BadRequest if no head can begin like this, however it goes on."""
+    """Raise BadRequest if no request line begins with `data`."""
     line = data[:64].lstrip(b"\r\n")
     if line and not _REQUEST_START.match(line):
         raise BadRequest()
 
 
 class HeadFinder:
-    """Finds the end of a head in a buffer that grows, and looks at no byte of it twice.
+    """Finds the end of a head in a growing buffer, in linear time.
 
     Lines may end without CR, as those of simple health checks do (RFC 9112 §2.2).
     """
@@ -6587,9 +6943,9 @@ class HeadFinder:
         self._has_line = False          # a request line that is not too long is among them
 
     def find(self, data: bytearray) -> Optional[Tuple[int, int]]:
-        """Return the end of the head in `data`, and where what follows it begins; None: not yet.
+        """Return the end of the head and the start of the body in `data`; None: not complete.
 
-        Raises BadRequest if the head is too long.  After a result, the next head is looked for.
+        Raises BadRequest if the head is too long.  After a result the search begins again.
         """
         start = max(self._seen - 2, 0)
         end, blank = data.find(b"\n\r\n", start), 3
@@ -6611,13 +6967,13 @@ class HeadFinder:
 
 
 def _lines_of(raw: bytes) -> List[bytes]:
-    """Return the lines of a head, with or without CR at their ends; the last one has none."""
+    """Return the lines of a head, whose line ends have a CR or not."""
     *lines, last = raw.split(b"\n")
     return [*(line[:-1] if line.endswith(b"\r") else line for line in lines), last]
 
 
 def parse_head(raw: bytes) -> HttpHead:
-    """Parse a request's head without its final empty line.  Raises BadRequest."""
+    """Parse the head of a request, without its final empty line.  Raises BadRequest."""
     check_start(raw)
     if raw.count(b"\n") >= HEADER_LINES_MAX:
         raise BadRequest("431 Request Header Fields Too Large", 431)
@@ -6630,7 +6986,7 @@ def parse_head(raw: bytes) -> HttpHead:
     method, target, major, minor = match.groups()
     if major != b"1" or minor not in (b"0", b"1"):
         if raw == b"PRI * HTTP/2.0":
-            raise Http2Knock()
+            raise Http2Preface()
         raise BadRequest("505 HTTP Version Not Supported: unsupported protocol version", 505)
     headers = parse_header_lines(lines[1:])
     if minor == b"1" and "host" not in headers:
@@ -6644,7 +7000,10 @@ def parse_head(raw: bytes) -> HttpHead:
 
 
 def parse_answer_head(raw: bytes) -> Tuple[int, Dict[str, str]]:
-    """Parse an answer's head without its final empty line: status, headers.  Raises BadRequest."""
+    """Return (status, headers) of the head of an answer, without its final empty line.
+
+    Raises BadRequest.
+    """
     if raw.count(b"\n") > HEADER_LINES_MAX:
         raise BadRequest("head too large")
     lines = _lines_of(raw)
@@ -6656,25 +7015,27 @@ def parse_answer_head(raw: bytes) -> Tuple[int, Dict[str, str]]:
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.[0-9] ([1-9][0-9]{2})(?: |\Z)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
-_CHUNK_SIZE_BYTES_MAX = 4_096       # of that line, extensions and all
+_CHUNK_SIZE_BYTES_MAX = 4_096       # of a chunk's size line with its extensions; above: refused
 
 
 class ChunkedDecoder:
     """Chunked transfer coding, fed piecewise (RFC 9112 §7.1)."""
 
-    __slots__ = ("done", "chunks", "_buffer", "_left", "_trailers")
+    __slots__ = ("done", "chunks", "rest", "_left", "_trailers")
 
     def __init__(self) -> None:
         self.done = False
         self.chunks = 0                 # begun so far
-        self._buffer = bytearray()
+        self.rest = bytearray()         # input not decoded yet; when done: behind the body
         self._left = 0                  # bytes left of the chunk and its CRLF; 0: size line next
         self._trailers: Optional[HeadFinder] = None     # looks for their end, after the last chunk
 
     def feed(self, data: bytes) -> bytes:
-        """Return the body bytes now known; after the last chunk `done` is set and the rest of
-        the input waits in `rest`.  Raises BadRequest."""
-        buffer, body, at = self._buffer, [], 0
+        """Return the next bytes of the body.  Raises BadRequest.
+
+        After the last chunk and the trailers `done` is set, and `rest` is the input behind them.
+        """
+        buffer, body, at = self.rest, [], 0
         buffer += data
         while self._trailers is None and at < len(buffer):
             if not self._left:
@@ -6698,17 +7059,12 @@ class ChunkedDecoder:
             self._skip_trailers(self._trailers)
         return b"".join(body)
 
-    @property
-    def rest(self) -> bytes:
-        """Input behind the end of the body."""
-        return bytes(self._buffer)
-
     def _size_line(self, at: int) -> int:
-        """Begin the chunk whose size stands at `at`; return how long that line is, 0: not all."""
-        line = _CHUNK_SIZE.match(self._buffer, at, at + _CHUNK_SIZE_BYTES_MAX)
+        """Begin the chunk whose size line is at `at`; return the line's length, 0: incomplete."""
+        line = _CHUNK_SIZE.match(self.rest, at, at + _CHUNK_SIZE_BYTES_MAX)
         if line is None:
             until = at + _CHUNK_SIZE_BYTES_MAX
-            if self._buffer.find(b"\n", at, until) >= 0 or len(self._buffer) >= until:
+            if self.rest.find(b"\n", at, until) >= 0 or len(self.rest) >= until:
                 raise BadRequest()
             return 0
         size = int(line.group(1), 16)
@@ -6720,117 +7076,105 @@ class ChunkedDecoder:
         return line.end() - at
 
     def _skip_trailers(self, finder: HeadFinder) -> None:
-        """Check them, and forget them."""
-        found = finder.find(self._buffer)
+        """Check the trailers and drop them."""
+        found = finder.find(self.rest)
         if found is None:
             return
         end, stop = found
-        trailers = bytes(self._buffer[:end])
+        trailers = bytes(self.rest[:end])
         if stop - end != 4 or trailers.count(b"\n") > HEADER_LINES_MAX:
             raise BadRequest()
         parse_header_lines(trailers.split(b"\r\n")[1:])
-        del self._buffer[:stop]
+        del self.rest[:stop]
         self.done = True
 
 
 class Http2Refusal:
     """As much HTTP/2 as it takes to answer one request of a gRPC client with a sentence.
 
-    The answer is an error of gRPC, which its user gets to see; only then GOAWAY asks for
-    HTTP/1.1.  Sent alone, that would be one failed connection more to try again, and silence.
+    The answer is an error of gRPC, which the client shows to its user; then GOAWAY asks for
+    HTTP/1.1.  GOAWAY alone would be a failed connection that the client retries in silence.
     Source: RFC 9113; RFC 7541 §6; the gRPC documents, "gRPC over HTTP2".
     """
 
-    _PREFACE_END = b"SM\r\n\r\n"        # what follows the empty line of `PRI * HTTP/2.0`
-    _FRAME_BYTES_MAX = 1 << 14          # nobody may send larger ones unasked; above: the end
+    _PREFACE_END = b"SM\r\n\r\n"        # follows the empty line of `PRI * HTTP/2.0`
+    _FRAME_BYTES_MAX = 1 << 14          # the protocol's default; above: GOAWAY
     _HEADERS, _SETTINGS, _PING, _GOAWAY = 1, 4, 6, 7
-    _UNIMPLEMENTED = b"12"              # a status of gRPC
-    _HTTP_1_1_REQUIRED = 0xD
 
     __slots__ = ("done", "_buffer", "_greeted", "_sentence")
 
     def __init__(self, sentence: str) -> None:
-        self.done = False               # all is said: close
+        self.done = False               # the connection is to be closed
         self._buffer = b""
         self._greeted = False
         self._sentence = sentence.encode("ascii")
 
     def feed(self, data: bytes) -> bytes:
-        """Return what to send, after `data` has come."""
+        """Return the bytes to send after `data` has arrived."""
         self._buffer += data
-        answers = []
+        answer = b""
         if not self._greeted and len(self._buffer) >= len(self._PREFACE_END):
             self._greeted = True
-            answers.append(self._frame(self._SETTINGS, 0, 0, b""))
+            answer = self._frame(self._SETTINGS, 0, 0)
             if not self._buffer.startswith(self._PREFACE_END):
-                answers.append(self._goodbye(0))
+                answer += self._goodbye(0)
             self._buffer = self._buffer[len(self._PREFACE_END):]
         while self._greeted and not self.done and len(self._buffer) >= 9:
             size = int.from_bytes(self._buffer[:3], "big")
             if size > self._FRAME_BYTES_MAX:
-                answers.append(self._goodbye(0))
-            elif len(self._buffer) >= 9 + size:
-                frame, self._buffer = self._buffer[:9 + size], self._buffer[9 + size:]
-                answers.append(self._answer(frame))
-            else:
+                return answer + self._goodbye(0)
+            if len(self._buffer) < 9 + size:
                 break
-        return b"".join(answers)
+            frame, self._buffer = self._buffer[:9 + size], self._buffer[9 + size:]
+            answer += self._answer(frame)
+        return answer
 
     def _answer(self, frame: bytes) -> bytes:
-        kind, is_ack = frame[3], frame[4] & 1
-        stream = int.from_bytes(frame[5:9], "big") & 0x7FFF_FFFF
-        if kind == self._HEADERS:
-            return self._refuse(stream) + self._goodbye(stream)
+        kind, flags, stream = struct.unpack_from(">BBI", frame, 3)
+        if kind == self._HEADERS:       # the answer: `:status 200` and, as trailers, error 12
+            return self._frame(kind, 0x4 | 0x1, stream & 0x7FFF_FFFF, (     # END_HEADERS | _STREAM
+                b"\x88\0\x0ccontent-type\x10application/grpc\0\x0bgrpc-status\x0212"
+                b"\0\x0cgrpc-message%c%b" % (len(self._sentence), self._sentence)
+            )) + self._goodbye(stream & 0x7FFF_FFFF)
         if kind == self._GOAWAY:
             return self._goodbye(0)
-        if kind in (self._SETTINGS, self._PING) and not is_ack:
+        if kind in (self._SETTINGS, self._PING) and not flags & 1:      # 1: acknowledgement
             return self._frame(kind, 1, 0, frame[9:] if kind == self._PING else b"")
-        return b""                      # of a request that is answered, or of no interest
-
-    def _refuse(self, stream: int) -> bytes:
-        """Headers that are trailers as well: `:status 200`, as gRPC wants it, and the error."""
-        block = b"\x88" + b"".join(
-            b"\0%c%b%c%b" % (len(name), name, len(value), value) for name, value in (
-                (b"content-type", b"application/grpc"), (b"grpc-status", self._UNIMPLEMENTED),
-                (b"grpc-message", self._sentence),
-            )
-        )
-        return self._frame(self._HEADERS, 0x4 | 0x1, stream, block)    # END_HEADERS, END_STREAM
+        return b""
 
     def _goodbye(self, last_stream: int) -> bytes:
         self.done = True
-        payload = struct.pack(">II", last_stream, self._HTTP_1_1_REQUIRED) + self._sentence
-        return self._frame(self._GOAWAY, 0, 0, payload)
+        http_1_1_required = 0xD
+        return self._frame(self._GOAWAY, 0, 0, struct.pack(
+            ">II", last_stream, http_1_1_required) + self._sentence)
 
     @staticmethod
-    def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
         return struct.pack(">I", len(payload))[1:] + struct.pack(
             ">BBI", kind, flags, stream) + payload
 
 
 # ============================================================================
-# net/workers -- Clocks, timers, complaints, and threads for work that may block.
+# net/workers -- Clocks, timers, a throttled log, and threads for calls that block.
 # ============================================================================
 
 
-COMPLAINT_SECONDS = 30.0            # the same complaint is not logged again within this time
-
-
-TIMERS_SWEPT_MIN = 256              # waiting; from then on cancelled ones are looked for
+REPEAT_SECONDS = 30.0               # between two log lines about the same fault
+TIMERS_SWEPT_MIN = 256              # waiting timers; above: cancelled ones are removed
 
 
 class Clock(NamedTuple):
-    """Where time comes from.  No other code reads a clock, so that a test can pass its own time."""
+    """The source of time.  No other code reads a clock: a test can pass its own."""
 
     now: Callable[[], float]            # monotonic seconds, for deadlines and durations
-    wall_ns: Callable[[], int]          # unix nanoseconds, for what clients see and for expiry
+    wall_ns: Callable[[], int]          # unix nanoseconds, for clients and for expiry
 
 
 SYSTEM_CLOCK = Clock(time.monotonic, time.time_ns)
 
 
 class Timer:
-    """One call at a later time; cancel() makes it do nothing."""
+    """A call at a later time, unless it is cancelled before."""
 
     __slots__ = ("callback", "args")
 
@@ -6839,60 +7183,50 @@ class Timer:
         self.args = args
 
     def cancel(self) -> None:
-        """Forget the call; harmless when it was made already."""
         self.callback = None
         self.args = ()
 
 
-class Complaints:
-    """Logs errors that would repeat with every attempt, each at most once in 30 s."""
+class ThrottledLog:
+    """Logs the errors that every attempt would repeat, each at most once in 30 s."""
 
     def __init__(self, package: str, now: Callable[[], float]) -> None:
         self._log = package_logger(package)
         self._now = now
-        self._said: Dict[str, float] = {}
+        self._logged: Dict[str, float] = {}     # fault -> monotonic time
 
-    def say(self, text: str, about: str = "") -> None:
-        """Log `text` as an error, unless as much was said a short time ago.
-
-        about  what makes two texts the same; "": the text itself
-        """
-        now, about = self._now(), (about or text)[:256]
-        if now - self._said.get(about, -COMPLAINT_SECONDS) < COMPLAINT_SECONDS:
+    def error(self, text: str, fault: str = "") -> None:
+        """Log `text`, unless an error with the same `fault` (default: text) is recent."""
+        now, fault = self._now(), (fault or text)[:256]
+        if now - self._logged.get(fault, -REPEAT_SECONDS) < REPEAT_SECONDS:
             return
-        if len(self._said) >= 1_000:
-            self._said.clear()
-        self._said[about] = now
+        if len(self._logged) >= 1_000:
+            self._logged.clear()
+        self._logged[fault] = now
         self._log.error("%s", text)
 
 
 class WorkKind(NamedTuple):
-    """One kind of calls that block.  Each kind has threads of its own, so that one that hangs
-    holds up no other.
-
-    threads      at work at a time
-    waiting_max  calls that wait for a thread; above: refused with WorkersBusy
-    is_awaited   True: close() waits for the calls under way.  False: it leaves them behind
-    """
+    """A kind of blocking calls with its own threads, so that a hanging kind delays no other."""
 
     name: str
-    threads: int
-    waiting_max: int
-    is_awaited: bool
+    threads: int                        # at most
+    waiting_max: int                    # calls that wait for a thread; above: WorkersBusy
+    is_awaited: bool                    # stop() waits for the calls under way
 
 
 FILE_WORK = WorkKind("files", 2, 16, True)              # snapshots, removal of old files
 NAME_WORK = WorkKind("names", 16, 64, False)            # a name server may hang for a minute
 PASSWORD_WORK = WorkKind("passwords", 2, 64, False)     # 0.1 s each, of another process
-PEER_WORK = WorkKind("peers", 1, 1, False)              # a proxy's questions to the members
+PEER_WORK = WorkKind("peers", 1, 1, False)              # a proxy's requests to the members
 
 
 class WorkersBusy(OSError):
-    """As many calls of this kind wait as may."""
+    """Too many calls of this kind wait."""
 
 
 def outcome_of(work: Callable[..., Any], *args: Any) -> Tuple[Optional[Exception], Any]:
-    """Return (None, result) of work(*args), or (what it raised, None), for another thread."""
+    """Return (None, result) of work(*args), or (its exception, None)."""
     try:
         return None, work(*args)
     except Exception as error:
@@ -6902,7 +7236,7 @@ def outcome_of(work: Callable[..., Any], *args: Any) -> Tuple[Optional[Exception
 class Workers:
     """The threads for one kind of calls that block.
 
-    They are daemons: a call that hangs ends with the process.  Thread: reactor.
+    They are daemons: a hanging call ends with the process.  Thread: reactor.
     """
 
     def __init__(self, kind: WorkKind, post: Callable[..., None]) -> None:
@@ -6916,7 +7250,7 @@ class Workers:
         self, work: Callable[..., Any], args: Tuple[Any, ...],
         done: Callable[[Optional[BaseException], Any], None],
     ) -> None:
-        """Have work(*args) called; then done(error, result) on the reactor's thread."""
+        """Call work(*args) on a thread; then done(error, result) on the reactor's."""
         kind = self._kind
         if self._unfinished >= kind.threads + kind.waiting_max:
             self._post(done, WorkersBusy(f"too many calls wait ({kind.name})"), None)
@@ -6935,7 +7269,7 @@ class Workers:
                     self._post(self._finish, done, WorkersBusy(f"{kind.name}: {error}"), None)
 
     def stop(self) -> None:
-        """Take no more calls; those that are awaited are finished first."""
+        """Take no more calls; wait for those under way if their kind is awaited."""
         for _ in self._threads:
             self._calls.put(None)
         for thread in self._threads if self._kind.is_awaited else ():
@@ -6946,7 +7280,7 @@ class Workers:
             pass
 
     def _serve(self, call: Any) -> bool:
-        """Make one call, and keep nothing of it; False: it was the last."""
+        """Make one call; False: stop().  In its own frame, which keeps nothing of the call."""
         if call is None:
             return False
         work, args, done = call
@@ -6966,9 +7300,9 @@ class Workers:
 # ============================================================================
 
 
-QUICK_SECONDS = 0.000_200           # a wait, falling asleep and waking included
-QUICK_WAITS_MIN = 8                 # in a row: then the next waits begin awake
-AWAKE_SECONDS = 0.000_120           # of one wait; without an event by then, asleep again
+QUICK_SECONDS = 0.000_200           # a short wait, falling asleep and waking included
+QUICK_WAITS_MIN = 8                 # short ones in a row, after which waits begin awake
+AWAKE_SECONDS = 0.000_120           # of one wait; without an event by then, asleep
 CLIENTS_SECONDS = 0.005             # for clients in each of three parts of a turn: their sockets,
                                     # their queued calls, their replies; above: the next turn
 CLOCK_STRIDE = 4                    # callbacks of clients between two looks at the clock
@@ -6990,11 +7324,10 @@ _READY = tuple(
 
 
 class Reactor:
-    """The loop that owns all state: sockets, timers, and what other threads post.
+    """The loop whose thread owns all state, with its sockets, timers and posted calls.
 
-    One turn: poll, serve ready sockets, run due timers, run what was posted, on_turn(), flush
-    (DESIGN: order inside one turn).  Thread: all methods from the reactor's own, except
-    call_soon_threadsafe and stop.
+    One turn: poll, serve ready sockets, run due timers, run posted calls, on_turn(), flush.
+    Thread: the reactor's own, except for call_soon_threadsafe and stop.
     """
 
     PHASES = ("waiting", "sockets", "timers", "posted", "server", "flush")
@@ -7002,36 +7335,40 @@ class Reactor:
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self.now, self.wall_ns = clock
         self.on_turn: Callable[[], None] = lambda: None
-        self.on_turned: Callable[[float], None] = lambda seconds: None  # gets what it took
+        self.on_turned: Callable[[float], None] = lambda seconds: None
         self.turns = 0
         self.slowest_turn_s = 0.0
-        self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # so far; waiting: for sockets
+        self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # sums; waiting: for sockets
         self._turned_at = self.now()    # the end of the last turn
         self._quick_waits = 0           # so many in a row were short
         self._epoll = make_poll()       # selectors would cost some 3 us more per event
         self._callbacks: Dict[int, Callable[[int], None]] = {}      # by descriptor
-        self._gone: Set[int] = set()    # unregistered in this turn: their events are of others
+        self._gone: Set[int] = set()    # unregistered in this turn: their events are stale
         self._timers: List[Tuple[float, int, Timer]] = []
         self._timer_count = 0
-        self._timers_max = TIMERS_SWEPT_MIN     # so many: forget those that are cancelled
+        self._timers_max = TIMERS_SWEPT_MIN     # above: remove the cancelled ones
         self._posted: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._polling = False           # True: a poster must write to the wake socket
         self._stopping = False
         self._flushes: List[Callable[[], None]] = []
-        # What clients cause: it gets CLIENTS_SECONDS of each part of a turn, then has to wait.
+        # Work for clients gets CLIENTS_SECONDS of each part of a turn; the rest has to wait.
         self._patient: Set[int] = set()         # descriptors
         self._urgent = make_poll()              # all others: looked at while some are late
         self._late: OrderedDict[int, int] = collections.OrderedDict()   # of _patient -> event
-        self._in_line: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
+        self._client_calls: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._client_flushes: List[Callable[[], None]] = []
+        # flush_soon(flush) calls it at the end of this turn; flush_in_turn(flush) then or at the
+        # end of a later one, within the time for clients.
+        self.flush_soon = self._flushes.append
+        self.flush_in_turn = self._client_flushes.append
         wake_in, wake_out = os.pipe()
         os.set_blocking(wake_in, False)
         os.set_blocking(wake_out, False)
         self._wake_in = open(wake_in, "rb", buffering=0)
         self._wake_out = open(wake_out, "wb", buffering=0)
-        self._wake_lock = threading.Lock()      # a leaf: nobody closes _wake_out under a writer
+        self._wake_lock = threading.Lock()      # a leaf: _wake_out is open during a write
         self._workers: Dict[WorkKind, Workers] = {}
-        self._look_ups: Dict[Tuple[str, int], List[Timer]] = {}     # under way: who waits
+        self._look_ups: Dict[Tuple[str, int], List[Timer]] = {}     # (host, port) -> callbacks
         self._set_date(self._turned_at)
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
 
@@ -7073,13 +7410,13 @@ class Reactor:
             self._polling = False
             with self._wake_lock:
                 if not self._wake_out.closed:
-                    self._wake_out.write(b"\0")     # None if it is full: that wakes it as well
+                    self._wake_out.write(b"\0")     # a full pipe wakes the reactor as well
 
     def run_blocking(
         self, work: Callable[..., Any], *args: Any, kind: WorkKind,
         done: Callable[[Optional[BaseException], Any], None],
     ) -> None:
-        """Run `work(*args)` on a thread for this kind; then call done(error, result) on ours."""
+        """Run `work(*args)` on a thread for its kind, then done(error, result) in the reactor."""
         if kind not in self._workers:
             self._workers[kind] = Workers(kind, self.call_soon_threadsafe)
         self._workers[kind].submit(work, args, done)
@@ -7087,10 +7424,9 @@ class Reactor:
     def look_up(
         self, host: str, port: int, done: Callable[[Optional[BaseException], Any], None]
     ) -> Timer:
-        """Call done(error, what getaddrinfo found), unless the Timer returned is cancelled.
+        """Call done(error, result of getaddrinfo), unless the returned Timer is cancelled.
 
-        All that want the same at a time share one question: a name whose server hangs takes one
-        thread, however often it is asked for.
+        Simultaneous look-ups of a name share one thread, which a name server may keep waiting.
         """
         waiter = Timer(done, ())
         waiters = self._look_ups.get((host, port))
@@ -7116,8 +7452,8 @@ class Reactor:
     ) -> None:
         """Call callback(mask) whenever `sock` is ready for any of `events`, selectors.EVENT_*.
 
-        A socket must be unregistered before it is closed.  patient: if many are ready, this one
-        may have to wait for a later turn, but not longer than others that may.
+        A socket must be unregistered before it is closed.  patient: if many sockets are ready,
+        this one may wait for a later turn, in the order in which they became ready.
         """
         descriptor = sock.fileno()
         self._epoll.register(descriptor, _EPOLL_EVENTS[events])
@@ -7128,7 +7464,7 @@ class Reactor:
             self._urgent.register(descriptor, _EPOLL_EVENTS[events])
 
     def modify(self, sock: HasFileno, events: int, callback: Callable[[int], None]) -> None:
-        """Change what a registered socket waits for."""
+        """Change the events and the callback of a registered socket."""
         descriptor = sock.fileno()
         self._epoll.modify(descriptor, _EPOLL_EVENTS[events])
         self._callbacks[descriptor] = callback
@@ -7136,7 +7472,7 @@ class Reactor:
             self._urgent.modify(descriptor, _EPOLL_EVENTS[events])
 
     def unregister(self, sock: HasFileno) -> None:
-        """Stop watching `sock`."""
+        """Call back for `sock` no more."""
         descriptor = sock.fileno()
         del self._callbacks[descriptor]
         if descriptor in self._patient:
@@ -7148,16 +7484,8 @@ class Reactor:
         self._epoll.unregister(descriptor)
 
     def call_in_turn(self, callback: Callable[..., None], *args: Any) -> None:
-        """Call in this turn or a later one, in order, as far as the time for clients goes."""
-        self._in_line.append((callback, args))
-
-    def flush_soon(self, flush: Callable[[], None]) -> None:
-        """Call flush() at the end of this turn."""
-        self._flushes.append(flush)
-
-    def flush_in_turn(self, flush: Callable[[], None]) -> None:
-        """Call flush() at the end of this turn or a later one, as call_in_turn() does."""
-        self._client_flushes.append(flush)
+        """Call in this turn or a later one, in order, within the time for clients."""
+        self._client_calls.append((callback, args))
 
     def run(self) -> None:
         """Turn until stop()."""
@@ -7166,7 +7494,7 @@ class Reactor:
             self._turn(self._poll())
 
     def close(self) -> None:
-        """Release threads and sockets, when all others are closed."""
+        """Release threads and pipes; all sockets are closed before."""
         for workers in self._workers.values():
             workers.stop()
         self._epoll.close()
@@ -7186,8 +7514,9 @@ class Reactor:
             wait_s = self._timers[0][0] - self._turned_at
             if wait_s < 0.0:
                 wait_s = 0.0
-        self._polling = True            # first this, then the look at _posted: no lost wake-up
-        if self._posted or self._flushes or self._late or self._in_line or self._client_flushes:
+        self._polling = True            # set before _posted is read: no wake-up is lost
+        if (self._posted or self._flushes or self._late or self._client_calls
+                or self._client_flushes):
             wait_s = 0.0
         if self._late:
             events = self._urgent.poll(0.0)
@@ -7197,7 +7526,7 @@ class Reactor:
         return events
 
     def _wait(self, wait_s: Optional[float]) -> List[Tuple[int, int]]:
-        """Wait for a socket; awake at first, where that has paid lately.
+        """Wait for a socket: awake for a short time if the last waits were short, then asleep.
 
         To fall asleep and be woken takes 50 us, about as long as a client on this machine takes
         for its next request: GETs on one connection are answered at 1.8 times the rate.
@@ -7239,19 +7568,19 @@ class Reactor:
         if self._timers and self._timers[0][0] <= served:
             self._run_timers(served)
             timed = called = clock()
-        if self._posted or self._in_line:
+        if self._posted or self._client_calls:
             for _ in range(len(self._posted)):
                 posted, args = self._posted.popleft()
                 posted(*args)
-            if self._in_line:
-                self._serve_line(clock() + CLIENTS_SECONDS)
+            if self._client_calls:
+                self._run_client_calls(clock() + CLIENTS_SECONDS)
             called = clock()
         self.on_turn()
         done = clock()
-        while self._flushes:
-            flushes, self._flushes = self._flushes, []
-            for flush in flushes:
+        if self._flushes:
+            for flush in self._flushes:     # and those added meanwhile
                 flush()
+            self._flushes.clear()
         if self._client_flushes:
             self._flush_clients(done + CLIENTS_SECONDS)
         self._turned_at = ended = clock()
@@ -7266,23 +7595,23 @@ class Reactor:
         self.on_turned(ended - started)
 
     def _serve_late(self, until: float) -> None:
-        """Serve the sockets that the last turn had no time for, before any other is looked at."""
+        """Serve the sockets that the last turn had no time for."""
         late = self._late
         while late and self.now() <= until:
             descriptor, mask = late.popitem(last=False)
             self._callbacks[descriptor](_READY[mask])
 
-    def _serve_line(self, until: float) -> None:
-        line = self._in_line
-        for _ in range(len(line)):      # what is added meanwhile is for the next turn
-            callback, args = line.popleft()
+    def _run_client_calls(self, until: float) -> None:
+        calls = self._client_calls
+        for _ in range(len(calls)):     # those added meanwhile belong to the next turn
+            callback, args = calls.popleft()
             callback(*args)
             if self.now() > until:
                 return
 
     def _flush_clients(self, until: float) -> None:
         flushes, count = self._client_flushes, 0
-        for flush in flushes:           # what is added meanwhile belongs to this turn
+        for flush in flushes:           # and those added meanwhile
             flush()
             count += 1
             if not count % CLOCK_STRIDE and self.now() > until:
@@ -7302,32 +7631,32 @@ class Reactor:
         self._date_until = now + 1.0 - wall_ns % NS / NS
 
     def _drain_wake(self, mask: int) -> None:
-        self._wake_in.read(4096)        # what is left makes it ready again
+        self._wake_in.read(4096)        # the rest makes it ready again
 
 
 # ============================================================================
-# net/budgets -- Budgets: the time of long works in a turn, and the memory of connections.
+# net/budgets -- Budgets: time for long work in a turn, and memory for the buffers of connections.
 # ============================================================================
 
 
 class SlicedWork:
-    """Long works in steps, all together for TURN_S of a turn, each for a while in its turn.
+    """Long work in steps: TURN_S of each turn in all, shared by round robin.
 
-    What is short is done at once.  Thread: reactor.
+    Short work is done at once.  Thread: reactor.
     """
 
     TURN_S = 0.005
 
     def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
-        self._works: Deque[Tuple[Iterator[None], Callable[[Any], None]]] = collections.deque()
-        self._turn = -1                 # of the reactor, and what was spent in it
-        self._spent_s = 0.0
+        self._queue: Deque[Tuple[Iterator[None], Callable[[Any], None]]] = collections.deque()
+        self._turn = -1                 # of the reactor
+        self._spent_s = 0.0             # in that turn
         self._is_posted = False
 
     def add(self, steps: Generator[None, None, Any], done: Callable[[Any], None]) -> None:
-        """Do a work; then call done(result of the generator), which may be before add() returns."""
-        self._works.append((steps, done))
+        """Run the generator, then done(its result), perhaps before add() returns."""
+        self._queue.append((steps, done))
         if not self._is_posted:
             self._go()
 
@@ -7336,78 +7665,74 @@ class SlicedWork:
         reactor = self._reactor
         if self._turn != reactor.turns:
             self._turn, self._spent_s = reactor.turns, 0.0
-        while self._works and self._spent_s < self.TURN_S:
-            steps, done = self._works.popleft()
+        while self._queue and self._spent_s < self.TURN_S:
+            steps, done = self._queue.popleft()
             started = reactor.now()
             try:
                 next(steps)
-                self._works.append((steps, done))
+                self._queue.append((steps, done))
             except StopIteration as stop:
                 done(stop.value)
             self._spent_s += reactor.now() - started
-        if self._works and not self._is_posted:
+        if self._queue and not self._is_posted:
             self._is_posted = True
             reactor.call_soon(self._go)
 
 
-class Holder(Protocol):
-    """A connection, as far as HeldBytes knows it."""
+class BufferOwner(Protocol):
+    """A connection with buffers in memory."""
 
-    def pieces(self) -> Iterator[Union[bytes, bytearray]]:
-        """What it holds in memory; a piece may be of several at a time."""
-
-    def close(self) -> None:
-        """Let go of all."""
+    def pieces(self) -> Iterator[Union[bytes, bytearray]]: ...
+    def close(self) -> None: ...
 
 
-class HeldBytes:
-    """What the connections of a member hold together: replies that nobody takes, and requests of
-    which bytes are missing.
+class BufferBudget:
+    """A limit on the memory of all connections: unsent replies and incomplete requests.
 
-    Pieces that several share count once, so it takes a look at all to know; that is due when as
-    much has come as there was room for.  If it is too much, the connections go that have not
-    moved for the longest.  Thread: reactor.
+    Connections may share buffers, and a shared one counts once, so only a walk over all of them
+    finds the sum.  A walk begins when the connections have received as many bytes as there was
+    room for after the last.  Above the limit it closes those with the longest time since their
+    last progress.  Thread: reactor.
     """
 
-    LOOK_PIECES = 10_000                # in one turn: 3 ms
+    TURN_PIECES = 10_000                # of a walk in one turn: 3 ms
 
     def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
-        self._holders: Dict[Holder, float] = {}     # and when they moved last (monotonic)
-        self._grown = 0                 # bytes since the last look
-        self._room = HELD_BYTES_MAX     # as of the last look
-        self._look: Iterator[None] = iter(())
-        self._looking = False
-        self._complaints = Complaints("http", reactor.now)
+        self._owners: Dict[BufferOwner, float] = {}     # and their last progress (monotonic)
+        self._grown = 0                 # bytes since the begin of the last walk
+        self._room = HELD_BYTES_MAX     # after the last walk
+        self._walk: Iterator[None] = iter(())
+        self._is_walking = False
+        self._log = ThrottledLog("http", reactor.now)
 
-    def hold(self, connection: Holder, grown: int, *, moved: bool = False) -> None:
-        """The connection keeps `grown` bytes more.  moved: its client has taken some."""
-        if moved or connection not in self._holders:
-            self._holders[connection] = self._reactor.now()
+    def grow(self, connection: BufferOwner, grown: int, *, moved: bool = False) -> None:
+        """Count bytes that a connection keeps.  moved: its client has read some."""
+        if moved or connection not in self._owners:
+            self._owners[connection] = self._reactor.now()
         self._grown += grown
-        if self._grown >= self._room and not self._looking:
-            self._looking, self._grown = True, 0
-            self._look = self._look_at_all()
+        if self._grown >= self._room and not self._is_walking:
+            self._is_walking, self._grown = True, 0
+            self._walk = self._close_excess()
             self._reactor.call_soon(self._go_on)
 
-    def forget(self, connection: Holder) -> None:
-        """The connection is closed."""
-        self._holders.pop(connection, None)
+    def forget(self, connection: BufferOwner) -> None:
+        self._owners.pop(connection, None)
 
     def _go_on(self) -> None:
-        for _ in self._look:
+        for _ in self._walk:
             self._reactor.call_soon(self._go_on)
             return
-        self._looking = False
+        self._is_walking = False
 
-    def _look_at_all(self) -> Iterator[None]:
-        """Close what is too much; those that moved last are kept, one of them in any case."""
-        kept = closed = looked = 0
+    def _close_excess(self) -> Iterator[None]:
+        """Keep the connections with the latest progress, at least one; close the others."""
+        kept = closed = walked = 0
         seen: Set[int] = set()
-        for connection in sorted(self._holders, key=self._holders.__getitem__, reverse=True):
+        for connection in sorted(self._owners, key=self._owners.__getitem__, reverse=True):
             pieces = {id(piece): len(piece) for piece in connection.pieces()}
             if not pieces:
-                self._holders.pop(connection, None)
+                self._owners.pop(connection, None)
                 continue
             size = sum(pieces[piece] for piece in pieces if piece not in seen)
             if kept and kept + size > HELD_BYTES_MAX:
@@ -7416,14 +7741,14 @@ class HeldBytes:
             else:
                 kept += size
                 seen.update(pieces)
-            looked += len(pieces)
-            if looked > self.LOOK_PIECES:
-                looked = 0
+            walked += len(pieces)
+            if walked > self.TURN_PIECES:
+                walked = 0
                 yield
         self._room = max(HELD_BYTES_MAX - kept, HELD_BYTES_MAX // 8)
         if closed:
             text = f"closed connections that held more than {HELD_BYTES_MAX >> 20} MB together"
-            self._complaints.say(
+            self._log.error(
                 f"{text}: {closed}, whose clients did not read replies or finish requests", text
             )
 
@@ -7440,7 +7765,7 @@ _STATUS_LINES = {
 
 
 class Channel(Protocol):
-    """A connection, as far as its requests and their replies know it."""
+    """The part of a connection that its requests and their replies use."""
 
     reactor: Reactor
     remote: str
@@ -7452,20 +7777,11 @@ class Channel(Protocol):
     closed: bool
 
     @property
-    def scheme(self) -> str:
-        """`https` under TLS, else `http`."""
-
-    def send(self, data: bytes, more: Sequence[bytes] = ()) -> None:
-        """Queue bytes for the end of this turn."""
-
-    def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
-        """Queue the end of a reply and go on with the next request, or close."""
-
-    def flush(self) -> None:
-        """Send what is queued."""
-
-    def close(self) -> None:
-        """Drop the socket; a waiting request's on_close is called."""
+    def scheme(self) -> str: ...
+    def send(self, data: bytes, more: Sequence[bytes] = ()) -> None: ...
+    def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class HttpRequest:
@@ -7478,51 +7794,24 @@ class HttpRequest:
         self.body = body
         self.connection = connection
         self.body_too_large = False
-        self.body_file: Optional[IO[bytes]] = None      # holds a body that is too large for memory
+        self.body_file: Optional[IO[bytes]] = None      # with a body that is too large for memory
 
-    @property
-    def method(self) -> str:
-        """Method, as sent."""
-        return self.head.method
-
-    @property
-    def target(self) -> str:
-        """Request target, as sent, latin-1."""
-        return self.head.target
-
-    @property
-    def path(self) -> str:
-        """Percent-decoded path (text_of)."""
-        return self.head.path
-
-    @property
-    def query(self) -> str:
-        """Raw query without `?`, latin-1."""
-        return self.head.query
-
-    @property
-    def headers(self) -> Dict[str, str]:
-        """Lower-case name -> value."""
-        return self.head.headers
-
-    @property
-    def remote(self) -> str:
-        """Client address, `ip:port`."""
-        return self.connection.remote
-
-    @property
-    def scheme(self) -> str:
-        """`https` if the request came through TLS, else `http`."""
-        return self.connection.scheme
+    # Attributes of the head and the connection, read in C: a GET reads four of them.
+    method = cast(str, property(attrgetter("head.method")))
+    target = cast(str, property(attrgetter("head.target")))     # as sent, latin-1
+    path = cast(str, property(attrgetter("head.path")))         # percent-decoded (text_of)
+    query = cast(str, property(attrgetter("head.query")))       # as sent, without `?`, latin-1
+    headers = cast(Dict[str, str], property(attrgetter("head.headers")))    # lower-case names
+    remote = cast(str, property(attrgetter("connection.remote")))       # client's `ip:port`
+    scheme = cast(str, property(attrgetter("connection.scheme")))
 
     @property
     def on_close(self) -> Optional[Callable[[], None]]:
-        """Called when the client goes away before the reply."""
+        """Called when the client closes the connection before the reply."""
         return self.connection.on_close
 
     @on_close.setter
     def on_close(self, callback: Optional[Callable[[], None]]) -> None:
-        """Ask for that call; None: no more."""
         self.connection.on_close = callback
 
     def _head_bytes(
@@ -7536,18 +7825,17 @@ class HttpRequest:
         else:
             closing = "Connection: keep-alive\r\n" if head.keep_alive else ""
             status_line = "HTTP/1.0" + status_line[8:]
-        date = self.connection.reactor.http_date
-        return (
-            f"{status_line}{kind}{headers}Date: {date}\r\n{framing}{closing}\r\n".encode("latin-1")
-        )
+        date = f"Date: {self.connection.reactor.http_date}\r\n"
+        return f"{status_line}{kind}{headers}{date}{framing}{closing}\r\n".encode("latin-1")
 
     def reply(
         self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
         headers: str = "", more: Sequence[bytes] = (),
     ) -> None:
-        """Answer.  headers: more raw lines, each with its CRLF.  HEAD sends no body.
+        """Send a reply; to HEAD without its body.
 
-        more  of the body, never copied
+        headers  further raw lines, each with its CRLF
+        more     pieces of the body that are never copied
         """
         size = len(body) + sum(map(len, more))
         framing = "" if status == 204 else f"Content-Length: {size}\r\n"
@@ -7559,10 +7847,7 @@ class HttpRequest:
         self.connection.finish(data, self.head.keep_alive, more)
 
     def reply_raw(self, data: bytes, more: Sequence[bytes] = ()) -> None:
-        """Answer with ready-made head and body; only if the head takes_raw.
-
-        more  of the body, never copied
-        """
+        """Send a ready-made head and body; only if the head takes_raw."""
         self.connection.finish(data, True, more)
 
     def start_stream(
@@ -7571,7 +7856,7 @@ class HttpRequest:
     ) -> "StreamReply":
         """Send the head now; the body follows in pieces, of `length` bytes if that is known.
 
-        For an answer without body (HEAD, 204, 304) end() is all that follows.
+        A reply without body (HEAD, 204, 304) is completed by end().
         """
         bodyless = self.head.method == "HEAD" or status in (204, 304)
         chunked = bool(self.head.minor) and length is None and not bodyless
@@ -7579,7 +7864,7 @@ class HttpRequest:
         if length is not None and status != 204:
             framing = f"Content-Length: {length}\r\n"
         if not (chunked or bodyless or length is not None):
-            self.head = closing_head(self.head)        # the end of the body is that of all
+            self.head = closing_head(self.head)        # the connection's end is the body's end
         reply = StreamReply(self, chunked=chunked)
         if not reply.closed:
             self.connection.send(self._head_bytes(status, content_type, headers, framing))
@@ -7590,8 +7875,7 @@ Handler = Callable[[HttpRequest], None]
 
 
 class StreamReply:
-    """A reply whose body is written piece by piece (chunked, or of a length that the head told;
-    HTTP/1.0: until close)."""
+    """A reply whose body is written in pieces: chunked, of known length, or until close."""
 
     __slots__ = ("_connection", "_chunked", "_keep_alive", "closed", "on_close")
 
@@ -7607,15 +7891,15 @@ class StreamReply:
 
     @property
     def pending(self) -> int:
-        """Bytes that the client has not taken yet."""
+        """Bytes that the socket has not taken yet."""
         return self._connection.pending
 
     def when_read(self, callback: Callable[[], None]) -> None:
-        """Call once, as soon as the client has taken everything that is pending."""
+        """Call once, as soon as the socket has taken all pending bytes."""
         self._connection.on_drain = callback
 
     def write(self, data: bytes, more: Sequence[bytes] = ()) -> bool:
-        """Queue one piece, with `more` of it that is never copied; False if the reply has ended."""
+        """Queue one piece, of which `more` is never copied; False: the reply has ended."""
         if self.closed:
             return False
         size = len(data) + sum(map(len, more))
@@ -7649,7 +7933,7 @@ class StreamReply:
 
 
 def closing_head(head: HttpHead) -> HttpHead:
-    """A copy of `head` for a request whose body stays unread: the connection must end."""
+    """Return a copy of `head` for the last request of its connection."""
     closing = HttpHead(head.method, head.target, head.minor, head.headers)
     closing.keep_alive = closing.takes_raw = False
     closing.parsed = head.parsed
@@ -7661,32 +7945,28 @@ def closing_head(head: HttpHead) -> HttpHead:
 # ============================================================================
 
 
-HANDSHAKE_SECONDS_MAX = 10.0        # until its first byte, and from then to its end; then closed
-CERTIFICATE_CHECK_SECONDS = 1.0     # between two looks whether a file of TLS has changed
+HANDSHAKE_SECONDS_MAX = 10.0        # to its first byte, and from there to its end; then closed
+CERTIFICATE_CHECK_SECONDS = 1.0     # between two checks of the files for changes
 
 
 class TlsSocket(ssl.SSLSocket):
-    """A TLS connection that waits as a plain non-blocking socket does: by BlockingIOError."""
+    """A non-blocking TLS socket that raises BlockingIOError, as a plain one does."""
 
     def do_handshake(self, block: bool = False) -> None:
-        """Raise SSLCertVerificationError with the names in the certificate as `names`."""
+        """Add the names in a refused certificate to the error, as `names`."""
         try:
             super().do_handshake(block)
         except ssl.SSLCertVerificationError as error:
-            error.names = self._names_shown()       # type: ignore[attr-defined]
+            # Python 3.9 does not tell them: names is None.
+            chain: Any = getattr(self._sslobj, "get_unverified_chain", list)()   # type: ignore
+            error.names = [str(name) for _, name in    # type: ignore[attr-defined]
+                           chain[0].get_info().get("subjectAltName", ())] if chain else None
             raise
 
-    def _names_shown(self) -> Optional[List[str]]:
-        """The names in the certificate that was refused; None: Python 3.9 does not tell them."""
-        chain: Any = getattr(self._sslobj, "get_unverified_chain", list)()   # type: ignore
-        if not chain:
-            return None
-        return [str(name) for _, name in chain[0].get_info().get("subjectAltName", ())]
-
     def recv(self, size: int = 16_384, flags: int = 0) -> bytes:
-        """Return what has arrived, up to about `size` bytes; b"" at the end.
+        """Return up to about `size` received bytes; b"" at the end.
 
-        All that OpenSSL has decrypted is taken, since no selector would tell of the rest.
+        This includes all bytes that OpenSSL has decrypted, as no selector reports those.
         """
         data = b""
         pieces: List[bytes] = []
@@ -7704,21 +7984,21 @@ class TlsSocket(ssl.SSLSocket):
         return b"".join(pieces)
 
     def send(self, data: Any, flags: int = 0) -> int:
-        """Send as much as goes at once; after BlockingIOError, send at least the same again."""
+        """Send without blocking; after BlockingIOError, repeat with at least the same bytes."""
         try:
             return super().send(data, flags)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise BlockingIOError(errno.EAGAIN, "cannot send yet") from None
 
     def shutdown(self, how: int) -> None:
-        """Say goodbye in TLS first: a reply that ends without it might have been cut off."""
+        """End TLS first: without its close_notify a reply might have been cut off."""
         with contextlib.suppress(OSError, ValueError):
             self.unwrap()
         super().shutdown(how)
 
 
 def _covers(kind: str, name: str, host: str) -> bool:
-    """Tell whether a name of a certificate, perhaps with `*` for its first label, is of `host`."""
+    """Tell whether a name of a certificate, perhaps a wildcard, covers `host`."""
     if kind == "IP Address":
         for family in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(OSError):
@@ -7730,13 +8010,13 @@ def _covers(kind: str, name: str, host: str) -> bool:
 
 
 class TlsContext:
-    """How one side of this member speaks TLS; certificates are read again when they change.
+    """The TLS settings of one side; certificates are read again when they change.
 
     server  True to accept connections, False to make them
     now     monotonic seconds
 
     Differs from etcd: TLS 1.2 and newer only (etcd 2.3: 1.0), and etcd reads its files once.
-    Raises StartError if the files cannot be used; later, the last usable ones stay in use.
+    Raises StartError for unusable files; later, the last usable ones stay in use.
     """
 
     def __init__(
@@ -7746,7 +8026,7 @@ class TlsContext:
         self._server = server
         self._now = now
         self._seen = self._signature()
-        self._refused = self._seen          # the last that could not be used, and was logged
+        self._refused = self._seen          # the last that was logged as unusable
         self._checked = now()
         self._context = self._load()
 
@@ -7777,7 +8057,7 @@ class TlsContext:
             raise ssl.SSLError(0, f"the client certificate is for {shown}, not for {host}")
 
     def _signature(self) -> List[Optional[Tuple[int, int, int]]]:
-        """What tells that a file was changed or replaced."""
+        """Return time, inode and size of each file, which change with it."""
         found: List[Optional[Tuple[int, int, int]]] = []
         for path in self._files:
             if isinstance(path, str) and path and path not in self._files[-2:]:
@@ -7789,7 +8069,7 @@ class TlsContext:
         return found
 
     def _reload(self, signature: List[Optional[Tuple[int, int, int]]]) -> None:
-        """Use what there is now; what cannot be read, as nothing can be opened, is tried again."""
+        """Use the changed files; retry unreadable ones later, as descriptors may be short."""
         log = package_logger("tls")
         try:
             self._context = self._load()
@@ -7827,12 +8107,12 @@ _default_tls: List[TlsContext] = []
 
 
 def default_tls() -> TlsContext:
-    """Return how to reach others without settings: the system's authorities decide."""
+    """Return the client settings for all other cases: the system's authorities decide."""
     if _default_tls:
         return _default_tls[0]
     context = TlsContext(TlsFiles(), server=False)
     with contextlib.suppress(OSError), open(os.devnull, "rb"):
-        _default_tls.append(context)    # else its authorities could not be read either: not kept
+        _default_tls.append(context)    # without a free descriptor it has no authorities: not kept
     return context
 
 
@@ -7865,7 +8145,7 @@ def _ssl_words(error: Exception) -> str:
 
 
 def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
-    """Have `context` show this certificate.  Raises StartError."""
+    """Load a certificate and its key into `context`.  Raises StartError."""
     check_readable(cert_file)
     check_readable(key_file)
     asked: List[bool] = []
@@ -7877,20 +8157,19 @@ def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
     try:
         context.load_cert_chain(cert_file, key_file, password=passphrase)
     except (OSError, ValueError) as error:
-        what = _encrypted_key(key_file) if asked else _pair_error(cert_file, key_file, error)
-        raise StartError(f"cannot use {cert_file} and its key {key_file}: {what}") from None
-
-
-def _encrypted_key(path: str) -> str:
-    plain = f"{os.path.splitext(path)[0]}-plain.pem"
-    return (
-        f"the key is encrypted, and nobody can be asked for the passphrase; write it without one"
-        f" with `openssl pkey -in {shlex.quote(path)} -out {shlex.quote(plain)}` and name {plain}"
-    )
+        fault = _pair_error(cert_file, key_file, error)
+        if asked:
+            plain = f"{os.path.splitext(key_file)[0]}-plain.pem"
+            fault = (
+                f"the key is encrypted, and nobody can be asked for the passphrase; write it"
+                f" without one with `openssl pkey -in {shlex.quote(key_file)}"
+                f" -out {shlex.quote(plain)}` and name {plain}"
+            )
+        raise StartError(f"cannot use {cert_file} and its key {key_file}: {fault}") from None
 
 
 def _pair_error(cert_file: str, key_file: str, error: Exception) -> str:
-    """Say why OpenSSL could not load a certificate and its key, by what the files hold."""
+    """Return why OpenSSL cannot load a certificate and its key, from their content."""
     for path, label, kind in (
         (cert_file, b"CERTIFICATE-----", "x509"), (key_file, b"PRIVATE KEY-----", "pkey"),
     ):
@@ -7915,32 +8194,27 @@ def _pair_error(cert_file: str, key_file: str, error: Exception) -> str:
     return f"{_ssl_words(error)}; the files must hold PEM text, whole and unchanged"
 
 
-PEM_BYTES_MAX = 1 << 20             # of a file that is looked at for its labels
-# What OpenSSL says where key and certificate do not fit; the last: they are of different kinds.
+PEM_BYTES_MAX = 1 << 20             # of a file that are searched for labels
+# OpenSSL's reasons for a key of another certificate; the last: they are of different kinds.
 _MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 
 
 def tls_reason(error: Exception) -> str:
-    """Return one line that says why a TLS connection failed, and what to do where that is known."""
+    """Return one line: why a TLS connection failed, and the remedy if it is known."""
     reason = str(getattr(error, "reason", None) or "")
     verify = getattr(error, "verify_message", "")
     if verify:
         hint = _VERIFY_HINTS.get(verify, "")
         if "mismatch" in verify:
-            hint = _names_hint(getattr(error, "names", None))
+            names: Optional[List[str]] = getattr(error, "names", None)
+            shown = ", ".join(map(go_quote, (names or [])[:NAMES_SHOWN_MAX]))
+            has = f" it has {shown or 'no names, and a CN does not count'};"
+            hint = (f"{has if names is not None else ''} issue one whose subjectAltName has the"
+                    " host of the URL that leads to it")
         return f"the other side's certificate cannot be verified: {verify}{hint}"
     if reason in _TLS_REASONS:
         return _TLS_REASONS[reason]
     return f"tls: {reason.lower().replace('_', ' ')}" if reason else f"tls: {error}"
-
-
-def _names_hint(names: Optional[List[str]]) -> str:
-    """What to do about a certificate for other names than the one that was wanted."""
-    has = ""
-    if names is not None:
-        shown = ", ".join(map(go_quote, names[:NAMES_SHOWN_MAX]))
-        has = f" it has {shown or 'no names, and a CN does not count'};"
-    return f"{has} issue one whose subjectAltName has the host of the URL that leads to it"
 
 
 NAMES_SHOWN_MAX = 10                # of a certificate, in a log line
@@ -7975,9 +8249,9 @@ _TLS_REASONS = {
 
 
 class Handshake:
-    """A TLS handshake under way; done(error) when it ended, None: `sock` may be used.
+    """A TLS handshake under way; calls done(error) at its end, None: `sock` may be used.
 
-    The socket is not registered with the reactor before and after.  Thread: reactor.
+    The socket is registered with the reactor only for this time.  Thread: reactor.
     """
 
     def __init__(
@@ -7987,12 +8261,13 @@ class Handshake:
         self.sock = sock
         self._reactor = reactor
         self._done = done
-        self._timer = reactor.call_later(HANDSHAKE_SECONDS_MAX, self._late)
+        late = TimeoutError("TLS handshake timeout")
+        self._timer = reactor.call_later(HANDSHAKE_SECONDS_MAX, self._end, late)
         reactor.register(
             sock, selectors.EVENT_READ | selectors.EVENT_WRITE, self._step, patient=patient)
 
     def cancel(self) -> None:
-        """Stop without calling done(); the socket stays open.  Once only, before the end."""
+        """Stop without a call of done(); the socket stays open.  Once only, before the end."""
         self._timer.cancel()
         self._reactor.unregister(self.sock)
 
@@ -8007,9 +8282,6 @@ class Handshake:
             self._end(error if isinstance(error, OSError) else OSError(str(error)))
         else:
             self._end(None)
-
-    def _late(self) -> None:
-        self._end(TimeoutError("TLS handshake timeout"))
 
     def _end(self, error: Optional[OSError]) -> None:
         self.cancel()
@@ -8028,7 +8300,7 @@ RESOLV_CONF = "/etc/resolv.conf"
 
 
 def _reason(error: Exception) -> str:
-    """The error's words without Python's decoration."""
+    """Return the text of an error without Python's decoration."""
     if isinstance(error, ssl.SSLError):
         return tls_reason(error)
     if isinstance(error, OSError) and error.strerror:
@@ -8046,7 +8318,7 @@ class SrvRecord(NamedTuple):
 
 
 def name_servers(path: str = RESOLV_CONF) -> List[Tuple[str, int]]:
-    """Return the addresses of the system's name servers; without any, the local one."""
+    """Return the addresses of the system's name servers; the local one if there are none."""
     found: List[Tuple[str, int]] = []
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for words in map(str.split, file):
@@ -8056,12 +8328,12 @@ def name_servers(path: str = RESOLV_CONF) -> List[Tuple[str, int]]:
 
 
 def lookup_srv(name: str, servers: Sequence[Tuple[str, int]]) -> List[SrvRecord]:
-    """Ask the name servers for the SRV records of `name`, in order until one has a good answer.
+    """Return the SRV records of `name` from the first name server with a good answer.
 
-    Sorted by priority, then heavier ones first: the order only numbers the unnamed members, so
-    the random choice of RFC 2782 would be of no use.  Raises OSError.
+    Sorted by priority, then by falling weight: the order numbers the unnamed members, so the
+    random choice of RFC 2782 would be of no use.  Raises OSError.
     """
-    last: OSError = OSError("no name server to ask")
+    fault = "no name server to ask"
     for address in list(servers) * DNS_TRIES:
         query_id = random.randrange(1 << 16)
         query = _srv_query(query_id, name)
@@ -8071,18 +8343,16 @@ def lookup_srv(name: str, servers: Sequence[Tuple[str, int]]) -> List[SrvRecord]
                 answer = _ask_tcp(address, query)
             records = _srv_answer(answer)
         except socket.timeout:
-            last = OSError(f"lookup {name} on {address[0]}: i/o timeout")
-            continue
+            fault = f"lookup {name} on {address[0]}: i/o timeout"
         except OSError as error:
-            last = OSError(f"lookup {name} on {address[0]}: {_reason(error)}")
-            continue
+            fault = f"lookup {name} on {address[0]}: {_reason(error)}"
         except (IndexError, struct.error):
-            last = OSError(f"lookup {name} on {address[0]}: malformed answer")
-            continue
-        if not records:
-            raise OSError(f"lookup {name}: no such host")
-        return sorted(records, key=lambda r: (r.priority, -r.weight, r.target, r.port))
-    raise last
+            fault = f"lookup {name} on {address[0]}: malformed answer"
+        else:
+            if not records:
+                raise OSError(f"lookup {name}: no such host")
+            return sorted(records, key=lambda r: (r.priority, -r.weight, r.target, r.port))
+    raise OSError(fault)
 
 
 def _srv_query(query_id: int, name: str) -> bytes:
@@ -8094,7 +8364,7 @@ def _srv_query(query_id: int, name: str) -> bytes:
 def _ask_udp(address: Tuple[str, int], query: bytes) -> bytes:
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.connect(address)           # the kernel drops what comes from anyone else
+        sock.connect(address)           # the kernel drops datagrams from other addresses
         sock.send(query)
         deadline = time.monotonic() + DNS_ANSWER_SECONDS
         while True:
@@ -8112,13 +8382,13 @@ def _ask_tcp(address: Tuple[str, int], query: bytes) -> bytes:
 
 
 def _srv_answer(message: bytes) -> List[SrvRecord]:
-    """The SRV records of a DNS message; [] also if there is no such name.
+    """Return the SRV records of a DNS message; [] for a name that does not exist.
 
     Raises OSError, IndexError or struct.error.
     """
     code = message[3] & 15
     questions, answers = struct.unpack_from(">2H", message, 4)
-    if code not in (0, 3):              # 3: there is no such name
+    if code not in (0, 3):              # 3: the name does not exist
         words = {2: "server misbehaving", 5: "query refused"}
         raise OSError(words.get(code, f"DNS error {code}"))
     offset = 12
@@ -8159,12 +8429,13 @@ def _dns_name(message: bytes, offset: int) -> Tuple[str, int]:
 # ============================================================================
 
 
-DIAL_SECONDS = 0.25                 # the next address is tried beside one that has not answered
-DIAL_ADDRESSES_MAX = 16             # of one name; more are not tried
+DIAL_SECONDS = 0.25                 # for an address; then the next is tried beside it
+DIAL_ADDRESSES_MAX = 16             # of one name; the others are not tried
+ANSWER_BYTES_MAX = 4_096            # of the body of an answer, by default; above: cut
 
 
 def dial_order(found: Sequence[Any]) -> List[Any]:
-    """Order what getaddrinfo found: the families take turns, the first begins (RFC 8305 §4)."""
+    """Order addresses of getaddrinfo: the families alternate, the first begins (RFC 8305 §4)."""
     first = [info for info in found if info[0] == found[0][0]]
     others = [info for info in found if info[0] != found[0][0]]
     turns = itertools.zip_longest(first, others)
@@ -8172,10 +8443,10 @@ def dial_order(found: Sequence[Any]) -> List[Any]:
 
 
 class Dial:
-    """Connects to one of several addresses, whichever answers first (RFC 8305 §5, without DNS).
+    """Connects to the first of several addresses that answers (RFC 8305 §5, without DNS).
 
-    Once done(socket, None); or done(None, error of the first address) when all have failed.
-    Neither inside the constructor, nor after cancel().  The socket is not registered.
+    Calls done(socket, None) once, or done(None, error of the first address) when all have
+    failed; never inside the constructor or after cancel().  The socket is not registered.
     """
 
     def __init__(
@@ -8191,7 +8462,7 @@ class Dial:
         self._next()
 
     def cancel(self) -> None:
-        """Give all attempts up."""
+        """Close the sockets of all attempts."""
         self._timer.cancel()
         self._left.clear()
         for sock in self._open:
@@ -8200,7 +8471,7 @@ class Dial:
         self._open.clear()
 
     def _next(self) -> None:
-        """Try the next address; beside the attempts under way, if there are any."""
+        """Try the next address, beside the attempts under way."""
         self._timer.cancel()
         if self._left:
             delay_s = DIAL_SECONDS if self._try(*self._left.popleft()) else 0.0
@@ -8210,7 +8481,7 @@ class Dial:
             self._done(None, self._error)
 
     def _try(self, family: int, kind: int, protocol: int, _: str, address: Any) -> bool:
-        """Begin to connect; False if that has failed already."""
+        """Begin to connect; False: it has failed already."""
         try:
             sock = socket.socket(family, kind, protocol)
         except OSError as error:            # no descriptor left, or no such family here
@@ -8220,13 +8491,13 @@ class Dial:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         code = sock.connect_ex(address)
         if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-            self._fail(sock, code)
+            self._note_failure(sock, code)
             return False
         self._open.add(sock)
         self._reactor.register(sock, selectors.EVENT_WRITE, lambda mask: self._answered(sock))
         return True
 
-    def _fail(self, sock: socket.socket, code: int) -> None:
+    def _note_failure(self, sock: socket.socket, code: int) -> None:
         sock.close()
         self._error = self._error or OSError(code, os.strerror(code))
 
@@ -8235,7 +8506,7 @@ class Dial:
         self._open.discard(sock)
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            self._fail(sock, code)
+            self._note_failure(sock, code)
             self._next()
         else:
             self.cancel()
@@ -8243,20 +8514,22 @@ class Dial:
 
 
 class HttpCall:
-    """One outgoing request on a connection of its own, without blocking.
+    """One outgoing request on its own connection, without blocking.
 
-    on_head(status, headers) once; on_data(bytes) per piece of the body; on_done(error) exactly
-    once at the end, None if the body was complete; nothing after cancel().  connect_timeout_s
-    bounds name look-up and connect, idle_timeout_s each silence after that (None: no limit).
-    A body of more than answer_max bytes, as they come, is cut there and counts as complete.
-    A Host among the headers goes before that of the url.
+    on_head            (status, headers) once
+    on_data            (bytes) per piece of the body
+    on_done            (error) once at the end, None for a complete body; not after cancel()
+    headers            a Host here replaces that of the url
+    more               further pieces of the body
+    connect_timeout_s  for name look-up and connect
+    idle_timeout_s     for each silence after that; None: no limit
+    answer_max         received bytes of the body; above: cut, and complete
     """
 
     __slots__ = (
         "_reactor", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock", "_bodyless",
-        "_out", "_in", "_finder", "_interim", "_left", "_chunks", "_timer", "_heard", "_ended",
-        "connected", "_paused", "_events", "_tls", "_host", "_handshake", "_dial", "_look_up",
-        "_room",
+        "_out", "_in", "_finder", "_interim", "_left", "_chunks", "_timer", "_heard", "ended",
+        "connected", "_paused", "_events", "_tls", "_host", "_connecting", "_room",
     )
 
     def __init__(
@@ -8284,54 +8557,43 @@ class HttpCall:
         self._out = [memoryview(piece) for piece in (head + body, *more) if piece]
         self._in = bytearray()
         self._finder = HeadFinder()
-        self._interim = 0               # heads of status 1xx so far
-        self._left: Optional[int] = None    # bytes of body to come; None: head not yet seen
+        self._interim = 0               # answers of status 1xx so far
+        self._left: Optional[int] = None    # bytes of body to come; None: no head yet
         self._chunks: Optional[ChunkedDecoder] = None
-        self._room = answer_max         # bytes of body that are still wanted
+        self._room = answer_max         # bytes of body until it is cut
         self._heard = 0.0
-        self._ended = False
+        self.ended = False              # True after on_done() or cancel()
         self._bodyless = method == "HEAD"
         self._paused = False
         self._events = 0                # that the reactor waits for
         self.connected = False          # from then on the other side may have seen the request
         self._tls = (tls or default_tls()) if is_https(url) else None
         self._host = urlsplit(url).hostname or ""
-        self._handshake: Optional[Handshake] = None
-        self._dial: Optional[Dial] = None
-        self._look_up: Optional[Timer] = None       # a question to the name servers
+        self._connecting: Union[Timer, Dial, Handshake, None] = None    # the step under way
         late = TimeoutError(f"dial tcp {urlsplit(url).netloc}: i/o timeout")
         self._timer = reactor.call_later(connect_timeout_s, self._fail, late)
         self._resolve(*url_address(url))
 
-    @property
-    def ended(self) -> bool:
-        """True after on_done, or cancel()."""
-        return self._ended
-
     def cancel(self) -> None:
-        """Drop the connection; no callback comes any more."""
-        self._ended = True
-        # Owners hold their call, and these lead back to them: what is over must not be a cycle.
+        """Close the connection; no callback comes any more."""
+        self.ended = True
+        # Owners refer to their call, and these to the owner: that cycle must end.
         self._on_head = self._on_data = self._on_done = _ignore
         self._out = []
         self._timer.cancel()
-        if self._dial is not None:
-            self._dial.cancel()
-        if self._look_up is not None:
-            self._look_up.cancel()
+        if self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
         if self._sock is None:
             return
-        if self._handshake is not None:
-            self._handshake.cancel()
-            self._handshake = None
-        elif self._events:
+        if self._events:
             self._reactor.unregister(self._sock)
         self._sock.close()
         self._sock = None
 
     def flush(self) -> None:
-        """Send what is left of the request."""
-        if self._ended or self._sock is None:
+        """Send the rest of the request, as much as the socket takes."""
+        if self.ended or self._sock is None:
             return
         try:
             if self._out:
@@ -8346,20 +8608,19 @@ class HttpCall:
         self._watch()
 
     def pause(self) -> None:
-        """Read no more until resume(); the idle time does not count meanwhile."""
-        if not self._ended and not self._paused:
+        """Read no more until resume(); the idle timeout is suspended."""
+        if not self.ended and not self._paused:
             self._paused = True
             self._watch()
 
     def resume(self) -> None:
-        """Read again."""
-        if not self._ended and self._paused:
+        if not self.ended and self._paused:
             self._paused = False
             self._heard = self._reactor.now()
             self._watch()
 
     def _watch(self) -> None:
-        """Wait for what comes next: room for the request, or the answer."""
+        """Wait for room for the request, and for the answer."""
         assert self._sock is not None
         events = 0 if self._paused else selectors.EVENT_READ
         if self._out:
@@ -8373,55 +8634,42 @@ class HttpCall:
         self._events = events
 
     def _resolve(self, host: str, port: int) -> None:
-        """Literal addresses at once; names on a thread, a name server may be slow."""
+        """Dial a literal address at once; look a name up on a thread, as DNS may be slow."""
         hosts = ("127.0.0.1", "::1") if host == "localhost" else (host,)
         try:
             found = [info for host in hosts for info in socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)]
         except (socket.gaierror, UnicodeError):
-            self._look_up = self._reactor.look_up(host, port, self._resolved)
+            self._connecting = self._reactor.look_up(host, port, self._resolved)
         else:
-            self._dial = Dial(self._reactor, found, self._connected)
+            self._resolved(None, found)
 
     def _resolved(self, error: Optional[BaseException], found: Any) -> None:
-        if self._ended:
-            return
         if error is not None:
             self._fail(error if isinstance(error, Exception) else OSError(str(error)))
         else:
-            self._dial = Dial(self._reactor, found, self._connected)
+            self._connecting = Dial(self._reactor, found, self._dialed)
 
-    def _connected(self, sock: Optional[socket.socket], error: Optional[OSError]) -> None:
-        self._dial, self._sock = None, sock
-        if sock is None:
-            self._fail(error or OSError("no address"))
-        elif self._tls is None:
-            self._begin()
-        else:
-            self._shake_hands(self._tls)
-
-    def _shake_hands(self, tls: TlsContext) -> None:
-        assert self._sock is not None
-        try:
-            sock = tls.current.wrap_socket(
-                self._sock, server_hostname=self._host, do_handshake_on_connect=False
-            )
-        except (OSError, ValueError) as error:      # gone already, or a name that cannot be
-            self._fail(OSError(f"cannot speak TLS to {self._host!r}: {error}"))
+    def _dialed(self, sock: Optional[socket.socket], error: Optional[OSError]) -> None:
+        self._connecting, self._sock = None, sock
+        if sock is None or self._tls is None:
+            self._send_request(None if sock else error or OSError("no address"))
             return
-        self._sock = sock
-        self._handshake = Handshake(self._reactor, sock, self._secured)
+        try:
+            secured = self._tls.current.wrap_socket(
+                sock, server_hostname=self._host, do_handshake_on_connect=False
+            )
+        except (OSError, ValueError) as fault:      # closed already, or an invalid name
+            self._fail(OSError(f"cannot speak TLS to {self._host!r}: {fault}"))
+            return
+        self._sock = secured
+        self._connecting = Handshake(self._reactor, secured, self._send_request)
 
-    def _secured(self, error: Optional[OSError]) -> None:
-        assert self._sock is not None
-        self._handshake = None
-        if error is None:
-            self._begin()
-        else:
+    def _send_request(self, error: Optional[OSError]) -> None:
+        self._connecting = None
+        if error is not None:
             self._fail(error)
-
-    def _begin(self) -> None:
-        """The connection stands: send the request."""
+            return
         self.connected = True
         self._heard = self._reactor.now()
         self._timer.cancel()
@@ -8431,7 +8679,7 @@ class HttpCall:
     def _on_event(self, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:
             self.flush()
-        if mask & selectors.EVENT_READ and not self._ended:
+        if mask & selectors.EVENT_READ and not self.ended:
             self._receive()
 
     def _watch_idle(self) -> None:
@@ -8467,7 +8715,7 @@ class HttpCall:
             self._fail(OSError(f"malformed HTTP response: {error}"))
 
     def _take_head(self) -> None:
-        """Look for the head of the answer; any number of interim ones may come before it."""
+        """Parse the head of the answer, behind any interim answers."""
         while True:
             found = self._finder.find(self._in)
             if found is None:
@@ -8491,7 +8739,7 @@ class HttpCall:
         else:
             self._left = length if "content-length" in headers else sys.maxsize
         self._on_head(status, headers)
-        if not self._ended:
+        if not self.ended:
             self._take_body(data)
 
     def _take_body(self, data: bytes) -> None:
@@ -8505,7 +8753,7 @@ class HttpCall:
         if data:
             self._on_data(data)
         is_whole = self._chunks.done if self._chunks else not self._left
-        if not self._ended and (is_whole or self._room < 0):
+        if not self.ended and (is_whole or self._room < 0):
             self._end(None)
 
     def _end_of_input(self) -> None:
@@ -8513,7 +8761,7 @@ class HttpCall:
         self._end(None if until_close and self._chunks is None else EOFError("unexpected EOF"))
 
     def _fail(self, error: Exception) -> None:
-        if not self._ended:
+        if not self.ended:
             self._end(OSError(tls_reason(error)) if isinstance(error, ssl.SSLError) else error)
 
     def _end(self, error: Optional[Exception]) -> None:
@@ -8523,7 +8771,42 @@ class HttpCall:
 
 
 def _ignore(*args: object) -> None:
-    """What a call that is over tells nobody."""
+    """The callback of a call that is over."""
+
+
+class Answer:
+    """The answer to a call: status, headers, and the first body_max bytes of the body."""
+
+    __slots__ = ("status", "headers", "body", "_body_max")
+
+    def __init__(self, body_max: int = ANSWER_BYTES_MAX) -> None:
+        self._body_max = body_max
+        self.status = 0                 # 0: none has arrived
+        self.headers: Dict[str, str] = {}
+        self.body = b""
+
+    def take_head(self, status: int, headers: Dict[str, str]) -> None:
+        self.status, self.headers = status, headers
+
+    def take_data(self, data: bytes) -> None:
+        if len(self.body) < self._body_max:
+            self.body += data[:self._body_max - len(self.body)]
+
+
+def fetch(
+    reactor: Reactor, url: str, target: str, done: Callable[[Optional[Exception], Answer], None],
+    *, method: str = "GET", headers: Optional[Dict[str, str]] = None, body: Sequence[bytes] = (),
+    connect_timeout_s: float, idle_timeout_s: float, body_max: int = ANSWER_BYTES_MAX,
+    tls: Optional[TlsContext] = None,
+) -> HttpCall:
+    """Make a call; done(error, answer) once at its end, unless it is cancelled."""
+    answer = Answer(body_max)
+    return HttpCall(
+        reactor, url, method, target, headers or {}, body=b"".join(body[:1]), more=body[1:],
+        connect_timeout_s=connect_timeout_s, idle_timeout_s=idle_timeout_s, answer_max=body_max,
+        tls=tls, on_head=answer.take_head, on_data=answer.take_data,
+        on_done=lambda error: done(error, answer),
+    )
 
 
 # ============================================================================
@@ -8531,28 +8814,31 @@ def _ignore(*args: object) -> None:
 # ============================================================================
 
 
-DRAIN_SECONDS = 2.0                 # how long a closing connection waits for the client's end
+DRAIN_SECONDS = 2.0                 # until a client has closed its end too; above: closed
 
 
 class Service:
-    """What the connections of a listener share, and may ask it for.
+    """The handler, the limits and the state that the connections of a listener share.
 
-    handler gets every complete request.  body_max in bytes: larger bodies arrive as
-    body_too_large.  body_limit(head) may allow less.  memory_max: from there on a body goes to the
-    file that open_spool(its first bytes) returns, if any, else it is too large.  held_max: of all
-    bodies in memory together.  patient: these are clients, who share a part of each turn; members
-    never wait for them.
+    handler     gets every complete request
+    body_max    bytes of a body; a longer one arrives as body_too_large
+    body_limit  (head) -> its own limit, body_max by default
+    memory_max  bytes of a body in memory; a longer one goes to the file that
+                open_spool(first bytes) returns, and is too large without one
+    held_max    bytes of all incomplete bodies in memory
+    patient     the connections are of clients, which share a part of each turn; members never
+                wait for them
     """
 
     def __init__(
         self, reactor: Reactor, handler: Handler, body_max: int, tls: Optional[TlsContext],
-        held: Optional[HeldBytes], *, patient: bool,
+        budget: Optional[BufferBudget], *, patient: bool,
     ) -> None:
         self.reactor = reactor
         self.handler = handler
         self.body_max = body_max
         self.tls = tls
-        self.held = held or HeldBytes(reactor)
+        self.budget = budget or BufferBudget(reactor)
         self.patient = patient
         self.flush_soon = reactor.flush_in_turn if patient else reactor.flush_soon
         self.body_limit: Callable[[HttpHead], int] = lambda head: self.body_max
@@ -8563,11 +8849,11 @@ class Service:
         self.heads: Dict[bytes, HttpHead] = {}
         self.received_bytes = self.sent_bytes = 0   # of all connections so far
         self.unread: Dict[Connection, Tuple[float, int]] = {}   # since when; taken since then
+        self.partial: Dict[Connection, float] = {}      # start of their incomplete requests
         self._connections: Set[Connection] = set()
-        self._partial: Dict[Connection, float] = {}     # incomplete requests and their start
 
     def serve(self, sock: socket.socket, remote: str) -> "Connection":
-        """Serve HTTP on an accepted socket, whose handshake is done if there is one."""
+        """Serve HTTP on an accepted socket, after its TLS handshake."""
         connection = Connection(self, sock, remote)
         self._connections.add(connection)
         return connection
@@ -8575,8 +8861,8 @@ class Service:
     def dispatch(self, request: HttpRequest) -> None:
         """Hand a request to the handler; a bug there costs this request, not the member.
 
-        Requests only read state or propose, so nothing is half done when one fails; what is
-        applied from the log is not protected like this.
+        Requests only read state or propose, so a failure leaves nothing half done.  Applying
+        entries of the log has no such protection.
         """
         try:
             self.handler(request)
@@ -8585,43 +8871,36 @@ class Service:
         except Exception:
             package_logger("http").exception("bug: %s %s", request.method, request.target[:200])
             if request.connection.streaming:
-                request.connection.close()      # its reply has begun, and cannot be completed
+                request.connection.close()      # its reply cannot be completed
                 return
             request.head = closing_head(request.head)      # no second reply: see finish()
             request.reply(500, b'{"message":"Internal Server Error"}')
 
-    @property
-    def has_partial(self) -> bool:
-        """True if any connection is known to watch_partial()."""
-        return bool(self._partial)
-
     def watch_partial(self, connection: "Connection", partial: bool, *, begun: bool) -> None:
-        """Remember since when a request is incomplete.  begun: it is another than before."""
-        if partial and begun:
-            self._partial[connection] = self.reactor.now()
-        elif partial:
-            self._partial.setdefault(connection, self.reactor.now())
-        elif self._partial:
-            self._partial.pop(connection, None)
+        """Note the start of an incomplete request.  begun: it is another than before."""
+        if not partial:
+            self.partial.pop(connection, None)
+        elif begun or connection not in self.partial:
+            self.partial[connection] = self.reactor.now()
 
     def watch_unread(self, connection: "Connection", taken: int) -> None:
-        """Remember since when a client takes too little.  taken: so many bytes just now."""
+        """Note since when a client reads too slowly.  taken: bytes by this send."""
         since, before = self.unread.get(connection, (0.0, UNREAD_BYTES_MIN))
         taken += before
         is_enough = taken >= UNREAD_BYTES_MIN
         self.unread[connection] = (self.reactor.now(), 0) if is_enough else (since, taken)
 
     def forget(self, connection: "Connection") -> None:
-        """The connection is closed."""
+        """Drop all that is known of a closed connection."""
         self._connections.discard(connection)
-        self._partial.pop(connection, None)
+        self.partial.pop(connection, None)
         self.unread.pop(connection, None)
-        self.held.forget(connection)
+        self.budget.forget(connection)
 
     def close_slow(self) -> None:
-        """Close what has been on the way for too long."""
+        """Close connections with a request or a reply that takes too long."""
         now = self.reactor.now()
-        for connection, since in list(self._partial.items()):
+        for connection, since in list(self.partial.items()):
             if since < now - REQUEST_SECONDS_MAX:
                 connection.refuse(BadRequest("408 Request Timeout", 408))
         for connection, (since, _) in list(self.unread.items()):
@@ -8636,7 +8915,7 @@ class Connection:
         "reactor", "remote", "on_close", "on_drain", "streaming", "pending", "busy", "closed",
         "_service", "_sock", "_in", "_finder", "_head", "_chunks", "_body", "_body_bytes",
         "_body_max", "_file", "_out", "_dirty", "_events", "_close_after", "_eof", "_draining",
-        "_in_line", "_http2", "_goodbye",
+        "_in_line", "_http2", "_drain_timer",
     )
 
     def __init__(self, service: Service, sock: socket.socket, remote: str) -> None:
@@ -8646,17 +8925,17 @@ class Connection:
         self.on_drain: Optional[Callable[[], None]] = None      # once, when nothing is pending
         self.streaming = False
         self.pending = 0                # bytes in _out
-        self.busy = False               # a request waits for its reply, or for the end of it
+        self.busy = False               # the reply to a request is not complete
         self.closed = False
         self._service = service
         self._sock = sock
         self._in = bytearray()          # received, not yet parsed
-        self._finder = HeadFinder()     # looks for the end of the next head in it
+        self._finder = HeadFinder()     # of the next head in _in
         self._head: Optional[HttpHead] = None       # parsed, its body still incomplete
         self._chunks: Optional[ChunkedDecoder] = None
         self._body: List[bytes] = []    # pieces of a chunked or large body
         self._body_bytes = 0            # in them, or in _file
-        self._body_max = 0              # of the request under way, as its head deserves
+        self._body_max = 0              # limit for the request under way
         self._file: Optional[IO[bytes]] = None      # instead of _body
         self._out: List[Union[bytes, memoryview]] = []
         self._dirty = False
@@ -8664,14 +8943,13 @@ class Connection:
         self._close_after = False       # close when _out is sent
         self._eof = False               # the client will send no more
         self._draining = False          # reply sent, input thrown away until the client closes
-        self._in_line = False           # what is in _in is parsed after the others' turn
+        self._in_line = False           # _resume() is queued behind other connections
         self._http2: Optional[Http2Refusal] = None
-        self._goodbye: Optional[Timer] = None       # ends _draining
+        self._drain_timer: Optional[Timer] = None
         self._register(selectors.EVENT_READ, self._receive)
 
     @property
     def scheme(self) -> str:
-        """`https` under TLS, else `http`."""
         return "https" if self._service.tls else "http"
 
     def _register(self, events: int, callback: Callable[[int], None]) -> None:
@@ -8710,23 +8988,23 @@ class Connection:
             elif len(self._in) > REQUEST_HEAD_BYTES_MAX:
                 self._watch(self._events & ~selectors.EVENT_READ)   # until _resume()
             if (self._in or self._body_bytes) and not self.closed:
-                self._service.held.hold(self, len(data))
+                self._service.budget.grow(self, len(data))
 
     def _end_of_input(self) -> None:
-        """The client sends no more: it waits for its replies, but not for the end of a stream."""
+        """Serve the remaining requests of a client that sends no more; end its streams."""
         self._eof = True
         if self.busy and self.streaming:
             self.close()
         elif self.busy or self._in_line or self._out:
             self._watch(self._events & ~selectors.EVENT_READ)
-            # Requests that wait for room in the output are served when there is some.
+            # Requests that wait for room in the output are served later.
             waits = self.busy or self._in_line or self.pending > OUTPUT_PAUSE_BYTES and self._in
             self._close_after = self._close_after or not waits
         else:
             self.close()
 
     def _process(self) -> None:
-        """Serve the next request, if it is all there; finish() sees to those behind it."""
+        """Serve the next request if it is complete; finish() goes on with those behind it."""
         served = False
         try:
             request = self._next_request() if self._in or self._head else None
@@ -8738,20 +9016,20 @@ class Connection:
         if self.closed:
             return
         partial = bool(self._in or self._head or self._http2) and not self.busy
-        if partial or self._service.has_partial:
+        if partial or self._service.partial:
             self._service.watch_partial(self, partial, begun=served)
         if self._eof and not (self.busy or self._in_line or self._close_after):
-            self._close_after = True        # what is left is no whole request
+            self._close_after = True        # the rest is an incomplete request
             self._flush_soon()
 
     def _line_up(self) -> None:
-        """Parse what is in _in after the others' turn: nobody is served twice before them."""
+        """Parse the rest of _in after all other connections: one request of each in turn."""
         if not self._in_line:
             self._in_line = True
             self.reactor.call_in_turn(self._resume)
 
     def _whole_request(self, data: bytes) -> Optional[HttpRequest]:
-        """The request if `data` is just one, whose head was seen before.  A hot path."""
+        """Return the request if `data` is exactly one with a cached head.  A hot path."""
         end = data.find(b"\r\n\r\n")
         head = self._service.heads.get(data[:end]) if end >= 0 else None
         if head is not None and head.is_simple and len(data) == end + 4 + head.body_size:
@@ -8782,7 +9060,7 @@ class Connection:
             return None
         found = self._finder.find(self._in)
         if found is None:
-            check_start(self._in)       # say so at once instead of waiting for an end
+            check_start(self._in)       # refuse at once instead of waiting for an end
             return None
         end, stop = found
         raw = bytes(self._in[:end])
@@ -8804,22 +9082,18 @@ class Connection:
         return head
 
     def _take_sized(self, head: HttpHead) -> Optional[bytes]:
-        """Return the body; None with _head cleared if it is too large, with _head if not all."""
+        """Return the body; None: incomplete, or too large and then _head is cleared."""
         size = head.body_size
         if size > self._body_max:
             self._refuse_body()
             return None
-        if self._body or len(self._in) < size:
-            if size > 1 << 16:
-                return self._gather(size)
+        if not self._body_bytes and len(self._in) >= size:
+            body = bytes(self._in[:size])
+            del self._in[:size]
+            return body
+        if size <= 1 << 16:
             return None
-        body = bytes(self._in[:size])
-        del self._in[:size]
-        return body
-
-    def _gather(self, size: int) -> Optional[bytes]:
-        """Collect a large body in a list: appending to bytes would copy it each time."""
-        left = size - self._body_bytes
+        left = size - self._body_bytes      # to a list: appending to bytes would copy them
         piece = bytes(self._in[:left])
         del self._in[:left]
         if piece and not self._keep(piece):
@@ -8828,36 +9102,35 @@ class Connection:
         return self._join() if self._body_bytes == size else None
 
     def _keep(self, piece: bytes) -> bool:
-        """Keep a piece of a body, not empty; False if there is no room."""
-        self._body_bytes += len(piece)
-        if self._file is not None:
-            return _write_all(self._file, (piece,))
+        """Keep a piece of a body in memory, or all of it in a file; False: there is no room."""
         service = self._service
         self._body.append(piece)
+        self._body_bytes += len(piece)
         service.held_bytes += len(piece)
-        if self._body_bytes > service.memory_max:
-            return self._spool()
-        return service.held_bytes <= service.held_max
-
-    def _spool(self) -> bool:
-        """From here on the body goes to a file; False if that cannot be."""
-        first = b"".join([piece[:16] for piece in self._body[:16]])
-        file = self._service.open_spool(first[:16])
-        if file is None or not _write_all(file, self._body):
+        if self._file is None:
+            if self._body_bytes <= service.memory_max:
+                return service.held_bytes <= service.held_max
+            first = b"".join([piece[:16] for piece in self._body[:16]])
+            self._file = service.open_spool(first[:16])
+            if self._file is None:
+                return False
+        try:
+            self._file.writelines(self._body)
+        except OSError:
             return False
-        self._service.held_bytes -= self._body_bytes
-        self._body, self._file = [], file
+        service.held_bytes -= sum(map(len, self._body))
+        self._body = []
         return True
 
     def _join(self) -> bytes:
-        """Return what was kept, unless it is in _file."""
+        """Return the body that was kept in memory."""
         data = b"".join(self._body)
         self._service.held_bytes -= len(data)
         self._body, self._body_bytes = [], 0
         return data
 
     def _refuse_body(self) -> None:
-        """Forget the body: its request is answered at once."""
+        """Drop the body: its request is answered at once."""
         self._head = self._chunks = self._file = None
         self._join()
 
@@ -8881,8 +9154,8 @@ class Connection:
         return self._join()
 
     def refuse(self, error: BadRequest) -> None:
-        """Answer what is not HTTP, and close."""
-        if isinstance(error, Http2Knock):
+        """Answer a message that is not HTTP, and close."""
+        if isinstance(error, Http2Preface):
             self._http2 = Http2Refusal(V3_REFUSAL)
             self._refuse_http2(self._http2)
             return
@@ -8917,7 +9190,7 @@ class Connection:
             size += sum(map(len, more))
         self.pending += size
         if self._events & selectors.EVENT_WRITE:
-            self._service.held.hold(self, size)
+            self._service.budget.grow(self, size)
         self._flush_soon()
 
     def _flush_soon(self) -> None:
@@ -8928,7 +9201,7 @@ class Connection:
     def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
         """Queue the end of a reply and go on with the next request, or close.
 
-        Does nothing if no reply is due: a handler that failed has been answered for already.
+        Does nothing if no reply is due: dispatch() has replied for a handler that failed.
         """
         if self.closed or not self.busy:
             return
@@ -8950,7 +9223,7 @@ class Connection:
             self._watch(self._events | selectors.EVENT_READ)
 
     def flush(self) -> None:
-        """Send what is queued, in one call; what the socket does not take waits for it."""
+        """Send the queued bytes in one call; the rest waits until the socket takes more."""
         self._dirty = False
         if self.closed:
             return
@@ -8968,7 +9241,7 @@ class Connection:
                 self._drop_sent(sent)
                 self._service.watch_unread(self, sent)
                 grown = 0 if self._events & selectors.EVENT_WRITE else self.pending
-                self._service.held.hold(self, grown, moved=sent > 0)
+                self._service.budget.grow(self, grown, moved=sent > 0)
             else:
                 self._out = []
         if self._out:
@@ -8988,8 +9261,9 @@ class Connection:
         """Send in one call; return how many bytes the socket took.  Large pieces are not copied:
         256 KB take 40 us less."""
         out = self._out
-        if self._service.tls is not None:  # it knows no sendmsg(), and wants the same again
-            size, count = len(out[0]), 1    # after it was blocked, or more that begins so
+        # TLS has no sendmsg(), and a blocked send must be repeated with the same first bytes.
+        if self._service.tls is not None:
+            size, count = len(out[0]), 1
             while count < len(out) and size + len(out[count]) <= OUTPUT_JOIN_BYTES_MAX:
                 size += len(out[count])
                 count += 1
@@ -9001,13 +9275,13 @@ class Connection:
         return self._sock.sendmsg(out[:OUTPUT_PIECES_MAX])
 
     def pieces(self) -> Iterator[Union[bytes, bytearray]]:
-        """What it holds; a piece may be of several connections at a time."""
+        """Yield the buffers in memory; several connections may share one."""
         for piece in (*self._out, self._in, *self._body):
             if piece:
                 yield cast(bytes, piece.obj) if isinstance(piece, memoryview) else piece
 
     def _drop_sent(self, sent: int) -> None:
-        """Forget what the socket has taken; more is left."""
+        """Remove the bytes that the socket has taken; more are left."""
         first = 0
         while sent >= len(self._out[first]):
             sent -= len(self._out[first])
@@ -9017,7 +9291,7 @@ class Connection:
             self._out[0] = memoryview(self._out[0])[sent:]      # no copy of the rest
 
     def _resume(self) -> None:
-        """Go on with input that waited for its turn, or for room in the output."""
+        """Go on with input that waited for other connections, or for room in the output."""
         self._in_line = False
         if self.closed or self.busy or self._close_after or self.pending > OUTPUT_PAUSE_BYTES:
             return
@@ -9026,7 +9300,7 @@ class Connection:
         self._process()
 
     def _drain(self) -> None:
-        """Say goodbye, then read what the client still sends: a reset would destroy the reply."""
+        """End the output, then read until the client closes: a reset would destroy the reply."""
         if self._draining:
             return
         self._draining = True
@@ -9037,7 +9311,7 @@ class Connection:
             return
         self._in.clear()
         self._watch(selectors.EVENT_READ)
-        self._goodbye = self.reactor.call_later(DRAIN_SECONDS, self.close)
+        self._drain_timer = self.reactor.call_later(DRAIN_SECONDS, self.close)
 
     def _watch(self, events: int) -> None:
         if events == self._events:
@@ -9063,21 +9337,12 @@ class Connection:
         self._in.clear()
         self._refuse_body()
         self.on_drain = None
-        if self._goodbye is not None:
-            self._goodbye.cancel()
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
         self._service.forget(self)
         on_close, self.on_close = self.on_close, None
         if on_close is not None:
             on_close()
-
-
-def _write_all(file: IO[bytes], pieces: Iterable[bytes]) -> bool:
-    """Append to a file; False if the disk does not take it."""
-    try:
-        file.writelines(pieces)
-    except OSError:
-        return False
-    return True
 
 
 # ============================================================================
@@ -9085,8 +9350,8 @@ def _write_all(file: IO[bytes], pieces: Iterable[bytes]) -> bool:
 # ============================================================================
 
 
-class Arrival:
-    """An accepted connection until its TLS handshake is done; a slow one delays nobody else."""
+class PendingConnection:
+    """An accepted connection until its TLS handshake is done, which may take its time."""
 
     def __init__(
         self, listener: "Listener", tls: TlsContext, sock: socket.socket, remote: str
@@ -9096,89 +9361,85 @@ class Arrival:
         self._sock = sock
         self._remote = remote
         self._handshake: Optional[Handshake] = None
-        self._timer = listener.reactor.call_later(HANDSHAKE_SECONDS_MAX, self._silent)
+        self._timer = listener.reactor.call_later(HANDSHAKE_SECONDS_MAX, self._expire)
         listener.reactor.register(
-            sock, selectors.EVENT_READ, self._first_bytes, patient=listener.patient)
+            sock, selectors.EVENT_READ, self._read_first_byte, patient=listener.patient)
 
     def close(self) -> None:
-        """Drop the connection."""
-        self._leave()
+        self._detach()
         self._sock.close()
 
-    def _leave(self) -> None:
-        """End the part of this object in the connection's life."""
+    def _detach(self) -> None:
+        """Leave the socket to others."""
         self._timer.cancel()
         if self._handshake is not None:
             self._handshake.cancel()
             self._handshake = None
         else:
             self._listener.reactor.unregister(self._sock)
-        self._listener.arrived(self)
+        self._listener.pending.discard(self)
 
-    def _silent(self) -> None:
-        self._log("client sent nothing: TLS handshake timeout")
-        self.close()
+    def _expire(self) -> None:
+        self._detach()
+        self._refuse("client sent nothing: TLS handshake timeout")
 
-    def _first_bytes(self, mask: int) -> None:
-        """Plain HTTP gets an answer that it understands; TLS begins with a byte of 22."""
+    def _refuse(self, why: str) -> None:
+        self._listener.log_refusal(self._remote, why)
+        self._sock.close()
+
+    def _read_first_byte(self, mask: int) -> None:
+        """Begin the handshake after a byte of 22; answer a request in plain HTTP as such."""
         try:
             first = self._sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return
         except OSError:
             first = b""
-        if not first:
-            self.close()
-        elif first != b"\x16":
-            self._log(_TLS_REASONS["HTTP_REQUEST"])
-            self._leave()
+        self._detach()
+        if first == b"\x16":
+            self._shake_hands()
+        elif first:
+            self._listener.log_refusal(self._remote, _TLS_REASONS["HTTP_REQUEST"])
             connection = self._listener.serve(self._sock, self._remote)
             connection.refuse(BadRequest("Client sent an HTTP request to an HTTPS server.\n"))
         else:
-            self._begin()
+            self._sock.close()
 
-    def _begin(self) -> None:
-        reactor = self._listener.reactor
-        self._timer.cancel()
-        reactor.unregister(self._sock)
+    def _shake_hands(self) -> None:
         try:
             sock = self._tls.current.wrap_socket(
                 self._sock, server_side=True, do_handshake_on_connect=False
             )
-        except OSError:                 # the client is gone: no handshake to wait for
-            self._listener.arrived(self)
+        except OSError:                 # the client has closed the connection
             self._sock.close()
             return
         self._sock = sock
+        self._listener.pending.add(self)
         self._handshake = Handshake(
-            reactor, sock, self._secured, patient=self._listener.patient)
+            self._listener.reactor, sock, self._serve, patient=self._listener.patient)
 
-    def _secured(self, error: Optional[OSError]) -> None:
+    def _serve(self, error: Optional[OSError]) -> None:
         self._handshake = None
-        self._listener.arrived(self)
+        self._listener.pending.discard(self)
         assert isinstance(self._sock, ssl.SSLSocket)
         try:
             if error is not None:
                 raise error
             self._tls.check_peer(self._sock)
-        except ssl.SSLError as refusal:
-            self._log(tls_reason(refusal))
-            self._sock.close()
         except OSError as failure:
-            self._log(str(failure))
-            self._sock.close()
+            is_tls = isinstance(failure, ssl.SSLError)
+            self._refuse(tls_reason(failure) if is_tls else str(failure))
         else:
             self._listener.serve(self._sock, self._remote)
-
-    def _log(self, why: str) -> None:
-        self._listener.complain(self._remote, why)
 
 
 class Listener(Service, http.server.HTTPServer):
     """A listening socket whose connections the reactor serves.
 
-    Bound at construction (OSError if the port is taken), accepting after start().  handler gets
-    every complete request.  tls for an https URL; what is no TLS gets a sentence in plain HTTP.
+    Bound at construction (OSError if the port is taken), accepting after start().
+
+    tls   for an https URL; a request in plain HTTP is refused with a sentence
+    kept  descriptors for other purposes: a number, or one part in so many of all, if that is less
     """
 
     allow_reuse_address = os.name == "posix"
@@ -9187,14 +9448,14 @@ class Listener(Service, http.server.HTTPServer):
     def __init__(
         self, url: str, reactor: Reactor, handler: Handler, *,
         body_max: int = REQUEST_BODY_BYTES_MAX, tls: Optional[TlsContext] = None,
-        held: Optional[HeldBytes] = None, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4),
+        budget: Optional[BufferBudget] = None, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4),
         patient: bool = True,
     ) -> None:
         self.url = url
-        Service.__init__(self, reactor, handler, body_max, tls, held, patient=patient)
-        self._kept = kept               # of the descriptors, for other purposes
-        self._complaints = Complaints("http", reactor.now)
-        self._arriving: Set[Arrival] = set()            # in the handshake of TLS
+        Service.__init__(self, reactor, handler, body_max, tls, budget, patient=patient)
+        self.pending: Set[PendingConnection] = set()
+        self._kept = kept
+        self._log = ThrottledLog("http", reactor.now)
         self._sweep: Optional[Timer] = None
         self._started = False
         family, address = _listen_address(url)
@@ -9203,7 +9464,7 @@ class Listener(Service, http.server.HTTPServer):
         self.socket.setblocking(False)
 
     def server_bind(self) -> None:
-        """Bind without HTTPServer's look-up of our own name, which may ask a name server."""
+        """Bind without HTTPServer's look-up of the own host name, which may ask a name server."""
         if self.address_family == socket.AF_INET6:
             with contextlib.suppress(OSError, AttributeError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -9211,18 +9472,18 @@ class Listener(Service, http.server.HTTPServer):
 
     @property
     def bound_url(self) -> str:
-        """The URL with the port that the system chose, if it was 0."""
+        """The URL with the port that the system chose for port 0."""
         parts = urlsplit(self.url)
         host = parts.netloc.rpartition(":")[0]
         return f"{parts.scheme}://{host}:{self.server_address[1]}"
 
     def start(self) -> None:
         """Accept from now on.  Thread: reactor, or before it runs."""
-        self._started = True
         self._listen()
-        self._sweep = self.reactor.call_later(SLOW_CHECK_SECONDS, self._close_slow)
+        self._sweep = self.reactor.every(SLOW_CHECK_SECONDS, self.close_slow)
 
     def _listen(self) -> None:
+        self._started = True
         self.reactor.register(
             self.socket, selectors.EVENT_READ, self._accept, patient=self.patient)
 
@@ -9234,8 +9495,8 @@ class Listener(Service, http.server.HTTPServer):
             self._sweep.cancel()
         self._started = False
         self.server_close()
-        for arrival in list(self._arriving):
-            arrival.close()
+        for pending in list(self.pending):
+            pending.close()
         for connection in list(self._connections):
             connection.flush()
             connection.close()
@@ -9251,14 +9512,14 @@ class Listener(Service, http.server.HTTPServer):
                 return
             try:
                 self._admit(sock, f"{address[0]}:{address[1]}")
-            except OSError:             # the client is gone, or the system has no room for it
+            except OSError:             # the client has left, or the system has no room for it
                 sock.close()
 
     def _admit(self, sock: socket.socket, remote: str) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        room = CONNECTIONS_MAX - len(self._connections) - len(self._arriving)
+        room = CONNECTIONS_MAX - len(self._connections) - len(self.pending)
         # A new descriptor is the lowest that is free: its number tells how many are in use.
         descriptors = descriptors_max(*self._kept)
         free = descriptors - sock.fileno()
@@ -9274,11 +9535,11 @@ class Listener(Service, http.server.HTTPServer):
         elif self.tls is None:
             self.serve(sock, remote)
         else:
-            self._arriving.add(Arrival(self, self.tls, sock, remote))
+            self.pending.add(PendingConnection(self, self.tls, sock, remote))
 
     def _turn_away(self, sock: socket.socket, remote: str, why: str, *, told: bool) -> None:
-        """There are too many connections.  told: say so, where that needs no handshake."""
-        self._complaints.say(f"{why}: turned {remote.rpartition(':')[0]} away", why)
+        """Close one connection too many; `told`: after a 503, where that needs no handshake."""
+        self._log.error(f"{why}: turned {remote.rpartition(':')[0]} away", why)
         if told and self.tls is None:
             self.serve(sock, remote).refuse(BadRequest(
                 "503 Service Unavailable: too many connections; close some, or use another member",
@@ -9287,21 +9548,17 @@ class Listener(Service, http.server.HTTPServer):
         else:
             sock.close()
 
-    def arrived(self, arrival: Arrival) -> None:
-        """The handshake has ended, one way or the other."""
-        self._arriving.discard(arrival)
-
-    def complain(self, remote: str, why: str) -> None:
-        """Log why a connection was refused; the same about one host not again and again."""
+    def log_refusal(self, remote: str, why: str) -> None:
+        """Log why a connection was refused, at most twice a minute per host and reason."""
         host = remote.rpartition(":")[0]
-        self._complaints.say(
+        self._log.error(
             f"rejected connection from {remote} to {self.url}: {why}", f"{host} {why}"
         )
 
     def _pause(self, error: OSError) -> None:
-        """No descriptor left, most likely: accept again in a second, when some may be free."""
+        """Accept again in a second if the system has no descriptor left."""
         if error.errno not in (*NO_DESCRIPTOR, errno.ENOBUFS, errno.ENOMEM):
-            return                      # the client is gone already
+            return                      # the client has left already
         package_logger("http").error(
             "cannot accept connections on %s: %s; raise the open files limit (ulimit -n)",
             self.url, error.strerror,
@@ -9312,16 +9569,11 @@ class Listener(Service, http.server.HTTPServer):
 
     def _resume(self) -> None:
         if self.socket.fileno() >= 0 and not self._started:
-            self._started = True
             self._listen()
-
-    def _close_slow(self) -> None:
-        self.close_slow()
-        self._sweep = self.reactor.call_later(SLOW_CHECK_SECONDS, self._close_slow)
 
 
 def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
-    """Return the address family and address to bind for `url`; an empty host is every interface."""
+    """Return the address family and the address to bind for `url`; without host: all."""
     host, port = url_address(url)
     if not host:
         return (socket.AF_INET6, ("::", port)) if socket.has_dualstack_ipv6() else (
@@ -9333,10 +9585,175 @@ def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
 
 
 # ============================================================================
+# peer/compatibility -- Peers as this member sees them: versions, ids, URLs, reachability.
+# ============================================================================
+
+
+CLOCK_DIFFERENCE_MAX_NS = NS        # between a peer's clock and ours; above: a warning
+
+
+class StreamKind(NamedTuple):
+    """One of the two streams that each member holds open to each peer."""
+
+    path: str       # last but one element of the URL path
+    title: str      # its name in the log
+    channel: str    # its name in statistics
+
+
+APP_STREAM = StreamKind("msgapp", "stream MsgApp v2", "msgappv2")
+MESSAGE_STREAM = StreamKind("message", "stream Message", "message")
+STREAM_KINDS = {kind.path: kind for kind in (APP_STREAM, MESSAGE_STREAM)}
+_PIPELINE = "pipeline"
+
+_VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})\.\d{1,9}(?:[-+].*)?")
+
+
+def major_minor(version: str) -> Optional[Tuple[int, int]]:
+    """Return (major, minor) of a semantic version `a.b.c`; None for any other text."""
+    match = _VERSION.fullmatch(version)
+    return (int(match.group(1)), int(match.group(2))) if match else None
+
+
+_OWN_VERSION = major_minor(SERVER_VERSION) or (0, 0)
+_OLDEST_PEER_VERSION = major_minor(MIN_CLUSTER_VERSION) or (0, 0)
+_OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
+_UNKNOWN_VERSION = "2.0.0"          # of a peer without the header
+
+
+def _parse_id(text: str) -> Optional[int]:
+    """Return the member id of a hex number; None for any other text."""
+    if not re.fullmatch("[0-9a-fA-F]{1,32}", text):
+        return None
+    value = int(text, 16)
+    return value if value <= UINT64_MAX else None
+
+
+def _compatibility_error(headers: Mapping[str, str]) -> str:
+    """Return why the two versions in a peer's headers do not fit ours; "": they do.
+
+    Source: etcd 2.3 rafthttp/http.go, checkClusterCompatibilityFromHeader.
+    """
+    name = headers.get("x-server-from", "")
+    version = headers.get("x-server-version", _UNKNOWN_VERSION)
+    key = major_minor(version)
+    least = major_minor(headers.get("x-min-cluster-version", _UNKNOWN_VERSION))
+    if key is None or least is None:
+        return f"not a version: remote[{name}]={version}"
+    if key < _OLDEST_PEER_VERSION:
+        return f"remote version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
+    if least > _OWN_VERSION:
+        return f"local version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
+    return ""
+
+
+class PeerStatus:
+    """The result of the last attempt to reach a peer, and the version that it announced last."""
+
+    def __init__(self, member_id: int, wall_ns: Callable[[], int]) -> None:
+        self.version = ""               # "": none yet
+        self.active = False
+        self.active_since = 0.0         # unix seconds; 0: inactive
+        self.problem = "not connected yet"      # why it is inactive
+        self._id = f"{member_id:x}"
+        self._wall_ns = wall_ns
+
+    def activate(self) -> None:
+        """Note that a message went through."""
+        if not self.active:
+            self.active = True
+            self.active_since = self._wall_ns() / NS
+            package_logger("rafthttp").info("the connection with %s became active", self._id)
+
+    def deactivate(self, action: str, source: str, reason: object) -> None:
+        """Note that an action (dial, read, write) on `source` failed; the first is an error."""
+        if isinstance(reason, OSError) and reason.strerror:     # etcd's words: no `[Errno 111]`
+            reason = reason.strerror.lower()
+        log = package_logger("rafthttp")
+        level = logging.ERROR if self.active else logging.DEBUG
+        self.problem = str(reason)
+        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, self.problem)
+        if self.active:
+            self.active = False
+            self.active_since = 0.0
+            log.info("the connection with %s became inactive", self._id)
+
+
+class UrlPicker:
+    """The URLs of a peer.  One is in use until it fails; then the next."""
+
+    def __init__(self, urls: Iterable[str]) -> None:
+        self.update(urls)
+
+    def update(self, urls: Iterable[str]) -> None:
+        """Replace the URLs and begin with the first in order.
+
+        Invalid ones are left out: the log of a Go member may hold a port of 99999.
+        """
+        self.urls: List[str] = []               # sorted
+        self._picked = 0
+        for url in sorted(urls):
+            try:
+                self.urls.append(check_url(url))
+            except ValueError as error:
+                package_logger("rafthttp").error("ignored a peer URL: %s", error)
+        if not self.urls:
+            self.urls.append("http://127.0.0.1:0")      # every dial fails
+
+    def pick(self) -> str:
+        return self.urls[self._picked]
+
+    def failed(self, url: str) -> None:
+        """Go on to the next URL if `url` is in use."""
+        if url == self.urls[self._picked]:
+            self._picked = (self._picked + 1) % len(self.urls)
+
+
+class Sent(NamedTuple):
+    """The fate of one message to a peer."""
+
+    to: int
+    channel: str                        # msgappv2, message or pipeline
+    message: Message
+    size: int                           # bytes
+    seconds: float                      # until the system took it; pipeline: until the answer
+    ok: bool                            # False: lost, or dropped
+
+
+class LinkContext(NamedTuple):
+    """The identity and the callbacks that all links of this member share."""
+
+    reactor: Reactor
+    member_id: int
+    cluster_id: str                                 # hex, as in the header
+    headers: Dict[str, str]                         # of every request to a peer
+    dial_timeout_s: float
+    log_error: Callable[[str], None]
+    receive: Callable[[Message, int], Generator[None, None, object]]    # a message; its bytes
+    unreachable: Callable[[int], None]
+    snapshot_done: Callable[[int, bool], None]
+    removed: Callable[[], None]
+    sent: Callable[[Sent], None]
+    round_trip: Callable[[int, float], None]        # of a probe to a peer, in seconds
+    tls: Optional[TlsContext]                       # None: the defaults, for https peers
+    decoding: SlicedWork
+
+
+ID_IN_USE = "member ID in use"      # refusal of a second process with the id of a peer
+FOREIGN_HINT = (
+    "; two clusters use one peer URL: the member that does not belong there was started with the"
+    " data directory of another one: stop it and correct its -data-dir"
+)
+DOUBLE_HINT = (
+    ": one of the two was started with a copy of the other's data directory; stop it, move that"
+    " directory away, and add it as a member of its own (POST /v2/members,"
+    " -initial-cluster-state existing)"
+)
+
+
+# ============================================================================
 # peer/frames -- Peer frames: messages as bytes on a stream.
 # ----------------------------------------------------------------------------
-# What a peer sends is never trusted: anything but a frame is a CodecError, and no frame is
-# without limit.
+# The bytes of a peer are never trusted: an invalid or too long frame is a CodecError.
 # ============================================================================
 
 
@@ -9347,7 +9764,7 @@ _pack_u64 = _U64.pack
 class EntryListEncoder:
     """Encodes lists of entries for msgappv2: each as big-endian uint64 length, then its bytes.
 
-    The last list is remembered: a leader hands one list to all of its followers.
+    The result for the last list is cached: a leader sends one list to all of its followers.
     """
 
     __slots__ = ("_entries", "_data")
@@ -9357,7 +9774,7 @@ class EntryListEncoder:
         self._data: List[bytes] = []
 
     def encode(self, entries: Sequence[Entry]) -> List[bytes]:
-        """Return the bytes of `entries`, which must not change until forget(), in pieces."""
+        """Return the bytes of `entries` in pieces; the list must not change until forget()."""
         if entries is not self._entries:
             parts: List[bytes] = []
             for entry in entries:
@@ -9366,19 +9783,18 @@ class EntryListEncoder:
                     parts += (_pack_u64(len(head) + len(entry.data)) + head, entry.data)
                     continue
                 data = entry.encoded or encode_entry(entry)
-                if entry.encoded is not None:       # the disk will want it, too
+                if entry.encoded is not None:       # the log will be written from it, too
                     entry.encoded = data
                 parts += (_pack_u64(len(data)), data)
             self._entries, self._data = entries, joined_parts(parts)
         return self._data
 
     def forget(self) -> None:
-        """Let go of the last list."""
         self._entries, self._data = (), []
 
 
 class AppV2Encoder:
-    """msgappv2 frames of one connection: what follows from the last frame is left out.
+    """Frames of one msgappv2 stream: short where the fields follow from the last frame.
 
     Source: etcd 2.3 rafthttp/msgappv2.go.
     """
@@ -9392,12 +9808,8 @@ class AppV2Encoder:
         self._term = 0
         self._index = 0                 # of the last entry sent
 
-    def encode(self, message: Message) -> bytes:
-        """Return the frame of a MsgApp."""
-        return b"".join(self.parts(message))
-
-    def parts(self, message: Message) -> List[bytes]:
-        """Return the same in pieces, of which the long ones are not copied."""
+    def encode(self, message: Message) -> List[bytes]:
+        """Return the frame of a MsgApp in pieces, of which the long ones are not copied."""
         entries = message.entries
         if message.index == self._index and message.log_term == self._term == message.term:
             self._index += len(entries)
@@ -9418,34 +9830,31 @@ class MessageEncoder:
 
     heartbeat = _pack_u64(28) + encode_message(Message(MsgType.HEARTBEAT))
 
-    @classmethod
-    def encode(cls, message: Message) -> bytes:
-        """Return the frame of any message."""
-        return b"".join(cls.parts(message))
-
     @staticmethod
-    def parts(message: Message) -> List[bytes]:
-        """Return the same in pieces, of which the long ones are not copied."""
+    def encode(message: Message) -> List[bytes]:
+        """Return the frame in pieces, of which the long ones are not copied."""
         data = encode_message_parts(message)
         return joined_parts((_pack_u64(sum(map(len, data))), *data))
 
 
 class FrameDecoder:
-    """Cuts a stream, fed in any pieces, into frames; what is incomplete waits for more."""
+    """Cuts a stream, fed in any pieces, into frames."""
 
     __slots__ = ("_partial", "_need")
 
     def __init__(self) -> None:
         self._partial = bytearray()
-        self._need = 0                  # bytes in _partial before another look is worth it
+        self._need = 0                  # bytes in _partial for the next step
 
     def feed(self, data: bytes) -> List[Message]:
         """Return the messages now complete.  Raises CodecError; then the stream is lost."""
         return [message for message in self.messages(data) if message is not None]
 
     def messages(self, data: bytes) -> Iterator[Optional[Message]]:
-        """Do feed() in steps of 1 ms at most, or of one entry: yields a message or, in between,
-        None.  To be exhausted before the next data."""
+        """Do feed() in steps of 1 ms at most, or of one entry; exhaust it before the next data.
+
+        Yields a message, or None between two steps of one.
+        """
         if self._partial:
             self._partial += data
             if len(self._partial) < self._need:
@@ -9466,12 +9875,12 @@ class FrameDecoder:
         self._partial = bytearray(data[offset:])
 
     def _frame(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
-        """Consume one frame at `offset`; return its size, or a larger one than data holds."""
+        """Consume one frame at `offset`; return its size, which may exceed the data."""
         raise NotImplementedError
 
 
 def _frame_size(data: bytes, offset: int) -> int:
-    """The uint64 at `offset`, which announces that many bytes; 0 if it is not all there."""
+    """Return the length at `offset`; 0 if it is incomplete."""
     if len(data) < offset + 8:
         return 0
     size: int = _U64.unpack_from(data, offset)[0]
@@ -9481,7 +9890,7 @@ def _frame_size(data: bytes, offset: int) -> int:
 
 
 class MessageDecoder(FrameDecoder):
-    """Inverse of MessageEncoder; link heartbeats are dropped."""
+    """Decodes the message stream without its link heartbeats."""
 
     __slots__ = ()
 
@@ -9496,10 +9905,7 @@ class MessageDecoder(FrameDecoder):
 
 
 class AppV2Decoder(FrameDecoder):
-    """Inverse of AppV2Encoder; heartbeats are dropped.
-
-    local_id, remote_id  members at this end and at the sending end of the stream
-    """
+    """Decodes a msgappv2 stream from member `remote_id` to `local_id` without its heartbeats."""
 
     __slots__ = ("_local_id", "_remote_id", "_term", "_index", "_entries", "_left", "_bytes")
 
@@ -9522,12 +9928,12 @@ class AppV2Decoder(FrameDecoder):
         if kind == 0:
             return 1
         if kind == 1:
-            return self._begin(data, offset)
+            return self._short_head(data, offset)
         if kind == 2:
             return (yield from self._full(data, offset, found))
         raise CodecError(f"unknown frame {kind} on msgappv2")
 
-    def _begin(self, data: bytes, offset: int) -> int:
+    def _short_head(self, data: bytes, offset: int) -> int:
         if len(data) >= offset + 9:
             (count,) = _U64.unpack_from(data, offset + 1)
             if count > MESSAGE_ENTRIES_MAX:
@@ -9573,251 +9979,48 @@ class AppV2Decoder(FrameDecoder):
 
 
 # ============================================================================
-# peer/compatibility -- What peers must agree on: versions, ids, URLs and their state as seen from here.
-# ============================================================================
-
-
-_STREAM_PENDING_BYTES_MAX = OUTPUT_BYTES_MAX
-ANSWER_BYTES_MAX = 4_096            # of the body of an answer; above: cut
-CLOCK_DIFFERENCE_MAX_NS = NS        # of a peer's clock; above: a warning
-
-StreamEncoder = Union[AppV2Encoder, MessageEncoder]
-
-
-class StreamKind(NamedTuple):
-    """One of the two streams that each member holds open to each peer."""
-
-    path: str       # last but one element of the URL path
-    title: str      # etcd's name of it in the log
-    channel: str    # and in statistics
-
-
-APP_STREAM = StreamKind("msgapp", "stream MsgApp v2", "msgappv2")
-MESSAGE_STREAM = StreamKind("message", "stream Message", "message")
-STREAM_KINDS = {kind.path: kind for kind in (APP_STREAM, MESSAGE_STREAM)}
-_PIPELINE = "pipeline"
-
-_VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})\.\d{1,9}(?:[-+].*)?")
-
-
-def major_minor(version: str) -> Optional[Tuple[int, int]]:
-    """Return (major, minor) of a semantic version `a.b.c`, or None if it is not one."""
-    match = _VERSION.fullmatch(version)
-    return (int(match.group(1)), int(match.group(2))) if match else None
-
-
-_OWN_VERSION = major_minor(SERVER_VERSION) or (0, 0)
-_OLDEST_PEER_VERSION = major_minor(MIN_CLUSTER_VERSION) or (0, 0)
-_OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
-_UNKNOWN_VERSION = "2.0.0"          # of a peer that announces none
-
-
-def _parse_id(text: str) -> Optional[int]:
-    """A member id in hex; None if it is not one."""
-    if not re.fullmatch("[0-9a-fA-F]{1,32}", text):
-        return None
-    value = int(text, 16)
-    return value if value <= UINT64_MAX else None
-
-
-def _compatibility_error(headers: Mapping[str, str]) -> str:
-    """Why the two versions in a peer's headers do not fit ours, or "".
-
-    Source: etcd 2.3 rafthttp/http.go, checkClusterCompatibilityFromHeader.
-    """
-    name = headers.get("x-server-from", "")
-    version = headers.get("x-server-version", _UNKNOWN_VERSION)
-    key = major_minor(version)
-    least = major_minor(headers.get("x-min-cluster-version", _UNKNOWN_VERSION))
-    if key is None or least is None:
-        return f"not a version: remote[{name}]={version}"
-    if key < _OLDEST_PEER_VERSION:
-        return f"remote version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
-    if least > _OWN_VERSION:
-        return f"local version is too low: remote[{name}]={version}, local={SERVER_VERSION}"
-    return ""
-
-
-def _cause(reason: object) -> str:
-    """An error as etcd words it: `connection refused`, not `[Errno 111] Connection refused`."""
-    if isinstance(reason, OSError) and reason.strerror:
-        return reason.strerror.lower()
-    return str(reason)
-
-
-class PeerStatus:
-    """Whether a peer can be reached, as far as the last attempt tells."""
-
-    def __init__(self, member_id: int, wall_ns: Callable[[], int]) -> None:
-        self.active = False
-        self.active_since = 0.0         # unix seconds; 0: inactive
-        self.problem = "not connected yet"      # why it is inactive
-        self._id = f"{member_id:x}"
-        self._wall_ns = wall_ns
-
-    def activate(self) -> None:
-        """Something went through."""
-        if not self.active:
-            self.active = True
-            self.active_since = self._wall_ns() / NS
-            package_logger("rafthttp").info("the connection with %s became active", self._id)
-
-    def deactivate(self, action: str, source: str, reason: object) -> None:
-        """`action` (dial, read, write, heartbeat) on `source` failed; an error the first time."""
-        log = package_logger("rafthttp")
-        level = logging.ERROR if self.active else logging.DEBUG
-        self.problem = _cause(reason)
-        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, self.problem)
-        if self.active:
-            self.active = False
-            self.active_since = 0.0
-            log.info("the connection with %s became inactive", self._id)
-
-
-class UrlPicker:
-    """A peer's URLs, of which one is used until it fails.
-
-    Those that cannot be dialed are left out: the log of a Go member may hold a port of 99999.
-    """
-
-    def __init__(self, urls: Iterable[str]) -> None:
-        self.urls = _usable_urls(urls)          # sorted
-        self._picked = 0
-
-    def pick(self) -> str:
-        """Return the URL to use now."""
-        return self.urls[self._picked]
-
-    def failed(self, url: str) -> None:
-        """Go on to the next URL, if `url` is still the picked one."""
-        if url == self.urls[self._picked]:
-            self._picked = (self._picked + 1) % len(self.urls)
-
-    def update(self, urls: Iterable[str]) -> None:
-        """Replace the URLs and begin with the first."""
-        self.urls = _usable_urls(urls)
-        self._picked = 0
-
-
-def _usable_urls(urls: Iterable[str]) -> List[str]:
-    """The valid ones of `urls`, sorted; if there is none, one where every dial fails."""
-    usable: List[str] = []
-    for url in sorted(urls):
-        try:
-            usable.append(check_url(url))
-        except ValueError as error:
-            package_logger("rafthttp").error("ignored a peer URL: %s", error)
-    return usable or ["http://127.0.0.1:0"]
-
-
-class Sent(NamedTuple):
-    """What became of one message to a peer."""
-
-    to: int
-    channel: str                        # msgappv2, message or pipeline
-    message: Message
-    size: int                           # bytes
-    seconds: float                      # until the system took it; pipeline: until the answer
-    ok: bool                            # False: lost, or dropped
-
-
-class LinkContext(NamedTuple):
-    """What all links of this member share: who we are, and whom to tell."""
-
-    reactor: Reactor
-    member_id: int
-    cluster_id: str                                 # hex, as in the header
-    headers: Dict[str, str]                         # of every request to a peer
-    dial_timeout_s: float
-    complain: Callable[[str], None]
-    take: Callable[[Message, int], Generator[None, None, object]]   # a message; its bytes
-    unreachable: Callable[[int], None]
-    snapshot_done: Callable[[int, bool], None]
-    removed: Callable[[], None]
-    sent: Callable[[Sent], None]
-    round_trip: Callable[[int, float], None]        # a peer has answered a probe, in seconds
-    tls: Optional[TlsContext] = None                # None: the defaults, should a peer ask for it
-    work: Optional[SlicedWork] = None               # where messages are decoded
-
-
-ID_IN_USE = "member ID in use"       # the refusal of a second process with the id of a peer
-FOREIGN_HINT = (
-    "; two clusters use one peer URL: the member that does not belong there was started with the"
-    " data directory of another one: stop it and correct its -data-dir"
-)
-DOUBLE_HINT = (
-    ": one of the two was started with a copy of the other's data directory; stop it, move that"
-    " directory away, and add it as a member of its own (POST /v2/members,"
-    " -initial-cluster-state existing)"
-)
-
-
-# ============================================================================
-# peer/streams -- Streams between members: the ones that we answer and the ones that we dial.
+# peer/streams -- The streams between two members: the one that this member dials and the one that it answers.
 # ----------------------------------------------------------------------------
 # A link may lose, repeat and reorder messages: Raft tolerates it.
 # ============================================================================
 
 
-class Answer:
-    """What is worth keeping of the answer to an HttpCall: body_max bytes, and no more."""
-
-    __slots__ = ("status", "headers", "body", "_body_max")
-
-    def __init__(self, body_max: int = ANSWER_BYTES_MAX) -> None:
-        self._body_max = body_max
-        self.status = 0
-        self.headers: Dict[str, str] = {}
-        self.body = b""
-
-    def take_head(self, status: int, headers: Dict[str, str]) -> None:
-        """For on_head."""
-        self.status, self.headers = status, headers
-
-    def take_data(self, data: bytes) -> None:
-        """For on_data."""
-        if len(self.body) < self._body_max:
-            self.body += data[:self._body_max - len(self.body)]
-
-    def refusal(self, context: LinkContext, member_id: int) -> str:
-        """Why the peer refused a request of ours; what an operator must change is logged."""
-        text = text_of(self.body).strip()
-        if self.status == 404:
-            return f"remote member {member_id:x} could not recognize local member"
-        if self.status == 412 and text == "incompatible version":
-            context.complain(
-                f"request sent was ignored by peer {member_id:x} (server version incompatible)"
-            )
-            return text
-        if self.status == 412 and text in ("cluster ID mismatch", "clusterID mismatch"):
-            theirs = self.headers.get("x-etcd-cluster-id", "")
-            context.complain(
-                f"request sent was ignored (cluster ID mismatch: remote[{member_id:x}]={theirs},"
-                f" local={context.cluster_id}){FOREIGN_HINT}"
-            )
-            return text
-        if self.status == 412 and text == ID_IN_USE:
-            context.complain(
-                f"request sent was refused by peer {member_id:x}: another process uses our member"
-                f" id {context.member_id:x}{DOUBLE_HINT}"
-            )
-            return text
-        return f"unhandled http status {self.status}"
+def refusal_of(answer: Answer, context: LinkContext, member_id: int) -> str:
+    """Return why the peer refused a request; log the reasons that an operator must remove."""
+    text = text_of(answer.body).strip()
+    if answer.status == 404:
+        return f"remote member {member_id:x} could not recognize local member"
+    if answer.status == 412 and text == "incompatible version":
+        fault = f"ignored by peer {member_id:x} (server version incompatible)"
+    elif answer.status == 412 and text in ("cluster ID mismatch", "clusterID mismatch"):
+        theirs = answer.headers.get("x-etcd-cluster-id", "")
+        fault = (
+            f"ignored (cluster ID mismatch: remote[{member_id:x}]={theirs},"
+            f" local={context.cluster_id}){FOREIGN_HINT}"
+        )
+    elif answer.status == 412 and text == ID_IN_USE:
+        fault = (
+            f"refused by peer {member_id:x}: another process uses our member"
+            f" id {context.member_id:x}{DOUBLE_HINT}"
+        )
+    else:
+        return f"unhandled http status {answer.status}"
+    context.log_error(f"request sent was {fault}")
+    return text
 
 
 class StreamReader:
-    """A stream that we dial: on it the peer sends to us.  Dials again whenever it ends."""
+    """A stream from a peer, dialed by this member, and dialed again whenever it ends."""
 
     def __init__(
         self, context: LinkContext, member_id: int, kind: StreamKind, picker: UrlPicker,
-        status: PeerStatus, heard_version: Callable[[str], None],
+        status: PeerStatus,
     ) -> None:
         self._context = context
         self._member_id = member_id
         self._kind = kind
         self._picker = picker
         self._status = status
-        self._heard_version = heard_version
         self._target = f"/raft/stream/{kind.path}/{context.member_id:x}"
         self._headers = {**context.headers, "X-Raft-To": f"{member_id:x}"}
         self._call: Optional[HttpCall] = None
@@ -9828,8 +10031,8 @@ class StreamReader:
         self._backoff = Backoff(STREAM_RETRY_SECONDS, STREAM_RETRY_SECONDS_MAX)
         self._retry = context.reactor.call_later(0.0, self._dial)
 
-    def hurry(self) -> None:
-        """The peer has just dialed us: it can be reached again."""
+    def retry_soon(self) -> None:
+        """Dial again without back-off: the peer has dialed this member, and so can be reached."""
         if self._call is None and self._retry.callback is not None:
             self._retry.cancel()
             self._backoff.reset()
@@ -9858,66 +10061,57 @@ class StreamReader:
         self._answer.take_head(status, headers)
         version = headers.get("x-server-version", _UNKNOWN_VERSION)
         if "x-server-version" in headers:
-            self._heard_version(version)
+            self._status.version = version
         if status == 200 and (major_minor(version) or (0, 0)) >= _OLDEST_STREAM_VERSION:
-            self._decoder = self._new_decoder()
+            self._decoder = MessageDecoder() if self._kind is not APP_STREAM else AppV2Decoder(
+                self._context.member_id, self._member_id)
             self._status.activate()
 
-    def _new_decoder(self) -> FrameDecoder:
-        if self._kind is APP_STREAM:
-            return AppV2Decoder(self._context.member_id, self._member_id)
-        return MessageDecoder()
-
     def _on_data(self, data: bytes) -> None:
+        call = self._call
+        assert call is not None
         if self._decoder is None:
             self._answer.take_data(data)
-            if self._call is not None and len(self._answer.body) >= ANSWER_BYTES_MAX:
-                self._call.cancel()
+            if len(self._answer.body) >= ANSWER_BYTES_MAX:
+                call.cancel()
                 self._on_done(None)
             return
         self._status.activate()
-        call = self._call
         self._unread_bytes += len(data)
-        is_read = False
+        is_decoded = False
 
-        def read(error: "Optional[CodecError]") -> None:
-            nonlocal is_read
-            is_read = True
-            if call is None or call is not self._call:
-                return                              # another stream by now
-            if error is not None:
-                self._drop(error)
-            else:
+        def decoded(error: "Optional[CodecError]") -> None:
+            nonlocal is_decoded
+            is_decoded = True
+            if call is not self._call:
+                return                              # the stream was closed meanwhile
+            if error is None:
                 self._backoff.reset()
                 call.resume()
+            else:
+                call.cancel()
+                self._on_done(error)
 
-        (self._context.work or SlicedWork(self._context.reactor)).add(
-            self._take(call, self._decoder.messages(data)), read)
-        if not is_read and call is not None:
-            call.pause()                            # until all of this is done
+        self._context.decoding.add(self._receive(call, self._decoder.messages(data)), decoded)
+        if not is_decoded:
+            call.pause()                            # back-pressure, until all of it is decoded
 
-    def _take(
-        self, call: Optional[HttpCall], messages: Iterator[Optional[Message]]
+    def _receive(
+        self, call: HttpCall, messages: Iterator[Optional[Message]]
     ) -> Generator[None, None, Optional[CodecError]]:
-        """Hand on the messages; return what was wrong with the stream."""
+        """Hand the messages on; return the error that makes the rest of the stream useless."""
         try:
             for message in messages:
                 if message is not None:
                     size, self._unread_bytes = self._unread_bytes, 0
-                    yield from self._context.take(message, size)
+                    yield from self._context.receive(message, size)
                 else:
                     yield
                 if self._call is not call:
-                    return None                     # stopped, perhaps by what the message caused
+                    return None                     # closed, perhaps because of the message
         except CodecError as error:
             return error
         return None
-
-    def _drop(self, error: CodecError) -> None:
-        """The peer sends nonsense: a new stream may do better."""
-        if self._call is not None:
-            self._call.cancel()
-        self._on_done(error)
 
     def _on_done(self, error: Optional[Exception]) -> None:
         self._call = None
@@ -9928,17 +10122,15 @@ class StreamReader:
         self._picker.failed(self._url)
         if self._answer.status == 410:
             self._context.removed()
-        reason = error or self._reason()
+        reason = error or ("unsupported stream type" if self._answer.status == 200 else
+                           refusal_of(self._answer, self._context, self._member_id))
         self._status.deactivate("dial", self._kind.title, reason)
-
-    def _reason(self) -> str:
-        if self._answer.status == 200:
-            return "unsupported stream type"
-        return self._answer.refusal(self._context, self._member_id)
 
 
 class StreamWriter:
-    """A stream that the peer has dialed, if it has: on it we send to the peer."""
+    """A stream to a peer, attached while the peer has dialed it."""
+
+    PENDING_BYTES_MAX = OUTPUT_BYTES_MAX    # unsent; above: messages are dropped
 
     def __init__(
         self, context: LinkContext, member_id: int, kind: StreamKind, status: PeerStatus
@@ -9948,34 +10140,33 @@ class StreamWriter:
         self._kind = kind
         self._status = status
         self._reply: Optional[StreamReply] = None
-        self._encoder: StreamEncoder = MessageEncoder()
-        self._frames: List[bytes] = []      # of the offer under way
+        self._encoder: Union[AppV2Encoder, MessageEncoder] = MessageEncoder()
+        self._frames: List[bytes] = []      # since the last flush
         self._frames_bytes = 0
         self._unsent: List[Tuple[Message, int, float]] = []     # size; since when: monotonic
         self._congested = False             # messages are dropped until the peer reads on
         self._queued_bytes = 0              # given to the connection so far
-        self._taken_bytes = 0               # of these, taken by the socket, as last seen
-        self._taken_at = 0.0                # when that number was last seen growing
+        self._taken_bytes = 0               # of these, taken by the socket at the last heartbeat
+        self._taken_at = 0.0                # last heartbeat at which that number had grown
         self._heartbeat: Optional[Timer] = None
 
     @property
     def attached(self) -> bool:
-        """True if the peer has dialed this stream."""
         return self._reply is not None
 
-    def attach(self, reply: StreamReply, encoder: StreamEncoder) -> None:
-        """Use the stream just opened; it replaces the one before."""
+    def attach(self, reply: StreamReply, encoder: Union[AppV2Encoder, MessageEncoder]) -> None:
+        """Use the stream that the peer has opened; it replaces the one before."""
         self.close()
         self._reply = reply
         self._encoder = encoder
         self._queued_bytes, self._taken_bytes = reply.pending, 0    # so far the reply's head
         self._taken_at = self._context.reactor.now()
-        reply.on_close = self._on_close
+        reply.on_close = lambda: self._lost("closed by the peer")
         self._status.activate()
+        self._heartbeat = self._context.reactor.every(LINK_HEARTBEAT_SECONDS, self._beat)
         self._beat()
 
     def close(self) -> None:
-        """Drop the stream, if there is one."""
         reply, self._reply = self._reply, None
         self._frames, self._frames_bytes = [], 0
         self._congested = False
@@ -9986,14 +10177,14 @@ class StreamWriter:
             reply.abort()
 
     def offer(self, message: Message) -> bool:
-        """Queue a message until flush(); False if the peer reads too slowly: it is dropped."""
+        """Queue a message until flush(); False: it is dropped, as the peer reads too slowly."""
         reply = self._reply
         if reply is None:
             return False
-        if self._is_full(reply):
+        if self._is_congested(reply):
             self._context.sent(Sent(self._member_id, self._kind.channel, message, 0, 0.0, False))
             return False
-        parts = self._encoder.parts(message)
+        parts = self._encoder.encode(message)
         size = sum(map(len, parts))
         self._frames += parts
         self._frames_bytes += size
@@ -10010,15 +10201,15 @@ class StreamWriter:
                 self._reply.when_read(self._report)
 
     def _report(self, *, ok: bool = True) -> None:
-        """The connection has taken everything: our messages are sent.  Not ok: it is lost."""
+        """Report the messages as sent, since the socket has taken them; not ok: as lost."""
         unsent, self._unsent = self._unsent, []
         now = self._context.reactor.now()
         for message, size, since in unsent:
             self._context.sent(
                 Sent(self._member_id, self._kind.channel, message, size, now - since, ok))
 
-    def _is_full(self, reply: StreamReply) -> bool:
-        if reply.pending + self._frames_bytes <= _STREAM_PENDING_BYTES_MAX:
+    def _is_congested(self, reply: StreamReply) -> bool:
+        if reply.pending + self._frames_bytes <= self.PENDING_BYTES_MAX:
             self._congested = False
             return False
         if not self._congested:
@@ -10038,7 +10229,7 @@ class StreamWriter:
             self._queued_bytes += reply.pending - before
 
     def _beat(self) -> None:
-        """Keep the stream alive, or give it up when the peer has taken nothing for 5 s."""
+        """Send a heartbeat, or give the stream up when the peer has taken nothing for 5 s."""
         reply = self._reply
         if reply is None:
             return
@@ -10048,13 +10239,8 @@ class StreamWriter:
             self._taken_bytes, self._taken_at = taken, now
         if now - self._taken_at > LINK_TIMEOUT_SECONDS:
             self._lost("i/o timeout")
-            return
-        if reply.pending <= _STREAM_PENDING_BYTES_MAX:
+        elif reply.pending <= self.PENDING_BYTES_MAX:
             self._write(self._encoder.heartbeat)
-        self._heartbeat = self._context.reactor.call_later(LINK_HEARTBEAT_SECONDS, self._beat)
-
-    def _on_close(self) -> None:
-        self._lost("closed by the peer")
 
     def _lost(self, reason: str) -> None:
         self.close()
@@ -10063,7 +10249,7 @@ class StreamWriter:
 
 
 # ============================================================================
-# peer/links -- Posts, probes, and a peer as the sum of its links.
+# peer/links -- A peer as the sum of its links: streams, pipeline, prober.
 # ============================================================================
 
 
@@ -10074,26 +10260,21 @@ class PeerPost:
         self.message = message
         self.body = body                # in pieces
         self.size = sum(map(len, body))
-        self.answer = Answer()
         self.url = ""
         self.started = 0.0
         self.call: Optional[HttpCall] = None
-
-    @property
-    def is_snapshot(self) -> bool:
-        """True if the outcome matters to more than reachability."""
-        return self.message.type == MsgType.SNAP
+        self.is_snapshot = message.type == MsgType.SNAP     # its outcome is reported
 
 
 class Pipeline:
-    """Messages that no stream takes: each in a POST of its own, a few at a time."""
+    """Messages to a member by POST: of a peer without streams, and all snapshots."""
 
     def __init__(
         self, context: LinkContext, member_id: int, picker: UrlPicker, status: PeerStatus
     ) -> None:
+        self.picker = picker
         self._context = context
         self._member_id = member_id
-        self._picker = picker
         self._status = status
         self._waiting: Deque[PeerPost] = collections.deque()
         self._under_way: Set[PeerPost] = set()
@@ -10104,15 +10285,14 @@ class Pipeline:
         """Send, queue or drop a message; a drop is reported."""
         size = sum(post.size for post in self._waiting)
         if len(self._waiting) >= PIPELINE_QUEUE_MESSAGES_MAX or size > PIPELINE_QUEUE_BYTES_MAX:
-            self._context.sent(Sent(self._member_id, _PIPELINE, message, 0, 0.0, False))
-            self._full(message)
+            self._drop(message)
             return
         self._congested = False
         self._waiting.append(PeerPost(message, encode_message_parts(message)))
-        self._begin()
+        self._send_waiting()
 
     def stop(self) -> None:
-        """Forget what waits and break off what is under way; a snapshot counts as failed."""
+        """Drop the waiting messages and cancel the calls; a snapshot counts as failed."""
         posts = [*self._under_way, *self._waiting]
         self._waiting.clear()
         self._under_way.clear()
@@ -10122,7 +10302,8 @@ class Pipeline:
             if post.is_snapshot:
                 self._context.snapshot_done(self._member_id, False)
 
-    def _full(self, message: Message) -> None:
+    def _drop(self, message: Message) -> None:
+        self._context.sent(Sent(self._member_id, _PIPELINE, message, 0, 0.0, False))
         if not self._congested:
             self._congested = True
             package_logger("rafthttp").warning(
@@ -10132,7 +10313,7 @@ class Pipeline:
         if message.type == MsgType.SNAP:
             self._context.snapshot_done(self._member_id, False)
 
-    def _begin(self) -> None:
+    def _send_waiting(self) -> None:
         while self._waiting and len(self._under_way) < PIPELINE_WORKERS:
             post = self._waiting.popleft()
             self._under_way.add(post)
@@ -10140,44 +10321,37 @@ class Pipeline:
 
     def _send(self, post: PeerPost) -> None:
         context = self._context
-        post.url = self._picker.pick()
+        post.url = self.picker.pick()
         post.started = context.reactor.now()
 
-        def done(error: "Optional[Exception]") -> None:
-            self._done(post, error)
+        def done(error: "Optional[Exception]", answer: "Answer") -> None:
+            self._answered(post, error, answer)
 
-        post.call = HttpCall(
-            context.reactor, post.url, "POST", "/raft", self._headers, post.body[0],
-            post.body[1:],
-            connect_timeout_s=context.dial_timeout_s,
+        post.call = fetch(
+            context.reactor, post.url, "/raft", done, method="POST", headers=self._headers,
+            body=post.body, connect_timeout_s=context.dial_timeout_s, tls=context.tls,
             # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
             idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
-            answer_max=ANSWER_BYTES_MAX, tls=context.tls, on_head=post.answer.take_head,
-            on_data=post.answer.take_data, on_done=done,
         )
 
-    def _done(self, post: PeerPost, error: Optional[Exception]) -> None:
+    def _answered(self, post: PeerPost, error: Optional[Exception], answer: Answer) -> None:
         context = self._context
         self._under_way.discard(post)
-        ok = error is None and post.answer.status == 204
+        ok = error is None and answer.status == 204
         elapsed_s = context.reactor.now() - post.started
-        context.sent(
-            Sent(self._member_id, _PIPELINE, post.message, post.size, elapsed_s, ok))
+        context.sent(Sent(self._member_id, _PIPELINE, post.message, post.size, elapsed_s, ok))
         if ok:
             self._status.activate()
         else:
-            self._failed(post, error)
+            if answer.status == 403:
+                context.removed()
+            reason = error or refusal_of(answer, context, self._member_id)
+            self.picker.failed(post.url)
+            self._status.deactivate("write", _PIPELINE, reason)
+            context.unreachable(self._member_id)
         if post.is_snapshot:
             context.snapshot_done(self._member_id, ok)
-        self._begin()
-
-    def _failed(self, post: PeerPost, error: Optional[Exception]) -> None:
-        if post.answer.status == 403:
-            self._context.removed()
-        reason = error or post.answer.refusal(self._context, self._member_id)
-        self._picker.failed(post.url)
-        self._status.deactivate("write", _PIPELINE, reason)
-        self._context.unreachable(self._member_id)
+        self._send_waiting()
 
 
 class Prober:
@@ -10190,43 +10364,37 @@ class Prober:
         self._context = context
         self._member_id = member_id
         self._picker = picker
-        self._answer = Answer()
-        self._asked = 0.0                           # when the probe was sent
         self._call: Optional[HttpCall] = None
-        self._warn_at = context.reactor.now() + COMPLAINT_SECONDS
-        self._timer = context.reactor.call_later(PROBE_SECONDS, self._probe)
+        self._warn_at = context.reactor.now() + REPEAT_SECONDS
+        self._timer = context.reactor.every(PROBE_SECONDS, self._probe)
 
     def stop(self) -> None:
-        """Ask no more."""
         self._timer.cancel()
         if self._call is not None:
             self._call.cancel()
 
     def _probe(self) -> None:
-        reactor = self._context.reactor
-        self._answer = Answer()
-        self._asked = reactor.now()
-        self._call = HttpCall(
-            reactor, self._picker.pick(), "GET", "/raft/probing", {},
+        context, asked_at = self._context, self._context.reactor.now()
+        if self._call is not None and not self._call.ended:
+            return
+
+        def done(error: "Optional[Exception]", answer: "Answer") -> None:
+            self._probed(asked_at, None if error else _probed_time(answer))
+
+        self._call = fetch(
+            context.reactor, self._picker.pick(), "/raft/probing", done, tls=context.tls,
             connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS,
-            answer_max=ANSWER_BYTES_MAX, tls=self._context.tls,
-            on_head=self._answer.take_head, on_data=self._answer.take_data, on_done=self._done,
         )
 
-    def _done(self, error: Optional[Exception]) -> None:
+    def _probed(self, asked_at: float, theirs_ns: Optional[int]) -> None:
         reactor = self._context.reactor
-        self._call = None
-        self._timer = reactor.call_later(PROBE_SECONDS, self._probe)
-        theirs_ns = None if error else _probed_time(self._answer)
-        now = reactor.now()
+        elapsed_s = reactor.now() - asked_at
         if theirs_ns is None:
-            if now >= self._warn_at:
-                self._warn("the connection to peer %x is unhealthy", self._member_id)
+            self._warn("the connection to peer %x is unhealthy", self._member_id)
             return
-        self._context.round_trip(self._member_id, now - self._asked)
-        one_way_ns = int((now - self._asked) * NS) // 2
-        difference_ns = reactor.wall_ns() - one_way_ns - theirs_ns
-        if abs(difference_ns) > CLOCK_DIFFERENCE_MAX_NS and now >= self._warn_at:
+        self._context.round_trip(self._member_id, elapsed_s)
+        difference_ns = reactor.wall_ns() - int(elapsed_s * NS) // 2 - theirs_ns
+        if abs(difference_ns) > CLOCK_DIFFERENCE_MAX_NS:
             sign = "-" if difference_ns < 0 else ""
             self._warn(
                 "the clock difference against peer %x is too high [%s > 1s]", self._member_id,
@@ -10234,15 +10402,17 @@ class Prober:
             )
 
     def _warn(self, text: str, *args: object) -> None:
-        self._warn_at = self._context.reactor.now() + COMPLAINT_SECONDS
-        package_logger("rafthttp").warning(text, *args)
+        now = self._context.reactor.now()
+        if now >= self._warn_at:
+            self._warn_at = now + REPEAT_SECONDS
+            package_logger("rafthttp").warning(text, *args)
 
 
 _PROBED_NOW = re.compile(rb'"Now"\s*:\s*"([0-9TZ:.+-]{1,64})"')
 
 
 def _probed_time(answer: Answer) -> Optional[int]:
-    """The peer's clock in unix ns, or None if the answer is not that of a healthy peer."""
+    """Return the peer's clock in unix ns; None: it is not the answer of a healthy peer."""
     match = _PROBED_NOW.search(answer.body)
     if answer.status != 200 or match is None:
         return None
@@ -10258,21 +10428,20 @@ class Peer:
     def __init__(
         self, context: LinkContext, member_id: int, urls: Iterable[str], lists: EntryListEncoder
     ) -> None:
-        self.id = member_id
+        self.picker = UrlPicker(urls)
         self.status = PeerStatus(member_id, context.reactor.wall_ns)
-        self.version = ""               # as the peer announced it last; "": never
+        self._id = member_id
         self._advertised = ""           # peer URLs, by the process that dialed the streams
         self._context = context
         self._lists = lists
-        self._picker = UrlPicker(urls)
         self._app_writer = StreamWriter(context, member_id, APP_STREAM, self.status)
         self._message_writer = StreamWriter(context, member_id, MESSAGE_STREAM, self.status)
-        self._pipeline = Pipeline(context, member_id, self._picker, self.status)
+        self._pipeline = Pipeline(context, member_id, self.picker, self.status)
         self._readers = [
-            StreamReader(context, member_id, kind, self._picker, self.status, self.heard_version)
+            StreamReader(context, member_id, kind, self.picker, self.status)
             for kind in (APP_STREAM, MESSAGE_STREAM)
         ]
-        self._prober = Prober(context, member_id, self._picker)
+        self._prober = Prober(context, member_id, self.picker)
 
     def offer(self, message: Message) -> None:
         """Send by the channel that fits, or drop and report; complete with flush()."""
@@ -10286,49 +10455,42 @@ class Peer:
             self._pipeline.offer(message)
 
     def flush(self) -> None:
-        """Write what was offered."""
+        """Write the offered messages."""
         self._app_writer.flush()
         self._message_writer.flush()
 
     @property
     def problem(self) -> str:
-        """Where the peer is dialed and what fails; "" if it can be reached."""
-        return "" if self.status.active else f"{self._picker.pick()}: {self.status.problem}"
-
-    def heard_version(self, version: str) -> None:
-        """The peer announced its version."""
-        self.version = version
+        """The URL that is dialed and what fails there; "" if the peer can be reached."""
+        return "" if self.status.active else f"{self.picker.pick()}: {self.status.problem}"
 
     def other_process(self, advertised: str) -> str:
-        """Return the peer URLs of the process with the peer's streams if they are others, or "".
+        """Return the peer URLs of another process that has this peer's streams, or "".
 
-        `advertised` are those of a process that says it is this peer.  Both may hold what the
-        other does not, and each would count for both.  Who has the URLs that the cluster knows is
-        right: the peer has moved, and the streams are left from before.  Differs from etcd, where
-        streams of the one replace those of the other in turn.
+        advertised  the peer URLs of a process that sends as this peer
+
+        Each of the two may hold entries that the other lacks, and each would count for both.  A
+        process with the URLs that the cluster knows is accepted: the peer has moved, and the
+        streams are those of its old place.  Differs from etcd, where streams of one process
+        replace those of the other in turn.
         """
         is_attached = self._app_writer.attached or self._message_writer.attached
-        is_right = sorted(advertised.split(",")) == self._picker.urls
+        is_right = sorted(advertised.split(",")) == self.picker.urls
         return "" if is_right or advertised == self._advertised or not is_attached else (
             self._advertised
         )
 
     def attach(self, kind: StreamKind, reply: StreamReply, advertised: str) -> None:
-        """The peer has dialed one of its streams."""
+        """Use a stream that the peer has dialed."""
         self._advertised = advertised
         for reader in self._readers:
-            reader.hurry()
+            reader.retry_soon()
         if kind is APP_STREAM:
             self._app_writer.attach(reply, AppV2Encoder(self._lists))
         else:
             self._message_writer.attach(reply, MessageEncoder())
 
-    def update(self, urls: Iterable[str]) -> None:
-        """Use other URLs from the next dial on."""
-        self._picker.update(urls)
-
     def stop(self) -> None:
-        """Close everything."""
         for reader in self._readers:
             reader.stop()
         self._app_writer.close()
@@ -10337,91 +10499,57 @@ class Peer:
         self._prober.stop()
 
     def _offer_snapshot(self, message: Message) -> None:
-        """Send a snapshot, unless it would kill the receiver.
+        """Send a snapshot, unless the receiver is etcd 3.x.
 
-        etcd 3.x needs a bolt database with it and ends itself when it gets none.
+        That needs a bolt database with it, and exits when it gets none.
         """
-        if (major_minor(self.version) or (0, 0)) < (3, 0):
+        version = self.status.version
+        if (major_minor(version) or (0, 0)) < (3, 0):
             self._pipeline.offer(message)
             return
-        self._context.complain(
-            f"cannot send a snapshot to {self.id:x}: etcd {self.version} needs a database that"
+        self._context.log_error(
+            f"cannot send a snapshot to {self._id:x}: etcd {version} needs a database that"
             " this member does not have; start it with a copy of another 3.x member's data"
             " directory, or replace it by a 2.3 member"
         )
-        self._context.unreachable(self.id)
-        self._context.snapshot_done(self.id, False)
-
-
-class Remote:
-    """A member of the cluster that our own view of it does not know yet: only POSTs."""
-
-    def __init__(self, context: LinkContext, member_id: int, urls: Iterable[str]) -> None:
-        status = PeerStatus(member_id, context.reactor.wall_ns)
-        self._picker = UrlPicker(urls)
-        self._pipeline = Pipeline(context, member_id, self._picker, status)
-
-    def offer(self, message: Message) -> None:
-        """Send by POST, or drop and report."""
-        self._pipeline.offer(message)
-
-    def update(self, urls: Iterable[str]) -> None:
-        """Use other URLs from the next POST on."""
-        self._picker.update(urls)
-
-    def stop(self) -> None:
-        """Break off what is under way."""
-        self._pipeline.stop()
+        self._context.unreachable(self._id)
+        self._context.snapshot_done(self._id, False)
 
 
 # ============================================================================
-# peer/transport -- The transport: all links, and raft's part of the peer listener.
-# ----------------------------------------------------------------------------
-# Hands every message to a callable.
+# peer/transport -- The transport: the links to all peers, and the paths below /raft of the peer listener.
 # ============================================================================
 
 
 REMOTES_MAX = 256                   # members remembered that are no peers; above: ignored
 
 
-def _ignore_sent(sent: Sent) -> None:
-    """Default of Transport's `sent`."""
-
-
-def _ignore_received(sender: int, message: Message, size: int) -> None:
-    """Default of Transport's `received`."""
-
-
-def _ignore_round_trip(member_id: int, seconds: float) -> None:
-    """Default of Transport's `round_trip`."""
-
-
 class MessageInspector:
-    """What may pass from peers to this member: all.  What they send is never trusted."""
+    """The check of messages that peers send; this one lets all of them pass."""
 
     def inspect(self, message: Message) -> Generator[None, None, str]:
-        """Say, in steps, why `message` must not be delivered; "": it may."""
+        """Return, in steps, why `message` must not be delivered; "": it may."""
         yield from ()
         return ""
 
     def read_state(self, data: bytes) -> Any:
-        """Return what the store makes of a snapshot's data.  Raises ValueError.  Thread: any."""
+        """Return the store state in the data of a snapshot.  Raises ValueError.  Thread: any."""
         return None
 
 
 class Transport:
-    """All links to other members, and the raft part of the peer listener.
+    """The links to all other members, and the paths below /raft of the peer listener.
 
-    deliver        gets every message of the peers; may call the transport
-    unreachable    gets the id of a member to which messages were lost
-    snapshot_done  gets the id of the receiver and whether it has taken a snapshot
-    removed        called once, a second after a peer says that we were removed from the cluster
-    sent           gets a Sent for every message to a peer, when its fate is known
+    deliver        (message) of a peer; may call the transport
+    unreachable    (member id) after the loss of messages to it
+    snapshot_done  (member id, ok) of the receiver of a snapshot
+    removed        () once, a second after a peer says that the cluster has removed this member
+    sent           (Sent) for every message to a peer, when its fate is known
     received       (sender, message, bytes), before deliver
     round_trip     (member id, seconds) of every probe that a peer has answered
     inspector      looks at every message before it is delivered
     `drop`, if set, loses the messages, sent and received, for which it returns true.
-    The first three are called by the reactor, never from inside offer().  Thread: reactor.
+    The reactor calls the first three, outside of offer().  Thread: reactor.
     """
 
     def __init__(
@@ -10429,9 +10557,9 @@ class Transport:
         is_removed: Callable[[int], bool], deliver: Callable[[Message], None],
         unreachable: Callable[[int], None], snapshot_done: Callable[[int, bool], None],
         removed: Callable[[], None], election_s: float,
-        sent: Callable[[Sent], None] = _ignore_sent,
-        received: Callable[[int, Message, int], None] = _ignore_received,
-        round_trip: Callable[[int, float], None] = _ignore_round_trip,
+        sent: Callable[[Sent], None] = _ignore,
+        received: Callable[[int, Message, int], None] = _ignore,
+        round_trip: Callable[[int, float], None] = _ignore,
         tls: Optional[TlsContext] = None, inspector: Optional[MessageInspector] = None,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
@@ -10443,24 +10571,26 @@ class Transport:
         self._removed: Optional[Callable[[], None]] = removed
         self._received = received
         self._inspector = inspector or MessageInspector()
-        self._work = SlicedWork(reactor)
-        self._is_reading = False            # a snapshot: one after the other
-        self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # those that arrive
-        self._complaints = Complaints("rafthttp", reactor.now)
+        self._decoding = SlicedWork(reactor)
+        self._is_reading_snapshot = False   # one after the other
+        self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # snapshots that arrive
+        self._log = ThrottledLog("rafthttp", reactor.now)
         self._lists = EntryListEncoder()
         self._peers: Dict[int, Peer] = {}
-        self._remotes: Dict[int, Remote] = {}
+        self._remotes: Dict[int, Pipeline] = {}     # to members that are no peers yet
         self._stopped = False
-        self._routes: Dict[str, Callable[[HttpRequest], None]] = {
-            "/raft": self._handle_post, "/raft/snapshot": self._handle_snapshot,
-            "/raft/probing": self._handle_probing, "/raft/stream": self._redirect_stream,
+        self._routes: Dict[str, Tuple[str, Callable[[HttpRequest], None]]] = {
+            "/raft": ("POST", self._handle_post), "/raft/snapshot": ("POST", self._handle_post),
+            "/raft/stream/": ("GET", self._handle_stream),
+            "/raft/stream": ("", self._redirect_stream),
+            "/raft/probing": ("", self._handle_probing),
         }
         self._context = LinkContext(
             reactor, member_id, self._cluster_id, self._request_headers(peer_urls),
-            1.0 + election_s / 5, self._complaints.say, self._take,
-            lambda to: self._soon(unreachable, to),
-            lambda to, ok: self._soon(snapshot_done, to, ok), self._we_are_removed, sent,
-            round_trip, tls, self._work,
+            1.0 + election_s / 5, self._log.error, self._receive,
+            lambda to: self._report_soon(unreachable, to),
+            lambda to, ok: self._report_soon(snapshot_done, to, ok), self._report_removal, sent,
+            round_trip, tls, self._decoding,
         )
 
     # -- members -----------------------------------------------------------
@@ -10473,37 +10603,35 @@ class Transport:
             self._peers[member_id] = Peer(self._context, member_id, urls, self._lists)
 
     def add_remote(self, member_id: int, urls: Iterable[str]) -> None:
-        """Remember where a member is that is no peer yet; a peer of that id wins."""
+        """Answer a member by POST while it is no peer yet: its addition is not applied here."""
         if member_id in (0, self._member_id) or member_id in self._peers or self._stopped:
             return
         if member_id in self._remotes:
-            self._remotes[member_id].update(urls)
+            self._remotes[member_id].picker.update(urls)
         elif len(self._remotes) < REMOTES_MAX:
-            self._remotes[member_id] = Remote(self._context, member_id, urls)
+            status = PeerStatus(member_id, self._reactor.wall_ns)
+            self._remotes[member_id] = Pipeline(
+                self._context, member_id, UrlPicker(urls), status)
 
     def update_peer(self, member_id: int, urls: Iterable[str]) -> None:
         """Use other URLs for a member; unknown ids are ignored."""
         peer = self._peers.get(member_id)
         if peer is not None:
-            peer.update(urls)
+            peer.picker.update(urls)
 
     def remove_peer(self, member_id: int) -> None:
         """Close the links to a member; unknown ids are ignored."""
-        peer = self._peers.pop(member_id, None)
-        remote = self._remotes.pop(member_id, None)
-        if peer is not None:
-            peer.stop()
-        if remote is not None:
-            remote.stop()
+        for link in (self._peers.pop(member_id, None), self._remotes.pop(member_id, None)):
+            if link is not None:
+                link.stop()
 
     def remove_all(self) -> None:
         """Close the links to all peers; remotes stay."""
-        peers, self._peers = self._peers, {}
-        for peer in peers.values():
-            peer.stop()
+        while self._peers:
+            self._peers.popitem()[1].stop()
 
     def active_since(self, member_id: int) -> float:
-        """Unix seconds since when a peer can be reached, 0 if it cannot."""
+        """Return since when a peer can be reached, in unix seconds; 0: it cannot."""
         peer = self._peers.get(member_id)
         return peer.status.active_since if peer is not None else 0.0
 
@@ -10513,12 +10641,11 @@ class Transport:
         return peer.problem if peer is not None else ""
 
     def stop(self) -> None:
-        """Close everything and call nobody any more."""
+        """Close all links; no callback comes any more."""
         self._stopped = True
         self.remove_all()
-        for remote in self._remotes.values():
-            remote.stop()
-        self._remotes = {}
+        while self._remotes:
+            self._remotes.popitem()[1].stop()
 
     # -- sending -----------------------------------------------------------
 
@@ -10537,19 +10664,19 @@ class Transport:
             peer.flush()
         self._lists.forget()
 
-    def _soon(self, report: Callable[..., None], *args: Any) -> None:
-        """Report outside of the call that found out, which may come from Raft itself."""
-        self._reactor.call_soon(self._report, report, args)
+    def _report_soon(self, report: Callable[..., None], *args: Any) -> None:
+        """Report in this turn, but outside of the call, which may come from Raft itself."""
+        self._reactor.call_soon(self._report, report, *args)
 
-    def _report(self, report: Callable[..., None], args: Tuple[Any, ...]) -> None:
+    def _report(self, report: Callable[..., None], *args: Any) -> None:
         if not self._stopped:
             report(*args)
 
-    def _we_are_removed(self) -> None:
-        """Wait a moment: our removal may be on its way to our disk, and its client for that."""
+    def _report_removal(self) -> None:
+        """Wait before the report: the entry may be on its way to our disk, a reply to a client."""
         removed, self._removed = self._removed, None
         if removed is not None:
-            self._reactor.call_later(REMOVED_SECONDS, self._report, removed, ())
+            self._reactor.call_later(REMOVED_SECONDS, self._report, removed)
 
     def _request_headers(self, peer_urls: Sequence[str]) -> Dict[str, str]:
         return {
@@ -10563,23 +10690,24 @@ class Transport:
     # -- receiving ---------------------------------------------------------
 
     def handle(self, request: HttpRequest) -> bool:
-        """Answer a request of the peer listener; False if its path is none of raft's."""
-        path = request.path
-        route = self._routes.get(path)
-        if route is None and path.startswith("/raft/stream/"):
-            route = self._handle_stream
+        """Answer a request of the peer listener; False: its path is not below /raft."""
+        is_stream = request.path.startswith("/raft/stream/")
+        route = self._routes.get("/raft/stream/" if is_stream else request.path)
         if route is None:
             return False
+        method, handle = route
         if self._stopped:
             _reply_error(request, 503, "etcdserver: server stopped")
-        else:
-            route(request)
+        elif method and request.method != method:
+            _reply_error(request, 405, "Method Not Allowed", f"Allow: {method}\r\n")
+        elif not method or self._is_compatible(request):
+            handle(request)
         return True
 
     def guard(self, listener: Listener, directory: str) -> None:
-        """Have a listener read bodies only of those from whom we expect one, and only so many.
+        """Make a listener read only the bodies that members may send, up to the limits.
 
-        directory  where snapshots are kept until they are complete
+        directory  for snapshots until they are complete
         """
         listener.body_limit = self._body_max
         listener.memory_max = RAFT_BODY_BYTES_MAX
@@ -10587,38 +10715,37 @@ class Transport:
         listener.open_spool = functools.partial(self._open_spool, directory)
 
     def _open_spool(self, directory: str, first: bytes) -> Optional[IO[bytes]]:
-        """A file for the body that begins so: only snapshots may be so large, and few at a time."""
+        """Return a file for a large body that begins with `first`; None: refuse it.
+
+        Only snapshots may be so large, and few at a time.
+        """
         is_snapshot = _SNAPSHOT_START in (first[:2], first[8:10])
         if not is_snapshot or len(self._spools) >= _SPOOLS_MAX:
             return None
         try:
             file = tempfile.TemporaryFile(dir=directory)
         except OSError as error:
-            self._complaints.say(f"cannot keep a snapshot that a peer sends: {error}")
+            self._log.error(f"cannot keep a snapshot that a peer sends: {error}")
             return None
         self._spools.add(file)
         return file
 
     def _body_max(self, head: HttpHead) -> int:
-        """How many bytes of body are wanted from the sender of this head.
-
-        Only members have something to tell that is more than a few numbers.
-        """
+        """Return how long a body behind this head may be: members may send the most."""
         if head.method != "POST" or head.path not in ("/raft", "/raft/snapshot"):
             return 0
         sender = _parse_id(head.headers.get("x-server-from", "")) or 0
         theirs = head.headers.get("x-etcd-cluster-id", "")
-        if theirs != self._cluster_id or self._is_removed(sender) or self._stopped:
-            return 0
-        if _compatibility_error(head.headers):
+        if (theirs != self._cluster_id or self._is_removed(sender) or self._stopped
+                or _compatibility_error(head.headers)):
             return 0
         is_known = sender in self._peers or sender in self._remotes
-        return PEER_BODY_BYTES_MAX if is_known else _STRANGER_BODY_BYTES_MAX
+        return PEER_BODY_BYTES_MAX if is_known else _UNKNOWN_BODY_BYTES_MAX
 
-    def _take(self, message: Message, size: int) -> Generator[None, None, int]:
-        """Hand a message on, in steps; return the status that says what became of it.
+    def _receive(self, message: Message, size: int) -> Generator[None, None, int]:
+        """Check and deliver a message, in steps; return the HTTP status of the outcome.
 
-        A removed member may not disturb the others any more: it does not know yet.
+        A removed member may not know it yet, and must not disturb the others.
         """
         if message.to != self._member_id or self._is_removed(message.sender):
             return 500
@@ -10627,7 +10754,7 @@ class Transport:
         fault = yield from self._inspector.inspect(message)
         if fault:
             name = "Msg" + MsgType(message.type).name.title().replace("_", "")
-            self._complaints.say(f"refused a {name} of {message.sender:x}: {fault}")
+            self._log.error(f"refused a {name} of {message.sender:x}: {fault}")
             return 400
         if not self._stopped and (self.drop is None or not self.drop(message)):
             self._received(message.sender, message, size)
@@ -10635,110 +10762,102 @@ class Transport:
         return 204
 
     def _handle_stream(self, request: HttpRequest) -> None:
-        """GET /raft/stream/<kind>/<dialer>: answer with our messages to the dialer, for ever."""
-        headers = f"{self._cluster_header()}X-Server-Version: {SERVER_VERSION}\r\n"
-        if not self._is_welcome(request, "GET", headers):
-            return
+        """GET /raft/stream/<kind>/<dialer>: answer with all messages to the dialer."""
         directory, _, name = request.path.rpartition("/")
         kind = STREAM_KINDS.get(directory[len("/raft/stream/"):])
         dialer = _parse_id(name)
-        if kind is None:
-            _reply_error(request, 404, "invalid path", headers)
-        elif dialer is None:
-            _reply_error(request, 404, "invalid from", headers)
+        if kind is None or dialer is None:
+            self._refuse(request, 404, "invalid path" if kind is None else "invalid from")
         elif self._is_removed(dialer):
             package_logger("rafthttp").warning(
                 "rejected the stream from peer %x since it was removed", dialer
             )
-            _reply_error(request, 410, "removed member", headers)
+            self._refuse(request, 410, "removed member")
         elif dialer not in self._peers:
             self._remember_sender(request, dialer)
-            self._complaints.say(
-                f"failed to find remote peer {dialer:x} in cluster {self._cluster_id}"
+            self._refuse(
+                request, 404, "error sender not found",
+                f"failed to find remote peer {dialer:x} in cluster {self._cluster_id}",
             )
-            _reply_error(request, 404, "error sender not found", headers)
         elif request.headers.get("x-raft-to", "") != f"{self._member_id:x}":
-            self._complaints.say(
+            self._refuse(
+                request, 412, "to field mismatch",
                 f"streaming request ignored (ID mismatch got {request.headers.get('x-raft-to')}"
                 f" want {self._member_id:x}); our peer URL is that of another member: if it was not"
-                " moved, this process was started with a wrong -data-dir"
+                " moved, this process was started with a wrong -data-dir",
             )
-            _reply_error(request, 412, "to field mismatch", headers)
         else:
             advertised = request.headers.get("x-peerurls", "")
-            stream = request.start_stream(200, None, headers)
+            stream = request.start_stream(200, None, self._headers_for(request))
             self._peers[dialer].attach(kind, stream, advertised)
 
     def _handle_post(self, request: HttpRequest) -> None:
-        """POST /raft: one message."""
-        headers = self._cluster_header()
-        if not self._is_welcome(request, "POST", headers):
-            return
+        """POST /raft: one message.  POST /raft/snapshot: the form of 3.x for a snapshot."""
         self._remember_sender(request, _parse_id(request.headers.get("x-server-from", "")))
+        is_framed = request.path == "/raft/snapshot"
+        is_long = request.body_file is not None or request.body.startswith(_SNAPSHOT_START)
         if request.body_too_large:
-            self._reply_too_large(request, headers)
-        elif request.body_file is not None or request.body.startswith(_SNAPSHOT_START):
-            self._read_snapshot(request, headers, is_framed=False)
+            self._refuse(
+                request, 413, "error reading raft message",
+                f"refused a message from {request.remote}: its sender is not known here, or it is"
+                " too large",
+            )
+        elif is_framed or is_long:
+            self._read_snapshot(request, is_framed=is_framed)
         else:
-            steps = self._posted_steps(memoryview(request.body))
-            self._work.add(steps, lambda status: self._answer(request, status, headers))
+            steps = self._receive_body(memoryview(request.body))
+            self._decoding.add(steps, lambda status: self._answer(request, status))
 
-    def _posted_steps(self, body: memoryview) -> Generator[None, None, int]:
-        """Decode and take one message; return the status for its sender."""
+    def _receive_body(self, body: memoryview) -> Generator[None, None, int]:
+        """Decode and receive one message; return the status for its sender."""
         try:
             message = yield from decode_message_steps(body)
         except CodecError as error:
-            self._complaints.say(f"failed to unmarshal raft message ({error})")
+            self._log.error(f"failed to unmarshal raft message ({error})")
             return 422
         if self._is_removed(message.sender):
             return 403
-        return (yield from self._take(message, len(body)))
+        return (yield from self._receive(message, len(body)))
 
-    def _answer(self, request: HttpRequest, status: int, headers: str) -> None:
+    def _answer(self, request: HttpRequest, status: int) -> None:
         if status == 204:
-            request.reply(204, headers=headers)
+            request.reply(204, headers=self._headers_for(request))
         elif status == 403:
             text = b'{"message":"cannot process message from removed member"}'
-            request.reply(403, text, headers=headers)
+            request.reply(403, text, headers=self._headers_for(request))
         elif status == 422:
-            _reply_error(request, 400, "error unmarshaling raft message", headers)
+            self._refuse(request, 400, "error unmarshaling raft message")
         else:
-            _reply_error(request, status, "error processing raft message", headers)
+            self._refuse(request, status, "error processing raft message")
 
-    def _reply_too_large(self, request: HttpRequest, headers: str) -> None:
-        self._complaints.say(
-            f"refused a message from {request.remote}: its sender is not known here, or it is"
-            " too large"
-        )
-        _reply_error(request, 413, "error reading raft message", headers)
+    def _headers_for(self, request: HttpRequest) -> str:
+        is_stream = request.path.startswith("/raft/stream/")
+        version = f"X-Server-Version: {SERVER_VERSION}\r\n" if is_stream else ""
+        return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n{version}"
 
-    def _handle_snapshot(self, request: HttpRequest) -> None:
-        """POST /raft/snapshot, the form of 3.x: a length, a MsgSnap, and a database we ignore."""
-        headers = self._cluster_header()
-        if not self._is_welcome(request, "POST", headers):
+    def _refuse(self, request: HttpRequest, status: int, text: str, why: str = "") -> None:
+        """Answer with an error; log `why` for the operator."""
+        if why:
+            self._log.error(why)
+        _reply_error(request, status, text, self._headers_for(request))
+
+    def _read_snapshot(self, request: HttpRequest, *, is_framed: bool) -> None:
+        """Read a posted snapshot on a thread: it is checked before any of it is written."""
+        if self._is_reading_snapshot:
+            self._refuse(request, 503, "another snapshot is being read")
             return
-        if request.body_too_large:
-            self._reply_too_large(request, headers)
-        else:
-            self._read_snapshot(request, headers, is_framed=True)
-
-    def _read_snapshot(self, request: HttpRequest, headers: str, *, is_framed: bool) -> None:
-        """Read a posted snapshot on a thread: it is checked before anything of it is written."""
-        if self._is_reading:
-            _reply_error(request, 503, "another snapshot is being read", headers)
-            return
-        self._is_reading = True
+        self._is_reading_snapshot = True
 
         def done(error: "Optional[BaseException]", message: "Any") -> None:
-            self._is_reading = False
+            self._is_reading_snapshot = False
             if error is not None:
-                self._complaints.say(f"refused a snapshot from {request.remote}: {error}")
-                _reply_error(request, 400, str(error), headers)
+                why = f"refused a snapshot from {request.remote}: {error}"
+                self._refuse(request, 400, str(error), why)
             elif self._is_removed(message.sender):
-                self._answer(request, 403, headers)
+                self._answer(request, 403)
             else:
-                steps = self._take(message, size)
-                self._work.add(steps, lambda status: self._answer(request, status, headers))
+                steps = self._receive(message, size)
+                self._decoding.add(steps, lambda status: self._answer(request, status))
 
         body, size = request.body_file or request.body, len(request.body)
         self._reactor.run_blocking(
@@ -10756,51 +10875,41 @@ class Transport:
             "text/html; charset=utf-8", "Location: /raft/stream/\r\n",
         )
 
-    def _cluster_header(self) -> str:
-        return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n"
-
-    def _is_welcome(self, request: HttpRequest, method: str, headers: str) -> bool:
-        """Check method, versions, cluster and id, in this order; answer what does not fit."""
-        if request.method != method:
-            _reply_error(request, 405, "Method Not Allowed", f"Allow: {method}\r\n")
-            return False
-        error = _compatibility_error(request.headers)
-        if error:
-            self._complaints.say(f"request version incompatibility ({error})")
-            _reply_error(request, 412, "incompatible version", headers)
-            return False
-        theirs = request.headers.get("x-etcd-cluster-id", "")
-        if theirs != self._cluster_id:
-            self._complaints.say(
-                f"request cluster ID mismatch (got {theirs} want {self._cluster_id}){FOREIGN_HINT}"
+    def _is_compatible(self, request: HttpRequest) -> bool:
+        """Check versions, cluster and id, in this order; refuse at the first fault."""
+        headers = request.headers
+        fault = _compatibility_error(headers)
+        theirs, advertised = headers.get("x-etcd-cluster-id", ""), headers.get("x-peerurls", "")
+        id = _parse_id(headers.get("x-server-from", "")) or 0
+        other = self._other_process(id, advertised)
+        if fault:
+            self._refuse(
+                request, 412, "incompatible version", f"request version incompatibility ({fault})")
+        elif theirs != self._cluster_id:
+            self._refuse(
+                request, 412, "cluster ID mismatch",
+                f"request cluster ID mismatch (got {theirs} want {self._cluster_id}){FOREIGN_HINT}",
             )
-            _reply_error(request, 412, "cluster ID mismatch", headers)
-            return False
-        id = _parse_id(request.headers.get("x-server-from", "")) or 0
-        if self._is_double(id, request.headers.get("x-peerurls", "")):
-            _reply_error(request, 412, ID_IN_USE, headers)
-            return False
-        sender = self._peers.get(id)
-        if sender is not None:
-            sender.heard_version(request.headers.get("x-server-version", ""))
-        return True
-
-    def _is_double(self, id: int, advertised: str) -> bool:
-        """Tell whether this id belongs to another process, ours perhaps; say so in the log."""
-        sender = self._peers.get(id)
-        if sender is not None:
-            other = sender.other_process(advertised)
-        else:
-            other = self._context.headers["X-Peerurls"] if id == self._member_id else ""
-        if other:
-            self._complaints.say(
+        elif other:
+            self._refuse(
+                request, 412, ID_IN_USE,
                 f"two processes use member id {id:x}, with the peer URLs [{other}] and"
-                f" [{advertised}]{DOUBLE_HINT}"
+                f" [{advertised}]{DOUBLE_HINT}",
             )
-        return bool(other)
+        else:
+            if id in self._peers:
+                self._peers[id].status.version = headers.get("x-server-version", "")
+            return True
+        return False
+
+    def _other_process(self, id: int, advertised: str) -> str:
+        """Return the peer URLs of another process with this id, perhaps of this one, or ""."""
+        if id in self._peers:
+            return self._peers[id].other_process(advertised)
+        return self._context.headers["X-Peerurls"] if id == self._member_id else ""
 
     def _remember_sender(self, request: HttpRequest, sender: Optional[int]) -> None:
-        """A member that we do not know yet says where it can be answered."""
+        """Note the peer URLs of a member that is not known here yet, to answer it."""
         urls = request.headers.get("x-peerurls", "")
         if not urls or sender is None or sender in self._remotes or self._is_removed(sender):
             return
@@ -10809,16 +10918,16 @@ class Transport:
 
 
 _SPOOLS_MAX = 2                     # snapshots that arrive at a time; above: 413
-_STRANGER_BODY_BYTES_MAX = 1 << 16      # of a sender that no one has told us of
+_UNKNOWN_BODY_BYTES_MAX = 1 << 16   # of a sender that is not known here; above: 413
 _SNAPSHOT_START = b"\x08%c" % MsgType.SNAP      # of an encoded MsgSnap
 
 
 def _posted_snapshot(
     body: Union[bytes, IO[bytes]], read_state: Callable[[bytes], Any], is_framed: bool
 ) -> Message:
-    """Return the MsgSnap in a POST, with the state of its store.  Raises CodecError, OSError.
+    """Return the MsgSnap in a POST, with its store state.  Raises CodecError, OSError.
 
-    is_framed  the form of 3.x: a length, the message, and a database of which we know nothing
+    is_framed  the form of 3.x: a length, the message, and a database, which is ignored
     """
     with io.BytesIO(body) if isinstance(body, bytes) else body as file:
         file.seek(0)
@@ -10854,16 +10963,16 @@ def _reply_error(request: HttpRequest, status: int, text: str, headers: str = ""
 
 
 # ============================================================================
-# member/cluster -- The cluster: who the members are.
-# ----------------------------------------------------------------------------
-# Members stand in the store below /0, as in etcd.
+# member/cluster -- The cluster: its members, which stand in the store below /0, as in etcd.
 # ============================================================================
 
+
+SERVER_LOG = package_logger("etcdserver")
 
 _KNOWN_CHANGES = frozenset(map(int, ConfChangeType))
 FEATURE_PRE_VOTE = "prevote"        # answers MsgPreVote (3.x)
 FEATURE_READ_INDEX = "readindex"    # answers MsgReadIndex, returns the context of heartbeats
-FEATURES = (FEATURE_PRE_VOTE, FEATURE_READ_INDEX)   # what this program publishes as a member
+FEATURES = (FEATURE_PRE_VOTE, FEATURE_READ_INDEX)   # that this program publishes
 
 
 class Member(NamedTuple):
@@ -10877,12 +10986,12 @@ class Member(NamedTuple):
 
     @property
     def started(self) -> bool:
-        """True once it has told its name."""
+        """True once the member has published its name."""
         return bool(self.name)
 
     def context_json(self) -> str:
-        """Its form in conf changes and in the peers' /members: decimal id, empty parts left out."""
-        fields: Dict[str, Any] = {"id": self.id, "peerURLs": self.peer_urls}
+        """Return the JSON of conf changes and of the peers' /members: decimal id, no empty part."""
+        fields: Dict[str, object] = {"id": self.id, "peerURLs": self.peer_urls}
         if self.name:
             fields["name"] = self.name
         if self.client_urls:
@@ -10890,26 +10999,24 @@ class Member(NamedTuple):
         return json_text(fields)
 
     def client_json(self) -> str:
-        """Its form in /v2/members: hexadecimal id, all parts."""
+        """Return the JSON of /v2/members: hexadecimal id, all parts."""
         return json_text({
             "id": format_id(self.id), "name": self.name, "peerURLs": self.peer_urls,
             "clientURLs": self.client_urls,
         })
 
     def attributes_json(self) -> str:
-        """The value of /0/members/<id>/attributes."""
         fields = {"name": self.name, "clientURLs": self.client_urls}
         if self.features:
             fields["features"] = self.features
         return json_text(fields)
 
     def raft_attributes_json(self) -> str:
-        """The value of /0/members/<id>/raftAttributes."""
         return json_text({"peerURLs": self.peer_urls})
 
 
 def format_id(id: int) -> str:
-    """Return the hexadecimal text of a member or cluster id; etcd does not pad it."""
+    """Return the hexadecimal text of a member or cluster id, not padded, as in etcd."""
     return f"{id:x}"
 
 
@@ -10969,14 +11076,14 @@ class Cluster:
     def __init__(self, token: str = "", store: Optional[Store] = None) -> None:
         self.token = token
         self.id = 0
-        self.local_id = 0                           # whose lines say "local member"
+        self.local_id = 0                           # the log calls it "local member"
         self.members: Dict[int, Member] = {}
         self.removed: Set[int] = set()              # ids that can never come back
         self.version: Optional[str] = None          # "2.3.0"; None: not decided yet
         self._store = store
 
     @classmethod
-    def from_initial(cls, token: str, initial: Mapping[str, Sequence[str]]) -> "Cluster":
+    def from_initial(cls, token: str, initial: Mapping[str, Iterable[str]]) -> "Cluster":
         """Return a new cluster of the members in `initial`.  Raises ValueError if ids collide."""
         cluster = cls(token)
         for name, urls in initial.items():
@@ -10988,12 +11095,11 @@ class Cluster:
         return cluster
 
     def set_store(self, store: Store) -> None:
-        """Tell which store the changes go to."""
+        """Let changes go to `store`."""
         self._store = store
 
     @property
     def store(self) -> Store:
-        """The store."""
         if self._store is None:
             raise InvariantError("a cluster without a store cannot change")
         return self._store
@@ -11010,17 +11116,17 @@ class Cluster:
         if self.version:
             self._check_version(self.version)
         for member in sorted(self.members.values()):
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "added %smember %s [%s] to cluster %s from store", self._local(member.id),
                 format_id(member.id), " ".join(member.peer_urls), format_id(self.id),
             )
         if self.version:
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "set the cluster version to %s from store", self.version.rpartition(".")[0]
             )
 
     def _ids(self, path: str) -> List[str]:
-        """The names below `path` that are ids; nothing else belongs there."""
+        """Return the names below `path` that are ids; no others belong there."""
         children = self.store.children(path)
         return [name for name, _ in children if re.fullmatch("[0-9a-f]{1,16}", name)]
 
@@ -11031,7 +11137,7 @@ class Cluster:
         try:
             raft, attributes = (parse_member(utf8(part or "{}"), id) for part in parts)
         except CodecError as error:
-            package_logger("etcdserver").error("member %s is damaged: %s", name, error)
+            SERVER_LOG.error("member %s is damaged: %s", name, error)
             return Member(id, ())
         return attributes._replace(peer_urls=raft.peer_urls)
 
@@ -11040,38 +11146,34 @@ class Cluster:
         return all(feature in member.features for member in self.members.values())
 
     def member_by_name(self, name: str) -> Optional[Member]:
-        """Return the member of that name, or None."""
         return next((m for m in self.members.values() if m.name == name), None)
 
     def is_removed(self, id: int) -> bool:
-        """Tell whether this id was a member once and was removed."""
         return id in self.removed
 
     def is_known(self, id: int) -> bool:
-        """Tell whether the addition of this member is applied.
+        """True if the addition of this member is applied.
 
-        The store decides, the same everywhere; `members` also holds those of the flags.
+        The store decides, as it is the same everywhere; `members` also holds those of the flags.
         """
         return bool(self.store.children(f"/0/members/{format_id(id)}"))
 
     def client_urls(self) -> List[str]:
-        """Return the client URLs of all members."""
         return [url for member in self.members.values() for url in member.client_urls]
 
     def peer_urls(self) -> List[str]:
-        """Return the peer URLs of all members."""
         return [url for member in self.members.values() for url in member.peer_urls]
 
     # -- changes -----------------------------------------------------------
 
     def validate_change(self, change: ConfChange) -> Optional[Member]:
-        """Return the member that an add or update speaks of.  Raises MemberError.
+        """Return the member in an add or update, None for a removal.  Raises MemberError.
 
-        Decided by the applied state alone, so every member decides alike.
+        The applied state alone decides, so every member decides alike.
         """
         id = change.node_id
         if change.type not in _KNOWN_CHANGES:
-            raise UnknownChange()       # of a newer etcd; 2.3 ends here
+            raise UnknownChange()       # of a newer etcd; 2.3 exits here
         if id in self.removed:
             raise MemberRemoved()
         known = self.is_known(id)
@@ -11099,18 +11201,16 @@ class Cluster:
         self._log("added", member.id, " ".join(member.peer_urls), "to")
 
     def remove(self, id: int, *, now_ns: int = 0) -> None:
-        """Apply: a member leaves for ever.  Two store indexes."""
+        """Apply: a member leaves, and its id can never come back.  Two store indexes."""
         path = f"/0/members/{format_id(id)}"
         self.store.delete(path, dir=True, recursive=True, now_ns=now_ns)
         self.store.create(f"/0/removed_members/{format_id(id)}", now_ns=now_ns)
         self.members.pop(id, None)
         self.removed.add(id)
-        package_logger("etcdserver").info(
-            "removed member %s from cluster %s", format_id(id), format_id(self.id)
-        )
+        SERVER_LOG.info("removed member %s from cluster %s", format_id(id), format_id(self.id))
 
     def update_raft_attributes(
-        self, id: int, peer_urls: Sequence[str], *, now_ns: int = 0
+        self, id: int, peer_urls: Iterable[str], *, now_ns: int = 0
     ) -> None:
         """Apply: a member has new peer URLs.  One store index."""
         member = self.members[id]._replace(peer_urls=tuple(peer_urls))
@@ -11130,11 +11230,11 @@ class Cluster:
         Raises InvariantError if this program is older than the cluster.
         """
         self._check_version(version)
-        log, short = package_logger("etcdserver"), version.rpartition(".")[0]
+        short = version.rpartition(".")[0]
         if self.version is None:
-            log.info("set the initial cluster version to %s", short)
+            SERVER_LOG.info("set the initial cluster version to %s", short)
         elif self.version != version:
-            log.info(
+            SERVER_LOG.info(
                 "updated the cluster version from %s to %s", self.version.rpartition(".")[0], short
             )
         self.version = version
@@ -11152,37 +11252,51 @@ class Cluster:
 
     def check_strict(self, change_type: ConfChangeType, id: int) -> None:
         """Raise NotEnoughStarted if a change could leave too few started members for a quorum."""
+        members = self.members.values()
         if change_type == ConfChangeType.ADD_NODE:
-            self.check_strict_add()
+            what, size = "add", len(members) + 1
+            started = sum(member.started for member in members)
+            if started == 1 and size == 2:      # a cluster of one must be able to grow
+                return
         elif change_type == ConfChangeType.REMOVE_NODE:
-            self.check_strict_remove(id)
-
-    def check_strict_add(self) -> None:
-        """Raise NotEnoughStarted if one more member would leave too few started for a quorum."""
-        started = sum(member.started for member in self.members.values())
-        size = len(self.members) + 1
-        if not (started == 1 and size == 2):    # a cluster of one must be able to grow
-            self._check_started("add", started, size)
-
-    def check_strict_remove(self, id: int) -> None:
-        """Raise NotEnoughStarted if the rest would have too few started for a quorum."""
-        rest = [member for member in self.members.values() if member.id != id]
-        self._check_started("remove", sum(member.started for member in rest), len(rest))
-
-    @staticmethod
-    def _check_started(what: str, started: int, size: int) -> None:
+            rest = [member for member in members if member.id != id]
+            what, size, started = "remove", len(rest), sum(member.started for member in rest)
+        else:
+            return
         if started < size // 2 + 1:
-            package_logger("etcdserver").warning(
+            SERVER_LOG.warning(
                 "Reject %s member request: the number of started member (%d) will be less than"
                 " the quorum number of the cluster (%d)", what, started, size // 2 + 1,
             )
             raise NotEnoughStarted({"add": "adding", "remove": "removing"}[what], started, size)
 
+    def check_active(
+        self, change_type: ConfChangeType, id: int, active_since: Callable[[int], float]
+    ) -> None:
+        """Raise NotEnoughActive if a change leaves too few reachable members for a quorum.
+
+        A member that is down may always be removed.  Source: etcd 3 server.go, mayRemoveMember.
+        Differs from it: active now is enough, it needs no 5 s, and one more may be added while
+        others are down if all that are up will be a quorum.
+        """
+        active = {each for each in self.members if each == self.local_id or active_since(each) > 0}
+        if change_type == ConfChangeType.ADD_NODE:
+            what, left, size = "adding", len(active), len(self.members) + 1
+            is_risky = size > 2             # a cluster of one must be able to grow
+        else:
+            what, left, size = "removing", len(active) - 1, len(self.members) - 1
+            is_risky = change_type == ConfChangeType.REMOVE_NODE and id in active
+        if is_risky and left < size // 2 + 1:
+            SERVER_LOG.warning(
+                "not healthy for reconfigure: %s a member leaves %d of %d active", what, left, size
+            )
+            raise NotEnoughActive(what, left, size)
+
     def _local(self, id: int) -> str:
         return "local " if id == self.local_id else ""
 
     def _log(self, verb: str, id: int, urls: str, preposition: str) -> None:
-        package_logger("etcdserver").info(
+        SERVER_LOG.info(
             "%s %smember %s [%s] %s cluster %s", verb, self._local(id), format_id(id), urls,
             preposition, format_id(self.id),
         )
@@ -11215,7 +11329,7 @@ def parse_member(context: bytes, id: int) -> Member:
 
 
 # ============================================================================
-# member/applier -- The applier: committed entries change store and cluster.
+# member/applier -- The applier: committed entries change store and cluster; peers' entries are inspected before.
 # ----------------------------------------------------------------------------
 # Deterministic: every member gets the same result from the same entry.  Only the shown ttl
 # depends on the clock.
@@ -11231,7 +11345,7 @@ Applied = Union[Event, EtcdError, None]
 class Applier:
     """Turns requests into changes of the store, and conf changes into changes of the cluster.
 
-    clock  returns unix nanoseconds; used for what is shown, never for what expires
+    clock  returns unix nanoseconds, for the ttl that is shown; never for what expires
     """
 
     def __init__(
@@ -11241,14 +11355,14 @@ class Applier:
         self.auth_changes = 0           # times that something below /2 may have changed
         self._store = store
         self._cluster = cluster
-        self._long: Optional[Entry] = None      # the entry that prepare() is at
+        self._long: Optional[Entry] = None      # the entry that prepare() is decoding
         self._steps: Generator[None, None, Optional[Request]] = decode_long_request(b"")
         cluster.local_id = local_id
 
     def prepare(self, entry: Entry) -> bool:
-        """Do a step of what takes long with a long entry; True when it is done, or is not long.
+        """Decode a slice of a long entry; True when it is decoded, or is not long.
 
-        Only a user's value becomes what the store keeps: 10 MB take 40 ms, or 0.5 s.
+        10 MB take 40 ms, or 0.5 s.
         """
         if len(entry.data) <= LONG_REQUEST_BYTES:
             return True
@@ -11261,7 +11375,7 @@ class Applier:
             request: Optional[Request] = end.value
             if request is not None and request.path.startswith("/1/"):
                 entry.request = _with_clean_path(request)
-        except CodecError:              # apply_entry() will say so
+        except CodecError:              # apply_entry() logs it
             pass
         self._long = None
         return True
@@ -11269,8 +11383,8 @@ class Applier:
     def apply_entry(self, entry: Entry) -> Applied:
         """Apply a normal entry, and leave its request in entry.request.
 
-        None for what has no result: a leader's first entry, operations of etcd 3's API, and what
-        is no command; they count as applied and do nothing here.
+        Returns None for entries without a result: a leader's first entry, operations of etcd 3's
+        API, and garbage; they count as applied and do nothing here.
         """
         request = entry.request
         if request is None:
@@ -11278,14 +11392,14 @@ class Applier:
                 return None
             try:
                 request = entry.request = read_command(entry.data)
-            except CodecError as error:     # in a log from before check_entry(); etcd ends here
-                package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
+            except CodecError as error:     # in a log from before check_entry(); etcd exits here
+                SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
             if request is None:
                 return None
         return self.apply_request(request)
 
     def apply_request(self, request: Request) -> Applied:
-        """Execute one command; an error of the store is returned, not raised."""
+        """Execute one command; errors of the store are returned, not raised."""
         path = request.path
         handler = _METHODS.get(request.method)
         if path.startswith("/2"):
@@ -11297,7 +11411,7 @@ class Applier:
         try:
             return handler(self, request)
         except EtcdError as error:
-            return error.with_traceback(None)       # whose frames hold what this goes to
+            return error.with_traceback(None)       # its frames hold the request
 
     def _put(self, r: Request) -> Applied:
         store, now_ns = self._store, self.clock()
@@ -11346,41 +11460,38 @@ class Applier:
         return None
 
     def _note_cluster(self, r: Request) -> bool:
-        """A member publishes itself, or the version is set; False if the store stays as it is."""
+        """Note a member's attributes or the cluster version; False if the store stays as it is."""
         match = _ATTRIBUTES_PATH.fullmatch(r.path)
         if match is not None:
             return self._note_attributes(int(match.group(1), 16), r.val)
         if r.path == "/0/version":
             if not _VERSION_VALUE.fullmatch(r.val):
-                log = package_logger("etcdserver")
-                log.error("ignored a cluster version that is none: %s", r.val)
-                return False            # etcd ends here
+                SERVER_LOG.error("ignored a cluster version that is none: %s", r.val)
+                return False            # etcd exits here
             self._cluster.set_version(r.val)
         return True
 
     def _note_attributes(self, id: int, value: str) -> bool:
         if not self._cluster.is_known(id):
-            if not self._cluster.is_removed(id):    # etcd ends here; the store alone is harmless
-                package_logger("etcdserver").warning(
-                    "ignored the attributes of unknown member %s", format_id(id)
-                )
+            if not self._cluster.is_removed(id):    # etcd exits here; the store alone is harmless
+                SERVER_LOG.warning("ignored the attributes of unknown member %s", format_id(id))
             return False
         try:
             member = parse_member(utf8(value), id)
-        except CodecError as error:     # etcd ends here
-            package_logger("etcdserver").error("ignored attributes: %s", error)
+        except CodecError as error:     # etcd exits here
+            SERVER_LOG.error("ignored attributes: %s", error)
             return False
         self._cluster.update_attributes(member)
         return True
 
     def apply_conf_change(self, change: ConfChange) -> Optional[MemberError]:
-        """Change the cluster, or return why not; then Raft must not change either."""
+        """Change the cluster, or return the reason against it; then Raft must not change either."""
         try:
             self._change_cluster(change)
         except MemberError as error:
-            return error.with_traceback(None)       # whose frames hold what this goes to
-        except (CodecError, EtcdError) as error:        # etcd ends here
-            package_logger("etcdserver").error("ignored a change of members: %s", error)
+            return error.with_traceback(None)       # its frames hold the request
+        except (CodecError, EtcdError) as error:        # etcd exits here
+            SERVER_LOG.error("ignored a change of members: %s", error)
             return UnknownChange()
         return None
 
@@ -11406,11 +11517,11 @@ _METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
 }
 
 
-# -- what a peer may have in the log -------------------------------------------
+# -- inspection of entries -----------------------------------------------------
 
 
 def read_command(data: Buffer) -> Optional[Request]:
-    """Return decode_request(data) as UTF-8, its path clean, as etcd's store makes it.
+    """Return decode_request(data) as UTF-8, with a clean path as in etcd's store.
 
     Raises CodecError.
     """
@@ -11424,11 +11535,11 @@ def _with_clean_path(request: Request) -> Request:
 
 
 def read_change(entry: Entry) -> ConfChange:
-    """Return what an entry changes; nobody, if it is garbage from before check_entry()."""
+    """Return the change in an entry; one of unknown type for garbage from before check_entry()."""
     try:
         return decode_conf_change(entry.data)
-    except CodecError as error:         # etcd ends here
-        package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
+    except CodecError as error:         # etcd exits here
+        SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
         return ConfChange(type=-1)
 
 
@@ -11458,9 +11569,9 @@ def check_entry(entry: Entry) -> None:
 
 
 def check_proposal(entry: Entry) -> None:
-    """Raise CodecError for what no API of a member lets in.  The entry has passed check_entry().
+    """Raise CodecError for a proposal that no API of a member lets in, after check_entry().
 
-    In a leader's log it would have to be taken: others have it already.
+    An entry in a leader's log would have to be accepted: other members have it already.
     """
     if entry.type == EntryType.CONF_CHANGE:
         change = decode_conf_change(entry.data)
@@ -11473,11 +11584,11 @@ def check_proposal(entry: Entry) -> None:
                 raise CodecError(f"a change of member {change.node_id:x}: {error}") from None
 
 
-_PATH_CHARS_CHEAP = 4_096               # the key of a peer that no part of which can be costly
+_PATH_CHARS_CHEAP = 4_096               # of a key; up to here no number of elements is costly
 
 
 def _check_own_path(request: Request) -> None:
-    """Below /0 only what members publish may be written."""
+    """Raise CodecError for a write below /0 other than members' attributes and the version."""
     path, value = request.path, request.val
     if request.method == "QGET" or not (path + "/").startswith("/0/"):
         return
@@ -11500,13 +11611,50 @@ def _check_change(data: bytes) -> None:
             raise CodecError(f"a change of member {change.node_id:x} that speaks of another one")
 
 
+class MemberInspector(MessageInspector):
+    """Refuses messages that would be fatal when they are applied, or make our log unreadable."""
+
+    def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
+        self._cluster = cluster
+        self._fault = fault             # by the rules of Raft alone
+
+    def inspect(self, message: Message) -> Generator[None, None, str]:
+        """Return, in steps, the reason against stepping `message`; "": none."""
+        if message.type == MsgType.PROP and message.sender not in self._cluster.members:
+            return "its sender is no member, and may propose nothing"
+        if message.type == MsgType.SNAP and not (message.snapshot and message.snapshot.state):
+            return "nobody has read the snapshot in it"
+        fault, work = self._fault(message), 0
+        if fault or message.type not in (MsgType.APP, MsgType.PROP):
+            return fault
+        for entry in message.entries:
+            try:
+                check_entry(entry)
+                if message.type == MsgType.PROP:
+                    check_proposal(entry)
+            except CodecError as error:
+                return str(error)
+            work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
+            if work > STEP_BYTES:
+                work = 0
+                yield
+        return ""
+
+    def read_state(self, data: bytes) -> StoreState:
+        """Return the state in a snapshot.  Raises ValueError if the store cannot become it."""
+        state = StoreState.read(data)
+        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
+            raise ValueError(f"cluster version {state.version} is newer than this program")
+        return state
+
+
 # ============================================================================
-# member/configuration -- What a member is started with.
+# member/configuration -- The settings of a member, and the state that it boots with.
 # ============================================================================
 
 
 class ServerConfig(NamedTuple):
-    """Everything a member is told; frozen after start.  URLs are checked; times in ms."""
+    """All settings of a member; frozen after start.  URLs are checked; times in ms."""
 
     name: str = DEFAULT_NAME
     data_dir: str = ""                  # "": <name>.etcd in the working directory
@@ -11544,7 +11692,7 @@ class ServerConfig(NamedTuple):
 
     @property
     def request_timeout_s(self) -> float:
-        """How long a client waits for a commit: 5 s and two elections (etcd 2.3)."""
+        """Time for a commit before a client gets an error: 5 s and two elections (etcd 2.3)."""
         return 5.0 + 2 * self.election_ms / 1000
 
 
@@ -11592,7 +11740,7 @@ if TYPE_CHECKING:
 
 
 class Bootstrap(NamedTuple):
-    """What bootstrap found or made on disk: all a member needs to start."""
+    """The state that bootstrap found or made on disk, for the start of a member."""
 
     data_dir: DataDir
     member_id: int
@@ -11608,69 +11756,28 @@ class Bootstrap(NamedTuple):
 
 
 # ============================================================================
-# member/inspection -- The door for peers: what would harm this member when it is applied is refused.
-# ============================================================================
-
-
-class MemberInspector(MessageInspector):
-    """Where a message ends that would be fatal when it is applied, or make our log unreadable."""
-
-    def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
-        self._cluster = cluster
-        self._fault = fault             # of Raft's rules alone
-
-    def inspect(self, message: Message) -> Generator[None, None, str]:
-        """Say, in steps, why `message` must not be stepped; "": it may."""
-        if message.type == MsgType.PROP and message.sender not in self._cluster.members:
-            return "its sender is no member, and may propose nothing"
-        if message.type == MsgType.SNAP and not (message.snapshot and message.snapshot.state):
-            return "nobody has read the snapshot in it"
-        fault, work = self._fault(message), 0
-        if fault or message.type not in (MsgType.APP, MsgType.PROP):
-            return fault
-        for entry in message.entries:
-            try:
-                check_entry(entry)
-                if message.type == MsgType.PROP:
-                    check_proposal(entry)
-            except CodecError as error:
-                return str(error)
-            work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
-            if work > STEP_BYTES:
-                work = 0
-                yield
-        return ""
-
-    def read_state(self, data: bytes) -> StoreState:
-        """Return the state in a snapshot.  Raises ValueError if we cannot become it."""
-        state = StoreState.read(data)
-        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
-            raise ValueError(f"cluster version {state.version} is newer than this program")
-        return state
-
-
-# ============================================================================
 # member/passwords -- Users, roles, permissions and passwords.
 # ----------------------------------------------------------------------------
 # Source: etcd 2.3 etcdserver/auth.
 # ============================================================================
 
 
+AUTH_LOG = package_logger("auth")
 AUTH_PREFIX = "/2"                  # where users and roles lie in the store
-ROOT, GUEST = "root", "guest"       # the user and role that may do all; who gives no name
+ROOT, GUEST = "root", "guest"       # the user and role that may do all; requests without a name
 PASSWORD_COST = 10                  # of bcrypt: 2**10 rounds, as etcd
 PASSWORD_BYTES_MAX = 4_096          # above: a bad request; bcrypt reads the first 72
 AUTH_NAME_BYTES_MAX = 1_024         # of a user or role; above: a bad request, and no such user
 PASSWORD_CHECKS_MAX = 1_024         # waiting to be verified; above: 503 for the worst guesser
 PASSWORDS_KNOWN_MAX = 10_000        # right ones, and as many wrong ones; above: forgotten
 PASSWORD_SECONDS_MAX = 30.0         # for one check; above: given up, 503
-WRONG_PASSWORD_PAUSE_SECONDS = 0.1  # before the next check of a sender that was wrong lately
-WRONG_PASSWORD_SECONDS = 60.0       # without a wrong one; then a sender is as good as any
+WRONG_PASSWORD_PAUSE_SECONDS = 0.1  # before the next check of a sender with wrong ones lately
+WRONG_PASSWORD_SECONDS = 60.0       # without a wrong one; then a sender counts as new
 GUESSERS_MAX = 10_000               # remembered; above: the oldest is forgotten
 
 
 class AuthError(Exception):
-    """A request of the auth API that cannot be done; the text is etcd's, status that of HTTP."""
+    """A refused request of the auth API, with etcd's text and the status of HTTP."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"auth: {text}")
@@ -11681,22 +11788,20 @@ Names = Optional[Tuple[str, ...]]   # roles or patterns; None: null in JSON
 
 
 class Permissions(NamedTuple):
-    """What a role may read and write: exact keys, or prefixes that end in `*`."""
+    """The keys that a role may read and write: exact keys, or prefixes that end in `*`."""
 
     read: Names = None
     write: Names = None
 
     @property
     def is_empty(self) -> bool:
-        """True if nothing is allowed."""
         return not self.read and not self.write
 
     def json(self) -> Dict[str, Dict[str, Names]]:
-        """Its form in the store and on the wire."""
         return {"kv": {"read": self.read, "write": self.write}}
 
     def allow(self, key: str, *, write: bool, recursive: bool) -> bool:
-        """True if a pattern covers `key`; recursive: one that covers what lies below as well."""
+        """True if a pattern covers `key`, and with `recursive` all keys below it, too."""
         for pattern in (self.write if write else self.read) or ():
             if pattern.endswith("*"):
                 if key.startswith(pattern[:-1]):
@@ -11706,14 +11811,14 @@ class Permissions(NamedTuple):
         return False
 
     def grant(self, more: "Permissions") -> "Permissions":
-        """Return both together, sorted.  Raises AuthError for what is there already."""
+        """Return both together, sorted.  Raises AuthError for a duplicate."""
         return Permissions(
             _granted(self.read, more.read, "Granting duplicate read permission {}"),
             _granted(self.write, more.write, "Granting duplicate write permission {}"),
         )
 
     def revoke(self, less: "Permissions") -> "Permissions":
-        """Return what is left, sorted; what was never granted is not missed."""
+        """Return the rest, sorted; permissions that were never granted are ignored."""
         return Permissions(*(
             tuple(sorted(set(ours or ()) - set(theirs or ())))
             for ours, theirs in zip(self, less)
@@ -11739,7 +11844,6 @@ class Role(NamedTuple):
     permissions: Permissions = Permissions()
 
     def json(self) -> Dict[str, object]:
-        """Its form in the store and on the wire."""
         return {"role": self.name, "permissions": self.permissions.json()}
 
     def allow(self, key: str, *, write: bool, recursive: bool) -> bool:
@@ -11748,21 +11852,20 @@ class Role(NamedTuple):
 
 
 class User(NamedTuple):
-    """A user; password is its hash, or in a request what the client sent ("": keep)."""
+    """A user; password is its hash, or in a request the client's text ("": keep)."""
 
     name: str
     password: str = ""
     roles: Names = None
 
     def json(self, *, hide_password: bool = False) -> Dict[str, object]:
-        """Its form in the store, or on the wire."""
         fields: Dict[str, object] = {"user": self.name}
         if self.password and not hide_password:
             fields["password"] = self.password
         return {**fields, "roles": self.roles}
 
     def with_root(self) -> "User":
-        """The user root has the role root, whatever was stored."""
+        """Return the user, with the role root if its name is root."""
         if self.name != ROOT or ROOT in (self.roles or ()):
             return self
         return self._replace(roles=(*(self.roles or ()), ROOT))
@@ -11783,7 +11886,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def go_text(text: str) -> str:
-    """Return what Go reads where JSON has half a surrogate pair: U+FFFD instead."""
+    """Return `text` with U+FFFD for half a surrogate pair, as Go reads JSON."""
     return _SURROGATES.sub("\ufffd", text)
 
 
@@ -11807,8 +11910,8 @@ def make_permissions(read: object, write: object) -> Permissions:
     ))
 
 
-# A program of its own, behind all others: whatever computes in our process takes Python's lock, or
-# the processor, from the reactor (p99 of GET while guesses go on: 10 times its normal).
+# A program of its own with low priority: a thread of this process would take Python's lock, or the
+# processor, from the reactor (p99 of GET while guesses go on: 10 times its normal).
 _BCRYPT_PROGRAM = """
 import ctypes, os, sys
 os.nice(10)
@@ -11830,7 +11933,7 @@ else:
 
 
 def _python() -> str:
-    """Return the program that runs us; sys.executable is what `exec -a` says."""
+    """Return the path of our Python; sys.executable can be a name from `exec -a`."""
     program = os.path.realpath("/proc/self/exe")
     return program if "python" in os.path.basename(program) else sys.executable or "python3"
 
@@ -11846,7 +11949,7 @@ class Passwords:
     _BCRYPT = re.compile(r"\$2[aby]\$(?:0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{53}")
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self._complaints = Complaints("auth", now)
+        self._log = ThrottledLog("auth", now)
 
     def hash(self, password: str) -> str:
         """Return a salted hash for the store.  Raises AuthError if it cannot be made now."""
@@ -11857,7 +11960,7 @@ class Passwords:
             raise AuthError(503, f"passwords cannot be hashed now{_TRY_AGAIN}")
         if made:
             return made
-        self._complaints.say(
+        self._log.error(
             "passwords are hashed with PBKDF2, which etcd cannot verify: this system's libcrypt"
             " has no bcrypt; install libxcrypt (Debian: libcrypt1), and set the passwords again"
         )
@@ -11865,12 +11968,12 @@ class Passwords:
         return f"$pbkdf2-sha256${self._ROUNDS}${salt}${self._pbkdf2(password, salt, self._ROUNDS)}"
 
     def verify(self, password: str, stored: str) -> Optional[bool]:
-        """True if `stored` is a hash of `password`, False if not, None: nobody can tell now."""
+        """True if `stored` is a hash of `password`; None: it cannot be computed now."""
         try:
-            if b"\0" in utf8(password):  # bcrypt would read what stands before it
+            if b"\0" in utf8(password):  # bcrypt would read only the part before it
                 return False
         except UnicodeEncodeError:
-            return False                # half a surrogate pair: what no client can send
+            return False                # half a surrogate pair: no client can send it
         if stored.startswith("$pbkdf2-sha256$"):
             parts = stored.split("$")
             if len(parts) != 5 or re.fullmatch("[0-9]{1,8}", parts[2]) is None:
@@ -11881,7 +11984,7 @@ class Passwords:
             return False
         found = self.bcrypt(password, stored)
         if found == "":
-            self._complaints.say(
+            self._log.error(
                 "a password hash made by etcd cannot be verified: this system's libcrypt has no"
                 " bcrypt; install libxcrypt (Debian: libcrypt1), or set the password again here"
             )
@@ -11899,8 +12002,10 @@ class Passwords:
         return hashlib.pbkdf2_hmac("sha256", utf8(password), utf8(salt), max(rounds, 1)).hex()
 
     def bcrypt(self, password: str, setting: str) -> Optional[str]:
-        """Return the hash by algorithm, cost and salt of `setting`; "" if this system has no
-        bcrypt, None if the program that computes it has failed."""
+        """Return the hash by algorithm, cost and salt of `setting`.
+
+        "": this system has no bcrypt; None: the program that computes it has failed.
+        """
         try:
             import subprocess
             python = _python()
@@ -11913,7 +12018,7 @@ class Passwords:
             if not made.startswith((setting[:4], "*")):
                 raise ValueError(f"{python} is no Python")
         except (OSError, ImportError, ValueError, MemoryError, subprocess.SubprocessError) as error:
-            self._complaints.say(
+            self._log.error(
                 f"passwords cannot be verified now, as the program for it has failed: {error}"
             )
             return None
@@ -11921,18 +12026,18 @@ class Passwords:
 
 
 _TRY_AGAIN = "; see the log of this member, and try again"
-_DECOY = "$2a$10$" + 53 * "."       # of a system whose users have no hash of ours
+_DECOY = "$2a$10$" + 53 * "."       # where root has no hash to imitate
 
 
 class Sender(NamedTuple):
-    """Who gives a password: a name, and the address it comes from."""
+    """The sender of a password: a user's name, and the address that it comes from."""
 
     user: str
     host: str
 
 
 class PasswordCheck:
-    """One question, and all that wait for its answer.  level 0 goes first; see PasswordChecks."""
+    """One password to verify, and the requests that wait for it.  Level 0 goes first."""
 
     __slots__ = ("stored", "password", "level", "askers")
 
@@ -11944,33 +12049,32 @@ class PasswordCheck:
 
 
 class PasswordChecks:
-    """Which passwords are right: found out one at a time, and then remembered.
+    """Verifies passwords one at a time, and remembers the results.
 
-    The more wrong ones a sender had lately, and the more of its own wait already, the later is
-    the turn of the next (its level: the logarithm of both together).  A pause goes before all
-    but those of level 0.  So guessing is slow, and nobody else waits for it.  What is known
-    already never waits.
+    The level of a check is the logarithm of the wrong passwords that its sender had lately and
+    of its checks that wait.  Low levels go first, and a pause precedes each check above level 0.
+    So guessing is slow, and no other sender waits for it.  Known passwords never wait.
 
-    Its host counts as well, less strictly, as other users may share it: once a host has guessed
-    under many names, every check from there waits for the pause, so that an answer takes as long
-    for users that do not exist; but users that do exist, and were not wrong, go before the others.
-    Thread: reactor.
+    The wrong passwords of a host count as well, less strictly, as other users may share it.  Once
+    a host has guessed under many names, every check from there waits for the pause, so that an
+    answer takes as long for users that do not exist.  Existing users without a wrong password go
+    before the others.  Thread: reactor.
     """
 
     LEVELS = 9
-    HOST_LEVELS_FREE = 3            # so many of a host's levels count for none: 7 wrong or waiting
+    HOST_LEVELS_FREE = 3            # of a host's levels that do not count: 7 wrong or waiting
 
     def __init__(self, reactor: Reactor) -> None:
         self.passwords = Passwords(reactor.now)
         self._reactor = reactor
         self._key = os.urandom(32)
         self._known: Dict[bool, Dict[bytes, None]] = {True: {}, False: {}}
-        self._waiting: Dict[bytes, PasswordCheck] = {}      # by digest, with the one under way
-        self._levels: List[Dict[bytes, None]] = [{} for _ in range(self.LEVELS)]    # without it
-        self._under_way = b""           # its digest
-        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # by sender, by host: how often; last
-        self._owing: Dict[bytes, int] = {}                  # by sender, by host: how many wait
-        self._guess_at = 0.0            # not before that: one of level 1 or above
+        self._waiting: Dict[bytes, PasswordCheck] = {}      # by digest; also the one under way
+        self._levels: List[Dict[bytes, None]] = [{} for _ in range(self.LEVELS)]    # digests
+        self._under_way = b""           # the digest of the running check
+        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # sender or host -> number; last
+        self._pending: Dict[bytes, int] = {}                # sender or host -> its checks
+        self._guess_at = 0.0            # no check above level 0 starts before
         self._timer: Optional[Timer] = None
 
     def known(self, user: str, stored: str, password: str) -> Optional[bool]:
@@ -11985,7 +12089,7 @@ class PasswordChecks:
     def check(
         self, sender: Sender, stored: str, password: str, done: Callable[[bool], None]
     ) -> None:
-        """Find out, then call done(True); done(False) if nobody can tell now, or too many wait."""
+        """Verify, then call done(True); done(False) if that fails now, or too many wait."""
         digest = self._digest(sender.user, stored, password)
         origin, host = self._digest(*sender), self._digest(sender.host)
         level = self._level(origin, host, exists=stored != self.passwords.decoy(stored))
@@ -11999,11 +12103,11 @@ class PasswordChecks:
             self._levels[level][digest] = None
         check.askers.append(((origin, host), done))
         for place in (origin, host):
-            self._owing[place] = self._owing.get(place, 0) + 1
-        if len(self._waiting) > PASSWORD_CHECKS_MAX:        # the last one of the worst level goes
+            self._pending[place] = self._pending.get(place, 0) + 1
+        if len(self._waiting) > PASSWORD_CHECKS_MAX:        # drop the last of the worst level
             worst = next(level for level in reversed(self._levels) if level)
-            self._end(worst.popitem()[0], known=False)
-        self._next()
+            self._finish(worst.popitem()[0], known=False)
+        self._start_next()
 
     def _digest(self, *texts: str) -> bytes:
         text = " ".join((*(str(len(text)) for text in texts), *texts))
@@ -12019,21 +12123,21 @@ class PasswordChecks:
         return min(shared, 1)
 
     def _guesses(self, place: bytes) -> int:
-        """Return the logarithm of how many are wrong or waiting, of a sender or host."""
+        """Return the logarithm of the wrong and the waiting passwords of a sender or host."""
         count, last = self._wrong.get(place, (0, 0.0))
         if last < self._reactor.now() - WRONG_PASSWORD_SECONDS:
             count = 0
-        return (count + self._owing.get(place, 0)).bit_length()
+        return (count + self._pending.get(place, 0)).bit_length()
 
-    def _next(self) -> None:
-        """Begin the next check, unless one is under way."""
+    def _start_next(self) -> None:
+        """Start the next check, unless one is under way."""
         best = next((number for number, level in enumerate(self._levels) if level), None)
         if self._under_way or best is None:
             return
         wait_s = self._guess_at - self._reactor.now()
         if best and wait_s > 0:
             if self._timer is None:
-                self._timer = self._reactor.call_later(wait_s, self._go_on)
+                self._timer = self._reactor.call_later(wait_s, self._pause_over)
             return
         digest = self._under_way = next(iter(self._levels[best]))
         del self._levels[best][digest]
@@ -12043,18 +12147,17 @@ class PasswordChecks:
             done=self._checked,
         )
 
-    def _go_on(self) -> None:
-        """The pause is over."""
+    def _pause_over(self) -> None:
         self._timer = None
-        self._next()
+        self._start_next()
 
     def _checked(self, error: Optional[BaseException], right: Any) -> None:
         digest, self._under_way = self._under_way, b""
         is_known = error is None and right is not None
         if is_known:
             self._remember(digest, right=right)
-        self._end(digest, known=is_known)
-        self._next()
+        self._finish(digest, known=is_known)
+        self._start_next()
 
     def _remember(self, digest: bytes, *, right: bool) -> None:
         known = self._known[right]
@@ -12074,131 +12177,478 @@ class PasswordChecks:
                 del self._wrong[next(iter(self._wrong))]
             self._wrong[place] = count + 1, now
 
-    def _end(self, digest: bytes, *, known: bool) -> None:
+    def _finish(self, digest: bytes, *, known: bool) -> None:
         for places, done in self._waiting.pop(digest).askers:
             for place in places:
-                self._owing[place] -= 1
-                if not self._owing[place]:
-                    del self._owing[place]
+                self._pending[place] -= 1
+                if not self._pending[place]:
+                    del self._pending[place]
             done(known)
 
 
 class Credential(NamedTuple):
-    """What a request says of its sender."""
+    """User and password in a request."""
 
     user: str
     password: str
 
 
 # ============================================================================
-# member/reconfiguration -- Reconfiguration: a member leaves, and the others keep a leader and a quorum.
+# member/auth -- Auth records in the store, their changes through consensus, and the guard before a request.
+# ----------------------------------------------------------------------------
+# Source: etcd 2.3 etcdserver/auth, etcdhttp/client_security.go.
 # ============================================================================
 
 
-def check_active(
-    change_type: ConfChangeType, id: int, own_id: int, members: Collection[int],
-    active_since: Callable[[int], float],
-) -> None:
-    """Raise NotEnoughActive if a change leaves too few members that can be reached for a quorum.
+class Auth:
+    """Users and roles as the store has them, and the accesses that they allow.
 
-    A member that is down may always be removed.  Source: etcd 3 server.go, mayRemoveMember.
-    Differs from it: active now is enough, it needs no 5 s, and one more may be added while others
-    are down if all that are up will be a quorum.
-    """
-    active = {member for member in members if member == own_id or active_since(member) > 0}
-    if change_type == ConfChangeType.ADD_NODE:
-        what, left, size = "adding", len(active), len(members) + 1
-        is_risky = size > 2             # a cluster of one must be able to grow
-    else:
-        what, left, size = "removing", len(active) - 1, len(members) - 1
-        is_risky = change_type == ConfChangeType.REMOVE_NODE and id in active
-    if is_risky and left < size // 2 + 1:
-        package_logger("etcdserver").warning(
-            "not healthy for reconfigure: %s a member leaves %d of %d active", what, left, size
-        )
-        raise NotEnoughActive(what, left, size)
-
-
-class LeadershipTransfer:
-    """Gives the lead to the member that can take it over best.  Thread: reactor.
-
-    Source: Raft thesis §3.10; etcd 3 server.go, TransferLeadership.
+    Decisions hold until `version` changes.  Thread: reactor.
     """
 
-    def __init__(self, node: RawNode, active_since: Callable[[int], float]) -> None:
-        self._node = node
-        self._active_since = active_since
-        self._tried_term = 0            # in which we handed over because of a removal
+    def __init__(self, store: Store, applier: Applier, reactor: Reactor) -> None:
+        self.checks = PasswordChecks(reactor)
+        self._store = store
+        self._applier = applier
+        self._seen = -1
+        self._enabled = False
+        self._records: Dict[Tuple[str, str], Any] = {}      # kind and name -> User or Role
 
-    def begin(self, beyond: int = -1) -> int:
-        """Start to hand over; return the id of the heir, 0 if there is none or we do not lead.
+    @property
+    def version(self) -> int:
+        """A number that changes with every change of users, roles, or enabled."""
+        return self._applier.auth_changes
 
-        Proposals are refused until the heir leads, or has not done so for an election timeout.
+    @property
+    def enabled(self) -> bool:
+        self._refresh()
+        return self._enabled
 
-        beyond  the heir must have more of our log on its disk than this index
+    def user(self, name: str) -> Optional[User]:
+        """Return a user, with the role root if it is root."""
+        user: Optional[User] = self._record("users", name, parse_stored_user)
+        return user
+
+    def role(self, name: str) -> Optional[Role]:
+        """Return a role; root exists without being stored."""
+        role: Optional[Role] = Role(ROOT, EVERYTHING)
+        return role if name == ROOT else self._record("roles", name, parse_stored_role)
+
+    def _record(self, kind: str, name: str, parse: Callable[[str, str], Any]) -> Any:
+        self._refresh()
+        key = kind, name
+        if key not in self._records:    # missing records are not remembered
+            stored = self._store.value(f"{AUTH_PREFIX}/{kind}/{name}")
+            if not stored:
+                return None
+            self._records[key] = parse(name, stored)
+        return self._records[key]
+
+    def _refresh(self) -> None:
+        if self._seen != self._applier.auth_changes:
+            self._seen = self._applier.auth_changes
+            self._records = {}
+            self._enabled = self._store.value(AUTH_PREFIX + "/enabled") == "true"
+
+    def stored_hash(self, name: str) -> str:
+        """Return the password's hash of a user.
+
+        An unknown user gets one like root's, so that a refusal takes as long.
         """
-        raft = self._node.raft
-        heir = self._find_heir(beyond) if raft.role == RaftRole.LEADER else 0
-        if heir:
-            package_logger("etcdserver").info(
-                "leadership transfer %s -> %s", format_id(raft.id), format_id(heir)
+        user = self.user(name)
+        if user is not None:
+            return user.password
+        root = self.user(ROOT)
+        return self.checks.passwords.decoy(root.password if root is not None else "")
+
+    def names(self, kind: str) -> List[str]:
+        """Return the sorted names of all `users` or `roles`, the built-in role included.
+
+        Hidden ones, whose names begin with `_`, are left out, as the store of etcd does.
+        """
+        children = self._store.children(f"{AUTH_PREFIX}/{kind}")
+        names = [name for name, is_dir in children if not is_dir and not name.startswith("_")]
+        return sorted(names + [ROOT] if kind == "roles" else names)
+
+    @property
+    def has_users(self) -> bool:
+        """True if there are users, hidden ones included; auth may be off."""
+        return any(True for _ in self._store.children(AUTH_PREFIX + "/users"))
+
+    def may_access(self, user: Optional[User], key: str, *, write: bool, recursive: bool) -> bool:
+        """True if a verified user (None: a guest) may read or write `key`."""
+        if user is None:
+            role = self.role(GUEST)
+            return role is not None and role.allow(key, write=write, recursive=False)
+        for name in user.roles or ():
+            role = self.role(name)
+            if role is not None and role.allow(key, write=write, recursive=recursive):
+                return True
+        AUTH_LOG.warning("invalid access for user %s on key %s.", user.name, key)
+        return False
+
+    @staticmethod
+    def is_root(user: Optional[User]) -> bool:
+        """True if a verified user has the role root."""
+        if user is not None and ROOT not in (user.roles or ()):
+            AUTH_LOG.warning(
+                "user %s does not have the %s role for this resource.", user.name, ROOT
             )
-            self._node.transfer_leader(heir)
-        return heir
+            return False
+        return user is not None
 
-    def before(self, changes: Iterable[ConfChange]) -> None:
-        """Hand over if one of `changes`, about to be proposed, removes us; once in a term.
 
-        Who commits the own removal may be gone before the others hear that it is committed.  Of
-        two members the second one then waits for ever for the vote of the first (thesis §4.2.2).
-        If no other member takes over, the change has to be proposed here all the same.
+def parse_stored_user(name: str, text: str) -> Optional[User]:
+    """Return the user in a record of the store; None, with a log line, if it holds none."""
+    try:
+        value = load_json(text)
+        password = go_text(str(value["password"]))
+        return User(name, password, string_list(value.get("roles"))).with_root()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        AUTH_LOG.error("ignored user %s: what is stored is no user", name)
+        return None
+
+
+def parse_stored_role(name: str, text: str) -> Optional[Role]:
+    """Return the role in a record of the store; None, with a log line, if it holds none."""
+    try:
+        kv = load_json(text)["permissions"]["kv"]
+        return Role(name, make_permissions(kv.get("read"), kv.get("write")))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        AUTH_LOG.error("ignored role %s: what is stored is no role", name)
+        return None
+
+
+Step = Union[Request, Callable[[], Any]]
+Steps = Generator[Step, Any, Any]
+
+
+class StepsRunner(NamedTuple):
+    """Runs a change that waits several times; then done(its result, or its exception).
+
+    do     as EtcdServer.do
+    steps  yields a Request, and gets its Event or EtcdError; or a callable, which runs on another
+           thread, and gets its result
+    """
+
+    do: Callable[[Request, Callable[[Any], None]], None]
+    reactor: Reactor
+    steps: Steps
+    done: Callable[[Any], None]
+
+    def go_on(self, value: Any = None) -> None:
+        """Take the next step, with the result of the one before."""
+        try:
+            step = self.steps.send(value)
+        except StopIteration as stop:
+            self.done(stop.value)
+        except (AuthError, EtcdError) as error:
+            self.done(error.with_traceback(None))
+        else:
+            if isinstance(step, Request):
+                self.do(step, self.go_on)
+            else:
+                self.reactor.run_blocking(step, kind=PASSWORD_WORK, done=self._worked)
+
+    def _worked(self, error: Optional[BaseException], result: Any) -> None:
+        if error is None:
+            self.go_on(result)
+        elif isinstance(error, AuthError):
+            self.done(error)
+        else:
+            self.done(AuthError(503, f"{error}{_TRY_AGAIN}"))
+
+
+class AuthStore:
+    """Changes of users and roles, through consensus; each method returns Steps for StepsRunner.
+
+    A change reads its record through consensus, too, and is written only if the record is the
+    same then; otherwise it begins again.  Differs from etcd, where of two changes of one user at
+    the same time one is lost.  All methods raise AuthError.
+    """
+
+    def __init__(self, auth: Auth) -> None:
+        self._auth = auth
+        self._ensured = False
+
+    def create_user(self, user: User) -> Steps:
+        """Return the new user."""
+        if not user.password:
+            raise AuthError(400, f"Cannot create user {user.name} with an empty password")
+        hashed = yield functools.partial(self._auth.checks.passwords.hash, user.password)
+        user = user._replace(password=hashed).with_root()
+        yield from self._create("user", user)
+        AUTH_LOG.info("created user %s", user.name)
+        return user
+
+    def update_user(self, name: str, password: str, grant: Names, revoke: Names) -> Steps:
+        """Return the changed user."""
+        hashed = ""
+        if password:
+            hashed = yield functools.partial(self._auth.checks.passwords.hash, password)
+
+        def change(old: "User") -> "User":
+            new = old.change_roles(grant, revoke)
+            return new._replace(password=hashed) if hashed else new
+
+        user = yield from self._update(
+            "user", name, parse_stored_user, change, "grant/revoke/password"
+        )
+        return user
+
+    def delete_user(self, name: str) -> Steps:
+        if name == ROOT and self._auth.enabled:
+            raise AuthError(403, "Cannot delete root user while auth is enabled.")
+        missing = AuthError(404, f"User {name} does not exist")
+        yield from self._write(f"/users/{name}", KeyNotFound, missing, method="DELETE")
+        AUTH_LOG.info("deleted user %s", name)
+
+    def create_role(self, role: Role) -> Steps:
+        """Return the new role."""
+        self._check_role(role.name)
+        yield from self._create("role", role)
+        AUTH_LOG.info("created new role %s", role.name)
+        return role
+
+    def update_role(
+        self, name: str, grant: Optional[Permissions], revoke: Optional[Permissions]
+    ) -> Steps:
+        """Return the changed role."""
+        self._check_role(name)
+
+        def change(old: "Role") -> "Role":
+            permissions = old.permissions
+            if grant is not None:
+                permissions = permissions.grant(grant)
+            if revoke is not None:
+                permissions = permissions.revoke(revoke)
+            return old._replace(permissions=permissions)
+
+        return self._update("role", name, parse_stored_role, change, "grant/revoke")
+
+    def delete_role(self, name: str) -> Steps:
+        self._check_role(name)
+        missing = AuthError(404, f"Role {name} doesn't exist.")
+        yield from self._write(f"/roles/{name}", KeyNotFound, missing, method="DELETE")
+        AUTH_LOG.info("deleted role %s", name)
+
+    def enable(self) -> Steps:
+        """Check requests from now on; there must be a root."""
+        if self._auth.enabled:
+            raise AuthError(409, "already enabled")
+        no_root = AuthError(409, "No root user available, please create one")
+        yield from self._read(f"/users/{ROOT}", no_root)
+        if self._auth.role(GUEST) is None:
+            AUTH_LOG.info("no guest role access found, creating default")
+            yield from self.create_role(Role(GUEST, EVERYTHING))
+        yield from self._write("/enabled", val="true", prev_exist=True)
+        AUTH_LOG.info("auth: enabled auth")
+
+    def disable(self) -> Steps:
+        if not self._auth.enabled:
+            raise AuthError(409, "already disabled")
+        yield from self._write("/enabled", val="false", prev_exist=True)
+        AUTH_LOG.info("auth: disabled auth")
+
+    @staticmethod
+    def _check_role(name: str) -> None:
+        if name == ROOT:
+            raise AuthError(403, f"Cannot modify role {name}: is root role.")
+
+    def _create(self, kind: str, record: Union[User, Role]) -> Steps:
+        exists = AuthError(409, f"{kind.capitalize()} {record.name} already exists.")
+        yield from self._write(
+            f"/{kind}s/{record.name}", NodeExists, exists, val=json_text(record.json()),
+            prev_exist=False,
+        )
+
+    def _update(
+        self, kind: str, name: str, parse: Callable[[str, str], Any],
+        change: Callable[[Any], Any], options: str,
+    ) -> Steps:
+        """Return the changed record; begins again if another change was faster."""
+        path, what = f"/{kind}s/{name}", kind.capitalize()
+        missing = AuthError(404, f"{what} {name} does not exist.")
+        while True:
+            text, index = yield from self._read(path, missing)
+            old = parse(name, text)
+            if old is None:
+                raise missing
+            new = change(old)
+            if new == old:
+                raise AuthError(400, f"{what} not updated. Use {options} to update the {kind}.")
+            result = yield from self._do(Request(
+                method="PUT", path=path, val=json_text(new.json()), prev_exist=True,
+                prev_index=index,
+            ))
+            if not isinstance(result, EtcdError):
+                AUTH_LOG.info("updated %s %s", kind, name)
+                return new
+
+    def _read(self, path: str, missing: AuthError) -> Steps:
+        """Return (value, its index) as of now.  Raises `missing`."""
+        result = yield from self._do(Request(method="QGET", path=path))
+        if isinstance(result, EtcdError) or result.node.value is None:
+            raise missing
+        return result.node.value, result.node.modified_index
+
+    def _write(
+        self, path: str, error: Type[EtcdError] = EtcdError,
+        refusal: Optional[AuthError] = None, method: str = "PUT", **fields: Any,
+    ) -> Steps:
+        """Write or delete a record.  Raises `refusal` for an `error`, and others as they are."""
+        yield from self._ensure_directories()
+        result = yield from self._do(Request(method=method, path=path, **fields))
+        if isinstance(result, EtcdError):
+            raise refusal if refusal is not None and isinstance(result, error) else result
+
+    def _ensure_directories(self) -> Steps:
+        """Make the places before the first change: four indexes of the store, as in etcd."""
+        if not self._ensured:
+            for path in ("", "/users", "/roles"):
+                yield from self._do(Request(method="PUT", path=path, dir=True, prev_exist=False))
+            yield from self._do(
+                Request(method="PUT", path="/enabled", val="false", prev_exist=False)
+            )
+            self._ensured = True
+
+    @staticmethod
+    def _do(request: Request) -> Steps:
+        """Return the event, or the error of the store; raises those of consensus."""
+        result = yield request._replace(path=AUTH_PREFIX + request.path)
+        if isinstance(result, RaftInternal):
+            raise result
+        return result
+
+
+def parse_credential(header: str) -> Optional[Credential]:
+    """Return the credential of a well-formed Basic Authorization header (RFC 7617), else None."""
+    kind, _, encoded = header.partition(" ")
+    if kind.lower() != "basic":
+        return None
+    try:
+        user, colon, password = text_of(base64.b64decode(encoded, validate=True)).partition(":")
+    except ValueError:
+        return None
+    return Credential(user, password) if colon else None
+
+
+class Guard:
+    """Decides from its head whether a request may pass.
+
+    A decision is kept with the head until Auth.version changes: the requests of verified clients
+    cost no more than without auth.  Thread: reactor.
+    """
+
+    def __init__(self, auth: Auth, reactor: Reactor) -> None:
+        self._auth = auth
+        self._log = ThrottledLog("auth", reactor.now)
+
+    def key(
+        self, head: HttpHead, key: str, *, write: bool, recursive: bool, passed: Handler,
+        refused: Handler,
+    ) -> Handler:
+        """Return the handler for an access to `key`; without Authorization, that of a guest."""
+        def may(user: "Optional[User]") -> "bool":
+            return self._auth.may_access(user, key, write=write, recursive=recursive)
+
+        return self._decide(head, may, passed, refused)
+
+    def root(
+        self, head: HttpHead, passed: Handler, refused: Handler, *, hashes: bool = False
+    ) -> Handler:
+        """Return the handler for a request that only the role root may make.
+
+        hashes  the answer holds password hashes: needs root without auth, too, if there are users
         """
-        raft = self._node.raft
-        if raft.term != self._tried_term and any(
-            change.type == ConfChangeType.REMOVE_NODE and change.node_id == raft.id
-            for change in changes
-        ) and self.begin():
-            self._tried_term = raft.term
+        always = hashes and self._auth.has_users
+        return self._decide(head, self._auth.is_root, passed, refused, always=always)
 
-    def before_entries(self, entries: Iterable[Entry]) -> None:
-        """The same for proposals that come from another member."""
-        for entry in entries:
-            if entry.type == EntryType.CONF_CHANGE:
-                with contextlib.suppress(CodecError):
-                    self.before((decode_conf_change(entry.data),))
+    def _decide(
+        self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
+        refused: Handler, *, always: bool = False,
+    ) -> Handler:
+        if not (self._auth.enabled or always):
+            return passed
+        verdict = self._verdict(head, may)
+        if verdict is None:
+            return functools.partial(self._verify, head, may, passed, refused)
+        return passed if verdict else refused
 
-    def _find_heir(self, beyond: int) -> int:
-        """The member with the most of our log among those that can be reached; 0: none."""
-        raft = self._node.raft
-        reachable = [
-            (progress.match_index, id) for id, progress in raft.progress.items()
-            if id != raft.id and progress.match_index > beyond and self._active_since(id) > 0
-        ]
-        return max(reachable, default=(0, 0))[1]
+    def _verdict(
+        self, head: HttpHead, may: Callable[[Optional[User]], bool]
+    ) -> Optional[bool]:
+        """True if the request may pass; None: the password has not been verified yet."""
+        header = head.headers.get("authorization", "")
+        if not header:
+            return may(None)
+        credential = parse_credential(header)
+        if credential is None:
+            self._log.error("malformed basic auth encoding")
+            return False
+        name = credential.user
+        if len(utf8(name)) > AUTH_NAME_BYTES_MAX:
+            return False
+        right = self._auth.checks.known(name, self._auth.stored_hash(name), credential.password)
+        if right is None:
+            return None
+        user = self._auth.user(name)
+        if right and user is not None:
+            return may(user)
+        why = "no such user" if user is None else "incorrect password for user"
+        self._log.error(f"{why}: {name[:64]}.")
+        return False
+
+    def _verify(
+        self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
+        refused: Handler, request: HttpRequest,
+    ) -> None:
+        """Answer as soon as the password is verified."""
+        if request.connection.closed:
+            return
+        verdict = self._verdict(head, may)
+        if verdict is not None:
+            answer = passed if verdict else refused
+            head.parsed = self._auth.version, answer
+            answer(request)
+            return
+        credential = parse_credential(head.headers["authorization"])
+        assert credential is not None   # without one there is a verdict
+
+        def checked(known: "bool") -> None:
+            if known:
+                self._verify(head, may, passed, refused, request)
+            elif not request.connection.closed:
+                text = json_string(f"the password could not be checked{_TRY_AGAIN}")
+                request.reply(503, f'{{"message":{text}}}'.encode())
+
+        sender = Sender(credential.user, request.remote.rpartition(":")[0])
+        stored = self._auth.stored_hash(credential.user)
+        self._auth.checks.check(sender, stored, credential.password, checked)
 
 
 # ============================================================================
-# member/statistics -- Statistics: what a member counts about itself, and how metrics are written.
+# member/statistics -- Statistics of /v2/stats and metrics of /metrics: counters, histograms, traffic.
 # ============================================================================
 
 
-RATE_SAMPLES_MAX = 200              # append messages that the rates of /v2/stats/self look at
+RATE_SAMPLES_MAX = 200              # append messages behind the rates of /v2/stats/self
 RATE_SECONDS_MAX = 1.0              # after this long without a message the rates are 0
 
 
 class RateWindow:
-    """The last messages and their sizes, for a rate per second.
+    """The last messages and their sizes.  Source: etcd 2.3 etcdserver/stats/queue.go.
 
-    Source: etcd 2.3 etcdserver/stats/queue.go.
     Differs from etcd: a single message gives 0; there the rate is infinite, which JSON lacks.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._samples: Deque[Tuple[float, int]] = collections.deque(maxlen=RATE_SAMPLES_MAX)
+        self.count = 0                  # of all messages
 
     def add(self, size: int) -> None:
-        """Count one message of `size` bytes."""
+        self.count += 1
         self._samples.append((self._now(), size))
 
     def rates(self) -> Tuple[float, float]:
@@ -12219,7 +12669,7 @@ def format_decimal(value: float) -> str:
 
 
 class ServerStats:
-    """What /v2/stats/self shows; times in unix ns.  Source: etcd 2.3 etcdserver/stats."""
+    """The statistics of /v2/stats/self; times in unix ns.  Source: etcd 2.3 etcdserver/stats."""
 
     def __init__(self, name: str, member_id: int, clock: Clock) -> None:
         self.name = name
@@ -12227,33 +12677,26 @@ class ServerStats:
         self._wall_ns = clock.wall_ns
         self.started_ns = clock.wall_ns()
         self.lead = 0                   # id of the leader last known
-        self.lead_since_ns = 0          # when it became that
-        self.received_appends = 0
-        self.sent_appends = 0
+        self.lead_since_ns = 0          # when it became leader
         self._received = RateWindow(clock.now)
         self._sent = RateWindow(clock.now)
+        self.send_append = self._sent.add       # counts a MsgApp of some size to a follower
 
     def became(self, lead: int) -> None:
-        """The member `lead` leads from now on."""
+        """Count the member `lead` as leader from now on."""
         if lead != self.lead:
             self.lead = lead
             self.lead_since_ns = self._wall_ns()
 
     def recv_append(self, sender: int, size: int) -> None:
-        """A MsgApp of `size` bytes has come from the leader `sender`."""
+        """Count a MsgApp of `size` bytes from the leader `sender`."""
         self.became(sender)
-        self.received_appends += 1
         self._received.add(size)
-
-    def send_append(self, size: int) -> None:
-        """A MsgApp of `size` bytes goes to a follower."""
-        self.sent_appends += 1
-        self._sent.add(size)
 
     def json(self, state: str) -> str:
         """Return the object of /v2/stats/self.  state: StateFollower, -Candidate or -Leader.
 
-        Differs from etcd: without a leader so far the uptime is 0s, not 292 years.
+        Differs from etcd: before the first leader the uptime is 0s, not 292 years.
         """
         uptime_s = (self._wall_ns() - self.lead_since_ns) / NS if self.lead else 0.0
         since = format_local_time(self.lead_since_ns) if self.lead else "0001-01-01T00:00:00Z"
@@ -12263,13 +12706,13 @@ class ServerStats:
             f',"state":"{state}","startTime":"{format_local_time(self.started_ns)}"'
             f',"leaderInfo":{{"leader":"{leader}","uptime":"{format_duration(max(uptime_s, 0.0))}"'
             f',"startTime":"{since}"}}'
-            f',"recvAppendRequestCnt":{self.received_appends}{_rates("recv", self._received)}'
-            f',"sendAppendRequestCnt":{self.sent_appends}{_rates("send", self._sent)}}}'
+            f',"recvAppendRequestCnt":{self._received.count}{_rates("recv", self._received)}'
+            f',"sendAppendRequestCnt":{self._sent.count}{_rates("send", self._sent)}}}'
         )
 
 
 def _rates(prefix: str, window: RateWindow) -> str:
-    """The two rates as JSON members; left out when 0."""
+    """Return the two rates as JSON members, without those that are 0."""
     parts = zip(("Pkg", "Bandwidth"), window.rates())
     return "".join(f',"{prefix}{what}Rate":{format_decimal(rate)}' for what, rate in parts if rate)
 
@@ -12282,10 +12725,9 @@ class FollowerStats:
     def __init__(self) -> None:
         self.successes = self.fails = 0
         self.current = self.total = self.squares = self.maximum = 0.0
-        self.minimum = float(1 << 63)   # what etcd shows before the first success
+        self.minimum = float(1 << 63)   # as etcd before the first success
 
     def json(self) -> str:
-        """Return this follower's part of /v2/stats/leader."""
         count = self.successes or 1
         average = self.total / count
         deviation = max(self.squares / count - average * average, 0.0) ** 0.5
@@ -12301,14 +12743,14 @@ class FollowerStats:
 
 
 class LeaderStats:
-    """What /v2/stats/leader shows: how sending to each follower goes."""
+    """The statistics of /v2/stats/leader: latency and losses of each follower."""
 
     def __init__(self, member_id: int) -> None:
         self.member_id = member_id
         self._followers: Dict[int, FollowerStats] = {}
 
     def success(self, member_id: int, seconds: float) -> None:
-        """A MsgApp reached this follower's connection after `seconds`."""
+        """Count a MsgApp that this follower answered after `seconds`."""
         stats = self._followers.setdefault(member_id, FollowerStats())
         latency = seconds * 1e3
         stats.successes += 1
@@ -12319,15 +12761,13 @@ class LeaderStats:
         stats.maximum = max(stats.maximum, latency)
 
     def fail(self, member_id: int) -> None:
-        """A MsgApp to this follower was lost."""
         self._followers.setdefault(member_id, FollowerStats()).fails += 1
 
     def remove(self, member_id: int) -> None:
-        """The member is one no more."""
         self._followers.pop(member_id, None)
 
     def json(self, followers: Iterable[int]) -> str:
-        """Return the object of /v2/stats/leader with these members, whether sent to or not."""
+        """Return the object of /v2/stats/leader, with members that no message went to as well."""
         unknown = FollowerStats()
         parts = [
             f'"{name}":{self._followers.get(member_id, unknown).json()}'
@@ -12337,26 +12777,26 @@ class LeaderStats:
 
 
 class ServerCounts:
-    """What happens to a member that only /metrics tells."""
+    """Counters of a member that only /metrics shows."""
 
     SLOW_APPLY_SECONDS = 0.1            # etcd 3's limit
 
     def __init__(self, heartbeat_s: float) -> None:
-        self.leader_changes = 0         # a leader became known that was not the one before
+        self.leader_changes = 0         # leaders that became known
         self.slow_applies = 0
-        self.late_heartbeats = 0        # to each follower, sent a period late or more
+        self.late_heartbeats = 0        # to each follower, a period late or more
         self.turn_durations = Histogram(exponential_bounds(0.0001, 14))     # of the reactor, s
         self._heartbeat_s = heartbeat_s
         self._ticked_at = 0.0
 
     def tick(self, now: float, followers: int) -> None:
-        """Raft's clock ticks, and with it heartbeats leave to `followers`; monotonic seconds."""
+        """Count late heartbeats: at each tick of Raft one leaves to each of `followers`."""
         if self._ticked_at and now - self._ticked_at > 2 * self._heartbeat_s:
             self.late_heartbeats += followers
         self._ticked_at = now
 
     def time_apply(self, apply: Callable[[], None], now: Callable[[], float]) -> None:
-        """Have one turn's entries applied."""
+        """Call apply(), and count it if it is slow."""
         started = now()
         apply()
         self.slow_applies += now() - started > self.SLOW_APPLY_SECONDS
@@ -12374,28 +12814,8 @@ def _label_text(names: Labels, values: Labels) -> str:
     return ",".join(parts)
 
 
-class Counter:
-    """How often something happened, per combination of label values."""
-
-    kind = "counter"
-    __slots__ = ("_labels", "_values")
-
-    def __init__(self, labels: Labels = ()) -> None:
-        self._labels = labels
-        self._values: Dict[Labels, int] = {} if labels else {(): 0}
-
-    def inc(self, *values: str) -> None:
-        """Count one more."""
-        self._values[values] = self._values.get(values, 0) + 1
-
-    def samples(self) -> Iterator[Sample]:
-        """Yield what Prometheus reads."""
-        for values, count in self._values.items():
-            yield "", _label_text(self._labels, values), count
-
-
 class Reading:
-    """A number that someone else keeps, asked for when Prometheus comes."""
+    """A counter or gauge that is kept elsewhere, and read when Prometheus asks."""
 
     __slots__ = ("kind", "_labels", "_read")
 
@@ -12407,9 +12827,21 @@ class Reading:
         self._read = read
 
     def samples(self) -> Iterator[Sample]:
-        """Yield what Prometheus reads."""
         for values, value in self._read().items():
             yield "", _label_text(self._labels, values), value
+
+
+class Counter(Reading):
+    """The number of events, per combination of label values."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, labels: Labels = ()) -> None:
+        self._values: Dict[Labels, int] = {} if labels else {(): 0}
+        super().__init__("counter", labels, self._values.copy)
+
+    def inc(self, *values: str) -> None:
+        self._values[values] = self._values.get(values, 0) + 1
 
 
 def exponential_bounds(start: float, count: int) -> List[float]:
@@ -12418,9 +12850,9 @@ def exponential_bounds(start: float, count: int) -> List[float]:
 
 
 class Histogram:
-    """How values spread over buckets.  bounds: upper, inclusive, ascending.
+    """The distribution of values over buckets.  bounds: upper, inclusive, ascending.
 
-    Thread: one that observes; any may read.
+    Thread: one observes; any may read.
     """
 
     kind = "histogram"
@@ -12432,12 +12864,11 @@ class Histogram:
         self._sum = 0.0
 
     def observe(self, value: float) -> None:
-        """Count one value."""
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
 
     def observe_many(self, values: List[float]) -> None:
-        """Count all of them: 0.04 us each instead of 0.17."""
+        """Count all values: 0.04 us each instead of 0.17."""
         values.sort()
         before = 0
         for position, bound in enumerate(self._bounds):
@@ -12449,16 +12880,13 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """Number of values."""
         return sum(self._counts)
 
     @property
     def mean(self) -> float:
-        """Their mean; 0 without any."""
         return self._sum / (self.count or 1)
 
     def samples(self, labels: str = "") -> Iterator[Sample]:
-        """Yield what Prometheus reads."""
         count = self.count
         comma, below = "," if labels else "", 0
         for bound, here in zip(self._bounds, self._counts):
@@ -12470,7 +12898,7 @@ class Histogram:
 
 
 class Histograms:
-    """One histogram per combination of label values."""
+    """One histogram per combination of label values, shown from its first value on."""
 
     kind = "histogram"
     __slots__ = ("_labels", "_bounds", "_children")
@@ -12481,30 +12909,28 @@ class Histograms:
         self._children: Dict[Labels, Histogram] = {}
 
     def child(self, *values: str) -> Histogram:
-        """Return the histogram of these label values."""
         if values not in self._children:
             self._children[values] = Histogram(self._bounds)
         return self._children[values]
 
     def samples(self) -> Iterator[Sample]:
-        """Yield what Prometheus reads; nothing of a child before its first value."""
         for values, child in self._children.items():
             if child.count:
                 yield from child.samples(_label_text(self._labels, values))
 
 
-Family = Union[Counter, Reading, Histogram, Histograms]
+Family = Union[Reading, Histogram, Histograms]
 
 
 class Metrics:
     """Named counters, readings and histograms, and their text for Prometheus (version 0.0.4)."""
 
     def __init__(self) -> None:
-        self.before_text: Callable[[], None] = _nothing     # counts what was not counted yet
+        self.before_text: Callable[[], None] = _nothing     # makes the counts complete
         self._families: Dict[str, Tuple[str, Family]] = {}
 
     def add(self, name: str, help: str, family: Family) -> None:
-        """Show what someone else fills; an older one of this name is replaced."""
+        """Show a family under `name`; replaces an older one."""
         self._families[name] = help, family
 
     def counter(self, name: str, help: str, labels: Labels = ()) -> Counter:
@@ -12529,7 +12955,7 @@ class Metrics:
         self.add(name, help, Reading("counter", labels, read))
 
     def text(self) -> str:
-        """Return everything that has a value, by name."""
+        """Return all families that have a value, by name."""
         self.before_text()
         lines: List[str] = []
         for name, (help, family) in sorted(self._families.items()):
@@ -12543,15 +12969,73 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
+class Traffic:
+    """Counts the messages that the transport sends and receives.
+
+    sent_bytes, sent_failures, received_bytes are by member id.
+    """
+
+    def __init__(
+        self, stats: ServerStats, leader_stats: LeaderStats, now: Callable[[], float]
+    ) -> None:
+        self.sent_bytes: Dict[int, int] = {}
+        self.sent_failures: Dict[int, int] = {}
+        self.received_bytes: Dict[int, int] = {}
+        labels = ("sendingType", "remoteID", "msgType")
+        self.latencies = Histograms(exponential_bounds(0.0005, 13), labels)
+        self.failures = Counter(labels)
+        self.round_trips = Histograms(exponential_bounds(0.0001, 16), ("To",))
+        self._stats = stats
+        self._leader_stats = leader_stats
+        self._now = now
+        self._sent_at: Dict[int, float] = {}    # follower -> when entries went to it
+        self._labels: Dict[Tuple[str, int, int], Labels] = {}
+
+    def sent(self, sent: Sent) -> None:
+        """Count a message that has left, or could not leave."""
+        to, message = sent.to, sent.message
+        key = (sent.channel, to, message.type)
+        labels = self._labels.get(key)
+        if labels is None:
+            name = "Msg" + MsgType(message.type).name.title().replace("_", "")
+            labels = self._labels[key] = (sent.channel, format_id(to), name)
+        if sent.ok:
+            self.sent_bytes[to] = self.sent_bytes.get(to, 0) + sent.size
+            self.latencies.child(*labels).observe(sent.seconds)
+        else:
+            self.sent_failures[to] = self.sent_failures.get(to, 0) + 1
+            self.failures.inc(*labels)
+        if message.type == MsgType.APP:
+            self._sent_append(sent)
+
+    def _sent_append(self, sent: Sent) -> None:
+        self._stats.send_append(sent.size)
+        if not sent.ok:
+            self._leader_stats.fail(sent.to)
+        elif sent.message.entries:
+            self._sent_at.setdefault(sent.to, self._now() - sent.seconds)
+
+    def received(self, sender: int, message: Message, size: int) -> None:
+        """Count a message; the latency of a follower is from entries to its next answer."""
+        if sender in self.received_bytes or len(self.received_bytes) < REMOTES_MAX:
+            self.received_bytes[sender] = self.received_bytes.get(sender, 0) + size
+        if message.type == MsgType.APP:
+            self._stats.recv_append(sender, size)
+        elif message.type == MsgType.APP_RESP and sender in self._sent_at:
+            self._leader_stats.success(sender, self._now() - self._sent_at.pop(sender))
+
+    def round_trip(self, member_id: int, seconds: float) -> None:
+        """Count the answer of a peer to a probe."""
+        self.round_trips.child(format_id(member_id)).observe(seconds)
+
+
 # ============================================================================
-# member/journal -- The journal: batches on their way to the disk, in order.
-# ----------------------------------------------------------------------------
-# Threads: the reactor's, and its own, `wal`.
+# member/journal -- The journal: batches on their way to the disk, in order; threads `reactor` and `wal`.
 # ============================================================================
 
 
 class Batch:
-    """What one visit to the disk makes durable, and what may be said only after it."""
+    """The state and entries of one visit to the disk, and the messages held back until then."""
 
     __slots__ = ("hard_state", "entries", "snapshot", "must_sync", "held", "mark")
 
@@ -12567,8 +13051,8 @@ class Batch:
 class WalJob(NamedTuple):
     """One visit to the disk, in this order; empty parts are left out.
 
-    A snapshot's file is complete before anything behind it is written: after a crash between
-    the two, the log still fits the snapshot before.
+    A snapshot's file is complete before any entry behind it is written: after a crash between
+    the two, the log fits the snapshot before.
     """
 
     record: bytes                       # of the snapshot
@@ -12582,8 +13066,8 @@ class WalJob(NamedTuple):
 class WalWriter:
     """The wal thread: one write and one fdatasync per job.
 
-    A failure is final: nobody knows which bytes are on disk, so no later job is touched and
-    nothing is acknowledged any more.  A full disk is no failure: the step that met it has left
+    A failure is final: nobody knows which bytes are on disk, so no later job is begun and no
+    write is acknowledged any more.  A full disk is no failure: the step that met it has left
     nothing, and is repeated until there is space.
     """
 
@@ -12597,7 +13081,7 @@ class WalWriter:
         self._snapshotter = snapshotter
         self._reactor = reactor
         self._failed = failed
-        self._full = full               # called on the reactor: with why, and with "" when over
+        self._full = full               # called on the reactor, with the reason, or "" when over
         self._is_full = False
         self._jobs: queue.SimpleQueue[Optional[WalJob]] = queue.SimpleQueue()
         self._stopping = threading.Event()
@@ -12605,7 +13089,6 @@ class WalWriter:
         self.sync_durations = Histogram(exponential_bounds(0.001, 14))  # write and fdatasync, s
 
     def start(self) -> None:
-        """Start the thread."""
         self._thread.start()
 
     def submit(self, job: WalJob) -> None:
@@ -12636,7 +13119,7 @@ class WalWriter:
             self._reactor.call_soon_threadsafe(self._failed, error)
 
     def _do(self, job: WalJob) -> bool:
-        """Do all of a job, however long it takes; False: given up, as the disk stayed full."""
+        """Do all of a job; False: given up by stop(), as the disk stayed full."""
         for step in self._steps(job):
             while not self._try(step):
                 if self._stopping.wait(self.FULL_SECONDS):
@@ -12644,28 +13127,28 @@ class WalWriter:
         return True
 
     def _steps(self, job: WalJob) -> List[Callable[[], None]]:
-        """What is to be done, in order; each leaves nothing behind when the disk is full."""
+        """Return the steps of a job, in order; none leaves anything behind on a full disk."""
         steps: List[Callable[[], None]] = []
         if job.record:
             steps.append(functools.partial(self._wal.write, job.record, sync=True))
         if job.snapshot is not None:
             steps.append(functools.partial(self._snapshotter.save, job.snapshot))
         if job.data:
-            steps.append(functools.partial(self._write, job.data))
+            steps.append(functools.partial(self._write_frames, job.data))
         if job.cut is not None:
             steps.append(functools.partial(self._wal.cut, job.cut))
         if job.release_to:
             steps.append(functools.partial(self._wal.release_to, job.release_to))
         return steps
 
-    def _write(self, data: Sequence[bytes]) -> None:
+    def _write_frames(self, data: Sequence[bytes]) -> None:
         now = self._reactor.now
         started = now()
         self._wal.write(*data, sync=True)
         self.sync_durations.observe(now() - started)
 
     def _try(self, step: Callable[[], None]) -> bool:
-        """Do a step; False if the disk is full.  The reactor is told when that changes."""
+        """Do a step; False if the disk is full.  Reports each change of that to the reactor."""
         try:
             step()
         except DiskFull as error:
@@ -12697,10 +13180,10 @@ def first_part(entries: Sequence[Entry]) -> int:
 
 
 class Journal:
-    """What must reach the disk, in batches: while one is written the next one gathers.
+    """Readys on their way to the disk, in batches: while one is written the next one gathers.
 
-    A batch becomes durable as a whole; then `durable` is called with it, which may send what
-    was held back, and count entries.  Thread: reactor.
+    A batch becomes durable as a whole; then durable(batch) sends the messages held back, and
+    counts the entries.  Thread: reactor.
     """
 
     def __init__(
@@ -12709,8 +13192,8 @@ class Journal:
     ) -> None:
         self.writer = writer
         self.durable_commit = hard_state.commit     # commit index that a crash cannot take back
-        self.busy = False                           # the writer has a job of ours
-        self.visits = 0                             # jobs that it was given
+        self.busy = False                           # the writer has a job
+        self.visits = 0                             # jobs given to the writer
         self.batch_entries = Histogram(exponential_bounds(1, 14))   # in one visit
         self._wal = wal
         self._durable = durable
@@ -12726,7 +13209,7 @@ class Journal:
         return self._steps is not None
 
     def add(self, ready: Ready) -> None:
-        """Note what a Ready wants to be written, and what it holds back."""
+        """Add a Ready's state and entries, and the messages that it holds back."""
         batch = self._batch
         if ready.snapshot is not None:
             if batch.entries or batch.held or batch.snapshot:
@@ -12741,7 +13224,7 @@ class Journal:
         batch.mark = ready.mark
 
     def sync_commit(self, state: HardState) -> None:
-        """Have the disk know this commit index soon; durable_commit tells when it does."""
+        """Write this commit index soon; durable_commit tells when it is on disk."""
         self._batch.hard_state = state
         self._batch.must_sync = True
         if self._batch.mark is None:
@@ -12749,8 +13232,8 @@ class Journal:
         self.submit()
 
     def submit(self) -> None:
-        """Give the writer the next batch if it has none; a commit index alone waits for company."""
-        self._go_on()
+        """Give the writer the next batch if it is idle; a commit index alone waits for company."""
+        self._encode_on()
         if self._record is not None and not self.busy:
             self._write_record(*self._record)
         while not self.busy:
@@ -12760,7 +13243,7 @@ class Journal:
                     return
                 self._batch = Batch()
             if batch.must_sync:
-                self._write(batch)
+                self._write_batch(batch)
                 return
             if self._batch.hard_state is None:      # it travels with the next one that syncs
                 self._batch.hard_state = batch.hard_state
@@ -12768,7 +13251,7 @@ class Journal:
             self._durable(batch)
 
     def record_snapshot(self, snapshot_id: EntryID, done: Callable[[], None]) -> None:
-        """Write that a snapshot file of ours will follow, before the next batch; then done()."""
+        """Write the record of a snapshot file to come, before the next batch; then done()."""
         self._record = (snapshot_id, done)
         self.submit()
 
@@ -12779,27 +13262,27 @@ class Journal:
 
         self._record = None
         record = self._wal.encode_snapshot(snapshot_id)
-        self._visit(WalJob(record, None, (), None, 0, written))
+        self._submit_job(WalJob(record, None, (), None, 0, written))
 
     def release(self, index: int) -> None:
         """Unlock the segments that only hold entries before `index`, with the next batch."""
         self._release_to = index
 
     def close(self) -> None:
-        """Write what still waits, and end the writer.  Blocks for the last sync."""
+        """Write all batches, and end the writer.  Blocks for the last sync."""
         while self._steps is not None:
-            self._go_on()
+            self._encode_on()
         for batch in (*self._waiting, self._batch):
-            self.writer.submit(finish(self._job(batch, _nothing)))
+            self.writer.submit(finish(self._encode_job(batch, _nothing)))
         self.writer.stop()
 
-    def _write(self, batch: Batch) -> None:
+    def _write_batch(self, batch: Batch) -> None:
         """Write a batch; a long one in parts, which the next turns encode."""
         self.busy = True
         self._steps = self._write_steps(batch)
-        self._go_on()
+        self._encode_on()
 
-    def _go_on(self) -> None:
+    def _encode_on(self) -> None:
         if self._steps is not None and next(self._steps, self) is self:
             self._steps = None
 
@@ -12810,7 +13293,7 @@ class Journal:
             self.batch_entries.observe(count)
             data = yield from self._wal.encode_steps(None, entries[:count])
             del entries[:count]
-            self._visit(WalJob(b"", None, data, None, 0, _nothing))
+            self._submit_job(WalJob(b"", None, data, None, 0, _nothing))
             yield
             count = first_part(entries)
 
@@ -12821,14 +13304,14 @@ class Journal:
             self._durable(batch)
 
         self.batch_entries.observe(count)
-        self._visit((yield from self._job(batch, written)))
+        self._submit_job((yield from self._encode_job(batch, written)))
 
-    def _visit(self, job: WalJob) -> None:
+    def _submit_job(self, job: WalJob) -> None:
         self.busy = True
         self.visits += 1
         self.writer.submit(job)
 
-    def _job(
+    def _encode_job(
         self, batch: Batch, done: Callable[[], None]
     ) -> Generator[None, None, WalJob]:
         record = b""
@@ -12842,221 +13325,12 @@ class Journal:
 
 
 # ============================================================================
-# member/monitors -- The cluster version, and counts of traffic.
-# ============================================================================
-
-
-class VersionMonitor:
-    """The leader's watch over the cluster version: the lowest version of any member, never lowered.
-
-    Source: etcd 2.3 etcdserver/cluster_util.go; peer-and-disk notes on the server loop.
-    """
-
-    PERIOD_S = 4.0
-
-    def __init__(
-        self, reactor: Reactor, cluster: Cluster, member_id: int,
-        propose: Callable[[str], None], tls: Optional[TlsContext] = None,
-    ) -> None:
-        self._reactor = reactor
-        self._cluster = cluster
-        self._member_id = member_id
-        self._propose = propose
-        self._tls = tls
-        self._calls: List[HttpCall] = []
-        self._versions: Dict[int, str] = {}
-        self._timer: Optional[Timer] = None
-
-    def start(self) -> None:
-        """Look now, and every few seconds until the version is as high as ours."""
-        self.stop()
-        self._look()
-
-    def stop(self) -> None:
-        """Look no more: we lead no more."""
-        for call in self._calls:
-            call.cancel()
-        self._calls = []
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _look(self) -> None:
-        self.stop()
-        if self._cluster.version and version_key(self._cluster.version) >= _OWN_VERSION_KEY:
-            return
-        self._versions = {self._member_id: SERVER_VERSION}
-        for member in list(self._cluster.members.values()):
-            urls = usable_urls(member.peer_urls)
-            if member.id != self._member_id and urls:
-                self._ask(member, urls[0])
-        self._timer = self._reactor.call_later(self.PERIOD_S, self._look)
-        self._decide()
-
-    def _ask(self, member: Member, url: str) -> None:
-        answer = Answer()
-
-        def done(error: "Optional[Exception]") -> None:
-            version = _server_version(answer.body)
-            if error is None and version:
-                self._versions[member.id] = version
-            self._decide()
-
-        self._calls.append(HttpCall(
-            self._reactor, url, "GET", "/version", {}, connect_timeout_s=1.0,
-            idle_timeout_s=2.0, answer_max=ANSWER_BYTES_MAX, tls=self._tls,
-            on_data=answer.take_data, on_done=done,
-        ))
-
-    def _decide(self) -> None:
-        """Propose the minimum when every member has answered; a first guess when one cannot."""
-        current = self._cluster.version
-        complete = self._versions.keys() >= self._cluster.members.keys()
-        if complete:
-            lowest = min(self._versions.values(), key=version_key)
-            wanted = ".".join(lowest.split(".")[:2]) + ".0"
-            if not current or version_key(wanted) > version_key(current):
-                self._announce(wanted, current)
-        elif not current and self._calls and all(call.ended for call in self._calls):
-            self._announce(MIN_CLUSTER_VERSION, current)
-
-    def _announce(self, wanted: str, current: Optional[str]) -> None:
-        log = package_logger("etcdserver")
-        short = wanted.rpartition(".")[0]
-        if current:
-            before = current.rpartition(".")[0]
-            log.info("updating the cluster version from %s to %s", before, short)
-        else:
-            log.info("setting up the initial cluster version to %s", short)
-        self.stop()
-        self._propose(wanted)
-        self._timer = self._reactor.call_later(self.PERIOD_S, self._look)
-
-
-_OWN_VERSION_KEY = version_key(SERVER_VERSION)
-
-
-def _server_version(body: bytes) -> str:
-    """The `etcdserver` of a /version answer, or "" if it is not one."""
-    try:
-        version = str(load_json(body)["etcdserver"])
-        version_key(version)
-    except (ValueError, KeyError, TypeError):
-        return ""
-    return version
-
-
-class LeaderWait:
-    """Says every ten seconds which members a member without a leader waits for.
-
-    problem  says of a peer's id where it is dialed and what fails; "" if it can be reached
-    """
-
-    PERIOD_S = 10.0
-
-    def __init__(
-        self, reactor: Reactor, cluster: Cluster, problem: Callable[[int], str]
-    ) -> None:
-        self._reactor = reactor
-        self._cluster = cluster
-        self._problem = problem
-        self._since = 0.0               # monotonic: without a leader
-        self._timer: Optional[Timer] = None
-
-    def watch(self, lead: int) -> None:
-        """The leader is `lead` now; 0: nobody."""
-        if lead:
-            self.stop()
-        elif self._timer is None:
-            self._since = self._reactor.now()
-            self._timer = self._reactor.call_later(self.PERIOD_S, self._say)
-
-    def stop(self) -> None:
-        """Say no more."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _say(self) -> None:
-        self._timer = self._reactor.call_later(self.PERIOD_S, self._say)
-        members = self._cluster.members
-        missing = sorted(
-            f"{member.name or format_id(id)} at {problem}" for id, member in members.items()
-            for problem in (self._problem(id),) if problem
-        )
-        package_logger("etcdserver").warning(
-            "waiting for %s, %d of %d needed, %.0f s", ", ".join(missing) or "a leader",
-            len(members) // 2 + 1, len(members), self._reactor.now() - self._since,
-        )
-
-
-class Traffic:
-    """Counts the messages that the transport sends and receives.
-
-    sent_bytes, sent_failures, received_bytes are by member id.
-    """
-
-    def __init__(
-        self, stats: ServerStats, leader_stats: LeaderStats, now: Callable[[], float]
-    ) -> None:
-        self.sent_bytes: Dict[int, int] = {}
-        self.sent_failures: Dict[int, int] = {}
-        self.received_bytes: Dict[int, int] = {}
-        labels = ("sendingType", "remoteID", "msgType")
-        self.latencies = Histograms(exponential_bounds(0.0005, 13), labels)
-        self.failures = Counter(labels)
-        self.round_trips = Histograms(exponential_bounds(0.0001, 16), ("To",))
-        self._stats = stats
-        self._leader_stats = leader_stats
-        self._now = now
-        self._sent_at: Dict[int, float] = {}    # follower -> when entries went to it
-        self._labels: Dict[Tuple[str, int, int], Labels] = {}
-
-    def sent(self, sent: Sent) -> None:
-        """A message has left, or could not."""
-        to, message = sent.to, sent.message
-        key = (sent.channel, to, message.type)
-        labels = self._labels.get(key)
-        if labels is None:
-            name = "Msg" + MsgType(message.type).name.title().replace("_", "")
-            labels = self._labels[key] = (sent.channel, format_id(to), name)
-        if sent.ok:
-            self.sent_bytes[to] = self.sent_bytes.get(to, 0) + sent.size
-            self.latencies.child(*labels).observe(sent.seconds)
-        else:
-            self.sent_failures[to] = self.sent_failures.get(to, 0) + 1
-            self.failures.inc(*labels)
-        if message.type == MsgType.APP:
-            self._sent_append(sent)
-
-    def _sent_append(self, sent: Sent) -> None:
-        self._stats.send_append(sent.size)
-        if not sent.ok:
-            self._leader_stats.fail(sent.to)
-        elif sent.message.entries:
-            self._sent_at.setdefault(sent.to, self._now() - sent.seconds)
-
-    def received(self, sender: int, message: Message, size: int) -> None:
-        """A message came; a follower's latency is from entries to the answer that follows."""
-        if sender in self.received_bytes or len(self.received_bytes) < REMOTES_MAX:
-            self.received_bytes[sender] = self.received_bytes.get(sender, 0) + size
-        if message.type == MsgType.APP:
-            self._stats.recv_append(sender, size)
-        elif message.type == MsgType.APP_RESP and sender in self._sent_at:
-            self._leader_stats.success(sender, self._now() - self._sent_at.pop(sender))
-
-    def round_trip(self, member_id: int, seconds: float) -> None:
-        """A peer has answered a probe."""
-        self.round_trips.child(format_id(member_id)).observe(seconds)
-
-
-# ============================================================================
-# member/snapshots -- Snapshots of the store: written in slices, kept, and compacted behind.
+# member/snapshots -- Snapshots of the store: written in slices, then the log behind them is compacted.
 # ============================================================================
 
 
 class SnapshotJob:
-    """Writing the store to a snapshot file, in slices between other work (DESIGN §3)."""
+    """Encodes the store as a snapshot file, in slices between other work."""
 
     SLICE_S = 0.002
 
@@ -13076,11 +13350,11 @@ class SnapshotJob:
         self._steps = self._run()
 
     def begin(self) -> None:
-        """Take the first step, which fixes the state that is walked."""
+        """Take the first step, which fixes the state of the snapshot."""
         next(self._steps, None)
 
     def work(self) -> None:
-        """Go on for a few milliseconds; in the end `done` is the file to write."""
+        """Work for a few milliseconds; in the end `done` is the file to write."""
         started = self._now()
         for _ in self._steps:
             if self._now() >= started + self.SLICE_S:
@@ -13088,7 +13362,7 @@ class SnapshotJob:
         self.work_seconds += self._now() - started
 
     def _run(self) -> Iterator[None]:
-        """Walk, then sum: on a thread, the checksum would take the reactor's turns away."""
+        """Walk, then sum: a thread for the checksum would hold Python's lock most of the time."""
         pieces: List[bytes] = []
         for chunk in self._walk:
             pieces.append(chunk)
@@ -13104,18 +13378,21 @@ class SnapshotJob:
         self.done = SnapshotFile(self.id, pieces, sum(map(len, pieces)), crc)
 
     def cancel(self) -> None:
-        """Give the walk up: the store is replaced under it."""
+        """Give the walk up."""
         self._walk.close()
 
 
 SnapshotReceiver = Callable[[SnapshotFile, int], None]  # gets a snapshot, and its etcd index
 
 
-SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms, however often; above, see is_due
+SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms; more nodes: see is_due
 
 
 class SnapshotKeeper:
-    """When to write a snapshot, how, and which one a follower gets.  Thread: reactor."""
+    """Decides when to write a snapshot, writes it, and lends snapshots to followers and clients.
+
+    Thread: reactor.
+    """
 
     def __init__(
         self, reactor: Reactor, journal: Journal, snapshotter: Snapshotter, index: int,
@@ -13130,25 +13407,24 @@ class SnapshotKeeper:
         self._journal = journal
         self._failed = failed
         self._job: Optional[SnapshotJob] = None     # a walk over the store
-        self._receivers: List[SnapshotReceiver] = []              # who gets it, instead of the disk
-        self._waiting: List[SnapshotReceiver] = []             # who gets the next one
+        self._receivers: List[SnapshotReceiver] = []    # that get it, instead of the disk
+        self._waiting: List[SnapshotReceiver] = []      # that get the next one
         self._saving = False                        # the walk is over, the file not yet there
-        self._compact_to = 0                        # entries up to here are needed no more
-        self._not_before = 0.0                      # the disk was full: begin no other (monotonic)
+        self._compact_to = 0                        # entries up to here may be dropped
+        self._not_before = 0.0                      # no new one while the disk is full (monotonic)
         self._cache: Optional[Snapshot] = None      # the newest file, while followers want it
         self._loading = False
 
     @property
     def busy(self) -> bool:
-        """True while a snapshot is in the making."""
         return self._job is not None or self._saving
 
     def is_due(self, raft_index: int, nodes: int, count: int) -> bool:
         """True if the newest file is older than `count` entries, and the disk was not just full.
 
-        A walk takes 4 us per node, so that of a large store has to wait for as many entries: it
-        would cost more than they do.  They take less memory than the nodes.  It is the nodes of
-        the last snapshot that count: a store that only grows has one whenever it has doubled.
+        A walk takes 4 us per node.  That of a large store waits for as many entries as it has
+        nodes, as it would cost more than the entries do; they take less memory than the nodes.
+        The nodes of the last snapshot count: a store that only grows has one at each doubling.
         """
         behind = raft_index - self.index
         if behind <= count or behind <= min(nodes, self.nodes) - SNAPSHOT_CHEAP_NODES:
@@ -13158,31 +13434,31 @@ class SnapshotKeeper:
     def begin(
         self, store: Store, applied: EntryID, voters: Tuple[int, ...], *, lent: bool
     ) -> None:
-        """Begin to walk the store, which has applied just `applied`; work() goes on.
+        """Begin to walk the store, which has applied entries up to `applied`; work() goes on.
 
-        lent  for all that wait for one, instead of the disk
+        lent  for the receivers that wait, instead of the disk
         """
         if lent:
             self._receivers, self._waiting = self._waiting, []
         else:
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "start to snapshot (applied: %d, lastsnap: %d)", applied.index, self.index
             )
             self.nodes = len(store)
         self._job = SnapshotJob(store, applied, voters, self._reactor.now)
-        self._job.begin()               # now: the walk is of the state that its first step finds
+        self._job.begin()               # now: the first step fixes the state
 
     @property
     def is_requested(self) -> bool:
-        """True if somebody waits for a snapshot, and none is in the making."""
+        """True if a receiver waits for a snapshot, and none is in the making."""
         return bool(self._waiting) and not self.busy
 
     def request(self, receiver: SnapshotReceiver) -> None:
-        """Have receiver called with the state of a moment from now on; the disk is not involved."""
+        """Call receiver(file, etcd index) with the state of a later moment, without the disk."""
         self._waiting.append(receiver)
 
     def withdraw(self, receiver: SnapshotReceiver) -> None:
-        """The receiver is gone; a walk for nobody ends."""
+        """Forget a receiver; a walk without receivers ends."""
         if receiver in self._waiting:
             self._waiting.remove(receiver)
         elif receiver in self._receivers:
@@ -13192,7 +13468,7 @@ class SnapshotKeeper:
                 self._job = None
 
     def work(self, compact: Callable[[int], bool]) -> None:
-        """Do a slice of the walk; at its end have record and file written.
+        """Do a slice of the walk; at its end write record and file.
 
         compact  drops a slice of the log up to an index; True when all of it is dropped
         """
@@ -13218,14 +13494,14 @@ class SnapshotKeeper:
         started = self._job.started
         self.work_durations.observe(self._job.work_seconds)
         self._job, self._saving = None, True
-        self._journal.record_snapshot(file.id, lambda: self._write(file, started))
+        self._journal.record_snapshot(file.id, lambda: self._write_file(file, started))
 
-    def _write(self, file: SnapshotFile, started: float) -> None:
-        """The log has the record: write the file on another thread, the log must go on."""
+    def _write_file(self, file: SnapshotFile, started: float) -> None:
+        """Write the file, after its record is in the log, on another thread: the log must go on."""
         def done(error: "Optional[BaseException]", _: "Any") -> None:
             self._saving = False
             if isinstance(error, (DiskFull, WorkersBusy)):
-                package_logger("etcdserver").error("no snapshot could be saved: %s", error)
+                SERVER_LOG.error("no snapshot could be saved: %s", error)
                 self._not_before = self._reactor.now() + PURGE_SECONDS
                 return
             if error is not None:
@@ -13233,7 +13509,7 @@ class SnapshotKeeper:
                 return
             self.save_durations.observe(self._reactor.now() - started)
             index = file.id.index
-            package_logger("etcdserver").info("saved snapshot at index %d", index)
+            SERVER_LOG.info("saved snapshot at index %d", index)
             self._cache = None
             if index > self.index:
                 self.index = index
@@ -13243,12 +13519,12 @@ class SnapshotKeeper:
         self._reactor.run_blocking(self.snapshotter.write, file, kind=FILE_WORK, done=done)
 
     def received(self, index: int) -> None:
-        """The leader's snapshot has replaced the store: a walk over the old one is void."""
+        """Give up a walk over the old store, which the leader's snapshot has replaced."""
         if self._job is not None:
             self._job.cancel()
             self._job = None
             self._waiting, self._receivers = self._receivers + self._waiting, []
-        self.index, self.nodes = index, 0       # not counted: the next file comes a bit sooner
+        self.index, self.nodes = index, 0       # not counted: the next file comes sooner
         self._cache = None
 
     def newest(self) -> Optional[Snapshot]:
@@ -13261,19 +13537,19 @@ class SnapshotKeeper:
     def _loaded(self, error: Optional[BaseException], snapshot: Any) -> None:
         self._loading = False
         if error is not None:
-            package_logger("etcdserver").error("cannot read the snapshot file: %s", error)
+            SERVER_LOG.error("cannot read the snapshot file: %s", error)
             return
         self._cache = snapshot
-        # A damaged file was put aside: what we have is older, and the next one is due sooner.
+        # A damaged file was put aside: the one read is older, and the next one is due sooner.
         self.index = min(self.index, snapshot.index if snapshot is not None else 0)
-        self._reactor.call_later(30.0, self._forget)
+        self._reactor.call_later(30.0, self._drop_cache)
 
-    def _forget(self) -> None:
+    def _drop_cache(self) -> None:
         self._cache = None
 
 
 # ============================================================================
-# member/waiting -- Waiting requests: proposals and quorum reads on their way through consensus.
+# member/waiting -- Requests that wait for consensus: callbacks of proposals, late proposals, quorum reads.
 # ============================================================================
 
 
@@ -13281,44 +13557,44 @@ Done = Callable[[Any], None]
 
 
 class Proposals:
-    """Requests on their way through consensus: who waits for which id, and until when."""
+    """The callbacks of requests on their way through consensus, by request id."""
 
     def __init__(self, timeout_s: float) -> None:
+        self.failed = 0                 # timed out, or refused as one too many
         self.timeout_s = timeout_s
-        self.failed = 0                 # got no answer in time, or were one too many
-        self._done: Dict[int, Done] = {}
+        self._callbacks: Dict[int, Done] = {}
         self._deadlines: Deque[Tuple[float, int]] = collections.deque()
 
     def __len__(self) -> int:
-        return len(self._done)
+        return len(self._callbacks)
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._callbacks
 
     def add(self, request_id: int, done: Done, now: float) -> bool:
         """Call done(result) when the entry with this id is applied, or fails; False: too many."""
-        if len(self._done) >= PROPOSALS_PENDING_MAX:
+        if len(self._callbacks) >= PROPOSALS_PENDING_MAX:
             self.failed += 1
             return False
-        self._done[request_id] = done
+        self._callbacks[request_id] = done
         self._deadlines.append((now + self.timeout_s, request_id))
         return True
 
     def pop(self, request_id: int) -> Optional[Done]:
-        """Return who waits for this id, who then waits no more; None if nobody here does."""
-        return self._done.pop(request_id, None)
-
-    def __contains__(self, request_id: object) -> bool:
-        return request_id in self._done
+        """Forget a request and return its callback; None if it is no request of this member."""
+        return self._callbacks.pop(request_id, None)
 
     def expire(self, now: float, error: Callable[[float], EtcdError]) -> int:
-        """Fail what has waited too long with error(start time); return how many.
+        """Fail requests that waited too long with error(start time); return how many.
 
         WORK_ENTRIES_MAX at most: then call again.
         """
         deadlines, expired = self._deadlines, 0
         while expired < WORK_ENTRIES_MAX and deadlines and (
-            deadlines[0][0] <= now or deadlines[0][1] not in self._done
+            deadlines[0][0] <= now or deadlines[0][1] not in self._callbacks
         ):
             deadline, request_id = deadlines.popleft()
-            done = self._done.pop(request_id, None)
+            done = self._callbacks.pop(request_id, None)
             if done is not None:
                 expired += 1
                 self.failed += 1
@@ -13326,22 +13602,21 @@ class Proposals:
         return expired
 
     def fail_all(self, error: EtcdError) -> None:
-        """Fail everything that waits."""
         self._deadlines.clear()
-        while self._done:
-            self._done.popitem()[1](error)
+        while self._callbacks:
+            self._callbacks.popitem()[1](error)
 
 
 class LateProposals:
-    """Proposals of peers that came while there was no leader: kept for the next one.
+    """Proposals that peers forwarded while there was no leader, kept for the next one.
 
-    For two election timeouts; then their clients have given up.
+    After two election timeouts the clients have given up, and the proposals are dropped.
     """
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
-        self._entries: Deque[Tuple[float, Entry]] = collections.deque()     # until when
-        self._bytes = 0                 # in them
+        self._entries: Deque[Tuple[float, Entry]] = collections.deque()     # with deadlines
+        self._bytes = 0                 # of their data
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -13355,12 +13630,11 @@ class LateProposals:
                 self._bytes += len(entry.data)
 
     def expire(self, now: float) -> None:
-        """Drop what has waited too long."""
         while self._entries and self._entries[0][0] < now:
             self._bytes -= len(self._entries.popleft()[1].data)
 
     def take(self, now: float) -> List[Entry]:
-        """Return what is still wanted; nothing is kept any more."""
+        """Return the entries that have not expired; none is kept any more."""
         self.expire(now)
         entries = [entry for _, entry in self._entries]
         self._entries.clear()
@@ -13371,18 +13645,19 @@ class LateProposals:
 class QuorumReads:
     """GET with quorum=true by MsgReadIndex: all that wait share one question to the leader.
 
-    One question at a time; what arrives meanwhile shares the next.  A question without an answer
-    is asked again after two ticks: its leader is gone, or not ready.  Thread: reactor.
-    Source: Raft thesis §6.4.  Differs from etcd 2.3, which writes each such read into its log.
+    One question is under way at a time; requests that arrive meanwhile share the next.  A question
+    without an answer is asked again after two ticks: its leader is gone, or not ready.
+    Thread: reactor.  Source: Raft thesis §6.4.
+    Differs from etcd 2.3, which writes each such read into its log.
     """
 
     def __init__(self, member_id: int, first_id: int) -> None:
-        self.enabled = False            # every member can answer; else the log must do
+        self.enabled = False            # every member can answer; else reads go through the log
         self._member_id = member_id
-        self._question = first_id       # number of the last one: no two of one member are equal
+        self._question = first_id       # number of the last one, unique for this member
         self._waiting: List[Request] = []
         self._asked: List[Request] = []     # those of the question under way
-        self._index = 0                 # its answer: served when so much is applied; 0: not known
+        self._index = 0                 # its answer: the index to apply before; 0: not known
         self._ticks = 0                 # since it was asked
 
     def __len__(self) -> int:
@@ -13393,14 +13668,14 @@ class QuorumReads:
         self._waiting.append(request)
 
     def tick(self, proposals: Container[int]) -> None:
-        """Give up a question that nobody answers, and the requests that nobody waits for."""
+        """Give up an unanswered question, and requests that are not among `proposals` any more."""
         self._ticks += 1
         if self._asked and not self._index and self._ticks > 2:
             again, self._asked = self._asked + self._waiting, []
             self._waiting = [request for request in again if request.id in proposals]
 
     def take(self, node: RawNode, applied: int) -> List[Request]:
-        """Ask if there is something to ask; return the requests that can be served now."""
+        """Ask the leader if requests wait; return the requests that can be served now."""
         served: List[Request] = []
         while True:
             if not self._asked and self._waiting:
@@ -13425,37 +13700,459 @@ class QuorumReads:
 
 
 # ============================================================================
-# member/server -- The server: consensus, disk and store brought together.
+# member/leadership -- Leadership: which member leads, and how a leader gives leadership to another member.
 # ============================================================================
 
 
-class CommitBroadcast:
-    """Sends the new commit index to followers when no entries follow within 1 ms to carry it."""
+class Leadership:
+    """The leader as this member sees it, and the transfer of leadership from this member.
 
-    DELAY_SECONDS = 0.001
+    active_since  member id -> unix seconds since when its links are up; 0: down
 
-    def __init__(self, node: RawNode, reactor: Reactor) -> None:
+    Source: Raft thesis §3.10; etcd 3 server.go, TransferLeadership (2.3 has none).
+    """
+
+    COMMIT_DELAY_SECONDS = 0.001
+
+    def __init__(
+        self, node: RawNode, journal: Journal, reactor: Reactor, config: ServerConfig,
+        active_since: Callable[[int], float],
+    ) -> None:
         self._node = node
+        self._journal = journal
         self._reactor = reactor
-        self._waiting = False
+        self._active_since = active_since
+        self._heartbeat_s = config.heartbeat_ms / 1000
+        self._election_s = config.election_ms / 1000
+        self._seen = 0                  # the leader at the last look
+        self._since = 0.0               # when a leader became known (monotonic); 0: never
+        self._lost_at = reactor.now()   # when the last leader was lost (monotonic)
+        self._removal_term = 0          # the term of the last transfer before a removal
+        self._visit = 0                 # of the journal, at the last tick; 0: it was idle
+        self._visit_ticks = 0           # that the visit has taken
+        self._is_commit_scheduled = False
 
-    def turn(self) -> None:
-        """Look whether somebody has to be told; at the end of each turn."""
-        if self._node.commit_unsent and not self._waiting:
-            self._waiting = True
-            self._reactor.call_later(self.DELAY_SECONDS, self._tell)
+    def observe(self) -> bool:
+        """Log a change of leader, in etcd's words; True if there was one since the last call."""
+        raft, seen = self._node.raft, self._seen
+        lead = raft.lead
+        if lead == seen:
+            return False
+        log, me, old, new = package_logger("raft.node"), *map(format_id, (raft.id, seen, lead))
+        if not lead:
+            log.info("%s lost leader %s at term %d", me, old, raft.term)
+            self._lost_at = self._reactor.now()
+        elif not seen:
+            log.info("%s elected leader %s at term %d", me, new, raft.term)
+        else:
+            log.info("%s changed leader from %s to %s at term %d", me, old, new, raft.term)
+        self._seen = lead
+        if lead:
+            self._since = self._reactor.now()
+        return True
 
-    def _tell(self) -> None:
-        self._waiting = False
+    def unled_s(self) -> float:
+        """Return the seconds without a leader, 0 if one is known."""
+        return 0.0 if self._node.raft.lead else self._reactor.now() - self._lost_at
+
+    def has_links(self, since_s: float = math.inf) -> bool:
+        """Leader: True if links to a quorum are up; others: True if the one to the leader is.
+
+        since_s  the links have been up since this time at the latest, unix seconds
+        """
+        raft = self._node.raft
+        if raft.role is not RaftRole.LEADER:
+            return 0 < self._active_since(raft.lead) <= since_s
+        up = sum(v == raft.id or 0 < self._active_since(v) <= since_s for v in raft.voters)
+        return up > len(raft.voters) // 2
+
+    def explain_timeout(self, started: float) -> EtcdError:
+        """Say why a request got no answer (etcd 2.3: the same three sentences).
+
+        started  when the request came, monotonic
+        """
+        cause = "etcdserver: request timed out"
+        started_s = self._reactor.wall_ns() / NS - (self._reactor.now() - started)
+        if self._since and self._since - 2 * self._election_s < started < self._since:
+            cause += ", possibly due to previous leader failure"
+        elif self._node.raft.lead and not self.has_links(started_s):
+            cause += ", possibly due to connection lost"
+        return RequestTimeout(cause)
+
+    def schedule_commit_broadcast(self) -> None:
+        """Send the new commit index to followers if no entries follow within 1 ms to carry it."""
+        if self._node.commit_unsent and not self._is_commit_scheduled:
+            self._is_commit_scheduled = True
+            self._reactor.call_later(self.COMMIT_DELAY_SECONDS, self._broadcast_commit)
+
+    def _broadcast_commit(self) -> None:
+        self._is_commit_scheduled = False
         self._node.broadcast_commit()
+
+    # -- leadership transfer -------------------------------------------------
+
+    def transfer(self, beyond: int = -1) -> int:
+        """Leader: transfer leadership to the reachable member with the most of our log.
+
+        Returns its id, 0 if there is none or we do not lead.  Proposals are refused until the
+        transferee leads, or has not done so for an election timeout.
+
+        beyond  the transferee must have more of our log on its disk than this index
+        """
+        raft = self._node.raft
+        if raft.role is not RaftRole.LEADER:
+            return 0
+        transferee = max((
+            (progress.match_index, id) for id, progress in raft.progress.items()
+            if id != raft.id and progress.match_index > beyond and self._active_since(id) > 0
+        ), default=(0, 0))[1]
+        if transferee:
+            SERVER_LOG.info(
+                "leadership transfer %s -> %s", format_id(raft.id), format_id(transferee)
+            )
+            self._node.transfer_leader(transferee)
+        return transferee
+
+    def transfer_before_removal(self, changes: Iterable[ConfChange]) -> None:
+        """Transfer leadership if one of `changes`, about to be proposed, removes us; once a term.
+
+        A leader that removes itself may exit before its followers learn that the entry is
+        committed.  Of two members the second one then waits for ever for the vote of the first
+        (thesis §4.2.2).  If no other member takes over, this one proposes the change all the same.
+        """
+        raft = self._node.raft
+        if raft.term != self._removal_term and any(
+            change.type == ConfChangeType.REMOVE_NODE and change.node_id == raft.id
+            for change in changes
+        ) and self.transfer():
+            self._removal_term = raft.term
+
+    def transfer_before_entries(self, entries: Iterable[Entry]) -> None:
+        """Do the same for the proposals of another member."""
+        for entry in entries:
+            if entry.type == EntryType.CONF_CHANGE:
+                with contextlib.suppress(CodecError):
+                    self.transfer_before_removal((decode_conf_change(entry.data),))
+
+    def watch_disk(self) -> None:
+        """Transfer leadership if our disk has not answered for an election timeout; every tick.
+
+        Heartbeats do not need the disk, so no follower would notice.  The transferee must have
+        more on its disk than we have on ours: where all members share one slow disk, a transfer
+        would win nothing.
+        """
+        journal, raft = self._journal, self._node.raft
+        visit = journal.visits if journal.busy else 0
+        self._visit_ticks = self._visit_ticks + 1 if visit and visit == self._visit else 0
+        self._visit = visit
+        if self._visit_ticks >= raft.config.election_ticks and not raft.transferee:
+            if self.transfer(beyond=raft.log.stable):
+                SERVER_LOG.warning(
+                    "stepped aside: the disk has not answered for %d ms",
+                    round(self._visit_ticks * self._heartbeat_s * 1000),
+                )
+
+    def leave(self, proposals: Proposals, done: Callable[[], None]) -> None:
+        """Transfer leadership and let `proposals` get their answer; then call done().
+
+        Takes one election timeout at most.
+        """
+        deadline = self._reactor.now() + self._election_s
+        self._wait_to_leave(proposals, self.transfer(), deadline, done)
+
+    def _wait_to_leave(
+        self, proposals: Proposals, transferee: int, deadline: float, done: Callable[[], None]
+    ) -> None:
+        raft, call_later = self._node.raft, self._reactor.call_later
+        is_unled = raft.lead in (0, raft.id)
+        is_waiting = is_unled if transferee else raft.lead and len(proposals)
+        if is_waiting and self._reactor.now() < deadline:
+            call_later(0.005, self._wait_to_leave, proposals, transferee, deadline, done)
+        elif transferee and not is_unled:
+            # Followers may forward proposals to us until they hear the new leader: pass them on.
+            call_later(2 * self._heartbeat_s, self._wait_to_leave, proposals, 0, deadline, done)
+        else:
+            done()
+
+
+# ============================================================================
+# member/upkeep -- Upkeep: publication, cluster version, expiry of keys, removal of old files.
+# ============================================================================
+
+
+Propose = Callable[[Request, Done], None]       # as EtcdServer.do
+LEADER_WAIT_SECONDS = 10.0          # between two lines of a member without a leader
+
+
+def report_leader_wait(
+    cluster: Cluster, problem: Callable[[int], str], unled_s: Callable[[], float]
+) -> None:
+    """Log which members a member without a leader waits for, unless an election is under way.
+
+    problem  member id -> where it is dialed and what fails; "" if it can be reached
+    """
+    seconds, members = unled_s(), cluster.members
+    if seconds < LEADER_WAIT_SECONDS / 2:
+        return
+    missing = sorted(
+        f"{member.name or format_id(id)} at {problem(id)}" for id, member in members.items()
+        if problem(id)
+    )
+    SERVER_LOG.warning(
+        "waiting for %s, %d of %d needed, %.0f s", ", ".join(missing) or "a leader",
+        len(members) // 2 + 1, len(members), seconds,
+    )
+
+
+def publish(
+    config: ServerConfig, cluster: Cluster, member_id: int, reactor: Reactor, propose: Propose,
+    done: Callable[[], None],
+) -> None:
+    """Publish this member's name and client URLs, again until it is applied; then call done()."""
+
+    def applied(result: "Any") -> None:
+        if isinstance(result, ServerStopped):
+            return
+        if isinstance(result, EtcdError):
+            SERVER_LOG.error("publish error: %s", result.cause)
+            reactor.call_later(
+                SYNC_SECONDS, publish, config, cluster, member_id, reactor, propose, done
+            )
+            return
+        done()
+        _check_peer_urls(config, cluster.members.get(member_id))
+        SERVER_LOG.info(
+            "published {Name:%s ClientURLs:[%s]} to cluster %s", config.name,
+            " ".join(config.advertise_client_urls), format_id(cluster.id),
+        )
+
+    member = Member(
+        member_id, config.initial_advertise_peer_urls, config.name, config.advertise_client_urls,
+        FEATURES,
+    )
+    path = f"/0/members/{format_id(member_id)}/attributes"
+    propose(Request(method="PUT", path=path, val=member.attributes_json()), applied)
+
+
+def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:
+    """Warn if the flags have other peer URLs than the cluster: only the first start uses them.
+
+    Says nothing of default URLs, nor of those of a port that the system chose.
+    """
+    if member is None:                  # removed before its publication was applied
+        return
+    given = tuple(sorted(config.initial_advertise_peer_urls))
+    is_chosen = given != tuple(DEFAULT_PEER_URLS.split(",")) and not any(
+        url.endswith(":0") for url in config.listen_peer_urls
+    )
+    if given != member.peer_urls and is_chosen:
+        SERVER_LOG.warning(
+            "-initial-advertise-peer-urls %s does nothing: the other members know this one by"
+            " %s; change that with PUT /v2/members/%s", ",".join(given),
+            ",".join(member.peer_urls), format_id(member.id),
+        )
+
+
+class VersionMonitor:
+    """Raises the cluster version to the lowest version of any member.  For a leader.
+
+    Source: etcd 2.3 etcdserver/cluster_util.go.
+    """
+
+    PERIOD_S = 4.0
+
+    def __init__(
+        self, reactor: Reactor, cluster: Cluster, member_id: int, propose: Propose,
+        tls: Optional[TlsContext] = None,
+    ) -> None:
+        self._reactor = reactor
+        self._cluster = cluster
+        self._member_id = member_id
+        self._propose = propose
+        self._tls = tls
+        self._calls: List[HttpCall] = []
+        self._versions: Dict[int, str] = {}
+        self._timer: Optional[Timer] = None
+
+    def start(self) -> None:
+        """Ask all members, now and every few seconds until the version is as high as ours."""
+        self.stop()
+        if self._cluster.version and version_key(self._cluster.version) >= _OWN_VERSION_KEY:
+            return
+        self._versions = {self._member_id: SERVER_VERSION}
+        for member in list(self._cluster.members.values()):
+            urls = usable_urls(member.peer_urls)
+            if member.id != self._member_id and urls:
+                self._ask(member, urls[0])
+        self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
+        self._decide()
+
+    def stop(self) -> None:
+        for call in self._calls:
+            call.cancel()
+        self._calls = []
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _ask(self, member: Member, url: str) -> None:
+        def done(error: "Optional[Exception]", answer: "Answer") -> None:
+            version = _server_version(answer.body)
+            if error is None and version:
+                self._versions[member.id] = version
+            self._decide()
+
+        self._calls.append(fetch(
+            self._reactor, url, "/version", done, connect_timeout_s=1.0, idle_timeout_s=2.0,
+            tls=self._tls,
+        ))
+
+    def _decide(self) -> None:
+        """Propose the minimum when every member has answered; a first guess when one cannot."""
+        current = self._cluster.version
+        if self._versions.keys() >= self._cluster.members.keys():
+            lowest = min(self._versions.values(), key=version_key)
+            wanted = ".".join(lowest.split(".")[:2]) + ".0"
+            if not current or version_key(wanted) > version_key(current):
+                self._propose_version(wanted, current)
+        elif not current and self._calls and all(call.ended for call in self._calls):
+            self._propose_version(MIN_CLUSTER_VERSION, current)
+
+    def _propose_version(self, wanted: str, current: Optional[str]) -> None:
+        short = wanted.rpartition(".")[0]
+        if current:
+            before = current.rpartition(".")[0]
+            SERVER_LOG.info("updating the cluster version from %s to %s", before, short)
+        else:
+            SERVER_LOG.info("setting up the initial cluster version to %s", short)
+        self.stop()
+        self._propose(Request(method="PUT", path="/0/version", val=wanted), lambda result: None)
+        self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
+
+
+_OWN_VERSION_KEY = version_key(SERVER_VERSION)
+
+
+def _server_version(body: bytes) -> str:
+    """Return the `etcdserver` of a /version answer, or "" if it is not one."""
+    try:
+        version = str(load_json(body)["etcdserver"])
+        version_key(version)
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return version
+
+
+class ExpirySync:
+    """Puts the leader's clock into the log, where every member expires keys alike.
+
+    Differs from etcd: if many keys are over, the time in the log catches up with the clock in
+    steps, each after the one before is applied, so that no other request waits for all of them.
+    """
+
+    def __init__(
+        self, store: Store, wall_ns: Callable[[], int], propose: Propose,
+        may_propose: Callable[[], bool],
+    ) -> None:
+        self._store = store
+        self._wall_ns = wall_ns
+        self._propose = propose
+        self._may_propose = may_propose
+        self._is_under_way = False
+
+    def tick(self) -> None:
+        """Propose the time if keys have a TTL; every SYNC_SECONDS."""
+        if self._store.has_ttl and not self._is_under_way:
+            self._propose_step()
+
+    def _propose_step(self) -> None:
+        if not self._may_propose():
+            return
+        now_ns = self._wall_ns()
+        time_ns = self._store.expiry_step_ns(now_ns)
+        self._is_under_way = True
+        applied = functools.partial(self._step_applied, time_ns == now_ns)
+        self._propose(Request(method="SYNC", time=time_ns), applied)
+
+    def _step_applied(self, is_last: bool, result: Any) -> None:
+        self._is_under_way = False
+        if result is None and not is_last:      # a step that failed is repeated by tick()
+            self._propose_step()
+
+
+def purge_periodically(
+    reactor: Reactor, disk: OsDisk, kept: Sequence[Tuple[str, str, int]]
+) -> None:
+    """Remove old files now, and again 30 s after each time.
+
+    kept  (directory, suffix, number of its newest files to keep), ...
+    """
+    def purge() -> None:
+        for directory, suffix, keep in kept:
+            purge_files(directory, suffix, keep, disk=disk)
+
+    def purged(error: "Optional[BaseException]", _: "Any") -> None:
+        reactor.call_later(PURGE_SECONDS, purge_periodically, reactor, disk, kept)
+        if error is not None:
+            SERVER_LOG.error("cannot remove old files: %s", error)
+
+    reactor.run_blocking(purge, kind=FILE_WORK, done=purged)
+
+
+# ============================================================================
+# member/server -- The server: Raft, disk and store of one member, brought together.
+# ----------------------------------------------------------------------------
+# The way of a PUT, from HTTP to the log, to the disk, to the store, and back:
+#
+#     PUT /v2/keys/a
+#       |
+#     KeysApi._write                  reads the form: a Request
+#     KeysApi._submit                 notes which HTTP request waits for the answer
+#     EtcdServer.do                   registers the callback, queues an Entry
+#       :
+#       :  end of the turn            all entries of the turn together
+#       :
+#     EtcdServer._propose_queued
+#     RawNode.propose                 one MsgProp
+#     Raft.step  -- follower -->      Raft._forward_prop --> the leader's RawNode.step
+#       | leader
+#     Raft._leader_prop
+#     Raft._append_own                gives each Entry its term and index
+#     RaftLog.append
+#       |
+#     RawNode.ready  ------------->   Transport.offer --> MsgApp to the followers
+#     Journal.add
+#     Journal.submit                  one batch at a time
+#       :
+#       :  thread `wal`               WalWriter._run: one write, one fdatasync
+#       :
+#     EtcdServer._durable             followers: their answers may leave
+#     RawNode.persisted
+#     Raft._maybe_commit  <--------   Raft._leader_app_resp <-- answers of the followers
+#       |
+#     EtcdServer._apply
+#     Applier.apply_entry
+#     Store.set  ----------------->   WatcherHub.notify --> watchers
+#       |
+#     Proposals.pop                   the callback that EtcdServer.do registered
+#     KeysApi._reply_applied
+#       |
+#     201 Created
+#
+# EtcdServer.on_turn makes the steps between the dotted lines, once per turn of the reactor.
+# ============================================================================
 
 
 class EtcdServer:
-    """One member.  Owns the Raft node, the log on disk and what is applied; knows no HTTP.
+    """One member: its Raft node, its journal on disk, and the store that entries change.
 
-    do() and change_member() are the ways in; every answer comes through the callback given, on
-    the reactor's thread, after the change is durable on a quorum and applied here.
-    Thread: reactor.  transport_type, wal_writer_type and rng are the seams of the simulator.
+    do() and change_member() are the ways in.  Every answer comes through the callback given,
+    after the change is durable on a quorum and applied here.  Knows no HTTP.  Thread: reactor.
+
+    failed     called when the disk has failed: what is durable is unknown from then on
+    removed    called a while after the removal of this member is applied
+    published  called when the cluster knows this member's name and client URLs
+    transport_type, wal_writer_type, rng  seams of the simulator
     """
 
     def __init__(
@@ -13489,45 +14186,38 @@ class EtcdServer:
         )
         self.counts = ServerCounts(config.heartbeat_ms / 1000)
         self.traffic = traffic = Traffic(self.stats, self.leader_stats, reactor.now)
+        self.node: RawNode = self._make_node(boot, rng or random.Random())
         self.transport: Transport = (transport_type or Transport)(
             reactor, member_id=boot.member_id, cluster_id=boot.cluster.id,
             peer_urls=config.initial_advertise_peer_urls, is_removed=boot.cluster.is_removed,
             deliver=self._deliver, removed=removed, round_trip=traffic.round_trip,
-            unreachable=lambda to: self.node.report_unreachable(to),
-            snapshot_done=lambda to, ok: self.node.report_snapshot(to, ok),
+            unreachable=self.node.report_unreachable, snapshot_done=self.node.report_snapshot,
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
             tls=boot.peer_tls,
-            inspector=MemberInspector(self.cluster, lambda m: self.node.protocol_violation(m)),
+            inspector=MemberInspector(self.cluster, self.node.protocol_violation),
         )
         self.versions = VersionMonitor(
-            reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
+            reactor, self.cluster, self.member_id, self.do, boot.peer_tls
         )
-        self._leader_wait = LeaderWait(reactor, self.cluster, self.transport.problem)
-        self.node: RawNode = self._make_node(boot, rng or random.Random())
-        self.handover = LeadershipTransfer(self.node, self.transport.active_since)
-        self._disk_watch = DiskWatch(self)
-        self._news = CommitBroadcast(self.node, reactor)
+        self._leadership = Leadership(
+            self.node, self.journal, reactor, config, self.transport.active_since
+        )
         self._data_dir = boot.data_dir
         self._removed = removed
-        self._tell_published = published
+        self._published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
-        self._queued_bytes = 0                  # in them
-        self._changes: List[ConfChange] = []    # likewise
+        self._queued_bytes = 0                  # of their data
+        self._changes: List[ConfChange] = []    # proposed changes of members, likewise
         self._late_proposals = LateProposals(2 * config.election_ms / 1000)
-        self._lead = 0                          # as last seen by _watch_lead
-        self.lead_since = 0.0                   # when it was elected (monotonic)
+        self._timers: List[Timer] = []
         for member in boot.remotes:
             self.transport.add_remote(member.id, member.peer_urls)
-        _connect_others(self)
+        self._connect_others()
 
     def _make_node(self, boot: Bootstrap, rng: random.Random) -> RawNode:
-        raft_log = package_logger("raft")
         config = RaftConfig(
-            id=boot.member_id,
+            id=boot.member_id, rng=rng, trace=package_logger("raft").info, defer_commit=True,
             election_ticks=max(self.config.election_ms // self.config.heartbeat_ms, 1),
-            rng=rng,
-            trace=raft_log.info,
-            defer_commit=True,
         )
         if boot.bootstrap_entries:
             node = RawNode.bootstrap(config, boot.bootstrap_entries)
@@ -13543,18 +14233,36 @@ class EtcdServer:
 
     def start(self) -> None:
         """Begin to take part.  The reactor must call on_turn() from now on."""
-        self.reactor.on_turned = self.counts.turn_durations.observe
+        config, reactor = self.config, self.reactor
+        reactor.on_turned = self.counts.turn_durations.observe
         self.journal.writer.start()
-        self._leader_wait.watch(self.lead)
         if len(self.node.raft.voters) > 1:
             self.node.advance_ticks(self.node.raft.config.election_ticks - 1)
-        self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
-        Expiry(self)
-        Purge(self, self._data_dir)
-        Publication(self, self._tell_published)
+        expiry = ExpirySync(
+            self.store, reactor.wall_ns, self.do, lambda: self.is_leader and not self.no_space
+        )
+        self._timers = [
+            reactor.every(config.heartbeat_ms / 1000, self._tick),
+            reactor.every(SYNC_SECONDS, expiry.tick),
+            reactor.every(LEADER_WAIT_SECONDS, lambda: report_leader_wait(
+                self.cluster, self.transport.problem, self._leadership.unled_s)),
+        ]
+        purge_periodically(reactor, self.snapshots.snapshotter.disk, (
+            (self._data_dir.snap, ".snap", config.max_snapshots),
+            (self._data_dir.wal, ".wal", config.max_wals),
+        ))
+        self.publish(self._published)
+
+    def publish(self, done: Callable[[], None]) -> None:
+        """Tell the cluster this member's name and client URLs; done() when it knows them."""
+        publish(self.config, self.cluster, self.member_id, self.reactor, self.do, done)
+
+    def leave(self, done: Callable[[], None]) -> None:
+        """Prepare a planned stop: done() when another member leads, and no request waits here."""
+        self._leadership.leave(self.proposals, done)
 
     def stop(self) -> None:
-        """Reject what waits, write the last batch, close the log.  Blocks for one sync."""
+        """Reject waiting requests, write the last batch, close the log.  Blocks for one sync."""
         self.stopping = True
         self.proposals.fail_all(ServerStopped())
         if self.node.has_ready():
@@ -13562,48 +14270,42 @@ class EtcdServer:
         self.journal.close()
         self.abandon()
 
+    def abandon(self) -> None:
+        """Free everything and send nothing more, as a crash would; harmless after stop()."""
+        self.stopping = True
+        for timer in self._timers:
+            timer.cancel()
+        with contextlib.ExitStack() as each:
+            for free in (self.journal.writer.stop, self.transport.stop, self.versions.stop):
+                each.callback(free)
+
     def _disk_full(self, why: str) -> None:
         """The log cannot grow (`why`), or can again (""): reads go on, nothing is lost."""
-        self.no_space, log = why, package_logger("etcdserver")
+        self.no_space = why
         if not why:
-            log.warning("the log can be written again")
+            SERVER_LOG.warning("the log can be written again")
             return
-        log.error("%s; writes are refused until there is space again", why)
+        SERVER_LOG.error("%s; writes are refused until there is space again", why)
         cause = f"etcdserver: {why}; the change may still be made when there is space again"
         self.proposals.fail_all(RequestTimeout(cause))
-
-    def abandon(self) -> None:
-        """Stop saying anything, as a crash would, and free all; harmless after stop()."""
-        self.stopping = True
-        with contextlib.ExitStack() as each:
-            for part in (self.journal.writer, self.transport, self.versions, self._leader_wait):
-                each.callback(part.stop)
 
     # -- ways in -----------------------------------------------------------
 
     @property
     def lead(self) -> int:
-        """Member id of the known leader, 0 if none."""
+        """The known leader's id, 0 if none."""
         return self.node.raft.lead
 
     @property
     def is_leader(self) -> bool:
-        """True if this member leads."""
         return self.node.raft.role == RaftRole.LEADER
 
     @property
     def is_healthy(self) -> bool:
-        """True if a leader is known and, when that is us, a quorum of streams is up.
-
-        False while the disk is full.
-        """
+        """True if the disk has space, and this member leads a quorum or knows a leader."""
         if self.no_space:
             return False
-        if not self.is_leader:
-            return self.lead != 0
-        voters = self.node.raft.voters
-        active = sum(v == self.member_id or self.transport.active_since(v) > 0 for v in voters)
-        return active > len(voters) // 2
+        return self._leadership.has_links() if self.is_leader else self.lead != 0
 
     def do(self, request: Request, done: Done, encoded: bytes = b"") -> None:
         """Send a command through consensus; done(Event, or EtcdError) when it is applied here.
@@ -13640,8 +14342,7 @@ class EtcdServer:
         if self.config.strict_reconfig_check:
             try:
                 self.cluster.check_strict(change_type, member.id)
-                check_active(change_type, member.id, self.member_id, self.cluster.members,
-                             self.transport.active_since)
+                self.cluster.check_active(change_type, member.id, self.transport.active_since)
             except ReconfigurationRefused as error:
                 done(error)
                 return
@@ -13655,7 +14356,7 @@ class EtcdServer:
             done(TooManyRequests("etcdserver: too many requests"))
 
     def _deliver(self, message: Message) -> None:
-        """A message of a peer has arrived; its proposals wait for the next leader if need be.
+        """Step a peer's message into Raft; proposals without a leader wait for the next one.
 
         Differs from etcd, which drops them, so that the peer's client waits for its timeout.
         While the disk is full entries are dropped: they would fill the memory instead.
@@ -13663,32 +14364,32 @@ class EtcdServer:
         if self.no_space and message.type == MsgType.APP and message.entries:
             return
         if message.type == MsgType.PROP:
-            self.handover.before_entries(message.entries)
+            self._leadership.transfer_before_entries(message.entries)
         try:
             self.node.step(message)
         except ProposalDropped:
             self._late_proposals.add(message.entries, self.reactor.now())
 
-    # -- clocks ------------------------------------------------------------
+    # -- clock -------------------------------------------------------------
 
     def _tick(self) -> None:
         """One tick of Raft, however late: ticks missed in a stall are dropped, not replayed."""
-        if self.stopping:
-            return
-        self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
+        now = self.reactor.now()
         self.node.raft.pre_vote = self.cluster.all_have(FEATURE_PRE_VOTE)
         self.reads.enabled = self.cluster.all_have(FEATURE_READ_INDEX)
         self.reads.tick(self.proposals)
-        self._late_proposals.expire(self.reactor.now())
-        self.counts.tick(self.reactor.now(), self.is_leader * (len(self.node.raft.voters) - 1))
+        self._late_proposals.expire(now)
+        self.counts.tick(now, self.is_leader * (len(self.node.raft.voters) - 1))
         self.node.tick()
-        self._disk_watch.tick()
-        expire_requests(self)
+        self._leadership.watch_disk()
+        self._expire_proposals()
 
-    def _propose_version(self, version: str) -> None:
-        self.do(Request(method="PUT", path="/0/version", val=version), lambda result: None)
+    def _expire_proposals(self) -> None:
+        explain = self._leadership.explain_timeout
+        if self.proposals.expire(self.reactor.now(), explain) >= WORK_ENTRIES_MAX:
+            self.reactor.call_soon(self._expire_proposals)
 
-    # -- one turn (DESIGN: order inside one turn, steps 5 to 7) -------------
+    # -- one turn ----------------------------------------------------------
 
     def on_turn(self) -> None:
         """Propose, hand out, write, apply.  Called once per turn of the reactor."""
@@ -13696,7 +14397,7 @@ class EtcdServer:
             return
         node, hub, refused = self.node, self.store.hub, False
         if self._late_proposals and self.lead and not node.raft.transferee:
-            with contextlib.suppress(ProposalDropped):  # again: as if the network had lost them
+            with contextlib.suppress(ProposalDropped):  # as if the network had lost them
                 node.propose(*self._late_proposals.take(self.reactor.now()))
         if self.reads:
             self._serve_reads()
@@ -13712,21 +14413,21 @@ class EtcdServer:
         if self.snapshots.is_requested:
             self._maybe_snapshot()
         self.snapshots.work(self._compact)
-        self._news.turn()
+        self._leadership.schedule_commit_broadcast()
         waiting = hub.backlog or not refused and (self._queue or self._changes)
         if waiting or self.store.has_garbage or self.journal.is_encoding or node.has_ready():
-            self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
+            self.reactor.call_soon(_nothing)    # turn again at once: there is more to do
 
     def _propose_queued(self) -> bool:
-        """Hand the waiting proposals to Raft; False if they have to wait for a leader.
+        """Propose the queued entries; False if they have to wait for a leader.
 
-        Differs from etcd: they also wait while no link to the leader is up.  It may be dead, and
-        what is sent to a dead leader is lost: its client would wait for the whole timeout.
+        Differs from etcd: proposals also wait while no link to the leader is up.  It may be dead,
+        and a message to a dead leader is lost: its client would wait for the whole timeout.
         """
         if self.lead and not self.is_leader and not self.transport.active_since(self.lead):
             return False
         queue, self._queue, self._queued_bytes = self._queue, [], 0
-        self.handover.before(self._changes)
+        self._leadership.transfer_before_removal(self._changes)
         try:
             if queue:
                 self.node.propose(*queue)
@@ -13742,26 +14443,31 @@ class EtcdServer:
             return False
         return True
 
+    def _repeat(self, change: ConfChange) -> None:
+        """Propose a change again that was lost, or that met another pending one at the leader."""
+        if change.id in self.proposals:     # a change that is applied already has no effect
+            self._changes.append(change)
+
     def _serve_reads(self) -> None:
         for request in self.reads.take(self.node, self.raft_index):
             done = self.proposals.pop(request.id)
             if done is not None:
                 done(self.applier.apply_request(request))
 
-    def _repeat(self, change: ConfChange) -> None:
-        """Propose a change again that was lost, or met another one under way at the leader."""
-        if change.id in self.proposals:     # applied twice it does nothing the second time
-            self._changes.append(change)
-
     def _take(self, ready: Ready) -> None:
-        """Send what may leave at once, and keep the rest for the disk."""
-        self._watch_lead()
+        """Send the messages that may leave at once, and give the rest to the journal."""
+        if self._leadership.observe():
+            if self.lead:
+                self.counts.leader_changes += 1
+                self.stats.became(self.lead)
+            if self.lead != self.member_id:
+                self.versions.stop()
         if ready.messages:
             self.transport.offer(ready.messages)
         self.journal.add(ready)
 
     def _durable(self, batch: Batch) -> None:
-        """Everything of this batch is on disk: now it may be said, and counted."""
+        """A batch is on disk: count its entries, become its snapshot, send what it held back."""
         if self.stopping:
             return
         if batch.mark is not None:
@@ -13788,20 +14494,20 @@ class EtcdServer:
                 return
         log.applied_to(self.raft_index)
         if log.applied < log.commit:
-            self.reactor.call_soon(_nothing)    # more than one turn's worth: go on at once
+            self.reactor.call_soon(_nothing)    # more work than for one turn: turn again at once
         self._maybe_campaign_alone()
         self._maybe_snapshot()
 
     def _apply_normal(self, entry: Entry) -> None:
-        """Apply a command and answer it; the log is told by _apply().  A hot path."""
+        """Apply a command and answer it; _apply() tells the log.  A hot path."""
         result = self.applier.apply_entry(entry)
         self.raft_index, self.raft_term = entry.index, entry.term
         request = entry.request
         if request is None:
             if not entry.data and self.is_leader:
-                self.versions.start()           # our term's first entry: we really lead
+                self.versions.start()           # the first entry of our term is committed
             return
-        entry.request = None                    # the log keeps the bytes; this was for us alone
+        entry.request = None                    # the log keeps the bytes only
         done = self.proposals.pop(request.id)
         if done is not None:
             done(result)
@@ -13809,8 +14515,8 @@ class EtcdServer:
     def _apply_conf_change(self, entry: Entry) -> bool:
         """Apply a membership change; False if its commit must first be on disk.
 
-        A crash could otherwise bring back a member that knows fewer voters than it has already
-        dealt with, and let it commit alone what the others never saw.
+        A crash could otherwise bring back a member that knows fewer voters than it had counted
+        before, and let it commit alone an entry that the others never saw.
         """
         if self.journal.durable_commit < entry.index:
             raft = self.node.raft
@@ -13842,39 +14548,22 @@ class EtcdServer:
         else:
             self.transport.update_peer(member.id, member.peer_urls)
 
-    def _maybe_campaign_alone(self) -> None:
-        """A cluster of one need not wait for a timeout: nobody else can lead.
+    def _connect_others(self) -> None:
+        for member in self.cluster.members.values():
+            if member.id != self.member_id:
+                self.transport.add_peer(member.id, member.peer_urls)
 
-        Only once everything known to be committed is applied: before that the voters are those
-        of an earlier time.
+    def _maybe_campaign_alone(self) -> None:
+        """Campaign at once in a cluster of one, where no other member can lead.
+
+        All entries known to be committed must be applied: before that the voters are those of an
+        earlier time.
         """
         raft = self.node.raft
         if raft.lead or raft.voters != (self.member_id,) or raft.role != RaftRole.FOLLOWER:
             return
         if raft.log.applied >= raft.log.commit:
             self.node.campaign()
-
-    def _watch_lead(self) -> None:
-        """Log a change of leader, in etcd's words, and act on it."""
-        lead = self.node.raft.lead
-        if lead == self._lead:
-            return
-        term, log = self.node.raft.term, package_logger("raft.node")
-        me, old, new = (format_id(i) for i in (self.member_id, self._lead, lead))
-        if not lead:
-            log.info("%s lost leader %s at term %d", me, old, term)
-        elif not self._lead:
-            log.info("%s elected leader %s at term %d", me, new, term)
-        else:
-            log.info("%s changed leader from %s to %s at term %d", me, old, new, term)
-        self._lead = lead
-        self._leader_wait.watch(lead)
-        if lead:
-            self.lead_since = self.reactor.now()
-            self.counts.leader_changes += 1
-            self.stats.became(lead)
-        if lead != self.member_id:
-            self.versions.stop()
 
     # -- snapshots ---------------------------------------------------------
 
@@ -13889,678 +14578,20 @@ class EtcdServer:
         log = self.node.raft.log
         self.node.compact(min(index, log.offset + COMPACT_SLICE_ENTRIES))
         if log.offset == index:
-            package_logger("etcdserver").info("compacted raft log at %d", index)
+            SERVER_LOG.info("compacted raft log at %d", index)
         return log.offset >= index
 
     def _recover(self, snapshot: Snapshot) -> None:
-        """A snapshot of the leader is durable here: the store becomes what it says."""
+        """A snapshot of the leader is durable here: the store becomes its state."""
         self.snapshots.received(snapshot.index)
         self.store.install(snapshot.state or StoreState.read(snapshot.data))
         self.cluster.recover()
         self.applier.auth_changes += 1
-        text = "recovered from incoming snapshot at index %d"
-        package_logger("etcdserver").info(text, snapshot.index)
+        SERVER_LOG.info("recovered from incoming snapshot at index %d", snapshot.index)
         self.transport.remove_all()
-        _connect_others(self)
+        self._connect_others()
         self.raft_index, self.raft_term = snapshot.index, snapshot.term
         self.node.applied_to(snapshot.index)
-
-
-def _connect_others(etcd: EtcdServer) -> None:
-    for member in etcd.cluster.members.values():
-        if member.id != etcd.member_id:
-            etcd.transport.add_peer(member.id, member.peer_urls)
-
-
-def explain_timeout(etcd: EtcdServer, started: float) -> EtcdError:
-    """Say why a request got no answer (etcd 2.3: the same three sentences)."""
-    cause = "etcdserver: request timed out"
-    election_s = etcd.config.election_ms / 1000
-    if etcd.lead_since and etcd.lead_since - 2 * election_s < started < etcd.lead_since:
-        cause += ", possibly due to previous leader failure"
-    elif etcd.lead and not _was_connected_since(etcd, started):
-        cause += ", possibly due to connection lost"
-    return RequestTimeout(cause)
-
-
-def expire_requests(etcd: EtcdServer) -> None:
-    """Fail what has waited too long, WORK_ENTRIES_MAX requests in a turn."""
-    error = functools.partial(explain_timeout, etcd)
-    if etcd.proposals.expire(etcd.reactor.now(), error) >= WORK_ENTRIES_MAX:
-        etcd.reactor.call_soon(expire_requests, etcd)
-
-
-def _was_connected_since(etcd: EtcdServer, started: float) -> bool:
-    since = etcd.reactor.wall_ns() / NS - (etcd.reactor.now() - started)
-    if not etcd.is_leader:
-        return 0 < etcd.transport.active_since(etcd.lead) <= since
-    voters = etcd.node.raft.voters
-    connected = 1 + sum(0 < etcd.transport.active_since(v) <= since for v in voters)
-    return connected > len(voters) // 2
-
-
-class Publication:
-    """Tells the cluster our name and client URLs, until it is applied; then calls done()."""
-
-    def __init__(self, etcd: EtcdServer, done: Callable[[], None]) -> None:
-        self._etcd = etcd
-        self._done = done
-        self._propose()
-
-    def _propose(self) -> None:
-        etcd, config = self._etcd, self._etcd.config
-        if etcd.stopping:
-            return
-        member = Member(
-            etcd.member_id, config.initial_advertise_peer_urls, config.name,
-            config.advertise_client_urls, FEATURES,
-        )
-        path = f"/0/members/{format_id(etcd.member_id)}/attributes"
-        etcd.do(Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
-
-    def _applied(self, result: Any) -> None:
-        etcd, log = self._etcd, package_logger("etcdserver")
-        if etcd.stopping:
-            return
-        if isinstance(result, EtcdError):
-            log.error("publish error: %s", result.cause)
-            etcd.reactor.call_later(SYNC_SECONDS, self._propose)
-            return
-        self._done()
-        self._check_peer_urls()
-        log.info(
-            "published {Name:%s ClientURLs:[%s]} to cluster %s", etcd.config.name,
-            " ".join(etcd.config.advertise_client_urls), format_id(etcd.cluster.id),
-        )
-
-    def _check_peer_urls(self) -> None:
-        """Warn if the flags have other peer URLs than the cluster: only the first start uses them.
-
-        Not if they are the default, or those of a port that the system chose.
-        """
-        etcd, config = self._etcd, self._etcd.config
-        member = etcd.cluster.members.get(etcd.member_id)
-        if member is None:                  # removed before its publication was applied
-            return
-        known = member.peer_urls
-        given = tuple(sorted(config.initial_advertise_peer_urls))
-        is_chosen = given != tuple(DEFAULT_PEER_URLS.split(",")) and not any(
-            url.endswith(":0") for url in config.listen_peer_urls
-        )
-        if given != known and is_chosen:
-            package_logger("etcdserver").warning(
-                "-initial-advertise-peer-urls %s does nothing: the other members know this one by"
-                " %s; change that with PUT /v2/members/%s", ",".join(given), ",".join(known),
-                format_id(etcd.member_id),
-            )
-
-
-class Expiry:
-    """The leader's clock reaches the log, where every member expires keys alike.
-
-    Differs from etcd: if many keys are over, the time in the log catches up with the clock in
-    steps, each when the one before is applied, so that nobody else has to wait for all of them.
-    """
-
-    def __init__(self, etcd: EtcdServer) -> None:
-        self._etcd = etcd
-        self._is_under_way = False
-        self._wait()
-
-    def _wait(self) -> None:
-        if not self._etcd.stopping:
-            self._etcd.reactor.call_later(SYNC_SECONDS, self._sync)
-
-    def _sync(self) -> None:
-        self._wait()
-        if self._etcd.store.has_ttl and not self._is_under_way:
-            self._step()
-
-    def _step(self) -> None:
-        etcd = self._etcd
-        if etcd.stopping or etcd.no_space or not etcd.is_leader:
-            return
-        now_ns = etcd.reactor.wall_ns()
-        time_ns = etcd.store.expiry_step_ns(now_ns)
-        self._is_under_way = True
-        request = Request(method="SYNC", time=time_ns)
-        etcd.do(request, functools.partial(self._done, time_ns == now_ns))
-
-    def _done(self, is_last: bool, result: Any) -> None:
-        self._is_under_way = False
-        if result is None and not is_last:      # else it failed, and may be tried in a while
-            self._step()
-
-
-class Purge:
-    """Removes snapshots and segments beyond the number to keep, every 30 s."""
-
-    def __init__(self, etcd: EtcdServer, data_dir: DataDir) -> None:
-        self._etcd = etcd
-        config = etcd.config
-        self._kept = (
-            (data_dir.snap, ".snap", config.max_snapshots), (data_dir.wal, ".wal", config.max_wals)
-        )
-        self._begin()
-
-    def _begin(self) -> None:
-        if not self._etcd.stopping:
-            self._etcd.reactor.run_blocking(self._remove, kind=FILE_WORK, done=self._done)
-
-    def _remove(self) -> None:
-        disk = self._etcd.snapshots.snapshotter.disk
-        for directory, suffix, keep in self._kept:
-            purge_files(directory, suffix, keep, disk=disk)
-
-    def _done(self, error: Optional[BaseException], _: Any) -> None:
-        self._etcd.reactor.call_later(PURGE_SECONDS, self._begin)
-        if error is not None:
-            package_logger("etcdserver").error("cannot remove old files: %s", error)
-
-
-class DiskWatch:
-    """Has a leader step aside whose disk has not answered for an election timeout.
-
-    Heartbeats do not need the disk, so nobody else would notice.  The heir must have more on its
-    disk than we have on ours: where all members share one slow disk, nothing would be won.
-    Thread: reactor.
-    """
-
-    def __init__(self, etcd: EtcdServer) -> None:
-        self._etcd = etcd
-        self._visit = 0                 # of the journal, when it was last looked at; 0: none
-        self._ticks = 0                 # that it has taken
-
-    def tick(self) -> None:
-        """Look whether the same job is still under way."""
-        etcd = self._etcd
-        journal, raft = etcd.journal, etcd.node.raft
-        visit = journal.visits if journal.busy else 0
-        self._ticks = self._ticks + 1 if visit and visit == self._visit else 0
-        self._visit = visit
-        if self._ticks < raft.config.election_ticks or not etcd.is_leader or raft.transferee:
-            return
-        if etcd.handover.begin(beyond=raft.log.stable):
-            package_logger("etcdserver").warning(
-                "stepped aside: the disk has not answered for %d ms",
-                self._ticks * etcd.config.heartbeat_ms,
-            )
-
-
-class GracefulStop:
-    """A planned end: the lead goes to another member, and waiting requests get their answer.
-
-    Takes one election timeout at most, then done() is called.  Thread: reactor.
-    Source: Raft thesis §3.10; etcd 3 server.go, TransferLeadership (2.3 lets the others time out).
-    """
-
-    def __init__(self, etcd: EtcdServer, done: Callable[[], None]) -> None:
-        self._etcd = etcd
-        self._done = done
-        self._deadline = etcd.reactor.now() + etcd.config.election_ms / 1000
-        self._heir = etcd.handover.begin()
-        self._wait()
-
-    def _wait(self) -> None:
-        etcd = self._etcd
-        if etcd.stopping:
-            return                      # ended by something else
-        unled = etcd.lead in (0, etcd.member_id)
-        waiting = unled if self._heir else etcd.lead and len(etcd.proposals)
-        if waiting and etcd.reactor.now() < self._deadline:
-            etcd.reactor.call_later(0.005, self._wait)
-        elif self._heir and not unled:
-            # Others may still send us their proposals: pass them on until they know better.
-            self._heir = 0
-            etcd.reactor.call_later(2 * etcd.config.heartbeat_ms / 1000, self._wait)
-        else:
-            self._done()
-
-
-# ============================================================================
-# member/auth -- Auth records in the store, and the guard before a request.
-# ----------------------------------------------------------------------------
-# Source: etcd 2.3 etcdserver/auth, etcdhttp/client_security.go.
-# ============================================================================
-
-
-class Auth:
-    """Users and roles as the store has them, and the question whether somebody may do something.
-
-    `version` changes whenever any of it may have changed; what was decided before is void then.
-    Thread: reactor.
-    """
-
-    def __init__(self, store: Store, applier: Applier, reactor: Reactor) -> None:
-        self.checks = PasswordChecks(reactor)
-        self._store = store
-        self._applier = applier
-        self._seen = -1
-        self._enabled = False
-        self._users: Dict[str, Optional[User]] = {}
-        self._roles: Dict[str, Optional[Role]] = {}
-
-    @property
-    def version(self) -> int:
-        """A number that changes with every change of users, roles, or enabled."""
-        return self._applier.auth_changes
-
-    @property
-    def enabled(self) -> bool:
-        """True if requests are checked."""
-        self._look()
-        return self._enabled
-
-    def user(self, name: str) -> Optional[User]:
-        """Return a user, with the role root if it is root."""
-        self._look()
-        if name not in self._users:     # those that do not exist are not remembered
-            stored = self._stored("users", name)
-            if not stored:
-                return None
-            self._users[name] = parse_stored_user(name, stored)
-        return self._users[name]
-
-    def role(self, name: str) -> Optional[Role]:
-        """Return a role; root exists without being stored."""
-        self._look()
-        if name == ROOT:
-            return Role(ROOT, EVERYTHING)
-        if name not in self._roles:
-            stored = self._stored("roles", name)
-            if not stored:
-                return None
-            self._roles[name] = parse_stored_role(name, stored)
-        return self._roles[name]
-
-    def stored_hash(self, name: str) -> str:
-        """Return the password's hash of a user; of one that does not exist, one like root's:
-        to refuse it takes as long."""
-        user = self.user(name)
-        if user is not None:
-            return user.password
-        root = self.user(ROOT)
-        return self.checks.passwords.decoy(root.password if root is not None else "")
-
-    def names(self, kind: str) -> List[str]:
-        """Return the sorted names of all `users` or `roles`, the built-in role included.
-
-        Hidden ones, whose names begin with `_`, are left out, as the store of etcd does.
-        """
-        children = self._store.children(f"{AUTH_PREFIX}/{kind}")
-        names = [name for name, is_dir in children if not is_dir and not name.startswith("_")]
-        return sorted(names + [ROOT] if kind == "roles" else names)
-
-    @property
-    def has_users(self) -> bool:
-        """True if there are users, hidden ones included; auth may be off."""
-        return any(True for _ in self._store.children(AUTH_PREFIX + "/users"))
-
-    def may_access(self, user: Optional[User], key: str, *, write: bool, recursive: bool) -> bool:
-        """True if a verified user (None: a guest) may read or write `key`."""
-        log = package_logger("auth")
-        if user is None:
-            role = self.role(GUEST)
-            return role is not None and role.allow(key, write=write, recursive=False)
-        for name in user.roles or ():
-            role = self.role(name)
-            if role is not None and role.allow(key, write=write, recursive=recursive):
-                return True
-        log.warning("invalid access for user %s on key %s.", user.name, key)
-        return False
-
-    @staticmethod
-    def is_root(user: Optional[User]) -> bool:
-        """True if a verified user has the role root."""
-        if user is not None and ROOT not in (user.roles or ()):
-            package_logger("auth").warning(
-                "user %s does not have the %s role for this resource.", user.name, ROOT
-            )
-            return False
-        return user is not None
-
-    def _stored(self, kind: str, name: str) -> Optional[str]:
-        return self._store.value(f"{AUTH_PREFIX}/{kind}/{name}")
-
-    def _look(self) -> None:
-        if self._seen != self._applier.auth_changes:
-            self._seen = self._applier.auth_changes
-            self._users, self._roles = {}, {}
-            self._enabled = self._store.value(AUTH_PREFIX + "/enabled") == "true"
-
-
-def parse_stored_user(name: str, text: str) -> Optional[User]:
-    """Return the user that lies in the store; None, with a log line, if it is none."""
-    try:
-        value = load_json(text)
-        password = go_text(str(value["password"]))
-        return User(name, password, string_list(value.get("roles"))).with_root()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        package_logger("auth").error("ignored user %s: what is stored is no user", name)
-        return None
-
-
-def parse_stored_role(name: str, text: str) -> Optional[Role]:
-    """Return the role that lies in the store; None, with a log line, if it is none."""
-    try:
-        kv = load_json(text)["permissions"]["kv"]
-        return Role(name, make_permissions(kv.get("read"), kv.get("write")))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        package_logger("auth").error("ignored role %s: what is stored is no role", name)
-        return None
-
-
-Step = Union[Request, Callable[[], Any]]
-Steps = Generator[Step, Any, Any]
-
-
-class StepsRun:
-    """A change under way that waits several times; then done(its result, or its exception).
-
-    steps  yields a Request, and gets its Event or EtcdError; or a callable, which runs on another
-           thread, and gets its result
-    """
-
-    __slots__ = ("_server", "_steps", "_done")
-
-    def __init__(self, server: EtcdServer, steps: Steps, done: Callable[[Any], None]) -> None:
-        self._server = server
-        self._steps = steps
-        self._done = done
-
-    def go_on(self, value: Any = None) -> None:
-        """Take the next step, with what the one before has brought."""
-        try:
-            step = self._steps.send(value)
-        except StopIteration as stop:
-            self._done(stop.value)
-        except (AuthError, EtcdError) as error:
-            self._done(error.with_traceback(None))
-        else:
-            if isinstance(step, Request):
-                self._server.do(step, self.go_on)
-            else:
-                self._server.reactor.run_blocking(step, kind=PASSWORD_WORK, done=self._worked)
-
-    def _worked(self, error: Optional[BaseException], result: Any) -> None:
-        if error is None:
-            self.go_on(result)
-        elif isinstance(error, AuthError):
-            self._done(error)
-        else:
-            self._done(AuthError(503, f"{error}{_TRY_AGAIN}"))
-
-
-class AuthStore:
-    """Changes of users and roles, through consensus; each method returns Steps for StepsRun.
-
-    What a change is based on is read through consensus, too, and written only if it is still the
-    same then; otherwise it begins again.  Differs from etcd, where of two changes of one user at
-    the same time one is lost.
-    """
-
-    def __init__(self, auth: Auth) -> None:
-        self._auth = auth
-        self._ensured = False
-
-    def create_user(self, user: User) -> Steps:
-        """Return the new user.  Raises AuthError."""
-        if not user.password:
-            raise AuthError(400, f"Cannot create user {user.name} with an empty password")
-        hashed = yield functools.partial(self._auth.checks.passwords.hash, user.password)
-        user = user._replace(password=hashed).with_root()
-        yield from self._create(f"/users/{user.name}", user.json(),
-                                f"User {user.name} already exists.")
-        package_logger("auth").info("created user %s", user.name)
-        return user
-
-    def update_user(self, name: str, password: str, grant: Names, revoke: Names) -> Steps:
-        """Return the changed user.  Raises AuthError."""
-        missing = AuthError(404, f"User {name} does not exist.")
-        hashed = ""
-        while True:
-            text, index = yield from self._read(f"/users/{name}", missing)
-            old = parse_stored_user(name, text)
-            if old is None:
-                raise missing
-            new = old.change_roles(grant, revoke)
-            if password:
-                hash_it = functools.partial(self._auth.checks.passwords.hash, password)
-                hashed = hashed or (yield hash_it)
-                new = new._replace(password=hashed)
-            if new == old:
-                raise AuthError(400, "User not updated. Use grant/revoke/password to update the"
-                                     " user.")
-            if (yield from self._replace(f"/users/{name}", new.json(), index)):
-                package_logger("auth").info("updated user %s", name)
-                return new
-
-    def delete_user(self, name: str) -> Steps:
-        """Raises AuthError."""
-        if name == ROOT and self._auth.enabled:
-            raise AuthError(403, "Cannot delete root user while auth is enabled.")
-        yield from self._delete(f"/users/{name}", f"User {name} does not exist")
-        package_logger("auth").info("deleted user %s", name)
-
-    def create_role(self, role: Role) -> Steps:
-        """Return the new role.  Raises AuthError."""
-        self._check_role(role.name)
-        yield from self._create(f"/roles/{role.name}", role.json(),
-                                f"Role {role.name} already exists.")
-        package_logger("auth").info("created new role %s", role.name)
-        return role
-
-    def update_role(
-        self, name: str, grant: Optional[Permissions], revoke: Optional[Permissions]
-    ) -> Steps:
-        """Return the changed role.  Raises AuthError."""
-        self._check_role(name)
-        missing = AuthError(404, f"Role {name} does not exist.")
-        while True:
-            text, index = yield from self._read(f"/roles/{name}", missing)
-            old = parse_stored_role(name, text)
-            if old is None:
-                raise missing
-            permissions = old.permissions
-            if grant is not None:
-                permissions = permissions.grant(grant)
-            if revoke is not None:
-                permissions = permissions.revoke(revoke)
-            new = old._replace(permissions=permissions)
-            if new == old:
-                raise AuthError(400, "Role not updated. Use grant/revoke to update the role.")
-            if (yield from self._replace(f"/roles/{name}", new.json(), index)):
-                package_logger("auth").info("updated role %s", name)
-                return new
-
-    def delete_role(self, name: str) -> Steps:
-        """Raises AuthError."""
-        self._check_role(name)
-        yield from self._delete(f"/roles/{name}", f"Role {name} doesn't exist.")
-        package_logger("auth").info("deleted role %s", name)
-
-    def enable(self) -> Steps:
-        """Check requests from now on; there must be a root.  Raises AuthError."""
-        log = package_logger("auth")
-        if self._auth.enabled:
-            raise AuthError(409, "already enabled")
-        no_root = AuthError(409, "No root user available, please create one")
-        yield from self._read(f"/users/{ROOT}", no_root)
-        if self._auth.role(GUEST) is None:
-            log.info("no guest role access found, creating default")
-            yield from self.create_role(Role(GUEST, EVERYTHING))
-        yield from self._set_enabled("true")
-        log.info("auth: enabled auth")
-
-    def disable(self) -> Steps:
-        """Check no more.  Raises AuthError."""
-        if not self._auth.enabled:
-            raise AuthError(409, "already disabled")
-        yield from self._set_enabled("false")
-        package_logger("auth").info("auth: disabled auth")
-
-    @staticmethod
-    def _check_role(name: str) -> None:
-        if name == ROOT:
-            raise AuthError(403, f"Cannot modify role {name}: is root role.")
-
-    @staticmethod
-    def _do(request: Request) -> Steps:
-        """Return the event, or the error of the store; raises those of consensus."""
-        result = yield request._replace(path=AUTH_PREFIX + request.path)
-        if isinstance(result, RaftInternal):
-            raise result
-        return result
-
-    def _ensure_directories(self) -> Steps:
-        """The first change ever makes the places: four indexes of the store, as in etcd."""
-        if not self._ensured:
-            for path in ("", "/users", "/roles"):
-                yield from self._do(Request(method="PUT", path=path, dir=True, prev_exist=False))
-            yield from self._do(
-                Request(method="PUT", path="/enabled", val="false", prev_exist=False)
-            )
-            self._ensured = True
-
-    def _read(self, path: str, missing: AuthError) -> Steps:
-        """Return (value, its index) as of now.  Raises `missing`."""
-        result = yield from self._do(Request(method="QGET", path=path))
-        if isinstance(result, EtcdError) or result.node.value is None:
-            raise missing
-        return result.node.value, result.node.modified_index
-
-    def _create(self, path: str, value: object, exists: str) -> Steps:
-        yield from self._ensure_directories()
-        result = yield from self._do(
-            Request(method="PUT", path=path, val=json_text(value), prev_exist=False)
-        )
-        if isinstance(result, EtcdError):
-            raise AuthError(409, exists) if isinstance(result, NodeExists) else result
-
-    def _replace(self, path: str, value: object, index: int) -> Steps:
-        """Write if nobody was faster; False if somebody was."""
-        yield from self._ensure_directories()
-        result = yield from self._do(Request(
-            method="PUT", path=path, val=json_text(value), prev_exist=True, prev_index=index,
-        ))
-        return not isinstance(result, EtcdError)
-
-    def _delete(self, path: str, missing: str) -> Steps:
-        yield from self._ensure_directories()
-        result = yield from self._do(Request(method="DELETE", path=path))
-        if isinstance(result, EtcdError):
-            raise AuthError(404, missing) if isinstance(result, KeyNotFound) else result
-
-    def _set_enabled(self, value: str) -> Steps:
-        yield from self._ensure_directories()
-        result = yield from self._do(
-            Request(method="PUT", path="/enabled", val=value, prev_exist=True)
-        )
-        if isinstance(result, EtcdError):
-            raise result
-
-
-def parse_credential(header: str) -> Optional[Credential]:
-    """Return what an Authorization header says; None unless it is well-formed Basic (RFC 7617)."""
-    kind, _, encoded = header.partition(" ")
-    if kind.lower() != "basic":
-        return None
-    try:
-        user, colon, password = text_of(base64.b64decode(encoded, validate=True)).partition(":")
-    except ValueError:
-        return None
-    return Credential(user, password) if colon else None
-
-
-class Guard:
-    """Decides from its head whether a request may pass.  A decision is kept with the head until
-    Auth.version changes: verified clients cost no more than without auth.  Thread: reactor."""
-
-    def __init__(self, auth: Auth, reactor: Reactor) -> None:
-        self._auth = auth
-        self._complaints = Complaints("auth", reactor.now)
-
-    def key(
-        self, head: HttpHead, key: str, *, write: bool, recursive: bool, passed: Handler,
-        refused: Handler,
-    ) -> Handler:
-        """Return who answers an access to `key`: a guest's too, if there is no Authorization."""
-        def may(user: "Optional[User]") -> "bool":
-            return self._auth.may_access(user, key, write=write, recursive=recursive)
-
-        return self._decide(head, may, passed, refused)
-
-    def root(
-        self, head: HttpHead, passed: Handler, refused: Handler, *, hashes: bool = False
-    ) -> Handler:
-        """Return who answers what only the role root may do.
-
-        hashes  the answer holds password hashes: also without auth, if there are users
-        """
-        always = hashes and self._auth.has_users
-        return self._decide(head, self._auth.is_root, passed, refused, always=always)
-
-    def _decide(
-        self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
-        refused: Handler, *, always: bool = False,
-    ) -> Handler:
-        if not (self._auth.enabled or always):
-            return passed
-        verdict = self._verdict(head, may)
-        if verdict is None:
-            return functools.partial(self._verify, head, may, passed, refused)
-        return passed if verdict else refused
-
-    def _verdict(
-        self, head: HttpHead, may: Callable[[Optional[User]], bool]
-    ) -> Optional[bool]:
-        """May it pass?  None: the password has not been verified yet."""
-        header = head.headers.get("authorization", "")
-        if not header:
-            return may(None)
-        credential = parse_credential(header)
-        if credential is None:
-            self._complaints.say("malformed basic auth encoding")
-            return False
-        name = credential.user
-        if len(utf8(name)) > AUTH_NAME_BYTES_MAX:
-            return False
-        right = self._auth.checks.known(name, self._auth.stored_hash(name), credential.password)
-        if right is None:
-            return None
-        user = self._auth.user(name)
-        if right and user is not None:
-            return may(user)
-        why = "no such user" if user is None else "incorrect password for user"
-        self._complaints.say(f"{why}: {name[:64]}.")
-        return False
-
-    def _verify(
-        self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
-        refused: Handler, request: HttpRequest,
-    ) -> None:
-        """Answer as soon as it is known whether the password is right."""
-        if request.connection.closed:
-            return
-        verdict = self._verdict(head, may)
-        if verdict is not None:
-            answer = passed if verdict else refused
-            head.parsed = self._auth.version, answer
-            answer(request)
-            return
-        credential = parse_credential(head.headers["authorization"])
-        assert credential is not None   # else there were a verdict
-
-        def checked(known: "bool") -> None:
-            if known:
-                self._verify(head, may, passed, refused, request)
-            elif not request.connection.closed:
-                text = json_string(f"the password could not be checked{_TRY_AGAIN}")
-                request.reply(503, f'{{"message":{text}}}'.encode())
-
-        sender = Sender(credential.user, request.remote.rpartition(":")[0])
-        stored = self._auth.stored_hash(credential.user)
-        self._auth.checks.check(sender, stored, credential.password, checked)
 
 
 # ============================================================================
@@ -15327,7 +15358,7 @@ class AuthApi:
             else:
                 reply(result)
 
-        StepsRun(self._server, steps, done).go_on()
+        StepsRunner(self._server.do, self._server.reactor, steps, done).go_on()
 
     def _fail(self, request: HttpRequest, error: Union[AuthError, EtcdError]) -> None:
         if isinstance(error, EtcdError):
@@ -16264,7 +16295,7 @@ class Download:
         self.file: Optional[SnapshotFile] = None        # once the snapshot is complete
         self._reply: Optional[StreamReply] = None
         self._pieces: Iterator[bytes] = iter(())
-        # One object, as the keeper compares.
+        # Kept, as withdraw() needs the same object.
         self._receiver: Optional[SnapshotReceiver] = self._start
         request.on_close = self._client_gone
         server.snapshots.request(self._receiver)
@@ -16788,8 +16819,8 @@ def _wanted_size(request: HttpRequest) -> int:
 # ============================================================================
 
 
-REPEAT_SECONDS = 10.0               # a line is logged again after this time, with its count
-REPEATS_MAX = 256                   # lines that are remembered; above: the oldest is forgotten
+LOG_REPEAT_SECONDS = 10.0               # a line is logged again after this time, with its count
+LOG_REPEATS_MAX = 256                   # lines that are remembered; above: the oldest is forgotten
 
 _Key = Tuple[int, str, str]         # level, logger, text
 
@@ -16806,7 +16837,7 @@ class LogFormatter(logging.Formatter):
         prefix = f"{package}: " if package else ""
         repeated = getattr(record, "repeated", 0)
         often = "once" if repeated == 1 else f"{repeated} times"
-        count = f" (repeated {often} in {REPEAT_SECONDS:.0f} s)" if repeated else ""
+        count = f" (repeated {often} in {LOG_REPEAT_SECONDS:.0f} s)" if repeated else ""
         return f"{record.asctime} {prefix}{record.message}{count}"
 
     def formatException(self, ei: Any) -> str:
@@ -16845,9 +16876,9 @@ class _Repeats:
 
 
 class RepeatHandler(logging.Handler):
-    """Hands records to another handler; counts those that come again within REPEAT_SECONDS.
+    """Hands records to another handler; counts those that come again within LOG_REPEAT_SECONDS.
 
-    A line that goes on repeating is logged every REPEAT_SECONDS, with its count.  There is no
+    A line that goes on repeating is logged every LOG_REPEAT_SECONDS, with its count.  There is no
     timer: the next line of the log, whichever it is, brings the counts that are due, and close()
     all others.  Lines of raft that differ only in the term are the same line.
     """
@@ -16861,7 +16892,7 @@ class RepeatHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Hand on a record, or count it; those with a traceback and of DEBUG are never counted."""
         now = self._now()
-        while self._logged and now - next(iter(self._logged.values())).since >= REPEAT_SECONDS:
+        while self._logged and now - next(iter(self._logged.values())).since >= LOG_REPEAT_SECONDS:
             key, repeats = self._logged.popitem(last=False)
             if self._tell(repeats):
                 self._logged[key] = _Repeats(now, repeats.last)
@@ -16876,7 +16907,7 @@ class RepeatHandler(logging.Handler):
             self._logged[key].count += 1
             self._logged[key].last = record
             return
-        if len(self._logged) >= REPEATS_MAX:
+        if len(self._logged) >= LOG_REPEATS_MAX:
             self._tell(self._logged.popitem(last=False)[1])
         self._logged[key] = _Repeats(now, record)
         self._target.handle(record)
@@ -17704,7 +17735,7 @@ def _parse_domain(text: str) -> str:
     return text
 
 
-def _one_of(*choices: str, refusal: str = "") -> Callable[[str], str]:
+def one_of(*choices: str, refusal: str = "") -> Callable[[str], str]:
     """Return the parser that accepts `choices`; refusal: its reason for any other text."""
     def parse(text: "str") -> "str":
         if text not in choices:
@@ -17794,7 +17825,7 @@ def flag_rows(table: str) -> Tuple[Flag, ...]:
         name, kind, help = re.split(" {2,}", row, maxsplit=2)
         kind, _, field = kind.partition(":")
         field = field or name.replace("-", "_") + "_ms" * (kind == "ms")
-        parse, default = _KINDS[kind] if kind in _KINDS else (_one_of(*kind.split("|")), "")
+        parse, default = _KINDS[kind] if kind in _KINDS else (one_of(*kind.split("|")), "")
         if hasattr(_DEFAULTS, field.partition(".")[0]):
             default = operator.attrgetter(field)(_DEFAULTS)
         else:
@@ -17809,7 +17840,7 @@ _KINDS: Dict[str, Tuple[Callable[[str], Any], Any]] = {     # parser, default wi
     "urls": (parse_urls, ()), "origins": (_parse_origins, ()), "levels": (_parse_levels, {}),
     "token": (_parse_discovery, ""), "http-proxy": (_parse_proxy, ""),
     "domain": (_parse_domain, ""), "address": (_parse_address, ""),
-    "format": (_one_of("text", "json", "console"), "text"),
+    "format": (one_of("text", "json", "console"), "text"),
 }
 
 FLAGS: Dict[str, Tuple[Flag, ...]] = {
@@ -17837,7 +17868,7 @@ discovery-fallback  exit|proxy  behavior when the discovery cluster is full: `ex
 discovery-proxy  http-proxy  HTTP proxy to use for traffic to discovery service.
 discovery-srv  domain  dns srv domain used to bootstrap the cluster.
 strict-reconfig-check  bool  reject reconfiguration requests that would cause quorum loss.
-"""), Flag("discovery-srv-name", _one_of("", refusal=(
+"""), Flag("discovery-srv-name", one_of("", refusal=(
         "a suffix of the SRV names is not supported; publish the records without it"
     )), "", "not supported: suffix of the SRV names.")),
     "proxy": flag_rows("""
@@ -17868,14 +17899,14 @@ peer-cert-allowed-hostname  text:peer_tls.allowed_name  host name in certificate
         *(Flag(prefix + "auto-tls", _parse_auto_tls(prefix), False,
                f"not supported: give -{prefix}cert-file, -{prefix}key-file.")
           for prefix in ("", "peer-")),
-        *(Flag(f"peer-client-{file}", _one_of("", refusal=(
+        *(Flag(f"peer-client-{file}", one_of("", refusal=(
             "peers are shown the certificate of -peer-cert-file; leave this out"
         )), "", f"not supported: -peer-{file} serves for both directions.")
           for file in ("cert-file", "key-file")),
-        Flag("tls-min-version", _one_of(
+        Flag("tls-min-version", one_of(
             "", "TLS1.2", refusal="TLS 1.2 and later are accepted; use TLS1.2"
         ), "", "only TLS1.2, which is what holds without it too."),
-        Flag("host-whitelist", _one_of("", "*", refusal=(
+        Flag("host-whitelist", one_of("", "*", refusal=(
             "requests are answered whatever their Host; use * and protect the port by"
             " -client-cert-auth or a firewall"
         )), "*", "not supported: only `*`.")),
@@ -17898,7 +17929,7 @@ peer-addr  address  [DEPRECATED] use -initial-advertise-peer-urls.
 peer-bind-addr  address  [DEPRECATED] use -listen-peer-urls.
 """),
     "of etcd 0.4, refused": tuple(
-        Flag(name, _one_of("", refusal=(
+        Flag(name, one_of("", refusal=(
             f'flag "-{name}" is no longer supported; use -initial-cluster or -discovery'
         )), "", "no longer supported.")
         for name in ("peers", "peers-file")
@@ -18538,35 +18569,40 @@ def _cluster_version(member: Member, tls: Optional[TlsContext]) -> Optional[Tupl
 
 
 # ============================================================================
-# life/data_loss -- First life: a member without a past asks the others whether that is so.
+# life/data_loss -- The check for lost data: a member without a log asks whether it ever had one.
 # ============================================================================
 
 
-ASK_AGAIN_SECONDS = 0.1             # after a round that told nothing new, then twice as long, ...
+ASK_AGAIN_SECONDS = 0.1             # after a round without news; doubles with each round
 ASK_AGAIN_SECONDS_MAX = 1.6
 
 
 class DataLossCheck:
-    """Keeps a member whose log is empty from voting where its first life may have voted.
+    """Keeps a member whose log is empty from voting twice in a term.
 
-    Bootstrap asks the members too, but perhaps none of them was up.  Nobody's messages count here
-    until he has said that our client URLs were never published; who says that they were ends this
-    member with refuse().  It is over when there is a leader: before, we have published nothing.
+    Bootstrap asks the members too, but perhaps none of them was up.  Ignores a peer's messages
+    until that peer confirms that this member's client URLs were never published.  If a peer
+    reports that they were, the data directory was lost and refuse() ends the member.  The check
+    ends with the first leader: before, this member has published nothing.
     Thread: reactor.  Differs from etcd, whose member votes as if it were new.
     """
 
     def __init__(
         self, etcd: EtcdServer, refuse: Callable[[StartError], None], tls: Optional[TlsContext]
     ) -> None:
-        self._etcd = etcd
+        self._reactor = etcd.reactor
+        self._transport = etcd.transport
+        self._cluster = etcd.cluster
+        self._counts = etcd.counts
+        self._member_id = etcd.member_id
         self._refuse = refuse
         self._tls = tls
-        self._heard: Set[int] = set()           # members that know no past of ours
+        self._confirmed: Set[int] = {etcd.member_id}    # members that know no past of ours
         self._asked: Dict[int, HttpCall] = {}
         self._rounds = 0
         self._backoff = Backoff(ASK_AGAIN_SECONDS, ASK_AGAIN_SECONDS_MAX)
-        etcd.transport.drop = self._drops
-        etcd.reactor.call_later(0.0, self._ask)
+        self._transport.drop = self._drops
+        self._timer: Timer = self._reactor.call_later(0.0, self._ask)
 
     @staticmethod
     def is_due(boot: Bootstrap) -> bool:
@@ -18574,54 +18610,48 @@ class DataLossCheck:
         return boot.snapshot is None and all(entry.term <= 1 for entry in boot.contents.entries)
 
     def _drops(self, message: Message) -> bool:
-        is_heard = message.sender == self._etcd.member_id or message.sender in self._heard
-        return not (is_heard or self._is_over)
+        return message.sender not in self._confirmed and not self._is_over
 
     @property
     def _is_over(self) -> bool:
-        return self._etcd.counts.leader_changes > 0
+        return self._counts.leader_changes > 0
 
     def _ask(self) -> None:
-        etcd = self._etcd
-        if self._is_over or etcd.stopping:
+        if self._is_over:
             self.end()
             return
-        for member in etcd.cluster.members.values():
-            is_known = member.id in self._heard or member.id == etcd.member_id
+        for member in self._cluster.members.values():
             urls = usable_urls(member.peer_urls)
-            if urls and not is_known and member.id not in self._asked:
+            if urls and member.id not in self._confirmed and member.id not in self._asked:
                 self._ask_one(member, urls[self._rounds % len(urls)])
         self._rounds += 1
-        etcd.reactor.call_later(self._backoff.next(), self._ask)
+        self._timer = self._reactor.call_later(self._backoff.next(), self._ask)
 
     def _ask_one(self, member: Member, url: str) -> None:
-        answer = Answer(CALL_BODY_BYTES_MAX)
-
-        def done(error: "Optional[Exception]") -> None:
+        def done(error: "Optional[Exception]", answer: "Answer") -> None:
             del self._asked[member.id]
             if error is None:
                 self._answered(member.id, answer.body)
 
-        self._asked[member.id] = HttpCall(
-            self._etcd.reactor, url, "GET", "/members", {},
-            connect_timeout_s=PROBE_ANSWER_SECONDS, idle_timeout_s=JOIN_ANSWER_SECONDS,
-            answer_max=CALL_BODY_BYTES_MAX, tls=self._tls, on_data=answer.take_data, on_done=done,
+        self._asked[member.id] = fetch(
+            self._reactor, url, "/members", done, connect_timeout_s=PROBE_ANSWER_SECONDS,
+            idle_timeout_s=JOIN_ANSWER_SECONDS, body_max=CALL_BODY_BYTES_MAX, tls=self._tls,
         )
 
-    def _answered(self, member_id: int, body: bytes) -> None:
-        etcd = self._etcd
+    def _answered(self, peer_id: int, body: bytes) -> None:
         with contextlib.suppress(ValueError):       # a list without us: it is not up to date
             members = parse_members(body)
-            if is_published(etcd.member_id, members) and not self._is_over:
-                self._refuse(data_lost(etcd.member_id))
-            elif any(member.id == etcd.member_id for member in members):
-                self._heard.add(member_id)
+            if is_published(self._member_id, members) and not self._is_over:
+                self._refuse(data_lost(self._member_id))
+            elif any(member.id == self._member_id for member in members):
+                self._confirmed.add(peer_id)
                 self._backoff.reset()
 
     def end(self) -> None:
-        """Ask no more, and believe everybody."""
-        if self._etcd.transport.drop == self._drops:
-            self._etcd.transport.drop = None
+        """Ask no more, and accept the messages of all peers."""
+        if self._transport.drop == self._drops:
+            self._transport.drop = None
+        self._timer.cancel()
         for call in self._asked.values():
             call.cancel()
         self._asked.clear()
@@ -18678,7 +18708,7 @@ class ServerThread:
         check_system()
         self.config = config
         self._reactor = Reactor()       # its sockets are closed by stop(), also without start()
-        self._held = HeldBytes(self._reactor)
+        self._budget = BufferBudget(self._reactor)
         self._client_listeners: List[Listener] = []
         self._peer_listeners: List[Listener] = []
         self._thread: Optional[threading.Thread] = None
@@ -18732,7 +18762,7 @@ class ServerThread:
             tls = TlsContext(files, server=True, now=self._reactor.now)
         try:
             return Listener(
-                url, self._reactor, handler, body_max=body_max, tls=tls, held=self._held,
+                url, self._reactor, handler, body_max=body_max, tls=tls, budget=self._budget,
                 kept=kept, patient=patient,
             )
         except OSError as error:
@@ -18929,12 +18959,13 @@ class Server(ServerThread):
         assert self.etcd is not None
         if not self.etcd.stopping and not self._leaving:
             self._leaving = True
-            GracefulStop(self.etcd, self._stop_member)
+            self.etcd.leave(self._stop_member)
 
     def _stop_member(self) -> None:
         assert self.etcd is not None
-        self.etcd.stop()
-        super()._stop_in_order()
+        if not self.etcd.stopping:
+            self.etcd.stop()
+            super()._stop_in_order()
 
     def _failed(self, error: BaseException) -> None:
         """End the member, which sends nothing more: its data may no longer be durable."""
@@ -19775,7 +19806,7 @@ class Settings:
             return f"; -{switch} is a switch: write -{switch}, or -{switch}={value}"
         if "://" in word:
             return "; write a list as one word, its parts separated by commas without spaces"
-        if word in ("backup", "restore"):
+        if word in ("backup", "restore", "check", "dump", "export", "import"):
             return f"; write `pyetcd {word}` first and its flags behind it"
         return f"; {word} stands behind the switch -{switch}" if switch else ""
 
@@ -20433,24 +20464,6 @@ def make_config(settings: Settings) -> ServerConfig:
 # ============================================================================
 
 
-TOOL_FLAGS: Dict[str, Tuple[Flag, ...]] = {
-    "backup": flag_rows("""
-data-dir  text  path to the data directory to copy; its member may run.
-wal-dir  text  path to its dedicated wal directory, if it has one.
-backup-dir  text  path to the copy; must be empty or absent.
-backup-wal-dir  text  path to a dedicated wal directory of the copy.
-dry-run  bool  say what would be done, and change nothing.
-"""),
-    "restore": (*flag_rows("""
-name  text  name of the member whose data directory is made.
-initial-cluster  text  members of the new cluster, `name=url` pairs (default: this member alone).
-initial-cluster-token  text  token of the new cluster: clusters with different tokens do not mix.
-data-dir  text  path to the new data directory (default: <name>.etcd).
-wal-dir  text  path to the new dedicated wal directory.
-dry-run  bool  say what would be done, and change nothing.
-"""), Flag("initial-advertise-peer-urls", parse_urls, (),
-           "peer URLs of this member (default: those in -initial-cluster).")),
-}
 _STAGE = "member.tmp"               # where a member directory grows until it is complete
 _ENTRIES_PER_WRITE = 1_000
 _READ_RETRIES = 2                   # a running member may remove or finish a file meanwhile
@@ -20613,7 +20626,13 @@ def _read_member(path: str, wal_dir: str, snap_dir: str) -> DataSource:
     member_id, cluster_id = decode_metadata(contents.metadata)
     entries, state = contents.entries, contents.hard_state
     committed = sum(entry.index <= state.commit for entry in entries)
-    source = DataSource(path, member_id, cluster_id, snapshot, state, entries, committed)
+    return with_lone_commits(
+        DataSource(path, member_id, cluster_id, snapshot, state, entries, committed))
+
+
+def with_lone_commits(source: DataSource) -> DataSource:
+    """Return `source` with the entries that a member alone has committed without writing so."""
+    member_id, committed, entries = source.member_id, source.committed, source.entries
     if source.voters == {member_id}:
         # A single member commits each entry that is on its disk, and writes the commit index later.
         following = itertools.takewhile(
@@ -20795,39 +20814,11 @@ def _fill_stage(stage: str, wal_stage: str, files: MemberFiles, progress: OnProg
 
 
 def _write_bolt(path: str, raft_index: int) -> None:
-    """Write the database without keys that etcd 3.4 needs beside a snapshot up to raft_index.
-
-    It has four pages: two heads, the free list, the buckets.  Source: bbolt, page.go, bucket.go.
-    """
-    def page(id: "int", kind: "int", items: "Sequence[Tuple[int, bytes, bytes]]") -> "bytes":
-        head = struct.pack("<QHHI", id, kind, len(items), 0)
-        at, table, data = 16 * len(items), b"", b""
-        for number, (flags, key, value) in enumerate(items):
-            table += struct.pack("<IIII", flags, at + len(data) - 16 * number, len(key), len(value))
-            data += key + value
-        return head + table + data
-
-    def bucket(*items: "Tuple[bytes, int]") -> "bytes":
-        rows = [(0, key, value.to_bytes(8, "big")) for key, value in items]
-        return bytes(16) + page(0, 2, rows)
-
-    full = {
-        b"auth": bucket((b"authRevision", 1)), b"meta": bucket((b"consistent_index", raft_index)),
-    }
-    names = b"alarm auth authRoles authUsers cluster key lease members members_removed meta".split()
-    pages = [page(3, 2, [(1, name, full.get(name, bucket())) for name in names]), page(2, 16, ())]
-    for transaction in (1, 0):
-        meta = struct.pack("<IIIIQQQQQ", 0xED0CDAED, 2, 4096, 0, 3, 0, 2, 4, transaction)
-        checksum = 0xCBF29CE484222325
-        for byte in meta:
-            checksum = (checksum ^ byte) * 0x100000001B3 & UINT64_MAX
-        pages.append(page(transaction, 4, ()) + meta + checksum.to_bytes(8, "little"))
-    handle = OS_DISK.create(path)
-    try:
-        OS_DISK.write(handle, b"".join(data.ljust(4096, b"\0") for data in reversed(pages)))
-        OS_DISK.fsync(handle)
-    finally:
-        OS_DISK.close(handle)
+    """Write the database that etcd 3 wants beside a snapshot: without a key, up to raft_index."""
+    with open(path, "w+b") as file:
+        write_bolt(file, v3_buckets(raft_index))
+        file.flush()
+        OS_DISK.fsync(file.fileno())
 
 
 # -- backup and restore ------------------------------------------------------------
@@ -20957,316 +20948,772 @@ def _replace_members(store: Store, members: Sequence[Member]) -> None:
 
 
 # ============================================================================
-# life/command_line -- The command line: the one module that prints, and touches signals and process limits.
+# life/inspection -- What a data directory holds, read offline and without a change to it.
+# ----------------------------------------------------------------------------
+# Reads directories of etcd 2.0 to 3.7 and of pyetcd.  A damaged directory is read as far as it goes.
 # ============================================================================
 
 
-DESCRIPTORS_MIN = 150               # open files a member needs for itself; at or below: refused
-_SEE_HELP = "See 'pyetcd -help'."
+_ENTRIES_PER_STEP = 1_000           # between two calls of progress
 
 
-def usage() -> str:
-    lines = [
-        "usage: pyetcd [flags]", "       start a pyetcd member", "",
-        "       pyetcd backup [flags]",
-        "       copy the data of a member: see pyetcd backup -help", "",
-        "       pyetcd restore SOURCE [flags]",
-        "       make a new cluster out of a snapshot or a copy: see pyetcd restore -help", "",
-        "       pyetcd -version", "       show the version", "",
-        "       pyetcd -h | -help", "       show the help information about pyetcd", "",
-        "Every flag may be written -flag value, -flag=value, --flag value or --flag=value; its",
-        "environment variable is ETCD_ and its name, upper case, with _ for -.",
-    ]
-    for title, flags in FLAGS.items():
-        lines += ["", f"{title} flags:", "", *_flag_lines(flags)]
-    lines += ["", "of etcd 0.4, without effect flags:", ""]
-    lines += [f"\t--{name}" for name in IGNORED_BOOLS]
-    lines += ["", "of etcd 3 or experimental, without effect flags:"]
-    for reason, names in NO_EFFECT.items():
-        lines += ["", f"\t({reason})", *(f"\t--{name}" for name in names)]
-    return "\n".join(lines) + "\n"
+class Database(NamedTuple):
+    """What the database of etcd 3 beside the snapshots says about itself."""
+
+    path: str
+    fault: str                      # why it cannot be read; ""
+    consistent_index: int           # raft index up to which it holds what was applied
+    storage_version: str            # "3.6.0"; "" before etcd 3.6
+    members: int                    # so many in it; 0 before etcd 3.5
+    keys: int                       # revisions of keys of v3
 
 
-def _flag_lines(flags: Sequence[Flag]) -> Iterator[str]:
-    for flag in flags:
-        default = flag.default
-        if isinstance(default, (tuple, dict)):
-            default = ",".join(default)
-        shown = str(default).lower() if flag.is_bool else f"'{default}'"
-        yield f"\t--{flag.name} {shown}"
-        yield f"\t\t{flag.help}"
+class CommandEntry(NamedTuple):
+    """An entry behind the snapshot that holds a command of v2."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    committed: bool
+    request: Request
 
 
-_TOOL_USAGE = {
-    "backup": (
-        "usage: pyetcd backup -data-dir DIR -backup-dir COPY [flags]", "",
-        "Copy the data of a member, which may be running, as `etcdctl backup` does.  A member that",
-        "is started from the copy with -force-new-cluster is a cluster of one with all keys.",
-    ),
-    "restore": (
-        "usage: pyetcd restore SOURCE -name NAME [flags]", "",
-        "Make the data directory of member NAME of a new cluster with keys, users and roles of",
-        "SOURCE: a file of GET /v2/snapshot or of a member/snap directory, or a data directory.",
-        "On each host, with the same SOURCE and flags but for -name; then start the members.",
-    ),
-}
+class Inspection(NamedTuple):
+    """A data directory, as far as it could be read."""
+
+    source: DataSource
+    snap_dir: str
+    faults: Tuple[str, ...]         # what is damaged or missing, each with what it means
+    segments: Tuple[Tuple[str, int], ...]   # name, bytes
+    snapshot_files: Tuple[str, ...]
+    snapshot_name: str              # of the file that counts; ""
+    voters_recorded: bool           # the log names the voters of that snapshot
+    commands: Tuple[CommandEntry, ...]
+    v3_entries: int                 # behind the snapshot
+    changes: int                    # of members, likewise
+    database: Optional[Database]
+    store: Store                    # after the last committed entry that could be applied
+    snapshot_paths: Tuple[str, ...]     # files and empty directories in the snapshot, not hidden
+    snapshot_etcd_index: int        # nodes with a higher index were written by the log
+    cluster: Cluster
+    applied_at: Tuple[Tuple[int, int], ...]     # (store index, raft index) of entries, ascending
+
+    @property
+    def cluster_version(self) -> str:
+        """The version that all members had, "2.3.0"; "" if it was never decided."""
+        return self.store.value("/0/version") or ""
+
+    @property
+    def received_database(self) -> bool:
+        """True if a database that came with the snapshot waits to replace the present one."""
+        snapshot, snap_dir = self.source.snapshot, self.snap_dir
+        return snapshot is not None and os.path.exists(
+            os.path.join(snap_dir, f"{snapshot.index:016x}.snap.db"))
+
+    @property
+    def is_v3(self) -> bool:
+        """True if etcd 3 has written here."""
+        return self.database is not None or self.v3_entries > 0
+
+    def place(self, modified_index: int) -> int:
+        """Return the raft index of the entry that wrote a node last; 0: it is in the snapshot."""
+        if modified_index <= self.snapshot_etcd_index:
+            return 0
+        at = bisect.bisect_left(self.applied_at, (modified_index, 0))
+        return self.applied_at[at][1] if at < len(self.applied_at) else 0
 
 
-def version_text() -> str:
-    machine = platform.machine().lower()
-    machine = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386"}.get(machine, machine)
-    python = f"{platform.python_implementation()} {platform.python_version()}"
-    return (
-        f"etcd Version: {SERVER_VERSION}\nGit SHA: pyetcd-{__version__}\nGo Version: {python}\n"
-        f"Go OS/Arch: {sys.platform}/{machine}\n"
+def inspect_dir(path: str, wal_dir: str, progress: OnProgress) -> Inspection:
+    """Read a data directory.  Raises BackupError if it is none, or may not be read."""
+    if not os.path.isdir(path):
+        what = "is a file" if os.path.exists(path) else "does not exist"
+        raise BackupError(f"{path} {what}; name the data directory of a member")
+    member = os.path.join(path, "member")
+    member = member if os.path.isdir(member) else path      # as etcd 2.0.0 has it
+    wal_dir, snap_dir = wal_dir or os.path.join(member, "wal"), os.path.join(member, "snap")
+    try:
+        return _inspect(path, wal_dir, snap_dir, progress)
+    except FileLocked:
+        raise BackupError(f"{path} belongs to a member in this process; stop it first") from None
+    except OSError as error:
+        raise BackupError(f"cannot read {path}: {error}; run this as the member's user") from error
+
+
+def _inspect(path: str, wal_dir: str, snap_dir: str, progress: OnProgress) -> Inspection:
+    if not Wal.exists(wal_dir, disk=_READ_ONLY_DISK):
+        raise BackupError(
+            f"{path} is no data directory of a member: {wal_dir} holds no log; if the log is"
+            f" elsewhere, name its directory with -wal-dir"
+        )
+    faults: List[str] = []
+    known = set(Wal.snapshots(wal_dir, disk=_READ_ONLY_DISK))
+    try:
+        Snapshotter(snap_dir, disk=_READ_ONLY_DISK).check_log(wal_dir, known)
+    except WalError as error:
+        faults.append(str(error))
+    snapshot, name = _newest_intact_snapshot(snap_dir, known, faults)
+    start = EntryID(snapshot.term, snapshot.index) if snapshot else EntryID(0, 0)
+    contents, damage = Wal.read_until_damage(wal_dir, start, disk=_READ_ONLY_DISK)
+    if damage:
+        last = contents.entries[-1].index if contents.entries else start.index
+        faults.append(f"{damage}; the log is read up to entry {last}")
+    source = _source(path, snapshot, contents, faults)
+    state = _Replay(source, faults, progress)
+    segments = [n for n in _READ_ONLY_DISK.listdir(wal_dir) if _WAL_NAME.fullmatch(n)]
+    return Inspection(
+        source, snap_dir, tuple(faults),
+        tuple((n, os.path.getsize(os.path.join(wal_dir, n))) for n in segments),
+        tuple(filter(_SNAP_NAME.fullmatch, _READ_ONLY_DISK.listdir(snap_dir))), name,
+        start in Wal.voters_recorded(wal_dir, disk=_READ_ONLY_DISK),
+        tuple(state.commands), state.v3_entries, state.changes,
+        _read_database(os.path.join(snap_dir, "db")), state.store,
+        state.snapshot_paths, state.snapshot_etcd_index, state.cluster, tuple(state.applied_at),
     )
 
 
-def set_up_logging(settings: Settings) -> None:
-    root = logging.getLogger("pyetcd")
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
-    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now)]
-    root.propagate = False
-    root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
-    for package, level in settings["log-package-levels"].items():
-        (package_logger(package) if package else root).setLevel(level)
-
-
-def check_data_dir(config: ServerConfig) -> str:
-    """Log the path of the data directory; return its kind: `member`, `proxy`, or "" if new.
-
-    bootstrap() and prepare_proxy_dir() check later that the path can be a data directory.
-    """
-    log = package_logger("etcd")
-    path = config.data_dir or config.name + ".etcd"
-    if not config.data_dir:
-        log.info("no data-dir provided, using default data-dir ./%s", path)
-    for kind in ("member", "proxy"):
-        if os.path.isdir(os.path.join(path, kind)):
-            log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
-            return kind
-    return ""
-
-
-def raise_descriptor_limit() -> None:
-    """Raise the limit of open files to the maximum.  Raises StartError if that is too few."""
-    raise_files_limit()
-    limit = open_files_limit()
-    if limit <= DESCRIPTORS_MIN:
-        raise StartError(
-            f"file descriptor limit[{limit}] of etcd process is too low, and should be set higher"
-            f" than {DESCRIPTORS_MIN} to ensure internal usage; raise it with ulimit -n"
-        )
-
-
-def notify_systemd(environ: Mapping[str, str]) -> None:
-    """Report to systemd that the member is up, if NOTIFY_SOCKET is set (sd_notify protocol)."""
-    path = environ.get("NOTIFY_SOCKET", "")
-    if not path:
-        # etcd logs this wherever systemd runs, from a terminal too.
-        if os.getppid() == 1 and os.path.isdir("/run/systemd/system"):
-            package_logger("etcd").error("forgot to set Type=notify in systemd service file?")
-        return
-    address = "\0" + path[1:] if path.startswith("@") else path
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(b"READY=1", address)
-    except OSError as error:
-        package_logger("etcd").error("failed to notify systemd for readiness: %s", error)
-
-
-class SignalStop:
-    """Stops the member in order at SIGINT or SIGTERM, and then ends the process by that signal.
-
-    Before install() the signals end the process at once: the member serves nothing yet.
-    """
-
-    _SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}
-
-    def __init__(self) -> None:
-        self._received = 0
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def install(self, stop: Callable[[], None]) -> None:
-        """Call stop() on a thread of its own at the first signal; ignore later ones."""
-        def received(number: "int", frame: "object") -> None:
-            if self._received:
-                return
-            self._received = number
-            name = self._SIGNALS[signal.Signals(number)]
-            logging.getLogger("pyetcd").info("received %s signal, shutting down...", name)
-            threading.Thread(target=stop, name="stop", daemon=True).start()
-
-        for number in self._SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, received)
-
-    def end(self) -> None:
-        """Die of the received signal, so that the parent process sees it; not as pid 1."""
-        if self._received and os.getpid() != 1:
-            logging.shutdown()
-            signal.signal(self._received, signal.SIG_DFL)
-            os.kill(os.getpid(), self._received)
-
-
-def log_tls_and_cors(config: ServerConfig) -> None:
-    """Log the TLS settings of both ports and the CORS origins.  Raises StartError."""
-    log = package_logger("etcd")
-    peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
-    for level, text in (
-        *check_tls("peer", config.peer_tls, peer_urls),
-        *check_tls("client", config.client_tls, config.listen_client_urls),
-    ):
-        log.log(level, "%s", text)
-    if config.cors:
-        log.info("cors = %s", ",".join(config.cors))
-
-
-def start_server(config: ServerConfig, kind: str) -> ServerThread:
-    """Start a member or a proxy: the kind of the data directory decides, then the flags.
-
-    kind  as from check_data_dir
-
-    Raises StartError.
-    """
-    if kind == "member" or (config.proxy == "off" and kind != "proxy"):
+def _newest_intact_snapshot(
+    directory: str, known: Container[EntryID], faults: List[str]
+) -> Tuple[Optional[Snapshot], str]:
+    """Return the newest intact snapshot that the log knows, and the name of its file."""
+    for name in reversed(_READ_ONLY_DISK.listdir(directory)):
+        match = _SNAP_NAME.fullmatch(name)
+        if not match or EntryID(int(match.group(1), 16), int(match.group(2), 16)) not in known:
+            continue
         try:
-            return Server.from_config(config).__enter__()
-        except ClusterFull:
-            package_logger("etcd").info("discovery cluster full, falling back to proxy")
-    return ProxyServer.from_config(config).__enter__()
+            content = _READ_ONLY_DISK.read(os.path.join(directory, name))
+            return decode_snapshot_file(content), name
+        except CodecError as error:
+            faults.append(f"{os.path.join(directory, name)} is damaged ({error}), so the one before"
+                          " counts")
+    return None, ""
 
 
-def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
-    """Run a member or a proxy until it ends; return the exit code.  Raises StartError."""
-    signals = SignalStop()
-    kind = check_data_dir(config)
-    raise_descriptor_limit()
-    server = start_server(config, kind)
-    signals.install(server.stop)
-    notify_systemd(environ)
-    code = server.wait()
-    signals.end()
-    return code
-
-
-class ProgressLine:
-    """Shows `restore: 45% (123,456 keys)` on a terminal for work of more than a second."""
-
-    def __init__(self, tool: str, now: Callable[[], float] = SYSTEM_CLOCK.now) -> None:
-        self._tool = tool
-        self._now = now
-        self._next = now() + 1.0
-        self._keys = 0
-        self._text = ""                 # on the terminal now
-
-    def show(self, share: float, keys: int) -> None:
-        """Report progress.  share: done, 0.0 to 1.0; keys: read so far, 0 if unchanged."""
-        self._keys = max(self._keys, keys)
-        if sys.stderr.isatty() and self._now() >= self._next:
-            self._next = self._now() + 0.1
-            self._show(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
-
-    def clear(self) -> None:
-        if self._text:
-            self._show("")
-            sys.stderr.write("\r")
-
-    def _show(self, text: str) -> None:
-        sys.stderr.write("\r" + text.ljust(len(self._text)))
-        sys.stderr.flush()
-        self._text = text
-
-
-def run_tool(tool: str, words: Sequence[str]) -> int:
-    """Run `pyetcd backup` or `pyetcd restore` with these words; return the exit code."""
-    logging.getLogger("pyetcd").setLevel(logging.ERROR)     # the report has all that matters
-    line = ProgressLine(tool)
+def _source(
+    path: str, snapshot: Optional[Snapshot], contents: WalContents, faults: List[str]
+) -> DataSource:
+    member_id = cluster_id = 0
     try:
-        report = _run_tool(tool, list(words), line)
-    except FlagError as error:
-        sys.stderr.write(f"{error}. See 'pyetcd {tool} -help'.\n")
-        return 1
-    except BackupError as error:
-        line.clear()
-        sys.stderr.write(f"{tool}: {error}\n")
-        return 1
-    line.clear()
-    sys.stdout.write(report)
-    return 0
+        member_id, cluster_id = decode_metadata(contents.metadata)
+    except CodecError as error:
+        faults.append(f"the log does not say whose it is ({error})")
+    commit = contents.hard_state.commit
+    committed = sum(entry.index <= commit for entry in contents.entries)
+    source = DataSource(path, member_id, cluster_id, snapshot, contents.hard_state,
+                        contents.entries, committed)
+    with contextlib.suppress(CodecError):
+        source = with_lone_commits(source)
+    return source
 
 
-def _run_tool(tool: str, words: List[str], line: ProgressLine) -> str:
-    """Return the text to print at the end.  Raises FlagError, BackupError."""
-    is_first = tool == "restore" and words and not words[0].startswith("-")
-    source = words.pop(0) if is_first else ""
-    flags = TOOL_FLAGS[tool]
-    settings = Settings(words, os.environ, flags)
-    if settings.help:
-        return "\n".join([*_TOOL_USAGE[tool], "", *_flag_lines(flags), ""])
-    if tool == "restore":
-        source = source or settings.take_word()
-    settings.check_leftover()
-    settings.read_environment()
-    options = {flag.name.replace("-", "_"): settings[flag.name] for flag in flags}
-    if tool == "backup":
-        for name in ("data-dir", "backup-dir"):
-            if not settings[name]:
-                raise FlagError(f"-{name} is missing")
-        report = backup(**options, progress=line.show)
-    else:
-        check_restore_settings(settings)
-        if not source:
-            raise FlagError("SOURCE is missing: a snapshot file, or a data directory")
-        report = restore(source, **options, progress=line.show)
-    return "\n".join(report.lines() if settings["dry-run"] else [report.summary()]) + "\n"
+class _Replay:
+    """Applies snapshot and entries, and notes which entry gave the store which index."""
+
+    def __init__(self, source: DataSource, faults: List[str], progress: OnProgress) -> None:
+        self.store = Store()
+        self.cluster: Cluster = _AnyVersionCluster("", self.store)
+        self.commands: List[CommandEntry] = []
+        self.v3_entries = self.changes = 0
+        self.applied_at: List[Tuple[int, int]] = []
+        self._applier = Applier(self.store, self.cluster, source.member_id, SYSTEM_CLOCK.wall_ns)
+        try:
+            if source.snapshot is not None:
+                self.store.recover(source.snapshot.data,
+                                   lambda share, keys: progress(0.8 * share, keys))
+                self.cluster.recover()
+        except ValueError as error:
+            faults.append(f"the snapshot at index {source.snapshot and source.snapshot.index}"
+                          f" holds no state of a v2 store ({error})")
+        self.snapshot_etcd_index = self.store.current_index
+        self.snapshot_paths = tuple(
+            path for space in ("/1", "/2") for path, node in self.store.nodes_below(space)
+            if not node.children and "/_" not in path)
+        for number, entry in enumerate(source.entries):
+            if not number % _ENTRIES_PER_STEP:
+                progress(0.8 + 0.2 * number / len(source.entries), 0)
+            self._take(entry, number < source.committed, faults)
+
+    def _take(self, entry: Entry, committed: bool, faults: List[str]) -> None:
+        try:
+            if entry.type != EntryType.NORMAL:
+                self.changes += 1
+                if committed:
+                    self._applier.apply_conf_change(decode_conf_change(entry.data))
+            elif entry.data:
+                self._take_command(entry, committed)
+        except ValueError as error:     # CodecError is one
+            faults.append(f"entry {entry.index} cannot be applied: {error}")
+        if committed:
+            self.applied_at.append((self.store.current_index, entry.index))
+
+    def _take_command(self, entry: Entry, committed: bool) -> None:
+        request = read_command(entry.data)
+        if request is None:
+            self.v3_entries += 1
+            return
+        self.commands.append(CommandEntry(entry.index, committed, request))
+        if committed:
+            self._applier.apply_request(request)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run `pyetcd` with these words after the command; return the exit code."""
-    # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
-    # delay every write by that much beside a busy reactor.
-    sys.setswitchinterval(0.0005)
-    # No full collection: with a million keys it takes 0.2 s and makes the p99 of writes 17 ms
-    # instead of 5, and it frees nothing, as old objects of a member form no cycles.
-    gc.set_threshold(2_000, 4, 1_000_000)   # the middle generation takes 4 ms; with 5,000, 5: 12
-    words = list(sys.argv[1:] if argv is None else argv)
+def _read_database(path: str) -> Optional[Database]:
+    """Return what the database says, or None if there is none."""
+    if not os.path.exists(path):
+        return None
     try:
-        check_system()
-    except StartError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    if words and words[0] in TOOL_FLAGS:
-        return run_tool(words[0], words[1:])
-    try:
-        settings = Settings(words, os.environ)
-        if settings.help:
-            sys.stdout.write(usage())
+        with BoltReader(path) as reader:
+            meta = dict(reader.items(b"meta"))
+            keys = sum(1 for _ in reader.items(b"key"))
+            members = sum(1 for _ in reader.items(b"members"))
+    except (BoltError, OSError) as error:
+        return Database(path, str(error), 0, "", 0, 0)
+    index = int.from_bytes(meta.get(b"consistent_index", b""), "big")
+    version = meta.get(b"storageVersion", b"").decode("utf-8", "replace")
+    return Database(path, "", index, version, members, keys)
+
+
+# ============================================================================
+# life/records -- Keys on their way between clusters: read from a directory, a cluster or a file; written to one.
+# ----------------------------------------------------------------------------
+# A file is what `pyetcdctl export` writes too, a record a line; a shell script for etcdctl of etcd 3;
+# or a database that `etcdctl snapshot restore` of etcd 3 takes.  All is read and written record by
+# record, so big data costs no more memory than its largest directory or what a member holds anyhow.
+# ============================================================================
+
+
+EXPORT_VERSION = 1                  # of the form with a record a line
+COPY_BYTES = 1 << 20
+ARGUMENT_BYTES_MAX = 1 << 16        # of a value on a command line; a longer one comes by a pipe
+_LEASE_FIRST = 1 << 40              # ids of the leases that are made here
+_REVISION_FIRST = 2                 # of the first key; 1 is that of an empty store
+
+
+class Record(NamedTuple):
+    """A node: value is None for a directory, expires_ns 0 for a permanent one."""
+
+    key: str
+    value: Optional[str]
+    expires_ns: int
+
+    def ttl_s(self, now_ns: int) -> int:
+        """Return the seconds left, at least 1; 0 if permanent, -1 if it has expired."""
+        if not self.expires_ns:
             return 0
-        settings.check_leftover()
-        if settings["version"]:
-            sys.stdout.write(version_text())
-            return 0
-        settings.complete()
-        config = make_config(settings)
-    except FlagError as error:
-        sys.stderr.write(f"{error}. {_SEE_HELP}\n")
-        return 1
-    set_up_logging(settings)
-    for level, package, text in settings.lines:
-        package_logger(package).log(level, "%s", text)
-    if settings["snapshot-count"] == 0:
-        package_logger("etcdserver").info(
-            "set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT
+        left = -((now_ns - self.expires_ns) // NS)
+        return left if left > 0 else -1
+
+
+Records = Iterable[Record]
+KeyMap = List[Tuple[str, str]]      # prefix -> its replacement, the longest first
+
+
+def parse_key_map(text: str) -> KeyMap:
+    """Read `/old=/new,/other=`.  Raises ValueError."""
+    pairs = []
+    for part in filter(None, text.split(",")):
+        old, separator, new = part.partition("=")
+        if not separator or not old:
+            raise ValueError(f"{part} is not OLD=NEW, a prefix of keys and what replaces it")
+        pairs.append((old, new))
+    return sorted(pairs, key=lambda pair: -len(pair[0]))
+
+
+def mapped(key: str, key_map: KeyMap) -> str:
+    """Return `key` with the longest prefix of the map that fits replaced: of whole parts only."""
+    for old, new in key_map:
+        if key == old or key.startswith(old if old.endswith("/") else old + "/"):
+            return new + key[len(old):]
+    return key
+
+
+# -- sources
+
+
+def records_of_store(store: Store) -> Iterator[Record]:
+    """Yield the nodes of users' keys, parents first."""
+    for path, node in store.nodes_below("/1"):
+        yield Record(path[2:], node.value if node.children is None else None, node.expires_ns)
+
+
+def records_of_file(file: TextIO, path: str) -> Iterator[Record]:
+    """Yield the records of a JSON file, a line each.  Raises BackupError."""
+    if not file.readline().startswith('{"pyetcd_export"'):
+        raise BackupError(
+            f"{path} does not begin as `pyetcd export` and `pyetcdctl export` write; other JSON,"
+            " like an answer of the keys API, is read by `pyetcdctl import`"
         )
+    for number, line in enumerate(file, 2):
+        text = line.strip().rstrip(",")
+        if text == "]}":
+            return
+        try:
+            raw = load_json(text)
+            expiration = raw.get("expiration")
+            value = None if raw.get("dir") else raw["value"]
+            if not isinstance(raw["key"], str) or not isinstance(value, (str, type(None))):
+                raise ValueError("key and value are text")
+            yield Record(raw["key"], value, parse_time(expiration) if expiration else 0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BackupError(f"{path}, line {number}: no record of an export: {error}") from None
+    raise BackupError(f"{path} is cut: its last line, ]}}, is missing")
+
+
+def records_of_database(path: str, skipped: Callable[[bytes, str], None]) -> Iterator[Record]:
+    """Yield the present keys of a database of etcd 3: a snapshot, or member/snap/db.
+
+    skipped is called with keys that v2 cannot hold, and why.  Takes 30 bytes and the key in
+    memory for each key.  Raises BackupError.
+    """
     try:
-        log_tls_and_cors(config)
-        return run_member(config, os.environ)
-    except StartError as error:
-        package_logger("etcd").critical("%s", error)
-        return 1
+        with BoltReader(path) as reader:
+            newest, expires = _newest_revisions(reader), _lease_ends(reader)
+            for revision, data in reader.items(b"key"):
+                key, value, lease = _key_value(data)
+                if newest.get(key) != revision:
+                    continue
+                try:
+                    yield Record(_v2_key(key), value.decode("utf-8"), expires.get(lease, 0))
+                except ValueError as error:
+                    skipped(key, str(error))
+    except (BoltError, CodecError) as error:
+        raise BackupError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise BackupError(f"cannot read {path}: {error}") from None
+
+
+def _newest_revisions(reader: BoltReader) -> Dict[bytes, bytes]:
+    """Return key -> its newest revision, of keys that are not deleted."""
+    newest: Dict[bytes, bytes] = {}
+    for revision, data in reader.items(b"key"):
+        key = _key_value(data)[0]
+        if len(revision) == 17:
+            newest[key] = revision
+        else:                           # a mark of deletion: 17 bytes and "t"
+            newest.pop(key, None)
+    return newest
+
+
+def _lease_ends(reader: BoltReader) -> Dict[int, int]:
+    """Return lease -> unix nanoseconds: of the whole time, as after a restart of etcd 3."""
+    now_ns, ends = SYSTEM_CLOCK.wall_ns(), {}
+    for _, data in reader.items(b"lease"):
+        fields = {number: value for number, _, value in decode_fields(data)}
+        lease, ttl_s = fields.get(1), fields.get(2)
+        if isinstance(lease, int) and isinstance(ttl_s, int):
+            ends[lease] = now_ns + ttl_s * NS
+    return ends
+
+
+def _key_value(data: bytes) -> Tuple[bytes, bytes, int]:
+    """Return key, value and lease of a mvccpb.KeyValue.  Raises CodecError."""
+    fields: Dict[int, Any] = {number: value for number, _, value in decode_fields(data)}
+    key, value, lease = fields.get(1, b""), fields.get(5, b""), fields.get(6, 0)
+    if isinstance(key, int) or isinstance(value, int) or not isinstance(lease, int):
+        raise CodecError("not a key of etcd 3")
+    return bytes(key), bytes(value), lease
+
+
+def _v2_key(key: bytes) -> str:
+    text = key.decode("utf-8")
+    if not text.strip("/") or "//" in text or text.endswith("/"):
+        raise ValueError("v2 cannot hold a key with an empty part")
+    if {".", ".."} & set(text.split("/")):
+        raise ValueError("v2 cannot hold a key with the part . or ..")
+    return text if text.startswith("/") else "/" + text
+
+
+# -- targets
+
+
+def write_json(records: Records, file: TextIO, etcd_index: int) -> int:
+    """Write the form of `pyetcdctl export`; return the number of keys."""
+    file.write(f'{{"pyetcd_export": {EXPORT_VERSION}, "key": "/", "etcdIndex": {etcd_index},'
+               ' "nodes": [\n')
+    keys, previous = 0, ""
+    for record in records:
+        if previous:
+            file.write(previous + ",\n")
+        content = '"dir": true' if record.value is None else f'"value": {json_string(record.value)}'
+        expiration = (f', "expiration": "{format_time(record.expires_ns)}"'
+                      if record.expires_ns else "")
+        previous = f'{{"key": {json_string(record.key)}, {content}{expiration}}}'
+        keys += record.value is not None
+    file.write(previous + "\n" * bool(previous) + "]}\n")
+    return keys
+
+
+def write_script(records: Records, file: TextIO, *, leases: bool, now_ns: int) -> int:
+    """Write a script of etcdctl commands for etcd 3; return the number of keys.
+
+    leases  True: a key with a time to live gets a lease of what is left; False: it is permanent
+    """
+    file.write("#!/bin/sh\n# Keys of etcd v2, written by pyetcd export.  Endpoints and access come"
+               " from ETCDCTL_... variables.\nset -e\nexport ETCDCTL_API=3\n")
+    keys = 0
+    for record in records:
+        ttl_s = record.ttl_s(now_ns)
+        if record.value is None or ttl_s < 0:
+            continue
+        option = ""
+        if leases and ttl_s:
+            file.write(f"lease=$(etcdctl lease grant {ttl_s} | cut -d' ' -f2)\n")
+            option = '--lease="$lease" '
+        key, value = shlex.quote(record.key), shlex.quote(record.value)
+        if len(record.value) <= ARGUMENT_BYTES_MAX // 4:
+            file.write(f"etcdctl put {option}-- {key} {value} >/dev/null\n")
+        else:                           # printf is a part of the shell: no limit of arguments
+            file.write(f"printf %s {value} | etcdctl put {option}-- {key} >/dev/null\n")
+        keys += 1
+    return keys
+
+
+def write_database(records: Records, path: str, *, leases: bool, now_ns: int) -> int:
+    """Write a snapshot of etcd 3 with these keys, each at a revision of its own; return how many.
+
+    `etcdctl snapshot restore` checks the digest at its end.  Raises OSError.
+    """
+    counted = _V3Keys(records, leases, now_ns)
+    buckets = {**v3_buckets(0), b"key": counted.keys(), b"lease": counted.lease_items()}
+    with open(path, "w+b") as file:
+        write_bolt(file, buckets)
+        file.seek(0)
+        _append_digest(file)
+        file.flush()
+        os.fsync(file.fileno())
+    return counted.count
+
+
+def _append_digest(file: BinaryIO) -> None:
+    digest = hashlib.sha256()
+    for block in iter(lambda: file.read(COPY_BYTES), b""):
+        digest.update(block)
+    file.write(digest.digest())
+
+
+class _V3Keys:
+    """Items of the buckets of keys and leases; the second is to be asked for after the first."""
+
+    def __init__(self, records: Records, leases: bool, now_ns: int) -> None:
+        self.count = 0
+        self._records = records
+        self._with_leases = leases
+        self._now_ns = now_ns
+        self._leases: List[int] = []    # seconds of each
+
+    def keys(self) -> Iterator[Tuple[bytes, bytes]]:
+        for record in self._records:
+            ttl_s = record.ttl_s(self._now_ns)
+            if record.value is None or ttl_s < 0:
+                continue
+            lease = 0
+            if self._with_leases and ttl_s:
+                lease = _LEASE_FIRST + len(self._leases)
+                self._leases.append(ttl_s)
+            revision = _REVISION_FIRST + self.count
+            self.count += 1
+            yield (revision.to_bytes(8, "big") + b"_" + bytes(8),
+                   _encode_key_value(record.key.encode(), record.value.encode(), revision, lease))
+
+    def lease_items(self) -> Iterator[Tuple[bytes, bytes]]:
+        for number, ttl_s in enumerate(self._leases, _LEASE_FIRST):
+            yield (number.to_bytes(8, "big"),
+                   b"\x08" + encode_varint(number) + b"\x10" + encode_varint(ttl_s))
+
+
+def _encode_key_value(key: bytes, value: bytes, revision: int, lease: int) -> bytes:
+    """Return a mvccpb.KeyValue, created at `revision` and not changed since."""
+    number = encode_varint(revision)
+    data = b"\x0a%b%b\x10%b\x18%b\x20\x01\x2a%b%b" % (
+        encode_varint(len(key)), key, number, number, encode_varint(len(value)), value)
+    return data + b"\x30" + encode_varint(lease) if lease else data
+
+
+# ============================================================================
+# life/exchange -- Export and import: keys of v2 out of a directory or a cluster, and into a cluster.
+# ============================================================================
+
+
+CALL_SECONDS = 60.0                 # a member may list a large directory that long
+FORMATS = ("json", "script", "db")
+_PROGRESS_KEYS = 1_000              # keys between two calls of progress
+
+
+class Access(NamedTuple):
+    """How a cluster is reached."""
+
+    urls: Tuple[str, ...]
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    username: str = ""              # name:password
+
+
+class KeysClient:
+    """The keys API of a cluster: one connection to the first member that answers.
+
+    Raises BackupError.  Thread: one.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self._urls = list(access.urls)
+        self._context: Optional[ssl.SSLContext] = None
+        self._headers = {}
+        self._connection: Optional[http.client.HTTPConnection] = None
+        self.etcd_index = 0             # of the last answer
+        if access.username:
+            token = base64.b64encode(access.username.encode()).decode()
+            self._headers["Authorization"] = f"Basic {token}"
+        if any(url.startswith("https:") for url in access.urls):
+            try:
+                self._context = ssl.create_default_context(cafile=access.ca_file or None)
+                if access.cert_file:
+                    self._context.load_cert_chain(access.cert_file, access.key_file or None)
+            except OSError as error:
+                raise BackupError(f"cannot read the certificates: {error}") from None
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    def walk(self, key: str = "/") -> Iterator[Record]:
+        """Yield all nodes below `key`, parents first: one directory is listed at a time."""
+        waiting = [key]
+        while waiting:
+            node = self._call("GET", waiting.pop(), {"quorum": "true", "sorted": "true"})["node"]
+            directories = []
+            for child in node.get("nodes", ()):
+                expiration = child.get("expiration")
+                yield Record(child["key"], None if child.get("dir") else child["value"],
+                             parse_time(expiration) if expiration else 0)
+                if child.get("dir"):
+                    directories.append(child["key"])
+            waiting += reversed(directories)
+
+    def put(self, record: Record, *, ttl_s: int, keep: bool) -> bool:
+        """Write a node; False if it exists: a directory, or with `keep` any.
+
+        Raises ValueError with the cluster's words if it refuses the node.
+        """
+        form: Dict[str, str] = {"ttl": str(ttl_s)} if ttl_s else {}
+        if record.value is None:
+            form["dir"] = "true"
+        else:
+            form["value"] = record.value
+        if keep or record.value is None:
+            form["prevExist"] = "false"
+        answer = self._call("PUT", record.key, {}, form)
+        if answer.get("errorCode") == 105:
+            return False
+        if "errorCode" in answer:
+            raise ValueError(f"{answer.get('message')} ({answer.get('cause')})")
+        return True
+
+    def _call(self, method: str, key: str, query: Dict[str, str],
+              form: Optional[Dict[str, str]] = None) -> Dict[str, Any]:
+        path = "/v2/keys" + urllib.parse.quote(key)
+        target = path + ("?" + urllib.parse.urlencode(query) if query else "")
+        body = urllib.parse.urlencode(form) if form is not None else None
+        headers = dict(self._headers)
+        if body is not None:
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+        status, data = self._exchange(method, target, body, headers)
+        try:
+            answer = load_json(data)
+            if not isinstance(answer, dict):
+                raise ValueError("no object")
+        except ValueError:
+            raise BackupError(f"{self._urls[0]} answered {status}, and not as etcd does:"
+                              f" {data[:100]!r}") from None
+        if status >= 400 and method == "GET" or status in (401, 403) or status >= 500:
+            raise BackupError(f"{self._urls[0]} refuses {method} {key}: {answer.get('message')}")
+        return answer
+
+    def _exchange(self, method: str, target: str, body: Optional[str],
+                  headers: Dict[str, str]) -> Tuple[int, bytes]:
+        """Return status and body.  A write whose answer is lost is sent again: it may be."""
+        failure: Optional[Exception] = None
+        for _ in range(2 * len(self._urls)):
+            try:
+                connection = self._connection = self._connection or self._dial()
+                connection.request(method, target, body, headers)
+                answer = connection.getresponse()
+                data = answer.read()
+                self.etcd_index = int(answer.headers.get("X-Etcd-Index", "0"))
+                return answer.status, data
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                failure = error
+                self.close()
+                self._connection = None
+                self._urls.append(self._urls.pop(0))
+        raise BackupError(f"no answer from {', '.join(sorted(self._urls))}: {failure}")
+
+    def _dial(self) -> http.client.HTTPConnection:
+        scheme, authority = split_url(self._urls[0])[:2]
+        if scheme == "https":
+            return http.client.HTTPSConnection(
+                authority, timeout=CALL_SECONDS, context=self._context)
+        return http.client.HTTPConnection(authority, timeout=CALL_SECONDS)
+
+
+# -- export
+
+
+class ExportReport(NamedTuple):
+    """What export_keys() has done."""
+
+    keys: int
+    etcd_index: int
+    faults: Tuple[str, ...]         # of a directory that is damaged
+
+    def summary(self) -> str:
+        return f"{self.keys:,} keys, etcd index {self.etcd_index}"
+
+
+def export_keys(
+    source: str, access: Access, *, form: str, target: str, key_map: KeyMap, leases: bool,
+    wal_dir: str, progress: OnProgress,
+) -> ExportReport:
+    """Write the keys of a data directory or a cluster to the file `target`, "" for stdout.
+
+    source  a data directory; "": the cluster of `access`
+
+    Raises BackupError; then the file is not there, or as it was.
+    """
+    if form == "db" and not target:
+        raise BackupError("a database is no text: name a file with -output")
+    with contextlib.ExitStack() as cleanup:
+        faults: Tuple[str, ...] = ()
+        if source:
+            found = inspect_dir(source, wal_dir, progress)
+            records, faults = records_of_store(found.store), found.faults
+            index = found.store.current_index
+        else:
+            client = KeysClient(access)
+            cleanup.callback(client.close)
+            records = client.walk()
+            first = next(records, None)
+            index = client.etcd_index
+            records = _with_first(first, records)
+        shown = _with_progress(_moved(records, key_map), progress)
+        try:
+            keys = _write(shown, form, target, leases, index)
+        except BrokenPipeError:         # a reader of stdout that has enough
+            raise
+        except OSError as error:
+            raise BackupError(f"cannot write {target or 'stdout'}: {error}") from error
+    return ExportReport(keys, index, faults)
+
+
+def _with_first(first: Optional[Record], rest: Iterator[Record]) -> Iterator[Record]:
+    if first is not None:
+        yield first
+        yield from rest
+
+
+def _moved(records: Records, key_map: KeyMap) -> Iterator[Record]:
+    for record in records:
+        yield record._replace(key=mapped(record.key, key_map)) if key_map else record
+
+
+def _with_progress(records: Records, progress: OnProgress) -> Iterator[Record]:
+    for number, record in enumerate(records):
+        if not number % _PROGRESS_KEYS:
+            progress(1.0, number)
+        yield record
+
+
+def _write(records: Records, form: str, target: str, leases: bool, index: int) -> int:
+    now_ns = SYSTEM_CLOCK.wall_ns()
+    if not target:
+        return _write_text(records, form, sys.stdout, leases, index)
+    temporary = target + ".tmp"
+    try:
+        if form == "db":
+            keys = write_database(records, temporary, leases=leases, now_ns=now_ns)
+        else:
+            with open(temporary, "w", encoding="utf-8") as file:
+                keys = _write_text(records, form, file, leases, index)
+        os.chmod(temporary, 0o700 if form == "script" else 0o600)
+        os.replace(temporary, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    return keys
+
+
+def _write_text(records: Records, form: str, file: TextIO, leases: bool, index: int) -> int:
+    if form == "json":
+        return write_json(records, file, index)
+    return write_script(records, file, leases=leases, now_ns=SYSTEM_CLOCK.wall_ns())
+
+
+# -- import
+
+
+class ImportReport(NamedTuple):
+    """What import_keys() has done."""
+
+    written: int
+    kept: int                       # existed already
+    expired: int
+    refused: Tuple[str, ...]        # keys, each with the reason
+
+    def summary(self) -> str:
+        parts = [f"{self.written:,} keys written"]
+        parts += [f"{count:,} {what}" for count, what in (
+            (self.kept, "existed and were kept"), (self.expired, "had expired"),
+            (len(self.refused), "refused")) if count]
+        return ", ".join(parts)
+
+
+def import_keys(
+    source: str, access: Access, *, key_map: KeyMap, keep: bool, dry_run: bool,
+    progress: OnProgress,
+) -> ImportReport:
+    """Write the keys of a file to a cluster.  Raises BackupError.
+
+    source  JSON of export, a snapshot or database of etcd 3, or a data directory with one
+    """
+    refused: List[str] = []
+    records = _read_source(source, refused)
+    client = KeysClient(access)
+    written = kept = expired = 0
+    try:
+        for record in _with_progress(_moved(records, key_map), progress):
+            ttl_s = record.ttl_s(SYSTEM_CLOCK.wall_ns())
+            if ttl_s < 0:
+                expired += record.value is not None
+                continue
+            try:
+                done = dry_run or client.put(record, ttl_s=ttl_s, keep=keep)
+            except ValueError as error:
+                refused.append(f"{record.key}: {error}")
+                continue
+            written += done and record.value is not None
+            kept += not done and record.value is not None
+    finally:
+        client.close()
+    return ImportReport(written, kept, expired, tuple(refused))
+
+
+def _read_source(source: str, refused: List[str]) -> Iterator[Record]:
+    def skipped(key: "bytes", why: "str") -> None:
+        refused.append(f"{key.decode('utf-8', 'backslashreplace')}: {why}")
+
+    for path in (source, os.path.join(source, "member", "snap", "db"),
+                 os.path.join(source, "snap", "db")):
+        if os.path.isfile(path):
+            break
+    else:
+        raise BackupError(f"{source} is no file and holds no member/snap/db; name a file of export,"
+                          " or a snapshot of etcd 3")
+    try:
+        with open(path, "rb") as head:
+            is_text = head.read(1) == b"{"
+        if not is_text:
+            yield from records_of_database(path, skipped)
+            return
+        with open(path, encoding="utf-8") as file:
+            yield from records_of_file(file, path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BackupError(f"cannot read {path}: {error}") from None
 
 
 # ============================================================================
@@ -21337,8 +21784,8 @@ class _CutTransport(Transport):
                 self._context.snapshot_done(message.to, False)
         super().offer(passed)
 
-    def _take(self, message: Message, size: int) -> Generator[None, None, int]:
-        return 500 if message.sender in self._deaf else (yield from super()._take(message, size))
+    def _receive(self, message: Message, size: int) -> Generator[None, None, int]:
+        return 500 if message.sender in self._deaf else (yield from super()._receive(message, size))
 
 
 class _LocalServer(Server):
@@ -21373,7 +21820,7 @@ class _LocalServer(Server):
 
     def publish(self, etcd: EtcdServer) -> None:
         """Publish the member again, which is harmless."""
-        Publication(etcd, self._ready.set)
+        etcd.publish(self._ready.set)
 
     def _start_work(self) -> None:
         assert self.etcd is not None
@@ -21798,6 +22245,770 @@ class PytestPlugin:
     def pytest_configure(config: Any) -> None:
         """Load the file beside this one."""
         config.pluginmanager.import_plugin("pyetcd_pytest")
+
+
+# ============================================================================
+# life/verdicts -- Which etcd starts on a data directory, and which keys or entries are to blame if one does not.
+# ----------------------------------------------------------------------------
+# Source: etcd 3.5 server/etcdserver/server.go, 3.6 and 3.7 server/etcdserver/bootstrap.go,
+# storage/util.go, api/membership/storev2.go and apply_v2.go.
+# ============================================================================
+
+
+BLAMED_MAX = 10                     # keys or entries that a report for people names
+VALUE_CHARS_MAX = 100               # of a value in dump for people
+_VERSIONS = ("2.3", "3.4", "3.5", "3.6", "3.7")
+_META_COMMAND = re.compile(r"/0/(members/[0-9a-fA-F]{1,16}/attributes|version)")
+_CONTENT_ERROR = (
+    "detected disallowed custom content in v2store for stage --v2-deprecation=write-only")
+_ENTRY_ERROR = "detected disallowed v2 WAL for stage --v2-deprecation=write-only"
+
+
+class Verdict(NamedTuple):
+    """Whether a version of etcd starts on the directory."""
+
+    version: str
+    reasons: Tuple[str, ...]        # why it does not; (): it starts
+    keys: Tuple[str, ...] = ()      # of v2 that are to blame: all that the snapshot holds
+    entries: Tuple[CommandEntry, ...] = ()      # of the log that are to blame
+
+    @property
+    def starts(self) -> bool:
+        return not self.reasons
+
+
+def verdicts(found: Inspection) -> List[Verdict]:
+    """Return a verdict for each version, in order."""
+    return [_verdict(version, found) for version in _VERSIONS]
+
+
+def _verdict(version: str, found: Inspection) -> Verdict:
+    if version == "2.3":
+        return Verdict(version, tuple(_reasons_of_2(found)))
+    reasons = list(_reasons_of_3(version, found))
+    keys = tuple(_custom_keys(found)) if version == "3.6" else ()
+    entries = tuple(_custom_entries(version, found))
+    if keys:
+        reasons.append(f"{_CONTENT_ERROR}: {found.snapshot_name} holds {len(keys)} keys of v2")
+    if entries and version == "3.6":
+        reasons.append(f"{_ENTRY_ERROR}: {len(entries)} entries behind the snapshot are commands"
+                       " of v2")
+    elif entries:
+        reasons.append(f"it reads no commands of v2, and {len(entries)} entries behind the"
+                       " snapshot are some")
+    return Verdict(version, tuple(reasons), keys, entries)
+
+
+def _reasons_of_2(found: Inspection) -> Iterator[str]:
+    if found.database is not None:
+        yield f"{found.database.path} is a database of etcd 3"
+    elif found.v3_entries:
+        yield f"the log holds {found.v3_entries} entries of etcd 3"
+    if found.cluster_version and version_key(found.cluster_version) > (2, 3):
+        yield f"the cluster version is {found.cluster_version}"
+
+
+def _reasons_of_3(version: str, found: Inspection) -> Iterator[str]:
+    """What each etcd 3 wants: a database as new as the snapshot, and no newer cluster."""
+    ours, cluster_version = version_key(version + ".0"), found.cluster_version
+    if cluster_version and version_key(cluster_version) > ours:
+        yield f"the cluster version is {cluster_version}, and etcd does not go back"
+    database, snapshot = found.database, found.source.snapshot
+    if database is not None and database.fault:
+        yield f"the database is damaged: {database.fault}"
+        return
+    index = database.consistent_index if database is not None else 0
+    if snapshot is not None and index < snapshot.index and not found.received_database:
+        yield (f"failed to find database snapshot file: the snapshot is at index {snapshot.index},"
+               f" {f'the database at {index}' if database else 'and there is no database'}")
+    elif database is None and cluster_version and version_key(cluster_version) >= (3, 0):
+        yield "database file of the backend is missing: member/snap/db"
+    if database is not None and database.storage_version:
+        if version_key(database.storage_version) > ours and ours >= (3, 6):
+            yield f"the database has the schema of etcd {database.storage_version}"
+    if version == "3.7" and snapshot is not None and not found.voters_recorded:
+        yield ("the log does not name the voters at the snapshot: etcd 3.5 or 3.6 must write one"
+               " first")
+
+
+def _custom_keys(found: Inspection) -> Iterator[str]:
+    """Yield what etcd 3.6 refuses in the snapshot: keys, and users and roles.
+
+    The empty directories that the use of users leaves behind are refused by 3.6.0 only.
+    """
+    for path in found.snapshot_paths:
+        if path.startswith("/1/") or re.match("/2/[^/]+/", path):
+            yield _shown(path)
+
+
+def _custom_entries(version: str, found: Inspection) -> Iterator[CommandEntry]:
+    for entry in found.commands:
+        request = entry.request
+        is_meta = request.method == "PUT" and _META_COMMAND.fullmatch(request.path)
+        if version == "3.7" or version == "3.6" and not is_meta:
+            yield entry
+
+
+# -- reports
+
+
+def check_lines(found: Inspection) -> List[str]:
+    """The report of `pyetcd check` for people."""
+    lines = list(_facts(found))
+    for verdict in verdicts(found):
+        lines.append(f"etcd {verdict.version}:    {'starts' if verdict.starts else 'refuses'}")
+        lines += [f"             {reason}" for reason in verdict.reasons]
+        lines += [f"               {text}" for text in _blamed(verdict)]
+    lines += [f"damage:      {fault}" for fault in found.faults]
+    return [*lines, f"next:        {next_step(found)}"]
+
+
+def _facts(found: Inspection) -> Iterator[str]:
+    source, files = found.source, found.store.nodes_below("/1")
+    keys = [node for _, node in files if node.children is None]
+    in_log = sum(node.modified_index > found.snapshot_etcd_index for node in keys)
+    left_out = len(source.entries) - source.committed
+    yield f"directory:   {source.path}"
+    yield f"identity:    member {source.member_id:x} of cluster {source.cluster_id:x}"
+    yield (f"raft:        term {source.hard_state.term}, index {source.last.index};"
+           f" {left_out} entries not known to be committed")
+    yield (f"snapshot:    index {source.snapshot.index}, {found.snapshot_name}"
+           if source.snapshot else "snapshot:    none")
+    yield (f"log:         {len(found.segments)} segments; behind the snapshot"
+           f" {len(found.commands)} commands of v2, {found.v3_entries} entries of v3,"
+           f" {found.changes} changes of members")
+    version = found.cluster_version
+    yield f"cluster:     version {version or 'not decided'}, " + (", ".join(
+        f"{member.name or '(unnamed)'}={','.join(member.peer_urls)} ({format_id(member.id)})"
+        for member in sorted(found.cluster.members.values())) or "no members")
+    yield (f"v2 keys:     {len(keys):,}: {len(keys) - in_log:,} in the snapshot, {in_log:,} in the"
+           f" log; {sum(node.expires_ns > 0 for node in keys):,} with a time to live; etcd index"
+           f" {found.store.current_index}")
+    if found.database is not None:
+        database = found.database
+        yield (f"database:    consistent index {database.consistent_index}, {database.keys:,}"
+               f" revisions of v3 keys, schema {database.storage_version or 'before 3.6'}")
+
+
+def _blamed(verdict: Verdict) -> Iterator[str]:
+    keys, entries = verdict.keys, verdict.entries
+    yield from keys[:BLAMED_MAX]
+    if len(keys) > BLAMED_MAX:
+        yield f"... and {len(keys) - BLAMED_MAX:,} more: pyetcd dump names all"
+    for entry in entries[:BLAMED_MAX]:
+        yield entry_text(entry)
+    if len(entries) > BLAMED_MAX:
+        yield f"... and {len(entries) - BLAMED_MAX:,} more: pyetcd dump names all"
+
+
+def _shown(path: str) -> str:
+    """A path as users know it: `/foo` for `/1/foo`."""
+    return path[2:] if path.startswith("/1/") else path
+
+
+def entry_text(entry: CommandEntry) -> str:
+    """An entry in a line."""
+    return (f"entry {entry.index}: {entry.request.method} {_shown(entry.request.path)}"
+            f"{'' if entry.committed else ' (not known to be committed)'}")
+
+
+def next_step(found: Inspection) -> str:
+    """Return what to do next: one command, or a few words."""
+    path = found.source.path
+    if found.faults:
+        return (f"replace the member from an intact one, or `pyetcd export {path}` to save what"
+                " could be read")
+    by_version = {verdict.version: verdict for verdict in verdicts(found)}
+    if by_version["3.6"].keys or by_version["3.6"].entries:
+        return (f"`pyetcd export {path} -format script` saves the keys for v3; then remove them"
+                " and make a snapshot: docs/moving.md, \"Free a directory that blocks etcd 3.6\"")
+    if not by_version["3.5"].starts and found.database is None:
+        return (f"`pyetcd restore {path} -name NAME -data-dir NEW` makes a directory that etcd 3.4"
+                " takes")
+    if not by_version["3.7"].starts and by_version["3.6"].starts:
+        return "start etcd 3.6 on it, and let it write a snapshot (--snapshot-count) before 3.7"
+    return "nothing is in the way"
+
+
+def check_json(found: Inspection) -> Dict[str, Any]:
+    """The report of `pyetcd check -json`."""
+    source, database = found.source, found.database
+    return {
+        "directory": source.path,
+        "memberID": f"{source.member_id:x}", "clusterID": f"{source.cluster_id:x}",
+        "term": source.hard_state.term, "commit": source.hard_state.commit,
+        "lastIndex": source.last.index, "etcdIndex": found.store.current_index,
+        "uncommittedEntries": len(source.entries) - source.committed,
+        "snapshot": {"index": source.snapshot.index, "term": source.snapshot.term,
+                     "file": found.snapshot_name} if source.snapshot else None,
+        "snapshots": list(found.snapshot_files),
+        "segments": [{"name": name, "bytes": size} for name, size in found.segments],
+        "v2Entries": len(found.commands), "v3Entries": found.v3_entries,
+        "memberChanges": found.changes,
+        "clusterVersion": found.cluster_version,
+        "members": [
+            {"id": format_id(member.id), "name": member.name, "peerURLs": member.peer_urls,
+             "clientURLs": member.client_urls}
+            for member in sorted(found.cluster.members.values())],
+        "v2Keys": sum(n.children is None for _, n in found.store.nodes_below("/1")),
+        "database": database and {
+            "fault": database.fault, "consistentIndex": database.consistent_index,
+            "storageVersion": database.storage_version, "revisions": database.keys},
+        "verdicts": [
+            {"version": verdict.version, "starts": verdict.starts, "reasons": verdict.reasons,
+             "keys": verdict.keys, "entries": [_entry_json(entry) for entry in verdict.entries]}
+            for verdict in verdicts(found)],
+        "damage": list(found.faults), "next": next_step(found),
+    }
+
+
+def _entry_json(entry: CommandEntry) -> Dict[str, Any]:
+    return {"index": entry.index, "method": entry.request.method, "path": entry.request.path,
+            "committed": entry.committed}
+
+
+def dump_json(found: Inspection) -> Iterator[Dict[str, Any]]:
+    """Yield an object for each node of v2, users and roles too, then for each command of the log.
+
+    No object holds a password.
+    """
+    for space in ("/1", "/2"):
+        for path, node in found.store.nodes_below(space):
+            entry = found.place(node.modified_index)
+            row: Dict[str, Any] = {
+                "key": _shown(path), "createdIndex": node.created_index,
+                "modifiedIndex": node.modified_index, "place": "log" if entry else "snapshot",
+            }
+            if entry:
+                row["entry"] = entry
+            if node.expires_ns:
+                row["expiration"] = format_time(node.expires_ns)
+            if node.children is not None:
+                row["dir"] = True
+            elif not path.startswith("/2/users/"):
+                row["value"] = node.value
+            yield row
+    for command in found.commands:
+        yield {"entry": command.index, "method": command.request.method,
+               "path": _shown(command.request.path), "committed": command.committed}
+
+
+def dump_lines(found: Inspection) -> Iterator[str]:
+    """Yield dump_json() for people, and for grep."""
+    for row in dump_json(found):
+        if "method" in row:
+            note = "" if row["committed"] else " (not known to be committed)"
+            yield f"entry {row['entry']}\t{row['method']} {row['path']}{note}"
+            continue
+        place = f"entry {row['entry']}" if "entry" in row else "snapshot"
+        kind = "directory" if "dir" in row else json_text(_cut(row.get("value", "(hidden)")))
+        expires = f"\texpires {row['expiration']}" if "expiration" in row else ""
+        yield (f"{row['key']}\tindex {row['createdIndex']}/{row['modifiedIndex']}\t{place}"
+               f"\t{kind}{expires}")
+
+
+def _cut(value: str) -> str:
+    return value if len(value) <= VALUE_CHARS_MAX else value[:VALUE_CHARS_MAX] + "..."
+
+
+# ============================================================================
+# life/tools -- The commands beside the server: backup, restore, check, dump, export, import.
+# ============================================================================
+
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 2                    # of `check`: a newer etcd does not start on the directory
+
+
+def flag_lines(flags: Sequence[Flag]) -> Iterator[str]:
+    for flag in flags:
+        default = flag.default
+        if isinstance(default, (tuple, dict)):
+            default = ",".join(default)
+        shown = str(default).lower() if flag.is_bool else f"'{default}'"
+        yield f"\t--{flag.name} {shown}"
+        yield f"\t\t{flag.help}"
+
+
+class ProgressLine:
+    """Shows `restore: 45% (123,456 keys)` on a terminal for work of more than a second."""
+
+    def __init__(self, tool: str, now: Callable[[], float] = SYSTEM_CLOCK.now) -> None:
+        self._tool = tool
+        self._now = now
+        self._next = now() + 1.0
+        self._keys = 0
+        self._text = ""                 # on the terminal now
+
+    def show(self, share: float, keys: int) -> None:
+        """Report progress.  share: done, 0.0 to 1.0; keys: read so far, 0 if unchanged."""
+        self._keys = max(self._keys, keys)
+        if sys.stderr.isatty() and self._now() >= self._next:
+            self._next = self._now() + 0.1
+            self._show(f"{self._tool}: {share:.0%} ({self._keys:,} keys)")
+
+    def clear(self) -> None:
+        if self._text:
+            self._show("")
+            sys.stderr.write("\r")
+
+    def _show(self, text: str) -> None:
+        sys.stderr.write("\r" + text.ljust(len(self._text)))
+        sys.stderr.flush()
+        self._text = text
+
+
+class Tool(NamedTuple):
+    """One command."""
+
+    words: str                      # that follow its name in the usage
+    brief: str
+    text: Tuple[str, ...]           # of its help
+    flags: Tuple[Flag, ...]
+    run: Callable[[Sequence[str], Settings, ProgressLine], int]     # words, flags -> exit code
+
+
+def run_tool(name: str, words: Sequence[str]) -> int:
+    """Run a command with the words behind its name; return the exit code."""
+    logging.getLogger("pyetcd").setLevel(logging.CRITICAL)  # the report has all that matters
+    line, tool = ProgressLine(name), TOOLS[name]
+    first = list(words)
+    named: List[str] = []
+    while first and not first[0].startswith("-"):
+        named.append(first.pop(0))
+    try:
+        settings = Settings(first, os.environ, tool.flags)
+        if settings.help:
+            _print(f"usage: pyetcd {name} {tool.words} [flags]", "", *tool.text, "",
+                   *flag_lines(tool.flags))
+            return 0
+        named += filter(None, [settings.take_word() if not named else ""])
+        settings.check_leftover()
+        settings.read_environment()
+        return tool.run(named, settings, line)
+    except FlagError as error:
+        sys.stderr.write(f"{error}. See 'pyetcd {name} -help'.\n")
+    except BackupError as error:
+        line.clear()
+        sys.stderr.write(f"{name}: {error}\n")
+    except BrokenPipeError:             # of `| head`: nobody reads the rest
+        sys.stdout = open(os.devnull, "w")
+    return EXIT_FAILED
+
+
+def _print(*lines: str) -> None:
+    sys.stdout.write("".join(line + "\n" for line in lines))
+
+
+def _one_word(words: Sequence[str], name: str, meaning: str) -> str:
+    """Return the only word.  Raises FlagError."""
+    if not words:
+        raise FlagError(f"{name} is missing: {meaning}")
+    if len(words) > 1:
+        raise FlagError(f"'{words[1]}' is one word too many")
+    return words[0]
+
+
+def _options(settings: Settings, flags: Sequence[Flag]) -> Dict[str, Any]:
+    return {flag.name.replace("-", "_"): settings[flag.name] for flag in flags}
+
+
+# -- backup and restore
+
+
+_BACKUP_FLAGS = flag_rows("""
+data-dir  text  path to the data directory to copy; its member may run.
+wal-dir  text  path to its dedicated wal directory, if it has one.
+backup-dir  text  path to the copy; must be empty or absent.
+backup-wal-dir  text  path to a dedicated wal directory of the copy.
+dry-run  bool  say what would be done, and change nothing.
+""")
+_RESTORE_FLAGS = (*flag_rows("""
+name  text  name of the member whose data directory is made.
+initial-cluster  text  members of the new cluster, `name=url` pairs (default: this member alone).
+initial-cluster-token  text  token of the new cluster: clusters with different tokens do not mix.
+data-dir  text  path to the new data directory (default: <name>.etcd).
+wal-dir  text  path to the new dedicated wal directory.
+dry-run  bool  say what would be done, and change nothing.
+"""), Flag("initial-advertise-peer-urls", parse_urls, (),
+           "peer URLs of this member (default: those in -initial-cluster)."))
+
+
+def _run_backup(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    if words:
+        raise FlagError(f"'{words[0]}' is no flag: name directories with -data-dir and -backup-dir")
+    for name in ("data-dir", "backup-dir"):
+        if not settings[name]:
+            raise FlagError(f"-{name} is missing")
+    report = backup(**_options(settings, _BACKUP_FLAGS), progress=line.show)
+    line.clear()
+    _print(*(report.lines() if settings["dry-run"] else [report.summary()]))
+    return 0
+
+
+def _run_restore(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    check_restore_settings(settings)
+    source = _one_word(words, "SOURCE", "a snapshot file, or a data directory")
+    report = restore(source, **_options(settings, _RESTORE_FLAGS), progress=line.show)
+    line.clear()
+    _print(*(report.lines() if settings["dry-run"] else [report.summary()]))
+    return 0
+
+
+# -- check and dump
+
+
+_READ_FLAGS = flag_rows("""
+wal-dir  text  path to its dedicated wal directory, if it has one.
+json  bool  print JSON: one object, or one for each line.
+""")
+
+
+def _run_check(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    path = _one_word(words, "DIR", "a data directory")
+    found = inspect_dir(path, settings["wal-dir"], line.show)
+    line.clear()
+    if settings["json"]:
+        _print(json.dumps(check_json(found), indent=2, ensure_ascii=False))
+    else:
+        _print(*check_lines(found))
+    if found.faults:
+        return EXIT_FAILED
+    newer = [verdict for verdict in verdicts(found) if verdict.version >= "3.5"]
+    return 0 if all(verdict.starts for verdict in newer) else EXIT_REFUSED
+
+
+def _run_dump(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    path = _one_word(words, "DIR", "a data directory")
+    found = inspect_dir(path, settings["wal-dir"], line.show)
+    line.clear()
+    if settings["json"]:
+        for row in dump_json(found):
+            _print(json.dumps(row, ensure_ascii=False))
+    else:
+        for text in dump_lines(found):
+            _print(text)
+    for fault in found.faults:
+        sys.stderr.write(f"dump: {fault}\n")
+    return EXIT_FAILED if found.faults else 0
+
+
+# -- export and import
+
+
+_CLUSTER_FLAGS = (
+    Flag("endpoints", parse_urls, (), "client URLs of the cluster, comma between."),
+    *flag_rows("""
+ca-file  text  certificates of authorities to check the cluster with.
+cert-file  text  client certificate.
+key-file  text  key of that certificate.
+username  text  name:password of a user.
+"""), Flag("map", parse_key_map, [], "prefixes of keys to replace: /old=/new, comma between."),
+)
+_EXPORT_FLAGS = (
+    Flag("format", one_of(*FORMATS), "json",
+         "json, as pyetcdctl writes; script, of etcdctl for etcd 3; or db, a snapshot of etcd 3."),
+    Flag("ttl", one_of("drop", "lease"), "drop",
+         "what becomes of times to live in etcd 3: permanent keys, or leases of what is left."),
+    *flag_rows("""
+output  text  file to write (default: print it).
+wal-dir  text  path to the dedicated wal directory of DIR, if it has one.
+"""), *_CLUSTER_FLAGS,
+)
+_IMPORT_FLAGS = (*_CLUSTER_FLAGS, *flag_rows("""
+keep  bool  leave keys that exist as they are.
+dry-run  bool  read everything, count, and write nothing.
+"""))
+
+
+def _access(settings: Settings) -> Access:
+    return Access(settings["endpoints"], settings["ca-file"], settings["cert-file"],
+                  settings["key-file"], settings["username"])
+
+
+def _run_export(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    source = _one_word(words, "DIR", "") if words else ""
+    access = _access(settings)
+    if "://" in source:
+        access, source = access._replace(urls=parse_urls(source)), ""
+    if bool(source) == bool(access.urls):
+        raise FlagError("name one source: a data directory, or a cluster with -endpoints")
+    report = export_keys(
+        source, access, form=settings["format"], target=settings["output"],
+        key_map=settings["map"], leases=settings["ttl"] == "lease", wal_dir=settings["wal-dir"],
+        progress=line.show,
+    )
+    line.clear()
+    for fault in report.faults:
+        sys.stderr.write(f"export: {fault}\n")
+    if settings["output"]:
+        _print(f"{settings['output']}: {report.summary()}")
+    return EXIT_FAILED if report.faults else 0
+
+
+def _run_import(words: Sequence[str], settings: Settings, line: ProgressLine) -> int:
+    source = _one_word(words, "FILE", "what export or etcd 3 has written")
+    access = _access(settings)
+    if not access.urls:
+        raise FlagError("-endpoints is missing: the cluster to write to")
+    report = import_keys(source, access, key_map=settings["map"], keep=settings["keep"],
+                         dry_run=settings["dry-run"], progress=line.show)
+    line.clear()
+    for key in report.refused:
+        sys.stderr.write(f"import: {key}\n")
+    _print(("would be: " if settings["dry-run"] else "") + report.summary())
+    return EXIT_FAILED if report.refused else 0
+
+
+TOOLS: Dict[str, Tool] = {
+    "backup": Tool(
+        "-data-dir DIR -backup-dir COPY", "copy the data of a member", (
+            "Copy the data of a member, which may be running, as `etcdctl backup` does.  A member"
+            " that", "is started from the copy with -force-new-cluster is a cluster of one with all"
+            " keys."), _BACKUP_FLAGS, _run_backup),
+    "restore": Tool(
+        "SOURCE -name NAME", "make a new cluster out of a snapshot or a copy", (
+            "Make the data directory of member NAME of a new cluster with keys, users and roles of",
+            "SOURCE: a file of GET /v2/snapshot or of a member/snap directory, or a data"
+            " directory.",
+            "On each host, with the same SOURCE and flags but for -name; then start the members."),
+        _RESTORE_FLAGS, _run_restore),
+    "check": Tool(
+        "DIR", "say what a data directory holds, and which etcd starts on it", (
+            "Read the data directory of a stopped member of etcd 2.0 to 3.7 or pyetcd, and change"
+            " no byte.", "Exit code: 0, 2 if etcd 3.5, 3.6 or 3.7 refuses it, 1 if it is damaged."),
+        _READ_FLAGS, _run_check),
+    "dump": Tool(
+        "DIR", "print every key of a data directory, and where it stands", (
+            "Print the keys, users and roles of v2 and the commands in the log, one a line, with"
+            " the", "place of each: the snapshot, or an entry of the log."),
+        _READ_FLAGS, _run_dump),
+    "export": Tool(
+        "DIR|URL", "write the keys of v2 to a file: for etcd 3, or to import", (
+            "Write the keys of a data directory, whose member is stopped, or of a cluster."
+            "  Hidden keys", "of a cluster are not listed by it, and so left out."),
+        _EXPORT_FLAGS, _run_export),
+    "import": Tool(
+        "FILE -endpoints URL", "write the keys of a file to a cluster", (
+            "FILE is what export or pyetcdctl has written, a snapshot of etcd 3, or the data"
+            " directory of", "one.  Keys that v2 cannot hold are named, and left out."),
+        _IMPORT_FLAGS, _run_import),
+}
+
+
+# ============================================================================
+# life/command_line -- The command line: the one module that prints, and touches signals and process limits.
+# ============================================================================
+
+
+DESCRIPTORS_MIN = 150               # open files a member needs for itself; at or below: refused
+_SEE_HELP = "See 'pyetcd -help'."
+
+
+def usage() -> str:
+    lines = [
+        "usage: pyetcd [flags]", "       start a pyetcd member", "",
+        *(line for name, tool in TOOLS.items() for line in (
+            f"       pyetcd {name} {tool.words}",
+            f"       {tool.brief}: see pyetcd {name} -help", "")),
+        "       pyetcd -version", "       show the version", "",
+        "       pyetcd -h | -help", "       show the help information about pyetcd", "",
+        "Every flag may be written -flag value, -flag=value, --flag value or --flag=value; its",
+        "environment variable is ETCD_ and its name, upper case, with _ for -.",
+    ]
+    for title, flags in FLAGS.items():
+        lines += ["", f"{title} flags:", "", *flag_lines(flags)]
+    lines += ["", "of etcd 0.4, without effect flags:", ""]
+    lines += [f"\t--{name}" for name in IGNORED_BOOLS]
+    lines += ["", "of etcd 3 or experimental, without effect flags:"]
+    for reason, names in NO_EFFECT.items():
+        lines += ["", f"\t({reason})", *(f"\t--{name}" for name in names)]
+    return "\n".join(lines) + "\n"
+
+
+def version_text() -> str:
+    machine = platform.machine().lower()
+    machine = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386"}.get(machine, machine)
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    return (
+        f"etcd Version: {SERVER_VERSION}\nGit SHA: pyetcd-{__version__}\nGo Version: {python}\n"
+        f"Go OS/Arch: {sys.platform}/{machine}\n"
+    )
+
+
+def set_up_logging(settings: Settings) -> None:
+    root = logging.getLogger("pyetcd")
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
+    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now)]
+    root.propagate = False
+    root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
+    for package, level in settings["log-package-levels"].items():
+        (package_logger(package) if package else root).setLevel(level)
+
+
+def check_data_dir(config: ServerConfig) -> str:
+    """Log the path of the data directory; return its kind: `member`, `proxy`, or "" if new.
+
+    bootstrap() and prepare_proxy_dir() check later that the path can be a data directory.
+    """
+    log = package_logger("etcd")
+    path = config.data_dir or config.name + ".etcd"
+    if not config.data_dir:
+        log.info("no data-dir provided, using default data-dir ./%s", path)
+    for kind in ("member", "proxy"):
+        if os.path.isdir(os.path.join(path, kind)):
+            log.info("already initialized as %s before, starting as etcd %s...", kind, kind)
+            return kind
+    return ""
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the limit of open files to the maximum.  Raises StartError if that is too few."""
+    raise_files_limit()
+    limit = open_files_limit()
+    if limit <= DESCRIPTORS_MIN:
+        raise StartError(
+            f"file descriptor limit[{limit}] of etcd process is too low, and should be set higher"
+            f" than {DESCRIPTORS_MIN} to ensure internal usage; raise it with ulimit -n"
+        )
+
+
+def notify_systemd(environ: Mapping[str, str]) -> None:
+    """Report to systemd that the member is up, if NOTIFY_SOCKET is set (sd_notify protocol)."""
+    path = environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        # etcd logs this wherever systemd runs, from a terminal too.
+        if os.getppid() == 1 and os.path.isdir("/run/systemd/system"):
+            package_logger("etcd").error("forgot to set Type=notify in systemd service file?")
+        return
+    address = "\0" + path[1:] if path.startswith("@") else path
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"READY=1", address)
+    except OSError as error:
+        package_logger("etcd").error("failed to notify systemd for readiness: %s", error)
+
+
+class SignalStop:
+    """Stops the member in order at SIGINT or SIGTERM, and then ends the process by that signal.
+
+    Before install() the signals end the process at once: the member serves nothing yet.
+    """
+
+    _SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}
+
+    def __init__(self) -> None:
+        self._received = 0
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def install(self, stop: Callable[[], None]) -> None:
+        """Call stop() on a thread of its own at the first signal; ignore later ones."""
+        def received(number: "int", frame: "object") -> None:
+            if self._received:
+                return
+            self._received = number
+            name = self._SIGNALS[signal.Signals(number)]
+            logging.getLogger("pyetcd").info("received %s signal, shutting down...", name)
+            threading.Thread(target=stop, name="stop", daemon=True).start()
+
+        for number in self._SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, received)
+
+    def end(self) -> None:
+        """Die of the received signal, so that the parent process sees it; not as pid 1."""
+        if self._received and os.getpid() != 1:
+            logging.shutdown()
+            signal.signal(self._received, signal.SIG_DFL)
+            os.kill(os.getpid(), self._received)
+
+
+def log_tls_and_cors(config: ServerConfig) -> None:
+    """Log the TLS settings of both ports and the CORS origins.  Raises StartError."""
+    log = package_logger("etcd")
+    peer_urls = config.listen_peer_urls if config.proxy == "off" else ()
+    for level, text in (
+        *check_tls("peer", config.peer_tls, peer_urls),
+        *check_tls("client", config.client_tls, config.listen_client_urls),
+    ):
+        log.log(level, "%s", text)
+    if config.cors:
+        log.info("cors = %s", ",".join(config.cors))
+
+
+def start_server(config: ServerConfig, kind: str) -> ServerThread:
+    """Start a member or a proxy: the kind of the data directory decides, then the flags.
+
+    kind  as from check_data_dir
+
+    Raises StartError.
+    """
+    if kind == "member" or (config.proxy == "off" and kind != "proxy"):
+        try:
+            return Server.from_config(config).__enter__()
+        except ClusterFull:
+            package_logger("etcd").info("discovery cluster full, falling back to proxy")
+    return ProxyServer.from_config(config).__enter__()
+
+
+def run_member(config: ServerConfig, environ: Mapping[str, str]) -> int:
+    """Run a member or a proxy until it ends; return the exit code.  Raises StartError."""
+    signals = SignalStop()
+    kind = check_data_dir(config)
+    raise_descriptor_limit()
+    server = start_server(config, kind)
+    signals.install(server.stop)
+    notify_systemd(environ)
+    code = server.wait()
+    signals.end()
+    return code
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run `pyetcd` with these words after the command; return the exit code."""
+    # The wal thread needs the GIL right after each sync: Python's default interval, 5 ms, would
+    # delay every write by that much beside a busy reactor.
+    sys.setswitchinterval(0.0005)
+    # No full collection: with a million keys it takes 0.2 s and makes the p99 of writes 17 ms
+    # instead of 5, and it frees nothing, as old objects of a member form no cycles.
+    gc.set_threshold(2_000, 4, 1_000_000)   # the middle generation takes 4 ms; with 5,000, 5: 12
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        check_system()
+    except StartError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    if words and words[0] in TOOLS:
+        return run_tool(words[0], words[1:])
+    try:
+        settings = Settings(words, os.environ)
+        if settings.help:
+            sys.stdout.write(usage())
+            return 0
+        settings.check_leftover()
+        if settings["version"]:
+            sys.stdout.write(version_text())
+            return 0
+        settings.complete()
+        config = make_config(settings)
+    except FlagError as error:
+        sys.stderr.write(f"{error}. {_SEE_HELP}\n")
+        return 1
+    set_up_logging(settings)
+    for level, package, text in settings.lines:
+        package_logger(package).log(level, "%s", text)
+    if settings["snapshot-count"] == 0:
+        package_logger("etcdserver").info(
+            "set snapshot count to default %d", DEFAULT_SNAPSHOT_COUNT
+        )
+    try:
+        log_tls_and_cors(config)
+        return run_member(config, os.environ)
+    except StartError as error:
+        package_logger("etcd").critical("%s", error)
+        return 1
 
 
 if __name__ == "__main__":

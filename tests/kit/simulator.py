@@ -230,6 +230,13 @@ class _SimReactor:
         self.sim.at(delay_s * self.member.drift, self._fire, timer, life=self)
         return timer
 
+    def every(self, period_s, callback):
+        def call():
+            self.sim.at(period_s * self.member.drift, self._fire, timer, life=self)
+            callback()
+        timer = self.call_later(period_s, call)
+        return timer
+
     def _fire(self, timer):
         if timer.callback is not None:
             timer.callback(*timer.args)

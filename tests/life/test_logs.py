@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import threading
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Dict, Iterator, List
 
 import pytest
@@ -191,7 +191,7 @@ def test_log_counts_are_bounded_and_none_is_lost(text_log: _Log) -> None:
         for number in range(1_000):
             text_log.log("etcd", "line %d", number)
             text_log.log("etcd", "line %d", number)
-    assert len(text_log.handler._logged) == pyetcd.REPEATS_MAX
+    assert len(text_log.handler._logged) == pyetcd.LOG_REPEATS_MAX
     text_log.handler.close()
     lines = text_log.lines()
     assert len(lines) == 4_000 and lines.count("etcd: line 7 (repeated once in 10 s)") == 2
@@ -261,7 +261,7 @@ def test_log_member_without_a_leader_says_whom_it_waits_for(
 ) -> None:
     """Which member, where, why, how many are needed, and for how long; until there is a leader."""
     caplog.set_level(logging.INFO, "pyetcd")
-    monkeypatch.setattr(pyetcd.LeaderWait, "PERIOD_S", 0.05)
+    monkeypatch.setattr(pyetcd, "LEADER_WAIT_SECONDS", 0.05)
     with pyetcd.LocalCluster(3, str(tmp_path)) as cluster:
         one, two, three = cluster.members
         two.kill()
@@ -276,7 +276,7 @@ def test_log_member_without_a_leader_says_whom_it_waits_for(
         eventually(lambda: len(said()) > 2, what="lines that name both members")
         two.start()
         cluster.wait_leader()
-        eventually(lambda: one.call(lambda etcd: etcd._leader_wait._timer) is None)
+        assert one.call(lambda etcd: etcd._leadership.unled_s()) == 0
 
 
 def test_log_member_in_discovery_says_what_it_waits_for(
@@ -309,4 +309,3 @@ def test_log_member_in_discovery_says_what_it_waits_for(
     discovery = pyetcd.Discovery(disc_registry.url, 1, "a=http://127.0.0.1:1", sleep=sleep)
     assert discovery.join().count("=") == 3
     eventually(lambda: not [t for t in threading.enumerate() if t.name == "wait-report"])
-    assert timedelta(seconds=pyetcd.LeaderWait.PERIOD_S) == timedelta(seconds=10)

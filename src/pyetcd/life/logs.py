@@ -12,8 +12,8 @@ from typing import Any, Callable, Tuple
 
 from ..base.ids import one_line
 
-REPEAT_SECONDS = 10.0               # a line is logged again after this time, with its count
-REPEATS_MAX = 256                   # lines that are remembered; above: the oldest is forgotten
+LOG_REPEAT_SECONDS = 10.0               # a line is logged again after this time, with its count
+LOG_REPEATS_MAX = 256                   # lines that are remembered; above: the oldest is forgotten
 
 _Key = Tuple[int, str, str]         # level, logger, text
 
@@ -30,7 +30,7 @@ class LogFormatter(logging.Formatter):
         prefix = f"{package}: " if package else ""
         repeated = getattr(record, "repeated", 0)
         often = "once" if repeated == 1 else f"{repeated} times"
-        count = f" (repeated {often} in {REPEAT_SECONDS:.0f} s)" if repeated else ""
+        count = f" (repeated {often} in {LOG_REPEAT_SECONDS:.0f} s)" if repeated else ""
         return f"{record.asctime} {prefix}{record.message}{count}"
 
     def formatException(self, ei: Any) -> str:
@@ -69,9 +69,9 @@ class _Repeats:
 
 
 class RepeatHandler(logging.Handler):
-    """Hands records to another handler; counts those that come again within REPEAT_SECONDS.
+    """Hands records to another handler; counts those that come again within LOG_REPEAT_SECONDS.
 
-    A line that goes on repeating is logged every REPEAT_SECONDS, with its count.  There is no
+    A line that goes on repeating is logged every LOG_REPEAT_SECONDS, with its count.  There is no
     timer: the next line of the log, whichever it is, brings the counts that are due, and close()
     all others.  Lines of raft that differ only in the term are the same line.
     """
@@ -85,7 +85,7 @@ class RepeatHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Hand on a record, or count it; those with a traceback and of DEBUG are never counted."""
         now = self._now()
-        while self._logged and now - next(iter(self._logged.values())).since >= REPEAT_SECONDS:
+        while self._logged and now - next(iter(self._logged.values())).since >= LOG_REPEAT_SECONDS:
             key, repeats = self._logged.popitem(last=False)
             if self._tell(repeats):
                 self._logged[key] = _Repeats(now, repeats.last)
@@ -100,7 +100,7 @@ class RepeatHandler(logging.Handler):
             self._logged[key].count += 1
             self._logged[key].last = record
             return
-        if len(self._logged) >= REPEATS_MAX:
+        if len(self._logged) >= LOG_REPEATS_MAX:
             self._tell(self._logged.popitem(last=False)[1])
         self._logged[key] = _Repeats(now, record)
         self._target.handle(record)

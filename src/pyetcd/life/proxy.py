@@ -26,12 +26,11 @@ from ..disk.snapshots import absent_dirs, make_dirs, remove_dirs
 from ..member.configuration import ServerConfig
 from ..member.statistics import Histograms, Metrics, exponential_bounds
 from ..net.dns import _reason
-from ..net.http_calls import HttpCall
+from ..net.http_calls import ANSWER_BYTES_MAX, HttpCall
 from ..net.http_messages import _content_length, _list_header
 from ..net.http_requests import HttpRequest, StreamReply
 from ..net.reactor import Reactor
 from ..net.workers import PEER_WORK, Timer
-from ..peer.compatibility import ANSWER_BYTES_MAX
 from .addresses import PROBE_ANSWER_SECONDS, fetch_cluster
 from .bootstrap import make_peer_tls
 from .embedding import ServerThread

@@ -492,6 +492,12 @@ class Store(NodeTree):
         below = directory + "/"
         return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
 
+    def nodes_below(self, directory: str) -> List[Tuple[str, Node]]:
+        """Return all nodes below `directory` with their paths, sorted; looks at every node."""
+        below = directory + "/"
+        return sorted(((p, n) for p, n in self._nodes.items() if p.startswith(below)),
+                      key=lambda item: item[0])
+
     def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
         """Have only `files`, path -> value, below `directory`: without a new index or an event."""
         below = directory + "/"
