@@ -5173,7 +5173,10 @@ class Store(NodeTree):
             Directory(index, index, expires_ns, {}) if value is None
             else file_node(value, index, index, expires_ns)
         )
-        self.chars += node_chars(node) + (len(path) if old is None else -node_chars(old))
+        if old is not None and node.__class__ is old.__class__ is Node:     # four calls less
+            self.chars += len(node.value or "") - len(old.value or "")
+        else:
+            self.chars += node_chars(node) + (len(path) if old is None else -node_chars(old))
         if self._walks or expires_ns or (old is not None and old.expires_ns):
             self._put(path, old, node)
         else:

@@ -24,7 +24,7 @@ import pytest
 
 import pyetcd
 from pyetcd import Message, MsgType, ProgressState, RaftRole
-from tests.kit.basics import ROOT, eventually, manual_code
+from tests.kit.basics import ROOT, eventually, manual_code, open_files
 from tests.kit.http import _http_ask, _http_keys, _HttpSocket
 
 
@@ -75,6 +75,8 @@ def test_aid_member_keeps_its_urls_and_data_over_a_kill():
 
 def test_aid_port_of_a_member_that_is_down_is_kept_for_it():
     """Nobody gets it who asks for any port, or for this one."""
+    if os.environ.get("PYETCD_TEST_SYSTEM") == "macos":
+        pytest.skip("there a port has one socket, and is not kept")
     with pyetcd.LocalMember() as member:
         port = urllib.parse.urlsplit(member.client_url).port
         member.kill()
@@ -317,14 +319,14 @@ def test_aid_misuse_is_refused():
 
 def test_aid_start_that_fails_gives_everything_back(tmp_path):
     (tmp_path / "etcd1").write_text("in the way")
-    threads, files = set(threading.enumerate()), set(os.listdir("/proc/self/fd"))
+    threads, files = set(threading.enumerate()), set(open_files())
     with pytest.raises(pyetcd.StartError), pyetcd.LocalMember(directory=str(tmp_path)):
         pass
     with pytest.raises(pyetcd.StartError), pyetcd.LocalCluster(2, str(tmp_path)):
         pass
     assert set(threading.enumerate()) <= threads
     gc.collect()                                    # a reactor keeps one descriptor to its end
-    assert set(os.listdir("/proc/self/fd")) <= files
+    assert set(open_files()) <= files
 
 
 @pytest.mark.parametrize("make", [pyetcd.Server, pyetcd.ProxyServer, pyetcd.LocalMember,
@@ -333,7 +335,7 @@ def test_settings_that_do_not_exist_are_a_type_error_with_the_word(make, tmp_pat
     """Before anything is opened; whoever embeds a member learns which word is wrong."""
     if make is pyetcd.ClusterFactory.__call__:
         make = pyetcd.ClusterFactory(tmp_path_factory, contextlib.ExitStack())
-    files = set(os.listdir("/proc/self/fd"))
+    files = set(open_files())
     with pytest.raises(TypeError, match="^there is no setting nosuch$"):
         make(nosuch=1)
     with pytest.raises(TypeError, match="^there is no setting data; did you mean data_dir[?]$"):
@@ -345,7 +347,7 @@ def test_settings_that_do_not_exist_are_a_type_error_with_the_word(make, tmp_pat
             make(**{name: "http://127.0.0.1:0"})
     with pytest.raises(ValueError, match="nohost"):
         make(listen_peer_urls=["nohost"])
-    assert set(os.listdir("/proc/self/fd")) <= files
+    assert set(open_files()) <= files
 
 
 def test_settings_for_type_checkers_are_the_fields_of_the_configuration():
