@@ -4631,13 +4631,20 @@ class NodeTree:
             if not nodes:
                 del self._old[0]
 
-    def _replace(self, nodes: Dict[str, Node], ttl: TtlHeap) -> None:
+    def _count(self, path: str, old: Optional[Node], node: Node) -> None:
+        """Add the characters of a node that takes the place of `old`, or of none."""
+        if old is not None and node.__class__ is old.__class__ is Node:     # three calls less
+            self.chars += len(node.value or "") - len(old.value or "")
+        else:
+            self.chars += node_chars(node) + (len(path) if old is None else -node_chars(old))
+
+    def _replace(self, nodes: Dict[str, Node], ttl: TtlHeap, chars: int) -> None:
         """Be another tree; tidy() frees this one."""
         self._dead, self._dying = (), []
         if len(self._nodes) > REMOVED_NODES_MAX:
             self._old.append((self._nodes, self._walks))
         self._walks = []                        # a walk under way keeps the tree it began with
-        self._nodes, self._ttl = nodes, ttl
+        self._nodes, self._ttl, self.chars = nodes, ttl, chars
 
     def _drop(self, path: str) -> None:
         """Remove one node; what was below it dies."""
@@ -5151,8 +5158,7 @@ class Store(NodeTree):
         Nodes already over leave with the next delete_expired.
         Source: etcd 2.3 store/store.go, Recovery.
         """
-        self._replace(state.nodes, state.ttl)
-        self.chars = state.chars
+        self._replace(state.nodes, state.ttl, state.chars)
         seen, self.current_index = self.current_index, state.current_index
         self.stats.load(state.stats)
         self.hub.history.load(state.events, state.back, state.capacity)
@@ -5173,10 +5179,7 @@ class Store(NodeTree):
             Directory(index, index, expires_ns, {}) if value is None
             else file_node(value, index, index, expires_ns)
         )
-        if old is not None and node.__class__ is old.__class__ is Node:     # four calls less
-            self.chars += len(node.value or "") - len(old.value or "")
-        else:
-            self.chars += node_chars(node) + (len(path) if old is None else -node_chars(old))
+        self._count(path, old, node)
         if self._walks or expires_ns or (old is not None and old.expires_ns):
             self._put(path, old, node)
         else:
@@ -5191,7 +5194,7 @@ class Store(NodeTree):
         index = self.current_index + 1
         text = stored_value(old) if refresh else value
         node = file_node(text, old.created_index, index, expires_ns)
-        self.chars += node_chars(node) - node_chars(old)
+        self._count(path, old, node)
         self._put(path, old, node)
         return self._done(Event(action, path, node, old, index, now_ns, refresh))
 

@@ -65,13 +65,22 @@ class NodeTree:
             if not nodes:
                 del self._old[0]
 
-    def _replace(self, nodes: Dict[str, Node], ttl: TtlHeap) -> None:
+    def _put(self, path: str, old: Optional[Node], node: Node) -> None:
+        """Have `node` at `path`, in the place of `old` if there was one."""
+        for walk in self._walks:
+            walk.keep(path, old)
+        self._nodes[path] = node
+        self.chars += node_chars(node) + (len(path) if old is None else -node_chars(old))
+        if node.expires_ns or (old is not None and old.expires_ns):
+            self._ttl.set(path, node.expires_ns)
+
+    def _replace(self, nodes: Dict[str, Node], ttl: TtlHeap, chars: int) -> None:
         """Be another tree; tidy() frees this one."""
         self._dead, self._dying = (), []
         if len(self._nodes) > REMOVED_NODES_MAX:
             self._old.append((self._nodes, self._walks))
         self._walks = []                        # a walk under way keeps the tree it began with
-        self._nodes, self._ttl = nodes, ttl
+        self._nodes, self._ttl, self.chars = nodes, ttl, chars
 
     def _drop(self, path: str) -> None:
         """Remove one node; what was below it dies."""

@@ -525,8 +525,7 @@ class Store(NodeTree):
         Nodes already over leave with the next delete_expired.
         Source: etcd 2.3 store/store.go, Recovery.
         """
-        self._replace(state.nodes, state.ttl)
-        self.chars = state.chars
+        self._replace(state.nodes, state.ttl, state.chars)
         seen, self.current_index = self.current_index, state.current_index
         self.stats.load(state.stats)
         self.hub.history.load(state.events, state.back, state.capacity)
@@ -547,14 +546,12 @@ class Store(NodeTree):
             Directory(index, index, expires_ns, {}) if value is None
             else file_node(value, index, index, expires_ns)
         )
-        if old is not None and node.__class__ is old.__class__ is Node:     # four calls less
-            self.chars += len(node.value or "") - len(old.value or "")
-        else:
-            self.chars += node_chars(node) + (len(path) if old is None else -node_chars(old))
-        if self._walks or expires_ns or (old is not None and old.expires_ns):
+        if (old is None or self._walks or expires_ns or old.expires_ns
+                or node.__class__ is not Node or old.__class__ is not Node):
             self._put(path, old, node)
-        else:
+        else:                           # what most writes do
             self._nodes[path] = node
+            self.chars += len(node.value or "") - len(old.value or "")
         return self._done(Event(action, path, node, old, index, now_ns, refresh))
 
     def _rewrite(
@@ -565,16 +562,8 @@ class Store(NodeTree):
         index = self.current_index + 1
         text = stored_value(old) if refresh else value
         node = file_node(text, old.created_index, index, expires_ns)
-        self.chars += node_chars(node) - node_chars(old)
         self._put(path, old, node)
         return self._done(Event(action, path, node, old, index, now_ns, refresh))
-
-    def _put(self, path: str, old: Optional[Node], node: Node) -> None:
-        for walk in self._walks:
-            walk.keep(path, old)
-        self._nodes[path] = node
-        if node.expires_ns or (old is not None and old.expires_ns):
-            self._ttl.set(path, node.expires_ns)
 
     def _make_parents(self, path: str, index: int) -> None:
         """Enter `path` in its directory, made if need be.  Raises NotDir before any change."""
@@ -592,7 +581,6 @@ class Store(NodeTree):
             path = missing.pop()
             children[path] = None
             children = {}
-            self.chars += len(path)
             self._put(path, None, Directory(index, index, 0, children))
         children[missing[0]] = None
 
