@@ -207,7 +207,7 @@ __all__ = [
 
 
 def _crc_table(zeros: int) -> List[int]:
-    """The CRC-32C of each byte followed by so many zero bytes.
+    """Return the CRC-32C of each byte followed by so many zero bytes.
 
     The CRC is linear over XOR, so eight single-bit values give all 256.
     """
@@ -228,9 +228,9 @@ _CRC_TABLES = tuple(map(_crc_table, (3, 2, 1, 0)))
 def crc32c(data: Union[bytes, bytearray, memoryview], crc: int = 0) -> int:
     """Continue the CRC-32C (Castagnoli) `crc` over `data`; start with 0.
 
-    zlib has another polynomial.  Four bytes a step take 50-60 ns per byte here, one a step 110;
-    tables of 64 K entries only win while nothing else uses the cache.  Long data are folded
-    first: 1 KB takes 19 us instead of 55, 64 KB 160 us.
+    zlib has another polynomial.  Four bytes a step take 50-60 ns per byte, one a step 110; tables
+    of 64 K entries win only if they have the cache alone.  Long data are folded first: 1 KB takes
+    19 us instead of 55, 64 KB 160 us.
     """
     if len(data) >= CRC_FOLD_BYTES_MIN:
         view = memoryview(data)
@@ -286,8 +286,8 @@ CRC_LANE_BYTES_MAX = 1_024          # longer ones are folded
 def crc32c_chain(pieces: Sequence[bytes], crc: int) -> List[int]:
     """Return the CRC-32C after each of `pieces`, continued from `crc`.
 
-    Many short ones of about one length are summed side by side: 30 of 140 bytes in 2.7 us each
-    instead of 6.1, 130 in 1.8.
+    Many short pieces of about one length are summed side by side: 30 of 140 bytes take 2.7 us
+    each instead of 6.1, 130 take 1.8.
     """
     longest = max(map(len, pieces), default=0)
     state, crcs = crc ^ 0xFFFFFFFF, []
@@ -308,7 +308,7 @@ def crc32c_chain(pieces: Sequence[bytes], crc: int) -> List[int]:
 
 
 def _crc_lanes(pieces: Sequence[bytes], longest: int) -> Sequence[int]:
-    """Return the remainders of `pieces`, each begun with 0, before which zeros do not count.
+    """Return the remainder of each of `pieces`, with the start value 0: leading zeros do not count.
 
     All first words lie together, then all second ones, ..., as four planes of bytes: one
     operation on integers and strings of that length works on all pieces.  The first half of the
@@ -352,7 +352,7 @@ def _crc_times(planes: Sequence[bytes], zeros: int) -> List[int]:
 
 @functools.lru_cache(maxsize=CRC_LANE_BYTES_MAX)
 def _crc_powers(zeros: int) -> "List[array[int]]":
-    """For each byte of a CRC's state: what becomes of its values after so many zero bytes."""
+    """Return for each byte of a CRC's state a table: the state after so many zero bytes."""
     tables, data = [], bytes(zeros)
     for shift in range(0, 32, 8):
         table = [0]
@@ -365,21 +365,11 @@ def _crc_powers(zeros: int) -> "List[array[int]]":
 
 @functools.lru_cache(maxsize=CRC_LANE_BYTES_MAX)
 def _crc_plane_powers(zeros: int) -> List[List[bytes]]:
-    """The same for each byte of the result, as tables of bytes.translate."""
+    """Return _crc_powers() for each byte of the result, as tables of bytes.translate."""
     return [
         [bytes([value >> shift & 255 for value in table]) for table in _crc_powers(zeros)]
         for shift in range(0, 32, 8)
     ]
-
-
-_DOTS = re.compile(r"/\.{1,2}(?:/|\Z)")
-
-
-def is_clean_path(path: str) -> bool:
-    """True if clean_path() takes nothing but a trailing slash off an absolute path."""
-    return path.startswith("/") and not (
-        "//" in path or "/." in path and _DOTS.search(path) is not None
-    )
 
 
 # ============================================================================
@@ -621,11 +611,11 @@ class InvariantError(Exception):
 
 __version__ = "0.4.0"
 
-SERVER_VERSION = "2.3.8"            # what peers and /version see (etcd 2.3 compatibility identity)
+SERVER_VERSION = "2.3.8"            # shown to peers and by /version: the etcd to be compatible with
 MIN_CLUSTER_VERSION = "2.2.0"       # oldest cluster version this member can live with
 ARTICLE_VERSION = "2.0.1"           # data directory format named by etcd 2.0's start-up line
 
-REGISTRY_KEY = "/_etcd/registry"    # where the discovery service keeps its tokens
+REGISTRY_KEY = "/_etcd/registry"    # tokens of the discovery service
 V3_REFUSAL = "pyetcd has the v2 API only: set ETCDCTL_API=2, or use HTTP/1.1 below /v2/keys"
 
 DEFAULT_NAME = "default"
@@ -646,10 +636,10 @@ SNAPSHOT_CATCHUP_ENTRIES = 5_000    # entries kept in memory behind a snapshot f
 
 ENTRIES_BYTES_MAX = 1 << 20         # entries in one MsgApp; always at least one entry
 INFLIGHT_MSGAPP_MAX = 512           # unanswered MsgApp per follower; above: wait for an answer
-READ_ROUNDS_MAX = 1_024             # questions at a leader; above: dropped, and asked again
+READ_ROUNDS_MAX = 1_024             # read rounds of a leader; above: dropped, and tried again
 UNCOMMITTED_BYTES_MAX = 256 << 20   # log tail not yet committed; above: proposals are refused
-QUEUED_BYTES_MAX = 64 << 20         # of requests that wait for a leader, or in a proxy for
-                                    # members; above: 503
+QUEUED_BYTES_MAX = 64 << 20         # of requests that wait for a leader, in a proxy for a member;
+                                    # above: 503
 PROPOSALS_PENDING_MAX = 65_536      # requests waiting for apply; above: error 300 with 503
 
 REQUEST_HEAD_BYTES_MAX = 1_052_672  # request line and headers (Go's limit); above: 431, close
@@ -660,7 +650,7 @@ REQUEST_BODY_BYTES_MAX = 10 << 20   # one byte more: error 210 if it is a form, 
 CHUNKS_MAX = 65_536                 # of one request body; above: as if the body were too large
 PEER_BODY_BYTES_MAX = 512 << 20     # a snapshot of a peer; above: 413, close
 RAFT_BODY_BYTES_MAX = 16 << 20      # any other message of a peer; above: 413, close
-CALL_BODY_BYTES_MAX = 4 << 20       # kept of what a registry or member answers us; then: cut
+CALL_BODY_BYTES_MAX = 4 << 20       # of an answer of a registry or member; above: cut
 PEER_BODIES_BYTES_MAX = 64 << 20    # of all messages that peers are sending; above: 413, close
 MESSAGE_ENTRIES_MAX = 1 << 15       # in one message of a peer; above: refused
 FIELDS_MAX = 512                    # of a protobuf message, entries not counted; above: refused
@@ -674,19 +664,19 @@ CHUNKED_SLICE_BYTES = 16 << 10      # of it decoded, if it is chunked: 2,700 chu
 CONNECTIONS_MAX = 50_000            # open sockets per listener; above: 503, close
 DESCRIPTORS_KEPT = 256              # below the system's limit, or a quarter of it: for files and
                                     # calls, half of it for peers too; above: as CONNECTIONS_MAX
-REFUSALS_MAX = 256                  # connections being told so at a time; above: only closed
+REFUSALS_MAX = 256                  # 503 answers being sent at a time; above: closed without one
 REFUSALS_TOLD_MAX = 16              # likewise, of descriptors
 OUTPUT_BYTES_MAX = 64 << 20         # unsent reply bytes of one connection; above: it is closed
 HELD_BYTES_MAX = 256 << 20          # unsent and unread, of all connections; above: the most idle
-                                    # ones are closed
+                                    # are closed
 OUTPUT_PAUSE_BYTES = 1 << 20        # above: its next requests wait until the client has read
 OUTPUT_JOIN_BYTES_MAX = 1 << 16     # unsent bytes that are joined, if they are in pieces
-OUTPUT_SHARED_BYTES_MIN = 1 << 10   # of a piece; above: not copied, as others may have it too
+OUTPUT_SHARED_BYTES_MIN = 1 << 10   # of a piece; above: shared with other replies, not copied
 OUTPUT_PIECES_MAX = 16              # handed to the system in one call
 REQUEST_SECONDS_MAX = 300.0         # from a request's first byte to its last; above: 408, close
-UNREAD_SECONDS_MAX = 60.0           # for the next UNREAD_BYTES_MIN, or the rest, of a reply to be
-UNREAD_BYTES_MIN = 64 << 10         # taken by the client; above: closed
-SLOW_CHECK_SECONDS = 10.0           # between two looks for such clients
+UNREAD_SECONDS_MAX = 60.0           # in which a client reads UNREAD_BYTES_MIN of a reply, or the
+UNREAD_BYTES_MIN = 64 << 10         # rest; above: closed
+SLOW_CHECK_SECONDS = 10.0           # between two searches for such clients
 HEAD_CACHE_MAX = 4_096              # parsed request heads remembered; full: forgotten all at once
 
 PIPELINE_QUEUE_MESSAGES_MAX = 64    # messages waiting for a POST; above: dropped, peer unreachable
@@ -701,14 +691,14 @@ PROBE_SECONDS = 4.0                 # between two health probes of a peer
 HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answer 401
 WATCHERS_MAX = 100_000              # of one member, some 3 KB each; above: 503
 WATCHED_BYTES_MAX = 64 << 20        # of the paths of all watchers; above: 503
-WATCHERS_TOLD_MAX = 400             # in one turn, 4 ms; above: the next turns tell the others
-WATCHER_QUEUE_EVENTS_MAX = 100      # events one slow watcher may owe (etcd's limit)
+WATCHERS_NOTIFIED_MAX = 400             # notified in one turn, 4 ms; the others: in the next turns
+WATCHER_QUEUE_EVENTS_MAX = 100      # backlog of one slow watcher (etcd's limit); above: closed
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
 PURGE_SECONDS = 30.0                # between two removals of old files
-SYNC_SECONDS = 0.5                  # the leader looks for expired keys this often
+SYNC_SECONDS = 0.5                  # between two searches of the leader for expired keys
 REMOVED_NODES_MAX = 2_000           # of the key tree in one turn, 5 ms; above: in the next ones
 EXPIRED_KEYS_MAX = 200              # that one entry of the log expires, 4 ms; above: several
-REMOVED_SECONDS = 1.0               # a removed member ends so long after it knows
+REMOVED_SECONDS = 1.0               # from the removal of a member, as it learns of it, to its end
 
 LOG_LINE_CHARS_MAX = 16_384         # above: cut off; journald would make several lines of it
 
@@ -728,19 +718,19 @@ REPAIR_HINT = (
 logging.getLogger("pyetcd").addHandler(logging.NullHandler())   # silent unless the program logs
 
 
-# What ends a line, moves the cursor or reverses what follows, and halves of characters.
+# Characters that end a line, move the cursor or reverse the text, and surrogates.
 _UNPRINTABLE = re.compile(
     "[\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 
 
 def one_line(text: str) -> str:
-    """Return `text` so that it cannot be taken for two lines, or for another one."""
+    """Escape `text` so that it cannot pass for two lines, or for another line."""
     text = _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
     return text if len(text) <= LOG_LINE_CHARS_MAX else text[:LOG_LINE_CHARS_MAX] + "..."
 
 
 def _make_one_line(record: logging.LogRecord) -> bool:
-    """A filter: names, keys, headers and what peers say may hold anything."""
+    """Filter a record: names, keys, headers and texts of peers may hold any character."""
     record.fields = _fields(record)
     record.msg, record.args = one_line(record.getMessage()), None
     return True
@@ -783,7 +773,7 @@ def _fields(record: logging.LogRecord) -> Dict[str, object]:
 def package_logger(package: str) -> logging.Logger:
     """Return the logger whose lines read `<package>: message` in etcd's format."""
     logger = logging.getLogger("pyetcd." + package)
-    logger.addFilter(_make_one_line)            # once, however often
+    logger.addFilter(_make_one_line)            # no effect if it has it
     return logger
 
 
@@ -800,7 +790,6 @@ class IdGenerator:
         self._low = (now_ms & ((1 << 40) - 1)) << 8
 
     def next(self) -> int:
-        """Return the next id, a 64-bit int."""
         self._low = (self._low + 1) & ((1 << 48) - 1)
         return self._high | self._low
 
@@ -911,6 +900,16 @@ def raise_files_limit() -> None:
 # ============================================================================
 
 
+_DOTS = re.compile(r"/\.{1,2}(?:/|\Z)")
+
+
+def is_clean_path(path: str) -> bool:
+    """True if clean_path() removes at most a trailing slash from an absolute path."""
+    return path.startswith("/") and not (
+        "//" in path or "/." in path and _DOTS.search(path) is not None
+    )
+
+
 def clean_path(path: str) -> str:
     """Return the shortest equivalent absolute path: no `.`, `..`, `//` and no trailing slash.
 
@@ -929,15 +928,15 @@ def clean_path(path: str) -> str:
 
 
 class TlsFiles(NamedTuple):
-    """What one side, client or peer, is told about TLS: paths of PEM files, "" where not given.
+    """The TLS settings of one side, client or peer; "" where not given.
 
-    Read by section TLS, again whenever one of the files changes.
+    The files are PEM, and read again when one of them changes.
     """
 
     cert_file: str = ""
     key_file: str = ""
     trusted_ca_file: str = ""           # "": the system's authorities
-    ca_file: str = ""                   # of etcd 2.0: trusted as well, and implies client_cert_auth
+    ca_file: str = ""                   # etcd 2.0's: trusted as well, and implies client_cert_auth
     client_cert_auth: bool = False      # refuse clients without a certificate of the trusted CA
     crl_file: str = ""                  # revoked certificates
     allowed_name: str = ""              # host that a client certificate must be for
@@ -945,7 +944,7 @@ class TlsFiles(NamedTuple):
 
 
 class Backoff:
-    """Growing waits: next() returns first_s, then twice the last one, up to max_s."""
+    """Exponential back-off: next() returns first_s, then twice the last wait, up to max_s."""
 
     def __init__(self, first_s: float, max_s: float) -> None:
         self._first_s = first_s
@@ -953,13 +952,11 @@ class Backoff:
         self._next_s = first_s
 
     def next(self) -> float:
-        """Return the seconds to wait now."""
         wait_s = self._next_s
         self._next_s = min(wait_s * 2, self._max_s)
         return wait_s
 
     def reset(self) -> None:
-        """Begin again with first_s."""
         self._next_s = self._first_s
 
 
@@ -967,8 +964,7 @@ NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open file
 
 
 def descriptors_max(kept: int, part: int) -> int:
-    """Return how many descriptors may be open if `kept` of those that the system allows must be
-    left, or one `part` of them."""
+    """Return the limit of open descriptors, less a reserve of `kept` or one `part` of them."""
     limit = open_files_limit()
     return limit - min(kept, limit // part)
 
@@ -983,7 +979,7 @@ def fsync_dir(path: str) -> None:
 
 
 def _nothing() -> None:
-    """What a callback does where nothing is to be done; posted, it makes the reactor turn."""
+    """A callback without effect; posted, it makes the reactor turn."""
 
 
 # ============================================================================
@@ -991,27 +987,32 @@ def _nothing() -> None:
 # ============================================================================
 
 
+_Result = TypeVar("_Result")
+
+
+def finish(steps: Generator[None, None, _Result]) -> _Result:
+    """Run a generator of steps to its end; return its result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            result: _Result = stop.value
+            return result
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")     # a byte that is not UTF-8, by surrogateescape
 _JSON_UNSAFE = re.compile('[\x00-\x1f"\\\\<>&\u2028\u2029\ud800-\udfff]')
 _JSON_SHORT = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-
-
-def _json_escape(match: "re.Match[str]") -> str:
-    char = match.group()
-    if "\ud800" <= char <= "\udfff":
-        return "\\ufffd"            # one byte that is not UTF-8, kept by surrogateescape
-    return _JSON_SHORT.get(char) or "\\u%04x" % ord(char)
-
-
 _JSON_ESCAPES = {
     char: _JSON_SHORT.get(char) or f"\\u{ord(char):04x}"
     for char in ("\\", '"', *map(chr, range(0x20)), *"<>&\u2028\u2029")
 }
 _JSON_MARKS = bytes(byte < 0x20 or byte in b'"\\<>&' for byte in range(128)).ljust(256, b"\1")
-_JSON_LONG_CHARS = 200              # from here on the table is faster than the expression
+_JSON_LONG_CHARS = 200              # from this length the table is faster than the expression
 
 
 def is_plain_json(text: str) -> bool:
-    """True if nothing in `text` has to be escaped; meant for long text.
+    """True if no character of `text` has to be escaped; meant for long text.
 
     A table takes 0.4 ns per character of ASCII, the expression 3 (and 0.2 us for 64).
     """
@@ -1023,36 +1024,45 @@ def is_plain_json(text: str) -> bool:
 def json_string(text: str) -> str:
     """Encode `text` as etcd does: `<`, `>`, `&`, U+2028/9 and controls escaped, the rest raw."""
     if len(text) >= _JSON_LONG_CHARS:
-        return f'"{_json_inside(text)}"'
+        return f'"{_escape_long(text)}"'
     if _JSON_UNSAFE.search(text) is None:
         return f'"{text}"'
-    return f'"{_JSON_UNSAFE.sub(_json_escape, text)}"'
+    escaped = _JSON_UNSAFE.sub(lambda match: _JSON_ESCAPES.get(match[0], "\\ufffd"), text)
+    return f'"{escaped}"'
 
 
-def _json_inside(text: str) -> str:
-    """What json_string() puts between the quotes; meant for long text."""
-    return text if is_plain_json(text) else _escape_long(text)
+def _escape_long(text: str) -> str:
+    """Escape as json_string() does, in one pass per character: 10 MB of quotes take 0.1 s, not 3.
+
+    Returns the same object if `text` is plain.
+    """
+    if is_plain_json(text):
+        return text
+    for char, escape in _JSON_ESCAPES.items():      # the backslash first: the others bring some
+        if char in text:
+            text = text.replace(char, escape)
+    return text if is_unicode(text) else _SURROGATE.sub(r"\\ufffd", text)
 
 
-# A long text as it is kept: what stands between the quotes of its JSON, in pieces of which each
-# is the JSON of some characters.  All answers, snapshots and listings share the pieces.
+# The stored form of a long text: its JSON without the quotes, in pieces of which each is the JSON
+# of some characters.  All answers, snapshots and listings share the pieces.
 LongText = Tuple[bytes, ...]
 Value = Union[str, LongText]
 LONG_TEXT_STEP_BYTES = 1 << 15      # one piece: 2 ms where every character has to be escaped
-_PLAIN_PIECES = 32                  # which take as long as two of those
+_PLAIN_PIECES = 32                  # pieces without an escape that take as long as two with
 
 
 def long_text_steps(data: Union[bytes, bytearray, memoryview]) -> Generator[None, None, LongText]:
-    """Return as_unicode(text_of(data)) as it is kept, in steps of some ms."""
+    """Return the stored form of as_unicode(text_of(data)), in steps of some ms."""
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     pieces: List[bytes] = []
     work = 0
     for start in range(0, len(data), LONG_TEXT_STEP_BYTES):
         end = start + LONG_TEXT_STEP_BYTES
         text = decode(data[start:end], end >= len(data))
-        inside = _json_inside(text)
-        pieces.append(inside.encode())
-        work += 1 if inside is text else _PLAIN_PIECES // 2
+        escaped = _escape_long(text)
+        pieces.append(escaped.encode())
+        work += 1 if escaped is text else _PLAIN_PIECES // 2
         if work >= _PLAIN_PIECES:
             work = 0
             yield
@@ -1060,14 +1070,8 @@ def long_text_steps(data: Union[bytes, bytearray, memoryview]) -> Generator[None
 
 
 def long_text(text: str) -> LongText:
-    """Return `text`, which is Unicode, as it is kept if it is long; at once."""
-    steps = long_text_steps(text.encode())
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            pieces: LongText = end.value
-            return pieces
+    """Return the stored form of `text`, which is Unicode."""
+    return finish(long_text_steps(text.encode()))
 
 
 def text_of_long(pieces: Iterable[bytes]) -> str:
@@ -1076,7 +1080,7 @@ def text_of_long(pieces: Iterable[bytes]) -> str:
 
 
 def in_pieces(texts: Iterable[Union[str, bytes]]) -> List[bytes]:
-    """Encode texts, joined where they follow each other; what is bytes stays as it is."""
+    """Encode texts, joined where they follow each other; bytes stay as they are."""
     pieces: List[bytes] = []
     strings: List[str] = []
     for text in texts:
@@ -1090,14 +1094,6 @@ def in_pieces(texts: Iterable[Union[str, bytes]]) -> List[bytes]:
     if strings:
         pieces.append("".join(strings).encode())
     return pieces
-
-
-def _escape_long(text: str) -> str:
-    """What the expression does, in one pass per character: 10 MB of quotes take 0.1 s, not 3 s."""
-    for char, escape in _JSON_ESCAPES.items():      # the backslash first: the others bring some
-        if char in text:
-            text = text.replace(char, escape)
-    return text if is_unicode(text) else _JSON_UNSAFE_SURROGATE.sub(r"\\ufffd", text)
 
 
 def json_text(value: object) -> str:
@@ -1134,16 +1130,13 @@ def is_unicode(text: str) -> bool:
 
 
 def as_unicode(text: str) -> str:
-    """Return `text` with U+FFFD for what is not UTF-8: JSON, and a snapshot, hold no more."""
+    """Return `text` with U+FFFD for bytes that are not UTF-8: no JSON or snapshot can hold them."""
     if is_unicode(text):
         return text
     try:
         return utf8(text).decode("utf-8", "replace")
     except UnicodeEncodeError:          # half of a surrogate pair, escaped in JSON
-        return _JSON_UNSAFE_SURROGATE.sub("\ufffd", text)
-
-
-_JSON_UNSAFE_SURROGATE = re.compile("[\ud800-\udfff]")
+        return _SURROGATE.sub("\ufffd", text)
 
 
 _ESCAPE_MARKS = bytes(
@@ -1157,7 +1150,7 @@ def unquote(data: bytes, *, plus: bool = False) -> bytes:
 
     plus  a `+` is a space, as in forms
     Raises ValueError with the first three bytes that look like an escape and are none.
-    urllib takes 400 ns for an escape, and 100 bytes of memory, while nothing else runs.
+    urllib takes 400 ns and 100 bytes of memory for an escape, and holds the GIL.
     """
     if b"%" not in data:
         return data.replace(b"+", b" ") if plus else data
@@ -1170,6 +1163,9 @@ def unquote(data: bytes, *, plus: bool = False) -> bytes:
     return binascii.a2b_qp(data.replace(b"=", b"=3D").replace(b"%", b"="))
 
 
+_EPOCH = datetime(1970, 1, 1)
+
+
 def format_time(unix_ns: int) -> str:
     """Return RFC 3339 in UTC with up to 9 fraction digits, trailing zeros removed."""
     seconds, nanos = divmod(unix_ns, NS)
@@ -1178,7 +1174,7 @@ def format_time(unix_ns: int) -> str:
 
 
 def format_local_time(unix_ns: int) -> str:
-    """Return RFC 3339 in the zone of this machine, as Go shows what it read from the clock."""
+    """Return RFC 3339 in the zone of this machine, as Go shows a reading of the clock."""
     offset_s = time.localtime(unix_ns // NS).tm_gmtoff
     if not offset_s:
         return format_time(unix_ns)
@@ -1187,16 +1183,13 @@ def format_local_time(unix_ns: int) -> str:
     return f"{format_time(unix_ns + offset_s * NS)[:-1]}{sign}{hours:02d}:{minutes:02d}"
 
 
-_EPOCH = datetime(1970, 1, 1)
-
-
 _RFC3339 = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d+))?(?:Z|([+-])(\d\d):(\d\d))\Z"
 )
 
 
 def load_json(text: Union[str, bytes]) -> Any:
-    """Return the value of JSON that another has written.  Raises ValueError, for depth as well."""
+    """Return the value of foreign JSON.  Raises ValueError, for depth as well."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -1209,7 +1202,7 @@ def parse_time(text: str) -> int:
     if match is None:
         raise ValueError(f"not an RFC 3339 time: {text!r}")
     moment = datetime.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")
-    seconds = (moment - datetime(1970, 1, 1)) // timedelta(seconds=1)
+    seconds = (moment - _EPOCH) // timedelta(seconds=1)
     if match.group(8):
         offset = int(match.group(9)) * 3600 + int(match.group(10)) * 60
         seconds += -offset if match.group(8) == "+" else offset
@@ -1231,20 +1224,17 @@ def format_duration(seconds: float) -> str:
     return f"{minutes}m{text}" if minutes else text
 
 
+_UNQUOTABLE = re.compile(r'["\\\x00-\x1f\x7f-\xa0\xad\u2028\u2029\udc80-\udcff]')
+_GO_SHORT = {**_JSON_SHORT, "\a": "\\a", "\b": "\\b", "\f": "\\f", "\v": "\\v"}
+
+
 def go_quote(text: str) -> str:
     """Return `text` in double quotes as Go's %q shows it."""
     return f'"{_UNQUOTABLE.sub(_go_escape, text)}"'
 
 
-_UNQUOTABLE = re.compile(r'["\\\x00-\x1f\x7f-\xa0\xad\u2028\u2029\udc80-\udcff]')
-_GO_SHORT = {
-    '"': '\\"', "\\": "\\\\", "\a": "\\a", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r",
-    "\t": "\\t", "\v": "\\v",
-}
-
-
 def _go_escape(match: "re.Match[str]") -> str:
-    char = match.group()
+    char = match[0]
     code = ord(char)
     if char in _GO_SHORT:
         return _GO_SHORT[char]
@@ -1260,7 +1250,6 @@ HOST_CHARS_MAX = 253                # of a name (RFC 1035 §2.3.4); above: refus
 
 
 def is_ip(text: str) -> bool:
-    """True for a literal IPv4 or IPv6 address."""
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError, UnicodeError, ValueError):
             socket.inet_pton(family, text)
@@ -1269,7 +1258,7 @@ def is_ip(text: str) -> bool:
 
 
 def split_url(url: str) -> Tuple[str, str, str]:
-    """Return (scheme in lower case, authority, what follows) of a URL; parts may be empty.
+    """Return (scheme in lower case, authority, rest) of a URL; parts may be empty.
 
     Raises ValueError with the words of Go's url.Parse, also for a host that no machine can have:
     `${IP}`, `{{ip}}`, `a b`, `%41`, `10.0.0.256`, a zone.  Differs from Go, which takes some of
@@ -1289,7 +1278,7 @@ def split_url(url: str) -> Tuple[str, str, str]:
 
 
 def _authority_error(authority: str) -> str:
-    """Say what is wrong with `user@host:port`; "" if nothing is."""
+    """Return the error of `user@host:port`, or ""."""
     user, _, address = authority.rpartition("@")
     host, port = split_address(address)
     plain = host[1:-1] if host.startswith("[") else host
@@ -1323,7 +1312,7 @@ def split_address(address: str) -> Tuple[str, str]:
 
 
 def _is_name(host: str) -> bool:
-    """True for a name that a resolver can be asked for, and for ""."""
+    """True for a name that a resolver can look up, and for ""."""
     if len(host) > HOST_CHARS_MAX or not host.isprintable():
         return False
     with contextlib.suppress(UnicodeError):     # an empty label, or one above 63 characters
@@ -1383,14 +1372,14 @@ class ConfChangeType(IntEnum):
 
 
 class EntryID(NamedTuple):
-    """Where an entry stands: its term and its index."""
+    """The place of an entry in the log."""
 
     term: int
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: int  # type: ignore[assignment]  # hides tuple.index
 
 
 class HardState(NamedTuple):
-    """What a member must remember across a crash (Raft thesis fig. 3.1)."""
+    """The state that survives a crash (Raft thesis fig. 3.1)."""
 
     term: int = 0
     vote: int = 0
@@ -1423,7 +1412,7 @@ class Request(NamedTuple):
     refresh: Optional[bool] = None
 
     def as_unicode(self) -> "Request":
-        """Return the command as every member applies it: without what a snapshot would replace."""
+        """Return the command as every member applies it: with U+FFFD where a snapshot has it."""
         path, value, prev_value = self.path, self.val, self.prev_value
         if path.isascii() and value.isascii() and prev_value.isascii():
             return self
@@ -1445,8 +1434,8 @@ class Entry:
     """One log entry.
 
     request  caches the decoded payload where the proposer knows it
-    encoded  caches encode_entry, for peers and disk; b"": not known; None: the disk has it, so it
-             is not kept any more
+    encoded  caches encode_entry, for peers and disk; b"": not known; None: it is on disk, and the
+             cache is dropped
     """
 
     __slots__ = ("type", "term", "index", "data", "request", "encoded")
@@ -1462,11 +1451,6 @@ class Entry:
         self.request = request
         self.encoded: Optional[bytes] = b""
 
-    @property
-    def id(self) -> EntryID:
-        """Where this entry stands."""
-        return EntryID(self.term, self.index)
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Entry) and (self.type, self.term, self.index, self.data) == (
             other.type, other.term, other.index, other.data
@@ -1479,7 +1463,7 @@ class Entry:
 class Snapshot(NamedTuple):
     """raftpb.Snapshot: the store's JSON at (term, index) and the voters then, ascending.
 
-    state  what a store reads in `data`, where that was done already; never encoded
+    state  the decoded `data`, if known (StoreState); never encoded
     """
 
     data: bytes = b""
@@ -1527,7 +1511,8 @@ class Message:
 # ============================================================================
 # base/codec -- The wire codec: etcd's protobuf messages, byte for byte.
 # ----------------------------------------------------------------------------
-# Fields ascend, and a non-nullable field is written even when zero.
+# Fields ascend, and a non-nullable field is written even when zero.  Every decode_x is the inverse
+# of encode_x and raises CodecError.
 # Source: etcd 2.3 raft/raftpb, wal/walpb, snap/snappb, etcdserver/etcdserverpb.
 # ============================================================================
 
@@ -1535,6 +1520,7 @@ class Message:
 _BYTE = [bytes((value,)) for value in range(128)]
 _SMALL = _BYTE + [bytes((value & 127 | 128, value >> 7)) for value in range(128, 1_024)]
 Buffer = Union[bytes, bytearray, memoryview]
+Schema = Mapping[int, Tuple[str, int, Callable[[Any], Any]]]    # number: name, wire type, convert
 
 
 def encode_varint(value: int) -> bytes:
@@ -1585,8 +1571,7 @@ def decode_fields(data: Buffer, limit: int = FIELDS_MAX) -> Iterator[Tuple[int, 
     """Yield (field number, wire type, value): int for varint and fixed, a slice for bytes.
 
     Raises CodecError for anything that is not protobuf, and for more than `limit` fields: a
-    later one replaces an earlier one, so millions are only work.  Unknown fields are yielded like
-    known ones and skipped by the callers.
+    later one replaces an earlier one, so millions are only work.  Callers skip unknown fields.
     """
     offset, end = 0, len(data)
     for _ in range(limit + 1):
@@ -1616,21 +1601,19 @@ def decode_fields(data: Buffer, limit: int = FIELDS_MAX) -> Iterator[Tuple[int, 
     raise CodecError(f"more than {limit} fields")
 
 
-def _want(wire_type: int, expected: int, what: str) -> None:
+def check_wire_type(wire_type: int, expected: int, owner: str) -> None:
     if wire_type != expected:
-        raise CodecError(f"{what}: wire type {wire_type}, expected {expected}")
+        raise CodecError(f"{owner}: wire type {wire_type}, expected {expected}")
 
 
-def _decode_known(
-    data: Buffer, schema: Mapping[int, Tuple[str, int, Callable[[Any], Any]]], what: str
-) -> Dict[str, Any]:
-    """Decode the single-valued fields that `schema` names: number -> (name, wire type, convert)."""
+def decode_known(data: Buffer, schema: Schema, owner: str) -> Dict[str, Any]:
+    """Decode the single-valued fields of `schema`."""
     values: Dict[str, Any] = {}
     for number, wire_type, value in decode_fields(data):
         known = schema.get(number)
         if known is not None:
             name, expected, convert = known
-            _want(wire_type, expected, what)
+            check_wire_type(wire_type, expected, owner)
             values[name] = convert(value)
     return values
 
@@ -1640,7 +1623,6 @@ def _bytes_field(tag: bytes, data: bytes) -> bytes:
 
 
 def encode_hard_state(state: HardState) -> bytes:
-    """raftpb.HardState."""
     return b"\x08%b\x10%b\x18%b" % (
         encode_varint(state.term), encode_varint(state.vote), encode_varint(state.commit)
     )
@@ -1650,12 +1632,11 @@ _HARD_STATE = {1: ("term", 0, int), 2: ("vote", 0, int), 3: ("commit", 0, int)}
 
 
 def decode_hard_state(data: Buffer) -> HardState:
-    """Inverse of encode_hard_state.  Raises CodecError."""
-    return HardState(**_decode_known(data, _HARD_STATE, "HardState"))
+    return HardState(**decode_known(data, _HARD_STATE, "HardState"))
 
 
 def encode_entry(entry: Entry) -> bytes:
-    """raftpb.Entry; Data is left out when empty, as etcd 2.3 does."""
+    """Data is left out when empty, as etcd 2.3 does."""
     data, term = entry.data, entry.term     # a hot path
     size = len(data)
     if not size:
@@ -1668,7 +1649,7 @@ def encode_entry(entry: Entry) -> bytes:
 
 
 def encode_entry_head(entry: Entry) -> bytes:
-    """What comes before the data in encode_entry()."""
+    """Return the part of encode_entry() before the data."""
     head = encode_entry(Entry(entry.type, entry.term, entry.index))
     return b'%b"%b' % (head, encode_varint(len(entry.data))) if entry.data else head
 
@@ -1679,15 +1660,14 @@ _PLAIN_ENTRY = re.compile(b'\x08\0\x10%b\x18%b"%b' % ((_VARINT,) * 3))
 
 
 def decode_entry(data: Buffer) -> Entry:
-    """Inverse of encode_entry.  Raises CodecError."""
-    plain = _PLAIN_ENTRY.match(data)    # what most are: 2 us instead of 7
+    plain = _PLAIN_ENTRY.match(data)    # the usual form: 2 us instead of 7
     if plain is not None:
         term, index, size = map(_varint_value, plain.groups())
         if size == len(data) - plain.end():
             entry = Entry(0, term, index, bytes(data[plain.end():]))
             entry.encoded = bytes(data)
             return entry
-    return Entry(**_decode_known(data, _ENTRY, "Entry"))
+    return Entry(**decode_known(data, _ENTRY, "Entry"))
 
 
 @functools.lru_cache(maxsize=1_024)     # of terms and sizes
@@ -1695,13 +1675,7 @@ def _varint_value(data: bytes) -> int:
     return decode_varint(data, 0)[0]
 
 
-def entry_size(entry: Entry) -> int:
-    """Bytes of encode_entry(entry), close enough for flow control (never less)."""
-    return len(entry.data) + 40
-
-
 def encode_conf_change(change: ConfChange) -> bytes:
-    """raftpb.ConfChange."""
     head = b"\x08%b\x10%b\x18%b" % (
         encode_varint(change.id), encode_varint(change.type), encode_varint(change.node_id)
     )
@@ -1714,17 +1688,16 @@ _CONF_CHANGE = {
 
 
 def decode_conf_change(data: Buffer) -> ConfChange:
-    """Inverse of encode_conf_change.  Raises CodecError."""
-    return ConfChange(**_decode_known(data, _CONF_CHANGE, "ConfChange"))
+    return ConfChange(**decode_known(data, _CONF_CHANGE, "ConfChange"))
 
 
 def encode_snapshot(snapshot: Optional[Snapshot]) -> bytes:
-    """raftpb.Snapshot; None is the empty one that every Message carries."""
+    """None is the empty snapshot that every Message carries."""
     return b"".join(encode_snapshot_parts(snapshot))
 
 
 def encode_snapshot_parts(snapshot: Optional[Snapshot]) -> Tuple[bytes, ...]:
-    """Do encode_snapshot() without a copy of its data."""
+    """Encode a snapshot without a copy of its data."""
     if snapshot is None:
         return (_EMPTY_SNAPSHOT,)
     before, after = encode_snapshot_around(
@@ -1736,7 +1709,7 @@ def encode_snapshot_parts(snapshot: Optional[Snapshot]) -> Tuple[bytes, ...]:
 def encode_snapshot_around(
     size: int, voters: Iterable[int], snapshot_id: EntryID
 ) -> Tuple[bytes, bytes]:
-    """Return what stands before and after the `size` bytes of data in a raftpb.Snapshot."""
+    """Return the parts of a raftpb.Snapshot before and after its `size` bytes of data."""
     conf_state = b"".join(b"\x08" + encode_varint(voter) for voter in voters)
     metadata = b"%b\x10%b\x18%b" % (
         _bytes_field(b"\x0a", conf_state), encode_varint(snapshot_id.index),
@@ -1750,16 +1723,10 @@ _EMPTY_SNAPSHOT = b"\x12\x06\x0a\x00\x10\x00\x18\x00"
 
 
 def decode_snapshot(data: Buffer) -> Snapshot:
-    """Inverse of encode_snapshot; the fields that etcd 3.x adds are skipped.  Raises CodecError."""
-    values: Dict[str, Any] = {}
-    for number, wire_type, value in decode_fields(data):
-        if number == 1:
-            _want(wire_type, 2, "Snapshot")
-            values["data"] = bytes(value)
-        elif number == 2:
-            _want(wire_type, 2, "Snapshot")
-            values.update(_decode_known(value, _SNAPSHOT_METADATA, "SnapshotMetadata"))
-    return Snapshot(**values)
+    """Inverse of encode_snapshot; the fields that etcd 3.x adds are skipped."""
+    values = decode_known(data, _SNAPSHOT, "Snapshot")
+    metadata = values.pop("metadata", b"")
+    return Snapshot(**values, **decode_known(metadata, _SNAPSHOT_METADATA, "SnapshotMetadata"))
 
 
 def _decode_voters(data: Buffer) -> Tuple[int, ...]:
@@ -1769,7 +1736,7 @@ def _decode_voters(data: Buffer) -> Tuple[int, ...]:
         if number == 1 and wire_type == 0:
             voters.append(value)
         elif number == 1:
-            _want(wire_type, 2, "ConfState")
+            check_wire_type(wire_type, 2, "ConfState")
             offset = 0
             while offset < len(value):
                 voter, offset = decode_varint(value, offset)
@@ -1779,10 +1746,10 @@ def _decode_voters(data: Buffer) -> Tuple[int, ...]:
     return tuple(voters)
 
 
-_SNAPSHOT_METADATA: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
+_SNAPSHOT: Schema = {1: ("data", 2, bytes), 2: ("metadata", 2, bytes)}
+_SNAPSHOT_METADATA: Schema = {
     1: ("voters", 2, _decode_voters), 2: ("index", 0, int), 3: ("term", 0, int),
 }
-
 
 SHARED_DATA_BYTES = 1 << 16         # of an entry or a snapshot; above: never copied
 
@@ -1802,12 +1769,11 @@ def joined_parts(parts: Iterable[bytes]) -> List[bytes]:
 
 
 def encode_message(message: Message) -> bytes:
-    """raftpb.Message; the snapshot is written even when empty."""
     return b"".join(encode_message_parts(message))
 
 
 def encode_message_parts(message: Message) -> List[bytes]:
-    """Do encode_message() without a copy of what is long."""
+    """Encode a message, with no copy of long data; the snapshot is written even when empty."""
     parts = [
         b"\x08%b\x10%b\x18%b\x20%b\x28%b\x30%b" % (
             encode_varint(message.type), encode_varint(message.to),
@@ -1832,14 +1798,12 @@ def _snapshot_or_none(data: Buffer) -> Optional[Snapshot]:
     return snapshot if snapshot.index else None
 
 
-_MESSAGE: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
+_MESSAGE: Schema = {
     1: ("type", 0, int), 2: ("to", 0, int), 3: ("sender", 0, int), 4: ("term", 0, int),
     5: ("log_term", 0, int), 6: ("index", 0, int), 8: ("commit", 0, int),
     9: ("snapshot", 2, _snapshot_or_none), 10: ("reject", 0, bool), 11: ("reject_hint", 0, int),
     12: ("context", 2, bytes),
 }
-
-
 _PLAIN_MESSAGE = re.compile(
     b"%b%b%b%b" % (
         b"".join([re.escape(bytes((tag,))) + _VARINT for tag in (8, 16, 24, 32, 40, 48, 64)]),
@@ -1849,7 +1813,7 @@ _PLAIN_MESSAGE = re.compile(
 
 
 def _decode_plain_message(data: Buffer) -> Optional[Message]:
-    """Return the message if it is one of numbers alone, as most answers are: 3 us, not 13."""
+    """Decode a message of numbers alone, as most answers are: 3 us, not 13.  None: another form."""
     plain = _PLAIN_MESSAGE.fullmatch(data)
     if plain is None or plain.group(8) == b"\1":
         return None
@@ -1862,26 +1826,15 @@ def _decode_plain_message(data: Buffer) -> Optional[Message]:
     )
 
 
-_Result = TypeVar("_Result")
-
-
-def finish(steps: Generator[None, None, _Result]) -> _Result:
-    """Do all of a work in steps at once; return its result."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            result: _Result = stop.value
-            return result
-
-
 def decode_message(data: Buffer) -> Message:
-    """Inverse of encode_message.  Raises CodecError, also for a type no etcd knows."""
     return finish(decode_message_steps(data))
 
 
 def decode_message_steps(data: Buffer) -> Generator[None, None, Message]:
-    """Do decode_message() in steps of 1 ms at most, or of one entry."""
+    """Decode a message in steps of 1 ms at most, or of one entry.
+
+    Raises CodecError, also for a type that no etcd knows.
+    """
     message = _decode_plain_message(data)
     if message is None:
         message = yield from _decode_any_message(data)
@@ -1891,7 +1844,7 @@ def decode_message_steps(data: Buffer) -> Generator[None, None, Message]:
 
 
 STEP_ENTRIES = 200                  # of a peer's message, decoded or checked in one step
-STEP_BYTES = 1 << 18                # ... or as much data, or more with the last of them
+STEP_BYTES = 1 << 18                # of data in one step, or more with the last entry
 
 
 def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
@@ -1900,7 +1853,7 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
     others = work = 0
     for number, wire_type, value in decode_fields(data, MESSAGE_ENTRIES_MAX + FIELDS_MAX):
         if number == 7:
-            _want(wire_type, 2, "Message")
+            check_wire_type(wire_type, 2, "Message")
             entries.append(decode_entry(value))
             work += STEP_BYTES // STEP_ENTRIES + len(value)
             if work > STEP_BYTES:
@@ -1913,7 +1866,7 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
         known = _MESSAGE.get(number)
         if known is not None:
             name, expected, convert = known
-            _want(wire_type, expected, "Message")
+            check_wire_type(wire_type, expected, "Message")
             values[name] = convert(value)
     return Message(entries=entries, **values)
 
@@ -1921,7 +1874,7 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
 def encode_request(
     request: Request, val: Optional[List[bytes]] = None, prev_value: Optional[List[bytes]] = None
 ) -> bytes:
-    """etcdserverpb.Request: all fields always, PrevExist and Refresh only when given.
+    """All fields are written, PrevExist and Refresh only when given.
 
     val, prev_value  the texts encoded, in pieces, where that is known
     """
@@ -1932,7 +1885,7 @@ def encode_request(
         b"\x08", encode_varint(request.id),
         _bytes_field(b"\x12", request.method.encode()),
         _bytes_field(b"\x1a", utf8(request.path)),
-        b"\x22", encode_varint(sum(map(len, val))), *val,   # no copy more than needed
+        b"\x22", encode_varint(sum(map(len, val))), *val,
         b"\x28", _BYTE[request.dir],
         b"\x32", encode_varint(sum(map(len, prev_value))), *prev_value,
         b"\x38", encode_varint(request.prev_index),
@@ -1950,7 +1903,6 @@ def encode_request(
 
 
 def encode_target(method: str, path: str) -> bytes:
-    """The part of encode_request that says what is done to which key."""
     return _bytes_field(b"\x12", method.encode()) + _bytes_field(b"\x1a", utf8(path))
 
 
@@ -1958,9 +1910,9 @@ _NO_OPTIONS = encode_request(Request())[len(b"\x08\0\x12\0\x1a\0\x22\0"):]
 
 
 def encode_plain(id: int, target: bytes, value: bytes) -> bytes:
-    """encode_request of a Request with nothing but a value: 0.8 us instead of 2.3.
+    """Encode a Request with a value and no option: 0.8 us instead of 2.3.
 
-    target  its encode_target
+    target  encode_target() of it
     """
     size = len(value)
     return b'\x08%b%b"%b%b%b' % (
@@ -1970,7 +1922,6 @@ def encode_plain(id: int, target: bytes, value: bytes) -> bytes:
 
 
 def wrap_int64(value: int) -> int:
-    """Return `value` as 64-bit signed arithmetic leaves it: wrapped around."""
     return (value + (1 << 63) & UINT64_MAX) - (1 << 63)
 
 
@@ -1978,7 +1929,7 @@ def _text(value: Buffer) -> str:
     return text_of(bytes(value))
 
 
-_REQUEST: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
+_REQUEST: Schema = {
     1: ("id", 0, int), 2: ("method", 2, _text), 3: ("path", 2, _text), 4: ("val", 2, _text),
     5: ("dir", 0, bool), 6: ("prev_value", 2, _text), 7: ("prev_index", 0, int),
     8: ("prev_exist", 0, bool), 9: ("expiration", 0, wrap_int64), 10: ("wait", 0, bool),
@@ -1986,14 +1937,17 @@ _REQUEST: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
     14: ("quorum", 0, bool), 15: ("time", 0, wrap_int64), 16: ("stream", 0, bool),
     17: ("refresh", 0, bool),
 }
-
+_LONG_REQUEST: Schema = {
+    **_REQUEST, 4: ("val", 2, memoryview), 6: ("prev_value", 2, memoryview)
+}
+LONG_REQUEST_BYTES = 1 << 17        # above: decoded in steps
 
 _PLAIN_REST = b"(\x002\x008\x00H\x00P\x00X\x00`\x00h\x00p\x00x\x00\x80\x01\x00"
 _PUT_HEAD = re.compile(rb"\x08([\x80-\xff]{0,9}[\x00-\x7f])\x12\x03PUT\x1a")
 
 
 def _decode_plain_put(data: bytes) -> Optional[Request]:
-    """Return the command if it is a PUT of a value and nothing else: 2 us instead of 12."""
+    """Decode a PUT of a value without options: 2 us instead of 12.  None: another form."""
     head = _PUT_HEAD.match(data)
     if head is None or not data.endswith(_PLAIN_REST):
         return None
@@ -2011,7 +1965,7 @@ def decode_request(data: Buffer) -> Optional[Request]:
     """Return the command in a normal entry's data, or None if it is an operation of etcd 3's API.
 
     A v2 command is a bare Request, or one nested in field 2 of InternalRaftRequest; only a bare
-    Request has an upper-case method name there.  Raises CodecError.
+    Request has an upper-case method name there.
     """
     plain = _decode_plain_put(bytes(data))
     if plain is not None:
@@ -2020,9 +1974,7 @@ def decode_request(data: Buffer) -> Optional[Request]:
     return None if values is None else Request(**values)
 
 
-def _request_fields(
-    data: Buffer, schema: Mapping[int, Tuple[str, int, Callable[[Any], Any]]]
-) -> Optional[Dict[str, Any]]:
+def _request_fields(data: Buffer, schema: Schema) -> Optional[Dict[str, Any]]:
     nested = next((value for number, _, value in decode_fields(data) if number == 2), None)
     if nested is None:
         return None
@@ -2030,21 +1982,17 @@ def _request_fields(
         raise CodecError("Request: method is not a string")
     if bytes(nested[:1]) == b"\x08":
         data = nested
-    return _decode_known(data, schema, "Request")
-
-
-_LONG_TEXTS = {4: ("val", 2, memoryview), 6: ("prev_value", 2, memoryview)}
-LONG_REQUEST_BYTES = 1 << 17        # above: decoded in steps
+    return decode_known(data, schema, "Request")
 
 
 def decode_long_request(data: bytes) -> Generator[None, None, Optional[Request]]:
     """Do decode_request() in steps of some ms; long texts become LongText, all are Unicode."""
-    values = _request_fields(memoryview(data), {**_REQUEST, **_LONG_TEXTS})
+    values = _request_fields(memoryview(data), _LONG_REQUEST)
     if values is None:
         return None
     for name in ("val", "prev_value"):
         value: Buffer = values.get(name, b"")
-        if len(value) > LONG_REQUEST_BYTES // 4:        # more characters than are long, anyhow
+        if len(value) > LONG_REQUEST_BYTES // 4:        # even if all have four bytes, it is long
             text: LongText = (yield from long_text_steps(value))
             values[name] = text
         else:
@@ -2054,37 +2002,33 @@ def decode_long_request(data: bytes) -> Generator[None, None, Optional[Request]]
 
 
 def decode_request_head(data: bytes) -> Optional[Request]:
-    """Do decode_request() without the texts, however long they are.  Raises CodecError."""
-    values = _request_fields(memoryview(data), {**_REQUEST, **_LONG_TEXTS})
-    if values is None:
-        return None
-    return Request(**{**values, "val": "", "prev_value": ""})
+    """Do decode_request() without the texts, at once even if they are long."""
+    values = _request_fields(memoryview(data), _LONG_REQUEST)
+    return None if values is None else Request(**{**values, "val": "", "prev_value": ""})
 
 
 def encode_request_steps(request: Request) -> Generator[None, None, bytes]:
     """Do encode_request() of long texts in steps of some ms."""
-    texts: Dict[bytes, List[bytes]] = {}
-    for tag, text in ((b"\x22", request.val), (b"\x32", request.prev_value)):
-        pieces = []
+    texts: List[List[bytes]] = [[], []]
+    for pieces, text in zip(texts, (request.val, request.prev_value)):
         for start in range(0, len(text), LONG_REQUEST_BYTES):
             pieces.append(utf8(text[start:start + LONG_REQUEST_BYTES]))
             if len(pieces) % 8 == 0:
                 yield
-        texts[tag] = pieces
-    data = encode_request(request, texts[b"\x22"], texts[b"\x32"])
+    data = encode_request(request, *texts)
     yield                               # the copy took some ms
     return data
 
 
 def encode_metadata(member_id: int, cluster_id: int) -> bytes:
-    """etcdserverpb.Metadata, the identity in every WAL file."""
+    """Encode the identity in every WAL file (etcdserverpb.Metadata)."""
     return b"\x08%b\x10%b" % (encode_varint(member_id), encode_varint(cluster_id))
 
 
 def decode_metadata(data: Buffer) -> Tuple[int, int]:
-    """Return (member_id, cluster_id).  Raises CodecError."""
+    """Return (member_id, cluster_id)."""
     schema = {1: ("member_id", 0, int), 2: ("cluster_id", 0, int)}
-    values = _decode_known(data, schema, "Metadata")
+    values = decode_known(data, schema, "Metadata")
     return values.get("member_id", 0), values.get("cluster_id", 0)
 
 
@@ -2111,7 +2055,7 @@ def check_url(url: str) -> str:
 
 
 def usable_urls(urls: Iterable[str]) -> List[str]:
-    """Return those of `urls` that check_url takes; they may come from an older or other program."""
+    """Return the `urls` that check_url accepts; an older or another program may have sent them."""
     usable: List[str] = []
     for url in urls:
         with contextlib.suppress(ValueError):
@@ -2120,7 +2064,7 @@ def usable_urls(urls: Iterable[str]) -> List[str]:
 
 
 def check_advertised_url(url: str) -> str:
-    """Return check_url(url), or raise ValueError if nobody could connect to it."""
+    """Return check_url(url), or raise ValueError if no client could connect to it."""
     checked = check_url(url)
     host, port = url_address(checked)
     if not host or not port:
@@ -2134,7 +2078,6 @@ def parse_urls(text: str) -> Tuple[str, ...]:
 
 
 def is_https(url: str) -> bool:
-    """True if the URL asks for TLS."""
     return url.startswith("https:")
 
 
@@ -2151,7 +2094,7 @@ WILDCARD_HOSTS = ("0.0.0.0", "::")
 
 
 def is_local(url: str) -> bool:
-    """True if whoever uses `url` gets to his own machine: loopback, or a wildcard."""
+    """True if `url` leads each client to its own machine: loopback, or a wildcard."""
     host = url_address(url)[0]
     is_loopback = host in ("localhost", "::1") or host.startswith("127.") and is_ip(host)
     return is_loopback or host in WILDCARD_HOSTS
@@ -2198,7 +2141,6 @@ class Progress:
 
     @property
     def is_paused(self) -> bool:
-        """True if no MsgApp may be sent now."""
         if self.state == ProgressState.REPLICATE:
             return len(self.inflights) >= self._window
         return self.paused or self.state == ProgressState.SNAPSHOT
@@ -2223,7 +2165,6 @@ class Progress:
         self.inflights.clear()
 
     def sent(self, last: int) -> None:
-        """Note a MsgApp whose last entry is `last`."""
         if self.state == ProgressState.REPLICATE:
             self.next_index = last + 1
             self.inflights.append(last)
@@ -2460,7 +2401,6 @@ class RaftLog:
         return entries
 
     def data_bytes(self, low: int, high: int) -> int:
-        """Return the bytes of data in the entries low <= index < high."""
         return sum([len(entry.data) for entry in self.slice(low, high)])
 
     def conf_changes(self, high: int) -> List[int]:
@@ -2530,7 +2470,6 @@ class RaftLog:
         self.commit = index
 
     def applied_to(self, index: int) -> None:
-        """Note that the state machine has everything up to `index`."""
         if not self.applied <= index <= self.commit:
             raise InvariantError(
                 f"applied {index} is out of range [{self.applied}, commit {self.commit}]"
@@ -2821,11 +2760,9 @@ class PendingReads:
         return next(reversed(self._rounds), None) if self._rounds else None
 
     def clear(self) -> None:
-        """Begin a new term: requesters ask again."""
         self._rounds.clear()
 
     def begin(self, context: bytes, index: int, requester: int) -> None:
-        """Leader: begin the round of a read by member `requester`."""
         if len(self._rounds) < READ_ROUNDS_MAX:
             self._rounds[context] = ReadRound(index, requester, set())
 
@@ -3014,7 +2951,6 @@ class Raft:
     # -- time ----------------------------------------------------------------
 
     def tick(self) -> None:
-        """Advance the logical clock by one tick."""
         if self.role is RaftRole.LEADER:
             self._tick_heartbeat()
         else:
@@ -3380,15 +3316,15 @@ _LEADER: Dict[int, Callable[[Raft, Message], None]] = {
 
 
 class Ready(NamedTuple):
-    """What the server must do now, in this order where the order matters.
+    """The next work of the server, in this order where the order matters.
 
-    snapshot    came in: save it, then give it to the state machine
+    snapshot    received: save it, then give it to the state machine
     entries     append to the WAL; they may rewrite a suffix that was handed out before
     hard_state  write it behind the entries; None if unchanged since the last Ready
     must_sync   the above needs an fsync before `held` may leave
     messages    may be sent at once, before anything is written
     held        may be sent only when this Ready and all before it are durable
-    mark        give it back to persisted() when this Ready is durable
+    mark        goes to persisted() when this Ready is durable
     """
 
     hard_state: Optional[HardState]
@@ -3404,7 +3340,7 @@ _FRESH = HardState()
 
 
 class RawNode:
-    """The face of a Raft for the server and the simulator.  Thread: reactor.
+    """The interface of a Raft for the server and the simulator.  Thread: reactor.
 
     The cycle: step, tick, propose -> ready() -> write and sync -> persisted(mark) ->
     committed_entries() -> apply (apply_conf_change for conf changes) -> applied_to(index).
@@ -3415,10 +3351,10 @@ class RawNode:
         self, config: RaftConfig, *, hard_state: HardState = _FRESH,
         snapshot: Optional[Snapshot] = None, entries: Sequence[Entry] = (), applied: int = 0,
     ) -> None:
-        """Restart from what the disk holds; without arguments: a joiner that knows nobody.
+        """Restart from the state on disk; without arguments: a joiner that knows no other member.
 
         snapshot  only its index, term and voters are used
-        applied   the state machine is there already (0: at the snapshot)
+        applied   index of the state machine (0: at the snapshot)
 
         Raises InvariantError if hard_state.commit lies behind the last entry.
         """
@@ -3452,18 +3388,7 @@ class RawNode:
         raft.replication.set_voters(decode_conf_change(entry.data).node_id for entry in entries)
         return node
 
-    @property
-    def snapshot_source(self) -> Callable[[], Optional[Snapshot]]:
-        """Called for a follower whose entries are compacted; None: not ready, asked again."""
-        return self.raft.replication.snapshot_source
-
-    @snapshot_source.setter
-    def snapshot_source(self, source: Callable[[], Optional[Snapshot]]) -> None:
-        """Set by the server before the first tick."""
-        self.raft.replication.snapshot_source = source
-
     def tick(self, count: int = 1) -> None:
-        """Let `count` ticks pass: election timer, or heartbeats of a leader."""
         for _ in range(count):
             self.raft.tick()
 
@@ -3476,9 +3401,9 @@ class RawNode:
         self.raft.step(Message(MsgType.HUP))
 
     def transfer_leader(self, to: int) -> None:
-        """Leader: have `to` campaign once its log is complete; gives up after E ticks.
+        """Leader: let `to` campaign once its log is complete, and refuse proposals meanwhile.
 
-        Proposals are refused meanwhile.
+        Gives up after election_ticks.
         """
         self.raft.step(Message(MsgType.TRANSFER_LEADER, sender=to))
 
@@ -3505,9 +3430,9 @@ class RawNode:
             raft.step(message)
 
     def protocol_violation(self, message: Message) -> str:
-        """Say why no healthy member sends this message to us, or "".
+        """Return the reason why no healthy member sends this message to us, or "".
 
-        Whatever passes leaves a log that can be read, and a next term that can be written.
+        A message without one leaves a log that can be read, and a next term that can be written.
         """
         raft, kind = self.raft, message.type
         if kind in LOCAL_MESSAGES:
@@ -3546,46 +3471,40 @@ class RawNode:
         self.propose(Entry(EntryType.CONF_CHANGE, data=encode_conf_change(change)))
 
     def apply_conf_change(self, change: ConfChange) -> Tuple[int, ...]:
-        """Make an applied ConfChange entry count; return the voters.
-
-        To be called once for each such entry before applied_to() passes it, with node_id=0 if
-        the state machine refused it.
+        """Apply a ConfChange entry, with node_id=0 if the state machine refused it; return the
+        voters.  To be called once for each such entry before applied_to() passes it.
         """
         self.raft.apply_conf_change(change)
         return self.raft.voters
 
     def read_index(self, context: bytes) -> None:
-        """Ask how far the store must be for a read to see all that is acknowledged now.
+        """Request the index at which a read sees every write that is acknowledged now.
 
-        The answer comes through confirmed_reads(), or never: then ask again with another context.
+        The answer comes through confirmed_reads(), or never: then try again with another context.
         """
         self.raft.step(Message(MsgType.READ_INDEX, entries=[Entry(data=context)]))
 
     def confirmed_reads(self) -> List[Tuple[bytes, int]]:
-        """Return (context, index) of the questions that were answered since the last call."""
+        """Return (context, index) of the reads that were confirmed since the last call."""
         confirmed, self.raft.reads.confirmed = self.raft.reads.confirmed, []
         return confirmed
 
     def report_unreachable(self, id: int) -> None:
-        """A message to member `id` could not be delivered."""
         self.raft.replication.unreachable(id)
 
     def report_snapshot(self, id: int, ok: bool) -> None:
-        """The MsgSnap to member `id` was sent completely (`ok`), or failed."""
         self.raft.replication.snapshot_done(id, ok=ok)
 
     @property
     def commit_unsent(self) -> bool:
-        """True if a patient leader has not told everybody of its commit index."""
+        """True if a follower may not know the commit index (RaftConfig.defer_commit)."""
         return self.raft.replication.commit_unsent
 
     def broadcast_commit(self) -> None:
-        """Tell everybody now."""
         if self.raft.replication.commit_unsent:
             self.raft.replication.mark_all_due()
 
     def has_ready(self) -> bool:
-        """Tell whether ready() has something to hand out."""
         raft, known = self.raft, self._hard_state
         return (
             raft.log.has_unhanded or raft.log.commit != known.commit or not raft.mail.is_empty
@@ -3597,21 +3516,19 @@ class RawNode:
         return self.raft.role is RaftRole.LEADER and self.raft.replication.is_due
 
     def ready(self) -> Ready:
-        """Hand out what is to be written and sent, and move on."""
         raft = self.raft
         if self._is_append_due:
-            raft.replication.send_due()     # one MsgApp for all who are due, with all since
+            raft.replication.send_due()
         messages, held = raft.mail.take()
         snapshot, entries, mark = raft.log.hand_out()
         before, now = self._hard_state, HardState(raft.term, raft.vote, raft.log.commit)
         must_sync = bool(entries) or snapshot is not None or now[:2] != before[:2]
-        if now == before:
-            return Ready(None, entries, snapshot, must_sync, messages, held, mark)
         self._hard_state = now
-        return Ready(now, entries, snapshot, must_sync, messages, held, mark)
+        changed = now if now != before else None
+        return Ready(changed, entries, snapshot, must_sync, messages, held, mark)
 
     def persisted(self, mark: Mark) -> None:
-        """The Ready with this mark and all before it are durable."""
+        """Note that the Ready with this mark and all before it are durable."""
         if self.raft.log.stable_to(mark):
             self.raft.on_stable()
 
@@ -3620,7 +3537,6 @@ class RawNode:
         return self.raft.log.committed(max_entries)
 
     def applied_to(self, index: int) -> None:
-        """The state machine has everything up to `index`."""
         self.raft.log.applied_to(index)
 
     def compact(self, index: int) -> None:
@@ -3628,15 +3544,11 @@ class RawNode:
         self.raft.log.compact(index)
 
     def status(self) -> Status:
-        """Return a copy of what this member knows, for statistics."""
         raft = self.raft
         progress = raft.progress if raft.role is RaftRole.LEADER else {}
         return Status(
             raft.id, raft.term, raft.vote, raft.log.commit, raft.log.applied, raft.role, raft.lead,
-            {
-                member: (seen.match_index, seen.next_index, seen.state.name)
-                for member, seen in progress.items()
-            },
+            {id: (p.match_index, p.next_index, p.state.name) for id, p in progress.items()},
         )
 
 
@@ -3646,7 +3558,6 @@ def _is_contiguous(message: Message) -> bool:
 
 
 def _append_violation(message: Message) -> str:
-    """Why the entries of a MsgApp make no log, or ""."""
     if not _is_contiguous(message):
         return f"the entries do not follow entry {message.index} one by one"
     terms = [message.log_term, *[entry.term for entry in message.entries], message.term]
@@ -3667,40 +3578,28 @@ def _snapshot_violation(message: Message) -> str:
 
 
 # ============================================================================
-# store/events -- Nodes of the key tree, and events: what a change is.
+# store/events -- Nodes of the key tree, events, and their JSON.
 # ----------------------------------------------------------------------------
 # Paths are internal and clean: `/1/foo` is the user's `/foo`.  Time is passed in.
 # ============================================================================
 
 
-EXPIRES_NS_MIN = 946_684_800 * NS   # 2000-01-01; an earlier instant is permanent for set and create
-TTL_STALE_MIN = 64                  # stale heap entries always tolerated; above and > live: rebuilt
 LONG_VALUE_CHARS = 4_096            # of a value: above, it is kept as the JSON that is sent
 SHOWN_VALUE_CHARS = 4_096           # of a value in the text of an error; above: cut
-SNAPSHOT_SLICE_NODES = 500          # nodes per slice of a snapshot walk: 1 ms, all with ttl 3
-SNAPSHOT_SLICE_CHARS = 1 << 18      # ... and text, or more with the last of them
-SNAPSHOT_PROGRESS_NODES = 20_000    # read between two words about it
-SNAPSHOT_SORT_MAX = 1_000           # children of larger directories stay in insertion order
-LISTING_BLOCK_NODES = 100           # encoded at once
-LISTING_BLOCK_CHARS = 1 << 16       # ... unless their values are longer together
-LISTING_SORT_RUN = 4_000            # children sorted at once: 2 ms
-LISTING_SLICE_WORK = 4_000          # nodes, or as much text, of a listing in one slice: 2 ms
-LISTING_NODE_CHARS = 500            # text that is as much work as a node
 
 Texts = Iterator[Union[str, bytes]]     # JSON in pieces, of which the long ones are shared
-_READ_ONLY = frozenset(("/", "/0", "/1"))
 _PERMANENT = "0001-01-01T00:00:00Z"     # Go's zero time
 
 
 class Node:
-    """A file, replaced as a whole by every write: who holds one may keep it.
+    """A file.  Immutable: every write replaces it as a whole.
 
     value           the text; None only in the node of a delete or expire event
     created_index,
     modified_index  store indexes
     expires_ns      unix nanoseconds; 0: permanent
 
-    The store knows a node by its path; the node does not.  64 bytes on CPython 3.11.
+    The store knows the path of a node; the node does not.  64 bytes on CPython 3.11.
     """
 
     __slots__ = ("value", "created_index", "modified_index", "expires_ns")
@@ -3715,13 +3614,13 @@ class Node:
         self.expires_ns = expires_ns
 
     def ttl_s(self, now_ns: int) -> int:
-        """Return the seconds left, rounded up; 0 or less once it is over, 0 if permanent."""
+        """Return the seconds left, rounded up; 0 or less when expired, 0 if permanent."""
         return -((now_ns - self.expires_ns) // NS) if self.expires_ns else 0
 
 
 class LongNode(Node):
-    """A file whose long value is kept as it is shown: as JSON, which every value becomes at least
-    once, but which takes up to 60 ns a character.
+    """A file with a long value, stored as JSON: every value is shown as JSON at least once, and
+    the encoding takes up to 60 ns a character.
     """
 
     __slots__ = ("json",)
@@ -3736,11 +3635,10 @@ class LongNode(Node):
 
     @property
     def value(self) -> str:  # type: ignore[override]
-        """The text: 10 MB take some ms."""
+        """The text; 10 MB take some ms."""
         return text_of_long(self.json)
 
     def has_value(self, value: Value) -> bool:
-        """True if this is its value."""
         if isinstance(value, str):
             value = long_text(value) if len(value) > LONG_VALUE_CHARS else ()
         if value == self.json or sum(map(len, value)) != sum(map(len, self.json)):
@@ -3754,7 +3652,6 @@ def node_chars(node: Node) -> int:
 
 
 def file_node(value: Value, created_index: int, modified_index: int, expires_ns: int) -> Node:
-    """Return the node of a file."""
     if isinstance(value, str):
         if len(value) <= LONG_VALUE_CHARS:
             return Node(value, created_index, modified_index, expires_ns)
@@ -3763,12 +3660,11 @@ def file_node(value: Value, created_index: int, modified_index: int, expires_ns:
 
 
 def stored_value(node: Node) -> Value:
-    """The value of a file as it is kept."""
     return node.json if isinstance(node, LongNode) else node.value or ""
 
 
 def value_excerpt(value: Value) -> str:
-    """A value in the text of an error.  Differs from etcd, which shows 20 MB."""
+    """Return a value for the text of an error.  Differs from etcd, which shows 20 MB."""
     text = value if isinstance(value, str) else text_of_long(value[:1])
     is_all = isinstance(value, str) and len(value) <= SHOWN_VALUE_CHARS
     return text if is_all else text[:SHOWN_VALUE_CHARS] + "..."
@@ -3791,53 +3687,46 @@ class Directory(Node):
 
 
 def _node_ends(key: str, node: Node, ttl_s: int) -> Tuple[str, str]:
-    """Return the JSON of a node in an event before and after the place of its `nodes`.
+    """Return the JSON of a node in an event before and after its `nodes`, or its long value.
 
     key  already encoded; `""` is the root, which has neither key nor indexes
     """
-    members = [] if key == '""' else [f'"key":{key}']
-    if node.value is not None:
-        members.append(f'"value":{json_string(node.value)}')
-    if node.children is not None:
-        members.append('"dir":true')
-    if node.expires_ns:
-        members.append(f'"expiration":"{format_time(node.expires_ns)}"')
+    members = "" if key == '""' else f',"key":{key}'
+    expires = f',"expiration":"{format_time(node.expires_ns)}"' if node.expires_ns else ""
     if ttl_s:
-        members.append(f'"ttl":{ttl_s}')
-    tail = f',"modifiedIndex":{node.modified_index}' if node.modified_index else ""
+        expires += f',"ttl":{ttl_s}'
+    indexes = f',"modifiedIndex":{node.modified_index}' if node.modified_index else ""
     if node.created_index:
-        tail += f',"createdIndex":{node.created_index}'
-    return "{" + ",".join(members), tail + "}"
+        indexes += f',"createdIndex":{node.created_index}'
+    if isinstance(node, LongNode):
+        return f'{{{members[1:]},"value":"', f'"{expires}{indexes}}}'
+    if node.value is not None:
+        members += f',"value":{json_string(node.value)}'
+    if node.children is not None:
+        members += ',"dir":true'
+    return f"{{{(members + expires)[1:]}", indexes + "}"
 
 
 def _node_texts(key: str, node: Node, ttl_s: int) -> Texts:
-    """The JSON of a file in pieces, with no copy of a long value."""
-    if not isinstance(node, LongNode):
-        yield _node_json(key, node, ttl_s)
-        return
-    expires = ""
-    if node.expires_ns:
-        ttl = f',"ttl":{ttl_s}' if ttl_s else ""
-        expires = f',"expiration":"{format_time(node.expires_ns)}"{ttl}'
-    yield f'{{"key":{key},"value":"'
-    yield from node.json
-    yield (
-        f'"{expires},"modifiedIndex":{node.modified_index}'
-        f',"createdIndex":{node.created_index}}}'
-    )
+    """Yield the JSON of a file in pieces, with no copy of a long value."""
+    head, tail = _node_ends(key, node, ttl_s)
+    yield head
+    if isinstance(node, LongNode):
+        yield from node.json
+    yield tail
 
 
 def _node_json(key: str, node: Node, ttl_s: int) -> str:
     if node.value is None or node.expires_ns:
         return "".join(_node_ends(key, node, ttl_s))
-    return (                            # what most nodes are: 0.7 us instead of 1.7
+    return (                            # the usual node: 0.7 us instead of 1.7
         f'{{"key":{key},"value":{json_string(node.value)},'
         f'"modifiedIndex":{node.modified_index},"createdIndex":{node.created_index}}}'
     )
 
 
 class Event:
-    """What one operation did to one key; never changed after it was made.
+    """The effect of one operation on one key.  Immutable.
 
     action    get, set, create, update, compareAndSwap, delete, compareAndDelete or expire
     key       full internal path
@@ -3845,8 +3734,8 @@ class Event:
     prev      as it was before, or None
     index     store index of the change; for a get, the current one
     ttl_s,
-    prev_ttl_s  seconds left of both when it happened; 0: permanent or just over
-    refresh   True: kept in the history, but announced to nobody
+    prev_ttl_s  seconds left of both when it happened; 0: permanent or expired
+    refresh   True: kept in the history, without a notification of watchers
     Source: etcd 2.3 store/event.go.
     """
 
@@ -3878,9 +3767,9 @@ class Event:
         return isinstance(self.node, LongNode) or isinstance(self.prev, LongNode)
 
     def client_pieces(self) -> Sequence[bytes]:
-        """Return the line that clients get, ending in a newline: made once, shared by all.
+        """Return the line for clients, ending in a newline: encoded once, shared by all.
 
-        The namespace (`/1`) is taken off the keys.
+        The keys are without the namespace (`/1`).
         """
         if self._json is None:
             if self._is_long:
@@ -3890,7 +3779,6 @@ class Event:
         return self._json
 
     def client_json(self) -> bytes:
-        """Return the same in one piece."""
         return b"".join(self.client_pieces())
 
     def history_texts(self) -> Texts:
@@ -3904,7 +3792,7 @@ class Event:
 
     def _text(self, key: str) -> str:
         node, prev = self.node, self.prev
-        if (                            # what most events are: 1.6 us instead of 2.3
+        if (                            # the usual event: 1.6 us instead of 2.3
             prev is not None and prev.value is not None and node.value is not None
             and not (node.expires_ns or prev.expires_ns)
             and _JSON_UNSAFE.search(f"{key}{node.value}{prev.value}") is None
@@ -3922,7 +3810,6 @@ class Event:
         return f'{text},"prevNode":{_node_json(key, self.prev, self.prev_ttl_s)}'
 
     def _texts(self, key: str) -> Texts:
-        """What _text() returns, in pieces."""
         key = json_string(key)
         yield f'{{"action":"{self.action}","node":'
         yield from _node_texts(key, self.node, self.ttl_s)
@@ -3936,10 +3823,20 @@ class Event:
 # ============================================================================
 
 
-def _sort_bytewise(paths: List[str]) -> bool:
-    """Sort as Go does; only surrogates (bytes that are no UTF-8) make code points differ.
+SNAPSHOT_SLICE_NODES = 500          # nodes per slice of a snapshot walk: 1 ms, all with ttl 3
+SNAPSHOT_SLICE_CHARS = 1 << 18      # of text in a slice, or more with the last node
+SNAPSHOT_SORT_MAX = 1_000           # children of larger directories stay in insertion order
+LISTING_BLOCK_NODES = 100           # encoded at once
+LISTING_BLOCK_CHARS = 1 << 16       # of the values of a block; above: node by node
+LISTING_SORT_RUN = 4_000            # children sorted at once: 2 ms
+LISTING_SLICE_WORK = 4_000          # nodes, or as much text, of a listing in one slice: 2 ms
+LISTING_NODE_CHARS = 500            # text that is as much work as a node
 
-    True if there may have been some.
+
+def _sort_bytewise(paths: List[str]) -> bool:
+    """Sort as Go does; True if not all is ASCII.
+
+    Only surrogates (bytes that are not UTF-8) sort differently as code points.
     """
     is_plain = all(map(str.isascii, paths))
     paths.sort(key=None if is_plain else utf8)
@@ -3947,14 +3844,13 @@ def _sort_bytewise(paths: List[str]) -> bool:
 
 
 def parent_path(path: str) -> str:
-    """Return the directory that `path` lies in."""
     return path[:path.rfind("/")] or "/"
 
 
 def _files_json(paths: Sequence[str], nodes: Sequence[Node]) -> str:
-    """The JSON of nodes, commas between; "" if one of them is more than a file with plain text.
+    """Return the JSON of nodes, joined by commas; "" if one is not a file with plain text.
 
-    Looks once at the text of all: 0.4 us per node instead of 1.  A hot path.
+    Checks the text of all at once: 0.4 us per node instead of 1.  A hot path.
     """
     if LongNode in set(map(type, nodes)):
         return ""
@@ -3971,46 +3867,45 @@ def _files_json(paths: Sequence[str], nodes: Sequence[Node]) -> str:
 
 
 class TreeWalk:
-    """A walk over the tree as it was when the walk began, while the tree goes on changing.
+    """A walk over the tree as of the start of the walk, while the tree goes on changing.
 
-    The store calls keep() before the first change of a path; the walk then takes that image
-    instead of the node it finds.  Nothing is copied but what changes.
+    The store calls keep() before each change of a path; the walk then takes that image instead
+    of the node in the tree.  Only changed nodes cost memory.
 
-    walks  all that are under way; this one is among them until end()
+    walks  the walks under way; this one is among them until end()
     """
 
-    __slots__ = ("_nodes", "_walks", "_before", "_lost")
+    __slots__ = ("_nodes", "_walks", "_images", "_kept")
 
     def __init__(self, nodes: Dict[str, Node], walks: "List[TreeWalk]") -> None:
         self._nodes = nodes
         self._walks = walks
-        self._before: Dict[str, Optional[Node]] = {}    # path -> node at the start; None: absent
-        self._lost: Dict[str, List[str]] = {}           # directory -> kept children, maybe removed
+        self._images: Dict[str, Optional[Node]] = {}    # path -> node at the start; None: absent
+        self._kept: Dict[str, List[str]] = {}           # directory -> children with an image
         walks.append(self)
 
     def keep(self, path: str, node: Optional[Node]) -> None:
         """Remember `node` as the image of `path`, unless an earlier change did."""
-        if path not in self._before:
-            self._before[path] = node
+        if path not in self._images:
+            self._images[path] = node
             if node is not None:
-                self._lost.setdefault(parent_path(path), []).append(path)
+                self._kept.setdefault(parent_path(path), []).append(path)
 
     def end(self) -> None:
-        """Be complete, or give up: the changes of the tree are of no interest any more."""
+        """Stop to keep images: the walk is complete, or given up."""
         if self in self._walks:
             self._walks.remove(self)
-        self._before, self._lost = {}, {}
+        self._images, self._kept = {}, {}
 
     def _image(self, path: str) -> Optional[Node]:
-        """The node at the start of the walk."""
-        return self._before[path] if path in self._before else self._nodes[path]
+        return self._images[path] if path in self._images else self._nodes[path]
 
     def _children(self, path: str) -> List[str]:
-        """The paths that may have been children at the start; later ones have the image None."""
+        """Return the children at the start, and perhaps later ones, whose image is None."""
         node = self._image(path)
         paths = list(node.children) if node is not None and node.children is not None else []
-        if path in self._lost:
-            paths = list(dict.fromkeys(paths + self._lost[path]))
+        if path in self._kept:
+            paths = list(dict.fromkeys(paths + self._kept[path]))
         return paths
 
 
@@ -4020,7 +3915,7 @@ class SnapshotWalk(TreeWalk):
     __slots__ = ()
 
     def chunks(self, history: Texts, end: str) -> Iterator[bytes]:
-        """Yield the snapshot in slices of some ms.  history: pieces of JSON; end: what follows."""
+        """Yield the snapshot in slices of some ms.  history: pieces of JSON; end: the rest."""
         slice: List[Union[str, bytes]] = []
         chars = 0
         for text in itertools.chain(
@@ -4037,7 +3932,7 @@ class SnapshotWalk(TreeWalk):
     def _pieces(self) -> Texts:
         """Yield the JSON of the root in pieces, one for each node and one for each end.
 
-        Goes by a stack of its own: keys may be deeper than Python likes to call.
+        With a stack of its own: keys may be deeper than Python's.
         """
         stack = [iter(("/",))]
         comma = ""
@@ -4081,29 +3976,25 @@ class SnapshotWalk(TreeWalk):
 
 
 class _Level:
-    """A directory of which a listing has begun: what follows, and what comes before and after."""
+    """A directory whose listing has begun: its remaining items, and the JSON around them."""
 
     __slots__ = ("items", "comma", "tail")
 
     def __init__(self, items: Iterator[Union[str, Tuple[str, Node]]], tail: str) -> None:
         self.items = items
-        self.comma = ',"nodes":['
+        self.comma = ',"nodes":['       # "," behind the first visible child
         self.tail = tail
-
-    def end(self) -> str:
-        """Return the end of the directory's JSON; one without visible children has no `nodes`."""
-        return "]" + self.tail if self.comma == "," else self.tail
 
 
 class Listing(TreeWalk):
     """The answer to the GET of a directory at one index, made in slices while the tree changes.
 
-    index   store index of the state that it shows
+    index   store index of the state in it
     chunks  of the answer so far, none of them huge
-    done    all of it is there
+    done    the answer is complete
     cacheable  the answer holds as long as the index does: nothing in it expires
 
-    With `recursive` all that is visible, all the way down, else the children.
+    Shows the visible children, with `recursive` all visible nodes below.
     """
 
     __slots__ = (
@@ -4127,7 +4018,6 @@ class Listing(TreeWalk):
         self._texts = self._walk(path, nodes[path])
 
     def work(self, amount: int = LISTING_SLICE_WORK) -> None:
-        """Go on for about `amount` nodes."""
         until = self.work_done + amount
         texts: List[Union[str, bytes]] = []
         for text in self._texts:
@@ -4142,7 +4032,7 @@ class Listing(TreeWalk):
     def _walk(self, path: str, node: Node) -> Texts:
         """Yield the text in pieces, sometimes empty ones to allow a pause.
 
-        Goes by a stack of its own: keys may be deeper than Python likes to call.
+        With a stack of its own: keys may be deeper than Python's.
         """
         head, tail = self._ends(path, node)
         yield '{"action":"get","node":' + head
@@ -4151,52 +4041,45 @@ class Listing(TreeWalk):
             level = levels[-1]
             for item in level.items:
                 if isinstance(item, str):
-                    if item:
-                        yield level.comma + item
-                        level.comma = ","
-                    else:
-                        yield ""
+                    yield level.comma + item if item else ""
+                    level.comma = "," if item else level.comma
                     continue
                 path, node = item
-                if isinstance(node, LongNode):
-                    yield level.comma
-                    yield from self._long_texts(path, node)
-                    level.comma = ","
-                    continue
                 head, tail = self._ends(path, node)
                 text, level.comma = level.comma + head, ","
-                if node.children is None or not self._recursive:
-                    yield text + tail
-                    continue
-                yield text
-                levels.append(_Level(self._items(path), tail))
-                break
+                if node.children is not None and self._recursive:
+                    yield text
+                    levels.append(_Level(self._items(path), tail))
+                    break
+                if isinstance(node, LongNode):
+                    yield text
+                    yield from node.json
+                    text = ""
+                yield text + tail
             else:
-                levels.pop()
-                yield level.end()
+                levels.pop()            # without visible children there is no `nodes`
+                yield "]" + level.tail if level.comma == "," else level.tail
         yield "}\n"
 
-    def _long_texts(self, path: str, node: LongNode) -> Texts:
-        self.cacheable = self.cacheable and not node.expires_ns
-        self.work_done += 1 + len(node.json)
-        yield from _node_texts(json_string(path[2:]), node, node.ttl_s(self._now_ns))
-
     def _ends(self, path: str, node: Node) -> Tuple[str, str]:
-        """What comes before and after the place of a node's children."""
+        """Return the JSON of a node before and after its children, or its long value."""
         self.cacheable = self.cacheable and not node.expires_ns
-        self.work_done += 1 + len(node.value or "") // LISTING_NODE_CHARS
+        if isinstance(node, LongNode):
+            self.work_done += 1 + len(node.json)
+        else:
+            self.work_done += 1 + len(node.value or "") // LISTING_NODE_CHARS
         return _node_ends(json_string(path[2:]), node, node.ttl_s(self._now_ns))
 
     def _items(self, path: str) -> Iterator[Union[str, Tuple[str, Node]]]:
-        """Yield what is visible in a directory: the text of a block of files, else one node.
+        """Yield the visible children: the text of a block of files, else single nodes.
 
-        Some text may be empty, to allow a pause.
+        A text may be empty, to allow a pause.
         """
         name_at = len(path) + 1
         for block in self._blocks(path):
             if "/_" in "".join(block):
                 block = [child for child in block if not child.startswith("_", name_at)]
-            if self._before:
+            if self._images:
                 block = [child for child in block if self._image(child) is not None]
                 nodes = [self._image(child) for child in block]
             else:
@@ -4210,7 +4093,7 @@ class Listing(TreeWalk):
                 yield from zip(block, files)
 
     def _blocks(self, path: str) -> Iterator[List[str]]:
-        """Yield the children of a directory, hidden ones too, a few at a time."""
+        """Yield the children of a directory, hidden ones too, in blocks."""
         paths: Iterator[str]
         children = self._children(path)
         if self._sorted and len(children) > LISTING_SORT_RUN:
@@ -4239,6 +4122,9 @@ class Listing(TreeWalk):
 # ============================================================================
 
 
+TTL_STALE_MIN = 64                  # stale heap entries always tolerated; above and > live: rebuilt
+
+
 class EventHistory:
     """The last `capacity` events, one per store index, for watches that begin in the past.
 
@@ -4261,14 +4147,13 @@ class EventHistory:
         return self.events[-1].index if self.events else 0
 
     def append(self, event: Event) -> None:
-        """Add the newest event; a full history forgets its oldest."""
         self.events.append(event)
         self._back += 1
         if self._back == self.capacity:
             self._back = 0
 
     def matches(self, path: str, *, recursive: bool, stream: bool, since: int) -> Iterator[Event]:
-        """Yield the events from index `since` on that a watch of `path` would be told.
+        """Yield the events from index `since` on for a watch of `path`.
 
         Three oddities are etcd's, and kept because clients see them: hidden keys are not
         filtered; the deletion of a directory counts for every path that begins with its name
@@ -4293,7 +4178,7 @@ class EventHistory:
                 exact = below
 
     def pieces(self) -> Texts:
-        """Yield the EventHistory object of a snapshot; the events are those of the first next().
+        """Yield the EventHistory object of a snapshot, as of the first next().
 
         Source: the ring of etcd 2.3 store/event_queue.go, unused slots null.
         """
@@ -4305,24 +4190,23 @@ class EventHistory:
         comma = ""
         yield '{"Queue":{"Events":['
         for slot in slots:
-            yield f"{comma}null" if slot is None else comma
-            if slot is not None:
-                yield from slot.history_texts()
+            yield comma
+            yield from ("null",) if slot is None else slot.history_texts()
             comma = ","
         yield f'],"Size":{len(events)},"Front":{front},"Back":{back},"Capacity":{self.capacity}}}'
         yield f',"StartIndex":{first},"LastIndex":{last}}}'
 
     def load(self, events: List[Event], back: int, capacity: int) -> None:
-        """Take over the events of a ring, oldest first, as far as there is room."""
+        """Take over the events of another ring, oldest first."""
         self.events = collections.deque(events, maxlen=self.capacity)
         same = capacity == self.capacity        # then every event keeps its slot
         self._back = (back if same else len(self.events)) % self.capacity
 
 
 class Watcher:
-    """One watch; deliver(event) is called for each event it is told: for one, or a stream.
+    """One watch: deliver(event) is called for one event, or with `stream` for each.
 
-    lost  called instead when the watch ends because events are gone that it should have had
+    lost  called instead if the history has lost events for this watch, which ends it
     """
 
     __slots__ = ("path", "recursive", "stream", "since", "deliver", "lost", "_hub")
@@ -4340,36 +4224,33 @@ class Watcher:
         self._hub: Optional[WatcherHub] = None      # None: not registered
 
     def cancel(self) -> None:
-        """Deliver nothing more.  At any time, also from deliver; twice does no harm."""
+        """Stop delivery, now.  May be called from deliver, and twice."""
         if self._hub is not None:
             self._hub.remove(self)
 
 
 class WatcherHub:
-    """Who watches what, and the history of events.
+    """The registered watchers, and the history of events.
 
     Source: etcd 2.3 store/watcher_hub.go.
     """
 
     def __init__(self, history: EventHistory, stats: "StoreStats") -> None:
         self.history = history
-        self._stats = stats             # its `watchers` is ours
+        self._stats = stats             # the hub keeps its `watchers`
         # Path -> watchers in order of registration (a dict as ordered set: 10,000 watchers of
         # one key come and go in O(1) each).  No empty groups.
         self._groups: Dict[str, Dict[Watcher, None]] = {}
-        self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be told
-        self._room: float = math.inf    # how many may be told in this turn
-
-    backlog = 0                            # watchers in _due
-    watched_bytes = 0                   # of the paths of registered watchers
+        self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be notified
+        self._budget: float = math.inf  # notifications left in this turn
+        self.backlog = 0                # watchers in _due
+        self.watched_bytes = 0          # of the paths of registered watchers
 
     @property
     def paths(self) -> Iterator[str]:
-        """What is watched."""
         return iter(self._groups)
 
     def remove(self, watcher: Watcher) -> None:
-        """Forget a registered watcher, also one that is about to be told."""
         watcher._hub = None
         group = self._groups.get(watcher.path)
         if group is not None and watcher in group:
@@ -4380,10 +4261,10 @@ class WatcherHub:
                 del self._groups[watcher.path]
 
     def watch(self, watcher: Watcher) -> None:
-        """Serve `watcher` from the history, then register it if it wants more.
+        """Serve `watcher` from the history; register it if it is a stream, or not served.
 
-        Differs from etcd: a stream that finds something in the history gets all of it and is
-        then told of new events; etcd sends one event and then nothing, ever.
+        Differs from etcd: a stream gets all its events of the history and then new ones; etcd
+        sends one event of the history, and no other event ever.
         """
         history = self.history
         if watcher.since <= history.last_index:
@@ -4403,21 +4284,21 @@ class WatcherHub:
         watcher._hub = self
 
     def begin_turn(self) -> None:
-        """Tell WATCHERS_TOLD_MAX watchers at most until the next call, in the order of events.
+        """Notify WATCHERS_NOTIFIED_MAX watchers at most until the next call, in order of events.
 
-        `owed` others wait for it.  As long as this was never called, nobody has to wait.
+        Before the first call there is no limit.
         """
-        self._room = WATCHERS_TOLD_MAX
+        self._budget = WATCHERS_NOTIFIED_MAX
         if self._due:
-            self._tell()
+            self._notify_due()
 
     def catch_up(self, seen: int) -> None:
-        """The events after index `seen` came with a snapshot: tell the watchers of them.
+        """Notify the watchers of the events after index `seen`, which came with a snapshot.
 
-        Whoever would miss some is ended instead.  Differs from etcd, which tells nobody.
+        A watcher that would miss events is closed.  Differs from etcd, which notifies no watcher.
         """
-        self._room = math.inf           # first what they were told of before
-        self._tell()
+        self._budget = math.inf         # first the backlog
+        self._notify_due()
         history = self.history
         for watcher in [watcher for group in self._groups.values() for watcher in group]:
             if watcher._hub is None:
@@ -4430,10 +4311,10 @@ class WatcherHub:
                 self.watch(watcher)
 
     def notify(self, event: Event, removed: Sequence[str] = ()) -> None:
-        """Record `event`; unless it is a refresh, tell the watchers of its key and all above.
+        """Record `event`; unless it is a refresh, notify the watchers of its key and all above.
 
-        removed  paths that the event took away, parents first: theirs are told before, deepest
-                 first, so a stream on exactly the key is told twice; clients of etcd know it so
+        removed  paths that the event removed, parents first: their watchers come first, deepest
+                 path first, so a stream on exactly the key gets the event twice, as in etcd
         """
         self.history.append(event)
         if not self._groups or event.refresh:
@@ -4456,10 +4337,10 @@ class WatcherHub:
         if not exact and "/_" in "/" + event.key[len(path):]:
             return                      # hidden from here; a path below the key is never
         index, every = event.index, exact or forced
-        told = [w for w in group if index >= w.since and (every or w.recursive)]
-        if not told:
+        notified = [w for w in group if index >= w.since and (every or w.recursive)]
+        if not notified:
             return
-        once = [watcher for watcher in told if not watcher.stream]
+        once = [watcher for watcher in notified if not watcher.stream]
         if len(once) == len(group):
             del self._groups[path]
         else:
@@ -4467,43 +4348,42 @@ class WatcherHub:
                 del group[watcher]
         self._stats.watchers -= len(once)
         self.watched_bytes -= len(once) * len(path)
-        self._due.append((event, collections.deque(told)))
-        self.backlog += len(told)
-        self._tell()
+        self._due.append((event, collections.deque(notified)))
+        self.backlog += len(notified)
+        self._notify_due()
 
-    def _tell(self) -> None:
-        """Tell whom there is room for; more if events come faster than that."""
+    def _notify_due(self) -> None:
+        """Notify watchers within the budget, and beyond it while the backlog is too long."""
         while self._due:
-            event, told = self._due[0]
-            while told:
-                if self._room <= 0 and self.backlog <= WATCHERS_MAX:
+            event, watchers = self._due[0]
+            while watchers:
+                if self._budget <= 0 and self.backlog <= WATCHERS_MAX:
                     return
-                watcher = told.popleft()
+                watcher = watchers.popleft()
                 self.backlog -= 1
                 if watcher._hub is not None:        # else cancelled, perhaps by an earlier deliver
-                    self._room -= 1
+                    self._budget -= 1
                     if not watcher.stream:
                         watcher._hub = None
                     watcher.deliver(event)
-            if self._due and self._due[0][1] is told:
+            if self._due and self._due[0][1] is watchers:
                 self._due.popleft()
 
 
 class TtlHeap:
-    """Which path expires next; entries that no longer hold are dropped when they come up.
+    """The paths that expire, soonest first; stale entries are dropped when they reach the top.
 
-    Ties go by path, so that every member expires keys in the same order (etcd leaves it open).
+    Ties go by path, so that every member expires keys in the same order (in etcd it varies).
     """
 
     def __init__(self) -> None:
-        self._expires_ns: Dict[str, int] = {}           # the truth: path -> unix ns
-        self._heap: List[Tuple[int, str]] = []          # every pair of the truth, and stale ones
+        self._expires_ns: Dict[str, int] = {}           # path -> unix ns
+        self._heap: List[Tuple[int, str]] = []          # all of these, and stale ones
 
     def __len__(self) -> int:
         return len(self._expires_ns)
 
     def set(self, path: str, expires_ns: int) -> None:
-        """Let `path` expire at `expires_ns`; 0: never."""
         if not expires_ns:
             self._expires_ns.pop(path, None)
         elif self._expires_ns.get(path) != expires_ns:
@@ -4515,9 +4395,9 @@ class TtlHeap:
             heapq.heapify(self._heap)
 
     def nth_ns(self, count: int, until_ns: int) -> int:
-        """Return when entry number `count` is due, stale ones included, or `until_ns` if earlier.
+        """Return the time of entry number `count`, stale ones included, or `until_ns` if earlier.
 
-        Looks at about as many entries, in the order of the heap.
+        Visits about as many entries, in the order of the heap.
         """
         heap = self._heap
         reached = [(entry, place) for place, entry in enumerate(heap[:1])]
@@ -4540,9 +4420,9 @@ class TtlHeap:
 
 
 class StoreStats:
-    """Counters of operations on this member; they travel with the snapshot.
+    """Counters of operations on this member; snapshots contain them.
 
-    Attributes are the JSON members in snake_case, made in their order.
+    Attributes are the JSON members in snake_case, and in their order.
     Source: etcd 2.3 store/stats.go.
     """
 
@@ -4558,11 +4438,10 @@ class StoreStats:
         self.watchers = 0               # registered now; kept by WatcherHub
 
     def json(self) -> str:
-        """Return the object of /v2/stats/store."""
         return json_text({self._member(name): count for name, count in vars(self).items()})
 
     def load(self, counters: Mapping[str, int]) -> None:
-        """Take over the counters of a snapshot; watchers stay as they are."""
+        """Take over the counters of a snapshot, but not `watchers`."""
         for name in vars(self).keys() - {"watchers"}:
             setattr(self, name, counters.get(self._member(name), 0))
 
@@ -4584,17 +4463,17 @@ class NodeTree:
     second string: the dict and the parent's children hold the same path.  100,000 keys of 10
     characters with 64-byte values take 370 bytes each.
 
-    A directory takes what is below it out of reach at once, but its nodes stay for a while, dead.
+    The removal of a directory detaches the nodes below it at once, and frees them over many turns.
     """
 
     def __init__(self) -> None:
         self.chars = 0                                  # of all paths and values
         self._ttl = TtlHeap()
         self._walks: List[TreeWalk] = []                # the snapshot and the listings under way
-        self._dead: Tuple[str, ...] = ()                # the directories, each with a slash
-        self._dying: List[Dict[str, None]] = []         # children of dead ones, yet to be removed
-        self._old: List[Tuple[Dict[str, Node], List[TreeWalk]]] = []    # trees before become()
-        self._room: float = math.inf                    # nodes that this turn may remove
+        self._detached: Tuple[str, ...] = ()            # removed directories, each with a slash
+        self._unfreed: List[Dict[str, None]] = []       # children of removed directories
+        self._replaced: List[Tuple[Dict[str, Node], List[TreeWalk]]] = []   # earlier trees
+        self._budget: float = math.inf                  # nodes that this turn may free
         self._nodes: Dict[str, Node] = {                # no path without its parents
             "/": Directory(0, 0, 0, {"/0": None, "/1": None}),
             "/0": Directory(0, 0, 0, {}),
@@ -4602,92 +4481,92 @@ class NodeTree:
         }
 
     def __len__(self) -> int:
-        """The number of nodes, directories included, and those out of reach."""
         return len(self._nodes)
 
     @property
     def accepts_changes(self) -> bool:
-        """True if a change may be applied in this turn; False: after the next tidy()."""
-        return not self._dead and self._room > 0
+        """True if a change may be applied in this turn; False: after the next collect_garbage()."""
+        return not self._detached and self._budget > 0
 
     @property
     def has_garbage(self) -> bool:
-        """True if tidy() has something to do."""
-        return bool(self._dead) or bool(self._old) and not self._old[0][1]
+        return bool(self._detached) or bool(self._replaced) and not self._replaced[0][1]
 
-    def tidy(self) -> None:
-        """Remove REMOVED_NODES_MAX nodes at most until the next call.
+    def collect_garbage(self) -> None:
+        """Free REMOVED_NODES_MAX nodes at most until the next call.
 
-        More may go at one index, with a directory: what is below it is out of reach at once, but
-        removed in this call and those of the next turns.  As long as this was never called,
-        all is removed at once.
+        A removed directory with more is freed in this call and those of the next turns.  Before
+        the first call there is no limit.
         """
-        self._room = REMOVED_NODES_MAX
-        self._bury()
-        if self._old and not self._old[0][1]:       # and no walk reads it any more
-            nodes = self._old[0][0]
+        self._budget = REMOVED_NODES_MAX
+        self._free_detached()
+        if self._replaced and not self._replaced[0][1]:     # and no walk reads it any more
+            nodes = self._replaced[0][0]
             for _ in range(min(len(nodes), REMOVED_NODES_MAX)):
                 nodes.popitem()
             if not nodes:
-                del self._old[0]
+                del self._replaced[0]
 
-    def _count(self, path: str, old: Optional[Node], node: Node) -> None:
-        """Add the characters of a node that takes the place of `old`, or of none."""
-        if old is not None and node.__class__ is old.__class__ is Node:     # three calls less
-            self.chars += len(node.value or "") - len(old.value or "")
-        else:
-            self.chars += node_chars(node) + (len(path) if old is None else -node_chars(old))
+    def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
+        """Have `node` at `path`, in the place of `old` if there was one."""
+        for walk in self._walks:
+            walk.keep(path, old)
+        self._nodes[path] = node
+        self.chars += node_chars(node) + (len(path) if old is None else -node_chars(old))
+        if node.expires_ns or (old is not None and old.expires_ns):
+            self._ttl.set(path, node.expires_ns)
 
-    def _replace(self, nodes: Dict[str, Node], ttl: TtlHeap, chars: int) -> None:
-        """Be another tree; tidy() frees this one."""
-        self._dead, self._dying = (), []
+    def _replace_tree(self, nodes: Dict[str, Node], ttl: TtlHeap, chars: int) -> None:
+        self._detached, self._unfreed = (), []
         if len(self._nodes) > REMOVED_NODES_MAX:
-            self._old.append((self._nodes, self._walks))
+            self._replaced.append((self._nodes, self._walks))
         self._walks = []                        # a walk under way keeps the tree it began with
         self._nodes, self._ttl, self.chars = nodes, ttl, chars
 
-    def _drop(self, path: str) -> None:
-        """Remove one node; what was below it dies."""
+    def _free(self, path: str) -> None:
+        """Remove one node; its children are freed later."""
         node = self._nodes.pop(path)
-        self._room -= 1
+        self._budget -= 1
         self.chars -= len(path) + node_chars(node)
         for walk in self._walks:
             walk.keep(path, node)
         if node.expires_ns:
             self._ttl.set(path, 0)
         if node.children:
-            self._dying.append(node.children)   # emptied: events of the past must not hold it
+            self._unfreed.append(node.children)     # emptied: no event of the past may hold it
 
-    def _bury(self) -> None:
-        """Remove dying nodes, as many as there is room for."""
-        dying = self._dying
-        while dying and self._room > 0:
-            children = dying[-1]
+    def _free_detached(self) -> None:
+        while self._unfreed and self._budget > 0:
+            children = self._unfreed[-1]
             if children:
-                self._drop(children.popitem()[0])
+                self._free(children.popitem()[0])
             else:
-                dying.pop()
-        if not dying:
-            self._dead = ()
+                self._unfreed.pop()
+        if not self._unfreed:
+            self._detached = ()
 
-    def _found(self, path: str) -> Optional[Node]:
-        """The node at `path` that can be reached."""
-        return None if path.startswith(self._dead) else self._nodes.get(path)
+    def _reachable(self, path: str) -> Optional[Node]:
+        return None if path.startswith(self._detached) else self._nodes.get(path)
 
     def _to_change(self, path: str) -> Optional[Node]:
-        """The same; what is dead has gone before anything changes."""
-        if self._dead:
-            room, self._room = self._room, math.inf
-            self._bury()
-            self._room = room
+        """Return the node at `path`, after all detached nodes are freed."""
+        if self._detached:
+            budget, self._budget = self._budget, math.inf
+            self._free_detached()
+            self._budget = budget
         return self._nodes.get(path)
 
 
 # ============================================================================
-# store/tree -- The store: the key tree and the operations on it.
+# store/tree -- The store: the operations on the key tree.
 # ----------------------------------------------------------------------------
 # Time is passed in.
 # ============================================================================
+
+
+EXPIRES_NS_MIN = 946_684_800 * NS   # 2000-01-01; an earlier instant is permanent for set and create
+SNAPSHOT_PROGRESS_NODES = 20_000    # read between two reports of progress
+_READ_ONLY = frozenset(("/", "/0", "/1"))
 
 
 def _number(members: Mapping[str, Any], name: str) -> int:
@@ -4713,11 +4592,11 @@ def _unquote(string: str) -> str:
 def _read_tree(
     text: str, progress: Callable[[float, int], None]
 ) -> Tuple[Dict[str, Node], int]:
-    """Return the nodes of a snapshot by path, and where in `text` their JSON ends.
+    """Return the nodes of a snapshot by path, and the end of their JSON in `text`.
 
-    Reads node after node, which Go writes in one order of members, instead of the nested
-    objects: keys may be deeper than json.loads goes, and its 100,000 dicts would take four
-    times the memory of the nodes.  A quote inside a string is escaped, so none looks like a node.
+    Reads node after node, as Go writes their members in one order, instead of the nested objects:
+    keys may be deeper than json.loads goes, and its 100,000 dicts would take four times the memory
+    of the nodes.  A quote inside a string is escaped, so no string looks like a node.
     """
     nodes: Dict[str, Node] = {}
     end = len('{"Root":')
@@ -4726,7 +4605,7 @@ def _read_tree(
         end = match.end()
         _, path, created, modified, expires, _, value, children = match.groups()
         path, created_index = _unquote(path), int(created)
-        modified_index = created_index if modified == created else int(modified)    # one int, if so
+        modified_index = created_index if modified == created else int(modified)    # share the int
         expires_ns = 0 if expires == _PERMANENT else parse_time(expires)
         if children is None:
             nodes[path] = file_node(_unquote(value), created_index, modified_index, expires_ns)
@@ -4770,14 +4649,14 @@ def _read_event_node(members: Mapping[str, Any]) -> Node:
 
 
 class StoreState(NamedTuple):
-    """What a snapshot says, read and checked: to become it takes a store no time."""
+    """A decoded and checked snapshot, which a store installs in no time."""
 
     nodes: Dict[str, Node]
     ttl: TtlHeap
     current_index: int
     stats: Dict[str, int]
     events: List[Event]                 # the history, oldest first
-    back: int                           # of its ring
+    back: int                           # of the history's ring
     capacity: int
     chars: int                          # as NodeTree has them
 
@@ -4785,7 +4664,7 @@ class StoreState(NamedTuple):
     def read(
         cls, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
     ) -> "StoreState":
-        """Return the state in a snapshot's data.  Raises ValueError if it holds none."""
+        """Decode a snapshot's data.  Raises ValueError if it is not of a store."""
         try:
             text = data.decode("utf-8", "replace")
             nodes, end = _read_tree(text, progress)
@@ -4815,7 +4694,6 @@ class StoreState(NamedTuple):
 
     @property
     def version(self) -> str:
-        """The cluster version in it; "": not decided."""
         node = self.nodes.get("/0/version")
         return (node.value if node is not None else None) or ""
 
@@ -4827,7 +4705,7 @@ _SLOT_END = re.compile(r"\s*([,\]])")
 def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
     """Return the slots of the history's ring, and the text from `end` on without them.
 
-    One after the other: all together, 1,000 events of 100 KB would stop every thread for 0.5 s.
+    One by one: json.loads of 1,000 events of 100 KB would stop every thread for 0.5 s.
     """
     slots: List[Optional[Event]] = []
     first = text.find(_SLOTS, end) + len(_SLOTS)
@@ -4845,9 +4723,9 @@ def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
 
 
 class Store(NodeTree):
-    """The key tree and what changes it.
+    """The key tree, its watchers and counters.
 
-    now_ns      unix nanoseconds, only to show how much of a ttl is left
+    now_ns      unix nanoseconds, to show the rest of a ttl
     expires_ns  unix nanoseconds; 0: permanent
     current_index  number of changes so far; every change makes one event
 
@@ -4869,16 +4747,17 @@ class Store(NodeTree):
         return Event("get", path, node, None, self.current_index, now_ns, encoded=encoded)
 
     def file_json(self, path: str, *, recursive: bool = False, now_ns: int) -> Sequence[bytes]:
-        """Return the line that answers the GET of a file, in pieces; none for a directory: see
-        listing().  A hot path.  recursive: as asked, to be counted.  Raises KeyNotFound, NotDir.
+        """Return the answer to the GET of a file, in pieces; () for a directory: see listing().
+
+        A hot path.  recursive is only counted.  Raises KeyNotFound, NotDir.
         """
         node = self._nodes.get(path)
-        if self._dead and path.startswith(self._dead):
+        if self._detached and path.startswith(self._detached):
             node = None
         if recursive:
             self.recursive_gets["fail" if node is None else "success"] += 1
         if node is None:
-            raise self._failed("gets", self._missing(path))
+            raise self._count_failure("gets", self._not_found(path))
         self.stats.gets_success += 1
         if node.children is not None:
             return ()
@@ -4890,13 +4769,13 @@ class Store(NodeTree):
     def listing(
         self, path: str, *, recursive: bool = False, sorted: bool = False, now_ns: int
     ) -> Listing:
-        """Begin the answer to the GET of a directory: of this moment, to be made in slices.
+        """Begin the answer to the GET of a directory, as of now; its work() makes it in slices.
 
-        Not counted.  Raises KeyNotFound, NotDir, also if it is a file.
+        Not counted.  Raises KeyNotFound, NotDir, also for a file.
         """
-        node = self._found(path)
+        node = self._reachable(path)
         if node is None:
-            raise self._missing(path)
+            raise self._not_found(path)
         if node.children is None:
             raise NotDir(path[2:], self.current_index)
         return Listing(
@@ -4906,12 +4785,12 @@ class Store(NodeTree):
 
     def value(self, path: str) -> Optional[str]:
         """Return the value of a file, or None; not counted."""
-        node = self._found(path)
+        node = self._reachable(path)
         return None if node is None else node.value
 
     def children(self, path: str) -> List[Tuple[str, bool]]:
-        """Return (name, is directory) of all children, hidden ones too; [] if there are none."""
-        node = self._found(path)
+        """Return (name, is directory) of each child, hidden ones too."""
+        node = self._reachable(path)
         if node is None or not node.children:
             return []
         return [
@@ -4926,7 +4805,7 @@ class Store(NodeTree):
         """Call deliver(event) for the first event on `path` with index >= since; stream: for each.
 
         since  0: from the next change on
-        lost   called if a recover() leaves out events that this watch should have had; it is over
+        lost   called at the end of the watch if a snapshot skips events for it
 
         Events of the history are delivered before this returns.  Raises EventIndexCleared.
         Source: etcd 2.3 store/watcher_hub.go, watch.
@@ -4948,25 +4827,22 @@ class Store(NodeTree):
     ) -> Event:
         """Put a new file, or with `dir` an empty directory, at `path`; a file there is replaced.
 
-        refresh  keep the value of the file that must be there, and tell no watcher
+        refresh  keep the value of the file, which must exist, and notify no watcher
         Raises NotFile, NotDir, RootReadOnly, KeyNotFound (refresh only).
         """
         old = self._to_change(path)
         if old is None:
             if refresh:
-                raise self._failed("sets", self._missing(path))
+                raise self._count_failure("sets", self._not_found(path))
         elif path in _READ_ONLY:
-            raise self._failed("sets", RootReadOnly("/", self.current_index))
+            raise self._count_failure("sets", RootReadOnly("/", self.current_index))
         elif old.children is not None:
-            raise self._failed("sets", NotFile(path[2:], self.current_index))
+            raise self._count_failure("sets", NotFile(path[2:], self.current_index))
         elif refresh:
             value = stored_value(old)
-        try:
-            event = self._place(
-                "set", path, old, None if dir else value, expires_ns, now_ns, refresh
-            )
-        except NotDir as error:
-            raise self._failed("sets", error) from None
+        event = self._put_new(
+            "set", path, old, None if dir else value, expires_ns, now_ns, refresh
+        )
         self.stats.sets_success += 1
         return event
 
@@ -4974,21 +4850,17 @@ class Store(NodeTree):
         self, path: str, *, dir: bool = False, value: Value = "", unique: bool = False,
         expires_ns: int = 0, now_ns: int,
     ) -> Event:
-        """Make a new file or directory at `path`, or below it under a number (unique).
+        """Make a new file or directory at `path`, or with `unique` below it under a number.
 
         Raises NodeExists, NotDir, RootReadOnly.
         """
         if unique:
             path = f"{path}/{self.current_index + 1:020d}"
         if path in _READ_ONLY:
-            raise self._failed("create", RootReadOnly("/", self.current_index))
+            raise self._count_failure("create", RootReadOnly("/", self.current_index))
         if self._to_change(path) is not None:
-            raise self._failed("create", NodeExists(path[2:], self.current_index))
-        try:
-            event = self._place("create", path, None, None if dir else value, expires_ns, now_ns)
-        except NotDir as error:
-            self.stats.sets_fail += 1           # etcd counts this one in both
-            raise self._failed("create", error) from None
+            raise self._count_failure("create", NodeExists(path[2:], self.current_index))
+        event = self._put_new("create", path, None, None if dir else value, expires_ns, now_ns)
         self.stats.create_success += 1
         return event
 
@@ -5003,7 +4875,7 @@ class Store(NodeTree):
         """
         old = self._to_change(path)
         if old is None:
-            raise self._failed("update", self._missing(path))
+            raise self._count_failure("update", self._not_found(path))
         self.stats.update_success += 1          # also of the two failures below, as in etcd
         if path in _READ_ONLY:
             raise RootReadOnly("/", self.current_index)
@@ -5014,8 +4886,8 @@ class Store(NodeTree):
         index, children = self.current_index + 1, old.children
         stored = Directory(old.created_index, old.modified_index, expires_ns, children)
         shown = Directory(old.created_index, index, expires_ns, children)
-        self._put(path, old, stored)
-        return self._done(Event("update", path, shown, old, index, now_ns, refresh))
+        self._put_node(path, old, stored)
+        return self._publish(Event("update", path, shown, old, index, now_ns, refresh))
 
     def compare_and_swap(
         self, path: str, *, prev_value: Value = "", prev_index: int = 0, value: Value = "",
@@ -5028,9 +4900,9 @@ class Store(NodeTree):
             self.stats.compare_and_swap_success += 1        # as etcd counts
             raise RootReadOnly("/", self.current_index)
         try:
-            old = self._compared(path, prev_value, prev_index)
+            old = self._checked_file(path, prev_value, prev_index)
         except EtcdError as error:
-            raise self._failed("compare_and_swap", error) from None
+            raise self._count_failure("compare_and_swap", error) from None
         self.stats.compare_and_swap_success += 1
         return self._rewrite("compareAndSwap", path, old, value, expires_ns, now_ns, refresh)
 
@@ -5046,12 +4918,12 @@ class Store(NodeTree):
             raise RootReadOnly("/", self.current_index)
         old = self._to_change(path)
         if old is None:
-            raise self._failed("delete", self._missing(path))
+            raise self._count_failure("delete", self._not_found(path))
         if old.children is not None and not recursive:
             if not dir:
-                raise self._failed("delete", NotFile(path[2:], self.current_index))
+                raise self._count_failure("delete", NotFile(path[2:], self.current_index))
             if old.children:
-                raise self._failed("delete", DirNotEmpty(path[2:], self.current_index))
+                raise self._count_failure("delete", DirNotEmpty(path[2:], self.current_index))
         self.stats.delete_success += 1
         return self._remove("delete", path, old, now_ns)
 
@@ -5062,28 +4934,28 @@ class Store(NodeTree):
         Raises CompareFailed, KeyNotFound, NotDir, NotFile (also for the root, with no cause).
         """
         try:
-            old = self._compared(path, prev_value, prev_index)
+            old = self._checked_file(path, prev_value, prev_index)
         except (CompareFailed, NotFile):
             self.stats.compare_and_delete_success += 1      # as etcd counts
             raise
         except EtcdError as error:
-            raise self._failed("compare_and_delete", error) from None
+            raise self._count_failure("compare_and_delete", error) from None
         self.stats.compare_and_delete_success += 1
         return self._remove("compareAndDelete", path, old, now_ns)
 
     def begin_turn(self) -> None:
-        """Go on with what was left from the turns before; from now on a turn does a bit of it."""
+        """Go on with notifications and removals; from now on they are spread over turns."""
         self.hub.begin_turn()
-        self.tidy()
+        self.collect_garbage()
 
     def delete_expired(self, cutoff_ns: int) -> List[Event]:
-        """Remove what expires at or before `cutoff_ns`, earliest first; one event each."""
+        """Remove the nodes that expire at or before `cutoff_ns`, earliest first; one event each."""
         events: List[Event] = []
         while True:
             expires_ns, path = self._ttl.first()
             if not path or expires_ns > cutoff_ns:
                 return events
-            if path.startswith(self._dead):
+            if path.startswith(self._detached):
                 self._ttl.set(path, 0)
                 continue
             self.stats.expire_count += 1
@@ -5091,25 +4963,24 @@ class Store(NodeTree):
 
     @property
     def has_ttl(self) -> bool:
-        """True if any node expires."""
         return len(self._ttl) > 0
 
     def expiry_step_ns(self, until_ns: int) -> int:
-        """Return a time up to `until_ns` by which few keys are over, but one if any is by then."""
+        """Return a time up to `until_ns` by which some keys expire, but not too many at once."""
         return self._ttl.nth_ns(EXPIRED_KEYS_MAX, until_ns)
 
     def snapshot_chunks(self) -> Generator[bytes, None, None]:
-        """Yield the snapshot of this moment, of the first next(), in slices of some ms.
+        """Yield the snapshot as of the first next(), in slices of some ms.
 
-        The store may change between slices; the snapshot does not see it.  Close the generator
-        to give up.  Raises InvariantError if another walk is under way.
+        Changes between slices are not in it.  Close the generator to give up.  Raises
+        InvariantError if another snapshot is under way.
         Source: etcd 2.3 store/store.go, Save.
         """
         if any(isinstance(walk, SnapshotWalk) for walk in self._walks):
             raise InvariantError("a snapshot walk is under way")
         walk = SnapshotWalk(self._nodes, self._walks)
         stats = copy.copy(self.stats)
-        stats.watchers = 0                      # they are no part of the state
+        stats.watchers = 0                      # not a part of the state
         end = f',"CurrentIndex":{self.current_index},"Stats":{stats.json()},"CurrentVersion":2}}'
         try:
             yield from walk.chunks(self.hub.history.pieces(), end)
@@ -5117,11 +4988,10 @@ class Store(NodeTree):
             walk.end()
 
     def save(self) -> bytes:
-        """Return a whole snapshot at once."""
         return b"".join(self.snapshot_chunks())
 
     def count_files(self, directory: str) -> int:
-        """Return how many files there are below `directory`, at any depth; looks at every node."""
+        """Return the number of files below `directory`, at any depth; reads every node."""
         below = directory + "/"
         return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
 
@@ -5132,81 +5002,76 @@ class Store(NodeTree):
                       key=lambda item: item[0])
 
     def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
-        """Have only `files`, path -> value, below `directory`: without a new index or an event."""
+        """Put `files`, path -> value, in the place of all below `directory`, without an event."""
         below = directory + "/"
         for path in [path for path in self._nodes if path.startswith(below)]:
             del self._nodes[path]
         (self._nodes[directory].children or {}).clear()
         for path, value in files.items():
             self._make_parents(path, self.current_index)
-            self._put(path, None, file_node(value, self.current_index, self.current_index, 0))
+            self._put_node(path, None, file_node(value, self.current_index, self.current_index, 0))
 
     def recover(
         self, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
     ) -> None:
-        """Become what the snapshot `data` says; watchers are told what has happened meanwhile.
+        """Install the snapshot `data`.  Raises ValueError, before any change, if it is not one.
 
         progress  called now and then with the share that is read, 0.0 to 1.0, and the nodes in it
-
-        Raises ValueError if it is no snapshot of a store, and then nothing has changed.
         """
         self.install(StoreState.read(data, progress))
 
     def install(self, state: StoreState) -> None:
-        """Take over a state, whose only owner this store is from now on.
+        """Take ownership of a snapshot's state, and notify the watchers of its events.
 
-        Nodes already over leave with the next delete_expired.
-        Source: etcd 2.3 store/store.go, Recovery.
+        Expired nodes go with the next delete_expired.  Source: etcd 2.3 store/store.go, Recovery.
         """
-        self._replace(state.nodes, state.ttl, state.chars)
+        self._replace_tree(state.nodes, state.ttl, state.chars)
         seen, self.current_index = self.current_index, state.current_index
         self.stats.load(state.stats)
         self.hub.history.load(state.events, state.back, state.capacity)
         if self.current_index > seen:
             self.hub.catch_up(seen)
 
-    def _place(
+    def _put_new(
         self, action: str, path: str, old: Optional[Node], value: Optional[Value],
         expires_ns: int, now_ns: int, refresh: bool = False,
     ) -> Event:
-        """Put a file, or a directory if value is None, where `old` or nothing is.  A hot path."""
+        """Put a file, or a directory if value is None, in the place of `old`.  A hot path."""
         index = self.current_index + 1
         if old is None:
-            self._make_parents(path, index)
+            try:
+                self._make_parents(path, index)
+            except NotDir:
+                self.stats.sets_fail += 1
+                self.stats.create_fail += action == "create"    # etcd counts it in both
+                raise
         if expires_ns < EXPIRES_NS_MIN:
             expires_ns = 0
         node = (
             Directory(index, index, expires_ns, {}) if value is None
             else file_node(value, index, index, expires_ns)
         )
-        self._count(path, old, node)
-        if self._walks or expires_ns or (old is not None and old.expires_ns):
-            self._put(path, old, node)
-        else:
+        if (old is None or self._walks or expires_ns or old.expires_ns
+                or node.__class__ is not Node or old.__class__ is not Node):
+            self._put_node(path, old, node)
+        else:                           # what most writes do
             self._nodes[path] = node
-        return self._done(Event(action, path, node, old, index, now_ns, refresh))
+            self.chars += len(node.value or "") - len(old.value or "")
+        return self._publish(Event(action, path, node, old, index, now_ns, refresh))
 
     def _rewrite(
         self, action: str, path: str, old: Node, value: Value, expires_ns: int, now_ns: int,
         refresh: bool,
     ) -> Event:
-        """Give the file `old` a value and a TTL; it stays the same key."""
+        """Give the file `old` a value and a TTL, keeping its created index."""
         index = self.current_index + 1
         text = stored_value(old) if refresh else value
         node = file_node(text, old.created_index, index, expires_ns)
-        self._count(path, old, node)
-        self._put(path, old, node)
-        return self._done(Event(action, path, node, old, index, now_ns, refresh))
-
-    def _put(self, path: str, old: Optional[Node], node: Node) -> None:
-        for walk in self._walks:
-            walk.keep(path, old)
-        self._nodes[path] = node
-        if node.expires_ns or (old is not None and old.expires_ns):
-            self._ttl.set(path, node.expires_ns)
+        self._put_node(path, old, node)
+        return self._publish(Event(action, path, node, old, index, now_ns, refresh))
 
     def _make_parents(self, path: str, index: int) -> None:
-        """Enter `path` in its directory, made if need be.  Raises NotDir before any change."""
+        """Enter `path` in its directory, with all missing parents.  Raises NotDir before that."""
         missing = [path]
         while True:
             path = parent_path(path)
@@ -5221,8 +5086,7 @@ class Store(NodeTree):
             path = missing.pop()
             children[path] = None
             children = {}
-            self.chars += len(path)
-            self._put(path, None, Directory(index, index, 0, children))
+            self._put_node(path, None, Directory(index, index, 0, children))
         children[missing[0]] = None
 
     def _remove(self, action: str, path: str, old: Node, now_ns: int) -> Event:
@@ -5230,43 +5094,43 @@ class Store(NodeTree):
         removed = [path]
         for below in removed:                   # grows under the loop: parents before children
             children = self._nodes[below].children or ()
-            if len(removed) + len(children) > self._room:
+            if len(removed) + len(children) > self._budget:
                 removed = self._watched_below(path)
                 break
             removed += children
         siblings = self._nodes[parent_path(path)].children
         if siblings is not None:
             del siblings[path]
-        self._drop(path)
+        self._free(path)
         if old.children:
-            self._dead += (path + "/",)
-            self._bury()
+            self._detached += (path + "/",)
+            self._free_detached()
         index = self.current_index + 1
         if old.children is None or action == "expire":      # etcd 2.3: expire never says dir
             shown = Node(None, old.created_index, index, 0)
         else:
             shown = Directory(old.created_index, index, 0, {})
-        return self._done(Event(action, path, shown, old, index, now_ns), removed)
+        return self._publish(Event(action, path, shown, old, index, now_ns), removed)
 
     def _watched_below(self, path: str) -> List[str]:
-        """The nodes at and below `path` that somebody watches, parents first."""
+        """Return the watched nodes at and below `path`, parents first."""
         below = path + "/"
         watched = [
             name for name in self.hub.paths
-            if (name == path or name.startswith(below)) and self._found(name) is not None
+            if (name == path or name.startswith(below)) and self._reachable(name) is not None
         ]
         return sorted(watched, key=lambda name: name.count("/"))
 
-    def _done(self, event: Event, removed: Sequence[str] = ()) -> Event:
+    def _publish(self, event: Event, removed: Sequence[str] = ()) -> Event:
         self.current_index = event.index
         self.hub.notify(event, removed)
         return event
 
-    def _compared(self, path: str, prev_value: Value, prev_index: int) -> Node:
-        """Return the file at `path` if it is as given.  Raises as compare_and_swap."""
+    def _checked_file(self, path: str, prev_value: Value, prev_index: int) -> Node:
+        """Return the file at `path` if it passes the comparison.  Raises as compare_and_swap."""
         node = self._to_change(path)
         if node is None:
-            raise self._missing(path)
+            raise self._not_found(path)
         if node.children is not None:
             raise NotFile(path[2:], self.current_index)
         wrong = []
@@ -5280,8 +5144,8 @@ class Store(NodeTree):
             raise CompareFailed(" ".join(wrong), self.current_index)
         return node
 
-    def _missing(self, path: str) -> EtcdError:
-        """The error for a path that is not there: names its first missing part, or a file."""
+    def _not_found(self, path: str) -> EtcdError:
+        """Return the error for a missing path; it names the first missing part, or a file."""
         end = path.find("/", 1)
         while end > 0:
             node = self._nodes.get(path[:end])
@@ -5292,8 +5156,7 @@ class Store(NodeTree):
             end = path.find("/", end + 1)
         return KeyNotFound((path[2:end] if end > 0 else path[2:]) or "/", self.current_index)
 
-    def _failed(self, verb: str, error: EtcdError) -> EtcdError:
-        """Count a failure of `verb` and hand the error back."""
+    def _count_failure(self, verb: str, error: EtcdError) -> EtcdError:
         name = verb + "_fail"
         setattr(self.stats, name, getattr(self.stats, name) + 1)
         return error
@@ -5603,12 +5466,137 @@ def _branch_page(number: int, items: Sequence[Tuple[bytes, bytes]]) -> bytes:
 
 
 # ============================================================================
-# disk/files -- Files and directories as the log and the snapshots use them.
+# disk/files -- File operations of the log and the snapshots.
 # ============================================================================
 
 
 _WAL_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.wal")
 _SNAP_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})\.snap")
+
+# Path as given -> real path, which a moved link or another working directory may change later.
+# POSIX locks do not exclude other members of the same process.
+_locked_paths: Dict[str, str] = {}
+
+
+class OsDisk:
+    """Every file operation of log and snapshots; the simulator has another one.
+
+    Data are durable after fsync or fdatasync of the handle, names after fsync_dir of their
+    directory.  Raises OSError.
+    """
+
+    read_only = False           # True: a log is read without repairs
+
+    def makedirs(self, path: str) -> None:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+
+    def listdir(self, path: str) -> List[str]:
+        """Return the names in a directory, sorted; [] if there is none."""
+        try:
+            return sorted(os.listdir(path))
+        except FileNotFoundError:
+            return []
+
+    def read(self, path: str) -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
+    def create(self, path: str, mode: int = 0o600) -> int:
+        """Make an empty file, or empty the existing one; return a handle for appending."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, mode)
+
+    def open_append(self, path: str) -> int:
+        """Return a handle for reading and appending to an existing file."""
+        return os.open(path, os.O_RDWR | os.O_APPEND)
+
+    def read_open(self, handle: int) -> bytes:
+        """Return the whole file of a handle; as no descriptor is closed, the lock stays."""
+        with open(handle, "rb", closefd=False) as file:
+            file.seek(0)
+            return file.read()
+
+    def write(self, handle: int, data: bytes) -> None:
+        written = os.write(handle, data)
+        while written < len(data):
+            data = data[written:]
+            written = os.write(handle, data)
+
+    def fdatasync(self, handle: int) -> None:
+        _fdatasync(handle)
+
+    def fsync(self, handle: int) -> None:
+        sync_file(handle)
+
+    def close(self, handle: int) -> None:
+        os.close(handle)
+
+    def truncate(self, handle: int, size: int) -> None:
+        """Cut a file to `size` bytes, durably."""
+        os.ftruncate(handle, size)
+        sync_file(handle)
+
+    def rename(self, old: str, new: str) -> None:
+        os.replace(old, new)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def fsync_dir(self, path: str) -> None:
+        fsync_dir(path)
+
+    def lock(self, path: str, handle: int) -> bool:
+        """Lock a file against other processes and other members in this one; False if taken.
+
+        A POSIX lock, as in etcd 2: it is lost when any descriptor of the file is closed in this
+        process, so a locked file must not be opened again.
+        """
+        real = os.path.realpath(path)
+        if real in _locked_paths.values():
+            return False
+        if lock_file(handle):
+            _locked_paths[path] = real
+            return True
+        return False
+
+    def unlock(self, path: str) -> None:
+        """Forget a lock; closing the handle has released it for other processes."""
+        _locked_paths.pop(path, None)
+
+    def is_locked(self, path: str) -> bool:
+        return os.path.realpath(path) in _locked_paths.values()
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def disk_full_as_error(
+    path: str, undo: Callable[[], None] = _nothing,
+    codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR),
+) -> Iterator[None]:
+    """Turn a full disk, or a lack of descriptors, into DiskFull after undo(): it can be repeated.
+
+    Not for syncs: after one has failed the contents of the disk are unknown, for any reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in codes:
+            raise
+        undo()
+        hint = "raise the limit of open files (ulimit -n): " * (error.errno in NO_DESCRIPTOR)
+        raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error
+
+
+_fdatasync: Callable[[int], None] = sync_data
+OS_DISK = OsDisk()
+
+
+# ============================================================================
+# disk/records -- Records of the write-ahead log, encoded and decoded.
+# ============================================================================
+
+
 _RECORD_START = re.compile(rb"\x08[\x01-\x05]\x10")
 _PLAIN_RECORD = re.compile(             # the head of a normal entry with data, or a hard state
     rb"(?s:.{7})\0\x08(?:\x02\x10(%b)\x1a(%b)\x08\0\x10(%b)\x18(%b)\"(%b)|"
@@ -5627,151 +5615,16 @@ class RecordType(IntEnum):
     SNAPSHOT = 5
 
 
-# POSIX locks do not exclude others in the same process.  By path as given, the real one: a link
-# may be moved, or the working directory changed, before the lock is freed.
-_locked_paths: Dict[str, str] = {}
-
-
-class OsDisk:
-    """Every file operation of log and snapshots; the simulator has another one.
-
-    A handle is what create and open_append return.  Nothing is durable before fsync or
-    fdatasync of the handle, no name before fsync_dir of its directory.  Raises OSError.
-    """
-
-    read_only = False           # True: a log is read as it is, and not repaired
-
-    def makedirs(self, path: str) -> None:
-        """Make a directory and its parents, mode 0700."""
-        os.makedirs(path, mode=0o700, exist_ok=True)
-
-    def listdir(self, path: str) -> List[str]:
-        """Return the names in a directory, sorted; [] if there is none."""
-        try:
-            return sorted(os.listdir(path))
-        except FileNotFoundError:
-            return []
-
-    def read(self, path: str) -> bytes:
-        """Return a whole file."""
-        with open(path, "rb") as file:
-            return file.read()
-
-    def create(self, path: str, mode: int = 0o600) -> int:
-        """Make an empty file, replacing one that is there; return a handle for appending."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, mode)
-
-    def open_append(self, path: str) -> int:
-        """Return a handle for reading and appending to a file that is there."""
-        return os.open(path, os.O_RDWR | os.O_APPEND)
-
-    def read_open(self, handle: int) -> bytes:
-        """Return the whole file of a handle; its lock stays, as nothing is closed."""
-        with open(handle, "rb", closefd=False) as file:
-            file.seek(0)
-            return file.read()
-
-    def write(self, handle: int, data: bytes) -> None:
-        """Append all of `data`."""
-        written = os.write(handle, data)
-        while written < len(data):
-            data = data[written:]
-            written = os.write(handle, data)
-
-    def fdatasync(self, handle: int) -> None:
-        """Make the contents durable."""
-        _fdatasync(handle)
-
-    def fsync(self, handle: int) -> None:
-        """Make contents and attributes durable."""
-        sync_file(handle)
-
-    def close(self, handle: int) -> None:
-        """Close a handle."""
-        os.close(handle)
-
-    def truncate(self, handle: int, size: int) -> None:
-        """Cut a file to `size` bytes, durably."""
-        os.ftruncate(handle, size)
-        sync_file(handle)
-
-    def rename(self, old: str, new: str) -> None:
-        """Rename a file over whatever has the new name."""
-        os.replace(old, new)
-
-    def unlink(self, path: str) -> None:
-        """Remove a file."""
-        os.unlink(path)
-
-    def fsync_dir(self, path: str) -> None:
-        """Make the names in a directory durable."""
-        fsync_dir(path)
-
-    def lock(self, path: str, handle: int) -> bool:
-        """Lock a file against other processes and other members in this one; False if taken.
-
-        A POSIX lock, as etcd 2 takes: it is lost when any descriptor of the file is closed in
-        this process, so a locked file must not be read again.
-        """
-        real = os.path.realpath(path)
-        if real in _locked_paths.values():
-            return False
-        if lock_file(handle):
-            _locked_paths[path] = real
-            return True
-        return False
-
-    def unlock(self, path: str) -> None:
-        """Forget a lock; closing the handle has released it for other processes."""
-        _locked_paths.pop(path, None)
-
-    def is_locked(self, path: str) -> bool:
-        """Tell whether this process holds the lock of a file."""
-        return os.path.realpath(path) in _locked_paths.values()
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-@contextlib.contextmanager
-def _needs_space(
-    path: str, undo: Callable[[], None], codes: Tuple[int, ...] = (*_FULL, *NO_DESCRIPTOR)
-) -> Iterator[None]:
-    """Run what writes; if the disk is full, or no file can be opened, undo() it and raise
-    DiskFull: it can be repeated.
-
-    Not for syncs: after one has failed nobody knows what is on disk, whatever the reason.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in codes:
-            raise
-        undo()
-        hint = "raise the limit of open files (ulimit -n): " * (error.errno in NO_DESCRIPTOR)
-        raise DiskFull(f"{os.strerror(error.errno).lower()}: {hint}{path}") from error
-
-
-_LOG_START = EntryID(0, 0)
-_fdatasync: Callable[[int], None] = sync_data
-OS_DISK = OsDisk()
-
-
-# ============================================================================
-# disk/records -- Records of the write-ahead log, encoded and decoded.
-# ============================================================================
-
-
 class WalContents(NamedTuple):
-    """What a log holds behind its snapshot: entries ascend and have no gap."""
+    """The contents of a log behind its snapshot: entries ascend and have no gap."""
 
     metadata: bytes
     hard_state: HardState
     entries: List[Entry]
-    snapshots: List[EntryID]            # of every snapshot record seen, {0, 0} included
+    snapshots: List[EntryID]            # of every snapshot record, {0, 0} included
 
 
-LONG_ENTRY_BYTES = 4_096            # from here on it pays not to copy an entry
+LONG_ENTRY_BYTES = 4_096            # longer entries are not copied
 CRC_STEP_BYTES = 1 << 20            # summed in one step: 3 ms
 _RECORD_HEADS: Dict[int, bytes] = {kind: b"\x08%b\x10" % _BYTE[kind] for kind in RecordType}
 _STATE_HEAD = _RECORD_HEADS[RecordType.STATE]
@@ -5787,9 +5640,8 @@ class WalEncoder:
 
     def record(self, kind: int, data: bytes) -> bytes:
         """Return the frame of one record; the chain includes its data."""
-        self.crc = crc = crc32c(data, self.crc)
-        head = b"%b%b\x1a%b" % (_RECORD_HEADS[kind], encode_varint(crc), encode_varint(len(data)))
-        return self._frame(head + data)
+        self.crc = crc32c(data, self.crc)
+        return self._frame_head(kind, len(data)) + data
 
     def batch(self, entries: Sequence[bytes], state: bytes) -> bytes:
         """Return the frames of entries and, unless it is empty, a hard state."""
@@ -5810,7 +5662,7 @@ class WalEncoder:
     def long_batch(
         self, entries: Sequence[Entry], state: bytes
     ) -> Generator[None, None, List[bytes]]:
-        """Return the same in pieces, none of which is copied, in steps of CRC_STEP_BYTES.
+        """Do batch() in pieces, without copies, in steps of CRC_STEP_BYTES.
 
         256 KB take 0.5 ms less than by batch().
         """
@@ -5827,25 +5679,25 @@ class WalEncoder:
                 crc = crc32c(block, crc)
                 summed += len(block)
             self.crc = crc
-            size = len(head) + len(entry.data)
-            start = b"%b%b\x1a%b" % (
-                _RECORD_HEADS[RecordType.ENTRY], encode_varint(self.crc), encode_varint(size))
-            parts += (len(start) + size).to_bytes(8, "little"), start, head, entry.data
+            start = self._frame_head(RecordType.ENTRY, len(head) + len(entry.data))
+            parts += start, head, entry.data
         if state:
             parts.append(self.record(RecordType.STATE, state))
         return parts
 
+    def _frame_head(self, kind: int, size: int) -> bytes:
+        """Return the frame of a record up to its `size` bytes of data."""
+        head = b"%b%b\x1a%b" % (_RECORD_HEADS[kind], encode_varint(self.crc), encode_varint(size))
+        return (len(head) + size).to_bytes(8, "little") + head
+
     def chain(self) -> bytes:
         """Return the crc record that begins a file."""
-        return self._frame(b"\x08\x04\x10" + encode_varint(self.crc))
-
-    @staticmethod
-    def _frame(record: bytes) -> bytes:
+        record = _RECORD_HEADS[RecordType.CRC] + encode_varint(self.crc)
         return len(record).to_bytes(8, "little") + record
 
 
 class WalRecord(NamedTuple):
-    """One record of a file: kind (RecordType), stored checksum, data, and where it ends."""
+    """One record of a file: kind (RecordType), stored checksum, data, and its end."""
 
     kind: int
     crc: int
@@ -5853,47 +5705,46 @@ class WalRecord(NamedTuple):
     end: int
 
 
-RunTaker = Callable[["WalDecoder", List[Entry], bytes], None]   # entries; hard state, or b""
+RunHandler = Callable[["WalDecoder", List[Entry], bytes], None]     # entries; hard state, or b""
 
 
 class WalDecoder:
     """The records of one file, checked against the chain of checksums.
 
     Reads 2.x frames and the padded ones of 3.x, also mixed.  `end` is the offset behind the last
-    record that its reader has taken.  Raises TornTail if the file ends as a crash during a write
-    leaves it, CrcMismatch for everything else that is wrong.
+    record that its reader has handled.  Raises TornTail if the file ends as a crash during a write
+    leaves it, CrcMismatch for any other damage.
 
     The checksum covers neither lengths nor types: a wrong length shows as the record is whole
     without it, a wrong type in the shape of the data (see _WalReader).
     """
 
     def __init__(
-        self, path: str, data: bytes, crc: int,
-        take_run: Optional[RunTaker] = None,
+        self, path: str, data: bytes, crc: int, handle_run: Optional[RunHandler] = None
     ) -> None:
         self.path = path
         self.data = data
         self.crc = crc
         self.end = 0
-        self._take_run = take_run       # gets the plain records in a row that _run finds
+        self._handle_run = handle_run   # gets each run of plain records that _run finds
 
     def __iter__(self) -> Iterator[WalRecord]:
         size = len(self.data)
         while self.end < size:
-            if self._take_run is not None and self._run(self._take_run):
+            if self._handle_run is not None and self._run(self._handle_run):
                 continue
-            record = self._record(self.end)
+            record = self._record()
             if record is None:
                 return
             self._check(record)
             yield record
             self.end = record.end
 
-    def _run(self, take: RunTaker) -> bool:
-        """Hand out normal entries in a row, and the last hard state between them; False: none.
+    def _run(self, handle: RunHandler) -> bool:
+        """Decode normal entries in a row, and the last hard state between them; False: none.
 
-        They share one checksum: that of the last record continues all before.  3 us an entry
-        instead of 15.  What is not exactly as expected is left to the way of single records.
+        One checksum is compared: that of the last record continues all before.  3 us an entry
+        instead of 15.  Any other form is left to _record().
         """
         data, offset = self.data, self.end
         stop = offset + CRC_BLOCK_BYTES
@@ -5928,22 +5779,22 @@ class WalDecoder:
         if not parts or crc32c(b"".join(parts), self.crc) != decode_varint(crc, 0)[0]:
             return False
         try:
-            take(self, entries, state)
+            handle(self, entries, state)
         except CodecError as error:
             raise self.damage(str(error)) from None
         self.crc, self.end = decode_varint(crc, 0)[0], offset
         return True
 
-    def damage(self, what: str) -> CrcMismatch:
-        """Return the error for a record at `end` that is not what was written."""
+    def damage(self, reason: str) -> CrcMismatch:
+        """Return the error for a damaged record at `end`."""
         return CrcMismatch(
-            f"read wal error ({what}) and cannot be repaired: {self.path} is damaged at offset"
+            f"read wal error ({reason}) and cannot be repaired: {self.path} is damaged at offset"
             f" {self.end}; {REPAIR_HINT}"
         )
 
-    def _record(self, offset: int) -> Optional[WalRecord]:
-        """Return the record at `offset`; None for the zeros of a preallocated tail."""
-        data = self.data
+    def _record(self) -> Optional[WalRecord]:
+        """Return the record at `end`; None for the zeros of a preallocated tail."""
+        data, offset = self.data, self.end
         if offset + 8 > len(data):
             raise self._torn("inside a length")
         length, padding = _wal_frame(data, offset)
@@ -5951,12 +5802,12 @@ class WalDecoder:
             raise self.damage("impossible length")
         end = offset + 8 + length + padding
         if not length or end > len(data):
-            self._bad_length(offset, length)
+            self._check_tail(length)
             return None
         try:
             return WalRecord(*_decode_record(data[offset + 8:offset + 8 + length]), end)
         except CodecError as error:
-            raise self._bad_record(offset, end, str(error)) from None
+            raise self._bad_record(end, str(error)) from None
 
     def _check(self, record: WalRecord) -> None:
         if record.kind == RecordType.CRC:
@@ -5966,15 +5817,15 @@ class WalDecoder:
             return
         crc = crc32c(record.data, self.crc)
         if crc != record.crc:
-            raise self._bad_record(self.end, record.end, "walpb: crc mismatch")
+            raise self._bad_record(record.end, "walpb: crc mismatch")
         self.crc = crc
 
-    def _bad_length(self, offset: int, length: int) -> None:
-        """A length that is 0 or points past the end: is this the tail, or damage?
+    def _check_tail(self, length: int) -> None:
+        """Tell the tail from damage, after a length that is 0 or points past the end.
 
-        To cut where acknowledged records follow would lose them.
+        A cut before acknowledged records would lose them.
         """
-        data = self.data
+        data, offset = self.data, self.end
         if not data[offset:].strip(b"\0"):
             return
         whole = _intact_length(data, offset + 8, self.crc)
@@ -5982,13 +5833,13 @@ class WalDecoder:
             raise self.damage("impossible length")
         raise self._torn("inside a record")
 
-    def _bad_record(self, offset: int, end: int, what: str) -> WalError:
-        """A wrong record: torn if it is the last, and a sector of it was never written (3.4)."""
+    def _bad_record(self, end: int, reason: str) -> WalError:
+        """Return the error of a bad record: torn if it is the last and lacks a sector (3.4)."""
         if not self.data[end:].strip(b"\0"):
-            for sector in range(-(-offset // 512) * 512, end, 512):
+            for sector in range(-(-self.end // 512) * 512, end, 512):
                 if not self.data[sector:min(sector + 512, end)].strip(b"\0"):
                     return self._torn("in a sector that was never written")
-        return self.damage(what)
+        return self.damage(reason)
 
     def _torn(self, where: str) -> TornTail:
         return TornTail(f"unexpected EOF: {self.path} ends {where} at offset {self.end}")
@@ -6003,19 +5854,15 @@ def _wal_frame(data: bytes, offset: int) -> Tuple[int, int]:
     return length, top & 7 if top == 0x80 | -length % 8 else -1
 
 
+_RECORD = {1: ("kind", 0, int), 2: ("crc", 0, int), 3: ("data", 2, bytes)}
+
+
 def _decode_record(data: bytes) -> Tuple[int, int, bytes]:
-    kind = crc = 0
-    payload = b""
-    for number, wire_type, value in decode_fields(data):
-        if number in (1, 2):
-            _want(wire_type, 0, "Record")
-            kind, crc = (value, crc) if number == 1 else (kind, value)
-        elif number == 3:
-            _want(wire_type, 2, "Record")
-            payload = value
+    values = decode_known(data, _RECORD, "Record")
+    kind = values.get("kind", 0)
     if not RecordType.METADATA <= kind <= RecordType.SNAPSHOT:
         raise CodecError(f"unknown record type {kind}")
-    return kind, crc, payload
+    return kind, values.get("crc", 0), values.get("data", b"")
 
 
 def _intact_length(data: bytes, start: int, crc: int) -> int:
@@ -6034,18 +5881,18 @@ def _intact_length(data: bytes, start: int, crc: int) -> int:
 
 
 def _has_records(data: bytes, start: int, crc: int) -> bool:
-    """Tell whether, behind `start`, a record continues the chain at `crc`, or one another."""
+    """Tell whether, behind `start`, a record continues the chain at `crc`, or another record."""
     for match in _RECORD_START.finditer(data, start):
         if _intact_length(data, match.start(), crc):
             return True
-        record = _loose_record(data, match.start() - 8)
-        following = record and _loose_record(data, record.end)
+        record = _unchecked_record(data, match.start() - 8)
+        following = record and _unchecked_record(data, record.end)
         if record and following and crc32c(following.data, record.crc) == following.crc:
             return True
     return False
 
 
-def _loose_record(data: bytes, offset: int) -> Optional[WalRecord]:
+def _unchecked_record(data: bytes, offset: int) -> Optional[WalRecord]:
     length, padding = _wal_frame(data, offset)
     end = offset + 8 + length
     if length < 4 or padding < 0 or end + padding > len(data):
@@ -6073,12 +5920,11 @@ class SnapshotFile(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the file is called."""
         return f"{self.id.term:016x}-{self.id.index:016x}.snap"
 
     @property
     def head(self) -> bytes:
-        """What stands in the file before the pieces."""
+        """The bytes of the file before the pieces."""
         return b"\x08%b\x12%b" % (encode_varint(self.crc), encode_varint(self.size))
 
 
@@ -6099,30 +5945,30 @@ class Snapshotter:
         self.write(SnapshotFile(snapshot_id, (data,), len(data), crc32c(data)))
 
     def write(self, file: SnapshotFile) -> None:
-        """Write a snapshot whose checksum is known, like save().
+        """Do save() for a snapshot with a known checksum.
 
-        Differs from etcd: it has another name until it is complete, so load() on another thread
-        never sees half of it.
+        Differs from etcd: an incomplete file has another name, so load() on another thread never
+        reads half of it.
         """
         path = os.path.join(self.directory, file.name)
         disk, temporary = self.disk, path + ".tmp"
-        with _needs_space(path, _nothing):
+        with disk_full_as_error(path):
             handle = disk.create(temporary)
         try:
-            with _needs_space(path, lambda: disk.unlink(temporary)):
+            with disk_full_as_error(path, lambda: disk.unlink(temporary)):
                 for piece in (file.head, *file.pieces):
                     disk.write(handle, piece)
             disk.fsync(handle)
         finally:
             disk.close(handle)
         disk.rename(temporary, path)
-        with _needs_space(path, _nothing, NO_DESCRIPTOR):
+        with disk_full_as_error(path, codes=NO_DESCRIPTOR):
             disk.fsync_dir(self.directory)      # opens it
 
     def load(self, valid: Optional[Container[EntryID]] = None) -> Optional[Snapshot]:
         """Return the newest good snapshot, or None.  A bad file is renamed to `.broken`.
 
-        valid  the snapshots that the log knows; files of others are passed over
+        valid  the snapshots in the log; other files are skipped
         """
         log = package_logger("snap")
         for name in reversed(self.disk.listdir(self.directory)):
@@ -6141,7 +5987,7 @@ class Snapshotter:
         return None
 
     def check_log(self, wal_dir: str, known: Iterable[EntryID]) -> None:
-        """Raise WalError if a file, be it damaged, is newer than all snapshots that the log knows.
+        """Raise WalError if a file, intact or damaged, is newer than all snapshots in the log.
 
         Its record was durable before its file was begun, so the end of the log is lost, and with
         it votes and entries that other members count on.  Differs from etcd, which starts in the
@@ -6171,7 +6017,7 @@ class Snapshotter:
         try:
             return decode_snapshot_file(self.disk.read(path))
         except FileNotFoundError:
-            return None                 # purged meanwhile
+            return None                 # purged in the meantime
         except CodecError as error:
             package_logger("snap").error(
                 "cannot read snapshot file %s (%s); renamed to %s.broken, using the one before",
@@ -6183,7 +6029,7 @@ class Snapshotter:
 
 def decode_snapshot_file(content: bytes) -> Snapshot:
     """Return the snapshot in a file.  Raises CodecError if it is damaged."""
-    values = _decode_known(content, {1: ("crc", 0, int), 2: ("data", 2, bytes)}, "snappb.Snapshot")
+    values = decode_known(content, {1: ("crc", 0, int), 2: ("data", 2, bytes)}, "snappb.Snapshot")
     data = values.get("data", b"")
     if not data:
         raise CodecError("unexpected empty snapshot")
@@ -6195,9 +6041,9 @@ def decode_snapshot_file(content: bytes) -> Snapshot:
 def purge_files(
     directory: str, suffix: str, keep: int, *, disk: OsDisk = OS_DISK
 ) -> List[str]:
-    """Remove the oldest files beyond `keep` (0: none), up to the first that is still locked.
+    """Remove the oldest files beyond `keep` (0: none), up to the first locked one.
 
-    Also what a crash left under a temporary name.  Returns the paths removed.  Raises OSError.
+    Also temporary files of a crash.  Returns the paths removed.  Raises OSError.
     """
     if not keep:
         return []
@@ -6227,9 +6073,9 @@ class DataDir(NamedTuple):
 
 
 def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
-    """Make a data directory usable: layout, modes, a test write; move the layout of 2.0.0.
+    """Make a data directory usable: layout, modes, a test write; migrate the layout of 2.0.0.
 
-    Raises StartError if it is not ours, not a directory, or not writable.
+    Raises StartError if it is another program's, not a directory, or not writable.
     """
     member = os.path.join(data_dir, "member")
     paths = DataDir(
@@ -6243,31 +6089,27 @@ def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
             f"error listing data dir: {data_dir} ({error.strerror}); -data-dir must name a"
             " directory that this user may read and write"
         ) from None
-    _classify(data_dir, names)
-    what = "member"
+    check_layout(data_dir, names)
+    kind = "member"
     try:
-        os.makedirs(data_dir, mode=0o700, exist_ok=True)
-        os.makedirs(member, mode=0o700, exist_ok=True)
-        _touch(data_dir)
-        _touch(member)
+        make_dirs((member, data_dir))
+        check_writable(data_dir)
+        check_writable(member)
         _migrate(paths, names)
-        os.makedirs(paths.snap, mode=0o700, exist_ok=True)
-        what = "WAL"
-        os.makedirs(paths.wal, mode=0o700, exist_ok=True)
-        _touch(paths.wal)
-        for path in (paths.wal, paths.snap, member, data_dir):
-            with contextlib.suppress(PermissionError):  # a parent that we may not list
-                fsync_dir(os.path.dirname(path) or ".")
+        make_dirs((paths.snap,))
+        kind = "WAL"
+        make_dirs((paths.wal,))
+        check_writable(paths.wal)
     except OSError as error:
         raise StartError(
-            f"cannot write to {what} directory: {error}; give the directory to this user, or"
+            f"cannot write to {kind} directory: {error}; give the directory to this user, or"
             " choose another -data-dir"
         ) from None
     return paths
 
 
 def absent_dirs(*paths: str) -> List[str]:
-    """Return those of `paths` and of the directories above that do not exist, deepest first."""
+    """Return the missing ones of `paths` and of the directories above, deepest first."""
     found: Set[str] = set()
     for path in paths:
         while path and not os.path.exists(path):
@@ -6277,7 +6119,7 @@ def absent_dirs(*paths: str) -> List[str]:
 
 
 def make_dirs(paths: Sequence[str]) -> None:
-    """Make what absent_dirs() returned, as data directories.  Raises OSError."""
+    """Make data directories, given deepest first as by absent_dirs().  Raises OSError."""
     for path in reversed(paths):
         os.makedirs(path, mode=0o700, exist_ok=True)
         with contextlib.suppress(PermissionError):  # a parent that we may not list
@@ -6285,13 +6127,13 @@ def make_dirs(paths: Sequence[str]) -> None:
 
 
 def remove_dirs(paths: Iterable[str]) -> None:
-    """Remove those of `paths`, deepest first, that are empty."""
+    """Remove the empty ones of `paths`, given deepest first."""
     for path in paths:
         with contextlib.suppress(OSError):
             os.rmdir(path)
 
 
-def _classify(data_dir: str, names: Set[str]) -> None:
+def check_layout(data_dir: str, names: Set[str]) -> None:
     if {"member", "proxy"} <= names:
         raise StartError(
             f"invalid datadir. Both member and proxy directories exist. Remove the one in"
@@ -6304,7 +6146,7 @@ def _classify(data_dir: str, names: Set[str]) -> None:
         )
 
 
-def _touch(path: str) -> None:
+def check_writable(path: str) -> None:
     probe = os.path.join(path, ".touch")
     with open(probe, "wb"):
         pass
@@ -6312,9 +6154,9 @@ def _touch(path: str) -> None:
 
 
 def _migrate(paths: DataDir, names: Set[str]) -> None:
-    """etcd 2.0.0 kept wal and snap at the top.
+    """Move wal and snap from the top, their place in etcd 2.0.0, to member.
 
-    The log moves last: as long as it is at the top, a crash leaves work for the next start.
+    The log moves last: as long as it is at the top, the next start continues after a crash.
     """
     old = os.path.join(paths.root, "wal")
     if "wal" not in names or not os.listdir(old):
@@ -6335,6 +6177,9 @@ def _migrate(paths: DataDir, names: Set[str]) -> None:
 # ============================================================================
 
 
+_LOG_START = EntryID(0, 0)
+
+
 class Cut(NamedTuple):
     """The next segment: its file name and the bytes it begins with."""
 
@@ -6346,7 +6191,7 @@ class Wal:
     """The write-ahead log: a directory of segments, each continuing the checksum of the last.
 
     encode, encode_snapshot, segment_full and encode_cut belong to the reactor's thread and touch
-    no file; write, cut, release_to and close to the wal thread and touch nothing else.
+    no file; write, cut, release_to and close belong to the wal thread and touch only files.
     Source: etcd 2.3 wal/wal.go; file formats in wal/walpb.
     """
 
@@ -6359,8 +6204,8 @@ class Wal:
         self._segment_bytes = segment_bytes
         self._encoder = WalEncoder()
         self._hard_state = HardState()          # as last encoded
-        self._last_index = 0                    # of the last entry encoded
-        self._sequence = 0                      # of the segment that encode() fills
+        self._last_index = -1                   # of the last entry encoded; -1: no segment yet
+        self._sequence = -1                     # of the segment that encode() fills
         self._size = 0                          # bytes handed out for it
         self._held: List[Tuple[str, int]] = []  # locked segments, oldest first: name, handle
         self._end = 0                           # bytes written to the newest of them
@@ -6377,11 +6222,8 @@ class Wal:
             raise WalError(f"wal: file already exists: {directory} holds a log")
         wal = cls(directory, metadata, disk=disk, segment_bytes=segment_bytes)
         disk.makedirs(directory)
-        encoder = wal._encoder
-        head = encoder.chain() + encoder.record(RecordType.METADATA, metadata)
-        head += encoder.record(RecordType.SNAPSHOT, _encode_walpb_snapshot(EntryID(0, 0)))
-        wal._size = len(head)
-        wal.cut(Cut(_wal_name(0, 0), head))
+        name, head = wal.encode_cut()
+        wal.cut(Cut(name, head + wal.encode_snapshot(_LOG_START)))
         return wal
 
     @classmethod
@@ -6391,15 +6233,14 @@ class Wal:
     ) -> "Tuple[Wal, WalContents]":
         """Read the log behind the snapshot `start`, and get ready to append.
 
-        A torn tail is cut off once, as nothing in it was ever acknowledged; a copy stays as
-        `.broken`.  Raises CrcMismatch, FileLocked and WalError; the text says what to do.
+        A torn tail is cut off, as no entry in it was ever acknowledged; a copy stays as
+        `.broken`.  Raises CrcMismatch, FileLocked and WalError; the text names the remedy.
         """
         names = _segments_from(directory, start.index, disk)
         reader = _WalReader(directory, start, disk)
-        held = cls._lock(directory, names, disk)
+        size = 0
         with contextlib.ExitStack() as cleanup:
-            cleanup.callback(cls._unlock, directory, held, disk)
-            size = 0
+            held = cls._lock(directory, names, disk, cleanup)
             for name, handle in held:
                 size = reader.read(name, handle, last=name == names[-1])
             contents = reader.contents()
@@ -6414,27 +6255,26 @@ class Wal:
 
     @classmethod
     def _lock(
-        cls, directory: str, names: List[str], disk: OsDisk
+        cls, directory: str, names: List[str], disk: OsDisk, cleanup: contextlib.ExitStack
     ) -> List[Tuple[str, int]]:
+        """Open and lock segments, which `cleanup` unlocks."""
         held: List[Tuple[str, int]] = []
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(cls._unlock, directory, held, disk)
-            for name in names:
-                path = os.path.join(directory, name)
-                # To close a descriptor frees the lock of a member in this process: do not open one.
-                handle = None if disk.is_locked(path) else disk.open_append(path)
-                if handle is None or not _lock_or_close(disk, path, handle):
-                    raise FileLocked(
-                        f"open wal error: file already locked: {path} belongs to a running member;"
-                        " stop it, or give this one another -data-dir"
-                    )
-                held.append((name, handle))
-            on_failure.pop_all()
+        cleanup.callback(cls._unlock, directory, held, disk)
+        for name in names:
+            path = os.path.join(directory, name)
+            # To close a descriptor frees the lock of a member in this process: do not open one.
+            handle = None if disk.is_locked(path) else disk.open_append(path)
+            if handle is None or not _lock_or_close(disk, path, handle):
+                raise FileLocked(
+                    f"open wal error: file already locked: {path} belongs to a running member;"
+                    " stop it, or give this one another -data-dir"
+                )
+            held.append((name, handle))
         return held
 
     @staticmethod
     def _unlock(directory: str, held: List[Tuple[str, int]], disk: OsDisk) -> None:
-        """Free each of the files, also when one of them cannot be closed without an error."""
+        """Free each of the files, even if the close of one of them fails."""
         with contextlib.ExitStack() as each:
             for name, handle in held:
                 each.callback(disk.unlock, os.path.join(directory, name))
@@ -6442,23 +6282,18 @@ class Wal:
 
     @staticmethod
     def exists(directory: str, *, disk: OsDisk = OS_DISK) -> bool:
-        """Tell whether a log was begun there."""
         return any(map(_WAL_NAME.fullmatch, disk.listdir(directory)))
 
     @staticmethod
     def snapshots(directory: str, *, disk: OsDisk = OS_DISK) -> List[EntryID]:
-        """Return the snapshots that the log knows of; only their files may be used.
+        """Return the snapshots in the log; only their files may be used.
 
-        Looks at frames only: open() checks all it needs.  Raises FileLocked if it is in use.
+        Reads frames without their checksums, which open() checks.  Raises FileLocked.
         """
         names = [name for name in disk.listdir(directory) if _WAL_NAME.fullmatch(name)]
-        held = Wal._lock(directory, names, disk)
-        try:
-            return [
-                found for _, handle in held for found in _scan_snapshots(disk.read_open(handle))
-            ]
-        finally:
-            Wal._unlock(directory, held, disk)
+        with contextlib.ExitStack() as cleanup:
+            held = Wal._lock(directory, names, disk, cleanup)
+            return [id for _, handle in held for id in _scan_snapshots(disk.read_open(handle))]
 
     @staticmethod
     def read_until_damage(
@@ -6470,12 +6305,9 @@ class Wal:
         reader = _WalReader(directory, start, disk)
         try:
             names = _segments_from(directory, start.index, disk)
-            held = Wal._lock(directory, names, disk)
-            try:
-                for name, handle in held:
+            with contextlib.ExitStack() as cleanup:
+                for name, handle in Wal._lock(directory, names, disk, cleanup):
                     reader.read(name, handle, last=name == names[-1])
-            finally:
-                Wal._unlock(directory, held, disk)
             return reader.contents(), ""
         except FileLocked:
             raise
@@ -6503,7 +6335,7 @@ class Wal:
     def encode_steps(
         self, hard_state: Optional[HardState], entries: Sequence[Entry]
     ) -> Generator[None, None, List[bytes]]:
-        """Do encode() in steps of some ms, into pieces; nothing else is encoded meanwhile."""
+        """Do encode() in steps of some ms, into pieces; no other encode may come between."""
         state = b""
         if entries:
             self._last_index = entries[-1].index
@@ -6520,22 +6352,20 @@ class Wal:
         return data
 
     def encode_snapshot(self, snapshot_id: EntryID) -> bytes:
-        """Return the frame that makes a snapshot's file usable; to be synced before it exists."""
+        """Return the frame that makes a snapshot's file usable; it is synced before the file."""
         data = self._encoder.record(RecordType.SNAPSHOT, _encode_walpb_snapshot(snapshot_id))
         self._size += len(data)
         self._last_index = max(self._last_index, snapshot_id.index)
         return data
 
     def segment_full(self, *, after_snapshot: bool = False) -> bool:
-        """Tell whether the next batch belongs into a new segment.
+        """Tell whether the next batch belongs into a new segment, in most cases after a snapshot.
 
-        Also once there is a new snapshot: a start reads from the segment that holds its index,
-        some 3 us an entry.
+        A start reads from the segment that holds the snapshot's index, some 3 us an entry.
         """
         return self._size >= self._segment_bytes // (SEGMENT_PARTS if after_snapshot else 1)
 
     def encode_cut(self) -> Cut:
-        """Begin the next segment: everything encoded from now on belongs into it."""
         self._sequence += 1
         encoder = self._encoder
         head = encoder.chain() + encoder.record(RecordType.METADATA, self._metadata)
@@ -6549,23 +6379,19 @@ class Wal:
     def write(self, *data: bytes, sync: bool) -> None:
         """Append to the newest segment.
 
-        Raises DiskFull, after which it may be tried again, and OSError: then nothing may be
-        written any more.
+        Raises DiskFull, then try again later, or OSError, then never write again.
         """
         name, handle = self._held[-1]
         path = os.path.join(self.directory, name)
-        try:
+        with disk_full_as_error(path, lambda: self._disk.truncate(handle, self._end)):
             for piece in data:
                 self._disk.write(handle, piece)
-        except OSError:
-            with _needs_space(path, lambda: self._disk.truncate(handle, self._end)):
-                raise
         self._end += sum(map(len, data))
         if sync:
             self._disk.fdatasync(handle)
 
     def cut(self, cut: Cut) -> None:
-        """Sync the present segment and begin the next; it gets its name when it is durable.
+        """Sync the current segment and begin the next, which gets its name when it is durable.
 
         Raises as write() does.
         """
@@ -6573,15 +6399,15 @@ class Wal:
         if self._held:
             disk.fsync(self._held[-1][1])
         path = os.path.join(directory, cut.name)
-        with _needs_space(path, _nothing):
+        with disk_full_as_error(path):
             handle = disk.create(path + ".tmp")
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(disk.close, handle)
-            with _needs_space(path, _nothing):
+            with disk_full_as_error(path):
                 disk.write(handle, cut.head)
             disk.fsync(handle)
             disk.rename(path + ".tmp", path)
-            with _needs_space(path, _nothing, NO_DESCRIPTOR):
+            with disk_full_as_error(path, codes=NO_DESCRIPTOR):
                 disk.fsync_dir(directory)   # opens it
             if not disk.lock(path, handle):
                 raise FileLocked(f"open wal error: file already locked: {path}")
@@ -6592,21 +6418,19 @@ class Wal:
         self._end = len(cut.head)
 
     def release_to(self, index: int) -> None:
-        """Unlock the segments that a snapshot at `index` makes needless, so they can be purged."""
-        firsts = [_wal_position(name)[1] for name, _ in self._held]
-        following = next((i for i, first in enumerate(firsts) if first >= index), len(firsts))
-        keep_from = max(following - 1, 0)
+        """Unlock the segments that a snapshot at `index` replaces, so that they can be purged."""
+        earlier = sum(_wal_position(name)[1] < index for name, _ in self._held)
+        keep_from = max(earlier - 1, 0)         # the last of them holds `index`
         self._unlock(self.directory, self._held[:keep_from], self._disk)
         del self._held[:keep_from]
 
     def close(self) -> None:
-        """Release all files; harmless a second time."""
+        """Release all files; has no effect a second time."""
         held, self._held = self._held, []
         self._unlock(self.directory, held, self._disk)
 
 
 def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
-    """Lock a file; if that fails, close its handle."""
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(disk.close, handle)
         if disk.lock(path, handle):
@@ -6616,7 +6440,7 @@ def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
 
 
 def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
-    """Yield what the snapshot records of a segment say, up to the first impossible frame."""
+    """Yield the ids in the snapshot records of a segment, up to the first impossible frame."""
     for record in _snapshot_records(data):
         with contextlib.suppress(CodecError):
             yield _decode_walpb_snapshot(record)
@@ -6636,7 +6460,7 @@ def _snapshot_records(data: bytes) -> Iterator[bytes]:
 
 
 class _WalReader:
-    """Collects what the segments say, in order."""
+    """Collects the contents of the segments, in order."""
 
     def __init__(self, directory: str, start: EntryID, disk: OsDisk) -> None:
         self.crc = 0
@@ -6644,7 +6468,7 @@ class _WalReader:
         self._start = start
         self._disk = disk
         self._metadata = b""
-        self._headed = False                # the present file has its metadata
+        self._headed = False                # the current file has its metadata
         self._hard_state = HardState()
         self._entries: List[Entry] = []
         self._snapshots: List[EntryID] = []
@@ -6653,11 +6477,11 @@ class _WalReader:
     def read(self, name: str, handle: int, *, last: bool) -> int:
         """Read one segment; return its size after a repair."""
         path = os.path.join(self._directory, name)
-        decoder = WalDecoder(path, self._disk.read_open(handle), self.crc, self._take_run)
+        decoder = WalDecoder(path, self._disk.read_open(handle), self.crc, self._add_run)
         self._headed, torn = False, ""
         try:
             for record in decoder:
-                self._take(decoder, record)
+                self._add_record(decoder, record)
         except TornTail as error:
             torn = str(error)
         if not self._headed:
@@ -6680,10 +6504,10 @@ class _WalReader:
         return WalContents(self._metadata, self._hard_state, self._entries, self._snapshots)
 
     def contents(self) -> WalContents:
-        """Return what was read.  Raises WalError if it does not fit the snapshot.
+        """Return the log behind the snapshot.  Raises WalError if they do not fit.
 
-        The state may be older than the snapshot: a crash came between the file of a received
-        snapshot and the frames behind it.  No vote of the snapshot's term was given then.
+        The state may be older than the snapshot: after a crash between the file of a received
+        snapshot and the frames behind it.  Then this member has not voted in the snapshot's term.
         """
         start = self._start
         if start not in self._snapshots:
@@ -6714,39 +6538,38 @@ class _WalReader:
         self._disk.close(broken)
         log.warning("repaired WAL error (unexpected EOF): cut %s at offset %d", path, decoder.end)
 
-    def _take(self, decoder: WalDecoder, record: WalRecord) -> None:
+    def _add_record(self, decoder: WalDecoder, record: WalRecord) -> None:
         data = record.data
         try:
             if record.kind == RecordType.ENTRY:
-                self._take_entry(decoder, _wal_entry(data))
+                self._add_entry(decoder, _wal_entry(data))
             elif record.kind == RecordType.STATE:
-                self._take_state(data)
+                self._set_state(data)
             elif record.kind == RecordType.METADATA:
                 if not data or (self._metadata and self._metadata != data):
                     raise decoder.damage("wal: conflicting metadata found")
                 self._metadata, self._headed = data, True
             elif record.kind == RecordType.SNAPSHOT:
-                self._take_snapshot(_decode_walpb_snapshot(data))
+                self._add_snapshot(_decode_walpb_snapshot(data))
         except CodecError as error:
             raise decoder.damage(str(error)) from None
 
-    def _take_run(self, decoder: WalDecoder, entries: List[Entry], state: bytes) -> None:
-        first = entries[0].index - self._start.index if entries else 0
-        if first > 0:                   # the usual case: behind the snapshot
-            self._take_entry(decoder, entries[0])
+    def _add_run(self, decoder: WalDecoder, entries: List[Entry], state: bytes) -> None:
+        if entries and entries[0].index > self._start.index:    # the usual case
+            self._add_entry(decoder, entries[0])
             self._entries += entries[1:]
         else:
             for entry in entries:
-                self._take_entry(decoder, entry)
+                self._add_entry(decoder, entry)
         if state:
-            self._take_state(state)
+            self._set_state(state)
 
-    def _take_state(self, data: bytes) -> None:
+    def _set_state(self, data: bytes) -> None:
         self._hard_state = decode_hard_state(data)
         if not self._hard_state.term or encode_hard_state(self._hard_state) != data:
             raise CodecError("not a hard state")
 
-    def _take_entry(self, decoder: WalDecoder, entry: Entry) -> None:
+    def _add_entry(self, decoder: WalDecoder, entry: Entry) -> None:
         start = self._start.index
         if entry.index <= start:
             self._start_term = entry.term if entry.index == start else 0
@@ -6760,10 +6583,10 @@ class _WalReader:
         del self._entries[position:]
         self._entries.append(entry)
 
-    def _take_snapshot(self, snapshot_id: EntryID) -> None:
-        """A snapshot that came from a leader replaces a log that has another entry in its place.
+    def _add_snapshot(self, snapshot_id: EntryID) -> None:
+        """Note a snapshot.  It replaces a log with another entry in its place: a leader sent it.
 
-        A log that begins behind it is a backup by etcdctl, which writes the entries first.
+        Entries before the record of their snapshot come from a backup by etcdctl.
         """
         self._snapshots.append(snapshot_id)
         if snapshot_id == self._start and self._start_term not in (0, snapshot_id.term):
@@ -6789,7 +6612,7 @@ def _wal_position(name: str) -> Tuple[int, int]:
 
 
 def _segments_from(directory: str, index: int, disk: OsDisk) -> List[str]:
-    """Return the names of the segments that hold what follows `index`, in order."""
+    """Return the names of the segments that hold the entries behind `index`, in order."""
     names = []
     for name in disk.listdir(directory):
         if _WAL_NAME.fullmatch(name):
@@ -6813,7 +6636,7 @@ def _encode_walpb_snapshot(snapshot_id: EntryID) -> bytes:
 
 def _decode_walpb_snapshot(data: bytes) -> EntryID:
     """Inverse of _encode_walpb_snapshot; etcd 3.5 adds the voters as field 3."""
-    values = _decode_known(data, {1: ("index", 0, int), 2: ("term", 0, int)}, "walpb.Snapshot")
+    values = decode_known(data, {1: ("index", 0, int), 2: ("term", 0, int)}, "walpb.Snapshot")
     snapshot_id = EntryID(values.get("term", 0), values.get("index", 0))
     known = _encode_walpb_snapshot(snapshot_id)
     if data[:len(known)] != known or data[len(known):len(known) + 1] not in (b"", b"\x1a"):
@@ -7343,6 +7166,7 @@ class Reactor:
         self.on_turn: Callable[[], None] = lambda: None
         self.on_turned: Callable[[float], None] = lambda seconds: None
         self.turns = 0
+        self.ready_sockets = 0          # in this turn
         self.slowest_turn_s = 0.0
         self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # sums; waiting: for sockets
         self._turned_at = self.now()    # the end of the last turn
@@ -7550,6 +7374,7 @@ class Reactor:
 
     def _turn(self, events: List[Tuple[int, int]]) -> None:
         clock, phases = self.now, self.phase_seconds
+        self.ready_sockets = len(events)
         started = clock()
         phases["waiting"] += started - self._turned_at
         if started >= self._date_until:
@@ -12397,10 +12222,10 @@ class AuthStore:
             new = old.change_roles(grant, revoke)
             return new._replace(password=hashed) if hashed else new
 
-        user = yield from self._update(
-            "user", name, parse_stored_user, change, "grant/revoke/password"
+        return (
+            yield from self._update(
+                "user", name, parse_stored_user, change, "grant/revoke/password")
         )
-        return user
 
     def delete_user(self, name: str) -> Steps:
         if name == ROOT and self._auth.enabled:
@@ -12430,7 +12255,9 @@ class AuthStore:
                 permissions = permissions.revoke(revoke)
             return old._replace(permissions=permissions)
 
-        return self._update("role", name, parse_stored_role, change, "grant/revoke")
+        return (
+            yield from self._update("role", name, parse_stored_role, change, "grant/revoke")
+        )
 
     def delete_role(self, name: str) -> Steps:
         self._check_role(name)
@@ -13078,6 +12905,13 @@ class WalWriter:
     """
 
     FULL_SECONDS = 0.25                 # between two tries while the disk is full
+    # The reactor syncs a small write itself: a write through the thread costs two hops, about
+    # as long as a short sync.  A slow sync ends that for the next QUICK_SYNCS_MIN syncs, so a
+    # disk that stalls stops the reactor at most once.
+    INLINE_BYTES_MAX = 1 << 14
+    INLINE_MEAN_SECONDS = 0.0005        # above: readers would wait for the disk too often
+    INLINE_SLOW_SECONDS = 0.005
+    QUICK_SYNCS_MIN = 100
 
     def __init__(
         self, wal: Wal, snapshotter: Snapshotter, reactor: Reactor, *,
@@ -13093,19 +12927,68 @@ class WalWriter:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="wal", daemon=True)
         self.sync_durations = Histogram(exponential_bounds(0.001, 14))  # write and fdatasync, s
+        self._queued = 0                # jobs that the thread was given; owner: the reactor
+        self._finished = 0              # jobs that the thread has done; owner: the thread
+        self._deferred: Optional[WalJob] = None     # the reactor syncs it in its next turn
+        self._mean_s = self.INLINE_MEAN_SECONDS     # of a sync, over about the last 16
+        self._quick_syncs = 0           # in a row
+        self.inline_syncs = 0
 
     def start(self) -> None:
         self._thread.start()
 
     def submit(self, job: WalJob) -> None:
         """Queue one visit.  Thread: reactor."""
+        self._queue_deferred()
+        if self._may_sync_inline(job):
+            # In the next turn: messages to followers leave at the end of this one.
+            self._deferred = job
+            self._reactor.call_soon(self._sync_inline)
+        else:
+            self._queue(job)
+
+    def _queue(self, job: WalJob) -> None:
+        self._queued += 1
         self._jobs.put(job)
+
+    def _queue_deferred(self) -> None:
+        job, self._deferred = self._deferred, None
+        if job is not None:
+            self._queue(job)
+
+    def _may_sync_inline(self, job: WalJob) -> bool:
+        return (
+            self._quick_syncs >= self.QUICK_SYNCS_MIN
+            and self._mean_s < self.INLINE_MEAN_SECONDS
+            and self._queued == self._finished
+            and not (job.record or job.snapshot or job.cut or job.release_to)
+            and sum(map(len, job.data)) <= self.INLINE_BYTES_MAX
+        )
+
+    def _sync_inline(self) -> None:
+        """Do the deferred job on the reactor's thread, unless a socket became ready meanwhile."""
+        if self._deferred is None or self._reactor.ready_sockets:
+            self._queue_deferred()
+            return
+        job = self._deferred
+        try:
+            self._write_frames(job.data)
+        except DiskFull:
+            self._queue_deferred()      # the thread repeats it until there is space
+        except Exception as error:
+            self._deferred = None
+            self._fail(error)
+        else:
+            self._deferred = None
+            self.inline_syncs += 1
+            job.done()
 
     def stop(self) -> None:
         """Finish the queued jobs if there is space, close the files, end the thread.
 
         Blocks for the last sync.
         """
+        self._queue_deferred()
         self._stopping.set()
         self._jobs.put(None)
         if self._thread.is_alive():
@@ -13119,10 +13002,14 @@ class WalWriter:
                     job = self._jobs.get()
                     if job is None or not self._do(job):
                         return
+                    self._finished += 1
                     self._reactor.call_soon_threadsafe(job.done)
         except Exception as error:
-            package_logger("wal").critical("the write-ahead log failed: %s", error, exc_info=True)
-            self._reactor.call_soon_threadsafe(self._failed, error)
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        package_logger("wal").critical("the write-ahead log failed: %s", error, exc_info=True)
+        self._reactor.call_soon_threadsafe(self._failed, error)
 
     def _do(self, job: WalJob) -> bool:
         """Do all of a job; False: given up by stop(), as the disk stayed full."""
@@ -13151,7 +13038,10 @@ class WalWriter:
         now = self._reactor.now
         started = now()
         self._wal.write(*data, sync=True)
-        self.sync_durations.observe(now() - started)
+        seconds = now() - started
+        self.sync_durations.observe(seconds)
+        self._mean_s += (seconds - self._mean_s) / 16
+        self._quick_syncs = self._quick_syncs + 1 if seconds < self.INLINE_SLOW_SECONDS else 0
 
     def _try(self, step: Callable[[], None]) -> bool:
         """Do a step; False if the disk is full.  Reports each change of that to the reactor."""
@@ -14112,7 +14002,7 @@ def purge_periodically(
 #
 #     PUT /v2/keys/a
 #       |
-#     KeysApi._write                  reads the form: a Request
+#     KeysApi._put                    reads the form: a Request
 #     KeysApi._submit                 notes which HTTP request waits for the answer
 #     EtcdServer.do                   registers the callback, queues an Entry
 #       :
@@ -14232,7 +14122,7 @@ class EtcdServer:
                 config, hard_state=boot.contents.hard_state, snapshot=boot.snapshot,
                 entries=boot.contents.entries, applied=self.raft_index,
             )
-        node.snapshot_source = self.snapshots.newest
+        node.raft.replication.snapshot_source = self.snapshots.newest
         return node
 
     # -- life --------------------------------------------------------------
@@ -14642,13 +14532,7 @@ def parse_form(data: bytes, fields_max: int = FORM_FIELDS_MAX) -> Dict[str, str]
     Differs from etcd: more than fields_max fields are refused, as they would stall all clients,
     and so is a part of more than FORM_SLICE_BYTES that is not UTF-8, as no reply could hold it.
     """
-    steps = form_steps(data, fields_max)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            fields: Dict[str, str] = end.value
-            return fields
+    return finish(form_steps(data, fields_max))
 
 
 def form_steps(
@@ -19107,10 +18991,10 @@ def prepare_proxy_dir(config: ServerConfig) -> str:
         names = set(os.listdir(root)) if os.path.exists(root) else set()
         if "member" in names and "proxy" not in names:
             raise StartError(f"{root} belongs to a member; choose another -data-dir for a proxy")
-        _classify(root, names)
+        check_layout(root, names)
         os.makedirs(root, mode=0o700, exist_ok=True)
         os.makedirs(path, mode=0o700, exist_ok=True)
-        _touch(path)
+        check_writable(path)
         fsync_dir(root)
     except OSError as error:
         raise StartError(

@@ -331,7 +331,7 @@ _PARSERS_OF_SETTINGS = {                # flags, environment and files of the us
     "parse_bool", "parse_uint", "parse_urls", "parse_initial_cluster", "_parse_origins",
     "_parse_levels", "_parse_address",
     "_parse_proxy", "_parse_domain", "_parse_discovery", "_parse_choice", "_parse_auto_tls",
-    "Flag.parse", "_decode_known",      # the latter is a part of other decoders
+    "Flag.parse", "decode_known",      # the latter is a part of other decoders
 }
 
 
@@ -575,7 +575,7 @@ def test_attack_a_long_value_is_applied_over_many_turns(monkeypatch, tmp_path):
 
 def test_attack_a_large_directory_is_removed_over_many_turns(monkeypatch, tmp_path):
     """By DELETE and by expiry; who writes into it at once waits for it, and nobody else."""
-    turns, drops, begin_turn, drop = [0], collections.Counter(), Store.begin_turn, Store._drop
+    turns, drops, begin_turn, drop = [0], collections.Counter(), Store.begin_turn, Store._free
 
     def begun(store):
         turns[0] += 1
@@ -587,7 +587,7 @@ def test_attack_a_large_directory_is_removed_over_many_turns(monkeypatch, tmp_pa
 
     monkeypatch.setattr(pyetcd, "REMOVED_NODES_MAX", 50)
     monkeypatch.setattr(Store, "begin_turn", begun)
-    monkeypatch.setattr(Store, "_drop", counted)
+    monkeypatch.setattr(Store, "_free", counted)
     with pyetcd.Server(data_dir=str(tmp_path / "data")) as server:
         url = f"{server.client_urls[0]}/v2/keys/d"
 

@@ -291,7 +291,7 @@ def test_house_build_refuses_what_every_room_is_told_not_to_know(rooms: types.Mo
 
 
 @pytest.mark.parametrize("program, module", [
-    ("pyetcd", "store/tree"), ("pyetcd", "base/codec"), ("pyetcd_client", "recipes/locks"),
+    ("pyetcd", "store/tree"), ("pyetcd", "base/codec"), ("pyetcd_client", "recipes/basics"),
 ])
 def test_house_an_edit_of_a_built_file_names_the_module_to_change(
     rooms: types.ModuleType, program: str, module: str, capsys: pytest.CaptureFixture[str]

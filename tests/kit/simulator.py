@@ -281,10 +281,12 @@ class _SimWalWriter(pyetcd.WalWriter):
         self._later()
 
     def _later(self):
+        self._reactor.call_later(self._delay_s(), self._work)
+
+    def _delay_s(self):
         sim = self._reactor.sim
         slow = 0.2 if sim.rng.random() < 0.02 else 0.002
-        delay_s = min(sim.rng.expovariate(1 / slow) * self._reactor.member.disk.slowness, 20.0)
-        self._reactor.call_later(delay_s, self._work)
+        return min(sim.rng.expovariate(1 / slow) * self._reactor.member.disk.slowness, 20.0)
 
     def _work(self):
         while self.steps:
@@ -1259,7 +1261,7 @@ def _bug_log_checksum_ignored(patch):
 
 def _bug_snapshot_checksum_ignored(patch):
     def decode(content):
-        values = pyetcd._decode_known(
+        values = pyetcd.decode_known(
             content, {1: ("crc", 0, int), 2: ("data", 2, bytes)}, "snappb.Snapshot")
         return pyetcd.decode_snapshot(values.get("data", b""))
     patch.setattr(pyetcd, "decode_snapshot_file", decode)

@@ -16,8 +16,7 @@ from ..api.forms import FORM_FIELDS_MAX, GO_BOOLS, refuse_method, write_message,
 from ..api.members import redirect
 from ..api.metrics import add_process_readings
 from ..api.routes import CorsRequest, allow_origin
-from ..base.basics import NO_DESCRIPTOR, Backoff
-from ..base.checksums import is_clean_path
+from ..base.basics import NO_DESCRIPTOR, Backoff, is_clean_path
 from ..base.ids import package_logger
 from ..base.limits import CONNECTIONS_MAX, QUEUED_BYTES_MAX, REQUEST_BODY_BYTES_MAX
 from ..base.text import go_quote, json_text, utf8

@@ -231,10 +231,10 @@ class AuthStore:
             new = old.change_roles(grant, revoke)
             return new._replace(password=hashed) if hashed else new
 
-        user = yield from self._update(
-            "user", name, parse_stored_user, change, "grant/revoke/password"
+        return (
+            yield from self._update(
+                "user", name, parse_stored_user, change, "grant/revoke/password")
         )
-        return user
 
     def delete_user(self, name: str) -> Steps:
         if name == ROOT and self._auth.enabled:
@@ -264,7 +264,9 @@ class AuthStore:
                 permissions = permissions.revoke(revoke)
             return old._replace(permissions=permissions)
 
-        return self._update("role", name, parse_stored_role, change, "grant/revoke")
+        return (
+            yield from self._update("role", name, parse_stored_role, change, "grant/revoke")
+        )
 
     def delete_role(self, name: str) -> Steps:
         self._check_role(name)

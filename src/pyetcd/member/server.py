@@ -4,7 +4,7 @@ The way of a PUT, from HTTP to the log, to the disk, to the store, and back:
 
     PUT /v2/keys/a
       |
-    KeysApi._write                  reads the form: a Request
+    KeysApi._put                    reads the form: a Request
     KeysApi._submit                 notes which HTTP request waits for the answer
     EtcdServer.do                   registers the callback, queues an Entry
       :
@@ -178,7 +178,7 @@ class EtcdServer:
                 config, hard_state=boot.contents.hard_state, snapshot=boot.snapshot,
                 entries=boot.contents.entries, applied=self.raft_index,
             )
-        node.snapshot_source = self.snapshots.newest
+        node.raft.replication.snapshot_source = self.snapshots.newest
         return node
 
     # -- life --------------------------------------------------------------
