@@ -18,6 +18,7 @@ from ..base.basics import TlsFiles
 from ..base.errors import ServerStopped, StartError
 from ..base.ids import package_logger
 from ..base.limits import DESCRIPTORS_KEPT, PEER_BODY_BYTES_MAX, REQUEST_BODY_BYTES_MAX
+from ..base.system import check_system
 from ..base.urls import check_url, is_https, url_address
 from ..member.configuration import Bootstrap, ServerConfig
 from ..member.server import EtcdServer
@@ -78,6 +79,7 @@ class ServerThread:
         return server
 
     def _init(self, config: ServerConfig) -> None:
+        check_system()
         self.config = config
         self._reactor = Reactor()       # its sockets are closed by stop(), also without start()
         self._budget = BufferBudget(self._reactor)
