@@ -19,7 +19,7 @@ SILENT_SECONDS = 3.0                # without an answer; from then on it is said
 LAG_ENTRIES_MAX = 1_000             # behind the commit index; above: it is said
 
 # What a member says about itself: name -> type.  Answers of others are cut down to these.
-_FIELDS = {
+_REPORT_FIELDS = {
     "role": str, "term": int, "index": int, "commit": int, "healthy": bool, "version": str,
     "pyetcd": str, "since": int, "problem": str,
 }
@@ -49,7 +49,8 @@ def read_report(body: bytes) -> Dict[str, Any]:
         return {}
     if not isinstance(report, dict):
         return {}
-    return {name: report[name] for name, kind in _FIELDS.items() if type(report.get(name)) is kind}
+    return {name: report[name] for name, kind in _REPORT_FIELDS.items()
+            if type(report.get(name)) is kind}
 
 
 class Overview:
