@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from typing import Iterator
 
 import pytest
@@ -26,9 +27,15 @@ from tests.kit.stores import store as store
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Once for all processes of a run."""
+    """Prepare the run: compile once, and let the children of every process hear SIGINT.
+
+    A shell without job control starts its background jobs with SIGINT ignored, and children
+    inherit that. A handler of Python becomes the default in a child.
+    """
     if not hasattr(config, "workerinput"):
         compile_once()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda number, frame: None)
 
 
 @pytest.fixture(autouse=True)
