@@ -82,6 +82,7 @@ class ClusterMember:
         self.client = f"http://127.0.0.1:{free_port()}"
         self.peer = f"http://127.0.0.1:{free_port()}"
         self.process = None
+        self.failure = None             # of the last request without an answer
 
     def flags(self):
         return [
@@ -104,7 +105,10 @@ class ClusterMember:
         return leader and leader[0] == 200 and self.request("GET", "/v2/keys/", quorum="true")
 
     def request(self, method, path, data=None, timeout_s=10.0, **query):
-        """Return (status, JSON or text, headers); None if nobody answers. data: a form."""
+        """Return (status, JSON or text, headers); None if nobody answers (see `failure`).
+
+        data: a form.
+        """
         target = path + ("?" + urllib.parse.urlencode(query) if query else "")
         connection = http.client.HTTPConnection(
             urllib.parse.urlsplit(self.client).netloc, timeout=timeout_s)
@@ -113,7 +117,8 @@ class ClusterMember:
                 connection.request(method, target, data and urllib.parse.urlencode(data), _FORM)
                 answer = connection.getresponse()
                 text = answer.read().decode()
-            except (OSError, http.client.HTTPException):
+            except (OSError, http.client.HTTPException) as error:
+                self.failure = error
                 return None
         try:
             return answer.status, json.loads(text), answer.headers
@@ -133,7 +138,8 @@ class ClusterMember:
                 writer.sendall(b"".join(share))
                 writer.shutdown(socket.SHUT_WR)
             answers = [b"".join(iter(lambda w=writer: w.recv(1 << 16), b"")) for writer in writers]
-        assert sum(len(re.findall(rb"HTTP/1.1 20[01] ", answer)) for answer in answers) == len(pairs)
+        done = [len(re.findall(rb"HTTP/1.1 20[01] ", answer)) for answer in answers]
+        assert sum(done) == len(pairs), answers
 
     def put(self, key, value, **more):
         return self.request("PUT", f"/v2/keys/{key}", {"value": value, **more})
