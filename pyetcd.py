@@ -25,8 +25,8 @@ Rooms and their modules, bottom up; each uses only names defined above it:
   peer:   compatibility, frames, streams, links, transport
   member: cluster, applier, configuration, passwords, auth, statistics, journal, snapshots,
             waiting, leadership, upkeep, server
-  api:    forms, gojson, auth, listings, keys, members, metrics, request_log, snapshot, status,
-            routes, discovery
+  api:    forms, gojson, auth, listings, keys, members, metrics, overview, page_text,
+            request_log, ring, snapshot, status, ui, routes, discovery
   life:   logs, wait_report, discovery, addresses, flags, cloud_config, restart, bootstrap,
             data_loss, embedding, proxy_files, proxy, settings, checks, sources, backup,
             inspection, records, exchange, testkit, dev, verdicts, tools, command_line
@@ -701,6 +701,8 @@ EXPIRED_KEYS_MAX = 200              # that one entry of the log expires, 4 ms; a
 REMOVED_SECONDS = 1.0               # from the removal of a member, as it learns of it, to its end
 
 LOG_LINE_CHARS_MAX = 16_384         # above: cut off; journald would make several lines of it
+RECENT_LINES_MAX = 500              # of the log, kept for /ui; above: the oldest is forgotten
+RECENT_LINE_CHARS_MAX = 1_000       # of such a line; above: cut off
 
 NS = 1_000_000_000                  # nanoseconds in a second
 UINT64_MAX = (1 << 64) - 1
@@ -715,7 +717,26 @@ REPAIR_HINT = (
 # ============================================================================
 
 
-logging.getLogger("pyetcd").addHandler(logging.NullHandler())   # silent unless the program logs
+class RecentLines(logging.Handler):
+    """Keeps the last lines of the log as (unix seconds, level, package, text), oldest first.
+
+    Members that share a process share its log.  Thread: any may log; any may copy `lines`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: Deque[Tuple[float, str, str, str]] = collections.deque(maxlen=RECENT_LINES_MAX)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one line."""
+        package, text = record.name.partition(".")[2], record.getMessage()
+        self.lines.append(
+            (record.created, record.levelname, package, text[:RECENT_LINE_CHARS_MAX]))
+
+
+RECENT_LINES = RecentLines()
+# A handler from the start: without one the log would go to stderr, unasked.
+logging.getLogger("pyetcd").addHandler(RECENT_LINES)
 
 
 # Characters that end a line, move the cursor or reverse the text, and surrogates.
@@ -4506,6 +4527,42 @@ class NodeTree:
                 nodes.popitem()
             if not nodes:
                 del self._replaced[0]
+
+    def count_children(self, path: str) -> int:
+        """Return how many children a directory has, hidden ones too; 0 if there is none."""
+        node = self._reachable(path)
+        return 0 if node is None else len(node.children or ())
+
+    def below(
+        self, path: str, *, recursive: bool, hidden: bool
+    ) -> Optional[Iterator[Optional[Tuple[str, Node]]]]:
+        """Yield what is below a directory, each node as it is when its turn comes; not counted.
+
+        The tree may change meanwhile: what comes later is left out, and what has gone, too.
+        None stands for what is passed over, so that the caller can pause.  Returns None if
+        `path` is no directory.
+        """
+        node = self._reachable(path)
+        if node is None or node.children is None:
+            return None
+        return self._below(list(node.children), recursive=recursive, hidden=hidden)
+
+    def _below(
+        self, children: List[str], *, recursive: bool, hidden: bool
+    ) -> Iterator[Optional[Tuple[str, Node]]]:
+        """Goes by a stack of its own: keys may be deeper than Python likes to call."""
+        stack = [iter(children)]
+        while stack:
+            path = next(stack[-1], "")
+            node = self._reachable(path) if path else None
+            if not path:
+                stack.pop()
+            elif node is None or not hidden and path.startswith("_", path.rfind("/") + 1):
+                yield None
+            else:
+                yield path, node
+                if recursive and node.children:
+                    stack.append(iter(list(node.children)))
 
     def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
         """Have `node` at `path`, in the place of `old` if there was one."""
@@ -9483,6 +9540,7 @@ class PeerStatus:
         self.version = ""               # "": none yet
         self.active = False
         self.active_since = 0.0         # unix seconds; 0: inactive
+        self.inactive_since = wall_ns() / NS    # unix seconds, from the last loss or our start
         self.problem = "not connected yet"      # why it is inactive
         self._id = f"{member_id:x}"
         self._wall_ns = wall_ns
@@ -9505,6 +9563,7 @@ class PeerStatus:
         if self.active:
             self.active = False
             self.active_since = 0.0
+            self.inactive_since = self._wall_ns() / NS
             log.info("the connection with %s became inactive", self._id)
 
 
@@ -10464,6 +10523,11 @@ class Transport:
         """Return since when a peer can be reached, in unix seconds; 0: it cannot."""
         peer = self._peers.get(member_id)
         return peer.status.active_since if peer is not None else 0.0
+
+    def inactive_since(self, member_id: int) -> float:
+        """Unix seconds since when a peer cannot be reached, 0 if it can or is no peer."""
+        peer = self._peers.get(member_id)
+        return 0.0 if peer is None or peer.status.active else peer.status.inactive_since
 
     def problem(self, member_id: int) -> str:
         """Say where a peer is dialed and what fails; "" if it can be reached, or is no peer."""
@@ -11510,6 +11574,7 @@ class ServerConfig(NamedTuple):
     strict_reconfig_check: bool = True
     history_events: int = HISTORY_EVENTS_MAX
     cors: Tuple[str, ...] = ()
+    ui: str = "true"                    # the page: `true`, `false`, or `readonly`
     client_tls: TlsFiles = TlsFiles()
     peer_tls: TlsFiles = TlsFiles()
     proxy: str = "off"                  # `on` or `readonly`: no member, see life/proxy.py
@@ -11553,6 +11618,7 @@ if TYPE_CHECKING:
         strict_reconfig_check: bool
         history_events: int
         cors: Sequence[str]
+        ui: str
         client_tls: TlsFiles
         peer_tls: TlsFiles
         proxy: str
@@ -12675,6 +12741,10 @@ class Counter(Reading):
     def inc(self, *values: str) -> None:
         self._values[values] = self._values.get(values, 0) + 1
 
+    def value(self, *values: str) -> int:
+        """Return the number with these label values."""
+        return self._values.get(values, 0)
+
 
 def exponential_bounds(start: float, count: int) -> List[float]:
     """Return the bounds start * 2**n of a histogram, n < count."""
@@ -12709,6 +12779,16 @@ class Histogram:
             before = below
         self._counts[-1] += len(values) - before
         self._sum += sum(values)
+
+    @property
+    def totals(self) -> Tuple[List[int], float]:
+        """A copy of the counts by bucket, the last one for what is above all bounds; the sum."""
+        return self._counts[:], self._sum
+
+    @property
+    def bounds(self) -> Sequence[float]:
+        """The upper bounds of all buckets but the last."""
+        return self._bounds
 
     @property
     def count(self) -> int:
@@ -13864,7 +13944,7 @@ class VersionMonitor:
         self._cluster = cluster
         self._member_id = member_id
         self._propose = propose
-        self._tls = tls
+        self.tls = tls
         self._calls: List[HttpCall] = []
         self._versions: Dict[int, str] = {}
         self._timer: Optional[Timer] = None
@@ -13899,7 +13979,7 @@ class VersionMonitor:
 
         self._calls.append(fetch(
             self._reactor, url, "/version", done, connect_timeout_s=1.0, idle_timeout_s=2.0,
-            tls=self._tls,
+            tls=self.tls,
         ))
 
     def _decide(self) -> None:
@@ -15489,12 +15569,14 @@ class KeysApi:
         self._proposals = Histogram(exponential_bounds(0.001, 14))
         metrics.add("etcd_server_proposal_durations_seconds", "Time to commit and apply.",
                     self._proposals)
+        # Finer than the metrics, which have the buckets of etcd: for the page's charts.
+        self.write_durations = Histogram([0.000_1 * 1.25 ** step for step in range(52)])    # 8.7 s
         self._watches = metrics.counter(
             "etcd_store_watch_requests_total", "Watches that were asked for.")
         self._get_durations = self._durations.child("GET")
         self._put_durations = self._durations.child("PUT")
         self._puts_s: List[float] = []      # durations of PUTs that _put_durations lacks
-        metrics.before_text = self._count_puts
+        metrics.before_text = self.count_puts
 
     def route(self, head: HttpHead) -> Handler:
         if head.method not in self.METHODS:
@@ -15643,13 +15725,22 @@ class KeysApi:
         if method == "PUT":
             self._puts_s.append(elapsed_s)
             if len(self._puts_s) >= 1_000:
-                self._count_puts()
+                self.count_puts()
             return
         self._proposals.observe(elapsed_s)
+        if method != "QGET":
+            self.write_durations.observe(elapsed_s)
         self._durations.child(method).observe(elapsed_s)
 
-    def _count_puts(self) -> None:
+    @property
+    def reads(self) -> int:
+        """How many reads of keys this member was asked for."""
+        return sum(map(self._received.value, ("GET", "HEAD", "QGET")))
+
+    def count_puts(self) -> None:
+        """Enter what PUTs took in the histograms."""
         puts_s, self._puts_s = self._puts_s, []
+        self.write_durations.observe_many(puts_s)
         self._proposals.observe_many(puts_s)
         self._put_durations.observe_many(puts_s)
 
@@ -16094,6 +16185,1420 @@ def _raft_status(status: Status) -> Dict[str, object]:
 
 
 # ============================================================================
+# api/overview -- The members as this one sees them, and what is wrong, in words.
+# ============================================================================
+
+
+ASK_SECONDS = 0.9                   # between two questions to a member, however many pages look
+SILENT_SECONDS = 3.0                # without an answer; from then on it is said
+LAG_ENTRIES_MAX = 1_000             # behind the commit index; above: it is said
+
+# What a member says about itself: name -> type.  Answers of others are cut down to these.
+_REPORT_FIELDS = {
+    "role": str, "term": int, "index": int, "commit": int, "healthy": bool, "version": str,
+    "pyetcd": str, "since": int, "problem": str,
+}
+
+
+def self_report(server: EtcdServer) -> Dict[str, object]:
+    """Return what this member says about itself, to the page and to other members."""
+    raft = server.node.raft
+    return {
+        "role": RaftRole(raft.role).name.lower(), "term": raft.term, "index": server.raft_index,
+        "commit": raft.log.commit, "lag": raft.log.commit - server.raft_index,
+        "healthy": server.is_healthy, "version": SERVER_VERSION, "pyetcd": __version__,
+        "since": server.stats.started_ns // NS, "problem": server.no_space,
+    }
+
+
+def reply_report(server: EtcdServer, request: HttpRequest) -> None:
+    """Answer GET /status on the peer port."""
+    request.reply(200, utf8(json_text(self_report(server))))
+
+
+def read_report(body: bytes) -> Dict[str, Any]:
+    """Return what another member says about itself, as far as it can be used; {} if not."""
+    try:
+        report = load_json(body)
+    except ValueError:
+        return {}
+    if not isinstance(report, dict):
+        return {}
+    return {name: report[name] for name, kind in _REPORT_FIELDS.items()
+            if type(report.get(name)) is kind}
+
+
+class Overview:
+    """Asks the other members how they are while somebody looks.  Thread: reactor."""
+
+    def __init__(self, server: EtcdServer) -> None:
+        self._server = server
+        self._now = server.reactor.now
+        self._asked_at: Optional[float] = None      # monotonic, as are the next two
+        self._answered_at: Dict[int, float] = {}
+        self._leaderless_at: Optional[float] = None
+        self._reports: Dict[int, Dict[str, Any]] = {}
+        self._calls: Dict[int, HttpCall] = {}       # under way
+
+    def look(self) -> None:
+        """Ask again, if the last answers are old.  To be called by each request of a page."""
+        server, now = self._server, self._now()
+        if server.lead:
+            self._leaderless_at = None
+        elif self._leaderless_at is None:
+            self._leaderless_at = now
+        if self._asked_at is not None and now - self._asked_at < ASK_SECONDS:
+            return
+        if self._asked_at is None or now - self._asked_at > SILENT_SECONDS:
+            self._answered_at, self._reports = {}, {}       # nobody looked: they are of the past
+        self._asked_at = now
+        for member in server.cluster.members.values():
+            urls = usable_urls(member.peer_urls)
+            if member.id != server.member_id and member.id not in self._calls and urls:
+                self._ask(member.id, urls[0])
+
+    def stop(self) -> None:
+        """Break off the questions under way."""
+        for call in self._calls.values():
+            call.cancel()
+        self._calls = {}
+
+    def _ask(self, member_id: int, url: str) -> None:
+        answer = Answer()
+        self._calls[member_id] = HttpCall(
+            self._server.reactor, url, "GET", "/status", {}, connect_timeout_s=1.0,
+            idle_timeout_s=1.0, answer_max=4_096, tls=self._server.versions.tls,
+            on_head=answer.take_head, on_data=answer.take_data,
+            on_done=functools.partial(self._answered, member_id, answer),
+        )
+
+    def _answered(self, member_id: int, answer: Answer, error: Optional[Exception]) -> None:
+        """An etcd answers 404: it is there, and says no more."""
+        del self._calls[member_id]
+        if error is None:
+            self._answered_at[member_id] = self._now()
+            report = read_report(answer.body) if answer.status == 200 else {}
+            if "index" in report:           # compared at once: it is older with every moment
+                commit = max(self._server.node.raft.log.commit, report.get("commit", 0))
+                report["lag"] = commit - report["index"]
+            self._reports[member_id] = report
+
+    def rows(self) -> List[Dict[str, Any]]:
+        """Return what is known of each member, by name."""
+        members = sorted(self._server.cluster.members.values(), key=lambda m: (m.name, m.id))
+        return [self._row(member) for member in members]
+
+    def _row(self, member: Member) -> Dict[str, Any]:
+        server = self._server
+        is_self = member.id == server.member_id
+        report = self_report(server) if is_self else self._reports.get(member.id, {})
+        return {
+            "id": format_id(member.id), "name": member.name, "peerURLs": member.peer_urls,
+            "clientURLs": member.client_urls, "self": is_self,
+            "leader": member.id == server.lead, "silent": round(self._silent_s(member.id)),
+            **report,
+        }
+
+    def _silent_s(self, member_id: int) -> float:
+        """For how long a member has not answered; 0.0 if it does, or may."""
+        server, answered_at = self._server, self._answered_at.get(member_id)
+        if answered_at is not None:
+            silent_s = self._now() - answered_at
+            return silent_s if silent_s >= SILENT_SECONDS else 0.0
+        since = server.transport.inactive_since(member_id)
+        return max(server.reactor.wall_ns() / NS - since, 1.0) if since else 0.0
+
+    def problems(self, rows: List[Dict[str, Any]]) -> List[str]:
+        """Say what is wrong, the worst first; [] if nothing is."""
+        server, said = self._server, []
+        if server.no_space:
+            said.append(f"The log cannot be written: {server.no_space}. Writes are refused.")
+        if self._leaderless_at is not None:
+            waited = show_seconds(self._now() - self._leaderless_at)
+            said.append(f"There has been no leader for {waited}: writes wait for the next one.")
+        reached = sum(not row["silent"] and bool(row["name"]) for row in rows)
+        needed = len(rows) // 2 + 1
+        if reached < needed:
+            said.append(f"Only {reached} of {len(rows)} members can be reached from here, and"
+                        f" {needed} are needed: writes fail.")
+        for row in rows:
+            said += _member_problems(row)
+        return said
+
+
+def _member_problems(row: Mapping[str, Any]) -> List[str]:
+    name = row["name"] or ", ".join(row["peerURLs"])
+    if not row["name"]:
+        return [f"The member at {name} was added, and has not started yet."]
+    if row["silent"]:
+        return [f"{name} has not answered for {show_seconds(row['silent'])}."]
+    said = []
+    if row.get("problem") and not row["self"]:
+        said.append(f"{name}: {row['problem']}.")
+    if row.get("lag", 0) > LAG_ENTRIES_MAX:
+        said.append(f"{name} is {row['lag']:,} entries behind.")
+    return said
+
+
+def show_seconds(seconds: float) -> str:
+    """Return a duration in the unit that fits it: `12 s`, `3 min`, `2 h`, `5 d`."""
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
+# ============================================================================
+# api/page_text -- The page as text: what the files in api/page/ hold, put here by build.py.
+# ============================================================================
+
+
+PAGE_HTML = r'''<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>pyetcd</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E%3Cg fill='%235b52e0'%3E%3Ccircle cx='16' cy='8' r='6'/%3E%3Ccircle cx='7' cy='24' r='6'/%3E%3Ccircle cx='25' cy='24' r='6'/%3E%3C/g%3E%3C/svg%3E">
+<style>@STYLE@</style>
+</head>
+<body spellcheck="false">
+<header>
+  <a class="brand" href="#/overview" aria-label="pyetcd, overview">
+    <svg viewBox="0 0 32 32" aria-hidden="true"><path d="M16 7 6.5 24h19z"/><circle cx="16" cy="7" r="4.6"/><circle cx="6.5" cy="24" r="4.6"/><circle cx="25.5" cy="24" r="4.6"/></svg>
+    <b>pyetcd</b>
+  </a>
+  <span id="member" class="chip"></span>
+  <span id="health" class="pill" role="status"></span>
+  <span id="readonly" class="chip" hidden>read-only</span>
+  <span class="grow"></span>
+  <button id="login" class="quiet" hidden>Log in</button>
+  <button id="theme" class="quiet icon" aria-label="Colours: as the system has them"></button>
+  <button id="help" class="quiet icon" aria-label="Keyboard">?</button>
+</header>
+<nav id="tabs" aria-label="Views"></nav>
+<main id="main">
+  <section id="offline" class="problems" role="alert" hidden></section>
+
+  <section id="overview" class="view">
+    <div id="problems" class="problems" role="alert" hidden></div>
+    <div id="charts" class="charts"></div>
+    <h2>Members <small id="cluster"></small></h2>
+    <div id="members" class="members"></div>
+  </section>
+
+  <section id="keys" class="view" hidden>
+    <div class="side card">
+      <div class="bar">
+        <input id="query" type="search" placeholder="Search  /" aria-label="Search for" autocomplete="off">
+        <select id="where" aria-label="Search in"><option value="">keys + values</option><option value="key">keys</option><option value="value">values</option></select>
+      </div>
+      <div class="bar">
+        <button id="create" class="write">+ New</button>
+        <button id="reload" class="quiet" title="Load again (r)">Reload</button>
+        <label class="check" title="Keys that begin with _"><input id="hidden" type="checkbox"> hidden</label>
+        <span class="grow"></span>
+        <small id="count" aria-live="polite"></small>
+      </div>
+      <div id="tree" class="tree" role="tree" tabindex="0" aria-label="Keys"><div id="space"><div id="rows"></div></div></div>
+    </div>
+    <div id="detail" class="card detail"></div>
+  </section>
+
+  <section id="watch" class="view" hidden>
+    <div class="bar card">
+      <label class="field">Directory or key <input id="watched" value="/"></label>
+      <button id="start" class="primary">Watch</button>
+      <button id="pause" disabled>Pause</button>
+      <label class="field grow">Show only <input id="filter" type="search" placeholder="part of a key, value or action"></label>
+    </div>
+    <p id="watching" class="note" role="status">Every change appears here as soon as it is made.</p>
+    <ol id="events" class="events card"></ol>
+  </section>
+
+  <section id="discovery" class="view" hidden>
+    <div class="bar card">
+      <span class="grow">Members of a new cluster find each other with a token. It is used up when all of them have registered.</span>
+      <label class="field write">Members <input id="size" type="number" min="1" max="99" value="3"></label>
+      <button id="token" class="primary write">New token</button>
+    </div>
+    <div id="tokens" class="tokens"></div>
+  </section>
+
+  <section id="access" class="view" hidden></section>
+
+  <section id="log" class="view" hidden>
+    <div class="bar card">
+      <label class="field grow">Show only <input id="logfilter" type="search" placeholder="part of a line, or its level"></label>
+    </div>
+    <div id="lines" class="lines card" tabindex="0" aria-label="Log lines"></div>
+  </section>
+</main>
+<div id="toasts" class="toasts" role="status" aria-live="polite"></div>
+<dialog id="dialog"></dialog>
+<noscript>This page needs JavaScript.</noscript>
+<script>@SCRIPT@</script>
+</body>
+</html>
+'''
+PAGE_CSS = r''':root {
+  color-scheme: light dark;
+  --bg: light-dark(#f4f5fa, #0e1017);
+  --card: light-dark(#ffffff, #171a24);
+  --raised: light-dark(#f7f8fc, #1e222e);
+  --line: light-dark(#e4e6ef, #2a2f3d);
+  --text: light-dark(#1b1f2e, #e8eaf2);
+  --soft: light-dark(#62697d, #99a1b5);
+  --accent: light-dark(#5046e5, #9b93ff);
+  --fill: light-dark(#5046e5, #6a60f0);
+  --tint: light-dark(#efeefe, #25244a);
+  --second: light-dark(#d97706, #fbbf24);
+  --good: light-dark(#0a7d4f, #4ade9b);
+  --good-bg: light-dark(#e3f7ed, #12322a);
+  --warn: light-dark(#9a5b00, #fbbf24);
+  --warn-bg: light-dark(#fff4dc, #3a2d0f);
+  --bad: light-dark(#c0263c, #ff8095);
+  --bad-bg: light-dark(#fdecee, #3d1a22);
+  --shadow: 0 1px 2px light-dark(#1b1f2e10, #0004), 0 6px 20px -8px light-dark(#1b1f2e1c, #0006);
+  --mono: ui-monospace, Menlo, Consolas, monospace;
+  --row: 30px;
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html, body { height: 100%; }
+body {
+  margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; background: var(--bg); color: var(--text); display: flex; flex-direction: column;
+  font: 14.5px/1.5 system-ui, sans-serif;
+}
+h2 { font-size: 15px; margin: 26px 0 12px; }
+h3 { font-size: 14px; margin: 0; }
+small, .note { color: var(--soft); font-size: 12.5px; font-weight: 400; }
+code, pre, textarea { font-family: var(--mono); font-size: 12.8px; }
+a { color: var(--accent); }
+.grow { flex: 1; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+
+header { display: flex; align-items: center; gap: 10px; padding: 12px 24px 8px; }
+.brand { display: flex; gap: 9px; align-items: center; color: inherit; text-decoration: none; font-size: 18px; letter-spacing: -.02em; }
+.brand svg { width: 27px; height: 27px; fill: var(--fill); }
+.brand path { fill: none; stroke: var(--accent); stroke-width: 2.4; opacity: .6; }
+.chip, .pill, .badge { border-radius: 99px; padding: 2px 11px; font-size: 12.5px; white-space: nowrap; }
+.chip { background: var(--raised); border: 1px solid var(--line); color: var(--soft); }
+.pill { background: var(--raised); color: var(--soft); overflow: hidden; text-overflow: ellipsis; font-weight: 550; }
+.pill.good, .badge.good { background: var(--good-bg); color: var(--good); }
+.pill.bad, .badge.bad { background: var(--bad-bg); color: var(--bad); }
+.badge.warn { background: var(--warn-bg); color: var(--warn); }
+.badge { background: var(--raised); color: var(--soft); padding: 1px 9px; font-size: 12px; font-weight: 550; }
+.badge.lead { background: var(--tint); color: var(--accent); }
+.pill.good::before, .pill.bad::before { content: "●"; font-size: 9px; margin-right: 6px; vertical-align: 1.5px; }
+
+nav { display: flex; gap: 2px; padding: 0 20px; border-bottom: 1px solid var(--line); overflow-x: auto; scrollbar-width: none; flex: none; }
+nav a { color: var(--soft); text-decoration: none; padding: 8px 13px 9px; border-bottom: 2px solid transparent; font-weight: 550; white-space: nowrap; outline-offset: -3px; }
+nav a:hover { color: var(--text); }
+nav a[aria-current] { color: var(--accent); border-color: var(--accent); }
+main { flex: 1; min-height: 0; overflow: auto; padding: 20px 24px 32px; }
+.view { max-width: 1320px; margin: 0 auto; }
+
+button, input, select, textarea { font: inherit; color: inherit; border: 1px solid var(--line); border-radius: 9px; background: var(--card); padding: 5px 11px; min-width: 0; }
+textarea { font-family: var(--mono); font-size: 12.8px; line-height: 1.55; background: var(--raised); tab-size: 2; }
+input[type=checkbox] { accent-color: var(--fill); margin: 0 4px 0 0; }
+input[type=number] { width: 74px; }
+input::placeholder { color: var(--soft); opacity: .8; }
+button { cursor: pointer; font-weight: 550; white-space: nowrap; }
+button:hover:not(:disabled) { border-color: var(--accent); }
+button:disabled { opacity: .45; cursor: default; }
+button.primary { background: var(--fill); border-color: transparent; color: #fff; }
+button.primary:hover:not(:disabled) { filter: brightness(1.1); }
+button.danger { color: var(--bad); }
+button.quiet { background: none; border-color: transparent; color: var(--soft); }
+button.icon { padding: 4px 9px; font-size: 15px; line-height: 1.4; }
+.readonly .write { display: none; }
+.check, .field { color: var(--soft); font-size: 13px; display: inline-flex; align-items: center; gap: 7px; white-space: nowrap; }
+.field input:not([type=number]) { flex: 1; color: var(--text); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 14px; box-shadow: var(--shadow); }
+.bar { display: flex; flex-wrap: wrap; gap: 8px 10px; align-items: center; }
+.bar.card { padding: 11px 14px; }
+.problems { background: var(--bad-bg); color: var(--bad); border-radius: 14px; padding: 11px 16px; margin: 0 auto 16px; max-width: 1320px; font-weight: 550; }
+.problems p { margin: 2px 0; }
+.problems a { color: inherit; }
+.empty { color: var(--soft); padding: 34px 20px; text-align: center; }
+
+.charts, .members { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px; }
+.chart { padding: 14px 0 0; overflow: hidden; }
+.chart > div { padding: 0 17px; display: flex; align-items: baseline; gap: 8px; white-space: nowrap; }
+.chart b { font-size: 24px; font-weight: 620; letter-spacing: -.025em; line-height: 1.4; }
+.chart .peak { margin-left: auto; }
+.chart svg { display: block; width: 100%; height: 76px; margin-top: 4px; touch-action: pan-y; }
+.chart path { fill: none; stroke: var(--accent); stroke-width: 1.7; vector-effect: non-scaling-stroke; stroke-linejoin: round; }
+.chart .area { stroke: none; fill: var(--accent); opacity: .13; }
+.chart .second { stroke: var(--second); }
+.chart .grid { stroke: var(--line); stroke-width: 1; }
+.chart .cross { stroke: var(--soft); stroke-dasharray: 3 3; stroke-width: 1; }
+.key::before { content: ""; display: inline-block; width: 9px; height: 3px; border-radius: 2px; background: var(--accent); margin-right: 5px; vertical-align: 3px; }
+.key.second::before { background: var(--second); }
+
+.member { padding: 15px 17px; }
+.member h3::before { content: "●"; color: var(--good); font-size: 11px; margin-right: 8px; vertical-align: 1px; }
+.member.bad h3::before { color: var(--bad); }
+.member.new h3::before { color: var(--soft); }
+.member.bad { border-color: var(--bad); }
+.member .bar { margin-bottom: 9px; }
+.member .why { color: var(--bad); font-weight: 550; margin: 0 0 8px; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 3px 14px; margin: 0; font-size: 13.3px; }
+dt { color: var(--soft); }
+dd { margin: 0; }
+
+#keys { display: grid; grid-template-columns: minmax(270px, 38%) 1fr; gap: 16px; height: 100%; max-width: 1500px; }
+.side { display: flex; flex-direction: column; min-height: 0; overflow: hidden; }
+.side .bar { padding: 11px 12px 0; flex-wrap: nowrap; }
+.side .bar + .bar { padding: 8px 12px; border-bottom: 1px solid var(--line); }
+#query { flex: 1; }
+.tree { flex: 1; overflow: auto; min-height: 120px; outline-offset: -3px; border-radius: 0 0 13px 13px; }
+#space { position: relative; }
+#rows { position: absolute; left: 0; right: 0; top: 0; padding: 0; }
+.row { height: var(--row); display: flex; align-items: center; gap: 8px; padding-right: 12px; cursor: pointer; white-space: nowrap; }
+.row:hover { background: var(--raised); }
+.row[aria-selected=true] { background: var(--tint); box-shadow: inset 3px 0 var(--accent); }
+.row .twist { width: 12px; color: var(--soft); font-size: 10px; text-align: center; flex: none; }
+.row .name { flex: none; max-width: 75%; overflow: hidden; text-overflow: ellipsis; }
+.row .dir { font-weight: 600; }
+.row .dim { color: var(--soft); font-size: 12.5px; overflow: hidden; text-overflow: ellipsis; flex: 1; font-family: var(--mono); }
+.row .ttl { font-size: 12px; color: var(--warn); flex: none; }
+
+.detail { padding: 17px 20px; overflow: auto; min-height: 0; display: flex; flex-direction: column; gap: 12px; }
+.path { font: 600 14px/1.5 var(--mono); }
+.path a { text-decoration: none; }
+.detail textarea { flex: 1 0 auto; min-height: 190px; width: 100%; resize: vertical; padding: 12px 14px; }
+.hex { background: var(--raised); border-radius: 9px; padding: 12px 14px; overflow: auto; margin: 0; flex: 1 0 auto; max-height: 60vh; }
+.back { display: none; align-self: flex-start; }
+.facts { display: flex; flex-wrap: wrap; gap: 6px 16px; color: var(--soft); font-size: 13px; align-items: center; }
+.facts b { color: var(--text); font-weight: 550; }
+.changed { background: var(--warn-bg); color: var(--warn); border-radius: 9px; padding: 7px 12px; display: flex; gap: 10px; align-items: center; flex-wrap: wrap; }
+.events { list-style: none; margin: 0; padding: 0; overflow: hidden; }
+.events:empty { display: none; }
+#history:empty { display: block; color: var(--soft); }
+#history:empty::before { content: "No change of it in the last 1,000."; }
+.events li { display: flex; gap: 11px; padding: 6px 14px; align-items: baseline; border-bottom: 1px solid var(--line); }
+.events li:last-child { border: 0; }
+.events time, .events .at { color: var(--soft); font-size: 12.5px; white-space: nowrap; }
+.events code { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; flex: 1; color: var(--soft); }
+.events button { padding: 0 8px; }
+.events .what { text-decoration: none; font-weight: 550; }
+
+.tokens { display: grid; gap: 16px; margin-top: 16px; grid-template-columns: repeat(auto-fill, minmax(min(460px, 100%), 1fr)); }
+.tokens .card { padding: 15px 17px; display: flex; flex-direction: column; gap: 9px; min-width: 0; }
+.slots { display: flex; gap: 8px; flex-wrap: wrap; }
+.slot { border: 1px solid var(--line); border-radius: 9px; padding: 4px 11px; background: var(--raised); }
+.slot.missing { border-style: dashed; background: none; color: var(--soft); }
+pre { background: var(--raised); border-radius: 9px; padding: 10px 13px; margin: 0; overflow: auto; max-height: 46vh; }
+.code { position: relative; }
+.code button { position: absolute; right: 6px; top: 6px; padding: 2px 9px; font-size: 12.5px; }
+
+table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
+.scroll { overflow-x: auto; margin-bottom: 8px; }
+th { text-align: left; color: var(--soft); font-weight: 550; }
+th, td { padding: 8px 16px; border-bottom: 1px solid var(--line); vertical-align: top; }
+tr:last-child td { border: 0; }
+.lines { margin-top: 16px; padding: 10px 0; font: 12.5px/1.65 var(--mono); height: calc(100vh - 250px); min-height: 240px; overflow: auto; }
+.lines p { margin: 0; padding: 0 16px; display: grid; grid-template-columns: 86px 92px 1fr; gap: 10px; }
+.lines .bad { background: var(--bad-bg); color: var(--bad); }
+.lines .warn { background: var(--warn-bg); }
+.lines span { color: var(--soft); }
+
+.toasts { position: fixed; right: 20px; bottom: 20px; display: grid; gap: 9px; max-width: min(430px, calc(100vw - 40px)); z-index: 5; }
+.toast { background: light-dark(#1f2333, #2b3042); color: #f2f3f8; border-radius: 11px; padding: 9px 15px; display: flex; gap: 12px; align-items: center; box-shadow: var(--shadow); }
+.toast.bad { background: #a3203a; }
+.toast button { background: #fff2; color: inherit; border: 0; padding: 3px 11px; }
+dialog { border: 1px solid var(--line); border-radius: 16px; background: var(--card); color: inherit; padding: 20px 22px; width: min(760px, calc(100vw - 24px)); max-height: 92vh; box-shadow: 0 24px 70px #0006; }
+dialog::backdrop { background: #0b0d1499; }
+dialog[open] { display: flex; flex-direction: column; gap: 12px; }
+dialog h2 { margin: 0; font-size: 17px; }
+dialog p { margin: 0; }
+dialog .field { display: grid; gap: 3px; }
+dialog textarea { min-height: 110px; }
+dialog .bar { justify-content: flex-end; margin-top: 4px; }
+.diff { padding: 0; white-space: pre-wrap; }
+.diff div { padding: 0 13px 0 28px; text-indent: -16px; }
+.diff .add { background: var(--good-bg); color: var(--good); }
+.diff .del { background: var(--bad-bg); color: var(--bad); }
+kbd { font-family: var(--mono); }
+
+@media (max-width: 760px) {
+  :root { --row: 40px; }
+  header { padding: 10px 14px 6px; gap: 7px; }
+  .brand b { display: none; }
+  nav { padding: 0 8px; }
+  main { padding: 14px 12px 26px; }
+  #keys { display: block; }
+  .side { height: 100%; }
+  .detail { height: 100%; display: none; }
+  .open .side { display: none; }
+  .open .detail { display: flex; }
+  .back { display: inline-block; }
+  .events li { flex-wrap: wrap; gap: 2px 10px; }
+  .events code { flex-basis: 100%; }
+  .lines p { grid-template-columns: 1fr; gap: 0; padding: 5px 14px; }
+  .field { flex: 1 1 100%; }
+}
+'''
+PAGE_JS = r'''"use strict";
+// What the server says goes into text nodes only: the page's policy forbids every other way.
+
+// ---- tools
+
+const $ = id => document.getElementById(id);
+const on = (id, event, act) => $(id).addEventListener(event, act);
+const base = location.pathname.replace(/ui\/?$/, "");
+const server = location.origin + base.slice(0, -1);
+
+/** Give a node these children: nodes, text, or lists of them. */
+function fill(node, ...children) {
+  node.replaceChildren(...children.flat(9).filter(child => child != null && child !== false));
+  return node;
+}
+/** Make an element, `tag.class.class`; functions among its properties are listeners. */
+function h(tag, properties, ...children) {
+  const [name, ...classes] = tag.split("."), node = document.createElement(name);
+  node.classList.add(...classes);
+  if (properties == null || properties.constructor !== Object) {
+    children.unshift(properties);
+    properties = {};
+  }
+  for (const [name, value] of Object.entries(properties)) {
+    if (typeof value === "function") node.addEventListener(name, value);
+    else if (value != null && value !== false) node.setAttribute(name, value === true ? "" : value);
+  }
+  return fill(node, children);
+}
+function svg(tag, properties) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const name in properties) node.setAttribute(name, properties[name]);
+  return node;
+}
+const gap = () => h("span.grow");
+const button = (label, kind, act) => h("button", {class: kind, click: guarded(act)}, label);
+const show = (id, is) => { $(id).hidden = !is; };
+const number = (value, digits = 0) => value.toLocaleString("en", {maximumFractionDigits: digits});
+const rate = value => number(value, value < 10 ? 1 : 0);
+const ms = value => value ? number(value, value < 1 ? 2 : value < 100 ? 1 : 0) + " ms" : "–";
+const size = bytes => bytes < 2048 ? bytes + " B"
+  : bytes < 2 << 20 ? number(bytes / 1024, 1) + " KB" : number(bytes / (1 << 20), 1) + " MB";
+function span(seconds) {
+  for (const [unit, length] of [["d", 86400], ["h", 3600], ["min", 60]])
+    if (seconds >= 2 * length) return Math.floor(seconds / length) + " " + unit;
+  return Math.max(0, Math.round(seconds)) + " s";
+}
+let skew = 0, state = null, account = null, declined = false;      // account: who is logged in
+const clock = () => Date.now() / 1000 + skew;
+const time = date => date.toLocaleTimeString("en-GB");
+const encoded = key => key.split("/").map(encodeURIComponent).join("/");
+const parentOf = key => key.slice(0, key.lastIndexOf("/")) || "/";
+const nameOf = key => key.slice(key.lastIndexOf("/") + 1);
+const cleaned = text => "/" + text.trim().split("/").filter(Boolean).join("/");
+const link = key => "#/keys" + encoded(key);
+const visit = key => { location.hash = link(key); };
+
+// ---- requests
+
+class Refused extends Error {
+  constructor(status, {message, cause, errorCode}) {
+    super((message || `HTTP ${status}`) + (cause ? ` (${cause})` : ""));
+    this.code = errorCode;
+  }
+}
+/** Ask the server.  Throws Refused, or TypeError if there was no answer. */
+async function ask(method, path, {form, signal} = {}) {
+  const headers = {};
+  if (method !== "GET") headers["X-Pyetcd-Page"] = "1";        // no form of another page has it
+  if (account) headers.Authorization = "Basic " + account.secret;
+  const reply = await fetch(base + path, {method, headers, signal,
+    body: form && new URLSearchParams(form), cache: "no-store", credentials: "omit"});
+  if (reply.ok) return reply;
+  const text = await reply.text();
+  let said = {message: text.trim()};
+  try { said = JSON.parse(text); } catch { /* it is plain */ }
+  if (reply.status === 401 && !$("dialog").open && !declined) logIn(said.message);
+  throw new Refused(reply.status, said);
+}
+const json = async (...request) => (await ask(...request)).json();
+const keyPath = (key, query) => "v2/keys" + encoded(key) + (query ? "?" + query : "");
+const readNode = async (key, signal) => (await json("GET", keyPath(key), {signal})).node;
+
+/** Yield the lines of a reply, parsed, as they come. */
+async function* lines(path, signal) {
+  const reader = (await ask("GET", path, {signal})).body.getReader(), decoder = new TextDecoder();
+  for (let rest = ""; ;) {
+    const {done, value} = await reader.read();
+    if (done) return;
+    const parts = (rest + decoder.decode(value, {stream: true})).split("\n");
+    rest = parts.pop();
+    for (const part of parts) if (part.trim()) yield JSON.parse(part);
+  }
+}
+/** Yield the events of a key, or all below it, from an index on; connect again if need be. */
+async function* changes(key, {since, recursive = false, signal, told = () => {}}) {
+  let skip = 10;                // events that may leave the history before the next request comes
+  for (let pause = 250; !signal.aborted; pause = Math.min(2 * pause, 4000)) {
+    try {
+      const query = `wait=true&stream=true&recursive=${recursive}&waitIndex=${since}`;
+      for await (const event of lines(keyPath(key, query), signal)) {
+        pause = 250;
+        told("");
+        since = event.node.modifiedIndex + 1;
+        yield event;
+      }
+      told("The connection has ended; trying again.");
+    } catch (error) {
+      if (signal.aborted) return;
+      const first = /\[(\d+)\//.exec(error.message);      // of a history that is too short
+      told(first ? "Some changes were missed." : error.message);
+      if (first) {
+        since = Number(first[1]) + (skip *= 2);
+        continue;
+      }
+      if (error instanceof Refused) return;
+    }
+    await new Promise(done => setTimeout(done, pause));
+  }
+}
+
+// ---- toasts and dialogs
+
+function toast(text, {bad, label, act, seconds = 7} = {}) {
+  const node = h("div", {class: "toast" + (bad ? " bad" : "")}, h("span.grow", text),
+    label && h("button", {click() { node.remove(); act(); }}, label),
+    h("button", {"aria-label": "Close", click: () => node.remove()}, "×"));
+  $("toasts").append(node);
+  setTimeout(() => node.remove(), seconds * 1000);
+}
+const guarded = act => async (...given) => {
+  try { await act(...given); } catch (error) {
+    if (error.name !== "AbortError") toast(error instanceof Refused ? error.message
+      : `No answer from the server: ${error.message}`, {bad: true});
+  }
+};
+/** Show a dialog; return the button that closed it, or "". */
+function choose(title, content, ...buttons) {
+  const dialog = $("dialog");
+  fill(dialog, h("h2", {id: "title"}, title), content, h("div.bar",
+    [["", buttons.length ? "Cancel" : "Close"], ...buttons].map(([name, label, kind]) =>
+      h("button", {class: kind, "data-name": name, click: () => dialog.close(name)}, label))));
+  dialog.returnValue = "";
+  dialog.onkeydown = ({key, target}) => {
+    if (key === "Enter" && target.tagName === "INPUT") dialog.close(buttons[buttons.length - 1][0]);
+  };
+  dialog.showModal();
+  return new Promise(done => dialog.addEventListener(
+    "close", () => done(dialog.returnValue), {once: true}));
+}
+const field = (label, input) => h("label.field", label, input);
+
+async function logIn(why) {
+  if (account && !why) account = null;
+  else {
+    const user = h("input", {autofocus: true, autocomplete: "off", value: "root", id: "user"});
+    const password = h("input", {type: "password", autocomplete: "off", id: "password"});
+    if (await choose("Log in", [why && h("p", why), field("User", user),
+      field("Password", password), h("p.note", "Kept in the memory of this page only.")],
+    ["ok", "Log in", "primary"]) !== "ok") { declined = true; return; }
+    const bytes = new TextEncoder().encode(`${user.value}:${password.value}`);
+    account = {user: user.value, secret: btoa(String.fromCharCode(...bytes))};
+  }
+  $("login").textContent = account ? `${account.user} · log out` : "Log in";
+  reload();                     // another user may see something else
+  current = "";
+  route();
+}
+
+// ---- the state of the member, once a second
+
+let samples = [], answered = Date.now();
+
+async function poll() {
+  if (!document.hidden) try {
+    const last = samples.length ? samples[samples.length - 1][0] : 0;
+    state = await json("GET", "ui/status?since=" + last, {signal: AbortSignal.timeout(5000)});
+    skew = state.now - Date.now() / 1000;
+    samples = samples.concat(state.samples).slice(-300);
+    answered = Date.now();
+    showState();
+  } catch {
+    const seconds = (Date.now() - answered) / 1000;
+    if (seconds > 2) {
+      show("offline", true);
+      fill($("offline"), `This member has not answered for ${span(seconds)}. The page keeps trying.`,
+        (state ? state.members : []).filter(member => !member.self && member.clientURLs.length)
+          .map(member => [" ", h("a", {href: member.clientURLs[0] + "/ui"}, member.name)]));
+      pill("bad", "no answer");
+    }
+  }
+  setTimeout(poll, 1000);
+}
+function pill(kind, text) {
+  $("health").className = "pill " + kind;
+  $("health").textContent = text;
+}
+function showState() {
+  const {members, problems} = state, self = members.find(member => member.self) || {};
+  const up = members.filter(member => !member.silent && member.name).length;
+  show("offline", false);
+  $("member").textContent = self.name || self.id || "";
+  document.title = `${self.name || "?"} · pyetcd`;
+  if (problems.length) pill("bad", problems.length > 1 ? `${problems.length} problems` : "1 problem");
+  else pill("good", members.length > 1 ? `${up} of ${members.length} members` : "healthy");
+  $("health").title = problems.join("\n");
+  show("readonly", state.ui === "readonly");
+  document.body.classList.toggle("readonly", state.ui === "readonly");
+  show("login", state.auth);
+  show("problems", problems.length);
+  fill($("problems"), problems.map(text => h("p", text)));
+  if (current !== "overview") return;
+  $("cluster").textContent = `cluster ${state.cluster}`;
+  fill($("members"), members.map(memberCard));
+  charts.forEach(chart => chart.draw());
+}
+function memberCard(member) {
+  const {name, silent, leader, clientURLs} = member;
+  const bad = silent || member.healthy === false;
+  const why = silent ? `has not answered for ${span(silent)}` : bad && (member.problem ||
+    "knows no leader, or reaches no quorum");
+  const facts = member.term == null ? [] : [
+    ["Term · index", `${number(member.term)} · ${number(member.index)}`],
+    ["Behind", member.lag > 0 ? number(member.lag) + (member.lag > 1 ? " entries" : " entry") : "nothing"],
+    ["Version", `etcd ${member.version} · pyetcd ${member.pyetcd}`],
+    ["Up for", span(clock() - member.since)]];
+  facts.unshift(["Id", h("code", member.id)]);
+  facts.push(["Clients", clientURLs.join(", ")], ["Peers", member.peerURLs.join(", ")]);
+  return h("article", {class: `card member ${!name ? "new" : bad ? "bad" : ""}`},
+    h("div.bar", h("h3", name || "not started"),
+      h("span", {class: "badge " + (silent ? "bad" : leader ? "lead" : "")},
+        silent ? "silent" : leader ? "leader" : member.role || "member"), gap(),
+      member.self ? h("small", "this member") : clientURLs.length > 0 &&
+        h("a", {href: clientURLs[0] + "/ui"}, "its page")),
+    why && h("p.why", why),
+    h("dl", facts.map(([title, value]) => [h("dt", title), h("dd", value)])));
+}
+
+// ---- charts
+
+const WIDTH = 300, HEIGHT = 76;
+
+class Chart {
+  /** columns: of a sample -> name; write: shows a value. */
+  constructor(title, columns, write, note) {
+    Object.assign(this, {title, columns: Object.entries(columns), write, hover: null});
+    const paths = this.columns.map((_, at) => svg("path", {class: at ? "second" : ""}));
+    Object.assign(this, {paths, area: svg("path", {class: "area"}), cross: svg("path", {class: "cross"})});
+    this.picture = svg("svg", {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img"});
+    this.picture.append(svg("path", {class: "grid", d: `M0 8H${WIDTH}M0 42H${WIDTH}M0 75.5H${WIDTH}`}),
+      this.area, ...paths, this.cross);
+    this.values = paths.map(() => h("b", "–"));
+    this.peak = h("small.peak");
+    const move = ({type, offsetX}) => {
+      this.hover = type === "pointermove" ? offsetX / this.picture.clientWidth : null;
+      this.draw();
+    };
+    for (const type of ["pointermove", "pointerleave"]) this.picture.addEventListener(type, move);
+    $("charts").append(h("article.card.chart",
+      h("div", h("h3", title), h("small", note), this.peak),
+      h("div", this.values.map((value, at) => [value, h("small",
+        {class: paths.length > 1 && "key " + (at && "second")}, this.columns[at][1])])), this.picture));
+  }
+  draw() {
+    if (!samples.length) return;
+    const all = samples.flatMap(sample => this.columns.map(([column]) => sample[column])).sort((a, b) => a - b);
+    const last = samples[samples.length - 1], peak = all[all.length - 1], most = all[Math.floor(all.length * .97)];
+    const top = Math.max(1e-3, most ? Math.min(peak, 2 * most) : peak);       // a rare peak is cut
+    const x = sample => WIDTH * (1 - (last[0] - sample[0]) / 299);
+    this.columns.forEach(([column], at) => {
+      const line = samples.map(sample => `${x(sample).toFixed(1)} ` +
+        (HEIGHT - 1 - sample[column] / top * (HEIGHT - 10)).toFixed(1)).join("L");
+      this.paths[at].setAttribute("d", "M" + line);
+      if (!at) this.area.setAttribute("d", `M${x(samples[0])} ${HEIGHT}L${line}V${HEIGHT}Z`);
+    });
+    let sample = last;
+    if (this.hover != null) sample = samples.reduce((best, other) =>
+      Math.abs(x(other) / WIDTH - this.hover) < Math.abs(x(best) / WIDTH - this.hover) ? other : best);
+    this.cross.setAttribute("d", this.hover == null ? "" : `M${x(sample)} 0V${HEIGHT}`);
+    this.values.forEach((value, at) => { value.textContent = this.write(sample[this.columns[at][0]]); });
+    this.peak.textContent = this.hover == null ? `peak ${this.write(peak)}`
+      : time(new Date(sample[0] * 1000));
+    this.picture.setAttribute("aria-label", `${this.title}: ${this.values[0].textContent}`);
+  }
+}
+const charts = [
+  new Chart("Writes", {1: ""}, rate, "per second, of the cluster"),
+  new Chart("Reads", {2: ""}, rate, "per second, of this member"),
+  new Chart("Time to write", {3: "median", 4: "99 %"}, ms),
+  new Chart("Sync of the disk", {5: ""}, ms, "mean"),
+  new Chart("Watchers", {6: ""}, number, "waiting"),
+  new Chart("Keys", {7: ""}, number, "and directories"),
+];
+
+// ---- the tree: the document has the rows that can be seen
+
+const tree = {
+  root: {key: "/", dir: true, level: 0, kids: null}, flat: [], at: 0, found: null,
+
+  /** Load the children of a directory; rows appear while they come. */
+  async load(node) {
+    if (node.loading) node.loading.abort();
+    const {signal} = node.loading = new AbortController(), kids = [];
+    const known = new Map((node.kids || []).filter(kid => kid.kids).map(kid => [kid.key, kid]));
+    const prefix = node.key === "/" ? "/" : node.key + "/";
+    try {
+      for await (const line of lines(
+        `ui/keys${encoded(node.key)}${$("hidden").checked ? "?hidden" : ""}`, signal)) {
+        if (line.more) toast(`${node.key} has more than ${number(kids.length)} keys: search for the others.`);
+        if (!Array.isArray(line)) continue;
+        for (const row of line) kids.push(this.node(row, prefix + row[0], node.level + 1, known));
+        if (!node.kids || node.kids.length < kids.length) node.kids = kids;
+        this.drawSoon(true);
+      }
+    } catch (error) {
+      if (signal.aborted) return;
+      guarded(() => { throw error; })();
+    }
+    node.kids = kids.sort((a, b) => a.key < b.key ? -1 : 1);
+    node.loading = null;
+    this.drawSoon(true);
+  },
+  node([, dir, preview, bytes, expires, index], key, level, known) {
+    const {kids, open} = known && known.get(key) || {};
+    return {key, dir, preview, bytes, expires, index, level, kids, open};
+  },
+  async search(text) {
+    if (this.searching) this.searching.abort();
+    this.found = text ? [] : null;
+    this.drawSoon(true);
+    if (!text) return;
+    const {signal} = this.searching = new AbortController();
+    const query = new URLSearchParams({q: text, in: $("where").value});
+    if ($("hidden").checked) query.set("hidden", "");
+    for await (const line of lines("ui/keys/?" + query, signal)) {
+      if (Array.isArray(line)) this.found.push(...line.map(row => this.node(row, row[0], 1)));
+      this.more = line.more;
+      this.drawSoon(true);
+    }
+    this.searching = null;
+    this.drawSoon();
+  },
+  flatten() {
+    if (this.found) return this.found;
+    const flat = [], stack = [[this.root.kids || [], 0]];
+    while (stack.length) {
+      const top = stack[stack.length - 1], node = top[0][top[1]++];
+      if (!node) stack.pop();
+      else {
+        flat.push(node);
+        if (node.open && node.kids) stack.push([node.kids, 0]);
+      }
+    }
+    return flat;
+  },
+  drawSoon(changed) {
+    this.changed = this.changed || changed;
+    if (!this.frame) this.frame = requestAnimationFrame(() => this.draw());
+  },
+  draw() {
+    this.frame = null;
+    if (this.changed) {
+      const before = this.flat[this.at];
+      this.flat = this.flatten();
+      if (before && this.flat[this.at] !== before)
+        this.at = Math.max(0, this.flat.findIndex(node => node.key === before.key));
+      this.changed = false;
+    }
+    const box = $("tree"), busy = this.root.loading || this.searching ? " …" : "";
+    this.high = parseFloat(getComputedStyle(box).getPropertyValue("--row"));
+    const first = Math.max(0, Math.floor(box.scrollTop / this.high) - 8);
+    const some = this.flat.slice(first, first + Math.ceil(box.clientHeight / this.high) + 16);
+    $("space").style.height = `${this.flat.length * this.high}px`;
+    $("rows").style.transform = `translateY(${first * this.high}px)`;
+    fill($("rows"), some.map((node, at) => this.row(node, first + at)),
+      !some.length && !busy && h("p.empty", this.found ? "Nothing found." : "No keys yet."));
+    box.setAttribute("aria-activedescendant", `row${this.at}`);
+    $("count").textContent = number(this.flat.length) + (this.found ? " found" : " rows") +
+      (busy || (this.found && this.more ? ", and more" : ""));
+  },
+  row(node, at) {
+    const {key, dir, expires} = node;
+    const line = h("div.row", {role: "treeitem", id: `row${at}`, "data-key": key,
+      "aria-level": node.level, "aria-expanded": dir && !this.found && String(!!node.open),
+      "aria-selected": String(at === this.at)},
+    h("span.twist", dir ? node.loading ? "…" : node.open ? "▼" : "▶" : ""),
+    h("span", {class: dir ? "name dir" : "name"}, (this.found ? key : nameOf(key)) + (dir ? "/" : "")),
+    h("span.dim", dir ? number(node.bytes) : BINARY.test(node.preview) ? "binary"
+      : node.preview || size(node.bytes)),
+    expires > 0 && h("span.ttl", {title: "until it expires"}, "⏱ " + span(expires - clock())));
+    line.style.paddingLeft = `${4 + (this.found ? 0 : node.level - 1) * 17}px`;
+    return line;
+  },
+  open(at) {
+    const node = this.flat[at];
+    if (!node) return;
+    this.at = at;
+    if (node.dir && !this.found) this.toggle(node);
+    this.stay = node.dir && node.key;
+    visit(node.key);
+    this.drawSoon();
+  },
+  toggle(node) {
+    node.open = !node.open;
+    if (node.open && !node.kids && !node.loading) this.load(node);
+    this.drawSoon(true);
+  },
+  move(at) {
+    this.at = Math.max(0, Math.min(this.flat.length - 1, at));
+    const box = $("tree"), top = this.at * this.high;
+    box.scrollTop = Math.min(top, Math.max(box.scrollTop, top + this.high - box.clientHeight));
+    this.drawSoon();
+  },
+  key(event) {
+    const node = this.flat[this.at], page = Math.floor($("tree").clientHeight / this.high) - 1;
+    const {key} = event, step = {ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page,
+      Home: -1e9, End: 1e9}[key];
+    if (!node) return;
+    if (step) this.move(this.at + step);
+    else if (key === "Enter" || key === " ") this.open(this.at);
+    else if (key === "ArrowRight" && node.dir && !node.open) this.toggle(node);
+    else if (key === "ArrowRight") this.move(this.at + 1);
+    else if (key === "ArrowLeft" && node.open) this.toggle(node);
+    else if (key === "ArrowLeft") this.move(this.flat.findIndex(other => other.key === parentOf(node.key)));
+    else return;
+    event.preventDefault();
+  },
+  async reveal(key) {
+    for (let node = this.root; node; ) {
+      if (!node.kids) await this.load(node);
+      const next = node.kids.find(kid => key === kid.key || key.startsWith(kid.key + "/"));
+      if (next && next.key === key) {
+        this.flat = this.flatten();
+        this.move(this.flat.indexOf(next));
+      } else if (next) next.open = true;
+      node = next && next.key !== key ? next : null;
+    }
+    this.drawSoon(true);
+  },
+  /** Load the directory again in which this page has changed something. */
+  touch(key) {
+    let node = this.root, next = node;
+    while (next) {
+      node = next;
+      next = (node.kids || []).find(kid => kid.kids && key.startsWith(kid.key + "/"));
+    }
+    return this.load(node);
+  },
+};
+
+// ---- one key
+
+let opened = null;              // {key, node, stop: of its events}
+const BINARY = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffd]/;
+const SHOWN_MAX = 1 << 18, UNDO_MAX = 4 << 20;
+
+function hex(text) {
+  const bytes = [...new TextEncoder().encode(text.slice(0, 8192))], out = [];
+  for (let at = 0; at < bytes.length; at += 16) {
+    const some = bytes.slice(at, at + 16);
+    out.push(at.toString(16).padStart(6, "0") + "  " +
+      some.map(byte => byte.toString(16).padStart(2, "0")).join(" ").padEnd(49) +
+      String.fromCharCode(...some).replace(/[^ -~]/g, "·"));
+  }
+  return out.join("\n");
+}
+/** Tell without reading a directory: it may be large. */
+async function isDirectory(key, signal) {
+  const row = tree.flat.find(other => other.key === key);
+  if (key === "/" || row) return key === "/" || row.dir;
+  const stop = new AbortController();
+  try {
+    await ask("GET", "ui/keys" + encoded(key), {signal: stop.signal});
+    return true;
+  } catch (error) {
+    if (error.code === 104) return false;
+    throw error;
+  } finally { stop.abort(); }
+}
+const openKey = guarded(async key => {
+  if (opened) opened.stop.abort();
+  const mine = opened = {key, stop: new AbortController()}, {signal} = mine.stop;
+  const parts = key.split("/").slice(1);
+  $("keys").classList.toggle("open", key !== "/" && key !== tree.stay);     // on a phone
+  mine.head = [h("button.back.quiet", {click() { visit("/"); }}, "‹ Keys"),
+    h("div.path", h("a", {href: link("/")}, "/"), parts.map((part, at) => [at ? "/" : "",
+      at < parts.length - 1 ? h("a", {href: link("/" + parts.slice(0, at + 1).join("/"))}, part) : part]))];
+  try {
+    mine.dir = await isDirectory(key, signal);
+    mine.node = mine.dir ? {key, dir: true} : await readNode(key, signal);
+  } catch (error) {
+    if (error.code !== 100) throw error;
+    if (opened === mine) fill($("detail"), mine.head, h("p.empty", "There is no such key."),
+      h("div.bar", button("Create it", "write", () => create(key))));
+    return;
+  }
+  if (opened !== mine) return;
+  if (!tree.found && !tree.flat.some(node => node.key === key)) tree.reveal(key);
+  (mine.dir ? showDirectory : showFile)(mine);
+});
+const common = (mine, value) => [gap(), button("Copy as …", "", () => copyAs(mine.key, value())),
+  button("Watch", "", () => { location.hash = "#/watch" + encoded(mine.key); }),
+  mine.key !== "/" && button("Delete", "danger write", () => remove(mine.key, mine.node))];
+
+function showDirectory(mine) {
+  fill($("detail"), mine.head, h("div.bar", button("New key here", "write", () =>
+    create(mine.key === "/" ? "/" : mine.key + "/")), common(mine, () => null)),
+  h("p.empty", "A directory. Choose a key to see its value."));
+}
+function showFile(mine) {
+  const {node} = mine, {value} = node;
+  mine.expires = node.expiration ? Date.parse(node.expiration) / 1000 : 0;
+  const binary = BINARY.test(value), large = value.length > SHOWN_MAX;
+  const area = h("textarea", {id: "value", "aria-label": "Value",
+    readonly: large || state.ui === "readonly"});
+  area.value = value.slice(0, SHOWN_MAX);
+  const kind = h("span", {id: "kind"});
+  const ttl = h("input", {type: "number", min: 1, id: "ttl", placeholder: mine.expires ? "as it is" : "never"});
+  const format = button("Format", "write", () => {
+    area.value = JSON.stringify(JSON.parse(area.value), null, 2);
+    judge();
+  });
+  const save = button("Save", "primary write", () => saveValue(mine, area.value, ttl.value));
+  function judge() {
+    let text = large ? "only the beginning is shown" : "text", rank = "";
+    if (!large) try {
+      JSON.parse(area.value);
+      [text, rank] = ["valid JSON", "good"];
+    } catch (error) {
+      if (/^\s*[[{]/.test(area.value)) [text, rank] = [`not JSON: ${error.message}`, "warn"];
+    }
+    kind.textContent = text;
+    kind.className = "badge " + rank;
+    format.disabled = rank !== "good";
+    save.disabled = large || area.value === value && !ttl.value;
+  }
+  save.id = "save";
+  area.addEventListener("input", judge);
+  ttl.addEventListener("input", judge);
+  area.addEventListener("keydown", event => {
+    if (!(event.ctrlKey || event.metaKey) || event.key !== "s") return;
+    event.preventDefault();
+    save.click();
+  });
+  const changed = h("div.changed", {id: "changed", hidden: true});
+  const history = h("ol.events", {id: "history"});
+  const fact = (title, shown) => h("span", title, " ", h("b", shown));
+  const ends = h("b", {"data-expires": mine.expires});
+  fill($("detail"), mine.head, h("div.facts", kind, size(new TextEncoder().encode(value).length),
+    fact("changed at", number(node.modifiedIndex)), fact("created at", number(node.createdIndex)),
+    mine.expires > 0 && h("span", "expires in ", ends)), changed,
+  binary ? [h("p.note", "These are its bytes" + (value.includes("\ufffd")
+    ? "; ef bf bd stands for what was no UTF-8." : ", as it has control characters.")),
+  h("pre.hex", hex(value))] : area,
+  h("div.bar", !binary && [save, format,
+    h("label.check.write", {title: "seconds to live"}, "TTL", ttl, "s")], common(mine, () => large ? value : area.value)),
+  h("h3", "History"), history);
+  judge();
+  tick();
+  follow(mine, area, history, changed);
+}
+/** The history of a key as far as it goes, and then what happens to it. */
+async function follow(mine, area, history, changed) {
+  for await (const {action, node} of changes(mine.key, {
+    since: Math.max(1, state.history), signal: mine.stop.signal})) {
+    const value = node.value, index = number(node.modifiedIndex);
+    history.prepend(h("li", h("span.at", index), badge(action),
+      h("code", shorten(value)), value != null && button("Use", "quiet write", () => {
+        area.value = value;
+        area.dispatchEvent(new Event("input"));
+      })));
+    if (history.children.length > 200) history.lastChild.remove();
+    if (node.modifiedIndex <= mine.node.modifiedIndex) continue;
+    changed.hidden = false;
+    fill(changed, h("span.grow", value == null ? `The key has gone: ${action} at ${index}.`
+      : `The key was changed elsewhere, at ${index}.`), button("Load", "", () => openKey(mine.key)));
+  }
+}
+const badge = action => h("span", {class: "badge " + ({delete: "bad", expire: "warn",
+  compareAndDelete: "bad", create: "good"}[action] || "")}, action);
+const shorten = (value = "") => BINARY.test(value) ? hex(value.slice(0, 16)).slice(8, 56) : value.slice(0, 300);
+
+async function saveValue(mine, value, ttl, index = mine.node.modifiedIndex) {
+  const {key, expires} = mine, form = {value, prevIndex: index};
+  if (ttl || expires) form.ttl = ttl || Math.max(1, Math.ceil(expires - clock()));
+  try {
+    await ask("PUT", keyPath(key), {form});
+  } catch (error) {
+    if (error.code === 101 || error.code === 100) return lost(mine, value, ttl);
+    if (error instanceof Refused) throw error;
+    return toast("No answer: it is not known whether the change was made. Load the key again.", {bad: true});
+  }
+  toast(`Saved ${key}`);
+  tree.touch(key);
+  if (opened === mine) await openKey(key);
+}
+/** Another client was faster: show both values, and let the reader decide. */
+async function lost(mine, value, ttl) {
+  const {key} = mine, theirs = await readNode(key).catch(error => {
+    if (error.code !== 100) throw error;
+  });
+  if (!theirs) return create(key, value, "The key was deleted meanwhile: nothing was saved");
+  const answer = await choose("The key was changed meanwhile", [h("p", `Nothing was saved. Red is what
+    it holds now (index ${number(theirs.modifiedIndex)}), green is yours.`), diff(theirs.value, value)],
+  ["theirs", "Take theirs"], ["mine", "Save mine over it", "primary"]);
+  if (answer === "theirs") return openKey(key);
+  if (answer === "mine") return saveValue(mine, value, ttl, theirs.modifiedIndex);
+}
+/** The lines that differ, with some around them. */
+function diff(before, after) {
+  let a = before.split("\n"), b = after.split("\n"), head = 0;
+  const shown = [], add = (kind, mark) => line => shown.push(
+    h("div", {class: kind}, mark + line.slice(0, 4000)));
+  const same = add("", "  "), del = add("del", "- "), ins = add("add", "+ ");
+  while (head < a.length && head < b.length && a[head] === b[head]) head++;
+  a.slice(Math.max(0, head - 3), head).forEach(same);
+  a = a.slice(head);
+  b = b.slice(head);
+  const tail = [];
+  while (a.length && b.length && a[a.length - 1] === b[b.length - 1]) tail.unshift(a.pop(), b.pop());
+  if (a.length * b.length > 4e6) b.length = a.length = 300;
+  const width = b.length + 1, long = new Uint16Array((a.length + 1) * width);     // common lines
+  for (let i = a.length - 1; i >= 0; i--) for (let j = b.length - 1; j >= 0; j--)
+    long[i * width + j] = a[i] === b[j] ? long[(i + 1) * width + j + 1] + 1
+      : Math.max(long[(i + 1) * width + j], long[i * width + j + 1]);
+  for (let i = 0, j = 0; i < a.length || j < b.length;) {
+    if (i < a.length && j < b.length && a[i] === b[j]) { same(a[i++]); j++; }
+    else if (j === b.length || i < a.length && long[(i + 1) * width + j] >= long[i * width + j + 1]) del(a[i++]);
+    else ins(b[j++]);
+  }
+  tail.filter((_, at) => at % 2 && at < 6).forEach(same);
+  return h("pre.diff", {id: "diff"}, shown);
+}
+async function create(key, text, why = "New key") {
+  const path = h("input", {autofocus: true, value: key, id: "newkey"});
+  const value = h("textarea", {id: "newvalue"}, text);
+  const ttl = h("input", {type: "number", min: 1, placeholder: "never"});
+  const dir = h("input", {type: "checkbox"});
+  if (await choose(why, [field("Key", path), field("Value", value), h("div.facts",
+    h("label.check", "TTL", ttl, "s"),
+    h("label.check", dir, "a directory, without a value"))], ["ok", "Create", "primary"]) !== "ok") return;
+  const made = cleaned(path.value), form = {prevExist: false};
+  if (dir.checked) form.dir = true; else form.value = value.value;
+  if (ttl.value) form.ttl = ttl.value;
+  try {
+    await ask("PUT", keyPath(made), {form});
+  } catch (error) {
+    if (error.code !== 105) throw error;
+    return toast(`${made} exists already.`, {bad: true, label: "Open", act: () => visit(made)});
+  }
+  toast(`Created ${made}`);
+  await tree.touch(made);
+  if (opened && opened.key === made) openKey(made); else visit(made);
+}
+/** What a directory holds; null if that is too much to keep. */
+async function contents(key) {
+  const stop = new AbortController();
+  const reply = await ask("GET", keyPath(key, "recursive=true"), {signal: stop.signal});
+  if (reply.headers.get("Content-Length") < UNDO_MAX) return (await reply.json()).node;
+  stop.abort();
+  return null;
+}
+const files = node => node.dir ? (node.nodes || []).flatMap(files) : [node];
+
+async function remove(key, node) {
+  const kept = node.dir ? await contents(key) : node;
+  if (await choose(node.dir ? "Delete this directory?" : "Delete this key?", [h("p.path", key),
+    h("p", !kept ? "It holds more than the page can keep: this cannot be undone."
+      : (node.dir ? `With the ${number(files(kept).length)} keys in it. Hidden keys are lost; all others` : "It") +
+      " can be made again for a minute, while this page is open.")], ["ok", "Delete", "danger"]) !== "ok") return;
+  try {
+    await ask("DELETE", keyPath(key, node.dir ? "recursive=true" : "prevIndex=" + node.modifiedIndex));
+  } catch (error) {
+    if (error.code !== 101) throw error;
+    toast(`${key} was changed meanwhile: nothing was deleted.`, {bad: true});
+    return openKey(key);
+  }
+  toast(`Deleted ${key}`, {seconds: 60, ...kept && {label: "Undo", act: guarded(() => undo(key, kept))}});
+  tree.touch(key);
+  visit(parentOf(key));
+}
+async function undo(key, kept) {
+  async function bring({key, dir, value, expiration, nodes = []}) {
+    const form = {prevExist: false, ...dir ? {dir} : {value}};
+    if (expiration) form.ttl = Math.ceil(Date.parse(expiration) / 1000 - clock());
+    if (form.ttl <= 0) return;
+    await ask("PUT", keyPath(key), {form}).catch(error => {
+      if (error.code !== 105) throw error;      // it is there again
+    });
+    for (const node of nodes) await bring(node);
+  }
+  await bring(kept);
+  toast(`${key} is back.`);
+  await tree.touch(key);
+  visit(key);
+}
+async function copy(text) {
+  try { await navigator.clipboard.writeText(text); } catch {      // it needs https, or localhost
+    const area = h("textarea");
+    area.value = text;
+    ($("dialog").open ? $("dialog") : document.body).append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  toast("Copied.");
+}
+const code = text => h("div.code", h("pre", text), button("Copy", "", () => copy(text)));
+const shell = text => "'" + text.replace(/'/g, "'\\''") + "'";
+
+function copyAs(key, value) {
+  const quoted = JSON.stringify(key), curl = "curl " + (account ? `-u ${shell(account.user)} ` : "") +
+    shell(`${server}/v2/keys${encoded(key)}`);
+  const login = account ? `, username=${JSON.stringify(account.user)}, password=input()` : "";
+  const python = `from pyetcd_client import Client\n\nclient = Client(${JSON.stringify(server)}${login})\n` +
+    (value == null ? `for node in client.get(${quoted}).children:\n    print(node.key, node.value)`
+      : `print(client.get(${quoted}).value)\nclient.set(${quoted}, ${JSON.stringify(value)})`);
+  choose("Copy as …", [h("h3", "curl"), code(curl),
+    value != null && code(`${curl} -XPUT --data-urlencode ${shell("value=" + value)}`),
+    h("h3", "Python"), code(python)]);
+}
+
+// ---- watch
+
+const watch = {events: []};
+
+async function startWatch() {
+  const key = cleaned($("watched").value), running = watch.stop;
+  if (running) running.abort();
+  watch.stop = running && watch.key === key ? null : new AbortController();
+  Object.assign(watch, {key, paused: null, trouble: "", seen: 0});
+  showWatch();
+  if (!watch.stop) return;
+  const {signal} = watch.stop, told = text => { watch.trouble = text; showWatch(); };
+  for await (const event of changes(key, {since: state.index + 1, recursive: true, signal, told})) {
+    event.at = new Date();
+    watch.seen++;
+    (watch.paused || watch.events).push(event);
+    if (watch.events.length > 1000) watch.events.shift();
+    if (!watch.paused) addEvent(event);
+    else if (watch.paused.length > 1000) watch.paused.shift();
+    showWatch();
+  }
+}
+function showWatch() {
+  $("start").textContent = watch.stop ? "Stop" : "Watch";
+  $("pause").disabled = !watch.stop;
+  $("pause").textContent = watch.paused ? `Go on (${watch.paused.length})` : "Pause";
+  $("watching").textContent = watch.trouble || (watch.stop
+    ? `Watching ${watch.key} and all below it: ${number(watch.seen)} changes so far.`
+    : "Every change appears here as soon as it is made.");
+}
+function addEvent({action, node, at}) {
+  const wanted = $("filter").value.toLowerCase(), list = $("events");
+  if (!`${action} ${node.key} ${node.value}`.toLowerCase().includes(wanted)) return;
+  list.prepend(h("li", h("time", time(at)), badge(action),
+    h("a.what", {href: link(node.key)}, node.key), h("code", shorten(node.value)),
+    h("span.at", number(node.modifiedIndex))));
+  if (list.children.length > 300) list.lastChild.remove();
+}
+function drawEvents() {
+  fill($("events"));
+  watch.events.forEach(addEvent);
+}
+
+// ---- discovery, users, log
+
+const REGISTRY = "/_etcd/registry";
+let discovery = null;
+
+/** When a token was made, which a UUID of version 7 tells; else 0. */
+function madeAt(token) {
+  const at = parseInt(token.slice(0, 12), 16) / 1000;
+  return token[12] === "7" && "89ab".includes(token[16]) && at < clock() + 3600 ? at : 0;
+}
+const loadTokens = guarded(async () => {
+  const tokens = [];
+  try {
+    for await (const line of lines("ui/keys" + REGISTRY))
+      if (Array.isArray(line)) tokens.push(...line.filter(row => row[1]));
+  } catch (error) { if (error.code !== 100) throw error; }
+  tokens.sort((a, b) => b[5] - a[5]);
+  fill($("tokens"), await Promise.all(tokens.slice(0, 24).map(row => tokenCard(row[0]))),
+    tokens.length !== Math.min(Math.max(tokens.length, 1), 24) && h("p.empty",
+      tokens.length ? "Older ones are not shown." : "No tokens yet."));
+});
+async function tokenCard(token) {
+  const key = `${REGISTRY}/${token}`, [config, all] = await Promise.all([
+    readNode(key + "/_config/size").catch(() => ({})), readNode(key).catch(() => ({}))]);
+  const total = Number(config.value) || 0, at = madeAt(token), url = `${server}/${token}`;
+  const members = (all.nodes || []).filter(node => node.value).sort((a, b) => a.createdIndex - b.createdIndex);
+  const missing = Math.max(0, total - members.length);
+  const command = `python3 pyetcd.py -name machine${members.length + 1} \\
+  -listen-peer-urls http://0.0.0.0:2380 -initial-advertise-peer-urls 'http://$private_ipv4:2380' \\
+  -listen-client-urls http://0.0.0.0:2379 -advertise-client-urls 'http://$private_ipv4:2379' \\
+  -discovery ${url}`;
+  return h("article.card", h("div.bar",
+    h("h3", total ? `${members.length} of ${total} registered` : "no size"),
+    h("span", {class: "badge " + (missing ? "warn" : "good")}, missing ? `${missing} missing` : "complete"),
+    gap(), h("small", at ? `${span(clock() - at)} old` : "age unknown")),
+  h("div.slots", members.map(node => h("span.slot", {title: nameOf(node.key)}, node.value)),
+    Array.from({length: Math.min(missing, 20)}, () => h("span.slot.missing", "waiting …"))),
+  code(url), missing > 0 && h("details", h("summary", "The next member"), code(command)));
+}
+async function watchTokens(signal) {
+  loadTokens();
+  for await (const _ of changes(REGISTRY, {since: state.index + 1, recursive: true, signal})) {
+    clearTimeout(watchTokens.timer);
+    watchTokens.timer = setTimeout(loadTokens, 200);
+  }
+}
+const showAccess = guarded(async () => {
+  const view = $("access"), names = list => (list || []).join(", ") || "–";
+  fill(view, h("div.card.empty", state.auth ? "Only root may see users and roles."
+    : "Users and roles are off. To turn them on: pyetcdctl user add root && pyetcdctl auth enable"));
+  if (!state.auth) return;
+  const {users} = await json("GET", "v2/auth/users"), {roles} = await json("GET", "v2/auth/roles");
+  const table = (heads, rows) => h("div.card.scroll", h("table", [heads, ...rows].map((cells, at) =>
+    h("tr", cells.map(cell => h(at ? "td" : "th", {}, cell))))));
+  fill(view, h("h2", "Users"), table(["User", "Roles"], (users || []).map(({user, roles}) =>
+    [h("b", user), names((roles || []).map(({role}) => role))])),
+  h("h2", "Roles"), table(["Role", "May read", "May write"], (roles || []).map(({role, permissions: {kv}}) =>
+    [h("b", role), h("code", names(kv.read)), h("code", names(kv.write))])));
+});
+let logged = [];
+const loadLog = guarded(async () => {
+  logged = (await json("GET", "ui/log")).lines;
+  drawLog();
+  if (current === "log") timer = setTimeout(loadLog, 2000);
+});
+function drawLog() {
+  const wanted = $("logfilter").value.toLowerCase(), box = $("lines");
+  const kinds = {WARNING: "warn", ERROR: "bad", CRITICAL: "bad"};
+  const atEnd = box.scrollTop + box.clientHeight > box.scrollHeight - 30;
+  fill(box, logged.filter(([, ...words]) => words.join(" ").toLowerCase().includes(wanted))
+    .map(([at, kind, from, text]) => h("p", {class: kinds[kind]},
+      h("span", time(new Date(at * 1000))), h("span", from), text)));
+  if (atEnd) box.scrollTop = box.scrollHeight;
+}
+
+// ---- views, keyboard, colours
+
+const VIEWS = ["overview", "keys", "watch", "discovery", "access", "log"];
+let current = "", timer = 0, saved = {};
+try { saved = localStorage; } catch { /* the browser keeps nothing */ }
+
+function go(view) {
+  if (view === current) return;
+  current = view;
+  declined = false;
+  for (const tab of $("tabs").children) {
+    show(tab.dataset.view, tab.dataset.view === view);
+    tab.ariaCurrent = tab.dataset.view === view ? "page" : null;
+  }
+  clearTimeout(timer);
+  if (discovery) discovery.abort();
+  if (!state) return;
+  if (view === "overview") showState();
+  if (view === "keys" && !tree.root.kids) tree.load(tree.root);
+  if (view === "keys") tree.drawSoon();
+  if (view === "discovery") watchTokens((discovery = new AbortController()).signal);
+  if (view === "access") showAccess();
+  if (view === "log") loadLog();
+}
+function route() {
+  const [, view, rest] = /^#\/(\w+)(.*)/.exec(location.hash) || [0, "overview", ""];
+  let key = "/";
+  try { key = cleaned(decodeURIComponent(rest)); } catch { /* no key */ }
+  go(VIEWS.includes(view) ? view : "overview");
+  if (!state) return;
+  if (view === "keys" && (!opened || opened.key !== key)) openKey(key);
+  if (view === "watch" && rest && !(watch.stop && watch.key === key)) {
+    $("watched").value = key;
+    startWatch();
+  }
+}
+function theme(step) {
+  const names = ["as the system has them", "light", "dark"], at = ((saved.theme || 0) % 3 + step) % 3;
+  saved.theme = at;
+  document.documentElement.style.colorScheme = ["light dark", "light", "dark"][at];
+  $("theme").textContent = "◐☀☾"[at];
+  $("theme").title = "Colours: " + names[at];
+}
+function tick() {
+  for (const node of document.querySelectorAll("[data-expires]"))
+    node.textContent = span(node.dataset.expires - clock());
+  if (current === "keys") tree.drawSoon();
+}
+const help = () => choose("Keyboard", h("dl", ["1 – 6", "the views", "/", "search", "n", "new key", "r",
+  "load again", "↑ ↓ ← →", "move in the tree", "Enter", "open", "Ctrl S", "save", "t", "colours"]
+  .map((text, at) => at % 2 ? h("dd", text) : h("dt", h("kbd", text)))));
+function reload() {
+  if (tree.root.kids) tree.load(tree.root);
+  if (opened) openKey(opened.key);
+}
+const createHere = guarded(() => {
+  const {key, dir} = tree.flat[tree.at] || tree.root;
+  return create(cleaned(dir ? key : parentOf(key)).replace(/([^/])$/, "$1/"));
+});
+function keyboard(event) {
+  const {key, target, ctrlKey, metaKey, altKey} = event;
+  if ($("dialog").open || ctrlKey || metaKey || altKey || /INPUT|TEXTAREA|SELECT/.test(target.tagName)) return;
+  if (VIEWS[key - 1]) location.hash = "#/" + VIEWS[key - 1];
+  else if (key === "/") { go("keys"); $("query").focus(); }
+  else if (key === "n" && state && state.ui === "true") createHere();
+  else if (key === "r" && current === "keys") reload();
+  else if (key === "t") theme(1);
+  else if (key === "?") help();
+  else return;
+  event.preventDefault();
+}
+let typing = 0;
+function search() {
+  clearTimeout(typing);
+  typing = setTimeout(guarded(() => tree.search($("query").value.trim())), 250);
+}
+for (const view of VIEWS) $("tabs").append(
+  h("a", {href: "#/" + view, "data-view": view}, view[0].toUpperCase() + view.slice(1)));
+on("theme", "click", () => theme(1));
+on("help", "click", help);
+on("login", "click", () => logIn());
+on("query", "input", search);
+on("where", "change", search);
+on("hidden", "change", () => { tree.load(tree.root); search(); });
+on("reload", "click", reload);
+on("create", "click", createHere);
+on("tree", "scroll", () => tree.drawSoon());
+on("tree", "keydown", event => tree.key(event));
+// By place: the row may be drawn again before it is released.
+on("tree", "click", ({clientY}) => tree.open(
+  Math.floor((clientY - $("space").getBoundingClientRect().top) / tree.high)));
+on("start", "click", startWatch);
+on("watched", "keydown", ({key}) => { if (key === "Enter") startWatch(); });
+on("pause", "click", () => {
+  const missed = watch.paused;
+  watch.paused = missed ? null : [];
+  watch.events = watch.events.concat(missed || []).slice(-1000);
+  (missed || []).forEach(addEvent);
+  showWatch();
+});
+on("filter", "input", drawEvents);
+on("token", "click", guarded(async () => {
+  const url = await (await ask("POST", "new", {form: {size: $("size").value}})).text();
+  toast("A new token: " + url, {label: "Copy", act: () => copy(url), seconds: 20});
+  loadTokens();
+}));
+on("logfilter", "input", drawLog);
+addEventListener("hashchange", route);
+addEventListener("keydown", keyboard);
+addEventListener("resize", () => tree.drawSoon());
+theme(0);
+route();
+poll().then(() => { current = ""; route(); });
+setInterval(tick, 1000);
+'''
+
+
+# ============================================================================
 # api/request_log -- The line of a request at level DEBUG.
 # ============================================================================
 
@@ -16136,6 +17641,113 @@ class _Logged:
             self.log.debug("[%s] %s remote:%s status:%d duration:%.3f ms", *self.line,
                            int(data[9:12]), round(seconds * 1e3, 3))
             vars(self)["line"] = ()
+
+
+# ============================================================================
+# api/ring -- The last five minutes of a member, a sample a second: what the page draws.
+# ----------------------------------------------------------------------------
+# Nothing is counted for it: a sample is the difference of counters that are there anyway.
+# ============================================================================
+
+
+SAMPLES_MAX = 300                   # kept, one a second; above: the oldest is forgotten
+SAMPLE_SECONDS = 1.0
+_WRITES = ("sets", "create", "update", "delete", "compare_and_swap", "compare_and_delete")
+
+
+class SecondSample(NamedTuple):
+    """What happened in one second; latencies are 0 if nothing was measured."""
+
+    unix_s: int
+    writes_s: float                 # applied, per second: those of the whole cluster
+    reads_s: float                  # of keys, that this member was asked for, per second
+    p50_ms: float                   # of the writes that this member has answered
+    p99_ms: float
+    fsync_ms: float                 # mean time of a write and sync of the log
+    watchers: int
+    keys: int                       # of users, directories included
+
+
+class _Totals(NamedTuple):
+    """The counters at one moment."""
+
+    at: float
+    writes: int
+    reads: int
+    durations: Sequence[int]        # by bucket
+    syncs: int
+    sync_s: float
+
+
+class Ring:
+    """Takes a sample a second, as long as the member runs.  Thread: reactor."""
+
+    def __init__(self, server: EtcdServer, keys: KeysApi) -> None:
+        self.samples: Deque[SecondSample] = collections.deque(maxlen=SAMPLES_MAX)
+        self._server = server
+        self._keys = keys
+        self._before = self._totals()
+        self._timer = server.reactor.every(SAMPLE_SECONDS, self._sample)
+
+    def _totals(self) -> _Totals:
+        server, keys = self._server, self._keys
+        keys.count_puts()
+        stats = server.store.stats
+        counts, sync_s = server.journal.writer.sync_durations.totals
+        return _Totals(
+            server.reactor.now(), sum(getattr(stats, f"{name}_success") for name in _WRITES),
+            keys.reads, keys.write_durations.totals[0], sum(counts), sync_s,
+        )
+
+    def _sample(self) -> None:
+        server = self._server
+        if server.stopping:
+            self._timer.cancel()
+            return
+        before, now = self._before, self._totals()
+        self._before = now
+        seconds = max(now.at - before.at, 1e-3)
+        counts = [new - old for new, old in zip(now.durations, before.durations)]
+        syncs = now.syncs - before.syncs
+        # A snapshot of the leader brings its counters along: no rate can be told from those.
+        self.samples.append(SecondSample(
+            server.reactor.wall_ns() // NS, max(now.writes - before.writes, 0) / seconds,
+            (now.reads - before.reads) / seconds,
+            1_000 * quantile(self._keys.write_durations.bounds, counts, 0.5),
+            1_000 * quantile(self._keys.write_durations.bounds, counts, 0.99),
+            1_000 * (now.sync_s - before.sync_s) / syncs if syncs else 0.0,
+            server.store.stats.watchers, count_keys(server.store),
+        ))
+
+
+def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float:
+    """Return the value below which `share` of the counted values lie; 0.0 if there are none.
+
+    bounds  upper bounds of the buckets; the last count is of what is above them
+
+    The values of a bucket are taken to lie evenly between its bounds.
+    """
+    wanted = share * sum(counts)
+    if not wanted:
+        return 0.0
+    steps = zip([0.0, *bounds], bounds, itertools.accumulate(counts), counts)
+    for lower, upper, below, here in steps:
+        if below >= wanted:
+            return upper - (below - wanted) / here * (upper - lower)
+    return bounds[-1]
+
+
+def count_keys(store: Store) -> int:
+    """Return how many keys and directories users have: all nodes but those of the cluster."""
+    members = [f"/0/members/{name}" for name, _ in store.children("/0/members")]
+    others = sum(map(store.count_children, (*_NOT_OF_USERS, *members)))
+    return max(len(store) - 1 - others, 0)
+
+
+# Where the cluster, users and roles lie; "/" itself has "/1", which is no key.
+_NOT_OF_USERS = (
+    "/", "/0", "/0/members", "/0/removed_members", "/2", "/2/users", "/2/roles",
+)
 
 
 # ============================================================================
@@ -16370,6 +17982,318 @@ _LEVELS = {
 
 
 # ============================================================================
+# api/ui -- The page, /ui, and the few paths below it that the page needs beside the other APIs.
+# ----------------------------------------------------------------------------
+# /ui                 the page
+# /ui/status          members, what is wrong, and the samples of the last five minutes
+# /ui/keys/<path>     the children of a directory, or with ?q= what is found below it
+# /ui/log             the last lines of the log, for root
+# ============================================================================
+
+
+PAGE_HEADER = "x-pyetcd-page"       # of every write of the page: no form can send it, and no
+                                    # script of another origin without being asked about
+UI_MODES = ("true", "false", "readonly")
+LISTED_MAX = 200_000                # children in one answer; above: cut, and said so
+HITS_MAX = 500                      # of one search; likewise
+PREVIEW_CHARS_MAX = 60              # of a value in a row; above: cut
+BROWSES_MAX = 8                     # listings and searches at a time; above: 503
+BROWSE_SLICE_NODES = 1_000          # looked at in one turn: 2 ms
+UNREAD_BYTES_MAX = 256 << 10        # of an answer; above: the walk waits for the client
+_READS = ("GET", "HEAD", "OPTIONS")
+
+
+def _source_hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def page_headers() -> str:
+    """Return the header lines of the page: it may run its own script only, and ask us only.
+
+    Trusted types make the browser refuse every way from text to HTML, script included.
+    """
+    policy = (
+        f"default-src 'none'; script-src {_source_hash(PAGE_JS)}; style-src"
+        f" {_source_hash(PAGE_CSS)}; connect-src 'self'; img-src data:; base-uri 'none';"
+        " form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script';"
+        " trusted-types 'none'"
+    )
+    return (
+        f"Content-Security-Policy: {policy}\r\nX-Content-Type-Options: nosniff\r\n"
+        "X-Frame-Options: DENY\r\nReferrer-Policy: same-origin\r\nCache-Control: no-cache\r\n"
+    )
+
+
+class UiApi:
+    """/ui and what is below it.  mode: one of UI_MODES.  Thread: reactor."""
+
+    def __init__(self, server: EtcdServer, auth: Auth, guard: Guard, keys: KeysApi) -> None:
+        self._server = server
+        self._auth = auth
+        self._guard = guard
+        self._mode = server.config.ui
+        self._page = PAGE_HTML.replace("@STYLE@", PAGE_CSS).replace("@SCRIPT@", PAGE_JS).encode()
+        self._headers = page_headers()
+        self._overview = Overview(server)
+        self._ring = Ring(server, keys) if self._mode != "false" else None
+        self._browses: Set[Browse] = set()
+
+    def stop(self) -> None:
+        """Ask the other members no more."""
+        self._overview.stop()
+
+    def route(self, head: HttpHead) -> Optional[Handler]:
+        """Return what answers a request with this head; None if it is no matter of the page."""
+        path = head.path
+        if path != "/" and path != "/ui" and not path.startswith("/ui/"):
+            return None
+        if self._mode == "false":
+            return None
+        if path == "/":
+            is_browser = "text/html" in head.headers.get("accept", "")
+            return _send_to_page if is_browser and head.method in ("GET", "HEAD") else None
+        is_listing = path.startswith("/ui/keys/") or path == "/ui/keys"
+        if head.method != "GET" and (is_listing or head.method != "HEAD"):
+            return functools.partial(refuse_method, "GET" if is_listing else "GET,HEAD")
+        if is_listing:
+            return self._route_keys(head)
+        if path == "/ui/log":
+            return self._guard.root(head, self._log, refuse_credentials)
+        handlers: Dict[str, Handler] = {
+            "/ui": self._send_page, "/ui/": _send_to_page, "/ui/status": self._status,
+        }
+        return handlers.get(path, not_found)
+
+    def refusal(self, head: HttpHead, origins: FrozenSet[str]) -> Optional[Handler]:
+        """Return what refuses a write of a page; None if it is none, or may pass.
+
+        A form on a page elsewhere can POST without that page's script being asked about.
+
+        origins  those that the operator has named in -cors
+        """
+        headers, is_read = head.headers, head.method in _READS
+        if PAGE_HEADER in headers and (not is_read or head.path == "/new"):
+            return None if self._mode == "true" else _refuse_readonly
+        if is_read:
+            return None
+        if "referer" in headers and headers["referer"].endswith(f"://{headers.get('host')}/ui"):
+            return _refuse_headerless
+        if head.method != "POST" or not head.path.startswith("/v2/"):
+            return None
+        is_allowed = "*" in origins or headers.get("origin", "") in origins
+        return _refuse_foreign if not is_allowed and is_foreign(head) else None
+
+    def _send_page(self, request: HttpRequest) -> None:
+        request.reply(200, self._page, "text/html; charset=utf-8", self._headers)
+
+    def _status(self, request: HttpRequest) -> None:
+        """?since=UNIX_S: without the samples up to then."""
+        assert self._ring is not None   # else there is no such path
+        server, overview = self._server, self._overview
+        since = request.query.partition("since=")[2][:20]
+        overview.look()
+        rows = overview.rows()
+        samples = [
+            [sample.unix_s, *(round(value, 3) for value in sample[1:])]
+            for sample in self._ring.samples
+            if not since.isdecimal() or sample.unix_s > int(since)
+        ]
+        history = server.store.hub.history
+        text = json_text({
+            "now": server.reactor.wall_ns() / NS, "ui": self._mode, "auth": self._auth.enabled,
+            "cluster": format_id(server.cluster.id), "version": SERVER_VERSION,
+            "pyetcd": __version__, "index": server.store.current_index,
+            "history": history.first_index, "problems": overview.problems(rows),
+            "members": rows,
+        })
+        text = f'{text[:-1]},"samples":{json.dumps(samples)}}}'     # 0.5 ms instead of 4
+        request.reply(200, utf8(text), headers=_NO_STORE)
+
+    def _log(self, request: HttpRequest) -> None:
+        lines = list(RECENT_LINES.lines)
+        request.reply(200, utf8(json_text({"lines": lines})), headers=_NO_STORE)
+
+    # -- keys --------------------------------------------------------------
+
+    def _route_keys(self, head: HttpHead) -> Handler:
+        path = clean_path(head.path[len("/ui/keys"):] or "/")
+        if len(head.query) > SHORT_HEADER_BYTES_MAX:
+            return lambda request: request.reply(414)
+        try:
+            fields = parse_form(head.query.encode("latin-1"))
+        except InvalidForm as error:
+            refused = error.with_traceback(None)
+            return lambda request: write_error(request, refused, "")
+        wanted = fields.get("q", "").lower()
+        browse = functools.partial(
+            self._browse, "/1" + path.rstrip("/"), wanted, fields.get("in", ""),
+            "hidden" in fields,
+        )
+        return self._guard.key(
+            head, path, write=False, recursive=bool(wanted), passed=browse,
+            refused=refuse_credentials,
+        )
+
+    def _browse(
+        self, path: str, text: str, where: str, hidden: bool, request: HttpRequest
+    ) -> None:
+        if len(self._browses) >= BROWSES_MAX:
+            write_message(request, 503, "too many listings are under way; try again")
+            return
+        store = self._server.store
+        nodes = store.below(path, recursive=bool(text), hidden=hidden)
+        if nodes is None:
+            try:
+                store.listing(path, now_ns=0).end()
+            except EtcdError as error:
+                write_error(request, error, "")
+            return
+        rows = search(nodes, text, where) if text else listing(nodes)
+        browse = Browse(request, self._server, rows, HITS_MAX if text else LISTED_MAX,
+                        self._browses.discard)
+        self._browses.add(browse)
+        browse.start()
+
+
+_NO_STORE = "Cache-Control: no-store\r\n"
+
+
+def _send_to_page(request: HttpRequest) -> None:
+    request.reply(302, headers="Location: /ui\r\nVary: Accept\r\n")
+
+
+def _refuse_readonly(request: HttpRequest) -> None:
+    write_message(request, 403, "the page may not write here: the member runs with -ui=readonly,"
+                  " or -ui=false")
+
+
+def _refuse_headerless(request: HttpRequest) -> None:
+    write_message(request, 403, f"a write of the page has the header {PAGE_HEADER}")
+
+
+def _refuse_foreign(request: HttpRequest) -> None:
+    write_message(request, 403, "a web page elsewhere may have sent this, without its reader's"
+                  " knowledge: name the page's origin in -cors if it may")
+
+
+def is_foreign(head: HttpHead) -> bool:
+    """True if a browser sends this for a page of another origin."""
+    site = head.headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("cross-site", "same-site")
+    origin = head.headers.get("origin", "")
+    return origin != "" and origin.partition("://")[2] != head.headers.get("host", "")
+
+
+Rows = Iterator[str]                # for each node looked at, and now and then: a row, or ""
+Nodes = Iterator[Optional[Tuple[str, Node]]]
+
+
+def row_json(name: str, node: Node) -> str:
+    """Return [name, is directory, value's begin, size, expiry in unix s or 0, modified index].
+
+    size  of a directory: number of its children; of a value: in bytes, as JSON if it is long
+    """
+    preview, size = "", len(node.children or ())
+    if isinstance(node, LongNode):
+        size = sum(map(len, node.json))
+    elif node.value is not None:
+        preview, size = node.value[:PREVIEW_CHARS_MAX], len(utf8(node.value))
+    return (
+        f"[{json_string(name)},{int(node.children is not None)},{json_string(preview)},{size}"
+        f",{node.expires_ns / NS:.0f},{node.modified_index}]"
+    )
+
+
+def listing(nodes: Nodes) -> Rows:
+    """Rows of the children of a directory."""
+    for found in nodes:
+        yield "" if found is None else row_json(found[0][found[0].rfind("/") + 1:], found[1])
+
+
+def search(nodes: Nodes, text: str, where: str) -> Rows:
+    """Rows of what has `text`, in lower case, in its key or value, whatever their case.
+
+    where  `key`, `value` or "": both
+    """
+    for found in nodes:
+        if found is None:
+            yield ""
+            continue
+        path, node = found
+        has = where != "value" and text in path[2:].lower()
+        if not has and where != "key":
+            if isinstance(node, LongNode):
+                has = yield from _long_has(node, json_string(text)[1:-1])
+            else:
+                has = node.value is not None and text in node.value.lower()
+        yield row_json(path[2:], node) if has else ""
+
+
+def _long_has(node: LongNode, inside: str) -> Generator[str, None, bool]:
+    """Return whether the JSON of a long value has `inside`, with a pause for each piece."""
+    before = ""
+    for piece in node.json:
+        here = before + piece.decode().lower()
+        if inside in here:
+            return True
+        before = here[1 - len(inside):] if len(inside) > 1 else ""
+        yield ""
+    return False
+
+
+class Browse:
+    """One answer to /ui/keys: a walk in slices, as fast as the client reads.
+
+    Lines of JSON: arrays of rows, then an object that says whether there is more.
+    """
+
+    def __init__(
+        self, request: HttpRequest, server: EtcdServer, rows: Rows, rows_max: int,
+        ended: "Callable[[Browse], None]",
+    ) -> None:
+        self._reactor = server.reactor
+        self._rows = rows
+        self._left = rows_max
+        self._ended = ended
+        self._looked = 0
+        index = server.store.current_index
+        self._end = f'"index":{index}'
+        self._reply: StreamReply = request.start_stream(
+            200, "application/x-ndjson", f"X-Etcd-Index: {index}\r\n{_NO_STORE}")
+        self._reply.on_close = self._gone
+
+    def start(self) -> None:
+        """Write the first slice."""
+        self._go_on()
+
+    def _go_on(self) -> None:
+        reply = self._reply
+        if reply.closed:
+            self._ended(self)
+            return
+        looked = list(itertools.islice(self._rows, BROWSE_SLICE_NODES))
+        self._looked += len(looked)
+        found = [row for row in looked if row][:self._left]
+        self._left -= len(found)
+        if found:
+            reply.write(f"[{','.join(found)}]\n".encode())
+        if not self._left or len(looked) < BROWSE_SLICE_NODES:
+            more = str(not self._left).lower()
+            reply.write(f'{{{self._end},"looked":{self._looked},"more":{more}}}\n'.encode())
+            reply.end()
+            self._ended(self)
+        elif reply.pending > UNREAD_BYTES_MAX:
+            reply.when_read(functools.partial(self._reactor.call_soon, self._go_on))
+        else:
+            self._reactor.call_in_turn(self._go_on)
+
+    def _gone(self) -> None:
+        self._rows = iter(())
+        self._ended(self)
+
+
+# ============================================================================
 # api/routes -- The tables of paths of the client port and the peer port.
 # ============================================================================
 
@@ -16443,6 +18367,7 @@ class ClientApi:
         self._auth = AuthApi(server, auth, self._guard)
         self._keys = KeysApi(server, self._guard)
         self._members = MembersApi(server)
+        self._ui = UiApi(server, auth, self._guard, self._keys)
         status, snapshot = StatusApi(server), SnapshotApi(server)
         self._routes: Dict[str, Tuple[Tuple[str, ...], Handler]] = {
             "/v2/members": (MembersApi.METHODS, self._members.handle),
@@ -16459,6 +18384,10 @@ class ClientApi:
             **{path: (("GET",), status.probe) for root, checks in StatusApi.CHECKS.items()
                for path in (root, *(f"{root}/{check}" for check in checks))},
         }
+
+    def stop(self) -> None:
+        """End what was begun for clients."""
+        self._ui.stop()
 
     @property
     def handler(self) -> Handler:
@@ -16488,10 +18417,16 @@ class ClientApi:
             return _bad_request
         if not is_clean_path(path):
             return redirect
+        refusal = self._ui.refusal(head, self._origins)
+        if refusal is not None:
+            return refusal
         if path == "/v2/keys" or path.startswith("/v2/keys/"):
             return self._keys.route(head)
         if path.startswith("/v2/auth/"):
             return self._auth.route(head)
+        of_page = self._ui.route(head)
+        if of_page is not None:
+            return of_page
         name = "/v2/members" if path.startswith("/v2/members/") else path
         if path == "/new":              # makes a discovery token, which is a write
             return self._guard.key(
@@ -16551,7 +18486,7 @@ class PeerApi:
             _bad_request(request)
         elif not is_clean_path(path):
             redirect(request)
-        elif path in ("/members", "/version"):
+        elif path in ("/members", "/version", "/status"):
             self._describe_cluster(request, path)
         elif not self._server.transport.handle(request):
             not_found(request)
@@ -16561,6 +18496,8 @@ class PeerApi:
             refuse_method("GET", request)
         elif path == "/version":
             request.reply(200, version_json(self._server))
+        elif path == "/status":             # for the page of another member
+            reply_report(self._server, request)
         else:
             cluster = self._server.cluster
             members = sorted(cluster.members.values())
@@ -16582,6 +18519,7 @@ class DiscoveryService:
 
     do    EtcdServer.do
     keys  the handler of /v2/keys requests
+    wall_ns  the clock whose time the tokens hold; None: they hold none
 
     Thread: reactor.  Source: discovery.etcd.io.
     Differs from discovery.etcd.io: sizes below 1 are refused, as no cluster can have them.
@@ -16589,10 +18527,11 @@ class DiscoveryService:
 
     def __init__(
         self, do: Callable[[Request, Callable[[Any], None]], None],
-        keys: Callable[[HttpRequest], None],
+        keys: Callable[[HttpRequest], None], wall_ns: Optional[Callable[[], int]] = None,
     ) -> None:
         self._do = do
         self._keys = keys
+        self._wall_ns = wall_ns
 
     def handle(self, request: HttpRequest) -> bool:
         """Answer a request for the registry; return False for any other path."""
@@ -16613,7 +18552,8 @@ class DiscoveryService:
         """Make a token; answer with its URL, below the host that the client asked."""
         host = request.headers.get("host", "")
         if is_from_browser(request.headers) and not (
-            isinstance(request, CorsRequest) and request.is_allowed
+            PAGE_HEADER in request.headers      # then it was the page's button
+            or isinstance(request, CorsRequest) and request.is_allowed
         ):
             write_text(request, 403, _NOT_FOR_PAGES)
             return
@@ -16628,7 +18568,7 @@ class DiscoveryService:
         if not host:
             write_text(request, 400, "missing Host header\n")
             return
-        token = os.urandom(16).hex()
+        token = make_token(self._wall_ns() if self._wall_ns is not None else None)
 
         def done(result: "Any") -> None:
             if isinstance(result, EtcdError):
@@ -16654,6 +18594,19 @@ class DiscoveryService:
         head.keep_alive, head.takes_raw = old.keep_alive, old.takes_raw
         request.head = head
         self._keys(request)
+
+
+def make_token(wall_ns: Optional[int]) -> str:
+    """Return a new token, a UUID of version 7 in hex: nobody can guess it, and it has an age.
+
+    wall_ns  unix nanoseconds; None: all of it is by chance
+    """
+    token = bytearray(os.urandom(16))
+    if wall_ns is not None:                     # RFC 9562 §5.7
+        token[:6] = (wall_ns // 1_000_000).to_bytes(6, "big")
+        token[6] = token[6] & 0x0F | 0x70
+        token[8] = token[8] & 0x3F | 0x80
+    return token.hex()
 
 
 _NOT_FOR_PAGES = (
@@ -17750,6 +19703,7 @@ listen-client-urls  urls  list of URLs to listen on for client traffic.
 max-snapshots  uint  maximum number of snapshot files to retain (0 is unlimited).
 max-wals  uint  maximum number of wal files to retain (0 is unlimited).
 cors  origins  comma-separated whitelist of origins for cross-origin resource sharing.
+ui  true|false|readonly  the page at /ui: `true`, `false`, or `readonly`.
 """),
     "clustering": (*flag_rows("""
 initial-advertise-peer-urls  urls  list of this member's peer URLs to advertise to other members.
@@ -18798,6 +20752,7 @@ class Server(ServerThread):
         super()._init(config)
         self.etcd: Optional[EtcdServer] = None      # after start(); touch it through call() only
         self._peer_api: Optional[PeerApi] = None
+        self._client_api: Optional[ClientApi] = None
         self._data_loss_check: Optional[DataLossCheck] = None
         self._ready = threading.Event()
         self._leaving = False           # stop() has begun
@@ -18850,9 +20805,9 @@ class Server(ServerThread):
         )
         if DataLossCheck.is_due(boot):
             self._data_loss_check = DataLossCheck(self.etcd, self._refuse, boot.peer_tls)
-        api = ClientApi(self.etcd)
+        self._client_api = api = ClientApi(self.etcd)
         self._count_client_bytes(self.etcd.metrics)
-        api.fallback = DiscoveryService(self.etcd.do, api.serve).handle
+        api.fallback = DiscoveryService(self.etcd.do, api.serve, self._reactor.wall_ns).handle
         for listener in self._client_listeners:
             listener.handler = api.handler
         self._peer_api = PeerApi(self.etcd)
@@ -18925,6 +20880,8 @@ class Server(ServerThread):
     def _free(self) -> None:
         if self._data_loss_check is not None:
             self._data_loss_check.end()
+        if self._client_api is not None:
+            self._client_api.stop()
         if self.etcd is not None:
             self.etcd.abandon()
 
@@ -23115,7 +25072,7 @@ def set_up_logging(settings: Settings) -> None:
     root = logging.getLogger("pyetcd")
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if settings["log-format"] == "json" else LogFormatter())
-    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now)]
+    root.handlers[:] = [RepeatHandler(handler, SYSTEM_CLOCK.now), RECENT_LINES]
     root.propagate = False
     root.setLevel(logging.DEBUG if settings["debug"] else logging.INFO)
     for package, level in settings["log-package-levels"].items():

@@ -203,6 +203,7 @@ listen-client-urls  urls  list of URLs to listen on for client traffic.
 max-snapshots  uint  maximum number of snapshot files to retain (0 is unlimited).
 max-wals  uint  maximum number of wal files to retain (0 is unlimited).
 cors  origins  comma-separated whitelist of origins for cross-origin resource sharing.
+ui  true|false|readonly  the page at /ui: `true`, `false`, or `readonly`.
 """),
     "clustering": (*flag_rows("""
 initial-advertise-peer-urls  urls  list of this member's peer URLs to advertise to other members.

@@ -116,7 +116,7 @@ class VersionMonitor:
         self._cluster = cluster
         self._member_id = member_id
         self._propose = propose
-        self._tls = tls
+        self.tls = tls
         self._calls: List[HttpCall] = []
         self._versions: Dict[int, str] = {}
         self._timer: Optional[Timer] = None
@@ -151,7 +151,7 @@ class VersionMonitor:
 
         self._calls.append(fetch(
             self._reactor, url, "/version", done, connect_timeout_s=1.0, idle_timeout_s=2.0,
-            tls=self._tls,
+            tls=self.tls,
         ))
 
     def _decide(self) -> None:
