@@ -531,7 +531,7 @@ def test_page_in_a_browser_that_is_read_only_offers_no_write(browser, tmp_path):
 
 
 def test_page_in_a_browser_shows_100000_keys_of_a_directory(browser, member):
-    """The document holds the rows that can be seen, and the server looks at 1,000 in a turn."""
+    """The document holds the rows that can be seen, and the server looks at 500 in a turn."""
     def fill(etcd):
         for number in range(100_000):
             etcd.store.set(f"/1/many/key{number:06}", value=f"value {number}", now_ns=1)

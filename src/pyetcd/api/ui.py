@@ -40,7 +40,7 @@ LISTED_MAX = 200_000                # children in one answer; above: cut, and sa
 HITS_MAX = 500                      # of one search; likewise
 PREVIEW_CHARS_MAX = 60              # of a value in a row; above: cut
 BROWSES_MAX = 8                     # listings and searches at a time; above: 503
-BROWSE_SLICE_NODES = 1_000          # looked at in one turn: 2 ms
+BROWSE_SLICE_NODES = 500            # looked at in one turn: 2 ms
 UNREAD_BYTES_MAX = 256 << 10        # of an answer; above: the walk waits for the client
 _READS = ("GET", "HEAD", "OPTIONS")
 
@@ -243,7 +243,7 @@ def row_json(name: str, node: Node) -> str:
         preview, size = node.value[:PREVIEW_CHARS_MAX], len(utf8(node.value))
     return (
         f"[{json_string(name)},{int(node.children is not None)},{json_string(preview)},{size}"
-        f",{node.expires_ns / NS:.0f},{node.modified_index}]"
+        f",{node.expires_ns // NS},{node.modified_index}]"
     )
 
 
