@@ -410,6 +410,47 @@ def test_house_every_module_says_what_it_holds() -> None:
     assert not missing
 
 
+def test_house_pieces_of_the_server_do_not_call_back_into_it() -> None:
+    """Modules of `member` get callables, the cluster, the journal; api and life hold a server."""
+    holders = [path.name for path in _sources("pyetcd") if path.parent.name == "member"
+               and path.name != "server.py" and any(
+                   isinstance(node, ast.Name) and node.id == "EtcdServer"
+                   or isinstance(node, ast.Attribute) and node.attr in ("_etcd", "_server")
+                   for node in ast.walk(_tree(path)))]
+    assert not holders
+
+
+# -- the drawing of a PUT's way
+
+
+def _defined() -> Dict[str, Set[str]]:
+    """Class -> its methods, of all sources of the server."""
+    return {node.name: {part.name for part in node.body if isinstance(part, _FUNCTIONS)}
+            for path in _sources("pyetcd") for node in ast.walk(_tree(path))
+            if isinstance(node, ast.ClassDef)}
+
+
+@pytest.mark.parametrize("path, least", [
+    ("src/pyetcd/member/server.py", 20), ("docs/contributing.md", 6),
+])
+def test_house_functions_named_in_drawing_and_manual_exist(path: str, least: int) -> None:
+    """The way of a PUT above EtcdServer, and the four ways to find, name methods of the sources."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    if path.endswith(".py"):
+        text = ast.get_docstring(_tree(ROOT / path)) or ""
+    defined = _defined()
+    named = re.findall(r"\b([A-Z]\w+)\.(?!md\b)(_?[a-z]\w+)\b", text)
+    assert len(set(named)) >= least
+    assert not {f"{owner}.{name}" for owner, name in named if name not in defined.get(owner, ())}
+
+
+def test_house_drawing_of_a_put_is_in_the_built_file() -> None:
+    """The way of a PUT stands in the banner above the server's module."""
+    drawing = ast.get_docstring(_tree(ROOT / "src/pyetcd/member/server.py")) or ""
+    built = (ROOT / "pyetcd.py").read_text(encoding="utf-8")
+    assert all(f"# {line}".rstrip() in built for line in drawing.splitlines()[1:])
+
+
 # -- tests and manual
 
 

@@ -84,14 +84,14 @@ class _FuzzListener:
         self.reactor = _FuzzReactor()
         self.flush_soon = self.reactor.flush_soon
         self.heads, self.unread, self.requests = {}, {}, []
-        self.held = pyetcd.HeldBytes(self.reactor)
+        self.budget = pyetcd.BufferBudget(self.reactor)
 
     def dispatch(self, request):
         self.requests.append((request.method, request.target, request.body,
                               request.body_too_large, dict(request.headers)))
         request.reply(200, b"ok")
 
-    has_partial = True
+    partial = (None,)
 
     def watch_partial(self, connection, partial, *, begun): pass
     def watch_unread(self, connection, taken): pass

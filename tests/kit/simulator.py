@@ -230,6 +230,13 @@ class _SimReactor:
         self.sim.at(delay_s * self.member.drift, self._fire, timer, life=self)
         return timer
 
+    def every(self, period_s, callback):
+        def call():
+            self.sim.at(period_s * self.member.drift, self._fire, timer, life=self)
+            callback()
+        timer = self.call_later(period_s, call)
+        return timer
+
     def _fire(self, timer):
         if timer.callback is not None:
             timer.callback(*timer.args)
@@ -1249,7 +1256,7 @@ def _bug_log_checksum_ignored(patch):
 
 def _bug_snapshot_checksum_ignored(patch):
     def decode(content):
-        values = pyetcd._decode_known(
+        values = pyetcd.decode_known(
             content, {1: ("crc", 0, int), 2: ("data", 2, bytes)}, "snappb.Snapshot")
         return pyetcd.decode_snapshot(values.get("data", b""))
     patch.setattr(pyetcd, "decode_snapshot_file", decode)

@@ -335,7 +335,7 @@ def test_flags_empty_name_is_named() -> None:
 
 def test_flags_packages_that_log_are_all_known() -> None:
     text = Path(pyetcd.__file__).read_text()
-    used = set(re.findall(r'(?:package_logger|Complaints)\("([a-z]+)', text)) | {"flags"}
+    used = set(re.findall(r'(?:package_logger|ThrottledLog)\("([a-z]+)', text)) | {"flags"}
     assert used == set(pyetcd.LOG_PACKAGES)
 
 

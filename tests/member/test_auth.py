@@ -342,7 +342,7 @@ def test_auth_new_names_push_nobody_out_of_a_full_queue(monkeypatch):
     for _ in range(50):
         reactor.finish_check()
     assert answered == [True] * 8 and guessed.count(True) == 42
-    assert len(checks._wrong) == 20 and not (checks._owing or checks._waiting)
+    assert len(checks._wrong) == 20 and not (checks._pending or checks._waiting)
 
 
 def test_auth_who_guesses_most_is_refused_first_when_too_many_wait(monkeypatch):

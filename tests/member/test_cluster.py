@@ -257,7 +257,7 @@ def test_cluster_recover_forgets_a_version_that_the_store_lacks():
 ])
 def test_cluster_strict_add(started, members, allowed):
     """With one more, the started ones must still be a quorum; one member may always grow."""
-    _cluster_strict(started, members, allowed, Cluster.check_strict_add)
+    _cluster_strict(started, members, allowed, ConfChangeType.ADD_NODE)
 
 
 @pytest.mark.parametrize(("started", "members", "allowed"), [
@@ -265,19 +265,19 @@ def test_cluster_strict_add(started, members, allowed):
 ])
 def test_cluster_strict_remove_of_a_started_member(started, members, allowed):
     """Of the rest, the started ones must be a quorum; member 1 is a started one."""
-    _cluster_strict(started, members, allowed, lambda cluster: cluster.check_strict_remove(1))
+    _cluster_strict(started, members, allowed, ConfChangeType.REMOVE_NODE)
 
 
-def _cluster_strict(started, members, allowed, check):
+def _cluster_strict(started, members, allowed, change):
     cluster = Cluster()
     cluster.members = {
         id: Member(id, (), "name" if id <= started else "") for id in range(1, members + 1)
     }
     if allowed:
-        check(cluster)
+        cluster.check_strict(change, 1)
     else:
         with pytest.raises(pyetcd.NotEnoughStarted, match="not enough started members"):
-            check(cluster)
+            cluster.check_strict(change, 1)
 
 
 def test_cluster_strict_refusal_is_logged_like_etcd(cluster_log):
@@ -285,7 +285,7 @@ def test_cluster_strict_refusal_is_logged_like_etcd(cluster_log):
     cluster = Cluster()
     cluster.members = {id: Member(id, (), "n" if id == 1 else "") for id in (1, 2)}
     with pytest.raises(pyetcd.NotEnoughStarted):
-        cluster.check_strict_add()
+        cluster.check_strict(ConfChangeType.ADD_NODE, 9)
     assert cluster_log.messages == [
         "Reject add member request: the number of started member (1) will be less than the"
         " quorum number of the cluster (2)"

@@ -271,10 +271,13 @@ def test_members_strict_check_counts_those_that_can_be_reached(
     change, id, members, active, allowed
 ):
     """Those that are up afterwards are a quorum; who is down may go; member 1 is asked."""
+    cluster = pyetcd.Cluster()
+    cluster.local_id = 1
+    cluster.members = {each: pyetcd.Member(each, ()) for each in range(1, members + 1)}
+
     def check():
-        pyetcd.check_active(
-            ConfChangeType[change + "_NODE"], id, 1, range(1, members + 1),
-            lambda member: float(member in active))
+        cluster.check_active(
+            ConfChangeType[change + "_NODE"], id, lambda member: float(member in active))
     if allowed:
         check()
     else:

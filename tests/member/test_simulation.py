@@ -72,13 +72,13 @@ def test_sim_work_in_small_pieces(monkeypatch):
     """Batches written, entries applied and keys removed, a few at a time over several turns."""
     monkeypatch.setattr(pyetcd, "WORK_BYTES_MAX", 150)
     monkeypatch.setattr(pyetcd, "REMOVED_NODES_MAX", 1)
-    pieces, write = [], pyetcd.Journal._write
+    pieces, write = [], pyetcd.Journal._write_batch
 
     def count(journal, batch):
         write(journal, batch)
         pieces.append(journal.is_encoding)
 
-    monkeypatch.setattr(pyetcd.Journal, "_write", count)
+    monkeypatch.setattr(pyetcd.Journal, "_write_batch", count)
     for seed in range(40_000, 40_015):
         _sim_scenario(seed)
     assert sum(pieces) > 100

@@ -362,6 +362,7 @@ class _LinkFakeReactor:
     def __init__(self) -> None:
         self.time = 1_000.0
         self.heap: List[Tuple[float, int, _LinkFakeTimer]] = []
+        self.order = itertools.count()
 
     def now(self) -> float:
         return self.time
@@ -371,8 +372,20 @@ class _LinkFakeReactor:
 
     def call_later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> Any:
         timer = _LinkFakeTimer(lambda: callback(*args))
-        heapq.heappush(self.heap, (self.time + delay_s, len(self.heap), timer))
+        self.call_at(self.time + delay_s, timer)
         return timer
+
+    def every(self, period_s: float, callback: Callable[[], None]) -> Any:
+        def call() -> None:
+            self.call_at(self.time + period_s, timer)
+            callback()
+
+        timer = _LinkFakeTimer(call)
+        self.call_at(self.time + period_s, timer)
+        return timer
+
+    def call_at(self, when: float, timer: _LinkFakeTimer) -> None:
+        heapq.heappush(self.heap, (when, next(self.order), timer))
 
     def pass_time(self, seconds: float) -> None:
         end = self.time + seconds
@@ -417,14 +430,15 @@ class _LinkFakes:
     def __init__(self) -> None:
         self.reactor = _LinkFakeReactor()
         self.unreachable: List[int] = []
-        self.complaints: List[str] = []
+        self.errors: List[str] = []
         self.snapshots: List[Tuple[int, bool]] = []
         self.sent: List[pyetcd.Sent] = []
         self.round_trips: List[Any] = []
         self.context = pyetcd.LinkContext(
-            self.reactor, 1, "c", {}, 1.0, self.complaints.append, lambda message, size: True,
+            self.reactor, 1, "c", {}, 1.0, self.errors.append, lambda message, size: True,
             self.unreachable.append, lambda to, ok: self.snapshots.append((to, ok)),
             lambda: None, self.sent.append, lambda *round_trip: self.round_trips.append(round_trip),
+            None, pyetcd.SlicedWork(self.reactor),
         )
         self.status = pyetcd.PeerStatus(2, self.reactor.wall_ns)
 
@@ -472,8 +486,9 @@ def test_link_recording_is_encoded_to_the_same_bytes(name: str) -> None:
     encoder = AppV2Encoder(EntryListEncoder()) if is_app else MessageEncoder()
     messages = iter(decoder.feed(data))
 
-    encoded = [encoder.heartbeat if _link_is_heartbeat(frame) else encoder.encode(next(messages))
-               for frame in recording["frames"]]
+    encoded = [
+        encoder.heartbeat if _link_is_heartbeat(frame) else b"".join(encoder.encode(next(messages)))
+        for frame in recording["frames"]]
 
     assert b"".join(encoded) == data
 
@@ -518,7 +533,7 @@ def test_link_msgappv2_nonsense_is_a_codec_error(frame: bytes) -> None:
 ])
 def test_link_msgappv2_nonsense_in_a_short_frame_is_a_codec_error(rest: bytes) -> None:
     """The frame that leaves things out is checked like the full one."""
-    start = AppV2Encoder(EntryListEncoder()).encode(_link_app(3, [5]))
+    start = b"".join(AppV2Encoder(EntryListEncoder()).encode(_link_app(3, [5])))
     decoder = AppV2Decoder(2, 1)
     assert len(decoder.feed(start)) == 1
 
@@ -560,7 +575,8 @@ def test_link_first_frame_of_a_connection_is_full() -> None:
     """A new encoder leaves nothing out; the second, adjoining message is short."""
     encoder = AppV2Encoder(EntryListEncoder())
 
-    frames = [encoder.encode(_link_app(7, [5, 5])), encoder.encode(_link_app(9, [5]))]
+    frames = [b"".join(encoder.encode(message))
+              for message in (_link_app(7, [5, 5]), _link_app(9, [5]))]
 
     assert [frame[0] for frame in frames] == [2, 1]
 
@@ -573,9 +589,9 @@ def test_link_first_frame_of_a_connection_is_full() -> None:
 def test_link_frame_is_full_when_it_does_not_follow(message: Message) -> None:
     """What the last frame does not imply is sent in full, and understood."""
     encoder, decoder = AppV2Encoder(EntryListEncoder()), AppV2Decoder(2, 1)
-    first = encoder.encode(_link_app(7, [5, 5]))
+    first = b"".join(encoder.encode(_link_app(7, [5, 5])))
 
-    frame = encoder.encode(message)
+    frame = b"".join(encoder.encode(message))
 
     assert frame[0] == 2
     arrived = decoder.feed(first + frame)[1]
@@ -595,10 +611,10 @@ def test_link_list_shared_by_two_followers_is_encoded_once(
     encoders = [AppV2Encoder(lists), AppV2Encoder(lists)]
     message = _link_app(8, [5, 5, 5])
     for encoder in encoders:
-        encoder.encode(_link_app(7, [5]))
+        b"".join(encoder.encode(_link_app(7, [5])))
     encoded.clear()
 
-    frames = [encoder.encode(message) for encoder in encoders]
+    frames = [b"".join(encoder.encode(message)) for encoder in encoders]
 
     assert frames[0] == frames[1]
     assert len(encoded) == 3
@@ -607,7 +623,7 @@ def test_link_list_shared_by_two_followers_is_encoded_once(
 def test_link_large_message_in_small_pieces_arrives() -> None:
     """A message of 8 MB is put together from pieces as a socket gives them."""
     message = Message(MsgType.PROP, to=2, sender=1, entries=[Entry(data=b"x" * 8_000_000)])
-    data = MessageEncoder.encode(message)
+    data = b"".join(MessageEncoder.encode(message))
     decoder, messages = MessageDecoder(), []
 
     for offset in range(0, len(data), 65_536):
@@ -1076,7 +1092,7 @@ def test_link_garbage_on_a_stream_ends_only_that_stream(
 
     def answer(request: Any) -> None:
         reply = request.start_stream(200, None, "X-Server-Version: 2.3.8\r\n")
-        reply.write(MessageEncoder.encode(_link_beat(2, 1)))
+        reply.write(b"".join(MessageEncoder.encode(_link_beat(2, 1))))
         request.connection.reactor.call_later(0.02, reply.write, garbage)
 
     one, dialed = _link_bad_peer(link_net, answer)
@@ -1253,7 +1269,7 @@ def test_link_version_in_a_request_counts_for_snapshots(link_net: _LinkNet) -> N
         "GET", _LINK_STREAM, X_Server_Version="3.0.1", X_Min_Cluster_Version="2.3.0"),
         ends=b"\r\n\r\n")
 
-    assert one.transport._peers[2].version == "3.0.1"
+    assert one.transport._peers[2].status.version == "3.0.1"
 
 
 @pytest.mark.parametrize("urls", [[], ["http://127.0.0.1:99999"], ["nonsense"]])
@@ -1600,7 +1616,7 @@ def test_link_door_decodes_in_steps_of_bounded_work() -> None:
                             index=len(some), entries=[
                                 Entry(0, 1, len(some) + e.index, e.data) for e in some])
         encoder = pyetcd.AppV2Encoder(pyetcd.EntryListEncoder())
-        data = encoder.encode(message) + encoder.encode(following)
+        data = b"".join(encoder.encode(message)) + b"".join(encoder.encode(following))
         found = list(pyetcd.AppV2Decoder(2, 1).messages(data))
         whole = [one for one in found if one is not None]
         assert [list(one.entries) for one in whole] == [some, following.entries]
@@ -1675,7 +1691,8 @@ def test_link_offer_is_one_write() -> None:
     writer.flush()
     writer.flush()
 
-    assert reply.pieces == [b"".join(MessageEncoder.encode(message) for message in messages)]
+    assert reply.pieces == [b"".join(
+        piece for message in messages for piece in MessageEncoder.encode(message))]
 
 
 def test_link_messages_count_as_sent_once_the_peer_takes_them() -> None:
@@ -1700,12 +1717,12 @@ def test_link_slow_reader_loses_messages_and_is_reported_once() -> None:
     writer = fakes.writer()
     writer.attach(reply, MessageEncoder())
 
-    reply.pending = pyetcd._STREAM_PENDING_BYTES_MAX + 1
+    reply.pending = pyetcd.StreamWriter.PENDING_BYTES_MAX + 1
     assert [writer.offer(_link_beat(1, 2)) for _ in range(3)] == [False] * 3
     assert fakes.unreachable == [2]
     reply.pending = 0
     assert writer.offer(_link_beat(1, 2))
-    reply.pending = pyetcd._STREAM_PENDING_BYTES_MAX + 1
+    reply.pending = pyetcd.StreamWriter.PENDING_BYTES_MAX + 1
     assert not writer.offer(_link_beat(1, 2))
 
     assert fakes.unreachable == [2, 2]
@@ -1806,13 +1823,13 @@ def test_link_status_tells_changes_only(caplog: pytest.LogCaptureFixture) -> Non
     ]
 
 
-def test_link_complaints_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_link_repeated_errors_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """The same text is logged again only after 30 s."""
     reactor = _LinkFakeReactor()
-    complaints = pyetcd.Complaints("rafthttp", reactor.now)
+    log = pyetcd.ThrottledLog("rafthttp", reactor.now)
 
     for _ in range(100):
-        complaints.say("it rains")
+        log.error("it rains")
         reactor.pass_time(0.5)
 
     assert caplog.messages == ["it rains"] * 2

@@ -71,7 +71,7 @@ class _RaftNetwork:
         member = node.raft.id
         self.nodes[member] = node
         self.applied[member] = []
-        node.snapshot_source = lambda: self.snapshots.get(member)
+        node.raft.replication.snapshot_source = lambda: self.snapshots.get(member)
 
     def cut(self, one: int, other: int) -> None:
         self.cuts |= {(one, other), (other, one)}

@@ -321,7 +321,8 @@ class _RaftStormMember:
         self.node = node
         self.unsynced: List[Ready] = []
         self.seen_commit = self.disk.snapshot.index
-        node.snapshot_source = lambda: self.disk.snapshot if self.disk.snapshot.index else None
+        node.raft.replication.snapshot_source = lambda: (
+            self.disk.snapshot if self.disk.snapshot.index else None)
 
     def crash(self) -> None:
         disk = self.disk

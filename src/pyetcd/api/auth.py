@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 from ..base.errors import EtcdError
 from ..base.text import json_text, utf8
-from ..member.auth import Auth, AuthStore, Guard, Steps, StepsRun
+from ..member.auth import Auth, AuthStore, Guard, Steps, StepsRunner
 from ..member.cluster import format_id, version_key
 from ..member.passwords import (
     AUTH_NAME_BYTES_MAX,
@@ -241,7 +241,7 @@ class AuthApi:
             else:
                 reply(result)
 
-        StepsRun(self._server, steps, done).go_on()
+        StepsRunner(self._server.do, self._server.reactor, steps, done).go_on()
 
     def _fail(self, request: HttpRequest, error: Union[AuthError, EtcdError]) -> None:
         if isinstance(error, EtcdError):

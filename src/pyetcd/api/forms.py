@@ -27,7 +27,7 @@ from ..base.limits import (
     WATCHER_QUEUE_EVENTS_MAX,
 )
 from ..base.messages import Request
-from ..base.text import go_quote, is_unicode, json_string, text_of, unquote, utf8
+from ..base.text import finish, go_quote, is_unicode, json_string, text_of, unquote, utf8
 from ..net.http_messages import HttpHead
 from ..net.http_requests import HttpRequest, StreamReply
 from ..store.events import Event
@@ -71,13 +71,7 @@ def parse_form(data: bytes, fields_max: int = FORM_FIELDS_MAX) -> Dict[str, str]
     Differs from etcd: more than fields_max fields are refused, as they would stall all clients,
     and so is a part of more than FORM_SLICE_BYTES that is not UTF-8, as no reply could hold it.
     """
-    steps = form_steps(data, fields_max)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            fields: Dict[str, str] = end.value
-            return fields
+    return finish(form_steps(data, fields_max))
 
 
 def form_steps(

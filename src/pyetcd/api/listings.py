@@ -9,9 +9,8 @@ from ..base.errors import EtcdError
 from ..net.http_requests import HttpRequest
 from ..net.reactor import Reactor
 from ..net.workers import Timer
-from ..store.events import LISTING_SLICE_WORK
 from ..store.tree import Store
-from ..store.walks import Listing
+from ..store.walks import LISTING_SLICE_WORK, Listing
 
 
 class ListingRequest(NamedTuple):

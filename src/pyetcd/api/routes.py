@@ -6,7 +6,7 @@ import functools
 import logging
 from typing import Callable, Dict, FrozenSet, Optional, Sequence, Tuple
 
-from ..base.checksums import is_clean_path
+from ..base.basics import is_clean_path
 from ..base.ids import package_logger
 from ..base.limits import REGISTRY_KEY, V3_REFUSAL
 from ..base.text import json_string, utf8

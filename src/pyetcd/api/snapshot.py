@@ -54,7 +54,7 @@ class Download:
         self.file: Optional[SnapshotFile] = None        # once the snapshot is complete
         self._reply: Optional[StreamReply] = None
         self._pieces: Iterator[bytes] = iter(())
-        # One object, as the keeper compares.
+        # Kept, as withdraw() needs the same object.
         self._receiver: Optional[SnapshotReceiver] = self._start
         request.on_close = self._client_gone
         server.snapshots.request(self._receiver)

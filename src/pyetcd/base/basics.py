@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import sys
 from typing import List, NamedTuple
 
-from .checksums import is_clean_path
+_DOTS = re.compile(r"/\.{1,2}(?:/|\Z)")
+
+
+def is_clean_path(path: str) -> bool:
+    """True if clean_path() removes at most a trailing slash from an absolute path."""
+    return path.startswith("/") and not (
+        "//" in path or "/." in path and _DOTS.search(path) is not None
+    )
 
 
 def clean_path(path: str) -> str:
@@ -29,15 +37,15 @@ def clean_path(path: str) -> str:
 
 
 class TlsFiles(NamedTuple):
-    """What one side, client or peer, is told about TLS: paths of PEM files, "" where not given.
+    """The TLS settings of one side, client or peer; "" where not given.
 
-    Read by section TLS, again whenever one of the files changes.
+    The files are PEM, and read again when one of them changes.
     """
 
     cert_file: str = ""
     key_file: str = ""
     trusted_ca_file: str = ""           # "": the system's authorities
-    ca_file: str = ""                   # of etcd 2.0: trusted as well, and implies client_cert_auth
+    ca_file: str = ""                   # etcd 2.0's: trusted as well, and implies client_cert_auth
     client_cert_auth: bool = False      # refuse clients without a certificate of the trusted CA
     crl_file: str = ""                  # revoked certificates
     allowed_name: str = ""              # host that a client certificate must be for
@@ -45,7 +53,7 @@ class TlsFiles(NamedTuple):
 
 
 class Backoff:
-    """Growing waits: next() returns first_s, then twice the last one, up to max_s."""
+    """Exponential back-off: next() returns first_s, then twice the last wait, up to max_s."""
 
     def __init__(self, first_s: float, max_s: float) -> None:
         self._first_s = first_s
@@ -53,13 +61,11 @@ class Backoff:
         self._next_s = first_s
 
     def next(self) -> float:
-        """Return the seconds to wait now."""
         wait_s = self._next_s
         self._next_s = min(wait_s * 2, self._max_s)
         return wait_s
 
     def reset(self) -> None:
-        """Begin again with first_s."""
         self._next_s = self._first_s
 
 
@@ -67,8 +73,7 @@ NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)    # of OSError: too many open file
 
 
 def descriptors_max(kept: int, part: int) -> int:
-    """Return how many descriptors may be open if `kept` of those that the system allows must be
-    left, or one `part` of them."""
+    """Return the limit of open descriptors, less a reserve of `kept` or one `part` of them."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(kept, soft // part)
 
@@ -83,4 +88,4 @@ def fsync_dir(path: str) -> None:
 
 
 def _nothing() -> None:
-    """What a callback does where nothing is to be done; posted, it makes the reactor turn."""
+    """A callback without effect; posted, it makes the reactor turn."""

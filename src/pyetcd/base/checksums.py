@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import re
 from array import array
 from struct import unpack_from as _unpack_from
 from typing import List, Sequence, Union
 
 
 def _crc_table(zeros: int) -> List[int]:
-    """The CRC-32C of each byte followed by so many zero bytes.
+    """Return the CRC-32C of each byte followed by so many zero bytes.
 
     The CRC is linear over XOR, so eight single-bit values give all 256.
     """
@@ -31,9 +30,9 @@ _CRC_TABLES = tuple(map(_crc_table, (3, 2, 1, 0)))
 def crc32c(data: Union[bytes, bytearray, memoryview], crc: int = 0) -> int:
     """Continue the CRC-32C (Castagnoli) `crc` over `data`; start with 0.
 
-    zlib has another polynomial.  Four bytes a step take 50-60 ns per byte here, one a step 110;
-    tables of 64 K entries only win while nothing else uses the cache.  Long data are folded
-    first: 1 KB takes 19 us instead of 55, 64 KB 160 us.
+    zlib has another polynomial.  Four bytes a step take 50-60 ns per byte, one a step 110; tables
+    of 64 K entries win only if they have the cache alone.  Long data are folded first: 1 KB takes
+    19 us instead of 55, 64 KB 160 us.
     """
     if len(data) >= CRC_FOLD_BYTES_MIN:
         view = memoryview(data)
@@ -89,8 +88,8 @@ CRC_LANE_BYTES_MAX = 1_024          # longer ones are folded
 def crc32c_chain(pieces: Sequence[bytes], crc: int) -> List[int]:
     """Return the CRC-32C after each of `pieces`, continued from `crc`.
 
-    Many short ones of about one length are summed side by side: 30 of 140 bytes in 2.7 us each
-    instead of 6.1, 130 in 1.8.
+    Many short pieces of about one length are summed side by side: 30 of 140 bytes take 2.7 us
+    each instead of 6.1, 130 take 1.8.
     """
     longest = max(map(len, pieces), default=0)
     state, crcs = crc ^ 0xFFFFFFFF, []
@@ -111,7 +110,7 @@ def crc32c_chain(pieces: Sequence[bytes], crc: int) -> List[int]:
 
 
 def _crc_lanes(pieces: Sequence[bytes], longest: int) -> Sequence[int]:
-    """Return the remainders of `pieces`, each begun with 0, before which zeros do not count.
+    """Return the remainder of each of `pieces`, with the start value 0: leading zeros do not count.
 
     All first words lie together, then all second ones, ..., as four planes of bytes: one
     operation on integers and strings of that length works on all pieces.  The first half of the
@@ -155,7 +154,7 @@ def _crc_times(planes: Sequence[bytes], zeros: int) -> List[int]:
 
 @functools.lru_cache(maxsize=CRC_LANE_BYTES_MAX)
 def _crc_powers(zeros: int) -> List[array[int]]:
-    """For each byte of a CRC's state: what becomes of its values after so many zero bytes."""
+    """Return for each byte of a CRC's state a table: the state after so many zero bytes."""
     tables, data = [], bytes(zeros)
     for shift in range(0, 32, 8):
         table = [0]
@@ -168,18 +167,8 @@ def _crc_powers(zeros: int) -> List[array[int]]:
 
 @functools.lru_cache(maxsize=CRC_LANE_BYTES_MAX)
 def _crc_plane_powers(zeros: int) -> List[List[bytes]]:
-    """The same for each byte of the result, as tables of bytes.translate."""
+    """Return _crc_powers() for each byte of the result, as tables of bytes.translate."""
     return [
         [bytes([value >> shift & 255 for value in table]) for table in _crc_powers(zeros)]
         for shift in range(0, 32, 8)
     ]
-
-
-_DOTS = re.compile(r"/\.{1,2}(?:/|\Z)")
-
-
-def is_clean_path(path: str) -> bool:
-    """True if clean_path() takes nothing but a trailing slash off an absolute path."""
-    return path.startswith("/") and not (
-        "//" in path or "/." in path and _DOTS.search(path) is not None
-    )

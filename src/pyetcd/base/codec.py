@@ -1,6 +1,7 @@
 """The wire codec: etcd's protobuf messages, byte for byte.
 
-Fields ascend, and a non-nullable field is written even when zero.
+Fields ascend, and a non-nullable field is written even when zero.  Every decode_x is the inverse
+of encode_x and raises CodecError.
 Source: etcd 2.3 raft/raftpb, wal/walpb, snap/snappb, etcdserver/etcdserverpb.
 """
 
@@ -19,18 +20,18 @@ from typing import (
     Mapping,
     Optional,
     Tuple,
-    TypeVar,
     Union,
 )
 
 from .errors import CodecError
 from .limits import FIELDS_MAX, MESSAGE_ENTRIES_MAX, UINT64_MAX, VOTERS_MAX
 from .messages import ConfChange, Entry, EntryID, HardState, Message, MsgType, Request, Snapshot
-from .text import LongText, as_unicode, long_text_steps, text_of, utf8
+from .text import LongText, as_unicode, finish, long_text_steps, text_of, utf8
 
 _BYTE = [bytes((value,)) for value in range(128)]
 _SMALL = _BYTE + [bytes((value & 127 | 128, value >> 7)) for value in range(128, 1_024)]
 Buffer = Union[bytes, bytearray, memoryview]
+Schema = Mapping[int, Tuple[str, int, Callable[[Any], Any]]]    # number: name, wire type, convert
 
 
 def encode_varint(value: int) -> bytes:
@@ -81,8 +82,7 @@ def decode_fields(data: Buffer, limit: int = FIELDS_MAX) -> Iterator[Tuple[int, 
     """Yield (field number, wire type, value): int for varint and fixed, a slice for bytes.
 
     Raises CodecError for anything that is not protobuf, and for more than `limit` fields: a
-    later one replaces an earlier one, so millions are only work.  Unknown fields are yielded like
-    known ones and skipped by the callers.
+    later one replaces an earlier one, so millions are only work.  Callers skip unknown fields.
     """
     offset, end = 0, len(data)
     for _ in range(limit + 1):
@@ -112,21 +112,19 @@ def decode_fields(data: Buffer, limit: int = FIELDS_MAX) -> Iterator[Tuple[int, 
     raise CodecError(f"more than {limit} fields")
 
 
-def _want(wire_type: int, expected: int, what: str) -> None:
+def check_wire_type(wire_type: int, expected: int, owner: str) -> None:
     if wire_type != expected:
-        raise CodecError(f"{what}: wire type {wire_type}, expected {expected}")
+        raise CodecError(f"{owner}: wire type {wire_type}, expected {expected}")
 
 
-def _decode_known(
-    data: Buffer, schema: Mapping[int, Tuple[str, int, Callable[[Any], Any]]], what: str
-) -> Dict[str, Any]:
-    """Decode the single-valued fields that `schema` names: number -> (name, wire type, convert)."""
+def decode_known(data: Buffer, schema: Schema, owner: str) -> Dict[str, Any]:
+    """Decode the single-valued fields of `schema`."""
     values: Dict[str, Any] = {}
     for number, wire_type, value in decode_fields(data):
         known = schema.get(number)
         if known is not None:
             name, expected, convert = known
-            _want(wire_type, expected, what)
+            check_wire_type(wire_type, expected, owner)
             values[name] = convert(value)
     return values
 
@@ -136,7 +134,6 @@ def _bytes_field(tag: bytes, data: bytes) -> bytes:
 
 
 def encode_hard_state(state: HardState) -> bytes:
-    """raftpb.HardState."""
     return b"\x08%b\x10%b\x18%b" % (
         encode_varint(state.term), encode_varint(state.vote), encode_varint(state.commit)
     )
@@ -146,12 +143,11 @@ _HARD_STATE = {1: ("term", 0, int), 2: ("vote", 0, int), 3: ("commit", 0, int)}
 
 
 def decode_hard_state(data: Buffer) -> HardState:
-    """Inverse of encode_hard_state.  Raises CodecError."""
-    return HardState(**_decode_known(data, _HARD_STATE, "HardState"))
+    return HardState(**decode_known(data, _HARD_STATE, "HardState"))
 
 
 def encode_entry(entry: Entry) -> bytes:
-    """raftpb.Entry; Data is left out when empty, as etcd 2.3 does."""
+    """Data is left out when empty, as etcd 2.3 does."""
     data, term = entry.data, entry.term     # a hot path
     size = len(data)
     if not size:
@@ -164,7 +160,7 @@ def encode_entry(entry: Entry) -> bytes:
 
 
 def encode_entry_head(entry: Entry) -> bytes:
-    """What comes before the data in encode_entry()."""
+    """Return the part of encode_entry() before the data."""
     head = encode_entry(Entry(entry.type, entry.term, entry.index))
     return b'%b"%b' % (head, encode_varint(len(entry.data))) if entry.data else head
 
@@ -175,15 +171,14 @@ _PLAIN_ENTRY = re.compile(b'\x08\0\x10%b\x18%b"%b' % ((_VARINT,) * 3))
 
 
 def decode_entry(data: Buffer) -> Entry:
-    """Inverse of encode_entry.  Raises CodecError."""
-    plain = _PLAIN_ENTRY.match(data)    # what most are: 2 us instead of 7
+    plain = _PLAIN_ENTRY.match(data)    # the usual form: 2 us instead of 7
     if plain is not None:
         term, index, size = map(_varint_value, plain.groups())
         if size == len(data) - plain.end():
             entry = Entry(0, term, index, bytes(data[plain.end():]))
             entry.encoded = bytes(data)
             return entry
-    return Entry(**_decode_known(data, _ENTRY, "Entry"))
+    return Entry(**decode_known(data, _ENTRY, "Entry"))
 
 
 @functools.lru_cache(maxsize=1_024)     # of terms and sizes
@@ -191,13 +186,7 @@ def _varint_value(data: bytes) -> int:
     return decode_varint(data, 0)[0]
 
 
-def entry_size(entry: Entry) -> int:
-    """Bytes of encode_entry(entry), close enough for flow control (never less)."""
-    return len(entry.data) + 40
-
-
 def encode_conf_change(change: ConfChange) -> bytes:
-    """raftpb.ConfChange."""
     head = b"\x08%b\x10%b\x18%b" % (
         encode_varint(change.id), encode_varint(change.type), encode_varint(change.node_id)
     )
@@ -210,17 +199,16 @@ _CONF_CHANGE = {
 
 
 def decode_conf_change(data: Buffer) -> ConfChange:
-    """Inverse of encode_conf_change.  Raises CodecError."""
-    return ConfChange(**_decode_known(data, _CONF_CHANGE, "ConfChange"))
+    return ConfChange(**decode_known(data, _CONF_CHANGE, "ConfChange"))
 
 
 def encode_snapshot(snapshot: Optional[Snapshot]) -> bytes:
-    """raftpb.Snapshot; None is the empty one that every Message carries."""
+    """None is the empty snapshot that every Message carries."""
     return b"".join(encode_snapshot_parts(snapshot))
 
 
 def encode_snapshot_parts(snapshot: Optional[Snapshot]) -> Tuple[bytes, ...]:
-    """Do encode_snapshot() without a copy of its data."""
+    """Encode a snapshot without a copy of its data."""
     if snapshot is None:
         return (_EMPTY_SNAPSHOT,)
     before, after = encode_snapshot_around(
@@ -232,7 +220,7 @@ def encode_snapshot_parts(snapshot: Optional[Snapshot]) -> Tuple[bytes, ...]:
 def encode_snapshot_around(
     size: int, voters: Iterable[int], snapshot_id: EntryID
 ) -> Tuple[bytes, bytes]:
-    """Return what stands before and after the `size` bytes of data in a raftpb.Snapshot."""
+    """Return the parts of a raftpb.Snapshot before and after its `size` bytes of data."""
     conf_state = b"".join(b"\x08" + encode_varint(voter) for voter in voters)
     metadata = b"%b\x10%b\x18%b" % (
         _bytes_field(b"\x0a", conf_state), encode_varint(snapshot_id.index),
@@ -246,16 +234,10 @@ _EMPTY_SNAPSHOT = b"\x12\x06\x0a\x00\x10\x00\x18\x00"
 
 
 def decode_snapshot(data: Buffer) -> Snapshot:
-    """Inverse of encode_snapshot; the fields that etcd 3.x adds are skipped.  Raises CodecError."""
-    values: Dict[str, Any] = {}
-    for number, wire_type, value in decode_fields(data):
-        if number == 1:
-            _want(wire_type, 2, "Snapshot")
-            values["data"] = bytes(value)
-        elif number == 2:
-            _want(wire_type, 2, "Snapshot")
-            values.update(_decode_known(value, _SNAPSHOT_METADATA, "SnapshotMetadata"))
-    return Snapshot(**values)
+    """Inverse of encode_snapshot; the fields that etcd 3.x adds are skipped."""
+    values = decode_known(data, _SNAPSHOT, "Snapshot")
+    metadata = values.pop("metadata", b"")
+    return Snapshot(**values, **decode_known(metadata, _SNAPSHOT_METADATA, "SnapshotMetadata"))
 
 
 def _decode_voters(data: Buffer) -> Tuple[int, ...]:
@@ -265,7 +247,7 @@ def _decode_voters(data: Buffer) -> Tuple[int, ...]:
         if number == 1 and wire_type == 0:
             voters.append(value)
         elif number == 1:
-            _want(wire_type, 2, "ConfState")
+            check_wire_type(wire_type, 2, "ConfState")
             offset = 0
             while offset < len(value):
                 voter, offset = decode_varint(value, offset)
@@ -275,10 +257,10 @@ def _decode_voters(data: Buffer) -> Tuple[int, ...]:
     return tuple(voters)
 
 
-_SNAPSHOT_METADATA: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
+_SNAPSHOT: Schema = {1: ("data", 2, bytes), 2: ("metadata", 2, bytes)}
+_SNAPSHOT_METADATA: Schema = {
     1: ("voters", 2, _decode_voters), 2: ("index", 0, int), 3: ("term", 0, int),
 }
-
 
 SHARED_DATA_BYTES = 1 << 16         # of an entry or a snapshot; above: never copied
 
@@ -298,12 +280,11 @@ def joined_parts(parts: Iterable[bytes]) -> List[bytes]:
 
 
 def encode_message(message: Message) -> bytes:
-    """raftpb.Message; the snapshot is written even when empty."""
     return b"".join(encode_message_parts(message))
 
 
 def encode_message_parts(message: Message) -> List[bytes]:
-    """Do encode_message() without a copy of what is long."""
+    """Encode a message, with no copy of long data; the snapshot is written even when empty."""
     parts = [
         b"\x08%b\x10%b\x18%b\x20%b\x28%b\x30%b" % (
             encode_varint(message.type), encode_varint(message.to),
@@ -328,14 +309,12 @@ def _snapshot_or_none(data: Buffer) -> Optional[Snapshot]:
     return snapshot if snapshot.index else None
 
 
-_MESSAGE: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
+_MESSAGE: Schema = {
     1: ("type", 0, int), 2: ("to", 0, int), 3: ("sender", 0, int), 4: ("term", 0, int),
     5: ("log_term", 0, int), 6: ("index", 0, int), 8: ("commit", 0, int),
     9: ("snapshot", 2, _snapshot_or_none), 10: ("reject", 0, bool), 11: ("reject_hint", 0, int),
     12: ("context", 2, bytes),
 }
-
-
 _PLAIN_MESSAGE = re.compile(
     b"%b%b%b%b" % (
         b"".join([re.escape(bytes((tag,))) + _VARINT for tag in (8, 16, 24, 32, 40, 48, 64)]),
@@ -345,7 +324,7 @@ _PLAIN_MESSAGE = re.compile(
 
 
 def _decode_plain_message(data: Buffer) -> Optional[Message]:
-    """Return the message if it is one of numbers alone, as most answers are: 3 us, not 13."""
+    """Decode a message of numbers alone, as most answers are: 3 us, not 13.  None: another form."""
     plain = _PLAIN_MESSAGE.fullmatch(data)
     if plain is None or plain.group(8) == b"\1":
         return None
@@ -358,26 +337,15 @@ def _decode_plain_message(data: Buffer) -> Optional[Message]:
     )
 
 
-_Result = TypeVar("_Result")
-
-
-def finish(steps: Generator[None, None, _Result]) -> _Result:
-    """Do all of a work in steps at once; return its result."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            result: _Result = stop.value
-            return result
-
-
 def decode_message(data: Buffer) -> Message:
-    """Inverse of encode_message.  Raises CodecError, also for a type no etcd knows."""
     return finish(decode_message_steps(data))
 
 
 def decode_message_steps(data: Buffer) -> Generator[None, None, Message]:
-    """Do decode_message() in steps of 1 ms at most, or of one entry."""
+    """Decode a message in steps of 1 ms at most, or of one entry.
+
+    Raises CodecError, also for a type that no etcd knows.
+    """
     message = _decode_plain_message(data)
     if message is None:
         message = yield from _decode_any_message(data)
@@ -387,7 +355,7 @@ def decode_message_steps(data: Buffer) -> Generator[None, None, Message]:
 
 
 STEP_ENTRIES = 200                  # of a peer's message, decoded or checked in one step
-STEP_BYTES = 1 << 18                # ... or as much data, or more with the last of them
+STEP_BYTES = 1 << 18                # of data in one step, or more with the last entry
 
 
 def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
@@ -396,7 +364,7 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
     others = work = 0
     for number, wire_type, value in decode_fields(data, MESSAGE_ENTRIES_MAX + FIELDS_MAX):
         if number == 7:
-            _want(wire_type, 2, "Message")
+            check_wire_type(wire_type, 2, "Message")
             entries.append(decode_entry(value))
             work += STEP_BYTES // STEP_ENTRIES + len(value)
             if work > STEP_BYTES:
@@ -409,7 +377,7 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
         known = _MESSAGE.get(number)
         if known is not None:
             name, expected, convert = known
-            _want(wire_type, expected, "Message")
+            check_wire_type(wire_type, expected, "Message")
             values[name] = convert(value)
     return Message(entries=entries, **values)
 
@@ -417,7 +385,7 @@ def _decode_any_message(data: Buffer) -> Generator[None, None, Message]:
 def encode_request(
     request: Request, val: Optional[List[bytes]] = None, prev_value: Optional[List[bytes]] = None
 ) -> bytes:
-    """etcdserverpb.Request: all fields always, PrevExist and Refresh only when given.
+    """All fields are written, PrevExist and Refresh only when given.
 
     val, prev_value  the texts encoded, in pieces, where that is known
     """
@@ -428,7 +396,7 @@ def encode_request(
         b"\x08", encode_varint(request.id),
         _bytes_field(b"\x12", request.method.encode()),
         _bytes_field(b"\x1a", utf8(request.path)),
-        b"\x22", encode_varint(sum(map(len, val))), *val,   # no copy more than needed
+        b"\x22", encode_varint(sum(map(len, val))), *val,
         b"\x28", _BYTE[request.dir],
         b"\x32", encode_varint(sum(map(len, prev_value))), *prev_value,
         b"\x38", encode_varint(request.prev_index),
@@ -446,7 +414,6 @@ def encode_request(
 
 
 def encode_target(method: str, path: str) -> bytes:
-    """The part of encode_request that says what is done to which key."""
     return _bytes_field(b"\x12", method.encode()) + _bytes_field(b"\x1a", utf8(path))
 
 
@@ -454,9 +421,9 @@ _NO_OPTIONS = encode_request(Request())[len(b"\x08\0\x12\0\x1a\0\x22\0"):]
 
 
 def encode_plain(id: int, target: bytes, value: bytes) -> bytes:
-    """encode_request of a Request with nothing but a value: 0.8 us instead of 2.3.
+    """Encode a Request with a value and no option: 0.8 us instead of 2.3.
 
-    target  its encode_target
+    target  encode_target() of it
     """
     size = len(value)
     return b'\x08%b%b"%b%b%b' % (
@@ -466,7 +433,6 @@ def encode_plain(id: int, target: bytes, value: bytes) -> bytes:
 
 
 def wrap_int64(value: int) -> int:
-    """Return `value` as 64-bit signed arithmetic leaves it: wrapped around."""
     return (value + (1 << 63) & UINT64_MAX) - (1 << 63)
 
 
@@ -474,7 +440,7 @@ def _text(value: Buffer) -> str:
     return text_of(bytes(value))
 
 
-_REQUEST: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
+_REQUEST: Schema = {
     1: ("id", 0, int), 2: ("method", 2, _text), 3: ("path", 2, _text), 4: ("val", 2, _text),
     5: ("dir", 0, bool), 6: ("prev_value", 2, _text), 7: ("prev_index", 0, int),
     8: ("prev_exist", 0, bool), 9: ("expiration", 0, wrap_int64), 10: ("wait", 0, bool),
@@ -482,14 +448,17 @@ _REQUEST: Dict[int, Tuple[str, int, Callable[[Any], Any]]] = {
     14: ("quorum", 0, bool), 15: ("time", 0, wrap_int64), 16: ("stream", 0, bool),
     17: ("refresh", 0, bool),
 }
-
+_LONG_REQUEST: Schema = {
+    **_REQUEST, 4: ("val", 2, memoryview), 6: ("prev_value", 2, memoryview)
+}
+LONG_REQUEST_BYTES = 1 << 17        # above: decoded in steps
 
 _PLAIN_REST = b"(\x002\x008\x00H\x00P\x00X\x00`\x00h\x00p\x00x\x00\x80\x01\x00"
 _PUT_HEAD = re.compile(rb"\x08([\x80-\xff]{0,9}[\x00-\x7f])\x12\x03PUT\x1a")
 
 
 def _decode_plain_put(data: bytes) -> Optional[Request]:
-    """Return the command if it is a PUT of a value and nothing else: 2 us instead of 12."""
+    """Decode a PUT of a value without options: 2 us instead of 12.  None: another form."""
     head = _PUT_HEAD.match(data)
     if head is None or not data.endswith(_PLAIN_REST):
         return None
@@ -507,7 +476,7 @@ def decode_request(data: Buffer) -> Optional[Request]:
     """Return the command in a normal entry's data, or None if it is an operation of etcd 3's API.
 
     A v2 command is a bare Request, or one nested in field 2 of InternalRaftRequest; only a bare
-    Request has an upper-case method name there.  Raises CodecError.
+    Request has an upper-case method name there.
     """
     plain = _decode_plain_put(bytes(data))
     if plain is not None:
@@ -516,9 +485,7 @@ def decode_request(data: Buffer) -> Optional[Request]:
     return None if values is None else Request(**values)
 
 
-def _request_fields(
-    data: Buffer, schema: Mapping[int, Tuple[str, int, Callable[[Any], Any]]]
-) -> Optional[Dict[str, Any]]:
+def _request_fields(data: Buffer, schema: Schema) -> Optional[Dict[str, Any]]:
     nested = next((value for number, _, value in decode_fields(data) if number == 2), None)
     if nested is None:
         return None
@@ -526,21 +493,17 @@ def _request_fields(
         raise CodecError("Request: method is not a string")
     if bytes(nested[:1]) == b"\x08":
         data = nested
-    return _decode_known(data, schema, "Request")
-
-
-_LONG_TEXTS = {4: ("val", 2, memoryview), 6: ("prev_value", 2, memoryview)}
-LONG_REQUEST_BYTES = 1 << 17        # above: decoded in steps
+    return decode_known(data, schema, "Request")
 
 
 def decode_long_request(data: bytes) -> Generator[None, None, Optional[Request]]:
     """Do decode_request() in steps of some ms; long texts become LongText, all are Unicode."""
-    values = _request_fields(memoryview(data), {**_REQUEST, **_LONG_TEXTS})
+    values = _request_fields(memoryview(data), _LONG_REQUEST)
     if values is None:
         return None
     for name in ("val", "prev_value"):
         value: Buffer = values.get(name, b"")
-        if len(value) > LONG_REQUEST_BYTES // 4:        # more characters than are long, anyhow
+        if len(value) > LONG_REQUEST_BYTES // 4:        # even if all have four bytes, it is long
             text: LongText = yield from long_text_steps(value)
             values[name] = text
         else:
@@ -550,35 +513,31 @@ def decode_long_request(data: bytes) -> Generator[None, None, Optional[Request]]
 
 
 def decode_request_head(data: bytes) -> Optional[Request]:
-    """Do decode_request() without the texts, however long they are.  Raises CodecError."""
-    values = _request_fields(memoryview(data), {**_REQUEST, **_LONG_TEXTS})
-    if values is None:
-        return None
-    return Request(**{**values, "val": "", "prev_value": ""})
+    """Do decode_request() without the texts, at once even if they are long."""
+    values = _request_fields(memoryview(data), _LONG_REQUEST)
+    return None if values is None else Request(**{**values, "val": "", "prev_value": ""})
 
 
 def encode_request_steps(request: Request) -> Generator[None, None, bytes]:
     """Do encode_request() of long texts in steps of some ms."""
-    texts: Dict[bytes, List[bytes]] = {}
-    for tag, text in ((b"\x22", request.val), (b"\x32", request.prev_value)):
-        pieces = []
+    texts: List[List[bytes]] = [[], []]
+    for pieces, text in zip(texts, (request.val, request.prev_value)):
         for start in range(0, len(text), LONG_REQUEST_BYTES):
             pieces.append(utf8(text[start:start + LONG_REQUEST_BYTES]))
             if len(pieces) % 8 == 0:
                 yield
-        texts[tag] = pieces
-    data = encode_request(request, texts[b"\x22"], texts[b"\x32"])
+    data = encode_request(request, *texts)
     yield                               # the copy took some ms
     return data
 
 
 def encode_metadata(member_id: int, cluster_id: int) -> bytes:
-    """etcdserverpb.Metadata, the identity in every WAL file."""
+    """Encode the identity in every WAL file (etcdserverpb.Metadata)."""
     return b"\x08%b\x10%b" % (encode_varint(member_id), encode_varint(cluster_id))
 
 
 def decode_metadata(data: Buffer) -> Tuple[int, int]:
-    """Return (member_id, cluster_id).  Raises CodecError."""
+    """Return (member_id, cluster_id)."""
     schema = {1: ("member_id", 0, int), 2: ("cluster_id", 0, int)}
-    values = _decode_known(data, schema, "Metadata")
+    values = decode_known(data, schema, "Metadata")
     return values.get("member_id", 0), values.get("cluster_id", 0)

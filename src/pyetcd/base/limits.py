@@ -7,11 +7,11 @@ from __future__ import annotations
 
 __version__ = "0.4.0"
 
-SERVER_VERSION = "2.3.8"            # what peers and /version see (etcd 2.3 compatibility identity)
+SERVER_VERSION = "2.3.8"            # shown to peers and by /version: the etcd to be compatible with
 MIN_CLUSTER_VERSION = "2.2.0"       # oldest cluster version this member can live with
 ARTICLE_VERSION = "2.0.1"           # data directory format named by etcd 2.0's start-up line
 
-REGISTRY_KEY = "/_etcd/registry"    # where the discovery service keeps its tokens
+REGISTRY_KEY = "/_etcd/registry"    # tokens of the discovery service
 V3_REFUSAL = "pyetcd has the v2 API only: set ETCDCTL_API=2, or use HTTP/1.1 below /v2/keys"
 
 DEFAULT_NAME = "default"
@@ -32,10 +32,10 @@ SNAPSHOT_CATCHUP_ENTRIES = 5_000    # entries kept in memory behind a snapshot f
 
 ENTRIES_BYTES_MAX = 1 << 20         # entries in one MsgApp; always at least one entry
 INFLIGHT_MSGAPP_MAX = 512           # unanswered MsgApp per follower; above: wait for an answer
-READ_ROUNDS_MAX = 1_024             # questions at a leader; above: dropped, and asked again
+READ_ROUNDS_MAX = 1_024             # read rounds of a leader; above: dropped, and tried again
 UNCOMMITTED_BYTES_MAX = 256 << 20   # log tail not yet committed; above: proposals are refused
-QUEUED_BYTES_MAX = 64 << 20         # of requests that wait for a leader, or in a proxy for
-                                    # members; above: 503
+QUEUED_BYTES_MAX = 64 << 20         # of requests that wait for a leader, in a proxy for a member;
+                                    # above: 503
 PROPOSALS_PENDING_MAX = 65_536      # requests waiting for apply; above: error 300 with 503
 
 REQUEST_HEAD_BYTES_MAX = 1_052_672  # request line and headers (Go's limit); above: 431, close
@@ -46,7 +46,7 @@ REQUEST_BODY_BYTES_MAX = 10 << 20   # one byte more: error 210 if it is a form, 
 CHUNKS_MAX = 65_536                 # of one request body; above: as if the body were too large
 PEER_BODY_BYTES_MAX = 512 << 20     # a snapshot of a peer; above: 413, close
 RAFT_BODY_BYTES_MAX = 16 << 20      # any other message of a peer; above: 413, close
-CALL_BODY_BYTES_MAX = 4 << 20       # kept of what a registry or member answers us; then: cut
+CALL_BODY_BYTES_MAX = 4 << 20       # of an answer of a registry or member; above: cut
 PEER_BODIES_BYTES_MAX = 64 << 20    # of all messages that peers are sending; above: 413, close
 MESSAGE_ENTRIES_MAX = 1 << 15       # in one message of a peer; above: refused
 FIELDS_MAX = 512                    # of a protobuf message, entries not counted; above: refused
@@ -60,19 +60,19 @@ CHUNKED_SLICE_BYTES = 16 << 10      # of it decoded, if it is chunked: 2,700 chu
 CONNECTIONS_MAX = 50_000            # open sockets per listener; above: 503, close
 DESCRIPTORS_KEPT = 256              # below the system's limit, or a quarter of it: for files and
                                     # calls, half of it for peers too; above: as CONNECTIONS_MAX
-REFUSALS_MAX = 256                  # connections being told so at a time; above: only closed
+REFUSALS_MAX = 256                  # 503 answers being sent at a time; above: closed without one
 REFUSALS_TOLD_MAX = 16              # likewise, of descriptors
 OUTPUT_BYTES_MAX = 64 << 20         # unsent reply bytes of one connection; above: it is closed
 HELD_BYTES_MAX = 256 << 20          # unsent and unread, of all connections; above: the most idle
-                                    # ones are closed
+                                    # are closed
 OUTPUT_PAUSE_BYTES = 1 << 20        # above: its next requests wait until the client has read
 OUTPUT_JOIN_BYTES_MAX = 1 << 16     # unsent bytes that are joined, if they are in pieces
-OUTPUT_SHARED_BYTES_MIN = 1 << 10   # of a piece; above: not copied, as others may have it too
+OUTPUT_SHARED_BYTES_MIN = 1 << 10   # of a piece; above: shared with other replies, not copied
 OUTPUT_PIECES_MAX = 16              # handed to the system in one call
 REQUEST_SECONDS_MAX = 300.0         # from a request's first byte to its last; above: 408, close
-UNREAD_SECONDS_MAX = 60.0           # for the next UNREAD_BYTES_MIN, or the rest, of a reply to be
-UNREAD_BYTES_MIN = 64 << 10         # taken by the client; above: closed
-SLOW_CHECK_SECONDS = 10.0           # between two looks for such clients
+UNREAD_SECONDS_MAX = 60.0           # in which a client reads UNREAD_BYTES_MIN of a reply, or the
+UNREAD_BYTES_MIN = 64 << 10         # rest; above: closed
+SLOW_CHECK_SECONDS = 10.0           # between two searches for such clients
 HEAD_CACHE_MAX = 4_096              # parsed request heads remembered; full: forgotten all at once
 
 PIPELINE_QUEUE_MESSAGES_MAX = 64    # messages waiting for a POST; above: dropped, peer unreachable
@@ -87,14 +87,14 @@ PROBE_SECONDS = 4.0                 # between two health probes of a peer
 HISTORY_EVENTS_MAX = 1_000          # events kept for waitIndex; older ones answer 401
 WATCHERS_MAX = 100_000              # of one member, some 3 KB each; above: 503
 WATCHED_BYTES_MAX = 64 << 20        # of the paths of all watchers; above: 503
-WATCHERS_TOLD_MAX = 400             # in one turn, 4 ms; above: the next turns tell the others
-WATCHER_QUEUE_EVENTS_MAX = 100      # events one slow watcher may owe (etcd's limit)
+WATCHERS_NOTIFIED_MAX = 400             # notified in one turn, 4 ms; the others: in the next turns
+WATCHER_QUEUE_EVENTS_MAX = 100      # backlog of one slow watcher (etcd's limit); above: closed
 KEY_DEPTH_MAX = 1_024               # path elements of a key; above: error 210
 PURGE_SECONDS = 30.0                # between two removals of old files
-SYNC_SECONDS = 0.5                  # the leader looks for expired keys this often
+SYNC_SECONDS = 0.5                  # between two searches of the leader for expired keys
 REMOVED_NODES_MAX = 2_000           # of the key tree in one turn, 5 ms; above: in the next ones
 EXPIRED_KEYS_MAX = 200              # that one entry of the log expires, 4 ms; above: several
-REMOVED_SECONDS = 1.0               # a removed member ends so long after it knows
+REMOVED_SECONDS = 1.0               # from the removal of a member, as it learns of it, to its end
 
 LOG_LINE_CHARS_MAX = 16_384         # above: cut off; journald would make several lines of it
 

@@ -55,14 +55,14 @@ class ConfChangeType(IntEnum):
 
 
 class EntryID(NamedTuple):
-    """Where an entry stands: its term and its index."""
+    """The place of an entry in the log."""
 
     term: int
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: int  # type: ignore[assignment]  # hides tuple.index
 
 
 class HardState(NamedTuple):
-    """What a member must remember across a crash (Raft thesis fig. 3.1)."""
+    """The state that survives a crash (Raft thesis fig. 3.1)."""
 
     term: int = 0
     vote: int = 0
@@ -95,7 +95,7 @@ class Request(NamedTuple):
     refresh: Optional[bool] = None
 
     def as_unicode(self) -> Request:
-        """Return the command as every member applies it: without what a snapshot would replace."""
+        """Return the command as every member applies it: with U+FFFD where a snapshot has it."""
         path, value, prev_value = self.path, self.val, self.prev_value
         if path.isascii() and value.isascii() and prev_value.isascii():
             return self
@@ -117,8 +117,8 @@ class Entry:
     """One log entry.
 
     request  caches the decoded payload where the proposer knows it
-    encoded  caches encode_entry, for peers and disk; b"": not known; None: the disk has it, so it
-             is not kept any more
+    encoded  caches encode_entry, for peers and disk; b"": not known; None: it is on disk, and the
+             cache is dropped
     """
 
     __slots__ = ("type", "term", "index", "data", "request", "encoded")
@@ -136,7 +136,6 @@ class Entry:
 
     @property
     def id(self) -> EntryID:
-        """Where this entry stands."""
         return EntryID(self.term, self.index)
 
     def __eq__(self, other: object) -> bool:
@@ -151,7 +150,7 @@ class Entry:
 class Snapshot(NamedTuple):
     """raftpb.Snapshot: the store's JSON at (term, index) and the voters then, ascending.
 
-    state  what a store reads in `data`, where that was done already; never encoded
+    state  the decoded `data`, if known (StoreState); never encoded
     """
 
     data: bytes = b""

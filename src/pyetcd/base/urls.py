@@ -27,7 +27,7 @@ def check_url(url: str) -> str:
 
 
 def usable_urls(urls: Iterable[str]) -> List[str]:
-    """Return those of `urls` that check_url takes; they may come from an older or other program."""
+    """Return the `urls` that check_url accepts; an older or another program may have sent them."""
     usable: List[str] = []
     for url in urls:
         with contextlib.suppress(ValueError):
@@ -36,7 +36,7 @@ def usable_urls(urls: Iterable[str]) -> List[str]:
 
 
 def check_advertised_url(url: str) -> str:
-    """Return check_url(url), or raise ValueError if nobody could connect to it."""
+    """Return check_url(url), or raise ValueError if no client could connect to it."""
     checked = check_url(url)
     host, port = url_address(checked)
     if not host or not port:
@@ -50,7 +50,6 @@ def parse_urls(text: str) -> Tuple[str, ...]:
 
 
 def is_https(url: str) -> bool:
-    """True if the URL asks for TLS."""
     return url.startswith("https:")
 
 
@@ -67,7 +66,7 @@ WILDCARD_HOSTS = ("0.0.0.0", "::")
 
 
 def is_local(url: str) -> bool:
-    """True if whoever uses `url` gets to his own machine: loopback, or a wildcard."""
+    """True if `url` leads each client to its own machine: loopback, or a wildcard."""
     host = url_address(url)[0]
     is_loopback = host in ("localhost", "::1") or host.startswith("127.") and is_ip(host)
     return is_loopback or host in WILDCARD_HOSTS

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from enum import IntEnum
 from typing import Callable, Dict, Generator, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base.checksums import CRC_BLOCK_BYTES, crc32c, crc32c_chain
 from ..base.codec import (
     _BYTE,
     _SMALL,
-    _want,
-    decode_fields,
+    decode_known,
     decode_varint,
     encode_entry_head,
     encode_varint,
@@ -17,19 +18,35 @@ from ..base.codec import (
 from ..base.errors import CodecError, CrcMismatch, TornTail, WalError
 from ..base.limits import REPAIR_HINT
 from ..base.messages import Entry, EntryID, HardState
-from .files import _PLAIN_RECORD, _RECORD_START, RecordType
+
+_RECORD_START = re.compile(rb"\x08[\x01-\x05]\x10")
+_PLAIN_RECORD = re.compile(             # the head of a normal entry with data, or a hard state
+    rb"(?s:.{7})\0\x08(?:\x02\x10(%b)\x1a(%b)\x08\0\x10(%b)\x18(%b)\"(%b)|"
+    rb"\x03\x10(%b)\x1a(%b)(\x08%b\x10%b\x18%b))".replace(
+        b"%b", rb"[\x80-\xff]{0,9}[\x00-\x7f]")
+)
+
+
+class RecordType(IntEnum):
+    """walpb.Record types."""
+
+    METADATA = 1
+    ENTRY = 2
+    STATE = 3
+    CRC = 4
+    SNAPSHOT = 5
 
 
 class WalContents(NamedTuple):
-    """What a log holds behind its snapshot: entries ascend and have no gap."""
+    """The contents of a log behind its snapshot: entries ascend and have no gap."""
 
     metadata: bytes
     hard_state: HardState
     entries: List[Entry]
-    snapshots: List[EntryID]            # of every snapshot record seen, {0, 0} included
+    snapshots: List[EntryID]            # of every snapshot record, {0, 0} included
 
 
-LONG_ENTRY_BYTES = 4_096            # from here on it pays not to copy an entry
+LONG_ENTRY_BYTES = 4_096            # longer entries are not copied
 CRC_STEP_BYTES = 1 << 20            # summed in one step: 3 ms
 _RECORD_HEADS: Dict[int, bytes] = {kind: b"\x08%b\x10" % _BYTE[kind] for kind in RecordType}
 _STATE_HEAD = _RECORD_HEADS[RecordType.STATE]
@@ -45,9 +62,8 @@ class WalEncoder:
 
     def record(self, kind: int, data: bytes) -> bytes:
         """Return the frame of one record; the chain includes its data."""
-        self.crc = crc = crc32c(data, self.crc)
-        head = b"%b%b\x1a%b" % (_RECORD_HEADS[kind], encode_varint(crc), encode_varint(len(data)))
-        return self._frame(head + data)
+        self.crc = crc32c(data, self.crc)
+        return self._frame_head(kind, len(data)) + data
 
     def batch(self, entries: Sequence[bytes], state: bytes) -> bytes:
         """Return the frames of entries and, unless it is empty, a hard state."""
@@ -68,7 +84,7 @@ class WalEncoder:
     def long_batch(
         self, entries: Sequence[Entry], state: bytes
     ) -> Generator[None, None, List[bytes]]:
-        """Return the same in pieces, none of which is copied, in steps of CRC_STEP_BYTES.
+        """Do batch() in pieces, without copies, in steps of CRC_STEP_BYTES.
 
         256 KB take 0.5 ms less than by batch().
         """
@@ -85,25 +101,25 @@ class WalEncoder:
                 crc = crc32c(block, crc)
                 summed += len(block)
             self.crc = crc
-            size = len(head) + len(entry.data)
-            start = b"%b%b\x1a%b" % (
-                _RECORD_HEADS[RecordType.ENTRY], encode_varint(self.crc), encode_varint(size))
-            parts += (len(start) + size).to_bytes(8, "little"), start, head, entry.data
+            start = self._frame_head(RecordType.ENTRY, len(head) + len(entry.data))
+            parts += start, head, entry.data
         if state:
             parts.append(self.record(RecordType.STATE, state))
         return parts
 
+    def _frame_head(self, kind: int, size: int) -> bytes:
+        """Return the frame of a record up to its `size` bytes of data."""
+        head = b"%b%b\x1a%b" % (_RECORD_HEADS[kind], encode_varint(self.crc), encode_varint(size))
+        return (len(head) + size).to_bytes(8, "little") + head
+
     def chain(self) -> bytes:
         """Return the crc record that begins a file."""
-        return self._frame(b"\x08\x04\x10" + encode_varint(self.crc))
-
-    @staticmethod
-    def _frame(record: bytes) -> bytes:
+        record = _RECORD_HEADS[RecordType.CRC] + encode_varint(self.crc)
         return len(record).to_bytes(8, "little") + record
 
 
 class WalRecord(NamedTuple):
-    """One record of a file: kind (RecordType), stored checksum, data, and where it ends."""
+    """One record of a file: kind (RecordType), stored checksum, data, and its end."""
 
     kind: int
     crc: int
@@ -111,47 +127,46 @@ class WalRecord(NamedTuple):
     end: int
 
 
-RunTaker = Callable[["WalDecoder", List[Entry], bytes], None]   # entries; hard state, or b""
+RunHandler = Callable[["WalDecoder", List[Entry], bytes], None]     # entries; hard state, or b""
 
 
 class WalDecoder:
     """The records of one file, checked against the chain of checksums.
 
     Reads 2.x frames and the padded ones of 3.x, also mixed.  `end` is the offset behind the last
-    record that its reader has taken.  Raises TornTail if the file ends as a crash during a write
-    leaves it, CrcMismatch for everything else that is wrong.
+    record that its reader has handled.  Raises TornTail if the file ends as a crash during a write
+    leaves it, CrcMismatch for any other damage.
 
     The checksum covers neither lengths nor types: a wrong length shows as the record is whole
     without it, a wrong type in the shape of the data (see _WalReader).
     """
 
     def __init__(
-        self, path: str, data: bytes, crc: int,
-        take_run: Optional[RunTaker] = None,
+        self, path: str, data: bytes, crc: int, handle_run: Optional[RunHandler] = None
     ) -> None:
         self.path = path
         self.data = data
         self.crc = crc
         self.end = 0
-        self._take_run = take_run       # gets the plain records in a row that _run finds
+        self._handle_run = handle_run   # gets each run of plain records that _run finds
 
     def __iter__(self) -> Iterator[WalRecord]:
         size = len(self.data)
         while self.end < size:
-            if self._take_run is not None and self._run(self._take_run):
+            if self._handle_run is not None and self._run(self._handle_run):
                 continue
-            record = self._record(self.end)
+            record = self._record()
             if record is None:
                 return
             self._check(record)
             yield record
             self.end = record.end
 
-    def _run(self, take: RunTaker) -> bool:
-        """Hand out normal entries in a row, and the last hard state between them; False: none.
+    def _run(self, handle: RunHandler) -> bool:
+        """Decode normal entries in a row, and the last hard state between them; False: none.
 
-        They share one checksum: that of the last record continues all before.  3 us an entry
-        instead of 15.  What is not exactly as expected is left to the way of single records.
+        One checksum is compared: that of the last record continues all before.  3 us an entry
+        instead of 15.  Any other form is left to _record().
         """
         data, offset = self.data, self.end
         stop = offset + CRC_BLOCK_BYTES
@@ -186,22 +201,22 @@ class WalDecoder:
         if not parts or crc32c(b"".join(parts), self.crc) != decode_varint(crc, 0)[0]:
             return False
         try:
-            take(self, entries, state)
+            handle(self, entries, state)
         except CodecError as error:
             raise self.damage(str(error)) from None
         self.crc, self.end = decode_varint(crc, 0)[0], offset
         return True
 
-    def damage(self, what: str) -> CrcMismatch:
-        """Return the error for a record at `end` that is not what was written."""
+    def damage(self, reason: str) -> CrcMismatch:
+        """Return the error for a damaged record at `end`."""
         return CrcMismatch(
-            f"read wal error ({what}) and cannot be repaired: {self.path} is damaged at offset"
+            f"read wal error ({reason}) and cannot be repaired: {self.path} is damaged at offset"
             f" {self.end}; {REPAIR_HINT}"
         )
 
-    def _record(self, offset: int) -> Optional[WalRecord]:
-        """Return the record at `offset`; None for the zeros of a preallocated tail."""
-        data = self.data
+    def _record(self) -> Optional[WalRecord]:
+        """Return the record at `end`; None for the zeros of a preallocated tail."""
+        data, offset = self.data, self.end
         if offset + 8 > len(data):
             raise self._torn("inside a length")
         length, padding = _wal_frame(data, offset)
@@ -209,12 +224,12 @@ class WalDecoder:
             raise self.damage("impossible length")
         end = offset + 8 + length + padding
         if not length or end > len(data):
-            self._bad_length(offset, length)
+            self._check_tail(length)
             return None
         try:
             return WalRecord(*_decode_record(data[offset + 8:offset + 8 + length]), end)
         except CodecError as error:
-            raise self._bad_record(offset, end, str(error)) from None
+            raise self._bad_record(end, str(error)) from None
 
     def _check(self, record: WalRecord) -> None:
         if record.kind == RecordType.CRC:
@@ -224,15 +239,15 @@ class WalDecoder:
             return
         crc = crc32c(record.data, self.crc)
         if crc != record.crc:
-            raise self._bad_record(self.end, record.end, "walpb: crc mismatch")
+            raise self._bad_record(record.end, "walpb: crc mismatch")
         self.crc = crc
 
-    def _bad_length(self, offset: int, length: int) -> None:
-        """A length that is 0 or points past the end: is this the tail, or damage?
+    def _check_tail(self, length: int) -> None:
+        """Tell the tail from damage, after a length that is 0 or points past the end.
 
-        To cut where acknowledged records follow would lose them.
+        A cut before acknowledged records would lose them.
         """
-        data = self.data
+        data, offset = self.data, self.end
         if not data[offset:].strip(b"\0"):
             return
         whole = _intact_length(data, offset + 8, self.crc)
@@ -240,13 +255,13 @@ class WalDecoder:
             raise self.damage("impossible length")
         raise self._torn("inside a record")
 
-    def _bad_record(self, offset: int, end: int, what: str) -> WalError:
-        """A wrong record: torn if it is the last, and a sector of it was never written (3.4)."""
+    def _bad_record(self, end: int, reason: str) -> WalError:
+        """Return the error of a bad record: torn if it is the last and lacks a sector (3.4)."""
         if not self.data[end:].strip(b"\0"):
-            for sector in range(-(-offset // 512) * 512, end, 512):
+            for sector in range(-(-self.end // 512) * 512, end, 512):
                 if not self.data[sector:min(sector + 512, end)].strip(b"\0"):
                     return self._torn("in a sector that was never written")
-        return self.damage(what)
+        return self.damage(reason)
 
     def _torn(self, where: str) -> TornTail:
         return TornTail(f"unexpected EOF: {self.path} ends {where} at offset {self.end}")
@@ -261,19 +276,15 @@ def _wal_frame(data: bytes, offset: int) -> Tuple[int, int]:
     return length, top & 7 if top == 0x80 | -length % 8 else -1
 
 
+_RECORD = {1: ("kind", 0, int), 2: ("crc", 0, int), 3: ("data", 2, bytes)}
+
+
 def _decode_record(data: bytes) -> Tuple[int, int, bytes]:
-    kind = crc = 0
-    payload = b""
-    for number, wire_type, value in decode_fields(data):
-        if number in (1, 2):
-            _want(wire_type, 0, "Record")
-            kind, crc = (value, crc) if number == 1 else (kind, value)
-        elif number == 3:
-            _want(wire_type, 2, "Record")
-            payload = value
+    values = decode_known(data, _RECORD, "Record")
+    kind = values.get("kind", 0)
     if not RecordType.METADATA <= kind <= RecordType.SNAPSHOT:
         raise CodecError(f"unknown record type {kind}")
-    return kind, crc, payload
+    return kind, values.get("crc", 0), values.get("data", b"")
 
 
 def _intact_length(data: bytes, start: int, crc: int) -> int:
@@ -292,18 +303,18 @@ def _intact_length(data: bytes, start: int, crc: int) -> int:
 
 
 def _has_records(data: bytes, start: int, crc: int) -> bool:
-    """Tell whether, behind `start`, a record continues the chain at `crc`, or one another."""
+    """Tell whether, behind `start`, a record continues the chain at `crc`, or another record."""
     for match in _RECORD_START.finditer(data, start):
         if _intact_length(data, match.start(), crc):
             return True
-        record = _loose_record(data, match.start() - 8)
-        following = record and _loose_record(data, record.end)
+        record = _unchecked_record(data, match.start() - 8)
+        following = record and _unchecked_record(data, record.end)
         if record and following and crc32c(following.data, record.crc) == following.crc:
             return True
     return False
 
 
-def _loose_record(data: bytes, offset: int) -> Optional[WalRecord]:
+def _unchecked_record(data: bytes, offset: int) -> Optional[WalRecord]:
     length, padding = _wal_frame(data, offset)
     end = offset + 8 + length
     if length < 4 or padding < 0 or end + padding > len(data):

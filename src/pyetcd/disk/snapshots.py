@@ -9,14 +9,14 @@ import contextlib
 import os
 from typing import Container, Iterable, List, NamedTuple, Optional, Sequence, Set
 
-from ..base.basics import NO_DESCRIPTOR, _nothing, fsync_dir
+from ..base.basics import NO_DESCRIPTOR, fsync_dir
 from ..base.checksums import crc32c
-from ..base.codec import _decode_known, decode_snapshot, encode_snapshot, encode_varint
+from ..base.codec import decode_known, decode_snapshot, encode_snapshot, encode_varint
 from ..base.errors import CodecError, StartError, WalError
 from ..base.ids import package_logger
 from ..base.limits import REPAIR_HINT
 from ..base.messages import EntryID, Snapshot
-from .files import _SNAP_NAME, _WAL_NAME, OS_DISK, OsDisk, _needs_space
+from .files import _SNAP_NAME, _WAL_NAME, OS_DISK, OsDisk, disk_full_as_error
 
 
 class SnapshotFile(NamedTuple):
@@ -29,12 +29,11 @@ class SnapshotFile(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the file is called."""
         return f"{self.id.term:016x}-{self.id.index:016x}.snap"
 
     @property
     def head(self) -> bytes:
-        """What stands in the file before the pieces."""
+        """The bytes of the file before the pieces."""
         return b"\x08%b\x12%b" % (encode_varint(self.crc), encode_varint(self.size))
 
 
@@ -55,30 +54,30 @@ class Snapshotter:
         self.write(SnapshotFile(snapshot_id, (data,), len(data), crc32c(data)))
 
     def write(self, file: SnapshotFile) -> None:
-        """Write a snapshot whose checksum is known, like save().
+        """Do save() for a snapshot with a known checksum.
 
-        Differs from etcd: it has another name until it is complete, so load() on another thread
-        never sees half of it.
+        Differs from etcd: an incomplete file has another name, so load() on another thread never
+        reads half of it.
         """
         path = os.path.join(self.directory, file.name)
         disk, temporary = self.disk, path + ".tmp"
-        with _needs_space(path, _nothing):
+        with disk_full_as_error(path):
             handle = disk.create(temporary)
         try:
-            with _needs_space(path, lambda: disk.unlink(temporary)):
+            with disk_full_as_error(path, lambda: disk.unlink(temporary)):
                 for piece in (file.head, *file.pieces):
                     disk.write(handle, piece)
             disk.fsync(handle)
         finally:
             disk.close(handle)
         disk.rename(temporary, path)
-        with _needs_space(path, _nothing, NO_DESCRIPTOR):
+        with disk_full_as_error(path, codes=NO_DESCRIPTOR):
             disk.fsync_dir(self.directory)      # opens it
 
     def load(self, valid: Optional[Container[EntryID]] = None) -> Optional[Snapshot]:
         """Return the newest good snapshot, or None.  A bad file is renamed to `.broken`.
 
-        valid  the snapshots that the log knows; files of others are passed over
+        valid  the snapshots in the log; other files are skipped
         """
         log = package_logger("snap")
         for name in reversed(self.disk.listdir(self.directory)):
@@ -97,7 +96,7 @@ class Snapshotter:
         return None
 
     def check_log(self, wal_dir: str, known: Iterable[EntryID]) -> None:
-        """Raise WalError if a file, be it damaged, is newer than all snapshots that the log knows.
+        """Raise WalError if a file, intact or damaged, is newer than all snapshots in the log.
 
         Its record was durable before its file was begun, so the end of the log is lost, and with
         it votes and entries that other members count on.  Differs from etcd, which starts in the
@@ -127,7 +126,7 @@ class Snapshotter:
         try:
             return decode_snapshot_file(self.disk.read(path))
         except FileNotFoundError:
-            return None                 # purged meanwhile
+            return None                 # purged in the meantime
         except CodecError as error:
             package_logger("snap").error(
                 "cannot read snapshot file %s (%s); renamed to %s.broken, using the one before",
@@ -139,7 +138,7 @@ class Snapshotter:
 
 def decode_snapshot_file(content: bytes) -> Snapshot:
     """Return the snapshot in a file.  Raises CodecError if it is damaged."""
-    values = _decode_known(content, {1: ("crc", 0, int), 2: ("data", 2, bytes)}, "snappb.Snapshot")
+    values = decode_known(content, {1: ("crc", 0, int), 2: ("data", 2, bytes)}, "snappb.Snapshot")
     data = values.get("data", b"")
     if not data:
         raise CodecError("unexpected empty snapshot")
@@ -151,9 +150,9 @@ def decode_snapshot_file(content: bytes) -> Snapshot:
 def purge_files(
     directory: str, suffix: str, keep: int, *, disk: OsDisk = OS_DISK
 ) -> List[str]:
-    """Remove the oldest files beyond `keep` (0: none), up to the first that is still locked.
+    """Remove the oldest files beyond `keep` (0: none), up to the first locked one.
 
-    Also what a crash left under a temporary name.  Returns the paths removed.  Raises OSError.
+    Also temporary files of a crash.  Returns the paths removed.  Raises OSError.
     """
     if not keep:
         return []
@@ -183,9 +182,9 @@ class DataDir(NamedTuple):
 
 
 def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
-    """Make a data directory usable: layout, modes, a test write; move the layout of 2.0.0.
+    """Make a data directory usable: layout, modes, a test write; migrate the layout of 2.0.0.
 
-    Raises StartError if it is not ours, not a directory, or not writable.
+    Raises StartError if it is another program's, not a directory, or not writable.
     """
     member = os.path.join(data_dir, "member")
     paths = DataDir(
@@ -199,31 +198,27 @@ def prepare_data_dir(data_dir: str, wal_dir: str = "") -> DataDir:
             f"error listing data dir: {data_dir} ({error.strerror}); -data-dir must name a"
             " directory that this user may read and write"
         ) from None
-    _classify(data_dir, names)
-    what = "member"
+    check_layout(data_dir, names)
+    kind = "member"
     try:
-        os.makedirs(data_dir, mode=0o700, exist_ok=True)
-        os.makedirs(member, mode=0o700, exist_ok=True)
-        _touch(data_dir)
-        _touch(member)
+        make_dirs((member, data_dir))
+        check_writable(data_dir)
+        check_writable(member)
         _migrate(paths, names)
-        os.makedirs(paths.snap, mode=0o700, exist_ok=True)
-        what = "WAL"
-        os.makedirs(paths.wal, mode=0o700, exist_ok=True)
-        _touch(paths.wal)
-        for path in (paths.wal, paths.snap, member, data_dir):
-            with contextlib.suppress(PermissionError):  # a parent that we may not list
-                fsync_dir(os.path.dirname(path) or ".")
+        make_dirs((paths.snap,))
+        kind = "WAL"
+        make_dirs((paths.wal,))
+        check_writable(paths.wal)
     except OSError as error:
         raise StartError(
-            f"cannot write to {what} directory: {error}; give the directory to this user, or"
+            f"cannot write to {kind} directory: {error}; give the directory to this user, or"
             " choose another -data-dir"
         ) from None
     return paths
 
 
 def absent_dirs(*paths: str) -> List[str]:
-    """Return those of `paths` and of the directories above that do not exist, deepest first."""
+    """Return the missing ones of `paths` and of the directories above, deepest first."""
     found: Set[str] = set()
     for path in paths:
         while path and not os.path.exists(path):
@@ -233,7 +228,7 @@ def absent_dirs(*paths: str) -> List[str]:
 
 
 def make_dirs(paths: Sequence[str]) -> None:
-    """Make what absent_dirs() returned, as data directories.  Raises OSError."""
+    """Make data directories, given deepest first as by absent_dirs().  Raises OSError."""
     for path in reversed(paths):
         os.makedirs(path, mode=0o700, exist_ok=True)
         with contextlib.suppress(PermissionError):  # a parent that we may not list
@@ -241,13 +236,13 @@ def make_dirs(paths: Sequence[str]) -> None:
 
 
 def remove_dirs(paths: Iterable[str]) -> None:
-    """Remove those of `paths`, deepest first, that are empty."""
+    """Remove the empty ones of `paths`, given deepest first."""
     for path in paths:
         with contextlib.suppress(OSError):
             os.rmdir(path)
 
 
-def _classify(data_dir: str, names: Set[str]) -> None:
+def check_layout(data_dir: str, names: Set[str]) -> None:
     if {"member", "proxy"} <= names:
         raise StartError(
             f"invalid datadir. Both member and proxy directories exist. Remove the one in"
@@ -260,7 +255,7 @@ def _classify(data_dir: str, names: Set[str]) -> None:
         )
 
 
-def _touch(path: str) -> None:
+def check_writable(path: str) -> None:
     probe = os.path.join(path, ".touch")
     with open(probe, "wb"):
         pass
@@ -268,9 +263,9 @@ def _touch(path: str) -> None:
 
 
 def _migrate(paths: DataDir, names: Set[str]) -> None:
-    """etcd 2.0.0 kept wal and snap at the top.
+    """Move wal and snap from the top, their place in etcd 2.0.0, to member.
 
-    The log moves last: as long as it is at the top, a crash leaves work for the next start.
+    The log moves last: as long as it is at the top, the next start continues after a crash.
     """
     old = os.path.join(paths.root, "wal")
     if "wal" not in names or not os.listdir(old):

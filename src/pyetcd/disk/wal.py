@@ -9,23 +9,24 @@ import contextlib
 import os
 from typing import Generator, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from ..base.basics import NO_DESCRIPTOR, _nothing
+from ..base.basics import NO_DESCRIPTOR
 from ..base.codec import (
-    _decode_known,
     decode_entry,
     decode_hard_state,
+    decode_known,
     encode_entry,
     encode_hard_state,
     encode_varint,
-    finish,
 )
 from ..base.errors import CodecError, CrcMismatch, FileLocked, TornTail, WalError
 from ..base.ids import package_logger
 from ..base.limits import REPAIR_HINT, SEGMENT_BYTES_MAX, SEGMENT_PARTS
 from ..base.messages import Entry, EntryID, EntryType, HardState
-from .files import _LOG_START, _WAL_NAME, OS_DISK, OsDisk, RecordType, _needs_space
+from ..base.text import finish
+from .files import _WAL_NAME, OS_DISK, OsDisk, disk_full_as_error
 from .records import (
     LONG_ENTRY_BYTES,
+    RecordType,
     WalContents,
     WalDecoder,
     WalEncoder,
@@ -33,6 +34,8 @@ from .records import (
     _decode_record,
     _wal_frame,
 )
+
+_LOG_START = EntryID(0, 0)
 
 
 class Cut(NamedTuple):
@@ -46,7 +49,7 @@ class Wal:
     """The write-ahead log: a directory of segments, each continuing the checksum of the last.
 
     encode, encode_snapshot, segment_full and encode_cut belong to the reactor's thread and touch
-    no file; write, cut, release_to and close to the wal thread and touch nothing else.
+    no file; write, cut, release_to and close belong to the wal thread and touch only files.
     Source: etcd 2.3 wal/wal.go; file formats in wal/walpb.
     """
 
@@ -59,8 +62,8 @@ class Wal:
         self._segment_bytes = segment_bytes
         self._encoder = WalEncoder()
         self._hard_state = HardState()          # as last encoded
-        self._last_index = 0                    # of the last entry encoded
-        self._sequence = 0                      # of the segment that encode() fills
+        self._last_index = -1                   # of the last entry encoded; -1: no segment yet
+        self._sequence = -1                     # of the segment that encode() fills
         self._size = 0                          # bytes handed out for it
         self._held: List[Tuple[str, int]] = []  # locked segments, oldest first: name, handle
         self._end = 0                           # bytes written to the newest of them
@@ -77,11 +80,8 @@ class Wal:
             raise WalError(f"wal: file already exists: {directory} holds a log")
         wal = cls(directory, metadata, disk=disk, segment_bytes=segment_bytes)
         disk.makedirs(directory)
-        encoder = wal._encoder
-        head = encoder.chain() + encoder.record(RecordType.METADATA, metadata)
-        head += encoder.record(RecordType.SNAPSHOT, _encode_walpb_snapshot(EntryID(0, 0)))
-        wal._size = len(head)
-        wal.cut(Cut(_wal_name(0, 0), head))
+        name, head = wal.encode_cut()
+        wal.cut(Cut(name, head + wal.encode_snapshot(_LOG_START)))
         return wal
 
     @classmethod
@@ -91,15 +91,14 @@ class Wal:
     ) -> Tuple[Wal, WalContents]:
         """Read the log behind the snapshot `start`, and get ready to append.
 
-        A torn tail is cut off once, as nothing in it was ever acknowledged; a copy stays as
-        `.broken`.  Raises CrcMismatch, FileLocked and WalError; the text says what to do.
+        A torn tail is cut off, as no entry in it was ever acknowledged; a copy stays as
+        `.broken`.  Raises CrcMismatch, FileLocked and WalError; the text names the remedy.
         """
         names = _segments_from(directory, start.index, disk)
         reader = _WalReader(directory, start, disk)
-        held = cls._lock(directory, names, disk)
+        size = 0
         with contextlib.ExitStack() as cleanup:
-            cleanup.callback(cls._unlock, directory, held, disk)
-            size = 0
+            held = cls._lock(directory, names, disk, cleanup)
             for name, handle in held:
                 size = reader.read(name, handle, last=name == names[-1])
             contents = reader.contents()
@@ -114,27 +113,26 @@ class Wal:
 
     @classmethod
     def _lock(
-        cls, directory: str, names: List[str], disk: OsDisk
+        cls, directory: str, names: List[str], disk: OsDisk, cleanup: contextlib.ExitStack
     ) -> List[Tuple[str, int]]:
+        """Open and lock segments, which `cleanup` unlocks."""
         held: List[Tuple[str, int]] = []
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(cls._unlock, directory, held, disk)
-            for name in names:
-                path = os.path.join(directory, name)
-                # To close a descriptor frees the lock of a member in this process: do not open one.
-                handle = None if disk.is_locked(path) else disk.open_append(path)
-                if handle is None or not _lock_or_close(disk, path, handle):
-                    raise FileLocked(
-                        f"open wal error: file already locked: {path} belongs to a running member;"
-                        " stop it, or give this one another -data-dir"
-                    )
-                held.append((name, handle))
-            on_failure.pop_all()
+        cleanup.callback(cls._unlock, directory, held, disk)
+        for name in names:
+            path = os.path.join(directory, name)
+            # To close a descriptor frees the lock of a member in this process: do not open one.
+            handle = None if disk.is_locked(path) else disk.open_append(path)
+            if handle is None or not _lock_or_close(disk, path, handle):
+                raise FileLocked(
+                    f"open wal error: file already locked: {path} belongs to a running member;"
+                    " stop it, or give this one another -data-dir"
+                )
+            held.append((name, handle))
         return held
 
     @staticmethod
     def _unlock(directory: str, held: List[Tuple[str, int]], disk: OsDisk) -> None:
-        """Free each of the files, also when one of them cannot be closed without an error."""
+        """Free each of the files, even if the close of one of them fails."""
         with contextlib.ExitStack() as each:
             for name, handle in held:
                 each.callback(disk.unlock, os.path.join(directory, name))
@@ -142,23 +140,18 @@ class Wal:
 
     @staticmethod
     def exists(directory: str, *, disk: OsDisk = OS_DISK) -> bool:
-        """Tell whether a log was begun there."""
         return any(map(_WAL_NAME.fullmatch, disk.listdir(directory)))
 
     @staticmethod
     def snapshots(directory: str, *, disk: OsDisk = OS_DISK) -> List[EntryID]:
-        """Return the snapshots that the log knows of; only their files may be used.
+        """Return the snapshots in the log; only their files may be used.
 
-        Looks at frames only: open() checks all it needs.  Raises FileLocked if it is in use.
+        Reads frames without their checksums, which open() checks.  Raises FileLocked.
         """
         names = [name for name in disk.listdir(directory) if _WAL_NAME.fullmatch(name)]
-        held = Wal._lock(directory, names, disk)
-        try:
-            return [
-                found for _, handle in held for found in _scan_snapshots(disk.read_open(handle))
-            ]
-        finally:
-            Wal._unlock(directory, held, disk)
+        with contextlib.ExitStack() as cleanup:
+            held = Wal._lock(directory, names, disk, cleanup)
+            return [id for _, handle in held for id in _scan_snapshots(disk.read_open(handle))]
 
     # -- reactor's side ----------------------------------------------------
 
@@ -169,7 +162,7 @@ class Wal:
     def encode_steps(
         self, hard_state: Optional[HardState], entries: Sequence[Entry]
     ) -> Generator[None, None, List[bytes]]:
-        """Do encode() in steps of some ms, into pieces; nothing else is encoded meanwhile."""
+        """Do encode() in steps of some ms, into pieces; no other encode may come between."""
         state = b""
         if entries:
             self._last_index = entries[-1].index
@@ -186,22 +179,20 @@ class Wal:
         return data
 
     def encode_snapshot(self, snapshot_id: EntryID) -> bytes:
-        """Return the frame that makes a snapshot's file usable; to be synced before it exists."""
+        """Return the frame that makes a snapshot's file usable; it is synced before the file."""
         data = self._encoder.record(RecordType.SNAPSHOT, _encode_walpb_snapshot(snapshot_id))
         self._size += len(data)
         self._last_index = max(self._last_index, snapshot_id.index)
         return data
 
     def segment_full(self, *, after_snapshot: bool = False) -> bool:
-        """Tell whether the next batch belongs into a new segment.
+        """Tell whether the next batch belongs into a new segment, in most cases after a snapshot.
 
-        Also once there is a new snapshot: a start reads from the segment that holds its index,
-        some 3 us an entry.
+        A start reads from the segment that holds the snapshot's index, some 3 us an entry.
         """
         return self._size >= self._segment_bytes // (SEGMENT_PARTS if after_snapshot else 1)
 
     def encode_cut(self) -> Cut:
-        """Begin the next segment: everything encoded from now on belongs into it."""
         self._sequence += 1
         encoder = self._encoder
         head = encoder.chain() + encoder.record(RecordType.METADATA, self._metadata)
@@ -215,23 +206,19 @@ class Wal:
     def write(self, *data: bytes, sync: bool) -> None:
         """Append to the newest segment.
 
-        Raises DiskFull, after which it may be tried again, and OSError: then nothing may be
-        written any more.
+        Raises DiskFull, then try again later, or OSError, then never write again.
         """
         name, handle = self._held[-1]
         path = os.path.join(self.directory, name)
-        try:
+        with disk_full_as_error(path, lambda: self._disk.truncate(handle, self._end)):
             for piece in data:
                 self._disk.write(handle, piece)
-        except OSError:
-            with _needs_space(path, lambda: self._disk.truncate(handle, self._end)):
-                raise
         self._end += sum(map(len, data))
         if sync:
             self._disk.fdatasync(handle)
 
     def cut(self, cut: Cut) -> None:
-        """Sync the present segment and begin the next; it gets its name when it is durable.
+        """Sync the current segment and begin the next, which gets its name when it is durable.
 
         Raises as write() does.
         """
@@ -239,15 +226,15 @@ class Wal:
         if self._held:
             disk.fsync(self._held[-1][1])
         path = os.path.join(directory, cut.name)
-        with _needs_space(path, _nothing):
+        with disk_full_as_error(path):
             handle = disk.create(path + ".tmp")
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(disk.close, handle)
-            with _needs_space(path, _nothing):
+            with disk_full_as_error(path):
                 disk.write(handle, cut.head)
             disk.fsync(handle)
             disk.rename(path + ".tmp", path)
-            with _needs_space(path, _nothing, NO_DESCRIPTOR):
+            with disk_full_as_error(path, codes=NO_DESCRIPTOR):
                 disk.fsync_dir(directory)   # opens it
             if not disk.lock(path, handle):
                 raise FileLocked(f"open wal error: file already locked: {path}")
@@ -258,21 +245,19 @@ class Wal:
         self._end = len(cut.head)
 
     def release_to(self, index: int) -> None:
-        """Unlock the segments that a snapshot at `index` makes needless, so they can be purged."""
-        firsts = [_wal_position(name)[1] for name, _ in self._held]
-        following = next((i for i, first in enumerate(firsts) if first >= index), len(firsts))
-        keep_from = max(following - 1, 0)
+        """Unlock the segments that a snapshot at `index` replaces, so that they can be purged."""
+        earlier = sum(_wal_position(name)[1] < index for name, _ in self._held)
+        keep_from = max(earlier - 1, 0)         # the last of them holds `index`
         self._unlock(self.directory, self._held[:keep_from], self._disk)
         del self._held[:keep_from]
 
     def close(self) -> None:
-        """Release all files; harmless a second time."""
+        """Release all files; has no effect a second time."""
         held, self._held = self._held, []
         self._unlock(self.directory, held, self._disk)
 
 
 def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
-    """Lock a file; if that fails, close its handle."""
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(disk.close, handle)
         if disk.lock(path, handle):
@@ -282,7 +267,7 @@ def _lock_or_close(disk: OsDisk, path: str, handle: int) -> bool:
 
 
 def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
-    """Yield what the snapshot records of a segment say, up to the first impossible frame."""
+    """Yield the ids in the snapshot records of a segment, up to the first impossible frame."""
     offset = 0
     while offset + 8 <= len(data):
         length, padding = _wal_frame(data, offset)
@@ -296,7 +281,7 @@ def _scan_snapshots(data: bytes) -> Iterator[EntryID]:
 
 
 class _WalReader:
-    """Collects what the segments say, in order."""
+    """Collects the contents of the segments, in order."""
 
     def __init__(self, directory: str, start: EntryID, disk: OsDisk) -> None:
         self.crc = 0
@@ -304,7 +289,7 @@ class _WalReader:
         self._start = start
         self._disk = disk
         self._metadata = b""
-        self._headed = False                # the present file has its metadata
+        self._headed = False                # the current file has its metadata
         self._hard_state = HardState()
         self._entries: List[Entry] = []
         self._snapshots: List[EntryID] = []
@@ -313,11 +298,11 @@ class _WalReader:
     def read(self, name: str, handle: int, *, last: bool) -> int:
         """Read one segment; return its size after a repair."""
         path = os.path.join(self._directory, name)
-        decoder = WalDecoder(path, self._disk.read_open(handle), self.crc, self._take_run)
+        decoder = WalDecoder(path, self._disk.read_open(handle), self.crc, self._add_run)
         self._headed, torn = False, ""
         try:
             for record in decoder:
-                self._take(decoder, record)
+                self._add_record(decoder, record)
         except TornTail as error:
             torn = str(error)
         if not self._headed:
@@ -336,10 +321,10 @@ class _WalReader:
         return decoder.end
 
     def contents(self) -> WalContents:
-        """Return what was read.  Raises WalError if it does not fit the snapshot.
+        """Return the log behind the snapshot.  Raises WalError if they do not fit.
 
-        The state may be older than the snapshot: a crash came between the file of a received
-        snapshot and the frames behind it.  No vote of the snapshot's term was given then.
+        The state may be older than the snapshot: after a crash between the file of a received
+        snapshot and the frames behind it.  Then this member has not voted in the snapshot's term.
         """
         start = self._start
         if start not in self._snapshots:
@@ -370,39 +355,38 @@ class _WalReader:
         self._disk.close(broken)
         log.warning("repaired WAL error (unexpected EOF): cut %s at offset %d", path, decoder.end)
 
-    def _take(self, decoder: WalDecoder, record: WalRecord) -> None:
+    def _add_record(self, decoder: WalDecoder, record: WalRecord) -> None:
         data = record.data
         try:
             if record.kind == RecordType.ENTRY:
-                self._take_entry(decoder, _wal_entry(data))
+                self._add_entry(decoder, _wal_entry(data))
             elif record.kind == RecordType.STATE:
-                self._take_state(data)
+                self._set_state(data)
             elif record.kind == RecordType.METADATA:
                 if not data or (self._metadata and self._metadata != data):
                     raise decoder.damage("wal: conflicting metadata found")
                 self._metadata, self._headed = data, True
             elif record.kind == RecordType.SNAPSHOT:
-                self._take_snapshot(_decode_walpb_snapshot(data))
+                self._add_snapshot(_decode_walpb_snapshot(data))
         except CodecError as error:
             raise decoder.damage(str(error)) from None
 
-    def _take_run(self, decoder: WalDecoder, entries: List[Entry], state: bytes) -> None:
-        first = entries[0].index - self._start.index if entries else 0
-        if first > 0:                   # the usual case: behind the snapshot
-            self._take_entry(decoder, entries[0])
+    def _add_run(self, decoder: WalDecoder, entries: List[Entry], state: bytes) -> None:
+        if entries and entries[0].index > self._start.index:    # the usual case
+            self._add_entry(decoder, entries[0])
             self._entries += entries[1:]
         else:
             for entry in entries:
-                self._take_entry(decoder, entry)
+                self._add_entry(decoder, entry)
         if state:
-            self._take_state(state)
+            self._set_state(state)
 
-    def _take_state(self, data: bytes) -> None:
+    def _set_state(self, data: bytes) -> None:
         self._hard_state = decode_hard_state(data)
         if not self._hard_state.term or encode_hard_state(self._hard_state) != data:
             raise CodecError("not a hard state")
 
-    def _take_entry(self, decoder: WalDecoder, entry: Entry) -> None:
+    def _add_entry(self, decoder: WalDecoder, entry: Entry) -> None:
         start = self._start.index
         if entry.index <= start:
             self._start_term = entry.term if entry.index == start else 0
@@ -416,10 +400,10 @@ class _WalReader:
         del self._entries[position:]
         self._entries.append(entry)
 
-    def _take_snapshot(self, snapshot_id: EntryID) -> None:
-        """A snapshot that came from a leader replaces a log that has another entry in its place.
+    def _add_snapshot(self, snapshot_id: EntryID) -> None:
+        """Note a snapshot.  It replaces a log with another entry in its place: a leader sent it.
 
-        A log that begins behind it is a backup by etcdctl, which writes the entries first.
+        Entries before the record of their snapshot come from a backup by etcdctl.
         """
         self._snapshots.append(snapshot_id)
         if snapshot_id == self._start and self._start_term not in (0, snapshot_id.term):
@@ -445,7 +429,7 @@ def _wal_position(name: str) -> Tuple[int, int]:
 
 
 def _segments_from(directory: str, index: int, disk: OsDisk) -> List[str]:
-    """Return the names of the segments that hold what follows `index`, in order."""
+    """Return the names of the segments that hold the entries behind `index`, in order."""
     names = []
     for name in disk.listdir(directory):
         if _WAL_NAME.fullmatch(name):
@@ -469,7 +453,7 @@ def _encode_walpb_snapshot(snapshot_id: EntryID) -> bytes:
 
 def _decode_walpb_snapshot(data: bytes) -> EntryID:
     """Inverse of _encode_walpb_snapshot; etcd 3.5 adds the voters as field 3."""
-    values = _decode_known(data, {1: ("index", 0, int), 2: ("term", 0, int)}, "walpb.Snapshot")
+    values = decode_known(data, {1: ("index", 0, int), 2: ("term", 0, int)}, "walpb.Snapshot")
     snapshot_id = EntryID(values.get("term", 0), values.get("index", 0))
     known = _encode_walpb_snapshot(snapshot_id)
     if data[:len(known)] != known or data[len(known):len(known) + 1] not in (b"", b"\x1a"):

@@ -20,9 +20,9 @@ from ..base.ids import package_logger
 from ..base.limits import DESCRIPTORS_KEPT, PEER_BODY_BYTES_MAX, REQUEST_BODY_BYTES_MAX
 from ..base.urls import check_url, is_https, url_address
 from ..member.configuration import Bootstrap, ServerConfig
-from ..member.server import EtcdServer, GracefulStop
+from ..member.server import EtcdServer
 from ..member.statistics import Metrics
-from ..net.budgets import HeldBytes
+from ..net.budgets import BufferBudget
 from ..net.http_requests import HttpRequest
 from ..net.http_server import Listener
 from ..net.reactor import Reactor
@@ -80,7 +80,7 @@ class ServerThread:
     def _init(self, config: ServerConfig) -> None:
         self.config = config
         self._reactor = Reactor()       # its sockets are closed by stop(), also without start()
-        self._held = HeldBytes(self._reactor)
+        self._budget = BufferBudget(self._reactor)
         self._client_listeners: List[Listener] = []
         self._peer_listeners: List[Listener] = []
         self._thread: Optional[threading.Thread] = None
@@ -134,7 +134,7 @@ class ServerThread:
             tls = TlsContext(files, server=True, now=self._reactor.now)
         try:
             return Listener(
-                url, self._reactor, handler, body_max=body_max, tls=tls, held=self._held,
+                url, self._reactor, handler, body_max=body_max, tls=tls, budget=self._budget,
                 kept=kept, patient=patient,
             )
         except OSError as error:
@@ -331,12 +331,13 @@ class Server(ServerThread):
         assert self.etcd is not None
         if not self.etcd.stopping and not self._leaving:
             self._leaving = True
-            GracefulStop(self.etcd, self._stop_member)
+            self.etcd.leave(self._stop_member)
 
     def _stop_member(self) -> None:
         assert self.etcd is not None
-        self.etcd.stop()
-        super()._stop_in_order()
+        if not self.etcd.stopping:
+            self.etcd.stop()
+            super()._stop_in_order()
 
     def _failed(self, error: BaseException) -> None:
         """End the member, which sends nothing more: its data may no longer be durable."""

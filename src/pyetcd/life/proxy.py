@@ -16,8 +16,7 @@ from ..api.forms import FORM_FIELDS_MAX, GO_BOOLS, refuse_method, write_message,
 from ..api.members import redirect
 from ..api.metrics import add_process_readings
 from ..api.routes import CorsRequest, allow_origin
-from ..base.basics import NO_DESCRIPTOR, Backoff
-from ..base.checksums import is_clean_path
+from ..base.basics import NO_DESCRIPTOR, Backoff, is_clean_path
 from ..base.ids import package_logger
 from ..base.limits import CONNECTIONS_MAX, QUEUED_BYTES_MAX, REQUEST_BODY_BYTES_MAX
 from ..base.text import go_quote, json_text, utf8
@@ -26,12 +25,11 @@ from ..disk.snapshots import absent_dirs, make_dirs, remove_dirs
 from ..member.configuration import ServerConfig
 from ..member.statistics import Histograms, Metrics, exponential_bounds
 from ..net.dns import _reason
-from ..net.http_calls import HttpCall
+from ..net.http_calls import ANSWER_BYTES_MAX, HttpCall
 from ..net.http_messages import _content_length, _list_header
 from ..net.http_requests import HttpRequest, StreamReply
 from ..net.reactor import Reactor
 from ..net.workers import PEER_WORK, Timer
-from ..peer.compatibility import ANSWER_BYTES_MAX
 from .addresses import PROBE_ANSWER_SECONDS, fetch_cluster
 from .bootstrap import make_peer_tls
 from .embedding import ServerThread

@@ -11,7 +11,7 @@ from ..base.errors import DiscoveryError, StartError
 from ..base.ids import package_logger
 from ..base.text import go_quote, json_text, utf8
 from ..base.urls import check_url, usable_urls
-from ..disk.snapshots import _classify, _touch
+from ..disk.snapshots import check_layout, check_writable
 from ..member.cluster import parse_initial_cluster
 from ..member.configuration import ServerConfig
 from ..net.dns import _reason, name_servers
@@ -104,10 +104,10 @@ def prepare_proxy_dir(config: ServerConfig) -> str:
         names = set(os.listdir(root)) if os.path.exists(root) else set()
         if "member" in names and "proxy" not in names:
             raise StartError(f"{root} belongs to a member; choose another -data-dir for a proxy")
-        _classify(root, names)
+        check_layout(root, names)
         os.makedirs(root, mode=0o700, exist_ok=True)
         os.makedirs(path, mode=0o700, exist_ok=True)
-        _touch(path)
+        check_writable(path)
         fsync_dir(root)
     except OSError as error:
         raise StartError(

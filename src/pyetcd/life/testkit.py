@@ -32,7 +32,7 @@ from typing import (
 from ..base.errors import ServerStopped
 from ..base.messages import Message, MsgType
 from ..member.cluster import Member, format_id
-from ..member.server import EtcdServer, Publication
+from ..member.server import EtcdServer
 from ..net.workers import SYSTEM_CLOCK
 from ..peer.transport import Transport
 from .embedding import Server, checked_settings
@@ -103,8 +103,8 @@ class _CutTransport(Transport):
                 self._context.snapshot_done(message.to, False)
         super().offer(passed)
 
-    def _take(self, message: Message, size: int) -> Generator[None, None, int]:
-        return 500 if message.sender in self._deaf else (yield from super()._take(message, size))
+    def _receive(self, message: Message, size: int) -> Generator[None, None, int]:
+        return 500 if message.sender in self._deaf else (yield from super()._receive(message, size))
 
 
 class _LocalServer(Server):
@@ -139,7 +139,7 @@ class _LocalServer(Server):
 
     def publish(self, etcd: EtcdServer) -> None:
         """Publish the member again, which is harmless."""
-        Publication(etcd, self._ready.set)
+        etcd.publish(self._ready.set)
 
     def _start_work(self) -> None:
         assert self.etcd is not None

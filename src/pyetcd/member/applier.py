@@ -1,4 +1,4 @@
-"""The applier: committed entries change store and cluster.
+"""The applier: committed entries change store and cluster; peers' entries are inspected before.
 
 Deterministic: every member gets the same result from the same entry.  Only the shown ttl
 depends on the clock.
@@ -12,6 +12,8 @@ from typing import Callable, Dict, Generator, Optional, Union
 from ..base.basics import clean_path
 from ..base.codec import (
     LONG_REQUEST_BYTES,
+    STEP_BYTES,
+    STEP_ENTRIES,
     Buffer,
     decode_conf_change,
     decode_long_request,
@@ -19,14 +21,14 @@ from ..base.codec import (
     decode_request_head,
 )
 from ..base.errors import CodecError, EtcdError, MemberError, RaftInternal, UnknownChange
-from ..base.ids import package_logger
 from ..base.limits import PATH_COST_MAX, SERVER_VERSION
-from ..base.messages import ConfChange, ConfChangeType, Entry, EntryType, Request
+from ..base.messages import ConfChange, ConfChangeType, Entry, EntryType, Message, MsgType, Request
 from ..base.text import load_json, utf8
 from ..base.urls import check_advertised_url
+from ..peer.transport import MessageInspector
 from ..store.events import Event
-from ..store.tree import Store
-from .cluster import Cluster, format_id, parse_member, version_key
+from ..store.tree import Store, StoreState
+from .cluster import SERVER_LOG, Cluster, format_id, parse_member, version_key
 
 _ATTRIBUTES_PATH = re.compile(r"/0/members/([0-9a-fA-F]{1,16})/attributes")
 _VERSION_VALUE = re.compile(r"[0-9]{1,9}\.[0-9]{1,9}\.[0-9]{1,9}")
@@ -37,7 +39,7 @@ Applied = Union[Event, EtcdError, None]
 class Applier:
     """Turns requests into changes of the store, and conf changes into changes of the cluster.
 
-    clock  returns unix nanoseconds; used for what is shown, never for what expires
+    clock  returns unix nanoseconds, for the ttl that is shown; never for what expires
     """
 
     def __init__(
@@ -47,14 +49,14 @@ class Applier:
         self.auth_changes = 0           # times that something below /2 may have changed
         self._store = store
         self._cluster = cluster
-        self._long: Optional[Entry] = None      # the entry that prepare() is at
+        self._long: Optional[Entry] = None      # the entry that prepare() is decoding
         self._steps: Generator[None, None, Optional[Request]] = decode_long_request(b"")
         cluster.local_id = local_id
 
     def prepare(self, entry: Entry) -> bool:
-        """Do a step of what takes long with a long entry; True when it is done, or is not long.
+        """Decode a slice of a long entry; True when it is decoded, or is not long.
 
-        Only a user's value becomes what the store keeps: 10 MB take 40 ms, or 0.5 s.
+        10 MB take 40 ms, or 0.5 s.
         """
         if len(entry.data) <= LONG_REQUEST_BYTES:
             return True
@@ -67,7 +69,7 @@ class Applier:
             request: Optional[Request] = end.value
             if request is not None and request.path.startswith("/1/"):
                 entry.request = _with_clean_path(request)
-        except CodecError:              # apply_entry() will say so
+        except CodecError:              # apply_entry() logs it
             pass
         self._long = None
         return True
@@ -75,8 +77,8 @@ class Applier:
     def apply_entry(self, entry: Entry) -> Applied:
         """Apply a normal entry, and leave its request in entry.request.
 
-        None for what has no result: a leader's first entry, operations of etcd 3's API, and what
-        is no command; they count as applied and do nothing here.
+        Returns None for entries without a result: a leader's first entry, operations of etcd 3's
+        API, and garbage; they count as applied and do nothing here.
         """
         request = entry.request
         if request is None:
@@ -84,14 +86,14 @@ class Applier:
                 return None
             try:
                 request = entry.request = read_command(entry.data)
-            except CodecError as error:     # in a log from before check_entry(); etcd ends here
-                package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
+            except CodecError as error:     # in a log from before check_entry(); etcd exits here
+                SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
             if request is None:
                 return None
         return self.apply_request(request)
 
     def apply_request(self, request: Request) -> Applied:
-        """Execute one command; an error of the store is returned, not raised."""
+        """Execute one command; errors of the store are returned, not raised."""
         path = request.path
         handler = _METHODS.get(request.method)
         if path.startswith("/2"):
@@ -103,7 +105,7 @@ class Applier:
         try:
             return handler(self, request)
         except EtcdError as error:
-            return error.with_traceback(None)       # whose frames hold what this goes to
+            return error.with_traceback(None)       # its frames hold the request
 
     def _put(self, r: Request) -> Applied:
         store, now_ns = self._store, self.clock()
@@ -152,41 +154,38 @@ class Applier:
         return None
 
     def _note_cluster(self, r: Request) -> bool:
-        """A member publishes itself, or the version is set; False if the store stays as it is."""
+        """Note a member's attributes or the cluster version; False if the store stays as it is."""
         match = _ATTRIBUTES_PATH.fullmatch(r.path)
         if match is not None:
             return self._note_attributes(int(match.group(1), 16), r.val)
         if r.path == "/0/version":
             if not _VERSION_VALUE.fullmatch(r.val):
-                log = package_logger("etcdserver")
-                log.error("ignored a cluster version that is none: %s", r.val)
-                return False            # etcd ends here
+                SERVER_LOG.error("ignored a cluster version that is none: %s", r.val)
+                return False            # etcd exits here
             self._cluster.set_version(r.val)
         return True
 
     def _note_attributes(self, id: int, value: str) -> bool:
         if not self._cluster.is_known(id):
-            if not self._cluster.is_removed(id):    # etcd ends here; the store alone is harmless
-                package_logger("etcdserver").warning(
-                    "ignored the attributes of unknown member %s", format_id(id)
-                )
+            if not self._cluster.is_removed(id):    # etcd exits here; the store alone is harmless
+                SERVER_LOG.warning("ignored the attributes of unknown member %s", format_id(id))
             return False
         try:
             member = parse_member(utf8(value), id)
-        except CodecError as error:     # etcd ends here
-            package_logger("etcdserver").error("ignored attributes: %s", error)
+        except CodecError as error:     # etcd exits here
+            SERVER_LOG.error("ignored attributes: %s", error)
             return False
         self._cluster.update_attributes(member)
         return True
 
     def apply_conf_change(self, change: ConfChange) -> Optional[MemberError]:
-        """Change the cluster, or return why not; then Raft must not change either."""
+        """Change the cluster, or return the reason against it; then Raft must not change either."""
         try:
             self._change_cluster(change)
         except MemberError as error:
-            return error.with_traceback(None)       # whose frames hold what this goes to
-        except (CodecError, EtcdError) as error:        # etcd ends here
-            package_logger("etcdserver").error("ignored a change of members: %s", error)
+            return error.with_traceback(None)       # its frames hold the request
+        except (CodecError, EtcdError) as error:        # etcd exits here
+            SERVER_LOG.error("ignored a change of members: %s", error)
             return UnknownChange()
         return None
 
@@ -212,11 +211,11 @@ _METHODS: Dict[str, Callable[[Applier, Request], Applied]] = {
 }
 
 
-# -- what a peer may have in the log -------------------------------------------
+# -- inspection of entries -----------------------------------------------------
 
 
 def read_command(data: Buffer) -> Optional[Request]:
-    """Return decode_request(data) as UTF-8, its path clean, as etcd's store makes it.
+    """Return decode_request(data) as UTF-8, with a clean path as in etcd's store.
 
     Raises CodecError.
     """
@@ -230,11 +229,11 @@ def _with_clean_path(request: Request) -> Request:
 
 
 def read_change(entry: Entry) -> ConfChange:
-    """Return what an entry changes; nobody, if it is garbage from before check_entry()."""
+    """Return the change in an entry; one of unknown type for garbage from before check_entry()."""
     try:
         return decode_conf_change(entry.data)
-    except CodecError as error:         # etcd ends here
-        package_logger("etcdserver").error("ignored entry %d: %s", entry.index, error)
+    except CodecError as error:         # etcd exits here
+        SERVER_LOG.error("ignored entry %d: %s", entry.index, error)
         return ConfChange(type=-1)
 
 
@@ -264,9 +263,9 @@ def check_entry(entry: Entry) -> None:
 
 
 def check_proposal(entry: Entry) -> None:
-    """Raise CodecError for what no API of a member lets in.  The entry has passed check_entry().
+    """Raise CodecError for a proposal that no API of a member lets in, after check_entry().
 
-    In a leader's log it would have to be taken: others have it already.
+    An entry in a leader's log would have to be accepted: other members have it already.
     """
     if entry.type == EntryType.CONF_CHANGE:
         change = decode_conf_change(entry.data)
@@ -279,11 +278,11 @@ def check_proposal(entry: Entry) -> None:
                 raise CodecError(f"a change of member {change.node_id:x}: {error}") from None
 
 
-_PATH_CHARS_CHEAP = 4_096               # the key of a peer that no part of which can be costly
+_PATH_CHARS_CHEAP = 4_096               # of a key; up to here no number of elements is costly
 
 
 def _check_own_path(request: Request) -> None:
-    """Below /0 only what members publish may be written."""
+    """Raise CodecError for a write below /0 other than members' attributes and the version."""
     path, value = request.path, request.val
     if request.method == "QGET" or not (path + "/").startswith("/0/"):
         return
@@ -304,3 +303,40 @@ def _check_change(data: bytes) -> None:
         parse_member(context, change.node_id)
         if load_json(context).get("id", change.node_id) != change.node_id:
             raise CodecError(f"a change of member {change.node_id:x} that speaks of another one")
+
+
+class MemberInspector(MessageInspector):
+    """Refuses messages that would be fatal when they are applied, or make our log unreadable."""
+
+    def __init__(self, cluster: Cluster, fault: Callable[[Message], str]) -> None:
+        self._cluster = cluster
+        self._fault = fault             # by the rules of Raft alone
+
+    def inspect(self, message: Message) -> Generator[None, None, str]:
+        """Return, in steps, the reason against stepping `message`; "": none."""
+        if message.type == MsgType.PROP and message.sender not in self._cluster.members:
+            return "its sender is no member, and may propose nothing"
+        if message.type == MsgType.SNAP and not (message.snapshot and message.snapshot.state):
+            return "nobody has read the snapshot in it"
+        fault, work = self._fault(message), 0
+        if fault or message.type not in (MsgType.APP, MsgType.PROP):
+            return fault
+        for entry in message.entries:
+            try:
+                check_entry(entry)
+                if message.type == MsgType.PROP:
+                    check_proposal(entry)
+            except CodecError as error:
+                return str(error)
+            work += STEP_BYTES // STEP_ENTRIES + len(entry.data)
+            if work > STEP_BYTES:
+                work = 0
+                yield
+        return ""
+
+    def read_state(self, data: bytes) -> StoreState:
+        """Return the state in a snapshot.  Raises ValueError if the store cannot become it."""
+        state = StoreState.read(data)
+        if state.version and version_key(state.version) > version_key(SERVER_VERSION):
+            raise ValueError(f"cluster version {state.version} is newer than this program")
+        return state

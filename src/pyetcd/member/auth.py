@@ -1,4 +1,4 @@
-"""Auth records in the store, and the guard before a request.
+"""Auth records in the store, their changes through consensus, and the guard before a request.
 
 Source: etcd 2.3 etcdserver/auth, etcdhttp/client_security.go.
 """
@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import base64
 import functools
-from typing import Any, Callable, Dict, Generator, List, Optional, Union
+from typing import Any, Callable, Dict, Generator, List, NamedTuple, Optional, Tuple, Type, Union
 
 from ..base.errors import EtcdError, KeyNotFound, NodeExists, RaftInternal
-from ..base.ids import package_logger
 from ..base.messages import Request
 from ..base.text import json_string, json_text, load_json, text_of, utf8
 from ..net.http_messages import HttpHead
 from ..net.http_requests import Handler, HttpRequest
 from ..net.reactor import Reactor
-from ..net.workers import PASSWORD_WORK, Complaints
+from ..net.workers import PASSWORD_WORK, ThrottledLog
 from ..store.tree import Store
 from .applier import Applier
 from .passwords import (
     _TRY_AGAIN,
+    AUTH_LOG,
     AUTH_NAME_BYTES_MAX,
     AUTH_PREFIX,
     EVERYTHING,
@@ -38,14 +38,12 @@ from .passwords import (
     make_permissions,
     string_list,
 )
-from .server import EtcdServer
 
 
 class Auth:
-    """Users and roles as the store has them, and the question whether somebody may do something.
+    """Users and roles as the store has them, and the accesses that they allow.
 
-    `version` changes whenever any of it may have changed; what was decided before is void then.
-    Thread: reactor.
+    Decisions hold until `version` changes.  Thread: reactor.
     """
 
     def __init__(self, store: Store, applier: Applier, reactor: Reactor) -> None:
@@ -54,8 +52,7 @@ class Auth:
         self._applier = applier
         self._seen = -1
         self._enabled = False
-        self._users: Dict[str, Optional[User]] = {}
-        self._roles: Dict[str, Optional[Role]] = {}
+        self._records: Dict[Tuple[str, str], Any] = {}      # kind and name -> User or Role
 
     @property
     def version(self) -> int:
@@ -64,35 +61,40 @@ class Auth:
 
     @property
     def enabled(self) -> bool:
-        """True if requests are checked."""
-        self._look()
+        self._refresh()
         return self._enabled
 
     def user(self, name: str) -> Optional[User]:
         """Return a user, with the role root if it is root."""
-        self._look()
-        if name not in self._users:     # those that do not exist are not remembered
-            stored = self._stored("users", name)
-            if not stored:
-                return None
-            self._users[name] = parse_stored_user(name, stored)
-        return self._users[name]
+        user: Optional[User] = self._record("users", name, parse_stored_user)
+        return user
 
     def role(self, name: str) -> Optional[Role]:
         """Return a role; root exists without being stored."""
-        self._look()
-        if name == ROOT:
-            return Role(ROOT, EVERYTHING)
-        if name not in self._roles:
-            stored = self._stored("roles", name)
+        role: Optional[Role] = Role(ROOT, EVERYTHING)
+        return role if name == ROOT else self._record("roles", name, parse_stored_role)
+
+    def _record(self, kind: str, name: str, parse: Callable[[str, str], Any]) -> Any:
+        self._refresh()
+        key = kind, name
+        if key not in self._records:    # missing records are not remembered
+            stored = self._store.value(f"{AUTH_PREFIX}/{kind}/{name}")
             if not stored:
                 return None
-            self._roles[name] = parse_stored_role(name, stored)
-        return self._roles[name]
+            self._records[key] = parse(name, stored)
+        return self._records[key]
+
+    def _refresh(self) -> None:
+        if self._seen != self._applier.auth_changes:
+            self._seen = self._applier.auth_changes
+            self._records = {}
+            self._enabled = self._store.value(AUTH_PREFIX + "/enabled") == "true"
 
     def stored_hash(self, name: str) -> str:
-        """Return the password's hash of a user; of one that does not exist, one like root's:
-        to refuse it takes as long."""
+        """Return the password's hash of a user.
+
+        An unknown user gets one like root's, so that a refusal takes as long.
+        """
         user = self.user(name)
         if user is not None:
             return user.password
@@ -115,7 +117,6 @@ class Auth:
 
     def may_access(self, user: Optional[User], key: str, *, write: bool, recursive: bool) -> bool:
         """True if a verified user (None: a guest) may read or write `key`."""
-        log = package_logger("auth")
         if user is None:
             role = self.role(GUEST)
             return role is not None and role.allow(key, write=write, recursive=False)
@@ -123,47 +124,38 @@ class Auth:
             role = self.role(name)
             if role is not None and role.allow(key, write=write, recursive=recursive):
                 return True
-        log.warning("invalid access for user %s on key %s.", user.name, key)
+        AUTH_LOG.warning("invalid access for user %s on key %s.", user.name, key)
         return False
 
     @staticmethod
     def is_root(user: Optional[User]) -> bool:
         """True if a verified user has the role root."""
         if user is not None and ROOT not in (user.roles or ()):
-            package_logger("auth").warning(
+            AUTH_LOG.warning(
                 "user %s does not have the %s role for this resource.", user.name, ROOT
             )
             return False
         return user is not None
 
-    def _stored(self, kind: str, name: str) -> Optional[str]:
-        return self._store.value(f"{AUTH_PREFIX}/{kind}/{name}")
-
-    def _look(self) -> None:
-        if self._seen != self._applier.auth_changes:
-            self._seen = self._applier.auth_changes
-            self._users, self._roles = {}, {}
-            self._enabled = self._store.value(AUTH_PREFIX + "/enabled") == "true"
-
 
 def parse_stored_user(name: str, text: str) -> Optional[User]:
-    """Return the user that lies in the store; None, with a log line, if it is none."""
+    """Return the user in a record of the store; None, with a log line, if it holds none."""
     try:
         value = load_json(text)
         password = go_text(str(value["password"]))
         return User(name, password, string_list(value.get("roles"))).with_root()
     except (ValueError, KeyError, TypeError, AttributeError):
-        package_logger("auth").error("ignored user %s: what is stored is no user", name)
+        AUTH_LOG.error("ignored user %s: what is stored is no user", name)
         return None
 
 
 def parse_stored_role(name: str, text: str) -> Optional[Role]:
-    """Return the role that lies in the store; None, with a log line, if it is none."""
+    """Return the role in a record of the store; None, with a log line, if it holds none."""
     try:
         kv = load_json(text)["permissions"]["kv"]
         return Role(name, make_permissions(kv.get("read"), kv.get("write")))
     except (ValueError, KeyError, TypeError, AttributeError):
-        package_logger("auth").error("ignored role %s: what is stored is no role", name)
+        AUTH_LOG.error("ignored role %s: what is stored is no role", name)
         return None
 
 
@@ -171,49 +163,48 @@ Step = Union[Request, Callable[[], Any]]
 Steps = Generator[Step, Any, Any]
 
 
-class StepsRun:
-    """A change under way that waits several times; then done(its result, or its exception).
+class StepsRunner(NamedTuple):
+    """Runs a change that waits several times; then done(its result, or its exception).
 
+    do     as EtcdServer.do
     steps  yields a Request, and gets its Event or EtcdError; or a callable, which runs on another
            thread, and gets its result
     """
 
-    __slots__ = ("_server", "_steps", "_done")
-
-    def __init__(self, server: EtcdServer, steps: Steps, done: Callable[[Any], None]) -> None:
-        self._server = server
-        self._steps = steps
-        self._done = done
+    do: Callable[[Request, Callable[[Any], None]], None]
+    reactor: Reactor
+    steps: Steps
+    done: Callable[[Any], None]
 
     def go_on(self, value: Any = None) -> None:
-        """Take the next step, with what the one before has brought."""
+        """Take the next step, with the result of the one before."""
         try:
-            step = self._steps.send(value)
+            step = self.steps.send(value)
         except StopIteration as stop:
-            self._done(stop.value)
+            self.done(stop.value)
         except (AuthError, EtcdError) as error:
-            self._done(error.with_traceback(None))
+            self.done(error.with_traceback(None))
         else:
             if isinstance(step, Request):
-                self._server.do(step, self.go_on)
+                self.do(step, self.go_on)
             else:
-                self._server.reactor.run_blocking(step, kind=PASSWORD_WORK, done=self._worked)
+                self.reactor.run_blocking(step, kind=PASSWORD_WORK, done=self._worked)
 
     def _worked(self, error: Optional[BaseException], result: Any) -> None:
         if error is None:
             self.go_on(result)
         elif isinstance(error, AuthError):
-            self._done(error)
+            self.done(error)
         else:
-            self._done(AuthError(503, f"{error}{_TRY_AGAIN}"))
+            self.done(AuthError(503, f"{error}{_TRY_AGAIN}"))
 
 
 class AuthStore:
-    """Changes of users and roles, through consensus; each method returns Steps for StepsRun.
+    """Changes of users and roles, through consensus; each method returns Steps for StepsRunner.
 
-    What a change is based on is read through consensus, too, and written only if it is still the
+    A change reads its record through consensus, too, and is written only if the record is the
     same then; otherwise it begins again.  Differs from etcd, where of two changes of one user at
-    the same time one is lost.
+    the same time one is lost.  All methods raise AuthError.
     """
 
     def __init__(self, auth: Auth) -> None:
@@ -221,105 +212,147 @@ class AuthStore:
         self._ensured = False
 
     def create_user(self, user: User) -> Steps:
-        """Return the new user.  Raises AuthError."""
+        """Return the new user."""
         if not user.password:
             raise AuthError(400, f"Cannot create user {user.name} with an empty password")
         hashed = yield functools.partial(self._auth.checks.passwords.hash, user.password)
         user = user._replace(password=hashed).with_root()
-        yield from self._create(f"/users/{user.name}", user.json(),
-                                f"User {user.name} already exists.")
-        package_logger("auth").info("created user %s", user.name)
+        yield from self._create("user", user)
+        AUTH_LOG.info("created user %s", user.name)
         return user
 
     def update_user(self, name: str, password: str, grant: Names, revoke: Names) -> Steps:
-        """Return the changed user.  Raises AuthError."""
-        missing = AuthError(404, f"User {name} does not exist.")
+        """Return the changed user."""
         hashed = ""
-        while True:
-            text, index = yield from self._read(f"/users/{name}", missing)
-            old = parse_stored_user(name, text)
-            if old is None:
-                raise missing
+        if password:
+            hashed = yield functools.partial(self._auth.checks.passwords.hash, password)
+
+        def change(old: User) -> User:
             new = old.change_roles(grant, revoke)
-            if password:
-                hash_it = functools.partial(self._auth.checks.passwords.hash, password)
-                hashed = hashed or (yield hash_it)
-                new = new._replace(password=hashed)
-            if new == old:
-                raise AuthError(400, "User not updated. Use grant/revoke/password to update the"
-                                     " user.")
-            if (yield from self._replace(f"/users/{name}", new.json(), index)):
-                package_logger("auth").info("updated user %s", name)
-                return new
+            return new._replace(password=hashed) if hashed else new
+
+        return (
+            yield from self._update(
+                "user", name, parse_stored_user, change, "grant/revoke/password")
+        )
 
     def delete_user(self, name: str) -> Steps:
-        """Raises AuthError."""
         if name == ROOT and self._auth.enabled:
             raise AuthError(403, "Cannot delete root user while auth is enabled.")
-        yield from self._delete(f"/users/{name}", f"User {name} does not exist")
-        package_logger("auth").info("deleted user %s", name)
+        missing = AuthError(404, f"User {name} does not exist")
+        yield from self._write(f"/users/{name}", KeyNotFound, missing, method="DELETE")
+        AUTH_LOG.info("deleted user %s", name)
 
     def create_role(self, role: Role) -> Steps:
-        """Return the new role.  Raises AuthError."""
+        """Return the new role."""
         self._check_role(role.name)
-        yield from self._create(f"/roles/{role.name}", role.json(),
-                                f"Role {role.name} already exists.")
-        package_logger("auth").info("created new role %s", role.name)
+        yield from self._create("role", role)
+        AUTH_LOG.info("created new role %s", role.name)
         return role
 
     def update_role(
         self, name: str, grant: Optional[Permissions], revoke: Optional[Permissions]
     ) -> Steps:
-        """Return the changed role.  Raises AuthError."""
+        """Return the changed role."""
         self._check_role(name)
-        missing = AuthError(404, f"Role {name} does not exist.")
-        while True:
-            text, index = yield from self._read(f"/roles/{name}", missing)
-            old = parse_stored_role(name, text)
-            if old is None:
-                raise missing
+
+        def change(old: Role) -> Role:
             permissions = old.permissions
             if grant is not None:
                 permissions = permissions.grant(grant)
             if revoke is not None:
                 permissions = permissions.revoke(revoke)
-            new = old._replace(permissions=permissions)
-            if new == old:
-                raise AuthError(400, "Role not updated. Use grant/revoke to update the role.")
-            if (yield from self._replace(f"/roles/{name}", new.json(), index)):
-                package_logger("auth").info("updated role %s", name)
-                return new
+            return old._replace(permissions=permissions)
+
+        return (
+            yield from self._update("role", name, parse_stored_role, change, "grant/revoke")
+        )
 
     def delete_role(self, name: str) -> Steps:
-        """Raises AuthError."""
         self._check_role(name)
-        yield from self._delete(f"/roles/{name}", f"Role {name} doesn't exist.")
-        package_logger("auth").info("deleted role %s", name)
+        missing = AuthError(404, f"Role {name} doesn't exist.")
+        yield from self._write(f"/roles/{name}", KeyNotFound, missing, method="DELETE")
+        AUTH_LOG.info("deleted role %s", name)
 
     def enable(self) -> Steps:
-        """Check requests from now on; there must be a root.  Raises AuthError."""
-        log = package_logger("auth")
+        """Check requests from now on; there must be a root."""
         if self._auth.enabled:
             raise AuthError(409, "already enabled")
         no_root = AuthError(409, "No root user available, please create one")
         yield from self._read(f"/users/{ROOT}", no_root)
         if self._auth.role(GUEST) is None:
-            log.info("no guest role access found, creating default")
+            AUTH_LOG.info("no guest role access found, creating default")
             yield from self.create_role(Role(GUEST, EVERYTHING))
-        yield from self._set_enabled("true")
-        log.info("auth: enabled auth")
+        yield from self._write("/enabled", val="true", prev_exist=True)
+        AUTH_LOG.info("auth: enabled auth")
 
     def disable(self) -> Steps:
-        """Check no more.  Raises AuthError."""
         if not self._auth.enabled:
             raise AuthError(409, "already disabled")
-        yield from self._set_enabled("false")
-        package_logger("auth").info("auth: disabled auth")
+        yield from self._write("/enabled", val="false", prev_exist=True)
+        AUTH_LOG.info("auth: disabled auth")
 
     @staticmethod
     def _check_role(name: str) -> None:
         if name == ROOT:
             raise AuthError(403, f"Cannot modify role {name}: is root role.")
+
+    def _create(self, kind: str, record: Union[User, Role]) -> Steps:
+        exists = AuthError(409, f"{kind.capitalize()} {record.name} already exists.")
+        yield from self._write(
+            f"/{kind}s/{record.name}", NodeExists, exists, val=json_text(record.json()),
+            prev_exist=False,
+        )
+
+    def _update(
+        self, kind: str, name: str, parse: Callable[[str, str], Any],
+        change: Callable[[Any], Any], options: str,
+    ) -> Steps:
+        """Return the changed record; begins again if another change was faster."""
+        path, what = f"/{kind}s/{name}", kind.capitalize()
+        missing = AuthError(404, f"{what} {name} does not exist.")
+        while True:
+            text, index = yield from self._read(path, missing)
+            old = parse(name, text)
+            if old is None:
+                raise missing
+            new = change(old)
+            if new == old:
+                raise AuthError(400, f"{what} not updated. Use {options} to update the {kind}.")
+            result = yield from self._do(Request(
+                method="PUT", path=path, val=json_text(new.json()), prev_exist=True,
+                prev_index=index,
+            ))
+            if not isinstance(result, EtcdError):
+                AUTH_LOG.info("updated %s %s", kind, name)
+                return new
+
+    def _read(self, path: str, missing: AuthError) -> Steps:
+        """Return (value, its index) as of now.  Raises `missing`."""
+        result = yield from self._do(Request(method="QGET", path=path))
+        if isinstance(result, EtcdError) or result.node.value is None:
+            raise missing
+        return result.node.value, result.node.modified_index
+
+    def _write(
+        self, path: str, error: Type[EtcdError] = EtcdError,
+        refusal: Optional[AuthError] = None, method: str = "PUT", **fields: Any,
+    ) -> Steps:
+        """Write or delete a record.  Raises `refusal` for an `error`, and others as they are."""
+        yield from self._ensure_directories()
+        result = yield from self._do(Request(method=method, path=path, **fields))
+        if isinstance(result, EtcdError):
+            raise refusal if refusal is not None and isinstance(result, error) else result
+
+    def _ensure_directories(self) -> Steps:
+        """Make the places before the first change: four indexes of the store, as in etcd."""
+        if not self._ensured:
+            for path in ("", "/users", "/roles"):
+                yield from self._do(Request(method="PUT", path=path, dir=True, prev_exist=False))
+            yield from self._do(
+                Request(method="PUT", path="/enabled", val="false", prev_exist=False)
+            )
+            self._ensured = True
 
     @staticmethod
     def _do(request: Request) -> Steps:
@@ -329,56 +362,9 @@ class AuthStore:
             raise result
         return result
 
-    def _ensure_directories(self) -> Steps:
-        """The first change ever makes the places: four indexes of the store, as in etcd."""
-        if not self._ensured:
-            for path in ("", "/users", "/roles"):
-                yield from self._do(Request(method="PUT", path=path, dir=True, prev_exist=False))
-            yield from self._do(
-                Request(method="PUT", path="/enabled", val="false", prev_exist=False)
-            )
-            self._ensured = True
-
-    def _read(self, path: str, missing: AuthError) -> Steps:
-        """Return (value, its index) as of now.  Raises `missing`."""
-        result = yield from self._do(Request(method="QGET", path=path))
-        if isinstance(result, EtcdError) or result.node.value is None:
-            raise missing
-        return result.node.value, result.node.modified_index
-
-    def _create(self, path: str, value: object, exists: str) -> Steps:
-        yield from self._ensure_directories()
-        result = yield from self._do(
-            Request(method="PUT", path=path, val=json_text(value), prev_exist=False)
-        )
-        if isinstance(result, EtcdError):
-            raise AuthError(409, exists) if isinstance(result, NodeExists) else result
-
-    def _replace(self, path: str, value: object, index: int) -> Steps:
-        """Write if nobody was faster; False if somebody was."""
-        yield from self._ensure_directories()
-        result = yield from self._do(Request(
-            method="PUT", path=path, val=json_text(value), prev_exist=True, prev_index=index,
-        ))
-        return not isinstance(result, EtcdError)
-
-    def _delete(self, path: str, missing: str) -> Steps:
-        yield from self._ensure_directories()
-        result = yield from self._do(Request(method="DELETE", path=path))
-        if isinstance(result, EtcdError):
-            raise AuthError(404, missing) if isinstance(result, KeyNotFound) else result
-
-    def _set_enabled(self, value: str) -> Steps:
-        yield from self._ensure_directories()
-        result = yield from self._do(
-            Request(method="PUT", path="/enabled", val=value, prev_exist=True)
-        )
-        if isinstance(result, EtcdError):
-            raise result
-
 
 def parse_credential(header: str) -> Optional[Credential]:
-    """Return what an Authorization header says; None unless it is well-formed Basic (RFC 7617)."""
+    """Return the credential of a well-formed Basic Authorization header (RFC 7617), else None."""
     kind, _, encoded = header.partition(" ")
     if kind.lower() != "basic":
         return None
@@ -390,18 +376,21 @@ def parse_credential(header: str) -> Optional[Credential]:
 
 
 class Guard:
-    """Decides from its head whether a request may pass.  A decision is kept with the head until
-    Auth.version changes: verified clients cost no more than without auth.  Thread: reactor."""
+    """Decides from its head whether a request may pass.
+
+    A decision is kept with the head until Auth.version changes: the requests of verified clients
+    cost no more than without auth.  Thread: reactor.
+    """
 
     def __init__(self, auth: Auth, reactor: Reactor) -> None:
         self._auth = auth
-        self._complaints = Complaints("auth", reactor.now)
+        self._log = ThrottledLog("auth", reactor.now)
 
     def key(
         self, head: HttpHead, key: str, *, write: bool, recursive: bool, passed: Handler,
         refused: Handler,
     ) -> Handler:
-        """Return who answers an access to `key`: a guest's too, if there is no Authorization."""
+        """Return the handler for an access to `key`; without Authorization, that of a guest."""
         def may(user: Optional[User]) -> bool:
             return self._auth.may_access(user, key, write=write, recursive=recursive)
 
@@ -410,9 +399,9 @@ class Guard:
     def root(
         self, head: HttpHead, passed: Handler, refused: Handler, *, hashes: bool = False
     ) -> Handler:
-        """Return who answers what only the role root may do.
+        """Return the handler for a request that only the role root may make.
 
-        hashes  the answer holds password hashes: also without auth, if there are users
+        hashes  the answer holds password hashes: needs root without auth, too, if there are users
         """
         always = hashes and self._auth.has_users
         return self._decide(head, self._auth.is_root, passed, refused, always=always)
@@ -431,13 +420,13 @@ class Guard:
     def _verdict(
         self, head: HttpHead, may: Callable[[Optional[User]], bool]
     ) -> Optional[bool]:
-        """May it pass?  None: the password has not been verified yet."""
+        """True if the request may pass; None: the password has not been verified yet."""
         header = head.headers.get("authorization", "")
         if not header:
             return may(None)
         credential = parse_credential(header)
         if credential is None:
-            self._complaints.say("malformed basic auth encoding")
+            self._log.error("malformed basic auth encoding")
             return False
         name = credential.user
         if len(utf8(name)) > AUTH_NAME_BYTES_MAX:
@@ -449,14 +438,14 @@ class Guard:
         if right and user is not None:
             return may(user)
         why = "no such user" if user is None else "incorrect password for user"
-        self._complaints.say(f"{why}: {name[:64]}.")
+        self._log.error(f"{why}: {name[:64]}.")
         return False
 
     def _verify(
         self, head: HttpHead, may: Callable[[Optional[User]], bool], passed: Handler,
         refused: Handler, request: HttpRequest,
     ) -> None:
-        """Answer as soon as it is known whether the password is right."""
+        """Answer as soon as the password is verified."""
         if request.connection.closed:
             return
         verdict = self._verdict(head, may)
@@ -466,7 +455,7 @@ class Guard:
             answer(request)
             return
         credential = parse_credential(head.headers["authorization"])
-        assert credential is not None   # else there were a verdict
+        assert credential is not None   # without one there is a verdict
 
         def checked(known: bool) -> None:
             if known:

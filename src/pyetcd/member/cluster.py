@@ -1,13 +1,10 @@
-"""The cluster: who the members are.
-
-Members stand in the store below /0, as in etcd.
-"""
+"""The cluster: its members, which stand in the store below /0, as in etcd."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 from ..base.errors import (
     CodecError,
@@ -15,6 +12,7 @@ from ..base.errors import (
     MemberExists,
     MemberNotFound,
     MemberRemoved,
+    NotEnoughActive,
     NotEnoughStarted,
     PeerUrlExists,
     UnknownChange,
@@ -26,10 +24,12 @@ from ..base.text import as_unicode, go_quote, json_text, load_json, utf8
 from ..base.urls import check_url
 from ..store.tree import Store
 
+SERVER_LOG = package_logger("etcdserver")
+
 _KNOWN_CHANGES = frozenset(map(int, ConfChangeType))
 FEATURE_PRE_VOTE = "prevote"        # answers MsgPreVote (3.x)
 FEATURE_READ_INDEX = "readindex"    # answers MsgReadIndex, returns the context of heartbeats
-FEATURES = (FEATURE_PRE_VOTE, FEATURE_READ_INDEX)   # what this program publishes as a member
+FEATURES = (FEATURE_PRE_VOTE, FEATURE_READ_INDEX)   # that this program publishes
 
 
 class Member(NamedTuple):
@@ -43,12 +43,12 @@ class Member(NamedTuple):
 
     @property
     def started(self) -> bool:
-        """True once it has told its name."""
+        """True once the member has published its name."""
         return bool(self.name)
 
     def context_json(self) -> str:
-        """Its form in conf changes and in the peers' /members: decimal id, empty parts left out."""
-        fields: Dict[str, Any] = {"id": self.id, "peerURLs": self.peer_urls}
+        """Return the JSON of conf changes and of the peers' /members: decimal id, no empty part."""
+        fields: Dict[str, object] = {"id": self.id, "peerURLs": self.peer_urls}
         if self.name:
             fields["name"] = self.name
         if self.client_urls:
@@ -56,26 +56,24 @@ class Member(NamedTuple):
         return json_text(fields)
 
     def client_json(self) -> str:
-        """Its form in /v2/members: hexadecimal id, all parts."""
+        """Return the JSON of /v2/members: hexadecimal id, all parts."""
         return json_text({
             "id": format_id(self.id), "name": self.name, "peerURLs": self.peer_urls,
             "clientURLs": self.client_urls,
         })
 
     def attributes_json(self) -> str:
-        """The value of /0/members/<id>/attributes."""
         fields = {"name": self.name, "clientURLs": self.client_urls}
         if self.features:
             fields["features"] = self.features
         return json_text(fields)
 
     def raft_attributes_json(self) -> str:
-        """The value of /0/members/<id>/raftAttributes."""
         return json_text({"peerURLs": self.peer_urls})
 
 
 def format_id(id: int) -> str:
-    """Return the hexadecimal text of a member or cluster id; etcd does not pad it."""
+    """Return the hexadecimal text of a member or cluster id, not padded, as in etcd."""
     return f"{id:x}"
 
 
@@ -135,14 +133,14 @@ class Cluster:
     def __init__(self, token: str = "", store: Optional[Store] = None) -> None:
         self.token = token
         self.id = 0
-        self.local_id = 0                           # whose lines say "local member"
+        self.local_id = 0                           # the log calls it "local member"
         self.members: Dict[int, Member] = {}
         self.removed: Set[int] = set()              # ids that can never come back
         self.version: Optional[str] = None          # "2.3.0"; None: not decided yet
         self._store = store
 
     @classmethod
-    def from_initial(cls, token: str, initial: Mapping[str, Sequence[str]]) -> Cluster:
+    def from_initial(cls, token: str, initial: Mapping[str, Iterable[str]]) -> Cluster:
         """Return a new cluster of the members in `initial`.  Raises ValueError if ids collide."""
         cluster = cls(token)
         for name, urls in initial.items():
@@ -154,12 +152,11 @@ class Cluster:
         return cluster
 
     def set_store(self, store: Store) -> None:
-        """Tell which store the changes go to."""
+        """Let changes go to `store`."""
         self._store = store
 
     @property
     def store(self) -> Store:
-        """The store."""
         if self._store is None:
             raise InvariantError("a cluster without a store cannot change")
         return self._store
@@ -176,17 +173,17 @@ class Cluster:
         if self.version:
             self._check_version(self.version)
         for member in sorted(self.members.values()):
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "added %smember %s [%s] to cluster %s from store", self._local(member.id),
                 format_id(member.id), " ".join(member.peer_urls), format_id(self.id),
             )
         if self.version:
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "set the cluster version to %s from store", self.version.rpartition(".")[0]
             )
 
     def _ids(self, path: str) -> List[str]:
-        """The names below `path` that are ids; nothing else belongs there."""
+        """Return the names below `path` that are ids; no others belong there."""
         children = self.store.children(path)
         return [name for name, _ in children if re.fullmatch("[0-9a-f]{1,16}", name)]
 
@@ -197,7 +194,7 @@ class Cluster:
         try:
             raft, attributes = (parse_member(utf8(part or "{}"), id) for part in parts)
         except CodecError as error:
-            package_logger("etcdserver").error("member %s is damaged: %s", name, error)
+            SERVER_LOG.error("member %s is damaged: %s", name, error)
             return Member(id, ())
         return attributes._replace(peer_urls=raft.peer_urls)
 
@@ -206,38 +203,34 @@ class Cluster:
         return all(feature in member.features for member in self.members.values())
 
     def member_by_name(self, name: str) -> Optional[Member]:
-        """Return the member of that name, or None."""
         return next((m for m in self.members.values() if m.name == name), None)
 
     def is_removed(self, id: int) -> bool:
-        """Tell whether this id was a member once and was removed."""
         return id in self.removed
 
     def is_known(self, id: int) -> bool:
-        """Tell whether the addition of this member is applied.
+        """True if the addition of this member is applied.
 
-        The store decides, the same everywhere; `members` also holds those of the flags.
+        The store decides, as it is the same everywhere; `members` also holds those of the flags.
         """
         return bool(self.store.children(f"/0/members/{format_id(id)}"))
 
     def client_urls(self) -> List[str]:
-        """Return the client URLs of all members."""
         return [url for member in self.members.values() for url in member.client_urls]
 
     def peer_urls(self) -> List[str]:
-        """Return the peer URLs of all members."""
         return [url for member in self.members.values() for url in member.peer_urls]
 
     # -- changes -----------------------------------------------------------
 
     def validate_change(self, change: ConfChange) -> Optional[Member]:
-        """Return the member that an add or update speaks of.  Raises MemberError.
+        """Return the member in an add or update, None for a removal.  Raises MemberError.
 
-        Decided by the applied state alone, so every member decides alike.
+        The applied state alone decides, so every member decides alike.
         """
         id = change.node_id
         if change.type not in _KNOWN_CHANGES:
-            raise UnknownChange()       # of a newer etcd; 2.3 ends here
+            raise UnknownChange()       # of a newer etcd; 2.3 exits here
         if id in self.removed:
             raise MemberRemoved()
         known = self.is_known(id)
@@ -265,18 +258,16 @@ class Cluster:
         self._log("added", member.id, " ".join(member.peer_urls), "to")
 
     def remove(self, id: int, *, now_ns: int = 0) -> None:
-        """Apply: a member leaves for ever.  Two store indexes."""
+        """Apply: a member leaves, and its id can never come back.  Two store indexes."""
         path = f"/0/members/{format_id(id)}"
         self.store.delete(path, dir=True, recursive=True, now_ns=now_ns)
         self.store.create(f"/0/removed_members/{format_id(id)}", now_ns=now_ns)
         self.members.pop(id, None)
         self.removed.add(id)
-        package_logger("etcdserver").info(
-            "removed member %s from cluster %s", format_id(id), format_id(self.id)
-        )
+        SERVER_LOG.info("removed member %s from cluster %s", format_id(id), format_id(self.id))
 
     def update_raft_attributes(
-        self, id: int, peer_urls: Sequence[str], *, now_ns: int = 0
+        self, id: int, peer_urls: Iterable[str], *, now_ns: int = 0
     ) -> None:
         """Apply: a member has new peer URLs.  One store index."""
         member = self.members[id]._replace(peer_urls=tuple(peer_urls))
@@ -296,11 +287,11 @@ class Cluster:
         Raises InvariantError if this program is older than the cluster.
         """
         self._check_version(version)
-        log, short = package_logger("etcdserver"), version.rpartition(".")[0]
+        short = version.rpartition(".")[0]
         if self.version is None:
-            log.info("set the initial cluster version to %s", short)
+            SERVER_LOG.info("set the initial cluster version to %s", short)
         elif self.version != version:
-            log.info(
+            SERVER_LOG.info(
                 "updated the cluster version from %s to %s", self.version.rpartition(".")[0], short
             )
         self.version = version
@@ -318,37 +309,51 @@ class Cluster:
 
     def check_strict(self, change_type: ConfChangeType, id: int) -> None:
         """Raise NotEnoughStarted if a change could leave too few started members for a quorum."""
+        members = self.members.values()
         if change_type == ConfChangeType.ADD_NODE:
-            self.check_strict_add()
+            what, size = "add", len(members) + 1
+            started = sum(member.started for member in members)
+            if started == 1 and size == 2:      # a cluster of one must be able to grow
+                return
         elif change_type == ConfChangeType.REMOVE_NODE:
-            self.check_strict_remove(id)
-
-    def check_strict_add(self) -> None:
-        """Raise NotEnoughStarted if one more member would leave too few started for a quorum."""
-        started = sum(member.started for member in self.members.values())
-        size = len(self.members) + 1
-        if not (started == 1 and size == 2):    # a cluster of one must be able to grow
-            self._check_started("add", started, size)
-
-    def check_strict_remove(self, id: int) -> None:
-        """Raise NotEnoughStarted if the rest would have too few started for a quorum."""
-        rest = [member for member in self.members.values() if member.id != id]
-        self._check_started("remove", sum(member.started for member in rest), len(rest))
-
-    @staticmethod
-    def _check_started(what: str, started: int, size: int) -> None:
+            rest = [member for member in members if member.id != id]
+            what, size, started = "remove", len(rest), sum(member.started for member in rest)
+        else:
+            return
         if started < size // 2 + 1:
-            package_logger("etcdserver").warning(
+            SERVER_LOG.warning(
                 "Reject %s member request: the number of started member (%d) will be less than"
                 " the quorum number of the cluster (%d)", what, started, size // 2 + 1,
             )
             raise NotEnoughStarted({"add": "adding", "remove": "removing"}[what], started, size)
 
+    def check_active(
+        self, change_type: ConfChangeType, id: int, active_since: Callable[[int], float]
+    ) -> None:
+        """Raise NotEnoughActive if a change leaves too few reachable members for a quorum.
+
+        A member that is down may always be removed.  Source: etcd 3 server.go, mayRemoveMember.
+        Differs from it: active now is enough, it needs no 5 s, and one more may be added while
+        others are down if all that are up will be a quorum.
+        """
+        active = {each for each in self.members if each == self.local_id or active_since(each) > 0}
+        if change_type == ConfChangeType.ADD_NODE:
+            what, left, size = "adding", len(active), len(self.members) + 1
+            is_risky = size > 2             # a cluster of one must be able to grow
+        else:
+            what, left, size = "removing", len(active) - 1, len(self.members) - 1
+            is_risky = change_type == ConfChangeType.REMOVE_NODE and id in active
+        if is_risky and left < size // 2 + 1:
+            SERVER_LOG.warning(
+                "not healthy for reconfigure: %s a member leaves %d of %d active", what, left, size
+            )
+            raise NotEnoughActive(what, left, size)
+
     def _local(self, id: int) -> str:
         return "local " if id == self.local_id else ""
 
     def _log(self, verb: str, id: int, urls: str, preposition: str) -> None:
-        package_logger("etcdserver").info(
+        SERVER_LOG.info(
             "%s %smember %s [%s] %s cluster %s", verb, self._local(id), format_id(id), urls,
             preposition, format_id(self.id),
         )

@@ -1,4 +1,4 @@
-"""What a member is started with."""
+"""The settings of a member, and the state that it boots with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class ServerConfig(NamedTuple):
-    """Everything a member is told; frozen after start.  URLs are checked; times in ms."""
+    """All settings of a member; frozen after start.  URLs are checked; times in ms."""
 
     name: str = DEFAULT_NAME
     data_dir: str = ""                  # "": <name>.etcd in the working directory
@@ -69,7 +69,7 @@ class ServerConfig(NamedTuple):
 
     @property
     def request_timeout_s(self) -> float:
-        """How long a client waits for a commit: 5 s and two elections (etcd 2.3)."""
+        """Time for a commit before a client gets an error: 5 s and two elections (etcd 2.3)."""
         return 5.0 + 2 * self.election_ms / 1000
 
 
@@ -117,7 +117,7 @@ if TYPE_CHECKING:
 
 
 class Bootstrap(NamedTuple):
-    """What bootstrap found or made on disk: all a member needs to start."""
+    """The state that bootstrap found or made on disk, for the start of a member."""
 
     data_dir: DataDir
     member_id: int

@@ -1,7 +1,4 @@
-"""The journal: batches on their way to the disk, in order.
-
-Threads: the reactor's, and its own, `wal`.
-"""
+"""The journal: batches on their way to the disk, in order; threads `reactor` and `wal`."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ import threading
 from typing import Callable, Deque, Generator, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base.basics import _nothing
-from ..base.codec import finish
 from ..base.errors import DiskFull
 from ..base.ids import package_logger
 from ..base.messages import Entry, EntryID, HardState, Message, Snapshot
+from ..base.text import finish
 from ..disk.snapshots import Snapshotter
 from ..disk.wal import Cut, Wal
 from ..net.reactor import Reactor
@@ -28,7 +25,7 @@ from .statistics import Histogram, exponential_bounds
 
 
 class Batch:
-    """What one visit to the disk makes durable, and what may be said only after it."""
+    """The state and entries of one visit to the disk, and the messages held back until then."""
 
     __slots__ = ("hard_state", "entries", "snapshot", "must_sync", "held", "mark")
 
@@ -44,8 +41,8 @@ class Batch:
 class WalJob(NamedTuple):
     """One visit to the disk, in this order; empty parts are left out.
 
-    A snapshot's file is complete before anything behind it is written: after a crash between
-    the two, the log still fits the snapshot before.
+    A snapshot's file is complete before any entry behind it is written: after a crash between
+    the two, the log fits the snapshot before.
     """
 
     record: bytes                       # of the snapshot
@@ -59,8 +56,8 @@ class WalJob(NamedTuple):
 class WalWriter:
     """The wal thread: one write and one fdatasync per job.
 
-    A failure is final: nobody knows which bytes are on disk, so no later job is touched and
-    nothing is acknowledged any more.  A full disk is no failure: the step that met it has left
+    A failure is final: nobody knows which bytes are on disk, so no later job is begun and no
+    write is acknowledged any more.  A full disk is no failure: the step that met it has left
     nothing, and is repeated until there is space.
     """
 
@@ -74,7 +71,7 @@ class WalWriter:
         self._snapshotter = snapshotter
         self._reactor = reactor
         self._failed = failed
-        self._full = full               # called on the reactor: with why, and with "" when over
+        self._full = full               # called on the reactor, with the reason, or "" when over
         self._is_full = False
         self._jobs: queue.SimpleQueue[Optional[WalJob]] = queue.SimpleQueue()
         self._stopping = threading.Event()
@@ -82,7 +79,6 @@ class WalWriter:
         self.sync_durations = Histogram(exponential_bounds(0.001, 14))  # write and fdatasync, s
 
     def start(self) -> None:
-        """Start the thread."""
         self._thread.start()
 
     def submit(self, job: WalJob) -> None:
@@ -113,7 +109,7 @@ class WalWriter:
             self._reactor.call_soon_threadsafe(self._failed, error)
 
     def _do(self, job: WalJob) -> bool:
-        """Do all of a job, however long it takes; False: given up, as the disk stayed full."""
+        """Do all of a job; False: given up by stop(), as the disk stayed full."""
         for step in self._steps(job):
             while not self._try(step):
                 if self._stopping.wait(self.FULL_SECONDS):
@@ -121,28 +117,28 @@ class WalWriter:
         return True
 
     def _steps(self, job: WalJob) -> List[Callable[[], None]]:
-        """What is to be done, in order; each leaves nothing behind when the disk is full."""
+        """Return the steps of a job, in order; none leaves anything behind on a full disk."""
         steps: List[Callable[[], None]] = []
         if job.record:
             steps.append(functools.partial(self._wal.write, job.record, sync=True))
         if job.snapshot is not None:
             steps.append(functools.partial(self._snapshotter.save, job.snapshot))
         if job.data:
-            steps.append(functools.partial(self._write, job.data))
+            steps.append(functools.partial(self._write_frames, job.data))
         if job.cut is not None:
             steps.append(functools.partial(self._wal.cut, job.cut))
         if job.release_to:
             steps.append(functools.partial(self._wal.release_to, job.release_to))
         return steps
 
-    def _write(self, data: Sequence[bytes]) -> None:
+    def _write_frames(self, data: Sequence[bytes]) -> None:
         now = self._reactor.now
         started = now()
         self._wal.write(*data, sync=True)
         self.sync_durations.observe(now() - started)
 
     def _try(self, step: Callable[[], None]) -> bool:
-        """Do a step; False if the disk is full.  The reactor is told when that changes."""
+        """Do a step; False if the disk is full.  Reports each change of that to the reactor."""
         try:
             step()
         except DiskFull as error:
@@ -174,10 +170,10 @@ def first_part(entries: Sequence[Entry]) -> int:
 
 
 class Journal:
-    """What must reach the disk, in batches: while one is written the next one gathers.
+    """Readys on their way to the disk, in batches: while one is written the next one gathers.
 
-    A batch becomes durable as a whole; then `durable` is called with it, which may send what
-    was held back, and count entries.  Thread: reactor.
+    A batch becomes durable as a whole; then durable(batch) sends the messages held back, and
+    counts the entries.  Thread: reactor.
     """
 
     def __init__(
@@ -186,8 +182,8 @@ class Journal:
     ) -> None:
         self.writer = writer
         self.durable_commit = hard_state.commit     # commit index that a crash cannot take back
-        self.busy = False                           # the writer has a job of ours
-        self.visits = 0                             # jobs that it was given
+        self.busy = False                           # the writer has a job
+        self.visits = 0                             # jobs given to the writer
         self.batch_entries = Histogram(exponential_bounds(1, 14))   # in one visit
         self._wal = wal
         self._durable = durable
@@ -203,7 +199,7 @@ class Journal:
         return self._steps is not None
 
     def add(self, ready: Ready) -> None:
-        """Note what a Ready wants to be written, and what it holds back."""
+        """Add a Ready's state and entries, and the messages that it holds back."""
         batch = self._batch
         if ready.snapshot is not None:
             if batch.entries or batch.held or batch.snapshot:
@@ -218,7 +214,7 @@ class Journal:
         batch.mark = ready.mark
 
     def sync_commit(self, state: HardState) -> None:
-        """Have the disk know this commit index soon; durable_commit tells when it does."""
+        """Write this commit index soon; durable_commit tells when it is on disk."""
         self._batch.hard_state = state
         self._batch.must_sync = True
         if self._batch.mark is None:
@@ -226,8 +222,8 @@ class Journal:
         self.submit()
 
     def submit(self) -> None:
-        """Give the writer the next batch if it has none; a commit index alone waits for company."""
-        self._go_on()
+        """Give the writer the next batch if it is idle; a commit index alone waits for company."""
+        self._encode_on()
         if self._record is not None and not self.busy:
             self._write_record(*self._record)
         while not self.busy:
@@ -237,7 +233,7 @@ class Journal:
                     return
                 self._batch = Batch()
             if batch.must_sync:
-                self._write(batch)
+                self._write_batch(batch)
                 return
             if self._batch.hard_state is None:      # it travels with the next one that syncs
                 self._batch.hard_state = batch.hard_state
@@ -245,7 +241,7 @@ class Journal:
             self._durable(batch)
 
     def record_snapshot(self, snapshot_id: EntryID, done: Callable[[], None]) -> None:
-        """Write that a snapshot file of ours will follow, before the next batch; then done()."""
+        """Write the record of a snapshot file to come, before the next batch; then done()."""
         self._record = (snapshot_id, done)
         self.submit()
 
@@ -256,27 +252,27 @@ class Journal:
 
         self._record = None
         record = self._wal.encode_snapshot(snapshot_id)
-        self._visit(WalJob(record, None, (), None, 0, written))
+        self._submit_job(WalJob(record, None, (), None, 0, written))
 
     def release(self, index: int) -> None:
         """Unlock the segments that only hold entries before `index`, with the next batch."""
         self._release_to = index
 
     def close(self) -> None:
-        """Write what still waits, and end the writer.  Blocks for the last sync."""
+        """Write all batches, and end the writer.  Blocks for the last sync."""
         while self._steps is not None:
-            self._go_on()
+            self._encode_on()
         for batch in (*self._waiting, self._batch):
-            self.writer.submit(finish(self._job(batch, _nothing)))
+            self.writer.submit(finish(self._encode_job(batch, _nothing)))
         self.writer.stop()
 
-    def _write(self, batch: Batch) -> None:
+    def _write_batch(self, batch: Batch) -> None:
         """Write a batch; a long one in parts, which the next turns encode."""
         self.busy = True
         self._steps = self._write_steps(batch)
-        self._go_on()
+        self._encode_on()
 
-    def _go_on(self) -> None:
+    def _encode_on(self) -> None:
         if self._steps is not None and next(self._steps, self) is self:
             self._steps = None
 
@@ -287,7 +283,7 @@ class Journal:
             self.batch_entries.observe(count)
             data = yield from self._wal.encode_steps(None, entries[:count])
             del entries[:count]
-            self._visit(WalJob(b"", None, data, None, 0, _nothing))
+            self._submit_job(WalJob(b"", None, data, None, 0, _nothing))
             yield
             count = first_part(entries)
 
@@ -298,14 +294,14 @@ class Journal:
             self._durable(batch)
 
         self.batch_entries.observe(count)
-        self._visit((yield from self._job(batch, written)))
+        self._submit_job((yield from self._encode_job(batch, written)))
 
-    def _visit(self, job: WalJob) -> None:
+    def _submit_job(self, job: WalJob) -> None:
         self.busy = True
         self.visits += 1
         self.writer.submit(job)
 
-    def _job(
+    def _encode_job(
         self, batch: Batch, done: Callable[[], None]
     ) -> Generator[None, None, WalJob]:
         record = b""

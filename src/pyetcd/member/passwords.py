@@ -12,25 +12,27 @@ import secrets
 import sys
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
+from ..base.ids import package_logger
 from ..base.text import utf8
 from ..net.reactor import Reactor
-from ..net.workers import PASSWORD_WORK, Complaints, Timer
+from ..net.workers import PASSWORD_WORK, ThrottledLog, Timer
 
+AUTH_LOG = package_logger("auth")
 AUTH_PREFIX = "/2"                  # where users and roles lie in the store
-ROOT, GUEST = "root", "guest"       # the user and role that may do all; who gives no name
+ROOT, GUEST = "root", "guest"       # the user and role that may do all; requests without a name
 PASSWORD_COST = 10                  # of bcrypt: 2**10 rounds, as etcd
 PASSWORD_BYTES_MAX = 4_096          # above: a bad request; bcrypt reads the first 72
 AUTH_NAME_BYTES_MAX = 1_024         # of a user or role; above: a bad request, and no such user
 PASSWORD_CHECKS_MAX = 1_024         # waiting to be verified; above: 503 for the worst guesser
 PASSWORDS_KNOWN_MAX = 10_000        # right ones, and as many wrong ones; above: forgotten
 PASSWORD_SECONDS_MAX = 30.0         # for one check; above: given up, 503
-WRONG_PASSWORD_PAUSE_SECONDS = 0.1  # before the next check of a sender that was wrong lately
-WRONG_PASSWORD_SECONDS = 60.0       # without a wrong one; then a sender is as good as any
+WRONG_PASSWORD_PAUSE_SECONDS = 0.1  # before the next check of a sender with wrong ones lately
+WRONG_PASSWORD_SECONDS = 60.0       # without a wrong one; then a sender counts as new
 GUESSERS_MAX = 10_000               # remembered; above: the oldest is forgotten
 
 
 class AuthError(Exception):
-    """A request of the auth API that cannot be done; the text is etcd's, status that of HTTP."""
+    """A refused request of the auth API, with etcd's text and the status of HTTP."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"auth: {text}")
@@ -41,22 +43,20 @@ Names = Optional[Tuple[str, ...]]   # roles or patterns; None: null in JSON
 
 
 class Permissions(NamedTuple):
-    """What a role may read and write: exact keys, or prefixes that end in `*`."""
+    """The keys that a role may read and write: exact keys, or prefixes that end in `*`."""
 
     read: Names = None
     write: Names = None
 
     @property
     def is_empty(self) -> bool:
-        """True if nothing is allowed."""
         return not self.read and not self.write
 
     def json(self) -> Dict[str, Dict[str, Names]]:
-        """Its form in the store and on the wire."""
         return {"kv": {"read": self.read, "write": self.write}}
 
     def allow(self, key: str, *, write: bool, recursive: bool) -> bool:
-        """True if a pattern covers `key`; recursive: one that covers what lies below as well."""
+        """True if a pattern covers `key`, and with `recursive` all keys below it, too."""
         for pattern in (self.write if write else self.read) or ():
             if pattern.endswith("*"):
                 if key.startswith(pattern[:-1]):
@@ -66,14 +66,14 @@ class Permissions(NamedTuple):
         return False
 
     def grant(self, more: Permissions) -> Permissions:
-        """Return both together, sorted.  Raises AuthError for what is there already."""
+        """Return both together, sorted.  Raises AuthError for a duplicate."""
         return Permissions(
             _granted(self.read, more.read, "Granting duplicate read permission {}"),
             _granted(self.write, more.write, "Granting duplicate write permission {}"),
         )
 
     def revoke(self, less: Permissions) -> Permissions:
-        """Return what is left, sorted; what was never granted is not missed."""
+        """Return the rest, sorted; permissions that were never granted are ignored."""
         return Permissions(*(
             tuple(sorted(set(ours or ()) - set(theirs or ())))
             for ours, theirs in zip(self, less)
@@ -99,7 +99,6 @@ class Role(NamedTuple):
     permissions: Permissions = Permissions()
 
     def json(self) -> Dict[str, object]:
-        """Its form in the store and on the wire."""
         return {"role": self.name, "permissions": self.permissions.json()}
 
     def allow(self, key: str, *, write: bool, recursive: bool) -> bool:
@@ -108,21 +107,20 @@ class Role(NamedTuple):
 
 
 class User(NamedTuple):
-    """A user; password is its hash, or in a request what the client sent ("": keep)."""
+    """A user; password is its hash, or in a request the client's text ("": keep)."""
 
     name: str
     password: str = ""
     roles: Names = None
 
     def json(self, *, hide_password: bool = False) -> Dict[str, object]:
-        """Its form in the store, or on the wire."""
         fields: Dict[str, object] = {"user": self.name}
         if self.password and not hide_password:
             fields["password"] = self.password
         return {**fields, "roles": self.roles}
 
     def with_root(self) -> User:
-        """The user root has the role root, whatever was stored."""
+        """Return the user, with the role root if its name is root."""
         if self.name != ROOT or ROOT in (self.roles or ()):
             return self
         return self._replace(roles=(*(self.roles or ()), ROOT))
@@ -143,7 +141,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def go_text(text: str) -> str:
-    """Return what Go reads where JSON has half a surrogate pair: U+FFFD instead."""
+    """Return `text` with U+FFFD for half a surrogate pair, as Go reads JSON."""
     return _SURROGATES.sub("\ufffd", text)
 
 
@@ -167,8 +165,8 @@ def make_permissions(read: object, write: object) -> Permissions:
     ))
 
 
-# A program of its own, behind all others: whatever computes in our process takes Python's lock, or
-# the processor, from the reactor (p99 of GET while guesses go on: 10 times its normal).
+# A program of its own with low priority: a thread of this process would take Python's lock, or the
+# processor, from the reactor (p99 of GET while guesses go on: 10 times its normal).
 _BCRYPT_PROGRAM = """
 import ctypes, os, sys
 os.nice(10)
@@ -190,7 +188,7 @@ else:
 
 
 def _python() -> str:
-    """Return the program that runs us; sys.executable is what `exec -a` says."""
+    """Return the path of our Python; sys.executable can be a name from `exec -a`."""
     program = os.path.realpath("/proc/self/exe")
     return program if "python" in os.path.basename(program) else sys.executable or "python3"
 
@@ -206,7 +204,7 @@ class Passwords:
     _BCRYPT = re.compile(r"\$2[aby]\$(?:0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{53}")
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self._complaints = Complaints("auth", now)
+        self._log = ThrottledLog("auth", now)
 
     def hash(self, password: str) -> str:
         """Return a salted hash for the store.  Raises AuthError if it cannot be made now."""
@@ -217,7 +215,7 @@ class Passwords:
             raise AuthError(503, f"passwords cannot be hashed now{_TRY_AGAIN}")
         if made:
             return made
-        self._complaints.say(
+        self._log.error(
             "passwords are hashed with PBKDF2, which etcd cannot verify: this system's libcrypt"
             " has no bcrypt; install libxcrypt (Debian: libcrypt1), and set the passwords again"
         )
@@ -225,12 +223,12 @@ class Passwords:
         return f"$pbkdf2-sha256${self._ROUNDS}${salt}${self._pbkdf2(password, salt, self._ROUNDS)}"
 
     def verify(self, password: str, stored: str) -> Optional[bool]:
-        """True if `stored` is a hash of `password`, False if not, None: nobody can tell now."""
+        """True if `stored` is a hash of `password`; None: it cannot be computed now."""
         try:
-            if b"\0" in utf8(password):  # bcrypt would read what stands before it
+            if b"\0" in utf8(password):  # bcrypt would read only the part before it
                 return False
         except UnicodeEncodeError:
-            return False                # half a surrogate pair: what no client can send
+            return False                # half a surrogate pair: no client can send it
         if stored.startswith("$pbkdf2-sha256$"):
             parts = stored.split("$")
             if len(parts) != 5 or re.fullmatch("[0-9]{1,8}", parts[2]) is None:
@@ -241,7 +239,7 @@ class Passwords:
             return False
         found = self.bcrypt(password, stored)
         if found == "":
-            self._complaints.say(
+            self._log.error(
                 "a password hash made by etcd cannot be verified: this system's libcrypt has no"
                 " bcrypt; install libxcrypt (Debian: libcrypt1), or set the password again here"
             )
@@ -259,8 +257,10 @@ class Passwords:
         return hashlib.pbkdf2_hmac("sha256", utf8(password), utf8(salt), max(rounds, 1)).hex()
 
     def bcrypt(self, password: str, setting: str) -> Optional[str]:
-        """Return the hash by algorithm, cost and salt of `setting`; "" if this system has no
-        bcrypt, None if the program that computes it has failed."""
+        """Return the hash by algorithm, cost and salt of `setting`.
+
+        "": this system has no bcrypt; None: the program that computes it has failed.
+        """
         try:
             import subprocess
             python = _python()
@@ -273,7 +273,7 @@ class Passwords:
             if not made.startswith((setting[:4], "*")):
                 raise ValueError(f"{python} is no Python")
         except (OSError, ImportError, ValueError, MemoryError, subprocess.SubprocessError) as error:
-            self._complaints.say(
+            self._log.error(
                 f"passwords cannot be verified now, as the program for it has failed: {error}"
             )
             return None
@@ -281,18 +281,18 @@ class Passwords:
 
 
 _TRY_AGAIN = "; see the log of this member, and try again"
-_DECOY = "$2a$10$" + 53 * "."       # of a system whose users have no hash of ours
+_DECOY = "$2a$10$" + 53 * "."       # where root has no hash to imitate
 
 
 class Sender(NamedTuple):
-    """Who gives a password: a name, and the address it comes from."""
+    """The sender of a password: a user's name, and the address that it comes from."""
 
     user: str
     host: str
 
 
 class PasswordCheck:
-    """One question, and all that wait for its answer.  level 0 goes first; see PasswordChecks."""
+    """One password to verify, and the requests that wait for it.  Level 0 goes first."""
 
     __slots__ = ("stored", "password", "level", "askers")
 
@@ -304,33 +304,32 @@ class PasswordCheck:
 
 
 class PasswordChecks:
-    """Which passwords are right: found out one at a time, and then remembered.
+    """Verifies passwords one at a time, and remembers the results.
 
-    The more wrong ones a sender had lately, and the more of its own wait already, the later is
-    the turn of the next (its level: the logarithm of both together).  A pause goes before all
-    but those of level 0.  So guessing is slow, and nobody else waits for it.  What is known
-    already never waits.
+    The level of a check is the logarithm of the wrong passwords that its sender had lately and
+    of its checks that wait.  Low levels go first, and a pause precedes each check above level 0.
+    So guessing is slow, and no other sender waits for it.  Known passwords never wait.
 
-    Its host counts as well, less strictly, as other users may share it: once a host has guessed
-    under many names, every check from there waits for the pause, so that an answer takes as long
-    for users that do not exist; but users that do exist, and were not wrong, go before the others.
-    Thread: reactor.
+    The wrong passwords of a host count as well, less strictly, as other users may share it.  Once
+    a host has guessed under many names, every check from there waits for the pause, so that an
+    answer takes as long for users that do not exist.  Existing users without a wrong password go
+    before the others.  Thread: reactor.
     """
 
     LEVELS = 9
-    HOST_LEVELS_FREE = 3            # so many of a host's levels count for none: 7 wrong or waiting
+    HOST_LEVELS_FREE = 3            # of a host's levels that do not count: 7 wrong or waiting
 
     def __init__(self, reactor: Reactor) -> None:
         self.passwords = Passwords(reactor.now)
         self._reactor = reactor
         self._key = os.urandom(32)
         self._known: Dict[bool, Dict[bytes, None]] = {True: {}, False: {}}
-        self._waiting: Dict[bytes, PasswordCheck] = {}      # by digest, with the one under way
-        self._levels: List[Dict[bytes, None]] = [{} for _ in range(self.LEVELS)]    # without it
-        self._under_way = b""           # its digest
-        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # by sender, by host: how often; last
-        self._owing: Dict[bytes, int] = {}                  # by sender, by host: how many wait
-        self._guess_at = 0.0            # not before that: one of level 1 or above
+        self._waiting: Dict[bytes, PasswordCheck] = {}      # by digest; also the one under way
+        self._levels: List[Dict[bytes, None]] = [{} for _ in range(self.LEVELS)]    # digests
+        self._under_way = b""           # the digest of the running check
+        self._wrong: Dict[bytes, Tuple[int, float]] = {}    # sender or host -> number; last
+        self._pending: Dict[bytes, int] = {}                # sender or host -> its checks
+        self._guess_at = 0.0            # no check above level 0 starts before
         self._timer: Optional[Timer] = None
 
     def known(self, user: str, stored: str, password: str) -> Optional[bool]:
@@ -345,7 +344,7 @@ class PasswordChecks:
     def check(
         self, sender: Sender, stored: str, password: str, done: Callable[[bool], None]
     ) -> None:
-        """Find out, then call done(True); done(False) if nobody can tell now, or too many wait."""
+        """Verify, then call done(True); done(False) if that fails now, or too many wait."""
         digest = self._digest(sender.user, stored, password)
         origin, host = self._digest(*sender), self._digest(sender.host)
         level = self._level(origin, host, exists=stored != self.passwords.decoy(stored))
@@ -359,11 +358,11 @@ class PasswordChecks:
             self._levels[level][digest] = None
         check.askers.append(((origin, host), done))
         for place in (origin, host):
-            self._owing[place] = self._owing.get(place, 0) + 1
-        if len(self._waiting) > PASSWORD_CHECKS_MAX:        # the last one of the worst level goes
+            self._pending[place] = self._pending.get(place, 0) + 1
+        if len(self._waiting) > PASSWORD_CHECKS_MAX:        # drop the last of the worst level
             worst = next(level for level in reversed(self._levels) if level)
-            self._end(worst.popitem()[0], known=False)
-        self._next()
+            self._finish(worst.popitem()[0], known=False)
+        self._start_next()
 
     def _digest(self, *texts: str) -> bytes:
         text = " ".join((*(str(len(text)) for text in texts), *texts))
@@ -379,21 +378,21 @@ class PasswordChecks:
         return min(shared, 1)
 
     def _guesses(self, place: bytes) -> int:
-        """Return the logarithm of how many are wrong or waiting, of a sender or host."""
+        """Return the logarithm of the wrong and the waiting passwords of a sender or host."""
         count, last = self._wrong.get(place, (0, 0.0))
         if last < self._reactor.now() - WRONG_PASSWORD_SECONDS:
             count = 0
-        return (count + self._owing.get(place, 0)).bit_length()
+        return (count + self._pending.get(place, 0)).bit_length()
 
-    def _next(self) -> None:
-        """Begin the next check, unless one is under way."""
+    def _start_next(self) -> None:
+        """Start the next check, unless one is under way."""
         best = next((number for number, level in enumerate(self._levels) if level), None)
         if self._under_way or best is None:
             return
         wait_s = self._guess_at - self._reactor.now()
         if best and wait_s > 0:
             if self._timer is None:
-                self._timer = self._reactor.call_later(wait_s, self._go_on)
+                self._timer = self._reactor.call_later(wait_s, self._pause_over)
             return
         digest = self._under_way = next(iter(self._levels[best]))
         del self._levels[best][digest]
@@ -403,18 +402,17 @@ class PasswordChecks:
             done=self._checked,
         )
 
-    def _go_on(self) -> None:
-        """The pause is over."""
+    def _pause_over(self) -> None:
         self._timer = None
-        self._next()
+        self._start_next()
 
     def _checked(self, error: Optional[BaseException], right: Any) -> None:
         digest, self._under_way = self._under_way, b""
         is_known = error is None and right is not None
         if is_known:
             self._remember(digest, right=right)
-        self._end(digest, known=is_known)
-        self._next()
+        self._finish(digest, known=is_known)
+        self._start_next()
 
     def _remember(self, digest: bytes, *, right: bool) -> None:
         known = self._known[right]
@@ -434,17 +432,17 @@ class PasswordChecks:
                 del self._wrong[next(iter(self._wrong))]
             self._wrong[place] = count + 1, now
 
-    def _end(self, digest: bytes, *, known: bool) -> None:
+    def _finish(self, digest: bytes, *, known: bool) -> None:
         for places, done in self._waiting.pop(digest).askers:
             for place in places:
-                self._owing[place] -= 1
-                if not self._owing[place]:
-                    del self._owing[place]
+                self._pending[place] -= 1
+                if not self._pending[place]:
+                    del self._pending[place]
             done(known)
 
 
 class Credential(NamedTuple):
-    """What a request says of its sender."""
+    """User and password in a request."""
 
     user: str
     password: str

@@ -1,16 +1,54 @@
-"""The server: consensus, disk and store brought together."""
+"""The server: Raft, disk and store of one member, brought together.
+
+The way of a PUT, from HTTP to the log, to the disk, to the store, and back:
+
+    PUT /v2/keys/a
+      |
+    KeysApi._write                  reads the form: a Request
+    KeysApi._submit                 notes which HTTP request waits for the answer
+    EtcdServer.do                   registers the callback, queues an Entry
+      :
+      :  end of the turn            all entries of the turn together
+      :
+    EtcdServer._propose_queued
+    RawNode.propose                 one MsgProp
+    Raft.step  -- follower -->      Raft._forward_prop --> the leader's RawNode.step
+      | leader
+    Raft._leader_prop
+    Raft._append_own                gives each Entry its term and index
+    RaftLog.append
+      |
+    RawNode.ready  ------------->   Transport.offer --> MsgApp to the followers
+    Journal.add
+    Journal.submit                  one batch at a time
+      :
+      :  thread `wal`               WalWriter._run: one write, one fdatasync
+      :
+    EtcdServer._durable             followers: their answers may leave
+    RawNode.persisted
+    Raft._maybe_commit  <--------   Raft._leader_app_resp <-- answers of the followers
+      |
+    EtcdServer._apply
+    Applier.apply_entry
+    Store.set  ----------------->   WatcherHub.notify --> watchers
+      |
+    Proposals.pop                   the callback that EtcdServer.do registered
+    KeysApi._reply_applied
+      |
+    201 Created
+
+EtcdServer.on_turn makes the steps between the dotted lines, once per turn of the reactor.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import random
 from typing import Any, Callable, List, Optional
 
 from ..base.basics import _nothing
 from ..base.codec import encode_request
 from ..base.errors import (
-    EtcdError,
     NoSpace,
     ProposalDropped,
     ReconfigurationRefused,
@@ -19,15 +57,7 @@ from ..base.errors import (
     TooManyRequests,
 )
 from ..base.ids import IdGenerator, package_logger
-from ..base.limits import (
-    COMPACT_SLICE_ENTRIES,
-    DEFAULT_PEER_URLS,
-    NS,
-    PURGE_SECONDS,
-    QUEUED_BYTES_MAX,
-    REMOVED_SECONDS,
-    SYNC_SECONDS,
-)
+from ..base.limits import COMPACT_SLICE_ENTRIES, QUEUED_BYTES_MAX, REMOVED_SECONDS, SYNC_SECONDS
 from ..base.messages import (
     ConfChange,
     ConfChangeType,
@@ -40,53 +70,34 @@ from ..base.messages import (
     Snapshot,
 )
 from ..base.text import utf8
-from ..disk.snapshots import DataDir, purge_files
 from ..net.reactor import Reactor
-from ..net.workers import FILE_WORK, Clock
+from ..net.workers import Clock, Timer
 from ..peer.transport import Transport
 from ..raft.core import RaftRole
 from ..raft.node import RawNode, Ready
 from ..raft.replication import RaftConfig
 from ..store.tree import StoreState
-from .applier import Applier, read_change
-from .cluster import FEATURE_PRE_VOTE, FEATURE_READ_INDEX, FEATURES, Member, format_id
+from .applier import Applier, MemberInspector, read_change
+from .cluster import FEATURE_PRE_VOTE, FEATURE_READ_INDEX, SERVER_LOG, Member
 from .configuration import Bootstrap, ServerConfig
-from .inspection import MemberInspector
 from .journal import WORK_ENTRIES_MAX, Batch, Journal, WalWriter, first_part
-from .monitors import Traffic, VersionMonitor
-from .reconfiguration import LeadershipTransfer, check_active
+from .leadership import Leadership
 from .snapshots import SnapshotKeeper
-from .statistics import LeaderStats, Metrics, ServerCounts, ServerStats
+from .statistics import LeaderStats, Metrics, ServerCounts, ServerStats, Traffic
+from .upkeep import ExpirySync, VersionMonitor, publish, purge_periodically
 from .waiting import Done, LateProposals, Proposals, QuorumReads
 
 
-class CommitBroadcast:
-    """Sends the new commit index to followers when no entries follow within 1 ms to carry it."""
-
-    DELAY_SECONDS = 0.001
-
-    def __init__(self, node: RawNode, reactor: Reactor) -> None:
-        self._node = node
-        self._reactor = reactor
-        self._waiting = False
-
-    def turn(self) -> None:
-        """Look whether somebody has to be told; at the end of each turn."""
-        if self._node.commit_unsent and not self._waiting:
-            self._waiting = True
-            self._reactor.call_later(self.DELAY_SECONDS, self._tell)
-
-    def _tell(self) -> None:
-        self._waiting = False
-        self._node.broadcast_commit()
-
-
 class EtcdServer:
-    """One member.  Owns the Raft node, the log on disk and what is applied; knows no HTTP.
+    """One member: its Raft node, its journal on disk, and the store that entries change.
 
-    do() and change_member() are the ways in; every answer comes through the callback given, on
-    the reactor's thread, after the change is durable on a quorum and applied here.
-    Thread: reactor.  transport_type, wal_writer_type and rng are the seams of the simulator.
+    do() and change_member() are the ways in.  Every answer comes through the callback given,
+    after the change is durable on a quorum and applied here.  Knows no HTTP.  Thread: reactor.
+
+    failed     called when the disk has failed: what is durable is unknown from then on
+    removed    called a while after the removal of this member is applied
+    published  called when the cluster knows this member's name and client URLs
+    transport_type, wal_writer_type, rng  seams of the simulator
     """
 
     def __init__(
@@ -120,44 +131,38 @@ class EtcdServer:
         )
         self.counts = ServerCounts(config.heartbeat_ms / 1000)
         self.traffic = traffic = Traffic(self.stats, self.leader_stats, reactor.now)
+        self.node: RawNode = self._make_node(boot, rng or random.Random())
         self.transport: Transport = (transport_type or Transport)(
             reactor, member_id=boot.member_id, cluster_id=boot.cluster.id,
             peer_urls=config.initial_advertise_peer_urls, is_removed=boot.cluster.is_removed,
             deliver=self._deliver, removed=removed, round_trip=traffic.round_trip,
-            unreachable=lambda to: self.node.report_unreachable(to),
-            snapshot_done=lambda to, ok: self.node.report_snapshot(to, ok),
+            unreachable=self.node.report_unreachable, snapshot_done=self.node.report_snapshot,
             election_s=config.election_ms / 1000, sent=traffic.sent, received=traffic.received,
             tls=boot.peer_tls,
-            inspector=MemberInspector(self.cluster, lambda m: self.node.protocol_violation(m)),
+            inspector=MemberInspector(self.cluster, self.node.protocol_violation),
         )
         self.versions = VersionMonitor(
-            reactor, self.cluster, self.member_id, self._propose_version, boot.peer_tls
+            reactor, self.cluster, self.member_id, self.do, boot.peer_tls
         )
-        self.node: RawNode = self._make_node(boot, rng or random.Random())
-        self.handover = LeadershipTransfer(self.node, self.transport.active_since)
-        self._disk_watch = DiskWatch(self)
-        self._news = CommitBroadcast(self.node, reactor)
+        self._leadership = Leadership(
+            self.node, self.journal, reactor, config, self.transport.active_since
+        )
         self._data_dir = boot.data_dir
         self._removed = removed
-        self._tell_published = published
+        self._published = published
         self._queue: List[Entry] = []           # proposals of this turn, or without a leader
-        self._queued_bytes = 0                  # in them
-        self._changes: List[ConfChange] = []    # likewise
+        self._queued_bytes = 0                  # of their data
+        self._changes: List[ConfChange] = []    # proposed changes of members, likewise
         self._late_proposals = LateProposals(2 * config.election_ms / 1000)
-        self._lead = 0                          # as last seen by _watch_lead
-        self.lead_since = 0.0                   # when it was elected (monotonic)
+        self._timers: List[Timer] = []
         for member in boot.remotes:
             self.transport.add_remote(member.id, member.peer_urls)
-        _connect_others(self)
+        self._connect_others()
 
     def _make_node(self, boot: Bootstrap, rng: random.Random) -> RawNode:
-        raft_log = package_logger("raft")
         config = RaftConfig(
-            id=boot.member_id,
+            id=boot.member_id, rng=rng, trace=package_logger("raft").info, defer_commit=True,
             election_ticks=max(self.config.election_ms // self.config.heartbeat_ms, 1),
-            rng=rng,
-            trace=raft_log.info,
-            defer_commit=True,
         )
         if boot.bootstrap_entries:
             node = RawNode.bootstrap(config, boot.bootstrap_entries)
@@ -166,24 +171,41 @@ class EtcdServer:
                 config, hard_state=boot.contents.hard_state, snapshot=boot.snapshot,
                 entries=boot.contents.entries, applied=self.raft_index,
             )
-        node.snapshot_source = self.snapshots.newest
+        node.raft.replication.snapshot_source = self.snapshots.newest
         return node
 
     # -- life --------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to take part.  The reactor must call on_turn() from now on."""
-        self.reactor.on_turned = self.counts.turn_durations.observe
+        config, reactor = self.config, self.reactor
+        reactor.on_turned = self.counts.turn_durations.observe
         self.journal.writer.start()
         if len(self.node.raft.voters) > 1:
             self.node.advance_ticks(self.node.raft.config.election_ticks - 1)
-        self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
-        Expiry(self)
-        Purge(self, self._data_dir)
-        Publication(self, self._tell_published)
+        expiry = ExpirySync(
+            self.store, reactor.wall_ns, self.do, lambda: self.is_leader and not self.no_space
+        )
+        self._timers = [
+            reactor.every(config.heartbeat_ms / 1000, self._tick),
+            reactor.every(SYNC_SECONDS, expiry.tick),
+        ]
+        purge_periodically(reactor, self.snapshots.snapshotter.disk, (
+            (self._data_dir.snap, ".snap", config.max_snapshots),
+            (self._data_dir.wal, ".wal", config.max_wals),
+        ))
+        self.publish(self._published)
+
+    def publish(self, done: Callable[[], None]) -> None:
+        """Tell the cluster this member's name and client URLs; done() when it knows them."""
+        publish(self.config, self.cluster, self.member_id, self.reactor, self.do, done)
+
+    def leave(self, done: Callable[[], None]) -> None:
+        """Prepare a planned stop: done() when another member leads, and no request waits here."""
+        self._leadership.leave(self.proposals, done)
 
     def stop(self) -> None:
-        """Reject what waits, write the last batch, close the log.  Blocks for one sync."""
+        """Reject waiting requests, write the last batch, close the log.  Blocks for one sync."""
         self.stopping = True
         self.proposals.fail_all(ServerStopped())
         if self.node.has_ready():
@@ -191,48 +213,42 @@ class EtcdServer:
         self.journal.close()
         self.abandon()
 
-    def _disk_full(self, why: str) -> None:
-        """The log cannot grow (`why`), or can again (""): reads go on, nothing is lost."""
-        self.no_space, log = why, package_logger("etcdserver")
-        if not why:
-            log.warning("the log can be written again")
-            return
-        log.error("%s; writes are refused until there is space again", why)
-        cause = f"etcdserver: {why}; the change may still be made when there is space again"
-        self.proposals.fail_all(RequestTimeout(cause))
-
     def abandon(self) -> None:
-        """Stop saying anything, as a crash would, and free all; harmless after stop()."""
+        """Free everything and send nothing more, as a crash would; harmless after stop()."""
         self.stopping = True
+        for timer in self._timers:
+            timer.cancel()
         with contextlib.ExitStack() as each:
             for free in (self.journal.writer.stop, self.transport.stop, self.versions.stop):
                 each.callback(free)
+
+    def _disk_full(self, why: str) -> None:
+        """The log cannot grow (`why`), or can again (""): reads go on, nothing is lost."""
+        self.no_space = why
+        if not why:
+            SERVER_LOG.warning("the log can be written again")
+            return
+        SERVER_LOG.error("%s; writes are refused until there is space again", why)
+        cause = f"etcdserver: {why}; the change may still be made when there is space again"
+        self.proposals.fail_all(RequestTimeout(cause))
 
     # -- ways in -----------------------------------------------------------
 
     @property
     def lead(self) -> int:
-        """Member id of the known leader, 0 if none."""
+        """The known leader's id, 0 if none."""
         return self.node.raft.lead
 
     @property
     def is_leader(self) -> bool:
-        """True if this member leads."""
         return self.node.raft.role == RaftRole.LEADER
 
     @property
     def is_healthy(self) -> bool:
-        """True if a leader is known and, when that is us, a quorum of streams is up.
-
-        False while the disk is full.
-        """
+        """True if the disk has space, and this member leads a quorum or knows a leader."""
         if self.no_space:
             return False
-        if not self.is_leader:
-            return self.lead != 0
-        voters = self.node.raft.voters
-        active = sum(v == self.member_id or self.transport.active_since(v) > 0 for v in voters)
-        return active > len(voters) // 2
+        return self._leadership.has_links() if self.is_leader else self.lead != 0
 
     def do(self, request: Request, done: Done, encoded: bytes = b"") -> None:
         """Send a command through consensus; done(Event, or EtcdError) when it is applied here.
@@ -268,8 +284,7 @@ class EtcdServer:
         if self.config.strict_reconfig_check:
             try:
                 self.cluster.check_strict(change_type, member.id)
-                check_active(change_type, member.id, self.member_id, self.cluster.members,
-                             self.transport.active_since)
+                self.cluster.check_active(change_type, member.id, self.transport.active_since)
             except ReconfigurationRefused as error:
                 done(error)
                 return
@@ -283,7 +298,7 @@ class EtcdServer:
             done(TooManyRequests("etcdserver: too many requests"))
 
     def _deliver(self, message: Message) -> None:
-        """A message of a peer has arrived; its proposals wait for the next leader if need be.
+        """Step a peer's message into Raft; proposals without a leader wait for the next one.
 
         Differs from etcd, which drops them, so that the peer's client waits for its timeout.
         While the disk is full entries are dropped: they would fill the memory instead.
@@ -291,32 +306,32 @@ class EtcdServer:
         if self.no_space and message.type == MsgType.APP and message.entries:
             return
         if message.type == MsgType.PROP:
-            self.handover.before_entries(message.entries)
+            self._leadership.transfer_before_entries(message.entries)
         try:
             self.node.step(message)
         except ProposalDropped:
             self._late_proposals.add(message.entries, self.reactor.now())
 
-    # -- clocks ------------------------------------------------------------
+    # -- clock -------------------------------------------------------------
 
     def _tick(self) -> None:
         """One tick of Raft, however late: ticks missed in a stall are dropped, not replayed."""
-        if self.stopping:
-            return
-        self.reactor.call_later(self.config.heartbeat_ms / 1000, self._tick)
+        now = self.reactor.now()
         self.node.raft.pre_vote = self.cluster.all_have(FEATURE_PRE_VOTE)
         self.reads.enabled = self.cluster.all_have(FEATURE_READ_INDEX)
         self.reads.tick(self.proposals)
-        self._late_proposals.expire(self.reactor.now())
-        self.counts.tick(self.reactor.now(), self.is_leader * (len(self.node.raft.voters) - 1))
+        self._late_proposals.expire(now)
+        self.counts.tick(now, self.is_leader * (len(self.node.raft.voters) - 1))
         self.node.tick()
-        self._disk_watch.tick()
-        expire_requests(self)
+        self._leadership.watch_disk()
+        self._expire_proposals()
 
-    def _propose_version(self, version: str) -> None:
-        self.do(Request(method="PUT", path="/0/version", val=version), lambda result: None)
+    def _expire_proposals(self) -> None:
+        explain = self._leadership.explain_timeout
+        if self.proposals.expire(self.reactor.now(), explain) >= WORK_ENTRIES_MAX:
+            self.reactor.call_soon(self._expire_proposals)
 
-    # -- one turn (DESIGN: order inside one turn, steps 5 to 7) -------------
+    # -- one turn ----------------------------------------------------------
 
     def on_turn(self) -> None:
         """Propose, hand out, write, apply.  Called once per turn of the reactor."""
@@ -324,7 +339,7 @@ class EtcdServer:
             return
         node, hub, refused = self.node, self.store.hub, False
         if self._late_proposals and self.lead and not node.raft.transferee:
-            with contextlib.suppress(ProposalDropped):  # again: as if the network had lost them
+            with contextlib.suppress(ProposalDropped):  # as if the network had lost them
                 node.propose(*self._late_proposals.take(self.reactor.now()))
         if self.reads:
             self._serve_reads()
@@ -340,21 +355,21 @@ class EtcdServer:
         if self.snapshots.is_requested:
             self._maybe_snapshot()
         self.snapshots.work(self._compact)
-        self._news.turn()
+        self._leadership.schedule_commit_broadcast()
         waiting = hub.backlog or not refused and (self._queue or self._changes)
         if waiting or self.store.has_garbage or self.journal.is_encoding or node.has_ready():
-            self.reactor.call_soon(_nothing)    # what apply caused: in the next turn, at once
+            self.reactor.call_soon(_nothing)    # turn again at once: there is more to do
 
     def _propose_queued(self) -> bool:
-        """Hand the waiting proposals to Raft; False if they have to wait for a leader.
+        """Propose the queued entries; False if they have to wait for a leader.
 
-        Differs from etcd: they also wait while no link to the leader is up.  It may be dead, and
-        what is sent to a dead leader is lost: its client would wait for the whole timeout.
+        Differs from etcd: proposals also wait while no link to the leader is up.  It may be dead,
+        and a message to a dead leader is lost: its client would wait for the whole timeout.
         """
         if self.lead and not self.is_leader and not self.transport.active_since(self.lead):
             return False
         queue, self._queue, self._queued_bytes = self._queue, [], 0
-        self.handover.before(self._changes)
+        self._leadership.transfer_before_removal(self._changes)
         try:
             if queue:
                 self.node.propose(*queue)
@@ -370,26 +385,31 @@ class EtcdServer:
             return False
         return True
 
+    def _repeat(self, change: ConfChange) -> None:
+        """Propose a change again that was lost, or that met another pending one at the leader."""
+        if change.id in self.proposals:     # a change that is applied already has no effect
+            self._changes.append(change)
+
     def _serve_reads(self) -> None:
         for request in self.reads.take(self.node, self.raft_index):
             done = self.proposals.pop(request.id)
             if done is not None:
                 done(self.applier.apply_request(request))
 
-    def _repeat(self, change: ConfChange) -> None:
-        """Propose a change again that was lost, or met another one under way at the leader."""
-        if change.id in self.proposals:     # applied twice it does nothing the second time
-            self._changes.append(change)
-
     def _take(self, ready: Ready) -> None:
-        """Send what may leave at once, and keep the rest for the disk."""
-        self._watch_lead()
+        """Send the messages that may leave at once, and give the rest to the journal."""
+        if self._leadership.observe():
+            if self.lead:
+                self.counts.leader_changes += 1
+                self.stats.became(self.lead)
+            if self.lead != self.member_id:
+                self.versions.stop()
         if ready.messages:
             self.transport.offer(ready.messages)
         self.journal.add(ready)
 
     def _durable(self, batch: Batch) -> None:
-        """Everything of this batch is on disk: now it may be said, and counted."""
+        """A batch is on disk: count its entries, become its snapshot, send what it held back."""
         if self.stopping:
             return
         if batch.mark is not None:
@@ -416,20 +436,20 @@ class EtcdServer:
                 return
         log.applied_to(self.raft_index)
         if log.applied < log.commit:
-            self.reactor.call_soon(_nothing)    # more than one turn's worth: go on at once
+            self.reactor.call_soon(_nothing)    # more work than for one turn: turn again at once
         self._maybe_campaign_alone()
         self._maybe_snapshot()
 
     def _apply_normal(self, entry: Entry) -> None:
-        """Apply a command and answer it; the log is told by _apply().  A hot path."""
+        """Apply a command and answer it; _apply() tells the log.  A hot path."""
         result = self.applier.apply_entry(entry)
         self.raft_index, self.raft_term = entry.index, entry.term
         request = entry.request
         if request is None:
             if not entry.data and self.is_leader:
-                self.versions.start()           # our term's first entry: we really lead
+                self.versions.start()           # the first entry of our term is committed
             return
-        entry.request = None                    # the log keeps the bytes; this was for us alone
+        entry.request = None                    # the log keeps the bytes only
         done = self.proposals.pop(request.id)
         if done is not None:
             done(result)
@@ -437,8 +457,8 @@ class EtcdServer:
     def _apply_conf_change(self, entry: Entry) -> bool:
         """Apply a membership change; False if its commit must first be on disk.
 
-        A crash could otherwise bring back a member that knows fewer voters than it has already
-        dealt with, and let it commit alone what the others never saw.
+        A crash could otherwise bring back a member that knows fewer voters than it had counted
+        before, and let it commit alone an entry that the others never saw.
         """
         if self.journal.durable_commit < entry.index:
             raft = self.node.raft
@@ -470,38 +490,22 @@ class EtcdServer:
         else:
             self.transport.update_peer(member.id, member.peer_urls)
 
-    def _maybe_campaign_alone(self) -> None:
-        """A cluster of one need not wait for a timeout: nobody else can lead.
+    def _connect_others(self) -> None:
+        for member in self.cluster.members.values():
+            if member.id != self.member_id:
+                self.transport.add_peer(member.id, member.peer_urls)
 
-        Only once everything known to be committed is applied: before that the voters are those
-        of an earlier time.
+    def _maybe_campaign_alone(self) -> None:
+        """Campaign at once in a cluster of one, where no other member can lead.
+
+        All entries known to be committed must be applied: before that the voters are those of an
+        earlier time.
         """
         raft = self.node.raft
         if raft.lead or raft.voters != (self.member_id,) or raft.role != RaftRole.FOLLOWER:
             return
         if raft.log.applied >= raft.log.commit:
             self.node.campaign()
-
-    def _watch_lead(self) -> None:
-        """Log a change of leader, in etcd's words, and act on it."""
-        lead = self.node.raft.lead
-        if lead == self._lead:
-            return
-        term, log = self.node.raft.term, package_logger("raft.node")
-        me, old, new = (format_id(i) for i in (self.member_id, self._lead, lead))
-        if not lead:
-            log.info("%s lost leader %s at term %d", me, old, term)
-        elif not self._lead:
-            log.info("%s elected leader %s at term %d", me, new, term)
-        else:
-            log.info("%s changed leader from %s to %s at term %d", me, old, new, term)
-        self._lead = lead
-        if lead:
-            self.lead_since = self.reactor.now()
-            self.counts.leader_changes += 1
-            self.stats.became(lead)
-        if lead != self.member_id:
-            self.versions.stop()
 
     # -- snapshots ---------------------------------------------------------
 
@@ -516,229 +520,17 @@ class EtcdServer:
         log = self.node.raft.log
         self.node.compact(min(index, log.offset + COMPACT_SLICE_ENTRIES))
         if log.offset == index:
-            package_logger("etcdserver").info("compacted raft log at %d", index)
+            SERVER_LOG.info("compacted raft log at %d", index)
         return log.offset >= index
 
     def _recover(self, snapshot: Snapshot) -> None:
-        """A snapshot of the leader is durable here: the store becomes what it says."""
+        """A snapshot of the leader is durable here: the store becomes its state."""
         self.snapshots.received(snapshot.index)
         self.store.install(snapshot.state or StoreState.read(snapshot.data))
         self.cluster.recover()
         self.applier.auth_changes += 1
-        text = "recovered from incoming snapshot at index %d"
-        package_logger("etcdserver").info(text, snapshot.index)
+        SERVER_LOG.info("recovered from incoming snapshot at index %d", snapshot.index)
         self.transport.remove_all()
-        _connect_others(self)
+        self._connect_others()
         self.raft_index, self.raft_term = snapshot.index, snapshot.term
         self.node.applied_to(snapshot.index)
-
-
-def _connect_others(etcd: EtcdServer) -> None:
-    for member in etcd.cluster.members.values():
-        if member.id != etcd.member_id:
-            etcd.transport.add_peer(member.id, member.peer_urls)
-
-
-def explain_timeout(etcd: EtcdServer, started: float) -> EtcdError:
-    """Say why a request got no answer (etcd 2.3: the same three sentences)."""
-    cause = "etcdserver: request timed out"
-    election_s = etcd.config.election_ms / 1000
-    if etcd.lead_since and etcd.lead_since - 2 * election_s < started < etcd.lead_since:
-        cause += ", possibly due to previous leader failure"
-    elif etcd.lead and not _was_connected_since(etcd, started):
-        cause += ", possibly due to connection lost"
-    return RequestTimeout(cause)
-
-
-def expire_requests(etcd: EtcdServer) -> None:
-    """Fail what has waited too long, WORK_ENTRIES_MAX requests in a turn."""
-    error = functools.partial(explain_timeout, etcd)
-    if etcd.proposals.expire(etcd.reactor.now(), error) >= WORK_ENTRIES_MAX:
-        etcd.reactor.call_soon(expire_requests, etcd)
-
-
-def _was_connected_since(etcd: EtcdServer, started: float) -> bool:
-    since = etcd.reactor.wall_ns() / NS - (etcd.reactor.now() - started)
-    if not etcd.is_leader:
-        return 0 < etcd.transport.active_since(etcd.lead) <= since
-    voters = etcd.node.raft.voters
-    connected = 1 + sum(0 < etcd.transport.active_since(v) <= since for v in voters)
-    return connected > len(voters) // 2
-
-
-class Publication:
-    """Tells the cluster our name and client URLs, until it is applied; then calls done()."""
-
-    def __init__(self, etcd: EtcdServer, done: Callable[[], None]) -> None:
-        self._etcd = etcd
-        self._done = done
-        self._propose()
-
-    def _propose(self) -> None:
-        etcd, config = self._etcd, self._etcd.config
-        if etcd.stopping:
-            return
-        member = Member(
-            etcd.member_id, config.initial_advertise_peer_urls, config.name,
-            config.advertise_client_urls, FEATURES,
-        )
-        path = f"/0/members/{format_id(etcd.member_id)}/attributes"
-        etcd.do(Request(method="PUT", path=path, val=member.attributes_json()), self._applied)
-
-    def _applied(self, result: Any) -> None:
-        etcd, log = self._etcd, package_logger("etcdserver")
-        if etcd.stopping:
-            return
-        if isinstance(result, EtcdError):
-            log.error("publish error: %s", result.cause)
-            etcd.reactor.call_later(SYNC_SECONDS, self._propose)
-            return
-        self._done()
-        self._check_peer_urls()
-        log.info(
-            "published {Name:%s ClientURLs:[%s]} to cluster %s", etcd.config.name,
-            " ".join(etcd.config.advertise_client_urls), format_id(etcd.cluster.id),
-        )
-
-    def _check_peer_urls(self) -> None:
-        """Warn if the flags have other peer URLs than the cluster: only the first start uses them.
-
-        Not if they are the default, or those of a port that the system chose.
-        """
-        etcd, config = self._etcd, self._etcd.config
-        member = etcd.cluster.members.get(etcd.member_id)
-        if member is None:                  # removed before its publication was applied
-            return
-        known = member.peer_urls
-        given = tuple(sorted(config.initial_advertise_peer_urls))
-        is_chosen = given != tuple(DEFAULT_PEER_URLS.split(",")) and not any(
-            url.endswith(":0") for url in config.listen_peer_urls
-        )
-        if given != known and is_chosen:
-            package_logger("etcdserver").warning(
-                "-initial-advertise-peer-urls %s does nothing: the other members know this one by"
-                " %s; change that with PUT /v2/members/%s", ",".join(given), ",".join(known),
-                format_id(etcd.member_id),
-            )
-
-
-class Expiry:
-    """The leader's clock reaches the log, where every member expires keys alike.
-
-    Differs from etcd: if many keys are over, the time in the log catches up with the clock in
-    steps, each when the one before is applied, so that nobody else has to wait for all of them.
-    """
-
-    def __init__(self, etcd: EtcdServer) -> None:
-        self._etcd = etcd
-        self._is_under_way = False
-        self._wait()
-
-    def _wait(self) -> None:
-        if not self._etcd.stopping:
-            self._etcd.reactor.call_later(SYNC_SECONDS, self._sync)
-
-    def _sync(self) -> None:
-        self._wait()
-        if self._etcd.store.has_ttl and not self._is_under_way:
-            self._step()
-
-    def _step(self) -> None:
-        etcd = self._etcd
-        if etcd.stopping or etcd.no_space or not etcd.is_leader:
-            return
-        now_ns = etcd.reactor.wall_ns()
-        time_ns = etcd.store.expiry_step_ns(now_ns)
-        self._is_under_way = True
-        request = Request(method="SYNC", time=time_ns)
-        etcd.do(request, functools.partial(self._done, time_ns == now_ns))
-
-    def _done(self, is_last: bool, result: Any) -> None:
-        self._is_under_way = False
-        if result is None and not is_last:      # else it failed, and may be tried in a while
-            self._step()
-
-
-class Purge:
-    """Removes snapshots and segments beyond the number to keep, every 30 s."""
-
-    def __init__(self, etcd: EtcdServer, data_dir: DataDir) -> None:
-        self._etcd = etcd
-        config = etcd.config
-        self._kept = (
-            (data_dir.snap, ".snap", config.max_snapshots), (data_dir.wal, ".wal", config.max_wals)
-        )
-        self._begin()
-
-    def _begin(self) -> None:
-        if not self._etcd.stopping:
-            self._etcd.reactor.run_blocking(self._remove, kind=FILE_WORK, done=self._done)
-
-    def _remove(self) -> None:
-        disk = self._etcd.snapshots.snapshotter.disk
-        for directory, suffix, keep in self._kept:
-            purge_files(directory, suffix, keep, disk=disk)
-
-    def _done(self, error: Optional[BaseException], _: Any) -> None:
-        self._etcd.reactor.call_later(PURGE_SECONDS, self._begin)
-        if error is not None:
-            package_logger("etcdserver").error("cannot remove old files: %s", error)
-
-
-class DiskWatch:
-    """Has a leader step aside whose disk has not answered for an election timeout.
-
-    Heartbeats do not need the disk, so nobody else would notice.  The heir must have more on its
-    disk than we have on ours: where all members share one slow disk, nothing would be won.
-    Thread: reactor.
-    """
-
-    def __init__(self, etcd: EtcdServer) -> None:
-        self._etcd = etcd
-        self._visit = 0                 # of the journal, when it was last looked at; 0: none
-        self._ticks = 0                 # that it has taken
-
-    def tick(self) -> None:
-        """Look whether the same job is still under way."""
-        etcd = self._etcd
-        journal, raft = etcd.journal, etcd.node.raft
-        visit = journal.visits if journal.busy else 0
-        self._ticks = self._ticks + 1 if visit and visit == self._visit else 0
-        self._visit = visit
-        if self._ticks < raft.config.election_ticks or not etcd.is_leader or raft.transferee:
-            return
-        if etcd.handover.begin(beyond=raft.log.stable):
-            package_logger("etcdserver").warning(
-                "stepped aside: the disk has not answered for %d ms",
-                self._ticks * etcd.config.heartbeat_ms,
-            )
-
-
-class GracefulStop:
-    """A planned end: the lead goes to another member, and waiting requests get their answer.
-
-    Takes one election timeout at most, then done() is called.  Thread: reactor.
-    Source: Raft thesis §3.10; etcd 3 server.go, TransferLeadership (2.3 lets the others time out).
-    """
-
-    def __init__(self, etcd: EtcdServer, done: Callable[[], None]) -> None:
-        self._etcd = etcd
-        self._done = done
-        self._deadline = etcd.reactor.now() + etcd.config.election_ms / 1000
-        self._heir = etcd.handover.begin()
-        self._wait()
-
-    def _wait(self) -> None:
-        etcd = self._etcd
-        if etcd.stopping:
-            return                      # ended by something else
-        unled = etcd.lead in (0, etcd.member_id)
-        waiting = unled if self._heir else etcd.lead and len(etcd.proposals)
-        if waiting and etcd.reactor.now() < self._deadline:
-            etcd.reactor.call_later(0.005, self._wait)
-        elif self._heir and not unled:
-            # Others may still send us their proposals: pass them on until they know better.
-            self._heir = 0
-            etcd.reactor.call_later(2 * etcd.config.heartbeat_ms / 1000, self._wait)
-        else:
-            self._done()

@@ -1,4 +1,4 @@
-"""Snapshots of the store: written in slices, kept, and compacted behind."""
+"""Snapshots of the store: written in slices, then the log behind them is compacted."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from ..base.basics import _nothing
 from ..base.checksums import CRC_BLOCK_BYTES, crc32c
 from ..base.codec import encode_snapshot_around
 from ..base.errors import DiskFull
-from ..base.ids import package_logger
 from ..base.limits import PURGE_SECONDS, SNAPSHOT_CATCHUP_ENTRIES
 from ..base.messages import EntryID, Snapshot
 from ..disk.snapshots import SnapshotFile, Snapshotter
 from ..net.reactor import Reactor
 from ..net.workers import FILE_WORK, WorkersBusy
 from ..store.tree import Store
+from .cluster import SERVER_LOG
 from .journal import Journal
 from .statistics import Histogram, exponential_bounds
 
 
 class SnapshotJob:
-    """Writing the store to a snapshot file, in slices between other work (DESIGN §3)."""
+    """Encodes the store as a snapshot file, in slices between other work."""
 
     SLICE_S = 0.002
 
@@ -40,11 +40,11 @@ class SnapshotJob:
         self._steps = self._run()
 
     def begin(self) -> None:
-        """Take the first step, which fixes the state that is walked."""
+        """Take the first step, which fixes the state of the snapshot."""
         next(self._steps, None)
 
     def work(self) -> None:
-        """Go on for a few milliseconds; in the end `done` is the file to write."""
+        """Work for a few milliseconds; in the end `done` is the file to write."""
         started = self._now()
         for _ in self._steps:
             if self._now() >= started + self.SLICE_S:
@@ -52,7 +52,7 @@ class SnapshotJob:
         self.work_seconds += self._now() - started
 
     def _run(self) -> Iterator[None]:
-        """Walk, then sum: on a thread, the checksum would take the reactor's turns away."""
+        """Walk, then sum: a thread for the checksum would hold Python's lock most of the time."""
         pieces: List[bytes] = []
         for chunk in self._walk:
             pieces.append(chunk)
@@ -68,18 +68,21 @@ class SnapshotJob:
         self.done = SnapshotFile(self.id, pieces, sum(map(len, pieces)), crc)
 
     def cancel(self) -> None:
-        """Give the walk up: the store is replaced under it."""
+        """Give the walk up."""
         self._walk.close()
 
 
 SnapshotReceiver = Callable[[SnapshotFile, int], None]  # gets a snapshot, and its etcd index
 
 
-SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms, however often; above, see is_due
+SNAPSHOT_CHEAP_NODES = 10_000       # walked in 40 ms; more nodes: see is_due
 
 
 class SnapshotKeeper:
-    """When to write a snapshot, how, and which one a follower gets.  Thread: reactor."""
+    """Decides when to write a snapshot, writes it, and lends snapshots to followers and clients.
+
+    Thread: reactor.
+    """
 
     def __init__(
         self, reactor: Reactor, journal: Journal, snapshotter: Snapshotter, index: int,
@@ -94,25 +97,24 @@ class SnapshotKeeper:
         self._journal = journal
         self._failed = failed
         self._job: Optional[SnapshotJob] = None     # a walk over the store
-        self._receivers: List[SnapshotReceiver] = []              # who gets it, instead of the disk
-        self._waiting: List[SnapshotReceiver] = []             # who gets the next one
+        self._receivers: List[SnapshotReceiver] = []    # that get it, instead of the disk
+        self._waiting: List[SnapshotReceiver] = []      # that get the next one
         self._saving = False                        # the walk is over, the file not yet there
-        self._compact_to = 0                        # entries up to here are needed no more
-        self._not_before = 0.0                      # the disk was full: begin no other (monotonic)
+        self._compact_to = 0                        # entries up to here may be dropped
+        self._not_before = 0.0                      # no new one while the disk is full (monotonic)
         self._cache: Optional[Snapshot] = None      # the newest file, while followers want it
         self._loading = False
 
     @property
     def busy(self) -> bool:
-        """True while a snapshot is in the making."""
         return self._job is not None or self._saving
 
     def is_due(self, raft_index: int, nodes: int, count: int) -> bool:
         """True if the newest file is older than `count` entries, and the disk was not just full.
 
-        A walk takes 4 us per node, so that of a large store has to wait for as many entries: it
-        would cost more than they do.  They take less memory than the nodes.  It is the nodes of
-        the last snapshot that count: a store that only grows has one whenever it has doubled.
+        A walk takes 4 us per node.  That of a large store waits for as many entries as it has
+        nodes, as it would cost more than the entries do; they take less memory than the nodes.
+        The nodes of the last snapshot count: a store that only grows has one at each doubling.
         """
         behind = raft_index - self.index
         if behind <= count or behind <= min(nodes, self.nodes) - SNAPSHOT_CHEAP_NODES:
@@ -122,31 +124,31 @@ class SnapshotKeeper:
     def begin(
         self, store: Store, applied: EntryID, voters: Tuple[int, ...], *, lent: bool
     ) -> None:
-        """Begin to walk the store, which has applied just `applied`; work() goes on.
+        """Begin to walk the store, which has applied entries up to `applied`; work() goes on.
 
-        lent  for all that wait for one, instead of the disk
+        lent  for the receivers that wait, instead of the disk
         """
         if lent:
             self._receivers, self._waiting = self._waiting, []
         else:
-            package_logger("etcdserver").info(
+            SERVER_LOG.info(
                 "start to snapshot (applied: %d, lastsnap: %d)", applied.index, self.index
             )
             self.nodes = len(store)
         self._job = SnapshotJob(store, applied, voters, self._reactor.now)
-        self._job.begin()               # now: the walk is of the state that its first step finds
+        self._job.begin()               # now: the first step fixes the state
 
     @property
     def is_requested(self) -> bool:
-        """True if somebody waits for a snapshot, and none is in the making."""
+        """True if a receiver waits for a snapshot, and none is in the making."""
         return bool(self._waiting) and not self.busy
 
     def request(self, receiver: SnapshotReceiver) -> None:
-        """Have receiver called with the state of a moment from now on; the disk is not involved."""
+        """Call receiver(file, etcd index) with the state of a later moment, without the disk."""
         self._waiting.append(receiver)
 
     def withdraw(self, receiver: SnapshotReceiver) -> None:
-        """The receiver is gone; a walk for nobody ends."""
+        """Forget a receiver; a walk without receivers ends."""
         if receiver in self._waiting:
             self._waiting.remove(receiver)
         elif receiver in self._receivers:
@@ -156,7 +158,7 @@ class SnapshotKeeper:
                 self._job = None
 
     def work(self, compact: Callable[[int], bool]) -> None:
-        """Do a slice of the walk; at its end have record and file written.
+        """Do a slice of the walk; at its end write record and file.
 
         compact  drops a slice of the log up to an index; True when all of it is dropped
         """
@@ -182,14 +184,14 @@ class SnapshotKeeper:
         started = self._job.started
         self.work_durations.observe(self._job.work_seconds)
         self._job, self._saving = None, True
-        self._journal.record_snapshot(file.id, lambda: self._write(file, started))
+        self._journal.record_snapshot(file.id, lambda: self._write_file(file, started))
 
-    def _write(self, file: SnapshotFile, started: float) -> None:
-        """The log has the record: write the file on another thread, the log must go on."""
+    def _write_file(self, file: SnapshotFile, started: float) -> None:
+        """Write the file, after its record is in the log, on another thread: the log must go on."""
         def done(error: Optional[BaseException], _: Any) -> None:
             self._saving = False
             if isinstance(error, (DiskFull, WorkersBusy)):
-                package_logger("etcdserver").error("no snapshot could be saved: %s", error)
+                SERVER_LOG.error("no snapshot could be saved: %s", error)
                 self._not_before = self._reactor.now() + PURGE_SECONDS
                 return
             if error is not None:
@@ -197,7 +199,7 @@ class SnapshotKeeper:
                 return
             self.save_durations.observe(self._reactor.now() - started)
             index = file.id.index
-            package_logger("etcdserver").info("saved snapshot at index %d", index)
+            SERVER_LOG.info("saved snapshot at index %d", index)
             self._cache = None
             if index > self.index:
                 self.index = index
@@ -207,12 +209,12 @@ class SnapshotKeeper:
         self._reactor.run_blocking(self.snapshotter.write, file, kind=FILE_WORK, done=done)
 
     def received(self, index: int) -> None:
-        """The leader's snapshot has replaced the store: a walk over the old one is void."""
+        """Give up a walk over the old store, which the leader's snapshot has replaced."""
         if self._job is not None:
             self._job.cancel()
             self._job = None
             self._waiting, self._receivers = self._receivers + self._waiting, []
-        self.index, self.nodes = index, 0       # not counted: the next file comes a bit sooner
+        self.index, self.nodes = index, 0       # not counted: the next file comes sooner
         self._cache = None
 
     def newest(self) -> Optional[Snapshot]:
@@ -225,12 +227,12 @@ class SnapshotKeeper:
     def _loaded(self, error: Optional[BaseException], snapshot: Any) -> None:
         self._loading = False
         if error is not None:
-            package_logger("etcdserver").error("cannot read the snapshot file: %s", error)
+            SERVER_LOG.error("cannot read the snapshot file: %s", error)
             return
         self._cache = snapshot
-        # A damaged file was put aside: what we have is older, and the next one is due sooner.
+        # A damaged file was put aside: the one read is older, and the next one is due sooner.
         self.index = min(self.index, snapshot.index if snapshot is not None else 0)
-        self._reactor.call_later(30.0, self._forget)
+        self._reactor.call_later(30.0, self._drop_cache)
 
-    def _forget(self) -> None:
+    def _drop_cache(self) -> None:
         self._cache = None

@@ -1,4 +1,4 @@
-"""Statistics: what a member counts about itself, and how metrics are written."""
+"""Statistics of /v2/stats and metrics of /metrics: counters, histograms, traffic."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from typing import Callable, Deque, Dict, Iterable, Iterator, List, Mapping, Seq
 
 from ..base.basics import _nothing
 from ..base.limits import NS
+from ..base.messages import Message, MsgType
 from ..base.text import format_duration, format_local_time, json_string
 from ..net.workers import Clock
+from ..peer.compatibility import Sent
+from ..peer.transport import REMOTES_MAX
 from .cluster import format_id
 
-RATE_SAMPLES_MAX = 200              # append messages that the rates of /v2/stats/self look at
+RATE_SAMPLES_MAX = 200              # append messages behind the rates of /v2/stats/self
 RATE_SECONDS_MAX = 1.0              # after this long without a message the rates are 0
 
 
 class RateWindow:
-    """The last messages and their sizes, for a rate per second.
+    """The last messages and their sizes.  Source: etcd 2.3 etcdserver/stats/queue.go.
 
-    Source: etcd 2.3 etcdserver/stats/queue.go.
     Differs from etcd: a single message gives 0; there the rate is infinite, which JSON lacks.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._samples: Deque[Tuple[float, int]] = collections.deque(maxlen=RATE_SAMPLES_MAX)
+        self.count = 0                  # of all messages
 
     def add(self, size: int) -> None:
-        """Count one message of `size` bytes."""
+        self.count += 1
         self._samples.append((self._now(), size))
 
     def rates(self) -> Tuple[float, float]:
@@ -49,7 +52,7 @@ def format_decimal(value: float) -> str:
 
 
 class ServerStats:
-    """What /v2/stats/self shows; times in unix ns.  Source: etcd 2.3 etcdserver/stats."""
+    """The statistics of /v2/stats/self; times in unix ns.  Source: etcd 2.3 etcdserver/stats."""
 
     def __init__(self, name: str, member_id: int, clock: Clock) -> None:
         self.name = name
@@ -57,33 +60,26 @@ class ServerStats:
         self._wall_ns = clock.wall_ns
         self.started_ns = clock.wall_ns()
         self.lead = 0                   # id of the leader last known
-        self.lead_since_ns = 0          # when it became that
-        self.received_appends = 0
-        self.sent_appends = 0
+        self.lead_since_ns = 0          # when it became leader
         self._received = RateWindow(clock.now)
         self._sent = RateWindow(clock.now)
+        self.send_append = self._sent.add       # counts a MsgApp of some size to a follower
 
     def became(self, lead: int) -> None:
-        """The member `lead` leads from now on."""
+        """Count the member `lead` as leader from now on."""
         if lead != self.lead:
             self.lead = lead
             self.lead_since_ns = self._wall_ns()
 
     def recv_append(self, sender: int, size: int) -> None:
-        """A MsgApp of `size` bytes has come from the leader `sender`."""
+        """Count a MsgApp of `size` bytes from the leader `sender`."""
         self.became(sender)
-        self.received_appends += 1
         self._received.add(size)
-
-    def send_append(self, size: int) -> None:
-        """A MsgApp of `size` bytes goes to a follower."""
-        self.sent_appends += 1
-        self._sent.add(size)
 
     def json(self, state: str) -> str:
         """Return the object of /v2/stats/self.  state: StateFollower, -Candidate or -Leader.
 
-        Differs from etcd: without a leader so far the uptime is 0s, not 292 years.
+        Differs from etcd: before the first leader the uptime is 0s, not 292 years.
         """
         uptime_s = (self._wall_ns() - self.lead_since_ns) / NS if self.lead else 0.0
         since = format_local_time(self.lead_since_ns) if self.lead else "0001-01-01T00:00:00Z"
@@ -93,13 +89,13 @@ class ServerStats:
             f',"state":"{state}","startTime":"{format_local_time(self.started_ns)}"'
             f',"leaderInfo":{{"leader":"{leader}","uptime":"{format_duration(max(uptime_s, 0.0))}"'
             f',"startTime":"{since}"}}'
-            f',"recvAppendRequestCnt":{self.received_appends}{_rates("recv", self._received)}'
-            f',"sendAppendRequestCnt":{self.sent_appends}{_rates("send", self._sent)}}}'
+            f',"recvAppendRequestCnt":{self._received.count}{_rates("recv", self._received)}'
+            f',"sendAppendRequestCnt":{self._sent.count}{_rates("send", self._sent)}}}'
         )
 
 
 def _rates(prefix: str, window: RateWindow) -> str:
-    """The two rates as JSON members; left out when 0."""
+    """Return the two rates as JSON members, without those that are 0."""
     parts = zip(("Pkg", "Bandwidth"), window.rates())
     return "".join(f',"{prefix}{what}Rate":{format_decimal(rate)}' for what, rate in parts if rate)
 
@@ -112,10 +108,9 @@ class FollowerStats:
     def __init__(self) -> None:
         self.successes = self.fails = 0
         self.current = self.total = self.squares = self.maximum = 0.0
-        self.minimum = float(1 << 63)   # what etcd shows before the first success
+        self.minimum = float(1 << 63)   # as etcd before the first success
 
     def json(self) -> str:
-        """Return this follower's part of /v2/stats/leader."""
         count = self.successes or 1
         average = self.total / count
         deviation = max(self.squares / count - average * average, 0.0) ** 0.5
@@ -131,14 +126,14 @@ class FollowerStats:
 
 
 class LeaderStats:
-    """What /v2/stats/leader shows: how sending to each follower goes."""
+    """The statistics of /v2/stats/leader: latency and losses of each follower."""
 
     def __init__(self, member_id: int) -> None:
         self.member_id = member_id
         self._followers: Dict[int, FollowerStats] = {}
 
     def success(self, member_id: int, seconds: float) -> None:
-        """A MsgApp reached this follower's connection after `seconds`."""
+        """Count a MsgApp that this follower answered after `seconds`."""
         stats = self._followers.setdefault(member_id, FollowerStats())
         latency = seconds * 1e3
         stats.successes += 1
@@ -149,15 +144,13 @@ class LeaderStats:
         stats.maximum = max(stats.maximum, latency)
 
     def fail(self, member_id: int) -> None:
-        """A MsgApp to this follower was lost."""
         self._followers.setdefault(member_id, FollowerStats()).fails += 1
 
     def remove(self, member_id: int) -> None:
-        """The member is one no more."""
         self._followers.pop(member_id, None)
 
     def json(self, followers: Iterable[int]) -> str:
-        """Return the object of /v2/stats/leader with these members, whether sent to or not."""
+        """Return the object of /v2/stats/leader, with members that no message went to as well."""
         unknown = FollowerStats()
         parts = [
             f'"{name}":{self._followers.get(member_id, unknown).json()}'
@@ -167,26 +160,26 @@ class LeaderStats:
 
 
 class ServerCounts:
-    """What happens to a member that only /metrics tells."""
+    """Counters of a member that only /metrics shows."""
 
     SLOW_APPLY_SECONDS = 0.1            # etcd 3's limit
 
     def __init__(self, heartbeat_s: float) -> None:
-        self.leader_changes = 0         # a leader became known that was not the one before
+        self.leader_changes = 0         # leaders that became known
         self.slow_applies = 0
-        self.late_heartbeats = 0        # to each follower, sent a period late or more
+        self.late_heartbeats = 0        # to each follower, a period late or more
         self.turn_durations = Histogram(exponential_bounds(0.0001, 14))     # of the reactor, s
         self._heartbeat_s = heartbeat_s
         self._ticked_at = 0.0
 
     def tick(self, now: float, followers: int) -> None:
-        """Raft's clock ticks, and with it heartbeats leave to `followers`; monotonic seconds."""
+        """Count late heartbeats: at each tick of Raft one leaves to each of `followers`."""
         if self._ticked_at and now - self._ticked_at > 2 * self._heartbeat_s:
             self.late_heartbeats += followers
         self._ticked_at = now
 
     def time_apply(self, apply: Callable[[], None], now: Callable[[], float]) -> None:
-        """Have one turn's entries applied."""
+        """Call apply(), and count it if it is slow."""
         started = now()
         apply()
         self.slow_applies += now() - started > self.SLOW_APPLY_SECONDS
@@ -204,28 +197,8 @@ def _label_text(names: Labels, values: Labels) -> str:
     return ",".join(parts)
 
 
-class Counter:
-    """How often something happened, per combination of label values."""
-
-    kind = "counter"
-    __slots__ = ("_labels", "_values")
-
-    def __init__(self, labels: Labels = ()) -> None:
-        self._labels = labels
-        self._values: Dict[Labels, int] = {} if labels else {(): 0}
-
-    def inc(self, *values: str) -> None:
-        """Count one more."""
-        self._values[values] = self._values.get(values, 0) + 1
-
-    def samples(self) -> Iterator[Sample]:
-        """Yield what Prometheus reads."""
-        for values, count in self._values.items():
-            yield "", _label_text(self._labels, values), count
-
-
 class Reading:
-    """A number that someone else keeps, asked for when Prometheus comes."""
+    """A counter or gauge that is kept elsewhere, and read when Prometheus asks."""
 
     __slots__ = ("kind", "_labels", "_read")
 
@@ -237,9 +210,21 @@ class Reading:
         self._read = read
 
     def samples(self) -> Iterator[Sample]:
-        """Yield what Prometheus reads."""
         for values, value in self._read().items():
             yield "", _label_text(self._labels, values), value
+
+
+class Counter(Reading):
+    """The number of events, per combination of label values."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, labels: Labels = ()) -> None:
+        self._values: Dict[Labels, int] = {} if labels else {(): 0}
+        super().__init__("counter", labels, self._values.copy)
+
+    def inc(self, *values: str) -> None:
+        self._values[values] = self._values.get(values, 0) + 1
 
 
 def exponential_bounds(start: float, count: int) -> List[float]:
@@ -248,9 +233,9 @@ def exponential_bounds(start: float, count: int) -> List[float]:
 
 
 class Histogram:
-    """How values spread over buckets.  bounds: upper, inclusive, ascending.
+    """The distribution of values over buckets.  bounds: upper, inclusive, ascending.
 
-    Thread: one that observes; any may read.
+    Thread: one observes; any may read.
     """
 
     kind = "histogram"
@@ -262,12 +247,11 @@ class Histogram:
         self._sum = 0.0
 
     def observe(self, value: float) -> None:
-        """Count one value."""
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
 
     def observe_many(self, values: List[float]) -> None:
-        """Count all of them: 0.04 us each instead of 0.17."""
+        """Count all values: 0.04 us each instead of 0.17."""
         values.sort()
         before = 0
         for position, bound in enumerate(self._bounds):
@@ -279,16 +263,13 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """Number of values."""
         return sum(self._counts)
 
     @property
     def mean(self) -> float:
-        """Their mean; 0 without any."""
         return self._sum / (self.count or 1)
 
     def samples(self, labels: str = "") -> Iterator[Sample]:
-        """Yield what Prometheus reads."""
         count = self.count
         comma, below = "," if labels else "", 0
         for bound, here in zip(self._bounds, self._counts):
@@ -300,7 +281,7 @@ class Histogram:
 
 
 class Histograms:
-    """One histogram per combination of label values."""
+    """One histogram per combination of label values, shown from its first value on."""
 
     kind = "histogram"
     __slots__ = ("_labels", "_bounds", "_children")
@@ -311,30 +292,28 @@ class Histograms:
         self._children: Dict[Labels, Histogram] = {}
 
     def child(self, *values: str) -> Histogram:
-        """Return the histogram of these label values."""
         if values not in self._children:
             self._children[values] = Histogram(self._bounds)
         return self._children[values]
 
     def samples(self) -> Iterator[Sample]:
-        """Yield what Prometheus reads; nothing of a child before its first value."""
         for values, child in self._children.items():
             if child.count:
                 yield from child.samples(_label_text(self._labels, values))
 
 
-Family = Union[Counter, Reading, Histogram, Histograms]
+Family = Union[Reading, Histogram, Histograms]
 
 
 class Metrics:
     """Named counters, readings and histograms, and their text for Prometheus (version 0.0.4)."""
 
     def __init__(self) -> None:
-        self.before_text: Callable[[], None] = _nothing     # counts what was not counted yet
+        self.before_text: Callable[[], None] = _nothing     # makes the counts complete
         self._families: Dict[str, Tuple[str, Family]] = {}
 
     def add(self, name: str, help: str, family: Family) -> None:
-        """Show what someone else fills; an older one of this name is replaced."""
+        """Show a family under `name`; replaces an older one."""
         self._families[name] = help, family
 
     def counter(self, name: str, help: str, labels: Labels = ()) -> Counter:
@@ -359,7 +338,7 @@ class Metrics:
         self.add(name, help, Reading("counter", labels, read))
 
     def text(self) -> str:
-        """Return everything that has a value, by name."""
+        """Return all families that have a value, by name."""
         self.before_text()
         lines: List[str] = []
         for name, (help, family) in sorted(self._families.items()):
@@ -371,3 +350,63 @@ class Metrics:
                 shown = f"{{{labels}}}" if labels else ""
                 lines.append(f"{name}{suffix}{shown} {value!r}")
         return "\n".join(lines) + "\n"
+
+
+class Traffic:
+    """Counts the messages that the transport sends and receives.
+
+    sent_bytes, sent_failures, received_bytes are by member id.
+    """
+
+    def __init__(
+        self, stats: ServerStats, leader_stats: LeaderStats, now: Callable[[], float]
+    ) -> None:
+        self.sent_bytes: Dict[int, int] = {}
+        self.sent_failures: Dict[int, int] = {}
+        self.received_bytes: Dict[int, int] = {}
+        labels = ("sendingType", "remoteID", "msgType")
+        self.latencies = Histograms(exponential_bounds(0.0005, 13), labels)
+        self.failures = Counter(labels)
+        self.round_trips = Histograms(exponential_bounds(0.0001, 16), ("To",))
+        self._stats = stats
+        self._leader_stats = leader_stats
+        self._now = now
+        self._sent_at: Dict[int, float] = {}    # follower -> when entries went to it
+        self._labels: Dict[Tuple[str, int, int], Labels] = {}
+
+    def sent(self, sent: Sent) -> None:
+        """Count a message that has left, or could not leave."""
+        to, message = sent.to, sent.message
+        key = (sent.channel, to, message.type)
+        labels = self._labels.get(key)
+        if labels is None:
+            name = "Msg" + MsgType(message.type).name.title().replace("_", "")
+            labels = self._labels[key] = (sent.channel, format_id(to), name)
+        if sent.ok:
+            self.sent_bytes[to] = self.sent_bytes.get(to, 0) + sent.size
+            self.latencies.child(*labels).observe(sent.seconds)
+        else:
+            self.sent_failures[to] = self.sent_failures.get(to, 0) + 1
+            self.failures.inc(*labels)
+        if message.type == MsgType.APP:
+            self._sent_append(sent)
+
+    def _sent_append(self, sent: Sent) -> None:
+        self._stats.send_append(sent.size)
+        if not sent.ok:
+            self._leader_stats.fail(sent.to)
+        elif sent.message.entries:
+            self._sent_at.setdefault(sent.to, self._now() - sent.seconds)
+
+    def received(self, sender: int, message: Message, size: int) -> None:
+        """Count a message; the latency of a follower is from entries to its next answer."""
+        if sender in self.received_bytes or len(self.received_bytes) < REMOTES_MAX:
+            self.received_bytes[sender] = self.received_bytes.get(sender, 0) + size
+        if message.type == MsgType.APP:
+            self._stats.recv_append(sender, size)
+        elif message.type == MsgType.APP_RESP and sender in self._sent_at:
+            self._leader_stats.success(sender, self._now() - self._sent_at.pop(sender))
+
+    def round_trip(self, member_id: int, seconds: float) -> None:
+        """Count the answer of a peer to a probe."""
+        self.round_trips.child(format_id(member_id)).observe(seconds)

@@ -1,4 +1,4 @@
-"""Waiting requests: proposals and quorum reads on their way through consensus."""
+"""Requests that wait for consensus: callbacks of proposals, late proposals, quorum reads."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ Done = Callable[[Any], None]
 
 
 class Proposals:
-    """Requests on their way through consensus: who waits for which id, and until when."""
+    """The callbacks of requests on their way through consensus, by request id."""
 
     def __init__(self, timeout_s: float) -> None:
+        self.failed = 0                 # timed out, or refused as one too many
         self.timeout_s = timeout_s
-        self.failed = 0                 # got no answer in time, or were one too many
-        self._done: Dict[int, Done] = {}
+        self._callbacks: Dict[int, Done] = {}
         self._deadlines: Deque[Tuple[float, int]] = collections.deque()
 
     def __len__(self) -> int:
-        return len(self._done)
+        return len(self._callbacks)
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._callbacks
 
     def add(self, request_id: int, done: Done, now: float) -> bool:
         """Call done(result) when the entry with this id is applied, or fails; False: too many."""
-        if len(self._done) >= PROPOSALS_PENDING_MAX:
+        if len(self._callbacks) >= PROPOSALS_PENDING_MAX:
             self.failed += 1
             return False
-        self._done[request_id] = done
+        self._callbacks[request_id] = done
         self._deadlines.append((now + self.timeout_s, request_id))
         return True
 
     def pop(self, request_id: int) -> Optional[Done]:
-        """Return who waits for this id, who then waits no more; None if nobody here does."""
-        return self._done.pop(request_id, None)
-
-    def __contains__(self, request_id: object) -> bool:
-        return request_id in self._done
+        """Forget a request and return its callback; None if it is no request of this member."""
+        return self._callbacks.pop(request_id, None)
 
     def expire(self, now: float, error: Callable[[float], EtcdError]) -> int:
-        """Fail what has waited too long with error(start time); return how many.
+        """Fail requests that waited too long with error(start time); return how many.
 
         WORK_ENTRIES_MAX at most: then call again.
         """
         deadlines, expired = self._deadlines, 0
         while expired < WORK_ENTRIES_MAX and deadlines and (
-            deadlines[0][0] <= now or deadlines[0][1] not in self._done
+            deadlines[0][0] <= now or deadlines[0][1] not in self._callbacks
         ):
             deadline, request_id = deadlines.popleft()
-            done = self._done.pop(request_id, None)
+            done = self._callbacks.pop(request_id, None)
             if done is not None:
                 expired += 1
                 self.failed += 1
@@ -61,22 +61,21 @@ class Proposals:
         return expired
 
     def fail_all(self, error: EtcdError) -> None:
-        """Fail everything that waits."""
         self._deadlines.clear()
-        while self._done:
-            self._done.popitem()[1](error)
+        while self._callbacks:
+            self._callbacks.popitem()[1](error)
 
 
 class LateProposals:
-    """Proposals of peers that came while there was no leader: kept for the next one.
+    """Proposals that peers forwarded while there was no leader, kept for the next one.
 
-    For two election timeouts; then their clients have given up.
+    After two election timeouts the clients have given up, and the proposals are dropped.
     """
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
-        self._entries: Deque[Tuple[float, Entry]] = collections.deque()     # until when
-        self._bytes = 0                 # in them
+        self._entries: Deque[Tuple[float, Entry]] = collections.deque()     # with deadlines
+        self._bytes = 0                 # of their data
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -90,12 +89,11 @@ class LateProposals:
                 self._bytes += len(entry.data)
 
     def expire(self, now: float) -> None:
-        """Drop what has waited too long."""
         while self._entries and self._entries[0][0] < now:
             self._bytes -= len(self._entries.popleft()[1].data)
 
     def take(self, now: float) -> List[Entry]:
-        """Return what is still wanted; nothing is kept any more."""
+        """Return the entries that have not expired; none is kept any more."""
         self.expire(now)
         entries = [entry for _, entry in self._entries]
         self._entries.clear()
@@ -106,18 +104,19 @@ class LateProposals:
 class QuorumReads:
     """GET with quorum=true by MsgReadIndex: all that wait share one question to the leader.
 
-    One question at a time; what arrives meanwhile shares the next.  A question without an answer
-    is asked again after two ticks: its leader is gone, or not ready.  Thread: reactor.
-    Source: Raft thesis §6.4.  Differs from etcd 2.3, which writes each such read into its log.
+    One question is under way at a time; requests that arrive meanwhile share the next.  A question
+    without an answer is asked again after two ticks: its leader is gone, or not ready.
+    Thread: reactor.  Source: Raft thesis §6.4.
+    Differs from etcd 2.3, which writes each such read into its log.
     """
 
     def __init__(self, member_id: int, first_id: int) -> None:
-        self.enabled = False            # every member can answer; else the log must do
+        self.enabled = False            # every member can answer; else reads go through the log
         self._member_id = member_id
-        self._question = first_id       # number of the last one: no two of one member are equal
+        self._question = first_id       # number of the last one, unique for this member
         self._waiting: List[Request] = []
         self._asked: List[Request] = []     # those of the question under way
-        self._index = 0                 # its answer: served when so much is applied; 0: not known
+        self._index = 0                 # its answer: the index to apply before; 0: not known
         self._ticks = 0                 # since it was asked
 
     def __len__(self) -> int:
@@ -128,14 +127,14 @@ class QuorumReads:
         self._waiting.append(request)
 
     def tick(self, proposals: Container[int]) -> None:
-        """Give up a question that nobody answers, and the requests that nobody waits for."""
+        """Give up an unanswered question, and requests that are not among `proposals` any more."""
         self._ticks += 1
         if self._asked and not self._index and self._ticks > 2:
             again, self._asked = self._asked + self._waiting, []
             self._waiting = [request for request in again if request.id in proposals]
 
     def take(self, node: RawNode, applied: int) -> List[Request]:
-        """Ask if there is something to ask; return the requests that can be served now."""
+        """Ask the leader if requests wait; return the requests that can be served now."""
         served: List[Request] = []
         while True:
             if not self._asked and self._waiting:

@@ -1,4 +1,4 @@
-"""Budgets: the time of long works in a turn, and the memory of connections."""
+"""Budgets: time for long work in a turn, and memory for the buffers of connections."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any, Callable, Deque, Dict, Generator, Iterator, Protocol, Se
 
 from ..base.limits import HELD_BYTES_MAX
 from .reactor import Reactor
-from .workers import Complaints
+from .workers import ThrottledLog
 
 
 class SlicedWork:
-    """Long works in steps, all together for TURN_S of a turn, each for a while in its turn.
+    """Long work in steps: TURN_S of each turn in all, shared by round robin.
 
-    What is short is done at once.  Thread: reactor.
+    Short work is done at once.  Thread: reactor.
     """
 
     TURN_S = 0.005
 
     def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
-        self._works: Deque[Tuple[Iterator[None], Callable[[Any], None]]] = collections.deque()
-        self._turn = -1                 # of the reactor, and what was spent in it
-        self._spent_s = 0.0
+        self._queue: Deque[Tuple[Iterator[None], Callable[[Any], None]]] = collections.deque()
+        self._turn = -1                 # of the reactor
+        self._spent_s = 0.0             # in that turn
         self._is_posted = False
 
     def add(self, steps: Generator[None, None, Any], done: Callable[[Any], None]) -> None:
-        """Do a work; then call done(result of the generator), which may be before add() returns."""
-        self._works.append((steps, done))
+        """Run the generator, then done(its result), perhaps before add() returns."""
+        self._queue.append((steps, done))
         if not self._is_posted:
             self._go()
 
@@ -36,78 +36,74 @@ class SlicedWork:
         reactor = self._reactor
         if self._turn != reactor.turns:
             self._turn, self._spent_s = reactor.turns, 0.0
-        while self._works and self._spent_s < self.TURN_S:
-            steps, done = self._works.popleft()
+        while self._queue and self._spent_s < self.TURN_S:
+            steps, done = self._queue.popleft()
             started = reactor.now()
             try:
                 next(steps)
-                self._works.append((steps, done))
+                self._queue.append((steps, done))
             except StopIteration as stop:
                 done(stop.value)
             self._spent_s += reactor.now() - started
-        if self._works and not self._is_posted:
+        if self._queue and not self._is_posted:
             self._is_posted = True
             reactor.call_soon(self._go)
 
 
-class Holder(Protocol):
-    """A connection, as far as HeldBytes knows it."""
+class BufferOwner(Protocol):
+    """A connection with buffers in memory."""
 
-    def pieces(self) -> Iterator[Union[bytes, bytearray]]:
-        """What it holds in memory; a piece may be of several at a time."""
-
-    def close(self) -> None:
-        """Let go of all."""
+    def pieces(self) -> Iterator[Union[bytes, bytearray]]: ...
+    def close(self) -> None: ...
 
 
-class HeldBytes:
-    """What the connections of a member hold together: replies that nobody takes, and requests of
-    which bytes are missing.
+class BufferBudget:
+    """A limit on the memory of all connections: unsent replies and incomplete requests.
 
-    Pieces that several share count once, so it takes a look at all to know; that is due when as
-    much has come as there was room for.  If it is too much, the connections go that have not
-    moved for the longest.  Thread: reactor.
+    Connections may share buffers, and a shared one counts once, so only a walk over all of them
+    finds the sum.  A walk begins when the connections have received as many bytes as there was
+    room for after the last.  Above the limit it closes those with the longest time since their
+    last progress.  Thread: reactor.
     """
 
-    LOOK_PIECES = 10_000                # in one turn: 3 ms
+    TURN_PIECES = 10_000                # of a walk in one turn: 3 ms
 
     def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
-        self._holders: Dict[Holder, float] = {}     # and when they moved last (monotonic)
-        self._grown = 0                 # bytes since the last look
-        self._room = HELD_BYTES_MAX     # as of the last look
-        self._look: Iterator[None] = iter(())
-        self._looking = False
-        self._complaints = Complaints("http", reactor.now)
+        self._owners: Dict[BufferOwner, float] = {}     # and their last progress (monotonic)
+        self._grown = 0                 # bytes since the begin of the last walk
+        self._room = HELD_BYTES_MAX     # after the last walk
+        self._walk: Iterator[None] = iter(())
+        self._is_walking = False
+        self._log = ThrottledLog("http", reactor.now)
 
-    def hold(self, connection: Holder, grown: int, *, moved: bool = False) -> None:
-        """The connection keeps `grown` bytes more.  moved: its client has taken some."""
-        if moved or connection not in self._holders:
-            self._holders[connection] = self._reactor.now()
+    def grow(self, connection: BufferOwner, grown: int, *, moved: bool = False) -> None:
+        """Count bytes that a connection keeps.  moved: its client has read some."""
+        if moved or connection not in self._owners:
+            self._owners[connection] = self._reactor.now()
         self._grown += grown
-        if self._grown >= self._room and not self._looking:
-            self._looking, self._grown = True, 0
-            self._look = self._look_at_all()
+        if self._grown >= self._room and not self._is_walking:
+            self._is_walking, self._grown = True, 0
+            self._walk = self._close_excess()
             self._reactor.call_soon(self._go_on)
 
-    def forget(self, connection: Holder) -> None:
-        """The connection is closed."""
-        self._holders.pop(connection, None)
+    def forget(self, connection: BufferOwner) -> None:
+        self._owners.pop(connection, None)
 
     def _go_on(self) -> None:
-        for _ in self._look:
+        for _ in self._walk:
             self._reactor.call_soon(self._go_on)
             return
-        self._looking = False
+        self._is_walking = False
 
-    def _look_at_all(self) -> Iterator[None]:
-        """Close what is too much; those that moved last are kept, one of them in any case."""
-        kept = closed = looked = 0
+    def _close_excess(self) -> Iterator[None]:
+        """Keep the connections with the latest progress, at least one; close the others."""
+        kept = closed = walked = 0
         seen: Set[int] = set()
-        for connection in sorted(self._holders, key=self._holders.__getitem__, reverse=True):
+        for connection in sorted(self._owners, key=self._owners.__getitem__, reverse=True):
             pieces = {id(piece): len(piece) for piece in connection.pieces()}
             if not pieces:
-                self._holders.pop(connection, None)
+                self._owners.pop(connection, None)
                 continue
             size = sum(pieces[piece] for piece in pieces if piece not in seen)
             if kept and kept + size > HELD_BYTES_MAX:
@@ -116,13 +112,13 @@ class HeldBytes:
             else:
                 kept += size
                 seen.update(pieces)
-            looked += len(pieces)
-            if looked > self.LOOK_PIECES:
-                looked = 0
+            walked += len(pieces)
+            if walked > self.TURN_PIECES:
+                walked = 0
                 yield
         self._room = max(HELD_BYTES_MAX - kept, HELD_BYTES_MAX // 8)
         if closed:
             text = f"closed connections that held more than {HELD_BYTES_MAX >> 20} MB together"
-            self._complaints.say(
+            self._log.error(
                 f"{text}: {closed}, whose clients did not read replies or finish requests", text
             )

@@ -19,7 +19,7 @@ RESOLV_CONF = "/etc/resolv.conf"
 
 
 def _reason(error: Exception) -> str:
-    """The error's words without Python's decoration."""
+    """Return the text of an error without Python's decoration."""
     if isinstance(error, ssl.SSLError):
         return tls_reason(error)
     if isinstance(error, OSError) and error.strerror:
@@ -37,7 +37,7 @@ class SrvRecord(NamedTuple):
 
 
 def name_servers(path: str = RESOLV_CONF) -> List[Tuple[str, int]]:
-    """Return the addresses of the system's name servers; without any, the local one."""
+    """Return the addresses of the system's name servers; the local one if there are none."""
     found: List[Tuple[str, int]] = []
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for words in map(str.split, file):
@@ -47,12 +47,12 @@ def name_servers(path: str = RESOLV_CONF) -> List[Tuple[str, int]]:
 
 
 def lookup_srv(name: str, servers: Sequence[Tuple[str, int]]) -> List[SrvRecord]:
-    """Ask the name servers for the SRV records of `name`, in order until one has a good answer.
+    """Return the SRV records of `name` from the first name server with a good answer.
 
-    Sorted by priority, then heavier ones first: the order only numbers the unnamed members, so
-    the random choice of RFC 2782 would be of no use.  Raises OSError.
+    Sorted by priority, then by falling weight: the order numbers the unnamed members, so the
+    random choice of RFC 2782 would be of no use.  Raises OSError.
     """
-    last: OSError = OSError("no name server to ask")
+    fault = "no name server to ask"
     for address in list(servers) * DNS_TRIES:
         query_id = random.randrange(1 << 16)
         query = _srv_query(query_id, name)
@@ -62,18 +62,16 @@ def lookup_srv(name: str, servers: Sequence[Tuple[str, int]]) -> List[SrvRecord]
                 answer = _ask_tcp(address, query)
             records = _srv_answer(answer)
         except socket.timeout:
-            last = OSError(f"lookup {name} on {address[0]}: i/o timeout")
-            continue
+            fault = f"lookup {name} on {address[0]}: i/o timeout"
         except OSError as error:
-            last = OSError(f"lookup {name} on {address[0]}: {_reason(error)}")
-            continue
+            fault = f"lookup {name} on {address[0]}: {_reason(error)}"
         except (IndexError, struct.error):
-            last = OSError(f"lookup {name} on {address[0]}: malformed answer")
-            continue
-        if not records:
-            raise OSError(f"lookup {name}: no such host")
-        return sorted(records, key=lambda r: (r.priority, -r.weight, r.target, r.port))
-    raise last
+            fault = f"lookup {name} on {address[0]}: malformed answer"
+        else:
+            if not records:
+                raise OSError(f"lookup {name}: no such host")
+            return sorted(records, key=lambda r: (r.priority, -r.weight, r.target, r.port))
+    raise OSError(fault)
 
 
 def _srv_query(query_id: int, name: str) -> bytes:
@@ -85,7 +83,7 @@ def _srv_query(query_id: int, name: str) -> bytes:
 def _ask_udp(address: Tuple[str, int], query: bytes) -> bytes:
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.connect(address)           # the kernel drops what comes from anyone else
+        sock.connect(address)           # the kernel drops datagrams from other addresses
         sock.send(query)
         deadline = time.monotonic() + DNS_ANSWER_SECONDS
         while True:
@@ -103,13 +101,13 @@ def _ask_tcp(address: Tuple[str, int], query: bytes) -> bytes:
 
 
 def _srv_answer(message: bytes) -> List[SrvRecord]:
-    """The SRV records of a DNS message; [] also if there is no such name.
+    """Return the SRV records of a DNS message; [] for a name that does not exist.
 
     Raises OSError, IndexError or struct.error.
     """
     code = message[3] & 15
     questions, answers = struct.unpack_from(">2H", message, 4)
-    if code not in (0, 3):              # 3: there is no such name
+    if code not in (0, 3):              # 3: the name does not exist
         words = {2: "server misbehaving", 5: "query refused"}
         raise OSError(words.get(code, f"DNS error {code}"))
     offset = 12

@@ -10,7 +10,7 @@ import selectors
 import socket
 import ssl
 import sys
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Union
 from urllib.parse import urlsplit
 
 from ..base.basics import _nothing
@@ -27,12 +27,13 @@ from .reactor import Reactor
 from .tls import Handshake, TlsContext, default_tls, tls_reason
 from .workers import Timer
 
-DIAL_SECONDS = 0.25                 # the next address is tried beside one that has not answered
-DIAL_ADDRESSES_MAX = 16             # of one name; more are not tried
+DIAL_SECONDS = 0.25                 # for an address; then the next is tried beside it
+DIAL_ADDRESSES_MAX = 16             # of one name; the others are not tried
+ANSWER_BYTES_MAX = 4_096            # of the body of an answer, by default; above: cut
 
 
 def dial_order(found: Sequence[Any]) -> List[Any]:
-    """Order what getaddrinfo found: the families take turns, the first begins (RFC 8305 §4)."""
+    """Order addresses of getaddrinfo: the families alternate, the first begins (RFC 8305 §4)."""
     first = [info for info in found if info[0] == found[0][0]]
     others = [info for info in found if info[0] != found[0][0]]
     turns = itertools.zip_longest(first, others)
@@ -40,10 +41,10 @@ def dial_order(found: Sequence[Any]) -> List[Any]:
 
 
 class Dial:
-    """Connects to one of several addresses, whichever answers first (RFC 8305 §5, without DNS).
+    """Connects to the first of several addresses that answers (RFC 8305 §5, without DNS).
 
-    Once done(socket, None); or done(None, error of the first address) when all have failed.
-    Neither inside the constructor, nor after cancel().  The socket is not registered.
+    Calls done(socket, None) once, or done(None, error of the first address) when all have
+    failed; never inside the constructor or after cancel().  The socket is not registered.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Dial:
         self._next()
 
     def cancel(self) -> None:
-        """Give all attempts up."""
+        """Close the sockets of all attempts."""
         self._timer.cancel()
         self._left.clear()
         for sock in self._open:
@@ -68,7 +69,7 @@ class Dial:
         self._open.clear()
 
     def _next(self) -> None:
-        """Try the next address; beside the attempts under way, if there are any."""
+        """Try the next address, beside the attempts under way."""
         self._timer.cancel()
         if self._left:
             delay_s = DIAL_SECONDS if self._try(*self._left.popleft()) else 0.0
@@ -78,7 +79,7 @@ class Dial:
             self._done(None, self._error)
 
     def _try(self, family: int, kind: int, protocol: int, _: str, address: Any) -> bool:
-        """Begin to connect; False if that has failed already."""
+        """Begin to connect; False: it has failed already."""
         try:
             sock = socket.socket(family, kind, protocol)
         except OSError as error:            # no descriptor left, or no such family here
@@ -88,13 +89,13 @@ class Dial:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         code = sock.connect_ex(address)
         if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-            self._fail(sock, code)
+            self._note_failure(sock, code)
             return False
         self._open.add(sock)
         self._reactor.register(sock, selectors.EVENT_WRITE, lambda mask: self._answered(sock))
         return True
 
-    def _fail(self, sock: socket.socket, code: int) -> None:
+    def _note_failure(self, sock: socket.socket, code: int) -> None:
         sock.close()
         self._error = self._error or OSError(code, os.strerror(code))
 
@@ -103,7 +104,7 @@ class Dial:
         self._open.discard(sock)
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            self._fail(sock, code)
+            self._note_failure(sock, code)
             self._next()
         else:
             self.cancel()
@@ -111,20 +112,22 @@ class Dial:
 
 
 class HttpCall:
-    """One outgoing request on a connection of its own, without blocking.
+    """One outgoing request on its own connection, without blocking.
 
-    on_head(status, headers) once; on_data(bytes) per piece of the body; on_done(error) exactly
-    once at the end, None if the body was complete; nothing after cancel().  connect_timeout_s
-    bounds name look-up and connect, idle_timeout_s each silence after that (None: no limit).
-    A body of more than answer_max bytes, as they come, is cut there and counts as complete.
-    A Host among the headers goes before that of the url.
+    on_head            (status, headers) once
+    on_data            (bytes) per piece of the body
+    on_done            (error) once at the end, None for a complete body; not after cancel()
+    headers            a Host here replaces that of the url
+    more               further pieces of the body
+    connect_timeout_s  for name look-up and connect
+    idle_timeout_s     for each silence after that; None: no limit
+    answer_max         received bytes of the body; above: cut, and complete
     """
 
     __slots__ = (
         "_reactor", "_on_head", "_on_data", "_on_done", "_idle_timeout_s", "_sock", "_bodyless",
-        "_out", "_in", "_finder", "_interim", "_left", "_chunks", "_timer", "_heard", "_ended",
-        "connected", "_paused", "_events", "_tls", "_host", "_handshake", "_dial", "_look_up",
-        "_room",
+        "_out", "_in", "_finder", "_interim", "_left", "_chunks", "_timer", "_heard", "ended",
+        "connected", "_paused", "_events", "_tls", "_host", "_connecting", "_room",
     )
 
     def __init__(
@@ -152,54 +155,43 @@ class HttpCall:
         self._out = [memoryview(piece) for piece in (head + body, *more) if piece]
         self._in = bytearray()
         self._finder = HeadFinder()
-        self._interim = 0               # heads of status 1xx so far
-        self._left: Optional[int] = None    # bytes of body to come; None: head not yet seen
+        self._interim = 0               # answers of status 1xx so far
+        self._left: Optional[int] = None    # bytes of body to come; None: no head yet
         self._chunks: Optional[ChunkedDecoder] = None
-        self._room = answer_max         # bytes of body that are still wanted
+        self._room = answer_max         # bytes of body until it is cut
         self._heard = 0.0
-        self._ended = False
+        self.ended = False              # True after on_done() or cancel()
         self._bodyless = method == "HEAD"
         self._paused = False
         self._events = 0                # that the reactor waits for
         self.connected = False          # from then on the other side may have seen the request
         self._tls = (tls or default_tls()) if is_https(url) else None
         self._host = urlsplit(url).hostname or ""
-        self._handshake: Optional[Handshake] = None
-        self._dial: Optional[Dial] = None
-        self._look_up: Optional[Timer] = None       # a question to the name servers
+        self._connecting: Union[Timer, Dial, Handshake, None] = None    # the step under way
         late = TimeoutError(f"dial tcp {urlsplit(url).netloc}: i/o timeout")
         self._timer = reactor.call_later(connect_timeout_s, self._fail, late)
         self._resolve(*url_address(url))
 
-    @property
-    def ended(self) -> bool:
-        """True after on_done, or cancel()."""
-        return self._ended
-
     def cancel(self) -> None:
-        """Drop the connection; no callback comes any more."""
-        self._ended = True
-        # Owners hold their call, and these lead back to them: what is over must not be a cycle.
+        """Close the connection; no callback comes any more."""
+        self.ended = True
+        # Owners refer to their call, and these to the owner: that cycle must end.
         self._on_head = self._on_data = self._on_done = _ignore
         self._out = []
         self._timer.cancel()
-        if self._dial is not None:
-            self._dial.cancel()
-        if self._look_up is not None:
-            self._look_up.cancel()
+        if self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
         if self._sock is None:
             return
-        if self._handshake is not None:
-            self._handshake.cancel()
-            self._handshake = None
-        elif self._events:
+        if self._events:
             self._reactor.unregister(self._sock)
         self._sock.close()
         self._sock = None
 
     def flush(self) -> None:
-        """Send what is left of the request."""
-        if self._ended or self._sock is None:
+        """Send the rest of the request, as much as the socket takes."""
+        if self.ended or self._sock is None:
             return
         try:
             if self._out:
@@ -214,20 +206,19 @@ class HttpCall:
         self._watch()
 
     def pause(self) -> None:
-        """Read no more until resume(); the idle time does not count meanwhile."""
-        if not self._ended and not self._paused:
+        """Read no more until resume(); the idle timeout is suspended."""
+        if not self.ended and not self._paused:
             self._paused = True
             self._watch()
 
     def resume(self) -> None:
-        """Read again."""
-        if not self._ended and self._paused:
+        if not self.ended and self._paused:
             self._paused = False
             self._heard = self._reactor.now()
             self._watch()
 
     def _watch(self) -> None:
-        """Wait for what comes next: room for the request, or the answer."""
+        """Wait for room for the request, and for the answer."""
         assert self._sock is not None
         events = 0 if self._paused else selectors.EVENT_READ
         if self._out:
@@ -241,55 +232,42 @@ class HttpCall:
         self._events = events
 
     def _resolve(self, host: str, port: int) -> None:
-        """Literal addresses at once; names on a thread, a name server may be slow."""
+        """Dial a literal address at once; look a name up on a thread, as DNS may be slow."""
         hosts = ("127.0.0.1", "::1") if host == "localhost" else (host,)
         try:
             found = [info for host in hosts for info in socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)]
         except (socket.gaierror, UnicodeError):
-            self._look_up = self._reactor.look_up(host, port, self._resolved)
+            self._connecting = self._reactor.look_up(host, port, self._resolved)
         else:
-            self._dial = Dial(self._reactor, found, self._connected)
+            self._resolved(None, found)
 
     def _resolved(self, error: Optional[BaseException], found: Any) -> None:
-        if self._ended:
-            return
         if error is not None:
             self._fail(error if isinstance(error, Exception) else OSError(str(error)))
         else:
-            self._dial = Dial(self._reactor, found, self._connected)
+            self._connecting = Dial(self._reactor, found, self._dialed)
 
-    def _connected(self, sock: Optional[socket.socket], error: Optional[OSError]) -> None:
-        self._dial, self._sock = None, sock
-        if sock is None:
-            self._fail(error or OSError("no address"))
-        elif self._tls is None:
-            self._begin()
-        else:
-            self._shake_hands(self._tls)
-
-    def _shake_hands(self, tls: TlsContext) -> None:
-        assert self._sock is not None
-        try:
-            sock = tls.current.wrap_socket(
-                self._sock, server_hostname=self._host, do_handshake_on_connect=False
-            )
-        except (OSError, ValueError) as error:      # gone already, or a name that cannot be
-            self._fail(OSError(f"cannot speak TLS to {self._host!r}: {error}"))
+    def _dialed(self, sock: Optional[socket.socket], error: Optional[OSError]) -> None:
+        self._connecting, self._sock = None, sock
+        if sock is None or self._tls is None:
+            self._send_request(None if sock else error or OSError("no address"))
             return
-        self._sock = sock
-        self._handshake = Handshake(self._reactor, sock, self._secured)
+        try:
+            secured = self._tls.current.wrap_socket(
+                sock, server_hostname=self._host, do_handshake_on_connect=False
+            )
+        except (OSError, ValueError) as fault:      # closed already, or an invalid name
+            self._fail(OSError(f"cannot speak TLS to {self._host!r}: {fault}"))
+            return
+        self._sock = secured
+        self._connecting = Handshake(self._reactor, secured, self._send_request)
 
-    def _secured(self, error: Optional[OSError]) -> None:
-        assert self._sock is not None
-        self._handshake = None
-        if error is None:
-            self._begin()
-        else:
+    def _send_request(self, error: Optional[OSError]) -> None:
+        self._connecting = None
+        if error is not None:
             self._fail(error)
-
-    def _begin(self) -> None:
-        """The connection stands: send the request."""
+            return
         self.connected = True
         self._heard = self._reactor.now()
         self._timer.cancel()
@@ -299,7 +277,7 @@ class HttpCall:
     def _on_event(self, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:
             self.flush()
-        if mask & selectors.EVENT_READ and not self._ended:
+        if mask & selectors.EVENT_READ and not self.ended:
             self._receive()
 
     def _watch_idle(self) -> None:
@@ -335,7 +313,7 @@ class HttpCall:
             self._fail(OSError(f"malformed HTTP response: {error}"))
 
     def _take_head(self) -> None:
-        """Look for the head of the answer; any number of interim ones may come before it."""
+        """Parse the head of the answer, behind any interim answers."""
         while True:
             found = self._finder.find(self._in)
             if found is None:
@@ -359,7 +337,7 @@ class HttpCall:
         else:
             self._left = length if "content-length" in headers else sys.maxsize
         self._on_head(status, headers)
-        if not self._ended:
+        if not self.ended:
             self._take_body(data)
 
     def _take_body(self, data: bytes) -> None:
@@ -373,7 +351,7 @@ class HttpCall:
         if data:
             self._on_data(data)
         is_whole = self._chunks.done if self._chunks else not self._left
-        if not self._ended and (is_whole or self._room < 0):
+        if not self.ended and (is_whole or self._room < 0):
             self._end(None)
 
     def _end_of_input(self) -> None:
@@ -381,7 +359,7 @@ class HttpCall:
         self._end(None if until_close and self._chunks is None else EOFError("unexpected EOF"))
 
     def _fail(self, error: Exception) -> None:
-        if not self._ended:
+        if not self.ended:
             self._end(OSError(tls_reason(error)) if isinstance(error, ssl.SSLError) else error)
 
     def _end(self, error: Optional[Exception]) -> None:
@@ -391,4 +369,39 @@ class HttpCall:
 
 
 def _ignore(*args: object) -> None:
-    """What a call that is over tells nobody."""
+    """The callback of a call that is over."""
+
+
+class Answer:
+    """The answer to a call: status, headers, and the first body_max bytes of the body."""
+
+    __slots__ = ("status", "headers", "body", "_body_max")
+
+    def __init__(self, body_max: int = ANSWER_BYTES_MAX) -> None:
+        self._body_max = body_max
+        self.status = 0                 # 0: none has arrived
+        self.headers: Dict[str, str] = {}
+        self.body = b""
+
+    def take_head(self, status: int, headers: Dict[str, str]) -> None:
+        self.status, self.headers = status, headers
+
+    def take_data(self, data: bytes) -> None:
+        if len(self.body) < self._body_max:
+            self.body += data[:self._body_max - len(self.body)]
+
+
+def fetch(
+    reactor: Reactor, url: str, target: str, done: Callable[[Optional[Exception], Answer], None],
+    *, method: str = "GET", headers: Optional[Dict[str, str]] = None, body: Sequence[bytes] = (),
+    connect_timeout_s: float, idle_timeout_s: float, body_max: int = ANSWER_BYTES_MAX,
+    tls: Optional[TlsContext] = None,
+) -> HttpCall:
+    """Make a call; done(error, answer) once at its end, unless it is cancelled."""
+    answer = Answer(body_max)
+    return HttpCall(
+        reactor, url, method, target, headers or {}, body=b"".join(body[:1]), more=body[1:],
+        connect_timeout_s=connect_timeout_s, idle_timeout_s=idle_timeout_s, answer_max=body_max,
+        tls=tls, on_head=answer.take_head, on_data=answer.take_data,
+        on_done=lambda error: done(error, answer),
+    )

@@ -5,20 +5,7 @@ from __future__ import annotations
 import math
 import selectors
 import socket
-from typing import (
-    IO,
-    Callable,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-    Union,
-    cast,
-)
+from typing import IO, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union, cast
 
 from ..base.errors import InvariantError
 from ..base.ids import package_logger
@@ -37,12 +24,12 @@ from ..base.limits import (
     UNREAD_SECONDS_MAX,
     V3_REFUSAL,
 )
-from .budgets import HeldBytes
+from .budgets import BufferBudget
 from .http_messages import (
     BadRequest,
     ChunkedDecoder,
     HeadFinder,
-    Http2Knock,
+    Http2Preface,
     Http2Refusal,
     HttpHead,
     check_start,
@@ -53,28 +40,31 @@ from .reactor import Reactor
 from .tls import TlsContext
 from .workers import Timer
 
-DRAIN_SECONDS = 2.0                 # how long a closing connection waits for the client's end
+DRAIN_SECONDS = 2.0                 # until a client has closed its end too; above: closed
 
 
 class Service:
-    """What the connections of a listener share, and may ask it for.
+    """The handler, the limits and the state that the connections of a listener share.
 
-    handler gets every complete request.  body_max in bytes: larger bodies arrive as
-    body_too_large.  body_limit(head) may allow less.  memory_max: from there on a body goes to the
-    file that open_spool(its first bytes) returns, if any, else it is too large.  held_max: of all
-    bodies in memory together.  patient: these are clients, who share a part of each turn; members
-    never wait for them.
+    handler     gets every complete request
+    body_max    bytes of a body; a longer one arrives as body_too_large
+    body_limit  (head) -> its own limit, body_max by default
+    memory_max  bytes of a body in memory; a longer one goes to the file that
+                open_spool(first bytes) returns, and is too large without one
+    held_max    bytes of all incomplete bodies in memory
+    patient     the connections are of clients, which share a part of each turn; members never
+                wait for them
     """
 
     def __init__(
         self, reactor: Reactor, handler: Handler, body_max: int, tls: Optional[TlsContext],
-        held: Optional[HeldBytes], *, patient: bool,
+        budget: Optional[BufferBudget], *, patient: bool,
     ) -> None:
         self.reactor = reactor
         self.handler = handler
         self.body_max = body_max
         self.tls = tls
-        self.held = held or HeldBytes(reactor)
+        self.budget = budget or BufferBudget(reactor)
         self.patient = patient
         self.flush_soon = reactor.flush_in_turn if patient else reactor.flush_soon
         self.body_limit: Callable[[HttpHead], int] = lambda head: self.body_max
@@ -85,11 +75,11 @@ class Service:
         self.heads: Dict[bytes, HttpHead] = {}
         self.received_bytes = self.sent_bytes = 0   # of all connections so far
         self.unread: Dict[Connection, Tuple[float, int]] = {}   # since when; taken since then
+        self.partial: Dict[Connection, float] = {}      # start of their incomplete requests
         self._connections: Set[Connection] = set()
-        self._partial: Dict[Connection, float] = {}     # incomplete requests and their start
 
     def serve(self, sock: socket.socket, remote: str) -> Connection:
-        """Serve HTTP on an accepted socket, whose handshake is done if there is one."""
+        """Serve HTTP on an accepted socket, after its TLS handshake."""
         connection = Connection(self, sock, remote)
         self._connections.add(connection)
         return connection
@@ -97,8 +87,8 @@ class Service:
     def dispatch(self, request: HttpRequest) -> None:
         """Hand a request to the handler; a bug there costs this request, not the member.
 
-        Requests only read state or propose, so nothing is half done when one fails; what is
-        applied from the log is not protected like this.
+        Requests only read state or propose, so a failure leaves nothing half done.  Applying
+        entries of the log has no such protection.
         """
         try:
             self.handler(request)
@@ -107,43 +97,36 @@ class Service:
         except Exception:
             package_logger("http").exception("bug: %s %s", request.method, request.target[:200])
             if request.connection.streaming:
-                request.connection.close()      # its reply has begun, and cannot be completed
+                request.connection.close()      # its reply cannot be completed
                 return
             request.head = closing_head(request.head)      # no second reply: see finish()
             request.reply(500, b'{"message":"Internal Server Error"}')
 
-    @property
-    def has_partial(self) -> bool:
-        """True if any connection is known to watch_partial()."""
-        return bool(self._partial)
-
     def watch_partial(self, connection: Connection, partial: bool, *, begun: bool) -> None:
-        """Remember since when a request is incomplete.  begun: it is another than before."""
-        if partial and begun:
-            self._partial[connection] = self.reactor.now()
-        elif partial:
-            self._partial.setdefault(connection, self.reactor.now())
-        elif self._partial:
-            self._partial.pop(connection, None)
+        """Note the start of an incomplete request.  begun: it is another than before."""
+        if not partial:
+            self.partial.pop(connection, None)
+        elif begun or connection not in self.partial:
+            self.partial[connection] = self.reactor.now()
 
     def watch_unread(self, connection: Connection, taken: int) -> None:
-        """Remember since when a client takes too little.  taken: so many bytes just now."""
+        """Note since when a client reads too slowly.  taken: bytes by this send."""
         since, before = self.unread.get(connection, (0.0, UNREAD_BYTES_MIN))
         taken += before
         is_enough = taken >= UNREAD_BYTES_MIN
         self.unread[connection] = (self.reactor.now(), 0) if is_enough else (since, taken)
 
     def forget(self, connection: Connection) -> None:
-        """The connection is closed."""
+        """Drop all that is known of a closed connection."""
         self._connections.discard(connection)
-        self._partial.pop(connection, None)
+        self.partial.pop(connection, None)
         self.unread.pop(connection, None)
-        self.held.forget(connection)
+        self.budget.forget(connection)
 
     def close_slow(self) -> None:
-        """Close what has been on the way for too long."""
+        """Close connections with a request or a reply that takes too long."""
         now = self.reactor.now()
-        for connection, since in list(self._partial.items()):
+        for connection, since in list(self.partial.items()):
             if since < now - REQUEST_SECONDS_MAX:
                 connection.refuse(BadRequest("408 Request Timeout", 408))
         for connection, (since, _) in list(self.unread.items()):
@@ -158,7 +141,7 @@ class Connection:
         "reactor", "remote", "on_close", "on_drain", "streaming", "pending", "busy", "closed",
         "_service", "_sock", "_in", "_finder", "_head", "_chunks", "_body", "_body_bytes",
         "_body_max", "_file", "_out", "_dirty", "_events", "_close_after", "_eof", "_draining",
-        "_in_line", "_http2", "_goodbye",
+        "_in_line", "_http2", "_drain_timer",
     )
 
     def __init__(self, service: Service, sock: socket.socket, remote: str) -> None:
@@ -168,17 +151,17 @@ class Connection:
         self.on_drain: Optional[Callable[[], None]] = None      # once, when nothing is pending
         self.streaming = False
         self.pending = 0                # bytes in _out
-        self.busy = False               # a request waits for its reply, or for the end of it
+        self.busy = False               # the reply to a request is not complete
         self.closed = False
         self._service = service
         self._sock = sock
         self._in = bytearray()          # received, not yet parsed
-        self._finder = HeadFinder()     # looks for the end of the next head in it
+        self._finder = HeadFinder()     # of the next head in _in
         self._head: Optional[HttpHead] = None       # parsed, its body still incomplete
         self._chunks: Optional[ChunkedDecoder] = None
         self._body: List[bytes] = []    # pieces of a chunked or large body
         self._body_bytes = 0            # in them, or in _file
-        self._body_max = 0              # of the request under way, as its head deserves
+        self._body_max = 0              # limit for the request under way
         self._file: Optional[IO[bytes]] = None      # instead of _body
         self._out: List[Union[bytes, memoryview]] = []
         self._dirty = False
@@ -186,14 +169,13 @@ class Connection:
         self._close_after = False       # close when _out is sent
         self._eof = False               # the client will send no more
         self._draining = False          # reply sent, input thrown away until the client closes
-        self._in_line = False           # what is in _in is parsed after the others' turn
+        self._in_line = False           # _resume() is queued behind other connections
         self._http2: Optional[Http2Refusal] = None
-        self._goodbye: Optional[Timer] = None       # ends _draining
+        self._drain_timer: Optional[Timer] = None
         self._register(selectors.EVENT_READ, self._receive)
 
     @property
     def scheme(self) -> str:
-        """`https` under TLS, else `http`."""
         return "https" if self._service.tls else "http"
 
     def _register(self, events: int, callback: Callable[[int], None]) -> None:
@@ -232,23 +214,23 @@ class Connection:
             elif len(self._in) > REQUEST_HEAD_BYTES_MAX:
                 self._watch(self._events & ~selectors.EVENT_READ)   # until _resume()
             if (self._in or self._body_bytes) and not self.closed:
-                self._service.held.hold(self, len(data))
+                self._service.budget.grow(self, len(data))
 
     def _end_of_input(self) -> None:
-        """The client sends no more: it waits for its replies, but not for the end of a stream."""
+        """Serve the remaining requests of a client that sends no more; end its streams."""
         self._eof = True
         if self.busy and self.streaming:
             self.close()
         elif self.busy or self._in_line or self._out:
             self._watch(self._events & ~selectors.EVENT_READ)
-            # Requests that wait for room in the output are served when there is some.
+            # Requests that wait for room in the output are served later.
             waits = self.busy or self._in_line or self.pending > OUTPUT_PAUSE_BYTES and self._in
             self._close_after = self._close_after or not waits
         else:
             self.close()
 
     def _process(self) -> None:
-        """Serve the next request, if it is all there; finish() sees to those behind it."""
+        """Serve the next request if it is complete; finish() goes on with those behind it."""
         served = False
         try:
             request = self._next_request() if self._in or self._head else None
@@ -260,20 +242,20 @@ class Connection:
         if self.closed:
             return
         partial = bool(self._in or self._head or self._http2) and not self.busy
-        if partial or self._service.has_partial:
+        if partial or self._service.partial:
             self._service.watch_partial(self, partial, begun=served)
         if self._eof and not (self.busy or self._in_line or self._close_after):
-            self._close_after = True        # what is left is no whole request
+            self._close_after = True        # the rest is an incomplete request
             self._flush_soon()
 
     def _line_up(self) -> None:
-        """Parse what is in _in after the others' turn: nobody is served twice before them."""
+        """Parse the rest of _in after all other connections: one request of each in turn."""
         if not self._in_line:
             self._in_line = True
             self.reactor.call_in_turn(self._resume)
 
     def _whole_request(self, data: bytes) -> Optional[HttpRequest]:
-        """The request if `data` is just one, whose head was seen before.  A hot path."""
+        """Return the request if `data` is exactly one with a cached head.  A hot path."""
         end = data.find(b"\r\n\r\n")
         head = self._service.heads.get(data[:end]) if end >= 0 else None
         if head is not None and head.is_simple and len(data) == end + 4 + head.body_size:
@@ -304,7 +286,7 @@ class Connection:
             return None
         found = self._finder.find(self._in)
         if found is None:
-            check_start(self._in)       # say so at once instead of waiting for an end
+            check_start(self._in)       # refuse at once instead of waiting for an end
             return None
         end, stop = found
         raw = bytes(self._in[:end])
@@ -326,22 +308,18 @@ class Connection:
         return head
 
     def _take_sized(self, head: HttpHead) -> Optional[bytes]:
-        """Return the body; None with _head cleared if it is too large, with _head if not all."""
+        """Return the body; None: incomplete, or too large and then _head is cleared."""
         size = head.body_size
         if size > self._body_max:
             self._refuse_body()
             return None
-        if self._body or len(self._in) < size:
-            if size > 1 << 16:
-                return self._gather(size)
+        if not self._body_bytes and len(self._in) >= size:
+            body = bytes(self._in[:size])
+            del self._in[:size]
+            return body
+        if size <= 1 << 16:
             return None
-        body = bytes(self._in[:size])
-        del self._in[:size]
-        return body
-
-    def _gather(self, size: int) -> Optional[bytes]:
-        """Collect a large body in a list: appending to bytes would copy it each time."""
-        left = size - self._body_bytes
+        left = size - self._body_bytes      # to a list: appending to bytes would copy them
         piece = bytes(self._in[:left])
         del self._in[:left]
         if piece and not self._keep(piece):
@@ -350,36 +328,35 @@ class Connection:
         return self._join() if self._body_bytes == size else None
 
     def _keep(self, piece: bytes) -> bool:
-        """Keep a piece of a body, not empty; False if there is no room."""
-        self._body_bytes += len(piece)
-        if self._file is not None:
-            return _write_all(self._file, (piece,))
+        """Keep a piece of a body in memory, or all of it in a file; False: there is no room."""
         service = self._service
         self._body.append(piece)
+        self._body_bytes += len(piece)
         service.held_bytes += len(piece)
-        if self._body_bytes > service.memory_max:
-            return self._spool()
-        return service.held_bytes <= service.held_max
-
-    def _spool(self) -> bool:
-        """From here on the body goes to a file; False if that cannot be."""
-        first = b"".join([piece[:16] for piece in self._body[:16]])
-        file = self._service.open_spool(first[:16])
-        if file is None or not _write_all(file, self._body):
+        if self._file is None:
+            if self._body_bytes <= service.memory_max:
+                return service.held_bytes <= service.held_max
+            first = b"".join([piece[:16] for piece in self._body[:16]])
+            self._file = service.open_spool(first[:16])
+            if self._file is None:
+                return False
+        try:
+            self._file.writelines(self._body)
+        except OSError:
             return False
-        self._service.held_bytes -= self._body_bytes
-        self._body, self._file = [], file
+        service.held_bytes -= sum(map(len, self._body))
+        self._body = []
         return True
 
     def _join(self) -> bytes:
-        """Return what was kept, unless it is in _file."""
+        """Return the body that was kept in memory."""
         data = b"".join(self._body)
         self._service.held_bytes -= len(data)
         self._body, self._body_bytes = [], 0
         return data
 
     def _refuse_body(self) -> None:
-        """Forget the body: its request is answered at once."""
+        """Drop the body: its request is answered at once."""
         self._head = self._chunks = self._file = None
         self._join()
 
@@ -403,8 +380,8 @@ class Connection:
         return self._join()
 
     def refuse(self, error: BadRequest) -> None:
-        """Answer what is not HTTP, and close."""
-        if isinstance(error, Http2Knock):
+        """Answer a message that is not HTTP, and close."""
+        if isinstance(error, Http2Preface):
             self._http2 = Http2Refusal(V3_REFUSAL)
             self._refuse_http2(self._http2)
             return
@@ -439,7 +416,7 @@ class Connection:
             size += sum(map(len, more))
         self.pending += size
         if self._events & selectors.EVENT_WRITE:
-            self._service.held.hold(self, size)
+            self._service.budget.grow(self, size)
         self._flush_soon()
 
     def _flush_soon(self) -> None:
@@ -450,7 +427,7 @@ class Connection:
     def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
         """Queue the end of a reply and go on with the next request, or close.
 
-        Does nothing if no reply is due: a handler that failed has been answered for already.
+        Does nothing if no reply is due: dispatch() has replied for a handler that failed.
         """
         if self.closed or not self.busy:
             return
@@ -472,7 +449,7 @@ class Connection:
             self._watch(self._events | selectors.EVENT_READ)
 
     def flush(self) -> None:
-        """Send what is queued, in one call; what the socket does not take waits for it."""
+        """Send the queued bytes in one call; the rest waits until the socket takes more."""
         self._dirty = False
         if self.closed:
             return
@@ -490,7 +467,7 @@ class Connection:
                 self._drop_sent(sent)
                 self._service.watch_unread(self, sent)
                 grown = 0 if self._events & selectors.EVENT_WRITE else self.pending
-                self._service.held.hold(self, grown, moved=sent > 0)
+                self._service.budget.grow(self, grown, moved=sent > 0)
             else:
                 self._out = []
         if self._out:
@@ -510,8 +487,9 @@ class Connection:
         """Send in one call; return how many bytes the socket took.  Large pieces are not copied:
         256 KB take 40 us less."""
         out = self._out
-        if self._service.tls is not None:  # it knows no sendmsg(), and wants the same again
-            size, count = len(out[0]), 1    # after it was blocked, or more that begins so
+        # TLS has no sendmsg(), and a blocked send must be repeated with the same first bytes.
+        if self._service.tls is not None:
+            size, count = len(out[0]), 1
             while count < len(out) and size + len(out[count]) <= OUTPUT_JOIN_BYTES_MAX:
                 size += len(out[count])
                 count += 1
@@ -523,13 +501,13 @@ class Connection:
         return self._sock.sendmsg(out[:OUTPUT_PIECES_MAX])
 
     def pieces(self) -> Iterator[Union[bytes, bytearray]]:
-        """What it holds; a piece may be of several connections at a time."""
+        """Yield the buffers in memory; several connections may share one."""
         for piece in (*self._out, self._in, *self._body):
             if piece:
                 yield cast(bytes, piece.obj) if isinstance(piece, memoryview) else piece
 
     def _drop_sent(self, sent: int) -> None:
-        """Forget what the socket has taken; more is left."""
+        """Remove the bytes that the socket has taken; more are left."""
         first = 0
         while sent >= len(self._out[first]):
             sent -= len(self._out[first])
@@ -539,7 +517,7 @@ class Connection:
             self._out[0] = memoryview(self._out[0])[sent:]      # no copy of the rest
 
     def _resume(self) -> None:
-        """Go on with input that waited for its turn, or for room in the output."""
+        """Go on with input that waited for other connections, or for room in the output."""
         self._in_line = False
         if self.closed or self.busy or self._close_after or self.pending > OUTPUT_PAUSE_BYTES:
             return
@@ -548,7 +526,7 @@ class Connection:
         self._process()
 
     def _drain(self) -> None:
-        """Say goodbye, then read what the client still sends: a reset would destroy the reply."""
+        """End the output, then read until the client closes: a reset would destroy the reply."""
         if self._draining:
             return
         self._draining = True
@@ -559,7 +537,7 @@ class Connection:
             return
         self._in.clear()
         self._watch(selectors.EVENT_READ)
-        self._goodbye = self.reactor.call_later(DRAIN_SECONDS, self.close)
+        self._drain_timer = self.reactor.call_later(DRAIN_SECONDS, self.close)
 
     def _watch(self, events: int) -> None:
         if events == self._events:
@@ -585,18 +563,9 @@ class Connection:
         self._in.clear()
         self._refuse_body()
         self.on_drain = None
-        if self._goodbye is not None:
-            self._goodbye.cancel()
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
         self._service.forget(self)
         on_close, self.on_close = self.on_close, None
         if on_close is not None:
             on_close()
-
-
-def _write_all(file: IO[bytes], pieces: Iterable[bytes]) -> bool:
-    """Append to a file; False if the disk does not take it."""
-    try:
-        file.writelines(pieces)
-    except OSError:
-        return False
-    return True

@@ -16,20 +16,22 @@ from ..base.text import text_of, unquote
 
 
 class BadRequest(ValueError):
-    """A request that is not HTTP; the text is the body of the answer, status says which."""
+    """A message that is not HTTP; the answer has this status, and the text for its body."""
 
     def __init__(self, text: str = "400 Bad Request", status: int = 400) -> None:
         super().__init__(text)
         self.status = status
 
 
-class Http2Knock(BadRequest):
-    """The client speaks HTTP/2 without having asked whether we do: a gRPC client, most likely."""
+class Http2Preface(BadRequest):
+    """The connection begins with the preface of HTTP/2: most likely a gRPC client."""
 
 
 class HttpHead:
-    """The parsed request line and headers.  Shared by all requests with the same head bytes:
-    `parsed` is where a handler may keep what it derived from them."""
+    """The parsed request line and headers, shared by all requests with the same head bytes.
+
+    `parsed` holds the parameters that a handler has derived from them.
+    """
 
     __slots__ = (
         "method", "target", "path", "query", "headers", "minor", "keep_alive", "body_size",
@@ -56,12 +58,14 @@ class HttpHead:
         self.parsed: Any = None
 
 
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([^\x00-\x20\x7f]+) HTTP/(\d)\.(\d)")
-_HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\x00\r\n]*)")
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
+_REQUEST_LINE = re.compile(rb"(%b+) ([^\x00-\x20\x7f]+) HTTP/(\d)\.(\d)" % _TOKEN)
+_REQUEST_START = re.compile(rb"%b{1,32}( |\Z)" % _TOKEN)
+_HEADER = re.compile(rb"(%b+):([^\x00\r\n]*)" % _TOKEN)
 
 
 def _list_header(headers: Dict[str, str], name: str) -> List[str]:
-    """Return the elements of a header that is a list, in lower case; [] if it is absent."""
+    """Return the elements of a list header in lower case; [] without that header."""
     text = headers.get(name, "")
     if len(text) > SHORT_HEADER_BYTES_MAX:
         raise BadRequest("431 Request Header Fields Too Large", 431)
@@ -92,8 +96,8 @@ def _content_length(headers: Dict[str, str]) -> int:
 def parse_header_lines(lines: Iterable[bytes]) -> Dict[str, str]:
     """Return lower-case name -> value; repeated headers are joined by a comma.
 
-    Raises BadRequest for anything else than `token: value` (no folding, RFC 9112 §5), and for
-    two Hosts: a proxy before us may have looked at the other one (§3.2).
+    Raises BadRequest for a line that is not `token: value` (no folding, RFC 9112 §5), and for
+    two Hosts: a proxy before this server may have routed by the other one (§3.2).
     """
     headers: Dict[str, str] = {}
     repeated: Dict[str, List[str]] = {}
@@ -114,18 +118,15 @@ def parse_header_lines(lines: Iterable[bytes]) -> Dict[str, str]:
     return headers
 
 
-_REQUEST_START = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}( |\Z)")
-
-
 def check_start(data: Union[bytes, bytearray]) -> None:
-    """Raise BadRequest if no head can begin like this, however it goes on."""
+    """Raise BadRequest if no request line begins with `data`."""
     line = data[:64].lstrip(b"\r\n")
     if line and not _REQUEST_START.match(line):
         raise BadRequest()
 
 
 class HeadFinder:
-    """Finds the end of a head in a buffer that grows, and looks at no byte of it twice.
+    """Finds the end of a head in a growing buffer, in linear time.
 
     Lines may end without CR, as those of simple health checks do (RFC 9112 §2.2).
     """
@@ -137,9 +138,9 @@ class HeadFinder:
         self._has_line = False          # a request line that is not too long is among them
 
     def find(self, data: bytearray) -> Optional[Tuple[int, int]]:
-        """Return the end of the head in `data`, and where what follows it begins; None: not yet.
+        """Return the end of the head and the start of the body in `data`; None: not complete.
 
-        Raises BadRequest if the head is too long.  After a result, the next head is looked for.
+        Raises BadRequest if the head is too long.  After a result the search begins again.
         """
         start = max(self._seen - 2, 0)
         end, blank = data.find(b"\n\r\n", start), 3
@@ -161,13 +162,13 @@ class HeadFinder:
 
 
 def _lines_of(raw: bytes) -> List[bytes]:
-    """Return the lines of a head, with or without CR at their ends; the last one has none."""
+    """Return the lines of a head, whose line ends have a CR or not."""
     *lines, last = raw.split(b"\n")
     return [*(line[:-1] if line.endswith(b"\r") else line for line in lines), last]
 
 
 def parse_head(raw: bytes) -> HttpHead:
-    """Parse a request's head without its final empty line.  Raises BadRequest."""
+    """Parse the head of a request, without its final empty line.  Raises BadRequest."""
     check_start(raw)
     if raw.count(b"\n") >= HEADER_LINES_MAX:
         raise BadRequest("431 Request Header Fields Too Large", 431)
@@ -180,7 +181,7 @@ def parse_head(raw: bytes) -> HttpHead:
     method, target, major, minor = match.groups()
     if major != b"1" or minor not in (b"0", b"1"):
         if raw == b"PRI * HTTP/2.0":
-            raise Http2Knock()
+            raise Http2Preface()
         raise BadRequest("505 HTTP Version Not Supported: unsupported protocol version", 505)
     headers = parse_header_lines(lines[1:])
     if minor == b"1" and "host" not in headers:
@@ -194,7 +195,10 @@ def parse_head(raw: bytes) -> HttpHead:
 
 
 def parse_answer_head(raw: bytes) -> Tuple[int, Dict[str, str]]:
-    """Parse an answer's head without its final empty line: status, headers.  Raises BadRequest."""
+    """Return (status, headers) of the head of an answer, without its final empty line.
+
+    Raises BadRequest.
+    """
     if raw.count(b"\n") > HEADER_LINES_MAX:
         raise BadRequest("head too large")
     lines = _lines_of(raw)
@@ -206,25 +210,27 @@ def parse_answer_head(raw: bytes) -> Tuple[int, Dict[str, str]]:
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.[0-9] ([1-9][0-9]{2})(?: |\Z)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
-_CHUNK_SIZE_BYTES_MAX = 4_096       # of that line, extensions and all
+_CHUNK_SIZE_BYTES_MAX = 4_096       # of a chunk's size line with its extensions; above: refused
 
 
 class ChunkedDecoder:
     """Chunked transfer coding, fed piecewise (RFC 9112 §7.1)."""
 
-    __slots__ = ("done", "chunks", "_buffer", "_left", "_trailers")
+    __slots__ = ("done", "chunks", "rest", "_left", "_trailers")
 
     def __init__(self) -> None:
         self.done = False
         self.chunks = 0                 # begun so far
-        self._buffer = bytearray()
+        self.rest = bytearray()         # input not decoded yet; when done: behind the body
         self._left = 0                  # bytes left of the chunk and its CRLF; 0: size line next
         self._trailers: Optional[HeadFinder] = None     # looks for their end, after the last chunk
 
     def feed(self, data: bytes) -> bytes:
-        """Return the body bytes now known; after the last chunk `done` is set and the rest of
-        the input waits in `rest`.  Raises BadRequest."""
-        buffer, body, at = self._buffer, [], 0
+        """Return the next bytes of the body.  Raises BadRequest.
+
+        After the last chunk and the trailers `done` is set, and `rest` is the input behind them.
+        """
+        buffer, body, at = self.rest, [], 0
         buffer += data
         while self._trailers is None and at < len(buffer):
             if not self._left:
@@ -248,17 +254,12 @@ class ChunkedDecoder:
             self._skip_trailers(self._trailers)
         return b"".join(body)
 
-    @property
-    def rest(self) -> bytes:
-        """Input behind the end of the body."""
-        return bytes(self._buffer)
-
     def _size_line(self, at: int) -> int:
-        """Begin the chunk whose size stands at `at`; return how long that line is, 0: not all."""
-        line = _CHUNK_SIZE.match(self._buffer, at, at + _CHUNK_SIZE_BYTES_MAX)
+        """Begin the chunk whose size line is at `at`; return the line's length, 0: incomplete."""
+        line = _CHUNK_SIZE.match(self.rest, at, at + _CHUNK_SIZE_BYTES_MAX)
         if line is None:
             until = at + _CHUNK_SIZE_BYTES_MAX
-            if self._buffer.find(b"\n", at, until) >= 0 or len(self._buffer) >= until:
+            if self.rest.find(b"\n", at, until) >= 0 or len(self.rest) >= until:
                 raise BadRequest()
             return 0
         size = int(line.group(1), 16)
@@ -270,89 +271,79 @@ class ChunkedDecoder:
         return line.end() - at
 
     def _skip_trailers(self, finder: HeadFinder) -> None:
-        """Check them, and forget them."""
-        found = finder.find(self._buffer)
+        """Check the trailers and drop them."""
+        found = finder.find(self.rest)
         if found is None:
             return
         end, stop = found
-        trailers = bytes(self._buffer[:end])
+        trailers = bytes(self.rest[:end])
         if stop - end != 4 or trailers.count(b"\n") > HEADER_LINES_MAX:
             raise BadRequest()
         parse_header_lines(trailers.split(b"\r\n")[1:])
-        del self._buffer[:stop]
+        del self.rest[:stop]
         self.done = True
 
 
 class Http2Refusal:
     """As much HTTP/2 as it takes to answer one request of a gRPC client with a sentence.
 
-    The answer is an error of gRPC, which its user gets to see; only then GOAWAY asks for
-    HTTP/1.1.  Sent alone, that would be one failed connection more to try again, and silence.
+    The answer is an error of gRPC, which the client shows to its user; then GOAWAY asks for
+    HTTP/1.1.  GOAWAY alone would be a failed connection that the client retries in silence.
     Source: RFC 9113; RFC 7541 §6; the gRPC documents, "gRPC over HTTP2".
     """
 
-    _PREFACE_END = b"SM\r\n\r\n"        # what follows the empty line of `PRI * HTTP/2.0`
-    _FRAME_BYTES_MAX = 1 << 14          # nobody may send larger ones unasked; above: the end
+    _PREFACE_END = b"SM\r\n\r\n"        # follows the empty line of `PRI * HTTP/2.0`
+    _FRAME_BYTES_MAX = 1 << 14          # the protocol's default; above: GOAWAY
     _HEADERS, _SETTINGS, _PING, _GOAWAY = 1, 4, 6, 7
-    _UNIMPLEMENTED = b"12"              # a status of gRPC
-    _HTTP_1_1_REQUIRED = 0xD
 
     __slots__ = ("done", "_buffer", "_greeted", "_sentence")
 
     def __init__(self, sentence: str) -> None:
-        self.done = False               # all is said: close
+        self.done = False               # the connection is to be closed
         self._buffer = b""
         self._greeted = False
         self._sentence = sentence.encode("ascii")
 
     def feed(self, data: bytes) -> bytes:
-        """Return what to send, after `data` has come."""
+        """Return the bytes to send after `data` has arrived."""
         self._buffer += data
-        answers = []
+        answer = b""
         if not self._greeted and len(self._buffer) >= len(self._PREFACE_END):
             self._greeted = True
-            answers.append(self._frame(self._SETTINGS, 0, 0, b""))
+            answer = self._frame(self._SETTINGS, 0, 0)
             if not self._buffer.startswith(self._PREFACE_END):
-                answers.append(self._goodbye(0))
+                answer += self._goodbye(0)
             self._buffer = self._buffer[len(self._PREFACE_END):]
         while self._greeted and not self.done and len(self._buffer) >= 9:
             size = int.from_bytes(self._buffer[:3], "big")
             if size > self._FRAME_BYTES_MAX:
-                answers.append(self._goodbye(0))
-            elif len(self._buffer) >= 9 + size:
-                frame, self._buffer = self._buffer[:9 + size], self._buffer[9 + size:]
-                answers.append(self._answer(frame))
-            else:
+                return answer + self._goodbye(0)
+            if len(self._buffer) < 9 + size:
                 break
-        return b"".join(answers)
+            frame, self._buffer = self._buffer[:9 + size], self._buffer[9 + size:]
+            answer += self._answer(frame)
+        return answer
 
     def _answer(self, frame: bytes) -> bytes:
-        kind, is_ack = frame[3], frame[4] & 1
-        stream = int.from_bytes(frame[5:9], "big") & 0x7FFF_FFFF
-        if kind == self._HEADERS:
-            return self._refuse(stream) + self._goodbye(stream)
+        kind, flags, stream = struct.unpack_from(">BBI", frame, 3)
+        if kind == self._HEADERS:       # the answer: `:status 200` and, as trailers, error 12
+            return self._frame(kind, 0x4 | 0x1, stream & 0x7FFF_FFFF, (     # END_HEADERS | _STREAM
+                b"\x88\0\x0ccontent-type\x10application/grpc\0\x0bgrpc-status\x0212"
+                b"\0\x0cgrpc-message%c%b" % (len(self._sentence), self._sentence)
+            )) + self._goodbye(stream & 0x7FFF_FFFF)
         if kind == self._GOAWAY:
             return self._goodbye(0)
-        if kind in (self._SETTINGS, self._PING) and not is_ack:
+        if kind in (self._SETTINGS, self._PING) and not flags & 1:      # 1: acknowledgement
             return self._frame(kind, 1, 0, frame[9:] if kind == self._PING else b"")
-        return b""                      # of a request that is answered, or of no interest
-
-    def _refuse(self, stream: int) -> bytes:
-        """Headers that are trailers as well: `:status 200`, as gRPC wants it, and the error."""
-        block = b"\x88" + b"".join(
-            b"\0%c%b%c%b" % (len(name), name, len(value), value) for name, value in (
-                (b"content-type", b"application/grpc"), (b"grpc-status", self._UNIMPLEMENTED),
-                (b"grpc-message", self._sentence),
-            )
-        )
-        return self._frame(self._HEADERS, 0x4 | 0x1, stream, block)    # END_HEADERS, END_STREAM
+        return b""
 
     def _goodbye(self, last_stream: int) -> bytes:
         self.done = True
-        payload = struct.pack(">II", last_stream, self._HTTP_1_1_REQUIRED) + self._sentence
-        return self._frame(self._GOAWAY, 0, 0, payload)
+        http_1_1_required = 0xD
+        return self._frame(self._GOAWAY, 0, 0, struct.pack(
+            ">II", last_stream, http_1_1_required) + self._sentence)
 
     @staticmethod
-    def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
         return struct.pack(">I", len(payload))[1:] + struct.pack(
             ">BBI", kind, flags, stream) + payload

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import http.server
-from typing import IO, Callable, Dict, Optional, Protocol, Sequence
+from operator import attrgetter
+from typing import IO, Callable, Dict, Optional, Protocol, Sequence, cast
 
 from ..base.limits import OUTPUT_SHARED_BYTES_MIN
 from .http_messages import HttpHead
@@ -16,7 +17,7 @@ _STATUS_LINES = {
 
 
 class Channel(Protocol):
-    """A connection, as far as its requests and their replies know it."""
+    """The part of a connection that its requests and their replies use."""
 
     reactor: Reactor
     remote: str
@@ -28,20 +29,11 @@ class Channel(Protocol):
     closed: bool
 
     @property
-    def scheme(self) -> str:
-        """`https` under TLS, else `http`."""
-
-    def send(self, data: bytes, more: Sequence[bytes] = ()) -> None:
-        """Queue bytes for the end of this turn."""
-
-    def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None:
-        """Queue the end of a reply and go on with the next request, or close."""
-
-    def flush(self) -> None:
-        """Send what is queued."""
-
-    def close(self) -> None:
-        """Drop the socket; a waiting request's on_close is called."""
+    def scheme(self) -> str: ...
+    def send(self, data: bytes, more: Sequence[bytes] = ()) -> None: ...
+    def finish(self, data: bytes, keep_alive: bool, more: Sequence[bytes] = ()) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class HttpRequest:
@@ -54,51 +46,24 @@ class HttpRequest:
         self.body = body
         self.connection = connection
         self.body_too_large = False
-        self.body_file: Optional[IO[bytes]] = None      # holds a body that is too large for memory
+        self.body_file: Optional[IO[bytes]] = None      # with a body that is too large for memory
 
-    @property
-    def method(self) -> str:
-        """Method, as sent."""
-        return self.head.method
-
-    @property
-    def target(self) -> str:
-        """Request target, as sent, latin-1."""
-        return self.head.target
-
-    @property
-    def path(self) -> str:
-        """Percent-decoded path (text_of)."""
-        return self.head.path
-
-    @property
-    def query(self) -> str:
-        """Raw query without `?`, latin-1."""
-        return self.head.query
-
-    @property
-    def headers(self) -> Dict[str, str]:
-        """Lower-case name -> value."""
-        return self.head.headers
-
-    @property
-    def remote(self) -> str:
-        """Client address, `ip:port`."""
-        return self.connection.remote
-
-    @property
-    def scheme(self) -> str:
-        """`https` if the request came through TLS, else `http`."""
-        return self.connection.scheme
+    # Attributes of the head and the connection, read in C: a GET reads four of them.
+    method = cast(str, property(attrgetter("head.method")))
+    target = cast(str, property(attrgetter("head.target")))     # as sent, latin-1
+    path = cast(str, property(attrgetter("head.path")))         # percent-decoded (text_of)
+    query = cast(str, property(attrgetter("head.query")))       # as sent, without `?`, latin-1
+    headers = cast(Dict[str, str], property(attrgetter("head.headers")))    # lower-case names
+    remote = cast(str, property(attrgetter("connection.remote")))       # client's `ip:port`
+    scheme = cast(str, property(attrgetter("connection.scheme")))
 
     @property
     def on_close(self) -> Optional[Callable[[], None]]:
-        """Called when the client goes away before the reply."""
+        """Called when the client closes the connection before the reply."""
         return self.connection.on_close
 
     @on_close.setter
     def on_close(self, callback: Optional[Callable[[], None]]) -> None:
-        """Ask for that call; None: no more."""
         self.connection.on_close = callback
 
     def _head_bytes(
@@ -112,18 +77,17 @@ class HttpRequest:
         else:
             closing = "Connection: keep-alive\r\n" if head.keep_alive else ""
             status_line = "HTTP/1.0" + status_line[8:]
-        date = self.connection.reactor.http_date
-        return (
-            f"{status_line}{kind}{headers}Date: {date}\r\n{framing}{closing}\r\n".encode("latin-1")
-        )
+        date = f"Date: {self.connection.reactor.http_date}\r\n"
+        return f"{status_line}{kind}{headers}{date}{framing}{closing}\r\n".encode("latin-1")
 
     def reply(
         self, status: int, body: bytes = b"", content_type: Optional[str] = "application/json",
         headers: str = "", more: Sequence[bytes] = (),
     ) -> None:
-        """Answer.  headers: more raw lines, each with its CRLF.  HEAD sends no body.
+        """Send a reply; to HEAD without its body.
 
-        more  of the body, never copied
+        headers  further raw lines, each with its CRLF
+        more     pieces of the body that are never copied
         """
         size = len(body) + sum(map(len, more))
         framing = "" if status == 204 else f"Content-Length: {size}\r\n"
@@ -135,10 +99,7 @@ class HttpRequest:
         self.connection.finish(data, self.head.keep_alive, more)
 
     def reply_raw(self, data: bytes, more: Sequence[bytes] = ()) -> None:
-        """Answer with ready-made head and body; only if the head takes_raw.
-
-        more  of the body, never copied
-        """
+        """Send a ready-made head and body; only if the head takes_raw."""
         self.connection.finish(data, True, more)
 
     def start_stream(
@@ -147,7 +108,7 @@ class HttpRequest:
     ) -> StreamReply:
         """Send the head now; the body follows in pieces, of `length` bytes if that is known.
 
-        For an answer without body (HEAD, 204, 304) end() is all that follows.
+        A reply without body (HEAD, 204, 304) is completed by end().
         """
         bodyless = self.head.method == "HEAD" or status in (204, 304)
         chunked = bool(self.head.minor) and length is None and not bodyless
@@ -155,7 +116,7 @@ class HttpRequest:
         if length is not None and status != 204:
             framing = f"Content-Length: {length}\r\n"
         if not (chunked or bodyless or length is not None):
-            self.head = closing_head(self.head)        # the end of the body is that of all
+            self.head = closing_head(self.head)        # the connection's end is the body's end
         reply = StreamReply(self, chunked=chunked)
         if not reply.closed:
             self.connection.send(self._head_bytes(status, content_type, headers, framing))
@@ -166,8 +127,7 @@ Handler = Callable[[HttpRequest], None]
 
 
 class StreamReply:
-    """A reply whose body is written piece by piece (chunked, or of a length that the head told;
-    HTTP/1.0: until close)."""
+    """A reply whose body is written in pieces: chunked, of known length, or until close."""
 
     __slots__ = ("_connection", "_chunked", "_keep_alive", "closed", "on_close")
 
@@ -183,15 +143,15 @@ class StreamReply:
 
     @property
     def pending(self) -> int:
-        """Bytes that the client has not taken yet."""
+        """Bytes that the socket has not taken yet."""
         return self._connection.pending
 
     def when_read(self, callback: Callable[[], None]) -> None:
-        """Call once, as soon as the client has taken everything that is pending."""
+        """Call once, as soon as the socket has taken all pending bytes."""
         self._connection.on_drain = callback
 
     def write(self, data: bytes, more: Sequence[bytes] = ()) -> bool:
-        """Queue one piece, with `more` of it that is never copied; False if the reply has ended."""
+        """Queue one piece, of which `more` is never copied; False: the reply has ended."""
         if self.closed:
             return False
         size = len(data) + sum(map(len, more))
@@ -225,7 +185,7 @@ class StreamReply:
 
 
 def closing_head(head: HttpHead) -> HttpHead:
-    """A copy of `head` for a request whose body stays unread: the connection must end."""
+    """Return a copy of `head` for the last request of its connection."""
     closing = HttpHead(head.method, head.target, head.minor, head.headers)
     closing.keep_alive = closing.takes_raw = False
     closing.parsed = head.parsed

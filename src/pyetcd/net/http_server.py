@@ -24,17 +24,17 @@ from ..base.limits import (
     SLOW_CHECK_SECONDS,
 )
 from ..base.urls import url_address
-from .budgets import HeldBytes
+from .budgets import BufferBudget
 from .http_connections import Service
 from .http_messages import BadRequest
 from .http_requests import Handler
 from .reactor import Reactor
 from .tls import _TLS_REASONS, HANDSHAKE_SECONDS_MAX, Handshake, TlsContext, tls_reason
-from .workers import Complaints, Timer
+from .workers import ThrottledLog, Timer
 
 
-class Arrival:
-    """An accepted connection until its TLS handshake is done; a slow one delays nobody else."""
+class PendingConnection:
+    """An accepted connection until its TLS handshake is done, which may take its time."""
 
     def __init__(
         self, listener: Listener, tls: TlsContext, sock: socket.socket, remote: str
@@ -44,89 +44,85 @@ class Arrival:
         self._sock = sock
         self._remote = remote
         self._handshake: Optional[Handshake] = None
-        self._timer = listener.reactor.call_later(HANDSHAKE_SECONDS_MAX, self._silent)
+        self._timer = listener.reactor.call_later(HANDSHAKE_SECONDS_MAX, self._expire)
         listener.reactor.register(
-            sock, selectors.EVENT_READ, self._first_bytes, patient=listener.patient)
+            sock, selectors.EVENT_READ, self._read_first_byte, patient=listener.patient)
 
     def close(self) -> None:
-        """Drop the connection."""
-        self._leave()
+        self._detach()
         self._sock.close()
 
-    def _leave(self) -> None:
-        """End the part of this object in the connection's life."""
+    def _detach(self) -> None:
+        """Leave the socket to others."""
         self._timer.cancel()
         if self._handshake is not None:
             self._handshake.cancel()
             self._handshake = None
         else:
             self._listener.reactor.unregister(self._sock)
-        self._listener.arrived(self)
+        self._listener.pending.discard(self)
 
-    def _silent(self) -> None:
-        self._log("client sent nothing: TLS handshake timeout")
-        self.close()
+    def _expire(self) -> None:
+        self._detach()
+        self._refuse("client sent nothing: TLS handshake timeout")
 
-    def _first_bytes(self, mask: int) -> None:
-        """Plain HTTP gets an answer that it understands; TLS begins with a byte of 22."""
+    def _refuse(self, why: str) -> None:
+        self._listener.log_refusal(self._remote, why)
+        self._sock.close()
+
+    def _read_first_byte(self, mask: int) -> None:
+        """Begin the handshake after a byte of 22; answer a request in plain HTTP as such."""
         try:
             first = self._sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return
         except OSError:
             first = b""
-        if not first:
-            self.close()
-        elif first != b"\x16":
-            self._log(_TLS_REASONS["HTTP_REQUEST"])
-            self._leave()
+        self._detach()
+        if first == b"\x16":
+            self._shake_hands()
+        elif first:
+            self._listener.log_refusal(self._remote, _TLS_REASONS["HTTP_REQUEST"])
             connection = self._listener.serve(self._sock, self._remote)
             connection.refuse(BadRequest("Client sent an HTTP request to an HTTPS server.\n"))
         else:
-            self._begin()
+            self._sock.close()
 
-    def _begin(self) -> None:
-        reactor = self._listener.reactor
-        self._timer.cancel()
-        reactor.unregister(self._sock)
+    def _shake_hands(self) -> None:
         try:
             sock = self._tls.current.wrap_socket(
                 self._sock, server_side=True, do_handshake_on_connect=False
             )
-        except OSError:                 # the client is gone: no handshake to wait for
-            self._listener.arrived(self)
+        except OSError:                 # the client has closed the connection
             self._sock.close()
             return
         self._sock = sock
+        self._listener.pending.add(self)
         self._handshake = Handshake(
-            reactor, sock, self._secured, patient=self._listener.patient)
+            self._listener.reactor, sock, self._serve, patient=self._listener.patient)
 
-    def _secured(self, error: Optional[OSError]) -> None:
+    def _serve(self, error: Optional[OSError]) -> None:
         self._handshake = None
-        self._listener.arrived(self)
+        self._listener.pending.discard(self)
         assert isinstance(self._sock, ssl.SSLSocket)
         try:
             if error is not None:
                 raise error
             self._tls.check_peer(self._sock)
-        except ssl.SSLError as refusal:
-            self._log(tls_reason(refusal))
-            self._sock.close()
         except OSError as failure:
-            self._log(str(failure))
-            self._sock.close()
+            is_tls = isinstance(failure, ssl.SSLError)
+            self._refuse(tls_reason(failure) if is_tls else str(failure))
         else:
             self._listener.serve(self._sock, self._remote)
-
-    def _log(self, why: str) -> None:
-        self._listener.complain(self._remote, why)
 
 
 class Listener(Service, http.server.HTTPServer):
     """A listening socket whose connections the reactor serves.
 
-    Bound at construction (OSError if the port is taken), accepting after start().  handler gets
-    every complete request.  tls for an https URL; what is no TLS gets a sentence in plain HTTP.
+    Bound at construction (OSError if the port is taken), accepting after start().
+
+    tls   for an https URL; a request in plain HTTP is refused with a sentence
+    kept  descriptors for other purposes: a number, or one part in so many of all, if that is less
     """
 
     allow_reuse_address = os.name == "posix"
@@ -135,14 +131,14 @@ class Listener(Service, http.server.HTTPServer):
     def __init__(
         self, url: str, reactor: Reactor, handler: Handler, *,
         body_max: int = REQUEST_BODY_BYTES_MAX, tls: Optional[TlsContext] = None,
-        held: Optional[HeldBytes] = None, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4),
+        budget: Optional[BufferBudget] = None, kept: Tuple[int, int] = (DESCRIPTORS_KEPT, 4),
         patient: bool = True,
     ) -> None:
         self.url = url
-        Service.__init__(self, reactor, handler, body_max, tls, held, patient=patient)
-        self._kept = kept               # of the descriptors, for other purposes
-        self._complaints = Complaints("http", reactor.now)
-        self._arriving: Set[Arrival] = set()            # in the handshake of TLS
+        Service.__init__(self, reactor, handler, body_max, tls, budget, patient=patient)
+        self.pending: Set[PendingConnection] = set()
+        self._kept = kept
+        self._log = ThrottledLog("http", reactor.now)
         self._sweep: Optional[Timer] = None
         self._started = False
         family, address = _listen_address(url)
@@ -151,7 +147,7 @@ class Listener(Service, http.server.HTTPServer):
         self.socket.setblocking(False)
 
     def server_bind(self) -> None:
-        """Bind without HTTPServer's look-up of our own name, which may ask a name server."""
+        """Bind without HTTPServer's look-up of the own host name, which may ask a name server."""
         if self.address_family == socket.AF_INET6:
             with contextlib.suppress(OSError, AttributeError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -159,18 +155,18 @@ class Listener(Service, http.server.HTTPServer):
 
     @property
     def bound_url(self) -> str:
-        """The URL with the port that the system chose, if it was 0."""
+        """The URL with the port that the system chose for port 0."""
         parts = urlsplit(self.url)
         host = parts.netloc.rpartition(":")[0]
         return f"{parts.scheme}://{host}:{self.server_address[1]}"
 
     def start(self) -> None:
         """Accept from now on.  Thread: reactor, or before it runs."""
-        self._started = True
         self._listen()
-        self._sweep = self.reactor.call_later(SLOW_CHECK_SECONDS, self._close_slow)
+        self._sweep = self.reactor.every(SLOW_CHECK_SECONDS, self.close_slow)
 
     def _listen(self) -> None:
+        self._started = True
         self.reactor.register(
             self.socket, selectors.EVENT_READ, self._accept, patient=self.patient)
 
@@ -182,8 +178,8 @@ class Listener(Service, http.server.HTTPServer):
             self._sweep.cancel()
         self._started = False
         self.server_close()
-        for arrival in list(self._arriving):
-            arrival.close()
+        for pending in list(self.pending):
+            pending.close()
         for connection in list(self._connections):
             connection.flush()
             connection.close()
@@ -199,14 +195,14 @@ class Listener(Service, http.server.HTTPServer):
                 return
             try:
                 self._admit(sock, f"{address[0]}:{address[1]}")
-            except OSError:             # the client is gone, or the system has no room for it
+            except OSError:             # the client has left, or the system has no room for it
                 sock.close()
 
     def _admit(self, sock: socket.socket, remote: str) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        room = CONNECTIONS_MAX - len(self._connections) - len(self._arriving)
+        room = CONNECTIONS_MAX - len(self._connections) - len(self.pending)
         # A new descriptor is the lowest that is free: its number tells how many are in use.
         descriptors = descriptors_max(*self._kept)
         free = descriptors - sock.fileno()
@@ -222,11 +218,11 @@ class Listener(Service, http.server.HTTPServer):
         elif self.tls is None:
             self.serve(sock, remote)
         else:
-            self._arriving.add(Arrival(self, self.tls, sock, remote))
+            self.pending.add(PendingConnection(self, self.tls, sock, remote))
 
     def _turn_away(self, sock: socket.socket, remote: str, why: str, *, told: bool) -> None:
-        """There are too many connections.  told: say so, where that needs no handshake."""
-        self._complaints.say(f"{why}: turned {remote.rpartition(':')[0]} away", why)
+        """Close one connection too many; `told`: after a 503, where that needs no handshake."""
+        self._log.error(f"{why}: turned {remote.rpartition(':')[0]} away", why)
         if told and self.tls is None:
             self.serve(sock, remote).refuse(BadRequest(
                 "503 Service Unavailable: too many connections; close some, or use another member",
@@ -235,21 +231,17 @@ class Listener(Service, http.server.HTTPServer):
         else:
             sock.close()
 
-    def arrived(self, arrival: Arrival) -> None:
-        """The handshake has ended, one way or the other."""
-        self._arriving.discard(arrival)
-
-    def complain(self, remote: str, why: str) -> None:
-        """Log why a connection was refused; the same about one host not again and again."""
+    def log_refusal(self, remote: str, why: str) -> None:
+        """Log why a connection was refused, at most twice a minute per host and reason."""
         host = remote.rpartition(":")[0]
-        self._complaints.say(
+        self._log.error(
             f"rejected connection from {remote} to {self.url}: {why}", f"{host} {why}"
         )
 
     def _pause(self, error: OSError) -> None:
-        """No descriptor left, most likely: accept again in a second, when some may be free."""
+        """Accept again in a second if the system has no descriptor left."""
         if error.errno not in (*NO_DESCRIPTOR, errno.ENOBUFS, errno.ENOMEM):
-            return                      # the client is gone already
+            return                      # the client has left already
         package_logger("http").error(
             "cannot accept connections on %s: %s; raise the open files limit (ulimit -n)",
             self.url, error.strerror,
@@ -260,16 +252,11 @@ class Listener(Service, http.server.HTTPServer):
 
     def _resume(self) -> None:
         if self.socket.fileno() >= 0 and not self._started:
-            self._started = True
             self._listen()
-
-    def _close_slow(self) -> None:
-        self.close_slow()
-        self._sweep = self.reactor.call_later(SLOW_CHECK_SECONDS, self._close_slow)
 
 
 def _listen_address(url: str) -> Tuple[int, Tuple[str, int]]:
-    """Return the address family and address to bind for `url`; an empty host is every interface."""
+    """Return the address family and the address to bind for `url`; without host: all."""
     host, port = url_address(url)
     if not host:
         return (socket.AF_INET6, ("::", port)) if socket.has_dualstack_ipv6() else (

@@ -15,9 +15,9 @@ from typing import Any, Callable, Deque, Dict, List, Optional, OrderedDict, Prot
 from ..base.limits import NS
 from .workers import NAME_WORK, SYSTEM_CLOCK, TIMERS_SWEPT_MIN, Clock, Timer, Workers, WorkKind
 
-QUICK_SECONDS = 0.000_200           # a wait, falling asleep and waking included
-QUICK_WAITS_MIN = 8                 # in a row: then the next waits begin awake
-AWAKE_SECONDS = 0.000_120           # of one wait; without an event by then, asleep again
+QUICK_SECONDS = 0.000_200           # a short wait, falling asleep and waking included
+QUICK_WAITS_MIN = 8                 # short ones in a row, after which waits begin awake
+AWAKE_SECONDS = 0.000_120           # of one wait; without an event by then, asleep
 CLIENTS_SECONDS = 0.005             # for clients in each of three parts of a turn: their sockets,
                                     # their queued calls, their replies; above: the next turn
 CLOCK_STRIDE = 4                    # callbacks of clients between two looks at the clock
@@ -39,11 +39,10 @@ _READY = tuple(
 
 
 class Reactor:
-    """The loop that owns all state: sockets, timers, and what other threads post.
+    """The loop whose thread owns all state, with its sockets, timers and posted calls.
 
-    One turn: poll, serve ready sockets, run due timers, run what was posted, on_turn(), flush
-    (DESIGN: order inside one turn).  Thread: all methods from the reactor's own, except
-    call_soon_threadsafe and stop.
+    One turn: poll, serve ready sockets, run due timers, run posted calls, on_turn(), flush.
+    Thread: the reactor's own, except for call_soon_threadsafe and stop.
     """
 
     PHASES = ("waiting", "sockets", "timers", "posted", "server", "flush")
@@ -51,36 +50,40 @@ class Reactor:
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self.now, self.wall_ns = clock
         self.on_turn: Callable[[], None] = lambda: None
-        self.on_turned: Callable[[float], None] = lambda seconds: None  # gets what it took
+        self.on_turned: Callable[[float], None] = lambda seconds: None
         self.turns = 0
         self.slowest_turn_s = 0.0
-        self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # so far; waiting: for sockets
+        self.phase_seconds = dict.fromkeys(self.PHASES, 0.0)    # sums; waiting: for sockets
         self._turned_at = self.now()    # the end of the last turn
         self._quick_waits = 0           # so many in a row were short
         self._epoll = select.epoll()    # selectors would cost some 3 us more per event
         self._callbacks: Dict[int, Callable[[int], None]] = {}      # by descriptor
-        self._gone: Set[int] = set()    # unregistered in this turn: their events are of others
+        self._gone: Set[int] = set()    # unregistered in this turn: their events are stale
         self._timers: List[Tuple[float, int, Timer]] = []
         self._timer_count = 0
-        self._timers_max = TIMERS_SWEPT_MIN     # so many: forget those that are cancelled
+        self._timers_max = TIMERS_SWEPT_MIN     # above: remove the cancelled ones
         self._posted: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._polling = False           # True: a poster must write to the wake socket
         self._stopping = False
         self._flushes: List[Callable[[], None]] = []
-        # What clients cause: it gets CLIENTS_SECONDS of each part of a turn, then has to wait.
+        # Work for clients gets CLIENTS_SECONDS of each part of a turn; the rest has to wait.
         self._patient: Set[int] = set()         # descriptors
         self._urgent = select.epoll()           # all others: looked at while some are late
         self._late: OrderedDict[int, int] = collections.OrderedDict()   # of _patient -> event
-        self._in_line: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
+        self._client_calls: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._client_flushes: List[Callable[[], None]] = []
+        # flush_soon(flush) calls it at the end of this turn; flush_in_turn(flush) then or at the
+        # end of a later one, within the time for clients.
+        self.flush_soon = self._flushes.append
+        self.flush_in_turn = self._client_flushes.append
         wake_in, wake_out = os.pipe()
         os.set_blocking(wake_in, False)
         os.set_blocking(wake_out, False)
         self._wake_in = open(wake_in, "rb", buffering=0)
         self._wake_out = open(wake_out, "wb", buffering=0)
-        self._wake_lock = threading.Lock()      # a leaf: nobody closes _wake_out under a writer
+        self._wake_lock = threading.Lock()      # a leaf: _wake_out is open during a write
         self._workers: Dict[WorkKind, Workers] = {}
-        self._look_ups: Dict[Tuple[str, int], List[Timer]] = {}     # under way: who waits
+        self._look_ups: Dict[Tuple[str, int], List[Timer]] = {}     # (host, port) -> callbacks
         self._set_date(self._turned_at)
         self.register(self._wake_in, selectors.EVENT_READ, self._drain_wake)
 
@@ -122,13 +125,13 @@ class Reactor:
             self._polling = False
             with self._wake_lock:
                 if not self._wake_out.closed:
-                    self._wake_out.write(b"\0")     # None if it is full: that wakes it as well
+                    self._wake_out.write(b"\0")     # a full pipe wakes the reactor as well
 
     def run_blocking(
         self, work: Callable[..., Any], *args: Any, kind: WorkKind,
         done: Callable[[Optional[BaseException], Any], None],
     ) -> None:
-        """Run `work(*args)` on a thread for this kind; then call done(error, result) on ours."""
+        """Run `work(*args)` on a thread for its kind, then done(error, result) in the reactor."""
         if kind not in self._workers:
             self._workers[kind] = Workers(kind, self.call_soon_threadsafe)
         self._workers[kind].submit(work, args, done)
@@ -136,10 +139,9 @@ class Reactor:
     def look_up(
         self, host: str, port: int, done: Callable[[Optional[BaseException], Any], None]
     ) -> Timer:
-        """Call done(error, what getaddrinfo found), unless the Timer returned is cancelled.
+        """Call done(error, result of getaddrinfo), unless the returned Timer is cancelled.
 
-        All that want the same at a time share one question: a name whose server hangs takes one
-        thread, however often it is asked for.
+        Simultaneous look-ups of a name share one thread, which a name server may keep waiting.
         """
         waiter = Timer(done, ())
         waiters = self._look_ups.get((host, port))
@@ -165,8 +167,8 @@ class Reactor:
     ) -> None:
         """Call callback(mask) whenever `sock` is ready for any of `events`, selectors.EVENT_*.
 
-        A socket must be unregistered before it is closed.  patient: if many are ready, this one
-        may have to wait for a later turn, but not longer than others that may.
+        A socket must be unregistered before it is closed.  patient: if many sockets are ready,
+        this one may wait for a later turn, in the order in which they became ready.
         """
         descriptor = sock.fileno()
         self._epoll.register(descriptor, _EPOLL_EVENTS[events])
@@ -177,7 +179,7 @@ class Reactor:
             self._urgent.register(descriptor, _EPOLL_EVENTS[events])
 
     def modify(self, sock: HasFileno, events: int, callback: Callable[[int], None]) -> None:
-        """Change what a registered socket waits for."""
+        """Change the events and the callback of a registered socket."""
         descriptor = sock.fileno()
         self._epoll.modify(descriptor, _EPOLL_EVENTS[events])
         self._callbacks[descriptor] = callback
@@ -185,7 +187,7 @@ class Reactor:
             self._urgent.modify(descriptor, _EPOLL_EVENTS[events])
 
     def unregister(self, sock: HasFileno) -> None:
-        """Stop watching `sock`."""
+        """Call back for `sock` no more."""
         descriptor = sock.fileno()
         del self._callbacks[descriptor]
         if descriptor in self._patient:
@@ -197,16 +199,8 @@ class Reactor:
         self._epoll.unregister(descriptor)
 
     def call_in_turn(self, callback: Callable[..., None], *args: Any) -> None:
-        """Call in this turn or a later one, in order, as far as the time for clients goes."""
-        self._in_line.append((callback, args))
-
-    def flush_soon(self, flush: Callable[[], None]) -> None:
-        """Call flush() at the end of this turn."""
-        self._flushes.append(flush)
-
-    def flush_in_turn(self, flush: Callable[[], None]) -> None:
-        """Call flush() at the end of this turn or a later one, as call_in_turn() does."""
-        self._client_flushes.append(flush)
+        """Call in this turn or a later one, in order, within the time for clients."""
+        self._client_calls.append((callback, args))
 
     def run(self) -> None:
         """Turn until stop()."""
@@ -215,7 +209,7 @@ class Reactor:
             self._turn(self._poll())
 
     def close(self) -> None:
-        """Release threads and sockets, when all others are closed."""
+        """Release threads and pipes; all sockets are closed before."""
         for workers in self._workers.values():
             workers.stop()
         self._epoll.close()
@@ -235,8 +229,9 @@ class Reactor:
             wait_s = self._timers[0][0] - self._turned_at
             if wait_s < 0.0:
                 wait_s = 0.0
-        self._polling = True            # first this, then the look at _posted: no lost wake-up
-        if self._posted or self._flushes or self._late or self._in_line or self._client_flushes:
+        self._polling = True            # set before _posted is read: no wake-up is lost
+        if (self._posted or self._flushes or self._late or self._client_calls
+                or self._client_flushes):
             wait_s = 0.0
         if self._late:
             events = self._urgent.poll(0.0)
@@ -246,7 +241,7 @@ class Reactor:
         return events
 
     def _wait(self, wait_s: Optional[float]) -> List[Tuple[int, int]]:
-        """Wait for a socket; awake at first, where that has paid lately.
+        """Wait for a socket: awake for a short time if the last waits were short, then asleep.
 
         To fall asleep and be woken takes 50 us, about as long as a client on this machine takes
         for its next request: GETs on one connection are answered at 1.8 times the rate.
@@ -288,19 +283,18 @@ class Reactor:
         if self._timers and self._timers[0][0] <= served:
             self._run_timers(served)
             timed = called = clock()
-        if self._posted or self._in_line:
+        if self._posted or self._client_calls:
             for _ in range(len(self._posted)):
                 posted, args = self._posted.popleft()
                 posted(*args)
-            if self._in_line:
-                self._serve_line(clock() + CLIENTS_SECONDS)
+            if self._client_calls:
+                self._run_client_calls(clock() + CLIENTS_SECONDS)
             called = clock()
         self.on_turn()
         done = clock()
-        while self._flushes:
-            flushes, self._flushes = self._flushes, []
-            for flush in flushes:
-                flush()
+        for flush in self._flushes:     # and those added meanwhile
+            flush()
+        self._flushes.clear()
         if self._client_flushes:
             self._flush_clients(done + CLIENTS_SECONDS)
         self._turned_at = ended = clock()
@@ -315,23 +309,23 @@ class Reactor:
         self.on_turned(ended - started)
 
     def _serve_late(self, until: float) -> None:
-        """Serve the sockets that the last turn had no time for, before any other is looked at."""
+        """Serve the sockets that the last turn had no time for."""
         late = self._late
         while late and self.now() <= until:
             descriptor, mask = late.popitem(last=False)
             self._callbacks[descriptor](_READY[mask])
 
-    def _serve_line(self, until: float) -> None:
-        line = self._in_line
-        for _ in range(len(line)):      # what is added meanwhile is for the next turn
-            callback, args = line.popleft()
+    def _run_client_calls(self, until: float) -> None:
+        calls = self._client_calls
+        for _ in range(len(calls)):     # those added meanwhile belong to the next turn
+            callback, args = calls.popleft()
             callback(*args)
             if self.now() > until:
                 return
 
     def _flush_clients(self, until: float) -> None:
         flushes, count = self._client_flushes, 0
-        for flush in flushes:           # what is added meanwhile belongs to this turn
+        for flush in flushes:           # and those added meanwhile
             flush()
             count += 1
             if not count % CLOCK_STRIDE and self.now() > until:
@@ -351,4 +345,4 @@ class Reactor:
         self._date_until = now + 1.0 - wall_ns % NS / NS
 
     def _drain_wake(self, mask: int) -> None:
-        self._wake_in.read(4096)        # what is left makes it ready again
+        self._wake_in.read(4096)        # the rest makes it ready again

@@ -19,32 +19,28 @@ from ..base.text import go_quote
 from .reactor import Reactor
 from .workers import SYSTEM_CLOCK
 
-HANDSHAKE_SECONDS_MAX = 10.0        # until its first byte, and from then to its end; then closed
-CERTIFICATE_CHECK_SECONDS = 1.0     # between two looks whether a file of TLS has changed
+HANDSHAKE_SECONDS_MAX = 10.0        # to its first byte, and from there to its end; then closed
+CERTIFICATE_CHECK_SECONDS = 1.0     # between two checks of the files for changes
 
 
 class TlsSocket(ssl.SSLSocket):
-    """A TLS connection that waits as a plain non-blocking socket does: by BlockingIOError."""
+    """A non-blocking TLS socket that raises BlockingIOError, as a plain one does."""
 
     def do_handshake(self, block: bool = False) -> None:
-        """Raise SSLCertVerificationError with the names in the certificate as `names`."""
+        """Add the names in a refused certificate to the error, as `names`."""
         try:
             super().do_handshake(block)
         except ssl.SSLCertVerificationError as error:
-            error.names = self._names_shown()       # type: ignore[attr-defined]
+            # Python 3.9 does not tell them: names is None.
+            chain: Any = getattr(self._sslobj, "get_unverified_chain", list)()   # type: ignore
+            error.names = [str(name) for _, name in    # type: ignore[attr-defined]
+                           chain[0].get_info().get("subjectAltName", ())] if chain else None
             raise
 
-    def _names_shown(self) -> Optional[List[str]]:
-        """The names in the certificate that was refused; None: Python 3.9 does not tell them."""
-        chain: Any = getattr(self._sslobj, "get_unverified_chain", list)()   # type: ignore
-        if not chain:
-            return None
-        return [str(name) for _, name in chain[0].get_info().get("subjectAltName", ())]
-
     def recv(self, size: int = 16_384, flags: int = 0) -> bytes:
-        """Return what has arrived, up to about `size` bytes; b"" at the end.
+        """Return up to about `size` received bytes; b"" at the end.
 
-        All that OpenSSL has decrypted is taken, since no selector would tell of the rest.
+        This includes all bytes that OpenSSL has decrypted, as no selector reports those.
         """
         data = b""
         pieces: List[bytes] = []
@@ -62,21 +58,21 @@ class TlsSocket(ssl.SSLSocket):
         return b"".join(pieces)
 
     def send(self, data: Any, flags: int = 0) -> int:
-        """Send as much as goes at once; after BlockingIOError, send at least the same again."""
+        """Send without blocking; after BlockingIOError, repeat with at least the same bytes."""
         try:
             return super().send(data, flags)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise BlockingIOError(errno.EAGAIN, "cannot send yet") from None
 
     def shutdown(self, how: int) -> None:
-        """Say goodbye in TLS first: a reply that ends without it might have been cut off."""
+        """End TLS first: without its close_notify a reply might have been cut off."""
         with contextlib.suppress(OSError, ValueError):
             self.unwrap()
         super().shutdown(how)
 
 
 def _covers(kind: str, name: str, host: str) -> bool:
-    """Tell whether a name of a certificate, perhaps with `*` for its first label, is of `host`."""
+    """Tell whether a name of a certificate, perhaps a wildcard, covers `host`."""
     if kind == "IP Address":
         for family in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(OSError):
@@ -88,13 +84,13 @@ def _covers(kind: str, name: str, host: str) -> bool:
 
 
 class TlsContext:
-    """How one side of this member speaks TLS; certificates are read again when they change.
+    """The TLS settings of one side; certificates are read again when they change.
 
     server  True to accept connections, False to make them
     now     monotonic seconds
 
     Differs from etcd: TLS 1.2 and newer only (etcd 2.3: 1.0), and etcd reads its files once.
-    Raises StartError if the files cannot be used; later, the last usable ones stay in use.
+    Raises StartError for unusable files; later, the last usable ones stay in use.
     """
 
     def __init__(
@@ -104,7 +100,7 @@ class TlsContext:
         self._server = server
         self._now = now
         self._seen = self._signature()
-        self._refused = self._seen          # the last that could not be used, and was logged
+        self._refused = self._seen          # the last that was logged as unusable
         self._checked = now()
         self._context = self._load()
 
@@ -135,7 +131,7 @@ class TlsContext:
             raise ssl.SSLError(0, f"the client certificate is for {shown}, not for {host}")
 
     def _signature(self) -> List[Optional[Tuple[int, int, int]]]:
-        """What tells that a file was changed or replaced."""
+        """Return time, inode and size of each file, which change with it."""
         found: List[Optional[Tuple[int, int, int]]] = []
         for path in self._files:
             if isinstance(path, str) and path and path not in self._files[-2:]:
@@ -147,7 +143,7 @@ class TlsContext:
         return found
 
     def _reload(self, signature: List[Optional[Tuple[int, int, int]]]) -> None:
-        """Use what there is now; what cannot be read, as nothing can be opened, is tried again."""
+        """Use the changed files; retry unreadable ones later, as descriptors may be short."""
         log = package_logger("tls")
         try:
             self._context = self._load()
@@ -185,12 +181,12 @@ _default_tls: List[TlsContext] = []
 
 
 def default_tls() -> TlsContext:
-    """Return how to reach others without settings: the system's authorities decide."""
+    """Return the client settings for all other cases: the system's authorities decide."""
     if _default_tls:
         return _default_tls[0]
     context = TlsContext(TlsFiles(), server=False)
     with contextlib.suppress(OSError), open(os.devnull, "rb"):
-        _default_tls.append(context)    # else its authorities could not be read either: not kept
+        _default_tls.append(context)    # without a free descriptor it has no authorities: not kept
     return context
 
 
@@ -223,7 +219,7 @@ def _ssl_words(error: Exception) -> str:
 
 
 def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
-    """Have `context` show this certificate.  Raises StartError."""
+    """Load a certificate and its key into `context`.  Raises StartError."""
     check_readable(cert_file)
     check_readable(key_file)
     asked: List[bool] = []
@@ -235,20 +231,19 @@ def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
     try:
         context.load_cert_chain(cert_file, key_file, password=passphrase)
     except (OSError, ValueError) as error:
-        what = _encrypted_key(key_file) if asked else _pair_error(cert_file, key_file, error)
-        raise StartError(f"cannot use {cert_file} and its key {key_file}: {what}") from None
-
-
-def _encrypted_key(path: str) -> str:
-    plain = f"{os.path.splitext(path)[0]}-plain.pem"
-    return (
-        f"the key is encrypted, and nobody can be asked for the passphrase; write it without one"
-        f" with `openssl pkey -in {shlex.quote(path)} -out {shlex.quote(plain)}` and name {plain}"
-    )
+        fault = _pair_error(cert_file, key_file, error)
+        if asked:
+            plain = f"{os.path.splitext(key_file)[0]}-plain.pem"
+            fault = (
+                f"the key is encrypted, and nobody can be asked for the passphrase; write it"
+                f" without one with `openssl pkey -in {shlex.quote(key_file)}"
+                f" -out {shlex.quote(plain)}` and name {plain}"
+            )
+        raise StartError(f"cannot use {cert_file} and its key {key_file}: {fault}") from None
 
 
 def _pair_error(cert_file: str, key_file: str, error: Exception) -> str:
-    """Say why OpenSSL could not load a certificate and its key, by what the files hold."""
+    """Return why OpenSSL cannot load a certificate and its key, from their content."""
     for path, label, kind in (
         (cert_file, b"CERTIFICATE-----", "x509"), (key_file, b"PRIVATE KEY-----", "pkey"),
     ):
@@ -273,32 +268,27 @@ def _pair_error(cert_file: str, key_file: str, error: Exception) -> str:
     return f"{_ssl_words(error)}; the files must hold PEM text, whole and unchanged"
 
 
-PEM_BYTES_MAX = 1 << 20             # of a file that is looked at for its labels
-# What OpenSSL says where key and certificate do not fit; the last: they are of different kinds.
+PEM_BYTES_MAX = 1 << 20             # of a file that are searched for labels
+# OpenSSL's reasons for a key of another certificate; the last: they are of different kinds.
 _MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 
 
 def tls_reason(error: Exception) -> str:
-    """Return one line that says why a TLS connection failed, and what to do where that is known."""
+    """Return one line: why a TLS connection failed, and the remedy if it is known."""
     reason = str(getattr(error, "reason", None) or "")
     verify = getattr(error, "verify_message", "")
     if verify:
         hint = _VERIFY_HINTS.get(verify, "")
         if "mismatch" in verify:
-            hint = _names_hint(getattr(error, "names", None))
+            names: Optional[List[str]] = getattr(error, "names", None)
+            shown = ", ".join(map(go_quote, (names or [])[:NAMES_SHOWN_MAX]))
+            has = f" it has {shown or 'no names, and a CN does not count'};"
+            hint = (f"{has if names is not None else ''} issue one whose subjectAltName has the"
+                    " host of the URL that leads to it")
         return f"the other side's certificate cannot be verified: {verify}{hint}"
     if reason in _TLS_REASONS:
         return _TLS_REASONS[reason]
     return f"tls: {reason.lower().replace('_', ' ')}" if reason else f"tls: {error}"
-
-
-def _names_hint(names: Optional[List[str]]) -> str:
-    """What to do about a certificate for other names than the one that was wanted."""
-    has = ""
-    if names is not None:
-        shown = ", ".join(map(go_quote, names[:NAMES_SHOWN_MAX]))
-        has = f" it has {shown or 'no names, and a CN does not count'};"
-    return f"{has} issue one whose subjectAltName has the host of the URL that leads to it"
 
 
 NAMES_SHOWN_MAX = 10                # of a certificate, in a log line
@@ -333,9 +323,9 @@ _TLS_REASONS = {
 
 
 class Handshake:
-    """A TLS handshake under way; done(error) when it ended, None: `sock` may be used.
+    """A TLS handshake under way; calls done(error) at its end, None: `sock` may be used.
 
-    The socket is not registered with the reactor before and after.  Thread: reactor.
+    The socket is registered with the reactor only for this time.  Thread: reactor.
     """
 
     def __init__(
@@ -345,12 +335,13 @@ class Handshake:
         self.sock = sock
         self._reactor = reactor
         self._done = done
-        self._timer = reactor.call_later(HANDSHAKE_SECONDS_MAX, self._late)
+        late = TimeoutError("TLS handshake timeout")
+        self._timer = reactor.call_later(HANDSHAKE_SECONDS_MAX, self._end, late)
         reactor.register(
             sock, selectors.EVENT_READ | selectors.EVENT_WRITE, self._step, patient=patient)
 
     def cancel(self) -> None:
-        """Stop without calling done(); the socket stays open.  Once only, before the end."""
+        """Stop without a call of done(); the socket stays open.  Once only, before the end."""
         self._timer.cancel()
         self._reactor.unregister(self.sock)
 
@@ -365,9 +356,6 @@ class Handshake:
             self._end(error if isinstance(error, OSError) else OSError(str(error)))
         else:
             self._end(None)
-
-    def _late(self) -> None:
-        self._end(TimeoutError("TLS handshake timeout"))
 
     def _end(self, error: Optional[OSError]) -> None:
         self.cancel()

@@ -1,4 +1,4 @@
-"""Clocks, timers, complaints, and threads for work that may block."""
+"""Clocks, timers, a throttled log, and threads for calls that block."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from ..base.ids import package_logger
 
-COMPLAINT_SECONDS = 30.0            # the same complaint is not logged again within this time
-
-
-TIMERS_SWEPT_MIN = 256              # waiting; from then on cancelled ones are looked for
+REPEAT_SECONDS = 30.0               # between two log lines about the same fault
+TIMERS_SWEPT_MIN = 256              # waiting timers; above: cancelled ones are removed
 
 
 class Clock(NamedTuple):
-    """Where time comes from.  No other code reads a clock, so that a test can pass its own time."""
+    """The source of time.  No other code reads a clock: a test can pass its own."""
 
     now: Callable[[], float]            # monotonic seconds, for deadlines and durations
-    wall_ns: Callable[[], int]          # unix nanoseconds, for what clients see and for expiry
+    wall_ns: Callable[[], int]          # unix nanoseconds, for clients and for expiry
 
 
 SYSTEM_CLOCK = Clock(time.monotonic, time.time_ns)
 
 
 class Timer:
-    """One call at a later time; cancel() makes it do nothing."""
+    """A call at a later time, unless it is cancelled before."""
 
     __slots__ = ("callback", "args")
 
@@ -35,60 +33,50 @@ class Timer:
         self.args = args
 
     def cancel(self) -> None:
-        """Forget the call; harmless when it was made already."""
         self.callback = None
         self.args = ()
 
 
-class Complaints:
-    """Logs errors that would repeat with every attempt, each at most once in 30 s."""
+class ThrottledLog:
+    """Logs the errors that every attempt would repeat, each at most once in 30 s."""
 
     def __init__(self, package: str, now: Callable[[], float]) -> None:
         self._log = package_logger(package)
         self._now = now
-        self._said: Dict[str, float] = {}
+        self._logged: Dict[str, float] = {}     # fault -> monotonic time
 
-    def say(self, text: str, about: str = "") -> None:
-        """Log `text` as an error, unless as much was said a short time ago.
-
-        about  what makes two texts the same; "": the text itself
-        """
-        now, about = self._now(), (about or text)[:256]
-        if now - self._said.get(about, -COMPLAINT_SECONDS) < COMPLAINT_SECONDS:
+    def error(self, text: str, fault: str = "") -> None:
+        """Log `text`, unless an error with the same `fault` (default: text) is recent."""
+        now, fault = self._now(), (fault or text)[:256]
+        if now - self._logged.get(fault, -REPEAT_SECONDS) < REPEAT_SECONDS:
             return
-        if len(self._said) >= 1_000:
-            self._said.clear()
-        self._said[about] = now
+        if len(self._logged) >= 1_000:
+            self._logged.clear()
+        self._logged[fault] = now
         self._log.error("%s", text)
 
 
 class WorkKind(NamedTuple):
-    """One kind of calls that block.  Each kind has threads of its own, so that one that hangs
-    holds up no other.
-
-    threads      at work at a time
-    waiting_max  calls that wait for a thread; above: refused with WorkersBusy
-    is_awaited   True: close() waits for the calls under way.  False: it leaves them behind
-    """
+    """A kind of blocking calls with its own threads, so that a hanging kind delays no other."""
 
     name: str
-    threads: int
-    waiting_max: int
-    is_awaited: bool
+    threads: int                        # at most
+    waiting_max: int                    # calls that wait for a thread; above: WorkersBusy
+    is_awaited: bool                    # stop() waits for the calls under way
 
 
 FILE_WORK = WorkKind("files", 2, 16, True)              # snapshots, removal of old files
 NAME_WORK = WorkKind("names", 16, 64, False)            # a name server may hang for a minute
 PASSWORD_WORK = WorkKind("passwords", 2, 64, False)     # 0.1 s each, of another process
-PEER_WORK = WorkKind("peers", 1, 1, False)              # a proxy's questions to the members
+PEER_WORK = WorkKind("peers", 1, 1, False)              # a proxy's requests to the members
 
 
 class WorkersBusy(OSError):
-    """As many calls of this kind wait as may."""
+    """Too many calls of this kind wait."""
 
 
 def outcome_of(work: Callable[..., Any], *args: Any) -> Tuple[Optional[Exception], Any]:
-    """Return (None, result) of work(*args), or (what it raised, None), for another thread."""
+    """Return (None, result) of work(*args), or (its exception, None)."""
     try:
         return None, work(*args)
     except Exception as error:
@@ -98,7 +86,7 @@ def outcome_of(work: Callable[..., Any], *args: Any) -> Tuple[Optional[Exception
 class Workers:
     """The threads for one kind of calls that block.
 
-    They are daemons: a call that hangs ends with the process.  Thread: reactor.
+    They are daemons: a hanging call ends with the process.  Thread: reactor.
     """
 
     def __init__(self, kind: WorkKind, post: Callable[..., None]) -> None:
@@ -112,7 +100,7 @@ class Workers:
         self, work: Callable[..., Any], args: Tuple[Any, ...],
         done: Callable[[Optional[BaseException], Any], None],
     ) -> None:
-        """Have work(*args) called; then done(error, result) on the reactor's thread."""
+        """Call work(*args) on a thread; then done(error, result) on the reactor's."""
         kind = self._kind
         if self._unfinished >= kind.threads + kind.waiting_max:
             self._post(done, WorkersBusy(f"too many calls wait ({kind.name})"), None)
@@ -131,7 +119,7 @@ class Workers:
                     self._post(self._finish, done, WorkersBusy(f"{kind.name}: {error}"), None)
 
     def stop(self) -> None:
-        """Take no more calls; those that are awaited are finished first."""
+        """Take no more calls; wait for those under way if their kind is awaited."""
         for _ in self._threads:
             self._calls.put(None)
         for thread in self._threads if self._kind.is_awaited else ():
@@ -142,7 +130,7 @@ class Workers:
             pass
 
     def _serve(self, call: Any) -> bool:
-        """Make one call, and keep nothing of it; False: it was the last."""
+        """Make one call; False: stop().  In its own frame, which keeps nothing of the call."""
         if call is None:
             return False
         work, args, done = call

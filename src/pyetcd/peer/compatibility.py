@@ -1,44 +1,28 @@
-"""What peers must agree on: versions, ids, URLs and their state as seen from here."""
+"""Peers as this member sees them: versions, ids, URLs, reachability."""
 
 from __future__ import annotations
 
 import logging
 import re
-from typing import (
-    Callable,
-    Dict,
-    Generator,
-    Iterable,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Tuple,
-    Union,
-)
+from typing import Callable, Dict, Generator, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
 from ..base.ids import package_logger
-from ..base.limits import MIN_CLUSTER_VERSION, NS, OUTPUT_BYTES_MAX, SERVER_VERSION, UINT64_MAX
+from ..base.limits import MIN_CLUSTER_VERSION, NS, SERVER_VERSION, UINT64_MAX
 from ..base.messages import Message
 from ..base.urls import check_url
 from ..net.budgets import SlicedWork
 from ..net.reactor import Reactor
 from ..net.tls import TlsContext
-from .frames import AppV2Encoder, MessageEncoder
 
-_STREAM_PENDING_BYTES_MAX = OUTPUT_BYTES_MAX
-ANSWER_BYTES_MAX = 4_096            # of the body of an answer; above: cut
-CLOCK_DIFFERENCE_MAX_NS = NS        # of a peer's clock; above: a warning
-
-StreamEncoder = Union[AppV2Encoder, MessageEncoder]
+CLOCK_DIFFERENCE_MAX_NS = NS        # between a peer's clock and ours; above: a warning
 
 
 class StreamKind(NamedTuple):
     """One of the two streams that each member holds open to each peer."""
 
     path: str       # last but one element of the URL path
-    title: str      # etcd's name of it in the log
-    channel: str    # and in statistics
+    title: str      # its name in the log
+    channel: str    # its name in statistics
 
 
 APP_STREAM = StreamKind("msgapp", "stream MsgApp v2", "msgappv2")
@@ -50,7 +34,7 @@ _VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})\.\d{1,9}(?:[-+].*)?")
 
 
 def major_minor(version: str) -> Optional[Tuple[int, int]]:
-    """Return (major, minor) of a semantic version `a.b.c`, or None if it is not one."""
+    """Return (major, minor) of a semantic version `a.b.c`; None for any other text."""
     match = _VERSION.fullmatch(version)
     return (int(match.group(1)), int(match.group(2))) if match else None
 
@@ -58,11 +42,11 @@ def major_minor(version: str) -> Optional[Tuple[int, int]]:
 _OWN_VERSION = major_minor(SERVER_VERSION) or (0, 0)
 _OLDEST_PEER_VERSION = major_minor(MIN_CLUSTER_VERSION) or (0, 0)
 _OLDEST_STREAM_VERSION = (2, 1)     # etcd 2.0 has streams of another kind
-_UNKNOWN_VERSION = "2.0.0"          # of a peer that announces none
+_UNKNOWN_VERSION = "2.0.0"          # of a peer without the header
 
 
 def _parse_id(text: str) -> Optional[int]:
-    """A member id in hex; None if it is not one."""
+    """Return the member id of a hex number; None for any other text."""
     if not re.fullmatch("[0-9a-fA-F]{1,32}", text):
         return None
     value = int(text, 16)
@@ -70,7 +54,7 @@ def _parse_id(text: str) -> Optional[int]:
 
 
 def _compatibility_error(headers: Mapping[str, str]) -> str:
-    """Why the two versions in a peer's headers do not fit ours, or "".
+    """Return why the two versions in a peer's headers do not fit ours; "": they do.
 
     Source: etcd 2.3 rafthttp/http.go, checkClusterCompatibilityFromHeader.
     """
@@ -87,34 +71,30 @@ def _compatibility_error(headers: Mapping[str, str]) -> str:
     return ""
 
 
-def _cause(reason: object) -> str:
-    """An error as etcd words it: `connection refused`, not `[Errno 111] Connection refused`."""
-    if isinstance(reason, OSError) and reason.strerror:
-        return reason.strerror.lower()
-    return str(reason)
-
-
 class PeerStatus:
-    """Whether a peer can be reached, as far as the last attempt tells."""
+    """The result of the last attempt to reach a peer, and the version that it announced last."""
 
     def __init__(self, member_id: int, wall_ns: Callable[[], int]) -> None:
+        self.version = ""               # "": none yet
         self.active = False
         self.active_since = 0.0         # unix seconds; 0: inactive
         self._id = f"{member_id:x}"
         self._wall_ns = wall_ns
 
     def activate(self) -> None:
-        """Something went through."""
+        """Note that a message went through."""
         if not self.active:
             self.active = True
             self.active_since = self._wall_ns() / NS
             package_logger("rafthttp").info("the connection with %s became active", self._id)
 
     def deactivate(self, action: str, source: str, reason: object) -> None:
-        """`action` (dial, read, write, heartbeat) on `source` failed; an error the first time."""
+        """Note that an action (dial, read, write) on `source` failed; the first is an error."""
+        if isinstance(reason, OSError) and reason.strerror:     # etcd's words: no `[Errno 111]`
+            reason = reason.strerror.lower()
         log = package_logger("rafthttp")
         level = logging.ERROR if self.active else logging.DEBUG
-        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, _cause(reason))
+        log.log(level, "failed to %s %s on %s (%s)", action, self._id, source, reason)
         if self.active:
             self.active = False
             self.active_since = 0.0
@@ -122,43 +102,37 @@ class PeerStatus:
 
 
 class UrlPicker:
-    """A peer's URLs, of which one is used until it fails.
-
-    Those that cannot be dialed are left out: the log of a Go member may hold a port of 99999.
-    """
+    """The URLs of a peer.  One is in use until it fails; then the next."""
 
     def __init__(self, urls: Iterable[str]) -> None:
-        self.urls = _usable_urls(urls)          # sorted
+        self.update(urls)
+
+    def update(self, urls: Iterable[str]) -> None:
+        """Replace the URLs and begin with the first in order.
+
+        Invalid ones are left out: the log of a Go member may hold a port of 99999.
+        """
+        self.urls: List[str] = []               # sorted
         self._picked = 0
+        for url in sorted(urls):
+            try:
+                self.urls.append(check_url(url))
+            except ValueError as error:
+                package_logger("rafthttp").error("ignored a peer URL: %s", error)
+        if not self.urls:
+            self.urls.append("http://127.0.0.1:0")      # every dial fails
 
     def pick(self) -> str:
-        """Return the URL to use now."""
         return self.urls[self._picked]
 
     def failed(self, url: str) -> None:
-        """Go on to the next URL, if `url` is still the picked one."""
+        """Go on to the next URL if `url` is in use."""
         if url == self.urls[self._picked]:
             self._picked = (self._picked + 1) % len(self.urls)
 
-    def update(self, urls: Iterable[str]) -> None:
-        """Replace the URLs and begin with the first."""
-        self.urls = _usable_urls(urls)
-        self._picked = 0
-
-
-def _usable_urls(urls: Iterable[str]) -> List[str]:
-    """The valid ones of `urls`, sorted; if there is none, one where every dial fails."""
-    usable: List[str] = []
-    for url in sorted(urls):
-        try:
-            usable.append(check_url(url))
-        except ValueError as error:
-            package_logger("rafthttp").error("ignored a peer URL: %s", error)
-    return usable or ["http://127.0.0.1:0"]
-
 
 class Sent(NamedTuple):
-    """What became of one message to a peer."""
+    """The fate of one message to a peer."""
 
     to: int
     channel: str                        # msgappv2, message or pipeline
@@ -169,25 +143,25 @@ class Sent(NamedTuple):
 
 
 class LinkContext(NamedTuple):
-    """What all links of this member share: who we are, and whom to tell."""
+    """The identity and the callbacks that all links of this member share."""
 
     reactor: Reactor
     member_id: int
     cluster_id: str                                 # hex, as in the header
     headers: Dict[str, str]                         # of every request to a peer
     dial_timeout_s: float
-    complain: Callable[[str], None]
-    take: Callable[[Message, int], Generator[None, None, object]]   # a message; its bytes
+    log_error: Callable[[str], None]
+    receive: Callable[[Message, int], Generator[None, None, object]]    # a message; its bytes
     unreachable: Callable[[int], None]
     snapshot_done: Callable[[int, bool], None]
     removed: Callable[[], None]
     sent: Callable[[Sent], None]
-    round_trip: Callable[[int, float], None]        # a peer has answered a probe, in seconds
-    tls: Optional[TlsContext] = None                # None: the defaults, should a peer ask for it
-    work: Optional[SlicedWork] = None               # where messages are decoded
+    round_trip: Callable[[int, float], None]        # of a probe to a peer, in seconds
+    tls: Optional[TlsContext]                       # None: the defaults, for https peers
+    decoding: SlicedWork
 
 
-ID_IN_USE = "member ID in use"       # the refusal of a second process with the id of a peer
+ID_IN_USE = "member ID in use"      # refusal of a second process with the id of a peer
 FOREIGN_HINT = (
     "; two clusters use one peer URL: the member that does not belong there was started with the"
     " data directory of another one: stop it and correct its -data-dir"

@@ -1,7 +1,6 @@
 """Peer frames: messages as bytes on a stream.
 
-What a peer sends is never trusted: anything but a frame is a CodecError, and no frame is
-without limit.
+The bytes of a peer are never trusted: an invalid or too long frame is a CodecError.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _pack_u64 = _U64.pack
 class EntryListEncoder:
     """Encodes lists of entries for msgappv2: each as big-endian uint64 length, then its bytes.
 
-    The last list is remembered: a leader hands one list to all of its followers.
+    The result for the last list is cached: a leader sends one list to all of its followers.
     """
 
     __slots__ = ("_entries", "_data")
@@ -42,7 +41,7 @@ class EntryListEncoder:
         self._data: List[bytes] = []
 
     def encode(self, entries: Sequence[Entry]) -> List[bytes]:
-        """Return the bytes of `entries`, which must not change until forget(), in pieces."""
+        """Return the bytes of `entries` in pieces; the list must not change until forget()."""
         if entries is not self._entries:
             parts: List[bytes] = []
             for entry in entries:
@@ -51,19 +50,18 @@ class EntryListEncoder:
                     parts += (_pack_u64(len(head) + len(entry.data)) + head, entry.data)
                     continue
                 data = entry.encoded or encode_entry(entry)
-                if entry.encoded is not None:       # the disk will want it, too
+                if entry.encoded is not None:       # the log will be written from it, too
                     entry.encoded = data
                 parts += (_pack_u64(len(data)), data)
             self._entries, self._data = entries, joined_parts(parts)
         return self._data
 
     def forget(self) -> None:
-        """Let go of the last list."""
         self._entries, self._data = (), []
 
 
 class AppV2Encoder:
-    """msgappv2 frames of one connection: what follows from the last frame is left out.
+    """Frames of one msgappv2 stream: short where the fields follow from the last frame.
 
     Source: etcd 2.3 rafthttp/msgappv2.go.
     """
@@ -77,12 +75,8 @@ class AppV2Encoder:
         self._term = 0
         self._index = 0                 # of the last entry sent
 
-    def encode(self, message: Message) -> bytes:
-        """Return the frame of a MsgApp."""
-        return b"".join(self.parts(message))
-
-    def parts(self, message: Message) -> List[bytes]:
-        """Return the same in pieces, of which the long ones are not copied."""
+    def encode(self, message: Message) -> List[bytes]:
+        """Return the frame of a MsgApp in pieces, of which the long ones are not copied."""
         entries = message.entries
         if message.index == self._index and message.log_term == self._term == message.term:
             self._index += len(entries)
@@ -103,34 +97,31 @@ class MessageEncoder:
 
     heartbeat = _pack_u64(28) + encode_message(Message(MsgType.HEARTBEAT))
 
-    @classmethod
-    def encode(cls, message: Message) -> bytes:
-        """Return the frame of any message."""
-        return b"".join(cls.parts(message))
-
     @staticmethod
-    def parts(message: Message) -> List[bytes]:
-        """Return the same in pieces, of which the long ones are not copied."""
+    def encode(message: Message) -> List[bytes]:
+        """Return the frame in pieces, of which the long ones are not copied."""
         data = encode_message_parts(message)
         return joined_parts((_pack_u64(sum(map(len, data))), *data))
 
 
 class FrameDecoder:
-    """Cuts a stream, fed in any pieces, into frames; what is incomplete waits for more."""
+    """Cuts a stream, fed in any pieces, into frames."""
 
     __slots__ = ("_partial", "_need")
 
     def __init__(self) -> None:
         self._partial = bytearray()
-        self._need = 0                  # bytes in _partial before another look is worth it
+        self._need = 0                  # bytes in _partial for the next step
 
     def feed(self, data: bytes) -> List[Message]:
         """Return the messages now complete.  Raises CodecError; then the stream is lost."""
         return [message for message in self.messages(data) if message is not None]
 
     def messages(self, data: bytes) -> Iterator[Optional[Message]]:
-        """Do feed() in steps of 1 ms at most, or of one entry: yields a message or, in between,
-        None.  To be exhausted before the next data."""
+        """Do feed() in steps of 1 ms at most, or of one entry; exhaust it before the next data.
+
+        Yields a message, or None between two steps of one.
+        """
         if self._partial:
             self._partial += data
             if len(self._partial) < self._need:
@@ -151,12 +142,12 @@ class FrameDecoder:
         self._partial = bytearray(data[offset:])
 
     def _frame(self, data: bytes, offset: int, found: List[Message]) -> Generator[None, None, int]:
-        """Consume one frame at `offset`; return its size, or a larger one than data holds."""
+        """Consume one frame at `offset`; return its size, which may exceed the data."""
         raise NotImplementedError
 
 
 def _frame_size(data: bytes, offset: int) -> int:
-    """The uint64 at `offset`, which announces that many bytes; 0 if it is not all there."""
+    """Return the length at `offset`; 0 if it is incomplete."""
     if len(data) < offset + 8:
         return 0
     size: int = _U64.unpack_from(data, offset)[0]
@@ -166,7 +157,7 @@ def _frame_size(data: bytes, offset: int) -> int:
 
 
 class MessageDecoder(FrameDecoder):
-    """Inverse of MessageEncoder; link heartbeats are dropped."""
+    """Decodes the message stream without its link heartbeats."""
 
     __slots__ = ()
 
@@ -181,10 +172,7 @@ class MessageDecoder(FrameDecoder):
 
 
 class AppV2Decoder(FrameDecoder):
-    """Inverse of AppV2Encoder; heartbeats are dropped.
-
-    local_id, remote_id  members at this end and at the sending end of the stream
-    """
+    """Decodes a msgappv2 stream from member `remote_id` to `local_id` without its heartbeats."""
 
     __slots__ = ("_local_id", "_remote_id", "_term", "_index", "_entries", "_left", "_bytes")
 
@@ -207,12 +195,12 @@ class AppV2Decoder(FrameDecoder):
         if kind == 0:
             return 1
         if kind == 1:
-            return self._begin(data, offset)
+            return self._short_head(data, offset)
         if kind == 2:
             return (yield from self._full(data, offset, found))
         raise CodecError(f"unknown frame {kind} on msgappv2")
 
-    def _begin(self, data: bytes, offset: int) -> int:
+    def _short_head(self, data: bytes, offset: int) -> int:
         if len(data) >= offset + 9:
             (count,) = _U64.unpack_from(data, offset + 1)
             if count > MESSAGE_ENTRIES_MAX:

@@ -1,4 +1,4 @@
-"""Posts, probes, and a peer as the sum of its links."""
+"""A peer as the sum of its links: streams, pipeline, prober."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from ..base.limits import (
 )
 from ..base.messages import Message, MsgType
 from ..base.text import format_duration, parse_time
-from ..net.http_calls import HttpCall
+from ..net.http_calls import Answer, HttpCall, fetch
 from ..net.http_requests import StreamReply
-from ..net.workers import COMPLAINT_SECONDS
+from ..net.workers import REPEAT_SECONDS
 from .compatibility import (
     _PIPELINE,
-    ANSWER_BYTES_MAX,
     APP_STREAM,
     CLOCK_DIFFERENCE_MAX_NS,
     MESSAGE_STREAM,
@@ -36,7 +35,7 @@ from .compatibility import (
     major_minor,
 )
 from .frames import AppV2Encoder, EntryListEncoder, MessageEncoder
-from .streams import Answer, StreamReader, StreamWriter
+from .streams import StreamReader, StreamWriter, refusal_of
 
 
 class PeerPost:
@@ -46,26 +45,21 @@ class PeerPost:
         self.message = message
         self.body = body                # in pieces
         self.size = sum(map(len, body))
-        self.answer = Answer()
         self.url = ""
         self.started = 0.0
         self.call: Optional[HttpCall] = None
-
-    @property
-    def is_snapshot(self) -> bool:
-        """True if the outcome matters to more than reachability."""
-        return self.message.type == MsgType.SNAP
+        self.is_snapshot = message.type == MsgType.SNAP     # its outcome is reported
 
 
 class Pipeline:
-    """Messages that no stream takes: each in a POST of its own, a few at a time."""
+    """Messages to a member by POST: of a peer without streams, and all snapshots."""
 
     def __init__(
         self, context: LinkContext, member_id: int, picker: UrlPicker, status: PeerStatus
     ) -> None:
+        self.picker = picker
         self._context = context
         self._member_id = member_id
-        self._picker = picker
         self._status = status
         self._waiting: Deque[PeerPost] = collections.deque()
         self._under_way: Set[PeerPost] = set()
@@ -76,15 +70,14 @@ class Pipeline:
         """Send, queue or drop a message; a drop is reported."""
         size = sum(post.size for post in self._waiting)
         if len(self._waiting) >= PIPELINE_QUEUE_MESSAGES_MAX or size > PIPELINE_QUEUE_BYTES_MAX:
-            self._context.sent(Sent(self._member_id, _PIPELINE, message, 0, 0.0, False))
-            self._full(message)
+            self._drop(message)
             return
         self._congested = False
         self._waiting.append(PeerPost(message, encode_message_parts(message)))
-        self._begin()
+        self._send_waiting()
 
     def stop(self) -> None:
-        """Forget what waits and break off what is under way; a snapshot counts as failed."""
+        """Drop the waiting messages and cancel the calls; a snapshot counts as failed."""
         posts = [*self._under_way, *self._waiting]
         self._waiting.clear()
         self._under_way.clear()
@@ -94,7 +87,8 @@ class Pipeline:
             if post.is_snapshot:
                 self._context.snapshot_done(self._member_id, False)
 
-    def _full(self, message: Message) -> None:
+    def _drop(self, message: Message) -> None:
+        self._context.sent(Sent(self._member_id, _PIPELINE, message, 0, 0.0, False))
         if not self._congested:
             self._congested = True
             package_logger("rafthttp").warning(
@@ -104,7 +98,7 @@ class Pipeline:
         if message.type == MsgType.SNAP:
             self._context.snapshot_done(self._member_id, False)
 
-    def _begin(self) -> None:
+    def _send_waiting(self) -> None:
         while self._waiting and len(self._under_way) < PIPELINE_WORKERS:
             post = self._waiting.popleft()
             self._under_way.add(post)
@@ -112,44 +106,37 @@ class Pipeline:
 
     def _send(self, post: PeerPost) -> None:
         context = self._context
-        post.url = self._picker.pick()
+        post.url = self.picker.pick()
         post.started = context.reactor.now()
 
-        def done(error: Optional[Exception]) -> None:
-            self._done(post, error)
+        def done(error: Optional[Exception], answer: Answer) -> None:
+            self._answered(post, error, answer)
 
-        post.call = HttpCall(
-            context.reactor, post.url, "POST", "/raft", self._headers, post.body[0],
-            post.body[1:],
-            connect_timeout_s=context.dial_timeout_s,
+        post.call = fetch(
+            context.reactor, post.url, "/raft", done, method="POST", headers=self._headers,
+            body=post.body, connect_timeout_s=context.dial_timeout_s, tls=context.tls,
             # The answer to a snapshot comes after all of it was sent, over a slow line perhaps.
             idle_timeout_s=REQUEST_SECONDS_MAX if post.is_snapshot else LINK_TIMEOUT_SECONDS,
-            answer_max=ANSWER_BYTES_MAX, tls=context.tls, on_head=post.answer.take_head,
-            on_data=post.answer.take_data, on_done=done,
         )
 
-    def _done(self, post: PeerPost, error: Optional[Exception]) -> None:
+    def _answered(self, post: PeerPost, error: Optional[Exception], answer: Answer) -> None:
         context = self._context
         self._under_way.discard(post)
-        ok = error is None and post.answer.status == 204
+        ok = error is None and answer.status == 204
         elapsed_s = context.reactor.now() - post.started
-        context.sent(
-            Sent(self._member_id, _PIPELINE, post.message, post.size, elapsed_s, ok))
+        context.sent(Sent(self._member_id, _PIPELINE, post.message, post.size, elapsed_s, ok))
         if ok:
             self._status.activate()
         else:
-            self._failed(post, error)
+            if answer.status == 403:
+                context.removed()
+            reason = error or refusal_of(answer, context, self._member_id)
+            self.picker.failed(post.url)
+            self._status.deactivate("write", _PIPELINE, reason)
+            context.unreachable(self._member_id)
         if post.is_snapshot:
             context.snapshot_done(self._member_id, ok)
-        self._begin()
-
-    def _failed(self, post: PeerPost, error: Optional[Exception]) -> None:
-        if post.answer.status == 403:
-            self._context.removed()
-        reason = error or post.answer.refusal(self._context, self._member_id)
-        self._picker.failed(post.url)
-        self._status.deactivate("write", _PIPELINE, reason)
-        self._context.unreachable(self._member_id)
+        self._send_waiting()
 
 
 class Prober:
@@ -162,43 +149,37 @@ class Prober:
         self._context = context
         self._member_id = member_id
         self._picker = picker
-        self._answer = Answer()
-        self._asked = 0.0                           # when the probe was sent
         self._call: Optional[HttpCall] = None
-        self._warn_at = context.reactor.now() + COMPLAINT_SECONDS
-        self._timer = context.reactor.call_later(PROBE_SECONDS, self._probe)
+        self._warn_at = context.reactor.now() + REPEAT_SECONDS
+        self._timer = context.reactor.every(PROBE_SECONDS, self._probe)
 
     def stop(self) -> None:
-        """Ask no more."""
         self._timer.cancel()
         if self._call is not None:
             self._call.cancel()
 
     def _probe(self) -> None:
-        reactor = self._context.reactor
-        self._answer = Answer()
-        self._asked = reactor.now()
-        self._call = HttpCall(
-            reactor, self._picker.pick(), "GET", "/raft/probing", {},
+        context, asked_at = self._context, self._context.reactor.now()
+        if self._call is not None and not self._call.ended:
+            return
+
+        def done(error: Optional[Exception], answer: Answer) -> None:
+            self._probed(asked_at, None if error else _probed_time(answer))
+
+        self._call = fetch(
+            context.reactor, self._picker.pick(), "/raft/probing", done, tls=context.tls,
             connect_timeout_s=PROBE_SECONDS, idle_timeout_s=PROBE_SECONDS,
-            answer_max=ANSWER_BYTES_MAX, tls=self._context.tls,
-            on_head=self._answer.take_head, on_data=self._answer.take_data, on_done=self._done,
         )
 
-    def _done(self, error: Optional[Exception]) -> None:
+    def _probed(self, asked_at: float, theirs_ns: Optional[int]) -> None:
         reactor = self._context.reactor
-        self._call = None
-        self._timer = reactor.call_later(PROBE_SECONDS, self._probe)
-        theirs_ns = None if error else _probed_time(self._answer)
-        now = reactor.now()
+        elapsed_s = reactor.now() - asked_at
         if theirs_ns is None:
-            if now >= self._warn_at:
-                self._warn("the connection to peer %x is unhealthy", self._member_id)
+            self._warn("the connection to peer %x is unhealthy", self._member_id)
             return
-        self._context.round_trip(self._member_id, now - self._asked)
-        one_way_ns = int((now - self._asked) * NS) // 2
-        difference_ns = reactor.wall_ns() - one_way_ns - theirs_ns
-        if abs(difference_ns) > CLOCK_DIFFERENCE_MAX_NS and now >= self._warn_at:
+        self._context.round_trip(self._member_id, elapsed_s)
+        difference_ns = reactor.wall_ns() - int(elapsed_s * NS) // 2 - theirs_ns
+        if abs(difference_ns) > CLOCK_DIFFERENCE_MAX_NS:
             sign = "-" if difference_ns < 0 else ""
             self._warn(
                 "the clock difference against peer %x is too high [%s > 1s]", self._member_id,
@@ -206,15 +187,17 @@ class Prober:
             )
 
     def _warn(self, text: str, *args: object) -> None:
-        self._warn_at = self._context.reactor.now() + COMPLAINT_SECONDS
-        package_logger("rafthttp").warning(text, *args)
+        now = self._context.reactor.now()
+        if now >= self._warn_at:
+            self._warn_at = now + REPEAT_SECONDS
+            package_logger("rafthttp").warning(text, *args)
 
 
 _PROBED_NOW = re.compile(rb'"Now"\s*:\s*"([0-9TZ:.+-]{1,64})"')
 
 
 def _probed_time(answer: Answer) -> Optional[int]:
-    """The peer's clock in unix ns, or None if the answer is not that of a healthy peer."""
+    """Return the peer's clock in unix ns; None: it is not the answer of a healthy peer."""
     match = _PROBED_NOW.search(answer.body)
     if answer.status != 200 or match is None:
         return None
@@ -230,21 +213,20 @@ class Peer:
     def __init__(
         self, context: LinkContext, member_id: int, urls: Iterable[str], lists: EntryListEncoder
     ) -> None:
-        self.id = member_id
+        self.picker = UrlPicker(urls)
         self.status = PeerStatus(member_id, context.reactor.wall_ns)
-        self.version = ""               # as the peer announced it last; "": never
+        self._id = member_id
         self._advertised = ""           # peer URLs, by the process that dialed the streams
         self._context = context
         self._lists = lists
-        self._picker = UrlPicker(urls)
         self._app_writer = StreamWriter(context, member_id, APP_STREAM, self.status)
         self._message_writer = StreamWriter(context, member_id, MESSAGE_STREAM, self.status)
-        self._pipeline = Pipeline(context, member_id, self._picker, self.status)
+        self._pipeline = Pipeline(context, member_id, self.picker, self.status)
         self._readers = [
-            StreamReader(context, member_id, kind, self._picker, self.status, self.heard_version)
+            StreamReader(context, member_id, kind, self.picker, self.status)
             for kind in (APP_STREAM, MESSAGE_STREAM)
         ]
-        self._prober = Prober(context, member_id, self._picker)
+        self._prober = Prober(context, member_id, self.picker)
 
     def offer(self, message: Message) -> None:
         """Send by the channel that fits, or drop and report; complete with flush()."""
@@ -258,44 +240,37 @@ class Peer:
             self._pipeline.offer(message)
 
     def flush(self) -> None:
-        """Write what was offered."""
+        """Write the offered messages."""
         self._app_writer.flush()
         self._message_writer.flush()
 
-    def heard_version(self, version: str) -> None:
-        """The peer announced its version."""
-        self.version = version
-
     def other_process(self, advertised: str) -> str:
-        """Return the peer URLs of the process with the peer's streams if they are others, or "".
+        """Return the peer URLs of another process that has this peer's streams, or "".
 
-        `advertised` are those of a process that says it is this peer.  Both may hold what the
-        other does not, and each would count for both.  Who has the URLs that the cluster knows is
-        right: the peer has moved, and the streams are left from before.  Differs from etcd, where
-        streams of the one replace those of the other in turn.
+        advertised  the peer URLs of a process that sends as this peer
+
+        Each of the two may hold entries that the other lacks, and each would count for both.  A
+        process with the URLs that the cluster knows is accepted: the peer has moved, and the
+        streams are those of its old place.  Differs from etcd, where streams of one process
+        replace those of the other in turn.
         """
         is_attached = self._app_writer.attached or self._message_writer.attached
-        is_right = sorted(advertised.split(",")) == self._picker.urls
+        is_right = sorted(advertised.split(",")) == self.picker.urls
         return "" if is_right or advertised == self._advertised or not is_attached else (
             self._advertised
         )
 
     def attach(self, kind: StreamKind, reply: StreamReply, advertised: str) -> None:
-        """The peer has dialed one of its streams."""
+        """Use a stream that the peer has dialed."""
         self._advertised = advertised
         for reader in self._readers:
-            reader.hurry()
+            reader.retry_soon()
         if kind is APP_STREAM:
             self._app_writer.attach(reply, AppV2Encoder(self._lists))
         else:
             self._message_writer.attach(reply, MessageEncoder())
 
-    def update(self, urls: Iterable[str]) -> None:
-        """Use other URLs from the next dial on."""
-        self._picker.update(urls)
-
     def stop(self) -> None:
-        """Close everything."""
         for reader in self._readers:
             reader.stop()
         self._app_writer.close()
@@ -304,38 +279,18 @@ class Peer:
         self._prober.stop()
 
     def _offer_snapshot(self, message: Message) -> None:
-        """Send a snapshot, unless it would kill the receiver.
+        """Send a snapshot, unless the receiver is etcd 3.x.
 
-        etcd 3.x needs a bolt database with it and ends itself when it gets none.
+        That needs a bolt database with it, and exits when it gets none.
         """
-        if (major_minor(self.version) or (0, 0)) < (3, 0):
+        version = self.status.version
+        if (major_minor(version) or (0, 0)) < (3, 0):
             self._pipeline.offer(message)
             return
-        self._context.complain(
-            f"cannot send a snapshot to {self.id:x}: etcd {self.version} needs a database that"
+        self._context.log_error(
+            f"cannot send a snapshot to {self._id:x}: etcd {version} needs a database that"
             " this member does not have; start it with a copy of another 3.x member's data"
             " directory, or replace it by a 2.3 member"
         )
-        self._context.unreachable(self.id)
-        self._context.snapshot_done(self.id, False)
-
-
-class Remote:
-    """A member of the cluster that our own view of it does not know yet: only POSTs."""
-
-    def __init__(self, context: LinkContext, member_id: int, urls: Iterable[str]) -> None:
-        status = PeerStatus(member_id, context.reactor.wall_ns)
-        self._picker = UrlPicker(urls)
-        self._pipeline = Pipeline(context, member_id, self._picker, status)
-
-    def offer(self, message: Message) -> None:
-        """Send by POST, or drop and report."""
-        self._pipeline.offer(message)
-
-    def update(self, urls: Iterable[str]) -> None:
-        """Use other URLs from the next POST on."""
-        self._picker.update(urls)
-
-    def stop(self) -> None:
-        """Break off what is under way."""
-        self._pipeline.stop()
+        self._context.unreachable(self._id)
+        self._context.snapshot_done(self._id, False)

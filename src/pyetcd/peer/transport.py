@@ -1,7 +1,4 @@
-"""The transport: all links, and raft's part of the peer listener.
-
-Hands every message to a callable.
-"""
+"""The transport: the links to all peers, and the paths below /raft of the peer listener."""
 
 from __future__ import annotations
 
@@ -27,66 +24,57 @@ from ..base.messages import Message, MsgType
 from ..base.text import format_time
 from ..base.urls import parse_urls
 from ..net.budgets import SlicedWork
+from ..net.http_calls import _ignore
 from ..net.http_messages import HttpHead
 from ..net.http_requests import HttpRequest
 from ..net.http_server import Listener
 from ..net.reactor import Reactor
 from ..net.tls import TlsContext
-from ..net.workers import FILE_WORK, Complaints
+from ..net.workers import FILE_WORK, ThrottledLog
 from .compatibility import (
     DOUBLE_HINT,
     FOREIGN_HINT,
     ID_IN_USE,
     STREAM_KINDS,
     LinkContext,
+    PeerStatus,
     Sent,
+    UrlPicker,
     _compatibility_error,
     _parse_id,
 )
 from .frames import _U64, EntryListEncoder
-from .links import Peer, Remote
+from .links import Peer, Pipeline
 
 REMOTES_MAX = 256                   # members remembered that are no peers; above: ignored
 
 
-def _ignore_sent(sent: Sent) -> None:
-    """Default of Transport's `sent`."""
-
-
-def _ignore_received(sender: int, message: Message, size: int) -> None:
-    """Default of Transport's `received`."""
-
-
-def _ignore_round_trip(member_id: int, seconds: float) -> None:
-    """Default of Transport's `round_trip`."""
-
-
 class MessageInspector:
-    """What may pass from peers to this member: all.  What they send is never trusted."""
+    """The check of messages that peers send; this one lets all of them pass."""
 
     def inspect(self, message: Message) -> Generator[None, None, str]:
-        """Say, in steps, why `message` must not be delivered; "": it may."""
+        """Return, in steps, why `message` must not be delivered; "": it may."""
         yield from ()
         return ""
 
     def read_state(self, data: bytes) -> Any:
-        """Return what the store makes of a snapshot's data.  Raises ValueError.  Thread: any."""
+        """Return the store state in the data of a snapshot.  Raises ValueError.  Thread: any."""
         return None
 
 
 class Transport:
-    """All links to other members, and the raft part of the peer listener.
+    """The links to all other members, and the paths below /raft of the peer listener.
 
-    deliver        gets every message of the peers; may call the transport
-    unreachable    gets the id of a member to which messages were lost
-    snapshot_done  gets the id of the receiver and whether it has taken a snapshot
-    removed        called once, a second after a peer says that we were removed from the cluster
-    sent           gets a Sent for every message to a peer, when its fate is known
+    deliver        (message) of a peer; may call the transport
+    unreachable    (member id) after the loss of messages to it
+    snapshot_done  (member id, ok) of the receiver of a snapshot
+    removed        () once, a second after a peer says that the cluster has removed this member
+    sent           (Sent) for every message to a peer, when its fate is known
     received       (sender, message, bytes), before deliver
     round_trip     (member id, seconds) of every probe that a peer has answered
     inspector      looks at every message before it is delivered
     `drop`, if set, loses the messages, sent and received, for which it returns true.
-    The first three are called by the reactor, never from inside offer().  Thread: reactor.
+    The reactor calls the first three, outside of offer().  Thread: reactor.
     """
 
     def __init__(
@@ -94,9 +82,9 @@ class Transport:
         is_removed: Callable[[int], bool], deliver: Callable[[Message], None],
         unreachable: Callable[[int], None], snapshot_done: Callable[[int, bool], None],
         removed: Callable[[], None], election_s: float,
-        sent: Callable[[Sent], None] = _ignore_sent,
-        received: Callable[[int, Message, int], None] = _ignore_received,
-        round_trip: Callable[[int, float], None] = _ignore_round_trip,
+        sent: Callable[[Sent], None] = _ignore,
+        received: Callable[[int, Message, int], None] = _ignore,
+        round_trip: Callable[[int, float], None] = _ignore,
         tls: Optional[TlsContext] = None, inspector: Optional[MessageInspector] = None,
     ) -> None:
         self.drop: Optional[Callable[[Message], bool]] = None
@@ -108,24 +96,26 @@ class Transport:
         self._removed: Optional[Callable[[], None]] = removed
         self._received = received
         self._inspector = inspector or MessageInspector()
-        self._work = SlicedWork(reactor)
-        self._is_reading = False            # a snapshot: one after the other
-        self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # those that arrive
-        self._complaints = Complaints("rafthttp", reactor.now)
+        self._decoding = SlicedWork(reactor)
+        self._is_reading_snapshot = False   # one after the other
+        self._spools: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()    # snapshots that arrive
+        self._log = ThrottledLog("rafthttp", reactor.now)
         self._lists = EntryListEncoder()
         self._peers: Dict[int, Peer] = {}
-        self._remotes: Dict[int, Remote] = {}
+        self._remotes: Dict[int, Pipeline] = {}     # to members that are no peers yet
         self._stopped = False
-        self._routes: Dict[str, Callable[[HttpRequest], None]] = {
-            "/raft": self._handle_post, "/raft/snapshot": self._handle_snapshot,
-            "/raft/probing": self._handle_probing, "/raft/stream": self._redirect_stream,
+        self._routes: Dict[str, Tuple[str, Callable[[HttpRequest], None]]] = {
+            "/raft": ("POST", self._handle_post), "/raft/snapshot": ("POST", self._handle_post),
+            "/raft/stream/": ("GET", self._handle_stream),
+            "/raft/stream": ("", self._redirect_stream),
+            "/raft/probing": ("", self._handle_probing),
         }
         self._context = LinkContext(
             reactor, member_id, self._cluster_id, self._request_headers(peer_urls),
-            1.0 + election_s / 5, self._complaints.say, self._take,
-            lambda to: self._soon(unreachable, to),
-            lambda to, ok: self._soon(snapshot_done, to, ok), self._we_are_removed, sent,
-            round_trip, tls, self._work,
+            1.0 + election_s / 5, self._log.error, self._receive,
+            lambda to: self._report_soon(unreachable, to),
+            lambda to, ok: self._report_soon(snapshot_done, to, ok), self._report_removal, sent,
+            round_trip, tls, self._decoding,
         )
 
     # -- members -----------------------------------------------------------
@@ -138,47 +128,44 @@ class Transport:
             self._peers[member_id] = Peer(self._context, member_id, urls, self._lists)
 
     def add_remote(self, member_id: int, urls: Iterable[str]) -> None:
-        """Remember where a member is that is no peer yet; a peer of that id wins."""
+        """Answer a member by POST while it is no peer yet: its addition is not applied here."""
         if member_id in (0, self._member_id) or member_id in self._peers or self._stopped:
             return
         if member_id in self._remotes:
-            self._remotes[member_id].update(urls)
+            self._remotes[member_id].picker.update(urls)
         elif len(self._remotes) < REMOTES_MAX:
-            self._remotes[member_id] = Remote(self._context, member_id, urls)
+            status = PeerStatus(member_id, self._reactor.wall_ns)
+            self._remotes[member_id] = Pipeline(
+                self._context, member_id, UrlPicker(urls), status)
 
     def update_peer(self, member_id: int, urls: Iterable[str]) -> None:
         """Use other URLs for a member; unknown ids are ignored."""
         peer = self._peers.get(member_id)
         if peer is not None:
-            peer.update(urls)
+            peer.picker.update(urls)
 
     def remove_peer(self, member_id: int) -> None:
         """Close the links to a member; unknown ids are ignored."""
-        peer = self._peers.pop(member_id, None)
-        remote = self._remotes.pop(member_id, None)
-        if peer is not None:
-            peer.stop()
-        if remote is not None:
-            remote.stop()
+        for link in (self._peers.pop(member_id, None), self._remotes.pop(member_id, None)):
+            if link is not None:
+                link.stop()
 
     def remove_all(self) -> None:
         """Close the links to all peers; remotes stay."""
-        peers, self._peers = self._peers, {}
-        for peer in peers.values():
-            peer.stop()
+        while self._peers:
+            self._peers.popitem()[1].stop()
 
     def active_since(self, member_id: int) -> float:
-        """Unix seconds since when a peer can be reached, 0 if it cannot."""
+        """Return since when a peer can be reached, in unix seconds; 0: it cannot."""
         peer = self._peers.get(member_id)
         return peer.status.active_since if peer is not None else 0.0
 
     def stop(self) -> None:
-        """Close everything and call nobody any more."""
+        """Close all links; no callback comes any more."""
         self._stopped = True
         self.remove_all()
-        for remote in self._remotes.values():
-            remote.stop()
-        self._remotes = {}
+        while self._remotes:
+            self._remotes.popitem()[1].stop()
 
     # -- sending -----------------------------------------------------------
 
@@ -197,19 +184,19 @@ class Transport:
             peer.flush()
         self._lists.forget()
 
-    def _soon(self, report: Callable[..., None], *args: Any) -> None:
-        """Report outside of the call that found out, which may come from Raft itself."""
-        self._reactor.call_soon(self._report, report, args)
+    def _report_soon(self, report: Callable[..., None], *args: Any) -> None:
+        """Report in this turn, but outside of the call, which may come from Raft itself."""
+        self._reactor.call_soon(self._report, report, *args)
 
-    def _report(self, report: Callable[..., None], args: Tuple[Any, ...]) -> None:
+    def _report(self, report: Callable[..., None], *args: Any) -> None:
         if not self._stopped:
             report(*args)
 
-    def _we_are_removed(self) -> None:
-        """Wait a moment: our removal may be on its way to our disk, and its client for that."""
+    def _report_removal(self) -> None:
+        """Wait before the report: the entry may be on its way to our disk, a reply to a client."""
         removed, self._removed = self._removed, None
         if removed is not None:
-            self._reactor.call_later(REMOVED_SECONDS, self._report, removed, ())
+            self._reactor.call_later(REMOVED_SECONDS, self._report, removed)
 
     def _request_headers(self, peer_urls: Sequence[str]) -> Dict[str, str]:
         return {
@@ -223,23 +210,24 @@ class Transport:
     # -- receiving ---------------------------------------------------------
 
     def handle(self, request: HttpRequest) -> bool:
-        """Answer a request of the peer listener; False if its path is none of raft's."""
-        path = request.path
-        route = self._routes.get(path)
-        if route is None and path.startswith("/raft/stream/"):
-            route = self._handle_stream
+        """Answer a request of the peer listener; False: its path is not below /raft."""
+        is_stream = request.path.startswith("/raft/stream/")
+        route = self._routes.get("/raft/stream/" if is_stream else request.path)
         if route is None:
             return False
+        method, handle = route
         if self._stopped:
             _reply_error(request, 503, "etcdserver: server stopped")
-        else:
-            route(request)
+        elif method and request.method != method:
+            _reply_error(request, 405, "Method Not Allowed", f"Allow: {method}\r\n")
+        elif not method or self._is_compatible(request):
+            handle(request)
         return True
 
     def guard(self, listener: Listener, directory: str) -> None:
-        """Have a listener read bodies only of those from whom we expect one, and only so many.
+        """Make a listener read only the bodies that members may send, up to the limits.
 
-        directory  where snapshots are kept until they are complete
+        directory  for snapshots until they are complete
         """
         listener.body_limit = self._body_max
         listener.memory_max = RAFT_BODY_BYTES_MAX
@@ -247,38 +235,37 @@ class Transport:
         listener.open_spool = functools.partial(self._open_spool, directory)
 
     def _open_spool(self, directory: str, first: bytes) -> Optional[IO[bytes]]:
-        """A file for the body that begins so: only snapshots may be so large, and few at a time."""
+        """Return a file for a large body that begins with `first`; None: refuse it.
+
+        Only snapshots may be so large, and few at a time.
+        """
         is_snapshot = _SNAPSHOT_START in (first[:2], first[8:10])
         if not is_snapshot or len(self._spools) >= _SPOOLS_MAX:
             return None
         try:
             file = tempfile.TemporaryFile(dir=directory)
         except OSError as error:
-            self._complaints.say(f"cannot keep a snapshot that a peer sends: {error}")
+            self._log.error(f"cannot keep a snapshot that a peer sends: {error}")
             return None
         self._spools.add(file)
         return file
 
     def _body_max(self, head: HttpHead) -> int:
-        """How many bytes of body are wanted from the sender of this head.
-
-        Only members have something to tell that is more than a few numbers.
-        """
+        """Return how long a body behind this head may be: members may send the most."""
         if head.method != "POST" or head.path not in ("/raft", "/raft/snapshot"):
             return 0
         sender = _parse_id(head.headers.get("x-server-from", "")) or 0
         theirs = head.headers.get("x-etcd-cluster-id", "")
-        if theirs != self._cluster_id or self._is_removed(sender) or self._stopped:
-            return 0
-        if _compatibility_error(head.headers):
+        if (theirs != self._cluster_id or self._is_removed(sender) or self._stopped
+                or _compatibility_error(head.headers)):
             return 0
         is_known = sender in self._peers or sender in self._remotes
-        return PEER_BODY_BYTES_MAX if is_known else _STRANGER_BODY_BYTES_MAX
+        return PEER_BODY_BYTES_MAX if is_known else _UNKNOWN_BODY_BYTES_MAX
 
-    def _take(self, message: Message, size: int) -> Generator[None, None, int]:
-        """Hand a message on, in steps; return the status that says what became of it.
+    def _receive(self, message: Message, size: int) -> Generator[None, None, int]:
+        """Check and deliver a message, in steps; return the HTTP status of the outcome.
 
-        A removed member may not disturb the others any more: it does not know yet.
+        A removed member may not know it yet, and must not disturb the others.
         """
         if message.to != self._member_id or self._is_removed(message.sender):
             return 500
@@ -287,7 +274,7 @@ class Transport:
         fault = yield from self._inspector.inspect(message)
         if fault:
             name = "Msg" + MsgType(message.type).name.title().replace("_", "")
-            self._complaints.say(f"refused a {name} of {message.sender:x}: {fault}")
+            self._log.error(f"refused a {name} of {message.sender:x}: {fault}")
             return 400
         if not self._stopped and (self.drop is None or not self.drop(message)):
             self._received(message.sender, message, size)
@@ -295,110 +282,102 @@ class Transport:
         return 204
 
     def _handle_stream(self, request: HttpRequest) -> None:
-        """GET /raft/stream/<kind>/<dialer>: answer with our messages to the dialer, for ever."""
-        headers = f"{self._cluster_header()}X-Server-Version: {SERVER_VERSION}\r\n"
-        if not self._is_welcome(request, "GET", headers):
-            return
+        """GET /raft/stream/<kind>/<dialer>: answer with all messages to the dialer."""
         directory, _, name = request.path.rpartition("/")
         kind = STREAM_KINDS.get(directory[len("/raft/stream/"):])
         dialer = _parse_id(name)
-        if kind is None:
-            _reply_error(request, 404, "invalid path", headers)
-        elif dialer is None:
-            _reply_error(request, 404, "invalid from", headers)
+        if kind is None or dialer is None:
+            self._refuse(request, 404, "invalid path" if kind is None else "invalid from")
         elif self._is_removed(dialer):
             package_logger("rafthttp").warning(
                 "rejected the stream from peer %x since it was removed", dialer
             )
-            _reply_error(request, 410, "removed member", headers)
+            self._refuse(request, 410, "removed member")
         elif dialer not in self._peers:
             self._remember_sender(request, dialer)
-            self._complaints.say(
-                f"failed to find remote peer {dialer:x} in cluster {self._cluster_id}"
+            self._refuse(
+                request, 404, "error sender not found",
+                f"failed to find remote peer {dialer:x} in cluster {self._cluster_id}",
             )
-            _reply_error(request, 404, "error sender not found", headers)
         elif request.headers.get("x-raft-to", "") != f"{self._member_id:x}":
-            self._complaints.say(
+            self._refuse(
+                request, 412, "to field mismatch",
                 f"streaming request ignored (ID mismatch got {request.headers.get('x-raft-to')}"
                 f" want {self._member_id:x}); our peer URL is that of another member: if it was not"
-                " moved, this process was started with a wrong -data-dir"
+                " moved, this process was started with a wrong -data-dir",
             )
-            _reply_error(request, 412, "to field mismatch", headers)
         else:
             advertised = request.headers.get("x-peerurls", "")
-            stream = request.start_stream(200, None, headers)
+            stream = request.start_stream(200, None, self._headers_for(request))
             self._peers[dialer].attach(kind, stream, advertised)
 
     def _handle_post(self, request: HttpRequest) -> None:
-        """POST /raft: one message."""
-        headers = self._cluster_header()
-        if not self._is_welcome(request, "POST", headers):
-            return
+        """POST /raft: one message.  POST /raft/snapshot: the form of 3.x for a snapshot."""
         self._remember_sender(request, _parse_id(request.headers.get("x-server-from", "")))
+        is_framed = request.path == "/raft/snapshot"
+        is_long = request.body_file is not None or request.body.startswith(_SNAPSHOT_START)
         if request.body_too_large:
-            self._reply_too_large(request, headers)
-        elif request.body_file is not None or request.body.startswith(_SNAPSHOT_START):
-            self._read_snapshot(request, headers, is_framed=False)
+            self._refuse(
+                request, 413, "error reading raft message",
+                f"refused a message from {request.remote}: its sender is not known here, or it is"
+                " too large",
+            )
+        elif is_framed or is_long:
+            self._read_snapshot(request, is_framed=is_framed)
         else:
-            steps = self._posted_steps(memoryview(request.body))
-            self._work.add(steps, lambda status: self._answer(request, status, headers))
+            steps = self._receive_body(memoryview(request.body))
+            self._decoding.add(steps, lambda status: self._answer(request, status))
 
-    def _posted_steps(self, body: memoryview) -> Generator[None, None, int]:
-        """Decode and take one message; return the status for its sender."""
+    def _receive_body(self, body: memoryview) -> Generator[None, None, int]:
+        """Decode and receive one message; return the status for its sender."""
         try:
             message = yield from decode_message_steps(body)
         except CodecError as error:
-            self._complaints.say(f"failed to unmarshal raft message ({error})")
+            self._log.error(f"failed to unmarshal raft message ({error})")
             return 422
         if self._is_removed(message.sender):
             return 403
-        return (yield from self._take(message, len(body)))
+        return (yield from self._receive(message, len(body)))
 
-    def _answer(self, request: HttpRequest, status: int, headers: str) -> None:
+    def _answer(self, request: HttpRequest, status: int) -> None:
         if status == 204:
-            request.reply(204, headers=headers)
+            request.reply(204, headers=self._headers_for(request))
         elif status == 403:
             text = b'{"message":"cannot process message from removed member"}'
-            request.reply(403, text, headers=headers)
+            request.reply(403, text, headers=self._headers_for(request))
         elif status == 422:
-            _reply_error(request, 400, "error unmarshaling raft message", headers)
+            self._refuse(request, 400, "error unmarshaling raft message")
         else:
-            _reply_error(request, status, "error processing raft message", headers)
+            self._refuse(request, status, "error processing raft message")
 
-    def _reply_too_large(self, request: HttpRequest, headers: str) -> None:
-        self._complaints.say(
-            f"refused a message from {request.remote}: its sender is not known here, or it is"
-            " too large"
-        )
-        _reply_error(request, 413, "error reading raft message", headers)
+    def _headers_for(self, request: HttpRequest) -> str:
+        is_stream = request.path.startswith("/raft/stream/")
+        version = f"X-Server-Version: {SERVER_VERSION}\r\n" if is_stream else ""
+        return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n{version}"
 
-    def _handle_snapshot(self, request: HttpRequest) -> None:
-        """POST /raft/snapshot, the form of 3.x: a length, a MsgSnap, and a database we ignore."""
-        headers = self._cluster_header()
-        if not self._is_welcome(request, "POST", headers):
+    def _refuse(self, request: HttpRequest, status: int, text: str, why: str = "") -> None:
+        """Answer with an error; log `why` for the operator."""
+        if why:
+            self._log.error(why)
+        _reply_error(request, status, text, self._headers_for(request))
+
+    def _read_snapshot(self, request: HttpRequest, *, is_framed: bool) -> None:
+        """Read a posted snapshot on a thread: it is checked before any of it is written."""
+        if self._is_reading_snapshot:
+            self._refuse(request, 503, "another snapshot is being read")
             return
-        if request.body_too_large:
-            self._reply_too_large(request, headers)
-        else:
-            self._read_snapshot(request, headers, is_framed=True)
-
-    def _read_snapshot(self, request: HttpRequest, headers: str, *, is_framed: bool) -> None:
-        """Read a posted snapshot on a thread: it is checked before anything of it is written."""
-        if self._is_reading:
-            _reply_error(request, 503, "another snapshot is being read", headers)
-            return
-        self._is_reading = True
+        self._is_reading_snapshot = True
 
         def done(error: Optional[BaseException], message: Any) -> None:
-            self._is_reading = False
+            self._is_reading_snapshot = False
             if error is not None:
-                self._complaints.say(f"refused a snapshot from {request.remote}: {error}")
-                _reply_error(request, 400, str(error), headers)
+                why = f"refused a snapshot from {request.remote}: {error}"
+                self._refuse(request, 400, str(error), why)
             elif self._is_removed(message.sender):
-                self._answer(request, 403, headers)
+                self._answer(request, 403)
             else:
-                steps = self._take(message, size)
-                self._work.add(steps, lambda status: self._answer(request, status, headers))
+                steps = self._receive(message, size)
+                self._decoding.add(steps, lambda status: self._answer(request, status))
 
         body, size = request.body_file or request.body, len(request.body)
         self._reactor.run_blocking(
@@ -416,51 +395,41 @@ class Transport:
             "text/html; charset=utf-8", "Location: /raft/stream/\r\n",
         )
 
-    def _cluster_header(self) -> str:
-        return f"X-Etcd-Cluster-Id: {self._cluster_id}\r\n"
-
-    def _is_welcome(self, request: HttpRequest, method: str, headers: str) -> bool:
-        """Check method, versions, cluster and id, in this order; answer what does not fit."""
-        if request.method != method:
-            _reply_error(request, 405, "Method Not Allowed", f"Allow: {method}\r\n")
-            return False
-        error = _compatibility_error(request.headers)
-        if error:
-            self._complaints.say(f"request version incompatibility ({error})")
-            _reply_error(request, 412, "incompatible version", headers)
-            return False
-        theirs = request.headers.get("x-etcd-cluster-id", "")
-        if theirs != self._cluster_id:
-            self._complaints.say(
-                f"request cluster ID mismatch (got {theirs} want {self._cluster_id}){FOREIGN_HINT}"
+    def _is_compatible(self, request: HttpRequest) -> bool:
+        """Check versions, cluster and id, in this order; refuse at the first fault."""
+        headers = request.headers
+        fault = _compatibility_error(headers)
+        theirs, advertised = headers.get("x-etcd-cluster-id", ""), headers.get("x-peerurls", "")
+        id = _parse_id(headers.get("x-server-from", "")) or 0
+        other = self._other_process(id, advertised)
+        if fault:
+            self._refuse(
+                request, 412, "incompatible version", f"request version incompatibility ({fault})")
+        elif theirs != self._cluster_id:
+            self._refuse(
+                request, 412, "cluster ID mismatch",
+                f"request cluster ID mismatch (got {theirs} want {self._cluster_id}){FOREIGN_HINT}",
             )
-            _reply_error(request, 412, "cluster ID mismatch", headers)
-            return False
-        id = _parse_id(request.headers.get("x-server-from", "")) or 0
-        if self._is_double(id, request.headers.get("x-peerurls", "")):
-            _reply_error(request, 412, ID_IN_USE, headers)
-            return False
-        sender = self._peers.get(id)
-        if sender is not None:
-            sender.heard_version(request.headers.get("x-server-version", ""))
-        return True
-
-    def _is_double(self, id: int, advertised: str) -> bool:
-        """Tell whether this id belongs to another process, ours perhaps; say so in the log."""
-        sender = self._peers.get(id)
-        if sender is not None:
-            other = sender.other_process(advertised)
-        else:
-            other = self._context.headers["X-Peerurls"] if id == self._member_id else ""
-        if other:
-            self._complaints.say(
+        elif other:
+            self._refuse(
+                request, 412, ID_IN_USE,
                 f"two processes use member id {id:x}, with the peer URLs [{other}] and"
-                f" [{advertised}]{DOUBLE_HINT}"
+                f" [{advertised}]{DOUBLE_HINT}",
             )
-        return bool(other)
+        else:
+            if id in self._peers:
+                self._peers[id].status.version = headers.get("x-server-version", "")
+            return True
+        return False
+
+    def _other_process(self, id: int, advertised: str) -> str:
+        """Return the peer URLs of another process with this id, perhaps of this one, or ""."""
+        if id in self._peers:
+            return self._peers[id].other_process(advertised)
+        return self._context.headers["X-Peerurls"] if id == self._member_id else ""
 
     def _remember_sender(self, request: HttpRequest, sender: Optional[int]) -> None:
-        """A member that we do not know yet says where it can be answered."""
+        """Note the peer URLs of a member that is not known here yet, to answer it."""
         urls = request.headers.get("x-peerurls", "")
         if not urls or sender is None or sender in self._remotes or self._is_removed(sender):
             return
@@ -469,16 +438,16 @@ class Transport:
 
 
 _SPOOLS_MAX = 2                     # snapshots that arrive at a time; above: 413
-_STRANGER_BODY_BYTES_MAX = 1 << 16      # of a sender that no one has told us of
+_UNKNOWN_BODY_BYTES_MAX = 1 << 16   # of a sender that is not known here; above: 413
 _SNAPSHOT_START = b"\x08%c" % MsgType.SNAP      # of an encoded MsgSnap
 
 
 def _posted_snapshot(
     body: Union[bytes, IO[bytes]], read_state: Callable[[bytes], Any], is_framed: bool
 ) -> Message:
-    """Return the MsgSnap in a POST, with the state of its store.  Raises CodecError, OSError.
+    """Return the MsgSnap in a POST, with its store state.  Raises CodecError, OSError.
 
-    is_framed  the form of 3.x: a length, the message, and a database of which we know nothing
+    is_framed  the form of 3.x: a length, the message, and a database, which is ignored
     """
     with io.BytesIO(body) if isinstance(body, bytes) else body as file:
         file.seek(0)

@@ -170,7 +170,6 @@ class Raft:
     # -- time ----------------------------------------------------------------
 
     def tick(self) -> None:
-        """Advance the logical clock by one tick."""
         if self.role is RaftRole.LEADER:
             self._tick_heartbeat()
         else:

@@ -118,7 +118,6 @@ class RaftLog:
         return entries
 
     def data_bytes(self, low: int, high: int) -> int:
-        """Return the bytes of data in the entries low <= index < high."""
         return sum([len(entry.data) for entry in self.slice(low, high)])
 
     def conf_changes(self, high: int) -> List[int]:
@@ -188,7 +187,6 @@ class RaftLog:
         self.commit = index
 
     def applied_to(self, index: int) -> None:
-        """Note that the state machine has everything up to `index`."""
         if not self.applied <= index <= self.commit:
             raise InvariantError(
                 f"applied {index} is out of range [{self.applied}, commit {self.commit}]"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from ..base.codec import decode_conf_change, encode_conf_change
 from ..base.errors import ProposalDropped
@@ -25,15 +25,15 @@ from .replication import RaftConfig
 
 
 class Ready(NamedTuple):
-    """What the server must do now, in this order where the order matters.
+    """The next work of the server, in this order where the order matters.
 
-    snapshot    came in: save it, then give it to the state machine
+    snapshot    received: save it, then give it to the state machine
     entries     append to the WAL; they may rewrite a suffix that was handed out before
     hard_state  write it behind the entries; None if unchanged since the last Ready
     must_sync   the above needs an fsync before `held` may leave
     messages    may be sent at once, before anything is written
     held        may be sent only when this Ready and all before it are durable
-    mark        give it back to persisted() when this Ready is durable
+    mark        goes to persisted() when this Ready is durable
     """
 
     hard_state: Optional[HardState]
@@ -49,7 +49,7 @@ _FRESH = HardState()
 
 
 class RawNode:
-    """The face of a Raft for the server and the simulator.  Thread: reactor.
+    """The interface of a Raft for the server and the simulator.  Thread: reactor.
 
     The cycle: step, tick, propose -> ready() -> write and sync -> persisted(mark) ->
     committed_entries() -> apply (apply_conf_change for conf changes) -> applied_to(index).
@@ -60,10 +60,10 @@ class RawNode:
         self, config: RaftConfig, *, hard_state: HardState = _FRESH,
         snapshot: Optional[Snapshot] = None, entries: Sequence[Entry] = (), applied: int = 0,
     ) -> None:
-        """Restart from what the disk holds; without arguments: a joiner that knows nobody.
+        """Restart from the state on disk; without arguments: a joiner that knows no other member.
 
         snapshot  only its index, term and voters are used
-        applied   the state machine is there already (0: at the snapshot)
+        applied   index of the state machine (0: at the snapshot)
 
         Raises InvariantError if hard_state.commit lies behind the last entry.
         """
@@ -97,18 +97,7 @@ class RawNode:
         raft.replication.set_voters(decode_conf_change(entry.data).node_id for entry in entries)
         return node
 
-    @property
-    def snapshot_source(self) -> Callable[[], Optional[Snapshot]]:
-        """Called for a follower whose entries are compacted; None: not ready, asked again."""
-        return self.raft.replication.snapshot_source
-
-    @snapshot_source.setter
-    def snapshot_source(self, source: Callable[[], Optional[Snapshot]]) -> None:
-        """Set by the server before the first tick."""
-        self.raft.replication.snapshot_source = source
-
     def tick(self, count: int = 1) -> None:
-        """Let `count` ticks pass: election timer, or heartbeats of a leader."""
         for _ in range(count):
             self.raft.tick()
 
@@ -121,9 +110,9 @@ class RawNode:
         self.raft.step(Message(MsgType.HUP))
 
     def transfer_leader(self, to: int) -> None:
-        """Leader: have `to` campaign once its log is complete; gives up after E ticks.
+        """Leader: let `to` campaign once its log is complete, and refuse proposals meanwhile.
 
-        Proposals are refused meanwhile.
+        Gives up after election_ticks.
         """
         self.raft.step(Message(MsgType.TRANSFER_LEADER, sender=to))
 
@@ -150,9 +139,9 @@ class RawNode:
             raft.step(message)
 
     def protocol_violation(self, message: Message) -> str:
-        """Say why no healthy member sends this message to us, or "".
+        """Return the reason why no healthy member sends this message to us, or "".
 
-        Whatever passes leaves a log that can be read, and a next term that can be written.
+        A message without one leaves a log that can be read, and a next term that can be written.
         """
         raft, kind = self.raft, message.type
         if kind in LOCAL_MESSAGES:
@@ -191,46 +180,40 @@ class RawNode:
         self.propose(Entry(EntryType.CONF_CHANGE, data=encode_conf_change(change)))
 
     def apply_conf_change(self, change: ConfChange) -> Tuple[int, ...]:
-        """Make an applied ConfChange entry count; return the voters.
-
-        To be called once for each such entry before applied_to() passes it, with node_id=0 if
-        the state machine refused it.
+        """Apply a ConfChange entry, with node_id=0 if the state machine refused it; return the
+        voters.  To be called once for each such entry before applied_to() passes it.
         """
         self.raft.apply_conf_change(change)
         return self.raft.voters
 
     def read_index(self, context: bytes) -> None:
-        """Ask how far the store must be for a read to see all that is acknowledged now.
+        """Request the index at which a read sees every write that is acknowledged now.
 
-        The answer comes through confirmed_reads(), or never: then ask again with another context.
+        The answer comes through confirmed_reads(), or never: then try again with another context.
         """
         self.raft.step(Message(MsgType.READ_INDEX, entries=[Entry(data=context)]))
 
     def confirmed_reads(self) -> List[Tuple[bytes, int]]:
-        """Return (context, index) of the questions that were answered since the last call."""
+        """Return (context, index) of the reads that were confirmed since the last call."""
         confirmed, self.raft.reads.confirmed = self.raft.reads.confirmed, []
         return confirmed
 
     def report_unreachable(self, id: int) -> None:
-        """A message to member `id` could not be delivered."""
         self.raft.replication.unreachable(id)
 
     def report_snapshot(self, id: int, ok: bool) -> None:
-        """The MsgSnap to member `id` was sent completely (`ok`), or failed."""
         self.raft.replication.snapshot_done(id, ok=ok)
 
     @property
     def commit_unsent(self) -> bool:
-        """True if a patient leader has not told everybody of its commit index."""
+        """True if a follower may not know the commit index (RaftConfig.defer_commit)."""
         return self.raft.replication.commit_unsent
 
     def broadcast_commit(self) -> None:
-        """Tell everybody now."""
         if self.raft.replication.commit_unsent:
             self.raft.replication.mark_all_due()
 
     def has_ready(self) -> bool:
-        """Tell whether ready() has something to hand out."""
         raft, known = self.raft, self._hard_state
         return (
             raft.log.has_unhanded or raft.log.commit != known.commit or not raft.mail.is_empty
@@ -242,21 +225,19 @@ class RawNode:
         return self.raft.role is RaftRole.LEADER and self.raft.replication.is_due
 
     def ready(self) -> Ready:
-        """Hand out what is to be written and sent, and move on."""
         raft = self.raft
         if self._is_append_due:
-            raft.replication.send_due()     # one MsgApp for all who are due, with all since
+            raft.replication.send_due()
         messages, held = raft.mail.take()
         snapshot, entries, mark = raft.log.hand_out()
         before, now = self._hard_state, HardState(raft.term, raft.vote, raft.log.commit)
         must_sync = bool(entries) or snapshot is not None or now[:2] != before[:2]
-        if now == before:
-            return Ready(None, entries, snapshot, must_sync, messages, held, mark)
         self._hard_state = now
-        return Ready(now, entries, snapshot, must_sync, messages, held, mark)
+        changed = now if now != before else None
+        return Ready(changed, entries, snapshot, must_sync, messages, held, mark)
 
     def persisted(self, mark: Mark) -> None:
-        """The Ready with this mark and all before it are durable."""
+        """Note that the Ready with this mark and all before it are durable."""
         if self.raft.log.stable_to(mark):
             self.raft.on_stable()
 
@@ -265,7 +246,6 @@ class RawNode:
         return self.raft.log.committed(max_entries)
 
     def applied_to(self, index: int) -> None:
-        """The state machine has everything up to `index`."""
         self.raft.log.applied_to(index)
 
     def compact(self, index: int) -> None:
@@ -273,15 +253,11 @@ class RawNode:
         self.raft.log.compact(index)
 
     def status(self) -> Status:
-        """Return a copy of what this member knows, for statistics."""
         raft = self.raft
         progress = raft.progress if raft.role is RaftRole.LEADER else {}
         return Status(
             raft.id, raft.term, raft.vote, raft.log.commit, raft.log.applied, raft.role, raft.lead,
-            {
-                member: (seen.match_index, seen.next_index, seen.state.name)
-                for member, seen in progress.items()
-            },
+            {id: (p.match_index, p.next_index, p.state.name) for id, p in progress.items()},
         )
 
 
@@ -291,7 +267,6 @@ def _is_contiguous(message: Message) -> bool:
 
 
 def _append_violation(message: Message) -> str:
-    """Why the entries of a MsgApp make no log, or ""."""
     if not _is_contiguous(message):
         return f"the entries do not follow entry {message.index} one by one"
     terms = [message.log_term, *[entry.term for entry in message.entries], message.term]

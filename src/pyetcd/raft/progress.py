@@ -46,7 +46,6 @@ class Progress:
 
     @property
     def is_paused(self) -> bool:
-        """True if no MsgApp may be sent now."""
         if self.state == ProgressState.REPLICATE:
             return len(self.inflights) >= self._window
         return self.paused or self.state == ProgressState.SNAPSHOT
@@ -71,7 +70,6 @@ class Progress:
         self.inflights.clear()
 
     def sent(self, last: int) -> None:
-        """Note a MsgApp whose last entry is `last`."""
         if self.state == ProgressState.REPLICATE:
             self.next_index = last + 1
             self.inflights.append(last)

@@ -245,11 +245,9 @@ class PendingReads:
         return next(reversed(self._rounds), None) if self._rounds else None
 
     def clear(self) -> None:
-        """Begin a new term: requesters ask again."""
         self._rounds.clear()
 
     def begin(self, context: bytes, index: int, requester: int) -> None:
-        """Leader: begin the round of a read by member `requester`."""
         if len(self._rounds) < READ_ROUNDS_MAX:
             self._rounds[context] = ReadRound(index, requester, set())
 

@@ -1,4 +1,4 @@
-"""Nodes of the key tree, and events: what a change is.
+"""Nodes of the key tree, events, and their JSON.
 
 Paths are internal and clean: `/1/foo` is the user's `/foo`.  Time is passed in.
 """
@@ -19,34 +19,22 @@ from ..base.text import (
     text_of_long,
 )
 
-EXPIRES_NS_MIN = 946_684_800 * NS   # 2000-01-01; an earlier instant is permanent for set and create
-TTL_STALE_MIN = 64                  # stale heap entries always tolerated; above and > live: rebuilt
 LONG_VALUE_CHARS = 4_096            # of a value: above, it is kept as the JSON that is sent
 SHOWN_VALUE_CHARS = 4_096           # of a value in the text of an error; above: cut
-SNAPSHOT_SLICE_NODES = 500          # nodes per slice of a snapshot walk: 1 ms, all with ttl 3
-SNAPSHOT_SLICE_CHARS = 1 << 18      # ... and text, or more with the last of them
-SNAPSHOT_PROGRESS_NODES = 20_000    # read between two words about it
-SNAPSHOT_SORT_MAX = 1_000           # children of larger directories stay in insertion order
-LISTING_BLOCK_NODES = 100           # encoded at once
-LISTING_BLOCK_CHARS = 1 << 16       # ... unless their values are longer together
-LISTING_SORT_RUN = 4_000            # children sorted at once: 2 ms
-LISTING_SLICE_WORK = 4_000          # nodes, or as much text, of a listing in one slice: 2 ms
-LISTING_NODE_CHARS = 500            # text that is as much work as a node
 
 Texts = Iterator[Union[str, bytes]]     # JSON in pieces, of which the long ones are shared
-_READ_ONLY = frozenset(("/", "/0", "/1"))
 _PERMANENT = "0001-01-01T00:00:00Z"     # Go's zero time
 
 
 class Node:
-    """A file, replaced as a whole by every write: who holds one may keep it.
+    """A file.  Immutable: every write replaces it as a whole.
 
     value           the text; None only in the node of a delete or expire event
     created_index,
     modified_index  store indexes
     expires_ns      unix nanoseconds; 0: permanent
 
-    The store knows a node by its path; the node does not.  64 bytes on CPython 3.11.
+    The store knows the path of a node; the node does not.  64 bytes on CPython 3.11.
     """
 
     __slots__ = ("value", "created_index", "modified_index", "expires_ns")
@@ -61,13 +49,13 @@ class Node:
         self.expires_ns = expires_ns
 
     def ttl_s(self, now_ns: int) -> int:
-        """Return the seconds left, rounded up; 0 or less once it is over, 0 if permanent."""
+        """Return the seconds left, rounded up; 0 or less when expired, 0 if permanent."""
         return -((now_ns - self.expires_ns) // NS) if self.expires_ns else 0
 
 
 class LongNode(Node):
-    """A file whose long value is kept as it is shown: as JSON, which every value becomes at least
-    once, but which takes up to 60 ns a character.
+    """A file with a long value, stored as JSON: every value is shown as JSON at least once, and
+    the encoding takes up to 60 ns a character.
     """
 
     __slots__ = ("json",)
@@ -82,11 +70,10 @@ class LongNode(Node):
 
     @property
     def value(self) -> str:  # type: ignore[override]
-        """The text: 10 MB take some ms."""
+        """The text; 10 MB take some ms."""
         return text_of_long(self.json)
 
     def has_value(self, value: Value) -> bool:
-        """True if this is its value."""
         if isinstance(value, str):
             value = long_text(value) if len(value) > LONG_VALUE_CHARS else ()
         if value == self.json or sum(map(len, value)) != sum(map(len, self.json)):
@@ -95,7 +82,6 @@ class LongNode(Node):
 
 
 def file_node(value: Value, created_index: int, modified_index: int, expires_ns: int) -> Node:
-    """Return the node of a file."""
     if isinstance(value, str):
         if len(value) <= LONG_VALUE_CHARS:
             return Node(value, created_index, modified_index, expires_ns)
@@ -104,12 +90,11 @@ def file_node(value: Value, created_index: int, modified_index: int, expires_ns:
 
 
 def stored_value(node: Node) -> Value:
-    """The value of a file as it is kept."""
     return node.json if isinstance(node, LongNode) else node.value or ""
 
 
 def value_excerpt(value: Value) -> str:
-    """A value in the text of an error.  Differs from etcd, which shows 20 MB."""
+    """Return a value for the text of an error.  Differs from etcd, which shows 20 MB."""
     text = value if isinstance(value, str) else text_of_long(value[:1])
     is_all = isinstance(value, str) and len(value) <= SHOWN_VALUE_CHARS
     return text if is_all else text[:SHOWN_VALUE_CHARS] + "..."
@@ -132,53 +117,46 @@ class Directory(Node):
 
 
 def _node_ends(key: str, node: Node, ttl_s: int) -> Tuple[str, str]:
-    """Return the JSON of a node in an event before and after the place of its `nodes`.
+    """Return the JSON of a node in an event before and after its `nodes`, or its long value.
 
     key  already encoded; `""` is the root, which has neither key nor indexes
     """
-    members = [] if key == '""' else [f'"key":{key}']
-    if node.value is not None:
-        members.append(f'"value":{json_string(node.value)}')
-    if node.children is not None:
-        members.append('"dir":true')
-    if node.expires_ns:
-        members.append(f'"expiration":"{format_time(node.expires_ns)}"')
+    members = "" if key == '""' else f',"key":{key}'
+    expires = f',"expiration":"{format_time(node.expires_ns)}"' if node.expires_ns else ""
     if ttl_s:
-        members.append(f'"ttl":{ttl_s}')
-    tail = f',"modifiedIndex":{node.modified_index}' if node.modified_index else ""
+        expires += f',"ttl":{ttl_s}'
+    indexes = f',"modifiedIndex":{node.modified_index}' if node.modified_index else ""
     if node.created_index:
-        tail += f',"createdIndex":{node.created_index}'
-    return "{" + ",".join(members), tail + "}"
+        indexes += f',"createdIndex":{node.created_index}'
+    if isinstance(node, LongNode):
+        return f'{{{members[1:]},"value":"', f'"{expires}{indexes}}}'
+    if node.value is not None:
+        members += f',"value":{json_string(node.value)}'
+    if node.children is not None:
+        members += ',"dir":true'
+    return f"{{{(members + expires)[1:]}", indexes + "}"
 
 
 def _node_texts(key: str, node: Node, ttl_s: int) -> Texts:
-    """The JSON of a file in pieces, with no copy of a long value."""
-    if not isinstance(node, LongNode):
-        yield _node_json(key, node, ttl_s)
-        return
-    expires = ""
-    if node.expires_ns:
-        ttl = f',"ttl":{ttl_s}' if ttl_s else ""
-        expires = f',"expiration":"{format_time(node.expires_ns)}"{ttl}'
-    yield f'{{"key":{key},"value":"'
-    yield from node.json
-    yield (
-        f'"{expires},"modifiedIndex":{node.modified_index}'
-        f',"createdIndex":{node.created_index}}}'
-    )
+    """Yield the JSON of a file in pieces, with no copy of a long value."""
+    head, tail = _node_ends(key, node, ttl_s)
+    yield head
+    if isinstance(node, LongNode):
+        yield from node.json
+    yield tail
 
 
 def _node_json(key: str, node: Node, ttl_s: int) -> str:
     if node.value is None or node.expires_ns:
         return "".join(_node_ends(key, node, ttl_s))
-    return (                            # what most nodes are: 0.7 us instead of 1.7
+    return (                            # the usual node: 0.7 us instead of 1.7
         f'{{"key":{key},"value":{json_string(node.value)},'
         f'"modifiedIndex":{node.modified_index},"createdIndex":{node.created_index}}}'
     )
 
 
 class Event:
-    """What one operation did to one key; never changed after it was made.
+    """The effect of one operation on one key.  Immutable.
 
     action    get, set, create, update, compareAndSwap, delete, compareAndDelete or expire
     key       full internal path
@@ -186,8 +164,8 @@ class Event:
     prev      as it was before, or None
     index     store index of the change; for a get, the current one
     ttl_s,
-    prev_ttl_s  seconds left of both when it happened; 0: permanent or just over
-    refresh   True: kept in the history, but announced to nobody
+    prev_ttl_s  seconds left of both when it happened; 0: permanent or expired
+    refresh   True: kept in the history, without a notification of watchers
     Source: etcd 2.3 store/event.go.
     """
 
@@ -219,9 +197,9 @@ class Event:
         return isinstance(self.node, LongNode) or isinstance(self.prev, LongNode)
 
     def client_pieces(self) -> Sequence[bytes]:
-        """Return the line that clients get, ending in a newline: made once, shared by all.
+        """Return the line for clients, ending in a newline: encoded once, shared by all.
 
-        The namespace (`/1`) is taken off the keys.
+        The keys are without the namespace (`/1`).
         """
         if self._json is None:
             if self._is_long:
@@ -231,7 +209,6 @@ class Event:
         return self._json
 
     def client_json(self) -> bytes:
-        """Return the same in one piece."""
         return b"".join(self.client_pieces())
 
     def history_texts(self) -> Texts:
@@ -245,7 +222,7 @@ class Event:
 
     def _text(self, key: str) -> str:
         node, prev = self.node, self.prev
-        if (                            # what most events are: 1.6 us instead of 2.3
+        if (                            # the usual event: 1.6 us instead of 2.3
             prev is not None and prev.value is not None and node.value is not None
             and not (node.expires_ns or prev.expires_ns)
             and _JSON_UNSAFE.search(f"{key}{node.value}{prev.value}") is None
@@ -263,7 +240,6 @@ class Event:
         return f'{text},"prevNode":{_node_json(key, self.prev, self.prev_ttl_s)}'
 
     def _texts(self, key: str) -> Texts:
-        """What _text() returns, in pieces."""
         key = json_string(key)
         yield f'{{"action":"{self.action}","node":'
         yield from _node_texts(key, self.node, self.ttl_s)

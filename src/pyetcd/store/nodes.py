@@ -18,16 +18,16 @@ class NodeTree:
     second string: the dict and the parent's children hold the same path.  100,000 keys of 10
     characters with 64-byte values take 370 bytes each.
 
-    A directory takes what is below it out of reach at once, but its nodes stay for a while, dead.
+    The removal of a directory detaches the nodes below it at once, and frees them over many turns.
     """
 
     def __init__(self) -> None:
         self._ttl = TtlHeap()
         self._walks: List[TreeWalk] = []                # the snapshot and the listings under way
-        self._dead: Tuple[str, ...] = ()                # the directories, each with a slash
-        self._dying: List[Dict[str, None]] = []         # children of dead ones, yet to be removed
-        self._old: List[Tuple[Dict[str, Node], List[TreeWalk]]] = []    # trees before become()
-        self._room: float = math.inf                    # nodes that this turn may remove
+        self._detached: Tuple[str, ...] = ()            # removed directories, each with a slash
+        self._unfreed: List[Dict[str, None]] = []       # children of removed directories
+        self._replaced: List[Tuple[Dict[str, Node], List[TreeWalk]]] = []   # earlier trees
+        self._budget: float = math.inf                  # nodes that this turn may free
         self._nodes: Dict[str, Node] = {                # no path without its parents
             "/": Directory(0, 0, 0, {"/0": None, "/1": None}),
             "/0": Directory(0, 0, 0, {}),
@@ -35,74 +35,67 @@ class NodeTree:
         }
 
     def __len__(self) -> int:
-        """The number of nodes, directories included, and those out of reach."""
         return len(self._nodes)
 
     @property
     def accepts_changes(self) -> bool:
-        """True if a change may be applied in this turn; False: after the next tidy()."""
-        return not self._dead and self._room > 0
+        """True if a change may be applied in this turn; False: after the next collect_garbage()."""
+        return not self._detached and self._budget > 0
 
     @property
     def has_garbage(self) -> bool:
-        """True if tidy() has something to do."""
-        return bool(self._dead) or bool(self._old) and not self._old[0][1]
+        return bool(self._detached) or bool(self._replaced) and not self._replaced[0][1]
 
-    def tidy(self) -> None:
-        """Remove REMOVED_NODES_MAX nodes at most until the next call.
+    def collect_garbage(self) -> None:
+        """Free REMOVED_NODES_MAX nodes at most until the next call.
 
-        More may go at one index, with a directory: what is below it is out of reach at once, but
-        removed in this call and those of the next turns.  As long as this was never called,
-        all is removed at once.
+        A removed directory with more is freed in this call and those of the next turns.  Before
+        the first call there is no limit.
         """
-        self._room = REMOVED_NODES_MAX
-        self._bury()
-        if self._old and not self._old[0][1]:       # and no walk reads it any more
-            nodes = self._old[0][0]
+        self._budget = REMOVED_NODES_MAX
+        self._free_detached()
+        if self._replaced and not self._replaced[0][1]:     # and no walk reads it any more
+            nodes = self._replaced[0][0]
             for _ in range(min(len(nodes), REMOVED_NODES_MAX)):
                 nodes.popitem()
             if not nodes:
-                del self._old[0]
+                del self._replaced[0]
 
-    def _replace(self, nodes: Dict[str, Node], ttl: TtlHeap) -> None:
-        """Be another tree; tidy() frees this one."""
-        self._dead, self._dying = (), []
+    def _replace_tree(self, nodes: Dict[str, Node], ttl: TtlHeap) -> None:
+        self._detached, self._unfreed = (), []
         if len(self._nodes) > REMOVED_NODES_MAX:
-            self._old.append((self._nodes, self._walks))
+            self._replaced.append((self._nodes, self._walks))
         self._walks = []                        # a walk under way keeps the tree it began with
         self._nodes, self._ttl = nodes, ttl
 
-    def _drop(self, path: str) -> None:
-        """Remove one node; what was below it dies."""
+    def _free(self, path: str) -> None:
+        """Remove one node; its children are freed later."""
         node = self._nodes.pop(path)
-        self._room -= 1
+        self._budget -= 1
         for walk in self._walks:
             walk.keep(path, node)
         if node.expires_ns:
             self._ttl.set(path, 0)
         if node.children:
-            self._dying.append(node.children)   # emptied: events of the past must not hold it
+            self._unfreed.append(node.children)     # emptied: no event of the past may hold it
 
-    def _bury(self) -> None:
-        """Remove dying nodes, as many as there is room for."""
-        dying = self._dying
-        while dying and self._room > 0:
-            children = dying[-1]
+    def _free_detached(self) -> None:
+        while self._unfreed and self._budget > 0:
+            children = self._unfreed[-1]
             if children:
-                self._drop(children.popitem()[0])
+                self._free(children.popitem()[0])
             else:
-                dying.pop()
-        if not dying:
-            self._dead = ()
+                self._unfreed.pop()
+        if not self._unfreed:
+            self._detached = ()
 
-    def _found(self, path: str) -> Optional[Node]:
-        """The node at `path` that can be reached."""
-        return None if path.startswith(self._dead) else self._nodes.get(path)
+    def _reachable(self, path: str) -> Optional[Node]:
+        return None if path.startswith(self._detached) else self._nodes.get(path)
 
     def _to_change(self, path: str) -> Optional[Node]:
-        """The same; what is dead has gone before anything changes."""
-        if self._dead:
-            room, self._room = self._room, math.inf
-            self._bury()
-            self._room = room
+        """Return the node at `path`, after all detached nodes are freed."""
+        if self._detached:
+            budget, self._budget = self._budget, math.inf
+            self._free_detached()
+            self._budget = budget
         return self._nodes.get(path)

@@ -1,4 +1,4 @@
-"""The store: the key tree and the operations on it.
+"""The store: the operations on the key tree.
 
 Time is passed in.
 """
@@ -34,13 +34,10 @@ from ..base.errors import (
     NotFile,
     RootReadOnly,
 )
-from ..base.limits import EXPIRED_KEYS_MAX, HISTORY_EVENTS_MAX
+from ..base.limits import EXPIRED_KEYS_MAX, HISTORY_EVENTS_MAX, NS
 from ..base.text import Value, as_unicode, in_pieces, json_string, load_json, parse_time
 from .events import (
     _PERMANENT,
-    _READ_ONLY,
-    EXPIRES_NS_MIN,
-    SNAPSHOT_PROGRESS_NODES,
     Directory,
     Event,
     LongNode,
@@ -54,6 +51,10 @@ from .events import (
 from .nodes import NodeTree
 from .walks import Listing, SnapshotWalk, parent_path
 from .watchers import EventHistory, StoreStats, TtlHeap, Watcher, WatcherHub
+
+EXPIRES_NS_MIN = 946_684_800 * NS   # 2000-01-01; an earlier instant is permanent for set and create
+SNAPSHOT_PROGRESS_NODES = 20_000    # read between two reports of progress
+_READ_ONLY = frozenset(("/", "/0", "/1"))
 
 
 def _number(members: Mapping[str, Any], name: str) -> int:
@@ -79,11 +80,11 @@ def _unquote(string: str) -> str:
 def _read_tree(
     text: str, progress: Callable[[float, int], None]
 ) -> Tuple[Dict[str, Node], int]:
-    """Return the nodes of a snapshot by path, and where in `text` their JSON ends.
+    """Return the nodes of a snapshot by path, and the end of their JSON in `text`.
 
-    Reads node after node, which Go writes in one order of members, instead of the nested
-    objects: keys may be deeper than json.loads goes, and its 100,000 dicts would take four
-    times the memory of the nodes.  A quote inside a string is escaped, so none looks like a node.
+    Reads node after node, as Go writes their members in one order, instead of the nested objects:
+    keys may be deeper than json.loads goes, and its 100,000 dicts would take four times the memory
+    of the nodes.  A quote inside a string is escaped, so no string looks like a node.
     """
     nodes: Dict[str, Node] = {}
     end = len('{"Root":')
@@ -92,7 +93,7 @@ def _read_tree(
         end = match.end()
         _, path, created, modified, expires, _, value, children = match.groups()
         path, created_index = _unquote(path), int(created)
-        modified_index = created_index if modified == created else int(modified)    # one int, if so
+        modified_index = created_index if modified == created else int(modified)    # share the int
         expires_ns = 0 if expires == _PERMANENT else parse_time(expires)
         if children is None:
             nodes[path] = file_node(_unquote(value), created_index, modified_index, expires_ns)
@@ -136,21 +137,21 @@ def _read_event_node(members: Mapping[str, Any]) -> Node:
 
 
 class StoreState(NamedTuple):
-    """What a snapshot says, read and checked: to become it takes a store no time."""
+    """A decoded and checked snapshot, which a store installs in no time."""
 
     nodes: Dict[str, Node]
     ttl: TtlHeap
     current_index: int
     stats: Dict[str, int]
     events: List[Event]                 # the history, oldest first
-    back: int                           # of its ring
+    back: int                           # of the history's ring
     capacity: int
 
     @classmethod
     def read(
         cls, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
     ) -> StoreState:
-        """Return the state in a snapshot's data.  Raises ValueError if it holds none."""
+        """Decode a snapshot's data.  Raises ValueError if it is not of a store."""
         try:
             text = data.decode("utf-8", "replace")
             nodes, end = _read_tree(text, progress)
@@ -179,7 +180,6 @@ class StoreState(NamedTuple):
 
     @property
     def version(self) -> str:
-        """The cluster version in it; "": not decided."""
         node = self.nodes.get("/0/version")
         return (node.value if node is not None else None) or ""
 
@@ -191,7 +191,7 @@ _SLOT_END = re.compile(r"\s*([,\]])")
 def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
     """Return the slots of the history's ring, and the text from `end` on without them.
 
-    One after the other: all together, 1,000 events of 100 KB would stop every thread for 0.5 s.
+    One by one: json.loads of 1,000 events of 100 KB would stop every thread for 0.5 s.
     """
     slots: List[Optional[Event]] = []
     first = text.find(_SLOTS, end) + len(_SLOTS)
@@ -209,9 +209,9 @@ def _read_slots(text: str, end: int) -> Tuple[List[Optional[Event]], str]:
 
 
 class Store(NodeTree):
-    """The key tree and what changes it.
+    """The key tree, its watchers and counters.
 
-    now_ns      unix nanoseconds, only to show how much of a ttl is left
+    now_ns      unix nanoseconds, to show the rest of a ttl
     expires_ns  unix nanoseconds; 0: permanent
     current_index  number of changes so far; every change makes one event
 
@@ -233,16 +233,17 @@ class Store(NodeTree):
         return Event("get", path, node, None, self.current_index, now_ns, encoded=encoded)
 
     def file_json(self, path: str, *, recursive: bool = False, now_ns: int) -> Sequence[bytes]:
-        """Return the line that answers the GET of a file, in pieces; none for a directory: see
-        listing().  A hot path.  recursive: as asked, to be counted.  Raises KeyNotFound, NotDir.
+        """Return the answer to the GET of a file, in pieces; () for a directory: see listing().
+
+        A hot path.  recursive is only counted.  Raises KeyNotFound, NotDir.
         """
         node = self._nodes.get(path)
-        if self._dead and path.startswith(self._dead):
+        if self._detached and path.startswith(self._detached):
             node = None
         if recursive:
             self.recursive_gets["fail" if node is None else "success"] += 1
         if node is None:
-            raise self._failed("gets", self._missing(path))
+            raise self._count_failure("gets", self._not_found(path))
         self.stats.gets_success += 1
         if node.children is not None:
             return ()
@@ -254,13 +255,13 @@ class Store(NodeTree):
     def listing(
         self, path: str, *, recursive: bool = False, sorted: bool = False, now_ns: int
     ) -> Listing:
-        """Begin the answer to the GET of a directory: of this moment, to be made in slices.
+        """Begin the answer to the GET of a directory, as of now; its work() makes it in slices.
 
-        Not counted.  Raises KeyNotFound, NotDir, also if it is a file.
+        Not counted.  Raises KeyNotFound, NotDir, also for a file.
         """
-        node = self._found(path)
+        node = self._reachable(path)
         if node is None:
-            raise self._missing(path)
+            raise self._not_found(path)
         if node.children is None:
             raise NotDir(path[2:], self.current_index)
         return Listing(
@@ -270,12 +271,12 @@ class Store(NodeTree):
 
     def value(self, path: str) -> Optional[str]:
         """Return the value of a file, or None; not counted."""
-        node = self._found(path)
+        node = self._reachable(path)
         return None if node is None else node.value
 
     def children(self, path: str) -> List[Tuple[str, bool]]:
-        """Return (name, is directory) of all children, hidden ones too; [] if there are none."""
-        node = self._found(path)
+        """Return (name, is directory) of each child, hidden ones too."""
+        node = self._reachable(path)
         if node is None or not node.children:
             return []
         return [
@@ -290,7 +291,7 @@ class Store(NodeTree):
         """Call deliver(event) for the first event on `path` with index >= since; stream: for each.
 
         since  0: from the next change on
-        lost   called if a recover() leaves out events that this watch should have had; it is over
+        lost   called at the end of the watch if a snapshot skips events for it
 
         Events of the history are delivered before this returns.  Raises EventIndexCleared.
         Source: etcd 2.3 store/watcher_hub.go, watch.
@@ -312,25 +313,22 @@ class Store(NodeTree):
     ) -> Event:
         """Put a new file, or with `dir` an empty directory, at `path`; a file there is replaced.
 
-        refresh  keep the value of the file that must be there, and tell no watcher
+        refresh  keep the value of the file, which must exist, and notify no watcher
         Raises NotFile, NotDir, RootReadOnly, KeyNotFound (refresh only).
         """
         old = self._to_change(path)
         if old is None:
             if refresh:
-                raise self._failed("sets", self._missing(path))
+                raise self._count_failure("sets", self._not_found(path))
         elif path in _READ_ONLY:
-            raise self._failed("sets", RootReadOnly("/", self.current_index))
+            raise self._count_failure("sets", RootReadOnly("/", self.current_index))
         elif old.children is not None:
-            raise self._failed("sets", NotFile(path[2:], self.current_index))
+            raise self._count_failure("sets", NotFile(path[2:], self.current_index))
         elif refresh:
             value = stored_value(old)
-        try:
-            event = self._place(
-                "set", path, old, None if dir else value, expires_ns, now_ns, refresh
-            )
-        except NotDir as error:
-            raise self._failed("sets", error) from None
+        event = self._put_new(
+            "set", path, old, None if dir else value, expires_ns, now_ns, refresh
+        )
         self.stats.sets_success += 1
         return event
 
@@ -338,21 +336,17 @@ class Store(NodeTree):
         self, path: str, *, dir: bool = False, value: Value = "", unique: bool = False,
         expires_ns: int = 0, now_ns: int,
     ) -> Event:
-        """Make a new file or directory at `path`, or below it under a number (unique).
+        """Make a new file or directory at `path`, or with `unique` below it under a number.
 
         Raises NodeExists, NotDir, RootReadOnly.
         """
         if unique:
             path = f"{path}/{self.current_index + 1:020d}"
         if path in _READ_ONLY:
-            raise self._failed("create", RootReadOnly("/", self.current_index))
+            raise self._count_failure("create", RootReadOnly("/", self.current_index))
         if self._to_change(path) is not None:
-            raise self._failed("create", NodeExists(path[2:], self.current_index))
-        try:
-            event = self._place("create", path, None, None if dir else value, expires_ns, now_ns)
-        except NotDir as error:
-            self.stats.sets_fail += 1           # etcd counts this one in both
-            raise self._failed("create", error) from None
+            raise self._count_failure("create", NodeExists(path[2:], self.current_index))
+        event = self._put_new("create", path, None, None if dir else value, expires_ns, now_ns)
         self.stats.create_success += 1
         return event
 
@@ -367,7 +361,7 @@ class Store(NodeTree):
         """
         old = self._to_change(path)
         if old is None:
-            raise self._failed("update", self._missing(path))
+            raise self._count_failure("update", self._not_found(path))
         self.stats.update_success += 1          # also of the two failures below, as in etcd
         if path in _READ_ONLY:
             raise RootReadOnly("/", self.current_index)
@@ -378,8 +372,8 @@ class Store(NodeTree):
         index, children = self.current_index + 1, old.children
         stored = Directory(old.created_index, old.modified_index, expires_ns, children)
         shown = Directory(old.created_index, index, expires_ns, children)
-        self._put(path, old, stored)
-        return self._done(Event("update", path, shown, old, index, now_ns, refresh))
+        self._put_node(path, old, stored)
+        return self._publish(Event("update", path, shown, old, index, now_ns, refresh))
 
     def compare_and_swap(
         self, path: str, *, prev_value: Value = "", prev_index: int = 0, value: Value = "",
@@ -392,9 +386,9 @@ class Store(NodeTree):
             self.stats.compare_and_swap_success += 1        # as etcd counts
             raise RootReadOnly("/", self.current_index)
         try:
-            old = self._compared(path, prev_value, prev_index)
+            old = self._checked_file(path, prev_value, prev_index)
         except EtcdError as error:
-            raise self._failed("compare_and_swap", error) from None
+            raise self._count_failure("compare_and_swap", error) from None
         self.stats.compare_and_swap_success += 1
         return self._rewrite("compareAndSwap", path, old, value, expires_ns, now_ns, refresh)
 
@@ -410,12 +404,12 @@ class Store(NodeTree):
             raise RootReadOnly("/", self.current_index)
         old = self._to_change(path)
         if old is None:
-            raise self._failed("delete", self._missing(path))
+            raise self._count_failure("delete", self._not_found(path))
         if old.children is not None and not recursive:
             if not dir:
-                raise self._failed("delete", NotFile(path[2:], self.current_index))
+                raise self._count_failure("delete", NotFile(path[2:], self.current_index))
             if old.children:
-                raise self._failed("delete", DirNotEmpty(path[2:], self.current_index))
+                raise self._count_failure("delete", DirNotEmpty(path[2:], self.current_index))
         self.stats.delete_success += 1
         return self._remove("delete", path, old, now_ns)
 
@@ -426,28 +420,28 @@ class Store(NodeTree):
         Raises CompareFailed, KeyNotFound, NotDir, NotFile (also for the root, with no cause).
         """
         try:
-            old = self._compared(path, prev_value, prev_index)
+            old = self._checked_file(path, prev_value, prev_index)
         except (CompareFailed, NotFile):
             self.stats.compare_and_delete_success += 1      # as etcd counts
             raise
         except EtcdError as error:
-            raise self._failed("compare_and_delete", error) from None
+            raise self._count_failure("compare_and_delete", error) from None
         self.stats.compare_and_delete_success += 1
         return self._remove("compareAndDelete", path, old, now_ns)
 
     def begin_turn(self) -> None:
-        """Go on with what was left from the turns before; from now on a turn does a bit of it."""
+        """Go on with notifications and removals; from now on they are spread over turns."""
         self.hub.begin_turn()
-        self.tidy()
+        self.collect_garbage()
 
     def delete_expired(self, cutoff_ns: int) -> List[Event]:
-        """Remove what expires at or before `cutoff_ns`, earliest first; one event each."""
+        """Remove the nodes that expire at or before `cutoff_ns`, earliest first; one event each."""
         events: List[Event] = []
         while True:
             expires_ns, path = self._ttl.first()
             if not path or expires_ns > cutoff_ns:
                 return events
-            if path.startswith(self._dead):
+            if path.startswith(self._detached):
                 self._ttl.set(path, 0)
                 continue
             self.stats.expire_count += 1
@@ -455,25 +449,24 @@ class Store(NodeTree):
 
     @property
     def has_ttl(self) -> bool:
-        """True if any node expires."""
         return len(self._ttl) > 0
 
     def expiry_step_ns(self, until_ns: int) -> int:
-        """Return a time up to `until_ns` by which few keys are over, but one if any is by then."""
+        """Return a time up to `until_ns` by which some keys expire, but not too many at once."""
         return self._ttl.nth_ns(EXPIRED_KEYS_MAX, until_ns)
 
     def snapshot_chunks(self) -> Generator[bytes, None, None]:
-        """Yield the snapshot of this moment, of the first next(), in slices of some ms.
+        """Yield the snapshot as of the first next(), in slices of some ms.
 
-        The store may change between slices; the snapshot does not see it.  Close the generator
-        to give up.  Raises InvariantError if another walk is under way.
+        Changes between slices are not in it.  Close the generator to give up.  Raises
+        InvariantError if another snapshot is under way.
         Source: etcd 2.3 store/store.go, Save.
         """
         if any(isinstance(walk, SnapshotWalk) for walk in self._walks):
             raise InvariantError("a snapshot walk is under way")
         walk = SnapshotWalk(self._nodes, self._walks)
         stats = copy.copy(self.stats)
-        stats.watchers = 0                      # they are no part of the state
+        stats.watchers = 0                      # not a part of the state
         end = f',"CurrentIndex":{self.current_index},"Stats":{stats.json()},"CurrentVersion":2}}'
         try:
             yield from walk.chunks(self.hub.history.pieces(), end)
@@ -481,56 +474,57 @@ class Store(NodeTree):
             walk.end()
 
     def save(self) -> bytes:
-        """Return a whole snapshot at once."""
         return b"".join(self.snapshot_chunks())
 
     def count_files(self, directory: str) -> int:
-        """Return how many files there are below `directory`, at any depth; looks at every node."""
+        """Return the number of files below `directory`, at any depth; reads every node."""
         below = directory + "/"
         return sum(n.children is None and p.startswith(below) for p, n in self._nodes.items())
 
     def replace_files(self, directory: str, files: Mapping[str, str]) -> None:
-        """Have only `files`, path -> value, below `directory`: without a new index or an event."""
+        """Put `files`, path -> value, in the place of all below `directory`, without an event."""
         below = directory + "/"
         for path in [path for path in self._nodes if path.startswith(below)]:
             del self._nodes[path]
         (self._nodes[directory].children or {}).clear()
         for path, value in files.items():
             self._make_parents(path, self.current_index)
-            self._put(path, None, file_node(value, self.current_index, self.current_index, 0))
+            self._put_node(path, None, file_node(value, self.current_index, self.current_index, 0))
 
     def recover(
         self, data: bytes, progress: Callable[[float, int], None] = lambda share, nodes: None
     ) -> None:
-        """Become what the snapshot `data` says; watchers are told what has happened meanwhile.
+        """Install the snapshot `data`.  Raises ValueError, before any change, if it is not one.
 
         progress  called now and then with the share that is read, 0.0 to 1.0, and the nodes in it
-
-        Raises ValueError if it is no snapshot of a store, and then nothing has changed.
         """
         self.install(StoreState.read(data, progress))
 
     def install(self, state: StoreState) -> None:
-        """Take over a state, whose only owner this store is from now on.
+        """Take ownership of a snapshot's state, and notify the watchers of its events.
 
-        Nodes already over leave with the next delete_expired.
-        Source: etcd 2.3 store/store.go, Recovery.
+        Expired nodes go with the next delete_expired.  Source: etcd 2.3 store/store.go, Recovery.
         """
-        self._replace(state.nodes, state.ttl)
+        self._replace_tree(state.nodes, state.ttl)
         seen, self.current_index = self.current_index, state.current_index
         self.stats.load(state.stats)
         self.hub.history.load(state.events, state.back, state.capacity)
         if self.current_index > seen:
             self.hub.catch_up(seen)
 
-    def _place(
+    def _put_new(
         self, action: str, path: str, old: Optional[Node], value: Optional[Value],
         expires_ns: int, now_ns: int, refresh: bool = False,
     ) -> Event:
-        """Put a file, or a directory if value is None, where `old` or nothing is.  A hot path."""
+        """Put a file, or a directory if value is None, in the place of `old`.  A hot path."""
         index = self.current_index + 1
         if old is None:
-            self._make_parents(path, index)
+            try:
+                self._make_parents(path, index)
+            except NotDir:
+                self.stats.sets_fail += 1
+                self.stats.create_fail += action == "create"    # etcd counts it in both
+                raise
         if expires_ns < EXPIRES_NS_MIN:
             expires_ns = 0
         node = (
@@ -538,23 +532,23 @@ class Store(NodeTree):
             else file_node(value, index, index, expires_ns)
         )
         if self._walks or expires_ns or (old is not None and old.expires_ns):
-            self._put(path, old, node)
+            self._put_node(path, old, node)
         else:
             self._nodes[path] = node
-        return self._done(Event(action, path, node, old, index, now_ns, refresh))
+        return self._publish(Event(action, path, node, old, index, now_ns, refresh))
 
     def _rewrite(
         self, action: str, path: str, old: Node, value: Value, expires_ns: int, now_ns: int,
         refresh: bool,
     ) -> Event:
-        """Give the file `old` a value and a TTL; it stays the same key."""
+        """Give the file `old` a value and a TTL, keeping its created index."""
         index = self.current_index + 1
         text = stored_value(old) if refresh else value
         node = file_node(text, old.created_index, index, expires_ns)
-        self._put(path, old, node)
-        return self._done(Event(action, path, node, old, index, now_ns, refresh))
+        self._put_node(path, old, node)
+        return self._publish(Event(action, path, node, old, index, now_ns, refresh))
 
-    def _put(self, path: str, old: Optional[Node], node: Node) -> None:
+    def _put_node(self, path: str, old: Optional[Node], node: Node) -> None:
         for walk in self._walks:
             walk.keep(path, old)
         self._nodes[path] = node
@@ -562,7 +556,7 @@ class Store(NodeTree):
             self._ttl.set(path, node.expires_ns)
 
     def _make_parents(self, path: str, index: int) -> None:
-        """Enter `path` in its directory, made if need be.  Raises NotDir before any change."""
+        """Enter `path` in its directory, with all missing parents.  Raises NotDir before that."""
         missing = [path]
         while True:
             path = parent_path(path)
@@ -577,7 +571,7 @@ class Store(NodeTree):
             path = missing.pop()
             children[path] = None
             children = {}
-            self._put(path, None, Directory(index, index, 0, children))
+            self._put_node(path, None, Directory(index, index, 0, children))
         children[missing[0]] = None
 
     def _remove(self, action: str, path: str, old: Node, now_ns: int) -> Event:
@@ -585,43 +579,43 @@ class Store(NodeTree):
         removed = [path]
         for below in removed:                   # grows under the loop: parents before children
             children = self._nodes[below].children or ()
-            if len(removed) + len(children) > self._room:
+            if len(removed) + len(children) > self._budget:
                 removed = self._watched_below(path)
                 break
             removed += children
         siblings = self._nodes[parent_path(path)].children
         if siblings is not None:
             del siblings[path]
-        self._drop(path)
+        self._free(path)
         if old.children:
-            self._dead += (path + "/",)
-            self._bury()
+            self._detached += (path + "/",)
+            self._free_detached()
         index = self.current_index + 1
         if old.children is None or action == "expire":      # etcd 2.3: expire never says dir
             shown = Node(None, old.created_index, index, 0)
         else:
             shown = Directory(old.created_index, index, 0, {})
-        return self._done(Event(action, path, shown, old, index, now_ns), removed)
+        return self._publish(Event(action, path, shown, old, index, now_ns), removed)
 
     def _watched_below(self, path: str) -> List[str]:
-        """The nodes at and below `path` that somebody watches, parents first."""
+        """Return the watched nodes at and below `path`, parents first."""
         below = path + "/"
         watched = [
             name for name in self.hub.paths
-            if (name == path or name.startswith(below)) and self._found(name) is not None
+            if (name == path or name.startswith(below)) and self._reachable(name) is not None
         ]
         return sorted(watched, key=lambda name: name.count("/"))
 
-    def _done(self, event: Event, removed: Sequence[str] = ()) -> Event:
+    def _publish(self, event: Event, removed: Sequence[str] = ()) -> Event:
         self.current_index = event.index
         self.hub.notify(event, removed)
         return event
 
-    def _compared(self, path: str, prev_value: Value, prev_index: int) -> Node:
-        """Return the file at `path` if it is as given.  Raises as compare_and_swap."""
+    def _checked_file(self, path: str, prev_value: Value, prev_index: int) -> Node:
+        """Return the file at `path` if it passes the comparison.  Raises as compare_and_swap."""
         node = self._to_change(path)
         if node is None:
-            raise self._missing(path)
+            raise self._not_found(path)
         if node.children is not None:
             raise NotFile(path[2:], self.current_index)
         wrong = []
@@ -635,8 +629,8 @@ class Store(NodeTree):
             raise CompareFailed(" ".join(wrong), self.current_index)
         return node
 
-    def _missing(self, path: str) -> EtcdError:
-        """The error for a path that is not there: names its first missing part, or a file."""
+    def _not_found(self, path: str) -> EtcdError:
+        """Return the error for a missing path; it names the first missing part, or a file."""
         end = path.find("/", 1)
         while end > 0:
             node = self._nodes.get(path[:end])
@@ -647,8 +641,7 @@ class Store(NodeTree):
             end = path.find("/", end + 1)
         return KeyNotFound((path[2:end] if end > 0 else path[2:]) or "/", self.current_index)
 
-    def _failed(self, verb: str, error: EtcdError) -> EtcdError:
-        """Count a failure of `verb` and hand the error back."""
+    def _count_failure(self, verb: str, error: EtcdError) -> EtcdError:
         name = verb + "_fail"
         setattr(self.stats, name, getattr(self.stats, name) + 1)
         return error

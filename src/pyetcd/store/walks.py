@@ -7,28 +7,22 @@ import itertools
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from ..base.text import format_time, in_pieces, is_plain_json, json_string, utf8
-from .events import (
-    _PERMANENT,
-    LISTING_BLOCK_CHARS,
-    LISTING_BLOCK_NODES,
-    LISTING_NODE_CHARS,
-    LISTING_SLICE_WORK,
-    LISTING_SORT_RUN,
-    SNAPSHOT_SLICE_CHARS,
-    SNAPSHOT_SLICE_NODES,
-    SNAPSHOT_SORT_MAX,
-    LongNode,
-    Node,
-    Texts,
-    _node_ends,
-    _node_texts,
-)
+from .events import _PERMANENT, LongNode, Node, Texts, _node_ends
+
+SNAPSHOT_SLICE_NODES = 500          # nodes per slice of a snapshot walk: 1 ms, all with ttl 3
+SNAPSHOT_SLICE_CHARS = 1 << 18      # of text in a slice, or more with the last node
+SNAPSHOT_SORT_MAX = 1_000           # children of larger directories stay in insertion order
+LISTING_BLOCK_NODES = 100           # encoded at once
+LISTING_BLOCK_CHARS = 1 << 16       # of the values of a block; above: node by node
+LISTING_SORT_RUN = 4_000            # children sorted at once: 2 ms
+LISTING_SLICE_WORK = 4_000          # nodes, or as much text, of a listing in one slice: 2 ms
+LISTING_NODE_CHARS = 500            # text that is as much work as a node
 
 
 def _sort_bytewise(paths: List[str]) -> bool:
-    """Sort as Go does; only surrogates (bytes that are no UTF-8) make code points differ.
+    """Sort as Go does; True if not all is ASCII.
 
-    True if there may have been some.
+    Only surrogates (bytes that are not UTF-8) sort differently as code points.
     """
     is_plain = all(map(str.isascii, paths))
     paths.sort(key=None if is_plain else utf8)
@@ -36,14 +30,13 @@ def _sort_bytewise(paths: List[str]) -> bool:
 
 
 def parent_path(path: str) -> str:
-    """Return the directory that `path` lies in."""
     return path[:path.rfind("/")] or "/"
 
 
 def _files_json(paths: Sequence[str], nodes: Sequence[Node]) -> str:
-    """The JSON of nodes, commas between; "" if one of them is more than a file with plain text.
+    """Return the JSON of nodes, joined by commas; "" if one is not a file with plain text.
 
-    Looks once at the text of all: 0.4 us per node instead of 1.  A hot path.
+    Checks the text of all at once: 0.4 us per node instead of 1.  A hot path.
     """
     if LongNode in set(map(type, nodes)):
         return ""
@@ -60,46 +53,45 @@ def _files_json(paths: Sequence[str], nodes: Sequence[Node]) -> str:
 
 
 class TreeWalk:
-    """A walk over the tree as it was when the walk began, while the tree goes on changing.
+    """A walk over the tree as of the start of the walk, while the tree goes on changing.
 
-    The store calls keep() before the first change of a path; the walk then takes that image
-    instead of the node it finds.  Nothing is copied but what changes.
+    The store calls keep() before each change of a path; the walk then takes that image instead
+    of the node in the tree.  Only changed nodes cost memory.
 
-    walks  all that are under way; this one is among them until end()
+    walks  the walks under way; this one is among them until end()
     """
 
-    __slots__ = ("_nodes", "_walks", "_before", "_lost")
+    __slots__ = ("_nodes", "_walks", "_images", "_kept")
 
     def __init__(self, nodes: Dict[str, Node], walks: List[TreeWalk]) -> None:
         self._nodes = nodes
         self._walks = walks
-        self._before: Dict[str, Optional[Node]] = {}    # path -> node at the start; None: absent
-        self._lost: Dict[str, List[str]] = {}           # directory -> kept children, maybe removed
+        self._images: Dict[str, Optional[Node]] = {}    # path -> node at the start; None: absent
+        self._kept: Dict[str, List[str]] = {}           # directory -> children with an image
         walks.append(self)
 
     def keep(self, path: str, node: Optional[Node]) -> None:
         """Remember `node` as the image of `path`, unless an earlier change did."""
-        if path not in self._before:
-            self._before[path] = node
+        if path not in self._images:
+            self._images[path] = node
             if node is not None:
-                self._lost.setdefault(parent_path(path), []).append(path)
+                self._kept.setdefault(parent_path(path), []).append(path)
 
     def end(self) -> None:
-        """Be complete, or give up: the changes of the tree are of no interest any more."""
+        """Stop to keep images: the walk is complete, or given up."""
         if self in self._walks:
             self._walks.remove(self)
-        self._before, self._lost = {}, {}
+        self._images, self._kept = {}, {}
 
     def _image(self, path: str) -> Optional[Node]:
-        """The node at the start of the walk."""
-        return self._before[path] if path in self._before else self._nodes[path]
+        return self._images[path] if path in self._images else self._nodes[path]
 
     def _children(self, path: str) -> List[str]:
-        """The paths that may have been children at the start; later ones have the image None."""
+        """Return the children at the start, and perhaps later ones, whose image is None."""
         node = self._image(path)
         paths = list(node.children) if node is not None and node.children is not None else []
-        if path in self._lost:
-            paths = list(dict.fromkeys(paths + self._lost[path]))
+        if path in self._kept:
+            paths = list(dict.fromkeys(paths + self._kept[path]))
         return paths
 
 
@@ -109,7 +101,7 @@ class SnapshotWalk(TreeWalk):
     __slots__ = ()
 
     def chunks(self, history: Texts, end: str) -> Iterator[bytes]:
-        """Yield the snapshot in slices of some ms.  history: pieces of JSON; end: what follows."""
+        """Yield the snapshot in slices of some ms.  history: pieces of JSON; end: the rest."""
         slice: List[Union[str, bytes]] = []
         chars = 0
         for text in itertools.chain(
@@ -126,7 +118,7 @@ class SnapshotWalk(TreeWalk):
     def _pieces(self) -> Texts:
         """Yield the JSON of the root in pieces, one for each node and one for each end.
 
-        Goes by a stack of its own: keys may be deeper than Python likes to call.
+        With a stack of its own: keys may be deeper than Python's.
         """
         stack = [iter(("/",))]
         comma = ""
@@ -170,29 +162,25 @@ class SnapshotWalk(TreeWalk):
 
 
 class _Level:
-    """A directory of which a listing has begun: what follows, and what comes before and after."""
+    """A directory whose listing has begun: its remaining items, and the JSON around them."""
 
     __slots__ = ("items", "comma", "tail")
 
     def __init__(self, items: Iterator[Union[str, Tuple[str, Node]]], tail: str) -> None:
         self.items = items
-        self.comma = ',"nodes":['
+        self.comma = ',"nodes":['       # "," behind the first visible child
         self.tail = tail
-
-    def end(self) -> str:
-        """Return the end of the directory's JSON; one without visible children has no `nodes`."""
-        return "]" + self.tail if self.comma == "," else self.tail
 
 
 class Listing(TreeWalk):
     """The answer to the GET of a directory at one index, made in slices while the tree changes.
 
-    index   store index of the state that it shows
+    index   store index of the state in it
     chunks  of the answer so far, none of them huge
-    done    all of it is there
+    done    the answer is complete
     cacheable  the answer holds as long as the index does: nothing in it expires
 
-    With `recursive` all that is visible, all the way down, else the children.
+    Shows the visible children, with `recursive` all visible nodes below.
     """
 
     __slots__ = (
@@ -216,7 +204,6 @@ class Listing(TreeWalk):
         self._texts = self._walk(path, nodes[path])
 
     def work(self, amount: int = LISTING_SLICE_WORK) -> None:
-        """Go on for about `amount` nodes."""
         until = self.work_done + amount
         texts: List[Union[str, bytes]] = []
         for text in self._texts:
@@ -231,7 +218,7 @@ class Listing(TreeWalk):
     def _walk(self, path: str, node: Node) -> Texts:
         """Yield the text in pieces, sometimes empty ones to allow a pause.
 
-        Goes by a stack of its own: keys may be deeper than Python likes to call.
+        With a stack of its own: keys may be deeper than Python's.
         """
         head, tail = self._ends(path, node)
         yield '{"action":"get","node":' + head
@@ -240,52 +227,45 @@ class Listing(TreeWalk):
             level = levels[-1]
             for item in level.items:
                 if isinstance(item, str):
-                    if item:
-                        yield level.comma + item
-                        level.comma = ","
-                    else:
-                        yield ""
+                    yield level.comma + item if item else ""
+                    level.comma = "," if item else level.comma
                     continue
                 path, node = item
-                if isinstance(node, LongNode):
-                    yield level.comma
-                    yield from self._long_texts(path, node)
-                    level.comma = ","
-                    continue
                 head, tail = self._ends(path, node)
                 text, level.comma = level.comma + head, ","
-                if node.children is None or not self._recursive:
-                    yield text + tail
-                    continue
-                yield text
-                levels.append(_Level(self._items(path), tail))
-                break
+                if node.children is not None and self._recursive:
+                    yield text
+                    levels.append(_Level(self._items(path), tail))
+                    break
+                if isinstance(node, LongNode):
+                    yield text
+                    yield from node.json
+                    text = ""
+                yield text + tail
             else:
-                levels.pop()
-                yield level.end()
+                levels.pop()            # without visible children there is no `nodes`
+                yield "]" + level.tail if level.comma == "," else level.tail
         yield "}\n"
 
-    def _long_texts(self, path: str, node: LongNode) -> Texts:
-        self.cacheable = self.cacheable and not node.expires_ns
-        self.work_done += 1 + len(node.json)
-        yield from _node_texts(json_string(path[2:]), node, node.ttl_s(self._now_ns))
-
     def _ends(self, path: str, node: Node) -> Tuple[str, str]:
-        """What comes before and after the place of a node's children."""
+        """Return the JSON of a node before and after its children, or its long value."""
         self.cacheable = self.cacheable and not node.expires_ns
-        self.work_done += 1 + len(node.value or "") // LISTING_NODE_CHARS
+        if isinstance(node, LongNode):
+            self.work_done += 1 + len(node.json)
+        else:
+            self.work_done += 1 + len(node.value or "") // LISTING_NODE_CHARS
         return _node_ends(json_string(path[2:]), node, node.ttl_s(self._now_ns))
 
     def _items(self, path: str) -> Iterator[Union[str, Tuple[str, Node]]]:
-        """Yield what is visible in a directory: the text of a block of files, else one node.
+        """Yield the visible children: the text of a block of files, else single nodes.
 
-        Some text may be empty, to allow a pause.
+        A text may be empty, to allow a pause.
         """
         name_at = len(path) + 1
         for block in self._blocks(path):
             if "/_" in "".join(block):
                 block = [child for child in block if not child.startswith("_", name_at)]
-            if self._before:
+            if self._images:
                 block = [child for child in block if self._image(child) is not None]
                 nodes = [self._image(child) for child in block]
             else:
@@ -299,7 +279,7 @@ class Listing(TreeWalk):
                 yield from zip(block, files)
 
     def _blocks(self, path: str) -> Iterator[List[str]]:
-        """Yield the children of a directory, hidden ones too, a few at a time."""
+        """Yield the children of a directory, hidden ones too, in blocks."""
         paths: Iterator[str]
         children = self._children(path)
         if self._sorted and len(children) > LISTING_SORT_RUN:

@@ -9,9 +9,11 @@ import math
 from typing import Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from ..base.basics import _nothing
-from ..base.limits import WATCHERS_MAX, WATCHERS_TOLD_MAX
+from ..base.limits import WATCHERS_MAX, WATCHERS_NOTIFIED_MAX
 from ..base.text import json_text
-from .events import TTL_STALE_MIN, Event, Texts
+from .events import Event, Texts
+
+TTL_STALE_MIN = 64                  # stale heap entries always tolerated; above and > live: rebuilt
 
 
 class EventHistory:
@@ -36,14 +38,13 @@ class EventHistory:
         return self.events[-1].index if self.events else 0
 
     def append(self, event: Event) -> None:
-        """Add the newest event; a full history forgets its oldest."""
         self.events.append(event)
         self._back += 1
         if self._back == self.capacity:
             self._back = 0
 
     def matches(self, path: str, *, recursive: bool, stream: bool, since: int) -> Iterator[Event]:
-        """Yield the events from index `since` on that a watch of `path` would be told.
+        """Yield the events from index `since` on for a watch of `path`.
 
         Three oddities are etcd's, and kept because clients see them: hidden keys are not
         filtered; the deletion of a directory counts for every path that begins with its name
@@ -68,7 +69,7 @@ class EventHistory:
                 exact = below
 
     def pieces(self) -> Texts:
-        """Yield the EventHistory object of a snapshot; the events are those of the first next().
+        """Yield the EventHistory object of a snapshot, as of the first next().
 
         Source: the ring of etcd 2.3 store/event_queue.go, unused slots null.
         """
@@ -80,24 +81,23 @@ class EventHistory:
         comma = ""
         yield '{"Queue":{"Events":['
         for slot in slots:
-            yield f"{comma}null" if slot is None else comma
-            if slot is not None:
-                yield from slot.history_texts()
+            yield comma
+            yield from ("null",) if slot is None else slot.history_texts()
             comma = ","
         yield f'],"Size":{len(events)},"Front":{front},"Back":{back},"Capacity":{self.capacity}}}'
         yield f',"StartIndex":{first},"LastIndex":{last}}}'
 
     def load(self, events: List[Event], back: int, capacity: int) -> None:
-        """Take over the events of a ring, oldest first, as far as there is room."""
+        """Take over the events of another ring, oldest first."""
         self.events = collections.deque(events, maxlen=self.capacity)
         same = capacity == self.capacity        # then every event keeps its slot
         self._back = (back if same else len(self.events)) % self.capacity
 
 
 class Watcher:
-    """One watch; deliver(event) is called for each event it is told: for one, or a stream.
+    """One watch: deliver(event) is called for one event, or with `stream` for each.
 
-    lost  called instead when the watch ends because events are gone that it should have had
+    lost  called instead if the history has lost events for this watch, which ends it
     """
 
     __slots__ = ("path", "recursive", "stream", "since", "deliver", "lost", "_hub")
@@ -115,36 +115,33 @@ class Watcher:
         self._hub: Optional[WatcherHub] = None      # None: not registered
 
     def cancel(self) -> None:
-        """Deliver nothing more.  At any time, also from deliver; twice does no harm."""
+        """Stop delivery, now.  May be called from deliver, and twice."""
         if self._hub is not None:
             self._hub.remove(self)
 
 
 class WatcherHub:
-    """Who watches what, and the history of events.
+    """The registered watchers, and the history of events.
 
     Source: etcd 2.3 store/watcher_hub.go.
     """
 
     def __init__(self, history: EventHistory, stats: StoreStats) -> None:
         self.history = history
-        self._stats = stats             # its `watchers` is ours
+        self._stats = stats             # the hub keeps its `watchers`
         # Path -> watchers in order of registration (a dict as ordered set: 10,000 watchers of
         # one key come and go in O(1) each).  No empty groups.
         self._groups: Dict[str, Dict[Watcher, None]] = {}
-        self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be told
-        self._room: float = math.inf    # how many may be told in this turn
-
-    backlog = 0                            # watchers in _due
-    watched_bytes = 0                   # of the paths of registered watchers
+        self._due: Deque[Tuple[Event, Deque[Watcher]]] = collections.deque()    # to be notified
+        self._budget: float = math.inf  # notifications left in this turn
+        self.backlog = 0                # watchers in _due
+        self.watched_bytes = 0          # of the paths of registered watchers
 
     @property
     def paths(self) -> Iterator[str]:
-        """What is watched."""
         return iter(self._groups)
 
     def remove(self, watcher: Watcher) -> None:
-        """Forget a registered watcher, also one that is about to be told."""
         watcher._hub = None
         group = self._groups.get(watcher.path)
         if group is not None and watcher in group:
@@ -155,10 +152,10 @@ class WatcherHub:
                 del self._groups[watcher.path]
 
     def watch(self, watcher: Watcher) -> None:
-        """Serve `watcher` from the history, then register it if it wants more.
+        """Serve `watcher` from the history; register it if it is a stream, or not served.
 
-        Differs from etcd: a stream that finds something in the history gets all of it and is
-        then told of new events; etcd sends one event and then nothing, ever.
+        Differs from etcd: a stream gets all its events of the history and then new ones; etcd
+        sends one event of the history, and no other event ever.
         """
         history = self.history
         if watcher.since <= history.last_index:
@@ -178,21 +175,21 @@ class WatcherHub:
         watcher._hub = self
 
     def begin_turn(self) -> None:
-        """Tell WATCHERS_TOLD_MAX watchers at most until the next call, in the order of events.
+        """Notify WATCHERS_NOTIFIED_MAX watchers at most until the next call, in order of events.
 
-        `owed` others wait for it.  As long as this was never called, nobody has to wait.
+        Before the first call there is no limit.
         """
-        self._room = WATCHERS_TOLD_MAX
+        self._budget = WATCHERS_NOTIFIED_MAX
         if self._due:
-            self._tell()
+            self._notify_due()
 
     def catch_up(self, seen: int) -> None:
-        """The events after index `seen` came with a snapshot: tell the watchers of them.
+        """Notify the watchers of the events after index `seen`, which came with a snapshot.
 
-        Whoever would miss some is ended instead.  Differs from etcd, which tells nobody.
+        A watcher that would miss events is closed.  Differs from etcd, which notifies no watcher.
         """
-        self._room = math.inf           # first what they were told of before
-        self._tell()
+        self._budget = math.inf         # first the backlog
+        self._notify_due()
         history = self.history
         for watcher in [watcher for group in self._groups.values() for watcher in group]:
             if watcher._hub is None:
@@ -205,10 +202,10 @@ class WatcherHub:
                 self.watch(watcher)
 
     def notify(self, event: Event, removed: Sequence[str] = ()) -> None:
-        """Record `event`; unless it is a refresh, tell the watchers of its key and all above.
+        """Record `event`; unless it is a refresh, notify the watchers of its key and all above.
 
-        removed  paths that the event took away, parents first: theirs are told before, deepest
-                 first, so a stream on exactly the key is told twice; clients of etcd know it so
+        removed  paths that the event removed, parents first: their watchers come first, deepest
+                 path first, so a stream on exactly the key gets the event twice, as in etcd
         """
         self.history.append(event)
         if not self._groups or event.refresh:
@@ -231,10 +228,10 @@ class WatcherHub:
         if not exact and "/_" in "/" + event.key[len(path):]:
             return                      # hidden from here; a path below the key is never
         index, every = event.index, exact or forced
-        told = [w for w in group if index >= w.since and (every or w.recursive)]
-        if not told:
+        notified = [w for w in group if index >= w.since and (every or w.recursive)]
+        if not notified:
             return
-        once = [watcher for watcher in told if not watcher.stream]
+        once = [watcher for watcher in notified if not watcher.stream]
         if len(once) == len(group):
             del self._groups[path]
         else:
@@ -242,43 +239,42 @@ class WatcherHub:
                 del group[watcher]
         self._stats.watchers -= len(once)
         self.watched_bytes -= len(once) * len(path)
-        self._due.append((event, collections.deque(told)))
-        self.backlog += len(told)
-        self._tell()
+        self._due.append((event, collections.deque(notified)))
+        self.backlog += len(notified)
+        self._notify_due()
 
-    def _tell(self) -> None:
-        """Tell whom there is room for; more if events come faster than that."""
+    def _notify_due(self) -> None:
+        """Notify watchers within the budget, and beyond it while the backlog is too long."""
         while self._due:
-            event, told = self._due[0]
-            while told:
-                if self._room <= 0 and self.backlog <= WATCHERS_MAX:
+            event, watchers = self._due[0]
+            while watchers:
+                if self._budget <= 0 and self.backlog <= WATCHERS_MAX:
                     return
-                watcher = told.popleft()
+                watcher = watchers.popleft()
                 self.backlog -= 1
                 if watcher._hub is not None:        # else cancelled, perhaps by an earlier deliver
-                    self._room -= 1
+                    self._budget -= 1
                     if not watcher.stream:
                         watcher._hub = None
                     watcher.deliver(event)
-            if self._due and self._due[0][1] is told:
+            if self._due and self._due[0][1] is watchers:
                 self._due.popleft()
 
 
 class TtlHeap:
-    """Which path expires next; entries that no longer hold are dropped when they come up.
+    """The paths that expire, soonest first; stale entries are dropped when they reach the top.
 
-    Ties go by path, so that every member expires keys in the same order (etcd leaves it open).
+    Ties go by path, so that every member expires keys in the same order (in etcd it varies).
     """
 
     def __init__(self) -> None:
-        self._expires_ns: Dict[str, int] = {}           # the truth: path -> unix ns
-        self._heap: List[Tuple[int, str]] = []          # every pair of the truth, and stale ones
+        self._expires_ns: Dict[str, int] = {}           # path -> unix ns
+        self._heap: List[Tuple[int, str]] = []          # all of these, and stale ones
 
     def __len__(self) -> int:
         return len(self._expires_ns)
 
     def set(self, path: str, expires_ns: int) -> None:
-        """Let `path` expire at `expires_ns`; 0: never."""
         if not expires_ns:
             self._expires_ns.pop(path, None)
         elif self._expires_ns.get(path) != expires_ns:
@@ -290,9 +286,9 @@ class TtlHeap:
             heapq.heapify(self._heap)
 
     def nth_ns(self, count: int, until_ns: int) -> int:
-        """Return when entry number `count` is due, stale ones included, or `until_ns` if earlier.
+        """Return the time of entry number `count`, stale ones included, or `until_ns` if earlier.
 
-        Looks at about as many entries, in the order of the heap.
+        Visits about as many entries, in the order of the heap.
         """
         heap = self._heap
         reached = [(entry, place) for place, entry in enumerate(heap[:1])]
@@ -315,9 +311,9 @@ class TtlHeap:
 
 
 class StoreStats:
-    """Counters of operations on this member; they travel with the snapshot.
+    """Counters of operations on this member; snapshots contain them.
 
-    Attributes are the JSON members in snake_case, made in their order.
+    Attributes are the JSON members in snake_case, and in their order.
     Source: etcd 2.3 store/stats.go.
     """
 
@@ -333,11 +329,10 @@ class StoreStats:
         self.watchers = 0               # registered now; kept by WatcherHub
 
     def json(self) -> str:
-        """Return the object of /v2/stats/store."""
         return json_text({self._member(name): count for name, count in vars(self).items()})
 
     def load(self, counters: Mapping[str, int]) -> None:
-        """Take over the counters of a snapshot; watchers stay as they are."""
+        """Take over the counters of a snapshot, but not `watchers`."""
         for name in vars(self).keys() - {"watchers"}:
             setattr(self, name, counters.get(self._member(name), 0))
 

@@ -1,0 +1,225 @@
+"""Upkeep: publication, cluster version, expiry of keys, removal of old files."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+from ..base.errors import EtcdError, ServerStopped
+from ..base.limits import (
+    DEFAULT_PEER_URLS,
+    MIN_CLUSTER_VERSION,
+    PURGE_SECONDS,
+    SERVER_VERSION,
+    SYNC_SECONDS,
+)
+from ..base.messages import Request
+from ..base.text import load_json
+from ..base.urls import usable_urls
+from ..disk.files import OsDisk
+from ..disk.snapshots import purge_files
+from ..net.http_calls import Answer, HttpCall, fetch
+from ..net.reactor import Reactor
+from ..net.tls import TlsContext
+from ..net.workers import FILE_WORK, Timer
+from ..store.tree import Store
+from .cluster import FEATURES, SERVER_LOG, Cluster, Member, format_id, version_key
+from .configuration import ServerConfig
+from .waiting import Done
+
+Propose = Callable[[Request, Done], None]       # as EtcdServer.do
+
+
+def publish(
+    config: ServerConfig, cluster: Cluster, member_id: int, reactor: Reactor, propose: Propose,
+    done: Callable[[], None],
+) -> None:
+    """Publish this member's name and client URLs, again until it is applied; then call done()."""
+
+    def applied(result: Any) -> None:
+        if isinstance(result, ServerStopped):
+            return
+        if isinstance(result, EtcdError):
+            SERVER_LOG.error("publish error: %s", result.cause)
+            reactor.call_later(
+                SYNC_SECONDS, publish, config, cluster, member_id, reactor, propose, done
+            )
+            return
+        done()
+        _check_peer_urls(config, cluster.members.get(member_id))
+        SERVER_LOG.info(
+            "published {Name:%s ClientURLs:[%s]} to cluster %s", config.name,
+            " ".join(config.advertise_client_urls), format_id(cluster.id),
+        )
+
+    member = Member(
+        member_id, config.initial_advertise_peer_urls, config.name, config.advertise_client_urls,
+        FEATURES,
+    )
+    path = f"/0/members/{format_id(member_id)}/attributes"
+    propose(Request(method="PUT", path=path, val=member.attributes_json()), applied)
+
+
+def _check_peer_urls(config: ServerConfig, member: Optional[Member]) -> None:
+    """Warn if the flags have other peer URLs than the cluster: only the first start uses them.
+
+    Says nothing of default URLs, nor of those of a port that the system chose.
+    """
+    if member is None:                  # removed before its publication was applied
+        return
+    given = tuple(sorted(config.initial_advertise_peer_urls))
+    is_chosen = given != tuple(DEFAULT_PEER_URLS.split(",")) and not any(
+        url.endswith(":0") for url in config.listen_peer_urls
+    )
+    if given != member.peer_urls and is_chosen:
+        SERVER_LOG.warning(
+            "-initial-advertise-peer-urls %s does nothing: the other members know this one by"
+            " %s; change that with PUT /v2/members/%s", ",".join(given),
+            ",".join(member.peer_urls), format_id(member.id),
+        )
+
+
+class VersionMonitor:
+    """Raises the cluster version to the lowest version of any member.  For a leader.
+
+    Source: etcd 2.3 etcdserver/cluster_util.go.
+    """
+
+    PERIOD_S = 4.0
+
+    def __init__(
+        self, reactor: Reactor, cluster: Cluster, member_id: int, propose: Propose,
+        tls: Optional[TlsContext] = None,
+    ) -> None:
+        self._reactor = reactor
+        self._cluster = cluster
+        self._member_id = member_id
+        self._propose = propose
+        self._tls = tls
+        self._calls: List[HttpCall] = []
+        self._versions: Dict[int, str] = {}
+        self._timer: Optional[Timer] = None
+
+    def start(self) -> None:
+        """Ask all members, now and every few seconds until the version is as high as ours."""
+        self.stop()
+        if self._cluster.version and version_key(self._cluster.version) >= _OWN_VERSION_KEY:
+            return
+        self._versions = {self._member_id: SERVER_VERSION}
+        for member in list(self._cluster.members.values()):
+            urls = usable_urls(member.peer_urls)
+            if member.id != self._member_id and urls:
+                self._ask(member, urls[0])
+        self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
+        self._decide()
+
+    def stop(self) -> None:
+        for call in self._calls:
+            call.cancel()
+        self._calls = []
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _ask(self, member: Member, url: str) -> None:
+        def done(error: Optional[Exception], answer: Answer) -> None:
+            version = _server_version(answer.body)
+            if error is None and version:
+                self._versions[member.id] = version
+            self._decide()
+
+        self._calls.append(fetch(
+            self._reactor, url, "/version", done, connect_timeout_s=1.0, idle_timeout_s=2.0,
+            tls=self._tls,
+        ))
+
+    def _decide(self) -> None:
+        """Propose the minimum when every member has answered; a first guess when one cannot."""
+        current = self._cluster.version
+        if self._versions.keys() >= self._cluster.members.keys():
+            lowest = min(self._versions.values(), key=version_key)
+            wanted = ".".join(lowest.split(".")[:2]) + ".0"
+            if not current or version_key(wanted) > version_key(current):
+                self._propose_version(wanted, current)
+        elif not current and self._calls and all(call.ended for call in self._calls):
+            self._propose_version(MIN_CLUSTER_VERSION, current)
+
+    def _propose_version(self, wanted: str, current: Optional[str]) -> None:
+        short = wanted.rpartition(".")[0]
+        if current:
+            before = current.rpartition(".")[0]
+            SERVER_LOG.info("updating the cluster version from %s to %s", before, short)
+        else:
+            SERVER_LOG.info("setting up the initial cluster version to %s", short)
+        self.stop()
+        self._propose(Request(method="PUT", path="/0/version", val=wanted), lambda result: None)
+        self._timer = self._reactor.call_later(self.PERIOD_S, self.start)
+
+
+_OWN_VERSION_KEY = version_key(SERVER_VERSION)
+
+
+def _server_version(body: bytes) -> str:
+    """Return the `etcdserver` of a /version answer, or "" if it is not one."""
+    try:
+        version = str(load_json(body)["etcdserver"])
+        version_key(version)
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return version
+
+
+class ExpirySync:
+    """Puts the leader's clock into the log, where every member expires keys alike.
+
+    Differs from etcd: if many keys are over, the time in the log catches up with the clock in
+    steps, each after the one before is applied, so that no other request waits for all of them.
+    """
+
+    def __init__(
+        self, store: Store, wall_ns: Callable[[], int], propose: Propose,
+        may_propose: Callable[[], bool],
+    ) -> None:
+        self._store = store
+        self._wall_ns = wall_ns
+        self._propose = propose
+        self._may_propose = may_propose
+        self._is_under_way = False
+
+    def tick(self) -> None:
+        """Propose the time if keys have a TTL; every SYNC_SECONDS."""
+        if self._store.has_ttl and not self._is_under_way:
+            self._propose_step()
+
+    def _propose_step(self) -> None:
+        if not self._may_propose():
+            return
+        now_ns = self._wall_ns()
+        time_ns = self._store.expiry_step_ns(now_ns)
+        self._is_under_way = True
+        applied = functools.partial(self._step_applied, time_ns == now_ns)
+        self._propose(Request(method="SYNC", time=time_ns), applied)
+
+    def _step_applied(self, is_last: bool, result: Any) -> None:
+        self._is_under_way = False
+        if result is None and not is_last:      # a step that failed is repeated by tick()
+            self._propose_step()
+
+
+def purge_periodically(
+    reactor: Reactor, disk: OsDisk, kept: Sequence[Tuple[str, str, int]]
+) -> None:
+    """Remove old files now, and again 30 s after each time.
+
+    kept  (directory, suffix, number of its newest files to keep), ...
+    """
+    def purge() -> None:
+        for directory, suffix, keep in kept:
+            purge_files(directory, suffix, keep, disk=disk)
+
+    def purged(error: Optional[BaseException], _: Any) -> None:
+        reactor.call_later(PURGE_SECONDS, purge_periodically, reactor, disk, kept)
+        if error is not None:
+            SERVER_LOG.error("cannot remove old files: %s", error)
+
+    reactor.run_blocking(purge, kind=FILE_WORK, done=purged)
