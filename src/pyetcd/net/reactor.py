@@ -292,9 +292,10 @@ class Reactor:
             called = clock()
         self.on_turn()
         done = clock()
-        for flush in self._flushes:     # and those added meanwhile
-            flush()
-        self._flushes.clear()
+        if self._flushes:
+            for flush in self._flushes:     # and those added meanwhile
+                flush()
+            self._flushes.clear()
         if self._client_flushes:
             self._flush_clients(done + CLIENTS_SECONDS)
         self._turned_at = ended = clock()
